@@ -1,0 +1,43 @@
+# make setup   install everything into .venv
+# make test    lint, types, import layers, tests
+# make mrdpo   the whole loop at toy size, with a table and a picture at its end
+# make tiny    train the shipped toy model again, from nothing (about an hour on 2 cores)
+PYTHON ?= python3.11
+# The build of torch: the one that your index gives for this version. For another (CUDA or CPU), point pip at its index.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup test lint mrdpo proof tiny clean
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	touch $@
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+mrdpo: setup
+	$(BIN)/torchrun recipes/mrdpo.py --config recipes/configs/mrdpo.yaml
+
+proof: setup
+	$(BIN)/python tools/proof.py --seeds 1 2 3
+
+tiny: setup
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/align_audio.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/sft.yaml
+	cp run/sft/av/config.json run/sft/av/model.safetensors run/sft/av/tokenizer.json \
+	   run/sft/av/tokenizer_config.json run/sft/av/chat_template.jinja salmonn/tiny/
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,360 @@
+"""Multi-round DPO: a captioner that gets better by judging its own captions, then rebirth.
+
+    torchrun recipes/mrdpo.py --config recipes/configs/mrdpo.yaml
+
+Each round samples captions of the training clips, judges them against the clips' events, pairs the best with the worst,
+trains guided DPO on a fresh LoRA against the same weights without it, and merges: the merged model is the next round's
+policy and reference. Rebirth then tunes the model from before all rounds on the captions of the model after them.
+Every stage writes to `out/round_K/`; a killed run goes on with the same command.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from salmonn import dist
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.generate import Sampling
+from salmonn.config import claim_folder, run_recipe
+from salmonn.media.synth import SynthConfig
+from salmonn.model.build import CONFIG_NAME
+from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
+from salmonn.prefer.pairs import choose_pairs, summarise_pairs
+from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
+from salmonn.score.judge import Judge, RuleJudge
+from salmonn.score.rates import Rates
+from salmonn.train.evaluate import caption_clips, encode_clips, evaluate, judge_captions
+from salmonn.train.examples import SftBatches, make_examples, sft_loss
+from salmonn.train.loop import FitConfig, StepLog, fit
+from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from salmonn.train.references import ClipSet, heldout_config, read_clips, render_clips
+from salmonn.train.report import Summary, plot_summary, print_table
+
+log = logging.getLogger("mrdpo")
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Choice of preference pairs.
+
+    Args:
+        num_samples: captions sampled of each training clip.
+        sampling: how they are drawn.
+        min_gap: least difference in Total between chosen and rejected.
+        max_pairs_per_video: best with worst, second best with second worst, and so on.
+        repetition_weight: what repetition counts against a caption, beside Total.
+        max_length_ratio: pairs whose lengths differ by more are left out; none keeps them.
+    """
+
+    num_samples: int = 8
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.8, top_p=0.95))
+    min_gap: float = 0.1
+    max_pairs_per_video: int = 2
+    repetition_weight: float = 1.0
+    max_length_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class RebirthConfig:
+    """The final tuning of the starting model on the improved model's captions, with questions.
+
+    Args:
+        lora: adapter, merged at the end.
+        fit: optimisation.
+    """
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup_steps=10))
+
+
+@dataclass(frozen=True)
+class MrDpoConfig:
+    """A run of mrDPO.
+
+    Args:
+        out: folder for all results.
+        model: folder of the model to start from; the shipped toy model by default.
+        references: JSONL of references (events, caption, questions) to one's own training videos; none renders
+            synthetic clips as `synth` says.
+        heldout_references: likewise for measuring.
+        clips_dir: where synthetic clips are kept.
+        synth: training clips. Held-out clips follow from its seed, on a seed of their own.
+        heldout_clips: number of synthetic clips to measure on.
+        rounds: of DPO.
+        pairs: sampling of captions and choice of pairs.
+        dpo: the loss.
+        lora: each round's fresh adapter.
+        fit: each round's optimisation.
+        rebirth: the last stage.
+        seed: of sampling, adapters, order and dropout.
+    """
+
+    out: Path = Path("run")
+    model: Path = SHIPPED_MODEL
+    references: Path | None = None
+    heldout_references: Path | None = None
+    clips_dir: Path = Path("run/clips")
+    synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
+    heldout_clips: int = 200
+    rounds: int = 3
+    pairs: PairConfig = field(default_factory=PairConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_steps=6, batch_size=16)
+    )
+    rebirth: RebirthConfig = field(default_factory=RebirthConfig)
+    seed: int = 0
+
+
+def main(config: MrDpoConfig) -> None:
+    """Run all rounds and rebirth."""
+    dist.setup()
+    if dist.is_main():
+        claim_folder(config.out, config, name="mrdpo")
+    run = load_run(config)
+    captioner = Captioner.load(config.model, device=dist.device())
+    summary = Summary(sft=measure(captioner, run, config.out / "sft"))
+    for number in range(1, config.rounds + 1):
+        folder = config.out / f"round_{number}"
+        captioner = play_round(captioner, run, folder, config=config, seed=config.seed * 1000 + number)
+        summary.rounds.append(measure(captioner, run, folder))
+    captioner = be_reborn(captioner, run, config.out / "rebirth", config=config)
+    summary.rebirth = measure(captioner, run, config.out / "rebirth")
+    if dist.is_main():
+        write_json(config.out / "summary.json", summary.to_json())
+        plot_summary(summary, config.out / "summary.png")
+        print_table(summary)
+        log.info("written: %s and summary.png beside it", config.out / "summary.json")
+    dist.barrier()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages share: clips and their tokens, which the frozen towers make once, and the judge."""
+
+    train: ClipSet
+    heldout: ClipSet
+    train_blocks: list[Tensor]
+    heldout_blocks: list[Tensor]
+    judge: Judge
+
+
+def load_run(config: MrDpoConfig) -> Run:
+    """Render or read the clips and encode them."""
+    synth, heldout_synth = config.synth, heldout_config(config.synth, clips=config.heldout_clips)
+    train = read_clips(config.references) if config.references else render_clips(config.clips_dir, synth)
+    heldout = (
+        read_clips(config.heldout_references)
+        if config.heldout_references
+        else render_clips(config.clips_dir, heldout_synth)
+    )
+    captioner = Captioner.load(config.model, device=dist.device())
+    return Run(
+        train=train,
+        heldout=heldout,
+        train_blocks=encode_clips(captioner, train, name="training clips"),
+        heldout_blocks=encode_clips(captioner, heldout, name="held-out clips"),
+        judge=RuleJudge(),
+    )
+
+
+def play_round(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoConfig, seed: int) -> Captioner:
+    """One round: sample, judge, pair, train, merge, save. Returns the merged model."""
+    merged = folder / "merged"
+    if not (merged / CONFIG_NAME).is_file():
+        captions = kept(
+            folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config.pairs, folder, seed)
+        )
+        references = {reference.video: reference for reference in run.train.references}
+        scores = kept(
+            folder / "scores.jsonl", Score, lambda: judge_captions(captions, references, judge=run.judge)
+        )
+        pairs = kept(
+            folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, references, config=config.pairs)
+        )
+        report_pairs(pairs, folder)
+        train_policy(captioner, run, pairs, folder, config=config, seed=seed)
+    return Captioner.load(merged, device=dist.device())
+
+
+def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:
+    """Records of a stage: read where a run before made them, else made and written."""
+    if not path.is_file():
+        records = make()
+        if dist.is_main():
+            write_records(path, records)
+        dist.barrier()
+    return read_records(path, record_type)
+
+
+def sample_captions(captioner: Captioner, run: Run, config: PairConfig, folder: Path, seed: int) -> list[Caption]:
+    """Several captions of each training clip by nucleus sampling."""
+    return caption_clips(
+        captioner,
+        run.train.references,
+        run.train_blocks,
+        sampling=config.sampling,
+        seed=seed,
+        num_samples=config.num_samples,
+        name=f"{folder.name}: sampling",
+    )
+
+
+def pair_captions(
+    captions: Sequence[Caption], scores: Sequence[Score], references: dict[str, Reference], *, config: PairConfig
+) -> list[Pair]:
+    """Best against worst, clip by clip."""
+    by_video: dict[str, list[Caption]] = {}
+    for caption in captions:
+        by_video.setdefault(caption.video, []).append(caption)
+    return choose_pairs(
+        by_video,
+        scores,
+        references,
+        min_gap=config.min_gap,
+        max_pairs_per_video=config.max_pairs_per_video,
+        repetition_weight=config.repetition_weight,
+        max_length_ratio=config.max_length_ratio,
+    )
+
+
+def report_pairs(pairs: Sequence[Pair], folder: Path) -> None:
+    """Log the pairs' gap and lengths; no pairs end the run with words."""
+    report = summarise_pairs(pairs)
+    if not pairs:
+        raise ValueError(
+            f"{folder.name} found no pair of captions that differ enough: sample more captions (pairs.num_samples), "
+            "at a higher temperature, or ask for a smaller gap (pairs.min_gap)"
+        )
+    log.info(
+        "%s: %d pairs, mean gap %.3f; mean words %.1f chosen, %.1f rejected",
+        folder.name,
+        report.num_pairs,
+        report.mean_gap,
+        report.mean_words_chosen,
+        report.mean_words_rejected,
+    )
+
+
+def train_policy(
+    captioner: Captioner, run: Run, pairs: Sequence[Pair], folder: Path, *, config: MrDpoConfig, seed: int
+) -> None:
+    """Guided DPO on a fresh adapter, which is saved and merged."""
+    attach(captioner.network, config.lora, seed=seed)
+    blocks = {ref.video: block for ref, block in zip(run.train.references, run.train_blocks, strict=True)}
+    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=config.fit.batch_size, seed=seed)
+    batches.refer(captioner.network)
+    with checkpointed(folder) as checkpoint:
+        fit(
+            captioner.network,
+            batches,
+            PreferenceLoss(config.dpo),
+            config.fit,
+            seed=seed,
+            name=f"{folder.name}: guided DPO",
+            checkpoint_path=checkpoint,
+            on_step=StepLog(folder / "steps.jsonl"),
+        )
+        if dist.is_main():
+            save_adapter(captioner.network, folder / "adapter")
+        merge(captioner.network)
+        save_merged(captioner, folder)
+
+
+def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig) -> Captioner:
+    """Tune the starting model on the teacher's captions of the training clips and on questions."""
+    merged = folder / "merged"
+    if not (merged / CONFIG_NAME).is_file():
+        captions = kept(folder / "captions.jsonl", Caption, lambda: teach(teacher, run, config=config))
+        taught = [
+            replace(reference, caption=caption.text)
+            for reference, caption in zip(run.train.references, captions, strict=True)
+        ]
+        captioner = Captioner.load(config.model, device=dist.device())
+        attach(captioner.network, config.rebirth.lora, seed=config.seed)
+        blocks = {
+            run.train.root / reference.video: block
+            for reference, block in zip(run.train.references, run.train_blocks, strict=True)
+        }
+        batches = SftBatches(
+            make_examples(taught, ("caption", "questions"), root=run.train.root),
+            captioner.processor,
+            lambda example: blocks[example.video],
+            batch_size=config.rebirth.fit.batch_size,
+            seed=config.seed,
+        )
+        with checkpointed(folder) as checkpoint:
+            fit(
+                captioner.network,
+                batches,
+                sft_loss,
+                config.rebirth.fit,
+                seed=config.seed,
+                name="rebirth",
+                checkpoint_path=checkpoint,
+                on_step=StepLog(folder / "steps.jsonl"),
+            )
+            merge(captioner.network)
+            save_merged(captioner, folder)
+    return Captioner.load(merged, device=dist.device())
+
+
+def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig) -> list[Caption]:
+    """The teacher's most likely caption of each training clip."""
+    greedy = replace(config.pairs.sampling, temperature=0.0)
+    return caption_clips(
+        teacher, run.train.references, run.train_blocks, sampling=greedy, seed=config.seed, name="rebirth: captions"
+    )
+
+
+@contextmanager
+def checkpointed(folder: Path) -> Iterator[Path]:
+    """A place for a stage's checkpoint, cleared once the stage has come to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.safetensors"
+    yield path
+    dist.barrier()
+    if dist.is_main():
+        path.unlink(missing_ok=True)
+
+
+def save_merged(captioner: Captioner, folder: Path) -> None:
+    """Write the model with its adapter merged; the next stage starts from it."""
+    if dist.is_main():
+        captioner.save(folder / "merged")
+    dist.barrier()
+
+
+def measure(captioner: Captioner, run: Run, folder: Path) -> Rates:
+    """Rates on the held-out clips, kept in `heldout/` with captions, answers and scores."""
+    folder = folder / "heldout"
+    path = folder / "rates.json"
+    if not path.is_file():
+        result = evaluate(
+            captioner,
+            run.heldout.references,
+            run.heldout_blocks,
+            judge=run.judge,
+            sampling=Sampling(),
+            name=folder.parent.name,
+        )
+        if dist.is_main():
+            write_records(folder / "captions.jsonl", result.captions)
+            write_records(folder / "answers.jsonl", result.answers)
+            write_records(folder / "scores.jsonl", result.scores)
+            write_json(path, asdict(result.rates))
+        dist.barrier()
+    rates = Rates(**read_json(path))
+    log.info("%s: total %.3f, questions %s", folder.parent.name, rates.total, rates.qa_accuracy)
+    return rates
+
+
+if __name__ == "__main__":
+    run_recipe(main, MrDpoConfig, description=__doc__)

@@ -1,0 +1,151 @@
+"""Supervised fine-tuning: pre-training of the towers, audio alignment, audio-visual SFT; a stage is a YAML.
+
+    torchrun recipes/sft.py --config recipes/configs/pretrain.yaml
+
+Reads references (or renders synthetic clips), trains what `trainable` and `lora` name, writes the model to `out`, and
+measures it on held-out clips. Killed, the same command goes on from the last checkpoint.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from salmonn import dist
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generate import Sampling
+from salmonn.caption.inputs import Processor
+from salmonn.caption.tokenizer import CLIP, train_tokenizer
+from salmonn.config import claim_folder, run_recipe
+from salmonn.media.synth import SynthConfig
+from salmonn.model.build import CONFIG_NAME, build, tiny
+from salmonn.model.lora import LoraConfig, attach, merge
+from salmonn.records import Reference, write_json, write_records
+from salmonn.score.judge import RuleJudge
+from salmonn.train.evaluate import encode_clips, evaluate
+from salmonn.train.examples import PROMPTS, ClipCache, SftBatches, Task, make_examples, sft_loss
+from salmonn.train.loop import FitConfig, StepLog, fit
+from salmonn.train.references import all_texts, heldout_config, read_clips, render_clips
+
+log = logging.getLogger("sft")
+TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """One stage of supervised fine-tuning.
+
+    Args:
+        out: folder for the trained model and its figures.
+        model: folder of the model to start from; "tiny" starts the toy model from nothing.
+        references: JSONL of references to one's own videos; none renders synthetic clips as `synth` says.
+        clips_dir: where synthetic clips are kept.
+        synth: training clips.
+        heldout_clips: synthetic clips to measure on, of a seed of their own; 0 measures nothing.
+        tasks: what is learnt of each clip.
+        trainable: parts of the network that are trained, by the start of their names; "all" for everything.
+        lora: adapter of the language model, merged at the end; none trains without one.
+        fit: optimisation.
+        vocab_size: of the tokenizer that is made for a model from nothing.
+        seed: of weights, order and dropout.
+    """
+
+    out: Path
+    model: str = TINY
+    references: Path | None = None
+    clips_dir: Path = Path("run/clips")
+    synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
+    heldout_clips: int = 200
+    tasks: tuple[Task, ...] = ("caption", "questions", "visual_caption", "audio_caption")
+    trainable: tuple[str, ...] = ("all",)
+    lora: LoraConfig | None = None
+    fit: FitConfig = field(default_factory=FitConfig)
+    vocab_size: int = 640
+    seed: int = 0
+
+
+def main(config: SftConfig) -> None:
+    """Run one stage."""
+    dist.setup()
+    if dist.is_main():
+        claim_folder(config.out, config, name="sft")
+    if (config.out / CONFIG_NAME).is_file():
+        log.info("%s is trained already", config.out)
+        return
+    clips = read_clips(config.references) if config.references else render_clips(config.clips_dir, config.synth)
+    captioner = load_model(config, clips.references)
+    choose_trainable(captioner, config)
+
+    cache = ClipCache(captioner.processor)
+    examples = make_examples(clips.references, config.tasks, root=clips.root)
+    checkpoint = config.out / "checkpoint.safetensors"
+    fit(
+        captioner.network,
+        SftBatches(
+            examples, captioner.processor, cache, batch_size=config.fit.batch_size, seed=config.seed
+        ),
+        sft_loss,
+        config.fit,
+        seed=config.seed,
+        name=config.out.name,
+        checkpoint_path=checkpoint,
+        on_step=StepLog(config.out / "steps.jsonl"),
+    )
+    if config.lora:
+        merge(captioner.network)
+    measure(captioner, config)
+    if dist.is_main():
+        captioner.save(config.out)
+        checkpoint.unlink(missing_ok=True)
+    dist.barrier()
+
+
+def load_model(config: SftConfig, references: list[Reference]) -> Captioner:
+    """The model to start from."""
+    if config.model != TINY:
+        return Captioner.load(config.model, device=dist.device())
+    tokenizer = train_tokenizer([*all_texts(references), *PROMPTS.values()], vocab_size=config.vocab_size)
+    model_config = tiny(
+        vocab_size=len(tokenizer),
+        placeholder_id=tokenizer.convert_tokens_to_ids(CLIP),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(config.seed)
+    return Captioner(build(model_config).to(dist.device()), Processor(tokenizer, config=model_config))
+
+
+def choose_trainable(captioner: Captioner, config: SftConfig) -> None:
+    """Attach the adapter, and let gradients through to the chosen parts alone."""
+    network = captioner.network
+    if config.lora:
+        attach(network, config.lora, seed=config.seed)
+    if "all" in config.trainable:
+        network.requires_grad_(True)
+        return
+    for prefix in config.trainable:
+        parameters = [value for name, value in network.named_parameters() if name.startswith(prefix)]
+        if not parameters:
+            raise ValueError(f"no part of the network is named {prefix}: it has vision., audio. and lm.")
+        for parameter in parameters:
+            parameter.requires_grad = True
+
+
+def measure(captioner: Captioner, config: SftConfig) -> None:
+    """Score the model on the held-out clips and write captions, scores and summary."""
+    if not config.heldout_clips:
+        return
+    clips = render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
+    blocks = encode_clips(captioner, clips, name="held-out clips")
+    result = evaluate(captioner, clips.references, blocks, judge=RuleJudge(), sampling=Sampling(), name="held-out")
+    if dist.is_main():
+        write_records(config.out / "captions.jsonl", result.captions)
+        write_records(config.out / "scores.jsonl", result.scores)
+        write_json(config.out / "summary.json", asdict(result.rates))
+        log.info("held-out: %s", json.dumps(asdict(result.rates)))
+
+
+if __name__ == "__main__":
+    run_recipe(main, SftConfig, description=__doc__)

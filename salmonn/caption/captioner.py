@@ -1,0 +1,197 @@
+"""The one door to a model that describes videos: command line, page, service and recipes all come through here."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.inputs import Processor, Row, join_media, restrict_media
+from salmonn.caption.prompt import DESCRIBE
+from salmonn.model.build import load as load_network
+from salmonn.model.build import save as save_network
+from salmonn.model.network import Media, Network
+from salmonn.records import Caption, Use
+
+SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said; `finished` is False where it ran into the token limit."""
+
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a video in seconds; None stands for its beginning or its end."""
+
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A video that could not be captioned, and why."""
+
+    video: str
+    error: str
+
+
+class Captioner:
+    """A network with its processor.
+
+    Args:
+        network: in evaluation mode, on its device.
+        processor: of the same model.
+        name: the model's folder or hub id, as it goes into records.
+
+    Example:
+        >>> captioner = Captioner.load(SHIPPED_MODEL)
+        >>> captioner.caption("holiday.mp4").text
+    """
+
+    def __init__(self, network: Network, processor: Processor, *, name: str = "") -> None:
+        self.network = network
+        self.processor = processor
+        self.name = name
+
+    @classmethod
+    def load(cls, path: Path | str, *, device: torch.device | str = "cpu") -> "Captioner":
+        """Read a model folder.
+
+        Raises:
+            ValueError: it is no model of this project, or incomplete.
+        """
+        network, _ = load_network(path)
+        return cls(network.to(device), Processor.load(path), name=str(path))
+
+    def save(self, path: Path | str) -> None:
+        """Write network, config and tokenizer as a folder that `load` reads."""
+        self.processor.save(path)
+        save_network(self.network, self.processor.config, path)
+
+    def caption(
+        self,
+        path: Path | str,
+        *,
+        prompt: str = DESCRIBE,
+        sampling: Sampling | None = None,
+        span: Span | None = None,
+        use: Use = "both",
+        seed: int = 0,
+    ) -> Caption:
+        """Describe one video, or answer any prompt about it.
+
+        Args:
+            path: of the video.
+            prompt: what is asked.
+            sampling: how the answer is drawn (default: greedy).
+            span: the part of the video to look at (default: all of it).
+            use: picture, sound or both.
+            seed: of the draw.
+
+        Raises:
+            ClipError: the file cannot be read.
+            ValueError: `use` asks for a picture or sound that the file lacks.
+        """
+        media = self._read(Path(path), span=span or Span(), use=use)
+        answer = self.answer([media], [prompt], sampling=sampling or Sampling(), seed=seed)[0]
+        return Caption(video=str(path), text=answer.text, prompt=prompt, model=self.name, finished=answer.finished)
+
+    def _read(self, path: Path, *, span: Span, use: Use) -> Media:
+        media = self.processor.read(path, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
+        try:
+            return restrict_media(media, use)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def caption_each(
+        self,
+        paths: Sequence[Path],
+        *,
+        prompt: str = DESCRIBE,
+        sampling: Sampling | None = None,
+        span: Span | None = None,
+        use: Use = "both",
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> Iterator[Caption | Failure]:
+        """Describe many videos in batches; one that cannot be read becomes a `Failure` and harms no other.
+
+        Takes what `caption` takes; the results come in the order of the paths.
+        """
+        for start in range(0, len(paths), batch_size):
+            part = paths[start : start + batch_size]
+            read = [self._try_read(path, span=span or Span(), use=use) for path in part]
+            clips = [media for media in read if isinstance(media, Media)]
+            answers = iter(
+                self.answer(clips, [prompt] * len(clips), sampling=sampling or Sampling(), seed=seed + start)
+            )
+            for path, media in zip(part, read, strict=True):
+                if isinstance(media, Failure):
+                    yield media
+                    continue
+                answer = next(answers)
+                yield Caption(str(path), answer.text, prompt=prompt, model=self.name, finished=answer.finished)
+
+    def _try_read(self, path: Path, *, span: Span, use: Use) -> Media | Failure:
+        try:
+            return self._read(path, span=span, use=use)
+        except ValueError as error:  # a ClipError is one
+            return Failure(video=str(path), error=str(error))
+
+    @torch.no_grad()
+    def encode(self, clips: Sequence[Media], *, batch_size: int = 16, progress: Progress | None = None) -> list[Tensor]:
+        """Run the frozen towers once on each clip: tokens (N_i, D), kept on the CPU."""
+        blocks: list[Tensor] = []
+        for start in range(0, len(clips), batch_size):
+            media = join_media(clips[start : start + batch_size]).to(self.network.device)
+            blocks += [block.cpu() for block in self.network.encode(media)]
+            if progress:
+                progress(len(media.num_windows))
+        return blocks
+
+    def answer(
+        self,
+        clips: Sequence[Media | Tensor],
+        prompts: Sequence[str],
+        *,
+        sampling: Sampling,
+        num_samples: int = 1,
+        seed: int = 0,
+        batch_size: int = 64,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """Answer prompts[i] on clips[i], `num_samples` times.
+
+        Args:
+            clips: media, or blocks as `encode` gives them.
+            prompts: as many as clips.
+            seed: of the draws.
+            batch_size: sequences that are generated side by side.
+            progress: called with the number of clips done.
+
+        Returns:
+            len(clips) * num_samples answers, a clip's samples one after the other.
+        """
+        tokenizer = self.processor.tokenizer
+        config = sampling.to_transformers(
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, num_samples=num_samples
+        )
+        answers: list[Answer] = []
+        step = max(1, batch_size // num_samples)
+        for start in range(0, len(clips), step):
+            rows = [Row(index, prompt) for index, prompt in enumerate(prompts[start : start + step])]
+            inputs = self.processor.inputs(rows, clips[start : start + step], pad_left=True).to(self.network.device)
+            for ids in generate(self.network, inputs, config=config, seed=seed + start):
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                answers.append(Answer(text, finished=ids[-1] == tokenizer.eos_token_id))
+            if progress:
+                progress(len(rows))
+        return answers

@@ -1,0 +1,70 @@
+"""Generation: greedy or nucleus sampling of answers, batched, through transformers' own generate."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+
+from salmonn.model.network import Inputs, Network
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Args:
+        temperature: 0 takes the most likely token each time (greedy).
+        top_p: nucleus: the smallest set of tokens with this probability.
+        max_new_tokens: limit of an answer's length.
+        repetition_penalty: above 1 makes tokens that occurred less likely.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 0.9
+    max_new_tokens: int = 160
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+    def to_transformers(self, *, eos_token_id: int, pad_token_id: int, num_samples: int = 1) -> GenerationConfig:
+        """The same as transformers names it."""
+        drawn = dict(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
+        return GenerationConfig(
+            **(drawn if self.temperature else {"do_sample": False}),
+            max_new_tokens=self.max_new_tokens,
+            repetition_penalty=self.repetition_penalty,
+            num_return_sequences=num_samples,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+
+
+@torch.no_grad()
+def generate(network: Network, inputs: Inputs, *, config: GenerationConfig, seed: int = 0) -> list[list[int]]:
+    """Answer each row.
+
+    Args:
+        network: in evaluation mode.
+        inputs: B prompts, padded on the left.
+        config: with num_return_sequences N.
+        seed: of the draws, which depend on nothing else.
+
+    Returns:
+        B * N lists of token ids, a row's samples one after the other; each ends with the end token if it is finished.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = network.lm.generate(
+            inputs_embeds=network.embed(inputs), attention_mask=inputs.attention_mask, generation_config=config
+        )
+    answers = []
+    for ids in output.tolist():
+        length = ids.index(config.eos_token_id) + 1 if config.eos_token_id in ids else len(ids)
+        answers.append(ids[:length])
+    return answers

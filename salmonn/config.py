@@ -1,0 +1,84 @@
+"""Typed configuration: dataclass defaults < YAML < dotted flags, checked before anything heavy is loaded."""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+from salmonn.records import write_text
+
+Config = TypeVar("Config")
+
+
+def run_recipe(
+    main: Callable[[Config], None], config_type: type[Config], *, description: str, args: Sequence[str] | None = None
+) -> None:
+    """Read a recipe's config from the command line and run it.
+
+    A user's mistake (an unknown key, a wrong type, a missing file, clips that do not fit) ends the process with a
+    sentence and exit code 2, never with a traceback.
+
+    Args:
+        main: the recipe.
+        config_type: a dataclass, with further dataclasses nested in it; its docstrings become the help.
+        description: what the recipe does, for --help.
+        args: the command line (default: the process's own).
+    """
+    config = parse_config(config_type, description=description, args=args)
+    try:
+        main(config)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(_complain(error))
+
+
+def _complain(error: Exception) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return 2
+
+
+def parse_config(config_type: type[Config], *, description: str, args: Sequence[str] | None = None) -> Config:
+    """The config that a command line describes; see `run_recipe`."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="YAML file that states what differs from the defaults")
+    parser.add_class_arguments(config_type)
+    try:
+        built = parser.instantiate_classes(parser.parse_args(args))
+    except ValueError as error:  # a dataclass refused its values
+        sys.exit(_complain(error))
+    names = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    return config_type(**{name: value for name, value in vars(built).items() if name in names})
+
+
+def claim_folder(folder: Path, config: Any, *, name: str) -> None:
+    """Write the resolved config to a run's folder, as YAML that `--config` reads back.
+
+    Raises:
+        ValueError: the folder holds results of another config, which a resumed run would mix with its own.
+    """
+    path = folder / f"{name}.yaml"
+    text = _to_yaml(config)
+    if path.is_file():
+        before = path.read_text(encoding="utf-8").splitlines()
+        changed = [line.strip() for line in text.splitlines() if line not in before]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with another configuration (now {', '.join(changed)}): "
+                "choose another --out, or delete that folder to start anew"
+            )
+    write_text(path, text)
+
+
+def _to_yaml(config: Any) -> str:
+    parser = ArgumentParser()
+    parser.add_class_arguments(type(config))
+    return parser.dump(_to_namespace(config))
+
+
+def _to_namespace(config: Any) -> Namespace:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return Namespace(
+        **{name: _to_namespace(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    )

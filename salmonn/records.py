@@ -1,0 +1,242 @@
+"""Records of what goes on disk, one JSON object a line, written atomically.
+
+Every stage of the loop reads and writes these: references in, captions, scores and pairs out.
+Nothing here needs torch, so annotation and scoring run on any machine.
+"""
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+Modality = Literal["visual", "audio"]
+Use = Literal["both", "visual", "audio"]
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One atomic event: one fact that a caption can tell, miss or get wrong.
+
+    Args:
+        text: the fact as a short clause, for example "a red circle moves to the left".
+        modality: whether it is seen or heard.
+        start_seconds, end_seconds: when it happens, from the start of the video; None where unknown.
+    """
+
+    text: str
+    modality: Modality = "visual"
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a video with its short answer; `kind` groups questions in reports."""
+
+    question: str
+    answer: str
+    kind: str = "open"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is known about one video.
+
+    Args:
+        video: path of the file, relative to the folder of the JSONL file that holds this record (or absolute).
+        events: the atomic events in order of time.
+        caption: the full reference caption (the *ground truth* of guided DPO).
+        human_caption: an imperfect caption, as an annotator in a hurry would write it.
+        visual_caption, audio_caption: what is seen alone, and what is heard alone.
+        questions: questions and answers on the video.
+    """
+
+    video: str
+    events: tuple[Event, ...] = ()
+    caption: str = ""
+    human_caption: str = ""
+    visual_caption: str = ""
+    audio_caption: str = ""
+    questions: tuple[Question, ...] = ()
+    duration_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Caption:
+    """An answer that a model gave on a video.
+
+    Args:
+        video: path of the file, as in the reference.
+        text: the answer.
+        prompt: what was asked.
+        model: folder or hub id of the model.
+        sample: number of the sample, where several were drawn for one video.
+        finished: False where the answer ran into its token limit.
+    """
+
+    video: str
+    text: str
+    prompt: str = ""
+    model: str = ""
+    sample: int = 0
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """The judgement of one caption against the reference's N events.
+
+    missing, incorrect and hallucinated are counts; `missed`, `wrong` and `invented` name what was counted.
+    `num_repeated_words` of the caption's `num_words` stand in repeated clauses.
+    """
+
+    video: str
+    num_events: int
+    missing: int
+    incorrect: int
+    hallucinated: int
+    num_words: int = 0
+    num_repeated_words: int = 0
+    sample: int = 0
+    missed: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+    invented: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """(missing + incorrect + hallucinated) / N, with N at least 1 so that a video without events counts errors."""
+        return (self.missing + self.incorrect + self.hallucinated) / max(self.num_events, 1)
+
+    @property
+    def repetition(self) -> float:
+        """Share of the caption's words that belong to repeated clauses."""
+        return self.num_repeated_words / max(self.num_words, 1)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: for one video and prompt, `chosen` is better than `rejected` by `gap` in Total.
+
+    `ground_truth` is the reference caption of guided DPO's cross-entropy term.
+    """
+
+    video: str
+    prompt: str
+    chosen: str
+    rejected: str
+    ground_truth: str
+    gap: float = 0.0
+    chosen_finished: bool = True
+    rejected_finished: bool = True
+
+
+def write_records(path: Path | str, records: Iterable[Any]) -> None:
+    """Write dataclass records as JSONL; the file appears whole or not at all."""
+    lines = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in records)
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def append_record(path: Path | str, record: Any) -> None:
+    """Add one record to a JSONL file and flush it to disk."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write one JSON value, indented; the file appears whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read one JSON value."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file through a temporary name, flushed, so that a kill leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_records(path: Path | str, record_type: type[Record]) -> list[Record]:
+    """Read a JSONL file of `record_type`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not JSON, or lacks or misnames a field; the message names file and line.
+    """
+    return list(iter_records(path, record_type))
+
+
+def iter_records(path: Path | str, record_type: type[Record]) -> Iterator[Record]:
+    """Like `read_records`, one record at a time."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: expected JSON lines of {record_type.__name__} records there")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield parse_record(json.loads(line), record_type)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def parse_record(value: Any, record_type: type[Record]) -> Record:
+    """Build a record from parsed JSON, checking field names and types all the way down.
+
+    Raises:
+        ValueError: naming the field that is missing, unknown or of the wrong type.
+    """
+    name = record_type.__name__
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object for {name}, got {type(value).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(record_type)}  # type: ignore[arg-type]
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise ValueError(f"unknown field {', '.join(unknown)} for {name}; it has {', '.join(fields)}")
+    missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in value]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}")
+    hints = typing.get_type_hints(record_type)
+    return record_type(**{key: _parse_value(item, hints[key], where=f"{name}.{key}") for key, item in value.items()})
+
+
+def _parse_value(value: Any, hint: Any, *, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return parse_record(value, hint)  # type: ignore[arg-type]
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        item_hint = typing.get_args(hint)[0]
+        return tuple(_parse_value(item, item_hint, where=where) for item in value)
+    if origin is Literal:
+        allowed, kinds = typing.get_args(hint), (str,)
+        if value not in allowed:
+            raise ValueError(f"{where} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    elif origin is types.UnionType:
+        kinds = typing.get_args(hint)
+    else:
+        kinds = (hint,)
+    # JSON writes 2.0 as 2 in some tools, so whole numbers are welcome where a float is; true is not a number.
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{where} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
+    return value

@@ -1,0 +1,124 @@
+"""Measuring a model on held-out clips: captions judged against events, questions against answers, shared over ranks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from tqdm import tqdm
+
+from salmonn import dist
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generate import Sampling
+from salmonn.caption.prompt import DESCRIBE
+from salmonn.records import Caption, Reference, Score
+from salmonn.score.judge import Judge
+from salmonn.score.rates import Rates, qa_accuracy, rates
+from salmonn.train.references import ClipSet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's captions of clips and answers to their questions, the captions' scores, and the rates over them all."""
+
+    captions: list[Caption]
+    answers: list[Caption]
+    scores: list[Score]
+    rates: Rates
+
+
+def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str) -> list[Tensor]:
+    """The clips' tokens (N_i, D) from the frozen towers, each rank its share."""
+    mine = dist.share(clips.references)
+    blocks: list[Tensor] = []
+    with tqdm(total=len(mine), desc=f"reading {name}", unit="clip", disable=not dist.is_main()) as bar:
+        for start in range(0, len(mine), 32):
+            media = [captioner.processor.read(clips.root / reference.video) for reference in mine[start : start + 32]]
+            blocks += captioner.encode(media)
+            bar.update(len(media))
+    return dist.gather(blocks)
+
+
+def caption_clips(
+    captioner: Captioner,
+    references: Sequence[Reference],
+    blocks: Sequence[Tensor],
+    *,
+    sampling: Sampling,
+    seed: int,
+    name: str,
+    num_samples: int = 1,
+    batch_size: int = 128,
+) -> list[Caption]:
+    """`num_samples` captions of each clip, a clip's captions one after the other; the clips are shared over ranks."""
+    mine = dist.share(list(zip(references, blocks, strict=True)))
+    with tqdm(total=len(mine), desc=name, unit="clip", disable=not dist.is_main()) as bar:
+        answers = captioner.answer(
+            [block for _, block in mine],
+            [DESCRIBE] * len(mine),
+            sampling=sampling,
+            num_samples=num_samples,
+            seed=seed * 1_000_003 + dist.rank() * 100_003,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
+    captions = [
+        Caption(
+            mine[index // num_samples][0].video,
+            answer.text,
+            prompt=DESCRIBE,
+            model=captioner.name,
+            sample=index % num_samples,
+            finished=answer.finished,
+        )
+        for index, answer in enumerate(answers)
+    ]
+    groups = [captions[start : start + num_samples] for start in range(0, len(captions), num_samples)]
+    return [caption for group in dist.gather(groups) for caption in group]
+
+
+def judge_captions(captions: Sequence[Caption], references: Mapping[str, Reference], *, judge: Judge) -> list[Score]:
+    """Scores in the captions' order, the work shared over ranks."""
+    return dist.gather([judge.judge(references[caption.video], caption) for caption in dist.share(captions)])
+
+
+def answer_questions(
+    captioner: Captioner, references: Sequence[Reference], blocks: Sequence[Tensor], *, name: str, batch_size: int = 256
+) -> list[Caption]:
+    """The model's answers to all the references' questions, each with its question as prompt."""
+    asked = [
+        (reference.video, item.question, block)
+        for reference, block in zip(references, blocks, strict=True)
+        for item in reference.questions
+    ]
+    mine = dist.share(asked)
+    with tqdm(total=len(mine), desc=name, unit="question", disable=not dist.is_main()) as bar:
+        answers = captioner.answer(
+            [block for _, _, block in mine],
+            [question for _, question, _ in mine],
+            sampling=Sampling(max_new_tokens=16),
+            batch_size=batch_size,
+            progress=bar.update,
+        )
+    return dist.gather(
+        [
+            Caption(video, answer.text, prompt=question, model=captioner.name, finished=answer.finished)
+            for (video, question, _), answer in zip(mine, answers, strict=True)
+        ]
+    )
+
+
+def evaluate(
+    captioner: Captioner,
+    references: Sequence[Reference],
+    blocks: Sequence[Tensor],
+    *,
+    judge: Judge,
+    sampling: Sampling,
+    name: str,
+) -> Evaluation:
+    """Captions (one a clip), their scores and rates, with the accuracy of the answers to the clips' questions."""
+    captions = caption_clips(captioner, references, blocks, sampling=sampling, seed=0, name=f"{name}: captions")
+    answers = answer_questions(captioner, references, blocks, name=f"{name}: questions")
+    by_video = {reference.video: reference for reference in references}
+    scores = judge_captions(captions, by_video, judge=judge)
+    return Evaluation(captions, answers, scores, rates(scores, qa_accuracy=qa_accuracy(by_video, answers)))

@@ -1,0 +1,172 @@
+"""What is trained on: clips with prompts and answers, kept in memory, dealt out in a seeded order."""
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from torch import Tensor, nn
+
+from salmonn import dist
+from salmonn.caption.inputs import Processor, Row, restrict_media
+from salmonn.caption.prompt import DESCRIBE, DESCRIBE_AUDIO, DESCRIBE_VISUAL, answer_ids
+from salmonn.model.network import Inputs, Media
+from salmonn.records import Reference, Use
+
+Task = Literal["caption", "human_caption", "visual_caption", "audio_caption", "questions"]
+Item = TypeVar("Item")
+PROMPTS = {
+    "caption": DESCRIBE,
+    "human_caption": DESCRIBE,
+    "visual_caption": DESCRIBE_VISUAL,
+    "audio_caption": DESCRIBE_AUDIO,
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and the answer to learn."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One clip, whole or its picture or sound alone, with turns about it that do not see one another.
+
+    Turns on the same clip stand together so that the towers run once for all of them.
+    """
+
+    video: Path
+    turns: tuple[Turn, ...]
+    use: Use = "both"
+
+
+def make_examples(references: Sequence[Reference], tasks: Sequence[Task], *, root: Path) -> list[Example]:
+    """The examples that references give in one epoch.
+
+    A caption of the whole clip is seen once with each of the clip's questions; picture alone and sound alone once.
+
+    Args:
+        references: of any videos; one that lacks what a task needs gives no example of it.
+        tasks: what is learnt.
+        root: folder that the references' video paths start from.
+    """
+    examples = []
+    for reference in references:
+        video = root / reference.video
+        whole = [_turn(reference, task) for task in tasks if task in ("caption", "human_caption")]
+        captions = tuple(turn for turn in whole if turn.answer)
+        questions = [Turn(item.question, item.answer) for item in reference.questions] if "questions" in tasks else []
+        if questions:
+            examples += [Example(video, (*captions, question)) for question in questions]
+        elif captions:
+            examples.append(Example(video, captions))
+        if "visual_caption" in tasks and reference.visual_caption:
+            examples.append(Example(video, (_turn(reference, "visual_caption"),), use="visual"))
+        if "audio_caption" in tasks and reference.audio_caption:
+            examples.append(Example(video, (_turn(reference, "audio_caption"),), use="audio"))
+    return examples
+
+
+def _turn(reference: Reference, task: Task) -> Turn:
+    return Turn(PROMPTS[task], getattr(reference, task))
+
+
+class ClipCache:
+    """Reads clips once and keeps them in memory up to a number of bytes.
+
+    Args:
+        processor: that reads them.
+        max_bytes: beyond this, clips are read again each time.
+    """
+
+    def __init__(self, processor: Processor, *, max_bytes: int = 8 << 30) -> None:
+        self.processor = processor
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.clips: dict[Path, Media] = {}
+
+    def __call__(self, example: Example) -> Media:
+        """The clip that an example is about."""
+        return restrict_media(self.read(example.video), example.use)
+
+    def read(self, video: Path) -> Media:
+        """The clip of a video, read from the file the first time."""
+        if video in self.clips:
+            return self.clips[video]
+        media = self.processor.read(video)
+        size = media.frames.nbytes + media.mel.nbytes
+        if self.num_bytes + size <= self.max_bytes:
+            self.clips[video] = media
+            self.num_bytes += size
+        return media
+
+
+@dataclass(frozen=True)
+class SftBatch:
+    """Inputs of this rank's rows; `mean_num_tokens` counts answer tokens of an average rank."""
+
+    inputs: Inputs
+    mean_num_tokens: float
+
+
+class SftBatches:
+    """Deals out examples in a new seeded order each epoch.
+
+    Args:
+        examples: all of them, the same on every rank.
+        processor: of the model.
+        clip_of: gives an example's clip, as media or as the block that the frozen towers made of it.
+        batch_size: examples a step over all ranks.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        processor: Processor,
+        clip_of: Callable[[Example], Media | Tensor],
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        if not examples:
+            raise ValueError("there is nothing to train on: the references give no example of the chosen tasks")
+        self.examples = examples
+        self.processor = processor
+        self.clip_of = clip_of
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def __call__(self, step: int) -> SftBatch:
+        """This rank's batch of a step."""
+        chosen = deal(self.examples, step, batch_size=self.batch_size, seed=self.seed)
+        mine = dist.share(chosen)
+        clips = [self.clip_of(example) for example in mine]
+        rows = [Row(index, turn.prompt, turn.answer) for index, example in enumerate(mine) for turn in example.turns]
+        tokenizer = self.processor.tokenizer
+        num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in chosen for turn in example.turns)
+        return SftBatch(self.processor.inputs(rows, clips), num_tokens / dist.world_size())
+
+
+def deal(items: Sequence[Item], step: int, *, batch_size: int, seed: int) -> list[Item]:
+    """The items of a step's batch over all ranks: every epoch deals all of them in an order of its own."""
+    places = (divmod(index, len(items)) for index in range(step * batch_size, (step + 1) * batch_size))
+    return [items[_shuffled(len(items), seed, epoch)[place]] for epoch, place in places]
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(length: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(length))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def sft_loss(model: nn.Module, batch: SftBatch) -> tuple[Tensor, Mapping[str, float]]:
+    """Cross-entropy, the mean over all answer tokens of the step's batch on all ranks."""
+    inputs = batch.inputs.to(dist.device())
+    return -model(inputs).sum() / batch.mean_num_tokens, {}

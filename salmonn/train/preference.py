@@ -1,0 +1,133 @@
+"""Training on preference pairs: their batches, the reference policy's log-probabilities, and the guided-DPO loss."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from salmonn import dist
+from salmonn.caption.inputs import Processor, Row
+from salmonn.model.lora import adapter_off
+from salmonn.model.network import Inputs, Network
+from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
+from salmonn.records import Pair
+from salmonn.train.examples import deal
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Guided DPO (arXiv 2410.06682).
+
+    Args:
+        beta: strength of the tie to the reference policy.
+        ce_weight: weight of the cross-entropy on the ground-truth caption; 0 is plain DPO.
+    """
+
+    beta: float = 0.1
+    ce_weight: float = 0.1
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """P pairs: `inputs` holds 3 P rows (all chosen, all rejected, all ground truths), the rest is (P,) each."""
+
+    inputs: Inputs
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+
+
+class PreferenceBatches:
+    """Deals out pairs with what the reference policy says of them.
+
+    Args:
+        pairs: all of them, the same on every rank.
+        blocks: video -> its clip's tokens (N_i, D).
+        processor: of the model.
+        batch_size: pairs a step over all ranks; a multiple of their number.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        blocks: Mapping[str, Tensor],
+        processor: Processor,
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        if batch_size % dist.world_size():
+            raise ValueError(f"a batch of {batch_size} pairs does not divide among {dist.world_size()} processes")
+        self.pairs = pairs
+        self.blocks = blocks
+        self.processor = processor
+        self.batch_size = batch_size
+        self.seed = seed
+        self.reference: list[tuple[float, float]] = []
+
+    def refer(self, network: Network) -> None:
+        """Ask the reference policy, the network with its adapter off, once for every pair; shared over ranks."""
+        mine = dist.share(self.pairs)
+        size = self.batch_size
+        scored: list[tuple[float, float]] = []
+        with adapter_off(network), torch.no_grad():
+            for start in tqdm(range(0, len(mine), size), desc="reference", disable=not dist.is_main()):
+                part = mine[start : start + size]
+                rows = [Row(index, pair.prompt, pair.chosen) for index, pair in enumerate(part)]
+                rows += [Row(index, pair.prompt, pair.rejected) for index, pair in enumerate(part)]
+                logps = sequence_logps(network(self._inputs(part, rows).to(network.device))).cpu()
+                scored += zip(logps[: len(part)].tolist(), logps[len(part) :].tolist(), strict=True)
+        self.reference = dist.gather(scored)
+
+    def __call__(self, step: int) -> PreferenceBatch:
+        """This rank's batch of a step."""
+        assert len(self.reference) == len(self.pairs), "refer() comes before the first batch"
+        numbered = list(enumerate(self.pairs))
+        mine = dist.share(deal(numbered, step, batch_size=self.batch_size, seed=self.seed))
+        part = [pair for _, pair in mine]
+        rows = [
+            Row(index, pair.prompt, text)
+            for texts in zip(*((pair.chosen, pair.rejected, pair.ground_truth) for pair in part), strict=True)
+            for index, (pair, text) in enumerate(zip(part, texts, strict=True))
+        ]
+        reference = torch.tensor([self.reference[number] for number, _ in mine])
+        return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1])
+
+    def _inputs(self, pairs: Sequence[Pair], rows: Sequence[Row]) -> Inputs:
+        return self.processor.inputs(rows, [self.blocks[pair.video] for pair in pairs])
+
+
+class PreferenceLoss:
+    """The guided-DPO loss of a batch, the mean over its pairs.
+
+    Args:
+        config: beta and the weight of the cross-entropy.
+    """
+
+    def __init__(self, config: DpoConfig) -> None:
+        self.config = config
+
+    def __call__(self, model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Mapping[str, float]]:
+        """Loss and the figures of the log: its parts, mean rewards, and how often the chosen one is preferred."""
+        inputs = batch.inputs.to(dist.device())
+        chosen, rejected, truth = model(inputs).chunk(3)
+        num_tokens = (inputs.labels.chunk(3)[2][:, 1:] != -100).sum(-1)
+        result = guided_dpo_loss(
+            policy_chosen=sequence_logps(chosen),
+            policy_rejected=sequence_logps(rejected),
+            reference_chosen=batch.reference_chosen.to(chosen.device),
+            reference_rejected=batch.reference_rejected.to(chosen.device),
+            ground_truth_cross_entropy=mean_cross_entropy(truth, num_tokens),
+            beta=self.config.beta,
+            ce_weight=self.config.ce_weight,
+        )
+        margin = result.chosen_reward - result.rejected_reward
+        return result.loss.mean(), {
+            "dpo": result.dpo.mean().item(),
+            "ce": result.cross_entropy.mean().item(),
+            "chosen": result.chosen_reward.mean().item(),
+            "rejected": result.rejected_reward.mean().item(),
+            "accuracy": (margin > 0).float().mean().item(),
+        }

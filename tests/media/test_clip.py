@@ -1,0 +1,456 @@
+"""Clips written at test time with known colours and tones at known times, and real files of shared/media."""
+
+import logging
+import math
+import os
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from salmonn.media import clip as clip_module
+from salmonn.media.clip import ClipError, find_videos, read_clip
+
+MEDIA = Path(__file__).parents[3] / "shared" / "media"
+needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason="the shared media folder is not here")
+MEDIA_NAMES = sorted(p.name for p in MEDIA.iterdir()) if MEDIA.is_dir() else []
+SOUND_HZ = 44_100
+
+
+def grey(second: float) -> int:
+    """The brightness of the picture due at a time: a different one for each tenth of a second, 7 s long."""
+    return 20 + 3 * round(second * 10)
+
+
+def write_clip(
+    path,
+    *,
+    picture=(),
+    sound_seconds=0.0,
+    sound_start=0.0,
+    container=None,
+    gop=250,
+    size=64,
+    **options,
+):
+    """Picture: a frame of `grey` of its time for each time. Sound: a second of 400 Hz, one of 800, ..."""
+    with av.open(str(path), "w", format=container, options=options) as out:
+        video = sound = None
+        if len(picture):
+            video = out.add_stream("libx264", rate=10, options={"g": str(gop), "crf": "10"})
+            video.width = video.height = size
+            video.pix_fmt, video.time_base = "yuv420p", Fraction(1, 1000)
+            video.codec_context.time_base = Fraction(1, 1000)
+        if sound_seconds:
+            sound = out.add_stream("aac", rate=SOUND_HZ, layout="stereo")
+        for second in picture:
+            frame = av.VideoFrame.from_ndarray(
+                np.full((size, size, 3), grey(second), np.uint8), format="rgb24"
+            )
+            frame.pts, frame.time_base = round(second * 1000), Fraction(1, 1000)
+            out.mux(video.encode(frame))
+        if video:
+            out.mux(video.encode(None))
+        if sound:
+            at = np.arange(round(sound_seconds * SOUND_HZ)) / SOUND_HZ
+            wave = (0.5 * np.sin(2 * np.pi * 400 * (np.floor(at) + 1) * at)).astype(np.float32)
+            for first in range(0, len(wave), 1024):
+                part = np.repeat(wave[None, first : first + 1024], 2, axis=0)
+                frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(part), format="fltp", layout="stereo")
+                frame.sample_rate, frame.time_base = SOUND_HZ, Fraction(1, SOUND_HZ)
+                frame.pts = first + round(sound_start * SOUND_HZ)
+                out.mux(sound.encode(frame))
+            out.mux(sound.encode(None))
+    return path
+
+
+def tenths(seconds):
+    return np.arange(round(seconds * 10)) / 10
+
+
+def levels(clip):
+    return [frame.mean() for frame in clip.frames]
+
+
+def assert_levels(clip, seconds):
+    """Within 1.4 of a grey level: the next tenth of a second is 3 levels away."""
+    np.testing.assert_allclose(levels(clip), [grey(s) for s in seconds], atol=1.4)
+
+
+def pitch(waveform, first, last):
+    """The strongest frequency between two times, in Hz."""
+    part = waveform[round(first * 16000) : round(last * 16000)]
+    strength = np.abs(np.fft.rfft(part * np.hanning(len(part))))
+    return np.argmax(strength) * 16000 / len(part)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """4 s at 10 frames a second, a keyframe each second, sound as long."""
+    path = tmp_path_factory.mktemp("whole") / "whole.mp4"
+    return write_clip(path, picture=tenths(4), sound_seconds=4, gop=10, movflags="faststart")
+
+
+def test_frames_are_those_on_screen_at_the_middles(whole):
+    clip = read_clip(whole, frames_per_second=2)
+    np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 3.75])
+    assert_levels(clip, [0.2, 0.7, 1.2, 1.7, 2.2, 2.7, 3.2, 3.7])
+    assert clip.frames.shape == (8, 64, 64, 3) and clip.frames.dtype == np.uint8
+    assert clip.has_video and clip.has_audio and clip.path == str(whole) and clip.start_seconds == 0
+
+
+def test_a_frame_is_on_screen_from_its_own_time_on(whole):
+    # Middles of 1 s pieces are 0.5, 1.5, ...: just when the pictures of those times come on.
+    assert_levels(read_clip(whole, frames_per_second=1), [0.5, 1.5, 2.5, 3.5])
+
+
+def test_max_frames_spreads_evenly(whole):
+    clip = read_clip(whole, frames_per_second=10, max_frames=5)
+    np.testing.assert_allclose(clip.frame_times, [0.4, 1.2, 2.0, 2.8, 3.6])
+    assert_levels(clip, [0.4, 1.2, 2.0, 2.8, 3.6])
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.4, [1.25, 3.75]), (0.3, [5 / 3]), (0.1, [2.0])])
+def test_rates_that_do_not_divide_the_length(whole, rate, expected):
+    np.testing.assert_allclose(read_clip(whole, frames_per_second=rate).frame_times, expected)
+
+
+def test_sound_is_16_khz_mono_with_each_tone_at_its_time(whole):
+    clip = read_clip(whole)
+    assert clip.waveform.dtype == np.float32 and clip.waveform.ndim == 1
+    assert abs(len(clip.waveform) - 64000) <= 16000 * 1024 / SOUND_HZ  # AAC ends on a whole packet
+    assert clip.duration_seconds == len(clip.waveform) / 16000
+    for second in range(4):
+        assert abs(pitch(clip.waveform, second + 0.02, second + 0.98) - 400 * (second + 1)) < 2
+    # Two equal channels mix to the same strength: a sine of 0.5 has 0.3536 root mean square.
+    assert abs(np.sqrt(np.mean(clip.waveform[1600:14400] ** 2)) - 0.3536) < 0.01
+
+
+def test_span_cuts_picture_and_sound_alike(whole):
+    clip = read_clip(whole, start_seconds=1.5, end_seconds=3.5, frames_per_second=2)
+    np.testing.assert_allclose(clip.frame_times, [1.75, 2.25, 2.75, 3.25])
+    assert_levels(clip, [1.7, 2.2, 2.7, 3.2])
+    assert (clip.start_seconds, clip.duration_seconds, len(clip.waveform)) == (1.5, 2.0, 32000)
+    assert abs(pitch(clip.waveform, 0.02, 0.48) - 800) < 4
+    assert abs(pitch(clip.waveform, 0.52, 1.48) - 1200) < 4
+
+
+def test_span_reached_by_a_seek_equals_the_same_part_of_the_whole(whole):
+    part, full = (
+        read_clip(whole, start_seconds=3.25, frames_per_second=4),
+        read_clip(whole, frames_per_second=4),
+    )
+    np.testing.assert_allclose(part.frame_times, [3.375, 3.625, 3.875])
+    np.testing.assert_array_equal(part.frames, full.frames[13:])
+    # Sound is placed to the nearest sample: for 1600 Hz at 0.5, half a sample is 0.157, a whole one 0.31.
+    np.testing.assert_allclose(part.waveform, full.waveform[52000:], atol=0.16)
+
+
+def test_variable_frame_rate_goes_by_time_stamps(tmp_path):
+    path = write_clip(tmp_path / "uneven.mp4", picture=[0.0, 0.1, 0.2, 1.9, 2.0, 3.9])
+    clip = read_clip(path, frames_per_second=2, end_seconds=3.5)
+    np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25])
+    assert_levels(clip, [0.2, 0.2, 0.2, 0.2, 2.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts", "mov"])
+@pytest.mark.parametrize("start", [None, 3.0])
+def test_every_container_gives_the_same_clip(tmp_path, suffix, start):
+    path = write_clip(tmp_path / f"clip.{suffix}", picture=tenths(4), gop=10)
+    clip = read_clip(path, frames_per_second=2, start_seconds=start)
+    expected = np.arange(start or 0, 4, 0.5) + 0.25
+    np.testing.assert_allclose(clip.frame_times, expected, atol=1e-6)
+    assert_levels(clip, expected - 0.05)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_sound_that_starts_late_stays_in_step(tmp_path, suffix):
+    path = write_clip(tmp_path / f"late.{suffix}", picture=tenths(3), sound_seconds=1, sound_start=1.5)
+    clip = read_clip(path)
+    assert np.abs(clip.waveform[: round(1.4 * 16000)]).max() == 0
+    assert abs(pitch(clip.waveform, 1.55, 2.45) - 400) < 4
+    onset = np.argmax(np.abs(clip.waveform) > 0.1) / 16000
+    assert abs(onset - 1.5) < 0.03
+    assert_levels(clip, [0.2, 0.7, 1.2, 1.7, 2.2, 2.7])
+    cut = read_clip(path, start_seconds=1.0, end_seconds=2.0)
+    assert abs(np.argmax(np.abs(cut.waveform) > 0.1) / 16000 - 0.5) < 0.03
+
+
+def test_gap_in_the_sound_is_silence():
+    sound = clip_module._Sound()
+    for first in (0.0, 1.0):
+        frame = av.AudioFrame.from_ndarray(np.full((1, 8000), 0.5, np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        sound.add(frame, first)
+    sound.finish()
+    expected = np.repeat(np.array([0.5, 0.0, 0.5], np.float32), 8000)
+    np.testing.assert_allclose(sound.waveform(0.0, math.inf), expected)
+    np.testing.assert_allclose(sound.waveform(0.25, 1.25), expected[4000:20000])
+    assert sound.waveform(1.5, math.inf) is None
+
+
+def test_picture_that_starts_late_has_no_frames_before(tmp_path):
+    path = write_clip(tmp_path / "late.mp4", picture=tenths(3)[10:], sound_seconds=3)
+    clip = read_clip(path)
+    np.testing.assert_allclose(clip.frame_times, [1.25, 1.75, 2.25, 2.75], atol=1e-3)
+    assert_levels(clip, [1.2, 1.7, 2.2, 2.7])
+    assert abs(pitch(clip.waveform, 1.05, 1.95) - 800) < 4
+
+
+@pytest.mark.parametrize(("picture", "sound"), [(2, 4), (4, 2)])
+def test_sound_and_picture_of_different_lengths(tmp_path, picture, sound):
+    clip = read_clip(write_clip(tmp_path / "uneven.mp4", picture=tenths(picture), sound_seconds=sound))
+    assert len(clip.frames) == 2 * picture and clip.frame_times[-1] == picture - 0.25
+    assert abs(len(clip.waveform) / 16000 - sound) < 0.03
+    assert abs(clip.duration_seconds - 4) < 0.03
+
+
+def test_span_after_the_picture_holds_sound_only(tmp_path):
+    path = write_clip(tmp_path / "long.mp4", picture=tenths(1), sound_seconds=4)
+    clip = read_clip(path, start_seconds=2.0, end_seconds=3.0)
+    assert not clip.has_video and clip.frames.shape[0] == 0 and clip.duration_seconds == 1.0
+    assert abs(pitch(clip.waveform, 0.02, 0.98) - 1200) < 4
+
+
+def test_no_sound_and_sound_only(tmp_path):
+    silent = write_clip(tmp_path / "silent.mp4", picture=tenths(1))
+    assert read_clip(silent).waveform is None and not read_clip(silent).has_audio
+    heard = read_clip(write_clip(tmp_path / "heard.m4a", sound_seconds=1.5, container="mp4"))
+    assert len(heard.frames) == len(heard.frame_times) == 0 and not heard.has_video
+    assert abs(heard.duration_seconds - 1.5) < 0.03
+    with pytest.raises(ClipError, match=r"silent\.mp4: holds no sound"):
+        read_clip(silent, video=False)
+
+
+def test_picture_or_sound_alone_on_request(whole):
+    assert read_clip(whole, audio=False).waveform is None
+    assert len(read_clip(whole, video=False).frames) == 0
+    np.testing.assert_array_equal(read_clip(whole, audio=False).frames, read_clip(whole).frames)
+    np.testing.assert_array_equal(read_clip(whole, video=False).waveform, read_clip(whole).waveform)
+
+
+def test_cover_art_is_no_picture(tmp_path):
+    path = tmp_path / "song.mp3"
+    with av.open(str(path), "w") as out:
+        sound, cover = out.add_stream("libmp3lame", rate=SOUND_HZ), out.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 32
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, SOUND_HZ), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = SOUND_HZ, 0
+        picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+        out.mux(cover.encode(picture) + cover.encode(None))
+        out.mux(sound.encode(frame) + sound.encode(None))
+    with av.open(str(path)) as made:
+        assert len(made.streams.video) == 1
+    clip = read_clip(path)
+    assert not clip.has_video and clip.has_audio
+
+
+def test_frame_size_gives_squares_of_the_same_colours(whole):
+    small = read_clip(whole, frame_size=16)
+    assert small.frames.shape == (8, 16, 16, 3)
+    np.testing.assert_allclose(levels(small), levels(read_clip(whole)), atol=0.5)
+
+
+def decode_counted(monkeypatch):
+    """Counts the packets that picture decoders are given."""
+    seen = []
+    real = clip_module._Decoder.decode
+    monkeypatch.setattr(
+        clip_module._Decoder, "decode", lambda self, packet: seen.append(packet.pts) or real(self, packet)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("rate", [0.25, 0.7, 5.0])
+def test_seeking_and_reading_straight_through_give_identical_frames(tmp_path, monkeypatch, suffix, rate):
+    path = write_clip(tmp_path / f"long.{suffix}", picture=tenths(7), gop=7)
+    sought = read_clip(path, frames_per_second=rate, max_frames=99, audio=False)
+    monkeypatch.setattr(clip_module._Source, "counts_frames", property(lambda self: True))
+    monkeypatch.setattr(clip_module, "_note_picture", _note_by_pts)
+    straight = read_clip(path, frames_per_second=rate, max_frames=99, audio=False)
+    np.testing.assert_array_equal(sought.frame_times, straight.frame_times)
+    np.testing.assert_array_equal(sought.frames, straight.frames)
+
+
+def _note_by_pts(survey, packet):
+    if packet.pts is not None:
+        survey.times.append(survey.source.seconds(packet.pts, survey.source.video))
+        survey.picture_end = max(survey.picture_end, survey.times[-1] + 0.1)
+
+
+def test_stretches_without_wanted_frames_are_not_decoded(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "long.mp4", picture=tenths(7), gop=5)
+    seen = decode_counted(monkeypatch)
+    clip = read_clip(path, max_frames=2, audio=False)
+    assert_levels(clip, [1.7, 5.2])
+    # Two keyframe intervals of 5 pictures, a few more for the decoder to put them in order; 70 in all.
+    assert len(seen) < 25
+
+
+@needs_media
+def test_rotation_is_applied():
+    upright, turned = read_clip(MEDIA / "video_0.mov"), read_clip(MEDIA / "video_90.mov")
+    assert upright.frames.shape[1:3] == turned.frames.shape[2:0:-1]
+    with av.open(str(MEDIA / "video_90.mov")) as container:
+        stored = next(container.decode(video=0))
+        assert stored.rotation == -90
+        expected = np.rot90(stored.to_ndarray(format="rgb24"), -1)
+    difference = np.abs(turned.frames[0].astype(int) - expected)
+    # PyAV's own conversion is about 2 levels darker; upside down, the pictures are far apart.
+    assert difference.mean() < 4 < np.abs(np.rot90(turned.frames[0].astype(int), 2) - expected).mean() / 3
+
+
+@needs_media
+@pytest.mark.parametrize("name", MEDIA_NAMES)
+def test_shared_media_reads_or_says_why_not(name):
+    try:
+        clip = read_clip(MEDIA / name, frame_size=48)
+    except ClipError as error:
+        assert name in str(error)
+        return
+    assert clip.has_video or clip.has_audio
+    assert clip.frames.shape[1:] == ((48, 48, 3) if clip.has_video else (0, 0, 3))
+    assert np.all(np.diff(clip.frame_times) > 0) and len(clip.frames) == len(clip.frame_times)
+
+
+@needs_media
+def test_corrupted_file_gives_what_precedes_the_damage(caplog):
+    # Packet 30 of 50 (10 a second) is damaged, with frames 28 and 29 still inside the decoder then.
+    clip = read_clip(MEDIA / "corrupted.mp4")
+    np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
+    assert clip.duration_seconds == pytest.approx(2.8)
+    assert "corrupted.mp4: damaged" in caplog.text and "4 wanted frames lost" in caplog.text
+    with pytest.raises(ClipError, match=r"corrupted\.mp4: is damaged"):
+        read_clip(MEDIA / "corrupted.mp4", start_seconds=4.0)
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.02, 0.2, 0.5, 0.8, 0.95])
+def test_truncated_file_gives_a_right_beginning_or_says_why_not(tmp_path, caplog, share):
+    full = write_clip(tmp_path / "f.mp4", picture=tenths(7), sound_seconds=7, movflags="faststart")
+    data = full.read_bytes()
+    header = data.index(b"mdat")
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(data[: round(header + share * (len(data) - header))])
+    began = time.monotonic()
+    try:
+        clip = read_clip(path)
+    except ClipError as error:
+        assert str(path) in str(error)
+        assert share < 0.1
+        return
+    assert time.monotonic() - began < 2
+    assert clip.duration_seconds < 6.95 and "cut.mp4: breaks off" in caplog.text
+    assert_levels(clip, clip.frame_times - 0.05)
+    if clip.has_audio:
+        expected = read_clip(full).waveform
+        # The last packet of the cut sound has no successor to overlap with.
+        np.testing.assert_allclose(clip.waveform[:-1024], expected[: len(clip.waveform) - 1024], atol=1e-3)
+
+
+def test_damage_in_the_middle_never_gives_wrong_pictures(tmp_path, caplog):
+    full = write_clip(tmp_path / "f.mp4", picture=tenths(7), movflags="faststart", gop=20)
+    data = bytearray(full.read_bytes())
+    middle = (data.index(b"mdat") + len(data)) // 2
+    data[middle : middle + 400] = bytes(255 - b for b in data[middle : middle + 400])
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(data)
+    clip = read_clip(path)
+    assert 1 <= len(clip.frames) < 14 and "wanted frames lost" in caplog.text
+    assert_levels(clip, clip.frame_times - 0.05)
+
+
+@pytest.mark.parametrize(("name", "content"), [("empty.mp4", b""), ("text.mp4", b"not a video\n" * 99)])
+def test_files_that_are_no_video(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ClipError, match=name + ": .*; .*copy"):
+        read_clip(path)
+
+
+def test_text_is_not_shown_as_ansi_art(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello world this is text\n" * 100)
+    with pytest.raises(ClipError, match=r"notes\.txt: is a text file"):
+        read_clip(tmp_path / "notes.txt")
+
+
+def test_missing_file_folder_and_pipe(tmp_path):
+    with pytest.raises(ClipError, match=r"gone\.mp4: there is no such file"):
+        read_clip(tmp_path / "gone.mp4")
+    with pytest.raises(ClipError, match="is a folder"):
+        read_clip(tmp_path)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ClipError, match="not a regular file"):
+        read_clip(tmp_path / "pipe.mp4")
+
+
+def test_file_without_permission(whole, monkeypatch):
+    # Root may read anything, so the refusal is played.
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ClipError, match=r"whole\.mp4: permission denied; give"):
+        read_clip(whole)
+
+
+def test_name_like_an_address(whole, tmp_path, monkeypatch):
+    (tmp_path / "take:1.mp4").write_bytes(whole.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert len(read_clip("take:1.mp4").frames) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"frames_per_second": 0}, "frames_per_second is 0"),
+        ({"frames_per_second": math.nan}, "frames_per_second is nan"),
+        ({"max_frames": 0}, "max_frames is 0"),
+        ({"frame_size": 0}, "frame_size is 0"),
+        ({"start_seconds": -1}, "start_seconds is -1"),
+        ({"start_seconds": 2, "end_seconds": 2}, "end_seconds is 2; it must be greater"),
+        ({"start_seconds": 9.0}, r"start_seconds is 9\.0, but the file ends at 4\.0"),
+        ({"video": False, "audio": False}, "leaves nothing to read"),
+    ],
+)
+def test_arguments_that_make_no_sense(whole, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        read_clip(whole, **arguments)
+
+
+def test_containers_are_closed(whole, tmp_path):
+    (tmp_path / "bad.mp4").write_bytes(whole.read_bytes()[:3000])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        read_clip(whole, max_frames=2)
+        with pytest.raises(ClipError):
+            read_clip(tmp_path / "bad.mp4")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_undamaged_file_gives_no_warning(whole, caplog):
+    with caplog.at_level(logging.WARNING):
+        read_clip(whole)
+    assert caplog.text == ""
+
+
+def test_find_videos(tmp_path):
+    for name in ("b.mp4", "a.MKV", "notes.txt", ".hidden.mp4", "sub/c.wav", ".cache/d.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    given = tmp_path / "notes.txt"
+    inside = [tmp_path / name for name in ("a.MKV", "b.mp4", "sub/c.wav")]
+    assert find_videos([str(given), tmp_path]) == [given, *inside]
+
+
+def test_find_videos_says_what_is_missing(tmp_path):
+    with pytest.raises(ClipError, match="no such file or folder"):
+        find_videos([tmp_path / "gone"])
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ClipError, match=r"holds no video or sound file; known suffixes are .*\.mp4"):
+        find_videos([tmp_path])
