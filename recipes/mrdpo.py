@@ -116,10 +116,10 @@ class MrDpoConfig:
 def main(config: MrDpoConfig) -> None:
     """Run all rounds and rebirth."""
     dist.setup()
+    captioner = Captioner.load(config.model, device=dist.device())
     if dist.is_main():
         claim_folder(config.out, config, name="mrdpo")
-    run = load_run(config)
-    captioner = Captioner.load(config.model, device=dist.device())
+    run = load_run(captioner, config)
     summary = Summary(sft=measure(captioner, run, config.out / "sft"))
     for number in range(1, config.rounds + 1):
         folder = config.out / f"round_{number}"
@@ -146,7 +146,7 @@ class Run:
     judge: Judge
 
 
-def load_run(config: MrDpoConfig) -> Run:
+def load_run(captioner: Captioner, config: MrDpoConfig) -> Run:
     """Render or read the clips and encode them."""
     synth, heldout_synth = config.synth, heldout_config(config.synth, clips=config.heldout_clips)
     train = read_clips(config.references) if config.references else render_clips(config.clips_dir, synth)
@@ -155,7 +155,6 @@ def load_run(config: MrDpoConfig) -> Run:
         if config.heldout_references
         else render_clips(config.clips_dir, heldout_synth)
     )
-    captioner = Captioner.load(config.model, device=dist.device())
     return Run(
         train=train,
         heldout=heldout,

@@ -20,7 +20,7 @@ from salmonn.caption.inputs import Processor
 from salmonn.caption.tokenizer import CLIP, train_tokenizer
 from salmonn.config import claim_folder, run_recipe
 from salmonn.media.synth import SynthConfig
-from salmonn.model.build import CONFIG_NAME, build, tiny
+from salmonn.model.build import CONFIG_NAME, build, load_config, tiny
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.records import Reference, write_json, write_records
 from salmonn.score.judge import RuleJudge
@@ -69,6 +69,8 @@ class SftConfig:
 def main(config: SftConfig) -> None:
     """Run one stage."""
     dist.setup()
+    if config.model != TINY:
+        load_config(config.model)  # a wrong folder is told before anything is rendered
     if dist.is_main():
         claim_folder(config.out, config, name="sft")
     if (config.out / CONFIG_NAME).is_file():

@@ -16,13 +16,11 @@ class Sampling:
         temperature: 0 takes the most likely token each time (greedy).
         top_p: nucleus: the smallest set of tokens with this probability.
         max_new_tokens: limit of an answer's length.
-        repetition_penalty: above 1 makes tokens that occurred less likely.
     """
 
     temperature: float = 0.0
     top_p: float = 0.9
     max_new_tokens: int = 160
-    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -38,7 +36,6 @@ class Sampling:
         return GenerationConfig(
             **(drawn if self.temperature else {"do_sample": False}),
             max_new_tokens=self.max_new_tokens,
-            repetition_penalty=self.repetition_penalty,
             num_return_sequences=num_samples,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,

@@ -20,7 +20,12 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 APPEAR = ("{a} appears", "{a} shows up", "{a} comes into view", "{a} pops up", "{a} can now be seen")
 LEAVE = ("{the} disappears", "{the} vanishes", "{the} goes away", "{the} is gone", "{the} leaves the picture")
 BLINK = ("{the} blinks", "{the} flashes on and off", "{the} flickers", "{the} blinks a few times")
-CHANGE = ("{the} turns {colour}", "{the} becomes {colour}", "{the} changes to {colour}", "{the} changes its colour to {colour}")
+CHANGE = (
+    "{the} turns {colour}",
+    "{the} becomes {colour}",
+    "{the} changes to {colour}",
+    "{the} changes its colour to {colour}",
+)
 MOVE = {
     "left": ("{the} moves to the left", "{the} slides to the left", "{the} moves left", "{the} drifts leftwards"),
     "right": ("{the} moves to the right", "{the} slides to the right", "{the} moves right", "{the} drifts rightwards"),

@@ -56,17 +56,24 @@ class SynthConfig:
     max_sounds: int = 3
 
     def __post_init__(self) -> None:
-        if self.clips < 0:
-            raise ValueError(f"clips must be 0 or more, got {self.clips}")
+        if self.clips < 0 or self.seed < 0 or self.fps < 1:
+            raise ValueError(f"clips, seed and fps must be at least 0, 0 and 1: {self.clips}, {self.seed}, {self.fps}")
         if self.size_pixels < 32 or self.size_pixels % 2:
             raise ValueError(f"size_pixels must be even (H.264 halves the colour planes) and >= 32: {self.size_pixels}")
-        ranges = {"seconds": (self.min_seconds, self.max_seconds), "visual": (self.min_visual, self.max_visual),
-                  "sounds": (self.min_sounds, self.max_sounds)}
+        ranges = {
+            "seconds": (self.min_seconds, self.max_seconds),
+            "visual": (self.min_visual, self.max_visual),
+            "sounds": (self.min_sounds, self.max_sounds),
+        }
         for name, (low, high) in ranges.items():
             if not 0 < low <= high:
                 raise ValueError(f"min_{name} must be above 0 and at most max_{name}, got {low} and {high}")
-        if self.max_sounds > len(SOUNDS):
-            raise ValueError(f"max_sounds must be at most {len(SOUNDS)}, the kinds of sounds, got {self.max_sounds}")
+        # One colour and one sound stay out of every clip, for the mistakes of hasty captions.
+        if self.max_visual >= len(COLOURS) or self.max_sounds >= len(SOUNDS):
+            raise ValueError(
+                f"max_visual must be below {len(COLOURS)}, the number of colours, and max_sounds below "
+                f"{len(SOUNDS)}, the kinds of sounds: got {self.max_visual} and {self.max_sounds}"
+            )
 
 
 @dataclass(frozen=True)
@@ -142,8 +149,10 @@ def draw_scene(rng: random.Random, *, config: SynthConfig) -> Scene:
         if visual and sounds:
             happenings = sorted(visual + sounds, key=lambda happening: happening.start_seconds)
             return Scene(duration, tuple(happenings), diameter, _draw_background(rng), rng.choice((0.0, 0.001, 0.003)))
-    raise ValueError(f"found no scene of {config.min_visual}-{config.max_visual} visual happenings and "
-                     f"{config.min_sounds}-{config.max_sounds} sounds in {config.max_seconds} s: allow more seconds")
+    raise ValueError(
+        f"found no scene of {config.min_visual}-{config.max_visual} visual happenings and "
+        f"{config.min_sounds}-{config.max_sounds} sounds in {config.max_seconds} s: allow more seconds"
+    )
 
 
 def things_at(scene: Scene, seconds: float) -> list[Thing]:
@@ -180,10 +189,12 @@ def _on_frame(seconds: float, *, config: SynthConfig) -> float:
 
 def _draw_background(rng: random.Random) -> tuple[Colour, Colour]:
     """Two dark to middle greys with a tint: every shape colour is at least one channel brighter by far."""
+
     def corner() -> Colour:
         grey = rng.randint(25, 85)
         red, green, blue = (grey + rng.randint(-12, 12) for _ in range(3))
         return red, green, blue
+
     return corner(), corner()
 
 
@@ -214,9 +225,14 @@ def _draw_visual(rng: random.Random, *, duration: float, diameter: int, config: 
     if starts is None:
         return None
     starts = [_on_frame(start, config=config) for start in starts]
-    return [replace(happening, start_seconds=start,
-                    end_seconds=_on_frame(min(start + LONGEST_SECONDS[happening.kind], following), config=config))
-            for happening, start, following in zip(story, starts, [*starts[1:], duration], strict=True)]
+    return [
+        replace(
+            happening,
+            start_seconds=start,
+            end_seconds=_on_frame(min(start + LONGEST_SECONDS[happening.kind], following), config=config),
+        )
+        for happening, start, following in zip(story, starts, [*starts[1:], duration], strict=True)
+    ]
 
 
 def _draw_sounds(rng: random.Random, *, duration: float, config: SynthConfig) -> list[Happening] | None:
@@ -225,9 +241,17 @@ def _draw_sounds(rng: random.Random, *, duration: float, config: SynthConfig) ->
     starts = _spread(rng, needs=[length + QUIET_SECONDS for length in lengths], total=duration)
     if starts is None:
         return None
-    return [Happening("sound", round(start, 2), round(start + length, 2), value=kind,
-                      level=round(rng.uniform(0.2, 0.7), 3), pitch=round(rng.uniform(0.84, 1.28), 3))
-            for kind, start, length in zip(kinds, starts, lengths, strict=True)]
+    return [
+        Happening(
+            "sound",
+            round(start, 2),
+            round(start + length, 2),
+            value=kind,
+            level=round(rng.uniform(0.2, 0.7), 3),
+            pitch=round(rng.uniform(0.84, 1.28), 3),
+        )
+        for kind, start, length in zip(kinds, starts, lengths, strict=True)
+    ]
 
 
 class _Stage:
@@ -264,8 +288,12 @@ class _Stage:
         return None
 
     def _perform(self, kind: Kind) -> Happening | None:
-        options = [(shape, value) for shape in self.present for value in self._values(kind)
-                   if (kind, shape, value) not in self.done]
+        options = [
+            (shape, value)
+            for shape in self.present
+            for value in self._values(kind)
+            if (kind, shape, value) not in self.done
+        ]
         for shape, value in self.rng.sample(options, len(options)):
             colour, place = self.present[shape]
             target = self._target(shape, value) if kind == "move" else place
@@ -283,7 +311,7 @@ class _Stage:
     def _values(self, kind: Kind) -> list[str]:
         if kind == "change":
             # Whoever still waits needs a colour of its own.
-            return self.colours[len(self.waiting):]
+            return self.colours[len(self.waiting) :]
         return list(DIRECTIONS) if kind == "move" else [""]
 
     def _apart(self, place: Place, other: Place) -> bool:

@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from fractions import Fraction
 from pathlib import Path
@@ -65,8 +65,9 @@ def make_clips(
         raise ValueError(f"clip {bad[0]} is out of range: the config has {config.clips} clips")
     _claim_folder(out_dir, config=config)
     references = [describe_clip(config, index=index)[1] for index in indices]
-    absent = [index for index, reference in zip(indices, references, strict=True)
-              if not (out_dir / reference.video).exists()]
+    absent = [
+        index for index, reference in zip(indices, references, strict=True) if not (out_dir / reference.video).exists()
+    ]
     _report(progress, len(references) - len(absent))
     _film_all(absent, out_dir=out_dir, config=config, workers=workers, progress=progress)
     write_records(out_dir / "clips.jsonl", references)
@@ -120,8 +121,9 @@ def write_video(path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float32
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")
     # One thread: clips are small, and the workers fill the cores.
     with av.open(str(temporary), "w") as container:
-        video = container.add_stream("libx264", rate=config.fps,
-                                     options={"preset": "veryfast", "crf": "18", "threads": "1"})
+        video = container.add_stream(
+            "libx264", rate=config.fps, options={"preset": "veryfast", "crf": "18", "threads": "1"}
+        )
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         audio = container.add_stream("aac", rate=config.sample_rate_hz, layout="mono")
         audio.bit_rate = 64_000
@@ -129,14 +131,15 @@ def write_video(path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float32
             container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(video.encode(None))
         samples = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
-        samples.sample_rate, samples.pts, samples.time_base = config.sample_rate_hz, 0, Fraction(1, config.sample_rate_hz)
+        samples.sample_rate, samples.pts = config.sample_rate_hz, 0
+        samples.time_base = Fraction(1, config.sample_rate_hz)
         container.mux(audio.encode(samples))
         container.mux(audio.encode(None))
     temporary.replace(path)
 
 
 def _claim_folder(out_dir: Path, *, config: SynthConfig) -> None:
-    """Refuse a folder of another config; else leave the config there. `clips` may differ: clip i does not depend on it."""
+    """Refuse a folder of another config, `clips` aside since clip i does not depend on it; else leave the config."""
     path = out_dir / "synth.json"
     wanted = dataclasses.asdict(config)
     if path.exists():
@@ -144,7 +147,7 @@ def _claim_folder(out_dir: Path, *, config: SynthConfig) -> None:
         keys = (wanted.keys() | held.keys()) - {"clips"}
         if differing := sorted(key for key in keys if held.get(key) != wanted.get(key)):
             difference = ", ".join(f"{key} {held.get(key)} instead of {wanted.get(key)}" for key in differing)
-            raise ValueError(f"{out_dir} holds clips of another config ({difference}): choose another folder or empty it")
+            raise ValueError(f"{out_dir} holds clips of another config ({difference}): take another folder or empty it")
     (out_dir / "videos").mkdir(parents=True, exist_ok=True)
     write_json(path, wanted)
 
@@ -154,8 +157,14 @@ def _report(progress: Callable[[int], object] | None, number: int) -> None:
         progress(number)
 
 
-def _film_all(indices: Sequence[int], *, out_dir: Path, config: SynthConfig, workers: int | None,
-              progress: Callable[[int], object] | None) -> None:
+def _film_all(
+    indices: Sequence[int],
+    *,
+    out_dir: Path,
+    config: SynthConfig,
+    workers: int | None,
+    progress: Callable[[int], object] | None,
+) -> None:
     chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
     workers = min(workers or len(os.sched_getaffinity(0)), len(chunks))
     film = functools.partial(_film, out_dir=out_dir, config=config)
@@ -169,14 +178,13 @@ def _film_all(indices: Sequence[int], *, out_dir: Path, config: SynthConfig, wor
             _report(progress, done.result())
 
 
-def _film(indices: Iterable[int], *, out_dir: Path, config: SynthConfig) -> int:
+def _film(indices: Sequence[int], *, out_dir: Path, config: SynthConfig) -> int:
     """Film some clips and return how many."""
-    number = 0
-    for number, index in enumerate(indices, start=1):
+    for index in indices:
         scene, reference = describe_clip(config, index=index)
         sound = render_sound(scene, np.random.default_rng((config.seed, index)), config=config)
         write_video(out_dir / reference.video, render_frames(scene, config=config), sound, config=config)
-    return number
+    return len(indices)
 
 
 def _paint(image: Floats, *, mask: Floats, place: tuple[int, int], colour: tuple[int, int, int]) -> None:
@@ -199,9 +207,10 @@ def _mask(shape: str, diameter: int) -> Floats:
     elif shape == "triangle":
         inside = _inside_polygon(x, y, corners=[(0, -0.95), (1, 0.9), (-1, 0.9)])
     else:
-        radii, angles = (1, 0.42) * 5, [math.pi * (step / 5 - 0.5) for step in range(10)]
-        inside = _inside_polygon(x, y, corners=[(r * math.cos(a), r * math.sin(a))
-                                                for r, a in zip(radii, angles, strict=True)])
+        radii, angles = (1, 0.48) * 5, [math.pi * (step / 5 - 0.5) for step in range(10)]
+        inside = _inside_polygon(
+            x, y, corners=[(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+        )
     return inside.reshape(diameter, OVERSAMPLING, diameter, OVERSAMPLING).mean(axis=(1, 3))
 
 
@@ -219,7 +228,7 @@ def _wave(happening: Happening, rng: np.random.Generator, *, seconds: Floats) ->
     kind, length = happening.value, happening.end_seconds - happening.start_seconds
     if kind == "clicks":
         since = _since_pulse(seconds, length=length, number=min(max(round(length / 0.25), 4), 6))
-        return rng.uniform(-1, 1, len(seconds)) * np.exp(-since / 0.006)
+        return rng.uniform(-1, 1, len(seconds)) * np.exp(-since / 0.015)
     if kind == "noise":
         wave = rng.uniform(-1, 1, len(seconds))
     elif kind == "beeps":

@@ -14,6 +14,8 @@ from salmonn.media.scene import Happening, Scene
 from salmonn.records import Event, Question, Reference
 
 FORMS = {"appear": phrases.APPEAR, "leave": phrases.LEAVE, "blink": phrases.BLINK, "change": phrases.CHANGE}
+# "repeated beeps" takes the forms that do not show the number.
+HEARD_PLURAL = ("{sound} can be heard", "we hear {sound}")
 OPENERS = ("", "", "Then ", "Next, ", "After that, ")
 JOINTS = (", and ", ", and then ", " and then ")
 # What goes wrong in a hasty caption: how often an event is left out, and how often a caption has one invented event,
@@ -44,8 +46,15 @@ def write_reference(scene: Scene, rng: random.Random, *, video: str, index: int 
 
 def write_events(happenings: Sequence[Happening]) -> tuple[Event, ...]:
     """One event for each happening, in the canonical words."""
-    return tuple(Event(_canonical(happening), "audio" if happening.kind == "sound" else "visual",
-                       happening.start_seconds, happening.end_seconds) for happening in happenings)
+    return tuple(
+        Event(
+            _canonical(happening),
+            "audio" if happening.kind == "sound" else "visual",
+            happening.start_seconds,
+            happening.end_seconds,
+        )
+        for happening in happenings
+    )
 
 
 def write_caption(happenings: Sequence[Happening], rng: random.Random) -> str:
@@ -88,7 +97,7 @@ def write_questions(scene: Scene, rng: random.Random, *, index: int = 0) -> tupl
     kinds = [QUESTION_KINDS[(first + step) % len(QUESTION_KINDS)] for step in range(len(QUESTION_KINDS))]
     questions: list[Question] = []
     for kind in kinds:
-        options = _ASKERS[kind](_Story(scene), rng)
+        options = _ASKERS[kind](_Story(scene))
         if options and len(questions) < QUESTIONS_A_CLIP:
             questions.append(Question(*rng.choice(options), kind=kind))
     return tuple(questions)
@@ -104,16 +113,15 @@ def _canonical(happening: Happening) -> str:
     if happening.kind == "sound":
         return HEARD[0].format(sound=SOUNDS[happening.value][0])
     forms = MOVE[happening.value] if happening.kind == "move" else FORMS[happening.kind]
-    return forms[0].format(a=_object(happening, article="a"), the=_object(happening, article="the"),
-                           colour=happening.value)
+    return forms[0].format(
+        a=_object(happening, article="a"), the=_object(happening, article="the"), colour=happening.value
+    )
 
 
 def _write_clause(happening: Happening, rng: random.Random, *, before: Happening | None) -> str:
     if happening.kind == "sound":
         sound = rng.choice(SOUNDS[happening.value])
-        # "repeated beeps" is plural and takes the forms that do not show it.
-        heard = [form for form in HEARD if sound.startswith("a ") or form in ("{sound} can be heard", "we hear {sound}")]
-        return rng.choice(heard).format(sound=sound)
+        return rng.choice(HEARD if sound.startswith("a ") else HEARD_PLURAL).format(sound=sound)
     the = _object(happening, article="the")
     if before and before.shape == happening.shape and rng.random() < 0.5:
         the = "it"
@@ -179,8 +187,13 @@ def _invent(rng: random.Random, *, happenings: Sequence[Happening], after: Happe
         return replace(now, kind="move", colour=colour, value=rng.choice(unmoved))
     if kind == "sound":
         return replace(now, kind="sound", shape="", colour="", value=rng.choice(_unheard(happenings)))
-    return replace(now, kind="appear", shape=rng.choice([shape for shape in SHAPES if shape not in shapes]),
-                   colour=rng.choice(_unused_colours(happenings)), value="")
+    return replace(
+        now,
+        kind="appear",
+        shape=rng.choice([shape for shape in SHAPES if shape not in shapes]),
+        colour=rng.choice(_unused_colours(happenings)),
+        value="",
+    )
 
 
 @dataclass(frozen=True)
@@ -199,7 +212,7 @@ class _Story:
 Options = list[tuple[str, str]]  # questions with their answers
 
 
-def _ask_colour(story: _Story, rng: random.Random) -> Options:
+def _ask_colour(story: _Story) -> Options:
     options = []
     for appear in story.all("appear"):
         options.append((f"What colour is the {appear.shape} when it appears?", appear.colour))
@@ -209,19 +222,23 @@ def _ask_colour(story: _Story, rng: random.Random) -> Options:
     return options
 
 
-def _ask_count(story: _Story, rng: random.Random) -> Options:
-    counts = {"How many shapes appear?": len(story.all("appear")),
-              "How many sounds are heard?": len(story.all("sound")),
-              "How many shapes disappear?": len(story.all("leave")),
-              "How many times does a shape move?": len(story.all("move")),
-              "How many shapes blink?": len(story.all("blink"))}
+def _ask_count(story: _Story) -> Options:
+    counts = {
+        "How many shapes appear?": len(story.all("appear")),
+        "How many sounds are heard?": len(story.all("sound")),
+        "How many shapes disappear?": len(story.all("leave")),
+        "How many times does a shape move?": len(story.all("move")),
+        "How many shapes blink?": len(story.all("blink")),
+    }
     return [(question, NUMBERS[count]) for question, count in counts.items()]
 
 
-def _ask_order(story: _Story, rng: random.Random) -> Options:
+def _ask_order(story: _Story) -> Options:
     appears = story.all("appear")
-    options = [("Which shape appears first?", f"the {appears[0].shape}"),
-               ("Which shape appears last?", f"the {appears[-1].shape}")]
+    options = [
+        ("Which shape appears first?", f"the {appears[0].shape}"),
+        ("Which shape appears last?", f"the {appears[-1].shape}"),
+    ]
     if leaves := story.all("leave"):
         options.append(("Which shape disappears first?", f"the {leaves[0].shape}"))
     for appear in appears:
@@ -231,7 +248,7 @@ def _ask_order(story: _Story, rng: random.Random) -> Options:
     return options
 
 
-def _ask_sound(story: _Story, rng: random.Random) -> Options:
+def _ask_sound(story: _Story) -> Options:
     sounds = story.all("sound")
     names = [SOUNDS[sound.value][0] for sound in sounds]
     options = [("Which sound is heard first?", names[0]), ("Which sound is heard last?", names[-1])]
@@ -249,8 +266,8 @@ def _deed(happening: Happening) -> str:
     return _canonical(happening).split(happening.colour + " ", maxsplit=1)[1]
 
 
-def _ask_when(story: _Story, rng: random.Random) -> Options:
-    """One option of a half drawn at random, since beginnings would else make one answer the safe guess."""
+def _ask_when(story: _Story) -> Options:
+    """As many options for one half as for the other, lest one answer be the safe guess."""
     middle = story.scene.duration_seconds / 2
     halves: dict[str, Options] = {"in the first half": [], "in the second half": []}
     # The first happening is always early and would give its answer away.
@@ -263,8 +280,8 @@ def _ask_when(story: _Story, rng: random.Random) -> Options:
             continue
         question = f"{_ask_time(happening)}, in the first half or in the second half?"
         halves[half].append((question, half))
-    known = [options for options in halves.values() if options]
-    return [rng.choice(rng.choice(known))] if known else []
+    early, late = halves.values()
+    return early * len(late) + late * len(early) if early and late else early + late
 
 
 def _ask_time(happening: Happening) -> str:
@@ -274,6 +291,10 @@ def _ask_time(happening: Happening) -> str:
     return " ".join(["When does the", shape, verb.removesuffix("s"), *rest])
 
 
-_ASKERS: dict[str, Callable[[_Story, random.Random], Options]] = {
-    "colour": _ask_colour, "count": _ask_count, "order": _ask_order, "sound": _ask_sound, "when": _ask_when,
+_ASKERS: dict[str, Callable[[_Story], Options]] = {
+    "colour": _ask_colour,
+    "count": _ask_count,
+    "order": _ask_order,
+    "sound": _ask_sound,
+    "when": _ask_when,
 }

@@ -44,8 +44,12 @@ def choose_pairs(
         ValueError: a caption without score or two of one sample number, a video without reference, captions of one
             video on different prompts, or an option out of range.
     """
-    _check(min_gap=min_gap, max_pairs_per_video=max_pairs_per_video, repetition_weight=repetition_weight,
-           max_length_ratio=max_length_ratio)
+    _check(
+        min_gap=min_gap,
+        max_pairs_per_video=max_pairs_per_video,
+        repetition_weight=repetition_weight,
+        max_length_ratio=max_length_ratio,
+    )
     score_of = {(score.video, score.sample): score for score in scores}
     pairs = []
     for video, captions in captions_by_video.items():
@@ -73,11 +77,17 @@ def summarise_pairs(pairs: Sequence[Pair]) -> PairReport:
 
 
 def _check(
-    *, min_gap: float, max_pairs_per_video: int, repetition_weight: float, max_length_ratio: float | None,
+    *,
+    min_gap: float,
+    max_pairs_per_video: int,
+    repetition_weight: float,
+    max_length_ratio: float | None,
 ) -> None:
     if min_gap <= 0 or max_pairs_per_video < 1 or repetition_weight < 0:
-        raise ValueError("min_gap must be > 0, max_pairs_per_video >= 1 and repetition_weight >= 0, got "
-                         f"{min_gap}, {max_pairs_per_video} and {repetition_weight}")
+        raise ValueError(
+            "min_gap must be > 0, max_pairs_per_video >= 1 and repetition_weight >= 0, got "
+            f"{min_gap}, {max_pairs_per_video} and {repetition_weight}"
+        )
     if max_length_ratio is not None and max_length_ratio < 1:
         raise ValueError(f"max_length_ratio is longer / shorter and must be at least 1, got {max_length_ratio}")
 
@@ -91,7 +101,11 @@ class _Rated:
 
 
 def _rate(
-    video: str, captions: Sequence[Caption], *, score_of: Mapping[tuple[str, int], Score], repetition_weight: float,
+    video: str,
+    captions: Sequence[Caption],
+    *,
+    score_of: Mapping[tuple[str, int], Score],
+    repetition_weight: float,
 ) -> list[_Rated]:
     samples = [caption.sample for caption in captions]
     if len(set(samples)) < len(samples) or len({caption.prompt for caption in captions}) > 1:
@@ -107,22 +121,32 @@ def _rate(
 
 
 def _best_pair(
-    rated: Sequence[_Rated], *, min_gap: float, max_length_ratio: float | None,
+    rated: Sequence[_Rated],
+    *,
+    min_gap: float,
+    max_length_ratio: float | None,
 ) -> tuple[_Rated, _Rated] | None:
     best_first = sorted(rated, key=lambda one: (one.badness, -one.num_words, one.caption.sample))
     for chosen in best_first:
         if not chosen.num_words or not chosen.caption.finished:
             continue
         partners = [
-            one for one in rated
+            one
+            for one in rated
             if one.badness > chosen.badness
             and one.total - chosen.total >= min_gap - _ROUNDING
             and one.caption.text.split() != chosen.caption.text.split()
             and (max_length_ratio is None or _length_ratio(one, chosen) <= max_length_ratio)
         ]
         if partners:
-            return chosen, min(partners, key=lambda one, best=chosen: (  # type: ignore[misc]
-                -one.badness, abs(one.num_words - best.num_words), one.caption.sample))
+            return chosen, min(
+                partners,
+                key=lambda one, best=chosen: (  # type: ignore[misc]
+                    -one.badness,
+                    abs(one.num_words - best.num_words),
+                    one.caption.sample,
+                ),
+            )
     return None
 
 

@@ -1,8 +1,8 @@
 """Captions into claims: which event each clause tells of.
 
-`parse_claims` cuts a caption into clauses and reads each by its words, not by templates: colours, shapes, verbs,
-directions and sounds with their synonyms and inflections. It knows the world of synthetic clips
-(`salmonn/media/phrases.py`); the texts of the event list are read by the same parser, so a judge needs texts only.
+`parse_claims` cuts a caption into clauses and reads each by its words (`lexicon.py`), not by templates. It knows the
+world of synthetic clips (`salmonn/media/phrases.py`); the texts of the event list are read by the same parser, so a
+judge needs texts only.
 """
 
 import re
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from salmonn.records import Modality
+from salmonn.score.lexicon import FILLER_WORDS, LEXICON, join_phrases
 
 # What `Claim.details` holds, in order, for each kind; "" stands for a detail that the text does not tell.
 DETAILS = {
@@ -25,104 +26,15 @@ DETAILS = {
 # A clause that is read may hold this many words that mean nothing here; with more, they count as a claim of their own.
 MAX_UNREAD_WORDS = 4
 
-_COLOURS = {
-    "red": "crimson scarlet reddish", "green": "greenish lime emerald", "blue": "bluish azure navy",
-    "yellow": "yellowish golden gold", "purple": "violet purplish lilac lavender", "orange": "amber",
-    "white": "whitish", "pink": "", "black": "", "grey": "gray", "brown": "", "cyan": "turquoise teal", "magenta": "",
-}
-_SHAPES = {
-    "circle": "disc disk dot ball", "square": "box block", "triangle": "", "star": "", "cross": "plus",
-    "rectangle": "", "diamond": "", "oval": "ellipse", "hexagon": "", "pentagon": "", "heart": "", "arrow": "",
-}
-# Verbs and nouns of sound stand here in their plain form; `_forms` adds the regular inflections.
-_VERBS = {
-    "appear": "reappear emerge arrive enter materialise materialize",
-    "leave": "disappear vanish exit gone depart fade remove",
-    "blink": "flash flicker pulse pulsate twinkle",
-    "change": "turn become became",
-    "move": "slide slid drift glide shift travel travelled travelling float go went head fly flies flew roll run "
-            "running ran jump",
-}
-# Verbs that move and say where to; in a clause on a sound they tell how its pitch goes.
-_CLIMBS = {
-    "up": "rise rose ascend climb increase",
-    "down": "sink sank fall fell drop dropped dropping descend decrease",
-}
-_SOUNDS = {
-    "beeps": "beep bleep", "clicks": "click tick", "noise": "hiss static crackle", "low": "deep bass",
-    "high": "shrill", "tone": "sound sweep note pitch hum glissando",
-}
-_DIRECTIONS = {
-    "left": "leftward leftwards", "right": "rightward rightwards", "up": "upward upwards top upper",
-    "down": "downward downwards bottom lower",
-}
-_OTHER = {
-    "one": "one ones", "any": "shape shapes object objects thing things figure figures", "it": "it",
-    "they": "they both them", "a": "a an another",
-    "see": "see seen sees visible shown show shows displayed there present",
-    "hear": "hear heard hears audible play plays played playing", "no": "no not never without nothing none cannot",
-    "from": "from", "at": "on in at near", "that": "that which who",
-}
-_FILLERS = """
-the this these those is are was were be been being has have had having do does can could may will would we
-you i he she and then next after before finally first firstly second secondly third last lastly later again
-once more twice times few time same meanwhile now soon also too still while as when until but so start
-starts started starting begin begins began beginning end ends ended ending stop stops stopped stopping
-finish finishes keeps continues continue remain remains stays middle of for to by into onto over across
-through out off toward towards with within during from about around some all any other each every only just
-quickly slowly suddenly briefly gradually shortly immediately eventually steadily smoothly repeatedly series
-row burst rush repeated pitched frequency clip video scene screen picture frame image view background side
-sides corner centre center edge place position direction way colour color coloured colored seconds moment
-short long brief quick slow happens happen occurs nothing else what where here follows followed back forth
-come comes came coming get gets got getting make makes making two three four five together its itself their
-against
-"""
-
-# Words that mean something only together. Each becomes one word of the tables above, or "" where it says nothing.
-_PLACE = r"(?:the |our )?(?:view|sight|picture|frame|screen|image|scene|clip|video)"
-_PHRASES = (
-    (r"(?:(?:turn|switch|go|flash|blink)\w* )?on and off", "blinks"),
-    (r"(?:is |are )?(?:no longer|not) (?:visible|seen|there|present|shown)(?: any ?more)?", "disappears"),
-    (r"(?:go(?:es|ne|ing)?|went|fad\w+) (?:away|out)|has left", "disappears"),
-    (rf"(?:leaves?|leaving|left|out of) {_PLACE}", "disappears"),
-    (r"(?:shows?|showed|shown|showing|pop(?:s|ped|ping)?|com(?:es?|ing)|came|turn(?:s|ed)?) up", "appears"),
-    (rf"(?:mov|slid|drift|com|fl|glid|cam|pop|fad)\w* in(?:to {_PLACE})?", "appears"),
-    (r"appear(?:s|ed)? to (?!the\b|our\b)|nothing (?:else )?(?:happens|is (?:seen|heard|shown))|in pitch|as well", ""),
-    (r"cross(?:es|ed|ing) (?=the\b|over\b)|mak\w+ (?:its|their) way", "moves "),
-    (r"(?:goes|went) (?=(?:red|green|blue|yellow|purple|violet|orange|white)\b)", "becomes "),
-    (r"(?:is|are) now (?!heard|seen|visible|gone)", "becomes "),
-    (r"(?:dark|black|gr[ae]y|plain|blank|empty)(?: \w+)? (?:background|screen)", ""),
-    (r"one after (?:another|the other)|after (?:that|this)|on ?screen|at once", ""),
-)
-_PHRASE = re.compile("|".join(rf"(?P<p{index}>\b(?:{pattern}))" for index, (pattern, _) in enumerate(_PHRASES)))
-_PHRASE_WORDS = {f"p{index}": word for index, (_, word) in enumerate(_PHRASES)}
 _WORD = re.compile(r"[a-z0-9']+")
 # Where clauses part. What is named first is passed over: these words belong together.
 _BREAK = re.compile(
     r"\bon and off\b|\bback and forth\b|\bover and over\b|\bone after (?:an|the )other\b|\bas well\b|\d[.,]\d"
     r"|(?P<sentence>[.!?;:\n]+)"
     r"|(?P<joint>,|\b(?:and|then|while|whilst|as|when|before|until|after(?!\s+(?:that|this|which)\b)|but|with"
-    r"|meanwhile|(?:followed|accompanied) by)\b)", re.IGNORECASE)
-_FILLER_WORDS = frozenset(_FILLERS.split())
-
-
-def _forms(word: str) -> tuple[str, ...]:
-    stem = word.removesuffix("e")
-    return word, word + "s", word + "es", stem + "ed", stem + "ing"
-
-
-def _words(tag: str, table: dict[str, str], *, inflect: bool = False) -> dict[str, tuple[str, str]]:
-    return {form: (tag, value) for value, words in table.items() for word in (*words.split(), value)
-            for form in (_forms(word) if inflect else (word, word + "s"))}
-
-
-_LEXICON: dict[str, tuple[str, str]] = {
-    **{word: (tag, "") for tag, words in _OTHER.items() for word in words.split()},
-    **_words("direction", _DIRECTIONS), **_words("sound", _SOUNDS, inflect=True),
-    **_words("verb", _VERBS, inflect=True), **_words("colour", _COLOURS),
-    **{word: ("climb", value) for word, (_, value) in _words("", _CLIMBS, inflect=True).items() if word not in _CLIMBS},
-    **_words("shape", _SHAPES), "boxes": ("shape", "square"), "crosses": ("shape", "cross"),
-}
+    r"|meanwhile|(?:followed|accompanied) by)\b)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -176,7 +88,7 @@ def split_clauses(text: str) -> Iterator[Clause]:
     for match in _BREAK.finditer(text):
         if match.lastgroup is None:
             continue
-        piece = text[start:match.start()].strip()
+        piece = text[start : match.start()].strip()
         if piece:
             yield Clause(piece, joint, sentence)
         start = match.end()
@@ -222,9 +134,15 @@ class _Sketch:
         if not sounds & {"tone", "beeps", "clicks", "noise"} and (self.things or self.verbs or not sounds):
             return None
         climbs = set() if self.things else {*self.directions, *(value for kind, value in self.verbs if kind == "move")}
-        tests = (("beeps", "beeps" in sounds), ("clicks", "clicks" in sounds), ("rising sweep", "up" in climbs),
-                 ("falling sweep", "down" in climbs), ("noise", "noise" in sounds), ("low tone", "low" in sounds),
-                 ("high tone", "high" in sounds))
+        tests = (
+            ("beeps", "beeps" in sounds),
+            ("clicks", "clicks" in sounds),
+            ("rising sweep", "up" in climbs),
+            ("falling sweep", "down" in climbs),
+            ("noise", "noise" in sounds),
+            ("low tone", "low" in sounds),
+            ("high tone", "high" in sounds),
+        )
         return next((kind for kind, found in tests if found), "")
 
 
@@ -237,7 +155,7 @@ class _Sketcher:
         self.behind_from = self.behind_at = False
 
     def take(self, word: str) -> None:
-        tag, value = _LEXICON.get(word, ("", ""))
+        tag, value = LEXICON.get(word, ("", ""))
         if tag in ("verb", "climb"):
             self.sketch.verbs.append([value, ""] if tag == "verb" else ["move", value])
         elif tag in ("shape", "any", "one"):
@@ -252,7 +170,7 @@ class _Sketcher:
             self.sketch.sounds.add(value)
         elif tag:
             self._take_sign(tag)
-        elif word not in _FILLER_WORDS and not word.isdigit():
+        elif word not in FILLER_WORDS and not word.isdigit():
             self._take_unknown(word)
 
     def _take_unknown(self, word: str) -> None:
@@ -315,7 +233,7 @@ class _Sketcher:
 def _sketch(text: str) -> _Sketch:
     """Sketch a clause in lower case. Cached, since captions of one world share most of their clauses: do not change."""
     sketcher = _Sketcher()
-    for word in _WORD.findall(_PHRASE.sub(lambda match: f" {_PHRASE_WORDS[match.lastgroup or '']} ", text)):
+    for word in _WORD.findall(join_phrases(text)):
         sketcher.take(word)
     sketch = sketcher.sketch
     # "slides out of view" goes away, that is all.
@@ -422,8 +340,10 @@ class _Reader:
         return True
 
     def _tell(self, things: list[_Thing], verbs: list[list[str]], text: str) -> None:
-        pending = [(_Thing(thing.colour, things[0].shape if thing.word == "short" and things else thing.shape), place)
-                   for thing, place in self.pending]
+        pending = [
+            (_Thing(thing.colour, things[0].shape if thing.word == "short" and things else thing.shape), place)
+            for thing, place in self.pending
+        ]
         self.pending = []
         # "(with the circle) as it blinks" names one object twice.
         subjects = [*pending, *((thing, text) for thing in things if all(thing != other for other, _ in pending))]

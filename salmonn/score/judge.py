@@ -49,15 +49,24 @@ class RuleJudge:
         unordered = _out_of_order(reference.events, events, told=[exact[place] for place in sorted(exact)])
         wrong = {*unordered, *close.values()}
         missed = [event for event in range(len(events)) if event not in wrong and event not in exact.values()]
-        invented = [claim.clause for place, claim in enumerate(claims)
-                    if place not in exact and place not in close and not _repeats(claims, place, exact=exact)]
+        invented = [
+            claim.clause
+            for place, claim in enumerate(claims)
+            if place not in exact and place not in close and not _repeats(claims, place, exact=exact)
+        ]
         repeated, num_words = repeated_words(caption.text)
         return Score(
-            video=reference.video, sample=caption.sample, num_events=len(events),
-            missing=len(missed), incorrect=len(wrong), hallucinated=len(invented),
-            num_words=num_words, num_repeated_words=repeated,
+            video=reference.video,
+            sample=caption.sample,
+            num_events=len(events),
+            missing=len(missed),
+            incorrect=len(wrong),
+            hallucinated=len(invented),
+            num_words=num_words,
+            num_repeated_words=repeated,
             missed=tuple(reference.events[event].text for event in missed),
-            wrong=tuple(reference.events[event].text for event in sorted(wrong)), invented=tuple(invented),
+            wrong=tuple(reference.events[event].text for event in sorted(wrong)),
+            invented=tuple(invented),
         )
 
 
@@ -69,22 +78,32 @@ def score_captions(references: Mapping[str, Reference], captions: Sequence[Capti
     """
     strangers = sorted({caption.video for caption in captions} - set(references))
     if strangers:
-        raise ValueError(f"{len(strangers)} captioned videos have no reference, first {strangers[0]}: "
-                         "score against the references of the same set")
+        raise ValueError(
+            f"{len(strangers)} captioned videos have no reference, first {strangers[0]}: "
+            "score against the references of the same set"
+        )
     uncaptioned = [video for video in references if video not in {caption.video for caption in captions}]
     if uncaptioned:
-        logger.warning("%d of %d references have no caption and count as all missing, first %s",
-                       len(uncaptioned), len(references), uncaptioned[0])
-    return [judge.judge(references[caption.video], caption)
-            for caption in (*captions, *(Caption(video=video, text="") for video in uncaptioned))]
+        logger.warning(
+            "%d of %d references have no caption and count as all missing, first %s",
+            len(uncaptioned),
+            len(references),
+            uncaptioned[0],
+        )
+    return [
+        judge.judge(references[caption.video], caption)
+        for caption in (*captions, *(Caption(video=video, text="") for video in uncaptioned))
+    ]
 
 
 @lru_cache(maxsize=65536)
 def _read_event(text: str) -> Claim:
     claims = parse_claims(text)
     if len(claims) != 1 or claims[0].kind == "unreadable":
-        raise ValueError(f"the rule judge cannot read the event {text!r} as one claim: it knows synthetic clips only, "
-                         "use another judge for other videos")
+        raise ValueError(
+            f"the rule judge cannot read the event {text!r} as one claim: it knows synthetic clips only, "
+            "use another judge for other videos"
+        )
     return claims[0]
 
 
@@ -94,8 +113,11 @@ def _key(claim: Claim) -> tuple[str, tuple[str, ...]]:
 
 def _repeats(claims: Sequence[Claim], place: int, *, exact: Mapping[int, int]) -> bool:
     """Whether the claim says what an earlier one says, or a later one that is taken to tell the event."""
-    return any(_key(claims[place]) == _key(claim) and (other < place or other in exact)
-               for other, claim in enumerate(claims) if other != place)
+    return any(
+        _key(claims[place]) == _key(claim) and (other < place or other in exact)
+        for other, claim in enumerate(claims)
+        if other != place
+    )
 
 
 def _match_exact(claims: Sequence[Claim], events: Sequence[Claim]) -> dict[int, int]:
@@ -178,7 +200,7 @@ def _out_of_order(events: Sequence[Event], read: Sequence[Claim], *, told: Seque
     """
     clashes = {event: set[int]() for event in told}
     for place, earlier in enumerate(told):
-        for later in told[place + 1:]:
+        for later in told[place + 1 :]:
             if read[earlier].modality == read[later].modality and _precedes(events[later], events[earlier]):
                 clashes[earlier].add(later)
                 clashes[later].add(earlier)

@@ -19,7 +19,9 @@ _CUT = re.compile(rf"\s*,\s*|(?<!\band)(?<!\bbut)\s+(?=(?:{_CONJUNCTION})\b)", r
 # What leads a clause in without being part of it.
 _LEAD = re.compile(
     rf"\W*(?:(?:at the (?:start|end|same time|beginning)|in the end|after (?:that|this)|next|finally|first"
-    rf"|afterwards|also|so|{_CONJUNCTION})\b\W*)*", re.IGNORECASE)
+    rf"|afterwards|also|so|{_CONJUNCTION})\b\W*)*",
+    re.IGNORECASE,
+)
 _PRONOUNS = frozenset(("it", "they", "he", "she", "this", "these"))
 # With these a clause has a subject of its own; any other clause shares the subject of the clause before.
 _SUBJECTS = frozenset(("a", "an", "the", "another", "there", "here", "we", "you", "i", "one", "some", "two", "three"))
@@ -55,9 +57,12 @@ def rates(scores: Sequence[Score], *, qa_accuracy: float | None = None) -> Rates
     hallucination = sum(score.incorrect + score.hallucinated for score in scores) / num_events
     num_words = sum(score.num_words for score in scores)
     return Rates(
-        missing=missing, hallucination=hallucination, total=missing + hallucination,
+        missing=missing,
+        hallucination=hallucination,
+        total=missing + hallucination,
         repetition=sum(score.num_repeated_words for score in scores) / max(num_words, 1),
-        qa_accuracy=qa_accuracy, clips=len({score.video for score in scores}),
+        qa_accuracy=qa_accuracy,
+        clips=len({score.video for score in scores}),
     )
 
 
@@ -69,8 +74,11 @@ def qa_accuracy(references: Mapping[str, Reference], answers: Sequence[Caption])
     Raises:
         ValueError: there is no question; or an answer to a question that is not in the references, or a second one.
     """
-    truths = {(video, question.question): question.answer
-              for video, reference in references.items() for question in reference.questions}
+    truths = {
+        (video, question.question): question.answer
+        for video, reference in references.items()
+        for question in reference.questions
+    }
     if not truths:
         raise ValueError("the references hold no questions")
     given: dict[tuple[str, str], str] = {}

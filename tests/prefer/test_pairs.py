@@ -10,10 +10,14 @@ REFERENCES = {"v": Reference("v", caption="the truth"), "w": Reference("w")}
 
 def choose(*drawn: tuple, **options) -> list[tuple[str, str]]:
     """Pairs of texts from (text, errors of 10 events, repeated words of 10, finished)."""
-    captions = [Caption("v", text, "Tell.", sample=sample, finished=finished)
-                for sample, (text, _, _, finished) in enumerate(drawn)]
-    scores = [Score("v", 10, wrong, 0, 0, num_words=10, num_repeated_words=repeated, sample=sample)
-              for sample, (_, wrong, repeated, _) in enumerate(drawn)]
+    captions = [
+        Caption("v", text, "Tell.", sample=sample, finished=finished)
+        for sample, (text, _, _, finished) in enumerate(drawn)
+    ]
+    scores = [
+        Score("v", 10, wrong, 0, 0, num_words=10, num_repeated_words=repeated, sample=sample)
+        for sample, (_, wrong, repeated, _) in enumerate(drawn)
+    ]
     return [(pair.chosen, pair.rejected) for pair in choose_pairs({"v": captions}, scores, REFERENCES, **options)]
 
 
@@ -47,7 +51,8 @@ def test_never_chosen():
 
 def test_ties_lean_to_length():
     assert choose(("a", 1, 0, True), ("a b c", 1, 0, True), ("x y z v w", 5, 0, True), ("x y", 5, 0, True)) == [
-        ("a b c", "x y")]
+        ("a b c", "x y")
+    ]
     assert choose(("a", 1, 0, True), ("b", 1, 0, True), ("x", 5, 0, True), ("y", 5, 0, True)) == [("a", "x")]
 
 
@@ -66,8 +71,12 @@ def test_more_pairs_use_other_captions():
 
 def test_every_video_by_itself():
     captions = {video: [Caption(video, text, sample=sample) for sample, text in enumerate("ab")] for video in "vw"}
-    scores = [Score("v", 10, 0, 0, 0), Score("v", 10, 5, 0, 0, sample=1),
-              Score("w", 10, 9, 0, 0), Score("w", 10, 8, 0, 0, sample=1)]
+    scores = [
+        Score("v", 10, 0, 0, 0),
+        Score("v", 10, 5, 0, 0, sample=1),
+        Score("w", 10, 9, 0, 0),
+        Score("w", 10, 8, 0, 0, sample=1),
+    ]
     pairs = choose_pairs(captions, scores, REFERENCES)
     assert [(pair.video, pair.chosen) for pair in pairs] == [("v", "a"), ("w", "b")]
 
@@ -83,8 +92,12 @@ def test_refuses():
         choose_pairs({"v": [caption, caption]}, [score], REFERENCES)
     with pytest.raises(ValueError, match="one prompt"):
         choose_pairs({"v": [caption, Caption("v", "b", "Tell.", sample=1)]}, [score], REFERENCES)
-    for options in ({"min_gap": 0.0}, {"max_pairs_per_video": 0}, {"repetition_weight": -1.0},
-                    {"max_length_ratio": 0.9}):
+    for options in (
+        {"min_gap": 0.0},
+        {"max_pairs_per_video": 0},
+        {"repetition_weight": -1.0},
+        {"max_length_ratio": 0.9},
+    ):
         with pytest.raises(ValueError, match="got"):
             choose_pairs({"v": [caption]}, [score], REFERENCES, **options)
 

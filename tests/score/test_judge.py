@@ -23,20 +23,42 @@ EVENTS = (
     Event("a series of beeps is heard", "audio", 4.0, 5.0),
     Event("the blue circle disappears", "visual", 4.5, 5.0),
 )
-TELLS_ALL = ("A red circle appears. A low tone is heard. The red circle moves to the left. The red circle turns blue. "
-             "A series of beeps is heard. The blue circle disappears.")
-CONNECTIVES = (
-    "{}.", "First, {}.", "At the start, {}.", "Then {}.", "Next, {}.", "After that, {}.", "Finally, {}.",
-    "Meanwhile, {}.", "At the same time, {}.", "A white cross blinks, and {}.", "A white cross blinks and {}.",
-    "A white cross blinks, and then {}.", "A white cross blinks and then {}.", "A white cross blinks while {}.",
-    "{}, and a white cross blinks.", "{} while a white cross blinks.", "While {}, a white cross blinks.",
+TELLS_ALL = (
+    "A red circle appears. A low tone is heard. The red circle moves to the left. The red circle turns blue. "
+    "A series of beeps is heard. The blue circle disappears."
 )
-VISUAL_FORMS = [(form, kind, ()) for kind, forms in
-                {"appear": phrases.APPEAR, "leave": phrases.LEAVE, "blink": phrases.BLINK}.items() for form in forms]
+CONNECTIVES = (
+    "{}.",
+    "First, {}.",
+    "At the start, {}.",
+    "Then {}.",
+    "Next, {}.",
+    "After that, {}.",
+    "Finally, {}.",
+    "Meanwhile, {}.",
+    "At the same time, {}.",
+    "A white cross blinks, and {}.",
+    "A white cross blinks and {}.",
+    "A white cross blinks, and then {}.",
+    "A white cross blinks and then {}.",
+    "A white cross blinks while {}.",
+    "{}, and a white cross blinks.",
+    "{} while a white cross blinks.",
+    "While {}, a white cross blinks.",
+)
+VISUAL_FORMS = [
+    (form, kind, ())
+    for kind, forms in {"appear": phrases.APPEAR, "leave": phrases.LEAVE, "blink": phrases.BLINK}.items()
+    for form in forms
+]
 VISUAL_FORMS += [(form, "move", (direction,)) for direction, forms in phrases.MOVE.items() for form in forms]
 VISUAL_FORMS += [(form, "change", ("purple",)) for form in phrases.CHANGE]
-SOUND_FORMS = [(heard.format(sound=sound), kind) for kind, sounds in phrases.SOUNDS.items() for sound in sounds
-               for heard in phrases.HEARD]
+SOUND_FORMS = [
+    (heard.format(sound=sound), kind)
+    for kind, sounds in phrases.SOUNDS.items()
+    for sound in sounds
+    for heard in phrases.HEARD
+]
 
 
 def judge(text: str, events: tuple[Event, ...] = EVENTS) -> Score:
@@ -77,60 +99,89 @@ def test_reads_every_sound_phrasing_with_every_connective(clause, kind, connecti
     assert sorted(read(connective.format(clause))) == sorted([("sound", kind), *others])
 
 
-@pytest.mark.parametrize(("text", "claims"), [
-    # two objects of one verb, lists, two verbs of one object
-    ("A red circle and a blue square appear.", [("appear", "red", "circle"), ("appear", "blue", "square")]),
-    ("We see a red circle, a blue square and a green star.",
-     [("appear", "red", "circle"), ("appear", "blue", "square"), ("appear", "green", "star")]),
-    ("There is a red circle and a blue star moves up.", [("appear", "red", "circle"), ("move", "blue", "star", "up")]),
-    ("A red and a blue circle appear.", [("appear", "red", "circle"), ("appear", "blue", "circle")]),
-    ("A red circle appears and moves up, then vanishes.",
-     [("appear", "red", "circle"), ("move", "red", "circle", "up"), ("leave", "red", "circle")]),
-    ("There is a red circle that moves to the left.", [("appear", "red", "circle"), ("move", "red", "circle", "left")]),
-    # synonyms and inflections
-    ("A violet disc vanished.", [("leave", "purple", "circle")]),
-    ("The yellow box was blinking.", [("blink", "yellow", "square")]),
-    ("The red dot moved leftwards.", [("move", "red", "circle", "left")]),
-    ("The red star goes up.", [("move", "red", "star", "up")]),
-    ("The red star goes away.", [("leave", "red", "star")]),
-    ("The red star flashes on and off.", [("blink", "red", "star")]),
-    ("The red star leaves the picture on the left.", [("leave", "red", "star")]),
-    ("The red star is no longer visible.", [("leave", "red", "star")]),
-    ("The red star slides out of view.", [("leave", "red", "star")]),
-    # places are no directions
-    ("A red star appears at the top left.", [("appear", "red", "star")]),
-    ("A red star on the left moves from left to right.", [("move", "red", "star", "right")]),
-    ("The red star moves up and down.", [("move", "red", "star", "up"), ("move", "red", "star", "down")]),
-    # it, they, the shape, one
-    ("A red star and a blue cross appear. It blinks.",
-     [("appear", "red", "star"), ("appear", "blue", "cross"), ("blink", "blue", "cross")]),
-    ("A red star and a blue cross appear. The star blinks and they vanish.",
-     [("appear", "red", "star"), ("appear", "blue", "cross"), ("blink", "red", "star"), ("leave", "blue", "cross"),
-      ("leave", "red", "star")]),
-    ("A red star appears, then a blue one. The red shape blinks.",
-     [("appear", "red", "star"), ("appear", "blue", "star"), ("blink", "red", "star")]),
-    # colours that change
-    ("The red star turns blue, then it leaves.", [("change", "red", "star", "blue"), ("leave", "blue", "star")]),
-    ("The red star changes from red to blue and then to green.",
-     [("change", "red", "star", "blue"), ("change", "blue", "star", "green")]),
-    ("The red star is now blue. The star blinks.", [("change", "red", "star", "blue"), ("blink", "blue", "star")]),
-    # sounds, active and passive
-    ("We hear a shrill note.", [("sound", "high tone")]),
-    ("A bass tone sounds while clicking is audible.", [("sound", "low tone"), ("sound", "clicks")]),
-    ("A tone rises in pitch.", [("sound", "rising sweep")]),
-    ("A low and a high tone are heard.", [("sound", "low tone"), ("sound", "high tone")]),
-    ("A red star appears with white noise.", [("appear", "red", "star"), ("sound", "noise")]),
-    # order of telling is not order of time
-    ("The red star blinks after the blue cross vanishes.", [("leave", "blue", "cross"), ("blink", "red", "star")]),
-    ("Before the red star blinks, the blue cross vanishes.", [("leave", "blue", "cross"), ("blink", "red", "star")]),
-    # nothing is told, or nothing that can be read
-    ("", []),
-    ("Then nothing else happens. The clip ends.", []),
-    ("The red star does not move and no sound is heard.", []),
-    ("A dog barks.", [("unreadable", "a dog barks")]),
-    ("A red star appears. A dog moves up.", [("appear", "red", "star"), ("unreadable", "a dog moves up")]),
-    ("Music plays.", [("sound", "music")]),
-])
+@pytest.mark.parametrize(
+    ("text", "claims"),
+    [
+        # two objects of one verb, lists, two verbs of one object
+        ("A red circle and a blue square appear.", [("appear", "red", "circle"), ("appear", "blue", "square")]),
+        (
+            "We see a red circle, a blue square and a green star.",
+            [("appear", "red", "circle"), ("appear", "blue", "square"), ("appear", "green", "star")],
+        ),
+        (
+            "There is a red circle and a blue star moves up.",
+            [("appear", "red", "circle"), ("move", "blue", "star", "up")],
+        ),
+        ("A red and a blue circle appear.", [("appear", "red", "circle"), ("appear", "blue", "circle")]),
+        (
+            "A red circle appears and moves up, then vanishes.",
+            [("appear", "red", "circle"), ("move", "red", "circle", "up"), ("leave", "red", "circle")],
+        ),
+        (
+            "There is a red circle that moves to the left.",
+            [("appear", "red", "circle"), ("move", "red", "circle", "left")],
+        ),
+        # synonyms and inflections
+        ("A violet disc vanished.", [("leave", "purple", "circle")]),
+        ("The yellow box was blinking.", [("blink", "yellow", "square")]),
+        ("The red dot moved leftwards.", [("move", "red", "circle", "left")]),
+        ("The red star goes up.", [("move", "red", "star", "up")]),
+        ("The red star goes away.", [("leave", "red", "star")]),
+        ("The red star flashes on and off.", [("blink", "red", "star")]),
+        ("The red star leaves the picture on the left.", [("leave", "red", "star")]),
+        ("The red star is no longer visible.", [("leave", "red", "star")]),
+        ("The red star slides out of view.", [("leave", "red", "star")]),
+        # places are no directions
+        ("A red star appears at the top left.", [("appear", "red", "star")]),
+        ("A red star on the left moves from left to right.", [("move", "red", "star", "right")]),
+        ("The red star moves up and down.", [("move", "red", "star", "up"), ("move", "red", "star", "down")]),
+        # it, they, the shape, one
+        (
+            "A red star and a blue cross appear. It blinks.",
+            [("appear", "red", "star"), ("appear", "blue", "cross"), ("blink", "blue", "cross")],
+        ),
+        (
+            "A red star and a blue cross appear. The star blinks and they vanish.",
+            [
+                ("appear", "red", "star"),
+                ("appear", "blue", "cross"),
+                ("blink", "red", "star"),
+                ("leave", "blue", "cross"),
+                ("leave", "red", "star"),
+            ],
+        ),
+        (
+            "A red star appears, then a blue one. The red shape blinks.",
+            [("appear", "red", "star"), ("appear", "blue", "star"), ("blink", "red", "star")],
+        ),
+        # colours that change
+        ("The red star turns blue, then it leaves.", [("change", "red", "star", "blue"), ("leave", "blue", "star")]),
+        (
+            "The red star changes from red to blue and then to green.",
+            [("change", "red", "star", "blue"), ("change", "blue", "star", "green")],
+        ),
+        ("The red star is now blue. The star blinks.", [("change", "red", "star", "blue"), ("blink", "blue", "star")]),
+        # sounds, active and passive
+        ("We hear a shrill note.", [("sound", "high tone")]),
+        ("A bass tone sounds while clicking is audible.", [("sound", "low tone"), ("sound", "clicks")]),
+        ("A tone rises in pitch.", [("sound", "rising sweep")]),
+        ("A low and a high tone are heard.", [("sound", "low tone"), ("sound", "high tone")]),
+        ("A red star appears with white noise.", [("appear", "red", "star"), ("sound", "noise")]),
+        # order of telling is not order of time
+        ("The red star blinks after the blue cross vanishes.", [("leave", "blue", "cross"), ("blink", "red", "star")]),
+        (
+            "Before the red star blinks, the blue cross vanishes.",
+            [("leave", "blue", "cross"), ("blink", "red", "star")],
+        ),
+        # nothing is told, or nothing that can be read
+        ("", []),
+        ("Then nothing else happens. The clip ends.", []),
+        ("The red star does not move and no sound is heard.", []),
+        ("A dog barks.", [("unreadable", "a dog barks")]),
+        ("A red star appears. A dog moves up.", [("appear", "red", "star"), ("unreadable", "a dog moves up")]),
+        ("Music plays.", [("sound", "music")]),
+    ],
+)
 def test_reads_claims(text, claims):
     # "they" lists objects from the one named longest ago, so orders within a clause are left open there
     found = read(text)
@@ -142,21 +193,24 @@ def test_claim_keeps_its_clause():
     assert (claim.clause, claim.num_words, claim.modality) == ("It Blinks", 2, "visual")
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    (TELLS_ALL, (0, 0, 0)),
-    ("", (6, 0, 0)),
-    ("Lorem ipsum dolor sit amet.", (6, 0, 1)),
-    ("Lorem ipsum. Dolor sit. Lorem ipsum.", (6, 0, 2)),
-    (TELLS_ALL.replace("moves to the left", "moves to the right"), (0, 1, 0)),
-    (TELLS_ALL.replace("A red circle appears", "A green circle appears"), (0, 1, 0)),
-    (TELLS_ALL.replace("A red circle appears", "A green star appears"), (1, 0, 1)),  # two details wrong
-    (TELLS_ALL.replace("A low tone", "A shrill tone"), (0, 1, 0)),
-    (TELLS_ALL.replace("turns blue", "turns green"), (0, 1, 0)),
-    (TELLS_ALL + " A green star blinks.", (0, 0, 1)),
-    (TELLS_ALL + " A green star blinks. The green star flickers.", (0, 0, 1)),  # the second is repetition
-    (TELLS_ALL + " " + TELLS_ALL, (0, 0, 0)),  # repetition is measured apart
-    ("A circle appears.", (5, 1, 0)),  # vague: the colour is not told
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (TELLS_ALL, (0, 0, 0)),
+        ("", (6, 0, 0)),
+        ("Lorem ipsum dolor sit amet.", (6, 0, 1)),
+        ("Lorem ipsum. Dolor sit. Lorem ipsum.", (6, 0, 2)),
+        (TELLS_ALL.replace("moves to the left", "moves to the right"), (0, 1, 0)),
+        (TELLS_ALL.replace("A red circle appears", "A green circle appears"), (0, 1, 0)),
+        (TELLS_ALL.replace("A red circle appears", "A green star appears"), (1, 0, 1)),  # two details wrong
+        (TELLS_ALL.replace("A low tone", "A shrill tone"), (0, 1, 0)),
+        (TELLS_ALL.replace("turns blue", "turns green"), (0, 1, 0)),
+        (TELLS_ALL + " A green star blinks.", (0, 0, 1)),
+        (TELLS_ALL + " A green star blinks. The green star flickers.", (0, 0, 1)),  # the second is repetition
+        (TELLS_ALL + " " + TELLS_ALL, (0, 0, 0)),  # repetition is measured apart
+        ("A circle appears.", (5, 1, 0)),  # vague: the colour is not told
+    ],
+)
 def test_classes_of_errors(text, expected):
     assert errors(text) == expected
 
@@ -192,8 +246,11 @@ def test_overlapping_or_untimed_events_may_come_in_any_order():
 
 
 def test_an_event_that_comes_twice():
-    twice = (Event("the red star blinks", "visual", 0, 1), Event("the red star moves up", "visual", 2, 3),
-             Event("the red star blinks", "visual", 4, 5))
+    twice = (
+        Event("the red star blinks", "visual", 0, 1),
+        Event("the red star moves up", "visual", 2, 3),
+        Event("the red star blinks", "visual", 4, 5),
+    )
     assert errors("The red star blinks, moves up and blinks.", twice) == (0, 0, 0)
     assert errors("The red star moves up and blinks.", twice) == (1, 0, 0)  # the second blink, told in order
     assert errors("The red star blinks. It blinks. It blinks.", twice) == (1, 0, 0)
@@ -227,7 +284,9 @@ def test_score_captions_counts_every_reference(caplog):
     known = {"v.mp4": Reference("v.mp4", EVENTS), "w.mp4": Reference("w.mp4", EVENTS[:2])}
     scores = score_captions(known, [Caption("v.mp4", TELLS_ALL, sample=3)], RuleJudge())
     assert [(score.video, score.sample, score.missing, score.num_events) for score in scores] == [
-        ("v.mp4", 3, 0, 6), ("w.mp4", 0, 2, 2)]
+        ("v.mp4", 3, 0, 6),
+        ("w.mp4", 0, 2, 2),
+    ]
     assert "1 of 2 references have no caption" in caplog.text
     with pytest.raises(ValueError, match=r"x\.mp4"):
         score_captions(known, [Caption("x.mp4", "")], RuleJudge())
@@ -264,8 +323,10 @@ def test_dropped_events_are_missing_and_modalities_mix_freely(data):
     assert errors(text, events) == (len(events) - len(told), 0, 0)
 
 
-WORDS = ("a the red blue star it they one there turns from moves left up vanishes that tone heard high not and , . "
-         "after before with dog on is now to")
+WORDS = (
+    "a the red blue star it they one there turns from moves left up vanishes that tone heard high not and , . "
+    "after before with dog on is now to"
+)
 SALAD = st.lists(st.sampled_from(WORDS.split()), max_size=25).map(" ".join)
 
 

@@ -1,0 +1,165 @@
+"""The second pass over a file: decodes the frames on screen at the wanted times, seeking between them."""
+
+import logging
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from salmonn.media.container import Damage, Decoder, Source, cause_of, reopen
+from salmonn.media.survey import SLACK_SECONDS, Survey
+
+logger = logging.getLogger(__name__)
+
+# Without these two flags, libswscale's colours come out 0.5 (full size) to 1.8 (scaled) levels too dark.
+_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+
+
+class _SeekMissed(Exception):
+    """A seek landed after the frame it was for."""
+
+
+def wanted_times(survey: Survey, *, start: float, end: float, rate: float, max_frames: int) -> np.ndarray:
+    """When to look at the screen: the middles of equal pieces of the picture's part of the span.
+
+    Args:
+        survey: what the first pass learnt.
+        start, end: the span, in seconds.
+        rate: pieces for each second.
+        max_frames: the most pieces.
+
+    Returns:
+        (F,) float64, rising; F is 0 where the span holds no picture.
+    """
+    if not survey.times:
+        return np.zeros(0)
+    first = max(start, survey.times[0])
+    length = min(end, survey.picture_end) - first
+    if length <= 0:
+        return np.zeros(0)
+    # A piece counts where its middle lies inside, hence the half.
+    count = math.ceil(length * rate - 0.5 - SLACK_SECONDS)
+    piece = 1.0 / rate
+    if not 1 <= count <= max_frames:
+        count = 1 if count < 1 else max_frames
+        piece = length / count
+    return first + (np.arange(count) + 0.5) * piece
+
+
+def take_frames(
+    survey: Survey, wanted: np.ndarray, *, frame_size: int | None, stack: ExitStack
+) -> list[np.ndarray | None]:
+    """Decode the frames on screen at the wanted times; what is damaged is noted in the survey.
+
+    Args:
+        survey: what the first pass learnt.
+        wanted: (F,) times, rising; at least one.
+        frame_size: height and width to scale to; None keeps the size.
+        stack: closes the file where it must be opened again.
+
+    Returns:
+        (H, W, 3) uint8 frames, None where undecodable; fewer than F where the rest is damaged.
+    """
+    source = survey.source
+    if not source.counts_frames:
+        try:
+            return list(_painted(_on_screen(source, survey, wanted, survey.keys), frame_size))
+        except (_SeekMissed, Damage) as problem:
+            # Some files are only hard to seek in: damage is believed when reading straight through finds it.
+            logger.debug("%s: reading straight through, for a seek failed (%s)", source.path, problem)
+    source = reopen(source, stack)
+    frames: list[np.ndarray | None] = []
+    try:
+        for frame in _painted(_on_screen(source, survey, wanted, []), frame_size):
+            frames.append(frame)
+    except Damage as damage:
+        survey.damage = str(damage)
+        survey.picture_end = min(survey.picture_end, damage.seconds)
+    return frames
+
+
+def _on_screen(source: Source, survey: Survey, wanted: np.ndarray, keys: list[tuple[float, int]]) -> Iterator[Any]:
+    """The decoded frame on screen at each wanted time, seeking to `keys`; without them, no seeks."""
+    taken = 0
+    while taken < len(wanted):
+        key = _key_before(keys, wanted[taken])
+        frames = _decode_from(source, survey, keys[key][1] if keys else None)
+        for frame in _run_from(frames, survey, wanted[taken:], keys[key:]):
+            yield frame
+            taken += 1
+
+
+def _run_from(
+    frames: Iterator[tuple[float, Any]], survey: Survey, wanted: np.ndarray, keys: list[tuple[float, int]]
+) -> Iterator[Any]:
+    """The frames on screen at wanted times, until the next is better reached from a later keyframe."""
+    taken = 0
+    shown, shown_seconds = None, survey.times[0] - 1.0
+    reason = "the picture ends before the file says it does"
+    try:
+        for seconds, frame in frames:
+            while seconds > wanted[taken] + SLACK_SECONDS:
+                if shown is None and keys:
+                    raise _SeekMissed(f"no frame at {wanted[taken]:.3f} s")
+                yield shown
+                taken += 1
+                if taken == len(wanted):
+                    return
+            key = _key_before(keys, wanted[taken])
+            if key > 0 and keys[key][0] > seconds:
+                return
+            shown, shown_seconds = frame, seconds
+    except Damage as damage:
+        reason = str(damage)
+    # The last frame stays on screen, but only until another was due.
+    next_due = survey.due_by(shown_seconds)
+    limit = survey.times[next_due] if next_due < len(survey.times) else math.inf
+    for time in wanted[taken:]:
+        if time + SLACK_SECONDS >= limit:
+            raise Damage(reason, limit)
+        yield shown
+
+
+def _key_before(keys: list[tuple[float, int]], seconds: float) -> int:
+    """Index of the last keyframe at or before a time, 0 where there is none."""
+    return max(0, bisect_right(keys, seconds + SLACK_SECONDS, key=lambda key: key[0]) - 1)
+
+
+def _decode_from(source: Source, survey: Survey, key_stamp: int | None) -> Iterator[tuple[float, Any]]:
+    """(seconds, frame) in the order shown, from the keyframe or, without one, from where the file stands."""
+    stream = source.video
+    decoder = Decoder(forgiven_errors=0)
+    count, begun = 0, False
+    try:
+        if key_stamp is not None:
+            source.container.seek(key_stamp, stream=stream)
+        for packet in source.container.demux(stream):
+            begun = begun or packet.is_keyframe
+            for frame in decoder.decode(packet) if begun else []:
+                if source.counts_frames and count < len(survey.times):
+                    yield survey.times[count], frame
+                elif frame.pts is not None and not source.counts_frames:
+                    yield source.seconds(frame.pts, stream), frame
+                count += 1
+    except av.error.FFmpegError as error:
+        raise Damage(cause_of(error)) from error
+
+
+def _painted(frames: Iterator[Any], frame_size: int | None) -> Iterator[np.ndarray | None]:
+    """(H, W, 3) uint8 upright pictures; a frame that stays on screen is converted once."""
+    reformatter = VideoReformatter()
+    before, picture = None, None
+    width = height = frame_size
+    for frame in frames:
+        if frame is not None and frame is not before:
+            # A stream may change its size; all pictures of a clip get that of the first.
+            width, height = width or frame.width, height or frame.height
+            small = reformatter.reformat(frame, width, height, format="rgb24", interpolation=_SCALING, threads=1)
+            picture = np.rot90(small.to_ndarray(), round(frame.rotation / 90))
+        before = frame
+        yield None if frame is None else picture

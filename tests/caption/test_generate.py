@@ -1,0 +1,89 @@
+"""Answers: with the cache as without, the same for the same seed, and never past their limit."""
+
+import pytest
+import torch
+
+from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.inputs import Row
+
+DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
+
+
+def ids_of(captioner, media, *, sampling: Sampling, rows=(Row(0, "Tell."),), num_samples=1, seed=0) -> list[list[int]]:
+    tokenizer = captioner.processor.tokenizer
+    config = sampling.to_transformers(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, num_samples=num_samples
+    )
+    inputs = captioner.processor.inputs(rows, media, pad_left=True)
+    return generate(captioner.network, inputs, config=config, seed=seed)
+
+
+@torch.no_grad()
+def manual(captioner, clip, *, steps: int) -> list[int]:
+    """The most likely token, again and again, the whole text anew each time."""
+    network, ids = captioner.network, []
+    embeds = network.embed(captioner.processor.inputs([Row(0, "Tell.")], [clip]))
+    while len(ids) < steps and captioner.processor.tokenizer.eos_token_id not in ids:
+        ids.append(int(network.lm(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()))
+        embeds = torch.cat([embeds, network.lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
+    return ids
+
+
+def test_greedy_is_argmax_without_cache(captioner, media):
+    answers = [manual(captioner, clip, steps=15) for clip in media[:3]]
+    rows = [Row(number, "Tell.") for number in range(3)]
+    assert ids_of(captioner, media[:3], sampling=Sampling(max_new_tokens=15), rows=rows) == answers
+    assert len({tuple(ids) for ids in answers}) == 3
+
+
+def test_an_answer_stops_at_the_end_of_the_turn(captioner, media):
+    """The end token is made the most likely one from the third token on; other rows go on."""
+    plain = ids_of(captioner, media[:2], sampling=Sampling(max_new_tokens=6), rows=[Row(0, "Tell."), Row(1, "Tell.")])
+    tokenizer = captioner.processor.tokenizer
+    assert tokenizer.eos_token_id not in plain[0] and plain[0][2] not in plain[1] and plain[0][2] not in plain[0][:2]
+    config = Sampling(max_new_tokens=6).to_transformers(eos_token_id=plain[0][2], pad_token_id=tokenizer.pad_token_id)
+    inputs = captioner.processor.inputs([Row(0, "Tell."), Row(1, "Tell.")], media[:2], pad_left=True)
+    assert generate(captioner.network, inputs, config=config) == [plain[0][:3], plain[1]]
+
+
+def test_same_seed_same_answers(captioner, media):
+    drawn = [ids_of(captioner, media[:1], sampling=DRAWN, num_samples=4, seed=seed) for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({tuple(ids) for ids in drawn[0]}) == 4  # samples of one clip differ
+
+
+def test_draws_leave_the_random_state_alone(captioner, media):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    ids_of(captioner, media[:1], sampling=DRAWN)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_tiny_nucleus_is_greedy(captioner, media):
+    narrow = Sampling(temperature=1.0, top_p=1e-6, max_new_tokens=8)
+    greedy = Sampling(max_new_tokens=8)
+    assert ids_of(captioner, media[:1], sampling=narrow) == ids_of(captioner, media[:1], sampling=greedy)
+
+
+def test_settings_in_the_words_of_transformers():
+    config = Sampling(temperature=0.5, top_p=0.8, max_new_tokens=7, repetition_penalty=1.2).to_transformers(
+        eos_token_id=2, pad_token_id=0, num_samples=3
+    )
+    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.5, 0.8, 0)
+    assert (config.max_new_tokens, config.repetition_penalty, config.num_return_sequences) == (7, 1.2, 3)
+    assert not Sampling().to_transformers(eos_token_id=2, pad_token_id=0).do_sample
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"temperature": -0.1}, "temperature must be .* got -0.1"),
+        ({"top_p": 0.0}, "top_p must be .* got 0.0"),
+        ({"top_p": 1.01}, "top_p must be .* got 1.01"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be .* got 0"),
+    ],
+)
+def test_bad_values_are_refused(values, words):
+    with pytest.raises(ValueError, match=words):
+        Sampling(**values)

@@ -1,0 +1,54 @@
+"""The tokenizer made here loses no text, and the chat format is that of Qwen2."""
+
+import pytest
+
+from salmonn.caption.prompt import answer_ids, prompt_ids
+from salmonn.caption.tokenizer import train_tokenizer
+
+UNKNOWN = ["Grüße, 世界! 🎬", "a  b\n\n c\t ", "ZEBRA 12345 #!?", "na\u00efve \u2028 \x00 end", ""]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a red circle appears"] * 9 + ["a low tone is heard"] * 9, vocab_size=290)
+
+
+@pytest.mark.parametrize("text", UNKNOWN)
+def test_unknown_text_survives(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == text
+    assert all(token is not None for token in tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_known_words_are_short(tokenizer):
+    assert len(tokenizer.encode("a red circle appears")) < len("a red circle appears") / 2
+    assert len(tokenizer) == 290
+
+
+def test_special_tokens_are_one_id_each(tokenizer):
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|av_start|>", "<|av|>", "<|av_end|>"]
+    assert [tokenizer.encode(token) for token in specials] == [[0], [1], [2], [3], [4], [5]]
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
+    assert sorted(tokenizer.all_special_tokens) == sorted(specials)
+
+
+def test_prompt_is_a_turn_of_chat(tokenizer):
+    ids = prompt_ids(tokenizer, "Tell me.", num_clip_tokens=3)
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>user\n<|av_start|><|av|><|av|><|av|><|av_end|>Tell me.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # The specials stand as single ids: <|im_start|> 1, <|av_start|> 3, <|av|> 4, <|av_end|> 5, <|im_end|> 2.
+    assert [token for token in ids if token < 6] == [1, 3, 4, 4, 4, 5, 2, 1]
+
+
+def test_answer_ends_with_the_end_of_the_turn(tokenizer):
+    ids = answer_ids(tokenizer, "a tone")
+    assert ids[-1] == 2 and tokenizer.decode(ids[:-1]) == "a tone"
+    assert answer_ids(tokenizer, "") == [2]
+
+
+@pytest.mark.parametrize("special", ["<|av|>", "<|im_end|>", "<|endoftext|>", "<|av_start|>"])
+def test_a_special_token_in_the_prompt_is_refused(tokenizer, special):
+    with pytest.raises(ValueError) as caught:
+        prompt_ids(tokenizer, f"Tell{special}me", num_clip_tokens=2)
+    assert special in str(caught.value)

@@ -1,0 +1,74 @@
+"""What several tests need: synthetic clips, and a small model with random weights."""
+
+import os
+
+# Bit for bit means the same device and the same order of sums: tests run on one thread of the processor.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+import torch
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.inputs import Processor
+from salmonn.caption.tokenizer import CLIP, train_tokenizer
+from salmonn.media.synth import SynthConfig, make_clips
+from salmonn.model.build import build, tiny
+from salmonn.train.examples import PROMPTS
+from salmonn.train.references import ClipSet, all_texts
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> ClipSet:
+    """Five synthetic clips with picture and sound."""
+    root = tmp_path_factory.mktemp("clips")
+    return ClipSet(make_clips(root, SynthConfig(clips=5, seed=3), workers=1), root)
+
+
+@pytest.fixture(scope="session")
+def videos(clips):
+    """Paths of the five clips."""
+    return [clips.root / reference.video for reference in clips.references]
+
+
+@pytest.fixture(scope="session")
+def random_model(clips, tmp_path_factory):
+    """Folder of a model with random weights.
+
+    They are larger than a fresh model's, which says much the same of every clip: answers of this one differ.
+    """
+    tokenizer = train_tokenizer([*all_texts(clips.references), *PROMPTS.values()], vocab_size=400)
+    config = tiny(
+        vocab_size=len(tokenizer),
+        placeholder_id=tokenizer.convert_tokens_to_ids(CLIP),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    network = build(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    path = tmp_path_factory.mktemp("models") / "random"
+    Captioner(network, Processor(tokenizer, config=config)).save(path)
+    return path
+
+
+@pytest.fixture
+def captioner(random_model) -> Captioner:
+    """The random model, read anew for each test, which may change it."""
+    return Captioner.load(random_model)
+
+
+@pytest.fixture(scope="session")
+def processor(random_model) -> Processor:
+    """The random model's processor."""
+    return Processor.load(random_model)
+
+
+@pytest.fixture(scope="session")
+def media(processor, videos):
+    """The five clips as the model takes them."""
+    return [processor.read(video) for video in videos]

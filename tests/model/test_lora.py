@@ -1,0 +1,129 @@
+"""The adapter: what it trains, what merging it does, and the reference policy underneath."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from salmonn.caption.inputs import Row
+from salmonn.model.lora import LoraConfig, adapter_off, attach, merge, save_adapter
+
+CONFIG = LoraConfig(rank=4, alpha=8)
+
+
+@pytest.fixture
+def inputs(captioner, media):
+    return captioner.processor.inputs([Row(0, "Tell.", "a red circle appears")], [media[0]])
+
+
+def fill(network) -> None:
+    """Give the adapter something to say: B is zero at first."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+
+
+def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
+    attach(captioner.network, CONFIG, seed=0)
+    trainable = {name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad}
+    assert trainable == {
+        f"lm.base_model.model.model.layers.{layer}.self_attn.{part}_proj.lora_{half}.default.weight"
+        for layer in range(4)
+        for part in "qkv"
+        for half in "AB"
+    }
+
+
+def test_targets_are_those_named(captioner):
+    attach(captioner.network, LoraConfig(rank=2, targets=("v_proj",)), seed=0)
+    trainable = [name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 8 and all(".v_proj.lora_" in name for name in trainable)
+
+
+@torch.no_grad()
+def test_a_fresh_adapter_changes_nothing(captioner, inputs):
+    before = captioner.network(inputs)
+    attach(captioner.network, CONFIG, seed=0)
+    assert torch.equal(captioner.network.eval()(inputs), before)
+
+
+def test_the_seed_gives_the_adapter_and_touches_no_other_draw(random_model):
+    from salmonn.model.build import load
+
+    drawn = []
+    for seed in (5, 5, 6):
+        network = load(random_model)[0]
+        torch.manual_seed(0)
+        attach(network, CONFIG, seed=seed)
+        state = {name: value for name, value in network.state_dict().items() if "lora_A" in name}
+        drawn.append((torch.cat([value.flatten() for value in state.values()]), torch.rand(3)))
+    assert torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][0], drawn[2][0])
+    torch.manual_seed(0)
+    unbroken = torch.rand(3)
+    assert all(torch.equal(after, unbroken) for _, after in drawn)
+
+
+@torch.no_grad()
+def test_merged_is_base_plus_scaled_product(captioner, inputs):
+    network = captioner.network
+    base = network.lm.model.layers[2].self_attn.k_proj.weight.clone()
+    untouched = network.lm.model.layers[2].self_attn.o_proj.weight.clone()
+    plain = network(inputs)
+    attach(network, CONFIG, seed=0)
+    fill(network)
+    layer = network.lm.base_model.model.model.layers[2].self_attn.k_proj
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # (64, 4) @ (4, 128)
+    with_adapter = network.eval()(inputs)
+    merge(network)
+    merged = network.lm.model.layers[2].self_attn
+    assert torch.allclose(merged.k_proj.weight, base + 2.0 * product, atol=1e-6)  # alpha / rank = 8 / 4
+    assert torch.equal(merged.o_proj.weight, untouched)
+    assert torch.allclose(network(inputs), with_adapter, atol=1e-4, rtol=1e-5)
+    assert (with_adapter - plain).abs().max() > 1e-2
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not any("lora" in name for name in network.state_dict())
+
+
+@torch.no_grad()
+def test_adapter_off_is_the_reference(captioner, inputs):
+    network = captioner.network
+    plain = network(inputs)
+    attach(network, CONFIG, seed=0)
+    fill(network)
+    network.eval()
+    policy = network(inputs)
+    with adapter_off(network):
+        assert torch.equal(network(inputs), plain)
+    assert torch.equal(network(inputs), policy) and not torch.equal(policy, plain)
+
+
+def test_a_second_adapter_is_refused_until_the_first_is_merged(captioner):
+    attach(captioner.network, CONFIG, seed=0)
+    with pytest.raises(ValueError, match="adapter already"):
+        attach(captioner.network, CONFIG, seed=0)
+    merge(captioner.network)
+    attach(captioner.network, CONFIG, seed=0)
+
+
+def test_saved_as_a_peft_folder(captioner, tmp_path):
+    attach(captioner.network, CONFIG, seed=0)
+    save_adapter(captioner.network, tmp_path)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (values["r"], values["lora_alpha"], values["lora_dropout"]) == (4, 8, 0.05)
+    assert sorted(values["target_modules"]) == ["k_proj", "q_proj", "v_proj"]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(weights) == 24 and all("lora_" in name for name in weights)
+
+
+def test_a_merged_model_is_saved_and_loaded_like_any_other(captioner, inputs, tmp_path):
+    from salmonn.caption.captioner import Captioner
+
+    attach(captioner.network, CONFIG, seed=0)
+    fill(captioner.network)
+    merge(captioner.network)
+    captioner.save(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(Captioner.load(tmp_path).network(inputs), captioner.network.eval()(inputs))

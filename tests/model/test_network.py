@@ -1,0 +1,120 @@
+"""Log-probabilities and answers do not depend on what else is in the batch, and are those of transformers."""
+
+import pytest
+import torch
+
+from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.inputs import Row, join_media, restrict_media
+
+ROWS = [
+    Row(0, "Tell.", "A red circle appears and then a low tone is heard."),
+    Row(1, "What can be seen?", "a star"),
+    Row(2, "What can be heard in this?", "beeps, then noise"),
+    Row(0, "Which?", "two"),  # a second turn on the first clip
+]
+
+
+@pytest.fixture(scope="module")
+def mixed(media, processor, videos):
+    """Clips of different kinds and lengths: both, picture alone, sound alone (of a shorter span)."""
+    short = processor.read(videos[2], start_seconds=1.0, end_seconds=3.2)
+    return [media[0], restrict_media(media[1], "visual"), restrict_media(short, "audio")]
+
+
+@torch.no_grad()
+def test_a_batch_of_mixed_kinds_equals_rows_alone(captioner, mixed):
+    network, processor = captioner.network, captioner.processor
+    together = network(processor.inputs(ROWS, mixed))
+    counted = 0
+    for number, row in enumerate(ROWS):
+        alone = network(processor.inputs([Row(0, row.prompt, row.answer)], [mixed[row.clip]]))[0]
+        width = len(alone)
+        assert torch.allclose(together[number, :width], alone, atol=1e-5, rtol=1e-5)
+        assert together[number, width:].eq(0).all()
+        counted += int((alone != 0).sum())
+    lengths = [len(processor.tokenizer.encode(row.answer)) + 1 for row in ROWS]  # with the end of the turn
+    assert counted == sum(lengths) and together.min() < -1
+
+
+@torch.no_grad()
+def test_log_probabilities_are_those_of_transformers(captioner, mixed):
+    network = captioner.network
+    inputs = captioner.processor.inputs(ROWS, mixed)
+    logits = network.lm(inputs_embeds=network.embed(inputs), attention_mask=inputs.attention_mask).logits
+    expected = torch.zeros(inputs.labels.shape[0], inputs.labels.shape[1] - 1)
+    for row, labels in enumerate(inputs.labels.tolist()):
+        for place, label in enumerate(labels):
+            if label != -100:  # predicted from the place before
+                expected[row, place - 1] = logits[row, place - 1].log_softmax(-1)[label]
+    assert torch.allclose(network(inputs), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_answers_equal_those_alone(captioner, mixed):
+    sampling = Sampling(max_new_tokens=12)
+    clips = [*mixed, mixed[0]]
+    prompts = ["Tell.", "What can be seen in the whole of this?", "?", "Which?"]
+    together = captioner.answer(clips, prompts, sampling=sampling)
+    alone = [
+        captioner.answer([clip], [prompt], sampling=sampling)[0] for clip, prompt in zip(clips, prompts, strict=True)
+    ]
+    assert together == alone
+    assert len({answer.text for answer in together}) > 2  # the answers do depend on clip and prompt
+
+
+@torch.no_grad()
+def test_blocks_are_what_media_give(captioner, mixed):
+    network, processor = captioner.network, captioner.processor
+    blocks = captioner.encode(mixed)
+    assert [len(block) for block in blocks] == [processor.num_clip_tokens(clip) for clip in mixed]
+    assert torch.equal(network(processor.inputs(ROWS, blocks)), network(processor.inputs(ROWS, mixed)))
+    config = Sampling(max_new_tokens=8).to_transformers(eos_token_id=2, pad_token_id=0)
+    questions = [Row(row.clip, row.prompt) for row in ROWS]
+    assert generate(network, processor.inputs(questions, blocks, pad_left=True), config=config) == generate(
+        network, processor.inputs(questions, mixed, pad_left=True), config=config
+    )
+
+
+@torch.no_grad()
+def test_encoding_in_batches_changes_nothing(captioner, mixed):
+    done = []
+    one_by_one = captioner.encode(mixed, batch_size=1, progress=done.append)
+    assert done == [1, 1, 1]
+    for block, alone in zip(captioner.encode(mixed), one_by_one, strict=True):
+        assert torch.allclose(block, alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_stand_in_the_order_of_time(captioner, media):
+    """Frames at 0.25, 0.75, ... fall into the middle of windows at 0, 0.5, ...: window, frame, window, frame."""
+    network, clip = captioner.network, media[0]
+    frames, windows = network.vision(clip.frames), network.audio(clip.mel)[0]
+    (tokens,) = network.encode(clip)
+    expected = [piece for frame, window in zip(frames, windows, strict=False) for piece in (window, frame)]
+    count = sum(map(len, expected))
+    assert torch.allclose(tokens[:count], torch.cat(expected), atol=1e-5)
+    assert len(tokens) - count == clip.num_windows[0] - len(frames)  # windows after the last frame
+
+
+@torch.no_grad()
+def test_long_sound_goes_through_in_chunks(captioner, media):
+    """Two chunks of 16 windows, the second with 3 that are not padding; the next clip's chunk stays its own."""
+    network = captioner.network
+    long = restrict_media(media[0], "audio")
+    mel = torch.cat([media[0].mel, media[1].mel])
+    long = type(long)(frames=long.frames, mel=mel, frame_times=long.frame_times, num_windows=(19,))
+    after = restrict_media(media[2], "audio")
+    first, second = network.encode(join_media([long, after]))
+    windows = network.audio(mel).flatten(0, 2)
+    assert torch.allclose(first, windows[:19], atol=1e-5)
+    assert torch.allclose(second, network.encode(after)[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_another_number_of_placeholders_is_refused(captioner, media):
+    inputs = captioner.processor.inputs([Row(0, "Tell.", "x")], [media[0]])
+    ids = inputs.input_ids.clone()
+    place = (ids[0] == captioner.network.placeholder_id).nonzero()[0]
+    ids[0, place] = 7
+    count = captioner.processor.num_clip_tokens(media[0])
+    with pytest.raises(ValueError, match=f"{count - 1} placeholders.*{count} tokens"):
+        captioner.network(type(inputs)(**{**vars(inputs), "input_ids": ids}))

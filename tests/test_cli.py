@@ -1,0 +1,239 @@
+"""Command lines, run for real: what they write, and that mistakes end with a sentence and an exit code."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from salmonn import cli
+from salmonn.records import Caption, Reference, Score, read_records, write_records
+
+SALMONN = Path(sys.executable).with_name("salmonn")
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    """The installed command, in a process of its own."""
+    return subprocess.run(
+        [SALMONN, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture
+def call(capsys):
+    """The same within this process, which has imported everything: exit code, stdout and stderr."""
+
+    def in_process(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(arg) for arg in args])
+        return caught.value.code, *capsys.readouterr()
+
+    return in_process
+
+
+def test_help_starts_without_torch():
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("caption", "score", "synth"))
+    code = "import sys\ntry:\n from salmonn.cli import main; main(['caption', '--help'])\nexcept SystemExit as end:\n"
+    code += " assert end.code == 0\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("caption", ["paths", "--out", "--model", "--prompt", "--use", "--start", "--end", "--temperature", "--seed"]),
+        ("score", ["captions", "--references", "--judge", "--out"]),
+        ("synth", ["--out", "--clips", "--seed", "--min_seconds"]),
+    ],
+)
+def test_help_of_commands(call, command, options):
+    code, out, _ = call(command, "--help")
+    assert code == 0 and all(option in out for option in options)
+
+
+def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
+    folder = tmp_path / "videos"
+    (folder / "deeper").mkdir(parents=True)
+    shutil.copy(videos[0], folder / "a.mp4")
+    (folder / "b.mp4").write_bytes(videos[0].read_bytes()[:2000])
+    shutil.copy(videos[1], folder / "deeper" / "c.mp4")
+    (folder / "notes.txt").write_text("no video")
+    out = tmp_path / "captions.jsonl"
+    result = run("caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 8)
+    assert result.returncode == 1
+    captions = read_records(out, Caption)
+    assert [caption.video for caption in captions] == [str(folder / "a.mp4"), str(folder / "deeper" / "c.mp4")]
+    assert all(caption.text and caption.model == str(random_model) for caption in captions)
+    assert "Traceback" not in result.stderr
+    assert str(folder / "b.mp4") in result.stderr and "2 captions" in result.stderr and "1 videos failed" in result.stderr
+
+
+def test_captions_are_those_of_the_captioner(call, captioner, videos, random_model, tmp_path):
+    from salmonn.caption.captioner import Span
+    from salmonn.caption.generate import Sampling
+
+    out = tmp_path / "new" / "captions.jsonl"
+    code, _, _ = call(
+        "caption", videos[0], videos[1], "--out", out, "--model", random_model, "--max_new_tokens", 7, "--prompt", "Say.",
+        "--use", "visual", "--start", 1.0, "--end", 5.0, "--temperature", 1.0, "--top_p", 0.5, "--seed", 3,
+        "--batch_size", 1,
+    )  # fmt: skip
+    assert code == 0
+    expected = captioner.caption_each(
+        videos[:2],
+        prompt="Say.",
+        use="visual",
+        span=Span(1.0, 5.0),
+        sampling=Sampling(temperature=1.0, top_p=0.5, max_new_tokens=7),
+        seed=3,
+        batch_size=1,
+    )
+    assert read_records(out, Caption) == list(expected)
+
+
+def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    out.write_text("precious")
+    args = ("caption", videos[0], "--out", out, "--model", random_model, "--max_new_tokens", 4)
+    code, _, err = call(*args)
+    assert code == 2 and str(out) in err and "--overwrite" in err and "Traceback" not in err
+    assert out.read_text() == "precious"
+    assert call(*args, "--overwrite")[0] == 0
+    assert len(read_records(out, Caption)) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["/nowhere/none.mp4"], "/nowhere/none.mp4"),
+        (["{empty}"], "no video or sound"),
+        (["{video}", "--modle", "x"], "modle"),
+        (["{video}", "--temperature", "hot"], "temperature"),
+        (["{video}", "--temperature", "-1"], "temperature must be"),
+        (["{video}", "--top_p", "2"], "top_p must be"),
+        (["{video}", "--max_new_tokens", "2.5"], "max_new_tokens"),
+        (["{video}", "--max_new_tokens", "0"], "max_new_tokens must be"),
+        (["{video}", "--use", "smell"], "smell"),
+        (["{video}", "--model", "{empty}"], "no model in"),
+        (["{video}", "--prompt", "<|av|>"], "special token"),
+        ([], "paths"),
+        # DEFECT: captions nothing, says "1 captions" and ends with 0.
+        (["{video}", "--batch_size", "-1"], "batch_size"),
+    ],
+)
+def test_wrong_usage_of_caption(call, videos, random_model, tmp_path, args, words):
+    (tmp_path / "empty").mkdir()
+    args = [arg.format(video=videos[0], empty=tmp_path / "empty") for arg in args]
+    model = [] if "--model" in args else ["--model", random_model]
+    code, _, err = call("caption", *args, *model, "--out", tmp_path / "out.jsonl")
+    assert code == 2 and words in err and "Traceback" not in err
+
+
+# DEFECT: the file is made before the first caption, so that this mistake leaves an empty one and the corrected
+# command is refused for it.
+def test_a_mistake_leaves_no_empty_file_behind(call, videos, random_model, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert call("caption", videos[0], "--out", out, "--model", random_model, "--prompt", "<|av|>")[0] == 2
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "subcommand"),
+        (["describe"], "describe"),
+        (["caption", "a.mp4"], "out"),
+        (["score", "none.jsonl"], "references"),
+        (["synth", "--out", "x", "--clips", "-1"], "-1"),
+        (["synth", "--out", "x", "--clips", "many"], "clips"),
+    ],
+)
+def test_wrong_usage(call, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(*args)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_reach_the_shell_as_a_sentence(tmp_path):
+    result = run("caption", tmp_path, "--out", tmp_path / "out.jsonl")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_score_by_hand(call, clips, tmp_path):
+    """Perfect captions of all clips but one, which counts as all missing."""
+    captions = [Caption(reference.video, reference.caption) for reference in clips.references[:-1]]
+    write_records(tmp_path / "captions.jsonl", captions)
+    code, out, _ = call(
+        "score", tmp_path / "captions.jsonl", "--references", clips.root / "clips.jsonl", "--out", tmp_path / "s.jsonl"
+    )
+    assert code == 0
+    shown = dict(line.split() for line in out.splitlines())
+    counts = [len(reference.events) for reference in clips.references]
+    assert float(shown["missing"]) == float(shown["total"]) == pytest.approx(counts[-1] / sum(counts), abs=1e-4)
+    assert float(shown["hallucination"]) == 0 and shown["clips"] == "5"
+    scores = read_records(tmp_path / "s.jsonl", Score)
+    assert [score.missing for score in scores] == [0, 0, 0, 0, counts[-1]]
+
+
+def test_score_finds_videos_named_from_elsewhere(call, clips, tmp_path, monkeypatch):
+    """`salmonn caption` writes paths as they were typed."""
+    monkeypatch.chdir(clips.root)
+    reference = clips.references[0]
+    write_records(tmp_path / "refs.jsonl", [Reference(str(clips.root / reference.video), events=reference.events)])
+    write_records(tmp_path / "captions.jsonl", [Caption(reference.video, reference.caption)])
+    code, out, _ = call("score", tmp_path / "captions.jsonl", "--references", tmp_path / "refs.jsonl")
+    assert code == 0 and float(dict(line.split() for line in out.splitlines())["total"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("captions", "more", "words"),
+    [
+        (Caption("stranger.mp4", "a star"), [], "stranger.mp4"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--judge", "oracle"], "oracle"),
+        (Reference("videos/clip_00000.mp4"), [], "captions.jsonl, line 1"),
+    ],
+)
+def test_wrong_usage_of_score(call, clips, tmp_path, captions, more, words):
+    path = tmp_path / "captions.jsonl"
+    write_records(path, [captions])
+    code, _, err = call("score", path, "--references", clips.root / "clips.jsonl", *more)
+    assert code == 2 and words in err and "Traceback" not in err
+
+
+def test_synth_twice_gives_the_same_bytes(call, tmp_path):
+    args = ("--clips", 2, "--seed", 9, "--min_seconds", 3, "--max_seconds", 3, "--min_visual", 1, "--max_visual", 2,
+            "--min_sounds", 1, "--max_sounds", 1)  # fmt: skip
+    digests = []
+    for name in ("one", "two"):
+        assert call("synth", "--out", tmp_path / name, *args)[0] == 0
+        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        digests.append({path.relative_to(tmp_path / name): hashlib.sha256(path.read_bytes()).digest() for path in files})
+    assert digests[0] == digests[1]
+    assert {str(path) for path in digests[0]} == {
+        "clips.jsonl", "synth.json", "videos/clip_00000.mp4", "videos/clip_00001.mp4"
+    }  # fmt: skip
+    assert len(set(digests[0].values())) == 4
+    code, _, err = call("synth", "--out", tmp_path / "one", *args[:2], "--seed", 10)
+    assert code == 2 and "another config" in err
+
+
+def test_synth_goes_on_where_it_was(call, tmp_path):
+    args = ("--seed", 9, "--min_seconds", 3, "--max_seconds", 3, "--min_visual", 1, "--max_visual", 2,
+            "--min_sounds", 1, "--max_sounds", 1, "--out", tmp_path)  # fmt: skip
+    assert call("synth", "--clips", 1, *args)[0] == 0
+    first = (tmp_path / "videos" / "clip_00000.mp4").stat().st_mtime_ns
+    assert call("synth", "--clips", 2, *args)[0] == 0
+    assert (tmp_path / "videos" / "clip_00000.mp4").stat().st_mtime_ns == first
+    assert len(read_records(tmp_path / "clips.jsonl", Reference)) == 2

@@ -1,0 +1,138 @@
+"""Records survive the disk; mistakes in a file are named by file, line and field."""
+
+import json
+import os
+
+import pytest
+
+from salmonn.records import (
+    Caption,
+    Event,
+    Pair,
+    Question,
+    Reference,
+    Score,
+    append_record,
+    read_records,
+    write_json,
+    write_records,
+    write_text,
+)
+
+REFERENCE = Reference(
+    "videos/a.mp4",
+    events=(Event("a red circle appears", "visual", 0.5, 2.0), Event("ein Ton, „hoch“", "audio")),
+    caption="line one\nline two\u2028end",
+    questions=(Question("How many?", "two", "count"),),
+    duration_seconds=7.5,
+)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        REFERENCE,
+        Reference("bare.mp4"),
+        Caption("a.mp4", "text", prompt="Tell.", model="m", sample=3, finished=False),
+        Score("a.mp4", 4, 1, 1, 0, 9, 3, 2, ("x",), ("y", "z"), ()),
+        Pair("a.mp4", "Tell.", "good", "bad", "true", gap=0.25, rejected_finished=False),
+    ],
+)
+def test_round_trip(tmp_path, record):
+    path = tmp_path / "new" / "folder" / "records.jsonl"
+    write_records(path, [record, record])
+    append_record(path, record)
+    assert read_records(path, type(record)) == [record] * 3
+    assert path.read_text(encoding="utf-8").count("\n") == 3
+
+
+def test_score_rates():
+    # 1 missing, 2 wrong, 1 invented of 8 events; 3 of 12 words said again.
+    score = Score("a.mp4", 8, 1, 2, 1, num_words=12, num_repeated_words=3)
+    assert (score.total, score.repetition) == (0.5, 0.25)
+    # Nothing to tell and nothing said, but two things invented.
+    assert (Score("a.mp4", 0, 0, 0, 2).total, Score("a.mp4", 0, 0, 0, 2).repetition) == (2.0, 0.0)
+
+
+def test_whole_numbers_are_floats_and_blank_lines_nothing(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"video": "a.mp4", "duration_seconds": 2}\n\n{"video": "b.mp4"}\n')
+    first, second = read_records(path, Reference)
+    assert isinstance(first.duration_seconds, float) and first.duration_seconds == 2.0
+    assert second == Reference("b.mp4")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "line 2"),
+        ("[1]", "JSON object for Caption, got list"),
+        ('{"video": "a.mp4"}', "Caption lacks text"),
+        ('{"video": "a.mp4", "text": "t", "txt": 1}', "unknown field txt"),
+        ('{"video": "a.mp4", "text": 5}', "Caption.text must be str, got 5"),
+        ('{"video": "a.mp4", "text": null}', "Caption.text must be str, got None"),
+        ('{"video": "a.mp4", "text": "t", "sample": true}', "Caption.sample must be int, got True"),
+        ('{"video": "a.mp4", "text": "t", "sample": 1.5}', "Caption.sample must be int, got 1.5"),
+        ('{"video": "a.mp4", "text": "t", "finished": 1}', "Caption.finished must be bool, got 1"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, line, words):
+    path = tmp_path / "captions.jsonl"
+    path.write_text('{"video": "a.mp4", "text": "good"}\n' + line + "\n")
+    with pytest.raises(ValueError) as caught:
+        read_records(path, Caption)
+    assert f"{path}, line 2: " in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("events", {"text": "x"}, "Reference.events must be a list"),
+        ("events", [{"text": "x", "modality": "smell"}], "Event.modality must be one of 'visual', 'audio', got 'smell'"),
+        ("events", [{"modality": "audio"}], "Event lacks text"),
+        ("events", [{"text": "x", "start_seconds": "2"}], "Event.start_seconds must be float or NoneType, got '2'"),
+        ("questions", [{"question": "x", "reply": "y"}], "unknown field reply for Question"),
+    ],
+)
+def test_mistakes_within_nested_records(tmp_path, field, value, words):
+    path = tmp_path / "references.jsonl"
+    path.write_text(json.dumps({"video": "a.mp4", field: value}) + "\n")
+    with pytest.raises(ValueError) as caught:
+        read_records(path, Reference)
+    assert f"{path}, line 1: " in str(caught.value) and words in str(caught.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl.*Caption records"):
+        read_records(tmp_path / "none.jsonl", Caption)
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "captions.jsonl"
+    write_records(path, [Caption("a.mp4", "old")])
+
+    def break_off():
+        yield Caption("a.mp4", "new")
+        raise RuntimeError("the second caption fails")
+
+    with pytest.raises(RuntimeError):
+        write_records(path, break_off())
+    assert read_records(path, Caption) == [Caption("a.mp4", "old")]
+
+    def full(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_records(path, [Caption("a.mp4", "new")])
+    assert read_records(path, Caption) == [Caption("a.mp4", "old")]
+
+
+def test_a_write_replaces_the_file_whole(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"a": list(range(100))})
+    write_json(path, {"ü": 1})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"ü": 1}
+    write_text(path, "short")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
+    assert path.read_text() == "short"

@@ -1,0 +1,157 @@
+"""Preference batches and their loss on a real network: reference, first value, direction."""
+
+import math
+
+import pytest
+import torch
+
+from salmonn.caption.inputs import Row
+from salmonn.model.lora import LoraConfig, attach
+from salmonn.records import Pair
+from salmonn.train.loop import FitConfig, fit
+from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+
+LORA = LoraConfig(rank=4, dropout=0.0)
+
+
+@pytest.fixture
+def pairs(clips):
+    """Three pairs on three clips, of different lengths."""
+    texts = [("a red star appears", "a tone", "the truth"), ("two", "a low tone is heard", "three"), ("x", "y", "z z")]
+    return [
+        Pair(reference.video, f"Tell {number}.", *text)
+        for number, (reference, text) in enumerate(zip(clips.references, texts, strict=False))
+    ]
+
+
+@pytest.fixture
+def blocks(captioner, media, clips):
+    tokens = captioner.encode(media)
+    return {reference.video: block for reference, block in zip(clips.references, tokens, strict=True)}
+
+
+def fill(network) -> None:
+    """Move the policy away from its reference."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+
+
+def answer_logp(captioner, pair, text, block) -> float:
+    """Log-probability of one answer, alone in its batch."""
+    with torch.no_grad():
+        inputs = captioner.processor.inputs([Row(0, pair.prompt, text)], [block])
+        return captioner.network(inputs).sum().item()
+
+
+def test_reference_is_the_network_without_adapter(captioner, pairs, blocks):
+    expected = [
+        [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
+        for pair in pairs
+    ]
+    attach(captioner.network, LORA, seed=0)
+    fill(captioner.network)
+    captioner.network.eval()
+    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=2, seed=0)
+    batches.refer(captioner.network)
+    assert len(batches.reference) == 3
+    for pair, reference, by_hand in zip(pairs, batches.reference, expected, strict=True):
+        assert reference == pytest.approx(by_hand, rel=1e-5)
+        assert answer_logp(captioner, pair, pair.chosen, blocks[pair.video]) != pytest.approx(by_hand[0], rel=1e-3)
+
+
+def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
+    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0)
+    batches.reference = [(-1.0, -10.0), (-2.0, -20.0), (-3.0, -30.0)]
+    batch = batches(0)
+    tokenizer = captioner.processor.tokenizer
+    answers = [
+        tokenizer.decode(labels[labels != -100], skip_special_tokens=True) for labels in batch.inputs.labels
+    ]
+    order = [int(-value) - 1 for value in batch.reference_chosen]
+    assert sorted(order) == [0, 1, 2]
+    assert answers == [getattr(pairs[number], kind) for kind in ("chosen", "rejected", "ground_truth") for number in order]
+    assert batch.reference_rejected.tolist() == [-10.0 * (number + 1) for number in order]
+    prompts = [tokenizer.decode(ids) for ids in batch.inputs.input_ids]
+    assert all(pairs[number].prompt in prompts[place + 3 * kind] for kind in range(3) for place, number in enumerate(order))
+    assert batch.inputs.clip_index == (0, 1, 2) * 3
+    for place, number in enumerate(order):
+        assert torch.equal(batch.inputs.blocks[place], blocks[pairs[number].video])
+
+
+def test_ranks_share_the_pairs(captioner, pairs, blocks, monkeypatch):
+    batches = PreferenceBatches(pairs[:2], blocks, captioner.processor, batch_size=2, seed=0)
+    batches.reference = [(-1.0, -10.0), (-2.0, -20.0)]
+    whole = batches(0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        part = batches(0)
+        assert part.reference_chosen.tolist() == [whole.reference_chosen[rank].item()]
+        assert len(part.inputs.input_ids) == 3
+    with pytest.raises(ValueError, match="3 pairs does not divide among 2 processes"):
+        PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0)
+
+
+def test_loss_of_a_fresh_adapter(captioner, pairs, blocks):
+    """The policy is its reference still: log 2, and the weighted mean cross-entropy of the ground truths."""
+    expected = [
+        -answer_logp(captioner, pair, pair.ground_truth, blocks[pair.video])
+        / (len(captioner.processor.tokenizer.encode(pair.ground_truth)) + 1)
+        for pair in pairs
+    ]
+    attach(captioner.network, LORA, seed=0)
+    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0)
+    batches.refer(captioner.network)
+    loss, figures = PreferenceLoss(DpoConfig(beta=0.1, ce_weight=0.25))(captioner.network, batches(0))
+    cross_entropy = sum(expected) / 3
+    assert loss.item() == pytest.approx(math.log(2) + 0.25 * cross_entropy, rel=1e-5)
+    assert figures["ce"] == pytest.approx(cross_entropy, rel=1e-5)
+    assert figures["dpo"] == pytest.approx(math.log(2), rel=1e-5)
+    assert abs(figures["chosen"]) < 1e-4 and abs(figures["rejected"]) < 1e-4
+
+
+def test_figures_of_a_moved_policy(captioner, pairs, blocks):
+    attach(captioner.network, LORA, seed=0)
+    batches = PreferenceBatches(pairs[:1], blocks, captioner.processor, batch_size=1, seed=0)
+    batches.refer(captioner.network)
+    fill(captioner.network)
+    captioner.network.eval()
+    loss, figures = PreferenceLoss(DpoConfig(beta=0.5, ce_weight=0.0))(captioner.network, batches(0))
+    pair, block = pairs[0], blocks[pairs[0].video]
+    rewards = [
+        0.5 * (answer_logp(captioner, pair, text, block) - reference)
+        for text, reference in zip((pair.chosen, pair.rejected), batches.reference[0], strict=True)
+    ]
+    assert [figures["chosen"], figures["rejected"]] == pytest.approx(rewards, rel=1e-3)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(rewards[1] - rewards[0])), rel=1e-3)
+    assert figures["accuracy"] == float(rewards[0] > rewards[1])
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, turned):
+    """Whichever of the two is called chosen: the margin over the reference grows on its side."""
+    pair = pairs[0]
+    if turned:
+        pair = Pair(pair.video, pair.prompt, pair.rejected, pair.chosen, pair.ground_truth)
+    attach(captioner.network, LORA, seed=0)
+    batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
+    batches.refer(captioner.network)
+    figures = []
+    fit(
+        captioner.network,
+        batches,
+        PreferenceLoss(DpoConfig(ce_weight=0.0)),
+        FitConfig(learning_rate=3e-3, steps=8, warmup_steps=1, batch_size=1),
+        seed=0,
+        name="one pair",
+        checkpoint_path=tmp_path / "c.safetensors",
+        on_step=lambda _, each: figures.append(dict(each)),
+    )
+    assert figures[-1]["chosen"] > figures[-1]["rejected"] + 0.1
+    assert figures[-1]["loss"] < figures[0]["loss"] and figures[-1]["accuracy"] == 1.0
+    now = [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
+    before = batches.reference[0]
+    assert now[0] - before[0] > now[1] - before[1]
