@@ -133,8 +133,8 @@ def test_visual_and_audio_captions_tell_only_their_own(drawn):
 
 def test_hasty_captions_leave_out_a_third(drawn):
     told = sum(len(clauses(reference.human_caption)) for _, reference in drawn)
-    # Inventions and repetitions add 0.17 clauses a caption.
-    share = (told - 0.17 * len(drawn)) / sum(len(scene.happenings) for scene, _ in drawn)
+    # Inventions and repetitions add 0.2 + 0.05 = 0.25 clauses a caption.
+    share = (told - 0.25 * len(drawn)) / sum(len(scene.happenings) for scene, _ in drawn)
     assert share == pytest.approx(2 / 3, abs=0.03)
     assert all(reference.human_caption for _, reference in drawn)
 
@@ -166,7 +166,7 @@ def test_hasty_captions_err_as_often_as_promised():
     ]
     wrong = re.compile(rf"\b({'|'.join(foreign)})\b")
     captions = [write_human_caption(STORY, random.Random(seed)) for seed in range(3000)]
-    assert sum(bool(wrong.search(caption)) for caption in captions) / 3000 == pytest.approx(0.19, abs=0.04)
+    assert sum(bool(wrong.search(caption)) for caption in captions) / 3000 == pytest.approx(0.32, abs=0.04)
     twice = sum(len(re.findall("beeps", caption)) > 1 for caption in captions) / 3000
     assert 0.002 < twice < 0.02  # 5 % shared by the eight happenings
 
