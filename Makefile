@@ -2,7 +2,7 @@
 # make test    lint, types, import layers, tests
 # make mrdpo   the whole loop at toy size, with a table and a picture at its end
 # make tiny    train the shipped toy model again, from nothing (about an hour on 2 cores)
-PYTHON ?= python3.11
+PYTHON ?= python3
 # The build of torch: the one that your index gives for this version. For another (CUDA or CPU), point pip at its index.
 TORCH ?= torch==2.13.0
 VENV := .venv

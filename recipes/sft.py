@@ -19,7 +19,7 @@ from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import Processor
 from salmonn.caption.tokenizer import CLIP, train_tokenizer
 from salmonn.config import claim_folder, run_recipe
-from salmonn.media.synth import SynthConfig
+from salmonn.media.synth import SynthConfig, describe_clip
 from salmonn.model.build import CONFIG_NAME, build, load_config, tiny
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.records import Reference, write_json, write_records
@@ -31,6 +31,7 @@ from salmonn.train.references import all_texts, heldout_config, read_clips, rend
 
 log = logging.getLogger("sft")
 TINY = "tiny"
+NUM_TOKENIZER_SCENES = 1000
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def load_model(config: SftConfig, references: list[Reference]) -> Captioner:
     """The model to start from."""
     if config.model != TINY:
         return Captioner.load(config.model, device=dist.device())
-    tokenizer = train_tokenizer([*all_texts(references), *PROMPTS.values()], vocab_size=config.vocab_size)
+    # Whole scenes besides the stage's own clips, so that a stage of few words leaves no word of later ones in pieces.
+    world = [describe_clip(SynthConfig(seed=config.seed), index=index)[1] for index in range(NUM_TOKENIZER_SCENES)]
+    texts = [*all_texts([*references, *world]), *PROMPTS.values()]
+    tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     model_config = tiny(
         vocab_size=len(tokenizer),
         placeholder_id=tokenizer.convert_tokens_to_ids(CLIP),

@@ -1,6 +1,9 @@
 """What several tests need: synthetic clips, and a small model with random weights."""
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 # Bit for bit means the same device and the same order of sums: tests run on one thread of the processor.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -72,3 +75,19 @@ def processor(random_model) -> Processor:
 def media(processor, videos):
     """The five clips as the model takes them."""
     return [processor.read(video) for video in videos]
+
+
+@pytest.fixture(scope="session")
+def load_recipe():
+    """Import a recipe by its file, as recipes are no package."""
+
+    def load(name: str):
+        module = f"recipe_{name}"
+        if module not in sys.modules:
+            path = Path(__file__).parents[1] / "recipes" / f"{name}.py"
+            spec = importlib.util.spec_from_file_location(module, path)
+            sys.modules[module] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[module])
+        return sys.modules[module]
+
+    return load

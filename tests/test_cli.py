@@ -75,7 +75,9 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
     assert [caption.video for caption in captions] == [str(folder / "a.mp4"), str(folder / "deeper" / "c.mp4")]
     assert all(caption.text and caption.model == str(random_model) for caption in captions)
     assert "Traceback" not in result.stderr
-    assert str(folder / "b.mp4") in result.stderr and "2 captions" in result.stderr and "1 videos failed" in result.stderr
+    assert (
+        str(folder / "b.mp4") in result.stderr and "2 captions" in result.stderr and "1 videos failed" in result.stderr
+    )
 
 
 def test_captions_are_those_of_the_captioner(call, captioner, videos, random_model, tmp_path):
@@ -84,9 +86,9 @@ def test_captions_are_those_of_the_captioner(call, captioner, videos, random_mod
 
     out = tmp_path / "new" / "captions.jsonl"
     code, _, _ = call(
-        "caption", videos[0], videos[1], "--out", out, "--model", random_model, "--max_new_tokens", 7, "--prompt", "Say.",
-        "--use", "visual", "--start", 1.0, "--end", 5.0, "--temperature", 1.0, "--top_p", 0.5, "--seed", 3,
-        "--batch_size", 1,
+        "caption", videos[0], videos[1], "--out", out, "--model", random_model, "--max_new_tokens", 7,
+        "--prompt", "Say.", "--use", "visual", "--start", 1.0, "--end", 5.0,
+        "--temperature", 1.0, "--top_p", 0.5, "--seed", 3, "--batch_size", 1,
     )  # fmt: skip
     assert code == 0
     expected = captioner.caption_each(
@@ -124,6 +126,7 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
         (["{video}", "--max_new_tokens", "2.5"], "max_new_tokens"),
         (["{video}", "--max_new_tokens", "0"], "max_new_tokens must be"),
         (["{video}", "--use", "smell"], "smell"),
+        (["{video}", "--start", "5", "--end", "2"], "span"),
         (["{video}", "--model", "{empty}"], "no model in"),
         (["{video}", "--prompt", "<|av|>"], "special token"),
         ([], "paths"),
@@ -212,26 +215,33 @@ def test_wrong_usage_of_score(call, clips, tmp_path, captions, more, words):
     assert code == 2 and words in err and "Traceback" not in err
 
 
-def test_synth_twice_gives_the_same_bytes(call, tmp_path):
-    args = ("--clips", 2, "--seed", 9, "--min_seconds", 3, "--max_seconds", 3, "--min_visual", 1, "--max_visual", 2,
-            "--min_sounds", 1, "--max_sounds", 1)  # fmt: skip
-    digests = []
-    for name in ("one", "two"):
-        assert call("synth", "--out", tmp_path / name, *args)[0] == 0
-        files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        digests.append({path.relative_to(tmp_path / name): hashlib.sha256(path.read_bytes()).digest() for path in files})
-    assert digests[0] == digests[1]
-    assert {str(path) for path in digests[0]} == {
-        "clips.jsonl", "synth.json", "videos/clip_00000.mp4", "videos/clip_00001.mp4"
-    }  # fmt: skip
-    assert len(set(digests[0].values())) == 4
-    code, _, err = call("synth", "--out", tmp_path / "one", *args[:2], "--seed", 10)
+SHORT = ("--seed", 9, "--min_seconds", 3, "--max_seconds", 3, "--min_visual", 1, "--max_visual", 2, "--min_sounds", 1,
+         "--max_sounds", 1)  # fmt: skip
+
+
+# DEFECT: x264's macroblock tree (its default) reads memory that nobody wrote, so that bytes differ from run to run.
+def test_synth_twice_gives_the_same_bytes(call, tmp_path, monkeypatch):
+    """The second time in a process whose fresh memory is full of other bytes."""
+    assert call("synth", "--out", tmp_path / "one", "--clips", 2, *SHORT)[0] == 0
+    monkeypatch.setenv("MALLOC_PERTURB_", "85")
+    assert run("synth", "--out", tmp_path / "two", "--clips", 2, *SHORT).returncode == 0
+    one, two = (
+        {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).digest() for path in root.rglob("*.*")}
+        for root in (tmp_path / "one", tmp_path / "two")
+    )
+    assert set(one) == {"clips.jsonl", "synth.json", "videos/clip_00000.mp4", "videos/clip_00001.mp4"}
+    assert len(set(one.values())) == 4
+    assert one == two
+
+
+def test_synth_refuses_a_folder_of_other_clips(call, tmp_path):
+    assert call("synth", "--out", tmp_path, "--clips", 1, *SHORT)[0] == 0
+    code, _, err = call("synth", "--out", tmp_path, "--clips", 1, *SHORT, "--seed", 10)
     assert code == 2 and "another config" in err
 
 
 def test_synth_goes_on_where_it_was(call, tmp_path):
-    args = ("--seed", 9, "--min_seconds", 3, "--max_seconds", 3, "--min_visual", 1, "--max_visual", 2,
-            "--min_sounds", 1, "--max_sounds", 1, "--out", tmp_path)  # fmt: skip
+    args = (*SHORT, "--out", tmp_path)
     assert call("synth", "--clips", 1, *args)[0] == 0
     first = (tmp_path / "videos" / "clip_00000.mp4").stat().st_mtime_ns
     assert call("synth", "--clips", 2, *args)[0] == 0

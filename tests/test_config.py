@@ -1,8 +1,6 @@
 """Every shipped YAML fits its recipe; mistakes end with exit code 2 and words; a run's folder knows its config."""
 
 import dataclasses
-import importlib.util
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,18 +12,19 @@ from salmonn.config import claim_folder, parse_config, run_recipe
 from salmonn.model.lora import LoraConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-RECIPE_OF = {"mrdpo.yaml": "mrdpo"}  # every other YAML is a stage of sft
+RECIPE_OF = {"mrdpo.yaml": "mrdpo", "mrdpo": "mrdpo"}  # every other YAML is a stage of sft
 YAMLS = sorted((RECIPES / "configs").glob("*.yaml"))
 
 
-def config_type(recipe: str) -> type:
-    """The config dataclass of a recipe."""
-    name = f"recipe_{recipe}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, RECIPES / f"{recipe}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return getattr(sys.modules[name], {"mrdpo": "MrDpoConfig", "sft": "SftConfig"}[recipe])
+@pytest.fixture
+def config_type(load_recipe):
+    """YAML or recipe -> the config dataclass."""
+
+    def find(name: str) -> type:
+        recipe = RECIPE_OF.get(name, "sft")
+        return getattr(load_recipe(recipe), {"mrdpo": "MrDpoConfig", "sft": "SftConfig"}[recipe])
+
+    return find
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,16 @@ def at(config, key: str):
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
-def test_shipped_yaml_fits_its_recipe(path):
-    config = parse("--config", str(path), of=config_type(RECIPE_OF.get(path.name, "sft")))
+def test_shipped_yaml_fits_its_recipe(config_type, path):
+    config = parse("--config", str(path), of=config_type(path.name))
     for key, value in flat(yaml.safe_load(path.read_text())).items():
         held = at(config, key)
         assert (list(held) if isinstance(held, tuple) else str(held) if isinstance(held, Path) else held) == value
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
-def test_shipped_yaml_states_only_what_differs(path):
-    of = config_type(RECIPE_OF.get(path.name, "sft"))
+def test_shipped_yaml_states_only_what_differs(config_type, path):
+    of = config_type(path.name)
     required = {f.name for f in dataclasses.fields(of) if f.default is f.default_factory is dataclasses.MISSING}
     default = of(**{name: Path() for name in required})
     config = parse("--config", str(path), of=of)
@@ -127,7 +126,12 @@ def test_mistakes_on_the_command_line(capsys, args, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("stepz: 3\n", "stepz"), ("inner:\n  raet: 3\n", "raet"), ("steps: many\n", "steps"), ("steps: [1\n", "Problems parsing config")],
+    [
+        ("stepz: 3\n", "stepz"),
+        ("inner:\n  raet: 3\n", "raet"),
+        ("steps: many\n", "steps"),
+        ("steps: [1\n", "Problems parsing config"),
+    ],
 )
 def test_mistakes_in_a_yaml(capsys, tmp_path, text, words):
     (tmp_path / "c.yaml").write_text(text)
@@ -194,7 +198,7 @@ def test_two_recipes_may_share_a_folder(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.yaml", "two.yaml"]
 
 
-def test_the_written_yaml_reads_back(tmp_path):
+def test_the_written_yaml_reads_back(config_type, tmp_path):
     mrdpo, sft = config_type("mrdpo"), config_type("sft")
     plain = mrdpo(out=tmp_path)
     odd = mrdpo(

@@ -88,7 +88,11 @@ def test_mistakes_are_named(tmp_path, line, words):
     ("field", "value", "words"),
     [
         ("events", {"text": "x"}, "Reference.events must be a list"),
-        ("events", [{"text": "x", "modality": "smell"}], "Event.modality must be one of 'visual', 'audio', got 'smell'"),
+        (
+            "events",
+            [{"text": "x", "modality": "smell"}],
+            "Event.modality must be one of 'visual', 'audio', got 'smell'",
+        ),
         ("events", [{"modality": "audio"}], "Event lacks text"),
         ("events", [{"text": "x", "start_seconds": "2"}], "Event.start_seconds must be float or NoneType, got '2'"),
         ("questions", [{"question": "x", "reply": "y"}], "unknown field reply for Question"),

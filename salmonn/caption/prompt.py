@@ -7,6 +7,7 @@ from salmonn.caption.tokenizer import CLIP, CLIP_END, CLIP_START
 DESCRIBE = "Describe the video and its sounds in detail."
 DESCRIBE_VISUAL = "Describe what can be seen in detail."
 DESCRIBE_AUDIO = "Describe what can be heard in detail."
+LIST_EVENTS = "List the events."
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, num_clip_tokens: int) -> list[int]:

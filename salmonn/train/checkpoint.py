@@ -19,8 +19,9 @@ def save_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Opti
     tensors = {}
     for name, parameter in _trainable(model):
         tensors[f"model.{name}"] = parameter.detach().contiguous()
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment].contiguous()
+        # A parameter that no batch has touched yet (the audio tower in a stage of picture alone) has no moments.
+        for moment, value in optimizer.state[parameter].items():
+            tensors[f"{moment}.{name}"] = value.contiguous()
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, str(temporary), metadata={"step": json.dumps(step)})
     temporary.replace(path)
@@ -37,13 +38,15 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Opti
     """
     trainable = dict(_trainable(model))
     with safe_open(str(path), framework="pt") as file:
-        names = {key.removeprefix("model.") for key in list(file.keys()) if key.startswith("model.")}
+        keys = set(file.keys())
+        names = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
         if names != set(trainable):
             raise ValueError(f"{path} is the checkpoint of another configuration: delete it or choose another folder")
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(file.get_tensor(f"model.{name}"))
-                optimizer.state[parameter] = {moment: file.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
+                moments = [moment for moment in MOMENTS if f"{moment}.{name}" in keys]
+                optimizer.state[parameter] = {moment: file.get_tensor(f"{moment}.{name}") for moment in moments}
         return int(json.loads(file.metadata()["step"]))
 
 

@@ -11,17 +11,22 @@ from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.inputs import Processor, Row, restrict_media
-from salmonn.caption.prompt import DESCRIBE, DESCRIBE_AUDIO, DESCRIBE_VISUAL, answer_ids
+from salmonn.caption.prompt import DESCRIBE, DESCRIBE_AUDIO, DESCRIBE_VISUAL, LIST_EVENTS, answer_ids
 from salmonn.model.network import Inputs, Media
 from salmonn.records import Reference, Use
 
-Task = Literal["caption", "human_caption", "visual_caption", "audio_caption", "questions"]
+Task = Literal[
+    "caption", "human_caption", "events", "questions", "visual_caption", "audio_caption", "visual_events", "audio_events"
+]
 Item = TypeVar("Item")
 PROMPTS = {
     "caption": DESCRIBE,
     "human_caption": DESCRIBE,
     "visual_caption": DESCRIBE_VISUAL,
     "audio_caption": DESCRIBE_AUDIO,
+    "events": LIST_EVENTS,
+    "visual_events": LIST_EVENTS,
+    "audio_events": LIST_EVENTS,
 }
 
 
@@ -48,7 +53,8 @@ class Example:
 def make_examples(references: Sequence[Reference], tasks: Sequence[Task], *, root: Path) -> list[Example]:
     """The examples that references give in one epoch.
 
-    A caption of the whole clip is seen once with each of the clip's questions; picture alone and sound alone once.
+    A caption and the event list of the whole clip are seen once with each of the clip's questions; what is learnt of
+    its picture alone and its sound alone once.
 
     Args:
         references: of any videos; one that lacks what a task needs gives no example of it.
@@ -58,22 +64,28 @@ def make_examples(references: Sequence[Reference], tasks: Sequence[Task], *, roo
     examples = []
     for reference in references:
         video = root / reference.video
-        whole = [_turn(reference, task) for task in tasks if task in ("caption", "human_caption")]
-        captions = tuple(turn for turn in whole if turn.answer)
+        turns = _turns(reference, tasks, use="both")
         questions = [Turn(item.question, item.answer) for item in reference.questions] if "questions" in tasks else []
         if questions:
-            examples += [Example(video, (*captions, question)) for question in questions]
-        elif captions:
-            examples.append(Example(video, captions))
-        if "visual_caption" in tasks and reference.visual_caption:
-            examples.append(Example(video, (_turn(reference, "visual_caption"),), use="visual"))
-        if "audio_caption" in tasks and reference.audio_caption:
-            examples.append(Example(video, (_turn(reference, "audio_caption"),), use="audio"))
+            examples += [Example(video, (*turns, question)) for question in questions]
+        elif turns:
+            examples.append(Example(video, turns))
+        parts: tuple[Use, ...] = ("visual", "audio")
+        for use in parts:
+            if turns := _turns(reference, tasks, use=use):
+                examples.append(Example(video, turns, use=use))
     return examples
 
 
-def _turn(reference: Reference, task: Task) -> Turn:
-    return Turn(PROMPTS[task], getattr(reference, task))
+def _turns(reference: Reference, tasks: Sequence[Task], *, use: Use) -> tuple[Turn, ...]:
+    """The turns of one use of the clip: its captions, and its events in their canonical words, which do not vary."""
+    prefix = "" if use == "both" else f"{use}_"
+    wanted = ("caption", "human_caption") if use == "both" else (f"{prefix}caption",)
+    turns = [Turn(PROMPTS[task], getattr(reference, task)) for task in tasks if task in wanted]
+    if f"{prefix}events" in tasks:
+        events = [event.text for event in reference.events if use in ("both", event.modality)]
+        turns.append(Turn(LIST_EVENTS, ", ".join(events)))
+    return tuple(turn for turn in turns if turn.answer)
 
 
 class ClipCache:

@@ -44,9 +44,7 @@ def test_a_broken_file_harms_no_other(captioner, videos, tmp_path, batch_size):
     empty = tmp_path / "empty.mp4"
     empty.touch()
     results = list(
-        captioner.caption_each(
-            [broken, videos[0], videos[1], empty, videos[2]], sampling=SHORT, batch_size=batch_size
-        )
+        captioner.caption_each([broken, videos[0], videos[1], empty, videos[2]], sampling=SHORT, batch_size=batch_size)
     )
     assert [type(result) for result in results] == [Failure, Caption, Caption, Failure, Caption]
     assert [result.video for result in results] == [
@@ -85,6 +83,12 @@ def test_a_span_beyond_the_end_is_a_failure_with_words(captioner, videos):
     assert isinstance(result, Failure) and str(videos[0]) in result.error
     with pytest.raises(ValueError, match=videos[0].name):
         captioner.caption(videos[0], span=Span(100.0, None))
+
+
+@pytest.mark.parametrize(("start", "end"), [(3.0, 1.0), (3.0, 3.0), (-1.0, None), (None, 0.0)])
+def test_an_empty_span_is_refused(start, end):
+    with pytest.raises(ValueError, match="span"):
+        Span(start, end)
 
 
 def test_picture_or_sound_alone(captioner, videos, media):

@@ -1,4 +1,4 @@
-"""The loop: its schedule by hand, its first step by hand, NaN before the step, and a resumed run like an unbroken one."""
+"""The loop: schedule and first step by hand, NaN before the step, and a resumed run like an unbroken one."""
 
 import json
 

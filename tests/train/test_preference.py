@@ -67,15 +67,17 @@ def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
     batches.reference = [(-1.0, -10.0), (-2.0, -20.0), (-3.0, -30.0)]
     batch = batches(0)
     tokenizer = captioner.processor.tokenizer
-    answers = [
-        tokenizer.decode(labels[labels != -100], skip_special_tokens=True) for labels in batch.inputs.labels
-    ]
+    answers = [tokenizer.decode(labels[labels != -100], skip_special_tokens=True) for labels in batch.inputs.labels]
     order = [int(-value) - 1 for value in batch.reference_chosen]
     assert sorted(order) == [0, 1, 2]
-    assert answers == [getattr(pairs[number], kind) for kind in ("chosen", "rejected", "ground_truth") for number in order]
+    assert answers == [
+        getattr(pairs[number], kind) for kind in ("chosen", "rejected", "ground_truth") for number in order
+    ]
     assert batch.reference_rejected.tolist() == [-10.0 * (number + 1) for number in order]
     prompts = [tokenizer.decode(ids) for ids in batch.inputs.input_ids]
-    assert all(pairs[number].prompt in prompts[place + 3 * kind] for kind in range(3) for place, number in enumerate(order))
+    assert all(
+        pairs[number].prompt in prompts[place + 3 * kind] for kind in range(3) for place, number in enumerate(order)
+    )
     assert batch.inputs.clip_index == (0, 1, 2) * 3
     for place, number in enumerate(order):
         assert torch.equal(batch.inputs.blocks[place], blocks[pairs[number].video])

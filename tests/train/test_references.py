@@ -13,7 +13,9 @@ from salmonn.score.judge import RuleJudge
 from salmonn.train.evaluate import caption_clips, encode_clips, evaluate
 from salmonn.train.references import all_texts, heldout_config, read_clips, render_clips
 
-ONE = SynthConfig(clips=1, seed=4, min_seconds=3.0, max_seconds=3.0, min_visual=1, max_visual=1, max_sounds=1, min_sounds=1)
+ONE = SynthConfig(
+    clips=1, seed=4, min_seconds=3.0, max_seconds=3.0, min_visual=1, max_visual=1, max_sounds=1, min_sounds=1
+)
 
 
 def test_heldout_clips_are_of_the_same_kind_but_another_seed():

@@ -1,0 +1,88 @@
+"""Recipes run for real, at the smallest size that still gives preference pairs."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Three seconds with one or two things to see and one to hear: short captions, few tokens, quick to film.
+SIZES = {
+    "synth.clips": 8, "synth.seed": 5, "synth.min_seconds": 3, "synth.max_seconds": 3, "synth.min_visual": 1,
+    "synth.max_visual": 2, "synth.min_sounds": 1, "synth.max_sounds": 1, "heldout_clips": 3,
+}  # fmt: skip
+SFT = SIZES | {
+    "tasks": "[caption,questions]", "fit.steps": 40, "fit.batch_size": 8, "fit.warmup_steps": 5,
+    "fit.learning_rate": 0.003,
+}  # fmt: skip
+
+
+def command(recipe: str, *, processes: int = 0, **options: object) -> list[str]:
+    """The command line of a recipe; 0 processes start it without torchrun."""
+    launcher = ["python"] if not processes else ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+    launcher[0] = str(Path(sys.executable).with_name(launcher[0]))
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [*launcher, str(ROOT / "recipes" / f"{recipe}.py"), *flags]
+
+
+def run(recipe: str, *, processes: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a recipe to its end."""
+    return subprocess.run(
+        command(recipe, processes=processes, **options), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run`, for tests."""
+    return run
+
+
+@pytest.fixture(scope="session")
+def command_of() -> Callable[..., list[str]]:
+    """`command`, for tests that kill what it starts."""
+    return command
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Make a folder once for all workers of pytest-xdist; later callers wait for it."""
+
+    def make_once(name: str, make: Callable[[Path], None]) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (base / f"{name}.made").exists():
+                make(base / name)
+                (base / f"{name}.made").touch()
+        return base / name
+
+    return make_once
+
+
+@pytest.fixture(scope="session")
+def taught(shared) -> Path:
+    """`model/`, which says words of the synthetic world after 40 steps from nothing, and its `clips/`."""
+
+    def make(folder: Path) -> None:
+        result = run("sft", processes=1, out=folder / "model", clips_dir=folder / "clips", **SFT)
+        assert result.returncode == 0, result.stderr
+
+    return shared("taught", make)
+
+
+@pytest.fixture(scope="session")
+def taught_flags() -> dict[str, object]:
+    """Flags that the model was taught with."""
+    return SFT
+
+
+@pytest.fixture(scope="session")
+def sizes() -> dict[str, object]:
+    """Flags of the clips that the model was taught on."""
+    return SIZES

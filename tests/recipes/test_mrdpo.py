@@ -1,0 +1,171 @@
+"""The whole loop, run for real: what it leaves on disk, killed and started again, on two processes, and refusals."""
+
+import json
+import subprocess
+import time
+
+import psutil
+import pytest
+import torch
+
+from salmonn.model.build import load
+from salmonn.records import Caption, Pair, Score, read_records
+
+ROUND = {
+    "rounds": 1, "pairs.num_samples": 4, "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30,
+    "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup_steps": 1, "fit.learning_rate": 0.002,
+    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup_steps": 1,
+}  # fmt: skip
+RATES = {"missing", "hallucination", "total", "repetition", "qa_accuracy", "clips"}
+MODEL = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+MEASURED = [f"heldout/{name}" for name in ("answers.jsonl", "captions.jsonl", "rates.json", "scores.jsonl")]
+PROMISED = {
+    "mrdpo.yaml",
+    "summary.json",
+    "summary.png",
+    *(f"sft/{name}" for name in MEASURED),
+    *(f"round_1/{name}" for name in [*MEASURED, *(f"merged/{part}" for part in MODEL)]),
+    *(f"round_1/{name}.jsonl" for name in ("captions", "scores", "pairs", "steps")),
+    "round_1/adapter/adapter_config.json",
+    "round_1/adapter/adapter_model.safetensors",
+    *(f"rebirth/{name}" for name in [*MEASURED, *(f"merged/{part}" for part in MODEL)]),
+    "rebirth/captions.jsonl",
+    "rebirth/steps.jsonl",
+}
+
+
+@pytest.fixture(scope="session")
+def flags(taught, sizes):
+    """The same for all runs here, but `out`."""
+    return sizes | ROUND | {"model": taught / "model", "clips_dir": taught / "clips"}
+
+
+@pytest.fixture(scope="session")
+def finished(shared, launch, flags):
+    """The folder of an unbroken run of one process."""
+
+    def make(folder):
+        result = launch("mrdpo", processes=1, out=folder, **flags)
+        assert result.returncode == 0, result.stderr
+        folder.with_suffix(".out").write_text(result.stdout + result.stderr)
+
+    return shared("mrdpo", make)
+
+
+def files_of(folder) -> set[str]:
+    """All files, but the hidden ones that a kill may leave half written."""
+    return {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load(folder)[0].state_dict()
+
+
+def test_everything_promised_is_there(finished):
+    assert files_of(finished) - {"round_1/adapter/README.md"} == PROMISED
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary) == {"sft", "rounds", "rebirth"} and len(summary["rounds"]) == 1
+    for stage in (summary["sft"], *summary["rounds"], summary["rebirth"]):
+        assert set(stage) == RATES and stage["clips"] == 3 and 0 <= stage["qa_accuracy"] <= 1
+    assert (finished / "summary.png").read_bytes().startswith(b"\x89PNG")
+    said = finished.with_suffix(".out").read_text()
+    assert all(word in said for word in ("SFT", "round 1", "rebirth", "Missing %"))
+
+
+def test_records_of_a_round_fit_together(finished):
+    folder = finished / "round_1"
+    captions, scores = read_records(folder / "captions.jsonl", Caption), read_records(folder / "scores.jsonl", Score)
+    assert len(captions) == 32 and len({caption.text for caption in captions}) > 8  # 8 clips, 4 samples
+    assert [(caption.video, caption.sample) for caption in captions] == [
+        (score.video, score.sample) for score in scores
+    ]
+    said = {(caption.video, caption.text): score for caption, score in zip(captions, scores, strict=True)}
+    pairs = read_records(folder / "pairs.jsonl", Pair)
+    assert pairs
+    for pair in pairs:
+        gap = said[pair.video, pair.rejected].total - said[pair.video, pair.chosen].total
+        assert pair.gap == pytest.approx(gap) and gap > 0 and pair.chosen_finished and pair.ground_truth
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    # The first step's policy is its reference: log 2.
+    assert [step["step"] for step in steps] == [0, 1] and steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_round_moves_the_attention_and_rebirth_starts_anew(finished, taught):
+    start, after = weights(taught / "model"), weights(finished / "round_1" / "merged")
+    reborn = weights(finished / "rebirth" / "merged")
+    attention = {f"lm.model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(4) for part in "qkv"}
+    assert {name for name in start if not torch.equal(start[name], after[name])} == attention
+    assert {name for name in start if not torch.equal(start[name], reborn[name])} == attention
+    assert any(not torch.equal(after[name], reborn[name]) for name in attention)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to the launcher and all its processes, which stand in sessions of their own."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.wait(timeout=30)
+
+
+def test_killed_and_started_again(finished, command_of, launch, flags, tmp_path):
+    out = tmp_path / "mrdpo"
+    sampled = out / "round_1" / "captions.jsonl"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command_of("mrdpo", processes=1, out=out, **flags), stdout=log, stderr=log)
+        until = time.monotonic() + 200
+        while not sampled.exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        kill(process)
+    assert sampled.exists() and not (out / "summary.json").exists(), (tmp_path / "log").read_text()
+    made = sampled.stat().st_mtime_ns
+
+    result = launch("mrdpo", processes=1, out=out, **flags)
+    assert result.returncode == 0, result.stderr
+    assert sampled.stat().st_mtime_ns == made
+    assert files_of(out) == files_of(finished)
+    assert (out / "summary.json").read_text() == (finished / "summary.json").read_text()
+    for stage in ("round_1", "rebirth"):
+        unbroken, resumed = weights(finished / stage / "merged"), weights(out / stage / "merged")
+        assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_two_processes(finished, launch, flags, tmp_path):
+    result = launch("mrdpo", processes=2, out=tmp_path, **flags)
+    assert result.returncode == 0, result.stderr
+    assert files_of(tmp_path) == files_of(finished)
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in (finished, tmp_path))
+    assert two["sft"] == one["sft"]
+    for name in ("captions", "answers", "scores"):
+        alone, shared = ((f / "sft" / "heldout" / f"{name}.jsonl").read_text() for f in (finished, tmp_path))
+        assert alone == shared
+    sampled = read_records(tmp_path / "round_1" / "captions.jsonl", Caption)
+    assert [(caption.video, caption.sample) for caption in sampled] == [
+        (caption.video, caption.sample) for caption in read_records(finished / "round_1" / "captions.jsonl", Caption)
+    ]
+
+
+def test_another_config_in_the_same_folder_is_refused(finished, launch, flags):
+    before = (finished / "mrdpo.yaml").read_text()
+    result = launch("mrdpo", out=finished, **flags | {"fit.steps": 3})
+    assert result.returncode == 2
+    assert "error: " in result.stderr and "another configuration" in result.stderr and "steps: 3" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (finished / "mrdpo.yaml").read_text() == before
+
+
+def test_no_pairs_end_a_run_with_words(load_recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"round_2 found no pair.*min_gap"):
+        load_recipe("mrdpo").report_pairs([], tmp_path / "round_2")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"model": "/nowhere"}, "no model in /nowhere"), ({"references": "/nowhere/refs.jsonl"}, "/nowhere/refs.jsonl")],
+)
+def test_mistakes_end_with_words(launch, flags, tmp_path, changed, words):
+    result = launch("mrdpo", out=tmp_path / "out", **flags | changed)
+    assert result.returncode == 2
+    assert words in result.stderr and "Traceback" not in result.stderr
