@@ -192,6 +192,27 @@ def test_another_seed_is_another_run(random_model, batches, tmp_path):
     assert any(not torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_a_weight_that_no_batch_touches_is_kept_and_resumed(tmp_path):
+    """The matrix has its first gradient at step 3, after the checkpoint of 2 steps."""
+
+    def loss(model, step):
+        return (model.vector * SLOPE[0]).sum() + ((model.matrix * SLOPE).sum() if step >= 3 else 0), {}
+
+    def kill(step, _):
+        if step == 2:
+            raise Killed
+
+    config = FitConfig(learning_rate=0.5, steps=5, warmup_steps=1, checkpoint_every=2)
+    same = {"batches": lambda step: step, "loss": loss}
+    (tmp_path / "whole").mkdir()
+    unbroken = fit_weights(tmp_path / "whole", config, **same)
+    with pytest.raises(Killed):
+        fit_weights(tmp_path, config, **same, on_step=kill)
+    resumed = fit_weights(tmp_path, config, **same)
+    assert torch.equal(unbroken.matrix, resumed.matrix) and torch.equal(unbroken.vector, resumed.vector)
+    assert not resumed.matrix.eq(1).any()
+
+
 def test_a_checkpoint_of_other_weights_is_refused(captioner, tmp_path):
     path = tmp_path / "c.safetensors"
     config = FitConfig(steps=1, warmup_steps=1, checkpoint_every=1)
