@@ -33,6 +33,8 @@ proof: setup
 	$(BIN)/python tools/proof.py --seeds 1 2 3
 
 tiny: setup
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_still.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_short.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/align_audio.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/sft.yaml

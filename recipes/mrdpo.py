@@ -172,9 +172,7 @@ def play_round(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoCon
             folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config.pairs, folder, seed)
         )
         references = {reference.video: reference for reference in run.train.references}
-        scores = kept(
-            folder / "scores.jsonl", Score, lambda: judge_captions(captions, references, judge=run.judge)
-        )
+        scores = kept(folder / "scores.jsonl", Score, lambda: judge_captions(captions, references, judge=run.judge))
         pairs = kept(
             folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, references, config=config.pairs)
         )

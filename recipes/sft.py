@@ -86,9 +86,7 @@ def main(config: SftConfig) -> None:
     checkpoint = config.out / "checkpoint.safetensors"
     fit(
         captioner.network,
-        SftBatches(
-            examples, captioner.processor, cache, batch_size=config.fit.batch_size, seed=config.seed
-        ),
+        SftBatches(examples, captioner.processor, cache, batch_size=config.fit.batch_size, seed=config.seed),
         sft_loss,
         config.fit,
         seed=config.seed,

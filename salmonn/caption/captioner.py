@@ -37,7 +37,7 @@ class Span:
     def __post_init__(self) -> None:
         start = self.start_seconds or 0.0
         if start < 0 or (self.end_seconds is not None and self.end_seconds <= start):
-            raise ValueError(f"the span from {start} to {self.end_seconds} seconds is empty: it must end after it starts")
+            raise ValueError(f"the span from {start} to {self.end_seconds} s is empty: it must end after it starts")
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,7 @@ class Processor:
         """Tokens N that one clip becomes."""
         return len(media.frames) * self.tokens_per_frame + sum(media.num_windows) * self.config.num_queries
 
-    def inputs(
-        self, rows: Sequence[Row], clips: Sequence[Media | Tensor], *, pad_left: bool = False
-    ) -> Inputs:
+    def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Tensor], *, pad_left: bool = False) -> Inputs:
         """Collate rows about clips into one batch.
 
         Args:

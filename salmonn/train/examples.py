@@ -16,7 +16,14 @@ from salmonn.model.network import Inputs, Media
 from salmonn.records import Reference, Use
 
 Task = Literal[
-    "caption", "human_caption", "events", "questions", "visual_caption", "audio_caption", "visual_events", "audio_events"
+    "caption",
+    "human_caption",
+    "events",
+    "questions",
+    "visual_caption",
+    "audio_caption",
+    "visual_events",
+    "audio_events",
 ]
 Item = TypeVar("Item")
 PROMPTS = {

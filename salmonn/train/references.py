@@ -15,7 +15,7 @@ HELDOUT_OFFSET = 1_000_000  # between the seeds of training and of held-out clip
 
 
 def heldout_config(synth: SynthConfig, *, clips: int) -> SynthConfig:
-    """Clips to measure on: of the same kind as the training clips, from a seed of their own that follows from theirs."""
+    """Clips to measure on: of the training clips' kind, from a seed of their own that follows from theirs."""
     return replace(synth, clips=clips, seed=synth.seed + HELDOUT_OFFSET)
 
 
@@ -65,9 +65,7 @@ def all_texts(references: Sequence[Reference]) -> list[str]:
     captions = [
         text
         for reference in references
-        for text in (
-            reference.caption, reference.human_caption, reference.visual_caption, reference.audio_caption
-        )
+        for text in (reference.caption, reference.human_caption, reference.visual_caption, reference.audio_caption)
     ]
     return captions + [
         text for reference in references for item in reference.questions for text in (item.question, item.answer)

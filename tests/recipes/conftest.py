@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -29,11 +30,29 @@ def command(recipe: str, *, processes: int = 0, **options: object) -> list[str]:
     return [*launcher, str(ROOT / "recipes" / f"{recipe}.py"), *flags]
 
 
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to a launcher and all its processes, which stand in sessions of their own."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family, timeout=30)
+    process.wait(timeout=30)
+
+
+def execute(line: list[str], *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end; one that hangs leaves no process behind."""
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    return subprocess.CompletedProcess(line, process.returncode, out, err)
+
+
 def run(recipe: str, *, processes: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a recipe to its end."""
-    return subprocess.run(
-        command(recipe, processes=processes, **options), capture_output=True, text=True, timeout=300, check=False
-    )
+    return execute(command(recipe, processes=processes, **options))
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +65,12 @@ def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
 def command_of() -> Callable[..., list[str]]:
     """`command`, for tests that kill what it starts."""
     return command
+
+
+@pytest.fixture(scope="session")
+def kill_family() -> Callable[[subprocess.Popen], None]:
+    """`kill`, for tests."""
+    return kill
 
 
 @pytest.fixture(scope="session")
