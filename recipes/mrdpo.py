@@ -167,7 +167,7 @@ def load_run(captioner: Captioner, config: MrDpoConfig) -> Run:
 def play_round(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoConfig, seed: int) -> Captioner:
     """One round: sample, judge, pair, train, merge, save. Returns the merged model."""
     merged = folder / "merged"
-    if not (merged / CONFIG_NAME).is_file():
+    if absent(merged / CONFIG_NAME):
         captions = kept(
             folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config.pairs, folder, seed)
         )
@@ -183,12 +183,19 @@ def play_round(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoCon
 
 def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:
     """Records of a stage: read where a run before made them, else made and written."""
-    if not path.is_file():
+    if absent(path):
         records = make()
         if dist.is_main():
             write_records(path, records)
         dist.barrier()
     return read_records(path, record_type)
+
+
+def absent(path: Path) -> bool:
+    """Whether a file is still to be made. All ranks look before one of them writes, so that all take the same way."""
+    answer = not path.is_file()
+    dist.barrier()
+    return answer
 
 
 def sample_captions(captioner: Captioner, run: Run, config: PairConfig, folder: Path, seed: int) -> list[Caption]:
@@ -268,7 +275,7 @@ def train_policy(
 def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig) -> Captioner:
     """Tune the starting model on the teacher's captions of the training clips and on questions."""
     merged = folder / "merged"
-    if not (merged / CONFIG_NAME).is_file():
+    if absent(merged / CONFIG_NAME):
         captions = kept(folder / "captions.jsonl", Caption, lambda: teach(teacher, run, config=config))
         taught = [
             replace(reference, caption=caption.text)
@@ -333,7 +340,7 @@ def measure(captioner: Captioner, run: Run, folder: Path) -> Rates:
     """Rates on the held-out clips, kept in `heldout/` with captions, answers and scores."""
     folder = folder / "heldout"
     path = folder / "rates.json"
-    if not path.is_file():
+    if absent(path):
         result = evaluate(
             captioner,
             run.heldout.references,

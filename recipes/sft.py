@@ -122,18 +122,19 @@ def load_model(config: SftConfig, references: list[Reference]) -> Captioner:
 
 
 def choose_trainable(captioner: Captioner, config: SftConfig) -> None:
-    """Attach the adapter, and let gradients through to the chosen parts alone."""
+    """Let gradients through to the chosen parts and the adapter alone."""
     network = captioner.network
-    if config.lora:
-        attach(network, config.lora, seed=config.seed)
-    if "all" in config.trainable:
-        network.requires_grad_(True)
-        return
+    network.requires_grad_("all" in config.trainable)
     for prefix in config.trainable:
         parameters = [value for name, value in network.named_parameters() if name.startswith(prefix)]
-        if not parameters:
+        if not parameters and prefix != "all":
             raise ValueError(f"no part of the network is named {prefix}: it has vision., audio. and lm.")
         for parameter in parameters:
+            parameter.requires_grad = True
+    if config.lora:
+        chosen = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        attach(network, config.lora, seed=config.seed)  # freezes all but the adapter
+        for parameter in chosen:
             parameter.requires_grad = True
 
 

@@ -91,9 +91,10 @@ def run_caption(values: Namespace) -> int:
         seed=values.seed,
         batch_size=values.batch_size,
     )
-    write_records(values.out, [])
     failures = []
-    for result in tqdm(results, total=len(videos), desc="captioning", unit="video"):
+    for number, result in enumerate(tqdm(results, total=len(videos), desc="captioning", unit="video")):
+        if number == 0:  # not before, so that a mistake in the arguments leaves no empty file
+            write_records(values.out, [])
         if isinstance(result, Caption):
             append_record(values.out, result)
         else:

@@ -45,7 +45,7 @@ def parse_config(config_type: type[Config], *, description: str, args: Sequence[
     parser.add_argument("--config", action="config", help="YAML file that states what differs from the defaults")
     parser.add_class_arguments(config_type)
     try:
-        built = parser.instantiate_classes(parser.parse_args(args))
+        built = parser.instantiate(parser.parse_args(args))
     except ValueError as error:  # a dataclass refused its values
         sys.exit(_complain(error))
     names = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
@@ -61,11 +61,13 @@ def claim_folder(folder: Path, config: Any, *, name: str) -> None:
     path = folder / f"{name}.yaml"
     text = _to_yaml(config)
     if path.is_file():
-        before = path.read_text(encoding="utf-8").splitlines()
-        changed = [line.strip() for line in text.splitlines() if line not in before]
-        if changed:
+        before, now = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
+        if before != now:
+            gained = [f"now {line.strip()}" for line in now if line not in before]
+            lost = [f"no longer {line.strip()}" for line in before if line not in now]
             raise ValueError(
-                f"{folder} holds a run with another configuration (now {', '.join(changed)}): "
+                f"{folder} holds a run with another configuration "
+                f"({', '.join(gained + lost) or 'a list in another order'}): "
                 "choose another --out, or delete that folder to start anew"
             )
     write_text(path, text)

@@ -3,6 +3,7 @@
 The only place that reads the launcher's variables. Without a launcher everything works as one process of one.
 """
 
+import atexit
 import logging
 import os
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def setup(*, threads: int | None = None) -> None:
     if world_size() > 1 and not torch_dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch_dist.init_process_group(backend, timeout=TIMEOUT)
+        atexit.register(torch_dist.destroy_process_group)
     level = logging.INFO if is_main() else logging.WARNING
     handler = RichHandler(show_path=False, show_level=False, markup=False)
     logging.basicConfig(level=level, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)

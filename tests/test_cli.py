@@ -130,7 +130,6 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
         (["{video}", "--model", "{empty}"], "no model in"),
         (["{video}", "--prompt", "<|av|>"], "special token"),
         ([], "paths"),
-        # DEFECT: captions nothing, says "1 captions" and ends with 0.
         (["{video}", "--batch_size", "-1"], "batch_size"),
     ],
 )
@@ -142,7 +141,6 @@ def test_wrong_usage_of_caption(call, videos, random_model, tmp_path, args, word
     assert code == 2 and words in err and "Traceback" not in err
 
 
-# DEFECT: the file is made before the first caption, so that this mistake leaves an empty one and the corrected
 # command is refused for it.
 def test_a_mistake_leaves_no_empty_file_behind(call, videos, random_model, tmp_path):
     out = tmp_path / "out.jsonl"
@@ -219,7 +217,6 @@ SHORT = ("--seed", 9, "--min_seconds", 3, "--max_seconds", 3, "--min_visual", 1,
          "--max_sounds", 1)  # fmt: skip
 
 
-# DEFECT: x264's macroblock tree (its default) reads memory that nobody wrote, so that bytes differ from run to run.
 def test_synth_twice_gives_the_same_bytes(call, tmp_path, monkeypatch):
     """The second time in a process whose fresh memory is full of other bytes."""
     assert call("synth", "--out", tmp_path / "one", "--clips", 2, *SHORT)[0] == 0

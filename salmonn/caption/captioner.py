@@ -131,6 +131,8 @@ class Captioner:
 
         Takes what `caption` takes; the results come in the order of the paths.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         for start in range(0, len(paths), batch_size):
             part = paths[start : start + batch_size]
             read = [self._try_read(path, span=span or Span(), use=use) for path in part]

@@ -1,5 +1,6 @@
 """Clip + words -> Inputs: frames and log-mel chunks as the towers take them, text with placeholders, padded batches."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,12 @@ class Processor:
         if clip.waveform is None:
             return torch.zeros(0, self.config.num_mel_bins, self.config.chunk_seconds * 100), 0
         seconds = max(len(clip.waveform) / SAMPLE_HZ, MIN_SOUND_SECONDS)
+        # Rounded before the ceiling: 8.0001 s of sound is 16 windows and one chunk, not one more of each.
+        num_windows = math.ceil(round(seconds / self.config.window_seconds, 3))
+        num_chunks = math.ceil(num_windows * self.config.window_seconds / self.config.chunk_seconds)
         chunk = self.config.chunk_seconds * SAMPLE_HZ
-        pieces = [clip.waveform[start : start + chunk] for start in range(0, max(len(clip.waveform), 1), chunk)]
+        pieces = [clip.waveform[number * chunk : (number + 1) * chunk] for number in range(num_chunks)]
         mel = self.mel(pieces, sampling_rate=SAMPLE_HZ, return_tensors="pt").input_features
-        # Rounded before the ceiling: 7.0000001 s of sound is 14 windows of half a second, not 15.
-        num_windows = int(-(-round(seconds / self.config.window_seconds, 3) // 1))
         return mel, num_windows
 
     def num_clip_tokens(self, media: Media) -> int:

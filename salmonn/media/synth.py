@@ -122,7 +122,9 @@ def write_video(path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float32
     # One thread: clips are small, and the workers fill the cores.
     with av.open(str(temporary), "w") as container:
         video = container.add_stream(
-            "libx264", rate=config.fps, options={"preset": "veryfast", "crf": "18", "threads": "1"}
+            "libx264",
+            rate=config.fps,
+            options={"preset": "veryfast", "crf": "18", "threads": "1", "x264-params": "mbtree=0"},
         )
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         audio = container.add_stream("aac", rate=config.sample_rate_hz, layout="mono")

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
 import safetensors.torch
 from torch import nn
 from transformers import (
@@ -154,6 +155,7 @@ def save(network: Network, config: ModelConfig, path: Path | str) -> None:
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".{WEIGHTS_NAME}.tmp"
     safetensors.torch.save_model(network, str(temporary))
+    temporary.chmod(0o644)  # safetensors writes for the owner alone
     temporary.replace(path / WEIGHTS_NAME)
     # The config comes last: a folder that has one is whole.
     write_json(path / CONFIG_NAME, asdict(config))
@@ -186,7 +188,10 @@ def load(path: Path | str) -> tuple[Network, ModelConfig]:
     weights = Path(path) / WEIGHTS_NAME
     if not weights.is_file():
         raise ValueError(f"{path} has a {CONFIG_NAME} but no {WEIGHTS_NAME}: the folder is incomplete")
-    missing, unexpected = safetensors.torch.load_model(network, str(weights), strict=False)
+    try:
+        missing, unexpected = safetensors.torch.load_model(network, str(weights), strict=False)
+    except (RuntimeError, safetensors.SafetensorError) as error:  # sizes that differ; a damaged file
+        raise ValueError(f"{weights} does not fit its config, or is damaged: {error}") from error
     if missing or unexpected:
         raise ValueError(
             f"{weights} does not fit its config: missing {sorted(missing) or 'none'}, "

@@ -39,8 +39,8 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Opti
     trainable = dict(_trainable(model))
     with safe_open(str(path), framework="pt") as file:
         keys = set(file.keys())
-        names = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
-        if names != set(trainable):
+        shapes = {key: file.get_slice(key).get_shape() for key in keys if key.startswith("model.")}
+        if shapes != {f"model.{name}": list(parameter.shape) for name, parameter in trainable.items()}:
             raise ValueError(f"{path} is the checkpoint of another configuration: delete it or choose another folder")
         with torch.no_grad():
             for name, parameter in trainable.items():

@@ -155,6 +155,8 @@ class SftBatches:
     ) -> None:
         if not examples:
             raise ValueError("there is nothing to train on: the references give no example of the chosen tasks")
+        if batch_size < dist.world_size():
+            raise ValueError(f"a batch of {batch_size} examples does not reach for {dist.world_size()} processes")
         self.examples = examples
         self.processor = processor
         self.clip_of = clip_of

@@ -62,7 +62,6 @@ def test_only_broken_files(captioner, tmp_path):
     assert len(results) == 1 and isinstance(results[0], Failure)
 
 
-# DEFECT: a batch size below 1 either captions nothing and says nothing, or names `range() arg 3`.
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_size_below_one_is_refused(captioner, videos, batch_size):
     with pytest.raises(ValueError, match="batch_size"):

@@ -53,7 +53,6 @@ def test_windows_and_chunks_of_sound(processor, samples, chunks, windows):
 @torch.no_grad()
 @pytest.mark.parametrize("samples", [160, 128_000, 128_002, 132_000])
 def test_every_length_of_sound_is_taken_by_the_network(captioner, samples):
-    # DEFECT at 128 002: the second chunk (2 samples) has no window of its own, and the network refuses it.
     media = captioner.processor.media(make_clip(samples=samples))
     (tokens,) = captioner.network.encode(media)
     assert len(tokens) == captioner.processor.num_clip_tokens(media)

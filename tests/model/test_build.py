@@ -70,7 +70,6 @@ def test_missing_and_unexpected_weights_are_named(folder):
     assert str(path) in str(caught.value)
 
 
-# DEFECT: load promises ValueError for weights that do not fit; torch's RuntimeError comes through.
 def test_weights_of_another_size_are_refused(folder):
     values = json.loads((folder / "config.json").read_text())
     values["lm"]["intermediate_size"] = 200
@@ -79,7 +78,6 @@ def test_weights_of_another_size_are_refused(folder):
         load(folder)
 
 
-# DEFECT: likewise, a SafetensorError (no ValueError) comes through, which is a traceback on the command line.
 def test_damaged_weights_are_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])

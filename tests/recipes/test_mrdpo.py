@@ -157,8 +157,7 @@ dist.barrier()
 """
 
 
-# DEFECT: rank 1 finds the file that rank 0 has just written and passes by the barrier in which rank 0 waits for it.
-# Pairs are chosen without a word between ranks, so that a real run hangs there now and then.
+# Pairs are chosen without a word between ranks: a real run hung there now and then.
 def test_a_rank_that_comes_late_to_a_stage_hangs_no_run(command_of, tmp_path):
     (tmp_path / "late.py").write_text(LATE)
     *launcher, recipe = command_of("mrdpo", processes=2)

@@ -56,7 +56,6 @@ def test_a_trained_folder_is_left_alone(taught, launch, taught_flags):
     assert "trained already" in result.stderr + result.stdout
 
 
-# DEFECT: loading leaves gradients on everywhere and nothing turns them off, so that a stage without adapter trains all.
 @pytest.mark.parametrize(
     ("trainable", "prefixes"),
     [

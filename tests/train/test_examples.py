@@ -95,7 +95,6 @@ def test_ranks_share_a_batch(examples, processor, monkeypatch):
     assert parts[0].mean_num_tokens == parts[1].mean_num_tokens == whole.mean_num_tokens / 2
 
 
-# DEFECT: more ranks than examples a step leaves ranks without rows: "max() arg is an empty sequence".
 def test_a_batch_that_does_not_reach_for_all_ranks_is_refused(examples, processor, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="processes"):
