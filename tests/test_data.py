@@ -1,0 +1,18 @@
+"""The sample in data/ is what the generator writes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from salmonn.media.synth import SynthConfig, describe_clip
+from salmonn.records import Reference, read_records
+
+SAMPLE = Path(__file__).parents[1] / "data" / "sample.jsonl"
+
+
+def test_sample_is_what_the_generator_writes():
+    references = read_records(SAMPLE, Reference)
+    assert len(references) == 3
+    for index, reference in enumerate(references):
+        written = describe_clip(SynthConfig(seed=7), index=index)[1]
+        assert json.dumps(dataclasses.asdict(reference)) == json.dumps(dataclasses.asdict(written))
