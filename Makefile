@@ -14,7 +14,7 @@ setup: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(TORCH) --editable ".[dev]"
 	touch $@
 
 test: lint
