@@ -303,8 +303,8 @@ def test_reference_captions_have_no_error_and_hasty_ones_lie_between():
             others = [event for event in known[score.video].events if event.modality != use]
             assert (score.missing, score.incorrect, score.hallucinated) == (len(others), 0, 0)
     hasty = rates(score_captions(known, [Caption(one.video, one.human_caption) for one in drawn], RuleJudge()))
-    assert 0.28 < hasty.missing < 0.38  # a third of the events is left out
-    assert 0.01 < hasty.hallucination < 0.06  # (0.12 + 0.08) errors over about 8 events
+    assert 0.35 < hasty.missing < 0.45  # a third of the events is left out, some more are taken for others
+    assert 0.07 < hasty.hallucination < 0.15  # 0.3 slips and about 0.6 habits over about 8 events
     assert hasty.repetition > 0
 
 
