@@ -34,7 +34,7 @@ proof: setup
 
 tiny: setup
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_still.yaml
-	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_short.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_deed.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/align_audio.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/sft.yaml

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # Bit for bit means the same device and the same order of sums: tests run on one thread of the processor.
@@ -10,6 +11,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch
+from torch import nn
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.inputs import Processor
@@ -91,3 +93,17 @@ def load_recipe():
         return sys.modules[module]
 
     return load
+
+
+@pytest.fixture
+def fill_adapter() -> Callable[[nn.Module], None]:
+    """Gives a fresh adapter something to say: its B is zero at first, and the policy is its reference."""
+
+    def fill(network: nn.Module) -> None:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+
+    return fill

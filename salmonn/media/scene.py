@@ -45,6 +45,7 @@ class SynthConfig:
         min_seconds, max_seconds: range of the clips' duration.
         min_visual, max_visual: range of the number of visual happenings.
         min_sounds, max_sounds: range of the number of sounds, all of different kinds.
+        max_shapes: most objects of a clip, all of different shapes; the fewer, the more each of them does.
     """
 
     clips: int = 1000
@@ -58,6 +59,7 @@ class SynthConfig:
     max_visual: int = 6
     min_sounds: int = 2
     max_sounds: int = 3
+    max_shapes: int = 3
 
     def __post_init__(self) -> None:
         if self.clips < 0 or self.seed < 0 or self.fps < 1:
@@ -72,6 +74,8 @@ class SynthConfig:
         for name, (low, high) in ranges.items():
             if not 0 < low <= high:
                 raise ValueError(f"min_{name} must be above 0 and at most max_{name}, got {low} and {high}")
+        if not 1 <= self.max_shapes <= len(SHAPES):
+            raise ValueError(f"max_shapes must be 1 to {len(SHAPES)}, the number of shapes: {self.max_shapes}")
         # One colour and one sound stay out of every clip, for the mistakes of hasty captions.
         if self.max_visual >= len(COLOURS) or self.max_sounds >= len(SOUNDS):
             raise ValueError(
@@ -218,7 +222,8 @@ def _spread(rng: random.Random, *, needs: Sequence[float], total: float) -> list
 
 def _draw_visual(rng: random.Random, *, duration: float, diameter: int, config: SynthConfig) -> list[Happening] | None:
     number = rng.randint(config.min_visual, config.max_visual)
-    stage = _Stage(rng, config=config, diameter=diameter, shapes=rng.sample(SHAPES, min(rng.randint(2, 3), number)))
+    num_shapes = rng.randint(min(2, config.max_shapes), config.max_shapes)
+    stage = _Stage(rng, config=config, diameter=diameter, shapes=rng.sample(SHAPES, min(num_shapes, number)))
     story = []
     for left in range(number, 0, -1):
         happening = stage.play(must_appear=len(stage.waiting) == left or left == number)

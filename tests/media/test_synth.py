@@ -237,11 +237,21 @@ def test_an_index_beyond_the_set_is_refused(tmp_path):
         {"max_visual": 7},
         {"max_sounds": 7},
         {"min_sounds": 0},
+        {"max_shapes": 0},
+        {"max_shapes": 6},
     ],
 )
 def test_impossible_configs_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SynthConfig(**wrong)
+
+
+def test_one_shape_does_all_that_happens():
+    config = SynthConfig(max_shapes=1, min_visual=3, max_visual=3)
+    for index in range(50):
+        happenings = [deed for deed in describe_clip(config, index=index)[0].happenings if deed.kind != "sound"]
+        assert len(happenings) == 3 and len({deed.shape for deed in happenings}) == 1
+        assert [deed.kind == "appear" for deed in happenings] == [True, False, False]
 
 
 def test_more_happenings_than_the_time_allows_are_refused():

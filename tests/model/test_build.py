@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import gelu
 
 from salmonn.caption.captioner import Captioner
 from salmonn.model.build import build, load, load_config, save, tiny
@@ -23,6 +24,16 @@ def test_size_of_the_tiny_model():
         network = build(config)
     assert 1e6 < sum(parameter.numel() for parameter in network.parameters()) < 5e6
     assert (config.chunk_seconds, config.num_mel_bins, config.frame_size) == (8, 40, 48)
+
+
+@torch.no_grad()
+def test_a_fresh_tower_hears_above_its_positions():
+    """Sound that drowns in Whisper's fixed positions is learnt many times more slowly: at 0.02 its share is 0.01."""
+    torch.manual_seed(0)
+    encoder = build(tiny(vocab_size=640, placeholder_id=4, eos_token_id=2, pad_token_id=0)).audio.encoder
+    mel = -0.5 + 0.4 * torch.randn(2, 40, 800)  # mean and deviation of the synthetic clips' features
+    steps = gelu(encoder.conv2(gelu(encoder.conv1(mel))))
+    assert steps.std() > 0.2 * encoder.embed_positions.weight.std()
 
 
 def test_round_trip_is_bit_equal(random_model, tmp_path):

@@ -17,15 +17,6 @@ def inputs(captioner, media):
     return captioner.processor.inputs([Row(0, "Tell.", "a red circle appears")], [media[0]])
 
 
-def fill(network) -> None:
-    """Give the adapter something to say: B is zero at first."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-
-
 def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
     attach(captioner.network, CONFIG, seed=0)
     trainable = {name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad}
@@ -67,13 +58,13 @@ def test_the_seed_gives_the_adapter_and_touches_no_other_draw(random_model):
 
 
 @torch.no_grad()
-def test_merged_is_base_plus_scaled_product(captioner, inputs):
+def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
     network = captioner.network
     base = network.lm.model.layers[2].self_attn.k_proj.weight.clone()
     untouched = network.lm.model.layers[2].self_attn.o_proj.weight.clone()
     plain = network(inputs)
     attach(network, CONFIG, seed=0)
-    fill(network)
+    fill_adapter(network)
     layer = network.lm.base_model.model.model.layers[2].self_attn.k_proj
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # (64, 4) @ (4, 128)
     with_adapter = network.eval()(inputs)
@@ -88,11 +79,11 @@ def test_merged_is_base_plus_scaled_product(captioner, inputs):
 
 
 @torch.no_grad()
-def test_adapter_off_is_the_reference(captioner, inputs):
+def test_adapter_off_is_the_reference(captioner, inputs, fill_adapter):
     network = captioner.network
     plain = network(inputs)
     attach(network, CONFIG, seed=0)
-    fill(network)
+    fill_adapter(network)
     network.eval()
     policy = network(inputs)
     with adapter_off(network):
@@ -118,11 +109,11 @@ def test_saved_as_a_peft_folder(captioner, tmp_path):
     assert len(weights) == 24 and all("lora_" in name for name in weights)
 
 
-def test_a_merged_model_is_saved_and_loaded_like_any_other(captioner, inputs, tmp_path):
+def test_a_merged_model_is_saved_and_loaded_like_any_other(captioner, inputs, fill_adapter, tmp_path):
     from salmonn.caption.captioner import Captioner
 
     attach(captioner.network, CONFIG, seed=0)
-    fill(captioner.network)
+    fill_adapter(captioner.network)
     merge(captioner.network)
     captioner.save(tmp_path)
     with torch.no_grad():

@@ -17,7 +17,7 @@ SIZES = {
     "synth.max_visual": 2, "synth.min_sounds": 1, "synth.max_sounds": 1, "heldout_clips": 3,
 }  # fmt: skip
 SFT = SIZES | {
-    "tasks": "[caption,questions]", "fit.steps": 40, "fit.batch_size": 8, "fit.warmup_steps": 5,
+    "tasks": "[caption,questions]", "fit.steps": 28, "fit.batch_size": 8, "fit.warmup_steps": 5,
     "fit.learning_rate": 0.003,
 }  # fmt: skip
 
@@ -92,7 +92,7 @@ def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
 
 @pytest.fixture(scope="session")
 def taught(shared) -> Path:
-    """`model/`, which says words of the synthetic world after 40 steps from nothing, and its `clips/`."""
+    """`model/`, which says words of the synthetic world after 28 steps from nothing, and its `clips/`."""
 
     def make(folder: Path) -> None:
         result = run("sft", processes=1, out=folder / "model", clips_dir=folder / "clips", **SFT)

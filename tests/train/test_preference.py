@@ -30,15 +30,6 @@ def blocks(captioner, media, clips):
     return {reference.video: block for reference, block in zip(clips.references, tokens, strict=True)}
 
 
-def fill(network) -> None:
-    """Move the policy away from its reference."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-
-
 def answer_logp(captioner, pair, text, block) -> float:
     """Log-probability of one answer, alone in its batch."""
     with torch.no_grad():
@@ -46,13 +37,13 @@ def answer_logp(captioner, pair, text, block) -> float:
         return captioner.network(inputs).sum().item()
 
 
-def test_reference_is_the_network_without_adapter(captioner, pairs, blocks):
+def test_reference_is_the_network_without_adapter(captioner, fill_adapter, pairs, blocks):
     expected = [
         [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
         for pair in pairs
     ]
     attach(captioner.network, LORA, seed=0)
-    fill(captioner.network)
+    fill_adapter(captioner.network)
     captioner.network.eval()
     batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=2, seed=0)
     batches.refer(captioner.network)
@@ -115,11 +106,11 @@ def test_loss_of_a_fresh_adapter(captioner, pairs, blocks):
     assert abs(figures["chosen"]) < 1e-4 and abs(figures["rejected"]) < 1e-4
 
 
-def test_figures_of_a_moved_policy(captioner, pairs, blocks):
+def test_figures_of_a_moved_policy(captioner, fill_adapter, pairs, blocks):
     attach(captioner.network, LORA, seed=0)
     batches = PreferenceBatches(pairs[:1], blocks, captioner.processor, batch_size=1, seed=0)
     batches.refer(captioner.network)
-    fill(captioner.network)
+    fill_adapter(captioner.network)
     captioner.network.eval()
     loss, figures = PreferenceLoss(DpoConfig(beta=0.5, ce_weight=0.0))(captioner.network, batches(0))
     pair, block = pairs[0], blocks[pairs[0].video]
