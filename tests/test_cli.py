@@ -141,7 +141,6 @@ def test_wrong_usage_of_caption(call, videos, random_model, tmp_path, args, word
     assert code == 2 and words in err and "Traceback" not in err
 
 
-# command is refused for it.
 def test_a_mistake_leaves_no_empty_file_behind(call, videos, random_model, tmp_path):
     out = tmp_path / "out.jsonl"
     assert call("caption", videos[0], "--out", out, "--model", random_model, "--prompt", "<|av|>")[0] == 2
