@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from salmonn.model.audio import AudioTower
+from salmonn.model.pack import PADDING, pack
 from salmonn.model.splice import interleave, place, time_order
 from salmonn.model.vision import VisionTower
 
@@ -127,28 +128,42 @@ class Network(nn.Module):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Text with the clips' tokens in their places, (B, L, D)."""
-        blocks = inputs.blocks
-        if blocks is None:
-            assert inputs.media is not None, "inputs carry neither media nor blocks"
-            blocks = self.encode(inputs.media)
-        embeds = self.lm.get_input_embeddings()(inputs.input_ids)
-        tokens = torch.cat([embeds.new_zeros(0, embeds.shape[-1]), *(blocks[index] for index in inputs.clip_index)])
-        return place(embeds, inputs.input_ids == self.placeholder_id, tokens)
+        is_clip = inputs.input_ids == self.placeholder_id
+        return self._embed(inputs.input_ids, is_clip, self._blocks(inputs), inputs.clip_index)
+
+    def _blocks(self, inputs: Inputs) -> Sequence[Tensor]:
+        if inputs.blocks is not None:
+            return inputs.blocks
+        assert inputs.media is not None, "inputs carry neither media nor blocks"
+        return self.encode(inputs.media)
+
+    def _embed(self, ids: Tensor, is_clip: Tensor, blocks: Sequence[Tensor], clip_index: Sequence[int]) -> Tensor:
+        embeds = self.lm.get_input_embeddings()(ids)
+        tokens = torch.cat([embeds.new_zeros(0, embeds.shape[-1]), *(blocks[index] for index in clip_index)])
+        return place(embeds, is_clip, tokens)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Log-probability of every label.
+        """Log-probability of every label; the rows are padded on the right.
 
-        Only positions with a label go through the vocabulary: a clip's prefix is far longer than its answer.
+        What a clip's rows begin with alike, its tokens above all, goes through the decoder once. Only positions with a
+        label go through the vocabulary.
 
         Returns:
             (B, L - 1): at [b, i] log p(labels[b, i + 1] | everything before it), 0 where there is no label.
         """
-        decoder = self.lm.get_decoder()
-        hidden = decoder(
-            inputs_embeds=self.embed(inputs), attention_mask=inputs.attention_mask, use_cache=False
+        packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
+        ids = inputs.input_ids.flatten()[packed.source]
+        is_clip = (ids == self.placeholder_id) & (packed.segments != PADDING)
+        mask = packed.mask
+        hidden = self.lm.get_decoder()(
+            inputs_embeds=self._embed(ids, is_clip, self._blocks(inputs), packed.clips),
+            attention_mask=mask,
+            # Without a mask transformers would take positions that begin anew for sequences that were packed.
+            position_ids=None if mask is None else packed.positions,
+            use_cache=False,
         ).last_hidden_state
         targets = inputs.labels[:, 1:]
         counted = targets != -100
-        logits = self.lm.get_output_embeddings()(hidden[:, :-1][counted]).float()
+        logits = self.lm.get_output_embeddings()(hidden.flatten(0, 1)[packed.places[:, :-1][counted]]).float()
         picked = logits.gather(-1, targets[counted].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         return picked.new_zeros(targets.shape).masked_scatter(counted, picked)
