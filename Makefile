@@ -30,11 +30,14 @@ mrdpo: setup
 	$(BIN)/torchrun recipes/mrdpo.py --config recipes/configs/mrdpo.yaml
 
 proof: setup
-	$(BIN)/python tools/proof.py --seeds 1 2 3
+	$(BIN)/python tools/proof.py --seeds 2 3 4
 
 tiny: setup
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_still.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_deed.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_story.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_joint.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_caption.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/align_audio.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/sft.yaml

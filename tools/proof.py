@@ -1,8 +1,8 @@
 """Run the whole loop over several seeds, each on clips of its own, and print what the README's results report.
 
-    python tools/proof.py --seeds 1 2 3
+    python tools/proof.py --seeds 2 3 4
 
-Writes `run/proof/seed_K/` (as `make mrdpo` writes `run/`) and `run/proof/results.json`. About 11 minutes a seed on
+Writes `run/proof/seed_K/` (as `make mrdpo` writes `run/`) and `run/proof/results.json`. About 8 minutes a seed on
 2 cores. Seeds that are done are not run again.
 """
 
@@ -33,7 +33,8 @@ def run_seed(seed: int, out: Path, extra: list[str]) -> dict:
         f"--synth.seed={100 + seed}",
         *extra,
     ]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command, check=False).returncode:
+        raise SystemExit(code)  # the run has said why
     return json.loads((out / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -72,7 +73,7 @@ def report(results: dict[str, dict]) -> None:
 def main() -> None:
     """Run, judge and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of training; clips: 100 + seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="seeds of training; clips: 100 + seed")
     parser.add_argument("--out", type=Path, default=Path("run/proof"), help="folder for the runs")
     values, extra = parser.parse_known_args()
     results = {}

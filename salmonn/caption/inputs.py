@@ -40,7 +40,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.config = config
         self.mel = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=config.chunk_seconds)
-        self.tokens_per_frame = (config.frame_size // config.vision["patch_size"] // config.pool) ** 2
+        self.tokens_per_frame = config.num_patches + 1
 
     @classmethod
     def load(cls, path: Path | str) -> "Processor":

@@ -12,7 +12,8 @@ from typing import Literal
 
 from salmonn.media.phrases import COLOURS, DIRECTIONS, SHAPES, SOUNDS
 
-Kind = Literal["appear", "move", "blink", "change", "leave", "sound"]
+Sight = Literal["appear", "move", "blink", "change", "leave"]
+Kind = Sight | Literal["sound"]
 Place = tuple[int, int]
 Colour = tuple[int, int, int]
 
@@ -24,11 +25,12 @@ LONGEST_SECONDS = {"appear": 1.5, "move": 1.3, "blink": 1.5, "change": 1.5, "lea
 BLINK_PHASE_SECONDS = 0.5
 QUIET_SECONDS = 0.3  # before the first happening, and between two sounds
 # Share of the frame's side: clearance between shapes and from the border, and the shortest move.
-GAP, SHORTEST_MOVE, LONGEST_MOVE = 0.03, 0.25, 0.5
+GAP, SHORTEST_MOVE, LONGEST_MOVE = 0.03, 0.25, 0.7
 DIAMETER = (0.25, 0.3)
-# Objects rest on a grid of sixths of the picture. A small vision transformer learns each shape anew for every place
-# within a patch: on the grid it tells the five shapes apart after 80 steps, anywhere else not in 600.
-GRID = 6
+# Objects rest in the middles of a grid of cells, each one patch of the toy model: a small vision transformer learns
+# every shape anew for each place within a patch. On the grid it tells shapes and colours apart after 100 steps, at free
+# places not in 600.
+GRID = 3
 TRIES = 1000
 
 
@@ -46,6 +48,9 @@ class SynthConfig:
         min_visual, max_visual: range of the number of visual happenings.
         min_sounds, max_sounds: range of the number of sounds, all of different kinds.
         max_shapes: most objects of a clip, all of different shapes; the fewer, the more each of them does.
+        questions: number of questions on a clip, each of another kind.
+        kinds: of visual happenings, drawn evenly: what stands here twice comes twice as often. Objects appear in any
+            case.
     """
 
     clips: int = 1000
@@ -55,11 +60,14 @@ class SynthConfig:
     sample_rate_hz: int = 16_000
     min_seconds: float = 7.0
     max_seconds: float = 8.0
-    min_visual: int = 5
-    max_visual: int = 6
-    min_sounds: int = 2
-    max_sounds: int = 3
+    min_visual: int = 4
+    max_visual: int = 5
+    min_sounds: int = 3
+    max_sounds: int = 4
     max_shapes: int = 3
+    questions: int = 3
+    # Moving has four forms to learn.
+    kinds: tuple[Sight, ...] = ("appear", "move", "move", "blink", "change", "leave")
 
     def __post_init__(self) -> None:
         if self.clips < 0 or self.seed < 0 or self.fps < 1:
@@ -74,6 +82,8 @@ class SynthConfig:
         for name, (low, high) in ranges.items():
             if not 0 < low <= high:
                 raise ValueError(f"min_{name} must be above 0 and at most max_{name}, got {low} and {high}")
+        if self.questions < 0 or not self.kinds:
+            raise ValueError(f"questions must be at least 0, and kinds not empty: {self.questions}, {self.kinds}")
         if not 1 <= self.max_shapes <= len(SHAPES):
             raise ValueError(f"max_shapes must be 1 to {len(SHAPES)}, the number of shapes: {self.max_shapes}")
         # One colour and one sound stay out of every clip, for the mistakes of hasty captions.
@@ -124,6 +134,7 @@ class Scene:
         diameter: of every object, in pixels.
         background: colours of the top-left and the bottom-right corner.
         hiss: amplitude of the background noise.
+        size_pixels: side of the square frame.
     """
 
     duration_seconds: float
@@ -131,6 +142,7 @@ class Scene:
     diameter: int = 28
     background: tuple[Colour, Colour] = ((40, 40, 40), (70, 70, 70))
     hiss: float = 0.0
+    size_pixels: int = 96
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,8 @@ def draw_scene(rng: random.Random, *, config: SynthConfig) -> Scene:
         sounds = _draw_sounds(rng, duration=duration, config=config)
         if visual and sounds:
             happenings = sorted(visual + sounds, key=lambda happening: happening.start_seconds)
-            return Scene(duration, tuple(happenings), diameter, _draw_background(rng), rng.choice((0.0, 0.001, 0.003)))
+            background, hiss = _draw_background(rng), rng.choice((0.0, 0.001, 0.003))
+            return Scene(duration, tuple(happenings), diameter, background, hiss, config.size_pixels)
     raise ValueError(
         f"found no scene of {config.min_visual}-{config.max_visual} visual happenings and "
         f"{config.min_sounds}-{config.max_sounds} sounds in {config.max_seconds} s: allow more seconds"
@@ -270,7 +283,8 @@ class _Stage:
         self.rng = rng
         self.size = config.size_pixels
         self.diameter = diameter
-        self.grid = [round(sixth * config.size_pixels / GRID) for sixth in range(1, GRID)]
+        self.kinds = config.kinds
+        self.grid = [round((cell + 0.5) * config.size_pixels / GRID) for cell in range(GRID)]
         self.waiting = shapes
         # A colour is used once in a clip, so that "the red circle" can never mean two things.
         self.colours = rng.sample(list(COLOURS), len(COLOURS))
@@ -279,10 +293,9 @@ class _Stage:
 
     def play(self, *, must_appear: bool) -> Happening | None:
         """The next happening, or None where nothing can be done."""
-        # Moving stands twice since it has four forms to learn.
-        kinds: list[Kind] = ["appear", "move", "move", "blink", "change", "leave"]
-        for kind in ["appear"] if must_appear else self.rng.sample(kinds, len(kinds)):
-            happening = self._appear() if kind == "appear" else self._perform(kind)  # type: ignore[arg-type]
+        drawn: Sequence[Sight] = ["appear"] if must_appear else self.rng.sample(self.kinds, len(self.kinds))
+        for kind in drawn:
+            happening = self._appear() if kind == "appear" else self._perform(kind)
             if happening:
                 return happening
         return None

@@ -78,7 +78,8 @@ def describe_clip(config: SynthConfig, *, index: int) -> tuple[Scene, Reference]
     """Scene and annotation of one clip, without filming it."""
     scene = draw_scene(random.Random(f"scene {config.seed} {index}"), config=config)
     words = random.Random(f"words {config.seed} {index}")
-    return scene, write_reference(scene, words, video=f"videos/clip_{index:05d}.mp4", index=index)
+    video = f"videos/clip_{index:05d}.mp4"
+    return scene, write_reference(scene, words, video=video, index=index, num_questions=config.questions)
 
 
 def render_frames(scene: Scene, *, config: SynthConfig) -> NDArray[np.uint8]:
@@ -143,7 +144,7 @@ def write_video(path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float32
 def _claim_folder(out_dir: Path, *, config: SynthConfig) -> None:
     """Refuse a folder of another config, `clips` aside since clip i does not depend on it; else leave the config."""
     path = out_dir / "synth.json"
-    wanted = dataclasses.asdict(config)
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # as the file holds it: tuples are lists
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
         keys = (wanted.keys() | held.keys()) - {"clips"}

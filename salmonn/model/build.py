@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,6 @@ class ModelConfig:
     Args:
         lm, vision, whisper, qformer: arguments of transformers' own configs (Qwen2, SigLIP, Whisper, BLIP-2 Q-Former).
         placeholder_id: token id that stands for a clip's token.
-        pool: side of the max pooling over a frame's patches.
         num_queries: Q-Former queries a window.
         window_seconds: length of a Q-Former window.
         frames_per_second, max_frames: how densely a clip is seen.
@@ -49,40 +49,47 @@ class ModelConfig:
     whisper: dict[str, Any]
     qformer: dict[str, Any]
     placeholder_id: int
-    pool: int = 2
     num_queries: int = 1
     window_seconds: float = 0.5
     frames_per_second: float = 1.0
     max_frames: int = 110
     family: Literal["tiny"] = "tiny"
 
-    @property
+    # Cached, as they are asked for each clip and transformers' configs take a millisecond to make.
+    @cached_property
     def chunk_seconds(self) -> int:
         """Length of the chunks of sound that the Whisper encoder takes."""
         return WhisperConfig(**self.whisper).max_source_positions * 2 // MEL_HZ
 
-    @property
+    @cached_property
     def num_mel_bins(self) -> int:
         """Mel bins M of the Whisper encoder."""
         return WhisperConfig(**self.whisper).num_mel_bins
 
-    @property
+    @cached_property
     def frame_size(self) -> int:
         """Side of a frame in pixels, as the vision tower takes it."""
         return SiglipVisionConfig(**self.vision).image_size
+
+    @cached_property
+    def num_patches(self) -> int:
+        """Patches N of a frame."""
+        config = SiglipVisionConfig(**self.vision)
+        return (config.image_size // config.patch_size) ** 2
 
 
 def build(config: ModelConfig) -> Network:
     """Build a network with fresh weights."""
     lm = Qwen2ForCausalLM(Qwen2Config(**config.lm))
-    vision = SiglipVisionModel(SiglipVisionConfig(**config.vision, vision_use_head=False))
+    # Six channels: a frame and the one before it.
+    vision = SiglipVisionModel(SiglipVisionConfig(**config.vision, num_channels=6, vision_use_head=False))
     whisper = WhisperEncoder(WhisperConfig(**config.whisper))
     qformer = Blip2QFormerModel(Blip2QFormerConfig(**config.qformer, encoder_hidden_size=whisper.config.d_model))
-    width = lm.config.hidden_size
+    width, seen = lm.config.hidden_size, vision.config.hidden_size
     steps = round(whisper.config.max_source_positions * config.window_seconds / config.chunk_seconds)
     window = WindowQFormer(qformer, num_queries=config.num_queries, steps_per_window=steps)
     return Network(
-        VisionTower(vision, _projector(vision.config.hidden_size, width), pool=config.pool),
+        VisionTower(vision, _projector(seen, width), _projector(config.num_patches * seen, width)),
         AudioTower(whisper, window, _projector(qformer.config.hidden_size, width)),
         lm,
         placeholder_id=config.placeholder_id,
@@ -117,7 +124,7 @@ def tiny(*, vocab_size: int, placeholder_id: int, eos_token_id: int, pad_token_i
         ),
         vision=dict(
             image_size=48,
-            patch_size=8,
+            patch_size=16,
             hidden_size=96,
             intermediate_size=288,
             num_hidden_layers=3,
@@ -150,7 +157,6 @@ def tiny(*, vocab_size: int, placeholder_id: int, eos_token_id: int, pad_token_i
             attention_probs_dropout_prob=0.0,
         ),
         placeholder_id=placeholder_id,
-        pool=3,
         frames_per_second=2.0,
         max_frames=16,
     )

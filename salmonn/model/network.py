@@ -97,7 +97,8 @@ class Network(nn.Module):
 
     def encode(self, media: Media) -> tuple[Tensor, ...]:
         """Encode clips to their tokens, picture and sound in the order of time: (N_i, D) for each clip."""
-        frames = self._see(media.frames).split([len(times) for times in media.frame_times])
+        lengths = [len(times) for times in media.frame_times]
+        frames = self._see(media.frames, lengths).split(lengths)
         windows = self._hear(media)
         return tuple(
             interleave(
@@ -108,10 +109,10 @@ class Network(nn.Module):
             for clip_frames, clip_windows, times in zip(frames, windows, media.frame_times, strict=True)
         )
 
-    def _see(self, frames: Tensor) -> Tensor:
+    def _see(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
         if len(frames) == 0:
             return torch.zeros(0, self.vision.tokens_per_frame, self.lm.config.hidden_size, device=frames.device)
-        return self.vision(frames)
+        return self.vision(frames, lengths)
 
     def _hear(self, media: Media) -> Sequence[Tensor]:
         num_queries = self.audio.qformer.queries.shape[1]

@@ -24,7 +24,9 @@ Task = Literal[
     "audio_caption",
     "visual_events",
     "audio_events",
+    "visual_questions",
 ]
+VISUAL_KINDS = ("colour", "order", "where", "direction")  # of questions that the picture alone answers
 Item = TypeVar("Item")
 PROMPTS = {
     "caption": DESCRIBE,
@@ -60,8 +62,7 @@ class Example:
 def make_examples(references: Sequence[Reference], tasks: Sequence[Task], *, root: Path) -> list[Example]:
     """The examples that references give in one epoch.
 
-    A caption and the event list of the whole clip are seen once with each of the clip's questions; what is learnt of
-    its picture alone and its sound alone once.
+    Whatever is learnt of the whole clip stands together, what is learnt of its picture alone, and of its sound alone.
 
     Args:
         references: of any videos; one that lacks what a task needs gives no example of it.
@@ -71,27 +72,24 @@ def make_examples(references: Sequence[Reference], tasks: Sequence[Task], *, roo
     examples = []
     for reference in references:
         video = root / reference.video
-        turns = _turns(reference, tasks, use="both")
-        questions = [Turn(item.question, item.answer) for item in reference.questions] if "questions" in tasks else []
-        if questions:
-            examples += [Example(video, (*turns, question)) for question in questions]
-        elif turns:
-            examples.append(Example(video, turns))
-        parts: tuple[Use, ...] = ("visual", "audio")
-        for use in parts:
+        uses: tuple[Use, ...] = ("both", "visual", "audio")
+        for use in uses:
             if turns := _turns(reference, tasks, use=use):
                 examples.append(Example(video, turns, use=use))
     return examples
 
 
 def _turns(reference: Reference, tasks: Sequence[Task], *, use: Use) -> tuple[Turn, ...]:
-    """The turns of one use of the clip: its captions, and its events in their canonical words, which do not vary."""
+    """The turns of one use of the clip: its captions, its events (in canonical words, which do not vary), questions."""
     prefix = "" if use == "both" else f"{use}_"
     wanted = ("caption", "human_caption") if use == "both" else (f"{prefix}caption",)
     turns = [Turn(PROMPTS[task], getattr(reference, task)) for task in tasks if task in wanted]
     if f"{prefix}events" in tasks:
         events = [event.text for event in reference.events if use in ("both", event.modality)]
         turns.append(Turn(LIST_EVENTS, ", ".join(events)))
+    if f"{prefix}questions" in tasks:
+        asked = [item for item in reference.questions if use == "both" or item.kind in VISUAL_KINDS]
+        turns += [Turn(item.question, item.answer) for item in asked]
     return tuple(turn for turn in turns if turn.answer)
 
 

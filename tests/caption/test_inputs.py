@@ -68,7 +68,7 @@ def test_a_chunk_holds_its_own_stretch_of_sound(processor):
 def test_sound_alone_and_picture_alone(processor):
     silent = processor.media(make_clip(samples=None))
     assert silent.mel.shape == (0, 40, 800) and silent.num_windows == (0,)
-    assert processor.num_clip_tokens(silent) == 12  # 3 frames of 4 tokens
+    assert processor.num_clip_tokens(silent) == 30  # 3 frames of 10 tokens
     heard = processor.media(make_clip(frames=0))
     assert heard.frames.shape == (0, 3, 48, 48) and len(heard.frame_times[0]) == 0
     assert processor.num_clip_tokens(heard) == 3  # 1.5 s in windows of half a second
@@ -83,8 +83,8 @@ def test_layout_of_the_tokens(processor):
     media = processor.media(make_clip())
     inputs = processor.inputs([Row(0, "Tell.", "a tone")], [media])
     ids, labels = inputs.input_ids[0].tolist(), inputs.labels[0].tolist()
-    text = "<|im_start|>user\n<|av_start|>" + "<|av|>" * 15 + "<|av_end|>Tell.<|im_end|>\n<|im_start|>assistant\n"
-    assert processor.tokenizer.decode(ids) == text + "a tone<|im_end|>"  # 3 frames * 4 tokens + 3 windows = 15
+    text = "<|im_start|>user\n<|av_start|>" + "<|av|>" * 33 + "<|av_end|>Tell.<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.tokenizer.decode(ids) == text + "a tone<|im_end|>"  # 3 frames * 10 tokens + 3 windows = 33
     answer = [*processor.tokenizer.encode("a tone"), processor.tokenizer.eos_token_id]
     assert labels == [-100] * (len(ids) - len(answer)) + answer
     assert ids[-len(answer) :] == answer

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import av
@@ -144,7 +145,7 @@ def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
         scene, reference = describe_clip(replace(CONFIG, clips=150), index=index)
         visual = [happening for happening in scene.happenings if happening.kind != "sound"]
         sounds = [happening for happening in scene.happenings if happening.kind == "sound"]
-        assert 5 <= len(visual) <= 6 and 2 <= len(sounds) <= 3 and 7 <= scene.duration_seconds <= 8
+        assert 4 <= len(visual) <= 5 and 3 <= len(sounds) <= 4 and 7 <= scene.duration_seconds <= 8
         assert visual[0].kind == "appear" and len({sound.value for sound in sounds}) == len(sounds)
         for before, after in [*itertools.pairwise(visual), *itertools.pairwise(sounds)]:
             assert before.end_seconds <= after.start_seconds
@@ -239,6 +240,8 @@ def test_an_index_beyond_the_set_is_refused(tmp_path):
         {"min_sounds": 0},
         {"max_shapes": 0},
         {"max_shapes": 6},
+        {"questions": -1},
+        {"kinds": ()},
     ],
 )
 def test_impossible_configs_are_refused(wrong):
@@ -252,6 +255,18 @@ def test_one_shape_does_all_that_happens():
         happenings = [deed for deed in describe_clip(config, index=index)[0].happenings if deed.kind != "sound"]
         assert len(happenings) == 3 and len({deed.shape for deed in happenings}) == 1
         assert [deed.kind == "appear" for deed in happenings] == [True, False, False]
+
+
+def test_kinds_of_happenings_and_number_of_questions():
+    config = SynthConfig(kinds=("move", "move", "change"), questions=6)
+    counts = Counter()
+    for index in range(100):
+        scene, reference = describe_clip(config, index=index)
+        counts.update(happening.kind for happening in scene.happenings)
+        assert 3 < len(reference.questions) == len({question.kind for question in reference.questions})
+    assert counts.keys() == {"appear", "move", "change", "sound"}
+    assert counts["move"] > 1.5 * counts["change"]
+    assert not describe_clip(replace(config, questions=0), index=0)[1].questions
 
 
 def test_more_happenings_than_the_time_allows_are_refused():

@@ -87,7 +87,7 @@ def test_encoding_in_batches_changes_nothing(captioner, mixed):
 def test_tokens_stand_in_the_order_of_time(captioner, media):
     """Frames at 0.25, 0.75, ... fall into the middle of windows at 0, 0.5, ...: window, frame, window, frame."""
     network, clip = captioner.network, media[0]
-    frames, windows = network.vision(clip.frames), network.audio(clip.mel)[0]
+    frames, windows = network.vision(clip.frames, [len(clip.frames)]), network.audio(clip.mel)[0]
     (tokens,) = network.encode(clip)
     expected = [piece for frame, window in zip(frames, windows, strict=False) for piece in (window, frame)]
     count = sum(map(len, expected))

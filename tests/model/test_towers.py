@@ -3,8 +3,10 @@
 import pytest
 import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from salmonn.model.qformer import WindowQFormer
+from salmonn.model.vision import VisionTower
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +56,34 @@ def test_audio_tower(captioner):
 @torch.no_grad()
 def test_vision_tower(captioner):
     vision = captioner.network.vision
-    frames = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
-    tokens = vision(frames)
-    # 48 / 8 = 6 patches a side, pooled by 3 to 2 a side.
-    assert vision.tokens_per_frame == 4 and tokens.shape == (3, 4, 128)
-    assert torch.allclose(tokens[1], vision(frames[1:2])[0], atol=1e-5)
+    frames = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
+    tokens = vision(frames, [3, 2])
+    # 48 / 16 = 3 patches a side, and the token of the whole.
+    assert vision.tokens_per_frame == 10 and tokens.shape == (5, 10, 128)
+    assert torch.allclose(tokens[3:], vision(frames[3:], [2]), atol=1e-5)  # a clip sees nothing of the clip before
 
 
 @torch.no_grad()
-def test_pooling_takes_neighbouring_patches(captioner):
+def test_a_frame_is_seen_with_the_one_before_it(captioner):
+    seen = []
     vision = captioner.network.vision
-    grid = torch.zeros(6, 6)
-    grid[1, 2], grid[2, 3], grid[5, 0], grid[3, 5] = 1.0, 2.0, 3.0, 4.0  # one in each quarter
-    vision.projector.register_forward_hook(lambda *_: grid.reshape(1, 36, 1))
-    pooled = vision(torch.zeros(1, 3, 48, 48, dtype=torch.uint8))
-    assert pooled.flatten().tolist() == [1, 2, 3, 4]  # upper left, upper right, lower left, lower right
+    vision.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    frames = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 48, 48) * 50
+    vision(frames, [3, 0, 2])
+    before, now = ((seen[0][:, channel, 0, 0] + 1) * 127.5 / 50 for channel in (2, 3))
+    assert now.round().tolist() == [0, 1, 2, 3, 4]
+    assert before.round().tolist() == [0, 0, 1, 3, 3]
+
+
+@torch.no_grad()
+def test_a_token_for_each_patch_and_one_of_all_side_by_side(captioner):
+    vision = captioner.network.vision
+    patches = torch.arange(9.0).reshape(1, 9, 1)
+    vision.encoder.register_forward_hook(lambda *_: BaseModelOutput(last_hidden_state=patches))
+    tower = VisionTower(vision.encoder, torch.nn.Identity(), torch.nn.Linear(9, 1, bias=False))
+    tower.whole.weight[:] = 10.0 ** -torch.arange(9)
+    tokens = tower(torch.zeros(1, 3, 48, 48, dtype=torch.uint8), [1])
+    assert tokens.flatten().tolist() == pytest.approx([*range(9), 0.12345678])
 
 
 @torch.no_grad()
@@ -76,5 +91,5 @@ def test_pixels_are_scaled_to_minus_one_to_one(captioner):
     seen = []
     captioner.network.vision.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     frames = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 3, 48, 48)
-    captioner.network.vision(frames)
+    captioner.network.vision(frames, [1, 1])
     assert seen[0][0].unique().tolist() == [-1] and seen[0][1].unique().tolist() == [1]

@@ -29,14 +29,14 @@ HEARD = Example(A, (Turn(DESCRIBE_AUDIO, "heard"),), "audio")
     [
         (["caption"], [Example(A, (ALL,))]),
         (["human_caption"], [Example(A, (SOME,))]),
-        (["questions"], [Example(A, (TWO,)), Example(A, (STAR,))]),
-        (["caption", "questions"], [Example(A, (ALL, TWO)), Example(A, (ALL, STAR))]),
-        (["human_caption", "questions"], [Example(A, (SOME, TWO)), Example(A, (SOME, STAR))]),
+        (["questions"], [Example(A, (TWO, STAR))]),
+        (["caption", "questions"], [Example(A, (ALL, TWO, STAR))]),
+        (["human_caption", "questions"], [Example(A, (SOME, TWO, STAR))]),
         (["visual_caption"], [SEEN]),
         (["audio_caption", "caption"], [Example(A, (ALL,)), HEARD]),
         (
             ["caption", "questions", "visual_caption", "audio_caption"],
-            [Example(A, (ALL, TWO)), Example(A, (ALL, STAR)), SEEN, HEARD],
+            [Example(A, (ALL, TWO, STAR)), SEEN, HEARD],
         ),
     ],
 )
@@ -90,7 +90,7 @@ def test_ranks_share_a_batch(examples, processor, monkeypatch):
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         parts.append(batches(2))
-    assert rows_of(parts[0]) + rows_of(parts[1]) == rows_of(whole) and sum(rows_of(whole).values()) == 8
+    assert rows_of(parts[0]) + rows_of(parts[1]) == rows_of(whole) and sum(rows_of(whole).values()) == 16
     # Both ranks divide by half of all tokens, so that the mean of their losses is the loss of the whole.
     assert parts[0].mean_num_tokens == parts[1].mean_num_tokens == whole.mean_num_tokens / 2
 
@@ -116,7 +116,7 @@ def test_loss_is_the_mean_over_all_answer_tokens(captioner, examples):
 
 def test_turns_on_a_clip_share_it(examples, processor):
     batch = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)(0)
-    assert batch.inputs.clip_index == (0, 0, 1, 1)
+    assert batch.inputs.clip_index == (0, 0, 0, 0, 1, 1, 1, 1)
     assert len(batch.inputs.media.num_windows) == 2
 
 
