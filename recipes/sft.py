@@ -46,6 +46,8 @@ class SftConfig:
         synth: training clips.
         heldout_clips: synthetic clips to measure on, of a seed of their own; 0 measures nothing.
         tasks: what is learnt of each clip.
+        single_modality_every: of so many clips one is learnt by its picture alone and its sound alone too, if `tasks`
+            say so; more trains more on clips as a whole.
         trainable: parts of the network that are trained, by the start of their names; "all" for everything.
         lora: adapter of the language model, merged at the end; none trains without one.
         fit: optimisation.
@@ -60,6 +62,7 @@ class SftConfig:
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
     heldout_clips: int = 200
     tasks: tuple[Task, ...] = ("caption", "questions", "visual_caption", "audio_caption")
+    single_modality_every: int = 1
     trainable: tuple[str, ...] = ("all",)
     lora: LoraConfig | None = None
     fit: FitConfig = field(default_factory=FitConfig)
@@ -82,7 +85,9 @@ def main(config: SftConfig) -> None:
     choose_trainable(captioner, config)
 
     cache = ClipCache(captioner.processor)
-    examples = make_examples(clips.references, config.tasks, root=clips.root)
+    examples = make_examples(
+        clips.references, config.tasks, root=clips.root, single_modality_every=config.single_modality_every
+    )
     checkpoint = config.out / "checkpoint.safetensors"
     fit(
         captioner.network,

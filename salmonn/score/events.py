@@ -35,6 +35,7 @@ _BREAK = re.compile(
     r"|meanwhile|(?:followed|accompanied) by)\b)",
     re.IGNORECASE,
 )
+_STOPS = re.compile(r"\b(?:stop|end|cease|fade)(?:s|ped|ed|d)?\b|\bdies (?:away|down)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,15 @@ class Claim:
         details: what `DETAILS` names for the kind; "" where the text does not tell. For unreadable the clause's words.
         modality: audio for sounds, visual for the rest.
         clause: the words that tell it, as they stand in the text.
-        num_words: length of the clause.
+        clause_number: which clause of the text that is, so that claims of one clause can be told from those of two
+            that read alike.
     """
 
     kind: str
     details: tuple[str, ...]
     modality: Modality
     clause: str
-    num_words: int
+    clause_number: int
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,8 @@ class _Reader:
     def __init__(self) -> None:
         self.groups: list[list[Claim]] = []  # the claims of each clause
         self.named: list[_Thing] = []  # the latest last
-        self.sound = ""
+        self.sound = ""  # the latest
+        self.sounds: set[str] = set()
         self.subjects: list[_Thing] = []
         self.pending: list[tuple[_Thing, str]] = []  # named in this sentence, still without a verb
         self.verbs: list[list[str]] = []  # of the clause before, in the same sentence
@@ -298,9 +301,12 @@ class _Reader:
             sound = sketch.stranger
         if sound is None:
             return False
-        # "The tone stops" and "it is heard again" speak of the sound before.
+        # "It is heard again" speaks of the sound before. That it stops is no event of its own.
         if not sound and not re.search(r"\b(?:a|an|some|another)\b", text.lower()):
             sound = self.sound
+        if sound in self.sounds and _STOPS.search(text):
+            return True
+        self.sounds.add(sound)
         self.sound = sound
         self._add("sound", (sound,), text)
         return True
@@ -392,7 +398,7 @@ class _Reader:
 
     def _add(self, kind: str, details: tuple[str, ...], text: str) -> None:
         modality: Modality = "audio" if kind == "sound" else "visual"
-        self.groups[-1].append(Claim(kind, details, modality, text, len(text.split())))
+        self.groups[-1].append(Claim(kind, details, modality, text, len(self.groups)))
 
 
 def _normal(text: str) -> str:

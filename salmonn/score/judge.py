@@ -31,7 +31,8 @@ class RuleJudge:
     *correct* where a claim tells the same, in its place in time; *incorrect* where a claim differs from it in one
     detail (a vague claim, "a circle appears", differs in the detail that it leaves out), or where it is told against
     the order of time within its modality; *missing* otherwise. A claim that tells of no event is *hallucinated*, save
-    that it repeats an earlier claim: `repeated_words` measures that.
+    that it repeats another claim: then its words count as repeated, also where they are other words ("a high tone is
+    heard", "a shrill tone plays"), which `repeated_words` alone does not see.
     """
 
     def judge(self, reference: Reference, caption: Caption) -> Score:
@@ -49,12 +50,12 @@ class RuleJudge:
         unordered = _out_of_order(reference.events, events, told=[exact[place] for place in sorted(exact)])
         wrong = {*unordered, *close.values()}
         missed = [event for event in range(len(events)) if event not in wrong and event not in exact.values()]
-        invented = [
-            claim.clause
-            for place, claim in enumerate(claims)
-            if place not in exact and place not in close and not _repeats(claims, place, exact=exact)
-        ]
+        stray = [place for place in range(len(claims)) if place not in exact and place not in close]
+        doubled = [place for place in stray if _repeats(claims, place, exact=exact)]
+        invented = [claims[place].clause for place in stray if place not in doubled]
         repeated, num_words = repeated_words(caption.text)
+        # What is said again word for word is found both ways: the greater count is nearest to all that is repeated.
+        repeated = max(repeated, _doubled_words(claims, doubled))
         return Score(
             video=reference.video,
             sample=caption.sample,
@@ -118,6 +119,13 @@ def _repeats(claims: Sequence[Claim], place: int, *, exact: Mapping[int, int]) -
         for other, claim in enumerate(claims)
         if other != place
     )
+
+
+def _doubled_words(claims: Sequence[Claim], doubled: Sequence[int]) -> int:
+    """Words of the clauses that tell nothing but what is told elsewhere."""
+    clauses = {(claims[place].clause_number, claims[place].clause) for place in doubled}
+    news = {(claim.clause_number, claim.clause) for place, claim in enumerate(claims) if place not in doubled}
+    return sum(repeated_words(clause)[1] for _, clause in clauses - news)
 
 
 def _match_exact(claims: Sequence[Claim], events: Sequence[Claim]) -> dict[int, int]:

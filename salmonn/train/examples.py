@@ -59,7 +59,9 @@ class Example:
     use: Use = "both"
 
 
-def make_examples(references: Sequence[Reference], tasks: Sequence[Task], *, root: Path) -> list[Example]:
+def make_examples(
+    references: Sequence[Reference], tasks: Sequence[Task], *, root: Path, single_modality_every: int = 1
+) -> list[Example]:
     """The examples that references give in one epoch.
 
     Whatever is learnt of the whole clip stands together, what is learnt of its picture alone, and of its sound alone.
@@ -68,11 +70,17 @@ def make_examples(references: Sequence[Reference], tasks: Sequence[Task], *, roo
         references: of any videos; one that lacks what a task needs gives no example of it.
         tasks: what is learnt.
         root: folder that the references' video paths start from.
+        single_modality_every: of so many clips one is learnt by its picture alone and by its sound alone too.
+
+    Raises:
+        ValueError: `single_modality_every` is less than 1.
     """
+    if single_modality_every < 1:
+        raise ValueError(f"single_modality_every counts clips and must be at least 1, got {single_modality_every}")
     examples = []
-    for reference in references:
+    for index, reference in enumerate(references):
         video = root / reference.video
-        uses: tuple[Use, ...] = ("both", "visual", "audio")
+        uses: tuple[Use, ...] = ("both",) if index % single_modality_every else ("both", "visual", "audio")
         for use in uses:
             if turns := _turns(reference, tasks, use=use):
                 examples.append(Example(video, turns, use=use))

@@ -190,7 +190,38 @@ def test_reads_claims(text, claims):
 
 def test_claim_keeps_its_clause():
     claim = parse_claims("A red star appears, and then It Blinks.")[1]
-    assert (claim.clause, claim.num_words, claim.modality) == ("It Blinks", 2, "visual")
+    assert (claim.clause, claim.modality) == ("It Blinks", "visual")
+
+
+def test_claims_of_one_clause_and_of_two_that_read_alike():
+    one, other, again = parse_claims("A red star and a blue cross blink. A red star and a blue cross blink.")[1:]
+    assert one.clause_number == parse_claims("A red star and a blue cross blink.")[1].clause_number
+    assert (one.clause, other.clause, again.clause) == ("a blue cross blink", "A red star", "a blue cross blink")
+    assert again.clause_number > one.clause_number
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (TELLS_ALL, 0),
+        # the same event in other words, 4 of them
+        (f"{TELLS_ALL} A low-pitched tone plays, too.", 4),
+        (f"{TELLS_ALL} The blue circle vanishes and beeps are heard.", 7),
+        # word for word, where the word that leads in counts as well
+        (f"{TELLS_ALL} Then a low tone is heard.", 6),
+        # what did not happen, told twice: once invented, once repeated
+        ("A green star blinks. A green star flashes.", 4),
+        # half of the clause is new
+        ("A red circle appears. There is a red circle that blinks.", 0),
+        # of a detail that is wrong nothing is repeated
+        ("A red circle appears. A green circle appears.", 0),
+        # that a sound stops is not told before
+        ("A low tone is heard. The low tone stops.", 0),
+        ("A low tone is heard. It stops. A low tone is heard again.", 6),
+    ],
+)
+def test_repetition_in_other_words(text, expected):
+    assert judge(text).num_repeated_words == expected
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,24 @@ def test_examples_of_tasks(tasks, expected):
     assert make_examples([FULL], tasks, root=Path("root")) == expected
 
 
+def test_one_modality_of_some_clips_alone():
+    tasks = ["caption", "visual_caption", "audio_caption"]
+    examples = make_examples([FULL] * 5, tasks, root=Path("root"), single_modality_every=3)
+    assert [example.use for example in examples] == [
+        "both",
+        "visual",
+        "audio",
+        "both",
+        "both",
+        "both",
+        "visual",
+        "audio",
+        "both",
+    ]
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        make_examples([FULL], tasks, root=Path("root"), single_modality_every=0)
+
+
 def test_what_a_reference_lacks_gives_no_example():
     bare = Reference("a.mp4", caption="all")
     tasks = ["caption", "human_caption", "questions", "visual_caption", "audio_caption"]
