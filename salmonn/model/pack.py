@@ -1,8 +1,9 @@
-"""Rows about one clip in one sequence, so that what they begin with alike goes through the decoder once.
+"""Rows about one clip laid out so that what they begin with alike goes through the decoder once.
 
-A clip's tokens are most of a row, and its captions, answers, chosen and rejected ones all follow the same tokens. In
-the packed sequence each row's own part sees the shared beginning and itself, never another row's part, and keeps the
-positions that it has in its row: the log-probabilities are those of the rows alone.
+A clip's tokens are most of a row, and its captions, answers, chosen and rejected ones all follow the same tokens. Laid
+out, each row's own part sees the shared beginning and itself, never another row's part, and keeps the positions that it
+has in its row: the log-probabilities are those of the rows alone. Short layouts share a sequence, blind to one another,
+so that little is padded where clips differ in length.
 """
 
 from collections.abc import Sequence
@@ -10,37 +11,52 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 PADDING = -1
 
 
 @dataclass(frozen=True)
 class Packed:
-    """B rows of L tokens in P sequences of S, one for each clip.
+    """B rows of L tokens in P sequences of S, each of one clip or several.
 
     Args:
         source: (P, S) where each token stands in the flattened rows (B * L).
         positions: (P, S) its position in its row.
-        segments: (P, S) 0 in the shared beginning, k in the own part of the clip's k-th row, -1 where padded.
+        segments: (P, S) which part of the sequence it belongs to: a clip's shared beginning, or a row's own part; -1
+            where padded.
+        beginnings: (P, S) the segment of its clip's shared beginning, which it sees beside its own; -1 where padded.
         places: (B, L) where each token of the rows stands in the flattened sequences (P * S); 0 where padded.
-        clips: (P,) which clip each sequence is about.
+        clips: which clip each shared beginning is about, in the order of the flattened sequences.
     """
 
     source: Tensor
     positions: Tensor
     segments: Tensor
+    beginnings: Tensor
     places: Tensor
     clips: tuple[int, ...]
 
     @property
     def mask(self) -> Tensor | None:
-        """(P, 1, S, S) who sees whom (True), or None where each clip has one row: there causality alone decides."""
+        """(P, 1, S, S) who sees whom (True), or None where each sequence is one row: there causality alone decides."""
         if int(self.segments.max()) <= 1:
             return None
         keys, queries = self.segments[:, None, None, :], self.segments[:, None, :, None]
         length = self.segments.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=self.segments.device).tril()
-        return causal & ((keys == 0) | (keys == queries))
+        return causal & ((keys == queries) | (keys == self.beginnings[:, None, :, None]))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The rows about one clip: for each part its row and its columns there, the shared beginning first."""
+
+    clip: int
+    parts: list[tuple[int, Tensor]]
+
+    def __len__(self) -> int:
+        return sum(len(columns) for _, columns in self.parts)
 
 
 def pack(input_ids: Tensor, attention_mask: Tensor, clip_index: Sequence[int]) -> Packed:
@@ -51,35 +67,59 @@ def pack(input_ids: Tensor, attention_mask: Tensor, clip_index: Sequence[int]) -
         attention_mask: (B, L), 0 where padded.
         clip_index: (B,) which clip each row is about.
     """
-    width = input_ids.shape[1]
-    ids, lengths = input_ids.cpu(), attention_mask.sum(1).tolist()
+    width, device = input_ids.shape[1], input_ids.device
+    sequences = _fill(_lay_out(input_ids.cpu(), attention_mask.sum(1).tolist(), clip_index))
+    longest = max(sum(map(len, layouts)) for layouts in sequences)
+    places = torch.zeros(len(clip_index), width, dtype=torch.long)
+    columns: tuple[list[Tensor], ...] = ([], [], [], [])  # source, positions, segments, beginnings
+    for number, layouts in enumerate(sequences):
+        filled, parts = number * longest, []
+        for layout in layouts:
+            beginning = len(parts)
+            shared = layout.parts[0][1]
+            for place, (row, own) in enumerate(layout.parts):
+                if place:
+                    places[row, shared] = places[layout.parts[0][0], shared]
+                places[row, own] = filled + torch.arange(len(own))
+                filled += len(own)
+                parts.append(
+                    (row * width + own, own, torch.full_like(own, len(parts)), torch.full_like(own, beginning))
+                )
+        for column, pieces in zip(columns, zip(*parts, strict=True), strict=True):
+            column.append(torch.cat(pieces))
+    source, positions, segments, beginnings = (
+        pad_sequence(column, batch_first=True, padding_value=padding).to(device)
+        for column, padding in zip(columns, (0, 0, PADDING, PADDING), strict=True)
+    )
+    clips = tuple(layout.clip for layouts in sequences for layout in layouts)
+    return Packed(source, positions, segments, beginnings, places.to(device), clips)
+
+
+def _lay_out(ids: Tensor, lengths: Sequence[int], clip_index: Sequence[int]) -> list[_Layout]:
     rows_of: dict[int, list[int]] = {}
     for row, clip in enumerate(clip_index):
         rows_of.setdefault(clip, []).append(row)
-    columns = torch.arange(width)
-    sequences: list[tuple[Tensor, Tensor, Tensor]] = []
-    places = torch.zeros(len(clip_index), width, dtype=torch.long)
-    for rows in rows_of.values():
+    columns = torch.arange(ids.shape[1])
+    layouts = []
+    for clip, rows in rows_of.items():
         shared = _common_start(ids[rows, : min(lengths[row] for row in rows)])
-        parts = [(rows[0], 0, columns[:shared])]
-        parts += [(row, number, columns[shared : lengths[row]]) for number, row in enumerate(rows, start=1)]
-        filled = shared
-        for row, _, own in parts[1:]:
-            places[row, :shared] = columns[:shared]
-            places[row, shared : lengths[row]] = filled + torch.arange(len(own))
-            filled += len(own)
-        source = torch.cat([row * width + own for row, _, own in parts])
-        segments = torch.cat([torch.full_like(own, number) for _, number, own in parts])
-        sequences.append((source, torch.cat([own for _, _, own in parts]), segments))
-    longest = max(len(source) for source, _, _ in sequences)
-    for number, rows in enumerate(rows_of.values()):
-        for row in rows:
-            places[row, : lengths[row]] += number * longest
-    source, positions, segments = (
-        torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding).to(input_ids.device)
-        for column, padding in zip(map(list, zip(*sequences, strict=True)), (0, 0, PADDING), strict=True)
-    )
-    return Packed(source, positions, segments, places.to(input_ids.device), tuple(rows_of))
+        own = [(row, columns[shared : lengths[row]]) for row in rows]
+        layouts.append(_Layout(clip, [(rows[0], columns[:shared]), *own]))
+    return layouts
+
+
+def _fill(layouts: Sequence[_Layout]) -> list[list[_Layout]]:
+    """Sequences no longer than the longest layout: each layout, the longest first, goes where it first fits."""
+    longest_first = sorted(layouts, key=len, reverse=True)
+    sequences: list[list[_Layout]] = []
+    for layout in longest_first:
+        room = len(longest_first[0]) - len(layout)
+        fitting = (sequence for sequence in sequences if sum(map(len, sequence)) <= room)
+        if (sequence := next(fitting, None)) is not None:
+            sequence.append(layout)
+        else:
+            sequences.append([layout])
+    return sequences
 
 
 def _common_start(ids: Tensor) -> int:

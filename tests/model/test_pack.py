@@ -2,7 +2,7 @@
 
 import torch
 
-from salmonn.caption.inputs import Row
+from salmonn.caption.inputs import Row, restrict_media
 from salmonn.model.pack import pack
 
 # Clip 0: rows 0 and 2 begin alike (7 7 1), then part; clip 1: one row; padded with 0.
@@ -32,6 +32,27 @@ def test_a_row_sees_the_beginning_and_itself():
     ]
 
 
+def test_short_layouts_share_a_sequence():
+    ids = torch.tensor([[7, 7, 1, 2, 3], [8, 8, 1, 0, 0], [9, 1, 0, 0, 0], [5, 6, 1, 2, 0], [7, 7, 1, 4, 0]])
+    lengths = torch.tensor([5, 3, 2, 4, 4])
+    mask = (torch.arange(5) < lengths[:, None]).long()
+    packed = pack(ids, mask, (0, 3, 1, 2, 0))  # 6 tokens of clip 0, 4 of clip 2, 3 of clip 3, 2 of clip 1
+    assert packed.source.shape == (3, 6)
+    assert packed.segments.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 2, 2], [0, 0, 0, -1, -1, -1]]
+    assert packed.beginnings.tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 2, 2], [0, 0, 0, -1, -1, -1]]
+    assert packed.positions[1].tolist() == [0, 1, 2, 3, 0, 1]
+    assert packed.clips == (0, 2, 1, 3)
+    assert torch.equal(ids.flatten()[packed.source].flatten()[packed.places][mask.bool()], ids[mask.bool()])
+    assert packed.mask[1, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],  # another clip, blind to the first
+        [0, 0, 0, 0, 1, 1],
+    ]
+
+
 def test_one_row_a_clip_needs_no_mask():
     assert pack(IDS, MASK, (0, 1, 2)).mask is None
     same = pack(IDS[[1, 1]], MASK[[1, 1]], (4, 4))  # twice the same row is all beginning
@@ -47,8 +68,9 @@ def test_gradients_are_those_of_the_rows_alone(captioner, media):
         Row(1, "Tell.", "beeps"),
         Row(0, "Tell.", "a red star"),
         Row(0, "What can be heard?", "a low tone"),
+        *(Row(clip, "Tell.", "a blue star moves") for clip in range(2, len(media))),
     ]
-    weights = torch.tensor([1.0, 2.0, -0.5, 3.0])  # as DPO weighs chosen against rejected
+    weights = torch.tensor([1.0, 2.0, -0.5, 3.0, 1.0, -1.0, 2.0])  # as DPO weighs chosen against rejected
 
     def gradients(losses):
         network.zero_grad()
@@ -56,7 +78,11 @@ def test_gradients_are_those_of_the_rows_alone(captioner, media):
             loss.backward()
         return {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
 
-    together = gradients(lambda: [(network(processor.inputs(rows, media[:2])).sum(1) * weights).sum()])
+    media = [*media[:2], *(restrict_media(clip, "audio") for clip in media[2:])]
+    inputs = processor.inputs(rows, media)
+    packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
+    assert len(packed.source) < len(media)  # some clips share a sequence
+    together = gradients(lambda: [(network(inputs).sum(1) * weights).sum()])
     alone = gradients(
         lambda: (
             network(processor.inputs([Row(0, row.prompt, row.answer)], [media[row.clip]])).sum() * weight
