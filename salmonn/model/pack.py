@@ -67,32 +67,30 @@ def pack(input_ids: Tensor, attention_mask: Tensor, clip_index: Sequence[int]) -
         attention_mask: (B, L), 0 where padded.
         clip_index: (B,) which clip each row is about.
     """
-    width, device = input_ids.shape[1], input_ids.device
+    width = input_ids.shape[1]
     sequences = _fill(_lay_out(input_ids.cpu(), attention_mask.sum(1).tolist(), clip_index))
     longest = max(sum(map(len, layouts)) for layouts in sequences)
     places = torch.zeros(len(clip_index), width, dtype=torch.long)
-    columns: tuple[list[Tensor], ...] = ([], [], [], [])  # source, positions, segments, beginnings
+    rows = []
     for number, layouts in enumerate(sequences):
-        filled, parts = number * longest, []
+        filled = number * longest
+        parts: list[Tensor] = []
         for layout in layouts:
             beginning = len(parts)
-            shared = layout.parts[0][1]
-            for place, (row, own) in enumerate(layout.parts):
-                if place:
-                    places[row, shared] = places[layout.parts[0][0], shared]
+            for row, own in layout.parts:
                 places[row, own] = filled + torch.arange(len(own))
                 filled += len(own)
-                parts.append(
-                    (row * width + own, own, torch.full_like(own, len(parts)), torch.full_like(own, beginning))
-                )
-        for column, pieces in zip(columns, zip(*parts, strict=True), strict=True):
-            column.append(torch.cat(pieces))
-    source, positions, segments, beginnings = (
-        pad_sequence(column, batch_first=True, padding_value=padding).to(device)
-        for column, padding in zip(columns, (0, 0, PADDING, PADDING), strict=True)
-    )
+                segment = torch.full_like(own, len(parts))
+                parts.append(torch.stack([row * width + own, own, segment, torch.full_like(own, beginning)], dim=1))
+            first, shared = layout.parts[0]
+            for row, _ in layout.parts[1:]:
+                places[row, shared] = places[first, shared]
+        rows.append(torch.cat(parts))
+    table = pad_sequence(rows, batch_first=True, padding_value=PADDING).to(input_ids.device)
+    source, positions, segments, beginnings = table.unbind(-1)
     clips = tuple(layout.clip for layouts in sequences for layout in layouts)
-    return Packed(source, positions, segments, beginnings, places.to(device), clips)
+    places = places.to(input_ids.device)
+    return Packed(source.clamp(min=0), positions.clamp(min=0), segments, beginnings, places, clips)
 
 
 def _lay_out(ids: Tensor, lengths: Sequence[int], clip_index: Sequence[int]) -> list[_Layout]:
