@@ -35,7 +35,10 @@ _BREAK = re.compile(
     r"|meanwhile|(?:followed|accompanied) by)\b)",
     re.IGNORECASE,
 )
-_STOPS = re.compile(r"\b(?:stop|end|cease|fade)(?:s|ped|ed|d)?\b|\bdies (?:away|down)\b", re.IGNORECASE)
+_STOPS = re.compile(
+    r"\b(?:stop|(?<!the )end|cease|fade)(?:s|ped|ed|d)?\b(?! in\b)|\bdies (?:away|down)\b", re.IGNORECASE
+)
+_ANEW = re.compile(r"\b(?:a|an|some|another)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -301,10 +304,11 @@ class _Reader:
             sound = sketch.stranger
         if sound is None:
             return False
-        # "It is heard again" speaks of the sound before. That it stops is no event of its own.
-        if not sound and not re.search(r"\b(?:a|an|some|another)\b", text.lower()):
+        # "It is heard again" speaks of the sound before; "the low tone stops" tells no event of its own.
+        is_new = _ANEW.search(text) is not None
+        if not sound and not is_new:
             sound = self.sound
-        if sound in self.sounds and _STOPS.search(text):
+        if sound in self.sounds and not is_new and _STOPS.search(text):
             return True
         self.sounds.add(sound)
         self.sound = sound

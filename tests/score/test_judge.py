@@ -218,6 +218,10 @@ def test_claims_of_one_clause_and_of_two_that_read_alike():
         # that a sound stops is not told before
         ("A low tone is heard. The low tone stops.", 0),
         ("A low tone is heard. It stops. A low tone is heard again.", 6),
+        # "the end" is a time, and what fades in begins
+        ("A low tone is heard. In the end a low tone plays.", 7),
+        ("A low tone is heard. At the end the low tone plays again.", 8),
+        ("A low tone is heard. A low tone fades in.", 5),
     ],
 )
 def test_repetition_in_other_words(text, expected):
