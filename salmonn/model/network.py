@@ -1,40 +1,77 @@
-"""The audio-visual language model: towers see and hear, their tokens are spliced into the text, the decoder speaks.
-
-A `Network` receives built parts; sizes stand in `build.py`.
-"""
+"""The audio-visual language model: towers see and hear, their tokens are spliced into the text, the decoder speaks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from salmonn.model.audio import AudioTower
+from salmonn.model.build import build_parts
 from salmonn.model.pack import PADDING, pack
-from salmonn.model.splice import interleave, place, time_order
-from salmonn.model.vision import VisionTower
+from salmonn.model.settings import SalmonnConfig
+from salmonn.model.splice import Layout, place
+
+# Keys of the published checkpoints -> ours. Saved models go back to the published ones, so that there is one format.
+PUBLISHED_KEYS = {
+    "salmonn2": {
+        r"^model\.vision_tower\.vision_tower\.vision_model\.": "vision.encoder.",
+        r"^model\.mm_projector\.": "vision.projector.",
+        r"^model\.image_newline": "vision.newline",
+        r"^model\.(layers|norm|embed_tokens)\.": r"lm.model.\1.",
+        r"^lm_head\.": "lm.lm_head.",
+        r"^speech_encoder\.": "audio.encoder.",
+        r"^ln_speech\.": "audio.norm.",
+        r"^speech_query_tokens": "audio.qformer.queries",
+        r"^speech_llama_proj\.": "audio.projector.0.",
+        r"^final_linear\.0\.": "audio.projector.1.",
+        r"^final_linear\.2\.": "audio.projector.3.",
+        r"^speech_Qformer\.bert\.embeddings\.LayerNorm\.": "audio.qformer.qformer.layernorm.",
+        r"^speech_Qformer\.bert\.encoder\.layer\.(\d+\.(?:attention|crossattention))\.self\.": (
+            r"audio.qformer.qformer.encoder.layer.\1.attention."
+        ),
+        r"^speech_Qformer\.bert\.encoder\.layer\.(\d+\.(?:\w+\.output|intermediate_query|output_query))\.": (
+            r"audio.qformer.qformer.encoder.layer.\1."
+        ),
+    },
+    "salmonn2-plus": {
+        r"^visual\.": "vision.encoder.",
+        r"^model\.": "lm.model.language_model.",
+        r"^lm_head\.": "lm.lm_head.",
+        r"^audio\.(conv1|conv2|embed_positions|layers|layer_norm)\.": r"audio.encoder.\1.",
+        r"^audio\.q_tokens": "audio.qformer.queries",
+        r"^audio\.audio_proj\.": "audio.projector.",
+        r"^audio\.qformer\.bert\.embeddings\.LayerNorm\.": "audio.qformer.qformer.layernorm.",
+        r"^audio\.qformer\.bert\.encoder\.layer\.(\d+\.(?:attention|crossattention))\.self\.": (
+            r"audio.qformer.qformer.encoder.layer.\1.attention."
+        ),
+        r"^audio\.qformer\.bert\.encoder\.layer\.(\d+\.(?:\w+\.output|intermediate_query|output_query))\.": (
+            r"audio.qformer.qformer.encoder.layer.\1."
+        ),
+    },
+}
 
 
 @dataclass(frozen=True)
 class Media:
-    """What the towers take: all clips of a batch, one after the other.
+    """One clip as the towers take it.
 
     Args:
-        frames: (F, 3, H, W) uint8.
-        mel: (C, M, T) chunks of log-mel features.
-        frame_times: for each clip (F_i,), seconds from the clip's start; F_i sums to F.
-        num_windows: for each clip the windows of sound that are not padding; 0 without sound.
+        pixels: salmonn2: frames (F, 3, H, W) uint8; 2+: normalised patches (T h w, C * 2 * 14 * 14). Empty without picture.
+        mel: (C, M, T) chunks of log-mel features; empty without sound.
+        grid: 2+: steps T, rows h and columns w of patches; none without picture.
+        time_ids: salmonn2 without sound: for each frame the token ids that tell its time.
     """
 
-    frames: Tensor
+    pixels: Tensor
     mel: Tensor
-    frame_times: tuple[Tensor, ...]
-    num_windows: tuple[int, ...]
+    grid: tuple[int, int, int] | None = None
+    time_ids: tuple[tuple[int, ...], ...] = ()
 
     def to(self, device: torch.device | str) -> "Media":
-        """The same on another device (times stay where they are: they only order tokens)."""
-        return replace(self, frames=self.frames.to(device), mel=self.mel.to(device))
+        """The same on another device."""
+        return replace(self, pixels=self.pixels.to(device), mel=self.mel.to(device))
 
 
 @dataclass(frozen=True)
@@ -42,20 +79,24 @@ class Inputs:
     """A batch of B rows of text, each about one clip.
 
     Args:
-        input_ids: (B, L), with the placeholder id wherever a clip's token goes.
+        input_ids: (B, L), with a placeholder id wherever a clip's token goes.
         attention_mask: (B, L), 0 where padded.
+        position_ids: (3, B, L) rotary positions.
         labels: (B, L), the ids to be predicted, -100 elsewhere.
         clip_index: (B,) which clip each row is about.
+        layouts: the clips' layouts.
         media: the clips, to be encoded; or
         blocks: the clips' tokens, (N_i, D) each, where the towers are frozen and have run already.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    position_ids: Tensor
     labels: Tensor
     clip_index: tuple[int, ...]
-    media: Media | None = None
-    blocks: tuple[Tensor, ...] | None = None
+    layouts: tuple[Layout, ...]
+    media: tuple[Media, ...] = ()
+    blocks: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device | str) -> "Inputs":
         """The same on another device."""
@@ -63,85 +104,91 @@ class Inputs:
             self,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
+            position_ids=self.position_ids.to(device),
             labels=self.labels.to(device),
-            media=self.media.to(device) if self.media else None,
-            blocks=tuple(block.to(device) for block in self.blocks) if self.blocks else None,
+            media=tuple(clip.to(device) for clip in self.media),
+            blocks=tuple(block.to(device) for block in self.blocks),
         )
 
 
-class Network(nn.Module):
-    """Vision tower, audio tower and decoder in one.
+class Network(PreTrainedModel):
+    """Vision tower, audio tower and decoder in one, of either family.
 
     Args:
-        vision: frames to tokens.
-        audio: sound to tokens.
-        lm: a transformers causal language model.
-        placeholder_id: the token id that stands for a clip's token in the text.
-        window_seconds: length of a Q-Former window.
+        config: sizes and family.
     """
 
-    def __init__(
-        self, vision: VisionTower, audio: AudioTower, lm: Any, *, placeholder_id: int, window_seconds: float
-    ) -> None:
-        super().__init__()
-        self.vision = vision
-        self.audio = audio
-        self.lm: Any = lm  # a transformers model, or PEFT's wrapper of it while it carries an adapter
-        self.placeholder_id = placeholder_id
-        self.window_seconds = window_seconds
+    config_class = SalmonnConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _no_split_modules = (
+        "Qwen2DecoderLayer Qwen2_5_VLDecoderLayer Qwen2_5_VLVisionBlock SiglipEncoderLayer WhisperEncoderLayer "
+        "Blip2QFormerLayer"
+    ).split()
+    _supports_sdpa = _supports_flash_attn = True
+    # The published towers carry weights that their features do not go through.
+    _keys_to_ignore_on_load_unexpected = [r"post_layernorm", r"position_ids"]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.vision.encoder.device
+    def __init__(self, config: SalmonnConfig) -> None:
+        super().__init__(config)
+        parts = build_parts(config, attn_implementation=config._attn_implementation)
+        self.vision = parts.vision
+        self.audio = parts.audio
+        self.lm: Any = parts.lm  # a transformers model, or PEFT's wrapper of it while it carries an adapter
+        self.post_init()
 
-    def encode(self, media: Media) -> tuple[Tensor, ...]:
-        """Encode clips to their tokens, picture and sound in the order of time: (N_i, D) for each clip."""
-        lengths = [len(times) for times in media.frame_times]
-        frames = self._see(media.frames, lengths).split(lengths)
-        windows = self._hear(media)
-        return tuple(
-            interleave(
-                clip_frames,
-                clip_windows,
-                time_order(times, num_windows=len(clip_windows), window_seconds=self.window_seconds),
-            )
-            for clip_frames, clip_windows, times in zip(frames, windows, media.frame_times, strict=True)
-        )
+    def encode(self, media: Sequence[Media], layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
+        """Encode clips to their blocks, picture and sound in the layouts' order: (N_i, D) each."""
+        seen, heard = self._see(media), self._hear(media)
+        embed = self.lm.get_input_embeddings()
+        blocks = []
+        for clip, layout, pictures, sounds in zip(media, layouts, seen, heard, strict=True):
+            told = torch.tensor([token for ids in clip.time_ids for token in ids], dtype=torch.long, device=self.device)
+            zeros = pictures.new_zeros(1, pictures.shape[-1])
+            blocks.append(torch.cat([pictures, sounds, embed(told), zeros])[layout.order.to(self.device)])
+        return tuple(blocks)
 
-    def _see(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
-        if len(frames) == 0:
-            return torch.zeros(0, self.vision.tokens_per_frame, self.lm.config.hidden_size, device=frames.device)
-        return self.vision(frames, lengths)
+    def _see(self, media: Sequence[Media]) -> list[Tensor]:
+        shown = [clip for clip in media if len(clip.pixels)]
+        if not shown:
+            return self._nothing(len(media))
+        pixels = [clip.pixels for clip in shown]
+        if self.config.family == "salmonn2":
+            tokens = iter(self.vision(pixels))
+        else:
+            tokens = iter(self.vision(pixels, [clip.grid for clip in shown]))
+        return [next(tokens) if len(clip.pixels) else self._nothing(1)[0] for clip in media]
 
-    def _hear(self, media: Media) -> Sequence[Tensor]:
-        num_queries = self.audio.qformer.queries.shape[1]
-        if len(media.mel) == 0:
-            empty = media.mel.new_zeros(0, num_queries, self.lm.config.hidden_size)
-            return [empty] * len(media.num_windows)
-        tokens = self.audio(media.mel)
-        windows_per_chunk = tokens.shape[1]
-        chunks = [-(-count // windows_per_chunk) for count in media.num_windows]
-        # A clip's chunks follow one another, so their windows form one run; what pads the last chunk is cut off.
-        return [
-            chunk.flatten(0, 1)[:count] for chunk, count in zip(tokens.split(chunks), media.num_windows, strict=True)
-        ]
+    def _hear(self, media: Sequence[Media]) -> list[Tensor]:
+        loud = [clip.mel for clip in media if len(clip.mel)]
+        if not loud:
+            return self._nothing(len(media))
+        tokens = iter(self.audio(loud))
+        return [next(tokens) if len(clip.mel) else self._nothing(1)[0] for clip in media]
+
+    def _nothing(self, count: int) -> list[Tensor]:
+        embed = self.lm.get_input_embeddings()
+        return [embed.weight.new_zeros(0, embed.embedding_dim)] * count
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Text with the clips' tokens in their places, (B, L, D)."""
-        is_clip = inputs.input_ids == self.placeholder_id
-        return self._embed(inputs.input_ids, is_clip, self._blocks(inputs), inputs.clip_index)
+        return self._embed(inputs.input_ids, self._is_clip(inputs.input_ids), self._blocks(inputs), inputs.clip_index)
+
+    def _is_clip(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self.config.placeholder_ids, device=ids.device))
 
     def _blocks(self, inputs: Inputs) -> Sequence[Tensor]:
-        if inputs.blocks is not None:
-            return inputs.blocks
-        assert inputs.media is not None, "inputs carry neither media nor blocks"
-        return self.encode(inputs.media)
+        return inputs.blocks or self.encode(inputs.media, inputs.layouts)
 
     def _embed(self, ids: Tensor, is_clip: Tensor, blocks: Sequence[Tensor], clip_index: Sequence[int]) -> Tensor:
-        embeds = self.lm.get_input_embeddings()(ids)
+        # A placeholder need not be in the vocabulary.
+        embeds = self.lm.get_input_embeddings()(ids.masked_fill(is_clip, 0))
         tokens = torch.cat([embeds.new_zeros(0, embeds.shape[-1]), *(blocks[index] for index in clip_index)])
         return place(embeds, is_clip, tokens)
+
+    def positions(self, position_ids: Tensor) -> Tensor:
+        """What the decoder takes of (3, B, L) positions: all three, or the first where its rotary embedding is plain."""
+        return position_ids if self.config.family == "salmonn2-plus" else position_ids[0]
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Log-probability of every label; the rows are padded on the right.
@@ -154,13 +201,14 @@ class Network(nn.Module):
         """
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
         ids = inputs.input_ids.flatten()[packed.source]
-        is_clip = (ids == self.placeholder_id) & (packed.segments != PADDING)
+        is_clip = self._is_clip(ids) & (packed.segments != PADDING)
         mask = packed.mask
+        positions = self.positions(inputs.position_ids.flatten(1)[:, packed.source])
         hidden = self.lm.get_decoder()(
             inputs_embeds=self._embed(ids, is_clip, self._blocks(inputs), packed.clips),
             attention_mask=mask,
             # Without a mask transformers would take positions that begin anew for sequences that were packed.
-            position_ids=None if mask is None else packed.positions,
+            position_ids=positions if mask is not None or positions.ndim > 2 else None,
             use_cache=False,
         ).last_hidden_state
         targets = inputs.labels[:, 1:]

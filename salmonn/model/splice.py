@@ -1,38 +1,139 @@
-"""Splicing: tokens of picture and sound in the order of time, and their place in the text."""
+"""Splicing: where picture, sound and time stand in one clip's block of tokens, and in the text around it.
+
+A block is gathered from the tokens that the towers gave: seen ones first, then heard ones, then those that tell the time.
+A `Layout` says which of them stands where, and at which rotary position; it needs no weights, so that the number of
+placeholders in the text is known before anything is encoded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def time_order(frame_times: Tensor, *, num_windows: int, window_seconds: float) -> Tensor:
-    """Order in which frames and sound windows are told to the language model.
+@dataclass(frozen=True)
+class Layout:
+    """The order of one clip's block.
 
     Args:
-        frame_times: (F,) seconds from the clip's start, rising.
-        num_windows: W, windows of sound; window w begins at w * window_seconds.
-
-    Returns:
-        (F + W,) indices: f < F is a frame, F + w a window. A frame comes before a window that begins at the same time.
+        order: (N,) which of the S = seen + heard + told tokens stands at each place; S itself stands for zeros.
+        positions: (3, N) time, row and column from the block's start, as 3-D rotary embeddings take them; decoders of
+            plain rotary embeddings have the same number in all three.
     """
-    times = torch.cat([frame_times.double(), torch.arange(num_windows, dtype=torch.double) * window_seconds])
-    return torch.argsort(times, stable=True)
+
+    order: Tensor
+    positions: Tensor
+
+    @property
+    def next_position(self) -> int:
+        """Where the text goes on, counted from the block's start: after the greatest time."""
+        return int(self.positions[0].max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.order)
 
 
-def interleave(frames: Tensor, windows: Tensor, order: Tensor) -> Tensor:
-    """One clip's tokens in the order of time.
+def deal_out(
+    num_frames: int, frame_tokens: int, *, num_heard: int, num_front: int, told: Sequence[int] = ()
+) -> Layout:
+    """video-SALMONN 2: each frame, then what is heard (or told of the time) by then; positions simply count.
+
+    The first `num_front` heard tokens are stretched to a multiple of the number of frames by repeating the nearest, and
+    dealt out evenly; the others follow at the end. Without sound the time of each frame follows it, padded with zeros
+    to the longest.
 
     Args:
-        frames: (F, P, D), P tokens a frame.
-        windows: (W, Q, D), Q tokens a window.
-        order: (F + W,) as `time_order` gives it.
+        num_frames: F.
+        frame_tokens: P tokens of each frame.
+        num_heard: A tokens of sound.
+        num_front: how many of them belong to the picture's time.
+        told: for each frame the number of tokens that tell its time.
+    """
+    seen = torch.arange(num_frames * frame_tokens).reshape(num_frames, frame_tokens)
+    heard = torch.arange(num_heard) + seen.numel()
+    if not num_frames:
+        order = heard
+    else:
+        front = min(num_front, num_heard)
+        per_frame = -(-front // num_frames)
+        order = torch.cat([seen, _stretch(heard[:front], per_frame * num_frames).reshape(num_frames, per_frame)], dim=1)
+        if told:
+            order = torch.cat([order, _pad_told(told, start=seen.numel() + num_heard)], dim=1)
+        order = torch.cat([order.flatten(), heard[front:]])
+    return Layout(order, torch.arange(len(order)).expand(3, -1))
+
+
+def _stretch(tokens: Tensor, length: int) -> Tensor:
+    """Repeat the nearest to a greater length, by the published implementation's own rounding."""
+    if not length:
+        return tokens
+    return F.interpolate(tokens[None, None].double(), size=length, mode="nearest")[0, 0].long()
+
+
+def _pad_told(told: Sequence[int], *, start: int) -> Tensor:
+    zeros = start + sum(told)
+    rows = torch.full((len(told), max(told)), zeros)
+    for row, count in enumerate(told):
+        rows[row, :count] = torch.arange(count) + start + sum(told[:row])
+    return rows
+
+
+def by_seconds(grid: tuple[int, int, int] | None, *, num_heard: int, second_per_grid: float) -> Layout:
+    """video-SALMONN 2+: each grid step, then what is heard until the next one; positions are time, row and column.
+
+    With u_k = floor(second_per_grid * 2 k), grid step k is followed by u_(k+1) - u_k heard tokens (two stand for a
+    second), the last by all that are left. A seen token is at (u_k, row, column), the j-th heard one at (j, 0, j), or
+    (j, j, 0) where there is no picture.
+
+    Args:
+        grid: steps, rows and columns of seen tokens; none without picture.
+        num_heard: A tokens of sound.
+        second_per_grid: seconds that a grid step spans.
+    """
+    when = torch.arange(num_heard)
+    if grid is None:
+        return Layout(when, torch.stack([when, when, torch.zeros_like(when)]))
+    steps, rows, columns = grid
+    starts = (torch.arange(steps) * second_per_grid * 2).long()
+    seen = torch.arange(steps * rows * columns).reshape(steps, -1)
+    heard = when + seen.numel()
+    # Sound that ends before the picture does leaves the last steps without any.
+    cuts = [0, *starts[1:].clamp(max=num_heard).tolist(), num_heard]
+    order = torch.cat([piece for step in range(steps) for piece in (seen[step], heard[cuts[step] : cuts[step + 1]])])
+    cells = torch.arange(rows * columns).repeat(steps)
+    where = torch.stack([starts.repeat_interleave(rows * columns), cells // columns, cells % columns])
+    heard_at = torch.stack([when, torch.zeros_like(when), when])
+    return Layout(order, torch.cat([where, heard_at], dim=1)[:, order])
+
+
+def text_positions(is_clip: Tensor, mask: Tensor, layouts: Sequence[Layout]) -> Tensor:
+    """Rotary positions of rows of text, each with one block in it.
+
+    Args:
+        is_clip: (B, L) where the block's placeholders stand.
+        mask: (B, L) 0 where padded, on either side.
+        layouts: (B,) of the rows' blocks.
 
     Returns:
-        (F * P + W * Q, D)
+        (3, B, L); 0 where padded.
     """
-    pieces = [*frames.unbind(), *windows.unbind()]
-    if len(pieces) != len(order):
-        raise ValueError(f"{len(frames)} frames and {len(windows)} windows do not match an order of {len(order)}")
-    return torch.cat([pieces[index] for index in order.tolist()])
+    positions = torch.zeros(3, *mask.shape, dtype=torch.long)
+    for row, layout in enumerate(layouts):
+        real = mask[row].bool().nonzero().flatten()
+        block = is_clip[row].nonzero().flatten()
+        if len(block) != len(layout):
+            raise ValueError(f"the text has {len(block)} placeholders, but the clip gives {len(layout)} tokens")
+        if not len(block):
+            positions[:, row, real] = torch.arange(len(real))
+            continue
+        before = real[real < block[0]]
+        after = real[real > block[-1]]
+        positions[:, row, before] = torch.arange(len(before))
+        positions[:, row, block] = layout.positions + len(before)
+        positions[:, row, after] = torch.arange(len(after)) + len(before) + layout.next_position
+    return positions
 
 
 def place(embeds: Tensor, is_placeholder: Tensor, tokens: Tensor) -> Tensor:

@@ -1,49 +1,58 @@
-"""Sight: SigLIP tower -> projections to the language model's width."""
+"""Sight: SigLIP (video-SALMONN 2) or Qwen2.5-VL's vision transformer (2+) -> tokens of the language model's width.
+
+Pretrained encoders are transformers' own; here is what the published models put around them.
+"""
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 
-class VisionTower(nn.Module):
-    """Turns each frame into a token for every patch, and one of the whole frame.
-
-    Patches tell what a thing is, the last token tells where: it sees all patches side by side, each through weights of
-    its own. From the patches' tokens alone a small decoder, which at first averages over them, does not learn places.
-
-    The encoder sees each frame together with the one before it in its clip (the first one twice), so that a patch tells
-    what changes in it, as the patches of Qwen2.5-VL (arXiv 2502.13923) span two frames.
+class SiglipTower(nn.Module):
+    """Turns each frame into a square of pooled tokens, each row closed by a learned one (LLaVA-OneVision's "grid").
 
     Args:
-        encoder: SigLIP's vision model of 6 channels and N patches, without its pooling head.
+        encoder: SigLIP's vision model without its last layer, pooling head and final norm; N patches.
         projector: D_v -> D, D the language model's width.
-        whole: N * D_v -> D.
+        pool: side of the squares of patches of which the greatest values are kept.
     """
 
-    def __init__(self, encoder: SiglipVisionModel, projector: nn.Module, whole: nn.Module) -> None:
+    def __init__(self, encoder: SiglipVisionModel, projector: nn.Module, *, width: int, pool: int) -> None:
         super().__init__()
         self.encoder = encoder
+        self.encoder.post_layernorm = nn.Identity()  # the published features come before it
         self.projector = projector
-        self.whole = whole
+        self.newline = nn.Parameter(torch.zeros(width))
+        self.pool = pool
 
-    @property
-    def tokens_per_frame(self) -> int:
-        """Number of tokens P = N + 1 that each frame becomes."""
-        return int(self.encoder.embeddings.num_patches) + 1
+    def forward(self, frames: Sequence[Tensor]) -> list[Tensor]:
+        """Encode each clip's frames (F_i, 3, H, W) uint8 into (F_i * P, D), P = n (n + 1) with n = sqrt(N) / pool."""
+        pixels = torch.cat(list(frames)).to(self.newline.dtype) / 127.5 - 1  # SigLIP's mean and deviation are 0.5
+        patches = self.projector(self.encoder(pixels).last_hidden_state)
+        side = int(patches.shape[1] ** 0.5)
+        square = F.max_pool2d(patches.transpose(1, 2).unflatten(2, (side, side)), self.pool)
+        rows = torch.cat([square, self.newline[:, None, None].expand(len(square), -1, square.shape[2], 1)], dim=3)
+        tokens = rows.flatten(2).transpose(1, 2)
+        return [part.flatten(0, 1) for part in tokens.split([len(clip) for clip in frames])]
 
-    def forward(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Encode frames.
 
-        Args:
-            frames: (F, 3, H, W) uint8, of all clips one after the other.
-            lengths: number of frames of each clip; they sum to F.
+class QwenTower(nn.Module):
+    """Turns patches of pairs of frames into one token for each square of them.
 
-        Returns:
-            (F, P, D)
-        """
-        pixels = frames.to(self.encoder.dtype) / 127.5 - 1  # SigLIP's mean and deviation are 0.5
-        before = torch.cat([torch.cat([clip[:1], clip[:-1]]) for clip in pixels.split(list(lengths))])
-        patches = self.encoder(torch.cat([before, pixels], dim=1)).last_hidden_state
-        return torch.cat([self.projector(patches), self.whole(patches.flatten(1))[:, None]], dim=1)
+    Args:
+        encoder: Qwen2.5-VL's vision transformer with its merger, which gives the language model's width D.
+    """
+
+    def __init__(self, encoder: Qwen2_5_VisionTransformerPretrainedModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, patches: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+        """Encode each clip's normalised patches (T h w, C * 2 * 14 * 14) of a grid (T, h, w) into (T h w / 4, D)."""
+        grid = torch.tensor(grids, device=patches[0].device)
+        tokens = self.encoder(torch.cat(list(patches)).to(self.encoder.dtype), grid_thw=grid).pooler_output
+        return list(tokens.split([len(clip) // self.encoder.spatial_merge_unit for clip in patches]))

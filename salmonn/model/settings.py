@@ -1,0 +1,136 @@
+"""Sizes of a network, read from our own config.json or from those of the published checkpoints."""
+
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+Family = Literal["salmonn2", "salmonn2-plus"]
+WHISPER_KEYS = (
+    "num_mel_bins d_model encoder_layers encoder_attention_heads encoder_ffn_dim max_source_positions "
+    "activation_function scale_embedding"
+).split()
+# What the published configs leave out since their code names the parts' repositories instead of sizes.
+WHISPER_LARGE_V3 = dict(
+    num_mel_bins=128,
+    d_model=1280,
+    encoder_layers=32,
+    encoder_attention_heads=20,
+    encoder_ffn_dim=5120,
+    max_source_positions=1500,
+    activation_function="gelu",
+    scale_embedding=False,
+)
+SIGLIP_SO400M = dict(
+    hidden_size=1152,
+    intermediate_size=4304,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    patch_size=14,
+    image_size=384,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=1e-6,
+)
+BERT_BASE_OF_TWO_LAYERS = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    hidden_act="gelu",
+    layer_norm_eps=1e-12,
+    cross_attention_freq=1,
+    query_length=1,
+)
+
+
+class SalmonnConfig(PreTrainedConfig):
+    """Everything needed to build a network.
+
+    Args:
+        family: salmonn2 (SigLIP, frames as they come) or salmonn2-plus (Qwen2.5-VL, 3-D positions).
+        lm: arguments of Qwen2Config, or of Qwen2_5_VLConfig with its vision_config.
+        vision: arguments of SiglipVisionConfig; none for 2+.
+        whisper, qformer: arguments of WhisperConfig and Blip2QFormerConfig.
+        num_queries: Q-Former queries a window.
+        window_seconds: length of a Q-Former window.
+        pool: salmonn2: side of the squares of patches that become one token.
+        placeholder_ids: token ids that stand for a clip's tokens: seen, heard.
+    """
+
+    model_type = "salmonn"
+
+    family: Family = "salmonn2-plus"
+    lm: dict[str, Any] | None = None
+    vision: dict[str, Any] | None = None
+    whisper: dict[str, Any] | None = None
+    qformer: dict[str, Any] | None = None
+    num_queries: int = 1
+    window_seconds: float = 0.5
+    pool: int = 2
+    placeholder_ids: tuple[int, int] = (-200, -200)
+
+
+def from_published(values: dict[str, Any]) -> SalmonnConfig:
+    """The config of a published checkpoint as ours.
+
+    Raises:
+        ValueError: it is of no family that is known here.
+    """
+    flat = values.get("config", values)
+    if flat.get("model_type") == "video_salmonn_2":
+        return _salmonn2(values, flat)
+    if flat.get("model_type") == "qwen2_5_vl" and "audio_config" in values:
+        return _plus(values)
+    raise ValueError(
+        f"the model is of type {flat.get('model_type')!r}: known are video-SALMONN 2 (video_salmonn_2), 2+ (qwen2_5_vl "
+        "with an audio_config), and models saved by this project (salmonn)"
+    )
+
+
+def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
+    audio = values.get("audio_config", {})
+    siglip = SIGLIP_SO400M | {key: values["siglip"][key] for key in SIGLIP_SO400M if "siglip" in values}
+    whisper = WHISPER_LARGE_V3 | {key: values["whisper"][key] for key in WHISPER_KEYS if "whisper" in values}
+    qformer = BERT_BASE_OF_TWO_LAYERS | values.get("qformer", {})
+    keys = (
+        "vocab_size max_position_embeddings hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads hidden_act rms_norm_eps rope_theta tie_word_embeddings attention_dropout "
+        "bos_token_id pad_token_id eos_token_id"
+    ).split()
+    return SalmonnConfig(
+        family="salmonn2",
+        lm={key: flat[key] for key in keys if key in flat},
+        # The published features are those before the last layer.
+        vision=siglip | {"num_hidden_layers": siglip["num_hidden_layers"] - 1, "vision_use_head": False},
+        whisper=whisper,
+        qformer=_qformer(qformer, encoder_width=whisper["d_model"]),
+        num_queries=audio.get("num_speech_query_token", 1),
+        window_seconds=audio.get("second_per_window", 0.5),
+        pool=flat.get("mm_spatial_pool_stride", 2),
+        tie_word_embeddings=flat.get("tie_word_embeddings", False),
+    )
+
+
+def _plus(values: dict[str, Any]) -> SalmonnConfig:
+    audio = values["audio_config"]
+    return SalmonnConfig(
+        family="salmonn2-plus",
+        lm={key: value for key, value in values.items() if key not in ("audio_config", "dtype", "torch_dtype")},
+        whisper={key: audio[key] for key in WHISPER_KEYS},
+        qformer=_qformer(audio["qformer_config"], encoder_width=audio["d_model"]),
+        num_queries=audio["qformer_config"].get("query_length", 1),
+        window_seconds=audio.get("second_per_window", 0.5),
+        placeholder_ids=(values["video_token_id"], values["audio_token_id"]),
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
+    )
+
+
+def _qformer(bert: dict[str, Any], *, encoder_width: int) -> dict[str, Any]:
+    """The published Q-Former's config (BERT's) as transformers' BLIP-2 names it."""
+    same = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps "
+        "hidden_dropout_prob attention_probs_dropout_prob"
+    ).split()
+    return {key: bert[key] for key in same if key in bert} | {
+        "encoder_hidden_size": encoder_width,
+        "cross_attention_frequency": bert["cross_attention_freq"],
+    }
