@@ -15,15 +15,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor
-
 from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.config import claim_folder, run_recipe
 from salmonn.media.synth import SynthConfig
-from salmonn.model.build import CONFIG_NAME
+from salmonn.model.load import CONFIG_NAME
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
+from salmonn.model.network import Block
 from salmonn.prefer.pairs import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
 from salmonn.score.judge import Judge, RuleJudge
@@ -141,8 +140,8 @@ class Run:
 
     train: ClipSet
     heldout: ClipSet
-    train_blocks: list[Tensor]
-    heldout_blocks: list[Tensor]
+    train_blocks: list[Block]
+    heldout_blocks: list[Block]
     judge: Judge
 
 

@@ -17,11 +17,13 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import Processor
-from salmonn.caption.tokenizer import CLIP, train_tokenizer
+from salmonn.caption.tokenizer import HEARD, SEEN, train_tokenizer
 from salmonn.config import claim_folder, run_recipe
 from salmonn.media.synth import SynthConfig, describe_clip
-from salmonn.model.build import CONFIG_NAME, build, load_config, tiny
+from salmonn.model.load import CONFIG_NAME, load_config
 from salmonn.model.lora import LoraConfig, attach, merge
+from salmonn.model.network import Network
+from salmonn.model.settings import tiny
 from salmonn.records import Reference, write_json, write_records
 from salmonn.score.judge import RuleJudge
 from salmonn.train.evaluate import encode_clips, evaluate
@@ -118,12 +120,12 @@ def load_model(config: SftConfig, references: list[Reference]) -> Captioner:
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     model_config = tiny(
         vocab_size=len(tokenizer),
-        placeholder_id=tokenizer.convert_tokens_to_ids(CLIP),
+        placeholder_ids=tuple(tokenizer.convert_tokens_to_ids([SEEN, HEARD])),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(config.seed)
-    return Captioner(build(model_config).to(dist.device()), Processor(tokenizer, config=model_config))
+    return Captioner(Network(model_config).to(dist.device()), Processor(tokenizer, config=model_config))
 
 
 def choose_trainable(captioner: Captioner, config: SftConfig) -> None:

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.caption.inputs import Processor, Row, join_media, restrict_media
+from salmonn.caption.inputs import Processor, Row, restrict_media
 from salmonn.caption.prompt import DESCRIBE
-from salmonn.model.build import load as load_network
-from salmonn.model.build import save as save_network
-from salmonn.model.network import Media, Network
+from salmonn.model.load import load_network, save_network
+from salmonn.model.network import Block, Media, Network
 from salmonn.records import Caption, Use
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
@@ -73,13 +71,13 @@ class Captioner:
         Raises:
             ValueError: it is no model of this project, or incomplete.
         """
-        network, _ = load_network(path)
-        return cls(network.to(device), Processor.load(path), name=str(path))
+        network = load_network(path)
+        return cls(network.to(device), Processor.load(path, config=network.config), name=str(path))
 
     def save(self, path: Path | str) -> None:
         """Write network, config and tokenizer as a folder that `load` reads."""
         self.processor.save(path)
-        save_network(self.network, self.processor.config, path)
+        save_network(self.network, path)
 
     def caption(
         self,
@@ -154,19 +152,21 @@ class Captioner:
             return Failure(video=str(path), error=str(error))
 
     @torch.no_grad()
-    def encode(self, clips: Sequence[Media], *, batch_size: int = 16, progress: Progress | None = None) -> list[Tensor]:
-        """Run the frozen towers once on each clip: tokens (N_i, D), kept on the CPU."""
-        blocks: list[Tensor] = []
+    def encode(self, clips: Sequence[Media], *, batch_size: int = 16, progress: Progress | None = None) -> list[Block]:
+        """Run the frozen towers once on each clip; the blocks are kept on the CPU."""
+        blocks: list[Block] = []
         for start in range(0, len(clips), batch_size):
-            media = join_media(clips[start : start + batch_size]).to(self.network.device)
-            blocks += [block.cpu() for block in self.network.encode(media)]
+            part = [clip.to(self.network.device) for clip in clips[start : start + batch_size]]
+            layouts = [self.processor.lay_out(clip) for clip in part]
+            tokens = self.network.encode(part, layouts)
+            blocks += [Block(one.cpu(), layout) for one, layout in zip(tokens, layouts, strict=True)]
             if progress:
-                progress(len(media.num_windows))
+                progress(len(part))
         return blocks
 
     def answer(
         self,
-        clips: Sequence[Media | Tensor],
+        clips: Sequence[Media | Block],
         prompts: Sequence[str],
         *,
         sampling: Sampling,

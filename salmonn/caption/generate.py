@@ -58,7 +58,10 @@ def generate(network: Network, inputs: Inputs, *, config: GenerationConfig, seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = network.lm.generate(
-            inputs_embeds=network.embed(inputs), attention_mask=inputs.attention_mask, generation_config=config
+            inputs_embeds=network.embed(inputs),
+            attention_mask=inputs.attention_mask,
+            position_ids=network.positions(inputs.position_ids),
+            generation_config=config,
         )
     answers = []
     for ids in output.tolist():

@@ -1,8 +1,8 @@
-"""Clip + words -> Inputs: frames and log-mel chunks as the towers take them, text with placeholders, padded batches."""
+"""Clip + words -> Inputs: pictures and log-mel chunks as the towers take them, text with placeholders, in batches."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,8 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureE
 
 from salmonn.caption.prompt import answer_ids, prompt_ids
 from salmonn.media.clip import Clip, read_clip
-from salmonn.model.build import ModelConfig, load_config
-from salmonn.model.network import Inputs, Media
+from salmonn.model.network import Block, Inputs, Media
+from salmonn.model.settings import SalmonnConfig
+from salmonn.model.splice import Layout, by_seconds, text_positions
+from salmonn.model.vision import to_patches
 from salmonn.records import Use
 
 SAMPLE_HZ = 16_000
@@ -36,16 +38,17 @@ class Processor:
         config: of the network.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, config: ModelConfig) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, config: SalmonnConfig) -> None:
+        assert config.whisper is not None and config.lm is not None
         self.tokenizer = tokenizer
         self.config = config
-        self.mel = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=config.chunk_seconds)
-        self.tokens_per_frame = config.num_patches + 1
+        self.mel = WhisperFeatureExtractor(
+            feature_size=config.whisper["num_mel_bins"], chunk_length=config.chunk_seconds
+        )
 
     @classmethod
-    def load(cls, path: Path | str) -> "Processor":
-        """Read the tokenizer and the config of a model folder."""
-        config = load_config(path)
+    def load(cls, path: Path | str, *, config: SalmonnConfig) -> "Processor":
+        """Read the tokenizer of a model folder."""
         return cls(AutoTokenizer.from_pretrained(str(path)), config=config)
 
     def save(self, path: Path | str) -> None:
@@ -74,56 +77,74 @@ class Processor:
         Raises:
             ValueError: the frames do not have the model's size.
         """
-        size = self.config.frame_size
-        if len(clip.frames) and clip.frames.shape[1:3] != (size, size):
+        size, count = self.config.frame_size, len(clip.frames)
+        if count and clip.frames.shape[1:3] != (size, size):
             raise ValueError(f"{clip.path}: frames are {clip.frames.shape[1:3]}, this model takes {size} x {size}")
-        frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2).reshape(-1, 3, size, size).contiguous()
-        mel, num_windows = self._hear(clip)
-        times = torch.from_numpy(clip.frame_times - clip.start_seconds)
-        return Media(frames=frames, mel=mel, frame_times=(times,), num_windows=(num_windows,))
+        media = Media(torch.zeros(0, dtype=torch.uint8), self._hear(clip))
+        if not count:
+            return media
+        frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+        vision = self.config.lm["vision_config"]
+        pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
+        piece = (clip.frame_times[-1] - clip.frame_times[0]) / (count - 1) if count > 1 else clip.duration_seconds
+        # Rounded, since 0.4999999 s would come to stand half a second too early.
+        return replace(media, pixels=pixels, grid=grid, num_frames=count, seconds=round(count * piece, 6))
 
-    def _hear(self, clip: Clip) -> tuple[Tensor, int]:
-        if clip.waveform is None:
-            return torch.zeros(0, self.config.num_mel_bins, self.config.chunk_seconds * 100), 0
-        seconds = max(len(clip.waveform) / SAMPLE_HZ, MIN_SOUND_SECONDS)
-        # Rounded before the ceiling: 8.0001 s of sound is 16 windows and one chunk, not one more of each.
-        num_windows = math.ceil(round(seconds / self.config.window_seconds, 3))
-        num_chunks = math.ceil(num_windows * self.config.window_seconds / self.config.chunk_seconds)
+    def _hear(self, clip: Clip) -> Tensor:
         chunk = self.config.chunk_seconds * SAMPLE_HZ
+        if clip.waveform is None:
+            return torch.zeros(0, self.mel.feature_size, self.mel.nb_max_frames)
+        seconds = max(len(clip.waveform) / SAMPLE_HZ, MIN_SOUND_SECONDS)
+        # Rounded before the ceiling: 8.0001 s of sound is one chunk, not two.
+        num_chunks = math.ceil(round(seconds / self.config.chunk_seconds, 3))
         pieces = [clip.waveform[number * chunk : (number + 1) * chunk] for number in range(num_chunks)]
-        mel = self.mel(pieces, sampling_rate=SAMPLE_HZ, return_tensors="pt").input_features
-        return mel, num_windows
+        return self.mel(pieces, sampling_rate=SAMPLE_HZ, return_tensors="pt").input_features
 
-    def num_clip_tokens(self, media: Media) -> int:
-        """Tokens N that one clip becomes."""
-        return len(media.frames) * self.tokens_per_frame + sum(media.num_windows) * self.config.num_queries
+    def lay_out(self, media: Media) -> Layout:
+        """The order and positions of the tokens that a clip becomes."""
+        steps, rows, columns = media.grid
+        merge = self.config.lm["vision_config"]["spatial_merge_size"]
+        return by_seconds(
+            (steps, rows // merge, columns // merge) if media.num_frames else None,
+            num_heard=len(media.mel) * self.config.windows_per_chunk,
+            second_per_grid=2 * media.seconds / max(media.num_frames, 1),
+        )
 
-    def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Tensor], *, pad_left: bool = False) -> Inputs:
+    def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Block], *, pad_left: bool = False) -> Inputs:
         """Collate rows about clips into one batch.
 
         Args:
             rows: prompts, with answers for training.
-            clips: the clips as media, or as blocks (N_i, D) that the towers gave before.
+            clips: the clips as media, or as blocks that the towers gave before.
             pad_left: for generation the prompts must end together.
         """
-        media = [clip for clip in clips if isinstance(clip, Media)]
-        blocks = [clip for clip in clips if isinstance(clip, Tensor)]
-        lengths = [self.num_clip_tokens(clip) if isinstance(clip, Media) else len(clip) for clip in clips]
+        layouts = [clip.layout if isinstance(clip, Block) else self.lay_out(clip) for clip in clips]
+        placeholders = [self._placeholders(layout) for layout in layouts]
         input_ids, labels = [], []
         for row in rows:
-            prompt = prompt_ids(self.tokenizer, row.prompt, num_clip_tokens=lengths[row.clip])
+            prompt = prompt_ids(
+                self.tokenizer, row.prompt, placeholders=placeholders[row.clip], system=self.config.system_prompt
+            )
             answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer)
             input_ids.append(prompt + answer)
             labels.append([-100] * len(prompt) + answer)
-        mask = [[1] * len(ids) for ids in input_ids]
+        ids = _pad(input_ids, self.tokenizer.pad_token_id, left=pad_left)
+        mask = _pad([[1] * len(line) for line in input_ids], 0, left=pad_left)
+        is_clip = torch.isin(ids, torch.tensor(self.config.placeholder_ids))
         return Inputs(
-            input_ids=_pad(input_ids, self.tokenizer.pad_token_id, left=pad_left),
-            attention_mask=_pad(mask, 0, left=pad_left),
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=text_positions(is_clip, mask, [layouts[row.clip] for row in rows]),
             labels=_pad(labels, -100, left=pad_left),
             clip_index=tuple(row.clip for row in rows),
-            media=join_media(media) if media else None,
-            blocks=tuple(blocks) if blocks else None,
+            layouts=tuple(layouts),
+            media=tuple(clip for clip in clips if isinstance(clip, Media)),
+            blocks=tuple(clip.tokens for clip in clips if isinstance(clip, Block)),
         )
+
+    def _placeholders(self, layout: Layout) -> list[int]:
+        seen, heard = self.config.placeholder_ids
+        return torch.where(layout.is_seen, seen, heard).tolist()
 
 
 def _pad(rows: Sequence[list[int]], value: int, *, left: bool) -> Tensor:
@@ -133,27 +154,16 @@ def _pad(rows: Sequence[list[int]], value: int, *, left: bool) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def join_media(clips: Sequence[Media]) -> Media:
-    """Several clips as one batch."""
-    return Media(
-        frames=torch.cat([clip.frames for clip in clips]),
-        mel=torch.cat([clip.mel for clip in clips]),
-        frame_times=tuple(times for clip in clips for times in clip.frame_times),
-        num_windows=tuple(count for clip in clips for count in clip.num_windows),
-    )
-
-
 def restrict_media(media: Media, use: Use) -> Media:
     """One clip's picture alone or sound alone.
 
     Raises:
         ValueError: nothing would be left.
     """
-    frames, times, mel, windows = media.frames, media.frame_times[0], media.mel, media.num_windows[0]
     if use == "visual":
-        mel, windows = mel[:0], 0
+        media = replace(media, mel=media.mel[:0])
     elif use == "audio":
-        frames, times = frames[:0], times[:0]
-    if not len(frames) and not windows:
+        media = Media(media.pixels[:0], media.mel)
+    if not media.num_frames and not len(media.mel):
         raise ValueError(f"the clip has nothing left for use '{use}': it lacks picture or sound")
-    return Media(frames=frames, mel=mel, frame_times=(times,), num_windows=(windows,))
+    return media

@@ -1,8 +1,10 @@
 """Prompts, and the chat format that a language model was taught them in."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
-from salmonn.caption.tokenizer import CLIP, CLIP_END, CLIP_START
+from salmonn.caption.tokenizer import CLIP_END, CLIP_START
 
 DESCRIBE = "Describe the video and its sounds in detail."
 DESCRIBE_VISUAL = "Describe what can be seen in detail."
@@ -10,13 +12,16 @@ DESCRIBE_AUDIO = "Describe what can be heard in detail."
 LIST_EVENTS = "List the events."
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, num_clip_tokens: int) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, placeholders: Sequence[int], system: str
+) -> list[int]:
     """Token ids of a user's turn about one clip, up to where the answer begins.
 
     Args:
         tokenizer: with a chat template and the clip's special tokens.
         prompt: the user's words.
-        num_clip_tokens: N placeholders for the clip's tokens.
+        placeholders: (N,) ids that stand for the clip's tokens.
+        system: what the conversation begins with; "" for nothing.
 
     Raises:
         ValueError: the words hold a special token, which would be taken for a clip or the end of a turn.
@@ -24,11 +29,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, *, num_clip_toke
     for special in tokenizer.all_special_tokens:
         if special in prompt:
             raise ValueError(f"the prompt holds the special token {special}: leave it out")
-    content = f"{CLIP_START}{CLIP * num_clip_tokens}{CLIP_END}{prompt}"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": f"{CLIP_START}{CLIP_END}{prompt}"})
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    before, after = text.split(f"{CLIP_START}{CLIP_END}", 1)
+    start, end = (
+        tokenizer.encode(piece, add_special_tokens=False) for piece in (before + CLIP_START, CLIP_END + after)
     )
-    return tokenizer.encode(text, add_special_tokens=False)
+    return [*start, *placeholders, *end]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:

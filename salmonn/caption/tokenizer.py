@@ -1,4 +1,4 @@
-"""The tokenizer of models made here: byte-level BPE with the chat format of Qwen2 and a placeholder for clip tokens.
+"""The tokenizer of models made here: byte-level BPE with the chat format of Qwen2 and placeholders for clip tokens.
 
 A model that starts from a published language model brings its own tokenizer; this one is for training from nothing.
 """
@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-CLIP_START, CLIP, CLIP_END = "<|av_start|>", "<|av|>", "<|av_end|>"
+# As Qwen2.5-VL and video-SALMONN 2+ name them.
+CLIP_START, CLIP_END, SEEN, HEARD = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|audio_pad|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -25,7 +26,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, TURN_START, TURN_END, CLIP_START, CLIP, CLIP_END],
+        special_tokens=[PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, SEEN, HEARD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -34,6 +35,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=TURN_END,
-        additional_special_tokens=[TURN_START, CLIP_START, CLIP, CLIP_END],
+        additional_special_tokens=[TURN_START, CLIP_START, CLIP_END, SEEN, HEARD],
         chat_template=CHAT_TEMPLATE,
     )

@@ -58,20 +58,33 @@ class Media:
     """One clip as the towers take it.
 
     Args:
-        pixels: salmonn2: frames (F, 3, H, W) uint8; 2+: normalised patches (T h w, C * 2 * 14 * 14). Empty without picture.
+        pixels: uint8. salmonn2: frames (F, 3, H, W); 2+: patches (T h w, C * 2 * p * p). Empty without picture.
         mel: (C, M, T) chunks of log-mel features; empty without sound.
-        grid: 2+: steps T, rows h and columns w of patches; none without picture.
-        time_ids: salmonn2 without sound: for each frame the token ids that tell its time.
+        num_frames: F.
+        seconds: length of the picture.
+        grid: 2+: steps T, rows h and columns w of patches.
     """
 
     pixels: Tensor
     mel: Tensor
-    grid: tuple[int, int, int] | None = None
-    time_ids: tuple[tuple[int, ...], ...] = ()
+    num_frames: int = 0
+    seconds: float = 0.0
+    grid: tuple[int, int, int] = (0, 0, 0)
 
     def to(self, device: torch.device | str) -> "Media":
         """The same on another device."""
         return replace(self, pixels=self.pixels.to(device), mel=self.mel.to(device))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A clip's tokens (N, D) as frozen towers gave them, and their layout."""
+
+    tokens: Tensor
+    layout: Layout
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -121,10 +134,14 @@ class Network(PreTrainedModel):
     config_class = SalmonnConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _no_split_modules = (
-        "Qwen2DecoderLayer Qwen2_5_VLDecoderLayer Qwen2_5_VLVisionBlock SiglipEncoderLayer WhisperEncoderLayer "
-        "Blip2QFormerLayer"
-    ).split()
+    _no_split_modules = [
+        "Qwen2DecoderLayer",
+        "Qwen2_5_VLDecoderLayer",
+        "Qwen2_5_VLVisionBlock",
+        "SiglipEncoderLayer",
+        "WhisperEncoderLayer",
+        "Blip2QFormerLayer",
+    ]
     _supports_sdpa = _supports_flash_attn = True
     # The published towers carry weights that their features do not go through.
     _keys_to_ignore_on_load_unexpected = [r"post_layernorm", r"position_ids"]
@@ -139,36 +156,33 @@ class Network(PreTrainedModel):
 
     def encode(self, media: Sequence[Media], layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
         """Encode clips to their blocks, picture and sound in the layouts' order: (N_i, D) each."""
-        seen, heard = self._see(media), self._hear(media)
+        return self.assemble(self._see(media), self._hear(media), layouts)
+
+    def assemble(
+        self, seen: Sequence[Tensor], heard: Sequence[Tensor], layouts: Sequence[Layout]
+    ) -> tuple[Tensor, ...]:
+        """Put what was seen (V_i, D) and heard (A_i, D) of each clip in the layouts' order."""
         embed = self.lm.get_input_embeddings()
         blocks = []
-        for clip, layout, pictures, sounds in zip(media, layouts, seen, heard, strict=True):
-            told = torch.tensor([token for ids in clip.time_ids for token in ids], dtype=torch.long, device=self.device)
-            zeros = pictures.new_zeros(1, pictures.shape[-1])
-            blocks.append(torch.cat([pictures, sounds, embed(told), zeros])[layout.order.to(self.device)])
+        for pictures, sounds, layout in zip(seen, heard, layouts, strict=True):
+            told = embed(torch.tensor(layout.told_ids, dtype=torch.long, device=self.device))
+            zeros = told.new_zeros(1, told.shape[-1])
+            blocks.append(torch.cat([pictures, sounds, told, zeros])[layout.order.to(self.device)])
         return tuple(blocks)
 
     def _see(self, media: Sequence[Media]) -> list[Tensor]:
-        shown = [clip for clip in media if len(clip.pixels)]
-        if not shown:
-            return self._nothing(len(media))
-        pixels = [clip.pixels for clip in shown]
-        if self.config.family == "salmonn2":
-            tokens = iter(self.vision(pixels))
-        else:
-            tokens = iter(self.vision(pixels, [clip.grid for clip in shown]))
-        return [next(tokens) if len(clip.pixels) else self._nothing(1)[0] for clip in media]
+        shown = [clip for clip in media if clip.num_frames]
+        tokens = iter(self.vision([clip.pixels for clip in shown], [clip.grid for clip in shown]) if shown else [])
+        return [next(tokens) if clip.num_frames else self._nothing() for clip in media]
 
     def _hear(self, media: Sequence[Media]) -> list[Tensor]:
         loud = [clip.mel for clip in media if len(clip.mel)]
-        if not loud:
-            return self._nothing(len(media))
-        tokens = iter(self.audio(loud))
-        return [next(tokens) if len(clip.mel) else self._nothing(1)[0] for clip in media]
+        tokens = iter(self.audio(loud) if loud else [])
+        return [next(tokens) if len(clip.mel) else self._nothing() for clip in media]
 
-    def _nothing(self, count: int) -> list[Tensor]:
+    def _nothing(self) -> Tensor:
         embed = self.lm.get_input_embeddings()
-        return [embed.weight.new_zeros(0, embed.embedding_dim)] * count
+        return embed.weight.new_zeros(0, embed.embedding_dim)
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Text with the clips' tokens in their places, (B, L, D)."""

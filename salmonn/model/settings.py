@@ -5,10 +5,16 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 Family = Literal["salmonn2", "salmonn2-plus"]
-WHISPER_KEYS = (
-    "num_mel_bins d_model encoder_layers encoder_attention_heads encoder_ffn_dim max_source_positions "
-    "activation_function scale_embedding"
-).split()
+WHISPER_KEYS = [
+    "num_mel_bins",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "max_source_positions",
+    "activation_function",
+    "scale_embedding",
+]
 # What the published configs leave out since their code names the parts' repositories instead of sizes.
 WHISPER_LARGE_V3 = dict(
     num_mel_bins=128,
@@ -54,6 +60,9 @@ class SalmonnConfig(PreTrainedConfig):
         window_seconds: length of a Q-Former window.
         pool: salmonn2: side of the squares of patches that become one token.
         placeholder_ids: token ids that stand for a clip's tokens: seen, heard.
+        frames_per_second, max_frames: how densely a clip is seen.
+        frame_size: side of its frames in pixels.
+        system_prompt: what every conversation begins with; "" for nothing.
     """
 
     model_type = "salmonn"
@@ -67,6 +76,96 @@ class SalmonnConfig(PreTrainedConfig):
     window_seconds: float = 0.5
     pool: int = 2
     placeholder_ids: tuple[int, int] = (-200, -200)
+    frames_per_second: float = 1.0
+    max_frames: int = 110
+    frame_size: int = 384
+    system_prompt: str = "You are a helpful assistant."
+
+    @property
+    def chunk_seconds(self) -> int:
+        """Length of the chunks of sound that the Whisper encoder takes; it gives 50 steps a second."""
+        assert self.whisper is not None
+        return int(self.whisper["max_source_positions"]) // 50
+
+    @property
+    def windows_per_chunk(self) -> int:
+        """Tokens that a chunk of sound becomes."""
+        return round(self.chunk_seconds / self.window_seconds) * self.num_queries
+
+
+def tiny(*, vocab_size: int, placeholder_ids: tuple[int, int], eos_token_id: int, pad_token_id: int) -> SalmonnConfig:
+    """Sizes of the shipped toy model, a salmonn2-plus of about 2 million parameters: clips of 8 s at 4 frames a second.
+
+    Fresh weights have a deviation of about 1 / sqrt(width). The published 0.02 suits widths of thousands: here
+    Whisper's convolutions would give a hundredth of what its fixed positions add, and pitch would be lost among them.
+    """
+    tokens = dict(eos_token_id=eos_token_id, pad_token_id=pad_token_id, bos_token_id=None)
+    return SalmonnConfig(
+        family="salmonn2-plus",
+        lm=dict(
+            text_config=dict(
+                vocab_size=vocab_size,
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=4096,
+                initializer_range=0.09,
+                rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[8, 4, 4]),
+                tie_word_embeddings=True,
+                **tokens,
+            ),
+            vision_config=dict(
+                depth=3,
+                hidden_size=96,
+                intermediate_size=288,
+                num_heads=4,
+                patch_size=8,
+                spatial_merge_size=2,
+                temporal_patch_size=2,
+                window_size=48,
+                fullatt_block_indexes=[0, 1, 2],
+                out_hidden_size=128,
+                initializer_range=0.09,
+            ),
+            tie_word_embeddings=True,
+            video_token_id=placeholder_ids[0],
+        ),
+        whisper=dict(
+            num_mel_bins=40,
+            max_source_positions=400,
+            d_model=96,
+            encoder_layers=2,
+            encoder_attention_heads=4,
+            encoder_ffn_dim=288,
+            decoder_layers=1,
+            init_std=0.1,
+            # The decoder half is never built, but its config is checked all the same.
+            vocab_size=vocab_size,
+            decoder_start_token_id=pad_token_id,
+            pad_token_id=pad_token_id,
+            bos_token_id=pad_token_id,
+            eos_token_id=eos_token_id,
+        ),
+        qformer=dict(
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            cross_attention_frequency=1,
+            initializer_range=0.1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            encoder_hidden_size=96,
+        ),
+        placeholder_ids=placeholder_ids,
+        frames_per_second=4.0,
+        max_frames=32,
+        frame_size=48,
+        system_prompt="",
+        tie_word_embeddings=True,
+    )
 
 
 def from_published(values: dict[str, Any]) -> SalmonnConfig:
@@ -91,11 +190,23 @@ def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
     siglip = SIGLIP_SO400M | {key: values["siglip"][key] for key in SIGLIP_SO400M if "siglip" in values}
     whisper = WHISPER_LARGE_V3 | {key: values["whisper"][key] for key in WHISPER_KEYS if "whisper" in values}
     qformer = BERT_BASE_OF_TWO_LAYERS | values.get("qformer", {})
-    keys = (
-        "vocab_size max_position_embeddings hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads hidden_act rms_norm_eps rope_theta tie_word_embeddings attention_dropout "
-        "bos_token_id pad_token_id eos_token_id"
-    ).split()
+    keys = [
+        "vocab_size",
+        "max_position_embeddings",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "hidden_act",
+        "rms_norm_eps",
+        "rope_theta",
+        "tie_word_embeddings",
+        "attention_dropout",
+        "bos_token_id",
+        "pad_token_id",
+        "eos_token_id",
+    ]
     return SalmonnConfig(
         family="salmonn2",
         lm={key: flat[key] for key in keys if key in flat},
@@ -126,10 +237,16 @@ def _plus(values: dict[str, Any]) -> SalmonnConfig:
 
 def _qformer(bert: dict[str, Any], *, encoder_width: int) -> dict[str, Any]:
     """The published Q-Former's config (BERT's) as transformers' BLIP-2 names it."""
-    same = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act layer_norm_eps "
-        "hidden_dropout_prob attention_probs_dropout_prob"
-    ).split()
+    same = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+    ]
     return {key: bert[key] for key in same if key in bert} | {
         "encoder_hidden_size": encoder_width,
         "cross_attention_frequency": bert["cross_attention_freq"],

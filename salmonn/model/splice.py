@@ -21,22 +21,31 @@ class Layout:
         order: (N,) which of the S = seen + heard + told tokens stands at each place; S itself stands for zeros.
         positions: (3, N) time, row and column from the block's start, as 3-D rotary embeddings take them; decoders of
             plain rotary embeddings have the same number in all three.
+        num_seen: how many of the S tokens are seen ones.
+        told_ids: (T,) ids of the text tokens that tell the time.
     """
 
     order: Tensor
     positions: Tensor
+    num_seen: int
+    told_ids: tuple[int, ...] = ()
 
     @property
     def next_position(self) -> int:
         """Where the text goes on, counted from the block's start: after the greatest time."""
         return int(self.positions[0].max()) + 1
 
+    @property
+    def is_seen(self) -> Tensor:
+        """(N,) whether each token is of the picture."""
+        return self.order < self.num_seen
+
     def __len__(self) -> int:
         return len(self.order)
 
 
 def deal_out(
-    num_frames: int, frame_tokens: int, *, num_heard: int, num_front: int, told: Sequence[int] = ()
+    num_frames: int, frame_tokens: int, *, num_heard: int, num_front: int, told: Sequence[Sequence[int]] = ()
 ) -> Layout:
     """video-SALMONN 2: each frame, then what is heard (or told of the time) by then; positions simply count.
 
@@ -49,7 +58,7 @@ def deal_out(
         frame_tokens: P tokens of each frame.
         num_heard: A tokens of sound.
         num_front: how many of them belong to the picture's time.
-        told: for each frame the number of tokens that tell its time.
+        told: for each frame the ids of the tokens that tell its time.
     """
     seen = torch.arange(num_frames * frame_tokens).reshape(num_frames, frame_tokens)
     heard = torch.arange(num_heard) + seen.numel()
@@ -60,9 +69,10 @@ def deal_out(
         per_frame = -(-front // num_frames)
         order = torch.cat([seen, _stretch(heard[:front], per_frame * num_frames).reshape(num_frames, per_frame)], dim=1)
         if told:
-            order = torch.cat([order, _pad_told(told, start=seen.numel() + num_heard)], dim=1)
+            order = torch.cat([order, _pad_told([len(ids) for ids in told], start=seen.numel() + num_heard)], dim=1)
         order = torch.cat([order.flatten(), heard[front:]])
-    return Layout(order, torch.arange(len(order)).expand(3, -1))
+    told_ids = tuple(token for ids in told for token in ids)
+    return Layout(order, torch.arange(len(order)).expand(3, -1), seen.numel(), told_ids)
 
 
 def _stretch(tokens: Tensor, length: int) -> Tensor:
@@ -94,7 +104,7 @@ def by_seconds(grid: tuple[int, int, int] | None, *, num_heard: int, second_per_
     """
     when = torch.arange(num_heard)
     if grid is None:
-        return Layout(when, torch.stack([when, when, torch.zeros_like(when)]))
+        return Layout(when, torch.stack([when, when, torch.zeros_like(when)]), num_seen=0)
     steps, rows, columns = grid
     starts = (torch.arange(steps) * second_per_grid * 2).long()
     seen = torch.arange(steps * rows * columns).reshape(steps, -1)
@@ -105,7 +115,7 @@ def by_seconds(grid: tuple[int, int, int] | None, *, num_heard: int, second_per_
     cells = torch.arange(rows * columns).repeat(steps)
     where = torch.stack([starts.repeat_interleave(rows * columns), cells // columns, cells % columns])
     heard_at = torch.stack([when, torch.zeros_like(when), when])
-    return Layout(order, torch.cat([where, heard_at], dim=1)[:, order])
+    return Layout(order, torch.cat([where, heard_at], dim=1)[:, order], seen.numel())
 
 
 def text_positions(is_clip: Tensor, mask: Tensor, layouts: Sequence[Layout]) -> Tensor:

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+Grid = tuple[int, int, int]  # steps, rows and columns of patches
 
 
 class SiglipTower(nn.Module):
@@ -29,7 +32,7 @@ class SiglipTower(nn.Module):
         self.newline = nn.Parameter(torch.zeros(width))
         self.pool = pool
 
-    def forward(self, frames: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, frames: Sequence[Tensor], _grids: Sequence[Grid]) -> list[Tensor]:
         """Encode each clip's frames (F_i, 3, H, W) uint8 into (F_i * P, D), P = n (n + 1) with n = sqrt(N) / pool."""
         pixels = torch.cat(list(frames)).to(self.newline.dtype) / 127.5 - 1  # SigLIP's mean and deviation are 0.5
         patches = self.projector(self.encoder(pixels).last_hidden_state)
@@ -51,8 +54,41 @@ class QwenTower(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, patches: Sequence[Tensor], grids: Sequence[tuple[int, int, int]]) -> list[Tensor]:
-        """Encode each clip's normalised patches (T h w, C * 2 * 14 * 14) of a grid (T, h, w) into (T h w / 4, D)."""
-        grid = torch.tensor(grids, device=patches[0].device)
-        tokens = self.encoder(torch.cat(list(patches)).to(self.encoder.dtype), grid_thw=grid).pooler_output
-        return list(tokens.split([len(clip) // self.encoder.spatial_merge_unit for clip in patches]))
+    def forward(self, patches: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+        """Encode each clip's patches (T h w, C * 2 * p * p) uint8 of a grid (T, h, w) into (T h w / 4, D)."""
+        mean, deviation = (
+            torch.tensor(values, device=patches[0].device).repeat_interleave(patches[0].shape[1] // 3)
+            for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        )
+        pixels = (torch.cat(list(patches)) / 255 - mean) / deviation
+        return list(
+            self.encode(pixels, grids).split([len(clip) // self.encoder.spatial_merge_unit for clip in patches])
+        )
+
+    def encode(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Normalised patches of all clips, one after the other -> their tokens."""
+        grid = torch.tensor(grids, device=pixels.device)
+        return self.encoder(pixels.to(self.encoder.dtype), grid_thw=grid).pooler_output
+
+
+def to_patches(frames: Tensor, *, patch: int, merge: int) -> tuple[Tensor, Grid]:
+    """Cut frames into the patches of Qwen2.5-VL, squares of `merge` x `merge` together, two frames deep.
+
+    Args:
+        frames: (F, C, H, W), H and W multiples of patch * merge; of an odd number the last is doubled.
+
+    Returns:
+        (T h w, C * 2 * patch * patch) and the grid (T, h, w).
+    """
+    if len(frames) % 2:
+        frames = torch.cat([frames, frames[-1:]])
+    steps, channels, rows, columns = (
+        len(frames) // 2,
+        frames.shape[1],
+        frames.shape[2] // patch,
+        frames.shape[3] // patch,
+    )
+    cut = frames.reshape(steps, 2, channels, rows // merge, merge, patch, columns // merge, merge, patch).permute(
+        0, 3, 6, 4, 7, 2, 1, 5, 8
+    )
+    return cut.reshape(steps * rows * columns, channels * 2 * patch * patch), (steps, rows, columns)

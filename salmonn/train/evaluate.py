@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
 from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.prompt import DESCRIBE
+from salmonn.model.network import Block
 from salmonn.records import Caption, Reference, Score
 from salmonn.score.judge import Judge
 from salmonn.score.rates import Rates, qa_accuracy, rates
@@ -26,10 +26,10 @@ class Evaluation:
     rates: Rates
 
 
-def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str) -> list[Tensor]:
-    """The clips' tokens (N_i, D) from the frozen towers, each rank its share."""
+def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str) -> list[Block]:
+    """The clips' blocks from the frozen towers, each rank its share."""
     mine = dist.share(clips.references)
-    blocks: list[Tensor] = []
+    blocks: list[Block] = []
     with tqdm(total=len(mine), desc=f"reading {name}", unit="clip", disable=not dist.is_main()) as bar:
         for start in range(0, len(mine), 32):
             media = [captioner.processor.read(clips.root / reference.video) for reference in mine[start : start + 32]]
@@ -41,7 +41,7 @@ def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str) -> list[Ten
 def caption_clips(
     captioner: Captioner,
     references: Sequence[Reference],
-    blocks: Sequence[Tensor],
+    blocks: Sequence[Block],
     *,
     sampling: Sampling,
     seed: int,
@@ -82,7 +82,7 @@ def judge_captions(captions: Sequence[Caption], references: Mapping[str, Referen
 
 
 def answer_questions(
-    captioner: Captioner, references: Sequence[Reference], blocks: Sequence[Tensor], *, name: str, batch_size: int = 256
+    captioner: Captioner, references: Sequence[Reference], blocks: Sequence[Block], *, name: str, batch_size: int = 256
 ) -> list[Caption]:
     """The model's answers to all the references' questions, each with its question as prompt."""
     asked = [
@@ -110,7 +110,7 @@ def answer_questions(
 def evaluate(
     captioner: Captioner,
     references: Sequence[Reference],
-    blocks: Sequence[Tensor],
+    blocks: Sequence[Block],
     *,
     judge: Judge,
     sampling: Sampling,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from salmonn import dist
 from salmonn.caption.inputs import Processor, Row, restrict_media
 from salmonn.caption.prompt import DESCRIBE, DESCRIBE_AUDIO, DESCRIBE_VISUAL, LIST_EVENTS, answer_ids
-from salmonn.model.network import Inputs, Media
+from salmonn.model.network import Block, Inputs, Media
 from salmonn.records import Reference, Use
 
 Task = Literal[
@@ -124,7 +124,7 @@ class ClipCache:
         if video in self.clips:
             return self.clips[video]
         media = self.processor.read(video)
-        size = media.frames.nbytes + media.mel.nbytes
+        size = media.pixels.nbytes + media.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:
             self.clips[video] = media
             self.num_bytes += size
@@ -154,7 +154,7 @@ class SftBatches:
         self,
         examples: Sequence[Example],
         processor: Processor,
-        clip_of: Callable[[Example], Media | Tensor],
+        clip_of: Callable[[Example], Media | Block],
         *,
         batch_size: int,
         seed: int,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from salmonn import dist
 from salmonn.caption.inputs import Processor, Row
 from salmonn.model.lora import adapter_off
-from salmonn.model.network import Inputs, Network
+from salmonn.model.network import Block, Inputs, Network
 from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
 from salmonn.records import Pair
 from salmonn.train.examples import deal
@@ -43,7 +43,7 @@ class PreferenceBatches:
 
     Args:
         pairs: all of them, the same on every rank.
-        blocks: video -> its clip's tokens (N_i, D).
+        blocks: video -> its clip's block.
         processor: of the model.
         batch_size: pairs a step over all ranks; a multiple of their number.
         seed: of the order.
@@ -52,7 +52,7 @@ class PreferenceBatches:
     def __init__(
         self,
         pairs: Sequence[Pair],
-        blocks: Mapping[str, Tensor],
+        blocks: Mapping[str, Block],
         processor: Processor,
         *,
         batch_size: int,
