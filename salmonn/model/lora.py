@@ -1,13 +1,14 @@
 """LoRA on the language model: attach, merge, save. The reference policy is the same weights with the adapter off."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
 
 from salmonn.model.network import Network
 
@@ -50,6 +51,30 @@ def adapter_off(network: Network) -> Iterator[None]:
     """Within this context the network is the reference policy."""
     with network.lm.disable_adapter():
         yield
+
+
+def load_adapter(network: Network, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
+    """Put a published adapter on the language model.
+
+    Args:
+        network: without an adapter.
+        tensors: as PEFT saved them, by the published model's names.
+        config: of the adapter.
+
+    Raises:
+        ValueError: the tensors are of another model; the message names what is missing and unexpected.
+    """
+    attach(network, config, seed=0)
+    # The published 2+ has its decoder where transformers now keeps decoder and tower.
+    inner = "model.language_model." if network.config.family == "salmonn2-plus" else "model."
+    ours = {
+        key.replace("base_model.model.model.", f"base_model.model.{inner}", 1).replace(".default.", "."): tensor
+        for key, tensor in tensors.items()
+    }
+    wanted = get_peft_model_state_dict(network.lm).keys()
+    if missing := sorted(wanted ^ ours.keys()):
+        raise ValueError(f"the adapter is of another model: missing or unexpected are {missing[:8]}")
+    set_peft_model_state_dict(network.lm, ours)
 
 
 def save_adapter(network: Network, path: Path | str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ class Network(PreTrainedModel):
     config_class = SalmonnConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _no_split_modules = [
+    _no_split_modules: ClassVar[list[str]] = [
         "Qwen2DecoderLayer",
         "Qwen2_5_VLDecoderLayer",
         "Qwen2_5_VLVisionBlock",
@@ -144,7 +144,7 @@ class Network(PreTrainedModel):
     ]
     _supports_sdpa = _supports_flash_attn = True
     # The published towers carry weights that their features do not go through.
-    _keys_to_ignore_on_load_unexpected = [r"post_layernorm", r"position_ids"]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"post_layernorm", r"position_ids"]
 
     def __init__(self, config: SalmonnConfig) -> None:
         super().__init__(config)
@@ -201,7 +201,7 @@ class Network(PreTrainedModel):
         return place(embeds, is_clip, tokens)
 
     def positions(self, position_ids: Tensor) -> Tensor:
-        """What the decoder takes of (3, B, L) positions: all three, or the first where its rotary embedding is plain."""
+        """What the decoder takes of (3, B, L) positions: all of it, or the first where its rotary embedding is plain."""
         return position_ids if self.config.family == "salmonn2-plus" else position_ids[0]
 
     def forward(self, inputs: Inputs) -> Tensor:

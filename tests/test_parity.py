@@ -1,0 +1,210 @@
+"""The published models' numbers: what they see, hear, splice, say and prefer, on toy-size checkpoints in their own format.
+
+The folder that PARITY_DIR names holds fixtures, one folder a model (default: shared/parity beside the repository).
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from salmonn.caption.generate import generate
+from salmonn.model.load import load_network
+from salmonn.model.lora import LoraConfig, adapter_off, load_adapter
+from salmonn.model.network import Inputs, Network
+from salmonn.model.splice import Layout, by_seconds, deal_out, text_positions
+from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
+
+PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
+FOLDERS = sorted(PARITY_DIR.glob("*/cases.json")) if PARITY_DIR.is_dir() else []
+NAMES = [(path.parent, case) for path in FOLDERS for case in json.loads(path.read_text()) if case != "preference"]
+DIGITS = {str(digit): 20 + digit for digit in range(10)} | {".": 30}  # of the fixtures' toy vocabulary
+TOLERANCE = 1e-4
+
+pytestmark = pytest.mark.skipif(not FOLDERS, reason=f"no parity fixtures in {PARITY_DIR}: set PARITY_DIR")
+
+
+@dataclass
+class Case:
+    """One clip with its text, as the network takes it, and what is expected of it."""
+
+    network: Network
+    tensors: dict[str, Tensor]
+    inputs: Inputs
+    seen: Tensor
+    heard: Tensor
+
+
+@pytest.fixture(scope="module", params=NAMES, ids=lambda name: f"{name[0].name}-{name[1]}")
+def case(request) -> Case:
+    return make_case(load_network(request.param[0]), *request.param)
+
+
+@torch.no_grad()
+def make_case(network: Network, folder: Path, name: str) -> Case:
+    facts = json.loads((folder / "cases.json").read_text())[name]
+    every = load_file(folder / "cases.safetensors")
+    tensors = {key.removeprefix(f"{name}."): value for key, value in every.items() if key.startswith(f"{name}.")}
+    nothing = network.lm.get_input_embeddings().weight.new_zeros(0, network.lm.get_input_embeddings().embedding_dim)
+    seen = heard = nothing
+    if "audio_feature" in tensors:
+        (heard,) = network.audio([tensors["audio_feature"]])
+    ids = tensors["input_ids"]
+    if network.config.family == "salmonn2":
+        if "frames_uint8" in tensors:
+            (seen,) = network.vision([tensors["frames_uint8"]], [])
+        layout = lay_out_salmonn2(facts, num_seen=len(seen), num_heard=len(heard))
+        place = int((ids[0] == -200).nonzero())
+        ids = torch.cat([ids[:, :place], torch.full((1, len(layout)), -200), ids[:, place + 1 :]], dim=1)
+    else:
+        if "pixel_values_videos" in tensors:
+            seen = network.vision.encode(tensors["pixel_values_videos"], tensors["video_grid_thw"].tolist())
+        layout = lay_out_plus(network, facts, tensors, num_heard=len(heard))
+    return Case(network, tensors, make_inputs(network, ids, layout, seen=seen, heard=heard), seen, heard)
+
+
+def lay_out_salmonn2(facts: dict, *, num_seen: int, num_heard: int) -> Layout:
+    count, seconds = facts["num_frames"], facts["seconds"]
+    times = [str(round((frame + 1) * seconds / count, 1)) for frame in range(count)] if not num_heard else []
+    told = [[DIGITS[letter] for letter in time] for time in times]
+    per_frame = num_seen // max(count, 1)
+    return deal_out(count, per_frame, num_heard=num_heard, num_front=round(seconds * 50), told=told)
+
+
+def lay_out_plus(network: Network, facts: dict, tensors: dict[str, Tensor], *, num_heard: int) -> Layout:
+    grid = None
+    if "video_grid_thw" in tensors:
+        merge = network.vision.encoder.spatial_merge_size
+        steps, rows, columns = tensors["video_grid_thw"][0].tolist()
+        grid = (steps, rows // merge, columns // merge)
+    seconds = facts["second_per_grid_ts"]
+    return by_seconds(grid, num_heard=num_heard, second_per_grid=seconds[0] if seconds else 0.0)
+
+
+def make_inputs(network: Network, ids: Tensor, layout: Layout, *, seen: Tensor, heard: Tensor) -> Inputs:
+    mask = torch.ones_like(ids)
+    is_clip = torch.isin(ids, torch.tensor(network.config.placeholder_ids))
+    return Inputs(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=text_positions(is_clip, mask, [layout]),
+        labels=torch.full_like(ids, -100),
+        clip_index=(0,),
+        layouts=(layout,),
+        blocks=network.assemble([seen], [heard], [layout]),
+    )
+
+
+def close(ours: Tensor, published: Tensor, *, tolerance: float = TOLERANCE) -> bool:
+    return ours.shape == published.shape and bool((ours - published).abs().max() <= tolerance)
+
+
+@torch.no_grad()
+def test_what_is_seen(case):
+    if "video_embeds" in case.tensors:
+        assert close(case.seen, case.tensors["video_embeds"])
+    elif "frame_tokens" in case.tensors:
+        frames, tokens, width = case.tensors["frame_tokens"].shape
+        side = int(tokens**0.5)
+        rows = case.seen.reshape(frames, side, side + 1, width)
+        assert close(rows[:, :, :side].flatten(1, 2), case.tensors["frame_tokens"])
+        assert (rows[:, :, side] == case.network.vision.newline).all()
+        # The fixture keeps what the tower itself gives for the first frame.
+        pixels = case.tensors["frames_uint8"][:1] / 127.5 - 1
+        assert close(case.network.vision.encoder(pixels).last_hidden_state, case.tensors["vision_tower"])
+    else:
+        assert len(case.seen) == 0
+
+
+def test_what_is_heard(case):
+    if "audio_embeds" in case.tensors:
+        assert close(case.heard, case.tensors["audio_embeds"])
+    elif "audio_tokens" in case.tensors:
+        published = case.tensors["audio_tokens"]
+        assert close(case.heard[: published.shape[1]], published[0])  # nothing is added to the first chunk
+    else:
+        assert len(case.heard) == 0
+
+
+@torch.no_grad()
+def test_embeddings_and_positions(case):
+    if "inputs_embeds" in case.tensors:
+        assert close(case.network.embed(case.inputs), case.tensors["inputs_embeds"])
+    if "position_ids" in case.tensors:
+        assert torch.equal(case.inputs.position_ids, case.tensors["position_ids"])
+    assert {"inputs_embeds", "position_ids"} & case.tensors.keys()
+
+
+@torch.no_grad()
+def test_logits(case):
+    network, inputs = case.network, case.inputs
+    logits = network.lm(
+        inputs_embeds=network.embed(inputs),
+        attention_mask=inputs.attention_mask,
+        position_ids=network.positions(inputs.position_ids),
+    ).logits
+    assert close(logits, case.tensors["logits"])
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_tokens(case, use_cache):
+    published = case.tensors["greedy"].tolist()
+    # The published run did not stop at the end token.
+    config = GenerationConfig(
+        max_new_tokens=len(published[0]), do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=use_cache
+    )
+    assert generate(case.network, case.inputs, config=config) == published
+
+
+@pytest.mark.parametrize("folder", [path.parent for path in FOLDERS], ids=lambda folder: folder.name)
+class TestPreference:
+    """Log-probabilities of three answers with the adapter on and off, and the losses made of them."""
+
+    @pytest.fixture
+    def logps(self, folder) -> dict[str, Tensor]:
+        facts = json.loads((folder / "cases.json").read_text())["preference"]
+        network = load_network(folder)
+        case = make_case(network, folder, facts["case"])
+        every = load_file(folder / "cases.safetensors")
+        config = LoraConfig(rank=facts["lora_r"], alpha=facts["lora_alpha"], dropout=0.0)
+        load_adapter(network, load_file(folder / "lora.safetensors"), config)
+        network.eval()
+        found = {}
+        for name in ("chosen", "rejected", "ground_truth"):
+            answer = every[f"response.{name}"]
+            ids = torch.cat([case.inputs.input_ids, answer], dim=1)
+            inputs = make_inputs(network, ids, case.inputs.layouts[0], seen=case.seen, heard=case.heard)
+            inputs.labels[:, -answer.shape[1] :] = answer
+            with torch.no_grad():
+                found[f"policy_logps.{name}"] = network(inputs)[:, -answer.shape[1] :]
+                with adapter_off(network):
+                    found[f"reference_logps.{name}"] = network(inputs)[:, -answer.shape[1] :]
+        return found
+
+    def test_log_probabilities(self, folder, logps):
+        every = load_file(folder / "cases.safetensors")
+        for name, ours in logps.items():
+            assert close(ours, every[name]), name
+        assert not close(logps["policy_logps.chosen"], logps["reference_logps.chosen"])
+
+    def test_losses(self, folder, logps):
+        facts = json.loads((folder / "cases.json").read_text())["preference"]
+        truth = logps["policy_logps.ground_truth"]
+        loss = guided_dpo_loss(
+            policy_chosen=sequence_logps(logps["policy_logps.chosen"]),
+            policy_rejected=sequence_logps(logps["policy_logps.rejected"]),
+            reference_chosen=sequence_logps(logps["reference_logps.chosen"]),
+            reference_rejected=sequence_logps(logps["reference_logps.rejected"]),
+            ground_truth_cross_entropy=mean_cross_entropy(truth, torch.tensor([truth.shape[1]])),
+            beta=facts["beta"],
+            ce_weight=facts["ce_weight"],
+        )
+        assert loss.dpo.item() == pytest.approx(facts["dpo_loss"], abs=1e-5)
+        assert loss.cross_entropy.item() == pytest.approx(facts["ce_loss"], abs=1e-5)
+        assert loss.loss.item() == pytest.approx(facts["gdpo_loss"], abs=1e-5)
