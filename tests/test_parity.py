@@ -1,4 +1,4 @@
-"""The published models' numbers: what they see, hear, splice, say and prefer, on toy-size checkpoints in their own format.
+"""The published models' numbers: what they see, hear, splice, say and prefer, on toy checkpoints in their own format.
 
 The folder that PARITY_DIR names holds fixtures, one folder a model (default: shared/parity beside the repository).
 """

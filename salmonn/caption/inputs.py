@@ -63,32 +63,23 @@ class Processor:
         """
         clip = read_clip(
             path,
-            frames_per_second=self.config.frames_per_second,
-            max_frames=self.config.max_frames,
+            self.config.frame_rule,
             start_seconds=start_seconds,
             end_seconds=end_seconds,
-            frame_size=self.config.frame_size,
         )
         return self.media(clip)
 
     def media(self, clip: Clip) -> Media:
-        """One clip as the towers take it.
-
-        Raises:
-            ValueError: the frames do not have the model's size.
-        """
-        size, count = self.config.frame_size, len(clip.frames)
-        if count and clip.frames.shape[1:3] != (size, size):
-            raise ValueError(f"{clip.path}: frames are {clip.frames.shape[1:3]}, this model takes {size} x {size}")
+        """One clip as the towers take it, its frames chosen and scaled by the model's rule."""
+        count = len(clip.frames)
         media = Media(torch.zeros(0, dtype=torch.uint8), self._hear(clip))
         if not count:
             return media
         frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
         vision = self.config.lm["vision_config"]
         pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
-        piece = (clip.frame_times[-1] - clip.frame_times[0]) / (count - 1) if count > 1 else clip.duration_seconds
-        # Rounded, since 0.4999999 s would come to stand half a second too early.
-        return replace(media, pixels=pixels, grid=grid, num_frames=count, seconds=round(count * piece, 6))
+        # Rounded, since a step of 0.4999999 s would come to stand half a second too early.
+        return replace(media, pixels=pixels, grid=grid, num_frames=count, seconds=round(clip.picture_seconds, 6))
 
     def _hear(self, clip: Clip) -> Tensor:
         chunk = self.config.chunk_seconds * SAMPLE_HZ

@@ -1,6 +1,6 @@
 """Reads a video file into a `Clip`: a few frames with their times, and the sound at 16 kHz.
 
-    clip = read_clip("talk.mp4", frames_per_second=2.0, max_frames=16, frame_size=384)
+    clip = read_clip("talk.mp4", Stride(frames_per_second=1.0))
 
 A file is passed over twice. The first pass (`survey.py`) decodes the sound and only notes when each picture is due
 and which are keyframes. So the second (`pictures.py`) knows before it decodes anything which frames are wanted and
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from salmonn.media.container import ClipError, open_source
+from salmonn.media.frames import FrameRule
 from salmonn.media.pictures import take_frames, wanted_times
 from salmonn.media.sound import SAMPLE_RATE_HZ
 from salmonn.media.survey import Survey, survey_span
@@ -59,6 +60,7 @@ class Clip:
         waveform: (S,) float32 mono at 16 kHz, or None where there is no sound in the span. Sample 0 is the
             start of the span; S ends with the sound or the span, so before or after the picture does.
         start_seconds: start of the span, from the start of the file.
+        picture_seconds: for how long the picture lasts within the span; 0 without.
         duration_seconds: from there to the later of the picture's and the sound's ends within the span.
     """
 
@@ -67,6 +69,7 @@ class Clip:
     frame_times: np.ndarray
     waveform: np.ndarray | None
     start_seconds: float
+    picture_seconds: float
     duration_seconds: float
 
     @property
@@ -82,31 +85,22 @@ class Clip:
 
 def read_clip(
     path: str | os.PathLike[str],
+    rule: FrameRule,
     *,
-    frames_per_second: float = 2.0,
-    max_frames: int = 16,
     start_seconds: float | None = None,
     end_seconds: float | None = None,
-    frame_size: int | None = None,
     video: bool = True,
     audio: bool = True,
 ) -> Clip:
     """Read frames and sound of a video, or of the part of it between two times.
-
-    The picture's part of the span is cut into pieces of `1 / frames_per_second` seconds and the frame on
-    screen at the middle of each is taken; a last piece whose middle lies outside gives none. A span too short
-    for any gives the frame at its middle. Where that would be more than `max_frames`, it is cut into
-    `max_frames` equal pieces. Frames go by their time stamps, so a variable frame rate comes out right.
 
     A damaged file gives what decodes before the damage, with a warning in the log; damage in a stretch that
     is sought past is not noticed, nor is damage that leaves no trace (bits that nothing checks).
 
     Args:
         path: a local video or sound file.
-        frames_per_second: frames taken for each second of picture.
-        max_frames: the most frames taken.
+        rule: which frames are taken, and at what size.
         start_seconds, end_seconds: the span, from the start of the file; None is the file's own start or end.
-        frame_size: height and width to scale frames to (bicubic, aspect not kept); None keeps their size.
         video, audio: whether to read the picture and the sound. With both, a file with one of them will do.
 
     Returns:
@@ -116,15 +110,15 @@ def read_clip(
         ClipError: the file cannot be read, has nothing of what was asked for, or ends before `start_seconds`.
         ValueError: an argument makes no sense.
     """
-    _check_arguments(frames_per_second, max_frames, start_seconds, end_seconds, frame_size)
+    _check_arguments(start_seconds, end_seconds)
     if not (video or audio):
         raise ValueError("video and audio are both False, which leaves nothing to read; set one to True")
     start, end = start_seconds or 0.0, math.inf if end_seconds is None else end_seconds
     with ExitStack() as stack:
         source = open_source(path, stack, video=video, audio=audio)
         survey = survey_span(source, stack, start=start, end=end)
-        wanted = wanted_times(survey, start=start, end=end, rate=frames_per_second, max_frames=max_frames)
-        frames = take_frames(survey, wanted, frame_size=frame_size, stack=stack) if len(wanted) else []
+        wanted = wanted_times(survey, rule, start=start, end=end)
+        frames = take_frames(survey, wanted, rule=rule, stack=stack) if len(wanted) else []
         return _assemble(survey, wanted, frames, start, end)
 
 
@@ -160,16 +154,8 @@ def _is_media(inside: Path) -> bool:
     return not hidden and inside.suffix.lower() in VIDEO_SUFFIXES | AUDIO_SUFFIXES
 
 
-def _check_arguments(
-    rate: float, max_frames: int, start: float | None, end: float | None, frame_size: int | None
-) -> None:
+def _check_arguments(start: float | None, end: float | None) -> None:
     # Written so that NaN, which compares false with everything, is refused too.
-    if not 0 < rate < math.inf:
-        raise ValueError(f"frames_per_second is {rate}; it must be a number above 0")
-    if max_frames < 1:
-        raise ValueError(f"max_frames is {max_frames}; it must be at least 1 (video=False reads no frames)")
-    if frame_size is not None and frame_size < 1:
-        raise ValueError(f"frame_size is {frame_size}; it must be at least 1, or None for the video's size")
     if start is not None and not 0 <= start < math.inf:
         raise ValueError(f"start_seconds is {start}; it must be 0 or more")
     if end is not None and not end > (start or 0.0):
@@ -182,6 +168,7 @@ def _assemble(survey: Survey, wanted: np.ndarray, frames: list[np.ndarray | None
     if not taken and waveform is None:
         raise ClipError(_why_nothing(survey, start))
     _warn_of_losses(survey, len(wanted) - len(taken), end)
+    picture_end = min(survey.picture_end, end)
     sound_seconds = 0.0 if waveform is None else len(waveform) / SAMPLE_RATE_HZ
     return Clip(
         path=survey.source.path,
@@ -189,7 +176,8 @@ def _assemble(survey: Survey, wanted: np.ndarray, frames: list[np.ndarray | None
         frame_times=np.array([time for time, _ in taken], np.float64),
         waveform=waveform,
         start_seconds=start,
-        duration_seconds=max(min(survey.picture_end, end) - start, sound_seconds),
+        picture_seconds=picture_end - max(start, survey.times[0]) if taken else 0.0,
+        duration_seconds=max(picture_end - start, sound_seconds),
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
+from PIL import Image
 
 from salmonn.media.container import Damage, Decoder, Source, cause_of, reopen
+from salmonn.media.frames import FrameRule
 from salmonn.media.survey import SLACK_SECONDS, Survey
 
 logger = logging.getLogger(__name__)
@@ -24,14 +26,13 @@ class _SeekMissed(Exception):
     """A seek landed after the frame it was for."""
 
 
-def wanted_times(survey: Survey, *, start: float, end: float, rate: float, max_frames: int) -> np.ndarray:
-    """When to look at the screen: the middles of equal pieces of the picture's part of the span.
+def wanted_times(survey: Survey, rule: FrameRule, *, start: float, end: float) -> np.ndarray:
+    """When to look at the screen.
 
     Args:
         survey: what the first pass learnt.
+        rule: what chooses.
         start, end: the span, in seconds.
-        rate: pieces for each second.
-        max_frames: the most pieces.
 
     Returns:
         (F,) float64, rising; F is 0 where the span holds no picture.
@@ -42,24 +43,17 @@ def wanted_times(survey: Survey, *, start: float, end: float, rate: float, max_f
     length = min(end, survey.picture_end) - first
     if length <= 0:
         return np.zeros(0)
-    # A piece counts where its middle lies inside, hence the half.
-    count = math.ceil(length * rate - 0.5 - SLACK_SECONDS)
-    piece = 1.0 / rate
-    if not 1 <= count <= max_frames:
-        count = 1 if count < 1 else max_frames
-        piece = length / count
-    return first + (np.arange(count) + 0.5) * piece
+    shown = bisect_left(survey.times, first + length) - bisect_left(survey.times, first)
+    return rule.times(first, length, max(shown, 1))
 
 
-def take_frames(
-    survey: Survey, wanted: np.ndarray, *, frame_size: int | None, stack: ExitStack
-) -> list[np.ndarray | None]:
+def take_frames(survey: Survey, wanted: np.ndarray, *, rule: FrameRule, stack: ExitStack) -> list[np.ndarray | None]:
     """Decode the frames on screen at the wanted times; what is damaged is noted in the survey.
 
     Args:
         survey: what the first pass learnt.
         wanted: (F,) times, rising; at least one.
-        frame_size: height and width to scale to; None keeps the size.
+        rule: gives the size that they are scaled to.
         stack: closes the file where it must be opened again.
 
     Returns:
@@ -68,14 +62,14 @@ def take_frames(
     source = survey.source
     if not source.counts_frames:
         try:
-            return list(_painted(_on_screen(source, survey, wanted, survey.keys), frame_size))
+            return list(_painted(_on_screen(source, survey, wanted, survey.keys), rule, len(wanted)))
         except (_SeekMissed, Damage) as problem:
             # Some files are only hard to seek in: damage is believed when reading straight through finds it.
             logger.debug("%s: reading straight through, for a seek failed (%s)", source.path, problem)
     source = reopen(source, stack)
     frames: list[np.ndarray | None] = []
     try:
-        for frame in _painted(_on_screen(source, survey, wanted, []), frame_size):
+        for frame in _painted(_on_screen(source, survey, wanted, []), rule, len(wanted)):
             frames.append(frame)
     except Damage as damage:
         survey.damage = str(damage)
@@ -150,16 +144,23 @@ def _decode_from(source: Source, survey: Survey, key_stamp: int | None) -> Itera
         raise Damage(cause_of(error)) from error
 
 
-def _painted(frames: Iterator[Any], frame_size: int | None) -> Iterator[np.ndarray | None]:
+def _painted(frames: Iterator[Any], rule: FrameRule, num_taken: int) -> Iterator[np.ndarray | None]:
     """(H, W, 3) uint8 upright pictures; a frame that stays on screen is converted once."""
     reformatter = VideoReformatter()
-    before, picture = None, None
-    width = height = frame_size
+    before, picture, size = None, None, None
     for frame in frames:
         if frame is not None and frame is not before:
+            full = reformatter.reformat(frame, format="rgb24", interpolation=_SCALING, threads=1).to_ndarray()
+            upright = np.rot90(full, round(frame.rotation / 90))
             # A stream may change its size; all pictures of a clip get that of the first.
-            width, height = width or frame.width, height or frame.height
-            small = reformatter.reformat(frame, width, height, format="rgb24", interpolation=_SCALING, threads=1)
-            picture = np.rot90(small.to_ndarray(), round(frame.rotation / 90))
+            size = size or rule.size(*upright.shape[:2], num_taken)
+            picture = _scaled(upright, *size)
         before = frame
         yield None if frame is None else picture
+
+
+def _scaled(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bicubic with what is finer than the new pixels smoothed away, as the published models' processors scale."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
+from salmonn.media.frames import FrameRule, Spread, Stride
+
 Family = Literal["salmonn2", "salmonn2-plus"]
 WHISPER_KEYS = [
     "num_mel_bins",
@@ -60,8 +62,7 @@ class SalmonnConfig(PreTrainedConfig):
         window_seconds: length of a Q-Former window.
         pool: salmonn2: side of the squares of patches that become one token.
         placeholder_ids: token ids that stand for a clip's tokens: seen, heard.
-        frames_per_second, max_frames: how densely a clip is seen.
-        frame_size: side of its frames in pixels.
+        frames: how densely and how large a clip is seen: arguments of `Stride` (salmonn2) or `Spread` (2+).
         system_prompt: what every conversation begins with; "" for nothing.
     """
 
@@ -76,10 +77,13 @@ class SalmonnConfig(PreTrainedConfig):
     window_seconds: float = 0.5
     pool: int = 2
     placeholder_ids: tuple[int, int] = (-200, -200)
-    frames_per_second: float = 1.0
-    max_frames: int = 110
-    frame_size: int = 384
+    frames: dict[str, Any] | None = None
     system_prompt: str = "You are a helpful assistant."
+
+    @property
+    def frame_rule(self) -> FrameRule:
+        """Which frames of a clip are seen."""
+        return {"salmonn2": Stride, "salmonn2-plus": Spread}[self.family](**(self.frames or {}))
 
     @property
     def chunk_seconds(self) -> int:
@@ -160,9 +164,10 @@ def tiny(*, vocab_size: int, placeholder_ids: tuple[int, int], eos_token_id: int
             encoder_hidden_size=96,
         ),
         placeholder_ids=placeholder_ids,
-        frames_per_second=4.0,
-        max_frames=32,
-        frame_size=48,
+        # Two frames are a step of half a second or a little more, so that no two steps have one position in time.
+        frames=dict(
+            seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=16
+        ),
         system_prompt="",
         tie_word_embeddings=True,
     )
