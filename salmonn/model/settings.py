@@ -126,7 +126,7 @@ def tiny(*, vocab_size: int, placeholder_ids: tuple[int, int], eos_token_id: int
                 intermediate_size=288,
                 num_heads=4,
                 patch_size=8,
-                spatial_merge_size=2,
+                spatial_merge_size=3,
                 temporal_patch_size=2,
                 window_size=48,
                 fullatt_block_indexes=[0, 1, 2],
@@ -166,7 +166,7 @@ def tiny(*, vocab_size: int, placeholder_ids: tuple[int, int], eos_token_id: int
         placeholder_ids=placeholder_ids,
         # Two frames are a step of half a second or a little more, so that no two steps have one position in time.
         frames=dict(
-            seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=16
+            seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=24
         ),
         system_prompt="",
         tie_word_embeddings=True,
