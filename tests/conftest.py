@@ -15,9 +15,10 @@ from torch import nn
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.inputs import Processor
-from salmonn.caption.tokenizer import CLIP, train_tokenizer
+from salmonn.caption.tokenizer import HEARD, SEEN, train_tokenizer
 from salmonn.media.synth import SynthConfig, make_clips
-from salmonn.model.build import build, tiny
+from salmonn.model.network import Network
+from salmonn.model.settings import tiny
 from salmonn.train.examples import PROMPTS
 from salmonn.train.references import ClipSet, all_texts
 
@@ -46,12 +47,12 @@ def random_model(clips, tmp_path_factory):
     tokenizer = train_tokenizer([*all_texts(clips.references), *PROMPTS.values()], vocab_size=400)
     config = tiny(
         vocab_size=len(tokenizer),
-        placeholder_id=tokenizer.convert_tokens_to_ids(CLIP),
+        placeholder_ids=tuple(tokenizer.convert_tokens_to_ids([SEEN, HEARD])),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    network = build(config)
+    network = Network(config)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.ndim > 1:
@@ -70,7 +71,7 @@ def captioner(random_model) -> Captioner:
 @pytest.fixture(scope="session")
 def processor(random_model) -> Processor:
     """The random model's processor."""
-    return Processor.load(random_model)
+    return Captioner.load(random_model).processor
 
 
 @pytest.fixture(scope="session")

@@ -55,20 +55,23 @@ class QwenTower(nn.Module):
         self.encoder = encoder
 
     def forward(self, patches: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-        """Encode each clip's patches (T h w, C * 2 * p * p) uint8 of a grid (T, h, w) into (T h w / 4, D)."""
-        mean, deviation = (
-            torch.tensor(values, device=patches[0].device).repeat_interleave(patches[0].shape[1] // 3)
-            for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-        )
-        pixels = (torch.cat(list(patches)) / 255 - mean) / deviation
-        return list(
-            self.encode(pixels, grids).split([len(clip) // self.encoder.spatial_merge_unit for clip in patches])
-        )
+        """Encode each clip's patches (T h w, C * 2 * p * p) uint8 of a grid (T, h, w) into (T h w / merge^2, D)."""
+        lengths = [len(clip) // self.encoder.spatial_merge_unit for clip in patches]
+        return list(self.encode(normalise(torch.cat(list(patches))), grids).split(lengths))
 
     def encode(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Normalised patches of all clips, one after the other -> their tokens."""
         grid = torch.tensor(grids, device=pixels.device)
         return self.encoder(pixels.to(self.encoder.dtype), grid_thw=grid).pooler_output
+
+
+def normalise(patches: Tensor) -> Tensor:
+    """Patches (S, C * 2 * p * p) uint8 as the encoder was trained on them: by the mean and deviation of each channel."""
+    mean, deviation = (
+        torch.tensor(values, device=patches.device).repeat_interleave(patches.shape[1] // 3)
+        for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
+    return (patches / 255 - mean) / deviation
 
 
 def to_patches(frames: Tensor, *, patch: int, merge: int) -> tuple[Tensor, Grid]:

@@ -123,7 +123,7 @@ def test_samples_follow_one_another(captioner, media):
 
 def test_a_prompt_with_a_special_token_is_refused(captioner, videos):
     with pytest.raises(ValueError, match="special token"):
-        captioner.caption(videos[0], prompt="Tell <|av|> me.")
+        captioner.caption(videos[0], prompt="Tell <|video_pad|> me.")
 
 
 def test_a_folder_that_is_no_model(tmp_path):

@@ -22,9 +22,12 @@ def ids_of(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, se
 def manual(captioner, clip, *, steps: int) -> list[int]:
     """The most likely token, again and again, the whole text anew each time."""
     network, ids = captioner.network, []
-    embeds = network.embed(captioner.processor.inputs([Row(0, "Tell.")], [clip]))
+    inputs = captioner.processor.inputs([Row(0, "Tell.")], [clip])
+    embeds, places = network.embed(inputs), inputs.position_ids
     while len(ids) < steps and captioner.processor.tokenizer.eos_token_id not in ids:
-        ids.append(int(network.lm(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()))
+        output = network.lm(inputs_embeds=embeds, position_ids=network.positions(places), use_cache=False)
+        ids.append(int(output.logits[0, -1].argmax()))
+        places = torch.cat([places, places[..., -1:] + 1], dim=-1)
         embeds = torch.cat([embeds, network.lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
     return ids
 

@@ -26,19 +26,21 @@ def test_known_words_are_short(tokenizer):
 
 
 def test_special_tokens_are_one_id_each(tokenizer):
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|av_start|>", "<|av|>", "<|av_end|>"]
-    assert [tokenizer.encode(token) for token in specials] == [[0], [1], [2], [3], [4], [5]]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    specials += ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|audio_pad|>"]
+    assert [tokenizer.encode(token) for token in specials] == [[0], [1], [2], [3], [4], [5], [6]]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
     assert sorted(tokenizer.all_special_tokens) == sorted(specials)
 
 
 def test_prompt_is_a_turn_of_chat(tokenizer):
-    ids = prompt_ids(tokenizer, "Tell me.", num_clip_tokens=3)
-    assert tokenizer.decode(ids) == (
-        "<|im_start|>user\n<|av_start|><|av|><|av|><|av|><|av_end|>Tell me.<|im_end|>\n<|im_start|>assistant\n"
-    )
-    # The specials stand as single ids: <|im_start|> 1, <|av_start|> 3, <|av|> 4, <|av_end|> 5, <|im_end|> 2.
-    assert [token for token in ids if token < 6] == [1, 3, 4, 4, 4, 5, 2, 1]
+    ids = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], system="")
+    turn = "<|im_start|>user\n<|vision_start|><|video_pad|><|audio_pad|><|video_pad|><|vision_end|>Tell me.<|im_end|>\n"
+    assert tokenizer.decode(ids) == f"{turn}<|im_start|>assistant\n"
+    system = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], system="Help.")
+    assert tokenizer.decode(system) == f"<|im_start|>system\nHelp.<|im_end|>\n{turn}<|im_start|>assistant\n"
+    # The specials stand as single ids.
+    assert [token for token in ids if token < 7] == [1, 3, 5, 6, 5, 4, 2, 1]
 
 
 def test_answer_ends_with_the_end_of_the_turn(tokenizer):
@@ -47,8 +49,8 @@ def test_answer_ends_with_the_end_of_the_turn(tokenizer):
     assert answer_ids(tokenizer, "") == [2]
 
 
-@pytest.mark.parametrize("special", ["<|av|>", "<|im_end|>", "<|endoftext|>", "<|av_start|>"])
+@pytest.mark.parametrize("special", ["<|video_pad|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"])
 def test_a_special_token_in_the_prompt_is_refused(tokenizer, special):
     with pytest.raises(ValueError) as caught:
-        prompt_ids(tokenizer, f"Tell{special}me", num_clip_tokens=2)
+        prompt_ids(tokenizer, f"Tell{special}me", placeholders=[5, 6], system="")
     assert special in str(caught.value)

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,13 +13,37 @@ import numpy as np
 import pytest
 
 from salmonn.media import survey as survey_module
-from salmonn.media.clip import ClipError, find_videos, read_clip
+from salmonn.media.clip import Clip, ClipError, find_videos, read_clip
 from salmonn.media.container import Decoder, Source
 
 MEDIA = Path(__file__).parents[3] / "shared" / "media"
 needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason="the shared media folder is not here")
 MEDIA_NAMES = sorted(p.name for p in MEDIA.iterdir()) if MEDIA.is_dir() else []
 SOUND_HZ = 44_100
+
+
+@dataclass(frozen=True)
+class Middles:
+    """A rule of the tests: the middles of equal pieces of the picture, so that no wanted time is a frame's own."""
+
+    frames_per_second: float
+    max_frames: int
+    side: int | None
+
+    def times(self, first, seconds, num_frames):
+        count = math.ceil(seconds * self.frames_per_second - 0.5 - 1e-6)
+        piece = 1.0 / self.frames_per_second
+        if not 1 <= count <= self.max_frames:
+            count = 1 if count < 1 else self.max_frames
+            piece = seconds / count
+        return first + (np.arange(count) + 0.5) * piece
+
+    def size(self, height, width, num_taken):
+        return self.side or height, self.side or width
+
+
+def read(path, *, frames_per_second=2.0, max_frames=16, frame_size=None, **asked) -> Clip:
+    return read_clip(path, Middles(frames_per_second, max_frames, frame_size), **asked)
 
 
 def grey(second: float) -> int:
@@ -94,7 +119,7 @@ def whole(tmp_path_factory):
 
 
 def test_frames_are_those_on_screen_at_the_middles(whole):
-    clip = read_clip(whole, frames_per_second=2)
+    clip = read(whole, frames_per_second=2)
     np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 3.75])
     assert_levels(clip, [0.2, 0.7, 1.2, 1.7, 2.2, 2.7, 3.2, 3.7])
     assert clip.frames.shape == (8, 64, 64, 3) and clip.frames.dtype == np.uint8
@@ -103,22 +128,22 @@ def test_frames_are_those_on_screen_at_the_middles(whole):
 
 def test_a_frame_is_on_screen_from_its_own_time_on(whole):
     # Middles of 1 s pieces are 0.5, 1.5, ...: just when the pictures of those times come on.
-    assert_levels(read_clip(whole, frames_per_second=1), [0.5, 1.5, 2.5, 3.5])
+    assert_levels(read(whole, frames_per_second=1), [0.5, 1.5, 2.5, 3.5])
 
 
 def test_max_frames_spreads_evenly(whole):
-    clip = read_clip(whole, frames_per_second=10, max_frames=5)
+    clip = read(whole, frames_per_second=10, max_frames=5)
     np.testing.assert_allclose(clip.frame_times, [0.4, 1.2, 2.0, 2.8, 3.6])
     assert_levels(clip, [0.4, 1.2, 2.0, 2.8, 3.6])
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.4, [1.25, 3.75]), (0.3, [5 / 3]), (0.1, [2.0])])
 def test_rates_that_do_not_divide_the_length(whole, rate, expected):
-    np.testing.assert_allclose(read_clip(whole, frames_per_second=rate).frame_times, expected)
+    np.testing.assert_allclose(read(whole, frames_per_second=rate).frame_times, expected)
 
 
 def test_sound_is_16_khz_mono_with_each_tone_at_its_time(whole):
-    clip = read_clip(whole)
+    clip = read(whole)
     assert clip.waveform.dtype == np.float32 and clip.waveform.ndim == 1
     assert abs(len(clip.waveform) - 64000) <= 16000 * 1024 / SOUND_HZ  # AAC ends on a whole packet
     assert clip.duration_seconds == len(clip.waveform) / 16000
@@ -129,7 +154,7 @@ def test_sound_is_16_khz_mono_with_each_tone_at_its_time(whole):
 
 
 def test_span_cuts_picture_and_sound_alike(whole):
-    clip = read_clip(whole, start_seconds=1.5, end_seconds=3.5, frames_per_second=2)
+    clip = read(whole, start_seconds=1.5, end_seconds=3.5, frames_per_second=2)
     np.testing.assert_allclose(clip.frame_times, [1.75, 2.25, 2.75, 3.25])
     assert_levels(clip, [1.7, 2.2, 2.7, 3.2])
     assert (clip.start_seconds, clip.duration_seconds, len(clip.waveform)) == (1.5, 2.0, 32000)
@@ -139,8 +164,8 @@ def test_span_cuts_picture_and_sound_alike(whole):
 
 def test_span_reached_by_a_seek_equals_the_same_part_of_the_whole(whole):
     part, full = (
-        read_clip(whole, start_seconds=3.25, frames_per_second=4),
-        read_clip(whole, frames_per_second=4),
+        read(whole, start_seconds=3.25, frames_per_second=4),
+        read(whole, frames_per_second=4),
     )
     np.testing.assert_allclose(part.frame_times, [3.375, 3.625, 3.875])
     np.testing.assert_array_equal(part.frames, full.frames[13:])
@@ -150,7 +175,7 @@ def test_span_reached_by_a_seek_equals_the_same_part_of_the_whole(whole):
 
 def test_variable_frame_rate_goes_by_time_stamps(tmp_path):
     path = write_clip(tmp_path / "uneven.mp4", picture=[0.0, 0.1, 0.2, 1.9, 2.0, 3.9])
-    clip = read_clip(path, frames_per_second=2, end_seconds=3.5)
+    clip = read(path, frames_per_second=2, end_seconds=3.5)
     np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25])
     assert_levels(clip, [0.2, 0.2, 0.2, 0.2, 2.0, 2.0, 2.0])
 
@@ -159,7 +184,7 @@ def test_variable_frame_rate_goes_by_time_stamps(tmp_path):
 @pytest.mark.parametrize("start", [None, 3.0])
 def test_every_container_gives_the_same_clip(tmp_path, suffix, start):
     path = write_clip(tmp_path / f"clip.{suffix}", picture=tenths(4), gop=10)
-    clip = read_clip(path, frames_per_second=2, start_seconds=start)
+    clip = read(path, frames_per_second=2, start_seconds=start)
     expected = np.arange(start or 0, 4, 0.5) + 0.25
     np.testing.assert_allclose(clip.frame_times, expected, atol=1e-6)
     assert_levels(clip, expected - 0.05)
@@ -168,19 +193,19 @@ def test_every_container_gives_the_same_clip(tmp_path, suffix, start):
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 def test_sound_that_starts_late_stays_in_step(tmp_path, suffix):
     path = write_clip(tmp_path / f"late.{suffix}", picture=tenths(3), sound_seconds=1, sound_start=1.5)
-    clip = read_clip(path)
+    clip = read(path)
     assert np.abs(clip.waveform[: round(1.4 * 16000)]).max() == 0
     assert abs(pitch(clip.waveform, 1.55, 2.45) - 400) < 4
     onset = np.argmax(np.abs(clip.waveform) > 0.1) / 16000
     assert abs(onset - 1.5) < 0.03
     assert_levels(clip, [0.2, 0.7, 1.2, 1.7, 2.2, 2.7])
-    cut = read_clip(path, start_seconds=1.0, end_seconds=2.0)
+    cut = read(path, start_seconds=1.0, end_seconds=2.0)
     assert abs(np.argmax(np.abs(cut.waveform) > 0.1) / 16000 - 0.5) < 0.03
 
 
 def test_picture_that_starts_late_has_no_frames_before(tmp_path):
     path = write_clip(tmp_path / "late.mp4", picture=tenths(3)[10:], sound_seconds=3)
-    clip = read_clip(path)
+    clip = read(path)
     np.testing.assert_allclose(clip.frame_times, [1.25, 1.75, 2.25, 2.75], atol=1e-3)
     assert_levels(clip, [1.2, 1.7, 2.2, 2.7])
     assert abs(pitch(clip.waveform, 1.05, 1.95) - 800) < 4
@@ -188,7 +213,7 @@ def test_picture_that_starts_late_has_no_frames_before(tmp_path):
 
 @pytest.mark.parametrize(("picture", "sound"), [(2, 4), (4, 2)])
 def test_sound_and_picture_of_different_lengths(tmp_path, picture, sound):
-    clip = read_clip(write_clip(tmp_path / "uneven.mp4", picture=tenths(picture), sound_seconds=sound))
+    clip = read(write_clip(tmp_path / "uneven.mp4", picture=tenths(picture), sound_seconds=sound))
     assert len(clip.frames) == 2 * picture and clip.frame_times[-1] == picture - 0.25
     assert abs(len(clip.waveform) / 16000 - sound) < 0.03
     assert abs(clip.duration_seconds - 4) < 0.03
@@ -196,26 +221,26 @@ def test_sound_and_picture_of_different_lengths(tmp_path, picture, sound):
 
 def test_span_after_the_picture_holds_sound_only(tmp_path):
     path = write_clip(tmp_path / "long.mp4", picture=tenths(1), sound_seconds=4)
-    clip = read_clip(path, start_seconds=2.0, end_seconds=3.0)
+    clip = read(path, start_seconds=2.0, end_seconds=3.0)
     assert not clip.has_video and clip.frames.shape[0] == 0 and clip.duration_seconds == 1.0
     assert abs(pitch(clip.waveform, 0.02, 0.98) - 1200) < 4
 
 
 def test_no_sound_and_sound_only(tmp_path):
     silent = write_clip(tmp_path / "silent.mp4", picture=tenths(1))
-    assert read_clip(silent).waveform is None and not read_clip(silent).has_audio
-    heard = read_clip(write_clip(tmp_path / "heard.m4a", sound_seconds=1.5, container="mp4"))
+    assert read(silent).waveform is None and not read(silent).has_audio
+    heard = read(write_clip(tmp_path / "heard.m4a", sound_seconds=1.5, container="mp4"))
     assert len(heard.frames) == len(heard.frame_times) == 0 and not heard.has_video
     assert abs(heard.duration_seconds - 1.5) < 0.03
     with pytest.raises(ClipError, match=r"silent\.mp4: holds no sound"):
-        read_clip(silent, video=False)
+        read(silent, video=False)
 
 
 def test_picture_or_sound_alone_on_request(whole):
-    assert read_clip(whole, audio=False).waveform is None
-    assert len(read_clip(whole, video=False).frames) == 0
-    np.testing.assert_array_equal(read_clip(whole, audio=False).frames, read_clip(whole).frames)
-    np.testing.assert_array_equal(read_clip(whole, video=False).waveform, read_clip(whole).waveform)
+    assert read(whole, audio=False).waveform is None
+    assert len(read(whole, video=False).frames) == 0
+    np.testing.assert_array_equal(read(whole, audio=False).frames, read(whole).frames)
+    np.testing.assert_array_equal(read(whole, video=False).waveform, read(whole).waveform)
 
 
 def test_cover_art_is_no_picture(tmp_path):
@@ -232,16 +257,16 @@ def test_cover_art_is_no_picture(tmp_path):
         out.mux(sound.encode(frame) + sound.encode(None))
     with av.open(str(path)) as made:
         assert len(made.streams.video) == 1
-    clip = read_clip(path)
+    clip = read(path)
     assert not clip.has_video and clip.has_audio
     with pytest.raises(ClipError, match="holds no picture"):
-        read_clip(path, audio=False)
+        read(path, audio=False)
 
 
 def test_frame_size_gives_squares_of_the_same_colours(whole):
-    small = read_clip(whole, frame_size=16)
+    small = read(whole, frame_size=16)
     assert small.frames.shape == (8, 16, 16, 3)
-    np.testing.assert_allclose(levels(small), levels(read_clip(whole)), atol=0.5)
+    np.testing.assert_allclose(levels(small), levels(read(whole)), atol=0.5)
 
 
 def decode_counted(monkeypatch):
@@ -256,10 +281,10 @@ def decode_counted(monkeypatch):
 @pytest.mark.parametrize("rate", [0.25, 0.7, 5.0])
 def test_seeking_and_reading_straight_through_give_identical_frames(tmp_path, monkeypatch, suffix, rate):
     path = write_clip(tmp_path / f"long.{suffix}", picture=tenths(7), gop=7)
-    sought = read_clip(path, frames_per_second=rate, max_frames=99, audio=False)
+    sought = read(path, frames_per_second=rate, max_frames=99, audio=False)
     monkeypatch.setattr(Source, "counts_frames", property(lambda self: True))
     monkeypatch.setattr(survey_module, "_note_picture", _note_by_pts)
-    straight = read_clip(path, frames_per_second=rate, max_frames=99, audio=False)
+    straight = read(path, frames_per_second=rate, max_frames=99, audio=False)
     np.testing.assert_array_equal(sought.frame_times, straight.frame_times)
     np.testing.assert_array_equal(sought.frames, straight.frames)
 
@@ -273,7 +298,7 @@ def _note_by_pts(survey, packet):
 def test_stretches_without_wanted_frames_are_not_decoded(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "long.mp4", picture=tenths(7), gop=5)
     seen = decode_counted(monkeypatch)
-    clip = read_clip(path, max_frames=2, audio=False)
+    clip = read(path, max_frames=2, audio=False)
     assert_levels(clip, [1.7, 5.2])
     # Two keyframe intervals of 5 pictures, a few more for the decoder to put them in order; 70 in all.
     assert len(seen) < 25
@@ -281,7 +306,7 @@ def test_stretches_without_wanted_frames_are_not_decoded(tmp_path, monkeypatch):
 
 @needs_media
 def test_rotation_is_applied():
-    upright, turned = read_clip(MEDIA / "video_0.mov"), read_clip(MEDIA / "video_90.mov")
+    upright, turned = read(MEDIA / "video_0.mov"), read(MEDIA / "video_90.mov")
     assert upright.frames.shape[1:3] == turned.frames.shape[2:0:-1]
     with av.open(str(MEDIA / "video_90.mov")) as container:
         stored = next(container.decode(video=0))
@@ -296,7 +321,7 @@ def test_rotation_is_applied():
 @pytest.mark.parametrize("name", MEDIA_NAMES)
 def test_shared_media_reads_or_says_why_not(name):
     try:
-        clip = read_clip(MEDIA / name, frame_size=48)
+        clip = read(MEDIA / name, frame_size=48)
     except ClipError as error:
         assert name in str(error)
         return
@@ -308,12 +333,12 @@ def test_shared_media_reads_or_says_why_not(name):
 @needs_media
 def test_corrupted_file_gives_what_precedes_the_damage(caplog):
     # Packet 30 of 50 (10 a second) is damaged, with frames 28 and 29 still inside the decoder then.
-    clip = read_clip(MEDIA / "corrupted.mp4")
+    clip = read(MEDIA / "corrupted.mp4")
     np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
     assert clip.duration_seconds == pytest.approx(2.8)
     assert "corrupted.mp4: damaged" in caplog.text and "4 wanted frames lost" in caplog.text
     with pytest.raises(ClipError, match=r"corrupted\.mp4: is damaged"):
-        read_clip(MEDIA / "corrupted.mp4", start_seconds=4.0)
+        read(MEDIA / "corrupted.mp4", start_seconds=4.0)
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.02, 0.2, 0.5, 0.8, 0.95])
@@ -325,7 +350,7 @@ def test_truncated_file_gives_a_right_beginning_or_says_why_not(tmp_path, caplog
     path.write_bytes(data[: round(header + share * (len(data) - header))])
     began = time.monotonic()
     try:
-        clip = read_clip(path)
+        clip = read(path)
     except ClipError as error:
         assert str(path) in str(error)
         assert share < 0.1
@@ -334,7 +359,7 @@ def test_truncated_file_gives_a_right_beginning_or_says_why_not(tmp_path, caplog
     assert clip.duration_seconds < 6.95 and "cut.mp4: breaks off" in caplog.text
     assert_levels(clip, clip.frame_times - 0.05)
     if clip.has_audio:
-        expected = read_clip(full).waveform
+        expected = read(full).waveform
         # The last packet of the cut sound has no successor to overlap with.
         np.testing.assert_allclose(clip.waveform[:-1024], expected[: len(clip.waveform) - 1024], atol=1e-3)
 
@@ -352,8 +377,8 @@ def test_damaged_pictures_are_not_filled_in_from_their_neighbours(tmp_path, name
     data[at : at + 60] = bytes(60)
     (tmp_path / name).write_bytes(data)
     asked = {"frames_per_second": 10, "max_frames": 999, "frame_size": 96, "audio": False}
-    damaged = read_clip(tmp_path / name, **asked)
-    whole = read_clip(MEDIA / name, **asked)
+    damaged = read(tmp_path / name, **asked)
+    whole = read(MEDIA / name, **asked)
     assert 10 < len(damaged.frames) < len(whole.frames)
     np.testing.assert_array_equal(damaged.frames, whole.frames[: len(damaged.frames)])
 
@@ -365,8 +390,8 @@ def test_pictures_lost_with_the_end_of_a_stream_are_not_replaced_by_earlier_ones
     data, path = full.read_bytes(), tmp_path / f"cut.{suffix}"
     for part in range(3, 20):
         path.write_bytes(data[: len(data) * part // 20 + 7])
-        clip = read_clip(path, audio=False)
-        offset = read_clip(full, audio=False).frame_times[0] - 0.25  # MPEG-TS starts with the sound's priming
+        clip = read(path, audio=False)
+        offset = read(full, audio=False).frame_times[0] - 0.25  # MPEG-TS starts with the sound's priming
         assert 0 < len(clip.frames) < 14
         np.testing.assert_allclose(clip.frame_times[1:], clip.frame_times[:-1] + 0.5)
         assert_levels(clip, [math.floor((t - offset) * 10 + 1e-3) / 10 for t in clip.frame_times])
@@ -379,7 +404,7 @@ def test_damage_in_the_middle_never_gives_wrong_pictures(tmp_path, caplog):
     data[middle : middle + 400] = bytes(255 - b for b in data[middle : middle + 400])
     path = tmp_path / "bad.mp4"
     path.write_bytes(data)
-    clip = read_clip(path)
+    clip = read(path)
     assert 1 <= len(clip.frames) < 14 and "wanted frames lost" in caplog.text
     assert_levels(clip, clip.frame_times - 0.05)
 
@@ -389,23 +414,23 @@ def test_files_that_are_no_video(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ClipError, match=name + ": .*; .*copy"):
-        read_clip(path)
+        read(path)
 
 
 def test_text_is_not_shown_as_ansi_art(tmp_path):
     (tmp_path / "notes.txt").write_text("hello world this is text\n" * 100)
     with pytest.raises(ClipError, match=r"notes\.txt: is a text file"):
-        read_clip(tmp_path / "notes.txt")
+        read(tmp_path / "notes.txt")
 
 
 def test_missing_file_folder_and_pipe(tmp_path):
     with pytest.raises(ClipError, match=r"gone\.mp4: there is no such file"):
-        read_clip(tmp_path / "gone.mp4")
+        read(tmp_path / "gone.mp4")
     with pytest.raises(ClipError, match="is a folder"):
-        read_clip(tmp_path)
+        read(tmp_path)
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(ClipError, match="not a regular file"):
-        read_clip(tmp_path / "pipe.mp4")
+        read(tmp_path / "pipe.mp4")
 
 
 def test_file_without_permission(whole, monkeypatch):
@@ -415,23 +440,20 @@ def test_file_without_permission(whole, monkeypatch):
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(ClipError, match=r"whole\.mp4: permission denied; give"):
-        read_clip(whole)
+        read(whole)
 
 
 def test_name_like_an_address(whole, tmp_path, monkeypatch):
     (tmp_path / "take:1.mp4").write_bytes(whole.read_bytes())
     monkeypatch.chdir(tmp_path)
-    assert len(read_clip("take:1.mp4").frames) == 8
+    assert len(read("take:1.mp4").frames) == 8
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"frames_per_second": 0}, "frames_per_second is 0"),
-        ({"frames_per_second": math.nan}, "frames_per_second is nan"),
-        ({"max_frames": 0}, "max_frames is 0"),
-        ({"frame_size": 0}, "frame_size is 0"),
         ({"start_seconds": -1}, "start_seconds is -1"),
+        ({"start_seconds": math.nan}, "start_seconds is nan"),
         ({"start_seconds": 2, "end_seconds": 2}, "end_seconds is 2; it must be greater"),
         ({"start_seconds": 9.0}, r"start_seconds is 9\.0, but the file ends at 4\.0"),
         ({"video": False, "audio": False}, "leaves nothing to read"),
@@ -439,22 +461,22 @@ def test_name_like_an_address(whole, tmp_path, monkeypatch):
 )
 def test_arguments_that_make_no_sense(whole, arguments, words):
     with pytest.raises(ValueError, match=words):
-        read_clip(whole, **arguments)
+        read(whole, **arguments)
 
 
 def test_containers_are_closed(whole, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(whole.read_bytes()[:3000])
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
-        read_clip(whole, max_frames=2)
+        read(whole, max_frames=2)
         with pytest.raises(ClipError):
-            read_clip(tmp_path / "bad.mp4")
+            read(tmp_path / "bad.mp4")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_undamaged_file_gives_no_warning(whole, caplog):
     with caplog.at_level(logging.WARNING):
-        read_clip(whole)
+        read(whole)
     assert caplog.text == ""
 
 

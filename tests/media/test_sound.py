@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from salmonn.media.clip import ClipError, read_clip
+from salmonn.media.frames import Stride
 from salmonn.media.sound import Sound
 
 
@@ -31,4 +32,4 @@ def test_sound_that_cannot_be_mixed_down_says_so(tmp_path):
         out.setframerate(16000)
         out.writeframes(bytes(18 * 1600))
     with pytest.raises(ClipError, match=r"nine\.wav: .*9 channels.*cannot be mixed down"):
-        read_clip(tmp_path / "nine.wav")
+        read_clip(tmp_path / "nine.wav", Stride())

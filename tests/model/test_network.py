@@ -1,10 +1,12 @@
 """Log-probabilities and answers do not depend on what else is in the batch, and are those of transformers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.caption.inputs import Row, join_media, restrict_media
+from salmonn.caption.inputs import Row, restrict_media
 
 ROWS = [
     Row(0, "Tell.", "A red circle appears and then a low tone is heard."),
@@ -40,7 +42,11 @@ def test_a_batch_of_mixed_kinds_equals_rows_alone(captioner, mixed):
 def test_log_probabilities_are_those_of_transformers(captioner, mixed):
     network = captioner.network
     inputs = captioner.processor.inputs(ROWS, mixed)
-    logits = network.lm(inputs_embeds=network.embed(inputs), attention_mask=inputs.attention_mask).logits
+    logits = network.lm(
+        inputs_embeds=network.embed(inputs),
+        attention_mask=inputs.attention_mask,
+        position_ids=network.positions(inputs.position_ids),
+    ).logits
     expected = torch.zeros(inputs.labels.shape[0], inputs.labels.shape[1] - 1)
     for row, labels in enumerate(inputs.labels.tolist()):
         for place, label in enumerate(labels):
@@ -65,7 +71,7 @@ def test_greedy_answers_equal_those_alone(captioner, mixed):
 def test_blocks_are_what_media_give(captioner, mixed):
     network, processor = captioner.network, captioner.processor
     blocks = captioner.encode(mixed)
-    assert [len(block) for block in blocks] == [processor.num_clip_tokens(clip) for clip in mixed]
+    assert [len(block) for block in blocks] == [len(processor.lay_out(clip)) for clip in mixed]
     assert torch.equal(network(processor.inputs(ROWS, blocks)), network(processor.inputs(ROWS, mixed)))
     config = Sampling(max_new_tokens=8).to_transformers(eos_token_id=2, pad_token_id=0)
     questions = [Row(row.clip, row.prompt) for row in ROWS]
@@ -80,41 +86,45 @@ def test_encoding_in_batches_changes_nothing(captioner, mixed):
     one_by_one = captioner.encode(mixed, batch_size=1, progress=done.append)
     assert done == [1, 1, 1]
     for block, alone in zip(captioner.encode(mixed), one_by_one, strict=True):
-        assert torch.allclose(block, alone, atol=1e-5)
+        assert torch.allclose(block.tokens, alone.tokens, atol=1e-5)
 
 
 @torch.no_grad()
 def test_tokens_stand_in_the_order_of_time(captioner, media):
-    """Frames at 0.25, 0.75, ... fall into the middle of windows at 0, 0.5, ...: window, frame, window, frame."""
+    """Steps of a little more than half a second among windows of half a second: step, window, step, window, ..."""
     network, clip = captioner.network, media[0]
-    frames, windows = network.vision(clip.frames, [len(clip.frames)]), network.audio(clip.mel)[0]
-    (tokens,) = network.encode(clip)
-    expected = [piece for frame, window in zip(frames, windows, strict=False) for piece in (window, frame)]
-    count = sum(map(len, expected))
-    assert torch.allclose(tokens[:count], torch.cat(expected), atol=1e-5)
-    assert len(tokens) - count == clip.num_windows[0] - len(frames)  # windows after the last frame
+    (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
+    layout = captioner.processor.lay_out(clip)
+    (tokens,) = network.encode([clip], [layout])
+    per_step = len(seen) // clip.grid[0]
+    begin = 0
+    for step, at in enumerate((0, 1, 2)):  # step 3 begins in the window after next at the earliest
+        assert torch.allclose(
+            tokens[begin : begin + per_step], seen[step * per_step : (step + 1) * per_step], atol=1e-5
+        )
+        assert torch.allclose(tokens[begin + per_step], heard[at], atol=1e-5)
+        begin += per_step + 1
+    assert len(tokens) == len(seen) + len(heard)
 
 
 @torch.no_grad()
 def test_long_sound_goes_through_in_chunks(captioner, media):
-    """Two chunks of 16 windows, the second with 3 that are not padding; the next clip's chunk stays its own."""
+    """Two chunks of 16 windows; the next clip's chunk stays its own."""
     network = captioner.network
-    long = restrict_media(media[0], "audio")
-    mel = torch.cat([media[0].mel, media[1].mel])
-    long = type(long)(frames=long.frames, mel=mel, frame_times=long.frame_times, num_windows=(19,))
+    long = replace(restrict_media(media[0], "audio"), mel=torch.cat([media[0].mel, media[1].mel]))
     after = restrict_media(media[2], "audio")
-    first, second = network.encode(join_media([long, after]))
-    windows = network.audio(mel).flatten(0, 2)
-    assert torch.allclose(first, windows[:19], atol=1e-5)
-    assert torch.allclose(second, network.encode(after)[0], atol=1e-5)
+    first, second = captioner.encode([long, after])
+    (windows,) = network.audio([long.mel])
+    assert len(first) == 32 and torch.allclose(first.tokens, windows, atol=1e-5)
+    assert torch.allclose(second.tokens, captioner.encode([after])[0].tokens, atol=1e-5)
 
 
 @torch.no_grad()
 def test_another_number_of_placeholders_is_refused(captioner, media):
     inputs = captioner.processor.inputs([Row(0, "Tell.", "x")], [media[0]])
     ids = inputs.input_ids.clone()
-    place = (ids[0] == captioner.network.placeholder_id).nonzero()[0]
+    place = (ids[0] == captioner.network.config.placeholder_ids[0]).nonzero()[0]
     ids[0, place] = 7
-    count = captioner.processor.num_clip_tokens(media[0])
+    count = len(captioner.processor.lay_out(media[0]))
     with pytest.raises(ValueError, match=f"{count - 1} placeholders.*{count} tokens"):
         captioner.network(type(inputs)(**{**vars(inputs), "input_ids": ids}))

@@ -103,6 +103,6 @@ def test_a_clip_goes_through_the_decoder_once(captioner, media):
     rows = [Row(0, "Tell.", text) for text in ("a red circle", "a blue star", "a low tone is heard")]
     inputs = processor.inputs(rows, media[:1])
     network(inputs)
-    clip_tokens = processor.num_clip_tokens(media[0])
+    clip_tokens = len(processor.lay_out(media[0]))
     assert seen[0][0] == 1 and clip_tokens < seen[0][1] < clip_tokens + 60
     assert inputs.input_ids.numel() > 3 * clip_tokens

@@ -1,12 +1,16 @@
 """The towers' shapes, and that each token keeps to its own place and time."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
-from transformers import Blip2QFormerConfig, Blip2QFormerModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from salmonn.model.audio import chunk_positions
 from salmonn.model.qformer import WindowQFormer
-from salmonn.model.vision import VisionTower
+from salmonn.model.vision import SiglipTower, normalise, to_patches
 
 
 @pytest.fixture(scope="module")
@@ -50,46 +54,64 @@ def test_windows_must_be_whole(qformer):
 def test_audio_tower(captioner):
     audio = captioner.network.audio
     # 8 s chunks of 800 mel frames are 400 steps of 20 ms, 25 to a window of half a second.
-    assert audio(torch.randn(3, 40, 800)).shape == (3, 16, 1, 128)
+    long, short = audio([torch.randn(2, 40, 800), torch.randn(1, 40, 800)])
+    assert long.shape == (32, 128) and short.shape == (16, 128)
+
+
+def test_chunk_positions():
+    positions = chunk_positions(3, 4)
+    assert positions[0].tolist() == [0, 0, 0, 0]
+    assert positions[1].tolist() == [0, 1, 0, 1]  # sines and cosines of 0
+    expected = [math.sin(1), math.cos(1), math.sin(0.01), math.cos(0.01)]  # 10000 ** -(2 / 4) = 0.01
+    assert positions[2].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @torch.no_grad()
-def test_vision_tower(captioner):
+def test_qwen_tower(captioner):
     vision = captioner.network.vision
-    frames = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
-    tokens = vision(frames, [3, 2])
-    # 48 / 16 = 3 patches a side, and the token of the whole.
-    assert vision.tokens_per_frame == 10 and tokens.shape == (5, 10, 128)
-    assert torch.allclose(tokens[3:], vision(frames[3:], [2]), atol=1e-5)  # a clip sees nothing of the clip before
+    frames = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
+    clips = [to_patches(part, patch=8, merge=3) for part in frames.split([6, 2])]
+    first, second = vision([patches for patches, _ in clips], [grid for _, grid in clips])
+    # 48 / 8 = 6 patches a side, 3 x 3 of them a token, two frames a step.
+    assert clips[0][1] == (3, 6, 6) and first.shape == (12, 128) and second.shape == (4, 128)
+    (alone,) = vision([clips[1][0]], [clips[1][1]])
+    assert torch.allclose(second, alone, atol=1e-5)
+
+
+def test_patches_are_those_of_transformers():
+    """Against Qwen2-VL's own image processor, which takes a picture for two frames that are alike."""
+    picture = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, do_resize=False)
+    published = processor(picture, return_tensors="pt")
+    frames = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    patches, grid = to_patches(frames, patch=14, merge=2)
+    assert [list(grid)] == published["image_grid_thw"].tolist()
+    assert torch.allclose(normalise(patches), published["pixel_values"], atol=1e-5)
+
+
+def test_two_frames_are_one_step_and_an_odd_one_is_doubled():
+    frames = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 3, 4, 4)
+    patches, grid = to_patches(frames, patch=2, merge=2)
+    assert grid == (2, 2, 2)
+    by_frame = patches.reshape(8, 3, 2, 2, 2)  # patch, channel, frame, row, column
+    assert by_frame[:4, :, 0].unique().tolist() == [0] and by_frame[:4, :, 1].unique().tolist() == [1]
+    assert by_frame[4:].unique().tolist() == [2]
 
 
 @torch.no_grad()
-def test_a_frame_is_seen_with_the_one_before_it(captioner):
-    seen = []
-    vision = captioner.network.vision
-    vision.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    frames = torch.arange(5, dtype=torch.uint8).reshape(5, 1, 1, 1).expand(5, 3, 48, 48) * 50
-    vision(frames, [3, 0, 2])
-    before, now = ((seen[0][:, channel, 0, 0] + 1) * 127.5 / 50 for channel in (2, 3))
-    assert now.round().tolist() == [0, 1, 2, 3, 4]
-    assert before.round().tolist() == [0, 0, 1, 3, 3]
-
-
-@torch.no_grad()
-def test_a_token_for_each_patch_and_one_of_all_side_by_side(captioner):
-    vision = captioner.network.vision
-    patches = torch.arange(9.0).reshape(1, 9, 1)
-    vision.encoder.register_forward_hook(lambda *_: BaseModelOutput(last_hidden_state=patches))
-    tower = VisionTower(vision.encoder, torch.nn.Identity(), torch.nn.Linear(9, 1, bias=False))
-    tower.whole.weight[:] = 10.0 ** -torch.arange(9)
-    tokens = tower(torch.zeros(1, 3, 48, 48, dtype=torch.uint8), [1])
-    assert tokens.flatten().tolist() == pytest.approx([*range(9), 0.12345678])
-
-
-@torch.no_grad()
-def test_pixels_are_scaled_to_minus_one_to_one(captioner):
-    seen = []
-    captioner.network.vision.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    frames = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 3, 48, 48)
-    captioner.network.vision(frames, [1, 1])
-    assert seen[0][0].unique().tolist() == [-1] and seen[0][1].unique().tolist() == [1]
+def test_siglip_tower():
+    """Features of frames, pooled, each row closed by the learned token."""
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=20, patch_size=4,
+        vision_use_head=False,
+    )  # fmt: skip
+    tower = SiglipTower(SiglipVisionModel(config), torch.nn.Linear(8, 6), width=6, pool=2).eval()
+    tower.newline.data.fill_(7.0)
+    frames = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
+    first, second = tower([frames[:2], frames[2:]], [])
+    # 5 x 5 patches pool to 2 x 2, and each of the two rows gets its end.
+    assert first.shape == (12, 6) and second.shape == (6, 6)
+    assert first[2].eq(7).all() and first[5].eq(7).all() and not first[3].eq(7).any()
+    patches = tower.projector(tower.encoder(frames[2:] / 127.5 - 1).last_hidden_state)[0]
+    assert torch.allclose(second[0], patches[[0, 1, 5, 6]].amax(0), atol=1e-5)

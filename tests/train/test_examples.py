@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from salmonn.caption.prompt import DESCRIBE, DESCRIBE_AUDIO, DESCRIBE_VISUAL
+from salmonn.model.network import Block
+from salmonn.model.splice import by_seconds
 from salmonn.records import Question, Reference
 from salmonn.train.examples import ClipCache, Example, SftBatches, Turn, deal, make_examples, sft_loss
 
@@ -135,14 +137,15 @@ def test_loss_is_the_mean_over_all_answer_tokens(captioner, examples):
 def test_turns_on_a_clip_share_it(examples, processor):
     batch = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)(0)
     assert batch.inputs.clip_index == (0, 0, 0, 0, 1, 1, 1, 1)
-    assert len(batch.inputs.media.num_windows) == 2
+    assert len(batch.inputs.media) == 2
 
 
 def test_blocks_in_place_of_clips(examples, processor):
-    block = torch.zeros(7, 128)
+    block = Block(torch.zeros(7, 128), by_seconds((1, 1, 4), num_heard=3, second_per_grid=1.0))
     batch = SftBatches(examples, processor, lambda _: block, batch_size=2, seed=0)(0)
-    assert batch.inputs.media is None and len(batch.inputs.blocks) == 2
-    assert (batch.inputs.input_ids == processor.config.placeholder_id).sum(1).eq(7).all()
+    assert batch.inputs.media == () and len(batch.inputs.blocks) == 2
+    for placeholder, count in zip(processor.config.placeholder_ids, (4, 3), strict=True):
+        assert (batch.inputs.input_ids == placeholder).sum(1).eq(count).all()
 
 
 def test_nothing_to_train_on_is_refused(processor):
@@ -158,8 +161,8 @@ def test_the_cache_reads_once_and_gives_parts(examples, processor, monkeypatch):
     monkeypatch.setattr(type(processor), "read", lambda self, path: read.append(path) or plain(self, path))
     cache = ClipCache(processor)
     both, seen = cache(examples[0]), cache(replace(examples[0], use="visual"))
-    assert len(read) == 1 and torch.equal(both.frames, seen.frames) and seen.num_windows == (0,)
+    assert len(read) == 1 and torch.equal(both.pixels, seen.pixels) and len(seen.mel) == 0
     small = ClipCache(processor, max_bytes=10)
-    assert torch.equal(small(examples[0]).frames, both.frames)
+    assert torch.equal(small(examples[0]).pixels, both.pixels)
     small(examples[0])
     assert len(read) == 3 and not small.clips

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.network import Network
 from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, fit, learning_rate_at
 
@@ -236,10 +237,8 @@ def test_a_checkpoint_of_other_sizes_is_refused(tmp_path, size):
 
 
 def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
-    from salmonn.model.build import build
-
     torch.manual_seed(0)
-    network = build(processor.config)
+    network = Network(processor.config)
     examples = make_examples(clips.references[:2], ("audio_caption",), root=clips.root)
     batches = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)
     losses = []

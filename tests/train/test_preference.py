@@ -71,7 +71,7 @@ def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
     )
     assert batch.inputs.clip_index == (0, 1, 2) * 3
     for place, number in enumerate(order):
-        assert torch.equal(batch.inputs.blocks[place], blocks[pairs[number].video])
+        assert torch.equal(batch.inputs.blocks[place], blocks[pairs[number].video].tokens)
 
 
 def test_ranks_share_the_pairs(captioner, pairs, blocks, monkeypatch):

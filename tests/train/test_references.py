@@ -63,7 +63,7 @@ def test_all_texts():
 @torch.no_grad()
 def test_captions_of_clips(captioner, clips, media):
     blocks = encode_clips(captioner, clips, name="clips")
-    assert all(torch.allclose(block, alone, atol=1e-5)
+    assert all(torch.allclose(block.tokens, alone.tokens, atol=1e-5)
                for block, alone in zip(blocks, captioner.encode(media), strict=True))  # fmt: skip
     drawn = Sampling(temperature=1.0, max_new_tokens=6)
     captions = caption_clips(
@@ -82,14 +82,14 @@ def test_captions_of_clips(captioner, clips, media):
 def test_evaluation(captioner, clips, monkeypatch):
     """A model that answers all questions right and says the reference captions makes no error."""
     blocks = encode_clips(captioner, clips, name="clips")
-    right = {block.data_ptr(): reference for reference, block in zip(clips.references, blocks, strict=True)}
+    right = {block.tokens.data_ptr(): reference for reference, block in zip(clips.references, blocks, strict=True)}
 
     def answer(given, prompts, **_):
         from salmonn.caption.captioner import Answer
 
         texts = []
         for block, prompt in zip(given, prompts, strict=True):
-            reference = right[block.data_ptr()]
+            reference = right[block.tokens.data_ptr()]
             known = {item.question: item.answer for item in reference.questions} | {DESCRIBE: reference.caption}
             texts.append(Answer(known[prompt], True))
         return texts
