@@ -39,7 +39,6 @@ class Processor:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, config: SalmonnConfig) -> None:
-        assert config.whisper is not None and config.lm is not None
         self.tokenizer = tokenizer
         self.config = config
         self.mel = WhisperFeatureExtractor(

@@ -153,7 +153,7 @@ def _painted(frames: Iterator[Any], rule: FrameRule, num_taken: int) -> Iterator
             full = reformatter.reformat(frame, format="rgb24", interpolation=_SCALING, threads=1).to_ndarray()
             upright = np.rot90(full, round(frame.rotation / 90))
             # A stream may change its size; all pictures of a clip get that of the first.
-            size = size or rule.size(*upright.shape[:2], num_taken)
+            size = size or rule.size(upright.shape[0], upright.shape[1], num_taken)
             picture = _scaled(upright, *size)
         before = frame
         yield None if frame is None else picture

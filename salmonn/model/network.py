@@ -201,7 +201,7 @@ class Network(PreTrainedModel):
         return place(embeds, is_clip, tokens)
 
     def positions(self, position_ids: Tensor) -> Tensor:
-        """What the decoder takes of (3, B, L) positions: all of it, or the first where its rotary embedding is plain."""
+        """What the decoder takes of (3, B, L) positions: all, or the first where its rotary embedding is plain."""
         return position_ids if self.config.family == "salmonn2-plus" else position_ids[0]
 
     def forward(self, inputs: Inputs) -> Tensor:

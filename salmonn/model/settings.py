@@ -18,7 +18,7 @@ WHISPER_KEYS = [
     "scale_embedding",
 ]
 # What the published configs leave out since their code names the parts' repositories instead of sizes.
-WHISPER_LARGE_V3 = dict(
+WHISPER_LARGE_V3: dict[str, Any] = dict(
     num_mel_bins=128,
     d_model=1280,
     encoder_layers=32,
@@ -28,7 +28,7 @@ WHISPER_LARGE_V3 = dict(
     activation_function="gelu",
     scale_embedding=False,
 )
-SIGLIP_SO400M = dict(
+SIGLIP_SO400M: dict[str, Any] = dict(
     hidden_size=1152,
     intermediate_size=4304,
     num_hidden_layers=27,
@@ -38,7 +38,7 @@ SIGLIP_SO400M = dict(
     hidden_act="gelu_pytorch_tanh",
     layer_norm_eps=1e-6,
 )
-BERT_BASE_OF_TWO_LAYERS = dict(
+BERT_BASE_OF_TWO_LAYERS: dict[str, Any] = dict(
     hidden_size=768,
     intermediate_size=3072,
     num_hidden_layers=2,
@@ -69,15 +69,16 @@ class SalmonnConfig(PreTrainedConfig):
     model_type = "salmonn"
 
     family: Family = "salmonn2-plus"
-    lm: dict[str, Any] | None = None
-    vision: dict[str, Any] | None = None
-    whisper: dict[str, Any] | None = None
-    qformer: dict[str, Any] | None = None
+    # Dictionaries; None only until they are given, since transformers makes empty configs of every class.
+    lm: Any = None
+    vision: Any = None
+    whisper: Any = None
+    qformer: Any = None
     num_queries: int = 1
     window_seconds: float = 0.5
     pool: int = 2
     placeholder_ids: tuple[int, int] = (-200, -200)
-    frames: dict[str, Any] | None = None
+    frames: Any = None
     system_prompt: str = "You are a helpful assistant."
 
     @property
@@ -88,7 +89,6 @@ class SalmonnConfig(PreTrainedConfig):
     @property
     def chunk_seconds(self) -> int:
         """Length of the chunks of sound that the Whisper encoder takes; it gives 50 steps a second."""
-        assert self.whisper is not None
         return int(self.whisper["max_source_positions"]) // 50
 
     @property

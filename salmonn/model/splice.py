@@ -1,7 +1,7 @@
 """Splicing: where picture, sound and time stand in one clip's block of tokens, and in the text around it.
 
 A block is gathered from the tokens that the towers gave: seen ones first, then heard ones, then those that tell the
-time. A `Layout` says which of them stands where, and at which rotary position; it needs no weights, so that the number of
+time. A `Layout` says which of them stands where, and at which rotary position; it needs no weights, so the number of
 placeholders in the text is known before anything is encoded.
 """
 

@@ -66,7 +66,7 @@ class QwenTower(nn.Module):
 
 
 def normalise(patches: Tensor) -> Tensor:
-    """Patches (S, C * 2 * p * p) uint8 as the encoder was trained on them: by the mean and deviation of each channel."""
+    """Patches (S, C * 2 * p * p) uint8 as the encoder was trained on: by each channel's mean and deviation."""
     mean, deviation = (
         torch.tensor(values, device=patches.device).repeat_interleave(patches.shape[1] // 3)
         for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
