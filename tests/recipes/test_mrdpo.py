@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from salmonn.model.build import load
+from salmonn.model.load import load_network
 from salmonn.records import Caption, Pair, Score, read_records
 
 ROUND = {
@@ -59,7 +59,7 @@ def files_of(folder) -> set[str]:
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load(folder)[0].state_dict()
+    return load_network(folder).state_dict()
 
 
 def test_everything_promised_is_there(finished):

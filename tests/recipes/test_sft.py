@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.model.build import load
+from salmonn.model.load import load_network
 from salmonn.records import Caption, Score, read_records
 
 
 def weights(path) -> dict[str, torch.Tensor]:
-    return load(path)[0].state_dict()
+    return load_network(path).state_dict()
 
 
 def test_from_nothing(taught):
@@ -29,7 +29,7 @@ def test_from_nothing(taught):
     assert [step["step"] for step in steps] == list(range(28))
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
     assert (out / "sft.yaml").is_file() and not (out / "checkpoint.safetensors").exists()
-    assert Captioner.load(out).processor.config.family == "tiny"
+    assert Captioner.load(out).processor.config.family == "salmonn2-plus"
 
 
 def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes):
