@@ -30,7 +30,7 @@ def prompt_ids(
         if special in prompt:
             raise ValueError(f"the prompt holds the special token {special}: leave it out")
     turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": f"{CLIP_START}{CLIP_END}{prompt}"})
+    turns.append({"role": "user", "content": f"{CLIP_START}{CLIP_END}\n{prompt}"})
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     before, after = text.split(f"{CLIP_START}{CLIP_END}", 1)
     start, end = (
