@@ -20,9 +20,10 @@ from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.config import claim_folder, run_recipe
 from salmonn.media.synth import SynthConfig
-from salmonn.model.load import CONFIG_NAME
+from salmonn.model.load import CONFIG_NAME, Placement
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 from salmonn.model.network import Block
+from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.prefer.pairs import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
 from salmonn.score.judge import Judge, RuleJudge
@@ -78,7 +79,8 @@ class MrDpoConfig:
 
     Args:
         out: folder for all results.
-        model: folder of the model to start from; the shipped toy model by default.
+        model: folder or hub id of the model to start from; the shipped toy model by default.
+        placement: device and type of its weights.
         references: JSONL of references (events, caption, questions) to one's own training videos; none renders
             synthetic clips as `synth` says.
         heldout_references: likewise for measuring.
@@ -95,7 +97,8 @@ class MrDpoConfig:
     """
 
     out: Path = Path("run")
-    model: Path = SHIPPED_MODEL
+    model: str = str(SHIPPED_MODEL)
+    placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     references: Path | None = None
     heldout_references: Path | None = None
     clips_dir: Path = Path("run/clips")
@@ -115,7 +118,7 @@ class MrDpoConfig:
 def main(config: MrDpoConfig) -> None:
     """Run all rounds and rebirth."""
     dist.setup()
-    captioner = Captioner.load(config.model, device=dist.device())
+    captioner = Captioner.load(config.model, placement=config.placement)
     if dist.is_main():
         claim_folder(config.out, config, name="mrdpo")
     run = load_run(captioner, config)
@@ -177,7 +180,7 @@ def play_round(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoCon
         )
         report_pairs(pairs, folder)
         train_policy(captioner, run, pairs, folder, config=config, seed=seed)
-    return Captioner.load(merged, device=dist.device())
+    return Captioner.load(merged, placement=config.placement)
 
 
 def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:
@@ -280,14 +283,19 @@ def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig
             replace(reference, caption=caption.text)
             for reference, caption in zip(run.train.references, captions, strict=True)
         ]
-        captioner = Captioner.load(config.model, device=dist.device())
+        captioner = Captioner.load(config.model, placement=config.placement)
         attach(captioner.network, config.rebirth.lora, seed=config.seed)
         blocks = {
             run.train.root / reference.video: block
             for reference, block in zip(run.train.references, run.train_blocks, strict=True)
         }
         batches = SftBatches(
-            make_examples(taught, ("caption", "questions"), root=run.train.root),
+            make_examples(
+                taught,
+                ("caption", "questions"),
+                root=run.train.root,
+                prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
+            ),
             captioner.processor,
             lambda example: blocks[example.video],
             batch_size=config.rebirth.fit.batch_size,
@@ -306,7 +314,7 @@ def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig
             )
             merge(captioner.network)
             save_merged(captioner, folder)
-    return Captioner.load(merged, device=dist.device())
+    return Captioner.load(merged, placement=config.placement)
 
 
 def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig) -> list[Caption]:

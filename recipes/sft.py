@@ -17,17 +17,18 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import Processor
+from salmonn.caption.prompt import LIST_EVENTS
 from salmonn.caption.tokenizer import HEARD, SEEN, train_tokenizer
 from salmonn.config import claim_folder, run_recipe
 from salmonn.media.synth import SynthConfig, describe_clip
-from salmonn.model.load import CONFIG_NAME, load_config
+from salmonn.model.load import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.model.network import Network
-from salmonn.model.settings import tiny
+from salmonn.model.settings import PLAIN_PROMPTS, tiny
 from salmonn.records import Reference, write_json, write_records
 from salmonn.score.judge import RuleJudge
 from salmonn.train.evaluate import encode_clips, evaluate
-from salmonn.train.examples import PROMPTS, ClipCache, SftBatches, Task, make_examples, sft_loss
+from salmonn.train.examples import ClipCache, SftBatches, Task, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, fit
 from salmonn.train.references import all_texts, heldout_config, read_clips, render_clips
 
@@ -42,7 +43,8 @@ class SftConfig:
 
     Args:
         out: folder for the trained model and its figures.
-        model: folder of the model to start from; "tiny" starts the toy model from nothing.
+        model: folder or hub id of the model to start from; "tiny" starts the toy model from nothing.
+        placement: device and type of its weights.
         references: JSONL of references to one's own videos; none renders synthetic clips as `synth` says.
         clips_dir: where synthetic clips are kept.
         synth: training clips.
@@ -59,6 +61,7 @@ class SftConfig:
 
     out: Path
     model: str = TINY
+    placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     references: Path | None = None
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
@@ -88,7 +91,11 @@ def main(config: SftConfig) -> None:
 
     cache = ClipCache(captioner.processor)
     examples = make_examples(
-        clips.references, config.tasks, root=clips.root, single_modality_every=config.single_modality_every
+        clips.references,
+        config.tasks,
+        root=clips.root,
+        prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
+        single_modality_every=config.single_modality_every,
     )
     checkpoint = config.out / "checkpoint.safetensors"
     fit(
@@ -113,10 +120,10 @@ def main(config: SftConfig) -> None:
 def load_model(config: SftConfig, references: list[Reference]) -> Captioner:
     """The model to start from."""
     if config.model != TINY:
-        return Captioner.load(config.model, device=dist.device())
+        return Captioner.load(config.model, placement=config.placement)
     # Whole scenes besides the stage's own clips, so that a stage of few words leaves no word of later ones in pieces.
     world = [describe_clip(SynthConfig(seed=config.seed), index=index)[1] for index in range(NUM_TOKENIZER_SCENES)]
-    texts = [*all_texts([*references, *world]), *PROMPTS.values()]
+    texts = [*all_texts([*references, *world]), *PLAIN_PROMPTS.values(), LIST_EVENTS]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     model_config = tiny(
         vocab_size=len(tokenizer),

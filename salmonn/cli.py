@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from tqdm import tqdm
 
+from salmonn.config import underscored
 from salmonn.media.clip import find_videos
 from salmonn.media.synth import SynthConfig, make_clips
 from salmonn.records import Caption, Reference, Use, append_record, read_records, write_records
@@ -26,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     parser = build_parser()
-    values = parser.parse_args(args)
+    values = parser.parse_args(underscored(args))
     command = {"caption": run_caption, "score": run_score, "synth": run_synth}[values.subcommand]
     try:
         sys.exit(command(values[values.subcommand]))
@@ -56,37 +57,55 @@ def _caption_parser() -> ArgumentParser:
     parser.add_argument("paths", nargs="+", type=str, help="video or sound files, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file for the captions")
     parser.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
-    parser.add_argument("--model", type=Path | None, default=None, help="model folder (default: the shipped toy model)")
+    parser.add_argument("--model", type=str | None, default=None, help="folder or hub id (default: the toy model)")
+    parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder or hub id, put on the model")
     parser.add_argument("--prompt", type=str | None, default=None, help="what to ask (default: a full description)")
     parser.add_argument("--use", type=Use, default="both", help="picture, sound or both: " + ", ".join(get_args(Use)))
     parser.add_argument("--start", type=float | None, default=None, help="seconds from which on the video is taken")
     parser.add_argument("--end", type=float | None, default=None, help="seconds up to which the video is taken")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest words, 1 draws freely")
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus that words are drawn from")
-    parser.add_argument("--max_new_tokens", type=int, default=160, help="limit of a caption's length")
+    parser.add_argument("--max_new_tokens", type=int | None, default=None, help="limit (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--batch_size", type=int, default=8, help="videos captioned side by side")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda where present)")
+    parser.add_argument("--released_positions", action="store_true", help="2+: number as the published inference code")
+    _add_placement(parser)
     return parser
+
+
+def _add_placement(parser: ArgumentParser) -> None:
+    dtypes = Literal["auto", "float32", "bfloat16", "float16"]
+    attentions = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda where present)")
+    parser.add_argument("--device_map", type=str | None, default=None, help="auto: split the model over all GPUs")
+    parser.add_argument("--dtype", type=dtypes, default="auto", help="of weights (auto: bfloat16 on a GPU)")
+    parser.add_argument("--attention", type=attentions, default="auto", help="(auto: flash attention where installed)")
+    parser.add_argument("--bits", type=Literal[4, 8] | None, default=None, help="quantise the language model")
 
 
 def run_caption(values: Namespace) -> int:
     """Caption videos into a JSONL file, line by line."""
-    from salmonn import dist
     from salmonn.caption.captioner import SHIPPED_MODEL, Captioner, Span
     from salmonn.caption.generate import Sampling
-    from salmonn.caption.prompt import DESCRIBE
+    from salmonn.model.load import Placement
 
     if values.out.exists() and not values.overwrite:
         raise ValueError(f"{values.out} exists: choose another --out, or give --overwrite to replace it")
-    sampling = Sampling(temperature=values.temperature, top_p=values.top_p, max_new_tokens=values.max_new_tokens)
+    limit = {"max_new_tokens": values.max_new_tokens} if values.max_new_tokens is not None else {}
+    sampling = Sampling(temperature=values.temperature, top_p=values.top_p, **limit)
+    span = Span(values.start, values.end)
     videos = find_videos(values.paths)
-    captioner = Captioner.load(values.model or SHIPPED_MODEL, device=values.device or dist.device())
+    captioner = Captioner.load(
+        values.model or SHIPPED_MODEL,
+        placement=Placement(values.device, values.device_map, values.dtype, values.attention, values.bits),
+        adapter=values.adapter,
+        released_positions=values.released_positions,
+    )
     results = captioner.caption_each(
         videos,
-        prompt=values.prompt or DESCRIBE,
-        sampling=sampling,
-        span=Span(values.start, values.end),
+        prompt=values.prompt,
+        sampling=sampling if limit else replace(sampling, max_new_tokens=captioner.greedy().max_new_tokens),
+        span=span,
         use=values.use,
         seed=values.seed,
         batch_size=values.batch_size,

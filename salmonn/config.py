@@ -45,11 +45,21 @@ def parse_config(config_type: type[Config], *, description: str, args: Sequence[
     parser.add_argument("--config", action="config", help="YAML file that states what differs from the defaults")
     parser.add_class_arguments(config_type)
     try:
-        built = parser.instantiate(parser.parse_args(args))
+        built = parser.instantiate(parser.parse_args(underscored(args)))
     except ValueError as error:  # a dataclass refused its values
         sys.exit(_complain(error))
     names = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
     return config_type(**{name: value for name, value in vars(built).items() if name in names})
+
+
+def underscored(args: Sequence[str] | None) -> list[str]:
+    """A command line (default: the process's own) with --like_this for --like-this: both spellings are welcome."""
+    given = sys.argv[1:] if args is None else args
+    parts = (str(arg).partition("=") for arg in given)
+    return [
+        (flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
+        for flag, equals, value in parts
+    ]
 
 
 def claim_folder(folder: Path, config: Any, *, name: str) -> None:

@@ -15,11 +15,11 @@ from torch import nn
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.inputs import Processor
+from salmonn.caption.prompt import LIST_EVENTS
 from salmonn.caption.tokenizer import HEARD, SEEN, train_tokenizer
 from salmonn.media.synth import SynthConfig, make_clips
 from salmonn.model.network import Network
-from salmonn.model.settings import tiny
-from salmonn.train.examples import PROMPTS
+from salmonn.model.settings import PLAIN_PROMPTS, tiny
 from salmonn.train.references import ClipSet, all_texts
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def random_model(clips, tmp_path_factory):
 
     They are larger than a fresh model's, which says much the same of every clip: answers of this one differ.
     """
-    tokenizer = train_tokenizer([*all_texts(clips.references), *PROMPTS.values()], vocab_size=400)
+    tokenizer = train_tokenizer([*all_texts(clips.references), *PLAIN_PROMPTS.values(), LIST_EVENTS], vocab_size=400)
     config = tiny(
         vocab_size=len(tokenizer),
         placeholder_ids=tuple(tokenizer.convert_tokens_to_ids([SEEN, HEARD])),

@@ -128,7 +128,7 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
         (["{video}", "--use", "smell"], "smell"),
         (["{video}", "--start", "5", "--end", "2"], "span"),
         (["{video}", "--model", "{empty}"], "no model in"),
-        (["{video}", "--prompt", "<|av|>"], "special token"),
+        (["{video}", "--prompt", "<|video_pad|>"], "special token"),
         ([], "paths"),
         (["{video}", "--batch_size", "-1"], "batch_size"),
     ],

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from salmonn.caption.generate import generate
 from salmonn.model.load import load_network
-from salmonn.model.lora import LoraConfig, adapter_off, load_adapter
+from salmonn.model.lora import LoraConfig, adapter_off, attach, put_adapter
 from salmonn.model.network import Inputs, Network
 from salmonn.model.splice import Layout, by_seconds, deal_out, text_positions
 from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
@@ -157,7 +157,7 @@ def test_greedy_tokens(case, use_cache):
     published = case.tensors["greedy"].tolist()
     # The published run did not stop at the end token.
     config = GenerationConfig(
-        max_new_tokens=len(published[0]), do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=use_cache
+        max_new_tokens=len(published[0]), do_sample=False, eos_token_id=[-1], pad_token_id=0, use_cache=use_cache
     )
     assert generate(case.network, case.inputs, config=config) == published
 
@@ -173,7 +173,8 @@ class TestPreference:
         case = make_case(network, folder, facts["case"])
         every = load_file(folder / "cases.safetensors")
         config = LoraConfig(rank=facts["lora_r"], alpha=facts["lora_alpha"], dropout=0.0)
-        load_adapter(network, load_file(folder / "lora.safetensors"), config)
+        attach(network, config, seed=0)
+        put_adapter(network, load_file(folder / "lora.safetensors"))
         network.eval()
         found = {}
         for name in ("chosen", "rejected", "ground_truth"):

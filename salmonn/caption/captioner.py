@@ -8,8 +8,7 @@ import torch
 
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.inputs import Processor, Row, restrict_media
-from salmonn.caption.prompt import DESCRIBE
-from salmonn.model.load import load_network, save_network
+from salmonn.model.load import Placement, load_config, load_network, save_network
 from salmonn.model.network import Block, Media, Network
 from salmonn.records import Caption, Use
 
@@ -65,14 +64,30 @@ class Captioner:
         self.name = name
 
     @classmethod
-    def load(cls, path: Path | str, *, device: torch.device | str = "cpu") -> "Captioner":
-        """Read a model folder.
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        placement: Placement | None = None,
+        adapter: Path | str | None = None,
+        released_positions: bool = False,
+    ) -> "Captioner":
+        """Read a model from a folder or from the hub: one of this project's, or a published video-SALMONN 2 or 2+.
+
+        Args:
+            path: folder, or id on the hub.
+            placement: device, type of the weights and the like (default: the GPU where there is one).
+            adapter: PEFT folder or id on the hub, put on top.
+            released_positions: see `Processor`.
 
         Raises:
-            ValueError: it is no model of this project, or incomplete.
+            ValueError: it is no such model, or incomplete.
         """
-        network = load_network(path)
-        return cls(network.to(device), Processor.load(path, config=network.config), name=str(path))
+        config = load_config(path)
+        # Before the weights, which may take minutes: a tokenizer that does not fit is told at once.
+        processor = Processor.load(path, config=config, released_positions=released_positions)
+        network = load_network(path, placement=placement, adapter=adapter)
+        return cls(network, processor, name=str(path))
 
     def save(self, path: Path | str) -> None:
         """Write network, config and tokenizer as a folder that `load` reads."""
@@ -83,7 +98,7 @@ class Captioner:
         self,
         path: Path | str,
         *,
-        prompt: str = DESCRIBE,
+        prompt: str | None = None,
         sampling: Sampling | None = None,
         span: Span | None = None,
         use: Use = "both",
@@ -93,7 +108,7 @@ class Captioner:
 
         Args:
             path: of the video.
-            prompt: what is asked.
+            prompt: what is asked (default: a full description, in the words that the model was taught).
             sampling: how the answer is drawn (default: greedy).
             span: the part of the video to look at (default: all of it).
             use: picture, sound or both.
@@ -103,9 +118,18 @@ class Captioner:
             ClipError: the file cannot be read.
             ValueError: `use` asks for a picture or sound that the file lacks.
         """
+        prompt = prompt or self.describe(use)
         media = self._read(Path(path), span=span or Span(), use=use)
-        answer = self.answer([media], [prompt], sampling=sampling or Sampling(), seed=seed)[0]
+        answer = self.answer([media], [prompt], sampling=sampling or self.greedy(), seed=seed)[0]
         return Caption(video=str(path), text=answer.text, prompt=prompt, model=self.name, finished=answer.finished)
+
+    def describe(self, use: Use = "both") -> str:
+        """The prompt that the model was taught to answer with a caption."""
+        return self.processor.config.describe(use)
+
+    def greedy(self) -> Sampling:
+        """The likeliest words, up to the model's own limit of length."""
+        return Sampling(max_new_tokens=self.processor.config.max_new_tokens)
 
     def _read(self, path: Path, *, span: Span, use: Use) -> Media:
         media = self.processor.read(path, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
@@ -118,7 +142,7 @@ class Captioner:
         self,
         paths: Sequence[Path],
         *,
-        prompt: str = DESCRIBE,
+        prompt: str | None = None,
         sampling: Sampling | None = None,
         span: Span | None = None,
         use: Use = "both",
@@ -131,13 +155,12 @@ class Captioner:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        prompt, sampling = prompt or self.describe(use), sampling or self.greedy()
         for start in range(0, len(paths), batch_size):
             part = paths[start : start + batch_size]
             read = [self._try_read(path, span=span or Span(), use=use) for path in part]
             clips = [media for media in read if isinstance(media, Media)]
-            answers = iter(
-                self.answer(clips, [prompt] * len(clips), sampling=sampling or Sampling(), seed=seed + start)
-            )
+            answers = iter(self.answer(clips, [prompt] * len(clips), sampling=sampling, seed=seed + start))
             for path, media in zip(part, read, strict=True):
                 if isinstance(media, Failure):
                     yield media
@@ -187,10 +210,8 @@ class Captioner:
         Returns:
             len(clips) * num_samples answers, a clip's samples one after the other.
         """
-        tokenizer = self.processor.tokenizer
-        config = sampling.to_transformers(
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, num_samples=num_samples
-        )
+        tokenizer, stops = self.processor.tokenizer, self.processor.stop_ids
+        config = sampling.to_transformers(stop_ids=stops, pad_token_id=self.processor.pad_id, num_samples=num_samples)
         answers: list[Answer] = []
         step = max(1, batch_size // num_samples)
         for start in range(0, len(clips), step):
@@ -198,7 +219,7 @@ class Captioner:
             inputs = self.processor.inputs(rows, clips[start : start + step], pad_left=True).to(self.network.device)
             for ids in generate(self.network, inputs, config=config, seed=seed + start):
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                answers.append(Answer(text, finished=ids[-1] == tokenizer.eos_token_id))
+                answers.append(Answer(text, finished=ids[-1] in stops))
             if progress:
                 progress(len(rows))
         return answers

@@ -1,5 +1,6 @@
 """Generation: greedy or nucleus sampling of answers, batched, through transformers' own generate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +31,14 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
-    def to_transformers(self, *, eos_token_id: int, pad_token_id: int, num_samples: int = 1) -> GenerationConfig:
-        """The same as transformers names it."""
+    def to_transformers(self, *, stop_ids: Sequence[int], pad_token_id: int, num_samples: int = 1) -> GenerationConfig:
+        """The same as transformers names it; an answer ends with any of `stop_ids`."""
         drawn = dict(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
         return GenerationConfig(
             **(drawn if self.temperature else {"do_sample": False}),
             max_new_tokens=self.max_new_tokens,
             num_return_sequences=num_samples,
-            eos_token_id=eos_token_id,
+            eos_token_id=list(stop_ids),
             pad_token_id=pad_token_id,
         )
 
@@ -55,6 +56,7 @@ def generate(network: Network, inputs: Inputs, *, config: GenerationConfig, seed
     Returns:
         B * N lists of token ids, a row's samples one after the other; each ends with the end token if it is finished.
     """
+    stop_ids = set(config.eos_token_id or [])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = network.lm.generate(
@@ -65,6 +67,6 @@ def generate(network: Network, inputs: Inputs, *, config: GenerationConfig, seed
         )
     answers = []
     for ids in output.tolist():
-        length = ids.index(config.eos_token_id) + 1 if config.eos_token_id in ids else len(ids)
-        answers.append(ids[:length])
+        ends = [place for place, token in enumerate(ids) if token in stop_ids]
+        answers.append(ids[: ends[0] + 1] if ends else ids)
     return answers

@@ -1,23 +1,29 @@
 """Clip + words -> Inputs: pictures and log-mel chunks as the towers take them, text with placeholders, in batches."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from salmonn.caption.prompt import answer_ids, prompt_ids
+from salmonn.caption.prompt import History, answer_ids, prompt_ids
+from salmonn.caption.tokenizer import CLIP_END, CLIP_START, PAD, TURN_END, TURN_START
 from salmonn.media.clip import Clip, read_clip
+from salmonn.media.frames import Stride
+from salmonn.media.sound import SAMPLE_RATE_HZ
 from salmonn.model.network import Block, Inputs, Media
 from salmonn.model.settings import SalmonnConfig
-from salmonn.model.splice import Layout, by_seconds, text_positions
+from salmonn.model.splice import Layout, by_seconds, deal_out, text_positions
 from salmonn.model.vision import to_patches
 from salmonn.records import Use
 
-SAMPLE_HZ = 16_000
+logger = logging.getLogger(__name__)
 MIN_SOUND_SECONDS = 1.0  # shorter sound is padded with silence to this, as the published models were trained
 
 
@@ -28,6 +34,7 @@ class Row:
     clip: int
     prompt: str
     answer: str | None = None
+    history: History = ()
 
 
 class Processor:
@@ -36,69 +43,131 @@ class Processor:
     Args:
         tokenizer: of the language model.
         config: of the network.
+        released_positions: number positions as the published inference code of 2+ does, to compare with its scores.
+
+    Raises:
+        ValueError: the tokenizer lacks a token of the chat format.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, config: SalmonnConfig) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, config: SalmonnConfig, released_positions: bool = False
+    ) -> None:
+        if released_positions and config.family != "salmonn2-plus":
+            raise ValueError(f"released positions are those of salmonn2-plus; the model is a {config.family}")
+        needed = [PAD, TURN_START, TURN_END, *([CLIP_START, CLIP_END] if config.family == "salmonn2-plus" else [])]
+        if missing := [token for token in needed if token not in tokenizer.get_vocab()]:
+            raise ValueError(f"the tokenizer lacks {', '.join(missing)}: it is not that of a {config.family} model")
         self.tokenizer = tokenizer
         self.config = config
+        self.released_positions = released_positions
+        self.pad_id: int = tokenizer.convert_tokens_to_ids(PAD)
+        self.stop_ids: list[int] = tokenizer.convert_tokens_to_ids([TURN_END, PAD])
         self.mel = WhisperFeatureExtractor(
             feature_size=config.whisper["num_mel_bins"], chunk_length=config.chunk_seconds
         )
 
     @classmethod
-    def load(cls, path: Path | str, *, config: SalmonnConfig) -> "Processor":
-        """Read the tokenizer of a model folder."""
-        return cls(AutoTokenizer.from_pretrained(str(path)), config=config)
+    def load(cls, path: Path | str, *, config: SalmonnConfig, released_positions: bool = False) -> "Processor":
+        """Read the tokenizer of a model folder or of a model on the hub.
+
+        Raises:
+            ValueError: there is none, or it is another model's.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} holds no tokenizer that can be read: {error}") from error
+        return cls(tokenizer, config=config, released_positions=released_positions)
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to a model folder."""
         self.tokenizer.save_pretrained(str(path))
 
-    def read(self, path: Path | str, *, start_seconds: float | None = None, end_seconds: float | None = None) -> Media:
+    def read(
+        self,
+        path: Path | str,
+        *,
+        sound: Path | str | None = None,
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+    ) -> Media:
         """Read a video (or a span of it) at the rate and size of this model.
 
+        Args:
+            path: of the video.
+            sound: file that its sound is in, where it is not in the video.
+            start_seconds, end_seconds: the span; None is the beginning or the end.
+
         Raises:
-            ClipError: the file cannot be read.
+            ClipError: a file cannot be read.
         """
-        clip = read_clip(
-            path,
-            self.config.frame_rule,
-            start_seconds=start_seconds,
-            end_seconds=end_seconds,
-        )
-        return self.media(clip)
+        rule = self.config.frame_rule
+        span: dict[str, Any] = dict(start_seconds=start_seconds, end_seconds=end_seconds)
+        if sound is None:
+            return self.media(read_clip(path, rule, **span))
+        clip = read_clip(path, rule, audio=False, **span)
+        return self.media(replace(clip, waveform=read_clip(sound, rule, video=False, **span).waveform))
 
     def media(self, clip: Clip) -> Media:
         """One clip as the towers take it, its frames chosen and scaled by the model's rule."""
         count = len(clip.frames)
-        media = Media(torch.zeros(0, dtype=torch.uint8), self._hear(clip))
+        mel = self._hear(clip)
         if not count:
-            return media
+            return Media(torch.zeros(0, dtype=torch.uint8), mel)
+        # Rounded, since a step of 0.4999999 s would come to stand half a second too early.
+        seconds = round(clip.picture_seconds, 6)
         frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
+        if self.config.family == "salmonn2":
+            return Media(frames.contiguous(), mel, num_frames=count, seconds=seconds)
         vision = self.config.lm["vision_config"]
         pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
-        # Rounded, since a step of 0.4999999 s would come to stand half a second too early.
-        return replace(media, pixels=pixels, grid=grid, num_frames=count, seconds=round(clip.picture_seconds, 6))
+        return Media(pixels, mel, num_frames=count, seconds=seconds, grid=grid)
 
     def _hear(self, clip: Clip) -> Tensor:
-        chunk = self.config.chunk_seconds * SAMPLE_HZ
+        chunk = self.config.chunk_seconds * SAMPLE_RATE_HZ
         if clip.waveform is None:
             return torch.zeros(0, self.mel.feature_size, self.mel.nb_max_frames)
-        seconds = max(len(clip.waveform) / SAMPLE_HZ, MIN_SOUND_SECONDS)
+        waveform = self._heard_part(clip, clip.waveform)
+        seconds = max(len(waveform) / SAMPLE_RATE_HZ, MIN_SOUND_SECONDS)
         # Rounded before the ceiling: 8.0001 s of sound is one chunk, not two.
         num_chunks = math.ceil(round(seconds / self.config.chunk_seconds, 3))
-        pieces = [clip.waveform[number * chunk : (number + 1) * chunk] for number in range(num_chunks)]
-        return self.mel(pieces, sampling_rate=SAMPLE_HZ, return_tensors="pt").input_features
+        pieces = [waveform[number * chunk : (number + 1) * chunk] for number in range(num_chunks)]
+        return self.mel(pieces, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features
+
+    def _heard_part(self, clip: Clip, waveform: np.ndarray) -> np.ndarray:
+        """2+ hears all of it, salmonn2 what lasts as long as the picture, or as the longest picture that it sees."""
+        rule = self.config.frame_rule
+        if not isinstance(rule, Stride):
+            return waveform
+        limit = clip.picture_seconds or rule.max_seconds
+        part = waveform[: max(round(limit * SAMPLE_RATE_HZ), 1)]
+        if (lost := (len(waveform) - len(part)) / SAMPLE_RATE_HZ) >= 1:
+            logger.warning("%s: the last %.1f s of sound are not heard; this model hears %.1f", clip.path, lost, limit)
+        return part
 
     def lay_out(self, media: Media) -> Layout:
         """The order and positions of the tokens that a clip becomes."""
+        num_heard = len(media.mel) * self.config.windows_per_chunk
+        if self.config.family == "salmonn2":
+            told = [] if len(media.mel) or not self.config.tell_time else self._times(media)
+            num_front = round(media.seconds * 50)  # the published count of steps, though a second has two tokens
+            return deal_out(
+                media.num_frames, self.config.tokens_per_frame, num_heard=num_heard, num_front=num_front, told=told
+            )
         steps, rows, columns = media.grid
         merge = self.config.lm["vision_config"]["spatial_merge_size"]
         return by_seconds(
             (steps, rows // merge, columns // merge) if media.num_frames else None,
-            num_heard=len(media.mel) * self.config.windows_per_chunk,
+            num_heard=num_heard,
             second_per_grid=2 * media.seconds / max(media.num_frames, 1),
+            released=self.released_positions,
         )
+
+    def _times(self, media: Media) -> list[list[int]]:
+        """Ids of each frame's time: seconds since the beginning up to its end."""
+        step = media.seconds / max(media.num_frames, 1)
+        times = [str(round(step * number, 1)) for number in range(1, media.num_frames + 1)]
+        return [self.tokenizer.encode(time, add_special_tokens=False) for time in times]
 
     def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Block], *, pad_left: bool = False) -> Inputs:
         """Collate rows about clips into one batch.
@@ -113,12 +182,17 @@ class Processor:
         input_ids, labels = [], []
         for row in rows:
             prompt = prompt_ids(
-                self.tokenizer, row.prompt, placeholders=placeholders[row.clip], system=self.config.system_prompt
+                self.tokenizer,
+                row.prompt,
+                placeholders=placeholders[row.clip],
+                family=self.config.family,
+                system=self.config.system_prompt,
+                history=row.history,
             )
             answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer)
             input_ids.append(prompt + answer)
             labels.append([-100] * len(prompt) + answer)
-        ids = _pad(input_ids, self.tokenizer.pad_token_id, left=pad_left)
+        ids = _pad(input_ids, self.pad_id, left=pad_left)
         mask = _pad([[1] * len(line) for line in input_ids], 0, left=pad_left)
         is_clip = torch.isin(ids, torch.tensor(self.config.placeholder_ids))
         return Inputs(

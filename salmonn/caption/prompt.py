@@ -1,44 +1,61 @@
-"""Prompts, and the chat format that a language model was taught them in."""
+"""The chat format that the language models were taught in, with a clip at the head of the conversation."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from salmonn.caption.tokenizer import CLIP_END, CLIP_START
+from salmonn.caption.tokenizer import CHAT_TEMPLATE, CLIP_END, CLIP_START, TURN_END
+from salmonn.model.settings import Family
 
-DESCRIBE = "Describe the video and its sounds in detail."
-DESCRIBE_VISUAL = "Describe what can be seen in detail."
-DESCRIBE_AUDIO = "Describe what can be heard in detail."
 LIST_EVENTS = "List the events."
+History = Sequence[tuple[str, str]]
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, *, placeholders: Sequence[int], system: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    placeholders: Sequence[int],
+    family: Family,
+    system: str,
+    history: History = (),
 ) -> list[int]:
-    """Token ids of a user's turn about one clip, up to where the answer begins.
+    """Token ids of a conversation about one clip, up to where the next answer begins.
 
     Args:
-        tokenizer: with a chat template and the clip's special tokens.
+        tokenizer: of the model.
         prompt: the user's words.
         placeholders: (N,) ids that stand for the clip's tokens.
+        family: salmonn2-plus has a token before and after the clip; salmonn2 has none, but two line breaks after.
         system: what the conversation begins with; "" for nothing.
+        history: prompts and answers before this prompt.
 
     Raises:
         ValueError: the words hold a special token, which would be taken for a clip or the end of a turn.
     """
-    for special in tokenizer.all_special_tokens:
-        if special in prompt:
+    prompts = [*(asked for asked, _ in history), prompt]
+    answers = [answer for _, answer in history]
+    for special in {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(_known(placeholders))}:
+        if any(special in words for words in [*prompts, *answers]):
             raise ValueError(f"the prompt holds the special token {special}: leave it out")
+    clip = f"{CLIP_START}{CLIP_END}"
     turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": f"{CLIP_START}{CLIP_END}\n{prompt}"})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    before, after = text.split(f"{CLIP_START}{CLIP_END}", 1)
-    start, end = (
-        tokenizer.encode(piece, add_special_tokens=False) for piece in (before + CLIP_START, CLIP_END + after)
-    )
-    return [*start, *placeholders, *end]
+    for number, words in enumerate(prompts):
+        turns.append({"role": "user", "content": f"{clip}\n{words}" if number == 0 else words})
+        turns += [{"role": "assistant", "content": answer} for answer in answers[number : number + 1]]
+    # The template is the published one; that of a tokenizer may tell of tools, or take other contents.
+    text = tokenizer.apply_chat_template(turns, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True)
+    before, after = text.split(clip, 1)
+    pieces = [before, "\n", after] if family == "salmonn2" else [before + CLIP_START, CLIP_END + after]
+    # Encoded one by one: together, two line breaks would be one token.
+    head, *rest = (tokenizer.encode(piece, add_special_tokens=False) for piece in pieces)
+    return [*head, *placeholders, *(token for piece in rest for token in piece)]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     """Token ids of an answer, closed by the end of the turn."""
-    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.convert_tokens_to_ids(TURN_END)]
+
+
+def _known(placeholders: Sequence[int]) -> list[int]:
+    return sorted({token for token in placeholders if token >= 0})

@@ -48,6 +48,11 @@ class Stride:
     max_frames: int = 110
     side: int = 384
 
+    @property
+    def max_seconds(self) -> float:
+        """Length of the longest video that is seen at the full rate."""
+        return self.max_frames / self.frames_per_second
+
     def times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
         """See `FrameRule`."""
         step = max(round(num_frames / seconds / self.frames_per_second), 1)

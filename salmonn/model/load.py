@@ -1,22 +1,70 @@
-"""Networks from folders and back: our own config.json, or that of a published checkpoint."""
+"""Networks from folders and from the hub, and back: our own config.json, or that of a published checkpoint."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig
+from transformers.utils import cached_file, is_flash_attn_2_available
 
+from salmonn import dist
+from salmonn.model.lora import load_adapter, merge
 from salmonn.model.network import PUBLISHED_KEYS, Network
 from salmonn.model.settings import SalmonnConfig, from_published
 
 CONFIG_NAME = "config.json"
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model's weights are kept.
+
+    Args:
+        device: that all of it lives on: cpu, cuda, cuda:1, ...; none takes this process's GPU, or the CPU without one.
+        device_map: "auto" splits it over all GPUs instead, and over the CPU where they do not suffice.
+        dtype: of the weights; auto is bfloat16 on a GPU and float32 on a CPU. Quantised weights compute in it.
+        attention: implementation; auto is flash attention on a GPU where it is installed, else SDPA.
+        bits: 8 or 4 quantises the language model's matrices with bitsandbytes; none leaves them as they are.
+    """
+
+    device: str | None = None
+    device_map: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    bits: Literal[4, 8] | None = None
+
+    def to_transformers(self) -> dict[str, Any]:
+        """The same as arguments of from_pretrained."""
+        device = torch.device(self.device) if self.device else dist.device()
+        on_gpu = device.type == "cuda"
+        dtype = getattr(torch, {"auto": "bfloat16" if on_gpu else "float32"}.get(self.dtype, self.dtype))
+        best = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
+        arguments: dict[str, Any] = dict(
+            dtype=dtype,
+            attn_implementation={"auto": best}.get(self.attention, self.attention),
+            device_map=self.device_map or {"": device},
+        )
+        if self.bits:
+            arguments["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=self.bits == 8,
+                load_in_4bit=self.bits == 4,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=dtype,
+                # The towers are small beside the language model, and what they give is what captions rest on.
+                llm_int8_skip_modules=["vision", "audio", "lm_head"],
+            )
+        return arguments
+
+
 def load_config(path: Path | str) -> SalmonnConfig:
-    """Read a model folder's config.json.
+    """Read the config.json of a model folder or of a model on the hub.
 
     Raises:
-        ValueError: the folder is no model of a known family; the message says what is missing or unknown.
+        ValueError: it is no model of a known family; the message says what is missing or unknown.
     """
     values = _read(path)
     if not _is_ours(values):
@@ -26,12 +74,18 @@ def load_config(path: Path | str) -> SalmonnConfig:
     return SalmonnConfig.from_dict(values)
 
 
-def load_network(path: Path | str) -> Network:
-    """Build the network that a folder describes and load its weights.
+def load_network(path: Path | str, *, placement: Placement | None = None, adapter: Path | str | None = None) -> Network:
+    """Build the network that a folder or a model on the hub describes, and load its weights to where they will live.
+
+    Args:
+        path: folder, or id on the hub.
+        placement: device, type and the like (default: the GPU where there is one).
+        adapter: PEFT folder or id on the hub, put on top and merged; quantised weights keep it beside them.
 
     Raises:
-        ValueError: the folder or its weights do not fit; the message names missing and unexpected keys.
+        ValueError: the model or its weights do not fit; the message names missing and unexpected keys.
     """
+    placement = placement or Placement()
     config = load_config(path)
     try:
         network, info = Network.from_pretrained(
@@ -40,23 +94,42 @@ def load_network(path: Path | str) -> Network:
             key_mapping=None if _is_ours(_read(path)) else PUBLISHED_KEYS[config.family],
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, by name
-            local_files_only=True,
+            **placement.to_transformers(),
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights in {path} are missing or damaged: {error}") from error
+    except ImportError as error:  # what a placement needs beside torch
+        raise ValueError(f"this way of loading needs a package that is not installed: {error}") from error
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
         told = ", ".join(f"{kind} {keys or 'none'}" for kind, keys in wrong.items())
         raise ValueError(f"the weights in {path} do not fit its {CONFIG_NAME}: {told}")
+    if adapter is not None:
+        load_adapter(network, adapter)
+        if not placement.bits:
+            merge(network)
     return network.eval()
 
 
 def _read(path: Path | str) -> dict[str, Any]:
     file = Path(path) / CONFIG_NAME
     if not file.is_file():
-        raise ValueError(f"no model in {path}: there is no {CONFIG_NAME}. Give the folder of a saved model.")
+        file = _from_hub(path)
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return values
+
+
+def _from_hub(path: Path | str) -> Path:
+    name = str(path)
+    if Path(path).exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise ValueError(
+            f"no model in {path}: there is no {CONFIG_NAME}. Give the folder of a saved model, or an id on the hub "
+            "such as tsinghua-ee/video-SALMONN2_plus_7B_full."
+        )
+    try:
+        return Path(cached_file(name, CONFIG_NAME))
+    except OSError as error:
+        raise ValueError(f"no model {name}: there is no such folder here, and the hub gave none: {error}") from error
 
 
 def _is_ours(values: dict[str, Any]) -> bool:
@@ -64,5 +137,6 @@ def _is_ours(values: dict[str, Any]) -> bool:
 
 
 def save_network(network: Network, path: Path | str) -> None:
-    """Write config.json and model.safetensors to a folder; the weights must carry no adapter."""
+    """Write config.json and safetensors to a folder; the weights must carry no adapter."""
+    assert not isinstance(network.lm, PeftModel), "an adapter must be merged before its network is saved"
     network.save_pretrained(str(path), save_original_format=False)

@@ -1,5 +1,6 @@
 """LoRA on the language model: attach, merge, save. The reference policy is the same weights with the adapter off."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,9 +9,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from torch import Tensor
 
-from salmonn.model.network import Network
+from salmonn.model.network import PUBLISHED_KEYS, Network
 
 
 @dataclass(frozen=True)
@@ -53,28 +56,70 @@ def adapter_off(network: Network) -> Iterator[None]:
         yield
 
 
-def load_adapter(network: Network, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
-    """Put a published adapter on the language model.
+def load_adapter(network: Network, path: Path | str) -> None:
+    """Put a saved adapter on the language model: our own, or one of the published models.
+
+    What a published adapter saved beside its low-rank matrices (parts that were trained as a whole) replaces the
+    network's own weights.
 
     Args:
         network: without an adapter.
-        tensors: as PEFT saved them, by the published model's names.
-        config: of the adapter.
+        path: PEFT folder, or id on the hub.
 
     Raises:
-        ValueError: the tensors are of another model; the message names what is missing and unexpected.
+        ValueError: there is none, or it is of another model; the message names what is missing and unexpected.
     """
-    attach(network, config, seed=0)
+    try:
+        config = PeftLoraConfig.from_pretrained(str(path))
+        tensors = load_peft_weights(str(path), device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no adapter that can be read: {error}") from error
+    low_rank = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
+    attach(
+        network,
+        LoraConfig(config.r, config.lora_alpha, config.lora_dropout, tuple(sorted(config.target_modules))),
+        seed=0,
+    )
+    put_adapter(network, low_rank)
+    _put_whole(network, {key: tensor for key, tensor in tensors.items() if ".lora_" not in key})
+
+
+def put_adapter(network: Network, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the attached adapter's matrices, named as PEFT saves them for our network or for a published one.
+
+    Raises:
+        ValueError: they are of another adapter; the message names what is missing and unexpected.
+    """
     # The published 2+ has its decoder where transformers now keeps decoder and tower.
+    published = "base_model.model.model.layers."
     inner = "model.language_model." if network.config.family == "salmonn2-plus" else "model."
     ours = {
-        key.replace("base_model.model.model.", f"base_model.model.{inner}", 1).replace(".default.", "."): tensor
+        key.replace(published, f"base_model.model.{inner}layers.", 1).replace(".default.", "."): tensor
         for key, tensor in tensors.items()
     }
     wanted = get_peft_model_state_dict(network.lm).keys()
-    if missing := sorted(wanted ^ ours.keys()):
-        raise ValueError(f"the adapter is of another model: missing or unexpected are {missing[:8]}")
+    if wanted != ours.keys():
+        raise ValueError(
+            f"the adapter is of another model: missing {sorted(wanted - ours.keys())[:8] or 'none'}, "
+            f"unexpected {sorted(ours.keys() - wanted)[:8] or 'none'}"
+        )
     set_peft_model_state_dict(network.lm, ours)
+
+
+def _put_whole(network: Network, tensors: Mapping[str, Tensor]) -> None:
+    parameters = dict(network.named_parameters())
+    unknown = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.").replace("modules_to_save.", "").replace(".default.", ".")
+        for pattern, ours in PUBLISHED_KEYS[network.config.family].items():
+            name = re.sub(pattern, ours, name)
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            unknown.append(key)
+            continue
+        with torch.no_grad():
+            parameters[name].copy_(tensor)
+    if unknown:
+        raise ValueError(f"the adapter is of another model: it holds {sorted(unknown)[:8]} beside its matrices")
 
 
 def save_adapter(network: Network, path: Path | str) -> None:

@@ -165,9 +165,11 @@ class Network(PreTrainedModel):
         embed = self.lm.get_input_embeddings()
         blocks = []
         for pictures, sounds, layout in zip(seen, heard, layouts, strict=True):
-            told = embed(torch.tensor(layout.told_ids, dtype=torch.long, device=self.device))
+            told = embed(torch.tensor(layout.told_ids, dtype=torch.long, device=embed.weight.device))
             zeros = told.new_zeros(1, told.shape[-1])
-            blocks.append(torch.cat([pictures, sounds, told, zeros])[layout.order.to(self.device)])
+            # A model that is split over devices has its towers elsewhere than its embeddings.
+            tokens = torch.cat([pictures.to(told), sounds.to(told), told, zeros])
+            blocks.append(tokens[layout.order.to(tokens.device)])
         return tuple(blocks)
 
     def _see(self, media: Sequence[Media]) -> list[Tensor]:

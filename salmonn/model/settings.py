@@ -2,11 +2,35 @@
 
 from typing import Any, Literal
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from salmonn.media.frames import FrameRule, Spread, Stride
+from salmonn.records import Use
 
 Family = Literal["salmonn2", "salmonn2-plus"]
+# What a model is asked where nobody asks anything else, by what it is given of the clip.
+PLAIN_PROMPTS: dict[Use, str] = {
+    "both": "Describe the video and its sounds in detail.",
+    "visual": "Describe what can be seen in detail.",
+    "audio": "Describe what can be heard in detail.",
+}
+# The first of each is what the published code asks for captions, the others are its parts for one modality.
+PUBLISHED_PROMPTS: dict[Family, dict[Use, str]] = {
+    "salmonn2": {
+        "both": "Give a detailed account of everything in the video, capturing all the specifics. While doing so, also "
+        "include as much information from the audio as possible, ensuring that the descriptions of audio and video are "
+        "well-synchronized.",
+        "visual": "Give a detailed account of everything in the video, capturing all the specifics.",
+        "audio": "Give a detailed account of everything in the audio, capturing all the specifics.",
+    },
+    "salmonn2-plus": {
+        "both": "Provide a comprehensive description of all the content in the video, leaving out no details. Be sure "
+        "to include as much of the audio information as possible, and ensure that your descriptions of the audio and "
+        "video are closely aligned.",
+        "visual": "Provide a comprehensive description of all the content in the video, leaving out no details.",
+        "audio": "Provide a comprehensive description of all the content in the audio, leaving out no details.",
+    },
+}
 WHISPER_KEYS = [
     "num_mel_bins",
     "d_model",
@@ -63,7 +87,10 @@ class SalmonnConfig(PreTrainedConfig):
         pool: salmonn2: side of the squares of patches that become one token.
         placeholder_ids: token ids that stand for a clip's tokens: seen, heard.
         frames: how densely and how large a clip is seen: arguments of `Stride` (salmonn2) or `Spread` (2+).
+        tell_time: salmonn2: without sound, each frame is followed by its time in words.
         system_prompt: what every conversation begins with; "" for nothing.
+        prompts: what is asked by default of a clip, its picture alone and its sound alone; none asks in plain words.
+        max_new_tokens: how long an answer may get by default.
     """
 
     model_type = "salmonn"
@@ -79,12 +106,26 @@ class SalmonnConfig(PreTrainedConfig):
     pool: int = 2
     placeholder_ids: tuple[int, int] = (-200, -200)
     frames: Any = None
+    tell_time: bool = True
     system_prompt: str = "You are a helpful assistant."
+    prompts: Any = None
+    max_new_tokens: int = 160
+
+    def describe(self, use: Use = "both") -> str:
+        """The prompt that asks for a caption."""
+        prompt: str = (self.prompts or PLAIN_PROMPTS)[use]
+        return prompt
 
     @property
     def frame_rule(self) -> FrameRule:
         """Which frames of a clip are seen."""
         return {"salmonn2": Stride, "salmonn2-plus": Spread}[self.family](**(self.frames or {}))
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """salmonn2: tokens of a frame: a square of pooled patches, each row closed by one more."""
+        side = self.vision["image_size"] // self.vision["patch_size"] // self.pool
+        return int(side * (side + 1))
 
     @property
     def chunk_seconds(self) -> int:
@@ -95,6 +136,10 @@ class SalmonnConfig(PreTrainedConfig):
     def windows_per_chunk(self) -> int:
         """Tokens that a chunk of sound becomes."""
         return round(self.chunk_seconds / self.window_seconds) * self.num_queries
+
+
+# So that transformers' own loaders of tokenizers know what they see.
+AutoConfig.register(SalmonnConfig.model_type, SalmonnConfig)
 
 
 def tiny(*, vocab_size: int, placeholder_ids: tuple[int, int], eos_token_id: int, pad_token_id: int) -> SalmonnConfig:
@@ -221,6 +266,10 @@ def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
         qformer=_qformer(qformer, encoder_width=whisper["d_model"]),
         num_queries=audio.get("num_speech_query_token", 1),
         window_seconds=audio.get("second_per_window", 0.5),
+        tell_time=flat.get("add_time_token", True),
+        frames={"side": siglip["image_size"]},
+        prompts=PUBLISHED_PROMPTS["salmonn2"],
+        max_new_tokens=2048,
         pool=flat.get("mm_spatial_pool_stride", 2),
         tie_word_embeddings=flat.get("tie_word_embeddings", False),
     )
@@ -228,6 +277,7 @@ def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
 
 def _plus(values: dict[str, Any]) -> SalmonnConfig:
     audio = values["audio_config"]
+    vision = values["vision_config"]
     return SalmonnConfig(
         family="salmonn2-plus",
         lm={key: value for key, value in values.items() if key not in ("audio_config", "dtype", "torch_dtype")},
@@ -236,6 +286,9 @@ def _plus(values: dict[str, Any]) -> SalmonnConfig:
         num_queries=audio["qformer_config"].get("query_length", 1),
         window_seconds=audio.get("second_per_window", 0.5),
         placeholder_ids=(values["video_token_id"], values["audio_token_id"]),
+        frames={"factor": vision["patch_size"] * vision["spatial_merge_size"]},
+        prompts=PUBLISHED_PROMPTS["salmonn2-plus"],
+        max_new_tokens=1024,
         tie_word_embeddings=values.get("tie_word_embeddings", False),
     )
 

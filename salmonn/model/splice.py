@@ -32,8 +32,12 @@ class Layout:
 
     @property
     def next_position(self) -> int:
-        """Where the text goes on, counted from the block's start: after the greatest time."""
-        return int(self.positions[0].max()) + 1
+        """Where the text goes on, counted from the block's start.
+
+        After the greatest time, or where nothing is heard after the greatest of all positions, as published.
+        """
+        counted = self.positions if self.num_seen == len(self) else self.positions[0]
+        return int(counted.max()) + 1
 
     @property
     def is_seen(self) -> Tensor:
@@ -90,7 +94,9 @@ def _pad_told(told: Sequence[int], *, start: int) -> Tensor:
     return rows
 
 
-def by_seconds(grid: tuple[int, int, int] | None, *, num_heard: int, second_per_grid: float) -> Layout:
+def by_seconds(
+    grid: tuple[int, int, int] | None, *, num_heard: int, second_per_grid: float, released: bool = False
+) -> Layout:
     """video-SALMONN 2+: each grid step, then what is heard until the next one; positions are time, row and column.
 
     With u_k = floor(second_per_grid * 2 k), grid step k is followed by u_(k+1) - u_k heard tokens (two stand for a
@@ -101,10 +107,12 @@ def by_seconds(grid: tuple[int, int, int] | None, *, num_heard: int, second_per_
         grid: steps, rows and columns of seen tokens; none without picture.
         num_heard: A tokens of sound.
         second_per_grid: seconds that a grid step spans.
+        released: the positions of the published inference code in place of those of training; see `_released`.
     """
     when = torch.arange(num_heard)
     if grid is None:
-        return Layout(when, torch.stack([when, when, torch.zeros_like(when)]), num_seen=0)
+        row = torch.zeros_like(when) if not released else when
+        return Layout(when, torch.stack([when, when, row]), num_seen=0)
     steps, rows, columns = grid
     starts = (torch.arange(steps) * second_per_grid * 2).long()
     seen = torch.arange(steps * rows * columns).reshape(steps, -1)
@@ -115,7 +123,22 @@ def by_seconds(grid: tuple[int, int, int] | None, *, num_heard: int, second_per_
     cells = torch.arange(rows * columns).repeat(steps)
     where = torch.stack([starts.repeat_interleave(rows * columns), cells // columns, cells % columns])
     heard_at = torch.stack([when, torch.zeros_like(when), when])
+    if released:
+        return Layout(order, _released(grid, num_heard=num_heard), seen.numel())
     return Layout(order, torch.cat([where, heard_at], dim=1)[:, order], seen.numel())
+
+
+def _released(grid: tuple[int, int, int], *, num_heard: int) -> Tensor:
+    """Positions that the published generate() computes of picture and sound, (3, N).
+
+    It is not told of the sound nor of the seconds: it takes the first tokens of the block for the whole picture, a
+    step for a second, and all that follow for text.
+    """
+    steps, rows, columns = grid
+    cells = torch.arange(rows * columns).repeat(steps)
+    starts = (torch.arange(steps) * 2).repeat_interleave(rows * columns)
+    seen = torch.stack([starts, cells // columns, cells % columns])
+    return torch.cat([seen, (torch.arange(num_heard) + seen.max() + 1).expand(3, -1)], dim=1)
 
 
 def text_positions(is_clip: Tensor, mask: Tensor, layouts: Sequence[Layout]) -> Tensor:

@@ -8,7 +8,6 @@ from tqdm import tqdm
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.prompt import DESCRIBE
 from salmonn.model.network import Block
 from salmonn.records import Caption, Reference, Score
 from salmonn.score.judge import Judge
@@ -50,11 +49,12 @@ def caption_clips(
     batch_size: int = 128,
 ) -> list[Caption]:
     """`num_samples` captions of each clip, a clip's captions one after the other; the clips are shared over ranks."""
+    prompt = captioner.describe()
     mine = dist.share(list(zip(references, blocks, strict=True)))
     with tqdm(total=len(mine), desc=name, unit="clip", disable=not dist.is_main()) as bar:
         answers = captioner.answer(
             [block for _, block in mine],
-            [DESCRIBE] * len(mine),
+            [prompt] * len(mine),
             sampling=sampling,
             num_samples=num_samples,
             seed=seed * 1_000_003 + dist.rank() * 100_003,
@@ -65,7 +65,7 @@ def caption_clips(
         Caption(
             mine[index // num_samples][0].video,
             answer.text,
-            prompt=DESCRIBE,
+            prompt=prompt,
             model=captioner.name,
             sample=index % num_samples,
             finished=answer.finished,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.inputs import Processor, Row, restrict_media
-from salmonn.caption.prompt import DESCRIBE, DESCRIBE_AUDIO, DESCRIBE_VISUAL, LIST_EVENTS, answer_ids
+from salmonn.caption.prompt import LIST_EVENTS, answer_ids
 from salmonn.model.network import Block, Inputs, Media
+from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Reference, Use
 
 Task = Literal[
@@ -28,15 +29,6 @@ Task = Literal[
 ]
 VISUAL_KINDS = ("colour", "order", "where", "direction")  # of questions that the picture alone answers
 Item = TypeVar("Item")
-PROMPTS = {
-    "caption": DESCRIBE,
-    "human_caption": DESCRIBE,
-    "visual_caption": DESCRIBE_VISUAL,
-    "audio_caption": DESCRIBE_AUDIO,
-    "events": LIST_EVENTS,
-    "visual_events": LIST_EVENTS,
-    "audio_events": LIST_EVENTS,
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +52,12 @@ class Example:
 
 
 def make_examples(
-    references: Sequence[Reference], tasks: Sequence[Task], *, root: Path, single_modality_every: int = 1
+    references: Sequence[Reference],
+    tasks: Sequence[Task],
+    *,
+    root: Path,
+    prompts: Mapping[Use, str] = PLAIN_PROMPTS,
+    single_modality_every: int = 1,
 ) -> list[Example]:
     """The examples that references give in one epoch.
 
@@ -70,6 +67,7 @@ def make_examples(
         references: of any videos; one that lacks what a task needs gives no example of it.
         tasks: what is learnt.
         root: folder that the references' video paths start from.
+        prompts: what asks for a caption of each use.
         single_modality_every: of so many clips one is learnt by its picture alone and by its sound alone too.
 
     Raises:
@@ -82,16 +80,16 @@ def make_examples(
         video = root / reference.video
         uses: tuple[Use, ...] = ("both",) if index % single_modality_every else ("both", "visual", "audio")
         for use in uses:
-            if turns := _turns(reference, tasks, use=use):
+            if turns := _turns(reference, tasks, use=use, describe=prompts[use]):
                 examples.append(Example(video, turns, use=use))
     return examples
 
 
-def _turns(reference: Reference, tasks: Sequence[Task], *, use: Use) -> tuple[Turn, ...]:
+def _turns(reference: Reference, tasks: Sequence[Task], *, use: Use, describe: str) -> tuple[Turn, ...]:
     """The turns of one use of the clip: its captions, its events (in canonical words, which do not vary), questions."""
     prefix = "" if use == "both" else f"{use}_"
     wanted = ("caption", "human_caption") if use == "both" else (f"{prefix}caption",)
-    turns = [Turn(PROMPTS[task], getattr(reference, task)) for task in tasks if task in wanted]
+    turns = [Turn(describe, getattr(reference, task)) for task in tasks if task in wanted]
     if f"{prefix}events" in tasks:
         events = [event.text for event in reference.events if use in ("both", event.modality)]
         turns.append(Turn(LIST_EVENTS, ", ".join(events)))

@@ -7,8 +7,10 @@ import pytest
 from salmonn.caption.captioner import Captioner, Failure, Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import restrict_media
-from salmonn.caption.prompt import DESCRIBE
+from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Caption
+
+DESCRIBE = PLAIN_PROMPTS["both"]
 
 SHORT = Sampling(max_new_tokens=12)
 
@@ -94,7 +96,7 @@ def test_picture_or_sound_alone(captioner, videos, media):
     texts = {use: captioner.caption(videos[0], sampling=SHORT, use=use).text for use in ("both", "visual", "audio")}
     assert len(set(texts.values())) == 3
     heard = restrict_media(media[0], "audio")
-    assert texts["audio"] == captioner.answer([heard], [DESCRIBE], sampling=SHORT)[0].text
+    assert texts["audio"] == captioner.answer([heard], [PLAIN_PROMPTS["audio"]], sampling=SHORT)[0].text
 
 
 def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):

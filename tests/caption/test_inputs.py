@@ -66,7 +66,7 @@ def test_layout_of_the_tokens(processor):
     ids, labels = inputs.input_ids[0].tolist(), inputs.labels[0].tolist()
     # Frames of 0.5 s, two a step: step 0 comes with two windows of sound, step 1 with the other 14.
     clip = "<|video_pad|>" * 4 + "<|audio_pad|>" * 2 + "<|video_pad|>" * 4 + "<|audio_pad|>" * 14
-    text = f"<|im_start|>user\n<|vision_start|>{clip}<|vision_end|>Tell.<|im_end|>\n<|im_start|>assistant\n"
+    text = f"<|im_start|>user\n<|vision_start|>{clip}<|vision_end|>\nTell.<|im_end|>\n<|im_start|>assistant\n"
     assert processor.tokenizer.decode(ids) == text + "a tone<|im_end|>"
     answer = [*processor.tokenizer.encode("a tone"), processor.tokenizer.eos_token_id]
     assert labels == [-100] * (len(ids) - len(answer)) + answer
@@ -80,13 +80,24 @@ def test_layout_of_the_tokens(processor):
 class Letters:
     """A tokenizer that gives each letter its number: a 1, b 2, ..."""
 
-    pad_token_id, eos_token_id, all_special_tokens = 0, 50, ()
+    all_special_tokens = ()
+    special = {"<|endoftext|>": 0, "<|im_start|>": 49, "<|im_end|>": 50, "<|vision_start|>": 51, "<|vision_end|>": 52}
+
+    def get_vocab(self):
+        return self.special
+
+    def convert_tokens_to_ids(self, tokens):
+        return self.special[tokens] if isinstance(tokens, str) else [self.special[token] for token in tokens]
+
+    def convert_ids_to_tokens(self, ids):
+        return ["<|clip|>" for _ in ids]
 
     def apply_chat_template(self, messages, **_):
         return messages[0]["content"]
 
     def encode(self, text, **_):
-        return [ord(letter) - 96 for letter in text.replace("<|vision_start|>", "").replace("<|vision_end|>", "")]
+        plain = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "").replace("\n", "")
+        return [ord(letter) - 96 for letter in plain]
 
 
 @pytest.fixture

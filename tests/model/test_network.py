@@ -73,7 +73,7 @@ def test_blocks_are_what_media_give(captioner, mixed):
     blocks = captioner.encode(mixed)
     assert [len(block) for block in blocks] == [len(processor.lay_out(clip)) for clip in mixed]
     assert torch.equal(network(processor.inputs(ROWS, blocks)), network(processor.inputs(ROWS, mixed)))
-    config = Sampling(max_new_tokens=8).to_transformers(eos_token_id=2, pad_token_id=0)
+    config = Sampling(max_new_tokens=8).to_transformers(stop_ids=[2], pad_token_id=0)
     questions = [Row(row.clip, row.prompt) for row in ROWS]
     assert generate(network, processor.inputs(questions, blocks, pad_left=True), config=config) == generate(
         network, processor.inputs(questions, mixed, pad_left=True), config=config

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from salmonn.caption.prompt import DESCRIBE, DESCRIBE_AUDIO, DESCRIBE_VISUAL
 from salmonn.model.network import Block
+from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.model.splice import by_seconds
 from salmonn.records import Question, Reference
 from salmonn.train.examples import ClipCache, Example, SftBatches, Turn, deal, make_examples, sft_loss
+
+DESCRIBE, DESCRIBE_VISUAL, DESCRIBE_AUDIO = PLAIN_PROMPTS["both"], PLAIN_PROMPTS["visual"], PLAIN_PROMPTS["audio"]
 
 FULL = Reference(
     "a.mp4",

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from salmonn.caption.generate import Sampling
-from salmonn.caption.prompt import DESCRIBE
 from salmonn.media.synth import SynthConfig
+from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Question, Reference, write_records
 from salmonn.score.judge import RuleJudge
 from salmonn.train.evaluate import caption_clips, encode_clips, evaluate
 from salmonn.train.references import all_texts, heldout_config, read_clips, render_clips
+
+DESCRIBE = PLAIN_PROMPTS["both"]
 
 ONE = SynthConfig(
     clips=1, seed=4, min_seconds=3.0, max_seconds=3.0, min_visual=1, max_visual=1, max_sounds=1, min_sounds=1
