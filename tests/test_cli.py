@@ -143,7 +143,7 @@ def test_wrong_usage_of_caption(call, videos, random_model, tmp_path, args, word
 
 def test_a_mistake_leaves_no_empty_file_behind(call, videos, random_model, tmp_path):
     out = tmp_path / "out.jsonl"
-    assert call("caption", videos[0], "--out", out, "--model", random_model, "--prompt", "<|av|>")[0] == 2
+    assert call("caption", videos[0], "--out", out, "--model", random_model, "--prompt", "<|video_pad|>")[0] == 2
     assert not out.exists()
 
 
