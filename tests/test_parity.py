@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 from transformers import GenerationConfig
 
 from salmonn.caption.generate import generate
@@ -39,6 +40,7 @@ class Case:
     inputs: Inputs
     seen: Tensor
     heard: Tensor
+    facts: dict
 
 
 @pytest.fixture(scope="module", params=NAMES, ids=lambda name: f"{name[0].name}-{name[1]}")
@@ -66,7 +68,7 @@ def make_case(network: Network, folder: Path, name: str) -> Case:
         if "pixel_values_videos" in tensors:
             seen = network.vision.encode(tensors["pixel_values_videos"], tensors["video_grid_thw"].tolist())
         layout = lay_out_plus(network, facts, tensors, num_heard=len(heard))
-    return Case(network, tensors, make_inputs(network, ids, layout, seen=seen, heard=heard), seen, heard)
+    return Case(network, tensors, make_inputs(network, ids, layout, seen=seen, heard=heard), seen, heard, facts)
 
 
 def lay_out_salmonn2(facts: dict, *, num_seen: int, num_heard: int) -> Layout:
@@ -77,14 +79,17 @@ def lay_out_salmonn2(facts: dict, *, num_seen: int, num_heard: int) -> Layout:
     return deal_out(count, per_frame, num_heard=num_heard, num_front=round(seconds * 50), told=told)
 
 
-def lay_out_plus(network: Network, facts: dict, tensors: dict[str, Tensor], *, num_heard: int) -> Layout:
+def lay_out_plus(
+    network: Network, facts: dict, tensors: dict[str, Tensor], *, num_heard: int, released: bool = False
+) -> Layout:
     grid = None
     if "video_grid_thw" in tensors:
         merge = network.vision.encoder.spatial_merge_size
         steps, rows, columns = tensors["video_grid_thw"][0].tolist()
         grid = (steps, rows // merge, columns // merge)
     seconds = facts["second_per_grid_ts"]
-    return by_seconds(grid, num_heard=num_heard, second_per_grid=seconds[0] if seconds else 0.0)
+    second_per_grid = seconds[0] if seconds else 0.0
+    return by_seconds(grid, num_heard=num_heard, second_per_grid=second_per_grid, released=released)
 
 
 def make_inputs(network: Network, ids: Tensor, layout: Layout, *, seen: Tensor, heard: Tensor) -> Inputs:
@@ -160,6 +165,50 @@ def test_greedy_tokens(case, use_cache):
         max_new_tokens=len(published[0]), do_sample=False, eos_token_id=[-1], pad_token_id=0, use_cache=use_cache
     )
     assert generate(case.network, case.inputs, config=config) == published
+
+
+def test_positions_of_the_released_code(case):
+    if "position_ids_released_generate" not in case.tensors:
+        pytest.skip("the published code computes no others of this case")
+    network, ids = case.network, case.inputs.input_ids
+    layout = lay_out_plus(network, case.facts, case.tensors, num_heard=len(case.heard), released=True)
+    is_clip = torch.isin(ids, torch.tensor(network.config.placeholder_ids))
+    positions = text_positions(is_clip, torch.ones_like(ids), [layout])
+    assert torch.equal(positions, case.tensors["position_ids_released_generate"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("folder", [path.parent for path in FOLDERS], ids=lambda folder: folder.name)
+def test_greedy_tokens_in_a_batch_of_different_lengths(folder):
+    network = load_network(folder)
+    names = [name for name in json.loads((folder / "cases.json").read_text()) if name != "preference"]
+    cases = [make_case(network, folder, name) for name in names]
+    inputs = pad_left([case.inputs for case in cases])
+    assert len({case.inputs.input_ids.shape[1] for case in cases}) > 1
+    published = [case.tensors["greedy"][0].tolist() for case in cases]
+    config = GenerationConfig(
+        max_new_tokens=len(published[0]), do_sample=False, eos_token_id=[-1], pad_token_id=0, use_cache=True
+    )
+    assert generate(network, inputs, config=config) == published
+
+
+def pad_left(rows: list[Inputs]) -> Inputs:
+    """Batches of one row -> one batch."""
+    width = max(row.input_ids.shape[1] for row in rows)
+
+    def stack(name: str) -> Tensor:
+        tensors = [getattr(row, name) for row in rows]
+        return torch.cat([functional.pad(tensor, (width - tensor.shape[-1], 0)) for tensor in tensors], dim=-2)
+
+    return Inputs(
+        input_ids=stack("input_ids"),
+        attention_mask=stack("attention_mask"),
+        position_ids=stack("position_ids"),
+        labels=stack("labels"),
+        clip_index=tuple(range(len(rows))),
+        layouts=tuple(row.layouts[0] for row in rows),
+        blocks=tuple(row.blocks[0] for row in rows),
+    )
 
 
 @pytest.mark.parametrize("folder", [path.parent for path in FOLDERS], ids=lambda folder: folder.name)

@@ -147,7 +147,7 @@ class Processor:
 
     def lay_out(self, media: Media) -> Layout:
         """The order and positions of the tokens that a clip becomes."""
-        num_heard = len(media.mel) * self.config.windows_per_chunk
+        num_heard = len(media.mel) * self.config.tokens_per_chunk
         if self.config.family == "salmonn2":
             told = [] if len(media.mel) or not self.config.tell_time else self._times(media)
             num_front = round(media.seconds * 50)  # the published count of steps, though a second has two tokens

@@ -60,11 +60,8 @@ def _plus(config: SalmonnConfig, attention: dict[str, Any]) -> Parts:
 def _audio(config: SalmonnConfig, attention: dict[str, Any], *, width: int) -> AudioTower:
     encoder = WhisperEncoder(WhisperConfig(**config.whisper, **attention))
     qformer = Blip2QFormerModel(Blip2QFormerConfig(**config.qformer))
-    chunk_seconds = encoder.config.max_source_positions / 50  # Whisper's encoder gives 50 steps a second
     window = WindowQFormer(
-        qformer,
-        num_queries=config.num_queries,
-        steps_per_window=round(encoder.config.max_source_positions * config.window_seconds / chunk_seconds),
+        qformer, num_queries=config.num_queries, window=config.window_steps, stride=config.stride_steps
     )
     return AudioTower(encoder, nn.Identity(), window, nn.Linear(qformer.config.hidden_size, width), tell_chunk=False)
 

@@ -31,6 +31,7 @@ PUBLISHED_PROMPTS: dict[Family, dict[Use, str]] = {
         "audio": "Provide a comprehensive description of all the content in the audio, leaving out no details.",
     },
 }
+STEPS_PER_SECOND = 50  # of Whisper's encoder
 WHISPER_KEYS = [
     "num_mel_bins",
     "d_model",
@@ -84,6 +85,7 @@ class SalmonnConfig(PreTrainedConfig):
         whisper, qformer: arguments of WhisperConfig and Blip2QFormerConfig.
         num_queries: Q-Former queries a window.
         window_seconds: length of a Q-Former window.
+        stride_seconds: from one window to the next; none is a window's length.
         pool: salmonn2: side of the squares of patches that become one token.
         placeholder_ids: token ids that stand for a clip's tokens: seen, heard.
         frames: how densely and how large a clip is seen: arguments of `Stride` (salmonn2) or `Spread` (2+).
@@ -103,6 +105,7 @@ class SalmonnConfig(PreTrainedConfig):
     qformer: Any = None
     num_queries: int = 1
     window_seconds: float = 0.5
+    stride_seconds: float | None = None
     pool: int = 2
     placeholder_ids: tuple[int, int] = (-200, -200)
     frames: Any = None
@@ -129,13 +132,24 @@ class SalmonnConfig(PreTrainedConfig):
 
     @property
     def chunk_seconds(self) -> int:
-        """Length of the chunks of sound that the Whisper encoder takes; it gives 50 steps a second."""
-        return int(self.whisper["max_source_positions"]) // 50
+        """Length of the chunks of sound that the Whisper encoder takes."""
+        return int(self.whisper["max_source_positions"]) // STEPS_PER_SECOND
 
     @property
-    def windows_per_chunk(self) -> int:
-        """Tokens that a chunk of sound becomes."""
-        return round(self.chunk_seconds / self.window_seconds) * self.num_queries
+    def window_steps(self) -> int:
+        """Encoder steps in a window of the Q-Former."""
+        return round(1500 * self.window_seconds / 30)  # in the published order, since halves round either way
+
+    @property
+    def stride_steps(self) -> int:
+        """Encoder steps from one window to the next."""
+        return round(1500 * (self.stride_seconds or self.window_seconds) / 30)
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Tokens that a chunk of sound becomes: those of the windows that fit in it."""
+        steps = int(self.whisper["max_source_positions"])
+        return ((steps - self.window_steps) // self.stride_steps + 1) * self.num_queries
 
 
 # So that transformers' own loaders of tokenizers know what they see.
@@ -266,6 +280,7 @@ def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
         qformer=_qformer(qformer, encoder_width=whisper["d_model"]),
         num_queries=audio.get("num_speech_query_token", 1),
         window_seconds=audio.get("second_per_window", 0.5),
+        stride_seconds=audio.get("second_stride"),
         tell_time=flat.get("add_time_token", True),
         frames={"side": siglip["image_size"]},
         prompts=PUBLISHED_PROMPTS["salmonn2"],
@@ -285,6 +300,7 @@ def _plus(values: dict[str, Any]) -> SalmonnConfig:
         qformer=_qformer(audio["qformer_config"], encoder_width=audio["d_model"]),
         num_queries=audio["qformer_config"].get("query_length", 1),
         window_seconds=audio.get("second_per_window", 0.5),
+        stride_seconds=audio.get("second_stride"),
         placeholder_ids=(values["video_token_id"], values["audio_token_id"]),
         frames={"factor": vision["patch_size"] * vision["spatial_merge_size"]},
         prompts=PUBLISHED_PROMPTS["salmonn2-plus"],

@@ -28,7 +28,7 @@ def test_size_of_the_tiny_model():
     with torch.device("meta"):
         network = tiny_network()
     assert 1e6 < sum(parameter.numel() for parameter in network.parameters()) < 5e6
-    assert (network.config.chunk_seconds, network.config.windows_per_chunk) == (8, 16)
+    assert (network.config.chunk_seconds, network.config.tokens_per_chunk) == (8, 16)
     assert network.config.frame_rule.size(720, 1280, 30) == (24, 48)
 
 

@@ -20,7 +20,7 @@ def qformer():
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, cross_attention_frequency=1,
         encoder_hidden_size=12,
     )  # fmt: skip
-    return WindowQFormer(Blip2QFormerModel(config), num_queries=3, steps_per_window=5).eval()
+    return WindowQFormer(Blip2QFormerModel(config), num_queries=3, window=5, stride=5).eval()
 
 
 @torch.no_grad()
@@ -45,9 +45,20 @@ def test_queries_of_a_window_differ(qformer):
     assert (hidden[0] - hidden[1]).abs().max() > 1e-4
 
 
-def test_windows_must_be_whole(qformer):
-    with pytest.raises(ValueError, match="22 audio steps do not divide into windows of 5"):
-        qformer(torch.randn(1, 22, 12))
+@pytest.mark.parametrize(("window", "stride", "num_windows"), [(5, 5, 4), (6, 4, 5), (4, 7, 3), (22, 1, 1)])
+def test_windows_are_those_of_unfold(qformer, window, stride, num_windows):
+    """The published code cuts them with `unfold`, which leaves out what fills no window."""
+    qformer.window, qformer.stride = window, stride
+    steps = torch.randn(2, 22, 12)
+    cut = torch.nn.functional.unfold(steps.transpose(1, 2).unsqueeze(2), (1, window), stride=(1, stride))
+    windows = cut.unflatten(1, (12, window)).permute(0, 3, 2, 1)
+    assert windows.shape == (2, num_windows, window, 12)
+    expected = [
+        qformer.qformer(query_embeds=qformer.queries, encoder_hidden_states=one[None]).last_hidden_state[0]
+        for chunk in windows
+        for one in chunk
+    ]
+    assert torch.allclose(qformer(steps).flatten(0, 1), torch.stack(expected), atol=1e-6)
 
 
 @torch.no_grad()
