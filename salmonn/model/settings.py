@@ -74,6 +74,48 @@ BERT_BASE_OF_TWO_LAYERS: dict[str, Any] = dict(
     query_length=1,
 )
 
+# A published config.json holds only what differs from its own classes' defaults, which are not those of transformers.
+PLUS_DEFAULTS: dict[str, Any] = dict(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    hidden_act="silu",
+    max_position_embeddings=128000,
+    rms_norm_eps=1e-6,
+    rope_theta=1000000.0,
+    tie_word_embeddings=False,
+    video_token_id=151656,
+    audio_token_id=151665,
+)
+PLUS_VISION_DEFAULTS: dict[str, Any] = dict(
+    depth=32,
+    hidden_size=1280,
+    hidden_act="silu",
+    intermediate_size=3420,
+    num_heads=16,
+    in_channels=3,
+    patch_size=14,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    tokens_per_second=4,
+    window_size=112,
+    out_hidden_size=3584,
+    fullatt_block_indexes=[7, 15, 23, 31],
+)
+PLUS_QFORMER_DEFAULTS: dict[str, Any] = dict(
+    hidden_size=3072,
+    intermediate_size=12288,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    hidden_act="gelu",
+    layer_norm_eps=1e-12,
+    cross_attention_freq=1,
+    query_length=1,
+)
+
 
 class SalmonnConfig(PreTrainedConfig):
     """Everything needed to build a network.
@@ -241,8 +283,9 @@ def from_published(values: dict[str, Any]) -> SalmonnConfig:
     flat = values.get("config", values)
     if flat.get("model_type") == "video_salmonn_2":
         return _salmonn2(values, flat)
-    if flat.get("model_type") == "qwen2_5_vl" and "audio_config" in values:
-        return _plus(values)
+    is_plus = "audio_config" in values or "audio_token_id" in values or "SALMONN" in str(values.get("architectures"))
+    if flat.get("model_type") == "qwen2_5_vl" and is_plus:
+        return _plus(PLUS_DEFAULTS | values)
     raise ValueError(
         f"the model is of type {flat.get('model_type')!r}: known are video-SALMONN 2 (video_salmonn_2), 2+ (qwen2_5_vl "
         "with an audio_config), and models saved by this project (salmonn)"
@@ -291,14 +334,16 @@ def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
 
 
 def _plus(values: dict[str, Any]) -> SalmonnConfig:
-    audio = values["audio_config"]
-    vision = values["vision_config"]
+    audio = WHISPER_LARGE_V3 | values.get("audio_config", {})
+    qformer = PLUS_QFORMER_DEFAULTS | audio.get("qformer_config", {})
+    vision = PLUS_VISION_DEFAULTS | values.get("vision_config", {})
+    lm = {key: value for key, value in values.items() if key not in ("audio_config", "dtype", "torch_dtype")}
     return SalmonnConfig(
         family="salmonn2-plus",
-        lm={key: value for key, value in values.items() if key not in ("audio_config", "dtype", "torch_dtype")},
+        lm=lm | {"vision_config": vision},
         whisper={key: audio[key] for key in WHISPER_KEYS},
-        qformer=_qformer(audio["qformer_config"], encoder_width=audio["d_model"]),
-        num_queries=audio["qformer_config"].get("query_length", 1),
+        qformer=_qformer(qformer, encoder_width=audio["d_model"]),
+        num_queries=qformer["query_length"],
         window_seconds=audio.get("second_per_window", 0.5),
         stride_seconds=audio.get("second_stride"),
         placeholder_ids=(values["video_token_id"], values["audio_token_id"]),
