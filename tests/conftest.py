@@ -1,6 +1,7 @@
 """What several tests need: synthetic clips, and a small model with random weights."""
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -108,3 +109,32 @@ def fill_adapter() -> Callable[[nn.Module], None]:
                     parameter.normal_(std=0.1)
 
     return fill
+
+
+PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> Callable[[str], Path]:
+    """Folders of the parity fixtures, models in the published layout, with a tokenizer whose letters are bytes."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            source = PARITY_DIR / family
+            if not source.is_dir():
+                pytest.skip(f"no parity fixtures in {PARITY_DIR}: set PARITY_DIR")
+            folder = tmp_path_factory.mktemp("published") / family
+            folder.mkdir()
+            (folder / "model.safetensors").symlink_to(source / "model.safetensors")
+            tokenizer = train_tokenizer(["a"], vocab_size=263)
+            tokenizer.save_pretrained(str(folder))
+            config = json.loads((source / "config.json").read_text())
+            seen, heard = tokenizer.convert_tokens_to_ids([SEEN, HEARD])
+            known = {"video_token_id": seen, "audio_token_id": heard}
+            config |= {key: token for key, token in known.items() if key in config}
+            (folder / "config.json").write_text(json.dumps(config))
+            made[family] = folder
+        return made[family]
+
+    return make

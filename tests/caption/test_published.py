@@ -1,0 +1,255 @@
+"""Published checkpoints from file to caption: what a clip and words become for either family, and what is said of it.
+
+The models are the parity fixtures, random ones in the published layout, with a tokenizer whose letters are bytes.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generate import Sampling
+from salmonn.caption.inputs import Processor, Row
+from salmonn.media.clip import Clip
+from salmonn.model.load import load_config
+from salmonn.model.settings import from_published
+
+MEDIA = Path(__file__).parents[3] / "shared" / "media"
+needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no media in {MEDIA}")
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(params=["salmonn2", "salmonn2-plus"])
+def family(request) -> str:
+    return request.param
+
+
+def make_processor(folder: Path, **options) -> Processor:
+    return Processor.load(folder, config=load_config(folder), **options)
+
+
+def make_clip(*, frames: int, seconds: float, sound_seconds: float | None, side: int = 56) -> Clip:
+    shape = (frames, side, side, 3)
+    return Clip(
+        path="clip.mp4",
+        frames=np.zeros(shape if frames else (0, 0, 0, 3), np.uint8),
+        frame_times=np.linspace(0, seconds, frames, endpoint=False),
+        waveform=None if sound_seconds is None else np.zeros(round(sound_seconds * 16_000), np.float32),
+        start_seconds=0.0,
+        picture_seconds=seconds if frames else 0.0,
+        duration_seconds=max(seconds, sound_seconds or 0.0),
+    )
+
+
+def words(processor: Processor, clip: Clip, prompt: str = "Tell.") -> str:
+    """The text of a prompt on a clip, its tokens shown as V (seen), A (heard), T (time) and . (salmonn2: any)."""
+    media = processor.media(clip)
+    ids = processor.inputs([Row(0, prompt)], [media]).input_ids[0].tolist()
+    pieces = ["." if token < 0 else processor.tokenizer.decode([token]) for token in ids]
+    return "".join(pieces).replace("<|video_pad|>", "V").replace("<|audio_pad|>", "A")
+
+
+def kinds(processor: Processor, clip: Clip) -> str:
+    """What stands at each place of a clip's block: V seen, A heard, letters that tell the time, _ nothing."""
+    media = processor.media(clip)
+    layout = processor.lay_out(media)
+    told = processor.tokenizer.convert_ids_to_tokens(list(layout.told_ids))
+    source = "V" * layout.num_seen + "A" * (len(media.mel) * 60) + "".join(told) + "_"
+    return "".join(source[place] for place in layout.order.tolist())
+
+
+class TestPlus:
+    """video-SALMONN 2+."""
+
+    @pytest.fixture
+    def processor(self, published) -> Processor:
+        return make_processor(published("salmonn2-plus"))
+
+    def test_picture_and_sound(self, processor):
+        # 12 frames of 3 s are 6 steps of 0.5 s, each a square of 2 x 2 tokens with the one window that it lasts; 60
+        # windows come of the sound's chunk, and the last step takes what is left.
+        text = words(processor, make_clip(frames=12, seconds=3.0, sound_seconds=3.0))
+        clip = "VVVVA" * 5 + "VVVV" + "A" * 55
+        assert text == f"{SYSTEM}<|vision_start|>{clip}<|vision_end|>\nTell.{ANSWER}"
+
+    def test_sound_shorter_than_the_picture(self, processor):
+        # The published code breaks here: 70 s of picture in steps of 10 s would take 20 windows each, 60 are there.
+        text = words(processor, make_clip(frames=14, seconds=70.0, sound_seconds=1.5))
+        clip = ("VVVV" + "A" * 20) * 3 + "VVVV" * 4
+        assert text == f"{SYSTEM}<|vision_start|>{clip}<|vision_end|>\nTell.{ANSWER}"
+
+    def test_sound_longer_than_the_picture(self, processor):
+        text = words(processor, make_clip(frames=4, seconds=2.0, sound_seconds=31.0))
+        clip = "VVVV" + "AA" + "VVVV" + "A" * 118
+        assert text == f"{SYSTEM}<|vision_start|>{clip}<|vision_end|>\nTell.{ANSWER}"
+
+    def test_picture_alone_and_sound_alone(self, processor):
+        silent = words(processor, make_clip(frames=3, seconds=3.0, sound_seconds=None))
+        assert silent == f"{SYSTEM}<|vision_start|>{'V' * 8}<|vision_end|>\nTell.{ANSWER}"
+        heard = words(processor, make_clip(frames=0, seconds=0.0, sound_seconds=61.0))
+        assert heard == f"{SYSTEM}<|vision_start|>{'A' * 180}<|vision_end|>\nTell.{ANSWER}"
+
+    def test_positions_and_those_of_the_released_code(self, published, processor):
+        released = make_processor(published("salmonn2-plus"), released_positions=True)
+        clip = make_clip(frames=4, seconds=2.0, sound_seconds=1.0)
+        media = processor.media(clip)
+        seen = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
+        layout = processor.lay_out(media)
+        assert layout.positions.T.tolist()[:10] == [*seen, [0, 0, 0], [1, 0, 1], *([2, *cell[1:]] for cell in seen)]
+        assert layout.next_position == 60
+        layout = released.lay_out(media)
+        # It takes the first 8 tokens for the picture, a step for a second, and what follows for text.
+        later = [[2, *cell[1:]] for cell in seen]
+        assert layout.positions.T.tolist()[:10] == [*seen, *later, [3, 3, 3], [4, 4, 4]]
+        assert layout.next_position == 63
+
+    def test_text_after_a_silent_clip_goes_on_from_its_greatest_position(self, processor):
+        # 1 s of 168 x 168: the rows and columns go up to 5, the time to 1.
+        layout = processor.lay_out(processor.media(make_clip(frames=4, seconds=1.0, sound_seconds=None, side=168)))
+        assert layout.positions.max(1).values.tolist() == [1, 5, 5] and layout.next_position == 6
+
+
+class TestSalmonn2:
+    """video-SALMONN 2."""
+
+    @pytest.fixture
+    def processor(self, published) -> Processor:
+        return make_processor(published("salmonn2"))
+
+    def test_picture_and_sound(self, processor):
+        # 182 tokens a frame; all 60 of the sound fall to the two frames, 30 each.
+        clip = make_clip(frames=2, seconds=2.0, sound_seconds=2.0, side=384)
+        assert kinds(processor, clip) == ("V" * 182 + "A" * 30) * 2
+        assert words(processor, clip) == f"{SYSTEM}{'.' * 424}\n\nTell.{ANSWER}"
+
+    def test_line_breaks_after_the_clip_are_two_tokens(self, processor):
+        media = processor.media(make_clip(frames=1, seconds=1.0, sound_seconds=None, side=384))
+        ids = processor.inputs([Row(0, "Tell.")], [media]).input_ids[0].tolist()
+        end = len(ids) - ids[::-1].index(-200)
+        line_break = processor.tokenizer.encode("\n")
+        assert ids[end : end + 2] == line_break * 2
+
+    def test_times_are_told_where_nothing_is_heard(self, processor):
+        clip = make_clip(frames=3, seconds=31.5, sound_seconds=None, side=384)
+        frame = "V" * 182
+        assert kinds(processor, clip) == f"{frame}10.5{frame}21.0{frame}31.5"
+        short = make_clip(frames=3, seconds=28.5, sound_seconds=None, side=384)
+        assert kinds(processor, short) == f"{frame}9.5_{frame}19.0{frame}28.5"
+
+    def test_sound_ends_with_the_picture(self, processor, caplog):
+        longer = processor.media(make_clip(frames=2, seconds=2.0, sound_seconds=45.0, side=384))
+        assert len(longer.mel) == 1
+        assert "the last 43.0 s of sound are not heard; this model hears 2.0" in caplog.text
+        shorter = processor.media(make_clip(frames=40, seconds=40.0, sound_seconds=3.0, side=384))
+        # Its 60 tokens are fewer than two a frame: they are stretched to 80.
+        assert len(processor.lay_out(shorter)) == 182 * 40 + 80
+
+    def test_sound_alone_up_to_the_longest_clip(self, processor, caplog):
+        heard = processor.media(make_clip(frames=0, seconds=0.0, sound_seconds=125.0))
+        assert len(heard.mel) == 4 and "15.0 s of sound are not heard; this model hears 110.0" in caplog.text
+
+    def test_released_positions_are_refused(self, published):
+        with pytest.raises(ValueError, match="released positions are those of salmonn2-plus"):
+            make_processor(published("salmonn2"), released_positions=True)
+
+
+# Frames, (rows, columns) of patches, chunks of sound, tokens; by hand from rate, length and size of each file.
+PINNED = {
+    "salmonn2": {
+        "flipping_a_pancake.mkv": (11, (0, 0, 0), 1, 11 * 182 + 66),
+        "nasa_13013.mp4": (13, (0, 0, 0), 1, 13 * 182 + 65),
+        "av1_video.mkv": (5, (0, 0, 0), 0, 5 * 185),
+        "h265_video.mp4": (1, (0, 0, 0), 0, 185),
+        "jfk.flac": (0, (0, 0, 0), 1, 60),
+        "video_90.mov": (1, (0, 0, 0), 0, 185),
+    },
+    "salmonn2-plus": {
+        "flipping_a_pancake.mkv": (103, (52, 18, 30), 1, 52 * 9 * 15 + 60),
+        "nasa_13013.mp4": (130, (65, 20, 34), 1, 65 * 10 * 17 + 60),
+        "av1_video.mkv": (50, (25, 26, 46), 0, 25 * 13 * 23),
+        "h265_video.mp4": (10, (5, 10, 10), 0, 5 * 5 * 5),
+        "jfk.flac": (0, (0, 0, 0), 1, 60),
+        "video_0.mov": (3, (2, 22, 40), 0, 2 * 11 * 20),
+        "video_90.mov": (3, (2, 40, 22), 0, 2 * 11 * 20),
+    },
+}
+
+
+@needs_media
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, names in PINNED.items() for name in names], indirect=["family"]
+)
+def test_real_files_become_these_tokens(published, family, name):
+    num_frames, grid, chunks, tokens = PINNED[family][name]
+    processor = make_processor(published(family))
+    media = processor.read(MEDIA / name)
+    assert (media.num_frames, media.grid, len(media.mel)) == (num_frames, grid, chunks)
+    assert len(processor.lay_out(media)) == tokens
+
+
+@needs_media
+def test_a_caption_in_the_published_words(published, family):
+    captioner = Captioner.load(published(family))
+    short = Sampling(max_new_tokens=4)
+    caption = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, use="visual")
+    assert (caption.prompt == captioner.describe("visual") and "leaving out" in caption.prompt) or family == "salmonn2"
+    assert caption.model == str(published(family))
+    other = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, prompt="What is it?", use="visual")
+    assert other.prompt == "What is it?"
+    assert captioner.greedy().max_new_tokens == {"salmonn2": 2048, "salmonn2-plus": 1024}[family]
+
+
+@needs_media
+def test_clips_of_a_batch_are_told_as_alone(published, family):
+    """Picture and sound, sound alone and a span, side by side."""
+    captioner = Captioner.load(published(family))
+    processor = captioner.processor
+    media = [
+        processor.read(MEDIA / "h265_video.mp4"),
+        processor.read(MEDIA / "jfk.flac"),
+        processor.read(MEDIA / "nasa_13013.mp4", start_seconds=2.0, end_seconds=3.0),
+    ]
+    short = Sampling(max_new_tokens=6)
+    prompts = ["What?", "Describe it.", "Tell."]
+    together = captioner.answer(media, prompts, sampling=short)
+    alone = [captioner.answer([one], [prompt], sampling=short)[0] for one, prompt in zip(media, prompts, strict=True)]
+    assert together == alone and len(set(together)) > 1
+
+
+def test_a_tokenizer_of_another_model_is_refused(published, tmp_path):
+    folder = published("salmonn2-plus")
+    text = (folder / "tokenizer.json").read_text().replace("<|vision_start|>", "<|other|>")
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(text)
+    settings = (folder / "tokenizer_config.json").read_text().replace("<|vision_start|>", "<|other|>")
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ValueError, match=r"the tokenizer lacks <\|vision_start\|>"):
+        Captioner.load(tmp_path)
+
+
+def test_what_a_published_config_leaves_out():
+    """It holds what differs from the published classes' defaults, which are those of the 7B model."""
+    config = from_published(
+        {
+            "model_type": "qwen2_5_vl",
+            "architectures": ["video_SALMONN2_plus"],
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        }
+    )
+    assert (config.lm["hidden_size"], config.lm["vision_config"]["depth"]) == (3584, 32)
+    assert (config.whisper["d_model"], config.qformer["hidden_size"]) == (1280, 3072)
+    assert config.placeholder_ids == (151656, 151665) and config.tokens_per_chunk == 60
+    flat = from_published({"model_type": "video_salmonn_2", "hidden_size": 3584})
+    assert (flat.vision["num_hidden_layers"], flat.tokens_per_frame, flat.tokens_per_chunk) == (26, 182, 60)
+
+
+def test_a_plain_qwen_is_no_video_salmonn(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {}}))
+    with pytest.raises(ValueError, match="of type 'qwen2_5_vl'"):
+        load_config(tmp_path)
