@@ -1,0 +1,411 @@
+"""Published conversations become what they say; mistakes in a file are named by file and line."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from salmonn.conversations import (
+    Conversation,
+    Preference,
+    Turn,
+    is_conversations,
+    parse_conversation,
+    read_conversations,
+)
+from salmonn.records import Reference, read_records
+
+DATA = Path(__file__).parents[1] / "data"
+HUMAN = {"from": "human", "value": "<image>\nWhat?"}
+GPT = {"from": "gpt", "value": "This."}
+ITEM = {"video": "a.mp4", "conversations": [HUMAN, GPT]}
+TURN = Turn("What?", "This.")
+
+
+def says(speaker, words="words"):
+    return {"from": speaker, "value": words}
+
+
+def item(*turns, **keys):
+    """An item about a video with these turns; a key that is None is left out."""
+    whole = {"video": "a.mp4", "conversations": list(turns) or [HUMAN, GPT], **keys}
+    return {key: value for key, value in whole.items() if value is not None}
+
+
+def write(path, items):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(items, indent=1), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(one) + "\n" for one in items), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, Conversation("a.mp4", use="visual", turns=(TURN,))),
+        ({"use_audio": False}, Conversation("a.mp4", use="visual", turns=(TURN,))),
+        ({"use_audio": True}, Conversation("a.mp4", use="both", turns=(TURN,))),
+        ({"audio": "a.wav"}, Conversation("a.mp4", "a.wav", use="both", turns=(TURN,))),
+        ({"audio": "a.wav", "use_audio": True}, Conversation("a.mp4", "a.wav", use="both", turns=(TURN,))),
+        ({"video": ["b.mp4"], "audio": ["b.wav"]}, Conversation("b.mp4", "b.wav", use="both", turns=(TURN,))),
+        ({"video": None, "audio": "a.wav"}, Conversation(audio="a.wav", use="audio", turns=(TURN,))),
+        ({"video": None, "image": ["a.png"]}, Conversation(image="a.png", use="visual", turns=(TURN,))),
+        (
+            {"audio": "a.wav", "timestamps": [2, 4.5]},
+            Conversation("a.mp4", "a.wav", start_seconds=2.0, end_seconds=4.5, turns=(TURN,)),
+        ),
+        (
+            {"ce_only": False, "should_use": True, "id": 7, "num_tokens": 100},
+            Conversation("a.mp4", use="visual", turns=(TURN,)),
+        ),
+    ],
+)
+def test_clips(keys, expected):
+    assert parse_conversation(item(**keys)) == expected
+
+
+def test_null_is_as_good_as_absent():
+    nothing = dict.fromkeys(("audio", "image", "use_audio", "timestamps", "ce_only", "should_use", "id"))
+    assert parse_conversation(ITEM | nothing) == Conversation("a.mp4", use="visual", turns=(TURN,))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "keys", "expected"),
+    [
+        ("Tell me.", {}, "Tell me."),
+        ("<image>\nTell me.", {}, "Tell me."),
+        ("<video>\nTell me.", {}, "Tell me."),
+        ("<video>Tell me.", {}, "Tell me."),
+        ("<video>\n\nTell me. ", {}, "\nTell me. "),  # one line break belongs to the tag, the rest are words
+        ("Tell me.\n<video>", {}, "Tell me."),
+        ("In <image> tell me.", {}, "In  tell me."),
+        ("<audio>\nTell me.", {"video": None, "audio": "a.wav"}, "Tell me."),
+        ("<image>\nTell me.", {"video": None, "audio": "a.wav"}, "Tell me."),
+        ("<b>\nTell me.", {}, "<b>\nTell me."),
+    ],
+)
+def test_the_tag_is_taken_out(prompt, keys, expected):
+    assert parse_conversation(item(says("human", prompt), GPT, **keys)).turns == (Turn(expected, "This."),)
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (
+            [HUMAN, GPT, says("human", "Why?"), says("gpt", "So."), says("human", "When?"), says("gpt", "Now.")],
+            (
+                TURN,
+                Turn("Why?", "So.", (("What?", "This."),)),
+                Turn("When?", "Now.", (("What?", "This."), ("Why?", "So."))),
+            ),
+        ),
+        (
+            [HUMAN, says("history_gpt", "That."), says("human", "Why?"), says("gpt", "So.")],
+            (Turn("Why?", "So.", (("What?", "That."),)),),
+        ),
+        ([says("system", "Be kind."), HUMAN, GPT], (TURN,)),
+        ([says("gpt", "Hello!"), HUMAN, GPT], (TURN,)),
+        ([{"role": "human", "content": "What?"}, {"role": "gpt", "content": "This.", "prefix": "Th"}], (TURN,)),
+    ],
+)
+def test_turns(turns, expected):
+    assert parse_conversation(item(*turns)).turns == expected
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (
+            [HUMAN, says("gpt", "good"), says("reject_gpt", "bad"), says("gt", "true")],
+            Preference("What?", "good", "bad", "true"),
+        ),
+        (
+            [HUMAN, says("gpt", "true"), says("chosen", "good"), says("reject", "bad")],
+            Preference("What?", "good", "bad", "true"),
+        ),
+        ([HUMAN, says("gt", "true"), says("reject_gpt", "bad"), GPT], Preference("What?", "This.", "bad", "true")),
+        ([HUMAN, says("gpt", "good"), says("reject_gpt", "bad")], Preference("What?", "good", "bad", "")),
+        ([HUMAN, says("chosen", "good"), says("reject", "bad")], Preference("What?", "good", "bad", "")),
+        (
+            [HUMAN, says("history_gpt", "a"), says("human", "Why?"), says("gpt", "good"), says("reject_gpt", "bad")],
+            Preference("Why?", "good", "bad", "", (("What?", "a"),)),
+        ),
+        (
+            [HUMAN, GPT, says("human", "Why?"), says("gpt", "true"), says("chosen", "good"), says("reject", "bad")],
+            Preference("Why?", "good", "bad", "true", (("What?", "This."),)),
+        ),
+    ],
+)
+def test_preferences(turns, expected):
+    assert parse_conversation(item(*turns)) == Conversation("a.mp4", use="visual", preference=expected)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [says("gpt", "good"), says("reject_gpt", "bad"), says("gt", "true")],
+        [says("gpt", "true"), says("chosen", "good"), says("reject", "bad")],
+    ],
+)
+def test_ce_only_learns_the_ground_truth(answers):
+    expected = Conversation("a.mp4", use="visual", turns=(Turn("What?", "true"),))
+    assert parse_conversation(item(HUMAN, *answers, ce_only=True)) == expected
+    assert parse_conversation(item(ce_only=True)).turns == (TURN,)
+
+
+MISTAKES = [
+    (5, "expected a JSON object with conversations, got int"),
+    (item(vidoe="b.mp4"), "unknown key vidoe; an item has video, audio, image, use_audio"),
+    (item(video=None), "there is no clip: give a video, an audio or an image"),
+    (item(video=["a.mp4", "b.mp4"]), "video lists 2 paths: several clips in one conversation are not supported"),
+    (item(video=[]), "video lists 0 paths"),
+    (item(video=5), "video must be a path, got 5"),
+    (item(audio=""), "audio must be a path, got ''"),
+    (item(image="a.png"), "an image beside video: several clips"),
+    (item(image="a.png", audio="a.wav"), "an image beside video and audio"),
+    (item(use_audio=1), "use_audio must be true or false, got 1"),
+    (item(should_use=0), "should_use must be true or false, got 0"),
+    (item(use_audio=False, audio="a.wav"), "use_audio is false although audio names a file"),
+    (item(video=None, image="a.png", use_audio=True), "an image has no sound"),
+    (item(timestamps=[3, 3]), "timestamps must begin at 0 or later and end after they begin, got [3, 3]"),
+    (item(timestamps=[-1, 3]), "timestamps must begin at 0 or later"),
+    (item(timestamps=[0, float("nan")]), "timestamps must begin at 0 or later"),
+    (item(timestamps=[0, float("inf")]), "timestamps must begin at 0 or later"),
+    (item(timestamps=[3]), "timestamps must be [start, end] in seconds, got [3]"),
+    (item(timestamps=[False, 3]), "timestamps must be [start, end] in seconds, got [False, 3]"),
+    (item(timestamps=["0", 3]), "timestamps must be [start, end] in seconds, got ['0', 3]"),
+    (item(video=None, image="a.png", timestamps=[0, 3]), "an image has no timestamps"),
+    ({"video": "a.mp4"}, "the item lacks conversations"),
+    (item(conversations={}), "conversations must be a list of turns, got dict"),
+    (item(conversations=[]), "conversations has no human turn"),
+    (item(GPT), "conversations has no human turn"),
+    (item(GPT, GPT, HUMAN), "conversations must begin with a human turn, not gpt"),
+    (item(says("gt"), HUMAN, GPT), "conversations must begin with a human turn, not gt"),
+    (item(HUMAN, "This."), "turn 2 must be a JSON object, got str"),
+    (item(HUMAN, {"from": "gpt"}), "turn 2 must have from and value (or role and content), got from"),
+    (
+        item(HUMAN, {"from": "gpt", "content": "x"}),
+        "turn 2 must have from and value (or role and content), got from, c",
+    ),
+    (item(HUMAN, GPT | {"loss": 0}), "turn 2 must have from and value (or role and content), got from, value, loss"),
+    (item(HUMAN, says("assistant")), "turn 2 is of an unknown speaker 'assistant'; known are system, human, gpt"),
+    (item(says([1]), GPT), "turn 1 is of an unknown speaker [1]"),
+    (item(HUMAN, says("gpt", None)), "turn 2 must be text, got None"),
+    (item(HUMAN, says("gpt", " \n")), "turn 2 (gpt) is empty"),
+    (item(says("human", "<image>\n "), GPT), "the first prompt is empty but for <image>"),
+    (item(says("human", "<image><image>\nx"), GPT), "the first prompt has 2 tags (<image>, <image>)"),
+    (item(says("human", "<video>\n<audio>\nx"), GPT), "the first prompt has 2 tags (<video>, <audio>)"),
+    (item(says("human", "<audio>\nx"), GPT), "the first prompt has the tag <audio>, but the clip is video: write <v"),
+    (item(says("human", "<video>\nx"), GPT, video=None, audio="a.wav"), "tag <video>, but the clip is audio"),
+    (item(HUMAN, GPT, says("human", "<image>\nx"), GPT), "a later turn (human) has a tag"),
+    (item(HUMAN, says("gpt", "a <video> b")), "a later turn (gpt) has a tag"),
+    (item(HUMAN, says("system"), GPT), "a system turn may only stand first"),
+    (item(HUMAN), "the prompt 'What?' needs one answer, gpt or history_gpt; it has none"),
+    (item(HUMAN, GPT, says("human", "Why?")), "the prompt 'Why?' needs one answer, gpt or history_gpt; it has none"),
+    (item(HUMAN, HUMAN | {"value": "b"}, GPT), "the prompt 'What?' needs one answer"),
+    (item(HUMAN, GPT, GPT), "needs one answer, gpt or history_gpt; it has gpt, gpt"),
+    (item(HUMAN, says("history_gpt")), "there is no gpt turn"),
+    (item(HUMAN, GPT, says("reject_gpt"), says("chosen")), "reject_gpt of the salmonn2 format stands with chosen of"),
+    (item(HUMAN, GPT, says("gt"), says("reject")), "gt of the salmonn2 format stands with reject of the 2+ format"),
+    (item(HUMAN, GPT, says("gt")), "a preference needs reject_gpt after the last prompt"),
+    (item(HUMAN, says("reject_gpt")), "a preference needs gpt after the last prompt"),
+    (item(HUMAN, GPT, says("chosen")), "a preference needs reject after the last prompt"),
+    (item(HUMAN, says("reject")), "a preference needs chosen after the last prompt"),
+    (item(HUMAN, GPT, says("reject_gpt"), says("reject_gpt")), "reject_gpt answers the last prompt twice"),
+    (item(HUMAN, says("history_gpt"), says("chosen"), says("reject")), "history_gpt answers the last prompt of a pr"),
+    (
+        item(HUMAN, says("chosen"), says("reject"), says("human", "b"), says("chosen"), says("reject")),
+        "the prompt 'What?' needs one answer, gpt or history_gpt; it has chosen, reject",
+    ),
+    (
+        item(HUMAN, says("chosen"), says("reject"), ce_only=True),
+        "ce_only learns the ground truth, and there is none: a",
+    ),
+    (item(HUMAN, GPT, says("reject_gpt"), ce_only=True), "there is none: add gt"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=range(len(MISTAKES)))
+@pytest.mark.parametrize(("name", "line"), [("data.json", 15), ("data.jsonl", 2)])
+def test_mistakes_are_named(tmp_path, name, line, mistake, words):
+    # Indented, the list's first item takes lines 2 to 14.
+    path = write(tmp_path / name, [ITEM, mistake, ITEM])
+    with pytest.raises(ValueError) as caught:
+        read_conversations(path)
+    assert str(caught.value).startswith(f"{path}, line {line}: ") and words in str(caught.value)
+
+
+GOOD = json.dumps(ITEM)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.json", "", "line 1: expected a list of items: put [ ] around them"),
+        ("a.json", f"\n\n{GOOD}\n", "line 3: expected a list of items"),
+        ("a.json", "[\n]", " holds no conversation"),
+        ("a.json", f"[{json.dumps(item(should_use=False))}]", " holds no conversation"),
+        ("a.json", f"[{GOOD},\n\n{{not json}}]", "line 3: not JSON at column 2"),
+        ("a.json", f'[{GOOD},\n{{"video":\n5 5}}]', "line 3: not JSON at column 3"),
+        ("a.json", f"[{GOOD},\n\n]", "line 3: not JSON at column 1"),
+        ("a.json", f"[{GOOD}\n{GOOD}]\n\n", "line 2: the list does not go on"),
+        ("a.json", f"[{GOOD}\nx\n\n{GOOD}]\n", "line 2: the list does not go on"),
+        ("a.json", f"[\n{GOOD}\n", "line 3: the list does not go on"),
+        ("a.json", "[\n", "line 2: not JSON at column 1"),
+        ("a.json", f"[{GOOD}]\n \n[]", "line 3: take out what stands after the list's end"),
+        ("a.json", f"[{GOOD},\n{GOOD},\n5]\x00", "line 3: expected a JSON object"),
+        ("a.jsonl", "", " holds no conversation"),
+        ("a.jsonl", "\n \n", " holds no conversation"),
+        ("a.jsonl", f"{GOOD}\n\n{{not json}}\n", "line 3: not JSON at column 2"),
+        (
+            "a.jsonl",
+            f"[\n{GOOD}\n]",
+            "line 1: not JSON at column 2: Expecting value; a file that holds a list is named",
+        ),
+        ("a.jsonl", f"[{GOOD}]", "line 1: expected a JSON object with conversations, got list"),
+        ("a.txt", GOOD, " must be named .json (a list of items) or .jsonl"),
+    ],
+)
+def test_malformed_files(tmp_path, name, text, words):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_conversations(path)
+    assert re.match(rf"{re.escape(str(path))}(, )?{re.escape(words)}", str(caught.value)), caught.value
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", f"[{GOOD},\n\n{GOOD}]"), ("a.jsonl", f"{GOOD}\n\n{GOOD}\n")])
+def test_text_that_is_not_utf8(tmp_path, name, text):
+    path = tmp_path / name
+    raw = text.replace("This.", "Thìs.").encode("latin-1")
+    path.write_bytes(raw.replace(b"\xec", b"i", 1))
+    with pytest.raises(ValueError, match=r"line 3: not UTF-8 text: save the file as UTF-8"):
+        read_conversations(path)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # the mark that some editors put before UTF-8 text
+    assert len(read_conversations(path)) == 2 and is_conversations(path)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json: expected a \.json or \.jsonl file"):
+        read_conversations(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        is_conversations(tmp_path / "none.json")
+
+
+@given(data=st.data(), gaps=st.lists(st.text(" \t\n\r", max_size=6), min_size=4, max_size=20), indent=st.booleans())
+def test_the_line_is_where_the_item_begins(tmp_path_factory, data, gaps, indent):
+    """Whatever white space stands between items, and line breaks and brackets in strings, the line is the right one."""
+    bad = data.draw(st.integers(0, len(gaps) - 4))
+    path = tmp_path_factory.mktemp("lines") / "data.json"
+    text = f"{gaps[0]}[{gaps[1]}"
+    expected = 0
+    for place, gap in enumerate(gaps[3:]):
+        if place:
+            text += "," + gap
+        words = data.draw(st.text('a]},"\\\n{[', max_size=5))
+        if place == bad:
+            expected = text.count("\n") + 1
+        one = item(HUMAN, says("gpt", words + "x"), **({"typo": 1} if place == bad else {}))
+        text += json.dumps(one, indent=2 if indent else None) + gaps[2]
+    path.write_bytes(f"{text}]".encode())
+    with pytest.raises(ValueError, match=f"line {expected}: unknown key typo"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_both_file_kinds_keep_the_order(tmp_path, name):
+    items = [item(video=f"{place}.mp4", should_use=place != 1) for place in range(4)]
+    read = read_conversations(str(write(tmp_path / name, items)))
+    assert read == [Conversation(f"{place}.mp4", use="visual", turns=(TURN,)) for place in (0, 2, 3)]
+
+
+@pytest.mark.parametrize(("name", "between"), [("data.json", ",\n"), ("data.jsonl", "\n")])
+def test_the_time_grows_with_the_items_alone(tmp_path, name, between):
+    path = tmp_path / name
+    seconds = []
+    for count in (10_000, 100_000):
+        text = between.join([GOOD] * count)
+        path.write_text(f"[{text}]" if between[0] == "," else text, encoding="utf-8")
+        start = time.process_time()
+        assert len(read_conversations(path)) == count
+        seconds.append(time.process_time() - start)
+    # Ten times the items; lines counted from the file's start for each of them would take a hundred times the time.
+    assert seconds[1] < 30 * max(seconds[0], 0.1) and seconds[1] < 10, seconds
+
+
+def test_paths_start_from_the_folder():
+    whole = Conversation("a.mp4", "sound/a.wav", turns=(TURN,), start_seconds=1.0, end_seconds=2.0)
+    expected = Conversation("/data/a.mp4", "/data/sound/a.wav", turns=(TURN,), start_seconds=1.0, end_seconds=2.0)
+    assert whole.resolve(Path("/data")) == expected
+    assert Conversation(image="/else/a.png").resolve(Path("/data")) == Conversation(image="/else/a.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.json", f"\n [\n{GOOD}]", True),
+        ("a.json", "[]", True),
+        ("a.jsonl", f"\n{GOOD}\n", True),
+        ("a.jsonl", '{"video": "a.mp4", "caption": "conversations"}\n' + GOOD, False),
+        ("a.json", '{"video": "a.mp4"}\n', False),  # references may be so named
+        ("a.json", '{\n"conversations": []}', True),
+        ("a.jsonl", '{"video": "a.mp4\n', False),
+        ("a.jsonl", "", False),
+        ("a.jsonl", "5", False),
+    ],
+)
+def test_conversations_are_told_from_references(tmp_path, name, text, expected):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert is_conversations(path) is expected
+
+
+def test_the_samples():
+    scene, horn = "Say what happens here, with what can be heard.", "How often does the horn sound?"
+    truth = "A ferry enters the harbour and sounds its horn twice while gulls cry."
+    ferry, lighthouse = "clips/harbour.mp4", "A white ferry comes in past a red lighthouse."
+    tram = "A tram bell, then the chatter of people who get off."
+    assert read_conversations(DATA / "published_sft.json") == [
+        Conversation(ferry, "clips/harbour.wav", turns=(Turn(scene, truth),)),
+        Conversation(
+            ferry,
+            start_seconds=4.0,
+            end_seconds=9.5,
+            turns=(Turn(horn, "Twice."), Turn("And what is heard besides?", "Gulls.", ((horn, "Twice."),))),
+        ),
+        Conversation(ferry, use="visual", turns=(Turn("Say what can be seen.", lighthouse),)),
+        Conversation(audio="clips/street.flac", use="audio", turns=(Turn("What can be heard?", tram),)),
+        Conversation(
+            image="stills/market.jpg",
+            use="visual",
+            turns=(Turn("What is on sale?", "Oranges, lemons and a crate of figs."),),
+        ),
+    ]
+    preference = Preference(
+        scene, "A ferry arrives and sounds its horn.", "A ferry leaves while a band plays.", ground_truth=truth
+    )
+    assert read_conversations(DATA / "published_dpo.json") == [
+        Conversation(ferry, "clips/harbour.wav", preference=preference),
+        Conversation(ferry, preference=preference),
+    ]
+    assert is_conversations(DATA / "published_sft.json") and not is_conversations(DATA / "sample.jsonl")
+
+
+def test_the_examples_on_the_page(tmp_path):
+    ours, *published = re.findall(r"```json\n(.*?)```", (DATA / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    path = tmp_path / "a.jsonl"
+    path.write_text(ours, encoding="utf-8")
+    assert len(read_records(path, Reference)) == 1
+    learnt = [parse_conversation(json.loads(text)) for text in published]
+    assert [one.use for one in learnt] == ["both", "both", "both", "both", "audio", "visual", "both"]
+    assert (
+        learnt[1].preference
+        == learnt[3].preference
+        == Preference("What happens?", "A dog barks.", "A dog sleeps.", "A dog barks at a cat.")
+    )
+    assert (learnt[6].start_seconds, learnt[6].end_seconds, len(learnt[6].turns)) == (12.0, 20.5, 2)
