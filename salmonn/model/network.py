@@ -165,7 +165,7 @@ class Network(PreTrainedModel):
         embed = self.lm.get_input_embeddings()
         blocks = []
         for pictures, sounds, layout in zip(seen, heard, layouts, strict=True):
-            told = embed(torch.tensor(layout.told_ids, dtype=torch.long, device=embed.weight.device))
+            told = embed(torch.tensor(layout.told_ids, dtype=torch.long, device=self.device))
             zeros = told.new_zeros(1, told.shape[-1])
             # A model that is split over devices has its towers elsewhere than its embeddings.
             tokens = torch.cat([pictures.to(told), sounds.to(told), told, zeros])
@@ -183,8 +183,8 @@ class Network(PreTrainedModel):
         return [next(tokens) if len(clip.mel) else self._nothing() for clip in media]
 
     def _nothing(self) -> Tensor:
-        embed = self.lm.get_input_embeddings()
-        return embed.weight.new_zeros(0, embed.embedding_dim)
+        # Not beside the embeddings: where they are offloaded, their weight is on no device between two calls.
+        return torch.zeros(0, self.lm.get_input_embeddings().embedding_dim, dtype=self.dtype, device=self.device)
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Text with the clips' tokens in their places, (B, L, D)."""
@@ -206,6 +206,17 @@ class Network(PreTrainedModel):
         """What the decoder takes of (3, B, L) positions: all, or the first where its rotary embedding is plain."""
         return position_ids if self.config.family == "salmonn2-plus" else position_ids[0]
 
+    def _as_taken(self, mask: Tensor) -> Tensor:
+        """A mask that is true where a token is seen, as the attention takes it: eager attention adds it up, SDPA not."""
+        attention = self.lm.config._attn_implementation
+        if attention == "eager":
+            return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(self.dtype).min
+            )
+        if attention != "sdpa":
+            raise ValueError(f"rows are packed with a mask, which {attention} does not take: choose attention sdpa")
+        return mask
+
     def forward(self, inputs: Inputs) -> Tensor:
         """Log-probability of every label; the rows are padded on the right.
 
@@ -218,7 +229,7 @@ class Network(PreTrainedModel):
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
         ids = inputs.input_ids.flatten()[packed.source]
         is_clip = self._is_clip(ids) & (packed.segments != PADDING)
-        mask = packed.mask
+        mask = None if packed.mask is None else self._as_taken(packed.mask)
         positions = self.positions(inputs.position_ids.flatten(1)[:, packed.source])
         hidden = self.lm.get_decoder()(
             inputs_embeds=self._embed(ids, is_clip, self._blocks(inputs), packed.clips),

@@ -1,0 +1,200 @@
+"""Where weights are put: types, splitting, quantised layers, memory while loading, adapters on top, the hub."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig as PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.inputs import Row
+from salmonn.model.load import Placement, load_network, save_network
+from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
+from salmonn.model.network import Network
+from salmonn.model.settings import tiny
+
+WORDS = "a red circle appears"
+
+
+@torch.no_grad()
+def logps(network: Network, captioner: Captioner, media) -> torch.Tensor:
+    rows = [Row(0, "Tell.", WORDS), Row(0, "What?", "a tone")]  # packed in one sequence, with a mask
+    return network(captioner.processor.inputs(rows, [media[0]]))
+
+
+def test_the_default_on_a_cpu(random_model):
+    network = load_network(random_model)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert network.device == torch.device("cpu") and not network.training
+    assert network.lm.config._attn_implementation == "sdpa"
+
+
+def test_types_and_attention(random_model, captioner, media):
+    whole = logps(captioner.network, captioner, media)
+    half = load_network(random_model, placement=Placement(dtype="bfloat16", attention="eager"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half.lm.config._attn_implementation == "eager"
+    eager = load_network(random_model, placement=Placement(attention="eager"))
+    assert torch.allclose(logps(eager, captioner, media), whole, atol=1e-2)  # of some -30
+    flash = load_network(random_model)
+    flash.lm.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="choose attention sdpa"):
+        logps(flash, captioner, media)
+
+
+def test_a_model_split_over_devices(random_model, captioner, media):
+    split = load_network(random_model, placement=Placement(device_map="auto"))
+    assert torch.equal(logps(split, captioner, media), logps(captioner.network, captioner, media))
+
+
+def test_a_part_that_does_not_fit_is_offloaded(random_model, captioner, media, videos, tmp_path):
+    """The towers on one device, the decoder's layers on another (here the disk): captions are the same."""
+    config = captioner.network.config
+    places = {"vision": "cpu", "audio": "cpu", "lm": "disk"}
+    network = Network.from_pretrained(
+        str(random_model), config=config, device_map=places, offload_folder=str(tmp_path), dtype=torch.float32
+    ).eval()
+    assert next(network.lm.model.language_model.layers[0].parameters()).device.type == "meta"
+    answer = Captioner(network, captioner.processor).caption(videos[0])
+    assert answer.text == captioner.caption(videos[0]).text
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, Linear8bitLt), (4, Linear4bit)])
+def test_quantised(random_model, captioner, media, bits, kind):
+    network = load_network(random_model, placement=Placement(bits=bits))
+    quantised = {name for name, module in network.named_modules() if isinstance(module, kind)}
+    linears = {
+        name
+        for name, module in captioner.network.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith("lm.") and not name.endswith("lm_head")
+    }
+    assert quantised == linears and linears
+    difference = (logps(network, captioner, media) - logps(captioner.network, captioner, media)).abs().mean()
+    assert 0 < difference < {8: 0.5, 4: 1.5}[bits]
+
+
+def test_what_bits_need_is_told(random_model, monkeypatch):
+    def refuse(*_, **__):
+        raise ImportError("Using `bitsandbytes` quantization requires bitsandbytes")
+
+    monkeypatch.setattr(Network, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=r"needs a package that is not installed: Using `bitsandbytes`"):
+        load_network(random_model, placement=Placement(bits=8))
+
+
+def test_an_unknown_device_map_is_told(random_model):
+    with pytest.raises(ValueError, match="device_map"):
+        load_network(random_model, placement=Placement(device_map="everywhere"))
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 0), ("bfloat16", 0.5)])
+def test_no_second_copy_in_memory(tmp_path, dtype, copies):
+    """On a CPU float32 weights stay mapped from the file; those of another type are made once, not twice."""
+    config = tiny(vocab_size=32000, placeholder_ids=(5, 6), eos_token_id=2, pad_token_id=0)
+    config.lm["text_config"] |= dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    config.lm["vision_config"]["out_hidden_size"] = 512
+    save_network(Network(config), tmp_path)
+    code = f"""
+import re, threading, time
+from salmonn.model.load import Placement, load_network
+own = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+before, peak, done = own(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, own())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+network = load_network({str(tmp_path)!r}, placement=Placement(dtype={dtype!r}))
+done = True
+thread.join()
+print(peak - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 200e6
+    assert int(result.stdout) < copies * size + 60e6
+
+
+class TestAdapter:
+    """Adapters that were saved: our own, and those of the published models."""
+
+    @pytest.fixture
+    def saved(self, captioner, fill_adapter, tmp_path):
+        """Our own adapter, and the model with it merged."""
+        attach(captioner.network, LoraConfig(rank=4, alpha=8), seed=0)
+        fill_adapter(captioner.network)
+        save_adapter(captioner.network, tmp_path / "adapter")
+        merge(captioner.network)
+        return tmp_path / "adapter", captioner
+
+    def test_our_own_is_merged(self, saved, random_model, media):
+        folder, merged = saved
+        network = load_network(random_model, adapter=folder)
+        assert "lora" not in str(network.state_dict().keys())
+        assert torch.equal(logps(network, merged, media), logps(merged.network, merged, media))
+
+    def test_on_quantised_weights_it_stays_beside_them(self, saved, random_model, media):
+        folder, merged = saved
+        network = load_network(random_model, placement=Placement(bits=8), adapter=folder)
+        assert "lora" in str(network.state_dict().keys())
+        plain = load_network(random_model, placement=Placement(bits=8))
+        with_it, without = logps(network, merged, media), logps(plain, merged, media)
+        truth = logps(merged.network, merged, media)
+        assert (with_it - truth).abs().mean() < (without - truth).abs().mean() / 2
+
+    @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
+    def test_a_published_one(self, published, family, tmp_path):
+        base = published(family)
+        lora = base.resolve() / "model.safetensors"
+        tensors = load_file(lora.resolve().parent / "lora.safetensors")
+        save_published(tmp_path, tensors)
+        network = load_network(base, adapter=tmp_path)
+        plain = load_network(base)
+        name = "layers.1.self_attn.v_proj"
+        low = {key: value for key, value in tensors.items() if name in key}
+        (a,), (b,) = ([value for key, value in low.items() if half in key] for half in ("lora_A", "lora_B"))
+        ours, before = (dict(model.named_parameters()) for model in (network, plain))
+        (full,) = (key for key in ours if key.startswith("lm.") and key.endswith(f"{name}.weight"))
+        assert torch.allclose(ours[full], before[full] + 2 * b @ a, atol=1e-6)  # alpha 8, rank 4
+
+    def test_what_was_trained_as_a_whole_replaces(self, published, tmp_path):
+        base = published("salmonn2-plus")
+        tensors = load_file((base / "model.safetensors").resolve().parent / "lora.safetensors")
+        plain = dict(load_network(base).named_parameters())
+        shape = plain["audio.projector.weight"].shape
+        key = "base_model.model.audio.audio_proj.weight"
+        save_published(tmp_path, tensors | {key: torch.full(shape, 0.5)})
+        assert (dict(load_network(base, adapter=tmp_path).named_parameters())["audio.projector.weight"] == 0.5).all()
+        save_published(tmp_path, tensors | {"base_model.model.audio.gadget.weight": torch.zeros(2)})
+        with pytest.raises(ValueError, match=r"another model.*audio\.gadget"):
+            load_network(base, adapter=tmp_path)
+
+    def test_one_of_another_model_is_refused(self, saved, published, tmp_path):
+        folder, _ = saved
+        tensors = load_file(folder / "adapter_model.safetensors")
+        first = sorted(tensors)[0]
+        tensors["base_model.model.other.lora_A.weight"] = tensors.pop(first)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=r"of another model: missing .*, unexpected .*other"):
+            load_network(saved[1].name, adapter=folder)
+
+    def test_there_is_none(self, random_model, tmp_path):
+        with pytest.raises(ValueError, match="holds no adapter that can be read"):
+            load_network(random_model, adapter=tmp_path)
+
+
+def save_published(folder, tensors):
+    """An adapter folder as PEFT writes it for a published model."""
+    PeftConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM").save_pretrained(
+        str(folder)
+    )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = json.loads((folder / "adapter_config.json").read_text())
+    assert values["r"] == 4
