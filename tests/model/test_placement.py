@@ -140,14 +140,17 @@ class TestAdapter:
         assert "lora" not in str(network.state_dict().keys())
         assert torch.equal(logps(network, merged, media), logps(merged.network, merged, media))
 
-    def test_on_quantised_weights_it_stays_beside_them(self, saved, random_model, media):
+    @torch.no_grad()
+    def test_on_quantised_weights_it_stays_beside_them(self, saved, random_model):
         folder, merged = saved
         network = load_network(random_model, placement=Placement(bits=8), adapter=folder)
-        assert "lora" in str(network.state_dict().keys())
-        plain = load_network(random_model, placement=Placement(bits=8))
-        with_it, without = logps(network, merged, media), logps(plain, merged, media)
-        truth = logps(merged.network, merged, media)
-        assert (with_it - truth).abs().mean() < (without - truth).abs().mean() / 2
+        values = torch.randn(1, 5, 128)
+        projections = [
+            model.lm.get_decoder().layers[2].self_attn.v_proj
+            for model in (network, load_network(random_model, placement=Placement(bits=8)), merged.network)
+        ]
+        with_it, without, truth = (projection(values) for projection in projections)
+        assert (with_it - truth).norm() < 0.03 * truth.norm() < 0.3 * (without - truth).norm()
 
     @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
     def test_a_published_one(self, published, family, tmp_path):
