@@ -130,6 +130,9 @@ class TestAdapter:
         """Our own adapter, and the model with it merged."""
         attach(captioner.network, LoraConfig(rank=4, alpha=8), seed=0)
         fill_adapter(captioner.network)
+        with torch.no_grad():
+            for name, parameter in captioner.network.named_parameters():
+                parameter.mul_(8 if "lora_B" in name else 1)  # large beside what rounding to 8 bits does
         save_adapter(captioner.network, tmp_path / "adapter")
         merge(captioner.network)
         return tmp_path / "adapter", captioner
@@ -150,7 +153,7 @@ class TestAdapter:
             for model in (network, load_network(random_model, placement=Placement(bits=8)), merged.network)
         ]
         with_it, without, truth = (projection(values) for projection in projections)
-        assert (with_it - truth).norm() < 0.03 * truth.norm() < 0.3 * (without - truth).norm()
+        assert (with_it - truth).norm() < 0.1 * (without - truth).norm()
 
     @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
     def test_a_published_one(self, published, family, tmp_path):
