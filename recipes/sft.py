@@ -20,17 +20,18 @@ from salmonn.caption.inputs import Processor
 from salmonn.caption.prompt import LIST_EVENTS
 from salmonn.caption.tokenizer import HEARD, SEEN, train_tokenizer
 from salmonn.config import claim_folder, run_recipe
+from salmonn.conversations import Conversation, is_conversations, read_conversations
 from salmonn.media.synth import SynthConfig, describe_clip
 from salmonn.model.load import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.model.network import Network
 from salmonn.model.settings import PLAIN_PROMPTS, tiny
-from salmonn.records import Reference, write_json, write_records
+from salmonn.records import write_json, write_records
 from salmonn.score.judge import RuleJudge
 from salmonn.train.evaluate import encode_clips, evaluate
-from salmonn.train.examples import ClipCache, SftBatches, Task, make_examples, sft_loss
+from salmonn.train.examples import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, fit
-from salmonn.train.references import all_texts, heldout_config, read_clips, render_clips
+from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
 
 log = logging.getLogger("sft")
 TINY = "tiny"
@@ -45,7 +46,8 @@ class SftConfig:
         out: folder for the trained model and its figures.
         model: folder or hub id of the model to start from; "tiny" starts the toy model from nothing.
         placement: device and type of its weights.
-        references: JSONL of references to one's own videos; none renders synthetic clips as `synth` says.
+        references: JSONL of references to one's own videos, or a file of conversations about them in the format of the
+            published models (data/README.md), of which `tasks` choose nothing; none renders clips as `synth` says.
         clips_dir: where synthetic clips are kept.
         synth: training clips.
         heldout_clips: synthetic clips to measure on, of a seed of their own; 0 measures nothing.
@@ -85,18 +87,11 @@ def main(config: SftConfig) -> None:
     if (config.out / CONFIG_NAME).is_file():
         log.info("%s is trained already", config.out)
         return
-    clips = read_clips(config.references) if config.references else render_clips(config.clips_dir, config.synth)
-    captioner = load_model(config, clips.references)
+    clips = read_data(config)
+    captioner = load_model(config, clips)
     choose_trainable(captioner, config)
-
+    examples = to_examples(clips, captioner, config)
     cache = ClipCache(captioner.processor)
-    examples = make_examples(
-        clips.references,
-        config.tasks,
-        root=clips.root,
-        prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
-        single_modality_every=config.single_modality_every,
-    )
     checkpoint = config.out / "checkpoint.safetensors"
     fit(
         captioner.network,
@@ -117,13 +112,48 @@ def main(config: SftConfig) -> None:
     dist.barrier()
 
 
-def load_model(config: SftConfig, references: list[Reference]) -> Captioner:
+@dataclass(frozen=True)
+class Conversations:
+    """Published conversations, and the folder that their paths start from."""
+
+    items: list[Conversation]
+    root: Path
+
+
+def read_data(config: SftConfig) -> ClipSet | Conversations:
+    """What is to be learnt: the clips' references, or conversations about them as the published models had them."""
+    path = config.references
+    if path is None:
+        return render_clips(config.clips_dir, config.synth)
+    if is_conversations(path):
+        return Conversations(read_conversations(path), path.parent)
+    return read_clips(path)
+
+
+def to_examples(clips: ClipSet | Conversations, captioner: Captioner, config: SftConfig) -> list[Example]:
+    """One epoch of examples."""
+    if isinstance(clips, Conversations):
+        return conversation_examples(clips.items, root=clips.root)
+    return make_examples(
+        clips.references,
+        config.tasks,
+        root=clips.root,
+        prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
+        single_modality_every=config.single_modality_every,
+    )
+
+
+def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
     """The model to start from."""
     if config.model != TINY:
         return Captioner.load(config.model, placement=config.placement)
     # Whole scenes besides the stage's own clips, so that a stage of few words leaves no word of later ones in pieces.
     world = [describe_clip(SynthConfig(seed=config.seed), index=index)[1] for index in range(NUM_TOKENIZER_SCENES)]
-    texts = [*all_texts([*references, *world]), *PLAIN_PROMPTS.values(), LIST_EVENTS]
+    if isinstance(clips, Conversations):
+        told = [text for item in clips.items for turn in item.turns for text in (turn.prompt, turn.answer)]
+    else:
+        told = all_texts(clips.references)
+    texts = [*told, *all_texts(world), *PLAIN_PROMPTS.values(), LIST_EVENTS]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     model_config = tiny(
         vocab_size=len(tokenizer),

@@ -75,7 +75,7 @@ class Spread:
         min_frames, max_frames: the fewest (if the video has them) and the most frames taken.
         min_pixels, max_pixels: of a frame.
         share_out: where fewer than `max_frames` are taken, a frame may have this times max_frames / taken times as many
-            pixels; 0 leaves `max_pixels` alone.
+            pixels; 0 leaves `max_pixels` alone. A single frame is taken for a photograph, which has `max_pixels`.
         factor: height and width become multiples of it: patch size times merge size.
     """
 
@@ -96,7 +96,7 @@ class Spread:
     def size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
         """See `FrameRule`; the rounding is that of Qwen2.5-VL's processor."""
         most = float(self.max_pixels)
-        if self.share_out and num_taken < self.max_frames:
+        if self.share_out and 1 < num_taken < self.max_frames:
             most *= self.share_out * self.max_frames / num_taken
         rows, columns = (max(round(side / self.factor), 1) * self.factor for side in (height, width))
         if rows * columns > most:

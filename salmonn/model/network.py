@@ -207,7 +207,7 @@ class Network(PreTrainedModel):
         return position_ids if self.config.family == "salmonn2-plus" else position_ids[0]
 
     def _as_taken(self, mask: Tensor) -> Tensor:
-        """A mask that is true where a token is seen, as the attention takes it: eager attention adds it up, SDPA not."""
+        """A mask that is true where a token is seen, as the attention takes it: eager attention adds it up."""
         attention = self.lm.config._attn_implementation
         if attention == "eager":
             return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(

@@ -337,7 +337,7 @@ def _plus(values: dict[str, Any]) -> SalmonnConfig:
     audio = WHISPER_LARGE_V3 | values.get("audio_config", {})
     qformer = PLUS_QFORMER_DEFAULTS | audio.get("qformer_config", {})
     vision = PLUS_VISION_DEFAULTS | values.get("vision_config", {})
-    lm = {key: value for key, value in values.items() if key not in ("audio_config", "dtype", "torch_dtype")}
+    lm = _without_types({key: value for key, value in values.items() if key != "audio_config"})
     return SalmonnConfig(
         family="salmonn2-plus",
         lm=lm | {"vision_config": vision},
@@ -352,6 +352,12 @@ def _plus(values: dict[str, Any]) -> SalmonnConfig:
         max_new_tokens=1024,
         tie_word_embeddings=values.get("tie_word_embeddings", False),
     )
+
+
+def _without_types(values: dict[str, Any]) -> dict[str, Any]:
+    """A config without the types that its checkpoint was saved in: what it is loaded in is chosen elsewhere."""
+    kept = {key: value for key, value in values.items() if key not in ("dtype", "torch_dtype")}
+    return {key: _without_types(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _qformer(bert: dict[str, Any], *, encoder_width: int) -> dict[str, Any]:

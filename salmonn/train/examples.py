@@ -5,13 +5,15 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.inputs import Processor, Row, restrict_media
 from salmonn.caption.prompt import LIST_EVENTS, answer_ids
+from salmonn.conversations import Conversation, Turn
+from salmonn.media.container import ClipError
 from salmonn.model.network import Block, Inputs, Media
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Reference, Use
@@ -32,23 +34,25 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Turn:
-    """A prompt and the answer to learn."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class Example:
     """One clip, whole or its picture or sound alone, with turns about it that do not see one another.
 
     Turns on the same clip stand together so that the towers run once for all of them.
+
+    Args:
+        video: file with the picture, or the sound where there is no picture.
+        turns: what is learnt of it.
+        use: picture, sound or both.
+        sound: file that the sound is in, where it is not in the video.
+        start_seconds, end_seconds: the part of the video that is meant; none for the whole.
     """
 
     video: Path
     turns: tuple[Turn, ...]
     use: Use = "both"
+    sound: Path | None = None
+    start_seconds: float | None = None
+    end_seconds: float | None = None
 
 
 def make_examples(
@@ -99,6 +103,39 @@ def _turns(reference: Reference, tasks: Sequence[Task], *, use: Use, describe: s
     return tuple(turn for turn in turns if turn.answer)
 
 
+def conversation_examples(conversations: Sequence[Conversation], *, root: Path) -> list[Example]:
+    """The examples of published conversations, each a clip of its own; preferences give none.
+
+    Args:
+        conversations: as `salmonn.conversations` reads them.
+        root: folder that their paths start from.
+
+    Raises:
+        FileNotFoundError: a file that they name is not there.
+    """
+    examples = []
+    for conversation in (one.resolve(root) for one in conversations if one.turns):
+        picture = conversation.video or conversation.image
+        sound = Path(conversation.audio) if conversation.audio else None
+        examples.append(
+            Example(
+                video=Path(picture) if picture else sound,  # type: ignore[arg-type]  # a conversation has one of them
+                turns=conversation.turns,
+                use=conversation.use,
+                sound=sound if picture else None,
+                start_seconds=conversation.start_seconds,
+                end_seconds=conversation.end_seconds,
+            )
+        )
+    files = [file for example in examples for file in (example.video, example.sound) if file]
+    if absent := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{len(absent)} files of the conversations are not there, {absent[0]} first: "
+            f"paths are taken from {root.resolve()}"
+        )
+    return examples
+
+
 class ClipCache:
     """Reads clips once and keeps them in memory up to a number of bytes.
 
@@ -111,20 +148,31 @@ class ClipCache:
         self.processor = processor
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.clips: dict[Path, Media] = {}
+        self.clips: dict[tuple[Any, ...], Media] = {}
 
     def __call__(self, example: Example) -> Media:
-        """The clip that an example is about."""
-        return restrict_media(self.read(example.video), example.use)
+        """The clip that an example is about, read from its files the first time.
 
-    def read(self, video: Path) -> Media:
-        """The clip of a video, read from the file the first time."""
-        if video in self.clips:
-            return self.clips[video]
-        media = self.processor.read(video)
+        Raises:
+            ValueError: it cannot be read, or lacks the picture or the sound that is learnt from.
+        """
+        try:
+            return restrict_media(self._read(example), example.use)
+        except ClipError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{example.video}: {error}") from error
+
+    def _read(self, example: Example) -> Media:
+        key = (example.video, example.sound, example.start_seconds, example.end_seconds)
+        if key in self.clips:
+            return self.clips[key]
+        media = self.processor.read(
+            example.video, sound=example.sound, start_seconds=example.start_seconds, end_seconds=example.end_seconds
+        )
         size = media.pixels.nbytes + media.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:
-            self.clips[video] = media
+            self.clips[key] = media
             self.num_bytes += size
         return media
 
@@ -172,7 +220,11 @@ class SftBatches:
         chosen = deal(self.examples, step, batch_size=self.batch_size, seed=self.seed)
         mine = dist.share(chosen)
         clips = [self.clip_of(example) for example in mine]
-        rows = [Row(index, turn.prompt, turn.answer) for index, example in enumerate(mine) for turn in example.turns]
+        rows = [
+            Row(index, turn.prompt, turn.answer, turn.history)
+            for index, example in enumerate(mine)
+            for turn in example.turns
+        ]
         tokenizer = self.processor.tokenizer
         num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in chosen for turn in example.turns)
         return SftBatch(self.processor.inputs(rows, clips), num_tokens / dist.world_size())
