@@ -7,9 +7,11 @@ Nothing here needs torch, so annotation and scoring run on any machine.
 import dataclasses
 import json
 import os
+import shutil
 import types
 import typing
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -170,6 +172,30 @@ def write_text(path: Path | str, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def new_folder(path: Path | str) -> Iterator[Path]:
+    """A folder to be filled under a temporary name; it takes its own, flushed, when the context ends without an error.
+
+    Raises:
+        ValueError: there is something of that name already, other than an empty folder.
+    """
+    path = Path(path).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty: choose another folder, or delete that one")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process of that number that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
 
 
 def read_records(path: Path | str, record_type: type[Record]) -> list[Record]:

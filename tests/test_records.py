@@ -13,6 +13,7 @@ from salmonn.records import (
     Reference,
     Score,
     append_record,
+    new_folder,
     read_records,
     write_json,
     write_records,
@@ -140,3 +141,27 @@ def test_a_write_replaces_the_file_whole(tmp_path):
     write_text(path, "short")
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
     assert path.read_text() == "short"
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "model"
+    with pytest.raises(RuntimeError), new_folder(path) as folder:
+        (folder / "half").write_text("half")
+        assert not path.exists()
+        raise RuntimeError("the other half fails")
+    assert not list(tmp_path.iterdir())
+    path.mkdir()  # an empty one is no hindrance
+    with new_folder(path) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "whole").write_text("whole")
+        assert not list(path.iterdir())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert (path / "inner" / "whole").read_text() == "whole"
+
+
+def test_a_new_folder_replaces_nothing(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match=f"{path} exists and is not empty"), new_folder(path):
+            pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"

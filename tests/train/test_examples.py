@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from salmonn.conversations import Turn, parse_conversation
 from salmonn.model.network import Block
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.model.splice import by_seconds
 from salmonn.records import Question, Reference
-from salmonn.train.examples import ClipCache, Example, SftBatches, Turn, deal, make_examples, sft_loss
+from salmonn.train.examples import ClipCache, Example, SftBatches, conversation_examples, deal, make_examples, sft_loss
 
 DESCRIBE, DESCRIBE_VISUAL, DESCRIBE_AUDIO = PLAIN_PROMPTS["both"], PLAIN_PROMPTS["visual"], PLAIN_PROMPTS["audio"]
 
@@ -160,7 +161,9 @@ def test_the_cache_reads_once_and_gives_parts(examples, processor, monkeypatch):
 
     read = []
     plain = type(processor).read
-    monkeypatch.setattr(type(processor), "read", lambda self, path: read.append(path) or plain(self, path))
+    monkeypatch.setattr(
+        type(processor), "read", lambda self, path, **span: read.append(path) or plain(self, path, **span)
+    )
     cache = ClipCache(processor)
     both, seen = cache(examples[0]), cache(replace(examples[0], use="visual"))
     assert len(read) == 1 and torch.equal(both.pixels, seen.pixels) and len(seen.mel) == 0
@@ -168,3 +171,45 @@ def test_the_cache_reads_once_and_gives_parts(examples, processor, monkeypatch):
     assert torch.equal(small(examples[0]).pixels, both.pixels)
     small(examples[0])
     assert len(read) == 3 and not small.clips
+
+
+def test_conversations_become_examples_of_their_own(clips, processor):
+    name = clips.references[0].video
+    said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
+    more = [*said, {"from": "human", "value": "Second?"}, {"from": "gpt", "value": "two"}]
+    items = [
+        {"video": name, "use_audio": True, "conversations": more},
+        {"video": name, "conversations": said, "timestamps": [1, 3]},
+        {"audio": name, "conversations": [{"from": "human", "value": "<audio>\nHear?"}, said[1]]},
+        {"video": name, "audio": clips.references[1].video, "conversations": said},
+    ]
+    conversations = [parse_conversation(item) for item in items]
+    both, part, heard, dubbed = conversation_examples(conversations, root=clips.root)
+    assert both == Example(
+        clips.root / name, (Turn("First?", "one"), Turn("Second?", "two", (("First?", "one"),))), use="both"
+    )
+    assert (part.use, part.start_seconds, part.end_seconds) == ("visual", 1.0, 3.0)
+    assert (heard.video, heard.use, heard.sound) == (clips.root / name, "audio", None)
+    assert dubbed.sound == clips.root / clips.references[1].video
+    cache = ClipCache(processor)
+    media = [cache(example) for example in (both, part, heard, dubbed)]
+    assert [(one.seconds > 0, len(one.mel) > 0) for one in media] == [
+        (True, True),
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    assert media[1].seconds == 2.0
+    assert torch.equal(media[3].pixels, media[0].pixels) and not torch.equal(media[3].mel, media[0].mel)
+    # The second turn's prompt holds the first, and its answer alone is learnt.
+    batch = SftBatches([both], processor, cache, batch_size=1, seed=0)(0)
+    texts = [processor.tokenizer.decode(ids) for ids in batch.inputs.input_ids]
+    assert texts[1].count("one<|im_end|>\n<|im_start|>user\nSecond?<|im_end|>") == 1
+    learnt = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch.inputs.labels]
+    assert learnt == ["one<|im_end|>", "two<|im_end|>"]
+
+
+def test_absent_files_of_conversations_are_told(tmp_path):
+    said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
+    with pytest.raises(FileNotFoundError, match=r"1 files of the conversations are not there.*gone\.mp4"):
+        conversation_examples([parse_conversation({"video": "gone.mp4", "conversations": said})], root=tmp_path)

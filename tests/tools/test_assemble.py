@@ -1,0 +1,378 @@
+"""A fresh video-SALMONN 2+ sees, hears and speaks as the models it was made of."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generate import Sampling
+from salmonn.caption.tokenizer import CHAT_TEMPLATE, CLIP_END, CLIP_START, HEARD, SEEN, TURN_END, train_tokenizer
+from salmonn.media.clip import Clip
+from salmonn.model.load import load_network
+
+TOOL = Path(__file__).parents[2] / "tools" / "assemble.py"
+SPECIAL = ["<|im_start|>", TURN_END, CLIP_START, CLIP_END, "<|image_pad|>", SEEN]
+QFORMER = dict(qformer_hidden=24, qformer_layers=2, qformer_heads=3)
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Of the same class and with the same special tokens as Qwen2.5-VL's: none is for sound."""
+    trained = json.loads(train_tokenizer(["a red circle appears"] * 9, vocab_size=290).backend_tokenizer.to_str())
+    words = [word for word in trained["model"]["vocab"] if not word.startswith("<|")]
+    tokenizer = Qwen2Tokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[tuple(merge) for merge in trained["model"]["merges"]],
+        chat_template=CHAT_TEMPLATE,
+        eos_token=TURN_END,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return tokenizer
+
+
+def qwen_config(tokenizer: Qwen2Tokenizer, *, tied: bool, vocab_size: int = 320) -> Qwen2_5_VLConfig:
+    ids = tokenizer.convert_tokens_to_ids
+    return Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3]),
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=64,
+            window_size=56,
+            fullatt_block_indexes=[1],
+            initializer_range=0.2,
+        ),
+        tie_word_embeddings=tied,
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids(SEEN),
+        vision_start_token_id=ids(CLIP_START),
+        vision_end_token_id=ids(CLIP_END),
+    )
+
+
+def save_qwen(path: Path, *, tied: bool, vocab_size: int = 320) -> Path:
+    torch.manual_seed(1)
+    tokenizer = qwen_tokenizer()
+    Qwen2_5_VLForConditionalGeneration(qwen_config(tokenizer, tied=tied, vocab_size=vocab_size)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def save_whisper(path: Path, *, steps: int = 400) -> Path:
+    torch.manual_seed(2)
+    config = WhisperConfig(
+        num_mel_bins=20, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, decoder_layers=1,
+        decoder_attention_heads=4, decoder_ffn_dim=48, max_source_positions=steps, vocab_size=60, init_std=0.2,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
+    )  # fmt: skip
+    WhisperForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tool(load_tool):
+    return load_tool("assemble")
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory) -> Path:
+    return save_whisper(tmp_path_factory.mktemp("sources") / "whisper")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> Path:
+    """With a flat config.json, as the published ones are."""
+    path = save_qwen(tmp_path_factory.mktemp("sources") / "untied", tied=False)
+    values = json.loads((path / "config.json").read_text())
+    text = values.pop("text_config")
+    text["rope_theta"], text["rope_scaling"] = 1e6, {"type": "mrope", "mrope_section": [2, 3, 3]}
+    text = {key: value for key, value in text.items() if key not in ("model_type", "rope_parameters", "layer_types")}
+    (path / "config.json").write_text(json.dumps(values | text | {"torch_dtype": "bfloat16"}))
+    return path
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def qwen(request, untied, tmp_path_factory) -> Path:
+    """As Qwen2.5-VL 7B and 72B, and as 3B, whose input and output embeddings are one."""
+    return save_qwen(tmp_path_factory.mktemp("sources") / "tied", tied=True) if request.param else untied
+
+
+@pytest.fixture(scope="module")
+def made(tool, qwen, whisper, tmp_path_factory) -> Path:
+    """What the tool makes of them in float32."""
+    out = tmp_path_factory.mktemp("made") / "base"
+    tool.main(tool.AssembleConfig(out=out, lm=str(qwen), whisper=str(whisper), dtype="float32", **QFORMER))
+    return out
+
+
+@pytest.fixture(scope="module")
+def network(made):
+    return load_network(made)
+
+
+@pytest.fixture(scope="module")
+def source(qwen):
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen, dtype=torch.float32).eval()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-5)
+
+
+@torch.no_grad()
+def test_it_speaks_as_qwen(network, source):
+    ids = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(0))
+    theirs = source(input_ids=ids).logits
+    assert close(network.lm(input_ids=ids).logits, theirs) and theirs.std() > 0.1
+    embeddings = network.lm.get_input_embeddings().weight, network.lm.get_output_embeddings().weight
+    assert (embeddings[0] is embeddings[1]) == source.config.tie_word_embeddings
+
+
+@torch.no_grad()
+def test_it_sees_as_qwen(network, source):
+    pixels = torch.randn(2 * 4 * 6, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+    theirs = source.model.visual(pixels, grid_thw=torch.tensor([[2, 4, 6]])).pooler_output
+    assert close(network.vision.encode(pixels, [(2, 4, 6)]), theirs) and theirs.std() > 0.1
+
+
+@torch.no_grad()
+def test_it_hears_as_whisper(network, whisper):
+    mel = torch.randn(2, 20, 800, generator=torch.Generator().manual_seed(0))
+    theirs = WhisperForConditionalGeneration.from_pretrained(whisper).eval().model.encoder(mel).last_hidden_state
+    assert close(network.audio.encoder(mel).last_hidden_state, theirs) and theirs.std() > 0.1
+    (heard,) = network.audio([mel])
+    assert heard.shape == (2 * 16, 64) and heard.std() > 0  # 8 s chunks, a token each half second
+
+
+def test_what_is_new_begins_as_bert(network):
+    qformer, projector = network.audio.qformer, network.audio.projector
+    assert (qformer.qformer.config.hidden_size, qformer.qformer.config.intermediate_size) == (24, 96)
+    assert qformer.queries.shape == (1, 1, 24)
+    assert all(layer.has_cross_attention for layer in qformer.qformer.encoder.layer)
+    for name, weight in [*qformer.named_parameters(), *projector.named_parameters()]:
+        if weight.ndim > 1 and weight.numel() > 500:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.15) and abs(weight.mean()) < 0.004, name
+        elif weight.ndim == 1:
+            expected = 1.0 if "norm.weight" in name.lower() else 0.0
+            assert (weight == expected).all(), name
+
+
+def test_the_tokenizer_gains_one_token(made, qwen, network):
+    before, after = AutoTokenizer.from_pretrained(qwen), AutoTokenizer.from_pretrained(made)
+    assert after.get_vocab() == before.get_vocab() | {HEARD: len(before)}
+    assert after.encode(f"red{HEARD}circle") == [*before.encode("red"), len(before), *before.encode("circle")]
+    assert set(after.all_special_tokens) == {*before.all_special_tokens, HEARD}
+    assert after.chat_template == before.chat_template
+    assert tuple(network.config.placeholder_ids) == (before.get_vocab()[SEEN], len(before))
+
+
+def test_nothing_of_the_sources_own_is_kept(made, qwen, whisper):
+    text = (made / "config.json").read_text()
+    assert str(qwen) not in text and str(whisper) not in text
+    values = json.loads(text)
+    assert (values["model_type"], values["dtype"]) == ("salmonn", "float32") and text.count("dtype") == 1
+
+
+def test_a_captioner_loads_it(made):
+    captioner = Captioner.load(made)
+    frames = np.arange(4 * 56 * 84 * 3).astype(np.uint8).reshape(4, 56, 84, 3)
+    waveform = np.sin(np.arange(32_000) / 20).astype(np.float32)
+    media = captioner.processor.media(Clip("a.mp4", frames, np.arange(4) / 2, waveform, 0.0, 2.0, 2.0))
+    (answer,) = captioner.answer([media], ["What is it?"], sampling=Sampling(max_new_tokens=3))
+    assert isinstance(answer.text, str)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capfd):
+    """The command in this process, since another would load torch and transformers again: exit code, what it said."""
+
+    def run(*args: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *args])
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        except SystemExit as stopped:
+            return int(stopped.code or 0), capfd.readouterr().err
+        return 0, capfd.readouterr().err
+
+    return run
+
+
+def test_command_line_seed_and_dtype(run_tool, made, qwen, whisper, tmp_path):
+    """The command's default dtype is bfloat16; its weights are those of float32, rounded."""
+    flags = [f"--{name}={value}" for name, value in QFORMER.items()]
+    command = [f"--lm={qwen}", f"--whisper={whisper}", f"--out={tmp_path / 'out'}", *flags]
+    torch.manual_seed(99)  # the tool has a seed of its own
+    code, said = run_tool(*command)
+    assert code == 0 and "weights from lm" in said and "weights from fresh" in said
+    half, full = weights(tmp_path / "out"), weights(made)
+    assert half.keys() == full.keys()
+    assert all(torch.equal(half[name], full[name].to(torch.bfloat16)) for name in full)
+    network = load_network(tmp_path / "out")
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert network.audio([torch.randn(1, 20, 800)])[0].isfinite().all()
+    code, said = run_tool(*command)
+    assert code == 2 and "exists and is not empty" in said and "Traceback" not in said
+
+
+def test_another_seed_changes_only_what_is_new(tool, made, qwen, whisper, tmp_path):
+    tool.main(tool.AssembleConfig(tmp_path / "out", str(qwen), str(whisper), dtype="float32", seed=1, **QFORMER))
+    ours, other = weights(made), weights(tmp_path / "out")
+    changed = {name for name in ours if not torch.equal(ours[name], other[name])}
+    new = {name for name in ours if name.startswith(("audio.qformer.", "audio.projector."))}
+    assert changed == {name for name in new if ours[name].ndim > 1}
+
+
+class TestRefusals:
+    """Each says which source is wrong, and leaves nothing behind."""
+
+    @pytest.fixture
+    def refuse(self, tool, untied, whisper, tmp_path):
+        def refuse(*, lm: object = untied, whisper: object = whisper, **values: object) -> str:
+            before = sorted(tmp_path.iterdir())
+            with pytest.raises(ValueError) as caught:
+                tool.main(tool.AssembleConfig(tmp_path / "out", str(lm), str(whisper), **(QFORMER | values)))
+            assert sorted(tmp_path.iterdir()) == before
+            return str(caught.value)
+
+        return refuse
+
+    @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2"])
+    def test_another_language_model(self, refuse, tmp_path, kind):
+        folder = tmp_path / "other"
+        Qwen2Config().save_pretrained(folder)  # no weights: what is wrong is said before they are looked for
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(values | {"model_type": kind}))
+        assert f"--lm {folder} is of type '{kind}': give a Qwen2.5-VL" in refuse(lm=folder)
+
+    def test_sources_exchanged(self, refuse, untied, whisper):
+        assert f"--lm {whisper} is of type 'whisper'" in refuse(lm=whisper, whisper=untied)
+        assert f"--whisper {untied} is of type 'qwen2_5_vl': give a Whisper" in refuse(whisper=untied)
+
+    def test_a_model_that_hears_already(self, refuse, untied, tmp_path):
+        folder = tmp_path / "plus"
+        folder.mkdir()
+        values = json.loads((untied / "config.json").read_text()) | {"audio_config": {}}
+        (folder / "config.json").write_text(json.dumps(values))
+        assert "hears already" in refuse(lm=folder)
+
+    def test_no_folder(self, refuse, tmp_path):
+        assert f"--lm {tmp_path / 'none'} is neither the folder" in refuse(lm=tmp_path / "none")
+        assert f"--whisper {tmp_path} holds no config.json" in refuse(whisper=tmp_path)
+
+    def test_an_embedding_matrix_without_room(self, refuse, tmp_path):
+        size = len(qwen_tokenizer())
+        folder = save_qwen(tmp_path / "small", tied=False, vocab_size=size)
+        assert f"{HEARD} would be token {size}, but --lm {folder} embeds only {size}" in refuse(lm=folder)
+
+    @pytest.mark.parametrize("lacking", [SEEN, "chat template"])
+    def test_another_tokenizer(self, refuse, untied, tmp_path, lacking):
+        folder = shutil.copytree(untied, tmp_path / "other")
+        if lacking == SEEN:
+            train = train_tokenizer(["a"], vocab_size=263)
+            text = train.backend_tokenizer.to_str().replace(SEEN, "<|other|>")
+            (folder / "tokenizer.json").write_text(text)
+            config = json.loads((folder / "tokenizer_config.json").read_text())
+            config["extra_special_tokens"] = []
+            (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        else:
+            (folder / "chat_template.jinja").unlink()
+        assert lacking in refuse(lm=folder)
+
+    @pytest.mark.parametrize("part", ["lm", "whisper"])
+    def test_weights_that_are_missing(self, refuse, untied, whisper, tmp_path, part):
+        folder = shutil.copytree({"lm": untied, "whisper": whisper}[part], tmp_path / "holed")
+        tensors = weights(folder)
+        gone = next(name for name in tensors if "layers.1" in name and "decoder" not in name)
+        save_file({name: tensor for name, tensor in tensors.items() if name != gone}, folder / "model.safetensors",
+                  metadata={"format": "pt"})  # fmt: skip
+        said = refuse(**{part: folder})
+        assert f"the weights of {folder} do not fit" in said and gone.removeprefix("model.") in said
+        (folder / "model.safetensors").unlink()
+        assert f"the weights of {folder} are missing or damaged" in refuse(**{part: folder})
+
+    def test_a_whisper_of_broken_windows(self, refuse, tmp_path):
+        folder = save_whisper(tmp_path / "odd", steps=410)
+        assert "410 steps a chunk, which are no whole windows of 25" in refuse(whisper=folder)
+
+    def test_heads_that_do_not_divide(self, refuse):
+        assert "--qformer_hidden 24 does not divide among --qformer_heads 5" in refuse(qformer_heads=5)
+        assert "must be at least 1" in refuse(qformer_layers=0)
+
+
+class TestCheck:
+    """Each weight from one source, none left over: a mistake in putting together is noticed."""
+
+    @pytest.fixture
+    def parts(self, tool, network):
+        weights = network.state_dict(keep_vars=True)
+        wanted = {name: tensor.shape for name, tensor in weights.items()}
+        sources: dict[str, list] = {"lm": [], "whisper": [], "fresh": []}
+        for name, tensor in weights.items():
+            origin = "lm" if name.startswith(("lm.", "vision.")) else "whisper" if "audio.encoder" in name else "fresh"
+            sources[origin].append(tensor)
+        return wanted, sources
+
+    def test_all_is_well(self, tool, network, parts):
+        wanted, sources = parts
+        told = tool.check(network, wanted=wanted, sources=sources)
+        lm = len({id(tensor) for tensor in sources["lm"]})
+        assert told == f"{lm} weights from lm, {len(sources['whisper'])} weights from whisper, " + (
+            f"{len(sources['fresh'])} weights from fresh"
+        )
+
+    @pytest.mark.parametrize("mistake", ["none", "two", "left", "shape", "unset"])
+    def test_a_mistake(self, tool, network, parts, mistake):
+        wanted, sources = parts
+        words = {"none": "one source each", "two": "one source each", "left": "found no place", "shape": "do not fit"}
+        kept = network.audio.projector.bias.detach().clone()
+        if mistake == "none":
+            sources["whisper"].pop()
+        elif mistake == "two":
+            sources["fresh"].append(sources["lm"][0])
+        elif mistake == "left":
+            sources["whisper"].append(torch.ones(1))
+        elif mistake == "shape":
+            wanted["audio.projector.bias"] = torch.Size([65])
+        else:
+            network.audio.projector.bias.data.fill_(torch.nan)
+        try:
+            with pytest.raises(ValueError, match=words.get(mistake, "without a value.*audio.projector.bias")):
+                tool.check(network, wanted=wanted, sources=sources)
+        finally:
+            network.audio.projector.bias.data.copy_(kept)

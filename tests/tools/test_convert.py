@@ -1,0 +1,273 @@
+"""Pickled weights become safetensors bit for bit; a pickle that would run code does not run."""
+
+import json
+import os
+import pickle
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from salmonn.model.load import load_network
+
+PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
+TENSORS = {
+    "norm.weight": torch.tensor([1.0, float("nan"), -0.0]),
+    "layer.weight": torch.arange(24, dtype=torch.bfloat16).reshape(4, 6),
+    "layer.bias": torch.arange(4, dtype=torch.float16),
+    "layer.steps": torch.tensor(7),
+    "layer.nothing": torch.empty(0, 3),
+}
+
+
+class Trap:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def tool(load_tool):
+    return load_tool("convert")
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A model's folder, as yet without weights."""
+    path = tmp_path / "published"
+    path.mkdir()
+    for name in ("config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE", "modeling.py"):
+        (path / name).write_text(f"text of {name}")
+    torch.save({"lr": 1.0}, path / "training_args.bin")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "converted"
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Bit for bit, NaN and the sign of zero too."""
+
+    def bits(tensor: Tensor) -> tuple:
+        return tensor.dtype, tensor.shape, tensor.contiguous().flatten().view(torch.uint8).tolist()
+
+    return ours.keys() == theirs.keys() and all(bits(ours[name]) == bits(theirs[name]) for name in ours)
+
+
+def refusal(tool, capsys, *args: object) -> str:
+    """What the command says where it ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        tool.main([str(arg) for arg in args])
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tensors: tensors,
+        lambda tensors: {"model": tensors},
+        lambda tensors: {"state_dict": {"module": tensors}, "epoch": 3, "name": "a run"},
+        lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
+        lambda tensors: {"model": {f"module.{name}": nn.Parameter(value, False) for name, value in tensors.items()}},
+    ],
+    ids=["plain", "model", "state_dict-module", "distributed", "parameters"],
+)
+def test_round_trip(tool, source, out, wrap):
+    torch.save(wrap(TENSORS), source / "pytorch_model.bin")
+    tool.main([str(source), "--out", str(out)])
+    assert equal(load_file(out / "model.safetensors"), TENSORS)
+    small = {"config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE"}
+    assert {path.name for path in out.iterdir()} == small | {"model.safetensors"}
+    assert all((out / name).read_text() == f"text of {name}" for name in small)
+    with safe_open(out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers reads no file without
+
+
+def test_a_name_that_begins_with_module_is_left_where_not_all_do(tool, source, out):
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, source / "pytorch_model.bin")
+    tool.convert(source, out=out)
+    assert load_file(out / "model.safetensors").keys() == {"module.a", "b"}
+
+
+def test_shards(tool, source, out):
+    parts = [dict(list(TENSORS.items())[:2]), dict(list(TENSORS.items())[2:])]
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    for name, part in zip(names, parts, strict=True):
+        torch.save({f"module.{key}": tensor for key, tensor in part.items()}, source / name)
+    weight_map = {f"module.{key}": name for name, part in zip(names, parts, strict=True) for key in part}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    tool.main([str(source), "--out", str(out), "--shard_gb", "48e-9"])  # bytes: 12, 48, 8 and 8
+    shards = sorted(out.glob("*.safetensors"))
+    assert [path.name for path in shards] == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    read = [load_file(path) for path in shards]
+    assert all(sum(tensor.nbytes for tensor in shard.values()) <= 48 for shard in read)
+    assert equal(read[0] | read[1] | read[2], TENSORS) and sum(map(len, read)) == len(TENSORS)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {key: path.name for path, shard in zip(shards, read, strict=True) for key in shard}
+    assert index["metadata"]["total_size"] == 76
+    assert not (out / "pytorch_model.bin.index.json").exists()
+
+
+def test_an_incomplete_set_of_shards(tool, source, out, capsys):
+    torch.save({"a": torch.ones(1)}, source / "one.bin")
+    index = source / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.bin", "b": "two.bin"}}))
+    assert "lists two.bin, which are not there" in refusal(tool, capsys, source, "--out", out)
+    torch.save({"a": torch.ones(1)}, source / "two.bin")
+    assert "holds a, which a shard before it holds too" in refusal(tool, capsys, source, "--out", out)
+    index.write_text("{}")
+    assert "is no index of shards" in refusal(tool, capsys, source, "--out", out)
+
+
+@pytest.mark.parametrize("limit", ["5", "24e-9"], ids=["one-file", "apart"])
+def test_tied_weights_are_written_whole(tool, source, out, capsys, limit):
+    table = torch.arange(12.0).reshape(3, 4)
+    tied = {"embed": table, "head": table, "turned": table.T, "row": table[1], "other": torch.ones(4)}
+    torch.save(tied, source / "pytorch_model.bin")
+    tool.main([str(source), "--out", str(out), "--shard_gb", limit])
+    read = {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    assert equal(read, tied)
+    assert "embed and head and turned and row share memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["checkpoint-12000.bin", "step.pt", "model.pth"])
+def test_a_single_file_alone_or_in_its_folder(tool, source, out, name):
+    torch.save({"model": TENSORS}, source / name)
+    tool.convert(source / name, out=out)
+    tool.convert(source, out=out.with_name("again"))
+    for folder in (out, out.with_name("again")):
+        assert equal(load_file(folder / "model.safetensors"), TENSORS)
+        assert (folder / "config.json").is_file() and not (folder / name).exists()
+
+
+def test_beside_a_file_outside_of_a_model_nothing_is_copied(tool, tmp_path, out):
+    (tmp_path / "diary.txt").write_text("private")
+    torch.save(TENSORS, tmp_path / "weights.pt")
+    tool.convert(tmp_path / "weights.pt", out=out)
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+
+
+def test_an_adapter_stays_one_file(tool, source, out):
+    (source / "adapter_config.json").write_text("{}")
+    torch.save(TENSORS, source / "adapter_model.bin")
+    tool.convert(source, out=out, shard_gb=1e-9)
+    assert equal(load_file(out / "adapter_model.safetensors"), TENSORS)
+    assert (out / "adapter_config.json").is_file() and len(list(out.glob("*.safetensors*"))) == 1
+
+
+@pytest.mark.parametrize("wrap", [lambda trap: trap, lambda trap: TENSORS | {"z": trap}, lambda trap: [TENSORS, trap]])
+def test_code_is_refused_and_does_not_run(tool, source, out, capsys, tmp_path, wrap):
+    trap = tmp_path / "sprung"
+    torch.save(wrap(Trap(trap)), source / "pytorch_model.bin")
+    words = refusal(tool, capsys, source, "--out", out)
+    assert "pytorch_model.bin is refused: it would run code" in words and ".mkdir" in words
+    assert not trap.exists() and not out.exists()
+    torch.load(source / "pytorch_model.bin", weights_only=False)
+    assert trap.exists()  # it would have
+
+
+def test_a_bare_pickle_does_not_run(tool, source, out, capsys, tmp_path):
+    (source / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert "cannot be read" in refusal(tool, capsys, source, "--out", out)
+    assert not (tmp_path / "sprung").exists() and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (TENSORS | {"args": Namespace(lr=1.0)}, "it calls for argparse.Namespace"),
+        (nn.Linear(2, 2), "it calls for torch.nn.modules.linear.Linear"),
+        (TENSORS | {"epoch": 3}, "epoch is 3"),
+        (TENSORS | {"sparse": torch.eye(2).to_sparse()}, "sparse is tensor("),
+        (TENSORS | {"meta": torch.empty(2, device="meta")}, "meta is tensor("),
+        ({"model": TENSORS, "module": TENSORS}, "several state dicts, model and module"),
+        ({"model": {}}, "no tensors by name but dict"),
+        ([torch.ones(2)], "no tensors by name but list"),
+    ],
+    ids=["namespace", "module", "number", "sparse", "meta", "several", "empty", "list"],
+)
+def test_what_is_no_plain_tensor_is_refused(tool, source, out, capsys, value, words):
+    torch.save(value, source / "pytorch_model.bin")
+    said = refusal(tool, capsys, source, "--out", out)
+    assert words in said and "pytorch_model.bin" in said and not out.exists()
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tool, source, out, capsys):
+    endless: dict = {}
+    endless["model"] = endless
+    torch.save(endless, source / "pytorch_model.bin")
+    assert "model is {" in refusal(tool, capsys, source, "--out", out)
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "pointer", "old"])
+def test_a_damaged_file(tool, source, out, capsys, kind):
+    path = source / "pytorch_model.bin"
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=kind != "old")
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:700], "empty": b"", "pointer": b"version https://git-lfs"}.get(kind, whole))
+    assert "pytorch_model.bin cannot be read" in refusal(tool, capsys, source, "--out", out)
+    assert not out.exists()
+
+
+def test_what_is_no_source(tool, source, out, capsys):
+    assert "holds no weights" in refusal(tool, capsys, source, "--out", out)
+    (source / "model.safetensors").touch()
+    assert "are safetensors already" in refusal(tool, capsys, source, "--out", out)
+    assert "is none of .bin, .pt, .pth" in refusal(tool, capsys, source / "model.safetensors", "--out", out)
+    for name in ("a.pt", "b.pt", "c-00001-of-00002.bin"):
+        torch.save(TENSORS, source / name)
+    assert "(a.pt, b.pt, c-00001-of-00002.bin): give one" in refusal(tool, capsys, source, "--out", out)
+    assert "one shard of several" in refusal(tool, capsys, source / "c-00001-of-00002.bin", "--out", out)
+    assert "there is no" in refusal(tool, capsys, source / "none", "--out", out)
+    assert "must be above 0" in refusal(tool, capsys, source / "a.pt", "--out", out, "--shard_gb", "0")
+    assert not out.exists()
+
+
+def test_what_is_there_stays(tool, source, out, capsys):
+    torch.save(TENSORS, source / "pytorch_model.bin")
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    assert "exists and is not empty" in refusal(tool, capsys, source, "--out", out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["full", "stopped"])
+def test_nothing_is_left_of_a_failure(tool, source, out, monkeypatch, error):
+    torch.save(TENSORS, source / "pytorch_model.bin")
+    save, saved = tool.save_file, []
+
+    def fail_at_the_second(tensors, path, **kwargs):
+        assert not out.exists()  # nor would a kill at this moment have left it
+        if saved:
+            raise error
+        save(tensors, path, **kwargs)
+        saved.append(path)
+
+    monkeypatch.setattr(tool, "save_file", fail_at_the_second)
+    with pytest.raises(type(error)):
+        tool.convert(source, out=out, shard_gb=48e-9)
+    assert saved and [path.name for path in out.parent.iterdir()] == ["published"]
+
+
+@pytest.mark.skipif(not (PARITY_DIR / "salmonn2").is_dir(), reason=f"no fixture salmonn2 in {PARITY_DIR}")
+def test_a_published_model_loads(tool, tmp_path, out):
+    folder = PARITY_DIR / "salmonn2"
+    shutil.copytree(folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(folder / "model.safetensors")
+    torch.save({"model": {f"module.{key}": tensor for key, tensor in tensors.items()}}, tmp_path / "pickled" / "m.bin")
+    tool.convert(tmp_path / "pickled", out=out, shard_gb=0.0005)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert equal(load_network(out).state_dict(), load_network(folder).state_dict())
