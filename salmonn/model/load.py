@@ -127,9 +127,12 @@ def _from_hub(path: Path | str) -> Path:
             "such as tsinghua-ee/video-SALMONN2_plus_7B_full."
         )
     try:
-        return Path(cached_file(name, CONFIG_NAME))
+        file = cached_file(name, CONFIG_NAME)
     except OSError as error:
         raise ValueError(f"no model {name}: there is no such folder here, and the hub gave none: {error}") from error
+    if file is None:
+        raise ValueError(f"no model {name}: the hub has it, but without a {CONFIG_NAME}")
+    return Path(file)
 
 
 def _is_ours(values: dict[str, Any]) -> bool:

@@ -1,0 +1,226 @@
+"""`salmonn caption` with published checkpoints and real files: from a folder, from a hub, with every kind of media."""
+
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from salmonn import cli
+from salmonn.caption import inputs
+from salmonn.model.settings import PUBLISHED_PROMPTS
+from salmonn.records import Caption, read_records
+
+MEDIA = Path(__file__).parents[2] / "shared" / "media"
+pytestmark = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no media in {MEDIA}")
+SHARD = "model-{:05d}-of-00002.safetensors"
+SALMONN = Path(sys.executable).with_name("salmonn")
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """As much of a hub as from_pretrained asks for: files of one repository, under its name and any revision."""
+
+    def __init__(self, folder: Path, asked: list[str], *args) -> None:
+        self.folder, self.asked = folder, asked
+        super().__init__(*args)
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, *, with_body: bool) -> None:
+        self.asked.append(self.path)
+        name, _, file = self.path.partition("/resolve/")
+        path = self.folder / file.partition("/")[2]
+        files = sorted(file.name for file in self.folder.iterdir())
+        if "/video-salmonn/tree/" in name:
+            templates = "additional_chat_templates" in name
+            listed = [{"type": "file", "path": file, "size": 1, "oid": "0" * 40} for file in files]
+            body = json.dumps([] if templates else listed).encode()
+        elif name.startswith("/api/models/someone/video-salmonn"):
+            siblings = [{"rfilename": file} for file in files]
+            body = json.dumps({"id": "someone/video-salmonn", "sha": "0" * 40, "siblings": siblings}).encode()
+        elif name == "/someone/video-salmonn" and path.is_file():
+            body = path.read_bytes()
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if "/video-salmonn" in name else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(published, tmp_path):
+    """Address of a hub that has the 2+ fixture in two shards, and what was asked of it."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    source = published("salmonn2-plus")
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    with safe_open(source / "model.safetensors", framework="pt") as file:
+        names = sorted(file.keys())
+        shards = [names[::2], names[1::2]]
+        for number, part in enumerate(shards, start=1):
+            save_file(
+                {name: file.get_tensor(name) for name in part}, folder / f"model-0000{number}-of-00002.safetensors"
+            )
+    index = {name: f"model-0000{number}-of-00002.safetensors" for number, part in enumerate(shards, 1) for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    asked: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubHandler, folder, asked))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+
+
+def caption(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SALMONN, "caption", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def test_a_hub_id_is_all_that_is_needed(capsys, hub, published, tmp_path):
+    address, asked = hub
+    home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+    args = (MEDIA / "h265_video.mp4", "--max-new-tokens", 4, "--model", "someone/video-salmonn")
+    result = caption(*args, "--out", tmp_path / "a.jsonl", **home)
+    assert result.returncode == 0, result.stderr
+    assert any("model-00002-of-00002" in path for path in asked)
+    (from_hub,) = read_records(tmp_path / "a.jsonl", Caption)
+    assert from_hub.prompt == PUBLISHED_PROMPTS["salmonn2-plus"]["both"]
+    assert from_hub.model == "someone/video-salmonn"
+    # A second time it is on disk, and nobody is asked.
+    offline = caption(*args, "--out", tmp_path / "b.jsonl", HF_HUB_OFFLINE="1", **home)
+    assert offline.returncode == 0, offline.stderr
+    (again,) = read_records(tmp_path / "b.jsonl", Caption)
+    assert call(capsys, *args[:3], "--model", published("salmonn2-plus"), "--out", tmp_path / "c.jsonl")[0] == 0
+    (from_folder,) = read_records(tmp_path / "c.jsonl", Caption)
+    assert from_hub.text == again.text == from_folder.text
+
+
+def test_what_the_hub_lacks_is_told(hub, tmp_path):
+    address, _ = hub
+    home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+    result = caption(MEDIA / "h265_video.mp4", "--model", "someone/other", "--out", tmp_path / "a.jsonl", **home)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "no model someone/other: there is no such folder here, and the hub gave none" in result.stderr
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def call(capsys, *args: object) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["caption", *map(str, args)])
+    return caught.value.code, capsys.readouterr().err
+
+
+# What holds of each file: H.264 with and without sound, HEVC, AV1, two rotations, sound alone, a damaged one.
+EVERY_FILE = {
+    "av1_video.mkv",
+    "corrupted.mp4",
+    "flipping_a_pancake.mkv",
+    "h265_video.mp4",
+    "jfk.flac",
+    "nasa_13013.mp4",
+    "video_0.mov",
+    "video_90.mov",
+}
+
+
+@pytest.mark.parametrize("family", ["tiny", "salmonn2", "salmonn2-plus"])
+def test_every_real_file_is_captioned(capsys, caplog, published, random_model, tmp_path, family):
+    model = random_model if family == "tiny" else published(family)
+    assert {path.name for path in MEDIA.iterdir()} == EVERY_FILE
+    out = tmp_path / "captions.jsonl"
+    span = ["--end", 1] if family == "salmonn2-plus" else []  # at its full size, five seconds of 720p take a minute
+    code, err = call(capsys, MEDIA, "--model", model, "--out", out, "--max_new_tokens", 2, "--batch_size", 1, *span)
+    assert code == 0 and "8 captions" in err and "0 videos failed" in err
+    captions = read_records(out, Caption)
+    assert {Path(caption.video).name for caption in captions} == EVERY_FILE
+    # The damaged one is told as far as it decodes, and that is said.
+    assert "corrupted.mp4: damaged" in caplog.text or span
+
+
+@pytest.mark.parametrize(
+    ("use", "failed"),
+    [
+        ("visual", {"jfk.flac"}),
+        ("audio", EVERY_FILE - {"jfk.flac", "nasa_13013.mp4", "flipping_a_pancake.mkv"}),
+    ],
+)
+def test_what_a_file_lacks_is_told(capsys, random_model, tmp_path, use, failed):
+    out = tmp_path / "captions.jsonl"
+    code, err = call(capsys, MEDIA, "--model", random_model, "--out", out, "--max_new_tokens", 2, "--use", use)
+    assert code == 1
+    captions = read_records(out, Caption)
+    assert {Path(caption.video).name for caption in captions} == EVERY_FILE - failed
+    assert all(f"{name}: the clip has nothing left for use '{use}'" in err for name in failed)
+
+
+def test_a_span_and_a_question(capsys, published, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    args = ("--start", 2, "--end", 3, "--prompt", "What is said?", "--max_new_tokens", 2, "--out", out)
+    code, err = call(capsys, MEDIA / "nasa_13013.mp4", "--model", published("salmonn2"), *args)
+    assert code == 0, err
+    (one,) = read_records(out, Caption)
+    assert one.prompt == "What is said?"
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "words"),
+    [
+        ("salmonn2", ["--released-positions"], "released positions are those of salmonn2-plus"),
+        ("salmonn2-plus", ["--adapter", "{empty}"], "holds no adapter that can be read"),
+        ("salmonn2-plus", ["--bits", "3"], "bits"),
+        ("salmonn2-plus", ["--dtype", "int8"], "dtype"),
+        ("salmonn2-plus", ["--device-map", "everywhere"], "device_map"),
+    ],
+)
+def test_mistakes_in_loading(capsys, published, tmp_path, family, flags, words):
+    (tmp_path / "empty").mkdir()
+    given = [flag.format(empty=tmp_path / "empty") for flag in flags]
+    args = (MEDIA / "h265_video.mp4", "--model", published(family), "--out", tmp_path / "a.jsonl", *given)
+    code, err = call(capsys, *args)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_released_positions_reach_the_layout(capsys, monkeypatch, published, tmp_path):
+    given = []
+    plain = inputs.by_seconds
+
+    def note(*args, **named):
+        given.append(named["released"])
+        return plain(*args, **named)
+
+    monkeypatch.setattr(inputs, "by_seconds", note)
+    args = (MEDIA / "jfk.flac", "--model", published("salmonn2-plus"), "--max_new_tokens", 1)
+    for number, flags in enumerate([[], ["--released-positions"]]):
+        assert call(capsys, *args, "--out", tmp_path / f"{number}.jsonl", *flags)[0] == 0
+    assert given == [False, True]
