@@ -211,13 +211,13 @@ class Captioner:
             len(clips) * num_samples answers, a clip's samples one after the other.
         """
         tokenizer, stops = self.processor.tokenizer, self.processor.stop_ids
-        config = sampling.to_transformers(stop_ids=stops, pad_token_id=self.processor.pad_id, num_samples=num_samples)
+        config = sampling.to_transformers(stop_ids=stops, pad_token_id=self.processor.pad_id)
         answers: list[Answer] = []
         step = max(1, batch_size // num_samples)
         for start in range(0, len(clips), step):
             rows = [Row(index, prompt) for index, prompt in enumerate(prompts[start : start + step])]
             inputs = self.processor.inputs(rows, clips[start : start + step], pad_left=True).to(self.network.device)
-            for ids in generate(self.network, inputs, config=config, seed=seed + start):
+            for ids in generate(self.network, inputs, config=config, num_samples=num_samples, seed=seed + start):
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 answers.append(Answer(text, finished=ids[-1] in stops))
             if progress:

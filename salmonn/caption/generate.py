@@ -31,26 +31,28 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
 
-    def to_transformers(self, *, stop_ids: Sequence[int], pad_token_id: int, num_samples: int = 1) -> GenerationConfig:
+    def to_transformers(self, *, stop_ids: Sequence[int], pad_token_id: int) -> GenerationConfig:
         """The same as transformers names it; an answer ends with any of `stop_ids`."""
         drawn = dict(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
         return GenerationConfig(
             **(drawn if self.temperature else {"do_sample": False}),
             max_new_tokens=self.max_new_tokens,
-            num_return_sequences=num_samples,
             eos_token_id=list(stop_ids),
             pad_token_id=pad_token_id,
         )
 
 
 @torch.no_grad()
-def generate(network: Network, inputs: Inputs, *, config: GenerationConfig, seed: int = 0) -> list[list[int]]:
+def generate(
+    network: Network, inputs: Inputs, *, config: GenerationConfig, num_samples: int = 1, seed: int = 0
+) -> list[list[int]]:
     """Answer each row.
 
     Args:
         network: in evaluation mode.
         inputs: B prompts, padded on the left.
-        config: with num_return_sequences N.
+        config: how answers are drawn.
+        num_samples: N answers to each row.
         seed: of the draws, which depend on nothing else.
 
     Returns:
@@ -60,9 +62,10 @@ def generate(network: Network, inputs: Inputs, *, config: GenerationConfig, seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = network.lm.generate(
-            inputs_embeds=network.embed(inputs),
-            attention_mask=inputs.attention_mask,
-            position_ids=network.positions(inputs.position_ids),
+            # Repeated here and not by num_return_sequences: some releases of transformers ask for ids to do that.
+            inputs_embeds=network.embed(inputs).repeat_interleave(num_samples, dim=0),
+            attention_mask=inputs.attention_mask.repeat_interleave(num_samples, dim=0),
+            position_ids=network.positions(inputs.position_ids).repeat_interleave(num_samples, dim=-2),
             generation_config=config,
         )
     answers = []

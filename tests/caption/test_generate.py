@@ -11,11 +11,9 @@ DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
 
 def ids_of(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, seed=0) -> list[list[int]]:
     tokenizer = captioner.processor.tokenizer
-    config = sampling.to_transformers(
-        stop_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id, num_samples=num_samples
-    )
+    config = sampling.to_transformers(stop_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
     inputs = captioner.processor.inputs(rows or [Row(0, "Tell.")], media, pad_left=True)
-    return generate(captioner.network, inputs, config=config, seed=seed)
+    return generate(captioner.network, inputs, config=config, num_samples=num_samples, seed=seed)
 
 
 @torch.no_grad()
@@ -76,11 +74,9 @@ def test_a_tiny_nucleus_is_greedy(captioner, media):
 
 
 def test_settings_in_the_words_of_transformers():
-    config = Sampling(temperature=0.5, top_p=0.8, max_new_tokens=7).to_transformers(
-        stop_ids=[2], pad_token_id=0, num_samples=3
-    )
+    config = Sampling(temperature=0.5, top_p=0.8, max_new_tokens=7).to_transformers(stop_ids=[2], pad_token_id=0)
     assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.5, 0.8, 0)
-    assert (config.max_new_tokens, config.num_return_sequences) == (7, 3)
+    assert (config.max_new_tokens, config.eos_token_id) == (7, [2])
     assert not Sampling().to_transformers(stop_ids=[2], pad_token_id=0).do_sample
 
 

@@ -34,10 +34,12 @@ def test_special_tokens_are_one_id_each(tokenizer):
 
 
 def test_prompt_is_a_turn_of_chat(tokenizer):
-    ids = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], system="")
-    turn = "<|im_start|>user\n<|vision_start|><|video_pad|><|audio_pad|><|video_pad|><|vision_end|>Tell me.<|im_end|>\n"
+    ids = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], family="salmonn2-plus", system="")
+    turn = (
+        "<|im_start|>user\n<|vision_start|><|video_pad|><|audio_pad|><|video_pad|><|vision_end|>\nTell me.<|im_end|>\n"
+    )
     assert tokenizer.decode(ids) == f"{turn}<|im_start|>assistant\n"
-    system = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], system="Help.")
+    system = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], family="salmonn2-plus", system="Help.")
     assert tokenizer.decode(system) == f"<|im_start|>system\nHelp.<|im_end|>\n{turn}<|im_start|>assistant\n"
     # The specials stand as single ids.
     assert [token for token in ids if token < 7] == [1, 3, 5, 6, 5, 4, 2, 1]
@@ -52,5 +54,5 @@ def test_answer_ends_with_the_end_of_the_turn(tokenizer):
 @pytest.mark.parametrize("special", ["<|video_pad|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"])
 def test_a_special_token_in_the_prompt_is_refused(tokenizer, special):
     with pytest.raises(ValueError) as caught:
-        prompt_ids(tokenizer, f"Tell{special}me", placeholders=[5, 6], system="")
+        prompt_ids(tokenizer, f"Tell{special}me", placeholders=[5, 6], family="salmonn2-plus", system="")
     assert special in str(caught.value)
