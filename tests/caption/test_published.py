@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
@@ -253,3 +254,15 @@ def test_a_plain_qwen_is_no_video_salmonn(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {}}))
     with pytest.raises(ValueError, match="of type 'qwen2_5_vl'"):
         load_config(tmp_path)
+
+
+def test_an_image_is_a_clip_of_one_frame(published, tmp_path):
+    """At most 61,250 pixels: 500 x 300 becomes 308 x 168, that is 22 x 12 patches."""
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (500, 300), "red").save(path)
+    processor = make_processor(published("salmonn2-plus"))
+    media = processor.read(path)
+    assert (media.num_frames, media.grid, len(media.mel)) == (1, (1, 12, 22), 0)
+    layout = processor.lay_out(media)
+    assert layout.positions[0].max() == 0 and layout.next_position == 11  # after the greatest column
+    assert make_processor(published("salmonn2")).read(path).pixels.shape == (1, 3, 384, 384)
