@@ -30,7 +30,7 @@ from salmonn.score.judge import Judge, RuleJudge
 from salmonn.score.rates import Rates
 from salmonn.train.evaluate import caption_clips, encode_clips, evaluate, judge_captions
 from salmonn.train.examples import SftBatches, make_examples, sft_loss
-from salmonn.train.loop import FitConfig, StepLog, fit
+from salmonn.train.loop import FitConfig, StepLog, autocast, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 from salmonn.train.references import ClipSet, heldout_config, read_clips, render_clips
 from salmonn.train.report import Summary, plot_summary, print_table
@@ -70,7 +70,7 @@ class RebirthConfig:
     """
 
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup_steps=10))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup=0.1))
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,7 @@ class MrDpoConfig:
     pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(
-        default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_steps=6, batch_size=16)
-    )
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup=0.1, batch_size=16))
     rebirth: RebirthConfig = field(default_factory=RebirthConfig)
     seed: int = 0
 
@@ -255,14 +253,22 @@ def train_policy(
     """Guided DPO on a fresh adapter, which is saved and merged."""
     attach(captioner.network, config.lora, seed=seed)
     blocks = {ref.video: block for ref, block in zip(run.train.references, run.train_blocks, strict=True)}
-    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=config.fit.batch_size, seed=seed)
-    batches.refer(captioner.network)
+    batches = PreferenceBatches(
+        pairs,
+        blocks,
+        captioner.processor,
+        batch_size=config.fit.batch_size,
+        seed=seed,
+        accumulation=config.fit.accumulation,
+    )
+    with autocast(config.fit.precision):
+        batches.refer(captioner.network)
     with checkpointed(folder) as checkpoint:
         fit(
             captioner.network,
             batches,
             PreferenceLoss(config.dpo),
-            config.fit,
+            config.fit.resolve(len(pairs)),
             seed=seed,
             name=f"{folder.name}: guided DPO",
             checkpoint_path=checkpoint,
@@ -289,24 +295,26 @@ def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig
             run.train.root / reference.video: block
             for reference, block in zip(run.train.references, run.train_blocks, strict=True)
         }
+        examples = make_examples(
+            taught,
+            ("caption", "questions"),
+            root=run.train.root,
+            prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
+        )
         batches = SftBatches(
-            make_examples(
-                taught,
-                ("caption", "questions"),
-                root=run.train.root,
-                prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
-            ),
+            examples,
             captioner.processor,
             lambda example: blocks[example.video],
             batch_size=config.rebirth.fit.batch_size,
             seed=config.seed,
+            accumulation=config.rebirth.fit.accumulation,
         )
         with checkpointed(folder) as checkpoint:
             fit(
                 captioner.network,
                 batches,
                 sft_loss,
-                config.rebirth.fit,
+                config.rebirth.fit.resolve(len(examples)),
                 seed=config.seed,
                 name="rebirth",
                 checkpoint_path=checkpoint,

@@ -100,9 +100,16 @@ def main(config: SftConfig) -> None:
     checkpoint = config.out / "checkpoint.safetensors"
     fit(
         captioner.network,
-        SftBatches(examples, captioner.processor, cache, batch_size=config.fit.batch_size, seed=config.seed),
+        SftBatches(
+            examples,
+            captioner.processor,
+            cache,
+            batch_size=config.fit.batch_size,
+            seed=config.seed,
+            accumulation=config.fit.accumulation,
+        ),
         sft_loss,
-        config.fit,
+        config.fit.resolve(len(examples)),
         seed=config.seed,
         name=config.out.name,
         checkpoint_path=checkpoint,

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -81,7 +82,13 @@ class Letters:
     """A tokenizer that gives each letter its number: a 1, b 2, ..."""
 
     all_special_tokens = ()
-    special = {"<|endoftext|>": 0, "<|im_start|>": 49, "<|im_end|>": 50, "<|vision_start|>": 51, "<|vision_end|>": 52}
+    special: ClassVar[dict[str, int]] = {
+        "<|endoftext|>": 0,
+        "<|im_start|>": 49,
+        "<|im_end|>": 50,
+        "<|vision_start|>": 51,
+        "<|vision_end|>": 52,
+    }
 
     def get_vocab(self):
         return self.special
