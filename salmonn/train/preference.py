@@ -13,7 +13,7 @@ from salmonn.model.lora import adapter_off
 from salmonn.model.network import Block, Inputs, Network
 from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
 from salmonn.records import Pair
-from salmonn.train.examples import deal, split
+from salmonn.train.examples import SftBatch, SftBatches, deal, sft_loss, split
 
 
 @dataclass(frozen=True)
@@ -141,3 +141,41 @@ class PreferenceLoss:
         }
         count = batch.mean_num_pairs
         return result.loss.sum() / count, {name: part.sum().item() / count for name, part in parts.items()}
+
+
+class MixedBatches:
+    """Pairs, and among them questions to be answered.
+
+    Args:
+        pairs: deals out the pairs of each step.
+        questions: deals out its questions, from the rank on that follows the last pair's.
+    """
+
+    def __init__(self, pairs: PreferenceBatches, questions: SftBatches) -> None:
+        self.pairs = pairs
+        self.questions = questions
+
+    def __call__(self, step: int) -> list[PreferenceBatch | SftBatch]:
+        """This rank's batch of a step, in pieces."""
+        return [*self.pairs(step), *self.questions(step)]
+
+
+class MixedLoss:
+    """Guided DPO on pairs and cross-entropy on answers to questions, each by its share of the step's examples.
+
+    Args:
+        config: beta and the weight of the ground truth's cross-entropy.
+        qa_share: share of the examples that are questions.
+    """
+
+    def __init__(self, config: DpoConfig, *, qa_share: float) -> None:
+        self.preference = PreferenceLoss(config)
+        self.qa_share = qa_share
+
+    def __call__(self, model: nn.Module, batch: PreferenceBatch | SftBatch) -> tuple[Tensor, Mapping[str, float]]:
+        """Loss, and the figures of the log: those of the pairs, or the cross-entropy `qa`."""
+        if isinstance(batch, SftBatch):
+            value, _ = sft_loss(model, batch)
+            return self.qa_share * value, {"qa": value.item()}
+        value, figures = self.preference(model, batch)
+        return (1 - self.qa_share) * value, figures
