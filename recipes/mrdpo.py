@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,9 +30,9 @@ from salmonn.records import Caption, Pair, Reference, Score, read_json, read_rec
 from salmonn.score.judge import Judge, RuleJudge
 from salmonn.score.rates import Rates
 from salmonn.train.evaluate import caption_clips, encode_clips, evaluate, judge_captions
-from salmonn.train.examples import SftBatches, make_examples, sft_loss
-from salmonn.train.loop import FitConfig, StepLog, fit
-from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from salmonn.train.examples import Example, SftBatches, make_examples, sft_loss
+from salmonn.train.loop import FitConfig, StepLog, autocast, fit
+from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatches
 from salmonn.train.references import ClipSet, heldout_config, read_clips, render_clips
 from salmonn.train.report import Summary, plot_summary, print_table
 
@@ -70,7 +71,7 @@ class RebirthConfig:
     """
 
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup_steps=10))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup=0.1))
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class MrDpoConfig:
         out: folder for all results.
         model: folder or hub id of the model to start from; the shipped toy model by default.
         placement: device and type of its weights.
+        frames: values of the model's frame rule that are other in training, such as `min_frames`.
         references: JSONL of references (events, caption, questions) to one's own training videos; none renders
             synthetic clips as `synth` says.
         heldout_references: likewise for measuring.
@@ -88,6 +90,7 @@ class MrDpoConfig:
         synth: training clips. Held-out clips follow from its seed, on a seed of their own.
         heldout_clips: number of synthetic clips to measure on.
         rounds: of DPO.
+        qa_share: share of the last round's examples that are questions on the training clips, to be answered.
         pairs: sampling of captions and choice of pairs.
         dpo: the loss.
         lora: each round's fresh adapter.
@@ -99,33 +102,45 @@ class MrDpoConfig:
     out: Path = Path("run")
     model: str = str(SHIPPED_MODEL)
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
+    frames: dict[str, int | float] | None = None
     references: Path | None = None
     heldout_references: Path | None = None
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
     heldout_clips: int = 200
     rounds: int = 3
+    qa_share: float = 0.0
     pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(
-        default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_steps=6, batch_size=16)
-    )
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup=0.1, batch_size=16))
     rebirth: RebirthConfig = field(default_factory=RebirthConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.qa_share < 1 or (self.qa_share and not 0 < self.num_questions < self.fit.batch_size):
+            raise ValueError(
+                f"qa_share is the share of {self.fit.batch_size} examples a step that are questions; "
+                f"{self.qa_share} leaves no question or no pair"
+            )
+
+    @property
+    def num_questions(self) -> int:
+        """Examples of questions in each step of the last round."""
+        return round(self.qa_share * self.fit.batch_size)
 
 
 def main(config: MrDpoConfig) -> None:
     """Run all rounds and rebirth."""
     dist.setup()
-    captioner = Captioner.load(config.model, placement=config.placement)
+    captioner = load(config.model, config)
     if dist.is_main():
         claim_folder(config.out, config, name="mrdpo")
     run = load_run(captioner, config)
     summary = Summary(sft=measure(captioner, run, config.out / "sft"))
     for number in range(1, config.rounds + 1):
         folder = config.out / f"round_{number}"
-        captioner = play_round(captioner, run, folder, config=config, seed=config.seed * 1000 + number)
+        captioner = play_round(captioner, run, number, folder, config=config)
         summary.rounds.append(measure(captioner, run, folder))
     captioner = be_reborn(captioner, run, config.out / "rebirth", config=config)
     summary.rebirth = measure(captioner, run, config.out / "rebirth")
@@ -137,6 +152,11 @@ def main(config: MrDpoConfig) -> None:
     dist.barrier()
 
 
+def load(model: Path | str, config: MrDpoConfig) -> Captioner:
+    """A model of the run, with the run's frames."""
+    return Captioner.load(model, placement=config.placement, frames=config.frames)
+
+
 @dataclass(frozen=True)
 class Run:
     """What all stages share: clips and their tokens, which the frozen towers make once, and the judge."""
@@ -146,6 +166,15 @@ class Run:
     train_blocks: list[Block]
     heldout_blocks: list[Block]
     judge: Judge
+
+    def train_block(self, example: Example) -> Block:
+        """The block of the training clip that an example is about."""
+        return self._by_path[example.video]
+
+    @cached_property
+    def _by_path(self) -> dict[Path, Block]:
+        paths = (self.train.root / reference.video for reference in self.train.references)
+        return dict(zip(paths, self.train_blocks, strict=True))
 
 
 def load_run(captioner: Captioner, config: MrDpoConfig) -> Run:
@@ -166,8 +195,9 @@ def load_run(captioner: Captioner, config: MrDpoConfig) -> Run:
     )
 
 
-def play_round(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoConfig, seed: int) -> Captioner:
+def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, config: MrDpoConfig) -> Captioner:
     """One round: sample, judge, pair, train, merge, save. Returns the merged model."""
+    seed = config.seed * 1000 + number
     merged = folder / "merged"
     if absent(merged / CONFIG_NAME):
         captions = kept(
@@ -179,8 +209,9 @@ def play_round(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoCon
             folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, references, config=config.pairs)
         )
         report_pairs(pairs, folder)
-        train_policy(captioner, run, pairs, folder, config=config, seed=seed)
-    return Captioner.load(merged, placement=config.placement)
+        num_questions = config.num_questions if number == config.rounds else 0
+        train_policy(captioner, run, pairs, folder, config=config, seed=seed, num_questions=num_questions)
+    return load(merged, config)
 
 
 def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:
@@ -250,19 +281,35 @@ def report_pairs(pairs: Sequence[Pair], folder: Path) -> None:
 
 
 def train_policy(
-    captioner: Captioner, run: Run, pairs: Sequence[Pair], folder: Path, *, config: MrDpoConfig, seed: int
+    captioner: Captioner,
+    run: Run,
+    pairs: Sequence[Pair],
+    folder: Path,
+    *,
+    config: MrDpoConfig,
+    seed: int,
+    num_questions: int,
 ) -> None:
     """Guided DPO on a fresh adapter, which is saved and merged."""
     attach(captioner.network, config.lora, seed=seed)
     blocks = {ref.video: block for ref, block in zip(run.train.references, run.train_blocks, strict=True)}
-    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=config.fit.batch_size, seed=seed)
-    batches.refer(captioner.network)
+    batches = PreferenceBatches(
+        pairs,
+        blocks,
+        captioner.processor,
+        batch_size=config.fit.batch_size - num_questions,
+        seed=seed,
+        accumulation=config.fit.accumulation,
+    )
+    with autocast(config.fit.precision):
+        batches.refer(captioner.network)
+    asked = ask(captioner, run, config, seed=seed, num_questions=num_questions) if num_questions else None
     with checkpointed(folder) as checkpoint:
         fit(
             captioner.network,
-            batches,
-            PreferenceLoss(config.dpo),
-            config.fit,
+            MixedBatches(batches, asked) if asked else batches,
+            MixedLoss(config.dpo, qa_share=num_questions / config.fit.batch_size),
+            config.fit.resolve(len(pairs)),
             seed=seed,
             name=f"{folder.name}: guided DPO",
             checkpoint_path=checkpoint,
@@ -274,6 +321,19 @@ def train_policy(
         save_merged(captioner, folder)
 
 
+def ask(captioner: Captioner, run: Run, config: MrDpoConfig, *, seed: int, num_questions: int) -> SftBatches:
+    """The questions on the training clips, dealt out among the pairs of a round."""
+    return SftBatches(
+        make_examples(run.train.references, ("questions",), root=run.train.root),
+        captioner.processor,
+        run.train_block,
+        batch_size=num_questions,
+        seed=seed,
+        accumulation=config.fit.accumulation,
+        first_rank=config.fit.batch_size - num_questions,
+    )
+
+
 def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig) -> Captioner:
     """Tune the starting model on the teacher's captions of the training clips and on questions."""
     merged = folder / "merged"
@@ -283,30 +343,28 @@ def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig
             replace(reference, caption=caption.text)
             for reference, caption in zip(run.train.references, captions, strict=True)
         ]
-        captioner = Captioner.load(config.model, placement=config.placement)
+        captioner = load(config.model, config)
         attach(captioner.network, config.rebirth.lora, seed=config.seed)
-        blocks = {
-            run.train.root / reference.video: block
-            for reference, block in zip(run.train.references, run.train_blocks, strict=True)
-        }
+        examples = make_examples(
+            taught,
+            ("caption", "questions"),
+            root=run.train.root,
+            prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
+        )
         batches = SftBatches(
-            make_examples(
-                taught,
-                ("caption", "questions"),
-                root=run.train.root,
-                prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
-            ),
+            examples,
             captioner.processor,
-            lambda example: blocks[example.video],
+            run.train_block,
             batch_size=config.rebirth.fit.batch_size,
             seed=config.seed,
+            accumulation=config.rebirth.fit.accumulation,
         )
         with checkpointed(folder) as checkpoint:
             fit(
                 captioner.network,
                 batches,
                 sft_loss,
-                config.rebirth.fit,
+                config.rebirth.fit.resolve(len(examples)),
                 seed=config.seed,
                 name="rebirth",
                 checkpoint_path=checkpoint,
@@ -314,7 +372,7 @@ def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig
             )
             merge(captioner.network)
             save_merged(captioner, folder)
-    return Captioner.load(merged, placement=config.placement)
+    return load(merged, config)
 
 
 def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig) -> list[Caption]:

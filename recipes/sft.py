@@ -46,6 +46,7 @@ class SftConfig:
         out: folder for the trained model and its figures.
         model: folder or hub id of the model to start from; "tiny" starts the toy model from nothing.
         placement: device and type of its weights.
+        frames: values of the model's frame rule that are other in training, such as `min_frames`.
         references: JSONL of references to one's own videos, or a file of conversations about them in the format of the
             published models (data/README.md), of which `tasks` choose nothing; none renders clips as `synth` says.
         clips_dir: where synthetic clips are kept.
@@ -64,6 +65,7 @@ class SftConfig:
     out: Path
     model: str = TINY
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
+    frames: dict[str, int | float] | None = None
     references: Path | None = None
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
@@ -95,9 +97,16 @@ def main(config: SftConfig) -> None:
     checkpoint = config.out / "checkpoint.safetensors"
     fit(
         captioner.network,
-        SftBatches(examples, captioner.processor, cache, batch_size=config.fit.batch_size, seed=config.seed),
+        SftBatches(
+            examples,
+            captioner.processor,
+            cache,
+            batch_size=config.fit.batch_size,
+            seed=config.seed,
+            accumulation=config.fit.accumulation,
+        ),
         sft_loss,
-        config.fit,
+        config.fit.resolve(len(examples)),
         seed=config.seed,
         name=config.out.name,
         checkpoint_path=checkpoint,
@@ -146,7 +155,7 @@ def to_examples(clips: ClipSet | Conversations, captioner: Captioner, config: Sf
 def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
     """The model to start from."""
     if config.model != TINY:
-        return Captioner.load(config.model, placement=config.placement)
+        return Captioner.load(config.model, placement=config.placement, frames=config.frames)
     # Whole scenes besides the stage's own clips, so that a stage of few words leaves no word of later ones in pieces.
     world = [describe_clip(SynthConfig(seed=config.seed), index=index)[1] for index in range(NUM_TOKENIZER_SCENES)]
     if isinstance(clips, Conversations):
@@ -162,7 +171,9 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(config.seed)
-    return Captioner(Network(model_config).to(dist.device()), Processor(tokenizer, config=model_config))
+    return Captioner(
+        Network(model_config).to(dist.device()), Processor(tokenizer, config=model_config.with_frames(config.frames))
+    )
 
 
 def choose_trainable(captioner: Captioner, config: SftConfig) -> None:

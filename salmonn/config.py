@@ -45,11 +45,21 @@ def parse_config(config_type: type[Config], *, description: str, args: Sequence[
     parser.add_argument("--config", action="config", help="YAML file that states what differs from the defaults")
     parser.add_class_arguments(config_type)
     try:
-        built = parser.instantiate(parser.parse_args(underscored(args)))
+        built = parser.instantiate(parser.parse_args(_switched_on(underscored(args), config_type)))
     except ValueError as error:  # a dataclass refused its values
         sys.exit(_complain(error))
     names = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
     return config_type(**{name: value for name, value in vars(built).items() if name in names})
+
+
+def _switched_on(args: Sequence[str], config_type: type) -> list[str]:
+    """A command line with --flag=true for a switch that stands alone."""
+    switches = {f"--{field.name}" for field in dataclasses.fields(config_type) if field.type is bool}
+    following = [*args[1:], "--"]
+    return [
+        f"{arg}=true" if arg in switches and after.startswith("--") else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
 
 
 def underscored(args: Sequence[str] | None) -> list[str]:

@@ -65,9 +65,9 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def share(items: Sequence[Item]) -> list[Item]:
-    """This rank's part of a list: every world_size-th item."""
-    return list(items[rank() :: world_size()])
+def share(items: Sequence[Item], *, first: int = 0) -> list[Item]:
+    """This rank's part of a list: every world_size-th item, the list's first going to rank `first`."""
+    return list(items[(rank() - first) % world_size() :: world_size()])
 
 
 def gather(items: Sequence[Item]) -> list[Item]:

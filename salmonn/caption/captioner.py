@@ -1,6 +1,6 @@
 """The one door to a model that describes videos: command line, page, service and recipes all come through here."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +71,7 @@ class Captioner:
         placement: Placement | None = None,
         adapter: Path | str | None = None,
         released_positions: bool = False,
+        frames: Mapping[str, float] | None = None,
     ) -> "Captioner":
         """Read a model from a folder or from the hub: one of this project's, or a published video-SALMONN 2 or 2+.
 
@@ -79,11 +80,12 @@ class Captioner:
             placement: device, type of the weights and the like (default: the GPU where there is one).
             adapter: PEFT folder or id on the hub, put on top.
             released_positions: see `Processor`.
+            frames: values of the model's frame rule to use in place of its own; a saved model keeps its own.
 
         Raises:
             ValueError: it is no such model, or incomplete.
         """
-        config = load_config(path)
+        config = load_config(path).with_frames(frames)
         # Before the weights, which may take minutes: a tokenizer that does not fit is told at once.
         processor = Processor.load(path, config=config, released_positions=released_positions)
         network = load_network(path, placement=placement, adapter=adapter)

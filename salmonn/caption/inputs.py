@@ -116,21 +116,14 @@ class Processor:
             return Media(torch.zeros(0, dtype=torch.uint8), mel)
         # Rounded, since a step of 0.4999999 s would come to stand half a second too early.
         seconds = round(clip.picture_seconds, 6)
-        frames = torch.from_numpy(clip.frames).permute(0, 3, 1, 2)
-        if self.config.family == "salmonn2":
-            return Media(frames.contiguous(), mel, num_frames=count, seconds=seconds)
-        vision = self.config.lm["vision_config"]
-        pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
-        return Media(pixels, mel, num_frames=count, seconds=seconds, grid=grid)
+        return to_media(self.config, torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
 
     def _hear(self, clip: Clip) -> Tensor:
         chunk = self.config.chunk_seconds * SAMPLE_RATE_HZ
         if clip.waveform is None:
             return torch.zeros(0, self.mel.feature_size, self.mel.nb_max_frames)
         waveform = self._heard_part(clip, clip.waveform)
-        seconds = max(len(waveform) / SAMPLE_RATE_HZ, MIN_SOUND_SECONDS)
-        # Rounded before the ceiling: 8.0001 s of sound is one chunk, not two.
-        num_chunks = math.ceil(round(seconds / self.config.chunk_seconds, 3))
+        num_chunks = count_chunks(self.config, len(waveform) / SAMPLE_RATE_HZ)
         pieces = [waveform[number * chunk : (number + 1) * chunk] for number in range(num_chunks)]
         return self.mel(pieces, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features
 
@@ -147,21 +140,9 @@ class Processor:
 
     def lay_out(self, media: Media) -> Layout:
         """The order and positions of the tokens that a clip becomes."""
-        num_heard = len(media.mel) * self.config.tokens_per_chunk
-        if self.config.family == "salmonn2":
-            told = [] if len(media.mel) or not self.config.tell_time else self._times(media)
-            num_front = round(media.seconds * 50)  # the published count of steps, though a second has two tokens
-            return deal_out(
-                media.num_frames, self.config.tokens_per_frame, num_heard=num_heard, num_front=num_front, told=told
-            )
-        steps, rows, columns = media.grid
-        merge = self.config.lm["vision_config"]["spatial_merge_size"]
-        return by_seconds(
-            (steps, rows // merge, columns // merge) if media.num_frames else None,
-            num_heard=num_heard,
-            second_per_grid=2 * media.seconds / max(media.num_frames, 1),
-            released=self.released_positions,
-        )
+        tells_time = self.config.family == "salmonn2" and self.config.tell_time and not len(media.mel)
+        told = self._times(media) if tells_time else []
+        return lay_out(self.config, media, told=told, released=self.released_positions)
 
     def _times(self, media: Media) -> list[list[int]]:
         """Ids of each frame's time: seconds since the beginning up to its end."""
@@ -209,6 +190,46 @@ class Processor:
     def _placeholders(self, layout: Layout) -> list[int]:
         seen, heard = self.config.placeholder_ids
         return torch.where(layout.is_seen, seen, heard).tolist()
+
+
+def to_media(config: SalmonnConfig, frames: Tensor, mel: Tensor, *, seconds: float) -> Media:
+    """Chosen and scaled frames (F, 3, H, W) and log-mel chunks as a family's towers take them."""
+    if config.family == "salmonn2":
+        return Media(frames.contiguous(), mel, num_frames=len(frames), seconds=seconds)
+    vision = config.lm["vision_config"]
+    pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
+    return Media(pixels, mel, num_frames=len(frames), seconds=seconds, grid=grid)
+
+
+def count_chunks(config: SalmonnConfig, seconds: float) -> int:
+    """Chunks that so many seconds of sound are heard in."""
+    # Rounded before the ceiling: 8.0001 s of sound is one chunk, not two.
+    return math.ceil(round(max(seconds, MIN_SOUND_SECONDS) / config.chunk_seconds, 3))
+
+
+def lay_out(
+    config: SalmonnConfig, media: Media, *, told: Sequence[Sequence[int]] = (), released: bool = False
+) -> Layout:
+    """The layout of a clip's block.
+
+    Args:
+        config: of the network.
+        media: the clip.
+        told: salmonn2: ids of each frame's time, where nothing is heard.
+        released: 2+: see `Processor`.
+    """
+    num_heard = len(media.mel) * config.tokens_per_chunk
+    if config.family == "salmonn2":
+        num_front = round(media.seconds * 50)  # the published count of steps, though a second has two tokens
+        return deal_out(media.num_frames, config.tokens_per_frame, num_heard=num_heard, num_front=num_front, told=told)
+    steps, rows, columns = media.grid
+    merge = config.lm["vision_config"]["spatial_merge_size"]
+    return by_seconds(
+        (steps, rows // merge, columns // merge) if media.num_frames else None,
+        num_heard=num_heard,
+        second_per_grid=2 * media.seconds / max(media.num_frames, 1),
+        released=released,
+    )
 
 
 def _pad(rows: Sequence[list[int]], value: int, *, left: bool) -> Tensor:

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salmonn.model.build import build_parts
 from salmonn.model.pack import PADDING, pack
@@ -153,6 +156,14 @@ class Network(PreTrainedModel):
         self.audio = parts.audio
         self.lm: Any = parts.lm  # a transformers model, or PEFT's wrapper of it while it carries an adapter
         self.post_init()
+
+    def checkpoint_layers(self, on: bool) -> None:
+        """In training keep each layer's input alone, and compute the rest again for the gradient."""
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = on
+                # Not reentrant: gradients reach an adapter though no input of its layer needs any.
+                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def encode(self, media: Sequence[Media], layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
         """Encode clips to their blocks, picture and sound in the layouts' order: (N_i, D) each."""

@@ -1,5 +1,8 @@
 """Sizes of a network, read from our own config.json or from those of the published checkpoints."""
 
+import copy
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -165,6 +168,19 @@ class SalmonnConfig(PreTrainedConfig):
     def frame_rule(self) -> FrameRule:
         """Which frames of a clip are seen."""
         return {"salmonn2": Stride, "salmonn2-plus": Spread}[self.family](**(self.frames or {}))
+
+    def with_frames(self, frames: Mapping[str, float] | None) -> "SalmonnConfig":
+        """The same with other values in the frame rule, such as more frames for training.
+
+        Raises:
+            ValueError: the family's rule has no such value.
+        """
+        changed = copy.deepcopy(self)
+        changed.frames = {**(self.frames or {}), **(frames or {})}
+        known = [field.name for field in dataclasses.fields(self.frame_rule)]  # type: ignore[arg-type]
+        if unknown := sorted(changed.frames.keys() - known):
+            raise ValueError(f"frames of a {self.family} have no {', '.join(unknown)}, but {', '.join(known)}")
+        return changed
 
     @property
     def tokens_per_frame(self) -> int:

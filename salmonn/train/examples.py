@@ -4,6 +4,7 @@ import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -179,7 +180,7 @@ class ClipCache:
 
 @dataclass(frozen=True)
 class SftBatch:
-    """Inputs of this rank's rows; `mean_num_tokens` counts answer tokens of an average rank."""
+    """Inputs of some of this rank's rows; `mean_num_tokens` counts the step's answer tokens of an average rank."""
 
     inputs: Inputs
     mean_num_tokens: float
@@ -194,6 +195,8 @@ class SftBatches:
         clip_of: gives an example's clip, as media or as the block that the frozen towers made of it.
         batch_size: examples a step over all ranks.
         seed: of the order.
+        accumulation: pieces that a rank's part is split into, if it has so many examples.
+        first_rank: rank that takes the first example of each step.
     """
 
     def __init__(
@@ -204,36 +207,47 @@ class SftBatches:
         *,
         batch_size: int,
         seed: int,
+        accumulation: int = 1,
+        first_rank: int = 0,
     ) -> None:
         if not examples:
             raise ValueError("there is nothing to train on: the references give no example of the chosen tasks")
-        if batch_size < dist.world_size():
-            raise ValueError(f"a batch of {batch_size} examples does not reach for {dist.world_size()} processes")
         self.examples = examples
         self.processor = processor
         self.clip_of = clip_of
         self.batch_size = batch_size
         self.seed = seed
+        self.accumulation = accumulation
+        self.first_rank = first_rank
 
-    def __call__(self, step: int) -> SftBatch:
-        """This rank's batch of a step."""
+    def __call__(self, step: int) -> list[SftBatch]:
+        """This rank's batch of a step, in pieces."""
         chosen = deal(self.examples, step, batch_size=self.batch_size, seed=self.seed)
-        mine = dist.share(chosen)
-        clips = [self.clip_of(example) for example in mine]
-        rows = [
-            Row(index, turn.prompt, turn.answer, turn.history)
-            for index, example in enumerate(mine)
-            for turn in example.turns
-        ]
         tokenizer = self.processor.tokenizer
         num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in chosen for turn in example.turns)
-        return SftBatch(self.processor.inputs(rows, clips), num_tokens / dist.world_size())
+        mine = dist.share(chosen, first=self.first_rank)
+        return [self._piece(part, num_tokens / dist.world_size()) for part in split(mine, self.accumulation)]
+
+    def _piece(self, examples: Sequence[Example], mean_num_tokens: float) -> SftBatch:
+        clips = [self.clip_of(example) for example in examples]
+        rows = [
+            Row(index, turn.prompt, turn.answer, turn.history)
+            for index, example in enumerate(examples)
+            for turn in example.turns
+        ]
+        return SftBatch(self.processor.inputs(rows, clips), mean_num_tokens)
 
 
 def deal(items: Sequence[Item], step: int, *, batch_size: int, seed: int) -> list[Item]:
     """The items of a step's batch over all ranks: every epoch deals all of them in an order of its own."""
     places = (divmod(index, len(items)) for index in range(step * batch_size, (step + 1) * batch_size))
     return [items[_shuffled(len(items), seed, epoch)[place]] for epoch, place in places]
+
+
+def split(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
+    """Items in order in `count` parts of sizes as even as can be; none of them is empty."""
+    cuts = [len(items) * number // count for number in range(count + 1)]
+    return [items[start:end] for start, end in pairwise(cuts) if start < end]
 
 
 @functools.lru_cache(maxsize=4)

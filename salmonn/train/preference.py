@@ -13,7 +13,7 @@ from salmonn.model.lora import adapter_off
 from salmonn.model.network import Block, Inputs, Network
 from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
 from salmonn.records import Pair
-from salmonn.train.examples import deal
+from salmonn.train.examples import SftBatch, SftBatches, deal, sft_loss, split
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,15 @@ class DpoConfig:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """P pairs: `inputs` holds 3 P rows (all chosen, all rejected, all ground truths), the rest is (P,) each."""
+    """P pairs: `inputs` holds 3 P rows (all chosen, all rejected, all ground truths), references are (P,) each.
+
+    `mean_num_pairs` counts the step's pairs of an average rank.
+    """
 
     inputs: Inputs
     reference_chosen: Tensor
     reference_rejected: Tensor
+    mean_num_pairs: float
 
 
 class PreferenceBatches:
@@ -45,8 +49,9 @@ class PreferenceBatches:
         pairs: all of them, the same on every rank.
         blocks: video -> its clip's block.
         processor: of the model.
-        batch_size: pairs a step over all ranks; a multiple of their number.
+        batch_size: pairs a step over all ranks.
         seed: of the order.
+        accumulation: pieces that a rank's part is split into, if it has so many pairs.
     """
 
     def __init__(
@@ -57,20 +62,20 @@ class PreferenceBatches:
         *,
         batch_size: int,
         seed: int,
+        accumulation: int = 1,
     ) -> None:
-        if batch_size % dist.world_size():
-            raise ValueError(f"a batch of {batch_size} pairs does not divide among {dist.world_size()} processes")
         self.pairs = pairs
         self.blocks = blocks
         self.processor = processor
         self.batch_size = batch_size
         self.seed = seed
+        self.accumulation = accumulation
         self.reference: list[tuple[float, float]] = []
 
     def refer(self, network: Network) -> None:
         """Ask the reference policy, the network with its adapter off, once for every pair; shared over ranks."""
         mine = dist.share(self.pairs)
-        size = self.batch_size
+        size = max(1, self.batch_size // self.accumulation)
         scored: list[tuple[float, float]] = []
         with adapter_off(network), torch.no_grad():
             for start in tqdm(range(0, len(mine), size), desc="reference", disable=not dist.is_main()):
@@ -81,26 +86,30 @@ class PreferenceBatches:
                 scored += zip(logps[: len(part)].tolist(), logps[len(part) :].tolist(), strict=True)
         self.reference = dist.gather(scored)
 
-    def __call__(self, step: int) -> PreferenceBatch:
-        """This rank's batch of a step."""
+    def __call__(self, step: int) -> list[PreferenceBatch]:
+        """This rank's batch of a step, in pieces."""
         assert len(self.reference) == len(self.pairs), "refer() comes before the first batch"
         numbered = list(enumerate(self.pairs))
         mine = dist.share(deal(numbered, step, batch_size=self.batch_size, seed=self.seed))
-        part = [pair for _, pair in mine]
+        return [self._piece(part) for part in split(mine, self.accumulation)]
+
+    def _piece(self, numbered: Sequence[tuple[int, Pair]]) -> PreferenceBatch:
+        part = [pair for _, pair in numbered]
         rows = [
             Row(index, pair.prompt, text)
             for texts in zip(*((pair.chosen, pair.rejected, pair.ground_truth) for pair in part), strict=True)
             for index, (pair, text) in enumerate(zip(part, texts, strict=True))
         ]
-        reference = torch.tensor([self.reference[number] for number, _ in mine])
-        return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1])
+        reference = torch.tensor([self.reference[number] for number, _ in numbered])
+        mean_num_pairs = self.batch_size / dist.world_size()
+        return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1], mean_num_pairs)
 
     def _inputs(self, pairs: Sequence[Pair], rows: Sequence[Row]) -> Inputs:
         return self.processor.inputs(rows, [self.blocks[pair.video] for pair in pairs])
 
 
 class PreferenceLoss:
-    """The guided-DPO loss of a batch, the mean over its pairs.
+    """The guided-DPO loss of a piece: its part of the mean over the step's pairs.
 
     Args:
         config: beta and the weight of the cross-entropy.
@@ -123,11 +132,50 @@ class PreferenceLoss:
             beta=self.config.beta,
             ce_weight=self.config.ce_weight,
         )
-        margin = result.chosen_reward - result.rejected_reward
-        return result.loss.mean(), {
-            "dpo": result.dpo.mean().item(),
-            "ce": result.cross_entropy.mean().item(),
-            "chosen": result.chosen_reward.mean().item(),
-            "rejected": result.rejected_reward.mean().item(),
-            "accuracy": (margin > 0).float().mean().item(),
+        parts = {
+            "dpo": result.dpo,
+            "ce": result.cross_entropy,
+            "chosen": result.chosen_reward,
+            "rejected": result.rejected_reward,
+            "accuracy": (result.chosen_reward > result.rejected_reward).float(),
         }
+        count = batch.mean_num_pairs
+        return result.loss.sum() / count, {name: part.sum().item() / count for name, part in parts.items()}
+
+
+class MixedBatches:
+    """Pairs, and among them questions to be answered.
+
+    Args:
+        pairs: deals out the pairs of each step.
+        questions: deals out its questions, from the rank on that follows the last pair's.
+    """
+
+    def __init__(self, pairs: PreferenceBatches, questions: SftBatches) -> None:
+        self.pairs = pairs
+        self.questions = questions
+
+    def __call__(self, step: int) -> list[PreferenceBatch | SftBatch]:
+        """This rank's batch of a step, in pieces."""
+        return [*self.pairs(step), *self.questions(step)]
+
+
+class MixedLoss:
+    """Guided DPO on pairs and cross-entropy on answers to questions, each by its share of the step's examples.
+
+    Args:
+        config: beta and the weight of the ground truth's cross-entropy.
+        qa_share: share of the examples that are questions.
+    """
+
+    def __init__(self, config: DpoConfig, *, qa_share: float) -> None:
+        self.preference = PreferenceLoss(config)
+        self.qa_share = qa_share
+
+    def __call__(self, model: nn.Module, batch: PreferenceBatch | SftBatch) -> tuple[Tensor, Mapping[str, float]]:
+        """Loss, and the figures of the log: those of the pairs, or the cross-entropy `qa`."""
+        if isinstance(batch, SftBatch):
+            value, _ = sft_loss(model, batch)
+            return self.qa_share * value, {"qa": value.item()}
+        value, figures = self.preference(model, batch)
+        return (1 - self.qa_share) * value, figures

@@ -82,7 +82,7 @@ class Letters:
     """A tokenizer that gives each letter its number: a 1, b 2, ..."""
 
     all_special_tokens = ()
-    special: ClassVar = {
+    special: ClassVar[dict[str, int]] = {
         "<|endoftext|>": 0,
         "<|im_start|>": 49,
         "<|im_end|>": 50,

@@ -12,8 +12,8 @@ from salmonn.records import Caption, Pair, Score, read_records
 
 ROUND = {
     "rounds": 1, "pairs.num_samples": 4, "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30,
-    "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup_steps": 1, "fit.learning_rate": 0.002,
-    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup_steps": 1,
+    "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup": 0.5, "fit.learning_rate": 0.002,
+    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup": 0.5,
 }  # fmt: skip
 RATES = {"missing", "hallucination", "total", "repetition", "qa_accuracy", "clips"}
 MODEL = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]

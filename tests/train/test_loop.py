@@ -11,7 +11,7 @@ from salmonn.model.network import Network
 from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, fit, learning_rate_at
 
-PLAIN = FitConfig(learning_rate=0.5, steps=1, warmup_steps=1, weight_decay=0.0, max_grad_norm=1e9)
+PLAIN = FitConfig(learning_rate=0.5, steps=1, warmup=1.0, weight_decay=0.0, max_grad_norm=1e9)
 
 
 class Weights(nn.Module):
@@ -34,14 +34,14 @@ def linear_loss(model, batch):
 SLOPE = torch.tensor([[3.0, -4.0], [0.5, 2.0]])
 
 
-def fit_weights(tmp_path, config, *, batches=lambda _: SLOPE, loss=linear_loss, **options) -> Weights:
+def fit_weights(tmp_path, config, *, batches=lambda _: [SLOPE], loss=linear_loss, **options) -> Weights:
     model = Weights()
     fit(model, batches, loss, config, seed=0, name="test", checkpoint_path=tmp_path / "c.safetensors", **options)
     return model
 
 
 def test_schedule_by_hand():
-    config = FitConfig(learning_rate=2.0, steps=12, warmup_steps=4)
+    config = FitConfig(learning_rate=2.0, steps=12, warmup=1 / 3)
     # Up by quarters, then 0.2 + 0.9 * (1 + cos(pi * done / 8)).
     assert [learning_rate_at(step, config) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
     assert learning_rate_at(4, config) == pytest.approx(2.0)
@@ -52,8 +52,8 @@ def test_schedule_by_hand():
 
 
 def test_schedule_without_warmup_and_with_nothing_else():
-    assert learning_rate_at(0, FitConfig(learning_rate=2.0, steps=4, warmup_steps=0)) == 2.0
-    assert learning_rate_at(3, FitConfig(learning_rate=2.0, steps=4, warmup_steps=4)) == 2.0
+    assert learning_rate_at(0, FitConfig(learning_rate=2.0, steps=4, warmup=0.0)) == 2.0
+    assert learning_rate_at(3, FitConfig(learning_rate=2.0, steps=4, warmup=1.0)) == 2.0
 
 
 def test_first_step_by_hand(tmp_path):
@@ -66,15 +66,20 @@ def test_first_step_by_hand(tmp_path):
 
 def test_decay_is_of_matrices_alone(tmp_path):
     # 1 * (1 - 0.5 * 0.2) = 0.9, then the step of 0.5.
-    config = FitConfig(learning_rate=0.5, steps=1, warmup_steps=1, weight_decay=0.2)
+    config = FitConfig(learning_rate=0.5, steps=1, warmup=1.0, weight_decay=0.2)
     model = fit_weights(tmp_path, config)
     assert torch.allclose(model.matrix, torch.tensor([[0.4, 1.4], [0.4, 0.4]]), atol=1e-5)
     assert torch.allclose(model.vector, torch.tensor([0.5, 1.5]), atol=1e-5)
 
 
 def test_the_first_step_is_as_small_as_the_schedule_says(tmp_path):
-    model = fit_weights(tmp_path, FitConfig(learning_rate=0.5, steps=1, warmup_steps=5, weight_decay=0.0))
-    assert torch.allclose(model.vector, torch.tensor([0.9, 1.1]), atol=1e-5)  # a fifth of 0.5
+    seen = []
+    model = Weights()
+    config = FitConfig(learning_rate=0.5, steps=5, warmup=1.0, weight_decay=0.0)
+    path = tmp_path / "c.safetensors"
+    keep = {"on_step": lambda *_: seen.append(model.vector.tolist())}
+    fit(model, lambda _: [SLOPE], linear_loss, config, seed=0, name="t", checkpoint_path=path, **keep)
+    assert seen[0] == pytest.approx([0.9, 1.1], abs=1e-5)  # a fifth of 0.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -83,13 +88,13 @@ def test_nan_stops_before_the_step(tmp_path, bad):
     sound = fit_weights(tmp_path, PLAIN)
     model = Weights()
     config = FitConfig(
-        learning_rate=0.5, steps=3, warmup_steps=1, weight_decay=0.0, max_grad_norm=1e9, checkpoint_every=2
+        learning_rate=0.5, steps=3, warmup=1 / 3, weight_decay=0.0, max_grad_norm=1e9, checkpoint_every=2
     )
     steps = []
     with pytest.raises(FloatingPointError, match="step 1"):
         fit(
             model,
-            lambda step: SLOPE * (bad if step == 1 else 1.0),
+            lambda step: [SLOPE * (bad if step == 1 else 1.0)],
             linear_loss,
             config,
             seed=0,
@@ -108,7 +113,7 @@ def test_a_finite_loss_with_a_bad_gradient_stops_too(tmp_path):
 
     model = Weights()
     with pytest.raises(FloatingPointError, match="gradient norm"):
-        fit(model, lambda _: None, loss, PLAIN, seed=0, name="t", checkpoint_path=tmp_path / "c.safetensors")
+        fit(model, lambda _: [None], loss, PLAIN, seed=0, name="t", checkpoint_path=tmp_path / "c.safetensors")
     assert model.vector.eq(1).all() and model.matrix.eq(1).all()
 
 
@@ -117,9 +122,9 @@ def test_batches_come_in_the_order_of_steps(tmp_path):
 
     def batches(step):
         asked.append(step)
-        return SLOPE * (step + 1)
+        return [SLOPE * (step + 1)]
 
-    config = FitConfig(steps=4, warmup_steps=1)
+    config = FitConfig(steps=4, warmup=0.25)
     fit_weights(tmp_path, config, batches=batches, on_step=lambda step, figures: seen.append((step, figures["slope"])))
     assert asked == [0, 1, 2, 3] and seen == [(0, 1.5), (1, 3.0), (2, 4.5), (3, 6.0)]
 
@@ -155,7 +160,7 @@ def trained(network) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_equals_an_unbroken_one(random_model, batches, tmp_path):
     from salmonn.caption.captioner import Captioner
 
-    config = FitConfig(learning_rate=0.01, steps=6, warmup_steps=2, checkpoint_every=4)
+    config = FitConfig(learning_rate=0.01, steps=6, warmup=1 / 3, checkpoint_every=4)
 
     def run(name, on_step=None):
         network = adapted(Captioner.load(random_model))
@@ -184,7 +189,7 @@ def test_another_seed_is_another_run(random_model, batches, tmp_path):
     """Or else the test above would not see a seed that got lost: dropout differs."""
     from salmonn.caption.captioner import Captioner
 
-    config = FitConfig(learning_rate=0.01, steps=2, warmup_steps=1)
+    config = FitConfig(learning_rate=0.01, steps=2, warmup=0.5)
     results = []
     for seed in (1, 2):
         network = adapted(Captioner.load(random_model))
@@ -203,8 +208,8 @@ def test_a_weight_that_no_batch_touches_is_kept_and_resumed(tmp_path):
         if step == 2:
             raise Killed
 
-    config = FitConfig(learning_rate=0.5, steps=5, warmup_steps=1, checkpoint_every=2)
-    same = {"batches": lambda step: step, "loss": loss}
+    config = FitConfig(learning_rate=0.5, steps=5, warmup=0.2, checkpoint_every=2)
+    same = {"batches": lambda step: [step], "loss": loss}
     (tmp_path / "whole").mkdir()
     unbroken = fit_weights(tmp_path / "whole", config, **same)
     with pytest.raises(Killed):
@@ -216,24 +221,24 @@ def test_a_weight_that_no_batch_touches_is_kept_and_resumed(tmp_path):
 
 def test_a_checkpoint_of_other_weights_is_refused(captioner, tmp_path):
     path = tmp_path / "c.safetensors"
-    config = FitConfig(steps=1, warmup_steps=1, checkpoint_every=1)
-    fit(Weights(), lambda _: SLOPE, linear_loss, config, seed=0, name="t", checkpoint_path=path)
+    config = FitConfig(steps=1, warmup=1.0, checkpoint_every=1)
+    fit(Weights(), lambda _: [SLOPE], linear_loss, config, seed=0, name="t", checkpoint_path=path)
     assert path.is_file()
     with pytest.raises(ValueError, match=r"c\.safetensors.*another configuration"):
-        fit(adapted(captioner), lambda _: None, sft_loss, config, seed=0, name="t", checkpoint_path=path)
+        fit(adapted(captioner), lambda _: [None], sft_loss, config, seed=0, name="t", checkpoint_path=path)
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_checkpoint_of_other_sizes_is_refused(tmp_path, size):
     path = tmp_path / "c.safetensors"
-    config = FitConfig(steps=1, warmup_steps=1, checkpoint_every=1)
+    config = FitConfig(steps=1, warmup=1.0, checkpoint_every=1)
 
     def loss(model, _):
         return model.weight.sum() + model.bias.sum(), {}
 
-    fit(nn.Linear(2, size), lambda _: None, loss, config, seed=0, name="t", checkpoint_path=path)
+    fit(nn.Linear(2, size), lambda _: [None], loss, config, seed=0, name="t", checkpoint_path=path)
     with pytest.raises(ValueError, match="another configuration"):
-        fit(nn.Linear(2, 2), lambda _: None, loss, config, seed=0, name="t", checkpoint_path=path)
+        fit(nn.Linear(2, 2), lambda _: [None], loss, config, seed=0, name="t", checkpoint_path=path)
 
 
 def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
@@ -246,7 +251,7 @@ def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
         network,
         batches,
         sft_loss,
-        FitConfig(learning_rate=2e-3, steps=15, warmup_steps=3),
+        FitConfig(learning_rate=2e-3, steps=15, warmup=0.2),
         seed=0,
         name="two clips",
         checkpoint_path=tmp_path / "c.safetensors",

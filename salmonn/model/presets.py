@@ -1,0 +1,127 @@
+"""Sizes of the published models by their ids on the hub, so that a dry run needs no network.
+
+In the layout of their own config.json, as `from_published` reads it; what is not stated there follows from the family.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from salmonn.model.load import load_config
+from salmonn.model.settings import WHISPER_LARGE_V3, SalmonnConfig, from_published
+
+_QFORMER = dict(
+    hidden_size=3072,
+    intermediate_size=12288,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    hidden_act="gelu",
+    layer_norm_eps=1e-12,
+    hidden_dropout_prob=0.1,
+    attention_probs_dropout_prob=0.1,
+    cross_attention_freq=1,
+    query_length=1,
+)
+
+
+def _salmonn2(**decoder: int) -> dict[str, Any]:
+    """A config.json of video-SALMONN 2, whose other parts are named in its code."""
+    return dict(
+        model_type="video_salmonn_2",
+        **decoder,
+        max_position_embeddings=32768,
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        tie_word_embeddings=False,
+        bos_token_id=151643,
+        eos_token_id=151645,
+        add_time_token=True,
+        mm_spatial_pool_stride=2,
+        audio_config=dict(second_per_window=0.5, num_speech_query_token=1),
+    )
+
+
+def _plus(*, vision_intermediate: int = 3420, tied: bool = False, **decoder: Any) -> dict[str, Any]:
+    """A config.json of video-SALMONN 2+: Qwen2.5-VL's with an audio part."""
+    return dict(
+        model_type="qwen2_5_vl",
+        **decoder,
+        max_position_embeddings=128000,
+        hidden_act="silu",
+        rms_norm_eps=1e-6,
+        rope_theta=1_000_000.0,
+        rope_scaling=dict(type="default", rope_type="default", mrope_section=[16, 24, 24]),
+        tie_word_embeddings=tied,
+        bos_token_id=151643,
+        eos_token_id=151645,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        image_token_id=151655,
+        video_token_id=151656,
+        audio_token_id=151665,
+        vision_config=dict(
+            model_type="qwen2_5_vl",
+            depth=32,
+            hidden_size=1280,
+            hidden_act="silu",
+            intermediate_size=vision_intermediate,
+            num_heads=16,
+            in_channels=3,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            tokens_per_second=2,
+            window_size=112,
+            fullatt_block_indexes=[7, 15, 23, 31],
+            out_hidden_size=decoder["hidden_size"],
+        ),
+        audio_config=WHISPER_LARGE_V3 | dict(second_per_window=0.5, qformer_config=_QFORMER),
+    )
+
+
+_QWEN2_7B: dict[str, Any] = dict(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+)
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "tsinghua-ee/video-SALMONN-2": _salmonn2(**_QWEN2_7B),
+    "tsinghua-ee/video-SALMONN2_plus_3B_full": _plus(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tied=True,
+    ),
+    "tsinghua-ee/video-SALMONN2_plus_7B_full": _plus(**_QWEN2_7B),
+    "tsinghua-ee/video-SALMONN-2_plus_72B": _plus(
+        vocab_size=152064,
+        hidden_size=8192,
+        intermediate_size=29568,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vision_intermediate=3456,
+    ),
+}
+
+
+def offline_config(model: str) -> SalmonnConfig:
+    """The sizes of a model folder, or of a published model by its id, without any network.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if model in PUBLISHED:
+        return from_published(PUBLISHED[model])
+    if not Path(model).is_dir():
+        raise ValueError(
+            f"the sizes of {model} are not known here: there is no such folder, and the published models are "
+            f"{', '.join(PUBLISHED)}"
+        )
+    return load_config(model)

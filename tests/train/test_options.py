@@ -1,0 +1,290 @@
+"""Options of the loop for full size: epochs, pieces, checkpointed layers, 16 bits; what is learnt stays the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from salmonn.caption.captioner import Captioner
+from salmonn.model.load import Placement
+from salmonn.model.lora import LoraConfig, attach, merge
+from salmonn.records import Pair
+from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss, split
+from salmonn.train.loop import FitConfig, fit, learning_rate_at
+from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+
+STEADY = LoraConfig(rank=4, dropout=0.0)
+HEARING = ("audio.qformer.", "audio.projector.")
+
+
+def test_epochs_become_steps():
+    config = FitConfig(steps=None, epochs=2.5, batch_size=8, warmup=0.1)
+    assert config.resolve(64) == FitConfig(steps=20, batch_size=8, warmup=0.1)
+    assert config.resolve(64).num_warmup_steps == 2 and config.resolve(1).num_steps == 1
+    steps = FitConfig(steps=7)
+    assert steps.resolve(64) is steps
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"epochs": 1.0}, "got steps 1000 and epochs 1.0"),
+        ({"steps": None}, "got steps None and epochs None"),
+        ({"warmup": 50}, "from 0 to 1, got 50"),
+        ({"accumulation": 0}, "at least 1, got 0"),
+    ],
+)
+def test_options_that_make_no_sense(options, words):
+    with pytest.raises(ValueError, match=words):
+        FitConfig(**options)
+
+
+def test_a_cosine_that_ends_at_nothing():
+    config = FitConfig(learning_rate=2.0, final_rate=0.0, steps=10, warmup=0.2)
+    assert [learning_rate_at(step, config) for step in (0, 1, 2, 6)] == pytest.approx([1.0, 2.0, 2.0, 1.0])
+    assert learning_rate_at(10, config) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "expected"),
+    [(5, 2, [[0, 1], [2, 3, 4]]), (2, 3, [[0], [1]]), (3, 1, [[0, 1, 2]]), (0, 2, [])],
+)
+def test_parts_are_even_and_never_empty(count, parts, expected):
+    assert [list(part) for part in split(range(count), parts)] == expected
+
+
+def test_a_batch_that_does_not_reach_for_all_ranks_is_refused(captioner, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="1 examples does not reach for 2 processes"):
+        fit_network(captioner.network, lambda _: [], tmp_path, loss=sft_loss, batch_size=1)
+
+
+def fit_network(network, batches, folder, *, loss, **options) -> dict[str, torch.Tensor]:
+    """Trained weights after a few steps."""
+    config = FitConfig(**{"learning_rate": 1e-3, "steps": 1, "warmup": 1.0} | options)
+    fit(network, batches, loss, config, seed=0, name="options", checkpoint_path=folder / "c.safetensors")
+    return {name: value.clone() for name, value in network.named_parameters() if value.requires_grad}
+
+
+@pytest.fixture
+def learn(random_model, clips, tmp_path):
+    """Gradients of one SFT step of adapter and Q-Former on four clips, and its loss."""
+
+    def run(*, accumulation=1, **options):
+        network = Captioner.load(random_model).network
+        attach(network, STEADY, seed=0)
+        for name, parameter in network.named_parameters():
+            if name.startswith(HEARING):
+                parameter.requires_grad = True
+        processor = Captioner.load(random_model).processor
+        examples = make_examples(clips.references[:4], ("caption", "questions"), root=clips.root)
+        batches = SftBatches(examples, processor, ClipCache(processor), batch_size=4, seed=0, accumulation=accumulation)
+        return gradients(network, batches, tmp_path, loss=sft_loss, **options)
+
+    return run
+
+
+def gradients(network, batches, folder, *, loss, **options):
+    """What the first step's optimiser sees: its gradients before clipping, and the figures of the log."""
+    grads, figures = {}, {}
+    names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    # The hook hears of a weight's gradient once all pieces have added to it, since steps overwrite the earlier.
+    for parameter, name in names.items():
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter, name=name: grads.__setitem__(name, parameter.grad.clone())
+        )
+    config = FitConfig(**{"steps": 1, "warmup": 1.0, "max_grad_norm": 1e9} | options)
+    fit(
+        network,
+        batches,
+        loss,
+        config,
+        seed=0,
+        name="options",
+        checkpoint_path=folder / "c.safetensors",
+        on_step=lambda _, each: figures.update(each),
+    )
+    return grads, figures
+
+
+def distance(ours: dict, theirs: dict) -> float:
+    """Greatest difference of two sets of gradients, in parts of the greatest gradient."""
+    assert ours.keys() == theirs.keys() and ours
+    greatest = max(value.abs().max() for value in theirs.values())
+    return max(float((ours[name] - theirs[name]).abs().max() / greatest) for name in theirs)
+
+
+def test_checkpointed_layers_give_the_same_gradients(learn):
+    plain, figures = learn()
+    again, same = learn(gradient_checkpointing=True)
+    assert same == pytest.approx(figures, abs=1e-6) and distance(again, plain) < 1e-6
+    assert any("lora_A" in name for name in again) and any("qformer" in name for name in again)
+    assert any(value.abs().max() > 0 for name, value in again.items() if "qformer" in name)
+
+
+def test_checkpointed_layers_keep_less(captioner, clips):
+    """Or else the option would be a word: what the forward pass keeps for the gradient."""
+    processor = captioner.processor
+    attach(captioner.network, STEADY, seed=0)
+    examples = make_examples(clips.references[:1], ("caption",), root=clips.root)
+    (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=1, seed=0)(0)
+    captioner.network.train()
+    kept = {}
+    for on in (False, True):
+        captioner.network.checkpoint_layers(on)
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.__setitem__(t.untyped_storage().data_ptr(), t.nbytes), t)[1], lambda t: t
+        ):
+            sft_loss(captioner.network, batch)
+        kept[on] = sum(sizes.values())
+    assert kept[True] < 0.6 * kept[False]
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 9])
+def test_pieces_give_the_gradient_of_the_whole(learn, accumulation):
+    whole, figures = learn()
+    pieces, same = learn(accumulation=accumulation)
+    assert same == pytest.approx(figures, rel=1e-5) and distance(pieces, whole) < 1e-5
+
+
+def test_pieces_of_pairs(random_model, clips, tmp_path, fill_adapter):
+    """Guided DPO on three pairs, together and one by one; every figure of the log is the same."""
+    results = []
+    for accumulation in (1, 3):
+        captioner = Captioner.load(random_model)
+        media = [captioner.processor.read(clips.root / reference.video) for reference in clips.references[:3]]
+        blocks = dict(zip([r.video for r in clips.references], captioner.encode(media), strict=False))
+        pairs = [Pair(video, "Tell.", "a red star", f"{video} a tone", "the truth") for video in blocks]
+        attach(captioner.network, STEADY, seed=0)
+        batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0, accumulation=accumulation)
+        batches.refer(captioner.network)
+        fill_adapter(captioner.network)
+        assert len(batches(0)) == accumulation
+        results.append(gradients(captioner.network, batches, tmp_path, loss=PreferenceLoss(DpoConfig())))
+    (whole, figures), (pieces, same) = results
+    assert same == pytest.approx(figures, rel=1e-4) and distance(pieces, whole) < 1e-5
+
+
+def test_16_bits_train_in_32(random_model, clips, tmp_path):
+    """Adapter and Q-Former are float32 while they are trained, the rest stays in bfloat16; both are so again after."""
+    captioner = Captioner.load(random_model, placement=Placement(dtype="bfloat16"))
+    network, processor = captioner.network, captioner.processor
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    attach(network, STEADY, seed=0)
+    for name, parameter in network.named_parameters():
+        if name.startswith(HEARING):
+            parameter.requires_grad = True
+    examples = make_examples(clips.references[:2], ("audio_caption",), root=clips.root)
+    batches = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)
+    dtypes, losses = [], []
+
+    def look(_, figures):
+        dtypes.append({(value.requires_grad, value.dtype) for value in network.parameters()})
+        losses.append(figures["loss"])
+
+    config = FitConfig(learning_rate=2e-3, steps=15, warmup=0.2, precision="bfloat16", gradient_checkpointing=True)
+    fit(network, batches, sft_loss, config, seed=0, name="t", checkpoint_path=tmp_path / "c.safetensors", on_step=look)
+    assert set.union(*dtypes) == {(True, torch.float32), (False, torch.bfloat16)}
+    assert losses[-1] < 0.8 * losses[0]
+    assert not any(module.gradient_checkpointing for module in network.modules() if hasattr(module, "_gradient_ch"))
+    merge(network)
+    after = dict(network.named_parameters())
+    assert after.keys() == before.keys() and {value.dtype for value in after.values()} == {torch.bfloat16}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.startswith(HEARING) for name in changed) and any("q_proj" in name for name in changed)
+    assert all(name.startswith(HEARING) or name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in changed)
+    captioner.encode([processor.read(clips.root / clips.references[0].video)])  # of one type again
+
+
+def test_16_bits_trained_as_a_whole_need_16_bit_precision(random_model, tmp_path):
+    network = Captioner.load(random_model, placement=Placement(dtype="bfloat16")).network
+    network.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"are in bfloat16: .*fit\.precision bfloat16"):
+        fit_network(network, lambda _: [], tmp_path, loss=sft_loss)
+
+
+class Killed(Exception):
+    """What ends a run in the middle."""
+
+
+def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
+    """Float32 masters of bfloat16 weights come back from the checkpoint whole."""
+
+    def run(name, on_step=None):
+        captioner = Captioner.load(random_model, placement=Placement(dtype="bfloat16"))
+        attach(captioner.network, LoraConfig(rank=2, dropout=0.5), seed=0)
+        for parameter in captioner.network.audio.projector.parameters():
+            parameter.requires_grad = True
+        examples = make_examples(clips.references[:4], ("caption",), root=clips.root)
+        cache = ClipCache(captioner.processor)
+        batches = SftBatches(examples, captioner.processor, cache, batch_size=4, seed=0, accumulation=2)
+        config = FitConfig(
+            **{"learning_rate": 1e-4, "epochs": 5, "steps": None, "batch_size": 4, "accumulation": 2, "warmup": 0.4},
+            **{"final_rate": 0.0, "precision": "bfloat16", "gradient_checkpointing": True, "checkpoint_every": 3},
+        )
+        options = {"seed": 1, "name": name, "checkpoint_path": tmp_path / f"{name}.safetensors", "on_step": on_step}
+        fit(captioner.network, batches, sft_loss, config.resolve(len(examples)), **options)
+        return {key: value.clone() for key, value in captioner.network.named_parameters() if value.requires_grad}
+
+    steps = []
+
+    def kill(step, _):
+        steps.append(step)
+        if step == 3:
+            raise Killed
+
+    unbroken = run("unbroken")
+    with pytest.raises(Killed):
+        run("broken", kill)
+    resumed = run("broken", lambda step, _: steps.append(step))
+    assert steps == [0, 1, 2, 3, 3, 4]
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+import torch
+from salmonn import dist
+from salmonn.caption.captioner import Captioner
+from salmonn.model.lora import LoraConfig, attach
+from salmonn.records import Reference, read_records
+from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss
+from salmonn.train.loop import FitConfig, fit
+
+model, clips, out = sys.argv[1:]
+dist.setup(threads=1)
+captioner = Captioner.load(model)
+attach(captioner.network, LoraConfig(rank=2, dropout=0.0), seed=0)
+references = read_records(Path(clips) / "clips.jsonl", Reference)
+examples = make_examples(references[:5], ("caption", "visual_caption"), root=Path(clips))
+batches = SftBatches(
+    examples, captioner.processor, ClipCache(captioner.processor), batch_size=5, seed=0, accumulation=2
+)
+config = FitConfig(steps=2, warmup=0.5, batch_size=5, accumulation=2, gradient_checkpointing=True)
+path = Path(out) / f"c{dist.rank()}.safetensors"
+fit(captioner.network, batches, sft_loss, config, seed=0, name="ranks", checkpoint_path=path)
+trained = [value.flatten() for value in captioner.network.parameters() if value.requires_grad]
+(Path(out) / f"{dist.world_size()}-{dist.rank()}.json").write_text(json.dumps(torch.cat(trained).tolist()))
+"""
+
+
+def test_pieces_on_two_processes(random_model, clips, tmp_path):
+    """Three examples in two pieces on one rank, two on the other: both end with the weights of one process."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    arguments = [script, random_model, clips.root, tmp_path]
+    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2"]
+    for launcher in ([sys.executable], torchrun):
+        line = list(map(str, [*launcher, *arguments]))
+        subprocess.run(line, check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    alone, first, second = (
+        torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("1-0", "2-0", "2-1")
+    )
+    assert torch.equal(first, second) and torch.allclose(first, alone, atol=2e-5)
+    assert (alone - first).abs().max() < 0.02 * 1e-3  # a hundredth of what a step moves a weight
