@@ -24,9 +24,11 @@ from salmonn.media.synth import SynthConfig, describe_clip
 from salmonn.model.load import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.model.network import Network
+from salmonn.model.presets import offline_config
 from salmonn.model.settings import PLAIN_PROMPTS, tiny
-from salmonn.records import Reference, write_json, write_records
+from salmonn.records import Reference, Use, write_json, write_records
 from salmonn.score.judge import RuleJudge
+from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
 from salmonn.train.evaluate import encode_clips, evaluate
 from salmonn.train.examples import ClipCache, SftBatches, Task, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, fit
@@ -58,6 +60,7 @@ class SftConfig:
         fit: optimisation.
         vocab_size: of the tokenizer that is made for a model from nothing.
         seed: of weights, order and dropout.
+        dry_run: print what the stage would need of a GPU, and do nothing.
     """
 
     out: Path
@@ -75,10 +78,14 @@ class SftConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     vocab_size: int = 640
     seed: int = 0
+    dry_run: bool = False
 
 
 def main(config: SftConfig) -> None:
     """Run one stage."""
+    if config.dry_run:
+        plan(config)
+        return
     dist.setup()
     if config.model != TINY:
         load_config(config.model)  # a wrong folder is told before anything is rendered
@@ -89,7 +96,7 @@ def main(config: SftConfig) -> None:
         return
     clips = read_clips(config.references) if config.references else render_clips(config.clips_dir, config.synth)
     captioner = load_model(config, clips.references)
-    choose_trainable(captioner, config)
+    choose_trainable(captioner.network, config)
 
     cache = ClipCache(captioner.processor)
     examples = make_examples(
@@ -126,6 +133,25 @@ def main(config: SftConfig) -> None:
     dist.barrier()
 
 
+def plan(config: SftConfig) -> None:
+    """Print what the stage would need of memory."""
+    sizes = tiny(vocab_size=config.vocab_size, placeholder_ids=(0, 1), eos_token_id=2, pad_token_id=3)
+    if config.model != TINY:
+        sizes = offline_config(config.model)
+    sizes = sizes.with_frames(config.frames)
+    network = empty_network(sizes)
+    with torch.device("meta"):
+        choose_trainable(network, config)
+    # What is learnt of the whole clip stands together, if anything is.
+    uses: list[Use] = [use for use in ("visual", "audio") if any(task.startswith(use) for task in config.tasks)]
+    whole = sum(not task.startswith(("visual_", "audio_")) for task in config.tasks)
+    work = Work(clips=clips_at_once(config.fit), answers=max(whole, 1), use="both" if whole else uses[0])
+    print_budget(
+        Budget(network, sizes, placement=config.placement, fit=config.fit, work=work),
+        title=f"SFT of {config.model}",
+    )
+
+
 def load_model(config: SftConfig, references: list[Reference]) -> Captioner:
     """The model to start from."""
     if config.model != TINY:
@@ -146,9 +172,8 @@ def load_model(config: SftConfig, references: list[Reference]) -> Captioner:
     )
 
 
-def choose_trainable(captioner: Captioner, config: SftConfig) -> None:
+def choose_trainable(network: Network, config: SftConfig) -> None:
     """Let gradients through to the chosen parts and the adapter alone."""
-    network = captioner.network
     network.requires_grad_("all" in config.trainable)
     for prefix in config.trainable:
         parameters = [value for name, value in network.named_parameters() if name.startswith(prefix)]
