@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
@@ -24,12 +26,14 @@ from salmonn.media.synth import SynthConfig
 from salmonn.model.load import CONFIG_NAME, Placement
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 from salmonn.model.network import Block
+from salmonn.model.presets import offline_config
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.prefer.pairs import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
 from salmonn.score.judge import Judge, RuleJudge
 from salmonn.score.rates import Rates
-from salmonn.train.evaluate import caption_clips, encode_clips, evaluate, judge_captions
+from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
+from salmonn.train.evaluate import SIDE_BY_SIDE, caption_clips, encode_clips, evaluate, judge_captions
 from salmonn.train.examples import Example, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, autocast, fit
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatches
@@ -91,12 +95,14 @@ class MrDpoConfig:
         heldout_clips: number of synthetic clips to measure on.
         rounds: of DPO.
         qa_share: share of the last round's examples that are questions on the training clips, to be answered.
+        side_by_side: captions that are generated at once; fewer need less memory.
         pairs: sampling of captions and choice of pairs.
         dpo: the loss.
         lora: each round's fresh adapter.
         fit: each round's optimisation.
         rebirth: the last stage.
         seed: of sampling, adapters, order and dropout.
+        dry_run: print what the rounds would need of a GPU, and do nothing.
     """
 
     out: Path = Path("run")
@@ -110,12 +116,14 @@ class MrDpoConfig:
     heldout_clips: int = 200
     rounds: int = 3
     qa_share: float = 0.0
+    side_by_side: int = SIDE_BY_SIDE
     pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup=0.1, batch_size=16))
     rebirth: RebirthConfig = field(default_factory=RebirthConfig)
     seed: int = 0
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.qa_share < 1 or (self.qa_share and not 0 < self.num_questions < self.fit.batch_size):
@@ -132,24 +140,38 @@ class MrDpoConfig:
 
 def main(config: MrDpoConfig) -> None:
     """Run all rounds and rebirth."""
+    if config.dry_run:
+        plan(config)
+        return
     dist.setup()
     captioner = load(config.model, config)
     if dist.is_main():
         claim_folder(config.out, config, name="mrdpo")
     run = load_run(captioner, config)
-    summary = Summary(sft=measure(captioner, run, config.out / "sft"))
+    summary = Summary(sft=measure(captioner, run, config.out / "sft", config=config))
     for number in range(1, config.rounds + 1):
         folder = config.out / f"round_{number}"
         captioner = play_round(captioner, run, number, folder, config=config)
-        summary.rounds.append(measure(captioner, run, folder))
+        summary.rounds.append(measure(captioner, run, folder, config=config))
     captioner = be_reborn(captioner, run, config.out / "rebirth", config=config)
-    summary.rebirth = measure(captioner, run, config.out / "rebirth")
+    summary.rebirth = measure(captioner, run, config.out / "rebirth", config=config)
     if dist.is_main():
         write_json(config.out / "summary.json", summary.to_json())
         plot_summary(summary, config.out / "summary.png")
         print_table(summary)
         log.info("written: %s and summary.png beside it", config.out / "summary.json")
     dist.barrier()
+
+
+def plan(config: MrDpoConfig) -> None:
+    """Print what a round would need of memory: steps of guided DPO on pairs of captions, and sampling them."""
+    sizes = offline_config(config.model).with_frames(config.frames)
+    network = empty_network(sizes)
+    with torch.device("meta"):
+        attach(network, config.lora, seed=config.seed)
+    work = Work(clips=clips_at_once(config.fit), answers=3, blocks=True)
+    budget = Budget(network, sizes, placement=config.placement, fit=config.fit, work=work)
+    print_budget(budget, title=f"guided DPO of {config.model}", side_by_side=config.side_by_side)
 
 
 def load(model: Path | str, config: MrDpoConfig) -> Captioner:
@@ -189,8 +211,8 @@ def load_run(captioner: Captioner, config: MrDpoConfig) -> Run:
     return Run(
         train=train,
         heldout=heldout,
-        train_blocks=encode_clips(captioner, train, name="training clips"),
-        heldout_blocks=encode_clips(captioner, heldout, name="held-out clips"),
+        train_blocks=encode_clips(captioner, train, name="training clips", side_by_side=config.side_by_side),
+        heldout_blocks=encode_clips(captioner, heldout, name="held-out clips", side_by_side=config.side_by_side),
         judge=RuleJudge(),
     )
 
@@ -201,7 +223,7 @@ def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, con
     merged = folder / "merged"
     if absent(merged / CONFIG_NAME):
         captions = kept(
-            folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config.pairs, folder, seed)
+            folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config, folder, seed)
         )
         references = {reference.video: reference for reference in run.train.references}
         scores = kept(folder / "scores.jsonl", Score, lambda: judge_captions(captions, references, judge=run.judge))
@@ -231,16 +253,17 @@ def absent(path: Path) -> bool:
     return answer
 
 
-def sample_captions(captioner: Captioner, run: Run, config: PairConfig, folder: Path, seed: int) -> list[Caption]:
+def sample_captions(captioner: Captioner, run: Run, config: MrDpoConfig, folder: Path, seed: int) -> list[Caption]:
     """Several captions of each training clip by nucleus sampling."""
     return caption_clips(
         captioner,
         run.train.references,
         run.train_blocks,
-        sampling=config.sampling,
+        sampling=config.pairs.sampling,
         seed=seed,
-        num_samples=config.num_samples,
+        num_samples=config.pairs.num_samples,
         name=f"{folder.name}: sampling",
+        side_by_side=config.side_by_side,
     )
 
 
@@ -379,7 +402,13 @@ def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig) -> list[Caption]
     """The teacher's most likely caption of each training clip."""
     greedy = replace(config.pairs.sampling, temperature=0.0)
     return caption_clips(
-        teacher, run.train.references, run.train_blocks, sampling=greedy, seed=config.seed, name="rebirth: captions"
+        teacher,
+        run.train.references,
+        run.train_blocks,
+        sampling=greedy,
+        seed=config.seed,
+        name="rebirth: captions",
+        side_by_side=config.side_by_side,
     )
 
 
@@ -401,7 +430,7 @@ def save_merged(captioner: Captioner, folder: Path) -> None:
     dist.barrier()
 
 
-def measure(captioner: Captioner, run: Run, folder: Path) -> Rates:
+def measure(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoConfig) -> Rates:
     """Rates on the held-out clips, kept in `heldout/` with captions, answers and scores."""
     folder = folder / "heldout"
     path = folder / "rates.json"
@@ -411,8 +440,9 @@ def measure(captioner: Captioner, run: Run, folder: Path) -> Rates:
             run.heldout.references,
             run.heldout_blocks,
             judge=run.judge,
-            sampling=Sampling(),
+            sampling=replace(config.pairs.sampling, temperature=0.0),
             name=folder.parent.name,
+            side_by_side=config.side_by_side,
         )
         if dist.is_main():
             write_records(folder / "captions.jsonl", result.captions)

@@ -25,9 +25,11 @@ from salmonn.media.synth import SynthConfig, describe_clip
 from salmonn.model.load import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.model.network import Network
+from salmonn.model.presets import offline_config
 from salmonn.model.settings import PLAIN_PROMPTS, tiny
-from salmonn.records import write_json, write_records
+from salmonn.records import Use, write_json, write_records
 from salmonn.score.judge import RuleJudge
+from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
 from salmonn.train.evaluate import encode_clips, evaluate
 from salmonn.train.examples import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, fit
@@ -60,6 +62,7 @@ class SftConfig:
         fit: optimisation.
         vocab_size: of the tokenizer that is made for a model from nothing.
         seed: of weights, order and dropout.
+        dry_run: print what the stage would need of a GPU, and do nothing.
     """
 
     out: Path
@@ -77,10 +80,14 @@ class SftConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     vocab_size: int = 640
     seed: int = 0
+    dry_run: bool = False
 
 
 def main(config: SftConfig) -> None:
     """Run one stage."""
+    if config.dry_run:
+        plan(config)
+        return
     dist.setup()
     if config.model != TINY:
         load_config(config.model)  # a wrong folder is told before anything is rendered
@@ -91,7 +98,7 @@ def main(config: SftConfig) -> None:
         return
     clips = read_data(config)
     captioner = load_model(config, clips)
-    choose_trainable(captioner, config)
+    choose_trainable(captioner.network, config)
     examples = to_examples(clips, captioner, config)
     cache = ClipCache(captioner.processor)
     checkpoint = config.out / "checkpoint.safetensors"
@@ -119,6 +126,25 @@ def main(config: SftConfig) -> None:
         captioner.save(config.out)
         checkpoint.unlink(missing_ok=True)
     dist.barrier()
+
+
+def plan(config: SftConfig) -> None:
+    """Print what the stage would need of memory."""
+    sizes = tiny(vocab_size=config.vocab_size, placeholder_ids=(0, 1), eos_token_id=2, pad_token_id=3)
+    if config.model != TINY:
+        sizes = offline_config(config.model)
+    sizes = sizes.with_frames(config.frames)
+    network = empty_network(sizes)
+    with torch.device("meta"):
+        choose_trainable(network, config)
+    # What is learnt of the whole clip stands together, if anything is.
+    uses: list[Use] = [use for use in ("visual", "audio") if any(task.startswith(use) for task in config.tasks)]
+    whole = sum(not task.startswith(("visual_", "audio_")) for task in config.tasks)
+    work = Work(clips=clips_at_once(config.fit), answers=max(whole, 1), use="both" if whole else uses[0])
+    print_budget(
+        Budget(network, sizes, placement=config.placement, fit=config.fit, work=work),
+        title=f"SFT of {config.model}",
+    )
 
 
 @dataclass(frozen=True)
@@ -176,9 +202,8 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
     )
 
 
-def choose_trainable(captioner: Captioner, config: SftConfig) -> None:
+def choose_trainable(network: Network, config: SftConfig) -> None:
     """Let gradients through to the chosen parts and the adapter alone."""
-    network = captioner.network
     network.requires_grad_("all" in config.trainable)
     for prefix in config.trainable:
         parameters = [value for name, value in network.named_parameters() if name.startswith(prefix)]

@@ -14,6 +14,8 @@ from salmonn.score.judge import Judge
 from salmonn.score.rates import Rates, qa_accuracy, rates
 from salmonn.train.references import ClipSet
 
+SIDE_BY_SIDE = 128  # sequences that a toy model generates at once
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -25,14 +27,18 @@ class Evaluation:
     rates: Rates
 
 
-def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str) -> list[Block]:
-    """The clips' blocks from the frozen towers, each rank its share."""
+def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str, side_by_side: int = SIDE_BY_SIDE) -> list[Block]:
+    """The clips' blocks from the frozen towers, each rank its share.
+
+    A quarter as many clips are read at once as captions are made side by side, an eighth as many encoded.
+    """
+    step = max(1, side_by_side // 4)
     mine = dist.share(clips.references)
     blocks: list[Block] = []
     with tqdm(total=len(mine), desc=f"reading {name}", unit="clip", disable=not dist.is_main()) as bar:
-        for start in range(0, len(mine), 32):
-            media = [captioner.processor.read(clips.root / reference.video) for reference in mine[start : start + 32]]
-            blocks += captioner.encode(media)
+        for start in range(0, len(mine), step):
+            media = [captioner.processor.read(clips.root / reference.video) for reference in mine[start : start + step]]
+            blocks += captioner.encode(media, batch_size=max(1, side_by_side // 8))
             bar.update(len(media))
     return dist.gather(blocks)
 
@@ -46,7 +52,7 @@ def caption_clips(
     seed: int,
     name: str,
     num_samples: int = 1,
-    batch_size: int = 128,
+    side_by_side: int = SIDE_BY_SIDE,
 ) -> list[Caption]:
     """`num_samples` captions of each clip, a clip's captions one after the other; the clips are shared over ranks."""
     prompt = captioner.describe()
@@ -58,7 +64,7 @@ def caption_clips(
             sampling=sampling,
             num_samples=num_samples,
             seed=seed * 1_000_003 + dist.rank() * 100_003,
-            batch_size=batch_size,
+            batch_size=side_by_side,
             progress=bar.update,
         )
     captions = [
@@ -82,7 +88,12 @@ def judge_captions(captions: Sequence[Caption], references: Mapping[str, Referen
 
 
 def answer_questions(
-    captioner: Captioner, references: Sequence[Reference], blocks: Sequence[Block], *, name: str, batch_size: int = 256
+    captioner: Captioner,
+    references: Sequence[Reference],
+    blocks: Sequence[Block],
+    *,
+    name: str,
+    side_by_side: int = 2 * SIDE_BY_SIDE,
 ) -> list[Caption]:
     """The model's answers to all the references' questions, each with its question as prompt."""
     asked = [
@@ -96,7 +107,7 @@ def answer_questions(
             [block for _, _, block in mine],
             [question for _, question, _ in mine],
             sampling=Sampling(max_new_tokens=16),
-            batch_size=batch_size,
+            batch_size=side_by_side,
             progress=bar.update,
         )
     return dist.gather(
@@ -115,10 +126,14 @@ def evaluate(
     judge: Judge,
     sampling: Sampling,
     name: str,
+    side_by_side: int = SIDE_BY_SIDE,
 ) -> Evaluation:
     """Captions (one a clip), their scores and rates, with the accuracy of the answers to the clips' questions."""
-    captions = caption_clips(captioner, references, blocks, sampling=sampling, seed=0, name=f"{name}: captions")
-    answers = answer_questions(captioner, references, blocks, name=f"{name}: questions")
+    captions = caption_clips(
+        captioner, references, blocks, sampling=sampling, seed=0, name=f"{name}: captions", side_by_side=side_by_side
+    )
+    # Answers are short beside captions.
+    answers = answer_questions(captioner, references, blocks, name=f"{name}: questions", side_by_side=2 * side_by_side)
     by_video = {reference.video: reference for reference in references}
     scores = judge_captions(captions, by_video, judge=judge)
     return Evaluation(captions, answers, scores, rates(scores, qa_accuracy=qa_accuracy(by_video, answers)))

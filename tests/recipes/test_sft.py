@@ -66,7 +66,7 @@ def test_a_trained_folder_is_left_alone(taught, launch, taught_flags):
 )
 def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
     sft = load_recipe("sft")
-    sft.choose_trainable(captioner, sft.SftConfig(out=tmp_path, trainable=trainable))
+    sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=trainable))
     parameters = dict(captioner.network.named_parameters())
     wanted = {name for name in parameters if name.startswith(prefixes)}
     assert {name for name, parameter in parameters.items() if parameter.requires_grad} == wanted and wanted
@@ -75,4 +75,4 @@ def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
 def test_an_unknown_part_is_named(load_recipe, captioner, tmp_path):
     sft = load_recipe("sft")
     with pytest.raises(ValueError, match="named ears"):
-        sft.choose_trainable(captioner, sft.SftConfig(out=tmp_path, trainable=("ears",)))
+        sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=("ears",)))

@@ -149,7 +149,8 @@ def test_checkpointed_layers_keep_less(captioner, clips):
 def test_pieces_give_the_gradient_of_the_whole(learn, accumulation):
     whole, figures = learn()
     pieces, same = learn(accumulation=accumulation)
-    assert same == pytest.approx(figures, rel=1e-5) and distance(pieces, whole) < 1e-5
+    # Sums in another order round otherwise, by some 1e-5 here; a piece of a wrong weight would be parts of a hundred.
+    assert same == pytest.approx(figures, rel=1e-5) and distance(pieces, whole) < 1e-4
 
 
 def test_pieces_of_pairs(random_model, clips, tmp_path, fill_adapter):

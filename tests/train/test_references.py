@@ -69,7 +69,7 @@ def test_captions_of_clips(captioner, clips, media):
                for block, alone in zip(blocks, captioner.encode(media), strict=True))  # fmt: skip
     drawn = Sampling(temperature=1.0, max_new_tokens=6)
     captions = caption_clips(
-        captioner, clips.references, blocks, sampling=drawn, seed=1, name="drawing", num_samples=2, batch_size=4
+        captioner, clips.references, blocks, sampling=drawn, seed=1, name="drawing", num_samples=2, side_by_side=4
     )
     assert [(caption.video, caption.sample) for caption in captions] == [
         (reference.video, sample) for reference in clips.references for sample in (0, 1)

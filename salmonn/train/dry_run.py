@@ -1,0 +1,389 @@
+"""What a run would need, before it has anything: parameters, a clip's tokens, memory for training and captioning.
+
+The network is built without memory (on torch's meta device), its clip is taken through the model's own rules of frames,
+sizes, chunks and layout, and `budget` does the arithmetic. Nothing is read but a model folder's config.json, and
+nothing is written.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from salmonn import dist
+from salmonn.caption.inputs import count_chunks, lay_out, restrict_media, to_media
+from salmonn.model.load import Placement
+from salmonn.model.network import Media, Network
+from salmonn.model.settings import SalmonnConfig
+from salmonn.records import Use
+from salmonn.train import budget
+from salmonn.train.budget import FLOAT32, GIB, Numbers, Stack, Tuning
+from salmonn.train.loop import FitConfig
+
+GPUS = (24, 40, 80, 141)  # GiB
+RESERVE = GIB  # what a framework and its kernels take for themselves
+PARTS = {
+    "vision tower": ("vision.encoder.",),
+    "audio tower": ("audio.encoder.", "audio.norm."),
+    "Q-Former": ("audio.qformer.",),
+    "projections": ("vision.encoder.merger.", "vision.projector.", "vision.newline", "audio.projector."),
+    "language model": ("lm.",),
+}
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """A clip by its outside."""
+
+    seconds: float = 51.0
+    width: int = 1280
+    height: int = 720
+    frames_per_second: float = 30.0
+
+
+DEFAULT_SHAPE = ClipShape()
+
+
+@dataclass(frozen=True)
+class Work:
+    """One forward pass, and one captioning.
+
+    Args:
+        clips: of a pass.
+        answers: to each clip, that share its tokens.
+        answer_tokens: of each answer; how long captions are nobody knows before.
+        prompt_tokens: the prompt with all that the chat format puts around it.
+        blocks: whether the towers have run before all training, once for each clip.
+        use: what the answers are about.
+    """
+
+    clips: int
+    answers: int
+    answer_tokens: int = 512
+    prompt_tokens: int = 100
+    blocks: bool = False
+    use: Use = "both"
+
+    def length(self, clip_tokens: int) -> int:
+        """Tokens of a sequence."""
+        return clip_tokens + self.prompt_tokens + self.answers * self.answer_tokens
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts of numbers."""
+
+    total: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device by what holds them; of `at_work`, the largest alone counts, since they come in turn."""
+
+    held: dict[str, int]
+    at_work: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most at once."""
+        return sum(self.held.values()) + max(self.at_work.values())
+
+
+def empty_network(config: SalmonnConfig) -> Network:
+    """The network without its weights."""
+    with torch.device("meta"):
+        return Network(config)
+
+
+def imagine(config: SalmonnConfig, shape: ClipShape) -> Media:
+    """A clip as the towers would take it, its sizes without its contents."""
+    rule = config.frame_rule
+    num_frames = round(shape.seconds * shape.frames_per_second)
+    count = len(rule.times(0.0, shape.seconds, num_frames))
+    frames = torch.empty((count, 3, *rule.size(shape.height, shape.width, count)), dtype=torch.uint8, device="meta")
+    chunks = count_chunks(config, shape.seconds)
+    mel = torch.empty(chunks, config.whisper["num_mel_bins"], config.chunk_seconds * 100, device="meta")
+    return to_media(config, frames, mel, seconds=shape.seconds)
+
+
+def count_parameters(network: Network) -> dict[str, Parameters]:
+    """Parameters by part, the adapter last."""
+    counts = {name: [0, 0] for name in [*PARTS, "LoRA"]}
+    for name, parameter in network.named_parameters():
+        part = "LoRA" if ".lora_" in name else _part_of(name)
+        counts[part][0] += parameter.numel()
+        counts[part][1] += parameter.numel() * parameter.requires_grad
+    return {name: Parameters(*both) for name, both in counts.items()}
+
+
+def _part_of(name: str) -> str:
+    # The merger stands within the vision tower: the longer beginning decides.
+    fitting = {start: part for part, starts in PARTS.items() for start in starts if name.startswith(start)}
+    return fitting[max(fitting, key=len)]
+
+
+def numbers_of(placement: Placement, fit: FitConfig) -> Numbers:
+    """Bytes of numbers under a placement and precision; `auto` is taken for a GPU's bfloat16."""
+    stored = 4 if placement.dtype == "float32" else 2
+    return Numbers(stored, 2 if fit.precision == "bfloat16" else stored)
+
+
+def weights_bytes(network: Network, placement: Placement, *, merged: bool = False) -> int:
+    """Bytes of all weights: trained ones in float32, the language model's matrices in so many bits.
+
+    Args:
+        network: with its adapter.
+        placement: type and bits.
+        merged: after training: adapters merged, all of one type.
+    """
+    stored = 4 if placement.dtype == "float32" else 2
+    # Four bits keep a float32 scale for each 64 numbers.
+    quantised = {None: float(stored), 8: 1.0, 4: 0.5 + 4 / 64}[placement.bits]
+    total = 0.0
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and not merged:
+            total += FLOAT32 * parameter.numel()
+        elif ".lora_" not in name:
+            is_matrix = name.startswith("lm.") and "_proj." in name and parameter.ndim == 2
+            total += parameter.numel() * (quantised if is_matrix else stored)
+    return math.ceil(total)
+
+
+def clips_at_once(fit: FitConfig) -> int:
+    """Clips of a forward pass: a rank's share of the batch in as many pieces as the config asks for."""
+    share = math.ceil(fit.batch_size / dist.world_size())
+    return math.ceil(share / min(fit.accumulation, share))
+
+
+class Budget:
+    """The arithmetic of one network, clip and work.
+
+    Args:
+        network: as it is trained, with its adapter.
+        config: of the network, with the frames of training.
+        placement: of its weights.
+        fit: optimisation.
+        work: a forward pass of training.
+        shape: of the clips.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        config: SalmonnConfig,
+        *,
+        placement: Placement,
+        fit: FitConfig,
+        work: Work,
+        shape: ClipShape = DEFAULT_SHAPE,
+    ) -> None:
+        self.network = network
+        self.config = config
+        self.placement = placement
+        self.fit = fit
+        self.work = work
+        self.shape = shape
+        self.numbers = numbers_of(placement, fit)
+        self.media = restrict_media(imagine(config, shape), work.use)
+        self.layout = lay_out(config, self.media)
+        self.parameters = count_parameters(network)
+        self.decoder = Stack.of(network.lm.config.get_text_config())
+        self.seeing = Stack.of(network.get_submodule("vision.encoder").config)
+        self.hearing = Stack.of(network.get_submodule("audio.encoder").config)
+
+    @property
+    def clip_tokens(self) -> int:
+        """Tokens of the clip."""
+        return len(self.layout)
+
+    @property
+    def patches(self) -> int:
+        """Patches that the vision tower's layers see of the clip."""
+        if self.config.family != "salmonn2":
+            return len(self.media.pixels)
+        return self.media.num_frames * (self.config.vision["image_size"] // self.config.vision["patch_size"]) ** 2
+
+    @property
+    def steps(self) -> int:
+        """Steps that the audio tower's layers hear of the clip."""
+        return len(self.media.mel) * self.config.chunk_seconds * 50
+
+    @property
+    def trained(self) -> int:
+        """Numbers that are trained."""
+        return sum(part.trained for part in self.parameters.values())
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a clip's tokens, as they are kept in main memory where the towers run once."""
+        return self.clip_tokens * self.decoder.width * self.numbers.stored
+
+    def training(self, *, checkpointed: bool) -> Memory:
+        """Memory of a training step on one device."""
+        work, decoder, numbers = self.work, self.decoder, self.numbers
+        length = work.length(self.clip_tokens)
+        tokens, masked = work.clips * length, work.answers > 1
+        adapted = self.network.lm.peft_config["default"].target_modules if self.parameters["LoRA"].total else ()
+        tuning = Tuning(len(adapted), whole=self._is_trained("lm."))
+        layers = 1 if checkpointed else decoder.layers
+        layer = tokens * budget.at_work(decoder, numbers)
+        if checkpointed:
+            layer += tokens * budget.kept_by_layer(decoder, numbers, tuning, masked=masked)
+        kept = budget.kept_by_stack(decoder, numbers, tuning, tokens=tokens, masked=masked, checkpointed=checkpointed)
+        answers = work.clips * work.answers * work.answer_tokens
+        vocabulary = self.network.lm.get_output_embeddings().weight.shape[0]
+        return Memory(
+            held={
+                "weights": weights_bytes(self.network, self.placement) + self._casts(layers),
+                "gradients": FLOAT32 * self.trained,
+                "Adam's moments": 2 * FLOAT32 * self.trained,
+                "inputs": budget.embedded(decoder, numbers, tokens=tokens),
+                "activations": kept + work.clips * self._towers_keep(checkpointed=checkpointed),
+                "masks": work.clips * budget.mask_bytes(numbers, length=length, layers=layers) if masked else 0,
+            },
+            at_work={
+                "a layer": layer,
+                "answers' logits": budget.logits_bytes(vocabulary, numbers, tokens=answers),
+                "towers": 0 if work.blocks else work.clips * self._towers_at_work(numbers),
+            },
+        )
+
+    def captioning(self, *, max_new_tokens: int, side_by_side: int = 1) -> Memory:
+        """Memory of so many captions side by side, each of a clip of its own."""
+        numbers = Numbers(self.numbers.stored, self.numbers.stored)
+        prompt = self.clip_tokens + self.work.prompt_tokens
+        reading = budget.embedded(self.decoder, numbers, tokens=prompt)
+        reading += prompt * budget.at_work(self.decoder, numbers)
+        cache = budget.cache_bytes(self.decoder, numbers, tokens=prompt + max_new_tokens)
+        return Memory(
+            held={"weights": weights_bytes(self.network, self.placement, merged=True)},
+            at_work={
+                "towers": max(1, side_by_side // 8) * self._towers_at_work(numbers),
+                "cache and prompt": side_by_side * (cache + reading),
+            },
+        )
+
+    def _towers_at_work(self, numbers: Numbers) -> int:
+        """Bytes while the towers see and hear the clip: the greater of the two."""
+        heard, pixels = budget.chunks_at_work(self.hearing, numbers, steps=self.steps), self.media.pixels.numel()
+        if self.config.family != "salmonn2":
+            return max(heard, budget.patches_at_work(self.seeing, numbers, patches=self.patches, pixels=pixels))
+        width = self.decoder.width
+        return max(heard, budget.frames_at_work(self.seeing, numbers, patches=self.patches, pixels=pixels, width=width))
+
+    def _towers_keep(self, *, checkpointed: bool) -> int:
+        """What trained parts of the towers keep for the gradient."""
+        if self.work.blocks:
+            return 0
+        numbers, whole, kept = self.numbers, Tuning(whole=True), 0
+        if self._is_trained("audio.qformer."):
+            queries = len(self.media.mel) * self.config.windows_per_chunk
+            qformer = Stack.of(self.network.get_submodule("audio.qformer.qformer").config)
+            kept += budget.windows_kept(
+                qformer, numbers, steps=self.steps, queries=queries, width_heard=self.hearing.width
+            )
+        if self._is_trained("vision.encoder.merger."):
+            kept += budget.merger_kept(self.seeing.width, numbers, patches=self.patches)
+        if self._is_trained("vision.projector."):
+            kept += budget.projector_kept(self.seeing.width, numbers, patches=self.patches, width=self.decoder.width)
+        for start, stack, tokens in (
+            ("vision.encoder.", self.seeing, self.patches),
+            ("audio.encoder.", self.hearing, self.steps),
+        ):
+            if self._is_trained(start):
+                kept += budget.kept_by_stack(
+                    stack, numbers, whole, tokens=tokens, masked=False, checkpointed=checkpointed
+                )
+        return kept
+
+    def _is_trained(self, start: str) -> bool:
+        """Whether weights are trained that belong to no part with a longer name."""
+        names = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
+        inner = ".merger." if start == "vision.encoder." else ".lora_"
+        return any(name.startswith(start) and inner not in name for name in names)
+
+    def _casts(self, layers: int) -> int:
+        """Copies of float32 weights that compute in 16 bits, of so many layers."""
+        if self.numbers.computed == self.numbers.stored:
+            return 0
+        return self.numbers.computed * self.parameters["language model"].total * layers // self.decoder.layers
+
+
+def print_budget(plan: Budget, *, title: str, side_by_side: int = 1) -> None:
+    """Print parameters, tokens and memory; rank 0 alone does.
+
+    Args:
+        plan: of the run.
+        title: what is planned.
+        side_by_side: captions that the run generates at once.
+    """
+    if not dist.is_main():
+        return
+    console = Console(width=100)
+    console.print(_parameter_table(plan, title))
+    console.print(describe_clip(plan), highlight=False)
+    longest = plan.config.max_new_tokens
+    memories = {
+        "training": plan.training(checkpointed=False),
+        "training, layers checkpointed": plan.training(checkpointed=True),
+        "one caption": plan.captioning(max_new_tokens=longest),
+    }
+    if side_by_side > 1:
+        memories[f"{side_by_side} captions"] = plan.captioning(max_new_tokens=longest, side_by_side=side_by_side)
+    console.print(_memory_table(plan, memories))
+
+
+def describe_clip(plan: Budget) -> str:
+    """The clip's way to tokens, and what is assumed, in sentences."""
+    shape, work, media = plan.shape, plan.work, plan.media
+    of_frames = "no picture"
+    if media.num_frames:
+        rows, columns = plan.config.frame_rule.size(shape.height, shape.width, media.num_frames)
+        of_frames = f"{media.num_frames} frames of {columns}x{rows}: {plan.layout.num_seen} tokens seen"
+    heard = plan.clip_tokens - plan.layout.num_seen
+    told = [
+        f"A clip of {shape.seconds:g} s, {shape.width}x{shape.height}, {shape.frames_per_second:g} fps, with sound: "
+        f"{of_frames}, {heard} heard, {plan.clip_tokens} in all.",
+        f"A sequence of training: {work.length(plan.clip_tokens)} tokens, with a prompt of {work.prompt_tokens} and "
+        f"{work.answers} answers of {work.answer_tokens} (assumed); {work.clips} clips go through at a time.",
+    ]
+    if work.blocks:
+        told.append(f"The clip's tokens stay in main memory: {plan.block_bytes / GIB:.2f} GiB for each clip.")
+    return "\n".join(told)
+
+
+def _parameter_table(plan: Budget, title: str) -> Table:
+    table = Table(title=title)
+    for name in ("part", "parameters", "trained"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for name, part in plan.parameters.items():
+        table.add_row(name, f"{part.total:,}", f"{part.trained:,}")
+    table.add_section()
+    table.add_row("all", f"{sum(part.total for part in plan.parameters.values()):,}", f"{plan.trained:,}")
+    return table
+
+
+def _memory_table(plan: Budget, memories: Mapping[str, Memory]) -> Table:
+    chosen = "layers checkpointed" if plan.fit.gradient_checkpointing else "no layers checkpointed"
+    table = Table(title=f"GiB on each GPU ({chosen} in this configuration)")
+    table.add_column("")
+    for name in memories:
+        table.add_column(name, justify="right")
+    for kind in ("held", "at_work"):
+        for row in dict.fromkeys(row for memory in memories.values() for row in getattr(memory, kind)):
+            cells = [_gib(getattr(memory, kind).get(row, 0)) for memory in memories.values()]
+            table.add_row(row if kind == "held" else f"for a while: {row}", *cells)
+        table.add_section()
+    table.add_row("peak", *(_gib(memory.peak) for memory in memories.values()))
+    for size in GPUS:
+        fits = ["yes" if memory.peak + RESERVE <= size * GIB else "no" for memory in memories.values()]
+        table.add_row(f"fits {size} GiB", *fits)
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f}" if num_bytes else "-"

@@ -1,0 +1,102 @@
+"""Run by test_budget.py in a process of its own: the peak memory of one real guided-DPO step, or of one caption.
+
+    python tests/train/measure.py SMALL MODEL training|captioning [checkpointed]
+
+SMALL and MODEL are folders with config.json and tokenizer; weights are drawn here. SMALL goes first, so that what
+libraries need in any case is not counted. Prints two numbers of bytes: estimated and measured.
+"""
+
+import resource
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generate import Sampling
+from salmonn.caption.inputs import Processor
+from salmonn.media.clip import Clip
+from salmonn.model.load import Placement, load_config
+from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.network import Media, Network
+from salmonn.records import Pair
+from salmonn.train.dry_run import Budget, ClipShape, Work, empty_network
+from salmonn.train.loop import FitConfig, fit
+from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+
+SHAPE = ClipShape(seconds=24.0, width=320, height=180, frames_per_second=10.0)
+LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)
+ANSWER = "a red star appears and a low tone is heard " * 12
+
+
+def peak() -> int:
+    """The most memory that this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read(processor: Processor) -> Media:
+    """A clip of noise of the shape, as the model's rules take it."""
+    count = round(SHAPE.seconds * SHAPE.frames_per_second)
+    rule = processor.config.frame_rule
+    taken = len(rule.times(0.0, SHAPE.seconds, count))
+    rows, columns = rule.size(SHAPE.height, SHAPE.width, taken)
+    draw = np.random.default_rng(0)
+    frames = draw.integers(0, 256, (taken, rows, columns, 3), np.uint8)
+    wave = draw.normal(size=round(SHAPE.seconds * 16_000)).astype(np.float32)
+    times = np.arange(taken) * SHAPE.seconds / taken
+    return processor.media(Clip("noise", frames, times, wave, 0.0, SHAPE.seconds, SHAPE.seconds))
+
+
+def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
+    """One real step of guided DPO on one clip."""
+    media = read(captioner.processor)
+    blocks = dict(zip(["noise"], captioner.encode([media]), strict=True))
+    attach(captioner.network, LORA, seed=0)
+    pair = Pair("noise", "Tell.", ANSWER, f"two {ANSWER}", f"three {ANSWER}")
+    batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
+    batches.refer(captioner.network)
+    fit(
+        captioner.network,
+        batches,
+        PreferenceLoss(DpoConfig()),
+        fit_config,
+        seed=0,
+        name="step",
+        checkpoint_path=Path(folder) / "none.safetensors",
+    )
+
+
+def run(folder: str, mode: str, fit_config: FitConfig) -> None:
+    """Do it for real."""
+    torch.manual_seed(0)
+    config = load_config(folder)
+    captioner = Captioner(Network(config).eval(), Processor.load(folder, config=config))
+    if mode == "training":
+        step(captioner, fit_config, folder)
+    else:
+        captioner.answer([read(captioner.processor)], ["Tell."], sampling=Sampling(max_new_tokens=16))
+
+
+def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
+    """Estimate, then do it and measure."""
+    placement = Placement(dtype="float32")
+    config = load_config(folder)
+    processor = Processor.load(folder, config=config)
+    fit_config = FitConfig(steps=1, batch_size=1, warmup=1.0, gradient_checkpointing=checkpointed)
+    network = empty_network(config)
+    if mode == "training":
+        with torch.device("meta"):
+            attach(network, LORA, seed=0)
+    tokens = len(processor.tokenizer.encode(ANSWER))
+    work = Work(clips=1, answers=3, answer_tokens=tokens, prompt_tokens=40, blocks=True)
+    budget = Budget(network, config, placement=placement, fit=fit_config, work=work, shape=SHAPE)
+    memory = budget.training(checkpointed=checkpointed) if mode == "training" else budget.captioning(max_new_tokens=16)
+    for each in (warm, folder):  # the first brings in what libraries need in any case
+        before = peak()
+        run(each, mode, fit_config)
+    sys.stdout.write(f"{memory.peak} {peak() - before}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:] == ["checkpointed"])
