@@ -9,8 +9,7 @@ Every stage writes to `out/round_K/`; a killed run goes on with the same command
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +31,7 @@ from salmonn.prefer.pairs import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
 from salmonn.score.judge import Judge, RuleJudge
 from salmonn.score.rates import Rates
+from salmonn.train.checkpoint import checkpointed
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
 from salmonn.train.evaluate import SIDE_BY_SIDE, caption_clips, encode_clips, evaluate, judge_captions
 from salmonn.train.examples import Example, SftBatches, make_examples, sft_loss
@@ -410,17 +410,6 @@ def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig) -> list[Caption]
         name="rebirth: captions",
         side_by_side=config.side_by_side,
     )
-
-
-@contextmanager
-def checkpointed(folder: Path) -> Iterator[Path]:
-    """A place for a stage's checkpoint, cleared once the stage has come to its end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "checkpoint.safetensors"
-    yield path
-    dist.barrier()
-    if dist.is_main():
-        path.unlink(missing_ok=True)
 
 
 def save_merged(captioner: Captioner, folder: Path) -> None:

@@ -168,7 +168,7 @@ def read_data(config: SftConfig) -> ClipSet | Conversations:
 def to_examples(clips: ClipSet | Conversations, captioner: Captioner, config: SftConfig) -> list[Example]:
     """One epoch of examples."""
     if isinstance(clips, Conversations):
-        return conversation_examples(clips.items, root=clips.root)
+        return conversation_examples([item for item in clips.items if item.turns], root=clips.root)
     return make_examples(
         clips.references,
         config.tasks,

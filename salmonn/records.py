@@ -125,7 +125,7 @@ class Score:
 class Pair:
     """A preference: for one video and prompt, `chosen` is better than `rejected` by `gap` in Total.
 
-    `ground_truth` is the reference caption of guided DPO's cross-entropy term.
+    `ground_truth` is the reference caption of guided DPO's cross-entropy term, `history` what was said before.
     """
 
     video: str
@@ -136,6 +136,7 @@ class Pair:
     gap: float = 0.0
     chosen_finished: bool = True
     rejected_finished: bool = True
+    history: tuple[tuple[str, str], ...] = ()
 
 
 def write_records(path: Path | str, records: Iterable[Any]) -> None:

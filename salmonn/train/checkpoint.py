@@ -4,6 +4,8 @@ Nothing random is kept, since every step seeds its own draws from the run's seed
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from salmonn import dist
+
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@contextmanager
+def checkpointed(folder: Path) -> Iterator[Path]:
+    """A place for a stage's checkpoint, cleared once the stage has come to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.safetensors"
+    yield path
+    dist.barrier()
+    if dist.is_main():
+        path.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -105,7 +105,7 @@ def _turns(reference: Reference, tasks: Sequence[Task], *, use: Use, describe: s
 
 
 def conversation_examples(conversations: Sequence[Conversation], *, root: Path) -> list[Example]:
-    """The examples of published conversations, each a clip of its own; preferences give none.
+    """The examples of published conversations, each a clip of its own; those of preferences have no turns.
 
     Args:
         conversations: as `salmonn.conversations` reads them.
@@ -115,7 +115,7 @@ def conversation_examples(conversations: Sequence[Conversation], *, root: Path) 
         FileNotFoundError: a file that they name is not there.
     """
     examples = []
-    for conversation in (one.resolve(root) for one in conversations if one.turns):
+    for conversation in (one.resolve(root) for one in conversations):
         picture = conversation.video or conversation.image
         sound = Path(conversation.audio) if conversation.audio else None
         examples.append(

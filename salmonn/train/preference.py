@@ -80,8 +80,8 @@ class PreferenceBatches:
         with adapter_off(network), torch.no_grad():
             for start in tqdm(range(0, len(mine), size), desc="reference", disable=not dist.is_main()):
                 part = mine[start : start + size]
-                rows = [Row(index, pair.prompt, pair.chosen) for index, pair in enumerate(part)]
-                rows += [Row(index, pair.prompt, pair.rejected) for index, pair in enumerate(part)]
+                rows = [Row(index, pair.prompt, pair.chosen, pair.history) for index, pair in enumerate(part)]
+                rows += [Row(index, pair.prompt, pair.rejected, pair.history) for index, pair in enumerate(part)]
                 logps = sequence_logps(network(self._inputs(part, rows).to(network.device))).cpu()
                 scored += zip(logps[: len(part)].tolist(), logps[len(part) :].tolist(), strict=True)
         self.reference = dist.gather(scored)
@@ -96,7 +96,7 @@ class PreferenceBatches:
     def _piece(self, numbered: Sequence[tuple[int, Pair]]) -> PreferenceBatch:
         part = [pair for _, pair in numbered]
         rows = [
-            Row(index, pair.prompt, text)
+            Row(index, pair.prompt, text, pair.history)
             for texts in zip(*((pair.chosen, pair.rejected, pair.ground_truth) for pair in part), strict=True)
             for index, (pair, text) in enumerate(zip(part, texts, strict=True))
         ]

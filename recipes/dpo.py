@@ -1,0 +1,143 @@
+"""Guided DPO on preference pairs that are there already, in the format of the published models.
+
+    torchrun recipes/dpo.py --preferences data/published_dpo.json --model FOLDER --out run/dpo
+
+One round: a fresh LoRA is trained on chosen against rejected answers, with the ground truth beside them; the reference
+is the same weights without it; then it is merged. Where pairs are to be made first, of the model's own captions,
+`mrdpo.py` is the recipe. Killed, the same command goes on from the last checkpoint.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from salmonn import dist
+from salmonn.caption.captioner import Captioner
+from salmonn.config import claim_folder, run_recipe
+from salmonn.conversations import Conversation, read_conversations
+from salmonn.model.load import CONFIG_NAME, Placement
+from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
+from salmonn.model.network import Block
+from salmonn.records import Pair
+from salmonn.train.checkpoint import checkpointed
+from salmonn.train.examples import ClipCache, Example, conversation_examples
+from salmonn.train.loop import FitConfig, StepLog, autocast, fit
+from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+
+log = logging.getLogger("dpo")
+
+
+@dataclass(frozen=True)
+class GivenDpoConfig:
+    """Guided DPO on given pairs.
+
+    Args:
+        preferences: .json or .jsonl of published conversations with preferences (data/README.md).
+        model: folder or hub id of the model to start from.
+        out: folder for adapter, merged model and the log of steps.
+        placement: device and type of its weights.
+        frames: values of the model's frame rule that are other in training, such as `min_frames`.
+        dpo: the loss.
+        lora: the adapter.
+        fit: optimisation.
+        seed: of adapter, order and dropout.
+    """
+
+    preferences: Path
+    model: str
+    out: Path
+    placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
+    frames: dict[str, float] | None = None
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
+    seed: int = 0
+
+
+def main(config: GivenDpoConfig) -> None:
+    """Run the round."""
+    dist.setup()
+    if dist.is_main():
+        claim_folder(config.out, config, name="dpo")
+    if (config.out / "merged" / CONFIG_NAME).is_file():
+        log.info("%s is trained already", config.out)
+        return
+    examples, pairs = read_preferences(config)
+    captioner = Captioner.load(config.model, placement=config.placement, frames=config.frames)
+    blocks = encode(captioner, examples)
+    attach(captioner.network, config.lora, seed=config.seed)
+    batches = PreferenceBatches(
+        pairs,
+        blocks,
+        captioner.processor,
+        batch_size=config.fit.batch_size,
+        seed=config.seed,
+        accumulation=config.fit.accumulation,
+    )
+    with autocast(config.fit.precision):
+        batches.refer(captioner.network)
+    with checkpointed(config.out) as checkpoint:
+        fit(
+            captioner.network,
+            batches,
+            PreferenceLoss(config.dpo),
+            config.fit.resolve(len(pairs)),
+            seed=config.seed,
+            name="guided DPO",
+            checkpoint_path=checkpoint,
+            on_step=StepLog(config.out / "steps.jsonl"),
+        )
+        if dist.is_main():
+            save_adapter(captioner.network, config.out / "adapter")
+        merge(captioner.network)
+        if dist.is_main():
+            captioner.save(config.out / "merged")
+
+
+def read_preferences(config: GivenDpoConfig) -> tuple[list[Example], list[Pair]]:
+    """The clips of the preferences and their pairs, one beside the other.
+
+    Raises:
+        ValueError: there is none, or it lacks the ground truth that the loss asks for.
+    """
+    root = config.preferences.parent
+    given = [one for one in read_conversations(config.preferences) if one.preference]
+    if not given:
+        raise ValueError(f"{config.preferences} holds no preference: an item needs a chosen and a rejected answer")
+    pairs = [to_pair(one, name=str(number)) for number, one in enumerate(given)]
+    if config.dpo.ce_weight and (bare := sum(not pair.ground_truth for pair in pairs)):
+        raise ValueError(
+            f"{bare} preferences of {config.preferences} have no ground truth for the cross-entropy: "
+            "add it, or leave the cross-entropy out with --dpo.ce_weight 0"
+        )
+    return conversation_examples(given, root=root), pairs
+
+
+def to_pair(conversation: Conversation, *, name: str) -> Pair:
+    """A conversation's preference as a pair about the clip of this name."""
+    preference = conversation.preference
+    assert preference is not None, "only preferences are paired"
+    return Pair(
+        video=name,
+        prompt=preference.prompt,
+        chosen=preference.chosen,
+        rejected=preference.rejected,
+        ground_truth=preference.ground_truth,
+        history=preference.history,
+    )
+
+
+def encode(captioner: Captioner, examples: Sequence[Example]) -> dict[str, Block]:
+    """The examples' clips by number, as the frozen towers give them; each rank encodes its share."""
+    cache = ClipCache(captioner.processor, max_bytes=0)
+    blocks: list[Block] = []
+    for example in tqdm(dist.share(examples), desc="reading clips", unit="clip", disable=not dist.is_main()):
+        blocks += captioner.encode([cache(example)])
+    return {str(number): block for number, block in enumerate(dist.gather(blocks))}
+
+
+if __name__ == "__main__":
+    run_recipe(main, GivenDpoConfig, description=__doc__)

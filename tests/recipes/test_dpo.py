@@ -1,0 +1,109 @@
+"""Training on data in the published formats: guided DPO on given preferences, and SFT on conversations."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from salmonn.conversations import parse_conversation
+from salmonn.model.load import load_network
+from salmonn.records import Reference, read_records
+
+ASKED = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}
+
+
+@pytest.fixture
+def references(taught) -> list[Reference]:
+    """The clips that the model was taught on, with paths that are absolute."""
+    (file,) = (taught / "clips").glob("seed5-*/clips.jsonl")
+    records = read_records(file, Reference)
+    return [Reference(**vars(one) | {"video": str(file.parent / one.video)}) for one in records]
+
+
+@pytest.fixture
+def preferences(references, tmp_path) -> Path:
+    """What is in a clip against what is in the next one, in the format of 2+."""
+    items = [
+        {
+            "video": one.video,
+            "use_audio": True,
+            "conversations": [
+                ASKED,
+                {"from": "gpt", "value": one.caption},
+                {"from": "chosen", "value": one.caption},
+                {"from": "reject", "value": other.caption},
+            ],
+        }
+        for one, other in zip(references, [*references[1:], references[0]], strict=True)
+    ]
+    path = tmp_path / "preferences.json"
+    path.write_text(json.dumps(items))
+    return path
+
+
+def test_given_preferences(taught, launch, preferences, tmp_path):
+    flags = {
+        "preferences": preferences, "model": taught / "model", "out": tmp_path / "dpo", "lora.rank": 8, "lora.alpha": 16,
+        "fit.steps": 8, "fit.batch_size": 4, "fit.learning_rate": 0.003, "fit.accumulation": 2,
+    }  # fmt: skip
+    result = launch("dpo", **flags)
+    assert result.returncode == 0, result.stderr
+    steps = [json.loads(line) for line in (tmp_path / "dpo" / "steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(8))
+    # The reference is the policy before its first step: no reward yet, and a loss of ln 2 for the preference.
+    assert steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
+    assert steps[-1]["dpo"] < 0.6 and steps[-1]["chosen"] > steps[-1]["rejected"]
+    before, after = (load_network(path).state_dict() for path in (taught / "model", tmp_path / "dpo" / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(
+        ".self_attn." in name and name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in changed
+    )
+    assert (tmp_path / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "dpo" / "checkpoint.safetensors").exists()
+    again = launch("dpo", **flags)
+    assert again.returncode == 0 and "trained already" in again.stderr + again.stdout
+
+
+def test_what_preferences_lack_is_told(load_recipe, preferences, tmp_path):
+    dpo = load_recipe("dpo")
+    items = json.loads(preferences.read_text())
+    bare = [
+        item | {"conversations": [part for part in item["conversations"] if part["from"] != "gpt"]} for item in items
+    ]
+    preferences.write_text(json.dumps([bare[0], *items[1:]]))
+    config = dpo.GivenDpoConfig(preferences=preferences, model="none", out=tmp_path)
+    with pytest.raises(ValueError, match=r"1 preferences of .* have no ground truth .* --dpo.ce_weight 0"):
+        dpo.read_preferences(config)
+    plain = [item | {"conversations": item["conversations"][:2]} for item in items]
+    preferences.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match="holds no preference"):
+        dpo.read_preferences(config)
+
+
+def test_a_preference_keeps_what_was_said_before(load_recipe):
+    said = [ASKED, {"from": "gpt", "value": "a"}, {"from": "human", "value": "And?"}]
+    answers = [{"from": "chosen", "value": "b"}, {"from": "reject", "value": "c"}, {"from": "gpt", "value": "d"}]
+    pair = load_recipe("dpo").to_pair(parse_conversation({"video": "v.mp4", "conversations": said + answers}), name="7")
+    assert (pair.video, pair.prompt, pair.chosen, pair.rejected, pair.ground_truth) == ("7", "And?", "b", "c", "d")
+    assert pair.history == (("Describe the video and its sounds in detail.", "a"),)
+
+
+def test_sft_on_conversations(taught, launch, references, tmp_path):
+    """In the format of salmonn2, the sound in a file of its own; a preference among them is left to DPO."""
+    said = [ASKED | {"value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a circle"}]
+    items = [{"video": one.video, "audio": one.video, "conversations": said} for one in references[:3]]
+    items.append({"video": references[0].video, "conversations": [*said, {"from": "reject_gpt", "value": "a star"}]})
+    path = tmp_path / "conversations.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    flags = {
+        "references": path, "model": taught / "model", "out": tmp_path / "tuned", "heldout_clips": 0,
+        "fit.steps": "null", "fit.epochs": 4, "fit.batch_size": 3, "fit.learning_rate": 0.003,
+    }  # fmt: skip
+    result = launch("sft", **flags)
+    assert result.returncode == 0, result.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "tuned" / "steps.jsonl").read_text().splitlines()]
+    assert len(losses) == 4 and losses[-1] < losses[0]  # three examples, three a step
+    path.write_text(path.read_text() + '{"video": "gone.mp4", "conversations": []}\n')
+    refused = launch("sft", **flags | {"out": tmp_path / "other"})
+    assert refused.returncode == 2 and f"{path}, line 5: " in refused.stderr and "Traceback" not in refused.stderr
