@@ -68,7 +68,7 @@ def _caption_parser() -> ArgumentParser:
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus that words are drawn from")
     parser.add_argument("--max_new_tokens", type=int | None, default=None, help="limit (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--batch_size", type=int, default=8, help="videos captioned side by side")
+    parser.add_argument("--batch_size", type=int | None, default=None, help="clips side by side (default: the model's)")
     parser.add_argument("--released_positions", action="store_true", help="2+: number as the published inference code")
     _add_placement(parser)
     return parser

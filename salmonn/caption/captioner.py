@@ -149,12 +149,13 @@ class Captioner:
         span: Span | None = None,
         use: Use = "both",
         seed: int = 0,
-        batch_size: int = 8,
+        batch_size: int | None = None,
     ) -> Iterator[Caption | Failure]:
         """Describe many videos in batches; one that cannot be read becomes a `Failure` and harms no other.
 
         Takes what `caption` takes; the results come in the order of the paths.
         """
+        batch_size = self.processor.config.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         prompt, sampling = prompt or self.describe(use), sampling or self.greedy()

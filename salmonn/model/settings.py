@@ -138,6 +138,7 @@ class SalmonnConfig(PreTrainedConfig):
         system_prompt: what every conversation begins with; "" for nothing.
         prompts: what is asked by default of a clip, its picture alone and its sound alone; none asks in plain words.
         max_new_tokens: how long an answer may get by default.
+        batch_size: clips that are captioned side by side by default.
     """
 
     model_type = "salmonn"
@@ -158,6 +159,7 @@ class SalmonnConfig(PreTrainedConfig):
     system_prompt: str = "You are a helpful assistant."
     prompts: Any = None
     max_new_tokens: int = 160
+    batch_size: int = 8
 
     def describe(self, use: Use = "both") -> str:
         """The prompt that asks for a caption."""
@@ -344,6 +346,7 @@ def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
         frames={"side": siglip["image_size"]},
         prompts=PUBLISHED_PROMPTS["salmonn2"],
         max_new_tokens=2048,
+        batch_size=1,
         pool=flat.get("mm_spatial_pool_stride", 2),
         tie_word_embeddings=flat.get("tie_word_embeddings", False),
     )
@@ -366,6 +369,7 @@ def _plus(values: dict[str, Any]) -> SalmonnConfig:
         frames={"factor": vision["patch_size"] * vision["spatial_merge_size"]},
         prompts=PUBLISHED_PROMPTS["salmonn2-plus"],
         max_new_tokens=1024,
+        batch_size=1,
         tie_word_embeddings=values.get("tie_word_embeddings", False),
     )
 
