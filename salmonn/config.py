@@ -55,10 +55,9 @@ def parse_config(config_type: type[Config], *, description: str, args: Sequence[
 def _switched_on(args: Sequence[str], config_type: type) -> list[str]:
     """A command line with --flag=true for a switch that stands alone."""
     switches = {f"--{field.name}" for field in dataclasses.fields(config_type) if field.type is bool}
-    following = [*args[1:], "--"][: len(args)]
     return [
         f"{arg}=true" if arg in switches and after.startswith("--") else arg
-        for arg, after in zip(args, following, strict=True)
+        for arg, after in zip(args, [*args[1:], "--"], strict=False)
     ]
 
 

@@ -13,7 +13,8 @@ from salmonn.model.lora import LoraConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_OF = {"mrdpo.yaml": "mrdpo", "mrdpo": "mrdpo"}  # every other YAML is a stage of sft
-YAMLS = sorted((RECIPES / "configs").glob("*.yaml"))
+YAMLS = sorted((RECIPES / "configs").rglob("*.yaml"))
+NAMES = [str(path.relative_to(RECIPES / "configs")) for path in YAMLS]
 
 
 @pytest.fixture
@@ -52,6 +53,7 @@ class Outer:
         inner: nested.
         maybe: nested, or nothing.
         steps: a whole number.
+        bare: a switch.
     """
 
     out: Path = Path("run")
@@ -59,6 +61,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     maybe: Inner | None = None
     steps: int = 3
+    bare: bool = False
 
 
 def parse(*args: str, of: type = Outer):
@@ -75,11 +78,11 @@ def flat(value, prefix=""):
 def at(config, key: str):
     """Value of a dotted key; None where a part of it is None."""
     for name in key.strip(".").split("."):
-        config = None if config is None else getattr(config, name)
+        config = config.get(name) if isinstance(config, dict) else None if config is None else getattr(config, name)
     return config
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", YAMLS, ids=NAMES)
 def test_shipped_yaml_fits_its_recipe(config_type, path):
     config = parse("--config", str(path), of=config_type(path.name))
     for key, value in flat(yaml.safe_load(path.read_text())).items():
@@ -87,7 +90,7 @@ def test_shipped_yaml_fits_its_recipe(config_type, path):
         assert (list(held) if isinstance(held, tuple) else str(held) if isinstance(held, Path) else held) == value
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", YAMLS, ids=NAMES)
 def test_shipped_yaml_states_only_what_differs(config_type, path):
     of = config_type(path.name)
     required = {f.name for f in dataclasses.fields(of) if f.default is f.default_factory is dataclasses.MISSING}
@@ -96,6 +99,44 @@ def test_shipped_yaml_states_only_what_differs(config_type, path):
     keys = [key for key in flat(yaml.safe_load(path.read_text())) if key.strip(".") not in required]
     same = [key.strip(".") for key in keys if at(config, key) == at(default, key)]
     assert not same, f"{path.name} repeats defaults: {', '.join(same)}"
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=NAMES)
+def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp_path, monkeypatch, capsys):
+    """Each tells what it would need, loads no weights and leaves nothing behind."""
+    of = config_type(path.name)
+    recipe = load_recipe(RECIPE_OF.get(path.name, "sft"))
+    # What toy stages start from is not there before the stages before them have run.
+    toy = ["--model", str(random_model)] if path.parent.name == "configs" and path.stem != "pretrain_still" else []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe.Captioner, "load", None)
+    run_recipe(recipe.main, of, description="A recipe.", args=["--config", str(path), "--dry-run", *toy])
+    told = capsys.readouterr().out
+    assert all(words in told for words in ("language model", "A clip of 51 s", "peak", "fits 80 GiB"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_model_that_is_not_there(load_recipe, config_type, capsys):
+    args = ["--config", str(RECIPES / "configs" / "align_audio.yaml"), "--dry_run", "--model", "no/such"]
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(load_recipe("sft").main, config_type("sft"), description="A recipe.", args=args)
+    assert caught.value.code == 2
+    assert "sizes of no/such are not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--bare"], True),
+        (["--bare", "--steps", "4"], True),
+        (["--bare", "true"], True),
+        (["--bare", "false"], False),
+        (["--bare=false"], False),
+        ([], False),
+    ],
+)
+def test_a_switch_may_stand_alone(args, expected):
+    assert parse(*args).bare is expected
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):

@@ -247,7 +247,7 @@ class Budget:
             },
             at_work={
                 "a layer": layer,
-                "answers' logits": budget.logits_bytes(vocabulary, numbers, tokens=answers),
+                "logits": budget.logits_bytes(vocabulary, numbers, tokens=answers),
                 "towers": 0 if work.blocks else work.clips * self._towers_at_work(numbers),
             },
         )
@@ -263,7 +263,7 @@ class Budget:
             held={"weights": weights_bytes(self.network, self.placement, merged=True)},
             at_work={
                 "towers": max(1, side_by_side // 8) * self._towers_at_work(numbers),
-                "cache and prompt": side_by_side * (cache + reading),
+                "cache, prompt": side_by_side * (cache + reading),
             },
         )
 
@@ -329,7 +329,7 @@ def print_budget(plan: Budget, *, title: str, side_by_side: int = 1) -> None:
     longest = plan.config.max_new_tokens
     memories = {
         "training": plan.training(checkpointed=False),
-        "training, layers checkpointed": plan.training(checkpointed=True),
+        "checkpointed": plan.training(checkpointed=True),
         "one caption": plan.captioning(max_new_tokens=longest),
     }
     if side_by_side > 1:
@@ -349,7 +349,7 @@ def describe_clip(plan: Budget) -> str:
         f"A clip of {shape.seconds:g} s, {shape.width}x{shape.height}, {shape.frames_per_second:g} fps, with sound: "
         f"{of_frames}, {heard} heard, {plan.clip_tokens} in all.",
         f"A sequence of training: {work.length(plan.clip_tokens)} tokens, with a prompt of {work.prompt_tokens} and "
-        f"{work.answers} answers of {work.answer_tokens} (assumed); {work.clips} clips go through at a time.",
+        f"{work.answers} answers of {work.answer_tokens} (assumed); clips that go through at a time: {work.clips}.",
     ]
     if work.blocks:
         told.append(f"The clip's tokens stay in main memory: {plan.block_bytes / GIB:.2f} GiB for each clip.")
@@ -368,15 +368,15 @@ def _parameter_table(plan: Budget, title: str) -> Table:
 
 
 def _memory_table(plan: Budget, memories: Mapping[str, Memory]) -> Table:
-    chosen = "layers checkpointed" if plan.fit.gradient_checkpointing else "no layers checkpointed"
-    table = Table(title=f"GiB on each GPU ({chosen} in this configuration)")
+    chosen = "its layers checkpointed" if plan.fit.gradient_checkpointing else "no layers checkpointed"
+    table = Table(title=f"GiB on each GPU (this configuration has {chosen})")
     table.add_column("")
     for name in memories:
         table.add_column(name, justify="right")
     for kind in ("held", "at_work"):
         for row in dict.fromkeys(row for memory in memories.values() for row in getattr(memory, kind)):
             cells = [_gib(getattr(memory, kind).get(row, 0)) for memory in memories.values()]
-            table.add_row(row if kind == "held" else f"for a while: {row}", *cells)
+            table.add_row(row if kind == "held" else f"briefly: {row}", *cells)
         table.add_section()
     table.add_row("peak", *(_gib(memory.peak) for memory in memories.values()))
     for size in GPUS:

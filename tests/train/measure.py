@@ -6,7 +6,7 @@ SMALL and MODEL are folders with config.json and tokenizer; weights are drawn he
 libraries need in any case is not counted. Prints two numbers of bytes: estimated and measured.
 """
 
-import resource
+import gc
 import sys
 from pathlib import Path
 
@@ -30,9 +30,10 @@ LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)
 ANSWER = "a red star appears and a low tone is heard " * 12
 
 
-def peak() -> int:
-    """The most memory that this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def held(kind: str) -> int:
+    """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM), as Linux counts."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
 
 
 def read(processor: Processor) -> Media:
@@ -92,10 +93,11 @@ def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
     work = Work(clips=1, answers=3, answer_tokens=tokens, prompt_tokens=40, blocks=True)
     budget = Budget(network, config, placement=placement, fit=fit_config, work=work, shape=SHAPE)
     memory = budget.training(checkpointed=checkpointed) if mode == "training" else budget.captioning(max_new_tokens=16)
-    for each in (warm, folder):  # the first brings in what libraries need in any case
-        before = peak()
-        run(each, mode, fit_config)
-    sys.stdout.write(f"{memory.peak} {peak() - before}\n")
+    run(warm, mode, fit_config)
+    gc.collect()
+    before = held("VmRSS")
+    run(folder, mode, fit_config)
+    sys.stdout.write(f"{memory.peak} {held('VmHWM') - before}\n")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_pieces_give_the_gradient_of_the_whole(learn, accumulation):
     whole, figures = learn()
     pieces, same = learn(accumulation=accumulation)
     # Sums in another order round otherwise, by some 1e-5 here; a piece of a wrong weight would be parts of a hundred.
-    assert same == pytest.approx(figures, rel=1e-5) and distance(pieces, whole) < 1e-4
+    assert same == pytest.approx(figures, rel=1e-5) and distance(pieces, whole) < 5e-5
 
 
 def test_pieces_of_pairs(random_model, clips, tmp_path, fill_adapter):
@@ -192,7 +192,9 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
     fit(network, batches, sft_loss, config, seed=0, name="t", checkpoint_path=tmp_path / "c.safetensors", on_step=look)
     assert set.union(*dtypes) == {(True, torch.float32), (False, torch.bfloat16)}
     assert losses[-1] < 0.8 * losses[0]
-    assert not any(module.gradient_checkpointing for module in network.modules() if hasattr(module, "_gradient_ch"))
+    assert not any(
+        module.gradient_checkpointing for module in network.modules() if hasattr(module, "gradient_checkpointing")
+    )
     merge(network)
     after = dict(network.named_parameters())
     assert after.keys() == before.keys() and {value.dtype for value in after.values()} == {torch.bfloat16}

@@ -1,6 +1,7 @@
 """Preference batches and their loss on a real network: reference, first value, direction."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch
 from salmonn.caption.inputs import Row
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Pair
+from salmonn.train.examples import Example, SftBatches, Turn, sft_loss
 from salmonn.train.loop import FitConfig, fit
-from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatches, PreferenceLoss
 
 LORA = LoraConfig(rank=4, dropout=0.0)
 
@@ -146,3 +148,43 @@ def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, t
     now = [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
     before = batches.reference[0]
     assert now[0] - before[0] > now[1] - before[1]
+
+
+@pytest.fixture
+def mixed(captioner, pairs, blocks):
+    """Three pairs and two clips with two questions each a step, one by one."""
+    attach(captioner.network, LORA, seed=0)
+    options = {"seed": 0, "accumulation": 9}
+    some = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, **options)
+    some.refer(captioner.network)
+    turns = (Turn("How many?", "two"), Turn("Which?", "the star"))
+    examples = [Example(Path(pair.video), turns) for pair in pairs[:2]]
+    block_of = lambda example: blocks[str(example.video)]  # noqa: E731
+    questions = SftBatches(examples, captioner.processor, block_of, batch_size=2, first_rank=3, **options)
+    return MixedBatches(some, questions)
+
+
+def test_questions_among_pairs_count_by_their_share(captioner, fill_adapter, mixed):
+    fill_adapter(captioner.network)
+    network, loss = captioner.network.eval(), MixedLoss(DpoConfig(), qa_share=0.4)
+    pieces = mixed(0)
+    assert len(pieces) == 5
+    total = sum(loss(network, piece)[0].item() for piece in pieces)
+    alone = sum(PreferenceLoss(DpoConfig())(network, piece)[0].item() for piece in mixed.pairs(0))
+    asked = sum(sft_loss(network, piece)[0].item() for piece in mixed.questions(0))
+    assert total == pytest.approx(0.6 * alone + 0.4 * asked, rel=1e-5) and alone > 0 and asked > 0
+    figures = [loss(network, piece)[1] for piece in pieces]
+    assert sum(each.get("qa", 0.0) for each in figures) == pytest.approx(asked, rel=1e-5)
+    whole, _ = MixedLoss(DpoConfig(), qa_share=0.0)(network, pieces[0])
+    assert torch.equal(whole, PreferenceLoss(DpoConfig())(network, pieces[0])[0])
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_ranks_share_pairs_and_questions_evenly(mixed, monkeypatch, size):
+    whole = mixed(0)
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    counts = []
+    for rank in range(size):
+        monkeypatch.setenv("RANK", str(rank))
+        counts.append(len(mixed(0)))
+    assert sum(counts) == len(whole) and max(counts) - min(counts) <= 1

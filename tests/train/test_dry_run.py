@@ -1,0 +1,213 @@
+"""What a dry run says of parameters, tokens and memory, against what networks, clips and processes really have."""
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from salmonn.caption.inputs import Processor, lay_out
+from salmonn.model.load import Placement, load_config, load_network
+from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.presets import PUBLISHED, offline_config
+from salmonn.train import budget
+from salmonn.train.budget import Numbers, Stack, Tuning
+from salmonn.train.dry_run import (
+    Budget,
+    ClipShape,
+    Memory,
+    Work,
+    clips_at_once,
+    count_parameters,
+    empty_network,
+    imagine,
+    weights_bytes,
+)
+from salmonn.train.loop import FitConfig
+
+LORA = LoraConfig(rank=128, alpha=256)
+# As the cards of Qwen2, Qwen2.5 and Qwen2.5-VL have them: decoder, vision tower with merger.
+PARAMETERS = {
+    "tsinghua-ee/video-SALMONN-2": (7_615_616_512, None),
+    "tsinghua-ee/video-SALMONN2_plus_3B_full": (3_085_938_688, 668_684_288),
+    "tsinghua-ee/video-SALMONN2_plus_7B_full": (7_615_616_512, 676_550_144),
+    "tsinghua-ee/video-SALMONN-2_plus_72B": (72_706_203_648, 704_573_696),
+}
+WHISPER_LARGE_ENCODER = 636_968_960  # with its 1500 fixed positions
+
+
+def adapted(config):
+    network = empty_network(config)
+    with torch.device("meta"):
+        attach(network, LORA, seed=0)
+    return network
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_parameters_of_the_published_models(model):
+    config = offline_config(model)
+    network = adapted(config)
+    counts = count_parameters(network)
+    decoder, vision = PARAMETERS[model]
+    assert counts["language model"].total == decoder and counts["language model"].trained == 0
+    whole = sum(value.numel() for value in network.vision.parameters())
+    assert vision in (None, whole)
+    norm = 2 * 1280 if config.family == "salmonn2" else 0
+    assert counts["audio tower"].total == WHISPER_LARGE_ENCODER + norm
+    # r (in + out) for queries, keys and values of each layer.
+    text = config.lm
+    width = text["hidden_size"]
+    narrow = width // text["num_attention_heads"] * text["num_key_value_heads"]
+    adapter = text["num_hidden_layers"] * 128 * (2 * width + 2 * (width + narrow))
+    assert counts["LoRA"].total == counts["LoRA"].trained == adapter
+    assert sum(part.total for part in counts.values()) == sum(value.numel() for value in network.parameters())
+
+
+def test_parameters_of_a_real_network(random_model):
+    """The network that is never filled has what the one in the folder has, part by part."""
+    real = load_network(random_model)
+    attach(real, LORA, seed=0)
+    assert count_parameters(real) == count_parameters(adapted(load_config(random_model)))
+    held = sum(value.nbytes for value in real.parameters())
+    assert weights_bytes(real, Placement(dtype="float32")) == held
+    adapter = sum(value.nbytes for name, value in real.named_parameters() if "lora_" in name)
+    assert weights_bytes(real, Placement(dtype="float32"), merged=True) == held - adapter
+    assert weights_bytes(real, Placement(dtype="bfloat16")) == (held - adapter) // 2 + adapter
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(ValueError, match=r"no/such are not known here.*video-SALMONN2_plus_7B_full"):
+        offline_config("no/such")
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """51 s of 320x180 at 12 frames a second, with sound, and its shape."""
+    shape = ClipShape(seconds=51.0, width=320, height=180, frames_per_second=12.0)
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    with av.open(str(path), "w") as file:
+        picture = file.add_stream("mpeg4", rate=12)
+        picture.width, picture.height, picture.pix_fmt = shape.width, shape.height, "yuv420p"
+        sound = file.add_stream("aac", rate=16_000, layout="mono")
+        for number in range(51 * 12):
+            array = np.full((shape.height, shape.width, 3), number % 256, np.uint8)
+            file.mux(picture.encode(av.VideoFrame.from_ndarray(array)))
+        wave = np.sin(np.arange(51 * 16_000) * 0.2).astype(np.float32)
+        for start in range(0, len(wave), 1024):
+            part = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="fltp", layout="mono")
+            part.sample_rate, part.pts, part.time_base = 16_000, start, Fraction(1, 16_000)
+            file.mux(sound.encode(part))
+        file.mux(picture.encode(None))
+        file.mux(sound.encode(None))
+    return path, shape
+
+
+@pytest.mark.parametrize("model", ["tsinghua-ee/video-SALMONN-2", "tsinghua-ee/video-SALMONN2_plus_7B_full"])
+def test_tokens_of_a_real_clip(film, processor, model):
+    path, shape = film
+    config = offline_config(model)
+    real = Processor(processor.tokenizer, config=config)
+    media, imagined = real.read(path), imagine(config, shape)
+    assert (media.num_frames, media.grid) == (imagined.num_frames, imagined.grid)
+    assert media.pixels.shape == imagined.pixels.shape and media.mel.shape == imagined.mel.shape
+    assert torch.equal(real.lay_out(media).positions, lay_out(config, imagined).positions)
+
+
+def test_tokens_by_hand():
+    """51 s at 1 fps: 51 frames of 13 x 14 tokens, each with 3 of the 120 tokens heard. In 2+ 510 frames, two a step."""
+    tokens = {
+        model: len(lay_out(offline_config(model), imagine(offline_config(model), ClipShape()))) for model in PUBLISHED
+    }
+    assert tokens.pop("tsinghua-ee/video-SALMONN-2") == 51 * (13 * 14 + 3)
+    # 61,250 * 0.95 * 768 / 510 pixels: 14 x 7 squares of 28.
+    assert set(tokens.values()) == {255 * 14 * 7 + 120}
+    longer = offline_config("tsinghua-ee/video-SALMONN2_plus_7B_full").with_frames({"min_frames": 64})
+    assert imagine(longer, ClipShape(seconds=3.0)).num_frames == 64
+    with pytest.raises(ValueError, match="salmonn2-plus have no min_framez, but seconds_apart"):
+        longer.with_frames({"min_framez": 1})
+
+
+STACK = Stack(width=8, inner=32, layers=3, heads=4, kv_heads=2, head_width=2, gated=True)
+HALF = Numbers(stored=2, computed=2)
+
+
+def test_formulas_by_hand():
+    # Norms 2 * 4 * 8, attention 2 * (8 + 4 + 4 + 8) and 4 * 4, inner part 3 * 2 * 32.
+    assert budget.kept_by_layer(STACK, HALF, Tuning(), masked=False) == 64 + 48 + 16 + 192
+    # Keys and values of all four heads; three adapters of 8 numbers and 8 of dropout's.
+    assert budget.kept_by_layer(STACK, HALF, Tuning(adapted=3), masked=True) == 64 + 64 + 16 + 192 + 3 * 24
+    kept = {"tokens": 10, "masked": False}
+    assert budget.kept_by_stack(STACK, HALF, Tuning(), **kept, checkpointed=False) == 3 * 10 * 320
+    assert budget.kept_by_stack(STACK, HALF, Tuning(), **kept, checkpointed=True) == 3 * 10 * 8 * 2
+    assert budget.cache_bytes(STACK, HALF, tokens=10) == 2 * 3 * 2 * 2 * 10 * 2
+    assert budget.logits_bytes(100, HALF, tokens=10) == 10 * 100 * 18
+    assert budget.logits_bytes(100, Numbers(4, 4), tokens=10) == 10 * 100 * 16
+    assert Memory({"a": 3, "b": 4}, {"c": 5, "d": 2}).peak == 12
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "ranks", "expected"), [(8, 8, 8, 1), (8, 8, 1, 1), (128, 8, 8, 2)])
+def test_clips_at_once(monkeypatch, batch, accumulation, ranks, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    assert clips_at_once(FitConfig(batch_size=batch, accumulation=accumulation)) == expected
+
+
+def test_quantised_weights_and_checkpointed_layers_need_less():
+    config = offline_config("tsinghua-ee/video-SALMONN2_plus_7B_full")
+    network = adapted(config)
+    plan = {
+        bits: Budget(
+            network,
+            config,
+            placement=Placement(dtype="bfloat16", bits=bits),
+            fit=FitConfig(precision="bfloat16"),
+            work=Work(clips=1, answers=3, blocks=True),
+        )
+        for bits in (None, 8, 4)
+    }
+    weights = {bits: each.captioning(max_new_tokens=1024).held["weights"] for bits, each in plan.items()}
+    matrices = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert weights[None] - weights[8] == matrices
+    assert weights[8] - weights[4] == matrices * 7 // 16
+    step = plan[None].training(checkpointed=True)
+    assert step.peak < 0.25 * plan[None].training(checkpointed=False).peak
+    assert step.held["gradients"] == 4 * 55_050_240 and step.held["Adam's moments"] == 8 * 55_050_240
+    assert step.held["activations"] == 28 * 26_746 * 3584 * 2
+
+
+@pytest.fixture(scope="module")
+def middling(random_model, tmp_path_factory):
+    """Folder of config and tokenizer of a model large enough that its tensors are most of a process's memory."""
+    folder = tmp_path_factory.mktemp("middling")
+    config = load_config(random_model)
+    Processor.load(random_model, config=config).save(folder)
+    rope = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[16, 8, 8])
+    sizes = dict(vocab_size=16_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4)
+    text = {key: value for key, value in config.lm["text_config"].items() if key != "layer_types"}
+    text |= sizes | dict(num_attention_heads=8, num_key_value_heads=2, rope_parameters=rope)
+    seeing = dict(depth=2, hidden_size=256, intermediate_size=768, num_heads=4, patch_size=14, spatial_merge_size=2)
+    seeing |= dict(window_size=112, fullatt_block_indexes=[1], out_hidden_size=512)
+    config.lm = config.lm | dict(text_config=text, vision_config=config.lm["vision_config"] | seeing)
+    config.frames = dict(seconds_apart=0.5, min_frames=16, max_frames=64, factor=28)
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is measured as Linux counts it")
+@pytest.mark.parametrize("work", ["training", "training checkpointed", "captioning"])
+def test_memory_of_a_real_process(random_model, middling, work, capsys):
+    """One step of guided DPO and one caption: the estimate is within 30 % of what the process grows by."""
+    script = Path(__file__).with_name("measure.py")
+    line = [sys.executable, str(script), str(random_model), str(middling), *work.split()]
+    # Freed memory goes back at once, or else the peak would count it.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, check=False)
+    assert result.returncode == 0, result.stderr
+    estimated, measured = map(int, result.stdout.split())
+    with capsys.disabled():
+        sys.stdout.write(f"\n{work}: estimated {estimated / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB\n")
+    assert 0.7 * measured < estimated < 1.3 * measured
