@@ -281,7 +281,7 @@ class Budget:
             return 0
         numbers, whole, kept = self.numbers, Tuning(whole=True), 0
         if self._is_trained("audio.qformer."):
-            queries = len(self.media.mel) * self.config.windows_per_chunk
+            queries = len(self.media.mel) * self.config.tokens_per_chunk
             qformer = Stack.of(self.network.get_submodule("audio.qformer.qformer").config)
             kept += budget.windows_kept(
                 qformer, numbers, steps=self.steps, queries=queries, width_heard=self.hearing.width
