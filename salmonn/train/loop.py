@@ -171,8 +171,10 @@ def _fit(
     on_step: Callable[[int, Mapping[str, float]], object] | None,
 ) -> None:
     # Left to itself accelerate takes several processes without a GPU for so many runs of one.
-    on_cpu = dist.device().type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    several_on_cpu = dist.world_size() > 1 and dist.device().type == "cpu"
+    accelerator = Accelerator(
+        cpu=several_on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    )
     assert accelerator.num_processes == dist.world_size()
     optimizer = _optimizer(model, config)
     first = load_checkpoint(checkpoint_path, model=model, optimizer=optimizer) if checkpoint_path.is_file() else 0

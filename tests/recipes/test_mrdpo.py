@@ -125,8 +125,11 @@ def test_killed_and_started_again(finished, command_of, kill_family, launch, fla
 
 
 def test_two_processes(finished, launch, flags, tmp_path):
-    result = launch("mrdpo", processes=2, out=tmp_path, **flags)
+    # Half of each step's examples are questions, which other runs here have none of.
+    result = launch("mrdpo", processes=2, out=tmp_path, **flags, qa_share=0.5)
     assert result.returncode == 0, result.stderr
+    steps = [json.loads(line) for line in (tmp_path / "round_1" / "steps.jsonl").read_text().splitlines()]
+    assert all(step["qa"] > 0 and step["dpo"] > 0 for step in steps)
     assert files_of(tmp_path) == files_of(finished)
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (finished, tmp_path))
     assert two["sft"] == one["sft"]
