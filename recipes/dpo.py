@@ -50,7 +50,7 @@ class GivenDpoConfig:
     model: str
     out: Path
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
-    frames: dict[str, float] | None = None
+    frames: dict[str, int | float] | None = None
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))

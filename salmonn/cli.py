@@ -66,6 +66,7 @@ def _caption_parser() -> ArgumentParser:
     parser.add_argument("--end", type=float | None, default=None, help="seconds up to which the video is taken")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest words, 1 draws freely")
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus that words are drawn from")
+    parser.add_argument("--repetition_penalty", type=float | None, default=None, help="1: none (default: the model's)")
     parser.add_argument("--max_new_tokens", type=int | None, default=None, help="limit (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--batch_size", type=int | None, default=None, help="clips side by side (default: the model's)")
@@ -93,7 +94,9 @@ def run_caption(values: Namespace) -> int:
     if values.out.exists() and not values.overwrite:
         raise ValueError(f"{values.out} exists: choose another --out, or give --overwrite to replace it")
     limit = {"max_new_tokens": values.max_new_tokens} if values.max_new_tokens is not None else {}
-    sampling = Sampling(temperature=values.temperature, top_p=values.top_p, **limit)
+    sampling = Sampling(
+        temperature=values.temperature, top_p=values.top_p, repetition_penalty=values.repetition_penalty, **limit
+    )
     span = Span(values.start, values.end)
     videos = find_videos(values.paths)
     captioner = Captioner.load(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.caption.inputs import Processor, Row, restrict_media
+from salmonn.caption.inputs import Processor, Row
 from salmonn.model.load import Placement, load_config, load_network, save_network
 from salmonn.model.network import Block, Media, Network
 from salmonn.records import Caption, Use
@@ -117,8 +117,7 @@ class Captioner:
             seed: of the draw.
 
         Raises:
-            ClipError: the file cannot be read.
-            ValueError: `use` asks for a picture or sound that the file lacks.
+            ClipError: the file cannot be read, or lacks the picture or sound that `use` asks for.
         """
         prompt = prompt or self.describe(use)
         media = self._read(Path(path), span=span or Span(), use=use)
@@ -134,11 +133,7 @@ class Captioner:
         return Sampling(max_new_tokens=self.processor.config.max_new_tokens)
 
     def _read(self, path: Path, *, span: Span, use: Use) -> Media:
-        media = self.processor.read(path, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
-        try:
-            return restrict_media(media, use)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return self.processor.read(path, use=use, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
 
     def caption_each(
         self,

@@ -88,6 +88,7 @@ class Processor:
         path: Path | str,
         *,
         sound: Path | str | None = None,
+        use: Use = "both",
         start_seconds: float | None = None,
         end_seconds: float | None = None,
     ) -> Media:
@@ -96,17 +97,22 @@ class Processor:
         Args:
             path: of the video.
             sound: file that its sound is in, where it is not in the video.
+            use: picture, sound or both; what is not used is not decoded.
             start_seconds, end_seconds: the span; None is the beginning or the end.
 
         Raises:
-            ClipError: a file cannot be read.
+            ClipError: a file cannot be read, or lacks what is used of it.
         """
         rule = self.config.frame_rule
         span: dict[str, Any] = dict(start_seconds=start_seconds, end_seconds=end_seconds)
+        seen, heard = use != "audio", use != "visual"
         if sound is None:
-            return self.media(read_clip(path, rule, **span))
+            return self.media(read_clip(path, rule, video=seen, audio=heard, **span))
+        if not seen:
+            return self.media(read_clip(sound, rule, video=False, **span))
         clip = read_clip(path, rule, audio=False, **span)
-        return self.media(replace(clip, waveform=read_clip(sound, rule, video=False, **span).waveform))
+        waveform = read_clip(sound, rule, video=False, **span).waveform if heard else None
+        return self.media(replace(clip, waveform=waveform))
 
     def media(self, clip: Clip) -> Media:
         """One clip as the towers take it, its frames chosen and scaled by the model's rule."""
@@ -203,8 +209,7 @@ def to_media(config: SalmonnConfig, frames: Tensor, mel: Tensor, *, seconds: flo
 
 def count_chunks(config: SalmonnConfig, seconds: float) -> int:
     """Chunks that so many seconds of sound are heard in."""
-    # Rounded before the ceiling: 8.0001 s of sound is one chunk, not two.
-    return math.ceil(round(max(seconds, MIN_SOUND_SECONDS) / config.chunk_seconds, 3))
+    return math.ceil((max(seconds, MIN_SOUND_SECONDS) - config.spare_seconds) / config.chunk_seconds)
 
 
 def lay_out(

@@ -35,9 +35,7 @@ def prompt_ids(
     """
     prompts = [*(asked for asked, _ in history), prompt]
     answers = [answer for _, answer in history]
-    for special in {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(_known(placeholders))}:
-        if any(special in words for words in [*prompts, *answers]):
-            raise ValueError(f"the prompt holds the special token {special}: leave it out")
+    _refuse_special(tokenizer, [*prompts, *answers], what="prompt", placeholders=placeholders)
     clip = f"{CLIP_START}{CLIP_END}"
     turns = [{"role": "system", "content": system}] if system else []
     for number, words in enumerate(prompts):
@@ -53,9 +51,19 @@ def prompt_ids(
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Token ids of an answer, closed by the end of the turn."""
+    """Token ids of an answer, closed by the end of the turn.
+
+    Raises:
+        ValueError: it holds a special token.
+    """
+    _refuse_special(tokenizer, [answer], what="answer")
     return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.convert_tokens_to_ids(TURN_END)]
 
 
-def _known(placeholders: Sequence[int]) -> list[int]:
-    return sorted({token for token in placeholders if token >= 0})
+def _refuse_special(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, what: str, placeholders: Sequence[int] = ()
+) -> None:
+    known = sorted({token for token in placeholders if token >= 0})
+    for special in {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(known)}:
+        if any(special in text for text in texts):
+            raise ValueError(f"the {what} holds the special token {special}: leave it out")

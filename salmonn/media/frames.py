@@ -97,12 +97,13 @@ class Spread:
         """See `FrameRule`; the rounding is that of Qwen2.5-VL's processor."""
         most = float(self.max_pixels)
         if self.share_out and 1 < num_taken < self.max_frames:
-            most *= self.share_out * self.max_frames / num_taken
+            most = self.share_out * self.max_frames / num_taken * self.max_pixels
         rows, columns = (max(round(side / self.factor), 1) * self.factor for side in (height, width))
+        # Divided one after the other, as there: two sides that come out whole would round otherwise.
         if rows * columns > most:
-            shrink = math.sqrt(height * width / most) * self.factor
-            return tuple(max(math.floor(side / shrink), 1) * self.factor for side in (height, width))  # type: ignore[return-value]
+            shrink = math.sqrt(height * width / most)
+            return tuple(max(math.floor(side / shrink / self.factor), 1) * self.factor for side in (height, width))  # type: ignore[return-value]
         if rows * columns < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width)) / self.factor
-            return tuple(math.ceil(side * grow) * self.factor for side in (height, width))  # type: ignore[return-value]
+            grow = math.sqrt(self.min_pixels / (height * width))
+            return tuple(math.ceil(side * grow / self.factor) * self.factor for side in (height, width))  # type: ignore[return-value]
         return rows, columns

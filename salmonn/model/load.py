@@ -42,7 +42,10 @@ class Placement:
         device = torch.device(self.device) if self.device else dist.device()
         on_gpu = device.type == "cuda"
         dtype = getattr(torch, {"auto": "bfloat16" if on_gpu else "float32"}.get(self.dtype, self.dtype))
-        best = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
+        short = dtype != torch.float32  # flash attention takes nothing longer
+        if self.attention == "flash_attention_2" and not short:
+            raise ValueError("flash attention computes in 16 bits: choose dtype bfloat16 or float16, or attention sdpa")
+        best = "flash_attention_2" if on_gpu and short and is_flash_attn_2_available() else "sdpa"
         arguments: dict[str, Any] = dict(
             dtype=dtype,
             attn_implementation={"auto": best}.get(self.attention, self.attention),
@@ -68,7 +71,10 @@ def load_config(path: Path | str) -> SalmonnConfig:
     """
     values = _read(path)
     if not _is_ours(values):
-        return from_published(values)
+        config = from_published(values)
+        # The published code generates with what the checkpoint says of generation, and lets it draw where asked to.
+        config.repetition_penalty = _read_optional(path, "generation_config.json").get("repetition_penalty") or 1.0
+        return config
     if missing := [part for part in ("lm", "whisper", "qformer") if not values.get(part)]:
         raise ValueError(f"{path}/{CONFIG_NAME} lacks the sizes of {', '.join(missing)}: it is no whole config")
     return SalmonnConfig.from_dict(values)
@@ -116,6 +122,15 @@ def _read(path: Path | str) -> dict[str, Any]:
     if not file.is_file():
         file = _from_hub(path)
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return values
+
+
+def _read_optional(path: Path | str, name: str) -> dict[str, Any]:
+    try:
+        file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return {}
+    values: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     return values
 
 

@@ -74,6 +74,7 @@ def load_adapter(network: Network, path: Path | str) -> None:
         tensors = load_peft_weights(str(path), device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{path} holds no adapter that can be read: {error}") from error
+    _refuse_unknown(config, path)
     low_rank = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     attach(
         network,
@@ -82,6 +83,22 @@ def load_adapter(network: Network, path: Path | str) -> None:
     )
     put_adapter(network, low_rank)
     _put_whole(network, {key: tensor for key, tensor in tensors.items() if ".lora_" not in key})
+
+
+def _refuse_unknown(config: PeftLoraConfig, path: Path | str) -> None:
+    """An adapter of another kind would be merged at a wrong scale without a word."""
+    kinds = {
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "bias": config.bias != "none",
+        "target_modules as a pattern": isinstance(config.target_modules, str),
+    }
+    if told := [kind for kind, on in kinds.items() if on]:
+        raise ValueError(
+            f"the adapter in {path} has {', '.join(told)}: plain LoRA of named projections is what is read"
+        )
 
 
 def put_adapter(network: Network, tensors: Mapping[str, Tensor]) -> None:
@@ -113,9 +130,14 @@ def _put_whole(network: Network, tensors: Mapping[str, Tensor]) -> None:
         name = key.removeprefix("base_model.model.").replace("modules_to_save.", "").replace(".default.", ".")
         for pattern, ours in PUBLISHED_KEYS[network.config.family].items():
             name = re.sub(pattern, ours, name)
+        # A module that was trained as a whole is saved with its buffers, which hold nothing that was learnt.
+        if any(re.search(pattern, name) for pattern in network._keys_to_ignore_on_load_unexpected):
+            continue
         if name not in parameters or parameters[name].shape != tensor.shape:
             unknown.append(key)
             continue
+        if parameters[name].is_meta:
+            raise ValueError(f"the adapter replaces {name}, which is offloaded: load the model on devices that hold it")
         with torch.no_grad():
             parameters[name].copy_(tensor)
     if unknown:

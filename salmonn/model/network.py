@@ -16,7 +16,7 @@ from salmonn.model.pack import PADDING, pack
 from salmonn.model.settings import SalmonnConfig
 from salmonn.model.splice import Layout, place
 
-# Keys of the published checkpoints -> ours. Saved models go back to the published ones, so that there is one format.
+# Keys of the published checkpoints -> ours, which saved models have.
 PUBLISHED_KEYS = {
     "salmonn2": {
         r"^model\.vision_tower\.vision_tower\.vision_model\.": "vision.encoder.",
@@ -249,8 +249,10 @@ class Network(PreTrainedModel):
             position_ids=positions if mask is not None or positions.ndim > 2 else None,
             use_cache=False,
         ).last_hidden_state
-        targets = inputs.labels[:, 1:]
+        # Where the model is split over devices, what it gives is on the last of them.
+        targets = inputs.labels[:, 1:].to(hidden.device)
         counted = targets != -100
-        logits = self.lm.get_output_embeddings()(hidden.flatten(0, 1)[packed.places[:, :-1][counted]]).float()
+        places = packed.places[:, :-1].to(hidden.device)[counted]
+        logits = self.lm.get_output_embeddings()(hidden.flatten(0, 1)[places]).float()
         picked = logits.gather(-1, targets[counted].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         return picked.new_zeros(targets.shape).masked_scatter(counted, picked)

@@ -7,27 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from salmonn.model.load import load_config
-from salmonn.model.settings import WHISPER_LARGE_V3, SalmonnConfig, from_published
-
-_QFORMER = dict(
-    hidden_size=3072,
-    intermediate_size=12288,
-    num_hidden_layers=2,
-    num_attention_heads=12,
-    hidden_act="gelu",
-    layer_norm_eps=1e-12,
-    hidden_dropout_prob=0.1,
-    attention_probs_dropout_prob=0.1,
-    cross_attention_freq=1,
-    query_length=1,
-)
+from salmonn.model.settings import PLUS_VISION_DEFAULTS, SalmonnConfig, from_published
 
 
-def _salmonn2(**decoder: int) -> dict[str, Any]:
-    """A config.json of video-SALMONN 2, whose other parts are named in its code."""
+def _salmonn2() -> dict[str, Any]:
+    """The config.json of video-SALMONN 2, whose other parts are named in its code."""
     return dict(
         model_type="video_salmonn_2",
-        **decoder,
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
         max_position_embeddings=32768,
         hidden_act="silu",
         rms_norm_eps=1e-6,
@@ -41,54 +33,20 @@ def _salmonn2(**decoder: int) -> dict[str, Any]:
     )
 
 
-def _plus(*, vision_intermediate: int = 3420, tied: bool = False, **decoder: Any) -> dict[str, Any]:
-    """A config.json of video-SALMONN 2+: Qwen2.5-VL's with an audio part."""
+def _plus(*, vision_intermediate: int = 3420, **decoder: Any) -> dict[str, Any]:
+    """A config.json of video-SALMONN 2+: what differs from the 7B model, which the published classes default to."""
     return dict(
         model_type="qwen2_5_vl",
+        architectures=["video_SALMONN2_plus"],
         **decoder,
-        max_position_embeddings=128000,
-        hidden_act="silu",
-        rms_norm_eps=1e-6,
-        rope_theta=1_000_000.0,
         rope_scaling=dict(type="default", rope_type="default", mrope_section=[16, 24, 24]),
-        tie_word_embeddings=tied,
-        bos_token_id=151643,
-        eos_token_id=151645,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
-        image_token_id=151655,
-        video_token_id=151656,
-        audio_token_id=151665,
-        vision_config=dict(
-            model_type="qwen2_5_vl",
-            depth=32,
-            hidden_size=1280,
-            hidden_act="silu",
-            intermediate_size=vision_intermediate,
-            num_heads=16,
-            in_channels=3,
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            tokens_per_second=2,
-            window_size=112,
-            fullatt_block_indexes=[7, 15, 23, 31],
-            out_hidden_size=decoder["hidden_size"],
-        ),
-        audio_config=WHISPER_LARGE_V3 | dict(second_per_window=0.5, qformer_config=_QFORMER),
+        vision_config=PLUS_VISION_DEFAULTS
+        | dict(intermediate_size=vision_intermediate, out_hidden_size=decoder.get("hidden_size", 3584)),
     )
 
 
-_QWEN2_7B: dict[str, Any] = dict(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-)
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "tsinghua-ee/video-SALMONN-2": _salmonn2(**_QWEN2_7B),
+    "tsinghua-ee/video-SALMONN-2": _salmonn2(),
     "tsinghua-ee/video-SALMONN2_plus_3B_full": _plus(
         vocab_size=151936,
         hidden_size=2048,
@@ -96,9 +54,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         num_hidden_layers=36,
         num_attention_heads=16,
         num_key_value_heads=2,
-        tied=True,
+        tie_word_embeddings=True,
     ),
-    "tsinghua-ee/video-SALMONN2_plus_7B_full": _plus(**_QWEN2_7B),
+    "tsinghua-ee/video-SALMONN2_plus_7B_full": _plus(),
     "tsinghua-ee/video-SALMONN-2_plus_72B": _plus(
         vocab_size=152064,
         hidden_size=8192,

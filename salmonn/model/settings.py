@@ -131,6 +131,7 @@ class SalmonnConfig(PreTrainedConfig):
         num_queries: Q-Former queries a window.
         window_seconds: length of a Q-Former window.
         stride_seconds: from one window to the next; none is a window's length.
+        spare_seconds: sound that is longer than whole chunks by no more gets no chunk of its own.
         pool: salmonn2: side of the squares of patches that become one token.
         placeholder_ids: token ids that stand for a clip's tokens: seen, heard.
         frames: how densely and how large a clip is seen: arguments of `Stride` (salmonn2) or `Spread` (2+).
@@ -139,6 +140,7 @@ class SalmonnConfig(PreTrainedConfig):
         prompts: what is asked by default of a clip, its picture alone and its sound alone; none asks in plain words.
         max_new_tokens: how long an answer may get by default.
         batch_size: clips that are captioned side by side by default.
+        repetition_penalty: of generation by default, as the checkpoint's generation_config.json has it.
     """
 
     model_type = "salmonn"
@@ -152,6 +154,7 @@ class SalmonnConfig(PreTrainedConfig):
     num_queries: int = 1
     window_seconds: float = 0.5
     stride_seconds: float | None = None
+    spare_seconds: float = 0.004
     pool: int = 2
     placeholder_ids: tuple[int, int] = (-200, -200)
     frames: Any = None
@@ -160,6 +163,7 @@ class SalmonnConfig(PreTrainedConfig):
     prompts: Any = None
     max_new_tokens: int = 160
     batch_size: int = 8
+    repetition_penalty: float = 1.0
 
     def describe(self, use: Use = "both") -> str:
         """The prompt that asks for a caption."""
@@ -311,7 +315,10 @@ def from_published(values: dict[str, Any]) -> SalmonnConfig:
 
 
 def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
-    audio = values.get("audio_config", {})
+    # The published code keeps its command line's values in the config.
+    audio = values.get("audio_config") or flat.get("model_args") or {}
+    if audio.get("mm_pooling_position", "after") != "after" or audio.get("mm_spatial_pool_mode", "max") != "max":
+        raise ValueError("the checkpoint pools patches otherwise than by their greatest after the projection")
     siglip = SIGLIP_SO400M | {key: values["siglip"][key] for key in SIGLIP_SO400M if "siglip" in values}
     whisper = WHISPER_LARGE_V3 | {key: values["whisper"][key] for key in WHISPER_KEYS if "whisper" in values}
     qformer = BERT_BASE_OF_TWO_LAYERS | values.get("qformer", {})
@@ -342,12 +349,13 @@ def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
         num_queries=audio.get("num_speech_query_token", 1),
         window_seconds=audio.get("second_per_window", 0.5),
         stride_seconds=audio.get("second_stride"),
+        spare_seconds=0.0,
         tell_time=flat.get("add_time_token", True),
         frames={"side": siglip["image_size"]},
         prompts=PUBLISHED_PROMPTS["salmonn2"],
-        max_new_tokens=2048,
+        max_new_tokens=1024,
         batch_size=1,
-        pool=flat.get("mm_spatial_pool_stride", 2),
+        pool=flat.get("mm_spatial_pool_stride") or 2,
         tie_word_embeddings=flat.get("tie_word_embeddings", False),
     )
 
@@ -365,6 +373,7 @@ def _plus(values: dict[str, Any]) -> SalmonnConfig:
         num_queries=qformer["query_length"],
         window_seconds=audio.get("second_per_window", 0.5),
         stride_seconds=audio.get("second_stride"),
+        spare_seconds=0.0,
         placeholder_ids=(values["video_token_id"], values["audio_token_id"]),
         frames={"factor": vision["patch_size"] * vision["spatial_merge_size"]},
         prompts=PUBLISHED_PROMPTS["salmonn2-plus"],

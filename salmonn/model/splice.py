@@ -80,10 +80,10 @@ def deal_out(
 
 
 def _stretch(tokens: Tensor, length: int) -> Tensor:
-    """Repeat the nearest to a greater length, by the published implementation's own rounding."""
+    """Repeat the nearest to a greater length, rounded in float32 as the published code does."""
     if not length:
         return tokens
-    return F.interpolate(tokens[None, None].double(), size=length, mode="nearest")[0, 0].long()
+    return F.interpolate(tokens[None, None].float(), size=length, mode="nearest")[0, 0].long()
 
 
 def _pad_told(told: Sequence[int], *, start: int) -> Tensor:

@@ -34,7 +34,8 @@ class SiglipTower(nn.Module):
 
     def forward(self, frames: Sequence[Tensor], _grids: Sequence[Grid]) -> list[Tensor]:
         """Encode each clip's frames (F_i, 3, H, W) uint8 into (F_i * P, D), P = n (n + 1) with n = sqrt(N) / pool."""
-        pixels = torch.cat(list(frames)).to(self.newline.dtype) / 127.5 - 1  # SigLIP's mean and deviation are 0.5
+        # SigLIP's mean and deviation are 0.5; in 16 bits greys would be rounded before the encoder sees them.
+        pixels = (torch.cat(list(frames)).float() / 127.5 - 1).to(self.newline.dtype)
         patches = self.projector(self.encoder(pixels).last_hidden_state)
         side = int(patches.shape[1] ** 0.5)
         square = F.max_pool2d(patches.transpose(1, 2).unflatten(2, (side, side)), self.pool)

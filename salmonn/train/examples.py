@@ -11,10 +11,9 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from salmonn import dist
-from salmonn.caption.inputs import Processor, Row, restrict_media
+from salmonn.caption.inputs import Processor, Row
 from salmonn.caption.prompt import LIST_EVENTS, answer_ids
 from salmonn.conversations import Conversation, Turn
-from salmonn.media.container import ClipError
 from salmonn.model.network import Block, Inputs, Media
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Reference, Use
@@ -155,21 +154,17 @@ class ClipCache:
         """The clip that an example is about, read from its files the first time.
 
         Raises:
-            ValueError: it cannot be read, or lacks the picture or the sound that is learnt from.
+            ClipError: it cannot be read, or lacks the picture or the sound that is learnt from.
         """
-        try:
-            return restrict_media(self._read(example), example.use)
-        except ClipError:
-            raise
-        except ValueError as error:
-            raise ValueError(f"{example.video}: {error}") from error
-
-    def _read(self, example: Example) -> Media:
-        key = (example.video, example.sound, example.start_seconds, example.end_seconds)
+        key = (example.video, example.sound, example.use, example.start_seconds, example.end_seconds)
         if key in self.clips:
             return self.clips[key]
         media = self.processor.read(
-            example.video, sound=example.sound, start_seconds=example.start_seconds, end_seconds=example.end_seconds
+            example.video,
+            sound=example.sound,
+            use=example.use,
+            start_seconds=example.start_seconds,
+            end_seconds=example.end_seconds,
         )
         size = media.pixels.nbytes + media.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:

@@ -1,5 +1,7 @@
 """Answers: with the cache as without, the same for the same seed, and never past their limit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,3 +94,46 @@ def test_settings_in_the_words_of_transformers():
 def test_bad_values_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
         Sampling(**values)
+
+
+def test_the_penalty_is_that_of_transformers_over_prompt_and_answer(captioner, media):
+    """By hand: logits of ids that were said are divided where positive, else multiplied; below 1 that favours them."""
+    network, processor = captioner.network, captioner.processor
+    rows = [Row(0, "Tell."), Row(1, "Tell me more of it.")]
+    inputs = processor.inputs(rows, media[:2], pad_left=True)
+    config = Sampling(max_new_tokens=5, repetition_penalty=0.2).to_transformers(stop_ids=[2], pad_token_id=0)
+    plain = Sampling(max_new_tokens=5).to_transformers(stop_ids=[2], pad_token_id=0)
+    answers = generate(network, inputs, config=config)
+    assert answers != generate(network, inputs, config=plain)
+    for row, clip, answer in zip(rows, media, answers, strict=False):
+        prompt = processor.inputs([replace(row, clip=0)], [clip], pad_left=True).input_ids[0].tolist()
+        told = by_hand(captioner, replace(row, clip=0), clip, prompt, steps=len(answer))
+        assert told == answer
+
+
+@torch.no_grad()
+def by_hand(captioner, row, clip, prompt: list[int], *, steps: int) -> list[int]:
+    network, ids = captioner.network, []
+    for _ in range(steps):
+        inputs = captioner.processor.inputs([row], [clip], pad_left=True)
+        embeds = network.embed(inputs)
+        said = network.lm.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
+        positions = inputs.position_ids
+        later = positions[..., -1:] + 1 + torch.arange(len(ids))
+        logits = network.lm(
+            inputs_embeds=torch.cat([embeds, said], dim=1), position_ids=torch.cat([positions, later], dim=-1)
+        ).logits[0, -1]
+        seen = sorted({*prompt, *ids})
+        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 0.2, logits[seen] * 0.2)
+        ids.append(int(logits.argmax()))
+    return ids
+
+
+def test_without_a_penalty_of_its_own_the_models_counts(captioner, media):
+    def answers(penalty: float | None) -> list[list[int]]:
+        return ids_of(captioner, media[:1], sampling=Sampling(max_new_tokens=6, repetition_penalty=penalty))
+
+    none, some = answers(1.0), answers(0.2)
+    assert none != some and answers(None) == none
+    captioner.network.config.repetition_penalty = 0.2
+    assert answers(None) == some and answers(1.0) == none
