@@ -56,6 +56,9 @@ class GivenDpoConfig:
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        self.placement.require_whole()
+
 
 def main(config: GivenDpoConfig) -> None:
     """Run the round."""

@@ -11,7 +11,7 @@ Every stage writes to `out/round_K/`; a killed run goes on with the same command
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.config import claim_folder, run_recipe
 from salmonn.media.synth import SynthConfig
-from salmonn.model.load import CONFIG_NAME, Placement
+from salmonn.model.load import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 from salmonn.model.network import Block
 from salmonn.model.presets import offline_config
@@ -126,6 +126,7 @@ class MrDpoConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        self.placement.require_whole()
         if not 0 <= self.qa_share < 1 or (self.qa_share and not 0 < self.num_questions < self.fit.batch_size):
             raise ValueError(
                 f"qa_share is the share of {self.fit.batch_size} examples a step that are questions; "
@@ -144,17 +145,31 @@ def main(config: MrDpoConfig) -> None:
         plan(config)
         return
     dist.setup()
-    captioner = load(config.model, config)
+    load_config(config.model)  # a wrong folder is told before anything is rendered
     if dist.is_main():
         claim_folder(config.out, config, name="mrdpo")
-    run = load_run(captioner, config)
+    train, heldout = read_sets(config)
+    captioner = load(config.model, config)
+    run = encode_sets(captioner, train, heldout, config)
     summary = Summary(sft=measure(captioner, run, config.out / "sft", config=config))
     for number in range(1, config.rounds + 1):
         folder = config.out / f"round_{number}"
-        captioner = play_round(captioner, run, number, folder, config=config)
+        if absent(folder / "merged" / CONFIG_NAME):
+            play_round(captioner, run, number, folder, config=config)
+        else:
+            del captioner  # before the next is loaded: a GPU holds one
+            captioner = load(folder / "merged", config)
         summary.rounds.append(measure(captioner, run, folder, config=config))
-    captioner = be_reborn(captioner, run, config.out / "rebirth", config=config)
-    summary.rebirth = measure(captioner, run, config.out / "rebirth", config=config)
+    folder = config.out / "rebirth"
+    if absent(folder / "merged" / CONFIG_NAME):
+        captions = kept(folder / "captions.jsonl", Caption, partial(teach, captioner, run, config=config))
+        del captioner
+        captioner = load(config.model, config)
+        be_reborn(captioner, run, captions, folder, config=config)
+    else:
+        del captioner
+        captioner = load(folder / "merged", config)
+    summary.rebirth = measure(captioner, run, folder, config=config)
     if dist.is_main():
         write_json(config.out / "summary.json", summary.to_json())
         plot_summary(summary, config.out / "summary.png")
@@ -199,8 +214,12 @@ class Run:
         return dict(zip(paths, self.train_blocks, strict=True))
 
 
-def load_run(captioner: Captioner, config: MrDpoConfig) -> Run:
-    """Render or read the clips and encode them."""
+def read_sets(config: MrDpoConfig) -> tuple[ClipSet, ClipSet]:
+    """Render or read the clips to train and to measure on.
+
+    Raises:
+        ValueError: they cannot be judged, or lack the questions that are asked for; told now, not after the sampling.
+    """
     synth, heldout_synth = config.synth, heldout_config(config.synth, clips=config.heldout_clips)
     train = read_clips(config.references) if config.references else render_clips(config.clips_dir, synth)
     heldout = (
@@ -208,6 +227,17 @@ def load_run(captioner: Captioner, config: MrDpoConfig) -> Run:
         if config.heldout_references
         else render_clips(config.clips_dir, heldout_synth)
     )
+    for reference in (*train.references, *heldout.references):
+        RuleJudge().judge(reference, Caption(reference.video, ""))
+    if config.num_questions and not any(reference.questions for reference in train.references):
+        raise ValueError(
+            f"qa_share is {config.qa_share}, but the references have no questions: add some, or set it to 0"
+        )
+    return train, heldout
+
+
+def encode_sets(captioner: Captioner, train: ClipSet, heldout: ClipSet, config: MrDpoConfig) -> Run:
+    """Run the frozen towers once on all clips."""
     return Run(
         train=train,
         heldout=heldout,
@@ -217,23 +247,16 @@ def load_run(captioner: Captioner, config: MrDpoConfig) -> Run:
     )
 
 
-def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, config: MrDpoConfig) -> Captioner:
-    """One round: sample, judge, pair, train, merge, save. Returns the merged model."""
+def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, config: MrDpoConfig) -> None:
+    """One round, in place: sample, judge, pair, train, merge, save."""
     seed = config.seed * 1000 + number
-    merged = folder / "merged"
-    if absent(merged / CONFIG_NAME):
-        captions = kept(
-            folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config, folder, seed)
-        )
-        references = {reference.video: reference for reference in run.train.references}
-        scores = kept(folder / "scores.jsonl", Score, lambda: judge_captions(captions, references, judge=run.judge))
-        pairs = kept(
-            folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, references, config=config.pairs)
-        )
-        report_pairs(pairs, folder)
-        num_questions = config.num_questions if number == config.rounds else 0
-        train_policy(captioner, run, pairs, folder, config=config, seed=seed, num_questions=num_questions)
-    return load(merged, config)
+    captions = kept(folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config, folder, seed))
+    references = {reference.video: reference for reference in run.train.references}
+    scores = kept(folder / "scores.jsonl", Score, lambda: judge_captions(captions, references, judge=run.judge))
+    pairs = kept(folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, references, config=config.pairs))
+    report_pairs(pairs, folder)
+    num_questions = config.num_questions if number == config.rounds else 0
+    train_policy(captioner, run, pairs, folder, config=config, seed=seed, num_questions=num_questions)
 
 
 def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:
@@ -357,45 +380,42 @@ def ask(captioner: Captioner, run: Run, config: MrDpoConfig, *, seed: int, num_q
     )
 
 
-def be_reborn(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig) -> Captioner:
-    """Tune the starting model on the teacher's captions of the training clips and on questions."""
-    merged = folder / "merged"
-    if absent(merged / CONFIG_NAME):
-        captions = kept(folder / "captions.jsonl", Caption, lambda: teach(teacher, run, config=config))
-        taught = [
-            replace(reference, caption=caption.text)
-            for reference, caption in zip(run.train.references, captions, strict=True)
-        ]
-        captioner = load(config.model, config)
-        attach(captioner.network, config.rebirth.lora, seed=config.seed)
-        examples = make_examples(
-            taught,
-            ("caption", "questions"),
-            root=run.train.root,
-            prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
-        )
-        batches = SftBatches(
-            examples,
-            captioner.processor,
-            run.train_block,
-            batch_size=config.rebirth.fit.batch_size,
+def be_reborn(
+    captioner: Captioner, run: Run, captions: Sequence[Caption], folder: Path, *, config: MrDpoConfig
+) -> None:
+    """Tune the starting model, in place, on the improved model's captions of the training clips and on questions."""
+    taught = [
+        replace(reference, caption=caption.text)
+        for reference, caption in zip(run.train.references, captions, strict=True)
+    ]
+    attach(captioner.network, config.rebirth.lora, seed=config.seed)
+    examples = make_examples(
+        taught,
+        ("caption", "questions"),
+        root=run.train.root,
+        prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
+    )
+    batches = SftBatches(
+        examples,
+        captioner.processor,
+        run.train_block,
+        batch_size=config.rebirth.fit.batch_size,
+        seed=config.seed,
+        accumulation=config.rebirth.fit.accumulation,
+    )
+    with checkpointed(folder) as checkpoint:
+        fit(
+            captioner.network,
+            batches,
+            sft_loss,
+            config.rebirth.fit.resolve(len(examples)),
             seed=config.seed,
-            accumulation=config.rebirth.fit.accumulation,
+            name="rebirth",
+            checkpoint_path=checkpoint,
+            on_step=StepLog(folder / "steps.jsonl"),
         )
-        with checkpointed(folder) as checkpoint:
-            fit(
-                captioner.network,
-                batches,
-                sft_loss,
-                config.rebirth.fit.resolve(len(examples)),
-                seed=config.seed,
-                name="rebirth",
-                checkpoint_path=checkpoint,
-                on_step=StepLog(folder / "steps.jsonl"),
-            )
-            merge(captioner.network)
-            save_merged(captioner, folder)
-    return load(merged, config)
+        merge(captioner.network)
+        save_merged(captioner, folder)
 
 
 def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig) -> list[Caption]:
@@ -413,9 +433,10 @@ def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig) -> list[Caption]
 
 
 def save_merged(captioner: Captioner, folder: Path) -> None:
-    """Write the model with its adapter merged; the next stage starts from it."""
+    """Write the model with its adapter merged, which goes by its folder from now on."""
+    captioner.name = str(folder / "merged")
     if dist.is_main():
-        captioner.save(folder / "merged")
+        captioner.save(captioner.name)
     dist.barrier()
 
 

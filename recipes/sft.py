@@ -82,6 +82,9 @@ class SftConfig:
     seed: int = 0
     dry_run: bool = False
 
+    def __post_init__(self) -> None:
+        self.placement.require_whole()
+
 
 def main(config: SftConfig) -> None:
     """Run one stage."""

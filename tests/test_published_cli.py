@@ -180,7 +180,8 @@ def test_what_a_file_lacks_is_told(capsys, random_model, tmp_path, use, failed):
     assert code == 1
     captions = read_records(out, Caption)
     assert {Path(caption.video).name for caption in captions} == EVERY_FILE - failed
-    assert all(f"{name}: the clip has nothing left for use '{use}'" in err for name in failed)
+    lacking = {"visual": "picture", "audio": "sound"}[use]
+    assert all(f"{name}: holds no {lacking} that can be decoded" in err for name in failed)
 
 
 def test_a_span_and_a_question(capsys, published, tmp_path):

@@ -1,5 +1,6 @@
 """Generation: greedy or nucleus sampling of answers, batched, through transformers' own generate."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,8 +94,9 @@ def generate(
         B * N lists of token ids, a row's samples one after the other; each ends with the end token if it is finished.
     """
     stop_ids = set(config.eos_token_id or [])
-    penalties = LogitsProcessorList()
+    config, penalties = copy.copy(config), LogitsProcessorList()
     penalty = network.config.repetition_penalty if config.repetition_penalty is None else config.repetition_penalty
+    config.repetition_penalty = None  # ours takes its place
     if penalty != 1:
         told = inputs if network.config.family == "salmonn2-plus" else None
         penalties.append(_Penalty(penalty, None if told is None else _prompts(told, num_samples)))

@@ -37,6 +37,11 @@ class Placement:
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     bits: Literal[4, 8] | None = None
 
+    def require_whole(self) -> None:
+        """Raise ValueError where weights are quantised, which training would merge an adapter into."""
+        if self.bits:
+            raise ValueError("training merges its adapter into the weights, which bits would round: leave bits out")
+
     def to_transformers(self) -> dict[str, Any]:
         """The same as arguments of from_pretrained."""
         device = torch.device(self.device) if self.device else dist.device()

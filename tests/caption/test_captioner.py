@@ -108,7 +108,7 @@ def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     assert captioner.caption(path, sampling=SHORT).video == str(path)
-    with pytest.raises(ValueError, match=r"tone\.wav.*'visual'"):
+    with pytest.raises(ValueError, match=r"tone\.wav: holds no picture"):
         captioner.caption(path, sampling=SHORT, use="visual")
 
 

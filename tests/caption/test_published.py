@@ -200,7 +200,7 @@ def test_a_caption_in_the_published_words(published, family):
     assert caption.model == str(published(family))
     other = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, prompt="What is it?", use="visual")
     assert other.prompt == "What is it?"
-    assert captioner.greedy().max_new_tokens == {"salmonn2": 2048, "salmonn2-plus": 1024}[family]
+    assert captioner.greedy().max_new_tokens == 1024
 
 
 @needs_media
@@ -266,3 +266,34 @@ def test_an_image_is_a_clip_of_one_frame(published, tmp_path):
     layout = processor.lay_out(media)
     assert layout.positions[0].max() == 0 and layout.next_position == 11  # after the greatest column
     assert make_processor(published("salmonn2")).read(path).pixels.shape == (1, 3, 384, 384)
+
+
+def test_generation_as_the_checkpoint_says(published, family, tmp_path):
+    """The published code generates with the checkpoint's penalty of repetition, which a saved model keeps."""
+    for path in published(family).iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    assert load_config(tmp_path).repetition_penalty == 1.0
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.05, "do_sample": true}')
+    captioner = Captioner.load(tmp_path)
+    assert captioner.network.config.repetition_penalty == 1.05
+    captioner.save(tmp_path / "saved")
+    assert load_config(tmp_path / "saved").repetition_penalty == 1.05
+
+
+@pytest.mark.parametrize(("seconds", "chunks"), [(29.99, 1), (30.0, 1), (30.001, 2), (60.05, 3)])
+def test_chunks_of_sound_are_counted_exactly(published, seconds, chunks):
+    processor = make_processor(published("salmonn2-plus"))
+    assert len(processor.media(make_clip(frames=0, seconds=0.0, sound_seconds=seconds)).mel) == chunks
+
+
+@pytest.mark.parametrize("values", [{"mm_pooling_position": "before"}, {"mm_spatial_pool_mode": "average"}])
+def test_another_pooling_is_refused(values):
+    with pytest.raises(ValueError, match="pools patches otherwise"):
+        from_published({"model_type": "video_salmonn_2", "hidden_size": 3584, "model_args": values})
+
+
+def test_the_command_line_in_a_published_config():
+    args = {"second_per_window": 0.333333, "second_stride": 0.333333, "num_speech_query_token": 1}
+    values = {"model_type": "video_salmonn_2", "hidden_size": 3584, "model_args": args, "mm_spatial_pool_stride": None}
+    config = from_published(values)
+    assert (config.window_steps, config.stride_steps, config.tokens_per_chunk, config.pool) == (17, 17, 88, 2)

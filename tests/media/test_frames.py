@@ -35,8 +35,8 @@ def test_times_of_a_steady_rate_are_the_published_frames(num_frames, rate):
     assert numbers(Spread().times(5.0, seconds, num_frames)) == published_spread(num_frames, rate, least=16, most=768)
 
 
-@pytest.mark.parametrize("size", [(720, 1280), (1080, 1920), (96, 96), (20, 20), (480, 640), (333, 777), (1280, 720)])
-@pytest.mark.parametrize("num_taken", [16, 100, 767, 768])
+@pytest.mark.parametrize("size", [(720, 1280), (1080, 1920), (96, 96), (20, 20), (480, 640), (333, 777), (768, 1024)])
+@pytest.mark.parametrize("num_taken", [16, 100, 190, 767, 768])
 def test_sizes_are_those_of_qwens_processor(size, num_taken):
     most = 61_250 if num_taken == 768 else 0.95 * 768 / num_taken * 61_250
     assert Spread().size(*size, num_taken) == smart_resize(*size, factor=28, min_pixels=784, max_pixels=most)

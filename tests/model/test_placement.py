@@ -87,6 +87,11 @@ def test_what_bits_need_is_told(random_model, monkeypatch):
         load_network(random_model, placement=Placement(bits=8))
 
 
+def test_flash_attention_in_32_bits_is_refused(random_model):
+    with pytest.raises(ValueError, match="16 bits: choose dtype bfloat16"):
+        load_network(random_model, placement=Placement(dtype="float32", attention="flash_attention_2"))
+
+
 def test_an_unknown_device_map_is_told(random_model):
     with pytest.raises(ValueError, match="device_map"):
         load_network(random_model, placement=Placement(device_map="everywhere"))
@@ -180,6 +185,36 @@ class TestAdapter:
         assert (dict(load_network(base, adapter=tmp_path).named_parameters())["audio.projector.weight"] == 0.5).all()
         save_published(tmp_path, tensors | {"base_model.model.audio.gadget.weight": torch.zeros(2)})
         with pytest.raises(ValueError, match=r"another model.*audio\.gadget"):
+            load_network(base, adapter=tmp_path)
+
+    def test_the_parts_that_published_sft_trains_are_all_taken(self, published, tmp_path):
+        """Q-Former and merger as PEFT saves modules, buffers and all; here each weight is doubled."""
+        base = published("salmonn2-plus")
+        folder = (base / "model.safetensors").resolve().parent
+        trained = ("audio.qformer.", "audio.audio_proj.", "visual.merger.")
+        weights = {
+            key: value for key, value in load_file(folder / "model.safetensors").items() if key.startswith(trained)
+        }
+        assert any("position_ids" in key for key in weights)
+        whole = {
+            f"base_model.model.{key}": value * 2 if value.is_floating_point() else value
+            for key, value in weights.items()
+        }
+        save_published(tmp_path, load_file(folder / "lora.safetensors") | whole)
+        after, before = (dict(load_network(base, adapter=path).named_parameters()) for path in (tmp_path, None))
+        parts = ("audio.qformer.qformer.", "audio.projector.", "vision.encoder.merger.")
+        changed = {name for name in before if name.startswith(parts)}
+        assert changed and all(torch.equal(after[name], 2 * before[name]) for name in changed)
+
+    @pytest.mark.parametrize(
+        ("kind", "value"), [("use_rslora", True), ("rank_pattern", {"q_proj": 2}), ("bias", "all")]
+    )
+    def test_another_kind_of_adapter_is_refused(self, published, tmp_path, kind, value):
+        base = published("salmonn2-plus")
+        save_published(tmp_path, load_file((base / "model.safetensors").resolve().parent / "lora.safetensors"))
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {kind: value}))
+        with pytest.raises(ValueError, match=f"has {kind}: plain LoRA"):
             load_network(base, adapter=tmp_path)
 
     def test_one_of_another_model_is_refused(self, saved, published, tmp_path):

@@ -101,3 +101,15 @@ def test_place_lets_gradients_through():
 def test_place_names_both_counts(count):
     with pytest.raises(ValueError, match=rf"2 placeholders.*{count} tokens"):
         place(torch.zeros(1, 3, 4), torch.tensor([[True, True, False]]), torch.zeros(count, 4))
+
+
+@pytest.mark.parametrize("seconds", [46, 54, 69, 92, 108])
+def test_sound_is_stretched_as_the_published_code_rounds(seconds):
+    """It interpolates embeddings in float32, where some places round otherwise than in float64."""
+    num_heard = -(-seconds // 30) * 60
+    layout = deal_out(seconds, 1, num_heard=num_heard, num_front=seconds * 50)
+    per_frame = -(-num_heard // seconds)
+    heard = torch.arange(num_heard, dtype=torch.float32)[None, None]
+    published = torch.nn.functional.interpolate(heard, size=per_frame * seconds, mode="nearest")[0, 0].long()
+    ours = layout.order.reshape(seconds, 1 + per_frame)[:, 1:] - seconds
+    assert torch.equal(ours.flatten(), published)
