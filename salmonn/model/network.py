@@ -180,7 +180,7 @@ class Network(PreTrainedModel):
             zeros = told.new_zeros(1, told.shape[-1])
             # A model that is split over devices has its towers elsewhere than its embeddings.
             tokens = torch.cat([pictures.to(told), sounds.to(told), told, zeros])
-            blocks.append(tokens[layout.order.to(tokens.device)])
+            blocks.append(tokens.index_select(0, layout.order.to(tokens.device)))
         return tuple(blocks)
 
     def _see(self, media: Sequence[Media]) -> list[Tensor]:
@@ -253,6 +253,8 @@ class Network(PreTrainedModel):
         targets = inputs.labels[:, 1:].to(hidden.device)
         counted = targets != -100
         places = packed.places[:, :-1].to(hidden.device)[counted]
-        logits = self.lm.get_output_embeddings()(hidden.flatten(0, 1)[places]).float()
+        # Rows share their beginning's last place. Indexing would add up its gradients in an order that threads choose.
+        said = hidden.flatten(0, 1).index_select(0, places)
+        logits = self.lm.get_output_embeddings()(said).float()
         picked = logits.gather(-1, targets[counted].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         return picked.new_zeros(targets.shape).masked_scatter(counted, picked)
