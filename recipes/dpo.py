@@ -23,6 +23,7 @@ from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 from salmonn.model.network import Block
 from salmonn.records import Pair
 from salmonn.train.checkpoint import checkpointed
+from salmonn.train.dry_run import plan_dpo
 from salmonn.train.examples import ClipCache, Example, conversation_examples
 from salmonn.train.loop import FitConfig, StepLog, autocast, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
@@ -44,6 +45,7 @@ class GivenDpoConfig:
         lora: the adapter.
         fit: optimisation.
         seed: of adapter, order and dropout.
+        dry_run: print what it would need of memory, from no weights, and do nothing.
     """
 
     preferences: Path
@@ -55,6 +57,7 @@ class GivenDpoConfig:
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
     seed: int = 0
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         self.placement.require_whole()
@@ -62,6 +65,9 @@ class GivenDpoConfig:
 
 def main(config: GivenDpoConfig) -> None:
     """Run the round."""
+    if config.dry_run:
+        plan_dpo(config.model, frames=config.frames, lora=config.lora, placement=config.placement, fit=config.fit)
+        return
     dist.setup()
     if dist.is_main():
         claim_folder(config.out, config, name="dpo")
@@ -107,7 +113,10 @@ def read_preferences(config: GivenDpoConfig) -> tuple[list[Example], list[Pair]]
         ValueError: there is none, or it lacks the ground truth that the loss asks for.
     """
     root = config.preferences.parent
-    given = [one for one in read_conversations(config.preferences) if one.preference]
+    every = read_conversations(config.preferences)
+    given = [one for one in every if one.preference]
+    if left := len(every) - len(given):
+        log.info("%d conversations without a preference are left to recipes/sft.py", left)
     if not given:
         raise ValueError(f"{config.preferences} holds no preference: an item needs a chosen and a rejected answer")
     pairs = [to_pair(one, name=str(number)) for number, one in enumerate(given)]

@@ -15,8 +15,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
@@ -25,14 +23,13 @@ from salmonn.media.synth import SynthConfig
 from salmonn.model.load import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 from salmonn.model.network import Block
-from salmonn.model.presets import offline_config
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.prefer.pairs import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
 from salmonn.score.judge import Judge, RuleJudge
 from salmonn.score.rates import Rates
 from salmonn.train.checkpoint import checkpointed
-from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
+from salmonn.train.dry_run import plan_dpo
 from salmonn.train.evaluate import SIDE_BY_SIDE, caption_clips, encode_clips, evaluate, judge_captions
 from salmonn.train.examples import Example, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, autocast, fit
@@ -142,7 +139,14 @@ class MrDpoConfig:
 def main(config: MrDpoConfig) -> None:
     """Run all rounds and rebirth."""
     if config.dry_run:
-        plan(config)
+        plan_dpo(
+            config.model,
+            frames=config.frames,
+            lora=config.lora,
+            placement=config.placement,
+            fit=config.fit,
+            side_by_side=config.side_by_side,
+        )
         return
     dist.setup()
     load_config(config.model)  # a wrong folder is told before anything is rendered
@@ -176,17 +180,6 @@ def main(config: MrDpoConfig) -> None:
         print_table(summary)
         log.info("written: %s and summary.png beside it", config.out / "summary.json")
     dist.barrier()
-
-
-def plan(config: MrDpoConfig) -> None:
-    """Print what a round would need of memory: steps of guided DPO on pairs of captions, and sampling them."""
-    sizes = offline_config(config.model).with_frames(config.frames)
-    network = empty_network(sizes)
-    with torch.device("meta"):
-        attach(network, config.lora, seed=config.seed)
-    work = Work(clips=clips_at_once(config.fit), answers=3, blocks=True)
-    budget = Budget(network, sizes, placement=config.placement, fit=config.fit, work=work)
-    print_budget(budget, title=f"guided DPO of {config.model}", side_by_side=config.side_by_side)
 
 
 def load(model: Path | str, config: MrDpoConfig) -> Captioner:

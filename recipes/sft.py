@@ -171,7 +171,10 @@ def read_data(config: SftConfig) -> ClipSet | Conversations:
 def to_examples(clips: ClipSet | Conversations, captioner: Captioner, config: SftConfig) -> list[Example]:
     """One epoch of examples."""
     if isinstance(clips, Conversations):
-        return conversation_examples([item for item in clips.items if item.turns], root=clips.root)
+        told = [item for item in clips.items if item.turns]
+        if left := len(clips.items) - len(told):
+            log.info("%d preferences among the conversations are left to recipes/dpo.py", left)
+        return conversation_examples(told, root=clips.root)
     return make_examples(
         clips.references,
         config.tasks,

@@ -12,7 +12,13 @@ from salmonn.config import claim_folder, parse_config, run_recipe
 from salmonn.model.lora import LoraConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-RECIPE_OF = {"mrdpo.yaml": "mrdpo", "mrdpo": "mrdpo"}  # every other YAML is a stage of sft
+RECIPE_OF = {
+    "mrdpo.yaml": "mrdpo",
+    "mrdpo": "mrdpo",
+    "dpo.yaml": "dpo",
+    "dpo": "dpo",
+}  # every other YAML is a stage of sft
+CONFIG_OF = {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "GivenDpoConfig"}
 YAMLS = sorted((RECIPES / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(RECIPES / "configs")) for path in YAMLS]
 
@@ -23,7 +29,7 @@ def config_type(load_recipe):
 
     def find(name: str) -> type:
         recipe = RECIPE_OF.get(name, "sft")
-        return getattr(load_recipe(recipe), {"mrdpo": "MrDpoConfig", "sft": "SftConfig"}[recipe])
+        return getattr(load_recipe(recipe), CONFIG_OF[recipe])
 
     return find
 

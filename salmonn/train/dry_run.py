@@ -16,7 +16,9 @@ from rich.table import Table
 from salmonn import dist
 from salmonn.caption.inputs import count_chunks, lay_out, restrict_media, to_media
 from salmonn.model.load import Placement
+from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Media, Network
+from salmonn.model.presets import offline_config
 from salmonn.model.settings import SalmonnConfig
 from salmonn.records import Use
 from salmonn.train import budget
@@ -387,3 +389,22 @@ def _memory_table(plan: Budget, memories: Mapping[str, Memory]) -> Table:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}" if num_bytes else "-"
+
+
+def plan_dpo(
+    model: str,
+    *,
+    frames: Mapping[str, int | float] | None,
+    lora: LoraConfig,
+    placement: Placement,
+    fit: FitConfig,
+    side_by_side: int = 1,
+) -> None:
+    """Print what guided DPO would need of memory: steps on pairs of captions, and captions drawn side by side."""
+    sizes = offline_config(model).with_frames(dict(frames) if frames else None)
+    network = empty_network(sizes)
+    with torch.device("meta"):
+        attach(network, lora, seed=0)
+    work = Work(clips=clips_at_once(fit), answers=3, blocks=True)
+    budget = Budget(network, sizes, placement=placement, fit=fit, work=work)
+    print_budget(budget, title=f"guided DPO of {model}", side_by_side=side_by_side)
