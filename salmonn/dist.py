@@ -29,6 +29,8 @@ def setup(*, threads: int | None = None) -> None:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     if world_size() > 1 and not torch_dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(device())  # or else every rank would gather on the first one's
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch_dist.init_process_group(backend, timeout=TIMEOUT)
         atexit.register(torch_dist.destroy_process_group)

@@ -165,6 +165,8 @@ class Network(nn.Module):
         ).last_hidden_state
         targets = inputs.labels[:, 1:]
         counted = targets != -100
-        logits = self.lm.get_output_embeddings()(hidden.flatten(0, 1)[packed.places[:, :-1][counted]]).float()
+        # Rows share their beginning's last place. Indexing would add up its gradients in an order that threads choose.
+        said = hidden.flatten(0, 1).index_select(0, packed.places[:, :-1][counted])
+        logits = self.lm.get_output_embeddings()(said).float()
         picked = logits.gather(-1, targets[counted].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         return picked.new_zeros(targets.shape).masked_scatter(counted, picked)

@@ -46,7 +46,11 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: torch.optim.Opti
             for name, parameter in trainable.items():
                 parameter.copy_(file.get_tensor(f"model.{name}"))
                 moments = [moment for moment in MOMENTS if f"{moment}.{name}" in keys]
-                optimizer.state[parameter] = {moment: file.get_tensor(f"{moment}.{name}") for moment in moments}
+                # Adam keeps its count of steps on the CPU, its moments beside the weights.
+                optimizer.state[parameter] = {
+                    moment: file.get_tensor(f"{moment}.{name}").to("cpu" if moment == "step" else parameter.device)
+                    for moment in moments
+                }
         return int(json.loads(file.metadata()["step"]))
 
 

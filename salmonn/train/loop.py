@@ -91,7 +91,10 @@ def fit(
     Raises:
         FloatingPointError: the loss or a gradient is not finite; the weights are those before the step.
     """
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    # Left to itself accelerate takes several processes without a GPU for so many runs of one.
+    on_cpu = dist.device().type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    assert accelerator.num_processes == dist.world_size()
     optimizer = _optimizer(model, config)
     first = load_checkpoint(checkpoint_path, model=model, optimizer=optimizer) if checkpoint_path.is_file() else 0
     if first:

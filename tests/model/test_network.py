@@ -118,3 +118,24 @@ def test_another_number_of_placeholders_is_refused(captioner, media):
     count = captioner.processor.num_clip_tokens(media[0])
     with pytest.raises(ValueError, match=f"{count - 1} placeholders.*{count} tokens"):
         captioner.network(type(inputs)(**{**vars(inputs), "input_ids": ids}))
+
+
+def test_gradients_do_not_depend_on_which_thread_is_first(captioner, media):
+    """Rows about one clip share their beginning's last place, whose gradients add up in one order."""
+    network = captioner.network
+    rows = [
+        Row(0, "Tell.", f"{word} red star appears and a low tone is heard " * 12) for word in ("a", "two", "one", "no")
+    ]
+    inputs = captioner.processor.inputs(rows, captioner.encode(media[:1]))
+    network.requires_grad_(False)
+    weight = network.lm.get_decoder().norm.weight.requires_grad_(True)
+    torch.set_num_threads(2)
+    try:
+        sums = set()
+        for _ in range(12):
+            weight.grad = None
+            network(inputs).sum().backward()
+            sums.add(weight.grad.double().sum().item())
+    finally:
+        torch.set_num_threads(1)
+    assert len(sums) == 1

@@ -1,6 +1,10 @@
 """The loop: schedule and first step by hand, NaN before the step, and a resumed run like an unbroken one."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,3 +260,44 @@ def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
     # A fresh model knows nothing of 400 tokens: log 400 = 5.99, and half its logits' variance of 128 * 0.09^2 = 1.04.
     assert losses[0] == pytest.approx(5.99 + 0.52, abs=0.2)
     assert losses[-1] < 0.75 * losses[0]
+
+
+RANKS = """
+import json, sys
+from pathlib import Path
+import torch
+from salmonn import dist
+from salmonn.caption.captioner import Captioner
+from salmonn.model.lora import LoraConfig, attach
+from salmonn.records import Reference, read_records
+from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss
+from salmonn.train.loop import FitConfig, fit
+
+model, clips, out = sys.argv[1:]
+dist.setup(threads=1)
+captioner = Captioner.load(model)
+attach(captioner.network, LoraConfig(rank=2, dropout=0.0), seed=0)
+references = read_records(Path(clips) / "clips.jsonl", Reference)
+examples = make_examples(references[:4], ("caption",), root=Path(clips))
+batches = SftBatches(examples, captioner.processor, ClipCache(captioner.processor), batch_size=4, seed=0)
+config = FitConfig(steps=2, warmup_steps=1, batch_size=4)
+path = Path(out) / f"c{dist.rank()}.safetensors"
+fit(captioner.network, batches, sft_loss, config, seed=0, name="ranks", checkpoint_path=path)
+trained = [value.flatten() for value in captioner.network.parameters() if value.requires_grad]
+(Path(out) / f"{dist.world_size()}-{dist.rank()}.json").write_text(json.dumps(torch.cat(trained).tolist()))
+"""
+
+
+def test_two_processes_train_as_one(random_model, clips, tmp_path):
+    """Each on its half of the batch: both end with the weights of one process on the whole."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2"]
+    for launcher in ([sys.executable], torchrun):
+        line = list(map(str, [*launcher, script, random_model, clips.root, tmp_path]))
+        subprocess.run(line, check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    alone, first, second = (
+        torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("1-0", "2-0", "2-1")
+    )
+    assert torch.equal(first, second)
+    assert (alone - first).abs().max() < 0.02 * 1e-3  # a hundredth of what two steps move a weight
