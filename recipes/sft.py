@@ -18,7 +18,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import Processor
 from salmonn.caption.prompt import LIST_EVENTS
-from salmonn.caption.tokenizer import HEARD, SEEN, train_tokenizer
+from salmonn.caption.tokenizer import train_tokenizer
 from salmonn.config import claim_folder, run_recipe
 from salmonn.conversations import Conversation, is_conversations, read_conversations
 from salmonn.media.synth import SynthConfig, describe_clip
@@ -133,7 +133,7 @@ def main(config: SftConfig) -> None:
 
 def plan(config: SftConfig) -> None:
     """Print what the stage would need of memory."""
-    sizes = tiny(vocab_size=config.vocab_size, placeholder_ids=(0, 1), eos_token_id=2, pad_token_id=3)
+    sizes = tiny(vocab_size=config.vocab_size, eos_token_id=2, pad_token_id=0)
     if config.model != TINY:
         sizes = offline_config(config.model)
     sizes = sizes.with_frames(config.frames)
@@ -197,14 +197,15 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
     texts = [*told, *all_texts(world), *PLAIN_PROMPTS.values(), LIST_EVENTS]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     model_config = tiny(
-        vocab_size=len(tokenizer),
-        placeholder_ids=tuple(tokenizer.convert_tokens_to_ids([SEEN, HEARD])),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     torch.manual_seed(config.seed)
+    network = Network(model_config)
+    # Fresh positions are a tenth of what fresh patches give, and where a shape stands would not be learnt for hundreds
+    # of steps.
+    network.vision.encoder.embeddings.position_embedding.weight.data.mul_(8)
     return Captioner(
-        Network(model_config).to(dist.device()), Processor(tokenizer, config=model_config.with_frames(config.frames))
+        network.to(dist.device()), Processor(tokenizer, config=model_config.with_frames(config.frames))
     )
 
 

@@ -41,17 +41,12 @@ def videos(clips):
 
 @pytest.fixture(scope="session")
 def random_model(clips, tmp_path_factory):
-    """Folder of a model with random weights.
+    """Folder of a model with random weights, as small as the shipped one and of its family.
 
     They are larger than a fresh model's, which says much the same of every clip: answers of this one differ.
     """
     tokenizer = train_tokenizer([*all_texts(clips.references), *PLAIN_PROMPTS.values(), LIST_EVENTS], vocab_size=400)
-    config = tiny(
-        vocab_size=len(tokenizer),
-        placeholder_ids=tuple(tokenizer.convert_tokens_to_ids([SEEN, HEARD])),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = tiny(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
     network = Network(config)
     with torch.no_grad():
@@ -61,6 +56,38 @@ def random_model(clips, tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "random"
     Captioner(network, Processor(tokenizer, config=config)).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def random_plus(clips, tmp_path_factory):
+    """Folder of a salmonn2-plus with random weights: patches of 8, 3 x 3 to a token, frames of 48 pixels 0.26 s apart."""
+    tokenizer = train_tokenizer(all_texts(clips.references), vocab_size=400)
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = tiny(vocab_size=len(tokenizer), **ids)
+    config.family = "salmonn2-plus"
+    config.placeholder_ids = tuple(tokenizer.convert_tokens_to_ids([SEEN, HEARD]))
+    config.frames = dict(seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=24)
+    rotary = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[8, 4, 4])
+    text = {key: value for key, value in config.lm.items() if key != "tie_word_embeddings"}
+    vision = dict(
+        depth=1, hidden_size=32, intermediate_size=64, num_heads=2, patch_size=8, spatial_merge_size=3,
+        temporal_patch_size=2, window_size=48, fullatt_block_indexes=[0], out_hidden_size=128,
+    )  # fmt: skip
+    config.lm = dict(
+        text_config=text | dict(rope_parameters=rotary, tie_word_embeddings=True), vision_config=vision, **ids,
+        tie_word_embeddings=True, video_token_id=config.placeholder_ids[0],
+    )  # fmt: skip
+    config.vision = None
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "random-plus"
+    Captioner(Network(config), Processor(tokenizer, config=config)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plus(random_plus) -> Captioner:
+    """The random salmonn2-plus; tests leave it as it is."""
+    return Captioner.load(random_plus)
 
 
 @pytest.fixture

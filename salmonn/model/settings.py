@@ -141,6 +141,7 @@ class SalmonnConfig(PreTrainedConfig):
         max_new_tokens: how long an answer may get by default.
         batch_size: clips that are captioned side by side by default.
         repetition_penalty: of generation by default, as the checkpoint's generation_config.json has it.
+        initializer_range: deviation of fresh weights between the towers and the language model.
     """
 
     model_type = "salmonn"
@@ -164,6 +165,7 @@ class SalmonnConfig(PreTrainedConfig):
     max_new_tokens: int = 160
     batch_size: int = 8
     repetition_penalty: float = 1.0
+    initializer_range: float = 0.02
 
     def describe(self, use: Use = "both") -> str:
         """The prompt that asks for a caption."""
@@ -220,44 +222,37 @@ class SalmonnConfig(PreTrainedConfig):
 AutoConfig.register(SalmonnConfig.model_type, SalmonnConfig)
 
 
-def tiny(*, vocab_size: int, placeholder_ids: tuple[int, int], eos_token_id: int, pad_token_id: int) -> SalmonnConfig:
-    """Sizes of the shipped toy model, a salmonn2-plus of about 2 million parameters: clips of 8 s at 4 frames a second.
+def tiny(*, vocab_size: int, eos_token_id: int, pad_token_id: int) -> SalmonnConfig:
+    """Sizes of the shipped toy model, a salmonn2 of about 1.6 million parameters: clips of 8 s at 2 frames a second.
 
     Fresh weights have a deviation of about 1 / sqrt(width). The published 0.02 suits widths of thousands: here
     Whisper's convolutions would give a hundredth of what its fixed positions add, and pitch would be lost among them.
     """
-    tokens = dict(eos_token_id=eos_token_id, pad_token_id=pad_token_id, bos_token_id=None)
+    deviation = 0.09
     return SalmonnConfig(
-        family="salmonn2-plus",
+        family="salmonn2",
         lm=dict(
-            text_config=dict(
-                vocab_size=vocab_size,
-                hidden_size=128,
-                intermediate_size=384,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=4096,
-                initializer_range=0.09,
-                rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[8, 4, 4]),
-                tie_word_embeddings=True,
-                **tokens,
-            ),
-            vision_config=dict(
-                depth=3,
-                hidden_size=96,
-                intermediate_size=288,
-                num_heads=4,
-                patch_size=8,
-                spatial_merge_size=3,
-                temporal_patch_size=2,
-                window_size=48,
-                fullatt_block_indexes=[0, 1, 2],
-                out_hidden_size=128,
-                initializer_range=0.09,
-            ),
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            initializer_range=deviation,
             tie_word_embeddings=True,
-            video_token_id=placeholder_ids[0],
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            bos_token_id=None,
+        ),
+        vision=dict(
+            image_size=48,
+            patch_size=16,
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vision_use_head=False,
         ),
         whisper=dict(
             num_mel_bins=40,
@@ -286,12 +281,11 @@ def tiny(*, vocab_size: int, placeholder_ids: tuple[int, int], eos_token_id: int
             attention_probs_dropout_prob=0.0,
             encoder_hidden_size=96,
         ),
-        placeholder_ids=placeholder_ids,
-        # Two frames are a step of half a second or a little more, so that no two steps have one position in time.
-        frames=dict(
-            seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=24
-        ),
+        pool=1,
+        frames=dict(frames_per_second=2.0, max_frames=16, side=48),
+        tell_time=False,
         system_prompt="",
+        initializer_range=deviation,
         tie_word_embeddings=True,
     )
 

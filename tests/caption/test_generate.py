@@ -96,23 +96,30 @@ def test_bad_values_are_refused(values, words):
         Sampling(**values)
 
 
-def test_the_penalty_is_that_of_transformers_over_prompt_and_answer(captioner, media):
-    """By hand: logits of ids that were said are divided where positive, else multiplied; below 1 that favours them."""
+@pytest.mark.parametrize("model", ["captioner", "plus"])
+def test_the_penalty_is_that_of_transformers(request, videos, model):
+    """By hand: logits of ids that were said are divided where positive, else multiplied; below 1 that favours them.
+
+    2+ counts the prompt among them.
+    """
+    captioner = request.getfixturevalue(model)
     network, processor = captioner.network, captioner.processor
+    media = [processor.read(video) for video in videos[:2]]
     rows = [Row(0, "Tell."), Row(1, "Tell me more of it.")]
-    inputs = processor.inputs(rows, media[:2], pad_left=True)
+    inputs = processor.inputs(rows, media, pad_left=True)
     config = Sampling(max_new_tokens=5, repetition_penalty=0.2).to_transformers(stop_ids=[2], pad_token_id=0)
     plain = Sampling(max_new_tokens=5).to_transformers(stop_ids=[2], pad_token_id=0)
     answers = generate(network, inputs, config=config)
     assert answers != generate(network, inputs, config=plain)
     for row, clip, answer in zip(rows, media, answers, strict=False):
         prompt = processor.inputs([replace(row, clip=0)], [clip], pad_left=True).input_ids[0].tolist()
-        told = by_hand(captioner, replace(row, clip=0), clip, prompt, steps=len(answer))
+        counted = prompt if model == "plus" else []
+        told = by_hand(captioner, replace(row, clip=0), clip, counted, steps=len(answer))
         assert told == answer
 
 
 @torch.no_grad()
-def by_hand(captioner, row, clip, prompt: list[int], *, steps: int) -> list[int]:
+def by_hand(captioner, row, clip, counted: list[int], *, steps: int) -> list[int]:
     network, ids = captioner.network, []
     for _ in range(steps):
         inputs = captioner.processor.inputs([row], [clip], pad_left=True)
@@ -121,9 +128,9 @@ def by_hand(captioner, row, clip, prompt: list[int], *, steps: int) -> list[int]
         positions = inputs.position_ids
         later = positions[..., -1:] + 1 + torch.arange(len(ids))
         logits = network.lm(
-            inputs_embeds=torch.cat([embeds, said], dim=1), position_ids=torch.cat([positions, later], dim=-1)
+            inputs_embeds=torch.cat([embeds, said], dim=1), position_ids=network.positions(torch.cat([positions, later], dim=-1))
         ).logits[0, -1]
-        seen = sorted({*prompt, *ids})
+        seen = sorted({*counted, *ids})
         logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 0.2, logits[seen] * 0.2)
         ids.append(int(logits.argmax()))
     return ids

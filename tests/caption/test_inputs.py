@@ -26,6 +26,14 @@ def make_clip(*, frames: int = 3, samples: int | None = 24_000, start: float = 0
 
 def test_media_of_a_clip(processor):
     media = processor.media(make_clip(start=4.0))
+    assert (media.grid, media.num_frames, media.seconds) == ((0, 0, 0), 3, 1.5)
+    assert media.pixels.shape == (3, 3, 48, 48) and media.pixels.dtype == torch.uint8
+    assert [frame.unique().tolist() for frame in media.pixels] == [[10], [20], [30]]
+    assert media.mel.shape == (1, 40, 800)
+
+
+def test_media_of_2_plus(plus):
+    media = plus.processor.media(make_clip(start=4.0))
     # Three frames are two steps, the last frame doubled; 48 / 8 = 6 patches a side.
     assert media.grid == (2, 6, 6) and (media.num_frames, media.seconds) == (3, 1.5)
     assert media.pixels.shape == (72, 3 * 2 * 8 * 8) and media.pixels.dtype == torch.uint8
@@ -38,30 +46,61 @@ def test_media_of_a_clip(processor):
     [(160, 1), (16_001, 1), (112_000, 1), (128_000, 1), (128_002, 1), (132_000, 2), (320_000, 3)],
 )
 @torch.no_grad()
-def test_every_length_of_sound_is_taken(captioner, samples, chunks):
-    media = captioner.processor.media(make_clip(samples=samples))
+def test_every_length_of_sound_is_taken_by_2_plus(plus, samples, chunks):
+    media = plus.processor.media(make_clip(samples=samples))
     assert media.mel.shape == (chunks, 40, 800)
-    layout = captioner.processor.lay_out(media)
+    layout = plus.processor.lay_out(media)
     assert len(layout) == 2 * 4 + chunks * 16  # two steps of four tokens; 16 windows a chunk
+    assert len(plus.network.encode([media], [layout])[0]) == len(layout)
+
+
+@pytest.mark.parametrize("samples", [160, 16_001, 24_000, 320_000])
+@torch.no_grad()
+def test_every_length_of_sound_is_taken(captioner, samples):
+    """As long as the picture, 1.5 s: a chunk of 16 windows, stretched to 6 for each of the three frames."""
+    media = captioner.processor.media(make_clip(samples=samples))
+    layout = captioner.processor.lay_out(media)
+    assert media.mel.shape == (1, 40, 800) and len(layout) == 3 * (12 + 6)
     assert len(captioner.network.encode([media], [layout])[0]) == len(layout)
+    longest = captioner.processor.media(make_clip(samples=320_000)).mel
+    cut = captioner.processor.media(make_clip(samples=24_000)).mel
+    assert torch.equal(longest, cut)
 
 
-def test_a_chunk_holds_its_own_stretch_of_sound(processor):
+def test_a_chunk_holds_its_own_stretch_of_sound(plus):
     long = make_clip(samples=160_000)  # 10 s: 8 + 2
-    mel = processor.media(long).mel
+    mel = plus.processor.media(long).mel
     alone = replace(long, waveform=long.waveform[128_000:])
-    assert torch.equal(processor.media(alone).mel[0], mel[1]) and not torch.equal(mel[0], mel[1])
+    assert torch.equal(plus.processor.media(alone).mel[0], mel[1]) and not torch.equal(mel[0], mel[1])
 
 
-def test_sound_alone_and_picture_alone(processor):
+@pytest.mark.parametrize(("model", "seen"), [("processor", 3 * 12), ("plus", 2 * 4)])
+def test_sound_alone_and_picture_alone(request, model, seen):
+    processor = request.getfixturevalue(model)
+    processor = getattr(processor, "processor", processor)
     silent = processor.media(make_clip(samples=None))
-    assert silent.mel.shape == (0, 40, 800) and processor.lay_out(silent).is_seen.tolist() == [True] * 8
+    assert silent.mel.shape == (0, 40, 800) and processor.lay_out(silent).is_seen.tolist() == [True] * seen
     heard = processor.media(make_clip(frames=0))
     assert (heard.num_frames, len(heard.pixels)) == (0, 0)
     assert processor.lay_out(heard).is_seen.tolist() == [False] * 16
 
 
 def test_layout_of_the_tokens(processor):
+    media = processor.media(make_clip())
+    inputs = processor.inputs([Row(0, "Tell.", "a tone")], [media])
+    ids, labels = inputs.input_ids[0], inputs.labels[0].tolist()
+    block = 3 * (12 + 6)
+    where = (ids == -200).nonzero().flatten().tolist()
+    assert where == list(range(where[0], where[0] + block))
+    text = processor.tokenizer.decode(ids[: where[0]]), processor.tokenizer.decode(ids[where[-1] + 1 :])
+    assert text == ("<|im_start|>user\n", "\n\nTell.<|im_end|>\n<|im_start|>assistant\na tone<|im_end|>")
+    answer = [*processor.tokenizer.encode("a tone"), processor.tokenizer.eos_token_id]
+    assert labels == [-100] * (len(ids) - len(answer)) + answer
+    assert inputs.position_ids[:, 0].tolist() == [list(range(len(ids)))] * 3
+
+
+def test_layout_of_the_tokens_of_2_plus(plus):
+    processor = plus.processor
     media = processor.media(make_clip())
     inputs = processor.inputs([Row(0, "Tell.", "a tone")], [media])
     ids, labels = inputs.input_ids[0].tolist(), inputs.labels[0].tolist()
@@ -163,5 +202,11 @@ def test_nothing_left_is_refused(processor, kept, asked):
 def test_a_file_and_a_span_of_it(processor, videos):
     whole = processor.read(videos[0])
     part = processor.read(videos[0], start_seconds=1.0, end_seconds=3.0)
+    assert (part.seconds, part.num_frames, whole.num_frames) == (2.0, 4, 16)
+
+
+def test_a_span_of_a_file_in_2_plus(plus, videos):
+    whole = plus.processor.read(videos[0])
+    part = plus.processor.read(videos[0], start_seconds=1.0, end_seconds=3.0)
     assert part.seconds == 2.0 and part.num_frames == 8  # 2 / 0.26, to the nearest
     assert whole.num_frames > 20 and whole.grid[1:] == part.grid[1:] == (6, 6)

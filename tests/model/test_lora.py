@@ -22,7 +22,7 @@ def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
     attach(captioner.network, CONFIG, seed=0)
     trainable = {name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad}
     assert trainable == {
-        f"lm.base_model.model.model.language_model.layers.{layer}.self_attn.{part}_proj.lora_{half}.default.weight"
+        f"lm.base_model.model.model.layers.{layer}.self_attn.{part}_proj.lora_{half}.default.weight"
         for layer in range(4)
         for part in "qkv"
         for half in "AB"
@@ -59,16 +59,16 @@ def test_the_seed_gives_the_adapter_and_touches_no_other_draw(random_model):
 @torch.no_grad()
 def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
     network = captioner.network
-    base = network.lm.model.language_model.layers[2].self_attn.k_proj.weight.clone()
-    untouched = network.lm.model.language_model.layers[2].self_attn.o_proj.weight.clone()
+    base = network.lm.model.layers[2].self_attn.k_proj.weight.clone()
+    untouched = network.lm.model.layers[2].self_attn.o_proj.weight.clone()
     plain = network(inputs)
     attach(network, CONFIG, seed=0)
     fill_adapter(network)
-    layer = network.lm.base_model.model.model.language_model.layers[2].self_attn.k_proj
+    layer = network.lm.base_model.model.model.layers[2].self_attn.k_proj
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # (64, 4) @ (4, 128)
     with_adapter = network.eval()(inputs)
     merge(network)
-    merged = network.lm.model.language_model.layers[2].self_attn
+    merged = network.lm.model.layers[2].self_attn
     assert torch.allclose(merged.k_proj.weight, base + 2.0 * product, atol=1e-6)  # alpha / rank = 8 / 4
     assert torch.equal(merged.o_proj.weight, untouched)
     assert torch.allclose(network(inputs), with_adapter, atol=1e-4, rtol=1e-5)

@@ -91,19 +91,24 @@ def test_encoding_in_batches_changes_nothing(captioner, mixed):
 
 @torch.no_grad()
 def test_tokens_stand_in_the_order_of_time(captioner, media):
-    """Steps of a little more than half a second among windows of half a second: step, window, step, window, ..."""
+    """8 s are 16 frames and 16 windows of sound: frame, window, frame, window, ..."""
     network, clip = captioner.network, media[0]
     (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
-    layout = captioner.processor.lay_out(clip)
-    (tokens,) = network.encode([clip], [layout])
-    per_step = len(seen) // clip.grid[0]
-    begin = 0
-    for step, at in enumerate((0, 1, 2)):  # step 3 begins in the window after next at the earliest
-        assert torch.allclose(
-            tokens[begin : begin + per_step], seen[step * per_step : (step + 1) * per_step], atol=1e-5
-        )
-        assert torch.allclose(tokens[begin + per_step], heard[at], atol=1e-5)
-        begin += per_step + 1
+    (tokens,) = network.encode([clip], [captioner.processor.lay_out(clip)])
+    assert clip.num_frames == 16 and len(seen) == 16 * 12 and len(heard) == 16
+    by_frame = torch.cat([seen.unflatten(0, (16, 12)), heard[:, None]], dim=1)
+    assert torch.allclose(tokens, by_frame.flatten(0, 1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_of_2_plus_stand_in_the_order_of_time(plus, videos):
+    """Steps of a little more than half a second among windows of half a second: step, window, step, window, ..."""
+    network, clip = plus.network, plus.processor.read(videos[0])
+    (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
+    (tokens,) = network.encode([clip], [plus.processor.lay_out(clip)])
+    for step in range(3):  # step 3 begins in the window after next at the earliest
+        assert torch.allclose(tokens[5 * step : 5 * step + 4], seen[4 * step : 4 * step + 4], atol=1e-5)
+        assert torch.allclose(tokens[5 * step + 4], heard[step], atol=1e-5)
     assert len(tokens) == len(seen) + len(heard)
 
 

@@ -78,8 +78,8 @@ def test_chunk_positions():
 
 
 @torch.no_grad()
-def test_qwen_tower(captioner):
-    vision = captioner.network.vision
+def test_qwen_tower(plus):
+    vision = plus.network.vision
     frames = torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8)
     clips = [to_patches(part, patch=8, merge=3) for part in frames.split([6, 2])]
     first, second = vision([patches for patches, _ in clips], [grid for _, grid in clips])

@@ -29,7 +29,7 @@ def test_from_nothing(taught):
     assert [step["step"] for step in steps] == list(range(28))
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
     assert (out / "sft.yaml").is_file() and not (out / "checkpoint.safetensors").exists()
-    assert Captioner.load(out).processor.config.family == "salmonn2-plus"
+    assert Captioner.load(out).processor.config.family == "salmonn2"
 
 
 def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes):
