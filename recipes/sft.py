@@ -203,10 +203,8 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
     network = Network(model_config)
     # Fresh positions are a tenth of what fresh patches give, and where a shape stands would not be learnt for hundreds
     # of steps.
-    network.vision.encoder.embeddings.position_embedding.weight.data.mul_(8)
-    return Captioner(
-        network.to(dist.device()), Processor(tokenizer, config=model_config.with_frames(config.frames))
-    )
+    network.get_parameter("vision.encoder.embeddings.position_embedding.weight").data.mul_(8)
+    return Captioner(network.to(dist.device()), Processor(tokenizer, config=model_config.with_frames(config.frames)))
 
 
 def choose_trainable(network: Network, config: SftConfig) -> None:

@@ -60,13 +60,15 @@ def random_model(clips, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def random_plus(clips, tmp_path_factory):
-    """Folder of a salmonn2-plus with random weights: patches of 8, 3 x 3 to a token, frames of 48 pixels 0.26 s apart."""
+    """Folder of a small salmonn2-plus with random weights: frames of 48 pixels 0.26 s apart, 2 x 2 tokens a step."""
     tokenizer = train_tokenizer(all_texts(clips.references), vocab_size=400)
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = tiny(vocab_size=len(tokenizer), **ids)
     config.family = "salmonn2-plus"
     config.placeholder_ids = tuple(tokenizer.convert_tokens_to_ids([SEEN, HEARD]))
-    config.frames = dict(seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=24)
+    config.frames = dict(
+        seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=24
+    )
     rotary = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[8, 4, 4])
     text = {key: value for key, value in config.lm.items() if key != "tie_word_embeddings"}
     vision = dict(

@@ -1,9 +1,11 @@
 """Turn published weights that come as pickles into safetensors, without running what a pickle can hold.
 
-    python tools/convert.py SOURCE --out FOLDER
+    python tools/convert.py SOURCE --out FOLDER [--lora_alpha ALPHA]
 
 SOURCE is a model's folder (`pytorch_model.bin`, whole or in shards with their index; `adapter_model.bin`; any other
 single .bin, .pt or .pth file), or such a file. The folder's small files (config, tokenizer, chat template) are copied.
+Weights with LoRA matrices among them become an adapter's folder; where no adapter_config.json tells by what they are
+scaled, `--lora_alpha` does.
 
 A pickle is a program: files are read by torch's `weights_only`, which knows tensors and refuses all else. They are
 mapped, not read, so that a model larger than memory can be converted; only what must be rearranged is copied, one
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from jsonargparse import ArgumentParser
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -36,6 +39,7 @@ PUBLISHED_NAMES = {"model": "pytorch_model", "adapter_model": "adapter_model"}  
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
 ONE_OF_SEVERAL = re.compile(r"-\d+-of-\d+$")
 WRAPPERS = ("model", "state_dict", "module")
+LORA_A = ".lora_A."
 DISTRIBUTED = "module."  # how DistributedDataParallel begins every name
 COPIED = (".json", ".jinja", ".txt", ".model", ".md")
 LICENCES = ("LICENSE", "NOTICE")
@@ -49,32 +53,39 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="a model's or an adapter's folder, or one .bin, .pt or .pth file")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the converted model")
     parser.add_argument("--shard_gb", type=float, default=5.0, help="greatest size of a file of weights, in 10^9 bytes")
+    parser.add_argument("--lora_alpha", type=int, help="of an adapter that has no adapter_config.json")
     values = parser.parse_args(args)
     try:
-        convert(values.source, out=values.out, shard_gb=values.shard_gb)
+        convert(values.source, out=values.out, shard_gb=values.shard_gb, lora_alpha=values.lora_alpha)
     except (ValueError, OSError, SafetensorError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(WRONG_USAGE)
 
 
-def convert(source: Path, *, out: Path, shard_gb: float = 5.0) -> None:
+def convert(source: Path, *, out: Path, shard_gb: float = 5.0, lora_alpha: int | None = None) -> None:
     """Write the weights of a folder or a file as safetensors, and the folder's small files beside them.
 
     Raises:
-        ValueError: the source is no weights, or not whole, or would run code; or `out` holds something already.
+        ValueError: the source is no weights, or not whole, or would run code; or it is an adapter of unknown scale; or
+            `out` holds something already.
     """
     if shard_gb <= 0:
         raise ValueError(f"--shard_gb must be above 0, got {shard_gb}")
     weights = find_weights(source)
     with new_folder(out) as folder:
+        copied = copy_small_files(source, folder)
         for name, files in weights.items():
             tensors = without_prefix(read_all(files))
+            if any(LORA_A in key for key in tensors):
+                name, tensors = "adapter_model", by_names_of_peft(tensors)  # noqa: PLW2901
+                write_adapter_config(tensors, folder, lora_alpha=lora_alpha)
+            elif lora_alpha is not None:
+                raise ValueError("--lora_alpha is for LoRA matrices, and the source holds none: leave it out")
             for shared in sharing(tensors):
                 _tell(f"{' and '.join(shared)} share memory in the source: each is written whole")
             # PEFT reads an adapter from one file only.
             limit = sys.maxsize if name == "adapter_model" else max(1, int(shard_gb * 1e9))
             write_weights(tensors, folder, name=name, limit=limit)
-        copied = copy_small_files(source, folder)
     used = {file.name for files in weights.values() for file in files}
     _tell(f"{out} holds the weights of {', '.join(sorted(used))}; copied: {', '.join(sorted(copied)) or 'nothing'}")
     if source.is_dir() and (left := sorted({file.name for file in source.iterdir() if file.is_file()} - used - copied)):
@@ -193,6 +204,36 @@ def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not all(name.startswith(DISTRIBUTED) for name in tensors):
         return tensors
     return {name.removeprefix(DISTRIBUTED): tensor for name, tensor in tensors.items()}
+
+
+def by_names_of_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same as PEFT saves an adapter: below its own prefix, without the adapter's name."""
+    prefix = "base_model.model."
+    return {prefix + key.removeprefix(prefix).replace(".default.", "."): tensor for key, tensor in tensors.items()}
+
+
+def write_adapter_config(tensors: dict[str, Tensor], folder: Path, *, lora_alpha: int | None) -> None:
+    """Write the adapter_config.json that PEFT needs, unless it was copied.
+
+    Raises:
+        ValueError: nothing tells the scale; or the matrices are not all of one rank.
+    """
+    if (folder / "adapter_config.json").is_file():
+        if lora_alpha is not None:
+            raise ValueError("--lora_alpha is for adapters without adapter_config.json, and there is one: leave it out")
+        return
+    ranks = {len(tensor) for key, tensor in tensors.items() if LORA_A in key}
+    if len(ranks) > 1:
+        raise ValueError(f"the adapter's matrices have several ranks, {sorted(ranks)}: give its adapter_config.json")
+    if lora_alpha is None:
+        raise ValueError(
+            f"these are LoRA matrices of rank {ranks.pop()} without an adapter_config.json, and nothing in them tells "
+            "their scale: say with --lora_alpha what they were trained with (the published models: 256 at rank 128)"
+        )
+    targets = sorted({key.split(LORA_A)[0].rsplit(".", 1)[-1] for key in tensors if LORA_A in key})
+    LoraConfig(r=ranks.pop(), lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM").save_pretrained(
+        str(folder)
+    )
 
 
 def sharing(tensors: dict[str, Tensor]) -> list[list[str]]:

@@ -6,7 +6,6 @@ import pytest
 
 from salmonn.caption.captioner import Captioner, Failure, Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.inputs import restrict_media
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Caption
 

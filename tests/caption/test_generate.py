@@ -128,7 +128,8 @@ def by_hand(captioner, row, clip, counted: list[int], *, steps: int) -> list[int
         positions = inputs.position_ids
         later = positions[..., -1:] + 1 + torch.arange(len(ids))
         logits = network.lm(
-            inputs_embeds=torch.cat([embeds, said], dim=1), position_ids=network.positions(torch.cat([positions, later], dim=-1))
+            inputs_embeds=torch.cat([embeds, said], dim=1),
+            position_ids=network.positions(torch.cat([positions, later], dim=-1)),
         ).logits[0, -1]
         seen = sorted({*counted, *ids})
         logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 0.2, logits[seen] * 0.2)

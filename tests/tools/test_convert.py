@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from salmonn.model.load import load_network
+from salmonn.model.lora import LoraConfig, attach, merge
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
 TENSORS = {
@@ -158,6 +159,46 @@ def test_beside_a_file_outside_of_a_model_nothing_is_copied(tool, tmp_path, out)
     torch.save(TENSORS, tmp_path / "weights.pt")
     tool.convert(tmp_path / "weights.pt", out=out)
     assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+
+
+class TestLoraMatricesAlone:
+    """What training scripts save of a LoRA: a state dict of matrices, and nothing that tells their scale."""
+
+    @pytest.fixture
+    def pickled(self, tmp_path, captioner, fill_adapter):
+        attach(captioner.network, LoraConfig(rank=4, alpha=12, targets=("q_proj", "v_proj")), seed=0)
+        fill_adapter(captioner.network)
+        state = captioner.network.lm.state_dict()
+        path = tmp_path / "checkpoint.bin"
+        torch.save({key: tensor for key, tensor in state.items() if ".lora_" in key}, path)
+        merge(captioner.network)
+        return path
+
+    def test_become_an_adapter(self, tool, pickled, out, captioner, random_model):
+        tool.main([str(pickled), "--out", str(out), "--lora_alpha", "12"])
+        network = load_network(random_model, adapter=out)
+        merged = dict(captioner.network.named_parameters())
+        assert all(torch.equal(value, merged[name]) for name, value in network.named_parameters())
+        plain = dict(load_network(random_model).named_parameters())
+        assert not all(torch.equal(plain[name], merged[name]) for name in plain)
+
+    def test_their_scale_must_be_told(self, tool, capsys, pickled, out):
+        told = refusal(tool, capsys, pickled, "--out", out)
+        assert "LoRA matrices of rank 4 without an adapter_config.json" in told and "--lora_alpha" in told
+        assert not out.exists()
+
+    def test_of_several_ranks_are_refused(self, tool, capsys, pickled, out):
+        matrices = torch.load(pickled, weights_only=True)
+        first = next(key for key in matrices if "lora_A" in key)
+        matrices[first] = matrices[first][:2]
+        torch.save(matrices, pickled)
+        assert "several ranks, [2, 4]" in refusal(tool, capsys, pickled, "--out", out, "--lora_alpha", 12)
+
+    def test_a_scale_for_nothing_is_refused(self, tool, capsys, source, out, pickled):
+        torch.save(TENSORS, source / "pytorch_model.bin")
+        assert "the source holds none" in refusal(tool, capsys, source, "--out", out, "--lora_alpha", 12)
+        (pickled.parent / "adapter_config.json").write_text("{}")
+        assert "there is one: leave it out" in refusal(tool, capsys, pickled, "--out", out, "--lora_alpha", 12)
 
 
 def test_an_adapter_stays_one_file(tool, source, out):
