@@ -223,7 +223,7 @@ AutoConfig.register(SalmonnConfig.model_type, SalmonnConfig)
 
 
 def tiny(*, vocab_size: int, eos_token_id: int, pad_token_id: int) -> SalmonnConfig:
-    """Sizes of the shipped toy model, a salmonn2 of about 1.6 million parameters: clips of 8 s at 2 frames a second.
+    """Sizes of the shipped toy model, a salmonn2 of about 2 million parameters: clips of 8 s at 2 frames a second.
 
     Fresh weights have a deviation of about 1 / sqrt(width). The published 0.02 suits widths of thousands: here
     Whisper's convolutions would give a hundredth of what its fixed positions add, and pitch would be lost among them.
@@ -235,9 +235,9 @@ def tiny(*, vocab_size: int, eos_token_id: int, pad_token_id: int) -> SalmonnCon
             vocab_size=vocab_size,
             hidden_size=128,
             intermediate_size=384,
-            num_hidden_layers=4,
+            num_hidden_layers=6,
             num_attention_heads=4,
-            num_key_value_heads=2,
+            num_key_value_heads=4,
             max_position_embeddings=4096,
             initializer_range=deviation,
             tie_word_embeddings=True,

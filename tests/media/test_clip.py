@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -478,6 +480,30 @@ def test_undamaged_file_gives_no_warning(whole, caplog):
     with caplog.at_level(logging.WARNING):
         read(whole)
     assert caplog.text == ""
+
+
+def test_frames_of_a_long_video_are_never_held_at_full_size(tmp_path):
+    """120 s of 1280 x 720: the 240 frames that are taken would be 0.66 GB."""
+    path = tmp_path / "long.mp4"
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=10, options={"preset": "ultrafast"})
+        video.width, video.height, video.pix_fmt = 1280, 720, "yuv420p"
+        for number in range(1200):
+            shade = np.full((720, 1280, 3), 20 + number // 10, np.uint8)
+            out.mux(video.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
+        out.mux(video.encode(None))
+    code = f"""
+import resource
+from salmonn.media.clip import read_clip
+from salmonn.media.frames import Stride
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+frames = read_clip({str(path)!r}, Stride(frames_per_second=2.0, max_frames=240, side=48)).frames
+print(*frames.shape, peak() - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *shape, bytes_more = map(int, result.stdout.split())
+    assert shape == [240, 48, 48, 3] and bytes_more < 200e6
 
 
 def test_find_videos(tmp_path):

@@ -23,7 +23,7 @@ def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
     trainable = {name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad}
     assert trainable == {
         f"lm.base_model.model.model.layers.{layer}.self_attn.{part}_proj.lora_{half}.default.weight"
-        for layer in range(4)
+        for layer in range(6)
         for part in "qkv"
         for half in "AB"
     }
@@ -32,7 +32,7 @@ def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
 def test_targets_are_those_named(captioner):
     attach(captioner.network, LoraConfig(rank=2, targets=("v_proj",)), seed=0)
     trainable = [name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad]
-    assert len(trainable) == 8 and all(".v_proj.lora_" in name for name in trainable)
+    assert len(trainable) == 12 and all(".v_proj.lora_" in name for name in trainable)
 
 
 @torch.no_grad()
@@ -65,7 +65,7 @@ def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
     attach(network, CONFIG, seed=0)
     fill_adapter(network)
     layer = network.lm.base_model.model.model.layers[2].self_attn.k_proj
-    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # (64, 4) @ (4, 128)
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # (128, 4) @ (4, 128)
     with_adapter = network.eval()(inputs)
     merge(network)
     merged = network.lm.model.layers[2].self_attn
@@ -105,7 +105,7 @@ def test_saved_as_a_peft_folder(captioner, tmp_path):
     assert (values["r"], values["lora_alpha"], values["lora_dropout"]) == (4, 8, 0.05)
     assert sorted(values["target_modules"]) == ["k_proj", "q_proj", "v_proj"]
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(weights) == 24 and all("lora_" in name for name in weights)
+    assert len(weights) == 36 and all("lora_" in name for name in weights)
 
 
 def test_a_merged_model_is_saved_and_loaded_like_any_other(captioner, inputs, fill_adapter, tmp_path):

@@ -94,9 +94,7 @@ def test_records_of_a_round_fit_together(finished):
 def test_a_round_moves_the_attention_and_rebirth_starts_anew(finished, taught):
     start, after = weights(taught / "model"), weights(finished / "round_1" / "merged")
     reborn = weights(finished / "rebirth" / "merged")
-    attention = {
-        f"lm.model.language_model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(4) for part in "qkv"
-    }
+    attention = {f"lm.model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(6) for part in "qkv"}
     assert {name for name in start if not torch.equal(start[name], after[name])} == attention
     assert {name for name in start if not torch.equal(start[name], reborn[name])} == attention
     assert any(not torch.equal(after[name], reborn[name]) for name in attention)

@@ -43,7 +43,7 @@ def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes):
     before, after = weights(taught / "model"), weights(tmp_path / "tuned")
     assert before.keys() == after.keys()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
-        f"lm.model.language_model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(4) for part in "qkv"
+        f"lm.model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(6) for part in "qkv"
     }
     assert not (tmp_path / "tuned" / "summary.json").exists()  # nothing was measured
 

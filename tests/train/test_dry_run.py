@@ -180,11 +180,11 @@ def test_quantised_weights_and_checkpointed_layers_need_less():
 
 
 @pytest.fixture(scope="module")
-def middling(random_model, tmp_path_factory):
+def middling(random_plus, tmp_path_factory):
     """Folder of config and tokenizer of a model large enough that its tensors are most of a process's memory."""
     folder = tmp_path_factory.mktemp("middling")
-    config = load_config(random_model)
-    Processor.load(random_model, config=config).save(folder)
+    config = load_config(random_plus)
+    Processor.load(random_plus, config=config).save(folder)
     rope = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[16, 8, 8])
     sizes = dict(vocab_size=16_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4)
     text = {key: value for key, value in config.lm["text_config"].items() if key != "layer_types"}
@@ -199,10 +199,10 @@ def middling(random_model, tmp_path_factory):
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is measured as Linux counts it")
 @pytest.mark.parametrize("work", ["training", "training checkpointed", "captioning"])
-def test_memory_of_a_real_process(random_model, middling, work, capsys):
+def test_memory_of_a_real_process(random_plus, middling, work, capsys):
     """One step of guided DPO and one caption: the estimate is within 30 % of what the process grows by."""
     script = Path(__file__).with_name("measure.py")
-    line = [sys.executable, str(script), str(random_model), str(middling), *work.split()]
+    line = [sys.executable, str(script), str(random_plus), str(middling), *work.split()]
     # Freed memory goes back at once, or else the peak would count it.
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     result = subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, check=False)

@@ -137,7 +137,8 @@ def test_turns_on_a_clip_share_it(examples, processor):
     assert len(batch.inputs.media) == 2
 
 
-def test_blocks_in_place_of_clips(examples, processor):
+def test_blocks_in_place_of_clips(examples, plus):
+    processor = plus.processor
     block = Block(torch.zeros(7, 128), by_seconds((1, 1, 4), num_heard=3, second_per_grid=1.0))
     (batch,) = SftBatches(examples, processor, lambda _: block, batch_size=2, seed=0)(0)
     assert batch.inputs.media == () and len(batch.inputs.blocks) == 2
@@ -150,7 +151,7 @@ def test_nothing_to_train_on_is_refused(processor):
         SftBatches([], processor, ClipCache(processor), batch_size=2, seed=0)
 
 
-def test_the_cache_reads_once_and_gives_parts(examples, processor, monkeypatch):
+def test_the_cache_reads_once_what_is_used(examples, processor, monkeypatch):
     from dataclasses import replace
 
     read = []
@@ -159,12 +160,14 @@ def test_the_cache_reads_once_and_gives_parts(examples, processor, monkeypatch):
         type(processor), "read", lambda self, path, **span: read.append(path) or plain(self, path, **span)
     )
     cache = ClipCache(processor)
-    both, seen = cache(examples[0]), cache(replace(examples[0], use="visual"))
-    assert len(read) == 1 and torch.equal(both.pixels, seen.pixels) and len(seen.mel) == 0
+    both = cache(examples[0])
+    assert cache(examples[0]) is both and len(read) == 1
+    seen = cache(replace(examples[0], use="visual"))
+    assert len(read) == 2 and torch.equal(both.pixels, seen.pixels) and len(seen.mel) == 0
     small = ClipCache(processor, max_bytes=10)
     assert torch.equal(small(examples[0]).pixels, both.pixels)
     small(examples[0])
-    assert len(read) == 3 and not small.clips
+    assert len(read) == 4 and not small.clips
 
 
 def test_conversations_become_examples_of_their_own(clips, processor):
@@ -197,7 +200,7 @@ def test_conversations_become_examples_of_their_own(clips, processor):
     assert torch.equal(media[3].pixels, media[0].pixels) and not torch.equal(media[3].mel, media[0].mel)
     # The second turn's prompt holds the first, and its answer alone is learnt.
     (batch,) = SftBatches([both], processor, cache, batch_size=1, seed=0)(0)
-    texts = [processor.tokenizer.decode(ids) for ids in batch.inputs.input_ids]
+    texts = [processor.tokenizer.decode(ids[ids >= 0]) for ids in batch.inputs.input_ids]  # placeholders are below 0
     assert texts[1].count("one<|im_end|>\n<|im_start|>user\nSecond?<|im_end|>") == 1
     learnt = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch.inputs.labels]
     assert learnt == ["one<|im_end|>", "two<|im_end|>"]

@@ -67,7 +67,7 @@ def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
         getattr(pairs[number], kind) for kind in ("chosen", "rejected", "ground_truth") for number in order
     ]
     assert batch.reference_rejected.tolist() == [-10.0 * (number + 1) for number in order]
-    prompts = [tokenizer.decode(ids) for ids in batch.inputs.input_ids]
+    prompts = [tokenizer.decode(ids[ids >= 0]) for ids in batch.inputs.input_ids]  # placeholders are below 0
     assert all(
         pairs[number].prompt in prompts[place + 3 * kind] for kind in range(3) for place, number in enumerate(order)
     )
