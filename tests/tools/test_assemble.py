@@ -24,7 +24,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.tokenizer import CHAT_TEMPLATE, CLIP_END, CLIP_START, HEARD, SEEN, TURN_END, train_tokenizer
 from salmonn.media.clip import Clip
-from salmonn.model.load import load_network
+from salmonn.model.load import Placement, load_network
 
 TOOL = Path(__file__).parents[2] / "tools" / "assemble.py"
 SPECIAL = ["<|im_start|>", TURN_END, CLIP_START, CLIP_END, "<|image_pad|>", SEEN]
@@ -242,7 +242,8 @@ def test_command_line_seed_and_dtype(run_tool, made, qwen, whisper, tmp_path):
     half, full = weights(tmp_path / "out"), weights(made)
     assert half.keys() == full.keys()
     assert all(torch.equal(half[name], full[name].to(torch.bfloat16)) for name in full)
-    network = load_network(tmp_path / "out")
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    network = load_network(tmp_path / "out", placement=Placement(dtype="bfloat16"))
     assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert network.audio([torch.randn(1, 20, 800)])[0].isfinite().all()
