@@ -23,7 +23,7 @@ from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 from salmonn.model.network import Block
 from salmonn.records import Pair
 from salmonn.train.checkpoint import checkpointed
-from salmonn.train.dry_run import plan_dpo
+from salmonn.train.dry_run import plan_adapter
 from salmonn.train.examples import ClipCache, Example, conversation_examples
 from salmonn.train.loop import FitConfig, StepLog, autocast, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
@@ -66,7 +66,15 @@ class GivenDpoConfig:
 def main(config: GivenDpoConfig) -> None:
     """Run the round."""
     if config.dry_run:
-        plan_dpo(config.model, frames=config.frames, lora=config.lora, placement=config.placement, fit=config.fit)
+        plan_adapter(
+            config.model,
+            frames=config.frames,
+            lora=config.lora,
+            placement=config.placement,
+            fit=config.fit,
+            answers=3,
+            title="guided DPO",
+        )
         return
     dist.setup()
     if dist.is_main():

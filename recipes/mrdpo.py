@@ -29,7 +29,7 @@ from salmonn.records import Caption, Pair, Reference, Score, read_json, read_rec
 from salmonn.score.judge import Judge, RuleJudge
 from salmonn.score.rates import Rates
 from salmonn.train.checkpoint import checkpointed
-from salmonn.train.dry_run import plan_dpo
+from salmonn.train.dry_run import plan_adapter
 from salmonn.train.evaluate import SIDE_BY_SIDE, caption_clips, encode_clips, evaluate, judge_captions
 from salmonn.train.examples import Example, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, autocast, fit
@@ -99,7 +99,7 @@ class MrDpoConfig:
         fit: each round's optimisation.
         rebirth: the last stage.
         seed: of sampling, adapters, order and dropout.
-        dry_run: print what the rounds would need of a GPU, and do nothing.
+        dry_run: print what the rounds and rebirth would need of a GPU, and do nothing.
     """
 
     out: Path = Path("run")
@@ -139,14 +139,7 @@ class MrDpoConfig:
 def main(config: MrDpoConfig) -> None:
     """Run all rounds and rebirth."""
     if config.dry_run:
-        plan_dpo(
-            config.model,
-            frames=config.frames,
-            lora=config.lora,
-            placement=config.placement,
-            fit=config.fit,
-            side_by_side=config.side_by_side,
-        )
+        plan(config)
         return
     dist.setup()
     load_config(config.model)  # a wrong folder is told before anything is rendered
@@ -180,6 +173,14 @@ def main(config: MrDpoConfig) -> None:
         print_table(summary)
         log.info("written: %s and summary.png beside it", config.out / "summary.json")
     dist.barrier()
+
+
+def plan(config: MrDpoConfig) -> None:
+    """Print what a round and rebirth would need of memory."""
+    shared = partial(plan_adapter, config.model, frames=config.frames, placement=config.placement)
+    shared(lora=config.lora, fit=config.fit, answers=3, title="guided DPO", side_by_side=config.side_by_side)
+    # A caption, and the questions on the clip, which are taken to be as long together.
+    shared(lora=config.rebirth.lora, fit=config.rebirth.fit, answers=2, title="rebirth")
 
 
 def load(model: Path | str, config: MrDpoConfig) -> Captioner:

@@ -4,8 +4,8 @@
 
 SOURCE is a model's folder (`pytorch_model.bin`, whole or in shards with their index; `adapter_model.bin`; any other
 single .bin, .pt or .pth file), or such a file. The folder's small files (config, tokenizer, chat template) are copied.
-Weights with LoRA matrices among them become an adapter's folder; where no adapter_config.json tells by what they are
-scaled, `--lora_alpha` does.
+LoRA matrices become an adapter's folder, and those that lie beside the weights of their model are merged into them;
+where no adapter_config.json tells by what they are scaled, `--lora_alpha` does.
 
 A pickle is a program: files are read by torch's `weights_only`, which knows tensors and refuses all else. They are
 mapped, not read, so that a model larger than memory can be converted; only what must be rearranged is copied, one
@@ -39,7 +39,8 @@ PUBLISHED_NAMES = {"model": "pytorch_model", "adapter_model": "adapter_model"}  
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
 ONE_OF_SEVERAL = re.compile(r"-\d+-of-\d+$")
 WRAPPERS = ("model", "state_dict", "module")
-LORA_A = ".lora_A."
+LORA_A, LORA_B, BASE = ".lora_A.", ".lora_B.", ".base_layer."
+PEFT_PREFIX = "base_model.model."
 DISTRIBUTED = "module."  # how DistributedDataParallel begins every name
 COPIED = (".json", ".jinja", ".txt", ".model", ".md")
 LICENCES = ("LICENSE", "NOTICE")
@@ -76,10 +77,12 @@ def convert(source: Path, *, out: Path, shard_gb: float = 5.0, lora_alpha: int |
         copied = copy_small_files(source, folder)
         for name, files in weights.items():
             tensors = without_prefix(read_all(files))
-            if any(LORA_A in key for key in tensors):
+            if any(BASE in key for key in tensors):
+                tensors = merged(tensors, lora_alpha=lora_alpha)
+            elif any(LORA_A in key for key in tensors):
                 name, tensors = "adapter_model", by_names_of_peft(tensors)  # noqa: PLW2901
                 write_adapter_config(tensors, folder, lora_alpha=lora_alpha)
-            elif lora_alpha is not None:
+            elif lora_alpha is not None:  # of plain weights
                 raise ValueError("--lora_alpha is for LoRA matrices, and the source holds none: leave it out")
             for shared in sharing(tensors):
                 _tell(f"{' and '.join(shared)} share memory in the source: each is written whole")
@@ -208,8 +211,35 @@ def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def by_names_of_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same as PEFT saves an adapter: below its own prefix, without the adapter's name."""
-    prefix = "base_model.model."
-    return {prefix + key.removeprefix(prefix).replace(".default.", "."): tensor for key, tensor in tensors.items()}
+    return {
+        PEFT_PREFIX + key.removeprefix(PEFT_PREFIX).replace(".default.", "."): tensor for key, tensor in tensors.items()
+    }
+
+
+def merged(tensors: dict[str, Tensor], *, lora_alpha: int | None) -> dict[str, Tensor]:
+    """A model that was saved with its adapter, as the model alone: base + alpha / r * B A, by the model's own names.
+
+    Raises:
+        ValueError: nothing tells the scale.
+    """
+    if lora_alpha is None:
+        raise ValueError(
+            "the source holds a model with LoRA matrices beside its weights, and nothing in it tells their scale: say "
+            "with --lora_alpha what they were trained with (the published models: 256 at rank 128)"
+        )
+    by_name = {key.replace(".default.", "."): tensor for key, tensor in tensors.items()}
+    whole = {}
+    for key, tensor in by_name.items():
+        if LORA_A in key or LORA_B in key or ".original_module." in key:
+            continue
+        value = tensor
+        layer = key.split(BASE)[0]
+        if key.endswith(f"{BASE}weight") and (a := by_name.get(f"{layer}{LORA_A}weight")) is not None:
+            product = by_name[f"{layer}{LORA_B}weight"].float() @ a.float()
+            value = (tensor.float() + lora_alpha / len(a) * product).to(tensor.dtype)
+        name = key.removeprefix(PEFT_PREFIX).replace(BASE, ".").replace(".modules_to_save.", ".")
+        whole[name] = value
+    return whole
 
 
 def write_adapter_config(tensors: dict[str, Tensor], folder: Path, *, lora_alpha: int | None) -> None:

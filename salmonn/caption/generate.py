@@ -44,6 +44,7 @@ class Sampling:
         return GenerationConfig(
             **(drawn if self.temperature else {"do_sample": False}),
             max_new_tokens=self.max_new_tokens,
+            use_cache=True,  # a checkpoint's config may say otherwise, as training left it
             eos_token_id=list(stop_ids),
             pad_token_id=pad_token_id,
             repetition_penalty=self.repetition_penalty,

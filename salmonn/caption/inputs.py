@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from salmonn.caption.prompt import History, answer_ids, prompt_ids
-from salmonn.caption.tokenizer import CLIP_END, CLIP_START, PAD, TURN_END, TURN_START
+from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START
 from salmonn.media.clip import Clip, read_clip
 from salmonn.media.frames import Stride
 from salmonn.media.sound import SAMPLE_RATE_HZ
@@ -55,6 +55,8 @@ class Processor:
         if released_positions and config.family != "salmonn2-plus":
             raise ValueError(f"released positions are those of salmonn2-plus; the model is a {config.family}")
         needed = [PAD, TURN_START, TURN_END, *([CLIP_START, CLIP_END] if config.family == "salmonn2-plus" else [])]
+        if config.placeholder_ids[1] >= 0:
+            needed += [SEEN, HEARD]
         if missing := [token for token in needed if token not in tokenizer.get_vocab()]:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}: it is not that of a {config.family} model")
         self.tokenizer = tokenizer

@@ -1,6 +1,7 @@
 """Networks from folders and from the hub, and back: our own config.json, or that of a published checkpoint."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +13,13 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from salmonn import dist
-from salmonn.model.lora import load_adapter, merge
+from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge
 from salmonn.model.network import PUBLISHED_KEYS, Network
 from salmonn.model.settings import SalmonnConfig, from_published
 
+logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
+TOLD_KEYS = 8  # of a checkpoint that does not fit, by name; the rest by number
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Placement:
 
     Args:
         device: that all of it lives on: cpu, cuda, cuda:1, ...; none takes this process's GPU, or the CPU without one.
-        device_map: "auto" splits it over all GPUs instead, and over the CPU where they do not suffice.
+        device_map: "auto" splits it over all GPUs instead, and over the CPU where they do not suffice; without device.
         dtype: of the weights; auto is bfloat16 on a GPU and float32 on a CPU. Quantised weights compute in it.
         attention: implementation; auto is flash attention on a GPU where it is installed, else SDPA.
         bits: 8 or 4 quantises the language model's matrices with bitsandbytes; none leaves them as they are.
@@ -36,6 +39,13 @@ class Placement:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     bits: Literal[4, 8] | None = None
+
+    def __post_init__(self) -> None:
+        if self.device and self.device_map:
+            raise ValueError(
+                f"device {self.device} puts all of the model on one device, device_map {self.device_map} splits it: "
+                "give one of them"
+            )
 
     def require_whole(self) -> None:
         """Raise ValueError where weights are quantised, which training would merge an adapter into."""
@@ -105,21 +115,32 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
             key_mapping=None if _is_ours(_read(path)) else PUBLISHED_KEYS[config.family],
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told below, by name
+            use_safetensors=True,
             **placement.to_transformers(),
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the weights in {path} are missing or damaged: {error}") from error
+        raise ValueError(
+            f"the weights in {path} are missing or damaged: {error}. Only safetensors are read: pickled weights (.bin, "
+            ".pt) are turned into them by tools/convert.py"
+        ) from error
     except ImportError as error:  # what a placement needs beside torch
         raise ValueError(f"this way of loading needs a package that is not installed: {error}") from error
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
-        told = ", ".join(f"{kind} {keys or 'none'}" for kind, keys in wrong.items())
-        raise ValueError(f"the weights in {path} do not fit its {CONFIG_NAME}: {told}")
+        told = ", ".join(f"{kind} {_some(keys)}" for kind, keys in wrong.items())
+        raise ValueError(
+            f"the weights in {path} do not fit its {CONFIG_NAME}: {told} (by the names that they have here)"
+        )
     if adapter is not None:
         load_adapter(network, adapter)
         if not placement.bits:
             merge(network)
     return network.eval()
+
+
+def _some(keys: list[str]) -> str:
+    left = len(keys) - TOLD_KEYS
+    return f"{keys[:TOLD_KEYS] or 'none'}" + (f" and {left} more" if left > 0 else "")
 
 
 def _read(path: Path | str) -> dict[str, Any]:
@@ -133,7 +154,8 @@ def _read(path: Path | str) -> dict[str, Any]:
 def _read_optional(path: Path | str, name: str) -> dict[str, Any]:
     try:
         file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
-    except OSError:
+    except OSError as error:  # not that it is not there, but that nobody could be asked
+        logger.warning("%s: %s is neither on disk nor to be had, and counts as absent: %s", path, name, error)
         return {}
     values: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     return values
@@ -149,10 +171,22 @@ def _from_hub(path: Path | str) -> Path:
     try:
         file = cached_file(name, CONFIG_NAME)
     except OSError as error:
+        if _is_adapter(name):
+            raise ValueError(
+                f"{name} is an adapter, and no model on its own: give it with --adapter, and with --model the model "
+                "that it was trained on (the published ones: tsinghua-ee/video_SALMONN2plus_7B_audioAlign and its like)"
+            ) from error
         raise ValueError(f"no model {name}: there is no such folder here, and the hub gave none: {error}") from error
     if file is None:
         raise ValueError(f"no model {name}: the hub has it, but without a {CONFIG_NAME}")
     return Path(file)
+
+
+def _is_adapter(name: str) -> bool:
+    try:
+        return cached_file(name, ADAPTER_CONFIG_NAME) is not None
+    except OSError:
+        return False
 
 
 def _is_ours(values: dict[str, Any]) -> bool:

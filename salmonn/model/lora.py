@@ -9,11 +9,15 @@ from pathlib import Path
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from salmonn.model.network import PUBLISHED_KEYS, Network
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,14 @@ def load_adapter(network: Network, path: Path | str) -> None:
         ValueError: there is none, or it is of another model; the message names what is missing and unexpected.
     """
     try:
-        config = PeftLoraConfig.from_pretrained(str(path))
-        tensors = load_peft_weights(str(path), device="cpu")
+        folder = _adapter_folder(path)
+        config = PeftLoraConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / ADAPTER_WEIGHTS_NAME)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} holds no adapter that can be read: {error}") from error
+        raise ValueError(
+            f"{path} holds no adapter that can be read: {error}. Only safetensors are read: a pickled "
+            "adapter_model.bin is turned into them by tools/convert.py"
+        ) from error
     _refuse_unknown(config, path)
     low_rank = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
     attach(
@@ -83,6 +91,12 @@ def load_adapter(network: Network, path: Path | str) -> None:
     )
     put_adapter(network, low_rank)
     _put_whole(network, {key: tensor for key, tensor in tensors.items() if ".lora_" not in key})
+
+
+def _adapter_folder(path: Path | str) -> Path:
+    """The folder of an adapter, fetched from the hub unless it is here; what was fetched once is found offline too."""
+    files = [cached_file(str(path), name) for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)]
+    return Path(str(files[-1])).parent
 
 
 def _refuse_unknown(config: PeftLoraConfig, path: Path | str) -> None:

@@ -210,8 +210,10 @@ class Network(PreTrainedModel):
     def _embed(self, ids: Tensor, is_clip: Tensor, blocks: Sequence[Tensor], clip_index: Sequence[int]) -> Tensor:
         # A placeholder need not be in the vocabulary.
         embeds = self.lm.get_input_embeddings()(ids.masked_fill(is_clip, 0))
-        tokens = torch.cat([embeds.new_zeros(0, embeds.shape[-1]), *(blocks[index] for index in clip_index)])
-        return place(embeds, is_clip, tokens)
+        parts = [blocks[index].to(embeds.device) for index in clip_index]
+        tokens = torch.cat([embeds.new_zeros(0, embeds.shape[-1]), *parts])
+        # Where the model is split over devices, the embeddings may be on another than the first.
+        return place(embeds, is_clip.to(embeds.device), tokens)
 
     def positions(self, position_ids: Tensor) -> Tensor:
         """What the decoder takes of (3, B, L) positions: all, or the first where its rotary embedding is plain."""

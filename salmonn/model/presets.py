@@ -45,9 +45,8 @@ def _plus(*, vision_intermediate: int = 3420, **decoder: Any) -> dict[str, Any]:
     )
 
 
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "tsinghua-ee/video-SALMONN-2": _salmonn2(),
-    "tsinghua-ee/video-SALMONN2_plus_3B_full": _plus(
+PLUS_SIZES: dict[str, dict[str, Any]] = {
+    "3B": _plus(
         vocab_size=151936,
         hidden_size=2048,
         intermediate_size=11008,
@@ -56,8 +55,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
-    "tsinghua-ee/video-SALMONN2_plus_7B_full": _plus(),
-    "tsinghua-ee/video-SALMONN-2_plus_72B": _plus(
+    "7B": _plus(),
+    "72B": _plus(
         vocab_size=152064,
         hidden_size=8192,
         intermediate_size=29568,
@@ -66,6 +65,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         num_key_value_heads=8,
         vision_intermediate=3456,
     ),
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "tsinghua-ee/video-SALMONN-2": _salmonn2(),
+    **{f"tsinghua-ee/video-SALMONN2_plus_{size}_full": config for size, config in PLUS_SIZES.items()},
+    # What audio-visual SFT starts from, and adapters of 2+ were trained on.
+    **{f"tsinghua-ee/video_SALMONN2plus_{size}_audioAlign": config for size, config in PLUS_SIZES.items()},
 }
 
 

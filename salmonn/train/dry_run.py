@@ -391,20 +391,30 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}" if num_bytes else "-"
 
 
-def plan_dpo(
+def plan_adapter(
     model: str,
     *,
     frames: Mapping[str, int | float] | None,
     lora: LoraConfig,
     placement: Placement,
     fit: FitConfig,
+    answers: int,
+    title: str,
     side_by_side: int = 1,
 ) -> None:
-    """Print what guided DPO would need of memory: steps on pairs of captions, and captions drawn side by side."""
+    """Print what training an adapter on clips' kept tokens would need of memory, and captions drawn side by side.
+
+    Args:
+        model: folder, or id of a published model.
+        frames, lora, placement, fit: of the run.
+        answers: of a caption's length to each clip: three in guided DPO (chosen, rejected, ground truth).
+        title: what is planned, of which the model's name follows.
+        side_by_side: captions that the run generates at once.
+    """
     sizes = offline_config(model).with_frames(dict(frames) if frames else None)
     network = empty_network(sizes)
     with torch.device("meta"):
         attach(network, lora, seed=0)
-    work = Work(clips=clips_at_once(fit), answers=3, blocks=True)
+    work = Work(clips=clips_at_once(fit), answers=answers, blocks=True)
     budget = Budget(network, sizes, placement=placement, fit=fit, work=work)
-    print_budget(budget, title=f"guided DPO of {model}", side_by_side=side_by_side)
+    print_budget(budget, title=f"{title} of {model}", side_by_side=side_by_side)

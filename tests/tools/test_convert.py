@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from salmonn.model.load import load_network
 from salmonn.model.lora import LoraConfig, attach, merge
 
+LORA_A, BASE = ".lora_A.", ".base_layer."
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
 TENSORS = {
     "norm.weight": torch.tensor([1.0, float("nan"), -0.0]),
@@ -181,6 +182,33 @@ class TestLoraMatricesAlone:
         assert all(torch.equal(value, merged[name]) for name, value in network.named_parameters())
         plain = dict(load_network(random_model).named_parameters())
         assert not all(torch.equal(plain[name], merged[name]) for name in plain)
+
+    def test_beside_the_weights_are_merged(self, tool, capsys, tmp_path, out, published, fill_adapter):
+        """As DeepSpeed leaves a published model that was trained with PEFT: base layers and matrices in one file."""
+        source = published("salmonn2")
+        base = load_file(source / "model.safetensors")
+        low = load_file((source / "model.safetensors").resolve().parent / "lora.safetensors")
+        adapted = {key.split(LORA_A)[0] for key in low if LORA_A in key}
+        saved = dict(low)
+        for key, tensor in base.items():
+            layer, _, kind = f"base_model.model.{key}".rpartition(".")
+            saved[f"{layer}.base_layer.{kind}" if layer in adapted else f"{layer}.{kind}"] = tensor
+        assert sum(BASE in key for key in saved) > 3
+        (tmp_path / "both").mkdir()
+        torch.save(saved, tmp_path / "both" / "all_parameters.bin")
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(source / name, tmp_path / "both")
+        assert "nothing in it tells their scale" in refusal(tool, capsys, tmp_path / "both", "--out", out)
+        tool.main([str(tmp_path / "both"), "--out", str(out), "--lora_alpha", "8"])
+        ours, expected = load_file(out / "model.safetensors"), dict(base)
+        for layer in adapted:
+            name = f"{layer.removeprefix('base_model.model.')}.weight"  # scaled by alpha / rank = 8 / 4
+            expected[name] = (
+                base[name] + 2 * low[f"{layer}.lora_B.default.weight"] @ low[f"{layer}.lora_A.default.weight"]
+            )
+        assert ours.keys() == expected.keys()
+        assert all(torch.allclose(ours[name], expected[name], atol=1e-6) for name in ours)
+        load_network(out)
 
     def test_their_scale_must_be_told(self, tool, capsys, pickled, out):
         told = refusal(tool, capsys, pickled, "--out", out)
