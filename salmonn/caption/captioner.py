@@ -14,6 +14,10 @@ from salmonn.records import Caption, Use
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
 Progress = Callable[[int], object]
+NO_ROOM = (
+    "does not fit in the GPU's memory beside the model: caption fewer side by side (batch_size), a part of it (start, "
+    "end), or with less of the model on this GPU (bits 8 or 4, device_map auto)"
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,14 @@ class Captioner:
             part = paths[start : start + batch_size]
             read = [self._try_read(path, span=span or Span(), use=use) for path in part]
             clips = [media for media in read if isinstance(media, Media)]
-            answers = iter(self.answer(clips, [prompt] * len(clips), sampling=sampling, seed=seed + start))
+            try:
+                answers = iter(self.answer(clips, [prompt] * len(clips), sampling=sampling, seed=seed + start))
+            except torch.OutOfMemoryError as error:
+                told = str(error).split(". ")[0]
+                read = [
+                    Failure(str(path), f"{path}: {NO_ROOM} ({told})") if isinstance(media, Media) else media
+                    for path, media in zip(part, read, strict=True)
+                ]
             for path, media in zip(part, read, strict=True):
                 if isinstance(media, Failure):
                     yield media

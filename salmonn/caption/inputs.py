@@ -181,6 +181,14 @@ class Processor:
             answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer)
             input_ids.append(prompt + answer)
             labels.append([-100] * len(prompt) + answer)
+        longest = max(map(len, input_ids))
+        if longest > self.config.max_positions:
+            logger.warning(
+                "%d tokens are more than the %d that the language model was made for, and it may ramble: take a part "
+                "of the video (start, end)",
+                longest,
+                self.config.max_positions,
+            )
         ids = _pad(input_ids, self.pad_id, left=pad_left)
         mask = _pad([[1] * len(line) for line in input_ids], 0, left=pad_left)
         is_clip = torch.isin(ids, torch.tensor(self.config.placeholder_ids))

@@ -123,6 +123,10 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
             f"the weights in {path} are missing or damaged: {error}. Only safetensors are read: pickled weights (.bin, "
             ".pt) are turned into them by tools/convert.py"
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{path} does not fit on the device: give bits 8 or 4, or device_map auto to split it ({error})"
+        ) from error
     except ImportError as error:  # what a placement needs beside torch
         raise ValueError(f"this way of loading needs a package that is not installed: {error}") from error
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}

@@ -191,6 +191,11 @@ class SalmonnConfig(PreTrainedConfig):
         return changed
 
     @property
+    def max_positions(self) -> int:
+        """Tokens of the longest text that the language model was made for."""
+        return int((self.lm.get("text_config") or self.lm).get("max_position_embeddings", 32768))
+
+    @property
     def tokens_per_frame(self) -> int:
         """salmonn2: tokens of a frame: a square of pooled patches, each row closed by one more."""
         side = self.vision["image_size"] // self.vision["patch_size"] // self.pool

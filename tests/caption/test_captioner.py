@@ -3,6 +3,7 @@
 import av
 import numpy as np
 import pytest
+import torch
 
 from salmonn.caption.captioner import Captioner, Failure, Span
 from salmonn.caption.generate import Sampling
@@ -109,6 +110,21 @@ def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):
     assert captioner.caption(path, sampling=SHORT).video == str(path)
     with pytest.raises(ValueError, match=r"tone\.wav: holds no picture"):
         captioner.caption(path, sampling=SHORT, use="visual")
+
+
+def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monkeypatch):
+    plain = captioner.answer
+
+    def crowded(clips, prompts, **named):
+        if named["seed"] == 2:  # of the third clip's batch
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        return plain(clips, prompts, **named)
+
+    monkeypatch.setattr(captioner, "answer", crowded)
+    results = list(captioner.caption_each(videos[:4], sampling=SHORT, batch_size=1))
+    assert [isinstance(result, Failure) for result in results] == [False, False, True, False]
+    assert "does not fit in the GPU's memory" in results[2].error and "batch_size" in results[2].error
+    assert str(videos[2]) in results[2].error
 
 
 def test_samples_follow_one_another(captioner, media):

@@ -137,6 +137,16 @@ def by_hand(captioner, row, clip, counted: list[int], *, steps: int) -> list[int
     return ids
 
 
+def test_earlier_tokens_are_kept_whatever_the_config_says(captioner, media, monkeypatch):
+    """Training leaves use_cache false in a checkpoint's config; each token would go through the whole clip anew."""
+    lengths = []
+    captioner.network.lm.config.use_cache = captioner.network.lm.generation_config.use_cache = False
+    layer = captioner.network.lm.get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    ids_of(captioner, media[:1], sampling=Sampling(max_new_tokens=4))
+    assert lengths[0] > 100 and lengths[1:] == [1] * (len(lengths) - 1) and len(lengths) > 1
+
+
 def test_without_a_penalty_of_its_own_the_models_counts(captioner, media):
     def answers(penalty: float | None) -> list[list[int]]:
         return ids_of(captioner, media[:1], sampling=Sampling(max_new_tokens=6, repetition_penalty=penalty))

@@ -117,6 +117,14 @@ def test_layout_of_the_tokens_of_2_plus(plus):
     assert time[-len(answer) :] == list(range(time[-1] - len(answer) + 1, time[-1] + 1))
 
 
+def test_more_than_the_context_is_said(processor, caplog):
+    media = processor.media(make_clip())
+    processor.inputs([Row(0, "Tell. " * 100)], [media])
+    assert not caplog.text
+    processor.inputs([Row(0, "Tell. " * 4000)], [media])
+    assert "more than the 4096 that the language model was made for" in caplog.text
+
+
 class Letters:
     """A tokenizer that gives each letter its number: a 1, b 2, ..."""
 
@@ -127,6 +135,8 @@ class Letters:
         "<|im_end|>": 50,
         "<|vision_start|>": 51,
         "<|vision_end|>": 52,
+        "<|video_pad|>": 99,
+        "<|audio_pad|>": 98,
     }
 
     def get_vocab(self):

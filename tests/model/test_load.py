@@ -87,6 +87,21 @@ def test_missing_and_unexpected_weights_are_named(folder):
     assert str(folder) in str(caught.value)
 
 
+def test_of_many_keys_some_are_named(folder):
+    path = folder / "model.safetensors"
+    save_file({f"audio.gadget.{number}": torch.zeros(1) for number in range(30)}, path)
+    with pytest.raises(ValueError, match=r"unexpected \['audio.gadget.0'.* and 22 more") as caught:
+        load_network(folder)
+    assert str(caught.value).count("gadget") == 8
+
+
+def test_pickled_weights_are_not_opened(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"missing or damaged.*tools/convert\.py"):
+        load_network(folder)
+
+
 def test_weights_of_another_size_are_refused(folder):
     values = json.loads((folder / "config.json").read_text())
     values["lm"]["intermediate_size"] = 200

@@ -23,8 +23,18 @@ def mixed(media, processor, videos):
     return [media[0], restrict_media(media[1], "visual"), restrict_media(short, "audio")]
 
 
+@pytest.fixture(params=["captioner", "plus"])
+def either(request, videos):
+    """A model of each family, and clips of different kinds and lengths as it takes them."""
+    model = request.getfixturevalue(request.param)
+    read = model.processor.read
+    both, seen = read(videos[0]), read(videos[1], use="visual")
+    return model, [both, seen, read(videos[2], use="audio", start_seconds=1.0, end_seconds=3.2)]
+
+
 @torch.no_grad()
-def test_a_batch_of_mixed_kinds_equals_rows_alone(captioner, mixed):
+def test_a_batch_of_mixed_kinds_equals_rows_alone(either):
+    captioner, mixed = either
     network, processor = captioner.network, captioner.processor
     together = network(processor.inputs(ROWS, mixed))
     counted = 0
@@ -39,7 +49,8 @@ def test_a_batch_of_mixed_kinds_equals_rows_alone(captioner, mixed):
 
 
 @torch.no_grad()
-def test_log_probabilities_are_those_of_transformers(captioner, mixed):
+def test_log_probabilities_are_those_of_transformers(either):
+    captioner, mixed = either
     network = captioner.network
     inputs = captioner.processor.inputs(ROWS, mixed)
     logits = network.lm(

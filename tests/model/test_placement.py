@@ -11,7 +11,8 @@ from peft import LoraConfig as PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from salmonn.caption.captioner import Captioner
+from salmonn.caption.captioner import Captioner, Span
+from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import Row
 from salmonn.model.load import Placement, load_network, save_network
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
@@ -90,6 +91,26 @@ def test_what_bits_need_is_told(random_model, monkeypatch):
 def test_flash_attention_in_32_bits_is_refused(random_model):
     with pytest.raises(ValueError, match="16 bits: choose dtype bfloat16"):
         load_network(random_model, placement=Placement(dtype="float32", attention="flash_attention_2"))
+
+
+def test_one_device_or_a_map():
+    with pytest.raises(ValueError, match="give one of them"):
+        Placement(device="cpu", device_map="auto")
+
+
+@pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
+def test_captions_in_16_bits(published, videos, family):
+    """What a GPU does unless told otherwise, here on the CPU."""
+    sampling = Sampling(max_new_tokens=4)
+    half = Captioner.load(published(family), placement=Placement(dtype="bfloat16"))
+    assert {parameter.dtype for parameter in half.network.parameters()} == {torch.bfloat16}
+    for use in ("both", "visual", "audio"):
+        said = half.caption(videos[0], use=use, sampling=sampling, span=Span(0, 1))
+        assert len(half.processor.tokenizer.encode(said.text)) > 0
+    full = Captioner.load(published(family))
+    media = full.processor.read(videos[0], start_seconds=0, end_seconds=1)
+    exact, rounded = (model.encode([media])[0].tokens.float() for model in (full, half))
+    assert (exact - rounded).norm() < 0.05 * exact.norm()
 
 
 def test_an_unknown_device_map_is_told(random_model):
@@ -224,6 +245,13 @@ class TestAdapter:
         save_file(tensors, folder / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=r"of another model: missing .*, unexpected .*other"):
             load_network(saved[1].name, adapter=folder)
+
+    def test_a_pickled_one_is_not_opened(self, saved, random_model):
+        folder, _ = saved
+        torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+        (folder / "adapter_model.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"no adapter that can be read.*tools/convert\.py"):
+            load_network(random_model, adapter=folder)
 
     def test_there_is_none(self, random_model, tmp_path):
         with pytest.raises(ValueError, match="holds no adapter that can be read"):
