@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from salmonn import cli
 from salmonn.caption import inputs
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generate import Sampling
 from salmonn.model.settings import PUBLISHED_PROMPTS
 from salmonn.records import Caption, read_records
 
@@ -158,13 +160,23 @@ def test_every_real_file_is_captioned(capsys, caplog, published, random_model, t
     model = random_model if family == "tiny" else published(family)
     assert {path.name for path in MEDIA.iterdir()} == EVERY_FILE
     out = tmp_path / "captions.jsonl"
-    span = ["--end", 1] if family == "salmonn2-plus" else []  # at its full size, five seconds of 720p take a minute
+    # At full size, five seconds of 720p take 2+ a minute; it sees whole files in the next test.
+    span = ["--end", 1] if family == "salmonn2-plus" else []
     code, err = call(capsys, MEDIA, "--model", model, "--out", out, "--max_new_tokens", 2, "--batch_size", 1, *span)
     assert code == 0 and "8 captions" in err and "0 videos failed" in err
     captions = read_records(out, Caption)
     assert {Path(caption.video).name for caption in captions} == EVERY_FILE
-    # The damaged one is told as far as it decodes, and that is said.
-    assert "corrupted.mp4: damaged" in caplog.text or span
+    # The damaged one is told as far as it decodes, and that is said; its first second is whole.
+    assert ("corrupted.mp4: damaged" in caplog.text) is not bool(span)
+
+
+def test_every_real_file_whole_by_2_plus(published, caplog):
+    """Fewer and smaller frames than the published ones, of each file from beginning to end."""
+    frames = {"seconds_apart": 1.0, "min_frames": 4, "max_frames": 8, "max_pixels": 16 * 28 * 28}
+    captioner = Captioner.load(published("salmonn2-plus"), frames=frames)
+    results = captioner.caption_each(sorted(MEDIA.iterdir()), sampling=Sampling(max_new_tokens=2))
+    assert {Path(result.video).name for result in results if isinstance(result, Caption)} == EVERY_FILE
+    assert "corrupted.mp4: damaged" in caplog.text
 
 
 @pytest.mark.parametrize(

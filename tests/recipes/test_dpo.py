@@ -23,7 +23,7 @@ def references(taught) -> list[Reference]:
 
 @pytest.fixture
 def preferences(references, tmp_path) -> Path:
-    """What is in a clip against what is in the next one, in the format of 2+."""
+    """What is in a clip against the same words from end to beginning, in the format of 2+."""
     items = [
         {
             "video": one.video,
@@ -32,19 +32,27 @@ def preferences(references, tmp_path) -> Path:
                 ASKED,
                 {"from": "gpt", "value": one.caption},
                 {"from": "chosen", "value": one.caption},
-                {"from": "reject", "value": other.caption},
+                {"from": "reject", "value": " ".join(reversed(one.caption.split()))},
             ],
         }
-        for one, other in zip(references, [*references[1:], references[0]], strict=True)
+        for one in references
     ]
     path = tmp_path / "preferences.json"
     path.write_text(json.dumps(items))
     return path
 
 
-def test_given_preferences(taught, launch, preferences, tmp_path):
+@pytest.fixture(params=["salmonn2", "salmonn2-plus"])
+def start(request):
+    """A model of each family to train."""
+    if request.param == "salmonn2":
+        return request.getfixturevalue("taught") / "model"
+    return request.getfixturevalue("random_plus")
+
+
+def test_given_preferences(start, launch, preferences, tmp_path):
     flags = {
-        "preferences": preferences, "model": taught / "model", "out": tmp_path / "dpo",
+        "preferences": preferences, "model": start, "out": tmp_path / "dpo",
         "lora.rank": 8, "lora.alpha": 16,
         "fit.steps": 8, "fit.batch_size": 4, "fit.learning_rate": 0.003, "fit.accumulation": 2,
     }  # fmt: skip
@@ -55,7 +63,7 @@ def test_given_preferences(taught, launch, preferences, tmp_path):
     # The reference is the policy before its first step: no reward yet, and a loss of ln 2 for the preference.
     assert steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
     assert steps[-1]["dpo"] < steps[0]["dpo"] - 0.02 and steps[-1]["chosen"] > steps[-1]["rejected"]
-    before, after = (load_network(path).state_dict() for path in (taught / "model", tmp_path / "dpo" / "merged"))
+    before, after = (load_network(path).state_dict() for path in (start, tmp_path / "dpo" / "merged"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj"}
     assert (tmp_path / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
@@ -86,7 +94,7 @@ def test_a_preference_keeps_what_was_said_before(load_recipe):
     assert pair.history == (("Describe the video and its sounds in detail.", "a"),)
 
 
-def test_sft_on_conversations(taught, launch, references, tmp_path):
+def test_sft_on_conversations(start, launch, references, tmp_path):
     """In the format of salmonn2, the sound in a file of its own; a preference among them is left to DPO."""
     said = [ASKED | {"value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a circle"}]
     items = [{"video": one.video, "audio": one.video, "conversations": said} for one in references[:3]]
@@ -94,7 +102,7 @@ def test_sft_on_conversations(taught, launch, references, tmp_path):
     path = tmp_path / "conversations.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     flags = {
-        "references": path, "model": taught / "model", "out": tmp_path / "tuned", "heldout_clips": 0,
+        "references": path, "model": start, "out": tmp_path / "tuned", "heldout_clips": 0,
         "fit.steps": "null", "fit.epochs": 4, "fit.batch_size": 3, "fit.learning_rate": 0.003,
     }  # fmt: skip
     result = launch("sft", **flags)
