@@ -4,13 +4,17 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig as PeftConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -90,11 +94,19 @@ def hub(published, tmp_path):
             )
     index = {name: f"model-0000{number}-of-00002.safetensors" for number, part in enumerate(shards, 1) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    with serve(folder) as (address, asked):
+        yield address, asked
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A hub that has this folder as someone/video-salmonn: its address, and what is asked of it."""
     asked: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubHandler, folder, asked))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", asked
     server.shutdown()
+    server.server_close()
 
 
 def caption(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,6 +137,29 @@ def test_a_hub_id_is_all_that_is_needed(capsys, hub, published, tmp_path):
     assert call(capsys, *args[:3], "--model", published("salmonn2-plus"), "--out", tmp_path / "c.jsonl")[0] == 0
     (from_folder,) = read_records(tmp_path / "c.jsonl", Caption)
     assert from_hub.text == again.text == from_folder.text
+
+
+def test_an_adapter_on_the_hub(published, tmp_path):
+    """By its id; where the hub is out of reach, from disk; and told where it is taken for a model."""
+    base = published("salmonn2-plus")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    shutil.copy(
+        (base / "model.safetensors").resolve().parent / "lora.safetensors", folder / "adapter_model.safetensors"
+    )
+    PeftConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]).save_pretrained(str(folder))
+    args = (MEDIA / "h265_video.mp4", "--max-new-tokens", 4, "--end", 1)
+    both = (*args, "--model", base, "--adapter", "someone/video-salmonn")
+    with serve(folder) as (address, _):
+        home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+        result = caption(*both, "--out", tmp_path / "a.jsonl", **home)
+        assert result.returncode == 0, result.stderr
+        alone = caption(*args, "--model", "someone/video-salmonn", "--out", tmp_path / "b.jsonl", **home)
+    assert alone.returncode == 2 and "is an adapter, and no model on its own: give it with --adapter" in alone.stderr
+    away = caption(*both, "--out", tmp_path / "c.jsonl", **home)
+    assert away.returncode == 0, away.stderr
+    (first,), (again,) = (read_records(tmp_path / f"{name}.jsonl", Caption) for name in "ac")
+    assert first.text == again.text
 
 
 def test_what_the_hub_lacks_is_told(hub, tmp_path):

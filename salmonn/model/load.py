@@ -175,22 +175,19 @@ def _from_hub(path: Path | str) -> Path:
     try:
         file = cached_file(name, CONFIG_NAME)
     except OSError as error:
-        if _is_adapter(name):
-            raise ValueError(
-                f"{name} is an adapter, and no model on its own: give it with --adapter, and with --model the model "
-                "that it was trained on (the published ones: tsinghua-ee/video_SALMONN2plus_7B_audioAlign and its like)"
-            ) from error
         raise ValueError(f"no model {name}: there is no such folder here, and the hub gave none: {error}") from error
+    if file is None and _is_adapter(name):
+        raise ValueError(
+            f"{name} is an adapter, and no model on its own: give it with --adapter, and with --model the model that "
+            "it was trained on (the published ones: tsinghua-ee/video_SALMONN2plus_7B_audioAlign and its like)"
+        )
     if file is None:
         raise ValueError(f"no model {name}: the hub has it, but without a {CONFIG_NAME}")
     return Path(file)
 
 
 def _is_adapter(name: str) -> bool:
-    try:
-        return cached_file(name, ADAPTER_CONFIG_NAME) is not None
-    except OSError:
-        return False
+    return cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _is_ours(values: dict[str, Any]) -> bool:

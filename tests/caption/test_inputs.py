@@ -156,6 +156,14 @@ class Letters:
         return [ord(letter) - 96 for letter in plain]
 
 
+def test_a_tokenizer_without_placeholders_is_refused(plus):
+    """Before anything is loaded: the first clip with sound would end in an error of its own."""
+    bare = Letters()
+    bare.special = {token: number for token, number in Letters.special.items() if number < 90}
+    with pytest.raises(ValueError, match=r"the tokenizer lacks <\|video_pad\|>, <\|audio_pad\|>"):
+        type(plus.processor)(bare, config=plus.processor.config)
+
+
 @pytest.fixture
 def letters(processor):
     """The processor with `Letters`."""
