@@ -78,7 +78,7 @@ def convert(source: Path, *, out: Path, shard_gb: float = 5.0, lora_alpha: int |
         for name, files in weights.items():
             tensors = without_prefix(read_all(files))
             if any(BASE in key for key in tensors):
-                tensors = merged(tensors, lora_alpha=lora_alpha)
+                tensors = merged(tensors, lora_alpha=alpha_of_merged(folder, lora_alpha))
             elif any(LORA_A in key for key in tensors):
                 name, tensors = "adapter_model", by_names_of_peft(tensors)  # noqa: PLW2901
                 write_adapter_config(tensors, folder, lora_alpha=lora_alpha)
@@ -89,6 +89,7 @@ def convert(source: Path, *, out: Path, shard_gb: float = 5.0, lora_alpha: int |
             # PEFT reads an adapter from one file only.
             limit = sys.maxsize if name == "adapter_model" else max(1, int(shard_gb * 1e9))
             write_weights(tensors, folder, name=name, limit=limit)
+        copied = {name for name in copied if (folder / name).exists()}
     used = {file.name for files in weights.values() for file in files}
     _tell(f"{out} holds the weights of {', '.join(sorted(used))}; copied: {', '.join(sorted(copied)) or 'nothing'}")
     if source.is_dir() and (left := sorted({file.name for file in source.iterdir() if file.is_file()} - used - copied)):
@@ -216,17 +217,37 @@ def by_names_of_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def merged(tensors: dict[str, Tensor], *, lora_alpha: int | None) -> dict[str, Tensor]:
-    """A model that was saved with its adapter, as the model alone: base + alpha / r * B A, by the model's own names.
+def alpha_of_merged(folder: Path, lora_alpha: int | None) -> int:
+    """What LoRA matrices beside a model's weights are scaled by: `lora_alpha`, or that of the copied adapter_config.json.
+
+    That file is taken away again: a merged model is no adapter.
 
     Raises:
-        ValueError: nothing tells the scale.
+        ValueError: nothing tells the scale, or two things do, or it is not one for all.
     """
-    if lora_alpha is None:
-        raise ValueError(
-            "the source holds a model with LoRA matrices beside its weights, and nothing in it tells their scale: say "
-            "with --lora_alpha what they were trained with (the published models: 256 at rank 128)"
-        )
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        if lora_alpha is None:
+            raise ValueError(
+                "the source holds a model with LoRA matrices beside its weights, and no adapter_config.json tells "
+                "their scale: say with --lora_alpha what they were trained with (the published models: 256 at rank 128)"
+            )
+        return lora_alpha
+    _refuse_second_alpha(lora_alpha)
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("use_rslora") or config.get("use_dora") or config.get("alpha_pattern"):
+        raise ValueError("adapter_config.json tells of other than plain LoRA of one scale: merge it with PEFT")
+    file.unlink()
+    return int(config["lora_alpha"])
+
+
+def _refuse_second_alpha(lora_alpha: int | None) -> None:
+    if lora_alpha is not None:
+        raise ValueError("--lora_alpha is for sources without adapter_config.json, and there is one: leave it out")
+
+
+def merged(tensors: dict[str, Tensor], *, lora_alpha: int) -> dict[str, Tensor]:
+    """A model that was saved with its adapter, as the model alone: base + alpha / r * B A, by the model's own names."""
     by_name = {key.replace(".default.", "."): tensor for key, tensor in tensors.items()}
     whole = {}
     for key, tensor in by_name.items():
@@ -249,8 +270,7 @@ def write_adapter_config(tensors: dict[str, Tensor], folder: Path, *, lora_alpha
         ValueError: nothing tells the scale; or the matrices are not all of one rank.
     """
     if (folder / "adapter_config.json").is_file():
-        if lora_alpha is not None:
-            raise ValueError("--lora_alpha is for adapters without adapter_config.json, and there is one: leave it out")
+        _refuse_second_alpha(lora_alpha)
         return
     ranks = {len(tensor) for key, tensor in tensors.items() if LORA_A in key}
     if len(ranks) > 1:

@@ -183,7 +183,8 @@ class TestLoraMatricesAlone:
         plain = dict(load_network(random_model).named_parameters())
         assert not all(torch.equal(plain[name], merged[name]) for name in plain)
 
-    def test_beside_the_weights_are_merged(self, tool, capsys, tmp_path, out, published, fill_adapter):
+    @pytest.mark.parametrize("told", ["on the command line", "in its config"])
+    def test_beside_the_weights_are_merged(self, tool, capsys, tmp_path, out, published, told):
         """As DeepSpeed leaves a published model that was trained with PEFT: base layers and matrices in one file."""
         source = published("salmonn2")
         base = load_file(source / "model.safetensors")
@@ -198,8 +199,17 @@ class TestLoraMatricesAlone:
         torch.save(saved, tmp_path / "both" / "all_parameters.bin")
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(source / name, tmp_path / "both")
-        assert "nothing in it tells their scale" in refusal(tool, capsys, tmp_path / "both", "--out", out)
-        tool.main([str(tmp_path / "both"), "--out", str(out), "--lora_alpha", "8"])
+        assert "no adapter_config.json tells their scale" in refusal(tool, capsys, tmp_path / "both", "--out", out)
+        scale = ["--lora_alpha", "8"]
+        if told == "in its config":
+            config = tmp_path / "both" / "adapter_config.json"
+            config.write_text('{"r": 4, "lora_alpha": 8, "use_rslora": true}')
+            assert "there is one: leave it out" in refusal(tool, capsys, tmp_path / "both", "--out", out, *scale)
+            assert "merge it with PEFT" in refusal(tool, capsys, tmp_path / "both", "--out", out)
+            config.write_text('{"r": 4, "lora_alpha": 8}')
+            scale = []
+        tool.main([str(tmp_path / "both"), "--out", str(out), *scale])
+        assert not (out / "adapter_config.json").exists()  # what is merged is no adapter
         ours, expected = load_file(out / "model.safetensors"), dict(base)
         for layer in adapted:
             name = f"{layer.removeprefix('base_model.model.')}.weight"  # scaled by alpha / rank = 8 / 4
