@@ -218,7 +218,7 @@ def by_names_of_peft(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def alpha_of_merged(folder: Path, lora_alpha: int | None) -> int:
-    """What LoRA matrices beside a model's weights are scaled by: `lora_alpha`, or that of the copied adapter_config.json.
+    """What scales LoRA matrices beside a model's weights: `lora_alpha`, or that of the copied adapter_config.json.
 
     That file is taken away again: a merged model is no adapter.
 

@@ -264,6 +264,8 @@ model, clips, out = sys.argv[1:]
 dist.setup(threads=1)
 captioner = Captioner.load(model)
 attach(captioner.network, LoraConfig(rank=2, dropout=0.0), seed=0)
+trained = [value for value in captioner.network.parameters() if value.requires_grad]
+start = torch.cat([value.detach().flatten() for value in trained])
 references = read_records(Path(clips) / "clips.jsonl", Reference)
 examples = make_examples(references[:5], ("caption", "visual_caption"), root=Path(clips))
 batches = SftBatches(
@@ -272,13 +274,13 @@ batches = SftBatches(
 config = FitConfig(steps=2, warmup=0.5, batch_size=5, accumulation=2, gradient_checkpointing=True)
 path = Path(out) / f"c{dist.rank()}.safetensors"
 fit(captioner.network, batches, sft_loss, config, seed=0, name="ranks", checkpoint_path=path)
-trained = [value.flatten() for value in captioner.network.parameters() if value.requires_grad]
-(Path(out) / f"{dist.world_size()}-{dist.rank()}.json").write_text(json.dumps(torch.cat(trained).tolist()))
+moved = torch.cat([value.detach().flatten() for value in trained]) - start
+(Path(out) / f"{dist.world_size()}-{dist.rank()}.json").write_text(json.dumps(moved.tolist()))
 """
 
 
 def test_pieces_on_two_processes(random_model, clips, tmp_path):
-    """Three examples in two pieces on one rank, two on the other: both end with the weights of one process."""
+    """Three examples in two pieces on one rank, two on the other: both move the weights as one process does."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     arguments = [script, random_model, clips.root, tmp_path]
@@ -289,5 +291,6 @@ def test_pieces_on_two_processes(random_model, clips, tmp_path):
     alone, first, second = (
         torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("1-0", "2-0", "2-1")
     )
-    assert torch.equal(first, second) and torch.allclose(first, alone, atol=2e-5)
-    assert (alone - first).abs().max() < 0.02 * 1e-3  # a hundredth of what a step moves a weight
+    assert torch.equal(first, second) and alone.abs().max() > 1e-3
+    # Adam moves a weight by its gradient's sign, which rounding gives to the few without one: all are measured at once.
+    assert (alone - first).norm() < 1e-3 * alone.norm()
