@@ -5,6 +5,8 @@
 PYTHON ?= python3
 # The build of torch: the one that your index gives for this version. For another (CUDA or CPU), point pip at its index.
 TORCH ?= torch==2.13.0
+# The toy model is too small to keep two cores busy by threads; a GPU holds one process.
+PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -27,10 +29,10 @@ lint: setup
 	$(BIN)/lint-imports
 
 mrdpo: setup
-	$(BIN)/torchrun recipes/mrdpo.py --config recipes/configs/mrdpo.yaml
+	$(BIN)/torchrun --standalone --nproc_per_node=$(PROCESSES) recipes/mrdpo.py --config recipes/configs/mrdpo.yaml
 
 proof: setup
-	$(BIN)/python tools/proof.py --seeds 2 3 4
+	$(BIN)/python tools/proof.py --seeds 2 3 4 --processes $(PROCESSES)
 
 tiny: setup
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_still.yaml

@@ -21,10 +21,12 @@ ROOT = Path(__file__).parent.parent
 COLUMNS = ("missing", "hallucination", "total", "repetition", "qa_accuracy")
 
 
-def run_seed(seed: int, out: Path, extra: list[str]) -> dict:
+def run_seed(seed: int, out: Path, extra: list[str], *, processes: int) -> dict:
     """One run of mrDPO: training seed `seed`, clips of seed 100 + `seed`; its summary."""
     command = [
         str(Path(sys.executable).parent / "torchrun"),
+        "--standalone",
+        f"--nproc_per_node={processes}",
         str(ROOT / "recipes" / "mrdpo.py"),
         f"--config={ROOT / 'recipes' / 'configs' / 'mrdpo.yaml'}",
         f"--out={out}",
@@ -75,10 +77,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="seeds of training; clips: 100 + seed")
     parser.add_argument("--out", type=Path, default=Path("run/proof"), help="folder for the runs")
+    parser.add_argument("--processes", type=int, default=2, help="of one run; a GPU holds one")
     values, extra = parser.parse_known_args()
     results = {}
     for seed in values.seeds:
-        summary = run_seed(seed, values.out / f"seed_{seed}", extra)
+        summary = run_seed(seed, values.out / f"seed_{seed}", extra, processes=values.processes)
         results[str(seed)] = {"summary": summary, "promises": judge(summary)}
     (values.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     report(results)

@@ -101,13 +101,26 @@ def generate(
     if penalty != 1:
         told = inputs if network.config.family == "salmonn2-plus" else None
         penalties.append(_Penalty(penalty, None if told is None else _prompts(told, num_samples)))
+    given = {
+        "inputs_embeds": network.embed(inputs),
+        "attention_mask": inputs.attention_mask,
+        "position_ids": network.positions(inputs.position_ids),
+    }
+    cache = None
+    if num_samples > 1:
+        # What the samples of a row have in common goes through once; generate goes on from its last token.
+        common = {"inputs_embeds": given["inputs_embeds"][:, :-1], "attention_mask": given["attention_mask"][:, :-1]}
+        common["position_ids"] = given["position_ids"][..., :-1]
+        cache = network.lm.get_decoder()(**common, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(num_samples)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = network.lm.generate(
             # Repeated here and not by num_return_sequences: some releases of transformers ask for ids to do that.
-            inputs_embeds=network.embed(inputs).repeat_interleave(num_samples, dim=0),
-            attention_mask=inputs.attention_mask.repeat_interleave(num_samples, dim=0),
-            position_ids=network.positions(inputs.position_ids).repeat_interleave(num_samples, dim=-2),
+            inputs_embeds=given["inputs_embeds"].repeat_interleave(num_samples, dim=0),
+            attention_mask=given["attention_mask"].repeat_interleave(num_samples, dim=0),
+            position_ids=given["position_ids"].repeat_interleave(num_samples, dim=-2),
+            past_key_values=cache,
             generation_config=config,
             logits_processor=penalties,
         )

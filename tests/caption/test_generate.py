@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.inputs import Row
 
@@ -155,3 +156,18 @@ def test_without_a_penalty_of_its_own_the_models_counts(captioner, media):
     assert none != some and answers(None) == none
     captioner.network.config.repetition_penalty = 0.2
     assert answers(None) == some and answers(1.0) == none
+
+
+@pytest.mark.parametrize("family", [None, "salmonn2", "salmonn2-plus"])
+def test_samples_share_their_prompt(captioner, published, videos, family):
+    """Drawn from one pass over each prompt, they are those of a row for each; prompts are of different lengths."""
+    captioner = Captioner.load(published(family)) if family else captioner
+    media = [captioner.processor.read(videos[0]), captioner.processor.read(videos[1], end_seconds=3)]
+    rows = [Row(0, "Tell."), Row(1, "Tell it all in many words.")]
+    shapes = []
+    layer = captioner.network.lm.get_decoder().layers[0]
+    layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
+    shared = ids_of(captioner, media, sampling=DRAWN, rows=rows, num_samples=3, seed=5)
+    assert shapes[0][0] == 2 and shapes[0][1] > 100 and set(shapes[1:]) == {(6, 1)}
+    alone = ids_of(captioner, media, sampling=DRAWN, rows=[row for row in rows for _ in range(3)], seed=5)
+    assert shared == alone and len({tuple(ids) for ids in shared}) > 4
