@@ -1,7 +1,7 @@
 # make setup   install everything into .venv
 # make test    lint, types, import layers, tests
 # make mrdpo   the whole loop at toy size, with a table and a picture at its end
-# make tiny    train the toy model from nothing and ship it in place of the old one (an hour to an hour and a half on 2 cores)
+# make tiny    train the toy model from nothing and ship it in place of the old one (two hours on 2 cores)
 PYTHON ?= python3
 # The build of torch: the one that your index gives for this version. For another (CUDA or CPU), point pip at its index.
 TORCH ?= torch==2.13.0

@@ -18,7 +18,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import claim_folder, run_recipe
 from salmonn.conversations import Conversation, read_conversations
-from salmonn.model.load import CONFIG_NAME, Placement
+from salmonn.model.load import CONFIG_NAME, Placement, load_config
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 from salmonn.model.network import Block
 from salmonn.records import Pair
@@ -60,7 +60,7 @@ class GivenDpoConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        self.placement.require_whole()
+        self.placement.require_trainable()
 
 
 def main(config: GivenDpoConfig) -> None:
@@ -77,12 +77,13 @@ def main(config: GivenDpoConfig) -> None:
         )
         return
     dist.setup()
+    load_config(config.model)  # a wrong folder is told first
+    examples, pairs = read_preferences(config)
     if dist.is_main():
         claim_folder(config.out, config, name="dpo")
     if (config.out / "merged" / CONFIG_NAME).is_file():
         log.info("%s is trained already", config.out)
         return
-    examples, pairs = read_preferences(config)
     captioner = Captioner.load(config.model, placement=config.placement, frames=config.frames)
     blocks = encode(captioner, examples)
     attach(captioner.network, config.lora, seed=config.seed)

@@ -123,7 +123,7 @@ class MrDpoConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        self.placement.require_whole()
+        self.placement.require_trainable()
         if not 0 <= self.qa_share < 1 or (self.qa_share and not 0 < self.num_questions < self.fit.batch_size):
             raise ValueError(
                 f"qa_share is the share of {self.fit.batch_size} examples a step that are questions; "
@@ -143,9 +143,9 @@ def main(config: MrDpoConfig) -> None:
         return
     dist.setup()
     load_config(config.model)  # a wrong folder is told before anything is rendered
+    train, heldout = read_sets(config)
     if dist.is_main():
         claim_folder(config.out, config, name="mrdpo")
-    train, heldout = read_sets(config)
     captioner = load(config.model, config)
     run = encode_sets(captioner, train, heldout, config)
     summary = Summary(sft=measure(captioner, run, config.out / "sft", config=config))

@@ -83,7 +83,7 @@ class SftConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        self.placement.require_whole()
+        self.placement.require_trainable()
 
 
 def main(config: SftConfig) -> None:
@@ -94,12 +94,12 @@ def main(config: SftConfig) -> None:
     dist.setup()
     if config.model != TINY:
         load_config(config.model)  # a wrong folder is told before anything is rendered
+    clips = read_data(config)
     if dist.is_main():
         claim_folder(config.out, config, name="sft")
     if (config.out / CONFIG_NAME).is_file():
         log.info("%s is trained already", config.out)
         return
-    clips = read_data(config)
     captioner = load_model(config, clips)
     choose_trainable(captioner.network, config)
     examples = to_examples(clips, captioner, config)
@@ -143,7 +143,7 @@ def plan(config: SftConfig) -> None:
     # What is learnt of the whole clip stands together, if anything is.
     uses: list[Use] = [use for use in ("visual", "audio") if any(task.startswith(use) for task in config.tasks)]
     whole = sum(not task.startswith(("visual_", "audio_")) for task in config.tasks)
-    work = Work(clips=clips_at_once(config.fit), answers=max(whole, 1), use="both" if whole else uses[0])
+    work = Work(clips=clips_at_once(config.fit), answers=max(whole, 1), use="both" if whole or not uses else uses[0])
     print_budget(
         Budget(network, sizes, placement=config.placement, fit=config.fit, work=work),
         title=f"SFT of {config.model}",

@@ -26,7 +26,6 @@ SOME_FAILED, WRONG_USAGE = 1, 2
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that one might install
     parser = build_parser()
     values = parser.parse_args(underscored(args))
     command = {"caption": run_caption, "score": run_score, "synth": run_synth}[values.subcommand]

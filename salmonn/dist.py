@@ -31,7 +31,8 @@ def setup(*, threads: int | None = None) -> None:
     if world_size() > 1 and not torch_dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(device())  # or else every rank would gather on the first one's
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        # Objects, such as clips' tokens, are gathered in main memory: GPUs have no room for all of them.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch_dist.init_process_group(backend, timeout=TIMEOUT)
         atexit.register(torch_dist.destroy_process_group)
     level = logging.INFO if is_main() else logging.WARNING

@@ -1,5 +1,6 @@
 """The one door to a model that describes videos: command line, page, service and recipes all come through here."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,9 @@ import torch
 
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.inputs import Processor, Row
-from salmonn.model.load import Placement, load_config, load_network, save_network
+from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Block, Media, Network
-from salmonn.records import Caption, Use
+from salmonn.records import Caption, Use, new_folder
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
 Progress = Callable[[int], object]
@@ -96,9 +97,15 @@ class Captioner:
         return cls(network, processor, name=str(path))
 
     def save(self, path: Path | str) -> None:
-        """Write network, config and tokenizer as a folder that `load` reads."""
-        self.processor.save(path)
-        save_network(self.network, path)
+        """Write network, config and tokenizer as a folder that `load` reads; it has a config.json if it is whole."""
+        half = Path(path) / ".half"
+        shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
+        with new_folder(half) as folder:
+            self.processor.save(folder)
+            save_network(self.network, folder)
+        for file in sorted(half.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+            file.replace(half.parent / file.name)
+        half.rmdir()
 
     def caption(
         self,

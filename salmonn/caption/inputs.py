@@ -148,15 +148,8 @@ class Processor:
 
     def lay_out(self, media: Media) -> Layout:
         """The order and positions of the tokens that a clip becomes."""
-        tells_time = self.config.family == "salmonn2" and self.config.tell_time and not len(media.mel)
-        told = self._times(media) if tells_time else []
+        told = [self.tokenizer.encode(time, add_special_tokens=False) for time in told_times(self.config, media)]
         return lay_out(self.config, media, told=told, released=self.released_positions)
-
-    def _times(self, media: Media) -> list[list[int]]:
-        """Ids of each frame's time: seconds since the beginning up to its end."""
-        step = media.seconds / max(media.num_frames, 1)
-        times = [str(round(step * number, 1)) for number in range(1, media.num_frames + 1)]
-        return [self.tokenizer.encode(time, add_special_tokens=False) for time in times]
 
     def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Block], *, pad_left: bool = False) -> Inputs:
         """Collate rows about clips into one batch.
@@ -220,6 +213,14 @@ def to_media(config: SalmonnConfig, frames: Tensor, mel: Tensor, *, seconds: flo
 def count_chunks(config: SalmonnConfig, seconds: float) -> int:
     """Chunks that so many seconds of sound are heard in."""
     return math.ceil((max(seconds, MIN_SOUND_SECONDS) - config.spare_seconds) / config.chunk_seconds)
+
+
+def told_times(config: SalmonnConfig, media: Media) -> list[str]:
+    """Each frame's time, seconds since the beginning up to its end; salmonn2 tells it where nothing is heard."""
+    if config.family != "salmonn2" or not config.tell_time or len(media.mel):
+        return []
+    step = media.seconds / max(media.num_frames, 1)
+    return [str(round(step * number, 1)) for number in range(1, media.num_frames + 1)]
 
 
 def lay_out(

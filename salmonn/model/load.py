@@ -46,11 +46,27 @@ class Placement:
                 f"device {self.device} puts all of the model on one device, device_map {self.device_map} splits it: "
                 "give one of them"
             )
+        try:
+            device = torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise ValueError(f"there is no device {self.device}: give cpu, cuda, or cuda:1 and the like") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"torch sees {torch.cuda.device_count()} GPUs here, and no {self.device}: give cpu")
 
-    def require_whole(self) -> None:
-        """Raise ValueError where weights are quantised, which training would merge an adapter into."""
+    def require_trainable(self) -> None:
+        """Raise ValueError where the weights would lie as training cannot have them."""
         if self.bits:
             raise ValueError("training merges its adapter into the weights, which bits would round: leave bits out")
+        if self.device or self.device_map:
+            raise ValueError(
+                "each process of a training keeps the whole model on a GPU of its own, or on the CPU where torch sees "
+                "none: leave device and device_map out (CUDA_VISIBLE_DEVICES hides GPUs)"
+            )
+        if self.attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"training packs rows with a mask, which flash attention does not take: choose attention sdpa, not "
+                f"{self.attention}"
+            )
 
     def to_transformers(self) -> dict[str, Any]:
         """The same as arguments of from_pretrained."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from salmonn import dist
-from salmonn.caption.inputs import count_chunks, lay_out, restrict_media, to_media
+from salmonn.caption.inputs import count_chunks, lay_out, restrict_media, to_media, told_times
 from salmonn.model.load import Placement
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Media, Network
@@ -191,7 +191,8 @@ class Budget:
         self.shape = shape
         self.numbers = numbers_of(placement, fit)
         self.media = restrict_media(imagine(config, shape), work.use)
-        self.layout = lay_out(config, self.media)
+        # The published tokenizer has a token for each digit and for the point.
+        self.layout = lay_out(config, self.media, told=[[0] * len(time) for time in told_times(config, self.media)])
         self.parameters = count_parameters(network)
         self.decoder = Stack.of(network.lm.config.get_text_config())
         self.seeing = Stack.of(network.get_submodule("vision.encoder").config)

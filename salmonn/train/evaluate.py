@@ -132,8 +132,7 @@ def evaluate(
     captions = caption_clips(
         captioner, references, blocks, sampling=sampling, seed=0, name=f"{name}: captions", side_by_side=side_by_side
     )
-    # Answers are short beside captions.
-    answers = answer_questions(captioner, references, blocks, name=f"{name}: questions", side_by_side=2 * side_by_side)
+    answers = answer_questions(captioner, references, blocks, name=f"{name}: questions", side_by_side=side_by_side)
     by_video = {reference.video: reference for reference in references}
     scores = judge_captions(captions, by_video, judge=judge)
     return Evaluation(captions, answers, scores, rates(scores, qa_accuracy=qa_accuracy(by_video, answers)))

@@ -14,6 +14,7 @@ from salmonn import dist
 from salmonn.caption.inputs import Processor, Row
 from salmonn.caption.prompt import LIST_EVENTS, answer_ids
 from salmonn.conversations import Conversation, Turn
+from salmonn.media.container import ClipError
 from salmonn.model.network import Block, Inputs, Media
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Reference, Use
@@ -45,6 +46,7 @@ class Example:
         use: picture, sound or both.
         sound: file that the sound is in, where it is not in the video.
         start_seconds, end_seconds: the part of the video that is meant; none for the whole.
+        needs_both: a clip without picture or without sound is refused where both are meant.
     """
 
     video: Path
@@ -53,6 +55,7 @@ class Example:
     sound: Path | None = None
     start_seconds: float | None = None
     end_seconds: float | None = None
+    needs_both: bool = False
 
 
 def make_examples(
@@ -125,6 +128,7 @@ def conversation_examples(conversations: Sequence[Conversation], *, root: Path) 
                 sound=sound if picture else None,
                 start_seconds=conversation.start_seconds,
                 end_seconds=conversation.end_seconds,
+                needs_both=True,
             )
         )
     files = [file for example in examples for file in (example.video, example.sound) if file]
@@ -166,6 +170,11 @@ class ClipCache:
             start_seconds=example.start_seconds,
             end_seconds=example.end_seconds,
         )
+        if example.needs_both and example.use == "both" and not (media.num_frames and len(media.mel)):
+            raise ClipError(
+                f"{example.video} has no {'sound' if media.num_frames else 'picture'}, and what is to be learnt of it "
+                "asks for both: say use_audio false, or leave the item out"
+            )
         size = media.pixels.nbytes + media.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:
             self.clips[key] = media

@@ -24,6 +24,27 @@ def test_one_caption(captioner, videos, media, random_model):
     assert caption.text
 
 
+def test_half_a_model_is_none(captioner, media, tmp_path, monkeypatch):
+    """Recipes take a folder with a config.json for a finished stage, so that a kill amid saving must leave none."""
+
+    def killed(_, path):
+        (path / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("salmonn.caption.captioner.save_network", killed)
+        with pytest.raises(KeyboardInterrupt):
+            captioner.save(tmp_path / "model")
+    assert not (tmp_path / "model" / "config.json").exists()
+    (tmp_path / "model" / ".half").mkdir(exist_ok=True)
+    (tmp_path / "model" / ".half" / "left.json").touch()  # where it was killed while files took their places
+    captioner.save(tmp_path / "model")
+    again = Captioner.load(tmp_path / "model")
+    assert again.answer(media[:1], ["Tell."], sampling=SHORT) == captioner.answer(media[:1], ["Tell."], sampling=SHORT)
+    left = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "model.safetensors"} < left and not left & {".half", "left.json"}
+
+
 def test_an_answer_at_its_limit_is_unfinished(captioner, media):
     (answer,) = captioner.answer(media[:1], ["Tell."], sampling=Sampling(max_new_tokens=1))
     assert not answer.finished

@@ -93,6 +93,29 @@ def test_flash_attention_in_32_bits_is_refused(random_model):
         load_network(random_model, placement=Placement(dtype="float32", attention="flash_attention_2"))
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"bits": 4}, "leave bits out"),
+        ({"device": "cpu"}, "leave device and device_map out"),
+        ({"device_map": "auto"}, "leave device and device_map out"),
+        ({"attention": "flash_attention_2"}, "choose attention sdpa, not flash_attention_2"),
+        ({"attention": "auto"}, "choose attention sdpa, not auto"),
+    ],
+)
+def test_what_training_cannot_use(load_recipe, values, words):
+    placement = {"dtype": "bfloat16", "attention": "sdpa"} | values
+    for recipe, config in (("sft", "SftConfig"), ("mrdpo", "MrDpoConfig")):
+        with pytest.raises(ValueError, match=words):
+            getattr(load_recipe(recipe), config)(out="run", placement=Placement(**placement))
+
+
+@pytest.mark.parametrize(("device", "words"), [("gpu", "no device gpu"), ("cuda:99", "and no cuda:99: give cpu")])
+def test_a_device_that_is_not_there(device, words):
+    with pytest.raises(ValueError, match=words):
+        Placement(device=device)
+
+
 def test_one_device_or_a_map():
     with pytest.raises(ValueError, match="give one of them"):
         Placement(device="cpu", device_map="auto")

@@ -72,6 +72,26 @@ def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
     assert {name for name, parameter in parameters.items() if parameter.requires_grad} == wanted and wanted
 
 
+@pytest.mark.parametrize(
+    ("recipe", "config", "given"),
+    [
+        ("sft", "SftConfig", ("references",)),
+        ("mrdpo", "MrDpoConfig", ("references", "heldout_references")),
+        ("dpo", "GivenDpoConfig", ("preferences",)),
+    ],
+)
+def test_a_file_that_is_not_there_claims_no_folder(
+    load_recipe, random_model, tmp_path, monkeypatch, recipe, config, given
+):
+    """Or the mended command would be refused as another run."""
+    module = load_recipe(recipe)
+    monkeypatch.setattr(module.dist, "setup", lambda: None)  # threads and log of the tests stay theirs
+    files = dict.fromkeys(given, tmp_path / "gone.jsonl")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        module.main(getattr(module, config)(out=tmp_path / "out", model=str(random_model), **files))
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_part_is_named(load_recipe, captioner, tmp_path):
     sft = load_recipe("sft")
     with pytest.raises(ValueError, match="named ears"):

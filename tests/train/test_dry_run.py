@@ -118,6 +118,18 @@ def test_tokens_of_a_real_clip(film, processor, model):
     assert torch.equal(real.lay_out(media).positions, lay_out(config, imagined).positions)
 
 
+def test_times_are_counted_where_they_are_told():
+    """video-SALMONN 2 tells each frame's time where nothing is heard: "1.0" to "51.0" in 9 * 3 + 42 * 4 letters."""
+    config = offline_config("tsinghua-ee/video-SALMONN-2")
+    network = empty_network(config)
+    placement, fit = Placement(dtype="bfloat16"), FitConfig()
+    lengths = [
+        len(Budget(network, config, placement=placement, fit=fit, work=Work(clips=1, answers=1, use=use)).layout)
+        for use in ("both", "visual")
+    ]
+    assert lengths[1] - (lengths[0] - 51 * 3) == 9 * 3 + 42 * 4
+
+
 def test_tokens_by_hand():
     """51 s at 1 fps: 51 frames of 13 x 14 tokens, each with 3 of the 120 tokens heard. In 2+ 510 frames, two a step."""
     tokens = {

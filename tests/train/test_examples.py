@@ -3,10 +3,12 @@
 from collections import Counter
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
 from salmonn.conversations import Turn, parse_conversation
+from salmonn.media.container import ClipError
 from salmonn.model.network import Block
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.model.splice import by_seconds
@@ -183,7 +185,7 @@ def test_conversations_become_examples_of_their_own(clips, processor):
     conversations = [parse_conversation(item) for item in items]
     both, part, heard, dubbed = conversation_examples(conversations, root=clips.root)
     assert both == Example(
-        clips.root / name, (Turn("First?", "one"), Turn("Second?", "two", (("First?", "one"),))), use="both"
+        clips.root / name, (Turn("First?", "one"), Turn("Second?", "two", (("First?", "one"),))), needs_both=True
     )
     assert (part.use, part.start_seconds, part.end_seconds) == ("visual", 1.0, 3.0)
     assert (heard.video, heard.use, heard.sound) == (clips.root / name, "audio", None)
@@ -210,3 +212,22 @@ def test_absent_files_of_conversations_are_told(tmp_path):
     said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
     with pytest.raises(FileNotFoundError, match=r"1 files of the conversations are not there.*gone\.mp4"):
         conversation_examples([parse_conversation({"video": "gone.mp4", "conversations": said})], root=tmp_path)
+
+
+def test_a_conversation_about_sound_that_is_not_there_is_refused(processor, tmp_path):
+    """A picture alone would be learnt under words about both."""
+    with av.open(str(tmp_path / "silent.mp4"), "w") as file:
+        picture = file.add_stream("mpeg4", rate=10)
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(10):
+            file.mux(picture.encode(av.VideoFrame(64, 48, "yuv420p")))
+        file.mux(picture.encode(None))
+    said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
+    for item, refused in (({"use_audio": True}, True), ({}, False)):
+        conversation = parse_conversation({"video": "silent.mp4", "conversations": said, **item})
+        (example,) = conversation_examples([conversation], root=tmp_path)
+        if refused:
+            with pytest.raises(ClipError, match=r"silent\.mp4 has no sound, .*: say use_audio false"):
+                ClipCache(processor)(example)
+        else:
+            assert ClipCache(processor)(example).num_frames
