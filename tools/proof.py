@@ -2,7 +2,7 @@
 
     python tools/proof.py --seeds 2 3 4
 
-Writes `run/proof/seed_K/` (as `make mrdpo` writes `run/`) and `run/proof/results.json`. About 10 minutes a seed on
+Writes `run/proof/seed_K/` (as `make mrdpo` writes `run/`) and `run/proof/results.json`. 10 minutes a seed on
 2 cores. Seeds that are done are not run again.
 """
 
