@@ -152,12 +152,15 @@ def to_pair(conversation: Conversation, *, name: str) -> Pair:
 
 
 def encode(captioner: Captioner, examples: Sequence[Example]) -> dict[str, Block]:
-    """The examples' clips by number, as the frozen towers give them; each rank encodes its share."""
+    """The examples' clips by number, each as the frozen towers give it once; each rank encodes its share."""
     cache = ClipCache(captioner.processor, max_bytes=0)
     blocks: list[Block] = []
-    for example in tqdm(dist.share(examples), desc="reading clips", unit="clip", disable=not dist.is_main()):
+    clips = {example.clip: example for example in examples}
+    mine = dist.share(list(clips.values()))
+    for example in tqdm(mine, desc="reading clips", unit="clip", disable=not dist.is_main()):
         blocks += captioner.encode([cache(example)])
-    return {str(number): block for number, block in enumerate(dist.gather(blocks))}
+    by_clip = dict(zip(clips, dist.gather(blocks), strict=True))
+    return {str(number): by_clip[example.clip] for number, example in enumerate(examples)}
 
 
 if __name__ == "__main__":

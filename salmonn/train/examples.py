@@ -57,6 +57,11 @@ class Example:
     end_seconds: float | None = None
     needs_both: bool = False
 
+    @property
+    def clip(self) -> tuple[Any, ...]:
+        """What it is about; examples of one clip share its tokens."""
+        return (self.video, self.sound, self.use, self.start_seconds, self.end_seconds)
+
 
 def make_examples(
     references: Sequence[Reference],
@@ -160,9 +165,8 @@ class ClipCache:
         Raises:
             ClipError: it cannot be read, or lacks the picture or the sound that is learnt from.
         """
-        key = (example.video, example.sound, example.use, example.start_seconds, example.end_seconds)
-        if key in self.clips:
-            return self.clips[key]
+        if example.clip in self.clips:
+            return self.clips[example.clip]
         media = self.processor.read(
             example.video,
             sound=example.sound,
@@ -177,7 +181,7 @@ class ClipCache:
             )
         size = media.pixels.nbytes + media.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:
-            self.clips[key] = media
+            self.clips[example.clip] = media
             self.num_bytes += size
         return media
 

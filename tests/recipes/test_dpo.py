@@ -9,6 +9,7 @@ import torch
 from salmonn.conversations import parse_conversation
 from salmonn.model.load import load_network
 from salmonn.records import Reference, read_records
+from salmonn.train.examples import Example
 
 ASKED = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}
 
@@ -84,6 +85,16 @@ def test_what_preferences_lack_is_told(load_recipe, preferences, tmp_path):
     preferences.write_text(json.dumps(plain))
     with pytest.raises(ValueError, match="holds no preference"):
         dpo.read_preferences(config)
+
+
+def test_a_clip_of_several_preferences_is_encoded_once(load_recipe, captioner, videos, monkeypatch):
+    one, part, other = Example(videos[0], ()), Example(videos[0], (), end_seconds=2.0), Example(videos[1], ())
+    encoded, encode = [], captioner.encode
+    monkeypatch.setattr(captioner, "encode", lambda media: encoded.append(media) or encode(media))
+    blocks = load_recipe("dpo").encode(captioner, [one, part, one, other])
+    assert len(encoded) == 3 and list(blocks) == ["0", "1", "2", "3"] and blocks["0"] is blocks["2"]
+    alone = [encode([captioner.processor.read(videos[0], end_seconds=end)])[0].tokens for end in (None, 2.0)]
+    assert all(torch.equal(blocks[key].tokens, tokens) for key, tokens in zip("01", alone, strict=True))
 
 
 def test_a_preference_keeps_what_was_said_before(load_recipe):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from salmonn.caption.captioner import Captioner
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.model.load import Placement
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.records import Pair
@@ -153,11 +153,12 @@ def test_pieces_give_the_gradient_of_the_whole(learn, accumulation):
     assert same == pytest.approx(figures, rel=1e-5) and distance(pieces, whole) < 5e-5
 
 
-def test_pieces_of_pairs(random_model, clips, tmp_path, fill_adapter):
+def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
     """Guided DPO on three pairs, together and one by one; every figure of the log is the same."""
     results = []
     for accumulation in (1, 3):
-        captioner = Captioner.load(random_model)
+        # A trained model, since a random one of large weights makes much of rounding.
+        captioner = Captioner.load(SHIPPED_MODEL)
         media = [captioner.processor.read(clips.root / reference.video) for reference in clips.references[:3]]
         blocks = dict(zip([r.video for r in clips.references], captioner.encode(media), strict=False))
         pairs = [Pair(video, "Tell.", "a red star", f"{video} a tone", "the truth") for video in blocks]
@@ -168,8 +169,7 @@ def test_pieces_of_pairs(random_model, clips, tmp_path, fill_adapter):
         assert len(batches(0)) == accumulation
         results.append(gradients(captioner.network, batches, tmp_path, loss=PreferenceLoss(DpoConfig())))
     (whole, figures), (pieces, same) = results
-    # Rounding, as above: 1.3e-5 was seen.
-    assert same == pytest.approx(figures, rel=1e-4) and distance(pieces, whole) < 5e-5
+    assert same == pytest.approx(figures, rel=1e-4) and distance(pieces, whole) < 1e-5
 
 
 def test_16_bits_train_in_32(random_model, clips, tmp_path):
@@ -189,7 +189,7 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
         dtypes.append({(value.requires_grad, value.dtype) for value in network.parameters()})
         losses.append(figures["loss"])
 
-    config = FitConfig(learning_rate=2e-3, steps=25, warmup=0.2, precision="bfloat16", gradient_checkpointing=True)
+    config = FitConfig(learning_rate=4e-3, steps=15, warmup=0.2, precision="bfloat16", gradient_checkpointing=True)
     fit(network, batches, sft_loss, config, seed=0, name="t", checkpoint_path=tmp_path / "c.safetensors", on_step=look)
     assert set.union(*dtypes) == {(True, torch.float32), (False, torch.bfloat16)}
     assert losses[-1] < 0.8 * losses[0]
@@ -280,11 +280,11 @@ moved = torch.cat([value.detach().flatten() for value in trained]) - start
 """
 
 
-def test_pieces_on_two_processes(random_model, clips, tmp_path):
+def test_pieces_on_two_processes(clips, tmp_path):
     """Three examples in two pieces on one rank, two on the other: both move the weights as one process does."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
-    arguments = [script, random_model, clips.root, tmp_path]
+    arguments = [script, SHIPPED_MODEL, clips.root, tmp_path]
     torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2"]
     for launcher in ([sys.executable], torchrun):
         line = list(map(str, [*launcher, *arguments]))
@@ -293,5 +293,4 @@ def test_pieces_on_two_processes(random_model, clips, tmp_path):
         torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("1-0", "2-0", "2-1")
     )
     assert torch.equal(first, second) and alone.abs().max() > 1e-3
-    # Adam moves a weight by its gradient's sign, which rounding gives to the few without one: all are measured at once.
-    assert (alone - first).norm() < 1e-3 * alone.norm()
+    assert (alone - first).abs().max() < 0.02 * 1e-3  # a hundredth of what a step moves a weight
