@@ -26,7 +26,8 @@ from salmonn.model.network import Block
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.prefer.pairs import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
-from salmonn.score.judge import Judge, RuleJudge
+from salmonn.score.build import JudgeConfig, make_judge
+from salmonn.score.judge import Judge
 from salmonn.score.rates import Rates
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.dry_run import plan_adapter
@@ -93,6 +94,7 @@ class MrDpoConfig:
         rounds: of DPO.
         qa_share: share of the last round's examples that are questions on the training clips, to be answered.
         side_by_side: captions that are generated at once; fewer need less memory.
+        judge: who scores the captions.
         pairs: sampling of captions and choice of pairs.
         dpo: the loss.
         lora: each round's fresh adapter.
@@ -114,6 +116,7 @@ class MrDpoConfig:
     rounds: int = 3
     qa_share: float = 0.0
     side_by_side: int = SIDE_BY_SIDE
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -143,11 +146,12 @@ def main(config: MrDpoConfig) -> None:
         return
     dist.setup()
     load_config(config.model)  # a wrong folder is told before anything is rendered
-    train, heldout = read_sets(config)
+    judge = make_judge(config.judge)
+    train, heldout = read_sets(config, judge)
     if dist.is_main():
         claim_folder(config.out, config, name="mrdpo")
     captioner = load(config.model, config)
-    run = encode_sets(captioner, train, heldout, config)
+    run = encode_sets(captioner, train, heldout, judge, config)
     summary = Summary(sft=measure(captioner, run, config.out / "sft", config=config))
     for number in range(1, config.rounds + 1):
         folder = config.out / f"round_{number}"
@@ -208,7 +212,7 @@ class Run:
         return dict(zip(paths, self.train_blocks, strict=True))
 
 
-def read_sets(config: MrDpoConfig) -> tuple[ClipSet, ClipSet]:
+def read_sets(config: MrDpoConfig, judge: Judge) -> tuple[ClipSet, ClipSet]:
     """Render or read the clips to train and to measure on.
 
     Raises:
@@ -222,7 +226,7 @@ def read_sets(config: MrDpoConfig) -> tuple[ClipSet, ClipSet]:
         else render_clips(config.clips_dir, heldout_synth)
     )
     for reference in (*train.references, *heldout.references):
-        RuleJudge().judge(reference, Caption(reference.video, ""))
+        judge.check(reference)
     if config.num_questions and not any(reference.questions for reference in train.references):
         raise ValueError(
             f"qa_share is {config.qa_share}, but the references have no questions: add some, or set it to 0"
@@ -230,14 +234,14 @@ def read_sets(config: MrDpoConfig) -> tuple[ClipSet, ClipSet]:
     return train, heldout
 
 
-def encode_sets(captioner: Captioner, train: ClipSet, heldout: ClipSet, config: MrDpoConfig) -> Run:
+def encode_sets(captioner: Captioner, train: ClipSet, heldout: ClipSet, judge: Judge, config: MrDpoConfig) -> Run:
     """Run the frozen towers once on all clips."""
     return Run(
         train=train,
         heldout=heldout,
         train_blocks=encode_clips(captioner, train, name="training clips", side_by_side=config.side_by_side),
         heldout_blocks=encode_clips(captioner, heldout, name="held-out clips", side_by_side=config.side_by_side),
-        judge=RuleJudge(),
+        judge=judge,
     )
 
 
@@ -287,10 +291,12 @@ def sample_captions(captioner: Captioner, run: Run, config: MrDpoConfig, folder:
 def pair_captions(
     captions: Sequence[Caption], scores: Sequence[Score], references: dict[str, Reference], *, config: PairConfig
 ) -> list[Pair]:
-    """Best against worst, clip by clip."""
+    """Best against worst, clip by clip, of the captions that have a score."""
+    scored = {(score.video, score.sample) for score in scores}
     by_video: dict[str, list[Caption]] = {}
     for caption in captions:
-        by_video.setdefault(caption.video, []).append(caption)
+        if (caption.video, caption.sample) in scored:
+            by_video.setdefault(caption.video, []).append(caption)
     return choose_pairs(
         by_video,
         scores,

@@ -28,7 +28,7 @@ from salmonn.model.network import Network
 from salmonn.model.presets import offline_config
 from salmonn.model.settings import PLAIN_PROMPTS, tiny
 from salmonn.records import Use, write_json, write_records
-from salmonn.score.judge import RuleJudge
+from salmonn.score.rule import RuleJudge
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
 from salmonn.train.evaluate import encode_clips, evaluate
 from salmonn.train.examples import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from salmonn.config import underscored
 from salmonn.media.clip import find_videos
 from salmonn.media.synth import SynthConfig, make_clips
-from salmonn.records import Caption, Reference, Use, append_record, read_records, write_records
+from salmonn.records import Caption, Reference, Score, Use, append_record, read_records, write_records
 
 SOME_FAILED, WRONG_USAGE = 1, 2
 
@@ -140,8 +140,9 @@ def _score_parser() -> ArgumentParser:
 
 def run_score(values: Namespace) -> int:
     """Print the rates of captions; write each caption's score where asked."""
-    from salmonn.score.judge import RuleJudge, score_captions
+    from salmonn.score.judge import score_captions
     from salmonn.score.rates import rates
+    from salmonn.score.rule import RuleJudge
 
     if values.judge != "rule":
         raise ValueError(f"there is no judge named {values.judge}: the one there is so far is 'rule'")
@@ -150,7 +151,7 @@ def run_score(values: Namespace) -> int:
     by_path = {(values.references.parent / video).resolve(): video for video in references}
     # Captions name videos as they were typed, references relative to their own file: both are meant.
     named = [replace(caption, video=by_path.get(Path(caption.video).resolve(), caption.video)) for caption in captions]
-    scores = score_captions(references, named, RuleJudge())
+    scores = [score for score in score_captions(references, named, RuleJudge()) if isinstance(score, Score)]
     if values.out:
         write_records(values.out, scores)
     console = Console()

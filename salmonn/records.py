@@ -6,6 +6,7 @@ Nothing here needs torch, so annotation and scoring run on any machine.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import types
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-Modality = Literal["visual", "audio"]
+Modality = Literal["visual", "audio", "speech"]
 Use = Literal["both", "visual", "audio"]
 Record = TypeVar("Record")
 
@@ -27,7 +28,7 @@ class Event:
 
     Args:
         text: the fact as a short clause, for example "a red circle moves to the left".
-        modality: whether it is seen or heard.
+        modality: whether it is seen, heard, or said.
         start_seconds, end_seconds: when it happens, from the start of the video; None where unknown.
     """
 
@@ -35,6 +36,33 @@ class Event:
     modality: Modality = "visual"
     start_seconds: float | None = None
     end_seconds: float | None = None
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether it is in the sound: speech is, too."""
+        return self.modality != "visual"
+
+    def precedes(self, other: "Event") -> bool:
+        """Whether it ended before the other began; one that starts as the other starts never precedes it."""
+        if self.start_seconds is None or self.end_seconds is None or other.start_seconds is None:
+            return False
+        return self.end_seconds <= other.start_seconds and self.start_seconds < other.start_seconds
+
+    def lies_within(self, start_seconds: float | None, end_seconds: float | None) -> bool:
+        """Whether at least half of it lies in the span; an open end (None) has no limit, an untimed event no place.
+
+        An event without length lies in the span from its start up to, not including, its end.
+        """
+        if start_seconds is None and end_seconds is None:
+            return True
+        if self.start_seconds is None:
+            return False
+        first = -math.inf if start_seconds is None else start_seconds
+        last = math.inf if end_seconds is None else end_seconds
+        end = self.start_seconds if self.end_seconds is None else self.end_seconds
+        if end <= self.start_seconds:
+            return first <= self.start_seconds < last
+        return min(end, last) - max(self.start_seconds, first) >= (end - self.start_seconds) / 2
 
 
 @dataclass(frozen=True)
@@ -80,6 +108,7 @@ class Caption:
         model: folder or hub id of the model.
         sample: number of the sample, where several were drawn for one video.
         finished: False where the answer ran into its token limit.
+        start_seconds, end_seconds: the part of the video that it is about; None where that is open.
     """
 
     video: str
@@ -88,14 +117,39 @@ class Caption:
     model: str = ""
     sample: int = 0
     finished: bool = True
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """An event that a caption tells.
+
+    Args:
+        event: the event.
+        quote: the caption's words that tell it; "" where the judge does not say.
+        is_correct: False where something that matters is told wrong.
+    """
+
+    event: Event
+    quote: str = ""
+    is_correct: bool = True
 
 
 @dataclass(frozen=True)
 class Score:
-    """The judgement of one caption against the reference's N events.
+    """The judgement of one caption against N events: N = missing + incorrect + correct.
 
-    missing, incorrect and hallucinated are counts; `missed`, `wrong` and `invented` name what was counted.
-    `num_repeated_words` of the caption's `num_words` stand in repeated clauses.
+    Args:
+        video, sample: which caption.
+        num_events: N.
+        missing, incorrect, hallucinated: counts.
+        num_words, num_repeated_words: of the caption's words so many stand in repeated clauses.
+        finished: False where the caption ran into its token limit.
+        missed: texts of the events that are not told.
+        told: the events that are told, rightly or not, in the order in which the caption tells them.
+        invented: the caption's words that tell of no event.
+        repeated: the caption's words that say in other words what it says elsewhere, where the judge tells them.
     """
 
     video: str
@@ -106,9 +160,16 @@ class Score:
     num_words: int = 0
     num_repeated_words: int = 0
     sample: int = 0
+    finished: bool = True
     missed: tuple[str, ...] = ()
-    wrong: tuple[str, ...] = ()
+    told: tuple[Told, ...] = ()
     invented: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """Texts of the events that are told wrong."""
+        return tuple(told.event.text for told in self.told if not told.is_correct)
 
     @property
     def total(self) -> float:
@@ -119,6 +180,40 @@ class Score:
     def repetition(self) -> float:
         """Share of the caption's words that belong to repeated clauses."""
         return self.num_repeated_words / max(self.num_words, 1)
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A caption that the judge could not judge, and why."""
+
+    video: str
+    reason: str
+    sample: int = 0
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a set of captions was judged.
+
+    Args:
+        judge: who judged: "rule", or a model with its server.
+        prompt_hash: of the words that the judge was asked with, or of the rules that it reads by.
+        protocol: "salmonn" or "published".
+        date: when, UTC, in ISO format.
+        version: of salmonn.
+        seeds: of each pass over the captions.
+        totals: Total of each pass.
+        kept: which pass the scores are from, counted from 0.
+    """
+
+    judge: str
+    prompt_hash: str
+    protocol: str
+    date: str
+    version: str
+    seeds: tuple[int, ...] = (0,)
+    totals: tuple[float, ...] = ()
+    kept: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,13 @@ import pytest
 from salmonn.records import (
     Caption,
     Event,
+    Judging,
     Pair,
     Question,
     Reference,
     Score,
+    Told,
+    Unscored,
     append_record,
     new_folder,
     read_records,
@@ -35,7 +38,11 @@ REFERENCE = Reference(
         REFERENCE,
         Reference("bare.mp4"),
         Caption("a.mp4", "text", prompt="Tell.", model="m", sample=3, finished=False),
-        Score("a.mp4", 4, 1, 1, 0, 9, 3, 2, ("x",), ("y", "z"), ()),
+        Score(
+            "a.mp4", 4, 1, 1, 0, 9, 3, 2, False, ("x",), (Told(Event("y"), "Y", False), Told(Event("z", "speech"))), ()
+        ),
+        Unscored("a.mp4", "the server refused it", sample=1),
+        Judging("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.0", (1, 2), (0.5, 0.25), 1),
         Pair("a.mp4", "Tell.", "good", "bad", "true", gap=0.25, rejected_finished=False),
     ],
 )
@@ -92,7 +99,7 @@ def test_mistakes_are_named(tmp_path, line, words):
         (
             "events",
             [{"text": "x", "modality": "smell"}],
-            "Event.modality must be one of 'visual', 'audio', got 'smell'",
+            "Event.modality must be one of 'visual', 'audio', 'speech', got 'smell'",
         ),
         ("events", [{"modality": "audio"}], "Event lacks text"),
         ("events", [{"text": "x", "start_seconds": "2"}], "Event.start_seconds must be float or NoneType, got '2'"),

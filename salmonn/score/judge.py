@@ -1,89 +1,118 @@
-"""Judges: a caption against the events of its reference, event by event.
+"""What a judge is, and how a set of captions is scored by one.
 
-`Judge` is what the rest of the project asks for; `RuleJudge` judges captions of synthetic clips without any model.
-Classes of errors: arXiv 2410.06682 (video-SALMONN 2), section on atomic events.
+A judge sorts the N events of a reference into correct, incorrect and missing, and lists what a caption invents. There
+are two: `rule.RuleJudge` reads captions of synthetic clips without any model, `llm.LlmJudge` asks a language model on
+any OpenAI-compatible server. Classes of errors: arXiv 2410.06682 (video-SALMONN 2), section on atomic events.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from salmonn.records import Caption, Event, Reference, Score
-from salmonn.score.events import Claim, parse_claims
-from salmonn.score.rates import repeated_words
+from salmonn.records import Caption, Event, Reference, Score, Told, Unscored
+from salmonn.score.repetition import repeated_words
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One caption and the reference that it is judged against."""
+
+    reference: Reference
+    caption: Caption
+
 
 class Judge(Protocol):
-    """Judges one caption; raises ValueError, with what to do, where it cannot judge against the reference."""
+    """Judges captions. Scores of the same `name` and `prompt_hash` may be compared."""
 
-    def judge(self, reference: Reference, caption: Caption) -> Score:
-        """Count the missing, incorrect and hallucinated events of a caption."""
+    @property
+    def name(self) -> str:
+        """Who judges: "rule", or a model with its server."""
+        ...
+
+    @property
+    def prompt_hash(self) -> str:
+        """Of the words, or rules, that it judges by."""
+        ...
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a further pass would say the same again."""
+        ...
+
+    def check(self, reference: Reference) -> None:
+        """Raise ValueError, with what to do, where it cannot judge against the reference."""
+        ...
+
+    def judge(
+        self, tasks: Sequence[Task], *, seed: int = 0, progress: Progress | None = None
+    ) -> list[Score | Unscored]:
+        """Judge captions; results in the tasks' order. `progress` is called with the number just finished."""
         ...
 
 
-class RuleJudge:
-    """Judges captions of synthetic clips by reading both sides as claims.
-
-    Each event is in exactly one class, N = missing + incorrect + correct:
-    *correct* where a claim tells the same, in its place in time; *incorrect* where a claim differs from it in one
-    detail (a vague claim, "a circle appears", differs in the detail that it leaves out), or where it is told against
-    the order of time within its modality; *missing* otherwise. A claim that tells of no event is *hallucinated*, save
-    that it repeats another claim: then its words count as repeated, also where they are other words ("a high tone is
-    heard", "a shrill tone plays"), which `repeated_words` alone does not see.
-    """
-
-    def judge(self, reference: Reference, caption: Caption) -> Score:
-        """Score one caption.
-
-        Raises:
-            ValueError: the reference has no event list, or an event that this judge cannot read.
-        """
-        if not reference.events:
-            raise ValueError(f"the reference of {reference.video} has no event list: annotate it first")
-        events = [_read_event(event.text) for event in reference.events]
-        claims = parse_claims(caption.text)
-        exact = _match_exact(claims, events)
-        close = _match_close(claims, events, exact=exact)
-        unordered = _out_of_order(reference.events, events, told=[exact[place] for place in sorted(exact)])
-        wrong = {*unordered, *close.values()}
-        missed = [event for event in range(len(events)) if event not in wrong and event not in exact.values()]
-        stray = [place for place in range(len(claims)) if place not in exact and place not in close]
-        doubled = [place for place in stray if _repeats(claims, place, exact=exact)]
-        invented = [claims[place].clause for place in stray if place not in doubled]
-        repeated, num_words = repeated_words(caption.text)
+def write_score(
+    task: Task,
+    *,
+    missed: Sequence[Event],
+    told: Sequence[Told],
+    invented: Sequence[str],
+    repeated: Sequence[str] = (),
+    num_repeated_words: int = 0,
+) -> Score:
+    """The score of a sorted caption; `num_repeated_words` counts where it is more than what is said word for word."""
+    num_verbatim, num_words = repeated_words(task.caption.text)
+    return Score(
+        video=task.reference.video,
+        sample=task.caption.sample,
+        num_events=len(missed) + len(told),
+        missing=len(missed),
+        incorrect=sum(not one.is_correct for one in told),
+        hallucinated=len(invented),
+        num_words=num_words,
         # What is said again word for word is found both ways: the greater count is nearest to all that is repeated.
-        repeated = max(repeated, _doubled_words(claims, doubled))
-        return Score(
-            video=reference.video,
-            sample=caption.sample,
-            num_events=len(events),
-            missing=len(missed),
-            incorrect=len(wrong),
-            hallucinated=len(invented),
-            num_words=num_words,
-            num_repeated_words=repeated,
-            missed=tuple(reference.events[event].text for event in missed),
-            wrong=tuple(reference.events[event].text for event in sorted(wrong)),
-            invented=tuple(invented),
-        )
+        num_repeated_words=max(num_verbatim, num_repeated_words),
+        finished=task.caption.finished,
+        missed=tuple(event.text for event in missed),
+        told=tuple(told),
+        invented=tuple(invented),
+        repeated=tuple(repeated),
+    )
 
 
-def score_captions(references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge) -> list[Score]:
-    """Score every caption, then an empty caption for each reference that has none (all missing), so that none is lost.
+def score_captions(
+    references: Mapping[str, Reference],
+    captions: Sequence[Caption],
+    judge: Judge,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Score | Unscored]:
+    """Score every caption, and an empty one for each reference that has none (all missing), so that none is lost.
+
+    A caption of a part of a video is judged against the events of that part.
 
     Raises:
-        ValueError: a caption's video is not among the references (keyed by `Reference.video`).
+        ValueError: a caption's video is not among the references (keyed by `Reference.video`), or the judge cannot
+            judge against one of them.
     """
+    return judge.judge(pair_up(references, captions, judge), seed=seed, progress=progress)
+
+
+def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge) -> list[Task]:
+    """The captions with their references; see `score_captions`."""
     strangers = sorted({caption.video for caption in captions} - set(references))
     if strangers:
         raise ValueError(
             f"{len(strangers)} captioned videos have no reference, first {strangers[0]}: "
             "score against the references of the same set"
         )
-    uncaptioned = [video for video in references if video not in {caption.video for caption in captions}]
+    captioned = {caption.video for caption in captions}
+    uncaptioned = [video for video in references if video not in captioned]
     if uncaptioned:
         logger.warning(
             "%d of %d references have no caption and count as all missing, first %s",
@@ -91,139 +120,14 @@ def score_captions(references: Mapping[str, Reference], captions: Sequence[Capti
             len(references),
             uncaptioned[0],
         )
-    return [
-        judge.judge(references[caption.video], caption)
-        for caption in (*captions, *(Caption(video=video, text="") for video in uncaptioned))
-    ]
+    # All are checked before any is asked about: a mistake in the last reference should not cost the replies before it.
+    for reference in references.values():
+        judge.check(reference)
+    everything = (*captions, *(Caption(video=video, text="") for video in uncaptioned))
+    return [Task(events_of_part(references[caption.video], caption), caption) for caption in everything]
 
 
-@lru_cache(maxsize=65536)
-def _read_event(text: str) -> Claim:
-    claims = parse_claims(text)
-    if len(claims) != 1 or claims[0].kind == "unreadable":
-        raise ValueError(
-            f"the rule judge cannot read the event {text!r} as one claim: it knows synthetic clips only, "
-            "use another judge for other videos"
-        )
-    return claims[0]
-
-
-def _key(claim: Claim) -> tuple[str, tuple[str, ...]]:
-    return claim.kind, claim.details
-
-
-def _repeats(claims: Sequence[Claim], place: int, *, exact: Mapping[int, int]) -> bool:
-    """Whether the claim says what an earlier one says, or a later one that is taken to tell the event."""
-    return any(
-        _key(claims[place]) == _key(claim) and (other < place or other in exact)
-        for other, claim in enumerate(claims)
-        if other != place
-    )
-
-
-def _doubled_words(claims: Sequence[Claim], doubled: Sequence[int]) -> int:
-    """Words of the clauses that tell nothing but what is told elsewhere."""
-    clauses = {(claims[place].clause_number, claims[place].clause) for place in doubled}
-    news = {(claim.clause_number, claim.clause) for place, claim in enumerate(claims) if place not in doubled}
-    return sum(repeated_words(clause)[1] for _, clause in clauses - news)
-
-
-def _match_exact(claims: Sequence[Claim], events: Sequence[Claim]) -> dict[int, int]:
-    """Place of claim -> place of event that it tells exactly, one to one.
-
-    Where an event comes twice, the claims go to where most of the telling is in order: a longest common subsequence
-    within each modality first, what is left over in order.
-    """
-    matched: dict[int, int] = {}
-    for modality in ("visual", "audio"):
-        rows = [place for place, claim in enumerate(claims) if claim.modality == modality]
-        columns = [place for place, event in enumerate(events) if event.modality == modality]
-        common = _common_subsequence([_key(claims[row]) for row in rows], [_key(events[column]) for column in columns])
-        matched.update({rows[row]: columns[column] for row, column in common})
-    free = [place for place in range(len(events)) if place not in matched.values()]
-    for place, claim in enumerate(claims):
-        same = [event for event in free if _key(events[event]) == _key(claim)]
-        if place not in matched and same:
-            matched[place] = same[0]
-            free.remove(same[0])
-    return matched
-
-
-def _common_subsequence(first: Sequence[object], second: Sequence[object]) -> list[tuple[int, int]]:
-    """Pairs of places of a longest common subsequence; the earliest places of `first` among equals."""
-    longest = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
-    for i in range(len(first) - 1, -1, -1):
-        for j in range(len(second) - 1, -1, -1):
-            same = 1 + longest[i + 1][j + 1] if first[i] == second[j] else 0
-            longest[i][j] = max(same, longest[i + 1][j], longest[i][j + 1])
-    pairs, i, j = [], 0, 0
-    while i < len(first) and j < len(second):
-        if first[i] == second[j] and longest[i][j] == 1 + longest[i + 1][j + 1]:
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-        elif longest[i][j] == longest[i][j + 1]:
-            j += 1
-        else:
-            i += 1
-    return pairs
-
-
-def _match_close(claims: Sequence[Claim], events: Sequence[Claim], *, exact: Mapping[int, int]) -> dict[int, int]:
-    """Place of claim -> place of event of the same kind that differs in one detail: as many pairs as possible.
-
-    Kuhn's augmenting paths, claims in order, each trying the nearest event first. A claim that repeats an earlier one
-    takes no part: it says nothing new of another event (Total is the same either way).
-    """
-    free = [event for event in range(len(events)) if event not in exact.values()]
-    wishes = {}
-    for place, claim in enumerate(claims):
-        if place not in exact and not _repeats(claims, place, exact=exact):
-            near = [event for event in free if _is_close(claim, events[event])]
-            wishes[place] = [event for _, event in sorted((abs(event - place), event) for event in near)]
-    holder: dict[int, int] = {}
-    for place in wishes:
-        _augment(place, wishes=wishes, holder=holder, seen=set())
-    return {place: event for event, place in holder.items()}
-
-
-def _is_close(claim: Claim, event: Claim) -> bool:
-    return claim.kind == event.kind and sum(a != b for a, b in zip(claim.details, event.details, strict=True)) == 1
-
-
-def _augment(place: int, *, wishes: Mapping[int, Sequence[int]], holder: dict[int, int], seen: set[int]) -> bool:
-    """Give the claim an event, moving earlier claims to their other wishes where need be; whether it worked."""
-    for event in wishes[place]:
-        if event not in seen:
-            seen.add(event)
-            if event not in holder or _augment(holder[event], wishes=wishes, holder=holder, seen=seen):
-                holder[event] = place
-                return True
-    return False
-
-
-def _out_of_order(events: Sequence[Event], read: Sequence[Claim], *, told: Sequence[int]) -> set[int]:
-    """The few events without which the rest is told in order: the one in most violations goes, until none is left.
-
-    Of equals the one told latest goes. Events that overlap in time, or whose times are unknown, may come in any order.
-    """
-    clashes = {event: set[int]() for event in told}
-    for place, earlier in enumerate(told):
-        for later in told[place + 1 :]:
-            if read[earlier].modality == read[later].modality and _precedes(events[later], events[earlier]):
-                clashes[earlier].add(later)
-                clashes[later].add(earlier)
-    dropped: set[int] = set()
-    while any(clashes.values()):
-        most = max(reversed(told), key=lambda event: len(clashes[event]))
-        dropped.add(most)
-        for other in clashes.pop(most):
-            clashes[other].discard(most)
-        told = [event for event in told if event != most]
-    return dropped
-
-
-def _precedes(event: Event, other: Event) -> bool:
-    """Whether `event` ended before `other` began; one that starts as the other starts never precedes it."""
-    if event.start_seconds is None or event.end_seconds is None or other.start_seconds is None:
-        return False
-    return event.end_seconds <= other.start_seconds and event.start_seconds < other.start_seconds
+def events_of_part(reference: Reference, caption: Caption) -> Reference:
+    """The reference with the events alone that lie in the caption's part of the video (`Event.lies_within`)."""
+    events = [event for event in reference.events if event.lies_within(caption.start_seconds, caption.end_seconds)]
+    return replace(reference, events=tuple(events))

@@ -1,5 +1,6 @@
 """Measuring a model on held-out clips: captions judged against events, questions against answers, shared over ranks."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,12 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.model.network import Block
-from salmonn.records import Caption, Reference, Score
-from salmonn.score.judge import Judge
+from salmonn.records import Caption, Reference, Score, Unscored
+from salmonn.score.judge import Judge, Task
 from salmonn.score.rates import Rates, qa_accuracy, rates
 from salmonn.train.references import ClipSet
+
+log = logging.getLogger(__name__)
 
 SIDE_BY_SIDE = 128  # sequences that a toy model generates at once
 
@@ -83,8 +86,22 @@ def caption_clips(
 
 
 def judge_captions(captions: Sequence[Caption], references: Mapping[str, Reference], *, judge: Judge) -> list[Score]:
-    """Scores in the captions' order, the work shared over ranks."""
-    return dist.gather([judge.judge(references[caption.video], caption) for caption in dist.share(captions)])
+    """Scores in the captions' order, the work shared over ranks. What the judge could not score is left out, told.
+
+    Raises:
+        ValueError: none could be scored.
+    """
+    tasks = [Task(references[caption.video], caption) for caption in dist.share(captions)]
+    results = dist.gather(judge.judge(tasks))
+    unscored = [result for result in results if isinstance(result, Unscored)]
+    if unscored:
+        words = (
+            f"{len(unscored)} of {len(results)} captions are unscored, first {unscored[0].video}: {unscored[0].reason}"
+        )
+        if len(unscored) == len(results):
+            raise ValueError(words)
+        log.warning(words)
+    return [result for result in results if isinstance(result, Score)]
 
 
 def answer_questions(

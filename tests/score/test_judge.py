@@ -11,9 +11,10 @@ from salmonn.media import phrases
 from salmonn.media.scene import SynthConfig, draw_scene
 from salmonn.media.wording import write_reference
 from salmonn.records import Caption, Event, Reference, Score
-from salmonn.score.events import parse_claims
-from salmonn.score.judge import RuleJudge, score_captions
+from salmonn.score.claims import parse_claims
+from salmonn.score.judge import Task, score_captions
 from salmonn.score.rates import rates
+from salmonn.score.rule import RuleJudge
 
 EVENTS = (
     Event("a red circle appears", "visual", 0.5, 1.0),
@@ -62,7 +63,9 @@ SOUND_FORMS = [
 
 
 def judge(text: str, events: tuple[Event, ...] = EVENTS) -> Score:
-    return RuleJudge().judge(Reference("v.mp4", events), Caption("v.mp4", text))
+    reference = Reference("v.mp4", events)
+    RuleJudge().check(reference)
+    return RuleJudge().judge_one(Task(reference, Caption("v.mp4", text)))
 
 
 def errors(text: str, events: tuple[Event, ...] = EVENTS) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from salmonn.caption.generate import Sampling
 from salmonn.media.synth import SynthConfig
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Question, Reference, write_records
-from salmonn.score.judge import RuleJudge
+from salmonn.score.rule import RuleJudge
 from salmonn.train.evaluate import caption_clips, encode_clips, evaluate
 from salmonn.train.references import all_texts, heldout_config, read_clips, render_clips
 

@@ -1,0 +1,160 @@
+"""The files of scoring: score files; captions and references in our format (JSONL) or the published one (JSON).
+
+A score file is JSONL. Its first line, `{"judging": {...}}`, says who judged, when and how (`salmonn.records.Judging`);
+each further line is a `Score`, or an `Unscored` with its reason.
+
+The published test set (video-SALMONN 2) is a JSON list of `{"video", "events": [text, ...]}`, predictions on it one of
+`{"id": [video], "pred": text}`, where a text that holds `<|im_end|>` has come to its end.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from salmonn.records import (
+    Caption,
+    Event,
+    Judging,
+    Reference,
+    Score,
+    Unscored,
+    parse_record,
+    read_json,
+    read_records,
+    write_text,
+)
+
+logger = logging.getLogger(__name__)
+
+END_OF_ANSWER = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """What a score file holds."""
+
+    judging: Judging
+    scores: list[Score]
+    unscored: list[Unscored]
+
+
+def write_scores(path: Path | str, judging: Judging, results: Sequence[Score | Unscored]) -> None:
+    """Write a score file; it appears whole or not at all."""
+    lines = [{"judging": asdict(judging)}, *map(asdict, results)]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_scores(path: Path | str) -> ScoreFile:
+    """Read a score file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not begin with who judged, or a line is no score; the message names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: expected a score file, as `salmonn score --out` writes it")
+    judging: Judging | None = None
+    scores, unscored = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            value = json.loads(line)
+            if judging is None:
+                if not isinstance(value, dict) or set(value) != {"judging"}:
+                    raise ValueError('a score file begins with {"judging": ...}: write it with `salmonn score --out`')
+                judging = parse_record(value["judging"], Judging)
+            elif "reason" in value:
+                unscored.append(parse_record(value, Unscored))
+            else:
+                scores.append(parse_record(value, Score))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    if judging is None:
+        raise ValueError(f"{path} is empty: expected a score file, as `salmonn score --out` writes it")
+    return ScoreFile(judging, scores, unscored)
+
+
+def read_references(path: Path) -> dict[str, Reference]:
+    """References by the name of their video, from JSONL, or from JSON as the published test set has it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: naming what is wrong and where; two references of one video are.
+    """
+    if path.suffix == ".json":
+        items = [_published_reference(item, where=where) for item, where in _published_items(path)]
+    else:
+        items = read_records(path, Reference)
+    references = {reference.video: reference for reference in items}
+    if len(references) < len(items):
+        videos = [reference.video for reference in items]
+        twice = next(video for video in videos if videos.count(video) > 1)
+        raise ValueError(f"{path} has two references of {twice}: delete one")
+    return references
+
+
+def read_captions(path: Path) -> list[Caption]:
+    """Captions from JSONL, or predictions from JSON as the published scorer reads them, the last of each video.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: naming what is wrong and where.
+    """
+    if path.suffix != ".json":
+        return read_records(path, Caption)
+    items = [_published_prediction(item, where=where) for item, where in _published_items(path)]
+    captions = {caption.video: caption for caption in items}
+    if len(captions) < len(items):
+        logger.warning("%s: %d videos are predicted more than once, the last counts", path, len(items) - len(captions))
+    if items and not any(caption.finished for caption in items):
+        logger.warning(
+            "%s: no prediction holds %s, so that all count as cut off at their token limit", path, END_OF_ANSWER
+        )
+    return list(captions.values())
+
+
+def name_as_references(captions: Sequence[Caption], references: Mapping[str, Reference], path: Path) -> list[Caption]:
+    """Captions under the references' names of their videos; `path` is the file of the references.
+
+    Captions name videos as they were typed, references relative to their own file: both are meant.
+    """
+    by_path = {(path.parent / video).resolve(): video for video in references}
+    return [
+        caption
+        if caption.video in references
+        else replace(caption, video=by_path.get(Path(caption.video).resolve(), caption.video))
+        for caption in captions
+    ]
+
+
+def _published_items(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a JSON list, each with its place for messages."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: expected a JSON list there")
+    try:
+        items = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"{path} must hold a JSON list of objects; JSON lines go by the name .jsonl")
+    return [(item, f"{path}, item {number}") for number, item in enumerate(items, start=1)]
+
+
+def _published_reference(item: dict[str, Any], *, where: str) -> Reference:
+    video, events = item.get("video"), item.get("events")
+    if not isinstance(video, str) or not isinstance(events, list) or not all(isinstance(text, str) for text in events):
+        raise ValueError(f'{where}: expected {{"video": text, "events": [text, ...]}}, got the keys {", ".join(item)}')
+    caption = item.get("caption")
+    return Reference(video, tuple(Event(text) for text in events), caption if isinstance(caption, str) else "")
+
+
+def _published_prediction(item: dict[str, Any], *, where: str) -> Caption:
+    video, text = (
+        value[0] if isinstance(value, list) and value else value for value in (item.get("id"), item.get("pred"))
+    )
+    if not isinstance(video, str) or not isinstance(text, str):
+        raise ValueError(f'{where}: expected {{"id": [video], "pred": text}}, got the keys {", ".join(item)}')
+    return Caption(video, text.replace(END_OF_ANSWER, ""), finished=END_OF_ANSWER in text)
