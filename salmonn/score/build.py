@@ -1,63 +1,73 @@
 """A judge from its configuration."""
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from salmonn.score.chat import Chat, ChatConfig
 from salmonn.score.judge import Judge
+from salmonn.score.llm import EventForm, LlmJudge
+from salmonn.score.published import FORMS
 from salmonn.score.rule import RuleJudge
 
 JudgeKind = Literal["rule", "openai"]
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(ChatConfig):
     """Who judges captions, and at what cost.
 
     Args:
         kind: rule reads captions of synthetic clips, offline; openai asks a language model on any OpenAI-compatible
             server.
-        model: name of the language model, as its server knows it.
-        base_url: address of the server, such as http://localhost:8000/v1; none is OpenAI's own. The key is read from
-            the environment variable OPENAI_API_KEY.
-        concurrency: requests under way at once.
         attempts: how often a caption is asked about, the fault of the reply before being named, until it is unscored.
-        temperature: of the model; none leaves it to the server, as some models ask for.
-        reply_tokens: longest reply; none leaves it to the server.
-        structured: whether replies are asked for by JSON schema: auto does, until the server refuses.
-        timeout_seconds: of one request.
-        retry_seconds: how long one question is tried again where the server is busy, failing or away.
-        max_requests: spend cap: the run stops before it asks more often, retries included.
-        max_tokens: spend cap in tokens, of prompts and replies; what is under way when it is reached still counts.
-        cache: file that keeps every reply, so that no question is asked twice.
     """
 
     kind: JudgeKind = "rule"
-    model: str = ""
-    base_url: str | None = None
-    concurrency: int = 8
     attempts: int = 3
-    temperature: float | None = 0.0
-    reply_tokens: int | None = None
-    structured: Literal["auto", "always", "never"] = "auto"
-    timeout_seconds: float = 120.0
-    retry_seconds: float = 600.0
-    max_requests: int | None = None
-    max_tokens: int | None = None
-    cache: Path = Path.home() / ".cache" / "salmonn" / "judge.sqlite"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind == "openai" and not self.model:
-            raise ValueError("the judge openai needs --model, the name of a model as its server knows it")
-        if min(self.concurrency, self.attempts) < 1 or min(self.timeout_seconds, self.retry_seconds) <= 0:
-            raise ValueError(
-                "concurrency and attempts must be at least 1, timeout_seconds and retry_seconds above 0, got "
-                f"{self.concurrency}, {self.attempts}, {self.timeout_seconds} and {self.retry_seconds}"
-            )
-        if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.reply_tokens)):
-            raise ValueError("max_requests, max_tokens and reply_tokens must be at least 1 where they are given")
+            raise ValueError("the judge openai needs a model, by the name that its server knows it by: give --model")
+        if self.kind == "rule" and (self.model or self.base_url):
+            raise ValueError("the judge rule asks no model: give --judge openai, or neither --model nor --base-url")
+        if self.attempts < 1:
+            raise ValueError(f"attempts must be at least 1, got {self.attempts}")
 
 
-def make_judge(config: JudgeConfig) -> Judge:
-    """The judge that the configuration names."""
-    return RuleJudge()
+def make_judge(config: JudgeConfig, *, published: bool = False, processes: int = 1) -> Judge:
+    """The judge that the configuration names.
+
+    Args:
+        config: who, and at what cost.
+        published: whether a language model is asked, and its replies are read, as the published scorer does.
+        processes: how many of them share the caps and the concurrency.
+    """
+    if config.kind == "rule":
+        return RuleJudge()
+    chat = make_chat(config, processes=processes)
+    if published:
+        return LlmJudge(chat, forms=FORMS, names_faults=False)
+    return LlmJudge(chat, forms=[EventForm()] * config.attempts)
+
+
+def make_chat(config: JudgeConfig, *, processes: int = 1) -> Chat:
+    """The language model that the configuration names; caps and concurrency are one process's share.
+
+    Raises:
+        ValueError: a cap is too small to be shared.
+    """
+
+    def share(cap: int | None) -> int | None:
+        if cap is not None and cap < processes:
+            raise ValueError(f"{processes} processes cannot share a cap of {cap}: raise max_requests or max_tokens")
+        return None if cap is None else cap // processes
+
+    return Chat(
+        replace(
+            config,
+            concurrency=max(1, config.concurrency // processes),
+            max_requests=share(config.max_requests),
+            max_tokens=share(config.max_tokens),
+        )
+    )

@@ -1,0 +1,281 @@
+"""Questions to a language model on any OpenAI-compatible server, at bounded cost.
+
+Every reply is kept (`ReplyCache`), so that a question is asked once, whatever happens in between. A server that is
+busy, failing or away is tried again with growing pauses, for a limited time. What cannot get better by trying again
+(a wrong key, no quota, a spend cap) stops the run with a sentence.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import openai
+import tenacity
+
+from salmonn.score.replies import Reply, ReplyCache
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Message = dict[str, str]
+
+# May go well the next time. A reply that is no completion comes from a failing proxy as a rule.
+_PASSING = (
+    openai.APIConnectionError,
+    openai.RateLimitError,
+    openai.InternalServerError,
+    openai.ConflictError,
+    openai.APIResponseValidationError,
+    json.JSONDecodeError,
+)
+_FINAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+_REFUSALS = (openai.BadRequestError, openai.UnprocessableEntityError)
+_LONGEST_PAUSE_SECONDS = 60.0
+
+
+class ChatStoppedError(ValueError):
+    """No further question can be asked in this run."""
+
+
+class ChatRefusedError(ValueError):
+    """The server refuses this question, and would again."""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """A language model on an OpenAI-compatible server.
+
+    Args:
+        model: name of the language model, as its server knows it.
+        base_url: address of the server, such as http://localhost:8000/v1; none is OpenAI's own. The key is read from
+            the environment variable OPENAI_API_KEY.
+        concurrency: requests under way at once.
+        temperature: of the model; none leaves it to the server, as some models ask for.
+        reply_tokens: longest reply; none leaves it to the server.
+        structured: whether replies are asked for by JSON schema: auto does, until the server refuses.
+        timeout_seconds: of one request.
+        retry_seconds: how long one question is tried again where the server is busy, failing or away.
+        max_requests: spend cap: the run stops before it asks more often, retries included.
+        max_tokens: spend cap in tokens, of prompts and replies; what is under way when it is reached still counts.
+        cache: file that keeps every reply, so that no question is asked twice.
+    """
+
+    model: str = ""
+    base_url: str | None = None
+    concurrency: int = 8
+    temperature: float | None = 0.0
+    reply_tokens: int | None = None
+    structured: Literal["auto", "always", "never"] = "auto"
+    timeout_seconds: float = 120.0
+    retry_seconds: float = 600.0
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    cache: Path = Path("~/.cache/salmonn/replies.sqlite")
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1 or min(self.timeout_seconds, self.retry_seconds) <= 0:
+            raise ValueError(
+                "concurrency must be at least 1, timeout_seconds and retry_seconds above 0, got "
+                f"{self.concurrency}, {self.timeout_seconds} and {self.retry_seconds}"
+            )
+        if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.reply_tokens)):
+            raise ValueError("max_requests, max_tokens and reply_tokens must be at least 1 where they are given")
+
+
+class Chat:
+    """Asks a model questions, many side by side."""
+
+    def __init__(self, config: ChatConfig) -> None:
+        self.config = config
+        self.name = f"{config.model} at {config.base_url or 'OpenAI'}"
+        self.num_requests = self.num_tokens = 0
+        self._cache = ReplyCache(config.cache.expanduser())
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._takes_schema = config.structured != "never"
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if config.base_url else None)
+        if key is None:
+            raise ValueError(
+                "OpenAI asks for a key: set the environment variable OPENAI_API_KEY, or give the address of another "
+                "server, such as --base-url http://localhost:8000/v1"
+            )
+        # Retries are ours, so that they count against the spend cap and end after a set time.
+        self._client = openai.OpenAI(
+            api_key=key, base_url=config.base_url, timeout=config.timeout_seconds, max_retries=0
+        )
+
+    def ask(self, messages: Sequence[Message], *, schema: dict[str, Any], seed: int) -> Reply:
+        """The reply to a conversation, from the cache where it was asked before.
+
+        Args:
+            messages: `{"role", "content"}` each.
+            schema: JSON schema of the reply, which servers that know how to hold the model to.
+            seed: of the model's draws; another seed is another question.
+
+        Raises:
+            ChatRefusedError: the server refuses this question (too long for the model, say).
+            ChatStoppedError: no further question can be asked.
+        """
+        asked = {"messages": list(messages), "seed": seed}
+        asked |= {"temperature": self.config.temperature, "reply_tokens": self.config.reply_tokens}
+        words = json.dumps([self.name, asked], sort_keys=True, ensure_ascii=False)
+        key = hashlib.sha256(words.encode()).hexdigest()
+        reply = self._cache.find(key)
+        if reply is None:
+            reply = self._ask_anew(messages, schema=schema, seed=seed)
+            self._cache.keep(key, reply, judge=self.name, asked=asked)
+        return reply
+
+    def side_by_side(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Result]:
+        """`[function(item) for item in items]`, `concurrency` of them at once.
+
+        On Ctrl-C, or where one raises, no new question is asked; those under way are waited for, since they are paid
+        for, until Ctrl-C is pressed again.
+        """
+        executor = ThreadPoolExecutor(self.config.concurrency)
+        try:
+            futures = [executor.submit(function, item) for item in items]
+            for future in as_completed(futures):
+                future.result()
+                if progress:
+                    progress(1)
+            return [future.result() for future in futures]
+        except BaseException:
+            self._stop.set()
+            logger.warning("stopping: waiting for the replies that are under way, which are kept (Ctrl-C drops them)")
+            raise
+        finally:
+            try:
+                executor.shutdown(cancel_futures=True)
+            except KeyboardInterrupt:
+                self._client.close()
+                raise
+
+    def _ask_anew(self, messages: Sequence[Message], *, schema: dict[str, Any], seed: int) -> Reply:
+        wants_schema = self._takes_schema
+        try:
+            return self._ask_patiently(messages, schema=schema if wants_schema else None, seed=seed)
+        except _REFUSALS as error:
+            if not wants_schema or self.config.structured == "always":
+                raise ChatRefusedError(f"the server refuses the question: {_words(error)}") from error
+            first = error
+        # Whether it was the schema that the server does not take shows without it.
+        try:
+            reply = self._ask_patiently(messages, schema=None, seed=seed)
+        except _REFUSALS as error:
+            raise ChatRefusedError(f"the server refuses the question: {_words(error)}") from error
+        if self._takes_schema:
+            self._takes_schema = False
+            logger.warning("%s takes no JSON schema (%s): replies are parsed as they come", self.name, _words(first))
+        return reply
+
+    def _ask_patiently(self, messages: Sequence[Message], *, schema: dict[str, Any] | None, seed: int) -> Reply:
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            wait=_pause,
+            stop=tenacity.stop_when_event_set(self._stop) | tenacity.stop_before_delay(self.config.retry_seconds),
+            sleep=tenacity.sleep_using_event(self._stop),
+            before_sleep=self._tell_pause,
+            reraise=True,
+        )
+        try:
+            return retrying(self._request, messages, schema, seed)
+        except (*_PASSING, *_FINAL) as error:
+            raise ChatStoppedError(
+                f"{self.name} cannot be asked: {_words(error)}. What it answered is kept in {self.config.cache}; "
+                "the same command goes on from there"
+            ) from error
+
+    def _request(self, messages: Sequence[Message], schema: dict[str, Any] | None, seed: int) -> Reply:
+        self._spend()
+        options: dict[str, Any] = {"seed": seed}
+        if self.config.temperature is not None:
+            options["temperature"] = self.config.temperature
+        if self.config.reply_tokens is not None:
+            options["max_tokens"] = self.config.reply_tokens
+        if schema is not None:
+            options["response_format"] = {
+                "type": "json_schema",
+                "json_schema": {"name": "reply", "strict": True, "schema": schema},
+            }
+        answer = self._client.chat.completions.with_raw_response.create(
+            model=self.config.model,
+            messages=list(messages),  # type: ignore[arg-type]
+            **options,
+        )
+        return self._read(json.loads(answer.content), response=answer.http_response)
+
+    def _read(self, body: Any, *, response: Any) -> Reply:
+        try:
+            choice = body["choices"][0]
+            text, is_cut_off = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
+        except (TypeError, KeyError, IndexError) as error:
+            raise openai.APIResponseValidationError(response, body, message="no completion in the reply") from error
+        usage = body.get("usage") or {}
+        num_tokens = usage.get("total_tokens")
+        if num_tokens is None and self.config.max_tokens is not None:
+            raise ChatStoppedError(
+                f"{self.name} does not say how many tokens it used, so that --max-tokens cannot be kept: "
+                "cap the requests instead, by --max-requests"
+            )
+        with self._lock:
+            self.num_tokens += num_tokens or 0
+        return Reply(text, is_cut_off, num_tokens)
+
+    def _spend(self) -> None:
+        """Count a request, or stop at a cap."""
+        config = self.config
+        with self._lock:
+            for cap, spent, name in (
+                (config.max_requests, self.num_requests, "requests"),
+                (config.max_tokens, self.num_tokens, "tokens"),
+            ):
+                if cap is not None and spent >= cap:
+                    raise ChatStoppedError(
+                        f"the cap of {cap} {name} is reached ({self.num_requests} requests, {self.num_tokens} tokens "
+                        f"in this run). What was answered is kept in {config.cache}; the same command goes on from "
+                        f"there with {cap} {name} more, or with a higher --max-{name}"
+                    )
+            if self._stop.is_set():
+                raise ChatStoppedError("stopped before this question was asked")
+            self.num_requests += 1
+
+    def _tell_pause(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        pause = state.next_action.sleep if state.next_action else 0.0
+        logger.warning("%s: %s; trying again in %.1f s", self.name, _words(error), pause)
+
+
+def _may_pass(error: BaseException) -> bool:
+    # An empty account answers 429 as a busy server does, but does not fill up by waiting.
+    return isinstance(error, _PASSING) and getattr(error, "code", None) != "insufficient_quota"
+
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next try: twice as long each time, spread out, and never sooner than the server asks for."""
+    longest = min(2.0 ** (state.attempt_number - 1), _LONGEST_PAUSE_SECONDS)
+    pause = random.uniform(longest / 2, longest)
+    error = state.outcome.exception() if state.outcome else None
+    wish = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
+    return max(pause, float(wish)) if wish.replace(".", "", 1).isdigit() else pause
+
+
+def _words(error: BaseException | None) -> str:
+    """What went wrong, in one line of bounded length."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 300 else words[:300] + " ..."

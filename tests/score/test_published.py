@@ -1,0 +1,153 @@
+"""The published scorer's rules, from replies and files written by hand."""
+
+import json
+
+import pytest
+
+from salmonn.records import Caption, Event, Reference, Score, Unscored
+from salmonn.score.build import JudgeConfig, make_judge
+from salmonn.score.judge import Task
+from salmonn.score.llm import ReplyError
+from salmonn.score.passes import judge_passes
+from salmonn.score.published import CountForm, ListForm, collapse_repeats, collapsed, published_rates
+from tests.score.scripted import Answer
+
+TASK = Task(Reference("v", (Event("a dog runs"), Event("it's raining"), Event("a man sings"))), Caption("v", "Text."))
+
+
+def counts(score: Score) -> tuple[int, int, int]:
+    return score.missing, score.incorrect, score.hallucinated
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # as asked for
+        (
+            '{"Missed": 1, "Incorrect": 0, "Hallucination": 2, "Missed Event": ["a dog runs"], "Incorrect Event": [], '
+            '"Hallucination Event": ["x", "y"]}',
+            (1, 0, 2),
+        ),
+        # with prose around it, over several lines, as Python writes lists
+        (
+            'Sure!\n```python\n{"Missed": 1,\n "Incorrect": 1,\n "Hallucination": 0,\n "Missed Event": '
+            '[\'a dog runs\'],\n "Incorrect Event": ["it\'s raining"],\n "Hallucination Event": []}\n```',
+            (1, 1, 0),
+        ),
+        # what it counts is believed, whatever it lists, and whatever the number of events
+        (
+            '{"Missed": 7, "Incorrect": 0, "Hallucination": 0, "Missed Event": [], "Incorrect Event": [], '
+            '"Hallucination Event": []}',
+            (7, 0, 0),
+        ),
+    ],
+)
+def test_reads_lists_as_the_published_scorer(text, expected):
+    assert counts(ListForm().read(text, TASK)) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I see no errors.",
+        '{"Missed": one, "Incorrect": 0, "Hallucination": 0, "Missed Event": [], "Incorrect Event": [], '
+        '"Hallucination Event": []}',
+        # a list that is no literal is never evaluated
+        '{"Missed": 1, "Incorrect": 0, "Hallucination": 0, "Missed Event": [open("/etc/passwd").read()], '
+        '"Incorrect Event": [], "Hallucination Event": []}',
+        # keys in another order
+        '{"Incorrect": 0, "Missed": 1, "Hallucination": 0, "Missed Event": [], "Incorrect Event": []}',
+        # a brace within the last list ends it too soon
+        '{"Missed": 0, "Incorrect": 0, "Hallucination": 1, "Missed Event": [], "Incorrect Event": [], '
+        '"Hallucination Event": ["a } brace"]}',
+    ],
+)
+def test_what_it_cannot_read(text):
+    with pytest.raises(ReplyError):
+        ListForm().read(text, TASK)
+
+
+def test_counts_alone_must_add_up():
+    text = '{"Missed": 1, "Correct": %d, "Incorrect": 0, "Hallucination": 4}'
+    assert counts(CountForm().read(text % 2, TASK)) == (1, 0, 4)
+    with pytest.raises(ReplyError, match=r"1 \+ 1 \+ 0 events are not 3"):
+        CountForm().read(text % 1, TASK)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so so so so so on", "so on"),  # "so " five times
+        ("so so so so on", "so so so so on"),  # four times
+        ("aaaaa b", "a b"),
+        ("A dog runs. " * 5 + "The end.", "A dog runs. The end."),
+        ("A dog runs. " * 4 + "The end.", "A dog runs. " * 4 + "The end."),
+        # pieces of 50 characters or more need four
+        (("x" + "0123456789" * 4 + "abcdefghi.") * 4, "x" + "0123456789" * 4 + "abcdefghi."),
+        (("x" + "0123456789" * 4 + "abcdefghi.") * 3, ("x" + "0123456789" * 4 + "abcdefghi.") * 3),
+        ("line\n" * 6, "line\n" * 6),  # no piece spans lines
+    ],
+)
+def test_collapse(text, expected):
+    assert collapse_repeats(text) == expected
+
+
+def test_collapses_only_what_was_cut_off():
+    text = "so so so so so on"
+    for finished, expected in ((True, text), (False, "so on")):
+        task = Task(TASK.reference, Caption("v", text, finished=finished))
+        assert collapsed(task).caption.text == expected
+
+
+def test_rates_and_what_is_left_out():
+    scores = [Score("a", 4, 1, 1, 0), Score("b", 3, 0, 1, 2)]
+    rates = published_rates(scores)
+    # 1 missed, 2 wrong, 2 invented of 7 events
+    assert (rates.missing, rates.incorrect, rates.hallucination, rates.total) == (1 / 7, 2 / 7, 2 / 7, 5 / 7)
+    assert rates.num_videos == 2
+    seen = published_rates(scores, [TASK.reference])  # 3 more events, all missed
+    assert (seen.missing, seen.total, seen.num_videos) == (4 / 10, 8 / 10, 3)
+    with pytest.raises(ValueError, match="no video"):
+        published_rates([])
+
+
+def reply(missed: int) -> str:
+    lists = ', "Missed Event": [], "Incorrect Event": [], "Hallucination Event": []}'
+    return f'{{"Missed": {missed}, "Incorrect": 0, "Hallucination": 0' + lists
+
+
+def config(server, tmp_path) -> JudgeConfig:
+    return JudgeConfig(kind="openai", model="m", base_url=server.url, cache=tmp_path / "replies.sqlite", concurrency=1)
+
+
+def test_asks_nine_times_then_for_counts(serve, tmp_path):
+    """What never becomes readable is asked for 1 + 8 times with lists, 3 times without, each on a seed of its own."""
+    server = serve(lambda request, number: Answer("no"))
+    (result,) = make_judge(config(server, tmp_path), published=True).judge([TASK], seed=5)
+    assert isinstance(result, Unscored) and "12 attempts" in result.reason
+    assert [request["seed"] for request in server.requests] == list(range(5, 17))
+    asks_lists = ["Missed Event" in request["messages"][0]["content"] for request in server.requests]
+    assert asks_lists == [True] * 9 + [False] * 3
+
+
+def test_a_further_pass_keeps_what_it_cannot_read_anew(serve, tmp_path):
+    """Pass 1: w unreadable once, then 1; pass 2: v reads 3, w cannot be read and keeps 1; pass 3: v 2, w 0."""
+    script = {"v": ["0", "3", "2"], "w": ["no", "1", "no", "0"]}
+
+    def play(request, number):
+        caption = request["messages"][1]["content"].rsplit("Description:\n", 1)[1].strip()
+        said = script[json.loads(caption)].pop(0)
+        return Answer(reply(int(said)) if said.isdigit() else said)
+
+    tasks = [Task(TASK.reference, Caption("v", "v")), Task(TASK.reference, Caption("w", "w"))]
+    judge, once = (
+        make_judge(config(serve(play), tmp_path), published=True),
+        make_judge(config(serve(play), tmp_path), published=True),
+    )
+    once.forms = once.forms[:1]
+    outcome = judge_passes(tasks, judge, total=lambda s: published_rates(s).total, passes=3, seed=2024, once=once)
+    # (0 + 1) / 6, (3 + 1) / 6, (2 + 0) / 6: the median is the third
+    assert outcome.totals == (1 / 6, 4 / 6, 2 / 6) and outcome.kept == 2
+    assert [result.missing for result in outcome.results] == [2, 0]
+    assert outcome.seeds == (2024, 2124, 2224) and script == {"v": [], "w": []}
+    assert outcome.deviation == pytest.approx(0.2546, abs=1e-4)  # of 0.1667, 0.6667, 0.3333
