@@ -1,23 +1,24 @@
 """A language model as judge: what it is asked, and how its replies are read.
 
-A reply is data. It is parsed as JSON and nothing else, and it counts only if it is consistent: each event in exactly
-one class, the counts those of the lists, and every quote words of the caption. What is wrong with it is named and the
-question asked again, up to a limit; then the caption is unscored.
+A reply counts only if it is consistent: each event in exactly one class, the counts those of the lists, and every
+quote words of the caption. What is wrong with it is named and the question asked again, up to a limit; then the caption
+is unscored.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from salmonn.records import Event, Reference, Score, Told, Unscored
 from salmonn.score.chat import Chat, ChatRefusedError, Message
+from salmonn.score.converse import AGAIN, Attempt, ReplyError, converse, parse_object
 from salmonn.score.judge import Progress, Task, write_score
 from salmonn.score.quotes import find_quote
 
 CLASSES = ("correct", "incorrect", "missed")
-# A model that answers at length to no purpose need not read all of it again.
-_LONGEST_ECHO = 4000
 _MOST_FAULTS = 5
 
 SYSTEM = """\
@@ -44,10 +45,6 @@ Reply with one JSON object and nothing else, with one entry in "events" for each
 {"events": [{"number": 1, "class": "correct", "quote": "..."}], "hallucinated": ["..."], \
 "counts": {"correct": 1, "incorrect": 0, "missed": 0, "hallucinated": 0}}
 """
-
-AGAIN = """\
-That reply cannot be used: {faults}. Check the description against the list again and reply with the whole JSON \
-object, mended, and nothing else."""
 
 _COUNT = {"type": "integer"}
 SCHEMA: dict[str, Any] = {
@@ -77,10 +74,6 @@ SCHEMA: dict[str, Any] = {
     "required": ["events", "hallucinated", "counts"],
     "additionalProperties": False,
 }
-
-
-class ReplyError(ValueError):
-    """A reply that cannot be used; the message names its faults as a model can understand them."""
 
 
 class Form(Protocol):
@@ -192,60 +185,12 @@ class LlmJudge:
         first = tasks[0]
         if not first.caption.text.strip():  # nothing is told: all is missed, whoever judges
             return [write_score(task, missed=task.reference.events, told=[], invented=[]) for task in tasks]
+        attempts = [Attempt(form.ask(first), form.schema, partial(form.read, task=first)) for form in self.forms]
         try:
-            form, text = self._converse(first, seed=seed)
+            score = converse(self.chat, attempts, seed=seed, names_faults=self.names_faults)
         except (ReplyError, ChatRefusedError) as error:
             return [Unscored(task.reference.video, str(error), task.caption.sample) for task in tasks]
-        return [form.read(text, task) for task in tasks]
-
-    def _converse(self, task: Task, *, seed: int) -> tuple[Form, str]:
-        """The first reply that can be read, with the form that reads it."""
-        history: list[Message] = []
-        fault = ""
-        for attempt, form in enumerate(self.forms):
-            # A seed of its own, since the same question twice would be answered from the cache.
-            reply = self.chat.ask([*form.ask(task), *history], schema=form.schema, seed=seed + attempt)
-            try:
-                if reply.is_cut_off:
-                    raise ReplyError("it was cut off at its token limit")
-                form.read(reply.text, task)
-                return form, reply.text
-            except ReplyError as error:
-                fault = str(error)
-            if self.names_faults:
-                history = [
-                    {"role": "assistant", "content": reply.text[:_LONGEST_ECHO]},
-                    {"role": "user", "content": AGAIN.format(faults=fault)},
-                ]
-        raise ReplyError(f"no usable reply in {len(self.forms)} attempts; of the last: {fault}")
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """The JSON object that a reply is, if it is nothing else.
-
-    What a reasoning model thinks before it answers (`<think>...</think>`) and a Markdown fence around the whole are
-    taken off.
-
-    Raises:
-        ReplyError: it is not one JSON object, or names a key twice.
-    """
-    text = text.rpartition("</think>")[2].strip()
-    if text.startswith("```") and text.endswith("```") and "\n" in text:
-        text = text[text.index("\n") : -3]
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ReplyError(f"it is not one JSON object and nothing else ({error})") from error
-    if not isinstance(value, dict):
-        raise ReplyError("it is not a JSON object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("a key comes twice")
-    return value
+        return [replace(score, sample=task.caption.sample, finished=task.caption.finished) for task in tasks]
 
 
 def _describe(number: int, event: Event) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from typing import Any
 
 from salmonn.records import Event, Reference, Score, Told
 from salmonn.score.chat import Message
+from salmonn.score.converse import ReplyError
 from salmonn.score.judge import Task, write_score
-from salmonn.score.llm import Form, ReplyError
+from salmonn.score.llm import Form
 
 NAME = "published"
 NUM_AGAIN, NUM_COUNTS = 8, 3  # further attempts, and attempts for counts alone

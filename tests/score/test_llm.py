@@ -8,8 +8,9 @@ import pytest
 from salmonn.media.scene import SynthConfig, draw_scene
 from salmonn.media.wording import write_reference
 from salmonn.records import Caption, Event, Reference, Score, Unscored
+from salmonn.score.converse import ReplyError, parse_object
 from salmonn.score.judge import Task
-from salmonn.score.llm import EventForm, LlmJudge, ReplyError, parse_object
+from salmonn.score.llm import EventForm, LlmJudge
 from salmonn.score.quotes import find_quote
 from salmonn.score.rule import RuleJudge
 from tests.score.scripted import Answer, asked_about, honest, honest_reply

@@ -6,8 +6,8 @@ import pytest
 
 from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.build import JudgeConfig, make_judge
+from salmonn.score.converse import ReplyError
 from salmonn.score.judge import Task
-from salmonn.score.llm import ReplyError
 from salmonn.score.passes import judge_passes
 from salmonn.score.published import CountForm, ListForm, collapse_repeats, collapsed, published_rates
 from tests.score.scripted import Answer

@@ -1,0 +1,93 @@
+"""A question to a language model whose reply must be of use: read, or asked for again with its fault.
+
+A reply is data: it is parsed as JSON and nothing else, and whoever asks says what makes it consistent.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from salmonn.score.chat import Chat, Message
+
+Result = TypeVar("Result")
+
+AGAIN = """\
+That reply cannot be used: {faults}. Check it against what was asked for and reply with the whole JSON object, mended, \
+and nothing else."""
+# A model that answers at length to no purpose need not read all of it again.
+_LONGEST_ECHO = 4000
+
+
+class ReplyError(ValueError):
+    """A reply that cannot be used; the message names its faults as a model can understand them."""
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[Result]):
+    """One way to ask: the conversation, the JSON schema of the reply, and its reader, which raises ReplyError."""
+
+    messages: Sequence[Message]
+    schema: dict[str, Any]
+    read: Callable[[str], Result]
+
+
+def converse(chat: Chat, attempts: Sequence[Attempt[Result]], *, seed: int, names_faults: bool = True) -> Result:
+    """What the first reply that can be read says.
+
+    Args:
+        chat: the model.
+        attempts: made in turn until a reply can be read.
+        seed: of the first attempt; each further one is 1 on.
+        names_faults: whether a further attempt tells what was wrong with the reply before, or asks afresh.
+
+    Raises:
+        ReplyError: no reply can be read; the message tells the last one's fault.
+        ChatRefusedError: the server refuses the question.
+        ChatStoppedError: no question can be asked any more.
+    """
+    history: list[Message] = []
+    fault = ""
+    for number, attempt in enumerate(attempts):
+        # A seed of its own, since the same question twice would be answered from the cache.
+        reply = chat.ask([*attempt.messages, *history], schema=attempt.schema, seed=seed + number)
+        try:
+            if reply.is_cut_off:
+                raise ReplyError("it was cut off at its token limit")
+            return attempt.read(reply.text)
+        except ReplyError as error:
+            fault = str(error)
+        if names_faults:
+            history = [
+                {"role": "assistant", "content": reply.text[:_LONGEST_ECHO]},
+                {"role": "user", "content": AGAIN.format(faults=fault)},
+            ]
+    raise ReplyError(f"no usable reply in {len(attempts)} attempts; of the last: {fault}")
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object that a reply is, if it is nothing else.
+
+    What a reasoning model thinks before it answers (`<think>...</think>`) and a Markdown fence around the whole are
+    taken off.
+
+    Raises:
+        ReplyError: it is not one JSON object, or names a key twice.
+    """
+    text = text.rpartition("</think>")[2].strip()
+    if text.startswith("```") and text.endswith("```") and "\n" in text:
+        text = text[text.index("\n") : -3]
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(f"it is not one JSON object and nothing else ({error})") from error
+    if not isinstance(value, dict):
+        raise ReplyError("it is not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key comes twice")
+    return value

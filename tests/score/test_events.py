@@ -1,0 +1,136 @@
+"""Captions into events: replies read and refused, by a scripted server, and by rules for synthetic clips."""
+
+import json
+import random
+
+import pytest
+
+from salmonn.media.scene import SynthConfig, draw_scene
+from salmonn.media.wording import write_reference
+from salmonn.records import Caption, Event, Reference
+from salmonn.score.converse import ReplyError
+from salmonn.score.events import list_events, read_events
+from salmonn.score.judge import events_of_part
+from tests.score.scripted import Answer
+
+CAPTION = "At two seconds a brown dog runs in and barks twice. A man shouts: come here!"
+REFERENCE = Reference("v", caption=CAPTION, duration_seconds=10.0)
+DOG = {
+    "text": "a brown dog runs in",
+    "kind": "visual",
+    "start_seconds": 2,
+    "end_seconds": None,
+    "quote": "brown dog runs in",
+}
+BARK = {
+    "text": "a dog barks twice",
+    "kind": "audio",
+    "start_seconds": None,
+    "end_seconds": None,
+    "quote": "barks twice",
+}
+SHOUT = BARK | {"text": 'a man shouts "come here"', "kind": "speech", "quote": "A man shouts: come here"}
+
+
+def reply(*entries: object) -> str:
+    return json.dumps({"events": entries})
+
+
+def test_reads_events():
+    assert read_events(reply(DOG, BARK, SHOUT), REFERENCE) == (
+        Event("a brown dog runs in", "visual", 2.0),
+        Event("a dog barks twice", "audio"),
+        Event('a man shouts "come here"', "speech"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([], "no list of"),
+        (["a dog runs"], "event 1 lacks its text"),
+        ([DOG, {"text": "x", "kind": "visual"}], "event 2 lacks"),
+        ([DOG | {"kind": "smell"}], "kind other than visual, audio, speech"),
+        ([DOG | {"text": " "}], "no text"),
+        ([DOG | {"quote": "a cat runs in"}], "'a cat runs in', which is not in the description"),
+        ([DOG | {"start_seconds": "two"}], "no number"),
+        ([DOG | {"start_seconds": True}], "no number"),
+        ([DOG | {"start_seconds": None, "end_seconds": 3}], "end without a start"),
+        ([DOG | {"end_seconds": 1}], "ends before it begins"),
+        ([DOG | {"start_seconds": -1}], "begins before the video"),
+        ([DOG | {"end_seconds": 11}], r"beyond the video's 10\.0 seconds"),
+        ([DOG, BARK, DOG], "comes twice"),
+    ],
+)
+def test_faults_of_a_reply(entries, words):
+    with pytest.raises(ReplyError, match=words):
+        read_events(reply(*entries), REFERENCE)
+
+
+def test_infinite_times():
+    with pytest.raises(ReplyError, match="ends before"):
+        read_events(reply(DOG).replace("null", "Infinity"), Reference("v", caption=CAPTION))
+
+
+def test_asks_for_what_is_not_there_yet(serve, open_chat):
+    server = serve(lambda request, number: Answer(reply(DOG) if number else "Sorry, I cannot."))
+    edited = Reference("w", (Event("edited by hand"),), CAPTION)
+    (first, second), failed = list_events([REFERENCE, edited], chat=open_chat(server))
+    assert first.events == (Event("a brown dog runs in", "visual", 2.0),) and first.caption == CAPTION
+    assert second is edited and not failed
+    assert len(server.requests) == 2 and "not one JSON object" in server.requests[1]["messages"][-1]["content"]
+    assert json.loads(server.requests[0]["messages"][1]["content"]) == {"description": CAPTION}
+
+
+def test_a_caption_that_cannot_be_split_is_told(serve, open_chat):
+    server = serve(lambda request, number: Answer("no"))
+    (reference,), (failed,) = list_events([REFERENCE], chat=open_chat(server), attempts=2)
+    assert reference == REFERENCE
+    assert failed.video == "v" and "no usable reply in 2 attempts" in failed.reason
+
+
+def test_a_reference_with_nothing_to_split():
+    with pytest.raises(ValueError, match="1 references have neither events nor a caption to split, first x"):
+        list_events([REFERENCE, Reference("x")], chat=None)
+
+
+def test_rules_find_the_events_of_synthetic_captions():
+    for index in range(200):
+        rng = random.Random(index)
+        scene = draw_scene(rng, config=SynthConfig())
+        known = write_reference(scene, rng, video="v", index=index)
+        (found,), _ = list_events([Reference("v", caption=known.caption)], chat=None)
+        assert [(event.text, event.modality) for event in found.events] == [
+            (event.text, event.modality) for event in known.events
+        ]
+
+
+def test_rules_refuse_what_they_cannot_read():
+    with pytest.raises(ValueError, match=r"a dog barks.*--judge openai"):
+        list_events([Reference("v", caption="A red star blinks while a dog barks.")], chat=None)
+
+
+EVENTS = (
+    Event("early", "visual", 0.0, 4.0),
+    Event("across", "visual", 3.0, 7.0),  # 1 of its 4 seconds before 4.0, 3 after
+    Event("half", "visual", 3.0, 5.0),  # half on either side
+    Event("moment", "audio", 4.0, 4.0),
+    Event("open", "audio", 6.0),
+    Event("untimed"),
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "texts"),
+    [
+        (None, None, ["early", "across", "half", "moment", "open", "untimed"]),
+        (None, 4.0, ["early", "half"]),
+        (4.0, None, ["across", "half", "moment", "open"]),
+        (4.0, 6.0, ["across", "half", "moment"]),
+        (0.0, 2.0, ["early"]),
+        (8.0, 9.0, []),
+    ],
+)
+def test_events_of_a_part(start, end, texts):
+    part = events_of_part(Reference("v", EVENTS), Caption("v", "", start_seconds=start, end_seconds=end))
+    assert [event.text for event in part.events] == texts
