@@ -26,12 +26,15 @@ from salmonn.model.network import Block
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.prefer.pairs import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
-from salmonn.score.build import JudgeConfig, make_judge
+from salmonn.score.build import make_judge
+from salmonn.score.files import read_scores, write_scores
 from salmonn.score.judge import Judge
+from salmonn.score.protocol import sign
 from salmonn.score.rates import Rates
+from salmonn.score.settings import JudgeConfig
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.dry_run import plan_adapter
-from salmonn.train.evaluate import SIDE_BY_SIDE, caption_clips, encode_clips, evaluate, judge_captions
+from salmonn.train.evaluate import SIDE_BY_SIDE, caption_clips, encode_clips, evaluate, judge_captions, require_scores
 from salmonn.train.examples import Example, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, StepLog, autocast, fit
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatches
@@ -146,10 +149,11 @@ def main(config: MrDpoConfig) -> None:
         return
     dist.setup()
     load_config(config.model)  # a wrong folder is told before anything is rendered
-    judge = make_judge(config.judge)
+    judge = make_judge(config.judge, processes=dist.world_size())
     train, heldout = read_sets(config, judge)
     if dist.is_main():
-        claim_folder(config.out, config, name="mrdpo")
+        # A spend cap may be raised, and a server be asked faster, in a run that goes on.
+        claim_folder(config.out, replace(config, judge=config.judge.essential()), name="mrdpo")
     captioner = load(config.model, config)
     run = encode_sets(captioner, train, heldout, judge, config)
     summary = Summary(sft=measure(captioner, run, config.out / "sft", config=config))
@@ -250,7 +254,7 @@ def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, con
     seed = config.seed * 1000 + number
     captions = kept(folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config, folder, seed))
     references = {reference.video: reference for reference in run.train.references}
-    scores = kept(folder / "scores.jsonl", Score, lambda: judge_captions(captions, references, judge=run.judge))
+    scores = judged(folder / "scores.jsonl", captions, references, judge=run.judge)
     pairs = kept(folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, references, config=config.pairs))
     report_pairs(pairs, folder)
     num_questions = config.num_questions if number == config.rounds else 0
@@ -265,6 +269,17 @@ def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Reco
             write_records(path, records)
         dist.barrier()
     return read_records(path, record_type)
+
+
+def judged(path: Path, captions: Sequence[Caption], references: dict[str, Reference], *, judge: Judge) -> list[Score]:
+    """Scores of captions, from the score file where a run before wrote it; the unscored ones stay in it."""
+    if absent(path):
+        results = judge_captions(captions, references, judge=judge)
+        if dist.is_main():
+            write_scores(path, sign(judge), results)
+        dist.barrier()
+    known = read_scores(path)
+    return require_scores([*known.scores, *known.unscored], name=path.parent.name)
 
 
 def absent(path: Path) -> bool:
@@ -457,7 +472,7 @@ def measure(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoConfig
         if dist.is_main():
             write_records(folder / "captions.jsonl", result.captions)
             write_records(folder / "answers.jsonl", result.answers)
-            write_records(folder / "scores.jsonl", result.scores)
+            write_scores(folder / "scores.jsonl", sign(run.judge, totals=[result.rates.total]), result.results)
             write_json(path, asdict(result.rates))
         dist.barrier()
     rates = Rates(**read_json(path))

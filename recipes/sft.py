@@ -28,6 +28,8 @@ from salmonn.model.network import Network
 from salmonn.model.presets import offline_config
 from salmonn.model.settings import PLAIN_PROMPTS, tiny
 from salmonn.records import Use, write_json, write_records
+from salmonn.score.files import write_scores
+from salmonn.score.protocol import sign
 from salmonn.score.rule import RuleJudge
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
 from salmonn.train.evaluate import encode_clips, evaluate
@@ -229,10 +231,11 @@ def measure(captioner: Captioner, config: SftConfig) -> None:
         return
     clips = render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
     blocks = encode_clips(captioner, clips, name="held-out clips")
-    result = evaluate(captioner, clips.references, blocks, judge=RuleJudge(), sampling=Sampling(), name="held-out")
+    judge = RuleJudge()
+    result = evaluate(captioner, clips.references, blocks, judge=judge, sampling=Sampling(), name="held-out")
     if dist.is_main():
         write_records(config.out / "captions.jsonl", result.captions)
-        write_records(config.out / "scores.jsonl", result.scores)
+        write_scores(config.out / "scores.jsonl", sign(judge, totals=[result.rates.total]), result.results)
         write_json(config.out / "summary.json", asdict(result.rates))
         log.info("held-out: %s", json.dumps(asdict(result.rates)))
 

@@ -150,6 +150,7 @@ class Score:
         told: the events that are told, rightly or not, in the order in which the caption tells them.
         invented: the caption's words that tell of no event.
         repeated: the caption's words that say in other words what it says elsewhere, where the judge tells them.
+        start_seconds, end_seconds: the part of the video that the caption is about, as in the caption.
     """
 
     video: str
@@ -165,6 +166,8 @@ class Score:
     told: tuple[Told, ...] = ()
     invented: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    start_seconds: float | None = None
+    end_seconds: float | None = None
 
     @property
     def wrong(self) -> tuple[str, ...]:
@@ -189,6 +192,8 @@ class Unscored:
     video: str
     reason: str
     sample: int = 0
+    start_seconds: float | None = None
+    end_seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from salmonn import cli
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.inputs import Processor
 from salmonn.caption.prompt import LIST_EVENTS
@@ -22,6 +23,7 @@ from salmonn.media.synth import SynthConfig, make_clips
 from salmonn.model.network import Network
 from salmonn.model.settings import PLAIN_PROMPTS, tiny
 from salmonn.train.references import ClipSet, all_texts
+from tests.score.scripted import ScriptedServer
 
 torch.set_num_threads(1)
 
@@ -124,6 +126,32 @@ def load_recipe():
         return sys.modules[module]
 
     return load
+
+
+@pytest.fixture
+def call(capsys):
+    """The command line within this process, which has imported everything: exit code, stdout and stderr."""
+
+    def in_process(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(arg) for arg in args])
+        return caught.value.code, *capsys.readouterr()
+
+    return in_process
+
+
+@pytest.fixture
+def serve():
+    """Starts scripted servers, and stops them in the end."""
+    servers = []
+
+    def start(script) -> ScriptedServer:
+        servers.append(ScriptedServer(script))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture

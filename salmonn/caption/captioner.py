@@ -130,10 +130,10 @@ class Captioner:
         Raises:
             ClipError: the file cannot be read, or lacks the picture or sound that `use` asks for.
         """
-        prompt = prompt or self.describe(use)
-        media = self._read(Path(path), span=span or Span(), use=use)
+        prompt, span = prompt or self.describe(use), span or Span()
+        media = self._read(Path(path), span=span, use=use)
         answer = self.answer([media], [prompt], sampling=sampling or self.greedy(), seed=seed)[0]
-        return Caption(video=str(path), text=answer.text, prompt=prompt, model=self.name, finished=answer.finished)
+        return self._sign(answer, path, prompt=prompt, span=span)
 
     def describe(self, use: Use = "both") -> str:
         """The prompt that the model was taught to answer with a caption."""
@@ -142,6 +142,17 @@ class Captioner:
     def greedy(self) -> Sampling:
         """The likeliest words, up to the model's own limit of length."""
         return Sampling(max_new_tokens=self.processor.config.max_new_tokens)
+
+    def _sign(self, answer: Answer, path: Path | str, *, prompt: str, span: Span) -> Caption:
+        return Caption(
+            video=str(path),
+            text=answer.text,
+            prompt=prompt,
+            model=self.name,
+            finished=answer.finished,
+            start_seconds=span.start_seconds,
+            end_seconds=span.end_seconds,
+        )
 
     def _read(self, path: Path, *, span: Span, use: Use) -> Media:
         return self.processor.read(path, use=use, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
@@ -164,10 +175,10 @@ class Captioner:
         batch_size = self.processor.config.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        prompt, sampling = prompt or self.describe(use), sampling or self.greedy()
+        prompt, sampling, span = prompt or self.describe(use), sampling or self.greedy(), span or Span()
         for start in range(0, len(paths), batch_size):
             part = paths[start : start + batch_size]
-            read = [self._try_read(path, span=span or Span(), use=use) for path in part]
+            read = [self._try_read(path, span=span, use=use) for path in part]
             clips = [media for media in read if isinstance(media, Media)]
             try:
                 answers = iter(self.answer(clips, [prompt] * len(clips), sampling=sampling, seed=seed + start))
@@ -181,8 +192,7 @@ class Captioner:
                 if isinstance(media, Failure):
                     yield media
                     continue
-                answer = next(answers)
-                yield Caption(str(path), answer.text, prompt=prompt, model=self.name, finished=answer.finished)
+                yield self._sign(next(answers), path, prompt=prompt, span=span)
 
     def _try_read(self, path: Path, *, span: Span, use: Use) -> Media | Failure:
         try:

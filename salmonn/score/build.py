@@ -1,38 +1,13 @@
 """A judge from its configuration."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-from salmonn.score.chat import Chat, ChatConfig
+from salmonn.score.chat import Chat
 from salmonn.score.judge import Judge
 from salmonn.score.llm import EventForm, LlmJudge
 from salmonn.score.published import FORMS
 from salmonn.score.rule import RuleJudge
-
-JudgeKind = Literal["rule", "openai"]
-
-
-@dataclass(frozen=True)
-class JudgeConfig(ChatConfig):
-    """Who judges captions, and at what cost.
-
-    Args:
-        kind: rule reads captions of synthetic clips, offline; openai asks a language model on any OpenAI-compatible
-            server.
-        attempts: how often a caption is asked about, the fault of the reply before being named, until it is unscored.
-    """
-
-    kind: JudgeKind = "rule"
-    attempts: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kind == "openai" and not self.model:
-            raise ValueError("the judge openai needs a model, by the name that its server knows it by: give --model")
-        if self.kind == "rule" and (self.model or self.base_url):
-            raise ValueError("the judge rule asks no model: give --judge openai, or neither --model nor --base-url")
-        if self.attempts < 1:
-            raise ValueError(f"attempts must be at least 1, got {self.attempts}")
+from salmonn.score.settings import JudgeConfig
 
 
 def make_judge(config: JudgeConfig, *, published: bool = False, processes: int = 1) -> Judge:

@@ -13,14 +13,13 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import openai
 import tenacity
 
 from salmonn.score.replies import Reply, ReplyCache
+from salmonn.score.settings import ChatConfig
 
 logger = logging.getLogger(__name__)
 
@@ -48,47 +47,6 @@ class ChatStoppedError(ValueError):
 
 class ChatRefusedError(ValueError):
     """The server refuses this question, and would again."""
-
-
-@dataclass(frozen=True)
-class ChatConfig:
-    """A language model on an OpenAI-compatible server.
-
-    Args:
-        model: name of the language model, as its server knows it.
-        base_url: address of the server, such as http://localhost:8000/v1; none is OpenAI's own. The key is read from
-            the environment variable OPENAI_API_KEY.
-        concurrency: requests under way at once.
-        temperature: of the model; none leaves it to the server, as some models ask for.
-        reply_tokens: longest reply; none leaves it to the server.
-        structured: whether replies are asked for by JSON schema: auto does, until the server refuses.
-        timeout_seconds: of one request.
-        retry_seconds: how long one question is tried again where the server is busy, failing or away.
-        max_requests: spend cap: the run stops before it asks more often, retries included.
-        max_tokens: spend cap in tokens, of prompts and replies; what is under way when it is reached still counts.
-        cache: file that keeps every reply, so that no question is asked twice.
-    """
-
-    model: str = ""
-    base_url: str | None = None
-    concurrency: int = 8
-    temperature: float | None = 0.0
-    reply_tokens: int | None = None
-    structured: Literal["auto", "always", "never"] = "auto"
-    timeout_seconds: float = 120.0
-    retry_seconds: float = 600.0
-    max_requests: int | None = None
-    max_tokens: int | None = None
-    cache: Path = Path("~/.cache/salmonn/replies.sqlite")
-
-    def __post_init__(self) -> None:
-        if self.concurrency < 1 or min(self.timeout_seconds, self.retry_seconds) <= 0:
-            raise ValueError(
-                "concurrency must be at least 1, timeout_seconds and retry_seconds above 0, got "
-                f"{self.concurrency}, {self.timeout_seconds} and {self.retry_seconds}"
-            )
-        if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.reply_tokens)):
-            raise ValueError("max_requests, max_tokens and reply_tokens must be at least 1 where they are given")
 
 
 class Chat:
@@ -126,7 +84,7 @@ class Chat:
             ChatStoppedError: no further question can be asked.
         """
         asked = {"messages": list(messages), "seed": seed}
-        asked |= {"temperature": self.config.temperature, "reply_tokens": self.config.reply_tokens}
+        asked |= {"temperature": self.config.temperature, "reply_tokens": self.config.longest_reply}
         words = json.dumps([self.name, asked], sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(words.encode()).hexdigest()
         reply = self._cache.find(key)
@@ -206,8 +164,8 @@ class Chat:
         options: dict[str, Any] = {"seed": seed}
         if self.config.temperature is not None:
             options["temperature"] = self.config.temperature
-        if self.config.reply_tokens is not None:
-            options["max_tokens"] = self.config.reply_tokens
+        if self.config.longest_reply is not None:
+            options["max_tokens"] = self.config.longest_reply
         if schema is not None:
             options["response_format"] = {
                 "type": "json_schema",
@@ -277,5 +235,7 @@ def _pause(state: tenacity.RetryCallState) -> float:
 
 def _words(error: BaseException | None) -> str:
     """What went wrong, in one line of bounded length."""
-    words = " ".join(str(error).split()) or type(error).__name__
+    # Servers say why in the body, not all of them in the place that the client's own message is taken from.
+    reason = f" {error.response.text}" if isinstance(error, openai.APIStatusError) else ""
+    words = " ".join(f"{error}{reason}".split()) or type(error).__name__
     return words if len(words) <= 300 else words[:300] + " ..."

@@ -59,10 +59,23 @@ def converse(chat: Chat, attempts: Sequence[Attempt[Result]], *, seed: int, name
             fault = str(error)
         if names_faults:
             history = [
-                {"role": "assistant", "content": reply.text[:_LONGEST_ECHO]},
+                {"role": "assistant", "content": _disarm(reply.text[:_LONGEST_ECHO])},
                 {"role": "user", "content": AGAIN.format(faults=fault)},
             ]
     raise ReplyError(f"no usable reply in {len(attempts)} attempts; of the last: {fault}")
+
+
+def write_data(value: Any) -> str:
+    """JSON that a caption can neither end nor turn into another speaker's words."""
+    return _disarm(json.dumps(value, ensure_ascii=False))
+
+
+def _disarm(text: str) -> str:
+    """The marks by which chat templates tell speakers apart, as JSON escapes: the same strings to who reads JSON.
+
+    `<|im_end|>`, `<end_of_turn>`, `</s>` and their like begin with "<", Llama 2 and Mistral use [INST] and [/INST].
+    """
+    return text.replace("<", "\\u003c").replace("[INST", "\\u005bINST").replace("[/INST", "\\u005b/INST")
 
 
 def parse_object(text: str) -> dict[str, Any]:

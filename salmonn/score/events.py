@@ -4,7 +4,6 @@ An event is one fact: one thing that is seen, heard or said. What a model lists 
 quotes the words that tell it, and a reply whose quotes are not there is asked for again.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from salmonn.media import phrases
 from salmonn.records import Event, Modality, Reference, Unscored
 from salmonn.score.chat import Chat, ChatRefusedError
 from salmonn.score.claims import Claim, parse_claims
-from salmonn.score.converse import Attempt, ReplyError, converse, parse_object
+from salmonn.score.converse import Attempt, ReplyError, converse, parse_object, write_data
 from salmonn.score.quotes import find_quote
 
 SYSTEM = """\
@@ -129,7 +128,7 @@ def _with_events(reference: Reference, found: tuple[Event, ...] | Unscored | Non
 
 
 def _ask(reference: Reference, chat: Chat, *, attempts: int) -> tuple[Event, ...]:
-    data = json.dumps({"description": reference.caption}, ensure_ascii=False)
+    data = write_data({"description": reference.caption})
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": data}]
     attempt = Attempt(messages, SCHEMA, lambda text: read_events(text, reference))
     return converse(chat, [attempt] * attempts, seed=0)

@@ -59,7 +59,7 @@ def read_scores(path: Path | str) -> ScoreFile:
         raise FileNotFoundError(f"no file {path}: expected a score file, as `salmonn score --out` writes it")
     judging: Judging | None = None
     scores, unscored = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             value = json.loads(line)
             if judging is None:

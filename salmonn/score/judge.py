@@ -81,7 +81,15 @@ def write_score(
         told=tuple(told),
         invented=tuple(invented),
         repeated=tuple(repeated),
+        start_seconds=task.caption.start_seconds,
+        end_seconds=task.caption.end_seconds,
     )
+
+
+def leave_unscored(task: Task, reason: str) -> Unscored:
+    """The record of a caption that cannot be judged."""
+    caption = task.caption
+    return Unscored(task.reference.video, reason, caption.sample, caption.start_seconds, caption.end_seconds)
 
 
 def score_captions(

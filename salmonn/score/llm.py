@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from salmonn.records import Event, Reference, Score, Told, Unscored
 from salmonn.score.chat import Chat, ChatRefusedError, Message
-from salmonn.score.converse import AGAIN, Attempt, ReplyError, converse, parse_object
-from salmonn.score.judge import Progress, Task, write_score
+from salmonn.score.converse import AGAIN, Attempt, ReplyError, converse, parse_object, write_data
+from salmonn.score.judge import Progress, Task, leave_unscored, write_score
 from salmonn.score.quotes import find_quote
 
 CLASSES = ("correct", "incorrect", "missed")
@@ -107,7 +107,7 @@ class EventForm:
     def ask(self, task: Task) -> list[Message]:
         """The definitions, then events and caption as one JSON object, which no caption can break out of."""
         events = [_describe(number, event) for number, event in enumerate(task.reference.events, start=1)]
-        data = json.dumps({"events": events, "description": task.caption.text}, ensure_ascii=False)
+        data = write_data({"events": events, "description": task.caption.text})
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": data}]
 
     def read(self, text: str, task: Task) -> Score:
@@ -189,8 +189,18 @@ class LlmJudge:
         try:
             score = converse(self.chat, attempts, seed=seed, names_faults=self.names_faults)
         except (ReplyError, ChatRefusedError) as error:
-            return [Unscored(task.reference.video, str(error), task.caption.sample) for task in tasks]
-        return [replace(score, sample=task.caption.sample, finished=task.caption.finished) for task in tasks]
+            return [leave_unscored(task, str(error)) for task in tasks]
+        # Their parts of the video may differ, too, if the same events lie in them.
+        return [
+            replace(
+                score,
+                sample=task.caption.sample,
+                finished=task.caption.finished,
+                start_seconds=task.caption.start_seconds,
+                end_seconds=task.caption.end_seconds,
+            )
+            for task in tasks
+        ]
 
 
 def _describe(number: int, event: Event) -> dict[str, Any]:

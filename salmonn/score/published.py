@@ -22,7 +22,7 @@ from typing import Any
 
 from salmonn.records import Event, Reference, Score, Told
 from salmonn.score.chat import Message
-from salmonn.score.converse import ReplyError
+from salmonn.score.converse import ReplyError, write_data
 from salmonn.score.judge import Task, write_score
 from salmonn.score.llm import Form
 
@@ -161,8 +161,8 @@ def collapsed(task: Task) -> Task:
 
 
 def _ask(task: Task, system: str) -> list[Message]:
-    events = json.dumps([event.text for event in task.reference.events], ensure_ascii=False)
-    user = f"Events of the video:\n{events}\n\nDescription:\n{json.dumps(task.caption.text, ensure_ascii=False)}\n"
+    events = write_data([event.text for event in task.reference.events])
+    user = f"Events of the video:\n{events}\n\nDescription:\n{write_data(task.caption.text)}\n"
     return [
         {"role": "system", "content": system.format(number=len(task.reference.events))},
         {"role": "user", "content": user},

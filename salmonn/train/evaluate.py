@@ -22,11 +22,11 @@ SIDE_BY_SIDE = 128  # sequences that a toy model generates at once
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's captions of clips and answers to their questions, the captions' scores, and the rates over them all."""
+    """A model's captions of clips and answers to their questions, what the judge said, and the rates over it all."""
 
     captions: list[Caption]
     answers: list[Caption]
-    scores: list[Score]
+    results: list[Score | Unscored]
     rates: Rates
 
 
@@ -85,19 +85,35 @@ def caption_clips(
     return [caption for group in dist.gather(groups) for caption in group]
 
 
-def judge_captions(captions: Sequence[Caption], references: Mapping[str, Reference], *, judge: Judge) -> list[Score]:
-    """Scores in the captions' order, the work shared over ranks. What the judge could not score is left out, told.
+def judge_captions(
+    captions: Sequence[Caption], references: Mapping[str, Reference], *, judge: Judge
+) -> list[Score | Unscored]:
+    """What the judge says, in the captions' order. Ranks share out the clips: equal captions of one are asked once."""
+    groups: dict[str, list[int]] = {}
+    for place, caption in enumerate(captions):
+        groups.setdefault(caption.video, []).append(place)
+    mine = dist.share(list(groups.values()))
+    tasks = [Task(references[captions[place].video], captions[place]) for group in mine for place in group]
+    results = iter(judge.judge(tasks))
+    judged = dist.gather([[next(results) for _ in group] for group in mine])
+    placed = {
+        place: result
+        for group, part in zip(groups.values(), judged, strict=True)
+        for place, result in zip(group, part, strict=True)
+    }
+    return [placed[place] for place in range(len(captions))]
+
+
+def require_scores(results: Sequence[Score | Unscored], *, name: str) -> list[Score]:
+    """The scores among the results; what could not be scored is told, and left out.
 
     Raises:
-        ValueError: none could be scored.
+        ValueError: there is no score.
     """
-    tasks = [Task(references[caption.video], caption) for caption in dist.share(captions)]
-    results = dist.gather(judge.judge(tasks))
     unscored = [result for result in results if isinstance(result, Unscored)]
     if unscored:
-        words = (
-            f"{len(unscored)} of {len(results)} captions are unscored, first {unscored[0].video}: {unscored[0].reason}"
-        )
+        first = unscored[0]
+        words = f"{name}: {len(unscored)} of {len(results)} captions are unscored, first {first.video}: {first.reason}"
         if len(unscored) == len(results):
             raise ValueError(words)
         log.warning(words)
@@ -151,5 +167,6 @@ def evaluate(
     )
     answers = answer_questions(captioner, references, blocks, name=f"{name}: questions", side_by_side=side_by_side)
     by_video = {reference.video: reference for reference in references}
-    scores = judge_captions(captions, by_video, judge=judge)
-    return Evaluation(captions, answers, scores, rates(scores, qa_accuracy=qa_accuracy(by_video, answers)))
+    results = judge_captions(captions, by_video, judge=judge)
+    scores = require_scores(results, name=name)
+    return Evaluation(captions, answers, results, rates(scores, qa_accuracy=qa_accuracy(by_video, answers)))

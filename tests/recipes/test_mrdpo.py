@@ -8,14 +8,19 @@ import pytest
 import torch
 
 from salmonn.model.load import load_network
-from salmonn.records import Caption, Pair, Score, read_records
+from salmonn.records import Caption, Pair, read_records
+from salmonn.score.files import read_scores
+from tests.score.scripted import honest
 
 ROUND = {
     "rounds": 1, "pairs.num_samples": 4, "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30,
     "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup": 0.5, "fit.learning_rate": 0.002,
     "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup": 0.5,
 }  # fmt: skip
-RATES = {"missing", "hallucination", "total", "repetition", "qa_accuracy", "clips"}
+RATES = {
+    "missing", "hallucination", "incorrect", "hallucinated", "total", "repetition", "qa_accuracy", "clips", "captions",
+    "words", "cut_off", "audio_share", "order",
+}  # fmt: skip
 MODEL = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 MEASURED = [f"heldout/{name}" for name in ("answers.jsonl", "captions.jsonl", "rates.json", "scores.jsonl")]
 PROMISED = {
@@ -75,7 +80,9 @@ def test_everything_promised_is_there(finished):
 
 def test_records_of_a_round_fit_together(finished):
     folder = finished / "round_1"
-    captions, scores = read_records(folder / "captions.jsonl", Caption), read_records(folder / "scores.jsonl", Score)
+    captions, scored = read_records(folder / "captions.jsonl", Caption), read_scores(folder / "scores.jsonl")
+    scores = scored.scores
+    assert scored.judging.judge == "rule" and not scored.unscored
     assert len(captions) == 32 and len({caption.text for caption in captions}) > 8  # 8 clips, 4 samples
     assert [(caption.video, caption.sample) for caption in captions] == [
         (score.video, score.sample) for score in scores
@@ -131,9 +138,11 @@ def test_two_processes(finished, launch, flags, tmp_path):
     assert files_of(tmp_path) == files_of(finished)
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (finished, tmp_path))
     assert two["sft"] == one["sft"]
-    for name in ("captions", "answers", "scores"):
+    for name in ("captions", "answers"):
         alone, shared = ((f / "sft" / "heldout" / f"{name}.jsonl").read_text() for f in (finished, tmp_path))
         assert alone == shared
+    first, second = (read_scores(f / "sft" / "heldout" / "scores.jsonl") for f in (finished, tmp_path))
+    assert first.scores == second.scores and first.judging.totals == second.judging.totals
     sampled = read_records(tmp_path / "round_1" / "captions.jsonl", Caption)
     assert [(caption.video, caption.sample) for caption in sampled] == [
         (caption.video, caption.sample) for caption in read_records(finished / "round_1" / "captions.jsonl", Caption)
@@ -191,3 +200,23 @@ def test_mistakes_end_with_words(launch, flags, tmp_path, changed, words):
     result = launch("mrdpo", out=tmp_path / "out", **flags | changed)
     assert result.returncode == 2
     assert words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_language_model_judges_and_its_cap_may_be_raised(serve, launch, flags, tmp_path):
+    """Two processes share a scripted judge: stopped by its cap, the run goes on and asks nothing twice."""
+    server = serve(honest)
+    judge = {
+        "judge.kind": "openai", "judge.model": "m", "judge.base_url": server.url, "judge.cache": tmp_path / "c.sqlite",
+    }  # fmt: skip
+    options = flags | judge | {"out": tmp_path / "run"}
+    stopped = launch("mrdpo", processes=2, **options, **{"judge.max_requests": 8})
+    assert stopped.returncode != 0 and "requests is reached" in stopped.stderr
+    assert len(server.requests) <= 8
+    result = launch("mrdpo", processes=2, **options)
+    assert result.returncode == 0, result.stderr
+    asked = [request["messages"][1]["content"] for request in server.requests]
+    assert len(asked) == len(set(asked))
+    scored = read_scores(tmp_path / "run" / "round_1" / "scores.jsonl")
+    assert scored.judging.judge == f"m at {server.url}" and len(scored.scores) == 32
+    pairs = read_records(tmp_path / "run" / "round_1" / "pairs.jsonl", Pair)
+    assert pairs and all(pair.gap > 0 for pair in pairs)

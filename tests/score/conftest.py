@@ -2,22 +2,9 @@
 
 import pytest
 
-from salmonn.score.chat import Chat, ChatConfig
+from salmonn.score.chat import Chat
+from salmonn.score.settings import ChatConfig
 from tests.score.scripted import ScriptedServer
-
-
-@pytest.fixture
-def serve():
-    """Starts scripted servers, and stops them in the end."""
-    servers = []
-
-    def start(script) -> ScriptedServer:
-        servers.append(ScriptedServer(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture

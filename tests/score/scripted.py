@@ -50,6 +50,13 @@ class ScriptedServer:
         self._lock = threading.Lock()
         scripted = self
 
+        def play(request: dict[str, Any], number: int) -> Answer:
+            try:
+                return script(request, number)
+            # Refused, and so not tried again by the client: the test ends with the reason.
+            except (LookupError, ValueError, TypeError, AssertionError) as error:
+                return Answer(f"the script raised {error!r}", status=400)
+
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -59,7 +66,7 @@ class ScriptedServer:
                     scripted._at_once += 1
                     scripted.most_at_once = max(scripted.most_at_once, scripted._at_once)
                 try:
-                    self._send(script(request, number))
+                    self._send(play(request, number))
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client had enough
                 finally:

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from salmonn.score.chat import Chat, ChatConfig, ChatRefusedError, ChatStoppedError
+from salmonn.score.chat import Chat, ChatRefusedError, ChatStoppedError
 from salmonn.score.replies import Reply, ReplyCache
+from salmonn.score.settings import ChatConfig
 from tests.score.scripted import Answer
 
 SCHEMA = {"type": "object"}
@@ -53,7 +54,15 @@ def test_what_is_sent(serve, open_chat):
             "json_schema": {"name": "reply", "strict": True, "schema": SCHEMA},
         },
     }
-    assert bare == {"model": "m", "messages": HELLO, "seed": 0}
+    assert bare == {"model": "m", "messages": HELLO, "seed": 0, "max_tokens": 4096}
+    assert ChatConfig("m").longest_reply is None
+
+
+@pytest.mark.parametrize("body", [b'{"detail": "pinned to another"}', b"pinned to another"])
+def test_the_server_s_own_words_are_told(serve, open_chat, body):
+    server = serve(lambda request, number: Answer(status=400, body=body))
+    with pytest.raises(ChatRefusedError, match="pinned to another"):
+        ask(open_chat(server))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +200,8 @@ def test_ctrl_c_keeps_what_is_under_way(serve, open_chat, tmp_path):
     server = serve(lambda request, number: Answer(words_of(request), delay_seconds=1.0))
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from salmonn.score.chat import Chat, ChatConfig
+        from salmonn.score.chat import Chat
+from salmonn.score.settings import ChatConfig
         chat = Chat(ChatConfig("m", {server.url!r}, concurrency=2, cache=Path({str(tmp_path / "replies.sqlite")!r})))
         ask = lambda text: chat.ask([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
         chat.side_by_side(ask, [str(number) for number in range(20)])
@@ -218,6 +228,7 @@ def test_a_key_is_asked_for(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"reply_tokens": 0}, "reply_tokens"),
         ({"concurrency": 0}, "concurrency"),
         ({"retry_seconds": 0}, "retry_seconds"),
         ({"max_requests": 0}, "max_requests"),

@@ -100,4 +100,4 @@ def test_evaluation(captioner, clips, monkeypatch):
     result = evaluate(captioner, clips.references, blocks, judge=RuleJudge(), sampling=Sampling(), name="perfect")
     assert (result.rates.total, result.rates.qa_accuracy, result.rates.clips) == (0.0, 1.0, 5)
     assert len(result.answers) == sum(len(reference.questions) for reference in clips.references)
-    assert [score.video for score in result.scores] == [reference.video for reference in clips.references]
+    assert [score.video for score in result.results] == [reference.video for reference in clips.references]

@@ -14,8 +14,10 @@ REBIRTH = Rates(0.3, 0.1, 0.4, 0.0, 0.7, 20)
 
 
 def as_json(*values):
-    """The keys of summary.json, in words."""
-    return dict(zip(("missing", "hallucination", "total", "repetition", "qa_accuracy", "clips"), values, strict=True))
+    """The keys of summary.json, in words; those that are not given are as by default."""
+    names = ("missing", "hallucination", "total", "repetition", "qa_accuracy", "clips")
+    rest = {"incorrect": 0, "hallucinated": 0, "words": 0, "cut_off": 0, "captions": 0}
+    return dict(zip(names, values, strict=True)) | rest | {"audio_share": None, "order": None}
 
 
 def test_summary_json(tmp_path):

@@ -1,0 +1,1 @@
+from salmonn.cli.main import main as main

@@ -1,0 +1,54 @@
+"""The command line: one parser, one command for each thing that `salmonn` does.
+
+Heavy imports stand inside the commands, so that `--help` and scoring start at once and without torch.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from jsonargparse import ArgumentParser, Namespace
+
+from salmonn.cli.bench import bench_parser, run_bench
+from salmonn.cli.caption import caption_parser, run_caption
+from salmonn.cli.codes import WRONG_USAGE
+from salmonn.cli.events import events_parser, run_events
+from salmonn.cli.score import compare_parser, qa_parser, run_compare, run_qa, run_score, score_parser
+from salmonn.cli.synth import run_synth, synth_parser
+from salmonn.config import underscored
+
+Command = tuple[Callable[[], ArgumentParser], Callable[[Namespace], int], str]
+
+COMMANDS: dict[str, Command] = {
+    "caption": (caption_parser, run_caption, "describe videos, or ask anything about them"),
+    "score": (score_parser, run_score, "score captions against reference events"),
+    "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
+    "events": (events_parser, run_events, "split reference captions into atomic events"),
+    "qa": (qa_parser, run_qa, "accuracy of answers to multiple-choice questions"),
+    "judge-bench": (bench_parser, run_bench, "check a judge on labelled pairs of captions"),
+    "synth": (synth_parser, run_synth, "make synthetic clips with exactly known events"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    values = build_parser().parse_args(underscored(args))
+    _, command, _ = COMMANDS[values.subcommand]
+    try:
+        sys.exit(command(values[values.subcommand]))
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(WRONG_USAGE)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; what was finished is written\n")
+        sys.exit(130)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    parser = ArgumentParser(prog="salmonn", description="Audio-visual video captioning that teaches itself.")
+    commands = parser.add_subcommands(dest="subcommand")
+    for name, (make_parser, _, words) in COMMANDS.items():
+        commands.add_subcommand(name, make_parser(), help=words)
+    return parser

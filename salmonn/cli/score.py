@@ -1,0 +1,264 @@
+"""`salmonn score`, `salmonn compare` and `salmonn qa`: captions and answers into figures."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from salmonn.cli.codes import SOME_FAILED
+from salmonn.cli.judge import add_judge, judge_config
+from salmonn.records import Caption, Reference, write_json
+from salmonn.score.settings import Protocol
+
+if TYPE_CHECKING:
+    from salmonn.score.intervals import Interval
+    from salmonn.score.protocol import ScoredSet
+    from salmonn.score.rates import Rates
+
+# Rates that are fractions, in the order of the table, with their titles.
+TITLES = {
+    "missing": "Missing",
+    "hallucination": "Hallucination",
+    "incorrect": "  incorrect",
+    "hallucinated": "  hallucinated",
+    "total": "Total",
+    "repetition": "Repetition",
+    "cut_off": "Cut off at the limit",
+    "audio_share": "Audio share",
+}
+
+
+def score_parser() -> ArgumentParser:
+    """Arguments of `salmonn score`."""
+    parser = ArgumentParser(
+        description="Score captions against the atomic events of their references. Every reference counts, also one "
+        "without a caption. docs/measures.md says what each figure means."
+    )
+    parser.add_argument("captions", type=Path, help="JSONL of `salmonn caption`, or JSON of published predictions")
+    parser.add_argument("--references", type=Path, required=True, help="JSONL of references, or the published JSON")
+    parser.add_argument("--out", type=Path | None, default=None, help="file for each caption's score, and who judged")
+    parser.add_argument("--summary", type=Path | None, default=None, help="JSON file for all figures")
+    parser.add_argument("--report", type=Path | None, default=None, help="HTML page: figures, worst clips, videos")
+    parser.add_argument("--worst", type=int, default=20, help="clips on that page")
+    parser.add_argument(
+        "--protocol", type=Protocol, default="salmonn", help="arithmetic: " + ", ".join(get_args(Protocol))
+    )
+    parser.add_argument("--passes", type=int, default=1, help="judge all so often; the median Total counts")
+    parser.add_argument("--seed", type=int, default=2024, help="of the judge's first pass")
+    add_judge(parser)
+    return parser
+
+
+def run_score(values: Namespace) -> int:
+    """Print the rates of captions with their intervals; write scores, figures and page where asked."""
+    from salmonn.score.build import make_judge
+    from salmonn.score.files import name_as_references, read_captions, read_references, write_scores
+    from salmonn.score.intervals import bootstrap
+    from salmonn.score.protocol import score_set
+    from salmonn.score.rates import rates
+
+    references = read_references(values.references)
+    captions = name_as_references(read_captions(values.captions), references, values.references)
+    judge = make_judge(judge_config(values), published=values.protocol == "published")
+    with tqdm(total=None, desc="judging", unit="caption", disable=judge.is_exact) as bar:
+        scored = score_set(
+            references,
+            captions,
+            judge,
+            protocol=values.protocol,
+            passes=values.passes,
+            seed=values.seed,
+            progress=bar.update,
+        )
+    figures, intervals = rates(scored.scores), bootstrap(scored.scores)
+    if values.out:
+        write_scores(values.out, scored.judging, scored.results)
+    if values.summary:
+        write_json(values.summary, summarise(scored, figures, intervals))
+    if values.report:
+        _write_page(values, scored, figures, intervals, captions=captions, references=references)
+    print_scores(scored, figures, intervals)
+    return SOME_FAILED if scored.unscored else 0
+
+
+def summarise(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> dict[str, object]:
+    """All figures of a scored set, as JSON."""
+    return {
+        "judging": asdict(scored.judging),
+        "rates": asdict(figures),
+        "intervals": {name: asdict(interval) for name, interval in intervals.items()},
+        "unscored": [asdict(one) for one in scored.unscored],
+        "as_published": asdict(scored.as_published) if scored.as_published else None,
+        "as_published_with_all_videos": asdict(scored.with_all) if scored.with_all else None,
+    }
+
+
+def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> None:
+    """Print tables of a scored set, and what could not be scored."""
+    judging = scored.judging
+    table = Table(title=f"{figures.captions} captions of {figures.clips} videos, judge {judging.judge}")
+    for title in ("", "%", "95 % interval"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, title in TITLES.items():
+        value = getattr(figures, name)
+        interval = intervals.get(name)
+        shown = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}" if interval else ""
+        table.add_row(title, "-" if value is None else f"{100 * value:.2f}", shown)
+    table.add_row("Order (Kendall's tau)", "-" if figures.order is None else f"{figures.order:+.3f}", "")
+    table.add_row("Length in words", f"{figures.words:.1f}", "")
+    console = Console(width=100)
+    console.print(table)
+    if len(judging.totals) > 1:
+        totals = ", ".join(f"{100 * total:.2f}" for total in judging.totals)
+        console.print(f"Total of each pass: {totals} %; pass {judging.kept + 1}, the median, is shown", highlight=False)
+    if scored.as_published and scored.with_all:
+        _print_published(console, scored)
+    for one in scored.unscored:
+        sys.stderr.write(f"unscored: {one.video} (sample {one.sample}): {one.reason}\n")
+    if scored.unscored:
+        sys.stderr.write(f"{len(scored.unscored)} captions are unscored and in none of the rates\n")
+
+
+def _print_published(console: Console, scored: "ScoredSet") -> None:
+    table = Table(title="by the published protocol")
+    for title in ("", "as published", "all videos"):
+        table.add_column(title, justify="right" if title else "left")
+    names = {"total": "EER", "missing": "MISS", "incorrect": "INCORRECT", "hallucination": "HALLUCINATION"}
+    for name, title in names.items():
+        table.add_row(title, *(f"{getattr(rates, name):.3f}" for rates in (scored.as_published, scored.with_all)))
+    counts = (rates.num_videos for rates in (scored.as_published, scored.with_all) if rates)
+    table.add_row("videos", *map(str, counts))
+    console.print(table)
+    console.print('"all videos" counts those without a score as all missed; "as published" leaves them out')
+
+
+def _write_page(
+    values: Namespace,
+    scored: "ScoredSet",
+    figures: "Rates",
+    intervals: Mapping[str, "Interval"],
+    *,
+    captions: Sequence[Caption],
+    references: Mapping[str, Reference],
+) -> None:
+    from salmonn.score.report import Report, write_report
+
+    absent = len(references) - len({caption.video for caption in captions} & set(references))
+    counted = "count as all missed" if values.protocol == "salmonn" else "are in none of the rates"
+    notes = [f"{absent} of {len(references)} videos have no caption and {counted}."] if absent else []
+    if scored.with_all:
+        notes.append(
+            f"By the published protocol Total is {scored.with_all.total:.3f} where each of the "
+            f"{scored.with_all.num_videos} videos counts, those without a score as all missed."
+        )
+    write_report(
+        values.report,
+        Report(
+            title=f"{values.captions.name} against {values.references.name}",
+            judging=scored.judging,
+            rates=figures,
+            scores=scored.scores,
+            unscored=scored.unscored,
+            captions=captions,
+            media_dir=values.references.parent,
+            intervals={name: (interval.low, interval.high) for name, interval in intervals.items()},
+            references=references,
+            published=_published_rates(scored),
+            notes=notes,
+            worst=values.worst,
+        ),
+    )
+
+
+def _published_rates(scored: "ScoredSet") -> dict[str, float] | None:
+    """The published figures under our names: its tables, too, count what is told wrong under hallucination."""
+    rates = scored.as_published
+    if rates is None:
+        return None
+    return {
+        "missing": rates.missing,
+        "incorrect": rates.incorrect,
+        "hallucinated": rates.hallucination,
+        "hallucination": rates.incorrect + rates.hallucination,
+        "total": rates.total,
+    }
+
+
+def compare_parser() -> ArgumentParser:
+    """Arguments of `salmonn compare`."""
+    parser = ArgumentParser(
+        description="Compare two sets of captions of the same videos, clip by clip: differences with 95 % intervals, "
+        "wins, ties and losses. Both must have been scored by one judge on one protocol."
+    )
+    parser.add_argument("first", type=Path, help="score file, as `salmonn score --out` writes it")
+    parser.add_argument("second", type=Path, help="another")
+    parser.add_argument("--force", action="store_true", help="compare although the judges differ")
+    return parser
+
+
+def run_compare(values: Namespace) -> int:
+    """Print how two sets of captions differ."""
+    from salmonn.score.files import read_scores
+    from salmonn.score.intervals import compare, require_same_judge
+
+    first, second = read_scores(values.first), read_scores(values.second)
+    if not values.force:
+        require_same_judge(first.judging, second.judging)
+    result = compare(first.scores, second.scores)
+    table = Table(title=f"{result.num_clips} videos: {values.second.name} against {values.first.name}")
+    for title in ("", "first %", "second %", "difference", "95 % interval", "wins", "ties", "losses"):
+        table.add_column(title, justify="right" if title else "left")
+    for name, one in result.differences.items():
+        table.add_row(
+            TITLES[name],
+            f"{100 * one.first:.2f}",
+            f"{100 * one.second:.2f}",
+            f"{100 * one.difference:+.2f}",
+            f"{100 * one.interval.low:+.2f} to {100 * one.interval.high:+.2f}",
+            *map(str, (one.wins, one.ties, one.losses)),
+        )
+    console = Console(width=110)
+    console.print(table)
+    console.print("less is better; a win is a video on which the second set has less", highlight=False)
+    if result.only_first or result.only_second:
+        console.print(f"left out: {result.only_first} videos of the first alone, {result.only_second} of the second")
+    return 0
+
+
+def qa_parser() -> ArgumentParser:
+    """Arguments of `salmonn qa`."""
+    parser = ArgumentParser(
+        description="Accuracy of answers to multiple-choice questions, overall and by group. Reads Video-MME's result "
+        "files, flat JSON or JSONL of question, options, answer, response, and the published code's pred and ref."
+    )
+    parser.add_argument("answers", type=Path, help="JSON or JSONL file")
+    parser.add_argument("--summary", type=Path | None, default=None, help="JSON file for all figures")
+    return parser
+
+
+def run_qa(values: Namespace) -> int:
+    """Print the accuracy of answers."""
+    from salmonn.score.choices import read_choices, score_choices
+
+    result = score_choices(read_choices(values.answers))
+    if values.summary:
+        write_json(values.summary, asdict(result))
+    table = Table(title=f"{result.num_questions} questions")
+    for title in ("", "accuracy %", "95 % interval", "questions"):
+        table.add_column(title, justify="right" if title else "left")
+    interval = f"{100 * result.interval.low:.1f} to {100 * result.interval.high:.1f}"
+    table.add_row("all", f"{100 * result.accuracy:.2f}", interval, str(result.num_questions))
+    for group, values_of_group in result.by_group.items():
+        table.add_section()
+        for value, (accuracy, count) in values_of_group.items():
+            table.add_row(f"{group}: {value}", f"{100 * accuracy:.2f}", "", str(count))
+    console = Console(width=100)
+    console.print(table)
+    console.print(f"unanswered: {result.unanswered}, unreadable: {result.unreadable}; both count as wrong")
+    return 0

@@ -1,0 +1,126 @@
+"""A real server of language models on this machine: `transformers serve` with a tiny chat model of random weights.
+
+To play with it by hand: make_chat_model(folder), then `transformers serve FOLDER --device cpu`.
+"""
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from salmonn.caption.tokenizer import train_tokenizer
+
+# Importing transformers is nearly all of it: 7 s where two cores are free.
+_LONGEST_START_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A server that runs.
+
+    Args:
+        base_url: its address, as clients of OpenAI's interface take it.
+        model: folder of the model, by which it is also named in requests.
+        log_path: what the server said so far.
+    """
+
+    base_url: str
+    model: str
+    log_path: Path
+
+    @property
+    def num_asked(self) -> int:
+        """Chat questions that arrived so far, by the server's own log."""
+        return self.log_path.read_text().count('"POST /v1/chat/completions')
+
+
+def make_chat_model(folder: Path) -> None:
+    """Save a chat model of 2 layers, 32 wide, whose letters are bytes: its tokens can be counted by hand."""
+    tokenizer = train_tokenizer(["a"], vocab_size=263)  # 7 special tokens and 256 bytes
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32768,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)  # a fresh model says much the same to every question
+    # The server draws, and heeds a seed, only for models that say so here; published chat models do.
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def serve_locally(model: Path, *, log_path: Path) -> Iterator[LocalServer]:
+    """Start the server on a free port, offline, on the processor; it is stopped at the end.
+
+    Raises:
+        RuntimeError: it ends or stays silent; with what it said.
+    """
+    port = _free_port()
+    line = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
+    line += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with log_path.open("w") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=log, env=os.environ | settings)
+    try:
+        _wait_until_healthy(process, port=port, log_path=log_path)
+        yield LocalServer(f"http://127.0.0.1:{port}/v1", str(model), log_path)
+    finally:
+        _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _wait_until_healthy(process: subprocess.Popen, *, port: int, log_path: Path) -> None:
+    until = time.monotonic() + _LONGEST_START_SECONDS
+    while not _is_healthy(port):
+        if process.poll() is not None or time.monotonic() > until:
+            state = "did not answer in time" if process.poll() is None else f"ended with {process.returncode}"
+            raise RuntimeError(f"transformers serve {state}:\n{log_path.read_text()}")
+        time.sleep(0.2)
+
+
+def _is_healthy(port: int) -> bool:
+    # No client that may go through a proxy: the question is whether this machine answers.
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:  # it waits for a generation that nobody reads any more
+        process.kill()
+        process.wait()

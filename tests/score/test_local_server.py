@@ -1,0 +1,133 @@
+"""The judge against a real server: `transformers serve` on this machine, with a chat model of random weights."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from salmonn.cli.codes import SOME_FAILED
+from salmonn.records import Caption, Event, Reference, Score, Unscored, write_records
+from salmonn.score.build import make_chat
+from salmonn.score.files import read_scores
+from salmonn.score.settings import JudgeConfig
+from tests.score.local_server import LocalServer, make_chat_model, serve_locally
+
+REFERENCES = [
+    Reference(video, (Event("a red circle appears"), Event("a low tone is heard", "audio")))
+    for video in ("one.mp4", "two.mp4", "three.mp4")
+]
+CAPTIONS = [Caption("one.mp4", "A red circle appears."), Caption("two.mp4", "A low tone is heard.")]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> LocalServer:
+    folder = tmp_path_factory.mktemp("server")
+    make_chat_model(folder / "model")
+    with serve_locally(folder / "model", log_path=folder / "log") as running:
+        yield running
+
+
+@pytest.fixture
+def ask(server):
+    """Ask the server by OpenAI's own client."""
+    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=60) as client:
+
+        def create(text: str, **options):
+            messages = [{"role": "user", "content": text}]
+            return client.chat.completions.create(model=server.model, messages=messages, **options)
+
+        yield create
+
+
+def test_reply_is_counted_and_cut_at_the_limit(ask):
+    completion = ask("hi", max_tokens=5, temperature=0)
+    # Turn start, "user\nhi", turn end, "\n", turn start, "assistant\n"; a letter is a token: 1 + 7 + 1 + 1 + 1 + 10.
+    assert completion.usage.prompt_tokens == 21
+    assert completion.usage.completion_tokens == 5 and completion.usage.total_tokens == 26
+    assert completion.choices[0].finish_reason == "length"
+    assert completion.choices[0].message.content
+
+
+def test_seed_and_temperature_reach_the_model(ask):
+    def answer(**options) -> str:
+        return ask("hi", max_tokens=20, **options).choices[0].message.content
+
+    assert answer(seed=1) == answer(seed=1) != answer(seed=2)
+    assert answer(seed=1, temperature=0) == answer(seed=2, temperature=0)
+
+
+def test_questions_side_by_side_keep_their_answers(ask):
+    def answer(text: str) -> str:
+        return ask(text, max_tokens=20, temperature=0).choices[0].message.content
+
+    texts = ["one", "two", "three", "four"]
+    alone = [answer(text) for text in texts]
+    assert len(set(alone)) == 4
+    with ThreadPoolExecutor(4) as executor:
+        assert list(executor.map(answer, texts)) == alone
+
+
+def test_schema_is_taken_and_not_heeded(ask):
+    # Why a reply is parsed strictly also where the server did not refuse the schema.
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": schema}}
+    text = ask("hi", max_tokens=5, temperature=0, response_format=form).choices[0].message.content
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(text)
+
+
+def test_fields_that_are_not_openais_are_refused(ask):
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        ask("hi", max_tokens=1, extra_body={"top_k": 1})
+    assert "top_k" in caught.value.body["detail"]
+
+
+@pytest.fixture
+def score(server, tmp_path):
+    """Run `salmonn score` with the server as judge: exit code, stderr, and what the file of scores holds."""
+    write_records(tmp_path / "refs.jsonl", REFERENCES)
+    write_records(tmp_path / "captions.jsonl", CAPTIONS)
+    line = [str(Path(sys.executable).with_name("salmonn")), "score", str(tmp_path / "captions.jsonl")]
+    line += ["--references", str(tmp_path / "refs.jsonl"), "--cache", str(tmp_path / "replies.sqlite")]
+    line += ["--judge", "openai", "--base-url", server.base_url, "--model", server.model]
+    line += ["--reply-tokens", "30", "--attempts", "2"]
+
+    def run() -> tuple[int, str, list[Score | Unscored]]:
+        out = tmp_path / "scores.jsonl"
+        result = subprocess.run([*line, "--out", str(out)], capture_output=True, text=True, timeout=120, check=False)
+        scores = read_scores(out)
+        return result.returncode, result.stderr, [*scores.scores, *scores.unscored]
+
+    return run
+
+
+def test_captions_of_a_judge_that_babbles_are_unscored_and_not_asked_about_again(server, score):
+    before = server.num_asked
+    code, told, results = score()
+    assert code == SOME_FAILED and "Traceback" not in told
+    # The video without a caption needs no judge. The others are asked about twice each.
+    assert [(type(one), one.video) for one in results] == [
+        (Score, "three.mp4"),
+        (Unscored, "one.mp4"),
+        (Unscored, "two.mp4"),
+    ]
+    assert all("no usable reply in 2 attempts" in one.reason for one in results[1:])
+    assert server.num_asked - before == 4
+
+    assert score()[2] == results
+    assert server.num_asked - before == 4
+
+
+def test_tokens_are_counted_as_the_server_counts_them(server, tmp_path):
+    config = JudgeConfig(
+        kind="openai", model=server.model, base_url=server.base_url, reply_tokens=30, cache=tmp_path / "replies.sqlite"
+    )
+    chat = make_chat(config)
+    messages = [{"role": "user", "content": "hi"}]
+    reply = chat.ask(messages, schema={"type": "object"}, seed=0)
+    assert reply.is_cut_off
+    assert chat.num_tokens == reply.num_tokens == 21 + 30  # of the question, as above, and of the reply
