@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -77,6 +77,8 @@ def run_score(values: Namespace) -> int:
             progress=bar.update,
         )
     figures, intervals = rates(scored.scores), bootstrap(scored.scores)
+    if values.protocol == "published":  # its replies do not say which events are told, nor where
+        figures = replace(figures, audio_share=None, order=None)
     if values.out:
         write_scores(values.out, scored.judging, scored.results)
     if values.summary:
@@ -116,7 +118,11 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
     console.print(table)
     if len(judging.totals) > 1:
         totals = ", ".join(f"{100 * total:.2f}" for total in judging.totals)
-        console.print(f"Total of each pass: {totals} %; pass {judging.kept + 1}, the median, is shown", highlight=False)
+        console.print(
+            f"Total of each pass: {totals} %; pass {judging.kept + 1}, the median, is shown",
+            highlight=False,
+            soft_wrap=True,
+        )
     if scored.as_published and scored.with_all:
         _print_published(console, scored)
     for one in scored.unscored:
@@ -135,7 +141,9 @@ def _print_published(console: Console, scored: "ScoredSet") -> None:
     counts = (rates.num_videos for rates in (scored.as_published, scored.with_all) if rates)
     table.add_row("videos", *map(str, counts))
     console.print(table)
-    console.print('"all videos" counts those without a score as all missed; "as published" leaves them out')
+    console.print(
+        '"all videos" counts those without a score as all missed; "as published" leaves them out', soft_wrap=True
+    )
 
 
 def _write_page(

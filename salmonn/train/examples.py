@@ -103,7 +103,7 @@ def _turns(reference: Reference, tasks: Sequence[Task], *, use: Use, describe: s
     wanted = ("caption", "human_caption") if use == "both" else (f"{prefix}caption",)
     turns = [Turn(describe, getattr(reference, task)) for task in tasks if task in wanted]
     if f"{prefix}events" in tasks:
-        events = [event.text for event in reference.events if use in ("both", event.modality)]
+        events = [event.text for event in reference.events if use == "both" or event.is_heard == (use == "audio")]
         turns.append(Turn(LIST_EVENTS, ", ".join(events)))
     if f"{prefix}questions" in tasks:
         asked = [item for item in reference.questions if use == "both" or item.kind in VISUAL_KINDS]
