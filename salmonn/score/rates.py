@@ -4,15 +4,12 @@ Rates are micro-averages (counts are summed over all captions before dividing; s
 `docs/measures.md` has the formulas, with a worked example.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from salmonn.records import Caption, Reference, Score
-
-_WORD = re.compile(r"[^\W_]+(?:['\u2019\-][^\W_]+)*")
-_ARTICLES = frozenset(("a", "an", "the"))
+from salmonn.score.words import ARTICLES, WORD
 
 
 @dataclass(frozen=True)
@@ -125,4 +122,4 @@ def qa_accuracy(references: Mapping[str, Reference], answers: Sequence[Caption])
 
 
 def _content(text: str) -> list[str]:
-    return [word for word in _WORD.findall(text.lower()) if word not in _ARTICLES]
+    return [word for word in WORD.findall(text.lower()) if word not in ARTICLES]

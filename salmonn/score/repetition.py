@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_WORD = re.compile(r"[^\W_]+(?:['\u2019\-][^\W_]+)*")
-_ARTICLES = frozenset(("a", "an", "the"))
+from salmonn.score.words import ARTICLES, WORD
+
 _SENTENCE_END = re.compile(r"[.!?;:\n]+")
 _CONJUNCTION = "and|then|while|whilst|before|after|until|but|meanwhile"
 # A conjunction stays with the piece that it leads in; "and then" is one.
@@ -50,7 +50,7 @@ def repeated_spans(text: str) -> list[tuple[int, int]]:
         if is_again:
             spans.append((clause.start, clause.end))
         else:
-            places = [word.span() for word in _WORD.finditer(text, clause.start, clause.end)]
+            places = [word.span() for word in WORD.finditer(text, clause.start, clause.end)]
             own = places[len(places) - len(clause.words.split()) :]
             for loop in _LOOP.finditer(clause.words):
                 first, last = (len(clause.words[:end].split()) for end in (loop.end(1), loop.end()))
@@ -89,7 +89,7 @@ def _cut(text: str) -> list[_Clause]:
     anchor, num_words, begin = "", 0, 0
     for first, last in _split(_SENTENCE_END, text, 0, len(text)):
         pieces = [
-            (start, end, _WORD.findall(_LEAD.sub("", text[start:end], count=1).lower()))
+            (start, end, WORD.findall(_LEAD.sub("", text[start:end], count=1).lower()))
             for start, end in _split(_CUT, text, first, last)
         ]
         is_whole = sum(bool(words) for _, _, words in pieces) == 1
@@ -97,10 +97,10 @@ def _cut(text: str) -> list[_Clause]:
         for start, end, words in pieces:
             # "Then, ..." and "At the start, ..." belong to the clause that they lead in.
             begin = begin if num_words else start
-            num_words += len(_WORD.findall(text, start, end))
+            num_words += len(WORD.findall(text, start, end))
             if not words:
                 continue
-            own = " ".join(word for word in words if word not in _ARTICLES)
+            own = " ".join(word for word in words if word not in ARTICLES)
             is_pronoun = words[0] in _PRONOUNS
             leans = is_pronoun or (not is_first and words[0] not in _SUBJECTS)
             leans = leans and own != anchor  # "beep, beep, beep"

@@ -201,13 +201,14 @@ def test_ctrl_c_keeps_what_is_under_way(serve, open_chat, tmp_path):
     code = textwrap.dedent(f"""
         from pathlib import Path
         from salmonn.score.chat import Chat
-from salmonn.score.settings import ChatConfig
+        from salmonn.score.settings import ChatConfig
         chat = Chat(ChatConfig("m", {server.url!r}, concurrency=2, cache=Path({str(tmp_path / "replies.sqlite")!r})))
         ask = lambda text: chat.ask([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
         chat.side_by_side(ask, [str(number) for number in range(20)])
     """)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
     while len(server.requests) < 2:
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)

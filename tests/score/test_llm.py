@@ -149,11 +149,32 @@ def test_faults_are_named(reply, words):
         ("by ... brown", None),
         ("", None),
         ("...", None),
+        ("!", None),
     ],
 )
 def test_find_quote(quote, found):
     place = find_quote(quote, TEXT)
     assert (TEXT[slice(*place)] if place else None) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "quote", "found"),
+    [
+        (
+            "\u4e00\u4e2a\u7ea2\u8272\u7684\u5706\u5708\u51fa\u73b0\u3002",
+            "\u5706\u5708\u51fa\u73b0",
+            "\u5706\u5708\u51fa\u73b0",
+        ),
+        ("\u72ac\u304c\u5420\u3048\u308b", "\u5420\u3048\u308b", "\u5420\u3048\u308b"),
+        ("Un cafe\u0301 ouvre.", "un caf\u00e9", "Un cafe\u0301"),
+        ("Un caf\u00e9 ouvre.", "cafe\u0301 ouvre", "caf\u00e9 ouvre"),
+        ("Party \U0001f389\U0001f389!", "\U0001f389\U0001f389", "\U0001f389\U0001f389"),
+        ("A low-pitched tone", "low pitched", "low-pitched"),
+    ],
+)
+def test_find_quote_in_any_language(text, quote, found):
+    place = find_quote(quote, text)
+    assert place and text[slice(*place)] == found
 
 
 def test_find_quote_from_a_place_on():

@@ -96,7 +96,8 @@ def test_parts_of_a_video_keep_their_captions_and_events(clips, tmp_path):
     # Missed in the second part is the second of two events of one text; the first part has 1 of its 1 told.
     video = clips.references[0].video
     early, late = Event("a beep", "audio", 0.0, 1.0), Event("a beep", "audio", 3.0, 4.0)
-    scores = [Score(video, 1, 0, 0, 0, told=(Told(early, "beep"),)), Score(video, 1, 1, 0, 0, missed=("a beep",))]
+    first = Score(video, 1, 0, 0, 0, told=(Told(early, "beep"),), end_seconds=2.0)
+    scores = [first, Score(video, 1, 1, 0, 0, missed=("a beep",), start_seconds=2.0)]
     captions = [Caption(video, "Beep one.", end_seconds=2.0), Caption(video, "Two.", start_seconds=2.0)]
     references = {video: Reference(video, (early, late))}
     changes = {"scores": scores, "captions": captions, "references": references, "unscored": []}
