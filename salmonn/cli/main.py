@@ -4,6 +4,7 @@ Heavy imports stand inside the commands, so that `--help` and scoring start at o
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -41,8 +42,9 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(WRONG_USAGE)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; what was finished is written\n")
-        sys.exit(130)
+        sys.stderr.write("stopped; what was finished is kept, and the same command goes on from there\n")
+        sys.stderr.flush()
+        os._exit(130)  # a second Ctrl-C: an ordinary exit would wait for the requests that are under way
 
 
 def build_parser() -> ArgumentParser:

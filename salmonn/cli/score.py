@@ -14,7 +14,7 @@ from tqdm import tqdm
 from salmonn.cli.codes import SOME_FAILED
 from salmonn.cli.judge import add_judge, judge_config
 from salmonn.records import Caption, Reference, write_json
-from salmonn.score.settings import Protocol
+from salmonn.score.settings import ProtocolName
 
 if TYPE_CHECKING:
     from salmonn.score.intervals import Interval
@@ -47,7 +47,7 @@ def score_parser() -> ArgumentParser:
     parser.add_argument("--report", type=Path | None, default=None, help="HTML page: figures, worst clips, videos")
     parser.add_argument("--worst", type=int, default=20, help="clips on that page")
     parser.add_argument(
-        "--protocol", type=Protocol, default="salmonn", help="arithmetic: " + ", ".join(get_args(Protocol))
+        "--protocol", type=ProtocolName, default="salmonn", help="arithmetic: " + ", ".join(get_args(ProtocolName))
     )
     parser.add_argument("--passes", type=int, default=1, help="judge all so often; the median Total counts")
     parser.add_argument("--seed", type=int, default=2024, help="of the judge's first pass")

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
@@ -34,10 +35,9 @@ _PASSING = (
     openai.InternalServerError,
     openai.ConflictError,
     openai.APIResponseValidationError,
-    json.JSONDecodeError,
 )
-_FINAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
-_REFUSALS = (openai.BadRequestError, openai.UnprocessableEntityError)
+_GREETING = [{"role": "user", "content": "Reply with the word yes."}]
+_REFUSED_STATUS = (400, 413, 422)  # bad, too large, not to be processed: another question may be welcome
 _LONGEST_PAUSE_SECONDS = 60.0
 
 
@@ -49,12 +49,16 @@ class ChatRefusedError(ValueError):
     """The server refuses this question, and would again."""
 
 
+class ChatFailedError(ChatRefusedError):
+    """The server fails on this question, though not on others."""
+
+
 class Chat:
     """Asks a model questions, many side by side."""
 
     def __init__(self, config: ChatConfig) -> None:
         self.config = config
-        self.name = f"{config.model} at {config.base_url or 'OpenAI'}"
+        self.name = f"{config.model} at {(config.base_url or 'OpenAI').rstrip('/')}"
         self.num_requests = self.num_tokens = 0
         self._cache = ReplyCache(config.cache.expanduser())
         self._lock = threading.Lock()
@@ -85,7 +89,7 @@ class Chat:
         """
         asked = {"messages": list(messages), "seed": seed}
         asked |= {"temperature": self.config.temperature, "reply_tokens": self.config.longest_reply}
-        words = json.dumps([self.name, asked], sort_keys=True, ensure_ascii=False)
+        words = json.dumps([self.name, schema, asked], sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(words.encode()).hexdigest()
         reply = self._cache.find(key)
         if reply is None:
@@ -103,7 +107,7 @@ class Chat:
         """`[function(item) for item in items]`, `concurrency` of them at once.
 
         On Ctrl-C, or where one raises, no new question is asked; those under way are waited for, since they are paid
-        for, until Ctrl-C is pressed again.
+        for. Whoever catches a second Ctrl-C must end the process: Python itself waits for the threads.
         """
         executor = ThreadPoolExecutor(self.config.concurrency)
         try:
@@ -115,31 +119,26 @@ class Chat:
             return [future.result() for future in futures]
         except BaseException:
             self._stop.set()
-            logger.warning("stopping: waiting for the replies that are under way, which are kept (Ctrl-C drops them)")
+            logger.warning(
+                "stopping: waiting for the replies that are under way, which are kept (Ctrl-C again drops them)"
+            )
             raise
         finally:
-            try:
-                executor.shutdown(cancel_futures=True)
-            except KeyboardInterrupt:
-                self._client.close()
-                raise
+            executor.shutdown(cancel_futures=True)
 
     def _ask_anew(self, messages: Sequence[Message], *, schema: dict[str, Any], seed: int) -> Reply:
         wants_schema = self._takes_schema
         try:
             return self._ask_patiently(messages, schema=schema if wants_schema else None, seed=seed)
-        except _REFUSALS as error:
-            if not wants_schema or self.config.structured == "always":
-                raise ChatRefusedError(f"the server refuses the question: {_words(error)}") from error
+        except ChatRefusedError as error:
+            if not wants_schema or self.config.structured == "always" or isinstance(error, ChatFailedError):
+                raise
             first = error
         # Whether it was the schema that the server does not take shows without it.
-        try:
-            reply = self._ask_patiently(messages, schema=None, seed=seed)
-        except _REFUSALS as error:
-            raise ChatRefusedError(f"the server refuses the question: {_words(error)}") from error
+        reply = self._ask_patiently(messages, schema=None, seed=seed)
         if self._takes_schema:
             self._takes_schema = False
-            logger.warning("%s takes no JSON schema (%s): replies are parsed as they come", self.name, _words(first))
+            logger.warning("%s takes no JSON schema (%s): replies are parsed as they come", self.name, first)
         return reply
 
     def _ask_patiently(self, messages: Sequence[Message], *, schema: dict[str, Any] | None, seed: int) -> Reply:
@@ -153,11 +152,25 @@ class Chat:
         )
         try:
             return retrying(self._request, messages, schema, seed)
-        except (*_PASSING, *_FINAL) as error:
+        except (openai.APIError, ValueError) as error:
+            if isinstance(error, ChatStoppedError):
+                raise
+            if getattr(error, "status_code", 0) in _REFUSED_STATUS:
+                raise ChatRefusedError(f"the server refuses the question: {_words(error)}") from error
+            if _may_pass(error) and self._is_alive():
+                raise ChatFailedError(f"the server fails on this question, not on others: {_words(error)}") from error
             raise ChatStoppedError(
                 f"{self.name} cannot be asked: {_words(error)}. What it answered is kept in {self.config.cache}; "
                 "the same command goes on from there"
             ) from error
+
+    def _is_alive(self) -> bool:
+        """Whether the server answers a question that is easy to answer."""
+        try:
+            self._request(_GREETING, None, 0)
+        except openai.APIError:
+            return False
+        return True
 
     def _request(self, messages: Sequence[Message], schema: dict[str, Any] | None, seed: int) -> Reply:
         self._spend()
@@ -171,21 +184,42 @@ class Chat:
                 "type": "json_schema",
                 "json_schema": {"name": "reply", "strict": True, "schema": schema},
             }
-        answer = self._client.chat.completions.with_raw_response.create(
+        until = time.monotonic() + self.config.timeout_seconds
+        with self._client.chat.completions.with_streaming_response.create(
             model=self.config.model,
             messages=list(messages),  # type: ignore[arg-type]
             **options,
-        )
-        return self._read(json.loads(answer.content), response=answer.http_response)
+        ) as answer:
+            return self._read(self._receive(answer, until=until), response=answer.http_response)
 
-    def _read(self, body: Any, *, response: Any) -> Reply:
+    def _receive(self, answer: openai.APIResponse[Any], *, until: float) -> bytes:
+        """The body; the client's own time-out is that of one read, which a server that drips never runs into."""
+        body = b""
         try:
-            choice = body["choices"][0]
-            text, is_cut_off = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
-        except (TypeError, KeyError, IndexError) as error:
-            raise openai.APIResponseValidationError(response, body, message="no completion in the reply") from error
-        usage = body.get("usage") or {}
-        num_tokens = usage.get("total_tokens")
+            for chunk in answer.iter_bytes():
+                if time.monotonic() > until:
+                    raise openai.APITimeoutError(request=answer.http_request)
+                body += chunk
+        except openai.OpenAIError:
+            raise
+        # The client passes on what its transport raises here, httpx or httpx2 by its version.
+        except Exception as error:
+            raise openai.APIConnectionError(message=f"broken off: {error}", request=answer.http_request) from error
+        return body
+
+    def _read(self, body: bytes, *, response: Any) -> Reply:
+        try:
+            value = json.loads(body)
+            choice = value["choices"][0]
+            text, is_cut_off = choice["message"]["content"], choice.get("finish_reason") == "length"
+            num_tokens = (value.get("usage") or {}).get("total_tokens")
+            if not isinstance(text, str | None) or not isinstance(num_tokens, int | None):
+                raise TypeError("content or total_tokens of another kind")
+        except (TypeError, LookupError, ValueError, AttributeError, RecursionError) as error:
+            words = f"no completion in the reply ({error})"
+            raise openai.APIResponseValidationError(response, None, message=words) from error
+        # Half a character, which a model may write, cannot be kept nor sent.
+        text = (text or "").encode("utf-8", "replace").decode()
         if num_tokens is None and self.config.max_tokens is not None:
             raise ChatStoppedError(
                 f"{self.name} does not say how many tokens it used, so that --max-tokens cannot be kept: "
@@ -221,7 +255,8 @@ class Chat:
 
 def _may_pass(error: BaseException) -> bool:
     # An empty account answers 429 as a busy server does, but does not fill up by waiting.
-    return isinstance(error, _PASSING) and getattr(error, "code", None) != "insufficient_quota"
+    is_empty = "insufficient_quota" in (getattr(error, "code", None), getattr(error, "type", None))
+    return (isinstance(error, _PASSING) or getattr(error, "status_code", 0) == 408) and not is_empty
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

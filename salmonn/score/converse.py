@@ -96,7 +96,16 @@ def parse_object(text: str) -> dict[str, Any]:
         raise ReplyError(f"it is not one JSON object and nothing else ({error})") from error
     if not isinstance(value, dict):
         raise ReplyError("it is not a JSON object")
+    require_text(json.dumps(value, ensure_ascii=False))
     return value
+
+
+def require_text(text: str) -> None:
+    """Raise ReplyError where a text holds half a character, which JSON can escape (\\ud83d) and no file can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ReplyError("it holds half of a Unicode character") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -167,7 +167,10 @@ def _fault(entry: Any, reference: Reference) -> str:
         return f"quotes {entry['quote']!r}, which is not in the description"
     if any(type(entry.get(key)) not in (int, float, type(None)) for key in ("start_seconds", "end_seconds")):
         return "has a time that is no number"
-    return _time_fault(*_span(entry), latest=reference.duration_seconds)
+    try:
+        return _time_fault(*_span(entry), latest=reference.duration_seconds)
+    except OverflowError:  # a whole number of hundreds of digits
+        return "has a time that is no number"
 
 
 def _time_fault(start: float | None, end: float | None, *, latest: float | None) -> str:

@@ -18,7 +18,7 @@ from salmonn.score.passes import Passes, judge_passes
 from salmonn.score.published import PublishedRates, collapsed, published_rates
 from salmonn.score.rates import rates
 from salmonn.score.repetition import repeated_words
-from salmonn.score.settings import Protocol
+from salmonn.score.settings import ProtocolName
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def score_set(
     captions: Sequence[Caption],
     judge: Judge,
     *,
-    protocol: Protocol = "salmonn",
+    protocol: ProtocolName = "salmonn",
     passes: int = 1,
     seed: int = 2024,
     progress: Progress | None = None,
@@ -131,7 +131,7 @@ def _with_own_words(result: Score | Unscored, task: Task) -> Score | Unscored:
 def sign(
     judge: Judge,
     *,
-    protocol: Protocol = "salmonn",
+    protocol: ProtocolName = "salmonn",
     seeds: Sequence[int] = (0,),
     totals: Sequence[float] = (),
     kept: int = 0,
@@ -149,5 +149,5 @@ def sign(
     )
 
 
-def _sign(judge: Judge, outcome: Passes, protocol: Protocol) -> Judging:
+def _sign(judge: Judge, outcome: Passes, protocol: ProtocolName) -> Judging:
     return sign(judge, protocol=protocol, seeds=outcome.seeds, totals=outcome.totals, kept=outcome.kept)

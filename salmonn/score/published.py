@@ -22,7 +22,7 @@ from typing import Any
 
 from salmonn.records import Event, Reference, Score, Told
 from salmonn.score.chat import Message
-from salmonn.score.converse import ReplyError, write_data
+from salmonn.score.converse import ReplyError, require_text, write_data
 from salmonn.score.judge import Task, write_score
 from salmonn.score.llm import Form
 
@@ -191,8 +191,9 @@ def _texts(text: str) -> list[str]:
     except (ValueError, RecursionError):
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
             raise ReplyError(f"{text[:40]!r} is no list") from error
+    require_text(json.dumps(value, ensure_ascii=False, default=str))
     return [str(item) for item in value] if isinstance(value, list | tuple | set) else [str(value)]
 
 

@@ -28,35 +28,31 @@ class ReplyCache:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        try:
-            # The default rollback journal, since write-ahead logs do not work on network file systems.
-            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS replies ("
-                "key TEXT PRIMARY KEY, judge TEXT, asked TEXT, reply TEXT, is_cut_off INTEGER, num_tokens INTEGER, "
-                "date TEXT DEFAULT CURRENT_TIMESTAMP)"
-            )
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} cannot be used to keep replies ({error}): delete it, or give another") from error
+        self._path = path
+        # The default rollback journal, since write-ahead logs do not work on network file systems.
+        self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
+        self._execute(
+            "CREATE TABLE IF NOT EXISTS replies ("
+            "key TEXT PRIMARY KEY, judge TEXT, asked TEXT, reply TEXT, is_cut_off INTEGER, num_tokens INTEGER, "
+            "date TEXT DEFAULT CURRENT_TIMESTAMP)"
+        )
 
     def find(self, key: str) -> Reply | None:
         """The reply to a question, if it was ever asked."""
-        with self._lock:
-            row = self._connection.execute(
-                "SELECT reply, is_cut_off, num_tokens FROM replies WHERE key = ?", (key,)
-            ).fetchone()
+        row = self._execute("SELECT reply, is_cut_off, num_tokens FROM replies WHERE key = ?", (key,)).fetchone()
         return Reply(row[0], bool(row[1]), row[2]) if row else None
 
     def keep(self, key: str, reply: Reply, *, judge: str, asked: object) -> None:
         """Write a reply, beside who was asked what, so that people can read the file too."""
         row = (key, judge, json.dumps(asked, ensure_ascii=False), reply.text, reply.is_cut_off, reply.num_tokens)
-        with self._lock:
-            self._connection.execute(
-                "INSERT OR REPLACE INTO replies (key, judge, asked, reply, is_cut_off, num_tokens) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
-                row,
-            )
+        columns = "key, judge, asked, reply, is_cut_off, num_tokens"
+        self._execute(f"INSERT OR REPLACE INTO replies ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def close(self) -> None:
-        """Let go of the file."""
-        self._connection.close()
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
+        try:
+            with self._lock:
+                return self._connection.execute(statement, values)
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"{self._path} cannot be used to keep replies ({error}): delete it, or give another by --cache"
+            ) from error

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 JudgeKind = Literal["rule", "openai"]
-Protocol = Literal["salmonn", "published"]
+ProtocolName = Literal["salmonn", "published"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ChatConfig:
         base_url: address of the server, such as http://localhost:8000/v1; none is OpenAI's own. The key is read from
             the environment variable OPENAI_API_KEY.
         concurrency: requests under way at once.
-        temperature: of the model; none leaves it to the server, as some models ask for.
+        temperature: of the model; null leaves it to the server, as some models ask for.
         reply_tokens: longest reply; none is 4096, and no limit of ours where the server is OpenAI's own, whose newer
             models refuse one.
         structured: whether replies are asked for by JSON schema: auto does, until the server refuses.
@@ -53,6 +54,12 @@ class ChatConfig:
             )
         if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.reply_tokens)):
             raise ValueError("max_requests, max_tokens and reply_tokens must be at least 1 where they are given")
+        address = urlsplit(self.base_url or "https://localhost")
+        if address.scheme not in ("http", "https") or not address.hostname or address.username:
+            raise ValueError(
+                f"base_url must be an address such as http://localhost:8000/v1, got {self.base_url!r}; a key belongs "
+                "into the environment variable OPENAI_API_KEY"
+            )
 
 
 @dataclass(frozen=True)

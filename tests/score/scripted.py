@@ -22,9 +22,10 @@ class Answer:
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
+    drip_seconds: float = 0.0  # between two bytes
     is_broken_off: bool = False  # the connection ends within the body
     finish_reason: str = "stop"
-    usage: dict[str, int] | None = field(default_factory=lambda: {"total_tokens": 10})
+    usage: Any = field(default_factory=lambda: {"total_tokens": 10})
 
     def to_bytes(self) -> bytes:
         """The HTTP body."""
@@ -81,7 +82,11 @@ class ScriptedServer:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body[: len(body) // 2] if answer.is_broken_off else body)
+                for byte in body if answer.drip_seconds else b"":
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(answer.drip_seconds)
+                if not answer.drip_seconds:
+                    self.wfile.write(body[: len(body) // 2] if answer.is_broken_off else body)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

@@ -7,14 +7,17 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
+from salmonn.records import Caption, Event, Reference, write_records
 from salmonn.score.chat import Chat, ChatRefusedError, ChatStoppedError
 from salmonn.score.replies import Reply, ReplyCache
 from salmonn.score.settings import ChatConfig
 from tests.score.scripted import Answer
 
+SALMONN = Path(sys.executable).with_name("salmonn")
 SCHEMA = {"type": "object"}
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -72,11 +75,17 @@ def test_the_server_s_own_words_are_told(serve, open_chat, body):
         Answer("down", status=500),
         Answer("overloaded", status=503),
         Answer("conflict", status=409),
+        Answer("request time-out", status=408),
         Answer("late", delay_seconds=1.0),  # longer than the time-out
         Answer("half", is_broken_off=True),
         Answer(body=b"<html>proxy error</html>"),
         Answer(body=b'{"choices": []}'),
         Answer(body=b"null"),
+        Answer(body=b"\xff\xfe"),
+        Answer(body=b'{"choices": [{"message": {"content": ["parts"]}}]}'),
+        Answer(usage={"total_tokens": "12"}),
+        Answer(usage=[1]),
+        Answer("drips", drip_seconds=0.1),
     ],
 )
 def test_a_fault_that_passes_is_tried_again(serve, open_chat, fault, caplog):
@@ -116,7 +125,16 @@ def test_no_server_at_all(open_chat, serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(401, "bad key"), (403, "forbidden"), (404, "no such model"), (429, "insufficient_quota")]
+    ("status", "words"),
+    [
+        (401, "bad key"),
+        (402, "no money"),
+        (403, "forbidden"),
+        (404, "no such model"),
+        (405, "no such method"),
+        (429, "insufficient_quota"),
+        (451, "not here"),
+    ],
 )
 def test_what_does_not_pass_stops_at_once(serve, open_chat, status, words):
     server = serve(lambda request, number: Answer(words, status=status))
@@ -145,6 +163,26 @@ def test_one_refused_question_is_no_refused_schema(serve, open_chat):
         ask(chat, "long")
     ask(chat, "short")
     assert "response_format" in server.requests[-1]
+
+
+def test_a_question_on_which_the_server_fails_stops_no_other(serve, open_chat):
+    server = serve(lambda request, number: Answer("x", status=500 if words_of(request) == "bad" else 200))
+    chat = open_chat(server, retry_seconds=2.0, concurrency=2)
+
+    def try_ask(text: str) -> str:
+        try:
+            return ask(chat, text).text
+        except ChatRefusedError as error:
+            return str(error)
+
+    replies = chat.side_by_side(try_ask, ["bad", "a", "b"])
+    assert "the server fails on this question, not on others" in replies[0] and replies[1:] == ["x", "x"]
+
+
+def test_half_a_character_is_no_obstacle(serve, open_chat):
+    server = serve(lambda request, number: Answer(body=Answer("ab").to_bytes().replace(b"ab", b"a\\ud83d")))
+    assert ask(open_chat(server)).text == ask(open_chat(server)).text == "a?"
+    assert len(server.requests) == 1
 
 
 def test_cap_of_requests(serve, open_chat):
@@ -220,6 +258,24 @@ def test_ctrl_c_keeps_what_is_under_way(serve, open_chat, tmp_path):
     assert len(server.requests) == 2
 
 
+def test_a_second_ctrl_c_does_not_wait(serve, tmp_path):
+    server = serve(lambda request, number: Answer(delay_seconds=30.0))
+    write_records(tmp_path / "r.jsonl", [Reference("v", (Event("a dog runs"),))])
+    write_records(tmp_path / "c.jsonl", [Caption("v", "A dog runs.")])
+    command = [SALMONN, "score", tmp_path / "c.jsonl", "--references", tmp_path / "r.jsonl", "--judge", "openai"]
+    command += ["--model", "m", "--base-url", server.url, "--cache", tmp_path / "replies.sqlite"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    while not server.requests:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # it waits for the reply
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 130 and "stopped" in err and "Traceback" not in err
+
+
 def test_a_key_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
@@ -233,6 +289,8 @@ def test_a_key_is_asked_for(monkeypatch, tmp_path):
         ({"concurrency": 0}, "concurrency"),
         ({"retry_seconds": 0}, "retry_seconds"),
         ({"max_requests": 0}, "max_requests"),
+        ({"base_url": "localhost:8000"}, "base_url must be an address"),
+        ({"base_url": "http://user:secret@host/v1"}, "OPENAI_API_KEY"),
     ],
 )
 def test_options_out_of_range(options, words):
