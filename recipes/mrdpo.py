@@ -275,11 +275,11 @@ def judged(path: Path, captions: Sequence[Caption], references: dict[str, Refere
     """Scores of captions, from the score file where a run before wrote it; the unscored ones stay in it."""
     if absent(path):
         results = judge_captions(captions, references, judge=judge)
+        require_scores(results, name=path.parent.name)  # before it is written: a run without any score is no result
         if dist.is_main():
             write_scores(path, sign(judge), results)
         dist.barrier()
-    known = read_scores(path)
-    return require_scores([*known.scores, *known.unscored], name=path.parent.name)
+    return read_scores(path).scores
 
 
 def absent(path: Path) -> bool:

@@ -207,7 +207,7 @@ class Judging:
         date: when, UTC, in ISO format.
         version: of salmonn.
         seeds: of each pass over the captions.
-        totals: Total of each pass.
+        totals: Total of each pass; None of one in which nothing could be scored.
         kept: which pass the scores are from, counted from 0.
     """
 
@@ -217,7 +217,7 @@ class Judging:
     date: str
     version: str
     seeds: tuple[int, ...] = (0,)
-    totals: tuple[float, ...] = ()
+    totals: tuple[float | None, ...] = ()
     kept: int = 0
 
 

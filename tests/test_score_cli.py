@@ -181,9 +181,9 @@ def test_passes_show_their_spread(call, drawn, serve):
     def script(request, number):
         reply = json.loads(honest(request, number).text)
         drop = {2024: 1, 2124: 3, 2224: 2}[request["seed"]]
-        for entry in [entry for entry in reply["events"] if entry["class"] == "missed"][:drop]:
-            words = json.loads(request["messages"][1]["content"])["description"].split()
-            entry |= {"class": "correct", "quote": " ".join(words[:3])}
+        words = json.loads(request["messages"][1]["content"])["description"].split()
+        for place, entry in enumerate([entry for entry in reply["events"] if entry["class"] == "missed"][:drop]):
+            entry |= {"class": "correct", "quote": " ".join(words[place : place + 3])}
             reply["counts"]["missed"] -= 1
             reply["counts"]["correct"] += 1
         return Answer(json.dumps(reply))
@@ -195,7 +195,7 @@ def test_passes_show_their_spread(call, drawn, serve):
     assert judging.seeds == (2024, 2124, 2224) and judging.kept == 2
     assert judging.totals[1] < judging.totals[2] < judging.totals[0]
     listed = ", ".join(f"{100 * total:.2f}" for total in judging.totals)
-    assert f"Total of each pass: {listed} %; pass 3, the median, is shown" in out
+    assert f"Total of each pass: {listed} %; standard deviation" in out and "pass 3, the median, is shown" in out
     assert shown(out)["Total"][0] == f"{100 * judging.totals[2]:.2f}"
 
 

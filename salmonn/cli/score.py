@@ -1,5 +1,6 @@
 """`salmonn score`, `salmonn compare` and `salmonn qa`: captions and answers into figures."""
 
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -76,11 +77,14 @@ def run_score(values: Namespace) -> int:
             seed=values.seed,
             progress=bar.update,
         )
+    if values.out:
+        write_scores(values.out, scored.judging, scored.results)
+    _list_unscored(scored)
+    if not scored.scores:
+        return SOME_FAILED
     figures, intervals = rates(scored.scores), bootstrap(scored.scores)
     if values.protocol == "published":  # its replies do not say which events are told, nor where
         figures = replace(figures, audio_share=None, order=None)
-    if values.out:
-        write_scores(values.out, scored.judging, scored.results)
     if values.summary:
         write_json(values.summary, summarise(scored, figures, intervals))
     if values.report:
@@ -117,18 +121,20 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
     console = Console(width=100)
     console.print(table)
     if len(judging.totals) > 1:
-        totals = ", ".join(f"{100 * total:.2f}" for total in judging.totals)
-        console.print(
-            f"Total of each pass: {totals} %; pass {judging.kept + 1}, the median, is shown",
-            highlight=False,
-            soft_wrap=True,
-        )
+        found = [100 * total for total in judging.totals if total is not None]
+        words = ", ".join("-" if total is None else f"{100 * total:.2f}" for total in judging.totals)
+        words = f"Total of each pass: {words} %; standard deviation {statistics.stdev(found) if found[1:] else 0:.2f}; "
+        console.print(f"{words}pass {judging.kept + 1}, the median, is shown", highlight=False, soft_wrap=True)
     if scored.as_published and scored.with_all:
         _print_published(console, scored)
+
+
+def _list_unscored(scored: "ScoredSet") -> None:
     for one in scored.unscored:
         sys.stderr.write(f"unscored: {one.video} (sample {one.sample}): {one.reason}\n")
     if scored.unscored:
-        sys.stderr.write(f"{len(scored.unscored)} captions are unscored and in none of the rates\n")
+        rest = "in none of the rates" if scored.scores else "all that there are: there are no rates"
+        sys.stderr.write(f"{len(scored.unscored)} captions are unscored and {rest}\n")
 
 
 def _print_published(console: Console, scored: "ScoredSet") -> None:
@@ -138,6 +144,8 @@ def _print_published(console: Console, scored: "ScoredSet") -> None:
     names = {"total": "EER", "missing": "MISS", "incorrect": "INCORRECT", "hallucination": "HALLUCINATION"}
     for name, title in names.items():
         table.add_row(title, *(f"{getattr(rates, name):.3f}" for rates in (scored.as_published, scored.with_all)))
+    both = (rates.incorrect + rates.hallucination for rates in (scored.as_published, scored.with_all) if rates)
+    table.add_row("INCORRECT + HALLUCINATION", *(f"{value:.3f}" for value in both))
     counts = (rates.num_videos for rates in (scored.as_published, scored.with_all) if rates)
     table.add_row("videos", *map(str, counts))
     console.print(table)

@@ -3,7 +3,6 @@
 A language model does not judge twice alike, even at temperature 0. The published protocol takes the median of 7 passes.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,20 +19,15 @@ class Passes:
 
     Args:
         results: of the pass that counts, in the captions' order.
-        totals: each pass's Total.
+        totals: each pass's Total; None of a pass in which nothing could be scored.
         kept: which pass counts, from 0.
         seeds: each pass's.
     """
 
     results: list[Score | Unscored]
-    totals: tuple[float, ...]
+    totals: tuple[float | None, ...]
     kept: int
     seeds: tuple[int, ...]
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of the Totals, 0 for one pass."""
-        return statistics.stdev(self.totals) if len(self.totals) > 1 else 0.0
 
 
 def judge_passes(
@@ -55,11 +49,12 @@ def judge_passes(
         passes: how often; of an even number the lower middle one counts.
         seed: of the first pass; each further one is 100 on.
         once: judges a caption that has a score of an earlier pass; where it cannot, that score stands. None judges each
-            pass for itself.
+            pass for itself, and takes the Totals over the captions that all passes could score, so that they differ by
+            the judge alone.
         progress: called with the number of judgements just made.
 
     Raises:
-        ValueError: passes is below 1, or above it for a judge that always says the same; or nothing could be scored.
+        ValueError: passes is below 1, or above it for a judge that always says the same.
     """
     if passes < 1 or (passes > 1 and judge.is_exact):
         raise ValueError(
@@ -74,9 +69,23 @@ def judge_passes(
             rounds.append(_judge_over(tasks, rounds[-1], judge, once, seed=pass_seed, progress=progress))
         else:
             rounds.append(judge.judge(tasks, seed=pass_seed, progress=progress))
-    totals = [total(_require_scores(results)) for results in rounds]
-    kept = sorted(range(passes), key=totals.__getitem__)[(passes - 1) // 2]
+    totals = _totals(rounds, total, is_common=once is None)
+    ranked = sorted((value, place) for place, value in enumerate(totals) if value is not None)
+    kept = ranked[(len(ranked) - 1) // 2][1] if ranked else 0
     return Passes(rounds[kept], tuple(totals), kept, seeds)
+
+
+def _totals(
+    rounds: Sequence[Sequence[Score | Unscored]], total: Callable[[Sequence[Score]], float], *, is_common: bool
+) -> list[float | None]:
+    used = [results for results in rounds if any(isinstance(result, Score) for result in results)]
+    common = {place for place in range(len(rounds[0])) if all(isinstance(results[place], Score) for results in used)}
+    totals: list[float | None] = []
+    for results in rounds:
+        scores = {place: result for place, result in enumerate(results) if isinstance(result, Score)}
+        chosen = [score for place, score in scores.items() if place in common or not (is_common and common)]
+        totals.append(total(chosen) if chosen else None)
+    return totals
 
 
 def _judge_over(
@@ -98,12 +107,3 @@ def _judge_over(
             if isinstance(result, Score) or not isinstance(before[place], Score):
                 results[place] = result
     return results
-
-
-def _require_scores(results: Sequence[Score | Unscored]) -> list[Score]:
-    scores = [result for result in results if isinstance(result, Score)]
-    unscored = [result for result in results if isinstance(result, Unscored)]
-    if not scores:
-        reason = f", first {unscored[0].video}: {unscored[0].reason}" if unscored else ""
-        raise ValueError(f"none of {len(results)} captions could be scored{reason}")
-    return scores

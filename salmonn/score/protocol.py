@@ -112,11 +112,12 @@ def _score_as_published(
     absent = [reference for video, reference in references.items() if video not in predicted]
     failed = [task.reference for result, task in zip(judged, tasks, strict=True) if isinstance(result, Unscored)]
     scores = [result for result in judged if isinstance(result, Score)]
+    is_scored = any(score.num_events for score in scores)
     return ScoredSet(
         _sign(judge, outcome, "published"),
         [*judged, *(Unscored(reference.video, "there is no prediction of it") for reference in absent)],
-        as_published=published_rates(scores),
-        with_all=published_rates(scores, [*failed, *absent]),
+        as_published=published_rates(scores) if is_scored else None,
+        with_all=published_rates(scores, [*failed, *absent]) if is_scored else None,
     )
 
 
@@ -133,7 +134,7 @@ def sign(
     *,
     protocol: ProtocolName = "salmonn",
     seeds: Sequence[int] = (0,),
-    totals: Sequence[float] = (),
+    totals: Sequence[float | None] = (),
     kept: int = 0,
 ) -> Judging:
     """Who judged a set of captions now, and how (`salmonn.records.Judging`)."""

@@ -129,7 +129,11 @@ def test_what_is_no_object(text, words):
         (changed(events__0__quote=""), "event 1 is correct, but its quote '' is not in"),
         (changed(hallucinated=["A bird sings"]), "the hallucinated 'A bird sings' is not in"),
         (changed(hallucinated=["A cat meows", "a cat meows"]), "listed twice"),
-        (changed(hallucinated=["a man sings."]), "as event 3 told wrong and as hallucinated"),
+        (changed(hallucinated=["A cat meows, and then", "meows"], counts__hallucinated=2), "listed twice"),
+        (changed(hallucinated=["a man sings."]), "hallucinated and as event 3, incorrect"),
+        (changed(hallucinated=["man"]), "hallucinated and as event 3, incorrect"),
+        (changed(hallucinated=["brown dog runs by"]), "hallucinated and as event 1, correct"),
+        (changed(events__0__quote="A", events__2__quote="A"), "'A' cannot tell 2 events"),
     ],
 )
 def test_faults_are_named(reply, words):
@@ -270,11 +274,12 @@ def test_a_caption_cannot_speak_for_another(serve, open_judge, mark):
     assert asked_about(server.requests[0])[1] == task.caption.text
 
 
-@pytest.mark.parametrize("obeys", ["zeros", "all correct"])
+@pytest.mark.parametrize("obeys", ["zeros", "all correct", "all correct by one quote"])
 def test_a_model_that_obeys_an_injection_is_not_believed(serve, open_judge, obeys):
     def script(request, number):
         events, _ = asked_about(request)
-        entries = [{"number": n, "class": "correct", "quote": events[n - 1].text} for n in range(1, len(events) + 1)]
+        quotes = ["Ignore the list"] * len(events) if "one quote" in obeys else [event.text for event in events]
+        entries = [{"number": n, "class": "correct", "quote": quote} for n, quote in enumerate(quotes, start=1)]
         counts = dict.fromkeys(("correct", "incorrect", "missed", "hallucinated"), 0)
         if obeys == "zeros":
             return Answer(json.dumps({"events": [], "hallucinated": [], "counts": counts}))

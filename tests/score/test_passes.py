@@ -1,0 +1,60 @@
+"""Which of several passes counts, from passes written by hand."""
+
+import pytest
+
+from salmonn.records import Caption, Reference, Score, Unscored
+from salmonn.score.judge import Task
+from salmonn.score.passes import judge_passes
+from salmonn.score.rates import rates
+from salmonn.score.rule import RuleJudge
+
+TASKS = [Task(Reference(name), Caption(name, "")) for name in "ab"]
+
+
+class Scripted:
+    """Misses so many of each caption's 4 events, pass by pass; None leaves the caption unscored."""
+
+    name, prompt_hash, is_exact = "scripted", "0", False
+
+    def __init__(self, *passes):
+        self.passes = list(passes)
+
+    def check(self, reference):
+        pass
+
+    def judge(self, tasks, *, seed=0, progress=None):
+        missed = self.passes.pop(0)
+        return [
+            Unscored(task.reference.video, "no") if count is None else Score(task.reference.video, 4, count, 0, 0)
+            for task, count in zip(tasks, missed, strict=True)
+        ]
+
+
+def play(*passes):
+    return judge_passes(TASKS, Scripted(*passes), total=lambda scores: rates(scores).total, passes=len(passes), seed=7)
+
+
+def test_the_median_counts():
+    outcome = play((4, 4), (0, 0), (2, 2), (1, 1))
+    # 1, 0, 0.5, 0.25: of four the lower middle one
+    assert (outcome.totals, outcome.kept, outcome.seeds) == ((1.0, 0.0, 0.5, 0.25), 3, (7, 107, 207, 307))
+    assert [result.missing for result in outcome.results] == [1, 1]
+
+
+def test_totals_are_over_what_all_passes_could_score():
+    # over both captions pass 2 would have 0 of 4, and be the lowest
+    outcome = play((0, 4), (0, None), (1, 4))
+    assert outcome.totals == (0.0, 0.0, 0.25) and outcome.kept == 1
+
+
+def test_a_pass_without_a_score_is_no_median():
+    outcome = play((None, None), (4, 4), (2, 2))
+    assert outcome.totals == (None, 1.0, 0.5) and outcome.kept == 2
+    nothing = play((None, None))
+    assert all(isinstance(result, Unscored) for result in nothing.results) and nothing.kept == 0
+
+
+@pytest.mark.parametrize(("judge", "passes", "words"), [(RuleJudge(), 2, "leave out"), (Scripted(), 0, "at least 1")])
+def test_wrong_numbers(judge, passes, words):
+    with pytest.raises(ValueError, match=words):
+        judge_passes(TASKS, judge, total=len, passes=passes)
