@@ -314,12 +314,13 @@ def iter_records(path: Path | str, record_type: type[Record]) -> Iterator[Record
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected JSON lines of {record_type.__name__} records there")
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                yield parse_record(json.loads(line), record_type)
+                # Some tools begin a file with a mark of its byte order.
+                yield parse_record(json.loads(line.decode("utf-8-sig")), record_type)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
 
@@ -364,6 +365,15 @@ def _parse_value(value: Any, hint: Any, *, where: str) -> Any:
     # JSON writes 2.0 as 2 in some tools, so whole numbers are welcome where a float is; true is not a number.
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    _require_writable(value, where=where)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ValueError(f"{where} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
     return value
+
+
+def _require_writable(value: Any, *, where: str) -> None:
+    """Refuse what JSON can hold and files or sums cannot."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a number, got {value}")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{where} holds half of a Unicode character, which cannot be written: {value!r}")

@@ -62,6 +62,15 @@ def test_score_rates():
     assert (Score("a.mp4", 0, 0, 0, 2).total, Score("a.mp4", 0, 0, 0, 2).repetition) == (2.0, 0.0)
 
 
+def test_bytes_of_a_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + '{"video": "caf\u00e9.mp4"}\n'.encode())
+    assert read_records(path, Reference) == [Reference("caf\u00e9.mp4")]
+    path.write_bytes('{"video": "caf\u00e9.mp4"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"r\.jsonl, line 1: .*utf-8"):
+        read_records(path, Reference)
+
+
 def test_whole_numbers_are_floats_and_blank_lines_nothing(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"video": "a.mp4", "duration_seconds": 2}\n\n{"video": "b.mp4"}\n')
@@ -82,6 +91,8 @@ def test_whole_numbers_are_floats_and_blank_lines_nothing(tmp_path):
         ('{"video": "a.mp4", "text": "t", "sample": true}', "Caption.sample must be int, got True"),
         ('{"video": "a.mp4", "text": "t", "sample": 1.5}', "Caption.sample must be int, got 1.5"),
         ('{"video": "a.mp4", "text": "t", "finished": 1}', "Caption.finished must be bool, got 1"),
+        ('{"video": "a.mp4", "text": "t", "end_seconds": NaN}', "Caption.end_seconds must be a number, got nan"),
+        ('{"video": "a.mp4", "text": "t\\ud83d"}', "Caption.text holds half of a Unicode character"),
     ],
 )
 def test_mistakes_are_named(tmp_path, line, words):

@@ -293,6 +293,17 @@ def test_events_are_split_once_and_may_be_edited(call, tmp_path, serve):
     kept = read_records(tmp_path / "e.jsonl", Reference)
     assert [record.events[0].text for record in kept] == ["by hand", "b", "c"]
     assert len(server.requests) == 3
+    # All but the events comes from the references; a changed caption is split anew.
+    changed = [
+        Reference("a.mp4", caption=caption + "a", duration_seconds=9.0),
+        Reference("b.mp4", caption=caption + "x"),
+    ]
+    write_records(tmp_path / "r.jsonl", changed)
+    assert call(*args)[0] == 0
+    first, second = read_records(tmp_path / "e.jsonl", Reference)
+    assert (first.events[0].text, first.duration_seconds, second.events[0].text) == ("by hand", 9.0, "x")
+    code, _, err = call(*[tmp_path / "e.json" if arg == tmp_path / "e.jsonl" else arg for arg in args])
+    assert code == 2 and ".jsonl" in err
 
 
 def test_events_that_cannot_be_split(call, tmp_path, serve):
@@ -318,5 +329,10 @@ def test_qa(call, tmp_path):
 def test_judge_bench(call, tmp_path):
     lines = (Path(__file__).parents[1] / "data" / "judge_pairs.jsonl").read_text().splitlines()[::20]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    code, out, _ = call("judge-bench", tmp_path / "pairs.jsonl", "--out", tmp_path / "b.json")
-    assert code == 0 and "left_out" in out and read_json(tmp_path / "b.json")
+    code, out, err = call("judge-bench", tmp_path / "pairs.jsonl", "--out", tmp_path / "b.json")
+    kinds = [json.loads(line)["kind"] for line in lines]
+    rows = shown(out)
+    # What the rule judge reads it reads right, and it cannot read sources.
+    assert code == 0 and rows["left_out"][:2] == [str(kinds.count("left_out")), "100.0"]
+    assert rows["source"][4] == str(kinds.count("source")) and "pairs unscored, first pair" in err and "the rule judge cannot read" in err
+    assert read_json(tmp_path / "b.json")

@@ -1,12 +1,19 @@
 """`salmonn judge-bench`: how far a judge can be trusted."""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
 from salmonn.cli.judge import add_judge, judge_config
 from salmonn.records import write_json
+
+if TYPE_CHECKING:
+    from salmonn.score.bench import BenchResult
 
 
 def bench_parser() -> ArgumentParser:
@@ -24,7 +31,7 @@ def bench_parser() -> ArgumentParser:
 
 def run_bench(values: Namespace) -> int:
     """Print the judge's figures; write them where asked."""
-    from salmonn.score.bench import bench, print_bench, read_pairs
+    from salmonn.score.bench import bench, read_pairs
     from salmonn.score.build import make_judge
 
     judge = make_judge(judge_config(values))
@@ -34,4 +41,23 @@ def run_bench(values: Namespace) -> int:
     if values.out:
         write_json(values.out, result.to_json())
     print_bench(result)
+    if result.unscored:
+        first = result.unscored[0]
+        sys.stderr.write(f"{len(result.unscored)} pairs unscored, first {first.video}: {first.reason}\n")
     return 0
+
+
+def print_bench(result: "BenchResult") -> None:
+    """Print the table, in percent, and the biases."""
+    from salmonn.score.bench import COLUMNS, bench_notes, bench_rows
+
+    table = Table(title=f"judge {result.judge}")
+    for title in COLUMNS:
+        table.add_column(title, justify="right" if title else "left")
+    for group in bench_rows(result):
+        for row in group:
+            table.add_row(*row, end_section=row == group[-1])
+    console = Console(width=110)
+    console.print(table)
+    for line in bench_notes(result):
+        console.print(line)

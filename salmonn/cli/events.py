@@ -1,6 +1,7 @@
 """`salmonn events`: split reference captions into atomic events."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -16,7 +17,7 @@ def events_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Split the captions of references into atomic events: one fact each, seen, heard or said, with its "
         "time where the caption gives one. Events that are there already, in the references or in --out, stay as they "
-        "are, so that --out may be edited by hand and the command given again."
+        "are while the caption does, so that --out may be edited by hand and the command given again."
     )
     parser.add_argument("references", type=Path, help="JSONL of references with captions")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file for the references with their events")
@@ -32,8 +33,13 @@ def run_events(values: Namespace) -> int:
 
     config = judge_config(values)
     references = read_references(values.references)
-    if values.out.exists():
-        references |= {known.video: known for known in read_records(values.out, Reference) if known.events}
+    if values.out.suffix == ".json":
+        raise ValueError(f"{values.out} gets JSON lines: give it a name that ends in .jsonl")
+    kept = {known.video: known for known in read_records(values.out, Reference)} if values.out.exists() else {}
+    for video, reference in references.items():
+        # A caption that was changed since is split anew.
+        if not reference.events and video in kept and kept[video].caption == reference.caption:
+            references[video] = replace(reference, events=kept[video].events)
     asked = sum(not reference.events for reference in references.values())
     with tqdm(total=asked, desc="splitting", unit="caption") as bar:
         found, failed = list_events(

@@ -58,6 +58,8 @@ def score_parser() -> ArgumentParser:
 
 def run_score(values: Namespace) -> int:
     """Print the rates of captions with their intervals; write scores, figures and page where asked."""
+    if values.worst < 1 or not 0 <= values.seed < 2**31:
+        raise ValueError(f"--worst must be at least 1 and --seed 0 or more, got {values.worst} and {values.seed}")
     from salmonn.score.build import make_judge
     from salmonn.score.files import name_as_references, read_captions, read_references, write_scores
     from salmonn.score.intervals import bootstrap
@@ -243,7 +245,7 @@ def run_compare(values: Namespace) -> int:
     console.print(table)
     console.print("less is better; a win is a video on which the second set has less", highlight=False)
     if result.only_first or result.only_second:
-        console.print(f"left out: {result.only_first} videos of the first alone, {result.only_second} of the second")
+        console.print(f"left out: {result.only_first} captions of the first alone, {result.only_second} of the second")
     return 0
 
 

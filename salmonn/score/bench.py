@@ -1,7 +1,7 @@
 """How well a judge tells the better of two captions: `salmonn judge-bench PAIRS`.
 
     result = bench(read_pairs("data/judge_pairs.jsonl"), RuleJudge())
-    print_bench(result)
+    bench_rows(result)
 
 Each caption is judged by itself, as in scoring and in mrDPO; the one with the lower Total is preferred, at equal Total
 the one with less repetition. How the shipped pairs are made, and what the rule judge reaches: `docs/judge_bench.md`.
@@ -12,9 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.console import Console
-from rich.table import Table
 
 from salmonn.records import Caption, Event, Reference, Score, Unscored, read_records
 from salmonn.score.judge import Judge, Progress, Task
@@ -335,20 +332,6 @@ def bench_notes(result: BenchResult) -> list[str]:
         f"length bias, points for the longer caption: {_points(result.length_bias)}",
         f"decisions for the worse one: {result.reversed}, for the longer one of the two: {result.reversed_longer}",
     ]
-
-
-def print_bench(result: BenchResult) -> None:
-    """Print the table, in percent, and the biases."""
-    table = Table(title=f"judge {result.judge}")
-    for title in COLUMNS:
-        table.add_column(title, justify="right" if title else "left")
-    for group in bench_rows(result):
-        for row in group:
-            table.add_row(*row, end_section=row == group[-1])
-    console = Console(width=110)
-    console.print(table)
-    for line in bench_notes(result):
-        console.print(line)
 
 
 def _cells(tally: Tally) -> tuple[str, ...]:

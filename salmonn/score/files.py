@@ -16,8 +16,8 @@ from typing import Any
 
 from salmonn.records import (
     Caption,
-    Event,
     Judging,
+    Record,
     Reference,
     Score,
     Unscored,
@@ -66,7 +66,7 @@ def read_scores(path: Path | str) -> ScoreFile:
                 if not isinstance(value, dict) or set(value) != {"judging"}:
                     raise ValueError('a score file begins with {"judging": ...}: write it with `salmonn score --out`')
                 judging = parse_record(value["judging"], Judging)
-            elif "reason" in value:
+            elif isinstance(value, dict) and "reason" in value:
                 unscored.append(parse_record(value, Unscored))
             else:
                 scores.append(parse_record(value, Score))
@@ -148,7 +148,8 @@ def _published_reference(item: dict[str, Any], *, where: str) -> Reference:
     if not isinstance(video, str) or not isinstance(events, list) or not all(isinstance(text, str) for text in events):
         raise ValueError(f'{where}: expected {{"video": text, "events": [text, ...]}}, got the keys {", ".join(item)}')
     caption = item.get("caption")
-    return Reference(video, tuple(Event(text) for text in events), caption if isinstance(caption, str) else "")
+    record = {"video": video, "events": [{"text": text} for text in events]}
+    return _checked(record | ({"caption": caption} if isinstance(caption, str) else {}), Reference, where=where)
 
 
 def _published_prediction(item: dict[str, Any], *, where: str) -> Caption:
@@ -157,4 +158,14 @@ def _published_prediction(item: dict[str, Any], *, where: str) -> Caption:
     )
     if not isinstance(video, str) or not isinstance(text, str):
         raise ValueError(f'{where}: expected {{"id": [video], "pred": text}}, got the keys {", ".join(item)}')
-    return Caption(video, text.replace(END_OF_ANSWER, ""), finished=END_OF_ANSWER in text)
+    finished = END_OF_ANSWER in text
+    return _checked(
+        {"video": video, "text": text.replace(END_OF_ANSWER, ""), "finished": finished}, Caption, where=where
+    )
+
+
+def _checked(value: dict[str, Any], record_type: type[Record], *, where: str) -> Record:
+    try:
+        return parse_record(value, record_type)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -60,11 +60,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of captions on the clips that both have.
+    """Two sets of captions on what both have.
 
     Args:
-        num_clips: clips that both have.
-        only_first, only_second: number of clips that one set has alone; they count for nothing.
+        num_clips: clips of which both have captions.
+        only_first, only_second: number of captions that one set has alone; they count for nothing.
         differences: by name of measure.
     """
 
@@ -111,17 +111,28 @@ def compare(
 ) -> Comparison:
     """Compare two sets of captions clip by clip: the same clips are drawn for both, so that hard clips cancel out.
 
+    Captions go together by video, sample and part of the video.
+
     Raises:
-        ValueError: no video is in both sets.
+        ValueError: no caption has its like in the other set, or two that go together were scored against lists of
+            events of different length.
     """
-    videos = [{score.video for score in scores} for scores in (first, second)]
-    common = sorted(videos[0] & videos[1])
-    if not common:
+    named = [{_name(score): score for score in scores} for scores in (first, second)]
+    shared = [name for name in named[0] if name in named[1]]
+    if not shared:
         raise ValueError(
-            f"the two sets, of {len(videos[0])} and {len(videos[1])} videos, have none in common: "
-            "compare captions of the same videos, named alike"
+            f"the two sets, of {len(named[0])} and {len(named[1])} captions, have none in common: "
+            "compare captions of the same videos and parts, named alike"
         )
-    sums = [*_sums(first, common), *_sums(second, common)]
+    unlike = [name for name in shared if named[0][name].num_events != named[1][name].num_events]
+    if unlike:
+        counts = (str(one[unlike[0]].num_events) for one in named)
+        raise ValueError(
+            f"{len(unlike)} captions were scored against other events, first {unlike[0][0]} ({' and '.join(counts)} "
+            "events): score both sets against the same references"
+        )
+    common = sorted({str(video) for video, *_ in shared})
+    sums = [*_sums([named[0][name] for name in shared], common), *_sums([named[1][name] for name in shared], common)]
     drawn = np.hsplit(_resample(np.hstack(sums), resamples=resamples, seed=seed), 4)
     intervals = _intervals(_divide(*drawn[2:]) - _divide(*drawn[:2]), confidence=confidence)
     before, after = (_divide(tops.sum(0), bottoms.sum(0)) for tops, bottoms in (sums[:2], sums[2:]))
@@ -138,7 +149,11 @@ def compare(
         )
         for place, name in enumerate(MEASURES)
     }
-    return Comparison(len(common), len(videos[0]) - len(common), len(videos[1]) - len(common), differences)
+    return Comparison(len(common), len(named[0]) - len(shared), len(named[1]) - len(shared), differences)
+
+
+def _name(score: Score) -> tuple[object, ...]:
+    return score.video, score.sample, score.start_seconds, score.end_seconds
 
 
 def require_same_judge(first: Judging, second: Judging) -> None:

@@ -6,6 +6,7 @@ any OpenAI-compatible server. Classes of errors: arXiv 2410.06682 (video-SALMONN
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -92,32 +93,26 @@ def leave_unscored(task: Task, reason: str) -> Unscored:
     return Unscored(task.reference.video, reason, caption.sample, caption.start_seconds, caption.end_seconds)
 
 
-def score_captions(
-    references: Mapping[str, Reference],
-    captions: Sequence[Caption],
-    judge: Judge,
-    *,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Score | Unscored]:
-    """Score every caption, and an empty one for each reference that has none (all missing), so that none is lost.
+def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge) -> list[Task]:
+    """The captions with their references, and an empty caption for each reference that has none (all missing).
 
-    A caption of a part of a video is judged against the events of that part.
+    A caption of a part of a video goes with the events of that part.
 
     Raises:
-        ValueError: a caption's video is not among the references (keyed by `Reference.video`), or the judge cannot
-            judge against one of them.
+        ValueError: a caption's video is not among the references (keyed by `Reference.video`), a caption stands there
+            twice, or the judge cannot judge against a reference.
     """
-    return judge.judge(pair_up(references, captions, judge), seed=seed, progress=progress)
-
-
-def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge) -> list[Task]:
-    """The captions with their references; see `score_captions`."""
     strangers = sorted({caption.video for caption in captions} - set(references))
     if strangers:
         raise ValueError(
             f"{len(strangers)} captioned videos have no reference, first {strangers[0]}: "
             "score against the references of the same set"
+        )
+    named = Counter((caption.video, caption.sample, caption.start_seconds, caption.end_seconds) for caption in captions)
+    if twice := [name for name, count in named.items() if count > 1]:
+        raise ValueError(
+            f"{len(twice)} captions stand there twice, first of {twice[0][0]} (sample {twice[0][1]}): several captions "
+            "of a video need sample numbers of their own"
         )
     captioned = {caption.video for caption in captions}
     uncaptioned = [video for video in references if video not in captioned]
@@ -136,6 +131,22 @@ def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], ju
 
 
 def events_of_part(reference: Reference, caption: Caption) -> Reference:
-    """The reference with the events alone that lie in the caption's part of the video (`Event.lies_within`)."""
-    events = [event for event in reference.events if event.lies_within(caption.start_seconds, caption.end_seconds)]
+    """The reference with the events alone that lie in the caption's part of the video (`Event.lies_within`).
+
+    Raises:
+        ValueError: the part ends before it begins; or no event has a time, so that all that is told would be invented.
+    """
+    start, end = caption.start_seconds, caption.end_seconds
+    if start is None and end is None:
+        return reference
+    if start is not None and end is not None and end <= start:
+        raise ValueError(
+            f"the caption of {caption.video} is about {start} to {end} seconds: a part ends after its start"
+        )
+    if reference.events and all(event.start_seconds is None for event in reference.events):
+        raise ValueError(
+            f"a caption is about a part of {caption.video}, but the events of its reference have no times: add "
+            "start_seconds and end_seconds to them, or caption the whole video"
+        )
+    events = [event for event in reference.events if event.lies_within(start, end)]
     return replace(reference, events=tuple(events))

@@ -103,7 +103,8 @@ def write_report(path: Path, report: Report) -> None:
         measures=_measures(report),
         passes=list(zip(report.judging.seeds, report.judging.totals, strict=False)),
         split=_split_of_total(report.scores),
-        modalities=_share_by_modality(report),
+        # By the published protocol replies do not say which events are told.
+        modalities=[] if report.judging.protocol == "published" else _share_by_modality(report),
         histogram=_histogram(report.scores),
         median_total=median(score.total for score in report.scores),
         clips=clips,

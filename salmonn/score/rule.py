@@ -7,7 +7,7 @@ from pathlib import Path
 
 from salmonn.records import Event, Reference, Score, Told, Unscored
 from salmonn.score import claims as claims_module
-from salmonn.score import lexicon
+from salmonn.score import lexicon, repetition, words
 from salmonn.score.claims import Claim, parse_claims
 from salmonn.score.judge import Progress, Task, write_score
 from salmonn.score.repetition import repeated_words
@@ -30,7 +30,8 @@ class RuleJudge:
     @cached_property
     def prompt_hash(self) -> str:
         """Of the rules: the code that reads and matches."""
-        files = (Path(str(file)) for file in (__file__, claims_module.__file__, lexicon.__file__))
+        modules = (claims_module, lexicon, repetition, words)
+        files = (Path(str(file)) for file in (__file__, *(module.__file__ for module in modules)))
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
     def check(self, reference: Reference) -> None:

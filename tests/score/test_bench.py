@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from salmonn.cli.bench import print_bench
 from salmonn.records import Event, Score, Unscored, write_records
 from salmonn.score import bench as module
-from salmonn.score.bench import LabelledPair, bench, bench_notes, bench_rows, print_bench, read_pairs
+from salmonn.score.bench import LabelledPair, bench, bench_notes, bench_rows, read_pairs
 from salmonn.score.rule import RuleJudge
 
 ROOT = Path(__file__).parents[2]
@@ -172,7 +173,7 @@ def test_groups():
 
 def test_prints_every_row(monkeypatch):
     out = io.StringIO()
-    monkeypatch.setattr(module, "Console", lambda **options: Console(file=out, **options))
+    monkeypatch.setattr("salmonn.cli.bench.Console", lambda **options: Console(file=out, **options))
     result = decide(pair("0 0", "1 0", kind="order", gap=1), pair("1 0 a", "0 0", kind="colour", gap=1))
     print_bench(result)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]

@@ -30,6 +30,7 @@ def test_round_trip(tmp_path):
         ('{"video": "a"}\n', "line 1: a score file begins with"),
         ('{"judging": {"judge": "rule"}}\n', "line 1: Judging lacks"),
         ("JUDGING\n[]\n", "line 2: expected a JSON object"),
+        ("JUDGING\n5\n", "line 2: expected a JSON object"),
         ('JUDGING\n{"video": "a", "num_events": "3"}\n', "line 2: Score"),
     ],
 )

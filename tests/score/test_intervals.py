@@ -78,7 +78,7 @@ def test_errors_count_where_there_is_nothing_to_tell():
 def test_compared_values_are_those_of_rates():
     rng = np.random.default_rng(0)
     sets = [
-        [Score(str(clip), *map(int, rng.integers(1, 9, size=4)), 50, int(rng.integers(9))) for clip in clips]
+        [Score(str(clip), clip + 1, *map(int, rng.integers(1, 9, size=3)), 50, int(rng.integers(9))) for clip in clips]
         for clips in (range(9), range(3, 13))
     ]
     found = compare(*sets)
@@ -128,8 +128,19 @@ def test_draws_are_seeded_and_do_not_hang_on_the_chunks(monkeypatch):
     assert bootstrap(scores, resamples=1000) == found
 
 
+def test_captions_go_together_by_sample_and_part():
+    """Of a's two samples and two parts one each is in both sets: 1 and 2 errors of 4 against 0 and 1."""
+    first = [Score("a", 4, 1, 0, 0), Score("a", 4, 4, 0, 0, sample=1), Score("a", 4, 2, 0, 0, end_seconds=3.0)]
+    second = [Score("a", 4, 0, 0, 0), Score("a", 4, 1, 0, 0, end_seconds=3.0), Score("a", 9, 9, 0, 0, end_seconds=5.0)]
+    found = compare(first, second)
+    assert (found.num_clips, found.only_first, found.only_second) == (1, 1, 1)
+    assert (found.differences["total"].first, found.differences["total"].second) == (3 / 8, 1 / 8)
+    with pytest.raises(ValueError, match=r"1 captions were scored against other events, first a \(4 and 5 events\)"):
+        compare(first, [Score("a", 5, 0, 0, 0)])
+
+
 def test_refuses_sets_with_nothing_in_common():
-    with pytest.raises(ValueError, match="of 2 and 1 videos, have none in common"):
+    with pytest.raises(ValueError, match="of 2 and 1 captions, have none in common"):
         compare(FIRST, [replace(FIRST[0], video="c")])
     with pytest.raises(ValueError, match="at least one"):
         bootstrap([])

@@ -12,7 +12,7 @@ from salmonn.media.scene import SynthConfig, draw_scene
 from salmonn.media.wording import write_reference
 from salmonn.records import Caption, Event, Reference, Score
 from salmonn.score.claims import parse_claims
-from salmonn.score.judge import Task, score_captions
+from salmonn.score.judge import Task, pair_up
 from salmonn.score.rates import rates
 from salmonn.score.rule import RuleJudge
 
@@ -66,6 +66,10 @@ def judge(text: str, events: tuple[Event, ...] = EVENTS) -> Score:
     reference = Reference("v.mp4", events)
     RuleJudge().check(reference)
     return RuleJudge().judge_one(Task(reference, Caption("v.mp4", text)))
+
+
+def score_captions(known: dict[str, Reference], captions: list[Caption], rule: RuleJudge) -> list[Score]:
+    return rule.judge(pair_up(known, captions, rule))
 
 
 def errors(text: str, events: tuple[Event, ...] = EVENTS) -> tuple[int, int, int]:
@@ -382,7 +386,7 @@ def test_judges_three_thousand_captions_in_three_seconds():
     drawn = references(300)
     known = {one.video: one for one in drawn}
     # numbers are fillers, so each text is new to the cache of whole texts
-    captions = [Caption(one.video, f"{one.human_caption} {turn}.") for turn in range(10) for one in drawn]
+    captions = [Caption(one.video, f"{one.human_caption} {turn}.", sample=turn) for turn in range(10) for one in drawn]
     start = time.process_time()
     score_captions(known, captions, RuleJudge())
     assert time.process_time() - start < 3
