@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -124,12 +125,16 @@ def test_killed_halfway_it_asks_nothing_twice_and_ends_with_the_same_scores(draw
     time.sleep(0.2)
     num_before = len(server.requests)
     assert num_before < 300 and not (drawn / "scores.jsonl").exists()
+    with sqlite3.connect(drawn / "replies.sqlite") as cache:
+        kept = {json.loads(row[0])["messages"][1]["content"] for row in cache.execute("SELECT asked FROM replies")}
+    assert len(kept) >= num_before - 8
     again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert again.returncode == 0, again.stderr
     asked = [request["messages"][1]["content"] for request in server.requests]
     assert len(set(asked)) == 500
-    # What was under way when it was killed, 8 at most, has no finished reply and may be asked again.
-    assert len(asked) - 500 <= 8
+    # What was under way when it was killed, 8 at most, has no finished reply and is asked again.
+    again_asked = [content for content in asked[num_before:] if content in asked[:num_before]]
+    assert len(again_asked) == num_before - len(kept) <= 8 and not kept & set(again_asked)
     third = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert third.returncode == 0 and len(server.requests) == len(asked)
 
@@ -334,5 +339,9 @@ def test_judge_bench(call, tmp_path):
     rows = shown(out)
     # What the rule judge reads it reads right, and it cannot read sources.
     assert code == 0 and rows["left_out"][:2] == [str(kinds.count("left_out")), "100.0"]
-    assert rows["source"][4] == str(kinds.count("source")) and "pairs unscored, first pair" in err and "the rule judge cannot read" in err
+    assert (
+        rows["source"][4] == str(kinds.count("source"))
+        and "pairs unscored, first pair" in err
+        and "the rule judge cannot read" in err
+    )
     assert read_json(tmp_path / "b.json")

@@ -15,7 +15,7 @@ from salmonn.records import Caption, Judging, Reference, Score, Unscored
 from salmonn.score.judge import Judge, Progress, Task, events_of_part, pair_up
 from salmonn.score.llm import LlmJudge
 from salmonn.score.passes import Passes, judge_passes
-from salmonn.score.published import PublishedRates, collapsed, published_rates
+from salmonn.score.published import FORMS, PublishedRates, collapsed, published_rates
 from salmonn.score.rates import rates
 from salmonn.score.repetition import repeated_words
 from salmonn.score.settings import ProtocolName
@@ -74,6 +74,8 @@ def score_set(
     Raises:
         ValueError: captions and references do not fit, nothing could be scored, or no question can be asked any more.
     """
+    if isinstance(judge, LlmJudge):
+        assert (judge.forms == FORMS) == (protocol == "published"), "make the judge for the protocol"
     if protocol == "published":
         return _score_as_published(references, captions, judge, passes=passes, seed=seed, progress=progress)
     tasks = pair_up(references, captions, judge)
