@@ -313,7 +313,8 @@ def iter_records(path: Path | str, record_type: type[Record]) -> Iterator[Record
     """Like `read_records`, one record at a time."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected JSON lines of {record_type.__name__} records there")
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise FileNotFoundError(f"{path} {what}: expected a file with JSON lines of {record_type.__name__} records")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

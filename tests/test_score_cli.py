@@ -85,14 +85,23 @@ def test_a_caption_of_a_part_is_scored_by_its_part(call, clips, tmp_path):
         (Caption("videos/clip_00000.mp4", "a star"), ["--passes", "7"], "leave out --passes"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--passes", "0"], "at least 1"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--protocol", "unpublished"], "protocol"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--max-requests", "5"], "asks no model"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--temperature", "-1"], "temperature must be 0"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--worst", "-1"], "--worst must be"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--out", "{folder}"], "--out is a folder"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--report", "{captions}"], "overwrite the captions file"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--out", "x", "--summary", "x"], "overwrite the --out file"),
+        (None, [], "holds no captions"),
         (Reference("videos/clip_00000.mp4"), [], "captions.jsonl, line 1"),
     ],
 )
 def test_wrong_usage_of_score(call, clips, tmp_path, captions, more, words):
     path = tmp_path / "captions.jsonl"
-    write_records(path, [captions])
+    write_records(path, [captions] if captions else [])
+    before = path.read_bytes()
+    more = [flag.format(folder=tmp_path, captions=path) for flag in more]
     code, _, err = call("score", path, "--references", clips.root / "clips.jsonl", *more)
-    assert code == 2 and words in err and "Traceback" not in err
+    assert path.read_bytes() == before and code == 2 and words in err and "Traceback" not in err
 
 
 @pytest.fixture

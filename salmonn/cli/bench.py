@@ -36,7 +36,7 @@ def run_bench(values: Namespace) -> int:
 
     judge = make_judge(judge_config(values))
     pairs = read_pairs(values.pairs)
-    with tqdm(total=2 * len(pairs), desc="judging", unit="caption") as bar:
+    with tqdm(total=2 * len(pairs), desc="judging", unit=" captions") as bar:
         result = bench(pairs, judge, seed=values.seed, progress=bar.update)
     if values.out:
         write_json(values.out, result.to_json())
@@ -60,4 +60,4 @@ def print_bench(result: "BenchResult") -> None:
     console = Console(width=110)
     console.print(table)
     for line in bench_notes(result):
-        console.print(line)
+        console.print(line, highlight=False)

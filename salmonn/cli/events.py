@@ -41,7 +41,7 @@ def run_events(values: Namespace) -> int:
         if not reference.events and video in kept and kept[video].caption == reference.caption:
             references[video] = replace(reference, events=kept[video].events)
     asked = sum(not reference.events for reference in references.values())
-    with tqdm(total=asked, desc="splitting", unit="caption") as bar:
+    with tqdm(total=asked, desc="splitting", unit=" captions", disable=config.kind == "rule" or not asked) as bar:
         found, failed = list_events(
             list(references.values()),
             chat=make_chat(config) if config.kind == "openai" else None,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from salmonn.score.protocol import ScoredSet
     from salmonn.score.rates import Rates
 
+_MOST_LISTED = 20
 # Rates that are fractions, in the order of the table, with their titles.
 TITLES = {
     "missing": "Missing",
@@ -60,6 +61,7 @@ def run_score(values: Namespace) -> int:
     """Print the rates of captions with their intervals; write scores, figures and page where asked."""
     if values.worst < 1 or not 0 <= values.seed < 2**31:
         raise ValueError(f"--worst must be at least 1 and --seed 0 or more, got {values.worst} and {values.seed}")
+    _require_outputs(values)
     from salmonn.score.build import make_judge
     from salmonn.score.files import name_as_references, read_captions, read_references, write_scores
     from salmonn.score.intervals import bootstrap
@@ -68,8 +70,11 @@ def run_score(values: Namespace) -> int:
 
     references = read_references(values.references)
     captions = name_as_references(read_captions(values.captions), references, values.references)
+    if not captions:
+        raise ValueError(f"{values.captions} holds no captions")
     judge = make_judge(judge_config(values), published=values.protocol == "published")
-    with tqdm(total=None, desc="judging", unit="caption", disable=judge.is_exact) as bar:
+    total = len(captions) * values.passes
+    with tqdm(total=total, desc="judging", unit=" captions", disable=judge.is_exact) as bar:
         scored = score_set(
             references,
             captions,
@@ -87,12 +92,26 @@ def run_score(values: Namespace) -> int:
     figures, intervals = rates(scored.scores), bootstrap(scored.scores)
     if values.protocol == "published":  # its replies do not say which events are told, nor where
         figures = replace(figures, audio_share=None, order=None)
+    print_scores(scored, figures, intervals)
     if values.summary:
         write_json(values.summary, summarise(scored, figures, intervals))
     if values.report:
         _write_page(values, scored, figures, intervals, captions=captions, references=references)
-    print_scores(scored, figures, intervals)
     return SOME_FAILED if scored.unscored else 0
+
+
+def _require_outputs(values: Namespace) -> None:
+    """Refuse outputs that would overwrite what is read, or one another, before anything is judged."""
+    used = {path.resolve(): name for name, path in (("captions", values.captions), ("references", values.references))}
+    for name in ("out", "summary", "report", "cache"):
+        path = values[name]
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ValueError(f"--{name} is a folder, {path}: give the name of a file")
+        if other := used.get(path.expanduser().resolve()):
+            raise ValueError(f"--{name} would overwrite the {other} file, {path}: give another name")
+        used[path.expanduser().resolve()] = f"--{name}"
 
 
 def summarise(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> dict[str, object]:
@@ -110,7 +129,9 @@ def summarise(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "In
 def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> None:
     """Print tables of a scored set, and what could not be scored."""
     judging = scored.judging
-    table = Table(title=f"{figures.captions} captions of {figures.clips} videos, judge {judging.judge}")
+    console = Console(width=100)
+    console.print(f"judge {judging.judge}", highlight=False, soft_wrap=True)
+    table = Table(title=f"{figures.captions} captions of {figures.clips} videos")
     for title in ("", "%", "95 % interval"):
         table.add_column(title, justify="right" if title else "left")
     for name, title in TITLES.items():
@@ -120,7 +141,6 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
         table.add_row(title, "-" if value is None else f"{100 * value:.2f}", shown)
     table.add_row("Order (Kendall's tau)", "-" if figures.order is None else f"{figures.order:+.3f}", "")
     table.add_row("Length in words", f"{figures.words:.1f}", "")
-    console = Console(width=100)
     console.print(table)
     if len(judging.totals) > 1:
         found = [100 * total for total in judging.totals if total is not None]
@@ -132,15 +152,17 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
 
 
 def _list_unscored(scored: "ScoredSet") -> None:
-    for one in scored.unscored:
+    for one in scored.unscored[:_MOST_LISTED]:
         sys.stderr.write(f"unscored: {one.video} (sample {one.sample}): {one.reason}\n")
+    if scored.unscored[_MOST_LISTED:]:
+        sys.stderr.write(f"... and {len(scored.unscored) - _MOST_LISTED} more: --out lists them all\n")
     if scored.unscored:
         rest = "in none of the rates" if scored.scores else "all that there are: there are no rates"
         sys.stderr.write(f"{len(scored.unscored)} captions are unscored and {rest}\n")
 
 
 def _print_published(console: Console, scored: "ScoredSet") -> None:
-    table = Table(title="by the published protocol")
+    table = Table(title="fractions, by the published protocol")
     for title in ("", "as published", "all videos"):
         table.add_column(title, justify="right" if title else "left")
     names = {"total": "EER", "missing": "MISS", "incorrect": "INCORRECT", "hallucination": "HALLUCINATION"}

@@ -39,10 +39,16 @@ _PASSING = (
 _GREETING = [{"role": "user", "content": "Reply with the word yes."}]
 _REFUSED_STATUS = (400, 413, 422)  # bad, too large, not to be processed: another question may be welcome
 _LONGEST_PAUSE_SECONDS = 60.0
+_FIRST_CONTACT_SECONDS = 10.0
+_MOST_REFUSED = 20  # before anything was answered
 
 
 class ChatStoppedError(ValueError):
     """No further question can be asked in this run."""
+
+
+class CapReachedError(ChatStoppedError):
+    """A spend cap is reached."""
 
 
 class ChatRefusedError(ValueError):
@@ -59,7 +65,9 @@ class Chat:
     def __init__(self, config: ChatConfig) -> None:
         self.config = config
         self.name = f"{config.model} at {(config.base_url or 'OpenAI').rstrip('/')}"
-        self.num_requests = self.num_tokens = 0
+        self.num_requests = self.num_tokens = self._num_refused = 0
+        self._has_answered = False
+        self._told = -1.0
         self._cache = ReplyCache(config.cache.expanduser())
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -102,26 +110,34 @@ class Chat:
         function: Callable[[Item], Result],
         items: Sequence[Item],
         *,
-        progress: Callable[[int], object] | None = None,
+        progress: Callable[[Result], object] | None = None,
     ) -> list[Result]:
-        """`[function(item) for item in items]`, `concurrency` of them at once.
+        """`[function(item) for item in items]`, `concurrency` of them at once; `progress` sees each result as it comes.
 
         On Ctrl-C, or where one raises, no new question is asked; those under way are waited for, since they are paid
         for. Whoever catches a second Ctrl-C must end the process: Python itself waits for the threads.
         """
         executor = ThreadPoolExecutor(self.config.concurrency)
+        futures = [executor.submit(function, item) for item in items]
         try:
-            futures = [executor.submit(function, item) for item in items]
             for future in as_completed(futures):
-                future.result()
+                result = future.result()
                 if progress:
-                    progress(1)
+                    progress(result)
             return [future.result() for future in futures]
-        except BaseException:
+        except CapReachedError:
+            # What is under way may find out that the cap is not what is wrong.
             self._stop.set()
-            logger.warning(
-                "stopping: waiting for the replies that are under way, which are kept (Ctrl-C again drops them)"
-            )
+            executor.shutdown(cancel_futures=True)
+            for future in futures:
+                error = None if future.cancelled() else future.exception()
+                if isinstance(error, ChatStoppedError) and not isinstance(error, CapReachedError):
+                    raise error from None
+            raise
+        except BaseException as error:
+            self._stop.set()
+            if isinstance(error, KeyboardInterrupt):
+                logger.warning("waiting for the replies that are under way, which are kept (Ctrl-C again drops them)")
             raise
         finally:
             executor.shutdown(cancel_futures=True)
@@ -145,7 +161,7 @@ class Chat:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
             wait=_pause,
-            stop=tenacity.stop_when_event_set(self._stop) | tenacity.stop_before_delay(self.config.retry_seconds),
+            stop=self._is_too_late,
             sleep=tenacity.sleep_using_event(self._stop),
             before_sleep=self._tell_pause,
             reraise=True,
@@ -153,16 +169,27 @@ class Chat:
         try:
             return retrying(self._request, messages, schema, seed)
         except (openai.APIError, ValueError) as error:
-            if isinstance(error, ChatStoppedError):
-                raise
-            if getattr(error, "status_code", 0) in _REFUSED_STATUS:
-                raise ChatRefusedError(f"the server refuses the question: {_words(error)}") from error
-            if _may_pass(error) and self._is_alive():
-                raise ChatFailedError(f"the server fails on this question, not on others: {_words(error)}") from error
-            raise ChatStoppedError(
-                f"{self.name} cannot be asked: {_words(error)}. What it answered is kept in {self.config.cache}; "
-                "the same command goes on from there"
-            ) from error
+            raise self._judge_fault(error) from error
+
+    def _judge_fault(self, error: Exception) -> ChatStoppedError | ChatRefusedError:
+        """What a request's final failure means: for this question, or for all."""
+        if isinstance(error, ChatStoppedError):
+            return error
+        if getattr(error, "status_code", 0) in _REFUSED_STATUS:
+            self._num_refused += 1
+            # A wrong model or option is refused for every caption; a long caption for itself.
+            if self._has_answered or self._num_refused < _MOST_REFUSED:
+                return ChatRefusedError(f"the server refuses the question: {_words(error)}")
+        elif _may_pass(error) and self._is_alive():
+            return ChatFailedError(f"the server fails on this question, not on others: {_words(error)}")
+        words = f"{self.name} cannot be asked: {_words(error)}"
+        if isinstance(error, openai.APIConnectionError) and not self._has_answered:
+            words += "; is the server started, and the address right?"
+        if isinstance(error, openai.NotFoundError):
+            words += "; is the address complete (most end in /v1), and the model's name as the server knows it?"
+        if self._has_answered:
+            words += f". What it answered is kept in {self.config.cache}; the same command goes on from there"
+        return ChatStoppedError(words)
 
     def _is_alive(self) -> bool:
         """Whether the server answers a question that is easy to answer."""
@@ -227,6 +254,7 @@ class Chat:
             )
         with self._lock:
             self.num_tokens += num_tokens or 0
+            self._has_answered = True
         return Reply(text, is_cut_off, num_tokens)
 
     def _spend(self) -> None:
@@ -238,7 +266,7 @@ class Chat:
                 (config.max_tokens, self.num_tokens, "tokens"),
             ):
                 if cap is not None and spent >= cap:
-                    raise ChatStoppedError(
+                    raise CapReachedError(
                         f"the cap of {cap} {name} is reached ({self.num_requests} requests, {self.num_tokens} tokens "
                         f"in this run). What was answered is kept in {config.cache}; the same command goes on from "
                         f"there with {cap} {name} more, or with a higher --max-{name}"
@@ -247,10 +275,23 @@ class Chat:
                 raise ChatStoppedError("stopped before this question was asked")
             self.num_requests += 1
 
+    def _is_too_late(self, state: tenacity.RetryCallState) -> bool:
+        """Whether the next try would be beyond the time for it; a server that was never there gets little."""
+        if self._stop.is_set():
+            return True
+        error = state.outcome.exception() if state.outcome else None
+        is_away = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+        limit = self.config.retry_seconds
+        limit = limit if self._has_answered or not is_away else min(limit, _FIRST_CONTACT_SECONDS)
+        return (state.seconds_since_start or 0.0) + state.upcoming_sleep >= limit
+
     def _tell_pause(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         pause = state.next_action.sleep if state.next_action else 0.0
-        logger.warning("%s: %s; trying again in %.1f s", self.name, _words(error), pause)
+        with self._lock:  # one line for all that wait for the same server
+            is_told, self._told = time.monotonic() < self._told + 1, time.monotonic()
+        if not is_told:
+            logger.warning("%s: %s; trying again in %.1f s", self.name, _words(error), pause)
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -272,5 +313,7 @@ def _words(error: BaseException | None) -> str:
     """What went wrong, in one line of bounded length."""
     # Servers say why in the body, not all of them in the place that the client's own message is taken from.
     reason = f" {error.response.text}" if isinstance(error, openai.APIStatusError) else ""
+    if isinstance(error, openai.APIConnectionError) and error.__cause__:
+        reason = f" ({error.__cause__})"
     words = " ".join(f"{error}{reason}".split()) or type(error).__name__
     return words if len(words) <= 300 else words[:300] + " ..."

@@ -72,7 +72,7 @@ def list_events(
     """The references with events of their captions; those that have events stay as they are.
 
     Args:
-        references: each with a caption or with events.
+        references: with captions, or with events.
         chat: the model that splits the captions; None reads those of synthetic clips by rules.
         attempts: how often a caption is asked about.
         progress: called with the number of captions just split.
@@ -81,14 +81,11 @@ def list_events(
         All references, in order, and those that could not be split, with the reason; they are without events.
 
     Raises:
-        ValueError: a reference has neither caption nor events, or the rules cannot read its caption.
+        ValueError: the rules cannot read a caption.
+        ChatStoppedError: the server cannot be asked (any more), or a spend cap is reached.
     """
-    bare = [reference.video for reference in references if not reference.events and not reference.caption.strip()]
-    if bare:
-        raise ValueError(
-            f"{len(bare)} references have neither events nor a caption to split, first {bare[0]}: give them one"
-        )
-    asked = [reference for reference in references if not reference.events]
+    bare = [reference for reference in references if not reference.events and not reference.caption.strip()]
+    asked = [reference for reference in references if not reference.events and reference.caption.strip()]
 
     def split(reference: Reference) -> tuple[Event, ...] | Unscored:
         if chat is None:
@@ -101,9 +98,10 @@ def list_events(
     if chat is None:
         found = [split(reference) for reference in asked]
     else:
-        found = chat.side_by_side(split, asked, progress=progress)
+        found = chat.side_by_side(split, asked, progress=lambda _: progress(1) if progress else None)
     by_video = dict(zip((reference.video for reference in asked), found, strict=True))
-    failed = [result for result in found if isinstance(result, Unscored)]
+    failed = [Unscored(reference.video, "it has neither events nor a caption to split") for reference in bare]
+    failed += [result for result in found if isinstance(result, Unscored)]
     return [_with_events(reference, by_video.get(reference.video)) for reference in references], failed
 
 

@@ -99,15 +99,19 @@ def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], ju
     A caption of a part of a video goes with the events of that part.
 
     Raises:
-        ValueError: a caption's video is not among the references (keyed by `Reference.video`), a caption stands there
+        ValueError: no caption's video is among the references (keyed by `Reference.video`), a caption stands there
             twice, or the judge cannot judge against a reference.
     """
     strangers = sorted({caption.video for caption in captions} - set(references))
     if strangers:
-        raise ValueError(
-            f"{len(strangers)} captioned videos have no reference, first {strangers[0]}: "
-            "score against the references of the same set"
-        )
+        words = f"{len(strangers)} captioned videos have no reference, first {strangers[0]}"
+        if all(caption.video in strangers for caption in captions):
+            raise ValueError(
+                f"{words}, while the first reference is of {next(iter(references), 'none')}: score against the "
+                "references of the same set; paths of captions are taken from the current folder"
+            )
+        logger.warning("%s; they are left out", words)
+        captions = [caption for caption in captions if caption.video in references]
     named = Counter((caption.video, caption.sample, caption.start_seconds, caption.end_seconds) for caption in captions)
     if twice := [name for name, count in named.items() if count > 1]:
         raise ValueError(

@@ -177,7 +177,7 @@ class LlmJudge:
                 results[place] = result
             return len(places)
 
-        self.chat.side_by_side(judge_group, members, progress=progress)
+        self.chat.side_by_side(judge_group, members, progress=progress)  # counts captions, not questions
         return results
 
     def _judge_alike(self, tasks: Sequence[Task], *, seed: int) -> list[Score | Unscored]:

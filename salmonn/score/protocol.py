@@ -97,6 +97,8 @@ def _score_as_published(
     known = [caption for caption in captions if caption.video in references]
     if len(known) < len(captions):
         logger.warning("%d predictions are of videos that are not in the references", len(captions) - len(known))
+    if not known:
+        raise ValueError("no prediction is of a video of the references: score against the references of the same set")
     for caption in known:
         judge.check(references[caption.video])
     tasks = [Task(events_of_part(references[caption.video], caption), caption) for caption in known]

@@ -54,5 +54,5 @@ class ReplyCache:
                 return self._connection.execute(statement, values)
         except sqlite3.Error as error:
             raise ValueError(
-                f"{self._path} cannot be used to keep replies ({error}): delete it, or give another by --cache"
+                f"{self._path} cannot be used to keep replies ({error}): give another file by --cache"
             ) from error

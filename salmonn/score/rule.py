@@ -37,7 +37,9 @@ class RuleJudge:
     def check(self, reference: Reference) -> None:
         """Raise ValueError where the reference has no event list, or an event that this judge cannot read."""
         if not reference.events:
-            raise ValueError(f"the reference of {reference.video} has no event list: annotate it first")
+            raise ValueError(
+                f"the reference of {reference.video} has no event list: make one of its caption by `salmonn events`"
+            )
         for event in reference.events:
             _read_event(event.text)
 

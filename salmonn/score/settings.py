@@ -52,6 +52,8 @@ class ChatConfig:
                 "concurrency must be at least 1, timeout_seconds and retry_seconds above 0, got "
                 f"{self.concurrency}, {self.timeout_seconds} and {self.retry_seconds}"
             )
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.reply_tokens)):
             raise ValueError("max_requests, max_tokens and reply_tokens must be at least 1 where they are given")
         address = urlsplit(self.base_url or "https://localhost")
@@ -92,7 +94,7 @@ class JudgeConfig(ChatConfig):
         super().__post_init__()
         if self.kind == "openai" and not self.model:
             raise ValueError("the judge openai needs a model, by the name that its server knows it by: give --model")
-        if self.kind == "rule" and (self.model or self.base_url):
-            raise ValueError("the judge rule asks no model: give --judge openai, or neither --model nor --base-url")
+        if self.kind == "rule" and (self.model or self.base_url or self.max_requests or self.max_tokens):
+            raise ValueError("the judge rule asks no model: give --judge openai, or leave out model, address and caps")
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, got {self.attempts}")

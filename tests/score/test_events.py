@@ -89,9 +89,11 @@ def test_a_caption_that_cannot_be_split_is_told(serve, open_chat):
     assert failed.video == "v" and "no usable reply in 2 attempts" in failed.reason
 
 
-def test_a_reference_with_nothing_to_split():
-    with pytest.raises(ValueError, match="1 references have neither events nor a caption to split, first x"):
-        list_events([REFERENCE, Reference("x")], chat=None)
+def test_a_reference_with_nothing_to_split_harms_no_other():
+    star = Reference("s", caption="A red star blinks.")
+    (first, second), (failed,) = list_events([Reference("x"), star], chat=None)
+    assert first == Reference("x") and second.events == (Event("the red star blinks", "visual"),)
+    assert failed.video == "x" and "neither events nor a caption" in failed.reason
 
 
 def test_rules_find_the_events_of_synthetic_captions():

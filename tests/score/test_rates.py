@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from salmonn.records import Caption, Event, Question, Reference, Score, Told
-from salmonn.score.judge import score_captions
+from salmonn.score.judge import pair_up
 from salmonn.score.rates import Rates, audio_share, qa_accuracy, rates, telling_order
 from salmonn.score.rule import RuleJudge
 
@@ -108,7 +108,9 @@ def test_worked_example():
     }
     rows = dict(re.findall(r"^\| (\w+\.mp4) \| .* \| (.*) \|$", DOCS, re.MULTILINE))
     captions = [Caption(video, text, finished=video != "b.mp4") for video, text in rows.items()]
-    found = rates([score for score in score_captions(references, captions, RuleJudge()) if isinstance(score, Score)])
+    found = rates(
+        [score for score in RuleJudge().judge(pair_up(references, captions, RuleJudge())) if isinstance(score, Score)]
+    )
     values = {
         "Missing": found.missing,
         "Incorrect": found.incorrect,
