@@ -129,11 +129,13 @@ class Told:
         event: the event.
         quote: the caption's words that tell it; "" where the judge does not say.
         is_correct: False where something that matters is told wrong.
+        reason: what is wrong, where it does not show in the quote; "" where the judge does not say.
     """
 
     event: Event
     quote: str = ""
     is_correct: bool = True
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def write_report(path: Path, report: Report) -> None:
     page = environment.get_template("report.html.jinja").render(
         report=report,
         measures=_measures(report),
+        scale=_scale(report),
         passes=list(zip(report.judging.seeds, report.judging.totals, strict=False)),
         split=_split_of_total(report.scores),
         # By the published protocol replies do not say which events are told.
@@ -130,11 +131,16 @@ class _Measure:
     place: tuple[float, float, float] | None = None
 
 
+def _scale(report: Report) -> float:
+    """The end of the axis that intervals are drawn on."""
+    return max([1e-9, *(high for _, high in report.intervals.values())])
+
+
 def _measures(report: Report) -> list[_Measure]:
     """The rates that were taken."""
     values = {key: value for key, value in asdict(report.rates).items() if key in _MEASURES and value is not None}
     published = report.published or {}
-    scale = max([1e-9, *(high for _, high in report.intervals.values())])
+    scale = _scale(report)
     rows = []
     for key, (title, meaning) in _MEASURES.items():
         if key not in values:

@@ -12,6 +12,8 @@ from salmonn.score.claims import Claim, parse_claims
 from salmonn.score.judge import Progress, Task, write_score
 from salmonn.score.repetition import repeated_words
 
+OUT_OF_ORDER = "told out of order"
+
 
 class RuleJudge:
     """Judges captions of synthetic clips by reading both sides as claims.
@@ -74,7 +76,10 @@ class RuleJudge:
         return write_score(
             task,
             missed=[event for place, event in enumerate(known) if place not in (exact | close).values()],
-            told=[Told(known[event], claims[place].clause, event not in wrong) for place, event in told],
+            told=[
+                Told(known[event], claims[place].clause, event not in wrong, OUT_OF_ORDER if event in unordered else "")
+                for place, event in told
+            ],
             invented=[claims[place].clause for place in stray if place not in doubled],
             repeated=[claims[place].clause for place in doubled],
             num_repeated_words=_doubled_words(claims, doubled),

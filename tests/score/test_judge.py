@@ -269,6 +269,7 @@ def test_order_of_time():
     clauses = [event.text for event in EVENTS]
     late = [*clauses[1:], clauses[0]]  # the appearance comes last: it alone is wrong
     assert judge(". ".join(late)).wrong == (EVENTS[0].text,)
+    assert [one.reason for one in judge(". ".join(late)).told if not one.is_correct] == ["told out of order"]
     assert errors(". ".join(clauses[index] for index in (1, 4, 0, 2, 3, 5))) == (0, 0, 0)  # sounds first: free
     assert errors(". ".join([clauses[4], clauses[1]]), (EVENTS[1], EVENTS[4])) == (0, 1, 0)  # sound against sound
     # of two that clash the one told last is wrong

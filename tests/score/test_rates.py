@@ -126,7 +126,8 @@ def test_worked_example():
         dict(zip(values, (2 / 8, 1 / 8, 1 / 8, 2 / 8, 4 / 8, 4 / 38, 1 / 2, 2 / 6, 3 / 5), strict=True))
     )
     assert found.words == 19
-    written = {name: f"{100 * value:.1f} %" for name, value in values.items()} | {"Words": f"{found.words:.1f}"}
+    written = {name: f"{100 * value:.1f} %" for name, value in values.items()}
+    written |= {"Order": f"{found.order:.2f}", "Words": f"{found.words:.1f}"}
     assert dict(re.findall(r"^\| ([A-Z][a-z ]+) \| [^|]+ \| ([\d.]+(?: %)?) \|$", DOCS, re.MULTILINE)) == written
 
 
