@@ -168,13 +168,11 @@ class Chat:
         )
         try:
             return retrying(self._request, messages, schema, seed)
-        except (openai.APIError, ValueError) as error:
+        except openai.APIError as error:
             raise self._judge_fault(error) from error
 
-    def _judge_fault(self, error: Exception) -> ChatStoppedError | ChatRefusedError:
+    def _judge_fault(self, error: openai.APIError) -> ChatStoppedError | ChatRefusedError:
         """What a request's final failure means: for this question, or for all."""
-        if isinstance(error, ChatStoppedError):
-            return error
         if getattr(error, "status_code", 0) in _REFUSED_STATUS:
             self._num_refused += 1
             # A wrong model or option is refused for every caption; a long caption for itself.
