@@ -323,7 +323,10 @@ def iter_records(path: Path | str, record_type: type[Record]) -> Iterator[Record
                 continue
             try:
                 # Some tools begin a file with a mark of its byte order.
-                yield parse_record(json.loads(line.decode("utf-8-sig")), record_type)
+                yield parse_record(json.loads(line.decode("utf-8-sig").rstrip()), record_type)
+            except json.JSONDecodeError as error:
+                words = f"{path}, line {number}: no JSON, or cut off: {error.msg}, column {error.colno}"
+                raise ValueError(words) from error
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
 
@@ -340,12 +343,22 @@ def parse_record(value: Any, record_type: type[Record]) -> Record:
     fields = {field.name: field for field in dataclasses.fields(record_type)}  # type: ignore[arg-type]
     unknown = sorted(set(value) - set(fields))
     if unknown:
-        raise ValueError(f"unknown field {', '.join(unknown)} for {name}; it has {', '.join(fields)}")
+        raise ValueError(f"unknown field {', '.join(unknown)} for {name}; it has {', '.join(fields)}{_guess(value)}")
     missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in value]
     if missing:
         raise ValueError(f"{name} lacks {', '.join(missing)}")
     hints = typing.get_type_hints(record_type)
     return record_type(**{key: _parse_value(item, hints[key], where=f"{name}.{key}") for key, item in value.items()})
+
+
+def _guess(value: dict[str, Any]) -> str:
+    """What a record of the wrong kind may be, for messages."""
+    for other, plural in ((Caption, "captions"), (Reference, "references"), (Pair, "pairs")):
+        names = {field.name for field in dataclasses.fields(other)}
+        required = {field.name for field in dataclasses.fields(other) if field.default is dataclasses.MISSING}
+        if required <= set(value) <= names:
+            return f". These are {plural}: is it the right file?"
+    return ". This is a score file: is it the right one?" if "judging" in value else ""
 
 
 def _parse_value(value: Any, hint: Any, *, where: str) -> Any:
