@@ -85,7 +85,7 @@ def test_whole_numbers_are_floats_and_blank_lines_nothing(tmp_path):
         ("{not json", "line 2"),
         ("[1]", "JSON object for Caption, got list"),
         ('{"video": "a.mp4"}', "Caption lacks text"),
-        ('{"video": "a.mp4", "text": "t', "no JSON, or cut off: Unterminated string starting at, column 29"),
+        ('{"video": "a.mp4", "text": "t', "no JSON, or cut off: Unterminated string starting at, column 28"),
         ('{"video": "a.mp4", "text": "t", "txt": 1}', "unknown field txt"),
         ('{"video": "a.mp4", "caption": "t"}', "These are references: is it the right file?"),
         ('{"judging": {}}', "This is a score file"),
