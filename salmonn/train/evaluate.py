@@ -161,7 +161,7 @@ def evaluate(
     name: str,
     side_by_side: int = SIDE_BY_SIDE,
 ) -> Evaluation:
-    """Captions (one a clip), their scores and rates, with the accuracy of the answers to the clips' questions."""
+    """Captions (one a clip), their scores and rates, and the accuracy of answers to the clips' questions, if any."""
     captions = caption_clips(
         captioner, references, blocks, sampling=sampling, seed=0, name=f"{name}: captions", side_by_side=side_by_side
     )
@@ -169,4 +169,5 @@ def evaluate(
     by_video = {reference.video: reference for reference in references}
     results = judge_captions(captions, by_video, judge=judge)
     scores = require_scores(results, name=name)
-    return Evaluation(captions, answers, results, rates(scores, qa_accuracy=qa_accuracy(by_video, answers)))
+    accuracy = qa_accuracy(by_video, answers) if any(reference.questions for reference in references) else None
+    return Evaluation(captions, answers, results, rates(scores, qa_accuracy=accuracy))

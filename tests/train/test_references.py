@@ -1,6 +1,7 @@
 """Where clips come from, and measuring a model on them."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Question, Reference, write_records
 from salmonn.score.rule import RuleJudge
 from salmonn.train.evaluate import caption_clips, encode_clips, evaluate
-from salmonn.train.references import all_texts, heldout_config, read_clips, render_clips
+from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
 
 DESCRIBE = PLAIN_PROMPTS["both"]
 
@@ -101,3 +102,11 @@ def test_evaluation(captioner, clips, monkeypatch):
     assert (result.rates.total, result.rates.qa_accuracy, result.rates.clips) == (0.0, 1.0, 5)
     assert len(result.answers) == sum(len(reference.questions) for reference in clips.references)
     assert [score.video for score in result.results] == [reference.video for reference in clips.references]
+
+
+def test_clips_without_questions_are_measured_by_their_captions(captioner, clips):
+    bare = [replace(reference, questions=()) for reference in clips.references[:2]]
+    blocks = encode_clips(captioner, ClipSet(bare, clips.root), name="clips")
+    sampling = Sampling(max_new_tokens=4)
+    result = evaluate(captioner, bare, blocks, judge=RuleJudge(), sampling=sampling, name="bare")
+    assert result.rates.qa_accuracy is None and not result.answers and len(result.results) == 2
