@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from salmonn.cli.judge import add_judge, judge_config
+from salmonn.cli.tables import new_table
 from salmonn.records import write_json
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ def print_bench(result: "BenchResult") -> None:
     """Print the table, in percent, and the biases."""
     from salmonn.score.bench import COLUMNS, bench_notes, bench_rows
 
-    table = Table(title=f"judge {result.judge}")
-    for title in COLUMNS:
-        table.add_column(title, justify="right" if title else "left")
+    table = new_table(f"judge {result.judge}", COLUMNS[1:])
     for group in bench_rows(result):
         for row in group:
             table.add_row(*row, end_section=row == group[-1])

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from salmonn.cli.codes import SOME_FAILED
 from salmonn.cli.judge import add_judge, judge_config
+from salmonn.cli.tables import new_table
 from salmonn.records import Caption, Reference, write_json
 from salmonn.score.settings import ProtocolName
 
@@ -131,9 +131,7 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
     judging = scored.judging
     console = Console(width=100)
     console.print(f"judge {judging.judge}", highlight=False, soft_wrap=True)
-    table = Table(title=f"{figures.captions} captions of {figures.clips} videos")
-    for title in ("", "%", "95 % interval"):
-        table.add_column(title, justify="right" if title else "left")
+    table = new_table(f"{figures.captions} captions of {figures.clips} videos", ("%", "95 % interval"))
     for name, title in TITLES.items():
         value = getattr(figures, name)
         interval = intervals.get(name)
@@ -157,14 +155,12 @@ def _list_unscored(scored: "ScoredSet") -> None:
     if scored.unscored[_MOST_LISTED:]:
         sys.stderr.write(f"... and {len(scored.unscored) - _MOST_LISTED} more: --out lists them all\n")
     if scored.unscored:
-        rest = "in none of the rates" if scored.scores else "all that there are: there are no rates"
+        rest = "in none of the rates" if scored.scores else "all that there are: no figures, no summary and no page"
         sys.stderr.write(f"{len(scored.unscored)} captions are unscored and {rest}\n")
 
 
 def _print_published(console: Console, scored: "ScoredSet") -> None:
-    table = Table(title="fractions, by the published protocol")
-    for title in ("", "as published", "all videos"):
-        table.add_column(title, justify="right" if title else "left")
+    table = new_table("fractions, by the published protocol", ("as published", "all videos"))
     names = {"total": "EER", "missing": "MISS", "incorrect": "INCORRECT", "hallucination": "HALLUCINATION"}
     for name, title in names.items():
         table.add_row(title, *(f"{getattr(rates, name):.3f}" for rates in (scored.as_published, scored.with_all)))
@@ -251,9 +247,10 @@ def run_compare(values: Namespace) -> int:
     if not values.force:
         require_same_judge(first.judging, second.judging)
     result = compare(first.scores, second.scores)
-    table = Table(title=f"{result.num_clips} videos: {values.second.name} against {values.first.name}")
-    for title in ("", "first %", "second %", "difference", "95 % interval", "wins", "ties", "losses"):
-        table.add_column(title, justify="right" if title else "left")
+    table = new_table(
+        f"{result.num_clips} videos: {values.second.name} against {values.first.name}",
+        ("first %", "second %", "difference", "95 % interval", "wins", "ties", "losses"),
+    )
     for name, one in result.differences.items():
         table.add_row(
             TITLES[name],
@@ -289,9 +286,7 @@ def run_qa(values: Namespace) -> int:
     result = score_choices(read_choices(values.answers))
     if values.summary:
         write_json(values.summary, asdict(result))
-    table = Table(title=f"{result.num_questions} questions")
-    for title in ("", "accuracy %", "95 % interval", "questions"):
-        table.add_column(title, justify="right" if title else "left")
+    table = new_table(f"{result.num_questions} questions", ("accuracy %", "95 % interval", "questions"))
     interval = f"{100 * result.interval.low:.1f} to {100 * result.interval.high:.1f}"
     table.add_row("all", f"{100 * result.accuracy:.2f}", interval, str(result.num_questions))
     for group, values_of_group in result.by_group.items():

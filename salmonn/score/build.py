@@ -22,7 +22,7 @@ def make_judge(config: JudgeConfig, *, published: bool = False, processes: int =
         return RuleJudge()
     chat = make_chat(config, processes=processes)
     if published:
-        return LlmJudge(chat, forms=FORMS, names_faults=False)
+        return LlmJudge(chat, forms=FORMS, as_published=True)
     return LlmJudge(chat, forms=[EventForm()] * config.attempts)
 
 

@@ -7,7 +7,6 @@
 - what the published code of video-SALMONN 2 and 2+ writes: `{"video" or "id", "prompt", "ref": "C", "pred": "..."}`.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from salmonn.score.files import END_OF_ANSWER
+from salmonn.score.files import END_OF_ANSWER, read_objects
 from salmonn.score.intervals import RESAMPLES, Interval, bootstrap_ratios
 
 # What accuracy is broken down by, where an item says it.
@@ -104,7 +103,8 @@ def read_choices(path: Path | str) -> list[Choice]:
         FileNotFoundError: there is no such file.
         ValueError: naming what is wrong, with file and item.
     """
-    return [choice for item, where in _items(Path(path)) for choice in _choices_of(item, where=where)]
+    items = read_objects(Path(path), expected="multiple-choice questions with responses")
+    return [choice for item, where in items for choice in _choices_of(item, where=where)]
 
 
 def choice_of(response: str, options: Sequence[str]) -> str | None:
@@ -201,32 +201,6 @@ def _by_group(choices: Sequence[Choice], right: Sequence[bool]) -> dict[str, dic
         kind: {group: (sum(hits) / len(hits), len(hits)) for group, hits in groups.items()}
         for kind, groups in members.items()
     }
-
-
-def _items(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The file's objects, each with its place for messages."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected multiple-choice questions with responses there")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        items = _parse(text, where=str(path))
-        if not isinstance(items, list):
-            raise ValueError(f"{path} must hold a JSON list; JSON lines go by the name .jsonl")
-        placed = [(item, f"{path}, item {number}") for number, item in enumerate(items, start=1)]
-    else:
-        lines = [(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), start=1)]
-        placed = [(_parse(line, where=where), where) for line, where in lines if line.strip()]
-    for item, where in placed:
-        if not isinstance(item, dict):
-            raise ValueError(f"{where}: expected a JSON object, got {type(item).__name__}")
-        yield item, where
-
-
-def _parse(text: str, *, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def _choices_of(item: Mapping[str, Any], *, where: str) -> Iterator[Choice]:

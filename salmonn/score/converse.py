@@ -65,6 +65,11 @@ def converse(chat: Chat, attempts: Sequence[Attempt[Result]], *, seed: int, name
     raise ReplyError(f"no usable reply in {len(attempts)} attempts; of the last: {fault}")
 
 
+def object_schema(kinds: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema of an object with exactly these keys, each of its kind."""
+    return {"type": "object", "properties": kinds, "required": list(kinds), "additionalProperties": False}
+
+
 def write_data(value: Any) -> str:
     """JSON that a caption can neither end nor turn into another speaker's words."""
     return _disarm(json.dumps(value, ensure_ascii=False))

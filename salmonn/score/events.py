@@ -13,7 +13,7 @@ from salmonn.media import phrases
 from salmonn.records import Event, Modality, Reference, Unscored
 from salmonn.score.chat import Chat, ChatRefusedError
 from salmonn.score.claims import Claim, parse_claims
-from salmonn.score.converse import Attempt, ReplyError, converse, parse_object, write_data
+from salmonn.score.converse import Attempt, ReplyError, converse, object_schema, parse_object, write_data
 from salmonn.score.quotes import find_quote
 
 SYSTEM = """\
@@ -37,28 +37,15 @@ Reply with one JSON object and nothing else:
 """
 
 _TIME = {"type": ["number", "null"]}
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "events": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {
-                    "text": {"type": "string"},
-                    "kind": {"type": "string", "enum": list(get_args(Modality))},
-                    "start_seconds": _TIME,
-                    "end_seconds": _TIME,
-                    "quote": {"type": "string"},
-                },
-                "required": ["text", "kind", "start_seconds", "end_seconds", "quote"],
-                "additionalProperties": False,
-            },
-        },
-    },
-    "required": ["events"],
-    "additionalProperties": False,
+_TEXT = {"type": "string"}
+_ENTRY = {
+    "text": _TEXT,
+    "kind": {"type": "string", "enum": list(get_args(Modality))},
+    "start_seconds": _TIME,
+    "end_seconds": _TIME,
+    "quote": _TEXT,
 }
+SCHEMA = object_schema({"events": {"type": "array", "items": object_schema(_ENTRY)}})
 _MOST_FAULTS = 5
 
 

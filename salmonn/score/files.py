@@ -22,7 +22,6 @@ from salmonn.records import (
     Score,
     Unscored,
     parse_record,
-    read_json,
     read_records,
     write_text,
 )
@@ -30,6 +29,7 @@ from salmonn.records import (
 logger = logging.getLogger(__name__)
 
 END_OF_ANSWER = "<|im_end|>"
+_PUBLISHED = "a JSON list, as the published test set has it,"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read_references(path: Path) -> dict[str, Reference]:
         ValueError: naming what is wrong and where; two references of one video are.
     """
     if path.suffix == ".json":
-        items = [_published_reference(item, where=where) for item, where in _published_items(path)]
+        items = [_published_reference(item, where=where) for item, where in read_objects(path, expected=_PUBLISHED)]
     else:
         items = read_records(path, Reference)
     references = {reference.video: reference for reference in items}
@@ -105,7 +105,7 @@ def read_captions(path: Path) -> list[Caption]:
     """
     if path.suffix != ".json":
         return read_records(path, Caption)
-    items = [_published_prediction(item, where=where) for item, where in _published_items(path)]
+    items = [_published_prediction(item, where=where) for item, where in read_objects(path, expected=_PUBLISHED)]
     captions = {caption.video: caption for caption in items}
     if len(captions) < len(items):
         logger.warning("%s: %d videos are predicted more than once, the last counts", path, len(items) - len(captions))
@@ -130,17 +130,39 @@ def name_as_references(captions: Sequence[Caption], references: Mapping[str, Ref
     ]
 
 
-def _published_items(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a JSON list, each with its place for messages."""
+def read_objects(path: Path, *, expected: str) -> list[tuple[dict[str, Any], str]]:
+    """The objects of a JSON list (`.json`), or of JSON lines, each with its place for messages.
+
+    Args:
+        path: the file.
+        expected: what should be in it, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, no list, or holds something other than objects; naming the place.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected a JSON list there")
+        raise FileNotFoundError(f"no file {path}: expected {expected} there")
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        items = _parse(content, where=str(path))
+        if not isinstance(items, list):
+            raise ValueError(f"{path} must hold a JSON list of objects; JSON lines go by the name .jsonl")
+        placed = [(item, f"{path}, item {number}") for number, item in enumerate(items, start=1)]
+    else:
+        lines = [(line, f"{path}, line {number}") for number, line in enumerate(content.split(b"\n"), start=1)]
+        placed = [(_parse(line, where=where), where) for line, where in lines if line.strip()]
+    for item, where in placed:
+        if not isinstance(item, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(item).__name__}")
+    return placed
+
+
+def _parse(content: bytes, *, where: str) -> Any:
     try:
-        items = read_json(path)
+        return json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{path} must hold a JSON list of objects; JSON lines go by the name .jsonl")
-    return [(item, f"{path}, item {number}") for number, item in enumerate(items, start=1)]
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _published_reference(item: dict[str, Any], *, where: str) -> Reference:

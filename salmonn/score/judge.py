@@ -94,30 +94,40 @@ def leave_unscored(task: Task, reason: str) -> Unscored:
 
 
 def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge) -> list[Task]:
-    """The captions with their references, and an empty caption for each reference that has none (all missing).
+    """The captions with their references; those of a part of a video with the events of that part.
 
-    A caption of a part of a video goes with the events of that part.
+    Captions of other videos are left out, and told.
 
     Raises:
         ValueError: no caption's video is among the references (keyed by `Reference.video`), a caption stands there
             twice, or the judge cannot judge against a reference.
     """
-    strangers = sorted({caption.video for caption in captions} - set(references))
-    if strangers:
+    known = [caption for caption in captions if caption.video in references]
+    if len(known) < len(captions):
+        strangers = sorted({caption.video for caption in captions} - set(references))
         words = f"{len(strangers)} captioned videos have no reference, first {strangers[0]}"
-        if all(caption.video in strangers for caption in captions):
+        if not known:
             raise ValueError(
                 f"{words}, while the first reference is of {next(iter(references), 'none')}: score against the "
                 "references of the same set; paths of captions are taken from the current folder"
             )
         logger.warning("%s; they are left out", words)
-        captions = [caption for caption in captions if caption.video in references]
-    named = Counter((caption.video, caption.sample, caption.start_seconds, caption.end_seconds) for caption in captions)
+    named = Counter((caption.video, caption.sample, caption.start_seconds, caption.end_seconds) for caption in known)
     if twice := [name for name, count in named.items() if count > 1]:
         raise ValueError(
             f"{len(twice)} captions stand there twice, first of {twice[0][0]} (sample {twice[0][1]}): several captions "
             "of a video need sample numbers of their own"
         )
+    _check_all([references[caption.video] for caption in known], judge)
+    return [Task(events_of_part(references[caption.video], caption), caption) for caption in known]
+
+
+def all_missed(references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge) -> list[Task]:
+    """An empty caption for each reference that has none, so that none is lost: all its events count as missing.
+
+    Raises:
+        ValueError: the judge cannot judge against one of them.
+    """
     captioned = {caption.video for caption in captions}
     uncaptioned = [video for video in references if video not in captioned]
     if uncaptioned:
@@ -127,11 +137,14 @@ def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], ju
             len(references),
             uncaptioned[0],
         )
-    # All are checked before any is asked about: a mistake in the last reference should not cost the replies before it.
-    for reference in references.values():
+    _check_all([references[video] for video in uncaptioned], judge)
+    return [Task(references[video], Caption(video, "")) for video in uncaptioned]
+
+
+def _check_all(references: Sequence[Reference], judge: Judge) -> None:
+    """All are checked before any is asked about: a mistake in the last should not cost the replies before it."""
+    for reference in references:
         judge.check(reference)
-    everything = (*captions, *(Caption(video=video, text="") for video in uncaptioned))
-    return [Task(events_of_part(references[caption.video], caption), caption) for caption in everything]
 
 
 def events_of_part(reference: Reference, caption: Caption) -> Reference:

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from salmonn.records import Event, Reference, Score, Told, Unscored
 from salmonn.score.chat import Chat, ChatRefusedError, Message
-from salmonn.score.converse import AGAIN, Attempt, ReplyError, converse, parse_object, write_data
+from salmonn.score.converse import AGAIN, Attempt, ReplyError, converse, object_schema, parse_object, write_data
 from salmonn.score.judge import Progress, Task, leave_unscored, write_score
-from salmonn.score.quotes import count_words, find_quote
+from salmonn.score.quotes import count_words, find_all, find_quote
 
 CLASSES = ("correct", "incorrect", "missed")
 _MOST_FAULTS = 5
@@ -47,33 +47,14 @@ Reply with one JSON object and nothing else, with one entry in "events" for each
 """
 
 _COUNT = {"type": "integer"}
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "events": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {
-                    "number": _COUNT,
-                    "class": {"type": "string", "enum": list(CLASSES)},
-                    "quote": {"type": "string"},
-                },
-                "required": ["number", "class", "quote"],
-                "additionalProperties": False,
-            },
-        },
+_ENTRY = {"number": _COUNT, "class": {"type": "string", "enum": list(CLASSES)}, "quote": {"type": "string"}}
+SCHEMA = object_schema(
+    {
+        "events": {"type": "array", "items": object_schema(_ENTRY)},
         "hallucinated": {"type": "array", "items": {"type": "string"}},
-        "counts": {
-            "type": "object",
-            "properties": {name: _COUNT for name in (*CLASSES, "hallucinated")},
-            "required": [*CLASSES, "hallucinated"],
-            "additionalProperties": False,
-        },
-    },
-    "required": ["events", "hallucinated", "counts"],
-    "additionalProperties": False,
-}
+        "counts": object_schema(dict.fromkeys((*CLASSES, "hallucinated"), _COUNT)),
+    }
+)
 
 
 class Form(Protocol):
@@ -137,15 +118,16 @@ class LlmJudge:
     Args:
         chat: the model.
         forms: how each attempt at a caption asks; the last one gives up.
-        names_faults: whether a further attempt tells what was wrong with the reply before, or asks afresh.
+        as_published: whether to ask as the published scorer does: each attempt afresh, in place of telling what was
+            wrong with the reply before, and about empty captions as well.
     """
 
     is_exact = False
 
-    def __init__(self, chat: Chat, *, forms: Sequence[Form], names_faults: bool = True) -> None:
+    def __init__(self, chat: Chat, *, forms: Sequence[Form], as_published: bool = False) -> None:
         self.chat = chat
         self.forms = forms
-        self.names_faults = names_faults
+        self.as_published = as_published
         self.name = chat.name
         words = "".join(dict.fromkeys(form.words for form in forms))
         self.prompt_hash = hashlib.sha256(words.encode()).hexdigest()[:12]
@@ -183,11 +165,12 @@ class LlmJudge:
     def _judge_alike(self, tasks: Sequence[Task], *, seed: int) -> list[Score | Unscored]:
         """Judge tasks that differ in the caption's sample alone, by one conversation."""
         first = tasks[0]
-        if not first.caption.text.strip():  # nothing is told: all is missed, whoever judges
+        # Nothing is told: all is missed, whoever judges.
+        if not self.as_published and not first.caption.text.strip():
             return [write_score(task, missed=task.reference.events, told=[], invented=[]) for task in tasks]
         attempts = [Attempt(form.ask(first), form.schema, partial(form.read, task=first)) for form in self.forms]
         try:
-            score = converse(self.chat, attempts, seed=seed, names_faults=self.names_faults)
+            score = converse(self.chat, attempts, seed=seed, names_faults=not self.as_published)
         except (ReplyError, ChatRefusedError) as error:
             return [leave_unscored(task, str(error)) for task in tasks]
         # Their parts of the video may differ, too, if the same events lie in them.
@@ -267,7 +250,9 @@ def _quote_faults(entries: Sequence[dict[str, Any]], invented: Sequence[str], te
     faults += [f"the hallucinated {one!r} is not in the description" for one in invented if not find_quote(one, text)]
     for quote in dict.fromkeys(quotes):
         # A fact takes two words to tell: a model that follows a caption's orders quotes the same few for all events.
-        if quotes.count(quote) > max(1, count_words(quote) // 2):
+        # What the caption says twice may tell an event that comes twice.
+        most = count_words(quote) // 2 * len(list(find_all(quote, text)))
+        if quotes.count(quote) > max(1, most):
             faults.append(f"{quote!r} cannot tell {quotes.count(quote)} events")
     return faults + _double_faults(told, invented, text)
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Literal
 
 from salmonn.records import Event, Score
-from salmonn.score.quotes import find_quote
+from salmonn.score.quotes import find_all
 from salmonn.score.repetition import repeated_spans
 
 MarkKind = Literal["correct", "incorrect", "hallucinated", "repeated"]
@@ -64,7 +64,7 @@ def find_quotes(text: str, score: Score) -> list[Quote]:
     quotes = []
     for quote in _list_quotes(score):
         if quote.text not in places:
-            places[quote.text] = list(_find_places(quote.text, text))
+            places[quote.text] = list(find_all(quote.text, text))
         spans = places[quote.text][:: -1 if quote.kind == "repeated" else 1]
         span = next((span for span in spans if not any(taken[slice(*span)])), spans[0] if spans else None)
         if span:
@@ -79,10 +79,3 @@ def _list_quotes(score: Score) -> Iterator[Quote]:
             yield Quote("correct" if told.is_correct else "incorrect", told.quote, told.event)
     yield from (Quote("hallucinated", quote) for quote in score.invented if quote.strip())
     yield from (Quote("repeated", quote) for quote in score.repeated if quote.strip())
-
-
-def _find_places(quote: str, text: str) -> Iterator[Span]:
-    place = find_quote(quote, text)
-    while place:
-        yield place
-        place = find_quote(quote, text, start=place[0] + 1)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from salmonn.records import Caption, Judging, Reference, Score, Unscored
-from salmonn.score.judge import Judge, Progress, Task, events_of_part, pair_up
+from salmonn.score.judge import Judge, Progress, Task, all_missed, pair_up
 from salmonn.score.llm import LlmJudge
 from salmonn.score.passes import Passes, judge_passes
-from salmonn.score.published import FORMS, PublishedRates, collapsed, published_rates
+from salmonn.score.published import PublishedRates, collapsed, published_rates
 from salmonn.score.rates import rates
 from salmonn.score.repetition import repeated_words
 from salmonn.score.settings import ProtocolName
@@ -75,10 +75,10 @@ def score_set(
         ValueError: captions and references do not fit, nothing could be scored, or no question can be asked any more.
     """
     if isinstance(judge, LlmJudge):
-        assert (judge.forms == FORMS) == (protocol == "published"), "make the judge for the protocol"
+        assert judge.as_published == (protocol == "published"), "make the judge for the protocol"
     if protocol == "published":
         return _score_as_published(references, captions, judge, passes=passes, seed=seed, progress=progress)
-    tasks = pair_up(references, captions, judge)
+    tasks = [*pair_up(references, captions, judge), *all_missed(references, captions, judge)]
     outcome = judge_passes(
         tasks, judge, total=lambda scores: rates(scores).total, passes=passes, seed=seed, progress=progress
     )
@@ -94,25 +94,18 @@ def _score_as_published(
     seed: int,
     progress: Progress | None,
 ) -> ScoredSet:
-    known = [caption for caption in captions if caption.video in references]
-    if len(known) < len(captions):
-        logger.warning("%d predictions are of videos that are not in the references", len(captions) - len(known))
-    if not known:
-        raise ValueError("no prediction is of a video of the references: score against the references of the same set")
-    for caption in known:
-        judge.check(references[caption.video])
-    tasks = [Task(events_of_part(references[caption.video], caption), caption) for caption in known]
+    tasks = pair_up(references, captions, judge)
     outcome = judge_passes(
         [collapsed(task) for task in tasks],
         judge,
         total=lambda scores: published_rates(scores).total,
         passes=passes,
         seed=seed,
-        once=LlmJudge(judge.chat, forms=judge.forms[:1], names_faults=False) if isinstance(judge, LlmJudge) else None,
+        once=LlmJudge(judge.chat, forms=judge.forms[:1], as_published=True) if isinstance(judge, LlmJudge) else None,
         progress=progress,
     )
     judged = [_with_own_words(result, task) for result, task in zip(outcome.results, tasks, strict=True)]
-    predicted = {caption.video for caption in known}
+    predicted = {task.reference.video for task in tasks}
     absent = [reference for video, reference in references.items() if video not in predicted]
     failed = [task.reference for result, task in zip(judged, tasks, strict=True) if isinstance(result, Unscored)]
     scores = [result for result in judged if isinstance(result, Score)]

@@ -18,11 +18,10 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from salmonn.records import Event, Reference, Score, Told
 from salmonn.score.chat import Message
-from salmonn.score.converse import ReplyError, require_text, write_data
+from salmonn.score.converse import ReplyError, object_schema, require_text, write_data
 from salmonn.score.judge import Task, write_score
 from salmonn.score.llm import Form
 
@@ -50,14 +49,10 @@ Reply in exactly this form and with nothing else:
 """
 
 
-def _object_of(kinds: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": kinds, "required": list(kinds), "additionalProperties": False}
-
-
 _COUNT, _TEXTS = {"type": "integer"}, {"type": "array", "items": {"type": "string"}}
 _FAULTS = ("Missed", "Incorrect", "Hallucination")
-_LIST_SCHEMA = _object_of(dict.fromkeys(_FAULTS, _COUNT) | {f"{name} Event": _TEXTS for name in _FAULTS})
-_COUNT_SCHEMA = _object_of(dict.fromkeys(("Missed", "Correct", "Incorrect", "Hallucination"), _COUNT))
+_LIST_SCHEMA = object_schema(dict.fromkeys(_FAULTS, _COUNT) | {f"{name} Event": _TEXTS for name in _FAULTS})
+_COUNT_SCHEMA = object_schema(dict.fromkeys(("Missed", "Correct", "Incorrect", "Hallucination"), _COUNT))
 
 
 class ListForm:

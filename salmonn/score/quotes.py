@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from functools import lru_cache
 
 from salmonn.score.words import WORD
@@ -27,6 +28,14 @@ def find_quote(quote: str, text: str, *, start: int = 0) -> tuple[int, int] | No
             return None
         places.append(found)
     return places[0][0], places[-1][1]
+
+
+def find_all(quote: str, text: str) -> Iterator[tuple[int, int]]:
+    """All places where a text holds the words of a quote, from left to right; they may overlap."""
+    place = find_quote(quote, text)
+    while place:
+        yield place
+        place = find_quote(quote, text, start=place[0] + 1)
 
 
 def count_words(text: str) -> int:

@@ -214,7 +214,7 @@ GOOD = VIDEO["questions"][0]
     ("name", "text", "words"),
     [
         ("r.json", "{", "r.json: Expecting"),
-        ("r.json", "{}", "JSON list; JSON lines"),
+        ("r.json", "{}", "JSON list of objects; JSON lines"),
         ("r.json", "[1]", "r.json, item 1: expected a JSON object, got int"),
         ("r.jsonl", json.dumps(GOOD) + "\n{", "r.jsonl, line 2: Expecting"),
         ("r.json", json.dumps([GOOD, GOOD | {"answer": "C"}]), "item 2: the right answer 'C' is none"),

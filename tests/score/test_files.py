@@ -57,7 +57,7 @@ def test_references_of_both_formats(tmp_path):
     ("text", "words"),
     [
         ("{}", "JSON list of objects"),
-        ('["a"]', "JSON list of objects"),
+        ('["a"]', "item 1: expected a JSON object, got str"),
         ("[", "Expecting value"),
         ('[{"video": "a"}]', "item 1: expected"),
         ('[{"video": "a", "events": ["x"]}, {"video": "b", "events": "x"}]', "item 2: expected"),

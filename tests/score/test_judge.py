@@ -12,7 +12,7 @@ from salmonn.media.scene import SynthConfig, draw_scene
 from salmonn.media.wording import write_reference
 from salmonn.records import Caption, Event, Reference, Score
 from salmonn.score.claims import parse_claims
-from salmonn.score.judge import Task, pair_up
+from salmonn.score.judge import Task, all_missed, pair_up
 from salmonn.score.rates import rates
 from salmonn.score.rule import RuleJudge
 
@@ -69,7 +69,7 @@ def judge(text: str, events: tuple[Event, ...] = EVENTS) -> Score:
 
 
 def score_captions(known: dict[str, Reference], captions: list[Caption], rule: RuleJudge) -> list[Score]:
-    return rule.judge(pair_up(known, captions, rule))
+    return rule.judge([*pair_up(known, captions, rule), *all_missed(known, captions, rule)])
 
 
 def errors(text: str, events: tuple[Event, ...] = EVENTS) -> tuple[int, int, int]:
@@ -321,6 +321,12 @@ def test_refuses_what_it_cannot_judge():
         judge("A red star appears.", (Event("a dog barks"),))
     with pytest.raises(ValueError, match="as one claim"):
         judge("A red star appears.", (Event("a red star appears and blinks"),))
+
+
+def test_a_part_in_which_nothing_happens():
+    late = Caption("v.mp4", "A low tone is heard.", start_seconds=9.0)
+    (score,) = score_captions({"v.mp4": Reference("v.mp4", EVENTS)}, [late], RuleJudge())
+    assert (score.num_events, score.hallucinated, score.total) == (0, 1, 1.0)
 
 
 def test_score_captions_counts_every_reference(caplog):

@@ -70,6 +70,17 @@ def test_told_events_stand_in_the_order_of_telling():
     assert [one.event.text for one in score.told] == ["a man sings", "a dog barks", "a dog runs"]
 
 
+def test_what_is_said_twice_may_tell_an_event_that_comes_twice():
+    barks = Event("a dog barks", "audio", 0.0, 1.0), Event("a dog barks", "audio", 3.0, 4.0)
+    entries = [{"number": number, "class": "correct", "quote": "a dog barks"} for number in (1, 2)]
+    counts = {"correct": 2, "incorrect": 0, "missed": 0, "hallucinated": 0}
+    reply = json.dumps({"events": entries, "hallucinated": [], "counts": counts})
+    task = Task(Reference("v", barks), Caption("v", "A dog barks. Later a dog barks."))
+    assert len(EventForm().read(reply, task).told) == 2
+    with pytest.raises(ReplyError, match="cannot tell 2 events"):
+        EventForm().read(reply, Task(Reference("v", barks), Caption("v", "A dog barks.")))
+
+
 @pytest.mark.parametrize(
     "wrapped",
     [

@@ -121,6 +121,13 @@ def config(server, tmp_path) -> JudgeConfig:
     return JudgeConfig(kind="openai", model="m", base_url=server.url, cache=tmp_path / "replies.sqlite", concurrency=1)
 
 
+def test_an_empty_prediction_is_asked_about_as_any_other(serve, tmp_path):
+    server = serve(lambda request, number: Answer(reply(2)))
+    empty = Task(TASK.reference, Caption("v", ""))
+    assert make_judge(config(server, tmp_path), published=True).judge([empty])[0].missing == 2
+    assert len(server.requests) == 1
+
+
 def test_asks_nine_times_then_for_counts(serve, tmp_path):
     """What never becomes readable is asked for 1 + 8 times with lists, 3 times without, each on a seed of its own."""
     server = serve(lambda request, number: Answer("no"))
