@@ -350,7 +350,17 @@ def test_judge_bench(call, tmp_path):
     assert code == 0 and rows["left_out"][:2] == [str(kinds.count("left_out")), "100.0"]
     assert (
         rows["source"][4] == str(kinds.count("source"))
-        and "pairs unscored, first pair" in err
+        and f"{kinds.count('source')} pairs unscored, first pair" in err
         and "the rule judge cannot read" in err
     )
     assert read_json(tmp_path / "b.json")
+
+
+def test_judge_bench_counts_a_pair_once(call, tmp_path, serve):
+    """A judge that answers nothing of use leaves both captions of a pair unscored."""
+    lines = (Path(__file__).parents[1] / "data" / "judge_pairs.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    server = serve(lambda request, number: Answer("no"))
+    args = ["judge-bench", tmp_path / "pairs.jsonl", "--judge", "openai", "--model", "m", "--base-url", server.url]
+    _, out, err = call(*args, "--cache", tmp_path / "c.sqlite", "--attempts", 1)
+    assert shown(out)["all"][4] == "3" and "3 pairs unscored, first pair 1: no usable reply" in err

@@ -43,7 +43,7 @@ def run_bench(values: Namespace) -> int:
     print_bench(result)
     if result.unscored:
         first = result.unscored[0]
-        sys.stderr.write(f"{len(result.unscored)} pairs unscored, first {first.video}: {first.reason}\n")
+        sys.stderr.write(f"{result.total.unscored} pairs unscored, first {first.video}: {first.reason}\n")
     return 0
 
 
