@@ -9,24 +9,26 @@ is the same weights without it; then it is merged. Where pairs are to be made fi
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.config import claim_folder, run_recipe
+from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, read_conversations
-from salmonn.model.load import CONFIG_NAME, Placement, load_config
-from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
+from salmonn.model.load import Placement, load_config
+from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Block
 from salmonn.records import Pair
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.dry_run import plan_adapter
+from salmonn.train.engine import EngineName, require_engine
 from salmonn.train.examples import ClipCache, Example, conversation_examples
-from salmonn.train.loop import FitConfig, StepLog, autocast, fit
+from salmonn.train.loop import FitConfig, Stage, autocast, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from salmonn.train.stages import merge_trained, merged, open_run
 
 log = logging.getLogger("dpo")
 
@@ -39,6 +41,7 @@ class GivenDpoConfig:
         preferences: .json or .jsonl of published conversations with preferences (data/README.md).
         model: folder or hub id of the model to start from.
         out: folder for adapter, merged model and the log of steps.
+        engine: how training is spread over processes; it may change when a run goes on.
         placement: device and type of its weights.
         frames: values of the model's frame rule that are other in training, such as `min_frames`.
         dpo: the loss.
@@ -51,6 +54,7 @@ class GivenDpoConfig:
     preferences: Path
     model: str
     out: Path
+    engine: EngineName = "ddp"
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     frames: dict[str, int | float] | None = None
     dpo: DpoConfig = field(default_factory=DpoConfig)
@@ -77,11 +81,11 @@ def main(config: GivenDpoConfig) -> None:
         )
         return
     dist.setup()
+    require_engine(config.engine)
     load_config(config.model)  # a wrong folder is told first
     examples, pairs = read_preferences(config)
-    if dist.is_main():
-        claim_folder(config.out, config, name="dpo")
-    if (config.out / "merged" / CONFIG_NAME).is_file():
+    open_run(config.out, replace(config, engine="ddp"), name="dpo")  # the engine may change in a run that goes on
+    if merged(config.out):
         log.info("%s is trained already", config.out)
         return
     captioner = Captioner.load(config.model, placement=config.placement, frames=config.frames)
@@ -97,22 +101,17 @@ def main(config: GivenDpoConfig) -> None:
     )
     with autocast(config.fit.precision):
         batches.refer(captioner.network)
-    with checkpointed(config.out) as checkpoint:
-        fit(
+    with checkpointed(config.out) as checkpoints:
+        done = fit(
             captioner.network,
             batches,
             PreferenceLoss(config.dpo),
             config.fit.resolve(len(pairs)),
-            seed=config.seed,
-            name="guided DPO",
-            checkpoint_path=checkpoint,
-            on_step=StepLog(config.out / "steps.jsonl"),
+            stage=Stage("guided DPO", config.out, checkpoints, config.seed, config.engine),
         )
-        if dist.is_main():
-            save_adapter(captioner.network, config.out / "adapter")
-        merge(captioner.network)
-        if dist.is_main():
-            captioner.save(config.out / "merged")
+        merge_trained(
+            captioner, config.out, done, base=config.model, lora=config.lora, placement=config.placement, adapter=True
+        )
 
 
 def read_preferences(config: GivenDpoConfig) -> tuple[list[Example], list[Pair]]:
@@ -164,4 +163,4 @@ def encode(captioner: Captioner, examples: Sequence[Example]) -> dict[str, Block
 
 
 if __name__ == "__main__":
-    run_recipe(main, GivenDpoConfig, description=__doc__)
+    run_recipe(main, GivenDpoConfig, description=__doc__, on_mistake=dist.give_up)

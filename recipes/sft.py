@@ -8,7 +8,7 @@ measures it on held-out clips. Killed, the same command goes on from the last ch
 
 import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +19,10 @@ from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import Processor
 from salmonn.caption.prompt import LIST_EVENTS
 from salmonn.caption.tokenizer import train_tokenizer
-from salmonn.config import claim_folder, run_recipe
+from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversations, read_conversations
 from salmonn.media.synth import SynthConfig, describe_clip
-from salmonn.model.load import CONFIG_NAME, Placement, load_config
+from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.model.network import Network
 from salmonn.model.presets import offline_config
@@ -31,11 +31,14 @@ from salmonn.records import Use, write_json, write_records
 from salmonn.score.files import write_scores
 from salmonn.score.protocol import sign
 from salmonn.score.rule import RuleJudge
+from salmonn.train.checkpoint import checkpointed, put_trained
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
+from salmonn.train.engine import EngineName, require_engine
 from salmonn.train.evaluate import encode_clips, evaluate
 from salmonn.train.examples import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
-from salmonn.train.loop import FitConfig, StepLog, fit
+from salmonn.train.loop import FitConfig, Stage, fit
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
+from salmonn.train.stages import absent, open_run, save_merged
 
 log = logging.getLogger("sft")
 TINY = "tiny"
@@ -49,6 +52,7 @@ class SftConfig:
     Args:
         out: folder for the trained model and its figures.
         model: folder or hub id of the model to start from; "tiny" starts the toy model from nothing.
+        engine: how training is spread over processes; it may change when a run goes on.
         placement: device and type of its weights.
         frames: values of the model's frame rule that are other in training, such as `min_frames`.
         references: JSONL of references to one's own videos, or a file of conversations about them in the format of the
@@ -69,6 +73,7 @@ class SftConfig:
 
     out: Path
     model: str = TINY
+    engine: EngineName = "ddp"
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     frames: dict[str, int | float] | None = None
     references: Path | None = None
@@ -94,43 +99,38 @@ def main(config: SftConfig) -> None:
         plan(config)
         return
     dist.setup()
+    require_engine(config.engine)
     if config.model != TINY:
         load_config(config.model)  # a wrong folder is told before anything is rendered
     clips = read_data(config)
-    if dist.is_main():
-        claim_folder(config.out, config, name="sft")
-    if (config.out / CONFIG_NAME).is_file():
+    open_run(config.out, replace(config, engine="ddp"), name="sft")  # the engine may change in a run that goes on
+    if not absent(config.out / CONFIG_NAME):
         log.info("%s is trained already", config.out)
         return
     captioner = load_model(config, clips)
     choose_trainable(captioner.network, config)
     examples = to_examples(clips, captioner, config)
-    cache = ClipCache(captioner.processor)
-    checkpoint = config.out / "checkpoint.safetensors"
-    fit(
-        captioner.network,
-        SftBatches(
-            examples,
-            captioner.processor,
-            cache,
-            batch_size=config.fit.batch_size,
-            seed=config.seed,
-            accumulation=config.fit.accumulation,
-        ),
-        sft_loss,
-        config.fit.resolve(len(examples)),
+    batches = SftBatches(
+        examples,
+        captioner.processor,
+        ClipCache(captioner.processor),
+        batch_size=config.fit.batch_size,
         seed=config.seed,
-        name=config.out.name,
-        checkpoint_path=checkpoint,
-        on_step=StepLog(config.out / "steps.jsonl"),
+        accumulation=config.fit.accumulation,
     )
-    if config.lora:
-        merge(captioner.network)
-    measure(captioner, config)
-    if dist.is_main():
-        captioner.save(config.out)
-        checkpoint.unlink(missing_ok=True)
-    dist.barrier()
+    with checkpointed(config.out) as checkpoints:
+        stage = Stage(config.out.name, config.out, checkpoints, config.seed, config.engine)
+        done = fit(captioner.network, batches, sft_loss, config.fit.resolve(len(examples)), stage=stage)
+        # Training uses the network up: what it has learnt goes into another that is made in the same way.
+        del captioner.network
+        captioner.network = start_network(config, captioner.processor)
+        choose_trainable(captioner.network, config)
+        put_trained(captioner.network, done)
+        if config.lora:
+            merge(captioner.network)
+        captioner.network.requires_grad_(False).eval()
+        measure(captioner, config)
+        save_merged(captioner, config.out)
 
 
 def plan(config: SftConfig) -> None:
@@ -198,15 +198,21 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
         told = all_texts(clips.references)
     texts = [*told, *all_texts(world), *PLAIN_PROMPTS.values(), LIST_EVENTS]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
-    model_config = tiny(
-        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    sizes = tiny(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    processor = Processor(tokenizer, config=sizes.with_frames(config.frames))
+    return Captioner(start_network(config, processor), processor)
+
+
+def start_network(config: SftConfig, processor: Processor) -> Network:
+    """The weights to start from."""
+    if config.model != TINY:
+        return load_network(config.model, placement=config.placement)
     torch.manual_seed(config.seed)
-    network = Network(model_config)
+    network = Network(processor.config)
     # Fresh positions are a tenth of what fresh patches give, and where a shape stands would not be learnt for hundreds
     # of steps.
     network.get_parameter("vision.encoder.embeddings.position_embedding.weight").data.mul_(8)
-    return Captioner(network.to(dist.device()), Processor(tokenizer, config=model_config.with_frames(config.frames)))
+    return network.to(dist.device())
 
 
 def choose_trainable(network: Network, config: SftConfig) -> None:
@@ -241,4 +247,4 @@ def measure(captioner: Captioner, config: SftConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, SftConfig, description=__doc__)
+    run_recipe(main, SftConfig, description=__doc__, on_mistake=dist.give_up)

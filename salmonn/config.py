@@ -14,7 +14,12 @@ Config = TypeVar("Config")
 
 
 def run_recipe(
-    main: Callable[[Config], None], config_type: type[Config], *, description: str, args: Sequence[str] | None = None
+    main: Callable[[Config], None],
+    config_type: type[Config],
+    *,
+    description: str,
+    args: Sequence[str] | None = None,
+    on_mistake: Callable[[str], object] | None = None,
 ) -> None:
     """Read a recipe's config from the command line and run it.
 
@@ -26,12 +31,16 @@ def run_recipe(
         config_type: a dataclass, with further dataclasses nested in it; its docstrings become the help.
         description: what the recipe does, for --help.
         args: the command line (default: the process's own).
+        on_mistake: called with the sentence once it is told; `dist.give_up` ends the run's other processes too.
     """
     config = parse_config(config_type, description=description, args=args)
     try:
         main(config)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(_complain(error))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        code = _complain(error)
+        if on_mistake:
+            on_mistake(str(error))
+        sys.exit(code)
 
 
 def _complain(error: Exception) -> int:

@@ -14,6 +14,7 @@ from salmonn.model.lora import LoraConfig
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_OF = {
     "mrdpo.yaml": "mrdpo",
+    "ablation.yaml": "mrdpo",
     "mrdpo": "mrdpo",
     "dpo.yaml": "dpo",
     "dpo": "dpo",
@@ -119,7 +120,11 @@ def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp
     run_recipe(recipe.main, of, description="A recipe.", args=["--config", str(path), "--dry-run", *toy])
     told = capsys.readouterr().out
     assert all(words in told for words in ("language model", "A clip of 51 s", "peak", "fits 80 GiB"))
-    stages = {"mrdpo": ["guided DPO of", "rebirth of"], "dpo": ["guided DPO of"]}.get(path.stem, ["SFT of"])
+    stages = {
+        "mrdpo": ["guided DPO of", "rebirth of"],
+        "ablation": ["guided DPO of", "rebirth of"],
+        "dpo": ["guided DPO of"],
+    }.get(path.stem, ["SFT of"])
     assert [stage for stage in ("SFT of", "guided DPO of", "rebirth of") if stage in told] == stages
     assert list(tmp_path.iterdir()) == []
 

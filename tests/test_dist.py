@@ -1,7 +1,9 @@
-"""Processes of one run, launched for real by torchrun."""
+"""Processes of one run, launched for real: what they share and gather, how they wait, and how they end together."""
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,33 +13,119 @@ import pytest
 from salmonn import dist
 
 SCRIPT = """
-import json, sys
+import json, sys, time
+from datetime import timedelta
 from pathlib import Path
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from salmonn import dist
 
 dist.setup(threads=1)
+_set_pg_timeout(timedelta(seconds=1))  # of training: others wait longer for a judge
+late = 1.5 * dist.rank()
+time.sleep(late)
+dist.barrier()
 result = {"rank": dist.rank(), "size": dist.world_size(), "main": dist.is_main()}
+time.sleep(late)
 result["total"] = dist.total(dist.rank() + 1.5)
+time.sleep(late)
 for count in (0, 1, 4, 5):
     mine = dist.share(list(range(count)))
     result[f"mine {count}"] = mine
     result[f"all {count}"] = dist.gather([item * 10 for item in mine])
 result["text"] = dist.gather([f"of {dist.rank()}"])
-dist.barrier()
+for costs in ([], [1], [2, 9, 4, 4]):
+    shares = dist.spread(costs)
+    mine = [f"{place} of {dist.rank()}" for place in shares[dist.rank()]]
+    result[f"collected {len(costs)}"] = dist.collect(mine, shares)
 Path(sys.argv[1], f"{dist.rank()}.json").write_text(json.dumps(result))
 """
 
+# Processes that end in one way while others wait in another.
+ENDS = """
+import os, signal, sys, time
+from dataclasses import dataclass
+import torch
+from salmonn import dist
+from salmonn.config import run_recipe
 
-def test_two_processes_share_and_gather(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    torchrun = Path(sys.executable).with_name("torchrun")
-    subprocess.run(
-        [torchrun, "--standalone", "--nproc_per_node=2", script, tmp_path],
-        check=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+@dataclass(frozen=True)
+class Config:
+    '''How it goes.
+
+    Args:
+        who: rank that fails.
+        end: how.
+        wait: what the others do meanwhile.
+    '''
+
+    who: int
+    end: str
+    wait: str
+
+def main(config):
+    dist.setup(threads=1)
+    dist.barrier()
+    if dist.rank() == config.who:
+        {"mistake": mistake, "bug": bug, "kill": kill}[config.end]()
+    waits = {"gather": lambda: dist.gather([1]), "train": lambda: torch.distributed.all_reduce(torch.ones(1))}
+    (waits | {"judge": lambda: time.sleep(1000)})[config.wait]()
+
+def mistake():
+    raise ValueError("a.mp4 is not there: add it")
+
+def bug():
+    raise RuntimeError("a sum is off")
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+run_recipe(main, Config, description="Ends.", on_mistake=dist.give_up)
+"""
+MISTAKE, BUG = "a.mp4 is not there: add it", "RuntimeError: a sum is off"
+LOST = "ended without a word (killed, or out of memory?)"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The path of a script with this text."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def torchrun(*line: object) -> subprocess.CompletedProcess[str]:
+    launcher = Path(sys.executable).with_name("torchrun")
+    words = map(str, (launcher, "--standalone", "--nproc_per_node=2", *line))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*words], capture_output=True, text=True, timeout=90, env=env, check=False)
+
+
+def start_alone(*line: object, size: int) -> list[tuple[int, str]]:
+    """Exit code and words of each of several processes that no launcher looks after."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(size):
+        env = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        command = [sys.executable, *map(str, line)]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env))
+    try:
+        said = [process.communicate(timeout=60)[1] for process in processes]
+        return [(process.returncode, words) for process, words in zip(processes, said, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_two_processes_share_and_gather(script, tmp_path):
+    result = torchrun(script(SCRIPT), tmp_path)
+    assert result.returncode == 0 and "rror" not in result.stderr, result.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert (first["rank"], first["size"], first["main"]) == (0, 2, True)
     assert (second["rank"], second["size"], second["main"]) == (1, 2, False)
@@ -47,6 +135,38 @@ def test_two_processes_share_and_gather(tmp_path):
         assert result["all 0"] == [] and result["all 1"] == [0]
         assert result["all 4"] == [0, 10, 20, 30] and result["all 5"] == [0, 10, 20, 30, 40]
         assert result["text"] == ["of 0", "of 1"] and result["total"] == 4.0  # 1.5 + 2.5
+        # The 9 is as much as all the others, which come to 4 + 4 + 2.
+        assert result["collected 4"] == ["0 of 1", "1 of 0", "2 of 1", "3 of 1"]
+        assert result["collected 0"] == [] and result["collected 1"] == ["0 of 0"]
+
+
+# What another does meanwhile; the reason goes round, past ranks that are not in touch with the one that failed.
+@pytest.mark.parametrize(
+    ("size", "who", "end", "wait", "code", "own", "others"),
+    [
+        (2, 0, "mistake", "gather", 2, f"error: {MISTAKE}\n", f"process 0 of this run failed: {MISTAKE}"),
+        (2, 1, "bug", "train", 1, BUG, f"process 1 of this run failed: {BUG}"),
+        (2, 1, "mistake", "judge", 2, f"error: {MISTAKE}\n", f"process 1 of this run failed: {MISTAKE}"),
+        (3, 1, "kill", "train", -signal.SIGKILL, "", f"process 1 of this run {LOST}"),
+        (2, 0, "kill", "judge", -signal.SIGKILL, "", f"process 0 of this run {LOST}"),
+    ],
+)
+def test_a_process_that_fails_ends_the_others(script, size, who, end, wait, code, own, others):
+    line = (script(ENDS), "--who", who, "--end", end, "--wait", wait)
+    ended = start_alone(*line, size=size)
+    assert ended[who][0] == code and own in ended[who][1]
+    assert ("Traceback" in ended[who][1]) == (end == "bug")
+    for rank, (exit_code, said) in enumerate(ended):
+        if rank != who:
+            assert exit_code == 1 and said.startswith(f"error: {others}") and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(("end", "told"), [("mistake", f"error: {MISTAKE}\n"), ("kill", "Signal 9 (SIGKILL)")])
+def test_torchrun_tells_why_a_run_ended(script, end, told):
+    result = torchrun(script(ENDS), "--who", 1, "--end", end, "--wait", "gather")
+    root = result.stderr.partition("Root Cause")[2]
+    assert result.returncode == 1 and told in result.stderr
+    assert "rank      : 1 " in root and ("exitcode  : 2 " if end == "mistake" else "exitcode  : -9 ") in root
 
 
 def test_without_a_launcher_it_is_one_process(monkeypatch):
@@ -54,8 +174,11 @@ def test_without_a_launcher_it_is_one_process(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
     assert dist.share("abc") == dist.gather("abc") == ["a", "b", "c"]
+    shares = dist.spread([1, 3, 2])
+    assert shares == [[1, 2, 0]] and dist.collect(["3", "2", "1"], shares) == ["1", "3", "2"]
     assert dist.total(2.5) == 2.5
     dist.barrier()
+    dist.give_up("nobody else is there")
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", ["a", "d"]), ("1", ["b", "e"]), ("2", ["c"])])
@@ -63,3 +186,13 @@ def test_shares_of_three(monkeypatch, rank, expected):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", rank)
     assert dist.share("abcde") == expected
+
+
+def test_work_is_spread_by_what_it_costs(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    # 7 to rank 0 and 6 to rank 1; 5 and then 4 to rank 2, as 5 is the least; 3 to rank 1 and 2 to rank 0: 9 each.
+    assert dist.spread([2, 3, 4, 5, 6, 7]) == [[5, 0], [4, 1], [3, 2]]
+    # By the number of pieces the long one would have company.
+    assert dist.spread([1, 1, 1, 1, 60]) == [[4], [0, 2], [1, 3]]
+    # Those of unknown cost go round.
+    assert dist.spread([0, 0, 0, 0]) == [[0, 3], [1], [2]]

@@ -96,6 +96,17 @@ class Captioner:
         network = load_network(path, placement=placement, adapter=adapter)
         return cls(network, processor, name=str(path))
 
+    def reload(self, path: Path | str, *, placement: Placement | None = None) -> None:
+        """Read a model of the same kind in place of this one, which is let go first: a GPU holds one.
+
+        Args:
+            path: folder, or id on the hub.
+            placement: as for `load`.
+        """
+        del self.network
+        self.network = load_network(path, placement=placement)
+        self.name = str(path)
+
     def save(self, path: Path | str) -> None:
         """Write network, config and tokenizer as a folder that `load` reads; it has a config.json if it is whole."""
         half = Path(path) / ".half"

@@ -14,6 +14,7 @@ from salmonn.cli.bench import bench_parser, run_bench
 from salmonn.cli.caption import caption_parser, run_caption
 from salmonn.cli.codes import WRONG_USAGE
 from salmonn.cli.events import events_parser, run_events
+from salmonn.cli.plot import plot_parser, run_plot
 from salmonn.cli.score import compare_parser, qa_parser, run_compare, run_qa, run_score, score_parser
 from salmonn.cli.synth import run_synth, synth_parser
 from salmonn.config import underscored
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "events": (events_parser, run_events, "split reference captions into atomic events"),
     "qa": (qa_parser, run_qa, "accuracy of answers to multiple-choice questions"),
     "judge-bench": (bench_parser, run_bench, "check a judge on labelled pairs of captions"),
+    "plot": (plot_parser, run_plot, "curves and tables of a training run"),
     "synth": (synth_parser, run_synth, "make synthetic clips with exactly known events"),
 }
 

@@ -113,6 +113,16 @@ def reopen(source: Source, stack: ExitStack) -> Source:
     return open_source(source.path, stack, video=source.video is not None, audio=source.audio is not None)
 
 
+def declared_seconds(path: str | os.PathLike[str]) -> float:
+    """The length in seconds that a file states at its start, which alone is read; 0 where it states none.
+
+    Raises:
+        ClipError: it cannot be opened, or holds neither picture nor sound.
+    """
+    with ExitStack() as stack:
+        return open_source(path, stack, video=True, audio=True).declared_end
+
+
 def _check_file(path: Path) -> None:
     # Python's own errors name the cause; libav's for the same cases do not.
     try:

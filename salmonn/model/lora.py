@@ -1,6 +1,7 @@
 """LoRA on the language model: attach, merge, save. The reference policy is the same weights with the adapter off."""
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from salmonn.model.network import PUBLISHED_KEYS, Network
+from salmonn.records import new_folder, read_json, write_json
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -159,5 +161,11 @@ def _put_whole(network: Network, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_adapter(network: Network, path: Path | str) -> None:
-    """Write the adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors)."""
-    network.lm.save_pretrained(str(path))
+    """Write the adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors), which appears whole."""
+    shutil.rmtree(path, ignore_errors=True)  # of a process that was killed before its model was merged
+    with new_folder(path) as folder:
+        network.lm.save_pretrained(str(folder))
+        # PEFT keeps the names of the projections as a set, and writes them in another order each time.
+        config = folder / ADAPTER_CONFIG_NAME
+        values = read_json(config)
+        write_json(config, values | {"target_modules": sorted(values["target_modules"])})

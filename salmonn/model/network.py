@@ -114,6 +114,13 @@ class Inputs:
     media: tuple[Media, ...] = ()
     blocks: tuple[Tensor, ...] = ()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the decoder: each row's text, and each clip once."""
+        lengths = [len(layout) for layout in self.layouts]
+        again = sum(lengths[index] for index in self.clip_index) - sum(lengths)
+        return int(self.attention_mask.sum()) - again
+
     def to(self, device: torch.device | str) -> "Inputs":
         """The same on another device."""
         return replace(
@@ -230,14 +237,20 @@ class Network(PreTrainedModel):
             raise ValueError(f"rows are packed with a mask, which {attention} does not take: choose attention sdpa")
         return mask
 
-    def forward(self, inputs: Inputs) -> Tensor:
+    def forward(self, inputs: Inputs, *, distributions: bool = False) -> Tensor:
         """Log-probability of every label; the rows are padded on the right.
 
         What a clip's rows begin with alike, its tokens above all, goes through the decoder once. Only positions with a
         label go through the vocabulary.
 
+        Args:
+            inputs: the rows.
+            distributions: give log-probabilities of all words where there is a label. This stands here, not in a
+                method of its own, since what wraps a network (for several GPUs) acts when it is called.
+
         Returns:
-            (B, L - 1): at [b, i] log p(labels[b, i + 1] | everything before it), 0 where there is no label.
+            (B, L - 1): at [b, i] log p(labels[b, i + 1] | everything before it), 0 where there is no label; or
+            (N, V) at each of the N labels, row by row, log p(each word | everything before it).
         """
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
         ids = inputs.input_ids.flatten()[packed.source]
@@ -258,5 +271,7 @@ class Network(PreTrainedModel):
         # Rows share their beginning's last place. Indexing would add up its gradients in an order that threads choose.
         said = hidden.flatten(0, 1).index_select(0, places)
         logits = self.lm.get_output_embeddings()(said).float()
+        if distributions:
+            return logits.log_softmax(-1)
         picked = logits.gather(-1, targets[counted].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
         return picked.new_zeros(targets.shape).masked_scatter(counted, picked)

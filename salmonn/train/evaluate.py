@@ -1,23 +1,43 @@
-"""Measuring a model on held-out clips: captions judged against events, questions against answers, shared over ranks."""
+"""Measuring a model on held-out clips: captions judged against events, questions against answers, on all ranks.
+
+What is encoded, captioned and answered goes through the model in batches of like length, which are spread over the
+ranks by what they cost. Batches and their seeds follow from the clips alone: any number of processes makes the same.
+"""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
+from salmonn.media.container import declared_seconds
 from salmonn.model.network import Block
-from salmonn.records import Caption, Reference, Score, Unscored
+from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
 from salmonn.score.judge import Judge, Task
 from salmonn.score.rates import Rates, qa_accuracy, rates
 from salmonn.train.references import ClipSet
 
 log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 SIDE_BY_SIDE = 128  # sequences that a toy model generates at once
+ANSWER_TOKENS = 16  # of the answer to a question
+REQUEST_NAME = "parts.json"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn of each clip: so many captions, how, and from which seed."""
+
+    sampling: Sampling
+    seed: int = 0
+    num_samples: int = 1
 
 
 @dataclass(frozen=True)
@@ -30,78 +50,182 @@ class Evaluation:
     rates: Rates
 
 
+def cut(lengths: Sequence[float], *, size: int) -> list[list[int]]:
+    """Places of a list in even batches of at most `size` (at least 1) and of like length, the longest first."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    count = -(-len(order) // max(1, size))
+    cuts = [len(order) * number // count for number in range(count)]
+    return [order[start:end] for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+
+
+def _spread_out(
+    make: Callable[[int], list[Item]], batches: Sequence[Sequence[int]], costs: Sequence[float], *, name: str, unit: str
+) -> list[Item]:
+    """What `make` gives of all batches, one item a place, in the order of places; each rank makes its share."""
+    shares = dist.spread(costs)
+    mine, made = shares[dist.rank()], []
+    total = sum(len(batches[number]) for number in mine)
+    with tqdm(total=total, desc=name, unit=unit, disable=not dist.is_main()) as bar:
+        for number in mine:
+            made.append(make(number))
+            bar.update(len(batches[number]))
+    placed = {
+        place: item
+        for places, items in zip(batches, dist.collect(made, shares), strict=True)
+        for place, item in zip(places, items, strict=True)
+    }
+    return [placed[place] for place in range(len(placed))]
+
+
 def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str, side_by_side: int = SIDE_BY_SIDE) -> list[Block]:
-    """The clips' blocks from the frozen towers, each rank its share.
+    """The clips' blocks from the frozen towers; an eighth as many are encoded at once as captions are made.
 
-    A quarter as many clips are read at once as captions are made side by side, an eighth as many encoded.
+    Most of the time goes into reading: what a batch costs is how many seconds its files say that they last.
     """
-    step = max(1, side_by_side // 4)
-    mine = dist.share(clips.references)
-    blocks: list[Block] = []
-    with tqdm(total=len(mine), desc=f"reading {name}", unit="clip", disable=not dist.is_main()) as bar:
-        for start in range(0, len(mine), step):
-            media = [captioner.processor.read(clips.root / reference.video) for reference in mine[start : start + step]]
-            blocks += captioner.encode(media, batch_size=max(1, side_by_side // 8))
-            bar.update(len(media))
-    return dist.gather(blocks)
+    paths = [clips.root / reference.video for reference in clips.references]
+    # Opening a file costs something too, and is all that is known of one that states no length.
+    seconds = dist.gather([1 + declared_seconds(path) for path in dist.share(paths)])
+    batches = cut(seconds, size=side_by_side // 8)
+
+    def encode(number: int) -> list[Block]:
+        media = [captioner.processor.read(paths[place]) for place in batches[number]]
+        return captioner.encode(media, batch_size=len(media))
+
+    costs = [sum(seconds[place] for place in places) for places in batches]
+    return _spread_out(encode, batches, costs, name=f"reading {name}", unit="clip")
 
 
-def caption_clips(
+def draw_captions(
     captioner: Captioner,
     references: Sequence[Reference],
     blocks: Sequence[Block],
     *,
-    sampling: Sampling,
-    seed: int,
+    draw: Draw,
     name: str,
-    num_samples: int = 1,
     side_by_side: int = SIDE_BY_SIDE,
+    parts: Path | None = None,
 ) -> list[Caption]:
-    """`num_samples` captions of each clip, a clip's captions one after the other; the clips are shared over ranks."""
-    prompt = captioner.describe()
-    mine = dist.share(list(zip(references, blocks, strict=True)))
-    with tqdm(total=len(mine), desc=name, unit="clip", disable=not dist.is_main()) as bar:
-        answers = captioner.answer(
-            [block for _, block in mine],
-            [prompt] * len(mine),
-            sampling=sampling,
-            num_samples=num_samples,
-            seed=seed * 1_000_003 + dist.rank() * 100_003,
-            batch_size=side_by_side,
-            progress=bar.update,
-        )
-    captions = [
+    """Captions of clips, a clip's captions one after the other.
+
+    Args:
+        captioner: the model.
+        references: of the clips.
+        blocks: of the clips, as `encode_clips` gives them.
+        draw: what is drawn; each batch's seed follows from its seed and the batch's number.
+        name: for the progress bar.
+        side_by_side: captions that are generated at once.
+        parts: folder that takes each batch's captions as soon as they are made, so that a killed run goes on from
+            there; `clear_parts` removes it once the whole is written.
+    """
+    lengths = [len(block) for block in blocks]
+    batches = cut(lengths, size=side_by_side // draw.num_samples)
+    videos = [reference.video for reference in references]
+    request = _to_request(captioner, draw, [[videos[place] for place in places] for places in batches])
+    done = _find_parts(parts, request) if parts else {}
+
+    def caption(number: int) -> list[list[Caption]]:
+        if number in done:
+            captions = read_records(done[number], Caption)
+        else:
+            places = batches[number]
+            chosen = [videos[place] for place in places], [blocks[place] for place in places]
+            captions = _caption_batch(captioner, *chosen, draw=draw, seed=draw.seed * 1_000_003 + number)
+            if parts:
+                write_records(_part(parts, number), captions)
+        return [captions[start : start + draw.num_samples] for start in range(0, len(captions), draw.num_samples)]
+
+    generated = draw.num_samples * draw.sampling.max_new_tokens
+    costs = [
+        0 if number in done else sum(lengths[place] + generated for place in places)
+        for number, places in enumerate(batches)
+    ]
+    groups = _spread_out(caption, batches, costs, name=name, unit="clip")
+    return [caption for group in groups for caption in group]
+
+
+def _caption_batch(
+    captioner: Captioner, videos: Sequence[str], blocks: Sequence[Block], *, draw: Draw, seed: int
+) -> list[Caption]:
+    prompt, count = captioner.describe(), draw.num_samples
+    answers = captioner.answer(
+        blocks,
+        [prompt] * len(blocks),
+        sampling=draw.sampling,
+        num_samples=count,
+        seed=seed,
+        batch_size=len(blocks) * count,
+    )
+    return [
         Caption(
-            mine[index // num_samples][0].video,
+            videos[index // count],
             answer.text,
             prompt=prompt,
             model=captioner.name,
-            sample=index % num_samples,
+            sample=index % count,
             finished=answer.finished,
         )
         for index, answer in enumerate(answers)
     ]
-    groups = [captions[start : start + num_samples] for start in range(0, len(captions), num_samples)]
-    return [caption for group in dist.gather(groups) for caption in group]
+
+
+def _to_request(captioner: Captioner, draw: Draw, batches: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What the parts are parts of."""
+    return {"model": captioner.name, "prompt": captioner.describe(), "draw": asdict(draw), "batches": batches}
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"part_{number:05d}.jsonl"
+
+
+def _find_parts(parts: Path, request: Mapping[str, Any]) -> dict[int, Path]:
+    """The parts of a request that a run before finished, as rank 0 finds them: others may see a shared disk later."""
+    found: list[int] = []
+    if dist.is_main():
+        path = parts / REQUEST_NAME
+        if parts.is_dir() and not (path.is_file() and read_json(path) == request):
+            log.warning("%s holds captions of other clips, of another model or draw: they are made anew", parts)
+            shutil.rmtree(parts)
+        write_json(path, request)
+        found = [number for number in range(len(request["batches"])) if _part(parts, number).is_file()]
+    return {number: _part(parts, number) for number in dist.gather([found])[0]}
+
+
+def clear_parts(parts: Path) -> None:
+    """Remove the parts of captions that are written as a whole, or that were never begun."""
+    if dist.is_main():
+        shutil.rmtree(parts, ignore_errors=True)
 
 
 def judge_captions(
     captions: Sequence[Caption], references: Mapping[str, Reference], *, judge: Judge
 ) -> list[Score | Unscored]:
-    """What the judge says, in the captions' order. Ranks share out the clips: equal captions of one are asked once."""
-    groups: dict[str, list[int]] = {}
+    """What the judge says, in the captions' order.
+
+    The clips are spread over the ranks by the words that the judge reads; equal captions of one are asked about once.
+    """
+    by_video: dict[str, list[int]] = {}
     for place, caption in enumerate(captions):
-        groups.setdefault(caption.video, []).append(place)
-    mine = dist.share(list(groups.values()))
+        by_video.setdefault(caption.video, []).append(place)
+    groups = list(by_video.values())
+    shares = dist.spread([_count_words([captions[place] for place in group], references) for group in groups])
+    mine = [groups[number] for number in shares[dist.rank()]]
     tasks = [Task(references[captions[place].video], captions[place]) for group in mine for place in group]
     results = iter(judge.judge(tasks))
-    judged = dist.gather([[next(results) for _ in group] for group in mine])
+    judged = dist.collect([[next(results) for _ in group] for group in mine], shares)
     placed = {
         place: result
-        for group, part in zip(groups.values(), judged, strict=True)
+        for group, part in zip(groups, judged, strict=True)
         for place, result in zip(group, part, strict=True)
     }
     return [placed[place] for place in range(len(captions))]
+
+
+def _count_words(captions: Sequence[Caption], references: Mapping[str, Reference]) -> int:
+    """Words that a judge reads: of the captions, and with each of them those of the events."""
+    texts = [
+        text for caption in captions for text in (caption.text, *(e.text for e in references[caption.video].events))
+    ]
+    return sum(len(text.split()) for text in texts)
 
 
 def require_scores(results: Sequence[Score | Unscored], *, name: str) -> list[Score]:
@@ -134,21 +258,24 @@ def answer_questions(
         for reference, block in zip(references, blocks, strict=True)
         for item in reference.questions
     ]
-    mine = dist.share(asked)
-    with tqdm(total=len(mine), desc=name, unit="question", disable=not dist.is_main()) as bar:
+    lengths = [len(block) for _, _, block in asked]
+    batches = cut(lengths, size=side_by_side)
+
+    def answer(number: int) -> list[Caption]:
+        batch = [asked[place] for place in batches[number]]
         answers = captioner.answer(
-            [block for _, _, block in mine],
-            [question for _, question, _ in mine],
-            sampling=Sampling(max_new_tokens=16),
-            batch_size=side_by_side,
-            progress=bar.update,
+            [block for _, _, block in batch],
+            [question for _, question, _ in batch],
+            sampling=Sampling(max_new_tokens=ANSWER_TOKENS),
+            batch_size=len(batch),
         )
-    return dist.gather(
-        [
+        return [
             Caption(video, answer.text, prompt=question, model=captioner.name, finished=answer.finished)
-            for (video, question, _), answer in zip(mine, answers, strict=True)
+            for (video, question, _), answer in zip(batch, answers, strict=True)
         ]
-    )
+
+    costs = [sum(lengths[place] + ANSWER_TOKENS for place in places) for places in batches]
+    return _spread_out(answer, batches, costs, name=name, unit="question")
 
 
 def evaluate(
@@ -162,8 +289,8 @@ def evaluate(
     side_by_side: int = SIDE_BY_SIDE,
 ) -> Evaluation:
     """Captions (one a clip), their scores and rates, and the accuracy of answers to the clips' questions, if any."""
-    captions = caption_clips(
-        captioner, references, blocks, sampling=sampling, seed=0, name=f"{name}: captions", side_by_side=side_by_side
+    captions = draw_captions(
+        captioner, references, blocks, draw=Draw(sampling), name=f"{name}: captions", side_by_side=side_by_side
     )
     answers = answer_questions(captioner, references, blocks, name=f"{name}: questions", side_by_side=side_by_side)
     by_video = {reference.video: reference for reference in references}

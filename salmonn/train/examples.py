@@ -192,6 +192,12 @@ class SftBatch:
 
     inputs: Inputs
     mean_num_tokens: float
+    clips: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of text and clips, that go through the decoder."""
+        return self.inputs.num_tokens
 
 
 class SftBatches:
@@ -243,7 +249,8 @@ class SftBatches:
             for index, example in enumerate(examples)
             for turn in example.turns
         ]
-        return SftBatch(self.processor.inputs(rows, clips), mean_num_tokens)
+        names = tuple(str(example.video) for example in examples)
+        return SftBatch(self.processor.inputs(rows, clips), mean_num_tokens, names)
 
 
 def deal(items: Sequence[Item], step: int, *, batch_size: int, seed: int) -> list[Item]:

@@ -1,30 +1,30 @@
-"""The training loop: one plain loop on accelerate for every stage; a stage brings its batches and its loss."""
+"""The training loop: one plain loop for every stage and engine; a stage brings its batches and its loss."""
 
-import json
 import logging
 import math
+import resource
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.model.network import Network
-from salmonn.train.checkpoint import load_checkpoint, save_checkpoint
+from salmonn.train.checkpoint import Checkpoint, Checkpoints, put_trained
+from salmonn.train.engine import Engine, EngineName, start_engine, trained
+from salmonn.train.log import RunLog
 
 log = logging.getLogger(__name__)
 Precision = Literal["float32", "bfloat16"]
-Batch = TypeVar("Batch")
-Batch_co = TypeVar("Batch_co", covariant=True)
-Batch_contra = TypeVar("Batch_contra", contravariant=True)
+SHOWN = ("loss", "ce", "margin", "accuracy", "kl")  # of the figures, on the terminal
+TOLD_TIMES = 10  # that a stage's figures are told in a log that is no terminal
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,26 @@ class FitConfig:
         return round(self.warmup * self.num_steps)
 
 
+class Piece(Protocol):
+    """A part of a step's batch, which goes through the model alone.
+
+    Args:
+        clips: names of the clips that it is about, for messages.
+        num_tokens: of text and clips, that go through the decoder.
+    """
+
+    @property
+    def clips(self) -> tuple[str, ...]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+
+Batch = TypeVar("Batch", bound=Piece)
+Batch_co = TypeVar("Batch_co", bound=Piece, covariant=True)
+Batch_contra = TypeVar("Batch_contra", bound=Piece, contravariant=True)
+
+
 class Batches(Protocol, Generic[Batch_co]):
     """Gives this rank's part of the batch of any step, so that a resumed stage sees what an unbroken one does.
 
@@ -102,13 +122,47 @@ class Batches(Protocol, Generic[Batch_co]):
 
 
 class Loss(Protocol, Generic[Batch_contra]):
-    """Computes a piece's loss and figures for the log.
+    """Computes a piece's loss and figures for the log, by one call of the model.
 
     Those of a rank's pieces are added up, and the sums averaged over ranks: a mean over the step's examples must
     divide by how many an average rank has, whatever the piece.
     """
 
     def __call__(self, model: nn.Module, batch: Batch_contra) -> tuple[Tensor, Mapping[str, float]]: ...
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Something else to be measured while training goes on.
+
+    Args:
+        measure: of the model; all ranks call it, and get the same.
+        every: steps between two measurements.
+    """
+
+    measure: Callable[[nn.Module], Mapping[str, float]]
+    every: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a training is called, and where it keeps its things.
+
+    Args:
+        name: for the terminal.
+        folder: that steps.jsonl is written to.
+        checkpoints: where it goes on from, and where the trained weights are found at its end.
+        seed: of dropout.
+        engine: that spreads it over processes.
+        watch: what is measured now and then.
+    """
+
+    name: str
+    folder: Path
+    checkpoints: Checkpoints
+    seed: int = 0
+    engine: EngineName = "ddp"
+    watch: Watch | None = None
 
 
 def learning_rate_at(step: int, config: FitConfig) -> float:
@@ -127,166 +181,217 @@ def autocast(precision: Precision) -> torch.autocast:
 
 
 def fit(
-    model: nn.Module,
-    batches: Batches[Batch],
-    loss: Loss[Batch],
-    config: FitConfig,
-    *,
-    seed: int,
-    name: str,
-    checkpoint_path: Path,
-    on_step: Callable[[int, Mapping[str, float]], object] | None = None,
-) -> None:
-    """Train what requires gradients, in place.
+    network: nn.Module, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: Stage
+) -> Checkpoint:
+    """Train what requires gradients, and write it down.
+
+    The network is used up: engines leave it in pieces. What was learnt is in the checkpoint of the last step, whose
+    weights `put_trained` puts into a network like the one that came in.
 
     Args:
-        model: whatever in it requires gradients is trained.
+        network: whatever in it requires gradients is trained.
         batches: step -> this rank's batch, in pieces.
         loss: (model, batch) -> loss and figures.
-        seed: of dropout.
-        name: of the stage, for the progress bar.
-        checkpoint_path: where the stage's state is kept while it runs; deleted by nobody but the caller.
-        on_step: called on rank 0 with the step's number and figures.
+        config: optimisation, in steps.
+        stage: names, places and engine.
+
+    Returns:
+        The last checkpoint.
 
     Raises:
-        FloatingPointError: the loss or a gradient is not finite; the weights are those before the step.
-        ValueError: the config does not suit the model or the number of processes.
+        FloatingPointError: the loss or a gradient is not finite; the last checkpoint is sound.
+        ValueError: the config does not suit the model or the number of processes, or the disk is full.
     """
     if config.batch_size < dist.world_size():
         raise ValueError(f"a batch of {config.batch_size} examples does not reach for {dist.world_size()} processes")
-    with _master_weights(model, config), _checkpointing(model, config):
-        _fit(model, batches, loss, config, seed=seed, name=name, checkpoint_path=checkpoint_path, on_step=on_step)
-    model.eval()
-
-
-def _fit(
-    model: nn.Module,
-    batches: Batches[Batch],
-    loss: Loss[Batch],
-    config: FitConfig,
-    *,
-    seed: int,
-    name: str,
-    checkpoint_path: Path,
-    on_step: Callable[[int, Mapping[str, float]], object] | None,
-) -> None:
-    # Left to itself accelerate takes several processes without a GPU for so many runs of one.
-    several_on_cpu = dist.world_size() > 1 and dist.device().type == "cpu"
-    accelerator = Accelerator(
-        cpu=several_on_cpu, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+    last = stage.checkpoints.newest()
+    if last and last.step >= config.num_steps:
+        return last
+    _to_master_weights(network, config)
+    if config.gradient_checkpointing:
+        assert isinstance(network, Network)
+        network.checkpoint_layers(True)
+    stored = put_trained(network, last) if last else None
+    engine = start_engine(
+        stage.engine,
+        network,
+        make_optimizer(network, config),
+        max_grad_norm=config.max_grad_norm,
+        short=config.precision == "bfloat16",
     )
-    assert accelerator.num_processes == dist.world_size()
-    optimizer = _optimizer(model, config)
-    first = load_checkpoint(checkpoint_path, model=model, optimizer=optimizer) if checkpoint_path.is_file() else 0
-    if first:
-        log.info("%s goes on from step %d", name, first)
-    wrapped = accelerator.prepare_model(model)
-    wrapped.train()
-    bar = tqdm(total=config.num_steps, initial=first, desc=name, disable=not dist.is_main(), unit="step")
-    for step, pieces in _prefetch(batches, first, config.num_steps):
-        figures = _step(accelerator, wrapped, optimizer, loss, pieces, config=config, step=step, seed=seed)
-        bar.update()
-        bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
-        if dist.is_main() and on_step:
-            on_step(step, figures)
-        if dist.is_main() and (step + 1) % config.checkpoint_every == 0:
-            save_checkpoint(checkpoint_path, model=model, optimizer=optimizer, step=step + 1)
-    bar.close()
+    if stored is not None and last:
+        engine.restore(stored)
+        log.info("%s goes on from step %d", stage.name, last.step)
+    engine.model.train()
+    _run(engine, batches, loss, config, stage=stage, first=last.step if last else 0)
+    engine.close()
+    done = stage.checkpoints.newest()
+    assert done is not None, "the last step ends in a checkpoint"
+    return done
 
 
-class StepLog:
-    """Appends each step's figures to a JSONL file.
+def _run(
+    engine: Engine, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: Stage, first: int
+) -> None:
+    """All steps from the first on, with log and checkpoints."""
+    steps = RunLog(stage.folder) if dist.is_main() else None
+    if steps:
+        steps.resume(first)
+    with Bar(stage.name, first=first, num_steps=config.num_steps) as bar:
+        for step, pieces, waited in _prefetch(batches, first, config.num_steps):
+            began = time.monotonic()
+            torch.manual_seed(stage.seed * 1_000_003 + step * 131 + dist.rank())
+            figures = _step(engine, loss, pieces, config=config, step=step)
+            if stage.watch and (step % stage.watch.every == 0 or step + 1 == config.num_steps):
+                figures |= stage.watch.measure(engine.model)
+            seconds = waited + time.monotonic() - began
+            figures |= _costs(pieces, seconds=seconds, waited=waited)
+            bar.show(step, figures)
+            if steps:
+                steps(step, figures)
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
+                _save(engine, stage.checkpoints, step=step + 1)
+    if steps:
+        steps.close()
+
+
+def _save(engine: Engine, checkpoints: Checkpoints, *, step: int) -> None:
+    # Taking a split weight together needs all ranks; rank 0 alone keeps what it gets.
+    whole = {key: tensor.cpu().contiguous() for key, tensor in engine.state() if dist.is_main()}
+    if dist.is_main():
+        checkpoints.save(whole, step=step)
+    dist.barrier()
+
+
+class Bar:
+    """How far a stage is: a bar on a terminal, else a line now and then. Rank 0 alone shows it.
 
     Args:
-        path: of the file; a resumed stage goes on in it, repeating the steps since its checkpoint.
+        name: of the stage.
+        first: steps that were done before.
+        num_steps: of the whole stage.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, name: str, *, first: int, num_steps: int) -> None:
+        self.name = name
+        self.num_steps = num_steps
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[told]}"),
+        )
+        self.progress = Progress(*columns, disable=not dist.is_main(), refresh_per_second=2)
+        self.task = self.progress.add_task(name, total=num_steps, completed=first, told="")
 
-    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
-        """Write one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+    def __enter__(self) -> "Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, step: int, figures: Mapping[str, float]) -> None:
+        """Tell a step's figures."""
+        told = " ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if name in figures)
+        self.progress.update(self.task, completed=step + 1, told=told)
+        # A file shows no bar while it grows.
+        if not self.progress.console.is_terminal and (step + 1) % max(1, self.num_steps // TOLD_TIMES) == 0:
+            log.info("%s: step %d of %d: %s", self.name, step + 1, self.num_steps, told)
 
 
-@contextmanager
-def _master_weights(model: nn.Module, config: FitConfig) -> Iterator[None]:
+def _to_master_weights(network: nn.Module, config: FitConfig) -> None:
     """Weights to be trained are float32 within: in 16 bits small steps would be rounded away."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    short = [(parameter, parameter.dtype) for parameter in trained if parameter.dtype != torch.float32]
+    short = [parameter for _, parameter in trained(network) if parameter.dtype != torch.float32]
     if short and config.precision == "float32":
         raise ValueError(
-            f"the weights to be trained are in {str(short[0][1]).removeprefix('torch.')}: compute in it too "
+            f"the weights to be trained are in {str(short[0].dtype).removeprefix('torch.')}: compute in it too "
             "(fit.precision bfloat16), or load them as placement.dtype float32"
         )
-    for parameter, _ in short:
+    for parameter in short:
         parameter.data = parameter.data.float()
-    yield
-    for parameter, dtype in short:
-        parameter.data = parameter.data.to(dtype)
 
 
-@contextmanager
-def _checkpointing(model: nn.Module, config: FitConfig) -> Iterator[None]:
-    if not config.gradient_checkpointing:
-        yield
-        return
-    assert isinstance(model, Network)
-    model.checkpoint_layers(True)
-    yield
-    model.checkpoint_layers(False)
-
-
-def _optimizer(model: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
+    """AdamW on what requires gradients; matrices decay, vectors do not."""
+    parameters = [parameter for _, parameter in trained(network)]
     groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
 def _step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: Loss[Batch],
-    pieces: Sequence[Batch],
-    *,
-    config: FitConfig,
-    step: int,
-    seed: int,
-) -> Mapping[str, float]:
-    torch.manual_seed(seed * 1_000_003 + step * 131 + dist.rank())
+    engine: Engine, loss: Loss[Batch], pieces: Sequence[Batch], *, config: FitConfig, step: int
+) -> dict[str, float]:
+    """One step of the optimiser; the figures are those of all ranks."""
     total, figures = 0.0, Counter[str]()
-    for number, piece in enumerate(pieces, start=1):
-        # Gradients are averaged over ranks once, with the last piece.
-        with nullcontext() if number == len(pieces) else accelerator.no_sync(model):
+    for number, (piece, counts) in enumerate(padded := _padded(engine, pieces), start=1):
+        with engine.piece(last=number == len(padded)):
             with autocast(config.precision):
-                value, figures_of_piece = loss(model, piece)
-            accelerator.backward(value)
-        total += value.item()
-        figures.update(figures_of_piece)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not torch.isfinite(norm) or not math.isfinite(total):
-        raise FloatingPointError(
-            f"step {step}: loss {total}, gradient norm {norm.item()}; "
-            "lower the learning rate or look at the batch; the last checkpoint is sound"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(step, config)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": total, **figures}
+                value, figures_of_piece = loss(engine.model, piece)
+            engine.backward(value if counts else 0 * value)
+        if counts:
+            total += value.item()
+            figures.update(figures_of_piece)
+    norm = engine.clip()
+    ranks = dist.gather([{"loss": total, **figures}])
+    if not math.isfinite(norm) or not all(math.isfinite(one["loss"]) for one in ranks):
+        _refuse(pieces, total, norm=norm, step=step)
+    learning_rate = learning_rate_at(step, config)
+    engine.step(learning_rate)
+    summed = Counter[str]()
+    for one in ranks:
+        summed.update(one)
+    means = {name: value / len(ranks) for name, value in summed.items()}
+    return means | {"grad_norm": norm, "learning_rate": learning_rate}
 
 
-def _prefetch(batches: Batches[Batch], first: int, last: int) -> Iterator[tuple[int, Sequence[Batch]]]:
-    """Make the next batch in a thread while the current one is trained on."""
+def _padded(engine: Engine, pieces: Sequence[Batch]) -> list[tuple[Batch, bool]]:
+    """The pieces, each with whether it counts: where all ranks must call the model alike, the last is done again."""
+    if not engine.same_calls:
+        return [(piece, True) for piece in pieces]
+    most = max(dist.gather([len(pieces)]))
+    return [(piece, True) for piece in pieces] + [(pieces[-1], False)] * (most - len(pieces))
+
+
+def _refuse(pieces: Sequence[Batch], total: float, *, norm: float, step: int) -> None:
+    """End before the step; the clips are those of the ranks whose loss is not finite, or all if none's is."""
+    ranks = dist.gather([(total, [clip for piece in pieces for clip in piece.clips])])
+    bad = [one for one in ranks if not math.isfinite(one[0])] or ranks
+    clips = sorted({clip for _, names in bad for clip in names})
+    raise FloatingPointError(
+        f"step {step}: loss {bad[0][0]}, gradient norm {norm}, on {', '.join(clips)}: look at these, or lower the "
+        "learning rate. The weights were not moved; the last checkpoint is sound"
+    )
+
+
+def _costs(pieces: Sequence[Batch], *, seconds: float, waited: float) -> dict[str, float]:
+    """Tokens a second of all ranks, the most memory of this one so far, and where the time went."""
+    tokens = dist.total(sum(piece.num_tokens for piece in pieces))
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "tokens_per_second": tokens / seconds,
+        "memory_gib": memory / (1 << 30),
+        "wait_seconds": waited,
+        "seconds": seconds,
+    }
+
+
+def _prefetch(batches: Batches[Batch], first: int, last: int) -> Iterator[tuple[int, Sequence[Batch], float]]:
+    """Make the next batch in a thread while the current one is trained on; tells how many seconds it was waited for."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         following = pool.submit(batches, first) if first < last else None
         for step in range(first, last):
             assert following is not None
+            began = time.monotonic()
             pieces = following.result()
+            waited = time.monotonic() - began
             following = pool.submit(batches, step + 1) if step + 1 < last else None
-            yield step, pieces
+            yield step, pieces, waited

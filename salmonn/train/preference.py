@@ -23,23 +23,31 @@ class DpoConfig:
     Args:
         beta: strength of the tie to the reference policy.
         ce_weight: weight of the cross-entropy on the ground-truth caption; 0 is plain DPO.
+        kl_every: steps between two measurements of how far the policy has moved.
     """
 
     beta: float = 0.1
     ce_weight: float = 0.1
+    kl_every: int = 10
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
     """P pairs: `inputs` holds 3 P rows (all chosen, all rejected, all ground truths), references are (P,) each.
 
-    `mean_num_pairs` counts the step's pairs of an average rank.
+    `mean_num_pairs` counts the step's pairs of an average rank, `clips` names those of these pairs.
     """
 
     inputs: Inputs
     reference_chosen: Tensor
     reference_rejected: Tensor
     mean_num_pairs: float
+    clips: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of text and clips, that go through the decoder."""
+        return self.inputs.num_tokens
 
 
 class PreferenceBatches:
@@ -102,7 +110,8 @@ class PreferenceBatches:
         ]
         reference = torch.tensor([self.reference[number] for number, _ in numbered])
         mean_num_pairs = self.batch_size / dist.world_size()
-        return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1], mean_num_pairs)
+        names = tuple(pair.video for pair in part)
+        return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1], mean_num_pairs, names)
 
     def _inputs(self, pairs: Sequence[Pair], rows: Sequence[Row]) -> Inputs:
         return self.processor.inputs(rows, [self.blocks[pair.video] for pair in pairs])
@@ -119,7 +128,8 @@ class PreferenceLoss:
         self.config = config
 
     def __call__(self, model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Mapping[str, float]]:
-        """Loss and the figures of the log: its parts, mean rewards, and how often the chosen one is preferred."""
+        """Loss and the figures of the log: its parts, mean rewards and their margin, how often the chosen one is
+        preferred, and how far the answers' log-probabilities have moved from the reference, in nats."""
         inputs = batch.inputs.to(dist.device())
         chosen, rejected, truth = model(inputs).chunk(3)
         num_tokens = (inputs.labels.chunk(3)[2][:, 1:] != -100).sum(-1)
@@ -137,7 +147,10 @@ class PreferenceLoss:
             "ce": result.cross_entropy,
             "chosen": result.chosen_reward,
             "rejected": result.rejected_reward,
+            "margin": result.chosen_reward - result.rejected_reward,
             "accuracy": (result.chosen_reward > result.rejected_reward).float(),
+            "chosen_drift": result.chosen_reward / self.config.beta,
+            "rejected_drift": result.rejected_reward / self.config.beta,
         }
         count = batch.mean_num_pairs
         return result.loss.sum() / count, {name: part.sum().item() / count for name, part in parts.items()}

@@ -1,17 +1,34 @@
-"""The loop: schedule and first step by hand, NaN before the step, and a resumed run like an unbroken one."""
+"""The loop: schedule and first step by hand, NaN before the step, a full disk, a resumed run like an unbroken one."""
 
+import errno
 import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Network
+from salmonn.train import checkpoint
+from salmonn.train.checkpoint import Checkpoints, put_trained
 from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss
-from salmonn.train.loop import FitConfig, StepLog, fit, learning_rate_at
+from salmonn.train.loop import FitConfig, Stage, Watch, fit, learning_rate_at
 
 PLAIN = FitConfig(learning_rate=0.5, steps=1, warmup=1.0, weight_decay=0.0, max_grad_norm=1e9)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """A piece of a batch."""
+
+    values: Tensor
+    clips: tuple[str, ...] = ("a.mp4",)
+    num_tokens: int = 4
 
 
 class Weights(nn.Module):
@@ -28,16 +45,24 @@ class Weights(nn.Module):
 
 
 def linear_loss(model, batch):
-    return model(batch), {"slope": batch.sum().item()}
+    return model(batch.values), {"slope": batch.values.sum().item()}
 
 
 SLOPE = torch.tensor([[3.0, -4.0], [0.5, 2.0]])
 
 
-def fit_weights(tmp_path, config, *, batches=lambda _: [SLOPE], loss=linear_loss, **options) -> Weights:
+def stage_in(folder, *, seed=0, watch=None) -> Stage:
+    return Stage("test", folder, Checkpoints(folder / "checkpoints"), seed, watch=watch)
+
+
+def fit_weights(tmp_path, config, *, batches=lambda _: [Slope(SLOPE)], loss=linear_loss, watch=None) -> Weights:
     model = Weights()
-    fit(model, batches, loss, config, seed=0, name="test", checkpoint_path=tmp_path / "c.safetensors", **options)
+    fit(model, batches, loss, config, stage=stage_in(tmp_path, watch=watch))
     return model
+
+
+def steps_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 
 def test_schedule_by_hand():
@@ -61,7 +86,7 @@ def test_first_step_by_hand(tmp_path):
     model = fit_weights(tmp_path, PLAIN)
     assert torch.allclose(model.matrix, torch.tensor([[0.5, 1.5], [0.5, 0.5]]), atol=1e-5)
     assert torch.allclose(model.vector, torch.tensor([0.5, 1.5]), atol=1e-5)
-    assert model.frozen.eq(1).all() and not model.training
+    assert model.frozen.eq(1).all()
 
 
 def test_decay_is_of_matrices_alone(tmp_path):
@@ -73,36 +98,36 @@ def test_decay_is_of_matrices_alone(tmp_path):
 
 
 def test_the_first_step_is_as_small_as_the_schedule_says(tmp_path):
-    seen = []
-    model = Weights()
-    config = FitConfig(learning_rate=0.5, steps=5, warmup=1.0, weight_decay=0.0)
-    path = tmp_path / "c.safetensors"
-    keep = {"on_step": lambda *_: seen.append(model.vector.tolist())}
-    fit(model, lambda _: [SLOPE], linear_loss, config, seed=0, name="t", checkpoint_path=path, **keep)
-    assert seen[0] == pytest.approx([0.9, 1.1], abs=1e-5)  # a fifth of 0.5
+    config = FitConfig(learning_rate=0.5, steps=5, warmup=1.0, weight_decay=0.0, checkpoint_every=1)
+
+    def batches(step):
+        if step == 1:
+            raise Killed
+        return [Slope(SLOPE)]
+
+    with pytest.raises(Killed):
+        fit_weights(tmp_path, config, batches=batches)
+    after = Weights()
+    put_trained(after, Checkpoints(tmp_path / "checkpoints").newest())
+    assert after.vector.tolist() == pytest.approx([0.9, 1.1], abs=1e-5)  # a fifth of 0.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_stops_before_the_step(tmp_path, bad):
-    """Step 0 is sound, step 1 is not: the weights are those after step 0, no checkpoint is written."""
-    sound = fit_weights(tmp_path, PLAIN)
+def test_nan_stops_before_the_step_and_names_the_clips(tmp_path, bad):
+    """Step 0 is sound, step 1 is not: the weights are those after step 0."""
+    (tmp_path / "sound").mkdir()
+    sound = fit_weights(tmp_path / "sound", PLAIN)
     model = Weights()
     config = FitConfig(
         learning_rate=0.5, steps=3, warmup=1 / 3, weight_decay=0.0, max_grad_norm=1e9, checkpoint_every=2
     )
-    steps = []
-    with pytest.raises(FloatingPointError, match="step 1"):
-        fit(
-            model,
-            lambda step: [SLOPE * (bad if step == 1 else 1.0)],
-            linear_loss,
-            config,
-            seed=0,
-            name="test",
-            checkpoint_path=tmp_path / "c.safetensors",
-            on_step=lambda step, _: steps.append(step),
-        )
-    assert steps == [0] and not (tmp_path / "c.safetensors").exists()
+
+    def batches(step):
+        return [Slope(SLOPE), Slope(SLOPE * (bad if step == 1 else 1.0), clips=("storm.mp4", "sea.mp4"))]
+
+    with pytest.raises(FloatingPointError, match=r"step 1: loss (nan|inf).* on a\.mp4, sea\.mp4, storm\.mp4: look"):
+        fit(model, batches, linear_loss, config, stage=stage_in(tmp_path))
+    assert [step["step"] for step in steps_of(tmp_path)] == [0] and not (tmp_path / "checkpoints").exists()
     assert torch.equal(model.matrix, sound.matrix) and torch.equal(model.vector, sound.vector)
 
 
@@ -112,29 +137,35 @@ def test_a_finite_loss_with_a_bad_gradient_stops_too(tmp_path):
         return (model.vector - 1).abs().sum().sqrt() + 0 * model.matrix.sum(), {}
 
     model = Weights()
-    with pytest.raises(FloatingPointError, match="gradient norm"):
-        fit(model, lambda _: [None], loss, PLAIN, seed=0, name="t", checkpoint_path=tmp_path / "c.safetensors")
+    with pytest.raises(FloatingPointError, match=r"gradient norm (nan|inf)"):
+        fit(model, lambda _: [Slope(SLOPE)], loss, PLAIN, stage=stage_in(tmp_path))
     assert model.vector.eq(1).all() and model.matrix.eq(1).all()
 
 
 def test_batches_come_in_the_order_of_steps(tmp_path):
-    asked, seen = [], []
+    asked = []
 
     def batches(step):
         asked.append(step)
-        return [SLOPE * (step + 1)]
+        return [Slope(SLOPE * (step + 1))]
 
-    config = FitConfig(steps=4, warmup=0.25)
-    fit_weights(tmp_path, config, batches=batches, on_step=lambda step, figures: seen.append((step, figures["slope"])))
-    assert asked == [0, 1, 2, 3] and seen == [(0, 1.5), (1, 3.0), (2, 4.5), (3, 6.0)]
+    fit_weights(tmp_path, FitConfig(steps=4, warmup=0.25), batches=batches)
+    assert asked == [0, 1, 2, 3]
+    assert [(step["step"], step["slope"]) for step in steps_of(tmp_path)] == [(0, 1.5), (1, 3.0), (2, 4.5), (3, 6.0)]
 
 
-def test_step_log(tmp_path):
-    log = StepLog(tmp_path / "steps.jsonl")
-    log(0, {"loss": 1.5})
-    log(1, {"loss": 0.5, "ce": 2.0})
-    lines = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 0, "loss": 1.5}, {"step": 1, "loss": 0.5, "ce": 2.0}]
+def test_what_is_told_of_a_step(tmp_path):
+    """Two pieces of gradient (3, -4; 0.5, 2) and (3, -4): the norm of their sum is 2 * sqrt(25 + 4.25 + 25)."""
+    watch = Watch(lambda model: {"kl": float(model.frozen.sum())}, every=2)
+    config = FitConfig(learning_rate=0.5, steps=4, warmup=0.5, max_grad_norm=1.0)
+    fit_weights(tmp_path, config, batches=lambda _: [Slope(SLOPE), Slope(SLOPE)], watch=watch)
+    first, second, third, last = steps_of(tmp_path)
+    assert first["grad_norm"] == pytest.approx(2 * 54.25**0.5) and first["learning_rate"] == 0.25
+    # Ones in the matrix, the vector and what is frozen: 1.5 - 1 + 2, twice.
+    assert first["loss"] == pytest.approx(5.0) and first["slope"] == pytest.approx(3.0)
+    assert first["tokens_per_second"] == pytest.approx(8 / first["seconds"])
+    assert 0 <= first["wait_seconds"] < first["seconds"] and first["memory_gib"] > 0.05
+    assert ["kl" in step for step in (first, second, third, last)] == [True, False, True, True] and last["kl"] == 2.0
 
 
 class Killed(Exception):
@@ -157,32 +188,62 @@ def trained(network) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in network.named_parameters() if value.requires_grad}
 
 
+class Breaking:
+    """Batches that end the run when a step's is asked for, as a kill would. Batches are made one step ahead."""
+
+    def __init__(self, batches, *, at: int) -> None:
+        self.batches = batches
+        self.at = at
+
+    def __call__(self, step):
+        if step == self.at:
+            raise Killed
+        return self.batches(step)
+
+
+def learnt(folder, model) -> dict[str, torch.Tensor]:
+    """What the last checkpoint holds, put into a model."""
+    put_trained(model, Checkpoints(folder / "checkpoints").newest())
+    return trained(model)
+
+
+def bytes_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_a_resumed_run_equals_an_unbroken_one(random_model, batches, tmp_path):
     from salmonn.caption.captioner import Captioner
 
     config = FitConfig(learning_rate=0.01, steps=6, warmup=1 / 3, checkpoint_every=4)
 
-    def run(name, on_step=None):
-        network = adapted(Captioner.load(random_model))
-        path = tmp_path / f"{name}.safetensors"
-        fit(network, batches, sft_loss, config, seed=1, name=name, checkpoint_path=path, on_step=on_step)
-        return trained(network)
+    def run(name, batches):
+        fit(adapted(Captioner.load(random_model)), batches, sft_loss, config, stage=stage_in(tmp_path / name, seed=1))
 
-    steps = []
-
-    def kill(step, _):
-        steps.append(step)
-        if step == 4:
-            raise Killed
-
-    unbroken = run("unbroken")
+    run("unbroken", batches)
     with pytest.raises(Killed):
-        run("broken", kill)
-    resumed = run("broken", lambda step, _: steps.append(step))
-    assert steps == [0, 1, 2, 3, 4, 4, 5]  # the checkpoint is of 4 steps
-    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+        run("broken", Breaking(batches, at=5))
+    assert [step["step"] for step in steps_of(tmp_path / "broken")] == [0, 1, 2, 3, 4]  # the checkpoint is of 4 steps
+    run("broken", batches)
+    assert bytes_of(tmp_path / "broken" / "checkpoints") == bytes_of(tmp_path / "unbroken" / "checkpoints")
+    timed = ("seconds", "wait_seconds", "tokens_per_second", "memory_gib")
+    both = [
+        [{name: value for name, value in step.items() if name not in timed} for step in steps_of(tmp_path / run)]
+        for run in ("broken", "unbroken")
+    ]
+    assert both[0] == both[1] and len(both[0]) == 6
+    resumed = learnt(tmp_path / "broken", adapted(Captioner.load(random_model)))
     fresh = trained(adapted(Captioner.load(random_model)))
     assert any(not torch.equal(fresh[name], resumed[name]) for name in fresh)
+
+
+def test_a_stage_that_is_done_is_not_run_again(tmp_path):
+    fit_weights(tmp_path, PLAIN)
+
+    def batches(_):
+        raise AssertionError("no batch is needed")
+
+    again = fit(Weights(), batches, linear_loss, PLAIN, stage=stage_in(tmp_path))
+    assert again.step == 1
 
 
 def test_another_seed_is_another_run(random_model, batches, tmp_path):
@@ -193,7 +254,7 @@ def test_another_seed_is_another_run(random_model, batches, tmp_path):
     results = []
     for seed in (1, 2):
         network = adapted(Captioner.load(random_model))
-        fit(network, batches, sft_loss, config, seed=seed, name="s", checkpoint_path=tmp_path / f"{seed}.safetensors")
+        fit(network, batches, sft_loss, config, stage=stage_in(tmp_path / str(seed), seed=seed))
         results.append(trained(network))
     assert any(not torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -201,44 +262,105 @@ def test_another_seed_is_another_run(random_model, batches, tmp_path):
 def test_a_weight_that_no_batch_touches_is_kept_and_resumed(tmp_path):
     """The matrix has its first gradient at step 3, after the checkpoint of 2 steps."""
 
-    def loss(model, step):
-        return (model.vector * SLOPE[0]).sum() + ((model.matrix * SLOPE).sum() if step >= 3 else 0), {}
+    def loss(model, piece):
+        late = (model.matrix * SLOPE).sum() if piece.num_tokens >= 3 else 0
+        return (model.vector * SLOPE[0]).sum() + late, {}
 
-    def kill(step, _):
-        if step == 2:
-            raise Killed
+    def batches(step):
+        return [Slope(SLOPE, num_tokens=step)]
 
     config = FitConfig(learning_rate=0.5, steps=5, warmup=0.2, checkpoint_every=2)
-    same = {"batches": lambda step: [step], "loss": loss}
-    (tmp_path / "whole").mkdir()
-    unbroken = fit_weights(tmp_path / "whole", config, **same)
+    unbroken = fit_weights(tmp_path / "whole", config, batches=batches, loss=loss)
     with pytest.raises(Killed):
-        fit_weights(tmp_path, config, **same, on_step=kill)
-    resumed = fit_weights(tmp_path, config, **same)
+        fit_weights(tmp_path, config, batches=Breaking(batches, at=3), loss=loss)
+    resumed = fit_weights(tmp_path, config, batches=batches, loss=loss)
     assert torch.equal(unbroken.matrix, resumed.matrix) and torch.equal(unbroken.vector, resumed.vector)
     assert not resumed.matrix.eq(1).any()
 
 
 def test_a_checkpoint_of_other_weights_is_refused(captioner, tmp_path):
-    path = tmp_path / "c.safetensors"
-    config = FitConfig(steps=1, warmup=1.0, checkpoint_every=1)
-    fit(Weights(), lambda _: [SLOPE], linear_loss, config, seed=0, name="t", checkpoint_path=path)
-    assert path.is_file()
-    with pytest.raises(ValueError, match=r"c\.safetensors.*another configuration"):
-        fit(adapted(captioner), lambda _: [None], sft_loss, config, seed=0, name="t", checkpoint_path=path)
+    fit(Weights(), lambda _: [Slope(SLOPE)], linear_loss, PLAIN, stage=stage_in(tmp_path))
+    config = FitConfig(steps=2, warmup=1.0)
+    with pytest.raises(ValueError, match=r"step_000001\.safetensors.*another configuration"):
+        fit(adapted(captioner), lambda _: [], sft_loss, config, stage=stage_in(tmp_path))
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_checkpoint_of_other_sizes_is_refused(tmp_path, size):
-    path = tmp_path / "c.safetensors"
-    config = FitConfig(steps=1, warmup=1.0, checkpoint_every=1)
-
     def loss(model, _):
         return model.weight.sum() + model.bias.sum(), {}
 
-    fit(nn.Linear(2, size), lambda _: [None], loss, config, seed=0, name="t", checkpoint_path=path)
+    fit(nn.Linear(2, size), lambda _: [Slope(SLOPE)], loss, PLAIN, stage=stage_in(tmp_path))
     with pytest.raises(ValueError, match="another configuration"):
-        fit(nn.Linear(2, 2), lambda _: [None], loss, config, seed=0, name="t", checkpoint_path=path)
+        fit(nn.Linear(2, 2), lambda _: [], loss, FitConfig(steps=2, warmup=1.0), stage=stage_in(tmp_path))
+
+
+FIVE = FitConfig(learning_rate=0.1, steps=5, warmup=0.2, checkpoint_every=2)
+
+
+@pytest.fixture
+def broken_off(tmp_path):
+    """A run killed after 4 of 5 steps, with checkpoints of 2 and 4 steps."""
+    with pytest.raises(Killed):
+        fit_weights(tmp_path, FIVE, batches=Breaking(lambda _: [Slope(SLOPE)], at=4))
+    names = ["step_000002.json", "step_000002.safetensors", "step_000004.json", "step_000004.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+    return tmp_path
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.with_suffix(".json").unlink(), "it was not finished"),
+        (lambda path: path.with_suffix(".json").write_text('{"step": 4'), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), r"it has \d+ bytes of \d+"),
+        (flip_a_bit, "not what was written"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(broken_off, caplog, damage, reason):
+    (broken_off / "whole").mkdir()
+    unbroken = fit_weights(broken_off / "whole", FIVE)
+    damage(broken_off / "checkpoints" / "step_000004.safetensors")
+    with caplog.at_level("INFO"):
+        resumed = fit_weights(broken_off, FIVE)
+    assert "step_000004.safetensors is passed over" in caplog.text and "goes on from step 2" in caplog.text
+    assert re.search(reason, caplog.text)
+    assert torch.equal(unbroken.matrix, resumed.matrix) and torch.equal(unbroken.vector, resumed.vector)
+    assert [step["step"] for step in steps_of(broken_off)] == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(broken_off, monkeypatch):
+    before = bytes_of(broken_off / "checkpoints")
+    usage = shutil.disk_usage(broken_off)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=20))
+    with pytest.raises(ValueError, match=r"the checkpoint of step 5 needs .* GiB, .* make room"):
+        fit_weights(broken_off, FIVE)
+    assert bytes_of(broken_off / "checkpoints") == before
+    monkeypatch.undo()
+    assert not fit_weights(broken_off, FIVE).matrix.eq(1).any()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")],
+)
+def test_a_disk_that_fills_up_while_it_is_written_leaves_what_was_there(broken_off, monkeypatch, error):
+    before = bytes_of(broken_off / "checkpoints")
+
+    def save(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", save)
+    with pytest.raises(ValueError, match="make room"):
+        fit_weights(broken_off, FIVE)
+    assert bytes_of(broken_off / "checkpoints") == before
 
 
 def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
@@ -246,17 +368,9 @@ def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
     network = Network(processor.config)
     examples = make_examples(clips.references[:2], ("audio_caption",), root=clips.root)
     batches = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)
-    losses = []
-    fit(
-        network,
-        batches,
-        sft_loss,
-        FitConfig(learning_rate=2e-3, steps=15, warmup=0.2),
-        seed=0,
-        name="two clips",
-        checkpoint_path=tmp_path / "c.safetensors",
-        on_step=lambda _, figures: losses.append(figures["loss"]),
-    )
+    config = FitConfig(learning_rate=2e-3, steps=15, warmup=0.2)
+    fit(network, batches, sft_loss, config, stage=stage_in(tmp_path))
+    losses = [step["loss"] for step in steps_of(tmp_path)]
     # A fresh model knows nothing of 400 tokens: log 400 = 5.99, and half its logits' variance of 128 * 0.09^2 = 1.04.
     assert losses[0] == pytest.approx(5.99 + 0.52, abs=0.2)
     assert losses[-1] < 0.75 * losses[0]

@@ -1,0 +1,189 @@
+"""Several machines: two torchrun agents on this one, a stand-in for SLURM under its script, what docs/scale.md says."""
+
+import math
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import get_args
+
+import psutil
+
+from salmonn.config import parse_config
+from salmonn.train.engine import EngineName
+
+ROOT = Path(__file__).parents[1]
+CLUSTER = ROOT / "recipes" / "cluster"
+SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+# Three seconds with one or two things to see and one to hear; `out` is not here, as captions hold their model's path.
+FLAGS = {
+    "out": "run", "clips_dir": "clips", "synth.clips": 4, "synth.seed": 5, "synth.min_seconds": 3,
+    "synth.max_seconds": 3, "synth.min_visual": 1, "synth.max_visual": 2, "synth.min_sounds": 1, "synth.max_sounds": 1,
+    "heldout_clips": 2, "rounds": 1, "pairs.num_samples": 3, "pairs.sampling.temperature": 0.9,
+    "pairs.sampling.max_new_tokens": 24, "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 2,
+    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 2, "guards.min_margin": "null", "guards.max_worsening": 1,
+}  # fmt: skip
+MRDPO = [f"--{name}={value}" for name, value in FLAGS.items()]
+# Starts the command once for each machine, as SLURM does, and ends as the worst of them.
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for ((node = 0; node < SLURM_NNODES; node++)); do
+    SLURM_NODEID=$node SLURM_PROCID=$node SLURM_LOCALID=0 "$@" &
+done
+code=0
+for job in $(jobs -p); do wait "$job" || code=$?; done
+exit "$code"
+"""
+SCONTROL = """#!/bin/bash
+[[ "$*" == "show hostnames n[1-2]" ]] && printf 'localhost\\nlocalhost\\n'
+"""
+
+
+def run_all(lines: Sequence[Sequence[object]], folder: Path, **variables: object) -> None:
+    """Run commands side by side to their good ends, on machines of one core each: sums of two threads may differ."""
+    (folder / "cores").mkdir()
+    (folder / "cores" / "sitecustomize.py").write_text("import os\nos.cpu_count = lambda: 1\n")
+    named = {"OMP_NUM_THREADS": 1, "PYTHONPATH": f"{ROOT}:{folder / 'cores'}"} | variables
+    named = {name: str(value) for name, value in named.items()}
+    processes = []
+    for number, line in enumerate(lines):
+        with (folder / f"log_{number}").open("w") as log:
+            processes.append(
+                subprocess.Popen(list(map(str, line)), cwd=folder, stdout=log, stderr=log, env=os.environ | named)
+            )
+    try:
+        for number, process in enumerate(processes):
+            assert process.wait(timeout=300) == 0, (folder / f"log_{number}").read_text()[-3000:]
+    finally:
+        family = [child for process in processes if process.poll() is None for child in _family(process.pid)]
+        for member in family:
+            member.kill()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    return [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Weights, records and figures of a run, without the times in them."""
+    paths = (path for ending in ("safetensors", "jsonl", "json") for path in folder.glob(f"run/**/*.{ending}"))
+    return {
+        str(path.relative_to(folder)): re.sub(
+            rb'"(date|\w*seconds|tokens_per_second|memory_gib)": [^,}]*', b"", path.read_bytes()
+        )
+        for path in paths
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def run_under_slurm(folder: Path) -> None:
+    """A run on two machines by the script for SLURM, under a stand-in for it."""
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "bin").mkdir()
+    for name, content in {"srun": SRUN, "scontrol": SCONTROL}.items():
+        (folder / "bin" / name).write_text(content)
+        (folder / "bin" / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": folder, "SLURM_JOB_ID": free_port(), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": 2}
+    job |= {"SLURM_GPUS_ON_NODE": 1, "SLURM_CPUS_PER_TASK": 1, "PATH": f"{folder / 'bin'}:{BIN}:{os.environ['PATH']}"}
+    run_all([["bash", CLUSTER / "slurm.sbatch", "mrdpo", *MRDPO]], folder, **job)
+
+
+def go_on_without_slurm(folder: Path) -> None:
+    """The same on machines that are told their numbers."""
+    agent = [BIN / "torchrun", "--nnodes=2", "--nproc_per_node=1", "--master_addr=localhost"]
+    agent.append(f"--master_port={free_port()}")
+    run_all([[*agent, f"--node_rank={node}", ROOT / "recipes" / "mrdpo.py", *MRDPO] for node in range(2)], folder)
+
+
+# One test, so that workers of pytest-xdist do not each make the run of one machine.
+def test_two_machines_end_as_one_does(tmp_path):
+    """Under SLURM from the start, and without it where one machine was cut off in rebirth."""
+    alone, slurm, late = (tmp_path / name for name in ("alone", "slurm", "late"))
+    alone.mkdir()
+    run_all([[CLUSTER / "one_machine.sh", "mrdpo", *MRDPO]], alone, PROCESSES=2)
+    expected = results(alone)
+    assert "run/rebirth/merged/model.safetensors" in expected
+
+    shutil.copytree(alone / "clips", slurm / "clips")
+    run_under_slurm(slurm)
+    assert different(expected, results(slurm)) == []
+
+    for folder in ("clips", "run"):
+        shutil.copytree(alone / folder, late / folder)
+    for left_out in ("merged", "heldout"):
+        shutil.rmtree(late / "run" / "rebirth" / left_out)
+    (late / "run" / "summary.json").unlink()
+    go_on_without_slurm(late)
+    assert different(expected, results(late)) == []
+
+
+def different(expected: dict[str, bytes], seen: dict[str, bytes]) -> list[str]:
+    """Files that are not the same in both."""
+    return [name for name in expected | seen if expected.get(name) != seen.get(name)]
+
+
+def told_commands() -> list[list[str]]:
+    """The words of every line of shell in docs/scale.md."""
+    blocks = re.findall(r"```bash\n(.*?)```", SCALE, re.DOTALL)
+    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def read_recipe(words: list[str]) -> tuple[str, list[str], int] | None:
+    """Recipe, its flags and the number of processes, of a command that starts one."""
+    for place, word in enumerate(words):
+        if found := re.fullmatch(r"recipes/(\w+)\.py", word):
+            before = dict(part.split("=") for part in words[:place] if "=" in part)
+            return (
+                found[1],
+                words[place + 1 :],
+                math.prod(int(before.get(f"--{of}", 1)) for of in ("nnodes", "nproc_per_node")),
+            )
+        if word.startswith("recipes/cluster/"):
+            asked = re.findall(r"^#SBATCH --(?:nodes|gpus-per-node)=(\d+)", (ROOT / word).read_text(), re.MULTILINE)
+            return words[place + 1], words[place + 2 :], math.prod(map(int, asked)) if asked else 8
+    return None
+
+
+def test_the_recipes_of_the_guide_start_as_it_says(load_recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = [recipe for words in told_commands() if (recipe := read_recipe(words))]
+    assert [processes for _, _, processes in told] == [1, 8, 8, 32, 32, 32]
+    for name, flags, processes in told:
+        config_type = getattr(
+            load_recipe(name), {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "GivenDpoConfig"}[name]
+        )
+        config = parse_config(config_type, description="", args=flags)
+        # Each process needs an example in every step of every stage.
+        assert config.dry_run or min(config.fit.batch_size, config.rebirth.fit.batch_size) >= processes
+
+
+def test_other_commands_of_the_guide_are_there(call):
+    names = {words[0] for words in told_commands() if not read_recipe(words)}
+    assert names == {"pip", "salmonn", "tensorboard", "vllm"}
+    code, said, _ = call("plot", "--help")
+    assert code == 0 and "run" in said
+
+
+def test_settings_engines_and_files_of_the_guide_are_there(load_recipe):
+    config = load_recipe("mrdpo").MrDpoConfig()
+    dotted = set(re.findall(r"`(?:--)?((?:guards|fit|judge|rebirth)\.\w+)", SCALE))
+    assert len(dotted) > 8
+    for name in dotted:
+        attrgetter(name)(config)  # AttributeError: the guide names a setting that is not there
+    assert {name for name in re.findall(r"^\| `(\w+)` \|", SCALE, re.MULTILINE)} >= set(get_args(EngineName))
+    files = set(re.findall(r"\b(?:recipes|tools|docs|tests)/[\w/.]+\.\w+", SCALE))
+    files |= {f"docs/{target}" for target in re.findall(r"\]\(([^)#:]+)\)", SCALE)}
+    assert len(files) > 4 and [name for name in files if not (ROOT / name).is_file()] == []
