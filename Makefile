@@ -1,6 +1,8 @@
 # make setup   install everything into .venv
 # make test    lint, types, import layers, tests
 # make mrdpo   the whole loop at toy size, with a table and a picture at its end
+# make ablation      the papers' ablation at toy size, 3 seeds: an hour or more on 2 cores
+# make test-resume   a small run killed at 20 random moments, by one process and by two, against an unbroken one
 # make tiny    train the toy model from nothing and ship it in place of the old one (two hours on 2 cores)
 PYTHON ?= python3
 # The build of torch: the one that your index gives for this version. For another (CUDA or CPU), point pip at its index.
@@ -10,7 +12,7 @@ PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test lint mrdpo proof tiny clean
+.PHONY: setup test test-resume lint mrdpo proof ablation tiny clean
 
 setup: $(VENV)/installed
 
@@ -33,6 +35,12 @@ mrdpo: setup
 
 proof: setup
 	$(BIN)/python tools/proof.py --seeds 2 3 4 --processes $(PROCESSES)
+
+ablation: setup
+	$(BIN)/python tools/ablation.py --seeds 2 3 4 --jobs $(PROCESSES)
+
+test-resume: setup
+	$(BIN)/python tools/resume.py --kills 20 --processes 1 2
 
 tiny: setup
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_still.yaml

@@ -10,7 +10,7 @@ Every stage writes to `out/round_K/`; a killed run goes on with the same command
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -19,19 +19,15 @@ from torch import nn
 
 from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-from salmonn.caption.generate import Sampling
 from salmonn.config import run_recipe
 from salmonn.media.synth import SynthConfig
 from salmonn.model.load import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Block, Network
 from salmonn.model.settings import PLAIN_PROMPTS
-from salmonn.prefer.pairs import choose_pairs, summarise_pairs
-from salmonn.records import Caption, Pair, Reference, Score, read_json, read_records, write_json, write_records
+from salmonn.records import Caption, Pair, read_json, read_records, write_json
 from salmonn.score.build import make_judge
-from salmonn.score.files import read_scores, write_scores
 from salmonn.score.judge import Judge
-from salmonn.score.protocol import sign
 from salmonn.score.rates import Rates
 from salmonn.score.settings import JudgeConfig
 from salmonn.train.checkpoint import checkpointed, require_room
@@ -39,47 +35,25 @@ from salmonn.train.drift import DriftSet
 from salmonn.train.dry_run import plan_adapter
 from salmonn.train.engine import EngineName, require_engine
 from salmonn.train.evaluate import (
+    RATES_NAME,
     SIDE_BY_SIDE,
     Draw,
-    clear_parts,
     draw_captions,
     encode_clips,
     evaluate,
-    judge_captions,
-    require_scores,
+    write_evaluation,
 )
 from salmonn.train.examples import Example, SftBatch, SftBatches, make_examples, sft_loss
 from salmonn.train.guards import GuardConfig, RoundFailed, best_round, require_margin, require_pairs, worsened
 from salmonn.train.log import log_rounds
 from salmonn.train.loop import Batches, FitConfig, Stage, Watch, autocast, fit
+from salmonn.train.pairing import PairConfig, make_pairs
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatch, PreferenceBatches
 from salmonn.train.references import ClipSet, heldout_config, read_clips, render_clips
 from salmonn.train.report import Summary, plot_summary, print_table
-from salmonn.train.stages import absent, kept, merge_trained, merged, num_bytes, open_run
+from salmonn.train.stages import absent, kept_captions, merge_trained, merged, num_bytes, open_run
 
 log = logging.getLogger("mrdpo")
-PARTS_NAME = "captions.parts"
-
-
-@dataclass(frozen=True)
-class PairConfig:
-    """Choice of preference pairs.
-
-    Args:
-        num_samples: captions sampled of each training clip.
-        sampling: how they are drawn.
-        min_gap: least difference in Total between chosen and rejected.
-        max_pairs_per_video: best with worst, second best with second worst, and so on.
-        repetition_weight: what repetition counts against a caption, beside Total.
-        max_length_ratio: pairs whose lengths differ by more are left out; none keeps them.
-    """
-
-    num_samples: int = 8
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.8, top_p=0.95))
-    min_gap: float = 0.1
-    max_pairs_per_video: int = 2
-    repetition_weight: float = 1.0
-    max_length_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +132,8 @@ class MrDpoConfig:
 
     def __post_init__(self) -> None:
         self.placement.require_trainable()
+        if self.rounds < 1:
+            raise ValueError(f"rounds counts rounds of DPO and must be at least 1, got {self.rounds}")
         if not 0 <= self.qa_share < 1 or (self.qa_share and not 0 < self.num_questions < self.fit.batch_size):
             raise ValueError(
                 f"qa_share is the share of {self.fit.batch_size} examples a step that are questions; "
@@ -194,7 +170,6 @@ def main(config: MrDpoConfig) -> None:
         be_reborn(captioner, run, config.out / "rebirth", summary=summary, config=config)
     if dist.is_main():
         write_json(config.out / "summary.json", summary.to_json())
-        log_rounds(config.out, summary)
         plot_summary(summary, config.out / "summary.png")
         print_table(summary)
         log.info("written: %s and summary.png beside it", config.out / "summary.json")
@@ -228,6 +203,11 @@ class Run:
     def train_block(self, example: Example) -> Block:
         """The block of the training clip that an example is about."""
         return self._by_path[example.video]
+
+    def drift_set(self, captioner: Captioner, num_clips: int) -> DriftSet:
+        """Held-out clips that it is measured on how far a model has moved."""
+        references, blocks = self.heldout.references[:num_clips], self.heldout_blocks[:num_clips]
+        return DriftSet(references, blocks, captioner.processor, prompt=captioner.describe())
 
     @cached_property
     def _by_path(self) -> dict[Path, Block]:
@@ -280,6 +260,7 @@ def play_rounds(captioner: Captioner, run: Run, summary: Summary, *, config: MrD
             summary.stopped = str(error)
             break
         summary.rounds.append(measure(captioner, run, folder, summary=summary, config=config))
+        tell_rounds(config.out, summary)
         if reason := worsened(summary, config.guards):
             summary.stopped = reason
             break
@@ -293,6 +274,12 @@ def play_rounds(captioner: Captioner, run: Run, summary: Summary, *, config: MrD
     captioner.reload(config.out / summary.best / "merged", placement=config.placement)
 
 
+def tell_rounds(out: Path, summary: Summary) -> None:
+    """Show TensorBoard the stages so far."""
+    if dist.is_main():
+        log_rounds(out, summary)
+
+
 def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, config: MrDpoConfig) -> None:
     """One round, in place: sample, judge, pair, train, merge, save; or read what a run before has made of it.
 
@@ -302,81 +289,22 @@ def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, con
     if merged(folder):
         captioner.reload(folder / "merged", placement=config.placement)
         return
-    seed = config.seed * 1000 + number
     if config.fresh_pairs or number == 1:
-        pairs = make_pairs(captioner, run, folder, config=config, seed=seed)
+        require_room(config.out, num_bytes(captioner), what=f"the model of {folder.name}")  # before hours of sampling
+        pairs = make_pairs(
+            captioner,
+            run.train.references,
+            run.train_blocks,
+            judge=run.judge,
+            config=config.pairs,
+            folder=folder,
+            seed=config.seed * 1000 + number,
+            side_by_side=config.side_by_side,
+        )
     else:
         pairs = read_records(config.out / "round_1" / "pairs.jsonl", Pair)
-    report_pairs(pairs, folder)
     require_pairs(pairs, config.guards, batch_size=config.fit.batch_size, name=folder.name)
     train_policy(captioner, run, pairs, folder, config=config, number=number)
-
-
-def make_pairs(captioner: Captioner, run: Run, folder: Path, *, config: MrDpoConfig, seed: int) -> list[Pair]:
-    """Sample, judge and pair captions of the training clips."""
-    require_room(config.out, num_bytes(captioner), what=f"the model of {folder.name}")  # before hours of sampling
-    captions = kept(folder / "captions.jsonl", Caption, lambda: sample_captions(captioner, run, config, folder, seed))
-    clear_parts(folder / PARTS_NAME)
-    references = {reference.video: reference for reference in run.train.references}
-    scores = judged(folder / "scores.jsonl", captions, references, judge=run.judge)
-    return kept(folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, references, config=config.pairs))
-
-
-def judged(path: Path, captions: Sequence[Caption], references: dict[str, Reference], *, judge: Judge) -> list[Score]:
-    """Scores of captions, from the score file where a run before wrote it; the unscored ones stay in it."""
-    if absent(path):
-        results = judge_captions(captions, references, judge=judge)
-        require_scores(results, name=path.parent.name)  # before it is written: a run without any score is no result
-        if dist.is_main():
-            write_scores(path, sign(judge), results)
-        dist.barrier()
-    return read_scores(path).scores
-
-
-def sample_captions(captioner: Captioner, run: Run, config: MrDpoConfig, folder: Path, seed: int) -> list[Caption]:
-    """Several captions of each training clip by nucleus sampling."""
-    return draw_captions(
-        captioner,
-        run.train.references,
-        run.train_blocks,
-        draw=Draw(config.pairs.sampling, seed=seed, num_samples=config.pairs.num_samples),
-        name=f"{folder.name}: sampling",
-        side_by_side=config.side_by_side,
-        parts=folder / PARTS_NAME,
-    )
-
-
-def pair_captions(
-    captions: Sequence[Caption], scores: Sequence[Score], references: dict[str, Reference], *, config: PairConfig
-) -> list[Pair]:
-    """Best against worst, clip by clip, of the captions that have a score."""
-    scored = {(score.video, score.sample) for score in scores}
-    by_video: dict[str, list[Caption]] = {}
-    for caption in captions:
-        if (caption.video, caption.sample) in scored:
-            by_video.setdefault(caption.video, []).append(caption)
-    return choose_pairs(
-        by_video,
-        scores,
-        references,
-        min_gap=config.min_gap,
-        max_pairs_per_video=config.max_pairs_per_video,
-        repetition_weight=config.repetition_weight,
-        max_length_ratio=config.max_length_ratio,
-    )
-
-
-def report_pairs(pairs: Sequence[Pair], folder: Path) -> None:
-    """Log the pairs' gap and lengths."""
-    report = summarise_pairs(pairs)
-    log.info(
-        "%s: %d pairs, mean gap %.3f; mean words %.1f chosen, %.1f rejected",
-        folder.name,
-        report.num_pairs,
-        report.mean_gap,
-        report.mean_words_chosen,
-        report.mean_words_rejected,
-    )
 
 
 def train_policy(
@@ -428,28 +356,15 @@ def reference_policy(captioner: Captioner, *, config: MrDpoConfig, number: int) 
 
 def watch_drift(captioner: Captioner, run: Run, config: MrDpoConfig) -> Watch | None:
     """How far the policy moves from the round's start, on a fixed set of held-out clips."""
-    fixed = drift_set(captioner, run, config)
-    if not fixed:
+    if not config.kl_clips:
         return None
-    network = captioner.network
+    fixed, network = run.drift_set(captioner, config.kl_clips), captioner.network
 
     def measure(model: nn.Module) -> dict[str, float]:
         with autocast(config.fit.precision):
             return {"kl": fixed.to_reference(model, network)}
 
     return Watch(measure, every=config.dpo.kl_every)
-
-
-def drift_set(captioner: Captioner, run: Run, config: MrDpoConfig) -> DriftSet | None:
-    """The held-out clips that it is measured on how far a model has moved; none where that is left out."""
-    if not config.kl_clips:
-        return None
-    return DriftSet(
-        run.heldout.references[: config.kl_clips],
-        run.heldout_blocks[: config.kl_clips],
-        captioner.processor,
-        prompt=captioner.describe(),
-    )
 
 
 def ask(captioner: Captioner, run: Run, config: MrDpoConfig, *, seed: int, num_questions: int) -> SftBatches:
@@ -472,8 +387,7 @@ def be_reborn(captioner: Captioner, run: Run, folder: Path, *, summary: Summary,
     if merged(folder):
         captioner.reload(folder / "merged", placement=config.placement)
     else:
-        captions = kept(folder / "captions.jsonl", Caption, partial(teach, captioner, run, folder, config=config))
-        clear_parts(folder / PARTS_NAME)
+        captions = kept_captions(folder, partial(teach, captioner, run, config=config))
         base = config.model if rebirth.start == "start" else captioner.name
         captioner.reload(base, placement=config.placement)
         with checkpointed(folder) as checkpoints:
@@ -486,6 +400,7 @@ def be_reborn(captioner: Captioner, run: Run, folder: Path, *, summary: Summary,
                 captioner, folder, done, base=base, lora=rebirth.lora, placement=config.placement, adapter=True
             )
     summary.rebirth = measure(captioner, run, folder, summary=summary, config=config)
+    tell_rounds(config.out, summary)
 
 
 def tell(captioner: Captioner, run: Run, captions: Sequence[Caption], fit: FitConfig, *, seed: int) -> SftBatches:
@@ -510,17 +425,16 @@ def tell(captioner: Captioner, run: Run, captions: Sequence[Caption], fit: FitCo
     )
 
 
-def teach(teacher: Captioner, run: Run, folder: Path, *, config: MrDpoConfig) -> list[Caption]:
+def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig, parts: Path) -> list[Caption]:
     """The teacher's most likely caption of each training clip."""
-    greedy = replace(config.pairs.sampling, temperature=0.0)
     return draw_captions(
         teacher,
         run.train.references,
         run.train_blocks,
-        draw=Draw(greedy, seed=config.seed),
+        draw=Draw(replace(config.pairs.sampling, temperature=0.0), seed=config.seed),
         name="rebirth: captions",
         side_by_side=config.side_by_side,
-        parts=folder / PARTS_NAME,
+        parts=parts,
     )
 
 
@@ -532,7 +446,7 @@ def measure(
     Where there is a summary of stages before, it takes up how far the model is from the run's start.
     """
     stage, folder = folder.name, folder / "heldout"
-    path = folder / "rates.json"
+    path = folder / RATES_NAME
     if absent(path):
         result = evaluate(
             captioner,
@@ -544,17 +458,14 @@ def measure(
             side_by_side=config.side_by_side,
         )
         if dist.is_main():
-            write_records(folder / "captions.jsonl", result.captions)
-            write_records(folder / "answers.jsonl", result.answers)
-            write_scores(folder / "scores.jsonl", sign(run.judge, totals=[result.rates.total]), result.results)
-            write_json(path, asdict(result.rates))
+            write_evaluation(folder, result, judge=run.judge)
         dist.barrier()
     rates = Rates(**read_json(path))
     log.info("%s: total %.3f, questions %s", stage, rates.total, rates.qa_accuracy)
-    fixed = drift_set(captioner, run, config)
-    if summary and fixed:
+    if summary and config.kl_clips:
         if absent(folder / "kl.json"):
-            kl = fixed.between(captioner.network, load(config.model, config).network)
+            start = load(config.model, config).network
+            kl = run.drift_set(captioner, config.kl_clips).between(captioner.network, start)
             if dist.is_main():
                 write_json(folder / "kl.json", kl)
             dist.barrier()

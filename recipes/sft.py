@@ -8,6 +8,7 @@ measures it on held-out clips. Killed, the same command goes on from the last ch
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -27,14 +28,12 @@ from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.model.network import Network
 from salmonn.model.presets import offline_config
 from salmonn.model.settings import PLAIN_PROMPTS, tiny
-from salmonn.records import Use, write_json, write_records
-from salmonn.score.files import write_scores
-from salmonn.score.protocol import sign
+from salmonn.records import Use, write_json
 from salmonn.score.rule import RuleJudge
 from salmonn.train.checkpoint import checkpointed, put_trained
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
 from salmonn.train.engine import EngineName, require_engine
-from salmonn.train.evaluate import encode_clips, evaluate
+from salmonn.train.evaluate import encode_clips, evaluate, write_evaluation
 from salmonn.train.examples import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, Stage, fit
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
@@ -110,6 +109,8 @@ def main(config: SftConfig) -> None:
     captioner = load_model(config, clips)
     choose_trainable(captioner.network, config)
     examples = to_examples(clips, captioner, config)
+    if config.engine != "ddp":
+        examples = whole_clips(examples, engine=config.engine)
     batches = SftBatches(
         examples,
         captioner.processor,
@@ -203,6 +204,20 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
     return Captioner(start_network(config, processor), processor)
 
 
+def whole_clips(examples: Sequence[Example], *, engine: str) -> list[Example]:
+    """Examples for an engine that splits the training: all processes must see and hear in each step.
+
+    Raises:
+        ValueError: some are of picture or sound alone. A clip that lacks either ends the run when it is read.
+    """
+    if partial := sum(example.use != "both" for example in examples):
+        raise ValueError(
+            f"{partial} of {len(examples)} examples are of picture or sound alone, and with engine {engine} all "
+            "processes must use the same parts of the model in each step: choose tasks of the whole clip, or engine ddp"
+        )
+    return [replace(example, needs_both=True) for example in examples]
+
+
 def start_network(config: SftConfig, processor: Processor) -> Network:
     """The weights to start from."""
     if config.model != TINY:
@@ -240,8 +255,7 @@ def measure(captioner: Captioner, config: SftConfig) -> None:
     judge = RuleJudge()
     result = evaluate(captioner, clips.references, blocks, judge=judge, sampling=Sampling(), name="held-out")
     if dist.is_main():
-        write_records(config.out / "captions.jsonl", result.captions)
-        write_scores(config.out / "scores.jsonl", sign(judge, totals=[result.rates.total]), result.results)
+        write_evaluation(config.out, result, judge=judge)
         write_json(config.out / "summary.json", asdict(result.rates))
         log.info("held-out: %s", json.dumps(asdict(result.rates)))
 

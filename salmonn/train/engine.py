@@ -35,7 +35,7 @@ class Engine(Protocol):
 
     Args:
         model: what losses are computed with; a call may be collective.
-        same_calls: every process must call the model equally often, since each call gathers weights.
+        same_calls: every process must call the model equally often, since a call talks to the others.
     """
 
     model: nn.Module
@@ -191,7 +191,12 @@ class FsdpEngine(TorchEngine):
 
 
 class ZeroEngine:
-    """DeepSpeed's ZeRO. It gives a weight that no batch touches a gradient of zero, where the others leave it alone."""
+    """DeepSpeed's ZeRO. It gives a weight that no batch touches a gradient of zero, where the others leave it alone.
+
+    Stage 3 gathers weights in each call, stage 2 shares out gradients after each.
+    """
+
+    same_calls = True
 
     def __init__(
         self, network: nn.Module, optimizer: torch.optim.Optimizer, *, stage: int, max_grad_norm: float, short: bool
@@ -208,7 +213,6 @@ class ZeroEngine:
             "zero_allow_untested_optimizer": True,
         }
         self.stage = stage
-        self.same_calls = stage == 3
         self.model, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=config, dist_init_required=False
         )

@@ -19,7 +19,9 @@ from salmonn.caption.generate import Sampling
 from salmonn.media.container import declared_seconds
 from salmonn.model.network import Block
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
+from salmonn.score.files import write_scores
 from salmonn.score.judge import Judge, Task
+from salmonn.score.protocol import sign
 from salmonn.score.rates import Rates, qa_accuracy, rates
 from salmonn.train.references import ClipSet
 
@@ -29,6 +31,7 @@ Item = TypeVar("Item")
 SIDE_BY_SIDE = 128  # sequences that a toy model generates at once
 ANSWER_TOKENS = 16  # of the answer to a question
 REQUEST_NAME = "parts.json"
+RATES_NAME = "rates.json"
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,14 @@ def answer_questions(
 
     costs = [sum(lengths[place] + ANSWER_TOKENS for place in places) for places in batches]
     return _spread_out(answer, batches, costs, name=name, unit="question")
+
+
+def write_evaluation(folder: Path, result: Evaluation, *, judge: Judge) -> None:
+    """Write captions.jsonl, answers.jsonl, scores.jsonl and, last of all, rates.json. Rank 0 alone calls it."""
+    write_records(folder / "captions.jsonl", result.captions)
+    write_records(folder / "answers.jsonl", result.answers)
+    write_scores(folder / "scores.jsonl", sign(judge, totals=[result.rates.total]), result.results)
+    write_json(folder / RATES_NAME, asdict(result.rates))
 
 
 def evaluate(

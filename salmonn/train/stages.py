@@ -10,8 +10,9 @@ from salmonn.caption.captioner import Captioner
 from salmonn.config import claim_folder
 from salmonn.model.load import CONFIG_NAME, Placement
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
-from salmonn.records import read_records, write_records
-from salmonn.train.checkpoint import Checkpoint, put_trained, require_room
+from salmonn.records import Caption, read_records, write_records
+from salmonn.train.checkpoint import Checkpoint, checkpointed, put_trained, require_room
+from salmonn.train.evaluate import clear_parts
 
 Record = TypeVar("Record")
 
@@ -50,6 +51,14 @@ def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Reco
             write_records(path, records)
         dist.barrier()
     return read_records(path, record_type)
+
+
+def kept_captions(folder: Path, draw: Callable[..., list[Caption]]) -> list[Caption]:
+    """Captions of a stage, likewise in captions.jsonl; `draw` takes the folder that it may keep its parts in."""
+    parts = folder / "captions.parts"
+    captions = kept(folder / "captions.jsonl", Caption, lambda: draw(parts=parts))
+    clear_parts(parts)
+    return captions
 
 
 def merge_trained(
@@ -100,5 +109,8 @@ def num_bytes(captioner: Captioner) -> int:
 
 
 def merged(folder: Path) -> bool:
-    """Whether a stage has come to its end."""
-    return not absent(folder / "merged" / CONFIG_NAME)
+    """Whether a stage has come to its end; checkpoints that a kill just after it has left are then cleared."""
+    if absent(folder / "merged" / CONFIG_NAME):
+        return False
+    with checkpointed(folder):
+        return True

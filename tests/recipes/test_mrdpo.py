@@ -1,8 +1,10 @@
 """The whole loop, run for real: what it leaves on disk, killed and started again, on two processes, and refusals."""
 
 import json
+import signal
 import subprocess
-import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from tests.score.scripted import honest
 ROUND = {
     "rounds": 1, "pairs.num_samples": 4, "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30,
     "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup": 0.5, "fit.learning_rate": 0.002,
-    "guards.min_pairs": 1, "guards.min_margin": "null", "kl_clips": 2, "dpo.kl_every": 1, "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup": 0.5,
+    "fit.checkpoint_every": 1, "rebirth.fit.checkpoint_every": 1, "side_by_side": 16,
+    "guards.min_pairs": 1, "guards.min_margin": "null", "kl_clips": 2, "dpo.kl_every": 1,
+    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup": 0.5,
 }  # fmt: skip
 RATES = {
     "missing", "hallucination", "incorrect", "hallucinated", "total", "repetition", "qa_accuracy", "clips", "captions",
@@ -115,26 +119,40 @@ def test_a_round_moves_the_attention_and_rebirth_starts_anew(finished, taught):
     assert any(not torch.equal(after[name], reborn[name]) for name in attention)
 
 
-def test_killed_and_started_again(finished, command_of, kill_family, launch, flags, tmp_path):
-    out = tmp_path / "mrdpo"
-    sampled = out / "round_1" / "captions.jsonl"
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command_of("mrdpo", processes=1, out=out, **flags), stdout=log, stderr=log)
-        until = time.monotonic() + 200
-        while not sampled.exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        kill_family(process)
-    assert sampled.exists() and not (out / "summary.json").exists(), (tmp_path / "log").read_text()
-    made = sampled.stat().st_mtime_ns
+# In the order of a run. Most of them are followed by the same point of rebirth.
+POINTS = (
+    "sampling", "judging", "pairing", "step", "checkpoint", "mark", "adapter", "merge", "merged", "measuring",
+    "captions", "step", "mark", "merge", "measuring",
+)  # fmt: skip
 
-    result = launch("mrdpo", processes=1, out=out, **flags)
+
+def content(path: Path) -> object:
+    """A file as it is compared: without the times that it tells."""
+    if path.name == "steps.jsonl":
+        timed = ("seconds", "wait_seconds", "tokens_per_second", "memory_gib")
+        steps = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{name: value for name, value in step.items() if name not in timed} for step in steps]
+    if path.name == "scores.jsonl":
+        scored = read_scores(path)
+        return scored.scores, replace(scored.judging, date="")
+    if path.name == "mrdpo.yaml":
+        return [line for line in path.read_text().splitlines() if not line.startswith("out: ")]
+    return path.read_bytes()
+
+
+def test_killed_at_every_stage_and_started_again(finished, command_of, launch, flags, tmp_path):
+    """Each start gets to its point and is killed there; the last one ends as an unbroken run does, byte for byte."""
+    out = tmp_path / "mrdpo"
+    python, recipe, *options = command_of("mrdpo", out=out, **flags)
+    for number, point in enumerate(POINTS):
+        line = [python, str(Path(__file__).with_name("killed.py")), point, recipe, *options]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (number, point, result.stderr)
+    result = launch("mrdpo", out=out, **flags)
     assert result.returncode == 0, result.stderr
-    assert sampled.stat().st_mtime_ns == made
     assert files_of(out) == files_of(finished)
-    assert (out / "summary.json").read_text() == (finished / "summary.json").read_text()
-    for stage in ("round_1", "rebirth"):
-        unbroken, resumed = weights(finished / stage / "merged"), weights(out / stage / "merged")
-        assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+    for name in sorted(files_of(out)):
+        assert content(out / name) == content(finished / name), name
 
 
 def test_two_processes(finished, launch, flags, tmp_path):
