@@ -30,7 +30,7 @@ from salmonn.score.build import make_judge
 from salmonn.score.judge import Judge
 from salmonn.score.rates import Rates
 from salmonn.score.settings import JudgeConfig
-from salmonn.train.checkpoint import checkpointed, require_room
+from salmonn.train.checkpoint import Checkpoint, Checkpoints, checkpointed, require_room
 from salmonn.train.drift import DriftSet
 from salmonn.train.dry_run import plan_adapter
 from salmonn.train.engine import EngineName, require_engine
@@ -311,16 +311,24 @@ def train_policy(
     captioner: Captioner, run: Run, pairs: Sequence[Pair], folder: Path, *, config: MrDpoConfig, number: int
 ) -> None:
     """Guided DPO on a fresh adapter, which is saved, and merged with the weights as they are on disk."""
-    base, seed = captioner.name, config.seed * 1000 + number
+    base = captioner.name
     with checkpointed(folder) as checkpoints:
-        attach(captioner.network, config.lora, seed=seed)
-        batches, loss = deal_pairs(captioner, run, pairs, config=config, number=number)
-        stage = Stage(
-            f"{folder.name}: guided DPO", folder, checkpoints, seed, config.engine, watch_drift(captioner, run, config)
-        )
-        done = fit(captioner.network, batches, loss, config.fit.resolve(len(pairs)), stage=stage)
+        done = fit_adapter(captioner, run, pairs, checkpoints, config=config, number=number)
         require_margin(folder, config.guards)
         merge_trained(captioner, folder, done, base=base, lora=config.lora, placement=config.placement, adapter=True)
+
+
+def fit_adapter(
+    captioner: Captioner, run: Run, pairs: Sequence[Pair], checkpoints: Checkpoints, *, config: MrDpoConfig, number: int
+) -> Checkpoint:
+    """Train a fresh adapter; the network is used up, and nothing holds it any more when the next is read."""
+    seed = config.seed * 1000 + number
+    attach(captioner.network, config.lora, seed=seed)
+    batches, loss = deal_pairs(captioner, run, pairs, config=config, number=number)
+    folder = checkpoints.folder.parent
+    watch = watch_drift(captioner, run, config)
+    stage = Stage(f"{folder.name}: guided DPO", folder, checkpoints, seed, config.engine, watch)
+    return fit(captioner.network, batches, loss, config.fit.resolve(len(pairs)), stage=stage)
 
 
 def deal_pairs(

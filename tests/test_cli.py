@@ -44,6 +44,7 @@ def test_help_starts_without_torch():
         ("events", ["references", "--out", "--judge"]),
         ("qa", ["answers"]),
         ("judge-bench", ["pairs", "--judge"]),
+        ("plot", ["run", "--out"]),
         ("synth", ["--out", "--clips", "--seed", "--min_seconds"]),
     ],
 )

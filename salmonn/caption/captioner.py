@@ -1,5 +1,6 @@
 """The one door to a model that describes videos: command line, page, service and recipes all come through here."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ class Captioner:
             placement: as for `load`.
         """
         del self.network
+        gc.collect()  # what wrapped it in training is held in circles
         self.network = load_network(path, placement=placement)
         self.name = str(path)
 

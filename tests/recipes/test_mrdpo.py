@@ -4,14 +4,17 @@ import json
 import signal
 import subprocess
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from salmonn.model.load import load_network
+from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Caption, Pair, read_records
 from salmonn.score.files import read_scores
+from salmonn.score.rates import Rates
 from tests.score.scripted import honest
 
 ROUND = {
@@ -211,6 +214,64 @@ def test_another_config_in_the_same_folder_is_refused(finished, launch, flags):
     assert "error: " in result.stderr and "another configuration" in result.stderr and "steps: 3" in result.stderr
     assert "Traceback" not in result.stderr
     assert (finished / "mrdpo.yaml").read_text() == before
+
+
+def rates(total: float) -> Rates:
+    return Rates(
+        missing=total, incorrect=0.0, hallucinated=0.0, hallucination=0.0, total=total, repetition=0.0, clips=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("totals", "best", "stopped"),
+    [
+        ([0.5, 0.4, 0.42], "round_3", None),
+        ([0.5, 0.4, 0.46], "round_2", "after round 3"),
+        ([0.5, 0.4, "round_3 found 2 pairs"], "round_2", "found 2 pairs"),
+        ([0.7, 0.1, 0.1], None, "after round 1"),
+    ],
+)
+def test_rounds_end_early_with_the_best_model(load_recipe, monkeypatch, tmp_path, totals, best, stopped):
+    """The start has 0.6; a Total more than 0.05 above the best, or a round without pairs, ends them."""
+    recipe, loaded = load_recipe("mrdpo"), []
+
+    class Model:
+        def reload(self, path, *, placement):
+            loaded.append(path)
+
+    def play(captioner, run, number, folder, *, config):
+        if isinstance(totals[number - 1], str):
+            raise recipe.RoundFailed(totals[number - 1])
+
+    monkeypatch.setattr(recipe, "play_round", play)
+    monkeypatch.setattr(recipe, "measure", lambda _, __, folder, **___: rates(totals[int(folder.name[-1]) - 1]))
+    config, summary = recipe.MrDpoConfig(out=tmp_path, rounds=3), recipe.Summary(sft=rates(0.6))
+    recipe.play_rounds(Model(), None, summary, config=config)
+    assert summary.best == best and (stopped in summary.stopped if stopped else summary.stopped is None)
+    assert loaded == ([tmp_path / best / "merged"] if best else [])
+
+
+def test_a_first_round_that_fails_ends_the_run(load_recipe, monkeypatch, tmp_path):
+    recipe = load_recipe("mrdpo")
+
+    def play(*_, **__):
+        raise recipe.RoundFailed("round_1 found 0 pairs")
+
+    monkeypatch.setattr(recipe, "play_round", play)
+    with pytest.raises(ValueError, match="round_1 found 0 pairs"):
+        recipe.play_rounds(None, None, recipe.Summary(sft=rates(0.6)), config=recipe.MrDpoConfig(out=tmp_path))
+
+
+def test_the_reference_is_the_rounds_start_or_the_runs(load_recipe, captioner, random_model):
+    recipe, name = load_recipe("mrdpo"), "lm.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
+    attach(captioner.network, LoraConfig(rank=2), seed=0)
+    moved = captioner.network.get_parameter(name)
+    with torch.no_grad():
+        moved.add_(1.0)
+    of = partial(recipe.reference_policy, captioner)
+    renewed, start = (recipe.MrDpoConfig(model=str(random_model), reference=kind) for kind in ("renewed", "start"))
+    assert of(config=renewed, number=2) is captioner.network and of(config=start, number=1) is captioner.network
+    assert torch.allclose(of(config=start, number=2).get_parameter(name), moved - 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

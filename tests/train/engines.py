@@ -1,13 +1,17 @@
 """Guided DPO on a random model under one engine, as the tests start it with torchrun.
 
-    engines.py ENGINE MODEL CLIPS OUT
+    engines.py ENGINE MODEL CLIPS OUT [bfloat16]
 
+With bfloat16 the base is kept in it, layers are checkpointed, and it is what is computed in.
 Writes OUT/steps.jsonl, checkpoints/, adapter/ and merged/; goes on from what is in OUT/checkpoints/.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
@@ -17,7 +21,7 @@ from salmonn.records import Pair, Reference, read_records
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.drift import DriftSet
 from salmonn.train.evaluate import encode_clips
-from salmonn.train.loop import FitConfig, Stage, Watch, fit
+from salmonn.train.loop import FitConfig, Stage, Watch, autocast, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 from salmonn.train.references import CLIPS_NAME, ClipSet
 from salmonn.train.stages import merge_trained
@@ -28,10 +32,12 @@ LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 FIT = FitConfig(steps=10, learning_rate=2e-3, warmup=0.2, batch_size=3, accumulation=2, checkpoint_every=4)
 
 
-def main(engine: Any, model: Path, root: Path, out: Path) -> None:
+def main(engine: Any, model: Path, root: Path, out: Path, *, precision: Any = "float32") -> None:
     """Train on three pairs."""
     dist.setup(threads=1)
-    captioner = Captioner.load(model)
+    placement = Placement(dtype=precision, attention="sdpa")
+    config = replace(FIT, precision=precision, gradient_checkpointing=precision == "bfloat16")
+    captioner = Captioner.load(model, placement=placement)
     network = captioner.network
     references = read_records(root / CLIPS_NAME, Reference)[:3]
     blocks = encode_clips(captioner, ClipSet(references, root), name="clips")
@@ -45,14 +51,20 @@ def main(engine: Any, model: Path, root: Path, out: Path) -> None:
     batches = PreferenceBatches(
         pairs, by_video, captioner.processor, batch_size=FIT.batch_size, seed=0, accumulation=FIT.accumulation
     )
-    batches.refer(network)
+    with autocast(precision):
+        batches.refer(network)
     fixed = DriftSet(references[:1], blocks[:1], captioner.processor, prompt=prompt)
-    watch = Watch(lambda wrapped: {"kl": fixed.to_reference(wrapped, network)}, every=5)
+
+    def measure(wrapped: nn.Module) -> dict[str, float]:
+        with autocast(precision):
+            return {"kl": fixed.to_reference(wrapped, network)}
+
+    watch = Watch(measure, every=5)
     stage = Stage(engine, out, Checkpoints(out / "checkpoints"), engine=engine, watch=watch)
-    done = fit(network, batches, PreferenceLoss(DpoConfig()), FIT, stage=stage)
-    merge_trained(captioner, out, done, base=model, lora=LORA, placement=Placement(dtype="float32"), adapter=True)
+    done = fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
+    merge_trained(captioner, out, done, base=model, lora=LORA, placement=placement, adapter=True)
     dist.barrier()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:5]))
+    main(sys.argv[1], *map(Path, sys.argv[2:5]), **dict(zip(["precision"], sys.argv[5:], strict=False)))

@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -374,3 +375,13 @@ def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
     # A fresh model knows nothing of 400 tokens: log 400 = 5.99, and half its logits' variance of 128 * 0.09^2 = 1.04.
     assert losses[0] == pytest.approx(5.99 + 0.52, abs=0.2)
     assert losses[-1] < 0.75 * losses[0]
+
+
+def test_nothing_holds_a_network_that_was_used_up(captioner, random_model, batches, tmp_path):
+    """A GPU has no room for it beside the next."""
+    network = weakref.ref(adapted(captioner))
+    watch = Watch(lambda model: {"kl": 0.0}, every=1)
+    fit(captioner.network, batches, sft_loss, FitConfig(steps=1, warmup=1.0), stage=stage_in(tmp_path, watch=watch))
+    assert network() is not None
+    captioner.reload(random_model)
+    assert network() is None
