@@ -31,6 +31,7 @@ from salmonn.score.judge import Judge
 from salmonn.score.rates import Rates
 from salmonn.score.settings import JudgeConfig
 from salmonn.train.checkpoint import Checkpoint, Checkpoints, checkpointed, require_room
+from salmonn.train.curves import plot_summary
 from salmonn.train.drift import DriftSet
 from salmonn.train.dry_run import plan_adapter
 from salmonn.train.engine import EngineName, require_engine
@@ -50,7 +51,7 @@ from salmonn.train.loop import Batches, FitConfig, Stage, Watch, autocast, fit
 from salmonn.train.pairing import PairConfig, make_pairs
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatch, PreferenceBatches
 from salmonn.train.references import ClipSet, heldout_config, read_clips, render_clips
-from salmonn.train.report import Summary, plot_summary, print_table
+from salmonn.train.report import Summary, print_table
 from salmonn.train.stages import absent, kept_captions, merge_trained, merged, num_bytes, open_run
 
 log = logging.getLogger("mrdpo")
@@ -171,7 +172,6 @@ def main(config: MrDpoConfig) -> None:
     if dist.is_main():
         write_json(config.out / "summary.json", summary.to_json())
         plot_summary(summary, config.out / "summary.png")
-        print_table(summary)
         log.info("written: %s and summary.png beside it", config.out / "summary.json")
     dist.barrier()
 
@@ -275,9 +275,10 @@ def play_rounds(captioner: Captioner, run: Run, summary: Summary, *, config: MrD
 
 
 def tell_rounds(out: Path, summary: Summary) -> None:
-    """Show TensorBoard the stages so far."""
+    """Show the stages so far, on the terminal and to TensorBoard."""
     if dist.is_main():
         log_rounds(out, summary)
+        print_table(summary)
 
 
 def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, config: MrDpoConfig) -> None:

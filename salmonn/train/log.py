@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
@@ -9,6 +10,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from salmonn.records import write_text
 from salmonn.train.report import STEPS_NAME, Summary, read_steps
+
+ROUNDS_NAME = "rounds.jsonl"
 
 
 class RunLog:
@@ -51,11 +54,14 @@ class RunLog:
 
 
 def log_rounds(folder: Path, summary: Summary) -> None:
-    """Write all stages' rates for TensorBoard, as fractions, and KL in nats a token, each against its stage's number.
+    """Write all stages' rates, as fractions, and KL in nats a token: a line a stage in `rounds.jsonl`, and for
+    TensorBoard each against its stage's number, SFT's being 0.
 
-    SFT is 0. What was written before, also by a run that was killed, is marked as void, so that this may be called
+    What was written before, also by a run that was killed, is replaced or marked as void, so that this may be called
     whenever a stage is measured.
     """
+    lines = ({"stage": name, **asdict(rates), "kl": summary.kl.get(name)} for name, rates in summary.stages.items())
+    write_text(folder / ROUNDS_NAME, "".join(json.dumps(line) + "\n" for line in lines))
     with SummaryWriter(str(folder), purge_step=0) as events:
         for number, figures in enumerate(summary.figures.values()):
             for title, value in figures.items():

@@ -32,6 +32,7 @@ MODEL = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.j
 MEASURED = [f"heldout/{name}" for name in ("answers.jsonl", "captions.jsonl", "rates.json", "scores.jsonl")]
 PROMISED = {
     "mrdpo.yaml",
+    "rounds.jsonl",
     "summary.json",
     "summary.png",
     *(f"sft/{name}" for name in MEASURED),
@@ -85,6 +86,9 @@ def test_everything_promised_is_there(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary) == {"sft", "rounds", "rebirth", "kl", "best", "stopped"} and len(summary["rounds"]) == 1
     assert set(summary["kl"]) == {"round 1", "rebirth"} and min(summary["kl"].values()) > 0
+    lines = [json.loads(line) for line in (finished / "rounds.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["SFT", "round 1", "rebirth"]
+    assert lines[1]["kl"] == summary["kl"]["round 1"] and lines[2]["total"] == summary["rebirth"]["total"]
     assert summary["best"] == "round_1" and summary["stopped"] is None
     for stage in (summary["sft"], *summary["rounds"], summary["rebirth"]):
         assert set(stage) == RATES and stage["clips"] == 3 and 0 <= stage["qa_accuracy"] <= 1

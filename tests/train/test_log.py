@@ -1,5 +1,6 @@
 """The log of steps and rounds: what a file and TensorBoard hold after kills and resumes."""
 
+import json
 import time
 from itertools import count
 from types import SimpleNamespace
@@ -91,3 +92,7 @@ def test_rounds_against_their_numbers(tmp_path):
         assert seen(accumulator, "Repetition") == [(0, 0.125), (1, 0.0), (2, 0.0)]
         assert seen(accumulator, "QA accuracy") == [(1, 0.625), (2, 0.625)]
         assert seen(accumulator, "KL") == [(1, 0.375)]
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["total"], line["kl"]) for line in lines] == [
+        ("SFT", 0.75, None), ("round 1", 0.5, 0.375), ("rebirth", 0.5, None)
+    ]  # fmt: skip

@@ -12,17 +12,8 @@ from PIL import Image
 
 from salmonn.records import Pair, write_json, write_records, write_text
 from salmonn.score.rates import Rates
-from salmonn.train.report import (
-    Summary,
-    plot_curves,
-    plot_summary,
-    points_of,
-    print_table,
-    read_run,
-    smooth,
-    thin,
-    write_page,
-)
+from salmonn.train.curves import plot_curves, plot_summary, points_of, smooth, thin, write_page
+from salmonn.train.report import Summary, print_table, read_run
 from tests.score.browser import Watched, needs_browser, start_browser
 
 SFT = Rates(missing=0.5, hallucination=0.25, total=0.75, repetition=0.125, qa_accuracy=0.4, clips=20)
