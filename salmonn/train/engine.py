@@ -268,8 +268,19 @@ class ZeroEngine:
                     safe_set_full_optimizer_state(parameter, tensors[f"{key}.{name}"].to(self.model.device), key)
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks and buffers down."""
+        """Take DeepSpeed's hooks and buffers down, and empty the network.
+
+        Hooks that DeepSpeed leaves on gradients keep the network alive for the whole process; its weights need not be.
+        """
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK  # noqa: PLC0415
+
+        zero, network = self._zero, self.model.module
         self.model.destroy()
+        FWD_MODULE_STACK.clear()
+        vars(zero).clear()
+        for parameter in network.parameters():
+            parameter.data = parameter.new_empty(0)
+            parameter.ds_tensor = None
 
     @property
     def _zero(self) -> Any:

@@ -1,12 +1,13 @@
 """Guided DPO on a random model under one engine, as the tests start it with torchrun.
 
-    engines.py ENGINE MODEL CLIPS OUT [bfloat16]
+    engines.py ENGINE MODEL CLIPS OUT float32|bfloat16
 
-With bfloat16 the base is kept in it, layers are checkpointed, and it is what is computed in.
-Writes OUT/steps.jsonl, checkpoints/, adapter/ and merged/; goes on from what is in OUT/checkpoints/.
+With bfloat16 the base is kept in it, layers are checkpointed, and it is what is computed in. Writes OUT/steps.jsonl,
+checkpoints/, adapter/ and merged/; goes on from what is in OUT/checkpoints/.
 """
 
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.model.load import Placement
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Pair, Reference, read_records
-from salmonn.train.checkpoint import Checkpoints
+from salmonn.train.checkpoint import Checkpoint, Checkpoints
 from salmonn.train.drift import DriftSet
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.loop import FitConfig, Stage, Watch, autocast, fit
@@ -32,16 +33,10 @@ LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 FIT = FitConfig(steps=10, learning_rate=2e-3, warmup=0.2, batch_size=3, accumulation=2, checkpoint_every=4)
 
 
-def main(engine: Any, model: Path, root: Path, out: Path, *, precision: Any = "float32") -> None:
-    """Train on three pairs."""
-    dist.setup(threads=1)
-    placement = Placement(dtype=precision, attention="sdpa")
-    config = replace(FIT, precision=precision, gradient_checkpointing=precision == "bfloat16")
-    captioner = Captioner.load(model, placement=placement)
-    network = captioner.network
-    references = read_records(root / CLIPS_NAME, Reference)[:3]
-    blocks = encode_clips(captioner, ClipSet(references, root), name="clips")
-    prompt = captioner.describe()
+def train(captioner: Captioner, engine: Any, clips: ClipSet, out: Path, *, config: FitConfig) -> Checkpoint:
+    """Train on three pairs, a right and a wrong caption of each clip."""
+    network, references, prompt = captioner.network, clips.references, captioner.describe()
+    blocks = encode_clips(captioner, clips, name="clips")
     pairs = [
         Pair(one.video, prompt, one.caption, other.caption, one.caption, gap=0.5)
         for one, other in zip(references, references[1:] + references[:1], strict=True)
@@ -49,22 +44,34 @@ def main(engine: Any, model: Path, root: Path, out: Path, *, precision: Any = "f
     attach(network, LORA, seed=0)
     by_video = {one.video: block for one, block in zip(references, blocks, strict=True)}
     batches = PreferenceBatches(
-        pairs, by_video, captioner.processor, batch_size=FIT.batch_size, seed=0, accumulation=FIT.accumulation
+        pairs, by_video, captioner.processor, batch_size=config.batch_size, seed=0, accumulation=config.accumulation
     )
-    with autocast(precision):
+    with autocast(config.precision):
         batches.refer(network)
     fixed = DriftSet(references[:1], blocks[:1], captioner.processor, prompt=prompt)
 
     def measure(wrapped: nn.Module) -> dict[str, float]:
-        with autocast(precision):
+        with autocast(config.precision):
             return {"kl": fixed.to_reference(wrapped, network)}
 
-    watch = Watch(measure, every=5)
-    stage = Stage(engine, out, Checkpoints(out / "checkpoints"), engine=engine, watch=watch)
-    done = fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
+    stage = Stage(engine, out, Checkpoints(out / "checkpoints"), engine=engine, watch=Watch(measure, every=5))
+    return fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
+
+
+def main(engine: str, model: Path, root: Path, out: Path, *, precision: Any) -> None:
+    """Train and merge; nothing may hold the network that the training used up."""
+    dist.setup(threads=1)
+    placement = Placement(dtype=precision, attention="sdpa")
+    config = replace(FIT, precision=precision, gradient_checkpointing=precision == "bfloat16")
+    captioner = Captioner.load(model, placement=placement)
+    used_up = weakref.ref(captioner.network)
+    clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
+    done = train(captioner, engine, clips, out, config=config)
     merge_trained(captioner, out, done, base=model, lora=LORA, placement=placement, adapter=True)
+    left = used_up()
+    assert left is None or not any(parameter.nbytes for parameter in left.parameters()), "a GPU has no room for two"
     dist.barrier()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:5]), **dict(zip(["precision"], sys.argv[5:], strict=False)))
+    main(sys.argv[1], *map(Path, sys.argv[2:5]), precision=sys.argv[5])
