@@ -18,15 +18,16 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, read_conversations
+from salmonn.media.container import declared_seconds
 from salmonn.model.load import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Block
 from salmonn.records import Pair
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.dry_run import plan_adapter
-from salmonn.train.engine import EngineName, require_engine
+from salmonn.train.engine import EngineName
 from salmonn.train.examples import ClipCache, Example, conversation_examples
-from salmonn.train.loop import FitConfig, Stage, autocast, fit
+from salmonn.train.loop import FitConfig, Stage, autocast, fit, require_processes
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 from salmonn.train.stages import merge_trained, merged, open_run
 
@@ -81,7 +82,7 @@ def main(config: GivenDpoConfig) -> None:
         )
         return
     dist.setup()
-    require_engine(config.engine)
+    require_processes(config.engine, config.fit)
     load_config(config.model)  # a wrong folder is told first
     examples, pairs = read_preferences(config)
     open_run(config.out, replace(config, engine="ddp"), name="dpo")  # the engine may change in a run that goes on
@@ -151,14 +152,15 @@ def to_pair(conversation: Conversation, *, name: str) -> Pair:
 
 
 def encode(captioner: Captioner, examples: Sequence[Example]) -> dict[str, Block]:
-    """The examples' clips by number, each as the frozen towers give it once; each rank encodes its share."""
+    """The examples' clips by number, each as the frozen towers give it once; ranks share them out by their length."""
     cache = ClipCache(captioner.processor, max_bytes=0)
     blocks: list[Block] = []
     clips = {example.clip: example for example in examples}
-    mine = dist.share(list(clips.values()))
-    for example in tqdm(mine, desc="reading clips", unit="clip", disable=not dist.is_main()):
-        blocks += captioner.encode([cache(example)])
-    by_clip = dict(zip(clips, dist.gather(blocks), strict=True))
+    every = list(clips.values())
+    shares = dist.spread([declared_seconds(example.video) for example in every])
+    for place in tqdm(shares[dist.rank()], desc="reading clips", unit="clip", disable=not dist.is_main()):
+        blocks += captioner.encode([cache(every[place])])
+    by_clip = dict(zip(clips, dist.collect(blocks, shares), strict=True))
     return {str(number): by_clip[example.clip] for number, example in enumerate(examples)}
 
 

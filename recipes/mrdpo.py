@@ -34,7 +34,7 @@ from salmonn.train.checkpoint import Checkpoint, Checkpoints, checkpointed, requ
 from salmonn.train.curves import plot_summary
 from salmonn.train.drift import DriftSet
 from salmonn.train.dry_run import plan_adapter
-from salmonn.train.engine import EngineName, require_engine
+from salmonn.train.engine import EngineName
 from salmonn.train.evaluate import (
     RATES_NAME,
     SIDE_BY_SIDE,
@@ -47,7 +47,7 @@ from salmonn.train.evaluate import (
 from salmonn.train.examples import Example, SftBatch, SftBatches, make_examples, sft_loss
 from salmonn.train.guards import GuardConfig, RoundFailed, best_round, require_margin, require_pairs, worsened
 from salmonn.train.log import log_rounds
-from salmonn.train.loop import Batches, FitConfig, Stage, Watch, autocast, fit
+from salmonn.train.loop import Batches, FitConfig, Stage, Watch, autocast, fit, require_processes
 from salmonn.train.pairing import PairConfig, make_pairs
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatch, PreferenceBatches
 from salmonn.train.references import ClipSet, heldout_config, read_clips, render_clips
@@ -148,8 +148,9 @@ class MrDpoConfig:
 
     @property
     def essential(self) -> "MrDpoConfig":
-        """What results follow from: a spend cap may be raised and the engine changed in a run that goes on."""
-        return replace(self, engine="ddp", judge=self.judge.essential())
+        """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
+        dpo = replace(self.dpo, kl_every=DpoConfig.kl_every)
+        return replace(self, engine="ddp", judge=self.judge.essential(), kl_clips=MrDpoConfig.kl_clips, dpo=dpo)
 
 
 def main(config: MrDpoConfig) -> None:
@@ -158,7 +159,7 @@ def main(config: MrDpoConfig) -> None:
         plan(config)
         return
     dist.setup()
-    require_engine(config.engine)
+    require_processes(config.engine, *([config.fit, config.rebirth.fit] if config.rebirth else [config.fit]))
     load_config(config.model)  # a wrong folder is told before anything is rendered
     judge = make_judge(config.judge, processes=dist.world_size())
     train, heldout = read_sets(config, judge)
@@ -204,10 +205,15 @@ class Run:
         """The block of the training clip that an example is about."""
         return self._by_path[example.video]
 
-    def drift_set(self, captioner: Captioner, num_clips: int) -> DriftSet:
-        """Held-out clips that it is measured on how far a model has moved."""
-        references, blocks = self.heldout.references[:num_clips], self.heldout_blocks[:num_clips]
-        return DriftSet(references, blocks, captioner.processor, prompt=captioner.describe())
+    def drift_set(self, captioner: Captioner, config: MrDpoConfig) -> DriftSet:
+        """Held-out clips that it is measured on how far a model has moved, as many at once as in training."""
+        return DriftSet(
+            self.heldout.references[: config.kl_clips],
+            self.heldout_blocks[: config.kl_clips],
+            captioner.processor,
+            prompt=captioner.describe(),
+            batch_size=max(1, config.fit.batch_size // (dist.world_size() * config.fit.accumulation)),
+        )
 
     @cached_property
     def _by_path(self) -> dict[Path, Block]:
@@ -233,6 +239,11 @@ def read_sets(config: MrDpoConfig, judge: Judge) -> tuple[ClipSet, ClipSet]:
     if config.num_questions and not any(reference.questions for reference in train.references):
         raise ValueError(
             f"qa_share is {config.qa_share}, but the references have no questions: add some, or set it to 0"
+        )
+    if config.kl_clips and not any(reference.caption for reference in heldout.references[: config.kl_clips]):
+        raise ValueError(
+            f"the first {config.kl_clips} held-out references have no caption to measure on how far a model moves: add "
+            "captions, or leave that out (kl_clips 0)"
         )
     return train, heldout
 
@@ -264,12 +275,12 @@ def play_rounds(captioner: Captioner, run: Run, summary: Summary, *, config: MrD
         if reason := worsened(summary, config.guards):
             summary.stopped = reason
             break
-    best = best_round(summary)
     if summary.stopped:
         log.warning("the rounds end: %s", summary.stopped)
-        if summary.rounds[best - 1].total >= summary.sft.total:
-            log.warning("no round is better than the start, and there is nothing to be reborn from")
-            return
+    best = best_round(summary)
+    if best is None:
+        log.warning("no round is better than the start, and there is nothing to be reborn from")
+        return
     summary.best = f"round_{best}"
     captioner.reload(config.out / summary.best / "merged", placement=config.placement)
 
@@ -367,7 +378,7 @@ def watch_drift(captioner: Captioner, run: Run, config: MrDpoConfig) -> Watch | 
     """How far the policy moves from the round's start, on a fixed set of held-out clips."""
     if not config.kl_clips:
         return None
-    fixed, network = run.drift_set(captioner, config.kl_clips), captioner.network
+    fixed, network = run.drift_set(captioner, config), captioner.network
 
     def measure(model: nn.Module) -> dict[str, float]:
         with autocast(config.fit.precision):
@@ -472,13 +483,14 @@ def measure(
     rates = Rates(**read_json(path))
     log.info("%s: total %.3f, questions %s", stage, rates.total, rates.qa_accuracy)
     if summary and config.kl_clips:
-        if absent(folder / "kl.json"):
+        path = folder / f"kl_{config.kl_clips}.json"
+        if absent(path):
             start = load(config.model, config).network
-            kl = run.drift_set(captioner, config.kl_clips).between(captioner.network, start)
+            kl = run.drift_set(captioner, config).between(captioner.network, start)
             if dist.is_main():
-                write_json(folder / "kl.json", kl)
+                write_json(path, kl)
             dist.barrier()
-        summary.kl[stage.replace("_", " ")] = read_json(folder / "kl.json")
+        summary.kl[stage.replace("_", " ")] = read_json(path)
     return rates
 
 

@@ -6,6 +6,7 @@ Reads references (or renders synthetic clips), trains what `trainable` and `lora
 measures it on held-out clips. Killed, the same command goes on from the last checkpoint.
 """
 
+import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -32,10 +33,10 @@ from salmonn.records import Use, write_json
 from salmonn.score.rule import RuleJudge
 from salmonn.train.checkpoint import checkpointed, put_trained
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
-from salmonn.train.engine import EngineName, require_engine
+from salmonn.train.engine import EngineName
 from salmonn.train.evaluate import encode_clips, evaluate, write_evaluation
 from salmonn.train.examples import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
-from salmonn.train.loop import FitConfig, Stage, fit
+from salmonn.train.loop import FitConfig, Stage, fit, require_processes
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
 from salmonn.train.stages import absent, open_run, save_merged
 
@@ -98,14 +99,15 @@ def main(config: SftConfig) -> None:
         plan(config)
         return
     dist.setup()
-    require_engine(config.engine)
+    require_processes(config.engine, config.fit)
     if config.model != TINY:
         load_config(config.model)  # a wrong folder is told before anything is rendered
     clips = read_data(config)
     open_run(config.out, replace(config, engine="ddp"), name="sft")  # the engine may change in a run that goes on
     if not absent(config.out / CONFIG_NAME):
         log.info("%s is trained already", config.out)
-        return
+        with checkpointed(config.out):  # clears what a kill has left
+            return
     captioner = load_model(config, clips)
     choose_trainable(captioner.network, config)
     examples = to_examples(clips, captioner, config)
@@ -124,6 +126,7 @@ def main(config: SftConfig) -> None:
         done = fit(captioner.network, batches, sft_loss, config.fit.resolve(len(examples)), stage=stage)
         # Training uses the network up: what it has learnt goes into another that is made in the same way.
         del captioner.network
+        gc.collect()
         captioner.network = start_network(config, captioner.processor)
         choose_trainable(captioner.network, config)
         put_trained(captioner.network, done)
@@ -205,17 +208,19 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
 
 
 def whole_clips(examples: Sequence[Example], *, engine: str) -> list[Example]:
-    """Examples for an engine that splits the training: all processes must see and hear in each step.
+    """Examples for an engine that splits the training: all processes must use the same parts of the model in each step.
 
     Raises:
-        ValueError: some are of picture or sound alone. A clip that lacks either ends the run when it is read.
+        ValueError: some are of the whole clip, others of picture or sound alone. A clip that lacks what it is meant for
+            ends the run when it is read.
     """
-    if partial := sum(example.use != "both" for example in examples):
+    uses = sorted({example.use for example in examples})
+    if len(uses) > 1:
         raise ValueError(
-            f"{partial} of {len(examples)} examples are of picture or sound alone, and with engine {engine} all "
-            "processes must use the same parts of the model in each step: choose tasks of the whole clip, or engine ddp"
+            f"the {len(examples)} examples are of {' and of '.join(uses)}, and with engine {engine} all processes must "
+            "use the same parts of the model in each step: choose tasks of one kind, or engine ddp"
         )
-    return [replace(example, needs_both=True) for example in examples]
+    return [replace(example, needs_both=example.use == "both") for example in examples]
 
 
 def start_network(config: SftConfig, processor: Processor) -> Network:

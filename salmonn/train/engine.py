@@ -210,6 +210,9 @@ class ZeroEngine:
             "zero_optimization": {"stage": stage},
             "gradient_clipping": max_grad_norm,
             "bf16": {"enabled": short},
+            # Left to itself it would add up gradients in 16 bits too.
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
             "zero_allow_untested_optimizer": True,
         }
         self.stage = stage

@@ -64,7 +64,7 @@ def worsened(summary: Summary, guards: GuardConfig) -> str | None:
     )
 
 
-def best_round(summary: Summary) -> int:
-    """The number of the round to go on from: the last, or where the rounds were ended the best by its Total."""
+def best_round(summary: Summary) -> int | None:
+    """The number of the round with the least held-out Total; none where no round is better than the start."""
     totals = [rates.total for rates in summary.rounds]
-    return totals.index(min(totals)) + 1 if summary.stopped else len(totals)
+    return totals.index(min(totals)) + 1 if min(totals) < summary.sft.total else None

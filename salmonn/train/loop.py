@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from salmonn import dist
 from salmonn.model.network import Network
 from salmonn.train.checkpoint import Checkpoint, Checkpoints, put_trained
-from salmonn.train.engine import Engine, EngineName, start_engine, trained
+from salmonn.train.engine import Engine, EngineName, require_engine, start_engine, trained
 from salmonn.train.log import RunLog
 
 log = logging.getLogger(__name__)
@@ -43,8 +43,8 @@ class FitConfig:
         weight_decay: of matrices; vectors have none.
         betas: of Adam.
         max_grad_norm: gradients are clipped to this norm.
-        precision: what the model computes in; bfloat16 is automatic mixed precision. Trained weights and Adam's
-            moments are float32 in any case.
+        precision: what the model computes in; bfloat16 is automatic mixed precision (under ZeRO all weights are
+            bfloat16 in products). Trained weights, their gradients' sums and Adam's moments are float32 in any case.
         gradient_checkpointing: keep each layer's input alone and compute the rest again for the gradient.
         checkpoint_every: steps between checkpoints, from which a killed stage goes on.
     """
@@ -73,6 +73,8 @@ class FitConfig:
             raise ValueError(f"warmup is a share of the steps from 0 to 1, got {self.warmup}")
         if self.accumulation < 1:
             raise ValueError(f"accumulation counts pieces and must be at least 1, got {self.accumulation}")
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every counts steps and must be at least 1, got {self.checkpoint_every}")
 
     def resolve(self, num_examples: int) -> "FitConfig":
         """The same in steps, where it is told in epochs of so many examples."""
@@ -180,6 +182,16 @@ def autocast(precision: Precision) -> torch.autocast:
     return torch.autocast(dist.device().type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def require_processes(engine: EngineName, *configs: FitConfig) -> None:
+    """Raise ValueError where these processes cannot train so; told before anything is sampled."""
+    require_engine(engine)
+    if small := [config.batch_size for config in configs if config.batch_size < dist.world_size()]:
+        raise ValueError(
+            f"a batch of {small[0]} examples does not reach for {dist.world_size()} processes: raise batch_size (of "
+            "fit and rebirth.fit), or start fewer"
+        )
+
+
 def fit(
     network: nn.Module, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: Stage
 ) -> Checkpoint:
@@ -202,8 +214,7 @@ def fit(
         FloatingPointError: the loss or a gradient is not finite; the last checkpoint is sound.
         ValueError: the config does not suit the model or the number of processes, or the disk is full.
     """
-    if config.batch_size < dist.world_size():
-        raise ValueError(f"a batch of {config.batch_size} examples does not reach for {dist.world_size()} processes")
+    require_processes(stage.engine, config)
     last = stage.checkpoints.newest()
     if last and last.step >= config.num_steps:
         return last

@@ -30,6 +30,10 @@ class DpoConfig:
     ce_weight: float = 0.1
     kl_every: int = 10
 
+    def __post_init__(self) -> None:
+        if self.kl_every < 1:
+            raise ValueError(f"kl_every counts steps and must be at least 1, got {self.kl_every}")
+
 
 @dataclass(frozen=True)
 class PreferenceBatch:
@@ -82,7 +86,11 @@ class PreferenceBatches:
 
     def refer(self, network: Network) -> None:
         """Ask the reference policy, the network with its adapter off, once for every pair; shared over ranks."""
-        mine = dist.share(self.pairs)
+        costs = [
+            len(self.blocks[pair.video]) + len(pair.chosen.split()) + len(pair.rejected.split()) for pair in self.pairs
+        ]
+        shares = dist.spread(costs)
+        mine = [self.pairs[place] for place in shares[dist.rank()]]
         size = max(1, self.batch_size // self.accumulation)
         scored: list[tuple[float, float]] = []
         with adapter_off(network), torch.no_grad():
@@ -92,7 +100,7 @@ class PreferenceBatches:
                 rows += [Row(index, pair.prompt, pair.rejected, pair.history) for index, pair in enumerate(part)]
                 logps = sequence_logps(network(self._inputs(part, rows).to(network.device))).cpu()
                 scored += zip(logps[: len(part)].tolist(), logps[len(part) :].tolist(), strict=True)
-        self.reference = dist.gather(scored)
+        self.reference = dist.collect(scored, shares)
 
     def __call__(self, step: int) -> list[PreferenceBatch]:
         """This rank's batch of a step, in pieces."""

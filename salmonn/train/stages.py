@@ -25,7 +25,9 @@ def open_run(folder: Path, config: Any, *, name: str) -> None:
     """
     if dist.is_main():
         claim_folder(folder, config, name=name)
-        for half in sorted(folder.rglob(".*.tmp")):
+        # Other runs may have their folders in this one: only what is a stage's own is looked at.
+        stages = (path for name in ("sft", "round_*", "rebirth") for path in folder.glob(name))
+        for half in sorted({*folder.glob(".*.tmp"), *(path for stage in stages for path in stage.rglob(".*.tmp"))}):
             if half.is_dir():
                 shutil.rmtree(half)
             else:
@@ -39,8 +41,8 @@ def open_run(folder: Path, config: Any, *, name: str) -> None:
 
 
 def absent(path: Path) -> bool:
-    """Whether a file is still to be made. Rank 0 looks for all, so that all take the same way."""
-    return dist.gather([not path.is_file()])[0]
+    """Whether a file is still to be made. Rank 0 alone looks: others' disks would remember that it was not there."""
+    return dist.gather([dist.is_main() and not path.is_file()])[0]
 
 
 def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:

@@ -68,12 +68,6 @@ def command_of() -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def kill_family() -> Callable[[subprocess.Popen], None]:
-    """`kill`, for tests."""
-    return kill
-
-
-@pytest.fixture(scope="session")
 def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """Make a folder once for all workers of pytest-xdist; later callers wait for it."""
 

@@ -36,14 +36,14 @@ PROMISED = {
     "summary.json",
     "summary.png",
     *(f"sft/{name}" for name in MEASURED),
-    *(f"round_1/{name}" for name in [*MEASURED, "heldout/kl.json", *(f"merged/{part}" for part in MODEL)]),
+    *(f"round_1/{name}" for name in [*MEASURED, "heldout/kl_2.json", *(f"merged/{part}" for part in MODEL)]),
     *(f"round_1/{name}.jsonl" for name in ("captions", "scores", "pairs", "steps")),
     *(
         f"{stage}/adapter/adapter_{part}"
         for stage in ("round_1", "rebirth")
         for part in ("config.json", "model.safetensors")
     ),
-    *(f"rebirth/{name}" for name in [*MEASURED, "heldout/kl.json", *(f"merged/{part}" for part in MODEL)]),
+    *(f"rebirth/{name}" for name in [*MEASURED, "heldout/kl_2.json", *(f"merged/{part}" for part in MODEL)]),
     "rebirth/captions.jsonl",
     "rebirth/steps.jsonl",
 }
@@ -229,7 +229,9 @@ def rates(total: float) -> Rates:
 @pytest.mark.parametrize(
     ("totals", "best", "stopped"),
     [
-        ([0.5, 0.4, 0.42], "round_3", None),
+        ([0.5, 0.4, 0.3], "round_3", None),
+        ([0.5, 0.4, 0.42], "round_2", None),
+        ([0.62, 0.61, 0.6], None, None),
         ([0.5, 0.4, 0.46], "round_2", "after round 3"),
         ([0.5, 0.4, "round_3 found 2 pairs"], "round_2", "found 2 pairs"),
         ([0.7, 0.1, 0.1], None, "after round 1"),

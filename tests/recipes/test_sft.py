@@ -1,6 +1,9 @@
 """Supervised fine-tuning from nothing, and with an adapter on a model that is there."""
 
 import json
+import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.model.load import load_network
 from salmonn.records import Caption, read_records
 from salmonn.score.files import read_scores
+from salmonn.train.examples import Example
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -29,7 +33,7 @@ def test_from_nothing(taught):
     steps = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(28))
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
-    assert (out / "sft.yaml").is_file() and not (out / "checkpoint.safetensors").exists()
+    assert (out / "sft.yaml").is_file() and not (out / "checkpoints").exists()
     assert Captioner.load(out).processor.config.family == "salmonn2"
 
 
@@ -97,3 +101,61 @@ def test_an_unknown_part_is_named(load_recipe, captioner, tmp_path):
     sft = load_recipe("sft")
     with pytest.raises(ValueError, match="named ears"):
         sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=("ears",)))
+
+
+# From the taught model, all of it trained, on three steps of the same clips.
+ALL = {"heldout_clips": 0, "tasks": "[caption]", "fit.steps": 3, "fit.batch_size": 3, "fit.checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(taught, launch, sizes, tmp_path_factory):
+    """Flags of a run of one process, and its folder."""
+    flags = sizes | ALL | {"model": taught / "model", "clips_dir": taught / "clips"}
+    out = tmp_path_factory.mktemp("whole") / "tuned"
+    result = launch("sft", out=out, **flags)
+    assert result.returncode == 0, result.stderr
+    return flags, out
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_towers_in_training_on_engines_that_split(whole, launch, tmp_path, engine):
+    flags, alone = whole
+    result = launch("sft", processes=2, out=tmp_path / "tuned", engine=engine, **flags)
+    assert result.returncode == 0, result.stderr
+    mine, theirs = (
+        [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "tuned", alone)
+    )
+    assert mine == pytest.approx(theirs, abs=1e-4) and len(mine) == 3
+    before, after = weights(alone), weights(tmp_path / "tuned")
+    # Adam's first steps go by gradients' signs, of which those that are all but 0 are rounding.
+    near = [torch.isclose(before[name], after[name], atol=1e-5).float().mean() for name in before]
+    assert min(near) > 0.9 and before.keys() == after.keys()
+
+
+def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, tmp_path):
+    flags, alone = whole
+    python, recipe, *options = command_of("sft", out=tmp_path / "tuned", **flags)
+    for point in ("step", "mark", "merge", "merged"):
+        line = [python, str(Path(__file__).with_name("killed.py")), point, recipe, *options]
+        result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+        assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (point, result.stderr)
+    assert (tmp_path / "tuned" / "checkpoints").is_dir()
+    result = launch("sft", out=tmp_path / "tuned", **flags)
+    assert result.returncode == 0 and "trained already" in result.stdout + result.stderr
+    names = {path.name for path in alone.iterdir() if not path.name.startswith("events")}
+    assert {path.name for path in (tmp_path / "tuned").iterdir() if not path.name.startswith("events")} == names
+    for name in names - {"steps.jsonl", "sft.yaml"}:
+        assert (tmp_path / "tuned" / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("uses", [("both", "both"), ("audio", "audio")])
+def test_examples_of_one_kind_for_engines_that_split(load_recipe, uses):
+    examples = [Example(Path("a.mp4"), (), use=use) for use in uses]
+    assert {one.needs_both for one in load_recipe("sft").whole_clips(examples, engine="zero3")} == {uses[0] == "both"}
+
+
+def test_examples_of_two_kinds_are_refused_by_engines_that_split(load_recipe):
+    examples = [Example(Path("a.mp4"), (), use=use) for use in ("both", "visual", "both")]
+    with pytest.raises(ValueError, match="the 3 examples are of both and of visual, and with engine fsdp2"):
+        load_recipe("sft").whole_clips(examples, engine="fsdp2")

@@ -43,7 +43,7 @@ def test_what_is_taken_over_is_what_the_run_would_make(tool, finished, tmp_path)
     assert result.returncode == 0, result.stderr
     alone, shared = settings.folder("first_pairs", 2), finished / "seed_2" / "first_pairs"
     names = ("round_1/pairs.jsonl", "round_1/merged/model.safetensors", "round_2/merged/model.safetensors")
-    for name in (*names, "round_2/heldout/captions.jsonl", "round_2/heldout/kl.json"):
+    for name in (*names, "round_2/heldout/captions.jsonl", "round_2/heldout/kl_2.json"):
         mine, theirs = (folder / name for folder in (alone, shared))
         if name.endswith("captions.jsonl"):  # they tell the model's folder
             assert [json.loads(line)["text"] for line in mine.open()] == [

@@ -1,7 +1,8 @@
 """Guided DPO on a random model under one engine, as the tests start it with torchrun.
 
-    engines.py ENGINE MODEL CLIPS OUT float32|bfloat16
+    engines.py ENGINE MODEL CLIPS OUT float32|bfloat16 [spoilt]
 
+Spoilt, a clip of the last process has no finite loss in step 3.
 With bfloat16 the base is kept in it, layers are checkpointed, and it is what is computed in. Writes OUT/steps.jsonl,
 checkpoints/, adapter/ and merged/; goes on from what is in OUT/checkpoints/.
 """
@@ -23,7 +24,7 @@ from salmonn.train.checkpoint import Checkpoint, Checkpoints
 from salmonn.train.drift import DriftSet
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.loop import FitConfig, Stage, Watch, autocast, fit
-from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
 from salmonn.train.references import CLIPS_NAME, ClipSet
 from salmonn.train.stages import merge_trained
 
@@ -33,7 +34,19 @@ LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 FIT = FitConfig(steps=10, learning_rate=2e-3, warmup=0.2, batch_size=3, accumulation=2, checkpoint_every=4)
 
 
-def train(captioner: Captioner, engine: Any, clips: ClipSet, out: Path, *, config: FitConfig) -> Checkpoint:
+class Spoilt(PreferenceBatches):
+    """Deals out pairs with a reference that is no number, once and on one rank."""
+
+    def __call__(self, step: int) -> list[PreferenceBatch]:
+        pieces = super().__call__(step)
+        if step != 3 or dist.rank() + 1 < dist.world_size():
+            return pieces
+        return [replace(piece, reference_chosen=piece.reference_chosen * float("nan")) for piece in pieces]
+
+
+def train(
+    captioner: Captioner, engine: Any, clips: ClipSet, out: Path, *, config: FitConfig, deal: type[PreferenceBatches]
+) -> Checkpoint:
     """Train on three pairs, a right and a wrong caption of each clip."""
     network, references, prompt = captioner.network, clips.references, captioner.describe()
     blocks = encode_clips(captioner, clips, name="clips")
@@ -43,7 +56,7 @@ def train(captioner: Captioner, engine: Any, clips: ClipSet, out: Path, *, confi
     ]
     attach(network, LORA, seed=0)
     by_video = {one.video: block for one, block in zip(references, blocks, strict=True)}
-    batches = PreferenceBatches(
+    batches = deal(
         pairs, by_video, captioner.processor, batch_size=config.batch_size, seed=0, accumulation=config.accumulation
     )
     with autocast(config.precision):
@@ -58,7 +71,7 @@ def train(captioner: Captioner, engine: Any, clips: ClipSet, out: Path, *, confi
     return fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
 
 
-def main(engine: str, model: Path, root: Path, out: Path, *, precision: Any) -> None:
+def main(engine: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:
     """Train and merge; nothing may hold the network that the training used up."""
     dist.setup(threads=1)
     placement = Placement(dtype=precision, attention="sdpa")
@@ -66,7 +79,7 @@ def main(engine: str, model: Path, root: Path, out: Path, *, precision: Any) -> 
     captioner = Captioner.load(model, placement=placement)
     used_up = weakref.ref(captioner.network)
     clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
-    done = train(captioner, engine, clips, out, config=config)
+    done = train(captioner, engine, clips, out, config=config, deal=Spoilt if options else PreferenceBatches)
     merge_trained(captioner, out, done, base=model, lora=LORA, placement=placement, adapter=True)
     left = used_up()
     assert left is None or not any(parameter.nbytes for parameter in left.parameters()), "a GPU has no room for two"
@@ -74,4 +87,4 @@ def main(engine: str, model: Path, root: Path, out: Path, *, precision: Any) -> 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(Path, sys.argv[2:5]), precision=sys.argv[5])
+    main(sys.argv[1], *map(Path, sys.argv[2:5]), *sys.argv[5:])

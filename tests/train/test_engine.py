@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,13 +18,17 @@ SCRIPT = Path(__file__).with_name("engines.py")
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
-def train(engine, model, clips, out, *, processes, precision="float32"):
+def launch(engine, model, clips, out, *, processes, options=("float32",)):
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}"]
     line = [*(launcher if processes > 1 else [sys.executable]), str(SCRIPT), engine, str(model), str(clips), str(out)]
-    line.append(precision)
-    result = subprocess.run(
+    line += options
+    return subprocess.run(
         line, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
+
+
+def train(engine, model, clips, out, *, processes, precision="float32"):
+    result = launch(engine, model, clips, out, processes=processes, options=[precision])
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -113,8 +118,17 @@ def take_first_eight(source, folder) -> None:
     shutil.copy(source / "steps.jsonl", folder)
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_split_weights_in_16_bits(engine, random_model, clips, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(engine, random_model, clips, tmp_path):
+    """Rank 1 has the second of a step's three pairs."""
+    result = launch(engine, random_model, clips.root, tmp_path, processes=2, options=["float32", "spoilt"])
+    assert result.returncode != 0
+    assert re.search(r"step 3: loss nan, gradient norm nan, on [\w/]+\.mp4: look at these", result.stderr)
+    assert [step["step"] for step in steps_of(tmp_path)] == [0, 1, 2] and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_in_16_bits(engine, random_model, clips, tmp_path):
     """As the published settings have it: base and products in bfloat16, adapter in float32, layers checkpointed.
 
     Losses of about 2 have steps of 2^-7 = 0.008 there; ranks round apart.

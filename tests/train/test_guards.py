@@ -65,16 +65,19 @@ def test_a_worse_score_ends_the_rounds_and_the_best_is_kept():
     for total in (0.5, 0.53):
         summary.rounds.append(rates(total))
         assert worsened(summary, guards) is None
-    assert best_round(summary) == 2  # rounds that went to their end are taken at their end
+    assert best_round(summary) == 1
     summary.rounds.append(rates(0.56))
     summary.stopped = worsened(summary, guards)
     assert summary.stopped == (
         "after round 3 the held-out Total is 0.560, and was 0.500: more than guards.max_worsening 0.05 worse"
     )
-    assert best_round(summary) == 1
+    summary.rounds.append(rates(0.4))
+    assert best_round(summary) == 4
 
 
 def test_the_start_counts_among_the_best():
     summary = Summary(sft=rates(0.4), rounds=[rates(0.46)])
+    assert best_round(summary) is None
+    assert best_round(Summary(sft=rates(0.4), rounds=[rates(0.4)])) is None
     assert worsened(summary, GuardConfig(max_worsening=0.05))
     assert not worsened(replace(summary, sft=rates(0.42)), GuardConfig(max_worsening=0.05))

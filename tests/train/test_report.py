@@ -114,7 +114,7 @@ def test_a_run_that_is_going_on(run_folder):
     measured = {"sft": SFT, "round_10": ROUNDS[1], "round_2": ROUNDS[0]}
     for name, rates in measured.items():
         write_json(run_folder / name / "heldout" / "rates.json", asdict(rates))
-    write_json(run_folder / "round_2" / "heldout" / "kl.json", 0.5)
+    write_json(run_folder / "round_2" / "heldout" / "kl_16.json", 0.5)
     record = read_run(run_folder)
     assert record.summary == Summary(SFT, ROUNDS, kl={"round 2": 0.5}) and not record.is_whole
     assert [stage.name for stage in record.stages] == ["round 1", "round 2", "round 10", "rebirth"]
