@@ -211,9 +211,12 @@ def whole_clips(examples: Sequence[Example], *, engine: str) -> list[Example]:
     """Examples for an engine that splits the training: all processes must use the same parts of the model in each step.
 
     Raises:
-        ValueError: some are of the whole clip, others of picture or sound alone. A clip that lacks what it is meant for
-            ends the run when it is read.
+        ValueError: the engine gathers the towers' weights part by part, and they run as often as a process has clips;
+            or some examples are of the whole clip, others of picture or sound alone. A clip that lacks what it is
+            meant for ends the run when it is read.
     """
+    if engine == "zero3":
+        raise ValueError("engine zero3 does not take towers into training: choose fsdp2, which splits weights too")
     uses = sorted({example.use for example in examples})
     if len(uses) > 1:
         raise ValueError(

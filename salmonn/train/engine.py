@@ -219,6 +219,7 @@ class ZeroEngine:
         self.model, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=config, dist_init_required=False
         )
+        self._make_moments()
 
     @contextmanager
     def piece(self, *, last: bool) -> Iterator[None]:
@@ -256,19 +257,22 @@ class ZeroEngine:
         """See `Engine`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state  # noqa: PLC0415
 
-        count = next((tensors[key] for key in tensors if key.startswith("step.")), torch.tensor(0.0))
-        for flat in self._flat:
-            # What Adam would make at its first step, to be filled below.
-            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-            self._adam.state[flat] = {"step": count.clone(), **moments}
-        if self.stage == 2:
-            self._zero._lazy_init_hp_params_optimizer_state()
+        for state in self._adam.state.values():
+            state["step"] = next((tensors[key] for key in tensors if key.startswith("step.")), torch.tensor(0.0))
         for name, parameter in trained(self.model.module):
             # The weights were rounded to 16 bits when the engine started.
             safe_set_full_fp32_param(parameter, tensors[f"model.{name}"].to(self.model.device))
             for key in MOMENTS:
                 if f"{key}.{name}" in tensors:
                     safe_set_full_optimizer_state(parameter, tensors[f"{key}.{name}"].to(self.model.device), key)
+
+    def _make_moments(self) -> None:
+        """What Adam would make at its first step. Then DeepSpeed would link the first group's alone to the weights."""
+        for flat in self._flat:
+            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
+            self._adam.state[flat] = {"step": torch.tensor(0.0), **moments}
+        if self.stage == 2:
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
         """Take DeepSpeed's hooks and buffers down, and empty the network.

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,8 +58,8 @@ def cut(lengths: Sequence[float], *, size: int) -> list[list[int]]:
     """Places of a list in even batches of at most `size` (at least 1) and of like length, the longest first."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     count = -(-len(order) // max(1, size))
-    cuts = [len(order) * number // count for number in range(count)]
-    return [order[start:end] for start, end in zip(cuts, [*cuts[1:], len(order)], strict=True)]
+    cuts = [len(order) * number // max(1, count) for number in range(count + 1)]
+    return [order[start:end] for start, end in pairwise(cuts)]
 
 
 def _spread_out(

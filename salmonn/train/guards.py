@@ -65,6 +65,9 @@ def worsened(summary: Summary, guards: GuardConfig) -> str | None:
 
 
 def best_round(summary: Summary) -> int | None:
-    """The number of the round with the least held-out Total; none where no round is better than the start."""
+    """The number of the round with the least held-out Total; none where a guard ended the rounds and none is better
+    than the start."""
     totals = [rates.total for rates in summary.rounds]
-    return totals.index(min(totals)) + 1 if min(totals) < summary.sft.total else None
+    if summary.stopped and min(totals) >= summary.sft.total:
+        return None
+    return totals.index(min(totals)) + 1

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -293,7 +294,9 @@ class Bar:
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[told]}"),
         )
-        self.progress = Progress(*columns, disable=not dist.is_main(), refresh_per_second=2)
+        self.progress = Progress(
+            *columns, console=Console(stderr=True), disable=not dist.is_main(), refresh_per_second=2
+        )
         self.task = self.progress.add_task(name, total=num_steps, completed=first, told="")
 
     def __enter__(self) -> "Bar":

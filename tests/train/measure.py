@@ -9,6 +9,7 @@ libraries need in any case is not counted. Prints two numbers of bytes: estimate
 import gc
 import sys
 from pathlib import Path
+from tempfile import mkdtemp
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from salmonn.model.load import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Media, Network
 from salmonn.records import Pair
+from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.dry_run import Budget, ClipShape, Work, empty_network
-from salmonn.train.loop import FitConfig, fit
+from salmonn.train.loop import FitConfig, Stage, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 
 SHAPE = ClipShape(seconds=24.0, width=320, height=180, frames_per_second=10.0)
@@ -50,7 +52,8 @@ def read(processor: Processor) -> Media:
 
 
 def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
-    """One real step of guided DPO on one clip."""
+    """One real step of guided DPO on one clip, in a folder of its own, or it would be done already."""
+    work = Path(mkdtemp(dir=folder))
     media = read(captioner.processor)
     blocks = dict(zip(["noise"], captioner.encode([media]), strict=True))
     attach(captioner.network, LORA, seed=0)
@@ -62,9 +65,7 @@ def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
         batches,
         PreferenceLoss(DpoConfig()),
         fit_config,
-        seed=0,
-        name="step",
-        checkpoint_path=Path(folder) / "none.safetensors",
+        stage=Stage("step", work, Checkpoints(work / "checkpoints")),
     )
 
 

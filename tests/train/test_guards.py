@@ -77,7 +77,8 @@ def test_a_worse_score_ends_the_rounds_and_the_best_is_kept():
 
 def test_the_start_counts_among_the_best():
     summary = Summary(sft=rates(0.4), rounds=[rates(0.46)])
-    assert best_round(summary) is None
-    assert best_round(Summary(sft=rates(0.4), rounds=[rates(0.4)])) is None
+    assert best_round(summary) == 1
+    assert best_round(replace(summary, stopped="by a guard")) is None
+    assert best_round(Summary(sft=rates(0.4), rounds=[rates(0.4)], stopped="by a guard")) is None
     assert worsened(summary, GuardConfig(max_worsening=0.05))
     assert not worsened(replace(summary, sft=rates(0.42)), GuardConfig(max_worsening=0.05))

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pytest
 import torch
@@ -13,12 +15,24 @@ from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.model.load import Placement
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.records import Pair
+from salmonn.train.checkpoint import Checkpoints, put_trained
 from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss, split
-from salmonn.train.loop import FitConfig, fit, learning_rate_at
+from salmonn.train.loop import FitConfig, Stage, Watch, fit, learning_rate_at
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 
 STEADY = LoraConfig(rank=4, dropout=0.0)
+TIMED = ("tokens_per_second", "memory_gib", "wait_seconds", "seconds")
 HEARING = ("audio.qformer.", "audio.projector.")
+
+
+def stage_in(folder, *, seed=0) -> Stage:
+    return Stage("options", folder, Checkpoints(folder / "checkpoints"), seed)
+
+
+def steps_of(folder) -> list[dict]:
+    """The figures of the log but those of time and memory."""
+    steps = map(json.loads, (folder / "steps.jsonl").read_text().splitlines())
+    return [{name: value for name, value in step.items() if name not in TIMED} for step in steps]
 
 
 def test_epochs_become_steps():
@@ -66,7 +80,7 @@ def test_a_batch_that_does_not_reach_for_all_ranks_is_refused(captioner, monkeyp
 def fit_network(network, batches, folder, *, loss, **options) -> dict[str, torch.Tensor]:
     """Trained weights after a few steps."""
     config = FitConfig(**{"learning_rate": 1e-3, "steps": 1, "warmup": 1.0} | options)
-    fit(network, batches, loss, config, seed=0, name="options", checkpoint_path=folder / "c.safetensors")
+    fit(network, batches, loss, config, stage=stage_in(folder))
     return {name: value.clone() for name, value in network.named_parameters() if value.requires_grad}
 
 
@@ -90,7 +104,7 @@ def learn(random_model, clips, tmp_path):
 
 def gradients(network, batches, folder, *, loss, **options):
     """What the first step's optimiser sees: its gradients before clipping, and the figures of the log."""
-    grads, figures = {}, {}
+    grads, folder = {}, Path(mkdtemp(dir=folder))  # a run in the folder of another would go on from its end
     names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
     # The hook hears of a weight's gradient once all pieces have added to it, since steps overwrite the earlier.
     for parameter, name in names.items():
@@ -98,17 +112,8 @@ def gradients(network, batches, folder, *, loss, **options):
             lambda parameter, name=name: grads.__setitem__(name, parameter.grad.clone())
         )
     config = FitConfig(**{"steps": 1, "warmup": 1.0, "max_grad_norm": 1e9} | options)
-    fit(
-        network,
-        batches,
-        loss,
-        config,
-        seed=0,
-        name="options",
-        checkpoint_path=folder / "c.safetensors",
-        on_step=lambda _, each: figures.update(each),
-    )
-    return grads, figures
+    fit(network, batches, loss, config, stage=stage_in(folder))
+    return grads, steps_of(folder)[0]
 
 
 def distance(ours: dict, theirs: dict) -> float:
@@ -173,29 +178,36 @@ def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
 
 
 def test_16_bits_train_in_32(random_model, clips, tmp_path):
-    """Adapter and Q-Former are float32 while they are trained, the rest stays in bfloat16; both are so again after."""
+    """Adapter and Q-Former are float32 while they are trained, the rest stays in bfloat16; the result is all of it."""
     captioner = Captioner.load(random_model, placement=Placement(dtype="bfloat16"))
-    network, processor = captioner.network, captioner.processor
-    before = {name: value.clone() for name, value in network.named_parameters()}
-    attach(network, STEADY, seed=0)
-    for name, parameter in network.named_parameters():
-        if name.startswith(HEARING):
-            parameter.requires_grad = True
+    processor = captioner.processor
+    before = {name: value.clone() for name, value in captioner.network.named_parameters()}
+
+    def prepare(network):
+        attach(network, STEADY, seed=0)
+        for name, parameter in network.named_parameters():
+            if name.startswith(HEARING):
+                parameter.requires_grad = True
+        return network
+
+    network = prepare(captioner.network)
     examples = make_examples(clips.references[:2], ("audio_caption",), root=clips.root)
     batches = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)
-    dtypes, losses = [], []
+    dtypes = []
 
-    def look(_, figures):
-        dtypes.append({(value.requires_grad, value.dtype) for value in network.parameters()})
-        losses.append(figures["loss"])
+    def look(model):
+        dtypes.append({(value.requires_grad, value.dtype) for value in model.parameters()})
+        return {}
 
     config = FitConfig(learning_rate=4e-3, steps=15, warmup=0.2, precision="bfloat16", gradient_checkpointing=True)
-    fit(network, batches, sft_loss, config, seed=0, name="t", checkpoint_path=tmp_path / "c.safetensors", on_step=look)
+    stage = replace(stage_in(tmp_path), watch=Watch(look, every=1))
+    done = fit(network, batches, sft_loss, config, stage=stage)
+    losses = [step["loss"] for step in steps_of(tmp_path)]
     assert set.union(*dtypes) == {(True, torch.float32), (False, torch.bfloat16)}
     assert losses[-1] < 0.8 * losses[0]
-    assert not any(
-        module.gradient_checkpointing for module in network.modules() if hasattr(module, "gradient_checkpointing")
-    )
+    captioner.reload(random_model, placement=Placement(dtype="bfloat16"))
+    network = prepare(captioner.network)
+    put_trained(network, done)
     merge(network)
     after = dict(network.named_parameters())
     assert after.keys() == before.keys() and {value.dtype for value in after.values()} == {torch.bfloat16}
@@ -219,7 +231,7 @@ class Killed(Exception):
 def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
     """Float32 masters of bfloat16 weights come back from the checkpoint whole."""
 
-    def run(name, on_step=None):
+    def run(name, *, killed_at=None):
         captioner = Captioner.load(random_model, placement=Placement(dtype="bfloat16"))
         attach(captioner.network, LoraConfig(rank=2, dropout=0.5), seed=0)
         for parameter in captioner.network.audio.projector.parameters():
@@ -231,23 +243,23 @@ def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
             **{"learning_rate": 1e-4, "epochs": 5, "steps": None, "batch_size": 4, "accumulation": 2, "warmup": 0.4},
             **{"final_rate": 0.0, "precision": "bfloat16", "gradient_checkpointing": True, "checkpoint_every": 3},
         )
-        options = {"seed": 1, "name": name, "checkpoint_path": tmp_path / f"{name}.safetensors", "on_step": on_step}
-        fit(captioner.network, batches, sft_loss, config.resolve(len(examples)), **options)
-        return {key: value.clone() for key, value in captioner.network.named_parameters() if value.requires_grad}
 
-    steps = []
+        def deal(step):
+            if step == killed_at:
+                raise Killed
+            return batches(step)
 
-    def kill(step, _):
-        steps.append(step)
-        if step == 3:
-            raise Killed
+        return fit(
+            captioner.network, deal, sft_loss, config.resolve(len(examples)), stage=stage_in(tmp_path / name, seed=1)
+        )
 
     unbroken = run("unbroken")
     with pytest.raises(Killed):
-        run("broken", kill)
-    resumed = run("broken", lambda step, _: steps.append(step))
-    assert steps == [0, 1, 2, 3, 3, 4]
-    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+        run("broken", killed_at=4)
+    assert len(steps_of(tmp_path / "broken")) == 4  # the checkpoint is of 3
+    resumed = run("broken")
+    assert steps_of(tmp_path / "broken") == steps_of(tmp_path / "unbroken") and resumed.step == 5
+    assert resumed.path.read_bytes() == unbroken.path.read_bytes()
 
 
 RANKS = """
@@ -259,7 +271,8 @@ from salmonn.caption.captioner import Captioner
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Reference, read_records
 from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss
-from salmonn.train.loop import FitConfig, fit
+from salmonn.train.checkpoint import Checkpoints
+from salmonn.train.loop import FitConfig, Stage, fit
 
 model, clips, out = sys.argv[1:]
 dist.setup(threads=1)
@@ -273,8 +286,8 @@ batches = SftBatches(
     examples, captioner.processor, ClipCache(captioner.processor), batch_size=5, seed=0, accumulation=2
 )
 config = FitConfig(steps=2, warmup=0.5, batch_size=5, accumulation=2, gradient_checkpointing=True)
-path = Path(out) / f"c{dist.rank()}.safetensors"
-fit(captioner.network, batches, sft_loss, config, seed=0, name="ranks", checkpoint_path=path)
+folder = Path(out) / f"of_{dist.world_size()}"
+fit(captioner.network, batches, sft_loss, config, stage=Stage("ranks", folder, Checkpoints(folder / "checkpoints")))
 moved = torch.cat([value.detach().flatten() for value in trained]) - start
 (Path(out) / f"{dist.world_size()}-{dist.rank()}.json").write_text(json.dumps(moved.tolist()))
 """

@@ -1,5 +1,6 @@
 """Preference batches and their loss on a real network: reference, first value, direction."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import torch
 from salmonn.caption.inputs import Row
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Pair
+from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.examples import Example, SftBatches, Turn, sft_loss
-from salmonn.train.loop import FitConfig, fit
+from salmonn.train.loop import FitConfig, Stage, fit
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatches, PreferenceLoss
 
 LORA = LoraConfig(rank=4, dropout=0.0)
@@ -132,17 +134,14 @@ def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, t
     attach(captioner.network, LORA, seed=0)
     batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
     batches.refer(captioner.network)
-    figures = []
     fit(
         captioner.network,
         batches,
         PreferenceLoss(DpoConfig(ce_weight=0.0)),
         FitConfig(learning_rate=3e-3, steps=8, warmup=0.125, batch_size=1),
-        seed=0,
-        name="one pair",
-        checkpoint_path=tmp_path / "c.safetensors",
-        on_step=lambda _, each: figures.append(dict(each)),
+        stage=Stage("one pair", tmp_path, Checkpoints(tmp_path / "checkpoints")),
     )
+    figures = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert figures[-1]["chosen"] > figures[-1]["rejected"] + 0.1
     assert figures[-1]["loss"] < figures[0]["loss"] and figures[-1]["accuracy"] == 1.0
     now = [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
