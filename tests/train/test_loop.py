@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import resource
 import shutil
 import weakref
 from dataclasses import dataclass
@@ -362,6 +363,20 @@ def test_a_disk_that_fills_up_while_it_is_written_leaves_what_was_there(broken_o
     with pytest.raises(ValueError, match="make room"):
         fit_weights(broken_off, FIVE)
     assert bytes_of(broken_off / "checkpoints") == before
+
+
+def test_a_file_that_the_system_lets_not_grow_leaves_what_was_there(tmp_path):
+    """No stand-in: the system refuses what goes beyond 100 kB, as it would where a disk is full."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"model.a": torch.ones(10)}, step=1)
+    before, limits = bytes_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"the checkpoint of step 2 needs .* make room"):
+            checkpoints.save({"model.a": torch.ones(100_000)}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert bytes_of(tmp_path) == before and checkpoints.newest().step == 1
 
 
 def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
