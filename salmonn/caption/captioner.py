@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.inputs import Processor, Row
+from salmonn.caption.reading import ClipReader, Read, Wanted
 from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network, save_network
-from salmonn.model.network import Block, Media, Network
+from salmonn.model.network import Block, Inputs, Media, Network
 from salmonn.records import Caption, Use, new_folder
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
@@ -145,7 +147,7 @@ class Captioner:
         """
         prompt, span = prompt or self.describe(use), span or Span()
         media = self._read(Path(path), span=span, use=use)
-        answer = self.answer([media], [prompt], sampling=sampling or self.greedy(), seed=seed)[0]
+        answer = self.answer([media], [prompt], sampling=sampling or self.greedy(), seeds=[seed])[0]
         return self._sign(answer, path, prompt=prompt, span=span)
 
     def describe(self, use: Use = "both") -> str:
@@ -180,38 +182,64 @@ class Captioner:
         use: Use = "both",
         seed: int = 0,
         batch_size: int | None = None,
+        reader: ClipReader | None = None,
     ) -> Iterator[Caption | Failure]:
-        """Describe many videos in batches; one that cannot be read becomes a `Failure` and harms no other.
+        """Describe many videos in batches of like length; one that cannot be read is a `Failure` and harms no other.
 
         Takes what `caption` takes; the results come in the order of the paths.
+
+        Args:
+            seed: a video's draws come from the seed plus its place among the paths.
+            batch_size: videos side by side, at most (default: the model's).
+            reader: what reads ahead while the model works (default: a thread of this process).
         """
         batch_size = self.processor.config.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         prompt, sampling, span = prompt or self.describe(use), sampling or self.greedy(), span or Span()
-        for start in range(0, len(paths), batch_size):
-            part = paths[start : start + batch_size]
-            read = [self._try_read(path, span=span, use=use) for path in part]
-            clips = [media for media in read if isinstance(media, Media)]
-            try:
-                answers = iter(self.answer(clips, [prompt] * len(clips), sampling=sampling, seed=seed + start))
-            except torch.OutOfMemoryError as error:
-                told = str(error).split(". ")[0]
-                read = [
-                    Failure(str(path), f"{path}: {NO_ROOM} ({told})") if isinstance(media, Media) else media
-                    for path, media in zip(part, read, strict=True)
-                ]
-            for path, media in zip(part, read, strict=True):
-                if isinstance(media, Failure):
-                    yield media
-                    continue
-                yield self._sign(next(answers), path, prompt=prompt, span=span)
+        wanted = Wanted(
+            self.processor.config.frame_rule,
+            span.start_seconds,
+            span.end_seconds,
+            video=use != "audio",
+            audio=use != "visual",
+        )
+        results: dict[int, Caption | Failure] = {}
+        with ExitStack() as stack:
+            reader = reader or stack.enter_context(ClipReader(workers=0))
+            told = 0
+            for batch in reader.batches(paths, wanted, size=batch_size, finish=self.processor.media):
+                results |= self._caption_batch(batch, paths, prompt=prompt, sampling=sampling, span=span, seed=seed)
+                while told in results:
+                    yield results.pop(told)
+                    told += 1
 
-    def _try_read(self, path: Path, *, span: Span, use: Use) -> Media | Failure:
+    def _caption_batch(
+        self,
+        batch: Sequence[Read[Media]],
+        paths: Sequence[Path],
+        *,
+        prompt: str,
+        sampling: Sampling,
+        span: Span,
+        seed: int,
+    ) -> dict[int, Caption | Failure]:
+        """What becomes of a batch's clips, by their places among the paths."""
+        results: dict[int, Caption | Failure] = {
+            place: Failure(str(paths[place]), str(read)) for place, read in batch if isinstance(read, ValueError)
+        }
+        clips = {place: read for place, read in batch if isinstance(read, Media)}
+        seeds = [seed + place for place in clips]
         try:
-            return self._read(path, span=span, use=use)
-        except ValueError as error:  # a ClipError is one
-            return Failure(video=str(path), error=str(error))
+            answers = self.answer(list(clips.values()), [prompt] * len(clips), sampling=sampling, seeds=seeds)
+        except torch.OutOfMemoryError as error:
+            told = str(error).split(". ")[0]
+            return results | {
+                place: Failure(str(paths[place]), f"{paths[place]}: {NO_ROOM} ({told})") for place in clips
+            }
+        for place, answer in zip(clips, answers, strict=True):
+            results[place] = self._sign(answer, paths[place], prompt=prompt, span=span)
+        return results
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Media], *, batch_size: int = 16, progress: Progress | None = None) -> list[Block]:
@@ -233,32 +261,44 @@ class Captioner:
         *,
         sampling: Sampling,
         num_samples: int = 1,
-        seed: int = 0,
+        seeds: Sequence[int] | None = None,
         batch_size: int = 64,
         progress: Progress | None = None,
     ) -> list[Answer]:
         """Answer prompts[i] on clips[i], `num_samples` times.
 
         Args:
-            clips: media, or blocks as `encode` gives them.
+            clips: media, or blocks as `encode` gives them. What stands there several times is read once for all of
+                its prompts that go side by side.
             prompts: as many as clips.
-            seed: of the draws.
+            seeds: of the draws on each clip, which depend on nothing else (default: 0, 1, 2, ...).
             batch_size: sequences that are generated side by side.
             progress: called with the number of clips done.
 
         Returns:
             len(clips) * num_samples answers, a clip's samples one after the other.
         """
-        tokenizer, stops = self.processor.tokenizer, self.processor.stop_ids
-        config = sampling.to_transformers(stop_ids=stops, pad_token_id=self.processor.pad_id)
+        seeds = range(len(clips)) if seeds is None else seeds
         answers: list[Answer] = []
         step = max(1, batch_size // num_samples)
         for start in range(0, len(clips), step):
-            rows = [Row(index, prompt) for index, prompt in enumerate(prompts[start : start + step])]
-            inputs = self.processor.inputs(rows, clips[start : start + step], pad_left=True).to(self.network.device)
-            for ids in generate(self.network, inputs, config=config, num_samples=num_samples, seed=seed + start):
-                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                answers.append(Answer(text, finished=ids[-1] in stops))
+            part = slice(start, start + step)
+            different = {id(clip): clip for clip in clips[part]}
+            places = {key: place for place, key in enumerate(different)}
+            asked = zip(clips[part], prompts[part], strict=True)
+            rows = [Row(places[id(clip)], prompt) for clip, prompt in asked]
+            inputs = self.processor.inputs(rows, list(different.values())).to(self.network.device)
+            answers += self._answer(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds[part])
             if progress:
                 progress(len(rows))
         return answers
+
+    def _answer(
+        self, inputs: Inputs, *, sampling: Sampling, num_samples: int, seeds: Sequence[int]
+    ) -> Iterator[Answer]:
+        tokenizer, stops = self.processor.tokenizer, self.processor.stop_ids
+        generated = generate(
+            self.network, inputs, sampling=sampling, stop_ids=stops, num_samples=num_samples, seeds=seeds
+        )
+        for ids in generated:
+            yield Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), finished=ids[-1] in stops)

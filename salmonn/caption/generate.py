@@ -1,14 +1,20 @@
-"""Generation: greedy or nucleus sampling of answers, batched, through transformers' own generate."""
+"""Generation: greedy or nucleus sampling of answers, many side by side.
 
-import copy
+A clip is read once for all its samples and questions, and its keys and values are kept once. What an answer draws
+depends on its own seed alone, so its neighbours may end, and leave, whenever they do.
+"""
+
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from salmonn.model.network import Inputs, Network
+
+# Rows that have ended go on unheard until they are this share of the batch: to leave, what the others keep is copied.
+_LEAVING = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -38,94 +44,139 @@ class Sampling:
         if self.repetition_penalty is not None and self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}")
 
-    def to_transformers(self, *, stop_ids: Sequence[int], pad_token_id: int) -> GenerationConfig:
-        """The same as transformers names it; an answer ends with any of `stop_ids`."""
-        drawn = dict(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
-        return GenerationConfig(
-            **(drawn if self.temperature else {"do_sample": False}),
-            max_new_tokens=self.max_new_tokens,
-            use_cache=True,  # a checkpoint's config may say otherwise, as training left it
-            eos_token_id=list(stop_ids),
-            pad_token_id=pad_token_id,
-            repetition_penalty=self.repetition_penalty,
-        )
+
+def draw(logits: Tensor, chance: Tensor, *, sampling: Sampling) -> Tensor:
+    """One token a row: the most likely one, or one of the nucleus.
+
+    Args:
+        logits: (R, V).
+        chance: (R,) even draws from [0, 1).
+        sampling: temperature and nucleus.
+
+    Returns:
+        (R,) ids.
+    """
+    if not sampling.temperature:
+        return logits.argmax(-1)
+    probabilities, ids = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
+    reached = probabilities.cumsum(-1)
+    # A token is of the nucleus if those before it do not reach top_p; the first always is.
+    sizes = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True)
+    whole = reached.gather(-1, sizes - 1)
+    places = torch.searchsorted(reached, chance[:, None] * whole, right=True)
+    return ids.gather(-1, places.minimum(sizes - 1)).squeeze(-1)
 
 
-class _Penalty(LogitsProcessor):
+class _Penalty:
     """The repetition penalty of transformers, over the prompts too where they are given.
 
     The published 2+ generates from ids, and so its penalty sees them; video-SALMONN 2 generates from embeddings.
 
     Args:
         penalty: above 1 makes what was said less likely.
-        prompts: (B, L) ids of the prompts.
+        said: (R, L) ids that count from the start.
     """
 
-    def __init__(self, penalty: float, prompts: Tensor | None) -> None:
-        self.penalise = RepetitionPenaltyLogitsProcessor(penalty)
-        self.prompts = prompts
+    def __init__(self, penalty: float, said: Tensor) -> None:
+        self.penalise = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
+        self.said = said
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """See transformers."""
-        seen = input_ids if self.prompts is None else torch.cat([self.prompts.to(input_ids), input_ids], dim=1)
-        return self.penalise(seen, scores) if seen.shape[1] else scores
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Logits (R, V) of which those of what was said are less likely."""
+        if self.penalise is None or not self.said.shape[1]:
+            return logits
+        penalised: Tensor = self.penalise(self.said.to(logits.device), logits)
+        return penalised
+
+    def hear(self, tokens: Tensor) -> None:
+        """Take note of one more token (R,) of each row."""
+        if self.penalise is not None:
+            self.said = torch.cat([self.said, tokens[:, None].to(self.said)], dim=1)
+
+    def leave(self, going_on: Tensor) -> None:
+        """Forget the rows that do not go on, (R,) true for those that do."""
+        self.said = self.said[going_on.to(self.said.device)]
 
 
-def _prompts(inputs: Inputs, num_samples: int) -> Tensor:
-    """Ids of the prompts, with the first of each in the place of its padding, which nobody said."""
-    first = inputs.attention_mask.argmax(1, keepdim=True)
-    ids = inputs.input_ids.where(inputs.attention_mask.bool(), inputs.input_ids.gather(1, first))
-    return ids.repeat_interleave(num_samples, dim=0)
+def _penalty(network: Network, inputs: Inputs, rows: Sequence[int], *, sampling: Sampling) -> _Penalty:
+    asked = sampling.repetition_penalty
+    penalty = network.config.repetition_penalty if asked is None else asked
+    ids = inputs.input_ids[rows]
+    if network.config.family != "salmonn2-plus":
+        return _Penalty(penalty, ids[:, :0])
+    # In the place of a row's padding, which nobody said, its first token.
+    return _Penalty(penalty, ids.where(inputs.attention_mask[rows].bool(), ids[:, :1]))
 
 
 @torch.no_grad()
 def generate(
-    network: Network, inputs: Inputs, *, config: GenerationConfig, num_samples: int = 1, seed: int = 0
+    network: Network,
+    inputs: Inputs,
+    *,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    num_samples: int = 1,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Answer each row.
 
     Args:
         network: in evaluation mode.
-        inputs: B prompts, padded on the left.
-        config: how answers are drawn.
+        inputs: B prompts, padded on the right.
+        sampling: how answers are drawn.
+        stop_ids: an answer ends with any of these.
         num_samples: N answers to each row.
-        seed: of the draws, which depend on nothing else.
+        seeds: (B,) of the rows' draws, which depend on nothing else; needed unless sampling is greedy.
 
     Returns:
-        B * N lists of token ids, a row's samples one after the other; each ends with the end token if it is finished.
+        B * N lists of token ids, a row's samples one after the other; each ends with an end token if it is finished.
     """
-    stop_ids = set(config.eos_token_id or [])
-    config, penalties = copy.copy(config), LogitsProcessorList()
-    penalty = network.config.repetition_penalty if config.repetition_penalty is None else config.repetition_penalty
-    config.repetition_penalty = None  # ours takes its place
-    if penalty != 1:
-        told = inputs if network.config.family == "salmonn2-plus" else None
-        penalties.append(_Penalty(penalty, None if told is None else _prompts(told, num_samples)))
-    given = {
-        "inputs_embeds": network.embed(inputs),
-        "attention_mask": inputs.attention_mask,
-        "position_ids": network.positions(inputs.position_ids),
-    }
-    cache = None
-    if num_samples > 1:
-        # What the samples of a row have in common goes through once; generate goes on from its last token.
-        common = {"inputs_embeds": given["inputs_embeds"][:, :-1], "attention_mask": given["attention_mask"][:, :-1]}
-        common["position_ids"] = given["position_ids"][..., :-1]
-        cache = network.lm.get_decoder()(**common, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(num_samples)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        output = network.lm.generate(
-            # Repeated here and not by num_return_sequences: some releases of transformers ask for ids to do that.
-            inputs_embeds=given["inputs_embeds"].repeat_interleave(num_samples, dim=0),
-            attention_mask=given["attention_mask"].repeat_interleave(num_samples, dim=0),
-            position_ids=given["position_ids"].repeat_interleave(num_samples, dim=-2),
-            past_key_values=cache,
-            generation_config=config,
-            logits_processor=penalties,
-        )
-    answers = []
-    for ids in output.tolist():
-        ends = [place for place, token in enumerate(ids) if token in stop_ids]
-        answers.append(ids[: ends[0] + 1] if ends else ids)
+    inputs = _repeat(inputs, num_samples)
+    logits, memory, rows = network.begin(inputs)
+    device = logits.device
+    penalty = _penalty(network, inputs, rows, sampling=sampling)
+    chances = _chances(seeds, num_samples=num_samples, num_rows=len(rows), sampling=sampling)[rows].to(device)
+    stops = torch.tensor(list(stop_ids), device=device)
+    answers: list[list[int]] = [[] for _ in rows]
+    present = torch.tensor(rows, device=device)  # which row each of the batch is
+    going_on = torch.ones(len(rows), dtype=torch.bool, device=device)
+    for step in range(sampling.max_new_tokens):
+        tokens = draw(penalty(logits), chances[:, step], sampling=sampling)
+        for row, token, counts in zip(present.tolist(), tokens.tolist(), going_on.tolist(), strict=True):
+            if counts:
+                answers[row].append(token)
+        going_on = going_on & ~torch.isin(tokens, stops)
+        if step + 1 == sampling.max_new_tokens or not going_on.any():
+            break
+        penalty.hear(tokens)
+        if (~going_on).sum() >= _LEAVING * len(going_on):
+            memory.leave(going_on)
+            penalty.leave(going_on)
+            tokens, chances, present = tokens[going_on], chances[going_on], present[going_on]
+            going_on = going_on[going_on]
+        logits = network.go_on(tokens, memory)
     return answers
+
+
+def _repeat(inputs: Inputs, times: int) -> Inputs:
+    """Each row so many times; the clips stay as they are."""
+    return replace(
+        inputs,
+        input_ids=inputs.input_ids.repeat_interleave(times, dim=0),
+        attention_mask=inputs.attention_mask.repeat_interleave(times, dim=0),
+        position_ids=inputs.position_ids.repeat_interleave(times, dim=1),
+        labels=inputs.labels.repeat_interleave(times, dim=0),
+        clip_index=tuple(clip for clip in inputs.clip_index for _ in range(times)),
+    )
+
+
+def _chances(seeds: Sequence[int] | None, *, num_samples: int, num_rows: int, sampling: Sampling) -> Tensor:
+    """(B * N, T) even draws for each token of each answer."""
+    if not sampling.temperature:
+        return torch.zeros(num_rows, 1).expand(-1, sampling.max_new_tokens)
+    assert seeds is not None and len(seeds) * num_samples == num_rows
+    drawn = [
+        torch.rand(num_samples, sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
+    return torch.cat(drawn)

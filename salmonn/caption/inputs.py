@@ -151,13 +151,12 @@ class Processor:
         told = [self.tokenizer.encode(time, add_special_tokens=False) for time in told_times(self.config, media)]
         return lay_out(self.config, media, told=told, released=self.released_positions)
 
-    def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Block], *, pad_left: bool = False) -> Inputs:
+    def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Block]) -> Inputs:
         """Collate rows about clips into one batch.
 
         Args:
             rows: prompts, with answers for training.
             clips: the clips as media, or as blocks that the towers gave before.
-            pad_left: for generation the prompts must end together.
         """
         layouts = [clip.layout if isinstance(clip, Block) else self.lay_out(clip) for clip in clips]
         placeholders = [self._placeholders(layout) for layout in layouts]
@@ -182,14 +181,14 @@ class Processor:
                 longest,
                 self.config.max_positions,
             )
-        ids = _pad(input_ids, self.pad_id, left=pad_left)
-        mask = _pad([[1] * len(line) for line in input_ids], 0, left=pad_left)
+        ids = _pad(input_ids, self.pad_id)
+        mask = _pad([[1] * len(line) for line in input_ids], 0)
         is_clip = torch.isin(ids, torch.tensor(self.config.placeholder_ids))
         return Inputs(
             input_ids=ids,
             attention_mask=mask,
             position_ids=text_positions(is_clip, mask, [layouts[row.clip] for row in rows]),
-            labels=_pad(labels, -100, left=pad_left),
+            labels=_pad(labels, -100),
             clip_index=tuple(row.clip for row in rows),
             layouts=tuple(layouts),
             media=tuple(clip for clip in clips if isinstance(clip, Media)),
@@ -248,10 +247,8 @@ def lay_out(
     )
 
 
-def _pad(rows: Sequence[list[int]], value: int, *, left: bool) -> Tensor:
+def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
     width = max(map(len, rows))
-    if left:
-        return torch.tensor([[value] * (width - len(row)) + row for row in rows])
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 

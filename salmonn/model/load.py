@@ -30,7 +30,8 @@ class Placement:
         device: that all of it lives on: cpu, cuda, cuda:1, ...; none takes this process's GPU, or the CPU without one.
         device_map: "auto" splits it over all GPUs instead, and over the CPU where they do not suffice; without device.
         dtype: of the weights; auto is bfloat16 on a GPU and float32 on a CPU. Quantised weights compute in it.
-        attention: implementation; auto is flash attention on a GPU where it is installed, else SDPA.
+        attention: implementation in the towers; auto is flash attention on a GPU where it is installed, else SDPA. The
+            language model's rows share what they begin with, by SDPA's kernels (`salmonn.model.attention`).
         bits: 8 or 4 quantises the language model's matrices with bitsandbytes; none leaves them as they are.
     """
 
@@ -61,11 +62,6 @@ class Placement:
             raise ValueError(
                 "each process of a training keeps the whole model on a GPU of its own, or on the CPU where torch sees "
                 "none: leave device and device_map out (CUDA_VISIBLE_DEVICES hides GPUs)"
-            )
-        if self.attention not in ("sdpa", "eager"):
-            raise ValueError(
-                f"training packs rows with a mask, which flash attention does not take: choose attention sdpa, not "
-                f"{self.attention}"
             )
 
     def to_transformers(self) -> dict[str, Any]:

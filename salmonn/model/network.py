@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from salmonn.model.attention import Memory, OnePass, Reading, Rows, take_over
 from salmonn.model.build import build_parts
-from salmonn.model.pack import PADDING, pack
+from salmonn.model.pack import Packed, pack
 from salmonn.model.settings import SalmonnConfig
 from salmonn.model.splice import Layout, place
 
@@ -54,6 +55,9 @@ PUBLISHED_KEYS = {
         ),
     },
 }
+
+
+LOGIT_BYTES = 256 << 20  # of logits that are held at once in training
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ class Network(PreTrainedModel):
         self.vision = parts.vision
         self.audio = parts.audio
         self.lm: Any = parts.lm  # a transformers model, or PEFT's wrapper of it while it carries an adapter
+        take_over(self.lm.get_decoder().config)
         self.post_init()
 
     def checkpoint_layers(self, on: bool) -> None:
@@ -226,22 +231,11 @@ class Network(PreTrainedModel):
         """What the decoder takes of (3, B, L) positions: all, or the first where its rotary embedding is plain."""
         return position_ids if self.config.family == "salmonn2-plus" else position_ids[0]
 
-    def _as_taken(self, mask: Tensor) -> Tensor:
-        """A mask that is true where a token is seen, as the attention takes it: eager attention adds it up."""
-        attention = self.lm.config._attn_implementation
-        if attention == "eager":
-            return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
-                ~mask, torch.finfo(self.dtype).min
-            )
-        if attention != "sdpa":
-            raise ValueError(f"rows are packed with a mask, which {attention} does not take: choose attention sdpa")
-        return mask
-
     def forward(self, inputs: Inputs, *, distributions: bool = False) -> Tensor:
         """Log-probability of every label; the rows are padded on the right.
 
         What a clip's rows begin with alike, its tokens above all, goes through the decoder once. Only positions with a
-        label go through the vocabulary.
+        label go through the vocabulary, some at a time.
 
         Args:
             inputs: the rows.
@@ -253,25 +247,72 @@ class Network(PreTrainedModel):
             (N, V) at each of the N labels, row by row, log p(each word | everything before it).
         """
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
-        ids = inputs.input_ids.flatten()[packed.source]
-        is_clip = self._is_clip(ids) & (packed.segments != PADDING)
-        mask = None if packed.mask is None else self._as_taken(packed.mask)
-        positions = self.positions(inputs.position_ids.flatten(1)[:, packed.source])
-        hidden = self.lm.get_decoder()(
-            inputs_embeds=self._embed(ids, is_clip, self._blocks(inputs), packed.clips),
-            attention_mask=mask,
-            # Without a mask transformers would take positions that begin anew for sequences that were packed.
-            position_ids=positions if mask is not None or positions.ndim > 2 else None,
-            use_cache=False,
-        ).last_hidden_state
+        hidden = self._read(inputs, packed, OnePass(packed))
         # Where the model is split over devices, what it gives is on the last of them.
         targets = inputs.labels[:, 1:].to(hidden.device)
         counted = targets != -100
         places = packed.places[:, :-1].to(hidden.device)[counted]
         # Rows share their beginning's last place. Indexing would add up its gradients in an order that threads choose.
-        said = hidden.flatten(0, 1).index_select(0, places)
-        logits = self.lm.get_output_embeddings()(said).float()
+        said = hidden.index_select(0, places)
         if distributions:
-            return logits.log_softmax(-1)
-        picked = logits.gather(-1, targets[counted].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+            return self._logits(said).log_softmax(-1)
+        picked = self._pick(said, targets[counted])
         return picked.new_zeros(targets.shape).masked_scatter(counted, picked)
+
+    def begin(self, inputs: Inputs) -> tuple[Tensor, Memory, list[int]]:
+        """Read rows that are to go on.
+
+        Args:
+            inputs: B rows, padded on the right.
+
+        Returns:
+            (B, V) logits of the token after each row, the memory to go on from, and which row is which: both are in
+            the order in which the rows were packed.
+        """
+        packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index, own=1)
+        memory = Memory(packed, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1))
+        hidden = self._read(inputs, packed, Reading(packed, memory))
+        return self._logits(hidden[memory.ends.to(hidden.device)]), memory, packed.rows
+
+    def go_on(self, tokens: Tensor, memory: Memory) -> Tensor:
+        """One more token (R,) of each row that the memory holds -> (R, V) logits of the token after it."""
+        embeds = self.lm.get_input_embeddings()(tokens[:, None])
+        return self._logits(self._decode(embeds, memory.advance(), memory)[:, 0])
+
+    def _read(self, inputs: Inputs, packed: Packed, rows: Rows) -> Tensor:
+        """(T, D) hidden states of a packed sequence."""
+        ids = inputs.input_ids.flatten()[packed.source].unsqueeze(0)
+        clips = [group.clip for group in packed.groups]
+        embeds = self._embed(ids, self._is_clip(ids), self._blocks(inputs), clips)
+        return self._decode(embeds, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1), rows)[0]
+
+    def _decode(self, embeds: Tensor, position_ids: Tensor, rows: Rows) -> Tensor:
+        """(B, T, D) embedded tokens at (3, B, T) positions -> (B, T, D)."""
+        output = self.lm.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask={"full_attention": None},  # so that transformers makes none: `rows` know who sees whom
+            position_ids=self.positions(position_ids),
+            use_cache=False,
+            rows=rows,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.lm.get_output_embeddings()(hidden).float()
+        return logits
+
+    def _pick(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities (N,) of the targets (N,) after hidden states (N, D).
+
+        A vocabulary is far wider than a model: beyond one chunk, logits are made again for the gradient, not kept.
+        """
+        size = max(1, LOGIT_BYTES // (4 * self.lm.get_output_embeddings().out_features))
+        if len(targets) <= size:
+            return self._pick_chunk(hidden, targets)
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(self._pick_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _pick_chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self._logits(hidden)
+        return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

@@ -4,19 +4,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.generate import Sampling, draw, generate
 from salmonn.caption.inputs import Row
 
 DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
 
 
 def ids_of(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, seed=0) -> list[list[int]]:
-    tokenizer = captioner.processor.tokenizer
-    config = sampling.to_transformers(stop_ids=[tokenizer.eos_token_id], pad_token_id=tokenizer.pad_token_id)
-    inputs = captioner.processor.inputs(rows or [Row(0, "Tell.")], media, pad_left=True)
-    return generate(captioner.network, inputs, config=config, num_samples=num_samples, seed=seed)
+    rows = rows or [Row(0, "Tell.")]
+    return generate(
+        captioner.network,
+        captioner.processor.inputs(rows, media),
+        sampling=sampling,
+        stop_ids=[captioner.processor.tokenizer.eos_token_id],
+        num_samples=num_samples,
+        seeds=range(seed, seed + len(rows)),
+    )
 
 
 @torch.no_grad()
@@ -43,11 +49,10 @@ def test_greedy_is_argmax_without_cache(captioner, media):
 def test_an_answer_stops_at_the_end_of_the_turn(captioner, media):
     """The third token of the first answer is called the end: that answer stops there, the other goes its own way."""
     rows = [Row(0, "Tell."), Row(1, "Tell.")]
-    inputs = captioner.processor.inputs(rows, media[:2], pad_left=True)
+    inputs = captioner.processor.inputs(rows, media[:2])
 
     def answers(end: int) -> list[list[int]]:
-        config = Sampling(max_new_tokens=6).to_transformers(stop_ids=[end], pad_token_id=0)
-        return generate(captioner.network, inputs, config=config)
+        return generate(captioner.network, inputs, sampling=Sampling(max_new_tokens=6), stop_ids=[end])
 
     endless = answers(999)  # no token of this model
     end = endless[0][2]
@@ -76,11 +81,30 @@ def test_a_tiny_nucleus_is_greedy(captioner, media):
     assert ids_of(captioner, media[:1], sampling=narrow) == ids_of(captioner, media[:1], sampling=greedy)
 
 
-def test_settings_in_the_words_of_transformers():
-    config = Sampling(temperature=0.5, top_p=0.8, max_new_tokens=7).to_transformers(stop_ids=[2], pad_token_id=0)
-    assert (config.do_sample, config.temperature, config.top_p, config.top_k) == (True, 0.5, 0.8, 0)
-    assert (config.max_new_tokens, config.eos_token_id) == (7, [2])
-    assert not Sampling().to_transformers(stop_ids=[2], pad_token_id=0).do_sample
+def test_draws_by_hand():
+    """Probabilities 0.1, 0.5, 0.4. A nucleus of 0.8 is ids 1 and 2, a mass of 0.9: id 2 from 5 / 9 on."""
+    logits = torch.tensor([0.1, 0.5, 0.4]).log().expand(6, 3)
+    chance = torch.tensor([0.0, 0.55, 0.56, 0.88, 0.91, 0.999])
+
+    def ids(**values) -> list[int]:
+        return draw(logits, chance, sampling=Sampling(**values)).tolist()
+
+    assert ids(temperature=1.0, top_p=0.8) == [1, 1, 2, 2, 2, 2]
+    assert ids(temperature=1.0, top_p=1.0) == [1, 2, 2, 2, 0, 0]  # up to 0.5, 0.9, 1
+    assert ids(temperature=1.0, top_p=0.49) == [1] * 6  # the first reaches it alone
+    assert ids() == [1] * 6
+    # At temperature 1 / 2 the probabilities are as 0.01, 0.25, 0.16: up to 0.595, 0.976, 1.
+    assert ids(temperature=0.5, top_p=1.0) == [1, 1, 1, 2, 2, 0]
+
+
+def test_the_nucleus_is_that_of_transformers():
+    """Every token that can be drawn, and by what share of 4,000 even chances."""
+    logits = torch.linspace(0, 3, 50)[torch.randperm(50)]
+    kept = TopPLogitsWarper(0.7)(None, TemperatureLogitsWarper(0.6)(None, logits[None]))[0].softmax(-1)
+    chance = (torch.arange(4000) + 0.5) / 4000
+    drawn = draw(logits.expand(4000, -1), chance, sampling=Sampling(temperature=0.6, top_p=0.7)).bincount(minlength=50)
+    assert ((drawn > 0) == (kept > 0)).all() and 3 < (kept > 0).sum() < 50
+    assert torch.allclose(drawn / 4000, kept, atol=1 / 4000 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +131,12 @@ def test_the_penalty_is_that_of_transformers(request, videos, model):
     network, processor = captioner.network, captioner.processor
     media = [processor.read(video) for video in videos[:2]]
     rows = [Row(0, "Tell."), Row(1, "Tell me more of it.")]
-    inputs = processor.inputs(rows, media, pad_left=True)
-    config = Sampling(max_new_tokens=5, repetition_penalty=0.2).to_transformers(stop_ids=[2], pad_token_id=0)
-    plain = Sampling(max_new_tokens=5).to_transformers(stop_ids=[2], pad_token_id=0)
-    answers = generate(network, inputs, config=config)
-    assert answers != generate(network, inputs, config=plain)
+    inputs = processor.inputs(rows, media)
+    sampling = Sampling(max_new_tokens=5, repetition_penalty=0.2)
+    answers = generate(network, inputs, sampling=sampling, stop_ids=[2])
+    assert answers != generate(network, inputs, sampling=Sampling(max_new_tokens=5), stop_ids=[2])
     for row, clip, answer in zip(rows, media, answers, strict=False):
-        prompt = processor.inputs([replace(row, clip=0)], [clip], pad_left=True).input_ids[0].tolist()
+        prompt = processor.inputs([replace(row, clip=0)], [clip]).input_ids[0].tolist()
         counted = prompt if model == "plus" else []
         told = by_hand(captioner, replace(row, clip=0), clip, counted, steps=len(answer))
         assert told == answer
@@ -123,7 +146,7 @@ def test_the_penalty_is_that_of_transformers(request, videos, model):
 def by_hand(captioner, row, clip, counted: list[int], *, steps: int) -> list[int]:
     network, ids = captioner.network, []
     for _ in range(steps):
-        inputs = captioner.processor.inputs([row], [clip], pad_left=True)
+        inputs = captioner.processor.inputs([row], [clip])
         embeds = network.embed(inputs)
         said = network.lm.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
         positions = inputs.position_ids
@@ -160,14 +183,80 @@ def test_without_a_penalty_of_its_own_the_models_counts(captioner, media):
 
 @pytest.mark.parametrize("family", [None, "salmonn2", "salmonn2-plus"])
 def test_samples_share_their_prompt(captioner, published, videos, family):
-    """Drawn from one pass over each prompt, they are those of a row for each; prompts are of different lengths."""
+    """One pass over each prompt, whatever its length; what is drawn is what rows computed anew each time draw."""
     captioner = Captioner.load(published(family)) if family else captioner
     media = [captioner.processor.read(videos[0]), captioner.processor.read(videos[1], end_seconds=3)]
     rows = [Row(0, "Tell."), Row(1, "Tell it all in many words.")]
     shapes = []
     layer = captioner.network.lm.get_decoder().layers[0]
-    layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
+    hook = layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
     shared = ids_of(captioner, media, sampling=DRAWN, rows=rows, num_samples=3, seed=5)
-    assert shapes[0][0] == 2 and shapes[0][1] > 100 and set(shapes[1:]) == {(6, 1)}
-    alone = ids_of(captioner, media, sampling=DRAWN, rows=[row for row in rows for _ in range(3)], seed=5)
-    assert shared == alone and len({tuple(ids) for ids in shared}) > 4
+    hook.remove()
+    widths = captioner.processor.inputs(rows, media).attention_mask.sum(1)
+    # Both prompts but for their last tokens, which each of the 6 samples has for itself; then a token each.
+    assert shapes[0] == (1, widths.sum() - 2 + 6) and set(shapes[1:]) == {(6, 1)}
+    chances = [torch.rand(3, 10, generator=torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+    anew = [
+        drawn_anew(captioner, replace(row, clip=0), clip, chance=chance)
+        for row, clip, of_row in zip(rows, media, chances, strict=True)
+        for chance in of_row
+    ]
+    assert shared == anew and len({tuple(ids) for ids in shared}) > 4
+
+
+@torch.no_grad()
+def drawn_anew(captioner, row, clip, *, chance) -> list[int]:
+    """The whole text goes through transformers' own model for each token."""
+    network, ids = captioner.network, []
+    inputs = captioner.processor.inputs([row], [clip])
+    embeds, places = network.embed(inputs), inputs.position_ids
+    for one in chance:
+        logits = network.lm(inputs_embeds=embeds, position_ids=network.positions(places), use_cache=False).logits[:, -1]
+        ids.append(int(draw(logits, one[None], sampling=DRAWN)))
+        if ids[-1] == captioner.processor.tokenizer.eos_token_id:
+            break
+        places = torch.cat([places, places[..., -1:] + 1], dim=-1)
+        embeds = torch.cat([embeds, network.lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
+    return ids
+
+
+def test_answers_that_have_ended_leave(captioner, media):
+    """Of 16 samples those that ended leave as soon as they are an eighth; the others say what they say alone."""
+    rows, network = [Row(0, "Tell."), Row(1, "Tell.")], captioner.network
+    inputs, sizes = captioner.processor.inputs(rows, media[:2]), []
+
+    def answers(stop_ids: list[int]) -> list[list[int]]:
+        hot = replace(DRAWN, temperature=20.0)
+        return generate(network, inputs, sampling=hot, stop_ids=stop_ids, num_samples=8, seeds=[3, 4])
+
+    endless = answers([-1])
+    often = sorted(range(400), key=lambda token: -sum(token in ids for ids in endless))[:12]  # call these the end
+    hook = network.lm.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    ended = answers(often)
+    hook.remove()
+    places = [next((place for place, token in enumerate(ids) if token in often), len(ids)) for ids in endless]
+    assert ended == [ids[: place + 1] for ids, place in zip(endless, places, strict=True)]
+    left = [sum(place >= step for place in places) for step in range(1, len(sizes))]  # rows that reach each step
+    assert len(set(sizes[1:])) > 2
+    assert all(reach <= size < 8 / 7 * reach + 1 for reach, size in zip(left, sizes[1:], strict=True))
+
+
+def test_questions_on_one_clip_read_it_once(captioner, media):
+    seen = []
+    captioner.network.lm.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    prompts = ["What can be seen?", "Which colour?", "Tell."]
+    sampling = Sampling(max_new_tokens=6)
+    (block,) = captioner.encode(media[:1])
+    together = captioner.answer([block] * 3, prompts, sampling=sampling)
+    assert len(block) < seen[0][1] < len(block) + 60
+    assert together == [captioner.answer([block], [prompt], sampling=sampling)[0] for prompt in prompts]
+
+
+def test_samples_depend_on_their_own_seed_alone(captioner, media):
+    """Not on what stands beside them, nor on how many of them there are."""
+    blocks = captioner.encode(media[:3])
+    every = captioner.answer(blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9])
+    alone = captioner.answer(blocks[1:2], ["Tell."], sampling=DRAWN, num_samples=4, seeds=[8])
+    assert every[4:8] == alone and every[:4] != every[4:8]
+    in_turn = captioner.answer(blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9], batch_size=4)
+    assert in_turn == every

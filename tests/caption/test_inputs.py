@@ -194,10 +194,10 @@ def test_padding_on_the_right_for_training(letters):
     assert inputs.clip_index == (0, 1, 0) and inputs.media == () and len(inputs.blocks) == 2
 
 
-def test_padding_on_the_left_for_generation(letters):
-    inputs = letters.inputs([Row(0, "ab"), Row(1, "d")], [make_block(2), make_block(1)], pad_left=True)
-    assert inputs.input_ids.tolist() == [[99, 99, 1, 2], [0, 0, 99, 4]]
-    assert inputs.attention_mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+def test_prompts_without_answers_for_generation(letters):
+    inputs = letters.inputs([Row(0, "ab"), Row(1, "d")], [make_block(2), make_block(1)])
+    assert inputs.input_ids.tolist() == [[99, 99, 1, 2], [99, 4, 0, 0]]
+    assert inputs.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert inputs.labels.eq(-100).all()
 
 

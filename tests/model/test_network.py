@@ -84,10 +84,10 @@ def test_blocks_are_what_media_give(captioner, mixed):
     blocks = captioner.encode(mixed)
     assert [len(block) for block in blocks] == [len(processor.lay_out(clip)) for clip in mixed]
     assert torch.equal(network(processor.inputs(ROWS, blocks)), network(processor.inputs(ROWS, mixed)))
-    config = Sampling(max_new_tokens=8).to_transformers(stop_ids=[2], pad_token_id=0)
+    settings = dict(sampling=Sampling(max_new_tokens=8), stop_ids=[2])
     questions = [Row(row.clip, row.prompt) for row in ROWS]
-    assert generate(network, processor.inputs(questions, blocks, pad_left=True), config=config) == generate(
-        network, processor.inputs(questions, mixed, pad_left=True), config=config
+    assert generate(network, processor.inputs(questions, blocks), **settings) == generate(
+        network, processor.inputs(questions, mixed), **settings
     )
 
 

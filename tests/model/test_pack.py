@@ -3,7 +3,7 @@
 import torch
 
 from salmonn.caption.inputs import Row, restrict_media
-from salmonn.model.pack import pack
+from salmonn.model.pack import Group, pack
 
 # Clip 0: rows 0 and 2 begin alike (7 7 1), then part; clip 1: one row; padded with 0.
 IDS = torch.tensor([[7, 7, 1, 2, 3], [8, 8, 1, 0, 0], [7, 7, 1, 4, 0]])
@@ -13,50 +13,21 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
 def test_layout():
     packed = pack(IDS, MASK, (0, 1, 0))
     tokens = IDS.flatten()[packed.source]
-    assert packed.segments.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, -1, -1, -1]]
-    assert tokens[0].tolist() == [7, 7, 1, 2, 3, 4] and tokens[1, :3].tolist() == [8, 8, 1]
-    assert packed.positions[0].tolist() == [0, 1, 2, 3, 4, 3]
-    assert packed.clips == (0, 1)
-    assert torch.equal(tokens.flatten()[packed.places][MASK.bool()], IDS[MASK.bool()])
+    assert tokens.tolist() == [7, 7, 1, 2, 3, 4, 8, 8, 1]
+    assert packed.groups == (Group(0, (0, 2), 3, (2, 1)), Group(1, (1,), 3, (0,)))
+    assert packed.lengths == [3, 2, 1, 3, 0] and packed.rows == [0, 2, 1]
+    # The second row's tokens are 7 to 9, the third's its shared three and the sixth.
+    assert packed.places.tolist() == [[0, 1, 2, 3, 4], [6, 7, 8, 0, 0], [0, 1, 2, 5, 0]]
+    assert torch.equal(tokens[packed.places][MASK.bool()], IDS[MASK.bool()])
 
 
-def test_a_row_sees_the_beginning_and_itself():
-    mask = pack(IDS, MASK, (0, 1, 0)).mask
-    assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 1, 0],
-        [1, 1, 1, 0, 0, 1],  # the second row's token, blind to the first row's
-    ]
-
-
-def test_short_layouts_share_a_sequence():
-    ids = torch.tensor([[7, 7, 1, 2, 3], [8, 8, 1, 0, 0], [9, 1, 0, 0, 0], [5, 6, 1, 2, 0], [7, 7, 1, 4, 0]])
-    lengths = torch.tensor([5, 3, 2, 4, 4])
-    mask = (torch.arange(5) < lengths[:, None]).long()
-    packed = pack(ids, mask, (0, 3, 1, 2, 0))  # 6 tokens of clip 0, 4 of clip 2, 3 of clip 3, 2 of clip 1
-    assert packed.source.shape == (3, 6)
-    assert packed.segments.tolist() == [[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 2, 2], [0, 0, 0, -1, -1, -1]]
-    assert packed.beginnings.tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 2, 2], [0, 0, 0, -1, -1, -1]]
-    assert packed.positions[1].tolist() == [0, 1, 2, 3, 0, 1]
-    assert packed.clips == (0, 2, 1, 3)
-    assert torch.equal(ids.flatten()[packed.source].flatten()[packed.places][mask.bool()], ids[mask.bool()])
-    assert packed.mask[1, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [0, 0, 0, 0, 1, 0],  # another clip, blind to the first
-        [0, 0, 0, 0, 1, 1],
-    ]
-
-
-def test_one_row_a_clip_needs_no_mask():
-    assert pack(IDS, MASK, (0, 1, 2)).mask is None
-    same = pack(IDS[[1, 1]], MASK[[1, 1]], (4, 4))  # twice the same row is all beginning
-    assert same.mask is None and same.source.tolist() == [[0, 1, 2]] and same.clips == (4,)
+def test_rows_can_keep_their_ends_for_themselves():
+    """To be gone on from, each row has its last token: of equal ones too, and of one alone."""
+    packed = pack(IDS[[1, 1, 0]], MASK[[1, 1, 0]], (4, 4, 5), own=1)
+    assert packed.groups == (Group(4, (0, 1), 2, (1, 1)), Group(5, (2,), 4, (1,)))
+    assert IDS[[1, 1, 0]].flatten()[packed.source].tolist() == [8, 8, 1, 1, 7, 7, 1, 2, 3]
+    same = pack(IDS[[1, 1]], MASK[[1, 1]], (4, 4))  # else twice the same row is all beginning
+    assert same.source.tolist() == [0, 1, 2] and same.groups == (Group(4, (0, 1), 3, (0, 0)),)
 
 
 def test_gradients_are_those_of_the_rows_alone(captioner, media):
@@ -80,8 +51,6 @@ def test_gradients_are_those_of_the_rows_alone(captioner, media):
 
     media = [*media[:2], *(restrict_media(clip, "audio") for clip in media[2:])]
     inputs = processor.inputs(rows, media)
-    packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
-    assert len(packed.source) < len(media)  # some clips share a sequence
     together = gradients(lambda: [(network(inputs).sum(1) * weights).sum()])
     alone = gradients(
         lambda: (

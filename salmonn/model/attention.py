@@ -1,0 +1,253 @@
+"""Attention of rows that share what they begin with; no table of who sees whom is ever made of a whole sequence.
+
+The decoder's layers are transformers' own. They call the attention that their config names: it is registered here, and
+given `rows` it leaves the work to them: to `OnePass` where all rows are read at once, and to `Memory` where rows that
+were read go on token by token. Without `rows` it is transformers' SDPA.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from salmonn.model.pack import Packed
+
+NAME = "salmonn"  # of this attention, in a decoder's config
+_MORE_COLUMNS = 64  # that the memory of own tokens grows by
+
+
+class Rows(Protocol):
+    """What a batch's rows are to each other."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """Attention of one layer.
+
+        Args:
+            layer: its number.
+            query: (B, H, T, d).
+            key, value: (B, K, T, d), K heads that H / K query heads share.
+            scale: of the products.
+
+        Returns:
+            (B, H, T, d).
+        """
+        ...
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    rows: Rows | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' layers call it; (B, T, H, d) and no weights."""
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+    assert isinstance(module.layer_idx, int)
+    return rows.attend(module.layer_idx, query, key, value, scale=scaling).transpose(1, 2), None
+
+
+def take_over(config: Any) -> None:
+    """Let the layers of a decoder with this config call the attention that stands here.
+
+    Raises:
+        ValueError: some of them see a sliding window.
+    """
+    if others := sorted(set(config.layer_types) - {"full_attention"}):
+        raise ValueError(f"the language model has layers of {', '.join(others)}: set use_sliding_window to false")
+    config._attn_implementation = NAME
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class OnePass:
+    """All rows of a packed sequence at once: each beginning by itself, then each own part after it.
+
+    Args:
+        packed: the sequence.
+    """
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self.lengths = packed.lengths
+        self._masks: dict[torch.dtype, Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """See `Rows`; B is 1."""
+        # Split and not sliced: the gradient of a slice is as long as the whole.
+        parts = zip(*(tensor.split(self.lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        return torch.cat(list(self._parts(parts, scale)), dim=2)
+
+    def _parts(self, parts: Iterator[tuple[Tensor, ...]], scale: float) -> Iterator[Tensor]:
+        for group in self.packed.groups:
+            query, keys, values = next(parts)
+            yield F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+            for length in group.own:
+                query, key, value = next(parts)
+                if length:
+                    key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+                    mask = self._mask(query, length=length, before=group.beginning)
+                    yield F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+
+    def _mask(self, query: Tensor, *, length: int, before: int) -> Tensor:
+        """(length, before + length): an own token sees what is before its row's part, and the part up to itself."""
+        if query.device.type == "cuda":
+            return causal_lower_right(length, before + length)  # of which the GPU's kernels make no tensor
+        if query.dtype not in self._masks:
+            # One for all parts and layers, each of which takes its corner: made anew, each would be kept for backward.
+            most = max(length for group in self.packed.groups for length in group.own)
+            widest = max(group.beginning for group in self.packed.groups)
+            later = torch.full((most, most), -torch.inf, dtype=query.dtype).triu(1)
+            self._masks[query.dtype] = F.pad(later, (widest, 0))
+        mask = self._masks[query.dtype]
+        widest = mask.shape[1] - mask.shape[0]
+        return mask[:length, widest - before : widest + length]
+
+
+@dataclass
+class _Kept:
+    """Keys and values of one layer: of G beginnings (G, K, P, d), of R rows' own tokens (R, K, C, d)."""
+
+    keys: Tensor
+    values: Tensor
+    own_keys: Tensor
+    own_values: Tensor
+
+
+class Memory:
+    """R rows that are read once (`Reading`) and go on token by token, in the order of the packed sequence.
+
+    A beginning is kept once, however many rows follow it: the queries of all of them look at it together.
+
+    Args:
+        packed: the sequence; each of its rows has a token of its own.
+        positions: (3, 1, T) of its tokens.
+    """
+
+    def __init__(self, packed: Packed, positions: Tensor) -> None:
+        device = positions.device
+        own = [length for group in packed.groups for length in group.own]
+        parts = [number for number, group in enumerate(packed.groups) for _ in group.rows]
+        ends = torch.tensor(packed.lengths, device=device).cumsum(0) - 1
+        is_own = [told for group in packed.groups for told in (False, *[True] * len(group.own))]
+        self.ends = ends[torch.tensor(is_own, device=device)]  # (R,) where the rows' last tokens stand
+        self._positions = positions[:, 0, self.ends].unsqueeze(-1)
+        self._groups = torch.tensor(parts, device=device)
+        self._begun = _are_filled([group.beginning for group in packed.groups], device=device)
+        self._own = _are_filled(own, device=device).flip(1)  # their ends stand together
+        self._filled = max(own)
+        self._layers: dict[int, _Kept] = {}
+        self._seat()
+
+    def keep(self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], *, is_own: Sequence[bool]) -> None:
+        """Take a layer's keys and values (1, K, length, d) of all parts of the sequence."""
+        tensors = []
+        for own, side in ((False, "right"), (True, "left")):
+            for parts in (keys, values):
+                chosen = [part[0].transpose(0, 1) for part, told in zip(parts, is_own, strict=True) if told == own]
+                tensors.append(pad_sequence(chosen, batch_first=True, padding_side=side).transpose(1, 2).contiguous())
+        self._layers[layer] = _Kept(*tensors)
+
+    def advance(self) -> Tensor:
+        """Make room for one more token of each row; its positions, (3, R, 1)."""
+        if self._filled == self._own.shape[1]:
+            self._own = F.pad(self._own, (0, _MORE_COLUMNS))
+            for kept in self._layers.values():
+                kept.own_keys = F.pad(kept.own_keys, (0, 0, 0, _MORE_COLUMNS))
+                kept.own_values = F.pad(kept.own_values, (0, 0, 0, _MORE_COLUMNS))
+        self._own[:, self._filled] = True
+        self._filled += 1
+        self._positions = self._positions + 1
+        return self._positions
+
+    def leave(self, going_on: Tensor) -> None:
+        """Forget the rows that do not go on, (R,) true for those that do, and beginnings that none follows any more."""
+        rows = going_on.nonzero().flatten()
+        groups, self._groups = self._groups[rows].unique(return_inverse=True)
+        some_ended = len(groups) < len(self._begun)
+        for kept in self._layers.values():
+            if some_ended:
+                kept.keys, kept.values = (tensor[groups.to(tensor.device)] for tensor in (kept.keys, kept.values))
+            kept.own_keys, kept.own_values = (
+                tensor[rows.to(tensor.device)] for tensor in (kept.own_keys, kept.own_values)
+            )
+        self._begun, self._own, self._positions = self._begun[groups], self._own[rows], self._positions[:, rows]
+        self._seat()
+
+    def _seat(self) -> None:
+        """Give each row a seat (G * M) among those of its beginning, M the most rows that follow one."""
+        counts = self._groups.bincount()
+        first = counts.cumsum(0) - counts
+        self._most = int(counts.max())
+        place = torch.arange(len(self._groups), device=first.device)
+        self._seats = self._groups * self._most + place - first[self._groups]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """See `Rows`; B is R, T is 1."""
+        kept, column, device = self._layers[layer], self._filled - 1, query.device
+        kept.own_keys[:, :, column], kept.own_values[:, :, column] = key[:, :, 0], value[:, :, 0]
+        shared = query.shape[1] // key.shape[1]
+        asked = (query * scale).unflatten(1, (-1, shared)).squeeze(3)  # (R, K, H / K, d)
+        seats, begun, own = (tensor.to(device) for tensor in (self._seats, self._begun, self._own))
+        seated = asked.new_zeros(len(begun) * self._most, *asked.shape[1:]).index_copy(0, seats, asked)
+        together = seated.unflatten(0, (len(begun), self._most)).transpose(1, 2).flatten(2, 3)  # (G, K, M H / K, d)
+        before = _look(together, kept.keys, kept.values, begun)
+        before = tuple(part.unflatten(2, (self._most, shared)).transpose(1, 2).flatten(0, 1)[seats] for part in before)
+        filled = slice(self._filled)
+        after = _look(asked, kept.own_keys[:, :, filled], kept.own_values[:, :, filled], own[:, filled])
+        return _join(before, after).to(value.dtype).flatten(1, 2).unsqueeze(2)
+
+
+class Reading(OnePass):
+    """One pass over rows that will go on: `memory` keeps what they will look back at."""
+
+    def __init__(self, packed: Packed, memory: Memory) -> None:
+        super().__init__(packed)
+        self._memory = memory
+        self._is_own = [told for group in packed.groups for told in (False, *[True] * len(group.own))]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """See `Rows`; B is 1."""
+        parts = (tensor.split(self.lengths, dim=2) for tensor in (key, value))
+        self._memory.keep(layer, *parts, is_own=self._is_own)
+        return super().attend(layer, query, key, value, scale=scale)
+
+
+_Looked = tuple[Tensor, ...]  # weighted sum of values (..., d), sum of the weights (..., 1), greatest score (..., 1)
+
+
+def _look(query: Tensor, keys: Tensor, values: Tensor, filled: Tensor) -> _Looked:
+    """Attention, not divided by the sum of its weights yet: of (B, K, Q, d) to (B, K, S, d), (B, S) where filled."""
+    scores = (query @ keys.transpose(-1, -2)).float()
+    # Not to minus infinity: where nothing at all is filled, what comes out must be a number, which weighs nothing.
+    scores = scores.masked_fill(~filled[:, None, None], torch.finfo(scores.dtype).min)
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp()
+    return (weights.to(values.dtype) @ values).float(), weights.sum(-1, keepdim=True), top
+
+
+def _join(one: _Looked, other: _Looked) -> Tensor:
+    """Attention to both, as though their keys had stood in one row."""
+    top = torch.maximum(one[2], other[2])
+    first, second = (one[2] - top).exp(), (other[2] - top).exp()
+    return (one[0] * first + other[0] * second) / (one[1] * first + other[1] * second)
+
+
+def _are_filled(lengths: Sequence[int], *, device: torch.device) -> Tensor:
+    """(N, longest) true in as many first places as each is long."""
+    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
