@@ -80,17 +80,17 @@ class Tuning:
     whole: bool = False
 
 
-def kept_by_layer(stack: Stack, numbers: Numbers, tuning: Tuning, *, masked: bool) -> int:
+def kept_by_layer(stack: Stack, numbers: Numbers, tuning: Tuning, *, rows: int) -> int:
     """Bytes a token that one layer keeps for the gradient.
 
     Two norms keep their float32 input (4 D each); attention its queries, keys and values after the rotation and its
-    result (b each; under a mask keys and values are repeated for all heads) with a float32 a head; the inner part keeps
-    what the activation takes and gives, and the other factor of a gated one (3 b I, else 2 b I). Frozen matrices keep
-    nothing. An adapted one keeps what goes into it, and which of it dropout leaves ((b + 1) D); one trained as a whole
+    result (b each; each of several rows that share a sequence looks at a copy of the shared keys and values) with a
+    float32 a head; the inner part keeps what the activation takes and gives, and the other factor of a gated one (3 b I,
+    else 2 b I). Frozen matrices keep nothing. An adapted one keeps what goes into it, and which of it dropout leaves ((b + 1) D); one trained as a whole
     keeps what goes into it: the norms' results (2 b D) and the inner part's (b I, but for one that is kept already).
     """
     b = numbers.computed
-    key_heads = stack.heads if masked else stack.kv_heads
+    key_heads = stack.kv_heads * (1 + rows if rows > 1 else 1)
     attention = b * stack.head_width * 2 * (stack.heads + key_heads) + FLOAT32 * stack.heads
     inner = b * stack.inner * (3 if stack.gated else 2)
     adapters = tuning.adapted * (b + 1) * stack.width
@@ -109,17 +109,12 @@ def at_work(stack: Stack, numbers: Numbers) -> int:
 
 
 def kept_by_stack(
-    stack: Stack, numbers: Numbers, tuning: Tuning, *, tokens: int, masked: bool, checkpointed: bool
+    stack: Stack, numbers: Numbers, tuning: Tuning, *, tokens: int, rows: int, checkpointed: bool
 ) -> int:
     """Bytes that all layers keep of so many tokens: checkpointed their inputs (r D each) alone."""
     if checkpointed:
         return stack.layers * tokens * stack.width * numbers.stored
-    return stack.layers * tokens * kept_by_layer(stack, numbers, tuning, masked=masked)
-
-
-def mask_bytes(numbers: Numbers, *, length: int, layers: int) -> int:
-    """Bytes of the mask of one sequence of S tokens: S^2 truth values, and each kept layer's S^2 numbers made of it."""
-    return length * length * (1 + layers * numbers.computed)
+    return stack.layers * tokens * kept_by_layer(stack, numbers, tuning, rows=rows)
 
 
 def embedded(stack: Stack, numbers: Numbers, *, tokens: int) -> int:
@@ -179,6 +174,6 @@ def chunks_at_work(stack: Stack, numbers: Numbers, *, steps: int) -> int:
 def windows_kept(stack: Stack, numbers: Numbers, *, steps: int, queries: int, width_heard: int) -> int:
     """Bytes that a trained Q-Former keeps: the heard steps in float32, in each layer their keys and values (2 b D), and
     of its few queries what a layer of two attentions keeps."""
-    of_query = kept_by_layer(stack, numbers, Tuning(whole=True), masked=False)
+    of_query = kept_by_layer(stack, numbers, Tuning(whole=True), rows=1)
     heard = FLOAT32 * width_heard + stack.layers * 2 * numbers.computed * stack.width
     return steps * heard + 2 * stack.layers * queries * of_query

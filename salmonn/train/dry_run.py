@@ -17,7 +17,7 @@ from salmonn import dist
 from salmonn.caption.inputs import count_chunks, lay_out, restrict_media, to_media, told_times
 from salmonn.model.load import Placement
 from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.network import Media, Network
+from salmonn.model.network import LOGIT_BYTES, Media, Network
 from salmonn.model.presets import offline_config
 from salmonn.model.settings import SalmonnConfig
 from salmonn.records import Use
@@ -229,16 +229,16 @@ class Budget:
         """Memory of a training step on one device."""
         work, decoder, numbers = self.work, self.decoder, self.numbers
         length = work.length(self.clip_tokens)
-        tokens, masked = work.clips * length, work.answers > 1
+        tokens, rows = work.clips * length, work.answers
         adapted = self.network.lm.peft_config["default"].target_modules if self.parameters["LoRA"].total else ()
         tuning = Tuning(len(adapted), whole=self._is_trained("lm."))
         layers = 1 if checkpointed else decoder.layers
         layer = tokens * budget.at_work(decoder, numbers)
         if checkpointed:
-            layer += tokens * budget.kept_by_layer(decoder, numbers, tuning, masked=masked)
-        kept = budget.kept_by_stack(decoder, numbers, tuning, tokens=tokens, masked=masked, checkpointed=checkpointed)
-        answers = work.clips * work.answers * work.answer_tokens
+            layer += tokens * budget.kept_by_layer(decoder, numbers, tuning, rows=rows)
+        kept = budget.kept_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=checkpointed)
         vocabulary = self.network.lm.get_output_embeddings().weight.shape[0]
+        answers = min(work.clips * work.answers * work.answer_tokens, LOGIT_BYTES // (FLOAT32 * vocabulary))
         return Memory(
             held={
                 "weights": weights_bytes(self.network, self.placement) + self._casts(layers),
@@ -246,7 +246,6 @@ class Budget:
                 "Adam's moments": 2 * FLOAT32 * self.trained,
                 "inputs": budget.embedded(decoder, numbers, tokens=tokens),
                 "activations": kept + work.clips * self._towers_keep(checkpointed=checkpointed),
-                "masks": work.clips * budget.mask_bytes(numbers, length=length, layers=layers) if masked else 0,
             },
             at_work={
                 "a layer": layer,
@@ -299,7 +298,7 @@ class Budget:
         ):
             if self._is_trained(start):
                 kept += budget.kept_by_stack(
-                    stack, numbers, whole, tokens=tokens, masked=False, checkpointed=checkpointed
+                    stack, numbers, whole, tokens=tokens, rows=1, checkpointed=checkpointed
                 )
         return kept
 

@@ -163,3 +163,31 @@ def test_gradients_do_not_depend_on_which_thread_is_first(captioner, media):
     finally:
         torch.set_num_threads(1)
     assert len(sums) == 1
+
+
+def test_logits_are_made_a_few_at_a_time(captioner, media, monkeypatch):
+    """Seven positions at once give what all at once give, forward and backward; never more than seven are held."""
+    network = captioner.network
+    inputs = captioner.processor.inputs(ROWS, captioner.encode(media[:3]))
+    network.requires_grad_(False)
+    weight = network.lm.get_decoder().norm.weight.requires_grad_(True)
+    sizes = []
+    network.lm.get_output_embeddings().register_forward_hook(lambda _, args, output: sizes.append(len(output)))
+
+    def value_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        weight.grad = None
+        logps = network(inputs)
+        (logps.sum(1) * torch.tensor([1.0, -1.0, 2.0, 0.5])).sum().backward()
+        return logps.detach(), weight.grad
+
+    whole, gradient = value_and_gradient()
+    count = int((whole != 0).sum())
+    assert sizes == [count] and count > 21
+    vocabulary = captioner.processor.config.lm["vocab_size"]
+    monkeypatch.setattr("salmonn.model.network.LOGIT_BYTES", 7 * 4 * vocabulary)
+    sizes.clear()
+    parts, gradient_of_parts = value_and_gradient()
+    # Once forward and once more for the gradient.
+    assert sorted(sizes) == sorted(2 * ([7] * (count // 7) + [count % 7]))
+    assert torch.allclose(parts, whole, atol=1e-5)
+    assert torch.allclose(gradient_of_parts, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max())

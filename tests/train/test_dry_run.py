@@ -150,10 +150,10 @@ HALF = Numbers(stored=2, computed=2)
 
 def test_formulas_by_hand():
     # Norms 2 * 4 * 8, attention 2 * (8 + 4 + 4 + 8) and 4 * 4, inner part 3 * 2 * 32.
-    assert budget.kept_by_layer(STACK, HALF, Tuning(), masked=False) == 64 + 48 + 16 + 192
-    # Keys and values of all four heads; three adapters of 8 numbers and 8 of dropout's.
-    assert budget.kept_by_layer(STACK, HALF, Tuning(adapted=3), masked=True) == 64 + 64 + 16 + 192 + 3 * 24
-    kept = {"tokens": 10, "masked": False}
+    assert budget.kept_by_layer(STACK, HALF, Tuning(), rows=1) == 64 + 48 + 16 + 192
+    # Three more of keys and values, 16 bytes each; three adapters of 8 numbers and 8 of dropout's.
+    assert budget.kept_by_layer(STACK, HALF, Tuning(adapted=3), rows=3) == 64 + 96 + 16 + 192 + 3 * 24
+    kept = {"tokens": 10, "rows": 1}
     assert budget.kept_by_stack(STACK, HALF, Tuning(), **kept, checkpointed=False) == 3 * 10 * 320
     assert budget.kept_by_stack(STACK, HALF, Tuning(), **kept, checkpointed=True) == 3 * 10 * 8 * 2
     assert budget.cache_bytes(STACK, HALF, tokens=10) == 2 * 3 * 2 * 2 * 10 * 2
