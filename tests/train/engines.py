@@ -31,7 +31,7 @@ from salmonn.train.stages import merge_trained
 # No dropout: ranks draw their own, and losses are to be those of one process.
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 # All pairs in each step; three make ranks differ in how many pieces they have.
-FIT = FitConfig(steps=10, learning_rate=2e-3, warmup=0.2, batch_size=3, accumulation=2, checkpoint_every=4)
+FIT = FitConfig(steps=10, learning_rate=1e-3, warmup=0.2, batch_size=3, accumulation=2, checkpoint_every=4)
 
 
 class Spoilt(PreferenceBatches):
