@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, read_conversations
-from salmonn.media.container import declared_seconds
 from salmonn.model.load import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Block
@@ -26,10 +23,12 @@ from salmonn.records import Pair
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.dry_run import plan_adapter
 from salmonn.train.engine import EngineName
-from salmonn.train.examples import ClipCache, Example, conversation_examples
+from salmonn.train.evaluate import encode_examples
+from salmonn.train.examples import Example, conversation_examples
 from salmonn.train.loop import FitConfig, Stage, autocast, fit, require_processes
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 from salmonn.train.stages import merge_trained, merged, open_run
+from salmonn.train.tokens import TokenStoreConfig, open_store
 
 log = logging.getLogger("dpo")
 
@@ -45,6 +44,7 @@ class GivenDpoConfig:
         engine: how training is spread over processes; it may change when a run goes on.
         placement: device and type of its weights.
         frames: values of the model's frame rule that are other in training, such as `min_frames`.
+        tokens: where the clips' tokens are kept.
         dpo: the loss.
         lora: the adapter.
         fit: optimisation.
@@ -58,6 +58,7 @@ class GivenDpoConfig:
     engine: EngineName = "ddp"
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     frames: dict[str, int | float] | None = None
+    tokens: TokenStoreConfig = field(default_factory=TokenStoreConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
@@ -85,12 +86,13 @@ def main(config: GivenDpoConfig) -> None:
     require_processes(config.engine, config.fit)
     load_config(config.model)  # a wrong folder is told first
     examples, pairs = read_preferences(config)
-    open_run(config.out, replace(config, engine="ddp"), name="dpo")  # the engine may change in a run that goes on
+    # What results do not follow from may change in a run that goes on.
+    open_run(config.out, replace(config, engine="ddp", tokens=TokenStoreConfig()), name="dpo")
     if merged(config.out):
         log.info("%s is trained already", config.out)
         return
     captioner = Captioner.load(config.model, placement=config.placement, frames=config.frames)
-    blocks = encode(captioner, examples)
+    blocks = encode(captioner, examples, config.tokens)
     attach(captioner.network, config.lora, seed=config.seed)
     batches = PreferenceBatches(
         pairs,
@@ -101,7 +103,7 @@ def main(config: GivenDpoConfig) -> None:
         accumulation=config.fit.accumulation,
     )
     with autocast(config.fit.precision):
-        batches.refer(captioner.network)
+        batches.refer(captioner.network, folder=config.out)
     with checkpointed(config.out) as checkpoints:
         done = fit(
             captioner.network,
@@ -151,17 +153,10 @@ def to_pair(conversation: Conversation, *, name: str) -> Pair:
     )
 
 
-def encode(captioner: Captioner, examples: Sequence[Example]) -> dict[str, Block]:
-    """The examples' clips by number, each as the frozen towers give it once; ranks share them out by their length."""
-    cache = ClipCache(captioner.processor, max_bytes=0)
-    blocks: list[Block] = []
-    clips = {example.clip: example for example in examples}
-    every = list(clips.values())
-    shares = dist.spread([declared_seconds(example.video) for example in every])
-    for place in tqdm(shares[dist.rank()], desc="reading clips", unit="clip", disable=not dist.is_main()):
-        blocks += captioner.encode([cache(every[place])])
-    by_clip = dict(zip(clips, dist.collect(blocks, shares), strict=True))
-    return {str(number): by_clip[example.clip] for number, example in enumerate(examples)}
+def encode(captioner: Captioner, examples: Sequence[Example], tokens: TokenStoreConfig) -> dict[str, Block]:
+    """The examples' clips by number, each as the frozen towers give it once."""
+    blocks = encode_examples(captioner, examples, name="clips", store=open_store(tokens, captioner))
+    return {str(number): blocks[example.clip] for number, example in enumerate(examples)}
 
 
 if __name__ == "__main__":

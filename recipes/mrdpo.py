@@ -50,9 +50,10 @@ from salmonn.train.log import log_rounds
 from salmonn.train.loop import Batches, FitConfig, Stage, Watch, autocast, fit, require_processes
 from salmonn.train.pairing import PairConfig, make_pairs
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatch, PreferenceBatches
-from salmonn.train.references import ClipSet, heldout_config, read_clips, render_clips
+from salmonn.train.references import ClipSet, heldout_config, open_clips
 from salmonn.train.report import Summary, print_table
 from salmonn.train.stages import absent, kept_captions, merge_trained, merged, num_bytes, open_run
+from salmonn.train.tokens import TokenStoreConfig, open_store
 
 log = logging.getLogger("mrdpo")
 
@@ -87,6 +88,7 @@ class MrDpoConfig:
         heldout_references: likewise for measuring.
         clips_dir: where synthetic clips are kept.
         synth: training clips. Held-out clips follow from its seed, on a seed of their own.
+        tokens: where the clips' tokens are kept.
         heldout_clips: number of synthetic clips to measure on.
         kl_clips: held-out clips on whose reference captions it is measured how far a model has moved; 0 leaves it out.
         rounds: of DPO.
@@ -114,6 +116,7 @@ class MrDpoConfig:
     heldout_references: Path | None = None
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
+    tokens: TokenStoreConfig = field(default_factory=TokenStoreConfig)
     heldout_clips: int = 200
     kl_clips: int = 16
     rounds: int = 3
@@ -149,8 +152,9 @@ class MrDpoConfig:
     @property
     def essential(self) -> "MrDpoConfig":
         """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
+        known = replace(self, engine="ddp", kl_clips=MrDpoConfig.kl_clips, tokens=TokenStoreConfig())
         dpo = replace(self.dpo, kl_every=DpoConfig.kl_every)
-        return replace(self, engine="ddp", judge=self.judge.essential(), kl_clips=MrDpoConfig.kl_clips, dpo=dpo)
+        return replace(known, judge=self.judge.essential(), dpo=dpo)
 
 
 def main(config: MrDpoConfig) -> None:
@@ -228,12 +232,8 @@ def read_sets(config: MrDpoConfig, judge: Judge) -> tuple[ClipSet, ClipSet]:
         ValueError: they cannot be judged, or lack the questions that are asked for; told now, not after the sampling.
     """
     synth, heldout_synth = config.synth, heldout_config(config.synth, clips=config.heldout_clips)
-    train = read_clips(config.references) if config.references else render_clips(config.clips_dir, synth)
-    heldout = (
-        read_clips(config.heldout_references)
-        if config.heldout_references
-        else render_clips(config.clips_dir, heldout_synth)
-    )
+    train = open_clips(config.references, clips_dir=config.clips_dir, synth=synth)
+    heldout = open_clips(config.heldout_references, clips_dir=config.clips_dir, synth=heldout_synth)
     for reference in (*train.references, *heldout.references):
         judge.check(reference)
     if config.num_questions and not any(reference.questions for reference in train.references):
@@ -249,12 +249,13 @@ def read_sets(config: MrDpoConfig, judge: Judge) -> tuple[ClipSet, ClipSet]:
 
 
 def encode_sets(captioner: Captioner, train: ClipSet, heldout: ClipSet, judge: Judge, config: MrDpoConfig) -> Run:
-    """Run the frozen towers once on all clips."""
+    """Run the frozen towers once on all clips that no run before has had."""
+    store = open_store(config.tokens, captioner)
     return Run(
         train=train,
         heldout=heldout,
-        train_blocks=encode_clips(captioner, train, name="training clips", side_by_side=config.side_by_side),
-        heldout_blocks=encode_clips(captioner, heldout, name="held-out clips", side_by_side=config.side_by_side),
+        train_blocks=encode_clips(captioner, train, name="training clips", store=store),
+        heldout_blocks=encode_clips(captioner, heldout, name="held-out clips", store=store),
         judge=judge,
     )
 
@@ -358,7 +359,8 @@ def deal_pairs(
         accumulation=config.fit.accumulation,
     )
     with autocast(config.fit.precision):
-        batches.refer(reference_policy(captioner, config=config, number=number))
+        reference = reference_policy(captioner, config=config, number=number)
+        batches.refer(reference, folder=config.out / f"round_{number}")
     loss = MixedLoss(config.dpo, qa_share=questions / config.fit.batch_size)
     if not questions:
         return batches, loss

@@ -9,7 +9,7 @@ measures it on held-out clips. Killed, the same command goes on from the last ch
 import gc
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from salmonn.conversations import Conversation, is_conversations, read_conversat
 from salmonn.media.synth import SynthConfig, describe_clip
 from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network
 from salmonn.model.lora import LoraConfig, attach, merge
-from salmonn.model.network import Network
+from salmonn.model.network import Block, Media, Network
 from salmonn.model.presets import offline_config
 from salmonn.model.settings import PLAIN_PROMPTS, tiny
 from salmonn.records import Use, write_json
@@ -34,11 +34,12 @@ from salmonn.score.rule import RuleJudge
 from salmonn.train.checkpoint import checkpointed, put_trained
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
 from salmonn.train.engine import EngineName
-from salmonn.train.evaluate import encode_clips, evaluate, write_evaluation
+from salmonn.train.evaluate import encode_clips, encode_examples, evaluate, write_evaluation
 from salmonn.train.examples import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, Stage, fit, require_processes
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
 from salmonn.train.stages import absent, open_run, save_merged
+from salmonn.train.tokens import TokenStoreConfig, open_store
 
 log = logging.getLogger("sft")
 TINY = "tiny"
@@ -60,6 +61,8 @@ class SftConfig:
         clips_dir: where synthetic clips are kept.
         synth: training clips.
         heldout_clips: synthetic clips to measure on, of a seed of their own; 0 measures nothing.
+        tokens: in a folder, frozen towers run once on each clip, before the first step, and without dropout; by
+            default they run in each step. It pays where a clip comes up more than once.
         tasks: what is learnt of each clip.
         single_modality_every: of so many clips one is learnt by its picture alone and its sound alone too, if `tasks`
             say so; more trains more on clips as a whole.
@@ -80,6 +83,7 @@ class SftConfig:
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
     heldout_clips: int = 200
+    tokens: TokenStoreConfig = field(default_factory=lambda: TokenStoreConfig(folder=None))
     tasks: tuple[Task, ...] = ("caption", "questions", "visual_caption", "audio_caption")
     single_modality_every: int = 1
     trainable: tuple[str, ...] = ("all",)
@@ -116,7 +120,7 @@ def main(config: SftConfig) -> None:
     batches = SftBatches(
         examples,
         captioner.processor,
-        ClipCache(captioner.processor),
+        find_clips(captioner, examples, config.tokens),
         batch_size=config.fit.batch_size,
         seed=config.seed,
         accumulation=config.fit.accumulation,
@@ -254,12 +258,33 @@ def choose_trainable(network: Network, config: SftConfig) -> None:
             parameter.requires_grad = True
 
 
+def find_clips(
+    captioner: Captioner, examples: Sequence[Example], tokens: TokenStoreConfig
+) -> Callable[[Example], Media | Block]:
+    """Gives an example's clip: as it is read, or as the frozen towers encoded it before.
+
+    Raises:
+        ValueError: tokens are to be kept, and what gives them is trained.
+    """
+    if tokens.folder is None:
+        return ClipCache(captioner.processor)
+    embeddings = captioner.network.lm.get_input_embeddings().weight
+    towers = [*captioner.network.vision.parameters(), *captioner.network.audio.parameters()]
+    if any(value.requires_grad for value in (*towers, embeddings)):
+        raise ValueError(
+            "tokens are kept where towers and embeddings are frozen, and trainable names some of them: leave "
+            "tokens.folder out, or train a LoRA alone"
+        )
+    blocks = encode_examples(captioner, examples, name="training clips", store=open_store(tokens, captioner))
+    return lambda example: blocks[example.clip]
+
+
 def measure(captioner: Captioner, config: SftConfig) -> None:
     """Score the model on the held-out clips and write captions, scores and summary."""
     if not config.heldout_clips:
         return
     clips = render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
-    blocks = encode_clips(captioner, clips, name="held-out clips")
+    blocks = encode_clips(captioner, clips, name="held-out clips", store=open_store(config.tokens, captioner))
     judge = RuleJudge()
     result = evaluate(captioner, clips.references, blocks, judge=judge, sampling=Sampling(), name="held-out")
     if dist.is_main():

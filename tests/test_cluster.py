@@ -24,8 +24,9 @@ SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 # Three seconds with one or two things to see and one to hear; `out` is not here, as captions hold their model's path.
 FLAGS = {
-    "out": "run", "clips_dir": "clips", "synth.clips": 4, "synth.seed": 5, "synth.min_seconds": 3,
-    "synth.max_seconds": 3, "synth.min_visual": 1, "synth.max_visual": 2, "synth.min_sounds": 1, "synth.max_sounds": 1,
+    "out": "run", "clips_dir": "clips", "tokens.folder": "tokens", "synth.clips": 4, "synth.seed": 5,
+    "synth.min_seconds": 3, "synth.max_seconds": 3, "synth.min_visual": 1, "synth.max_visual": 2,
+    "synth.min_sounds": 1, "synth.max_sounds": 1,
     "heldout_clips": 2, "rounds": 1, "pairs.num_samples": 3, "pairs.sampling.temperature": 0.9,
     "pairs.sampling.max_new_tokens": 24, "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 2,
     "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 2, "guards.min_margin": "null", "guards.max_worsening": 1,

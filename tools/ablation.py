@@ -174,6 +174,7 @@ class Settings:
         flags: dict[str, object] = {
             "out": self.folder(way, seed),
             "clips_dir": self.out / "clips",
+            "tokens.folder": self.out / "tokens",
             "seed": seed,
             "synth.seed": CLIPS_SEED + seed,
             "rounds": rounds,

@@ -85,9 +85,10 @@ def kept_by_layer(stack: Stack, numbers: Numbers, tuning: Tuning, *, rows: int) 
 
     Two norms keep their float32 input (4 D each); attention its queries, keys and values after the rotation and its
     result (b each; each of several rows that share a sequence looks at a copy of the shared keys and values) with a
-    float32 a head; the inner part keeps what the activation takes and gives, and the other factor of a gated one (3 b I,
-    else 2 b I). Frozen matrices keep nothing. An adapted one keeps what goes into it, and which of it dropout leaves ((b + 1) D); one trained as a whole
-    keeps what goes into it: the norms' results (2 b D) and the inner part's (b I, but for one that is kept already).
+    float32 a head; the inner part keeps what the activation takes and gives and the other factor of a gated one (3 b I,
+    else 2 b I). Frozen matrices keep nothing. An adapted one keeps what goes into it, and which of it dropout leaves
+    ((b + 1) D); one trained as a whole keeps what goes into it: the norms' results (2 b D) and the inner part's (b I,
+    but for one that is kept already).
     """
     b = numbers.computed
     key_heads = stack.kv_heads * (1 + rows if rows > 1 else 1)

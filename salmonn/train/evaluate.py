@@ -24,7 +24,9 @@ from salmonn.score.files import write_scores
 from salmonn.score.judge import Judge, Task
 from salmonn.score.protocol import sign
 from salmonn.score.rates import Rates, qa_accuracy, rates
+from salmonn.train.examples import ClipCache, Example
 from salmonn.train.references import ClipSet
+from salmonn.train.tokens import TokenStore
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -81,22 +83,56 @@ def _spread_out(
     return [placed[place] for place in range(len(placed))]
 
 
-def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str, side_by_side: int = SIDE_BY_SIDE) -> list[Block]:
-    """The clips' blocks from the frozen towers; an eighth as many are encoded at once as captions are made.
+def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str, store: TokenStore | None = None) -> list[Block]:
+    """The clips' blocks from the frozen towers; see `encode_examples`."""
+    examples = [Example(clips.root / reference.video, ()) for reference in clips.references]
+    blocks = encode_examples(captioner, examples, name=name, store=store)
+    return [blocks[example.clip] for example in examples]
 
-    Most of the time goes into reading: what a batch costs is how many seconds its files say that they last.
+
+def encode_examples(
+    captioner: Captioner, examples: Sequence[Example], *, name: str, store: TokenStore | None = None
+) -> dict[tuple[Any, ...], Block]:
+    """The block of each clip that examples are about, from the frozen towers, which it goes through alone.
+
+    So its tokens do not depend on what other clips there are, to the last bit. Most of the time goes into reading: what
+    a clip costs is how many seconds its file says that it lasts.
+
+    Args:
+        captioner: the model.
+        examples: whose clips are meant.
+        name: of the clips, for the progress bar.
+        store: has the blocks of clips that were encoded before, and takes the others; without, all stay in memory.
+
+    Raises:
+        ClipError: a clip cannot be read, or lacks what is learnt from.
+        ValueError: a process does not see the store's files.
     """
-    paths = [clips.root / reference.video for reference in clips.references]
-    # Opening a file costs something too, and is all that is known of one that states no length.
-    seconds = dist.gather([1 + declared_seconds(path) for path in dist.share(paths)])
-    batches = cut(seconds, size=side_by_side // 8)
+    clips = list({example.clip: example for example in examples}.values())
+    keys = store.keys(clips) if store else [""] * len(clips)
+    found = store.find(keys) if store else set()
+    seconds = dist.gather(
+        [_to_read(clip, key in found) for clip, key in dist.share(list(zip(clips, keys, strict=True)))]
+    )
+    batches, read = cut(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
 
-    def encode(number: int) -> list[Block]:
-        media = [captioner.processor.read(paths[place]) for place in batches[number]]
-        return captioner.encode(media, batch_size=len(media))
+    def encode(number: int) -> list[Block | None]:
+        """None where the block is in the store."""
+        (place,) = batches[number]
+        if keys[place] in found:
+            return [None]
+        (block,) = captioner.encode([read(clips[place])])
+        return [None if store and store.keep(keys[place], block) else block]
 
-    costs = [sum(seconds[place] for place in places) for places in batches]
-    return _spread_out(encode, batches, costs, name=f"reading {name}", unit="clip")
+    costs = [seconds[place] for (place,) in batches]
+    made = _spread_out(encode, batches, costs, name=f"reading {name}", unit="clip")
+    blocks = store.complete(keys, made, name=name) if store else [block for block in made if block is not None]
+    return {clip.clip: block for clip, block in zip(clips, blocks, strict=True)}
+
+
+def _to_read(example: Example, is_found: bool) -> float:
+    """Seconds of a clip that is to be read, and one for opening it: all that is known of one that states no length."""
+    return 0.0 if is_found else 1 + declared_seconds(example.video)
 
 
 def draw_captions(
@@ -115,7 +151,7 @@ def draw_captions(
         captioner: the model.
         references: of the clips.
         blocks: of the clips, as `encode_clips` gives them.
-        draw: what is drawn; each batch's seed follows from its seed and the batch's number.
+        draw: what is drawn; each clip's seed follows from its seed and the clip's place.
         name: for the progress bar.
         side_by_side: captions that are generated at once.
         parts: folder that takes each batch's captions as soon as they are made, so that a killed run goes on from
@@ -133,7 +169,8 @@ def draw_captions(
         else:
             places = batches[number]
             chosen = [videos[place] for place in places], [blocks[place] for place in places]
-            captions = _caption_batch(captioner, *chosen, draw=draw, seed=draw.seed * 1_000_003 + number)
+            seeds = [draw.seed * 1_000_003 + place for place in places]
+            captions = _caption_batch(captioner, *chosen, draw=draw, seeds=seeds)
             if parts:
                 write_records(_part(parts, number), captions)
         return [captions[start : start + draw.num_samples] for start in range(0, len(captions), draw.num_samples)]
@@ -148,7 +185,7 @@ def draw_captions(
 
 
 def _caption_batch(
-    captioner: Captioner, videos: Sequence[str], blocks: Sequence[Block], *, draw: Draw, seed: int
+    captioner: Captioner, videos: Sequence[str], blocks: Sequence[Block], *, draw: Draw, seeds: Sequence[int]
 ) -> list[Caption]:
     prompt, count = captioner.describe(), draw.num_samples
     answers = captioner.answer(
@@ -156,7 +193,7 @@ def _caption_batch(
         [prompt] * len(blocks),
         sampling=draw.sampling,
         num_samples=count,
-        seed=seed,
+        seeds=seeds,
         batch_size=len(blocks) * count,
     )
     return [

@@ -1,7 +1,11 @@
 """Training on preference pairs: their batches, the reference policy's log-probabilities, and the guided-DPO loss."""
 
+import itertools
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +16,12 @@ from salmonn.caption.inputs import Processor, Row
 from salmonn.model.lora import adapter_off
 from salmonn.model.network import Block, Inputs, Network
 from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
-from salmonn.records import Pair
+from salmonn.records import Pair, read_json, write_json
 from salmonn.train.examples import SftBatch, SftBatches, deal, sft_loss, split
+from salmonn.train.tokens import describe, describe_words, digest, fingerprint
+
+log = logging.getLogger(__name__)
+REFERENCE_NAME = "reference.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class PreferenceBatches:
         batch_size: pairs a step over all ranks.
         seed: of the order.
         accumulation: pieces that a rank's part is split into, if it has so many pairs.
+
+    `reference` has the reference policy's log-probabilities of each pair's chosen and rejected answer.
     """
 
     def __init__(
@@ -84,23 +94,87 @@ class PreferenceBatches:
         self.accumulation = accumulation
         self.reference: list[tuple[float, float]] = []
 
-    def refer(self, network: Network) -> None:
-        """Ask the reference policy, the network with its adapter off, once for every pair; shared over ranks."""
-        costs = [
-            len(self.blocks[pair.video]) + len(pair.chosen.split()) + len(pair.rejected.split()) for pair in self.pairs
-        ]
+    def refer(self, network: Network, *, folder: Path | None = None) -> None:
+        """Ask the reference policy, the network with its adapter off, once for every pair; shared over ranks.
+
+        Args:
+            network: as it is for all of the training.
+            folder: takes what it says, in reference.json. What is there is not asked again if all that it depends on is
+                as it was, and each rank's first batch gives the same once more.
+        """
+        groups = self._by_clip()
+        costs = [len(self.blocks[self.pairs[group[0]].video]) + self._count_words(group) for group in groups]
         shares = dist.spread(costs)
-        mine = [self.pairs[place] for place in shares[dist.rank()]]
-        size = max(1, self.batch_size // self.accumulation)
-        scored: list[tuple[float, float]] = []
+        mine = [place for number in shares[dist.rank()] for place in groups[number]]
+        made_of = self._describe(network) if folder else ""
+        if folder and (kept := _read_kept(folder / REFERENCE_NAME, made_of)) and self._says_again(network, mine, kept):
+            self.reference = kept
+            return
+        said = dict(zip(mine, self._ask(network, mine), strict=True))
+        parts = dist.collect([[said[place][:2] for place in groups[number]] for number in shares[dist.rank()]], shares)
+        placed = dict(zip(itertools.chain(*groups), itertools.chain(*parts), strict=True))
+        self.reference = [placed[place] for place in range(len(self.pairs))]
+        if folder and dist.is_main():
+            write_json(folder / REFERENCE_NAME, {"made_of": made_of, "logps": self.reference})
+
+    def _by_clip(self) -> list[list[int]]:
+        """Places of the pairs, those on one clip together: they share its way through the decoder."""
+        groups: dict[str, list[int]] = {}
+        for place, pair in enumerate(self.pairs):
+            groups.setdefault(pair.video, []).append(place)
+        return list(groups.values())
+
+    def _count_words(self, places: Sequence[int]) -> int:
+        return sum(len(f"{self.pairs[place].chosen} {self.pairs[place].rejected}".split()) for place in places)
+
+    @property
+    def _size(self) -> int:
+        """Pairs that the reference is asked about at once."""
+        return max(1, self.batch_size // self.accumulation)
+
+    def _ask(self, network: Network, places: Sequence[int]) -> list[tuple[float, float, int]]:
+        """Log-probabilities of pairs' chosen and rejected answers, and how many tokens both have."""
+        said: list[tuple[float, float, int]] = []
         with adapter_off(network), torch.no_grad():
-            for start in tqdm(range(0, len(mine), size), desc="reference", disable=not dist.is_main()):
-                part = mine[start : start + size]
-                rows = [Row(index, pair.prompt, pair.chosen, pair.history) for index, pair in enumerate(part)]
-                rows += [Row(index, pair.prompt, pair.rejected, pair.history) for index, pair in enumerate(part)]
-                logps = sequence_logps(network(self._inputs(part, rows).to(network.device))).cpu()
-                scored += zip(logps[: len(part)].tolist(), logps[len(part) :].tolist(), strict=True)
-        self.reference = dist.collect(scored, shares)
+            for start in tqdm(range(0, len(places), self._size), desc="reference", disable=not dist.is_main()):
+                part = [self.pairs[place] for place in places[start : start + self._size]]
+                videos = list(dict.fromkeys(pair.video for pair in part))
+                clips = [videos.index(pair.video) for pair in part]
+                rows = [
+                    Row(clip, pair.prompt, text, pair.history)
+                    for texts in ([pair.chosen for pair in part], [pair.rejected for pair in part])
+                    for clip, pair, text in zip(clips, part, texts, strict=True)
+                ]
+                inputs = self.processor.inputs(rows, [self.blocks[video] for video in videos])
+                logps = sequence_logps(network(inputs.to(network.device))).cpu().chunk(2)
+                counts = (inputs.labels != -100).sum(-1).reshape(2, -1).sum(0)
+                said += zip(*(column.tolist() for column in (*logps, counts)), strict=True)
+        return said
+
+    def _describe(self, network: Network) -> str:
+        """A hash of all that the reference's log-probabilities depend on."""
+        videos = list(dict.fromkeys(pair.video for pair in self.pairs))
+        digests = dist.gather([digest(self.blocks[video]) for video in dist.share(videos)])
+        weights = ((name, value) for name, value in network.named_parameters() if ".lora_" not in name)
+        # All ranks have the same weights.
+        mark = dist.gather([fingerprint(weights) if dist.is_main() else ""])[0]
+        pairs = [(pair.video, pair.prompt, pair.chosen, pair.rejected, pair.history) for pair in self.pairs]
+        attention = network.config._attn_implementation
+        words = describe_words(self.processor)
+        return describe(mark, dict(zip(videos, digests, strict=True)), pairs, words, attention, _computed_in(network))
+
+    def _says_again(self, network: Network, mine: Sequence[int], kept: Sequence[tuple[float, float]]) -> bool:
+        """Whether each rank's first batch gives what was kept, but for roundings of another device or other batches."""
+        gaps = [0.0]
+        for place, (*said, count) in zip(mine, self._ask(network, mine[: self._size]), strict=False):
+            allowed = _allowed(said, count, computed_in=_computed_in(network))
+            gaps += [abs(now - before) / allowed for now, before in zip(said, kept[place], strict=True)]
+        gap = max(dist.gather([max(gaps)]))
+        if gap > 1 and dist.is_main():
+            log.warning(
+                "what is kept of the reference policy is off by %.1f times what rounding may do: it is asked again", gap
+            )
+        return gap <= 1
 
     def __call__(self, step: int) -> list[PreferenceBatch]:
         """This rank's batch of a step, in pieces."""
@@ -123,6 +197,38 @@ class PreferenceBatches:
 
     def _inputs(self, pairs: Sequence[Pair], rows: Sequence[Row]) -> Inputs:
         return self.processor.inputs(rows, [self.blocks[pair.video] for pair in pairs])
+
+
+def _read_kept(path: Path, made_of: str) -> list[tuple[float, float]] | None:
+    """What the file holds, if it was made of the same; rank 0 alone reads: others may see a shared disk later."""
+    kept = None
+    if dist.is_main() and path.is_file():
+        try:
+            values = read_json(path)
+            if values["made_of"] == made_of:
+                kept = [(chosen, rejected) for chosen, rejected in values["logps"]]
+            else:
+                log.warning("%s is of other weights, clips, pairs or words: the reference policy is asked again", path)
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s cannot be read: the reference policy is asked again", path)
+    return dist.gather([kept])[0]
+
+
+def _computed_in(network: Network) -> str:
+    """The type that products are computed in."""
+    kind = network.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else network.dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _allowed(logps: Sequence[float], num_tokens: int, *, computed_in: str) -> float:
+    """How far the same log-probability may be off where other batches round otherwise, in nats.
+
+    A token's error is a few units of the type that is computed in (in tests up to 0.3 in bfloat16, 0.4 in float32), up
+    as often as down, so that they add up by the square root of their number; the sums themselves are in float32.
+    """
+    unit, exact = torch.finfo(getattr(torch, computed_in)).eps, torch.finfo(torch.float32).eps
+    return 8 * unit * math.sqrt(num_tokens) + 8 * exact * (num_tokens - sum(logps))
 
 
 class PreferenceLoss:

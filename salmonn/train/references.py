@@ -60,6 +60,11 @@ def read_clips(path: Path) -> ClipSet:
     return ClipSet(references, path.parent)
 
 
+def open_clips(path: Path | None, *, clips_dir: Path, synth: SynthConfig) -> ClipSet:
+    """References of one's own videos; without any, the synthetic clips of a config."""
+    return read_clips(path) if path else render_clips(clips_dir, synth)
+
+
 def all_texts(references: Sequence[Reference]) -> list[str]:
     """Every word that a tokenizer made for these references should know."""
     captions = [

@@ -17,7 +17,7 @@ import torch
 
 from salmonn.caption import captioner
 from salmonn.model import lora
-from salmonn.train import checkpoint, evaluate, pairing, stages
+from salmonn.train import checkpoint, evaluate, pairing, preference, stages, tokens
 
 
 def kill() -> None:
@@ -66,11 +66,13 @@ def named(name: str) -> Callable[..., bool]:
 
 
 POINTS: dict[str, Callable[[], None]] = {
+    "tokens": lambda: half_written(tokens, "save_file"),
     # The second batch of captions is drawn and not written, the first one is.
     "sampling": lambda: before(evaluate, "write_records", when=lambda path, _: "parts" in str(path), calls=2),
     "captions": lambda: before(stages, "write_records", when=named("captions.jsonl")),
     "judging": lambda: before(pairing, "write_scores"),
     "pairing": lambda: before(stages, "write_records", when=named("pairs.jsonl")),
+    "reference": lambda: before(preference, "write_json"),
     "step": lambda: before(torch.optim.AdamW, "step", calls=2),
     "checkpoint": lambda: half_written(checkpoint, "save_file"),
     "mark": lambda: before(checkpoint, "write_json"),

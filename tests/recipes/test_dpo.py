@@ -8,8 +8,9 @@ import torch
 
 from salmonn.conversations import parse_conversation
 from salmonn.model.load import load_network
-from salmonn.records import Reference, read_records
+from salmonn.records import Reference, read_json, read_records
 from salmonn.train.examples import Example
+from salmonn.train.tokens import TokenStoreConfig
 
 ASKED = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}
 
@@ -53,7 +54,7 @@ def start(request):
 
 def test_given_preferences(start, launch, preferences, tmp_path):
     flags = {
-        "preferences": preferences, "model": start, "out": tmp_path / "dpo",
+        "preferences": preferences, "model": start, "out": tmp_path / "dpo", "tokens.folder": tmp_path / "tokens",
         "lora.rank": 8, "lora.alpha": 16,
         "fit.steps": 8, "fit.batch_size": 4, "fit.learning_rate": 0.003, "fit.accumulation": 2,
     }  # fmt: skip
@@ -69,6 +70,8 @@ def test_given_preferences(start, launch, preferences, tmp_path):
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj"}
     assert (tmp_path / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "dpo" / "checkpoint.safetensors").exists()
+    assert len(list((tmp_path / "tokens").iterdir())) == 8  # clips
+    assert len(read_json(tmp_path / "dpo" / "reference.json")["logps"]) == 8  # pairs
     again = launch("dpo", **flags)
     assert again.returncode == 0 and "trained already" in again.stderr + again.stdout
 
@@ -91,7 +94,7 @@ def test_a_clip_of_several_preferences_is_encoded_once(load_recipe, captioner, v
     one, part, other = Example(videos[0], ()), Example(videos[0], (), end_seconds=2.0), Example(videos[1], ())
     encoded, encode = [], captioner.encode
     monkeypatch.setattr(captioner, "encode", lambda media: encoded.append(media) or encode(media))
-    blocks = load_recipe("dpo").encode(captioner, [one, part, one, other])
+    blocks = load_recipe("dpo").encode(captioner, [one, part, one, other], TokenStoreConfig(folder=None))
     assert len(encoded) == 3 and list(blocks) == ["0", "1", "2", "3"] and blocks["0"] is blocks["2"]
     alone = [encode([captioner.processor.read(videos[0], end_seconds=end)])[0].tokens for end in (None, 2.0)]
     assert all(torch.equal(blocks[key].tokens, tokens) for key, tokens in zip("01", alone, strict=True))

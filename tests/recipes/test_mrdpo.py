@@ -37,6 +37,7 @@ PROMISED = {
     "summary.png",
     *(f"sft/{name}" for name in MEASURED),
     *(f"round_1/{name}" for name in [*MEASURED, "heldout/kl_2.json", *(f"merged/{part}" for part in MODEL)]),
+    "round_1/reference.json",
     *(f"round_1/{name}.jsonl" for name in ("captions", "scores", "pairs", "steps")),
     *(
         f"{stage}/adapter/adapter_{part}"
@@ -51,8 +52,8 @@ PROMISED = {
 
 @pytest.fixture(scope="session")
 def flags(taught, sizes):
-    """The same for all runs here, but `out`."""
-    return sizes | ROUND | {"model": taught / "model", "clips_dir": taught / "clips"}
+    """The same for all runs here, but `out`, and tokens on disk where a test has them there."""
+    return sizes | ROUND | {"model": taught / "model", "clips_dir": taught / "clips", "tokens.folder": "null"}
 
 
 @pytest.fixture(scope="session")
@@ -128,8 +129,8 @@ def test_a_round_moves_the_attention_and_rebirth_starts_anew(finished, taught):
 
 # In the order of a run. Most of them are followed by the same point of rebirth.
 POINTS = (
-    "sampling", "judging", "pairing", "step", "checkpoint", "mark", "adapter", "merge", "merged", "measuring",
-    "captions", "step", "mark", "merge", "measuring",
+    "tokens", "sampling", "judging", "pairing", "reference", "step", "checkpoint", "mark", "adapter", "merge",
+    "merged", "measuring", "captions", "step", "mark", "merge", "measuring",
 )  # fmt: skip
 
 
@@ -149,15 +150,19 @@ def content(root: Path, name: str) -> object:
 
 
 def test_killed_at_every_stage_and_started_again(finished, command_of, launch, flags, tmp_path):
-    """Each start gets to its point and is killed there; the last one ends as an unbroken run does, byte for byte."""
-    out = tmp_path / "mrdpo"
-    python, recipe, *options = command_of("mrdpo", out=out, **flags)
+    """Each start gets to its point and is killed there; the last one ends as an unbroken run does, byte for byte.
+
+    That one has the clips' tokens in memory, these on disk.
+    """
+    out, kept = tmp_path / "mrdpo", {"tokens.folder": tmp_path / "tokens"}
+    python, recipe, *options = command_of("mrdpo", out=out, **flags | kept)
     for number, point in enumerate(POINTS):
         line = [python, str(Path(__file__).with_name("killed.py")), point, recipe, *options]
         result = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (number, point, result.stderr)
-    result = launch("mrdpo", out=out, **flags)
+    result = launch("mrdpo", out=out, **flags | kept)
     assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "tokens").glob("*.safetensors"))) == 11  # 8 clips to train on, 3 to measure on
     assert files_of(out) == files_of(finished)
     for name in sorted(files_of(out)):
         assert content(out, name) == content(finished, name), name
@@ -165,7 +170,8 @@ def test_killed_at_every_stage_and_started_again(finished, command_of, launch, f
 
 def test_two_processes(finished, launch, flags, tmp_path):
     # Half of each step's examples are questions, which other runs here have none of.
-    result = launch("mrdpo", processes=2, out=tmp_path, **flags, qa_share=0.5)
+    kept = {"tokens.folder": tmp_path.with_name(f"{tmp_path.name}_tokens")}
+    result = launch("mrdpo", processes=2, out=tmp_path, **flags | kept, qa_share=0.5)
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "round_1" / "steps.jsonl").read_text().splitlines()]
     assert all(step["qa"] > 0 and step["dpo"] > 0 for step in steps)

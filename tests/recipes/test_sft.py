@@ -13,6 +13,7 @@ from salmonn.model.load import load_network
 from salmonn.records import Caption, read_records
 from salmonn.score.files import read_scores
 from salmonn.train.examples import Example
+from salmonn.train.tokens import TokenStoreConfig
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -43,6 +44,7 @@ def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes):
         **sizes | {"heldout_clips": 0},
         **{"out": tmp_path / "tuned", "model": taught / "model", "clips_dir": taught / "clips"},
         **{"tasks": "[human_caption]", "trainable": "[]", "lora.rank": 4, "fit.steps": 2, "fit.batch_size": 4},
+        **{"tokens.folder": tmp_path / "tokens"},
     )
     assert result.returncode == 0, result.stderr
     before, after = weights(taught / "model"), weights(tmp_path / "tuned")
@@ -75,6 +77,22 @@ def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
     parameters = dict(captioner.network.named_parameters())
     wanted = {name for name in parameters if name.startswith(prefixes)}
     assert {name for name, parameter in parameters.items() if parameter.requires_grad} == wanted and wanted
+
+
+def test_frozen_towers_run_once_where_tokens_are_kept(load_recipe, captioner, videos, tmp_path):
+    sft, tokens = load_recipe("sft"), TokenStoreConfig(tmp_path / "tokens")
+    examples = [Example(video, (), use=use) for video in videos[:2] for use in ("both", "audio")]
+    sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=()))
+    media = [sft.find_clips(captioner, [], TokenStoreConfig(folder=None))(example) for example in examples]
+    blocks = [sft.find_clips(captioner, examples, tokens)(example) for example in examples]
+    for block, alone in zip(blocks, captioner.encode(media, batch_size=1), strict=True):
+        assert torch.equal(block.tokens, alone.tokens)
+    assert len(list(tokens.folder.iterdir())) == 4
+    for part in ("vision.newline", "audio", "lm.model.embed"):
+        config = sft.SftConfig(out=tmp_path, trainable=(part,))
+        sft.choose_trainable(captioner.network, config)
+        with pytest.raises(ValueError, match=r"leave tokens.folder out"):
+            sft.find_clips(captioner, examples, tokens)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
@@ -24,6 +25,7 @@ from salmonn.train.evaluate import (
     encode_clips,
     judge_captions,
 )
+from salmonn.train.tokens import TokenStoreConfig, open_store
 
 DRAW = Draw(Sampling(temperature=1.0, max_new_tokens=12), seed=7, num_samples=2)
 
@@ -34,9 +36,12 @@ def test_batches_are_of_like_length():
     assert cut([], size=4) == []
 
 
-def work(captioner, clips, name="work") -> dict[str, list]:
-    """All that is spread over ranks."""
-    blocks = encode_clips(captioner, clips, name=name, side_by_side=16)  # two clips at once
+def work(captioner, clips, folder, name="work") -> dict[str, list]:
+    """All that is spread over ranks; the folder takes the clips' tokens."""
+    blocks = encode_clips(captioner, clips, name=name)
+    for _ in ("cold", "warm"):
+        stored = encode_clips(captioner, clips, name=name, store=open_store(TokenStoreConfig(folder), captioner))
+        assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(blocks, stored, strict=True))
     captions = draw_captions(captioner, clips.references, blocks, draw=DRAW, name=name, side_by_side=4)
     by_video = {reference.video: reference for reference in clips.references}
     answers = answer_questions(captioner, clips.references, blocks, name=name, side_by_side=3)
@@ -62,7 +67,7 @@ from tests.train.test_evaluate import work
 out, model, root = map(Path, sys.argv[1:])
 dist.setup(threads=1)
 clips = ClipSet(read_records(root / "clips.jsonl", Reference), root)
-(out / f"{dist.rank()}.json").write_text(json.dumps(work(Captioner.load(model), clips)))
+(out / f"{dist.rank()}.json").write_text(json.dumps(work(Captioner.load(model), clips, out / "tokens")))
 """
 
 
@@ -73,8 +78,9 @@ def test_two_processes_make_the_same(captioner, clips, random_model, tmp_path):
     root = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False, env=root)
     assert result.returncode == 0, result.stderr
-    alone = json.loads(json.dumps(work(captioner, clips)))
+    alone = json.loads(json.dumps(work(captioner, clips, tmp_path / "tokens")))
     assert len(alone["captions"]) == 10 and len(alone["answers"]) > 3
+    assert len(list((tmp_path / "tokens").iterdir())) == 5  # one process found those of two
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
 
@@ -154,7 +160,7 @@ def test_batches_draw_from_seeds_of_their_own(captioner, clips):
 
 
 def test_reading_costs_what_the_files_last(captioner, clips, costs):
-    encode_clips(captioner, clips, name="clips", side_by_side=8)  # one at a time
+    encode_clips(captioner, clips, name="clips")
     lasting = sorted((reference.duration_seconds for reference in clips.references), reverse=True)
     assert costs == pytest.approx([1 + seconds for seconds in lasting], abs=0.2)
 

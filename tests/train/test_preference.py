@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,18 @@ import torch
 
 from salmonn.caption.inputs import Row
 from salmonn.model.lora import LoraConfig, attach
-from salmonn.records import Pair
+from salmonn.records import Pair, read_json, write_json
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.examples import Example, SftBatches, Turn, sft_loss
-from salmonn.train.loop import FitConfig, Stage, fit
-from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatches, PreferenceLoss
+from salmonn.train.loop import FitConfig, Stage, autocast, fit
+from salmonn.train.preference import (
+    REFERENCE_NAME,
+    DpoConfig,
+    MixedBatches,
+    MixedLoss,
+    PreferenceBatches,
+    PreferenceLoss,
+)
 
 LORA = LoraConfig(rank=4, dropout=0.0)
 
@@ -55,6 +63,139 @@ def test_reference_is_the_network_without_adapter(captioner, fill_adapter, pairs
     for pair, reference, by_hand in zip(pairs, batches.reference, expected, strict=True):
         assert reference == pytest.approx(by_hand, rel=1e-5)
         assert answer_logp(captioner, pair, pair.chosen, blocks[pair.video]) != pytest.approx(by_hand[0], rel=1e-3)
+
+
+def test_pairs_on_one_clip_are_asked_about_together(captioner, pairs, blocks, monkeypatch):
+    """Its tokens stand in the batch once, and every answer still has its own log-probability."""
+    both = [pairs[0], pairs[1], replace(pairs[0], prompt="Tell more.", chosen="two"), pairs[2]]
+    expected = [
+        [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
+        for pair in both
+    ]
+    attach(captioner.network, LORA, seed=0)
+    batches, asked = PreferenceBatches(both, blocks, captioner.processor, batch_size=9, seed=0), []
+    forward = captioner.network.forward
+    monkeypatch.setattr(captioner.network, "forward", lambda inputs: asked.append(inputs) or forward(inputs))
+    batches.refer(captioner.network)
+    assert [pair for said in batches.reference for pair in said] == pytest.approx(
+        [one for two in expected for one in two], rel=1e-5
+    )
+    (inputs,) = asked
+    assert len(inputs.blocks) == 3 and len(inputs.input_ids) == 8
+
+
+@pytest.fixture
+def asked(captioner, fill_adapter, pairs, blocks, tmp_path, monkeypatch):
+    """Asks the reference policy in batches of one pair, and says what it answered and how often it was run."""
+    attach(captioner.network, LORA, seed=0)
+    fill_adapter(captioner.network)
+    captioner.network.eval()
+    runs, forward = [], captioner.network.forward
+    monkeypatch.setattr(captioner.network, "forward", lambda inputs: runs.append(inputs) or forward(inputs))
+
+    def ask(given=None, clips=None, *, size=1):
+        runs.clear()
+        batches = PreferenceBatches(given or pairs, clips or blocks, captioner.processor, batch_size=size, seed=0)
+        batches.refer(captioner.network, folder=tmp_path)
+        return batches.reference, len(runs)
+
+    return ask
+
+
+def test_a_run_that_goes_on_asks_for_a_sample_alone(asked, tmp_path, caplog):
+    said, runs = asked()
+    assert runs == 3
+    first = (tmp_path / REFERENCE_NAME).read_bytes()
+    again, runs = asked()
+    assert again == said and runs == 1 and (tmp_path / REFERENCE_NAME).read_bytes() == first
+    again, runs = asked(size=2)  # other batches may round otherwise; what is kept is what is taken
+    assert again == said and runs == 1 and not caplog.records
+    # Two runs of the same give the same, to the last bit.
+    (tmp_path / REFERENCE_NAME).unlink()
+    assert asked()[0] == said and (tmp_path / REFERENCE_NAME).read_bytes() == first
+
+
+def test_an_adapter_that_has_learnt_changes_no_reference(captioner, asked, fill_adapter):
+    """The run goes on in the midst of training, or from a fresh adapter of another seed."""
+    said, _ = asked()
+    with torch.no_grad():
+        for name, value in captioner.network.named_parameters():
+            if ".lora_" in name:
+                value.add_(1)
+    again, runs = asked()
+    assert again == said and runs == 1
+
+
+def change_weights(captioner, pairs, blocks):
+    with torch.no_grad():
+        captioner.network.get_parameter("lm.base_model.model.model.norm.weight").mul_(1.5)
+
+
+def change_frames(captioner, pairs, blocks):
+    """All tokens a little, which a sample would hardly tell."""
+    for video, block in blocks.items():
+        blocks[video] = replace(block, tokens=block.tokens + 1e-6)
+
+
+def change_prompt(captioner, pairs, blocks):
+    pairs[2] = replace(pairs[2], prompt="Tell all.")
+
+
+def change_answer(captioner, pairs, blocks):
+    pairs[2] = replace(pairs[2], rejected="no")
+
+
+def change_history(captioner, pairs, blocks):
+    pairs[2] = replace(pairs[2], history=(("Who?", "A star."),))
+
+
+def change_order(captioner, pairs, blocks):
+    pairs.reverse()
+
+
+def change_system(captioner, pairs, blocks):
+    captioner.processor.config.system_prompt = "Be brief."
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_weights, change_frames, change_prompt, change_answer, change_history, change_order, change_system],
+)
+def test_what_the_reference_depends_on_makes_it_anew(captioner, asked, pairs, blocks, caplog, tmp_path, change):
+    said, _ = asked()
+    change(captioner, pairs, blocks)
+    now, runs = asked()
+    assert runs == 3 and now != said
+    assert "is of other weights, clips, pairs or words" in caplog.text
+    assert asked() == (now, 1)
+
+
+def test_a_sample_that_differs_makes_it_anew(asked, tmp_path, caplog):
+    """What no hash sees, such as another version of torch; the first batch is of the longest clip."""
+    path = tmp_path / REFERENCE_NAME
+    said, _ = asked()
+    values = read_json(path)
+    write_json(path, values | {"logps": [[chosen + 0.01, rejected] for chosen, rejected in said]})
+    again, runs = asked()
+    assert again == said and runs == 1 + 3 and "times what rounding may do" in caplog.text
+    assert read_json(path) == values
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"made_of": 1}'])
+def test_a_reference_that_cannot_be_read_is_made_anew(asked, tmp_path, caplog, text):
+    said, _ = asked()
+    (tmp_path / REFERENCE_NAME).write_text(text)
+    again, runs = asked()
+    assert again == said and runs == 3 and "asked again" in caplog.text
+
+
+def test_another_type_is_another_reference(asked):
+    said, _ = asked()
+    with autocast("bfloat16"):
+        rounded, runs = asked()
+        assert runs == 3 and rounded != said
+        assert asked(size=2) == (rounded, 1)  # whose batches round more, and no more than they may
+    assert asked() == (said, 3)
 
 
 def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
