@@ -3,6 +3,7 @@
 # make mrdpo   the whole loop at toy size, with a table and a picture at its end
 # make ablation      the papers' ablation at toy size, 3 seeds: an hour or more on 2 cores
 # make test-resume   a small run killed at 20 random moments, by one process and by two, against an unbroken one
+# make bench   ours against the plain way, TRL and other readers: bench.json and the table of docs/performance.md
 # make tiny    train the toy model from nothing and ship it in place of the old one (two hours on 2 cores)
 PYTHON ?= python3
 # The build of torch: the one that your index gives for this version. For another (CUDA or CPU), point pip at its index.
@@ -12,7 +13,7 @@ PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-resume lint mrdpo proof ablation tiny clean
+.PHONY: setup test test-resume lint mrdpo proof ablation bench tiny clean
 
 setup: $(VENV)/installed
 

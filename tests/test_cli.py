@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,10 @@ def test_help_starts_without_torch():
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("caption", ["paths", "--out", "--model", "--prompt", "--use", "--start", "--end", "--temperature", "--seed"]),
+        (
+            "caption",
+            ["paths", "--out", "--model", "--prompt", "--use", "--start", "--end", "--temperature", "--workers"],
+        ),
         ("score", ["captions", "--references", "--judge", "--base_url", "--passes", "--report", "--max_requests"]),
         ("compare", ["first", "second", "--force"]),
         ("events", ["references", "--out", "--judge"]),
@@ -61,8 +66,10 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
     shutil.copy(videos[1], folder / "deeper" / "c.mp4")
     (folder / "notes.txt").write_text("no video")
     out = tmp_path / "captions.jsonl"
+    begin = time.monotonic()
     result = run("caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 8)
     assert result.returncode == 1
+    seconds = time.monotonic() - begin
     captions = read_records(out, Caption)
     assert [caption.video for caption in captions] == [str(folder / "a.mp4"), str(folder / "deeper" / "c.mp4")]
     assert all(caption.text and caption.model == str(random_model) for caption in captions)
@@ -70,6 +77,19 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
     assert (
         str(folder / "b.mp4") in result.stderr and "2 captions" in result.stderr and "1 videos failed" in result.stderr
     )
+    told = re.search(r"; ([\d.]+) clips a minute, and the model waited (\d+)% of the time", result.stderr)
+    # Three files in less than what the whole process took.
+    assert told and float(told[1]) > 60 * 3 / seconds and 0 <= int(told[2]) <= 100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_captions_do_not_depend_on_workers(call, videos, random_model, tmp_path, workers):
+    out = tmp_path / "captions.jsonl"
+    args = ("caption", *videos[:3], "--out", out, "--model", random_model, "--max_new_tokens", 6)
+    assert call(*args)[0] == 0
+    expected = out.read_text()
+    assert call(*args, "--overwrite", "--workers", workers)[0] == 0
+    assert out.read_text() == expected
 
 
 def test_captions_are_those_of_the_captioner(call, captioner, videos, random_model, tmp_path):
@@ -123,6 +143,7 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
         (["{video}", "--prompt", "<|video_pad|>"], "special token"),
         ([], "paths"),
         (["{video}", "--batch_size", "-1"], "batch_size"),
+        (["{video}", "--workers", "-1"], "workers must be"),
     ],
 )
 def test_wrong_usage_of_caption(call, videos, random_model, tmp_path, args, words):

@@ -1,9 +1,11 @@
 """`salmonn caption`: describe videos, or ask anything about them."""
 
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
@@ -11,6 +13,9 @@ from tqdm import tqdm
 from salmonn.cli.codes import SOME_FAILED
 from salmonn.media.clip import find_videos
 from salmonn.records import Caption, Use, append_record, write_records
+
+if TYPE_CHECKING:
+    from salmonn.caption.captioner import Failure
 
 
 def caption_parser() -> ArgumentParser:
@@ -33,6 +38,7 @@ def caption_parser() -> ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int | None, default=None, help="limit (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--batch_size", type=int | None, default=None, help="clips side by side (default: the model's)")
+    parser.add_argument("--workers", type=int | None, default=None, help="processes that decode; 0: none but this one")
     parser.add_argument("--released_positions", action="store_true", help="2+: number as the published inference code")
     _add_placement(parser)
     return parser
@@ -44,7 +50,9 @@ def _add_placement(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda where present)")
     parser.add_argument("--device_map", type=str | None, default=None, help="auto: split the model over all GPUs")
     parser.add_argument("--dtype", type=dtypes, default="auto", help="of weights (auto: bfloat16 on a GPU)")
-    parser.add_argument("--attention", type=attentions, default="auto", help="(auto: flash attention where installed)")
+    parser.add_argument(
+        "--attention", type=attentions, default="auto", help="of the towers (auto: flash attention where installed)"
+    )
     parser.add_argument("--bits", type=Literal[4, 8] | None, default=None, help="quantise the language model")
 
 
@@ -52,6 +60,7 @@ def run_caption(values: Namespace) -> int:
     """Caption videos into a JSONL file, line by line."""
     from salmonn.caption.captioner import SHIPPED_MODEL, Captioner, Span
     from salmonn.caption.generate import Sampling
+    from salmonn.caption.reading import ClipReader, sensible_workers
     from salmonn.model.load import Placement
 
     if values.out.exists() and not values.overwrite:
@@ -62,29 +71,45 @@ def run_caption(values: Namespace) -> int:
     )
     span = Span(values.start, values.end)
     videos = find_videos(values.paths)
-    captioner = Captioner.load(
-        values.model or SHIPPED_MODEL,
-        placement=Placement(values.device, values.device_map, values.dtype, values.attention, values.bits),
-        adapter=values.adapter,
-        released_positions=values.released_positions,
+    # Workers start first, so that they are ready when the model is.
+    workers = sensible_workers(len(videos)) if values.workers is None else values.workers
+    with ClipReader(workers=workers) as reader:
+        captioner = Captioner.load(
+            values.model or SHIPPED_MODEL,
+            placement=Placement(values.device, values.device_map, values.dtype, values.attention, values.bits),
+            adapter=values.adapter,
+            released_positions=values.released_positions,
+        )
+        results = captioner.caption_each(
+            videos,
+            prompt=values.prompt,
+            sampling=sampling if limit else replace(sampling, max_new_tokens=captioner.greedy().max_new_tokens),
+            span=span,
+            use=values.use,
+            seed=values.seed,
+            batch_size=values.batch_size,
+            reader=reader,
+        )
+        begin = time.perf_counter()
+        num_failed = _write_results(results, values.out, total=len(videos))
+        seconds = time.perf_counter() - begin
+    sys.stderr.write(
+        f"{len(videos) - num_failed} captions in {values.out}, {num_failed} videos failed; "
+        f"{60 * len(videos) / seconds:.1f} clips a minute, and the model waited {reader.waited_seconds / seconds:.0%} "
+        "of the time for them\n"
     )
-    results = captioner.caption_each(
-        videos,
-        prompt=values.prompt,
-        sampling=sampling if limit else replace(sampling, max_new_tokens=captioner.greedy().max_new_tokens),
-        span=span,
-        use=values.use,
-        seed=values.seed,
-        batch_size=values.batch_size,
-    )
-    failures = []
-    for number, result in enumerate(tqdm(results, total=len(videos), desc="captioning", unit="video")):
+    return SOME_FAILED if num_failed else 0
+
+
+def _write_results(results: "Iterable[Caption | Failure]", out: Path, *, total: int) -> int:
+    """Write captions as they come, tell failures, and count these."""
+    num_failed = 0
+    for number, result in enumerate(tqdm(results, total=total, desc="captioning", unit="video")):
         if number == 0:  # not before, so that a mistake in the arguments leaves no empty file
-            write_records(values.out, [])
+            write_records(out, [])
         if isinstance(result, Caption):
-            append_record(values.out, result)
+            append_record(out, result)
         else:
-            failures.append(result)
+            num_failed += 1
             tqdm.write(f"failed: {result.error}", file=sys.stderr)
-    sys.stderr.write(f"{len(videos) - len(failures)} captions in {values.out}, {len(failures)} videos failed\n")
-    return SOME_FAILED if failures else 0
+    return num_failed

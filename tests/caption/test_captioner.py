@@ -7,6 +7,8 @@ import torch
 
 from salmonn.caption.captioner import Captioner, Failure, Span
 from salmonn.caption.generate import Sampling
+from salmonn.caption.reading import ClipReader
+from salmonn.media.clip import read_clip
 from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Caption
 
@@ -137,7 +139,7 @@ def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monke
     plain = captioner.answer
 
     def crowded(clips, prompts, **named):
-        if named["seed"] == 2:  # of the third clip's batch
+        if named["seeds"] == [2]:  # of the third clip's batch
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
         return plain(clips, prompts, **named)
 
@@ -148,15 +150,65 @@ def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monke
     assert str(videos[2]) in results[2].error
 
 
+def test_clips_of_like_length_go_together(captioner, videos, monkeypatch):
+    """In the order of the paths their lengths are short, long, short, long, short: two batches, of 2 and 3."""
+    plain, sizes = captioner.answer, []
+
+    def watched(clips, prompts, **named):
+        sizes.append([round(clip.seconds) for clip in clips])
+        return plain(clips, prompts, **named)
+
+    monkeypatch.setattr(captioner, "answer", watched)
+    seconds = {video: read_clip(video, captioner.processor.config.frame_rule).picture_seconds for video in videos}
+    short, long = min(videos, key=seconds.get), max(videos, key=seconds.get)
+    assert round(seconds[short]) < round(seconds[long])
+    results = list(captioner.caption_each([short, long, short, long, short], sampling=SHORT, batch_size=3))
+    # Of the three short ones two are alone, and the last goes with the long ones, in the order of the paths.
+    assert sizes == [[round(seconds[short])] * 2, [*[round(seconds[long])] * 2, round(seconds[short])]]
+    assert [result.video for result in results] == [str(path) for path in (short, long, short, long, short)]
+    assert results[0] == results[2] == results[4] != results[1] == results[3]
+
+
+def test_a_draw_depends_on_its_seed_and_place_alone(captioner, videos):
+    drawn = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    alone = [captioner.caption(video, sampling=drawn, seed=5 + place) for place, video in enumerate(videos)]
+    assert len({caption.text for caption in alone}) == 5
+    with ClipReader(workers=2) as reader:
+        for batch_size in (1, 3, 8):
+            named = dict(sampling=drawn, seed=5, batch_size=batch_size, reader=reader)
+            assert list(captioner.caption_each(videos, **named)) == alone
+        assert reader.waited_seconds > 0
+
+
+def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, monkeypatch):
+    (tmp_path / "deadly.py").write_text(
+        "import os\nfrom salmonn.caption.reading import Wanted\n"
+        "class Deadly(Wanted):\n def read(self, path):\n"
+        "  return os.kill(os.getpid(), 9) if path.name == 'bad.mp4' else super().read(path)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import deadly
+
+    monkeypatch.setattr("salmonn.caption.captioner.Wanted", deadly.Deadly)
+    paths = [videos[0], tmp_path / "bad.mp4", videos[1]]
+    with ClipReader(workers=2) as reader:
+        results = list(captioner.caption_each(paths, sampling=SHORT, reader=reader))
+    assert [result.video for result in results] == list(map(str, paths))
+    assert isinstance(results[1], Failure) and "SIGKILL" in results[1].error and str(paths[1]) in results[1].error
+    assert [results[0], results[2]] == [captioner.caption(video, sampling=SHORT) for video in videos[:2]]
+
+
 def test_samples_follow_one_another(captioner, media):
     drawn = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
     done = []
     answers = captioner.answer(
-        media[:3], ["Tell."] * 3, sampling=drawn, num_samples=2, seed=1, batch_size=4, progress=done.append
+        media[:3], ["Tell."] * 3, sampling=drawn, num_samples=2, seeds=[1, 2, 3], batch_size=4, progress=done.append
     )
     assert len(answers) == 6 and done == [2, 1]  # 4 sequences side by side are 2 clips
-    # The third clip is a batch of its own, on the seed plus its number.
-    assert answers[4:] == captioner.answer(media[2:3], ["Tell."], sampling=drawn, num_samples=2, seed=3)
+    # What a clip's samples draw depends on its own seed, wherever it stands.
+    for place, seed in enumerate([1, 2, 3]):
+        alone = captioner.answer(media[place : place + 1], ["Tell."], sampling=drawn, num_samples=2, seeds=[seed])
+        assert answers[2 * place : 2 * place + 2] == alone
 
 
 def test_a_prompt_with_a_special_token_is_refused(captioner, videos):

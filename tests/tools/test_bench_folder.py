@@ -1,0 +1,96 @@
+"""The bench of folders: all its sides say the same, a side that does not is found out, and rows are what was timed."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+
+
+@pytest.fixture(scope="module")
+def folder():
+    """The bench by its file name, as benches import one another."""
+    if str(BENCH) not in sys.path:
+        sys.path.insert(0, str(BENCH))
+    return importlib.import_module("folder")
+
+
+@pytest.fixture(scope="module")
+def paths(folder, tmp_path_factory):
+    return folder.make_folder("720p", tmp_path_factory.mktemp("clips") / "new", folder.FolderConfig(clips=3, seconds=1))
+
+
+@pytest.fixture
+def bench(folder, paths):
+    return folder.Bench("720p", paths, quick=True)
+
+
+def test_clips_are_of_the_size_and_length_told(paths, folder, tmp_path):
+    with av.open(str(paths[0])) as container:
+        video, audio = container.streams
+        assert (video.width, video.height) == (1280, 720) and len(list(container.decode(video))) == 30
+        assert abs(float(audio.duration * audio.time_base) - 1) < 0.05
+    for number, seed in enumerate((0, 0, 1)):
+        folder.render(tmp_path / f"{number}.mp4", seconds=1, width=64, height=48, seed=seed)
+    one, same, other = ((tmp_path / f"{number}.mp4").read_bytes() for number in range(3))
+    assert one == same != other
+
+
+def test_all_sides_say_the_same(folder, bench):
+    folder.check(bench)
+    assert len(bench.ours()) == 3 and all(len(text.split()) == folder.QUICK_NEW_TOKENS for text in bench.ours())
+    assert bench.waited > 0
+
+
+@pytest.mark.parametrize("side", ["one at a time", "generate() one at a time"])
+def test_a_side_that_says_otherwise_is_found_out(folder, bench, side):
+    plain = bench.sides[side]
+    bench.sides[side] = lambda: [*plain()[:2], "something else"]
+    with pytest.raises(ValueError, match=rf"'{side[:8]}.* says of 002\.mp4 otherwise .*something else"):
+        folder.check(bench)
+
+
+def test_captions_that_are_all_alike_show_nothing(folder, bench):
+    with torch.no_grad():
+        bench.captioner.network.lm.get_output_embeddings().weight.zero_()
+    with pytest.raises(ValueError, match="same caption"):
+        folder.check(bench)
+
+
+def test_the_ratio_of_tokens_is_as_told(folder):
+    """A clip of 5 s at 224 pixels: 5 frames of 8 rows of 8 tokens and one more, 60 tokens of sound: 420."""
+    model = importlib.import_module("model")
+    captioner = model.make_captioner(replace(folder.MID, layers=1))
+    clip = model.make_clip(captioner.processor, num_frames=5, side=224)
+    assert len(captioner.processor.lay_out(clip)) == 5 * 8 * 9 + 60
+    assert 420 / folder.MID_NEW_TOKENS == 20
+
+
+def test_rows(folder, monkeypatch):
+    """Two clips in each folder; the memory of one side is measured for real."""
+    asked, real = [], folder.measured
+
+    def measured(config, kind, side, paths):
+        asked.append((kind, side))
+        return real(config, kind, side, paths) if len(asked) == 1 else {"process_mib": len(asked)}
+
+    monkeypatch.setattr(folder, "measured", measured)
+    rows = folder.run(folder.FolderConfig(clips=2, seconds=1, repeats=1, quick=True))
+    assert [row["name"] for row in rows] == [
+        f"2 clips, {kind}, against {side}"
+        for kind in ("720p", "synthetic")
+        for side in ("one at a time", "generate() one at a time")
+    ]
+    assert asked == [
+        (kind, side) for kind in ("720p", "synthetic") for side in ("ours", "one at a time", "generate() one at a time")
+    ]
+    assert 100 < rows[0]["ours_mib"] < 4000 and [row["other_mib"] for row in rows] == [2, 3, 5, 6]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["other_seconds"] / row["ours_seconds"], rel=0.01)
+        speed = 60 * 2 / row["ours_seconds"]
+        assert abs(int(row["note"].split()[0]) - speed) <= 1 + 0.001 * speed and "waited" in row["note"]

@@ -1,0 +1,185 @@
+"""A folder of clips captioned by ours, in batches with decoding ahead, against one clip at a time; the same captions.
+
+    python tools/bench/folder.py [--clips 24] [--seconds 5] [--repeats 3] [--out bench.json] [--quick]
+
+Two folders: 1280 x 720 clips by a model of random weights of 88 million parameters (prefix and answer about 20 : 1, so
+that arithmetic is timed), and small synthetic clips by the shipped toy model. The other sides are `Captioner.caption`
+for each file in turn, and the same with transformers' own generate(); all use all cores, and load the model once.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from clips import render
+from jsonargparse import ArgumentParser
+from model import SHAPES, Shape, make_captioner
+from naive import naive_answers
+from rows import Row, alone, compare, hand_in, interleave, peak_mib, tell
+
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.generate import Sampling
+from salmonn.caption.reading import ClipReader, sensible_workers
+from salmonn.media.synth import SynthConfig, make_clips
+from salmonn.records import Caption
+
+Kind = Literal["720p", "synthetic"]
+Side = Literal["ours", "one at a time", "generate() one at a time"]
+# A clip of 5 s is 420 tokens with its prompt.
+MID = Shape(
+    width=768, layers=8, heads=12, kv_heads=4, intermediate=3072, tower_width=192, tower_layers=4, side=224
+)  # fmt: skip
+MID_NEW_TOKENS = 21
+QUICK_NEW_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """What is run.
+
+    Args:
+        clips: in each folder.
+        seconds: of each clip in 720p.
+        repeats: of each side; medians are told.
+        quick: small sizes, to see that it runs.
+    """
+
+    clips: int = 24
+    seconds: int = 5
+    repeats: int = 3
+    quick: bool = False
+
+
+class Bench:
+    """A model, a folder and the ways of captioning it.
+
+    Args:
+        kind: of the clips, and which model sees them.
+        paths: of the clips.
+        quick: a small model.
+    """
+
+    def __init__(self, kind: Kind, paths: Sequence[Path], *, quick: bool) -> None:
+        self.paths = paths
+        self.waited = 0.0  # seconds in which the model had no clips, in the latest run
+        if kind == "synthetic":
+            self.captioner = Captioner.load(SHIPPED_MODEL)
+            self.sampling = self.captioner.greedy()
+        else:
+            self.captioner = make_captioner(SHAPES["small"] if quick else MID)
+            self.sampling = Sampling(max_new_tokens=QUICK_NEW_TOKENS if quick else MID_NEW_TOKENS)
+        self.sides = {"ours": self.ours, "one at a time": self.one, "generate() one at a time": self.generate}
+
+    def ours(self) -> list[str]:
+        """Batches, and workers that read ahead, whose start is timed too."""
+        with ClipReader(workers=sensible_workers(len(self.paths))) as reader:
+            results = list(self.captioner.caption_each(self.paths, sampling=self.sampling, reader=reader))
+        self.waited = reader.waited_seconds
+        return [result.text if isinstance(result, Caption) else result.error for result in results]
+
+    def one(self) -> list[str]:
+        """Our own captioner, a file at a time."""
+        return [self.captioner.caption(path, sampling=self.sampling).text for path in self.paths]
+
+    def generate(self) -> list[str]:
+        """Reading and towers are ours, words come from transformers' generate()."""
+        processor = self.captioner.processor
+        generation: dict[str, Any] = {
+            "do_sample": False,
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "eos_token_id": processor.stop_ids,
+            "pad_token_id": processor.pad_id,
+        }
+        answer = partial(naive_answers, self.captioner.network, processor, num_samples=1, generation=generation)
+        given = [answer(processor.read(path), self.captioner.describe())[0] for path in self.paths]
+        return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in given]
+
+
+def make_folder(kind: Kind, root: Path, config: FolderConfig) -> list[Path]:
+    """Render the clips of a kind; no two are alike."""
+    if kind == "synthetic":
+        references = make_clips(root, SynthConfig(clips=config.clips, seed=6), workers=1)
+        return [root / reference.video for reference in references]
+    root.mkdir(parents=True)
+    paths = [root / f"{number:03d}.mp4" for number in range(config.clips)]
+    for number, path in enumerate(paths):
+        render(path, seconds=config.seconds, seed=number)
+    return paths
+
+
+def check(bench: Bench) -> None:
+    """All sides give the same captions, and not the same one to every clip.
+
+    Raises:
+        ValueError: they do not.
+    """
+    captions = {name: side() for name, side in bench.sides.items()}
+    for name, texts in captions.items():
+        if texts != captions["ours"]:
+            place = next(place for place, text in enumerate(texts) if text != captions["ours"][place])
+            told = f"{captions['ours'][place]!r} against {texts[place]!r}"
+            raise ValueError(f"'{name}' says of {bench.paths[place].name} otherwise than ours: {told}")
+    if len(set(captions["ours"])) < len(bench.paths) / 2:
+        raise ValueError(f"of {len(bench.paths)} clips most have the same caption, which shows little")
+
+
+def run(config: FolderConfig) -> list[Row]:
+    """Rows for both folders, ours against each other side."""
+    rows: list[Row] = []
+    kinds: tuple[Kind, ...] = ("720p", "synthetic")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in kinds:
+            paths = make_folder(kind, Path(folder) / kind, config)
+            bench = Bench(kind, paths, quick=config.quick)
+            check(bench)
+            timings = interleave(bench.sides, repeats=config.repeats)
+            memory = {side: measured(config, kind, side, paths) for side in bench.sides}
+            speed = {side: f"{60 * len(paths) / timing.seconds:.0f}" for side, timing in timings.items()}
+            waited = f"the model waited {bench.waited / timings['ours'].seconds:.0%} of the time"
+            for side in list(bench.sides)[1:]:
+                row = compare(
+                    f"{len(paths)} clips, {kind}, against {side}",
+                    timings["ours"],
+                    timings[side],
+                    ours_mib=memory["ours"]["process_mib"],
+                    other_mib=memory[side]["process_mib"],
+                    note=f"{speed['ours']} against {speed[side]} clips a minute; {waited}",
+                )
+                # Workers' time is not this process's.
+                del row["cpu_ratio"]
+                rows.append({"part": "folder captioning", **row})
+    return rows
+
+
+def measured(config: FolderConfig, kind: Kind, side: str, paths: Sequence[Path]) -> Row:
+    """Peak memory of a side in a process of its own, which captions the first 8 clips; workers have 50 MiB each."""
+    flags = [f"--memory_of={side}", f"--kind={kind}", "--videos", *map(str, paths[:8])]
+    answer: Row = alone(__file__, *flags, *(["--quick"] if config.quick else []))
+    return answer
+
+
+def main() -> None:
+    """Parse, run, show."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--clips", type=int, default=24, help="in each folder")
+    parser.add_argument("--seconds", type=int, default=5, help="of each clip in 720p")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--out", type=Path | None, default=None, help="file of rows in JSON")
+    parser.add_argument("--memory_of", type=str | None, default=None, help="measure this side alone, and tell it")
+    parser.add_argument("--kind", type=Kind, default="720p", help="of --memory_of")
+    parser.add_argument("--videos", type=Path, nargs="*", default=[], help="of --memory_of")
+    values = parser.parse_args()
+    if values.memory_of:
+        bench = Bench(values.kind, values.videos, quick=values.quick)
+        tell(peak_mib(bench.sides[values.memory_of]))
+        return
+    config = FolderConfig(values.clips, values.seconds, values.repeats)
+    hand_in(run(FolderConfig(4, 1, 2, quick=True) if values.quick else config), out=values.out)
+
+
+if __name__ == "__main__":
+    main()
