@@ -217,10 +217,10 @@ class ClipReader:
 
 
 def cut_alike(lengths: Sequence[float], *, size: int) -> list[list[int]]:
-    """Places of a list in even batches of at most `size` and of like length."""
+    """Places of a list in even batches of at most `size` and of like length, the shortest first."""
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
     count = -(-len(order) // size)
-    cuts = [len(order) * number // count for number in range(count + 1)]
+    cuts = [len(order) * number // max(1, count) for number in range(count + 1)]
     return [sorted(order[start:end]) for start, end in pairwise(cuts)]
 
 

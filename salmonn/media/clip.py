@@ -4,8 +4,9 @@
 
 A file is passed over twice. The first pass (`survey.py`) decodes the sound and only notes when each picture is due
 and which are keyframes. So the second (`pictures.py`) knows before it decodes anything which frames are wanted and
-where each can be reached from, and it seeks whenever the next wanted frame has a keyframe ahead of the place reached:
-a stretch between keyframes in which nothing is wanted is never decoded, and nothing is decoded twice.
+where each can be reached from. It seeks past stretches between keyframes in which nothing is wanted, leaves out
+pictures that no other refers to (`slices.py`), and stops at the last that is wanted. Other threads scale frames while
+the next are decoded. A file that is not as the survey says is read more plainly.
 """
 
 import logging

@@ -12,7 +12,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 
 # Starting decoder threads costs more than they save up to about this many pixels a frame.
-_SINGLE_THREAD_PIXELS = 320 * 240
+_SINGLE_THREAD_PIXELS = 160 * 120
 
 
 class ClipError(ValueError):
@@ -173,10 +173,17 @@ class Decoder:
         Raises:
             Damage: at the first error, but for `forgiven_errors` before the first frame.
         """
+        return self._checked(packet.stream, packet)
+
+    def drain(self, stream: Any) -> list[Any]:
+        """The frames that the decoder still holds; a seek makes it take packets again. Raises as `decode`."""
+        return self._checked(stream, None)
+
+    def _checked(self, stream: Any, packet: Any) -> list[Any]:
         try:
-            if packet.is_corrupt:
+            if packet is not None and packet.is_corrupt:
                 raise av.error.InvalidDataError(0, "the file says that this part is damaged")
-            frames = packet.decode()
+            frames = stream.decode(packet)
         except av.error.EOFError:
             return []
         except av.error.FFmpegError as error:

@@ -3,7 +3,9 @@
 import logging
 import math
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from salmonn.media.container import Damage, Decoder, Source, cause_of, reopen
 from salmonn.media.frames import FrameRule
+from salmonn.media.slices import unreferenced_test
 from salmonn.media.survey import SLACK_SECONDS, Survey
 
 logger = logging.getLogger(__name__)
@@ -21,9 +24,14 @@ logger = logging.getLogger(__name__)
 # Without these two flags, libswscale's colours come out 0.5 (full size) to 1.8 (scaled) levels too dark.
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
+# Threads that convert and scale: so many decoded frames are painted at a time, and one more waits.
+_PAINTERS = 2
+# A seek must spare so many pictures: at each the decoder's threads run empty.
+_WORTH_A_SEEK = 4
+
 
 class _SeekMissed(Exception):
-    """A seek landed after the frame it was for."""
+    """Seeking does not bring the frame it was for."""
 
 
 def wanted_times(survey: Survey, rule: FrameRule, *, start: float, end: float) -> np.ndarray:
@@ -60,21 +68,82 @@ def take_frames(survey: Survey, wanted: np.ndarray, *, rule: FrameRule, stack: E
         (H, W, 3) uint8 frames, None where undecodable; fewer than F where the rest is damaged.
     """
     source = survey.source
-    if not source.counts_frames:
+    ways = (
+        [] if source.counts_frames else [_due_frames(survey, wanted), _on_screen(source, survey, wanted, survey.keys)]
+    )
+    for frames in ways:
         try:
-            return list(_painted(_on_screen(source, survey, wanted, survey.keys), rule, len(wanted)))
-        except (_SeekMissed, Damage) as problem:
-            # Some files are only hard to seek in: damage is believed when reading straight through finds it.
-            logger.debug("%s: reading straight through, for a seek failed (%s)", source.path, problem)
+            pictures, damage = _painted(frames, rule, len(wanted))
+        except _SeekMissed as problem:
+            logger.debug("%s: reading again, for a seek failed (%s)", source.path, problem)
+            continue
+        if damage is None:
+            return pictures
+        # Some files are only hard to seek in: damage is believed when reading straight through finds it.
+        logger.debug("%s: reading straight through, for it seems damaged (%s)", source.path, damage)
+        break
     source = reopen(source, stack)
-    frames: list[np.ndarray | None] = []
-    try:
-        for frame in _painted(_on_screen(source, survey, wanted, []), rule, len(wanted)):
-            frames.append(frame)
-    except Damage as damage:
+    pictures, damage = _painted(_on_screen(source, survey, wanted, []), rule, len(wanted))
+    if damage is not None:
         survey.damage = str(damage)
         survey.picture_end = min(survey.picture_end, damage.seconds)
-    return frames
+    return pictures
+
+
+def _due_frames(survey: Survey, wanted: np.ndarray) -> Iterator[Any]:
+    """The decoded frame due at each wanted time by the survey, with the least decoding.
+
+    Raises:
+        _SeekMissed: a frame does not come where the survey says, so it cannot be gone by.
+    """
+    if len(set(survey.times)) < len(survey.times):
+        raise _SeekMissed("pictures share a time")
+    for key_stamp, run in _runs(survey, [survey.times[max(survey.due_by(time), 1) - 1] for time in wanted]):
+        taken = 0
+        for seconds, frame in _decode_due(survey.source, key_stamp, set(run)):
+            while taken < len(run) and seconds == run[taken]:
+                yield frame
+                taken += 1
+        if taken < len(run):
+            raise _SeekMissed(f"no frame at {run[taken]:.3f} s")
+
+
+def _runs(survey: Survey, due: list[float]) -> Iterator[tuple[int, list[float]]]:
+    """Due times in runs, each with the stamp to seek to first."""
+    begin = 0
+    for place in range(1, len(due) + 1):
+        if place < len(due):
+            key_seconds = survey.keys[_key_before(survey.keys, due[place])][0]
+            spared = survey.due_by(key_seconds) - survey.due_by(due[place - 1]) - 1
+            if spared < _WORTH_A_SEEK:
+                continue
+        yield survey.keys[_key_before(survey.keys, due[begin])][1], due[begin:place]
+        begin = place
+
+
+def _decode_due(source: Source, key_stamp: int, due: set[float]) -> Iterator[tuple[float, Any]]:
+    """(seconds, frame) up to the last that is due; others are left out if no picture refers to them."""
+    stream = source.video
+    decoder, unreferenced = Decoder(forgiven_errors=0), unreferenced_test(stream.codec_context)
+    left, begun = set(due), False
+    try:
+        source.container.seek(key_stamp, stream=stream)
+        for packet in source.container.demux(stream):
+            begun = begun or packet.is_keyframe
+            seconds = math.nan if packet.pts is None else source.seconds(packet.pts, stream)
+            if begun and (seconds in due or not unreferenced(packet)):
+                yield from _timed(decoder.decode(packet), source)
+            left.discard(seconds)
+            if not left:
+                break
+        # Pictures are held back to be put in order, and by threads: drained, they need no later ones to push them out.
+        yield from _timed(decoder.drain(stream), source)
+    except av.error.FFmpegError as error:
+        raise Damage(cause_of(error)) from error
+
+
+def _timed(frames: list[Any], source: Source) -> Iterator[tuple[float, Any]]:
+    return ((source.seconds(frame.pts, source.video), frame) for frame in frames if frame.pts is not None)
 
 
 def _on_screen(source: Source, survey: Survey, wanted: np.ndarray, keys: list[tuple[float, int]]) -> Iterator[Any]:
@@ -144,19 +213,38 @@ def _decode_from(source: Source, survey: Survey, key_stamp: int | None) -> Itera
         raise Damage(cause_of(error)) from error
 
 
-def _painted(frames: Iterator[Any], rule: FrameRule, num_taken: int) -> Iterator[np.ndarray | None]:
-    """(H, W, 3) uint8 upright pictures; a frame that stays on screen is converted once."""
-    reformatter = VideoReformatter()
-    before, picture, size = None, None, None
-    for frame in frames:
-        if frame is not None and frame is not before:
-            full = reformatter.reformat(frame, format="rgb24", interpolation=_SCALING, threads=1).to_ndarray()
-            upright = np.rot90(full, round(frame.rotation / 90))
-            # A stream may change its size; all pictures of a clip get that of the first.
-            size = size or rule.size(upright.shape[0], upright.shape[1], num_taken)
-            picture = _scaled(upright, *size)
-        before = frame
-        yield None if frame is None else picture
+def _painted(frames: Iterator[Any], rule: FrameRule, num_taken: int) -> tuple[list[np.ndarray | None], Damage | None]:
+    """(H, W, 3) uint8 upright pictures up to the damage, if any; a frame that stays on screen is painted once.
+
+    Other threads paint while this one decodes; few full-size frames wait for them.
+    """
+    pictures: list[Future[np.ndarray] | None] = []
+    waiting: deque[Future[np.ndarray]] = deque()
+    before, damage, size = None, None, None
+    with ThreadPoolExecutor(_PAINTERS) as pool:
+        try:
+            for frame in frames:
+                if frame is not None and frame is not before:
+                    # A stream may change its size; all pictures of a clip get that of the first.
+                    size = size or rule.size(*_upright_size(frame), num_taken)
+                    waiting.append(pool.submit(_paint, frame, *size))
+                    if len(waiting) > _PAINTERS:
+                        wait([waiting.popleft()])
+                before = frame
+                pictures.append(None if frame is None else waiting[-1])
+        except Damage as error:
+            damage = error
+    return [None if picture is None else picture.result() for picture in pictures], damage
+
+
+def _upright_size(frame: Any) -> tuple[int, int]:
+    turned = round(frame.rotation / 90) % 2 == 1
+    return (frame.width, frame.height) if turned else (frame.height, frame.width)
+
+
+def _paint(frame: Any, height: int, width: int) -> np.ndarray:
+    full = VideoReformatter().reformat(frame, format="rgb24", interpolation=_SCALING, threads=1).to_ndarray()
+    return _scaled(np.rot90(full, round(frame.rotation / 90)), height, width)
 
 
 def _scaled(picture: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
+from salmonn.caption.reading import cut_alike
 from salmonn.media.container import declared_seconds
 from salmonn.model.network import Block
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
@@ -58,10 +58,7 @@ class Evaluation:
 
 def cut(lengths: Sequence[float], *, size: int) -> list[list[int]]:
     """Places of a list in even batches of at most `size` (at least 1) and of like length, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
-    count = -(-len(order) // max(1, size))
-    cuts = [len(order) * number // max(1, count) for number in range(count + 1)]
-    return [order[start:end] for start, end in pairwise(cuts)]
+    return cut_alike([-length for length in lengths], size=max(1, size))
 
 
 def _spread_out(
