@@ -43,6 +43,10 @@ ablation: setup
 test-resume: setup
 	$(BIN)/python tools/resume.py --kills 20 --processes 1 2
 
+bench: setup
+	$(BIN)/python -m pip install --quiet $(TORCH) --editable ".[dev,bench]"
+	$(BIN)/python tools/bench/all.py --document docs/performance.md
+
 tiny: setup
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_still.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_deed.yaml

@@ -109,9 +109,7 @@ def at_work(stack: Stack, numbers: Numbers) -> int:
     return inner + (2 * numbers.stored + FLOAT32) * stack.width
 
 
-def kept_by_stack(
-    stack: Stack, numbers: Numbers, tuning: Tuning, *, tokens: int, rows: int, checkpointed: bool
-) -> int:
+def kept_by_stack(stack: Stack, numbers: Numbers, tuning: Tuning, *, tokens: int, rows: int, checkpointed: bool) -> int:
     """Bytes that all layers keep of so many tokens: checkpointed their inputs (r D each) alone."""
     if checkpointed:
         return stack.layers * tokens * stack.width * numbers.stored

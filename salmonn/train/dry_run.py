@@ -297,9 +297,7 @@ class Budget:
             ("audio.encoder.", self.hearing, self.steps),
         ):
             if self._is_trained(start):
-                kept += budget.kept_by_stack(
-                    stack, numbers, whole, tokens=tokens, rows=1, checkpointed=checkpointed
-                )
+                kept += budget.kept_by_stack(stack, numbers, whole, tokens=tokens, rows=1, checkpointed=checkpointed)
         return kept
 
     def _is_trained(self, start: str) -> bool:

@@ -1,0 +1,125 @@
+"""What the benches share: medians of interleaved repeats, rows, their tables, and the parts taken together."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+ROW = {"name": "naive", "part": "step", "machine": "one core", "ours_seconds": 0.5, "other_seconds": 2.0, "ratio": 4.0}
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """The module; benches import one another by their file names."""
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("rows")
+
+
+def test_sides_take_turns_and_medians_are_told(rows, monkeypatch):
+    turns = []
+    taken = iter([(1.0, 0.5), (10.0, 5.0), (3.0, 1.5), (30.0, 15.0), (2.0, 1.0), (90.0, 45.0)])
+    monkeypatch.setattr(rows, "_clock", lambda run: (run(), next(taken))[1])
+    timings = rows.interleave({"ours": lambda: turns.append("ours"), "other": lambda: turns.append("other")}, repeats=3)
+    assert turns == ["ours", "other"] * 3
+    # Of 1, 3, 2 the median is 2; of 10, 30, 90 it is 30.
+    assert timings == {"ours": rows.Timing(2.0, 1.0), "other": rows.Timing(30.0, 15.0)}
+
+
+def test_the_clock_is_of_what_runs(rows):
+    wall, cpu = rows._clock(lambda: sum(range(3_000_000)))
+    assert 0.01 < cpu < 10 and 0.01 < wall < 60
+
+
+def test_a_row(rows):
+    # 3 / 1.5 by the clock, 2.5 / 1.25 of the processor.
+    row = rows.compare("naive", rows.Timing(1.0, 0.75) + rows.Timing(0.5, 0.5), rows.Timing(3.0, 2.5), ours_mib=7)
+    wanted = {"ours_seconds": 1.5, "other_seconds": 3.0, "ratio": 2.0, "cpu_ratio": 2.0, "ours_mib": 7}
+    assert row == {"name": "naive"} | wanted
+
+
+@pytest.mark.parametrize(("power", "costs"), [(1, [3, 6, 12]), (2, [3, 12, 48]), (0, [3, 3, 3])])
+def test_the_exponent_of_growth(rows, power, costs):
+    assert rows.exponent([1, 2, 4], costs) == pytest.approx(power, abs=1e-9)
+
+
+def test_memory_in_a_process_of_its_own(rows, tmp_path):
+    # 96 MiB of float32 ones, touched so that they are resident; a peak before, of 192 MiB, is not counted.
+    lines = [
+        f"import sys; sys.path.insert(0, {str(BENCH)!r})",
+        "import numpy as np",
+        "from rows import peak_mib, tell",
+        "print('something else', np.ones(48 << 20, np.float32).sum())",
+        "tell(peak_mib(lambda: np.ones(24 << 20, np.float32).sum()))",
+    ]
+    (tmp_path / "one.py").write_text("\n".join(lines))
+    told = rows.alone(str(tmp_path / "one.py"))
+    assert 92 <= told["step_mib"] <= 110 and told["process_mib"] > told["step_mib"]
+
+
+def test_a_process_that_fails_ends_the_bench(rows, tmp_path):
+    (tmp_path / "one.py").write_text("raise SystemExit(3)")
+    with pytest.raises(SystemExit, match=r"one\.py --side failed"):
+        rows.alone(str(tmp_path / "one.py"), "--side")
+
+
+def test_the_table(rows):
+    more = ROW | {"name": "growth", "part": "second", "other_seconds": None, "ratio": None, "note": "linear"}
+    assert rows.to_markdown([ROW, more]).splitlines() == [
+        "Measured on one core.",
+        "",
+        "**step**",
+        "",
+        "| what | ours, s | other, s | ratio |",
+        "| --- | ---: | ---: | ---: |",
+        "| naive | 0.5 | 2 | 4 |",
+        "",
+        "**second**",
+        "",
+        "| what | ours, s | other, s | ratio | note |",
+        "| --- | ---: | ---: | ---: | --- |",
+        "| growth | 0.5 |  |  | linear |",
+    ]
+
+
+def test_the_table_goes_between_its_marks(rows, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{rows.TABLE_START}\nold\n{rows.TABLE_END}\nafter\n")
+    for _ in range(2):
+        rows.put_table(page, "new\n")
+        assert page.read_text() == f"before\n{rows.TABLE_START}\nnew\n{rows.TABLE_END}\nafter\n"
+    page.write_text(f"before\n{rows.TABLE_END}\n{rows.TABLE_START}\n")
+    with pytest.raises(ValueError, match="no place for the table"):
+        rows.put_table(page, "new\n")
+
+
+def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
+    collector = importlib.import_module("all")
+    monkeypatch.setattr(collector, "HERE", tmp_path)
+    told = json.dumps([ROW | {"part": "step: mid"}, {"name": "bare"}])
+    write = "import os, pathlib, sys; assert sys.argv[3:] == ['--quick'] and os.environ['OMP_NUM_THREADS']\n"
+    (tmp_path / "step.py").write_text(write + f"pathlib.Path(sys.argv[2]).write_text({told!r})")
+    (tmp_path / "trl_step.py").write_text(write + "pathlib.Path(sys.argv[2]).write_text('[]')")
+    (tmp_path / "growth.py").write_text("raise SystemExit(1)")
+    page, out = tmp_path / "page.md", tmp_path / "bench.json"
+    page.write_text(f"{rows.TABLE_START}\n{rows.TABLE_END}\n")
+    command = ["all.py", "--quick", f"--out={out}", f"--document={page}", "--parts", "step", "trl_step", "growth"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        collector.main()
+    # No rows are no failure (TRL may not be installed); a part that broke is.
+    assert end.value.code == 1 and capsys.readouterr().err == "growth failed, as told above\n"
+    first, second = json.loads(out.read_text())
+    assert first == ROW | {"part": "step: mid"}
+    assert (second["name"], second["part"]) == ("bare", "step") and "torch" in second["machine"]
+    assert "**step: mid**" in page.read_text() and "| bare |" in page.read_text()
+
+
+def test_no_such_part(rows, monkeypatch, capsys):
+    collector = importlib.import_module("all")
+    monkeypatch.setattr(sys, "argv", ["all.py", "--parts", "stepp"])
+    with pytest.raises(SystemExit):
+        collector.main()
+    assert "there is no part stepp" in capsys.readouterr().err

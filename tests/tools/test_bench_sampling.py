@@ -1,0 +1,94 @@
+"""Captions of both sides are the same words, as many as told, and answers that differ are found out."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "tools" / "bench"
+
+
+@pytest.fixture(scope="module")
+def sampling():
+    """The bench by its file name, as benches import one another."""
+    if str(BENCH) not in sys.path:
+        sys.path.insert(0, str(BENCH))
+    return importlib.import_module("sampling")
+
+
+@pytest.fixture(scope="module")
+def small(sampling):
+    """The smallest sizes of the first family."""
+    return sampling.BenchConfig(shape="small", repeats=1)
+
+
+@pytest.fixture(scope="module")
+def bench(sampling, small):
+    return sampling.Bench(small)
+
+
+@pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
+def test_greedy_answers_are_the_same(sampling, small, family):
+    sampling.check(sampling.Bench(replace(small, family=family)), exact=True)
+
+
+def test_as_many_answers_of_as_many_words(sampling, bench):
+    for side in (bench.ours, bench.other):
+        answers = side(num_clips=2)
+        assert [len(ids) for ids in answers] == [5] * 8  # 4 each of 2 clips, of 5 tokens
+        assert len({tuple(ids) for ids in answers}) > 4  # drawn: not all alike
+        assert all(7 <= token < 512 for ids in answers for token in ids)  # words, after 7 special tokens
+
+
+def test_other_answers_are_found_out(sampling, bench, monkeypatch):
+    right = bench.ours(num_clips=2, num_samples=1, temperature=0)
+    wrong = [right[0], [*right[1][:-1], 7]]
+    monkeypatch.setattr(bench, "other", lambda **asked: wrong)
+    with pytest.raises(ValueError, match="greedy answers are not those"):
+        sampling.check(bench, exact=True)
+    short = [right[0], right[1][:-1]]
+    monkeypatch.setattr(bench, "other", lambda **asked: short)
+    with pytest.raises(ValueError, match=r"ended early, after \[4, 5"):
+        sampling.check(bench, exact=False)
+
+
+def test_each_answer_of_the_naive_side_reads_the_clip_again(bench):
+    calls = {"vision": 0, "prefixes": 0}
+    longest = bench.captioner.network
+
+    def saw(*_):
+        calls["vision"] += 1
+
+    def read(module, args, kwargs, output):
+        calls["prefixes"] += kwargs["inputs_embeds"].shape[1] > 100 if kwargs.get("inputs_embeds") is not None else 0
+
+    handles = [
+        longest.vision.register_forward_hook(saw),
+        longest.lm.get_decoder().register_forward_hook(read, with_kwargs=True),
+    ]
+    bench.other(num_clips=1)
+    for handle in handles:
+        handle.remove()
+    assert calls == {"vision": 4, "prefixes": 4}
+
+
+def test_rows(sampling, monkeypatch, tmp_path):
+    asked = []
+
+    def measured(config, side, num_clips):
+        asked.append((side, num_clips))
+        return {"step_mib": 10 if side == "ours" else 30}
+
+    monkeypatch.setattr(sampling, "measured", measured)
+    out = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["sampling.py", "--quick", f"--out={out}"])
+    sampling.main()
+    one, several = json.loads(out.read_text())
+    assert one["name"] == "4 captions of one clip" and several["name"] == "4 captions of each of 2 clips"
+    assert (one["ours_mib"], one["other_mib"]) == (10, 30) and len(asked) == 4
+    assert one["note"] == "against 4 generate() calls" and several["note"] == "against 8 generate() calls"
+    # Rounded to 4 digits in the row, and half of them a clip.
+    assert several["ours_seconds_per_clip"] == pytest.approx(several["ours_seconds"] / 2, abs=1e-3)

@@ -1,0 +1,142 @@
+"""Several captions of a clip by ours against as many generate() calls of transformers: time, on the same words.
+
+    python tools/bench/sampling.py [--out bench.json] [--quick] [--repeats 3]
+    python tools/bench/sampling.py --device cuda --dtype bfloat16 --shape 7b
+
+Ours is `Captioner.answer(..., num_samples=4)`; the other side is one generate() a caption, with its own towers and its
+own pass over the prefix. Greedy answers of both must be the same, token for token, before anything is timed.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from model import PROMPT, BenchConfig, make_captioner, make_clip, parse
+from naive import naive_answers
+from rows import Row, alone, compare, hand_in, interleave, peak_mib, tell
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generate import Sampling
+from salmonn.model.network import Media
+
+NUM_SAMPLES = 4
+NUM_CLIPS = 2  # side by side in the larger batch
+NEW_TOKENS = {"small": 5, "mid": 200, "7b": 900}
+
+
+class Bench:
+    """A model, clips of different lengths, and both ways of captioning them.
+
+    Args:
+        config: what is run.
+    """
+
+    def __init__(self, config: BenchConfig) -> None:
+        self.captioner: Captioner = make_captioner(
+            config.sizes, family=config.family, device=config.device, dtype=getattr(torch, config.dtype)
+        )
+        frames = [config.sizes.num_frames - 2 * number for number in range(NUM_CLIPS)]
+        self.clips: list[Media] = [
+            make_clip(self.captioner.processor, num_frames=count, side=config.sizes.side, seed=count)
+            for count in frames
+        ]
+        self.new_tokens = NEW_TOKENS[config.shape]
+
+    def ours(self, *, num_clips: int, num_samples: int = NUM_SAMPLES, temperature: float = 1.0) -> list[list[int]]:
+        """All samples of the first clips by one call, as token ids."""
+        sampling = Sampling(temperature=temperature, top_p=0.95, max_new_tokens=self.new_tokens)
+        answers = self.captioner.answer(
+            self.clips[:num_clips], [PROMPT] * num_clips, sampling=sampling, num_samples=num_samples
+        )
+        return [[int(word.removeprefix("w")) for word in answer.text.split()] for answer in answers]
+
+    def other(self, *, num_clips: int, num_samples: int = NUM_SAMPLES, temperature: float = 1.0) -> list[list[int]]:
+        """The same, one generate() a sample."""
+        drawn = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "top_k": 0}
+        stops = self.captioner.processor.stop_ids
+        generation: dict[str, Any] = (drawn if temperature else {"do_sample": False}) | {
+            "max_new_tokens": self.new_tokens,
+            "eos_token_id": stops,
+            "pad_token_id": self.captioner.processor.pad_id,
+        }
+        torch.manual_seed(0)
+        answer = partial(naive_answers, self.captioner.network, self.captioner.processor)
+        return [
+            ids
+            for clip in self.clips[:num_clips]
+            for ids in answer(clip, PROMPT, num_samples=num_samples, generation=generation)
+        ]
+
+
+def check(bench: Bench, *, exact: bool) -> None:
+    """Both sides' greedy answers are the same, and no answer ends before its time.
+
+    Raises:
+        ValueError: they are not; in 16 bits they need not be the same.
+    """
+    ours, other = (side(num_clips=NUM_CLIPS, num_samples=1, temperature=0) for side in (bench.ours, bench.other))
+    if exact and ours != other:
+        raise ValueError("greedy answers are not those of transformers' own generate: there is nothing to compare")
+    drawn = [*ours, *other, *bench.ours(num_clips=1)]
+    if {len(ids) for ids in drawn} != {bench.new_tokens}:
+        raise ValueError(f"answers ended early, after {sorted(map(len, drawn))} tokens: take another seed")
+
+
+def run(config: BenchConfig) -> list[Row]:
+    """Rows for one clip and for several."""
+    bench = Bench(config)
+    check(bench, exact=config.dtype == "float32")
+    sides = {
+        (side.__name__, count): partial(side, num_clips=count)
+        for count in (1, NUM_CLIPS)
+        for side in (bench.ours, bench.other)
+    }
+    timings = interleave({f"{name} {count}": side for (name, count), side in sides.items()}, repeats=config.repeats)
+    rows = []
+    for count in (1, NUM_CLIPS):
+        memory = {side: measured(config, side, count) for side in ("ours", "other")}
+        row = compare(
+            f"{NUM_SAMPLES} captions of {'one clip' if count == 1 else f'each of {count} clips'}",
+            timings[f"ours {count}"],
+            timings[f"other {count}"],
+            ours_mib=memory["ours"]["step_mib"],
+            other_mib=memory["other"]["step_mib"],
+            note=f"against {NUM_SAMPLES * count} generate() calls",
+        )
+        rows.append(row | {"ours_seconds_per_clip": round(timings[f"ours {count}"].seconds / count, 3)})
+    part = f"sampling: {config.family}, {bench.new_tokens} new tokens each"
+    return [row | {"part": part} for row in rows]
+
+
+def measured(config: BenchConfig, side: str, num_clips: int) -> Row:
+    """Peak memory of a side, in a process of its own."""
+    flags = [f"--{name}={value}" for name, value in vars(config).items()]
+    answer: Row = alone(__file__, *flags, f"--memory_of={side}", f"--num_clips={num_clips}")
+    return answer
+
+
+def tell_memory(config: BenchConfig, side: str, num_clips: int) -> None:
+    """Run a side once, and tell what it took."""
+    warm = Bench(replace(config, shape="small"))
+    bench = Bench(config)
+    if side == "ours":
+        warm.ours(num_clips=num_clips)
+        tell(peak_mib(partial(bench.ours, num_clips=num_clips)))
+    else:
+        warm.other(num_clips=1, num_samples=1)
+        # One after the other, they take what one takes.
+        tell(peak_mib(partial(bench.other, num_clips=1, num_samples=1)))
+
+
+def main() -> None:
+    """Parse, run, show."""
+    config, values = parse(__doc__, memory_of=str, num_clips=int)
+    if values.memory_of:
+        tell_memory(config, values.memory_of, values.num_clips)
+        return
+    hand_in(run(config), out=values.out)
+
+
+if __name__ == "__main__":
+    main()
