@@ -290,6 +290,7 @@ def tiny(*, vocab_size: int, eos_token_id: int, pad_token_id: int) -> SalmonnCon
         frames=dict(frames_per_second=2.0, max_frames=16, side=48),
         tell_time=False,
         system_prompt="",
+        batch_size=32,  # a word takes it little longer for 32 clips than for one
         initializer_range=deviation,
         tie_word_embeddings=True,
     )
