@@ -222,7 +222,7 @@ class Budget:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a clip's tokens, as they are kept in main memory where the towers run once."""
+        """Bytes of a clip's tokens, as they are kept where the towers run once."""
         return self.clip_tokens * self.decoder.width * self.numbers.stored
 
     def training(self, *, checkpointed: bool) -> Memory:
@@ -352,7 +352,7 @@ def describe_clip(plan: Budget) -> str:
         f"{work.answers} answers of {work.answer_tokens} (assumed); clips that go through at a time: {work.clips}.",
     ]
     if work.blocks:
-        told.append(f"The clip's tokens stay in main memory: {plan.block_bytes / GIB:.2f} GiB for each clip.")
+        told.append(f"The clip's tokens are kept on disk: {plan.block_bytes / GIB:.2f} GiB for each clip.")
     return "\n".join(told)
 
 

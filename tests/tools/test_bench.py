@@ -4,9 +4,11 @@ import re
 
 import av
 
+from tests.tools.benches import load
 
-def test_one_second(load_tool, capsys, monkeypatch, tmp_path):
-    bench = load_tool("bench/caption")
+
+def test_one_second(capsys, monkeypatch, tmp_path):
+    bench = load("caption")
     monkeypatch.setattr("sys.argv", ["caption.py", "--seconds", "1"])
     bench.main()
     seconds, wall, processor, memory = map(float, re.findall(r"[\d.]+", capsys.readouterr().out.splitlines()[-2]))

@@ -9,14 +9,12 @@ import av
 import numpy as np
 import pytest
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
+from tests.tools.benches import BENCH, load
 
 
 @pytest.fixture
-def bench(load_tool, monkeypatch):
-    # Its neighbours are found as when it is run as a script.
-    monkeypatch.syspath_prepend(str(BENCH))
-    return load_tool("bench/decoders")
+def bench():
+    return load("decoders")
 
 
 def test_quick(tmp_path):

@@ -1,23 +1,18 @@
 """The bench of folders: all its sides say the same, a side that does not is found out, and rows are what was timed."""
 
 import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import av
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
+from tests.tools.benches import load
 
 
 @pytest.fixture(scope="module")
 def folder():
-    """The bench by its file name, as benches import one another."""
-    if str(BENCH) not in sys.path:
-        sys.path.insert(0, str(BENCH))
-    return importlib.import_module("folder")
+    return load("folder")
 
 
 @pytest.fixture(scope="module")

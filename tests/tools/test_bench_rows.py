@@ -3,19 +3,17 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
+from tests.tools.benches import BENCH, load
+
 ROW = {"name": "naive", "part": "step", "machine": "one core", "ours_seconds": 0.5, "other_seconds": 2.0, "ratio": 4.0}
 
 
 @pytest.fixture
-def rows(monkeypatch):
-    """The module; benches import one another by their file names."""
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("rows")
+def rows():
+    return load("rows")
 
 
 def test_sides_take_turns_and_medians_are_told(rows, monkeypatch):

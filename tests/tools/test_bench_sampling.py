@@ -1,22 +1,17 @@
 """Captions of both sides are the same words, as many as told, and answers that differ are found out."""
 
-import importlib
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
+from tests.tools.benches import load
 
 
 @pytest.fixture(scope="module")
 def sampling():
-    """The bench by its file name, as benches import one another."""
-    if str(BENCH) not in sys.path:
-        sys.path.insert(0, str(BENCH))
-    return importlib.import_module("sampling")
+    return load("sampling")
 
 
 @pytest.fixture(scope="module")

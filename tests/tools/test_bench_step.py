@@ -1,23 +1,14 @@
 """The bench's sides compute the same, do the work that they are said to do, and a side that does not is found out."""
 
-import importlib
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-BENCH = Path(__file__).parents[2] / "tools" / "bench"
-
-
-def load(name: str):
-    """A bench by its file name, as they import one another."""
-    if str(BENCH) not in sys.path:
-        sys.path.insert(0, str(BENCH))
-    return importlib.import_module(name)
+from tests.tools.benches import load
 
 
 @pytest.fixture(scope="module")

@@ -11,17 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from fractions import Fraction
 from pathlib import Path
 
-import av
-import numpy as np
+from clips import render
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-WIDTH, HEIGHT, FPS = 1280, 720, 30
-SAMPLE_RATE_HZ = 44_100
 MIB_IN_KIB = 1024
 
 
@@ -38,30 +34,6 @@ def main() -> None:
             render(clip, seconds=seconds)
             table.add_row(str(seconds), *caption(clip, values.model))
     Console().print(table)
-
-
-def render(path: Path, *, seconds: int) -> None:
-    """Write a clip whose picture slides over a texture, with a tone."""
-    blocks = np.random.default_rng(0).integers(0, 256, (HEIGHT // 4, WIDTH // 4, 3), dtype=np.uint8)
-    texture = blocks.repeat(8, axis=0).repeat(8, axis=1)
-    tone = (8000 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ)).astype(np.int16)
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
-        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        audio = container.add_stream("aac", rate=SAMPLE_RATE_HZ, layout="mono")
-        for number in range(seconds * FPS):
-            top, left = 2 * number % HEIGHT, 3 * number % WIDTH
-            picture = np.ascontiguousarray(texture[top : top + HEIGHT, left : left + WIDTH])
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, FPS)
-            container.mux(video.encode(frame))
-            if number % FPS == 0:
-                sound = av.AudioFrame.from_ndarray(tone[None], format="s16", layout="mono")
-                sound.sample_rate, sound.time_base = SAMPLE_RATE_HZ, Fraction(1, SAMPLE_RATE_HZ)
-                sound.pts = number // FPS * SAMPLE_RATE_HZ
-                container.mux(audio.encode(sound))
-        for stream in (video, audio):
-            container.mux(stream.encode(None))
 
 
 def caption(clip: Path, model: str | None) -> list[str]:
