@@ -96,6 +96,12 @@ class SftConfig:
     def __post_init__(self) -> None:
         self.placement.require_trainable()
 
+    @property
+    def essential(self) -> "SftConfig":
+        """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
+        folder = self.tokens.folder and TokenStoreConfig.folder  # with tokens from disk, towers have no dropout
+        return replace(self, engine="ddp", tokens=TokenStoreConfig(folder))
+
 
 def main(config: SftConfig) -> None:
     """Run one stage."""
@@ -107,7 +113,7 @@ def main(config: SftConfig) -> None:
     if config.model != TINY:
         load_config(config.model)  # a wrong folder is told before anything is rendered
     clips = read_data(config)
-    open_run(config.out, replace(config, engine="ddp"), name="sft")  # the engine may change in a run that goes on
+    open_run(config.out, config.essential, name="sft")
     if not absent(config.out / CONFIG_NAME):
         log.info("%s is trained already", config.out)
         with checkpointed(config.out):  # clears what a kill has left

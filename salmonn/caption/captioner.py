@@ -272,7 +272,7 @@ class Captioner:
                 its prompts that go side by side.
             prompts: as many as clips.
             seeds: of the draws on each clip, which depend on nothing else (default: 0, 1, 2, ...).
-            batch_size: sequences that are generated side by side.
+            batch_size: sequences that are generated side by side; a clip's samples are never parted.
             progress: called with the number of clips done.
 
         Returns:

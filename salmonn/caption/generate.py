@@ -7,6 +7,7 @@ depends on its own seed alone, so its neighbours may end, and leave, whenever th
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
@@ -126,7 +127,8 @@ def generate(
         sampling: how answers are drawn.
         stop_ids: an answer ends with any of these.
         num_samples: N answers to each row.
-        seeds: (B,) of the rows' draws, which depend on nothing else; needed unless sampling is greedy.
+        seeds: (B,) of the rows' draws: a sample's follow from its row's seed and its number; needed unless sampling is
+            greedy.
 
     Returns:
         B * N lists of token ids, a row's samples one after the other; each ends with an end token if it is finished.
@@ -175,8 +177,10 @@ def _chances(seeds: Sequence[int] | None, *, num_samples: int, num_rows: int, sa
     if not sampling.temperature:
         return torch.zeros(num_rows, 1).expand(-1, sampling.max_new_tokens)
     assert seeds is not None and len(seeds) * num_samples == num_rows
+    # Of numpy: fewer numbers from a seed are the first of more, which torch does not promise.
     drawn = [
-        torch.rand(num_samples, sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        np.random.default_rng([seed % (1 << 64), sample]).random(sampling.max_new_tokens, dtype=np.float32)
         for seed in seeds
+        for sample in range(num_samples)
     ]
-    return torch.cat(drawn)
+    return torch.from_numpy(np.stack(drawn))

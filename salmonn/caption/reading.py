@@ -14,6 +14,7 @@ Measured on two cores, which explains the form:
   each worker has one file at a time, and a thread in this process that waits for it.
 """
 
+import fcntl
 import io
 import logging
 import os
@@ -27,6 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -246,9 +248,11 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            pipesize=PIPE_BYTES,
             process_group=0,  # a Ctrl-C is for the parent, which ends its workers
         )
+        assert self._process.stdout is not None
+        with suppress(OSError):  # a user may have only so much memory in pipes; a small one is slower
+            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._replies = io.BufferedReader(self._process.stdout, PIPE_BYTES)  # type: ignore[type-var]
 
     def exit_code(self) -> int | None:
@@ -273,6 +277,9 @@ class _Worker:
             reply: _Reply[Result] = pickle.load(self._replies)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
             raise _WorkerDied(_tell_end(self._process.wait())) from error
+        except MemoryError as error:  # what is left in the pipe is of no use
+            self.kill()
+            raise _WorkerDied("there is no memory for what was read of it: take a part of it (start, end)") from error
         for record in reply.records:
             logger = logging.getLogger(record.name)
             if logger.isEnabledFor(record.levelno):

@@ -85,10 +85,12 @@ class OnePass:
     def __init__(self, packed: Packed) -> None:
         self.packed = packed
         self.lengths = packed.lengths
-        self._masks: dict[torch.dtype, Tensor] = {}
+        self._masks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """See `Rows`; B is 1."""
+        # Autocast would do it, but not everywhere: the rotation leaves queries and keys in float32.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         # Split and not sliced: the gradient of a slice is as long as the whole.
         parts = zip(*(tensor.split(self.lengths, dim=2) for tensor in (query, key, value)), strict=True)
         return torch.cat(list(self._parts(parts, scale)), dim=2)
@@ -96,27 +98,40 @@ class OnePass:
     def _parts(self, parts: Iterator[tuple[Tensor, ...]], scale: float) -> Iterator[Tensor]:
         for group in self.packed.groups:
             query, keys, values = next(parts)
-            yield F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+            yield _sdpa(query, keys, values, None, scale=scale)
             for length in group.own:
                 query, key, value = next(parts)
                 if length:
                     key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
                     mask = self._mask(query, length=length, before=group.beginning)
-                    yield F.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=True)
+                    yield _sdpa(query, key, value, mask, scale=scale)
 
     def _mask(self, query: Tensor, *, length: int, before: int) -> Tensor:
         """(length, before + length): an own token sees what is before its row's part, and the part up to itself."""
         if query.device.type == "cuda":
             return causal_lower_right(length, before + length)  # of which the GPU's kernels make no tensor
-        if query.dtype not in self._masks:
+        kind = (query.device, query.dtype)
+        if kind not in self._masks:
             # One for all parts and layers, each of which takes its corner: made anew, each would be kept for backward.
             most = max(length for group in self.packed.groups for length in group.own)
             widest = max(group.beginning for group in self.packed.groups)
-            later = torch.full((most, most), -torch.inf, dtype=query.dtype).triu(1)
-            self._masks[query.dtype] = F.pad(later, (widest, 0))
-        mask = self._masks[query.dtype]
+            later = torch.full((most, most), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
+            self._masks[kind] = F.pad(later, (widest, 0))
+        mask = self._masks[kind]
         widest = mask.shape[1] - mask.shape[0]
         return mask[:length, widest - before : widest + length]
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scale: float) -> Tensor:
+    """Attention under a mask, or causal without one."""
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type == "cuda" and query.dtype == torch.float32:
+        # The kernel for 32 bits takes no groups, and the one that does would make the whole table.
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
 
 
 @dataclass
@@ -144,8 +159,7 @@ class Memory:
         own = [length for group in packed.groups for length in group.own]
         parts = [number for number, group in enumerate(packed.groups) for _ in group.rows]
         ends = torch.tensor(packed.lengths, device=device).cumsum(0) - 1
-        is_own = [told for group in packed.groups for told in (False, *[True] * len(group.own))]
-        self.ends = ends[torch.tensor(is_own, device=device)]  # (R,) where the rows' last tokens stand
+        self.ends = ends[torch.tensor(packed.is_own, device=device)]  # (R,) where the rows' last tokens stand
         self._positions = positions[:, 0, self.ends].unsqueeze(-1)
         self._groups = torch.tensor(parts, device=device)
         self._begun = _are_filled([group.beginning for group in packed.groups], device=device)
@@ -177,7 +191,8 @@ class Memory:
 
     def leave(self, going_on: Tensor) -> None:
         """Forget the rows that do not go on, (R,) true for those that do, and beginnings that none follows any more."""
-        rows = going_on.nonzero().flatten()
+        # Logits are where the model ends, which may be on another device than where it begins.
+        rows = going_on.nonzero().flatten().to(self._groups.device)
         groups, self._groups = self._groups[rows].unique(return_inverse=True)
         some_ended = len(groups) < len(self._begun)
         for kept in self._layers.values():
@@ -202,15 +217,20 @@ class Memory:
         kept, column, device = self._layers[layer], self._filled - 1, query.device
         kept.own_keys[:, :, column], kept.own_values[:, :, column] = key[:, :, 0], value[:, :, 0]
         shared = query.shape[1] // key.shape[1]
-        asked = (query * scale).unflatten(1, (-1, shared)).squeeze(3)  # (R, K, H / K, d)
+        asked = query.unflatten(1, (-1, shared)).squeeze(3)  # (R, K, H / K, d)
         seats, begun, own = (tensor.to(device) for tensor in (self._seats, self._begun, self._own))
         seated = asked.new_zeros(len(begun) * self._most, *asked.shape[1:]).index_copy(0, seats, asked)
         together = seated.unflatten(0, (len(begun), self._most)).transpose(1, 2).flatten(2, 3)  # (G, K, M H / K, d)
-        before = _look(together, kept.keys, kept.values, begun)
-        before = tuple(part.unflatten(2, (self._most, shared)).transpose(1, 2).flatten(0, 1)[seats] for part in before)
+        before = [
+            part.unflatten(2, (self._most, shared)).transpose(1, 2).flatten(0, 1)[seats]
+            for part in _look(together, kept.keys, kept.values, begun, scale=scale)
+        ]
         filled = slice(self._filled)
-        after = _look(asked, kept.own_keys[:, :, filled], kept.own_values[:, :, filled], own[:, filled])
-        return _join(before, after).to(value.dtype).flatten(1, 2).unsqueeze(2)
+        after = _look(asked, kept.own_keys[:, :, filled], kept.own_values[:, :, filled], own[:, filled], scale=scale)
+        # As though the keys of both had stood in one row.
+        share = (before[1] - after[1]).sigmoid()
+        said = share * before[0] + (1 - share) * after[0]
+        return said.to(value.dtype).flatten(1, 2).unsqueeze(2)
 
 
 class Reading(OnePass):
@@ -219,33 +239,24 @@ class Reading(OnePass):
     def __init__(self, packed: Packed, memory: Memory) -> None:
         super().__init__(packed)
         self._memory = memory
-        self._is_own = [told for group in packed.groups for told in (False, *[True] * len(group.own))]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
         """See `Rows`; B is 1."""
         parts = (tensor.split(self.lengths, dim=2) for tensor in (key, value))
-        self._memory.keep(layer, *parts, is_own=self._is_own)
+        self._memory.keep(layer, *parts, is_own=self.packed.is_own)
         return super().attend(layer, query, key, value, scale=scale)
 
 
-_Looked = tuple[Tensor, ...]  # weighted sum of values (..., d), sum of the weights (..., 1), greatest score (..., 1)
+def _look(query: Tensor, keys: Tensor, values: Tensor, filled: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of (B, K, Q, d) to (B, K, S, d), (B, S) where filled, and the logarithm of what its weights add up to.
 
-
-def _look(query: Tensor, keys: Tensor, values: Tensor, filled: Tensor) -> _Looked:
-    """Attention, not divided by the sum of its weights yet: of (B, K, Q, d) to (B, K, S, d), (B, S) where filled."""
-    scores = (query @ keys.transpose(-1, -2)).float()
+    Both in float32: (B, K, Q, d) and (B, K, Q, 1).
+    """
+    scores = (query @ keys.transpose(-1, -2)).float() * scale
     # Not to minus infinity: where nothing at all is filled, what comes out must be a number, which weighs nothing.
     scores = scores.masked_fill(~filled[:, None, None], torch.finfo(scores.dtype).min)
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp()
-    return (weights.to(values.dtype) @ values).float(), weights.sum(-1, keepdim=True), top
-
-
-def _join(one: _Looked, other: _Looked) -> Tensor:
-    """Attention to both, as though their keys had stood in one row."""
-    top = torch.maximum(one[2], other[2])
-    first, second = (one[2] - top).exp(), (other[2] - top).exp()
-    return (one[0] * first + other[0] * second) / (one[1] * first + other[1] * second)
+    total = scores.logsumexp(-1, keepdim=True)
+    return ((scores - total).exp().to(values.dtype) @ values).float(), total
 
 
 def _are_filled(lengths: Sequence[int], *, device: torch.device) -> Tensor:

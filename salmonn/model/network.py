@@ -167,6 +167,7 @@ class Network(PreTrainedModel):
         self.audio = parts.audio
         self.lm: Any = parts.lm  # a transformers model, or PEFT's wrapper of it while it carries an adapter
         take_over(self.lm.get_decoder().config)
+        self.chunks_logits = True  # not where each call of a layer is an appointment of all processes (ZeRO-3)
         self.post_init()
 
     def checkpoint_layers(self, on: bool) -> None:
@@ -308,7 +309,7 @@ class Network(PreTrainedModel):
         A vocabulary is far wider than a model: beyond one chunk, logits are made again for the gradient, not kept.
         """
         size = max(1, LOGIT_BYTES // (4 * self.lm.get_output_embeddings().out_features))
-        if len(targets) <= size:
+        if len(targets) <= size or not self.chunks_logits:
             return self._pick_chunk(hidden, targets)
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(self._pick_chunk, *chunk, use_reentrant=False) for chunk in chunks])

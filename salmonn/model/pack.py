@@ -50,6 +50,11 @@ class Packed:
         return [length for group in self.groups for length in (group.beginning, *group.own)]
 
     @property
+    def is_own(self) -> list[bool]:
+        """Which of all parts are a row's own."""
+        return [own for group in self.groups for own in (False, *[True] * len(group.own))]
+
+    @property
     def rows(self) -> list[int]:
         """The rows in the order of the sequence."""
         return [row for group in self.groups for row in group.rows]

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from salmonn import dist
+from salmonn.model.network import Network
 
 EngineName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -216,6 +217,8 @@ class ZeroEngine:
             "zero_allow_untested_optimizer": True,
         }
         self.stage = stage
+        if stage == 3 and isinstance(network, Network):
+            network.chunks_logits = False  # processes have answers of different lengths, and so would of chunks
         self.model, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=config, dist_init_required=False
         )

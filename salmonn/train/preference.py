@@ -129,8 +129,8 @@ class PreferenceBatches:
 
     @property
     def _size(self) -> int:
-        """Pairs that the reference is asked about at once."""
-        return max(1, self.batch_size // self.accumulation)
+        """Pairs that a process asks the reference about at once: as many as go through it at once in training."""
+        return max(1, self.batch_size // (self.accumulation * dist.world_size()))
 
     def _ask(self, network: Network, places: Sequence[int]) -> list[tuple[float, float, int]]:
         """Log-probabilities of pairs' chosen and rejected answers, and how many tokens both have."""
@@ -165,16 +165,14 @@ class PreferenceBatches:
 
     def _says_again(self, network: Network, mine: Sequence[int], kept: Sequence[tuple[float, float]]) -> bool:
         """Whether each rank's first batch gives what was kept, but for roundings of another device or other batches."""
-        gaps = [0.0]
+        gaps = []
         for place, (*said, count) in zip(mine, self._ask(network, mine[: self._size]), strict=False):
             allowed = _allowed(said, count, computed_in=_computed_in(network))
             gaps += [abs(now - before) / allowed for now, before in zip(said, kept[place], strict=True)]
-        gap = max(dist.gather([max(gaps)]))
-        if gap > 1 and dist.is_main():
-            log.warning(
-                "what is kept of the reference policy is off by %.1f times what rounding may do: it is asked again", gap
-            )
-        return gap <= 1
+        said_again = all(gap <= 1 for gap in dist.gather(gaps))  # false of what is no number, too
+        if not said_again and dist.is_main():
+            log.warning("what is kept of the reference policy is off by more than rounding may do: it is asked again")
+        return said_again
 
     def __call__(self, step: int) -> list[PreferenceBatch]:
         """This rank's batch of a step, in pieces."""

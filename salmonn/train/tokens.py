@@ -116,10 +116,11 @@ class TokenStore:
         try:
             block, said = _read(path)
             if digest(block) == said:
-                os.utime(path)
+                with suppress(PermissionError):  # another user's, who shares the folder
+                    os.utime(path)
                 return True
             reason = "its content is not what was written"
-        except FileNotFoundError:  # another run has just made room
+        except (FileNotFoundError, PermissionError):  # another run has just made room, or keeps its own to itself
             return False
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             reason = str(error)
@@ -139,8 +140,13 @@ class TokenStore:
             return False
         said = {"digest": digest(block), "num_seen": str(layout.num_seen), "told_ids": json.dumps(layout.told_ids)}
         temporary = self.folder / f".{key}.{uuid.uuid4().hex}.tmp"
-        save_file(tensors, str(temporary), metadata=said)
-        temporary.replace(self._path(key))
+        try:
+            save_file(tensors, str(temporary), metadata=said)
+            temporary.replace(self._path(key))
+        except (OSError, SafetensorError) as error:  # a quota, or others have filled the disk
+            log.warning("%s takes no more: %s", self.folder, error)
+            temporary.unlink(missing_ok=True)
+            return False
         return True
 
     def complete(self, keys: Sequence[str], blocks: Sequence[Block | None], *, name: str) -> list[Block]:
@@ -190,8 +196,11 @@ class TokenStore:
         for path in idle:
             if total + needed <= limit:
                 break
-            path.unlink(missing_ok=True)
-            total -= files[path].st_size
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
+                total -= files[path].st_size
+        if total + needed > limit:
+            return False
         self._room = max(0.0, min(limit - total, limit * LOOK_EVERY) / dist.world_size() - size)
         return True
 
@@ -258,9 +267,9 @@ def describe_towers(captioner: Captioner) -> str:
 
 
 def describe_words(processor: Processor) -> str:
-    """A hash of what text becomes: the vocabulary, and what stands around a prompt."""
+    """A hash of what text becomes: the tokenizer, and what stands around a prompt."""
     config = processor.config
-    return describe(processor.tokenizer.get_vocab(), config.system_prompt, config.placeholder_ids)
+    return describe(processor.tokenizer.backend_tokenizer.to_str(), config.system_prompt, config.placeholder_ids)
 
 
 def describe_machine(network: Network) -> list[Any]:

@@ -67,7 +67,7 @@ def test_the_ratio_of_tokens_is_as_told(folder):
 
 
 def test_rows(folder, monkeypatch):
-    """Two clips in each folder; the memory of one side is measured for real."""
+    """Two clips and four times as many; the memory of one side is measured for real."""
     asked, real = [], folder.measured
 
     def measured(config, kind, side, paths):
@@ -77,8 +77,8 @@ def test_rows(folder, monkeypatch):
     monkeypatch.setattr(folder, "measured", measured)
     rows = folder.run(folder.FolderConfig(clips=2, seconds=1, repeats=1, quick=True))
     assert [row["name"] for row in rows] == [
-        f"2 clips, {kind}, against {side}"
-        for kind in ("720p", "synthetic")
+        f"{count} clips, {kind}, against {side}"
+        for kind, count in (("720p", 2), ("synthetic", 8))
         for side in ("one at a time", "generate() one at a time")
     ]
     assert asked == [

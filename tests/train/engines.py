@@ -17,6 +17,7 @@ from torch import nn
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
+from salmonn.model import network as network_module
 from salmonn.model.load import Placement
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Pair, Reference, read_records
@@ -69,6 +70,10 @@ def train(
 
     stage = Stage(engine, out, Checkpoints(out / "checkpoints"), engine=engine, watch=Watch(measure, every=5))
     return fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
+
+
+# Some positions at a time, so that processes have different numbers of chunks.
+network_module.LOGIT_BYTES = 4 * 400 * 20
 
 
 def main(engine: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:

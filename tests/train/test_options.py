@@ -199,7 +199,7 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
         dtypes.append({(value.requires_grad, value.dtype) for value in model.parameters()})
         return {}
 
-    config = FitConfig(learning_rate=4e-3, steps=15, warmup=0.2, precision="bfloat16", gradient_checkpointing=True)
+    config = FitConfig(learning_rate=4e-3, steps=18, warmup=0.2, precision="bfloat16", gradient_checkpointing=True)
     stage = replace(stage_in(tmp_path), watch=Watch(look, every=1))
     done = fit(network, batches, sft_loss, config, stage=stage)
     losses = [step["loss"] for step in steps_of(tmp_path)]

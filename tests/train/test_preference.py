@@ -177,7 +177,7 @@ def test_a_sample_that_differs_makes_it_anew(asked, tmp_path, caplog):
     values = read_json(path)
     write_json(path, values | {"logps": [[chosen + 0.01, rejected] for chosen, rejected in said]})
     again, runs = asked()
-    assert again == said and runs == 1 + 3 and "times what rounding may do" in caplog.text
+    assert again == said and runs == 1 + 3 and "more than rounding may do" in caplog.text
     assert read_json(path) == values
 
 
