@@ -250,14 +250,11 @@ def read_sets(config: MrDpoConfig, judge: Judge) -> tuple[ClipSet, ClipSet]:
 
 def encode_sets(captioner: Captioner, train: ClipSet, heldout: ClipSet, judge: Judge, config: MrDpoConfig) -> Run:
     """Run the frozen towers once on all clips that no run before has had."""
-    store = open_store(config.tokens, captioner)
-    return Run(
-        train=train,
-        heldout=heldout,
-        train_blocks=encode_clips(captioner, train, name="training clips", store=store),
-        heldout_blocks=encode_clips(captioner, heldout, name="held-out clips", store=store),
-        judge=judge,
+    # Both sets at once: the tokens of one must not make room for the other's.
+    train_blocks, heldout_blocks = encode_clips(
+        captioner, train, heldout, name="clips", store=open_store(config.tokens, captioner)
     )
+    return Run(train, heldout, train_blocks, heldout_blocks, judge)
 
 
 def play_rounds(captioner: Captioner, run: Run, summary: Summary, *, config: MrDpoConfig) -> None:

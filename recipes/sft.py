@@ -290,7 +290,7 @@ def measure(captioner: Captioner, config: SftConfig) -> None:
     if not config.heldout_clips:
         return
     clips = render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
-    blocks = encode_clips(captioner, clips, name="held-out clips", store=open_store(config.tokens, captioner))
+    (blocks,) = encode_clips(captioner, clips, name="held-out clips", store=open_store(config.tokens, captioner))
     judge = RuleJudge()
     result = evaluate(captioner, clips.references, blocks, judge=judge, sampling=Sampling(), name="held-out")
     if dist.is_main():

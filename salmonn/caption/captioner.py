@@ -11,7 +11,7 @@ import torch
 
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.inputs import Processor, Row
-from salmonn.caption.reading import ClipReader, Read, Wanted
+from salmonn.caption.reading import ClipReader, Read
 from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Block, Inputs, Media, Network
 from salmonn.records import Caption, Use, new_folder
@@ -197,13 +197,7 @@ class Captioner:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         prompt, sampling, span = prompt or self.describe(use), sampling or self.greedy(), span or Span()
-        wanted = Wanted(
-            self.processor.config.frame_rule,
-            span.start_seconds,
-            span.end_seconds,
-            video=use != "audio",
-            audio=use != "visual",
-        )
+        wanted = self.processor.wanted(use, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
         results: dict[int, Caption | Failure] = {}
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from salmonn.caption.prompt import History, answer_ids, prompt_ids
+from salmonn.caption.reading import Wanted
 from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START
-from salmonn.media.clip import Clip, read_clip
+from salmonn.media.clip import Clip
 from salmonn.media.frames import Stride
 from salmonn.media.sound import SAMPLE_RATE_HZ
 from salmonn.model.network import Block, Inputs, Media
@@ -105,16 +105,19 @@ class Processor:
         Raises:
             ClipError: a file cannot be read, or lacks what is used of it.
         """
-        rule = self.config.frame_rule
-        span: dict[str, Any] = dict(start_seconds=start_seconds, end_seconds=end_seconds)
-        seen, heard = use != "audio", use != "visual"
+        wanted = self.wanted(use, start_seconds=start_seconds, end_seconds=end_seconds)
         if sound is None:
-            return self.media(read_clip(path, rule, video=seen, audio=heard, **span))
-        if not seen:
-            return self.media(read_clip(sound, rule, video=False, **span))
-        clip = read_clip(path, rule, audio=False, **span)
-        waveform = read_clip(sound, rule, video=False, **span).waveform if heard else None
+            return self.media(wanted.read(path))
+        if not wanted.video:
+            return self.media(wanted.read(sound))
+        clip = replace(wanted, audio=False).read(path)
+        waveform = replace(wanted, video=False).read(sound).waveform if wanted.audio else None
         return self.media(replace(clip, waveform=waveform))
+
+    def wanted(self, use: Use, *, start_seconds: float | None = None, end_seconds: float | None = None) -> Wanted:
+        """What this model reads of a file, or of a span of it."""
+        rule = self.config.frame_rule
+        return Wanted(rule, start_seconds, end_seconds, video=use != "audio", audio=use != "visual")
 
     def media(self, clip: Clip) -> Media:
         """One clip as the towers take it, its frames chosen and scaled by the model's rule."""

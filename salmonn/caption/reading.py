@@ -64,7 +64,7 @@ class Wanted:
     video: bool = True
     audio: bool = True
 
-    def read(self, path: Path) -> Clip:
+    def read(self, path: Path | str) -> Clip:
         """Read a file; raises as `read_clip`."""
         span: dict[str, Any] = dict(start_seconds=self.start_seconds, end_seconds=self.end_seconds)
         return read_clip(path, self.rule, **span, video=self.video, audio=self.audio)
@@ -199,9 +199,12 @@ class ClipReader:
             return job()
         worker = self._idle.get()
         try:
-            if worker.exit_code() is not None:  # it died with nothing to do, which is no fault of this file
+            try:
+                worker.begin(job)
+            except _WorkerDied:  # with nothing to do, which is no fault of this file
                 worker = self._replace(worker)
-            return worker.do(job)
+                worker.begin(job)
+            return worker.finish()
         except _WorkerDied as error:
             worker = self._replace(worker)
             raise ClipError(f"{job.args[0]}: {error}") from error
@@ -227,7 +230,7 @@ def cut_alike(lengths: Sequence[float], *, size: int) -> list[list[int]]:
 
 
 class _WorkerDied(Exception):
-    """A worker ended while it was at a job; the message says how."""
+    """A worker ended; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -255,38 +258,44 @@ class _Worker:
             fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._replies = io.BufferedReader(self._process.stdout, PIPE_BYTES)  # type: ignore[type-var]
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._process.poll()
-
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
         self._process.wait()
 
-    def do(self, job: "partial[Result]") -> Result:
-        """Have a job done.
+    def begin(self, job: "partial[Result]") -> None:
+        """Give it a job and see that it took it; raises _WorkerDied where the process ended before."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(pickle.dumps(job))
+        except BrokenPipeError as error:
+            raise _WorkerDied(_tell_end(self._process.wait())) from error
+        self._hear()
+
+    def finish(self) -> Any:
+        """What the job gave.
 
         Raises:
             ClipError: the job raised a ValueError.
             _WorkerDied: the process ended.
         """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(pickle.dumps(job))
-            reply: _Reply[Result] = pickle.load(self._replies)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            raise _WorkerDied(_tell_end(self._process.wait())) from error
-        except MemoryError as error:  # what is left in the pipe is of no use
-            self.kill()
-            raise _WorkerDied("there is no memory for what was read of it: take a part of it (start, end)") from error
+        reply: _Reply[Any] = self._hear()
         for record in reply.records:
             logger = logging.getLogger(record.name)
             if logger.isEnabledFor(record.levelno):
                 logger.handle(record)
         if reply.error is not None:
             raise ClipError(reply.error)
-        return reply.result  # type: ignore[return-value]
+        return reply.result
+
+    def _hear(self) -> Any:
+        try:
+            return pickle.load(self._replies)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise _WorkerDied(_tell_end(self._process.wait())) from error
+        except MemoryError as error:  # what is left in the pipe is of no use
+            self.kill()
+            raise _WorkerDied("there is no memory for what was read of it: take a part of it (start, end)") from error
 
 
 def _tell_end(code: int) -> str:
@@ -300,6 +309,11 @@ def serve() -> None:
     """What a worker does: jobs from stdin, replies to stdout, until its parent is gone."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a parent that is gone is no error
     replies = os.fdopen(os.dup(1), "wb", PIPE_BYTES)
+
+    def say(what: object) -> None:
+        pickle.dump(what, replies, protocol=pickle.HIGHEST_PROTOCOL)
+        replies.flush()
+
     os.dup2(2, 1)  # what a library prints must not come among the replies
     notes: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
     logging.getLogger().addHandler(QueueHandler(notes))
@@ -307,13 +321,13 @@ def serve() -> None:
     threading.Thread(target=_listen, args=[jobs], daemon=True).start()
     while True:
         job, result, error = jobs.get(), None, None
+        say("begun")
         try:
             result = job()
         except ValueError as caught:
             error = str(caught)
         records = [notes.get() for _ in range(notes.qsize())]
-        pickle.dump(_Reply(result, error, records), replies, protocol=pickle.HIGHEST_PROTOCOL)
-        replies.flush()
+        say(_Reply(result, error, records))
 
 
 def _listen(jobs: "queue.SimpleQueue[partial[Any]]") -> None:

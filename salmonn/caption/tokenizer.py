@@ -31,6 +31,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
+    return with_chat(tokenizer)
+
+
+def with_chat(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that has the special tokens, as transformers takes it, with the chat format."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

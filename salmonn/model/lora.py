@@ -31,22 +31,25 @@ class LoraConfig:
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 
+    def to_peft(self) -> PeftLoraConfig:
+        """The same as PEFT takes it."""
+        return PeftLoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets),
+            task_type="CAUSAL_LM",
+        )
+
 
 def attach(network: Network, config: LoraConfig, *, seed: int) -> None:
     """Put a fresh adapter on the language model in place; all other weights are frozen."""
     if isinstance(network.lm, PeftModel):
         raise ValueError("the model carries an adapter already: merge it before attaching another")
     network.requires_grad_(False)
-    peft_config = PeftLoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets),
-        task_type="CAUSAL_LM",
-    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network.lm = get_peft_model(network.lm, peft_config)
+        network.lm = get_peft_model(network.lm, config.to_peft())
 
 
 def merge(network: Network) -> None:

@@ -80,11 +80,11 @@ def _spread_out(
     return [placed[place] for place in range(len(placed))]
 
 
-def encode_clips(captioner: Captioner, clips: ClipSet, *, name: str, store: TokenStore | None = None) -> list[Block]:
-    """The clips' blocks from the frozen towers; see `encode_examples`."""
-    examples = [Example(clips.root / reference.video, ()) for reference in clips.references]
-    blocks = encode_examples(captioner, examples, name=name, store=store)
-    return [blocks[example.clip] for example in examples]
+def encode_clips(captioner: Captioner, *sets: ClipSet, name: str, store: TokenStore | None = None) -> list[list[Block]]:
+    """The blocks of each set's clips from the frozen towers; see `encode_examples`."""
+    examples = [[Example(clips.root / reference.video, ()) for reference in clips.references] for clips in sets]
+    blocks = encode_examples(captioner, [one for each in examples for one in each], name=name, store=store)
+    return [[blocks[example.clip] for example in each] for each in examples]
 
 
 def encode_examples(

@@ -202,7 +202,9 @@ def _measured_so_far(folder: Path) -> Summary | None:
     if "sft" not in found:
         return None
     rounds = sorted((name for name in found if name.startswith("round_")), key=_place)
-    kl = {_stage_name(path.parents[1].name): read_json(path) for path in folder.glob("*/heldout/kl_*.json")}
+    # Of several, on other numbers of clips, the latest counts.
+    measured = sorted(folder.glob("*/heldout/kl_*.json"), key=lambda path: path.stat().st_mtime_ns)
+    kl = {_stage_name(path.parents[1].name): read_json(path) for path in measured}
     return Summary(found["sft"], [found[name] for name in rounds], found.get("rebirth"), kl)
 
 

@@ -189,7 +189,7 @@ def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, 
     monkeypatch.syspath_prepend(tmp_path)
     import deadly
 
-    monkeypatch.setattr("salmonn.caption.captioner.Wanted", deadly.Deadly)
+    monkeypatch.setattr("salmonn.caption.inputs.Wanted", deadly.Deadly)
     paths = [videos[0], tmp_path / "bad.mp4", videos[1]]
     with ClipReader(workers=2) as reader:
         results = list(captioner.caption_each(paths, sampling=SHORT, reader=reader))

@@ -75,12 +75,16 @@ def test_rows(folder, monkeypatch):
         return real(config, kind, side, paths) if len(asked) == 1 else {"process_mib": len(asked)}
 
     monkeypatch.setattr(folder, "measured", measured)
-    rows = folder.run(folder.FolderConfig(clips=2, seconds=1, repeats=1, quick=True))
+    every = folder.run(folder.FolderConfig(clips=2, seconds=1, repeats=1, quick=True))
+    rows = [row for row in every if row["part"] == "folder captioning"]
     assert [row["name"] for row in rows] == [
         f"{count} clips, {kind}, against {side}"
         for kind, count in (("720p", 2), ("synthetic", 8))
         for side in ("one at a time", "generate() one at a time")
     ]
+    parts = [row["name"] for row in every if row not in rows]
+    what = ("reading", "towers", "prompts and first words", "prompts and all words")
+    assert parts == [f"{kind}: {name}" for kind in ("2 clips, 720p", "8 clips, synthetic") for name in what]
     assert asked == [
         (kind, side) for kind in ("720p", "synthetic") for side in ("ours", "one at a time", "generate() one at a time")
     ]

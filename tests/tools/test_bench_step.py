@@ -114,7 +114,7 @@ def test_rows(step, small, monkeypatch, tmp_path):
     monkeypatch.setattr(step, "measured", lambda config, side: memory[side])
     out = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["step.py", "--quick", f"--out={out}"])
-    step.main()
+    load("model").start(step.__doc__, step.run, step.tell_memory)
     rows = {row["name"]: row for row in json.loads(out.read_text())}
     assert list(rows)[:2] == ["naive", "naive, our reference pass counted in"] and len(rows) == 7
     assert (rows["naive"]["ours_mib"], rows["naive"]["other_process_mib"]) == (10, 120)

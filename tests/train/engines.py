@@ -50,7 +50,7 @@ def train(
 ) -> Checkpoint:
     """Train on three pairs, a right and a wrong caption of each clip."""
     network, references, prompt = captioner.network, clips.references, captioner.describe()
-    blocks = encode_clips(captioner, clips, name="clips")
+    (blocks,) = encode_clips(captioner, clips, name="clips")
     pairs = [
         Pair(one.video, prompt, one.caption, other.caption, one.caption, gap=0.5)
         for one, other in zip(references, references[1:] + references[:1], strict=True)

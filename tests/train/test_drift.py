@@ -17,7 +17,7 @@ from salmonn.train.evaluate import encode_clips
 def blocks(random_model, clips):
     from salmonn.caption.captioner import Captioner
 
-    return encode_clips(Captioner.load(random_model), clips, name="clips")
+    return encode_clips(Captioner.load(random_model), clips, name="clips")[0]
 
 
 @pytest.fixture

@@ -38,9 +38,9 @@ def test_batches_are_of_like_length():
 
 def work(captioner, clips, folder, name="work") -> dict[str, list]:
     """All that is spread over ranks; the folder takes the clips' tokens."""
-    blocks = encode_clips(captioner, clips, name=name)
+    (blocks,) = encode_clips(captioner, clips, name=name)
     for _ in ("cold", "warm"):
-        stored = encode_clips(captioner, clips, name=name, store=open_store(TokenStoreConfig(folder), captioner))
+        (stored,) = encode_clips(captioner, clips, name=name, store=open_store(TokenStoreConfig(folder), captioner))
         assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(blocks, stored, strict=True))
     captions = draw_captions(captioner, clips.references, blocks, draw=DRAW, name=name, side_by_side=4)
     by_video = {reference.video: reference for reference in clips.references}
@@ -119,7 +119,7 @@ def calls(monkeypatch):
 
 
 def test_a_killed_draw_goes_on_from_its_parts(captioner, clips, calls, costs, tmp_path, caplog):
-    blocks = encode_clips(captioner, clips, name="clips")
+    (blocks,) = encode_clips(captioner, clips, name="clips")
     parts = tmp_path / "round_1" / "captions.parts"
 
     def draw(drawn: Draw = DRAW, **given) -> list[Caption]:
@@ -150,7 +150,7 @@ def test_a_killed_draw_goes_on_from_its_parts(captioner, clips, calls, costs, tm
 
 def test_batches_draw_from_seeds_of_their_own(captioner, clips):
     """The same clip again and again: were two batches' seeds the same, so would be their captions."""
-    block = encode_clips(captioner, clips, name="clips")[0]
+    block = encode_clips(captioner, clips, name="clips")[0][0]
     references = [replace(clips.references[0], video=f"{number}.mp4") for number in range(3)]
     texts = [
         caption.text

@@ -65,7 +65,7 @@ def test_all_texts():
 
 @torch.no_grad()
 def test_captions_of_clips(captioner, clips, media):
-    blocks = encode_clips(captioner, clips, name="clips")
+    (blocks,) = encode_clips(captioner, clips, name="clips")
     assert all(torch.allclose(block.tokens, alone.tokens, atol=1e-5)
                for block, alone in zip(blocks, captioner.encode(media), strict=True))  # fmt: skip
     drawn = Sampling(temperature=1.0, max_new_tokens=6)
@@ -83,7 +83,7 @@ def test_captions_of_clips(captioner, clips, media):
 
 def test_evaluation(captioner, clips, monkeypatch):
     """A model that answers all questions right and says the reference captions makes no error."""
-    blocks = encode_clips(captioner, clips, name="clips")
+    (blocks,) = encode_clips(captioner, clips, name="clips")
     right = {block.tokens.data_ptr(): reference for reference, block in zip(clips.references, blocks, strict=True)}
 
     def answer(given, prompts, **_):
@@ -105,7 +105,7 @@ def test_evaluation(captioner, clips, monkeypatch):
 
 def test_clips_without_questions_are_measured_by_their_captions(captioner, clips):
     bare = [replace(reference, questions=()) for reference in clips.references[:2]]
-    blocks = encode_clips(captioner, ClipSet(bare, clips.root), name="clips")
+    (blocks,) = encode_clips(captioner, ClipSet(bare, clips.root), name="clips")
     sampling = Sampling(max_new_tokens=4)
     result = evaluate(captioner, bare, blocks, judge=RuleJudge(), sampling=sampling, name="bare")
     assert result.rates.qa_accuracy is None and not result.answers and len(result.results) == 2

@@ -204,13 +204,13 @@ def test_a_full_disk_is_a_full_folder(tmp_path, monkeypatch):
 def test_the_same_with_and_without_a_store(request, family, clips, tmp_path, monkeypatch):
     """Off, cold and warm, to the last bit; what is there is neither read nor encoded again."""
     model = request.getfixturevalue(family)
-    off = encode_clips(model, clips, name="clips")
+    (off,) = encode_clips(model, clips, name="clips")
     store = open_store(TokenStoreConfig(tmp_path), model)
-    cold = encode_clips(model, clips, name="clips", store=store)
+    (cold,) = encode_clips(model, clips, name="clips", store=store)
     assert len(names(tmp_path)) == 5 * 64
     again = open_store(TokenStoreConfig(tmp_path), model)
     monkeypatch.setattr(model.processor, "read", None)
-    warm = encode_clips(model, clips, name="clips", store=again)
+    (warm,) = encode_clips(model, clips, name="clips", store=again)
     assert all(same(one, two) and same(one, three) for one, two, three in zip(off, cold, warm, strict=True))
     assert len({digest(block) for block in off}) == 5
 
@@ -218,17 +218,17 @@ def test_the_same_with_and_without_a_store(request, family, clips, tmp_path, mon
 def test_a_clip_goes_through_the_towers_alone(captioner, clips, tmp_path):
     """Its tokens and its file do not depend on what others there are."""
     few = ClipSet(clips.references[3:4], clips.root)
-    (alone,) = encode_clips(captioner, few, name="clips", store=open_store(TokenStoreConfig(tmp_path), captioner))
+    ((alone,),) = encode_clips(captioner, few, name="clips", store=open_store(TokenStoreConfig(tmp_path), captioner))
     (before,) = tmp_path.iterdir()
-    all_five = encode_clips(captioner, clips, name="clips", store=open_store(TokenStoreConfig(tmp_path), captioner))
+    (all_five,) = encode_clips(captioner, clips, name="clips", store=open_store(TokenStoreConfig(tmp_path), captioner))
     assert same(all_five[3], alone) and len(list(tmp_path.iterdir())) == 5 and before.is_file()
 
 
 def test_what_does_not_fit_stays_in_memory(captioner, clips, tmp_path, caplog):
-    off = encode_clips(captioner, clips, name="clips")
+    (off,) = encode_clips(captioner, clips, name="clips")
     largest = max(block.tokens.nbytes + 32 * len(block) for block in off)
     config = TokenStoreConfig(tmp_path, max_gib=2.5 * largest / (1 << 30))
-    blocks = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
+    (blocks,) = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
     kept = len(list(tmp_path.iterdir()))
     assert kept in (2, 3) and all(same(one, two) for one, two in zip(off, blocks, strict=True))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2.5 * largest
@@ -238,13 +238,13 @@ def test_what_does_not_fit_stays_in_memory(captioner, clips, tmp_path, caplog):
 
 def test_one_damaged_file_among_good_ones(captioner, clips, tmp_path, monkeypatch):
     config = TokenStoreConfig(tmp_path)
-    given = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
+    (given,) = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
     first = [digest(block) for block in given]
     del given  # which the file is mapped to
     flip(min(tmp_path.iterdir()))
     read, encode = [], captioner.processor.read
     monkeypatch.setattr(captioner.processor, "read", lambda *args, **given: read.append(args) or encode(*args, **given))
-    second = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
+    (second,) = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
     assert len(read) == 1 and [digest(block) for block in second] == first
 
 

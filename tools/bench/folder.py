@@ -8,8 +8,8 @@ for each file in turn, and the same with transformers' own generate(); all use a
 """
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -97,6 +97,27 @@ class Bench:
         given = [answer(processor.read(path), self.captioner.describe())[0] for path in self.paths]
         return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in given]
 
+    def parts(self) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+        """Where the time goes: what is done -> of the clips side by side, and one at a time; nothing overlaps here."""
+        captioner, one_word = self.captioner, replace(self.sampling, max_new_tokens=1)
+        clips = [captioner.processor.read(path) for path in self.paths]
+        blocks, size = captioner.encode(clips), captioner.processor.config.batch_size
+        answer = partial(captioner.answer, blocks, [captioner.describe()] * len(blocks))
+
+        def read() -> None:
+            for path in self.paths:
+                captioner.processor.read(path)
+
+        def both(run: Callable[..., object], **more: object) -> tuple[Callable[[], object], Callable[[], object]]:
+            return partial(run, batch_size=size, **more), partial(run, batch_size=1, **more)
+
+        return {
+            "reading": (read, read),
+            "towers": both(partial(captioner.encode, clips)),
+            "prompts and first words": both(answer, sampling=one_word),
+            "prompts and all words": both(answer, sampling=self.sampling),
+        }
+
 
 def make_folder(kind: Kind, root: Path, config: FolderConfig) -> list[Path]:
     """Render the clips of a kind; no two are alike."""
@@ -151,6 +172,17 @@ def run(config: FolderConfig) -> list[Row]:
                 # Workers' time is not this process's.
                 del row["cpu_ratio"]
                 rows.append({"part": "folder captioning", **row})
+            rows += split_up(bench, kind, repeats=config.repeats)
+    return rows
+
+
+def split_up(bench: Bench, kind: Kind, *, repeats: int) -> list[Row]:
+    """Rows of what the time goes into, side by side against one at a time."""
+    rows = []
+    for name, (together, alone_) in bench.parts().items():
+        timings = interleave({"together": together, "alone": alone_}, repeats=repeats)
+        row = compare(f"{len(bench.paths)} clips, {kind}: {name}", timings["together"], timings["alone"])
+        rows.append({"part": "folder captioning: where the time goes", **row})
     return rows
 
 

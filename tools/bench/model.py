@@ -1,6 +1,7 @@
 """A model of random weights, clips of noise and pairs of words by chance, large enough that arithmetic is timed."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,12 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
+from rows import Row, hand_in
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.inputs import Processor
-from salmonn.caption.tokenizer import CHAT_TEMPLATE, CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START
+from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START, with_chat
 from salmonn.media.clip import Clip
 from salmonn.media.sound import SAMPLE_RATE_HZ
 from salmonn.model.lora import LoraConfig, attach
@@ -116,19 +118,24 @@ def parse(description: str, **alone: type) -> tuple[BenchConfig, Any]:
     return (replace(config, shape="small", repeats=2) if values.quick else config), values
 
 
+def start(
+    description: str, run: Callable[[BenchConfig], list[Row]], tell_memory: Callable[[BenchConfig, str], None]
+) -> None:
+    """What a bench of several sides does: parse, run, show; or measure the memory of one side, and tell it."""
+    config, values = parse(description, memory_of=str)
+    if values.memory_of:
+        tell_memory(config, values.memory_of)
+    else:
+        hand_in(run(config), out=values.out)
+
+
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Words w0, w1 ... are tokens, each for itself, so that texts have as many tokens as words."""
     words = {word: number for number, word in enumerate(SPECIAL)}
     words |= {f"w{number}": number for number in range(len(SPECIAL), vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"w{len(SPECIAL)}"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=TURN_END,
-        additional_special_tokens=[TURN_START, CLIP_START, CLIP_END, SEEN, HEARD],
-        chat_template=CHAT_TEMPLATE,
-    )
+    return with_chat(tokenizer)
 
 
 def make_words(count: int, *, shape: Shape, seed: int) -> str:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from model import BenchConfig, adapt, make_captioner, make_clip, make_pair, parse
+from model import BenchConfig, adapt, make_captioner, make_clip, make_pair, start
 from naive import NaiveStep
-from rows import Row, Timing, alone, compare, hand_in, interleave, peak_mib, tell
+from rows import Row, Timing, alone, compare, interleave, peak_mib, tell
 from torch import Tensor, nn
 
 from salmonn.model.network import Inputs, Media, Network
@@ -275,14 +275,5 @@ def tell_memory(config: BenchConfig, side: str) -> None:
     tell(peak_mib(lambda: SIDES[side](bench)))
 
 
-def main() -> None:
-    """Parse, run, show."""
-    config, values = parse(__doc__, memory_of=str)
-    if values.memory_of:
-        tell_memory(config, values.memory_of)
-        return
-    hand_in(run(config), out=values.out)
-
-
 if __name__ == "__main__":
-    main()
+    start(__doc__, run, tell_memory)

@@ -16,10 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from model import LORA, BenchConfig, adapt, make_captioner, make_words, parse
-from peft import LoraConfig as PeftLoraConfig
+from model import LORA, BenchConfig, adapt, make_captioner, make_words, start
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from rows import Row, alone, compare, hand_in, interleave, peak_mib, tell
+from rows import Row, alone, compare, interleave, peak_mib, tell
 from step import compare_memory, require_same
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -144,13 +143,7 @@ class Theirs:
             ),
             train_dataset=Dataset.from_list([pair]),
             processing_class=ours.tokenizer,
-            peft_config=PeftLoraConfig(
-                r=LORA.rank,
-                lora_alpha=LORA.alpha,
-                lora_dropout=LORA.dropout,
-                target_modules=list(LORA.targets),
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=LORA.to_peft(),
         )
         self.model = self.trainer.model
         self.trainer.current_gradient_accumulation_steps = 1  # as its train() sets it
@@ -232,14 +225,5 @@ def _step_of(side: str, config: BenchConfig, *, folder: str) -> Callable[[], flo
     return ours.step if side == "ours" else Theirs(ours, config, precomputed=THEIRS[side], folder=folder).step
 
 
-def main() -> None:
-    """Parse, run, show."""
-    config, values = parse(__doc__, memory_of=str)
-    if values.memory_of:
-        tell_memory(config, values.memory_of)
-        return
-    hand_in(run(config), out=values.out)
-
-
 if __name__ == "__main__":
-    main()
+    start(__doc__, run, tell_memory)
