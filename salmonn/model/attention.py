@@ -158,24 +158,32 @@ class Memory:
         device = positions.device
         own = [length for group in packed.groups for length in group.own]
         parts = [number for number, group in enumerate(packed.groups) for _ in group.rows]
-        ends = torch.tensor(packed.lengths, device=device).cumsum(0) - 1
-        self.ends = ends[torch.tensor(packed.is_own, device=device)]  # (R,) where the rows' last tokens stand
-        self._positions = positions[:, 0, self.ends].unsqueeze(-1)
+        self._positions = positions[:, 0, packed.ends].unsqueeze(-1)
         self._groups = torch.tensor(parts, device=device)
         self._begun = _are_filled([group.beginning for group in packed.groups], device=device)
         self._own = _are_filled(own, device=device).flip(1)  # their ends stand together
         self._filled = max(own)
         self._layers: dict[int, _Kept] = {}
+        self._read: dict[int, dict[bool, list[tuple[Tensor, Tensor]]]] = {}  # by layer, shared and own
         self._seat()
 
     def keep(self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], *, is_own: Sequence[bool]) -> None:
-        """Take a layer's keys and values (1, K, length, d) of all parts of the sequence."""
-        tensors = []
-        for own, side in ((False, "right"), (True, "left")):
-            for parts in (keys, values):
-                chosen = [part[0].transpose(0, 1) for part, told in zip(parts, is_own, strict=True) if told == own]
-                tensors.append(pad_sequence(chosen, batch_first=True, padding_side=side).transpose(1, 2).contiguous())
-        self._layers[layer] = _Kept(*tensors)
+        """Take a layer's keys and values (1, K, length, d) of the next parts of the sequence."""
+        read = self._read.setdefault(layer, {False: [], True: []})
+        for key, value, own in zip(keys, values, is_own, strict=True):
+            # Copied: a part of what was made in one piece would hold all of it.
+            read[own].append((key[0].transpose(0, 1).clone(), value[0].transpose(0, 1).clone()))
+
+    def settle(self) -> None:
+        """Lay out what was kept, once all parts are."""
+        for layer in list(self._read):
+            read = self._read.pop(layer)
+            tensors = [
+                pad_sequence(list(parts), batch_first=True, padding_side=side).transpose(1, 2).contiguous()
+                for own, side in ((False, "right"), (True, "left"))
+                for parts in zip(*read[own], strict=True)
+            ]
+            self._layers[layer] = _Kept(*tensors)
 
     def advance(self) -> Tensor:
         """Make room for one more token of each row; its positions, (3, R, 1)."""

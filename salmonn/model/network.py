@@ -58,6 +58,7 @@ PUBLISHED_KEYS = {
 
 
 LOGIT_BYTES = 256 << 20  # of logits that are held at once in training
+READ_AT_ONCE = 8192  # tokens of prompts that go through together, whole clips: more is no faster, and takes memory
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,16 @@ class Network(PreTrainedModel):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Text with the clips' tokens in their places, (B, L, D)."""
-        return self._embed(inputs.input_ids, self._is_clip(inputs.input_ids), self._blocks(inputs), inputs.clip_index)
+        blocks = self._blocks(inputs, range(len(inputs.layouts)))
+        return self._embed(inputs.input_ids, self._is_clip(inputs.input_ids), blocks, inputs.clip_index)
 
     def _is_clip(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(self.config.placeholder_ids, device=ids.device))
 
-    def _blocks(self, inputs: Inputs) -> Sequence[Tensor]:
-        return inputs.blocks or self.encode(inputs.media, inputs.layouts)
+    def _blocks(self, inputs: Inputs, clips: Sequence[int]) -> Sequence[Tensor]:
+        if inputs.blocks:
+            return [inputs.blocks[clip] for clip in clips]
+        return self.encode([inputs.media[clip] for clip in clips], [inputs.layouts[clip] for clip in clips])
 
     def _embed(self, ids: Tensor, is_clip: Tensor, blocks: Sequence[Tensor], clip_index: Sequence[int]) -> Tensor:
         # A placeholder need not be in the vocabulary.
@@ -272,8 +276,12 @@ class Network(PreTrainedModel):
         """
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index, own=1)
         memory = Memory(packed, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1))
-        hidden = self._read(inputs, packed, Reading(packed, memory))
-        return self._logits(hidden[memory.ends.to(hidden.device)]), memory, packed.rows
+        said = []
+        for piece in packed.pieces(READ_AT_ONCE):
+            hidden = self._read(inputs, piece, Reading(piece, memory))
+            said.append(hidden[piece.ends.to(hidden.device)])
+        memory.settle()
+        return self._logits(torch.cat(said)), memory, packed.rows
 
     def go_on(self, tokens: Tensor, memory: Memory) -> Tensor:
         """One more token (R,) of each row that the memory holds -> (R, V) logits of the token after it."""
@@ -284,7 +292,7 @@ class Network(PreTrainedModel):
         """(T, D) hidden states of a packed sequence."""
         ids = inputs.input_ids.flatten()[packed.source].unsqueeze(0)
         clips = [group.clip for group in packed.groups]
-        embeds = self._embed(ids, self._is_clip(ids), self._blocks(inputs), clips)
+        embeds = self._embed(ids, self._is_clip(ids), self._blocks(inputs, clips), range(len(clips)))
         return self._decode(embeds, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1), rows)[0]
 
     def _decode(self, embeds: Tensor, position_ids: Tensor, rows: Rows) -> Tensor:

@@ -6,7 +6,7 @@ of its own. `salmonn.model.attention` lets an own part see the beginning and its
 the position that it has in its row. So the log-probabilities are those of the rows alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,27 @@ class Packed:
     def is_own(self) -> list[bool]:
         """Which of all parts are a row's own."""
         return [own for group in self.groups for own in (False, *[True] * len(group.own))]
+
+    @property
+    def ends(self) -> Tensor:
+        """(R,) where the rows' last tokens stand; each row has a token of its own."""
+        device = self.source.device
+        ends = torch.tensor(self.lengths, device=device).cumsum(0) - 1
+        return ends[torch.tensor(self.is_own, device=device)]
+
+    def pieces(self, most: int) -> Iterator["Packed"]:
+        """Whole groups, as many of them as have `most` tokens, or one that has more."""
+        start, chosen, filled = 0, [], 0
+        for group in self.groups:
+            size = group.beginning + sum(group.own)
+            if chosen and filled + size > most:
+                yield self._piece(chosen, start, filled)
+                start, chosen, filled = start + filled, [], 0
+            chosen, filled = [*chosen, group], filled + size
+        yield self._piece(chosen, start, filled)
+
+    def _piece(self, groups: Sequence[Group], start: int, size: int) -> "Packed":
+        return Packed(self.source[start : start + size], self.places - start, tuple(groups))
 
     @property
     def rows(self) -> list[int]:

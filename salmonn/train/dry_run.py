@@ -17,7 +17,7 @@ from salmonn import dist
 from salmonn.caption.inputs import count_chunks, lay_out, restrict_media, to_media, told_times
 from salmonn.model.load import Placement
 from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.network import LOGIT_BYTES, Media, Network
+from salmonn.model.network import LOGIT_BYTES, READ_AT_ONCE, Media, Network
 from salmonn.model.presets import offline_config
 from salmonn.model.settings import SalmonnConfig
 from salmonn.records import Use
@@ -261,11 +261,12 @@ class Budget:
         reading = budget.embedded(self.decoder, numbers, tokens=prompt)
         reading += prompt * budget.at_work(self.decoder, numbers)
         cache = budget.cache_bytes(self.decoder, numbers, tokens=prompt + max_new_tokens)
+        at_once = max(1, min(side_by_side, READ_AT_ONCE // prompt))
         return Memory(
             held={"weights": weights_bytes(self.network, self.placement, merged=True)},
             at_work={
-                "towers": max(1, side_by_side // 8) * self._towers_at_work(numbers),
-                "cache, prompt": side_by_side * (cache + reading),
+                "towers": at_once * self._towers_at_work(numbers),
+                "cache, prompt": side_by_side * cache + at_once * reading,
             },
         )
 

@@ -266,3 +266,24 @@ def test_samples_depend_on_their_own_seed_alone(captioner, media):
     assert all(whole.text.startswith(cut.text[:-1]) for whole, cut in zip(every, short, strict=False))
     in_turn = captioner.answer(blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9], batch_size=4)
     assert in_turn == every
+
+
+@pytest.mark.parametrize("model", ["captioner", "plus"])
+def test_prompts_may_be_read_clip_by_clip(request, videos, monkeypatch, model):
+    """Three clips with two questions each, all at once, two clips together, and one by one."""
+    captioner = request.getfixturevalue(model)
+    network, processor = captioner.network, captioner.processor
+    media = [processor.read(video) for video in videos[:3]]
+    inputs = processor.inputs([Row(clip, words) for words in ("Tell.", "What is heard?") for clip in range(3)], media)
+    two_clips = int(inputs.attention_mask[:2].sum()) + 30
+    passes = []
+    decode = network._decode
+    monkeypatch.setattr(network, "_decode", lambda *args: passes.append(args[0].shape[:2]) or decode(*args))
+    given = []
+    for at_once in (10**6, two_clips, 1):
+        monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE", at_once)
+        passes.clear()
+        given.append(generate(network, inputs, sampling=Sampling(max_new_tokens=8), stop_ids=[2]))
+        given.append(len([shape for shape in passes if shape[0] == 1 and shape[1] > 6]))
+    assert given[0] == given[2] == given[4]
+    assert given[1::2] == [1, 2, 3]

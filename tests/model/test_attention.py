@@ -47,6 +47,7 @@ def test_one_pass_is_each_row_alone():
 def read(query: Tensor, key: Tensor, value: Tensor) -> Memory:
     memory = Memory(PACKED, torch.arange(15).expand(3, 1, 15))
     Reading(PACKED, memory).attend(0, query, key, value, scale=SCALE)
+    memory.settle()
     return memory
 
 
@@ -172,6 +173,7 @@ def test_long_memories_do_not_overflow_in_16_bits():
     zeros = torch.zeros(1, 1, length + 1, 8, dtype=torch.float16)
     parts = [tensor.split(packed.lengths, dim=2) for tensor in (zeros, zeros + 4)]
     memory.keep(0, *parts, is_own=packed.is_own)
+    memory.settle()
     memory.advance()
     one = torch.zeros(1, 1, 1, 8, dtype=torch.float16)
     said = memory.attend(0, one, one, one + 4, scale=1.0)

@@ -30,6 +30,20 @@ def test_rows_can_keep_their_ends_for_themselves():
     assert same.source.tolist() == [0, 1, 2] and same.groups == (Group(4, (0, 1), 3, (0, 0)),)
 
 
+def test_pieces_are_whole_groups():
+    """Group 0 has 6 tokens (3 shared, 2 + 1 own), group 1 has 3 (2 shared, 1 own): 9 together."""
+    packed = pack(IDS, MASK, (0, 1, 0), own=1)
+    assert [group.beginning + sum(group.own) for group in packed.groups] == [6, 3]
+    for most, expected in [(9, [[0, 1]]), (8, [[0], [1]]), (1, [[0], [1]])]:
+        pieces = list(packed.pieces(most))
+        assert [[group.clip for group in piece.groups] for piece in pieces] == expected
+        assert torch.equal(torch.cat([piece.source for piece in pieces]), packed.source)
+    first, second = packed.pieces(1)
+    # Rows 0 and 2 end at places 4 and 5 of the first piece, row 1 at place 2 of the second; at 4, 5, 8 of the whole.
+    assert (first.ends.tolist(), second.ends.tolist(), packed.ends.tolist()) == ([4, 5], [2], [4, 5, 8])
+    assert second.places[1, :3].tolist() == [0, 1, 2]
+
+
 def test_gradients_are_those_of_the_rows_alone(captioner, media):
     network, processor = captioner.network, captioner.processor
     for parameter in network.parameters():

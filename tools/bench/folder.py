@@ -78,7 +78,7 @@ class Bench:
         with ClipReader(workers=sensible_workers(len(self.paths))) as reader:
             results = list(self.captioner.caption_each(self.paths, sampling=self.sampling, reader=reader))
         self.waited = reader.waited_seconds
-        return [result.text if isinstance(result, Caption) else result.error for result in results]
+        return [result.text if isinstance(result, Caption) else result.reason for result in results]
 
     def one(self) -> list[str]:
         """Our own captioner, a file at a time."""
