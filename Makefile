@@ -3,6 +3,8 @@
 # make mrdpo   the whole loop at toy size, with a table and a picture at its end
 # make ablation      the papers' ablation at toy size, 3 seeds: an hour or more on 2 cores
 # make test-resume   a small run killed at 20 random moments, by one process and by two, against an unbroken one
+# make fuzz    1,000 broken and hostile files through `salmonn caption`
+# make docs    the documentation as a site, in site/
 # make bench   ours against the plain way, TRL and other readers: bench.json and the table of docs/performance.md
 # make tiny    train the toy model from nothing and ship it in place of the old one (two hours on 2 cores)
 PYTHON ?= python3
@@ -13,7 +15,7 @@ PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-resume lint mrdpo proof ablation bench tiny clean
+.PHONY: setup test test-resume fuzz docs lint mrdpo proof ablation bench tiny clean
 
 setup: $(VENV)/installed
 
@@ -42,6 +44,12 @@ ablation: setup
 
 test-resume: setup
 	$(BIN)/python tools/resume.py --kills 20 --processes 1 2
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -s -m slow tests/test_fuzz.py
+
+docs: setup
+	$(BIN)/mkdocs build
 
 bench: setup
 	$(BIN)/python -m pip install --quiet $(TORCH) --editable ".[dev,bench]"

@@ -38,7 +38,7 @@ class GivenDpoConfig:
     """Guided DPO on given pairs.
 
     Args:
-        preferences: .json or .jsonl of published conversations with preferences (data/README.md).
+        preferences: .json or .jsonl of published conversations with preferences (docs/data.md).
         model: folder or hub id of the model to start from.
         out: folder for adapter, merged model and the log of steps.
         engine: how training is spread over processes; it may change when a run goes on.

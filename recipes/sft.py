@@ -57,7 +57,7 @@ class SftConfig:
         placement: device and type of its weights.
         frames: values of the model's frame rule that are other in training, such as `min_frames`.
         references: JSONL of references to one's own videos, or a file of conversations about them in the format of the
-            published models (data/README.md), of which `tasks` choose nothing; none renders clips as `synth` says.
+            published models (docs/data.md), of which `tasks` choose nothing; none renders clips as `synth` says.
         clips_dir: where synthetic clips are kept.
         synth: training clips.
         heldout_clips: synthetic clips to measure on, of a seed of their own; 0 measures nothing.

@@ -1,6 +1,6 @@
 """Training data as the published repositories write it: conversations about clips, for SFT and for DPO.
 
-A file is a JSON list of items, or JSON lines with one item each; data/README.md shows every kind of item.
+A file is a JSON list of items, or JSON lines with one item each; docs/data.md shows every kind of item.
 Two formats differ in how they name the sound and the answers of a preference, and both are read:
 *salmonn2* (video-SALMONN 2) and *2+* (video-SALMONN 2+).
 A mistake in the data is refused with the file and the line on which the item begins. The published loaders

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 
 Modality = Literal["visual", "audio", "speech"]
 Use = Literal["both", "visual", "audio"]
+Stage = Literal["read", "caption", "write"]
 Record = TypeVar("Record")
 
 
@@ -109,6 +110,8 @@ class Caption:
         sample: number of the sample, where several were drawn for one video.
         finished: False where the answer ran into its token limit.
         start_seconds, end_seconds: the part of the video that it is about; None where that is open.
+        size_bytes, modified_ns: of the file when it was captioned, modified in nanoseconds since 1970; None where that
+            was not asked. With the path they tell whether a file is the one that was captioned.
     """
 
     video: str
@@ -119,6 +122,29 @@ class Caption:
     finished: bool = True
     start_seconds: float | None = None
     end_seconds: float | None = None
+    size_bytes: int | None = None
+    modified_ns: int | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A video, or a part of one, that could not be captioned.
+
+    Args:
+        video: path of the file.
+        reason: why, and what to do.
+        stage: where it failed: reading the file, in the model, or writing what it said.
+        start_seconds, end_seconds: the part of the video; None where that is open.
+        size_bytes, modified_ns: of the file, as in `Caption`.
+    """
+
+    video: str
+    reason: str
+    stage: Stage = "read"
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    size_bytes: int | None = None
+    modified_ns: int | None = None
 
 
 @dataclass(frozen=True)

@@ -397,7 +397,9 @@ def test_the_samples():
 
 
 def test_the_examples_on_the_page(tmp_path):
-    ours, *published = re.findall(r"```json\n(.*?)```", (DATA / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    ours, *published = re.findall(
+        r"```json\n(.*?)```", (DATA.parent / "docs" / "data.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     path = tmp_path / "a.jsonl"
     path.write_text(ours, encoding="utf-8")
     assert len(read_records(path, Reference)) == 1

@@ -2,19 +2,20 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.generate import Sampling, generate, generate_steps
 from salmonn.caption.inputs import Processor, Row
-from salmonn.caption.reading import ClipReader, Read
+from salmonn.caption.reading import ClipReader, Part, Read, Wanted
+from salmonn.caption.tokenizer import TextStream
 from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Block, Inputs, Media, Network
-from salmonn.records import Caption, Use, new_folder
+from salmonn.records import Caption, Failure, Stage, Use, new_folder
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
 Progress = Callable[[int], object]
@@ -46,11 +47,41 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A video that could not be captioned, and why."""
+class Asked:
+    """A video that is to be captioned.
 
-    video: str
-    error: str
+    Args:
+        path: of the file.
+        span: the part of it to look at.
+        seed: of the draws on it.
+    """
+
+    path: Path
+    span: Span = Span()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a video, or of one of the segments that it was cut into.
+
+    Attributes:
+        place: of the video among those that were asked for.
+        num_segments: that it was cut into.
+        result: the caption, or why there is none.
+    """
+
+    place: int
+    num_segments: int
+    result: Caption | Failure
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What has come of an answer since the last piece; `answer` is the whole, once it has ended."""
+
+    text: str
+    answer: Answer | None = None
 
 
 class Captioner:
@@ -145,10 +176,77 @@ class Captioner:
         Raises:
             ClipError: the file cannot be read, or lacks the picture or sound that `use` asks for.
         """
+        return self.sample(path, num_samples=1, prompt=prompt, sampling=sampling, span=span, use=use, seed=seed)[0]
+
+    def sample(
+        self,
+        path: Path | str,
+        *,
+        num_samples: int,
+        prompt: str | None = None,
+        sampling: Sampling | None = None,
+        span: Span | None = None,
+        use: Use = "both",
+        seed: int = 0,
+    ) -> list[Caption]:
+        """Several answers to one prompt, drawn from the model (see `Sampling.temperature`); the video is read once.
+
+        Takes what `caption` takes; the first is that of `caption` with the same seed.
+        """
         prompt, span = prompt or self.describe(use), span or Span()
         media = self._read(Path(path), span=span, use=use)
-        answer = self.answer([media], [prompt], sampling=sampling or self.greedy(), seeds=[seed])[0]
-        return self._sign(answer, path, prompt=prompt, span=span)
+        answers = self.answer(
+            [media], [prompt], sampling=sampling or self.greedy(), num_samples=num_samples, seeds=[seed]
+        )
+        signed = (self._sign(answer, path, prompt=prompt, span=span) for answer in answers)
+        return [replace(caption, sample=number) for number, caption in enumerate(signed)]
+
+    def ask(
+        self,
+        path: Path | str,
+        questions: Sequence[str],
+        *,
+        sampling: Sampling | None = None,
+        span: Span | None = None,
+        use: Use = "both",
+        seed: int = 0,
+    ) -> list[Caption]:
+        """Answer several questions on one video, which is read once; the answers' `prompt` is the question.
+
+        Takes what `caption` takes, and raises what it raises.
+        """
+        if isinstance(questions, str):
+            raise ValueError("questions must be a list; put a single one into brackets, or use caption(prompt=...)")
+        span = span or Span()
+        media = self._read(Path(path), span=span, use=use)
+        answers = self.answer(
+            [media] * len(questions),
+            questions,
+            sampling=sampling or self.greedy(),
+            seeds=[seed] * len(questions),
+        )
+        return [
+            self._sign(answer, path, prompt=question, span=span)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+
+    def stream(
+        self,
+        path: Path | str,
+        *,
+        prompt: str | None = None,
+        sampling: Sampling | None = None,
+        span: Span | None = None,
+        use: Use = "both",
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Like `caption`, word by word: together the pieces are the text of that caption."""
+        media = self._read(Path(path), span=span or Span(), use=use)
+        for pieces in self.follow(
+            [media], [prompt or self.describe(use)], sampling=sampling or self.greedy(), seeds=[seed]
+        ):
+            for piece in pieces.values():
+                yield piece.text
 
     def describe(self, use: Use = "both") -> str:
         """The prompt that the model was taught to answer with a caption."""
@@ -170,7 +268,10 @@ class Captioner:
         )
 
     def _read(self, path: Path, *, span: Span, use: Use) -> Media:
-        return self.processor.read(path, use=use, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
+        return self.processor.media(self._wanted(span, use=use).read(path))
+
+    def _wanted(self, span: Span, *, use: Use) -> Wanted:
+        return self.processor.wanted(use, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
 
     def caption_each(
         self,
@@ -193,47 +294,92 @@ class Captioner:
             batch_size: videos side by side, at most (default: the model's).
             reader: what reads ahead while the model works (default: a thread of this process).
         """
+        asked = [Asked(path, span or Span(), seed + place) for place, path in enumerate(paths)]
+        given = self.caption_batches(
+            asked, prompt=prompt, sampling=sampling, use=use, batch_size=batch_size, reader=reader
+        )
+        results: dict[int, Caption | Failure] = {}
+        told = 0
+        for batch in given:
+            results |= {done.place: done.result for done in batch}
+            while told in results:
+                yield results.pop(told)
+                told += 1
+
+    def caption_batches(
+        self,
+        asked: Iterable[Asked],
+        *,
+        prompt: str | None = None,
+        sampling: Sampling | None = None,
+        use: Use = "both",
+        segment_seconds: float | None = None,
+        batch_size: int | None = None,
+        reader: ClipReader | None = None,
+    ) -> Iterator[list[Done]]:
+        """Like `caption_each`, for any number of videos: they are taken a few batches at a time, and told as they come.
+
+        Args:
+            asked: the videos.
+            segment_seconds: caption each segment of this length by itself (infinite: the whole, with its end told).
+
+        Yields:
+            What became of each batch, in the order in which they were read.
+        """
         batch_size = self.processor.config.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        prompt, sampling, span = prompt or self.describe(use), sampling or self.greedy(), span or Span()
-        wanted = self.processor.wanted(use, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
-        results: dict[int, Caption | Failure] = {}
+        if segment_seconds is not None and not segment_seconds > 0:
+            raise ValueError(f"segment_seconds must be above 0, got {segment_seconds}")
+        prompt, sampling = prompt or self.describe(use), sampling or self.greedy()
+        self.processor.check(prompt)
+        parts = (
+            Part(place, one.path, self._wanted(one.span, use=use), seed=one.seed) for place, one in enumerate(asked)
+        )
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
-            told = 0
-            for batch in reader.batches(paths, wanted, size=batch_size, finish=self.processor.media):
-                results |= self._caption_batch(batch, paths, prompt=prompt, sampling=sampling, span=span, seed=seed)
-                while told in results:
-                    yield results.pop(told)
-                    told += 1
+            batches = reader.batches(
+                parts, size=batch_size, finish=self.processor.media, segment_seconds=segment_seconds
+            )
+            for batch in batches:
+                yield self._caption_batch(batch, prompt=prompt, sampling=sampling)
 
-    def _caption_batch(
-        self,
-        batch: Sequence[Read[Media]],
-        paths: Sequence[Path],
-        *,
-        prompt: str,
-        sampling: Sampling,
-        span: Span,
-        seed: int,
-    ) -> dict[int, Caption | Failure]:
-        """What becomes of a batch's clips, by their places among the paths."""
-        results: dict[int, Caption | Failure] = {
-            place: Failure(str(paths[place]), str(read)) for place, read in batch if isinstance(read, ValueError)
-        }
-        clips = {place: read for place, read in batch if isinstance(read, Media)}
-        seeds = [seed + place for place in clips]
+    def _caption_batch(self, batch: Sequence[Read[Media]], *, prompt: str, sampling: Sampling) -> list[Done]:
+        """What becomes of a batch's clips."""
+        results: dict[int, Caption | Failure] = {}
+        clips: dict[int, Media] = {}
+        for number, (part, read) in enumerate(batch):
+            if isinstance(read, ValueError):
+                results[number] = _fail(part, str(read), stage="read")
+            else:
+                clips[number] = read
+        seeds = [batch[number][0].seed for number in clips]
+        given = self._answer_or_tell(list(clips.values()), seeds, prompt=prompt, sampling=sampling)
+        for number, answer in zip(clips, given, strict=True):
+            part = batch[number][0]
+            span = Span(part.wanted.start_seconds, part.wanted.end_seconds)
+            results[number] = (
+                self._sign(answer, part.path, prompt=prompt, span=span)
+                if isinstance(answer, Answer)
+                else _fail(part, f"{part.path}: {answer}", stage="caption")
+            )
+        return [Done(part.place, part.num_segments, results[number]) for number, (part, _) in enumerate(batch)]
+
+    def _answer_or_tell(
+        self, clips: Sequence[Media], seeds: Sequence[int], *, prompt: str, sampling: Sampling
+    ) -> list[Answer | str]:
+        """Answers, or why there is none: clips that have no room side by side are asked about one by one."""
         try:
-            answers = self.answer(list(clips.values()), [prompt] * len(clips), sampling=sampling, seeds=seeds)
+            return list(self.answer(clips, [prompt] * len(clips), sampling=sampling, seeds=seeds))
         except torch.OutOfMemoryError as error:
             told = str(error).split(". ")[0]
-            return results | {
-                place: Failure(str(paths[place]), f"{paths[place]}: {NO_ROOM} ({told})") for place in clips
-            }
-        for place, answer in zip(clips, answers, strict=True):
-            results[place] = self._sign(answer, paths[place], prompt=prompt, span=span)
-        return results
+        if len(clips) == 1:
+            return [f"{NO_ROOM} ({told})"]
+        return [
+            answer
+            for clip, seed in zip(clips, seeds, strict=True)
+            for answer in self._answer_or_tell([clip], [seed], prompt=prompt, sampling=sampling)
+        ]
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Media], *, batch_size: int = 16, progress: Progress | None = None) -> list[Block]:
@@ -277,22 +423,71 @@ class Captioner:
         step = max(1, batch_size // num_samples)
         for start in range(0, len(clips), step):
             part = slice(start, start + step)
-            different = {id(clip): clip for clip in clips[part]}
-            places = {key: place for place, key in enumerate(different)}
-            asked = zip(clips[part], prompts[part], strict=True)
-            rows = [Row(places[id(clip)], prompt) for clip, prompt in asked]
-            inputs = self.processor.inputs(rows, list(different.values())).to(self.network.device)
-            answers += self._answer(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds[part])
+            inputs = self._collate(clips[part], prompts[part])
+            answers += [
+                self._to_answer(ids)
+                for ids in generate(
+                    self.network,
+                    inputs,
+                    sampling=sampling,
+                    stop_ids=self.processor.stop_ids,
+                    num_samples=num_samples,
+                    seeds=seeds[part],
+                )
+            ]
             if progress:
-                progress(len(rows))
+                progress(len(inputs.clip_index))
         return answers
 
-    def _answer(
-        self, inputs: Inputs, *, sampling: Sampling, num_samples: int, seeds: Sequence[int]
-    ) -> Iterator[Answer]:
-        tokenizer, stops = self.processor.tokenizer, self.processor.stop_ids
-        generated = generate(
-            self.network, inputs, sampling=sampling, stop_ids=stops, num_samples=num_samples, seeds=seeds
+    def follow(
+        self,
+        clips: Sequence[Media | Block],
+        prompts: Sequence[str],
+        *,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        dropped: Container[int] = (),
+    ) -> Iterator[dict[int, Piece]]:
+        """Like `answer`, as the words come.
+
+        Args:
+            clips, prompts, sampling, seeds: as of `answer`.
+            dropped: numbers of answers that nobody waits for any more; may grow meanwhile, and they end there.
+
+        Yields:
+            What has come of the answers, by their numbers; the last piece of each holds the whole.
+        """
+        tokens: list[list[int]] = [[] for _ in clips]
+        texts = [TextStream(self.processor.tokenizer) for _ in clips]
+        steps = generate_steps(
+            self.network,
+            self._collate(clips, prompts),
+            sampling=sampling,
+            stop_ids=self.processor.stop_ids,
+            seeds=seeds,
+            dropped=dropped,
         )
-        for ids in generated:
-            yield Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), finished=ids[-1] in stops)
+        for step in steps:
+            pieces = {}
+            for row, token in step.items():
+                tokens[row].append(token)
+                ended = token in self.processor.stop_ids or len(tokens[row]) == sampling.max_new_tokens
+                answer = self._to_answer(tokens[row]) if ended else None
+                text = texts[row].end(answer.text) if answer else texts[row].add(token)
+                if text or answer:
+                    pieces[row] = Piece(text, answer)
+            yield pieces
+
+    def _collate(self, clips: Sequence[Media | Block], prompts: Sequence[str]) -> Inputs:
+        different = {id(clip): clip for clip in clips}
+        places = {key: place for place, key in enumerate(different)}
+        rows = [Row(places[id(clip)], prompt) for clip, prompt in zip(clips, prompts, strict=True)]
+        return self.processor.inputs(rows, list(different.values())).to(self.network.device)
+
+    def _to_answer(self, ids: Sequence[int]) -> Answer:
+        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return Answer(text, finished=ids[-1] in self.processor.stop_ids)
+
+
+def _fail(part: Part, reason: str, *, stage: Stage) -> Failure:
+    return Failure(str(part.path), reason, stage, part.wanted.start_seconds, part.wanted.end_seconds)

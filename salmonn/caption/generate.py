@@ -4,7 +4,7 @@ A clip is read once for all its samples and questions, and its keys and values a
 depends on its own seed alone, so its neighbours may end, and leave, whenever they do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -109,7 +109,6 @@ def _penalty(network: Network, inputs: Inputs, rows: Sequence[int], *, sampling:
     return _Penalty(penalty, ids.where(inputs.attention_mask[rows].bool(), ids[:, :1]))
 
 
-@torch.no_grad()
 def generate(
     network: Network,
     inputs: Inputs,
@@ -119,7 +118,32 @@ def generate(
     num_samples: int = 1,
     seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Answer each row.
+    """Answer each row; takes what `generate_steps` takes.
+
+    Returns:
+        B * N lists of token ids, a row's samples one after the other; each ends with an end token if it is finished.
+    """
+    answers: list[list[int]] = [[] for _ in range(len(inputs.input_ids) * num_samples)]
+    for tokens in generate_steps(
+        network, inputs, sampling=sampling, stop_ids=stop_ids, num_samples=num_samples, seeds=seeds
+    ):
+        for row, token in tokens.items():
+            answers[row].append(token)
+    return answers
+
+
+@torch.no_grad()
+def generate_steps(
+    network: Network,
+    inputs: Inputs,
+    *,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    num_samples: int = 1,
+    seeds: Sequence[int] | None = None,
+    dropped: Container[int] = (),
+) -> Iterator[dict[int, int]]:
+    """Answer each row, token by token.
 
     Args:
         network: in evaluation mode.
@@ -129,9 +153,10 @@ def generate(
         num_samples: N answers to each row.
         seeds: (B,) of the rows' draws: a sample's follow from its row's seed and its number; needed unless sampling is
             greedy.
+        dropped: rows that nobody waits for any more, of B * N; may grow between steps, and they end there.
 
-    Returns:
-        B * N lists of token ids, a row's samples one after the other; each ends with an end token if it is finished.
+    Yields:
+        The next token of each row that has not ended, a row's samples one after the other among B * N.
     """
     inputs = _repeat(inputs, num_samples)
     logits, memory, rows = network.begin(inputs)
@@ -139,15 +164,15 @@ def generate(
     penalty = _penalty(network, inputs, rows, sampling=sampling)
     chances = _chances(seeds, num_samples=num_samples, num_rows=len(rows), sampling=sampling)[rows].to(device)
     stops = torch.tensor(list(stop_ids), device=device)
-    answers: list[list[int]] = [[] for _ in rows]
     present = torch.tensor(rows, device=device)  # which row each of the batch is
     going_on = torch.ones(len(rows), dtype=torch.bool, device=device)
     for step in range(sampling.max_new_tokens):
         tokens = draw(penalty(logits), chances[:, step], sampling=sampling)
-        for row, token, counts in zip(present.tolist(), tokens.tolist(), going_on.tolist(), strict=True):
-            if counts:
-                answers[row].append(token)
+        drawn = zip(present.tolist(), tokens.tolist(), going_on.tolist(), strict=True)
+        yield {row: token for row, token, counts in drawn if counts}
         going_on = going_on & ~torch.isin(tokens, stops)
+        if gone := [row in dropped for row in present.tolist()]:
+            going_on &= ~torch.tensor(gone, device=device)
         if step + 1 == sampling.max_new_tokens or not going_on.any():
             break
         penalty.hear(tokens)
@@ -157,7 +182,6 @@ def generate(
             tokens, chances, present = tokens[going_on], chances[going_on], present[going_on]
             going_on = going_on[going_on]
         logits = network.go_on(tokens, memory)
-    return answers
 
 
 def _repeat(inputs: Inputs, times: int) -> Inputs:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from salmonn.caption.prompt import History, answer_ids, prompt_ids
+from salmonn.caption.prompt import History, answer_ids, prompt_ids, refuse_special
 from salmonn.caption.reading import Wanted
 from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START
 from salmonn.media.clip import Clip
@@ -118,6 +118,10 @@ class Processor:
         """What this model reads of a file, or of a span of it."""
         rule = self.config.frame_rule
         return Wanted(rule, start_seconds, end_seconds, video=use != "audio", audio=use != "visual")
+
+    def check(self, prompt: str) -> None:
+        """Raise a ValueError where a prompt holds words that only this project may put there."""
+        refuse_special(self.tokenizer, [prompt], what="prompt", placeholders=self.config.placeholder_ids)
 
     def media(self, clip: Clip) -> Media:
         """One clip as the towers take it, its frames chosen and scaled by the model's rule."""

@@ -35,7 +35,7 @@ def prompt_ids(
     """
     prompts = [*(asked for asked, _ in history), prompt]
     answers = [answer for _, answer in history]
-    _refuse_special(tokenizer, [*prompts, *answers], what="prompt", placeholders=placeholders)
+    refuse_special(tokenizer, [*prompts, *answers], what="prompt", placeholders=placeholders)
     clip = f"{CLIP_START}{CLIP_END}"
     turns = [{"role": "system", "content": system}] if system else []
     for number, words in enumerate(prompts):
@@ -56,13 +56,14 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     Raises:
         ValueError: it holds a special token.
     """
-    _refuse_special(tokenizer, [answer], what="answer")
+    refuse_special(tokenizer, [answer], what="answer")
     return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.convert_tokens_to_ids(TURN_END)]
 
 
-def _refuse_special(
+def refuse_special(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, what: str, placeholders: Sequence[int] = ()
 ) -> None:
+    """Raise a ValueError where texts hold a special token, or one of the tokens that stand for a clip's."""
     known = sorted({token for token in placeholders if token >= 0})
     for special in {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(known)}:
         if any(special in text for text in texts):

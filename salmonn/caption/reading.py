@@ -1,57 +1,39 @@
 """Reads clips ahead of the model, in processes of their own: decoding overlaps the model, and a crash costs one file.
 
     with ClipReader(workers=2) as reader:
-        for batch in reader.batches(paths, Wanted(rule), size=8, finish=processor.media):
+        for batch in reader.batches([Part(0, path, Wanted(rule))], size=8, finish=processor.media):
             ...
 
-Measured on two cores, which explains the form:
-- Decoding is what costs: mel spectrograms and patches take a hundredth of its time (2+: a tenth) and are made in this
-  process. So a worker imports `salmonn.media` alone, and starts in 0.3 s with 50 MB, where torch and transformers take
-  5 s and 400 MB. `multiprocessing` would import the caller's main module in each worker, and all that it imports.
-- Frames come through a pipe, at 0.3 to 0.75 ms a megabyte: 0.2 % of what decoding costs for salmonn2, 2 to 7 % for 2+
-  with ten frames a second. Shared memory would save that, but is too small for it in most containers.
-- Where a process dies, a pool of `concurrent.futures` is lost as a whole and does not tell which file it was at. Here
-  each worker has one file at a time, and a thread in this process that waits for it.
+Decoding is what costs: mel spectrograms and patches take a hundredth of its time (2+: a tenth) and are made in this
+process. Where a process dies, a pool of `concurrent.futures` is lost as a whole and does not tell which file it was at.
+Here each worker has one file at a time, and a thread in this process that waits for it.
 """
 
-import fcntl
-import io
-import logging
+import math
 import os
-import pickle
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
-from logging.handlers import QueueHandler
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
+from salmonn.caption.worker import Limits, Worker, WorkerDied
 from salmonn.media.clip import Clip, read_clip
 from salmonn.media.container import ClipError, declared_seconds
 from salmonn.media.frames import FrameRule
 
 Result = TypeVar("Result")
-Read = tuple[int, Result | ValueError]
 
 BATCHES_AHEAD = 2  # that are read or being read while the model is at another
 BATCHES_ALIKE = 8  # that clips of like length are looked for in
 MOST_WORKERS = 8
-PIPE_BYTES = 1 << 20  # the most that Linux gives without asking
-_WORKER = (
-    "import os, sys; os.environ['OMP_NUM_THREADS'] = '1'; sys.path[:] = {path!r}; "
-    "from salmonn.caption.reading import serve; serve()"
-)
 
 
 @dataclass(frozen=True)
@@ -78,9 +60,34 @@ class Wanted:
         return min(declared, self.end_seconds or declared) - (self.start_seconds or 0.0)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A file that is asked for, or one of the segments that it was cut into.
+
+    Args:
+        place: by which whoever asked knows it.
+        path: of the file.
+        wanted: what is read of it; its span is the segment's.
+        seed: of what is drawn on it.
+        num_segments: that the file was cut into.
+    """
+
+    place: int
+    path: Path
+    wanted: Wanted
+    seed: int = 0
+    num_segments: int = 1
+
+
+Read = tuple[Part, Result | ValueError]
+
+
 def sensible_workers(num_clips: int) -> int:
-    """Workers for so many clips: the cores that this process may use, up to 8; none where nothing can be read ahead."""
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS, num_clips - 1)
+    """Workers for so many clips: the cores that this process may use, up to 8.
+
+    One at least: a file that kills its decoder must not kill whoever asked for it.
+    """
+    return max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS, num_clips))
 
 
 class ClipReader:
@@ -89,22 +96,24 @@ class ClipReader:
     The workers end with this process, however it ends.
 
     Args:
-        workers: processes; 0 reads in a thread of this process.
+        workers: processes; 0 reads in a thread of this process, without limits.
+        limits: what a file may cost.
 
     Attributes:
         waited_seconds: for how long whoever took batches had to wait for clips, up to now.
     """
 
-    def __init__(self, *, workers: int) -> None:
+    def __init__(self, *, workers: int, limits: Limits | None = None) -> None:
         if workers < 0:
             raise ValueError(f"workers must be 0 (read within this process) or more, got {workers}")
         self.waited_seconds = 0.0
         self._num_workers = workers
+        self._limits = limits or Limits()
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="reading")
         self._lock = threading.Lock()
         self._closed = False
-        self._workers = {_Worker() for _ in range(workers)}
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers = {Worker(self._limits) for _ in range(workers)}
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
 
@@ -124,63 +133,79 @@ class ClipReader:
         for worker in self._workers:
             worker.kill()
 
+    def submit(self, path: Path, wanted: Wanted, finish: Callable[[Clip], Result]) -> "Future[Result]":
+        """Have one file read; the future raises a ClipError where it cannot be.
+
+        Args:
+            path: of the file.
+            wanted: what is read of it.
+            finish: what the clip becomes; called in a thread of this process.
+        """
+        return self._threads.submit(lambda: finish(self._do(partial(wanted.read, path))))
+
     def batches(
-        self, paths: Sequence[Path], wanted: Wanted, *, size: int, finish: Callable[[Clip], Result]
+        self,
+        asked: Iterable[Part],
+        *,
+        size: int,
+        finish: Callable[[Clip], Result],
+        segment_seconds: float | None = None,
     ) -> Iterator[list[Read[Result]]]:
         """Read files in batches of like length, two batches ahead (and as many clips as keep the workers busy).
 
-        Which files go together follows from their order and their lengths alone.
+        Which files go together follows from their order and their lengths alone. What is asked for is taken a few
+        batches at a time, and may be endless.
 
         Args:
-            paths: of the files.
-            wanted: what is read of each.
+            asked: the files.
             size: clips in a batch, at most.
-            finish: what a clip becomes; called in a thread of this process.
+            finish: as of `submit`.
+            segment_seconds: cut each file into segments of this length, infinite for one that ends where the file does.
 
         Yields:
-            Batches of (place among the paths, what `finish` gave, or the error that stands for the file).
+            Batches of (part, what `finish` gave, or the error that stands for the part).
         """
-        plan = self._plan(paths, wanted, size=size)
+        plan = self._plan(asked, size=size, segment_seconds=segment_seconds)
         ahead = max(BATCHES_AHEAD, -(-(self._num_workers + 1) // size))
 
-        def begin(count: int) -> Iterator[list[tuple[int, Future[Result]]]]:
-            for places in islice(plan, count):
-                yield [(place, self._threads.submit(self._read, paths[place], wanted, finish)) for place in places]
+        def begin(count: int) -> Iterator[list[tuple[Part, Future[Result]]]]:
+            for parts in islice(plan, count):
+                yield [(part, self.submit(part.path, part.wanted, finish)) for part in parts]
 
         pending = deque(begin(ahead))
         while pending:
             batch: list[Read[Result]] = []
-            for place, future in pending.popleft():
+            for part, future in pending.popleft():
                 read = self._wait(future)
-                batch.append((place, read))
+                batch.append((part, read))
             pending.extend(begin(1))
             yield batch
 
-    def _read(self, path: Path, wanted: Wanted, finish: Callable[[Clip], Result]) -> Result:
-        return finish(self._do(partial(wanted.read, path)))
-
-    def _plan(self, paths: Sequence[Path], wanted: Wanted, *, size: int) -> Iterator[list[int]]:
-        """Places of the paths in batches; among some batches' paths, the one with the first path comes first."""
-        window = size * BATCHES_ALIKE
-        if size == 1 or len(paths) <= size:
-            yield from ([*range(start, min(start + size, len(paths)))] for start in range(0, len(paths), size))
+    def _plan(self, asked: Iterable[Part], *, size: int, segment_seconds: float | None) -> Iterator[list[Part]]:
+        """Parts in batches; among some batches' files, the one with the first file comes first."""
+        files = iter(asked)
+        if size == 1 and segment_seconds is None:
+            yield from ([part] for part in files)
             return
+        window = size * BATCHES_ALIKE
         # One window's lengths are asked for before the window ahead of it is read, so that nobody waits for them.
-        coming = self._ask_seconds(paths[:window], wanted)
-        for start in range(0, len(paths), window):
-            seconds = [self._wait_for_seconds(future) for future in coming]
-            coming = self._ask_seconds(paths[start + window : start + 2 * window], wanted)
-            for batch in sorted(cut_alike(seconds, size=size), key=min):
-                yield [start + place for place in batch]
+        coming = self._ask_seconds(list(islice(files, window)))
+        while coming:
+            now, coming = coming, self._ask_seconds(list(islice(files, window)))
+            lengths = [(part, self._wait_for_seconds(future)) for part, future in now]
+            if segment_seconds is not None:
+                lengths = [cut for part, seconds in lengths for cut in cut_up(part, seconds, segment_seconds)]
+            alike = cut_alike([seconds for _, seconds in lengths], size=size)
+            yield from ([lengths[number][0] for number in batch] for batch in sorted(alike, key=min))
 
-    def _ask_seconds(self, paths: Sequence[Path], wanted: Wanted) -> list[Future[float]]:
-        return [self._threads.submit(self._do, partial(wanted.seconds, path)) for path in paths]
+    def _ask_seconds(self, parts: Sequence[Part]) -> list[tuple[Part, "Future[float]"]]:
+        return [(part, self._threads.submit(self._do, partial(part.wanted.seconds, part.path))) for part in parts]
 
-    def _wait_for_seconds(self, future: Future[float]) -> float:
+    def _wait_for_seconds(self, future: "Future[float]") -> float:
         seconds = self._wait(future)
         return 0.0 if isinstance(seconds, ValueError) else seconds  # reading the file will tell what is wrong
 
-    def _wait(self, future: Future[Result]) -> Result | ValueError:
+    def _wait(self, future: "Future[Result]") -> Result | ValueError:
         begin = time.perf_counter()
         try:
             return future.result()
@@ -201,22 +226,23 @@ class ClipReader:
         try:
             try:
                 worker.begin(job)
-            except _WorkerDied:  # with nothing to do, which is no fault of this file
+            except WorkerDied:  # with nothing to do, which is no fault of this file
                 worker = self._replace(worker)
                 worker.begin(job)
-            return worker.finish()
-        except _WorkerDied as error:
+            result: Result = worker.finish()
+            return result
+        except WorkerDied as error:
             worker = self._replace(worker)
             raise ClipError(f"{job.args[0]}: {error}") from error
         finally:
             self._idle.put(worker)
 
-    def _replace(self, dead: "_Worker") -> "_Worker":
+    def _replace(self, dead: Worker) -> Worker:
         with self._lock:
             if self._closed:
                 return dead
             self._workers.discard(dead)
-            worker = _Worker()
+            worker = Worker(self._limits)
             self._workers.add(worker)
             return worker
 
@@ -229,110 +255,36 @@ def cut_alike(lengths: Sequence[float], *, size: int) -> list[list[int]]:
     return [sorted(order[start:end]) for start, end in pairwise(cuts)]
 
 
-class _WorkerDied(Exception):
-    """A worker ended; the message says how."""
+def cut_up(part: Part, seconds: float, segment_seconds: float) -> list[tuple[Part, float]]:
+    """A file's segments with their lengths; a rest of up to a second, or half a segment, stays with the last one.
+
+    Args:
+        part: the file, or the span of it that is wanted.
+        seconds: how long that is; 0 where it is not known: then it stays whole, to a reader that says so.
+        segment_seconds: of each segment.
+    """
+    if seconds <= 0:
+        return [(replace(part, wanted=_Endless(**vars(part.wanted))), 0.0)]
+    begin = part.wanted.start_seconds or 0.0
+    end = begin + seconds
+    count = max(1, math.ceil((seconds - min(1.0, segment_seconds / 2)) / segment_seconds))
+    starts = [begin + number * segment_seconds for number in range(count)] if count > 1 else [begin]
+    return [
+        (
+            replace(part, wanted=replace(part.wanted, start_seconds=start, end_seconds=stop), num_segments=count),
+            stop - start,
+        )
+        for start, stop in pairwise([*starts, end])
+    ]
 
 
 @dataclass(frozen=True)
-class _Reply(Generic[Result]):
-    """What a job gave, or the words of its error, and what was logged meanwhile."""
+class _Endless(Wanted):
+    """Of a file that is to be cut up and does not say where it ends."""
 
-    result: Result | None
-    error: str | None
-    records: list[logging.LogRecord]
-
-
-class _Worker:
-    """A process that does one job after the other."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER.format(path=sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            process_group=0,  # a Ctrl-C is for the parent, which ends its workers
+    def read(self, path: Path | str) -> Clip:
+        read = super().read(path)
+        raise ClipError(
+            f"{path}: does not say how long it is, so that it cannot be cut into segments; here it ends at "
+            f"{read.start_seconds + read.duration_seconds:.2f} s: write it anew (ffmpeg -i it -c copy new.mp4)"
         )
-        assert self._process.stdout is not None
-        with suppress(OSError):  # a user may have only so much memory in pipes; a small one is slower
-            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        self._replies = io.BufferedReader(self._process.stdout, PIPE_BYTES)  # type: ignore[type-var]
-
-    def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-        self._process.wait()
-
-    def begin(self, job: "partial[Result]") -> None:
-        """Give it a job and see that it took it; raises _WorkerDied where the process ended before."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(pickle.dumps(job))
-        except BrokenPipeError as error:
-            raise _WorkerDied(_tell_end(self._process.wait())) from error
-        self._hear()
-
-    def finish(self) -> Any:
-        """What the job gave.
-
-        Raises:
-            ClipError: the job raised a ValueError.
-            _WorkerDied: the process ended.
-        """
-        reply: _Reply[Any] = self._hear()
-        for record in reply.records:
-            logger = logging.getLogger(record.name)
-            if logger.isEnabledFor(record.levelno):
-                logger.handle(record)
-        if reply.error is not None:
-            raise ClipError(reply.error)
-        return reply.result
-
-    def _hear(self) -> Any:
-        try:
-            return pickle.load(self._replies)
-        except (EOFError, pickle.UnpicklingError) as error:
-            raise _WorkerDied(_tell_end(self._process.wait())) from error
-        except MemoryError as error:  # what is left in the pipe is of no use
-            self.kill()
-            raise _WorkerDied("there is no memory for what was read of it: take a part of it (start, end)") from error
-
-
-def _tell_end(code: int) -> str:
-    if code >= 0:
-        return f"the process that read it ended with code {code}; what it said stands in the terminal"
-    why = "perhaps for want of memory" if -code == signal.SIGKILL else "the file may be damaged; convert it"
-    return f"the process that read it was ended by signal {-code} ({signal.Signals(-code).name}): {why}"
-
-
-def serve() -> None:
-    """What a worker does: jobs from stdin, replies to stdout, until its parent is gone."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a parent that is gone is no error
-    replies = os.fdopen(os.dup(1), "wb", PIPE_BYTES)
-
-    def say(what: object) -> None:
-        pickle.dump(what, replies, protocol=pickle.HIGHEST_PROTOCOL)
-        replies.flush()
-
-    os.dup2(2, 1)  # what a library prints must not come among the replies
-    notes: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    logging.getLogger().addHandler(QueueHandler(notes))
-    jobs: queue.SimpleQueue[partial[Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=[jobs], daemon=True).start()
-    while True:
-        job, result, error = jobs.get(), None, None
-        say("begun")
-        try:
-            result = job()
-        except ValueError as caught:
-            error = str(caught)
-        records = [notes.get() for _ in range(notes.qsize())]
-        say(_Reply(result, error, records))
-
-
-def _listen(jobs: "queue.SimpleQueue[partial[Any]]") -> None:
-    while True:
-        try:
-            jobs.put(pickle.load(sys.stdin.buffer))
-        except (EOFError, pickle.UnpicklingError):
-            os._exit(0)  # in the middle of a file too: whoever wanted it is gone, though it was killed

@@ -6,7 +6,8 @@ A model that starts from a published language model brings its own tokenizer; th
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # As Qwen2.5-VL and video-SALMONN 2+ name them.
@@ -43,3 +44,31 @@ def with_chat(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         additional_special_tokens=[TURN_START, CLIP_START, CLIP_END, SEEN, HEARD],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+class TextStream:
+    """An answer's text, token by token: together the pieces are the whole answer, stripped as it is.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._told = ""
+        self._held = ""  # blanks, which may turn out to be the last
+
+    def add(self, token: int) -> str:
+        """What is new, "" while a token is half a letter."""
+        text = self._held + (self._stream.step(self._tokenizer, token) or "")
+        if not self._told:
+            text = text.lstrip()
+        piece = text.rstrip()
+        self._held = text[len(piece) :]
+        self._told += piece
+        return piece
+
+    def end(self, text: str) -> str:
+        """What is still to be told of the whole answer `text`."""
+        return text.removeprefix(self._told)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn.caption.captioner import Captioner, Failure, Span
+from salmonn.caption.captioner import Captioner, Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.reading import ClipReader
 from salmonn.media.clip import read_clip
 from salmonn.model.settings import PLAIN_PROMPTS
-from salmonn.records import Caption
+from salmonn.records import Caption, Failure
 
 DESCRIBE = PLAIN_PROMPTS["both"]
 
@@ -75,7 +75,7 @@ def test_a_broken_file_harms_no_other(captioner, videos, tmp_path, batch_size):
     assert [result.video for result in results] == [
         str(path) for path in (broken, videos[0], videos[1], empty, videos[2])
     ]
-    assert str(broken) in results[0].error and str(empty) in results[3].error
+    assert str(broken) in results[0].reason and str(empty) in results[3].reason
     alone = [captioner.caption(video, sampling=SHORT) for video in videos[:3]]
     assert [result for result in results if isinstance(result, Caption)] == alone
     assert len({caption.text for caption in alone}) == 3
@@ -104,7 +104,7 @@ def test_a_span_is_what_the_model_sees(captioner, videos):
 
 def test_a_span_beyond_the_end_is_a_failure_with_words(captioner, videos):
     (result,) = captioner.caption_each(videos[:1], sampling=SHORT, span=Span(100.0, None))
-    assert isinstance(result, Failure) and str(videos[0]) in result.error
+    assert isinstance(result, Failure) and str(videos[0]) in result.reason
     with pytest.raises(ValueError, match=videos[0].name):
         captioner.caption(videos[0], span=Span(100.0, None))
 
@@ -146,8 +146,8 @@ def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monke
     monkeypatch.setattr(captioner, "answer", crowded)
     results = list(captioner.caption_each(videos[:4], sampling=SHORT, batch_size=1))
     assert [isinstance(result, Failure) for result in results] == [False, False, True, False]
-    assert "does not fit in the GPU's memory" in results[2].error and "batch_size" in results[2].error
-    assert str(videos[2]) in results[2].error
+    assert "does not fit in the GPU's memory" in results[2].reason and "batch_size" in results[2].reason
+    assert str(videos[2]) in results[2].reason and results[2].stage == "caption"
 
 
 def test_clips_of_like_length_go_together(captioner, videos, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, 
     with ClipReader(workers=2) as reader:
         results = list(captioner.caption_each(paths, sampling=SHORT, reader=reader))
     assert [result.video for result in results] == list(map(str, paths))
-    assert isinstance(results[1], Failure) and "SIGKILL" in results[1].error and str(paths[1]) in results[1].error
+    assert isinstance(results[1], Failure) and "SIGKILL" in results[1].reason and str(paths[1]) in results[1].reason
     assert [results[0], results[2]] == [captioner.caption(video, sampling=SHORT) for video in videos[:2]]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from salmonn.caption.reading import ClipReader, Wanted, cut_alike, sensible_workers
+from salmonn.caption.reading import ClipReader, Part, Wanted, cut_alike, sensible_workers
 from salmonn.media.clip import read_clip
 from salmonn.media.frames import Stride
 
@@ -70,10 +70,16 @@ class Listed:
         return int(path.name)
 
 
+def batches_of(reader, names, wanted, *, size, finish=lambda clip: clip, **named):
+    """Batches of (place, clip)."""
+    asked = (Part(place, Path(name), wanted) for place, name in enumerate(names))
+    for batch in reader.batches(asked, size=size, finish=finish, **named):
+        yield [(part.place, read) for part, read in batch]
+
+
 def read_all(names, wanted, *, workers, size=2):
     with ClipReader(workers=workers) as reader:
-        batches = reader.batches([Path(name) for name in names], wanted, size=size, finish=lambda clip: clip)
-        return [batch for batch in batches if batch]
+        return list(batches_of(reader, names, wanted, size=size))
 
 
 def wait_until(done, *, seconds=10.0):
@@ -113,7 +119,7 @@ def test_two_batches_are_read_ahead_and_no_more(size, expected):
     """Beside the batch that was taken two more: 3 * size clips."""
     wanted = Listed()
     with ClipReader(workers=0) as reader:
-        batches = reader.batches([Path("1")] * 18, wanted, size=size, finish=lambda clip: clip)
+        batches = batches_of(reader, ["1"] * 18, wanted, size=size)
         next(batches)
         wait_until(lambda: len(wanted.read_so_far) == expected)
         time.sleep(0.1)
@@ -123,7 +129,7 @@ def test_two_batches_are_read_ahead_and_no_more(size, expected):
 def test_waiting_is_told():
     """Three clips of 0.2 s, one by one; the last is read while the taker is busy for 0.5 s."""
     with ClipReader(workers=0) as reader:
-        batches = reader.batches([Path("1")] * 3, Listed(pause=0.2), size=1, finish=lambda clip: clip)
+        batches = batches_of(reader, ["1"] * 3, Listed(pause=0.2), size=1)
         next(batches)
         next(batches)
         assert 0.35 < reader.waited_seconds < 1
@@ -169,10 +175,10 @@ def test_a_worker_that_dies_costs_its_file_alone(odd, end, words):
 
 def test_a_worker_killed_in_idleness_costs_no_file(odd):
     with ClipReader(workers=1) as reader:
-        assert list(reader.batches([Path("a")], odd, size=1, finish=str)) == [[(0, "a")]]
+        assert list(batches_of(reader, ["a"], odd, size=1, finish=str)) == [[(0, "a")]]
         (worker,) = psutil.Process().children()
         worker.kill()
-        assert list(reader.batches([Path("b")], odd, size=1, finish=str)) == [[(0, "b")]]
+        assert list(batches_of(reader, ["b"], odd, size=1, finish=str)) == [[(0, "b")]]
 
 
 def test_what_a_worker_says_is_heard_and_harms_nothing(odd, caplog, capfd):
@@ -197,23 +203,24 @@ def test_what_a_worker_says_is_heard_and_harms_nothing(odd, caplog, capfd):
 def test_closing_ends_workers_in_the_middle_of_a_file(odd):
     reader = ClipReader(workers=2)
     begun = time.monotonic()
-    batches = reader.batches([Path(name) for name in ("a", "sleep", "sleep", "b")], odd, size=1, finish=str)
+    batches = batches_of(reader, ["a", "sleep", "sleep", "b"], odd, size=1, finish=str)
     assert next(batches) == [(0, "a")]
     reader.close()
     assert not psutil.Process().children() and time.monotonic() - begun < 10
     with pytest.raises(RuntimeError, match="shutdown"):
-        reader.batches([Path("a")], odd, size=1, finish=str).__next__()
+        next(batches_of(reader, ["a"], odd, size=1, finish=str))
 
 
 SLEEPER = """
 import sys
 from pathlib import Path
-from salmonn.caption.reading import ClipReader
+from salmonn.caption.reading import ClipReader, Part
 from salmonn.media.frames import Stride
 from odd import Odd
 
 with ClipReader(workers=2) as reader:
-    batches = reader.batches([Path(name) for name in ("a", "b", "sleep", "sleep")], Odd(Stride()), size=1, finish=str)
+    parts = [Part(place, Path(name), Odd(Stride())) for place, name in enumerate(("a", "b", "sleep", "sleep"))]
+    batches = reader.batches(parts, size=1, finish=str)
     next(batches), next(batches)
     print("reading", flush=True)
     next(batches)
@@ -240,7 +247,7 @@ def test_no_worker_outlives_its_parent(odd, tmp_path, end):
 
 
 def test_workers_for_the_cores_there_are(monkeypatch):
-    for cores, num_clips, expected in [(2, 100, 2), (4, 3, 2), (64, 100, 8), (64, 1, 0)]:
+    for cores, num_clips, expected in [(2, 100, 2), (4, 3, 3), (64, 100, 8), (64, 1, 1)]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         assert sensible_workers(num_clips) == expected
     with pytest.raises(ValueError, match="workers must be 0"):

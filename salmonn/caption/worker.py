@@ -1,0 +1,177 @@
+"""A process that reads clips, with limits of time and memory: what goes wrong in it costs the file that it was at.
+
+Measured on two cores, which explains the form:
+- A worker imports `salmonn.media` alone, and starts in 0.3 s with 50 MB, where torch and transformers take 5 s and
+  400 MB. `multiprocessing` would import the caller's main module in each worker, and all that it imports.
+- Frames come through a pipe, at 0.3 to 0.75 ms a megabyte: 0.2 % of what decoding costs for salmonn2, 2 to 7 % for 2+
+  with ten frames a second. Shared memory would save that, but is too small for it in most containers.
+"""
+
+import fcntl
+import io
+import logging
+import os
+import pickle
+import queue
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from logging.handlers import QueueHandler
+from typing import Any, Generic, TypeVar
+
+from salmonn.media.container import ClipError
+
+Result = TypeVar("Result")
+
+PIPE_BYTES = 1 << 20  # the most that Linux gives without asking
+_WORKER = (
+    "import os, sys; os.environ['OMP_NUM_THREADS'] = '1'; sys.path[:] = {path!r}; "
+    "from salmonn.caption.worker import Limits, serve; serve({limits!r})"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one file may cost; a file that costs more is a failure, and harms no other.
+
+    Args:
+        seconds: of reading, by the clock.
+        memory_gib: that the process may hold.
+    """
+
+    seconds: float = 900.0
+    memory_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0 or not self.memory_gib > 0:
+            raise ValueError(f"a file's limits must be above 0, got {self.seconds} s and {self.memory_gib} GiB")
+
+
+class WorkerDied(Exception):
+    """A worker ended; the message says how."""
+
+
+@dataclass(frozen=True)
+class _Reply(Generic[Result]):
+    """What a job gave, or the words of its error, and what was logged meanwhile."""
+
+    result: Result | None
+    error: str | None
+    records: list[logging.LogRecord]
+
+
+class Worker:
+    """A process that does one job after the other."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _WORKER.format(path=sys.path, limits=limits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            process_group=0,  # a Ctrl-C is for the parent, which ends its workers
+        )
+        assert self._process.stdout is not None
+        with suppress(OSError):  # a user may have only so much memory in pipes; a small one is slower
+            fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self._replies = io.BufferedReader(self._process.stdout, PIPE_BYTES)  # type: ignore[type-var]
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def begin(self, job: "partial[Result]") -> None:
+        """Give it a job and see that it took it; raises WorkerDied where the process ended before."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(pickle.dumps(job))
+        except BrokenPipeError as error:
+            raise WorkerDied(self._tell_end()) from error
+        self._hear()
+
+    def finish(self) -> Any:
+        """What the job gave.
+
+        Raises:
+            ClipError: the job raised a ValueError.
+            WorkerDied: the process ended.
+        """
+        reply: _Reply[Any] = self._hear()
+        for record in reply.records:
+            logger = logging.getLogger(record.name)
+            if logger.isEnabledFor(record.levelno):
+                logger.handle(record)
+        if reply.error is not None:
+            raise ClipError(reply.error)
+        return reply.result
+
+    def _tell_end(self) -> str:
+        code = self._process.wait()
+        if code >= 0:
+            return f"the process that read it ended with code {code}; what it said stands in the terminal"
+        if -code == signal.SIGALRM:
+            return (
+                f"reading it took more than {self._limits.seconds:g} s: take a part of it (start, end), or allow more "
+                "(read_seconds)"
+            )
+        why = "perhaps for want of memory" if -code == signal.SIGKILL else "the file may be damaged; convert it"
+        return f"the process that read it was ended by signal {-code} ({signal.Signals(-code).name}): {why}"
+
+    def _hear(self) -> Any:
+        try:
+            return pickle.load(self._replies)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise WorkerDied(self._tell_end()) from error
+        except MemoryError as error:  # what is left in the pipe is of no use
+            self.kill()
+            raise WorkerDied("there is no memory for what was read of it: take a part of it (start, end)") from error
+
+
+def serve(limits: Limits) -> None:
+    """What a worker does: jobs from stdin, replies to stdout, until its parent is gone."""
+    memory = int(limits.memory_gib * (1 << 30))
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, in the middle of a decoder too
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a parent that is gone is no error
+    replies = os.fdopen(os.dup(1), "wb", PIPE_BYTES)
+
+    def say(what: object) -> None:
+        pickle.dump(what, replies, protocol=pickle.HIGHEST_PROTOCOL)
+        replies.flush()
+
+    os.dup2(2, 1)  # what a library prints must not come among the replies
+    notes: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    logging.getLogger().addHandler(QueueHandler(notes))
+    jobs: queue.SimpleQueue[partial[Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=[jobs], daemon=True).start()
+    while True:
+        job, result, error = jobs.get(), None, None
+        say("begun")
+        signal.setitimer(signal.ITIMER_REAL, limits.seconds)
+        try:
+            result = job()
+        except ValueError as caught:
+            error = str(caught)
+        except MemoryError:
+            error = (
+                f"{job.args[0]}: what is read of it takes more than {limits.memory_gib:g} GiB: take a part of it "
+                "(start, end), or allow more (read_gib)"
+            )
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        records = [notes.get() for _ in range(notes.qsize())]
+        say(_Reply(result, error, records))
+
+
+def _listen(jobs: "queue.SimpleQueue[partial[Any]]") -> None:
+    while True:
+        try:
+            jobs.put(pickle.load(sys.stdin.buffer))
+        except (EOFError, pickle.UnpicklingError):
+            os._exit(0)  # in the middle of a file too: whoever wanted it is gone, though it was killed

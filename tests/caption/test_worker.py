@@ -1,0 +1,93 @@
+"""What a file may cost: a reader that takes too long or too much ends its process, and no other file's."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from salmonn.caption.reading import ClipReader, Part, Wanted, cut_up
+from salmonn.caption.worker import Limits
+from salmonn.media.frames import Stride
+
+GREEDY = """
+import time
+import numpy as np
+from salmonn.caption.reading import Wanted
+
+class Greedy(Wanted):
+    def read(self, path):
+        if path.name == "slow":
+            time.sleep(600)
+        if path.name == "busy":
+            while True:  # without a pause in which Python would look for signals
+                sum(range(10**8))
+        if path.name == "large":
+            return np.ones(1 << 28, np.uint8).nbytes
+        return path.name
+"""
+
+
+@pytest.fixture
+def greedy(tmp_path, monkeypatch):
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    monkeypatch.syspath_prepend(tmp_path)
+    import greedy
+
+    yield greedy.Greedy(Stride())
+    del sys.modules["greedy"]
+
+
+def read_all(names, wanted, limits):
+    with ClipReader(workers=1, limits=limits) as reader:
+        parts = [Part(place, Path(name), wanted) for place, name in enumerate(names)]
+        return [str(read) for batch in reader.batches(parts, size=1, finish=str) for _, read in batch]
+
+
+@pytest.mark.parametrize("name", ["slow", "busy"])
+def test_a_file_that_takes_too_long_costs_itself_alone(greedy, name):
+    before, late, after = read_all(["a", name, "b"], greedy, Limits(seconds=1.0))
+    assert (before, after) == ("a", "b")
+    assert late.startswith(f"{name}: reading it took more than 1 s") and "read_seconds" in late
+
+
+def test_a_file_that_takes_too_much_costs_itself_alone(greedy):
+    # An array of 256 MiB, where 128 MiB beside what a worker holds are allowed, and where 1 GiB is.
+    before, large, after = read_all(["a", "large", "b"], greedy, Limits(memory_gib=0.125))
+    assert (before, after) == ("a", "b")
+    assert large.startswith("large: what is read of it takes more than 0.125 GiB") and "read_gib" in large
+    assert read_all(["large"], greedy, Limits(memory_gib=1.0)) == [str(1 << 28)]
+
+
+@pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": -1}, {"seconds": float("nan")}])
+def test_limits_are_above_nothing(values):
+    with pytest.raises(ValueError, match="must be above 0"):
+        Limits(**values)
+
+
+@pytest.mark.parametrize(
+    ("start", "seconds", "length", "expected"),
+    [
+        (None, 20.0, 10.0, [(0, 10), (10, 20)]),
+        (None, 20.9, 10.0, [(0, 10), (10, 20.9)]),  # a rest of up to a second stays with the last
+        (None, 21.5, 10.0, [(0, 10), (10, 20), (20, 21.5)]),
+        (2.0, 5.0, 2.0, [(2, 4), (4, 7)]),
+        (None, 3.0, 1.0, [(0, 1), (1, 2), (2, 3)]),  # of half a segment, where that is less
+        (None, 0.3, 10.0, [(0, 0.3)]),
+        (4.0, 6.0, float("inf"), [(4, 10)]),
+    ],
+)
+def test_segments(start, seconds, length, expected):
+    part = Part(3, Path("a.mp4"), Wanted(Stride(), start_seconds=start, audio=False), seed=9)
+    cut = cut_up(part, seconds, length)
+    assert [(one.wanted.start_seconds, one.wanted.end_seconds) for one, _ in cut] == expected
+    assert [length for _, length in cut] == pytest.approx([end - begin for begin, end in expected])
+    for one, _ in cut:
+        assert (one.place, one.seed, one.num_segments) == (3, 9, len(expected)) and not one.wanted.audio
+
+
+def test_a_file_without_a_stated_length_cannot_be_cut(videos):
+    part = Part(0, videos[0], Wanted(Stride(side=48)))
+    ((endless, seconds),) = cut_up(part, 0.0, 2.0)
+    assert seconds == 0
+    with pytest.raises(ValueError, match=r"does not say how long it is.*here it ends at \d+\.\d\d s"):
+        endless.wanted.read(videos[0])
