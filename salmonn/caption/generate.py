@@ -171,7 +171,7 @@ def generate_steps(
         drawn = zip(present.tolist(), tokens.tolist(), going_on.tolist(), strict=True)
         yield {row: token for row, token, counts in drawn if counts}
         going_on = going_on & ~torch.isin(tokens, stops)
-        if gone := [row in dropped for row in present.tolist()]:
+        if any(gone := [row in dropped for row in present.tolist()]):
             going_on &= ~torch.tensor(gone, device=device)
         if step + 1 == sampling.max_new_tokens or not going_on.any():
             break

@@ -63,7 +63,8 @@ class Packed:
 
     def pieces(self, most: int) -> Iterator["Packed"]:
         """Whole groups, as many of them as have `most` tokens, or one that has more."""
-        start, chosen, filled = 0, [], 0
+        start, filled = 0, 0
+        chosen: list[Group] = []
         for group in self.groups:
             size = group.beginning + sum(group.own)
             if chosen and filled + size > most:

@@ -1,0 +1,228 @@
+"""Every command and every example of the documentation is run.
+
+What needs a published model runs on a small one. What trains for minutes or days runs for two steps, or as --dry-run
+where it would need GPUs. Other people's programs (vllm, tensorboard, sbatch ...) are not started, but written down.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import tomllib
+from dataclasses import asdict, replace
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from salmonn.media.synth import SynthConfig, make_clips
+from salmonn.records import Caption, Reference, read_records, write_json, write_records, write_text
+from salmonn.score.rates import Rates
+from tests.score.scripted import honest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+BIN = Path(sys.executable).parent
+# Programs that are not this project's, or would install something: each call is written down, and does nothing.
+FOREIGN = ("vllm", "llama-server", "transformers", "tensorboard", "pip", "make", "sbatch")
+SHIM = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$CALLS"
+"""
+# A recipe at toy size: two steps of one round. With settings of published models: what it would need.
+TORCHRUN = f"""#!{sys.executable}
+import os, subprocess, sys
+args = sys.argv[1:]
+while args and args[0].startswith("--"):
+    if args.pop(0) == "--no-python":
+        os.execvp(args[0], args)
+small = os.environ["SMALL"].split()
+flags = ["--dry-run"] if any("published" in arg for arg in args) else small
+if "--help" in args:
+    flags = []
+sys.exit(subprocess.call([sys.executable, *args, *flags]))
+"""
+SMALL = (
+    "--rounds 1 --pairs.num_samples 4 --pairs.sampling.temperature 0.9 --pairs.sampling.max_new_tokens 30 "
+    "--pairs.min_gap 0.0001 --fit.steps 2 --rebirth.fit.steps 2 --synth.clips 8 --heldout_clips 3 "
+    "--guards.max_worsening 9 --guards.min_pairs 1 --guards.min_margin null --kl_clips 2"
+)
+# Run by tests of their own, with files that they need.
+ELSEWHERE = {
+    "python tools/convert.py": "tests/tools/test_convert.py",
+    "python tools/merge.py": "tests/tools/test_merge.py",
+    "python tools/assemble.py": "tests/tools/test_assemble.py",
+    ".venv/bin/salmonn score predictions.json": "tests/test_score_cli.py",  # a judge that answers as the published one
+}
+
+
+def blocks(page, language):
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(body) for _, body in found]
+
+
+COMMANDED = [page for page in PAGES if blocks(page, "bash")]
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """Six synthetic clips with their references."""
+    folder = tmp_path_factory.mktemp("known")
+    make_clips(folder, SynthConfig(clips=6, seed=7), workers=1)
+    return folder
+
+
+@pytest.fixture
+def stage(known, random_plus, serve, tmp_path):
+    """A folder that has what the pages speak of, and the programs that they call; returns what runs a script there."""
+    shutil.copytree(known, tmp_path / "clips")
+    for name in ("recipes", "data", "tools", "docs", "pyproject.toml", "Makefile", "salmonn"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    references = read_records(known / "clips.jsonl", Reference)
+    beside = [replace(one, video=f"clips/{one.video}") for one in references]
+    for name in ("references.jsonl", "heldout.jsonl", "events.jsonl"):
+        write_records(tmp_path / name, beside)
+    for name in ("videos", "votes", "home/Videos", "bin"):
+        (tmp_path / name).mkdir(parents=True)
+    shutil.copytree(tmp_path / "clips", tmp_path / "try")
+    texts = [Caption(one.video, one.caption) for one in beside]
+    write_records(tmp_path / "captions.given", texts)
+    for name in ("run", "run/mrdpo"):
+        write_text(tmp_path / name / "steps.jsonl", '{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
+        write_json(tmp_path / name / "summary.json", asdict(Rates(0.5, 0.25, 0.75, 0.125, clips=3)))
+    for video in sorted((known / "videos").glob("*.mp4"))[:2]:
+        shutil.copy(video, tmp_path / "home" / "Videos")
+    judge = serve(honest)
+    programs = {name: SHIM for name in FOREIGN} | {"torchrun": TORCHRUN}
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{BIN}:{os.environ['PATH']}", "HOME": str(tmp_path / "home"), "SMALL": SMALL,
+        "CALLS": str(tmp_path / "calls"), "PYTHONPATH": str(ROOT), "OPENAI_API_KEY": "none",
+        "OPENAI_BASE_URL": judge.url,
+    }  # fmt: skip
+
+    def run(script, *, timeout=400):
+        for said, meant in {
+            ".venv/bin/": "",
+            ". .venv/bin/activate": "true",
+            "python -m venv .venv": "true",
+            "http://localhost:8000/v1": judge.url,
+            "--base-url URL": f"--base-url {judge.url}",
+        }.items():
+            script = script.replace(said, meant)
+        script = re.sub(r"tsinghua-ee/\S+", str(random_plus), script)
+        script = re.sub(r"--port (8000|7860)", f"--port {run.port}", script)
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+
+    run.folder, run.environment, run.port = tmp_path, environment, free_port()
+    return run
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def without_those_elsewhere(script):
+    """A script without the commands that other tests run."""
+    lines = script.replace("\\\n", " ").splitlines()
+    return "\n".join(line for line in lines if not line.lstrip().startswith(tuple(ELSEWHERE)))
+
+
+SERVERS = {"service.md": "/health", "page.md": "/"}
+
+
+@pytest.mark.parametrize("page", [page for page in COMMANDED if page.name not in SERVERS], ids=lambda page: page.name)
+def test_commands_run(stage, page):
+    if "--out captions.jsonl" not in page.read_text():  # else the page makes them
+        (stage.folder / "captions.given").rename(stage.folder / "captions.jsonl")
+    for script in blocks(page, "bash"):
+        result = stage(without_those_elsewhere(script))
+        assert result.returncode == 0, f"{page.name}:\n{script}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    for script in blocks(page, "python"):
+        result = python(stage, script)
+        assert result.returncode == 0, f"{page.name}:\n{script}\n{result.stderr[-4000:]}"
+    calls = (stage.folder / "calls").read_text().splitlines() if (stage.folder / "calls").exists() else []
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for program, *args in map(str.split, calls):
+        if program == "make":
+            assert args[0] in targets
+        if program == "pip":
+            named = re.search(r"\[(.*)\]", args[-1])
+            assert args[:2] != ["install", "-e"] or not named or set(named[1].split(",")) <= set(extras)
+
+
+def python(stage, script):
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=stage.folder, env=stage.environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_the_python_page(stage):
+    """Its blocks build on one another."""
+    result = python(stage, "\n".join(blocks(ROOT / "docs" / "python.md", "python")))
+    assert result.returncode == 0, result.stderr
+    assert "Total 0." in result.stdout and "What is heard? -> " in result.stdout
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_servers_start_answer_and_end(stage, name):
+    page = ROOT / "docs" / name
+    (script,) = blocks(page, "bash")
+    log = stage.folder / "server.log"
+    with log.open("w") as out:
+        command = script.replace("--port 8000", f"--port {stage.port}").replace("--port 7860", f"--port {stage.port}")
+        server = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"], cwd=stage.folder, env=stage.environment, stdout=out, stderr=out
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{stage.port}{SERVERS[name]}", server, log)
+        for example in blocks(page, "python"):
+            result = python(stage, example.replace("127.0.0.1:8000", f"127.0.0.1:{stage.port}"))
+            assert result.returncode == 0, result.stderr
+            assert len(result.stdout.split()) > 3
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0, log.read_text()
+
+
+def wait_for(address, server, log, *, seconds=120):
+    end = time.monotonic() + seconds
+    while True:
+        assert server.poll() is None and time.monotonic() < end, log.read_text()
+        with contextlib.suppress(OSError), urlopen(address, timeout=5) as answer:
+            assert answer.status == 200
+            return
+        time.sleep(0.3)
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_the_others_have_tests(command):
+    tool = "test_published_protocol" if "predictions" in command else Path(command.split()[1]).stem
+    assert tool in (ROOT / ELSEWHERE[command]).read_text()
+    assert any(command in page.read_text() for page in PAGES)
+
+
+def test_the_site_is_made_without_warnings(tmp_path):
+    """Strict: a link that leads nowhere, or a page that no list names, ends it."""
+    result = subprocess.run(
+        [str(BIN / "mkdocs"), "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    index = (tmp_path / "site" / "index.html").read_text()
+    assert "fonts.googleapis" not in index and "Start here" in index
