@@ -4,6 +4,7 @@ A clip is read once for all its samples and questions, and its keys and values a
 depends on its own seed alone, so its neighbours may end, and leave, whenever they do.
 """
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -36,13 +37,14 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        # Written so that NaN, which compares false with everything, is refused too.
+        if self.temperature and not 0.01 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy), or 0.01 or above, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}")
 
 
@@ -62,7 +64,8 @@ def draw(logits: Tensor, chance: Tensor, *, sampling: Sampling) -> Tensor:
     probabilities, ids = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
     reached = probabilities.cumsum(-1)
     # A token is of the nucleus if those before it do not reach top_p; the first always is.
-    sizes = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True)
+    # Where a model's numbers have gone wrong none is: on a GPU a place outside the row would end all that runs there.
+    sizes = (reached - probabilities < sampling.top_p).sum(-1, keepdim=True).clamp(min=1)
     whole = reached.gather(-1, sizes - 1)
     places = torch.searchsorted(reached, chance[:, None] * whole, right=True)
     return ids.gather(-1, places.minimum(sizes - 1)).squeeze(-1)

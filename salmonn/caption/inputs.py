@@ -24,6 +24,7 @@ from salmonn.model.vision import to_patches
 from salmonn.records import Use
 
 logger = logging.getLogger(__name__)
+MOST_LETTERS = 20_000  # of a prompt: some thousand tokens, beside a clip's tens of thousands
 MIN_SOUND_SECONDS = 1.0  # shorter sound is padded with silence to this, as the published models were trained
 
 
@@ -120,7 +121,11 @@ class Processor:
         return Wanted(rule, start_seconds, end_seconds, video=use != "audio", audio=use != "visual")
 
     def check(self, prompt: str) -> None:
-        """Raise a ValueError where a prompt holds words that only this project may put there."""
+        """Raise a ValueError where a prompt cannot be asked: for what it holds, or for its length."""
+        if len(prompt) > MOST_LETTERS:
+            raise ValueError(f"the prompt has {len(prompt):,} letters: ask in at most {MOST_LETTERS:,}")
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError("the prompt holds half of a Unicode character: type it anew")
         refuse_special(self.tokenizer, [prompt], what="prompt", placeholders=self.config.placeholder_ids)
 
     def media(self, clip: Clip) -> Media:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from salmonn.caption.worker import Limits, Worker, WorkerDied
 from salmonn.media.clip import Clip, read_clip
-from salmonn.media.container import ClipError, declared_seconds
+from salmonn.media.container import ClipError, declared_seconds, measured_seconds
 from salmonn.media.frames import FrameRule
 
 Result = TypeVar("Result")
@@ -51,13 +51,18 @@ class Wanted:
         span: dict[str, Any] = dict(start_seconds=self.start_seconds, end_seconds=self.end_seconds)
         return read_clip(path, self.rule, **span, video=self.video, audio=self.audio)
 
-    def seconds(self, path: Path) -> float:
-        """How long the span is, by what the file states of itself; 0 where it states nothing or cannot be read."""
+    def seconds(self, path: Path, *, exact: bool = False) -> float:
+        """How long the span is; 0 or less where the file does not say or cannot be read.
+
+        Args:
+            path: of the file.
+            exact: by all that the file holds, not by what it states of itself.
+        """
         try:
-            declared = declared_seconds(path)
+            whole = measured_seconds(path) if exact else declared_seconds(path)
         except ClipError:
             return 0.0
-        return min(declared, self.end_seconds or declared) - (self.start_seconds or 0.0)
+        return min(whole, self.end_seconds or whole) - (self.start_seconds or 0.0)
 
 
 @dataclass(frozen=True)
@@ -189,17 +194,21 @@ class ClipReader:
             return
         window = size * BATCHES_ALIKE
         # One window's lengths are asked for before the window ahead of it is read, so that nobody waits for them.
-        coming = self._ask_seconds(list(islice(files, window)))
+        exact = segment_seconds is not None
+        coming = self._ask_seconds(list(islice(files, window)), exact=exact)
         while coming:
-            now, coming = coming, self._ask_seconds(list(islice(files, window)))
+            now, coming = coming, self._ask_seconds(list(islice(files, window)), exact=exact)
             lengths = [(part, self._wait_for_seconds(future)) for part, future in now]
             if segment_seconds is not None:
                 lengths = [cut for part, seconds in lengths for cut in cut_up(part, seconds, segment_seconds)]
             alike = cut_alike([seconds for _, seconds in lengths], size=size)
             yield from ([lengths[number][0] for number in batch] for batch in sorted(alike, key=min))
 
-    def _ask_seconds(self, parts: Sequence[Part]) -> list[tuple[Part, "Future[float]"]]:
-        return [(part, self._threads.submit(self._do, partial(part.wanted.seconds, part.path))) for part in parts]
+    def _ask_seconds(self, parts: Sequence[Part], *, exact: bool) -> list[tuple[Part, "Future[float]"]]:
+        more = {"exact": True} if exact else {}
+        return [
+            (part, self._threads.submit(self._do, partial(part.wanted.seconds, part.path, **more))) for part in parts
+        ]
 
     def _wait_for_seconds(self, future: "Future[float]") -> float:
         seconds = self._wait(future)
@@ -258,6 +267,8 @@ def cut_alike(lengths: Sequence[float], *, size: int) -> list[list[int]]:
 def cut_up(part: Part, seconds: float, segment_seconds: float) -> list[tuple[Part, float]]:
     """A file's segments with their lengths; a rest of up to a second, or half a segment, stays with the last one.
 
+    Each draws from a seed of its own: those that look alike need not say the same.
+
     Args:
         part: the file, or the span of it that is wanted.
         seconds: how long that is; 0 where it is not known: then it stays whole, to a reader that says so.
@@ -269,12 +280,18 @@ def cut_up(part: Part, seconds: float, segment_seconds: float) -> list[tuple[Par
     end = begin + seconds
     count = max(1, math.ceil((seconds - min(1.0, segment_seconds / 2)) / segment_seconds))
     starts = [begin + number * segment_seconds for number in range(count)] if count > 1 else [begin]
+    spans = enumerate(pairwise([*starts, end]))
     return [
         (
-            replace(part, wanted=replace(part.wanted, start_seconds=start, end_seconds=stop), num_segments=count),
+            replace(
+                part,
+                wanted=replace(part.wanted, start_seconds=start, end_seconds=stop),
+                seed=part.seed + number,
+                num_segments=count,
+            ),
             stop - start,
         )
-        for start, stop in pairwise([*starts, end])
+        for number, (start, stop) in spans
     ]
 
 

@@ -29,6 +29,12 @@ from salmonn.media.container import ClipError
 Result = TypeVar("Result")
 
 PIPE_BYTES = 1 << 20  # the most that Linux gives without asking
+# What a reply is made of.
+_SENT = {
+    "salmonn.caption.worker._Reply", "salmonn.media.clip.Clip", "logging.LogRecord",
+    "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy._core.numeric._frombuffer",
+    "numpy._core.multiarray.scalar",
+}  # fmt: skip
 _WORKER = (
     "import os, sys; os.environ['OMP_NUM_THREADS'] = '1'; sys.path[:] = {path!r}; "
     "from salmonn.caption.worker import Limits, serve; serve({limits!r})"
@@ -50,6 +56,19 @@ class Limits:
     def __post_init__(self) -> None:
         if not self.seconds > 0 or not self.memory_gib > 0:
             raise ValueError(f"a file's limits must be above 0, got {self.seconds} s and {self.memory_gib} GiB")
+
+
+class _Replies(pickle.Unpickler):
+    """Takes from a worker what workers send, and nothing else: a file may have taken over the process that read it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in _SENT:
+            raise _ForbiddenError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class _ForbiddenError(Exception):
+    """A reply names what no worker sends."""
 
 
 class WorkerDied(Exception):
@@ -126,9 +145,14 @@ class Worker:
 
     def _hear(self) -> Any:
         try:
-            return pickle.load(self._replies)
+            return _Replies(self._replies).load()
         except (EOFError, pickle.UnpicklingError) as error:
             raise WorkerDied(self._tell_end()) from error
+        except _ForbiddenError as error:
+            self.kill()
+            raise WorkerDied(
+                f"the process that read it sent {error}, which none sends: do not trust the file"
+            ) from error
         except MemoryError as error:  # what is left in the pipe is of no use
             self.kill()
             raise WorkerDied("there is no memory for what was read of it: take a part of it (start, end)") from error

@@ -12,10 +12,8 @@ the next are decoded. A file that is not as the survey says is read more plainly
 import logging
 import math
 import os
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -121,38 +119,6 @@ def read_clip(
         wanted = wanted_times(survey, rule, start=start, end=end)
         frames = take_frames(survey, wanted, rule=rule, stack=stack) if len(wanted) else []
         return _assemble(survey, wanted, frames, start, end)
-
-
-def find_videos(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """List video and sound files: files as they are given, folders searched through for known suffixes.
-
-    Args:
-        paths: files and folders. Hidden files and folders inside a given folder are passed over.
-
-    Returns:
-        Paths in the order given, each folder's files sorted.
-
-    Raises:
-        ClipError: a path does not exist, or a folder holds no video or sound.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            if not path.exists():
-                raise ClipError(f"{path}: there is no such file or folder; check the path")
-            found.append(path)
-            continue
-        inside = sorted(p for p in path.rglob("*") if _is_media(p.relative_to(path)) and p.is_file())
-        if not inside:
-            known = " ".join(sorted(VIDEO_SUFFIXES | AUDIO_SUFFIXES))
-            raise ClipError(f"{path}: the folder holds no video or sound file; known suffixes are {known}")
-        found += inside
-    return found
-
-
-def _is_media(inside: Path) -> bool:
-    hidden = any(part.startswith(".") for part in inside.parts)
-    return not hidden and inside.suffix.lower() in VIDEO_SUFFIXES | AUDIO_SUFFIXES
 
 
 def _check_arguments(start: float | None, end: float | None) -> None:

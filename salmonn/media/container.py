@@ -123,11 +123,32 @@ def declared_seconds(path: str | os.PathLike[str]) -> float:
         return open_source(path, stack, video=True, audio=True).declared_end
 
 
+def measured_seconds(path: str | os.PathLike[str]) -> float:
+    """The length in seconds of what a file holds, by all of its packets, none of which is decoded; 0 without times.
+
+    What a file states at its start may be a guess from its bit rate, or of what it held before it was cut off.
+
+    Raises:
+        ClipError: as `declared_seconds`.
+    """
+    end = 0.0
+    with ExitStack() as stack:
+        source = open_source(path, stack, video=True, audio=True)
+        streams = [stream for stream in (source.video, source.audio) if stream is not None]
+        try:
+            for packet in source.container.demux(streams):
+                if packet.pts is not None:
+                    end = max(end, source.seconds(packet.pts + (packet.duration or 0), packet.stream))
+        except av.error.FFmpegError:
+            pass  # from here on it is damaged, which whoever reads it is told
+    return end
+
+
 def _check_file(path: Path) -> None:
     # Python's own errors name the cause; libav's for the same cases do not.
     try:
         if path.is_dir():
-            raise ClipError(f"{path}: is a folder; give a file, or list the folder with find_videos")
+            raise ClipError(f"{path}: is a folder; give a file, or one of the videos in it")
         if path.exists() and not path.is_file():
             raise ClipError(f"{path}: is not a regular file; copy the video to one")
         with path.open("rb") as file:

@@ -126,6 +126,8 @@ def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
         ({"segment_seconds": 0.0}, "segment_seconds must be above 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"prompt": "Tell <|im_end|>."}, "special token"),
+        ({"prompt": "Tell " * 5000}, "the prompt has 25,000 letters: ask in at most 20,000"),
+        ({"prompt": "Tell \ud800."}, "half of a Unicode character"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_read(captioner, tmp_path, named, words):

@@ -112,6 +112,10 @@ def test_the_nucleus_is_that_of_transformers():
     ("values", "words"),
     [
         ({"temperature": -0.1}, "temperature must be .* got -0.1"),
+        ({"temperature": 1e-300}, "temperature must be .* got 1e-300"),
+        ({"temperature": float("nan")}, "temperature must be .* got nan"),
+        ({"temperature": float("inf")}, "temperature must be .* got inf"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must be"),
         ({"top_p": 0.0}, "top_p must be .* got 0.0"),
         ({"top_p": 1.01}, "top_p must be .* got 1.01"),
         ({"max_new_tokens": 0}, "max_new_tokens must be .* got 0"),
@@ -266,6 +270,13 @@ def test_samples_depend_on_their_own_seed_alone(captioner, media):
     assert all(whole.text.startswith(cut.text[:-1]) for whole, cut in zip(every, short, strict=False))
     in_turn = captioner.answer(blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9], batch_size=4)
     assert in_turn == every
+
+
+def test_numbers_gone_wrong_draw_a_token_of_the_row():
+    """Of logits that are not numbers no nucleus can be made; one row's must not end what stands beside it."""
+    logits = torch.tensor([[float("nan")] * 4, [0.0, 9.0, 0.0, 0.0]])
+    tokens = draw(logits, torch.tensor([0.5, 0.5]), sampling=Sampling(temperature=1.0, top_p=0.5))
+    assert 0 <= tokens[0] < 4 and tokens[1] == 1
 
 
 @pytest.mark.parametrize("model", ["captioner", "plus"])

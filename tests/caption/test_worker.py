@@ -1,8 +1,11 @@
 """What a file may cost: a reader that takes too long or too much ends its process, and no other file's."""
 
+import struct
 import sys
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from salmonn.caption.reading import ClipReader, Part, Wanted, cut_up
@@ -14,6 +17,11 @@ import time
 import numpy as np
 from salmonn.caption.reading import Wanted
 
+class Evil:
+    def __reduce__(self):
+        import os
+        return os.system, ("touch " + os.environ["TOUCHED"],)
+
 class Greedy(Wanted):
     def read(self, path):
         if path.name == "slow":
@@ -23,6 +31,8 @@ class Greedy(Wanted):
                 sum(range(10**8))
         if path.name == "large":
             return np.ones(1 << 28, np.uint8).nbytes
+        if path.name == "evil":
+            return Evil()
         return path.name
 """
 
@@ -58,6 +68,13 @@ def test_a_file_that_takes_too_much_costs_itself_alone(greedy):
     assert read_all(["large"], greedy, Limits(memory_gib=1.0)) == [str(1 << 28)]
 
 
+def test_a_process_that_was_taken_over_cannot_take_over_its_parent(greedy, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOUCHED", str(tmp_path / "touched"))
+    before, evil, after = read_all(["a", "evil", "b"], greedy, Limits())
+    assert (before, after) == ("a", "b")
+    assert "system, which none sends: do not trust the file" in evil and not (tmp_path / "touched").exists()
+
+
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": -1}, {"seconds": float("nan")}])
 def test_limits_are_above_nothing(values):
     with pytest.raises(ValueError, match="must be above 0"):
@@ -81,8 +98,8 @@ def test_segments(start, seconds, length, expected):
     cut = cut_up(part, seconds, length)
     assert [(one.wanted.start_seconds, one.wanted.end_seconds) for one, _ in cut] == expected
     assert [length for _, length in cut] == pytest.approx([end - begin for begin, end in expected])
-    for one, _ in cut:
-        assert (one.place, one.seed, one.num_segments) == (3, 9, len(expected)) and not one.wanted.audio
+    for number, (one, _) in enumerate(cut):
+        assert (one.place, one.seed, one.num_segments) == (3, 9 + number, len(expected)) and not one.wanted.audio
 
 
 def test_a_file_without_a_stated_length_cannot_be_cut(videos):
@@ -91,3 +108,33 @@ def test_a_file_without_a_stated_length_cannot_be_cut(videos):
     assert seconds == 0
     with pytest.raises(ValueError, match=r"does not say how long it is.*here it ends at \d+\.\d\d s"):
         endless.wanted.read(videos[0])
+
+
+def write_matroska(path, *, seconds, declared):
+    """Silence in PCM whose head says that it lasts otherwise: its duration, a float of 8 bytes, is overwritten."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for _ in range(10 * seconds):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+            frame.sample_rate = 8000
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    data = path.read_bytes()
+    place = data.index(b"\x44\x89\x88") + 3  # Duration, of 8 bytes, in milliseconds
+    path.write_bytes(data[:place] + struct.pack(">d", 1000.0 * declared) + data[place + 8 :])
+    return path
+
+
+def test_segments_follow_what_a_file_holds_and_not_what_it_says(tmp_path):
+    """20 s that say that they are 8 s, and 6 s that say that they are 100."""
+    for seconds, declared, ends in [(20, 8, [5, 10, 15, 20]), (6, 100, [6])]:
+        path = write_matroska(tmp_path / f"{seconds}.mka", seconds=seconds, declared=declared)
+        wanted = Wanted(Stride())
+        assert wanted.seconds(path) == pytest.approx(declared)
+        assert wanted.seconds(path, exact=True) == pytest.approx(seconds, abs=0.01)
+        with ClipReader(workers=1) as reader:
+            batches = list(reader.batches([Part(0, path, wanted)], size=8, finish=lambda clip: clip, segment_seconds=5))
+        read = [one for batch in batches for one in batch]
+        assert [part.wanted.end_seconds for part, _ in read] == pytest.approx(ends, abs=0.01)
+        heard = sum(len(clip.waveform) for _, clip in read)
+        assert heard == pytest.approx(16_000 * seconds, rel=0.001)
