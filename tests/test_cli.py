@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,28 @@ def test_help_starts_without_torch():
     [
         (
             "caption",
-            ["paths", "--out", "--model", "--prompt", "--use", "--start", "--end", "--temperature", "--workers"],
+            [
+                "paths",
+                "--out",
+                "--model",
+                "--prompt",
+                "--use",
+                "--start",
+                "--end",
+                "--temperature",
+                "--workers",
+                "--list",
+                "--glob",
+                "--redo",
+                "--retry_failed",
+                "--shards",
+                "--segments",
+                "--export",
+                "--read_gib",
+                "--engine",
+            ],
         ),
+        ("export", ["captions", "--to", "--sidecar_dir", "spreadsheet"]),
         ("score", ["captions", "--references", "--judge", "--base_url", "--passes", "--report", "--max_requests"]),
         ("compare", ["first", "second", "--force"]),
         ("events", ["references", "--out", "--judge"]),
@@ -71,7 +92,8 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
     assert result.returncode == 1
     seconds = time.monotonic() - begin
     captions = read_records(out, Caption)
-    assert [caption.video for caption in captions] == [str(folder / "a.mp4"), str(folder / "deeper" / "c.mp4")]
+    # Batches are written as they end.
+    assert sorted(caption.video for caption in captions) == [str(folder / "a.mp4"), str(folder / "deeper" / "c.mp4")]
     assert all(caption.text and caption.model == str(random_model) for caption in captions)
     assert "Traceback" not in result.stderr
     assert (
@@ -84,16 +106,18 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_captions_do_not_depend_on_workers(call, videos, random_model, tmp_path, workers):
-    out = tmp_path / "captions.jsonl"
-    args = ("caption", *videos[:3], "--out", out, "--model", random_model, "--max_new_tokens", 6)
-    assert call(*args)[0] == 0
-    expected = out.read_text()
-    assert call(*args, "--overwrite", "--workers", workers)[0] == 0
-    assert out.read_text() == expected
+    args = ("caption", *videos[:3], "--model", random_model, "--max_new_tokens", 6)
+    texts = []
+    for more in ((), ("--workers", workers)):
+        out = tmp_path / f"{len(more)}.jsonl"
+        assert call(*args, "--out", out, *more)[0] == 0
+        texts.append(out.read_text())
+    assert texts[0] == texts[1]
 
 
 def test_captions_are_those_of_the_captioner(call, captioner, videos, random_model, tmp_path):
-    from salmonn.caption.captioner import Span
+    from salmonn.batch.listing import path_number
+    from salmonn.caption.captioner import Asked, Span
     from salmonn.caption.generate import Sampling
 
     out = tmp_path / "new" / "captions.jsonl"
@@ -103,27 +127,27 @@ def test_captions_are_those_of_the_captioner(call, captioner, videos, random_mod
         "--temperature", 1.0, "--top_p", 0.5, "--seed", 3, "--batch_size", 1,
     )  # fmt: skip
     assert code == 0
-    expected = captioner.caption_each(
-        videos[:2],
-        prompt="Say.",
-        use="visual",
-        span=Span(1.0, 5.0),
-        sampling=Sampling(temperature=1.0, top_p=0.5, max_new_tokens=7),
-        seed=3,
-        batch_size=1,
-    )
-    assert read_records(out, Caption) == list(expected)
+    sampling = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=7)
+    # A video's draws follow from the seed and its path.
+    asked = [Asked(path, Span(1.0, 5.0), 3 + path_number(str(path))) for path in videos[:2]]
+    batches = captioner.caption_batches(asked, prompt="Say.", use="visual", sampling=sampling, batch_size=1)
+    expected = [done.result for batch in batches for done in batch]
+    found = read_records(out, Caption)
+    assert [replace(caption, size_bytes=None, modified_ns=None) for caption in found] == expected
+    stats = [path.stat() for path in videos[:2]]
+    assert [(one.size_bytes, one.modified_ns) for one in found] == [(one.st_size, one.st_mtime_ns) for one in stats]
 
 
 def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
+    """And even then it is moved aside."""
     out = tmp_path / "captions.jsonl"
     out.write_text("precious")
     args = ("caption", videos[0], "--out", out, "--model", random_model, "--max_new_tokens", 4)
     code, _, err = call(*args)
-    assert code == 2 and str(out) in err and "--overwrite" in err and "Traceback" not in err
+    assert code == 2 and str(out) in err and "--redo" in err and "Traceback" not in err
     assert out.read_text() == "precious"
-    assert call(*args, "--overwrite")[0] == 0
-    assert len(read_records(out, Caption)) == 1
+    assert call(*args, "--redo")[0] == 0
+    assert len(read_records(out, Caption)) == 1 and (tmp_path / "captions.jsonl.old").read_text() == "precious"
 
 
 @pytest.mark.parametrize(

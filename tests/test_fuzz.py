@@ -87,6 +87,7 @@ def write_pointers(folder, secret):
         "playlist.mp4": f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile://{secret}\n#EXT-X-ENDLIST\n",
         "plain_playlist.ts": f"#EXTM3U\n#EXTINF:10,\n{secret}\n#EXT-X-ENDLIST\n",
         "concat.mkv": f"ffconcat version 1.0\nfile '{secret}'\n",
+        "concat_beside.mkv": "ffconcat version 1.0\nfile 0000_good.mp4\n",
         "concat_protocol.mp4": f"ffconcat version 1.0\nfile 'concat:{secret}|{secret}'\n",
         "session.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n",
         "manifest.mp4": (

@@ -13,9 +13,12 @@ from jsonargparse import ArgumentParser, Namespace
 from salmonn.cli.bench import bench_parser, run_bench
 from salmonn.cli.caption import caption_parser, run_caption
 from salmonn.cli.codes import WRONG_USAGE
+from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.events import events_parser, run_events
+from salmonn.cli.export import export_parser, run_export
 from salmonn.cli.plot import plot_parser, run_plot
 from salmonn.cli.score import compare_parser, qa_parser, run_compare, run_qa, run_score, score_parser
+from salmonn.cli.serve import run_serve, serve_parser
 from salmonn.cli.synth import run_synth, synth_parser
 from salmonn.config import underscored
 
@@ -23,12 +26,15 @@ Command = tuple[Callable[[], ArgumentParser], Callable[[Namespace], int], str]
 
 COMMANDS: dict[str, Command] = {
     "caption": (caption_parser, run_caption, "describe videos, or ask anything about them"),
+    "export": (export_parser, run_export, "turn captions into a table, or into texts beside the videos"),
     "score": (score_parser, run_score, "score captions against reference events"),
     "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
     "events": (events_parser, run_events, "split reference captions into atomic events"),
     "qa": (qa_parser, run_qa, "accuracy of answers to multiple-choice questions"),
     "judge-bench": (bench_parser, run_bench, "check a judge on labelled pairs of captions"),
+    "demo": (demo_parser, run_demo, "a page in the browser: caption, compare and vote, look at a run"),
     "plot": (plot_parser, run_plot, "curves and tables of a training run"),
+    "serve": (serve_parser, run_serve, "answer chat completions about videos, as a service"),
     "synth": (synth_parser, run_synth, "make synthetic clips with exactly known events"),
 }
 

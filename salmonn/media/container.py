@@ -13,6 +13,8 @@ from av.stream import Disposition
 
 # Starting decoder threads costs more than they save up to about this many pixels a frame.
 _SINGLE_THREAD_PIXELS = 160 * 120
+# They read other files, which whoever sent this one may not be meant to see.
+_LISTS = frozenset(["concat", "dash", "hls", "imf", "sdp"])
 
 
 class ClipError(ValueError):
@@ -94,6 +96,8 @@ def open_source(path: str | os.PathLike[str], stack: ExitStack, *, video: bool, 
     # libav plays text files as ANSI art.
     if container.format.name == "tty":
         raise ClipError(f"{path}: is a text file; give a video or sound file")
+    if _LISTS & set(container.format.name.split(",")):
+        raise ClipError(f"{path}: is a list of other files; give a video or sound file itself")
     source = Source(
         path=str(path),
         container=container,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from salmonn.media import survey as survey_module
-from salmonn.media.clip import Clip, ClipError, find_videos, read_clip
+from salmonn.media.clip import Clip, ClipError, read_clip
 from salmonn.media.container import Decoder, Source
 
 MEDIA = Path(__file__).parents[3] / "shared" / "media"
@@ -504,20 +504,3 @@ print(*frames.shape, peak() - before)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *shape, bytes_more = map(int, result.stdout.split())
     assert shape == [240, 48, 48, 3] and bytes_more < 200e6
-
-
-def test_find_videos(tmp_path):
-    for name in ("b.mp4", "a.MKV", "notes.txt", ".hidden.mp4", "sub/c.wav", ".cache/d.mp4"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    given = tmp_path / "notes.txt"
-    inside = [tmp_path / name for name in ("a.MKV", "b.mp4", "sub/c.wav")]
-    assert find_videos([str(given), tmp_path]) == [given, *inside]
-
-
-def test_find_videos_says_what_is_missing(tmp_path):
-    with pytest.raises(ClipError, match="no such file or folder"):
-        find_videos([tmp_path / "gone"])
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(ClipError, match=r"holds no video or sound file; known suffixes are .*\.mp4"):
-        find_videos([tmp_path])

@@ -1,0 +1,293 @@
+"""The loop of `salmonn caption`: what is listed and not done yet is captioned, and each file's captions are kept."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from salmonn.batch.digests import Digests, digest
+from salmonn.batch.export import Latest
+from salmonn.batch.ledger import Ledger
+from salmonn.batch.listing import Video, path_number
+from salmonn.batch.sidecars import Sidecars
+from salmonn.caption.captioner import Asked, Captioner, Span
+from salmonn.caption.generate import Sampling
+from salmonn.caption.reading import ClipReader
+from salmonn.records import Caption, Failure, Use
+
+Placed = tuple[int, Video]  # a video with its place among those that are tried
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of each video.
+
+    Args:
+        prompt: None: a full description.
+        sampling: how words are drawn.
+        max_new_tokens: limit of an answer in place of `sampling`'s; None: the model's.
+        span: the part of each video.
+        use: picture, sound or both.
+        seed: a video's draws come from this plus a number that its path gives: no order matters.
+        segment_seconds: see `Captioner.caption_batches`.
+        batch_size: clips side by side; None: the model's.
+    """
+
+    prompt: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    max_new_tokens: int | None = None
+    span: Span = field(default_factory=Span)
+    use: Use = "both"
+    seed: int = 0
+    segment_seconds: float | None = None
+    batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """What became of a video.
+
+    Args:
+        place: among those that were tried.
+        video: the file.
+        results: of its segments, in order of time.
+    """
+
+    place: int
+    video: Video
+    results: tuple[Caption | Failure, ...]
+
+
+class TooManyFailures(ValueError):
+    """So many videos failed one after the other that something else must be wrong."""
+
+
+@dataclass
+class Tally:
+    """What a run has counted so far.
+
+    Args:
+        captions: lines that were written.
+        videos: that came to their end, well or not.
+        failed: videos that failed, or a segment of them, or their side-car.
+        done_before, failed_before: videos that earlier runs were done with, and that are passed over; the latter those
+            of which something failed.
+    """
+
+    captions: int = 0
+    videos: int = 0
+    failed: int = 0
+    done_before: int = 0
+    failed_before: int = 0
+
+
+def caption_videos(
+    captioner: Captioner, videos: Iterable[Placed], *, task: Task, reader: ClipReader
+) -> Generator[Group]:
+    """Caption videos, and tell of each once the last of its segments is done.
+
+    Args:
+        captioner: the model.
+        videos: any number of them.
+        task: what is asked.
+        reader: what reads ahead.
+    """
+    begun: dict[int, Placed] = {}
+    parts: dict[int, list[Caption | Failure]] = {}
+
+    def asked() -> Iterator[Asked]:
+        for number, (place, video) in enumerate(videos):
+            begun[number] = (place, video)
+            yield Asked(Path(video.path), task.span, task.seed + path_number(video.path))
+
+    limit = captioner.greedy().max_new_tokens if task.max_new_tokens is None else task.max_new_tokens
+    batches = captioner.caption_batches(
+        asked(),
+        prompt=task.prompt,
+        sampling=replace(task.sampling, max_new_tokens=limit),
+        use=task.use,
+        segment_seconds=task.segment_seconds,
+        batch_size=task.batch_size,
+        reader=reader,
+    )
+    for batch in batches:
+        for done in batch:
+            results = parts.setdefault(done.place, [])
+            results.append(done.result)
+            if len(results) == done.num_segments:
+                place, video = begun.pop(done.place)
+                yield Group(place, video, _sign(parts.pop(done.place), video))
+
+
+def _sign(results: list[Caption | Failure], video: Video) -> tuple[Caption | Failure, ...]:
+    ordered = sorted(results, key=lambda result: result.start_seconds or 0.0)
+    return tuple(replace(result, size_bytes=video.size_bytes, modified_ns=video.modified_ns) for result in ordered)
+
+
+class Job:
+    """One process's run over its videos.
+
+    Args:
+        ledger: what it writes.
+        is_retry: whether it tries again what failed in earlier runs: then nothing is passed over, failures are told
+            at the end alone (`failed_again`), and any number of them may follow one another.
+        max_failures: after so many videos in a row of which nothing came out it stops; 0: never.
+        sidecars: where a text beside each video is wanted.
+        tell: called with the reason of each failure.
+
+    Attributes:
+        tally: how many videos so far.
+        failed_again: what failed, in a retry.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        is_retry: bool = False,
+        max_failures: int = 20,
+        sidecars: Sidecars | None = None,
+        tell: Callable[[str], object] = lambda words: None,
+    ) -> None:
+        if max_failures < 0:
+            raise ValueError(f"--max_failures must be 0 (no limit) or more, got {max_failures}")
+        self.tally = Tally()
+        self.failed_again: list[Failure] = []
+        self._ledger = ledger
+        self._is_retry = is_retry
+        self._row = _Row(0 if is_retry else max_failures)
+        self._sidecars = sidecars
+        self._tell = tell
+        self._taken = Digests()
+        self._num_placed = 0
+
+    def pending(self, found: Iterable[Video | Failure]) -> Iterator[Placed]:
+        """What is to be done of what was listed; a folder that cannot be listed fails here.
+
+        Raises:
+            TooManyFailures: as `keep`.
+        """
+        for one in found:
+            if isinstance(one, Video) and self._is_taken(one):
+                continue
+            if not self._is_retry and self._ledger.has_failed(one):
+                self.tally.failed_before += 1
+            elif isinstance(one, Failure):
+                self._fail([one])
+                self.tally.failed += 1
+                self.tally.videos += 1
+                self._row.add(self._place(), one.reason)
+            elif not self._is_retry and self._ledger.is_done(one):
+                if self._ledger.has_failed_in_part(one):
+                    self.tally.failed_before += 1
+                else:
+                    self.tally.done_before += 1
+            else:
+                yield self._place(), one
+
+    def keep(self, group: Group) -> None:
+        """Put on disk what became of a video.
+
+        Raises:
+            TooManyFailures: it is the last of too many in a row.
+            LedgerError: the disk does not take it.
+        """
+        if self._row.has_ended(group.place):  # a cluster may do a block twice, where one of its machines is lost
+            return
+        captions = [result for result in group.results if isinstance(result, Caption)]
+        failures = [result for result in group.results if isinstance(result, Failure)]
+        unwritten = self._sidecars.write(captions) if captions and self._sidecars else []
+        # A kill between any two of these costs nothing but captioning that file once more: failures of side-cars count
+        # for nothing without captions, and captions that failures follow for nothing without those.
+        self._fail(unwritten)
+        if captions:
+            self._ledger.write(captions, is_in_part=bool(failures))
+        self._fail(failures)
+        self.tally.captions += len(captions)
+        self.tally.failed += bool(failures or unwritten)
+        self.tally.videos += 1
+        self._row.add(group.place, None if captions else failures[0].reason)
+
+    @property
+    def needs_catching_up(self) -> bool:
+        """Whether there may be captions of earlier runs whose side-cars are missing."""
+        return self._sidecars is not None and (
+            self._is_retry or self.tally.done_before > 0 or self.tally.failed_before > 0
+        )
+
+    def catch_up(self, latest: Latest) -> None:
+        """Write side-cars that are missing of what was captioned before, without them or by a run that was killed.
+
+        Where one could not be written, that is tried again in a retry alone.
+
+        Args:
+            latest: all captions.
+        """
+        assert self._sidecars is not None, "there is something to write"
+        before = {failure.video for failure in self._ledger.unwritten()}
+        now = {failure.video for failure in self.failed_again}
+        for captions in latest.by_video():
+            video = captions[0].video
+            if video in now or (video in before and not self._is_retry):
+                continue
+            if not self._ledger.files.shard.holds(video):  # that shard's process writes it
+                continue
+            failures = self._sidecars.write(captions, only_missing=video not in before)
+            self._fail(failures)
+            self.tally.failed += bool(failures)
+
+    def end_retry(self) -> None:
+        """Put what failed again in place of the lists of failures."""
+        kept = [] if self._sidecars else self._ledger.unwritten()
+        self._ledger.replace_failures([*kept, *self.failed_again])
+
+    def _place(self) -> int:
+        self._num_placed += 1
+        return self._num_placed - 1
+
+    def _is_taken(self, video: Video) -> bool:
+        """Whether it came before: a file may be named several times."""
+        key = digest(video.path)
+        is_taken = key in self._taken
+        self._taken.add(key)
+        return is_taken
+
+    def _fail(self, failures: list[Failure]) -> None:
+        for failure in failures:
+            self._tell(failure.reason)
+        if self._is_retry:
+            self.failed_again += failures
+        elif failures:
+            self._ledger.fail(failures)
+
+
+class _Row:
+    """Counts failures in a row, in the order in which videos were listed: they end in that of batches of like length,
+    which brings those that cannot be read together.
+
+    Args:
+        most: that is borne; 0: any number.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._length = 0
+        self._next = 0
+        self._ended: dict[int, str | None] = {}
+
+    def has_ended(self, place: int) -> bool:
+        """Whether the video of that place came to its end."""
+        return place < self._next or place in self._ended
+
+    def add(self, place: int, reason: str | None) -> None:
+        """Tell how the video of that place ended; None: well."""
+        self._ended[place] = reason
+        while self._next in self._ended:
+            reason = self._ended.pop(self._next)
+            self._next += 1
+            self._length = 0 if reason is None else self._length + 1
+            if reason is not None and self._length == self._most:
+                raise TooManyFailures(
+                    f"{self._most} videos failed one after the other, the last for this reason: {reason}. What was "
+                    "finished is kept. If the disk or the model is at fault, mend it and give --retry_failed; if those "
+                    "files are, give the same command, which goes on after them (--max_failures 0: without a limit)"
+                )

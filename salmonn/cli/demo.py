@@ -1,0 +1,192 @@
+"""`salmonn demo`: a page in the browser to caption, to compare and to look back on training."""
+
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from salmonn.cli.model import add_model, load_captioner
+from salmonn.score.settings import JudgeConfig
+
+if TYPE_CHECKING:
+    from salmonn.caption.reading import ClipReader
+    from salmonn.page.assess import Assessor
+    from salmonn.page.desk import Desk
+    from salmonn.serve.engine import Engine
+
+TOY = "The model named toy comes with salmonn to try things out: it knows coloured shapes and tones, and nothing else."
+
+_TOTAL = 4  # files of the largest size that all visitors together may have here
+_SWEEP_SECONDS = 60.0
+
+
+def demo_parser() -> ArgumentParser:
+    """Arguments of `salmonn demo`."""
+    parser = ArgumentParser(
+        description="Serve a page: caption a video and see its score, compare two captions blind and vote, look at a "
+        "training run. It asks no network for anything. Uploads are deleted when their visitor leaves."
+    )
+    add_model(parser)
+    parser.add_argument("--other_model", type=str | None, default=None, help="a second one, to compare with")
+    parser.add_argument("--run", type=Path | None, default=None, help="folder of a training run to show")
+    parser.add_argument("--references", type=Path | None, default=None, help="of known videos, found by file name")
+    parser.add_argument("--votes", type=Path, default=Path("run/votes"), help="folder for votes, pairs and the log")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=7860, help="to listen at; 0 takes a free one")
+    parser.add_argument("--password_file", type=Path | None, default=None, help="lines of user:password")
+    parser.add_argument("--no_auth", action="store_true", help="let everybody in, on an address that others reach")
+    parser.add_argument("--max_seconds", type=float, default=600.0, help="of video that is taken at a time")
+    parser.add_argument("--max_upload_mib", type=int, default=512, help="of a file")
+    parser.add_argument("--max_waiting", type=int, default=32, help="answers that are waited for at a time")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode, at least 1")
+    parser.add_argument("--read_seconds", type=float, default=120.0, help="that reading a file may take")
+    parser.add_argument("--read_gib", type=float, default=4.0, help="of memory that reading a file may take")
+    parser.add_class_arguments(JudgeConfig, "judge")
+    return parser
+
+
+def run_demo(values: Namespace) -> int:
+    """Serve the page until a signal ends it."""
+    accounts = _read_accounts(values)
+    if values.workers < 1 or min(values.max_seconds, values.max_upload_mib, values.max_waiting) <= 0:
+        raise ValueError("--workers must be at least 1; --max_seconds, --max_upload_mib and --max_waiting above 0")
+    models = _name_models(values)
+    assessor = _open_assessor(values)
+    from salmonn.caption.reading import ClipReader
+    from salmonn.caption.worker import Limits
+    from salmonn.page.desk import Desk, Uploads, make_examples
+    from salmonn.page.votes import VoteBox
+    from salmonn.serve.sources import upload_folder
+
+    box, limits = VoteBox(values.votes), Limits(values.read_seconds, values.read_gib)
+    with upload_folder() as folder, ClipReader(workers=values.workers, limits=limits) as reader:
+        desk = Desk(
+            engines={name: _open_engine(model, reader, values) for name, model in models.items()},
+            assessor=assessor,
+            box=box,
+            examples=make_examples(folder / "examples"),
+            uploads=Uploads(folder / "uploads", max_bytes=_TOTAL * (values.max_upload_mib << 20)),
+        )
+        try:
+            _serve(values, desk, accounts)
+        finally:
+            desk.close()
+    return 0
+
+
+def _serve(values: Namespace, desk: "Desk", accounts: list[tuple[str, str]]) -> None:
+    # Gradio takes it from nowhere else. What visitors bring lies in a folder of this page alone, and goes with it.
+    os.environ["GRADIO_TEMP_DIR"] = str(desk.uploads.root)
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    from salmonn.page.app import build_page, launch_options
+    from salmonn.page.gate import Gate, fetch_nothing
+
+    fetch_nothing()
+    max_bytes = values.max_upload_mib << 20
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    gr.set_static_paths([desk.examples[0].path.parent])
+    page = build_page(desk, run=values.run, notes=[] if values.model else [TOY])
+    page.queue(max_size=4 * values.max_waiting, default_concurrency_limit=None)
+    _, address, _ = page.launch(
+        server_name=values.host,
+        server_port=values.port or _free_port(values.host),
+        auth=accounts or None,
+        max_file_size=max_bytes,
+        app_kwargs={"middleware": [Middleware(Gate, uploads=desk.uploads, max_upload_bytes=max_bytes)]},
+        max_threads=2 * values.max_waiting,
+        prevent_thread_lock=True,
+        quiet=True,
+        **launch_options(),
+    )
+    sys.stderr.write(f"the page is at {address} (Ctrl-C ends it)\n")
+    sys.stderr.flush()
+    while not ended.wait(_SWEEP_SECONDS):
+        desk.uploads.sweep()
+    page.close(verbose=False)
+
+
+def _free_port(host: str) -> int:
+    """One that the system gives: Gradio would look among a hundred from 7860 on."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as free:
+        return int(free.getsockname()[1])
+
+
+def _name_models(values: Namespace) -> dict[str, str | None]:
+    """Names for visitors -> folders or hub ids, None for the toy model.
+
+    Raises:
+        ValueError: both are the same.
+    """
+    models = [values.model, *([values.other_model] if values.other_model else [])]
+    if len(set(models)) < len(models):
+        raise ValueError("--other_model is --model again: leave it out, two draws of one model can be compared too")
+    names = ["toy" if model is None else Path(model).name for model in models]
+    if len(set(names)) < len(names):
+        names = [str(model) for model in models]
+    return dict(zip(names, models, strict=True))
+
+
+def _open_engine(model: str | None, reader: "ClipReader", values: Namespace) -> "Engine":
+    from salmonn.serve.engine import Engine
+
+    flags = values.clone()
+    # An adapter is one model's.
+    flags.model, flags.adapter = model, values.adapter if model == values.model else None
+    return Engine(load_captioner(flags), reader, max_waiting=values.max_waiting, max_seconds=values.max_seconds)
+
+
+def _open_assessor(values: Namespace) -> "Assessor":
+    from salmonn.page.assess import Assessor, by_file_name
+    from salmonn.score.build import make_chat, make_judge
+    from salmonn.score.files import read_references
+
+    config = JudgeConfig(**vars(values.judge))
+    references = read_references(values.references).values() if values.references else []
+    return Assessor(
+        make_judge(config),
+        chat=make_chat(config) if config.kind == "openai" else None,
+        attempts=config.attempts,
+        references=by_file_name(references),
+    )
+
+
+def _read_accounts(values: Namespace) -> list[tuple[str, str]]:
+    """Who may enter.
+
+    Raises:
+        ValueError: a line is not user:password, or others could reach a page that lets everybody in.
+    """
+    if values.password_file is None:
+        if not values.no_auth and not _is_loopback(values.host):
+            raise ValueError(
+                f"others reach a page at {values.host}: give --password_file, or --no_auth to let everybody in"
+            )
+        return []
+    accounts = []
+    for number, line in enumerate(values.password_file.read_text(encoding="utf-8").splitlines(), start=1):
+        user, _, password = line.strip().partition(":")
+        if line.strip() and not (user and password):
+            raise ValueError(f"{values.password_file}, line {number}: expected user:password")
+        if line.strip():
+            accounts.append((user, password))
+    if not accounts:
+        raise ValueError(f"{values.password_file} names nobody: write a line user:password")
+    return accounts
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

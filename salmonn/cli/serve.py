@@ -1,0 +1,178 @@
+"""`salmonn serve`: a service that speaks OpenAI's interface."""
+
+import ipaddress
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from salmonn.cli.model import add_model, load_captioner
+
+if TYPE_CHECKING:
+    import socket
+
+    from salmonn.caption.captioner import Captioner
+    from salmonn.serve.api import Settings
+    from salmonn.serve.sources import Sources
+
+_SHORTEST_KEY = 16
+
+
+def serve_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description="Answer chat completions about clips, as OpenAI's interface has them: POST /v1/chat/completions "
+        "with a video_url, image_url or input_audio; GET /v1/models, /health and /metrics. Ends at SIGTERM or Ctrl-C, "
+        "once what is under way is answered; a second one cuts that off."
+    )
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--name", type=str | None, default=None, help="of the model in requests (default: its own)")
+    add_model(parser)
+    _add_doors(parser)
+    _add_limits(parser)
+    return parser
+
+
+def _add_doors(parser: ArgumentParser) -> None:
+    """Who may ask, and where files may come from."""
+    parser.add_argument("--api_key_file", type=Path | None, default=None, help="keys, one a line: any opens the door")
+    parser.add_argument("--no_auth", action="store_true", help="no key, though other machines reach --host")
+    parser.add_argument("--known_as", nargs="+", type=str, default=[], help="names that clients have for this machine")
+    parser.add_argument("--root", nargs="+", type=Path, default=[], help="folders whose files may be asked about")
+    parser.add_argument(
+        "--allow_hosts",
+        nargs="+",
+        type=str,
+        default=[],
+        help="hosts to fetch from: example.org *.example.org host:port",
+    )
+    parser.add_argument(
+        "--allow_private", action="store_true", help="fetch from addresses of this network too: for your own server"
+    )
+    parser.add_argument("--ca_file", type=Path | None, default=None, help="trusted beside the machine's: PEM")
+
+
+def _add_limits(parser: ArgumentParser) -> None:
+    parser.add_argument("--max_upload_mib", type=float, default=512.0, help="of a file that is sent or fetched")
+    parser.add_argument("--max_seconds", type=float, default=3600.0, help="of a clip, or of the part asked about")
+    parser.add_argument("--max_waiting", type=int, default=64, help="answers waited for at a time; more: 429")
+    parser.add_argument("--max_answer_tokens", type=int, default=4096, help="that a request may ask for")
+    parser.add_argument("--request_seconds", type=float, default=600.0, help="that a request may take")
+    parser.add_argument("--fetch_seconds", type=float, default=300.0, help="that fetching a file may take")
+    parser.add_argument("--read_seconds", type=float, default=300.0, help="that reading a file may take")
+    parser.add_argument("--read_gib", type=float, default=4.0, help="memory that reading a file may take")
+    parser.add_argument("--grace_seconds", type=float, default=30.0, help="for what is under way at the end")
+    parser.add_argument("--batch_size", type=int | None, default=None, help="clips side by side (default: the model's)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that read files, 1 or more")
+
+
+def run_serve(values: Namespace) -> int:
+    """Serve until a signal ends it."""
+    from salmonn.caption.reading import ClipReader
+    from salmonn.caption.worker import Limits
+    from salmonn.serve.engine import Engine
+
+    try:
+        from salmonn.serve.api import Service
+        from salmonn.serve.server import Server, bind
+        from salmonn.serve.sources import upload_folder
+    except ImportError as error:
+        raise ValueError("salmonn serve needs a web server: pip install 'salmonn[serve]'") from error
+
+    _require_sense(values)
+    keys, sources = _read_keys(values), _sources(values)
+    logging.getLogger("salmonn.serve").setLevel(logging.INFO)
+    limits = Limits(values.read_seconds, values.read_gib)
+    # Workers start before the model is read, so that they are ready when it is.
+    with bind(values.host, values.port) as listener, ClipReader(workers=values.workers, limits=limits) as reader:
+        captioner = load_captioner(values)
+        settings = _settings(values, captioner, sources=sources, keys=keys)
+        engine = Engine(
+            captioner,
+            reader,
+            max_waiting=values.max_waiting,
+            batch_size=values.batch_size,
+            max_seconds=values.max_seconds,
+        )
+        try:
+            with upload_folder() as uploads:
+                server = Server(Service(engine, settings, uploads), grace_seconds=values.grace_seconds)
+                sys.stderr.write(f"{settings.name} is served at {_address(listener)}\n")
+                sys.stderr.flush()
+                server.run(sockets=[listener])
+        finally:
+            engine.close(grace_seconds=0)
+    return 0
+
+
+def _address(listener: "socket.socket") -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+
+
+def _sources(values: Namespace) -> "Sources":
+    from salmonn.serve.fetch import Fetching
+    from salmonn.serve.sources import Sources
+
+    fetching = Fetching(
+        hosts=tuple(values.allow_hosts),
+        private=values.allow_private,
+        max_bytes=round(values.max_upload_mib * (1 << 20)),
+        seconds=values.fetch_seconds,
+        ca_file=values.ca_file,
+    )
+    return Sources(tuple(values.root), fetching)
+
+
+def _settings(values: Namespace, captioner: "Captioner", *, sources: "Sources", keys: tuple[str, ...]) -> "Settings":
+    from salmonn.serve.api import Settings
+    from salmonn.serve.chat import ChatLimits
+
+    name, usual = captioner.name, ChatLimits(captioner.greedy().max_new_tokens)
+    return Settings(
+        # Where a model lies on this machine is nobody's business.
+        name=values.name or (Path(name).name if Path(name).is_dir() else name),
+        sources=sources,
+        limits=ChatLimits(
+            min(usual.usual_tokens, values.max_answer_tokens),
+            answer_tokens=values.max_answer_tokens,
+            choices=min(usual.choices, values.max_waiting),
+        ),
+        request_seconds=values.request_seconds,
+        keys=keys,
+        hosts=tuple(host.lower() for host in (values.host, *values.known_as)),
+    )
+
+
+def _require_sense(values: Namespace) -> None:
+    """Raise a ValueError where a flag makes no sense."""
+    for name in ("max_upload_mib", "max_seconds", "max_waiting", "max_answer_tokens", "request_seconds", "workers"):
+        if not values[name] > 0:
+            raise ValueError(f"--{name} must be above 0, got {values[name]}")
+    if not (_is_loopback(values.host) or values.api_key_file or values.no_auth):
+        raise ValueError(
+            f"at {values.host} other machines reach this server: give --api_key_file FILE, so that only those ask who "
+            "have a key, or --no_auth if anybody may"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _read_keys(values: Namespace) -> tuple[str, ...]:
+    if values.api_key_file is None:
+        return ()
+    lines = values.api_key_file.read_text(encoding="utf-8").splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys or min(map(len, keys)) < _SHORTEST_KEY:
+        raise ValueError(
+            f"{values.api_key_file} must hold keys of {_SHORTEST_KEY} letters or more, one a line: "
+            "openssl rand -hex 32 makes one"
+        )
+    return keys

@@ -1,0 +1,393 @@
+"""`salmonn caption` as people use it: real files, real processes, killed, mended, shared out and gone on with."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+
+from salmonn.records import Caption, Failure, read_records
+
+BIN = Path(sys.executable).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def folder(videos, tmp_path):
+    """The five clips, each under two names."""
+    folder = tmp_path / "clips"
+    (folder / "more").mkdir(parents=True)
+    for number, video in enumerate(videos):
+        os.link(video, folder / f"{number}.mp4")
+        (folder / "more" / f"{number}.mp4").write_bytes(video.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def caption(call, random_model, tmp_path):
+    """The command, over the same --out; gives exit code and stderr."""
+
+    def caption(*args: object, out: str = "captions.jsonl") -> tuple[int, str]:
+        model = ("--model", random_model, "--max_new_tokens", 6, "--workers", 1)
+        code, _, err = call("caption", *args, "--out", tmp_path / out, *model)
+        return code, err
+
+    return caption
+
+
+def names(out: Path, kind: type = Caption) -> list[str]:
+    return sorted("/".join(Path(one.video).parts[-2:]) for one in read_records(out, kind))
+
+
+EACH_ONCE = sorted(f"{room}/{number}.mp4" for room in ("clips", "more") for number in range(5))
+
+
+def test_killed_and_gone_on_with(folder, random_model, videos, tmp_path, caption):
+    """kill -9 in the midst: all that was told is kept, and each video is captioned once."""
+    for number in range(30):
+        os.link(videos[0], folder / f"x{number:02d}.mp4")
+    out = tmp_path / "captions.jsonl"
+    args = ["caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 6, "--workers", 1]
+    process = subprocess.Popen(
+        [BIN / "salmonn", *map(str, args), "--batch_size", "1"], stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    while not (out.exists() and out.stat().st_size > 3000):
+        assert process.poll() is None, "it came to its end before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = out.read_bytes()
+    before = before[: before.rindex(b"\n") + 1]
+    assert 3 <= before.count(b"\n") < 40
+    code, err = caption(folder)
+    assert code == 0 and out.read_bytes().startswith(before)
+    captions = read_records(out, Caption)
+    assert len(captions) == 40 == len({one.video for one in captions})
+    assert f"{before.count(bytes([10]))} videos were there already" in err
+    # And it is the same as without a kill.
+    assert caption(folder, out="unbroken.jsonl")[0] == 0
+    unbroken = {one.video: one for one in read_records(tmp_path / "unbroken.jsonl", Caption)}
+    assert {one.video: one for one in captions} == unbroken
+
+
+def test_a_torn_line_is_cut_off_and_told(folder, caption, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    assert caption(folder, "--segments", 2)[0] == 0
+    whole = sorted(out.read_text().splitlines())
+    os.truncate(out, out.stat().st_size - 11)
+    code, err = caption(folder, "--segments", 2)
+    assert code == 0 and "a run was killed while it wrote" in err and "9 videos were there already" in err
+    assert sorted(line.strip() for line in out.read_text().splitlines()) == [line.strip() for line in whole]
+
+
+def test_nothing_to_do_needs_no_model(folder, caption, tmp_path, call):
+    assert caption(folder)[0] == 0
+    before = (tmp_path / "captions.jsonl").read_bytes()
+    code, err = caption(folder, folder / "1.mp4")
+    assert code == 0 and "10 videos were there already" in err and "clips a minute" not in err
+    assert (tmp_path / "captions.jsonl").read_bytes() == before
+
+
+def test_a_changed_file_is_captioned_again(folder, caption, videos, tmp_path, call):
+    assert caption(folder / "0.mp4", folder / "1.mp4")[0] == 0
+    (folder / "1.mp4").unlink()
+    (folder / "1.mp4").write_bytes(videos[2].read_bytes())
+    assert caption(folder / "0.mp4", folder / "1.mp4", "--export", "csv")[0] == 0
+    captions = read_records(tmp_path / "captions.jsonl", Caption)
+    assert [Path(one.video).name for one in captions].count("1.mp4") == 2 and len(captions) == 3
+    assert captions[-1].size_bytes == (folder / "1.mp4").stat().st_size
+    assert (tmp_path / "captions.csv").read_text().count("1.mp4") == 1  # the later one
+    assert captions[-1].text in (tmp_path / "captions.csv").read_text()
+
+
+def test_shards_together_are_all(folder, caption, tmp_path):
+    for shard in ("1/2", "2/2"):
+        assert caption(folder, "--shards", shard)[0] == 0
+    shares = [names(tmp_path / f"captions-{number}-of-2.jsonl") for number in (1, 2)]
+    assert sorted(shares[0] + shares[1]) == EACH_ONCE and all(shares)
+    # Whatever their number is the next time, there is nothing left to do.
+    for more in ((), ("--shards", "1/3")):
+        code, err = caption(folder, *more)
+        assert code == 0 and "0 captions" in err and "were there already" in err
+    assert not (tmp_path / "captions.jsonl").exists()
+
+
+def test_shards_write_side_cars_of_what_one_process_captioned(folder, caption):
+    """Each of its own videos."""
+    assert caption(folder)[0] == 0
+    counts = []
+    for shard in ("1/2", "2/2"):
+        code, err = caption(folder, "--shards", shard, "--export", "txt")
+        assert code == 0 and "0 captions" in err
+        counts.append(len(list(folder.rglob("*.txt"))))
+    assert 0 < counts[0] < counts[1] == 10
+
+
+def test_shards_beside_a_process_without(folder, caption, tmp_path):
+    """Two ways of sharing out at once would do videos twice, and --redo would move what the shard is writing."""
+    from salmonn.batch.files import Files
+    from salmonn.batch.ledger import Ledger
+    from salmonn.batch.listing import Shard
+
+    with Ledger(Files(tmp_path / "captions.jsonl", Shard(1, 2)), job={}):
+        for more in ((), ("--redo",), ("--shards", "1/3")):
+            code, err = caption(folder, *more)
+            assert code == 2 and "same number of shards" in err and ".captions-1-of-2.jsonl.lock is held" in err
+        assert caption(folder, "--shards", "2/2")[0] == 0
+
+
+def test_torchrun_shares_out(folder, random_model, tmp_path):
+    """Two processes, one with a broken file; both end, and with the same code."""
+    (folder / "broken.mp4").write_bytes((folder / "0.mp4").read_bytes()[:2000])
+    out = tmp_path / "captions.jsonl"
+    args = ["caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 6, "--workers", 1]
+    result = subprocess.run(
+        [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "--no-python", BIN / "salmonn", *map(str, args)],
+        capture_output=True, text=True, check=False, timeout=120, env=ENVIRONMENT,
+    )  # fmt: skip
+    shares = [names(tmp_path / f"captions-{number}-of-2.jsonl") for number in (1, 2)]
+    assert sorted(shares[0] + shares[1]) == EACH_ONCE and all(shares), result.stderr
+    failed = [path for path in tmp_path.glob("*.failed.jsonl")]
+    assert [names(path, Failure) for path in failed] == [["clips/broken.mp4"]]
+    assert result.returncode == 1 and result.stderr.count("clips a minute") == 2
+
+
+def test_a_list_from_stdin(folder, caption, tmp_path, monkeypatch):
+    lines = f"{folder}/0.mp4\n{folder}/more\n{folder}/gone.mp4\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    code, err = caption("--list", "-")
+    assert code == 1 and "6 captions" in err and "1 videos failed" in err
+    (failure,) = read_records(tmp_path / "captions.failed.jsonl", Failure)
+    assert failure.video == str(folder / "gone.mp4") and failure.stage == "read" and failure.size_bytes is None
+    assert "there is no such file" in failure.reason
+
+
+def test_one_bad_line_of_a_list_is_one_failure(folder, caption, tmp_path):
+    """A name that no file can have, and a link to itself: the others are captioned, and it is tried again."""
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "list.txt").write_text(f"{'x' * 5000}.mp4\n{folder}\n")
+    code, err = caption("--list", tmp_path / "list.txt")
+    assert code == 1 and "10 captions" in err and "2 videos failed" in err
+    reasons = {one.video[-8:]: one.reason for one in read_records(tmp_path / "captions.failed.jsonl", Failure)}
+    assert "File name too long" in reasons["xxxx.mp4"] and set(reasons) == {"xxxx.mp4", "loop.mp4"}
+    code, err = caption("--retry_failed")
+    assert code == 1 and "2 videos failed" in err
+
+
+def test_a_name_that_is_not_utf8_keeps_its_reason(folder, caption, tmp_path):
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")).write_bytes(b"12345")
+    for args in ([folder], ["--retry_failed"]):
+        code, err = caption(*args)
+        assert code == 1 and "1 videos failed" in err
+        (failure,) = read_records(tmp_path / "captions.failed.jsonl", Failure)
+        assert failure.video == f"{folder}/caf\\xe9.mp4" and "is not in UTF-8" in failure.reason
+
+
+def test_globs(folder, caption, tmp_path):
+    assert caption(folder, "--glob", "more/[01].mp4", "4.*")[0] == 0
+    assert names(tmp_path / "captions.jsonl") == ["clips/4.mp4", "more/0.mp4", "more/1.mp4", "more/4.mp4"]
+
+
+def test_failed_mended_and_tried_again(folder, caption, videos, tmp_path):
+    for name in ("bad.mp4", "worse.mp4"):
+        (folder / name).write_bytes(videos[0].read_bytes()[:2000])
+    failed = tmp_path / "captions.failed.jsonl"
+    code, err = caption(folder)
+    assert code == 1 and "10 captions" in err and "2 videos failed" in err
+    assert [(one.stage, one.size_bytes) for one in read_records(failed, Failure)] == [("read", 2000)] * 2
+    code, err = caption(folder)
+    assert code == 1 and "0 captions" in err and "2 failed in earlier runs" in err and "--retry_failed" in err
+    (folder / "bad.mp4").write_bytes(videos[0].read_bytes())
+    # What else is there now is not looked at.
+    (folder / "new.mp4").write_bytes(videos[0].read_bytes())
+    code, err = caption("--retry-failed")
+    assert code == 1 and "1 captions" in err and "1 videos failed" in err
+    assert names(failed, Failure) == ["clips/worse.mp4"]
+    assert names(tmp_path / "captions.jsonl") == sorted([*EACH_ONCE, "clips/bad.mp4"])
+    (folder / "worse.mp4").write_bytes(videos[1].read_bytes())
+    assert caption("--retry_failed")[0] == 0 and not failed.exists()
+    assert names(tmp_path / "captions.jsonl") == sorted([*EACH_ONCE, "clips/bad.mp4", "clips/worse.mp4"])
+    assert caption("--retry_failed")[0] == 0
+
+
+def test_a_dead_disk_stops_it(folder, caption, tmp_path):
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"/gone/{number}.mp4\n" for number in range(500)))
+    code, err = caption(folder / "0.mp4", "--list", listed, "--max_failures", 5)
+    assert code == 2 and "5 videos failed one after the other" in err and "--retry_failed" in err
+    assert "/gone/4.mp4: there is no such file" in err and "Traceback" not in err
+    assert 5 <= len(read_records(tmp_path / "captions.failed.jsonl", Failure)) < 500
+    assert names(tmp_path / "captions.jsonl") == ["clips/0.mp4"]
+
+
+def test_many_broken_files_among_good_ones(folder, caption, videos):
+    """Every second file, which batches of like length bring together."""
+    for number in range(5):
+        (folder / f"{number}_broken.mp4").write_bytes(videos[0].read_bytes()[:1000])
+    code, err = caption(folder, "--max_failures", 2)
+    assert code == 1 and "10 captions" in err and "5 videos failed" in err
+
+
+def test_full_files_are_put_aside(folder, caption, tmp_path):
+    assert caption(folder, "--lines_per_file", 4)[0] == 0
+    parts = ["captions.00001.jsonl", "captions.00002.jsonl", "captions.jsonl"]
+    assert [len(read_records(tmp_path / name, Caption)) for name in parts] == [4, 4, 2]
+    code, err = caption(folder)
+    assert code == 0 and "10 videos were there already" in err
+
+
+def test_redo(folder, caption, tmp_path):
+    assert caption(folder / "0.mp4")[0] == 0
+    code, err = caption(folder / "1.mp4", "--redo", "--temperature", 1)
+    assert code == 0 and "captions.jsonl.old" in err
+    assert names(tmp_path / "captions.jsonl.old") == ["clips/0.mp4"] and names(tmp_path / "captions.jsonl") == [
+        "clips/1.mp4"
+    ]
+    code, err = caption(folder / "1.mp4")
+    assert code == 2 and "temperature 1.0 (now 0.0)" in err and "--redo" in err
+
+
+def test_draws_depend_on_the_path_alone(folder, caption, tmp_path):
+    """Not on the order, nor on what is there already."""
+    hot = ("--temperature", 1, "--seed", 5)
+    assert caption(folder, *hot, out="one.jsonl")[0] == 0
+    assert caption(folder / "more", *hot, out="two.jsonl")[0] == 0
+    assert caption(folder / "3.mp4", folder, *hot, "--batch_size", 1, out="two.jsonl")[0] == 0
+    one, two = (
+        {caption.video: caption.text for caption in read_records(tmp_path / name, Caption)}
+        for name in ("one.jsonl", "two.jsonl")
+    )
+    assert one == two and len(set(one.values())) > 5
+
+
+def test_segments_with_subtitles_and_tables(folder, caption, tmp_path):
+    """A cue for each segment, whose bounds are the caption's; the folder of the side-cars mirrors the clips'."""
+    code, _ = caption(folder / "0.mp4", "--segments", 2, "--export", "srt", "vtt", "txt", "csv", "parquet",
+                      "--sidecar_dir", tmp_path / "subs")  # fmt: skip
+    captions = read_records(tmp_path / "captions.jsonl", Caption)
+    assert code == 0 and len(captions) >= 2
+    assert [one.start_seconds for one in captions] == [2.0 * number for number in range(len(captions))]
+    srt = (tmp_path / "subs" / str(folder).lstrip("/") / "0.srt").read_text()
+    times = [tuple(map(float, re.findall(r"(\d\d)[,\n]", line))) for line in srt.splitlines() if "-->" in line]
+    assert srt.count(" --> ") == len(captions) and times
+    assert "00:00:00,000 --> 00:00:02,000" in srt and captions[0].text.split()[0] in srt
+    assert (tmp_path / "captions.csv").exists() and (tmp_path / "captions.parquet").exists()
+    assert not list(folder.glob("*.srt"))
+
+
+def test_subtitles_beside_the_videos(folder, caption, tmp_path):
+    """Of whole videos, with their ends; a user's own file is left as it is, and that is a failure with words."""
+    (folder / "1.srt").write_text("mine")
+    code, err = caption(folder, "--glob", "[01].mp4", "--export", "srt")
+    assert code == 1 and (folder / "1.srt").read_text() == "mine" and "--replace_sidecars" in err
+    (failure,) = read_records(tmp_path / "captions.failed.jsonl", Failure)
+    assert failure.stage == "write" and failure.video == str(folder / "1.mp4")
+    assert len(read_records(tmp_path / "captions.jsonl", Caption)) == 4
+    ends = [one.end_seconds for one in read_records(tmp_path / "captions.jsonl", Caption)]
+    assert all(end and end > 1 for end in ends)
+    # The next run tells of it, too.
+    code, err = caption(folder, "--glob", "[01].mp4", "--export", "srt")
+    assert code == 1 and "3 videos were there already" in err and "1 failed in earlier runs, or a part of them" in err
+    text = (folder / "0.srt").read_text()
+    assert text.startswith("1\n00:00:00,000 --> 00:00:") and (folder / "more" / "1.srt").exists()
+    code, err = caption("--retry_failed", "--replace_sidecars", "--export", "srt")
+    assert code == 0 and (folder / "1.srt").read_text().startswith("1\n00:00:00,000 --> ")
+    assert not (tmp_path / "captions.failed.jsonl").exists()
+
+
+def test_a_second_process_is_turned_away(folder, caption, tmp_path):
+    from salmonn.batch.files import Files
+    from salmonn.batch.ledger import Ledger
+
+    with Ledger(Files(tmp_path / "captions.jsonl"), job={}):
+        code, err = caption(folder)
+    assert code == 2 and "another process is writing" in err
+
+
+def test_a_full_disk(folder, caption, tmp_path):
+    """Of a file that may have 3000 bytes: exit code 2, a sentence, whole lines; then it goes on."""
+    out = tmp_path / "captions.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        code, err = caption(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2 and "Traceback" not in err
+    assert "cannot be written (File too large): what was finished is kept" in err
+    assert 3 <= len(read_records(out, Caption)) < 10
+    assert caption(folder)[0] == 0 and names(out) == EACH_ONCE
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--shards", "3/2"], "no shard 3 of 2"),
+        (["--shards", "2"], "2/8"),
+        (["--shards", "1/2", "--redo"], "other shards"),
+        (["--redo", "--retry_failed"], "without --retry_failed"),
+        (["--max_failures", "-1"], "max_failures"),
+        (["--lines_per_file", "0"], "lines_per_file"),
+        (["--list", "/nowhere.txt"], "/nowhere.txt"),
+        (["--segments", "0"], "segment_seconds"),
+        (["--read_seconds", "0"], "limits must be above 0"),
+        (["--export", "docx"], "docx"),
+        (["--engine", "ray", "--ray_actors", "0"], "ray_actors"),
+    ],
+)
+def test_mistakes(folder, caption, tmp_path, args, words):
+    code, err = caption(folder, *args)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert not [path for path in tmp_path.iterdir() if path.suffix in {".jsonl", ".json"}]
+
+
+def test_what_was_asked_is_signed(folder, caption, tmp_path, random_model):
+    assert caption(folder / "0.mp4", "--use", "visual", "--prompt", "Say.")[0] == 0
+    signed = json.loads((tmp_path / "captions.job.json").read_text())
+    assert (signed["model"], signed["use"], signed["prompt"]) == (str(random_model), "visual", "Say.")
+    nothing = {name for name, value in signed.items() if value is None}
+    assert nothing == {"adapter", "start", "end", "segments", "repetition_penalty", "bits"}
+    assert signed["max_new_tokens"] == 6
+
+
+def test_a_model_that_was_trained_on_is_another_one(folder, random_model, tmp_path, call):
+    """Its weights, by their size and time, or its config, in the folder where it was; the name is the same."""
+    model = tmp_path / "model"
+    shutil.copytree(random_model, model)
+    args = ("caption", folder / "0.mp4", "--out", tmp_path / "captions.jsonl", "--model", model, "--workers", 1)
+    args = (*args, "--max_new_tokens", 6)
+    assert call(*args)[0] == 0 and call(*args)[0] == 0
+    weights, config = model / "model.safetensors", model / "config.json"
+    for change in (weights.touch, lambda: config.write_text(config.read_text() + " ")):
+        before = weights.stat().st_mtime_ns, config.read_text()
+        change()
+        code, _, err = call(*args)
+        assert code == 2 and "other files of the model (they have changed since)" in err and "--redo" in err
+        os.utime(weights, ns=(before[0], before[0]))
+        config.write_text(before[1])
+        assert call(*args)[0] == 0
+
+
+def test_the_shipped_model_is_signed(folder, call, tmp_path):
+    """By its config alone: its files' times follow from the installation. An adapter has files, too."""
+    from salmonn.caption.captioner import SHIPPED_MODEL
+    from salmonn.cli.caption import _sign_model
+
+    digest = hashlib.blake2b((SHIPPED_MODEL / "config.json").read_bytes(), digest_size=16).hexdigest()
+    signed = {"model": "the toy model that is shipped", "model_files": digest}
+    assert _sign_model(Namespace(model=None, adapter=None)) == signed
+    assert _sign_model(Namespace(model="hub/id", adapter=None)) == {"model": "hub/id"}
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"1")
+    one = _sign_model(Namespace(model=None, adapter=str(tmp_path)))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"12")
+    assert one["adapter_files"] != _sign_model(Namespace(model=None, adapter=str(tmp_path)))["adapter_files"]

@@ -1,0 +1,83 @@
+"""A model, an engine with worker processes, and servers that share them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.reading import ClipReader
+from salmonn.serve.api import Service, Settings
+from salmonn.serve.chat import ChatLimits
+from salmonn.serve.engine import Engine
+from salmonn.serve.fetch import Fetching
+from salmonn.serve.sources import Sources
+from tests.serve.running import Gated, Running, wait_until
+
+
+@pytest.fixture(scope="session")
+def shared(random_model) -> Gated:
+    """The random model, behind a gate."""
+    return Gated(Captioner.load(random_model))
+
+
+@pytest.fixture
+def model(shared) -> Iterator[Gated]:
+    """The shared model, its gate open before and after the test."""
+    shared.gate.set()
+    shared.fail = lambda size: None
+    shared.batches.clear()
+    shared.num_steps = 0
+    yield shared
+    shared.gate.set()
+
+
+@pytest.fixture(scope="session")
+def shared_engine(shared) -> Iterator[Engine]:
+    with ClipReader(workers=2) as reader:
+        engine = Engine(shared, reader, max_waiting=12, max_seconds=60)
+        yield engine
+        engine.close(grace_seconds=5)
+
+
+@pytest.fixture
+def engine(shared_engine, model) -> Iterator[Engine]:
+    """An engine that nobody asks before or after the test."""
+    yield shared_engine
+    model.gate.set()
+    wait_until(lambda: not shared_engine.num_present)
+
+
+@pytest.fixture
+def own_engine(model) -> Iterator[Engine]:
+    """An engine that a test may end."""
+    with ClipReader(workers=1) as reader:
+        engine = Engine(model, reader)
+        yield engine
+        engine.close(grace_seconds=0)
+
+
+@pytest.fixture
+def start(engine, videos, tmp_path) -> Iterator[Callable[..., Running]]:
+    """Starts servers; in the end nothing of what was sent may be left."""
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    running: list[Running] = []
+    settings = Settings(
+        name="toy",
+        sources=Sources((videos[0].parent,), Fetching(max_bytes=4 << 20)),
+        limits=ChatLimits(40, answer_tokens=500),
+        request_seconds=30,
+    )
+
+    def start_(answering: Engine = engine, *, grace_seconds: float = 5.0, **changes) -> Running:
+        service = Service(answering, replace(settings, **changes), uploads)
+        running.append(Running(service, grace_seconds=grace_seconds))
+        return running[-1]
+
+    yield start_
+    engine.captioner.gate.set()
+    for one in running:
+        wait_until(lambda one=one: not one.service.num_visits)
+        one.stop()
+    assert not list(uploads.iterdir())

@@ -1,0 +1,130 @@
+"""Real servers in a thread of the test, requests to them, a model behind a gate, and a web server with a script."""
+
+import base64
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+from prometheus_client.parser import text_string_to_metric_families
+
+from salmonn.caption.captioner import Captioner
+from salmonn.serve.api import Service
+from salmonn.serve.server import Server
+
+HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+class Gated(Captioner):
+    """A model that takes a batch, and makes each step, when its gate is open; `fail` is what it raises at its next."""
+
+    def __init__(self, captioner: Captioner) -> None:
+        super().__init__(captioner.network, captioner.processor, name=captioner.name)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail: Callable[[int], Exception | None] = lambda size: None
+        self.batches: list[int] = []
+        self.num_steps = 0
+
+    def follow(self, clips: Any, prompts: Any, **named: Any) -> Iterator[Any]:
+        self.batches.append(len(clips))
+        self.gate.wait(30)
+        for pieces in super().follow(clips, prompts, **named):
+            if error := self.fail(len(clips)):
+                raise error
+            self.num_steps += 1
+            yield pieces
+            self.gate.wait(30)
+
+
+class Running:
+    """A server in a thread, on a free port."""
+
+    def __init__(self, service: Service, *, grace_seconds: float) -> None:
+        self.service = service
+        self.server = Server(service, grace_seconds=grace_seconds)
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+
+    def client(self, *, key: str = "none", timeout: float = 60.0) -> openai.OpenAI:
+        """OpenAI's own, which asks once."""
+        return openai.OpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=timeout)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+
+
+def wait_until(done: Callable[[], object], *, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.01)
+
+
+@contextmanager
+def web_server(
+    answer: Callable[[BaseHTTPRequestHandler], None], *, tls: ssl.SSLContext | None = None
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """A web server; gives its host:port, and the (Host, path) that it was asked for so far."""
+    asked: list[tuple[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.headers["Host"], self.path))
+            with suppress(BrokenPipeError, ConnectionResetError):  # whoever asked has heard enough
+                answer(self)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def data_url(path: Path, kind: str = "video/mp4") -> str:
+    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def about(url: str, words: str | None = None, *, kind: str = "video_url") -> list[dict]:
+    parts: list[dict] = [{"type": kind, kind: {"url": url}}]
+    return [{"role": "user", "content": parts + ([{"type": "text", "text": words}] if words else [])}]
+
+
+def ask(client, url, words=None, **named):
+    return client.chat.completions.create(
+        model="", messages=about(url, words), **({"max_completion_tokens": 12} | named)
+    )
+
+
+def counts(running: Running) -> dict[str, float]:
+    """The metrics, by name and what tells them apart."""
+    text = httpx2.get(f"{running.url}/metrics", trust_env=False).text
+    return {
+        "".join([sample.name, *sample.labels.values()]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }

@@ -1,0 +1,473 @@
+"""The service as its users have it: a real server, and OpenAI's own client."""
+
+import base64
+import errno
+import json
+import logging
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import av
+import httpx2
+import numpy as np
+import openai
+import pytest
+
+from salmonn.caption.captioner import Span
+from salmonn.caption.generate import Sampling
+from salmonn.serve.fetch import Fetching
+from salmonn.serve.sources import Sources
+from tests.serve.running import HEAD, about, ask, counts, data_url, wait_until, web_server
+
+SHORT = Sampling(max_new_tokens=12)
+
+
+def gather(chunks):
+    """Texts and reasons of a stream by choice, and the last chunk."""
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    chunk = None
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            if choice.finish_reason:
+                assert choice.index not in reasons
+                reasons[choice.index] = choice.finish_reason
+    return texts, reasons, chunk
+
+
+def test_an_answer_is_the_captioners(start, model, videos):
+    client = start().client()
+    answer = ask(client, data_url(videos[0]))
+    expected = model.caption(videos[0], sampling=SHORT)
+    assert answer.choices[0].message.content == expected.text and answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == ("stop" if expected.finished else "length")
+    assert answer.model == "toy" and answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens > 20 and 0 < answer.usage.completion_tokens <= 12
+
+
+def test_all_that_can_be_asked_reaches_the_model(start, model, videos):
+    """The words, the span, picture or sound, and how it is drawn; a path below the root."""
+    sampling = Sampling(temperature=0.8, top_p=0.7, max_new_tokens=20, repetition_penalty=1.2)
+    answer = ask(
+        start().client(),
+        videos[1].name,
+        "What is heard?",
+        temperature=0.8,
+        top_p=0.7,
+        max_completion_tokens=20,
+        seed=11,
+        extra_body={"start": 1, "end": 3, "use": "audio", "repetition_penalty": 1.2},
+    )
+    expected = model.caption(
+        videos[1], prompt="What is heard?", sampling=sampling, span=Span(1, 3), use="audio", seed=11
+    )
+    assert answer.choices[0].message.content == expected.text
+
+
+def test_a_stream_is_the_whole(start, model, videos):
+    client = start().client()
+    whole = ask(client, f"file://{videos[2]}")
+    with ask(client, str(videos[2]), stream=True, stream_options={"include_usage": True}) as chunks:
+        texts, reasons, last = gather(chunks)
+    assert texts == {0: whole.choices[0].message.content} and reasons == {0: whole.choices[0].finish_reason}
+    assert last.usage == whole.usage and not last.choices
+    with ask(client, str(videos[2]), stream=True) as chunks:
+        assert gather(chunks)[2].usage is None
+
+
+def test_several_choices_have_the_seeds_after_the_first(start, model, videos):
+    client = start().client()
+    named = dict(temperature=1, top_p=0.9, seed=5, n=3)
+    answer = ask(client, videos[0].name, **named)
+    sampling = Sampling(temperature=1, top_p=0.9, max_new_tokens=12)
+    expected = [model.caption(videos[0], sampling=sampling, seed=5 + number).text for number in range(3)]
+    assert [choice.message.content for choice in answer.choices] == expected and len(set(expected)) > 1
+    with ask(client, videos[0].name, stream=True, **named) as chunks:
+        assert gather(chunks)[0] == dict(enumerate(expected))
+    assert 3 in model.batches
+
+
+def test_without_a_seed_answers_differ(start, videos):
+    client = start().client()
+    answers = {ask(client, videos[0].name, temperature=1.5).choices[0].message.content for _ in range(3)}
+    assert len(answers) > 1
+
+
+def test_those_who_ask_together_are_answered_together(start, model, videos):
+    """One has the model, eight come meanwhile: two batches, and each the answer that it has alone."""
+    running = start()
+    model.gate.clear()
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(ask, running.client(), videos[0].name)
+        wait_until(lambda: model.batches == [1])
+        others = [pool.submit(ask, running.client(), videos[place % 5].name) for place in range(8)]
+        wait_until(lambda: counts(running)["salmonn_waiting"] == 8)
+        model.gate.set()
+        answers = [one.result(30).choices[0].message.content for one in [first, *others]]
+    assert model.batches == [1, 8]
+    alone = [model.caption(video, sampling=SHORT).text for video in videos]
+    assert answers == [alone[0], *(alone[place % 5] for place in range(8))]
+
+
+def test_stills_and_sound_alone(start, model, videos, tmp_path):
+    running = start()
+    with av.open(str(tmp_path / "still.png"), "w", format="image2") as target:
+        stream = target.add_stream("png", rate=1)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "rgb24"
+        picture = np.zeros((64, 64, 3), np.uint8)
+        picture[20:40, 20:40] = [255, 0, 0]
+        target.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        target.mux(stream.encode())
+    with av.open(str(videos[0])) as source, av.open(str(tmp_path / "sound.wav"), "w") as target:
+        stream = target.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for frame in source.decode(audio=0):
+            target.mux(stream.encode(frame))
+        target.mux(stream.encode())
+    messages = about(data_url(tmp_path / "still.png", "image/png"), kind="image_url")
+    answer = running.client().chat.completions.create(model="toy", messages=messages, max_tokens=12)
+    assert answer.choices[0].message.content == model.caption(tmp_path / "still.png", sampling=SHORT).text
+    sound = {"data": base64.b64encode((tmp_path / "sound.wav").read_bytes()).decode(), "format": "wav"}
+    messages = [{"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}]
+    answer = running.client().chat.completions.create(model="salmonn", messages=messages, max_tokens=12)
+    assert answer.choices[0].message.content == model.caption(tmp_path / "sound.wav", sampling=SHORT).text
+
+
+def test_models_and_health(start):
+    running = start()
+    assert [model.id for model in running.client().models.list()] == ["toy"]
+    health = httpx2.get(f"{running.url}/health", trust_env=False)
+    assert health.status_code == 200 and health.json()["status"] == "ok" and health.json()["model"] == "toy"
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"frequency_penalty": 1}, "frequency_penalty: this server does not do what that asks for"),
+        ({"extra_body": {"fps": 3}}, "fps: this server does not know it"),
+        ({"temperature": 9}, "temperature: "),
+    ],
+)
+def test_parameters_that_are_refused(start, videos, named, words):
+    with pytest.raises(openai.BadRequestError, match=words) as caught:
+        ask(start().client(), videos[0].name, **named)
+    assert caught.value.body["type"] == "invalid_request_error"
+    assert caught.value.body["param"] in ("frequency_penalty", "fps", "temperature")
+
+
+def test_another_model_is_not_here(start, videos):
+    with pytest.raises(openai.NotFoundError, match="the model 'gpt-4o' is not here: this server has toy") as caught:
+        start().client().chat.completions.create(model="gpt-4o", messages=about(videos[0].name))
+    assert caught.value.code == "model_not_found"
+
+
+def test_files_that_cannot_be_read_are_told_without_their_place(start, videos, tmp_path):
+    client = start().client()
+    (tmp_path / "broken.mp4").write_bytes(videos[0].read_bytes()[:700])
+    with pytest.raises(openai.BadRequestError, match="the video: is not a video or is damaged") as caught:
+        ask(client, data_url(tmp_path / "broken.mp4"))
+    assert str(tmp_path) not in str(caught.value)
+    with pytest.raises(openai.BadRequestError, match=r"the video: start_seconds is 500.0, but the file ends at"):
+        ask(client, data_url(videos[0]), extra_body={"start": 500}, stream=True)
+    with pytest.raises(openai.BadRequestError, match="special token"):
+        ask(client, videos[0].name, "<|im_end|>")
+    assert ask(client, data_url(videos[0])).choices
+
+
+def test_no_file_outside_the_root(start, videos, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "link.mp4").symlink_to(videos[0])
+    client = start(sources=Sources((root,), Fetching())).client()
+    for url in (str(videos[0]), "link.mp4", f"file://{root}/../{videos[0]}", "/etc/passwd"):
+        with pytest.raises(openai.BadRequestError, match="there is no such file below the folders"):
+            ask(client, url)
+
+
+def test_files_are_fetched_from_named_hosts(start, model, videos):
+    def send(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(videos[3].read_bytes())
+
+    with web_server(send) as (host, asked):
+        running = start(sources=Sources((), Fetching((host,), private=True)))
+        answer = ask(running.client(), f"http://{host}/it.mp4")
+        assert answer.choices[0].message.content == model.caption(videos[3], sampling=SHORT).text
+        with pytest.raises(openai.BadRequestError, match="not public"):
+            ask(start(sources=Sources((), Fetching((host,)))).client(), f"http://{host}/it.mp4")
+        assert asked == [(host, "/it.mp4")]
+        assert counts(running)["salmonn_received_bytes_totalfetched"] == videos[3].stat().st_size
+
+
+def test_uploads_that_are_too_large(start, videos):
+    """8 KiB are taken: 11 KiB of base64, and a MiB for the rest of the request."""
+    running = start(sources=Sources((), Fetching(max_bytes=8 << 10)))
+    with pytest.raises(openai.APIStatusError, match=r"the file is larger than the 0.0078125 MiB") as caught:
+        ask(running.client(), data_url(videos[0]))
+    assert caught.value.status_code == 413
+    with pytest.raises(openai.APIStatusError, match="the request is larger than the 1 MiB") as caught:
+        ask(running.client(), "data:;base64," + "A" * (2 << 20))
+    assert caught.value.status_code == 413
+
+
+def test_an_upload_that_says_it_is_too_large_is_refused_at_once(start):
+    """Nothing of it is sent."""
+    running = start()
+    with socket.create_connection(("127.0.0.1", running.port)) as connection:
+        connection.settimeout(20)
+        connection.sendall(f"{HEAD}Content-Length: {1 << 40}\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_an_upload_is_refused_while_it_comes(start):
+    """No length is declared, and the body has no end: the answer comes before one."""
+    running = start(sources=Sources((), Fetching(max_bytes=1 << 20)))
+    with socket.create_connection(("127.0.0.1", running.port)) as connection:
+        connection.settimeout(20)
+        connection.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
+        sent = 0
+        try:
+            while sent < 40 << 20:
+                connection.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+                sent += 65536
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        assert sent < 40 << 20 or b"413" in connection.recv(100)
+    wait_until(lambda: counts(running).get("salmonn_requests_totaltoo_large") == 1)
+
+
+def test_uploads_have_so_much_memory_and_no_more(start, videos):
+    """A request may have 2.33 MiB (1 MiB of file in base64, and one more), all together 4.67: two have 2.3 each."""
+    running = start(sources=Sources((), Fetching(max_bytes=1 << 20)))
+    size = int(2.3 * (1 << 20))
+    connections = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
+    try:
+        for connection in connections:
+            connection.sendall(f"{HEAD}Content-Length: {size + 1}\r\n\r\n".encode() + b" " * size)
+        wait_until(lambda: running.service.held.now == 2 * size)
+        with pytest.raises(openai.RateLimitError, match="other uploads take all the memory there is for them"):
+            ask(running.client(), "data:;base64," + "A" * (1 << 17))
+        assert ask(running.client(), videos[0].name).choices  # a small request needs none of it
+    finally:
+        for connection in connections:
+            connection.close()
+    wait_until(lambda: running.service.held.now == 0)
+    assert ask(running.client(), data_url(videos[0])).choices
+
+
+def test_too_many_are_told_to_wait(start, model, videos):
+    """12 answers are waited for at most."""
+    running = start()
+    model.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, running.client(), videos[0].name, temperature=1, n=12)
+        wait_until(lambda: model.batches == [12])
+        with pytest.raises(openai.RateLimitError, match="12 answers are waited for already") as caught:
+            ask(running.client(), videos[1].name)
+        assert int(caught.value.response.headers["Retry-After"]) > 0
+        model.gate.set()
+        assert len(first.result(30).choices) == 12
+
+
+def test_who_goes_away_is_dropped_and_the_others_go_on(start, engine, model, videos):
+    """One while its stream comes, one while it waits for all of its answer."""
+    running = start()
+    dropped = engine.num_dropped
+    model.gate.clear()
+    with ThreadPoolExecutor(3) as pool:
+        ahead = pool.submit(ask, running.client(), videos[4].name)
+        wait_until(lambda: model.batches == [1])
+        going = pool.submit(ask, running.client(), videos[0].name, stream=True, max_completion_tokens=150)
+        staying = pool.submit(ask, running.client(), videos[1].name, max_completion_tokens=150)
+        wait_until(lambda: engine.num_waiting == 2)
+        with pytest.raises(openai.APITimeoutError):
+            ask(running.client(timeout=0.3), videos[2].name)
+        wait_until(lambda: engine.num_dropped == dropped + 1)
+        model.gate.set()
+        stream = going.result(20)
+        next(stream)
+        model.gate.clear()
+        stream.close()
+        wait_until(lambda: engine.num_dropped == dropped + 2)
+        model.gate.set()
+        assert ahead.result(20).choices
+        long = Sampling(max_new_tokens=150)
+        answer = staying.result(60).choices[0]
+        assert answer.message.content == model.caption(videos[1], sampling=long).text
+    wait_until(lambda: counts(running)["salmonn_requests_totaldropped"] == 2)
+
+
+def test_a_failing_model(start, model, videos):
+    """Told with its status before the first word, as an event after it; and health is bad until it does well again."""
+    running = start()
+    client = running.client()
+    model.fail = lambda size: IndexError("out of range")
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError, match="the model failed"):
+            ask(client, videos[0].name, stream=stream)
+    health = httpx2.get(f"{running.url}/health", trust_env=False)
+    assert health.status_code == 503 and health.json()["status"] == "failing"
+    model.fail = lambda size: None
+    model.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(ask, client, videos[0].name, stream=True)
+        wait_until(lambda: model.batches[-1] == 1 and len(model.batches) == 3)
+        steps = iter([None, None, None, IndexError("out of range")])
+        model.fail = lambda size: next(steps)
+        model.gate.set()
+        with pytest.raises(openai.APIError, match="the model failed") as caught, coming.result(20) as chunks:
+            gather(chunks)
+    assert not isinstance(caught.value, openai.APIStatusError)
+    model.fail = lambda size: None
+    assert ask(client, videos[0].name).choices
+    assert httpx2.get(f"{running.url}/health", trust_env=False).status_code == 200
+
+
+def test_a_request_may_take_only_so_long(start, engine, model, videos):
+    running = start(request_seconds=1.0)
+    model.gate.clear()
+    with pytest.raises(openai.InternalServerError, match=r"took more than 1 s: ask for a part") as caught:
+        ask(running.client(), videos[0].name)
+    assert caught.value.status_code == 504
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", running.port)) as connection:
+        connection.settimeout(20)
+        connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
+        assert b"504" in connection.recv(100)
+    assert 0.5 < time.monotonic() - begun < 10
+    model.gate.set()
+    wait_until(lambda: not engine.num_present)
+
+
+def test_closing_ends_what_is_under_way_when_the_grace_ends(start, own_engine, model, videos):
+    """One in the middle of its stream, one that waits, one that is being sent; what is new is refused."""
+    running = start(own_engine, grace_seconds=1.0)
+    client = running.client()
+    model.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        coming = pool.submit(ask, client, videos[0].name, stream=True, max_completion_tokens=500)
+        wait_until(lambda: model.batches == [1])
+        waiting = pool.submit(ask, client, videos[1].name)
+        wait_until(lambda: own_engine.num_waiting == 1)
+        model.gate.set()
+        with coming.result(20) as chunks:
+            next(chunks)
+            model.gate.clear()
+            sending = socket.create_connection(("127.0.0.1", running.port))
+            sending.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
+            wait_until(lambda: running.service.num_visits == 3)
+            running.service.is_closing = True
+            assert httpx2.get(f"{running.url}/health", trust_env=False).json()["status"] == "closing"
+            with pytest.raises(openai.InternalServerError, match="shutting down"):
+                ask(client, videos[2].name)
+            wait_until(own_engine._cut_off.is_set)
+            model.gate.set()
+            with pytest.raises(openai.APIError, match="the server is shutting down: ask again when it is back"):
+                gather(chunks)
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            waiting.result(20)
+    with sending:
+        sending.settimeout(20)
+        assert b"503" in sending.recv(100)
+    running.thread.join(20)
+    assert not running.thread.is_alive()
+
+
+def test_a_disk_without_room_is_told(start, videos, monkeypatch):
+    """As where the folder is on a disk that is full."""
+    running = start()
+
+    def refuse(*_, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("salmonn.serve.visit.tempfile.mkdtemp", refuse)
+    with pytest.raises(openai.InternalServerError, match=r"has no place for the file \(No space left") as caught:
+        ask(running.client(), data_url(videos[0]))
+    assert caught.value.status_code == 507
+
+
+def test_keys(start, videos):
+    running = start(keys=("first key of two", "second key of two"))
+    assert ask(running.client(key="second key of two"), videos[0].name).choices
+    for key in ("none", "first key of tw"):
+        with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+            ask(running.client(key=key), videos[0].name)
+    for path, status in {"/v1/models": 401, "/metrics": 401, "/health": 200}.items():
+        assert httpx2.get(running.url + path, trust_env=False).status_code == status
+    refused = httpx2.post(f"{running.url}/v1/chat/completions", content=b"x" * 1000, trust_env=False)
+    assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
+    assert "Bearer KEY" in refused.json()["error"]["message"]
+
+
+def test_pages_elsewhere_cannot_ask_in_a_visitors_stead(start, videos):
+    """Neither by a name that points here, nor without the browser asking first whether it may."""
+    running = start(hosts=("caption.example",))
+    for host, status in {
+        "localhost": 200,
+        "127.0.0.1:1": 200,
+        "[::1]": 200,
+        "caption.example:8000": 200,
+        "evil.example": 403,
+        "": 403,
+        "[": 403,
+    }.items():
+        answer = httpx2.get(f"{running.url}/health", headers={"Host": host}, trust_env=False)
+        assert (host, answer.status_code) == (host, status)
+    body = json.dumps({"messages": about(videos[0].name)})
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        answer = httpx2.post(
+            f"{running.url}/v1/chat/completions", content=body, headers={"Content-Type": kind}, trust_env=False
+        )
+        assert answer.status_code == 415
+    asked = httpx2.options(
+        f"{running.url}/v1/chat/completions",
+        headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"},
+        trust_env=False,
+    )
+    assert asked.status_code == 405 and "access-control-allow-origin" not in asked.headers
+
+
+def test_unknown_paths_are_told_as_errors(start):
+    answer = httpx2.get(f"{start().url}/v1/embeddings", trust_env=False)
+    assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+
+
+def test_what_is_counted_and_logged(start, videos, caplog):
+    """Two answers, one refusal: by outcome, in bytes and in tokens; the log has a line for each, without the words."""
+    running = start()
+    client = running.client()
+    with caplog.at_level(logging.INFO, logger="salmonn.serve"):
+        answers = [ask(client, data_url(videos[0]), "A secret?"), ask(client, videos[1].name)]
+        with pytest.raises(openai.BadRequestError):
+            ask(client, "data:;base64,AAAA", "A secret?")
+        wait_until(lambda: running.service.num_visits == 0)
+    told = counts(running)
+    assert told["salmonn_requests_totalanswered"] == 2 and told["salmonn_requests_totalrefused"] == 1
+    assert told["salmonn_tokens_totalprompts"] == sum(answer.usage.prompt_tokens for answer in answers)
+    assert told["salmonn_tokens_totalanswers"] == sum(answer.usage.completion_tokens for answer in answers)
+    assert told["salmonn_received_bytes_totaldata"] == videos[0].stat().st_size + 3
+    assert told["salmonn_first_word_seconds_count"] == 2 and told["salmonn_request_seconds_count"] == 3
+    assert told["salmonn_reading_seconds_count"] == 3 and told["salmonn_requests_present"] == 0
+    lines = [record.getMessage() for record in caplog.records if record.name == "salmonn.serve.visit"]
+    assert [line.split()[1] for line in lines] == ["answered", "answered", "refused"]
+    assert [line.split()[0] for line in lines[:2]] == [answer.id for answer in answers]
+    assert answers[0]._request_id == answers[0].id
+    assert not any("secret" in line or videos[1].name in line for line in lines)
+
+
+def test_what_is_sent_is_gone_when_the_answer_begins(start, model, videos):
+    """Not when it ends, which may be long after."""
+    running = start()
+    model.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(ask, running.client(), data_url(videos[0]), stream=True)
+        wait_until(lambda: model.batches == [1])
+        assert [file.stat().st_size for file in running.service.uploads.rglob("file")] == [videos[0].stat().st_size]
+        model.gate.set()
+        with coming.result(20) as chunks:
+            next(chunks)
+            assert not list(running.service.uploads.iterdir())

@@ -1,0 +1,164 @@
+"""Requests in words: what they ask for, and what is refused because it cannot be given."""
+
+import json
+
+import pytest
+
+from salmonn.caption.captioner import Answer, Span
+from salmonn.caption.generate import Sampling
+from salmonn.serve.chat import Ask, ChatLimits, RequestError, Speaker, Usage, parse_chat
+
+LIMITS = ChatLimits(100, answer_tokens=200, choices=4, prompt_letters=50)
+VIDEO = {"type": "video_url", "video_url": {"url": "data:,"}}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def parse(content=(VIDEO,), **parameters):
+    body = {"messages": [{"role": "user", "content": content}]} | parameters
+    return parse_chat(json.dumps(body).encode(), limits=LIMITS)
+
+
+def test_the_least_that_is_asked():
+    assert parse() == (
+        Ask(
+            kind="video",
+            model="",
+            prompt=None,
+            sampling=Sampling(max_new_tokens=100),
+            span=Span(),
+            use="both",
+            num_choices=1,
+            seed=None,
+            stream=False,
+            include_usage=False,
+        ),
+        "data:,",
+    )
+
+
+def test_all_that_can_be_asked():
+    ask, url = parse(
+        [text("What is"), {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, text("heard?")],
+        model="m",
+        temperature=1,
+        top_p=0.5,
+        max_completion_tokens=7,
+        max_tokens=7,
+        n=3,
+        seed=-4,
+        stream=True,
+        stream_options={"include_usage": True},
+        start=1,
+        end=2.5,
+        use="audio",
+        repetition_penalty=1.1,
+        frequency_penalty=0,
+        logit_bias=None,
+        tool_choice="none",
+        response_format={"type": "text"},
+        user="me",
+        metadata={"a": "b"},
+    )
+    assert url == "data:audio/wav;base64,AAAA"
+    sampling = Sampling(temperature=1, top_p=0.5, max_new_tokens=7, repetition_penalty=1.1)
+    assert ask == Ask("sound", "m", "What is\nheard?", sampling, Span(1, 2.5), "audio", 3, -4, True, True)
+
+
+def test_a_still_is_asked_about():
+    ask, url = parse([{"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}])
+    assert (ask.kind, url) == ("image", "a.png")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"frequency_penalty": 0.5}, "frequency_penalty: this server does not do what that asks for: leave it out"),
+        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"logprobs": True}, "logprobs"),
+        ({"stop": "."}, "stop"),
+        ({"tools": [{}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"top_k": 4}, "top_k: this server does not know it: leave it out"),
+        ({"temperature": 2.5}, "temperature: .*less than or equal to 2"),
+        ({"temperature": 1e-9}, "temperature must be 0, or 0.01 and above"),
+        ({"temperature": "1"}, "temperature: "),
+        ({"top_p": 0}, "top_p: .*greater than 0"),
+        ({"n": 0}, "n: "),
+        ({"n": 5, "temperature": 1}, "n: 4 choices are given at most"),
+        ({"n": 2}, "n: at temperature 0 all choices are the same"),
+        ({"n": True}, "n: "),
+        ({"max_tokens": 201}, "max_tokens: 200 are given at most"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "differ: give one"),
+        ({"stream_options": {"include_usage": True}}, "stream_options go with stream: true only"),
+        ({"start": 3, "end": 2}, r"the span from 3.0 to 2.0 s is empty"),
+        ({"start": -1}, "start: "),
+        ({"use": "smell"}, "use: "),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty: "),
+        ({"messages": []}, "messages: "),
+        ({"messages": [{"role": "user", "content": "a"}] * 65}, "messages: .* at most 64 items"),
+        ({"metadata": {"a": [{}] * 25_000}}, "the body has more than 50,000 values"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "role 'system' are not taken"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "earlier turns"),
+    ],
+)
+def test_what_cannot_be_given_is_refused(parameters, words):
+    with pytest.raises(RequestError, match=words):
+        parse(**parameters)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("Describe it.", "the message has no clips: give one video_url, image_url or input_audio"),
+        ([text("Describe it.")], "the message has no clips"),
+        ([VIDEO, VIDEO], "the message has 2 clips"),
+        (
+            [VIDEO, {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}],
+            "the sound of a video is taken from the video",
+        ),
+        ([VIDEO, *[text("x")] * 64], "at most 64 items"),
+        ([1] * 60_000, "the body has more than 50,000 values"),
+        ([VIDEO, text("x" * 51)], "the words have 51 letters: 50 are taken at most"),
+        ([{"type": "file", "file": {}}], "messages.0.content"),
+        ([{"type": "image_url", "image_url": {"url": "a", "detail": "high"}}], "detail"),
+        ([{"type": "input_audio", "input_audio": {"data": "", "format": "ogg"}}], "format"),
+        ([VIDEO | {"fps": 2}], "fps"),
+    ],
+)
+def test_messages_of_another_kind_are_refused(content, words):
+    with pytest.raises(RequestError, match=words):
+        parse(content)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"messages": 1e999}', b'{"messages": [{"role": "user", "content": "\\ud800"}]}']
+)
+def test_bodies_that_are_no_request(body):
+    with pytest.raises(RequestError):
+        parse_chat(body, limits=LIMITS)
+
+
+def test_a_refusal_does_not_repeat_the_file():
+    with pytest.raises(RequestError) as caught:
+        parse([{"type": "video_url", "video_url": {"url": ["AAAABBBB"]}}])
+    assert "AAAABBBB" not in str(caught.value) and "url" in caught.value.param
+
+
+def test_answers_in_json():
+    speaker = Speaker("chatcmpl-1", "toy", 1234)
+    told = speaker.whole([Answer("a", True), Answer("b", False)], usage=Usage(10, 3))
+    assert told["usage"] == {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+    assert [(one["index"], one["message"]["content"], one["finish_reason"]) for one in told["choices"]] == [
+        (0, "a", "stop"),
+        (1, "b", "length"),
+    ]
+    assert json.loads(speaker.piece(1, "é\n").removeprefix("data: ")) == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1234,
+        "model": "toy",
+        "choices": [{"index": 1, "delta": {"content": "é\n"}, "logprobs": None, "finish_reason": None}],
+    }

@@ -1,0 +1,283 @@
+"""Fetching for strangers: named hosts, checked addresses, redirects by hand, and limits; from a real web server."""
+
+import asyncio
+import socket
+import ssl
+import subprocess
+import time
+from dataclasses import replace
+
+import httpx2
+import pytest
+
+from salmonn.serve.fetch import Fetching, SourceError, TooLargeError, fetch
+from tests.serve.running import web_server
+
+BODY = b"a video, say " * 1000
+
+
+def reply(handler, body=b"", *, status=200, **headers):
+    """Answers; a header that is None is left out."""
+    handler.send_response(status)
+    told = {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()}
+    for name, value in told.items():
+        if value is not None:
+            handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def endless(handler):
+    reply(handler, Content_Length=None)
+    while True:
+        handler.wfile.write(b"x" * 65536)
+
+
+def slow(handler):
+    reply(handler, Content_Length="1000")
+    for _ in range(1000):
+        handler.wfile.write(b"x")
+        time.sleep(0.1)
+
+
+def play(handler):
+    path = handler.path.split("?")[0]
+    if path.startswith("/hop/"):
+        left = int(path[5:])
+        reply(handler, status=302, Location=f"/hop/{left - 1}" if left > 1 else "/video")
+    elif path == "/to":
+        reply(handler, status=307, Location=handler.path.split("?", 1)[1])
+    elif path == "/cookie":
+        reply(handler, status=302, Location="/seen_cookie", Set_Cookie="who=me; Path=/")
+    elif path == "/seen_cookie":
+        reply(handler, str(handler.headers.get("Cookie")).encode())
+    else:
+        answers = {
+            "/video": lambda: reply(handler, BODY),
+            "/endless": lambda: endless(handler),
+            "/slow": lambda: slow(handler),
+            "/large": lambda: reply(handler, Content_Length=str(1 << 40)),
+            "/packed": lambda: reply(handler, b"x", Content_Encoding="gzip"),
+            "/short": lambda: reply(handler, b"x", Content_Length="1000"),
+            "/encoding": lambda: reply(handler, handler.headers["Accept-Encoding"].encode()),
+        }
+        answers.get(path, lambda: reply(handler, status=404))()
+
+
+@pytest.fixture
+def web():
+    with web_server(play) as served:
+        yield served
+
+
+@pytest.fixture
+def get(web, tmp_path):
+    """Fetches from the web server: what came."""
+
+    def get_(path, **changes):
+        fetching = replace(Fetching((web[0],), private=True, max_bytes=1 << 20, seconds=10), **changes)
+        url = path if path.startswith("http") else f"http://{web[0]}{path}"
+        size = asyncio.run(fetch(url, tmp_path / "got", fetching=fetching))
+        got = (tmp_path / "got").read_bytes()
+        assert len(got) == size
+        return got
+
+    return get_
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """Names that this test knows, and how often each was asked for."""
+    known: dict[str, list[str]] = {}
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def look_up(host, port, *args, **named):
+        if host not in known:
+            return real(host, port, *args, **named)
+        asked.append(host)
+        return [
+            (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
+            for address in known[host]
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return known, asked
+
+
+def test_a_file_is_fetched(get, web, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # where nobody listens
+    assert get("/video?token=1#part") == BODY
+    assert web[1] == [(web[0], "/video?token=1")]
+    assert get("/encoding") == b"identity"
+
+
+def test_redirects_are_followed_to_their_number(get, web):
+    assert get("/hop/5") == BODY
+    with pytest.raises(SourceError, match="sends on more than 5 times"):
+        get("/hop/6")
+    assert get("/cookie") == b"None"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://elsewhere.example/video", "does not fetch from elsewhere.example"),
+        ("http://127.0.0.1/video", "does not fetch from 127.0.0.1:"),  # not that port
+        ("https://{}/video", "could not be fetched"),  # no TLS there
+        ("http://me:secret@{}/video", "user name or password"),
+        ("http:///video", "http or https URL"),
+        ("http://{}/" + "x" * 9000, "up to 8192 letters"),
+        ("http://[::1/video", "cannot be read"),
+        ("http://{}/none", "answers 404 instead of a file"),
+        ("http://{}/packed", "packed"),
+        ("http://{}/short", "could not be fetched"),
+    ],
+)
+def test_what_cannot_or_must_not_be_fetched(get, web, url, words):
+    with pytest.raises(SourceError, match=words) as caught:
+        get(url.format(web[0]))
+    assert "secret" not in str(caught.value)
+
+
+def test_nothing_is_fetched_unless_hosts_are_named(get):
+    with pytest.raises(SourceError, match="start the server with --allow_hosts"):
+        get("/video", hosts=())
+
+
+@pytest.mark.parametrize(
+    "after", ["http://elsewhere.example/", "//elsewhere.example/", "file:///etc/hostname", "http://["]
+)
+def test_redirects_are_checked_anew(get, web, after):
+    with pytest.raises(SourceError, match=r"does not fetch from|http or https URL|cannot be read"):
+        get(f"/to?{after}")
+    assert len(web[1]) == 1
+
+
+def test_a_redirect_to_a_private_address_is_refused(get, web, names):
+    """The first host is allowed and public by name; it sends on to another that is allowed, and is this machine."""
+    names[0]["inside.example"] = ["127.0.0.1"]
+    port = web[0].split(":")[1]
+    hosts = (web[0], f"inside.example:{port}")
+    assert get(f"/to?http://inside.example:{port}/video", hosts=hosts) == BODY
+    names[0]["inside.example"] = ["169.254.169.254"]
+    with pytest.raises(SourceError, match=r"the host inside\.example is at an address that is not public"):
+        get(f"/to?http://inside.example:{port}/video", hosts=hosts)
+
+
+def test_limits_hold_while_the_file_comes(get):
+    begun = time.monotonic()
+    with pytest.raises(TooLargeError, match="larger than the 1 MiB"):
+        get("/endless")
+    with pytest.raises(TooLargeError, match="larger than the 1 MiB"):
+        get("/large")
+    with pytest.raises(SourceError, match=r"did not come within 0.5 s"):
+        get("/slow", seconds=0.5)
+    assert time.monotonic() - begun < 5
+
+
+def test_this_machine_is_not_asked_unless_that_is_allowed(get, web, names):
+    with pytest.raises(SourceError, match=r"not public, from which nothing is fetched: start .* --allow_private"):
+        get("/video", private=False)
+    names[0]["files.example"] = ["127.0.0.1"]
+    port = web[0].split(":")[1]
+    with pytest.raises(SourceError, match="not public"):
+        get(f"http://files.example:{port}/video", hosts=(f"files.example:{port}",), private=False)
+    assert not web[1]
+
+
+def test_a_name_is_looked_up_once_and_its_checked_address_is_asked(get, web, names):
+    """No second look-up, which might give another address; the server hears the name."""
+    names[0]["files.example"] = ["127.0.0.1"]
+    port = web[0].split(":")[1]
+    assert get(f"http://files.example:{port}/video", hosts=(f"files.example:{port}",)) == BODY
+    assert names[1] == ["files.example"] and web[1] == [(f"files.example:{port}", "/video")]
+
+
+def test_all_addresses_of_a_name_are_checked_and_each_is_tried(get, web, names):
+    port = web[0].split(":")[1]
+    hosts = (f"files.example:{port}",)
+    names[0]["files.example"] = ["127.0.0.1", "0.0.0.0"]
+    with pytest.raises(SourceError, match="not public"):
+        get(f"http://files.example:{port}/video", hosts=hosts)
+    names[0]["files.example"] = ["127.0.0.2", "::1", "127.0.0.1"]  # nobody listens at the first two
+    assert get(f"http://files.example:{port}/video", hosts=hosts) == BODY
+
+
+@pytest.fixture
+def secure(tmp_path):
+    """A web server with TLS, whose certificate is its own and for files.example; host:port and certificate."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    names_it = ["-addext", "subjectAltName=DNS:files.example", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*line.split(), *names_it], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with web_server(play, tls=tls) as (host, _):
+        yield host.split(":")[1], certificate
+
+
+def test_a_server_shows_who_it_is(get, secure, names):
+    """By the name that was asked for, though the connection goes to an address; by certificates that are trusted."""
+    port, certificate = secure
+    names[0]["files.example"] = names[0]["other.example"] = ["127.0.0.1"]
+    hosts = (f"files.example:{port}", f"other.example:{port}")
+    assert get(f"https://files.example:{port}/video", hosts=hosts, ca_file=certificate) == BODY
+    with pytest.raises(SourceError, match="CERTIFICATE_VERIFY_FAILED"):
+        get(f"https://other.example:{port}/video", hosts=hosts, ca_file=certificate)
+    with pytest.raises(SourceError, match="CERTIFICATE_VERIFY_FAILED"):
+        get(f"https://files.example:{port}/video", hosts=hosts)
+    with pytest.raises(SourceError, match="from https to http"):
+        get(f"https://files.example:{port}/to?http://files.example:{port}/", hosts=hosts, ca_file=certificate)
+    with pytest.raises(ValueError, match="holds no certificates in PEM"):
+        Fetching(ca_file=certificate.with_name("key.pem"))
+
+
+# What is special by the registries of IANA, and forms that hide an IPv4 address in an IPv6 one.
+NEVER = [
+    "0.0.0.0",
+    "169.254.169.254",
+    "100.100.100.200",
+    "168.63.129.16",
+    "224.0.0.1",
+    "255.255.255.255",
+    "::",
+    "fe80::1",
+    "fe80::1%1",
+    "ff02::1",
+    "fd00:ec2::254",
+    "fec0::1",
+    "::ffff:169.254.169.254",
+    "2002:a9fe:a9fe::1",
+    "64:ff9b::7f00:1",
+    "64:ff9b:1::1",
+    "2001:0:4136:e378:8000:63bf:3fff:fdd2",
+]
+INSIDE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "::1", "fd12::1", "::ffff:10.0.0.1", "2002:7f00:1::"]
+
+
+@pytest.mark.parametrize(("address", "private"), [*((one, True) for one in NEVER), *((one, False) for one in INSIDE)])
+def test_addresses_that_are_not_asked(get, names, address, private):
+    names[0]["files.example"] = ["93.184.215.14", address]
+    with pytest.raises(SourceError, match="not public"):
+        get("http://files.example/video", hosts=("files.example",), private=private)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "url", "allowed"),
+    [
+        ("example.org", "https://EXAMPLE.org/v", True),
+        ("example.org", "https://example.org:443/v", True),
+        ("example.org", "https://example.org:80/v", False),
+        ("example.org", "https://www.example.org/v", False),
+        ("example.org", "https://example.org.evil.example/v", False),
+        ("Example.org:8080", "http://example.org:8080/v", True),
+        ("example.org:8080", "http://example.org/v", False),
+        ("*.example.org", "http://a.b.example.org/v", True),
+        ("*.example.org", "http://example.org/v", False),
+        ("*.example.org", "http://evilexample.org/v", False),
+        ("[::1]:8000", "http://[::1]:8000/v", True),
+    ],
+)
+def test_hosts_that_are_named(pattern, url, allowed):
+    assert Fetching((pattern,)).allows(httpx2.URL(url)) is allowed

@@ -1,0 +1,101 @@
+"""Clients that hold a server up: they connect and say nothing, or ask and do not read."""
+
+import json
+import socket
+import time
+from contextlib import ExitStack, closing
+
+import pytest
+
+from salmonn.serve import server
+from tests.serve.running import HEAD, about, ask, counts, wait_until
+
+
+def connect(running) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", running.port))
+    connection.settimeout(20)
+    return connection
+
+
+def is_closed(connection) -> bool:
+    """Whether the server ends the connection; waits for it."""
+    try:
+        return not connection.recv(100)
+    except ConnectionResetError:
+        return True
+
+
+def is_well(connection) -> bool:
+    """Whether the server is well, asked on a connection that is kept."""
+    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    told = connection.recv(1000)
+    while not told.endswith(b"}"):  # head and body may come apart
+        told += connection.recv(1000)
+    return told.startswith(b"HTTP/1.1 200 ")
+
+
+def test_connections_without_a_whole_request_are_closed(start, monkeypatch):
+    """One says nothing, one never comes to the end of a head, one does not come to that of its second."""
+    monkeypatch.setattr(server, "_SILENT_SECONDS", 1.0)
+    running = start()
+    with connect(running) as silent, connect(running) as slow, connect(running) as second:
+        assert is_well(second)
+        begun = time.monotonic()
+        for connection in (slow, second):
+            connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        time.sleep(0.6)
+        for connection in (slow, second):
+            connection.sendall(b"and so on, ")  # no sign of an end
+        assert all(map(is_closed, (silent, slow, second)))
+        assert 0.5 < time.monotonic() - begun < 10
+    wait_until(lambda: not running.server.server_state.connections)
+
+
+def test_those_who_ask_again_and_those_who_are_answered_are_not_silent(start, model, videos, monkeypatch):
+    """Each request is over before the server looks; another waits for its answer without a word."""
+    monkeypatch.setattr(server, "_SILENT_SECONDS", 0.5)
+    running = start()
+    model.gate.clear()
+    body = json.dumps({"messages": about(videos[0].name), "max_tokens": 5}).encode()
+    with connect(running) as waiting, connect(running) as busy:
+        waiting.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        for _ in range(6):
+            assert is_well(busy)
+            time.sleep(0.25)
+        model.gate.set()
+        assert waiting.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_silent_connections_do_not_shut_others_out(start, videos, monkeypatch):
+    """Of 20 places 19 are taken by those who say nothing: they have less time where it is crowded."""
+    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 20)
+    running = start()
+    with ExitStack() as stack:
+        for _ in range(19):
+            stack.enter_context(connect(running))
+        wait_until(lambda: len(running.server.server_state.connections) == 19)
+        wait_until(lambda: not running.server.server_state.connections, seconds=10)
+        assert ask(running.client(), videos[0].name).choices
+
+
+@pytest.mark.parametrize("is_closing", [False, True])
+def test_who_does_not_read_a_stream_has_only_so_long(start, own_engine, videos, monkeypatch, is_closing):
+    """Each event is 100 KB long, more than what all buffers on the way hold."""
+    monkeypatch.setattr(server, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr("salmonn.serve.chat.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
+    running = start(own_engine, request_seconds=1.0, grace_seconds=60.0)
+    asked = {"messages": about(videos[0].name), "max_tokens": 500, "stream": True, "temperature": 1, "n": 2}
+    body = json.dumps(asked).encode()
+    with closing(connect(running)) as connection:
+        connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
+        assert running.service.num_visits == 1
+        running.service.is_closing = is_closing
+        wait_until(lambda: not running.service.num_visits, seconds=10)
+        if is_closing:
+            running.thread.join(10)  # long before the grace ends
+            assert not running.thread.is_alive()
+        else:
+            wait_until(lambda: not running.server.server_state.connections, seconds=10)
+            assert counts(running)["salmonn_requests_totaltimed_out"] == 1
+    wait_until(lambda: not own_engine.num_present)

@@ -1,0 +1,146 @@
+"""`salmonn serve` as a process: its flags, its signals, and what it leaves behind."""
+
+import base64
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import openai
+import psutil
+import pytest
+
+from salmonn.caption.generate import Sampling
+from tests.serve.running import wait_until
+
+KEY = "0123456789abcdef"
+
+
+class Process:
+    """A server in a process of its own; its temporary files are in a folder of the test."""
+
+    def __init__(self, folder: Path, *flags: object) -> None:
+        self.folder = folder / "temporary"
+        self.folder.mkdir(exist_ok=True)
+        self.log_path = folder / "log"
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen(
+                [Path(sys.executable).with_name("salmonn"), "serve", "--port", "0", "--workers", "1", *map(str, flags)],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )
+        wait_until(lambda: self.process.poll() is not None or self.is_up(), seconds=60)
+        assert self.process.poll() is None, self.log
+        self.workers = psutil.Process(self.process.pid).children()
+        assert len(self.workers) == 1
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    @property
+    def url(self) -> str:
+        match = re.search(r"is served at (\S+)/v1\n", self.log)
+        return match[1] if match else ""
+
+    def is_up(self) -> bool:
+        try:
+            return bool(self.url) and self.health() == 200
+        except httpx2.TransportError:
+            return False
+
+    def health(self) -> int:
+        return httpx2.get(f"{self.url}/health", trust_env=False).status_code
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=60)
+
+    def end(self) -> int:
+        """Wait until it has ended: its exit code. Nothing of it may be left."""
+        code = self.process.wait(30)
+        _, alive = psutil.wait_procs(self.workers, timeout=5)
+        assert not alive and not list(self.folder.glob("salmonn-*")), self.log
+        return code
+
+
+@pytest.fixture
+def run(tmp_path, random_model):
+    """Starts a server with the random model."""
+    processes = []
+
+    def run_(*flags: object) -> Process:
+        processes.append(Process(tmp_path, "--model", random_model, *flags))
+        return processes[-1]
+
+    yield run_
+    for one in processes:
+        one.process.kill()
+        one.process.wait()
+
+
+def stream(client, video, *, tokens):
+    url = "data:;base64," + base64.b64encode(video.read_bytes()).decode()
+    messages = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": url}}]}]
+    return client.chat.completions.create(model="mine", messages=messages, max_tokens=tokens, stream=True)
+
+
+def test_a_signal_in_the_middle_of_a_stream(run, model, videos, tmp_path):
+    """What is under way comes to its end; what is new is refused, and health is bad; then it ends with 0."""
+    (tmp_path / "keys").write_text(f"{KEY}\n\nanother key of it\n")
+    server = run("--name", "mine", "--api_key_file", tmp_path / "keys")
+    client = server.client(KEY)
+    with pytest.raises(openai.AuthenticationError):
+        server.client().models.list()
+    chunks = stream(client, videos[0], tokens=250)
+    next(chunks)
+    server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: server.health() == 503)
+    with pytest.raises(openai.InternalServerError, match="the server is shutting down") as caught:
+        stream(client, videos[1], tokens=5)
+    assert caught.value.status_code == 503
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == model.caption(videos[0], sampling=Sampling(max_new_tokens=250)).text
+    assert server.end() == 0
+    assert "answered in" in server.log and "Traceback" not in server.log
+
+
+def test_a_second_signal_ends_the_grace(run, videos):
+    server = run("--name", "mine", "--grace_seconds", 60)
+    chunks = stream(server.client(), videos[0], tokens=4000)
+    next(chunks)
+    server.process.send_signal(signal.SIGINT)
+    wait_until(lambda: server.health() == 503)
+    server.process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError, match="the server is shutting down: ask again when it is back"):
+        list(chunks)
+    assert server.end() == 0 and "closing in" in server.log and "Traceback" not in server.log
+
+
+def refused(call, *flags):
+    code, _, told = call("serve", "--port", 0, *flags)
+    assert code == 2
+    return told
+
+
+def test_flags_that_make_no_sense_are_refused_before_the_model_is_read(call, tmp_path):
+    none = ("--model", tmp_path / "none")
+    assert "give --api_key_file FILE" in refused(call, "--host", "0.0.0.0", *none)
+    (tmp_path / "keys").write_text("short\n")
+    assert "must hold keys of 16 letters or more" in refused(call, "--api_key_file", tmp_path / "keys", *none)
+    assert "--max_seconds must be above 0" in refused(call, "--max_seconds", 0, *none)
+    assert "--root" in refused(call, "--root", tmp_path / "nowhere", *none)
+    assert "is no host to fetch from" in refused(call, "--allow_hosts", "https://example.org", *none)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen at 127.0.0.1, port {port}" in refused(call, "--port", port, *none)
+
+
+def test_what_it_needs_is_told(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "salmonn.serve.server", raising=False)
+    assert "pip install 'salmonn[serve]'" in refused(call)

@@ -1,0 +1,181 @@
+"""Files that requests name: data in the request, paths below a root and none outside, and the folder they lie in."""
+
+import asyncio
+import base64
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from salmonn.serve.fetch import Fetching, SourceError, TooLargeError
+from salmonn.serve.sources import Sources, find_below, obtain, upload_folder, write_data
+
+HELLO = base64.b64encode(b"hello").decode()  # aGVsbG8=
+
+
+def test_data_becomes_a_file(tmp_path):
+    size = write_data(f"data:video/mp4;base64,{HELLO}", tmp_path / "it", max_bytes=5)
+    assert (tmp_path / "it").read_bytes() == b"hello" and size == 5
+    large = bytes(range(256)) * 40_000  # more than one block of letters
+    url = "DATA:;Base64," + base64.b64encode(large).decode()
+    assert write_data(url, tmp_path / "it", max_bytes=1 << 30) == 10_240_000
+    assert (tmp_path / "it").read_bytes() == large
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("data:video/mp4,hello", "hold the file in base64"),
+        ("data:video/mp4;base64", "hold the file in base64"),
+        ("data:" + "x" * 300 + ";base64,aGVsbG8=", "hold the file in base64"),
+        ("data:;base64,aGVs!G8=", "is no base64"),
+        ("data:;base64,aGVs\nbG8=", "is no base64"),
+        ("data:;base64,aGVsbG8", "is no base64"),
+    ],
+)
+def test_data_that_is_none(tmp_path, url, words):
+    with pytest.raises(SourceError, match=words):
+        write_data(url, tmp_path / "it", max_bytes=100)
+
+
+def test_data_that_is_too_large(tmp_path):
+    """Refused before anything is written."""
+    url = "data:;base64," + base64.b64encode(bytes((1 << 20) + 4)).decode()
+    with pytest.raises(TooLargeError, match="larger than the 1 MiB that are taken here"):
+        write_data(url, tmp_path / "it", max_bytes=1 << 20)
+    assert not (tmp_path / "it").exists()
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two roots with files, beside a file that is nobody's business."""
+    for name in ("root/in.mp4", "root/sub/a b.mp4", "other/o.mp4", "secret.mp4", "root-2/no.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "root/out.mp4").symlink_to(tmp_path / "secret.mp4")
+    (tmp_path / "root/up").symlink_to(tmp_path)
+    (tmp_path / "root/to_sub.mp4").symlink_to("sub/a b.mp4")
+    (tmp_path / "root/round.mp4").symlink_to("round.mp4")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ("{}/root/in.mp4", "root/in.mp4"),
+        ("in.mp4", "root/in.mp4"),
+        ("sub/../in.mp4", "root/in.mp4"),
+        ("file://{}/root/sub/a%20b.mp4", "root/sub/a b.mp4"),
+        ("FILE://localhost{}/root/in.mp4", "root/in.mp4"),
+        ("to_sub.mp4", "root/sub/a b.mp4"),
+        ("o.mp4", "other/o.mp4"),
+        ("{}/other/o.mp4", "other/o.mp4"),
+        ("file:other/o.mp4", "other/o.mp4"),
+        ("root/sub/a b.mp4", "root/sub/a b.mp4"),
+    ],
+)
+def test_paths_below_a_root(tree, named, found, monkeypatch):
+    """Written out, from a root on, or from the folder that the server was started in."""
+    monkeypatch.chdir(tree)
+    path = find_below(named.format(tree), (tree / "root", tree / "other"))
+    assert path.read_text() == found and path == (tree / found).resolve()
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{}/secret.mp4",
+        "../secret.mp4",
+        "file://{}/root/../secret.mp4",
+        "file://{}/root/%2e%2e/secret.mp4",
+        "sub/../../secret.mp4",
+        "secret.mp4",
+        "file:root/../secret.mp4",
+        "out.mp4",
+        "up/secret.mp4",
+        "round.mp4",
+        "{}/root-2/no.mp4",
+        "{}/root",
+        "",
+        "/etc/hostname",
+        "not_there.mp4",
+        "in.mp4\0",
+        "x" * 5000,
+        "/dev/zero",
+    ],
+)
+def test_no_path_outside_and_no_word_of_what_is_there(tree, named, monkeypatch):
+    monkeypatch.chdir(tree)
+    with pytest.raises(SourceError, match=r"^there is no such file below the folders that this server reads from$"):
+        find_below(named.format(tree), (tree / "root", tree / "other"))
+
+
+def test_a_root_that_is_a_link_is_followed(tree):
+    (tree / "link").symlink_to(tree / "root")
+    assert find_below(f"{tree}/link/in.mp4", (tree / "link",)) == (tree / "root/in.mp4").resolve()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("in.mp4", "start the server with --root"),
+        ("file://server/in.mp4", "--root"),
+        ("ftp://example.org/in.mp4", "ftp: is no address"),
+        ("concat:a|b", "concat: is no address"),
+        ("https://example.org/in.mp4", "start the server with --allow_hosts"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_with_what_to_do(tmp_path, url, words):
+    with pytest.raises(SourceError, match=words):
+        asyncio.run(obtain(url, tmp_path, sources=Sources()))
+
+
+def test_a_file_url_names_this_machine(tree):
+    with pytest.raises(SourceError, match="names a path of the server"):
+        find_below("file://elsewhere/in.mp4", (tree,))
+
+
+def test_senseless_settings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--root .*none is no folder"):
+        Sources((tmp_path / "none",))
+    for pattern in ("", "*", "exa*mple.org", "https://example.org", "example.org/videos", "example.org:port"):
+        with pytest.raises(ValueError, match="is no host to fetch from"):
+            Fetching(hosts=(pattern,))
+
+
+SERVER = """
+import sys, time
+from pathlib import Path
+from salmonn.serve.sources import upload_folder
+
+with upload_folder(Path(sys.argv[1])) as folder:
+    (folder / "sent").write_text("a video")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path):
+    """One that was killed, one that lives, and a link of such a name."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SERVER, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        killed, alive = (Path(process.stdout.readline().strip()) for process in processes)
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "salmonn-uploads-mine").symlink_to(tmp_path / "mine")
+        processes[0].send_signal(signal.SIGKILL)
+        processes[0].wait(10)
+        assert (killed / "sent").is_file()
+        with upload_folder(tmp_path) as folder:
+            assert folder.stat().st_mode & 0o777 == 0o700
+            assert not killed.exists() and (alive / "sent").is_file() and (tmp_path / "mine").is_dir()
+            (folder / "sent").write_text("another")
+        assert not folder.exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()

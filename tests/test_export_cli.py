@@ -1,0 +1,107 @@
+"""`salmonn export`: what `salmonn caption` wrote, shards and all, as tables and as texts beside the videos."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+from salmonn.batch.files import append_group
+from salmonn.records import Caption, read_records
+
+
+def halves(words: str) -> list[Caption]:
+    """Of a video of two seconds."""
+    return [Caption("b.mp4", f"{words} {start}", start_seconds=start, end_seconds=start + 1) for start in (0.0, 1.0)]
+
+
+@pytest.fixture
+def captions(tmp_path, monkeypatch):
+    """Two shards' files, of which the second was written last, and what stands beside them."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.mp4", "b.mp4"):
+        Path(name).touch()
+    append_group(Path("captions-1-of-2.jsonl"), [Caption("a.mp4", "old", end_seconds=2.0)])
+    append_group(Path("captions-1-of-2.jsonl"), halves("at"))
+    append_group(Path("captions.jsonl"), [Caption("a.mp4", "new", end_seconds=2.0)])
+    os.utime("captions-1-of-2.jsonl", ns=(0, 0))
+    Path("captions-1-of-2.failed.jsonl").write_text('{"video": "c.mp4", "reason": "broken"}\n')
+    return sorted(tmp_path.glob("captions*.jsonl"))
+
+
+def test_tables(call, captions, tmp_path):
+    """All files that a glob finds; the later words on a.mp4 count, whatever the files' names."""
+    code, _, err = call("export", *captions, "--to", "all.csv", "all.parquet", "new/all.jsonl")
+    assert code == 0 and "3 captions in all.csv" in err and "3 captions in new/all.jsonl" in err
+    assert [one.text for one in read_records("new/all.jsonl", Caption)] == ["at 0.0", "at 1.0", "new"]
+    with Path("all.csv").open(newline="") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == ["at 0.0", "at 1.0", "new"]
+    assert Path("all.parquet").read_bytes()[:4] == b"PAR1"
+
+
+def test_texts_beside_the_videos(call, captions):
+    Path("a.srt").write_text("mine")
+    code, _, err = call("export", *captions, "--to", "srt", "txt")
+    assert code == 1 and Path("a.srt").read_text() == "mine" and "--replace_sidecars" in err
+    assert "txt, srt of 2 videos, 1 could not be written" in err
+    assert Path("b.srt").read_text() == (
+        "1\n00:00:00,000 --> 00:00:01,000\nat 0.0\n\n2\n00:00:01,000 --> 00:00:02,000\nat 1.0\n"
+    )
+    assert Path("a.txt").read_text() == "new\n"
+    # What it wrote itself it replaces.
+    append_group(Path("captions.jsonl"), halves("again"))
+    Path("a.srt").unlink()
+    captions = sorted(Path().glob("captions*.jsonl"))  # with the log of side-cars
+    assert call("export", "captions.jsonl", "--to", "srt")[0] == 0
+    assert "again 1.0" in Path("b.srt").read_text() and "new" in Path("a.srt").read_text()
+    assert call("export", *captions, "--to", "vtt", "--sidecar_dir", "subs")[0] == 0
+    assert Path("subs/a.vtt").read_text() == "WEBVTT\n\n00:00:00.000 --> 00:00:02.000\nnew\n"
+
+
+def test_files_of_the_same_run_that_are_not_named_are_told(call, captions, tmp_path):
+    """Of a run whose full files were put aside the last one alone is a part; with all of them nothing is to be told."""
+    append_group(Path("captions.00001.jsonl"), [Caption("c.mp4", "full", end_seconds=2.0)])
+    Path("other.jsonl").write_bytes(Path("captions.jsonl").read_bytes())
+    code, _, err = call("export", "captions.jsonl", "--to", "all.csv")
+    assert code == 0 and "1 captions in all.csv" in err
+    assert "2 more of the same run, as captions-1-of-2.jsonl, are left out" in err and "name captions*.jsonl" in err
+    for names in (["other.jsonl"], Path().glob("captions*.jsonl")):
+        code, _, err = call("export", *names, "--to", "all.csv")
+        assert code == 0 and "left out" not in err
+    assert "4 captions in all.csv" in err
+
+
+def test_full_files_count_in_the_order_of_their_numbers(call, captions):
+    """Whatever copying did to their times: the file without a number is the last."""
+    append_group(Path("captions.00001.jsonl"), [Caption("a.mp4", "older", end_seconds=2.0)])
+    os.utime("captions.jsonl", ns=(1, 1))
+    assert call("export", "captions.jsonl", "captions.00001.jsonl", "--to", "all.jsonl")[0] == 0
+    assert [one.text for one in read_records("all.jsonl", Caption)] == ["new"]
+
+
+def test_subtitles_of_captions_without_ends(call, videos, captions):
+    """The videos are asked, in a process of its own."""
+    append_group(Path("open.jsonl"), [Caption(str(videos[0]), "words")])
+    assert call("export", "open.jsonl", "--to", "srt", "--sidecar_dir", "subs")[0] == 0
+    (path,) = Path("subs").rglob("*.srt")
+    assert "00:00:00,000 --> 00:00:0" in path.read_text() and "words" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["captions.jsonl", "--to", "all.xlsx"], ".csv, .parquet, .jsonl"),
+        (["captions.jsonl", "--to", "doc"], "txt, srt, vtt"),
+        (["captions.jsonl"], "to"),
+        (["none.jsonl", "--to", "all.csv"], "none.jsonl: there is no such file"),
+        (["captions.jsonl", "--to", "captions.jsonl"], "one of the files that are read"),
+        (["captions-1-of-2.failed.jsonl", "--to", "all.csv"], "holds no captions"),
+        (["a.txt", "--to", "all.csv"], "a line is no JSON"),
+    ],
+)
+def test_mistakes(call, captions, args, words):
+    Path("a.txt").write_text("text\n")
+    before = Path("captions.jsonl").read_bytes()
+    code, _, err = call("export", *args)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert Path("captions.jsonl").read_bytes() == before and not Path("all.csv").exists()
