@@ -242,7 +242,7 @@ def test_an_upload_is_refused_while_it_comes(start):
 
 def test_uploads_have_so_much_memory_and_no_more(start, videos):
     """A request may have 2.33 MiB (1 MiB of file in base64, and one more), all together 4.67: two have 2.3 each."""
-    running = start(sources=Sources((), Fetching(max_bytes=1 << 20)))
+    running = start(sources=Sources((videos[0].parent,), Fetching(max_bytes=1 << 20)))
     size = int(2.3 * (1 << 20))
     connections = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
     try:

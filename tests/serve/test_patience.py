@@ -47,7 +47,7 @@ def test_connections_without_a_whole_request_are_closed(start, monkeypatch):
         for connection in (slow, second):
             connection.sendall(b"and so on, ")  # no sign of an end
         assert all(map(is_closed, (silent, slow, second)))
-        assert 0.5 < time.monotonic() - begun < 10
+        assert 0.5 < time.monotonic() - begun < 15
     wait_until(lambda: not running.server.server_state.connections)
 
 
@@ -74,7 +74,7 @@ def test_silent_connections_do_not_shut_others_out(start, videos, monkeypatch):
         for _ in range(19):
             stack.enter_context(connect(running))
         wait_until(lambda: len(running.server.server_state.connections) == 19)
-        wait_until(lambda: not running.server.server_state.connections, seconds=10)
+        wait_until(lambda: not running.server.server_state.connections)
         assert ask(running.client(), videos[0].name).choices
 
 
@@ -83,7 +83,7 @@ def test_who_does_not_read_a_stream_has_only_so_long(start, own_engine, videos, 
     """Each event is 100 KB long, more than what all buffers on the way hold."""
     monkeypatch.setattr(server, "_SILENT_SECONDS", 0.5)
     monkeypatch.setattr("salmonn.serve.chat.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
-    running = start(own_engine, request_seconds=1.0, grace_seconds=60.0)
+    running = start(own_engine, request_seconds=3.0, grace_seconds=60.0)
     asked = {"messages": about(videos[0].name), "max_tokens": 500, "stream": True, "temperature": 1, "n": 2}
     body = json.dumps(asked).encode()
     with closing(connect(running)) as connection:
@@ -91,11 +91,11 @@ def test_who_does_not_read_a_stream_has_only_so_long(start, own_engine, videos, 
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
         assert running.service.num_visits == 1
         running.service.is_closing = is_closing
-        wait_until(lambda: not running.service.num_visits, seconds=10)
+        wait_until(lambda: not running.service.num_visits)
         if is_closing:
-            running.thread.join(10)  # long before the grace ends
+            running.thread.join(20)  # long before the grace ends
             assert not running.thread.is_alive()
         else:
-            wait_until(lambda: not running.server.server_state.connections, seconds=10)
+            wait_until(lambda: not running.server.server_state.connections)
             assert counts(running)["salmonn_requests_totaltimed_out"] == 1
     wait_until(lambda: not own_engine.num_present)
