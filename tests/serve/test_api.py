@@ -241,9 +241,9 @@ def test_an_upload_is_refused_while_it_comes(start):
 
 
 def test_uploads_have_so_much_memory_and_no_more(start, videos):
-    """A request may have 2.33 MiB (1 MiB of file in base64, and one more), all together 4.67: two have 2.3 each."""
+    """A request may have 2.33 MiB (1 MiB of file in base64, and one more), all together 4.67: two have 2.33 each."""
     running = start(sources=Sources((videos[0].parent,), Fetching(max_bytes=1 << 20)))
-    size = int(2.3 * (1 << 20))
+    size = int(2.33 * (1 << 20))
     connections = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
     try:
         for connection in connections:
@@ -251,7 +251,7 @@ def test_uploads_have_so_much_memory_and_no_more(start, videos):
         wait_until(lambda: running.service.held.now == 2 * size)
         with pytest.raises(openai.RateLimitError, match="other uploads take all the memory there is for them"):
             ask(running.client(), "data:;base64," + "A" * (1 << 17))
-        assert ask(running.client(), videos[0].name).choices  # a small request needs none of it
+        assert ask(running.client(), videos[0].name, user="me" * 10_000).choices  # 20 KB, where 7 are left
     finally:
         for connection in connections:
             connection.close()
