@@ -1,6 +1,6 @@
 """`salmonn demo`: a page in the browser to caption, to compare and to look back on training."""
 
-import ipaddress
+import importlib.util
 import os
 import signal
 import socket
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from salmonn.cli.door import add_door, add_reading, is_loopback
 from salmonn.cli.model import add_model, load_captioner
 from salmonn.score.settings import JudgeConfig
 
@@ -37,16 +38,13 @@ def demo_parser() -> ArgumentParser:
     parser.add_argument("--run", type=Path | None, default=None, help="folder of a training run to show")
     parser.add_argument("--references", type=Path | None, default=None, help="of known videos, found by file name")
     parser.add_argument("--votes", type=Path, default=Path("run/votes"), help="folder for votes, pairs and the log")
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", type=int, default=7860, help="to listen at; 0 takes a free one")
+    add_door(parser, port=7860)
     parser.add_argument("--password_file", type=Path | None, default=None, help="lines of user:password")
     parser.add_argument("--no_auth", action="store_true", help="let everybody in, on an address that others reach")
     parser.add_argument("--max_seconds", type=float, default=600.0, help="of video that is taken at a time")
     parser.add_argument("--max_upload_mib", type=int, default=512, help="of a file")
     parser.add_argument("--max_waiting", type=int, default=32, help="answers that are waited for at a time")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode, at least 1")
-    parser.add_argument("--read_seconds", type=float, default=120.0, help="that reading a file may take")
-    parser.add_argument("--read_gib", type=float, default=4.0, help="of memory that reading a file may take")
+    add_reading(parser, seconds=120.0)
     parser.add_class_arguments(JudgeConfig, "judge")
     return parser
 
@@ -56,6 +54,8 @@ def run_demo(values: Namespace) -> int:
     accounts = _read_accounts(values)
     if values.workers < 1 or min(values.max_seconds, values.max_upload_mib, values.max_waiting) <= 0:
         raise ValueError("--workers must be at least 1; --max_seconds, --max_upload_mib and --max_waiting above 0")
+    if importlib.util.find_spec("gradio") is None:  # before models are read; Gradio itself asks for its folder first
+        raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
     assessor = _open_assessor(values)
     from salmonn.caption.reading import ClipReader
@@ -168,7 +168,7 @@ def _read_accounts(values: Namespace) -> list[tuple[str, str]]:
         ValueError: a line is not user:password, or others could reach a page that lets everybody in.
     """
     if values.password_file is None:
-        if not values.no_auth and not _is_loopback(values.host):
+        if not values.no_auth and not is_loopback(values.host):
             raise ValueError(
                 f"others reach a page at {values.host}: give --password_file, or --no_auth to let everybody in"
             )
@@ -183,10 +183,3 @@ def _read_accounts(values: Namespace) -> list[tuple[str, str]]:
     if not accounts:
         raise ValueError(f"{values.password_file} names nobody: write a line user:password")
     return accounts
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

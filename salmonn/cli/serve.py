@@ -1,6 +1,5 @@
 """`salmonn serve`: a service that speaks OpenAI's interface."""
 
-import ipaddress
 import logging
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
+from salmonn.cli.door import add_door, add_reading, is_loopback
 from salmonn.cli.model import add_model, load_captioner
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def serve_parser() -> ArgumentParser:
         "with a video_url, image_url or input_audio; GET /v1/models, /health and /metrics. Ends at SIGTERM or Ctrl-C, "
         "once what is under way is answered; a second one cuts that off."
     )
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    add_door(parser, port=8000)
     parser.add_argument("--name", type=str | None, default=None, help="of the model in requests (default: its own)")
     add_model(parser)
     _add_doors(parser)
@@ -61,11 +60,9 @@ def _add_limits(parser: ArgumentParser) -> None:
     parser.add_argument("--max_answer_tokens", type=int, default=4096, help="that a request may ask for")
     parser.add_argument("--request_seconds", type=float, default=600.0, help="that a request may take")
     parser.add_argument("--fetch_seconds", type=float, default=300.0, help="that fetching a file may take")
-    parser.add_argument("--read_seconds", type=float, default=300.0, help="that reading a file may take")
-    parser.add_argument("--read_gib", type=float, default=4.0, help="memory that reading a file may take")
+    add_reading(parser, seconds=300.0)
     parser.add_argument("--grace_seconds", type=float, default=30.0, help="for what is under way at the end")
     parser.add_argument("--batch_size", type=int | None, default=None, help="clips side by side (default: the model's)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read files, 1 or more")
 
 
 def run_serve(values: Namespace) -> int:
@@ -151,18 +148,11 @@ def _require_sense(values: Namespace) -> None:
     for name in ("max_upload_mib", "max_seconds", "max_waiting", "max_answer_tokens", "request_seconds", "workers"):
         if not values[name] > 0:
             raise ValueError(f"--{name} must be above 0, got {values[name]}")
-    if not (_is_loopback(values.host) or values.api_key_file or values.no_auth):
+    if not (is_loopback(values.host) or values.api_key_file or values.no_auth):
         raise ValueError(
             f"at {values.host} other machines reach this server: give --api_key_file FILE, so that only those ask who "
             "have a key, or --no_auth if anybody may"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _read_keys(values: Namespace) -> tuple[str, ...]:

@@ -6,27 +6,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from salmonn.page.assess import Assessment
 from salmonn.page.results import Results
 from salmonn.records import Event, Score
 from salmonn.score.marks import mark_caption
+from salmonn.templates import open_template
 
 _DASH = "\N{EN DASH}"
 
 
 @cache
 def _macros() -> Any:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "span": _span}
-    return environment.get_template("show.html.jinja").module
+    return open_template(Path(__file__).with_name("show.html.jinja"), percent=_percent, span=_span).module
 
 
 def show_empty(title: str, words: str) -> str:

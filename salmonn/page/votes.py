@@ -232,11 +232,11 @@ def why_no_pair(vote: Vote, footage: Footage) -> str:
         return "neither of the two was preferred"
     if not footage.may_keep:
         return "the video may not be kept"
-    if not vote.chosen.text.strip() or not vote.rejected.text.strip():
-        return "one of the two is empty"
     if not (vote.chosen.finished and vote.rejected.finished):
         # A pair of this format cannot say so, and training would teach to end in the middle of a sentence.
         return "one of the two ran into its limit of length"
+    if not vote.chosen.text.strip() or not vote.rejected.text.strip():
+        return "one of the two is empty"
     if vote.chosen.text.split() == vote.rejected.text.split():
         return "both say the same"
     return ""

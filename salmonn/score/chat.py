@@ -160,7 +160,7 @@ class Chat:
     def _ask_patiently(self, messages: Sequence[Message], *, schema: dict[str, Any] | None, seed: int) -> Reply:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
-            wait=_pause,
+            wait=self._pause,
             stop=self._is_too_late,
             sleep=tenacity.sleep_using_event(self._stop),
             before_sleep=self._tell_pause,
@@ -273,18 +273,32 @@ class Chat:
                 raise ChatStoppedError("stopped before this question was asked")
             self.num_requests += 1
 
-    def _is_too_late(self, state: tenacity.RetryCallState) -> bool:
-        """Whether the next try would be beyond the time for it; a server that was never there gets little."""
-        if self._stop.is_set():
-            return True
-        error = state.outcome.exception() if state.outcome else None
+    def _seconds_left(self, state: tenacity.RetryCallState) -> float:
+        """For more tries of a question; a server that was never there gets little."""
+        error = _error_of(state)
         is_away = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
         limit = self.config.retry_seconds
         limit = limit if self._has_answered or not is_away else min(limit, _FIRST_CONTACT_SECONDS)
-        return (state.seconds_since_start or 0.0) + state.upcoming_sleep >= limit
+        return limit - (state.seconds_since_start or 0.0)
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        """Seconds until the next try: twice as long each time, spread out, never sooner than the server asks for.
+
+        The last one ends with the time for the question, so that a server that is back by then is asked once more.
+        """
+        longest = min(2.0 ** (state.attempt_number - 1), _LONGEST_PAUSE_SECONDS)
+        pause = min(random.uniform(longest / 2, longest), max(self._seconds_left(state), 0.0))
+        error = _error_of(state)
+        wish = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
+        return max(pause, float(wish)) if wish.replace(".", "", 1).isdigit() else pause
+
+    def _is_too_late(self, state: tenacity.RetryCallState) -> bool:
+        """Whether no time is left, or less than the server asks to wait."""
+        left = self._seconds_left(state)
+        return self._stop.is_set() or left <= 0 or state.upcoming_sleep > left
 
     def _tell_pause(self, state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
+        error = _error_of(state)
         pause = state.next_action.sleep if state.next_action else 0.0
         with self._lock:  # one line for all that wait for the same server
             is_told, self._told = time.monotonic() < self._told + 1, time.monotonic()
@@ -298,13 +312,8 @@ def _may_pass(error: BaseException) -> bool:
     return (isinstance(error, _PASSING) or getattr(error, "status_code", 0) == 408) and not is_empty
 
 
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next try: twice as long each time, spread out, and never sooner than the server asks for."""
-    longest = min(2.0 ** (state.attempt_number - 1), _LONGEST_PAUSE_SECONDS)
-    pause = random.uniform(longest / 2, longest)
-    error = state.outcome.exception() if state.outcome else None
-    wish = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
-    return max(pause, float(wish)) if wish.replace(".", "", 1).isdigit() else pause
+def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
 
 
 def _words(error: BaseException | None) -> str:

@@ -16,13 +16,13 @@ from statistics import median
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from markupsafe import Markup
 
 from salmonn.records import Caption, Event, Judging, Modality, Reference, Score, Unscored, write_text
 from salmonn.score.judge import events_of_part
 from salmonn.score.marks import Mark, Quote, find_quotes, mark_caption
 from salmonn.score.rates import Rates
+from salmonn.templates import open_template
 
 MODALITIES: tuple[Modality, ...] = ("visual", "audio", "speech")
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -88,17 +88,9 @@ def write_report(path: Path, report: Report) -> None:
     """
     if not report.scores:
         raise ValueError("there is no scored caption to report: see the reasons of the unscored ones in the score file")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,  # captions and events may hold anything
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "span": _span}
     clips = _worst_clips(report, path)
     script = (_HERE / "report.js").read_text(encoding="utf-8")
-    page = environment.get_template("report.html.jinja").render(
+    page = open_template(_HERE / "report.html.jinja", percent=_percent, span=_span).render(
         report=report,
         measures=_measures(report),
         scale=_scale(report),

@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import jinja2
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from salmonn.records import write_text
+from salmonn.templates import open_template
 from salmonn.train.report import COLUMNS, RunRecord, StageLog, Summary, heads, write_figure
 
 _MOST_POINTS = 1000  # of a line over all stages: more than a panel has pixels
@@ -223,15 +223,8 @@ def _dress(axes: Any, look: _Look) -> None:
 
 def write_page(record: RunRecord, path: Path) -> None:
     """Write the run as one HTML file that asks no network for anything; it appears whole or not at all."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["figure"] = lambda value, column: write_figure(column, value)
-    page = environment.get_template("run.html.jinja").render(
+    template = Path(__file__).with_name("run.html.jinja")
+    page = open_template(template, figure=lambda value, column: write_figure(column, value)).render(
         record=record,
         summary=record.summary,
         heads=heads(),

@@ -1,5 +1,6 @@
 """`salmonn demo` from the command line: what it refuses, and who may enter."""
 
+import importlib.util
 import signal
 import subprocess
 import sys
@@ -26,6 +27,15 @@ def test_wrong_usage(call, tmp_path, flags, words):
     flags = [flag.format(folder=tmp_path) for flag in flags]
     code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", *flags)
     assert code == 2 and words.format(folder=tmp_path) in err and "Traceback" not in err
+
+
+def test_without_gradio_it_is_told_before_models_are_read(call, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else find(name, *more)
+    )
+    code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", "--model", tmp_path)
+    assert code == 2 and err == "error: salmonn demo needs Gradio: pip install 'salmonn[demo]'\n"
 
 
 @pytest.mark.parametrize(("text", "words"), [("ann", "line 1: expected user:password"), ("\n", "names nobody")])
