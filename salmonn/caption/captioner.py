@@ -2,19 +2,19 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from salmonn.caption.generate import Sampling, generate, generate_steps
-from salmonn.caption.inputs import Processor, Row
+from salmonn.caption.answers import Answer, Answers, collate, to_answer
+from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.inputs import Processor
 from salmonn.caption.reading import ClipReader, Part, Read, Wanted
-from salmonn.caption.tokenizer import TextStream
 from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network, save_network
-from salmonn.model.network import Block, Inputs, Media, Network
+from salmonn.model.network import Block, Media, Network
 from salmonn.records import Caption, Failure, Stage, Use, new_folder
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
@@ -23,14 +23,6 @@ NO_ROOM = (
     "does not fit in the GPU's memory beside the model: caption fewer side by side (batch_size), a part of it (start, "
     "end), or with less of the model on this GPU (bits 8 or 4, device_map auto)"
 )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said; `finished` is False where it ran into the token limit."""
-
-    text: str
-    finished: bool
 
 
 @dataclass(frozen=True)
@@ -74,14 +66,6 @@ class Done:
     place: int
     num_segments: int
     result: Caption | Failure
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What has come of an answer since the last piece; `answer` is the whole, once it has ended."""
-
-    text: str
-    answer: Answer | None = None
 
 
 class Captioner:
@@ -242,11 +226,10 @@ class Captioner:
     ) -> Iterator[str]:
         """Like `caption`, word by word: together the pieces are the text of that caption."""
         media = self._read(Path(path), span=span or Span(), use=use)
-        for pieces in self.follow(
-            [media], [prompt or self.describe(use)], sampling=sampling or self.greedy(), seeds=[seed]
-        ):
-            for piece in pieces.values():
-                yield piece.text
+        answers = self.begin()
+        answers.join([media], [prompt or self.describe(use)], sampling=sampling or self.greedy(), seeds=[seed])
+        while answers:
+            yield from (piece.text for piece in answers.step().values())
 
     def describe(self, use: Use = "both") -> str:
         """The prompt that the model was taught to answer with a caption."""
@@ -423,9 +406,9 @@ class Captioner:
         step = max(1, batch_size // num_samples)
         for start in range(0, len(clips), step):
             part = slice(start, start + step)
-            inputs = self._collate(clips[part], prompts[part])
+            inputs = collate(self.processor, clips[part], prompts[part]).to(self.network.device)
             answers += [
-                self._to_answer(ids)
+                to_answer(self.processor, ids)
                 for ids in generate(
                     self.network,
                     inputs,
@@ -439,54 +422,9 @@ class Captioner:
                 progress(len(inputs.clip_index))
         return answers
 
-    def follow(
-        self,
-        clips: Sequence[Media | Block],
-        prompts: Sequence[str],
-        *,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        dropped: Container[int] = (),
-    ) -> Iterator[dict[int, Piece]]:
-        """Like `answer`, as the words come.
-
-        Args:
-            clips, prompts, sampling, seeds: as of `answer`.
-            dropped: numbers of answers that nobody waits for any more; may grow meanwhile, and they end there.
-
-        Yields:
-            What has come of the answers, by their numbers; the last piece of each holds the whole.
-        """
-        tokens: list[list[int]] = [[] for _ in clips]
-        texts = [TextStream(self.processor.tokenizer) for _ in clips]
-        steps = generate_steps(
-            self.network,
-            self._collate(clips, prompts),
-            sampling=sampling,
-            stop_ids=self.processor.stop_ids,
-            seeds=seeds,
-            dropped=dropped,
-        )
-        for step in steps:
-            pieces = {}
-            for row, token in step.items():
-                tokens[row].append(token)
-                ended = token in self.processor.stop_ids or len(tokens[row]) == sampling.max_new_tokens
-                answer = self._to_answer(tokens[row]) if ended else None
-                text = texts[row].end(answer.text) if answer else texts[row].add(token)
-                if text or answer:
-                    pieces[row] = Piece(text, answer)
-            yield pieces
-
-    def _collate(self, clips: Sequence[Media | Block], prompts: Sequence[str]) -> Inputs:
-        different = {id(clip): clip for clip in clips}
-        places = {key: place for place, key in enumerate(different)}
-        rows = [Row(places[id(clip)], prompt) for clip, prompt in zip(clips, prompts, strict=True)]
-        return self.processor.inputs(rows, list(different.values())).to(self.network.device)
-
-    def _to_answer(self, ids: Sequence[int]) -> Answer:
-        text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Answer(text, finished=ids[-1] in self.processor.stop_ids)
+    def begin(self) -> Answers:
+        """Nothing yet: what is to be answered joins it, and its answers come word by word."""
+        return Answers(self.network, self.processor)
 
 
 def _fail(part: Part, reason: str, *, stage: Stage) -> Failure:

@@ -5,7 +5,7 @@ depends on its own seed alone, so its neighbours may end, and leave, whenever th
 """
 
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from salmonn.model.attention import Memory
 from salmonn.model.network import Inputs, Network
 
 # Rows that have ended go on unheard until they are this share of the batch: to leave, what the others keep is copied.
@@ -121,70 +122,157 @@ def generate(
     num_samples: int = 1,
     seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Answer each row; takes what `generate_steps` takes.
+    """Answer each row; takes what `Generation` and its `join` take.
 
     Returns:
         B * N lists of token ids, a row's samples one after the other; each ends with an end token if it is finished.
     """
-    answers: list[list[int]] = [[] for _ in range(len(inputs.input_ids) * num_samples)]
-    for tokens in generate_steps(
-        network, inputs, sampling=sampling, stop_ids=stop_ids, num_samples=num_samples, seeds=seeds
-    ):
-        for row, token in tokens.items():
+    generation = Generation(network, stop_ids=stop_ids)
+    answers: list[list[int]] = [
+        [] for _ in generation.join(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds)
+    ]
+    while generation:
+        for row, token in generation.step().items():
             answers[row].append(token)
     return answers
 
 
-@torch.no_grad()
-def generate_steps(
-    network: Network,
-    inputs: Inputs,
-    *,
-    sampling: Sampling,
-    stop_ids: Sequence[int],
-    num_samples: int = 1,
-    seeds: Sequence[int] | None = None,
-    dropped: Container[int] = (),
-) -> Iterator[dict[int, int]]:
-    """Answer each row, token by token.
+class Generation:
+    """Answers under way side by side, token by token; more may join between two tokens. False when all have ended.
 
     Args:
         network: in evaluation mode.
-        inputs: B prompts, padded on the right.
-        sampling: how answers are drawn.
         stop_ids: an answer ends with any of these.
-        num_samples: N answers to each row.
-        seeds: (B,) of the rows' draws: a sample's follow from its row's seed and its number; needed unless sampling is
-            greedy.
-        dropped: rows that nobody waits for any more, of B * N; may grow between steps, and they end there.
-
-    Yields:
-        The next token of each row that has not ended, a row's samples one after the other among B * N.
     """
-    inputs = _repeat(inputs, num_samples)
-    logits, memory, rows = network.begin(inputs)
-    device = logits.device
-    penalty = _penalty(network, inputs, rows, sampling=sampling)
-    chances = _chances(seeds, num_samples=num_samples, num_rows=len(rows), sampling=sampling)[rows].to(device)
-    stops = torch.tensor(list(stop_ids), device=device)
-    present = torch.tensor(rows, device=device)  # which row each of the batch is
-    going_on = torch.ones(len(rows), dtype=torch.bool, device=device)
-    for step in range(sampling.max_new_tokens):
-        tokens = draw(penalty(logits), chances[:, step], sampling=sampling)
-        drawn = zip(present.tolist(), tokens.tolist(), going_on.tolist(), strict=True)
-        yield {row: token for row, token, counts in drawn if counts}
-        going_on = going_on & ~torch.isin(tokens, stops)
-        if any(gone := [row in dropped for row in present.tolist()]):
-            going_on &= ~torch.tensor(gone, device=device)
-        if step + 1 == sampling.max_new_tokens or not going_on.any():
-            break
-        penalty.hear(tokens)
+
+    def __init__(self, network: Network, *, stop_ids: Sequence[int]) -> None:
+        self.network = network
+        self.stop_ids = stop_ids
+        self._count = 0  # of rows that have joined so far
+        self._cohorts: list[_Cohort] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._cohorts)
+
+    @torch.no_grad()
+    def join(
+        self, inputs: Inputs, *, sampling: Sampling, num_samples: int = 1, seeds: Sequence[int] | None = None
+    ) -> range:
+        """Read rows, which go on beside those that are there; where that fails these are as they were.
+
+        Args:
+            inputs: B prompts, padded on the right.
+            sampling: how their answers are drawn.
+            num_samples: N answers to each row.
+            seeds: (B,) of the rows' draws: a sample's follow from its row's seed and its number; needed unless
+                sampling is greedy.
+
+        Returns:
+            B * N numbers by which `step` knows the answers, a row's samples one after the other.
+        """
+        inputs = _repeat(inputs, num_samples)
+        logits, memory, order = self.network.begin(inputs)
+        chances = _chances(seeds, num_samples=num_samples, num_rows=len(order), sampling=sampling)[order]
+        rows = range(self._count, self._count + len(order))
+        cohort = _Cohort(
+            rows=torch.tensor(order, device=logits.device) + rows.start,
+            memory=memory,
+            logits=logits,
+            penalty=_penalty(self.network, inputs, order, sampling=sampling),
+            chances=chances.to(logits.device),
+            sampling=sampling,
+            stops=torch.tensor(list(self.stop_ids), device=logits.device),
+        )
+        self._cohorts.append(cohort)
+        self._count = rows.stop
+        return rows
+
+    @torch.no_grad()
+    def step(self, dropped: Container[int] = ()) -> dict[int, int]:
+        """The next token of each answer that has not ended, by its number.
+
+        Args:
+            dropped: answers that nobody waits for any more; they end here.
+        """
+        for cohort in self._cohorts:
+            cohort.drop(dropped)
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.goes_on]
+        if begun := [cohort for cohort in self._cohorts if cohort.num_drawn]:
+            for cohort in begun:
+                cohort.leave()
+            logits = self.network.go_on(
+                torch.cat([cohort.tokens for cohort in begun]), [cohort.memory for cohort in begun]
+            )
+            for cohort, part in zip(begun, logits.split([len(cohort.tokens) for cohort in begun]), strict=True):
+                cohort.logits = part
+        drawn = {row: token for cohort in self._cohorts for row, token in cohort.draw().items()}
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.goes_on]
+        return drawn
+
+
+class _Cohort:
+    """Rows that were read together.
+
+    Args:
+        rows: (R,) their numbers.
+        memory: of what was read.
+        logits: (R, V) of their first tokens.
+        penalty: for what was said.
+        chances: (R, T) even draws for each token.
+        sampling: how tokens are drawn.
+        stops: token ids that end an answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        rows: Tensor,
+        memory: Memory,
+        logits: Tensor,
+        penalty: _Penalty,
+        chances: Tensor,
+        sampling: Sampling,
+        stops: Tensor,
+    ) -> None:
+        self.memory = memory
+        self.logits = logits
+        self.tokens = rows.new_empty(0)  # that were drawn last
+        self.num_drawn = 0
+        self._rows = rows
+        self._penalty = penalty
+        self._chances = chances
+        self._sampling = sampling
+        self._stops = stops
+        self._going_on = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether any answer has not ended."""
+        return self.num_drawn < self._sampling.max_new_tokens and bool(self._going_on.any())
+
+    def drop(self, dropped: Container[int]) -> None:
+        """End answers by their numbers."""
+        if any(gone := [row in dropped for row in self._rows.tolist()]):
+            self._going_on &= ~torch.tensor(gone, device=self._going_on.device)
+
+    def leave(self) -> None:
+        """Let go of rows that have ended, where they are many."""
+        self._penalty.hear(self.tokens)
+        going_on = self._going_on
         if (~going_on).sum() >= _LEAVING * len(going_on):
-            memory.leave(going_on)
-            penalty.leave(going_on)
-            tokens, chances, present = tokens[going_on], chances[going_on], present[going_on]
-            going_on = going_on[going_on]
-        logits = network.go_on(tokens, memory)
+            self.memory.leave(going_on)
+            self._penalty.leave(going_on)
+            self.tokens, self._chances = self.tokens[going_on], self._chances[going_on]
+            self._rows, self._going_on = self._rows[going_on], going_on[going_on]
+
+    def draw(self) -> dict[int, int]:
+        """A token of each answer that has not ended."""
+        self.tokens = draw(self._penalty(self.logits), self._chances[:, self.num_drawn], sampling=self._sampling)
+        self.num_drawn += 1
+        drawn = zip(self._rows.tolist(), self.tokens.tolist(), self._going_on.tolist(), strict=True)
+        counted = {row: token for row, token, counts in drawn if counts}
+        self._going_on &= ~torch.isin(self.tokens, self._stops)
+        return counted
 
 
 def _repeat(inputs: Inputs, times: int) -> Inputs:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -33,6 +33,7 @@ Result = TypeVar("Result")
 
 BATCHES_AHEAD = 2  # that are read or being read while the model is at another
 BATCHES_ALIKE = 8  # that clips of like length are looked for in
+FIRST_SHARES = (8, 4, 2)  # of a batch are the first ones: an eighth, a quarter, a half
 MOST_WORKERS = 8
 
 
@@ -158,8 +159,8 @@ class ClipReader:
     ) -> Iterator[list[Read[Result]]]:
         """Read files in batches of like length, two batches ahead (and as many clips as keep the workers busy).
 
-        Which files go together follows from their order and their lengths alone. What is asked for is taken a few
-        batches at a time, and may be endless.
+        The first batches are smaller, so that the model has not long to wait. Which files go together follows from
+        their order and their lengths alone. What is asked for is taken a few batches at a time, and may be endless.
 
         Args:
             asked: the files.
@@ -189,26 +190,32 @@ class ClipReader:
     def _plan(self, asked: Iterable[Part], *, size: int, segment_seconds: float | None) -> Iterator[list[Part]]:
         """Parts in batches; among some batches' files, the one with the first file comes first."""
         files = iter(asked)
-        if size == 1 and segment_seconds is None:
+        is_cut = segment_seconds is not None
+        if size == 1 and not is_cut:
             yield from ([part] for part in files)
             return
-        window = size * BATCHES_ALIKE
+        firsts = [size // share for share in FIRST_SHARES if size >= FIRST_SHARES[0]]
+        windows = (list(islice(files, count)) for count in chain(firsts, repeat(size * BATCHES_ALIKE)))
+
+        exact = {"exact": True} if is_cut else {}
+
+        def ask(parts: Sequence[Part]) -> list[tuple[Part, Future[float] | None]]:
+            if len(parts) <= size and not is_cut:  # one batch, whatever their lengths are
+                return [(part, None) for part in parts]
+            return [
+                (part, self._threads.submit(self._do, partial(part.wanted.seconds, part.path, **exact)))
+                for part in parts
+            ]
+
         # One window's lengths are asked for before the window ahead of it is read, so that nobody waits for them.
-        exact = segment_seconds is not None
-        coming = self._ask_seconds(list(islice(files, window)), exact=exact)
+        coming = ask(next(windows))
         while coming:
-            now, coming = coming, self._ask_seconds(list(islice(files, window)), exact=exact)
-            lengths = [(part, self._wait_for_seconds(future)) for part, future in now]
+            now, coming = coming, ask(next(windows))
+            lengths = [(part, self._wait_for_seconds(future) if future else 0.0) for part, future in now]
             if segment_seconds is not None:
                 lengths = [cut for part, seconds in lengths for cut in cut_up(part, seconds, segment_seconds)]
             alike = cut_alike([seconds for _, seconds in lengths], size=size)
             yield from ([lengths[number][0] for number in batch] for batch in sorted(alike, key=min))
-
-    def _ask_seconds(self, parts: Sequence[Part], *, exact: bool) -> list[tuple[Part, "Future[float]"]]:
-        more = {"exact": True} if exact else {}
-        return [
-            (part, self._threads.submit(self._do, partial(part.wanted.seconds, part.path, **more))) for part in parts
-        ]
 
     def _wait_for_seconds(self, future: "Future[float]") -> float:
         seconds = self._wait(future)

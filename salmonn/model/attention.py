@@ -167,6 +167,9 @@ class Memory:
         self._read: dict[int, dict[bool, list[tuple[Tensor, Tensor]]]] = {}  # by layer, shared and own
         self._seat()
 
+    def __len__(self) -> int:
+        return len(self._groups)
+
     def keep(self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], *, is_own: Sequence[bool]) -> None:
         """Take a layer's keys and values (1, K, length, d) of the next parts of the sequence."""
         read = self._read.setdefault(layer, {False: [], True: []})
@@ -239,6 +242,27 @@ class Memory:
         share = (before[1] - after[1]).sigmoid()
         said = share * before[0] + (1 - share) * after[0]
         return said.to(value.dtype).flatten(1, 2).unsqueeze(2)
+
+
+class Memories:
+    """Rows of several memories, one memory after the other, that go on side by side: all but attention is shared.
+
+    Args:
+        memories: of rows that were read at different times.
+    """
+
+    def __init__(self, memories: Sequence[Memory]) -> None:
+        self._memories = memories
+        self._sizes = [len(memory) for memory in memories]
+
+    def advance(self) -> Tensor:
+        """See `Memory`."""
+        return torch.cat([memory.advance() for memory in self._memories], dim=1)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+        """See `Rows`; B is the rows of all memories."""
+        parts = zip(self._memories, *(tensor.split(self._sizes) for tensor in (query, key, value)), strict=True)
+        return torch.cat([memory.attend(layer, *part, scale=scale) for memory, *part in parts])
 
 
 class Reading(OnePass):

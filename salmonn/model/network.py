@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from salmonn.model.attention import Memory, OnePass, Reading, Rows, take_over
+from salmonn.model.attention import Memories, Memory, OnePass, Reading, Rows, take_over
 from salmonn.model.build import build_parts
 from salmonn.model.pack import Packed, pack
 from salmonn.model.settings import SalmonnConfig
@@ -58,7 +58,9 @@ PUBLISHED_KEYS = {
 
 
 LOGIT_BYTES = 256 << 20  # of logits that are held at once in training
-READ_AT_ONCE = 8192  # tokens of prompts that go through together, whole clips: more is no faster, and takes memory
+# Tokens of prompts that go through together, whole clips. More is no faster, and takes memory; on a CPU it is slower by
+# a sixth, since what a layer makes is then so large that the system hands out each of its pages anew.
+READ_AT_ONCE, READ_AT_ONCE_ON_CPU = 8192, 1024
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,11 @@ class Network(PreTrainedModel):
         picked = self._pick(said, targets[counted])
         return picked.new_zeros(targets.shape).masked_scatter(counted, picked)
 
+    @property
+    def read_at_once(self) -> int:
+        """Tokens of prompts that `begin` reads together, or one clip that has more."""
+        return READ_AT_ONCE_ON_CPU if self.device.type == "cpu" else READ_AT_ONCE
+
     def begin(self, inputs: Inputs) -> tuple[Tensor, Memory, list[int]]:
         """Read rows that are to go on.
 
@@ -277,14 +284,15 @@ class Network(PreTrainedModel):
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index, own=1)
         memory = Memory(packed, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1))
         said = []
-        for piece in packed.pieces(READ_AT_ONCE):
+        for piece in packed.pieces(self.read_at_once):
             hidden = self._read(inputs, piece, Reading(piece, memory))
             said.append(hidden[piece.ends.to(hidden.device)])
         memory.settle()
         return self._logits(torch.cat(said)), memory, packed.rows
 
-    def go_on(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """One more token (R,) of each row that the memory holds -> (R, V) logits of the token after it."""
+    def go_on(self, tokens: Tensor, memories: Sequence[Memory]) -> Tensor:
+        """One more token (R,) of each row that the memories hold -> (R, V) logits of the token after it."""
+        memory = memories[0] if len(memories) == 1 else Memories(memories)
         embeds = self.lm.get_input_embeddings()(tokens[:, None])
         return self._logits(self._decode(embeds, memory.advance(), memory)[:, 0])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import gradio as gr
 
-from salmonn.caption.captioner import Answer
+from salmonn.caption.answers import Answer
 from salmonn.page.assess import right_caption
 from salmonn.page.controls import QUIET, add_controls, add_wanted, require_words
 from salmonn.page.desk import Desk, Turn, Turns, draw_seed, sign, tell

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from salmonn.caption.captioner import Answer
+from salmonn.caption.answers import Answer
 from salmonn.page.assess import read_reference
 from salmonn.page.controls import QUIET, add_controls, add_wanted, require_words
 from salmonn.page.desk import Desk, Turn, Turns, sign, tell

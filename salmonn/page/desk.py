@@ -15,7 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from salmonn.caption.captioner import Answer, Piece, Span
+from salmonn.caption.answers import Answer, Piece
+from salmonn.caption.captioner import Span
 from salmonn.media.scene import SynthConfig
 from salmonn.media.synth import describe_clip, make_clips, render_frames
 from salmonn.page.assess import Assessor

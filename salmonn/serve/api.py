@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from salmonn import __version__
-from salmonn.caption.captioner import Answer, Piece
+from salmonn.caption.answers import Answer, Piece
 from salmonn.serve.chat import DONE, Ask, ChatLimits, RequestError, Speaker, parse_chat, to_event
 from salmonn.serve.engine import SHUTTING_DOWN, Busy, Engine, Query
 from salmonn.serve.metrics import Metrics

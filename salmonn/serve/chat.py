@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from salmonn.caption.captioner import Answer, Span
+from salmonn.caption.answers import Answer
+from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import MOST_LETTERS
 from salmonn.records import Use

@@ -1,4 +1,4 @@
-"""One model and many who ask it: files are read in worker processes, those who wait are answered side by side."""
+"""One model and many who ask it: files are read in worker processes; who comes joins those who are being answered."""
 
 import logging
 import queue
@@ -9,10 +9,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from salmonn.caption.captioner import NO_ROOM, Captioner, Piece, Span
+from salmonn.caption.answers import Piece
+from salmonn.caption.captioner import NO_ROOM, Captioner, Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.prompt import prompt_ids
 from salmonn.caption.reading import ClipReader, Wanted
@@ -91,6 +93,11 @@ class Answering:
         self._engine = engine
         self._tell = tell
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is to be told any more."""
+        return self.is_gone or not self.num_open
+
     def drop(self) -> None:
         """Nobody waits for it any more; nothing happens where it has ended."""
         self._engine.drop(self)
@@ -111,26 +118,17 @@ class _Row:
     prompt: str
     sampling: Sampling
     seed: int
+    num_tokens: int
+    num_drawn: int = 0
     is_told: bool = False
-    has_ended: bool = False
-
-
-class _Gone:
-    """Those of a batch that nobody waits for: all, once the engine is cut off."""
-
-    def __init__(self, batch: Sequence[_Row], cut_off: threading.Event) -> None:
-        self._batch = batch
-        self._cut_off = cut_off
-
-    def __contains__(self, row: object) -> bool:
-        assert isinstance(row, int)
-        return self._cut_off.is_set() or self._batch[row].answering.is_gone
+    goes_alone: bool = False  # since it had no room beside others
 
 
 class Engine:
     """Answers queries from any number of threads.
 
-    Queries that are there when the model becomes free, and are to be drawn alike, are answered in one batch.
+    Answers go on side by side, a token of each at a time. Between two tokens those who wait may join: as many as are
+    read in a moment, so that nobody's words stop for long.
 
     Args:
         captioner: the model.
@@ -141,8 +139,8 @@ class Engine:
 
     Attributes:
         num_answered, num_failed, num_dropped: queries so far.
-        num_batches: that the model was given so far.
-        failure: why the model could not answer the last batch; None where it could.
+        num_readings: of prompts, several together, by the model so far.
+        failure: why the model failed when it was last asked; None where it did not.
     """
 
     def __init__(
@@ -159,13 +157,16 @@ class Engine:
         self.max_waiting = max_waiting
         self.batch_size = batch_size or captioner.processor.config.batch_size
         self.max_seconds = max_seconds
-        self.num_answered = self.num_failed = self.num_dropped = self.num_batches = 0
+        self.num_answered = self.num_failed = self.num_dropped = self.num_readings = 0
         self.failure: str | None = None
         self._changed = threading.Condition()
         self._present: set[Answering] = set()
         self._waiting: list[_Row] = []
         self._is_closing = False
         self._cut_off = threading.Event()
+        # Of the model's thread alone: the answers under way.
+        self._answers = captioner.begin()
+        self._rows: dict[int, _Row] = {}
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
@@ -245,7 +246,7 @@ class Engine:
     def drop(self, answering: Answering) -> None:
         """See `Answering.drop`; a file that is being read keeps its place until it is read."""
         with self._changed:
-            if answering.is_gone or not answering.num_open:
+            if answering.is_over:
                 return
             answering.is_gone = True
             self.num_dropped += 1
@@ -303,7 +304,15 @@ class Engine:
         answering.num_prompt_tokens = prepared.num_tokens
         with self._changed:
             self._waiting += [
-                _Row(answering, sample, prepared.media, prepared.prompt, sampling, query.seed + sample)
+                _Row(
+                    answering,
+                    sample,
+                    prepared.media,
+                    prepared.prompt,
+                    sampling,
+                    query.seed + sample,
+                    prepared.num_tokens,
+                )
                 for sample in range(answering.num_samples)
             ]
             self._changed.notify_all()
@@ -323,86 +332,133 @@ class Engine:
         answering.tell(0, error)
 
     def _work(self) -> None:
-        """What the model's thread does: the oldest row, and with it those that may go along."""
-        while batch := self._next_batch():
-            self._answer(batch)
+        """What the model's thread does: those who may join do, then all go on by a token, again and again."""
+        while (coming := self._next()) or self._rows:
+            for sampling in dict.fromkeys(row.sampling for row in coming):
+                self._join([row for row in coming if row.sampling == sampling], sampling)
+            if self._rows:
+                self._step()
 
-    def _next_batch(self) -> list[_Row]:
-        """The next rows, waited for; none at the end."""
+    def _next(self) -> list[_Row]:
+        """Rows that join now, the eldest first; waited for where none is under way. None at the end."""
         with self._changed:
             while not self._cut_off.is_set():
-                self._waiting = [row for row in self._waiting if not row.answering.is_gone]
-                if self._waiting:
-                    first = self._waiting[0].sampling
-                    batch = [row for row in self._waiting if row.sampling == first][: self.batch_size]
-                    self._waiting = [row for row in self._waiting if row not in batch]
-                    return batch
+                self._waiting = [row for row in self._waiting if not row.answering.is_over]
+                if self._waiting or self._rows:
+                    coming = self._choose()
+                    self._waiting = self._waiting[len(coming) :]
+                    return coming
                 if self._is_closing and not self._present:
                     break
                 self._changed.wait()
         return []
 
-    def _answer(self, batch: Sequence[_Row]) -> None:
-        self.num_batches += 1
-        is_without_room = False
-        try:
-            steps = self.captioner.follow(
-                [row.media for row in batch],
-                [row.prompt for row in batch],
-                sampling=batch[0].sampling,
-                seeds=[row.seed for row in batch],
-                dropped=_Gone(batch, self._cut_off),
+    def _choose(self) -> list[_Row]:
+        """The first of those who wait: as many as have room, and as are read at once if others wait meanwhile."""
+        room = max(0, self.batch_size - len(self._rows))
+        if self._waiting and self._waiting[0].goes_alone:
+            return [] if self._rows else self._waiting[:1]
+        coming: list[_Row] = []
+        clips: dict[int, int] = {}  # tokens of each
+        for row in self._waiting[:room]:
+            clips[id(row.media)] = row.num_tokens
+            is_long = bool(self._rows and coming) and sum(clips.values()) > self.captioner.network.read_at_once
+            if is_long or row.goes_alone:
+                break
+            coming.append(row)
+        return coming
+
+    def _join(self, coming: Sequence[_Row], sampling: Sampling) -> None:
+        def join() -> None:
+            numbers = self._answers.join(
+                [row.media for row in coming],
+                [row.prompt for row in coming],
+                sampling=sampling,
+                seeds=[row.seed for row in coming],
             )
-            for pieces in steps:
-                self._hand_on(batch, pieces)
+            self._rows |= dict(zip(numbers, coming, strict=True))
+
+        self.num_readings += 1
+        if not self._rows:  # anew, so that nothing of those who have ended is left
+            self._answers = self.captioner.begin()
+        is_alone = len(coming) == 1 and not self._rows
+        if self._attempt(join, coming) == "no room":
+            self._give_room(coming, is_alone=is_alone)
+
+    def _step(self) -> None:
+        """One token more of each answer under way; where that fails, all of them end."""
+        dropped = {number for number, row in self._rows.items() if row.answering.is_over}
+        rows = [row for number, row in self._rows.items() if number not in dropped]
+        self._rows = {number: row for number, row in self._rows.items() if number not in dropped}
+        if self._cut_off.is_set():
+            self._rows = {}
+            self._end(rows, Busy(SHUTTING_DOWN))
+            return
+        outcome = self._attempt(lambda: self._hand_on(self._answers.step(dropped)), rows)
+        if outcome != "done":
+            self._rows, self._answers = {}, self.captioner.begin()  # lets go of what they held
+        if outcome == "no room":
+            self._give_room(rows, is_alone=len(rows) == 1)
+
+    def _attempt(self, work: Callable[[], object], rows: Sequence[_Row]) -> Literal["done", "failed", "no room"]:
+        """Have the model work for rows, who are told where it fails, but not where there is no room.
+
+        What an error keeps of the model's memory is let go with the end of this.
+        """
+        try:
+            work()
         except torch.OutOfMemoryError as error:
             # As text, since a log may keep what it is given.
-            logger.warning("%d side by side have no room: %s", len(batch), str(error))
-            is_without_room = True
+            logger.warning("%d side by side have no room: %s", len(rows), str(error))
+            return "no room"
         except Exception as error:
             logger.exception("the model failed")
             self.failure = type(error).__name__  # its words may tell strangers of this machine
-            self._end(batch, ModelFailedError(f"the model failed ({self.failure}); the server's log tells more"))
-        else:
-            self._end(batch, Busy(SHUTTING_DOWN))
-        if is_without_room:  # out of the block, since the error keeps all that the model held
-            self._give_room(batch)
+            self._end(rows, ModelFailedError(f"the model failed ({self.failure}); the server's log tells more"))
+            return "failed"
+        return "done"
 
-    def _give_room(self, batch: Sequence[_Row]) -> None:
+    def _give_room(self, rows: Sequence[_Row], *, is_alone: bool) -> None:
         """Answer one by one, where all together have no room; say so where that is too late or does not help."""
-        if len(batch) == 1:
-            self._end(batch, ValueError(f"the clip {NO_ROOM}"))
-        elif any(row.is_told for row in batch):
-            self._end(batch, CrowdedError("the GPU has no room for all who ask now: ask again in a while"))
-        else:
-            for row in batch:
-                self._answer([row])
+        if is_alone:
+            self._end(rows, ValueError(f"the clip {NO_ROOM}"))
+            return
+        told = [row for row in rows if row.is_told]
+        self._end(told, CrowdedError("the GPU has no room for all who ask now: ask again in a while"))
+        anew = [row for row in rows if not row.answering.is_over]
+        for row in anew:
+            row.goes_alone = True
+            row.answering.num_answer_tokens -= row.num_drawn
+            row.num_drawn = 0
+        with self._changed:
+            self._waiting = [*anew, *self._waiting]
 
-    def _hand_on(self, batch: Sequence[_Row], pieces: dict[int, Piece]) -> None:
-        """Hand on what came of a step, which made one token for each row that has not ended."""
+    def _hand_on(self, pieces: dict[int, Piece]) -> None:
+        """Hand on what came of a step, which made one token for each row under way."""
         self.failure = None
-        for row in batch:
-            row.answering.num_answer_tokens += not row.has_ended and not row.answering.is_gone
+        for row in self._rows.values():
+            row.num_drawn += 1
+            row.answering.num_answer_tokens += 1
         for number, piece in pieces.items():
-            row = batch[number]
+            row = self._rows[number]
             row.is_told = True
-            row.has_ended = piece.answer is not None
-            if row.has_ended:
+            if piece.answer is not None:
+                del self._rows[number]
                 self._finish(row.answering)
             row.answering.tell(row.sample, piece)
 
     def _finish(self, answering: Answering) -> None:
         """Note that one answer has ended."""
         with self._changed:
-            if answering.is_gone or not answering.num_open:
+            if answering.is_over:
                 return
             answering.num_open -= 1
             if not answering.num_open:
                 self.num_answered += 1
                 self._leave(answering)
 
-    def _end(self, batch: Sequence[_Row], error: Exception) -> None:
-        """What those get whose answer has not ended, though the batch has."""
-        for row in batch:
-            if not row.has_ended and not row.answering.is_gone:
+    def _end(self, rows: Sequence[_Row], error: Exception) -> None:
+        """Tell rows whose answers have not ended why they do."""
+        for row in rows:
+            if not row.answering.is_over:
                 self._fail(row.answering, error)

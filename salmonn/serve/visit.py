@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from salmonn.caption.captioner import Piece
+from salmonn.caption.answers import Piece
 from salmonn.serve.chat import Usage
 from salmonn.serve.engine import Answering, Busy, Engine, Query
 from salmonn.serve.fetch import TooLargeError

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from salmonn.caption.captioner import Asked, Span
-from salmonn.caption.generate import Sampling, generate, generate_steps
+from salmonn.caption.generate import Generation, Sampling, generate
 from salmonn.caption.inputs import Row
 from salmonn.caption.reading import ClipReader
 from salmonn.caption.tokenizer import TextStream
@@ -23,33 +23,52 @@ def test_pieces_are_the_caption(captioner, videos, sampling):
         assert len(pieces) > 3 and all(pieces[:-1])
 
 
-def test_followed_answers_are_those_of_answer(captioner, media):
+@pytest.mark.parametrize("model", ["captioner", "plus"])
+def test_answers_that_join_others_are_those_of_answer(request, videos, model):
+    """Three begin; a fourth, drawn in another way, joins after two tokens, a fifth when the first three have ended."""
+    captioner = request.getfixturevalue(model)
+    media = [captioner.processor.read(video) for video in videos[:4]]
     clips, prompts = media[:3], ["Tell.", "Tell me more.", "List the events."]
-    texts, whole = ["", "", ""], [None, None, None]
-    for pieces in captioner.follow(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6]):
-        for number, piece in pieces.items():
+    long = Sampling(max_new_tokens=30, repetition_penalty=1.2)
+    texts, whole = [""] * 5, [None] * 5
+    answers = captioner.begin()
+    assert list(answers.join(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6])) == [0, 1, 2]
+    for step in range(100):
+        if step == 2:
+            assert list(answers.join(media[3:], ["Tell."], sampling=long, seeds=[7])) == [3]
+        if step == 14:
+            assert whole[0] and whole[1] and whole[2] and not whole[3]
+            assert list(answers.join(media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8])) == [4]
+        if not answers:
+            break
+        for number, piece in answers.step().items():
             assert whole[number] is None
             texts[number] += piece.text
             whole[number] = piece.answer
-    expected = captioner.answer(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6])
+    expected = [
+        *captioner.answer(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6]),
+        *captioner.answer(media[3:], ["Tell."], sampling=long, seeds=[7]),
+        *captioner.answer(media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8]),
+    ]
     assert whole == expected and texts == [answer.text for answer in expected]
-    assert len(set(texts)) == 3
+    assert len(set(texts)) == 5
 
 
 def test_a_dropped_answer_ends_and_its_neighbours_go_on(captioner, media):
     inputs = captioner.processor.inputs([Row(number, "Tell.") for number in range(3)], media[:3])
     named = dict(sampling=Sampling(max_new_tokens=10), stop_ids=[999])  # no token of this model
     whole = generate(captioner.network, inputs, **named)
-    dropped, told = set(), [[], [], []]
-    for number, step in enumerate(generate_steps(captioner.network, inputs, **named, dropped=dropped), start=1):
-        for row, token in step.items():
+    generation, told = Generation(captioner.network, stop_ids=named["stop_ids"]), [[], [], []]
+    generation.join(inputs, sampling=named["sampling"])
+    passes = []
+    hook = captioner.network.lm.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    for number in range(1, 8):
+        for row, token in generation.step({4: {1}, 7: {0, 2}}.get(number, set())).items():
             told[row].append(token)
-        if number == 3:
-            dropped.add(1)
-        if number == 6:
-            dropped |= {0, 2}
+    hook.remove()
     # Dropped after the third token, the answer has three; with all of them dropped nothing more is computed.
     assert told == [whole[0][:6], whole[1][:3], whole[2][:6]]
+    assert len(passes) == 5 and not generation
 
 
 def test_text_comes_in_whole_letters_and_without_blanks_at_its_ends(captioner):

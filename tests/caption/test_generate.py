@@ -187,8 +187,9 @@ def test_without_a_penalty_of_its_own_the_models_counts(captioner, media):
 
 
 @pytest.mark.parametrize("family", [None, "salmonn2", "salmonn2-plus"])
-def test_samples_share_their_prompt(captioner, published, videos, family):
+def test_samples_share_their_prompt(captioner, published, videos, family, monkeypatch):
     """One pass over each prompt, whatever its length; what is drawn is what rows computed anew each time draw."""
+    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 10**6)
     captioner = Captioner.load(published(family)) if family else captioner
     media = [captioner.processor.read(videos[0]), captioner.processor.read(videos[1], end_seconds=3)]
     rows = [Row(0, "Tell."), Row(1, "Tell it all in many words.")]
@@ -292,7 +293,7 @@ def test_prompts_may_be_read_clip_by_clip(request, videos, monkeypatch, model):
     monkeypatch.setattr(network, "_decode", lambda *args: passes.append(args[0].shape[:2]) or decode(*args))
     given = []
     for at_once in (10**6, two_clips, 1):
-        monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE", at_once)
+        monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", at_once)
         passes.clear()
         given.append(generate(network, inputs, sampling=Sampling(max_new_tokens=8), stop_ids=[2]))
         given.append(len([shape for shape in passes if shape[0] == 1 and shape[1] > 6]))

@@ -105,6 +105,15 @@ def test_like_lengths_go_together_within_a_window():
     assert all(clip == lengths[place] for batch in batches for place, clip in batch)
 
 
+def test_the_first_batches_are_small():
+    """Of 8 clips in a batch: 1, 2, 4, in the order of the files, then like with like."""
+    lengths = [5, 9, 1, 3, 8, 2, 7, *range(10, 0, -1)]
+    with ClipReader(workers=0) as reader:
+        given = batches_of(reader, map(str, lengths), Listed(), size=8)
+        places = [[place for place, _ in batch] for batch in given]
+    assert places == [[0], [1, 2], [3, 4, 5, 6], [7, 8, 9, 10, 11], [12, 13, 14, 15, 16]]
+
+
 def test_one_by_one_lengths_are_not_asked_for():
     # These names are no numbers, so asking would raise.
     class Unasked(Listed):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.caption.captioner import Answer, Piece
+from salmonn.caption.answers import Answer, Piece
 from salmonn.caption.reading import ClipReader, Wanted
 from salmonn.media.container import ClipError
 from salmonn.media.frames import Stride

@@ -25,15 +25,16 @@ def shared(random_model) -> Gated:
 def model(shared) -> Iterator[Gated]:
     """The shared model, its gate open before and after the test."""
     shared.gate.set()
-    shared.fail = lambda size: None
+    shared.fail = shared.fail_to_read = lambda size: None
     shared.batches.clear()
-    shared.num_steps = 0
+    shared.num_steps = shared.most = 0
     yield shared
     shared.gate.set()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_engine(shared) -> Iterator[Engine]:
+    """Its workers end with the tests of a file: others count the processes that are left."""
     with ClipReader(workers=2) as reader:
         engine = Engine(shared, reader, max_waiting=12, max_seconds=60)
         yield engine

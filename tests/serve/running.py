@@ -5,7 +5,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +15,7 @@ import httpx2
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
+from salmonn.caption.answers import Answers, Piece
 from salmonn.caption.captioner import Captioner
 from salmonn.serve.api import Service
 from salmonn.serve.server import Server
@@ -23,25 +24,53 @@ HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: a
 
 
 class Gated(Captioner):
-    """A model that takes a batch, and makes each step, when its gate is open; `fail` is what it raises at its next."""
+    """A model that reads prompts, and makes each step, when its gate is open.
+
+    `fail` is what it raises at its next step, by how many are side by side, `fail_to_read` what it raises in place of
+    reading, by how many would be.
+    """
 
     def __init__(self, captioner: Captioner) -> None:
         super().__init__(captioner.network, captioner.processor, name=captioner.name)
         self.gate = threading.Event()
         self.gate.set()
         self.fail: Callable[[int], Exception | None] = lambda size: None
+        self.fail_to_read: Callable[[int], Exception | None] = lambda size: None
         self.batches: list[int] = []
         self.num_steps = 0
+        self.most = 0  # side by side so far
 
-    def follow(self, clips: Any, prompts: Any, **named: Any) -> Iterator[Any]:
-        self.batches.append(len(clips))
-        self.gate.wait(30)
-        for pieces in super().follow(clips, prompts, **named):
-            if error := self.fail(len(clips)):
-                raise error
-            self.num_steps += 1
-            yield pieces
-            self.gate.wait(30)
+    def begin(self) -> Answers:
+        return GatedAnswers(self)
+
+
+class GatedAnswers(Answers):
+    """See `Gated`."""
+
+    def __init__(self, model: Gated) -> None:
+        super().__init__(model.network, model.processor)
+        self.model = model
+        self.present: set[int] = set()
+
+    def join(self, clips: Any, prompts: Any, **named: Any) -> range:
+        self.model.batches.append(len(clips))
+        self.model.gate.wait(30)
+        if error := self.model.fail_to_read(len(self.present) + len(clips)):
+            raise error
+        numbers = super().join(clips, prompts, **named)
+        self.present |= set(numbers)
+        return numbers
+
+    def step(self, dropped: Container[int] = ()) -> dict[int, Piece]:
+        self.model.gate.wait(30)
+        self.present -= {number for number in self.present if number in dropped}
+        pieces = super().step(dropped)
+        if error := self.model.fail(len(self.present)):
+            raise error
+        self.model.num_steps += 1
+        self.model.most = max(self.model.most, len(self.present))
+        self.present -= {number for number, piece in pieces.items() if piece.answer}
+        return pieces
 
 
 class Running:

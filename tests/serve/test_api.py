@@ -96,8 +96,9 @@ def test_without_a_seed_answers_differ(start, videos):
     assert len(answers) > 1
 
 
-def test_those_who_ask_together_are_answered_together(start, model, videos):
-    """One has the model, eight come meanwhile: two batches, and each the answer that it has alone."""
+def test_those_who_ask_together_are_answered_together(start, model, videos, monkeypatch):
+    """One is being read, eight come meanwhile and are read together; each has the answer that it has alone."""
+    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 8192)
     running = start()
     model.gate.clear()
     with ThreadPoolExecutor(9) as pool:
@@ -107,7 +108,7 @@ def test_those_who_ask_together_are_answered_together(start, model, videos):
         wait_until(lambda: counts(running)["salmonn_waiting"] == 8)
         model.gate.set()
         answers = [one.result(30).choices[0].message.content for one in [first, *others]]
-    assert model.batches == [1, 8]
+    assert model.batches == [1, 8] and model.most == 9
     alone = [model.caption(video, sampling=SHORT).text for video in videos]
     assert answers == [alone[0], *(alone[place % 5] for place in range(8))]
 

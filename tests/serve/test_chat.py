@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from salmonn.caption.captioner import Answer, Span
+from salmonn.caption.answers import Answer
+from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
 from salmonn.serve.chat import Ask, ChatLimits, RequestError, Speaker, Usage, parse_chat
 

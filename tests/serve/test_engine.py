@@ -47,10 +47,11 @@ def test_answers_are_the_captioners(engine, model, videos):
     assert say(engine, Query(videos[1], **named)) == model.caption(videos[1], **named).text
 
 
-def test_those_who_wait_are_answered_side_by_side(engine, model, videos):
-    """One has the model; eight wait, of which two are drawn in another way: 1 + 6 + 2, the eldest first."""
+def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeypatch):
+    """One is being read; eight wait, two of which are drawn in another way: 1, 6 and 2, and nine go on together."""
+    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 8192)
     model.gate.clear()
-    begun, told = engine.num_batches, [Told() for _ in range(9)]
+    begun, told = engine.num_readings, [Told() for _ in range(9)]
     queries = [Query(videos[place % 5], sampling=FREE if place in (4, 6) else SHORT, seed=place) for place in range(9)]
     engine.begin(queries[0], tell=told[0])
     wait_until(lambda: model.batches == [1])
@@ -61,11 +62,75 @@ def test_those_who_wait_are_answered_side_by_side(engine, model, videos):
     wait_until(lambda: engine.num_waiting == 8)
     model.gate.set()
     wait_until(lambda: not engine.num_present)
-    assert model.batches == [1, 6, 2] and engine.num_batches - begun == 3
+    assert model.batches == [1, 6, 2] and engine.num_readings - begun == 3 and model.most == 9
     for query, listener in zip(queries, told, strict=True):
         expected = model.caption(query.path, sampling=query.sampling, seed=query.seed)
         wait_until(listener.texts)
         assert listener.texts() == {0: expected.text}
+
+
+def test_who_comes_joins_those_who_are_being_answered(engine, model, videos):
+    """A short answer ends before a long one that began before it, and both are what they are alone."""
+    long = Sampling(max_new_tokens=300)
+    first, second = Told(), Told()
+    engine.begin(Query(videos[0], sampling=long), tell=first)
+    wait_until(lambda: len(first) > 3)
+    engine.begin(Query(videos[1], sampling=FREE, seed=4), tell=second)
+    wait_until(second.texts)
+    assert not first.texts() and model.batches == [1, 1] and model.most == 2
+    wait_until(first.texts)
+    assert first.texts() == {0: model.caption(videos[0], sampling=long).text}
+    assert second.texts() == {0: model.caption(videos[1], sampling=FREE, seed=4).text}
+
+
+def test_newcomers_who_take_long_to_read_join_one_by_one(engine, model, videos, monkeypatch):
+    """So that the words of those who are there come in between; in the end all go on together."""
+    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 1)
+    model.gate.clear()
+    told = [Told() for _ in range(4)]
+    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    wait_until(lambda: model.batches == [1])
+    for video, listener in zip(videos[1:4], told[1:], strict=True):
+        engine.begin(Query(video, sampling=SHORT), tell=listener)
+    wait_until(lambda: engine.num_waiting == 3)
+    model.gate.set()
+    wait_until(lambda: all(listener.texts() for listener in told))
+    assert model.batches == [1, 1, 1, 1] and model.most == 4
+    assert [listener.texts()[0] for listener in told] == [
+        model.caption(video, sampling=SHORT).text for video in videos[:4]
+    ]
+
+
+def test_newcomers_who_cannot_be_read_harm_nobody(engine, model, videos):
+    model.fail_to_read = lambda size: IndexError("out of range") if size > 1 else None
+    long = Sampling(max_new_tokens=300)
+    told = Told()
+    engine.begin(Query(videos[0], sampling=long), tell=told)
+    wait_until(lambda: told)
+    with pytest.raises(ModelFailedError, match="IndexError"):
+        say(engine, Query(videos[1], sampling=SHORT))
+    assert not told.texts()
+    wait_until(told.texts)
+    assert told.texts() == {0: model.caption(videos[0], sampling=long).text}
+
+
+def test_newcomers_without_room_are_answered_when_the_others_have_ended(engine, model, videos):
+    model.fail_to_read = lambda size: torch.OutOfMemoryError("CUDA out of memory") if size > 1 else None
+    long = Sampling(max_new_tokens=300)
+    first, second, third = Told(), Told(), Told()
+    engine.begin(Query(videos[0], sampling=long), tell=first)
+    wait_until(lambda: first)
+    engine.begin(Query(videos[1], sampling=SHORT), tell=second)
+    wait_until(lambda: len(model.batches) == 2)
+    engine.begin(Query(videos[2], sampling=SHORT), tell=third)
+    wait_until(third.texts)
+    assert first.texts() and not isinstance(second[-1][1], Exception)
+    assert second.texts() == {0: model.caption(videos[1], sampling=SHORT).text}
+    assert third.texts() == {0: model.caption(videos[2], sampling=SHORT).text}
+    assert model.batches[:3] == [1, 1, 1] and model.most == 1  # the second was tried twice, the third after it
+    model.fail_to_read = lambda size: torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(ValueError, match="does not fit in the GPU's memory"):
+        say(engine, Query(videos[0]))
 
 
 def test_samples_share_the_file_and_have_their_own_seeds(engine, model, videos):

@@ -115,6 +115,18 @@ def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
     assert "**step: mid**" in page.read_text() and "| bare |" in page.read_text()
 
 
+def test_what_is_not_measured_anew_stays(rows):
+    """With the machine that it was measured on."""
+    collector = importlib.import_module("all")
+    before = [ROW, ROW | {"part": "folder", "name": "old"}, ROW | {"part": "folder"}, ROW | {"part": "growth"}]
+    anew = [ROW | {"part": "readers"}, ROW | {"part": "folder", "machine": "two cores"}]
+    renewed = collector.renew(before, anew)
+    assert renewed == [before[0], anew[1], before[3], anew[0]]
+    heads = [line for line in rows.to_markdown(renewed).splitlines() if line.startswith("**")]
+    assert heads == ["**step**", "**folder** (measured on two cores)", "**growth**", "**readers**"]
+    assert collector.renew([], anew) == anew
+
+
 def test_no_such_part(rows, monkeypatch, capsys):
     collector = importlib.import_module("all")
     monkeypatch.setattr(sys, "argv", ["all.py", "--parts", "stepp"])

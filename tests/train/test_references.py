@@ -87,7 +87,7 @@ def test_evaluation(captioner, clips, monkeypatch):
     right = {block.tokens.data_ptr(): reference for reference, block in zip(clips.references, blocks, strict=True)}
 
     def answer(given, prompts, **_):
-        from salmonn.caption.captioner import Answer
+        from salmonn.caption.answers import Answer
 
         texts = []
         for block, prompt in zip(given, prompts, strict=True):

@@ -2,7 +2,8 @@
 
     python tools/bench/all.py [--out bench.json] [--document docs/performance.md] [--parts step sampling] [--quick]
 
-Between runs nothing else should keep the machine busy. A part that fails is told at the end; the others' rows stand.
+Meanwhile nothing else should keep the machine busy. A part that fails is told at the end; the others' rows stand. Of
+parts that are not run, or fail, what the file holds stays, with the machine and the commit that it was measured on.
 """
 
 import json
@@ -39,6 +40,17 @@ def collect(parts: Sequence[str], *, quick: bool) -> tuple[list[Row], list[str]]
     return [row for each in rows.values() for row in each or []], [name for name, each in rows.items() if each is None]
 
 
+def renew(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """All tables in their order; those that were measured anew in place of what they were."""
+    anew = {row["part"] for row in rows}
+    return [
+        row
+        for part in dict.fromkeys(row["part"] for row in [*before, *rows])
+        for row in (rows if part in anew else before)
+        if row["part"] == part
+    ]
+
+
 def main() -> None:
     """Run, write, and tell what failed."""
     parser = ArgumentParser(description=__doc__)
@@ -49,7 +61,9 @@ def main() -> None:
     values = parser.parse_args()
     if unknown := sorted(set(values.parts) - set(PARTS)):
         parser.error(f"there is no part {', '.join(unknown)}, but {', '.join(PARTS)}")
+    before: list[Row] = json.loads(values.out.read_text(encoding="utf-8")) if values.out.exists() else []
     rows, failed = collect(values.parts, quick=values.quick)
+    rows = renew(before, rows)
     write_rows(values.out, rows)
     if values.document and rows:
         put_table(values.document, to_markdown(rows))

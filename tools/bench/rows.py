@@ -199,7 +199,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = [row for row in rows if row["part"] == part]
         columns = [column for column in COLUMNS if any(column in row for row in mine)]
-        text += f"\n**{part}**\n\n| {' | '.join(COLUMNS[column] for column in columns)} |\n"
+        elsewhere = "" if mine[0]["machine"] == rows[0]["machine"] else f" (measured on {mine[0]['machine']})"
+        text += f"\n**{part}**{elsewhere}\n\n| {' | '.join(COLUMNS[column] for column in columns)} |\n"
         text += f"|{'|'.join(' --- ' if column in ('name', 'note') else ' ---: ' for column in columns)}|\n"
         for row in mine:
             text += f"| {' | '.join(_cell(row.get(column)) for column in columns)} |\n"
