@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from salmonn.caption.generate import Generation, Sampling
 from salmonn.caption.inputs import Processor, Row
+from salmonn.caption.prompt import Prompt
 from salmonn.caption.tokenizer import TextStream
 from salmonn.model.network import Block, Inputs, Media, Network
 
@@ -43,7 +44,12 @@ class Answers:
         return bool(self._generation)
 
     def join(
-        self, clips: Sequence[Media | Block], prompts: Sequence[str], *, sampling: Sampling, seeds: Sequence[int]
+        self,
+        clips: Sequence[Media | Block],
+        prompts: Sequence[str | Prompt],
+        *,
+        sampling: Sampling,
+        seeds: Sequence[int],
     ) -> range:
         """Begin to answer prompts[i] on clips[i]; where that fails, those under way are as they were.
 
@@ -90,11 +96,15 @@ class _Said:
         self.sampling = sampling
 
 
-def collate(processor: Processor, clips: Sequence[Media | Block], prompts: Sequence[str]) -> Inputs:
+def collate(processor: Processor, clips: Sequence[Media | Block], prompts: Sequence[str | Prompt]) -> Inputs:
     """Prompts[i] on clips[i] as the network takes them; a clip that stands there several times is in it once."""
     different = {id(clip): clip for clip in clips}
     places = {key: place for place, key in enumerate(different)}
-    rows = [Row(places[id(clip)], prompt) for clip, prompt in zip(clips, prompts, strict=True)]
+    asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    rows = [
+        Row(places[id(clip)], prompt.words, history=prompt.history, system=prompt.system)
+        for clip, prompt in zip(clips, asked, strict=True)
+    ]
     return processor.inputs(rows, list(different.values()))
 
 

@@ -12,6 +12,7 @@ import torch
 from salmonn.caption.answers import Answer, Answers, collate, to_answer
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.inputs import Processor
+from salmonn.caption.prompt import Prompt
 from salmonn.caption.reading import ClipReader, Part, Read, Wanted
 from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Block, Media, Network
@@ -380,7 +381,7 @@ class Captioner:
     def answer(
         self,
         clips: Sequence[Media | Block],
-        prompts: Sequence[str],
+        prompts: Sequence[str | Prompt],
         *,
         sampling: Sampling,
         num_samples: int = 1,

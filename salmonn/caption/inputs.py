@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from salmonn.caption.prompt import History, answer_ids, prompt_ids, refuse_special
+from salmonn.caption.prompt import History, Prompt, answer_ids, prompt_ids, refuse_special
 from salmonn.caption.reading import Wanted
 from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START
 from salmonn.media.clip import Clip
@@ -36,6 +36,7 @@ class Row:
     prompt: str
     answer: str | None = None
     history: History = ()
+    system: str | None = None  # in place of the model's own
 
 
 class Processor:
@@ -120,13 +121,14 @@ class Processor:
         rule = self.config.frame_rule
         return Wanted(rule, start_seconds, end_seconds, video=use != "audio", audio=use != "visual")
 
-    def check(self, prompt: str) -> None:
+    def check(self, prompt: str | Prompt) -> None:
         """Raise a ValueError where a prompt cannot be asked: for what it holds, or for its length."""
-        if len(prompt) > MOST_LETTERS:
-            raise ValueError(f"the prompt has {len(prompt):,} letters: ask in at most {MOST_LETTERS:,}")
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        texts = [prompt] if isinstance(prompt, str) else prompt.texts
+        if (letters := sum(map(len, texts))) > MOST_LETTERS:
+            raise ValueError(f"the prompt has {letters:,} letters: ask in at most {MOST_LETTERS:,}")
+        if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
             raise ValueError("the prompt holds half of a Unicode character: type it anew")
-        refuse_special(self.tokenizer, [prompt], what="prompt", placeholders=self.config.placeholder_ids)
+        refuse_special(self.tokenizer, texts, what="prompt", placeholders=self.config.placeholder_ids)
 
     def media(self, clip: Clip) -> Media:
         """One clip as the towers take it, its frames chosen and scaled by the model's rule."""
@@ -179,7 +181,7 @@ class Processor:
                 row.prompt,
                 placeholders=placeholders[row.clip],
                 family=self.config.family,
-                system=self.config.system_prompt,
+                system=self.config.system_prompt if row.system is None else row.system,
                 history=row.history,
             )
             answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer)

@@ -1,6 +1,7 @@
 """The chat format that the language models were taught in, with a clip at the head of the conversation."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,6 +10,26 @@ from salmonn.model.settings import Family
 
 LIST_EVENTS = "List the events."
 History = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked of a clip.
+
+    Args:
+        words: the user's.
+        history: prompts and answers on the same clip that come before.
+        system: what the conversation begins with, "" for nothing; None takes the model's own.
+    """
+
+    words: str
+    history: History = ()
+    system: str | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """All that was written."""
+        return [*(text for turn in self.history for text in turn), self.system or "", self.words]
 
 
 def prompt_ids(
@@ -35,7 +56,7 @@ def prompt_ids(
     """
     prompts = [*(asked for asked, _ in history), prompt]
     answers = [answer for _, answer in history]
-    refuse_special(tokenizer, [*prompts, *answers], what="prompt", placeholders=placeholders)
+    refuse_special(tokenizer, [*prompts, *answers, system], what="prompt", placeholders=placeholders)
     clip = f"{CLIP_START}{CLIP_END}"
     turns = [{"role": "system", "content": system}] if system else []
     for number, words in enumerate(prompts):

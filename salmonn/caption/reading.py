@@ -118,6 +118,7 @@ class ClipReader:
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="reading")
         self._lock = threading.Lock()
         self._closed = False
+        self._tasks: dict[Future[Any], _Task] = {}
         self._workers = {Worker(self._limits) for _ in range(workers)}
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -147,7 +148,21 @@ class ClipReader:
             wanted: what is read of it.
             finish: what the clip becomes; called in a thread of this process.
         """
-        return self._threads.submit(lambda: finish(self._do(partial(wanted.read, path))))
+        task = _Task()
+        future = self._threads.submit(lambda: finish(self._do(partial(wanted.read, path), task)))
+        self._tasks[future] = task
+        future.add_done_callback(self._tasks.pop)
+        return future
+
+    def abandon(self, future: "Future[Any]") -> None:
+        """Stop what `submit` began, since nobody waits for it: its worker ends, and another takes its place."""
+        if future.cancel():
+            return
+        with self._lock:
+            if (task := self._tasks.get(future)) is not None:
+                task.is_abandoned = True
+                if task.worker is not None:
+                    task.worker.interrupt()
 
     def batches(
         self,
@@ -230,28 +245,37 @@ class ClipReader:
         finally:
             self.waited_seconds += time.perf_counter() - begin
 
-    def _do(self, job: "partial[Result]") -> Result:
-        """What a worker makes of a job.
+    def _do(self, job: "partial[Result]", task: "_Task | None" = None) -> Result:
+        """What a worker makes of a job, which may be abandoned.
 
         Raises:
             ClipError: as the job raised it, or since its worker died.
         """
         if not self._num_workers:
             return job()
-        worker = self._idle.get()
+        task, worker = task or _Task(), self._idle.get()
         try:
             try:
                 worker.begin(job)
             except WorkerDied:  # with nothing to do, which is no fault of this file
                 worker = self._replace(worker)
                 worker.begin(job)
+            self._give(task, worker)
             result: Result = worker.finish()
             return result
         except WorkerDied as error:
             worker = self._replace(worker)
             raise ClipError(f"{job.args[0]}: {error}") from error
         finally:
+            self._give(task, None)
             self._idle.put(worker)
+
+    def _give(self, task: "_Task", worker: Worker | None) -> None:
+        """Note who is at a task; from then on, and until nobody is, that worker may be interrupted for it."""
+        with self._lock:
+            task.worker = worker
+            if worker is not None and task.is_abandoned:
+                worker.interrupt()
 
     def _replace(self, dead: Worker) -> Worker:
         with self._lock:
@@ -261,6 +285,14 @@ class ClipReader:
             worker = Worker(self._limits)
             self._workers.add(worker)
             return worker
+
+
+class _Task:
+    """A file that a worker is at, once one is."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.is_abandoned = False
 
 
 def cut_alike(lengths: Sequence[float], *, size: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ import os
 import pickle
 import queue
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from salmonn.media.container import ClipError
 Result = TypeVar("Result")
 
 PIPE_BYTES = 1 << 20  # the most that Linux gives without asking
+_BEGUN = b"!"  # what a worker says of a job that it took
+_LAST_SECONDS = 30.0  # in which a process ends that was told to
 # What a reply is made of.
 _SENT = {
     "salmonn.caption.worker._Reply", "salmonn.media.clip.Clip", "logging.LogRecord",
@@ -104,7 +107,12 @@ class Worker:
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # the system ends none that waits for a disk which is gone
+            self._process.wait(_LAST_SECONDS)
+
+    def interrupt(self) -> None:
+        """Have it end; whoever waits for its job hears so."""
+        self._process.kill()
 
     def begin(self, job: "partial[Result]") -> None:
         """Give it a job and see that it took it; raises WorkerDied where the process ended before."""
@@ -113,7 +121,9 @@ class Worker:
             self._process.stdin.write(pickle.dumps(job))
         except BrokenPipeError as error:
             raise WorkerDied(self._tell_end()) from error
-        self._hear()
+        assert self._process.stdout is not None
+        if not self._process.stdout.read(1):  # not of the buffer, which must be empty where `finish` waits
+            raise WorkerDied(self._tell_end())
 
     def finish(self) -> Any:
         """What the job gave.
@@ -122,6 +132,14 @@ class Worker:
             ClipError: the job raised a ValueError.
             WorkerDied: the process ended.
         """
+        seconds, coming = self._limits.seconds, select.poll()
+        coming.register(self._replies, select.POLLIN)
+        if not coming.poll(1000 * (seconds + _LAST_SECONDS)):
+            self.interrupt()
+            raise WorkerDied(
+                f"reading it took more than {seconds:g} s, and the process that reads it cannot be ended: the disk or "
+                "the server that the file is on may be gone"
+            )
         reply: _Reply[Any] = self._hear()
         for record in reply.records:
             logger = logging.getLogger(record.name)
@@ -177,7 +195,8 @@ def serve(limits: Limits) -> None:
     threading.Thread(target=_listen, args=[jobs], daemon=True).start()
     while True:
         job, result, error = jobs.get(), None, None
-        say("begun")
+        replies.write(_BEGUN)
+        replies.flush()
         signal.setitimer(signal.ITIMER_REAL, limits.seconds)
         try:
             result = job()

@@ -154,6 +154,8 @@ class Service:
         query = Query(
             path=obtained.path,
             prompt=ask.prompt,
+            history=ask.history,
+            system=ask.system,
             sampling=ask.sampling,
             span=ask.span,
             use=ask.use,

@@ -1,6 +1,7 @@
 """The chat completions of OpenAI's interface, as far as they fit a captioner: requests parsed, answers put into words.
 
-One clip and one prompt make a request. What is asked for and cannot be given is refused, never passed over.
+A conversation about one clip, which stands in its first prompt, makes a request. What is asked for and cannot be given
+is refused, never passed over.
 """
 
 import json
@@ -8,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from salmonn.caption.answers import Answer
 from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.inputs import MOST_LETTERS
+from salmonn.caption.prompt import History
 from salmonn.records import Use
 
 # Parameters of OpenAI's interface that change nothing at these values; any other value is refused.
@@ -40,6 +42,7 @@ _LEAST_TEMPERATURE = 0.01  # below, float32 runs over
 _MOST_PARTS = 64  # of a message, and messages
 # Each costs kilobytes once it is parsed, however short it is. A file in base64 has none of these letters.
 _MOST_VALUES = 50_000
+_ROLES = ("user", "assistant")
 _CLIP_KINDS = {"video_url": "video", "image_url": "image", "input_audio": "sound"}
 
 
@@ -97,13 +100,35 @@ class _TextPart(_Model):
     text: str
 
 
-_Part = Annotated[_VideoPart | _ImagePart | _SoundPart | _TextPart, Field(discriminator="type")]
+_Clip = _VideoPart | _ImagePart | _SoundPart
+_Part = Annotated[_Clip | _TextPart, Field(discriminator="type")]
 
 
 class _Message(_Model):
-    role: str
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[_Part], Field(max_length=_MOST_PARTS)]
     name: str | None = None
+
+    @model_validator(mode="after")
+    def refuse_others(self) -> "_Message":
+        """Answers come back with all the fields that they were given with, empty ones."""
+        if full := [name for name, value in (self.model_extra or {}).items() if value not in (None, [])]:
+            raise ValueError(f"{full[0][:60]} is not taken: leave it out")
+        if self.role != "user" and any(not isinstance(part, _TextPart) for part in self.parts):
+            raise ValueError("the clip belongs into the first message of the user")
+        return self
+
+    @property
+    def parts(self) -> list[_Part]:
+        """Of the content."""
+        return [_TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+    @property
+    def words(self) -> str:
+        """Of all parts."""
+        return "\n".join(part.text for part in self.parts if isinstance(part, _TextPart)).strip()
 
 
 class _StreamOptions(_Model):
@@ -155,6 +180,8 @@ class Ask:
         kind: of the file: video, image or sound.
         model: as the request names it; "" where it does not.
         prompt: the words; None for a full description.
+        history: prompts and answers before it; a prompt of no words is "".
+        system: what the conversation begins with; None for the model's own.
         sampling: how the answers are drawn.
         span, use: of the file.
         num_choices: answers.
@@ -165,6 +192,8 @@ class Ask:
     kind: str
     model: str
     prompt: str | None
+    history: History
+    system: str | None
     sampling: Sampling
     span: Span
     use: Use
@@ -187,8 +216,17 @@ def parse_chat(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[Ask, str
     except ValidationError as error:
         raise _explain(error) from error
     _refuse_unknown(request.model_extra or {})
-    kind, url, prompt = _split_content(_only_message(request.messages), limits)
-    return _to_ask(request, kind=kind, prompt=prompt, limits=limits), url
+    system, turns = _split_messages(request.messages)
+    clip = _only_clip(turns)
+    *before, prompt = [message.words for message in turns]
+    letters = sum(map(len, [system or "", *before, prompt]))
+    if letters > limits.prompt_letters:
+        raise RequestError(
+            f"the words have {letters} letters: {limits.prompt_letters} are taken at most", param="messages"
+        )
+    history = tuple(zip(before[::2], before[1::2], strict=True))
+    ask = _to_ask(request, clip, prompt=prompt or None, history=history, system=system, limits=limits)
+    return ask, _url(clip)
 
 
 def _explain(error: ValidationError) -> RequestError:
@@ -207,49 +245,51 @@ def _refuse_unknown(extra: dict[str, Any]) -> None:
         raise RequestError(f"{name[:60]}: this server {words}: leave it out", param=name[:60])
 
 
-def _only_message(messages: Sequence[_Message]) -> _Message:
-    for message in messages:
-        if message.role != "user":
-            raise RequestError(
-                f"messages of the role {message.role[:20]!r} are not taken: the model answers one prompt on one clip, "
-                "without a system message or earlier turns",
-                param="messages",
-            )
-    if len(messages) > 1:
+def _split_messages(messages: Sequence[_Message]) -> tuple[str | None, Sequence[_Message]]:
+    """What the conversation begins with, and its prompts and answers in turn."""
+    system = None
+    if messages[0].role in ("system", "developer"):
+        system, messages = messages[0].words, messages[1:]
+    if [message.role for message in messages] != [_ROLES[number % 2] for number in range(len(messages) | 1)]:
         raise RequestError(
-            "earlier turns are not taken: send one user message with the clip and the words", param="messages"
+            "messages must be one of the system, if any, then the user's and the assistant's in turn; the last is the "
+            "user's",
+            param="messages",
         )
-    return messages[0]
+    return system, messages
 
 
-def _split_content(message: _Message, limits: ChatLimits) -> tuple[str, str, str | None]:
-    """Kind and URL of the clip, and the words."""
-    parts = [] if isinstance(message.content, str) else message.content
-    words = [message.content] if isinstance(message.content, str) else []
-    words += [part.text for part in parts if isinstance(part, _TextPart)]
-    clips = [part for part in parts if not isinstance(part, _TextPart)]
+def _only_clip(turns: Sequence[_Message]) -> _Clip:
+    """The one clip of a conversation, of which all that comes after it is words."""
+    clips = [
+        (number, part)
+        for number, message in enumerate(turns)
+        for part in message.parts
+        if not isinstance(part, _TextPart)
+    ]
     if len(clips) != 1:
         raise RequestError(
-            f"the message has {len(clips) or 'no'} clips: give one video_url, image_url or input_audio, and one only"
+            f"the messages have {len(clips) or 'no'} clips: give one video_url, image_url or input_audio, and one only"
             + (" (the sound of a video is taken from the video)" if clips else ""),
             param="messages",
         )
-    prompt = "\n".join(words).strip()
-    if len(prompt) > limits.prompt_letters:
-        raise RequestError(
-            f"the words have {len(prompt)} letters: {limits.prompt_letters} are taken at most", param="messages"
-        )
-    (clip,) = clips
-    return _CLIP_KINDS[clip.type], _url(clip), prompt or None
+    ((number, clip),) = clips
+    if number:
+        raise RequestError("the clip belongs into the first message of the user", param="messages")
+    if any(not message.words for message in turns[1:]):
+        raise RequestError("a message after the first has no words", param="messages")
+    return clip
 
 
-def _url(clip: _VideoPart | _ImagePart | _SoundPart) -> str:
+def _url(clip: _Clip) -> str:
     if isinstance(clip, _SoundPart):
         return f"data:audio/{clip.input_audio.format};base64,{clip.input_audio.data}"
     return clip.video_url.url if isinstance(clip, _VideoPart) else clip.image_url.url
 
 
-def _to_ask(request: _Request, *, kind: str, prompt: str | None, limits: ChatLimits) -> Ask:
+def _to_ask(
+    request: _Request, clip: _Clip, *, prompt: str | None, history: History, system: str | None, limits: ChatLimits
+) -> Ask:
     temperature, num_choices = request.temperature or 0.0, request.n or 1
     if 0 < temperature < _LEAST_TEMPERATURE:
         raise RequestError(f"temperature must be 0, or {_LEAST_TEMPERATURE} and above", param="temperature")
@@ -264,9 +304,11 @@ def _to_ask(request: _Request, *, kind: str, prompt: str | None, limits: ChatLim
     except ValueError as error:
         raise RequestError(str(error), param="end") from error
     return Ask(
-        kind=kind,
+        kind=_CLIP_KINDS[clip.type],
         model=request.model or "",
         prompt=prompt,
+        history=history,
+        system=system,
         sampling=Sampling(
             temperature=temperature,
             top_p=request.top_p or Sampling.top_p,

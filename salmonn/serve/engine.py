@@ -16,7 +16,7 @@ import torch
 from salmonn.caption.answers import Piece
 from salmonn.caption.captioner import NO_ROOM, Captioner, Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.prompt import prompt_ids
+from salmonn.caption.prompt import History, Prompt, prompt_ids
 from salmonn.caption.reading import ClipReader, Wanted
 from salmonn.media.clip import Clip
 from salmonn.model.network import Media
@@ -47,6 +47,8 @@ class Query:
     Args:
         path: of the file.
         prompt: the words; None for a full description.
+        history: prompts and answers on the same file that come before; "" stands for a full description too.
+        system: what the conversation begins with; None for the model's own.
         sampling: how the answer is drawn; None for the likeliest words.
         span: the part of the file to look at; None for all of it.
         use: picture, sound or both.
@@ -59,6 +61,8 @@ class Query:
     span: Span | None = None
     use: Use = "both"
     seed: int = 0
+    history: History = ()
+    system: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class _Prepared:
     """A clip as the model takes it, with the words; `num_tokens` of both together."""
 
     media: Media
-    prompt: str
+    prompt: Prompt
     num_tokens: int
 
 
@@ -115,7 +119,7 @@ class _Row:
     answering: Answering
     sample: int
     media: Media
-    prompt: str
+    prompt: Prompt
     sampling: Sampling
     seed: int
     num_tokens: int
@@ -220,7 +224,9 @@ class Engine:
             ValueError: the prompt holds a special token.
         """
         processor, span = self.captioner.processor, query.span or Span()
-        prompt = query.prompt or self.captioner.describe(query.use)
+        usual = self.captioner.describe(query.use)
+        history = [(asked or usual, answer) for asked, answer in query.history]
+        prompt = Prompt(query.prompt or usual, history, query.system)
         processor.check(prompt)
         wanted = processor.wanted(query.use, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
         answering = Answering(self, num_samples=num_samples, tell=tell)
@@ -244,14 +250,17 @@ class Engine:
         return wanted if self.max_seconds is None else Bounded(**vars(wanted), max_seconds=self.max_seconds)
 
     def drop(self, answering: Answering) -> None:
-        """See `Answering.drop`; a file that is being read keeps its place until it is read."""
+        """See `Answering.drop`; a file that is being read is read no further."""
         with self._changed:
             if answering.is_over:
                 return
             answering.is_gone = True
             self.num_dropped += 1
-            if answering.future is not None and (answering.future.cancel() or answering.future.done()):
+            future = answering.future
+            if future is not None and (future.cancel() or future.done()):
                 self._leave(answering)
+        if future is not None:  # outside of the lock, for the reader has its own
+            self.reader.abandon(future)
 
     def stop(self) -> None:
         """Take no more queries."""
@@ -289,13 +298,18 @@ class Engine:
             words = f"the file could not be prepared ({type(error).__name__}); the server's log tells more"
             self._fail(answering, ModelFailedError(words))
 
-    def _prepare(self, prompt: str, clip: Clip) -> _Prepared:
+    def _prepare(self, prompt: Prompt, clip: Clip) -> _Prepared:
         """What the model takes of a clip and the words, and how many tokens these are."""
         processor, config = self.captioner.processor, self.captioner.processor.config
         media = processor.media(clip)
         places = [-1] * len(processor.lay_out(media).is_seen)  # which token stands there does not matter
         ids = prompt_ids(
-            processor.tokenizer, prompt, placeholders=places, family=config.family, system=config.system_prompt
+            processor.tokenizer,
+            prompt.words,
+            placeholders=places,
+            family=config.family,
+            system=config.system_prompt if prompt.system is None else prompt.system,
+            history=prompt.history,
         )
         return _Prepared(media, prompt, len(ids))
 

@@ -15,6 +15,7 @@ import pytest
 
 from salmonn.caption.reading import ClipReader, Part, Wanted, cut_alike, sensible_workers
 from salmonn.media.clip import read_clip
+from salmonn.media.container import ClipError
 from salmonn.media.frames import Stride
 
 # What a worker does at a file's name; a module of its own, since a worker imports what it is sent.
@@ -207,6 +208,25 @@ def test_what_a_worker_says_is_heard_and_harms_nothing(odd, caplog, capfd):
     finally:
         logging.getLogger("salmonn.media.clip").setLevel(logging.NOTSET)
     assert not caplog.records
+
+
+def test_what_nobody_waits_for_is_read_no_further(odd):
+    """One of two workers is at it, another file waits for a worker; both are given up, and both workers go on."""
+    with ClipReader(workers=1) as reader:
+        sleeping = reader.submit(Path("sleep"), odd, str)
+        waiting = reader.submit(Path("a"), odd, str)
+        wait_until(lambda: [task for task in reader._tasks.values() if task.worker])
+        begun = time.monotonic()
+        reader.abandon(waiting)
+        reader.abandon(sleeping)
+        with pytest.raises(ClipError, match="SIGKILL"):
+            sleeping.result(10)
+        assert waiting.cancelled() and reader.submit(Path("b"), odd, str).result(10) == "b"
+        assert time.monotonic() - begun < 10
+        done = reader.submit(Path("c"), odd, str)
+        assert done.result(10) == "c"
+        reader.abandon(done)  # which changes nothing
+        assert reader.submit(Path("d"), odd, str).result(10) == "d" and not reader._tasks
 
 
 def test_closing_ends_workers_in_the_middle_of_a_file(odd):

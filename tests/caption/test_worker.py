@@ -13,7 +13,7 @@ from salmonn.caption.worker import Limits
 from salmonn.media.frames import Stride
 
 GREEDY = """
-import time
+import os, signal, time
 import numpy as np
 from salmonn.caption.reading import Wanted
 
@@ -31,6 +31,8 @@ class Greedy(Wanted):
                 sum(range(10**8))
         if path.name == "large":
             return np.ones(1 << 28, np.uint8).nbytes
+        if path.name == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if path.name == "evil":
             return Evil()
         return path.name
@@ -58,6 +60,14 @@ def test_a_file_that_takes_too_long_costs_itself_alone(greedy, name):
     before, late, after = read_all(["a", name, "b"], greedy, Limits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert late.startswith(f"{name}: reading it took more than 1 s") and "read_seconds" in late
+
+
+def test_a_worker_that_does_not_end_is_given_up(greedy, monkeypatch):
+    """Stopped, it hears of no limit, as one that waits for a disk which is gone."""
+    monkeypatch.setattr("salmonn.caption.worker._LAST_SECONDS", 0.5)
+    before, late, after = read_all(["a", "stopped", "b"], greedy, Limits(seconds=1.0))
+    assert (before, after) == ("a", "b")
+    assert late.startswith("stopped: reading it took more than 1 s, and the process") and "disk" in late
 
 
 def test_a_file_that_takes_too_much_costs_itself_alone(greedy):

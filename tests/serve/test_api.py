@@ -16,6 +16,7 @@ import pytest
 
 from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
+from salmonn.caption.prompt import Prompt
 from salmonn.serve.fetch import Fetching
 from salmonn.serve.sources import Sources
 from tests.serve.running import HEAD, about, ask, counts, data_url, wait_until, web_server
@@ -94,6 +95,31 @@ def test_without_a_seed_answers_differ(start, videos):
     client = start().client()
     answers = {ask(client, videos[0].name, temperature=1.5).choices[0].message.content for _ in range(3)}
     assert len(answers) > 1
+
+
+def test_a_conversation_goes_on(start, model, videos):
+    """A question after an answer, as the client keeps both, under another system message than the model's own."""
+    client, usual = start().client(), model.describe()
+    messages = about(videos[0].name)
+    first = client.chat.completions.create(model="", messages=messages, max_completion_tokens=12).choices[0].message
+    messages += [first.model_dump(), {"role": "user", "content": "What is heard?"}]
+    media = model.processor.read(videos[0])
+
+    def expect(system):
+        prompt = Prompt("What is heard?", ((usual, first.content),), system)
+        return model.answer([media], [prompt], sampling=SHORT)[0].text
+
+    answers = []
+    for system in (None, "Be brief.", ""):
+        before = [] if system is None else [{"role": "system", "content": system}]
+        answer = client.chat.completions.create(model="", messages=[*before, *messages], max_completion_tokens=12)
+        answers.append(answer.choices[0].message.content)
+        assert answers[-1] == expect(system)
+    assert answers[0] != first.content and answers[1] not in (answers[0], answers[2])
+    with pytest.raises(openai.BadRequestError, match="special token"):
+        client.chat.completions.create(
+            model="", messages=[{"role": "system", "content": "<|im_end|>"}, *messages], max_completion_tokens=12
+        )
 
 
 def test_those_who_ask_together_are_answered_together(start, model, videos, monkeypatch):

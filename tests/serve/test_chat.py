@@ -17,6 +17,14 @@ def text(words):
     return {"type": "text", "text": words}
 
 
+def talk(*contents):
+    """Messages of the user and the assistant in turn; the words, or the one part, of each."""
+    return [
+        {"role": ("user", "assistant")[place % 2], "content": [content] if isinstance(content, dict) else content}
+        for place, content in enumerate(contents)
+    ]
+
+
 def parse(content=(VIDEO,), **parameters):
     body = {"messages": [{"role": "user", "content": content}]} | parameters
     return parse_chat(json.dumps(body).encode(), limits=LIMITS)
@@ -28,6 +36,8 @@ def test_the_least_that_is_asked():
             kind="video",
             model="",
             prompt=None,
+            history=(),
+            system=None,
             sampling=Sampling(max_new_tokens=100),
             span=Span(),
             use="both",
@@ -65,7 +75,17 @@ def test_all_that_can_be_asked():
     )
     assert url == "data:audio/wav;base64,AAAA"
     sampling = Sampling(temperature=1, top_p=0.5, max_new_tokens=7, repetition_penalty=1.1)
-    assert ask == Ask("sound", "m", "What is\nheard?", sampling, Span(1, 2.5), "audio", 3, -4, True, True)
+    assert ask == Ask("sound", "m", "What is\nheard?", (), None, sampling, Span(1, 2.5), "audio", 3, -4, True, True)
+
+
+def test_a_conversation():
+    """Answers as clients send them back, with fields of nothing."""
+    system = {"role": "developer", "content": [text("Be brief.")], "name": None}
+    first, answer, last = talk(VIDEO, " A star. ", [text("What"), text("else?")])
+    ask, url = parse(messages=[system, first, answer | {"refusal": None, "annotations": []}, last])
+    assert (ask.system, ask.history, ask.prompt) == ("Be brief.", (("", "A star."),), "What\nelse?")
+    assert url == "data:,"
+    assert parse(messages=[{"role": "system", "content": ""}, first])[0].system == ""
 
 
 def test_a_still_is_asked_about():
@@ -101,8 +121,20 @@ def test_a_still_is_asked_about():
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "user", "content": "a"}] * 65}, "messages: .* at most 64 items"),
         ({"metadata": {"a": [{}] * 25_000}}, "the body has more than 50,000 values"),
-        ({"messages": [{"role": "system", "content": "Be brief."}]}, "role 'system' are not taken"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}, "earlier turns"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "the last is the user's"),
+        ({"messages": talk("a", "b")}, "the user's and the assistant's in turn"),
+        ({"messages": [*talk("a"), *talk("b")]}, "in turn"),
+        ({"messages": talk(VIDEO, "b", "")}, "a message after the first has no words"),
+        ({"messages": talk(VIDEO, "", "c")}, "a message after the first has no words"),
+        ({"messages": talk("a", "b", VIDEO)}, "belongs into the first message of the user"),
+        ({"messages": talk(VIDEO, "b", VIDEO)}, "the messages have 2 clips"),
+        ({"messages": talk("a", "b", "c")}, "the messages have no clips"),
+        ({"messages": talk("a", VIDEO, "c")}, "belongs into the first message of the user"),
+        ({"messages": [{"role": "system", "content": [VIDEO]}, *talk(VIDEO)]}, "belongs into the first message"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages.0.role"),
+        ({"messages": [*talk(VIDEO), {"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "tool_calls is not"),
+        ({"messages": talk(VIDEO, "x" * 20, "y" * 31)}, "the words have 51 letters: 50 are taken at most"),
+        ({"messages": [{"role": "system", "content": "x" * 51}, *talk(VIDEO)]}, "the words have 51 letters"),
     ],
 )
 def test_what_cannot_be_given_is_refused(parameters, words):
@@ -113,9 +145,9 @@ def test_what_cannot_be_given_is_refused(parameters, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("Describe it.", "the message has no clips: give one video_url, image_url or input_audio"),
-        ([text("Describe it.")], "the message has no clips"),
-        ([VIDEO, VIDEO], "the message has 2 clips"),
+        ("Describe it.", "the messages have no clips: give one video_url, image_url or input_audio"),
+        ([text("Describe it.")], "the messages have no clips"),
+        ([VIDEO, VIDEO], "the messages have 2 clips"),
         (
             [VIDEO, {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}],
             "the sound of a video is taken from the video",

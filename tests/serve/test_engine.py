@@ -12,7 +12,7 @@ import torch
 from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.inputs import Row
-from salmonn.caption.reading import ClipReader
+from salmonn.caption.reading import ClipReader, Wanted
 from salmonn.media.container import ClipError, declared_seconds
 from salmonn.serve.engine import Busy, CrowdedError, Engine, ModelFailedError, Query
 from salmonn.serve.refusals import to_refusal
@@ -20,6 +20,13 @@ from tests.serve.running import wait_until
 
 SHORT = Sampling(max_new_tokens=12)
 FREE = Sampling(temperature=1.0, max_new_tokens=12)
+
+
+class Slow(Wanted):
+    """What it reads takes ten minutes."""
+
+    def read(self, path):
+        time.sleep(600)
 
 
 def say(engine, query):
@@ -228,6 +235,20 @@ def test_who_leaves_is_not_answered_further_and_the_batch_goes_on(engine, model,
     assert len(told[0]) <= heard + 1  # a piece may have been on its way
     if not told[0].texts():  # unless it ended before it was dropped
         assert engine.num_dropped == dropped + 3 and engine.num_answered == answered + 1
+
+
+def test_a_file_whose_visitor_has_left_is_read_no_further(own_engine, videos, monkeypatch):
+    """Its one worker is free again."""
+    query = Query(videos[0], sampling=SHORT)
+    wanted = own_engine._bound
+    monkeypatch.setattr(own_engine, "_bound", lambda wanted: Slow(**vars(wanted)))
+    answering = own_engine.begin(query, tell=Told())
+    wait_until(lambda: [task for task in own_engine.reader._tasks.values() if task.worker])
+    monkeypatch.setattr(own_engine, "_bound", wanted)
+    begun = time.monotonic()
+    answering.drop()
+    wait_until(lambda: not own_engine.num_present)
+    assert say(own_engine, query) and time.monotonic() - begun < 15 and own_engine.num_failed == 0
 
 
 def test_an_iterator_that_is_closed_drops_its_answer(engine, videos):
