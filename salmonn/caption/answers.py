@@ -1,6 +1,6 @@
 """Answers in words: whole, or as they come, side by side with others that may join at any time."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from salmonn.caption.generate import Generation, Sampling
@@ -67,7 +67,7 @@ class Answers:
         self._said |= {number: _Said(TextStream(self._processor.tokenizer), sampling) for number in numbers}
         return numbers
 
-    def step(self, dropped: Container[int] = ()) -> dict[int, Piece]:
+    def step(self, dropped: Collection[int] = ()) -> dict[int, Piece]:
         """One more token of each answer, and what has come of it in letters; an answer's last piece holds the whole.
 
         Args:

@@ -5,8 +5,9 @@ depends on its own seed alone, so its neighbours may end, and leave, whenever th
 """
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import numpy as np
 import torch
@@ -175,28 +176,29 @@ class Generation:
         chances = _chances(seeds, num_samples=num_samples, num_rows=len(order), sampling=sampling)[order]
         rows = range(self._count, self._count + len(order))
         cohort = _Cohort(
-            rows=torch.tensor(order, device=logits.device) + rows.start,
+            rows=[row + rows.start for row in order],
             memory=memory,
             logits=logits,
             penalty=_penalty(self.network, inputs, order, sampling=sampling),
             chances=chances.to(logits.device),
             sampling=sampling,
-            stops=torch.tensor(list(self.stop_ids), device=logits.device),
+            stop_ids=self.stop_ids,
         )
         self._cohorts.append(cohort)
         self._count = rows.stop
         return rows
 
     @torch.no_grad()
-    def step(self, dropped: Container[int] = ()) -> dict[int, int]:
+    def step(self, dropped: Collection[int] = ()) -> dict[int, int]:
         """The next token of each answer that has not ended, by its number.
 
         Args:
             dropped: answers that nobody waits for any more; they end here.
         """
-        for cohort in self._cohorts:
-            cohort.drop(dropped)
-        self._cohorts = [cohort for cohort in self._cohorts if cohort.goes_on]
+        if dropped:
+            for cohort in self._cohorts:
+                cohort.drop(dropped)
+            self._cohorts = [cohort for cohort in self._cohorts if cohort.goes_on]
         if begun := [cohort for cohort in self._cohorts if cohort.num_drawn]:
             for cohort in begun:
                 cohort.leave()
@@ -214,65 +216,68 @@ class _Cohort:
     """Rows that were read together.
 
     Args:
-        rows: (R,) their numbers.
+        rows: their R numbers.
         memory: of what was read.
         logits: (R, V) of their first tokens.
         penalty: for what was said.
         chances: (R, T) even draws for each token.
         sampling: how tokens are drawn.
-        stops: token ids that end an answer.
+        stop_ids: an answer ends with any of these.
     """
 
     def __init__(
         self,
         *,
-        rows: Tensor,
+        rows: Sequence[int],
         memory: Memory,
         logits: Tensor,
         penalty: _Penalty,
         chances: Tensor,
         sampling: Sampling,
-        stops: Tensor,
+        stop_ids: Sequence[int],
     ) -> None:
         self.memory = memory
         self.logits = logits
-        self.tokens = rows.new_empty(0)  # that were drawn last
+        self.tokens = torch.empty(0, dtype=torch.long)  # that were drawn last
         self.num_drawn = 0
-        self._rows = rows
+        self._rows = list(rows)
         self._penalty = penalty
         self._chances = chances
         self._sampling = sampling
-        self._stops = stops
-        self._going_on = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        self._stop_ids = frozenset(stop_ids)
+        self._going_on = [True] * len(rows)  # not on the device, which would have to be waited for
 
     @property
     def goes_on(self) -> bool:
         """Whether any answer has not ended."""
-        return self.num_drawn < self._sampling.max_new_tokens and bool(self._going_on.any())
+        return self.num_drawn < self._sampling.max_new_tokens and any(self._going_on)
 
-    def drop(self, dropped: Container[int]) -> None:
+    def drop(self, dropped: Collection[int]) -> None:
         """End answers by their numbers."""
-        if any(gone := [row in dropped for row in self._rows.tolist()]):
-            self._going_on &= ~torch.tensor(gone, device=self._going_on.device)
+        self._end(row in dropped for row in self._rows)
 
     def leave(self) -> None:
         """Let go of rows that have ended, where they are many."""
         self._penalty.hear(self.tokens)
-        going_on = self._going_on
-        if (~going_on).sum() >= _LEAVING * len(going_on):
+        if self._going_on.count(False) >= _LEAVING * len(self._going_on):
+            going_on = torch.tensor(self._going_on, device=self.tokens.device)
             self.memory.leave(going_on)
             self._penalty.leave(going_on)
             self.tokens, self._chances = self.tokens[going_on], self._chances[going_on]
-            self._rows, self._going_on = self._rows[going_on], going_on[going_on]
+            self._rows = list(compress(self._rows, self._going_on))
+            self._going_on = [True] * len(self._rows)
 
     def draw(self) -> dict[int, int]:
         """A token of each answer that has not ended."""
         self.tokens = draw(self._penalty(self.logits), self._chances[:, self.num_drawn], sampling=self._sampling)
         self.num_drawn += 1
-        drawn = zip(self._rows.tolist(), self.tokens.tolist(), self._going_on.tolist(), strict=True)
-        counted = {row: token for row, token, counts in drawn if counts}
-        self._going_on &= ~torch.isin(self.tokens, self._stops)
+        drawn = self.tokens.tolist()
+        counted = dict(compress(zip(self._rows, drawn, strict=True), self._going_on))
+        self._end(token in self._stop_ids for token in drawn)
         return counted
+
+    def _end(self, ended: Iterable[bool]) -> None:
+        self._going_on = [goes_on and not ends for goes_on, ends in zip(self._going_on, ended, strict=True)]
 
 
 def _repeat(inputs: Inputs, times: int) -> Inputs:

@@ -25,6 +25,7 @@ from salmonn.records import Use
 
 logger = logging.getLogger(__name__)
 MOST_LETTERS = 20_000  # of a prompt: some thousand tokens, beside a clip's tens of thousands
+MOST_LETTERS_TOGETHER = 200_000  # of all that is said before it, too
 MIN_SOUND_SECONDS = 1.0  # shorter sound is padded with silence to this, as the published models were trained
 
 
@@ -123,9 +124,15 @@ class Processor:
 
     def check(self, prompt: str | Prompt) -> None:
         """Raise a ValueError where a prompt cannot be asked: for what it holds, or for its length."""
-        texts = [prompt] if isinstance(prompt, str) else prompt.texts
-        if (letters := sum(map(len, texts))) > MOST_LETTERS:
+        prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
+        if (letters := len(prompt.words)) > MOST_LETTERS:
             raise ValueError(f"the prompt has {letters:,} letters: ask in at most {MOST_LETTERS:,}")
+        texts = prompt.texts
+        if (letters := sum(map(len, texts))) > MOST_LETTERS_TOGETHER:
+            raise ValueError(
+                f"the conversation has {letters:,} letters, of which {MOST_LETTERS_TOGETHER:,} are taken at most: "
+                "leave out the eldest questions and answers"
+            )
         if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
             raise ValueError("the prompt holds half of a Unicode character: type it anew")
         refuse_special(self.tokenizer, texts, what="prompt", placeholders=self.config.placeholder_ids)

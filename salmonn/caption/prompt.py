@@ -86,6 +86,7 @@ def refuse_special(
 ) -> None:
     """Raise a ValueError where texts hold a special token, or one of the tokens that stand for a clip's."""
     known = sorted({token for token in placeholders if token >= 0})
-    for special in {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(known)}:
+    # The clip's place is found by its two marks, which a tokenizer without them takes for letters.
+    for special in {CLIP_START, CLIP_END, *tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(known)}:
         if any(special in text for text in texts):
             raise ValueError(f"the {what} holds the special token {special}: leave it out")

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, pairwise, repeat
+from itertools import islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from salmonn.caption.worker import Limits, Worker, WorkerDied
+from salmonn.caption.worker import LAST_SECONDS, Limits, Worker, WorkerDied
 from salmonn.media.clip import Clip, read_clip
 from salmonn.media.container import ClipError, declared_seconds, measured_seconds
 from salmonn.media.frames import FrameRule
@@ -33,7 +33,6 @@ Result = TypeVar("Result")
 
 BATCHES_AHEAD = 2  # that are read or being read while the model is at another
 BATCHES_ALIKE = 8  # that clips of like length are looked for in
-FIRST_SHARES = (8, 4, 2)  # of a batch are the first ones: an eighth, a quarter, a half
 MOST_WORKERS = 8
 
 
@@ -138,7 +137,10 @@ class ClipReader:
             self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.kill()
+            worker.interrupt()
+        end = time.monotonic() + LAST_SECONDS
+        for worker in self._workers:
+            worker.wait(end - time.monotonic())
 
     def submit(self, path: Path, wanted: Wanted, finish: Callable[[Clip], Result]) -> "Future[Result]":
         """Have one file read; the future raises a ClipError where it cannot be.
@@ -174,8 +176,8 @@ class ClipReader:
     ) -> Iterator[list[Read[Result]]]:
         """Read files in batches of like length, two batches ahead (and as many clips as keep the workers busy).
 
-        The first batches are smaller, so that the model has not long to wait. Which files go together follows from
-        their order and their lengths alone. What is asked for is taken a few batches at a time, and may be endless.
+        Which files go together follows from their order and their lengths alone. What is asked for is taken a few
+        batches at a time, and may be endless.
 
         Args:
             asked: the files.
@@ -205,32 +207,26 @@ class ClipReader:
     def _plan(self, asked: Iterable[Part], *, size: int, segment_seconds: float | None) -> Iterator[list[Part]]:
         """Parts in batches; among some batches' files, the one with the first file comes first."""
         files = iter(asked)
-        is_cut = segment_seconds is not None
-        if size == 1 and not is_cut:
+        if size == 1 and segment_seconds is None:
             yield from ([part] for part in files)
             return
-        firsts = [size // share for share in FIRST_SHARES if size >= FIRST_SHARES[0]]
-        windows = (list(islice(files, count)) for count in chain(firsts, repeat(size * BATCHES_ALIKE)))
-
-        exact = {"exact": True} if is_cut else {}
-
-        def ask(parts: Sequence[Part]) -> list[tuple[Part, Future[float] | None]]:
-            if len(parts) <= size and not is_cut:  # one batch, whatever their lengths are
-                return [(part, None) for part in parts]
-            return [
-                (part, self._threads.submit(self._do, partial(part.wanted.seconds, part.path, **exact)))
-                for part in parts
-            ]
-
+        window = size * BATCHES_ALIKE
         # One window's lengths are asked for before the window ahead of it is read, so that nobody waits for them.
-        coming = ask(next(windows))
+        exact = segment_seconds is not None
+        coming = self._ask_seconds(list(islice(files, window)), exact=exact)
         while coming:
-            now, coming = coming, ask(next(windows))
-            lengths = [(part, self._wait_for_seconds(future) if future else 0.0) for part, future in now]
+            now, coming = coming, self._ask_seconds(list(islice(files, window)), exact=exact)
+            lengths = [(part, self._wait_for_seconds(future)) for part, future in now]
             if segment_seconds is not None:
                 lengths = [cut for part, seconds in lengths for cut in cut_up(part, seconds, segment_seconds)]
             alike = cut_alike([seconds for _, seconds in lengths], size=size)
             yield from ([lengths[number][0] for number in batch] for batch in sorted(alike, key=min))
+
+    def _ask_seconds(self, parts: Sequence[Part], *, exact: bool) -> list[tuple[Part, "Future[float]"]]:
+        more = {"exact": True} if exact else {}
+        return [
+            (part, self._threads.submit(self._do, partial(part.wanted.seconds, part.path, **more))) for part in parts
+        ]
 
     def _wait_for_seconds(self, future: "Future[float]") -> float:
         seconds = self._wait(future)
@@ -255,17 +251,24 @@ class ClipReader:
             return job()
         task, worker = task or _Task(), self._idle.get()
         try:
+            self._give(task, worker)
             try:
                 worker.begin(job)
             except WorkerDied:  # with nothing to do, which is no fault of this file
                 worker = self._replace(worker)
+                self._give(task, worker)
                 worker.begin(job)
-            self._give(task, worker)
             result: Result = worker.finish()
             return result
+        except ClipError:
+            raise
         except WorkerDied as error:
             worker = self._replace(worker)
             raise ClipError(f"{job.args[0]}: {error}") from error
+        except BaseException:  # such as what a log's handler raises: the worker may be in the middle of something
+            worker.interrupt()
+            worker = self._replace(worker)
+            raise
         finally:
             self._give(task, None)
             self._idle.put(worker)

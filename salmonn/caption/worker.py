@@ -19,6 +19,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +33,8 @@ Result = TypeVar("Result")
 
 PIPE_BYTES = 1 << 20  # the most that Linux gives without asking
 _BEGUN = b"!"  # what a worker says of a job that it took
-_LAST_SECONDS = 30.0  # in which a process ends that was told to
+LAST_SECONDS = 30.0  # in which a process ends that was told to
+_START_SECONDS = 120.0  # in which one starts, from a slow disk too
 # What a reply is made of.
 _SENT = {
     "salmonn.caption.worker._Reply", "salmonn.media.clip.Clip", "logging.LogRecord",
@@ -102,28 +105,36 @@ class Worker:
         assert self._process.stdout is not None
         with suppress(OSError):  # a user may have only so much memory in pipes; a small one is slower
             fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self._told_to_end = 0.0
         self._replies = io.BufferedReader(self._process.stdout, PIPE_BYTES)  # type: ignore[type-var]
 
-    def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-        with suppress(subprocess.TimeoutExpired):  # the system ends none that waits for a disk which is gone
-            self._process.wait(_LAST_SECONDS)
-
     def interrupt(self) -> None:
-        """Have it end; whoever waits for its job hears so."""
+        """Have it end at once; whoever waits for its job hears so."""
         self._process.kill()
+        self._told_to_end = self._told_to_end or time.monotonic()
+
+    def kill(self) -> None:
+        """End it at once, and wait for its end."""
+        self.interrupt()
+        self.wait(LAST_SECONDS)
+
+    def wait(self, seconds: float) -> None:
+        """For its end; not where it is stuck in the system, which ends none that waits for a disk which is gone."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, seconds))
 
     def begin(self, job: "partial[Result]") -> None:
         """Give it a job and see that it took it; raises WorkerDied where the process ended before."""
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(pickle.dumps(job))
         except BrokenPipeError as error:
             raise WorkerDied(self._tell_end()) from error
-        assert self._process.stdout is not None
-        if not self._process.stdout.read(1):  # not of the buffer, which must be empty where `finish` waits
-            raise WorkerDied(self._tell_end())
+        if not self._await(_START_SECONDS):
+            raise WorkerDied(f"a process to read it did not start within {_START_SECONDS:g} s")
+        # Not of the buffer, which must be empty where `finish` waits.
+        if (said := self._process.stdout.read(1)) != _BEGUN:
+            raise WorkerDied(self._tell_garbage("something") if said else self._tell_end())
 
     def finish(self) -> Any:
         """What the job gave.
@@ -132,15 +143,18 @@ class Worker:
             ClipError: the job raised a ValueError.
             WorkerDied: the process ended.
         """
-        seconds, coming = self._limits.seconds, select.poll()
-        coming.register(self._replies, select.POLLIN)
-        if not coming.poll(1000 * (seconds + _LAST_SECONDS)):
-            self.interrupt()
+        if not self._await(self._limits.seconds + LAST_SECONDS):
             raise WorkerDied(
-                f"reading it took more than {seconds:g} s, and the process that reads it cannot be ended: the disk or "
-                "the server that the file is on may be gone"
+                f"reading it took more than {self._limits.seconds:g} s, and the process that reads it cannot be ended: "
+                "the disk or the server that the file is on may be gone"
             )
-        reply: _Reply[Any] = self._hear()
+        # For one that stops in the middle of its reply, which may be large.
+        last = threading.Timer(self._limits.seconds + LAST_SECONDS, self.interrupt)
+        last.start()
+        try:
+            reply: _Reply[Any] = self._hear()
+        finally:
+            last.cancel()
         for record in reply.records:
             logger = logging.getLogger(record.name)
             if logger.isEnabledFor(record.levelno):
@@ -149,8 +163,28 @@ class Worker:
             raise ClipError(reply.error)
         return reply.result
 
+    def _await(self, seconds: float) -> bool:
+        """Whether something comes of it in time, and soon after it was told to end; its own end counts. Or it ends."""
+        coming, end = select.poll(), time.monotonic() + seconds
+        coming.register(self._replies, select.POLLIN)
+        while not coming.poll(1000):
+            now = time.monotonic()
+            if now > end or (self._told_to_end and now > self._told_to_end + LAST_SECONDS):
+                self.interrupt()
+                return False
+        return True
+
+    def _tell_garbage(self, what: str) -> str:
+        self.interrupt()
+        return f"the process that read it sent {what}, which none sends: do not trust the file"
+
     def _tell_end(self) -> str:
-        code = self._process.wait()
+        self.wait(1.0)
+        if self._process.returncode is None:  # it speaks no more, and yet lives
+            self.kill()
+        code = self._process.returncode
+        if self._told_to_end and code in (None, -signal.SIGKILL):
+            return "the process that read it was ended, since it did not finish"
         if code >= 0:
             return f"the process that read it ended with code {code}; what it said stands in the terminal"
         if -code == signal.SIGALRM:
@@ -164,16 +198,17 @@ class Worker:
     def _hear(self) -> Any:
         try:
             return _Replies(self._replies).load()
-        except (EOFError, pickle.UnpicklingError) as error:
+        except EOFError as error:
             raise WorkerDied(self._tell_end()) from error
-        except _ForbiddenError as error:
-            self.kill()
-            raise WorkerDied(
-                f"the process that read it sent {error}, which none sends: do not trust the file"
-            ) from error
         except MemoryError as error:  # what is left in the pipe is of no use
-            self.kill()
+            self.interrupt()
             raise WorkerDied("there is no memory for what was read of it: take a part of it (start, end)") from error
+        except Exception as error:  # of which unpickling has many
+            self.wait(1.0)
+            if self._process.returncode is not None:  # it ended in the middle of its reply
+                raise WorkerDied(self._tell_end()) from error
+            what = str(error) if isinstance(error, _ForbiddenError) else "something"
+            raise WorkerDied(self._tell_garbage(what)) from error
 
 
 def serve(limits: Limits) -> None:
@@ -213,8 +248,11 @@ def serve(limits: Limits) -> None:
 
 
 def _listen(jobs: "queue.SimpleQueue[partial[Any]]") -> None:
-    while True:
-        try:
+    try:
+        while True:
             jobs.put(pickle.load(sys.stdin.buffer))
-        except (EOFError, pickle.UnpicklingError):
-            os._exit(0)  # in the middle of a file too: whoever wanted it is gone, though it was killed
+    except (EOFError, pickle.UnpicklingError):
+        os._exit(0)  # in the middle of a file too: whoever wanted it is gone, though it was killed
+    finally:  # a job that cannot be imported here
+        traceback.print_exc()
+        os._exit(1)

@@ -148,6 +148,8 @@ def _require_sense(values: Namespace) -> None:
     for name in ("max_upload_mib", "max_seconds", "max_waiting", "max_answer_tokens", "request_seconds", "workers"):
         if not values[name] > 0:
             raise ValueError(f"--{name} must be above 0, got {values[name]}")
+    if values.batch_size is not None and values.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {values.batch_size}")
     if not (is_loopback(values.host) or values.api_key_file or values.no_auth):
         raise ValueError(
             f"at {values.host} other machines reach this server: give --api_key_file FILE, so that only those ask who "

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from salmonn.caption.answers import Answer
 from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.inputs import MOST_LETTERS
+from salmonn.caption.inputs import MOST_LETTERS, MOST_LETTERS_TOGETHER
 from salmonn.caption.prompt import History
 from salmonn.records import Use
 
@@ -163,13 +163,15 @@ class ChatLimits:
         usual_tokens: in one answer, where the request does not say.
         answer_tokens: in one answer, at most.
         choices: answers to one request.
-        prompt_letters: in its words.
+        prompt_letters: in one message of whoever asks.
+        talk_letters: in all messages, earlier answers too.
     """
 
     usual_tokens: int
     answer_tokens: int = 4096
     choices: int = 16
     prompt_letters: int = MOST_LETTERS
+    talk_letters: int = MOST_LETTERS_TOGETHER
 
 
 @dataclass(frozen=True)
@@ -219,11 +221,7 @@ def parse_chat(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[Ask, str
     system, turns = _split_messages(request.messages)
     clip = _only_clip(turns)
     *before, prompt = [message.words for message in turns]
-    letters = sum(map(len, [system or "", *before, prompt]))
-    if letters > limits.prompt_letters:
-        raise RequestError(
-            f"the words have {letters} letters: {limits.prompt_letters} are taken at most", param="messages"
-        )
+    _refuse_long([system or "", *before[::2], prompt], [*before[1::2]], limits)
     history = tuple(zip(before[::2], before[1::2], strict=True))
     ask = _to_ask(request, clip, prompt=prompt or None, history=history, system=system, limits=limits)
     return ask, _url(clip)
@@ -233,8 +231,8 @@ def _explain(error: ValidationError) -> RequestError:
     """What is wrong, without the value, which may be a video."""
     # Content may be a string or a list: of what each lacks, the deepest tells of what was meant.
     deepest = max(error.errors(), key=lambda one: (len(one["loc"]), one["type"] == "too_long"))
-    where = ".".join(str(part) for part in deepest["loc"])
-    return RequestError(f"{where or 'the body'}: {deepest['msg']}", param=where or None)
+    where = ".".join(str(part) for part in deepest["loc"])[:200]  # names and kinds may be as long as a file
+    return RequestError(f"{where or 'the body'}: {deepest['msg'][:400]}", param=where or None)
 
 
 def _refuse_unknown(extra: dict[str, Any]) -> None:
@@ -259,6 +257,20 @@ def _split_messages(messages: Sequence[_Message]) -> tuple[str | None, Sequence[
     return system, messages
 
 
+def _refuse_long(asked: Sequence[str], answers: Sequence[str], limits: ChatLimits) -> None:
+    longest, letters = max(map(len, asked)), sum(map(len, [*asked, *answers]))
+    if longest > limits.prompt_letters:
+        raise RequestError(
+            f"a message has {longest} letters: {limits.prompt_letters} are taken at most", param="messages"
+        )
+    if letters > limits.talk_letters:
+        raise RequestError(
+            f"the messages have {letters} letters, of which {limits.talk_letters} are taken at most: leave out the "
+            "eldest questions and answers",
+            param="messages",
+        )
+
+
 def _only_clip(turns: Sequence[_Message]) -> _Clip:
     """The one clip of a conversation, of which all that comes after it is words."""
     clips = [
@@ -276,8 +288,9 @@ def _only_clip(turns: Sequence[_Message]) -> _Clip:
     ((number, clip),) = clips
     if number:
         raise RequestError("the clip belongs into the first message of the user", param="messages")
-    if any(not message.words for message in turns[1:]):
-        raise RequestError("a message after the first has no words", param="messages")
+    for place, message in list(enumerate(turns))[2::2]:
+        if not message.words:
+            raise RequestError(f"the user's message {place // 2 + 1} has no words: write some", param="messages")
     return clip
 
 

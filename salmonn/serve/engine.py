@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -138,12 +139,12 @@ class Engine:
         captioner: the model.
         reader: with at least one worker process: the files are strangers'.
         max_waiting: answers at a time; more are refused with `Busy`.
-        batch_size: answers side by side (default: the model's).
+        batch_size: answers side by side, at least 1 (default: the model's).
         max_seconds: length of a span that is taken (default: any).
 
     Attributes:
         num_answered, num_failed, num_dropped: queries so far.
-        num_readings: of prompts, several together, by the model so far.
+        num_readings: of prompts, several together, that the model was asked for so far.
         failure: why the model failed when it was last asked; None where it did not.
     """
 
@@ -159,7 +160,9 @@ class Engine:
         self.captioner = captioner
         self.reader = reader
         self.max_waiting = max_waiting
-        self.batch_size = batch_size or captioner.processor.config.batch_size
+        self.batch_size = captioner.processor.config.batch_size if batch_size is None else batch_size
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.max_seconds = max_seconds
         self.num_answered = self.num_failed = self.num_dropped = self.num_readings = 0
         self.failure: str | None = None
@@ -348,19 +351,19 @@ class Engine:
     def _work(self) -> None:
         """What the model's thread does: those who may join do, then all go on by a token, again and again."""
         while (coming := self._next()) or self._rows:
-            for sampling in dict.fromkeys(row.sampling for row in coming):
-                self._join([row for row in coming if row.sampling == sampling], sampling)
+            if coming:
+                self._join(coming)
             if self._rows:
                 self._step()
 
     def _next(self) -> list[_Row]:
-        """Rows that join now, the eldest first; waited for where none is under way. None at the end."""
+        """Rows that join now; waited for where none is under way. None at the end."""
         with self._changed:
             while not self._cut_off.is_set():
                 self._waiting = [row for row in self._waiting if not row.answering.is_over]
                 if self._waiting or self._rows:
                     coming = self._choose()
-                    self._waiting = self._waiting[len(coming) :]
+                    self._waiting = [row for row in self._waiting if row not in coming]
                     return coming
                 if self._is_closing and not self._present:
                     break
@@ -368,26 +371,35 @@ class Engine:
         return []
 
     def _choose(self) -> list[_Row]:
-        """The first of those who wait: as many as have room, and as are read at once if others wait meanwhile."""
-        room = max(0, self.batch_size - len(self._rows))
-        if self._waiting and self._waiting[0].goes_alone:
-            return [] if self._rows else self._waiting[:1]
-        coming: list[_Row] = []
-        clips: dict[int, int] = {}  # tokens of each
-        for row in self._waiting[:room]:
-            clips[id(row.media)] = row.num_tokens
-            is_long = bool(self._rows and coming) and sum(clips.values()) > self.captioner.network.read_at_once
-            if is_long or row.goes_alone:
+        """Those of the waiting who join: the eldest, and others whose answers are drawn alike.
+
+        As many as have room, and, where others' words stop meanwhile, as are read at once. All answers to a query join
+        together, for they share what is read.
+        """
+        if not self._waiting:
+            return []
+        first, coming, num_tokens = self._waiting[0], list[_Row](), 0
+        if first.goes_alone or any(row.goes_alone for row in self._rows.values()):
+            return [] if self._rows else [first]
+        room = self.batch_size - len(self._rows)
+        alike = (row for row in self._waiting if row.sampling == first.sampling)
+        for _, group in groupby(alike, key=lambda row: id(row.answering)):
+            rows = list(group)
+            num_tokens += rows[0].num_tokens
+            is_long = bool(self._rows and coming) and num_tokens > self.captioner.network.read_at_once
+            # More answers than ever have room begin where nobody else is.
+            is_wide = bool(self._rows or coming) and min(len(rows), self.batch_size) > room - len(coming)
+            if is_long or is_wide:
                 break
-            coming.append(row)
+            coming += rows[: room - len(coming)]
         return coming
 
-    def _join(self, coming: Sequence[_Row], sampling: Sampling) -> None:
+    def _join(self, coming: Sequence[_Row]) -> None:
         def join() -> None:
             numbers = self._answers.join(
                 [row.media for row in coming],
                 [row.prompt for row in coming],
-                sampling=sampling,
+                sampling=coming[0].sampling,
                 seeds=[row.seed for row in coming],
             )
             self._rows |= dict(zip(numbers, coming, strict=True))
@@ -400,7 +412,7 @@ class Engine:
             self._give_room(coming, is_alone=is_alone)
 
     def _step(self) -> None:
-        """One token more of each answer under way; where that fails, all of them end."""
+        """One token more of each answer under way; where that fails none is, but those without room may begin anew."""
         dropped = {number for number, row in self._rows.items() if row.answering.is_over}
         rows = [row for number, row in self._rows.items() if number not in dropped]
         self._rows = {number: row for number, row in self._rows.items() if number not in dropped}
@@ -449,27 +461,29 @@ class Engine:
 
     def _hand_on(self, pieces: dict[int, Piece]) -> None:
         """Hand on what came of a step, which made one token for each row under way."""
-        self.failure = None
         for row in self._rows.values():
             row.num_drawn += 1
             row.answering.num_answer_tokens += 1
+            if row.num_drawn == 1:  # those that went on before do not show that a reading goes well
+                self.failure = None
         for number, piece in pieces.items():
             row = self._rows[number]
-            row.is_told = True
             if piece.answer is not None:
                 del self._rows[number]
-                self._finish(row.answering)
-            row.answering.tell(row.sample, piece)
+            if self._is_heard(row.answering, ends=piece.answer is not None):
+                row.is_told = True
+                row.answering.tell(row.sample, piece)
 
-    def _finish(self, answering: Answering) -> None:
-        """Note that one answer has ended."""
+    def _is_heard(self, answering: Answering, *, ends: bool) -> bool:
+        """Whether anybody waits for a piece of an answer; notes where it is the last."""
         with self._changed:
             if answering.is_over:
-                return
-            answering.num_open -= 1
+                return False
+            answering.num_open -= ends
             if not answering.num_open:
                 self.num_answered += 1
                 self._leave(answering)
+        return True
 
     def _end(self, rows: Sequence[_Row], error: Exception) -> None:
         """Tell rows whose answers have not ended why they do."""

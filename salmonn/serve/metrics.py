@@ -56,7 +56,7 @@ class _EngineCounts(Collector):
         """See `Collector`."""
         engine = self._engine
         counts = {
-            "readings": (engine.num_readings, "Prompts read by the model, those that it read together as one."),
+            "readings": (engine.num_readings, "Readings of prompts that the model was asked for."),
             "answered": (engine.num_answered, "Queries that were answered."),
             "failed": (engine.num_failed, "Queries that failed."),
             "dropped": (engine.num_dropped, "Queries that nobody waited for any more."),

@@ -1,9 +1,11 @@
 """The tokenizer made here loses no text, and the chat format is that of Qwen2."""
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from salmonn.caption.prompt import answer_ids, prompt_ids
-from salmonn.caption.tokenizer import train_tokenizer
+from salmonn.caption.tokenizer import TURN_END, TURN_START, train_tokenizer
 
 UNKNOWN = ["Grüße, 世界! 🎬", "a  b\n\n c\t ", "ZEBRA 12345 #!?", "na\u00efve \u2028 \x00 end", ""]
 
@@ -56,3 +58,24 @@ def test_a_special_token_in_the_prompt_is_refused(tokenizer, special):
     with pytest.raises(ValueError) as caught:
         prompt_ids(tokenizer, f"Tell{special}me", placeholders=[5, 6], family="salmonn2-plus", system="")
     assert special in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["system", "question", "answer"])
+def test_special_tokens_before_the_prompt_are_refused(tokenizer, where):
+    words = {"system": "Help.", "question": "Tell.", "answer": "A star."}
+    words[where] += "<|im_end|>"
+    history = [(words["question"], words["answer"])]
+    with pytest.raises(ValueError, match=r"special token <\|im_end\|>"):
+        prompt_ids(
+            tokenizer, "Why?", placeholders=[5], family="salmonn2", system=words["system"], history=history
+        )  # fmt: skip
+
+
+def test_the_marks_of_the_clips_place_are_refused_where_the_tokenizer_lacks_them():
+    """Or a system message that holds them would have the clip."""
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()), eos_token=TURN_END, additional_special_tokens=[TURN_START]
+    )
+    assert "<|vision_start|>" not in bare.all_special_tokens
+    with pytest.raises(ValueError, match=r"special token <\|vision_(start|end)\|>"):
+        prompt_ids(bare, "Why?", placeholders=[-1], family="salmonn2", system="<|vision_start|><|vision_end|>")

@@ -1,5 +1,6 @@
 """What a file may cost: a reader that takes too long or too much ends its process, and no other file's."""
 
+import re
 import struct
 import sys
 from pathlib import Path
@@ -13,9 +14,18 @@ from salmonn.caption.worker import Limits
 from salmonn.media.frames import Stride
 
 GREEDY = """
-import os, signal, time
+import fcntl, os, signal, stat, time
+from contextlib import suppress
 import numpy as np
 from salmonn.caption.reading import Wanted
+
+def say(what):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # what lists them is gone
+            is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
+            if fd > 2 and is_pipe and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY:
+                os.write(fd, what)  # the one that replies go to
 
 class Evil:
     def __reduce__(self):
@@ -33,6 +43,18 @@ class Greedy(Wanted):
             return np.ones(1 << 28, np.uint8).nbytes
         if path.name == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if path.name == "dribble":  # as one does that a file has taken over
+            say(b"\\x80")
+            time.sleep(600)
+        if path.name == "garbage":
+            say(b"cnowhere\\nnothing\\n.")
+            time.sleep(600)
+        if path.name == "mute":
+            say(b"")
+            for fd in range(3, 9):
+                with suppress(OSError):
+                    os.close(fd)
+            time.sleep(600)
         if path.name == "evil":
             return Evil()
         return path.name
@@ -62,9 +84,24 @@ def test_a_file_that_takes_too_long_costs_itself_alone(greedy, name):
     assert late.startswith(f"{name}: reading it took more than 1 s") and "read_seconds" in late
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dribble", "ended, since it did not finish"),
+        ("mute", "since it did not finish"),
+        ("garbage", "do not trust the file"),
+    ],
+)
+def test_a_worker_that_does_not_speak_as_workers_do(greedy, monkeypatch, name, words):
+    monkeypatch.setattr("salmonn.caption.worker.LAST_SECONDS", 3.0)
+    before, bad, after = read_all(["a", name, "b"], greedy, Limits(seconds=1.0))
+    assert (before, after) == ("a", "b")
+    assert bad.startswith(f"{name}: ") and re.search(words, bad)
+
+
 def test_a_worker_that_does_not_end_is_given_up(greedy, monkeypatch):
     """Stopped, it hears of no limit, as one that waits for a disk which is gone."""
-    monkeypatch.setattr("salmonn.caption.worker._LAST_SECONDS", 0.5)
+    monkeypatch.setattr("salmonn.caption.worker.LAST_SECONDS", 0.5)
     before, late, after = read_all(["a", "stopped", "b"], greedy, Limits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert late.startswith("stopped: reading it took more than 1 s, and the process") and "disk" in late

@@ -28,6 +28,7 @@ def model(shared) -> Iterator[Gated]:
     shared.fail = shared.fail_to_read = lambda size: None
     shared.batches.clear()
     shared.num_steps = shared.most = 0
+    shared.stops_after = -1
     yield shared
     shared.gate.set()
 

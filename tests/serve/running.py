@@ -5,7 +5,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -39,6 +39,7 @@ class Gated(Captioner):
         self.batches: list[int] = []
         self.num_steps = 0
         self.most = 0  # side by side so far
+        self.stops_after = -1  # steps, after which it closes its gate itself
 
     def begin(self) -> Answers:
         return GatedAnswers(self)
@@ -61,13 +62,15 @@ class GatedAnswers(Answers):
         self.present |= set(numbers)
         return numbers
 
-    def step(self, dropped: Container[int] = ()) -> dict[int, Piece]:
+    def step(self, dropped: Collection[int] = ()) -> dict[int, Piece]:
         self.model.gate.wait(30)
         self.present -= {number for number in self.present if number in dropped}
         pieces = super().step(dropped)
         if error := self.model.fail(len(self.present)):
             raise error
         self.model.num_steps += 1
+        if self.model.num_steps == self.model.stops_after:
+            self.model.gate.clear()
         self.model.most = max(self.model.most, len(self.present))
         self.present -= {number for number, piece in pieces.items() if piece.answer}
         return pieces

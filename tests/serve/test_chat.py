@@ -9,7 +9,7 @@ from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
 from salmonn.serve.chat import Ask, ChatLimits, RequestError, Speaker, Usage, parse_chat
 
-LIMITS = ChatLimits(100, answer_tokens=200, choices=4, prompt_letters=50)
+LIMITS = ChatLimits(100, answer_tokens=200, choices=4, prompt_letters=50, talk_letters=100)
 VIDEO = {"type": "video_url", "video_url": {"url": "data:,"}}
 
 
@@ -86,6 +86,7 @@ def test_a_conversation():
     assert (ask.system, ask.history, ask.prompt) == ("Be brief.", (("", "A star."),), "What\nelse?")
     assert url == "data:,"
     assert parse(messages=[{"role": "system", "content": ""}, first])[0].system == ""
+    assert parse(messages=talk(VIDEO, "", "Why?"))[0].history == (("", ""),)  # it may have said nothing
 
 
 def test_a_still_is_asked_about():
@@ -124,8 +125,7 @@ def test_a_still_is_asked_about():
         ({"messages": [{"role": "system", "content": "Be brief."}]}, "the last is the user's"),
         ({"messages": talk("a", "b")}, "the user's and the assistant's in turn"),
         ({"messages": [*talk("a"), *talk("b")]}, "in turn"),
-        ({"messages": talk(VIDEO, "b", "")}, "a message after the first has no words"),
-        ({"messages": talk(VIDEO, "", "c")}, "a message after the first has no words"),
+        ({"messages": talk(VIDEO, "b", "c", "d", "")}, "the user's message 3 has no words: write some"),
         ({"messages": talk("a", "b", VIDEO)}, "belongs into the first message of the user"),
         ({"messages": talk(VIDEO, "b", VIDEO)}, "the messages have 2 clips"),
         ({"messages": talk("a", "b", "c")}, "the messages have no clips"),
@@ -133,8 +133,11 @@ def test_a_still_is_asked_about():
         ({"messages": [{"role": "system", "content": [VIDEO]}, *talk(VIDEO)]}, "belongs into the first message"),
         ({"messages": [{"role": "tool", "content": "a"}]}, r"messages.0.role"),
         ({"messages": [*talk(VIDEO), {"role": "assistant", "content": "a", "tool_calls": [{}]}]}, "tool_calls is not"),
-        ({"messages": talk(VIDEO, "x" * 20, "y" * 31)}, "the words have 51 letters: 50 are taken at most"),
-        ({"messages": [{"role": "system", "content": "x" * 51}, *talk(VIDEO)]}, "the words have 51 letters"),
+        ({"messages": talk(VIDEO, "x" * 90, "y" * 11)}, "the messages have 101 letters, .*: leave out the eldest"),
+        ({"messages": talk(VIDEO, "x", "y" * 51)}, "a message has 51 letters: 50 are taken at most"),
+        ({"messages": [{"role": "system", "content": "x" * 51}, *talk(VIDEO)]}, "a message has 51 letters"),
+        ({"messages": [{"role": "user", "content": [{"type": "x" * 5000}]}]}, r"^messages[^\n]{,600}$"),
+        ({"messages": [{"role": "user", "content": [VIDEO | {"x" * 5000: 1}]}]}, r"^messages[^\n]{,600}$"),
     ],
 )
 def test_what_cannot_be_given_is_refused(parameters, words):
@@ -154,7 +157,7 @@ def test_what_cannot_be_given_is_refused(parameters, words):
         ),
         ([VIDEO, *[text("x")] * 64], "at most 64 items"),
         ([1] * 60_000, "the body has more than 50,000 values"),
-        ([VIDEO, text("x" * 51)], "the words have 51 letters: 50 are taken at most"),
+        ([VIDEO, text("x" * 51)], "a message has 51 letters: 50 are taken at most"),
         ([{"type": "file", "file": {}}], "messages.0.content"),
         ([{"type": "image_url", "image_url": {"url": "a", "detail": "high"}}], "detail"),
         ([{"type": "input_audio", "input_audio": {"data": "", "format": "ogg"}}], "format"),

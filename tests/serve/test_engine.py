@@ -9,6 +9,7 @@ import av
 import pytest
 import torch
 
+from salmonn.caption.answers import Piece
 from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.inputs import Row
@@ -33,6 +34,13 @@ def say(engine, query):
     return "".join(piece.text for piece in engine.ask(query))
 
 
+def make_steps(model, count):
+    """Let the model, behind its closed gate, go on by so many steps."""
+    model.stops_after = model.num_steps + count
+    model.gate.set()
+    wait_until(lambda: not model.gate.is_set())
+
+
 class Told(list):
     """Collects what is told of a query."""
 
@@ -40,7 +48,7 @@ class Told(list):
         self.append((sample, piece))
 
     def texts(self):
-        return {sample: piece.answer.text for sample, piece in self if piece.answer}
+        return {sample: piece.answer.text for sample, piece in self if isinstance(piece, Piece) and piece.answer}
 
 
 def test_answers_are_the_captioners(engine, model, videos):
@@ -78,13 +86,17 @@ def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeyp
 
 def test_who_comes_joins_those_who_are_being_answered(engine, model, videos):
     """A short answer ends before a long one that began before it, and both are what they are alone."""
-    long = Sampling(max_new_tokens=300)
+    long = Sampling(max_new_tokens=100)
     first, second = Told(), Told()
+    model.gate.clear()
     engine.begin(Query(videos[0], sampling=long), tell=first)
-    wait_until(lambda: len(first) > 3)
+    make_steps(model, 3)
     engine.begin(Query(videos[1], sampling=FREE, seed=4), tell=second)
+    wait_until(lambda: engine.num_waiting == 1)
+    make_steps(model, 13)  # one before it joins
     wait_until(second.texts)
     assert not first.texts() and model.batches == [1, 1] and model.most == 2
+    model.gate.set()
     wait_until(first.texts)
     assert first.texts() == {0: model.caption(videos[0], sampling=long).text}
     assert second.texts() == {0: model.caption(videos[1], sampling=FREE, seed=4).text}
@@ -110,34 +122,81 @@ def test_newcomers_who_take_long_to_read_join_one_by_one(engine, model, videos, 
 
 def test_newcomers_who_cannot_be_read_harm_nobody(engine, model, videos):
     model.fail_to_read = lambda size: IndexError("out of range") if size > 1 else None
-    long = Sampling(max_new_tokens=300)
-    told = Told()
+    long = Sampling(max_new_tokens=100)
+    told, failed = Told(), Told()
+    model.gate.clear()
     engine.begin(Query(videos[0], sampling=long), tell=told)
-    wait_until(lambda: told)
-    with pytest.raises(ModelFailedError, match="IndexError"):
-        say(engine, Query(videos[1], sampling=SHORT))
-    assert not told.texts()
+    make_steps(model, 3)
+    engine.begin(Query(videos[1], sampling=SHORT), tell=failed)
+    wait_until(lambda: engine.num_waiting == 1)
+    make_steps(model, 2)
+    assert isinstance(failed[0][1], ModelFailedError) and "IndexError" in str(failed[0][1])
+    assert not told.texts() and engine.failure == "IndexError"  # that others go on does not mend it
+    model.gate.set()
     wait_until(told.texts)
-    assert told.texts() == {0: model.caption(videos[0], sampling=long).text}
+    assert told.texts() == {0: model.caption(videos[0], sampling=long).text} and engine.failure == "IndexError"
 
 
 def test_newcomers_without_room_are_answered_when_the_others_have_ended(engine, model, videos):
-    model.fail_to_read = lambda size: torch.OutOfMemoryError("CUDA out of memory") if size > 1 else None
-    long = Sampling(max_new_tokens=300)
-    first, second, third = Told(), Told(), Told()
-    engine.begin(Query(videos[0], sampling=long), tell=first)
-    wait_until(lambda: first)
-    engine.begin(Query(videos[1], sampling=SHORT), tell=second)
-    wait_until(lambda: len(model.batches) == 2)
-    engine.begin(Query(videos[2], sampling=SHORT), tell=third)
-    wait_until(third.texts)
-    assert first.texts() and not isinstance(second[-1][1], Exception)
-    assert second.texts() == {0: model.caption(videos[1], sampling=SHORT).text}
-    assert third.texts() == {0: model.caption(videos[2], sampling=SHORT).text}
-    assert model.batches[:3] == [1, 1, 1] and model.most == 1  # the second was tried twice, the third after it
+    """The second alone, as it had no room beside the first; the third after it, though there might be room for it."""
+    refused = []
+
+    def fail(size):
+        if size == 1 or refused:
+            return None
+        refused.append(size)
+        return torch.OutOfMemoryError("CUDA out of memory")
+
+    model.fail_to_read = fail
+    told = [Told() for _ in range(3)]
+    model.gate.clear()
+    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    make_steps(model, 3)
+    for video, listener in zip(videos[1:], told[1:], strict=False):
+        engine.begin(Query(video, sampling=SHORT), tell=listener)
+        wait_until(lambda listener=listener: engine.num_waiting == told.index(listener))
+    model.gate.set()
+    wait_until(lambda: all(listener.texts() for listener in told))
+    assert [listener.texts()[0] for listener in told] == [
+        model.caption(video, sampling=SHORT).text for video in videos[:3]
+    ]
+    assert refused == [2] and model.batches == [1, 1, 1, 1] and model.most == 1
     model.fail_to_read = lambda size: torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(ValueError, match="does not fit in the GPU's memory"):
         say(engine, Query(videos[0]))
+
+
+def test_without_room_those_who_were_told_nothing_begin_anew(engine, model, videos):
+    """A second clip joins one whose answer is being told, and at its first step the two have no room."""
+    first, second = Told(), Told()
+    model.gate.clear()
+    engine.begin(Query(videos[0], sampling=SHORT), tell=first)
+    make_steps(model, 3)
+    answering = engine.begin(Query(videos[1], sampling=SHORT), tell=second)
+    wait_until(lambda: engine.num_waiting == 1)
+    model.fail = lambda size: torch.OutOfMemoryError("CUDA out of memory") if size == 2 else None
+    model.gate.set()
+    wait_until(second.texts)
+    assert isinstance(first[-1][1], CrowdedError) and not first.texts()
+    assert second.texts() == {0: model.caption(videos[1], sampling=SHORT).text}
+    assert answering.num_answer_tokens == 12 and model.batches == [1, 1, 1]
+
+
+def test_all_answers_to_a_query_join_together(engine, model, videos, monkeypatch):
+    """Of 4 places one is taken: 4 answers wait for its end, since they share what is read."""
+    monkeypatch.setattr(engine, "batch_size", 4)
+    told = [Told(), Told()]
+    model.gate.clear()
+    engine.begin(Query(videos[0], sampling=FREE), tell=told[0])
+    make_steps(model, 3)
+    engine.begin(Query(videos[1], sampling=FREE), tell=told[1], num_samples=4)
+    wait_until(lambda: engine.num_waiting == 4)
+    model.gate.set()
+    wait_until(lambda: len(told[1].texts()) == 4)
+    assert model.batches == [1, 4]
+    engine.begin(Query(videos[2], sampling=FREE), tell=told[1], num_samples=6)
+    wait_until(lambda: not engine.num_present)
+    assert model.batches == [1, 4, 4, 2]
 
 
 def test_samples_share_the_file_and_have_their_own_seeds(engine, model, videos):

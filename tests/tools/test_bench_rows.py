@@ -110,20 +110,26 @@ def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
     # No rows are no failure (TRL may not be installed); a part that broke is.
     assert end.value.code == 1 and capsys.readouterr().err == "growth failed, as told above\n"
     first, second = json.loads(out.read_text())
-    assert first == ROW | {"part": "step: mid"}
+    assert first == ROW | {"part": "step: mid", "bench": "step"}
     assert (second["name"], second["part"]) == ("bare", "step") and "torch" in second["machine"]
     assert "**step: mid**" in page.read_text() and "| bare |" in page.read_text()
 
 
 def test_what_is_not_measured_anew_stays(rows):
-    """With the machine that it was measured on."""
+    """With the machine that it was measured on; titles tell sizes, which may be others now."""
     collector = importlib.import_module("all")
-    before = [ROW, ROW | {"part": "folder", "name": "old"}, ROW | {"part": "folder"}, ROW | {"part": "growth"}]
-    anew = [ROW | {"part": "readers"}, ROW | {"part": "folder", "machine": "two cores"}]
+    before = [
+        ROW | {"bench": bench, "part": part}
+        for bench, part in (("step", "step"), ("folder", "24 clips"), ("folder", "its parts"), ("growth", "growth"))
+    ]
+    anew = [
+        ROW | {"bench": "decoders", "part": "readers"},
+        ROW | {"bench": "folder", "part": "9 clips", "machine": "two cores"},
+    ]
     renewed = collector.renew(before, anew)
-    assert renewed == [before[0], anew[1], before[3], anew[0]]
+    assert renewed == [before[0], anew[1], anew[0], before[3]]
     heads = [line for line in rows.to_markdown(renewed).splitlines() if line.startswith("**")]
-    assert heads == ["**step**", "**folder** (measured on two cores)", "**growth**", "**readers**"]
+    assert heads == ["**step**", "**9 clips** (measured on two cores)", "**readers**", "**growth**"]
     assert collector.renew([], anew) == anew
 
 

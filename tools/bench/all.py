@@ -31,7 +31,7 @@ def run_part(name: str, *, quick: bool) -> list[Row] | None:
         if subprocess.run(command, check=False, env=environment).returncode:
             return None
         rows: list[Row] = json.loads(out.read_text(encoding="utf-8"))
-    return [{"part": name, "machine": machine()} | row for row in rows]
+    return [{"part": name, "machine": machine()} | row | {"bench": name} for row in rows]
 
 
 def collect(parts: Sequence[str], *, quick: bool) -> tuple[list[Row], list[str]]:
@@ -41,14 +41,10 @@ def collect(parts: Sequence[str], *, quick: bool) -> tuple[list[Row], list[str]]
 
 
 def renew(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """All tables in their order; those that were measured anew in place of what they were."""
-    anew = {row["part"] for row in rows}
-    return [
-        row
-        for part in dict.fromkeys(row["part"] for row in [*before, *rows])
-        for row in (rows if part in anew else before)
-        if row["part"] == part
-    ]
+    """All rows in the benches' order; of those that were run, what was measured anew, however its tables are named."""
+    anew = {row["bench"] for row in rows}
+    kept = [row for row in before if row["bench"] not in anew]
+    return sorted([*kept, *rows], key=lambda row: PARTS.index(row["bench"]))
 
 
 def main() -> None:
@@ -61,7 +57,8 @@ def main() -> None:
     values = parser.parse_args()
     if unknown := sorted(set(values.parts) - set(PARTS)):
         parser.error(f"there is no part {', '.join(unknown)}, but {', '.join(PARTS)}")
-    before: list[Row] = json.loads(values.out.read_text(encoding="utf-8")) if values.out.exists() else []
+    is_there = values.out.exists() and not values.quick  # what is quick stands beside nothing else
+    before: list[Row] = json.loads(values.out.read_text(encoding="utf-8")) if is_there else []
     rows, failed = collect(values.parts, quick=values.quick)
     rows = renew(before, rows)
     write_rows(values.out, rows)
