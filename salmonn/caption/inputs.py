@@ -172,6 +172,21 @@ class Processor:
         told = [self.tokenizer.encode(time, add_special_tokens=False) for time in told_times(self.config, media)]
         return lay_out(self.config, media, told=told, released=self.released_positions)
 
+    def count_tokens(self, media: Media, prompt: Prompt) -> int:
+        """Of a clip and what is asked of it together."""
+        places = [-1] * len(self.lay_out(media))  # which token stands there does not matter
+        return len(self._prompt_ids(prompt, places))
+
+    def _prompt_ids(self, prompt: Prompt, placeholders: Sequence[int]) -> list[int]:
+        return prompt_ids(
+            self.tokenizer,
+            prompt.words,
+            placeholders=placeholders,
+            family=self.config.family,
+            system=self.config.system_prompt if prompt.system is None else prompt.system,
+            history=prompt.history,
+        )
+
     def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Block]) -> Inputs:
         """Collate rows about clips into one batch.
 
@@ -183,14 +198,8 @@ class Processor:
         placeholders = [self._placeholders(layout) for layout in layouts]
         input_ids, labels = [], []
         for row in rows:
-            prompt = prompt_ids(
-                self.tokenizer,
-                row.prompt,
-                placeholders=placeholders[row.clip],
-                family=self.config.family,
-                system=self.config.system_prompt if row.system is None else row.system,
-                history=row.history,
-            )
+            asked = Prompt(row.prompt, history=row.history, system=row.system)
+            prompt = self._prompt_ids(asked, placeholders[row.clip])
             answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer)
             input_ids.append(prompt + answer)
             labels.append([-100] * len(prompt) + answer)

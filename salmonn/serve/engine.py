@@ -17,7 +17,7 @@ import torch
 from salmonn.caption.answers import Piece
 from salmonn.caption.captioner import NO_ROOM, Captioner, Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.prompt import History, Prompt, prompt_ids
+from salmonn.caption.prompt import History, Prompt
 from salmonn.caption.reading import ClipReader, Wanted
 from salmonn.media.clip import Clip
 from salmonn.model.network import Media
@@ -303,18 +303,8 @@ class Engine:
 
     def _prepare(self, prompt: Prompt, clip: Clip) -> _Prepared:
         """What the model takes of a clip and the words, and how many tokens these are."""
-        processor, config = self.captioner.processor, self.captioner.processor.config
-        media = processor.media(clip)
-        places = [-1] * len(processor.lay_out(media).is_seen)  # which token stands there does not matter
-        ids = prompt_ids(
-            processor.tokenizer,
-            prompt.words,
-            placeholders=places,
-            family=config.family,
-            system=config.system_prompt if prompt.system is None else prompt.system,
-            history=prompt.history,
-        )
-        return _Prepared(media, prompt, len(ids))
+        media = self.captioner.processor.media(clip)
+        return _Prepared(media, prompt, self.captioner.processor.count_tokens(media, prompt))
 
     def _add(self, answering: Answering, query: Query, prepared: _Prepared) -> None:
         sampling = query.sampling or self.captioner.greedy()

@@ -455,14 +455,20 @@ def test_lists_of_other_files_are_refused(engine, videos, tmp_path):
             say(engine, Query(tmp_path / name))
 
 
-def test_closing_answers_those_who_are_there(own_engine, model, videos):
-    """One is being answered, one waits and one is being read when it closes."""
+def begin_three(engine, model, videos):
+    """One has the model, whose gate is closed; the others wait or are being read."""
     model.gate.clear()
     told = [Told() for _ in range(3)]
-    own_engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
     wait_until(lambda: model.batches == [1])
     for video, listener in zip(videos[1:3], told[1:], strict=True):
-        own_engine.begin(Query(video, sampling=SHORT), tell=listener)
+        engine.begin(Query(video, sampling=SHORT), tell=listener)
+    return told
+
+
+def test_closing_answers_those_who_are_there(own_engine, model, videos):
+    """One is being answered, one waits and one is being read when it closes."""
+    told = begin_three(own_engine, model, videos)
     closer = threading.Thread(target=own_engine.close, kwargs={"grace_seconds": 20})
     closer.start()
     with pytest.raises(Busy, match="shutting down"):
@@ -484,12 +490,7 @@ def test_closing_waits_for_files_that_are_being_read(own_engine, model, videos):
 
 
 def test_closing_without_grace_tells_those_who_are_there(own_engine, model, videos):
-    model.gate.clear()
-    told = [Told() for _ in range(3)]
-    own_engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
-    wait_until(lambda: model.batches == [1])
-    for video, listener in zip(videos[1:3], told[1:], strict=True):
-        own_engine.begin(Query(video, sampling=SHORT), tell=listener)
+    told = begin_three(own_engine, model, videos)
     begun = time.monotonic()
     closer = threading.Thread(target=own_engine.close, kwargs={"grace_seconds": 0})
     closer.start()
