@@ -56,12 +56,12 @@ bench: setup
 	$(BIN)/python tools/bench/all.py --document docs/performance.md
 
 tiny: setup
-	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_still.yaml
-	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_deed.yaml
-	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_story.yaml
-	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_joint.yaml
-	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_caption.yaml
-	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_1_objects.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_2_actions.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_3_scenes.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_4_audio.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_5_captions.yaml
+	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_6_restart.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/align_audio.yaml
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/sft.yaml
 	cp run/sft/av/config.json run/sft/av/model.safetensors run/sft/av/tokenizer.json \

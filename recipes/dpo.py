@@ -16,19 +16,19 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, read_conversations
-from salmonn.model.load import Placement, load_config
+from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Block
 from salmonn.records import Pair
 from salmonn.train.checkpoint import checkpointed
+from salmonn.train.data import Example, conversation_examples
 from salmonn.train.dry_run import plan_adapter
-from salmonn.train.engine import EngineName
 from salmonn.train.evaluate import encode_examples
-from salmonn.train.examples import Example, conversation_examples
+from salmonn.train.feature_cache import TokenStoreConfig, open_store
 from salmonn.train.loop import FitConfig, Stage, autocast, fit, require_processes
+from salmonn.train.parallel import EngineName
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
-from salmonn.train.stages import merge_trained, merged, open_run
-from salmonn.train.tokens import TokenStoreConfig, open_store
+from salmonn.train.run_folder import merge_trained, merged, open_run
 
 log = logging.getLogger("dpo")
 

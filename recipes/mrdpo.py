@@ -20,21 +20,19 @@ from torch import nn
 from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.config import run_recipe
-from salmonn.media.synth import SynthConfig
-from salmonn.model.load import Placement, load_config
+from salmonn.model.config import PLAIN_PROMPTS
+from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Block, Network
-from salmonn.model.settings import PLAIN_PROMPTS
 from salmonn.records import Caption, Pair, read_json, read_records, write_json
 from salmonn.score.build import make_judge
+from salmonn.score.config import JudgeConfig
 from salmonn.score.judge import Judge
-from salmonn.score.rates import Rates
-from salmonn.score.settings import JudgeConfig
+from salmonn.score.metrics import Rates
+from salmonn.synthetic.render import SynthConfig
 from salmonn.train.checkpoint import Checkpoint, Checkpoints, checkpointed, require_room
-from salmonn.train.curves import plot_summary
-from salmonn.train.drift import DriftSet
+from salmonn.train.data import Example, SftBatch, SftBatches, make_examples, sft_loss
 from salmonn.train.dry_run import plan_adapter
-from salmonn.train.engine import EngineName
 from salmonn.train.evaluate import (
     RATES_NAME,
     SIDE_BY_SIDE,
@@ -44,16 +42,18 @@ from salmonn.train.evaluate import (
     evaluate,
     write_evaluation,
 )
-from salmonn.train.examples import Example, SftBatch, SftBatches, make_examples, sft_loss
+from salmonn.train.feature_cache import TokenStoreConfig, open_store
 from salmonn.train.guards import GuardConfig, RoundFailed, best_round, require_margin, require_pairs, worsened
+from salmonn.train.kl import DriftSet
 from salmonn.train.log import log_rounds
 from salmonn.train.loop import Batches, FitConfig, Stage, Watch, autocast, fit, require_processes
-from salmonn.train.pairing import PairConfig, make_pairs
+from salmonn.train.parallel import EngineName
+from salmonn.train.plots import plot_summary
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatch, PreferenceBatches
 from salmonn.train.references import ClipSet, heldout_config, open_clips
-from salmonn.train.report import Summary, print_table
-from salmonn.train.stages import absent, kept_captions, merge_trained, merged, num_bytes, open_run
-from salmonn.train.tokens import TokenStoreConfig, open_store
+from salmonn.train.rounds import PairConfig, make_pairs
+from salmonn.train.run_folder import absent, kept_captions, merge_trained, merged, num_bytes, open_run
+from salmonn.train.run_log import Summary, print_table
 
 log = logging.getLogger("mrdpo")
 

@@ -18,28 +18,28 @@ import torch
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.inputs import Processor
+from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS
 from salmonn.caption.tokenizer import train_tokenizer
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversations, read_conversations
-from salmonn.media.synth import SynthConfig, describe_clip
-from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network
+from salmonn.model.config import PLAIN_PROMPTS, tiny
+from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.model.network import Block, Media, Network
 from salmonn.model.presets import offline_config
-from salmonn.model.settings import PLAIN_PROMPTS, tiny
-from salmonn.records import Use, write_json
-from salmonn.score.rule import RuleJudge
+from salmonn.records import Modality, write_json
+from salmonn.synthetic.judge import RuleJudge
+from salmonn.synthetic.render import SynthConfig, describe_clip
 from salmonn.train.checkpoint import checkpointed, put_trained
+from salmonn.train.data import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
-from salmonn.train.engine import EngineName
 from salmonn.train.evaluate import encode_clips, encode_examples, evaluate, write_evaluation
-from salmonn.train.examples import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
+from salmonn.train.feature_cache import TokenStoreConfig, open_store
 from salmonn.train.loop import FitConfig, Stage, fit, require_processes
+from salmonn.train.parallel import EngineName
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
-from salmonn.train.stages import absent, open_run, save_merged
-from salmonn.train.tokens import TokenStoreConfig, open_store
+from salmonn.train.run_folder import absent, open_run, save_merged
 
 log = logging.getLogger("sft")
 TINY = "tiny"
@@ -157,9 +157,13 @@ def plan(config: SftConfig) -> None:
     with torch.device("meta"):
         choose_trainable(network, config)
     # What is learnt of the whole clip stands together, if anything is.
-    uses: list[Use] = [use for use in ("visual", "audio") if any(task.startswith(use) for task in config.tasks)]
+    uses: list[Modality] = [
+        modality for modality in ("visual", "audio") if any(task.startswith(modality) for task in config.tasks)
+    ]
     whole = sum(not task.startswith(("visual_", "audio_")) for task in config.tasks)
-    work = Work(clips=clips_at_once(config.fit), answers=max(whole, 1), use="both" if whole or not uses else uses[0])
+    work = Work(
+        clips=clips_at_once(config.fit), answers=max(whole, 1), modality="both" if whole or not uses else uses[0]
+    )
     print_budget(
         Budget(network, sizes, placement=config.placement, fit=config.fit, work=work),
         title=f"SFT of {config.model}",
@@ -227,13 +231,13 @@ def whole_clips(examples: Sequence[Example], *, engine: str) -> list[Example]:
     """
     if engine == "zero3":
         raise ValueError("engine zero3 does not take towers into training: choose fsdp2, which splits weights too")
-    uses = sorted({example.use for example in examples})
+    uses = sorted({example.modality for example in examples})
     if len(uses) > 1:
         raise ValueError(
             f"the {len(examples)} examples are of {' and of '.join(uses)}, and with engine {engine} all processes must "
             "use the same parts of the model in each step: choose tasks of one kind, or engine ddp"
         )
-    return [replace(example, needs_both=example.use == "both") for example in examples]
+    return [replace(example, needs_both=example.modality == "both") for example in examples]
 
 
 def start_network(config: SftConfig, processor: Processor) -> Network:

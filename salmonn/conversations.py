@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from salmonn.records import Use
+from salmonn.records import Modality
 
 MEDIA = ("video", "audio", "image")
 FLAGS = ("use_audio", "ce_only", "should_use")
@@ -69,7 +69,7 @@ class Conversation:
     video: str | None = None
     audio: str | None = None
     image: str | None = None
-    use: Use = "both"
+    modality: Modality = "both"
     start_seconds: float | None = None
     end_seconds: float | None = None
     turns: tuple[Turn, ...] = ()
@@ -211,12 +211,14 @@ def parse_conversation(item: Any) -> Conversation:
         if not isinstance(item.get(key), bool | None):
             raise ValueError(f"{key} must be true or false, got {item[key]!r}")
     paths = {key: _parse_path(item[key], key) for key in MEDIA if item.get(key) is not None}
-    use = _parse_use(paths, item.get("use_audio"))
+    modality = _parse_modality(paths, item.get("use_audio"))
     start, end = _parse_timestamps(item.get("timestamps"), paths)
     spoken = _parse_spoken(item.get("conversations"))
     spoken[0] = ("human", _take_out_tag(spoken[0][1], paths))
     turns, preference = _parse_exchanges(_group(spoken), ce_only=bool(item.get("ce_only")))
-    return Conversation(**paths, use=use, start_seconds=start, end_seconds=end, turns=turns, preference=preference)
+    return Conversation(
+        **paths, modality=modality, start_seconds=start, end_seconds=end, turns=turns, preference=preference
+    )
 
 
 def _parse_path(value: Any, key: str) -> str:
@@ -230,7 +232,7 @@ def _parse_path(value: Any, key: str) -> str:
     return value
 
 
-def _parse_use(paths: dict[str, str], use_audio: bool | None) -> Use:
+def _parse_modality(paths: dict[str, str], use_audio: bool | None) -> Modality:
     """What an item is learnt from: a video alone is its picture, unless `use_audio` or a sound file says otherwise."""
     if not paths:
         raise ValueError("there is no clip: give a video, an audio or an image; text alone is not supported")

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-Modality = Literal["visual", "audio", "speech"]
-Use = Literal["both", "visual", "audio"]
+EventModality = Literal["visual", "audio", "speech"]
+Modality = Literal["both", "visual", "audio"]
 Stage = Literal["read", "caption", "write"]
 Record = TypeVar("Record")
 
@@ -34,7 +34,7 @@ class Event:
     """
 
     text: str
-    modality: Modality = "visual"
+    modality: EventModality = "visual"
     start_seconds: float | None = None
     end_seconds: float | None = None
 

@@ -16,14 +16,14 @@ from torch import nn
 
 from salmonn import cli
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.inputs import Processor
+from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS
 from salmonn.caption.tokenizer import HEARD, SEEN, train_tokenizer
-from salmonn.media.synth import SynthConfig, make_clips
+from salmonn.model.config import PLAIN_PROMPTS, tiny
 from salmonn.model.network import Network
-from salmonn.model.settings import PLAIN_PROMPTS, tiny
+from salmonn.synthetic.render import SynthConfig, make_clips
 from salmonn.train.references import ClipSet, all_texts
-from tests.score.scripted import ScriptedServer
+from tests.score.fake_llm_server import ScriptedServer
 
 torch.set_num_threads(1)
 

@@ -48,7 +48,7 @@ def test_help_starts_without_torch():
                 "--out",
                 "--model",
                 "--prompt",
-                "--use",
+                "--modality",
                 "--start",
                 "--end",
                 "--temperature",
@@ -116,21 +116,21 @@ def test_captions_do_not_depend_on_workers(call, videos, random_model, tmp_path,
 
 
 def test_captions_are_those_of_the_captioner(call, captioner, videos, random_model, tmp_path):
-    from salmonn.batch.listing import path_number
+    from salmonn.batch.discovery import path_number
     from salmonn.caption.captioner import Asked, Span
     from salmonn.caption.generate import Sampling
 
     out = tmp_path / "new" / "captions.jsonl"
     code, _, _ = call(
         "caption", videos[0], videos[1], "--out", out, "--model", random_model, "--max_new_tokens", 7,
-        "--prompt", "Say.", "--use", "visual", "--start", 1.0, "--end", 5.0,
+        "--prompt", "Say.", "--modality", "visual", "--start", 1.0, "--end", 5.0,
         "--temperature", 1.0, "--top_p", 0.5, "--seed", 3, "--batch_size", 1,
     )  # fmt: skip
     assert code == 0
     sampling = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=7)
     # A video's draws follow from the seed and its path.
     asked = [Asked(path, Span(1.0, 5.0), 3 + path_number(str(path))) for path in videos[:2]]
-    batches = captioner.caption_batches(asked, prompt="Say.", use="visual", sampling=sampling, batch_size=1)
+    batches = captioner.caption_batches(asked, prompt="Say.", modality="visual", sampling=sampling, batch_size=1)
     expected = [done.result for batch in batches for done in batch]
     found = read_records(out, Caption)
     assert [replace(caption, size_bytes=None, modified_ns=None) for caption in found] == expected
@@ -161,7 +161,7 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
         (["{video}", "--top_p", "2"], "top_p must be"),
         (["{video}", "--max_new_tokens", "2.5"], "max_new_tokens"),
         (["{video}", "--max_new_tokens", "0"], "max_new_tokens must be"),
-        (["{video}", "--use", "smell"], "smell"),
+        (["{video}", "--modality", "smell"], "smell"),
         (["{video}", "--start", "5", "--end", "2"], "span"),
         (["{video}", "--model", "{empty}"], "no model in"),
         (["{video}", "--prompt", "<|video_pad|>"], "special token"),

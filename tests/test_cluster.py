@@ -1,4 +1,4 @@
-"""Several machines: two torchrun agents on this one, a stand-in for SLURM under its script, what docs/scale.md says."""
+"""Several machines: two torchrun agents on this one, a stand-in for SLURM, and the commands of docs/scaling.md."""
 
 import math
 import os
@@ -16,11 +16,11 @@ from typing import get_args
 import psutil
 
 from salmonn.config import parse_config
-from salmonn.train.engine import EngineName
+from salmonn.train.parallel import EngineName
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "recipes" / "cluster"
-SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+SCALE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 # Three seconds with one or two things to see and one to hear; `out` is not here, as captions hold their model's path.
 FLAGS = {
@@ -136,7 +136,7 @@ def different(expected: dict[str, bytes], seen: dict[str, bytes]) -> list[str]:
 
 
 def told_commands() -> list[list[str]]:
-    """The words of every line of shell in docs/scale.md."""
+    """The words of every line of shell in docs/scaling.md."""
     blocks = re.findall(r"```bash\n(.*?)```", SCALE, re.DOTALL)
     lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
     return [words for line in lines if (words := shlex.split(line, comments=True))]

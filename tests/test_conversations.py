@@ -47,21 +47,21 @@ def write(path, items):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({}, Conversation("a.mp4", use="visual", turns=(TURN,))),
-        ({"use_audio": False}, Conversation("a.mp4", use="visual", turns=(TURN,))),
-        ({"use_audio": True}, Conversation("a.mp4", use="both", turns=(TURN,))),
-        ({"audio": "a.wav"}, Conversation("a.mp4", "a.wav", use="both", turns=(TURN,))),
-        ({"audio": "a.wav", "use_audio": True}, Conversation("a.mp4", "a.wav", use="both", turns=(TURN,))),
-        ({"video": ["b.mp4"], "audio": ["b.wav"]}, Conversation("b.mp4", "b.wav", use="both", turns=(TURN,))),
-        ({"video": None, "audio": "a.wav"}, Conversation(audio="a.wav", use="audio", turns=(TURN,))),
-        ({"video": None, "image": ["a.png"]}, Conversation(image="a.png", use="visual", turns=(TURN,))),
+        ({}, Conversation("a.mp4", modality="visual", turns=(TURN,))),
+        ({"use_audio": False}, Conversation("a.mp4", modality="visual", turns=(TURN,))),
+        ({"use_audio": True}, Conversation("a.mp4", modality="both", turns=(TURN,))),
+        ({"audio": "a.wav"}, Conversation("a.mp4", "a.wav", modality="both", turns=(TURN,))),
+        ({"audio": "a.wav", "use_audio": True}, Conversation("a.mp4", "a.wav", modality="both", turns=(TURN,))),
+        ({"video": ["b.mp4"], "audio": ["b.wav"]}, Conversation("b.mp4", "b.wav", modality="both", turns=(TURN,))),
+        ({"video": None, "audio": "a.wav"}, Conversation(audio="a.wav", modality="audio", turns=(TURN,))),
+        ({"video": None, "image": ["a.png"]}, Conversation(image="a.png", modality="visual", turns=(TURN,))),
         (
             {"audio": "a.wav", "timestamps": [2, 4.5]},
             Conversation("a.mp4", "a.wav", start_seconds=2.0, end_seconds=4.5, turns=(TURN,)),
         ),
         (
             {"ce_only": False, "should_use": True, "id": 7, "num_tokens": 100},
-            Conversation("a.mp4", use="visual", turns=(TURN,)),
+            Conversation("a.mp4", modality="visual", turns=(TURN,)),
         ),
     ],
 )
@@ -71,7 +71,7 @@ def test_clips(keys, expected):
 
 def test_null_is_as_good_as_absent():
     nothing = dict.fromkeys(("audio", "image", "use_audio", "timestamps", "ce_only", "should_use", "id"))
-    assert parse_conversation(ITEM | nothing) == Conversation("a.mp4", use="visual", turns=(TURN,))
+    assert parse_conversation(ITEM | nothing) == Conversation("a.mp4", modality="visual", turns=(TURN,))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_turns(turns, expected):
     ],
 )
 def test_preferences(turns, expected):
-    assert parse_conversation(item(*turns)) == Conversation("a.mp4", use="visual", preference=expected)
+    assert parse_conversation(item(*turns)) == Conversation("a.mp4", modality="visual", preference=expected)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_preferences(turns, expected):
     ],
 )
 def test_ce_only_learns_the_ground_truth(answers):
-    expected = Conversation("a.mp4", use="visual", turns=(Turn("What?", "true"),))
+    expected = Conversation("a.mp4", modality="visual", turns=(Turn("What?", "true"),))
     assert parse_conversation(item(HUMAN, *answers, ce_only=True)) == expected
     assert parse_conversation(item(ce_only=True)).turns == (TURN,)
 
@@ -321,7 +321,7 @@ def test_the_line_is_where_the_item_begins(tmp_path_factory, data, gaps, indent)
 def test_both_file_kinds_keep_the_order(tmp_path, name):
     items = [item(video=f"{place}.mp4", should_use=place != 1) for place in range(4)]
     read = read_conversations(str(write(tmp_path / name, items)))
-    assert read == [Conversation(f"{place}.mp4", use="visual", turns=(TURN,)) for place in (0, 2, 3)]
+    assert read == [Conversation(f"{place}.mp4", modality="visual", turns=(TURN,)) for place in (0, 2, 3)]
 
 
 @pytest.mark.parametrize(("name", "between"), [("data.json", ",\n"), ("data.jsonl", "\n")])
@@ -378,11 +378,11 @@ def test_the_samples():
             end_seconds=9.5,
             turns=(Turn(horn, "Twice."), Turn("And what is heard besides?", "Gulls.", ((horn, "Twice."),))),
         ),
-        Conversation(ferry, use="visual", turns=(Turn("Say what can be seen.", lighthouse),)),
-        Conversation(audio="clips/street.flac", use="audio", turns=(Turn("What can be heard?", tram),)),
+        Conversation(ferry, modality="visual", turns=(Turn("Say what can be seen.", lighthouse),)),
+        Conversation(audio="clips/street.flac", modality="audio", turns=(Turn("What can be heard?", tram),)),
         Conversation(
             image="stills/market.jpg",
-            use="visual",
+            modality="visual",
             turns=(Turn("What is on sale?", "Oranges, lemons and a crate of figs."),),
         ),
     ]
@@ -404,7 +404,7 @@ def test_the_examples_on_the_page(tmp_path):
     path.write_text(ours, encoding="utf-8")
     assert len(read_records(path, Reference)) == 1
     learnt = [parse_conversation(json.loads(text)) for text in published]
-    assert [one.use for one in learnt] == ["both", "both", "both", "both", "audio", "visual", "both"]
+    assert [one.modality for one in learnt] == ["both", "both", "both", "both", "audio", "visual", "both"]
     assert (
         learnt[1].preference
         == learnt[3].preference

@@ -4,8 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from salmonn.media.synth import SynthConfig, describe_clip
 from salmonn.records import Reference, read_records
+from salmonn.synthetic.render import SynthConfig, describe_clip
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.jsonl"
 

@@ -21,10 +21,10 @@ from urllib.request import urlopen
 
 import pytest
 
-from salmonn.media.synth import SynthConfig, make_clips
 from salmonn.records import Caption, Reference, read_records, write_json, write_records, write_text
-from salmonn.score.rates import Rates
-from tests.score.scripted import honest
+from salmonn.score.metrics import Rates
+from salmonn.synthetic.render import SynthConfig, make_clips
+from tests.score.fake_llm_server import honest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -141,7 +141,7 @@ def without_those_elsewhere(script):
     return "\n".join(line for line in lines if not line.lstrip().startswith(tuple(ELSEWHERE)))
 
 
-SERVERS = {"service.md": "/health", "page.md": "/"}
+SERVERS = {"http_api.md": "/health", "web_ui.md": "/"}
 
 
 @pytest.mark.parametrize("page", [page for page in COMMANDED if page.name not in SERVERS], ids=lambda page: page.name)
@@ -178,7 +178,7 @@ def python(stage, script):
 
 def test_the_python_page(stage):
     """Its blocks build on one another."""
-    result = python(stage, "\n".join(blocks(ROOT / "docs" / "python.md", "python")))
+    result = python(stage, "\n".join(blocks(ROOT / "docs" / "python_api.md", "python")))
     assert result.returncode == 0, result.stderr
     assert "Total 0." in result.stdout and "What is heard? -> " in result.stdout
 

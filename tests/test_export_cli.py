@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.batch.files import append_group
+from salmonn.batch.ledger_files import append_group
 from salmonn.records import Caption, read_records
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.model.load import load_network
+from salmonn.model.layout import Layout, by_seconds, deal_out, text_positions
+from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, adapter_off, attach, put_adapter
 from salmonn.model.network import Inputs, Network
-from salmonn.model.splice import Layout, by_seconds, deal_out, text_positions
-from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
+from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
 FOLDERS = sorted(PARITY_DIR.glob("*/cases.json")) if PARITY_DIR.is_dir() else []

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from salmonn.records import write_json, write_text
-from salmonn.score.rates import Rates
+from salmonn.score.metrics import Rates
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from salmonn import cli
-from salmonn.caption import inputs
+from salmonn.caption import processor as inputs
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.model.settings import PUBLISHED_PROMPTS
+from salmonn.model.config import PUBLISHED_PROMPTS
 from salmonn.records import Caption, read_records
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
@@ -215,19 +215,21 @@ def test_every_real_file_whole_by_2_plus(published, caplog):
 
 
 @pytest.mark.parametrize(
-    ("use", "failed"),
+    ("modality", "failed"),
     [
         ("visual", {"jfk.flac"}),
         ("audio", EVERY_FILE - {"jfk.flac", "nasa_13013.mp4", "flipping_a_pancake.mkv"}),
     ],
 )
-def test_what_a_file_lacks_is_told(capsys, random_model, tmp_path, use, failed):
+def test_what_a_file_lacks_is_told(capsys, random_model, tmp_path, modality, failed):
     out = tmp_path / "captions.jsonl"
-    code, err = call(capsys, MEDIA, "--model", random_model, "--out", out, "--max_new_tokens", 2, "--use", use)
+    code, err = call(
+        capsys, MEDIA, "--model", random_model, "--out", out, "--max_new_tokens", 2, "--modality", modality
+    )
     assert code == 1
     captions = read_records(out, Caption)
     assert {Path(caption.video).name for caption in captions} == EVERY_FILE - failed
-    lacking = {"visual": "picture", "audio": "sound"}[use]
+    lacking = {"visual": "picture", "audio": "sound"}[modality]
     assert all(f"{name}: holds no {lacking} that can be decoded" in err for name in failed)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.media.synth import SynthConfig, describe_clip
 from salmonn.records import Caption, Event, Reference, read_json, read_records, write_records
-from salmonn.score.files import read_scores
-from tests.score.scripted import Answer, honest
+from salmonn.score.formats import read_scores
+from salmonn.synthetic.render import SynthConfig, describe_clip
+from tests.score.fake_llm_server import Answer, honest
 
 SALMONN = Path(sys.executable).with_name("salmonn")
 

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from salmonn.records import Caption, Reference, new_folder, read_json, read_records, write_json, write_text
-from salmonn.score.files import read_scores
-from salmonn.score.intervals import MEASURES, Interval
-from salmonn.score.rates import qa_accuracy
+from salmonn.score.formats import read_scores
+from salmonn.score.metrics import qa_accuracy
+from salmonn.score.stats import MEASURES, Interval
 from salmonn.train.references import CLIPS_NAME, HELDOUT_OFFSET
 
 ROOT = Path(__file__).parent.parent

@@ -30,12 +30,12 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.inputs import Processor
+from salmonn.caption.processor import Processor
 from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, SEEN
 from salmonn.config import run_recipe
 from salmonn.model.audio import AudioTower
+from salmonn.model.config import BERT_BASE_OF_TWO_LAYERS, WHISPER_KEYS, SalmonnConfig, from_published
 from salmonn.model.network import Network
-from salmonn.model.settings import BERT_BASE_OF_TWO_LAYERS, WHISPER_KEYS, SalmonnConfig, from_published
 from salmonn.records import new_folder
 
 WINDOW_SECONDS = 0.5

@@ -4,7 +4,7 @@
 
 Each pair belongs to the clip that `describe_clip(SynthConfig(seed=seed), index=index)` tells of, each to another one.
 Nothing is read, and the same seed writes the same bytes. Both captions leave out the same few events, so that the
-better one is seldom perfect, and each has a wording of its own. `docs/judge_bench.md` lists the kinds of faults.
+better one is seldom perfect, and each has a wording of its own. `docs/judge_benchmark.md` lists the kinds of faults.
 """
 
 import json
@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from salmonn.media.phrases import COLOURS, DIRECTIONS, HEARD, MOVE, SHAPES, SOUNDS
-from salmonn.media.scene import Happening, SynthConfig
-from salmonn.media.synth import describe_clip
-from salmonn.media.wording import FORMS, HEARD_PLURAL, NUMBERS
+from salmonn.preference.benchmark import LabelledPair, Where
 from salmonn.records import Event, write_text
-from salmonn.score.bench import LabelledPair, Where
+from salmonn.synthetic.annotate import FORMS, HEARD_PLURAL, NUMBERS
+from salmonn.synthetic.phrases import COLOURS, DIRECTIONS, HEARD, MOVE, SHAPES, SOUNDS
+from salmonn.synthetic.render import describe_clip
+from salmonn.synthetic.scene import Happening, SynthConfig
 
 LEFT_OUT_BY_BOTH = (0, 1, 1, 2)
 FEWEST_CLAUSES = 4  # of the better caption
@@ -339,7 +339,7 @@ def _other_number(number: int, rng: random.Random) -> int:
 
 
 def count_pulses(sound: Happening) -> int:
-    """How many beeps or clicks the clip has, as `salmonn.media.synth` renders them."""
+    """How many beeps or clicks the clip has, as `salmonn.synthetic.render` renders them."""
     seconds = sound.end_seconds - sound.start_seconds
     if sound.value == "beeps":
         return 3 if seconds < 1.2 else 4

@@ -12,7 +12,7 @@ from typing import Literal
 
 from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
-from salmonn.model.load import Placement
+from salmonn.model.loading import Placement
 from salmonn.records import new_folder
 
 

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from salmonn.batch.digests import digest, to_array
-from salmonn.batch.files import LedgerError, is_full, no_room, parse_line, read_groups
-from salmonn.batch.listing import Tell
-from salmonn.batch.sidecars import Sidecars
+from salmonn.batch.discovery import Tell
+from salmonn.batch.ledger_files import LedgerError, is_full, no_room, parse_line, read_groups
+from salmonn.batch.subtitles import Sidecars
 from salmonn.records import Caption, Failure, parse_record
 
 logger = logging.getLogger(__name__)

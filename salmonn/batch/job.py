@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from salmonn.batch.digests import Digests, digest
+from salmonn.batch.discovery import Video, path_number
 from salmonn.batch.export import Latest
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.listing import Video, path_number
-from salmonn.batch.sidecars import Sidecars
+from salmonn.batch.subtitles import Sidecars
 from salmonn.caption.captioner import Asked, Captioner, Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.reading import ClipReader
-from salmonn.records import Caption, Failure, Use
+from salmonn.caption.loader import ClipReader
+from salmonn.records import Caption, Failure, Modality
 
 Placed = tuple[int, Video]  # a video with its place among those that are tried
 
@@ -36,7 +36,7 @@ class Task:
     sampling: Sampling = field(default_factory=Sampling)
     max_new_tokens: int | None = None
     span: Span = field(default_factory=Span)
-    use: Use = "both"
+    modality: Modality = "both"
     seed: int = 0
     segment_seconds: float | None = None
     batch_size: int | None = None
@@ -104,7 +104,7 @@ def caption_videos(
         asked(),
         prompt=task.prompt,
         sampling=replace(task.sampling, max_new_tokens=limit),
-        use=task.use,
+        modality=task.modality,
         segment_seconds=task.segment_seconds,
         batch_size=task.batch_size,
         reader=reader,

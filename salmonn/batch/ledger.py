@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from salmonn.batch.digests import Digests, digest
-from salmonn.batch.files import (
+from salmonn.batch.discovery import Listing, Video, look
+from salmonn.batch.ledger_files import (
     ENDS,
     ENDS_IN_PART,
     Files,
@@ -35,7 +36,6 @@ from salmonn.batch.files import (
     read_groups,
     set_aside,
 )
-from salmonn.batch.listing import Listing, Video, look
 from salmonn.records import Caption, Failure, read_json, write_json, write_records
 
 logger = logging.getLogger(__name__)

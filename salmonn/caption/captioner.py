@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from salmonn.caption.answers import Answer, Answers, collate, to_answer
 from salmonn.caption.generate import Sampling, generate
-from salmonn.caption.inputs import Processor
+from salmonn.caption.loader import ClipReader, Part, Read, Wanted
+from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
-from salmonn.caption.reading import ClipReader, Part, Read, Wanted
-from salmonn.model.load import CONFIG_NAME, Placement, load_config, load_network, save_network
+from salmonn.caption.streaming import Answer, Answers, collate, to_answer
+from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Block, Media, Network
-from salmonn.records import Caption, Failure, Stage, Use, new_folder
+from salmonn.records import Caption, Failure, Modality, Stage, new_folder
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
 Progress = Callable[[int], object]
@@ -145,7 +145,7 @@ class Captioner:
         prompt: str | None = None,
         sampling: Sampling | None = None,
         span: Span | None = None,
-        use: Use = "both",
+        modality: Modality = "both",
         seed: int = 0,
     ) -> Caption:
         """Describe one video, or answer any prompt about it.
@@ -161,7 +161,9 @@ class Captioner:
         Raises:
             ClipError: the file cannot be read, or lacks the picture or sound that `use` asks for.
         """
-        return self.sample(path, num_samples=1, prompt=prompt, sampling=sampling, span=span, use=use, seed=seed)[0]
+        return self.sample(
+            path, num_samples=1, prompt=prompt, sampling=sampling, span=span, modality=modality, seed=seed
+        )[0]
 
     def sample(
         self,
@@ -171,15 +173,15 @@ class Captioner:
         prompt: str | None = None,
         sampling: Sampling | None = None,
         span: Span | None = None,
-        use: Use = "both",
+        modality: Modality = "both",
         seed: int = 0,
     ) -> list[Caption]:
         """Several answers to one prompt, drawn from the model (see `Sampling.temperature`); the video is read once.
 
         Takes what `caption` takes; the first is that of `caption` with the same seed.
         """
-        prompt, span = prompt or self.describe(use), span or Span()
-        media = self._read(Path(path), span=span, use=use)
+        prompt, span = prompt or self.describe(modality), span or Span()
+        media = self._read(Path(path), span=span, modality=modality)
         answers = self.answer(
             [media], [prompt], sampling=sampling or self.greedy(), num_samples=num_samples, seeds=[seed]
         )
@@ -193,7 +195,7 @@ class Captioner:
         *,
         sampling: Sampling | None = None,
         span: Span | None = None,
-        use: Use = "both",
+        modality: Modality = "both",
         seed: int = 0,
     ) -> list[Caption]:
         """Answer several questions on one video, which is read once; the answers' `prompt` is the question.
@@ -203,7 +205,7 @@ class Captioner:
         if isinstance(questions, str):
             raise ValueError("questions must be a list; put a single one into brackets, or use caption(prompt=...)")
         span = span or Span()
-        media = self._read(Path(path), span=span, use=use)
+        media = self._read(Path(path), span=span, modality=modality)
         answers = self.answer(
             [media] * len(questions),
             questions,
@@ -222,19 +224,19 @@ class Captioner:
         prompt: str | None = None,
         sampling: Sampling | None = None,
         span: Span | None = None,
-        use: Use = "both",
+        modality: Modality = "both",
         seed: int = 0,
     ) -> Iterator[str]:
         """Like `caption`, word by word: together the pieces are the text of that caption."""
-        media = self._read(Path(path), span=span or Span(), use=use)
+        media = self._read(Path(path), span=span or Span(), modality=modality)
         answers = self.begin()
-        answers.join([media], [prompt or self.describe(use)], sampling=sampling or self.greedy(), seeds=[seed])
+        answers.join([media], [prompt or self.describe(modality)], sampling=sampling or self.greedy(), seeds=[seed])
         while answers:
             yield from (piece.text for piece in answers.step().values())
 
-    def describe(self, use: Use = "both") -> str:
+    def describe(self, modality: Modality = "both") -> str:
         """The prompt that the model was taught to answer with a caption."""
-        return self.processor.config.describe(use)
+        return self.processor.config.describe(modality)
 
     def greedy(self) -> Sampling:
         """The likeliest words, up to the model's own limit of length."""
@@ -251,11 +253,11 @@ class Captioner:
             end_seconds=span.end_seconds,
         )
 
-    def _read(self, path: Path, *, span: Span, use: Use) -> Media:
-        return self.processor.media(self._wanted(span, use=use).read(path))
+    def _read(self, path: Path, *, span: Span, modality: Modality) -> Media:
+        return self.processor.media(self._wanted(span, modality=modality).read(path))
 
-    def _wanted(self, span: Span, *, use: Use) -> Wanted:
-        return self.processor.wanted(use, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
+    def _wanted(self, span: Span, *, modality: Modality) -> Wanted:
+        return self.processor.wanted(modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
 
     def caption_each(
         self,
@@ -264,7 +266,7 @@ class Captioner:
         prompt: str | None = None,
         sampling: Sampling | None = None,
         span: Span | None = None,
-        use: Use = "both",
+        modality: Modality = "both",
         seed: int = 0,
         batch_size: int | None = None,
         reader: ClipReader | None = None,
@@ -280,7 +282,7 @@ class Captioner:
         """
         asked = [Asked(path, span or Span(), seed + place) for place, path in enumerate(paths)]
         given = self.caption_batches(
-            asked, prompt=prompt, sampling=sampling, use=use, batch_size=batch_size, reader=reader
+            asked, prompt=prompt, sampling=sampling, modality=modality, batch_size=batch_size, reader=reader
         )
         results: dict[int, Caption | Failure] = {}
         told = 0
@@ -296,7 +298,7 @@ class Captioner:
         *,
         prompt: str | None = None,
         sampling: Sampling | None = None,
-        use: Use = "both",
+        modality: Modality = "both",
         segment_seconds: float | None = None,
         batch_size: int | None = None,
         reader: ClipReader | None = None,
@@ -315,10 +317,11 @@ class Captioner:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if segment_seconds is not None and not segment_seconds > 0:
             raise ValueError(f"segment_seconds must be above 0, got {segment_seconds}")
-        prompt, sampling = prompt or self.describe(use), sampling or self.greedy()
+        prompt, sampling = prompt or self.describe(modality), sampling or self.greedy()
         self.processor.check(prompt)
         parts = (
-            Part(place, one.path, self._wanted(one.span, use=use), seed=one.seed) for place, one in enumerate(asked)
+            Part(place, one.path, self._wanted(one.span, modality=modality), seed=one.seed)
+            for place, one in enumerate(asked)
         )
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from salmonn.caption.tokenizer import CHAT_TEMPLATE, CLIP_END, CLIP_START, TURN_END
-from salmonn.model.settings import Family
+from salmonn.model.config import Family
 
 LIST_EVENTS = "List the events."
 History = Sequence[tuple[str, str]]

@@ -16,20 +16,20 @@ from tqdm import tqdm
 
 from salmonn.cli.codes import SOME_FAILED
 from salmonn.cli.model import add_model, load_captioner
-from salmonn.records import Use
+from salmonn.records import Modality
 
 if TYPE_CHECKING:
-    from salmonn.batch.files import Files
+    from salmonn.batch.discovery import Listing, Video
     from salmonn.batch.job import Group, Job, Placed, Tally, Task
     from salmonn.batch.ledger import Ledger
-    from salmonn.batch.listing import Listing, Video
-    from salmonn.batch.sidecars import Sidecars
-    from salmonn.caption.reading import ClipReader
+    from salmonn.batch.ledger_files import Files
+    from salmonn.batch.subtitles import Sidecars
+    from salmonn.caption.loader import ClipReader
     from salmonn.records import Failure
 
 # What captions depend on: a run that asks otherwise does not go on with them.
 ASKED = (
-    "model", "adapter", "prompt", "use", "start", "end", "segments", "temperature", "top_p", "repetition_penalty",
+    "model", "adapter", "prompt", "modality", "start", "end", "segments", "temperature", "top_p", "repetition_penalty",
     "max_new_tokens", "seed", "released_positions", "dtype", "bits",
 )  # fmt: skip
 
@@ -68,7 +68,9 @@ def _add_what(parser: ArgumentParser) -> None:
 
 def _add_question(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", type=str | None, default=None, help="what to ask (default: a full description)")
-    parser.add_argument("--use", type=Use, default="both", help="picture, sound or both: " + ", ".join(get_args(Use)))
+    parser.add_argument(
+        "--modality", type=Modality, default="both", help="picture, sound or both: " + ", ".join(get_args(Modality))
+    )
     parser.add_argument("--start", type=float | None, default=None, help="seconds from which on the video is taken")
     parser.add_argument("--end", type=float | None, default=None, help="seconds up to which the video is taken")
     parser.add_argument("--segments", type=float | None, default=None, help="seconds: a caption for each such span")
@@ -118,9 +120,9 @@ def run_caption(values: Namespace) -> int:
 
 def _caption(values: Namespace) -> int:
     """Do it, and say how many videos have no caption, or not all that was asked for."""
-    from salmonn.batch.files import Files
     from salmonn.batch.job import Job
     from salmonn.batch.ledger import Ledger
+    from salmonn.batch.ledger_files import Files
 
     listing = _listing(values)
     files = Files(values.out, listing.shard)
@@ -166,7 +168,7 @@ class _Work:
         """Caption what is to be captioned, and say how fast that went."""
         from salmonn import dist
         from salmonn.batch.progress import Progress
-        from salmonn.caption.reading import MOST_WORKERS
+        from salmonn.caption.loader import MOST_WORKERS
 
         pending = run.pending(self._found(ledger))
         # Some are looked for before anything is started: without any, no model is needed.
@@ -200,7 +202,7 @@ class _Work:
 
     def _reader(self, num_videos: int, stack: ExitStack) -> "ClipReader | None":
         """What reads ahead; a cluster's actors have their own."""
-        from salmonn.caption.reading import ClipReader, sensible_workers
+        from salmonn.caption.loader import ClipReader, sensible_workers
 
         if self._values.engine == "ray":
             return None
@@ -213,7 +215,7 @@ class _Work:
         if reader:
             # Its workers start while the model is loaded.
             return caption_videos(load_captioner(self._values), videos, task=self._task, reader=reader)
-        from salmonn.batch.cluster import Cluster, caption_on_cluster
+        from salmonn.batch.ray_cluster import Cluster, caption_on_cluster
 
         cluster = Cluster(self._values.ray_actors, self._values.workers, self._limits)
         return caption_on_cluster(videos, load=partial(load_captioner, self._values), task=self._task, cluster=cluster)
@@ -221,7 +223,7 @@ class _Work:
 
 def _listing(values: Namespace) -> "Listing":
     from salmonn import dist
-    from salmonn.batch.listing import Listing, Shard
+    from salmonn.batch.discovery import Listing, Shard
 
     shard = Shard.parse(values.shards) if values.shards else Shard()
     if dist.world_size() > 1:
@@ -254,7 +256,7 @@ def _task(values: Namespace) -> "Task":
         sampling=sampling,
         max_new_tokens=values.max_new_tokens,
         span=Span(values.start, values.end),
-        use=values.use,
+        modality=values.modality,
         seed=values.seed,
         segment_seconds=math.inf if needs_ends and values.segments is None else values.segments,
         batch_size=values.batch_size,
@@ -288,7 +290,7 @@ def _sign_folder(folder: Path, name: str) -> dict[str, str]:
 
 
 def _sidecars(values: Namespace, files: "Files", stack: ExitStack) -> "Sidecars | None":
-    from salmonn.batch.sidecars import FORMATS, Sidecars
+    from salmonn.batch.subtitles import FORMATS, Sidecars
     from salmonn.caption.worker import Limits
 
     formats = [name for name in FORMATS if name in values.export]

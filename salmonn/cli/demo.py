@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from salmonn.cli.door import add_door, add_reading, is_loopback
 from salmonn.cli.model import add_model, load_captioner
-from salmonn.score.settings import JudgeConfig
+from salmonn.cli.options import add_door, add_reading, is_loopback
+from salmonn.score.config import JudgeConfig
 
 if TYPE_CHECKING:
-    from salmonn.caption.reading import ClipReader
-    from salmonn.page.assess import Assessor
-    from salmonn.page.desk import Desk
-    from salmonn.serve.engine import Engine
+    from salmonn.caption.engine import Engine
+    from salmonn.caption.loader import ClipReader
+    from salmonn.webui.scorer import Assessor
+    from salmonn.webui.session import Desk
 
 TOY = "The model named toy comes with salmonn to try things out: it knows coloured shapes and tones, and nothing else."
 
@@ -58,11 +58,11 @@ def run_demo(values: Namespace) -> int:
         raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
     assessor = _open_assessor(values)
-    from salmonn.caption.reading import ClipReader
+    from salmonn.caption.loader import ClipReader
     from salmonn.caption.worker import Limits
-    from salmonn.page.desk import Desk, Uploads, make_examples
-    from salmonn.page.votes import VoteBox
+    from salmonn.preference.votes import VoteBox
     from salmonn.serve.sources import upload_folder
+    from salmonn.webui.session import Desk, Uploads, make_examples
 
     box, limits = VoteBox(values.votes), Limits(values.read_seconds, values.read_gib)
     with upload_folder() as folder, ClipReader(workers=values.workers, limits=limits) as reader:
@@ -86,8 +86,8 @@ def _serve(values: Namespace, desk: "Desk", accounts: list[tuple[str, str]]) -> 
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from salmonn.page.app import build_page, launch_options
-    from salmonn.page.gate import Gate, fetch_nothing
+    from salmonn.webui.app import build_page, launch_options
+    from salmonn.webui.uploads import Gate, fetch_nothing
 
     fetch_nothing()
     max_bytes = values.max_upload_mib << 20
@@ -138,7 +138,7 @@ def _name_models(values: Namespace) -> dict[str, str | None]:
 
 
 def _open_engine(model: str | None, reader: "ClipReader", values: Namespace) -> "Engine":
-    from salmonn.serve.engine import Engine
+    from salmonn.caption.engine import Engine
 
     flags = values.clone()
     # An adapter is one model's.
@@ -147,9 +147,9 @@ def _open_engine(model: str | None, reader: "ClipReader", values: Namespace) -> 
 
 
 def _open_assessor(values: Namespace) -> "Assessor":
-    from salmonn.page.assess import Assessor, by_file_name
     from salmonn.score.build import make_chat, make_judge
-    from salmonn.score.files import read_references
+    from salmonn.score.formats import read_references
+    from salmonn.webui.scorer import Assessor, by_file_name
 
     config = JudgeConfig(**vars(values.judge))
     references = read_references(values.references).values() if values.references else []

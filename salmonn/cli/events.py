@@ -29,7 +29,7 @@ def run_events(values: Namespace) -> int:
     """Split captions into events; write all references."""
     from salmonn.score.build import make_chat
     from salmonn.score.events import list_events
-    from salmonn.score.files import read_references
+    from salmonn.score.formats import read_references
 
     config = judge_config(values)
     references = read_references(values.references)

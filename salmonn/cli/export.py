@@ -27,8 +27,8 @@ def export_parser() -> ArgumentParser:
 def run_export(values: Namespace) -> int:
     """Write captions in other forms."""
     from salmonn.batch.export import TABLES, Latest, export_sidecars, export_table
-    from salmonn.batch.files import FAILED, SIDECARS, Files, in_order
-    from salmonn.batch.sidecars import FORMATS, Sidecars
+    from salmonn.batch.ledger_files import FAILED, SIDECARS, Files, in_order
+    from salmonn.batch.subtitles import FORMATS, Sidecars
 
     formats = [name for name in FORMATS if name in values.to]
     tables = [Path(name) for name in values.to if name not in FORMATS]
@@ -67,7 +67,7 @@ def run_export(values: Namespace) -> int:
 
 def _tell_others(paths: list[Path]) -> None:
     """Say where files of the same run, full ones or other shards', are not among those that are named."""
-    from salmonn.batch.files import Files
+    from salmonn.batch.ledger_files import Files
 
     named = {path.resolve() for path in paths}
     for files in {Files.of(path) for path in paths}:

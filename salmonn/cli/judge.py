@@ -5,7 +5,7 @@ from typing import get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
-from salmonn.score.settings import JudgeConfig, JudgeKind
+from salmonn.score.config import JudgeConfig, JudgeKind
 
 
 def add_judge(parser: ArgumentParser) -> None:

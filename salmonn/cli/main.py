@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
-from salmonn.cli.bench import bench_parser, run_bench
 from salmonn.cli.caption import caption_parser, run_caption
 from salmonn.cli.codes import WRONG_USAGE
 from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.events import events_parser, run_events
 from salmonn.cli.export import export_parser, run_export
+from salmonn.cli.judge_benchmark import bench_parser, run_bench
 from salmonn.cli.plot import plot_parser, run_plot
 from salmonn.cli.score import compare_parser, qa_parser, run_compare, run_qa, run_score, score_parser
 from salmonn.cli.serve import run_serve, serve_parser

@@ -27,7 +27,7 @@ def add_model(parser: ArgumentParser) -> None:
 def load_captioner(values: Namespace) -> "Captioner":
     """The model that the flags describe. Raises as `Captioner.load`."""
     from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-    from salmonn.model.load import Placement
+    from salmonn.model.loading import Placement
 
     return Captioner.load(
         values.model or SHIPPED_MODEL,

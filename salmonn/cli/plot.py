@@ -19,8 +19,8 @@ def plot_parser() -> ArgumentParser:
 
 def run_plot(values: Namespace) -> int:
     """Print the table of stages; write picture and page."""
-    from salmonn.train.curves import plot_curves, write_page
-    from salmonn.train.report import print_table, read_run
+    from salmonn.train.plots import plot_curves, write_page
+    from salmonn.train.run_log import print_table, read_run
 
     record = read_run(values.run)
     out = values.out or values.run

@@ -15,12 +15,12 @@ from salmonn.cli.codes import SOME_FAILED
 from salmonn.cli.judge import add_judge, judge_config
 from salmonn.cli.tables import new_table
 from salmonn.records import Caption, Reference, write_json
-from salmonn.score.settings import ProtocolName
+from salmonn.score.config import ProtocolName
 
 if TYPE_CHECKING:
-    from salmonn.score.intervals import Interval
-    from salmonn.score.protocol import ScoredSet
-    from salmonn.score.rates import Rates
+    from salmonn.score.metrics import Rates
+    from salmonn.score.scoring import ScoredSet
+    from salmonn.score.stats import Interval
 
 _MOST_LISTED = 20
 # Rates that are fractions, in the order of the table, with their titles.
@@ -40,7 +40,7 @@ def score_parser() -> ArgumentParser:
     """Arguments of `salmonn score`."""
     parser = ArgumentParser(
         description="Score captions against the atomic events of their references. Every reference counts, also one "
-        "without a caption. docs/measures.md says what each figure means."
+        "without a caption. docs/metrics.md says what each figure means."
     )
     parser.add_argument("captions", type=Path, help="JSONL of `salmonn caption`, or JSON of published predictions")
     parser.add_argument("--references", type=Path, required=True, help="JSONL of references, or the published JSON")
@@ -63,10 +63,10 @@ def run_score(values: Namespace) -> int:
         raise ValueError(f"--worst must be at least 1 and --seed 0 or more, got {values.worst} and {values.seed}")
     _require_outputs(values)
     from salmonn.score.build import make_judge
-    from salmonn.score.files import name_as_references, read_captions, read_references, write_scores
-    from salmonn.score.intervals import bootstrap
-    from salmonn.score.protocol import score_set
-    from salmonn.score.rates import rates
+    from salmonn.score.formats import name_as_references, read_captions, read_references, write_scores
+    from salmonn.score.metrics import rates
+    from salmonn.score.scoring import score_set
+    from salmonn.score.stats import bootstrap
 
     references = read_references(values.references)
     captions = name_as_references(read_captions(values.captions), references, values.references)
@@ -240,8 +240,8 @@ def compare_parser() -> ArgumentParser:
 
 def run_compare(values: Namespace) -> int:
     """Print how two sets of captions differ."""
-    from salmonn.score.files import read_scores
-    from salmonn.score.intervals import compare, require_same_judge
+    from salmonn.score.formats import read_scores
+    from salmonn.score.stats import compare, require_same_judge
 
     first, second = read_scores(values.first), read_scores(values.second)
     if not values.force:
@@ -281,7 +281,7 @@ def qa_parser() -> ArgumentParser:
 
 def run_qa(values: Namespace) -> int:
     """Print the accuracy of answers."""
-    from salmonn.score.choices import read_choices, score_choices
+    from salmonn.score.multiple_choice import read_choices, score_choices
 
     result = score_choices(read_choices(values.answers))
     if values.summary:

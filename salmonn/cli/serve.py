@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from salmonn.cli.door import add_door, add_reading, is_loopback
 from salmonn.cli.model import add_model, load_captioner
+from salmonn.cli.options import add_door, add_reading, is_loopback
 
 if TYPE_CHECKING:
     import socket
@@ -67,9 +67,9 @@ def _add_limits(parser: ArgumentParser) -> None:
 
 def run_serve(values: Namespace) -> int:
     """Serve until a signal ends it."""
-    from salmonn.caption.reading import ClipReader
+    from salmonn.caption.engine import Engine
+    from salmonn.caption.loader import ClipReader
     from salmonn.caption.worker import Limits
-    from salmonn.serve.engine import Engine
 
     try:
         from salmonn.serve.api import Service
@@ -125,7 +125,7 @@ def _sources(values: Namespace) -> "Sources":
 
 def _settings(values: Namespace, captioner: "Captioner", *, sources: "Sources", keys: tuple[str, ...]) -> "Settings":
     from salmonn.serve.api import Settings
-    from salmonn.serve.chat import ChatLimits
+    from salmonn.serve.schema import ChatLimits
 
     name, usual = captioner.name, ChatLimits(captioner.greedy().max_new_tokens)
     return Settings(

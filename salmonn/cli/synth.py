@@ -6,7 +6,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 from tqdm import tqdm
 
-from salmonn.media.synth import SynthConfig, make_clips
+from salmonn.synthetic.render import SynthConfig, make_clips
 
 
 def synth_parser() -> ArgumentParser:

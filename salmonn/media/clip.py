@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.container import ClipError, open_source
-from salmonn.media.frames import FrameRule
-from salmonn.media.pictures import take_frames, wanted_times
-from salmonn.media.sound import SAMPLE_RATE_HZ
-from salmonn.media.survey import Survey, survey_span
+from salmonn.media.frame_sampling import FrameRule
+from salmonn.media.index import Survey, survey_span
+from salmonn.media.video import take_frames, wanted_times
 
 logger = logging.getLogger(__name__)
 

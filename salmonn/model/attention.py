@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from salmonn.model.pack import Packed
+from salmonn.model.packing import Packed
 
 NAME = "salmonn"  # of this attention, in a decoder's config
 _MORE_COLUMNS = 64  # that the memory of own tokens grows by

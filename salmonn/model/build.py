@@ -18,8 +18,8 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from salmonn.model.audio import AudioTower
+from salmonn.model.config import SalmonnConfig
 from salmonn.model.qformer import WindowQFormer
-from salmonn.model.settings import SalmonnConfig
 from salmonn.model.vision import QwenTower, SiglipTower
 
 

@@ -13,9 +13,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from salmonn.model.attention import Memories, Memory, OnePass, Reading, Rows, take_over
 from salmonn.model.build import build_parts
-from salmonn.model.pack import Packed, pack
-from salmonn.model.settings import SalmonnConfig
-from salmonn.model.splice import Layout, place
+from salmonn.model.config import SalmonnConfig
+from salmonn.model.layout import Layout, place
+from salmonn.model.packing import Packed, pack
 
 # Keys of the published checkpoints -> ours, which saved models have.
 PUBLISHED_KEYS = {

@@ -6,8 +6,8 @@ In the layout of their own config.json, as `from_published` reads it; what is no
 from pathlib import Path
 from typing import Any
 
-from salmonn.model.load import load_config
-from salmonn.model.settings import PLUS_VISION_DEFAULTS, SalmonnConfig, from_published
+from salmonn.model.config import PLUS_VISION_DEFAULTS, SalmonnConfig, from_published
+from salmonn.model.loading import load_config
 
 
 def _salmonn2() -> dict[str, Any]:

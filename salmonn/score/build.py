@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from salmonn.score.chat import Chat
+from salmonn.score.config import JudgeConfig
 from salmonn.score.judge import Judge
-from salmonn.score.llm import EventForm, LlmJudge
+from salmonn.score.llm_client import Chat
+from salmonn.score.llm_judge import EventForm, LlmJudge
 from salmonn.score.published import FORMS
-from salmonn.score.rule import RuleJudge
-from salmonn.score.settings import JudgeConfig
+from salmonn.synthetic.judge import RuleJudge
 
 
 def make_judge(config: JudgeConfig, *, published: bool = False, processes: int = 1) -> Judge:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from salmonn.score.chat import Chat, Message
+from salmonn.score.llm_client import Chat, Message
 
 Result = TypeVar("Result")
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from salmonn.media import phrases
-from salmonn.records import Event, Modality, Reference, Unscored
-from salmonn.score.chat import Chat, ChatRefusedError
-from salmonn.score.claims import Claim, parse_claims
+from salmonn.records import Event, EventModality, Reference, Unscored
 from salmonn.score.converse import Attempt, ReplyError, converse, object_schema, parse_object, write_data
-from salmonn.score.quotes import find_quote
+from salmonn.score.llm_client import Chat, ChatRefusedError
+from salmonn.score.text_spans import find_quote
+from salmonn.synthetic import phrases
+from salmonn.synthetic.parser import Claim, parse_claims
 
 SYSTEM = """\
 You split the description of a video into its atomic events.
@@ -40,7 +40,7 @@ _TIME = {"type": ["number", "null"]}
 _TEXT = {"type": "string"}
 _ENTRY = {
     "text": _TEXT,
-    "kind": {"type": "string", "enum": list(get_args(Modality))},
+    "kind": {"type": "string", "enum": list(get_args(EventModality))},
     "start_seconds": _TIME,
     "end_seconds": _TIME,
     "quote": _TEXT,
@@ -146,8 +146,8 @@ def _fault(entry: Any, reference: Reference) -> str:
     """What is wrong with an entry, "" where nothing is."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("text", "kind", "quote")):
         return "lacks its text, kind or quote"
-    if not entry["text"].strip() or entry["kind"] not in get_args(Modality):
-        return f"has no text, or a kind other than {', '.join(get_args(Modality))}"
+    if not entry["text"].strip() or entry["kind"] not in get_args(EventModality):
+        return f"has no text, or a kind other than {', '.join(get_args(EventModality))}"
     if find_quote(entry["quote"], reference.caption) is None:
         return f"quotes {entry['quote']!r}, which is not in the description"
     if any(type(entry.get(key)) not in (int, float, type(None)) for key in ("start_seconds", "end_seconds")):

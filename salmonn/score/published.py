@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from salmonn.records import Event, Reference, Score, Told
-from salmonn.score.chat import Message
 from salmonn.score.converse import ReplyError, object_schema, require_text, write_data
 from salmonn.score.judge import Task, write_score
-from salmonn.score.llm import Form
+from salmonn.score.llm_client import Message
+from salmonn.score.llm_judge import Form
 
 NAME = "published"
 NUM_AGAIN, NUM_COUNTS = 8, 3  # further attempts, and attempts for counts alone

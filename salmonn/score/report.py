@@ -18,13 +18,13 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from salmonn.records import Caption, Event, Judging, Modality, Reference, Score, Unscored, write_text
+from salmonn.records import Caption, Event, EventModality, Judging, Reference, Score, Unscored, write_text
+from salmonn.score.highlight import Mark, Quote, find_quotes, mark_caption
 from salmonn.score.judge import events_of_part
-from salmonn.score.marks import Mark, Quote, find_quotes, mark_caption
-from salmonn.score.rates import Rates
+from salmonn.score.metrics import Rates
 from salmonn.templates import open_template
 
-MODALITIES: tuple[Modality, ...] = ("visual", "audio", "speech")
+MODALITIES: tuple[EventModality, ...] = ("visual", "audio", "speech")
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 _HERE = Path(__file__).parent
 # One video, and all of them together: beyond that browsers take long to open the page.
@@ -184,7 +184,7 @@ def _split_of_total(scores: Sequence[Score]) -> dict[str, float]:
 
 def _share_by_modality(report: Report) -> list[dict[str, Any]]:
     """Of each modality's events, as far as the judge lists them: how many, and the shares missed and told wrong."""
-    found: Counter[tuple[Modality, str]] = Counter()
+    found: Counter[tuple[EventModality, str]] = Counter()
     for score, caption in _with_captions(report):
         found.update((event.modality, kind) for kind, event in _sorted_events(report, score, caption))
     rows = []

@@ -20,13 +20,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from salmonn import __version__
-from salmonn.caption.answers import Answer, Piece
-from salmonn.serve.chat import DONE, Ask, ChatLimits, RequestError, Speaker, parse_chat, to_event
-from salmonn.serve.engine import SHUTTING_DOWN, Busy, Engine, Query
+from salmonn.caption.engine import SHUTTING_DOWN, Busy, Engine, Query
+from salmonn.caption.streaming import Answer, Piece
+from salmonn.serve.errors import ENDS, Refusal, to_refusal
 from salmonn.serve.metrics import Metrics
-from salmonn.serve.refusals import ENDS, Refusal, to_refusal
+from salmonn.serve.request import HeldBytes, Visit, unless, while_there
+from salmonn.serve.schema import DONE, Ask, ChatLimits, RequestError, Speaker, parse_chat, to_event
 from salmonn.serve.sources import Sources, obtain
-from salmonn.serve.visit import HeldBytes, Visit, unless, while_there
 
 _ANY_MODEL = ("", "salmonn")
 _SPARE_BYTES = 1 << 20  # of a request, beside its file
@@ -158,7 +158,7 @@ class Service:
             system=ask.system,
             sampling=ask.sampling,
             span=ask.span,
-            use=ask.use,
+            modality=ask.modality,
             seed=secrets.randbits(32) if ask.seed is None else ask.seed,
         )
         named = url if obtained.whence == "root" else f"the {ask.kind}"

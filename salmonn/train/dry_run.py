@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 from salmonn import dist
-from salmonn.caption.inputs import count_chunks, lay_out, restrict_media, to_media, told_times
-from salmonn.model.load import Placement
+from salmonn.caption.processor import count_chunks, lay_out, restrict_media, to_media, told_times
+from salmonn.model.config import SalmonnConfig
+from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import LOGIT_BYTES, READ_AT_ONCE, Media, Network
 from salmonn.model.presets import offline_config
-from salmonn.model.settings import SalmonnConfig
-from salmonn.records import Use
-from salmonn.train import budget
-from salmonn.train.budget import FLOAT32, GIB, Numbers, Stack, Tuning
+from salmonn.records import Modality
+from salmonn.train import memory as budget
 from salmonn.train.loop import FitConfig
+from salmonn.train.memory import FLOAT32, GIB, Numbers, Stack, Tuning
 
 GPUS = (24, 40, 80, 141)  # GiB
 RESERVE = GIB  # what a framework and its kernels take for themselves
@@ -67,7 +67,7 @@ class Work:
     answer_tokens: int = 512
     prompt_tokens: int = 100
     blocks: bool = False
-    use: Use = "both"
+    modality: Modality = "both"
 
     def length(self, clip_tokens: int) -> int:
         """Tokens of a sequence."""
@@ -190,7 +190,7 @@ class Budget:
         self.work = work
         self.shape = shape
         self.numbers = numbers_of(placement, fit)
-        self.media = restrict_media(imagine(config, shape), work.use)
+        self.media = restrict_media(imagine(config, shape), work.modality)
         # The published tokenizer has a token for each digit and for the point.
         self.layout = lay_out(config, self.media, told=[[0] * len(time) for time in told_times(config, self.media)])
         self.parameters = count_parameters(network)

@@ -16,17 +16,17 @@ from tqdm import tqdm
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.reading import cut_alike
+from salmonn.caption.loader import cut_alike
 from salmonn.media.container import declared_seconds
 from salmonn.model.network import Block
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
-from salmonn.score.files import write_scores
+from salmonn.score.formats import write_scores
 from salmonn.score.judge import Judge, Task
-from salmonn.score.protocol import sign
-from salmonn.score.rates import Rates, qa_accuracy, rates
-from salmonn.train.examples import ClipCache, Example
+from salmonn.score.metrics import Rates, qa_accuracy, rates
+from salmonn.score.scoring import sign
+from salmonn.train.data import ClipCache, Example
+from salmonn.train.feature_cache import TokenStore
 from salmonn.train.references import ClipSet
-from salmonn.train.tokens import TokenStore
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")

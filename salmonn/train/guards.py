@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salmonn.records import Pair
-from salmonn.train.report import STEPS_NAME, Summary, read_steps
+from salmonn.train.run_log import STEPS_NAME, Summary, read_steps
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from salmonn.records import write_text
-from salmonn.train.report import STEPS_NAME, Summary, read_steps
+from salmonn.train.run_log import STEPS_NAME, Summary, read_steps
 
 ROUNDS_NAME = "rounds.jsonl"
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from salmonn import dist
 from salmonn.model.network import Network
 from salmonn.train.checkpoint import Checkpoint, Checkpoints, put_trained
-from salmonn.train.engine import Engine, EngineName, require_engine, start_engine, trained
 from salmonn.train.log import RunLog
+from salmonn.train.parallel import Engine, EngineName, require_engine, start_engine, trained
 
 log = logging.getLogger(__name__)
 Precision = Literal["float32", "bfloat16"]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from salmonn import dist
-from salmonn.caption.inputs import Processor, Row
+from salmonn.caption.processor import Processor, Row
 from salmonn.model.lora import adapter_off
 from salmonn.model.network import Block, Inputs, Network
-from salmonn.prefer.loss import guided_dpo_loss, mean_cross_entropy, sequence_logps
+from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
 from salmonn.records import Pair, read_json, write_json
-from salmonn.train.examples import SftBatch, SftBatches, deal, sft_loss, split
-from salmonn.train.tokens import describe, describe_words, digest, fingerprint
+from salmonn.train.data import SftBatch, SftBatches, deal, sft_loss, split
+from salmonn.train.feature_cache import describe, describe_words, digest, fingerprint
 
 log = logging.getLogger(__name__)
 REFERENCE_NAME = "reference.json"

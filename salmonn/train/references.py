@@ -7,8 +7,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from salmonn import dist
-from salmonn.media.synth import SynthConfig, make_clips
 from salmonn.records import Reference, read_records
+from salmonn.synthetic.render import SynthConfig, make_clips
 
 CLIPS_NAME = "clips.jsonl"
 HELDOUT_OFFSET = 1_000_000  # between the seeds of training and of held-out clips

@@ -135,9 +135,9 @@ def test_shards_write_side_cars_of_what_one_process_captioned(folder, caption):
 
 def test_shards_beside_a_process_without(folder, caption, tmp_path):
     """Two ways of sharing out at once would do videos twice, and --redo would move what the shard is writing."""
-    from salmonn.batch.files import Files
+    from salmonn.batch.discovery import Shard
     from salmonn.batch.ledger import Ledger
-    from salmonn.batch.listing import Shard
+    from salmonn.batch.ledger_files import Files
 
     with Ledger(Files(tmp_path / "captions.jsonl", Shard(1, 2)), job={}):
         for more in ((), ("--redo",), ("--shards", "1/3")):
@@ -306,8 +306,8 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
 
 
 def test_a_second_process_is_turned_away(folder, caption, tmp_path):
-    from salmonn.batch.files import Files
     from salmonn.batch.ledger import Ledger
+    from salmonn.batch.ledger_files import Files
 
     with Ledger(Files(tmp_path / "captions.jsonl"), job={}):
         code, err = caption(folder)
@@ -352,9 +352,9 @@ def test_mistakes(folder, caption, tmp_path, args, words):
 
 
 def test_what_was_asked_is_signed(folder, caption, tmp_path, random_model):
-    assert caption(folder / "0.mp4", "--use", "visual", "--prompt", "Say.")[0] == 0
+    assert caption(folder / "0.mp4", "--modality", "visual", "--prompt", "Say.")[0] == 0
     signed = json.loads((tmp_path / "captions.job.json").read_text())
-    assert (signed["model"], signed["use"], signed["prompt"]) == (str(random_model), "visual", "Say.")
+    assert (signed["model"], signed["modality"], signed["prompt"]) == (str(random_model), "visual", "Say.")
     nothing = {name for name, value in signed.items() if value is None}
     assert nothing == {"adapter", "start", "end", "segments", "repetition_penalty", "bits"}
     assert signed["max_new_tokens"] == 6

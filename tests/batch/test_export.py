@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from salmonn.batch.export import Latest, export_sidecars, export_table
-from salmonn.batch.files import LedgerError, append_group
-from salmonn.batch.sidecars import Sidecars
+from salmonn.batch.ledger_files import LedgerError, append_group
+from salmonn.batch.subtitles import Sidecars
 from salmonn.records import Caption, read_records
 
 ODD = 'Two "lines",\nof text; 漢字 & <b>'

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from salmonn.batch.discovery import Shard, Video, look, path_number
 from salmonn.batch.export import Latest
-from salmonn.batch.files import Files
 from salmonn.batch.job import Group, Job, Task, TooManyFailures, caption_videos
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.listing import Shard, Video, look, path_number
-from salmonn.batch.sidecars import Sidecars
+from salmonn.batch.ledger_files import Files
+from salmonn.batch.subtitles import Sidecars
 from salmonn.caption.captioner import Asked, Done
 from salmonn.caption.generate import Sampling
-from salmonn.caption.reading import ClipReader
+from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure, read_records
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.batch.files import Files, LedgerError, read_groups
+from salmonn.batch.discovery import Shard, Video, look
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.listing import Shard, Video, look
+from salmonn.batch.ledger_files import Files, LedgerError, read_groups
 from salmonn.records import Caption, Failure, read_records
 
 JOB = {"model": "toy", "temperature": 0.0}
@@ -396,7 +396,7 @@ def test_a_line_that_is_no_caption_is_named(files):
 FULL = """
 import resource, sys
 from pathlib import Path
-from salmonn.batch.files import Files
+from salmonn.batch.ledger_files import Files
 from salmonn.batch.ledger import Ledger
 from salmonn.records import Caption
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -423,9 +423,9 @@ def test_a_full_disk(files):
 MILLION = """
 import resource, sys, time
 from pathlib import Path
-from salmonn.batch.files import Files
+from salmonn.batch.ledger_files import Files
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.listing import Video
+from salmonn.batch.discovery import Video
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, begin = peak(), time.perf_counter()
 with Ledger(Files(Path(sys.argv[1])), job={"model": "toy", "temperature": 0.0}) as ledger:

@@ -7,9 +7,9 @@ import torch
 
 from salmonn.caption.captioner import Captioner, Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.reading import ClipReader
+from salmonn.caption.loader import ClipReader
 from salmonn.media.clip import read_clip
-from salmonn.model.settings import PLAIN_PROMPTS
+from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, Failure
 
 DESCRIBE = PLAIN_PROMPTS["both"]
@@ -116,9 +116,12 @@ def test_an_empty_span_is_refused(start, end):
 
 
 def test_picture_or_sound_alone(captioner, videos, media):
-    texts = {use: captioner.caption(videos[0], sampling=SHORT, use=use).text for use in ("both", "visual", "audio")}
+    texts = {
+        modality: captioner.caption(videos[0], sampling=SHORT, modality=modality).text
+        for modality in ("both", "visual", "audio")
+    }
     assert len(set(texts.values())) == 3
-    heard = captioner.processor.read(videos[0], use="audio")
+    heard = captioner.processor.read(videos[0], modality="audio")
     assert texts["audio"] == captioner.answer([heard], [PLAIN_PROMPTS["audio"]], sampling=SHORT)[0].text
 
 
@@ -132,7 +135,7 @@ def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):
         out.mux(stream.encode(None))
     assert captioner.caption(path, sampling=SHORT).video == str(path)
     with pytest.raises(ValueError, match=r"tone\.wav: holds no picture"):
-        captioner.caption(path, sampling=SHORT, use="visual")
+        captioner.caption(path, sampling=SHORT, modality="visual")
 
 
 def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monkeypatch):
@@ -182,14 +185,14 @@ def test_a_draw_depends_on_its_seed_and_place_alone(captioner, videos):
 
 def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text(
-        "import os\nfrom salmonn.caption.reading import Wanted\n"
+        "import os\nfrom salmonn.caption.loader import Wanted\n"
         "class Deadly(Wanted):\n def read(self, path):\n"
         "  return os.kill(os.getpid(), 9) if path.name == 'bad.mp4' else super().read(path)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import deadly
 
-    monkeypatch.setattr("salmonn.caption.inputs.Wanted", deadly.Deadly)
+    monkeypatch.setattr("salmonn.caption.processor.Wanted", deadly.Deadly)
     paths = [videos[0], tmp_path / "bad.mp4", videos[1]]
     with ClipReader(workers=2) as reader:
         results = list(captioner.caption_each(paths, sampling=SHORT, reader=reader))

@@ -9,7 +9,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling, draw, generate
-from salmonn.caption.inputs import Row
+from salmonn.caption.processor import Row
 
 DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.inputs import Processor, Row
+from salmonn.caption.processor import Processor, Row
 from salmonn.media.clip import Clip
-from salmonn.model.load import load_config
-from salmonn.model.settings import from_published
+from salmonn.model.config import from_published
+from salmonn.model.loading import load_config
 
 MEDIA = Path(__file__).parents[3] / "shared" / "media"
 needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no media in {MEDIA}")
@@ -197,10 +197,10 @@ def test_real_files_become_these_tokens(published, family, name):
 def test_a_caption_in_the_published_words(published, family):
     captioner = Captioner.load(published(family))
     short = Sampling(max_new_tokens=4)
-    caption = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, use="visual")
+    caption = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, modality="visual")
     assert (caption.prompt == captioner.describe("visual") and "leaving out" in caption.prompt) or family == "salmonn2"
     assert caption.model == str(published(family))
-    other = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, prompt="What is it?", use="visual")
+    other = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, prompt="What is it?", modality="visual")
     assert other.prompt == "What is it?"
     assert captioner.greedy().max_new_tokens == 1024
 

@@ -9,15 +9,15 @@ import av
 import numpy as np
 import pytest
 
-from salmonn.caption.reading import ClipReader, Part, Wanted, cut_up
+from salmonn.caption.loader import ClipReader, Part, Wanted, cut_up
 from salmonn.caption.worker import Limits
-from salmonn.media.frames import Stride
+from salmonn.media.frame_sampling import Stride
 
 GREEDY = """
 import fcntl, os, signal, stat, time
 from contextlib import suppress
 import numpy as np
-from salmonn.caption.reading import Wanted
+from salmonn.caption.loader import Wanted
 
 def say(what):
     signal.signal(signal.SIGALRM, signal.SIG_IGN)

@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 
-from salmonn.media import survey as survey_module
+from salmonn.media import index as survey_module
 from salmonn.media.clip import Clip, ClipError, read_clip
 from salmonn.media.container import Decoder, Source
 
@@ -495,7 +495,7 @@ def test_frames_of_a_long_video_are_never_held_at_full_size(tmp_path):
     code = f"""
 import resource
 from salmonn.media.clip import read_clip
-from salmonn.media.frames import Stride
+from salmonn.media.frame_sampling import Stride
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 frames = read_clip({str(path)!r}, Stride(frames_per_second=2.0, max_frames=240, side=48)).frames

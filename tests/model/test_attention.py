@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from salmonn.caption.inputs import Row
+from salmonn.caption.processor import Row
 from salmonn.model.attention import Memory, OnePass, Reading, take_over
 from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.pack import Group, Packed
+from salmonn.model.packing import Group, Packed
 
 SCALE = 0.3
 # Clip 4 has rows 0 and 2: 5 tokens that they share, 2 and 3 of their own; clip 7 has row 1: 4 tokens and 1.
@@ -123,7 +123,7 @@ def test_gradients_of_an_adapter_are_those_of_rows_alone(request, videos, model,
 MEASURE = """
 import resource, torch
 from salmonn.model.attention import OnePass
-from salmonn.model.pack import Group, Packed
+from salmonn.model.packing import Group, Packed
 torch.set_num_threads(1)
 length, own = 20_000, (200, 200, 200)
 packed = Packed(torch.arange(0), torch.zeros(0), (Group(0, (0, 1, 2), length, own),))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from salmonn.caption.inputs import Row
-from salmonn.model.load import load_network
+from salmonn.caption.processor import Row
+from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, adapter_off, attach, merge, save_adapter
 
 CONFIG = LoraConfig(rank=4, alpha=8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.caption.inputs import Row, restrict_media
+from salmonn.caption.processor import Row, restrict_media
 
 ROWS = [
     Row(0, "Tell.", "A red circle appears and then a low tone is heard."),
@@ -28,8 +28,8 @@ def either(request, videos):
     """A model of each family, and clips of different kinds and lengths as it takes them."""
     model = request.getfixturevalue(request.param)
     read = model.processor.read
-    both, seen = read(videos[0]), read(videos[1], use="visual")
-    return model, [both, seen, read(videos[2], use="audio", start_seconds=1.0, end_seconds=3.2)]
+    both, seen = read(videos[0]), read(videos[1], modality="visual")
+    return model, [both, seen, read(videos[2], modality="audio", start_seconds=1.0, end_seconds=3.2)]
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from torch import nn
 
 from salmonn.caption.captioner import Captioner, Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.inputs import Row
-from salmonn.model.load import Placement, load_network, save_network
+from salmonn.caption.processor import Row
+from salmonn.model.config import tiny
+from salmonn.model.loading import Placement, load_network, save_network
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 from salmonn.model.network import Network
-from salmonn.model.settings import tiny
 
 WORDS = "a red circle appears"
 
@@ -127,8 +127,8 @@ def test_captions_in_16_bits(published, videos, family):
     sampling = Sampling(max_new_tokens=4)
     half = Captioner.load(published(family), placement=Placement(dtype="bfloat16"))
     assert {parameter.dtype for parameter in half.network.parameters()} == {torch.bfloat16}
-    for use in ("both", "visual", "audio"):
-        said = half.caption(videos[0], use=use, sampling=sampling, span=Span(0, 1))
+    for modality in ("both", "visual", "audio"):
+        said = half.caption(videos[0], modality=modality, sampling=sampling, span=Span(0, 1))
         assert len(half.processor.tokenizer.encode(said.text)) > 0
     full = Captioner.load(published(family))
     media = full.processor.read(videos[0], start_seconds=0, end_seconds=1)
@@ -149,7 +149,7 @@ def test_no_second_copy_in_memory(tmp_path, dtype, copies):
     save_network(Network(config), tmp_path)
     code = f"""
 import re, threading, time
-from salmonn.model.load import Placement, load_network
+from salmonn.model.loading import Placement, load_network
 own = lambda: int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
 before, peak, done = own(), 0, False
 def watch():

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from salmonn.conversations import parse_conversation
-from salmonn.model.load import load_network
+from salmonn.model.loading import load_network
 from salmonn.records import Reference, read_json, read_records
-from salmonn.train.examples import Example
-from salmonn.train.tokens import TokenStoreConfig
+from salmonn.train.data import Example
+from salmonn.train.feature_cache import TokenStoreConfig
 
 ASKED = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}
 

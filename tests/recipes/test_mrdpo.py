@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from salmonn.model.load import load_network
+from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Caption, Pair, read_records
-from salmonn.score.files import read_scores
-from salmonn.score.rates import Rates
-from tests.score.scripted import honest
+from salmonn.score.formats import read_scores
+from salmonn.score.metrics import Rates
+from tests.score.fake_llm_server import honest
 
 ROUND = {
     "rounds": 1, "pairs.num_samples": 4, "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30,
@@ -157,7 +157,7 @@ def test_killed_at_every_stage_and_started_again(finished, command_of, launch, f
     out, kept = tmp_path / "mrdpo", {"tokens.folder": tmp_path / "tokens"}
     python, recipe, *options = command_of("mrdpo", out=out, **flags | kept)
     for number, point in enumerate(POINTS):
-        line = [python, str(Path(__file__).with_name("killed.py")), point, recipe, *options]
+        line = [python, str(Path(__file__).with_name("kill_at.py")), point, recipe, *options]
         result = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (number, point, result.stderr)
     result = launch("mrdpo", out=out, **flags | kept)
@@ -194,7 +194,7 @@ import signal, sys, time
 from pathlib import Path
 from salmonn import dist
 from salmonn.records import Caption
-from salmonn.train.stages import kept
+from salmonn.train.run_folder import kept
 
 dist.setup(threads=1)
 dist.barrier()

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.model.load import load_network
+from salmonn.model.loading import load_network
 from salmonn.records import Caption, read_records
-from salmonn.score.files import read_scores
-from salmonn.train.examples import Example
-from salmonn.train.tokens import TokenStoreConfig
+from salmonn.score.formats import read_scores
+from salmonn.train.data import Example
+from salmonn.train.feature_cache import TokenStoreConfig
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
 
 def test_frozen_towers_run_once_where_tokens_are_kept(load_recipe, captioner, videos, tmp_path):
     sft, tokens = load_recipe("sft"), TokenStoreConfig(tmp_path / "tokens")
-    examples = [Example(video, (), use=use) for video in videos[:2] for use in ("both", "audio")]
+    examples = [Example(video, (), modality=modality) for video in videos[:2] for modality in ("both", "audio")]
     sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=()))
     media = [sft.find_clips(captioner, [], TokenStoreConfig(folder=None))(example) for example in examples]
     blocks = [sft.find_clips(captioner, examples, tokens)(example) for example in examples]
@@ -155,7 +155,7 @@ def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, t
     flags, alone = whole
     python, recipe, *options = command_of("sft", out=tmp_path / "tuned", **flags)
     for point in ("step", "mark", "merge", "merged"):
-        line = [python, str(Path(__file__).with_name("killed.py")), point, recipe, *options]
+        line = [python, str(Path(__file__).with_name("kill_at.py")), point, recipe, *options]
         result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (point, result.stderr)
     assert (tmp_path / "tuned" / "checkpoints").is_dir()
@@ -169,12 +169,12 @@ def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, t
 
 @pytest.mark.parametrize("uses", [("both", "both"), ("audio", "audio")])
 def test_examples_of_one_kind_for_engines_that_split(load_recipe, uses):
-    examples = [Example(Path("a.mp4"), (), use=use) for use in uses]
+    examples = [Example(Path("a.mp4"), (), modality=modality) for modality in uses]
     assert {one.needs_both for one in load_recipe("sft").whole_clips(examples, engine="zero2")} == {uses[0] == "both"}
 
 
 def test_examples_of_two_kinds_are_refused_by_engines_that_split(load_recipe):
-    examples = [Example(Path("a.mp4"), (), use=use) for use in ("both", "visual", "both")]
+    examples = [Example(Path("a.mp4"), (), modality=modality) for modality in ("both", "visual", "both")]
     with pytest.raises(ValueError, match="the 3 examples are of both and of visual, and with engine fsdp2"):
         load_recipe("sft").whole_clips(examples, engine="fsdp2")
     with pytest.raises(ValueError, match="zero3 does not take towers into training: choose fsdp2"):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from salmonn.score.chat import Chat
-from salmonn.score.settings import ChatConfig
-from tests.score.scripted import ScriptedServer
+from salmonn.score.config import ChatConfig
+from salmonn.score.llm_client import Chat
+from tests.score.fake_llm_server import ScriptedServer
 
 
 @pytest.fixture

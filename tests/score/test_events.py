@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from salmonn.media.scene import SynthConfig, draw_scene
-from salmonn.media.wording import write_reference
 from salmonn.records import Caption, Event, Reference
 from salmonn.score.converse import ReplyError
 from salmonn.score.events import list_events, read_events
 from salmonn.score.judge import events_of_part
-from tests.score.scripted import Answer
+from salmonn.synthetic.annotate import write_reference
+from salmonn.synthetic.scene import SynthConfig, draw_scene
+from tests.score.fake_llm_server import Answer
 
 CAPTION = "At two seconds a brown dog runs in and barks twice. A man shouts: come here!"
 REFERENCE = Reference("v", caption=CAPTION, duration_seconds=10.0)

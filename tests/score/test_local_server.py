@@ -12,8 +12,8 @@ import pytest
 from salmonn.cli.codes import SOME_FAILED
 from salmonn.records import Caption, Event, Reference, Score, Unscored, write_records
 from salmonn.score.build import make_chat
-from salmonn.score.files import read_scores
-from salmonn.score.settings import JudgeConfig
+from salmonn.score.config import JudgeConfig
+from salmonn.score.formats import read_scores
 from tests.score.local_server import LocalServer, make_chat_model, serve_locally
 
 REFERENCES = [

@@ -4,9 +4,9 @@ import pytest
 
 from salmonn.records import Caption, Reference, Score, Unscored
 from salmonn.score.judge import Task
+from salmonn.score.metrics import rates
 from salmonn.score.passes import judge_passes
-from salmonn.score.rates import rates
-from salmonn.score.rule import RuleJudge
+from salmonn.synthetic.judge import RuleJudge
 
 TASKS = [Task(Reference(name), Caption(name, "")) for name in "ab"]
 

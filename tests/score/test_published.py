@@ -6,12 +6,12 @@ import pytest
 
 from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.build import make_judge
+from salmonn.score.config import JudgeConfig
 from salmonn.score.converse import ReplyError
 from salmonn.score.judge import Task
 from salmonn.score.passes import judge_passes
 from salmonn.score.published import CountForm, ListForm, collapse_repeats, collapsed, published_rates
-from salmonn.score.settings import JudgeConfig
-from tests.score.scripted import Answer
+from tests.score.fake_llm_server import Answer
 
 TASK = Task(Reference("v", (Event("a dog runs"), Event("it's raining"), Event("a man sings"))), Caption("v", "Text."))
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from salmonn.records import Caption, Event, Judging, Reference, Score, Told, Unscored
-from salmonn.score.rates import rates
+from salmonn.score.metrics import rates
 from salmonn.score.report import Report, write_report
 from tests.score.browser import Watched, needs_browser, start_browser
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.reading import ClipReader
+from salmonn.caption.engine import Engine
+from salmonn.caption.loader import ClipReader
 from salmonn.serve.api import Service, Settings
-from salmonn.serve.chat import ChatLimits
-from salmonn.serve.engine import Engine
 from salmonn.serve.fetch import Fetching
+from salmonn.serve.schema import ChatLimits
 from salmonn.serve.sources import Sources
 from tests.serve.running import Gated, Running, wait_until
 

@@ -15,8 +15,8 @@ import httpx2
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
-from salmonn.caption.answers import Answers, Piece
 from salmonn.caption.captioner import Captioner
+from salmonn.caption.streaming import Answers, Piece
 from salmonn.serve.api import Service
 from salmonn.serve.server import Server
 

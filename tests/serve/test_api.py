@@ -60,10 +60,10 @@ def test_all_that_can_be_asked_reaches_the_model(start, model, videos):
         top_p=0.7,
         max_completion_tokens=20,
         seed=11,
-        extra_body={"start": 1, "end": 3, "use": "audio", "repetition_penalty": 1.2},
+        extra_body={"start": 1, "end": 3, "modality": "audio", "repetition_penalty": 1.2},
     )
     expected = model.caption(
-        videos[1], prompt="What is heard?", sampling=sampling, span=Span(1, 3), use="audio", seed=11
+        videos[1], prompt="What is heard?", sampling=sampling, span=Span(1, 3), modality="audio", seed=11
     )
     assert answer.choices[0].message.content == expected.text
 
@@ -411,7 +411,7 @@ def test_a_disk_without_room_is_told(start, videos, monkeypatch):
     def refuse(*_, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("salmonn.serve.visit.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("salmonn.serve.request.tempfile.mkdtemp", refuse)
     with pytest.raises(openai.InternalServerError, match=r"has no place for the file \(No space left") as caught:
         ask(running.client(), data_url(videos[0]))
     assert caught.value.status_code == 507
@@ -479,7 +479,7 @@ def test_what_is_counted_and_logged(start, videos, caplog):
     assert told["salmonn_received_bytes_totaldata"] == videos[0].stat().st_size + 3
     assert told["salmonn_first_word_seconds_count"] == 2 and told["salmonn_request_seconds_count"] == 3
     assert told["salmonn_reading_seconds_count"] == 3 and told["salmonn_requests_present"] == 0
-    lines = [record.getMessage() for record in caplog.records if record.name == "salmonn.serve.visit"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "salmonn.serve.request"]
     assert [line.split()[1] for line in lines] == ["answered", "answered", "refused"]
     assert [line.split()[0] for line in lines[:2]] == [answer.id for answer in answers]
     assert answers[0]._request_id == answers[0].id

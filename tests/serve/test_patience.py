@@ -82,7 +82,7 @@ def test_silent_connections_do_not_shut_others_out(start, videos, monkeypatch):
 def test_who_does_not_read_a_stream_has_only_so_long(start, own_engine, videos, monkeypatch, is_closing):
     """Each event is 100 KB long, more than what all buffers on the way hold."""
     monkeypatch.setattr(server, "_SILENT_SECONDS", 0.5)
-    monkeypatch.setattr("salmonn.serve.chat.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
+    monkeypatch.setattr("salmonn.serve.schema.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
     running = start(own_engine, request_seconds=3.0, grace_seconds=60.0)
     asked = {"messages": about(videos[0].name), "max_tokens": 500, "stream": True, "temperature": 1, "n": 2}
     body = json.dumps(asked).encode()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from salmonn.records import Caption, Judging, Question, Reference, Score, write_json, write_records
-from salmonn.score.files import write_scores
+from salmonn.score.formats import write_scores
 
 # Three seconds with one or two things to see and one to hear, and few steps: the shipped model's captions differ.
 SMALLEST = {

@@ -24,7 +24,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.tokenizer import CHAT_TEMPLATE, CLIP_END, CLIP_START, HEARD, SEEN, TURN_END, train_tokenizer
 from salmonn.media.clip import Clip
-from salmonn.model.load import Placement, load_network
+from salmonn.model.loading import Placement, load_network
 
 TOOL = Path(__file__).parents[2] / "tools" / "assemble.py"
 SPECIAL = ["<|im_start|>", TURN_END, CLIP_START, CLIP_END, "<|image_pad|>", SEEN]

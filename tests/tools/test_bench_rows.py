@@ -83,7 +83,7 @@ def test_the_table(rows):
 
 
 def test_the_table_goes_between_its_marks(rows, tmp_path):
-    page = tmp_path / "page.md"
+    page = tmp_path / "web_ui.md"
     page.write_text(f"before\n{rows.TABLE_START}\nold\n{rows.TABLE_END}\nafter\n")
     for _ in range(2):
         rows.put_table(page, "new\n")
@@ -101,7 +101,7 @@ def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
     (tmp_path / "step.py").write_text(write + f"pathlib.Path(sys.argv[2]).write_text({told!r})")
     (tmp_path / "trl_step.py").write_text(write + "pathlib.Path(sys.argv[2]).write_text('[]')")
     (tmp_path / "growth.py").write_text("raise SystemExit(1)")
-    page, out = tmp_path / "page.md", tmp_path / "bench.json"
+    page, out = tmp_path / "web_ui.md", tmp_path / "bench.json"
     page.write_text(f"{rows.TABLE_START}\n{rows.TABLE_END}\n")
     command = ["all.py", "--quick", f"--out={out}", f"--document={page}", "--parts", "step", "trl_step", "growth"]
     monkeypatch.setattr(sys, "argv", command)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from salmonn.model.load import load_network
+from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach, merge
 
 LORA_A, BASE = ".lora_A.", ".base_layer."

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from salmonn.media import phrases
-from salmonn.media.scene import Happening, SynthConfig
-from salmonn.media.synth import describe_clip, render_sound
-from salmonn.media.wording import write_events
-from salmonn.score.bench import LabelledPair, read_pairs
+from salmonn.preference.benchmark import LabelledPair, read_pairs
+from salmonn.synthetic import phrases
+from salmonn.synthetic.annotate import write_events
+from salmonn.synthetic.render import describe_clip, render_sound
+from salmonn.synthetic.scene import Happening, SynthConfig
 
 FILE = Path(__file__).parents[2] / "data" / "judge_pairs.jsonl"
 PAIRS = read_pairs(FILE)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from salmonn.config import run_recipe
-from salmonn.model.load import load_network
+from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
 
 

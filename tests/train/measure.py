@@ -16,9 +16,9 @@ import torch
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.inputs import Processor
+from salmonn.caption.processor import Processor
 from salmonn.media.clip import Clip
-from salmonn.model.load import Placement, load_config
+from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Media, Network
 from salmonn.records import Pair

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn.caption.inputs import Processor, lay_out
-from salmonn.model.load import Placement, load_config, load_network
+from salmonn.caption.processor import Processor, lay_out
+from salmonn.model.loading import Placement, load_config, load_network
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.presets import PUBLISHED, offline_config
-from salmonn.train import budget
-from salmonn.train.budget import Numbers, Stack, Tuning
+from salmonn.train import memory as budget
 from salmonn.train.dry_run import (
     Budget,
     ClipShape,
@@ -29,6 +28,7 @@ from salmonn.train.dry_run import (
     weights_bytes,
 )
 from salmonn.train.loop import FitConfig
+from salmonn.train.memory import Numbers, Stack, Tuning
 
 LORA = LoraConfig(rank=128, alpha=256)
 # As the cards of Qwen2, Qwen2.5 and Qwen2.5-VL have them: decoder, vision tower with merger.
@@ -124,8 +124,12 @@ def test_times_are_counted_where_they_are_told():
     network = empty_network(config)
     placement, fit = Placement(dtype="bfloat16"), FitConfig()
     lengths = [
-        len(Budget(network, config, placement=placement, fit=fit, work=Work(clips=1, answers=1, use=use)).layout)
-        for use in ("both", "visual")
+        len(
+            Budget(
+                network, config, placement=placement, fit=fit, work=Work(clips=1, answers=1, modality=modality)
+            ).layout
+        )
+        for modality in ("both", "visual")
     ]
     assert lengths[1] - (lengths[0] - 51 * 3) == 51 * 4
 

@@ -15,7 +15,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.records import Caption, Event, Reference, read_records
-from salmonn.score.rule import RuleJudge
+from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.evaluate import (
     Draw,
     answer_questions,
@@ -25,7 +25,7 @@ from salmonn.train.evaluate import (
     encode_clips,
     judge_captions,
 )
-from salmonn.train.tokens import TokenStoreConfig, open_store
+from salmonn.train.feature_cache import TokenStoreConfig, open_store
 
 DRAW = Draw(Sampling(temperature=1.0, max_new_tokens=12), seed=7, num_samples=2)
 

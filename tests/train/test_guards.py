@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from salmonn.records import Pair
-from salmonn.score.rates import Rates
+from salmonn.score.metrics import Rates
 from salmonn.train.guards import GuardConfig, RoundFailed, best_round, require_margin, require_pairs, worsened
-from salmonn.train.report import Summary
+from salmonn.train.run_log import Summary
 
 PAIRS = [Pair("a.mp4", "p", "good", "bad", "truth", gap=0.5)] * 3
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from salmonn.score.rates import Rates
+from salmonn.score.metrics import Rates
 from salmonn.train.log import RunLog, log_rounds
-from salmonn.train.report import Summary, read_steps
+from salmonn.train.run_log import Summary, read_steps
 
 
 def seen(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:

@@ -18,7 +18,7 @@ from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Network
 from salmonn.train import checkpoint
 from salmonn.train.checkpoint import Checkpoints, put_trained
-from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss
+from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, Stage, Watch, fit, learning_rate_at
 
 PLAIN = FitConfig(learning_rate=0.5, steps=1, warmup=1.0, weight_decay=0.0, max_grad_norm=1e9)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-from salmonn.model.load import Placement
+from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach, merge
 from salmonn.records import Pair
 from salmonn.train.checkpoint import Checkpoints, put_trained
-from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss, split
+from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split
 from salmonn.train.loop import FitConfig, Stage, Watch, fit, learning_rate_at
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 
@@ -270,7 +270,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Reference, read_records
-from salmonn.train.examples import ClipCache, SftBatches, make_examples, sft_loss
+from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.loop import FitConfig, Stage, fit
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from salmonn.caption.inputs import Row
+from salmonn.caption.processor import Row
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.records import Pair, read_json, write_json
 from salmonn.train.checkpoint import Checkpoints
-from salmonn.train.examples import Example, SftBatches, Turn, sft_loss
+from salmonn.train.data import Example, SftBatches, Turn, sft_loss
 from salmonn.train.loop import FitConfig, Stage, autocast, fit
 from salmonn.train.preference import (
     REFERENCE_NAME,

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from salmonn.caption.generate import Sampling
-from salmonn.media.synth import SynthConfig
-from salmonn.model.settings import PLAIN_PROMPTS
+from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Question, Reference, write_records
-from salmonn.score.rule import RuleJudge
+from salmonn.synthetic.judge import RuleJudge
+from salmonn.synthetic.render import SynthConfig
 from salmonn.train.evaluate import Draw, draw_captions, encode_clips, evaluate
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
 
@@ -87,7 +87,7 @@ def test_evaluation(captioner, clips, monkeypatch):
     right = {block.tokens.data_ptr(): reference for reference, block in zip(clips.references, blocks, strict=True)}
 
     def answer(given, prompts, **_):
-        from salmonn.caption.answers import Answer
+        from salmonn.caption.streaming import Answer
 
         texts = []
         for block, prompt in zip(given, prompts, strict=True):

@@ -25,7 +25,7 @@ from PIL import Image
 from rows import Row, alone, compare, hand_in, interleave, peak_mib, tell
 
 from salmonn.media.clip import read_clip
-from salmonn.media.frames import Stride
+from salmonn.media.frame_sampling import Stride
 
 FPS = 30
 PIECE_SECONDS = 10  # encoded once, and repeated to make a longer clip

@@ -22,9 +22,9 @@ from rows import Row, alone, compare, hand_in, interleave, peak_mib, tell
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.reading import ClipReader, sensible_workers
-from salmonn.media.synth import SynthConfig, make_clips
+from salmonn.caption.loader import ClipReader, sensible_workers
 from salmonn.records import Caption
+from salmonn.synthetic.render import SynthConfig, make_clips
 
 Kind = Literal["720p", "synthetic"]
 Side = Literal["ours", "one at a time", "generate() one at a time"]

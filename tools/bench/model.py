@@ -14,14 +14,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.inputs import Processor
+from salmonn.caption.processor import Processor
 from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START, with_chat
+from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
-from salmonn.media.sound import SAMPLE_RATE_HZ
+from salmonn.model.config import Family, SalmonnConfig, tiny
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Media, Network
 from salmonn.model.presets import offline_config
-from salmonn.model.settings import Family, SalmonnConfig, tiny
 from salmonn.records import Pair
 
 SPECIAL = [PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, SEEN, HEARD]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salmonn.caption.inputs import Processor, Row
+from salmonn.caption.processor import Processor, Row
 from salmonn.model.lora import adapter_off
 from salmonn.model.network import Inputs, Media, Network
 from salmonn.records import Pair

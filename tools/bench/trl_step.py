@@ -23,10 +23,10 @@ from step import compare_memory, require_same
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from salmonn.model.layout import Layout
 from salmonn.model.lora import adapter_off
 from salmonn.model.network import Inputs
-from salmonn.model.splice import Layout
-from salmonn.prefer.loss import guided_dpo_loss, sequence_logps
+from salmonn.preference.losses import guided_dpo_loss, sequence_logps
 from salmonn.train.loop import autocast
 
 PART = "step against TRL"

@@ -1,0 +1,61 @@
+"""`salmonn judge-bench`: how far a judge can be trusted."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from tqdm import tqdm
+
+from salmonn.cli.judge import add_judge, judge_config
+from salmonn.cli.tables import new_table
+from salmonn.records import write_json
+
+if TYPE_CHECKING:
+    from salmonn.preference.benchmark import BenchResult
+
+
+def bench_parser() -> ArgumentParser:
+    """Arguments of `salmonn judge-bench`."""
+    parser = ArgumentParser(
+        description="Accuracy of a judge on labelled pairs of captions, by kind of fault, with its bias for position "
+        "and length. data/judge_pairs.jsonl is such a set."
+    )
+    parser.add_argument("pairs", type=Path, help="JSONL of labelled pairs")
+    parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the figures")
+    parser.add_argument("--seed", type=int, default=2024, help="of the judge")
+    add_judge(parser)
+    return parser
+
+
+def run_bench(values: Namespace) -> int:
+    """Print the judge's figures; write them where asked."""
+    from salmonn.preference.benchmark import bench, read_pairs
+    from salmonn.score.build import make_judge
+
+    judge = make_judge(judge_config(values))
+    pairs = read_pairs(values.pairs)
+    with tqdm(total=2 * len(pairs), desc="judging", unit=" captions") as bar:
+        result = bench(pairs, judge, seed=values.seed, progress=bar.update)
+    if values.out:
+        write_json(values.out, result.to_json())
+    print_bench(result)
+    if result.unscored:
+        first = result.unscored[0]
+        sys.stderr.write(f"{result.total.unscored} pairs unscored, first {first.video}: {first.reason}\n")
+    return 0
+
+
+def print_bench(result: "BenchResult") -> None:
+    """Print the table, in percent, and the biases."""
+    from salmonn.preference.benchmark import COLUMNS, bench_notes, bench_rows
+
+    table = new_table(f"judge {result.judge}", COLUMNS[1:])
+    for group in bench_rows(result):
+        for row in group:
+            table.add_row(*row, end_section=row == group[-1])
+    console = Console(width=110)
+    console.print(table)
+    for line in bench_notes(result):
+        console.print(line, highlight=False)

@@ -1,0 +1,81 @@
+"""The work on Ray, with two actors on this machine of which one is killed midway: nothing lost, nothing twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from salmonn.records import Caption, read_records
+
+pytest.importorskip("ray")
+
+# Blocks of three videos, each slow enough for a kill in its midst.
+RUN = """
+import sys, time
+from salmonn.batch import ray_cluster as cluster
+from salmonn.cli import caption, main
+
+load = caption.load_captioner
+
+def load_slowly(values):
+    captioner = load(values)
+    batches = captioner.caption_batches
+
+    def slow_batches(*args, **options):
+        for batch in batches(*args, **options):
+            time.sleep(0.3)
+            yield batch
+
+    captioner.caption_batches = slow_batches
+    return captioner
+
+cluster.BLOCK_VIDEOS = 3
+caption.load_captioner = load_slowly
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def folder(videos, tmp_path):
+    """Thirty files, one of them broken."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(29):
+        os.link(videos[number % 5], folder / f"{number:02d}.mp4")
+    (folder / "29.mp4").write_bytes(videos[0].read_bytes()[:2000])
+    return folder
+
+
+def actors_of(driver: int) -> list[psutil.Process]:
+    """The processes that Ray runs our class in, of this driver alone."""
+    children = psutil.Process(driver).children(recursive=True)
+    return [child for child in children if "ray::MapWorker" in " ".join(child.cmdline())]
+
+
+def test_an_actor_killed_midway(folder, random_model, tmp_path):
+    out = tmp_path / "captions.jsonl"
+    args = ["caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 4, "--workers", 1]
+    command = [sys.executable, "-c", RUN, *map(str, args), "--engine", "ray", "--ray_actors", "2"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_TMPDIR": "/tmp"}
+    )
+    killed = None
+    while process.poll() is None and killed is None:
+        if out.exists() and len(out.read_bytes().splitlines()) >= 3 and len(found := actors_of(process.pid)) == 2:
+            killed = found[0].pid
+            os.kill(killed, signal.SIGKILL)
+        time.sleep(0.02)
+    _, err = process.communicate(timeout=200)
+    assert killed is not None, err
+    assert process.returncode == 1, err  # the broken file
+    captions = read_records(out, Caption)
+    assert sorted(Path(caption.video).name for caption in captions) == [f"{number:02d}.mp4" for number in range(29)]
+    assert "1 videos failed" in err and "29.mp4" in err
+    assert {caption.model for caption in captions} == {str(random_model)}
+    assert json.loads((tmp_path / "captions.job.json").read_text())["max_new_tokens"] == 4

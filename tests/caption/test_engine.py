@@ -1,0 +1,504 @@
+"""The engine: answers as the captioner's own, side by side, refused, dropped and ended; and what it counts."""
+
+import threading
+import time
+import weakref
+from contextlib import closing
+
+import av
+import pytest
+import torch
+
+from salmonn.caption.captioner import Span
+from salmonn.caption.engine import Busy, CrowdedError, Engine, ModelFailedError, Query
+from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.loader import ClipReader, Wanted
+from salmonn.caption.processor import Row
+from salmonn.caption.streaming import Piece
+from salmonn.media.container import ClipError, declared_seconds
+from salmonn.serve.errors import to_refusal
+from tests.serve.running import wait_until
+
+SHORT = Sampling(max_new_tokens=12)
+FREE = Sampling(temperature=1.0, max_new_tokens=12)
+
+
+class Slow(Wanted):
+    """What it reads takes ten minutes."""
+
+    def read(self, path):
+        time.sleep(600)
+
+
+def say(engine, query):
+    return "".join(piece.text for piece in engine.ask(query))
+
+
+def make_steps(model, count):
+    """Let the model, behind its closed gate, go on by so many steps."""
+    model.stops_after = model.num_steps + count
+    model.gate.set()
+    wait_until(lambda: not model.gate.is_set())
+
+
+class Told(list):
+    """Collects what is told of a query."""
+
+    def __call__(self, sample, piece):
+        self.append((sample, piece))
+
+    def texts(self):
+        return {sample: piece.answer.text for sample, piece in self if isinstance(piece, Piece) and piece.answer}
+
+
+def test_answers_are_the_captioners(engine, model, videos):
+    query = Query(videos[0], sampling=SHORT)
+    *pieces, last = engine.ask(query)
+    caption = model.caption(videos[0], sampling=SHORT)
+    assert last.answer.text == caption.text and last.answer.finished == caption.finished
+    assert "".join(piece.text for piece in [*pieces, last]) == caption.text
+    span = Span(1.0, 3.0)
+    named = dict(prompt="What is heard?", sampling=FREE, span=span, modality="audio", seed=7)
+    assert say(engine, Query(videos[1], **named)) == model.caption(videos[1], **named).text
+
+
+def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeypatch):
+    """One is being read; eight wait, two of which are drawn in another way: 1, 6 and 2, and nine go on together."""
+    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 8192)
+    model.gate.clear()
+    begun, told = engine.num_readings, [Told() for _ in range(9)]
+    queries = [Query(videos[place % 5], sampling=FREE if place in (4, 6) else SHORT, seed=place) for place in range(9)]
+    engine.begin(queries[0], tell=told[0])
+    wait_until(lambda: model.batches == [1])
+    engine.begin(queries[1], tell=told[1])
+    wait_until(lambda: engine.num_waiting == 1)
+    for query, listener in zip(queries[2:], told[2:], strict=True):
+        engine.begin(query, tell=listener)
+    wait_until(lambda: engine.num_waiting == 8)
+    model.gate.set()
+    wait_until(lambda: not engine.num_present)
+    assert model.batches == [1, 6, 2] and engine.num_readings - begun == 3 and model.most == 9
+    for query, listener in zip(queries, told, strict=True):
+        expected = model.caption(query.path, sampling=query.sampling, seed=query.seed)
+        wait_until(listener.texts)
+        assert listener.texts() == {0: expected.text}
+
+
+def test_who_comes_joins_those_who_are_being_answered(engine, model, videos):
+    """A short answer ends before a long one that began before it, and both are what they are alone."""
+    long = Sampling(max_new_tokens=100)
+    first, second = Told(), Told()
+    model.gate.clear()
+    engine.begin(Query(videos[0], sampling=long), tell=first)
+    make_steps(model, 3)
+    engine.begin(Query(videos[1], sampling=FREE, seed=4), tell=second)
+    wait_until(lambda: engine.num_waiting == 1)
+    make_steps(model, 13)  # one before it joins
+    wait_until(second.texts)
+    assert not first.texts() and model.batches == [1, 1] and model.most == 2
+    model.gate.set()
+    wait_until(first.texts)
+    assert first.texts() == {0: model.caption(videos[0], sampling=long).text}
+    assert second.texts() == {0: model.caption(videos[1], sampling=FREE, seed=4).text}
+
+
+def test_newcomers_who_take_long_to_read_join_one_by_one(engine, model, videos, monkeypatch):
+    """So that the words of those who are there come in between; in the end all go on together."""
+    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 1)
+    model.gate.clear()
+    told = [Told() for _ in range(4)]
+    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    wait_until(lambda: model.batches == [1])
+    for video, listener in zip(videos[1:4], told[1:], strict=True):
+        engine.begin(Query(video, sampling=SHORT), tell=listener)
+    wait_until(lambda: engine.num_waiting == 3)
+    model.gate.set()
+    wait_until(lambda: all(listener.texts() for listener in told))
+    assert model.batches == [1, 1, 1, 1] and model.most == 4
+    assert [listener.texts()[0] for listener in told] == [
+        model.caption(video, sampling=SHORT).text for video in videos[:4]
+    ]
+
+
+def test_newcomers_who_cannot_be_read_harm_nobody(engine, model, videos):
+    model.fail_to_read = lambda size: IndexError("out of range") if size > 1 else None
+    long = Sampling(max_new_tokens=100)
+    told, failed = Told(), Told()
+    model.gate.clear()
+    engine.begin(Query(videos[0], sampling=long), tell=told)
+    make_steps(model, 3)
+    engine.begin(Query(videos[1], sampling=SHORT), tell=failed)
+    wait_until(lambda: engine.num_waiting == 1)
+    make_steps(model, 2)
+    assert isinstance(failed[0][1], ModelFailedError) and "IndexError" in str(failed[0][1])
+    assert not told.texts() and engine.failure == "IndexError"  # that others go on does not mend it
+    model.gate.set()
+    wait_until(told.texts)
+    assert told.texts() == {0: model.caption(videos[0], sampling=long).text} and engine.failure == "IndexError"
+
+
+def test_newcomers_without_room_are_answered_when_the_others_have_ended(engine, model, videos):
+    """The second alone, as it had no room beside the first; the third after it, though there might be room for it."""
+    refused = []
+
+    def fail(size):
+        if size == 1 or refused:
+            return None
+        refused.append(size)
+        return torch.OutOfMemoryError("CUDA out of memory")
+
+    model.fail_to_read = fail
+    told = [Told() for _ in range(3)]
+    model.gate.clear()
+    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    make_steps(model, 3)
+    for video, listener in zip(videos[1:], told[1:], strict=False):
+        engine.begin(Query(video, sampling=SHORT), tell=listener)
+        wait_until(lambda listener=listener: engine.num_waiting == told.index(listener))
+    model.gate.set()
+    wait_until(lambda: all(listener.texts() for listener in told))
+    assert [listener.texts()[0] for listener in told] == [
+        model.caption(video, sampling=SHORT).text for video in videos[:3]
+    ]
+    assert refused == [2] and model.batches == [1, 1, 1, 1] and model.most == 1
+    model.fail_to_read = lambda size: torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(ValueError, match="does not fit in the GPU's memory"):
+        say(engine, Query(videos[0]))
+
+
+def test_without_room_those_who_were_told_nothing_begin_anew(engine, model, videos):
+    """A second clip joins one whose answer is being told, and at its first step the two have no room."""
+    first, second = Told(), Told()
+    model.gate.clear()
+    engine.begin(Query(videos[0], sampling=SHORT), tell=first)
+    make_steps(model, 3)
+    answering = engine.begin(Query(videos[1], sampling=SHORT), tell=second)
+    wait_until(lambda: engine.num_waiting == 1)
+    model.fail = lambda size: torch.OutOfMemoryError("CUDA out of memory") if size == 2 else None
+    model.gate.set()
+    wait_until(second.texts)
+    assert isinstance(first[-1][1], CrowdedError) and not first.texts()
+    assert second.texts() == {0: model.caption(videos[1], sampling=SHORT).text}
+    assert answering.num_answer_tokens == 12 and model.batches == [1, 1, 1]
+
+
+def test_all_answers_to_a_query_join_together(engine, model, videos, monkeypatch):
+    """Of 4 places one is taken: 4 answers wait for its end, since they share what is read."""
+    monkeypatch.setattr(engine, "batch_size", 4)
+    told = [Told(), Told()]
+    model.gate.clear()
+    engine.begin(Query(videos[0], sampling=FREE), tell=told[0])
+    make_steps(model, 3)
+    engine.begin(Query(videos[1], sampling=FREE), tell=told[1], num_samples=4)
+    wait_until(lambda: engine.num_waiting == 4)
+    model.gate.set()
+    wait_until(lambda: len(told[1].texts()) == 4)
+    assert model.batches == [1, 4]
+    engine.begin(Query(videos[2], sampling=FREE), tell=told[1], num_samples=6)
+    wait_until(lambda: not engine.num_present)
+    assert model.batches == [1, 4, 4, 2]
+
+
+def test_samples_share_the_file_and_have_their_own_seeds(engine, model, videos):
+    told = Told()
+    answering = engine.begin(Query(videos[2], sampling=FREE, seed=3), tell=told, num_samples=3)
+    assert engine.num_present == 3
+    wait_until(lambda: len(told.texts()) == 3)
+    assert model.batches == [3]
+    texts = {sample: model.caption(videos[2], sampling=FREE, seed=3 + sample).text for sample in range(3)}
+    assert told.texts() == texts and len(set(texts.values())) > 1
+    # The words of the prompt and the clip count once; an answer that is not finished has all tokens that it may.
+    prompt = Row(0, model.describe())
+    rows = model.processor.inputs([prompt], [model.processor.read(videos[2])])
+    assert answering.num_prompt_tokens == rows.input_ids.shape[1]
+    longest = [piece.answer.finished for _, piece in told if piece.answer].count(False) * 12
+    assert longest <= answering.num_answer_tokens <= 3 * 12
+
+
+def test_tokens_are_counted(engine, model, videos):
+    told = Told()
+    answering = engine.begin(Query(videos[0], sampling=Sampling(max_new_tokens=5)), tell=told)
+    wait_until(told.texts)
+    assert not told[-1][1].answer.finished and answering.num_answer_tokens == 5
+    assert 0 < answering.reading_seconds < 20
+
+
+def test_tokens_of_answers_that_end_before_others_are_counted(engine, model, videos, monkeypatch):
+    """With a fifth of all tokens as ends, answers of one batch end one by one."""
+    monkeypatch.setattr(model.processor, "stop_ids", list(range(1, 400, 5)))
+    told = Told()
+    answering = engine.begin(Query(videos[0], sampling=FREE, seed=1), tell=told, num_samples=4)
+    wait_until(lambda: len(told.texts()) == 4)
+    row = Row(0, model.describe())
+    inputs = model.processor.inputs([row] * 4, [model.processor.read(videos[0])])
+    answers = generate(model.network, inputs, sampling=FREE, stop_ids=model.processor.stop_ids, seeds=[1, 2, 3, 4])
+    lengths = [len(answer) for answer in answers]
+    assert len(set(lengths)) > 1 and answering.num_answer_tokens == sum(lengths)
+
+
+def test_a_batch_that_nobody_waits_for_ends(engine, model, videos):
+    """500 steps would be made."""
+    told = Told()
+    answering = engine.begin(Query(videos[0], sampling=Sampling(max_new_tokens=500)), tell=told)
+    wait_until(lambda: told)
+    answering.drop()
+    assert say(engine, Query(videos[1], sampling=SHORT))
+    assert model.num_steps < 250
+
+
+def test_too_many_are_refused(engine, model, videos):
+    """12 may wait."""
+    model.gate.clear()
+    told = Told()
+    engine.begin(Query(videos[0], sampling=FREE), tell=told, num_samples=11)
+    with pytest.raises(Busy, match="11 answers are waited for already"):
+        engine.begin(Query(videos[0]), tell=told, num_samples=2)
+    engine.begin(Query(videos[0], sampling=SHORT), tell=told)
+    with pytest.raises(Busy, match="12 answers"):
+        next(engine.ask(Query(videos[0])))
+    model.gate.set()
+    wait_until(lambda: not engine.num_present)
+    assert say(engine, Query(videos[0], sampling=SHORT))
+
+
+def test_bad_files_and_bad_prompts_harm_nobody(engine, videos, tmp_path):
+    failed = engine.num_failed
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
+    with pytest.raises(ClipError, match=r"broken\.mp4: is not a video"):
+        say(engine, Query(tmp_path / "broken.mp4"))
+    with pytest.raises(ValueError, match="special token"):
+        say(engine, Query(videos[0], prompt="<|im_end|>"))
+    assert engine.num_failed == failed + 1 and not engine.num_present  # the prompt was refused before it was a query
+    assert say(engine, Query(videos[0], sampling=SHORT))
+
+
+def test_who_leaves_is_not_answered_further_and_the_batch_goes_on(engine, model, videos):
+    model.gate.clear()
+    dropped, answered = engine.num_dropped, engine.num_answered
+    told = [Told(), Told()]
+    first = engine.begin(Query(videos[0], sampling=SHORT), tell=Told())  # has the model while the others come
+    wait_until(lambda: model.batches == [1])
+    going = engine.begin(Query(videos[1], sampling=SHORT), tell=told[0])
+    engine.begin(Query(videos[2], sampling=SHORT), tell=told[1])
+    unread = engine.begin(Query(videos[3], sampling=SHORT), tell=Told())
+    wait_until(lambda: engine.num_waiting == 3)
+    first.drop()
+    unread.drop()
+    assert engine.num_dropped == dropped + 2 and engine.num_present == 2
+    model.gate.set()
+    wait_until(lambda: told[0])
+    going.drop()
+    heard = len(told[0])
+    wait_until(told[1].texts)
+    assert told[1].texts() == {0: model.caption(videos[2], sampling=SHORT).text}
+    assert len(told[0]) <= heard + 1  # a piece may have been on its way
+    if not told[0].texts():  # unless it ended before it was dropped
+        assert engine.num_dropped == dropped + 3 and engine.num_answered == answered + 1
+
+
+def test_a_file_whose_visitor_has_left_is_read_no_further(own_engine, videos, monkeypatch):
+    """Its one worker is free again."""
+    query = Query(videos[0], sampling=SHORT)
+    wanted = own_engine._bound
+    monkeypatch.setattr(own_engine, "_bound", lambda wanted: Slow(**vars(wanted)))
+    answering = own_engine.begin(query, tell=Told())
+    wait_until(lambda: [task for task in own_engine.reader._tasks.values() if task.worker])
+    monkeypatch.setattr(own_engine, "_bound", wanted)
+    begun = time.monotonic()
+    answering.drop()
+    wait_until(lambda: not own_engine.num_present)
+    assert say(own_engine, query) and time.monotonic() - begun < 15 and own_engine.num_failed == 0
+
+
+def test_an_iterator_that_is_closed_drops_its_answer(engine, videos):
+    dropped = engine.num_dropped
+    with closing(engine.ask(Query(videos[0], sampling=SHORT))) as pieces:
+        next(pieces)
+    assert engine.num_dropped == dropped + 1
+
+
+def test_a_failing_model_is_told_and_may_recover(engine, model, videos, caplog):
+    model.fail = lambda size: IndexError("out of range")
+    with pytest.raises(ModelFailedError, match=r"^the model failed \(IndexError\); the server's log tells more$"):
+        say(engine, Query(videos[0], sampling=SHORT))
+    assert engine.failure == "IndexError"
+    assert "Traceback" in caplog.text and "out of range" in caplog.text
+    model.fail = lambda size: None
+    assert say(engine, Query(videos[0], sampling=SHORT)) and engine.failure is None
+
+
+def test_clips_without_room_side_by_side_are_answered_one_by_one(engine, model, videos):
+    model.fail = lambda size: torch.OutOfMemoryError("CUDA out of memory") if size > 1 else None
+    told = Told()
+    engine.begin(Query(videos[0], sampling=FREE, seed=5), tell=told, num_samples=3)
+    wait_until(lambda: not engine.num_present)
+    assert model.batches == [3, 1, 1, 1]
+    wait_until(lambda: len(told.texts()) == 3)
+    assert told.texts()[2] == model.caption(videos[0], sampling=FREE, seed=7).text
+    model.fail = lambda size: torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(ValueError, match="does not fit in the GPU's memory") as caught:
+        say(engine, Query(videos[0]))
+    assert "CUDA" not in str(caught.value)
+
+
+def test_what_had_no_room_is_let_go_before_the_next_try(engine, model, videos):
+    """The error's traceback keeps what the model held when it was raised."""
+    kept: list[bool] = []
+    held: weakref.ref[Sampling]
+
+    def fail(size):
+        nonlocal held
+        if size == 1:
+            kept.append(held() is not None)
+            return None
+        tensors = Sampling()  # stands for them
+        held = weakref.ref(tensors)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.fail = fail
+    told = Told()
+    engine.begin(Query(videos[0], sampling=FREE), tell=told, num_samples=2)
+    wait_until(lambda: len(told.texts()) == 2)
+    assert kept and not any(kept)
+
+
+def test_without_room_in_the_middle_of_answers_it_is_said_that_others_are_there(engine, model, videos):
+    """Nothing is wrong with the clip, and what was told cannot be told anew."""
+    told = Told()
+    answering = engine.begin(Query(videos[0], sampling=FREE), tell=told, num_samples=2)
+    steps = iter([None, None, None])
+    model.fail = lambda size: next(steps, torch.OutOfMemoryError("CUDA out of memory"))
+    wait_until(lambda: told and isinstance(told[-1][1], Exception))
+    assert isinstance(told[-1][1], CrowdedError) and "no room for all who ask now" in str(told[-1][1])
+    assert model.batches == [2] and answering.num_answer_tokens == 6
+    refusal = to_refusal(told[-1][1], seconds=1)
+    assert refusal.status == 503 and refusal.may_retry
+
+
+def test_a_file_that_cannot_be_prepared_is_told_without_what_the_log_has(engine, model, videos, monkeypatch, caplog):
+    def fail(clip):
+        raise RuntimeError("a secret of this machine")
+
+    monkeypatch.setattr(model.processor, "media", fail)
+    with pytest.raises(ModelFailedError, match=r"^the file could not be prepared \(RuntimeError\); the server's log"):
+        say(engine, Query(videos[0]))
+    assert "a secret of this machine" in caplog.text
+
+
+def test_asking_does_not_hold_the_engine_while_the_reader_is_asked(own_engine, videos, monkeypatch):
+    """Or else: an engine with the same reader closes it, and tells this one, who waits for the reader."""
+    submit = own_engine.reader.submit
+
+    def submit_(*asked):
+        seen: list[int] = []
+        other = threading.Thread(target=lambda: seen.append(own_engine.num_present), daemon=True)
+        other.start()
+        other.join(5)
+        assert seen == [1]
+        return submit(*asked)
+
+    monkeypatch.setattr(own_engine.reader, "submit", submit_)
+    assert say(own_engine, Query(videos[0], sampling=SHORT))
+
+
+def test_a_reader_that_another_engine_closed(own_engine, videos):
+    own_engine.reader.close()
+    with pytest.raises(Busy, match="shutting down"):
+        own_engine.begin(Query(videos[0]), tell=Told())
+    assert not own_engine.num_present
+
+
+@pytest.fixture
+def short_engine(model):
+    """An engine that takes 2 s."""
+    with ClipReader(workers=1) as reader:
+        engine = Engine(model, reader, max_seconds=2)
+        yield engine
+        engine.close(grace_seconds=1)
+
+
+def test_long_clips_are_refused_with_what_to_do(short_engine, model, videos):
+    """The clips last for more than 4 s."""
+    for span in (None, Span(None, 80.0), Span(1.0, None), Span(1.0, 3.5)):
+        with pytest.raises(ClipError, match=r"more than 2 s are not taken here, .*: name a part of it with start and"):
+            say(short_engine, Query(videos[0], span=span))
+    with pytest.raises(
+        ClipError, match=f"this is {declared_seconds(videos[0]):.0f} s or more"
+    ):  # it is not read at all
+        say(short_engine, Query(videos[0]))
+    query = Query(videos[0], span=Span(1.0, 3.0), sampling=SHORT)
+    assert say(short_engine, query) == model.caption(videos[0], span=Span(1.0, 3.0), sampling=SHORT).text
+
+
+def test_long_clips_that_do_not_say_so_are_refused(short_engine, videos, tmp_path):
+    """A live stream's file tells no length."""
+    live = tmp_path / "live.mkv"
+    with av.open(str(videos[0])) as source, av.open(str(live), "w", options={"live": "1"}) as target:
+        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = streams[packet.stream.index]
+                target.mux(packet)
+    assert declared_seconds(live) == 0
+    with pytest.raises(ClipError, match=r"this is 3 s or more"):  # a second more than is allowed is read
+        say(short_engine, Query(live))
+    assert say(short_engine, Query(live, span=Span(1.0, 3.0), sampling=SHORT))
+
+
+def test_lists_of_other_files_are_refused(engine, videos, tmp_path):
+    """What a stranger sends may name files that they may not see."""
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{videos[0]}\n#EXT-X-ENDLIST\n")
+    (tmp_path / "concat").write_text("ffconcat version 1.0\nfile near.mp4\n")
+    (tmp_path / "near.mp4").symlink_to(videos[0])
+    for name in ("list.m3u8", "concat"):
+        with pytest.raises(ClipError, match="is a list of other files"):
+            say(engine, Query(tmp_path / name))
+
+
+def begin_three(engine, model, videos):
+    """One has the model, whose gate is closed; the others wait or are being read."""
+    model.gate.clear()
+    told = [Told() for _ in range(3)]
+    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    wait_until(lambda: model.batches == [1])
+    for video, listener in zip(videos[1:3], told[1:], strict=True):
+        engine.begin(Query(video, sampling=SHORT), tell=listener)
+    return told
+
+
+def test_closing_answers_those_who_are_there(own_engine, model, videos):
+    """One is being answered, one waits and one is being read when it closes."""
+    told = begin_three(own_engine, model, videos)
+    closer = threading.Thread(target=own_engine.close, kwargs={"grace_seconds": 20})
+    closer.start()
+    with pytest.raises(Busy, match="shutting down"):
+        wait_until(lambda: own_engine.begin(Query(videos[0]), tell=Told()) and False)
+    model.gate.set()
+    closer.join(20)
+    assert not closer.is_alive()
+    for video, listener in zip(videos, told, strict=False):
+        assert listener.texts() == {0: model.caption(video, sampling=SHORT).text}
+
+
+def test_closing_waits_for_files_that_are_being_read(own_engine, model, videos):
+    told = [Told() for _ in videos]
+    for video, listener in zip(videos, told, strict=True):
+        own_engine.begin(Query(video, sampling=SHORT), tell=listener)
+    own_engine.close(grace_seconds=20)
+    for video, listener in zip(videos, told, strict=True):
+        assert listener.texts() == {0: model.caption(video, sampling=SHORT).text}
+
+
+def test_closing_without_grace_tells_those_who_are_there(own_engine, model, videos):
+    told = begin_three(own_engine, model, videos)
+    begun = time.monotonic()
+    closer = threading.Thread(target=own_engine.close, kwargs={"grace_seconds": 0})
+    closer.start()
+    wait_until(own_engine._cut_off.is_set)
+    model.gate.set()  # the step that the model is at comes to its end
+    closer.join(20)
+    assert time.monotonic() - begun < 8
+    assert not own_engine.num_present
+    for listener in told:
+        wait_until(lambda listener=listener: listener)
+        assert isinstance(listener[-1][1], Busy)

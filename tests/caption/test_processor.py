@@ -1,0 +1,230 @@
+"""What the network takes, pinned on clips made of known arrays."""
+
+import copy
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from salmonn.caption.processor import Row, restrict_media
+from salmonn.media.clip import Clip
+from salmonn.model.layout import by_seconds
+from salmonn.model.network import Block
+
+SAMPLE_HZ = 16_000
+
+
+def make_clip(*, frames: int = 3, samples: int | None = 24_000, start: float = 0.0, size: int = 48) -> Clip:
+    """Frames of rising brightness at half a second each, and a tone; 24 000 samples are 1.5 s."""
+    wave = None if samples is None else np.sin(np.arange(samples) * 0.2).astype(np.float32)
+    pictures = np.zeros((frames, size, size, 3), np.uint8)
+    pictures += 10 * np.arange(1, frames + 1, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    return Clip("made.mp4", pictures, start + 0.25 + 0.5 * np.arange(frames), wave, start, 0.5 * frames, 1.5)
+
+
+def test_media_of_a_clip(processor):
+    media = processor.media(make_clip(start=4.0))
+    assert (media.grid, media.num_frames, media.seconds) == ((0, 0, 0), 3, 1.5)
+    assert media.pixels.shape == (3, 3, 48, 48) and media.pixels.dtype == torch.uint8
+    assert [frame.unique().tolist() for frame in media.pixels] == [[10], [20], [30]]
+    assert media.mel.shape == (1, 40, 800)
+
+
+def test_media_of_2_plus(plus):
+    media = plus.processor.media(make_clip(start=4.0))
+    # Three frames are two steps, the last frame doubled; 48 / 8 = 6 patches a side.
+    assert media.grid == (2, 6, 6) and (media.num_frames, media.seconds) == (3, 1.5)
+    assert media.pixels.shape == (72, 3 * 2 * 8 * 8) and media.pixels.dtype == torch.uint8
+    assert media.pixels[:36].unique().tolist() == [10, 20] and media.pixels[36:].unique().tolist() == [30]
+    assert media.mel.shape == (1, 40, 800)
+
+
+@pytest.mark.parametrize(
+    ("samples", "chunks"),
+    [(160, 1), (16_001, 1), (112_000, 1), (128_000, 1), (128_002, 1), (132_000, 2), (320_000, 3)],
+)
+@torch.no_grad()
+def test_every_length_of_sound_is_taken_by_2_plus(plus, samples, chunks):
+    media = plus.processor.media(make_clip(samples=samples))
+    assert media.mel.shape == (chunks, 40, 800)
+    layout = plus.processor.lay_out(media)
+    assert len(layout) == 2 * 4 + chunks * 16  # two steps of four tokens; 16 windows a chunk
+    assert len(plus.network.encode([media], [layout])[0]) == len(layout)
+
+
+@pytest.mark.parametrize("samples", [160, 16_001, 24_000, 320_000])
+@torch.no_grad()
+def test_every_length_of_sound_is_taken(captioner, samples):
+    """As long as the picture, 1.5 s: a chunk of 16 windows, stretched to 6 for each of the three frames."""
+    media = captioner.processor.media(make_clip(samples=samples))
+    layout = captioner.processor.lay_out(media)
+    assert media.mel.shape == (1, 40, 800) and len(layout) == 3 * (12 + 6)
+    assert len(captioner.network.encode([media], [layout])[0]) == len(layout)
+    longest = captioner.processor.media(make_clip(samples=320_000)).mel
+    cut = captioner.processor.media(make_clip(samples=24_000)).mel
+    assert torch.equal(longest, cut)
+
+
+def test_a_chunk_holds_its_own_stretch_of_sound(plus):
+    long = make_clip(samples=160_000)  # 10 s: 8 + 2
+    mel = plus.processor.media(long).mel
+    alone = replace(long, waveform=long.waveform[128_000:])
+    assert torch.equal(plus.processor.media(alone).mel[0], mel[1]) and not torch.equal(mel[0], mel[1])
+
+
+@pytest.mark.parametrize(("model", "seen"), [("processor", 3 * 12), ("plus", 2 * 4)])
+def test_sound_alone_and_picture_alone(request, model, seen):
+    processor = request.getfixturevalue(model)
+    processor = getattr(processor, "processor", processor)
+    silent = processor.media(make_clip(samples=None))
+    assert silent.mel.shape == (0, 40, 800) and processor.lay_out(silent).is_seen.tolist() == [True] * seen
+    heard = processor.media(make_clip(frames=0))
+    assert (heard.num_frames, len(heard.pixels)) == (0, 0)
+    assert processor.lay_out(heard).is_seen.tolist() == [False] * 16
+
+
+def test_layout_of_the_tokens(processor):
+    media = processor.media(make_clip())
+    inputs = processor.inputs([Row(0, "Tell.", "a tone")], [media])
+    ids, labels = inputs.input_ids[0], inputs.labels[0].tolist()
+    block = 3 * (12 + 6)
+    where = (ids == -200).nonzero().flatten().tolist()
+    assert where == list(range(where[0], where[0] + block))
+    text = processor.tokenizer.decode(ids[: where[0]]), processor.tokenizer.decode(ids[where[-1] + 1 :])
+    assert text == ("<|im_start|>user\n", "\n\nTell.<|im_end|>\n<|im_start|>assistant\na tone<|im_end|>")
+    answer = [*processor.tokenizer.encode("a tone"), processor.tokenizer.eos_token_id]
+    assert labels == [-100] * (len(ids) - len(answer)) + answer
+    assert inputs.position_ids[:, 0].tolist() == [list(range(len(ids)))] * 3
+
+
+def test_layout_of_the_tokens_of_2_plus(plus):
+    processor = plus.processor
+    media = processor.media(make_clip())
+    inputs = processor.inputs([Row(0, "Tell.", "a tone")], [media])
+    ids, labels = inputs.input_ids[0].tolist(), inputs.labels[0].tolist()
+    # Frames of 0.5 s, two a step: step 0 comes with two windows of sound, step 1 with the other 14.
+    clip = "<|video_pad|>" * 4 + "<|audio_pad|>" * 2 + "<|video_pad|>" * 4 + "<|audio_pad|>" * 14
+    text = f"<|im_start|>user\n<|vision_start|>{clip}<|vision_end|>\nTell.<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.tokenizer.decode(ids) == text + "a tone<|im_end|>"
+    answer = [*processor.tokenizer.encode("a tone"), processor.tokenizer.eos_token_id]
+    assert labels == [-100] * (len(ids) - len(answer)) + answer
+    assert inputs.attention_mask.eq(1).all() and inputs.clip_index == (0,)
+    time = inputs.position_ids[0, 0].tolist()
+    start = ids.index(processor.config.placeholder_ids[0])
+    assert time[start : start + 10] == [start] * 4 + [start, start + 1] + [start + 2] * 4
+    assert time[-len(answer) :] == list(range(time[-1] - len(answer) + 1, time[-1] + 1))
+
+
+def test_more_than_the_context_is_said(processor, caplog):
+    media = processor.media(make_clip())
+    processor.inputs([Row(0, "Tell. " * 100)], [media])
+    assert not caplog.text
+    processor.inputs([Row(0, "Tell. " * 4000)], [media])
+    assert "more than the 4096 that the language model was made for" in caplog.text
+
+
+class Letters:
+    """A tokenizer that gives each letter its number: a 1, b 2, ..."""
+
+    all_special_tokens = ()
+    special: ClassVar[dict[str, int]] = {
+        "<|endoftext|>": 0,
+        "<|im_start|>": 49,
+        "<|im_end|>": 50,
+        "<|vision_start|>": 51,
+        "<|vision_end|>": 52,
+        "<|video_pad|>": 99,
+        "<|audio_pad|>": 98,
+    }
+
+    def get_vocab(self):
+        return self.special
+
+    def convert_tokens_to_ids(self, tokens):
+        return self.special[tokens] if isinstance(tokens, str) else [self.special[token] for token in tokens]
+
+    def convert_ids_to_tokens(self, ids):
+        return ["<|clip|>" for _ in ids]
+
+    def apply_chat_template(self, messages, **_):
+        return messages[0]["content"]
+
+    def encode(self, text, **_):
+        plain = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "").replace("\n", "")
+        return [ord(letter) - 96 for letter in plain]
+
+
+def test_a_tokenizer_without_placeholders_is_refused(plus):
+    """Before anything is loaded: the first clip with sound would end in an error of its own."""
+    bare = Letters()
+    bare.special = {token: number for token, number in Letters.special.items() if number < 90}
+    with pytest.raises(ValueError, match=r"the tokenizer lacks <\|video_pad\|>, <\|audio_pad\|>"):
+        type(plus.processor)(bare, config=plus.processor.config)
+
+
+@pytest.fixture
+def letters(processor):
+    """The processor with `Letters`."""
+    config = copy.deepcopy(processor.config)
+    config.placeholder_ids = (99, 98)
+    return type(processor)(Letters(), config=config)
+
+
+def make_block(length: int) -> Block:
+    """So many seen tokens in a row."""
+    return Block(torch.zeros(length, 5), by_seconds((1, 1, length), num_heard=0, second_per_grid=1.0))
+
+
+def test_padding_on_the_right_for_training(letters):
+    clips = [make_block(2), make_block(1)]
+    inputs = letters.inputs([Row(0, "ab", "c"), Row(1, "d", ""), Row(0, "e", "fgh")], clips)
+    assert inputs.input_ids.tolist() == [
+        [99, 99, 1, 2, 3, 50, 0],
+        [99, 4, 50, 0, 0, 0, 0],
+        [99, 99, 5, 6, 7, 8, 50],
+    ]
+    assert inputs.attention_mask.tolist() == [[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]]
+    assert inputs.labels.tolist() == [
+        [-100, -100, -100, -100, 3, 50, -100],
+        [-100, -100, 50, -100, -100, -100, -100],
+        [-100, -100, -100, 6, 7, 8, 50],
+    ]
+    assert inputs.clip_index == (0, 1, 0) and inputs.media == () and len(inputs.blocks) == 2
+
+
+def test_prompts_without_answers_for_generation(letters):
+    inputs = letters.inputs([Row(0, "ab"), Row(1, "d")], [make_block(2), make_block(1)])
+    assert inputs.input_ids.tolist() == [[99, 99, 1, 2], [99, 4, 0, 0]]
+    assert inputs.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert inputs.labels.eq(-100).all()
+
+
+def test_restrict_media(processor):
+    both = processor.media(make_clip())
+    seen, heard = restrict_media(both, "visual"), restrict_media(both, "audio")
+    assert torch.equal(seen.pixels, both.pixels) and len(seen.mel) == 0 and seen.grid == both.grid
+    assert torch.equal(heard.mel, both.mel) and (heard.num_frames, len(heard.pixels)) == (0, 0)
+    whole = restrict_media(both, "both")
+    assert torch.equal(whole.pixels, both.pixels) and torch.equal(whole.mel, both.mel)
+
+
+@pytest.mark.parametrize(("kept", "asked"), [("visual", "audio"), ("audio", "visual")])
+def test_nothing_left_is_refused(processor, kept, asked):
+    media = restrict_media(processor.media(make_clip()), kept)
+    with pytest.raises(ValueError, match=f"nothing left for use '{asked}'"):
+        restrict_media(media, asked)
+
+
+def test_a_file_and_a_span_of_it(processor, videos):
+    whole = processor.read(videos[0])
+    part = processor.read(videos[0], start_seconds=1.0, end_seconds=3.0)
+    assert (part.seconds, part.num_frames, whole.num_frames) == (2.0, 4, 16)
+
+
+def test_a_span_of_a_file_in_2_plus(plus, videos):
+    whole = plus.processor.read(videos[0])
+    part = plus.processor.read(videos[0], start_seconds=1.0, end_seconds=3.0)
+    assert part.seconds == 2.0 and part.num_frames == 8  # 2 / 0.26, to the nearest
+    assert whole.num_frames > 20 and whole.grid[1:] == part.grid[1:] == (6, 6)

@@ -1,0 +1,170 @@
+"""Answers as they come, several answers to one prompt, several prompts: all are what `caption` gives."""
+
+from dataclasses import replace
+
+import pytest
+
+from salmonn.caption.captioner import Asked, Span
+from salmonn.caption.generate import Generation, Sampling, generate
+from salmonn.caption.loader import ClipReader
+from salmonn.caption.processor import Row
+from salmonn.caption.tokenizer import TextStream
+from salmonn.records import Caption, Failure
+
+SHORT = Sampling(max_new_tokens=12)
+DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("sampling", [SHORT, DRAWN])
+def test_pieces_are_the_caption(captioner, videos, sampling):
+    for seed, video in enumerate(videos[:3]):
+        pieces = list(captioner.stream(video, sampling=sampling, seed=seed))
+        assert "".join(pieces) == captioner.caption(video, sampling=sampling, seed=seed).text
+        assert len(pieces) > 3 and all(pieces[:-1])
+
+
+@pytest.mark.parametrize("model", ["captioner", "plus"])
+def test_answers_that_join_others_are_those_of_answer(request, videos, model):
+    """Three begin; a fourth, drawn in another way, joins after two tokens, a fifth when the first three have ended."""
+    captioner = request.getfixturevalue(model)
+    media = [captioner.processor.read(video) for video in videos[:4]]
+    clips, prompts = media[:3], ["Tell.", "Tell me more.", "List the events."]
+    long = Sampling(max_new_tokens=30, repetition_penalty=1.2)
+    texts, whole = [""] * 5, [None] * 5
+    answers = captioner.begin()
+    assert list(answers.join(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6])) == [0, 1, 2]
+    for step in range(100):
+        if step == 2:
+            assert list(answers.join(media[3:], ["Tell."], sampling=long, seeds=[7])) == [3]
+        if step == 14:
+            assert whole[0] and whole[1] and whole[2] and not whole[3]
+            assert list(answers.join(media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8])) == [4]
+        if not answers:
+            break
+        for number, piece in answers.step().items():
+            assert whole[number] is None
+            texts[number] += piece.text
+            whole[number] = piece.answer
+    expected = [
+        *captioner.answer(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6]),
+        *captioner.answer(media[3:], ["Tell."], sampling=long, seeds=[7]),
+        *captioner.answer(media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8]),
+    ]
+    assert whole == expected and texts == [answer.text for answer in expected]
+    assert len(set(texts)) == 5
+
+
+def test_a_dropped_answer_ends_and_its_neighbours_go_on(captioner, media):
+    inputs = captioner.processor.inputs([Row(number, "Tell.") for number in range(3)], media[:3])
+    named = dict(sampling=Sampling(max_new_tokens=10), stop_ids=[999])  # no token of this model
+    whole = generate(captioner.network, inputs, **named)
+    generation, told = Generation(captioner.network, stop_ids=named["stop_ids"]), [[], [], []]
+    generation.join(inputs, sampling=named["sampling"])
+    passes = []
+    hook = captioner.network.lm.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    for number in range(1, 8):
+        for row, token in generation.step({4: {1}, 7: {0, 2}}.get(number, set())).items():
+            told[row].append(token)
+    hook.remove()
+    # Dropped after the third token, the answer has three; with all of them dropped nothing more is computed.
+    assert told == [whole[0][:6], whole[1][:3], whole[2][:6]]
+    assert len(passes) == 5 and not generation
+
+
+def test_text_comes_in_whole_letters_and_without_blanks_at_its_ends(captioner):
+    """A letter of three bytes is three tokens; a blank is told once it turns out not to be the last."""
+    tokenizer = captioner.processor.tokenizer
+    text = " a € b  "
+    ids = tokenizer.encode(text)
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in ids]
+    assert tokenizer.decode(ids) == text and "".join(pieces) == "a € b"
+    assert not any("\ufffd" in piece for piece in pieces) and stream.end("a € b") == ""
+    half = TextStream(tokenizer)
+    told = "".join(half.add(token) for token in tokenizer.encode("a €")[:-1])
+    assert told == "a" and half.end("a \ufffd") == " \ufffd"
+
+
+def test_samples_of_one_reading(captioner, videos):
+    captions = captioner.sample(videos[0], num_samples=3, sampling=DRAWN, seed=7)
+    assert [caption.sample for caption in captions] == [0, 1, 2]
+    assert captions[0] == captioner.caption(videos[0], sampling=DRAWN, seed=7)
+    assert len({caption.text for caption in captions}) == 3
+
+
+def test_questions_on_one_reading(captioner, videos, monkeypatch):
+    reads = []
+    read = captioner.processor.media
+    monkeypatch.setattr(captioner.processor, "media", lambda clip: reads.append(clip.path) or read(clip))
+    asked = captioner.ask(videos[0], ["Tell.", "List the events."], sampling=SHORT, span=Span(1.0, 3.0))
+    assert reads == [str(videos[0])]
+    alone = [
+        captioner.caption(videos[0], prompt=prompt, sampling=SHORT, span=Span(1.0, 3.0))
+        for prompt in ("Tell.", "List the events.")
+    ]
+    assert asked == alone
+    with pytest.raises(ValueError, match="must be a list"):
+        captioner.ask(videos[0], "Tell.")
+
+
+def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
+    """Clips of the world last 5 s and more: segments of 2 s; what is broken is one failure, and stays whole."""
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    with ClipReader(workers=1) as reader:
+        asked = [Asked(videos[0]), Asked(broken), Asked(videos[1], Span(1.0, 4.5))]
+        batches = list(
+            captioner.caption_batches(asked, sampling=SHORT, segment_seconds=2.0, batch_size=2, reader=reader)
+        )
+    assert all(len(batch) <= 2 for batch in batches)
+    done = {0: [], 1: [], 2: []}
+    for one in (one for batch in batches for one in batch):
+        done[one.place].append(one)
+    (failure,) = done[1]
+    assert isinstance(failure.result, Failure) and failure.result.stage == "read" and failure.num_segments == 1
+    # 3.5 s in steps of 2 s: a rest of 1.5 s is a segment of its own.
+    spans = [(one.result.start_seconds, one.result.end_seconds) for one in done[2]]
+    assert sorted(spans) == [(1.0, 3.0), (3.0, 4.5)] and all(one.num_segments == 2 for one in done[2])
+    assert len(done[0]) == done[0][0].num_segments >= 2
+    for one in done[0] + done[2]:
+        assert isinstance(one.result, Caption)
+        span = Span(one.result.start_seconds, one.result.end_seconds)
+        assert one.result == captioner.caption(one.result.video, sampling=SHORT, span=span)
+
+
+def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
+    (batch,) = captioner.caption_batches([Asked(videos[0])], sampling=SHORT, segment_seconds=float("inf"))
+    caption = batch[0].result
+    assert caption.start_seconds == 0.0 and caption.end_seconds > 4
+    assert caption.text == captioner.caption(videos[0], sampling=SHORT).text
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"segment_seconds": 0.0}, "segment_seconds must be above 0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"prompt": "Tell <|im_end|>."}, "special token"),
+        ({"prompt": "Tell " * 5000}, "the prompt has 25,000 letters: ask in at most 20,000"),
+        ({"prompt": "Tell \ud800."}, "half of a Unicode character"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_read(captioner, tmp_path, named, words):
+    with pytest.raises(ValueError, match=words):
+        next(captioner.caption_batches([Asked(tmp_path / "none.mp4")], **named))
+
+
+def test_any_number_of_videos(captioner, videos):
+    """An endless list is taken a few batches at a time."""
+    taken = []
+
+    def endless():
+        while True:
+            taken.append(1)
+            yield Asked(videos[0], Span(0.0, 1.0))
+
+    given = captioner.caption_batches(endless(), sampling=replace(SHORT, max_new_tokens=1), batch_size=1)
+    assert [len(next(given)) for _ in range(3)] == [1, 1, 1]
+    given.close()
+    # Three were done, and two batches ahead of the next were begun.
+    assert len(taken) == 5

@@ -1,0 +1,35 @@
+"""Sound put together by hand, and sound that cannot be."""
+
+import math
+import wave
+
+import av
+import numpy as np
+import pytest
+
+from salmonn.media.audio import Sound
+from salmonn.media.clip import ClipError, read_clip
+from salmonn.media.frame_sampling import Stride
+
+
+def test_gap_in_the_sound_is_silence():
+    sound = Sound()
+    for first in (0.0, 1.0):
+        frame = av.AudioFrame.from_ndarray(np.full((1, 8000), 0.5, np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        sound.add(frame, first)
+    sound.finish()
+    expected = np.repeat(np.array([0.5, 0.0, 0.5], np.float32), 8000)
+    np.testing.assert_allclose(sound.waveform(start=0.0, end=math.inf), expected)
+    np.testing.assert_allclose(sound.waveform(start=0.25, end=1.25), expected[4000:20000])
+    assert sound.waveform(start=1.5, end=math.inf) is None
+
+
+def test_sound_that_cannot_be_mixed_down_says_so(tmp_path):
+    with wave.open(str(tmp_path / "nine.wav"), "wb") as out:
+        out.setnchannels(9)
+        out.setsampwidth(2)
+        out.setframerate(16000)
+        out.writeframes(bytes(18 * 1600))
+    with pytest.raises(ClipError, match=r"nine\.wav: .*9 channels.*cannot be mixed down"):
+        read_clip(tmp_path / "nine.wav", Stride())

@@ -1,0 +1,46 @@
+"""Which frames the published models take, and at what size."""
+
+import numpy as np
+import pytest
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+from salmonn.media.frame_sampling import Spread, Stride
+
+
+def published_stride(num_frames: int, rate: float, *, max_frames: int = 110) -> list[int]:
+    """Numbers of frames as the published code of video-SALMONN 2 takes them at one a second."""
+    places = list(range(0, num_frames, max(round(rate / 1.0), 1)))
+    if len(places) > max_frames:
+        places = np.linspace(0, num_frames - 1, max_frames, dtype=int).tolist()
+    return places
+
+
+def published_spread(num_frames: int, rate: float, *, least: int, most: int) -> list[int]:
+    """As that of 2+ takes them, one for each tenth of a second."""
+    count = min(max(round(num_frames / rate / 0.1), least), most)
+    return np.unique(np.linspace(0, num_frames - 1, count, dtype=int)).tolist()
+
+
+VIDEOS = [(1, 25.0), (7, 30.0), (75, 25.0), (301, 29.97), (1530, 30.0), (4000, 23.976), (90_000, 60.0), (3, 0.5)]
+
+
+@pytest.mark.parametrize(("num_frames", "rate"), VIDEOS)
+def test_times_of_a_steady_rate_are_the_published_frames(num_frames, rate):
+    def numbers(times):
+        # Half a frame on, the frame that is on screen at its own time is surely on screen.
+        return np.floor((times - 5.0) * rate + 0.5).astype(int).tolist()
+
+    seconds = num_frames / rate
+    assert numbers(Stride().times(5.0, seconds, num_frames)) == published_stride(num_frames, rate)
+    assert numbers(Spread().times(5.0, seconds, num_frames)) == published_spread(num_frames, rate, least=16, most=768)
+
+
+@pytest.mark.parametrize("size", [(720, 1280), (1080, 1920), (96, 96), (20, 20), (480, 640), (333, 777), (768, 1024)])
+@pytest.mark.parametrize("num_taken", [16, 100, 190, 767, 768])
+def test_sizes_are_those_of_qwens_processor(size, num_taken):
+    most = 61_250 if num_taken == 768 else 0.95 * 768 / num_taken * 61_250
+    assert Spread().size(*size, num_taken) == smart_resize(*size, factor=28, min_pixels=784, max_pixels=most)
+
+
+def test_salmonn2_makes_squares():
+    assert Stride().size(720, 1280, 9) == (384, 384)

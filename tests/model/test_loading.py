@@ -1,0 +1,136 @@
+"""A model folder: what is saved is what is loaded, and a folder that does not fit is refused with words."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import gelu
+
+from salmonn.caption.captioner import Captioner
+from salmonn.model.config import tiny
+from salmonn.model.loading import load_config, load_network, save_network
+from salmonn.model.network import Network
+
+
+@pytest.fixture
+def folder(random_model, tmp_path):
+    """A copy of the random model that a test may spoil."""
+    return shutil.copytree(random_model, tmp_path / "model")
+
+
+def tiny_network() -> Network:
+    return Network(tiny(vocab_size=640, eos_token_id=2, pad_token_id=0))
+
+
+def test_size_of_the_tiny_model():
+    with torch.device("meta"):
+        network = tiny_network()
+    assert 1e6 < sum(parameter.numel() for parameter in network.parameters()) < 5e6
+    assert (network.config.chunk_seconds, network.config.tokens_per_chunk) == (8, 16)
+    assert network.config.tokens_per_frame == 12
+
+
+@torch.no_grad()
+def test_a_fresh_tower_hears_above_its_positions():
+    """Sound that drowns in Whisper's fixed positions is learnt many times more slowly: at 0.02 its share is 0.01."""
+    torch.manual_seed(0)
+    encoder = tiny_network().audio.encoder
+    mel = -0.5 + 0.4 * torch.randn(2, 40, 800)  # mean and deviation of the synthetic clips' features
+    steps = gelu(encoder.conv2(gelu(encoder.conv1(mel))))
+    assert steps.std() > 0.2 * encoder.embed_positions.weight.std()
+
+
+def test_round_trip_is_bit_equal(random_model, tmp_path):
+    network = load_network(random_model)
+    save_network(network, tmp_path / "again")
+    again = load_network(tmp_path / "again")
+    assert again.config.to_diff_dict() == network.config.to_diff_dict() and not again.training
+    before, after = network.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    # Input and output embeddings are one tensor before and after.
+    assert again.lm.get_input_embeddings().weight is again.lm.get_output_embeddings().weight
+
+
+def test_captioner_round_trip(random_model, tmp_path):
+    first = Captioner.load(random_model)
+    first.save(tmp_path / "again")
+    second = Captioner.load(tmp_path / "again")
+    assert second.processor.config.to_diff_dict() == first.processor.config.to_diff_dict()
+    text = "A red circle, <|video_pad|> und ein Ton."
+    assert second.processor.tokenizer.encode(text) == first.processor.tokenizer.encode(text)
+    assert second.processor.tokenizer.chat_template == first.processor.tokenizer.chat_template
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
+        path.name for path in random_model.iterdir()
+    )
+
+
+def test_loading_draws_nothing_at_random(random_model):
+    """The same folder gives the same weights whatever the state of the random generator."""
+    torch.manual_seed(1)
+    first = load_network(random_model).state_dict()
+    torch.manual_seed(2)
+    second = load_network(random_model).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_missing_and_unexpected_weights_are_named(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["audio.gadget.weight"] = weights.pop("audio.qformer.queries")
+    save_file(weights, path)
+    with pytest.raises(ValueError) as caught:
+        load_network(folder)
+    assert "missing ['audio.qformer.queries']" in str(caught.value)
+    assert "unexpected ['audio.gadget.weight']" in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_of_many_keys_some_are_named(folder):
+    path = folder / "model.safetensors"
+    save_file({f"audio.gadget.{number}": torch.zeros(1) for number in range(30)}, path)
+    with pytest.raises(ValueError, match=r"unexpected \['audio.gadget.0'.* and 22 more") as caught:
+        load_network(folder)
+    assert str(caught.value).count("gadget") == 8
+
+
+def test_pickled_weights_are_not_opened(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"missing or damaged.*tools/convert\.py"):
+        load_network(folder)
+
+
+def test_weights_of_another_size_are_refused(folder):
+    values = json.loads((folder / "config.json").read_text())
+    values["lm"]["intermediate_size"] = 200
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="mlp"):
+        load_network(folder)
+
+
+def test_damaged_weights_are_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="missing or damaged"):
+        load_network(folder)
+
+
+def test_a_folder_without_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"missing or damaged.*model\.safetensors"):
+        load_network(folder)
+
+
+def test_a_folder_without_config(tmp_path):
+    with pytest.raises(ValueError, match=rf"no model in {tmp_path}.*config\.json"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "words"), [({"model_type": "qwen2"}, "of type 'qwen2'"), ({"lm": None}, "of lm")])
+def test_a_config_of_something_else(folder, change, words):
+    values = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=words):
+        load_config(folder)

@@ -1,0 +1,92 @@
+"""A recipe that is killed, as by kill -9, at a chosen point of its own work.
+
+    kill_at.py POINT RECIPE.py FLAGS...
+
+Ends with SIGKILL once it gets there; the point is told on stdout before. Without getting there it runs to its end.
+"""
+
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from salmonn.caption import captioner
+from salmonn.model import lora
+from salmonn.train import checkpoint, evaluate, preference
+from salmonn.train import feature_cache as tokens
+from salmonn.train import rounds as pairing
+from salmonn.train import run_folder as stages
+
+
+def kill() -> None:
+    sys.stdout.write("killed\n")
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(module: Any, name: str, *, when: Callable[..., bool] = lambda *_, **__: True, calls: int = 1) -> None:
+    """Kill at the call of that number for which `when` holds, before it does anything."""
+    original, seen = getattr(module, name), []
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        if when(*args, **options):
+            seen.append(1)
+            if len(seen) == calls:
+                kill()
+        return original(*args, **options)
+
+    setattr(module, name, wrapped)
+
+
+def after(module: Any, name: str) -> None:
+    """Kill when a call has done its work."""
+    original = getattr(module, name)
+
+    def wrapped(*args: Any, **options: Any) -> None:
+        original(*args, **options)
+        kill()
+
+    setattr(module, name, wrapped)
+
+
+def half_written(module: Any, name: str) -> None:
+    """Kill in the midst of writing a file."""
+
+    def wrapped(_: Any, path: str, **__: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        kill()
+
+    setattr(module, name, wrapped)
+
+
+def named(name: str) -> Callable[..., bool]:
+    return lambda path, *_, **__: Path(path).name == name
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "tokens": lambda: half_written(tokens, "save_file"),
+    # The second batch of captions is drawn and not written, the first one is.
+    "sampling": lambda: before(evaluate, "write_records", when=lambda path, _: "parts" in str(path), calls=2),
+    "captions": lambda: before(stages, "write_records", when=named("captions.jsonl")),
+    "judging": lambda: before(pairing, "write_scores"),
+    "pairing": lambda: before(stages, "write_records", when=named("pairs.jsonl")),
+    "reference": lambda: before(preference, "write_json"),
+    "step": lambda: before(torch.optim.AdamW, "step", calls=2),
+    "checkpoint": lambda: half_written(checkpoint, "save_file"),
+    "mark": lambda: before(checkpoint, "write_json"),
+    "adapter": lambda: before(lora, "write_json"),
+    "merge": lambda: after(captioner, "save_network"),
+    "merged": lambda: before(checkpoint.Checkpoints, "clear"),
+    "measuring": lambda: before(evaluate, "write_json", when=named("rates.json")),
+}
+
+
+if __name__ == "__main__":
+    POINTS[sys.argv[1]]()
+    del sys.argv[:2]
+    runpy.run_path(sys.argv[0], run_name="__main__")

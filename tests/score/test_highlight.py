@@ -1,0 +1,88 @@
+"""Marks of captions, each stretch found by eye."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from salmonn.records import Event, Score, Told
+from salmonn.score.highlight import Mark, Quote, find_quotes, mark_caption
+
+CIRCLE = Event("a red circle appears", "visual", 1.0, 2.0)
+BEEP = Event("a beep is heard", "audio", 2.0, 3.0)
+
+
+def score(**lists) -> Score:
+    return Score("v", num_events=2, missing=0, incorrect=0, hallucinated=0, **lists)
+
+
+def test_each_kind_is_marked_where_it_stands():
+    text = "First, a RED\n circle appears; a  dog-like beep. Rain! Then it rains."
+    scored = score(
+        told=(Told(CIRCLE, "A red circle appears."), Told(BEEP, "a dog like beep", is_correct=False)),
+        invented=("rain",),
+        repeated=("it rains",),
+    )
+    assert mark_caption(text, scored) == [
+        Mark("First, "),
+        Mark("a RED\n circle appears", ("correct",), (CIRCLE,)),
+        Mark("; "),
+        Mark("a  dog-like beep", ("incorrect",), (BEEP,)),
+        Mark(". "),
+        Mark("Rain", ("hallucinated",)),  # not "rains": quotes are whole words
+        Mark("! Then "),
+        Mark("it rains", ("repeated",)),
+        Mark("."),
+    ]
+
+
+def test_quotes_take_the_earliest_free_place_and_repetition_the_latest():
+    text = "It blinks, it blinks, it blinks, and it blinks."
+    #       0          11         22              37
+    scored = score(told=(Told(CIRCLE, "it blinks"), Told(BEEP, "it blinks")), repeated=("it blinks", "it blinks"))
+    assert [quote.span for quote in find_quotes(text, scored)[:4]] == [(0, 9), (11, 20), (37, 46), (22, 31)]
+
+
+def test_two_events_may_be_told_by_the_same_words():
+    text = "A circle and a beep."
+    scored = score(told=(Told(CIRCLE, "a circle and a beep"), Told(BEEP, "a circle and a beep", is_correct=False)))
+    assert mark_caption(text, scored) == [
+        Mark("A circle and a beep", ("correct", "incorrect"), (CIRCLE, BEEP)),
+        Mark("."),
+    ]
+
+
+def test_quotes_that_overlap_are_cut_where_they_begin_and_end():
+    scored = score(told=(Told(CIRCLE, "a circle moves"),), invented=("moves left",))
+    assert mark_caption("A circle moves left", scored) == [
+        Mark("A circle ", ("correct",), (CIRCLE,)),
+        Mark("moves", ("correct", "hallucinated"), (CIRCLE,)),
+        Mark(" left", ("hallucinated",)),
+    ]
+
+
+def test_what_is_said_again_word_for_word_is_marked_without_a_judge():
+    marks = mark_caption("A dog runs. A cat sleeps. A dog runs.", score())
+    assert [mark.text for mark in marks if mark.kinds == ("repeated",)] == ["A dog runs"]
+    assert marks[0] == Mark("A dog runs. A cat sleeps. ")
+
+
+def test_a_quote_that_is_not_there_is_kept_without_a_place():
+    scored = score(told=(Told(CIRCLE, "a green circle"), Told(BEEP, "")), invented=("a cat",))
+    assert find_quotes("A red circle.", scored) == [
+        Quote("correct", "a green circle", CIRCLE),
+        Quote("hallucinated", "a cat"),
+    ]
+    assert mark_caption("A red circle.", scored) == [Mark("A red circle.")]
+    assert mark_caption("", scored) == []
+
+
+LETTERS = "aB ,.\u00e9\u4e00\n-"
+WORDS = st.lists(st.text(LETTERS, max_size=12), max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(LETTERS, max_size=60), told=WORDS, other=WORDS)
+def test_the_marks_are_the_caption_again(text, told, other):
+    scored = score(told=tuple(Told(CIRCLE, quote) for quote in told), invented=tuple(other), repeated=tuple(told))
+    marks = mark_caption(text, scored)
+    assert "".join(mark.text for mark in marks) == text
+    assert all(mark.text for mark in marks)

@@ -1,0 +1,346 @@
+"""Questions to a server that misbehaves: what is tried again, what stops the run, what is paid for, what is kept."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from salmonn.records import Caption, Event, Reference, write_records
+from salmonn.score.config import ChatConfig
+from salmonn.score.llm_client import Chat, ChatRefusedError, ChatStoppedError
+from salmonn.score.replies import Reply, ReplyCache
+from tests.score.fake_llm_server import Answer
+
+SALMONN = Path(sys.executable).with_name("salmonn")
+SCHEMA = {"type": "object"}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def ask(chat: Chat, words: str = "hello", seed: int = 0) -> Reply:
+    return chat.ask([{"role": "user", "content": words}], schema=SCHEMA, seed=seed)
+
+
+def words_of(request: dict) -> str:
+    return request["messages"][0]["content"]
+
+
+def test_a_question_is_asked_once(serve, open_chat):
+    server = serve(lambda request, number: Answer(f"{words_of(request)} {number}"))
+    chat = open_chat(server)
+    assert ask(chat) == ask(chat) == Reply("hello 0", False, 10)
+    assert ask(open_chat(server)).text == "hello 0"  # a new process would find it, too
+    assert ask(chat, "other").text == "other 1"
+    assert ask(chat, seed=1).text == "hello 2"
+    assert ask(open_chat(server, temperature=0.5)).text == "hello 3"
+    assert (chat.num_requests, chat.num_tokens) == (3, 30)
+
+
+def test_what_is_sent(serve, open_chat):
+    server = serve(lambda request, number: Answer("x"))
+    ask(open_chat(server, reply_tokens=99), seed=7)
+    ask(open_chat(server, structured="never", temperature=None))
+    full, bare = server.requests
+    assert full == {
+        "model": "m",
+        "messages": HELLO,
+        "seed": 7,
+        "temperature": 0.0,
+        "max_tokens": 99,
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "reply", "strict": True, "schema": SCHEMA},
+        },
+    }
+    assert bare == {"model": "m", "messages": HELLO, "seed": 0, "max_tokens": 4096}
+    assert ChatConfig("m").longest_reply is None
+
+
+@pytest.mark.parametrize("body", [b'{"detail": "pinned to another"}', b"pinned to another"])
+def test_the_server_s_own_words_are_told(serve, open_chat, body):
+    server = serve(lambda request, number: Answer(status=400, body=body))
+    with pytest.raises(ChatRefusedError, match="pinned to another"):
+        ask(open_chat(server))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Answer("busy", status=429),
+        Answer("down", status=500),
+        Answer("overloaded", status=503),
+        Answer("conflict", status=409),
+        Answer("request time-out", status=408),
+        Answer("late", delay_seconds=1.0),  # longer than the time-out
+        Answer("half", is_broken_off=True),
+        Answer(body=b"<html>proxy error</html>"),
+        Answer(body=b'{"choices": []}'),
+        Answer(body=b"null"),
+        Answer(body=b"\xff\xfe"),
+        Answer(body=b'{"choices": [{"message": {"content": ["parts"]}}]}'),
+        Answer(usage={"total_tokens": "12"}),
+        Answer(usage=[1]),
+        Answer("drips", drip_seconds=0.1),
+    ],
+)
+def test_a_fault_that_passes_is_tried_again(serve, open_chat, fault, caplog):
+    server = serve(lambda request, number: Answer("good") if number else fault)
+    chat = open_chat(server, timeout_seconds=0.5)
+    assert ask(chat).text == "good"
+    assert len(server.requests) == chat.num_requests == 2
+    assert "trying again" in caplog.text
+
+
+def test_waits_as_long_as_the_server_asks(serve, open_chat):
+    server = serve(lambda request, number: Answer("x", status=200 if number else 429, headers={"Retry-After": "1.6"}))
+    start = time.monotonic()
+    ask(open_chat(server))
+    assert 1.6 <= time.monotonic() - start < 4  # by itself it would pause for at most a second
+
+
+def test_a_server_that_wants_more_time_than_there_is(serve, open_chat):
+    server = serve(lambda request, number: Answer("x", status=429, headers={"Retry-After": "60"}))
+    start = time.monotonic()
+    with pytest.raises(ChatStoppedError, match=r"cannot be asked: .*429"):
+        ask(open_chat(server, retry_seconds=30.0))
+    assert time.monotonic() - start < 3 and len(server.requests) == 2  # the question, then an easy one
+
+
+def test_gives_up_in_time_and_keeps_what_it_has(serve, open_chat):
+    server = serve(lambda request, number: Answer("x", status=500 if number else 200))
+    chat = open_chat(server, retry_seconds=2.0)
+    ask(chat, "first")
+    start = time.monotonic()
+    with pytest.raises(ChatStoppedError, match=r"cannot be asked: .*500.*the same command goes on"):
+        ask(chat, "second")
+    assert 2 <= time.monotonic() - start < 3
+    # pauses of 0.5 to 1, then 1 to 2 seconds, the last cut short at the limit: 3 or 4 tries, then one easy question
+    asked = [words_of(request) for request in server.requests]
+    assert 3 <= asked.count("second") <= 4 and asked[-1] == "Reply with the word yes."
+    assert ask(open_chat(server), "first").text == "x"
+
+
+def test_no_server_at_all(open_chat, serve, monkeypatch):
+    """A server that was never there gets 10 seconds (here 1), one that has answered before all of --retry-seconds."""
+    monkeypatch.setattr("salmonn.score.llm_client._FIRST_CONTACT_SECONDS", 1.0)
+    server = serve(lambda request, number: Answer())
+    known, chat = open_chat(server, retry_seconds=2.5), open_chat(server)
+    ask(known)
+    server.close()
+    start = time.monotonic()
+    with pytest.raises(ChatStoppedError, match=r"refused.*is the server started") as caught:
+        ask(chat, "other")
+    assert 1 <= time.monotonic() - start < 2 and "kept" not in str(caught.value)
+    start = time.monotonic()
+    with pytest.raises(ChatStoppedError, match="What it answered is kept"):
+        ask(known, "other")
+    assert 2.5 <= time.monotonic() - start < 3.5
+
+
+def test_a_server_that_refuses_everything(serve, open_chat):
+    server = serve(lambda request, number: Answer("no such option", status=400))
+    chat = open_chat(server, structured="never")
+    for number in range(19):
+        with pytest.raises(ChatRefusedError):
+            ask(chat, str(number))
+    with pytest.raises(ChatStoppedError, match="no such option"):
+        ask(chat, "19")
+
+
+def test_a_cap_does_not_hide_what_is_wrong(serve, open_chat):
+    server = serve(lambda request, number: Answer("bad key", status=401, delay_seconds=0.3))
+    chat = open_chat(server, concurrency=4, max_requests=2)
+    with pytest.raises(ChatStoppedError, match="bad key"):
+        chat.side_by_side(lambda text: ask(chat, text), list("abcdefgh"))
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (401, "bad key"),
+        (402, "no money"),
+        (403, "forbidden"),
+        (404, "no such model"),
+        (405, "no such method"),
+        (429, "insufficient_quota"),
+        (451, "not here"),
+    ],
+)
+def test_what_does_not_pass_stops_at_once(serve, open_chat, status, words):
+    server = serve(lambda request, number: Answer(words, status=status))
+    with pytest.raises(ChatStoppedError, match=words):
+        ask(open_chat(server))
+    assert len(server.requests) == 1
+
+
+def test_a_server_without_schemas(serve, open_chat, caplog):
+    def script(request, number):
+        return Answer("no response_format", status=400) if "response_format" in request else Answer("fine")
+
+    server = serve(script)
+    chat = open_chat(server)
+    assert [ask(chat, words).text for words in ("a", "b", "c")] == ["fine"] * 3
+    assert ["response_format" in request for request in server.requests] == [True, False, False, False]
+    assert "takes no JSON schema" in caplog.text and "no response_format" in caplog.text
+    with pytest.raises(ChatRefusedError, match="no response_format"):
+        ask(open_chat(server, structured="always"), "d")
+
+
+def test_one_refused_question_is_no_refused_schema(serve, open_chat):
+    server = serve(lambda request, number: Answer("too long", status=400 if words_of(request) == "long" else 200))
+    chat = open_chat(server)
+    with pytest.raises(ChatRefusedError, match="too long"):
+        ask(chat, "long")
+    ask(chat, "short")
+    assert "response_format" in server.requests[-1]
+
+
+def test_a_question_on_which_the_server_fails_stops_no_other(serve, open_chat):
+    server = serve(lambda request, number: Answer("x", status=500 if words_of(request) == "bad" else 200))
+    chat = open_chat(server, retry_seconds=2.0, concurrency=2)
+
+    def try_ask(text: str) -> str:
+        try:
+            return ask(chat, text).text
+        except ChatRefusedError as error:
+            return str(error)
+
+    replies = chat.side_by_side(try_ask, ["bad", "a", "b"])
+    assert "the server fails on this question, not on others" in replies[0] and replies[1:] == ["x", "x"]
+
+
+def test_half_a_character_is_no_obstacle(serve, open_chat):
+    server = serve(lambda request, number: Answer(body=Answer("ab").to_bytes().replace(b"ab", b"a\\ud83d")))
+    assert ask(open_chat(server)).text == ask(open_chat(server)).text == "a?"
+    assert len(server.requests) == 1
+
+
+def test_cap_of_requests(serve, open_chat):
+    server = serve(lambda request, number: Answer(words_of(request)))
+    chat = open_chat(server, max_requests=2)
+    ask(chat, "a"), ask(chat, "b"), ask(chat, "a")  # the third is known
+    with pytest.raises(ChatStoppedError, match=r"the cap of 2 requests is reached \(2 requests, 20 tokens in"):
+        ask(chat, "c")
+    assert len(server.requests) == 2
+    again = open_chat(server, max_requests=1)
+    assert [ask(again, words).text for words in "abc"] == ["a", "b", "c"]
+    assert len(server.requests) == 3
+
+
+def test_retries_count_against_the_cap(serve, open_chat):
+    server = serve(lambda request, number: Answer("x", status=500))
+    with pytest.raises(ChatStoppedError, match="the cap of 2 requests"):
+        ask(open_chat(server, max_requests=2))
+    assert len(server.requests) == 2
+
+
+def test_cap_of_tokens(serve, open_chat):
+    server = serve(lambda request, number: Answer("x"))
+    chat = open_chat(server, max_tokens=15)
+    ask(chat, "a"), ask(chat, "b")  # 10 of 15 are spent before the second: it may begin
+    with pytest.raises(ChatStoppedError, match="the cap of 15 tokens"):
+        ask(chat, "c")
+    silent = serve(lambda request, number: Answer("x", usage=None))
+    with pytest.raises(ChatStoppedError, match="does not say how many tokens"):
+        ask(open_chat(silent, max_tokens=15))
+    assert ask(open_chat(silent)).num_tokens is None
+
+
+def test_side_by_side(serve, open_chat):
+    server = serve(lambda request, number: Answer(words_of(request), delay_seconds=0.1))
+    chat = open_chat(server, concurrency=3)
+    done = []
+    texts = [str(number) for number in range(12)]
+    replies = chat.side_by_side(lambda text: ask(chat, text).text, texts, progress=done.append)
+    assert replies == texts and sorted(done) == sorted(texts)
+    assert server.most_at_once == 3
+
+
+def test_the_first_that_stops_stops_all(serve, open_chat):
+    server = serve(lambda request, number: Answer("no", status=401))
+    chat = open_chat(server, concurrency=2)
+    with pytest.raises(ChatStoppedError, match="no"):
+        chat.side_by_side(lambda text: ask(chat, text), [str(number) for number in range(50)])
+    assert len(server.requests) <= 4
+
+
+def test_ctrl_c_keeps_what_is_under_way(serve, open_chat, tmp_path):
+    server = serve(lambda request, number: Answer(words_of(request), delay_seconds=1.0))
+    code = textwrap.dedent(f"""
+        from pathlib import Path
+        from salmonn.score.llm_client import Chat
+        from salmonn.score.config import ChatConfig
+        chat = Chat(ChatConfig("m", {server.url!r}, concurrency=2, cache=Path({str(tmp_path / "replies.sqlite")!r})))
+        ask = lambda text: chat.ask([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
+        chat.side_by_side(ask, [str(number) for number in range(20)])
+    """)
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
+    while len(server.requests) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode != 0 and "waiting for the replies that are under way" in err
+    asked = [words_of(request) for request in server.requests]
+    assert sorted(asked) == ["0", "1"]
+    chat = open_chat(server)
+    assert [ask(chat, text).text for text in asked] == asked
+    assert len(server.requests) == 2
+
+
+def test_a_second_ctrl_c_does_not_wait(serve, tmp_path):
+    server = serve(lambda request, number: Answer(delay_seconds=30.0))
+    write_records(tmp_path / "r.jsonl", [Reference("v", (Event("a dog runs"),))])
+    write_records(tmp_path / "c.jsonl", [Caption("v", "A dog runs.")])
+    command = [SALMONN, "score", tmp_path / "c.jsonl", "--references", tmp_path / "r.jsonl", "--judge", "openai"]
+    command += ["--model", "m", "--base-url", server.url, "--cache", tmp_path / "replies.sqlite"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    while not server.requests:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # it waits for the reply
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 130 and "stopped" in err and "Traceback" not in err
+
+
+def test_a_key_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+        Chat(ChatConfig("m", cache=tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reply_tokens": 0}, "reply_tokens"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"retry_seconds": 0}, "retry_seconds"),
+        ({"max_requests": 0}, "max_requests"),
+        ({"base_url": "localhost:8000"}, "base_url must be an address"),
+        ({"base_url": "http://user:secret@host/v1"}, "OPENAI_API_KEY"),
+    ],
+)
+def test_options_out_of_range(options, words):
+    with pytest.raises(ValueError, match=words):
+        ChatConfig("m", **options)
+
+
+def test_a_file_that_is_no_cache(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("no database, and longer than a header of one hundred bytes " * 4)
+    with pytest.raises(ValueError, match=r"notes\.txt cannot be used to keep replies"):
+        ReplyCache(path)
+
+
+def test_logging_is_quiet_when_all_is_well(serve, open_chat, caplog):
+    caplog.set_level(logging.WARNING)
+    ask(open_chat(serve(lambda request, number: Answer("x"))))
+    assert not caplog.records

@@ -1,0 +1,237 @@
+"""What responses choose, read by hand, and accuracy over files of each format."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from salmonn.score.multiple_choice import Choice, choice_of, read_choices, score_choices
+from salmonn.score.stats import Interval
+
+FRUIT = ("Apples.", "Candles.", "Berries.", "The three kinds are of the same number.")
+DEEDS = ("A dog runs.", "A man walks.", "Vitamin A", "Plan B")
+DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        # a letter, bare or marked
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("**B**", "B"),
+        ("B.", "B"),
+        ("B. Candles.", "B"),
+        ("B Candles", "B"),
+        ("b) candles", "B"),
+        ("C.Berries", "C"),
+        ("A\nThe apples hang.", "A"),
+        ("A - apples", "A"),
+        # stated
+        ("The best answer is: B", "B"),
+        ("The answer is option B, since A and C are wrong.", "B"),
+        ("the answer is b.", "B"),
+        ("Answer: B. Because A is wrong", "B"),
+        ("**Answer:** C", "C"),
+        ("<answer>A</answer>", "A"),
+        ("The correct option is (C) because A and B are wrong.", "C"),
+        ("The answer could be A or C. It shows berries, so the answer is C.", "C"),
+        ("I choose D", "D"),
+        # all options repeated, then one chosen, or none
+        ("A. Apples.\nB. Candles.\nC. Berries.\nAnswer: B", "B"),
+        ("A or B? The answer is B.", "B"),
+        ("A. Apples. B. Candles. C. Berries.", None),
+        # named in passing
+        ("I think B", "B"),
+        ("It's C", "C"),
+        ("Berries (C)", "C"),
+        ("Yes, A is right", "A"),
+        (r"\boxed{B}", "B"),
+        # the text
+        ("candles", "B"),
+        ("The answer is berries. They hang.", "C"),
+        ("the three kinds are of the same number", "D"),
+        ("A Apples.", "A"),
+        # several
+        ("A or B", None),
+        ("(A) or (B)", None),
+        ("A/B", None),
+        ("Answer: A or B", None),
+        ("The answer is: A, B, or C", None),
+        ("A and C are both right", None),
+        ("B. Candles. So the answer is C.", None),
+        # none
+        ("", None),
+        ("E", None),
+        ("I", None),
+        ("A man walks", None),
+        ("The answer is A man", None),
+        ("it is a", None),
+        ("Not A", None),
+        ("A-frame", None),
+        ("A's colour", None),
+        ("D.C. is shown", None),
+        ("apples or candles", None),
+    ],
+)
+def test_choice(response, letter):
+    assert choice_of(response, FRUIT) == letter
+
+
+@pytest.mark.parametrize(
+    ("response", "options", "letter"),
+    [
+        # an option that reads like letters
+        ("A man walks", DEEDS, "B"),
+        ("Answer: A man walks", DEEDS, "B"),
+        ("C. Vitamin A.", DEEDS, "C"),
+        ("Vitamin A", DEEDS, "C"),
+        ("Plan B", DEEDS, "D"),
+        ("A 4", ("4.", "9."), "A"),
+        # a bare letter is a letter, even where it is an option's text
+        ("B", ("B", "A"), "B"),
+        # two options alike
+        ("red", ("Red", "red."), None),
+        # as many letters as options; A to H where they are not known
+        ("E", (*FRUIT, "None"), "E"),
+        ("H", (), "H"),
+        ("I", (), None),
+    ],
+)
+def test_choice_by_options(response, options, letter):
+    assert choice_of(response, options) == letter
+
+
+@given(st.text(st.sampled_from("ABIab .,:()\norandswer")))
+def test_choice_is_an_option_or_none(response):
+    assert choice_of(response, FRUIT) in {None, "A", "B", "C", "D"}
+
+
+# docs/metrics.md, "The worked example": its four questions
+EXAMPLE = [
+    Choice("?", FRUIT[:3], "B", "The best answer is: B", "a", {"duration": "short"}),
+    Choice("?", FRUIT[:3], "C", "berries", "a", {"duration": "short"}),
+    Choice("?", FRUIT[:3], "A", "A man lights them.", "b", {"duration": "short", "domain": "Life"}),
+    Choice("?", FRUIT[:3], "A", None, "b"),
+]
+
+
+def test_worked_example():
+    found = score_choices(EXAMPLE)
+    assert (found.accuracy, found.num_questions, found.unanswered, found.unreadable) == (0.5, 4, 1, 1)
+    # the videos drawn are aa, ab, ba or bb: 4/4, 2/4 or 0/4
+    assert found.interval == Interval(0.0, 1.0)
+    assert found.by_group == {"duration": {"short": (pytest.approx(2 / 3), 3)}, "domain": {"Life": (0.0, 1)}}
+    written = re.findall(r"^\| ([ab]) \| ([A-D]) \| (.*?) ?\| .+ \|$", DOCS, re.MULTILINE)
+    assert written == [(choice.video, choice.answer, choice.response or "") for choice in EXAMPLE]
+
+
+def test_questions_of_a_video_are_drawn_together_and_of_unknown_ones_one_by_one():
+    choices = [Choice("?", FRUIT, "B", "AB"[number % 2], video="vw"[number % 2]) for number in range(100)]
+    assert score_choices(choices).interval == Interval(0.0, 1.0)
+    # 50 of 100 right: the interval of a coin, 0.5 +- 1.96 * sqrt(0.25 / 100)
+    interval = score_choices([replace(choice, video=None) for choice in choices]).interval
+    assert (interval.low, interval.high) == pytest.approx((0.402, 0.598), abs=0.015)
+
+
+def test_no_questions():
+    with pytest.raises(ValueError, match="at least one"):
+        score_choices([])
+
+
+VIDEO = {
+    "video_id": "001",
+    "duration": "short",
+    "domain": "Knowledge",
+    "sub_category": "Humanity & History",
+    "questions": [
+        {
+            "question_id": "001-1",
+            "task_type": "Counting Problem",
+            "question": "Which?",
+            "options": ["A. Apples.", "B. Candles."],
+            "answer": "B",
+            "response": "B. Candles.",
+        },
+        {"question": "Who?", "options": ["A. I.", "B. You."], "answer": "A", "response": " ", "domain": "Film"},
+    ],
+}
+
+
+def test_reads_video_mme(tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps([VIDEO]))
+    of_video = {"duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History"}
+    assert read_choices(tmp_path / "r.json") == [
+        Choice(
+            "Which?",
+            ("Apples.", "Candles."),
+            "B",
+            "B. Candles.",
+            "001",
+            of_video | {"task_type": "Counting Problem"},
+        ),
+        Choice("Who?", ("I.", "You."), "A", None, "001", of_video | {"domain": "Film"}),
+    ]
+
+
+def test_reads_flat_lists(tmp_path):
+    items = [
+        {"question": "Which?", "options": ["Apples", "A. B."], "answer": "(b)", "response": None, "video": "v.mp4"},
+        {"question": "Which?", "options": ["Apples", "Pears"], "answer": "pears", "task_type": "x", "duration": 12.5},
+    ]
+    expected = [
+        Choice("Which?", ("Apples", "A. B."), "B", None, "v.mp4"),
+        # seconds are no group
+        Choice("Which?", ("Apples", "Pears"), "B", None, None, {"task_type": "x"}),
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(items))
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(item) + "\n\n" for item in items))
+    assert read_choices(tmp_path / "r.json") == read_choices(tmp_path / "r.jsonl") == expected
+
+
+def test_reads_what_the_published_code_writes(tmp_path):
+    prompt = "<video>\nWhich?\nA. Apples.\nB. Candles.\nAnswer with a letter."
+    items = [
+        {"video": "a.mp4", "image": None, "prompt": {"from": "human", "value": prompt}, "ref": "B", "pred": "Candles"},
+        {"id": ["b.mp4"], "prompt": "Which?", "ref": "C<|im_end|>", "pred": "C<|im_end|>"},
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(items))
+    first, second = read_choices(tmp_path / "r.json")
+    assert first == Choice(prompt, ("Apples.", "Candles."), "B", "Candles", "a.mp4")
+    assert second == Choice("Which?", (), "C", "C", "b.mp4")
+    assert score_choices([first, second]).accuracy == 1.0
+
+
+GOOD = VIDEO["questions"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("r.json", "{", "r.json: Expecting"),
+        ("r.json", "{}", "JSON list of objects; JSON lines"),
+        ("r.json", "[1]", "r.json, item 1: expected a JSON object, got int"),
+        ("r.jsonl", json.dumps(GOOD) + "\n{", "r.jsonl, line 2: Expecting"),
+        ("r.json", json.dumps([GOOD, GOOD | {"answer": "C"}]), "item 2: the right answer 'C' is none"),
+        ("r.json", json.dumps([GOOD | {"answer": 1}]), "item 1: the right answer 1 is none"),
+        ("r.json", json.dumps([GOOD | {"options": []}]), "item 1: expected .*got the keys question_id, task_type"),
+        ("r.json", json.dumps([GOOD | {"options": "AB"}]), "item 1: expected"),
+        ("r.json", json.dumps([GOOD | {"response": ["A", "B"]}]), "item 1: the response must be one text, got list"),
+        ("r.json", json.dumps([VIDEO, VIDEO | {"questions": [GOOD, {}]}]), "item 2, question 2: expected"),
+        ("r.json", json.dumps([VIDEO | {"questions": [1]}]), "item 1: questions must be a list of objects"),
+    ],
+)
+def test_names_what_is_wrong(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_choices(tmp_path / name)
+
+
+def test_names_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="multiple-choice"):
+        read_choices(tmp_path / "r.json")

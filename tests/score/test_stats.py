@@ -1,0 +1,166 @@
+"""Intervals and comparisons against draws worked by hand, and their coverage against simulated sets."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from salmonn.records import Judging, Score
+from salmonn.score import stats as intervals
+from salmonn.score.metrics import rates
+from salmonn.score.stats import (
+    MEASURES,
+    Difference,
+    Interval,
+    bootstrap,
+    bootstrap_ratios,
+    compare,
+    require_same_judge,
+)
+
+# docs/metrics.md, "The worked example": its two clips
+FIRST = [
+    Score("a", 5, missing=2, incorrect=1, hallucinated=1, num_words=25, num_repeated_words=4),
+    Score("b", 3, missing=0, incorrect=0, hallucinated=0, num_words=13),
+]
+SECOND = [
+    Score("b", 3, missing=1, incorrect=0, hallucinated=0, num_words=13),
+    Score("a", 5, missing=1, incorrect=1, hallucinated=0, num_words=25),
+]
+
+
+def draw_scores(rng: np.random.Generator, shares: np.ndarray, num_events: int = 20) -> list[Score]:
+    """A caption for each clip, which misses each event at the clip's own share."""
+    missing = rng.binomial(num_events, shares)
+    return [Score(f"{clip:05}", num_events, int(count), 0, 0) for clip, count in enumerate(missing)]
+
+
+def test_interval_of_the_worked_example():
+    """Two clips are drawn as aa, ab, ba or bb, a quarter each, so that the middle 95 % holds all of them."""
+    found = bootstrap(FIRST)
+    assert found["total"] == Interval(0.0, 4 / 5)
+    assert found["missing"] == Interval(0.0, 2 / 5)
+    assert found["hallucination"] == Interval(0.0, 2 / 5)
+    assert found["incorrect"] == found["hallucinated"] == Interval(0.0, 1 / 5)
+    assert found["repetition"] == Interval(0.0, 4 / 25)
+    # the middle 40 % holds neither end
+    assert bootstrap(FIRST, confidence=0.4)["total"] == Interval(4 / 8, 4 / 8)
+
+
+def test_comparison_of_the_worked_example():
+    """The draws aa, ab, ba, bb differ by 2/5 - 4/5, 3/8 - 4/8 twice, and 1/3 - 0."""
+    found = compare(FIRST, SECOND)
+    assert (found.num_clips, found.only_first, found.only_second) == (2, 0, 0)
+    assert list(found.differences) == list(MEASURES)
+    total = found.differences["total"]
+    assert (total.first, total.second, total.difference) == (4 / 8, 3 / 8, -1 / 8)
+    assert (total.interval.low, total.interval.high) == pytest.approx((-2 / 5, 1 / 3))
+    assert (total.wins, total.ties, total.losses) == (1, 0, 1)
+    # a is won, b has no repetition either way
+    repetition = found.differences["repetition"]
+    assert (repetition.wins, repetition.ties, repetition.losses) == (1, 1, 0)
+    assert repetition.difference == pytest.approx(-4 / 38)
+
+
+def test_the_captions_of_a_video_are_drawn_together():
+    # by themselves the captions would be drawn as none, one or both of 0/2 and 2/2
+    scores = [Score("a", 2, 0, 0, 0), Score("a", 2, 2, 0, 0, sample=1)]
+    assert bootstrap(scores)["missing"] == Interval(0.5, 0.5)
+    # and they are one clip that is won, 2/4 to 1/4
+    better = compare(scores, [scores[0], replace(scores[1], missing=1)])
+    assert better.differences["missing"] == Difference(0.5, 0.25, -0.25, Interval(-0.25, -0.25), 1, 0, 0)
+
+
+def test_errors_count_where_there_is_nothing_to_tell():
+    assert bootstrap([Score("a", 0, 0, 0, 2)])["total"] == Interval(2.0, 2.0)
+
+
+def test_compared_values_are_those_of_rates():
+    rng = np.random.default_rng(0)
+    sets = [
+        [Score(str(clip), clip + 1, *map(int, rng.integers(1, 9, size=3)), 50, int(rng.integers(9))) for clip in clips]
+        for clips in (range(9), range(3, 13))
+    ]
+    found = compare(*sets)
+    # clips 3 to 8 are in both
+    assert (found.num_clips, found.only_first, found.only_second) == (6, 3, 4)
+    first, second = (rates([score for score in scores if 3 <= int(score.video) < 9]) for scores in sets)
+    for name, difference in found.differences.items():
+        assert (difference.first, difference.second) == pytest.approx((getattr(first, name), getattr(second, name)))
+        assert difference.wins + difference.ties + difference.losses == 6
+
+
+def test_identical_sets_tie():
+    scores = draw_scores(np.random.default_rng(0), np.full(30, 0.3))
+    found = compare(scores, scores[::-1])
+    share = rates(scores).missing
+    assert found.differences["missing"] == Difference(share, share, 0.0, Interval(0.0, 0.0), 0, 30, 0)
+
+
+def test_coverage_of_a_known_rate():
+    """Clips differ in how hard they are: 95 % of the intervals should hold the rate that they are drawn around."""
+    rng = np.random.default_rng(0)
+    shares = rng.beta(2, 4, size=(2000, 100))  # 2,000 sets of 100 clips; the mean of beta(2, 4) is 1/3
+    tops = rng.binomial(20, shares).astype(float)
+    bottoms = np.full((100, 1), 20.0)
+    found = [bootstrap_ratios(row[:, None], bottoms, resamples=300, seed=seed)[0] for seed, row in enumerate(tops)]
+    assert 0.93 <= np.mean([one.low <= 1 / 3 <= one.high for one in found]) <= 0.97
+
+
+def test_a_shift_is_found_in_pairs_where_the_intervals_overlap():
+    rng = np.random.default_rng(1)
+    first = draw_scores(rng, rng.beta(2, 4, size=100))
+    # on every other clip one missing event less, where there is one: 2 % of all events
+    second = [replace(score, missing=max(score.missing - clip % 2, 0)) for clip, score in enumerate(first)]
+    before, after = bootstrap(first)["missing"], bootstrap(second)["missing"]
+    assert after.high > before.low
+    found = compare(first, second).differences["missing"]
+    assert -0.03 < found.interval.low < found.interval.high < -0.015
+    assert (found.losses, found.wins) == (0, sum(score.missing > 0 for score in first[1::2]))
+
+
+def test_draws_are_seeded_and_do_not_hang_on_the_chunks(monkeypatch):
+    scores = draw_scores(np.random.default_rng(0), np.linspace(0, 1, 20))
+    found = bootstrap(scores, resamples=1000)
+    assert found == bootstrap(scores, resamples=1000) != bootstrap(scores, resamples=1000, seed=1)
+    # 5 draws of 20 clips at once
+    monkeypatch.setattr(intervals, "_CHUNK", 100)
+    assert bootstrap(scores, resamples=1000) == found
+
+
+def test_captions_go_together_by_sample_and_part():
+    """Of a's two samples and two parts one each is in both sets: 1 and 2 errors of 4 against 0 and 1."""
+    first = [Score("a", 4, 1, 0, 0), Score("a", 4, 4, 0, 0, sample=1), Score("a", 4, 2, 0, 0, end_seconds=3.0)]
+    second = [Score("a", 4, 0, 0, 0), Score("a", 4, 1, 0, 0, end_seconds=3.0), Score("a", 9, 9, 0, 0, end_seconds=5.0)]
+    found = compare(first, second)
+    assert (found.num_clips, found.only_first, found.only_second) == (1, 1, 1)
+    assert (found.differences["total"].first, found.differences["total"].second) == (3 / 8, 1 / 8)
+    with pytest.raises(ValueError, match=r"1 captions were scored against other events, first a \(4 and 5 events\)"):
+        compare(first, [Score("a", 5, 0, 0, 0)])
+
+
+def test_refuses_sets_with_nothing_in_common():
+    with pytest.raises(ValueError, match="of 2 and 1 captions, have none in common"):
+        compare(FIRST, [replace(FIRST[0], video="c")])
+    with pytest.raises(ValueError, match="at least one"):
+        bootstrap([])
+
+
+JUDGING = Judging("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.0")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"judge": "gpt at server"}, r"\(judge rule and gpt at server\)"),
+        ({"prompt_hash": "xyz"}, r"\(prompt abc and xyz\)"),
+        ({"judge": "x", "protocol": "published"}, r"\(judge rule and x, protocol salmonn and published\).*--force"),
+    ],
+)
+def test_refuses_two_judges(other, words):
+    with pytest.raises(ValueError, match=words):
+        require_same_judge(JUDGING, replace(JUDGING, **other))
+
+
+def test_one_judge_at_two_times_may_be_compared():
+    require_same_judge(JUDGING, replace(JUDGING, date="2027-01-01T00:00:00+00:00", version="0.2.0", seeds=(1, 2)))

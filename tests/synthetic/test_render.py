@@ -1,0 +1,274 @@
+"""Synthetic clips: the decoded picture and sound are what the annotation says, and runs repeat, resume and refuse."""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+
+from salmonn.records import Reference, read_records
+from salmonn.synthetic.phrases import COLOURS, SOUNDS
+from salmonn.synthetic.render import describe_clip, make_clips, render_frames, render_sound, write_video
+from salmonn.synthetic.scene import Happening, Scene, SynthConfig, things_at
+
+CONFIG = SynthConfig(clips=3, seed=5)
+# Of each kind of happening one, by hand: the frames and sounds that must come of it are plain to see.
+SCENE = Scene(
+    8.0,
+    (
+        Happening("appear", 0.5, 1.0, shape="circle", colour="red", place=(60, 30)),
+        Happening("sound", 1.0, 2.0, value="low tone", level=0.5),
+        Happening("move", 1.5, 2.5, shape="circle", colour="red", value="left", place=(24, 30)),
+        Happening("appear", 2.5, 3.0, shape="square", colour="green", place=(70, 70)),
+        Happening("sound", 2.5, 3.5, value="high tone", level=0.5),
+        Happening("blink", 3.0, 4.5, shape="square", colour="green", place=(70, 70)),
+        Happening("sound", 4.0, 5.0, value="rising sweep", level=0.5),
+        Happening("change", 5.0, 6.0, shape="circle", colour="red", value="blue", place=(24, 30)),
+        Happening("sound", 5.5, 6.5, value="beeps", level=0.5),
+        Happening("leave", 6.0, 7.0, shape="circle", colour="blue", place=(24, 30)),
+        Happening("sound", 7.0, 7.9, value="noise", level=0.5),
+    ),
+    diameter=28,
+)
+
+
+def decode(path):
+    """Frames (F, height, width, 3) and sound (samples,), which must begin at zero."""
+    with av.open(str(path)) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    with av.open(str(path)) as container:
+        parts = list(container.decode(audio=0))
+    assert parts[0].pts == 0
+    return frames, np.concatenate([part.to_ndarray()[0] for part in parts])
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory):
+    """The hand-made scene after encoding and decoding."""
+    path = tmp_path_factory.mktemp("scene") / "scene.mp4"
+    frames, sound = render_frames(SCENE, config=CONFIG), render_sound(SCENE, np.random.default_rng(0), config=CONFIG)
+    write_video(path, frames, sound, config=CONFIG)
+    return decode(path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folder and references of three clips."""
+    folder = tmp_path_factory.mktemp("made")
+    return folder, make_clips(folder, CONFIG, workers=1)
+
+
+def colour_at(frames, *, seconds, x, y):
+    """Name of the shape colour within 40 of the patch at a place (the encoder changes it a little), or "dark"."""
+    patch = frames[round(seconds * CONFIG.fps), y - 3 : y + 4, x - 3 : x + 4].reshape(-1, 3).mean(axis=0)
+    nearest = min(COLOURS, key=lambda name: math.dist(COLOURS[name], patch))
+    if math.dist(COLOURS[nearest], patch) < 40:
+        return nearest
+    assert patch.max() < 110, f"neither a colour nor background: {patch}"
+    return "dark"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "x", "y", "colour"),
+    [
+        (0.4, 60, 30, "dark"),
+        (0.5, 60, 30, "red"),
+        (1.4, 60, 30, "red"),  # appears at 0.5
+        (2.0, 42, 30, "red"),
+        (2.0, 60, 30, "dark"),
+        (2.5, 24, 30, "red"),  # half way at 2.0, there at 2.5
+        (2.4, 70, 70, "dark"),
+        (2.5, 70, 70, "green"),
+        (3.0, 70, 70, "dark"),
+        (3.4, 70, 70, "dark"),
+        (3.5, 70, 70, "green"),
+        (4.2, 70, 70, "dark"),
+        (4.5, 70, 70, "green"),
+        (4.9, 24, 30, "red"),
+        (5.0, 24, 30, "blue"),
+        (5.9, 24, 30, "blue"),
+        (6.0, 24, 30, "dark"),
+        (7.9, 70, 70, "green"),
+    ],
+)
+def test_frames_show_each_colour_at_its_place_and_time(filmed, seconds, x, y, colour):
+    assert filmed[0].shape == (80, 96, 96, 3)
+    assert colour_at(filmed[0], seconds=seconds, x=x, y=y) == colour
+
+
+@pytest.mark.parametrize(("start", "end", "hertz"), [(1.0, 2.0, 250), (2.5, 3.5, 1800), (5.5, 6.5, 1000)])
+def test_a_tone_has_its_pitch_in_its_span(filmed, start, end, hertz):
+    part = filmed[1][round(start * 16_000) : round(end * 16_000)]
+    assert np.abs(np.fft.rfft(part)).argmax() / (end - start) == pytest.approx(hertz, rel=0.03)
+
+
+def test_a_rising_sweep_rises_from_300_to_2500_hz(filmed):
+    pitches = [
+        np.abs(np.fft.rfft(filmed[1][start : start + 1600])).argmax() * 10 for start in range(64_000, 80_000, 1600)
+    ]
+    assert pitches == sorted(pitches)
+    assert pitches[0] < 400 and pitches[-1] > 2000
+
+
+def test_noise_is_loud_and_fills_the_spectrum(filmed):
+    power = np.abs(np.fft.rfft(filmed[1][round(7.1 * 16_000) : round(7.8 * 16_000)])) ** 2
+    assert power.max() < 0.02 * power.sum()
+    assert np.abs(filmed[1][round(7.1 * 16_000) : round(7.8 * 16_000)]).max() > 0.3
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.95), (2.05, 2.45), (3.55, 3.95), (5.05, 5.45), (6.55, 6.95)])
+def test_outside_the_sounds_is_silence(filmed, start, end):
+    assert np.abs(filmed[1][round(start * 16_000) : round(end * 16_000)]).max() < 0.01
+
+
+@pytest.mark.parametrize("kind", SOUNDS)
+def test_every_sound_is_clearly_heard_at_the_lowest_level(kind):
+    scene = Scene(2.0, (Happening("sound", 0.5, 1.3, value=kind, level=0.2),), hiss=0.003)
+    sound = render_sound(scene, np.random.default_rng(0), config=CONFIG)
+    assert sound[8000:20_800].std() > 5 * sound[:8000].std()
+
+
+def test_beeps_and_clicks_come_in_the_promised_number():
+    counts = {}
+    for kind, length in itertools.product(("beeps", "clicks"), (0.8, 1.0, 1.6)):
+        scene = Scene(2.0, (Happening("sound", 0.2, 0.2 + length, value=kind, level=0.5),))
+        loud = np.abs(render_sound(scene, np.random.default_rng(0), config=CONFIG)).reshape(-1, 160).max(axis=1) > 0.05
+        counts[kind, length] = int(np.count_nonzero(loud[1:] & ~loud[:-1]))
+    assert list(counts.values()) == [3, 3, 4, 4, 4, 6]
+
+
+def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
+    for index in range(150):
+        scene, reference = describe_clip(replace(CONFIG, clips=150), index=index)
+        visual = [happening for happening in scene.happenings if happening.kind != "sound"]
+        sounds = [happening for happening in scene.happenings if happening.kind == "sound"]
+        assert 4 <= len(visual) <= 5 and 3 <= len(sounds) <= 4 and 7 <= scene.duration_seconds <= 8
+        assert visual[0].kind == "appear" and len({sound.value for sound in sounds}) == len(sounds)
+        for before, after in [*itertools.pairwise(visual), *itertools.pairwise(sounds)]:
+            assert before.end_seconds <= after.start_seconds
+        assert all(0.69 < happening.end_seconds - happening.start_seconds < 1.61 for happening in scene.happenings)
+        assert len({event.text for event in reference.events}) == len(reference.events)
+        starts = [event.start_seconds for event in reference.events]
+        assert starts == sorted(starts) and reference.events[-1].end_seconds <= scene.duration_seconds
+        half = scene.diameter / 2
+        for frame in range(round(scene.duration_seconds * 10)):
+            things = things_at(scene, frame / 10)
+            assert all(half <= value <= 96 - half for thing in things for value in thing.place)
+            assert len({thing.colour for thing in things}) == len({thing.shape for thing in things}) == len(things)
+            for one, other in itertools.combinations(things, 2):
+                assert max(abs(a - b) for a, b in zip(one.place, other.place, strict=True)) >= scene.diameter
+
+
+def test_frames_at_2_per_second_see_every_blink():
+    moments = [2.5 + step / 10 + 1e-6 for step in range(40)]
+    blink = [thing.shown for moment in moments for thing in things_at(SCENE, moment) if thing.shape == "square"]
+    for offset in range(5):
+        runs = [shown for shown, _ in itertools.groupby(blink[offset::5])]
+        assert runs == [True, False, True, False, True]
+
+
+def test_moves_are_long_enough_to_see():
+    for index in range(100):
+        scene, _ = describe_clip(replace(CONFIG, clips=100), index=index)
+        for happening in scene.happenings:
+            if happening.kind == "move":
+                before = {thing.shape: thing.place for thing in things_at(scene, happening.start_seconds - 0.05)}
+                assert math.dist(before[happening.shape], happening.place) >= 20
+
+
+def test_annotation_on_disk_is_what_is_returned(made):
+    folder, references = made
+    assert read_records(folder / "clips.jsonl", Reference) == references
+    assert [reference.video for reference in references] == [f"videos/clip_0000{index}.mp4" for index in range(3)]
+    for reference in references:
+        frames, sound = decode(folder / reference.video)
+        assert len(frames) == round(reference.duration_seconds * 10)
+        assert len(sound) / 16_000 == pytest.approx(reference.duration_seconds, abs=0.07)  # AAC fills its last block
+    assert not list((folder / "videos").glob("*.tmp*"))
+
+
+def test_same_seed_same_bytes_and_a_longer_set_begins_like_a_shorter(made, tmp_path):
+    folder, _ = made
+    # 17 clips are two chunks, so that two processes film them.
+    make_clips(tmp_path, replace(CONFIG, clips=17), workers=2)
+    lines = (tmp_path / "clips.jsonl").read_bytes().splitlines()
+    assert len(lines) == 17 and lines[:3] == (folder / "clips.jsonl").read_bytes().splitlines()
+    for name in ("clip_00000.mp4", "clip_00001.mp4", "clip_00002.mp4"):
+        for one, other in zip(decode(folder / "videos" / name), decode(tmp_path / "videos" / name), strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_another_seed_gives_other_clips(made):
+    other = [describe_clip(replace(CONFIG, seed=6), index=index)[1] for index in range(3)]
+    assert all(one.events != another.events for one, another in zip(made[1], other, strict=True))
+
+
+def test_resuming_films_only_what_is_absent(tmp_path):
+    counts = []
+    make_clips(tmp_path, CONFIG, indices=[0, 2], workers=1, progress=counts.append)
+    before = (tmp_path / "videos/clip_00002.mp4").stat().st_mtime_ns
+    references = make_clips(tmp_path, CONFIG, workers=1, progress=counts.append)
+    assert counts == [2, 2, 1]  # two filmed; two found; one filmed
+    assert (tmp_path / "videos/clip_00002.mp4").stat().st_mtime_ns == before
+    assert len(references) == len(list((tmp_path / "videos").iterdir())) == 3
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path):
+    make_clips(tmp_path, CONFIG, indices=[])
+    with pytest.raises(ValueError, match=r"another config .*fps 10 instead of 5, seed 5 instead of 6"):
+        make_clips(tmp_path, replace(CONFIG, seed=6, fps=5))
+    make_clips(tmp_path, replace(CONFIG, clips=9), indices=[])
+
+
+def test_an_index_beyond_the_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="clip 3 is out of range: the config has 3 clips"):
+        make_clips(tmp_path, CONFIG, indices=[3])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clips": -1},
+        {"seed": -1},
+        {"size_pixels": 95},
+        {"min_seconds": 9.0},
+        {"max_visual": 7},
+        {"max_sounds": 7},
+        {"min_sounds": 0},
+        {"max_shapes": 0},
+        {"max_shapes": 6},
+        {"questions": -1},
+        {"kinds": ()},
+    ],
+)
+def test_impossible_configs_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SynthConfig(**wrong)
+
+
+def test_one_shape_does_all_that_happens():
+    config = SynthConfig(max_shapes=1, min_visual=3, max_visual=3)
+    for index in range(50):
+        happenings = [deed for deed in describe_clip(config, index=index)[0].happenings if deed.kind != "sound"]
+        assert len(happenings) == 3 and len({deed.shape for deed in happenings}) == 1
+        assert [deed.kind == "appear" for deed in happenings] == [True, False, False]
+
+
+def test_kinds_of_happenings_and_number_of_questions():
+    config = SynthConfig(kinds=("move", "move", "change"), questions=6)
+    counts = Counter()
+    for index in range(100):
+        scene, reference = describe_clip(config, index=index)
+        counts.update(happening.kind for happening in scene.happenings)
+        assert 3 < len(reference.questions) == len({question.kind for question in reference.questions})
+    assert counts.keys() == {"appear", "move", "change", "sound"}
+    assert counts["move"] > 1.5 * counts["change"]
+    assert not describe_clip(replace(config, questions=0), index=0)[1].questions
+
+
+def test_more_happenings_than_the_time_allows_are_refused():
+    with pytest.raises(ValueError, match="allow more seconds"):
+        describe_clip(SynthConfig(min_seconds=2, max_seconds=2), index=0)

@@ -1,0 +1,233 @@
+"""Which examples references give, in which order they are dealt, and what a batch counts."""
+
+from collections import Counter
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from salmonn.conversations import Turn, parse_conversation
+from salmonn.media.container import ClipError
+from salmonn.model.config import PLAIN_PROMPTS
+from salmonn.model.layout import by_seconds
+from salmonn.model.network import Block
+from salmonn.records import Question, Reference
+from salmonn.train.data import ClipCache, Example, SftBatches, conversation_examples, deal, make_examples, sft_loss
+
+DESCRIBE, DESCRIBE_VISUAL, DESCRIBE_AUDIO = PLAIN_PROMPTS["both"], PLAIN_PROMPTS["visual"], PLAIN_PROMPTS["audio"]
+
+FULL = Reference(
+    "a.mp4",
+    caption="all",
+    human_caption="some",
+    visual_caption="seen",
+    audio_caption="heard",
+    questions=(Question("How many?", "two"), Question("Which?", "the star")),
+)
+A, ALL, SOME = Path("root/a.mp4"), Turn(DESCRIBE, "all"), Turn(DESCRIBE, "some")
+TWO, STAR = Turn("How many?", "two"), Turn("Which?", "the star")
+SEEN = Example(A, (Turn(DESCRIBE_VISUAL, "seen"),), "visual")
+HEARD = Example(A, (Turn(DESCRIBE_AUDIO, "heard"),), "audio")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        (["caption"], [Example(A, (ALL,))]),
+        (["human_caption"], [Example(A, (SOME,))]),
+        (["questions"], [Example(A, (TWO, STAR))]),
+        (["caption", "questions"], [Example(A, (ALL, TWO, STAR))]),
+        (["human_caption", "questions"], [Example(A, (SOME, TWO, STAR))]),
+        (["visual_caption"], [SEEN]),
+        (["audio_caption", "caption"], [Example(A, (ALL,)), HEARD]),
+        (
+            ["caption", "questions", "visual_caption", "audio_caption"],
+            [Example(A, (ALL, TWO, STAR)), SEEN, HEARD],
+        ),
+    ],
+)
+def test_examples_of_tasks(tasks, expected):
+    assert make_examples([FULL], tasks, root=Path("root")) == expected
+
+
+def test_one_modality_of_some_clips_alone():
+    tasks = ["caption", "visual_caption", "audio_caption"]
+    examples = make_examples([FULL] * 5, tasks, root=Path("root"), single_modality_every=3)
+    assert [example.modality for example in examples] == [
+        "both",
+        "visual",
+        "audio",
+        "both",
+        "both",
+        "both",
+        "visual",
+        "audio",
+        "both",
+    ]
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        make_examples([FULL], tasks, root=Path("root"), single_modality_every=0)
+
+
+def test_what_a_reference_lacks_gives_no_example():
+    bare = Reference("a.mp4", caption="all")
+    tasks = ["caption", "human_caption", "questions", "visual_caption", "audio_caption"]
+    assert make_examples([bare], tasks, root=Path("root")) == [Example(A, (ALL,))]
+    assert make_examples([Reference("a.mp4")], tasks, root=Path("root")) == []
+
+
+@pytest.mark.parametrize(("count", "batch_size", "steps"), [(5, 3, 5), (4, 4, 3), (3, 7, 3)])
+def test_every_epoch_deals_everything_once(count, batch_size, steps):
+    items = list("abcde"[:count])
+    dealt = [item for step in range(steps) for item in deal(items, step, batch_size=batch_size, seed=0)]
+    epochs = [dealt[start : start + count] for start in range(0, len(dealt), count)]
+    assert len(epochs) > 2 and all(sorted(epoch) == items for epoch in epochs)
+
+
+def test_deals_depend_on_the_seed_alone():
+    items = list(range(50))
+    first = [deal(items, step, batch_size=8, seed=3) for step in range(20)]
+    # Asked for again, and the other way round.
+    assert [deal(items, step, batch_size=8, seed=3) for step in reversed(range(20))] == first[::-1]
+    assert [deal(items, step, batch_size=8, seed=4) for step in range(20)] != first
+    flat = [item for batch in first for item in batch]
+    assert flat[:50] != flat[50:100] and flat[:50] != items  # each epoch has an order of its own
+
+
+@pytest.fixture
+def examples(clips):
+    return make_examples(clips.references, ("caption", "questions"), root=clips.root)
+
+
+def rows_of(batch) -> Counter:
+    """Rows without their padding."""
+    return Counter(
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(batch.inputs.input_ids, batch.inputs.attention_mask, strict=True)
+    )
+
+
+def test_ranks_share_a_batch(examples, processor, monkeypatch):
+    batches = SftBatches(examples, processor, ClipCache(processor), batch_size=4, seed=0)
+    (whole,) = batches(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        parts += batches(2)
+    assert rows_of(parts[0]) + rows_of(parts[1]) == rows_of(whole) and sum(rows_of(whole).values()) == 16
+    # Both ranks divide by half of all tokens, so that the mean of their losses is the loss of the whole.
+    assert parts[0].mean_num_tokens == parts[1].mean_num_tokens == whole.mean_num_tokens / 2
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_all_answer_tokens(captioner, examples):
+    processor = captioner.processor
+    batches = SftBatches(examples, processor, ClipCache(processor), batch_size=3, seed=0)
+    (batch,) = batches(0)
+    labels = batch.inputs.labels
+    assert batch.mean_num_tokens == (labels != -100).sum()
+    logps = captioner.network(batch.inputs)
+    by_token = [logps[row, place - 1].item() for row, place in (labels != -100).nonzero().tolist()]
+    value, _ = sft_loss(captioner.network, batch)
+    assert value.item() == pytest.approx(-sum(by_token) / len(by_token), rel=1e-5)
+
+
+def test_turns_on_a_clip_share_it(examples, processor):
+    (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)(0)
+    assert batch.inputs.clip_index == (0, 0, 0, 0, 1, 1, 1, 1)
+    assert len(batch.inputs.media) == 2
+
+
+def test_blocks_in_place_of_clips(examples, plus):
+    processor = plus.processor
+    block = Block(torch.zeros(7, 128), by_seconds((1, 1, 4), num_heard=3, second_per_grid=1.0))
+    (batch,) = SftBatches(examples, processor, lambda _: block, batch_size=2, seed=0)(0)
+    assert batch.inputs.media == () and len(batch.inputs.blocks) == 2
+    for placeholder, count in zip(processor.config.placeholder_ids, (4, 3), strict=True):
+        assert (batch.inputs.input_ids == placeholder).sum(1).eq(count).all()
+
+
+def test_nothing_to_train_on_is_refused(processor):
+    with pytest.raises(ValueError, match="nothing to train on"):
+        SftBatches([], processor, ClipCache(processor), batch_size=2, seed=0)
+
+
+def test_the_cache_reads_once_what_is_used(examples, processor, monkeypatch):
+    from dataclasses import replace
+
+    read = []
+    plain = type(processor).read
+    monkeypatch.setattr(
+        type(processor), "read", lambda self, path, **span: read.append(path) or plain(self, path, **span)
+    )
+    cache = ClipCache(processor)
+    both = cache(examples[0])
+    assert cache(examples[0]) is both and len(read) == 1
+    seen = cache(replace(examples[0], modality="visual"))
+    assert len(read) == 2 and torch.equal(both.pixels, seen.pixels) and len(seen.mel) == 0
+    small = ClipCache(processor, max_bytes=10)
+    assert torch.equal(small(examples[0]).pixels, both.pixels)
+    small(examples[0])
+    assert len(read) == 4 and not small.clips
+
+
+def test_conversations_become_examples_of_their_own(clips, processor):
+    name = clips.references[0].video
+    said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
+    more = [*said, {"from": "human", "value": "Second?"}, {"from": "gpt", "value": "two"}]
+    items = [
+        {"video": name, "use_audio": True, "conversations": more},
+        {"video": name, "conversations": said, "timestamps": [1, 3]},
+        {"audio": name, "conversations": [{"from": "human", "value": "<audio>\nHear?"}, said[1]]},
+        {"video": name, "audio": clips.references[1].video, "conversations": said},
+    ]
+    conversations = [parse_conversation(item) for item in items]
+    both, part, heard, dubbed = conversation_examples(conversations, root=clips.root)
+    assert both == Example(
+        clips.root / name, (Turn("First?", "one"), Turn("Second?", "two", (("First?", "one"),))), needs_both=True
+    )
+    assert (part.modality, part.start_seconds, part.end_seconds) == ("visual", 1.0, 3.0)
+    assert (heard.video, heard.modality, heard.sound) == (clips.root / name, "audio", None)
+    assert dubbed.sound == clips.root / clips.references[1].video
+    cache = ClipCache(processor)
+    media = [cache(example) for example in (both, part, heard, dubbed)]
+    assert [(one.seconds > 0, len(one.mel) > 0) for one in media] == [
+        (True, True),
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    assert media[1].seconds == 2.0
+    assert torch.equal(media[3].pixels, media[0].pixels) and not torch.equal(media[3].mel, media[0].mel)
+    # The second turn's prompt holds the first, and its answer alone is learnt.
+    (batch,) = SftBatches([both], processor, cache, batch_size=1, seed=0)(0)
+    texts = [processor.tokenizer.decode(ids[ids >= 0]) for ids in batch.inputs.input_ids]  # placeholders are below 0
+    assert texts[1].count("one<|im_end|>\n<|im_start|>user\nSecond?<|im_end|>") == 1
+    learnt = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch.inputs.labels]
+    assert learnt == ["one<|im_end|>", "two<|im_end|>"]
+
+
+def test_absent_files_of_conversations_are_told(tmp_path):
+    said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
+    with pytest.raises(FileNotFoundError, match=r"1 files of the conversations are not there.*gone\.mp4"):
+        conversation_examples([parse_conversation({"video": "gone.mp4", "conversations": said})], root=tmp_path)
+
+
+def test_a_conversation_about_sound_that_is_not_there_is_refused(processor, tmp_path):
+    """A picture alone would be learnt under words about both."""
+    with av.open(str(tmp_path / "silent.mp4"), "w") as file:
+        picture = file.add_stream("mpeg4", rate=10)
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(10):
+            file.mux(picture.encode(av.VideoFrame(64, 48, "yuv420p")))
+        file.mux(picture.encode(None))
+    said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
+    for item, refused in (({"use_audio": True}, True), ({}, False)):
+        conversation = parse_conversation({"video": "silent.mp4", "conversations": said, **item})
+        (example,) = conversation_examples([conversation], root=tmp_path)
+        if refused:
+            with pytest.raises(ClipError, match=r"silent\.mp4 has no sound, .*: say use_audio false"):
+                ClipCache(processor)(example)
+        else:
+            assert ClipCache(processor)(example).num_frames

@@ -1,0 +1,162 @@
+"""The divergence from a reference: by hand, on a network from its logits, shared over ranks; it leaves no trace."""
+
+import math
+
+import pytest
+import torch
+
+from salmonn.caption.processor import Row
+from salmonn.model.loading import load_network
+from salmonn.model.lora import LoraConfig, adapter_off, attach, merge
+from salmonn.records import Reference
+from salmonn.train.evaluate import encode_clips
+from salmonn.train.kl import DriftSet, token_kl
+
+
+@pytest.fixture(scope="module")
+def blocks(random_model, clips):
+    from salmonn.caption.captioner import Captioner
+
+    return encode_clips(Captioner.load(random_model), clips, name="clips")[0]
+
+
+@pytest.fixture
+def drift(captioner, clips, blocks):
+    """Captions of the five clips, two at once."""
+    return DriftSet(clips.references, blocks, captioner.processor, prompt=captioner.describe(), batch_size=2)
+
+
+@pytest.fixture
+def adapted(captioner, fill_adapter):
+    """The random model with an adapter that says something, and dropout."""
+    attach(captioner.network, LoraConfig(rank=4, alpha=8, dropout=0.5), seed=0)
+    fill_adapter(captioner.network)
+    captioner.network.eval()  # a fresh adapter's dropout is on
+    return captioner
+
+
+def test_by_hand():
+    one = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.2, 0.3, 0.5]]).log()
+    other = torch.tensor([[0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [0.4, 0.4, 0.2]]).log()
+    # 0.5 log 2 + 0.25 log 0.5 + 0 = 0.25 log 2; the same: 0;
+    # 0.2 log 0.5 + 0.3 log 0.75 + 0.5 log 2.5 = -0.1386294 - 0.0863046 + 0.4581454 = 0.2332113
+    assert token_kl(one, other).tolist() == pytest.approx([0.25 * math.log(2), 0.0, 0.2332113], abs=1e-6)
+    # The other way round: 0.25 log 0.5 + 0.5 log 2 = 0.25 log 2; 0;
+    # 0.4 log 2 + 0.4 log 4/3 + 0.2 log 0.4 = 0.2772589 + 0.1150728 - 0.1832581 = 0.2090736
+    assert token_kl(other, one).tolist() == pytest.approx([0.25 * math.log(2), 0.0, 0.2090736], abs=1e-6)
+
+
+def test_what_is_all_but_impossible_has_no_weight():
+    sure, unsure = torch.tensor([[0.0, -300.0]]), torch.tensor([[-0.5, -0.9327521]])
+    # p = (1, e^-300 = 0 in float32): 0 - (-0.5) = 0.5, and nothing from the second word.
+    assert token_kl(sure, unsure).item() == pytest.approx(0.5)
+
+
+@torch.no_grad()
+def test_distributions_are_the_softmax_at_each_label(captioner, media):
+    network = captioner.network
+    rows = [Row(0, "Tell.", "A red circle appears."), Row(1, "Which?", "two"), Row(0, "What?", "beeps, then noise")]
+    inputs = captioner.processor.inputs(rows, media[:2])
+    found = network(inputs, distributions=True)
+    logits = network.lm(
+        inputs_embeds=network.embed(inputs),
+        attention_mask=inputs.attention_mask,
+        position_ids=network.positions(inputs.position_ids),
+    ).logits
+    places = [(row, place) for row, place in inputs.labels.ne(-100).nonzero().tolist()]
+    expected = torch.stack([logits[row, place - 1].log_softmax(-1) for row, place in places])
+    assert torch.allclose(found, expected, atol=2e-3)  # the random model's logits go up to 30
+    # What forward gives for the labels is taken from them.
+    picked = torch.stack([found[n, inputs.labels[row, place]] for n, (row, place) in enumerate(places)])
+    assert torch.allclose(network(inputs)[inputs.labels[:, 1:] != -100], picked, atol=1e-6)
+
+
+@torch.no_grad()
+def expected_kl(captioner, clips, blocks, *, reversed_roles=False) -> float:
+    """One caption at a time, one token at a time, in double precision, from the decoder's logits."""
+    network, nats = captioner.network, []
+    for reference, block in zip(clips.references, blocks, strict=True):
+        inputs = captioner.processor.inputs([Row(0, captioner.describe(), reference.caption)], [block])
+
+        def logits(inputs=inputs):
+            return network.lm(
+                inputs_embeds=network.embed(inputs),
+                attention_mask=inputs.attention_mask,
+                position_ids=network.positions(inputs.position_ids),
+            ).logits[0]
+
+        on = logits()
+        with adapter_off(network):
+            off = logits()
+        for place in inputs.labels[0].ne(-100).nonzero().flatten().tolist():
+            p, q = (one[place - 1].double().softmax(-1) for one in ((off, on) if reversed_roles else (on, off)))
+            nats.append((p * (p / q).log()).sum().item())
+    return sum(nats) / len(nats)
+
+
+def test_a_network_with_and_without_its_adapter(adapted, drift, clips, blocks):
+    expected = expected_kl(adapted, clips, blocks)
+    assert expected > 0.01
+    assert drift.to_reference(adapted.network, adapted.network) == pytest.approx(expected, rel=1e-4)
+    # It is no distance.
+    assert abs(expected_kl(adapted, clips, blocks, reversed_roles=True) / expected - 1) > 0.01
+
+
+def test_two_networks(adapted, drift, random_model):
+    network, start = adapted.network, load_network(random_model)
+    expected = drift.to_reference(network, network)
+    merge(network)
+    assert drift.between(network, start) == pytest.approx(expected, rel=1e-3)
+    assert drift.between(start, start) == 0.0
+
+
+def test_a_fresh_adapter_has_not_moved(captioner, drift):
+    attach(captioner.network, LoraConfig(rank=4, alpha=8, dropout=0.5), seed=0)
+    captioner.network.train()
+    assert drift.to_reference(captioner.network, captioner.network) == 0.0
+
+
+def test_nothing_is_left_changed(adapted, drift):
+    network = adapted.network.train()
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    random_state = torch.get_rng_state()
+    value = drift.to_reference(network, network)
+    assert network.training and network.lm.training
+    assert {name for name, parameter in network.named_parameters() if parameter.requires_grad} == trained
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert drift.to_reference(network, network) == value
+    assert not network.eval().training
+    drift.to_reference(network, network)
+    assert not network.training
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, world_size):
+    """Five captions on 2 and 4 ranks: every rank calls the model as often, and what fills up is not counted."""
+    whole = drift.to_reference(adapted.network, adapted.network)
+    num_tokens = sum(count for _, count in drift.pieces)
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    sums, calls = [], []
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        mine = DriftSet(clips.references, blocks, adapted.processor, prompt=adapted.describe(), batch_size=2)
+        told = []
+        with monkeypatch.context() as patched:  # the ranks' sums are added up below
+            patched.setattr("salmonn.train.kl.dist.total", lambda value, told=told: told.append(value) or 1.0)
+            mine.to_reference(adapted.network, adapted.network)
+        sums.append(told)
+        calls.append([len(inputs.clip_index) for inputs, _ in mine.pieces])
+    assert calls == [calls[0]] * world_size and sum(calls[0]) == -(-5 // world_size)
+    nats, tokens = (sum(part) for part in zip(*sums, strict=True))
+    assert tokens == num_tokens and nats / tokens == pytest.approx(whole, rel=1e-5)
+
+
+def test_references_without_captions(captioner, clips, blocks):
+    options = dict(prompt=captioner.describe())
+    told = [Reference(clips.references[0].video), *clips.references[1:3]]
+    mixed = DriftSet(told, blocks[:3], captioner.processor, **options)
+    alone = DriftSet(told[1:], blocks[1:3], captioner.processor, **options)
+    assert [count for _, count in mixed.pieces] == [count for _, count in alone.pieces]
+    with pytest.raises(ValueError, match=r"none of 1 references has a caption.*kl_clips 0"):
+        DriftSet(told[:1], blocks[:1], captioner.processor, **options)

@@ -1,0 +1,159 @@
+"""Engines, two real processes each: the losses of one process, whole checkpoints, right merges; and refusals."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from salmonn.train.parallel import require_engine
+
+SCRIPT = Path(__file__).with_name("train_worker.py")
+ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+
+
+def launch(engine, model, clips, out, *, processes, options=("float32",)):
+    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}"]
+    line = [*(launcher if processes > 1 else [sys.executable]), str(SCRIPT), engine, str(model), str(clips), str(out)]
+    line += options
+    return subprocess.run(
+        line, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+
+
+def train(engine, model, clips, out, *, processes, precision="float32"):
+    result = launch(engine, model, clips, out, processes=processes, options=[precision])
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def steps_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+def merged(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "merged" / "model.safetensors")
+
+
+def furthest(one, other) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(random_model, clips, tmp_path_factory):
+    """The folder of one process's training."""
+    out = tmp_path_factory.mktemp("alone")
+    train("ddp", random_model, clips.root, out, processes=1)
+    return out
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def split(request, random_model, clips, tmp_path_factory):
+    """An engine and the folder of its training by two processes."""
+    out = tmp_path_factory.mktemp(request.param)
+    train(request.param, random_model, clips.root, out, processes=2)
+    return request.param, out
+
+
+def test_two_processes_train_as_one_does(split, alone, random_model):
+    _, folder = split
+    # The same losses and figures, ten steps of the same pairs.
+    mine, theirs = steps_of(folder), steps_of(alone)
+    assert len(mine) == len(theirs) == 10 and theirs[-1]["loss"] < theirs[0]["loss"] - 0.3
+    for name in ("loss", "dpo", "ce", "learning_rate"):
+        assert [step[name] for step in mine] == pytest.approx([step[name] for step in theirs], abs=1e-4), name
+    # Small gradients later on carry the rounding of the steps before.
+    assert [step["grad_norm"] for step in mine[:3]] == pytest.approx(
+        [step["grad_norm"] for step in theirs[:3]], rel=1e-4
+    )
+    for name in ("margin", "chosen_drift", "rejected_drift", "kl"):
+        both = [[step[name] for step in steps if name in step] for steps in (mine, theirs)]
+        assert both[0] == pytest.approx(both[1], rel=1e-3, abs=1e-3), name
+    assert [step["step"] for step in mine if "kl" in step] == [0, 5, 9] and mine[-1]["kl"] > mine[0]["kl"] > 0
+
+    # merged = base + alpha / r * B A, in the attention's projections and nowhere else.
+    base, after = load_file(random_model / "model.safetensors"), merged(folder)
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    moved = set()
+    for name, weight in base.items():
+        key = f"base_model.model.{name.removeprefix('lm.').removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" not in adapter:
+            assert torch.equal(after[name], weight), name
+            continue
+        change = 2 * adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
+        assert torch.allclose(after[name], weight + change, atol=1e-6) and change.abs().max() > 1e-3
+        moved.add(name)
+    assert len(moved) == len(adapter) / 2 == 18
+    assert furthest(after, merged(alone)) < 1e-4
+
+
+def test_what_one_process_began_an_engine_ends_and_the_other_way_round(split, alone, random_model, clips, tmp_path):
+    """Eight steps of one and two of the other are as ten of one process."""
+    engine, folder = split
+    there, back = tmp_path / "there", tmp_path / "back"
+    take_first_eight(alone, there)
+    assert "goes on from step 8" in train(engine, random_model, clips.root, there, processes=2)
+    assert furthest(merged(there), merged(alone)) < 1e-5
+    # Moments too are what one process wrote.
+    mine, theirs = (load_file(run / "checkpoints" / "step_000010.safetensors") for run in (there, alone))
+    assert furthest(mine, theirs) < 1e-4
+
+    take_first_eight(folder, back)
+    assert "goes on from step 8" in train("ddp", random_model, clips.root, back, processes=1)
+    assert furthest(merged(back), merged(alone)) < 1e-4
+
+
+def take_first_eight(source, folder) -> None:
+    """A run that was killed after its checkpoint of eight steps."""
+    (folder / "checkpoints").mkdir(parents=True)
+    for path in (source / "checkpoints").glob("step_000008.*"):
+        shutil.copy(path, folder / "checkpoints")
+    shutil.copy(source / "steps.jsonl", folder)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(engine, random_model, clips, tmp_path):
+    """Rank 1 has the second of a step's three pairs."""
+    result = launch(engine, random_model, clips.root, tmp_path, processes=2, options=["float32", "spoilt"])
+    assert result.returncode != 0
+    assert re.search(r"step 3: loss nan, gradient norm (nan|inf), on [\w/]+\.mp4: look at these", result.stderr)
+    assert [step["step"] for step in steps_of(tmp_path)] == [0, 1, 2] and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_in_16_bits(engine, random_model, clips, tmp_path):
+    """As the published settings have it: base and products in bfloat16, adapter in float32, layers checkpointed.
+
+    Losses of about 2 have steps of 2^-7 = 0.008 there; ranks round apart.
+    """
+    folders = [tmp_path / name for name in ("alone", engine)]
+    for name, folder, processes in zip(("ddp", engine), folders, (1, 2), strict=True):
+        train(name, random_model, clips.root, folder, processes=processes, precision="bfloat16")
+    theirs, mine = ([step["loss"] for step in steps_of(folder)] for folder in folders)
+    assert mine == pytest.approx(theirs, abs=0.03) and mine[-1] < mine[0] - 0.3
+    for folder in folders:
+        learnt = load_file(folder / "adapter" / "adapter_model.safetensors").values()
+        assert {tensor.dtype for tensor in learnt} == {torch.float32}
+        assert {tensor.dtype for tensor in merged(folder).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_one_process_has_nothing_to_split(engine):
+    with pytest.raises(ValueError, match=rf"engine {engine} splits.*torchrun"):
+        require_engine(engine)
+
+
+def test_an_engine_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install salmonn\[deepspeed\]"):
+        require_engine("zero3")
+    require_engine("fsdp2")
+    require_engine("ddp")

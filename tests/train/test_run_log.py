@@ -1,0 +1,234 @@
+"""A run looked back on: summary.json's shape, the table, what is read of a folder, the curves and the page."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from salmonn.records import Pair, write_json, write_records, write_text
+from salmonn.score.metrics import Rates
+from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
+from salmonn.train.run_log import Summary, print_table, read_run
+from tests.score.browser import Watched, needs_browser, start_browser
+
+SFT = Rates(missing=0.5, hallucination=0.25, total=0.75, repetition=0.125, qa_accuracy=0.4, clips=20)
+ROUNDS = [Rates(0.375, 0.25, 0.625, 0.0625, 0.5, 20), Rates(0.25, 0.125, 0.375, 0.03125, 0.6, 20)]
+REBIRTH = Rates(0.3, 0.1, 0.4, 0.0, 0.7, 20)
+STOPPED = "Total went from 37.5 to <b>62.5</b> %"
+WHOLE = Summary(SFT, ROUNDS, REBIRTH, {"round 1": 0.0125, "rebirth": 0.25}, "round_2", STOPPED)
+
+
+def as_json(*values):
+    """The keys of summary.json, in words; those that are not given are as by default."""
+    names = ("missing", "hallucination", "total", "repetition", "qa_accuracy", "clips")
+    rest = {"incorrect": 0, "hallucinated": 0, "words": 0, "cut_off": 0, "captions": 0}
+    return dict(zip(names, values, strict=True)) | rest | {"audio_share": None, "order": None}
+
+
+def write_steps(folder: Path, steps: Iterable[dict]) -> None:
+    write_text(folder / "steps.jsonl", "".join(json.dumps({"step": n, **step}) + "\n" for n, step in enumerate(steps)))
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """Two rounds of 4 steps and a rebirth of 6, with pairs of the first round."""
+    folder = tmp_path / "a <run>"
+    for name in ("round_1", "round_2"):
+        rewards = [{"loss": 0.7 - n / 10, "chosen": 0.1 * n, "rejected": -0.1 * n, "grad_norm": 1.0} for n in range(4)]
+        write_steps(folder / name, rewards)
+    write_steps(folder / "rebirth", ({"loss": 1.0, "learning_rate": 2e-4} for _ in range(6)))
+    pair = Pair("v", "p", chosen="a red star", rejected="a star", ground_truth="", gap=0.5)
+    write_records(folder / "round_1" / "pairs.jsonl", [pair, replace(pair, chosen="one two three four five", gap=0.25)])
+    write_json(folder / "summary.json", WHOLE.to_json())
+    write_text(folder / "mrdpo.yaml", "model: <script>alert(1)</script>\n")
+    return folder
+
+
+def test_summary_json(tmp_path):
+    write_json(tmp_path / "summary.json", WHOLE.to_json())
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written == {
+        "sft": as_json(0.5, 0.25, 0.75, 0.125, 0.4, 20),
+        "rounds": [as_json(0.375, 0.25, 0.625, 0.0625, 0.5, 20), as_json(0.25, 0.125, 0.375, 0.03125, 0.6, 20)],
+        "rebirth": as_json(0.3, 0.1, 0.4, 0.0, 0.7, 20),
+        "kl": {"round 1": 0.0125, "rebirth": 0.25},
+        "best": "round_2",
+        "stopped": STOPPED,
+    }
+    assert Summary.from_json(written) == WHOLE
+    before = {name: written[name] for name in ("sft", "rounds", "rebirth")}  # as older runs have it
+    assert Summary.from_json(before) == Summary(SFT, ROUNDS, REBIRTH)
+
+
+def test_stages_in_the_order_of_time():
+    assert list(WHOLE.stages) == ["SFT", "round 1", "round 2", "rebirth"]
+    assert list(Summary(SFT).stages) == ["SFT"]
+    assert WHOLE.stages["round 2"] == ROUNDS[1] and WHOLE.best_stage == "round 2" and Summary(SFT).best_stage is None
+
+
+def test_table_in_percent(capsys):
+    print_table(Summary(SFT, ROUNDS[:1], Rates(0.3, 0.1, 0.4, 0.0, None, 20), {"rebirth": 0.0625}, "round_1", STOPPED))
+    rows, out = {}, capsys.readouterr().out
+    for line in out.splitlines():
+        cells = [cell.strip() for cell in line.replace("┃", "│").strip(" │").split("│")]
+        rows[cells[0]] = cells[1:]
+    assert rows["SFT"] == ["50.0", "25.0", "75.0", "12.5", "40.0", "-"]
+    assert rows["round 1, best"] == ["37.5", "25.0", "62.5", "6.2", "50.0", "-"]
+    assert rows["rebirth"] == ["30.0", "10.0", "40.0", "0.0", "-", "0.062"]
+    heads = ["Missing %", "Hallucination %", "Total %", "Repetition %", "QA accuracy %", "KL nats a token"]
+    assert rows["stage"] == heads
+    assert f"stopped: {STOPPED}" in out
+
+
+@pytest.mark.parametrize("rebirth", [REBIRTH, None, Rates(0.3, 0.1, 0.4, 0.0, None, 20)])
+def test_plot_writes_a_png(tmp_path, rebirth):
+    plot_summary(Summary(SFT, ROUNDS, rebirth), tmp_path / "summary.png")
+    data = (tmp_path / "summary.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 10_000  # a drawing, no empty sheet
+
+
+def test_a_whole_run(run_folder):
+    record = read_run(run_folder)
+    assert record.summary == WHOLE and record.is_whole and record.config.startswith("model:")
+    assert [(stage.name, len(stage.steps)) for stage in record.stages] == [
+        ("round 1", 4),
+        ("round 2", 4),
+        ("rebirth", 6),
+    ]
+    pairs = record.stages[0].pairs
+    # Gaps 0.5 and 0.25; 3 and 5 words against 2 and 2.
+    assert (pairs.num_pairs, pairs.mean_gap, pairs.mean_words_chosen, pairs.mean_words_rejected) == (2, 0.375, 4, 2)
+    assert record.stages[1].pairs is None
+
+
+def test_a_run_that_is_going_on(run_folder):
+    """Ten rounds are there, the last measured one is the tenth, which comes after the second."""
+    (run_folder / "summary.json").unlink()
+    assert read_run(run_folder).summary is None
+    write_steps(run_folder / "round_10", [{"loss": 1.0}])
+    measured = {"sft": SFT, "round_10": ROUNDS[1], "round_2": ROUNDS[0]}
+    for name, rates in measured.items():
+        write_json(run_folder / name / "heldout" / "rates.json", asdict(rates))
+    write_json(run_folder / "round_2" / "heldout" / "kl_16.json", 0.5)
+    record = read_run(run_folder)
+    assert record.summary == Summary(SFT, ROUNDS, kl={"round 2": 0.5}) and not record.is_whole
+    assert [stage.name for stage in record.stages] == ["round 1", "round 2", "round 10", "rebirth"]
+
+
+def test_a_run_of_one_stage(tmp_path):
+    """sft.py writes its rates alone, dpo.py none."""
+    write_steps(tmp_path, [{"loss": 1.0}])
+    record = read_run(tmp_path)
+    assert record.summary is None and [stage.name for stage in record.stages] == [tmp_path.name]
+    write_json(tmp_path / "summary.json", asdict(SFT))
+    assert read_run(tmp_path).summary == Summary(SFT)
+
+
+@pytest.mark.parametrize("text", ['{"sft": {"missing": 1}}', '{"sft": null, "rounds": [], "rebirth": null}', "[]", "{"])
+def test_summaries_that_are_none(tmp_path, text):
+    write_text(tmp_path / "summary.json", text)
+    with pytest.raises(ValueError, match=r"summary\.json is no summary of a run"):
+        read_run(tmp_path)
+
+
+def test_folders_that_hold_no_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ValueError, match=r"holds no run: give the folder that a recipe wrote to"):
+            read_run(folder)
+    write_records(tmp_path / "round_1" / "pairs.jsonl", [Pair("v", "p", "c", "r", "g")])
+    with pytest.raises(ValueError, match="no steps and no rates yet"):
+        plot_curves(read_run(tmp_path), tmp_path / "curves.png")
+
+
+def test_points_of_a_figure():
+    steps = [{"step": 0, "kl": 0.0}, {"step": 1}, {"step": 2, "kl": 3.0}]
+    assert points_of(steps, "kl", start=10) == [(10, 0.0), (12, 3.0)]
+    # Of five points by two: (0, 10) and (1, 20), (2, 30) and (3, 50), (4, 70) alone.
+    assert thin([(0, 10), (1, 20), (2, 30), (3, 50), (4, 70)], size=2) == [(0.5, 15), (2.5, 40), (4, 70)]
+
+
+def test_smoothing_is_a_mean_of_neighbours():
+    # Of four values one on either side: (0 + 3) / 2, (0 + 3 + 6) / 3, (3 + 6 + 0) / 3, (6 + 0) / 2.
+    assert smooth([0.0, 3.0, 6.0, 0.0]) == [1.5, 3.0, 3.0, 3.0]
+    # Of 40 two on either side, so that a single 5 is spread over five.
+    assert smooth([0.0] * 20 + [5.0] + [0.0] * 19) == [0.0] * 18 + [1.0] * 5 + [0.0] * 17
+    assert smooth([]) == []
+
+
+def test_curves_stand_one_stage_after_the_other(run_folder, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_curves(read_run(run_folder), tmp_path / "curves.png")
+    drawn = {axes.get_title(): axes for axes in figures[0].axes if axes.get_title()}
+    assert list(drawn) == ["Held-out rates, %", "Loss", "Rewards", "Gradient norm", "Learning rate"]
+    loss = drawn["Loss"]
+    # Of each stage the steps and the mean over them, then the line where the next stage begins: at 4 and at 8.
+    places = [list(line.get_xdata()) for line in loss.lines]
+    first, second, third = [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11, 12, 13]
+    assert [place for place in places if len(place) > 2] == [first, first, second, second, third, third]
+    assert [place for place in places if len(place) == 2] == [[4, 4], [8, 8]]
+    assert loss.lines[0].get_ydata() == pytest.approx([0.7, 0.6, 0.5, 0.4])
+    assert loss.lines[1].get_ydata() == pytest.approx([0.65, 0.6, 0.5, 0.45])
+    assert [text.get_text() for text in loss.texts] == ["round 1", "2", "rebirth"]
+    assert [text.get_text() for text in drawn["Rewards"].get_legend().get_texts()] == ["chosen", "rejected"]
+    assert loss.get_legend() is None and loss.get_xlim() == (0, 13)
+
+
+def test_the_picture_has_the_colours_of_both_rewards(run_folder, tmp_path):
+    plot_curves(read_run(run_folder), tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        colours = dict((colour, count) for count, colour in picture.convert("RGB").getcolors(1 << 24))
+    assert colours[(0x0B, 0x69, 0xA8)] > 500 and colours[(0xD9, 0x8A, 0x00)] > 500
+
+
+@pytest.fixture
+def page_text(run_folder):
+    write_page(read_run(run_folder), run_folder / "run.html")
+    return (run_folder / "run.html").read_text()
+
+
+def test_page(page_text):
+    assert "<script" not in page_text and "&lt;script&gt;alert(1)" in page_text and "a &lt;run&gt;" in page_text
+    assert "<b>62.5" not in page_text and "to &lt;b&gt;62.5&lt;/b&gt; %" in page_text
+    rows = re.findall(r"<tr( class=\"best\")?><th scope=\"row\">([\w ]+?)<(.*?)</tr>", page_text, flags=re.DOTALL)
+    cells = {name: re.findall(r">([-\d.]+)</td>", rest) for _, name, rest in rows[:4]}
+    assert cells["SFT"] == ["50.0", "25.0", "75.0", "12.5", "40.0", "-"]
+    assert cells["rebirth"] == ["30.0", "10.0", "40.0", "0.0", "70.0", "0.250"]
+    assert [name for best, name, _ in rows if best] == ["round 2"]
+    assert re.findall(r">([-\d.]+)</td>", rows[4][2]) == ["2", "0.375", "4.0", "2.0"]
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", page_text) == [
+        "Held-out rates, %", "Loss", "Rewards", "Gradient norm", "Learning rate",
+    ]  # fmt: skip
+    assert page_text.count("<svg role=") == 5 and "#00000" not in page_text
+    assert len(set(re.findall(r' id="([^"]*)"', page_text))) == len(re.findall(r' id="[^"]*"', page_text))
+    assert "no summary" not in page_text
+
+
+def test_page_of_a_run_that_is_going_on(run_folder):
+    (run_folder / "summary.json").unlink()
+    write_page(read_run(run_folder), run_folder / "run.html")
+    text = (run_folder / "run.html").read_text()
+    assert "has written no summary" in text and 'id="stages"' not in text and text.count("<svg role=") == 4
+
+
+@needs_browser
+def test_page_in_a_browser(page_text, run_folder):
+    """Nothing is asked of a network, nothing stands over the edge of a phone, and lines follow the dark set."""
+    colours = {}
+    with start_browser() as browser:
+        for scheme in ("light", "dark"):
+            page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+            watched = Watched(page)
+            page.goto((run_folder / "run.html").as_uri())
+            assert watched.width() <= 390 and not watched.complaints
+            assert all(url.startswith(("file:", "data:")) for url in watched.asked)
+            lines = page.locator("figure:has-text('Rewards') svg path")
+            found = lines.evaluate_all("paths => paths.map(path => getComputedStyle(path).stroke)")
+            colours[scheme] = set(found)
+            assert page.locator("figure svg").count() == 5
+    assert "rgb(11, 105, 168)" in colours["light"] and "rgb(86, 169, 224)" in colours["dark"]

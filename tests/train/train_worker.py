@@ -1,0 +1,95 @@
+"""Guided DPO on a random model under one engine, as the tests start it with torchrun.
+
+    engines.py ENGINE MODEL CLIPS OUT float32|bfloat16 [spoilt]
+
+Spoilt, a clip of the last process has no finite loss in step 3.
+With bfloat16 the base is kept in it, layers are checkpointed, and it is what is computed in. Writes OUT/steps.jsonl,
+checkpoints/, adapter/ and merged/; goes on from what is in OUT/checkpoints/.
+"""
+
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from salmonn import dist
+from salmonn.caption.captioner import Captioner
+from salmonn.model import network as network_module
+from salmonn.model.loading import Placement
+from salmonn.model.lora import LoraConfig, attach
+from salmonn.records import Pair, Reference, read_records
+from salmonn.train.checkpoint import Checkpoint, Checkpoints
+from salmonn.train.evaluate import encode_clips
+from salmonn.train.kl import DriftSet
+from salmonn.train.loop import FitConfig, Stage, Watch, autocast, fit
+from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
+from salmonn.train.references import CLIPS_NAME, ClipSet
+from salmonn.train.run_folder import merge_trained
+
+# No dropout: ranks draw their own, and losses are to be those of one process.
+LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
+# All pairs in each step; three make ranks differ in how many pieces they have.
+FIT = FitConfig(steps=10, learning_rate=1e-3, warmup=0.2, batch_size=3, accumulation=2, checkpoint_every=4)
+
+
+class Spoilt(PreferenceBatches):
+    """Deals out pairs with a reference that is no number, once and on one rank."""
+
+    def __call__(self, step: int) -> list[PreferenceBatch]:
+        pieces = super().__call__(step)
+        if step != 3 or dist.rank() + 1 < dist.world_size():
+            return pieces
+        return [replace(piece, reference_chosen=piece.reference_chosen * float("nan")) for piece in pieces]
+
+
+def train(
+    captioner: Captioner, engine: Any, clips: ClipSet, out: Path, *, config: FitConfig, deal: type[PreferenceBatches]
+) -> Checkpoint:
+    """Train on three pairs, a right and a wrong caption of each clip."""
+    network, references, prompt = captioner.network, clips.references, captioner.describe()
+    (blocks,) = encode_clips(captioner, clips, name="clips")
+    pairs = [
+        Pair(one.video, prompt, one.caption, other.caption, one.caption, gap=0.5)
+        for one, other in zip(references, references[1:] + references[:1], strict=True)
+    ]
+    attach(network, LORA, seed=0)
+    by_video = {one.video: block for one, block in zip(references, blocks, strict=True)}
+    batches = deal(
+        pairs, by_video, captioner.processor, batch_size=config.batch_size, seed=0, accumulation=config.accumulation
+    )
+    with autocast(config.precision):
+        batches.refer(network)
+    fixed = DriftSet(references[:1], blocks[:1], captioner.processor, prompt=prompt)
+
+    def measure(wrapped: nn.Module) -> dict[str, float]:
+        with autocast(config.precision):
+            return {"kl": fixed.to_reference(wrapped, network)}
+
+    stage = Stage(engine, out, Checkpoints(out / "checkpoints"), engine=engine, watch=Watch(measure, every=5))
+    return fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
+
+
+# Some positions at a time, so that processes have different numbers of chunks.
+network_module.LOGIT_BYTES = 4 * 400 * 20
+
+
+def main(engine: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:
+    """Train and merge; nothing may hold the network that the training used up."""
+    dist.setup(threads=1)
+    placement = Placement(dtype=precision, attention="sdpa")
+    config = replace(FIT, precision=precision, gradient_checkpointing=precision == "bfloat16")
+    captioner = Captioner.load(model, placement=placement)
+    used_up = weakref.ref(captioner.network)
+    clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
+    done = train(captioner, engine, clips, out, config=config, deal=Spoilt if options else PreferenceBatches)
+    merge_trained(captioner, out, done, base=model, lora=LORA, placement=placement, adapter=True)
+    left = used_up()
+    assert left is None or not any(parameter.nbytes for parameter in left.parameters()), "a GPU has no room for two"
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(Path, sys.argv[2:5]), *sys.argv[5:])

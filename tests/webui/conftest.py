@@ -1,0 +1,137 @@
+"""A real `salmonn demo`, and browsers that visit it and may go nowhere else."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
+
+from salmonn.records import write_json, write_text
+from salmonn.score.metrics import Rates
+from tests.score.browser import start_browser
+
+START_SECONDS = 120
+SALMONN = Path(sys.executable).with_name("salmonn")
+
+
+@dataclass
+class Demo:
+    """A running page.
+
+    Args:
+        process: of it.
+        address: where it is.
+        votes: folder of its votes.
+        run: folder of the training run that it shows.
+        folder: for its temporary files.
+        proxy: listens where the page would have to go for the network.
+    """
+
+    process: subprocess.Popen
+    address: str
+    votes: Path
+    run: Path
+    folder: Path
+    proxy: socket.socket
+
+    def uploads(self) -> list[Path]:
+        """Files of visitors that lie on the disk."""
+        return [path for path in self.folder.glob("*/uploads/**/*") if path.is_file()]
+
+
+def start_demo(folder: Path, *flags: object, command: Sequence[object] = (SALMONN,)) -> Demo:
+    """Start the command and wait until it tells its address."""
+    (folder / "tmp").mkdir(parents=True)
+    run = folder / "run"
+    write_text(run / "steps.jsonl", '{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
+    write_json(run / "summary.json", asdict(Rates(0.5, 0.25, 0.75, 0.125, clips=3)))
+    command = [*command, "demo", "--port", "0", "--votes", folder / "votes", "--run", run]
+    proxy = socket.create_server(("127.0.0.1", 0))
+    names = dict.fromkeys(["http_proxy", "https_proxy"], f"http://127.0.0.1:{proxy.getsockname()[1]}")
+    env = (
+        os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp"), "no_proxy": "127.0.0.1,localhost"} | names
+    )
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*map(str, command), *map(str, flags)], stderr=log, stdout=log, env=env)
+    begin = time.monotonic()
+    while "the page is at " not in (log := (folder / "log").read_text()):
+        if process.poll() is not None or time.monotonic() - begin > START_SECONDS:
+            process.kill()
+            raise AssertionError(f"the page did not start:\n{log}")
+        time.sleep(0.1)
+    address = log.split("the page is at ")[1].split()[0]
+    return Demo(process, address, folder / "votes", run, folder / "tmp", proxy)
+
+
+@pytest.fixture(scope="package")
+def demo(tmp_path_factory, random_model) -> Iterator[Demo]:
+    """A page with the toy model and a random one, which never ends by itself; the page goes with all of its files."""
+    demo = start_demo(tmp_path_factory.mktemp("demo"), "--other_model", random_model)
+    yield demo
+    demo.process.send_signal(signal.SIGTERM)
+    assert demo.process.wait(30) == 0
+    assert not list(demo.folder.glob("salmonn-*"))
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    with start_browser() as browser:
+        yield browser
+
+
+class Visitor:
+    """Somebody at the page, and what their browser did.
+
+    Args:
+        page: the browser's.
+        strays: addresses elsewhere that it asked for, which it did not get.
+        complaints: errors of the browser's console.
+    """
+
+    def __init__(self, context: BrowserContext, address: str) -> None:
+        self.page: Page = context.new_page()
+        self.strays: list[str] = []
+        self.complaints: list[str] = []
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", self._hear)
+        self.page.on("request", lambda request: self._note(request.url, address))
+        self.page.goto(address)
+        self.page.get_by_role("button", name="Describe", exact=True).wait_for()
+
+    def _note(self, url: str, address: str) -> None:
+        if not url.startswith((address, "data:", "blob:")):
+            self.strays.append(url)
+
+    def _hear(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.complaints.append(f"{message.text} {message.location['url']}")
+
+    def width(self) -> int:
+        """Of all that can be scrolled to, in pixels."""
+        return self.page.evaluate("document.documentElement.scrollWidth")
+
+
+@pytest.fixture
+def visit(browser, demo):
+    """Opens the page in a browser of its own; nothing but the page was asked for, and nothing complained."""
+    contexts, visitors = [], []
+
+    def enter(*, address: str = demo.address, **options) -> Visitor:
+        options = {"viewport": {"width": 1440, "height": 900}} | options
+        contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(60_000)
+        visitors.append(Visitor(contexts[-1], address))
+        return visitors[-1]
+
+    yield enter
+    for visitor in visitors:
+        assert visitor.strays == [] and visitor.complaints == []
+    for context in contexts:
+        context.close()

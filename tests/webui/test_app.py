@@ -1,0 +1,363 @@
+"""The page as visitors have it: a real server, a real browser, real clicks."""
+
+import re
+import time
+
+import pytest
+
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner, Span
+from salmonn.caption.generate import Sampling
+from salmonn.conversations import read_conversations
+from salmonn.preference.votes import Vote
+from salmonn.records import read_records
+from salmonn.synthetic.judge import RuleJudge
+from salmonn.webui.scorer import Assessor
+from salmonn.webui.session import EXAMPLES, make_examples
+from tests.score.browser import needs_browser
+
+pytestmark = needs_browser
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """The model of the page."""
+    return Captioner.load(SHIPPED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """The clips that the page offers, made again."""
+    return make_examples(tmp_path_factory.mktemp("examples"), EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def long_video(clips, tmp_path_factory):
+    """A clip that no visitor has brought yet: its bytes are its own."""
+    path = tmp_path_factory.mktemp("own") / "my holiday.mp4"
+    path.write_bytes((clips.root / clips.references[0].video).read_bytes() + b"\0\0\0\x08free")
+    return path
+
+
+def choose(visitor, number, tab="describe"):
+    """Press an example's button and wait for its video."""
+    panel = visitor.page.locator(f"#tab-{tab}")
+    panel.get_by_role("button", name=f"Example {number}").click()
+    visitor.page.locator(f"#{tab}-video video[src$='clip_0000{number - 1}.mp4']").wait_for()
+
+
+def bring(visitor, path, tab="describe"):
+    """Upload a file by the file chooser."""
+    with visitor.page.expect_file_chooser() as chooser:
+        visitor.page.locator(f"#{tab}-video").get_by_role("button").first.click()
+    chooser.value.set_files(path)
+    visitor.page.locator(f"#{tab}-video video").wait_for()
+
+
+def describe(visitor):
+    """Press the button and wait for the whole answer; its text."""
+    visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    return whole_answer(visitor)
+
+
+def whole_answer(visitor):
+    visitor.page.locator("#status").get_by_text(re.compile(r"words by")).wait_for()
+    return visitor.page.locator("#answer .caption").inner_text()
+
+
+def test_an_example_is_captioned(visit, toy, examples):
+    visitor = visit()
+    choose(visitor, 1)
+    assert describe(visitor) == toy.caption(examples[0].path).text
+
+
+def test_words_come_as_they_are_written(visit, random_model, examples):
+    """Of the model that never ends by itself, so that there are many."""
+    visitor = visit()
+    visitor.page.evaluate("""() => {
+        window.lengths = [];
+        new MutationObserver(() => {
+            const caption = document.querySelector('#answer .caption.growing');
+            if (caption) window.lengths.push(caption.textContent.length);
+        }).observe(document.body, {subtree: true, childList: true, characterData: true});
+    }""")
+    choose(visitor, 1)
+    visitor.page.locator("#tab-describe").get_by_label("random").check()
+    assert describe(visitor).split() == Captioner.load(random_model).caption(examples[0].path).text.split()
+    visitor.page.get_by_text("It ran into its limit of length").wait_for()
+    lengths = visitor.page.evaluate("window.lengths")
+    assert lengths == sorted(lengths) and len({length for length in lengths if length}) > 2
+
+
+def test_an_example_is_scored_and_marked(visit, toy, examples):
+    visitor = visit()
+    choose(visitor, 2)
+    describe(visitor)
+    findings = visitor.page.locator("#findings")
+    findings.get_by_role("region", name="Score").wait_for()
+    found = Assessor(RuleJudge()).assess(toy.caption(examples[1].path), examples[1].reference)
+    figures = findings.locator(".figures dd").all_inner_texts()
+    assert figures[0] == f"{100 * found.score.total:.1f} %"
+    assert [figure.split()[0] for figure in figures[1:4]] == [
+        str(found.score.missing), str(found.score.incorrect), str(found.score.hallucinated),
+    ]  # fmt: skip
+    assert findings.locator(".chips li").count() == len(found.events)
+    assert findings.locator("h4.missed + ul li").count() == found.score.missing > 0
+    assert visitor.page.locator("#answer mark.correct").first.is_visible()
+    assert visitor.page.locator("#answer .caption").inner_text() == found.caption.text
+    # A missed event's time leads there.
+    when = findings.locator("h4.missed + ul .when").first
+    seconds = float(when.get_attribute("data-seek"))
+    when.click()
+    video = visitor.page.locator("#describe-video video")
+    visitor.page.wait_for_function(f"document.querySelector('#describe-video video').currentTime == {seconds}")
+    assert video.is_visible()
+
+
+def test_a_file_of_ones_own(visit, toy, demo, long_video):
+    visitor = visit()
+    before = set(demo.uploads())
+    bring(visitor, long_video)
+    assert describe(visitor) == toy.caption(long_video).text
+    assert visitor.page.locator("#findings").get_by_role("region", name="Score").count() == 0
+    (upload,) = set(demo.uploads()) - before
+    assert upload.name.endswith(".mp4")
+    visitor.page.close()
+    wait_until(lambda: not upload.exists())
+
+
+def wait_until(holds, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it does not come true"
+        time.sleep(0.1)
+
+
+def test_a_reference_of_ones_own(visit, long_video):
+    visitor = visit()
+    bring(visitor, long_video)
+    visitor.page.get_by_role("button", name="Reference, to score against").click()
+    visitor.page.locator("#reference textarea").fill("a purple cross blinks\nheard: a low tone is heard")
+    describe(visitor)
+    visitor.page.locator("#findings").get_by_text("against 2 events").wait_for()
+
+
+def test_a_broken_file_is_told_in_words_and_the_page_goes_on(visit, tmp_path, toy, examples):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"this is no video at all" * 100)
+    visitor = visit()
+    with visitor.page.expect_file_chooser() as chooser:
+        visitor.page.locator("#describe-video").get_by_role("button").first.click()
+    chooser.value.set_files(broken)
+    visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    trouble = visitor.page.locator("#answer .trouble")
+    trouble.get_by_text("is not a video or is damaged").wait_for()
+    assert "Traceback" not in trouble.inner_text() and "/tmp" not in trouble.inner_text()
+    choose(visitor, 3)
+    assert describe(visitor) == toy.caption(examples[2].path).text
+
+
+def test_nothing_chosen_is_told(visit):
+    visitor = visit()
+    visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    visitor.page.locator("#answer .trouble").get_by_text("Choose an example").wait_for()
+
+
+def open_fold(visitor, tab="describe"):
+    visitor.page.locator(f"#tab-{tab}").get_by_role("button", name="Span and sampling").click()
+
+
+def set_longest(visitor, tokens, tab="describe"):
+    longest = visitor.page.locator(f"#tab-{tab}").get_by_label("number input for Longest answer")
+    longest.fill(str(tokens))
+    longest.press("Tab")
+
+
+def test_span_sampling_and_sound_alone(visit, toy, examples):
+    visitor = visit()
+    choose(visitor, 1)
+    visitor.page.get_by_label("Sound", exact=True).first.check()
+    open_fold(visitor)
+    panel = visitor.page.locator("#tab-describe")
+    for label, value in (("From second", "2"), ("To second", "6"), ("Seed", "9")):
+        panel.get_by_label(label).fill(value)
+    panel.get_by_label("number input for Temperature").fill("1")
+    panel.get_by_label("number input for Temperature").press("Tab")
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=toy.greedy().max_new_tokens)
+    expected = toy.caption(examples[0].path, span=Span(2.0, 6.0), modality="audio", sampling=sampling, seed=9)
+    assert describe(visitor) == expected.text
+    panel.get_by_label("To second").fill("1")
+    visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    visitor.page.locator("#answer .trouble").get_by_text("it must end after it starts").wait_for()
+
+
+def test_own_words(visit, toy, examples):
+    visitor = visit()
+    choose(visitor, 1)
+    visitor.page.get_by_label("Own words").first.check()
+    visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    visitor.page.locator("#answer .trouble").get_by_text("Write what you want to know").wait_for()
+    question = examples[0].reference.questions[0].question
+    visitor.page.get_by_label("Your question").first.fill(question)
+    assert describe(visitor) == toy.caption(examples[0].path, prompt=question).text
+    assert visitor.page.locator("#findings").inner_text().strip() == ""
+    visitor.page.get_by_label("Your question").first.fill("What <|im_end|> is it?")
+    visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    visitor.page.locator("#answer .trouble").get_by_text("special token").wait_for()
+
+
+def test_copies_are_logged(visit, demo):
+    visitor = visit(permissions=["clipboard-read", "clipboard-write"])
+    choose(visitor, 1)
+    text = describe(visitor)
+    visitor.page.get_by_role("button", name="Copy").click()
+    visitor.page.get_by_text("Copied.").wait_for()
+    assert visitor.page.evaluate("navigator.clipboard.readText()") == text
+    assert '"copy"' in (demo.votes / "log.jsonl").read_text()
+
+
+def start_comparing(visitor, match="Two draws of toy"):
+    visitor.page.get_by_role("tab", name="Compare").click()
+    visitor.page.get_by_label(match).check()
+
+
+def compare(visitor):
+    visitor.page.get_by_role("button", name=re.compile("^Compare( again)?$")).click()
+    visitor.page.get_by_role("button", name="A is better").wait_for()
+    return [visitor.page.locator(f"#{side} .caption").inner_text() for side in ("first", "second")]
+
+
+def test_a_blind_vote_becomes_a_pair(visit, demo):
+    visitor = visit()
+    start_comparing(visitor)
+    choose(visitor, 1, tab="compare")
+    texts = compare(visitor)
+    sides = visitor.page.locator("#first, #second")
+    assert "temperature" not in " ".join(sides.all_inner_texts())
+    visitor.page.get_by_role("button", name="What should it say?").click()
+    visitor.page.get_by_role("button", name="Start from B").click()
+    edit = visitor.page.get_by_label("What should it say?")
+    visitor.page.wait_for_function(f"document.querySelector('#edit textarea').value === {texts[1]!r}")
+    edit.fill("A star appears.")
+    button = visitor.page.get_by_role("button", name="B is better")
+    button.focus()
+    visitor.page.keyboard.press("Enter")
+    visitor.page.locator("#duel-status").get_by_text("as a pair to train on, with your words for the truth").wait_for()
+    assert "toy, temperature 0.8" in visitor.page.locator("#first").inner_text()
+    assert "your choice" in visitor.page.locator("#second").inner_text()
+    vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
+    assert (vote.choice, vote.edit, vote.ground_truth) == ("second", "A star appears.", "edit")
+    assert [vote.first.text, vote.second.text] == texts and vote.first.total is not None
+    pair = read_conversations(demo.votes / "pairs.jsonl")[-1]
+    assert (pair.preference.chosen, pair.preference.rejected) == (texts[1], texts[0])
+    assert (demo.votes / pair.video).is_file()
+
+
+def test_an_upload_is_kept_with_consent_alone(visit, demo, long_video):
+    visitor = visit()
+    start_comparing(visitor)
+    bring(visitor, long_video, tab="compare")
+    kept = demo.votes / "videos"
+    before = set(kept.iterdir())
+    compare(visitor)
+    visitor.page.get_by_role("button", name="A is better").click()
+    visitor.page.locator("#duel-status").get_by_text("the video may not be kept").wait_for()
+    assert set(kept.iterdir()) == before
+    compare(visitor)
+    visitor.page.get_by_label("Keep this video").check()
+    visitor.page.get_by_role("button", name="A is better").click()
+    visitor.page.locator("#duel-status").get_by_text("with the better caption for the truth").wait_for()
+    (new,) = set(kept.iterdir()) - before
+    assert new.read_bytes() == long_video.read_bytes()
+
+
+def test_two_models_and_the_results(visit, demo):
+    """Of 8 tokens the toy model needs more, whatever it draws, so that the vote is none to train on."""
+    visitor = visit()
+    start_comparing(visitor, match="toy and random")
+    choose(visitor, 2, tab="compare")
+    open_fold(visitor, tab="compare")
+    set_longest(visitor, 8, tab="compare")
+    compare(visitor)
+    before = len(read_records(demo.votes / "votes.jsonl", Vote)) if (demo.votes / "votes.jsonl").exists() else 0
+    visitor.page.get_by_role("button", name="A is better").click()
+    visitor.page.locator("#duel-status").get_by_text("ran into its limit of length").wait_for()
+    vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
+    assert {vote.first.model, vote.second.model} == {"toy", "random"}
+    assert vote.first.model in visitor.page.locator("#first").inner_text()
+    visitor.page.get_by_role("tab", name="Results").click()
+    votes = visitor.page.locator("#results .figures div").first
+    votes.get_by_text(str(before + 1), exact=True).wait_for()
+    results = visitor.page.locator("#results").inner_text()
+    assert "random, temperature 0.8 against toy, temperature 0.8" in results
+    assert f"wins {100 * (vote.first.model == 'random'):.1f} % {int(vote.first.model == 'random')} of 1" in results
+    assert "Do votes and score agree?" in results
+
+
+def test_two_draws_at_temperature_0_are_refused(visit):
+    visitor = visit()
+    start_comparing(visitor)
+    choose(visitor, 1, tab="compare")
+    open_fold(visitor, tab="compare")
+    heat = visitor.page.locator("#tab-compare").get_by_label("number input for Temperature")
+    heat.fill("0")
+    heat.press("Tab")
+    visitor.page.get_by_role("button", name="Compare", exact=True).click()
+    visitor.page.locator("#duel-status .trouble").get_by_text("the same at temperature 0").wait_for()
+
+
+def test_a_run_is_shown_and_refreshed(visit, demo):
+    visitor = visit()
+    visitor.page.get_by_role("tab", name="Runs").click()
+    frame = visitor.page.frame_locator("iframe.run")
+    frame.get_by_text("75.0 %").first.wait_for()
+    frame.get_by_text("2 steps").wait_for()
+    with (demo.run / "steps.jsonl").open("a") as file:
+        file.write('{"step": 2, "loss": 0.5}\n')
+    visitor.page.get_by_role("button", name="Refresh").click()
+    frame.get_by_text("3 steps").wait_for()
+    visitor.page.wait_for_function(
+        "document.querySelector('iframe.run').offsetHeight >= "
+        "document.querySelector('iframe.run').contentDocument.documentElement.scrollHeight"
+    )
+
+
+def test_two_visitors_at_once(visit, toy, examples):
+    one, two = visit(), visit()
+    choose(one, 1)
+    choose(two, 4)
+    for visitor in (one, two):
+        visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    assert whole_answer(one) == toy.caption(examples[0].path).text
+    assert whole_answer(two) == toy.caption(examples[3].path).text
+
+
+def test_stop(visit):
+    """Of the model that never ends by itself."""
+    visitor = visit()
+    choose(visitor, 1)
+    visitor.page.locator("#tab-describe").get_by_label("random").check()
+    open_fold(visitor)
+    set_longest(visitor, 512)
+    visitor.page.get_by_role("button", name="Describe", exact=True).click()
+    visitor.page.locator("#answer .growing").get_by_text(re.compile(r"\w")).wait_for()
+    visitor.page.get_by_role("button", name="Stop").click()
+    visitor.page.get_by_text(re.compile(r"words by random, stopped, ")).wait_for()
+    assert visitor.page.locator("#answer .caret").count() == 0
+    assert visitor.page.get_by_role("button", name="Describe", exact=True).is_enabled()
+    visitor.page.locator("#tab-describe").get_by_label("toy").check()
+    describe(visitor)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(visit, scheme):
+    visitor = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    assert visitor.width() <= 390
+    choose(visitor, 1)
+    describe(visitor)
+    visitor.page.locator("#findings .figures").wait_for()
+    assert visitor.width() <= 390
+    for tab in ("Compare", "Results", "Runs"):
+        visitor.page.get_by_role("tab", name=tab).click()
+        assert visitor.width() <= 390
+    ground = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == {"light": "rgb(250, 248, 245)", "dark": "rgb(22, 20, 19)"}[scheme]

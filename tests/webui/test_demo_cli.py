@@ -1,0 +1,84 @@
+"""`salmonn demo` from the command line: what it refuses, and who may enter."""
+
+import importlib.util
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from tests.webui.conftest import start_demo
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host", "0.0.0.0"], "give --password_file, or --no_auth"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--max_seconds", "0"], "above 0"),
+        (["--other_model", "m", "--model", "m"], "--other_model is --model again"),
+        (["--references", "absent.jsonl"], "absent.jsonl"),
+        (["--model", "{folder}"], "{folder}"),
+        (["--judge.kind", "openai"], "needs a model"),
+    ],
+)
+def test_wrong_usage(call, tmp_path, flags, words):
+    flags = [flag.format(folder=tmp_path) for flag in flags]
+    code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", *flags)
+    assert code == 2 and words.format(folder=tmp_path) in err and "Traceback" not in err
+
+
+def test_without_gradio_it_is_told_before_models_are_read(call, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else find(name, *more)
+    )
+    code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", "--model", tmp_path)
+    assert code == 2 and err == "error: salmonn demo needs Gradio: pip install 'salmonn[demo]'\n"
+
+
+@pytest.mark.parametrize(("text", "words"), [("ann", "line 1: expected user:password"), ("\n", "names nobody")])
+def test_password_files_that_are_none(call, tmp_path, text, words):
+    path = tmp_path / "passwords"
+    path.write_text(text)
+    code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", "--password_file", path)
+    assert code == 2 and words in err
+
+
+def test_port_0_is_a_free_one_of_the_system(demo):
+    """Gradio's own choice would be among 7860 to 7959."""
+    port = httpx.URL(demo.address).port
+    assert port is not None and port not in range(7860, 7960)
+    assert httpx.get(demo.address).status_code == 200
+
+
+def test_who_knows_no_password_sees_nothing(tmp_path):
+    passwords = tmp_path / "passwords"
+    passwords.write_text("ann:secret\n\nbob:pass:word\n")
+    demo = start_demo(tmp_path / "demo", "--password_file", passwords)
+    try:
+        assert httpx.get(f"{demo.address}config").status_code == 401
+        assert httpx.post(f"{demo.address}login", data={"username": "ann", "password": "wrong"}).status_code == 400
+        with httpx.Client() as client:
+            given = client.post(f"{demo.address}login", data={"username": "bob", "password": "pass:word"})
+            assert given.status_code == 200 and client.get(f"{demo.address}config").status_code == 200
+    finally:
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.process.wait(30) == 0
+    assert not list(demo.folder.glob("salmonn-*"))
+
+
+def test_help_starts_without_gradio_and_torch():
+    code = "import sys\ntry:\n from salmonn.cli import main; main(['demo', '--help'])\nexcept SystemExit as end:\n"
+    code += " assert end.code == 0\nassert not {'torch', 'gradio'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--password_file" in result.stdout and "--judge.kind" in result.stdout
+
+
+def test_demo_app_is_the_same_command():
+    result = subprocess.run(
+        [sys.executable, "demo/app.py", "--help"], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0 and "--other_model" in result.stdout

@@ -1,0 +1,109 @@
+"""The page's parts as HTML: what is told, and that nothing of a stranger's text is more than text."""
+
+import re
+
+import pytest
+
+from salmonn.preference.vote_results import sum_up
+from salmonn.records import Caption, Event, Reference, Score, Told
+from salmonn.webui.rendering import (
+    missed_events,
+    show_caption,
+    show_empty,
+    show_findings,
+    show_marked,
+    show_results,
+    show_run,
+    show_side,
+    show_trouble,
+)  # fmt: skip
+from salmonn.webui.scorer import Assessment
+from tests.preference.test_votes import VOTE
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+SEEN, HEARD = Event("a red circle appears", "visual", 1.0, 2.0), Event("a low tone", "audio", 3.0)
+SAID = Event("come here", "speech")
+SCORE = Score(
+    "v", 3, 1, 1, 1, num_words=10, num_repeated_words=1, missed=("come here",), invented=("a star " + HOSTILE,),
+    told=(Told(SEEN, "A red circle appears"), Told(HEARD, "a high tone", is_correct=False, reason="it is low")),
+)  # fmt: skip
+FOUND = Assessment(
+    Caption("v", f"A red circle appears, a high tone, a star {HOSTILE}"), (SEEN, HEARD, SAID), SCORE,
+    Reference("v", (SEEN, HEARD, SAID)),
+)  # fmt: skip
+
+
+def plain(html: str) -> str:
+    """The text alone, as a browser would show it."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html)).strip()
+
+
+@pytest.mark.parametrize(
+    "html",
+    [
+        show_caption(HOSTILE),
+        show_caption(HOSTILE, growing=True),
+        show_trouble(HOSTILE),
+        show_empty(HOSTILE, HOSTILE),
+        show_marked(FOUND),
+        show_findings(FOUND, judge=HOSTILE),
+        show_side("A", HOSTILE, who=HOSTILE),
+        show_run(HOSTILE),
+    ],
+)
+def test_text_is_text(html):
+    assert "<img" not in html and "&lt;img" in html
+
+
+def test_a_marked_caption():
+    html = show_marked(FOUND)
+    marks = re.findall(r'<mark class="([^"]*)"([^>]*)>(.*?)</mark>', html.split('class="legend"')[0])
+    assert [(kinds, text) for kinds, _, text in marks][:2] == [
+        ("correct", "A red circle appears"),
+        ("incorrect", "a high tone"),
+    ]
+    assert 'data-seek="1.0"' in marks[0][1] and 'data-seek="3.0"' in marks[1][1]
+    assert plain(html).count("told rightly") == 1
+
+
+def test_the_findings():
+    text = plain(show_findings(FOUND, judge="rule"))
+    # (1 + 1 + 1) / 3 events; one of ten words is repeated.
+    assert "100.0 % Total" in text.replace("Total 100.0 %", "100.0 % Total") and "10.0 %" in text
+    for words in ("against 3 events", "Missed said come here", "told as a high tone ; it is low", "Invented a star"):
+        assert words in text
+    assert "Events found 3" in text
+
+
+def test_findings_without_a_score_are_events_and_notes():
+    text = plain(show_findings(Assessment(FOUND.caption, (SEEN,), notes=("No score: why.",)), judge="rule"))
+    assert text.startswith("No score: why.") and "Events found 1" in text and "Total" not in text
+
+
+def test_missed_events_have_their_times_and_two_of_a_text_are_two():
+    again = Event("a beep", "audio", 5.0, 6.0)
+    first = Event("a beep", "audio", 1.0, 2.0)
+    score = Score("v", 3, 2, 0, 0, missed=("a beep", "unlisted"), told=(Told(first),))
+    assert missed_events([first, again], score) == [again, Event("unlisted")]
+
+
+def test_a_caption_that_was_cut_off_says_so():
+    assert "limit of length" in show_caption("A", finished=False)
+    assert "limit of length" not in show_caption("A", growing=True, finished=False)
+    assert "limit of length" not in show_caption("A")
+
+
+def test_sides_tell_nothing_before_the_vote():
+    assert plain(show_side("A", "A dog.")) == "A A dog."
+    told = plain(show_side("B", "A dog.", who="toy", score=SCORE, is_choice=True))
+    assert "toy" in told and "your choice" in told and "Total" in told
+
+
+def test_results(tmp_path):
+    html = show_results(sum_up([VOTE], []), folder=tmp_path / "votes")
+    assert "<code>votes</code>" in html and str(tmp_path) not in html
+    text = plain(html)
+    # One of one: Wilson's interval reaches from 1 / (1 + z^2) = 20.7 % to 100 %.
+    assert "one, temperature 0.8 wins 0.0 %" in text and "0 of 1" in text
+    assert "0.0 % to 79.3 %" in text and "0 to 1; 0 ties, 0 both bad" in text
+    assert "preferred 0.0 %" in text  # RIGHT was chosen, whose Total is the higher one

@@ -1,0 +1,126 @@
+"""What is found in a caption, and how references are read."""
+
+import pytest
+
+from salmonn.records import Caption, Event, Reference
+from salmonn.synthetic.judge import RuleJudge
+from salmonn.webui.scorer import Assessor, by_file_name, read_reference, restrict, right_caption
+
+SEEN = Event("a red circle appears", "visual", 1.0, 2.0)
+HEARD = Event("a low tone is heard", "audio", 3.0, 4.0)
+LEFT = Event("the red circle disappears", "visual", 5.0, 6.0)
+REFERENCE = Reference("clip.mp4", (SEEN, HEARD, LEFT), caption="Both.", visual_caption="Seen.", audio_caption="Heard.")
+TEXT = "A red circle appears. A high tone is heard. A blue star appears."
+
+
+@pytest.fixture
+def assessor():
+    return Assessor(RuleJudge())
+
+
+def test_events_and_score(assessor):
+    """The circle is told, the low tone is told wrong as a high one, leaving is missed, the star is invented."""
+    found = assessor.assess(Caption("upload.mp4", TEXT), REFERENCE)
+    assert [(event.text, event.modality) for event in found.events] == [
+        ("a red circle appears", "visual"),
+        ("a high tone is heard", "audio"),
+        ("a blue star appears", "visual"),
+    ]
+    score = found.score
+    assert (score.num_events, score.missing, score.incorrect, score.hallucinated) == (3, 1, 1, 1)
+    assert score.missed == (LEFT.text,) and score.wrong == (HEARD.text,) and score.invented == ("A blue star appears",)
+    assert found.notes == ()
+
+
+def test_without_a_reference_there_is_no_score(assessor):
+    found = assessor.assess(Caption("upload.mp4", TEXT), None)
+    assert len(found.events) == 3 and found.score is None and found.reference is None
+
+
+@pytest.mark.parametrize(("modality", "num_events"), [("visual", 2), ("audio", 1)])
+def test_a_picture_is_not_blamed_for_what_is_heard(assessor, modality, num_events):
+    found = assessor.assess(Caption("upload.mp4", TEXT), REFERENCE, modality=modality)
+    assert found.score.num_events == num_events == len(found.reference.events)
+
+
+def test_a_part_is_scored_against_its_events(assessor):
+    found = assessor.assess(Caption("upload.mp4", TEXT, start_seconds=4.5), REFERENCE)
+    assert found.reference.events == (LEFT,) and found.score.missing == 1
+
+
+def test_a_reference_without_events_is_split(assessor):
+    found = assessor.assess(Caption("upload.mp4", TEXT), Reference("clip.mp4", caption="A red circle appears."))
+    assert found.score.num_events == 1 and found.score.missing == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "words"),
+    [
+        ("  ", None, ["caption is empty"]),
+        ("Seagulls quarrel.", None, ["No list of events", "synthetic clips only"]),
+        (TEXT, Reference("clip.mp4", (Event("seagulls quarrel"),)), ["No score", "cannot read the event"]),
+        (TEXT, Reference("clip.mp4", (Event("a dog barks"),), caption="x"), ["No score"]),
+    ],
+)
+def test_what_cannot_be_judged_is_told(assessor, text, reference, words):
+    found = assessor.assess(Caption("upload.mp4", text), reference)
+    assert found.score is None and all(word in " ".join(found.notes) for word in words)
+
+
+def test_no_event_in_the_part_is_told(assessor):
+    found = assessor.assess(Caption("upload.mp4", TEXT, start_seconds=9.0), REFERENCE)
+    assert found.score is None and "no event in this part" in found.notes[0] and len(found.events) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", None),
+        (" \n", None),
+        ("A dog barks at a cat.", Reference("v", caption="A dog barks at a cat.")),
+        ("heard: a dog barks", Reference("v", (Event("a dog barks", "audio"),))),
+        (
+            "- a dog runs\n\n• Heard: a dog barks\nsaid: come here",
+            Reference("v", (Event("a dog runs"), Event("a dog barks", "audio"), Event("come here", "speech"))),
+        ),
+        ("at noon: a bell\na dog runs", Reference("v", (Event("at noon: a bell"), Event("a dog runs")))),
+        (
+            '["a dog runs", {"text": "a bell", "modality": "audio"}]',
+            Reference("v", (Event("a dog runs"), Event("a bell", "audio"))),
+        ),
+        ('{"video": "other.mp4", "caption": "A dog."}', Reference("v", caption="A dog.")),
+    ],
+)
+def test_references_as_they_are_typed(text, expected):
+    assert read_reference(text, video="v") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"events": [', "no JSON"),
+        ('{"evens": []}', "unknown field evens"),
+        ('[{"words": "a"}]', "unknown field words"),
+        ("{}", "neither events nor a caption"),
+        ("[3]", "expected a JSON object for Event"),
+    ],
+)
+def test_references_that_are_none(text, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        read_reference(text, video="v")
+    assert "one event a line" in str(caught.value)
+
+
+def test_restricted_to_what_was_asked_about():
+    assert restrict(REFERENCE, "both") == REFERENCE
+    assert restrict(REFERENCE, "visual").events == (SEEN, LEFT) and restrict(REFERENCE, "audio").events == (HEARD,)
+    assert [right_caption(REFERENCE, modality) for modality in ("both", "visual", "audio")] == [
+        "Both.",
+        "Seen.",
+        "Heard.",
+    ]
+
+
+def test_a_name_that_two_files_have_stands_for_neither():
+    one, two, three = (Reference(video) for video in ("a/clip.mp4", "b/clip.mp4", "b/other.mp4"))
+    assert by_file_name([one, two, three]) == {"other.mp4": three}

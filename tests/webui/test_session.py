@@ -1,0 +1,242 @@
+"""What visitors share: uploads that go when nobody holds them, examples, and answers of models."""
+
+import errno
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from salmonn.caption.engine import Query
+from salmonn.caption.loader import ClipReader, Wanted
+from salmonn.caption.probe import Outline, look_at
+from salmonn.caption.streaming import Answer, Piece
+from salmonn.media.container import ClipError
+from salmonn.media.frame_sampling import Stride
+from salmonn.preference.votes import VoteBox
+from salmonn.records import Caption
+from salmonn.synthetic.judge import RuleJudge
+from salmonn.synthetic.scene import SynthConfig
+from salmonn.webui.scorer import Assessor
+from salmonn.webui.session import Desk, Turns, Uploads, draw_seed, make_examples, sign, tell
+
+
+def upload(root, name, content="x"):
+    """A file as Gradio puts it: in a folder of all that have its content, named by the hash of that."""
+    path = root / f"hash-of-{content}" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def test_an_upload_goes_with_the_last_who_holds_it(tmp_path):
+    uploads, path = Uploads(tmp_path), upload(tmp_path, "a.mp4")
+    uploads.hold("ann", "describe", path)
+    uploads.hold("ann", "duel", path)
+    uploads.hold("bob", "describe", path)
+    uploads.hold("ann", "describe", None)
+    uploads.leave("ann")
+    assert path.exists()
+    uploads.hold("bob", "describe", upload(tmp_path, "b.mp4", "y"))  # another in its place
+    assert not path.parent.exists() and len(list(tmp_path.iterdir())) == 1
+    uploads.leave("bob")
+    uploads.leave("bob")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_file_again_stays(tmp_path):
+    uploads, path = Uploads(tmp_path), upload(tmp_path, "a.mp4")
+    uploads.hold("ann", "describe", path)
+    uploads.hold("ann", "describe", path)
+    assert path.exists()
+
+
+def test_the_same_content_of_another_name_stays(tmp_path):
+    uploads, ones, others = Uploads(tmp_path), upload(tmp_path, "a.mp4"), upload(tmp_path, "b.mp4")
+    uploads.hold("ann", "describe", ones)
+    uploads.hold("bob", "describe", others)
+    uploads.leave("ann")
+    assert not ones.exists() and others.exists()
+    uploads.leave("bob")
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_gone_holds_nothing(tmp_path):
+    """What is told late would be held for ever."""
+    uploads, path = Uploads(tmp_path), upload(tmp_path, "a.mp4")
+    uploads.leave("ann")
+    uploads.hold("ann", "duel", path)
+    age(path)
+    uploads.sweep()
+    assert not list(tmp_path.iterdir())
+
+
+def age(path, seconds=16 * 60):
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+def test_what_nobody_holds_goes_after_a_while(tmp_path):
+    uploads = Uploads(tmp_path / "uploads")
+    half, new, held, old = uploads.root / "tmpab12", *(upload(uploads.root, name, name) for name in "abc")
+    half.write_bytes(b"of an upload")
+    outside = upload(tmp_path, "d")
+    uploads.hold("ann", "describe", held)
+    for path in (half, held, old, outside):
+        age(path)
+    age(new, 14 * 60)
+    uploads.sweep()
+    assert sorted(uploads.root.iterdir()) == sorted([new.parent, held.parent]) and outside.exists()
+    assert new.exists() and held.exists()
+
+
+def test_nothing_outside_the_uploads_is_deleted(tmp_path):
+    uploads = Uploads(tmp_path / "uploads")
+    example = upload(tmp_path, "example.mp4")
+    sneaky = tmp_path / "uploads" / ".." / "hash-of-x" / "example.mp4"
+    for path in (example, sneaky):
+        uploads.hold("ann", "describe", path)
+        uploads.leave("ann")
+    assert example.exists()
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    return make_examples(tmp_path_factory.mktemp("examples"), SynthConfig(clips=2, seed=7))
+
+
+def test_examples_have_stills_and_references(examples):
+    assert len(examples) == 2
+    for example in examples:
+        assert example.path.stat().st_size > 1000 and example.still.read_bytes().startswith(b"\x89PNG")
+        assert example.reference.events and example.reference.caption
+
+
+def test_what_a_file_holds(examples, videos, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    with ClipReader(workers=1) as reader:
+        wanted = Wanted(Stride(frames_per_second=1.0))
+        outline = look_at(examples[0].path, reader, wanted)
+        assert (outline.has_picture, outline.has_sound) == (True, True)
+        assert outline.seconds == pytest.approx(examples[0].reference.duration_seconds, abs=0.1)
+        with pytest.raises(ClipError, match="is not a video"):
+            look_at(broken, reader, wanted)
+
+
+@dataclass
+class Scripted:
+    """Stands for an engine: tells the pieces of an answer when it is let to, and notes what it was asked."""
+
+    words: str
+    go: threading.Event = field(default_factory=threading.Event)
+    asked: list = field(default_factory=list)
+    dropped: int = 0
+    heard: list = field(default_factory=list)
+
+    def begin(self, query, *, tell, num_samples):
+        self.asked.append((query.seed, num_samples))
+
+        def answer():
+            self.go.wait()
+            for sample in range(num_samples):
+                tell(sample, Piece(self.words))
+                tell(sample, Piece("", Answer(f"{self.words}{sample}", True)))
+
+        threading.Thread(target=answer, daemon=True).start()
+        return self
+
+    def drop(self):
+        self.dropped += 1
+
+    def stop(self):
+        self.heard.append("stop")
+
+    def close(self, *, grace_seconds):
+        self.heard.append("close")
+
+
+def make_desk(tmp_path, **engines):
+    return Desk(engines, Assessor(RuleJudge()), VoteBox(tmp_path / "votes"), [], Uploads(tmp_path))
+
+
+def test_two_draws_of_one_model_are_one_query(tmp_path):
+    one = Scripted("a")
+    one.go.set()
+    desk = make_desk(tmp_path, one=one)
+    query = Query(tmp_path / "v.mp4", seed=5)
+    come = [item for item in desk.follow(query, ["one", "one"]) if item]
+    assert one.asked == [(5, 2)] and one.dropped == 1
+    assert [(place, piece.answer.text) for place, piece in come if piece.answer] == [(0, "a0"), (1, "a1")]
+
+
+def test_two_models_are_asked_at_once_and_who_leaves_drops_both(tmp_path):
+    one, two = Scripted("a"), Scripted("b")
+    two.go.set()
+    desk = make_desk(tmp_path, one=one, two=two)
+    coming = desk.follow(Query(tmp_path / "v.mp4"), ["one", "two"])
+    come = [next(coming), next(coming)]
+    assert [(place, piece.text) for place, piece in come] == [(1, "b"), (1, "")]
+    assert next(coming) is None  # nothing of the first yet, which is told
+    coming.close()
+    assert (one.dropped, two.dropped) == (1, 1)
+
+
+def test_an_error_of_one_ends_both(tmp_path):
+    class Broken(Scripted):
+        def begin(self, query, *, tell, num_samples):
+            tell(0, ClipError("v.mp4: is not a video"))
+            return self
+
+    one, two = Scripted("a"), Broken("b")
+    with pytest.raises(ClipError, match="is not a video"):
+        list(make_desk(tmp_path, one=one, two=two).follow(Query(tmp_path / "v.mp4"), ["one", "two"]))
+    assert (one.dropped, two.dropped) == (1, 1)
+
+
+def test_no_model_takes_queries_while_another_goes(tmp_path):
+    heard = []
+    make_desk(tmp_path, one=Scripted("a", heard=heard), two=Scripted("b", heard=heard)).close()
+    assert heard == ["stop", "stop", "close", "close"]
+
+
+def test_turns():
+    """A visitor's next question ends the one before; another file does, and the same one does not."""
+    turns, one, two = Turns(), Path("one.mp4"), Path("two.mp4")
+    first = turns.begin("ann", one)
+    assert not turns.turn_to("ann", "one.mp4") and not first.is_over
+    second = turns.begin("ann", two)
+    assert first.is_over and not second.is_over
+    turns.stop("ann")
+    turns.stop("bob")
+    assert second.is_stopped and not second.is_over
+    assert turns.turn_to("ann", None) and second.is_over
+    assert turns.turn_to("ann", "two.mp4")  # nothing is asked about it
+    third = turns.begin("bob", one)
+    turns.end("bob")
+    turns.end("bob")
+    assert third.is_over and not third.is_stopped
+
+
+def test_visitors_are_told_no_paths(tmp_path):
+    path = tmp_path / "holiday.mp4"
+    told = tell(ClipError(f"{path}: is not a video ({path} ends)"), path)
+    assert told == "is not a video (holiday.mp4 ends)"
+
+
+def test_visitors_are_told_no_more_of_an_error_than_its_kind(tmp_path, caplog):
+    path = tmp_path / "holiday.mp4"
+    assert "No space left on device (the log" in tell(OSError(errno.ENOSPC, "No space left on device", str(path)), path)
+    for error in (OSError(f"{tmp_path}/secret"), RuntimeError(f"{tmp_path}/secret of the model")):
+        told = tell(error, path)
+        assert type(error).__name__ in told and "secret" not in told and str(tmp_path) not in told
+    assert "secret of the model" in caplog.text
+
+
+def test_an_answer_as_a_record(tmp_path):
+    assert sign(Query(tmp_path / "v.mp4"), Answer("A.", False), "toy") == Caption(
+        "v.mp4", "A.", model="toy", finished=False
+    )
+    assert 0 <= draw_seed() < 1 << 31
+    assert Outline(3.0) == Outline(3.0, True, True)
