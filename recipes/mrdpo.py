@@ -24,8 +24,8 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach
 from salmonn.model.network import Block, Network
+from salmonn.preference.reward import make_judge
 from salmonn.records import Caption, Pair, read_json, read_records, write_json
-from salmonn.score.build import make_judge
 from salmonn.score.config import JudgeConfig
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates

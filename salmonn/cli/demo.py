@@ -147,7 +147,7 @@ def _open_engine(model: str | None, reader: "ClipReader", values: Namespace) -> 
 
 
 def _open_assessor(values: Namespace) -> "Assessor":
-    from salmonn.score.build import make_chat, make_judge
+    from salmonn.preference.reward import make_chat, make_judge
     from salmonn.score.formats import read_references
     from salmonn.webui.scorer import Assessor, by_file_name
 

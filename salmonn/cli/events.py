@@ -27,9 +27,10 @@ def events_parser() -> ArgumentParser:
 
 def run_events(values: Namespace) -> int:
     """Split captions into events; write all references."""
-    from salmonn.score.build import make_chat
+    from salmonn.preference.reward import make_chat
     from salmonn.score.events import list_events
     from salmonn.score.formats import read_references
+    from salmonn.synthetic.parser import split_caption
 
     config = judge_config(values)
     references = read_references(values.references)
@@ -45,6 +46,7 @@ def run_events(values: Namespace) -> int:
         found, failed = list_events(
             list(references.values()),
             chat=make_chat(config) if config.kind == "openai" else None,
+            rules=split_caption,
             attempts=config.attempts,
             progress=bar.update,
         )

@@ -32,7 +32,7 @@ def bench_parser() -> ArgumentParser:
 def run_bench(values: Namespace) -> int:
     """Print the judge's figures; write them where asked."""
     from salmonn.preference.benchmark import bench, read_pairs
-    from salmonn.score.build import make_judge
+    from salmonn.preference.reward import make_judge
 
     judge = make_judge(judge_config(values))
     pairs = read_pairs(values.pairs)

@@ -62,7 +62,7 @@ def run_score(values: Namespace) -> int:
     if values.worst < 1 or not 0 <= values.seed < 2**31:
         raise ValueError(f"--worst must be at least 1 and --seed 0 or more, got {values.worst} and {values.seed}")
     _require_outputs(values)
-    from salmonn.score.build import make_judge
+    from salmonn.preference.reward import make_judge
     from salmonn.score.formats import name_as_references, read_captions, read_references, write_scores
     from salmonn.score.metrics import rates
     from salmonn.score.scoring import score_set

@@ -4,7 +4,7 @@
     bench_rows(result)
 
 Each caption is judged by itself, as in scoring and in mrDPO; the one with the lower Total is preferred, at equal Total
-the one with less repetition. `docs/judge_benchmark.md` tells how the shipped pairs are made and what the rule judge reaches.
+the one with less repetition. `docs/judge_benchmark.md` describes the shipped pairs and the results of the rule judge.
 """
 
 import math

@@ -13,8 +13,6 @@ from salmonn.records import Event, EventModality, Reference, Unscored
 from salmonn.score.converse import Attempt, ReplyError, converse, object_schema, parse_object, write_data
 from salmonn.score.llm_client import Chat, ChatRefusedError
 from salmonn.score.text_spans import find_quote
-from salmonn.synthetic import phrases
-from salmonn.synthetic.parser import Claim, parse_claims
 
 SYSTEM = """\
 You split the description of a video into its atomic events.
@@ -53,6 +51,7 @@ def list_events(
     references: Sequence[Reference],
     *,
     chat: Chat | None,
+    rules: Callable[[Reference], tuple[Event, ...]] | None = None,
     attempts: int = 3,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Reference], list[Unscored]]:
@@ -60,7 +59,8 @@ def list_events(
 
     Args:
         references: with captions, or with events.
-        chat: the model that splits the captions; None reads those of synthetic clips by rules.
+        chat: language model that splits the captions; None applies `rules`.
+        rules: splits a caption without a language model.
         attempts: how often a caption is asked about.
         progress: called with the number of captions just split.
 
@@ -76,7 +76,8 @@ def list_events(
 
     def split(reference: Reference) -> tuple[Event, ...] | Unscored:
         if chat is None:
-            return read_synthetic(reference)
+            assert rules is not None, "give a language model or rules"
+            return rules(reference)
         try:
             return _ask(reference, chat, attempts=attempts)
         except (ReplyError, ChatRefusedError) as error:
@@ -90,22 +91,6 @@ def list_events(
     failed = [Unscored(reference.video, "it has neither events nor a caption to split") for reference in bare]
     failed += [result for result in found if isinstance(result, Unscored)]
     return [_with_events(reference, by_video.get(reference.video)) for reference in references], failed
-
-
-def read_synthetic(reference: Reference) -> tuple[Event, ...]:
-    """The events that the caption of a synthetic clip tells, in the words of the synthetic world, without times.
-
-    Raises:
-        ValueError: the rules cannot read a clause.
-    """
-    claims = parse_claims(reference.caption)
-    for claim in claims:
-        if claim.kind == "unreadable":
-            raise ValueError(
-                f"the rules cannot read {claim.clause!r} in the caption of {reference.video}: they know synthetic "
-                "clips only; ask a language model by --judge openai"
-            )
-    return tuple(Event(_canonical(claim), claim.modality) for claim in claims)
 
 
 def _with_events(reference: Reference, found: tuple[Event, ...] | Unscored | None) -> Reference:
@@ -171,17 +156,3 @@ def _time_fault(start: float | None, end: float | None, *, latest: float | None)
 def _span(entry: dict[str, Any]) -> tuple[float | None, float | None]:
     start, end = (entry.get(key) for key in ("start_seconds", "end_seconds"))
     return (None if start is None else float(start)), (None if end is None else float(end))
-
-
-def _canonical(claim: Claim) -> str:
-    """A claim in the words of the event list; as it stands in the caption where it leaves a detail open."""
-    if not all(claim.details):
-        return claim.clause
-    if claim.kind == "sound":
-        sounds = phrases.SOUNDS.get(claim.details[0])
-        return phrases.HEARD[0].format(sound=sounds[0]) if sounds else claim.clause
-    colour, shape, *values = claim.details
-    forms = {"appear": phrases.APPEAR, "leave": phrases.LEAVE, "blink": phrases.BLINK, "change": phrases.CHANGE}
-    form = (phrases.MOVE[values[0]] if claim.kind == "move" else forms[claim.kind])[0]
-    article = "an" if colour[0] in "aeiou" else "a"
-    return form.format(a=f"{article} {colour} {shape}", the=f"the {colour} {shape}", colour=values[0] if values else "")

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from salmonn.records import EventModality
+from salmonn.records import Event, EventModality, Reference
+from salmonn.synthetic import phrases
 from salmonn.synthetic.lexicon import FILLER_WORDS, LEXICON, join_phrases
 
 # What `Claim.details` holds, in order, for each kind; "" stands for a detail that the text does not tell.
@@ -407,3 +408,33 @@ class _Reader:
 
 def _normal(text: str) -> str:
     return " ".join(_WORD.findall(text.lower()))
+
+
+def split_caption(reference: Reference) -> tuple[Event, ...]:
+    """The events that the caption of a synthetic clip tells, in the words of the synthetic world, without times.
+
+    Raises:
+        ValueError: the rules cannot read a clause.
+    """
+    claims = parse_claims(reference.caption)
+    for claim in claims:
+        if claim.kind == "unreadable":
+            raise ValueError(
+                f"the rules cannot read {claim.clause!r} in the caption of {reference.video}: they know synthetic "
+                "clips only; ask a language model by --judge openai"
+            )
+    return tuple(Event(_canonical(claim), claim.modality) for claim in claims)
+
+
+def _canonical(claim: Claim) -> str:
+    """A claim in the words of the event list; as it stands in the caption where it leaves a detail open."""
+    if not all(claim.details):
+        return claim.clause
+    if claim.kind == "sound":
+        sounds = phrases.SOUNDS.get(claim.details[0])
+        return phrases.HEARD[0].format(sound=sounds[0]) if sounds else claim.clause
+    colour, shape, *values = claim.details
+    forms = {"appear": phrases.APPEAR, "leave": phrases.LEAVE, "blink": phrases.BLINK, "change": phrases.CHANGE}
+    form = (phrases.MOVE[values[0]] if claim.kind == "move" else forms[claim.kind])[0]
+    article = "an" if colour[0] in "aeiou" else "a"
+    return form.format(a=f"{article} {colour} {shape}", the=f"the {colour} {shape}", colour=values[0] if values else "")

@@ -10,6 +10,7 @@ from salmonn.records import Caption, Event, EventModality, Modality, Reference, 
 from salmonn.score.events import list_events
 from salmonn.score.judge import Judge, Task, events_of_part
 from salmonn.score.llm_client import Chat
+from salmonn.synthetic.parser import split_caption
 
 KINDS: Mapping[str, EventModality] = {"seen": "visual", "heard": "audio", "said": "speech"}
 HINT = 'write {"events": [{"text": "a dog barks", "modality": "audio"}]}, or one event a line'
@@ -91,7 +92,7 @@ class Assessor:
         return part, result
 
     def _split(self, reference: Reference) -> Reference:
-        (found,), failed = list_events([reference], chat=self._chat, attempts=self._attempts)
+        (found,), failed = list_events([reference], chat=self._chat, rules=split_caption, attempts=self._attempts)
         if failed:
             raise ValueError(failed[0].reason)
         return found

@@ -10,6 +10,7 @@ from salmonn.score.converse import ReplyError
 from salmonn.score.events import list_events, read_events
 from salmonn.score.judge import events_of_part
 from salmonn.synthetic.annotate import write_reference
+from salmonn.synthetic.parser import split_caption
 from salmonn.synthetic.scene import SynthConfig, draw_scene
 from tests.score.fake_llm_server import Answer
 
@@ -91,7 +92,7 @@ def test_a_caption_that_cannot_be_split_is_told(serve, open_chat):
 
 def test_a_reference_with_nothing_to_split_harms_no_other():
     star = Reference("s", caption="A red star blinks.")
-    (first, second), (failed,) = list_events([Reference("x"), star], chat=None)
+    (first, second), (failed,) = list_events([Reference("x"), star], chat=None, rules=split_caption)
     assert first == Reference("x") and second.events == (Event("the red star blinks", "visual"),)
     assert failed.video == "x" and "neither events nor a caption" in failed.reason
 
@@ -101,7 +102,7 @@ def test_rules_find_the_events_of_synthetic_captions():
         rng = random.Random(index)
         scene = draw_scene(rng, config=SynthConfig())
         known = write_reference(scene, rng, video="v", index=index)
-        (found,), _ = list_events([Reference("v", caption=known.caption)], chat=None)
+        (found,), _ = list_events([Reference("v", caption=known.caption)], chat=None, rules=split_caption)
         assert [(event.text, event.modality) for event in found.events] == [
             (event.text, event.modality) for event in known.events
         ]
@@ -109,7 +110,7 @@ def test_rules_find_the_events_of_synthetic_captions():
 
 def test_rules_refuse_what_they_cannot_read():
     with pytest.raises(ValueError, match=r"a dog barks.*--judge openai"):
-        list_events([Reference("v", caption="A red star blinks while a dog barks.")], chat=None)
+        list_events([Reference("v", caption="A red star blinks while a dog barks.")], chat=None, rules=split_caption)
 
 
 EVENTS = (

@@ -10,8 +10,8 @@ import openai
 import pytest
 
 from salmonn.cli.codes import SOME_FAILED
+from salmonn.preference.reward import make_chat
 from salmonn.records import Caption, Event, Reference, Score, Unscored, write_records
-from salmonn.score.build import make_chat
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
 from tests.score.local_server import LocalServer, make_chat_model, serve_locally

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from salmonn.preference.reward import make_judge
 from salmonn.records import Caption, Event, Reference, Score, Unscored
-from salmonn.score.build import make_judge
 from salmonn.score.config import JudgeConfig
 from salmonn.score.converse import ReplyError
 from salmonn.score.judge import Task
