@@ -384,7 +384,7 @@ def _guess(value: dict[str, Any]) -> str:
         required = {field.name for field in dataclasses.fields(other) if field.default is dataclasses.MISSING}
         if required <= set(value) <= names:
             return f". These are {plural}: is it the right file?"
-    return ". This is a score file: is it the right one?" if "judging" in value else ""
+    return ". This is a score file: is it the right one?" if "judge_info" in value else ""
 
 
 def _parse_value(value: Any, hint: Any, *, where: str) -> Any:

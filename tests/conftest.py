@@ -23,7 +23,7 @@ from salmonn.model.config import PLAIN_PROMPTS, tiny
 from salmonn.model.network import Network
 from salmonn.synthetic.render import SynthConfig, make_clips
 from salmonn.train.references import ClipSet, all_texts
-from tests.score.fake_llm_server import ScriptedServer
+from tests.score.fake_llm_server import FakeLLMServer
 
 torch.set_num_threads(1)
 
@@ -145,8 +145,8 @@ def serve():
     """Starts scripted servers, and stops them in the end."""
     servers = []
 
-    def start(script) -> ScriptedServer:
-        servers.append(ScriptedServer(script))
+    def start(script) -> FakeLLMServer:
+        servers.append(FakeLLMServer(script))
         return servers[-1]
 
     yield start

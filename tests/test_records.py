@@ -88,7 +88,7 @@ def test_whole_numbers_are_floats_and_blank_lines_nothing(tmp_path):
         ('{"video": "a.mp4", "text": "t', "no JSON, or cut off: Unterminated string starting at, column 28"),
         ('{"video": "a.mp4", "text": "t", "txt": 1}', "unknown field txt"),
         ('{"video": "a.mp4", "caption": "t"}', "These are references: is it the right file?"),
-        ('{"judging": {}}', "This is a score file"),
+        ('{"judge_info": {}}', "This is a score file"),
         ('{"video": "a.mp4", "text": 5}', "Caption.text must be str, got 5"),
         ('{"video": "a.mp4", "text": null}', "Caption.text must be str, got None"),
         ('{"video": "a.mp4", "text": "t", "sample": true}', "Caption.sample must be int, got True"),

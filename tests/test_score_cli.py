@@ -42,11 +42,15 @@ def test_score_by_hand(call, clips, tmp_path):
     assert rows["Hallucination"][0] == "0.00" and "5 captions of 5 videos" in out
     written = read_scores(tmp_path / "s.jsonl")
     assert [score.missing for score in written.scores] == [0, 0, 0, 0, counts[-1]]
-    judging = written.judging
-    assert (judging.judge, judging.protocol, judging.seeds, judging.kept) == ("rule", "salmonn", (2024,), 0)
-    assert judging.version and judging.date.endswith("+00:00") and re.fullmatch("[0-9a-f]{12}", judging.prompt_hash)
+    judge_info = written.judge_info
+    assert (judge_info.judge, judge_info.protocol, judge_info.seeds, judge_info.kept) == ("rule", "salmonn", (2024,), 0)
+    assert (
+        judge_info.version
+        and judge_info.date.endswith("+00:00")
+        and re.fullmatch("[0-9a-f]{12}", judge_info.prompt_hash)
+    )
     summary = read_json(tmp_path / "s.json")
-    assert summary["rates"]["total"] == pytest.approx(expected) == judging.totals[0]
+    assert summary["rates"]["total"] == pytest.approx(expected) == judge_info.totals[0]
     interval = summary["intervals"]["total"]
     assert rows["Total"][1] == f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}"
 
@@ -151,7 +155,7 @@ def test_killed_halfway_it_asks_nothing_twice_and_ends_with_the_same_scores(draw
     assert subprocess.run(unbroken, capture_output=True, env=environment, check=False).returncode == 0
     broken, whole = read_scores(drawn / "scores.jsonl"), read_scores(drawn / "unbroken.jsonl")
     assert broken.scores == whole.scores and len(whole.scores) == 500
-    assert broken.judging.totals == whole.judging.totals
+    assert broken.judge_info.totals == whole.judge_info.totals
 
 
 def few(folder: Path, count: int) -> None:
@@ -205,12 +209,12 @@ def test_passes_show_their_spread(call, drawn, serve):
     server = serve(script)
     code, out, _ = call(*openai_args(drawn, server), "--passes", 3)
     assert code == 0 and len(server.requests) == 90
-    judging = read_scores(drawn / "scores.jsonl").judging
-    assert judging.seeds == (2024, 2124, 2224) and judging.kept == 2
-    assert judging.totals[1] < judging.totals[2] < judging.totals[0]
-    listed = ", ".join(f"{100 * total:.2f}" for total in judging.totals)
+    judge_info = read_scores(drawn / "scores.jsonl").judge_info
+    assert judge_info.seeds == (2024, 2124, 2224) and judge_info.kept == 2
+    assert judge_info.totals[1] < judge_info.totals[2] < judge_info.totals[0]
+    listed = ", ".join(f"{100 * total:.2f}" for total in judge_info.totals)
     assert f"Total of each pass: {listed} %; standard deviation" in out and "pass 3, the median, is shown" in out
-    assert shown(out)["Total"][0] == f"{100 * judging.totals[2]:.2f}"
+    assert shown(out)["Total"][0] == f"{100 * judge_info.totals[2]:.2f}"
 
 
 PUBLISHED = [
@@ -259,7 +263,7 @@ def test_published_protocol(call, tmp_path, serve):
     assert "unscored: 3.mp4 (sample 0): no usable reply in 12 attempts" in err
     summary = read_json(tmp_path / "s.json")
     assert summary["as_published"]["total"] == 7 / 6 and summary["as_published_with_all_videos"]["total"] == 13 / 12
-    assert read_scores(tmp_path / "s.jsonl").judging.protocol == "published"
+    assert read_scores(tmp_path / "s.jsonl").judge_info.protocol == "published"
 
 
 def test_compare(call, clips, tmp_path):
@@ -282,7 +286,7 @@ def test_compare(call, clips, tmp_path):
     assert code == 2 and "rule" in err and "m at OpenAI" in err and "--force" in err
     assert call("compare", tmp_path / "first.jsonl", tmp_path / "other.jsonl", "--force")[0] == 0
     code, _, err = call("compare", tmp_path / "c.jsonl", tmp_path / "second.jsonl")
-    assert code == 2 and "c.jsonl, line 1" in err and "judging" in err
+    assert code == 2 and "c.jsonl, line 1" in err and "judge_info" in err
 
 
 def test_events_are_split_once_and_may_be_edited(call, tmp_path, serve):

@@ -147,7 +147,7 @@ def _open_engine(model: str | None, reader: "ClipReader", values: Namespace) -> 
 
 
 def _open_assessor(values: Namespace) -> "Assessor":
-    from salmonn.preference.reward import make_chat, make_judge
+    from salmonn.preference.reward import make_judge, make_llm_client
     from salmonn.score.formats import read_references
     from salmonn.webui.scorer import Assessor, by_file_name
 
@@ -155,7 +155,7 @@ def _open_assessor(values: Namespace) -> "Assessor":
     references = read_references(values.references).values() if values.references else []
     return Assessor(
         make_judge(config),
-        chat=make_chat(config) if config.kind == "openai" else None,
+        client=make_llm_client(config) if config.kind == "openai" else None,
         attempts=config.attempts,
         references=by_file_name(references),
     )

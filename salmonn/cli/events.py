@@ -27,7 +27,7 @@ def events_parser() -> ArgumentParser:
 
 def run_events(values: Namespace) -> int:
     """Split captions into events; write all references."""
-    from salmonn.preference.reward import make_chat
+    from salmonn.preference.reward import make_llm_client
     from salmonn.score.events import list_events
     from salmonn.score.formats import read_references
     from salmonn.synthetic.parser import split_caption
@@ -45,7 +45,7 @@ def run_events(values: Namespace) -> int:
     with tqdm(total=asked, desc="splitting", unit=" captions", disable=config.kind == "rule" or not asked) as bar:
         found, failed = list_events(
             list(references.values()),
-            chat=make_chat(config) if config.kind == "openai" else None,
+            client=make_llm_client(config) if config.kind == "openai" else None,
             rules=split_caption,
             attempts=config.attempts,
             progress=bar.update,

@@ -13,7 +13,7 @@ from salmonn.cli.tables import new_table
 from salmonn.records import write_json
 
 if TYPE_CHECKING:
-    from salmonn.preference.benchmark import BenchResult
+    from salmonn.preference.benchmark import BenchmarkResult
 
 
 def bench_parser() -> ArgumentParser:
@@ -31,13 +31,13 @@ def bench_parser() -> ArgumentParser:
 
 def run_bench(values: Namespace) -> int:
     """Print the judge's figures; write them where asked."""
-    from salmonn.preference.benchmark import bench, read_pairs
+    from salmonn.preference.benchmark import read_labelled_pairs, run_benchmark
     from salmonn.preference.reward import make_judge
 
     judge = make_judge(judge_config(values))
-    pairs = read_pairs(values.pairs)
+    pairs = read_labelled_pairs(values.pairs)
     with tqdm(total=2 * len(pairs), desc="judging", unit=" captions") as bar:
-        result = bench(pairs, judge, seed=values.seed, progress=bar.update)
+        result = run_benchmark(pairs, judge, seed=values.seed, progress=bar.update)
     if values.out:
         write_json(values.out, result.to_json())
     print_bench(result)
@@ -47,15 +47,15 @@ def run_bench(values: Namespace) -> int:
     return 0
 
 
-def print_bench(result: "BenchResult") -> None:
+def print_bench(result: "BenchmarkResult") -> None:
     """Print the table, in percent, and the biases."""
-    from salmonn.preference.benchmark import COLUMNS, bench_notes, bench_rows
+    from salmonn.preference.benchmark import COLUMNS, benchmark_notes, benchmark_rows
 
     table = new_table(f"judge {result.judge}", COLUMNS[1:])
-    for group in bench_rows(result):
+    for group in benchmark_rows(result):
         for row in group:
             table.add_row(*row, end_section=row == group[-1])
     console = Console(width=110)
     console.print(table)
-    for line in bench_notes(result):
+    for line in benchmark_notes(result):
         console.print(line, highlight=False)

@@ -63,13 +63,13 @@ def run_score(values: Namespace) -> int:
         raise ValueError(f"--worst must be at least 1 and --seed 0 or more, got {values.worst} and {values.seed}")
     _require_outputs(values)
     from salmonn.preference.reward import make_judge
-    from salmonn.score.formats import name_as_references, read_captions, read_references, write_scores
-    from salmonn.score.metrics import rates
+    from salmonn.score.formats import match_video_names, read_captions, read_references, write_scores
+    from salmonn.score.metrics import compute_rates
     from salmonn.score.scoring import score_set
-    from salmonn.score.stats import bootstrap
+    from salmonn.score.stats import bootstrap_intervals
 
     references = read_references(values.references)
-    captions = name_as_references(read_captions(values.captions), references, values.references)
+    captions = match_video_names(read_captions(values.captions), references, values.references)
     if not captions:
         raise ValueError(f"{values.captions} holds no captions")
     judge = make_judge(judge_config(values), published=values.protocol == "published")
@@ -85,11 +85,11 @@ def run_score(values: Namespace) -> int:
             progress=bar.update,
         )
     if values.out:
-        write_scores(values.out, scored.judging, scored.results)
+        write_scores(values.out, scored.judge_info, scored.results)
     _list_unscored(scored)
     if not scored.scores:
         return SOME_FAILED
-    figures, intervals = rates(scored.scores), bootstrap(scored.scores)
+    figures, intervals = compute_rates(scored.scores), bootstrap_intervals(scored.scores)
     if values.protocol == "published":  # its replies do not say which events are told, nor where
         figures = replace(figures, audio_share=None, order=None)
     print_scores(scored, figures, intervals)
@@ -117,7 +117,7 @@ def _require_outputs(values: Namespace) -> None:
 def summarise(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> dict[str, object]:
     """All figures of a scored set, as JSON."""
     return {
-        "judging": asdict(scored.judging),
+        "judge_info": asdict(scored.judge_info),
         "rates": asdict(figures),
         "intervals": {name: asdict(interval) for name, interval in intervals.items()},
         "unscored": [asdict(one) for one in scored.unscored],
@@ -128,9 +128,9 @@ def summarise(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "In
 
 def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> None:
     """Print tables of a scored set, and what could not be scored."""
-    judging = scored.judging
+    judge_info = scored.judge_info
     console = Console(width=100)
-    console.print(f"judge {judging.judge}", highlight=False, soft_wrap=True)
+    console.print(f"judge {judge_info.judge}", highlight=False, soft_wrap=True)
     table = new_table(f"{figures.captions} captions of {figures.clips} videos", ("%", "95 % interval"))
     for name, title in TITLES.items():
         value = getattr(figures, name)
@@ -140,11 +140,11 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
     table.add_row("Order (Kendall's tau)", "-" if figures.order is None else f"{figures.order:+.3f}", "")
     table.add_row("Length in words", f"{figures.words:.1f}", "")
     console.print(table)
-    if len(judging.totals) > 1:
-        found = [100 * total for total in judging.totals if total is not None]
-        words = ", ".join("-" if total is None else f"{100 * total:.2f}" for total in judging.totals)
+    if len(judge_info.totals) > 1:
+        found = [100 * total for total in judge_info.totals if total is not None]
+        words = ", ".join("-" if total is None else f"{100 * total:.2f}" for total in judge_info.totals)
         words = f"Total of each pass: {words} %; standard deviation {statistics.stdev(found) if found[1:] else 0:.2f}; "
-        console.print(f"{words}pass {judging.kept + 1}, the median, is shown", highlight=False, soft_wrap=True)
+        console.print(f"{words}pass {judge_info.kept + 1}, the median, is shown", highlight=False, soft_wrap=True)
     if scored.as_published and scored.with_all:
         _print_published(console, scored)
 
@@ -197,7 +197,7 @@ def _write_page(
         values.report,
         Report(
             title=f"{values.captions.name} against {values.references.name}",
-            judging=scored.judging,
+            judge_info=scored.judge_info,
             rates=figures,
             scores=scored.scores,
             unscored=scored.unscored,
@@ -241,12 +241,12 @@ def compare_parser() -> ArgumentParser:
 def run_compare(values: Namespace) -> int:
     """Print how two sets of captions differ."""
     from salmonn.score.formats import read_scores
-    from salmonn.score.stats import compare, require_same_judge
+    from salmonn.score.stats import compare_sets, require_same_judge
 
     first, second = read_scores(values.first), read_scores(values.second)
     if not values.force:
-        require_same_judge(first.judging, second.judging)
-    result = compare(first.scores, second.scores)
+        require_same_judge(first.judge_info, second.judge_info)
+    result = compare_sets(first.scores, second.scores)
     table = new_table(
         f"{result.num_clips} videos: {values.second.name} against {values.first.name}",
         ("first %", "second %", "difference", "95 % interval", "wins", "ties", "losses"),
@@ -281,9 +281,9 @@ def qa_parser() -> ArgumentParser:
 
 def run_qa(values: Namespace) -> int:
     """Print the accuracy of answers."""
-    from salmonn.score.multiple_choice import read_choices, score_choices
+    from salmonn.score.multiple_choice import read_questions, score_questions
 
-    result = score_choices(read_choices(values.answers))
+    result = score_questions(read_questions(values.answers))
     if values.summary:
         write_json(values.summary, asdict(result))
     table = new_table(f"{result.num_questions} questions", ("accuracy %", "95 % interval", "questions"))

@@ -1,7 +1,7 @@
 """How well a judge tells the better of two captions: `salmonn judge-bench PAIRS`.
 
     result = bench(read_pairs("data/judge_pairs.jsonl"), RuleJudge())
-    bench_rows(result)
+    benchmark_rows(result)
 
 Each caption is judged by itself, as in scoring and in mrDPO; the one with the lower Total is preferred, at equal Total
 the one with less repetition. `docs/judge_benchmark.md` describes the shipped pairs and the results of the rule judge.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from salmonn.records import Caption, Event, Reference, Score, Unscored, read_records
-from salmonn.score.judge import Judge, Progress, Task
+from salmonn.score.judge import Judge, ProgressCallback, ScoringTask
 
 Better = Literal["first", "second", "tie"]
 Where = Literal["", "start", "middle", "end"]
@@ -64,7 +64,7 @@ class LabelledPair:
 
 
 @dataclass(frozen=True)
-class Tally:
+class DecisionCounts:
     """A judge's decisions on some pairs.
 
     Args:
@@ -127,7 +127,7 @@ class Bias:
 
 
 @dataclass(frozen=True)
-class BenchResult:
+class BenchmarkResult:
     """How a judge did.
 
     Args:
@@ -147,11 +147,11 @@ class BenchResult:
 
     judge: str
     prompt_hash: str
-    total: Tally
-    kinds: dict[str, Tally]
-    position: dict[str, Tally]
-    length: dict[str, Tally]
-    where: dict[str, Tally]
+    total: DecisionCounts
+    kinds: dict[str, DecisionCounts]
+    position: dict[str, DecisionCounts]
+    length: dict[str, DecisionCounts]
+    where: dict[str, DecisionCounts]
     position_bias: Bias | None
     length_bias: Bias | None
     reversed: int
@@ -165,7 +165,7 @@ class BenchResult:
         return asdict(self) | {"total": self.total.to_json()} | tallies
 
 
-def read_pairs(path: Path | str) -> list[LabelledPair]:
+def read_labelled_pairs(path: Path | str) -> list[LabelledPair]:
     """Read labelled pairs from JSONL.
 
     Raises:
@@ -178,9 +178,9 @@ def read_pairs(path: Path | str) -> list[LabelledPair]:
     return pairs
 
 
-def bench(
-    pairs: Sequence[LabelledPair], judge: Judge, *, seed: int = 0, progress: Progress | None = None
-) -> BenchResult:
+def run_benchmark(
+    pairs: Sequence[LabelledPair], judge: Judge, *, seed: int = 0, progress: ProgressCallback | None = None
+) -> BenchmarkResult:
     """Have a judge decide the pairs; `progress` is called with the number of captions just finished, of two a pair.
 
     All captions go to the judge at once, so that it can work on many side by side.
@@ -210,10 +210,10 @@ def _reference(pair: LabelledPair, number: int) -> Reference:
     return Reference(_name(number), pair.events)
 
 
-def _tasks(pair: LabelledPair, number: int) -> list[Task]:
+def _tasks(pair: LabelledPair, number: int) -> list[ScoringTask]:
     reference = _reference(pair, number)
     return [
-        Task(reference, Caption(reference.video, text, sample=sample))
+        ScoringTask(reference, Caption(reference.video, text, sample=sample))
         for sample, text in enumerate((pair.first, pair.second))
     ]
 
@@ -246,7 +246,7 @@ def _decide(pair: LabelledPair, *results: Score | Unscored) -> _Decision:
     return _Decision(pair, preferred, (errors[1] - errors[0]) * (-1 if pair.better == "second" else 1))
 
 
-def _summarise(decisions: Sequence[_Decision], judge: Judge, *, unscored: tuple[Unscored, ...]) -> BenchResult:
+def _summarise(decisions: Sequence[_Decision], judge: Judge, *, unscored: tuple[Unscored, ...]) -> BenchmarkResult:
     lengths = {True: "longer", False: "shorter", None: ""}
 
     def position(decision: _Decision) -> str:
@@ -256,7 +256,7 @@ def _summarise(decisions: Sequence[_Decision], judge: Judge, *, unscored: tuple[
         return lengths[decision.pair.is_longer_better]
 
     turned = [decision for decision in decisions if decision.is_reversed and length(decision)]
-    return BenchResult(
+    return BenchmarkResult(
         judge=judge.name,
         prompt_hash=judge.prompt_hash,
         total=_tally(decisions),
@@ -274,16 +274,16 @@ def _summarise(decisions: Sequence[_Decision], judge: Judge, *, unscored: tuple[
 
 def _tallies(
     decisions: Sequence[_Decision], group: Callable[[_Decision], str], *, names: Sequence[str] | None = None
-) -> dict[str, Tally]:
+) -> dict[str, DecisionCounts]:
     """Tallies of groups by name; of those that occur, in their order, where no names are given."""
     names = list(dict.fromkeys(map(group, decisions))) if names is None else names
     return {name: _tally([decision for decision in decisions if group(decision) == name]) for name in names}
 
 
-def _tally(decisions: Sequence[_Decision]) -> Tally:
+def _tally(decisions: Sequence[_Decision]) -> DecisionCounts:
     scored = [decision for decision in decisions if decision.preferred]
     errors = [abs(decision.gap - decision.pair.gap) for decision in scored if decision.pair.gap]
-    return Tally(
+    return DecisionCounts(
         pairs=len(decisions),
         right=sum(decision.is_right for decision in decisions),
         ties=sum(decision.preferred == "tie" for decision in decisions),
@@ -313,7 +313,7 @@ def _bias(decisions: Sequence[_Decision], group: Callable[[_Decision], str], *, 
     return Bias(difference, (difference - reach, difference + reach))
 
 
-def bench_rows(result: BenchResult) -> list[list[tuple[str, ...]]]:
+def benchmark_rows(result: BenchmarkResult) -> list[list[tuple[str, ...]]]:
     """The table in groups of rows, with the cells that `COLUMNS` names."""
     groups = [
         {"all": result.total},
@@ -325,7 +325,7 @@ def bench_rows(result: BenchResult) -> list[list[tuple[str, ...]]]:
     return [[(name, *_cells(tally)) for name, tally in group.items()] for group in groups]
 
 
-def bench_notes(result: BenchResult) -> list[str]:
+def benchmark_notes(result: BenchmarkResult) -> list[str]:
     """What the table does not say, a line each."""
     return [
         f"position bias, points for the first caption: {_points(result.position_bias)}",
@@ -334,7 +334,7 @@ def bench_notes(result: BenchResult) -> list[str]:
     ]
 
 
-def _cells(tally: Tally) -> tuple[str, ...]:
+def _cells(tally: DecisionCounts) -> tuple[str, ...]:
     return (
         str(tally.pairs),
         _percent(tally.accuracy),

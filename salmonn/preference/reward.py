@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from salmonn.score.config import JudgeConfig
 from salmonn.score.judge import Judge
-from salmonn.score.llm_client import Chat
-from salmonn.score.llm_judge import EventForm, LlmJudge
-from salmonn.score.published import FORMS
+from salmonn.score.llm_client import LLMClient
+from salmonn.score.llm_judge import EventPrompt, LLMJudge
+from salmonn.score.published import TEMPLATES
 from salmonn.synthetic.judge import RuleJudge
 
 
@@ -20,13 +20,13 @@ def make_judge(config: JudgeConfig, *, published: bool = False, processes: int =
     """
     if config.kind == "rule":
         return RuleJudge()
-    chat = make_chat(config, processes=processes)
+    chat = make_llm_client(config, processes=processes)
     if published:
-        return LlmJudge(chat, forms=FORMS, as_published=True)
-    return LlmJudge(chat, forms=[EventForm()] * config.attempts)
+        return LLMJudge(chat, templates=TEMPLATES, as_published=True)
+    return LLMJudge(chat, templates=[EventPrompt()] * config.attempts)
 
 
-def make_chat(config: JudgeConfig, *, processes: int = 1) -> Chat:
+def make_llm_client(config: JudgeConfig, *, processes: int = 1) -> LLMClient:
     """The language model that the configuration names; caps and concurrency are one process's share.
 
     Raises:
@@ -38,7 +38,7 @@ def make_chat(config: JudgeConfig, *, processes: int = 1) -> Chat:
             raise ValueError(f"{processes} processes cannot share a cap of {cap}: raise max_requests or max_tokens")
         return None if cap is None else cap // processes
 
-    return Chat(
+    return LLMClient(
         replace(
             config,
             concurrency=max(1, config.concurrency // processes),

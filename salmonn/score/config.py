@@ -10,7 +10,7 @@ ProtocolName = Literal["salmonn", "published"]
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class LLMConfig:
     """A language model on an OpenAI-compatible server.
 
     Args:
@@ -19,7 +19,7 @@ class ChatConfig:
             the environment variable OPENAI_API_KEY.
         concurrency: requests under way at once.
         temperature: of the model; null leaves it to the server, as some models ask for.
-        reply_tokens: longest reply; none is 4096, and no limit of ours where the server is OpenAI's own, whose newer
+        max_reply_tokens: longest reply; the default is 4096, and no limit on OpenAI's own server, whose newer
             models refuse one.
         structured: whether replies are asked for by JSON schema: auto does, until the server refuses.
         timeout_seconds: of one request.
@@ -33,7 +33,7 @@ class ChatConfig:
     base_url: str | None = None
     concurrency: int = 8
     temperature: float | None = 0.0
-    reply_tokens: int | None = None
+    max_reply_tokens: int | None = None
     structured: Literal["auto", "always", "never"] = "auto"
     timeout_seconds: float = 120.0
     retry_seconds: float = 600.0
@@ -42,9 +42,9 @@ class ChatConfig:
     cache: Path = Path("~/.cache/salmonn/replies.sqlite")
 
     @property
-    def longest_reply(self) -> int | None:
+    def reply_token_limit(self) -> int | None:
         """In tokens. Servers at home cut off at 1,024 by themselves, or never."""
-        return self.reply_tokens or (4096 if self.base_url else None)
+        return self.max_reply_tokens or (4096 if self.base_url else None)
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or min(self.timeout_seconds, self.retry_seconds) <= 0:
@@ -54,8 +54,8 @@ class ChatConfig:
             )
         if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.reply_tokens)):
-            raise ValueError("max_requests, max_tokens and reply_tokens must be at least 1 where they are given")
+        if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.max_reply_tokens)):
+            raise ValueError("max_requests, max_tokens and max_reply_tokens must be at least 1 where they are given")
         address = urlsplit(self.base_url or "https://localhost")
         if address.scheme not in ("http", "https") or not address.hostname or address.username:
             raise ValueError(
@@ -65,7 +65,7 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
-class JudgeConfig(ChatConfig):
+class JudgeConfig(LLMConfig):
     """Who judges captions, and at what cost.
 
     Args:

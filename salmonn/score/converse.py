@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from salmonn.score.llm_client import Chat, Message
+from salmonn.score.llm_client import ChatMessage, LLMClient
 
 Result = TypeVar("Result")
 
@@ -19,50 +19,52 @@ and nothing else."""
 _LONGEST_ECHO = 4000
 
 
-class ReplyError(ValueError):
+class InvalidReplyError(ValueError):
     """A reply that cannot be used; the message names its faults as a model can understand them."""
 
 
 @dataclass(frozen=True)
 class Attempt(Generic[Result]):
-    """One way to ask: the conversation, the JSON schema of the reply, and its reader, which raises ReplyError."""
+    """A request for a reply: conversation, JSON schema, and reader of the reply (raises InvalidReplyError)."""
 
-    messages: Sequence[Message]
+    messages: Sequence[ChatMessage]
     schema: dict[str, Any]
     read: Callable[[str], Result]
 
 
-def converse(chat: Chat, attempts: Sequence[Attempt[Result]], *, seed: int, names_faults: bool = True) -> Result:
+def ask_with_retries(
+    client: LLMClient, attempts: Sequence[Attempt[Result]], *, seed: int, names_faults: bool = True
+) -> Result:
     """What the first reply that can be read says.
 
     Args:
-        chat: the model.
+        client: the model.
         attempts: made in turn until a reply can be read.
         seed: of the first attempt; each further one is 1 on.
         names_faults: whether a further attempt tells what was wrong with the reply before, or asks afresh.
 
     Raises:
-        ReplyError: no reply can be read; the message tells the last one's fault.
-        ChatRefusedError: the server refuses the question.
-        ChatStoppedError: no question can be asked any more.
+        InvalidReplyError: no reply can be read; the message tells the last one's fault.
+        LLMRejectedError: the server refuses the question.
+        LLMStoppedError: no question can be asked any more.
     """
-    history: list[Message] = []
+    history: list[ChatMessage] = []
     fault = ""
     for number, attempt in enumerate(attempts):
         # A seed of its own, since the same question twice would be answered from the cache.
-        reply = chat.ask([*attempt.messages, *history], schema=attempt.schema, seed=seed + number)
+        reply = client.complete([*attempt.messages, *history], schema=attempt.schema, seed=seed + number)
         try:
-            if reply.is_cut_off:
-                raise ReplyError("it was cut off at its token limit")
+            if reply.is_truncated:
+                raise InvalidReplyError("it was cut off at its token limit")
             return attempt.read(reply.text)
-        except ReplyError as error:
+        except InvalidReplyError as error:
             fault = str(error)
         if names_faults:
             history = [
                 {"role": "assistant", "content": _disarm(reply.text[:_LONGEST_ECHO])},
                 {"role": "user", "content": AGAIN.format(faults=fault)},
             ]
-    raise ReplyError(f"no usable reply in {len(attempts)} attempts; of the last: {fault}")
+    raise InvalidReplyError(f"no usable reply in {len(attempts)} attempts; of the last: {fault}")
 
 
 def object_schema(kinds: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def parse_object(text: str) -> dict[str, Any]:
     taken off.
 
     Raises:
-        ReplyError: it is not one JSON object, or names a key twice.
+        InvalidReplyError: it is not one JSON object, or names a key twice.
     """
     text = text.rpartition("</think>")[2].strip()
     if text.startswith("```") and text.endswith("```") and "\n" in text:
@@ -98,19 +100,19 @@ def parse_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ReplyError(f"it is not one JSON object and nothing else ({error})") from error
+        raise InvalidReplyError(f"it is not one JSON object and nothing else ({error})") from error
     if not isinstance(value, dict):
-        raise ReplyError("it is not a JSON object")
+        raise InvalidReplyError("it is not a JSON object")
     require_text(json.dumps(value, ensure_ascii=False))
     return value
 
 
 def require_text(text: str) -> None:
-    """Raise ReplyError where a text holds half a character, which JSON can escape (\\ud83d) and no file can hold."""
+    """Raise InvalidReplyError for an unpaired surrogate, which JSON can escape (\\ud83d) but no file can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ReplyError("it holds half of a Unicode character") from error
+        raise InvalidReplyError("it holds half of a Unicode character") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from salmonn.records import Event, EventModality, Reference, Unscored
-from salmonn.score.converse import Attempt, ReplyError, converse, object_schema, parse_object, write_data
-from salmonn.score.llm_client import Chat, ChatRefusedError
+from salmonn.score.converse import Attempt, InvalidReplyError, ask_with_retries, object_schema, parse_object, write_data
+from salmonn.score.llm_client import LLMClient, LLMRejectedError
 from salmonn.score.text_spans import find_quote
 
 SYSTEM = """\
@@ -50,7 +50,7 @@ _MOST_FAULTS = 5
 def list_events(
     references: Sequence[Reference],
     *,
-    chat: Chat | None,
+    client: LLMClient | None,
     rules: Callable[[Reference], tuple[Event, ...]] | None = None,
     attempts: int = 3,
     progress: Callable[[int], object] | None = None,
@@ -59,7 +59,7 @@ def list_events(
 
     Args:
         references: with captions, or with events.
-        chat: language model that splits the captions; None applies `rules`.
+        client: language model that splits the captions; None applies `rules`.
         rules: splits a caption without a language model.
         attempts: how often a caption is asked about.
         progress: called with the number of captions just split.
@@ -69,24 +69,24 @@ def list_events(
 
     Raises:
         ValueError: the rules cannot read a caption.
-        ChatStoppedError: the server cannot be asked (any more), or a spend cap is reached.
+        LLMStoppedError: the server cannot be asked (any more), or a spend cap is reached.
     """
     bare = [reference for reference in references if not reference.events and not reference.caption.strip()]
     asked = [reference for reference in references if not reference.events and reference.caption.strip()]
 
     def split(reference: Reference) -> tuple[Event, ...] | Unscored:
-        if chat is None:
+        if client is None:
             assert rules is not None, "give a language model or rules"
             return rules(reference)
         try:
-            return _ask(reference, chat, attempts=attempts)
-        except (ReplyError, ChatRefusedError) as error:
+            return _ask(reference, client, attempts=attempts)
+        except (InvalidReplyError, LLMRejectedError) as error:
             return Unscored(reference.video, str(error))
 
-    if chat is None:
+    if client is None:
         found = [split(reference) for reference in asked]
     else:
-        found = chat.side_by_side(split, asked, progress=lambda _: progress(1) if progress else None)
+        found = client.map_concurrent(split, asked, progress=lambda _: progress(1) if progress else None)
     by_video = dict(zip((reference.video for reference in asked), found, strict=True))
     failed = [Unscored(reference.video, "it has neither events nor a caption to split") for reference in bare]
     failed += [result for result in found if isinstance(result, Unscored)]
@@ -97,23 +97,23 @@ def _with_events(reference: Reference, found: tuple[Event, ...] | Unscored | Non
     return replace(reference, events=found) if isinstance(found, tuple) else reference
 
 
-def _ask(reference: Reference, chat: Chat, *, attempts: int) -> tuple[Event, ...]:
+def _ask(reference: Reference, client: LLMClient, *, attempts: int) -> tuple[Event, ...]:
     data = write_data({"description": reference.caption})
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": data}]
     attempt = Attempt(messages, SCHEMA, lambda text: read_events(text, reference))
-    return converse(chat, [attempt] * attempts, seed=0)
+    return ask_with_retries(client, [attempt] * attempts, seed=0)
 
 
 def read_events(text: str, reference: Reference) -> tuple[Event, ...]:
     """The events that a reply lists.
 
     Raises:
-        ReplyError: naming up to 5 faults: no events, another form, a quote that is not in the caption, a time span that
+        InvalidReplyError: naming up to 5 faults: no events, wrong format, a quote not in the caption, a time span that
             ends before it begins or lies outside of the video, an event that comes twice.
     """
     entries = parse_object(text).get("events")
     if not isinstance(entries, list) or not entries:
-        raise ReplyError('it has no list of "events"')
+        raise InvalidReplyError('it has no list of "events"')
     faults, events = [], []
     for number, entry in enumerate(entries, start=1):
         fault = _fault(entry, reference)
@@ -123,7 +123,7 @@ def read_events(text: str, reference: Reference) -> tuple[Event, ...]:
             events.append(Event(entry["text"].strip(), entry["kind"], *_span(entry)))
     faults += [f"{event.text!r} comes twice" for place, event in enumerate(events) if event in events[:place]]
     if faults:
-        raise ReplyError("; ".join(faults[:_MOST_FAULTS]))
+        raise InvalidReplyError("; ".join(faults[:_MOST_FAULTS]))
     return tuple(events)
 
 

@@ -1,6 +1,6 @@
 """The files of scoring: score files; captions and references in our format (JSONL) or the published one (JSON).
 
-A score file is JSONL. Its first line, `{"judging": {...}}`, says who judged, when and how (`salmonn.records.Judging`);
+A score file is JSONL. Its first line, `{"judge_info": {...}}`, holds judge, settings and date (`records.Judging`);
 each further line is a `Score`, or an `Unscored` with its reason.
 
 The published test set (video-SALMONN 2) is a JSON list of `{"video", "events": [text, ...]}`, predictions on it one of
@@ -36,14 +36,14 @@ _PUBLISHED = "a JSON list, as the published test set has it,"
 class ScoreFile:
     """What a score file holds."""
 
-    judging: Judging
+    judge_info: Judging
     scores: list[Score]
     unscored: list[Unscored]
 
 
-def write_scores(path: Path | str, judging: Judging, results: Sequence[Score | Unscored]) -> None:
+def write_scores(path: Path | str, judge_info: Judging, results: Sequence[Score | Unscored]) -> None:
     """Write a score file; it appears whole or not at all."""
-    lines = [{"judging": asdict(judging)}, *map(asdict, results)]
+    lines = [{"judge_info": asdict(judge_info)}, *map(asdict, results)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -57,24 +57,26 @@ def read_scores(path: Path | str) -> ScoreFile:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected a score file, as `salmonn score --out` writes it")
-    judging: Judging | None = None
+    judge_info: Judging | None = None
     scores, unscored = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             value = json.loads(line)
-            if judging is None:
-                if not isinstance(value, dict) or set(value) != {"judging"}:
-                    raise ValueError('a score file begins with {"judging": ...}: write it with `salmonn score --out`')
-                judging = parse_record(value["judging"], Judging)
+            if judge_info is None:
+                if not isinstance(value, dict) or set(value) != {"judge_info"}:
+                    raise ValueError(
+                        'a score file begins with {"judge_info": ...}: write it with `salmonn score --out`'
+                    )
+                judge_info = parse_record(value["judge_info"], Judging)
             elif isinstance(value, dict) and "reason" in value:
                 unscored.append(parse_record(value, Unscored))
             else:
                 scores.append(parse_record(value, Score))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    if judging is None:
+    if judge_info is None:
         raise ValueError(f"{path} is empty: expected a score file, as `salmonn score --out` writes it")
-    return ScoreFile(judging, scores, unscored)
+    return ScoreFile(judge_info, scores, unscored)
 
 
 def read_references(path: Path) -> dict[str, Reference]:
@@ -116,7 +118,7 @@ def read_captions(path: Path) -> list[Caption]:
     return list(captions.values())
 
 
-def name_as_references(captions: Sequence[Caption], references: Mapping[str, Reference], path: Path) -> list[Caption]:
+def match_video_names(captions: Sequence[Caption], references: Mapping[str, Reference], path: Path) -> list[Caption]:
     """Captions under the references' names of their videos; `path` is the file of the references.
 
     Captions name videos as they were typed, references relative to their own file: both are meant.

@@ -9,8 +9,8 @@ from salmonn.records import Event, Score
 from salmonn.score.repetition import repeated_spans
 from salmonn.score.text_spans import find_all
 
-MarkKind = Literal["correct", "incorrect", "hallucinated", "repeated"]
-KINDS: tuple[MarkKind, ...] = ("correct", "incorrect", "hallucinated", "repeated")
+HighlightKind = Literal["correct", "incorrect", "hallucinated", "repeated"]
+KINDS: tuple[HighlightKind, ...] = ("correct", "incorrect", "hallucinated", "repeated")
 Span = tuple[int, int]
 
 
@@ -25,35 +25,35 @@ class Quote:
         span: where they stand in the caption, (start, end) in characters; None where they were not found.
     """
 
-    kind: MarkKind
+    kind: HighlightKind
     text: str
     event: Event | None = None
     span: Span | None = None
 
 
 @dataclass(frozen=True)
-class Mark:
+class Highlight:
     """A stretch of a caption: its text, what it does (several kinds may apply, or none), and the events it tells."""
 
     text: str
-    kinds: tuple[MarkKind, ...] = ()
+    kinds: tuple[HighlightKind, ...] = ()
     events: tuple[Event, ...] = ()
 
 
-def mark_caption(text: str, score: Score) -> list[Mark]:
+def highlight_caption(text: str, score: Score) -> list[Highlight]:
     """Cut a caption where marks begin and end; the texts of the stretches, joined, are the caption again."""
-    quotes = [(quote, quote.span) for quote in find_quotes(text, score) if quote.span]
+    quotes = [(quote, quote.span) for quote in locate_quotes(text, score) if quote.span]
     cuts = sorted({0, len(text), *(place for _, span in quotes for place in span)})
     marks = []
     for start, end in pairwise(cuts):
         over = [quote for quote, span in quotes if span[0] <= start and end <= span[1]]
         kinds = tuple(kind for kind in KINDS if any(quote.kind == kind for quote in over))
         events = tuple(dict.fromkeys(quote.event for quote in over if quote.event))
-        marks.append(Mark(text[start:end], kinds, events))
+        marks.append(Highlight(text[start:end], kinds, events))
     return marks
 
 
-def find_quotes(text: str, score: Score) -> list[Quote]:
+def locate_quotes(text: str, score: Score) -> list[Quote]:
     """The judge's quotes with their places in the caption, and what is said again there word for word.
 
     A quote takes the earliest place that no other has taken, what is said again the latest. Where all are taken it

@@ -1,7 +1,7 @@
 """What a judge is, and how a set of captions is scored by one.
 
 A judge sorts the N events of a reference into correct, incorrect and missing, and lists what a caption invents. There
-are two: `rule.RuleJudge` reads captions of synthetic clips without any model, `llm.LlmJudge` asks a language model on
+are two: `rule.RuleJudge` reads captions of synthetic clips without any model, `llm.LLMJudge` asks a language model on
 any OpenAI-compatible server. Classes of errors: arXiv 2410.06682 (video-SALMONN 2), section on atomic events.
 """
 
@@ -16,11 +16,11 @@ from salmonn.score.repetition import repeated_words
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int], object]
+ProgressCallback = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class Task:
+class ScoringTask:
     """One caption and the reference that it is judged against."""
 
     reference: Reference
@@ -50,14 +50,14 @@ class Judge(Protocol):
         ...
 
     def judge(
-        self, tasks: Sequence[Task], *, seed: int = 0, progress: Progress | None = None
+        self, tasks: Sequence[ScoringTask], *, seed: int = 0, progress: ProgressCallback | None = None
     ) -> list[Score | Unscored]:
         """Judge captions; results in the tasks' order. `progress` is called with the number just finished."""
         ...
 
 
-def write_score(
-    task: Task,
+def make_score(
+    task: ScoringTask,
     *,
     missed: Sequence[Event],
     told: Sequence[Told],
@@ -87,13 +87,15 @@ def write_score(
     )
 
 
-def leave_unscored(task: Task, reason: str) -> Unscored:
+def make_unscored(task: ScoringTask, reason: str) -> Unscored:
     """The record of a caption that cannot be judged."""
     caption = task.caption
     return Unscored(task.reference.video, reason, caption.sample, caption.start_seconds, caption.end_seconds)
 
 
-def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge) -> list[Task]:
+def match_references(
+    references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge
+) -> list[ScoringTask]:
     """The captions with their references; those of a part of a video with the events of that part.
 
     Captions of other videos are left out, and told.
@@ -119,10 +121,12 @@ def pair_up(references: Mapping[str, Reference], captions: Sequence[Caption], ju
             "of a video need sample numbers of their own"
         )
     _check_all([references[caption.video] for caption in known], judge)
-    return [Task(events_of_part(references[caption.video], caption), caption) for caption in known]
+    return [ScoringTask(restrict_to_span(references[caption.video], caption), caption) for caption in known]
 
 
-def all_missed(references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge) -> list[Task]:
+def empty_caption_tasks(
+    references: Mapping[str, Reference], captions: Sequence[Caption], judge: Judge
+) -> list[ScoringTask]:
     """An empty caption for each reference that has none, so that none is lost: all its events count as missing.
 
     Raises:
@@ -138,7 +142,7 @@ def all_missed(references: Mapping[str, Reference], captions: Sequence[Caption],
             uncaptioned[0],
         )
     _check_all([references[video] for video in uncaptioned], judge)
-    return [Task(references[video], Caption(video, "")) for video in uncaptioned]
+    return [ScoringTask(references[video], Caption(video, "")) for video in uncaptioned]
 
 
 def _check_all(references: Sequence[Reference], judge: Judge) -> None:
@@ -147,7 +151,7 @@ def _check_all(references: Sequence[Reference], judge: Judge) -> None:
         judge.check(reference)
 
 
-def events_of_part(reference: Reference, caption: Caption) -> Reference:
+def restrict_to_span(reference: Reference, caption: Caption) -> Reference:
     """The reference with the events alone that lie in the caption's part of the video (`Event.lies_within`).
 
     Raises:

@@ -1,6 +1,6 @@
 """Questions to a language model on any OpenAI-compatible server, at bounded cost.
 
-Every reply is kept (`ReplyCache`), so that a question is asked once, whatever happens in between. A server that is
+Every reply is kept (`ResponseCache`), so that a question is asked once, whatever happens in between. A server that is
 busy, failing or away is tried again with growing pauses, for a limited time. What cannot get better by trying again
 (a wrong key, no quota, a spend cap) stops the run with a sentence.
 """
@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 import openai
 import tenacity
 
-from salmonn.score.config import ChatConfig
-from salmonn.score.replies import Reply, ReplyCache
+from salmonn.score.config import LLMConfig
+from salmonn.score.replies import LLMResponse, ResponseCache
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 
 # May go well the next time. A reply that is no completion comes from a failing proxy as a rule.
 _PASSING = (
@@ -43,32 +43,32 @@ _FIRST_CONTACT_SECONDS = 10.0
 _MOST_REFUSED = 20  # before anything was answered
 
 
-class ChatStoppedError(ValueError):
+class LLMStoppedError(ValueError):
     """No further question can be asked in this run."""
 
 
-class CapReachedError(ChatStoppedError):
+class SpendCapError(LLMStoppedError):
     """A spend cap is reached."""
 
 
-class ChatRefusedError(ValueError):
+class LLMRejectedError(ValueError):
     """The server refuses this question, and would again."""
 
 
-class ChatFailedError(ChatRefusedError):
+class LLMFailedError(LLMRejectedError):
     """The server fails on this question, though not on others."""
 
 
-class Chat:
+class LLMClient:
     """Asks a model questions, many side by side."""
 
-    def __init__(self, config: ChatConfig) -> None:
+    def __init__(self, config: LLMConfig) -> None:
         self.config = config
         self.name = f"{config.model} at {(config.base_url or 'OpenAI').rstrip('/')}"
         self.num_requests = self.num_tokens = self._num_refused = 0
         self._has_answered = False
         self._told = -1.0
-        self._cache = ReplyCache(config.cache.expanduser())
+        self._cache = ResponseCache(config.cache.expanduser())
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._takes_schema = config.structured != "never"
@@ -83,7 +83,7 @@ class Chat:
             api_key=key, base_url=config.base_url, timeout=config.timeout_seconds, max_retries=0
         )
 
-    def ask(self, messages: Sequence[Message], *, schema: dict[str, Any], seed: int) -> Reply:
+    def complete(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> LLMResponse:
         """The reply to a conversation, from the cache where it was asked before.
 
         Args:
@@ -92,11 +92,11 @@ class Chat:
             seed: of the model's draws; another seed is another question.
 
         Raises:
-            ChatRefusedError: the server refuses this question (too long for the model, say).
-            ChatStoppedError: no further question can be asked.
+            LLMRejectedError: the server refuses this question (too long for the model, say).
+            LLMStoppedError: no further question can be asked.
         """
         asked = {"messages": list(messages), "seed": seed}
-        asked |= {"temperature": self.config.temperature, "reply_tokens": self.config.longest_reply}
+        asked |= {"temperature": self.config.temperature, "max_reply_tokens": self.config.reply_token_limit}
         words = json.dumps([self.name, schema, asked], sort_keys=True, ensure_ascii=False)
         key = hashlib.sha256(words.encode()).hexdigest()
         reply = self._cache.find(key)
@@ -105,7 +105,7 @@ class Chat:
             self._cache.keep(key, reply, judge=self.name, asked=asked)
         return reply
 
-    def side_by_side(
+    def map_concurrent(
         self,
         function: Callable[[Item], Result],
         items: Sequence[Item],
@@ -125,13 +125,13 @@ class Chat:
                 if progress:
                     progress(result)
             return [future.result() for future in futures]
-        except CapReachedError:
+        except SpendCapError:
             # What is under way may find out that the cap is not what is wrong.
             self._stop.set()
             executor.shutdown(cancel_futures=True)
             for future in futures:
                 error = None if future.cancelled() else future.exception()
-                if isinstance(error, ChatStoppedError) and not isinstance(error, CapReachedError):
+                if isinstance(error, LLMStoppedError) and not isinstance(error, SpendCapError):
                     raise error from None
             raise
         except BaseException as error:
@@ -142,12 +142,12 @@ class Chat:
         finally:
             executor.shutdown(cancel_futures=True)
 
-    def _ask_anew(self, messages: Sequence[Message], *, schema: dict[str, Any], seed: int) -> Reply:
+    def _ask_anew(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> LLMResponse:
         wants_schema = self._takes_schema
         try:
             return self._ask_patiently(messages, schema=schema if wants_schema else None, seed=seed)
-        except ChatRefusedError as error:
-            if not wants_schema or self.config.structured == "always" or isinstance(error, ChatFailedError):
+        except LLMRejectedError as error:
+            if not wants_schema or self.config.structured == "always" or isinstance(error, LLMFailedError):
                 raise
             first = error
         # Whether it was the schema that the server does not take shows without it.
@@ -157,7 +157,9 @@ class Chat:
             logger.warning("%s takes no JSON schema (%s): replies are parsed as they come", self.name, first)
         return reply
 
-    def _ask_patiently(self, messages: Sequence[Message], *, schema: dict[str, Any] | None, seed: int) -> Reply:
+    def _ask_patiently(
+        self, messages: Sequence[ChatMessage], *, schema: dict[str, Any] | None, seed: int
+    ) -> LLMResponse:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
             wait=self._pause,
@@ -171,15 +173,15 @@ class Chat:
         except openai.APIError as error:
             raise self._judge_fault(error) from error
 
-    def _judge_fault(self, error: openai.APIError) -> ChatStoppedError | ChatRefusedError:
+    def _judge_fault(self, error: openai.APIError) -> LLMStoppedError | LLMRejectedError:
         """What a request's final failure means: for this question, or for all."""
         if getattr(error, "status_code", 0) in _REFUSED_STATUS:
             self._num_refused += 1
             # A wrong model or option is refused for every caption; a long caption for itself.
             if self._has_answered or self._num_refused < _MOST_REFUSED:
-                return ChatRefusedError(f"the server refuses the question: {_words(error)}")
+                return LLMRejectedError(f"the server refuses the question: {_words(error)}")
         elif _may_pass(error) and self._is_alive():
-            return ChatFailedError(f"the server fails on this question, not on others: {_words(error)}")
+            return LLMFailedError(f"the server fails on this question, not on others: {_words(error)}")
         words = f"{self.name} cannot be asked: {_words(error)}"
         if isinstance(error, openai.APIConnectionError) and not self._has_answered:
             words += "; is the server started, and the address right?"
@@ -187,7 +189,7 @@ class Chat:
             words += "; is the address complete (most end in /v1), and the model's name as the server knows it?"
         if self._has_answered:
             words += f". What it answered is kept in {self.config.cache}; the same command goes on from there"
-        return ChatStoppedError(words)
+        return LLMStoppedError(words)
 
     def _is_alive(self) -> bool:
         """Whether the server answers a question that is easy to answer."""
@@ -197,13 +199,13 @@ class Chat:
             return False
         return True
 
-    def _request(self, messages: Sequence[Message], schema: dict[str, Any] | None, seed: int) -> Reply:
+    def _request(self, messages: Sequence[ChatMessage], schema: dict[str, Any] | None, seed: int) -> LLMResponse:
         self._spend()
         options: dict[str, Any] = {"seed": seed}
         if self.config.temperature is not None:
             options["temperature"] = self.config.temperature
-        if self.config.longest_reply is not None:
-            options["max_tokens"] = self.config.longest_reply
+        if self.config.reply_token_limit is not None:
+            options["max_tokens"] = self.config.reply_token_limit
         if schema is not None:
             options["response_format"] = {
                 "type": "json_schema",
@@ -232,11 +234,11 @@ class Chat:
             raise openai.APIConnectionError(message=f"broken off: {error}", request=answer.http_request) from error
         return body
 
-    def _read(self, body: bytes, *, response: Any) -> Reply:
+    def _read(self, body: bytes, *, response: Any) -> LLMResponse:
         try:
             value = json.loads(body)
             choice = value["choices"][0]
-            text, is_cut_off = choice["message"]["content"], choice.get("finish_reason") == "length"
+            text, is_truncated = choice["message"]["content"], choice.get("finish_reason") == "length"
             num_tokens = (value.get("usage") or {}).get("total_tokens")
             if not isinstance(text, str | None) or not isinstance(num_tokens, int | None):
                 raise TypeError("content or total_tokens of another kind")
@@ -246,14 +248,14 @@ class Chat:
         # Half a character, which a model may write, cannot be kept nor sent.
         text = (text or "").encode("utf-8", "replace").decode()
         if num_tokens is None and self.config.max_tokens is not None:
-            raise ChatStoppedError(
+            raise LLMStoppedError(
                 f"{self.name} does not say how many tokens it used, so that --max-tokens cannot be kept: "
                 "cap the requests instead, by --max-requests"
             )
         with self._lock:
             self.num_tokens += num_tokens or 0
             self._has_answered = True
-        return Reply(text, is_cut_off, num_tokens)
+        return LLMResponse(text, is_truncated, num_tokens)
 
     def _spend(self) -> None:
         """Count a request, or stop at a cap."""
@@ -264,13 +266,13 @@ class Chat:
                 (config.max_tokens, self.num_tokens, "tokens"),
             ):
                 if cap is not None and spent >= cap:
-                    raise CapReachedError(
+                    raise SpendCapError(
                         f"the cap of {cap} {name} is reached ({self.num_requests} requests, {self.num_tokens} tokens "
                         f"in this run). What was answered is kept in {config.cache}; the same command goes on from "
                         f"there with {cap} {name} more, or with a higher --max-{name}"
                     )
             if self._stop.is_set():
-                raise ChatStoppedError("stopped before this question was asked")
+                raise LLMStoppedError("stopped before this question was asked")
             self.num_requests += 1
 
     def _seconds_left(self, state: tenacity.RetryCallState) -> float:

@@ -13,9 +13,17 @@ from functools import partial
 from typing import Any, Protocol
 
 from salmonn.records import Event, Reference, Score, Told, Unscored
-from salmonn.score.converse import AGAIN, Attempt, ReplyError, converse, object_schema, parse_object, write_data
-from salmonn.score.judge import Progress, Task, leave_unscored, write_score
-from salmonn.score.llm_client import Chat, ChatRefusedError, Message
+from salmonn.score.converse import (
+    AGAIN,
+    Attempt,
+    InvalidReplyError,
+    ask_with_retries,
+    object_schema,
+    parse_object,
+    write_data,
+)
+from salmonn.score.judge import ProgressCallback, ScoringTask, make_score, make_unscored
+from salmonn.score.llm_client import ChatMessage, LLMClient, LLMRejectedError
 from salmonn.score.text_spans import count_words, find_all, find_quote
 
 CLASSES = ("correct", "incorrect", "missed")
@@ -57,7 +65,7 @@ SCHEMA = object_schema(
 )
 
 
-class Form(Protocol):
+class PromptTemplate(Protocol):
     """A way to ask about a caption and to read what is answered."""
 
     @property
@@ -70,41 +78,41 @@ class Form(Protocol):
         """All words that the question is made of, apart from the caption's and the events' own."""
         ...
 
-    def ask(self, task: Task) -> list[Message]:
+    def ask(self, task: ScoringTask) -> list[ChatMessage]:
         """The conversation that asks."""
         ...
 
-    def read(self, text: str, task: Task) -> Score:
-        """The score that a reply gives; raises ReplyError."""
+    def read(self, text: str, task: ScoringTask) -> Score:
+        """The score that a reply gives; raises InvalidReplyError."""
         ...
 
 
-class EventForm:
+class EventPrompt:
     """Asks for the class of each event, with the words that tell it, and for what is hallucinated."""
 
     schema = SCHEMA
     words = SYSTEM + AGAIN + json.dumps(SCHEMA)
 
-    def ask(self, task: Task) -> list[Message]:
+    def ask(self, task: ScoringTask) -> list[ChatMessage]:
         """The definitions, then events and caption as one JSON object, which no caption can break out of."""
         events = [_describe(number, event) for number, event in enumerate(task.reference.events, start=1)]
         data = write_data({"events": events, "description": task.caption.text})
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": data}]
 
-    def read(self, text: str, task: Task) -> Score:
+    def read(self, text: str, task: ScoringTask) -> Score:
         """The score of a consistent reply.
 
         Raises:
-            ReplyError: naming up to 5 of the reply's faults.
+            InvalidReplyError: naming up to 5 of the reply's faults.
         """
         reply = parse_object(text)
         faults = _list_faults(reply, task)
         if faults:
-            raise ReplyError("; ".join(faults[:_MOST_FAULTS]))
+            raise InvalidReplyError("; ".join(faults[:_MOST_FAULTS]))
         events = task.reference.events
         sorted_events = [(entry["class"], entry["quote"], events[entry["number"] - 1]) for entry in reply["events"]]
         told = [Told(event, quote, kind == "correct") for kind, quote, event in sorted_events if kind != "missed"]
-        return write_score(
+        return make_score(
             task,
             missed=[event for kind, _, event in sorted_events if kind == "missed"],
             told=sorted(told, key=lambda one: find_quote(one.quote, task.caption.text) or (0, 0)),
@@ -112,11 +120,11 @@ class EventForm:
         )
 
 
-class LlmJudge:
+class LLMJudge:
     """A language model that judges captions.
 
     Args:
-        chat: the model.
+        client: the model.
         forms: how each attempt at a caption asks; the last one gives up.
         as_published: whether to ask as the published scorer does: each attempt afresh, in place of telling what was
             wrong with the reply before, and about empty captions as well.
@@ -124,12 +132,12 @@ class LlmJudge:
 
     is_exact = False
 
-    def __init__(self, chat: Chat, *, forms: Sequence[Form], as_published: bool = False) -> None:
-        self.chat = chat
-        self.forms = forms
+    def __init__(self, client: LLMClient, *, templates: Sequence[PromptTemplate], as_published: bool = False) -> None:
+        self.client = client
+        self.templates = templates
         self.as_published = as_published
-        self.name = chat.name
-        words = "".join(dict.fromkeys(form.words for form in forms))
+        self.name = client.name
+        words = "".join(dict.fromkeys(form.words for form in templates))
         self.prompt_hash = hashlib.sha256(words.encode()).hexdigest()[:12]
 
     def check(self, reference: Reference) -> None:
@@ -140,12 +148,12 @@ class LlmJudge:
             )
 
     def judge(
-        self, tasks: Sequence[Task], *, seed: int = 0, progress: Progress | None = None
+        self, tasks: Sequence[ScoringTask], *, seed: int = 0, progress: ProgressCallback | None = None
     ) -> list[Score | Unscored]:
         """Judge captions side by side; equal captions of a video are asked about once.
 
         Raises:
-            ChatStoppedError: the server cannot be asked (any more), or a spend cap is reached.
+            LLMStoppedError: the server cannot be asked (any more), or a spend cap is reached.
         """
         groups: dict[tuple[object, ...], list[int]] = {}
         for place, task in enumerate(tasks):
@@ -159,20 +167,20 @@ class LlmJudge:
                 results[place] = result
             return len(places)
 
-        self.chat.side_by_side(judge_group, members, progress=progress)  # counts captions, not questions
+        self.client.map_concurrent(judge_group, members, progress=progress)  # counts captions, not questions
         return results
 
-    def _judge_alike(self, tasks: Sequence[Task], *, seed: int) -> list[Score | Unscored]:
+    def _judge_alike(self, tasks: Sequence[ScoringTask], *, seed: int) -> list[Score | Unscored]:
         """Judge tasks that differ in the caption's sample alone, by one conversation."""
         first = tasks[0]
         # Nothing is told: all is missed, whoever judges.
         if not self.as_published and not first.caption.text.strip():
-            return [write_score(task, missed=task.reference.events, told=[], invented=[]) for task in tasks]
-        attempts = [Attempt(form.ask(first), form.schema, partial(form.read, task=first)) for form in self.forms]
+            return [make_score(task, missed=task.reference.events, told=[], invented=[]) for task in tasks]
+        attempts = [Attempt(form.ask(first), form.schema, partial(form.read, task=first)) for form in self.templates]
         try:
-            score = converse(self.chat, attempts, seed=seed, names_faults=not self.as_published)
-        except (ReplyError, ChatRefusedError) as error:
-            return [leave_unscored(task, str(error)) for task in tasks]
+            score = ask_with_retries(self.client, attempts, seed=seed, names_faults=not self.as_published)
+        except (InvalidReplyError, LLMRejectedError) as error:
+            return [make_unscored(task, str(error)) for task in tasks]
         # Their parts of the video may differ, too, if the same events lie in them.
         return [
             replace(
@@ -193,7 +201,7 @@ def _describe(number: int, event: Event) -> dict[str, Any]:
     return described
 
 
-def _list_faults(reply: dict[str, Any], task: Task) -> list[str]:
+def _list_faults(reply: dict[str, Any], task: ScoringTask) -> list[str]:
     """All that is wrong with a parsed reply, the form first: what has the wrong form is not looked into."""
     faults = _form_faults(reply)
     if faults:

@@ -24,7 +24,7 @@ class Rates:
         words: mean length of a caption in words.
         cut_off: share of the captions that ran into their token limit.
         audio_share: see `audio_share`.
-        order: see `telling_order`; from -1 to 1.
+        order: see `temporal_order_tau`; from -1 to 1.
         captions: number of captions.
     """
 
@@ -43,7 +43,7 @@ class Rates:
     captions: int = 0
 
 
-def rates(scores: Sequence[Score], *, qa_accuracy: float | None = None) -> Rates:
+def compute_rates(scores: Sequence[Score], *, qa_accuracy: float | None = None) -> Rates:
     """Rates over all scores: Missing = sum M / sum N, Hallucination = sum (I + H) / sum N, Total = their sum.
 
     Repetition is repeated words / all words.
@@ -69,7 +69,7 @@ def rates(scores: Sequence[Score], *, qa_accuracy: float | None = None) -> Rates
         words=num_words / len(scores),
         cut_off=sum(not score.finished for score in scores) / len(scores),
         audio_share=audio_share(scores),
-        order=telling_order(scores),
+        order=temporal_order_tau(scores),
         captions=len(scores),
     )
 
@@ -80,7 +80,7 @@ def audio_share(scores: Sequence[Score]) -> float | None:
     return sum(heard) / len(heard) if heard else None
 
 
-def telling_order(scores: Sequence[Score]) -> float | None:
+def temporal_order_tau(scores: Sequence[Score]) -> float | None:
     """Kendall's tau of the order of telling against time: 1 is told in order, -1 backwards, 0 neither.
 
     Of all pairs of events that one caption tells, those count of which one precedes the other (`Event.precedes`),

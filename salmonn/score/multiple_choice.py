@@ -1,6 +1,6 @@
 """Accuracy on multiple-choice questions, from files of responses: Video-MME's, the published model's, or flat ones.
 
-`read_choices` takes a JSON list (`.json`), or JSON lines, of
+`read_questions` takes a JSON list (`.json`), or JSON lines, of
 - videos with their questions, Video-MME's format for results: `{"video_id", "duration", "domain", "sub_category",
   "questions": [{"task_type", "question", "options": ["A. ...", ...], "answer": "C", "response": "..."}]}`;
 - questions: `{"question", "options", "answer", "response"}`, with `video` and the keys of `GROUPS` where known;
@@ -55,7 +55,7 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoiceQuestion:
     """A multiple-choice question with a model's response.
 
     Args:
@@ -76,7 +76,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class ChoiceRates:
+class MultipleChoiceRates:
     """Accuracy over a set of questions.
 
     Args:
@@ -96,7 +96,7 @@ class ChoiceRates:
     by_group: dict[str, dict[str, tuple[float, int]]]
 
 
-def read_choices(path: Path | str) -> list[Choice]:
+def read_questions(path: Path | str) -> list[MultipleChoiceQuestion]:
     """Read multiple-choice questions with their responses, in any of the formats above.
 
     Raises:
@@ -107,7 +107,7 @@ def read_choices(path: Path | str) -> list[Choice]:
     return [choice for item, where in items for choice in _choices_of(item, where=where)]
 
 
-def choice_of(response: str, options: Sequence[str]) -> str | None:
+def parse_choice(response: str, options: Sequence[str]) -> str | None:
     """The letter of the option that a response chooses; None where it names none, or different ones.
 
     In this order: nothing but a letter; nothing but an option's text, alone or after "the answer is" (case and
@@ -128,7 +128,9 @@ def choice_of(response: str, options: Sequence[str]) -> str | None:
     return None
 
 
-def score_choices(choices: Sequence[Choice], *, resamples: int = RESAMPLES, seed: int = 0) -> ChoiceRates:
+def score_questions(
+    choices: Sequence[MultipleChoiceQuestion], *, resamples: int = RESAMPLES, seed: int = 0
+) -> MultipleChoiceRates:
     """Accuracy over questions, in all and by group.
 
     Raises:
@@ -136,10 +138,10 @@ def score_choices(choices: Sequence[Choice], *, resamples: int = RESAMPLES, seed
     """
     if not choices:
         raise ValueError("no questions: accuracy needs at least one")
-    chosen = [None if choice.response is None else choice_of(choice.response, choice.options) for choice in choices]
+    chosen = [None if choice.response is None else parse_choice(choice.response, choice.options) for choice in choices]
     right = [letter == choice.answer for letter, choice in zip(chosen, choices, strict=True)]
     num_unanswered = sum(choice.response is None for choice in choices)
-    return ChoiceRates(
+    return MultipleChoiceRates(
         accuracy=sum(right) / len(right),
         interval=_interval(choices, right, resamples=resamples, seed=seed),
         num_questions=len(right),
@@ -184,7 +186,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(text.lower()))
 
 
-def _interval(choices: Sequence[Choice], right: Sequence[bool], *, resamples: int, seed: int) -> Interval:
+def _interval(
+    choices: Sequence[MultipleChoiceQuestion], right: Sequence[bool], *, resamples: int, seed: int
+) -> Interval:
     videos = [number if choice.video is None else choice.video for number, choice in enumerate(choices)]
     questions = Counter(videos)
     hits = Counter(video for video, is_right in zip(videos, right, strict=True) if is_right)
@@ -192,7 +196,9 @@ def _interval(choices: Sequence[Choice], right: Sequence[bool], *, resamples: in
     return bootstrap_ratios(tops, bottoms, resamples=resamples, seed=seed)[0]
 
 
-def _by_group(choices: Sequence[Choice], right: Sequence[bool]) -> dict[str, dict[str, tuple[float, int]]]:
+def _by_group(
+    choices: Sequence[MultipleChoiceQuestion], right: Sequence[bool]
+) -> dict[str, dict[str, tuple[float, int]]]:
     members: dict[str, dict[str, list[bool]]] = {}
     for choice, is_right in zip(choices, right, strict=True):
         for kind, group in choice.groups.items():
@@ -203,7 +209,7 @@ def _by_group(choices: Sequence[Choice], right: Sequence[bool]) -> dict[str, dic
     }
 
 
-def _choices_of(item: Mapping[str, Any], *, where: str) -> Iterator[Choice]:
+def _choices_of(item: Mapping[str, Any], *, where: str) -> Iterator[MultipleChoiceQuestion]:
     if "questions" in item:
         questions = item["questions"]
         if not isinstance(questions, list) or not all(isinstance(question, dict) for question in questions):
@@ -217,7 +223,7 @@ def _choices_of(item: Mapping[str, Any], *, where: str) -> Iterator[Choice]:
         yield _flat_choice(item, where=where)
 
 
-def _flat_choice(item: Mapping[str, Any], *, where: str) -> Choice:
+def _flat_choice(item: Mapping[str, Any], *, where: str) -> MultipleChoiceQuestion:
     question, options, video = item.get("question"), item.get("options", []), item.get("video_id", item.get("video"))
     is_list = isinstance(options, list) and options and all(isinstance(option, str) for option in options)
     if not isinstance(question, str) or not is_list:
@@ -226,7 +232,7 @@ def _flat_choice(item: Mapping[str, Any], *, where: str) -> Choice:
             f"got the keys {', '.join(item)}"
         )
     texts = tuple(_unlabelled(option, letter) for option, letter in zip(options, _ALPHABET, strict=False))
-    return Choice(
+    return MultipleChoiceQuestion(
         question,
         texts,
         _answer(item.get("answer"), texts, where=where),
@@ -236,14 +242,14 @@ def _flat_choice(item: Mapping[str, Any], *, where: str) -> Choice:
     )
 
 
-def _published_choice(item: Mapping[str, Any], *, where: str) -> Choice:
+def _published_choice(item: Mapping[str, Any], *, where: str) -> MultipleChoiceQuestion:
     """2+ names the video "video" and its prompt as a turn of a conversation, 2 has a list "id" and a text."""
     prompt, video = item.get("prompt"), item.get("video", item.get("id"))
     question = prompt.get("value") if isinstance(prompt, dict) else prompt
     question = question if isinstance(question, str) else ""
     first = video[0] if isinstance(video, list) and video else video
     options = _options_in(question)
-    return Choice(
+    return MultipleChoiceQuestion(
         question,
         options,
         _answer(item["ref"], options, where=where),
@@ -268,7 +274,7 @@ def _unlabelled(option: str, letter: str) -> str:
 
 
 def _answer(value: Any, options: Sequence[str], *, where: str) -> str:
-    letter = choice_of(value.replace(END_OF_ANSWER, ""), options) if isinstance(value, str) else None
+    letter = parse_choice(value.replace(END_OF_ANSWER, ""), options) if isinstance(value, str) else None
     if letter is None:
         raise ValueError(f"{where}: the right answer {value!r} is none of the options' letters")
     return letter

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from salmonn.records import Score, Unscored
-from salmonn.score.judge import Judge, Progress, Task
+from salmonn.score.judge import Judge, ProgressCallback, ScoringTask
 
 # Attempts within a pass may each have a seed of their own.
 SEEDS_OF_A_PASS = 100
 
 
 @dataclass(frozen=True)
-class Passes:
+class JudgingPasses:
     """What several passes over the same captions gave.
 
     Args:
@@ -31,15 +31,15 @@ class Passes:
 
 
 def judge_passes(
-    tasks: Sequence[Task],
+    tasks: Sequence[ScoringTask],
     judge: Judge,
     *,
     total: Callable[[Sequence[Score]], float],
     passes: int = 1,
     seed: int = 0,
     once: Judge | None = None,
-    progress: Progress | None = None,
-) -> Passes:
+    progress: ProgressCallback | None = None,
+) -> JudgingPasses:
     """Judge all captions `passes` times.
 
     Args:
@@ -72,7 +72,7 @@ def judge_passes(
     totals = _totals(rounds, total, is_common=once is None)
     ranked = sorted((value, place) for place, value in enumerate(totals) if value is not None)
     kept = ranked[(len(ranked) - 1) // 2][1] if ranked else 0
-    return Passes(rounds[kept], tuple(totals), kept, seeds)
+    return JudgingPasses(rounds[kept], tuple(totals), kept, seeds)
 
 
 def _totals(
@@ -89,13 +89,13 @@ def _totals(
 
 
 def _judge_over(
-    tasks: Sequence[Task],
+    tasks: Sequence[ScoringTask],
     before: Sequence[Score | Unscored],
     judge: Judge,
     once: Judge,
     *,
     seed: int,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> list[Score | Unscored]:
     places: dict[bool, list[int]] = {True: [], False: []}
     for place, result in enumerate(before):

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from salmonn.records import Event, Reference, Score, Told
-from salmonn.score.converse import ReplyError, object_schema, require_text, write_data
-from salmonn.score.judge import Task, write_score
-from salmonn.score.llm_client import Message
-from salmonn.score.llm_judge import Form
+from salmonn.score.converse import InvalidReplyError, object_schema, require_text, write_data
+from salmonn.score.judge import ScoringTask, make_score
+from salmonn.score.llm_client import ChatMessage
+from salmonn.score.llm_judge import PromptTemplate
 
 NAME = "published"
 NUM_AGAIN, NUM_COUNTS = 8, 3  # further attempts, and attempts for counts alone
@@ -55,18 +55,18 @@ _LIST_SCHEMA = object_schema(dict.fromkeys(_FAULTS, _COUNT) | {f"{name} Event": 
 _COUNT_SCHEMA = object_schema(dict.fromkeys(("Missed", "Correct", "Incorrect", "Hallucination"), _COUNT))
 
 
-class ListForm:
+class ListPrompt:
     """Asks for the published scorer's three counts and lists, and reads them as it does."""
 
     schema = _LIST_SCHEMA
     words = _TASK + _LISTS
 
-    def ask(self, task: Task) -> list[Message]:
+    def ask(self, task: ScoringTask) -> list[ChatMessage]:
         """The question, as the published scorer sets it out."""
         return _ask(task, _TASK + _LISTS)
 
-    def read(self, text: str, task: Task) -> Score:
-        """The counts as stated; raises ReplyError where the published scorer cannot read them."""
+    def read(self, text: str, task: ScoringTask) -> Score:
+        """The counts as stated; raises InvalidReplyError where the published scorer cannot read them."""
         counts = [
             _count(_between(text, "Missed", '"Incorrect"')),
             _count(_between(text, "Incorrect", '"Hallucination"')),
@@ -80,28 +80,28 @@ class ListForm:
         return replace(score, missed=tuple(missed), told=told, invented=tuple(invented))
 
 
-class CountForm:
+class CountPrompt:
     """Asks for counts alone, where no reply with lists could be read."""
 
     schema = _COUNT_SCHEMA
     words = _TASK + _COUNTS
 
-    def ask(self, task: Task) -> list[Message]:
+    def ask(self, task: ScoringTask) -> list[ChatMessage]:
         """The question, as the published scorer sets it out."""
         return _ask(task, _TASK + _COUNTS)
 
-    def read(self, text: str, task: Task) -> Score:
-        """The counts; raises ReplyError where they cannot be read, or do not add up to the number of events."""
+    def read(self, text: str, task: ScoringTask) -> Score:
+        """The counts; raises InvalidReplyError where they cannot be read, or do not add up to the number of events."""
         missed = _count(_between(text, "Missed", '"Correct"'))
         correct = _count(_between(text, "Correct", '"Incorrect"'))
         wrong = _count(_between(text, "Incorrect", '"Hallucination"'))
         invented = _count(_between(text, "Hallucination", "}"))
         if missed + correct + wrong != len(task.reference.events):
-            raise ReplyError(f"{missed} + {correct} + {wrong} events are not {len(task.reference.events)}")
+            raise InvalidReplyError(f"{missed} + {correct} + {wrong} events are not {len(task.reference.events)}")
         return _score(task, [missed, wrong, invented])
 
 
-FORMS: tuple[Form, ...] = (ListForm(),) * (1 + NUM_AGAIN) + (CountForm(),) * NUM_COUNTS
+TEMPLATES: tuple[PromptTemplate, ...] = (ListPrompt(),) * (1 + NUM_AGAIN) + (CountPrompt(),) * NUM_COUNTS
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,14 @@ def collapse_repeats(text: str) -> str:
     return text
 
 
-def collapsed(task: Task) -> Task:
+def collapsed(task: ScoringTask) -> ScoringTask:
     """The task as the published scorer judges it."""
     if task.caption.finished:
         return task
     return replace(task, caption=replace(task.caption, text=collapse_repeats(task.caption.text)))
 
 
-def _ask(task: Task, system: str) -> list[Message]:
+def _ask(task: ScoringTask, system: str) -> list[ChatMessage]:
     events = write_data([event.text for event in task.reference.events])
     user = f"Events of the video:\n{events}\n\nDescription:\n{write_data(task.caption.text)}\n"
     return [
@@ -168,7 +168,7 @@ def _between(text: str, key: str, end: str) -> str:
     """What stands behind a key, up to `end` or the key's second place."""
     pieces = text.split(f'"{key}":')
     if len(pieces) < 2:
-        raise ReplyError(f'it has no "{key}"')
+        raise InvalidReplyError(f'it has no "{key}"')
     return pieces[1].split(end)[0]
 
 
@@ -176,7 +176,7 @@ def _count(text: str) -> int:
     try:
         return int(text.strip().replace(",", ""))
     except ValueError as error:
-        raise ReplyError(f"{text.strip()[:40]!r} is no count") from error
+        raise InvalidReplyError(f"{text.strip()[:40]!r} is no count") from error
 
 
 def _texts(text: str) -> list[str]:
@@ -187,14 +187,14 @@ def _texts(text: str) -> list[str]:
         try:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-            raise ReplyError(f"{text[:40]!r} is no list") from error
+            raise InvalidReplyError(f"{text[:40]!r} is no list") from error
     require_text(json.dumps(value, ensure_ascii=False, default=str))
     return [str(item) for item in value] if isinstance(value, list | tuple | set) else [str(value)]
 
 
-def _score(task: Task, counts: Sequence[int]) -> Score:
+def _score(task: ScoringTask, counts: Sequence[int]) -> Score:
     missing, incorrect, hallucinated = counts
-    written = write_score(task, missed=(), told=(), invented=())
+    written = make_score(task, missed=(), told=(), invented=())
     return replace(
         written,
         num_events=len(task.reference.events),

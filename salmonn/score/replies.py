@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Reply:
+class LLMResponse:
     """What a model answered.
 
     Args:
@@ -18,11 +18,11 @@ class Reply:
     """
 
     text: str
-    is_cut_off: bool = False
+    is_truncated: bool = False
     num_tokens: int | None = None
 
 
-class ReplyCache:
+class ResponseCache:
     """Replies by the hash of what was asked. Threads and processes may share a file; a kill loses no finished reply."""
 
     def __init__(self, path: Path) -> None:
@@ -37,14 +37,14 @@ class ReplyCache:
             "date TEXT DEFAULT CURRENT_TIMESTAMP)"
         )
 
-    def find(self, key: str) -> Reply | None:
+    def find(self, key: str) -> LLMResponse | None:
         """The reply to a question, if it was ever asked."""
         row = self._execute("SELECT reply, is_cut_off, num_tokens FROM replies WHERE key = ?", (key,)).fetchone()
-        return Reply(row[0], bool(row[1]), row[2]) if row else None
+        return LLMResponse(row[0], bool(row[1]), row[2]) if row else None
 
-    def keep(self, key: str, reply: Reply, *, judge: str, asked: object) -> None:
+    def keep(self, key: str, reply: LLMResponse, *, judge: str, asked: object) -> None:
         """Write a reply, beside who was asked what, so that people can read the file too."""
-        row = (key, judge, json.dumps(asked, ensure_ascii=False), reply.text, reply.is_cut_off, reply.num_tokens)
+        row = (key, judge, json.dumps(asked, ensure_ascii=False), reply.text, reply.is_truncated, reply.num_tokens)
         columns = "key, judge, asked, reply, is_cut_off, num_tokens"
         self._execute(f"INSERT OR REPLACE INTO replies ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)
 

@@ -19,8 +19,8 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from salmonn.records import Caption, Event, EventModality, Judging, Reference, Score, Unscored, write_text
-from salmonn.score.highlight import Mark, Quote, find_quotes, mark_caption
-from salmonn.score.judge import events_of_part
+from salmonn.score.highlight import Highlight, Quote, highlight_caption, locate_quotes
+from salmonn.score.judge import restrict_to_span
 from salmonn.score.metrics import Rates
 from salmonn.templates import open_template
 
@@ -67,7 +67,7 @@ class Report:
     """
 
     title: str
-    judging: Judging
+    judge_info: Judging
     rates: Rates
     scores: Sequence[Score]
     unscored: Sequence[Unscored]
@@ -94,10 +94,10 @@ def write_report(path: Path, report: Report) -> None:
         report=report,
         measures=_measures(report),
         scale=_scale(report),
-        passes=list(zip(report.judging.seeds, report.judging.totals, strict=False)),
+        passes=list(zip(report.judge_info.seeds, report.judge_info.totals, strict=False)),
         split=_split_of_total(report.scores),
         # By the published protocol replies do not say which events are told.
-        modalities=[] if report.judging.protocol == "published" else _share_by_modality(report),
+        modalities=[] if report.judge_info.protocol == "published" else _share_by_modality(report),
         histogram=_histogram(report.scores),
         median_total=median(score.total for score in report.scores),
         clips=clips,
@@ -230,7 +230,7 @@ def _name(record: Score | Caption) -> tuple[object, ...]:
 def _missed_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event | None]]:
     """Texts of missed events, each with its event where the reference has one of that text that is not told."""
     reference = report.references.get(score.video, Reference(score.video))
-    events = list((events_of_part(reference, caption) if caption else reference).events)
+    events = list((restrict_to_span(reference, caption) if caption else reference).events)
     for told in score.told:
         if told.event in events:
             events.remove(told.event)
@@ -273,7 +273,7 @@ class _Clip:
 
     score: Score
     caption: Caption | None
-    marks: list[Mark]
+    marks: list[Highlight]
     lost: list[Quote]
     missed: list[tuple[str, Event | None]]
     ticks: list[_Tick]
@@ -308,8 +308,8 @@ def _worst_clips(report: Report, path: Path) -> list[_Clip]:
             _Clip(
                 score=score,
                 caption=caption,
-                marks=mark_caption(text, score),
-                lost=[quote for quote in find_quotes(text, score) if not quote.span],
+                marks=highlight_caption(text, score),
+                lost=[quote for quote in locate_quotes(text, score) if not quote.span],
                 missed=_missed_events(report, score, caption),
                 ticks=_place_ticks(report, score, caption),
                 media=medium,

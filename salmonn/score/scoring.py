@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 
 from salmonn.records import Caption, Judging, Reference, Score, Unscored
 from salmonn.score.config import ProtocolName
-from salmonn.score.judge import Judge, Progress, Task, all_missed, pair_up
-from salmonn.score.llm_judge import LlmJudge
-from salmonn.score.metrics import rates
-from salmonn.score.passes import Passes, judge_passes
+from salmonn.score.judge import Judge, ProgressCallback, ScoringTask, empty_caption_tasks, match_references
+from salmonn.score.llm_judge import LLMJudge
+from salmonn.score.metrics import compute_rates
+from salmonn.score.passes import JudgingPasses, judge_passes
 from salmonn.score.published import PublishedRates, collapsed, published_rates
 from salmonn.score.repetition import repeated_words
 
@@ -34,7 +34,7 @@ class ScoredSet:
         with_all: the same with every video counted, those without a score as all missed.
     """
 
-    judging: Judging
+    judge_info: Judging
     results: list[Score | Unscored]
     as_published: PublishedRates | None = None
     with_all: PublishedRates | None = None
@@ -58,7 +58,7 @@ def score_set(
     protocol: ProtocolName = "salmonn",
     passes: int = 1,
     seed: int = 2024,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> ScoredSet:
     """Score captions by a protocol.
 
@@ -74,13 +74,13 @@ def score_set(
     Raises:
         ValueError: captions and references do not fit, nothing could be scored, or no question can be asked any more.
     """
-    if isinstance(judge, LlmJudge):
+    if isinstance(judge, LLMJudge):
         assert judge.as_published == (protocol == "published"), "make the judge for the protocol"
     if protocol == "published":
         return _score_as_published(references, captions, judge, passes=passes, seed=seed, progress=progress)
-    tasks = [*pair_up(references, captions, judge), *all_missed(references, captions, judge)]
+    tasks = [*match_references(references, captions, judge), *empty_caption_tasks(references, captions, judge)]
     outcome = judge_passes(
-        tasks, judge, total=lambda scores: rates(scores).total, passes=passes, seed=seed, progress=progress
+        tasks, judge, total=lambda scores: compute_rates(scores).total, passes=passes, seed=seed, progress=progress
     )
     return ScoredSet(_sign(judge, outcome, protocol), outcome.results)
 
@@ -92,16 +92,18 @@ def _score_as_published(
     *,
     passes: int,
     seed: int,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> ScoredSet:
-    tasks = pair_up(references, captions, judge)
+    tasks = match_references(references, captions, judge)
     outcome = judge_passes(
         [collapsed(task) for task in tasks],
         judge,
         total=lambda scores: published_rates(scores).total,
         passes=passes,
         seed=seed,
-        once=LlmJudge(judge.chat, forms=judge.forms[:1], as_published=True) if isinstance(judge, LlmJudge) else None,
+        once=LLMJudge(judge.client, templates=judge.templates[:1], as_published=True)
+        if isinstance(judge, LLMJudge)
+        else None,
         progress=progress,
     )
     judged = [_with_own_words(result, task) for result, task in zip(outcome.results, tasks, strict=True)]
@@ -118,7 +120,7 @@ def _score_as_published(
     )
 
 
-def _with_own_words(result: Score | Unscored, task: Task) -> Score | Unscored:
+def _with_own_words(result: Score | Unscored, task: ScoringTask) -> Score | Unscored:
     """Repetition is measured in the caption as it is, not in what was left of it for the judge."""
     if isinstance(result, Unscored):
         return result
@@ -126,7 +128,7 @@ def _with_own_words(result: Score | Unscored, task: Task) -> Score | Unscored:
     return replace(result, num_words=num_words, num_repeated_words=repeated)
 
 
-def sign(
+def make_judge_info(
     judge: Judge,
     *,
     protocol: ProtocolName = "salmonn",
@@ -147,5 +149,5 @@ def sign(
     )
 
 
-def _sign(judge: Judge, outcome: Passes, protocol: ProtocolName) -> Judging:
-    return sign(judge, protocol=protocol, seeds=outcome.seeds, totals=outcome.totals, kept=outcome.kept)
+def _sign(judge: Judge, outcome: JudgingPasses, protocol: ProtocolName) -> Judging:
+    return make_judge_info(judge, protocol=protocol, seeds=outcome.seeds, totals=outcome.totals, kept=outcome.kept)

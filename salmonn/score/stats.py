@@ -39,7 +39,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference:
+class MeasureDifference:
     """One measure of two sets of captions of the same clips.
 
     Args:
@@ -59,7 +59,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SetComparison:
     """Two sets of captions on what both have.
 
     Args:
@@ -71,10 +71,10 @@ class Comparison:
     num_clips: int
     only_first: int
     only_second: int
-    differences: dict[str, Difference]
+    differences: dict[str, MeasureDifference]
 
 
-def bootstrap(
+def bootstrap_intervals(
     scores: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
 ) -> dict[str, Interval]:
     """Intervals of the measures over a set of scores, by name of measure.
@@ -101,14 +101,14 @@ def bootstrap_ratios(
     return _intervals(_divide(*np.hsplit(drawn, 2)), confidence=confidence)
 
 
-def compare(
+def compare_sets(
     first: Sequence[Score],
     second: Sequence[Score],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
     confidence: float = 0.95,
-) -> Comparison:
+) -> SetComparison:
     """Compare two sets of captions clip by clip: the same clips are drawn for both, so that hard clips cancel out.
 
     Captions go together by video, sample and part of the video.
@@ -138,7 +138,7 @@ def compare(
     before, after = (_divide(tops.sum(0), bottoms.sum(0)) for tops, bottoms in (sums[:2], sums[2:]))
     change = np.sign(_divide(*sums[2:]) - _divide(*sums[:2]))  # (clips, measures)
     differences = {
-        name: Difference(
+        name: MeasureDifference(
             first=float(before[place]),
             second=float(after[place]),
             difference=float(after[place] - before[place]),
@@ -149,7 +149,7 @@ def compare(
         )
         for place, name in enumerate(MEASURES)
     }
-    return Comparison(len(common), len(named[0]) - len(shared), len(named[1]) - len(shared), differences)
+    return SetComparison(len(common), len(named[0]) - len(shared), len(named[1]) - len(shared), differences)
 
 
 def _name(score: Score) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from salmonn.records import Event, Reference, Score, Told, Unscored
 from salmonn.score import repetition, words
-from salmonn.score.judge import Progress, Task, write_score
+from salmonn.score.judge import ProgressCallback, ScoringTask, make_score
 from salmonn.score.repetition import repeated_words
 from salmonn.synthetic import lexicon
 from salmonn.synthetic import parser as claims_module
@@ -47,7 +47,7 @@ class RuleJudge:
             _read_event(event.text)
 
     def judge(
-        self, tasks: Sequence[Task], *, seed: int = 0, progress: Progress | None = None
+        self, tasks: Sequence[ScoringTask], *, seed: int = 0, progress: ProgressCallback | None = None
     ) -> list[Score | Unscored]:
         """Score captions; `seed` changes nothing."""
         del seed
@@ -58,7 +58,7 @@ class RuleJudge:
                 progress(1)
         return scores
 
-    def judge_one(self, task: Task) -> Score:
+    def judge_one(self, task: ScoringTask) -> Score:
         """Score one caption.
 
         Raises:
@@ -74,7 +74,7 @@ class RuleJudge:
         told = sorted((exact | close).items())
         stray = [place for place in range(len(claims)) if place not in exact and place not in close]
         doubled = [place for place in stray if _repeats(claims, place, exact=exact)]
-        return write_score(
+        return make_score(
             task,
             missed=[event for place, event in enumerate(known) if place not in (exact | close).values()],
             told=[

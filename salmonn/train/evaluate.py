@@ -21,9 +21,9 @@ from salmonn.media.container import declared_seconds
 from salmonn.model.network import Block
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
 from salmonn.score.formats import write_scores
-from salmonn.score.judge import Judge, Task
-from salmonn.score.metrics import Rates, qa_accuracy, rates
-from salmonn.score.scoring import sign
+from salmonn.score.judge import Judge, ScoringTask
+from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
+from salmonn.score.scoring import make_judge_info
 from salmonn.train.data import ClipCache, Example
 from salmonn.train.feature_cache import TokenStore
 from salmonn.train.references import ClipSet
@@ -247,7 +247,7 @@ def judge_captions(
     groups = list(by_video.values())
     shares = dist.spread([_count_words([captions[place] for place in group], references) for group in groups])
     mine = [groups[number] for number in shares[dist.rank()]]
-    tasks = [Task(references[captions[place].video], captions[place]) for group in mine for place in group]
+    tasks = [ScoringTask(references[captions[place].video], captions[place]) for group in mine for place in group]
     results = iter(judge.judge(tasks))
     judged = dist.collect([[next(results) for _ in group] for group in mine], shares)
     placed = {
@@ -320,7 +320,7 @@ def write_evaluation(folder: Path, result: Evaluation, *, judge: Judge) -> None:
     """Write captions.jsonl, answers.jsonl, scores.jsonl and, last of all, rates.json. Rank 0 alone calls it."""
     write_records(folder / "captions.jsonl", result.captions)
     write_records(folder / "answers.jsonl", result.answers)
-    write_scores(folder / "scores.jsonl", sign(judge, totals=[result.rates.total]), result.results)
+    write_scores(folder / "scores.jsonl", make_judge_info(judge, totals=[result.rates.total]), result.results)
     write_json(folder / RATES_NAME, asdict(result.rates))
 
 
@@ -343,4 +343,4 @@ def evaluate(
     results = judge_captions(captions, by_video, judge=judge)
     scores = require_scores(results, name=name)
     accuracy = qa_accuracy(by_video, answers) if any(reference.questions for reference in references) else None
-    return Evaluation(captions, answers, results, rates(scores, qa_accuracy=accuracy))
+    return Evaluation(captions, answers, results, compute_rates(scores, qa_accuracy=accuracy))

@@ -17,7 +17,7 @@ from salmonn.preference.selection import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Pair, Reference, Score
 from salmonn.score.formats import read_scores, write_scores
 from salmonn.score.judge import Judge
-from salmonn.score.scoring import sign
+from salmonn.score.scoring import make_judge_info
 from salmonn.train.evaluate import SIDE_BY_SIDE, Draw, draw_captions, judge_captions, require_scores
 from salmonn.train.run_folder import absent, kept, kept_captions
 
@@ -94,7 +94,7 @@ def _judged(
         results = judge_captions(captions, references, judge=judge)
         require_scores(results, name=path.parent.name)  # before it is written: a run without any score is no result
         if dist.is_main():
-            write_scores(path, sign(judge), results)
+            write_scores(path, make_judge_info(judge), results)
         dist.barrier()
     return read_scores(path).scores
 

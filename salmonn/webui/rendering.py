@@ -8,7 +8,7 @@ from typing import Any
 
 from salmonn.preference.vote_results import Results
 from salmonn.records import Event, Score
-from salmonn.score.highlight import mark_caption
+from salmonn.score.highlight import highlight_caption
 from salmonn.templates import open_template
 from salmonn.webui.scorer import Assessment
 
@@ -39,7 +39,7 @@ def show_marked(found: Assessment) -> str:
     """A caption, marked by its score where it has one."""
     if found.score is None:
         return show_caption(found.caption.text, finished=found.caption.finished)
-    return str(_macros().marked(mark_caption(found.caption.text, found.score), not found.caption.finished))
+    return str(_macros().marked(highlight_caption(found.caption.text, found.score), not found.caption.finished))
 
 
 def show_findings(found: Assessment, *, judge: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 from salmonn.records import Caption, Event, EventModality, Modality, Reference, Score, Unscored, parse_record
 from salmonn.score.events import list_events
-from salmonn.score.judge import Judge, Task, events_of_part
-from salmonn.score.llm_client import Chat
+from salmonn.score.judge import Judge, ScoringTask, restrict_to_span
+from salmonn.score.llm_client import LLMClient
 from salmonn.synthetic.parser import split_caption
 
 KINDS: Mapping[str, EventModality] = {"seen": "visual", "heard": "audio", "said": "speech"}
@@ -49,13 +49,13 @@ class Assessor:
         self,
         judge: Judge,
         *,
-        chat: Chat | None = None,
+        client: LLMClient | None = None,
         attempts: int = 3,
         references: Mapping[str, Reference] | None = None,
     ) -> None:
         self.judge = judge
         self.references = references or {}
-        self._chat = chat
+        self._client = client
         self._attempts = attempts
 
     def assess(self, caption: Caption, reference: Reference | None, *, modality: Modality = "both") -> Assessment:
@@ -82,17 +82,17 @@ class Assessor:
             ValueError: it cannot be judged; the message says why.
         """
         known = restrict(reference if reference.events else self._split(reference), modality)
-        part = events_of_part(known, caption)
+        part = restrict_to_span(known, caption)
         if not part.events:
             raise ValueError("the reference has no event in this part and kind of the video")
         self.judge.check(part)
-        (result,) = self.judge.judge([Task(part, replace(caption, video=part.video))])
+        (result,) = self.judge.judge([ScoringTask(part, replace(caption, video=part.video))])
         if isinstance(result, Unscored):
             raise ValueError(result.reason)
         return part, result
 
     def _split(self, reference: Reference) -> Reference:
-        (found,), failed = list_events([reference], chat=self._chat, rules=split_caption, attempts=self._attempts)
+        (found,), failed = list_events([reference], client=self._client, rules=split_caption, attempts=self._attempts)
         if failed:
             raise ValueError(failed[0].reason)
         return found

@@ -9,7 +9,13 @@ from rich.console import Console
 
 from salmonn.cli.judge_benchmark import print_bench
 from salmonn.preference import benchmark as module
-from salmonn.preference.benchmark import LabelledPair, bench, bench_notes, bench_rows, read_pairs
+from salmonn.preference.benchmark import (
+    LabelledPair,
+    benchmark_notes,
+    benchmark_rows,
+    read_labelled_pairs,
+    run_benchmark,
+)
 from salmonn.records import Event, Score, Unscored, write_records
 from salmonn.synthetic.judge import RuleJudge
 
@@ -55,8 +61,8 @@ def pair(first: str, second: str, better: str = "first", **fields) -> LabelledPa
     return LabelledPair(fields.pop("events", EVENTS), first, second, better, **fields)
 
 
-def decide(*pairs: LabelledPair) -> module.BenchResult:
-    return bench(pairs, Scripted())
+def decide(*pairs: LabelledPair) -> module.BenchmarkResult:
+    return run_benchmark(pairs, Scripted())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +115,7 @@ def test_the_gap_is_counted_in_events_for_the_labelled_better():
 def test_what_cannot_be_judged_is_counted_and_told():
     judge, done = Scripted(), []
     pairs = [pair("0 0", "1 0"), pair("0 0", "?"), pair("0 0", "1 0", events=()), pair("0 0", "1 0")]
-    result = bench(pairs, judge, seed=5, progress=done.append)
+    result = run_benchmark(pairs, judge, seed=5, progress=done.append)
     assert result.unscored == (Unscored("pair 3", "pair 3 has no events"), Unscored("pair 2", "no answer", 1))
     total = result.total
     assert (total.right, total.unscored, total.accuracy, total.scored_accuracy) == (2, 2, 0.5, 1.0)
@@ -121,8 +127,8 @@ def test_a_judge_that_can_judge_nothing():
     result = decide(pair("0 0", "1 0", events=()))
     assert result.total.scored_accuracy is None and result.total.accuracy == 0
     assert result.position_bias is None and result.length["longer"].interval is None
-    assert bench_rows(result)[0] == [("all", "1", "0.0", "0.0 - 79.3", "-", "1", "-", "-")]
-    assert bench_notes(result)[0].endswith(": -")
+    assert benchmark_rows(result)[0] == [("all", "1", "0.0", "0.0 - 79.3", "-", "1", "-", "-")]
+    assert benchmark_notes(result)[0].endswith(": -")
 
 
 def test_biases_compare_within_a_kind():
@@ -138,7 +144,7 @@ def test_biases_compare_within_a_kind():
     reach = 1.959964 * 0.125**0.5 / 1.75
     assert result.position_bias.difference == pytest.approx(-1 / 7)
     assert result.position_bias.interval == pytest.approx((-1 / 7 - reach, -1 / 7 + reach))
-    assert bench_notes(result)[0].endswith("-14.3 (-53.9 to +25.3)")
+    assert benchmark_notes(result)[0].endswith("-14.3 (-53.9 to +25.3)")
 
 
 def test_length():
@@ -177,29 +183,29 @@ def test_prints_every_row(monkeypatch):
     result = decide(pair("0 0", "1 0", kind="order", gap=1), pair("1 0 a", "0 0", kind="colour", gap=1))
     print_bench(result)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]
-    assert [row for row in cells if row] == [list(row) for group in bench_rows(result) for row in group]
+    assert [row for row in cells if row] == [list(row) for group in benchmark_rows(result) for row in group]
     assert ["colour", "1", "0.0", "0.0 - 79.3", "0.0", "0", "0.0", "2.00"] in cells
-    assert all(note in out.getvalue() for note in bench_notes(result))
+    assert all(note in out.getvalue() for note in benchmark_notes(result))
 
 
 def test_reads_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     pairs = [pair("a", "b", gap=1, where="end", seed=1, index=2), pair("a", "b", "tie")]
     write_records(path, pairs)
-    assert read_pairs(path) == pairs
+    assert read_labelled_pairs(path) == pairs
     path.write_text("")
     with pytest.raises(ValueError, match=r"holds no pairs: write some with tools/judge_pairs\.py"):
-        read_pairs(path)
+        read_labelled_pairs(path)
     path.write_text('{"events": [], "first": "a", "second": "b", "better": "tie", "gap": 1}\n')
     with pytest.raises(ValueError, match="line 1: gap must be at least 0, and 0 for a tie, got 1"):
-        read_pairs(path)
+        read_labelled_pairs(path)
 
 
 def test_the_documented_figures_are_those_of_the_rule_judge():
     page = (ROOT / "docs" / "judge_benchmark.md").read_text(encoding="utf-8")
-    result = bench(read_pairs(ROOT / "data" / "judge_pairs.jsonl"), RuleJudge())
+    result = run_benchmark(read_labelled_pairs(ROOT / "data" / "judge_pairs.jsonl"), RuleJudge())
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    for row in [row for group in bench_rows(result) for row in group]:
+    for row in [row for group in benchmark_rows(result) for row in group]:
         assert list(row) in table
-    for note in bench_notes(result):
+    for note in benchmark_notes(result):
         assert note in page

@@ -102,7 +102,7 @@ def test_records_of_a_round_fit_together(finished):
     folder = finished / "round_1"
     captions, scored = read_records(folder / "captions.jsonl", Caption), read_scores(folder / "scores.jsonl")
     scores = scored.scores
-    assert scored.judging.judge == "rule" and not scored.unscored
+    assert scored.judge_info.judge == "rule" and not scored.unscored
     assert len(captions) == 32 and len({caption.text for caption in captions}) > 8  # 8 clips, 4 samples
     assert [(caption.video, caption.sample) for caption in captions] == [
         (score.video, score.sample) for score in scores
@@ -143,7 +143,7 @@ def content(root: Path, name: str) -> object:
         return [{name: value for name, value in step.items() if name not in timed} for step in steps]
     if path.name == "scores.jsonl":
         scored = read_scores(path)
-        return scored.scores, replace(scored.judging, date="")
+        return scored.scores, replace(scored.judge_info, date="")
     if path.name == "mrdpo.yaml":
         return [line for line in path.read_text().splitlines() if not line.startswith("out: ")]
     return path.read_bytes().replace(str(root).encode(), b"")
@@ -182,7 +182,7 @@ def test_two_processes(finished, launch, flags, tmp_path):
         alone, shared = ((f / "sft" / "heldout" / f"{name}.jsonl").read_text() for f in (finished, tmp_path))
         assert alone == shared
     first, second = (read_scores(f / "sft" / "heldout" / "scores.jsonl") for f in (finished, tmp_path))
-    assert first.scores == second.scores and first.judging.totals == second.judging.totals
+    assert first.scores == second.scores and first.judge_info.totals == second.judge_info.totals
     sampled = read_records(tmp_path / "round_1" / "captions.jsonl", Caption)
     assert [(caption.video, caption.sample) for caption in sampled] == [
         (caption.video, caption.sample) for caption in read_records(finished / "round_1" / "captions.jsonl", Caption)
@@ -310,6 +310,6 @@ def test_a_language_model_judges_and_its_cap_may_be_raised(serve, launch, flags,
     asked = [request["messages"][1]["content"] for request in server.requests]
     assert len(asked) == len(set(asked))
     scored = read_scores(tmp_path / "run" / "round_1" / "scores.jsonl")
-    assert scored.judging.judge == f"m at {server.url}" and len(scored.scores) == 32
+    assert scored.judge_info.judge == f"m at {server.url}" and len(scored.scores) == 32
     pairs = read_records(tmp_path / "run" / "round_1" / "pairs.jsonl", Pair)
     assert pairs and all(pair.gap > 0 for pair in pairs)

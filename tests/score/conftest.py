@@ -2,17 +2,17 @@
 
 import pytest
 
-from salmonn.score.config import ChatConfig
-from salmonn.score.llm_client import Chat
-from tests.score.fake_llm_server import ScriptedServer
+from salmonn.score.config import LLMConfig
+from salmonn.score.llm_client import LLMClient
+from tests.score.fake_llm_server import FakeLLMServer
 
 
 @pytest.fixture
-def open_chat(tmp_path):
+def open_client(tmp_path):
     """A chat with a scripted server, its replies kept in the test's folder."""
 
-    def open_(server: ScriptedServer, **options) -> Chat:
+    def open_(server: FakeLLMServer, **options) -> LLMClient:
         cache = options.pop("cache", tmp_path / "replies.sqlite")
-        return Chat(ChatConfig(model="m", base_url=server.url, cache=cache, **options))
+        return LLMClient(LLMConfig(model="m", base_url=server.url, cache=cache, **options))
 
     return open_

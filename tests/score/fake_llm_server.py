@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from salmonn.records import Caption, Event, Reference, Told
-from salmonn.score.judge import Task
+from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 
 
@@ -41,7 +41,7 @@ class Answer:
 Script = Callable[[dict[str, Any], int], Answer]  # (request, how many came before it) -> answer
 
 
-class ScriptedServer:
+class FakeLLMServer:
     """Serves a script on a free port; `requests` are the bodies that came in, at most `most_at_once` side by side."""
 
     def __init__(self, script: Script) -> None:
@@ -112,7 +112,7 @@ def asked_about(request: dict[str, Any]) -> tuple[tuple[Event, ...], str]:
 def honest_reply(request: dict[str, Any]) -> dict[str, Any]:
     """What a judge should answer that knows the synthetic world: the rule judge's verdict in the form asked for."""
     events, text = asked_about(request)
-    score = RuleJudge().judge_one(Task(Reference("v", events), Caption("v", text)))
+    score = RuleJudge().judge_one(ScoringTask(Reference("v", events), Caption("v", text)))
     told = list(score.told)
     entries = []
     for number, event in enumerate(events, start=1):

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from salmonn.records import Caption, Event, Reference
-from salmonn.score.converse import ReplyError
+from salmonn.score.converse import InvalidReplyError
 from salmonn.score.events import list_events, read_events
-from salmonn.score.judge import events_of_part
+from salmonn.score.judge import restrict_to_span
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.parser import split_caption
 from salmonn.synthetic.scene import SynthConfig, draw_scene
@@ -64,35 +64,35 @@ def test_reads_events():
     ],
 )
 def test_faults_of_a_reply(entries, words):
-    with pytest.raises(ReplyError, match=words):
+    with pytest.raises(InvalidReplyError, match=words):
         read_events(reply(*entries), REFERENCE)
 
 
 def test_infinite_times():
-    with pytest.raises(ReplyError, match="ends before"):
+    with pytest.raises(InvalidReplyError, match="ends before"):
         read_events(reply(DOG).replace("null", "Infinity"), Reference("v", caption=CAPTION))
 
 
-def test_asks_for_what_is_not_there_yet(serve, open_chat):
+def test_asks_for_what_is_not_there_yet(serve, open_client):
     server = serve(lambda request, number: Answer(reply(DOG) if number else "Sorry, I cannot."))
     edited = Reference("w", (Event("edited by hand"),), CAPTION)
-    (first, second), failed = list_events([REFERENCE, edited], chat=open_chat(server))
+    (first, second), failed = list_events([REFERENCE, edited], client=open_client(server))
     assert first.events == (Event("a brown dog runs in", "visual", 2.0),) and first.caption == CAPTION
     assert second is edited and not failed
     assert len(server.requests) == 2 and "not one JSON object" in server.requests[1]["messages"][-1]["content"]
     assert json.loads(server.requests[0]["messages"][1]["content"]) == {"description": CAPTION}
 
 
-def test_a_caption_that_cannot_be_split_is_told(serve, open_chat):
+def test_a_caption_that_cannot_be_split_is_told(serve, open_client):
     server = serve(lambda request, number: Answer("no"))
-    (reference,), (failed,) = list_events([REFERENCE], chat=open_chat(server), attempts=2)
+    (reference,), (failed,) = list_events([REFERENCE], client=open_client(server), attempts=2)
     assert reference == REFERENCE
     assert failed.video == "v" and "no usable reply in 2 attempts" in failed.reason
 
 
 def test_a_reference_with_nothing_to_split_harms_no_other():
     star = Reference("s", caption="A red star blinks.")
-    (first, second), (failed,) = list_events([Reference("x"), star], chat=None, rules=split_caption)
+    (first, second), (failed,) = list_events([Reference("x"), star], client=None, rules=split_caption)
     assert first == Reference("x") and second.events == (Event("the red star blinks", "visual"),)
     assert failed.video == "x" and "neither events nor a caption" in failed.reason
 
@@ -102,7 +102,7 @@ def test_rules_find_the_events_of_synthetic_captions():
         rng = random.Random(index)
         scene = draw_scene(rng, config=SynthConfig())
         known = write_reference(scene, rng, video="v", index=index)
-        (found,), _ = list_events([Reference("v", caption=known.caption)], chat=None, rules=split_caption)
+        (found,), _ = list_events([Reference("v", caption=known.caption)], client=None, rules=split_caption)
         assert [(event.text, event.modality) for event in found.events] == [
             (event.text, event.modality) for event in known.events
         ]
@@ -110,7 +110,7 @@ def test_rules_find_the_events_of_synthetic_captions():
 
 def test_rules_refuse_what_they_cannot_read():
     with pytest.raises(ValueError, match=r"a dog barks.*--judge openai"):
-        list_events([Reference("v", caption="A red star blinks while a dog barks.")], chat=None, rules=split_caption)
+        list_events([Reference("v", caption="A red star blinks while a dog barks.")], client=None, rules=split_caption)
 
 
 EVENTS = (
@@ -135,5 +135,5 @@ EVENTS = (
     ],
 )
 def test_events_of_a_part(start, end, texts):
-    part = events_of_part(Reference("v", EVENTS), Caption("v", "", start_seconds=start, end_seconds=end))
+    part = restrict_to_span(Reference("v", EVENTS), Caption("v", "", start_seconds=start, end_seconds=end))
     assert [event.text for event in part.events] == texts

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from salmonn.records import Caption, Event, Judging, Reference, Score, Told, Unscored, write_records
-from salmonn.score.formats import name_as_references, read_captions, read_references, read_scores, write_scores
+from salmonn.score.formats import match_video_names, read_captions, read_references, read_scores, write_scores
 
 DATE = "2026-11-22T10:00:00+00:00"
 JUDGING = Judging("m at OpenAI", "0123456789ab", "published", DATE, "0.1.0", (1, 2), (0.5, 0.4), 1)
@@ -20,7 +20,7 @@ def test_round_trip(tmp_path):
     path = tmp_path / "scores.jsonl"
     write_scores(path, JUDGING, RESULTS)
     read = read_scores(path)
-    assert (read.judging, read.scores, read.unscored) == (JUDGING, [RESULTS[0], RESULTS[2]], [RESULTS[1]])
+    assert (read.judge_info, read.scores, read.unscored) == (JUDGING, [RESULTS[0], RESULTS[2]], [RESULTS[1]])
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_round_trip(tmp_path):
     [
         ("", "line 1"),
         ('{"video": "a"}\n', "line 1: a score file begins with"),
-        ('{"judging": {"judge": "rule"}}\n', "line 1: Judging lacks"),
+        ('{"judge_info": {"judge": "rule"}}\n', "line 1: Judging lacks"),
         ("JUDGING\n[]\n", "line 2: expected a JSON object"),
         ("JUDGING\n5\n", "line 2: expected a JSON object"),
         ('JUDGING\n{"video": "a", "num_events": "3"}\n', "line 2: Score"),
@@ -93,5 +93,5 @@ def test_names_of_videos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     references = {"clips/a.mp4": Reference("clips/a.mp4")}
     captions = [Caption("clips/a.mp4", "1"), Caption("data/clips/a.mp4", "2"), Caption("b.mp4", "3")]
-    named = name_as_references(captions, references, tmp_path / "data" / "refs.jsonl")
+    named = match_video_names(captions, references, tmp_path / "data" / "refs.jsonl")
     assert [caption.video for caption in named] == ["clips/a.mp4", "clips/a.mp4", "b.mp4"]

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salmonn.records import Event, Score, Told
-from salmonn.score.highlight import Mark, Quote, find_quotes, mark_caption
+from salmonn.score.highlight import Highlight, Quote, highlight_caption, locate_quotes
 
 CIRCLE = Event("a red circle appears", "visual", 1.0, 2.0)
 BEEP = Event("a beep is heard", "audio", 2.0, 3.0)
@@ -21,16 +21,16 @@ def test_each_kind_is_marked_where_it_stands():
         invented=("rain",),
         repeated=("it rains",),
     )
-    assert mark_caption(text, scored) == [
-        Mark("First, "),
-        Mark("a RED\n circle appears", ("correct",), (CIRCLE,)),
-        Mark("; "),
-        Mark("a  dog-like beep", ("incorrect",), (BEEP,)),
-        Mark(". "),
-        Mark("Rain", ("hallucinated",)),  # not "rains": quotes are whole words
-        Mark("! Then "),
-        Mark("it rains", ("repeated",)),
-        Mark("."),
+    assert highlight_caption(text, scored) == [
+        Highlight("First, "),
+        Highlight("a RED\n circle appears", ("correct",), (CIRCLE,)),
+        Highlight("; "),
+        Highlight("a  dog-like beep", ("incorrect",), (BEEP,)),
+        Highlight(". "),
+        Highlight("Rain", ("hallucinated",)),  # not "rains": quotes are whole words
+        Highlight("! Then "),
+        Highlight("it rains", ("repeated",)),
+        Highlight("."),
     ]
 
 
@@ -38,41 +38,41 @@ def test_quotes_take_the_earliest_free_place_and_repetition_the_latest():
     text = "It blinks, it blinks, it blinks, and it blinks."
     #       0          11         22              37
     scored = score(told=(Told(CIRCLE, "it blinks"), Told(BEEP, "it blinks")), repeated=("it blinks", "it blinks"))
-    assert [quote.span for quote in find_quotes(text, scored)[:4]] == [(0, 9), (11, 20), (37, 46), (22, 31)]
+    assert [quote.span for quote in locate_quotes(text, scored)[:4]] == [(0, 9), (11, 20), (37, 46), (22, 31)]
 
 
 def test_two_events_may_be_told_by_the_same_words():
     text = "A circle and a beep."
     scored = score(told=(Told(CIRCLE, "a circle and a beep"), Told(BEEP, "a circle and a beep", is_correct=False)))
-    assert mark_caption(text, scored) == [
-        Mark("A circle and a beep", ("correct", "incorrect"), (CIRCLE, BEEP)),
-        Mark("."),
+    assert highlight_caption(text, scored) == [
+        Highlight("A circle and a beep", ("correct", "incorrect"), (CIRCLE, BEEP)),
+        Highlight("."),
     ]
 
 
 def test_quotes_that_overlap_are_cut_where_they_begin_and_end():
     scored = score(told=(Told(CIRCLE, "a circle moves"),), invented=("moves left",))
-    assert mark_caption("A circle moves left", scored) == [
-        Mark("A circle ", ("correct",), (CIRCLE,)),
-        Mark("moves", ("correct", "hallucinated"), (CIRCLE,)),
-        Mark(" left", ("hallucinated",)),
+    assert highlight_caption("A circle moves left", scored) == [
+        Highlight("A circle ", ("correct",), (CIRCLE,)),
+        Highlight("moves", ("correct", "hallucinated"), (CIRCLE,)),
+        Highlight(" left", ("hallucinated",)),
     ]
 
 
 def test_what_is_said_again_word_for_word_is_marked_without_a_judge():
-    marks = mark_caption("A dog runs. A cat sleeps. A dog runs.", score())
+    marks = highlight_caption("A dog runs. A cat sleeps. A dog runs.", score())
     assert [mark.text for mark in marks if mark.kinds == ("repeated",)] == ["A dog runs"]
-    assert marks[0] == Mark("A dog runs. A cat sleeps. ")
+    assert marks[0] == Highlight("A dog runs. A cat sleeps. ")
 
 
 def test_a_quote_that_is_not_there_is_kept_without_a_place():
     scored = score(told=(Told(CIRCLE, "a green circle"), Told(BEEP, "")), invented=("a cat",))
-    assert find_quotes("A red circle.", scored) == [
+    assert locate_quotes("A red circle.", scored) == [
         Quote("correct", "a green circle", CIRCLE),
         Quote("hallucinated", "a cat"),
     ]
-    assert mark_caption("A red circle.", scored) == [Mark("A red circle.")]
-    assert mark_caption("", scored) == []
+    assert highlight_caption("A red circle.", scored) == [Highlight("A red circle.")]
+    assert highlight_caption("", scored) == []
 
 
 LETTERS = "aB ,.\u00e9\u4e00\n-"
@@ -83,6 +83,6 @@ WORDS = st.lists(st.text(LETTERS, max_size=12), max_size=4)
 @given(text=st.text(LETTERS, max_size=60), told=WORDS, other=WORDS)
 def test_the_marks_are_the_caption_again(text, told, other):
     scored = score(told=tuple(Told(CIRCLE, quote) for quote in told), invented=tuple(other), repeated=tuple(told))
-    marks = mark_caption(text, scored)
+    marks = highlight_caption(text, scored)
     assert "".join(mark.text for mark in marks) == text
     assert all(mark.text for mark in marks)

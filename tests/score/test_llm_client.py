@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from salmonn.records import Caption, Event, Reference, write_records
-from salmonn.score.config import ChatConfig
-from salmonn.score.llm_client import Chat, ChatRefusedError, ChatStoppedError
-from salmonn.score.replies import Reply, ReplyCache
+from salmonn.score.config import LLMConfig
+from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMStoppedError
+from salmonn.score.replies import LLMResponse, ResponseCache
 from tests.score.fake_llm_server import Answer
 
 SALMONN = Path(sys.executable).with_name("salmonn")
@@ -22,29 +22,29 @@ SCHEMA = {"type": "object"}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def ask(chat: Chat, words: str = "hello", seed: int = 0) -> Reply:
-    return chat.ask([{"role": "user", "content": words}], schema=SCHEMA, seed=seed)
+def ask(client: LLMClient, words: str = "hello", seed: int = 0) -> LLMResponse:
+    return client.complete([{"role": "user", "content": words}], schema=SCHEMA, seed=seed)
 
 
 def words_of(request: dict) -> str:
     return request["messages"][0]["content"]
 
 
-def test_a_question_is_asked_once(serve, open_chat):
+def test_a_question_is_asked_once(serve, open_client):
     server = serve(lambda request, number: Answer(f"{words_of(request)} {number}"))
-    chat = open_chat(server)
-    assert ask(chat) == ask(chat) == Reply("hello 0", False, 10)
-    assert ask(open_chat(server)).text == "hello 0"  # a new process would find it, too
-    assert ask(chat, "other").text == "other 1"
-    assert ask(chat, seed=1).text == "hello 2"
-    assert ask(open_chat(server, temperature=0.5)).text == "hello 3"
-    assert (chat.num_requests, chat.num_tokens) == (3, 30)
+    client = open_client(server)
+    assert ask(client) == ask(client) == LLMResponse("hello 0", False, 10)
+    assert ask(open_client(server)).text == "hello 0"  # a new process would find it, too
+    assert ask(client, "other").text == "other 1"
+    assert ask(client, seed=1).text == "hello 2"
+    assert ask(open_client(server, temperature=0.5)).text == "hello 3"
+    assert (client.num_requests, client.num_tokens) == (3, 30)
 
 
-def test_what_is_sent(serve, open_chat):
+def test_what_is_sent(serve, open_client):
     server = serve(lambda request, number: Answer("x"))
-    ask(open_chat(server, reply_tokens=99), seed=7)
-    ask(open_chat(server, structured="never", temperature=None))
+    ask(open_client(server, max_reply_tokens=99), seed=7)
+    ask(open_client(server, structured="never", temperature=None))
     full, bare = server.requests
     assert full == {
         "model": "m",
@@ -58,14 +58,14 @@ def test_what_is_sent(serve, open_chat):
         },
     }
     assert bare == {"model": "m", "messages": HELLO, "seed": 0, "max_tokens": 4096}
-    assert ChatConfig("m").longest_reply is None
+    assert LLMConfig("m").reply_token_limit is None
 
 
 @pytest.mark.parametrize("body", [b'{"detail": "pinned to another"}', b"pinned to another"])
-def test_the_server_s_own_words_are_told(serve, open_chat, body):
+def test_the_server_s_own_words_are_told(serve, open_client, body):
     server = serve(lambda request, number: Answer(status=400, body=body))
-    with pytest.raises(ChatRefusedError, match="pinned to another"):
-        ask(open_chat(server))
+    with pytest.raises(LLMRejectedError, match="pinned to another"):
+        ask(open_client(server))
 
 
 @pytest.mark.parametrize(
@@ -88,75 +88,75 @@ def test_the_server_s_own_words_are_told(serve, open_chat, body):
         Answer("drips", drip_seconds=0.1),
     ],
 )
-def test_a_fault_that_passes_is_tried_again(serve, open_chat, fault, caplog):
+def test_a_fault_that_passes_is_tried_again(serve, open_client, fault, caplog):
     server = serve(lambda request, number: Answer("good") if number else fault)
-    chat = open_chat(server, timeout_seconds=0.5)
-    assert ask(chat).text == "good"
-    assert len(server.requests) == chat.num_requests == 2
+    client = open_client(server, timeout_seconds=0.5)
+    assert ask(client).text == "good"
+    assert len(server.requests) == client.num_requests == 2
     assert "trying again" in caplog.text
 
 
-def test_waits_as_long_as_the_server_asks(serve, open_chat):
+def test_waits_as_long_as_the_server_asks(serve, open_client):
     server = serve(lambda request, number: Answer("x", status=200 if number else 429, headers={"Retry-After": "1.6"}))
     start = time.monotonic()
-    ask(open_chat(server))
+    ask(open_client(server))
     assert 1.6 <= time.monotonic() - start < 4  # by itself it would pause for at most a second
 
 
-def test_a_server_that_wants_more_time_than_there_is(serve, open_chat):
+def test_a_server_that_wants_more_time_than_there_is(serve, open_client):
     server = serve(lambda request, number: Answer("x", status=429, headers={"Retry-After": "60"}))
     start = time.monotonic()
-    with pytest.raises(ChatStoppedError, match=r"cannot be asked: .*429"):
-        ask(open_chat(server, retry_seconds=30.0))
+    with pytest.raises(LLMStoppedError, match=r"cannot be asked: .*429"):
+        ask(open_client(server, retry_seconds=30.0))
     assert time.monotonic() - start < 3 and len(server.requests) == 2  # the question, then an easy one
 
 
-def test_gives_up_in_time_and_keeps_what_it_has(serve, open_chat):
+def test_gives_up_in_time_and_keeps_what_it_has(serve, open_client):
     server = serve(lambda request, number: Answer("x", status=500 if number else 200))
-    chat = open_chat(server, retry_seconds=2.0)
-    ask(chat, "first")
+    client = open_client(server, retry_seconds=2.0)
+    ask(client, "first")
     start = time.monotonic()
-    with pytest.raises(ChatStoppedError, match=r"cannot be asked: .*500.*the same command goes on"):
-        ask(chat, "second")
+    with pytest.raises(LLMStoppedError, match=r"cannot be asked: .*500.*the same command goes on"):
+        ask(client, "second")
     assert 2 <= time.monotonic() - start < 3
     # pauses of 0.5 to 1, then 1 to 2 seconds, the last cut short at the limit: 3 or 4 tries, then one easy question
     asked = [words_of(request) for request in server.requests]
     assert 3 <= asked.count("second") <= 4 and asked[-1] == "Reply with the word yes."
-    assert ask(open_chat(server), "first").text == "x"
+    assert ask(open_client(server), "first").text == "x"
 
 
-def test_no_server_at_all(open_chat, serve, monkeypatch):
+def test_no_server_at_all(open_client, serve, monkeypatch):
     """A server that was never there gets 10 seconds (here 1), one that has answered before all of --retry-seconds."""
     monkeypatch.setattr("salmonn.score.llm_client._FIRST_CONTACT_SECONDS", 1.0)
     server = serve(lambda request, number: Answer())
-    known, chat = open_chat(server, retry_seconds=2.5), open_chat(server)
+    known, client = open_client(server, retry_seconds=2.5), open_client(server)
     ask(known)
     server.close()
     start = time.monotonic()
-    with pytest.raises(ChatStoppedError, match=r"refused.*is the server started") as caught:
-        ask(chat, "other")
+    with pytest.raises(LLMStoppedError, match=r"refused.*is the server started") as caught:
+        ask(client, "other")
     assert 1 <= time.monotonic() - start < 2 and "kept" not in str(caught.value)
     start = time.monotonic()
-    with pytest.raises(ChatStoppedError, match="What it answered is kept"):
+    with pytest.raises(LLMStoppedError, match="What it answered is kept"):
         ask(known, "other")
     assert 2.5 <= time.monotonic() - start < 3.5
 
 
-def test_a_server_that_refuses_everything(serve, open_chat):
+def test_a_server_that_refuses_everything(serve, open_client):
     server = serve(lambda request, number: Answer("no such option", status=400))
-    chat = open_chat(server, structured="never")
+    client = open_client(server, structured="never")
     for number in range(19):
-        with pytest.raises(ChatRefusedError):
-            ask(chat, str(number))
-    with pytest.raises(ChatStoppedError, match="no such option"):
-        ask(chat, "19")
+        with pytest.raises(LLMRejectedError):
+            ask(client, str(number))
+    with pytest.raises(LLMStoppedError, match="no such option"):
+        ask(client, "19")
 
 
-def test_a_cap_does_not_hide_what_is_wrong(serve, open_chat):
+def test_a_cap_does_not_hide_what_is_wrong(serve, open_client):
     server = serve(lambda request, number: Answer("bad key", status=401, delay_seconds=0.3))
-    chat = open_chat(server, concurrency=4, max_requests=2)
-    with pytest.raises(ChatStoppedError, match="bad key"):
-        chat.side_by_side(lambda text: ask(chat, text), list("abcdefgh"))
+    client = open_client(server, concurrency=4, max_requests=2)
+    with pytest.raises(LLMStoppedError, match="bad key"):
+        client.map_concurrent(lambda text: ask(client, text), list("abcdefgh"))
 
 
 @pytest.mark.parametrize(
@@ -171,113 +171,113 @@ def test_a_cap_does_not_hide_what_is_wrong(serve, open_chat):
         (451, "not here"),
     ],
 )
-def test_what_does_not_pass_stops_at_once(serve, open_chat, status, words):
+def test_what_does_not_pass_stops_at_once(serve, open_client, status, words):
     server = serve(lambda request, number: Answer(words, status=status))
-    with pytest.raises(ChatStoppedError, match=words):
-        ask(open_chat(server))
+    with pytest.raises(LLMStoppedError, match=words):
+        ask(open_client(server))
     assert len(server.requests) == 1
 
 
-def test_a_server_without_schemas(serve, open_chat, caplog):
+def test_a_server_without_schemas(serve, open_client, caplog):
     def script(request, number):
         return Answer("no response_format", status=400) if "response_format" in request else Answer("fine")
 
     server = serve(script)
-    chat = open_chat(server)
-    assert [ask(chat, words).text for words in ("a", "b", "c")] == ["fine"] * 3
+    client = open_client(server)
+    assert [ask(client, words).text for words in ("a", "b", "c")] == ["fine"] * 3
     assert ["response_format" in request for request in server.requests] == [True, False, False, False]
     assert "takes no JSON schema" in caplog.text and "no response_format" in caplog.text
-    with pytest.raises(ChatRefusedError, match="no response_format"):
-        ask(open_chat(server, structured="always"), "d")
+    with pytest.raises(LLMRejectedError, match="no response_format"):
+        ask(open_client(server, structured="always"), "d")
 
 
-def test_one_refused_question_is_no_refused_schema(serve, open_chat):
+def test_one_refused_question_is_no_refused_schema(serve, open_client):
     server = serve(lambda request, number: Answer("too long", status=400 if words_of(request) == "long" else 200))
-    chat = open_chat(server)
-    with pytest.raises(ChatRefusedError, match="too long"):
-        ask(chat, "long")
-    ask(chat, "short")
+    client = open_client(server)
+    with pytest.raises(LLMRejectedError, match="too long"):
+        ask(client, "long")
+    ask(client, "short")
     assert "response_format" in server.requests[-1]
 
 
-def test_a_question_on_which_the_server_fails_stops_no_other(serve, open_chat):
+def test_a_question_on_which_the_server_fails_stops_no_other(serve, open_client):
     server = serve(lambda request, number: Answer("x", status=500 if words_of(request) == "bad" else 200))
-    chat = open_chat(server, retry_seconds=2.0, concurrency=2)
+    client = open_client(server, retry_seconds=2.0, concurrency=2)
 
     def try_ask(text: str) -> str:
         try:
-            return ask(chat, text).text
-        except ChatRefusedError as error:
+            return ask(client, text).text
+        except LLMRejectedError as error:
             return str(error)
 
-    replies = chat.side_by_side(try_ask, ["bad", "a", "b"])
+    replies = client.map_concurrent(try_ask, ["bad", "a", "b"])
     assert "the server fails on this question, not on others" in replies[0] and replies[1:] == ["x", "x"]
 
 
-def test_half_a_character_is_no_obstacle(serve, open_chat):
+def test_half_a_character_is_no_obstacle(serve, open_client):
     server = serve(lambda request, number: Answer(body=Answer("ab").to_bytes().replace(b"ab", b"a\\ud83d")))
-    assert ask(open_chat(server)).text == ask(open_chat(server)).text == "a?"
+    assert ask(open_client(server)).text == ask(open_client(server)).text == "a?"
     assert len(server.requests) == 1
 
 
-def test_cap_of_requests(serve, open_chat):
+def test_cap_of_requests(serve, open_client):
     server = serve(lambda request, number: Answer(words_of(request)))
-    chat = open_chat(server, max_requests=2)
-    ask(chat, "a"), ask(chat, "b"), ask(chat, "a")  # the third is known
-    with pytest.raises(ChatStoppedError, match=r"the cap of 2 requests is reached \(2 requests, 20 tokens in"):
-        ask(chat, "c")
+    client = open_client(server, max_requests=2)
+    ask(client, "a"), ask(client, "b"), ask(client, "a")  # the third is known
+    with pytest.raises(LLMStoppedError, match=r"the cap of 2 requests is reached \(2 requests, 20 tokens in"):
+        ask(client, "c")
     assert len(server.requests) == 2
-    again = open_chat(server, max_requests=1)
+    again = open_client(server, max_requests=1)
     assert [ask(again, words).text for words in "abc"] == ["a", "b", "c"]
     assert len(server.requests) == 3
 
 
-def test_retries_count_against_the_cap(serve, open_chat):
+def test_retries_count_against_the_cap(serve, open_client):
     server = serve(lambda request, number: Answer("x", status=500))
-    with pytest.raises(ChatStoppedError, match="the cap of 2 requests"):
-        ask(open_chat(server, max_requests=2))
+    with pytest.raises(LLMStoppedError, match="the cap of 2 requests"):
+        ask(open_client(server, max_requests=2))
     assert len(server.requests) == 2
 
 
-def test_cap_of_tokens(serve, open_chat):
+def test_cap_of_tokens(serve, open_client):
     server = serve(lambda request, number: Answer("x"))
-    chat = open_chat(server, max_tokens=15)
-    ask(chat, "a"), ask(chat, "b")  # 10 of 15 are spent before the second: it may begin
-    with pytest.raises(ChatStoppedError, match="the cap of 15 tokens"):
-        ask(chat, "c")
+    client = open_client(server, max_tokens=15)
+    ask(client, "a"), ask(client, "b")  # 10 of 15 are spent before the second: it may begin
+    with pytest.raises(LLMStoppedError, match="the cap of 15 tokens"):
+        ask(client, "c")
     silent = serve(lambda request, number: Answer("x", usage=None))
-    with pytest.raises(ChatStoppedError, match="does not say how many tokens"):
-        ask(open_chat(silent, max_tokens=15))
-    assert ask(open_chat(silent)).num_tokens is None
+    with pytest.raises(LLMStoppedError, match="does not say how many tokens"):
+        ask(open_client(silent, max_tokens=15))
+    assert ask(open_client(silent)).num_tokens is None
 
 
-def test_side_by_side(serve, open_chat):
+def test_side_by_side(serve, open_client):
     server = serve(lambda request, number: Answer(words_of(request), delay_seconds=0.1))
-    chat = open_chat(server, concurrency=3)
+    client = open_client(server, concurrency=3)
     done = []
     texts = [str(number) for number in range(12)]
-    replies = chat.side_by_side(lambda text: ask(chat, text).text, texts, progress=done.append)
+    replies = client.map_concurrent(lambda text: ask(client, text).text, texts, progress=done.append)
     assert replies == texts and sorted(done) == sorted(texts)
     assert server.most_at_once == 3
 
 
-def test_the_first_that_stops_stops_all(serve, open_chat):
+def test_the_first_that_stops_stops_all(serve, open_client):
     server = serve(lambda request, number: Answer("no", status=401))
-    chat = open_chat(server, concurrency=2)
-    with pytest.raises(ChatStoppedError, match="no"):
-        chat.side_by_side(lambda text: ask(chat, text), [str(number) for number in range(50)])
+    client = open_client(server, concurrency=2)
+    with pytest.raises(LLMStoppedError, match="no"):
+        client.map_concurrent(lambda text: ask(client, text), [str(number) for number in range(50)])
     assert len(server.requests) <= 4
 
 
-def test_ctrl_c_keeps_what_is_under_way(serve, open_chat, tmp_path):
+def test_ctrl_c_keeps_what_is_under_way(serve, open_client, tmp_path):
     server = serve(lambda request, number: Answer(words_of(request), delay_seconds=1.0))
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from salmonn.score.llm_client import Chat
-        from salmonn.score.config import ChatConfig
-        chat = Chat(ChatConfig("m", {server.url!r}, concurrency=2, cache=Path({str(tmp_path / "replies.sqlite")!r})))
-        ask = lambda text: chat.ask([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
-        chat.side_by_side(ask, [str(number) for number in range(20)])
+        from salmonn.score.llm_client import LLMClient
+        from salmonn.score.config import LLMConfig
+        client = LLMClient(LLMConfig("m", {server.url!r}, concurrency=2, cache=Path({str(tmp_path / "replies.sqlite")!r})))
+        ask = lambda text: client.complete([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
+        client.map_concurrent(ask, [str(number) for number in range(20)])
     """)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
     while len(server.requests) < 2:
@@ -288,8 +288,8 @@ def test_ctrl_c_keeps_what_is_under_way(serve, open_chat, tmp_path):
     assert process.returncode != 0 and "waiting for the replies that are under way" in err
     asked = [words_of(request) for request in server.requests]
     assert sorted(asked) == ["0", "1"]
-    chat = open_chat(server)
-    assert [ask(chat, text).text for text in asked] == asked
+    client = open_client(server)
+    assert [ask(client, text).text for text in asked] == asked
     assert len(server.requests) == 2
 
 
@@ -314,13 +314,13 @@ def test_a_second_ctrl_c_does_not_wait(serve, tmp_path):
 def test_a_key_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
-        Chat(ChatConfig("m", cache=tmp_path / "c"))
+        LLMClient(LLMConfig("m", cache=tmp_path / "c"))
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"reply_tokens": 0}, "reply_tokens"),
+        ({"max_reply_tokens": 0}, "max_reply_tokens"),
         ({"concurrency": 0}, "concurrency"),
         ({"retry_seconds": 0}, "retry_seconds"),
         ({"max_requests": 0}, "max_requests"),
@@ -330,17 +330,17 @@ def test_a_key_is_asked_for(monkeypatch, tmp_path):
 )
 def test_options_out_of_range(options, words):
     with pytest.raises(ValueError, match=words):
-        ChatConfig("m", **options)
+        LLMConfig("m", **options)
 
 
 def test_a_file_that_is_no_cache(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("no database, and longer than a header of one hundred bytes " * 4)
     with pytest.raises(ValueError, match=r"notes\.txt cannot be used to keep replies"):
-        ReplyCache(path)
+        ResponseCache(path)
 
 
-def test_logging_is_quiet_when_all_is_well(serve, open_chat, caplog):
+def test_logging_is_quiet_when_all_is_well(serve, open_client, caplog):
     caplog.set_level(logging.WARNING)
-    ask(open_chat(serve(lambda request, number: Answer("x"))))
+    ask(open_client(serve(lambda request, number: Answer("x"))))
     assert not caplog.records

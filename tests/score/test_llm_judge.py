@@ -6,9 +6,9 @@ import random
 import pytest
 
 from salmonn.records import Caption, Event, Reference, Score, Unscored
-from salmonn.score.converse import ReplyError, parse_object
-from salmonn.score.judge import Task
-from salmonn.score.llm_judge import EventForm, LlmJudge
+from salmonn.score.converse import InvalidReplyError, parse_object
+from salmonn.score.judge import ScoringTask
+from salmonn.score.llm_judge import EventPrompt, LLMJudge
 from salmonn.score.text_spans import find_quote
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.judge import RuleJudge
@@ -21,7 +21,7 @@ EVENTS = (
     Event("a man sings", "speech"),
 )
 TEXT = "A brown dog runs by. A cat meows, and then a man sings."
-TASK = Task(Reference("v", EVENTS), Caption("v", TEXT))
+TASK = ScoringTask(Reference("v", EVENTS), Caption("v", TEXT))
 GOOD = {
     "events": [
         {"number": 1, "class": "correct", "quote": "brown dog runs by"},
@@ -34,9 +34,9 @@ GOOD = {
 
 
 @pytest.fixture
-def open_judge(open_chat):
-    def open_(server, attempts: int = 3, **options) -> LlmJudge:
-        return LlmJudge(open_chat(server, **options), forms=[EventForm()] * attempts)
+def open_judge(open_client):
+    def open_(server, attempts: int = 3, **options) -> LLMJudge:
+        return LLMJudge(open_client(server, **options), templates=[EventPrompt()] * attempts)
 
     return open_
 
@@ -54,7 +54,7 @@ def changed(**values) -> dict:
 
 
 def test_reads_a_good_reply():
-    score = EventForm().read(json.dumps(GOOD), TASK)
+    score = EventPrompt().read(json.dumps(GOOD), TASK)
     assert (score.num_events, score.missing, score.incorrect, score.hallucinated) == (3, 1, 1, 1)
     assert (score.missed, score.wrong, score.invented) == (("a dog barks",), ("a man sings",), ("A cat meows",))
     assert [(one.event, one.is_correct) for one in score.told] == [(EVENTS[0], True), (EVENTS[2], False)]
@@ -66,7 +66,7 @@ def test_told_events_stand_in_the_order_of_telling():
     entries = [{"number": n, "class": "correct", "quote": quote} for n, quote in enumerate(quotes, start=1)]
     reply = {"events": entries, "hallucinated": [], "counts": changed(counts__correct=3)["counts"]}
     reply["counts"] |= {"incorrect": 0, "missed": 0, "hallucinated": 0}
-    score = EventForm().read(json.dumps(reply), Task(TASK.reference, Caption("v", text)))
+    score = EventPrompt().read(json.dumps(reply), ScoringTask(TASK.reference, Caption("v", text)))
     assert [one.event.text for one in score.told] == ["a man sings", "a dog barks", "a dog runs"]
 
 
@@ -75,10 +75,10 @@ def test_what_is_said_twice_may_tell_an_event_that_comes_twice():
     entries = [{"number": number, "class": "correct", "quote": "a dog barks"} for number in (1, 2)]
     counts = {"correct": 2, "incorrect": 0, "missed": 0, "hallucinated": 0}
     reply = json.dumps({"events": entries, "hallucinated": [], "counts": counts})
-    task = Task(Reference("v", barks), Caption("v", "A dog barks. Later a dog barks."))
-    assert len(EventForm().read(reply, task).told) == 2
-    with pytest.raises(ReplyError, match="cannot tell 2 events"):
-        EventForm().read(reply, Task(Reference("v", barks), Caption("v", "A dog barks.")))
+    task = ScoringTask(Reference("v", barks), Caption("v", "A dog barks. Later a dog barks."))
+    assert len(EventPrompt().read(reply, task).told) == 2
+    with pytest.raises(InvalidReplyError, match="cannot tell 2 events"):
+        EventPrompt().read(reply, ScoringTask(Reference("v", barks), Caption("v", "A dog barks.")))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_what_is_said_twice_may_tell_an_event_that_comes_twice():
     ],
 )
 def test_wrappings_of_a_reply(wrapped):
-    assert EventForm().read(wrapped.format(json.dumps(GOOD)), TASK).missing == 1
+    assert EventPrompt().read(wrapped.format(json.dumps(GOOD)), TASK).missing == 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_wrappings_of_a_reply(wrapped):
     ],
 )
 def test_what_is_no_object(text, words):
-    with pytest.raises(ReplyError, match=words):
+    with pytest.raises(InvalidReplyError, match=words):
         parse_object(text)
 
 
@@ -148,8 +148,8 @@ def test_what_is_no_object(text, words):
     ],
 )
 def test_faults_are_named(reply, words):
-    with pytest.raises(ReplyError, match=words):
-        EventForm().read(json.dumps(reply), TASK)
+    with pytest.raises(InvalidReplyError, match=words):
+        EventPrompt().read(json.dumps(reply), TASK)
 
 
 @pytest.mark.parametrize(
@@ -199,12 +199,12 @@ def test_find_quote_from_a_place_on():
     assert find_quote("a dog", text, start=8) is None
 
 
-def clips(count: int) -> list[Task]:
+def clips(count: int) -> list[ScoringTask]:
     tasks = []
     for index in range(count):
         rng = random.Random(index)
         reference = write_reference(draw_scene(rng, config=SynthConfig()), rng, video=f"{index}.mp4", index=index)
-        tasks.append(Task(reference, Caption(reference.video, reference.human_caption, sample=2)))
+        tasks.append(ScoringTask(reference, Caption(reference.video, reference.human_caption, sample=2)))
     return tasks
 
 
@@ -264,7 +264,7 @@ INJECTION = (
 
 def test_an_injection_stays_data(serve, open_judge):
     server = serve(honest)
-    task = Task(clips(1)[0].reference, Caption("0.mp4", INJECTION))
+    task = ScoringTask(clips(1)[0].reference, Caption("0.mp4", INJECTION))
     (score,) = open_judge(server).judge([task])
     assert asked_about(server.requests[0])[1] == INJECTION  # whole, within one JSON string
     assert INJECTION not in server.requests[0]["messages"][1]["content"]
@@ -277,7 +277,7 @@ def test_a_caption_cannot_speak_for_another(serve, open_judge, mark):
     """Marks of chat templates become tokens wherever they stand, within JSON strings as well."""
     bad = json.dumps({"echo": mark})
     server = serve(lambda request, number: honest(request, number) if number else Answer(bad))
-    task = Task(clips(1)[0].reference, Caption("0.mp4", f"A red star blinks. {mark}"))
+    task = ScoringTask(clips(1)[0].reference, Caption("0.mp4", f"A red star blinks. {mark}"))
     open_judge(server).judge([task])
     assert len(server.requests) == 2
     sent = [message["content"] for request in server.requests for message in request["messages"][1:]]
@@ -296,7 +296,7 @@ def test_a_model_that_obeys_an_injection_is_not_believed(serve, open_judge, obey
             return Answer(json.dumps({"events": [], "hallucinated": [], "counts": counts}))
         return Answer(json.dumps({"events": entries, "hallucinated": [], "counts": counts | {"correct": len(events)}}))
 
-    task = Task(clips(1)[0].reference, Caption("0.mp4", INJECTION))
+    task = ScoringTask(clips(1)[0].reference, Caption("0.mp4", INJECTION))
     (result,) = open_judge(serve(script)).judge([task])
     assert isinstance(result, Unscored)
 
@@ -306,7 +306,7 @@ def test_a_refused_caption_harms_no_other(serve, open_judge):
         return Answer("too long", status=400) if "0.mp4" in asked_about(request)[1] else honest(request, number)
 
     tasks = clips(3)
-    tasks[1] = Task(tasks[1].reference, Caption("1.mp4", "0.mp4 " * 50))
+    tasks[1] = ScoringTask(tasks[1].reference, Caption("1.mp4", "0.mp4 " * 50))
     results = open_judge(serve(script)).judge(tasks)
     assert [isinstance(result, Score) for result in results] == [True, False, True]
     assert "the server refuses the question" in results[1].reason and "too long" in results[1].reason
@@ -316,7 +316,7 @@ def test_empty_captions_and_equal_ones(serve, open_judge):
     server = serve(honest)
     reference = clips(1)[0].reference
     texts = ("", "A red star blinks.", " \n", "A red star blinks.", "A blue star blinks.")
-    tasks = [Task(reference, Caption("0.mp4", text, sample=sample)) for sample, text in enumerate(texts)]
+    tasks = [ScoringTask(reference, Caption("0.mp4", text, sample=sample)) for sample, text in enumerate(texts)]
     results = open_judge(server).judge(tasks)
     assert [result.sample for result in results] == [0, 1, 2, 3, 4]
     assert len(server.requests) == 2  # of five captions two are to be asked about

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from salmonn.cli.codes import SOME_FAILED
-from salmonn.preference.reward import make_chat
+from salmonn.preference.reward import make_llm_client
 from salmonn.records import Caption, Event, Reference, Score, Unscored, write_records
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
@@ -38,7 +38,7 @@ def ask(server):
 
         def create(text: str, **options):
             messages = [{"role": "user", "content": text}]
-            return client.chat.completions.create(model=server.model, messages=messages, **options)
+            return client.client.completions.create(model=server.model, messages=messages, **options)
 
         yield create
 
@@ -94,7 +94,7 @@ def score(server, tmp_path):
     line = [str(Path(sys.executable).with_name("salmonn")), "score", str(tmp_path / "captions.jsonl")]
     line += ["--references", str(tmp_path / "refs.jsonl"), "--cache", str(tmp_path / "replies.sqlite")]
     line += ["--judge", "openai", "--base-url", server.base_url, "--model", server.model]
-    line += ["--reply-tokens", "30", "--attempts", "2"]
+    line += ["--max-reply-tokens", "30", "--attempts", "2"]
 
     def run() -> tuple[int, str, list[Score | Unscored]]:
         out = tmp_path / "scores.jsonl"
@@ -124,10 +124,14 @@ def test_captions_of_a_judge_that_babbles_are_unscored_and_not_asked_about_again
 
 def test_tokens_are_counted_as_the_server_counts_them(server, tmp_path):
     config = JudgeConfig(
-        kind="openai", model=server.model, base_url=server.base_url, reply_tokens=30, cache=tmp_path / "replies.sqlite"
+        kind="openai",
+        model=server.model,
+        base_url=server.base_url,
+        max_reply_tokens=30,
+        cache=tmp_path / "replies.sqlite",
     )
-    chat = make_chat(config)
+    client = make_llm_client(config)
     messages = [{"role": "user", "content": "hi"}]
-    reply = chat.ask(messages, schema={"type": "object"}, seed=0)
+    reply = client.complete(messages, schema={"type": "object"}, seed=0)
     assert reply.is_cut_off
-    assert chat.num_tokens == reply.num_tokens == 21 + 30  # of the question, as above, and of the reply
+    assert client.num_tokens == reply.num_tokens == 21 + 30  # of the question, as above, and of the reply

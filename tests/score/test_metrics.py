@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from salmonn.records import Caption, Event, Question, Reference, Score, Told
-from salmonn.score.judge import pair_up
-from salmonn.score.metrics import Rates, audio_share, qa_accuracy, rates, telling_order
+from salmonn.score.judge import match_references
+from salmonn.score.metrics import Rates, audio_share, compute_rates, qa_accuracy, temporal_order_tau
 from salmonn.synthetic.judge import RuleJudge
 
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ def test_rates_are_micro_averages():
         Score("b", num_events=2, missing=0, incorrect=0, hallucinated=1, num_words=15, sample=1),
     ]
     # a mean over captions would give missing (1/2 + 1/6 + 0) / 3
-    assert rates(scores, qa_accuracy=0.5) == Rates(
+    assert compute_rates(scores, qa_accuracy=0.5) == Rates(
         missing=0.2,
         hallucination=pytest.approx(0.3),
         total=0.5,
@@ -45,12 +45,12 @@ def test_rates_are_micro_averages():
 
 def test_an_empty_caption_counts():
     empty = Score("a", num_events=4, missing=4, incorrect=0, hallucinated=0)
-    assert rates([empty]) == Rates(1.0, 0.0, 1.0, 0.0, None, 1, captions=1)
+    assert compute_rates([empty]) == Rates(1.0, 0.0, 1.0, 0.0, None, 1, captions=1)
 
 
 def test_no_scores():
     with pytest.raises(ValueError, match="at least one"):
-        rates([])
+        compute_rates([])
 
 
 def test_rates_of_an_earlier_version_still_read():
@@ -81,7 +81,7 @@ def test_audio_share_is_over_the_events_of_all_captions():
     ],
 )
 def test_telling_order(captions, tau):
-    assert telling_order(captions) == (None if tau is None else pytest.approx(tau))
+    assert temporal_order_tau(captions) == (None if tau is None else pytest.approx(tau))
 
 
 def test_worked_example():
@@ -108,8 +108,12 @@ def test_worked_example():
     }
     rows = dict(re.findall(r"^\| (\w+\.mp4) \| .* \| (.*) \|$", DOCS, re.MULTILINE))
     captions = [Caption(video, text, finished=video != "b.mp4") for video, text in rows.items()]
-    found = rates(
-        [score for score in RuleJudge().judge(pair_up(references, captions, RuleJudge())) if isinstance(score, Score)]
+    found = compute_rates(
+        [
+            score
+            for score in RuleJudge().judge(match_references(references, captions, RuleJudge()))
+            if isinstance(score, Score)
+        ]
     )
     values = {
         "Missing": found.missing,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from salmonn.score.multiple_choice import Choice, choice_of, read_choices, score_choices
+from salmonn.score.multiple_choice import MultipleChoiceQuestion, parse_choice, read_questions, score_questions
 from salmonn.score.stats import Interval
 
 FRUIT = ("Apples.", "Candles.", "Berries.", "The three kinds are of the same number.")
@@ -80,7 +80,7 @@ DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="u
     ],
 )
 def test_choice(response, letter):
-    assert choice_of(response, FRUIT) == letter
+    assert parse_choice(response, FRUIT) == letter
 
 
 @pytest.mark.parametrize(
@@ -104,25 +104,25 @@ def test_choice(response, letter):
     ],
 )
 def test_choice_by_options(response, options, letter):
-    assert choice_of(response, options) == letter
+    assert parse_choice(response, options) == letter
 
 
 @given(st.text(st.sampled_from("ABIab .,:()\norandswer")))
 def test_choice_is_an_option_or_none(response):
-    assert choice_of(response, FRUIT) in {None, "A", "B", "C", "D"}
+    assert parse_choice(response, FRUIT) in {None, "A", "B", "C", "D"}
 
 
 # docs/metrics.md, "The worked example": its four questions
 EXAMPLE = [
-    Choice("?", FRUIT[:3], "B", "The best answer is: B", "a", {"duration": "short"}),
-    Choice("?", FRUIT[:3], "C", "berries", "a", {"duration": "short"}),
-    Choice("?", FRUIT[:3], "A", "A man lights them.", "b", {"duration": "short", "domain": "Life"}),
-    Choice("?", FRUIT[:3], "A", None, "b"),
+    MultipleChoiceQuestion("?", FRUIT[:3], "B", "The best answer is: B", "a", {"duration": "short"}),
+    MultipleChoiceQuestion("?", FRUIT[:3], "C", "berries", "a", {"duration": "short"}),
+    MultipleChoiceQuestion("?", FRUIT[:3], "A", "A man lights them.", "b", {"duration": "short", "domain": "Life"}),
+    MultipleChoiceQuestion("?", FRUIT[:3], "A", None, "b"),
 ]
 
 
 def test_worked_example():
-    found = score_choices(EXAMPLE)
+    found = score_questions(EXAMPLE)
     assert (found.accuracy, found.num_questions, found.unanswered, found.unreadable) == (0.5, 4, 1, 1)
     # the videos drawn are aa, ab, ba or bb: 4/4, 2/4 or 0/4
     assert found.interval == Interval(0.0, 1.0)
@@ -132,16 +132,18 @@ def test_worked_example():
 
 
 def test_questions_of_a_video_are_drawn_together_and_of_unknown_ones_one_by_one():
-    choices = [Choice("?", FRUIT, "B", "AB"[number % 2], video="vw"[number % 2]) for number in range(100)]
-    assert score_choices(choices).interval == Interval(0.0, 1.0)
+    choices = [
+        MultipleChoiceQuestion("?", FRUIT, "B", "AB"[number % 2], video="vw"[number % 2]) for number in range(100)
+    ]
+    assert score_questions(choices).interval == Interval(0.0, 1.0)
     # 50 of 100 right: the interval of a coin, 0.5 +- 1.96 * sqrt(0.25 / 100)
-    interval = score_choices([replace(choice, video=None) for choice in choices]).interval
+    interval = score_questions([replace(choice, video=None) for choice in choices]).interval
     assert (interval.low, interval.high) == pytest.approx((0.402, 0.598), abs=0.015)
 
 
 def test_no_questions():
     with pytest.raises(ValueError, match="at least one"):
-        score_choices([])
+        score_questions([])
 
 
 VIDEO = {
@@ -166,8 +168,8 @@ VIDEO = {
 def test_reads_video_mme(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps([VIDEO]))
     of_video = {"duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History"}
-    assert read_choices(tmp_path / "r.json") == [
-        Choice(
+    assert read_questions(tmp_path / "r.json") == [
+        MultipleChoiceQuestion(
             "Which?",
             ("Apples.", "Candles."),
             "B",
@@ -175,7 +177,7 @@ def test_reads_video_mme(tmp_path):
             "001",
             of_video | {"task_type": "Counting Problem"},
         ),
-        Choice("Who?", ("I.", "You."), "A", None, "001", of_video | {"domain": "Film"}),
+        MultipleChoiceQuestion("Who?", ("I.", "You."), "A", None, "001", of_video | {"domain": "Film"}),
     ]
 
 
@@ -185,13 +187,13 @@ def test_reads_flat_lists(tmp_path):
         {"question": "Which?", "options": ["Apples", "Pears"], "answer": "pears", "task_type": "x", "duration": 12.5},
     ]
     expected = [
-        Choice("Which?", ("Apples", "A. B."), "B", None, "v.mp4"),
+        MultipleChoiceQuestion("Which?", ("Apples", "A. B."), "B", None, "v.mp4"),
         # seconds are no group
-        Choice("Which?", ("Apples", "Pears"), "B", None, None, {"task_type": "x"}),
+        MultipleChoiceQuestion("Which?", ("Apples", "Pears"), "B", None, None, {"task_type": "x"}),
     ]
     (tmp_path / "r.json").write_text(json.dumps(items))
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(item) + "\n\n" for item in items))
-    assert read_choices(tmp_path / "r.json") == read_choices(tmp_path / "r.jsonl") == expected
+    assert read_questions(tmp_path / "r.json") == read_questions(tmp_path / "r.jsonl") == expected
 
 
 def test_reads_what_the_published_code_writes(tmp_path):
@@ -201,10 +203,10 @@ def test_reads_what_the_published_code_writes(tmp_path):
         {"id": ["b.mp4"], "prompt": "Which?", "ref": "C<|im_end|>", "pred": "C<|im_end|>"},
     ]
     (tmp_path / "r.json").write_text(json.dumps(items))
-    first, second = read_choices(tmp_path / "r.json")
-    assert first == Choice(prompt, ("Apples.", "Candles."), "B", "Candles", "a.mp4")
-    assert second == Choice("Which?", (), "C", "C", "b.mp4")
-    assert score_choices([first, second]).accuracy == 1.0
+    first, second = read_questions(tmp_path / "r.json")
+    assert first == MultipleChoiceQuestion(prompt, ("Apples.", "Candles."), "B", "Candles", "a.mp4")
+    assert second == MultipleChoiceQuestion("Which?", (), "C", "C", "b.mp4")
+    assert score_questions([first, second]).accuracy == 1.0
 
 
 GOOD = VIDEO["questions"][0]
@@ -229,9 +231,9 @@ GOOD = VIDEO["questions"][0]
 def test_names_what_is_wrong(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=words):
-        read_choices(tmp_path / name)
+        read_questions(tmp_path / name)
 
 
 def test_names_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="multiple-choice"):
-        read_choices(tmp_path / "r.json")
+        read_questions(tmp_path / "r.json")

@@ -3,12 +3,12 @@
 import pytest
 
 from salmonn.records import Caption, Reference, Score, Unscored
-from salmonn.score.judge import Task
-from salmonn.score.metrics import rates
+from salmonn.score.judge import ScoringTask
+from salmonn.score.metrics import compute_rates
 from salmonn.score.passes import judge_passes
 from salmonn.synthetic.judge import RuleJudge
 
-TASKS = [Task(Reference(name), Caption(name, "")) for name in "ab"]
+TASKS = [ScoringTask(Reference(name), Caption(name, "")) for name in "ab"]
 
 
 class Scripted:
@@ -31,7 +31,9 @@ class Scripted:
 
 
 def play(*passes):
-    return judge_passes(TASKS, Scripted(*passes), total=lambda scores: rates(scores).total, passes=len(passes), seed=7)
+    return judge_passes(
+        TASKS, Scripted(*passes), total=lambda scores: compute_rates(scores).total, passes=len(passes), seed=7
+    )
 
 
 def test_the_median_counts():

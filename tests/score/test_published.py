@@ -7,13 +7,15 @@ import pytest
 from salmonn.preference.reward import make_judge
 from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.config import JudgeConfig
-from salmonn.score.converse import ReplyError
-from salmonn.score.judge import Task
+from salmonn.score.converse import InvalidReplyError
+from salmonn.score.judge import ScoringTask
 from salmonn.score.passes import judge_passes
-from salmonn.score.published import CountForm, ListForm, collapse_repeats, collapsed, published_rates
+from salmonn.score.published import CountPrompt, ListPrompt, collapse_repeats, collapsed, published_rates
 from tests.score.fake_llm_server import Answer
 
-TASK = Task(Reference("v", (Event("a dog runs"), Event("it's raining"), Event("a man sings"))), Caption("v", "Text."))
+TASK = ScoringTask(
+    Reference("v", (Event("a dog runs"), Event("it's raining"), Event("a man sings"))), Caption("v", "Text.")
+)
 
 
 def counts(score: Score) -> tuple[int, int, int]:
@@ -44,7 +46,7 @@ def counts(score: Score) -> tuple[int, int, int]:
     ],
 )
 def test_reads_lists_as_the_published_scorer(text, expected):
-    assert counts(ListForm().read(text, TASK)) == expected
+    assert counts(ListPrompt().read(text, TASK)) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,15 +66,15 @@ def test_reads_lists_as_the_published_scorer(text, expected):
     ],
 )
 def test_what_it_cannot_read(text):
-    with pytest.raises(ReplyError):
-        ListForm().read(text, TASK)
+    with pytest.raises(InvalidReplyError):
+        ListPrompt().read(text, TASK)
 
 
 def test_counts_alone_must_add_up():
     text = '{"Missed": 1, "Correct": %d, "Incorrect": 0, "Hallucination": 4}'
-    assert counts(CountForm().read(text % 2, TASK)) == (1, 0, 4)
-    with pytest.raises(ReplyError, match=r"1 \+ 1 \+ 0 events are not 3"):
-        CountForm().read(text % 1, TASK)
+    assert counts(CountPrompt().read(text % 2, TASK)) == (1, 0, 4)
+    with pytest.raises(InvalidReplyError, match=r"1 \+ 1 \+ 0 events are not 3"):
+        CountPrompt().read(text % 1, TASK)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_collapse(text, expected):
 def test_collapses_only_what_was_cut_off():
     text = "so so so so so on"
     for finished, expected in ((True, text), (False, "so on")):
-        task = Task(TASK.reference, Caption("v", text, finished=finished))
+        task = ScoringTask(TASK.reference, Caption("v", text, finished=finished))
         assert collapsed(task).caption.text == expected
 
 
@@ -123,7 +125,7 @@ def config(server, tmp_path) -> JudgeConfig:
 
 def test_an_empty_prediction_is_asked_about_as_any_other(serve, tmp_path):
     server = serve(lambda request, number: Answer(reply(2)))
-    empty = Task(TASK.reference, Caption("v", ""))
+    empty = ScoringTask(TASK.reference, Caption("v", ""))
     assert make_judge(config(server, tmp_path), published=True).judge([empty])[0].missing == 2
     assert len(server.requests) == 1
 
@@ -147,12 +149,12 @@ def test_a_further_pass_keeps_what_it_cannot_read_anew(serve, tmp_path):
         said = script[json.loads(caption)].pop(0)
         return Answer(reply(int(said)) if said.isdigit() else said)
 
-    tasks = [Task(TASK.reference, Caption("v", "v")), Task(TASK.reference, Caption("w", "w"))]
+    tasks = [ScoringTask(TASK.reference, Caption("v", "v")), ScoringTask(TASK.reference, Caption("w", "w"))]
     judge, once = (
         make_judge(config(serve(play), tmp_path), published=True),
         make_judge(config(serve(play), tmp_path), published=True),
     )
-    once.forms = once.forms[:1]
+    once.templates = once.templates[:1]
     outcome = judge_passes(tasks, judge, total=lambda s: published_rates(s).total, passes=3, seed=2024, once=once)
     # (0 + 1) / 6, (3 + 1) / 6, (2 + 0) / 6: the median is the third
     assert outcome.totals == (1 / 6, 4 / 6, 2 / 6) and outcome.kept == 2

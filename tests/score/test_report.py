@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from salmonn.records import Caption, Event, Judging, Reference, Score, Told, Unscored
-from salmonn.score.metrics import rates
+from salmonn.score.metrics import compute_rates
 from salmonn.score.report import Report, write_report
 from tests.score.browser import Watched, needs_browser, start_browser
 
@@ -47,8 +47,10 @@ def make_report(clips, **changes) -> Report:
     known = {first: (CIRCLE, DOG, RAIN, HELLO), second: SHAPES, NOWHERE: SHAPES[:2]}
     fields = {
         "title": "Hasty <i>captions</i>",
-        "judging": Judging("a/judge", "abc123", "salmonn", "2026-11-22T10:00:00+00:00", "0.1", (4, 5), (0.65, 0.7), 1),
-        "rates": rates(scores),
+        "judge_info": Judging(
+            "a/judge", "abc123", "salmonn", "2026-11-22T10:00:00+00:00", "0.1", (4, 5), (0.65, 0.7), 1
+        ),
+        "rates": compute_rates(scores),
         "scores": scores,
         "unscored": [Unscored("videos/odd.mp4", "no usable <reply> in 3 attempts", sample=2)],
         "captions": [Caption(second, "Four shapes appear. " + "x" * 300), Caption(first, TEXT, finished=False)],
@@ -119,7 +121,7 @@ def test_of_events_of_one_text_each_is_told_or_missed_once(clips, tmp_path):
 
 def test_no_more_than_the_worst_are_shown_but_all_are_counted(clips, tmp_path):
     scores = [Score(f"{errors}.mp4", 10, errors, 0, 0) for errors in (3, 17, 9, 10)]
-    changes = {"scores": scores, "worst": 2, "references": {}, "judging": Judging("rule", "p", "salmonn", "d", "v")}
+    changes = {"scores": scores, "worst": 2, "references": {}, "judge_info": Judging("rule", "p", "salmonn", "d", "v")}
     write_report(tmp_path / "report.html", make_report(clips, **changes))
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r'data-name="(.*?)"', text) == ["17.mp4", "10.mp4"]

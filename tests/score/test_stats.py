@@ -7,14 +7,14 @@ import pytest
 
 from salmonn.records import Judging, Score
 from salmonn.score import stats as intervals
-from salmonn.score.metrics import rates
+from salmonn.score.metrics import compute_rates
 from salmonn.score.stats import (
     MEASURES,
-    Difference,
     Interval,
-    bootstrap,
+    MeasureDifference,
+    bootstrap_intervals,
     bootstrap_ratios,
-    compare,
+    compare_sets,
     require_same_judge,
 )
 
@@ -37,19 +37,19 @@ def draw_scores(rng: np.random.Generator, shares: np.ndarray, num_events: int = 
 
 def test_interval_of_the_worked_example():
     """Two clips are drawn as aa, ab, ba or bb, a quarter each, so that the middle 95 % holds all of them."""
-    found = bootstrap(FIRST)
+    found = bootstrap_intervals(FIRST)
     assert found["total"] == Interval(0.0, 4 / 5)
     assert found["missing"] == Interval(0.0, 2 / 5)
     assert found["hallucination"] == Interval(0.0, 2 / 5)
     assert found["incorrect"] == found["hallucinated"] == Interval(0.0, 1 / 5)
     assert found["repetition"] == Interval(0.0, 4 / 25)
     # the middle 40 % holds neither end
-    assert bootstrap(FIRST, confidence=0.4)["total"] == Interval(4 / 8, 4 / 8)
+    assert bootstrap_intervals(FIRST, confidence=0.4)["total"] == Interval(4 / 8, 4 / 8)
 
 
 def test_comparison_of_the_worked_example():
     """The draws aa, ab, ba, bb differ by 2/5 - 4/5, 3/8 - 4/8 twice, and 1/3 - 0."""
-    found = compare(FIRST, SECOND)
+    found = compare_sets(FIRST, SECOND)
     assert (found.num_clips, found.only_first, found.only_second) == (2, 0, 0)
     assert list(found.differences) == list(MEASURES)
     total = found.differences["total"]
@@ -65,14 +65,14 @@ def test_comparison_of_the_worked_example():
 def test_the_captions_of_a_video_are_drawn_together():
     # by themselves the captions would be drawn as none, one or both of 0/2 and 2/2
     scores = [Score("a", 2, 0, 0, 0), Score("a", 2, 2, 0, 0, sample=1)]
-    assert bootstrap(scores)["missing"] == Interval(0.5, 0.5)
+    assert bootstrap_intervals(scores)["missing"] == Interval(0.5, 0.5)
     # and they are one clip that is won, 2/4 to 1/4
-    better = compare(scores, [scores[0], replace(scores[1], missing=1)])
-    assert better.differences["missing"] == Difference(0.5, 0.25, -0.25, Interval(-0.25, -0.25), 1, 0, 0)
+    better = compare_sets(scores, [scores[0], replace(scores[1], missing=1)])
+    assert better.differences["missing"] == MeasureDifference(0.5, 0.25, -0.25, Interval(-0.25, -0.25), 1, 0, 0)
 
 
 def test_errors_count_where_there_is_nothing_to_tell():
-    assert bootstrap([Score("a", 0, 0, 0, 2)])["total"] == Interval(2.0, 2.0)
+    assert bootstrap_intervals([Score("a", 0, 0, 0, 2)])["total"] == Interval(2.0, 2.0)
 
 
 def test_compared_values_are_those_of_rates():
@@ -81,10 +81,10 @@ def test_compared_values_are_those_of_rates():
         [Score(str(clip), clip + 1, *map(int, rng.integers(1, 9, size=3)), 50, int(rng.integers(9))) for clip in clips]
         for clips in (range(9), range(3, 13))
     ]
-    found = compare(*sets)
+    found = compare_sets(*sets)
     # clips 3 to 8 are in both
     assert (found.num_clips, found.only_first, found.only_second) == (6, 3, 4)
-    first, second = (rates([score for score in scores if 3 <= int(score.video) < 9]) for scores in sets)
+    first, second = (compute_rates([score for score in scores if 3 <= int(score.video) < 9]) for scores in sets)
     for name, difference in found.differences.items():
         assert (difference.first, difference.second) == pytest.approx((getattr(first, name), getattr(second, name)))
         assert difference.wins + difference.ties + difference.losses == 6
@@ -92,9 +92,9 @@ def test_compared_values_are_those_of_rates():
 
 def test_identical_sets_tie():
     scores = draw_scores(np.random.default_rng(0), np.full(30, 0.3))
-    found = compare(scores, scores[::-1])
-    share = rates(scores).missing
-    assert found.differences["missing"] == Difference(share, share, 0.0, Interval(0.0, 0.0), 0, 30, 0)
+    found = compare_sets(scores, scores[::-1])
+    share = compute_rates(scores).missing
+    assert found.differences["missing"] == MeasureDifference(share, share, 0.0, Interval(0.0, 0.0), 0, 30, 0)
 
 
 def test_coverage_of_a_known_rate():
@@ -112,38 +112,38 @@ def test_a_shift_is_found_in_pairs_where_the_intervals_overlap():
     first = draw_scores(rng, rng.beta(2, 4, size=100))
     # on every other clip one missing event less, where there is one: 2 % of all events
     second = [replace(score, missing=max(score.missing - clip % 2, 0)) for clip, score in enumerate(first)]
-    before, after = bootstrap(first)["missing"], bootstrap(second)["missing"]
+    before, after = bootstrap_intervals(first)["missing"], bootstrap_intervals(second)["missing"]
     assert after.high > before.low
-    found = compare(first, second).differences["missing"]
+    found = compare_sets(first, second).differences["missing"]
     assert -0.03 < found.interval.low < found.interval.high < -0.015
     assert (found.losses, found.wins) == (0, sum(score.missing > 0 for score in first[1::2]))
 
 
 def test_draws_are_seeded_and_do_not_hang_on_the_chunks(monkeypatch):
     scores = draw_scores(np.random.default_rng(0), np.linspace(0, 1, 20))
-    found = bootstrap(scores, resamples=1000)
-    assert found == bootstrap(scores, resamples=1000) != bootstrap(scores, resamples=1000, seed=1)
+    found = bootstrap_intervals(scores, resamples=1000)
+    assert found == bootstrap_intervals(scores, resamples=1000) != bootstrap_intervals(scores, resamples=1000, seed=1)
     # 5 draws of 20 clips at once
     monkeypatch.setattr(intervals, "_CHUNK", 100)
-    assert bootstrap(scores, resamples=1000) == found
+    assert bootstrap_intervals(scores, resamples=1000) == found
 
 
 def test_captions_go_together_by_sample_and_part():
     """Of a's two samples and two parts one each is in both sets: 1 and 2 errors of 4 against 0 and 1."""
     first = [Score("a", 4, 1, 0, 0), Score("a", 4, 4, 0, 0, sample=1), Score("a", 4, 2, 0, 0, end_seconds=3.0)]
     second = [Score("a", 4, 0, 0, 0), Score("a", 4, 1, 0, 0, end_seconds=3.0), Score("a", 9, 9, 0, 0, end_seconds=5.0)]
-    found = compare(first, second)
+    found = compare_sets(first, second)
     assert (found.num_clips, found.only_first, found.only_second) == (1, 1, 1)
     assert (found.differences["total"].first, found.differences["total"].second) == (3 / 8, 1 / 8)
     with pytest.raises(ValueError, match=r"1 captions were scored against other events, first a \(4 and 5 events\)"):
-        compare(first, [Score("a", 5, 0, 0, 0)])
+        compare_sets(first, [Score("a", 5, 0, 0, 0)])
 
 
 def test_refuses_sets_with_nothing_in_common():
     with pytest.raises(ValueError, match="of 2 and 1 captions, have none in common"):
-        compare(FIRST, [replace(FIRST[0], video="c")])
+        compare_sets(FIRST, [replace(FIRST[0], video="c")])
     with pytest.raises(ValueError, match="at least one"):
-        bootstrap([])
+        bootstrap_intervals([])
 
 
 JUDGING = Judging("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.0")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salmonn.records import Caption, Event, Reference, Score
-from salmonn.score.judge import Task, all_missed, pair_up
-from salmonn.score.metrics import rates
+from salmonn.score.judge import ScoringTask, empty_caption_tasks, match_references
+from salmonn.score.metrics import compute_rates
 from salmonn.synthetic import phrases
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.judge import RuleJudge
@@ -65,11 +65,11 @@ SOUND_FORMS = [
 def judge(text: str, events: tuple[Event, ...] = EVENTS) -> Score:
     reference = Reference("v.mp4", events)
     RuleJudge().check(reference)
-    return RuleJudge().judge_one(Task(reference, Caption("v.mp4", text)))
+    return RuleJudge().judge_one(ScoringTask(reference, Caption("v.mp4", text)))
 
 
 def score_captions(known: dict[str, Reference], captions: list[Caption], rule: RuleJudge) -> list[Score]:
-    return rule.judge([*pair_up(known, captions, rule), *all_missed(known, captions, rule)])
+    return rule.judge([*match_references(known, captions, rule), *empty_caption_tasks(known, captions, rule)])
 
 
 def errors(text: str, events: tuple[Event, ...] = EVENTS) -> tuple[int, int, int]:
@@ -354,7 +354,7 @@ def test_reference_captions_have_no_error_and_hasty_ones_lie_between():
         for score in score_captions(known, captions, RuleJudge()):
             others = [event for event in known[score.video].events if event.modality != modality]
             assert (score.missing, score.incorrect, score.hallucinated) == (len(others), 0, 0)
-    hasty = rates(score_captions(known, [Caption(one.video, one.human_caption) for one in drawn], RuleJudge()))
+    hasty = compute_rates(score_captions(known, [Caption(one.video, one.human_caption) for one in drawn], RuleJudge()))
     assert 0.35 < hasty.missing < 0.45  # a third of the events is left out, some more are taken for others
     assert 0.07 < hasty.hallucination < 0.15  # 0.3 slips and about 0.6 habits over about 8 events
     assert hasty.repetition > 0

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from salmonn.preference.benchmark import LabelledPair, read_pairs
+from salmonn.preference.benchmark import LabelledPair, read_labelled_pairs
 from salmonn.synthetic import phrases
 from salmonn.synthetic.annotate import write_events
 from salmonn.synthetic.render import describe_clip, render_sound
 from salmonn.synthetic.scene import Happening, SynthConfig
 
 FILE = Path(__file__).parents[2] / "data" / "judge_pairs.jsonl"
-PAIRS = read_pairs(FILE)
+PAIRS = read_labelled_pairs(FILE)
 WAYS = tuple(phrases.DIRECTIONS)
 KINDS = ("left_out", "colour", "object", "number", "invented", "order", "source", "repetition", "padding")
 LATER, AT_ONCE = ("then", "next", "after that"), ("while", "meanwhile", "at the same time")

@@ -114,10 +114,10 @@ def test_times_and_temporary_files_harm_nothing(tool, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     (whole / "run").mkdir(parents=True)
     (whole / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.5, "seconds": 1.0}) + "\n")
-    (whole / "run" / "scores.jsonl").write_text(json.dumps({"judging": {"judge": "rule", "date": "today"}}) + "\n")
+    (whole / "run" / "scores.jsonl").write_text(json.dumps({"judge_info": {"judge": "rule", "date": "today"}}) + "\n")
     shutil.copytree(whole, broken)
     (broken / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.5, "seconds": 2.0}) + "\n")
-    (broken / "run" / "scores.jsonl").write_text(json.dumps({"judging": {"judge": "rule", "date": "later"}}) + "\n")
+    (broken / "run" / "scores.jsonl").write_text(json.dumps({"judge_info": {"judge": "rule", "date": "later"}}) + "\n")
     (broken / "run" / ".scores.jsonl.7.tmp").touch()
     (broken / "run" / "events.out.tfevents.1").touch()
     verdicts = tool.compare(whole, broken)
