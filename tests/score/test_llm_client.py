@@ -275,7 +275,8 @@ def test_ctrl_c_keeps_what_is_under_way(serve, open_client, tmp_path):
         from pathlib import Path
         from salmonn.score.llm_client import LLMClient
         from salmonn.score.config import LLMConfig
-        client = LLMClient(LLMConfig("m", {server.url!r}, concurrency=2, cache=Path({str(tmp_path / "replies.sqlite")!r})))
+        cache = Path({str(tmp_path / "replies.sqlite")!r})
+        client = LLMClient(LLMConfig("m", {server.url!r}, concurrency=2, cache=cache))
         ask = lambda text: client.complete([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
         client.map_concurrent(ask, [str(number) for number in range(20)])
     """)
