@@ -17,8 +17,8 @@ from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, read_conversations
 from salmonn.model.loading import Placement, load_config
-from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.network import Block
+from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.network import ClipFeatures
 from salmonn.records import Pair
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import Example, conversation_examples
@@ -93,7 +93,7 @@ def main(config: GivenDpoConfig) -> None:
         return
     captioner = Captioner.load(config.model, placement=config.placement, frames=config.frames)
     blocks = encode(captioner, examples, config.tokens)
-    attach(captioner.network, config.lora, seed=config.seed)
+    attach_lora(captioner.network, config.lora, seed=config.seed)
     batches = PreferenceBatches(
         pairs,
         blocks,
@@ -153,7 +153,7 @@ def to_pair(conversation: Conversation, *, name: str) -> Pair:
     )
 
 
-def encode(captioner: Captioner, examples: Sequence[Example], tokens: TokenStoreConfig) -> dict[str, Block]:
+def encode(captioner: Captioner, examples: Sequence[Example], tokens: TokenStoreConfig) -> dict[str, ClipFeatures]:
     """The examples' clips by number, each as the frozen towers give it once."""
     blocks = encode_examples(captioner, examples, name="clips", store=open_store(tokens, captioner))
     return {str(number): blocks[example.clip] for number, example in enumerate(examples)}

@@ -22,8 +22,8 @@ from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.config import run_recipe
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import Placement, load_config
-from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.network import Block, Network
+from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.network import ClipFeatures, Network
 from salmonn.preference.reward import make_judge
 from salmonn.records import Caption, Pair, read_json, read_records, write_json
 from salmonn.score.config import JudgeConfig
@@ -201,11 +201,11 @@ class Run:
 
     train: ClipSet
     heldout: ClipSet
-    train_blocks: list[Block]
-    heldout_blocks: list[Block]
+    train_blocks: list[ClipFeatures]
+    heldout_blocks: list[ClipFeatures]
     judge: Judge
 
-    def train_block(self, example: Example) -> Block:
+    def train_block(self, example: Example) -> ClipFeatures:
         """The block of the training clip that an example is about."""
         return self._by_path[example.video]
 
@@ -215,12 +215,12 @@ class Run:
             self.heldout.references[: config.kl_clips],
             self.heldout_blocks[: config.kl_clips],
             captioner.processor,
-            prompt=captioner.describe(),
+            prompt=captioner.default_prompt(),
             batch_size=max(1, config.fit.batch_size // (dist.world_size() * config.fit.accumulation)),
         )
 
     @cached_property
-    def _by_path(self) -> dict[Path, Block]:
+    def _by_path(self) -> dict[Path, ClipFeatures]:
         paths = (self.train.root / reference.video for reference in self.train.references)
         return dict(zip(paths, self.train_blocks, strict=True))
 
@@ -333,7 +333,7 @@ def fit_adapter(
 ) -> Checkpoint:
     """Train a fresh adapter; the network is used up, and nothing holds it any more when the next is read."""
     seed = config.seed * 1000 + number
-    attach(captioner.network, config.lora, seed=seed)
+    attach_lora(captioner.network, config.lora, seed=seed)
     batches, loss = deal_pairs(captioner, run, pairs, config=config, number=number)
     folder = checkpoints.folder.parent
     watch = watch_drift(captioner, run, config)
@@ -369,7 +369,7 @@ def reference_policy(captioner: Captioner, *, config: MrDpoConfig, number: int) 
     if config.reference == "renewed" or number == 1:
         return captioner.network
     start = load(config.model, config).network
-    attach(start, config.lora, seed=0)  # which is off whenever it is asked
+    attach_lora(start, config.lora, seed=0)  # which is off whenever it is asked
     return start
 
 
@@ -410,7 +410,7 @@ def be_reborn(captioner: Captioner, run: Run, folder: Path, *, summary: Summary,
         base = config.model if rebirth.start == "start" else captioner.name
         captioner.reload(base, placement=config.placement)
         with checkpointed(folder) as checkpoints:
-            attach(captioner.network, rebirth.lora, seed=config.seed)
+            attach_lora(captioner.network, rebirth.lora, seed=config.seed)
             batches = tell(captioner, run, captions, rebirth.fit, seed=config.seed)
             stage = Stage("rebirth", folder, checkpoints, config.seed, config.engine)
             steps = rebirth.fit.resolve(len(batches.examples))

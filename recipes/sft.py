@@ -25,8 +25,8 @@ from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversations, read_conversations
 from salmonn.model.config import PLAIN_PROMPTS, tiny
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network
-from salmonn.model.lora import LoraConfig, attach, merge
-from salmonn.model.network import Block, Media, Network
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
+from salmonn.model.network import ClipFeatures, ClipInputs, Network
 from salmonn.model.presets import offline_config
 from salmonn.records import Modality, write_json
 from salmonn.synthetic.judge import RuleJudge
@@ -141,7 +141,7 @@ def main(config: SftConfig) -> None:
         choose_trainable(captioner.network, config)
         put_trained(captioner.network, done)
         if config.lora:
-            merge(captioner.network)
+            merge_adapter(captioner.network)
         captioner.network.requires_grad_(False).eval()
         measure(captioner, config)
         save_merged(captioner, config.out)
@@ -263,14 +263,14 @@ def choose_trainable(network: Network, config: SftConfig) -> None:
             parameter.requires_grad = True
     if config.lora:
         chosen = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        attach(network, config.lora, seed=config.seed)  # freezes all but the adapter
+        attach_lora(network, config.lora, seed=config.seed)  # freezes all but the adapter
         for parameter in chosen:
             parameter.requires_grad = True
 
 
 def find_clips(
     captioner: Captioner, examples: Sequence[Example], tokens: TokenStoreConfig
-) -> Callable[[Example], Media | Block]:
+) -> Callable[[Example], ClipInputs | ClipFeatures]:
     """Gives an example's clip: as it is read, or as the frozen towers encoded it before.
 
     Raises:

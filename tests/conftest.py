@@ -18,7 +18,7 @@ from salmonn import cli
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS
-from salmonn.caption.tokenizer import HEARD, SEEN, train_tokenizer
+from salmonn.caption.tokenizer import AUDIO_PAD, VIDEO_PAD, train_tokenizer
 from salmonn.model.config import PLAIN_PROMPTS, tiny
 from salmonn.model.network import Network
 from salmonn.synthetic.render import SynthConfig, make_clips
@@ -67,7 +67,7 @@ def random_plus(clips, tmp_path_factory):
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = tiny(vocab_size=len(tokenizer), **ids)
     config.family = "salmonn2-plus"
-    config.placeholder_ids = tuple(tokenizer.convert_tokens_to_ids([SEEN, HEARD]))
+    config.placeholder_ids = tuple(tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD]))
     config.frames = dict(
         seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=24
     )
@@ -187,7 +187,7 @@ def published(tmp_path_factory) -> Callable[[str], Path]:
             tokenizer = train_tokenizer(["a"], vocab_size=263)
             tokenizer.save_pretrained(str(folder))
             config = json.loads((source / "config.json").read_text())
-            seen, heard = tokenizer.convert_tokens_to_ids([SEEN, HEARD])
+            seen, heard = tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD])
             known = {"video_token_id": seen, "audio_token_id": heard}
             config |= {key: token for key, token in known.items() if key in config}
             (folder / "config.json").write_text(json.dumps(config))

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.model.layout import Layout, by_seconds, deal_out, text_positions
+from salmonn.model.layout import Layout, interleave_by_frame, interleave_by_time, text_positions
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, adapter_off, attach, put_adapter
-from salmonn.model.network import Inputs, Network
+from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, set_adapter_weights
+from salmonn.model.network import ModelInputs, Network
 from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
@@ -36,7 +36,7 @@ class Case:
 
     network: Network
     tensors: dict[str, Tensor]
-    inputs: Inputs
+    inputs: ModelInputs
     seen: Tensor
     heard: Tensor
     facts: dict
@@ -60,26 +60,26 @@ def make_case(network: Network, folder: Path, name: str) -> Case:
     if network.config.family == "salmonn2":
         if "frames_uint8" in tensors:
             (seen,) = network.vision([tensors["frames_uint8"]], [])
-        layout = lay_out_salmonn2(facts, num_seen=len(seen), num_heard=len(heard))
+        layout = lay_out_salmonn2(facts, num_visual=len(seen), num_audio=len(heard))
         place = int((ids[0] == -200).nonzero())
         ids = torch.cat([ids[:, :place], torch.full((1, len(layout)), -200), ids[:, place + 1 :]], dim=1)
     else:
         if "pixel_values_videos" in tensors:
             seen = network.vision.encode(tensors["pixel_values_videos"], tensors["video_grid_thw"].tolist())
-        layout = lay_out_plus(network, facts, tensors, num_heard=len(heard))
+        layout = lay_out_plus(network, facts, tensors, num_audio=len(heard))
     return Case(network, tensors, make_inputs(network, ids, layout, seen=seen, heard=heard), seen, heard, facts)
 
 
-def lay_out_salmonn2(facts: dict, *, num_seen: int, num_heard: int) -> Layout:
+def lay_out_salmonn2(facts: dict, *, num_visual: int, num_audio: int) -> Layout:
     count, seconds = facts["num_frames"], facts["seconds"]
-    times = [str(round((frame + 1) * seconds / count, 1)) for frame in range(count)] if not num_heard else []
+    times = [str(round((frame + 1) * seconds / count, 1)) for frame in range(count)] if not num_audio else []
     told = [[DIGITS[letter] for letter in time] for time in times]
-    per_frame = num_seen // max(count, 1)
-    return deal_out(count, per_frame, num_heard=num_heard, num_front=round(seconds * 50), told=told)
+    per_frame = num_visual // max(count, 1)
+    return interleave_by_frame(count, per_frame, num_audio=num_audio, num_during_video=round(seconds * 50), told=told)
 
 
 def lay_out_plus(
-    network: Network, facts: dict, tensors: dict[str, Tensor], *, num_heard: int, released: bool = False
+    network: Network, facts: dict, tensors: dict[str, Tensor], *, num_audio: int, published_positions: bool = False
 ) -> Layout:
     grid = None
     if "video_grid_thw" in tensors:
@@ -88,20 +88,22 @@ def lay_out_plus(
         grid = (steps, rows // merge, columns // merge)
     seconds = facts["second_per_grid_ts"]
     second_per_grid = seconds[0] if seconds else 0.0
-    return by_seconds(grid, num_heard=num_heard, second_per_grid=second_per_grid, released=released)
+    return interleave_by_time(
+        grid, num_audio=num_audio, second_per_grid=second_per_grid, published_positions=published_positions
+    )
 
 
-def make_inputs(network: Network, ids: Tensor, layout: Layout, *, seen: Tensor, heard: Tensor) -> Inputs:
+def make_inputs(network: Network, ids: Tensor, layout: Layout, *, seen: Tensor, heard: Tensor) -> ModelInputs:
     mask = torch.ones_like(ids)
     is_clip = torch.isin(ids, torch.tensor(network.config.placeholder_ids))
-    return Inputs(
+    return ModelInputs(
         input_ids=ids,
         attention_mask=mask,
         position_ids=text_positions(is_clip, mask, [layout]),
         labels=torch.full_like(ids, -100),
         clip_index=(0,),
         layouts=(layout,),
-        blocks=network.assemble([seen], [heard], [layout]),
+        clip_features=network.assemble_features([seen], [heard], [layout]),
     )
 
 
@@ -170,7 +172,7 @@ def test_positions_of_the_released_code(case):
     if "position_ids_released_generate" not in case.tensors:
         pytest.skip("the published code computes no others of this case")
     network, ids = case.network, case.inputs.input_ids
-    layout = lay_out_plus(network, case.facts, case.tensors, num_heard=len(case.heard), released=True)
+    layout = lay_out_plus(network, case.facts, case.tensors, num_audio=len(case.heard), published_positions=True)
     is_clip = torch.isin(ids, torch.tensor(network.config.placeholder_ids))
     positions = text_positions(is_clip, torch.ones_like(ids), [layout])
     assert torch.equal(positions, case.tensors["position_ids_released_generate"])
@@ -188,7 +190,7 @@ def test_greedy_tokens_in_a_batch_of_different_lengths(folder):
     assert generate(network, inputs, sampling=greedy(published), stop_ids=[-1]) == published
 
 
-def pad_right(rows: list[Inputs]) -> Inputs:
+def pad_right(rows: list[ModelInputs]) -> ModelInputs:
     """Batches of one row -> one batch."""
     width = max(row.input_ids.shape[1] for row in rows)
 
@@ -196,14 +198,14 @@ def pad_right(rows: list[Inputs]) -> Inputs:
         tensors = [getattr(row, name) for row in rows]
         return torch.cat([functional.pad(tensor, (0, width - tensor.shape[-1])) for tensor in tensors], dim=-2)
 
-    return Inputs(
+    return ModelInputs(
         input_ids=stack("input_ids"),
         attention_mask=stack("attention_mask"),
         position_ids=stack("position_ids"),
         labels=stack("labels"),
         clip_index=tuple(range(len(rows))),
         layouts=tuple(row.layouts[0] for row in rows),
-        blocks=tuple(row.blocks[0] for row in rows),
+        clip_features=tuple(row.clip_features[0] for row in rows),
     )
 
 
@@ -218,8 +220,8 @@ class TestPreference:
         case = make_case(network, folder, facts["case"])
         every = load_file(folder / "cases.safetensors")
         config = LoraConfig(rank=facts["lora_r"], alpha=facts["lora_alpha"], dropout=0.0)
-        attach(network, config, seed=0)
-        put_adapter(network, load_file(folder / "lora.safetensors"))
+        attach_lora(network, config, seed=0)
+        set_adapter_weights(network, load_file(folder / "lora.safetensors"))
         network.eval()
         found = {}
         for name in ("chosen", "rejected", "ground_truth"):
@@ -229,7 +231,7 @@ class TestPreference:
             inputs.labels[:, -answer.shape[1] :] = answer
             with torch.no_grad():
                 found[f"policy_logps.{name}"] = network(inputs)[:, -answer.shape[1] :]
-                with adapter_off(network):
+                with adapter_disabled(network):
                     found[f"reference_logps.{name}"] = network(inputs)[:, -answer.shape[1] :]
         return found
 

@@ -245,7 +245,7 @@ def test_a_span_and_a_question(capsys, published, tmp_path):
 @pytest.mark.parametrize(
     ("family", "flags", "words"),
     [
-        ("salmonn2", ["--released-positions"], "released positions are those of salmonn2-plus"),
+        ("salmonn2", ["--published-positions"], "published positions are those of salmonn2-plus"),
         ("salmonn2-plus", ["--adapter", "{empty}"], "holds no adapter that can be read"),
         ("salmonn2-plus", ["--bits", "3"], "bits"),
         ("salmonn2-plus", ["--dtype", "int8"], "dtype"),
@@ -264,14 +264,14 @@ def test_mistakes_in_loading(capsys, published, tmp_path, family, flags, words):
 
 def test_released_positions_reach_the_layout(capsys, monkeypatch, published, tmp_path):
     given = []
-    plain = inputs.by_seconds
+    plain = inputs.interleave_by_time
 
     def note(*args, **named):
-        given.append(named["released"])
+        given.append(named["published_positions"])
         return plain(*args, **named)
 
-    monkeypatch.setattr(inputs, "by_seconds", note)
+    monkeypatch.setattr(inputs, "interleave_by_time", note)
     args = (MEDIA / "jfk.flac", "--model", published("salmonn2-plus"), "--max_new_tokens", 1)
-    for number, flags in enumerate([[], ["--released-positions"]]):
+    for number, flags in enumerate([[], ["--published-positions"]]):
         assert call(capsys, *args, "--out", tmp_path / f"{number}.jsonl", *flags)[0] == 0
     assert given == [False, True]

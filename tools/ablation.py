@@ -85,7 +85,7 @@ WAYS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """A row of the table.
 
     Args:
@@ -102,16 +102,16 @@ class Row:
 
 
 ROWS = {
-    "sft": Row("SFT", BASE, "sft", 41.8),
-    "long_dpo": Row("DPO, long", "long_dpo", theirs=37.8),
-    "long_gdpo": Row("guided DPO, long", "long_gdpo", theirs=39.7),
-    "frozen": Row("+ LoRA merged and renewed", "frozen", theirs=33.7),
-    "first_pairs": Row("+ reference refreshed", "first_pairs"),
-    "mrdpo": Row("+ new pairs: mrDPO", BASE, theirs=22.9),
-    "no_ce": Row("mrDPO without CE", "no_ce"),
-    "questions": Row("mrDPO, questions in the last round", "questions"),
-    "rebirth": Row("rebirth", BASE, "rebirth"),
-    "going_on": Row("going on instead", "going_on", "rebirth"),
+    "sft": PromptRow("SFT", BASE, "sft", 41.8),
+    "long_dpo": PromptRow("DPO, long", "long_dpo", theirs=37.8),
+    "long_gdpo": PromptRow("guided DPO, long", "long_gdpo", theirs=39.7),
+    "frozen": PromptRow("+ LoRA merged and renewed", "frozen", theirs=33.7),
+    "first_pairs": PromptRow("+ reference refreshed", "first_pairs"),
+    "mrdpo": PromptRow("+ new pairs: mrDPO", BASE, theirs=22.9),
+    "no_ce": PromptRow("mrDPO without CE", "no_ce"),
+    "questions": PromptRow("mrDPO, questions in the last round", "questions"),
+    "rebirth": PromptRow("rebirth", BASE, "rebirth"),
+    "going_on": PromptRow("going on instead", "going_on", "rebirth"),
 }
 
 
@@ -354,7 +354,7 @@ def read_heldout(settings: Settings, seed: int) -> list[Reference]:
     return read_records(folder / CLIPS_NAME, Reference)
 
 
-def find_stage(folder: Path, row: Row) -> str | None:
+def find_stage(folder: Path, row: PromptRow) -> str | None:
     """The folder of a row's stage within its run; none where there was no rebirth."""
     summary = read_json(folder / "summary.json")
     if row.stage == "last":

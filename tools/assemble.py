@@ -31,7 +31,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
-from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, SEEN
+from salmonn.caption.tokenizer import AUDIO_PAD, CLIP_END, CLIP_START, VIDEO_PAD
 from salmonn.config import run_recipe
 from salmonn.model.audio import AudioTower
 from salmonn.model.config import BERT_BASE_OF_TWO_LAYERS, WHISPER_KEYS, SalmonnConfig, from_published
@@ -121,15 +121,15 @@ def load_tokenizer(name: str, *, num_embeddings: int) -> PreTrainedTokenizerBase
         tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"--lm {name} has no tokenizer: {error}") from error
-    if lacking := [token for token in (CLIP_START, CLIP_END, SEEN) if token not in tokenizer.get_vocab()]:
+    if lacking := [token for token in (CLIP_START, CLIP_END, VIDEO_PAD) if token not in tokenizer.get_vocab()]:
         raise ValueError(f"the tokenizer of --lm {name} lacks {', '.join(lacking)}: it is not that of a Qwen2.5-VL")
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of --lm {name} has no chat template: give an instruction-tuned Qwen2.5-VL")
-    tokenizer.add_special_tokens({"additional_special_tokens": [HEARD]}, replace_extra_special_tokens=False)
-    number = tokenizer.get_vocab()[HEARD]
+    tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_PAD]}, replace_extra_special_tokens=False)
+    number = tokenizer.get_vocab()[AUDIO_PAD]
     if number >= num_embeddings:
         raise ValueError(
-            f"{HEARD} would be token {number}, but --lm {name} embeds only {num_embeddings} tokens: "
+            f"{AUDIO_PAD} would be token {number}, but --lm {name} embeds only {num_embeddings} tokens: "
             f"resize its embeddings to {number + 1} or more and save it before"
         )
     return tokenizer
@@ -157,8 +157,8 @@ def make_settings(
     for part in ("text_config", "vision_config"):
         values[part].pop("dtype", None)  # the source's; what is saved states its own
     published = values | dict(
-        video_token_id=vocab[SEEN],
-        audio_token_id=vocab[HEARD],
+        video_token_id=vocab[VIDEO_PAD],
+        audio_token_id=vocab[AUDIO_PAD],
         audio_config=audio | dict(second_per_window=WINDOW_SECONDS, qformer_config=qformer),
     )
     return from_published(published)
@@ -172,14 +172,14 @@ def assemble(config: AssembleConfig, settings: SalmonnConfig) -> Network:
     lm = _load(Qwen2_5_VLForConditionalGeneration, config.lm, dtype=config.dtype)
     whisper = _load(WhisperModel, config.whisper, dtype=config.dtype).encoder
     sources = {"lm": _weights(lm), "whisper": _weights(whisper)}
-    put_in(network, lm=lm, whisper=whisper)
+    insert_parts(network, lm=lm, whisper=whisper)
     assert isinstance(network.audio, AudioTower)
     sources["fresh"] = draw_fresh(network.audio, seed=config.seed, dtype=getattr(torch, config.dtype))
     _tell(check(network, wanted=wanted, sources=sources))
     return network.eval()
 
 
-def put_in(network: Network, *, lm: Qwen2_5_VLForConditionalGeneration, whisper: WhisperEncoder) -> None:
+def insert_parts(network: Network, *, lm: Qwen2_5_VLForConditionalGeneration, whisper: WhisperEncoder) -> None:
     """Replace a network's parts by pretrained ones; the vision tower moves out of the language model."""
     network.vision.encoder, lm.model.visual = lm.model.visual, None
     network.lm = lm

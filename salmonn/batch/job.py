@@ -99,7 +99,7 @@ def caption_videos(
             begun[number] = (place, video)
             yield Asked(Path(video.path), task.span, task.seed + path_number(video.path))
 
-    limit = captioner.greedy().max_new_tokens if task.max_new_tokens is None else task.max_new_tokens
+    limit = captioner.default_sampling().max_new_tokens if task.max_new_tokens is None else task.max_new_tokens
     batches = captioner.caption_batches(
         asked(),
         prompt=task.prompt,

@@ -15,7 +15,7 @@ from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import Answer, Answers, collate, to_answer
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
-from salmonn.model.network import Block, Media, Network
+from salmonn.model.network import ClipFeatures, ClipInputs, Network
 from salmonn.records import Caption, Failure, Modality, Stage, new_folder
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
@@ -94,7 +94,7 @@ class Captioner:
         *,
         placement: Placement | None = None,
         adapter: Path | str | None = None,
-        released_positions: bool = False,
+        published_positions: bool = False,
         frames: Mapping[str, float] | None = None,
     ) -> "Captioner":
         """Read a model from a folder or from the hub: one of this project's, or a published video-SALMONN 2 or 2+.
@@ -103,7 +103,7 @@ class Captioner:
             path: folder, or id on the hub.
             placement: device, type of the weights and the like (default: the GPU where there is one).
             adapter: PEFT folder or id on the hub, put on top.
-            released_positions: see `Processor`.
+            published_positions: see `Processor`.
             frames: values of the model's frame rule to use in place of its own; a saved model keeps its own.
 
         Raises:
@@ -111,7 +111,7 @@ class Captioner:
         """
         config = load_config(path).with_frames(frames)
         # Before the weights, which may take minutes: a tokenizer that does not fit is told at once.
-        processor = Processor.load(path, config=config, released_positions=released_positions)
+        processor = Processor.load(path, config=config, published_positions=published_positions)
         network = load_network(path, placement=placement, adapter=adapter)
         return cls(network, processor, name=str(path))
 
@@ -180,10 +180,10 @@ class Captioner:
 
         Takes what `caption` takes; the first is that of `caption` with the same seed.
         """
-        prompt, span = prompt or self.describe(modality), span or Span()
+        prompt, span = prompt or self.default_prompt(modality), span or Span()
         media = self._read(Path(path), span=span, modality=modality)
         answers = self.answer(
-            [media], [prompt], sampling=sampling or self.greedy(), num_samples=num_samples, seeds=[seed]
+            [media], [prompt], sampling=sampling or self.default_sampling(), num_samples=num_samples, seeds=[seed]
         )
         signed = (self._sign(answer, path, prompt=prompt, span=span) for answer in answers)
         return [replace(caption, sample=number) for number, caption in enumerate(signed)]
@@ -209,7 +209,7 @@ class Captioner:
         answers = self.answer(
             [media] * len(questions),
             questions,
-            sampling=sampling or self.greedy(),
+            sampling=sampling or self.default_sampling(),
             seeds=[seed] * len(questions),
         )
         return [
@@ -230,15 +230,20 @@ class Captioner:
         """Like `caption`, word by word: together the pieces are the text of that caption."""
         media = self._read(Path(path), span=span or Span(), modality=modality)
         answers = self.begin()
-        answers.join([media], [prompt or self.describe(modality)], sampling=sampling or self.greedy(), seeds=[seed])
+        answers.join(
+            [media],
+            [prompt or self.default_prompt(modality)],
+            sampling=sampling or self.default_sampling(),
+            seeds=[seed],
+        )
         while answers:
             yield from (piece.text for piece in answers.step().values())
 
-    def describe(self, modality: Modality = "both") -> str:
+    def default_prompt(self, modality: Modality = "both") -> str:
         """The prompt that the model was taught to answer with a caption."""
-        return self.processor.config.describe(modality)
+        return self.processor.config.default_prompt(modality)
 
-    def greedy(self) -> Sampling:
+    def default_sampling(self) -> Sampling:
         """The likeliest words, up to the model's own limit of length."""
         return Sampling(max_new_tokens=self.processor.config.max_new_tokens)
 
@@ -253,11 +258,11 @@ class Captioner:
             end_seconds=span.end_seconds,
         )
 
-    def _read(self, path: Path, *, span: Span, modality: Modality) -> Media:
-        return self.processor.media(self._wanted(span, modality=modality).read(path))
+    def _read(self, path: Path, *, span: Span, modality: Modality) -> ClipInputs:
+        return self.processor.clip_inputs(self._wanted(span, modality=modality).read(path))
 
     def _wanted(self, span: Span, *, modality: Modality) -> Wanted:
-        return self.processor.wanted(modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
+        return self.processor.read_spec(modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
 
     def caption_each(
         self,
@@ -317,7 +322,7 @@ class Captioner:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if segment_seconds is not None and not segment_seconds > 0:
             raise ValueError(f"segment_seconds must be above 0, got {segment_seconds}")
-        prompt, sampling = prompt or self.describe(modality), sampling or self.greedy()
+        prompt, sampling = prompt or self.default_prompt(modality), sampling or self.default_sampling()
         self.processor.check(prompt)
         parts = (
             Part(place, one.path, self._wanted(one.span, modality=modality), seed=one.seed)
@@ -326,15 +331,15 @@ class Captioner:
         with ExitStack() as stack:
             reader = reader or stack.enter_context(ClipReader(workers=0))
             batches = reader.batches(
-                parts, size=batch_size, finish=self.processor.media, segment_seconds=segment_seconds
+                parts, size=batch_size, finish=self.processor.clip_inputs, segment_seconds=segment_seconds
             )
             for batch in batches:
                 yield self._caption_batch(batch, prompt=prompt, sampling=sampling)
 
-    def _caption_batch(self, batch: Sequence[Read[Media]], *, prompt: str, sampling: Sampling) -> list[Done]:
+    def _caption_batch(self, batch: Sequence[Read[ClipInputs]], *, prompt: str, sampling: Sampling) -> list[Done]:
         """What becomes of a batch's clips."""
         results: dict[int, Caption | Failure] = {}
-        clips: dict[int, Media] = {}
+        clips: dict[int, ClipInputs] = {}
         for number, (part, read) in enumerate(batch):
             if isinstance(read, ValueError):
                 results[number] = _fail(part, str(read), stage="read")
@@ -353,7 +358,7 @@ class Captioner:
         return [Done(part.place, part.num_segments, results[number]) for number, (part, _) in enumerate(batch)]
 
     def _answer_or_tell(
-        self, clips: Sequence[Media], seeds: Sequence[int], *, prompt: str, sampling: Sampling
+        self, clips: Sequence[ClipInputs], seeds: Sequence[int], *, prompt: str, sampling: Sampling
     ) -> list[Answer | str]:
         """Answers, or why there is none: clips that have no room side by side are asked about one by one."""
         try:
@@ -369,21 +374,23 @@ class Captioner:
         ]
 
     @torch.no_grad()
-    def encode(self, clips: Sequence[Media], *, batch_size: int = 16, progress: Progress | None = None) -> list[Block]:
+    def encode(
+        self, clips: Sequence[ClipInputs], *, batch_size: int = 16, progress: Progress | None = None
+    ) -> list[ClipFeatures]:
         """Run the frozen towers once on each clip; the blocks are kept on the CPU."""
-        blocks: list[Block] = []
+        blocks: list[ClipFeatures] = []
         for start in range(0, len(clips), batch_size):
             part = [clip.to(self.network.device) for clip in clips[start : start + batch_size]]
-            layouts = [self.processor.lay_out(clip) for clip in part]
+            layouts = [self.processor.make_layout(clip) for clip in part]
             tokens = self.network.encode(part, layouts)
-            blocks += [Block(one.cpu(), layout) for one, layout in zip(tokens, layouts, strict=True)]
+            blocks += [ClipFeatures(one.cpu(), layout) for one, layout in zip(tokens, layouts, strict=True)]
             if progress:
                 progress(len(part))
         return blocks
 
     def answer(
         self,
-        clips: Sequence[Media | Block],
+        clips: Sequence[ClipInputs | ClipFeatures],
         prompts: Sequence[str | Prompt],
         *,
         sampling: Sampling,

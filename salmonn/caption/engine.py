@@ -21,7 +21,7 @@ from salmonn.caption.loader import ClipReader, Wanted
 from salmonn.caption.prompt import History, Prompt
 from salmonn.caption.streaming import Piece
 from salmonn.media.clip import Clip
-from salmonn.model.network import Media
+from salmonn.model.network import ClipInputs
 from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Query:
 class _Prepared:
     """A clip as the model takes it, with the words; `num_tokens` of both together."""
 
-    media: Media
+    media: ClipInputs
     prompt: Prompt
     num_tokens: int
 
@@ -119,7 +119,7 @@ class _Row:
 
     answering: Answering
     sample: int
-    media: Media
+    media: ClipInputs
     prompt: Prompt
     sampling: Sampling
     seed: int
@@ -227,11 +227,11 @@ class Engine:
             ValueError: the prompt holds a special token.
         """
         processor, span = self.captioner.processor, query.span or Span()
-        usual = self.captioner.describe(query.modality)
+        usual = self.captioner.default_prompt(query.modality)
         history = [(asked or usual, answer) for asked, answer in query.history]
         prompt = Prompt(query.prompt or usual, history, query.system)
         processor.check(prompt)
-        wanted = processor.wanted(query.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
+        wanted = processor.read_spec(query.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
         answering = Answering(self, num_samples=num_samples, tell=tell)
         with self._changed:
             if self._is_closing:
@@ -303,11 +303,11 @@ class Engine:
 
     def _prepare(self, prompt: Prompt, clip: Clip) -> _Prepared:
         """What the model takes of a clip and the words, and how many tokens these are."""
-        media = self.captioner.processor.media(clip)
+        media = self.captioner.processor.clip_inputs(clip)
         return _Prepared(media, prompt, self.captioner.processor.count_tokens(media, prompt))
 
     def _add(self, answering: Answering, query: Query, prepared: _Prepared) -> None:
-        sampling = query.sampling or self.captioner.greedy()
+        sampling = query.sampling or self.captioner.default_sampling()
         answering.num_prompt_tokens = prepared.num_tokens
         with self._changed:
             self._waiting += [
@@ -376,7 +376,7 @@ class Engine:
         for _, group in groupby(alike, key=lambda row: id(row.answering)):
             rows = list(group)
             num_tokens += rows[0].num_tokens
-            is_long = bool(self._rows and coming) and num_tokens > self.captioner.network.read_at_once
+            is_long = bool(self._rows and coming) and num_tokens > self.captioner.network.prefill_chunk_tokens
             # More answers than ever have room begin where nobody else is.
             is_wide = bool(self._rows or coming) and min(len(rows), self.batch_size) > room - len(coming)
             if is_long or is_wide:

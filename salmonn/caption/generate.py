@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from salmonn.model.attention import Memory
-from salmonn.model.network import Inputs, Network
+from salmonn.model.attention import KVCache
+from salmonn.model.network import ModelInputs, Network
 
 # Rows that have ended go on unheard until they are this share of the batch: to leave, what the others keep is copied.
 _LEAVING = 1 / 8
@@ -104,7 +104,7 @@ class _Penalty:
         self.said = self.said[going_on.to(self.said.device)]
 
 
-def _penalty(network: Network, inputs: Inputs, rows: Sequence[int], *, sampling: Sampling) -> _Penalty:
+def _penalty(network: Network, inputs: ModelInputs, rows: Sequence[int], *, sampling: Sampling) -> _Penalty:
     asked = sampling.repetition_penalty
     penalty = network.config.repetition_penalty if asked is None else asked
     ids = inputs.input_ids[rows]
@@ -116,7 +116,7 @@ def _penalty(network: Network, inputs: Inputs, rows: Sequence[int], *, sampling:
 
 def generate(
     network: Network,
-    inputs: Inputs,
+    inputs: ModelInputs,
     *,
     sampling: Sampling,
     stop_ids: Sequence[int],
@@ -157,7 +157,7 @@ class Generation:
 
     @torch.no_grad()
     def join(
-        self, inputs: Inputs, *, sampling: Sampling, num_samples: int = 1, seeds: Sequence[int] | None = None
+        self, inputs: ModelInputs, *, sampling: Sampling, num_samples: int = 1, seeds: Sequence[int] | None = None
     ) -> range:
         """Read rows, which go on beside those that are there; where that fails these are as they were.
 
@@ -172,7 +172,7 @@ class Generation:
             B * N numbers by which `step` knows the answers, a row's samples one after the other.
         """
         inputs = _repeat(inputs, num_samples)
-        logits, memory, order = self.network.begin(inputs)
+        logits, memory, order = self.network.prefill(inputs)
         chances = _chances(seeds, num_samples=num_samples, num_rows=len(order), sampling=sampling)[order]
         rows = range(self._count, self._count + len(order))
         cohort = _Cohort(
@@ -202,7 +202,7 @@ class Generation:
         if begun := [cohort for cohort in self._cohorts if cohort.num_drawn]:
             for cohort in begun:
                 cohort.leave()
-            logits = self.network.go_on(
+            logits = self.network.decode_step(
                 torch.cat([cohort.tokens for cohort in begun]), [cohort.memory for cohort in begun]
             )
             for cohort, part in zip(begun, logits.split([len(cohort.tokens) for cohort in begun]), strict=True):
@@ -229,7 +229,7 @@ class _Cohort:
         self,
         *,
         rows: Sequence[int],
-        memory: Memory,
+        memory: KVCache,
         logits: Tensor,
         penalty: _Penalty,
         chances: Tensor,
@@ -280,7 +280,7 @@ class _Cohort:
         self._going_on = [goes_on and not ends for goes_on, ends in zip(self._going_on, ended, strict=True)]
 
 
-def _repeat(inputs: Inputs, times: int) -> Inputs:
+def _repeat(inputs: ModelInputs, times: int) -> ModelInputs:
     """Each row so many times; the clips stay as they are."""
     return replace(
         inputs,

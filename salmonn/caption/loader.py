@@ -1,7 +1,7 @@
 """Reads clips ahead of the model, in processes of their own: decoding overlaps the model, and a crash costs one file.
 
     with ClipReader(workers=2) as reader:
-        for batch in reader.batches([Part(0, path, Wanted(rule))], size=8, finish=processor.media):
+        for batch in reader.batches([Part(0, path, Wanted(rule))], size=8, finish=processor.clip_inputs):
             ...
 
 Decoding is what costs: mel spectrograms and patches take a hundredth of its time (2+: a tenth) and are made in this

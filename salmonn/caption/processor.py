@@ -12,25 +12,25 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from salmonn.caption.loader import Wanted
-from salmonn.caption.prompt import History, Prompt, answer_ids, prompt_ids, refuse_special
-from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START
+from salmonn.caption.prompt import History, Prompt, answer_ids, prompt_ids, refuse_special_tokens
+from salmonn.caption.tokenizer import AUDIO_PAD, CLIP_END, CLIP_START, PAD, TURN_END, TURN_START, VIDEO_PAD
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
 from salmonn.media.frame_sampling import Stride
 from salmonn.model.config import SalmonnConfig
-from salmonn.model.layout import Layout, by_seconds, deal_out, text_positions
-from salmonn.model.network import Block, Inputs, Media
+from salmonn.model.layout import Layout, interleave_by_frame, interleave_by_time, text_positions
+from salmonn.model.network import ClipFeatures, ClipInputs, ModelInputs
 from salmonn.model.vision import to_patches
 from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)
-MOST_LETTERS = 20_000  # of a prompt: some thousand tokens, beside a clip's tens of thousands
-MOST_LETTERS_TOGETHER = 200_000  # of all that is said before it, too
+MAX_PROMPT_CHARS = 20_000  # of a prompt: some thousand tokens, beside a clip's tens of thousands
+MAX_CONVERSATION_CHARS = 200_000  # of all that is said before it, too
 MIN_SOUND_SECONDS = 1.0  # shorter sound is padded with silence to this, as the published models were trained
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One line of a batch: a prompt on clip number `clip` of the batch, and its answer where it is known."""
 
     clip: int
@@ -46,25 +46,25 @@ class Processor:
     Args:
         tokenizer: of the language model.
         config: of the network.
-        released_positions: number positions as the published inference code of 2+ does, to compare with its scores.
+        published_positions: number positions as the published inference code of 2+ does, to compare with its scores.
 
     Raises:
         ValueError: the tokenizer lacks a token of the chat format.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, config: SalmonnConfig, released_positions: bool = False
+        self, tokenizer: PreTrainedTokenizerBase, *, config: SalmonnConfig, published_positions: bool = False
     ) -> None:
-        if released_positions and config.family != "salmonn2-plus":
-            raise ValueError(f"released positions are those of salmonn2-plus; the model is a {config.family}")
+        if published_positions and config.family != "salmonn2-plus":
+            raise ValueError(f"published positions are those of salmonn2-plus; the model is a {config.family}")
         needed = [PAD, TURN_START, TURN_END, *([CLIP_START, CLIP_END] if config.family == "salmonn2-plus" else [])]
         if config.placeholder_ids[1] >= 0:
-            needed += [SEEN, HEARD]
+            needed += [VIDEO_PAD, AUDIO_PAD]
         if missing := [token for token in needed if token not in tokenizer.get_vocab()]:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}: it is not that of a {config.family} model")
         self.tokenizer = tokenizer
         self.config = config
-        self.released_positions = released_positions
+        self.published_positions = published_positions
         self.pad_id: int = tokenizer.convert_tokens_to_ids(PAD)
         self.stop_ids: list[int] = tokenizer.convert_tokens_to_ids([TURN_END, PAD])
         self.mel = WhisperFeatureExtractor(
@@ -72,7 +72,7 @@ class Processor:
         )
 
     @classmethod
-    def load(cls, path: Path | str, *, config: SalmonnConfig, released_positions: bool = False) -> "Processor":
+    def load(cls, path: Path | str, *, config: SalmonnConfig, published_positions: bool = False) -> "Processor":
         """Read the tokenizer of a model folder or of a model on the hub.
 
         Raises:
@@ -82,7 +82,7 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} holds no tokenizer that can be read: {error}") from error
-        return cls(tokenizer, config=config, released_positions=released_positions)
+        return cls(tokenizer, config=config, published_positions=published_positions)
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to a model folder."""
@@ -96,7 +96,7 @@ class Processor:
         modality: Modality = "both",
         start_seconds: float | None = None,
         end_seconds: float | None = None,
-    ) -> Media:
+    ) -> ClipInputs:
         """Read a video (or a span of it) at the rate and size of this model.
 
         Args:
@@ -108,46 +108,46 @@ class Processor:
         Raises:
             ClipError: a file cannot be read, or lacks what is used of it.
         """
-        wanted = self.wanted(modality, start_seconds=start_seconds, end_seconds=end_seconds)
+        wanted = self.read_spec(modality, start_seconds=start_seconds, end_seconds=end_seconds)
         if sound is None:
-            return self.media(wanted.read(path))
+            return self.clip_inputs(wanted.read(path))
         if not wanted.video:
-            return self.media(wanted.read(sound))
+            return self.clip_inputs(wanted.read(sound))
         clip = replace(wanted, audio=False).read(path)
         waveform = replace(wanted, video=False).read(sound).waveform if wanted.audio else None
-        return self.media(replace(clip, waveform=waveform))
+        return self.clip_inputs(replace(clip, waveform=waveform))
 
-    def wanted(
+    def read_spec(
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None
     ) -> Wanted:
         """What this model reads of a file, or of a span of it."""
-        rule = self.config.frame_rule
+        rule = self.config.frame_sampler
         return Wanted(rule, start_seconds, end_seconds, video=modality != "audio", audio=modality != "visual")
 
     def check(self, prompt: str | Prompt) -> None:
         """Raise a ValueError where a prompt cannot be asked: for what it holds, or for its length."""
         prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
-        if (letters := len(prompt.words)) > MOST_LETTERS:
-            raise ValueError(f"the prompt has {letters:,} letters: ask in at most {MOST_LETTERS:,}")
+        if (letters := len(prompt.words)) > MAX_PROMPT_CHARS:
+            raise ValueError(f"the prompt has {letters:,} letters: ask in at most {MAX_PROMPT_CHARS:,}")
         texts = prompt.texts
-        if (letters := sum(map(len, texts))) > MOST_LETTERS_TOGETHER:
+        if (letters := sum(map(len, texts))) > MAX_CONVERSATION_CHARS:
             raise ValueError(
-                f"the conversation has {letters:,} letters, of which {MOST_LETTERS_TOGETHER:,} are taken at most: "
+                f"the conversation has {letters:,} letters, of which {MAX_CONVERSATION_CHARS:,} are taken at most: "
                 "leave out the eldest questions and answers"
             )
         if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
             raise ValueError("the prompt holds half of a Unicode character: type it anew")
-        refuse_special(self.tokenizer, texts, what="prompt", placeholders=self.config.placeholder_ids)
+        refuse_special_tokens(self.tokenizer, texts, what="prompt", placeholders=self.config.placeholder_ids)
 
-    def media(self, clip: Clip) -> Media:
+    def clip_inputs(self, clip: Clip) -> ClipInputs:
         """One clip as the towers take it, its frames chosen and scaled by the model's rule."""
         count = len(clip.frames)
         mel = self._hear(clip)
         if not count:
-            return Media(torch.zeros(0, dtype=torch.uint8), mel)
+            return ClipInputs(torch.zeros(0, dtype=torch.uint8), mel)
         # Rounded, since a step of 0.4999999 s would come to stand half a second too early.
         seconds = round(clip.picture_seconds, 6)
-        return to_media(self.config, torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
+        return to_clip_inputs(self.config, torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
 
     def _hear(self, clip: Clip) -> Tensor:
         chunk = self.config.chunk_seconds * SAMPLE_RATE_HZ
@@ -160,7 +160,7 @@ class Processor:
 
     def _heard_part(self, clip: Clip, waveform: np.ndarray) -> np.ndarray:
         """2+ hears all of it, salmonn2 what lasts as long as the picture, or as the longest picture that it sees."""
-        rule = self.config.frame_rule
+        rule = self.config.frame_sampler
         if not isinstance(rule, Stride):
             return waveform
         limit = clip.picture_seconds or rule.max_seconds
@@ -169,14 +169,14 @@ class Processor:
             logger.warning("%s: the last %.1f s of sound are not heard; this model hears %.1f", clip.path, lost, limit)
         return part
 
-    def lay_out(self, media: Media) -> Layout:
+    def make_layout(self, media: ClipInputs) -> Layout:
         """The order and positions of the tokens that a clip becomes."""
-        told = [self.tokenizer.encode(time, add_special_tokens=False) for time in told_times(self.config, media)]
-        return lay_out(self.config, media, told=told, released=self.released_positions)
+        told = [self.tokenizer.encode(time, add_special_tokens=False) for time in frame_timestamps(self.config, media)]
+        return make_layout(self.config, media, told=told, published_positions=self.published_positions)
 
-    def count_tokens(self, media: Media, prompt: Prompt) -> int:
+    def count_tokens(self, media: ClipInputs, prompt: Prompt) -> int:
         """Of a clip and what is asked of it together."""
-        places = [-1] * len(self.lay_out(media))  # which token stands there does not matter
+        places = [-1] * len(self.make_layout(media))  # which token stands there does not matter
         return len(self._prompt_ids(prompt, places))
 
     def _prompt_ids(self, prompt: Prompt, placeholders: Sequence[int]) -> list[int]:
@@ -189,14 +189,14 @@ class Processor:
             history=prompt.history,
         )
 
-    def inputs(self, rows: Sequence[Row], clips: Sequence[Media | Block]) -> Inputs:
+    def collate(self, rows: Sequence[PromptRow], clips: Sequence[ClipInputs | ClipFeatures]) -> ModelInputs:
         """Collate rows about clips into one batch.
 
         Args:
             rows: prompts, with answers for training.
             clips: the clips as media, or as blocks that the towers gave before.
         """
-        layouts = [clip.layout if isinstance(clip, Block) else self.lay_out(clip) for clip in clips]
+        layouts = [clip.layout if isinstance(clip, ClipFeatures) else self.make_layout(clip) for clip in clips]
         placeholders = [self._placeholders(layout) for layout in layouts]
         input_ids, labels = [], []
         for row in rows:
@@ -216,46 +216,46 @@ class Processor:
         ids = _pad(input_ids, self.pad_id)
         mask = _pad([[1] * len(line) for line in input_ids], 0)
         is_clip = torch.isin(ids, torch.tensor(self.config.placeholder_ids))
-        return Inputs(
+        return ModelInputs(
             input_ids=ids,
             attention_mask=mask,
             position_ids=text_positions(is_clip, mask, [layouts[row.clip] for row in rows]),
             labels=_pad(labels, -100),
             clip_index=tuple(row.clip for row in rows),
             layouts=tuple(layouts),
-            media=tuple(clip for clip in clips if isinstance(clip, Media)),
-            blocks=tuple(clip.tokens for clip in clips if isinstance(clip, Block)),
+            clip_inputs=tuple(clip for clip in clips if isinstance(clip, ClipInputs)),
+            clip_features=tuple(clip.tokens for clip in clips if isinstance(clip, ClipFeatures)),
         )
 
     def _placeholders(self, layout: Layout) -> list[int]:
         seen, heard = self.config.placeholder_ids
-        return torch.where(layout.is_seen, seen, heard).tolist()
+        return torch.where(layout.is_visual, seen, heard).tolist()
 
 
-def to_media(config: SalmonnConfig, frames: Tensor, mel: Tensor, *, seconds: float) -> Media:
+def to_clip_inputs(config: SalmonnConfig, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
     """Chosen and scaled frames (F, 3, H, W) and log-mel chunks as a family's towers take them."""
     if config.family == "salmonn2":
-        return Media(frames.contiguous(), mel, num_frames=len(frames), seconds=seconds)
+        return ClipInputs(frames.contiguous(), mel, num_frames=len(frames), seconds=seconds)
     vision = config.lm["vision_config"]
     pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
-    return Media(pixels, mel, num_frames=len(frames), seconds=seconds, grid=grid)
+    return ClipInputs(pixels, mel, num_frames=len(frames), seconds=seconds, grid=grid)
 
 
 def count_chunks(config: SalmonnConfig, seconds: float) -> int:
     """Chunks that so many seconds of sound are heard in."""
-    return math.ceil((max(seconds, MIN_SOUND_SECONDS) - config.spare_seconds) / config.chunk_seconds)
+    return math.ceil((max(seconds, MIN_SOUND_SECONDS) - config.tail_tolerance_seconds) / config.chunk_seconds)
 
 
-def told_times(config: SalmonnConfig, media: Media) -> list[str]:
+def frame_timestamps(config: SalmonnConfig, media: ClipInputs) -> list[str]:
     """Each frame's time, seconds since the beginning up to its end; salmonn2 tells it where nothing is heard."""
-    if config.family != "salmonn2" or not config.tell_time or len(media.mel):
+    if config.family != "salmonn2" or not config.timestamp_tokens or len(media.mel):
         return []
     step = media.seconds / max(media.num_frames, 1)
     return [str(round(step * number, 1)) for number in range(1, media.num_frames + 1)]
 
 
-def lay_out(
-    config: SalmonnConfig, media: Media, *, told: Sequence[Sequence[int]] = (), released: bool = False
+def make_layout(
+    config: SalmonnConfig, media: ClipInputs, *, told: Sequence[Sequence[int]] = (), published_positions: bool = False
 ) -> Layout:
     """The layout of a clip's block.
 
@@ -265,17 +265,19 @@ def lay_out(
         told: salmonn2: ids of each frame's time, where nothing is heard.
         released: 2+: see `Processor`.
     """
-    num_heard = len(media.mel) * config.tokens_per_chunk
+    num_audio = len(media.mel) * config.tokens_per_chunk
     if config.family == "salmonn2":
-        num_front = round(media.seconds * 50)  # the published count of steps, though a second has two tokens
-        return deal_out(media.num_frames, config.tokens_per_frame, num_heard=num_heard, num_front=num_front, told=told)
+        num_during_video = round(media.seconds * 50)  # the published count of steps, though a second has two tokens
+        return interleave_by_frame(
+            media.num_frames, config.tokens_per_frame, num_audio=num_audio, num_during_video=num_during_video, told=told
+        )
     steps, rows, columns = media.grid
     merge = config.lm["vision_config"]["spatial_merge_size"]
-    return by_seconds(
+    return interleave_by_time(
         (steps, rows // merge, columns // merge) if media.num_frames else None,
-        num_heard=num_heard,
+        num_audio=num_audio,
         second_per_grid=2 * media.seconds / max(media.num_frames, 1),
-        released=released,
+        published_positions=published_positions,
     )
 
 
@@ -284,7 +286,7 @@ def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def restrict_media(media: Media, modality: Modality) -> Media:
+def select_modality(media: ClipInputs, modality: Modality) -> ClipInputs:
     """One clip's picture alone or sound alone.
 
     Raises:
@@ -293,7 +295,7 @@ def restrict_media(media: Media, modality: Modality) -> Media:
     if modality == "visual":
         media = replace(media, mel=media.mel[:0])
     elif modality == "audio":
-        media = Media(media.pixels[:0], media.mel)
+        media = ClipInputs(media.pixels[:0], media.mel)
     if not media.num_frames and not len(media.mel):
         raise ValueError(f"the clip has nothing left for use '{modality}': it lacks picture or sound")
     return media

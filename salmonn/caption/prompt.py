@@ -56,7 +56,7 @@ def prompt_ids(
     """
     prompts = [*(asked for asked, _ in history), prompt]
     answers = [answer for _, answer in history]
-    refuse_special(tokenizer, [*prompts, *answers, system], what="prompt", placeholders=placeholders)
+    refuse_special_tokens(tokenizer, [*prompts, *answers, system], what="prompt", placeholders=placeholders)
     clip = f"{CLIP_START}{CLIP_END}"
     turns = [{"role": "system", "content": system}] if system else []
     for number, words in enumerate(prompts):
@@ -77,11 +77,11 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     Raises:
         ValueError: it holds a special token.
     """
-    refuse_special(tokenizer, [answer], what="answer")
+    refuse_special_tokens(tokenizer, [answer], what="answer")
     return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.convert_tokens_to_ids(TURN_END)]
 
 
-def refuse_special(
+def refuse_special_tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, what: str, placeholders: Sequence[int] = ()
 ) -> None:
     """Raise a ValueError where texts hold a special token, or one of the tokens that stand for a clip's."""

@@ -4,10 +4,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from salmonn.caption.generate import Generation, Sampling
-from salmonn.caption.processor import Processor, Row
+from salmonn.caption.processor import Processor, PromptRow
 from salmonn.caption.prompt import Prompt
-from salmonn.caption.tokenizer import TextStream
-from salmonn.model.network import Block, Inputs, Media, Network
+from salmonn.caption.tokenizer import IncrementalDetokenizer
+from salmonn.model.network import ClipFeatures, ClipInputs, ModelInputs, Network
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Answers:
 
     def join(
         self,
-        clips: Sequence[Media | Block],
+        clips: Sequence[ClipInputs | ClipFeatures],
         prompts: Sequence[str | Prompt],
         *,
         sampling: Sampling,
@@ -64,7 +64,7 @@ class Answers:
         """
         inputs = collate(self._processor, clips, prompts).to(self._device)
         numbers = self._generation.join(inputs, sampling=sampling, seeds=seeds)
-        self._said |= {number: _Said(TextStream(self._processor.tokenizer), sampling) for number in numbers}
+        self._said |= {number: _Said(IncrementalDetokenizer(self._processor.tokenizer), sampling) for number in numbers}
         return numbers
 
     def step(self, dropped: Collection[int] = ()) -> dict[int, Piece]:
@@ -90,22 +90,24 @@ class Answers:
 class _Said:
     """What has come of an answer."""
 
-    def __init__(self, stream: TextStream, sampling: Sampling) -> None:
+    def __init__(self, stream: IncrementalDetokenizer, sampling: Sampling) -> None:
         self.ids: list[int] = []
         self.stream = stream
         self.sampling = sampling
 
 
-def collate(processor: Processor, clips: Sequence[Media | Block], prompts: Sequence[str | Prompt]) -> Inputs:
+def collate(
+    processor: Processor, clips: Sequence[ClipInputs | ClipFeatures], prompts: Sequence[str | Prompt]
+) -> ModelInputs:
     """Prompts[i] on clips[i] as the network takes them; a clip that stands there several times is in it once."""
     different = {id(clip): clip for clip in clips}
     places = {key: place for place, key in enumerate(different)}
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     rows = [
-        Row(places[id(clip)], prompt.words, history=prompt.history, system=prompt.system)
+        PromptRow(places[id(clip)], prompt.words, history=prompt.history, system=prompt.system)
         for clip, prompt in zip(clips, asked, strict=True)
     ]
-    return processor.inputs(rows, list(different.values()))
+    return processor.collate(rows, list(different.values()))
 
 
 def to_answer(processor: Processor, ids: Sequence[int]) -> Answer:

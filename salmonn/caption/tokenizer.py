@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 # As Qwen2.5-VL and video-SALMONN 2+ name them.
-CLIP_START, CLIP_END, SEEN, HEARD = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|audio_pad|>"
+CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|audio_pad|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -27,26 +27,26 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, SEEN, HEARD],
+        special_tokens=[PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    return with_chat(tokenizer)
+    return wrap_tokenizer(tokenizer)
 
 
-def with_chat(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer that has the special tokens, as transformers takes it, with the chat format."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=TURN_END,
-        additional_special_tokens=[TURN_START, CLIP_START, CLIP_END, SEEN, HEARD],
+        additional_special_tokens=[TURN_START, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD],
         chat_template=CHAT_TEMPLATE,
     )
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """An answer's text, token by token: together the pieces are the whole answer, stripped as it is.
 
     Args:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # What captions depend on: a run that asks otherwise does not go on with them.
 ASKED = (
     "model", "adapter", "prompt", "modality", "start", "end", "segments", "temperature", "top_p", "repetition_penalty",
-    "max_new_tokens", "seed", "released_positions", "dtype", "bits",
+    "max_new_tokens", "seed", "published_positions", "dtype", "bits",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ def add_model(parser: ArgumentParser) -> None:
     attentions = Literal["auto", "eager", "sdpa", "flash_attention_2"]
     parser.add_argument("--model", type=str | None, default=None, help="folder or hub id (default: the toy model)")
     parser.add_argument("--adapter", type=str | None, default=None, help="PEFT folder or hub id, put on the model")
-    parser.add_argument("--released_positions", action="store_true", help="2+: number as the published inference code")
+    parser.add_argument("--published_positions", action="store_true", help="2+: number as the published inference code")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda where present)")
     parser.add_argument("--device_map", type=str | None, default=None, help="auto: split the model over all GPUs")
     parser.add_argument("--dtype", type=dtypes, default="auto", help="of weights (auto: bfloat16 on a GPU)")
@@ -33,5 +33,5 @@ def load_captioner(values: Namespace) -> "Captioner":
         values.model or SHIPPED_MODEL,
         placement=Placement(values.device, values.device_map, values.dtype, values.attention, values.bits),
         adapter=values.adapter,
-        released_positions=values.released_positions,
+        published_positions=values.published_positions,
     )

@@ -127,7 +127,7 @@ def _settings(values: Namespace, captioner: "Captioner", *, sources: "Sources", 
     from salmonn.serve.api import Settings
     from salmonn.serve.schema import ChatLimits
 
-    name, usual = captioner.name, ChatLimits(captioner.greedy().max_new_tokens)
+    name, usual = captioner.name, ChatLimits(captioner.default_sampling().max_new_tokens)
     return Settings(
         # Where a model lies on this machine is nobody's business.
         name=values.name or (Path(name).name if Path(name).is_dir() else name),

@@ -1,8 +1,8 @@
 """Attention of rows that share what they begin with; no table of who sees whom is ever made of a whole sequence.
 
 The decoder's layers are transformers' own. They call the attention that their config names: it is registered here, and
-given `rows` it leaves the work to them: to `OnePass` where all rows are read at once, and to `Memory` where rows that
-were read go on token by token. Without `rows` it is transformers' SDPA.
+given `rows` it leaves the work to them: to `PackedAttention` where all rows are read at once, and to `KVCache` where
+rows that were read go on token by token. Without `rows` it is transformers' SDPA.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from salmonn.model.packing import Packed
+from salmonn.model.packing import PackedBatch
 
 NAME = "salmonn"  # of this attention, in a decoder's config
 _MORE_COLUMNS = 64  # that the memory of own tokens grows by
 
 
-class Rows(Protocol):
+class AttentionBackend(Protocol):
     """What a batch's rows are to each other."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
@@ -50,7 +50,7 @@ def attention(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    rows: Rows | None = None,
+    rows: AttentionBackend | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' layers call it; (B, T, H, d) and no weights."""
@@ -60,7 +60,7 @@ def attention(
     return rows.attend(module.layer_idx, query, key, value, scale=scaling).transpose(1, 2), None
 
 
-def take_over(config: Any) -> None:
+def use_packed_attention(config: Any) -> None:
     """Let the layers of a decoder with this config call the attention that stands here.
 
     Raises:
@@ -75,14 +75,14 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-class OnePass:
+class PackedAttention:
     """All rows of a packed sequence at once: each beginning by itself, then each own part after it.
 
     Args:
         packed: the sequence.
     """
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: PackedBatch) -> None:
         self.packed = packed
         self.lengths = packed.lengths
         self._masks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -103,7 +103,7 @@ class OnePass:
                 query, key, value = next(parts)
                 if length:
                     key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-                    mask = self._mask(query, length=length, before=group.beginning)
+                    mask = self._mask(query, length=length, before=group.prefix_length)
                     yield _sdpa(query, key, value, mask, scale=scale)
 
     def _mask(self, query: Tensor, *, length: int, before: int) -> Tensor:
@@ -114,7 +114,7 @@ class OnePass:
         if kind not in self._masks:
             # One for all parts and layers, each of which takes its corner: made anew, each would be kept for backward.
             most = max(length for group in self.packed.groups for length in group.own)
-            widest = max(group.beginning for group in self.packed.groups)
+            widest = max(group.prefix_length for group in self.packed.groups)
             later = torch.full((most, most), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
             self._masks[kind] = F.pad(later, (widest, 0))
         mask = self._masks[kind]
@@ -144,8 +144,8 @@ class _Kept:
     own_values: Tensor
 
 
-class Memory:
-    """R rows that are read once (`Reading`) and go on token by token, in the order of the packed sequence.
+class KVCache:
+    """R rows that are read once (`PrefillAttention`) and go on token by token, in the order of the packed sequence.
 
     A beginning is kept once, however many rows follow it: the queries of all of them look at it together.
 
@@ -154,13 +154,13 @@ class Memory:
         positions: (3, 1, T) of its tokens.
     """
 
-    def __init__(self, packed: Packed, positions: Tensor) -> None:
+    def __init__(self, packed: PackedBatch, positions: Tensor) -> None:
         device = positions.device
         own = [length for group in packed.groups for length in group.own]
         parts = [number for number, group in enumerate(packed.groups) for _ in group.rows]
         self._positions = positions[:, 0, packed.ends].unsqueeze(-1)
         self._groups = torch.tensor(parts, device=device)
-        self._begun = _are_filled([group.beginning for group in packed.groups], device=device)
+        self._begun = _are_filled([group.prefix_length for group in packed.groups], device=device)
         self._own = _are_filled(own, device=device).flip(1)  # their ends stand together
         self._filled = max(own)
         self._layers: dict[int, _Kept] = {}
@@ -244,14 +244,14 @@ class Memory:
         return said.to(value.dtype).flatten(1, 2).unsqueeze(2)
 
 
-class Memories:
+class BatchedKVCache:
     """Rows of several memories, one memory after the other, that go on side by side: all but attention is shared.
 
     Args:
         memories: of rows that were read at different times.
     """
 
-    def __init__(self, memories: Sequence[Memory]) -> None:
+    def __init__(self, memories: Sequence[KVCache]) -> None:
         self._memories = memories
         self._sizes = [len(memory) for memory in memories]
 
@@ -265,10 +265,10 @@ class Memories:
         return torch.cat([memory.attend(layer, *part, scale=scale) for memory, *part in parts])
 
 
-class Reading(OnePass):
+class PrefillAttention(PackedAttention):
     """One pass over rows that will go on: `memory` keeps what they will look back at."""
 
-    def __init__(self, packed: Packed, memory: Memory) -> None:
+    def __init__(self, packed: PackedBatch, memory: KVCache) -> None:
         super().__init__(packed)
         self._memory = memory
 

@@ -24,7 +24,7 @@ from salmonn.model.vision import QwenTower, SiglipTower
 
 
 @dataclass(frozen=True)
-class Parts:
+class NetworkParts:
     """The towers and the language model, of one width."""
 
     vision: nn.Module
@@ -32,13 +32,13 @@ class Parts:
     lm: Any
 
 
-def build_parts(config: SalmonnConfig, *, attn_implementation: str | None = None) -> Parts:
+def build_parts(config: SalmonnConfig, *, attn_implementation: str | None = None) -> NetworkParts:
     """Build the parts of a family."""
     builders = {"salmonn2": _salmonn2, "salmonn2-plus": _plus}
     return builders[config.family](config, {"attn_implementation": attn_implementation})
 
 
-def _salmonn2(config: SalmonnConfig, attention: dict[str, Any]) -> Parts:
+def _salmonn2(config: SalmonnConfig, attention: dict[str, Any]) -> NetworkParts:
     lm = Qwen2ForCausalLM(Qwen2Config(**config.lm, **attention))
     width = lm.config.hidden_size
     encoder = SiglipVisionModel(SiglipVisionConfig(**config.vision, **attention))
@@ -47,14 +47,14 @@ def _salmonn2(config: SalmonnConfig, attention: dict[str, Any]) -> Parts:
     audio.norm = nn.LayerNorm(audio.encoder.config.d_model)
     audio.projector = nn.Sequential(audio.projector, *_mlp(width, width))
     audio.tell_chunk = True
-    return Parts(vision, audio, lm)
+    return NetworkParts(vision, audio, lm)
 
 
-def _plus(config: SalmonnConfig, attention: dict[str, Any]) -> Parts:
+def _plus(config: SalmonnConfig, attention: dict[str, Any]) -> NetworkParts:
     lm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config.lm, **attention))
     # The network runs the tower itself; the language model is given embeddings.
     vision, lm.model.visual = QwenTower(lm.model.visual), None
-    return Parts(vision, _audio(config, attention, width=lm.get_input_embeddings().embedding_dim), lm)
+    return NetworkParts(vision, _audio(config, attention, width=lm.get_input_embeddings().embedding_dim), lm)
 
 
 def _audio(config: SalmonnConfig, attention: dict[str, Any], *, width: int) -> AudioTower:

@@ -131,11 +131,11 @@ class SalmonnConfig(PreTrainedConfig):
         num_queries: Q-Former queries a window.
         window_seconds: length of a Q-Former window.
         stride_seconds: from one window to the next; none is a window's length.
-        spare_seconds: sound that is longer than whole chunks by no more gets no chunk of its own.
+        tail_tolerance_seconds: sound that is longer than whole chunks by no more gets no chunk of its own.
         pool: salmonn2: side of the squares of patches that become one token.
         placeholder_ids: token ids that stand for a clip's tokens: seen, heard.
         frames: how densely and how large a clip is seen: arguments of `Stride` (salmonn2) or `Spread` (2+).
-        tell_time: salmonn2: without sound, each frame is followed by its time in words.
+        timestamp_tokens: salmonn2: without sound, each frame is followed by its time in words.
         system_prompt: what every conversation begins with; "" for nothing.
         prompts: what is asked by default of a clip, its picture alone and its sound alone; none asks in plain words.
         max_new_tokens: how long an answer may get by default.
@@ -155,11 +155,11 @@ class SalmonnConfig(PreTrainedConfig):
     num_queries: int = 1
     window_seconds: float = 0.5
     stride_seconds: float | None = None
-    spare_seconds: float = 0.004
+    tail_tolerance_seconds: float = 0.004
     pool: int = 2
     placeholder_ids: tuple[int, int] = (-200, -200)
     frames: Any = None
-    tell_time: bool = True
+    timestamp_tokens: bool = True
     system_prompt: str = "You are a helpful assistant."
     prompts: Any = None
     max_new_tokens: int = 160
@@ -167,13 +167,13 @@ class SalmonnConfig(PreTrainedConfig):
     repetition_penalty: float = 1.0
     initializer_range: float = 0.02
 
-    def describe(self, modality: Modality = "both") -> str:
+    def default_prompt(self, modality: Modality = "both") -> str:
         """The prompt that asks for a caption."""
         prompt: str = (self.prompts or PLAIN_PROMPTS)[modality]
         return prompt
 
     @property
-    def frame_rule(self) -> FrameRule:
+    def frame_sampler(self) -> FrameRule:
         """Which frames of a clip are seen."""
         return {"salmonn2": Stride, "salmonn2-plus": Spread}[self.family](**(self.frames or {}))
 
@@ -185,7 +185,7 @@ class SalmonnConfig(PreTrainedConfig):
         """
         changed = copy.deepcopy(self)
         changed.frames = {**(self.frames or {}), **(frames or {})}
-        known = [field.name for field in dataclasses.fields(self.frame_rule)]  # type: ignore[arg-type]
+        known = [field.name for field in dataclasses.fields(self.frame_sampler)]  # type: ignore[arg-type]
         if unknown := sorted(changed.frames.keys() - known):
             raise ValueError(f"frames of a {self.family} have no {', '.join(unknown)}, but {', '.join(known)}")
         return changed
@@ -288,7 +288,7 @@ def tiny(*, vocab_size: int, eos_token_id: int, pad_token_id: int) -> SalmonnCon
         ),
         pool=1,
         frames=dict(frames_per_second=2.0, max_frames=16, side=48),
-        tell_time=False,
+        timestamp_tokens=False,
         system_prompt="",
         batch_size=32,  # a word takes it little longer for 32 clips than for one
         initializer_range=deviation,
@@ -349,8 +349,8 @@ def _salmonn2(values: dict[str, Any], flat: dict[str, Any]) -> SalmonnConfig:
         num_queries=audio.get("num_speech_query_token", 1),
         window_seconds=audio.get("second_per_window", 0.5),
         stride_seconds=audio.get("second_stride"),
-        spare_seconds=0.0,
-        tell_time=flat.get("add_time_token", True),
+        tail_tolerance_seconds=0.0,
+        timestamp_tokens=flat.get("add_time_token", True),
         frames={"side": siglip["image_size"]},
         prompts=PUBLISHED_PROMPTS["salmonn2"],
         max_new_tokens=1024,
@@ -373,7 +373,7 @@ def _plus(values: dict[str, Any]) -> SalmonnConfig:
         num_queries=qformer["query_length"],
         window_seconds=audio.get("second_per_window", 0.5),
         stride_seconds=audio.get("second_stride"),
-        spare_seconds=0.0,
+        tail_tolerance_seconds=0.0,
         placeholder_ids=(values["video_token_id"], values["audio_token_id"]),
         frames={"factor": vision["patch_size"] * vision["spatial_merge_size"]},
         prompts=PUBLISHED_PROMPTS["salmonn2-plus"],

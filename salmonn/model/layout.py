@@ -27,8 +27,8 @@ class Layout:
 
     order: Tensor
     positions: Tensor
-    num_seen: int
-    told_ids: tuple[int, ...] = ()
+    num_visual: int
+    timestamp_ids: tuple[int, ...] = ()
 
     @property
     def next_position(self) -> int:
@@ -36,20 +36,20 @@ class Layout:
 
         After the greatest time, or where nothing is heard after the greatest of all positions, as published.
         """
-        counted = self.positions if self.num_seen == len(self) else self.positions[0]
+        counted = self.positions if self.num_visual == len(self) else self.positions[0]
         return int(counted.max()) + 1
 
     @property
-    def is_seen(self) -> Tensor:
+    def is_visual(self) -> Tensor:
         """(N,) whether each token is of the picture."""
-        return self.order < self.num_seen
+        return self.order < self.num_visual
 
     def __len__(self) -> int:
         return len(self.order)
 
 
-def deal_out(
-    num_frames: int, frame_tokens: int, *, num_heard: int, num_front: int, told: Sequence[Sequence[int]] = ()
+def interleave_by_frame(
+    num_frames: int, frame_tokens: int, *, num_audio: int, num_during_video: int, told: Sequence[Sequence[int]] = ()
 ) -> Layout:
     """video-SALMONN 2: each frame, then what is heard (or told of the time) by then; positions simply count.
 
@@ -65,18 +65,18 @@ def deal_out(
         told: for each frame the ids of the tokens that tell its time.
     """
     seen = torch.arange(num_frames * frame_tokens).reshape(num_frames, frame_tokens)
-    heard = torch.arange(num_heard) + seen.numel()
+    heard = torch.arange(num_audio) + seen.numel()
     if not num_frames:
         order = heard
     else:
-        front = min(num_front, num_heard)
+        front = min(num_during_video, num_audio)
         per_frame = -(-front // num_frames)
         order = torch.cat([seen, _stretch(heard[:front], per_frame * num_frames).reshape(num_frames, per_frame)], dim=1)
         if told:
-            order = torch.cat([order, _pad_told([len(ids) for ids in told], start=seen.numel() + num_heard)], dim=1)
+            order = torch.cat([order, _pad_told([len(ids) for ids in told], start=seen.numel() + num_audio)], dim=1)
         order = torch.cat([order.flatten(), heard[front:]])
-    told_ids = tuple(token for ids in told for token in ids)
-    return Layout(order, torch.arange(len(order)).expand(3, -1), seen.numel(), told_ids)
+    timestamp_ids = tuple(token for ids in told for token in ids)
+    return Layout(order, torch.arange(len(order)).expand(3, -1), seen.numel(), timestamp_ids)
 
 
 def _stretch(tokens: Tensor, length: int) -> Tensor:
@@ -94,8 +94,8 @@ def _pad_told(told: Sequence[int], *, start: int) -> Tensor:
     return rows
 
 
-def by_seconds(
-    grid: tuple[int, int, int] | None, *, num_heard: int, second_per_grid: float, released: bool = False
+def interleave_by_time(
+    grid: tuple[int, int, int] | None, *, num_audio: int, second_per_grid: float, published_positions: bool = False
 ) -> Layout:
     """video-SALMONN 2+: each grid step, then what is heard until the next one; positions are time, row and column.
 
@@ -109,26 +109,26 @@ def by_seconds(
         second_per_grid: seconds that a grid step spans.
         released: the positions of the published inference code in place of those of training; see `_released`.
     """
-    when = torch.arange(num_heard)
+    when = torch.arange(num_audio)
     if grid is None:
-        row = torch.zeros_like(when) if not released else when
-        return Layout(when, torch.stack([when, when, row]), num_seen=0)
+        row = torch.zeros_like(when) if not published_positions else when
+        return Layout(when, torch.stack([when, when, row]), num_visual=0)
     steps, rows, columns = grid
     starts = (torch.arange(steps) * second_per_grid * 2).long()
     seen = torch.arange(steps * rows * columns).reshape(steps, -1)
     heard = when + seen.numel()
     # Sound that ends before the picture does leaves the last steps without any.
-    cuts = [0, *starts[1:].clamp(max=num_heard).tolist(), num_heard]
+    cuts = [0, *starts[1:].clamp(max=num_audio).tolist(), num_audio]
     order = torch.cat([piece for step in range(steps) for piece in (seen[step], heard[cuts[step] : cuts[step + 1]])])
     cells = torch.arange(rows * columns).repeat(steps)
     where = torch.stack([starts.repeat_interleave(rows * columns), cells // columns, cells % columns])
     heard_at = torch.stack([when, torch.zeros_like(when), when])
-    if released:
-        return Layout(order, _released(grid, num_heard=num_heard), seen.numel())
+    if published_positions:
+        return Layout(order, _released(grid, num_audio=num_audio), seen.numel())
     return Layout(order, torch.cat([where, heard_at], dim=1)[:, order], seen.numel())
 
 
-def _released(grid: tuple[int, int, int], *, num_heard: int) -> Tensor:
+def _released(grid: tuple[int, int, int], *, num_audio: int) -> Tensor:
     """Positions that the published generate() computes of picture and sound, (3, N).
 
     It is not told of the sound nor of the seconds: it takes the first tokens of the block for the whole picture, a
@@ -138,7 +138,7 @@ def _released(grid: tuple[int, int, int], *, num_heard: int) -> Tensor:
     cells = torch.arange(rows * columns).repeat(steps)
     starts = (torch.arange(steps) * 2).repeat_interleave(rows * columns)
     seen = torch.stack([starts, cells // columns, cells % columns])
-    return torch.cat([seen, (torch.arange(num_heard) + seen.max() + 1).expand(3, -1)], dim=1)
+    return torch.cat([seen, (torch.arange(num_audio) + seen.max() + 1).expand(3, -1)], dim=1)
 
 
 def text_positions(is_clip: Tensor, mask: Tensor, layouts: Sequence[Layout]) -> Tensor:
@@ -169,7 +169,7 @@ def text_positions(is_clip: Tensor, mask: Tensor, layouts: Sequence[Layout]) -> 
     return positions
 
 
-def place(embeds: Tensor, is_placeholder: Tensor, tokens: Tensor) -> Tensor:
+def insert_clip_tokens(embeds: Tensor, is_placeholder: Tensor, tokens: Tensor) -> Tensor:
     """Put clip tokens where the text holds placeholders.
 
     Args:

@@ -14,7 +14,7 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 
 from salmonn import dist
 from salmonn.model.config import SalmonnConfig, from_published
-from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge
+from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
 from salmonn.model.network import PUBLISHED_KEYS, Network
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
     if adapter is not None:
         load_adapter(network, adapter)
         if not placement.bits:
-            merge(network)
+            merge_adapter(network)
     return network.eval()
 
 

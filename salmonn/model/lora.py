@@ -42,7 +42,7 @@ class LoraConfig:
         )
 
 
-def attach(network: Network, config: LoraConfig, *, seed: int) -> None:
+def attach_lora(network: Network, config: LoraConfig, *, seed: int) -> None:
     """Put a fresh adapter on the language model in place; all other weights are frozen."""
     if isinstance(network.lm, PeftModel):
         raise ValueError("the model carries an adapter already: merge it before attaching another")
@@ -52,14 +52,14 @@ def attach(network: Network, config: LoraConfig, *, seed: int) -> None:
         network.lm = get_peft_model(network.lm, config.to_peft())
 
 
-def merge(network: Network) -> None:
+def merge_adapter(network: Network) -> None:
     """Add the adapter to the weights in place and take it off (merged = base + alpha / r * B A)."""
     network.lm = network.lm.merge_and_unload(safe_merge=True)
     network.requires_grad_(False)
 
 
 @contextmanager
-def adapter_off(network: Network) -> Iterator[None]:
+def adapter_disabled(network: Network) -> Iterator[None]:
     """Within this context the network is the reference policy."""
     with network.lm.disable_adapter():
         yield
@@ -89,12 +89,12 @@ def load_adapter(network: Network, path: Path | str) -> None:
         ) from error
     _refuse_unknown(config, path)
     low_rank = {key: tensor for key, tensor in tensors.items() if ".lora_" in key}
-    attach(
+    attach_lora(
         network,
         LoraConfig(config.r, config.lora_alpha, config.lora_dropout, tuple(sorted(config.target_modules))),
         seed=0,
     )
-    put_adapter(network, low_rank)
+    set_adapter_weights(network, low_rank)
     _put_whole(network, {key: tensor for key, tensor in tensors.items() if ".lora_" not in key})
 
 
@@ -120,7 +120,7 @@ def _refuse_unknown(config: PeftLoraConfig, path: Path | str) -> None:
         )
 
 
-def put_adapter(network: Network, tensors: Mapping[str, Tensor]) -> None:
+def set_adapter_weights(network: Network, tensors: Mapping[str, Tensor]) -> None:
     """Fill the attached adapter's matrices, named as PEFT saves them for our network or for a published one.
 
     Raises:

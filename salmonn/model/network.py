@@ -11,11 +11,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from salmonn.model.attention import Memories, Memory, OnePass, Reading, Rows, take_over
+from salmonn.model.attention import (
+    AttentionBackend,
+    BatchedKVCache,
+    KVCache,
+    PackedAttention,
+    PrefillAttention,
+    use_packed_attention,
+)
 from salmonn.model.build import build_parts
 from salmonn.model.config import SalmonnConfig
-from salmonn.model.layout import Layout, place
-from salmonn.model.packing import Packed, pack
+from salmonn.model.layout import Layout, insert_clip_tokens
+from salmonn.model.packing import PackedBatch, pack
 
 # Keys of the published checkpoints -> ours, which saved models have.
 PUBLISHED_KEYS = {
@@ -60,11 +67,11 @@ PUBLISHED_KEYS = {
 LOGIT_BYTES = 256 << 20  # of logits that are held at once in training
 # Tokens of prompts that go through together, whole clips. More is no faster, and takes memory; on a CPU it is slower by
 # a sixth, since what a layer makes is then so large that the system hands out each of its pages anew.
-READ_AT_ONCE, READ_AT_ONCE_ON_CPU = 8192, 1024
+PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS_CPU = 8192, 1024
 
 
 @dataclass(frozen=True)
-class Media:
+class ClipInputs:
     """One clip as the towers take it.
 
     Args:
@@ -81,13 +88,13 @@ class Media:
     seconds: float = 0.0
     grid: tuple[int, int, int] = (0, 0, 0)
 
-    def to(self, device: torch.device | str) -> "Media":
+    def to(self, device: torch.device | str) -> "ClipInputs":
         """The same on another device."""
         return replace(self, pixels=self.pixels.to(device), mel=self.mel.to(device))
 
 
 @dataclass(frozen=True)
-class Block:
+class ClipFeatures:
     """A clip's tokens (N, D) as frozen towers gave them, and their layout."""
 
     tokens: Tensor
@@ -98,7 +105,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ModelInputs:
     """A batch of B rows of text, each about one clip.
 
     Args:
@@ -118,8 +125,8 @@ class Inputs:
     labels: Tensor
     clip_index: tuple[int, ...]
     layouts: tuple[Layout, ...]
-    media: tuple[Media, ...] = ()
-    blocks: tuple[Tensor, ...] = ()
+    clip_inputs: tuple[ClipInputs, ...] = ()
+    clip_features: tuple[Tensor, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +135,7 @@ class Inputs:
         again = sum(lengths[index] for index in self.clip_index) - sum(lengths)
         return int(self.attention_mask.sum()) - again
 
-    def to(self, device: torch.device | str) -> "Inputs":
+    def to(self, device: torch.device | str) -> "ModelInputs":
         """The same on another device."""
         return replace(
             self,
@@ -136,8 +143,8 @@ class Inputs:
             attention_mask=self.attention_mask.to(device),
             position_ids=self.position_ids.to(device),
             labels=self.labels.to(device),
-            media=tuple(clip.to(device) for clip in self.media),
-            blocks=tuple(block.to(device) for block in self.blocks),
+            clip_inputs=tuple(clip.to(device) for clip in self.clip_inputs),
+            clip_features=tuple(block.to(device) for block in self.clip_features),
         )
 
 
@@ -169,7 +176,7 @@ class Network(PreTrainedModel):
         self.vision = parts.vision
         self.audio = parts.audio
         self.lm: Any = parts.lm  # a transformers model, or PEFT's wrapper of it while it carries an adapter
-        take_over(self.lm.get_decoder().config)
+        use_packed_attention(self.lm.get_decoder().config)
         self.chunks_logits = True  # not where each call of a layer is an appointment of all processes (ZeRO-3)
         self.post_init()
 
@@ -181,30 +188,30 @@ class Network(PreTrainedModel):
                 # Not reentrant: gradients reach an adapter though no input of its layer needs any.
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
-    def encode(self, media: Sequence[Media], layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
+    def encode(self, media: Sequence[ClipInputs], layouts: Sequence[Layout]) -> tuple[Tensor, ...]:
         """Encode clips to their blocks, picture and sound in the layouts' order: (N_i, D) each."""
-        return self.assemble(self._see(media), self._hear(media), layouts)
+        return self.assemble_features(self._see(media), self._hear(media), layouts)
 
-    def assemble(
+    def assemble_features(
         self, seen: Sequence[Tensor], heard: Sequence[Tensor], layouts: Sequence[Layout]
     ) -> tuple[Tensor, ...]:
         """Put what was seen (V_i, D) and heard (A_i, D) of each clip in the layouts' order."""
         embed = self.lm.get_input_embeddings()
         blocks = []
         for pictures, sounds, layout in zip(seen, heard, layouts, strict=True):
-            told = embed(torch.tensor(layout.told_ids, dtype=torch.long, device=self.device))
+            told = embed(torch.tensor(layout.timestamp_ids, dtype=torch.long, device=self.device))
             zeros = told.new_zeros(1, told.shape[-1])
             # A model that is split over devices has its towers elsewhere than its embeddings.
             tokens = torch.cat([pictures.to(told), sounds.to(told), told, zeros])
             blocks.append(tokens.index_select(0, layout.order.to(tokens.device)))
         return tuple(blocks)
 
-    def _see(self, media: Sequence[Media]) -> list[Tensor]:
+    def _see(self, media: Sequence[ClipInputs]) -> list[Tensor]:
         shown = [clip for clip in media if clip.num_frames]
         tokens = iter(self.vision([clip.pixels for clip in shown], [clip.grid for clip in shown]) if shown else [])
         return [next(tokens) if clip.num_frames else self._nothing() for clip in media]
 
-    def _hear(self, media: Sequence[Media]) -> list[Tensor]:
+    def _hear(self, media: Sequence[ClipInputs]) -> list[Tensor]:
         loud = [clip.mel for clip in media if len(clip.mel)]
         tokens = iter(self.audio(loud) if loud else [])
         return [next(tokens) if len(clip.mel) else self._nothing() for clip in media]
@@ -213,7 +220,7 @@ class Network(PreTrainedModel):
         # Not beside the embeddings: where they are offloaded, their weight is on no device between two calls.
         return torch.zeros(0, self.lm.get_input_embeddings().embedding_dim, dtype=self.dtype, device=self.device)
 
-    def embed(self, inputs: Inputs) -> Tensor:
+    def embed(self, inputs: ModelInputs) -> Tensor:
         """Text with the clips' tokens in their places, (B, L, D)."""
         blocks = self._blocks(inputs, range(len(inputs.layouts)))
         return self._embed(inputs.input_ids, self._is_clip(inputs.input_ids), blocks, inputs.clip_index)
@@ -221,10 +228,10 @@ class Network(PreTrainedModel):
     def _is_clip(self, ids: Tensor) -> Tensor:
         return torch.isin(ids, torch.tensor(self.config.placeholder_ids, device=ids.device))
 
-    def _blocks(self, inputs: Inputs, clips: Sequence[int]) -> Sequence[Tensor]:
-        if inputs.blocks:
-            return [inputs.blocks[clip] for clip in clips]
-        return self.encode([inputs.media[clip] for clip in clips], [inputs.layouts[clip] for clip in clips])
+    def _blocks(self, inputs: ModelInputs, clips: Sequence[int]) -> Sequence[Tensor]:
+        if inputs.clip_features:
+            return [inputs.clip_features[clip] for clip in clips]
+        return self.encode([inputs.clip_inputs[clip] for clip in clips], [inputs.layouts[clip] for clip in clips])
 
     def _embed(self, ids: Tensor, is_clip: Tensor, blocks: Sequence[Tensor], clip_index: Sequence[int]) -> Tensor:
         # A placeholder need not be in the vocabulary.
@@ -232,13 +239,13 @@ class Network(PreTrainedModel):
         parts = [blocks[index].to(embeds.device) for index in clip_index]
         tokens = torch.cat([embeds.new_zeros(0, embeds.shape[-1]), *parts])
         # Where the model is split over devices, the embeddings may be on another than the first.
-        return place(embeds, is_clip.to(embeds.device), tokens)
+        return insert_clip_tokens(embeds, is_clip.to(embeds.device), tokens)
 
     def positions(self, position_ids: Tensor) -> Tensor:
         """What the decoder takes of (3, B, L) positions: all, or the first where its rotary embedding is plain."""
         return position_ids if self.config.family == "salmonn2-plus" else position_ids[0]
 
-    def forward(self, inputs: Inputs, *, distributions: bool = False) -> Tensor:
+    def forward(self, inputs: ModelInputs, *, distributions: bool = False) -> Tensor:
         """Log-probability of every label; the rows are padded on the right.
 
         What a clip's rows begin with alike, its tokens above all, goes through the decoder once. Only positions with a
@@ -254,7 +261,7 @@ class Network(PreTrainedModel):
             (N, V) at each of the N labels, row by row, log p(each word | everything before it).
         """
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
-        hidden = self._read(inputs, packed, OnePass(packed))
+        hidden = self._read(inputs, packed, PackedAttention(packed))
         # Where the model is split over devices, what it gives is on the last of them.
         targets = inputs.labels[:, 1:].to(hidden.device)
         counted = targets != -100
@@ -267,11 +274,11 @@ class Network(PreTrainedModel):
         return picked.new_zeros(targets.shape).masked_scatter(counted, picked)
 
     @property
-    def read_at_once(self) -> int:
+    def prefill_chunk_tokens(self) -> int:
         """Tokens of prompts that `begin` reads together, or one clip that has more."""
-        return READ_AT_ONCE_ON_CPU if self.device.type == "cpu" else READ_AT_ONCE
+        return PREFILL_CHUNK_TOKENS_CPU if self.device.type == "cpu" else PREFILL_CHUNK_TOKENS
 
-    def begin(self, inputs: Inputs) -> tuple[Tensor, Memory, list[int]]:
+    def prefill(self, inputs: ModelInputs) -> tuple[Tensor, KVCache, list[int]]:
         """Read rows that are to go on.
 
         Args:
@@ -282,28 +289,28 @@ class Network(PreTrainedModel):
             the order in which the rows were packed.
         """
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index, own=1)
-        memory = Memory(packed, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1))
+        memory = KVCache(packed, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1))
         said = []
-        for piece in packed.pieces(self.read_at_once):
-            hidden = self._read(inputs, piece, Reading(piece, memory))
+        for piece in packed.pieces(self.prefill_chunk_tokens):
+            hidden = self._read(inputs, piece, PrefillAttention(piece, memory))
             said.append(hidden[piece.ends.to(hidden.device)])
         memory.settle()
         return self._logits(torch.cat(said)), memory, packed.rows
 
-    def go_on(self, tokens: Tensor, memories: Sequence[Memory]) -> Tensor:
+    def decode_step(self, tokens: Tensor, memories: Sequence[KVCache]) -> Tensor:
         """One more token (R,) of each row that the memories hold -> (R, V) logits of the token after it."""
-        memory = memories[0] if len(memories) == 1 else Memories(memories)
+        memory = memories[0] if len(memories) == 1 else BatchedKVCache(memories)
         embeds = self.lm.get_input_embeddings()(tokens[:, None])
         return self._logits(self._decode(embeds, memory.advance(), memory)[:, 0])
 
-    def _read(self, inputs: Inputs, packed: Packed, rows: Rows) -> Tensor:
+    def _read(self, inputs: ModelInputs, packed: PackedBatch, rows: AttentionBackend) -> Tensor:
         """(T, D) hidden states of a packed sequence."""
         ids = inputs.input_ids.flatten()[packed.source].unsqueeze(0)
         clips = [group.clip for group in packed.groups]
         embeds = self._embed(ids, self._is_clip(ids), self._blocks(inputs, clips), range(len(clips)))
         return self._decode(embeds, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1), rows)[0]
 
-    def _decode(self, embeds: Tensor, position_ids: Tensor, rows: Rows) -> Tensor:
+    def _decode(self, embeds: Tensor, position_ids: Tensor, rows: AttentionBackend) -> Tensor:
         """(B, T, D) embedded tokens at (3, B, T) positions -> (B, T, D)."""
         output = self.lm.get_decoder()(
             inputs_embeds=embeds,

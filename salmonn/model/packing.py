@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Group:
+class PrefixGroup:
     """The rows about one clip, as they stand in the sequence: their shared beginning, then their own parts.
 
     Args:
@@ -26,12 +26,12 @@ class Group:
 
     clip: int
     rows: tuple[int, ...]
-    beginning: int
+    prefix_length: int
     own: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedBatch:
     """B rows of L tokens in one sequence of T.
 
     Args:
@@ -42,12 +42,12 @@ class Packed:
 
     source: Tensor
     places: Tensor
-    groups: tuple[Group, ...]
+    groups: tuple[PrefixGroup, ...]
 
     @property
     def lengths(self) -> list[int]:
         """Of all parts: each group's beginning, then its own parts."""
-        return [length for group in self.groups for length in (group.beginning, *group.own)]
+        return [length for group in self.groups for length in (group.prefix_length, *group.own)]
 
     @property
     def is_own(self) -> list[bool]:
@@ -61,20 +61,20 @@ class Packed:
         ends = torch.tensor(self.lengths, device=device).cumsum(0) - 1
         return ends[torch.tensor(self.is_own, device=device)]
 
-    def pieces(self, most: int) -> Iterator["Packed"]:
+    def pieces(self, most: int) -> Iterator["PackedBatch"]:
         """Whole groups, as many of them as have `most` tokens, or one that has more."""
         start, filled = 0, 0
-        chosen: list[Group] = []
+        chosen: list[PrefixGroup] = []
         for group in self.groups:
-            size = group.beginning + sum(group.own)
+            size = group.prefix_length + sum(group.own)
             if chosen and filled + size > most:
                 yield self._piece(chosen, start, filled)
                 start, chosen, filled = start + filled, [], 0
             chosen, filled = [*chosen, group], filled + size
         yield self._piece(chosen, start, filled)
 
-    def _piece(self, groups: Sequence[Group], start: int, size: int) -> "Packed":
-        return Packed(self.source[start : start + size], self.places - start, tuple(groups))
+    def _piece(self, groups: Sequence[PrefixGroup], start: int, size: int) -> "PackedBatch":
+        return PackedBatch(self.source[start : start + size], self.places - start, tuple(groups))
 
     @property
     def rows(self) -> list[int]:
@@ -82,7 +82,7 @@ class Packed:
         return [row for group in self.groups for row in group.rows]
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, clip_index: Sequence[int], *, own: int = 0) -> Packed:
+def pack(input_ids: Tensor, attention_mask: Tensor, clip_index: Sequence[int], *, own: int = 0) -> PackedBatch:
     """Find what the rows of each clip begin with alike, and lay it out once.
 
     Args:
@@ -107,9 +107,9 @@ def pack(input_ids: Tensor, attention_mask: Tensor, clip_index: Sequence[int], *
             parts.append(row * width + rest)
             places[row, rest] = filled + torch.arange(len(rest))
             filled += len(rest)
-        groups.append(Group(clip, tuple(rows), shared, tuple(lengths[row] - shared for row in rows)))
+        groups.append(PrefixGroup(clip, tuple(rows), shared, tuple(lengths[row] - shared for row in rows)))
     device = input_ids.device
-    return Packed(torch.cat(parts).to(device), places.to(device), tuple(groups))
+    return PackedBatch(torch.cat(parts).to(device), places.to(device), tuple(groups))
 
 
 def _by_clip(clip_index: Sequence[int]) -> dict[int, list[int]]:

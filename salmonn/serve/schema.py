@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.processor import MOST_LETTERS, MOST_LETTERS_TOGETHER
+from salmonn.caption.processor import MAX_CONVERSATION_CHARS, MAX_PROMPT_CHARS
 from salmonn.caption.prompt import History
 from salmonn.caption.streaming import Answer
 from salmonn.records import Modality
@@ -170,8 +170,8 @@ class ChatLimits:
     usual_tokens: int
     answer_tokens: int = 4096
     choices: int = 16
-    prompt_letters: int = MOST_LETTERS
-    talk_letters: int = MOST_LETTERS_TOGETHER
+    prompt_letters: int = MAX_PROMPT_CHARS
+    talk_letters: int = MAX_CONVERSATION_CHARS
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from salmonn import dist
-from salmonn.caption.processor import Processor, Row
+from salmonn.caption.processor import Processor, PromptRow
 from salmonn.caption.prompt import LIST_EVENTS, answer_ids
 from salmonn.conversations import Conversation, Turn
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
-from salmonn.model.network import Block, Inputs, Media
+from salmonn.model.network import ClipFeatures, ClipInputs, ModelInputs
 from salmonn.records import Modality, Reference
 
 Task = Literal[
@@ -159,9 +159,9 @@ class ClipCache:
         self.processor = processor
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.clips: dict[tuple[Any, ...], Media] = {}
+        self.clips: dict[tuple[Any, ...], ClipInputs] = {}
 
-    def __call__(self, example: Example) -> Media:
+    def __call__(self, example: Example) -> ClipInputs:
         """The clip that an example is about, read from its files the first time.
 
         Raises:
@@ -192,7 +192,7 @@ class ClipCache:
 class SftBatch:
     """Inputs of some of this rank's rows; `mean_num_tokens` counts the step's answer tokens of an average rank."""
 
-    inputs: Inputs
+    inputs: ModelInputs
     mean_num_tokens: float
     clips: tuple[str, ...]
 
@@ -219,7 +219,7 @@ class SftBatches:
         self,
         examples: Sequence[Example],
         processor: Processor,
-        clip_of: Callable[[Example], Media | Block],
+        clip_of: Callable[[Example], ClipInputs | ClipFeatures],
         *,
         batch_size: int,
         seed: int,
@@ -247,12 +247,12 @@ class SftBatches:
     def _piece(self, examples: Sequence[Example], mean_num_tokens: float) -> SftBatch:
         clips = [self.clip_of(example) for example in examples]
         rows = [
-            Row(index, turn.prompt, turn.answer, turn.history)
+            PromptRow(index, turn.prompt, turn.answer, turn.history)
             for index, example in enumerate(examples)
             for turn in example.turns
         ]
         names = tuple(str(example.video) for example in examples)
-        return SftBatch(self.processor.inputs(rows, clips), mean_num_tokens, names)
+        return SftBatch(self.processor.collate(rows, clips), mean_num_tokens, names)
 
 
 def deal(items: Sequence[Item], step: int, *, batch_size: int, seed: int) -> list[Item]:

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from salmonn import dist
-from salmonn.caption.processor import count_chunks, lay_out, restrict_media, to_media, told_times
+from salmonn.caption.processor import count_chunks, frame_timestamps, make_layout, select_modality, to_clip_inputs
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.loading import Placement
-from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.network import LOGIT_BYTES, READ_AT_ONCE, Media, Network
+from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.network import LOGIT_BYTES, PREFILL_CHUNK_TOKENS, ClipInputs, Network
 from salmonn.model.presets import offline_config
 from salmonn.records import Modality
 from salmonn.train import memory as budget
@@ -101,15 +101,15 @@ def empty_network(config: SalmonnConfig) -> Network:
         return Network(config)
 
 
-def imagine(config: SalmonnConfig, shape: ClipShape) -> Media:
+def imagine(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     """A clip as the towers would take it, its sizes without its contents."""
-    rule = config.frame_rule
+    rule = config.frame_sampler
     num_frames = round(shape.seconds * shape.frames_per_second)
     count = len(rule.times(0.0, shape.seconds, num_frames))
     frames = torch.empty((count, 3, *rule.size(shape.height, shape.width, count)), dtype=torch.uint8, device="meta")
     chunks = count_chunks(config, shape.seconds)
     mel = torch.empty(chunks, config.whisper["num_mel_bins"], config.chunk_seconds * 100, device="meta")
-    return to_media(config, frames, mel, seconds=shape.seconds)
+    return to_clip_inputs(config, frames, mel, seconds=shape.seconds)
 
 
 def count_parameters(network: Network) -> dict[str, Parameters]:
@@ -190,9 +190,11 @@ class Budget:
         self.work = work
         self.shape = shape
         self.numbers = numbers_of(placement, fit)
-        self.media = restrict_media(imagine(config, shape), work.modality)
+        self.media = select_modality(imagine(config, shape), work.modality)
         # The published tokenizer has a token for each digit and for the point.
-        self.layout = lay_out(config, self.media, told=[[0] * len(time) for time in told_times(config, self.media)])
+        self.layout = make_layout(
+            config, self.media, told=[[0] * len(time) for time in frame_timestamps(config, self.media)]
+        )
         self.parameters = count_parameters(network)
         self.decoder = Stack.of(network.lm.config.get_text_config())
         self.seeing = Stack.of(network.get_submodule("vision.encoder").config)
@@ -261,7 +263,7 @@ class Budget:
         reading = budget.embedded(self.decoder, numbers, tokens=prompt)
         reading += prompt * budget.at_work(self.decoder, numbers)
         cache = budget.cache_bytes(self.decoder, numbers, tokens=prompt + max_new_tokens)
-        at_once = max(1, min(side_by_side, READ_AT_ONCE // prompt))
+        at_once = max(1, min(side_by_side, PREFILL_CHUNK_TOKENS // prompt))
         return Memory(
             held={"weights": weights_bytes(self.network, self.placement, merged=True)},
             at_work={
@@ -343,9 +345,9 @@ def describe_clip(plan: Budget) -> str:
     shape, work, media = plan.shape, plan.work, plan.media
     of_frames = "no picture"
     if media.num_frames:
-        rows, columns = plan.config.frame_rule.size(shape.height, shape.width, media.num_frames)
-        of_frames = f"{media.num_frames} frames of {columns}x{rows}: {plan.layout.num_seen} tokens seen"
-    heard = plan.clip_tokens - plan.layout.num_seen
+        rows, columns = plan.config.frame_sampler.size(shape.height, shape.width, media.num_frames)
+        of_frames = f"{media.num_frames} frames of {columns}x{rows}: {plan.layout.num_visual} tokens seen"
+    heard = plan.clip_tokens - plan.layout.num_visual
     told = [
         f"A clip of {shape.seconds:g} s, {shape.width}x{shape.height}, {shape.frames_per_second:g} fps, with sound: "
         f"{of_frames}, {heard} heard, {plan.clip_tokens} in all.",
@@ -413,7 +415,7 @@ def plan_adapter(
     sizes = offline_config(model).with_frames(dict(frames) if frames else None)
     network = empty_network(sizes)
     with torch.device("meta"):
-        attach(network, lora, seed=0)
+        attach_lora(network, lora, seed=0)
     work = Work(clips=clips_at_once(fit), answers=answers, blocks=True)
     budget = Budget(network, sizes, placement=placement, fit=fit, work=work)
     print_budget(budget, title=f"{title} of {model}", side_by_side=side_by_side)

@@ -18,7 +18,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.loader import cut_alike
 from salmonn.media.container import declared_seconds
-from salmonn.model.network import Block
+from salmonn.model.network import ClipFeatures
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
 from salmonn.score.formats import write_scores
 from salmonn.score.judge import Judge, ScoringTask
@@ -80,7 +80,9 @@ def _spread_out(
     return [placed[place] for place in range(len(placed))]
 
 
-def encode_clips(captioner: Captioner, *sets: ClipSet, name: str, store: TokenStore | None = None) -> list[list[Block]]:
+def encode_clips(
+    captioner: Captioner, *sets: ClipSet, name: str, store: TokenStore | None = None
+) -> list[list[ClipFeatures]]:
     """The blocks of each set's clips from the frozen towers; see `encode_examples`."""
     examples = [[Example(clips.root / reference.video, ()) for reference in clips.references] for clips in sets]
     blocks = encode_examples(captioner, [one for each in examples for one in each], name=name, store=store)
@@ -89,7 +91,7 @@ def encode_clips(captioner: Captioner, *sets: ClipSet, name: str, store: TokenSt
 
 def encode_examples(
     captioner: Captioner, examples: Sequence[Example], *, name: str, store: TokenStore | None = None
-) -> dict[tuple[Any, ...], Block]:
+) -> dict[tuple[Any, ...], ClipFeatures]:
     """The block of each clip that examples are about, from the frozen towers, which it goes through alone.
 
     So its tokens do not depend on what other clips there are, to the last bit. Most of the time goes into reading: what
@@ -113,7 +115,7 @@ def encode_examples(
     )
     batches, read = cut(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
 
-    def encode(number: int) -> list[Block | None]:
+    def encode(number: int) -> list[ClipFeatures | None]:
         """None where the block is in the store."""
         (place,) = batches[number]
         if keys[place] in found:
@@ -135,7 +137,7 @@ def _to_read(example: Example, is_found: bool) -> float:
 def draw_captions(
     captioner: Captioner,
     references: Sequence[Reference],
-    blocks: Sequence[Block],
+    blocks: Sequence[ClipFeatures],
     *,
     draw: Draw,
     name: str,
@@ -182,9 +184,9 @@ def draw_captions(
 
 
 def _caption_batch(
-    captioner: Captioner, videos: Sequence[str], blocks: Sequence[Block], *, draw: Draw, seeds: Sequence[int]
+    captioner: Captioner, videos: Sequence[str], blocks: Sequence[ClipFeatures], *, draw: Draw, seeds: Sequence[int]
 ) -> list[Caption]:
-    prompt, count = captioner.describe(), draw.num_samples
+    prompt, count = captioner.default_prompt(), draw.num_samples
     answers = captioner.answer(
         blocks,
         [prompt] * len(blocks),
@@ -208,7 +210,7 @@ def _caption_batch(
 
 def _to_request(captioner: Captioner, draw: Draw, batches: Sequence[Sequence[str]]) -> dict[str, Any]:
     """What the parts are parts of."""
-    return {"model": captioner.name, "prompt": captioner.describe(), "draw": asdict(draw), "batches": batches}
+    return {"model": captioner.name, "prompt": captioner.default_prompt(), "draw": asdict(draw), "batches": batches}
 
 
 def _part(parts: Path, number: int) -> Path:
@@ -285,7 +287,7 @@ def require_scores(results: Sequence[Score | Unscored], *, name: str) -> list[Sc
 def answer_questions(
     captioner: Captioner,
     references: Sequence[Reference],
-    blocks: Sequence[Block],
+    blocks: Sequence[ClipFeatures],
     *,
     name: str,
     side_by_side: int = 2 * SIDE_BY_SIDE,
@@ -327,7 +329,7 @@ def write_evaluation(folder: Path, result: Evaluation, *, judge: Judge) -> None:
 def evaluate(
     captioner: Captioner,
     references: Sequence[Reference],
-    blocks: Sequence[Block],
+    blocks: Sequence[ClipFeatures],
     *,
     judge: Judge,
     sampling: Sampling,

@@ -29,7 +29,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.model.layout import Layout
-from salmonn.model.network import Block, Network
+from salmonn.model.network import ClipFeatures, Network
 from salmonn.train.data import Example
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ CONFIG_KEYS = (
     "num_queries",
     "window_seconds",
     "stride_seconds",
-    "spare_seconds",
+    "tail_tolerance_seconds",
     "pool",
-    "tell_time",
+    "timestamp_tokens",
 )
 
 
@@ -127,7 +127,7 @@ class TokenStore:
         log.warning("%s is damaged, and the clip is encoded anew: %s", path, reason)
         return False
 
-    def keep(self, key: str, block: Block) -> bool:
+    def keep(self, key: str, block: ClipFeatures) -> bool:
         """Write a block; False where there is no room for it."""
         layout = block.layout
         tensors = {
@@ -136,9 +136,13 @@ class TokenStore:
             "positions": layout.positions.contiguous(),
         }
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if not self._make_room(size + HEADER_BYTES + TOLD_BYTES * len(layout.told_ids)):
+        if not self._make_room(size + HEADER_BYTES + TOLD_BYTES * len(layout.timestamp_ids)):
             return False
-        said = {"digest": digest(block), "num_seen": str(layout.num_seen), "told_ids": json.dumps(layout.told_ids)}
+        said = {
+            "digest": digest(block),
+            "num_visual": str(layout.num_visual),
+            "timestamp_ids": json.dumps(layout.timestamp_ids),
+        }
         temporary = self.folder / f".{key}.{uuid.uuid4().hex}.tmp"
         try:
             save_file(tensors, str(temporary), metadata=said)
@@ -149,7 +153,7 @@ class TokenStore:
             return False
         return True
 
-    def complete(self, keys: Sequence[str], blocks: Sequence[Block | None], *, name: str) -> list[Block]:
+    def complete(self, keys: Sequence[str], blocks: Sequence[ClipFeatures | None], *, name: str) -> list[ClipFeatures]:
         """Blocks, of which those that are in the folder are still to be opened (None); tells of those that are not."""
         left = [block for block in blocks if block is not None]
         if left and dist.is_main():
@@ -166,7 +170,7 @@ class TokenStore:
             )
         return [self.open(key) if block is None else block for key, block in zip(keys, blocks, strict=True)]
 
-    def open(self, key: str) -> Block:
+    def open(self, key: str) -> ClipFeatures:
         """A block that is there, its tensors mapped to memory.
 
         Raises:
@@ -258,8 +262,8 @@ def describe_towers(captioner: Captioner) -> str:
         fingerprint([*towers, ("embeddings", embeddings)]),  # the embeddings tell the time
         {key: config.get(key) for key in CONFIG_KEYS},
         config["lm"].get("vision_config"),
-        str(processor.config.frame_rule),
-        processor.released_positions,
+        str(processor.config.frame_sampler),
+        processor.published_positions,
         describe_words(processor),
         describe_machine(network),
         [importlib.metadata.version(package) for package in PACKAGES],
@@ -287,12 +291,12 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return sha.hexdigest()
 
 
-def digest(block: Block) -> str:
+def digest(block: ClipFeatures) -> str:
     """A hash of a block: its tokens and their layout."""
     sha, layout = hashlib.sha256(), block.layout
     for name, value in (("tokens", block.tokens), ("order", layout.order), ("positions", layout.positions)):
         _put(sha, name, value)
-    sha.update(json.dumps([layout.num_seen, layout.told_ids]).encode())
+    sha.update(json.dumps([layout.num_visual, layout.timestamp_ids]).encode())
     return sha.hexdigest()
 
 
@@ -312,10 +316,10 @@ def _identity(file: Path) -> list[Any]:
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
-def _read(path: Path) -> tuple[Block, str]:
+def _read(path: Path) -> tuple[ClipFeatures, str]:
     """A block, its tensors mapped to memory, and the digest that was written with it."""
     with safe_open(str(path), framework="pt") as file:
         said = file.metadata()
         tokens, order, positions = (file.get_tensor(name) for name in ("tokens", "order", "positions"))
-    layout = Layout(order, positions, int(said["num_seen"]), tuple(json.loads(said["told_ids"])))
-    return Block(tokens, layout), said["digest"]
+    layout = Layout(order, positions, int(said["num_visual"]), tuple(json.loads(said["timestamp_ids"])))
+    return ClipFeatures(tokens, layout), said["digest"]

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from salmonn import dist
-from salmonn.caption.processor import Processor, Row
-from salmonn.model.lora import adapter_off
-from salmonn.model.network import Block, Inputs, Network
+from salmonn.caption.processor import Processor, PromptRow
+from salmonn.model.lora import adapter_disabled
+from salmonn.model.network import ClipFeatures, ModelInputs, Network
 from salmonn.records import Reference
 
 # Positions compared at once: with 152,000 words in the vocabulary 40 MB for each of the sum's terms.
 _POSITIONS = 64
 
-Says = Callable[[Inputs], Tensor]
+Says = Callable[[ModelInputs], Tensor]
 
 
 def token_kl(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class DriftSet:
     def __init__(
         self,
         references: Sequence[Reference],
-        blocks: Sequence[Block],
+        blocks: Sequence[ClipFeatures],
         processor: Processor,
         *,
         prompt: str,
@@ -70,11 +70,11 @@ class DriftSet:
         mine = dist.share(told)
         self.num_counted = len(mine)
         filled = mine + told[:1] * (num_turns - len(mine))
-        self.pieces: list[tuple[Inputs, int]] = []
+        self.pieces: list[tuple[ModelInputs, int]] = []
         for start in range(0, num_turns, batch_size):
             part = filled[start : start + batch_size]
-            rows = [Row(index, prompt, caption) for index, (caption, _) in enumerate(part)]
-            inputs = processor.inputs(rows, [block for _, block in part])
+            rows = [PromptRow(index, prompt, caption) for index, (caption, _) in enumerate(part)]
+            inputs = processor.collate(rows, [block for _, block in part])
             num_rows = min(max(self.num_counted - start, 0), len(part))
             self.pieces.append((inputs, int((inputs.labels[:num_rows, 1:] != -100).sum())))
 
@@ -86,8 +86,8 @@ class DriftSet:
             network: the network within, with its adapter.
         """
 
-        def without_adapter(inputs: Inputs) -> Tensor:
-            with adapter_off(network):
+        def without_adapter(inputs: ModelInputs) -> Tensor:
+            with adapter_disabled(network):
                 return model(inputs, distributions=True)
 
         # Dropout would count as a difference.

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from salmonn import dist
-from salmonn.caption.processor import Processor, Row
-from salmonn.model.lora import adapter_off
-from salmonn.model.network import Block, Inputs, Network
+from salmonn.caption.processor import Processor, PromptRow
+from salmonn.model.lora import adapter_disabled
+from salmonn.model.network import ClipFeatures, ModelInputs, Network
 from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
 from salmonn.records import Pair, read_json, write_json
 from salmonn.train.data import SftBatch, SftBatches, deal, sft_loss, split
@@ -50,7 +50,7 @@ class PreferenceBatch:
     `mean_num_pairs` counts the step's pairs of an average rank, `clips` names those of these pairs.
     """
 
-    inputs: Inputs
+    inputs: ModelInputs
     reference_chosen: Tensor
     reference_rejected: Tensor
     mean_num_pairs: float
@@ -79,7 +79,7 @@ class PreferenceBatches:
     def __init__(
         self,
         pairs: Sequence[Pair],
-        blocks: Mapping[str, Block],
+        blocks: Mapping[str, ClipFeatures],
         processor: Processor,
         *,
         batch_size: int,
@@ -135,17 +135,17 @@ class PreferenceBatches:
     def _ask(self, network: Network, places: Sequence[int]) -> list[tuple[float, float, int]]:
         """Log-probabilities of pairs' chosen and rejected answers, and how many tokens both have."""
         said: list[tuple[float, float, int]] = []
-        with adapter_off(network), torch.no_grad():
+        with adapter_disabled(network), torch.no_grad():
             for start in tqdm(range(0, len(places), self._size), desc="reference", disable=not dist.is_main()):
                 part = [self.pairs[place] for place in places[start : start + self._size]]
                 videos = list(dict.fromkeys(pair.video for pair in part))
                 clips = [videos.index(pair.video) for pair in part]
                 rows = [
-                    Row(clip, pair.prompt, text, pair.history)
+                    PromptRow(clip, pair.prompt, text, pair.history)
                     for texts in ([pair.chosen for pair in part], [pair.rejected for pair in part])
                     for clip, pair, text in zip(clips, part, texts, strict=True)
                 ]
-                inputs = self.processor.inputs(rows, [self.blocks[video] for video in videos])
+                inputs = self.processor.collate(rows, [self.blocks[video] for video in videos])
                 logps = sequence_logps(network(inputs.to(network.device))).cpu().chunk(2)
                 counts = (inputs.labels != -100).sum(-1).reshape(2, -1).sum(0)
                 said += zip(*(column.tolist() for column in (*logps, counts)), strict=True)
@@ -184,7 +184,7 @@ class PreferenceBatches:
     def _piece(self, numbered: Sequence[tuple[int, Pair]]) -> PreferenceBatch:
         part = [pair for _, pair in numbered]
         rows = [
-            Row(index, pair.prompt, text, pair.history)
+            PromptRow(index, pair.prompt, text, pair.history)
             for texts in zip(*((pair.chosen, pair.rejected, pair.ground_truth) for pair in part), strict=True)
             for index, (pair, text) in enumerate(zip(part, texts, strict=True))
         ]
@@ -193,8 +193,8 @@ class PreferenceBatches:
         names = tuple(pair.video for pair in part)
         return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1], mean_num_pairs, names)
 
-    def _inputs(self, pairs: Sequence[Pair], rows: Sequence[Row]) -> Inputs:
-        return self.processor.inputs(rows, [self.blocks[pair.video] for pair in pairs])
+    def _inputs(self, pairs: Sequence[Pair], rows: Sequence[PromptRow]) -> ModelInputs:
+        return self.processor.collate(rows, [self.blocks[pair.video] for pair in pairs])
 
 
 def _read_kept(path: Path, made_of: str) -> list[tuple[float, float]] | None:

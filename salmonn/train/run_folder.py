@@ -9,7 +9,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import claim_folder
 from salmonn.model.loading import CONFIG_NAME, Placement
-from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 from salmonn.records import Caption, read_records, write_records
 from salmonn.train.checkpoint import Checkpoint, checkpointed, put_trained, require_room
 from salmonn.train.evaluate import clear_parts
@@ -88,11 +88,11 @@ def merge_trained(
         ValueError: the disk has no room for the model.
     """
     captioner.reload(base, placement=placement)
-    attach(captioner.network, lora, seed=0)
+    attach_lora(captioner.network, lora, seed=0)
     put_trained(captioner.network, done)
     if adapter and dist.is_main():
         save_adapter(captioner.network, folder / "adapter")
-    merge(captioner.network)
+    merge_adapter(captioner.network)
     save_merged(captioner, folder / "merged")
 
 

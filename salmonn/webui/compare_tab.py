@@ -181,7 +181,7 @@ class CompareTab:
     def _score(self, model: str, answer: Answer, query: Query, reference: Reference | None) -> Drawn:
         """A caption, scored where there is a reference."""
         assert query.sampling is not None
-        prompt = query.prompt or self.desk.engines[model].captioner.describe(query.modality)
+        prompt = query.prompt or self.desk.engines[model].captioner.default_prompt(query.modality)
         take = Take(model, answer.text, prompt, answer.finished, query.sampling.temperature, query.seed)
         if reference is None:
             return Drawn(take)

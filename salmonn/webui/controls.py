@@ -15,7 +15,7 @@ from salmonn.records import Modality
 
 OWN_WORDS = "Own words"
 WANTED: Mapping[str, Modality] = {"Picture and sound": "both", "Picture": "visual", "Sound": "audio"}
-MOST_LETTERS = 20_000  # of what they may write
+MAX_PROMPT_CHARS = 20_000  # of what they may write
 MOST_TOKENS = 4096  # that a visitor may ask for: the draws of an answer are made before it begins
 
 
@@ -98,7 +98,7 @@ def add_controls(
             heat = gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: the likeliest words")
             top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Nucleus (top_p)", info="share of words to draw from")
         with gr.Row():
-            longest = captioner.greedy().max_new_tokens
+            longest = captioner.default_sampling().max_new_tokens
             most = gr.Slider(8, max(512, longest), longest, step=8, label="Longest answer", info="in tokens")
         with gr.Row():
             penalty = gr.Number(0, label="Repetition penalty", info="0: the model's own", minimum=0, min_width=110)
@@ -120,8 +120,8 @@ def _number(value: float | None, *, name: str) -> float:
 
 def require_words(text: str, *, name: str) -> str:
     """What a visitor wrote; raises a ValueError where it is longer than is taken, or no text that can be kept."""
-    if len(text) > MOST_LETTERS:
-        raise ValueError(f"{name} has {len(text):,} letters: at most {MOST_LETTERS:,} are taken")
+    if len(text) > MAX_PROMPT_CHARS:
+        raise ValueError(f"{name} has {len(text):,} letters: at most {MAX_PROMPT_CHARS:,} are taken")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"{name} holds half of a Unicode character: type it anew")
     return text

@@ -264,7 +264,7 @@ class Desk:
     def look_at(self, path: Path, *, model: str) -> Outline:
         """What a file holds; raises ClipError where it is no video or sound."""
         engine = self.engines[model]
-        return look_at(path, engine.reader, engine.captioner.processor.wanted("both"))
+        return look_at(path, engine.reader, engine.captioner.processor.read_spec("both"))
 
     def close(self) -> None:
         """Let go of models and workers, which the models share: none may take a query when they go."""

@@ -285,7 +285,7 @@ class Scripted:
         self.asked: list[Asked] = []
         self.options: dict = {}
 
-    def greedy(self) -> Sampling:
+    def default_sampling(self) -> Sampling:
         return Sampling(max_new_tokens=17)
 
     def caption_batches(self, asked, **options):

@@ -13,7 +13,7 @@ from salmonn.caption.captioner import Span
 from salmonn.caption.engine import Busy, CrowdedError, Engine, ModelFailedError, Query
 from salmonn.caption.generate import Sampling, generate
 from salmonn.caption.loader import ClipReader, Wanted
-from salmonn.caption.processor import Row
+from salmonn.caption.processor import PromptRow
 from salmonn.caption.streaming import Piece
 from salmonn.media.container import ClipError, declared_seconds
 from salmonn.serve.errors import to_refusal
@@ -64,7 +64,7 @@ def test_answers_are_the_captioners(engine, model, videos):
 
 def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeypatch):
     """One is being read; eight wait, two of which are drawn in another way: 1, 6 and 2, and nine go on together."""
-    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 8192)
+    monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 8192)
     model.gate.clear()
     begun, told = engine.num_readings, [Told() for _ in range(9)]
     queries = [Query(videos[place % 5], sampling=FREE if place in (4, 6) else SHORT, seed=place) for place in range(9)]
@@ -104,7 +104,7 @@ def test_who_comes_joins_those_who_are_being_answered(engine, model, videos):
 
 def test_newcomers_who_take_long_to_read_join_one_by_one(engine, model, videos, monkeypatch):
     """So that the words of those who are there come in between; in the end all go on together."""
-    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 1)
+    monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 1)
     model.gate.clear()
     told = [Told() for _ in range(4)]
     engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
@@ -208,8 +208,8 @@ def test_samples_share_the_file_and_have_their_own_seeds(engine, model, videos):
     texts = {sample: model.caption(videos[2], sampling=FREE, seed=3 + sample).text for sample in range(3)}
     assert told.texts() == texts and len(set(texts.values())) > 1
     # The words of the prompt and the clip count once; an answer that is not finished has all tokens that it may.
-    prompt = Row(0, model.describe())
-    rows = model.processor.inputs([prompt], [model.processor.read(videos[2])])
+    prompt = PromptRow(0, model.default_prompt())
+    rows = model.processor.collate([prompt], [model.processor.read(videos[2])])
     assert answering.num_prompt_tokens == rows.input_ids.shape[1]
     longest = [piece.answer.finished for _, piece in told if piece.answer].count(False) * 12
     assert longest <= answering.num_answer_tokens <= 3 * 12
@@ -229,8 +229,8 @@ def test_tokens_of_answers_that_end_before_others_are_counted(engine, model, vid
     told = Told()
     answering = engine.begin(Query(videos[0], sampling=FREE, seed=1), tell=told, num_samples=4)
     wait_until(lambda: len(told.texts()) == 4)
-    row = Row(0, model.describe())
-    inputs = model.processor.inputs([row] * 4, [model.processor.read(videos[0])])
+    row = PromptRow(0, model.default_prompt())
+    inputs = model.processor.collate([row] * 4, [model.processor.read(videos[0])])
     answers = generate(model.network, inputs, sampling=FREE, stop_ids=model.processor.stop_ids, seeds=[1, 2, 3, 4])
     lengths = [len(answer) for answer in answers]
     assert len(set(lengths)) > 1 and answering.num_answer_tokens == sum(lengths)

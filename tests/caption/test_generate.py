@@ -9,16 +9,16 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling, draw, generate
-from salmonn.caption.processor import Row
+from salmonn.caption.processor import PromptRow
 
 DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
 
 
 def ids_of(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, seed=0) -> list[list[int]]:
-    rows = rows or [Row(0, "Tell.")]
+    rows = rows or [PromptRow(0, "Tell.")]
     return generate(
         captioner.network,
-        captioner.processor.inputs(rows, media),
+        captioner.processor.collate(rows, media),
         sampling=sampling,
         stop_ids=[captioner.processor.tokenizer.eos_token_id],
         num_samples=num_samples,
@@ -30,7 +30,7 @@ def ids_of(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, se
 def manual(captioner, clip, *, steps: int) -> list[int]:
     """The most likely token, again and again, the whole text anew each time."""
     network, ids = captioner.network, []
-    inputs = captioner.processor.inputs([Row(0, "Tell.")], [clip])
+    inputs = captioner.processor.collate([PromptRow(0, "Tell.")], [clip])
     embeds, places = network.embed(inputs), inputs.position_ids
     while len(ids) < steps and captioner.processor.tokenizer.eos_token_id not in ids:
         output = network.lm(inputs_embeds=embeds, position_ids=network.positions(places), use_cache=False)
@@ -42,15 +42,15 @@ def manual(captioner, clip, *, steps: int) -> list[int]:
 
 def test_greedy_is_argmax_without_cache(captioner, media):
     answers = [manual(captioner, clip, steps=15) for clip in media[:3]]
-    rows = [Row(number, "Tell.") for number in range(3)]
+    rows = [PromptRow(number, "Tell.") for number in range(3)]
     assert ids_of(captioner, media[:3], sampling=Sampling(max_new_tokens=15), rows=rows) == answers
     assert len({tuple(ids) for ids in answers}) == 3
 
 
 def test_an_answer_stops_at_the_end_of_the_turn(captioner, media):
     """The third token of the first answer is called the end: that answer stops there, the other goes its own way."""
-    rows = [Row(0, "Tell."), Row(1, "Tell.")]
-    inputs = captioner.processor.inputs(rows, media[:2])
+    rows = [PromptRow(0, "Tell."), PromptRow(1, "Tell.")]
+    inputs = captioner.processor.collate(rows, media[:2])
 
     def answers(end: int) -> list[list[int]]:
         return generate(captioner.network, inputs, sampling=Sampling(max_new_tokens=6), stop_ids=[end])
@@ -135,13 +135,13 @@ def test_the_penalty_is_that_of_transformers(request, videos, model):
     captioner = request.getfixturevalue(model)
     network, processor = captioner.network, captioner.processor
     media = [processor.read(video) for video in videos[:2]]
-    rows = [Row(0, "Tell."), Row(1, "Tell me more of it.")]
-    inputs = processor.inputs(rows, media)
+    rows = [PromptRow(0, "Tell."), PromptRow(1, "Tell me more of it.")]
+    inputs = processor.collate(rows, media)
     sampling = Sampling(max_new_tokens=5, repetition_penalty=0.2)
     answers = generate(network, inputs, sampling=sampling, stop_ids=[2])
     assert answers != generate(network, inputs, sampling=Sampling(max_new_tokens=5), stop_ids=[2])
     for row, clip, answer in zip(rows, media, answers, strict=False):
-        prompt = processor.inputs([replace(row, clip=0)], [clip]).input_ids[0].tolist()
+        prompt = processor.collate([replace(row, clip=0)], [clip]).input_ids[0].tolist()
         counted = prompt if model == "plus" else []
         told = by_hand(captioner, replace(row, clip=0), clip, counted, steps=len(answer))
         assert told == answer
@@ -151,7 +151,7 @@ def test_the_penalty_is_that_of_transformers(request, videos, model):
 def by_hand(captioner, row, clip, counted: list[int], *, steps: int) -> list[int]:
     network, ids = captioner.network, []
     for _ in range(steps):
-        inputs = captioner.processor.inputs([row], [clip])
+        inputs = captioner.processor.collate([row], [clip])
         embeds = network.embed(inputs)
         said = network.lm.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
         positions = inputs.position_ids
@@ -189,16 +189,16 @@ def test_without_a_penalty_of_its_own_the_models_counts(captioner, media):
 @pytest.mark.parametrize("family", [None, "salmonn2", "salmonn2-plus"])
 def test_samples_share_their_prompt(captioner, published, videos, family, monkeypatch):
     """One pass over each prompt, whatever its length; what is drawn is what rows computed anew each time draw."""
-    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 10**6)
+    monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 10**6)
     captioner = Captioner.load(published(family)) if family else captioner
     media = [captioner.processor.read(videos[0]), captioner.processor.read(videos[1], end_seconds=3)]
-    rows = [Row(0, "Tell."), Row(1, "Tell it all in many words.")]
+    rows = [PromptRow(0, "Tell."), PromptRow(1, "Tell it all in many words.")]
     shapes = []
     layer = captioner.network.lm.get_decoder().layers[0]
     hook = layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
     shared = ids_of(captioner, media, sampling=DRAWN, rows=rows, num_samples=3, seed=5)
     hook.remove()
-    widths = captioner.processor.inputs(rows, media).attention_mask.sum(1)
+    widths = captioner.processor.collate(rows, media).attention_mask.sum(1)
     # Both prompts but for their last tokens, which each of the 6 samples has for itself; then a token each.
     assert shapes[0] == (1, widths.sum() - 2 + 6) and set(shapes[1:]) == {(6, 1)}
     chances = [
@@ -217,7 +217,7 @@ def test_samples_share_their_prompt(captioner, published, videos, family, monkey
 def drawn_anew(captioner, row, clip, *, chance) -> list[int]:
     """The whole text goes through transformers' own model for each token."""
     network, ids = captioner.network, []
-    inputs = captioner.processor.inputs([row], [clip])
+    inputs = captioner.processor.collate([row], [clip])
     embeds, places = network.embed(inputs), inputs.position_ids
     for one in chance:
         logits = network.lm(inputs_embeds=embeds, position_ids=network.positions(places), use_cache=False).logits[:, -1]
@@ -231,8 +231,8 @@ def drawn_anew(captioner, row, clip, *, chance) -> list[int]:
 
 def test_answers_that_have_ended_leave(captioner, media):
     """Of 16 samples those that ended leave as soon as they are an eighth; the others say what they say alone."""
-    rows, network = [Row(0, "Tell."), Row(1, "Tell.")], captioner.network
-    inputs, sizes = captioner.processor.inputs(rows, media[:2]), []
+    rows, network = [PromptRow(0, "Tell."), PromptRow(1, "Tell.")], captioner.network
+    inputs, sizes = captioner.processor.collate(rows, media[:2]), []
 
     def answers(stop_ids: list[int]) -> list[list[int]]:
         hot = replace(DRAWN, temperature=20.0)
@@ -286,14 +286,16 @@ def test_prompts_may_be_read_clip_by_clip(request, videos, monkeypatch, model):
     captioner = request.getfixturevalue(model)
     network, processor = captioner.network, captioner.processor
     media = [processor.read(video) for video in videos[:3]]
-    inputs = processor.inputs([Row(clip, words) for words in ("Tell.", "What is heard?") for clip in range(3)], media)
+    inputs = processor.collate(
+        [PromptRow(clip, words) for words in ("Tell.", "What is heard?") for clip in range(3)], media
+    )
     two_clips = int(inputs.attention_mask[:2].sum()) + 30
     passes = []
     decode = network._decode
     monkeypatch.setattr(network, "_decode", lambda *args: passes.append(args[0].shape[:2]) or decode(*args))
     given = []
     for at_once in (10**6, two_clips, 1):
-        monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", at_once)
+        monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", at_once)
         passes.clear()
         given.append(generate(network, inputs, sampling=Sampling(max_new_tokens=8), stop_ids=[2]))
         given.append(len([shape for shape in passes if shape[0] == 1 and shape[1] > 6]))

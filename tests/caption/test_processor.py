@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn.caption.processor import Row, restrict_media
+from salmonn.caption.processor import PromptRow, select_modality
 from salmonn.media.clip import Clip
-from salmonn.model.layout import by_seconds
-from salmonn.model.network import Block
+from salmonn.model.layout import interleave_by_time
+from salmonn.model.network import ClipFeatures
 
 SAMPLE_HZ = 16_000
 
@@ -25,7 +25,7 @@ def make_clip(*, frames: int = 3, samples: int | None = 24_000, start: float = 0
 
 
 def test_media_of_a_clip(processor):
-    media = processor.media(make_clip(start=4.0))
+    media = processor.clip_inputs(make_clip(start=4.0))
     assert (media.grid, media.num_frames, media.seconds) == ((0, 0, 0), 3, 1.5)
     assert media.pixels.shape == (3, 3, 48, 48) and media.pixels.dtype == torch.uint8
     assert [frame.unique().tolist() for frame in media.pixels] == [[10], [20], [30]]
@@ -33,7 +33,7 @@ def test_media_of_a_clip(processor):
 
 
 def test_media_of_2_plus(plus):
-    media = plus.processor.media(make_clip(start=4.0))
+    media = plus.processor.clip_inputs(make_clip(start=4.0))
     # Three frames are two steps, the last frame doubled; 48 / 8 = 6 patches a side.
     assert media.grid == (2, 6, 6) and (media.num_frames, media.seconds) == (3, 1.5)
     assert media.pixels.shape == (72, 3 * 2 * 8 * 8) and media.pixels.dtype == torch.uint8
@@ -47,9 +47,9 @@ def test_media_of_2_plus(plus):
 )
 @torch.no_grad()
 def test_every_length_of_sound_is_taken_by_2_plus(plus, samples, chunks):
-    media = plus.processor.media(make_clip(samples=samples))
+    media = plus.processor.clip_inputs(make_clip(samples=samples))
     assert media.mel.shape == (chunks, 40, 800)
-    layout = plus.processor.lay_out(media)
+    layout = plus.processor.make_layout(media)
     assert len(layout) == 2 * 4 + chunks * 16  # two steps of four tokens; 16 windows a chunk
     assert len(plus.network.encode([media], [layout])[0]) == len(layout)
 
@@ -58,36 +58,36 @@ def test_every_length_of_sound_is_taken_by_2_plus(plus, samples, chunks):
 @torch.no_grad()
 def test_every_length_of_sound_is_taken(captioner, samples):
     """As long as the picture, 1.5 s: a chunk of 16 windows, stretched to 6 for each of the three frames."""
-    media = captioner.processor.media(make_clip(samples=samples))
-    layout = captioner.processor.lay_out(media)
+    media = captioner.processor.clip_inputs(make_clip(samples=samples))
+    layout = captioner.processor.make_layout(media)
     assert media.mel.shape == (1, 40, 800) and len(layout) == 3 * (12 + 6)
     assert len(captioner.network.encode([media], [layout])[0]) == len(layout)
-    longest = captioner.processor.media(make_clip(samples=320_000)).mel
-    cut = captioner.processor.media(make_clip(samples=24_000)).mel
+    longest = captioner.processor.clip_inputs(make_clip(samples=320_000)).mel
+    cut = captioner.processor.clip_inputs(make_clip(samples=24_000)).mel
     assert torch.equal(longest, cut)
 
 
 def test_a_chunk_holds_its_own_stretch_of_sound(plus):
     long = make_clip(samples=160_000)  # 10 s: 8 + 2
-    mel = plus.processor.media(long).mel
+    mel = plus.processor.clip_inputs(long).mel
     alone = replace(long, waveform=long.waveform[128_000:])
-    assert torch.equal(plus.processor.media(alone).mel[0], mel[1]) and not torch.equal(mel[0], mel[1])
+    assert torch.equal(plus.processor.clip_inputs(alone).mel[0], mel[1]) and not torch.equal(mel[0], mel[1])
 
 
 @pytest.mark.parametrize(("model", "seen"), [("processor", 3 * 12), ("plus", 2 * 4)])
 def test_sound_alone_and_picture_alone(request, model, seen):
     processor = request.getfixturevalue(model)
     processor = getattr(processor, "processor", processor)
-    silent = processor.media(make_clip(samples=None))
-    assert silent.mel.shape == (0, 40, 800) and processor.lay_out(silent).is_seen.tolist() == [True] * seen
-    heard = processor.media(make_clip(frames=0))
+    silent = processor.clip_inputs(make_clip(samples=None))
+    assert silent.mel.shape == (0, 40, 800) and processor.make_layout(silent).is_visual.tolist() == [True] * seen
+    heard = processor.clip_inputs(make_clip(frames=0))
     assert (heard.num_frames, len(heard.pixels)) == (0, 0)
-    assert processor.lay_out(heard).is_seen.tolist() == [False] * 16
+    assert processor.make_layout(heard).is_visual.tolist() == [False] * 16
 
 
 def test_layout_of_the_tokens(processor):
-    media = processor.media(make_clip())
-    inputs = processor.inputs([Row(0, "Tell.", "a tone")], [media])
+    media = processor.clip_inputs(make_clip())
+    inputs = processor.collate([PromptRow(0, "Tell.", "a tone")], [media])
     ids, labels = inputs.input_ids[0], inputs.labels[0].tolist()
     block = 3 * (12 + 6)
     where = (ids == -200).nonzero().flatten().tolist()
@@ -101,8 +101,8 @@ def test_layout_of_the_tokens(processor):
 
 def test_layout_of_the_tokens_of_2_plus(plus):
     processor = plus.processor
-    media = processor.media(make_clip())
-    inputs = processor.inputs([Row(0, "Tell.", "a tone")], [media])
+    media = processor.clip_inputs(make_clip())
+    inputs = processor.collate([PromptRow(0, "Tell.", "a tone")], [media])
     ids, labels = inputs.input_ids[0].tolist(), inputs.labels[0].tolist()
     # Frames of 0.5 s, two a step: step 0 comes with two windows of sound, step 1 with the other 14.
     clip = "<|video_pad|>" * 4 + "<|audio_pad|>" * 2 + "<|video_pad|>" * 4 + "<|audio_pad|>" * 14
@@ -118,10 +118,10 @@ def test_layout_of_the_tokens_of_2_plus(plus):
 
 
 def test_more_than_the_context_is_said(processor, caplog):
-    media = processor.media(make_clip())
-    processor.inputs([Row(0, "Tell. " * 100)], [media])
+    media = processor.clip_inputs(make_clip())
+    processor.collate([PromptRow(0, "Tell. " * 100)], [media])
     assert not caplog.text
-    processor.inputs([Row(0, "Tell. " * 4000)], [media])
+    processor.collate([PromptRow(0, "Tell. " * 4000)], [media])
     assert "more than the 4096 that the language model was made for" in caplog.text
 
 
@@ -172,14 +172,14 @@ def letters(processor):
     return type(processor)(Letters(), config=config)
 
 
-def make_block(length: int) -> Block:
+def make_block(length: int) -> ClipFeatures:
     """So many seen tokens in a row."""
-    return Block(torch.zeros(length, 5), by_seconds((1, 1, length), num_heard=0, second_per_grid=1.0))
+    return ClipFeatures(torch.zeros(length, 5), interleave_by_time((1, 1, length), num_audio=0, second_per_grid=1.0))
 
 
 def test_padding_on_the_right_for_training(letters):
     clips = [make_block(2), make_block(1)]
-    inputs = letters.inputs([Row(0, "ab", "c"), Row(1, "d", ""), Row(0, "e", "fgh")], clips)
+    inputs = letters.collate([PromptRow(0, "ab", "c"), PromptRow(1, "d", ""), PromptRow(0, "e", "fgh")], clips)
     assert inputs.input_ids.tolist() == [
         [99, 99, 1, 2, 3, 50, 0],
         [99, 4, 50, 0, 0, 0, 0],
@@ -191,30 +191,30 @@ def test_padding_on_the_right_for_training(letters):
         [-100, -100, 50, -100, -100, -100, -100],
         [-100, -100, -100, 6, 7, 8, 50],
     ]
-    assert inputs.clip_index == (0, 1, 0) and inputs.media == () and len(inputs.blocks) == 2
+    assert inputs.clip_index == (0, 1, 0) and inputs.clip_inputs == () and len(inputs.clip_features) == 2
 
 
 def test_prompts_without_answers_for_generation(letters):
-    inputs = letters.inputs([Row(0, "ab"), Row(1, "d")], [make_block(2), make_block(1)])
+    inputs = letters.collate([PromptRow(0, "ab"), PromptRow(1, "d")], [make_block(2), make_block(1)])
     assert inputs.input_ids.tolist() == [[99, 99, 1, 2], [99, 4, 0, 0]]
     assert inputs.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert inputs.labels.eq(-100).all()
 
 
 def test_restrict_media(processor):
-    both = processor.media(make_clip())
-    seen, heard = restrict_media(both, "visual"), restrict_media(both, "audio")
+    both = processor.clip_inputs(make_clip())
+    seen, heard = select_modality(both, "visual"), select_modality(both, "audio")
     assert torch.equal(seen.pixels, both.pixels) and len(seen.mel) == 0 and seen.grid == both.grid
     assert torch.equal(heard.mel, both.mel) and (heard.num_frames, len(heard.pixels)) == (0, 0)
-    whole = restrict_media(both, "both")
+    whole = select_modality(both, "both")
     assert torch.equal(whole.pixels, both.pixels) and torch.equal(whole.mel, both.mel)
 
 
 @pytest.mark.parametrize(("kept", "asked"), [("visual", "audio"), ("audio", "visual")])
 def test_nothing_left_is_refused(processor, kept, asked):
-    media = restrict_media(processor.media(make_clip()), kept)
+    media = select_modality(processor.clip_inputs(make_clip()), kept)
     with pytest.raises(ValueError, match=f"nothing left for use '{asked}'"):
-        restrict_media(media, asked)
+        select_modality(media, asked)
 
 
 def test_a_file_and_a_span_of_it(processor, videos):

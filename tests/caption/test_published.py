@@ -12,7 +12,7 @@ from PIL import Image
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.processor import Processor, Row
+from salmonn.caption.processor import Processor, PromptRow
 from salmonn.media.clip import Clip
 from salmonn.model.config import from_published
 from salmonn.model.loading import load_config
@@ -47,18 +47,18 @@ def make_clip(*, frames: int, seconds: float, sound_seconds: float | None, side:
 
 def words(processor: Processor, clip: Clip, prompt: str = "Tell.") -> str:
     """The text of a prompt on a clip, its tokens shown as V (seen), A (heard), T (time) and . (salmonn2: any)."""
-    media = processor.media(clip)
-    ids = processor.inputs([Row(0, prompt)], [media]).input_ids[0].tolist()
+    media = processor.clip_inputs(clip)
+    ids = processor.collate([PromptRow(0, prompt)], [media]).input_ids[0].tolist()
     pieces = ["." if token < 0 else processor.tokenizer.decode([token]) for token in ids]
     return "".join(pieces).replace("<|video_pad|>", "V").replace("<|audio_pad|>", "A")
 
 
 def kinds(processor: Processor, clip: Clip) -> str:
     """What stands at each place of a clip's block: V seen, A heard, letters that tell the time, _ nothing."""
-    media = processor.media(clip)
-    layout = processor.lay_out(media)
-    told = processor.tokenizer.convert_ids_to_tokens(list(layout.told_ids))
-    source = "V" * layout.num_seen + "A" * (len(media.mel) * 60) + "".join(told) + "_"
+    media = processor.clip_inputs(clip)
+    layout = processor.make_layout(media)
+    told = processor.tokenizer.convert_ids_to_tokens(list(layout.timestamp_ids))
+    source = "V" * layout.num_visual + "A" * (len(media.mel) * 60) + "".join(told) + "_"
     return "".join(source[place] for place in layout.order.tolist())
 
 
@@ -94,14 +94,14 @@ class TestPlus:
         assert heard == f"{SYSTEM}<|vision_start|>{'A' * 180}<|vision_end|>\nTell.{ANSWER}"
 
     def test_positions_and_those_of_the_released_code(self, published, processor):
-        released = make_processor(published("salmonn2-plus"), released_positions=True)
+        released = make_processor(published("salmonn2-plus"), published_positions=True)
         clip = make_clip(frames=4, seconds=2.0, sound_seconds=1.0)
-        media = processor.media(clip)
+        media = processor.clip_inputs(clip)
         seen = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
-        layout = processor.lay_out(media)
+        layout = processor.make_layout(media)
         assert layout.positions.T.tolist()[:10] == [*seen, [0, 0, 0], [1, 0, 1], *([2, *cell[1:]] for cell in seen)]
         assert layout.next_position == 60
-        layout = released.lay_out(media)
+        layout = released.make_layout(media)
         # It takes the first 8 tokens for the picture, a step for a second, and what follows for text.
         later = [[2, *cell[1:]] for cell in seen]
         assert layout.positions.T.tolist()[:10] == [*seen, *later, [3, 3, 3], [4, 4, 4]]
@@ -109,7 +109,9 @@ class TestPlus:
 
     def test_text_after_a_silent_clip_goes_on_from_its_greatest_position(self, processor):
         # 1 s of 168 x 168: the rows and columns go up to 5, the time to 1.
-        layout = processor.lay_out(processor.media(make_clip(frames=4, seconds=1.0, sound_seconds=None, side=168)))
+        layout = processor.make_layout(
+            processor.clip_inputs(make_clip(frames=4, seconds=1.0, sound_seconds=None, side=168))
+        )
         assert layout.positions.max(1).values.tolist() == [1, 5, 5] and layout.next_position == 6
 
 
@@ -127,8 +129,8 @@ class TestSalmonn2:
         assert words(processor, clip) == f"{SYSTEM}{'.' * 424}\n\nTell.{ANSWER}"
 
     def test_line_breaks_after_the_clip_are_two_tokens(self, processor):
-        media = processor.media(make_clip(frames=1, seconds=1.0, sound_seconds=None, side=384))
-        ids = processor.inputs([Row(0, "Tell.")], [media]).input_ids[0].tolist()
+        media = processor.clip_inputs(make_clip(frames=1, seconds=1.0, sound_seconds=None, side=384))
+        ids = processor.collate([PromptRow(0, "Tell.")], [media]).input_ids[0].tolist()
         end = len(ids) - ids[::-1].index(-200)
         line_break = processor.tokenizer.encode("\n")
         assert ids[end : end + 2] == line_break * 2
@@ -141,20 +143,20 @@ class TestSalmonn2:
         assert kinds(processor, short) == f"{frame}9.5_{frame}19.0{frame}28.5"
 
     def test_sound_ends_with_the_picture(self, processor, caplog):
-        longer = processor.media(make_clip(frames=2, seconds=2.0, sound_seconds=45.0, side=384))
+        longer = processor.clip_inputs(make_clip(frames=2, seconds=2.0, sound_seconds=45.0, side=384))
         assert len(longer.mel) == 1
         assert "the last 43.0 s of sound are not heard; this model hears 2.0" in caplog.text
-        shorter = processor.media(make_clip(frames=40, seconds=40.0, sound_seconds=3.0, side=384))
+        shorter = processor.clip_inputs(make_clip(frames=40, seconds=40.0, sound_seconds=3.0, side=384))
         # Its 60 tokens are fewer than two a frame: they are stretched to 80.
-        assert len(processor.lay_out(shorter)) == 182 * 40 + 80
+        assert len(processor.make_layout(shorter)) == 182 * 40 + 80
 
     def test_sound_alone_up_to_the_longest_clip(self, processor, caplog):
-        heard = processor.media(make_clip(frames=0, seconds=0.0, sound_seconds=125.0))
+        heard = processor.clip_inputs(make_clip(frames=0, seconds=0.0, sound_seconds=125.0))
         assert len(heard.mel) == 4 and "15.0 s of sound are not heard; this model hears 110.0" in caplog.text
 
     def test_released_positions_are_refused(self, published):
-        with pytest.raises(ValueError, match="released positions are those of salmonn2-plus"):
-            make_processor(published("salmonn2"), released_positions=True)
+        with pytest.raises(ValueError, match="published positions are those of salmonn2-plus"):
+            make_processor(published("salmonn2"), published_positions=True)
 
 
 # Frames, (rows, columns) of patches, chunks of sound, tokens; by hand from rate, length and size of each file.
@@ -190,7 +192,7 @@ def test_real_files_become_these_tokens(published, family, name):
     processor = make_processor(published(family))
     media = processor.read(MEDIA / name)
     assert (media.num_frames, media.grid, len(media.mel)) == (num_frames, grid, chunks)
-    assert len(processor.lay_out(media)) == tokens
+    assert len(processor.make_layout(media)) == tokens
 
 
 @needs_media
@@ -198,11 +200,13 @@ def test_a_caption_in_the_published_words(published, family):
     captioner = Captioner.load(published(family))
     short = Sampling(max_new_tokens=4)
     caption = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, modality="visual")
-    assert (caption.prompt == captioner.describe("visual") and "leaving out" in caption.prompt) or family == "salmonn2"
+    assert (
+        caption.prompt == captioner.default_prompt("visual") and "leaving out" in caption.prompt
+    ) or family == "salmonn2"
     assert caption.model == str(published(family))
     other = captioner.caption(MEDIA / "h265_video.mp4", sampling=short, prompt="What is it?", modality="visual")
     assert other.prompt == "What is it?"
-    assert captioner.greedy().max_new_tokens == 1024
+    assert captioner.default_sampling().max_new_tokens == 1024
 
 
 @needs_media
@@ -265,7 +269,7 @@ def test_an_image_is_a_clip_of_one_frame(published, tmp_path):
     processor = make_processor(published("salmonn2-plus"))
     media = processor.read(path)
     assert (media.num_frames, media.grid, len(media.mel)) == (1, (1, 12, 22), 0)
-    layout = processor.lay_out(media)
+    layout = processor.make_layout(media)
     assert layout.positions[0].max() == 0 and layout.next_position == 11  # after the greatest column
     assert make_processor(published("salmonn2")).read(path).pixels.shape == (1, 3, 384, 384)
 
@@ -285,7 +289,7 @@ def test_generation_as_the_checkpoint_says(published, family, tmp_path):
 @pytest.mark.parametrize(("seconds", "chunks"), [(29.99, 1), (30.0, 1), (30.001, 2), (60.05, 3)])
 def test_chunks_of_sound_are_counted_exactly(published, seconds, chunks):
     processor = make_processor(published("salmonn2-plus"))
-    assert len(processor.media(make_clip(frames=0, seconds=0.0, sound_seconds=seconds)).mel) == chunks
+    assert len(processor.clip_inputs(make_clip(frames=0, seconds=0.0, sound_seconds=seconds)).mel) == chunks
 
 
 @pytest.mark.parametrize("values", [{"mm_pooling_position": "before"}, {"mm_spatial_pool_mode": "average"}])

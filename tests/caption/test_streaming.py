@@ -7,8 +7,8 @@ import pytest
 from salmonn.caption.captioner import Asked, Span
 from salmonn.caption.generate import Generation, Sampling, generate
 from salmonn.caption.loader import ClipReader
-from salmonn.caption.processor import Row
-from salmonn.caption.tokenizer import TextStream
+from salmonn.caption.processor import PromptRow
+from salmonn.caption.tokenizer import IncrementalDetokenizer
 from salmonn.records import Caption, Failure
 
 SHORT = Sampling(max_new_tokens=12)
@@ -55,7 +55,7 @@ def test_answers_that_join_others_are_those_of_answer(request, videos, model):
 
 
 def test_a_dropped_answer_ends_and_its_neighbours_go_on(captioner, media):
-    inputs = captioner.processor.inputs([Row(number, "Tell.") for number in range(3)], media[:3])
+    inputs = captioner.processor.collate([PromptRow(number, "Tell.") for number in range(3)], media[:3])
     named = dict(sampling=Sampling(max_new_tokens=10), stop_ids=[999])  # no token of this model
     whole = generate(captioner.network, inputs, **named)
     generation, told = Generation(captioner.network, stop_ids=named["stop_ids"]), [[], [], []]
@@ -76,11 +76,11 @@ def test_text_comes_in_whole_letters_and_without_blanks_at_its_ends(captioner):
     tokenizer = captioner.processor.tokenizer
     text = " a € b  "
     ids = tokenizer.encode(text)
-    stream = TextStream(tokenizer)
+    stream = IncrementalDetokenizer(tokenizer)
     pieces = [stream.add(token) for token in ids]
     assert tokenizer.decode(ids) == text and "".join(pieces) == "a € b"
     assert not any("\ufffd" in piece for piece in pieces) and stream.end("a € b") == ""
-    half = TextStream(tokenizer)
+    half = IncrementalDetokenizer(tokenizer)
     told = "".join(half.add(token) for token in tokenizer.encode("a €")[:-1])
     assert told == "a" and half.end("a \ufffd") == " \ufffd"
 
@@ -94,7 +94,7 @@ def test_samples_of_one_reading(captioner, videos):
 
 def test_questions_on_one_reading(captioner, videos, monkeypatch):
     reads = []
-    read = captioner.processor.media
+    read = captioner.processor.clip_inputs
     monkeypatch.setattr(captioner.processor, "media", lambda clip: reads.append(clip.path) or read(clip))
     asked = captioner.ask(videos[0], ["Tell.", "List the events."], sampling=SHORT, span=Span(1.0, 3.0))
     assert reads == [str(videos[0])]

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from salmonn.caption.processor import Row
-from salmonn.model.attention import Memory, OnePass, Reading, take_over
-from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.packing import Group, Packed
+from salmonn.caption.processor import PromptRow
+from salmonn.model.attention import KVCache, PackedAttention, PrefillAttention, use_packed_attention
+from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.packing import PackedBatch, PrefixGroup
 
 SCALE = 0.3
 # Clip 4 has rows 0 and 2: 5 tokens that they share, 2 and 3 of their own; clip 7 has row 1: 4 tokens and 1.
-PACKED = Packed(
+PACKED = PackedBatch(
     source=torch.arange(15),
     places=torch.zeros(3, 8, dtype=torch.long),
-    groups=(Group(4, (0, 2), 5, (2, 3)), Group(7, (1,), 4, (1,))),
+    groups=(PrefixGroup(4, (0, 2), 5, (2, 3)), PrefixGroup(7, (1,), 4, (1,))),
 )
 ROWS = {0: [0, 1, 2, 3, 4, 5, 6], 2: [0, 1, 2, 3, 4, 7, 8, 9], 1: [10, 11, 12, 13, 14]}  # places of their tokens
 
@@ -38,15 +38,15 @@ def alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def test_one_pass_is_each_row_alone():
     query, key, value = heads(15, num_heads=4, seed=0), heads(15, num_heads=2, seed=1), heads(15, num_heads=2, seed=2)
-    together = OnePass(PACKED).attend(0, query, key, value, scale=SCALE)
+    together = PackedAttention(PACKED).attend(0, query, key, value, scale=SCALE)
     for places in ROWS.values():
         expected = alone(*(tensor[:, :, places] for tensor in (query, key, value)))
         assert torch.allclose(together[:, :, places], expected, atol=1e-12)
 
 
-def read(query: Tensor, key: Tensor, value: Tensor) -> Memory:
-    memory = Memory(PACKED, torch.arange(15).expand(3, 1, 15))
-    Reading(PACKED, memory).attend(0, query, key, value, scale=SCALE)
+def read(query: Tensor, key: Tensor, value: Tensor) -> KVCache:
+    memory = KVCache(PACKED, torch.arange(15).expand(3, 1, 15))
+    PrefillAttention(PACKED, memory).attend(0, query, key, value, scale=SCALE)
     memory.settle()
     return memory
 
@@ -89,7 +89,7 @@ def test_gradients_of_an_adapter_are_those_of_rows_alone(request, videos, model,
     network, processor = copy.deepcopy(captioner.network), captioner.processor
     for parameter in network.parameters():
         parameter.data.div_(4)  # the large random weights would drown the comparison in rounding
-    attach(network, LoraConfig(dropout=0.0), seed=1)
+    attach_lora(network, LoraConfig(dropout=0.0), seed=1)
     for name, parameter in network.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def test_gradients_of_an_adapter_are_those_of_rows_alone(request, videos, model,
     network.train()
     blocks = captioner.encode([processor.read(videos[0]), processor.read(videos[1], end_seconds=4)])
     texts = ["a red circle appears and blinks", "beeps", "a low tone is heard, then a blue star moves"]
-    rows = [Row(clip, "Tell.", text) for text in texts for clip in (0, 1)]
+    rows = [PromptRow(clip, "Tell.", text) for text in texts for clip in (0, 1)]
     weights = torch.tensor([1.0, 2.0, -0.5, -1.5, 0.1, 0.2])
 
     def gradients(losses) -> dict[str, Tensor]:
@@ -106,10 +106,10 @@ def test_gradients_of_an_adapter_are_those_of_rows_alone(request, videos, model,
             loss.backward()
         return {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
 
-    together = gradients(lambda: [(network(processor.inputs(rows, blocks)).sum(1) * weights).sum()])
+    together = gradients(lambda: [(network(processor.collate(rows, blocks)).sum(1) * weights).sum()])
     one_by_one = gradients(
         lambda: (
-            network(processor.inputs([Row(0, row.prompt, row.answer)], [blocks[row.clip]])).sum() * weight
+            network(processor.collate([PromptRow(0, row.prompt, row.answer)], [blocks[row.clip]])).sum() * weight
             for row, weight in zip(rows, weights, strict=True)
         )
     )
@@ -122,16 +122,16 @@ def test_gradients_of_an_adapter_are_those_of_rows_alone(request, videos, model,
 
 MEASURE = """
 import resource, torch
-from salmonn.model.attention import OnePass
-from salmonn.model.packing import Group, Packed
+from salmonn.model.attention import PackedAttention
+from salmonn.model.packing import PrefixGroup, PackedBatch
 torch.set_num_threads(1)
 length, own = 20_000, (200, 200, 200)
-packed = Packed(torch.arange(0), torch.zeros(0), (Group(0, (0, 1, 2), length, own),))
+packed = PackedBatch(torch.arange(0), torch.zeros(0), (PrefixGroup(0, (0, 1, 2), length, own),))
 tensors = [torch.randn(1, 1, length + 600, 8).requires_grad_() for _ in range(3)]
-small = OnePass(Packed(torch.arange(0), torch.zeros(0), (Group(0, (0,), 40, (0,)),)))
+small = PackedAttention(PackedBatch(torch.arange(0), torch.zeros(0), (PrefixGroup(0, (0,), 40, (0,)),)))
 small.attend(0, *(tensor[:, :, :40] for tensor in tensors), scale=1.0).sum().backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-OnePass(packed).attend(0, *tensors, scale=1.0).sum().backward()
+PackedAttention(packed).attend(0, *tensors, scale=1.0).sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
@@ -146,7 +146,7 @@ def test_a_sliding_window_is_refused(captioner):
     config = captioner.network.lm.get_decoder().config
     config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(ValueError, match="layers of sliding_attention: set use_sliding_window to false"):
-        take_over(config)
+        use_packed_attention(config)
 
 
 def test_types_of_autocast_and_16_bits(monkeypatch):
@@ -155,10 +155,10 @@ def test_types_of_autocast_and_16_bits(monkeypatch):
     Seven significant bits: what both passes give is within 2 % of the largest value of what float64 gives.
     """
     monkeypatch.setattr(
-        OnePass, "_mask", lambda self, query, *, length, before: causal_lower_right(length, before + length)
+        PackedAttention, "_mask", lambda self, query, *, length, before: causal_lower_right(length, before + length)
     )
     query, key, value = (heads(15, num_heads=number, seed=seed) for seed, number in enumerate((4, 2, 2)))
-    together = OnePass(PACKED).attend(0, query.float(), key.float(), value.bfloat16(), scale=SCALE)
+    together = PackedAttention(PACKED).attend(0, query.float(), key.float(), value.bfloat16(), scale=SCALE)
     assert together.dtype == torch.bfloat16
     for places in ROWS.values():
         expected = alone(*(tensor[:, :, places] for tensor in (query, key, value)))
@@ -168,8 +168,8 @@ def test_types_of_autocast_and_16_bits(monkeypatch):
 def test_long_memories_do_not_overflow_in_16_bits():
     """20,000 values near 4, looked at evenly: their sum, 80,000, is beyond what float16 holds; their mean is 4."""
     length = 20_000
-    packed = Packed(torch.arange(0), torch.zeros(0), (Group(0, (0,), length, (1,)),))
-    memory = Memory(packed, torch.arange(length + 1).expand(3, 1, length + 1))
+    packed = PackedBatch(torch.arange(0), torch.zeros(0), (PrefixGroup(0, (0,), length, (1,)),))
+    memory = KVCache(packed, torch.arange(length + 1).expand(3, 1, length + 1))
     zeros = torch.zeros(1, 1, length + 1, 8, dtype=torch.float16)
     parts = [tensor.split(packed.lengths, dim=2) for tensor in (zeros, zeros + 4)]
     memory.keep(0, *parts, is_own=packed.is_own)

@@ -3,65 +3,65 @@
 import pytest
 import torch
 
-from salmonn.model.layout import Layout, by_seconds, deal_out, place, text_positions
+from salmonn.model.layout import Layout, insert_clip_tokens, interleave_by_frame, interleave_by_time, text_positions
 
 
 def test_deal_out_by_hand():
     # Two frames of two tokens (0 1, 2 3), five heard ones (4 ... 8), of which three belong to the picture's time: they
     # are stretched to four (4 4 5 6, the nearest) and dealt out two by two; 7 and 8 follow.
-    layout = deal_out(2, 2, num_heard=5, num_front=3)
+    layout = interleave_by_frame(2, 2, num_audio=5, num_during_video=3)
     assert layout.order.tolist() == [0, 1, 4, 4, 2, 3, 5, 6, 7, 8]
     assert layout.positions.tolist() == [list(range(10))] * 3
-    assert layout.is_seen.tolist() == [True, True, False, False, True, True, False, False, False, False]
-    assert layout.next_position == 10 and layout.told_ids == ()
+    assert layout.is_visual.tolist() == [True, True, False, False, True, True, False, False, False, False]
+    assert layout.next_position == 10 and layout.timestamp_ids == ()
 
 
 def test_sound_that_divides_is_not_stretched():
-    assert deal_out(2, 1, num_heard=4, num_front=100).order.tolist() == [0, 2, 3, 1, 4, 5]
+    assert interleave_by_frame(2, 1, num_audio=4, num_during_video=100).order.tolist() == [0, 2, 3, 1, 4, 5]
 
 
 def test_times_follow_their_frames():
     # Three frames of one token; their times are of 2, 1 and 2 tokens (3 4, 5, 6 7); 8 stands for zeros.
-    layout = deal_out(3, 1, num_heard=0, num_front=0, told=[(21, 22), (23,), (24, 25)])
+    layout = interleave_by_frame(3, 1, num_audio=0, num_during_video=0, told=[(21, 22), (23,), (24, 25)])
     assert layout.order.tolist() == [0, 3, 4, 1, 5, 8, 2, 6, 7]
-    assert layout.told_ids == (21, 22, 23, 24, 25)
+    assert layout.timestamp_ids == (21, 22, 23, 24, 25)
 
 
 def test_sound_alone_is_dealt_to_nobody():
-    assert deal_out(0, 2, num_heard=3, num_front=9).order.tolist() == [0, 1, 2]
+    assert interleave_by_frame(0, 2, num_audio=3, num_during_video=9).order.tolist() == [0, 1, 2]
 
 
 def test_by_seconds_by_hand():
     # Three steps of 1 x 2 tokens, 0.75 s each: they begin at 0, 1.5 and 3 half seconds, floored 0, 1, 3. Step 0 is
     # followed by one heard token (6), step 1 by two (7 8), the last by what is left (9 10).
-    layout = by_seconds((3, 1, 2), num_heard=5, second_per_grid=0.75)
+    layout = interleave_by_time((3, 1, 2), num_audio=5, second_per_grid=0.75)
     assert layout.order.tolist() == [0, 1, 6, 2, 3, 7, 8, 4, 5, 9, 10]
     time, row, column = layout.positions.tolist()
     assert time == [0, 0, 0, 1, 1, 1, 2, 3, 3, 3, 4]
     assert row == [0] * 11
     assert column == [0, 1, 0, 0, 1, 1, 2, 0, 1, 3, 4]
-    assert layout.next_position == 5 and int(layout.is_seen.sum()) == 6
+    assert layout.next_position == 5 and int(layout.is_visual.sum()) == 6
 
 
 def test_rows_and_columns():
-    layout = by_seconds((1, 2, 3), num_heard=0, second_per_grid=1.0)
+    layout = interleave_by_time((1, 2, 3), num_audio=0, second_per_grid=1.0)
     assert layout.positions.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("num_heard", [0, 1, 2, 3])
-def test_sound_shorter_than_the_picture(num_heard):
-    layout = by_seconds((4, 1, 1), num_heard=num_heard, second_per_grid=1.0)
-    assert sorted(layout.order.tolist()) == list(range(4 + num_heard))
-    assert layout.order[layout.is_seen].tolist() == [0, 1, 2, 3]
+def test_sound_shorter_than_the_picture(num_audio):
+    layout = interleave_by_time((4, 1, 1), num_audio=num_audio, second_per_grid=1.0)
+    assert sorted(layout.order.tolist()) == list(range(4 + num_audio))
+    assert layout.order[layout.is_visual].tolist() == [0, 1, 2, 3]
 
 
 def test_sound_alone():
-    layout = by_seconds(None, num_heard=3, second_per_grid=0.0)
+    layout = interleave_by_time(None, num_audio=3, second_per_grid=0.0)
     assert layout.order.tolist() == [0, 1, 2] and layout.positions.tolist() == [[0, 1, 2], [0, 1, 2], [0, 0, 0]]
 
 
 def test_positions_in_the_text():
-    layout = by_seconds((2, 1, 2), num_heard=0, second_per_grid=1.0)  # times 0 0 2 2
+    layout = interleave_by_time((2, 1, 2), num_audio=0, second_per_grid=1.0)  # times 0 0 2 2
     is_clip = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 0]]).bool()
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1]])
     time, row, column = text_positions(is_clip, mask, [layout, layout]).tolist()
@@ -77,7 +77,7 @@ def test_text_without_a_clip_simply_counts():
 
 
 def test_positions_name_both_counts():
-    layout = by_seconds((1, 1, 2), num_heard=0, second_per_grid=1.0)
+    layout = interleave_by_time((1, 1, 2), num_audio=0, second_per_grid=1.0)
     with pytest.raises(ValueError, match="1 placeholders, but the clip gives 2 tokens"):
         text_positions(torch.tensor([[True, False]]), torch.ones(1, 2), [layout])
 
@@ -86,30 +86,30 @@ def test_place_fills_row_by_row():
     embeds = torch.arange(12.0).reshape(2, 3, 2)
     mask = torch.tensor([[False, True, True], [True, False, False]])
     tokens = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]])
-    placed = place(embeds, mask, tokens)
+    placed = insert_clip_tokens(embeds, mask, tokens)
     assert placed.tolist() == [[[0, 1], [-1, -2], [-3, -4]], [[-5, -6], [8, 9], [10, 11]]]
     assert embeds[0, 1].tolist() == [2, 3]  # the text's own embeddings stay as they were
 
 
 def test_place_lets_gradients_through():
     tokens = torch.ones(1, 2, requires_grad=True)
-    place(torch.zeros(1, 2, 2), torch.tensor([[False, True]]), tokens).sum().backward()
+    insert_clip_tokens(torch.zeros(1, 2, 2), torch.tensor([[False, True]]), tokens).sum().backward()
     assert tokens.grad.tolist() == [[1, 1]]
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_place_names_both_counts(count):
     with pytest.raises(ValueError, match=rf"2 placeholders.*{count} tokens"):
-        place(torch.zeros(1, 3, 4), torch.tensor([[True, True, False]]), torch.zeros(count, 4))
+        insert_clip_tokens(torch.zeros(1, 3, 4), torch.tensor([[True, True, False]]), torch.zeros(count, 4))
 
 
 @pytest.mark.parametrize("seconds", [46, 54, 69, 92, 108])
 def test_sound_is_stretched_as_the_published_code_rounds(seconds):
     """It interpolates embeddings in float32, where some places round otherwise than in float64."""
-    num_heard = -(-seconds // 30) * 60
-    layout = deal_out(seconds, 1, num_heard=num_heard, num_front=seconds * 50)
-    per_frame = -(-num_heard // seconds)
-    heard = torch.arange(num_heard, dtype=torch.float32)[None, None]
+    num_audio = -(-seconds // 30) * 60
+    layout = interleave_by_frame(seconds, 1, num_audio=num_audio, num_during_video=seconds * 50)
+    per_frame = -(-num_audio // seconds)
+    heard = torch.arange(num_audio, dtype=torch.float32)[None, None]
     published = torch.nn.functional.interpolate(heard, size=per_frame * seconds, mode="nearest")[0, 0].long()
     ours = layout.order.reshape(seconds, 1 + per_frame)[:, 1:] - seconds
     assert torch.equal(ours.flatten(), published)

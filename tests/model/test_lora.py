@@ -6,20 +6,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from salmonn.caption.processor import Row
+from salmonn.caption.processor import PromptRow
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, adapter_off, attach, merge, save_adapter
+from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, merge_adapter, save_adapter
 
 CONFIG = LoraConfig(rank=4, alpha=8)
 
 
 @pytest.fixture
 def inputs(captioner, media):
-    return captioner.processor.inputs([Row(0, "Tell.", "a red circle appears")], [media[0]])
+    return captioner.processor.collate([PromptRow(0, "Tell.", "a red circle appears")], [media[0]])
 
 
 def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
-    attach(captioner.network, CONFIG, seed=0)
+    attach_lora(captioner.network, CONFIG, seed=0)
     trainable = {name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad}
     assert trainable == {
         f"lm.base_model.model.model.layers.{layer}.self_attn.{part}_proj.lora_{half}.default.weight"
@@ -30,7 +30,7 @@ def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
 
 
 def test_targets_are_those_named(captioner):
-    attach(captioner.network, LoraConfig(rank=2, targets=("v_proj",)), seed=0)
+    attach_lora(captioner.network, LoraConfig(rank=2, targets=("v_proj",)), seed=0)
     trainable = [name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad]
     assert len(trainable) == 12 and all(".v_proj.lora_" in name for name in trainable)
 
@@ -38,7 +38,7 @@ def test_targets_are_those_named(captioner):
 @torch.no_grad()
 def test_a_fresh_adapter_changes_nothing(captioner, inputs):
     before = captioner.network(inputs)
-    attach(captioner.network, CONFIG, seed=0)
+    attach_lora(captioner.network, CONFIG, seed=0)
     assert torch.equal(captioner.network.eval()(inputs), before)
 
 
@@ -47,7 +47,7 @@ def test_the_seed_gives_the_adapter_and_touches_no_other_draw(random_model):
     for seed in (5, 5, 6):
         network = load_network(random_model)
         torch.manual_seed(0)
-        attach(network, CONFIG, seed=seed)
+        attach_lora(network, CONFIG, seed=seed)
         state = {name: value for name, value in network.state_dict().items() if "lora_A" in name}
         drawn.append((torch.cat([value.flatten() for value in state.values()]), torch.rand(3)))
     assert torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][0], drawn[2][0])
@@ -62,12 +62,12 @@ def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
     base = network.lm.model.layers[2].self_attn.k_proj.weight.clone()
     untouched = network.lm.model.layers[2].self_attn.o_proj.weight.clone()
     plain = network(inputs)
-    attach(network, CONFIG, seed=0)
+    attach_lora(network, CONFIG, seed=0)
     fill_adapter(network)
     layer = network.lm.base_model.model.model.layers[2].self_attn.k_proj
     product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight  # (128, 4) @ (4, 128)
     with_adapter = network.eval()(inputs)
-    merge(network)
+    merge_adapter(network)
     merged = network.lm.model.layers[2].self_attn
     assert torch.allclose(merged.k_proj.weight, base + 2.0 * product, atol=1e-6)  # alpha / rank = 8 / 4
     assert torch.equal(merged.o_proj.weight, untouched)
@@ -81,25 +81,25 @@ def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
 def test_adapter_off_is_the_reference(captioner, inputs, fill_adapter):
     network = captioner.network
     plain = network(inputs)
-    attach(network, CONFIG, seed=0)
+    attach_lora(network, CONFIG, seed=0)
     fill_adapter(network)
     network.eval()
     policy = network(inputs)
-    with adapter_off(network):
+    with adapter_disabled(network):
         assert torch.equal(network(inputs), plain)
     assert torch.equal(network(inputs), policy) and not torch.equal(policy, plain)
 
 
 def test_a_second_adapter_is_refused_until_the_first_is_merged(captioner):
-    attach(captioner.network, CONFIG, seed=0)
+    attach_lora(captioner.network, CONFIG, seed=0)
     with pytest.raises(ValueError, match="adapter already"):
-        attach(captioner.network, CONFIG, seed=0)
-    merge(captioner.network)
-    attach(captioner.network, CONFIG, seed=0)
+        attach_lora(captioner.network, CONFIG, seed=0)
+    merge_adapter(captioner.network)
+    attach_lora(captioner.network, CONFIG, seed=0)
 
 
 def test_saved_as_a_peft_folder(captioner, tmp_path):
-    attach(captioner.network, CONFIG, seed=0)
+    attach_lora(captioner.network, CONFIG, seed=0)
     save_adapter(captioner.network, tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (values["r"], values["lora_alpha"], values["lora_dropout"]) == (4, 8, 0.05)
@@ -111,9 +111,9 @@ def test_saved_as_a_peft_folder(captioner, tmp_path):
 def test_a_merged_model_is_saved_and_loaded_like_any_other(captioner, inputs, fill_adapter, tmp_path):
     from salmonn.caption.captioner import Captioner
 
-    attach(captioner.network, CONFIG, seed=0)
+    attach_lora(captioner.network, CONFIG, seed=0)
     fill_adapter(captioner.network)
-    merge(captioner.network)
+    merge_adapter(captioner.network)
     captioner.save(tmp_path)
     with torch.no_grad():
         assert torch.equal(Captioner.load(tmp_path).network(inputs), captioner.network.eval()(inputs))

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.caption.processor import Row, restrict_media
+from salmonn.caption.processor import PromptRow, select_modality
 
 ROWS = [
-    Row(0, "Tell.", "A red circle appears and then a low tone is heard."),
-    Row(1, "What can be seen?", "a star"),
-    Row(2, "What can be heard in this?", "beeps, then noise"),
-    Row(0, "Which?", "two"),  # a second turn on the first clip
+    PromptRow(0, "Tell.", "A red circle appears and then a low tone is heard."),
+    PromptRow(1, "What can be seen?", "a star"),
+    PromptRow(2, "What can be heard in this?", "beeps, then noise"),
+    PromptRow(0, "Which?", "two"),  # a second turn on the first clip
 ]
 
 
@@ -20,7 +20,7 @@ ROWS = [
 def mixed(media, processor, videos):
     """Clips of different kinds and lengths: both, picture alone, sound alone (of a shorter span)."""
     short = processor.read(videos[2], start_seconds=1.0, end_seconds=3.2)
-    return [media[0], restrict_media(media[1], "visual"), restrict_media(short, "audio")]
+    return [media[0], select_modality(media[1], "visual"), select_modality(short, "audio")]
 
 
 @pytest.fixture(params=["captioner", "plus"])
@@ -36,10 +36,10 @@ def either(request, videos):
 def test_a_batch_of_mixed_kinds_equals_rows_alone(either):
     captioner, mixed = either
     network, processor = captioner.network, captioner.processor
-    together = network(processor.inputs(ROWS, mixed))
+    together = network(processor.collate(ROWS, mixed))
     counted = 0
     for number, row in enumerate(ROWS):
-        alone = network(processor.inputs([Row(0, row.prompt, row.answer)], [mixed[row.clip]]))[0]
+        alone = network(processor.collate([PromptRow(0, row.prompt, row.answer)], [mixed[row.clip]]))[0]
         width = len(alone)
         assert torch.allclose(together[number, :width], alone, atol=1e-5, rtol=1e-5)
         assert together[number, width:].eq(0).all()
@@ -52,7 +52,7 @@ def test_a_batch_of_mixed_kinds_equals_rows_alone(either):
 def test_log_probabilities_are_those_of_transformers(either):
     captioner, mixed = either
     network = captioner.network
-    inputs = captioner.processor.inputs(ROWS, mixed)
+    inputs = captioner.processor.collate(ROWS, mixed)
     logits = network.lm(
         inputs_embeds=network.embed(inputs),
         attention_mask=inputs.attention_mask,
@@ -82,12 +82,12 @@ def test_greedy_answers_equal_those_alone(captioner, mixed):
 def test_blocks_are_what_media_give(captioner, mixed):
     network, processor = captioner.network, captioner.processor
     blocks = captioner.encode(mixed)
-    assert [len(block) for block in blocks] == [len(processor.lay_out(clip)) for clip in mixed]
-    assert torch.equal(network(processor.inputs(ROWS, blocks)), network(processor.inputs(ROWS, mixed)))
+    assert [len(block) for block in blocks] == [len(processor.make_layout(clip)) for clip in mixed]
+    assert torch.equal(network(processor.collate(ROWS, blocks)), network(processor.collate(ROWS, mixed)))
     settings = dict(sampling=Sampling(max_new_tokens=8), stop_ids=[2])
-    questions = [Row(row.clip, row.prompt) for row in ROWS]
-    assert generate(network, processor.inputs(questions, blocks), **settings) == generate(
-        network, processor.inputs(questions, mixed), **settings
+    questions = [PromptRow(row.clip, row.prompt) for row in ROWS]
+    assert generate(network, processor.collate(questions, blocks), **settings) == generate(
+        network, processor.collate(questions, mixed), **settings
     )
 
 
@@ -105,7 +105,7 @@ def test_tokens_stand_in_the_order_of_time(captioner, media):
     """8 s are 16 frames and 16 windows of sound: frame, window, frame, window, ..."""
     network, clip = captioner.network, media[0]
     (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
-    (tokens,) = network.encode([clip], [captioner.processor.lay_out(clip)])
+    (tokens,) = network.encode([clip], [captioner.processor.make_layout(clip)])
     assert clip.num_frames == 16 and len(seen) == 16 * 12 and len(heard) == 16
     by_frame = torch.cat([seen.unflatten(0, (16, 12)), heard[:, None]], dim=1)
     assert torch.allclose(tokens, by_frame.flatten(0, 1), atol=1e-5)
@@ -116,7 +116,7 @@ def test_tokens_of_2_plus_stand_in_the_order_of_time(plus, videos):
     """Steps of a little more than half a second among windows of half a second: step, window, step, window, ..."""
     network, clip = plus.network, plus.processor.read(videos[0])
     (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
-    (tokens,) = network.encode([clip], [plus.processor.lay_out(clip)])
+    (tokens,) = network.encode([clip], [plus.processor.make_layout(clip)])
     for step in range(3):  # step 3 begins in the window after next at the earliest
         assert torch.allclose(tokens[5 * step : 5 * step + 4], seen[4 * step : 4 * step + 4], atol=1e-5)
         assert torch.allclose(tokens[5 * step + 4], heard[step], atol=1e-5)
@@ -127,8 +127,8 @@ def test_tokens_of_2_plus_stand_in_the_order_of_time(plus, videos):
 def test_long_sound_goes_through_in_chunks(captioner, media):
     """Two chunks of 16 windows; the next clip's chunk stays its own."""
     network = captioner.network
-    long = replace(restrict_media(media[0], "audio"), mel=torch.cat([media[0].mel, media[1].mel]))
-    after = restrict_media(media[2], "audio")
+    long = replace(select_modality(media[0], "audio"), mel=torch.cat([media[0].mel, media[1].mel]))
+    after = select_modality(media[2], "audio")
     first, second = captioner.encode([long, after])
     (windows,) = network.audio([long.mel])
     assert len(first) == 32 and torch.allclose(first.tokens, windows, atol=1e-5)
@@ -137,11 +137,11 @@ def test_long_sound_goes_through_in_chunks(captioner, media):
 
 @torch.no_grad()
 def test_another_number_of_placeholders_is_refused(captioner, media):
-    inputs = captioner.processor.inputs([Row(0, "Tell.", "x")], [media[0]])
+    inputs = captioner.processor.collate([PromptRow(0, "Tell.", "x")], [media[0]])
     ids = inputs.input_ids.clone()
     place = (ids[0] == captioner.network.config.placeholder_ids[0]).nonzero()[0]
     ids[0, place] = 7
-    count = len(captioner.processor.lay_out(media[0]))
+    count = len(captioner.processor.make_layout(media[0]))
     with pytest.raises(ValueError, match=f"{count - 1} placeholders.*{count} tokens"):
         captioner.network(type(inputs)(**{**vars(inputs), "input_ids": ids}))
 
@@ -149,8 +149,8 @@ def test_another_number_of_placeholders_is_refused(captioner, media):
 def test_gradients_do_not_depend_on_which_thread_is_first(captioner, media):
     """Rows about one clip share their beginning's last place, whose gradients add up in one order."""
     network = captioner.network
-    rows = [Row(0, "Tell.", f"{number} red stars appear and a tone is heard") for number in range(64)]
-    inputs = captioner.processor.inputs(rows, captioner.encode(media[:1]))
+    rows = [PromptRow(0, "Tell.", f"{number} red stars appear and a tone is heard") for number in range(64)]
+    inputs = captioner.processor.collate(rows, captioner.encode(media[:1]))
     network.requires_grad_(False)
     weight = network.lm.get_decoder().norm.weight.requires_grad_(True)
     torch.set_num_threads(2)
@@ -168,7 +168,7 @@ def test_gradients_do_not_depend_on_which_thread_is_first(captioner, media):
 def test_logits_are_made_a_few_at_a_time(captioner, media, monkeypatch):
     """Seven positions at once give what all at once give, forward and backward; never more than seven are held."""
     network = captioner.network
-    inputs = captioner.processor.inputs(ROWS, captioner.encode(media[:3]))
+    inputs = captioner.processor.collate(ROWS, captioner.encode(media[:3]))
     network.requires_grad_(False)
     weight = network.lm.get_decoder().norm.weight.requires_grad_(True)
     sizes = []

@@ -2,8 +2,8 @@
 
 import torch
 
-from salmonn.caption.processor import Row, restrict_media
-from salmonn.model.packing import Group, pack
+from salmonn.caption.processor import PromptRow, select_modality
+from salmonn.model.packing import PrefixGroup, pack
 
 # Clip 0: rows 0 and 2 begin alike (7 7 1), then part; clip 1: one row; padded with 0.
 IDS = torch.tensor([[7, 7, 1, 2, 3], [8, 8, 1, 0, 0], [7, 7, 1, 4, 0]])
@@ -14,7 +14,7 @@ def test_layout():
     packed = pack(IDS, MASK, (0, 1, 0))
     tokens = IDS.flatten()[packed.source]
     assert tokens.tolist() == [7, 7, 1, 2, 3, 4, 8, 8, 1]
-    assert packed.groups == (Group(0, (0, 2), 3, (2, 1)), Group(1, (1,), 3, (0,)))
+    assert packed.groups == (PrefixGroup(0, (0, 2), 3, (2, 1)), PrefixGroup(1, (1,), 3, (0,)))
     assert packed.lengths == [3, 2, 1, 3, 0] and packed.rows == [0, 2, 1]
     # The second row's tokens are 7 to 9, the third's its shared three and the sixth.
     assert packed.places.tolist() == [[0, 1, 2, 3, 4], [6, 7, 8, 0, 0], [0, 1, 2, 5, 0]]
@@ -24,16 +24,16 @@ def test_layout():
 def test_rows_can_keep_their_ends_for_themselves():
     """To be gone on from, each row has its last token: of equal ones too, and of one alone."""
     packed = pack(IDS[[1, 1, 0]], MASK[[1, 1, 0]], (4, 4, 5), own=1)
-    assert packed.groups == (Group(4, (0, 1), 2, (1, 1)), Group(5, (2,), 4, (1,)))
+    assert packed.groups == (PrefixGroup(4, (0, 1), 2, (1, 1)), PrefixGroup(5, (2,), 4, (1,)))
     assert IDS[[1, 1, 0]].flatten()[packed.source].tolist() == [8, 8, 1, 1, 7, 7, 1, 2, 3]
     same = pack(IDS[[1, 1]], MASK[[1, 1]], (4, 4))  # else twice the same row is all beginning
-    assert same.source.tolist() == [0, 1, 2] and same.groups == (Group(4, (0, 1), 3, (0, 0)),)
+    assert same.source.tolist() == [0, 1, 2] and same.groups == (PrefixGroup(4, (0, 1), 3, (0, 0)),)
 
 
 def test_pieces_are_whole_groups():
-    """Group 0 has 6 tokens (3 shared, 2 + 1 own), group 1 has 3 (2 shared, 1 own): 9 together."""
+    """PrefixGroup 0 has 6 tokens (3 shared, 2 + 1 own), group 1 has 3 (2 shared, 1 own): 9 together."""
     packed = pack(IDS, MASK, (0, 1, 0), own=1)
-    assert [group.beginning + sum(group.own) for group in packed.groups] == [6, 3]
+    assert [group.prefix_length + sum(group.own) for group in packed.groups] == [6, 3]
     for most, expected in [(9, [[0, 1]]), (8, [[0], [1]]), (1, [[0], [1]])]:
         pieces = list(packed.pieces(most))
         assert [[group.clip for group in piece.groups] for piece in pieces] == expected
@@ -49,11 +49,11 @@ def test_gradients_are_those_of_the_rows_alone(captioner, media):
     for parameter in network.parameters():
         parameter.data.div_(6)  # the large random weights would drown the comparison in rounding
     rows = [
-        Row(0, "Tell.", "a red circle appears and blinks"),
-        Row(1, "Tell.", "beeps"),
-        Row(0, "Tell.", "a red star"),
-        Row(0, "What can be heard?", "a low tone"),
-        *(Row(clip, "Tell.", "a blue star moves") for clip in range(2, len(media))),
+        PromptRow(0, "Tell.", "a red circle appears and blinks"),
+        PromptRow(1, "Tell.", "beeps"),
+        PromptRow(0, "Tell.", "a red star"),
+        PromptRow(0, "What can be heard?", "a low tone"),
+        *(PromptRow(clip, "Tell.", "a blue star moves") for clip in range(2, len(media))),
     ]
     weights = torch.tensor([1.0, 2.0, -0.5, 3.0, 1.0, -1.0, 2.0])  # as DPO weighs chosen against rejected
 
@@ -63,12 +63,12 @@ def test_gradients_are_those_of_the_rows_alone(captioner, media):
             loss.backward()
         return {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
 
-    media = [*media[:2], *(restrict_media(clip, "audio") for clip in media[2:])]
-    inputs = processor.inputs(rows, media)
+    media = [*media[:2], *(select_modality(clip, "audio") for clip in media[2:])]
+    inputs = processor.collate(rows, media)
     together = gradients(lambda: [(network(inputs).sum(1) * weights).sum()])
     alone = gradients(
         lambda: (
-            network(processor.inputs([Row(0, row.prompt, row.answer)], [media[row.clip]])).sum() * weight
+            network(processor.collate([PromptRow(0, row.prompt, row.answer)], [media[row.clip]])).sum() * weight
             for row, weight in zip(rows, weights, strict=True)
         )
     )
@@ -83,9 +83,9 @@ def test_a_clip_goes_through_the_decoder_once(captioner, media):
     network, processor = captioner.network, captioner.processor
     seen = []
     network.lm.get_decoder().layers[0].mlp.register_forward_hook(lambda _, args, output: seen.append(output.shape[:2]))
-    rows = [Row(0, "Tell.", text) for text in ("a red circle", "a blue star", "a low tone is heard")]
-    inputs = processor.inputs(rows, media[:1])
+    rows = [PromptRow(0, "Tell.", text) for text in ("a red circle", "a blue star", "a low tone is heard")]
+    inputs = processor.collate(rows, media[:1])
     network(inputs)
-    clip_tokens = len(processor.lay_out(media[0]))
+    clip_tokens = len(processor.make_layout(media[0]))
     assert seen[0][0] == 1 and clip_tokens < seen[0][1] < clip_tokens + 60
     assert inputs.input_ids.numel() > 3 * clip_tokens

@@ -13,10 +13,10 @@ from torch import nn
 
 from salmonn.caption.captioner import Captioner, Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.processor import Row
+from salmonn.caption.processor import PromptRow
 from salmonn.model.config import tiny
 from salmonn.model.loading import Placement, load_network, save_network
-from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 from salmonn.model.network import Network
 
 WORDS = "a red circle appears"
@@ -24,8 +24,8 @@ WORDS = "a red circle appears"
 
 @torch.no_grad()
 def logps(network: Network, captioner: Captioner, media) -> torch.Tensor:
-    rows = [Row(0, "Tell.", WORDS), Row(0, "What?", "a tone")]  # packed in one sequence
-    return network(captioner.processor.inputs(rows, [media[0]]))
+    rows = [PromptRow(0, "Tell.", WORDS), PromptRow(0, "What?", "a tone")]  # packed in one sequence
+    return network(captioner.processor.collate(rows, [media[0]]))
 
 
 def test_the_default_on_a_cpu(random_model):
@@ -176,13 +176,13 @@ class TestAdapter:
     @pytest.fixture
     def saved(self, captioner, fill_adapter, tmp_path):
         """Our own adapter, and the model with it merged."""
-        attach(captioner.network, LoraConfig(rank=4, alpha=8), seed=0)
+        attach_lora(captioner.network, LoraConfig(rank=4, alpha=8), seed=0)
         fill_adapter(captioner.network)
         with torch.no_grad():
             for name, parameter in captioner.network.named_parameters():
                 parameter.mul_(8 if "lora_B" in name else 1)  # large beside what rounding to 8 bits does
         save_adapter(captioner.network, tmp_path / "adapter")
-        merge(captioner.network)
+        merge_adapter(captioner.network)
         return tmp_path / "adapter", captioner
 
     def test_our_own_is_merged(self, saved, random_model, media):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Caption, Pair, read_records
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
@@ -275,7 +275,7 @@ def test_a_first_round_that_fails_ends_the_run(load_recipe, monkeypatch, tmp_pat
 
 def test_the_reference_is_the_rounds_start_or_the_runs(load_recipe, captioner, random_model):
     recipe, name = load_recipe("mrdpo"), "lm.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
-    attach(captioner.network, LoraConfig(rank=2), seed=0)
+    attach_lora(captioner.network, LoraConfig(rank=2), seed=0)
     moved = captioner.network.get_parameter(name)
     with torch.no_grad():
         moved.add_(1.0)

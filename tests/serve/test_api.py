@@ -99,7 +99,7 @@ def test_without_a_seed_answers_differ(start, videos):
 
 def test_a_conversation_goes_on(start, model, videos):
     """A question after an answer, as the client keeps both, under another system message than the model's own."""
-    client, usual = start().client(), model.describe()
+    client, usual = start().client(), model.default_prompt()
     messages = about(videos[0].name)
     first = client.chat.completions.create(model="", messages=messages, max_completion_tokens=12).choices[0].message
     messages += [first.model_dump(), {"role": "user", "content": "What is heard?"}]
@@ -124,7 +124,7 @@ def test_a_conversation_goes_on(start, model, videos):
 
 def test_those_who_ask_together_are_answered_together(start, model, videos, monkeypatch):
     """One is being read, eight come meanwhile and are read together; each has the answer that it has alone."""
-    monkeypatch.setattr("salmonn.model.network.READ_AT_ONCE_ON_CPU", 8192)
+    monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 8192)
     running = start()
     model.gate.clear()
     with ThreadPoolExecutor(9) as pool:

@@ -22,12 +22,20 @@ from transformers import (
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.tokenizer import CHAT_TEMPLATE, CLIP_END, CLIP_START, HEARD, SEEN, TURN_END, train_tokenizer
+from salmonn.caption.tokenizer import (
+    AUDIO_PAD,
+    CHAT_TEMPLATE,
+    CLIP_END,
+    CLIP_START,
+    TURN_END,
+    VIDEO_PAD,
+    train_tokenizer,
+)
 from salmonn.media.clip import Clip
 from salmonn.model.loading import Placement, load_network
 
 TOOL = Path(__file__).parents[2] / "tools" / "assemble.py"
-SPECIAL = ["<|im_start|>", TURN_END, CLIP_START, CLIP_END, "<|image_pad|>", SEEN]
+SPECIAL = ["<|im_start|>", TURN_END, CLIP_START, CLIP_END, "<|image_pad|>", VIDEO_PAD]
 QFORMER = dict(qformer_hidden=24, qformer_layers=2, qformer_heads=3)
 
 
@@ -74,7 +82,7 @@ def qwen_config(tokenizer: Qwen2Tokenizer, *, tied: bool, vocab_size: int = 320)
         ),
         tie_word_embeddings=tied,
         image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids(SEEN),
+        video_token_id=ids(VIDEO_PAD),
         vision_start_token_id=ids(CLIP_START),
         vision_end_token_id=ids(CLIP_END),
     )
@@ -189,11 +197,11 @@ def test_what_is_new_begins_as_bert(network):
 
 def test_the_tokenizer_gains_one_token(made, qwen, network):
     before, after = AutoTokenizer.from_pretrained(qwen), AutoTokenizer.from_pretrained(made)
-    assert after.get_vocab() == before.get_vocab() | {HEARD: len(before)}
-    assert after.encode(f"red{HEARD}circle") == [*before.encode("red"), len(before), *before.encode("circle")]
-    assert set(after.all_special_tokens) == {*before.all_special_tokens, HEARD}
+    assert after.get_vocab() == before.get_vocab() | {AUDIO_PAD: len(before)}
+    assert after.encode(f"red{AUDIO_PAD}circle") == [*before.encode("red"), len(before), *before.encode("circle")]
+    assert set(after.all_special_tokens) == {*before.all_special_tokens, AUDIO_PAD}
     assert after.chat_template == before.chat_template
-    assert tuple(network.config.placeholder_ids) == (before.get_vocab()[SEEN], len(before))
+    assert tuple(network.config.placeholder_ids) == (before.get_vocab()[VIDEO_PAD], len(before))
 
 
 def test_nothing_of_the_sources_own_is_kept(made, qwen, whisper):
@@ -207,7 +215,7 @@ def test_a_captioner_loads_it(made):
     captioner = Captioner.load(made)
     frames = np.arange(4 * 56 * 84 * 3).astype(np.uint8).reshape(4, 56, 84, 3)
     waveform = np.sin(np.arange(32_000) / 20).astype(np.float32)
-    media = captioner.processor.media(Clip("a.mp4", frames, np.arange(4) / 2, waveform, 0.0, 2.0, 2.0))
+    media = captioner.processor.clip_inputs(Clip("a.mp4", frames, np.arange(4) / 2, waveform, 0.0, 2.0, 2.0))
     (answer,) = captioner.answer([media], ["What is it?"], sampling=Sampling(max_new_tokens=3))
     assert isinstance(answer.text, str)
 
@@ -299,14 +307,14 @@ class TestRefusals:
     def test_an_embedding_matrix_without_room(self, refuse, tmp_path):
         size = len(qwen_tokenizer())
         folder = save_qwen(tmp_path / "small", tied=False, vocab_size=size)
-        assert f"{HEARD} would be token {size}, but --lm {folder} embeds only {size}" in refuse(lm=folder)
+        assert f"{AUDIO_PAD} would be token {size}, but --lm {folder} embeds only {size}" in refuse(lm=folder)
 
-    @pytest.mark.parametrize("lacking", [SEEN, "chat template"])
+    @pytest.mark.parametrize("lacking", [VIDEO_PAD, "chat template"])
     def test_another_tokenizer(self, refuse, untied, tmp_path, lacking):
         folder = shutil.copytree(untied, tmp_path / "other")
-        if lacking == SEEN:
+        if lacking == VIDEO_PAD:
             train = train_tokenizer(["a"], vocab_size=263)
-            text = train.backend_tokenizer.to_str().replace(SEEN, "<|other|>")
+            text = train.backend_tokenizer.to_str().replace(VIDEO_PAD, "<|other|>")
             (folder / "tokenizer.json").write_text(text)
             config = json.loads((folder / "tokenizer_config.json").read_text())
             config["extra_special_tokens"] = []

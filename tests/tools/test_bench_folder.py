@@ -62,7 +62,7 @@ def test_the_ratio_of_tokens_is_as_told(folder):
     model = importlib.import_module("model")
     captioner = model.make_captioner(replace(folder.MID, layers=1))
     clip = model.make_clip(captioner.processor, num_frames=5, side=224)
-    assert len(captioner.processor.lay_out(clip)) == 5 * 8 * 9 + 60
+    assert len(captioner.processor.make_layout(clip)) == 5 * 8 * 9 + 60
     assert 420 / folder.MID_NEW_TOKENS == 20
 
 

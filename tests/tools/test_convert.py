@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, attach, merge
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 
 LORA_A, BASE = ".lora_A.", ".base_layer."
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[3] / "shared" / "parity"))
@@ -167,12 +167,12 @@ class TestLoraMatricesAlone:
 
     @pytest.fixture
     def pickled(self, tmp_path, captioner, fill_adapter):
-        attach(captioner.network, LoraConfig(rank=4, alpha=12, targets=("q_proj", "v_proj")), seed=0)
+        attach_lora(captioner.network, LoraConfig(rank=4, alpha=12, targets=("q_proj", "v_proj")), seed=0)
         fill_adapter(captioner.network)
         state = captioner.network.lm.state_dict()
         path = tmp_path / "checkpoint.bin"
         torch.save({key: tensor for key, tensor in state.items() if ".lora_" in key}, path)
-        merge(captioner.network)
+        merge_adapter(captioner.network)
         return path
 
     def test_become_an_adapter(self, tool, pickled, out, captioner, random_model):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from salmonn.config import run_recipe
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, attach, merge, save_adapter
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -15,10 +15,10 @@ def tool(load_tool):
 
 
 def test_the_merged_model_says_what_both_said(tool, captioner, random_model, fill_adapter, videos, tmp_path):
-    attach(captioner.network, LoraConfig(rank=4, alpha=8), seed=0)
+    attach_lora(captioner.network, LoraConfig(rank=4, alpha=8), seed=0)
     fill_adapter(captioner.network)
     save_adapter(captioner.network, tmp_path / "adapter")
-    merge(captioner.network)
+    merge_adapter(captioner.network)
     flags = ["--model", str(random_model), "--adapter", str(tmp_path / "adapter"), "--dtype", "float32"]
     run_recipe(tool.main, tool.MergeConfig, description="", args=[*flags, "--out", str(tmp_path / "merged")])
     network = load_network(tmp_path / "merged")
@@ -34,7 +34,7 @@ def test_in_16_bits_unless_told_otherwise_and_nothing_half_done(tool, random_mod
         run_recipe(tool.main, tool.MergeConfig, description="", args=flags)
     assert caught.value.code == 2 and "holds no adapter that can be read" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
-    attach(network := load_network(random_model), LoraConfig(rank=2, alpha=2), seed=0)
+    attach_lora(network := load_network(random_model), LoraConfig(rank=2, alpha=2), seed=0)
     save_adapter(network, tmp_path)
     run_recipe(tool.main, tool.MergeConfig, description="", args=flags)
     tensors = load_file(tmp_path / "merged" / "model.safetensors")

@@ -19,8 +19,8 @@ from salmonn.caption.generate import Sampling
 from salmonn.caption.processor import Processor
 from salmonn.media.clip import Clip
 from salmonn.model.loading import Placement, load_config
-from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.network import Media, Network
+from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.network import ClipInputs, Network
 from salmonn.records import Pair
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.dry_run import Budget, ClipShape, Work, empty_network
@@ -38,17 +38,17 @@ def held(kind: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def read(processor: Processor) -> Media:
+def read(processor: Processor) -> ClipInputs:
     """A clip of noise of the shape, as the model's rules take it."""
     count = round(SHAPE.seconds * SHAPE.frames_per_second)
-    rule = processor.config.frame_rule
+    rule = processor.config.frame_sampler
     taken = len(rule.times(0.0, SHAPE.seconds, count))
     rows, columns = rule.size(SHAPE.height, SHAPE.width, taken)
     draw = np.random.default_rng(0)
     frames = draw.integers(0, 256, (taken, rows, columns, 3), np.uint8)
     wave = draw.normal(size=round(SHAPE.seconds * 16_000)).astype(np.float32)
     times = np.arange(taken) * SHAPE.seconds / taken
-    return processor.media(Clip("noise", frames, times, wave, 0.0, SHAPE.seconds, SHAPE.seconds))
+    return processor.clip_inputs(Clip("noise", frames, times, wave, 0.0, SHAPE.seconds, SHAPE.seconds))
 
 
 def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
@@ -56,7 +56,7 @@ def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
     work = Path(mkdtemp(dir=folder))
     media = read(captioner.processor)
     blocks = dict(zip(["noise"], captioner.encode([media]), strict=True))
-    attach(captioner.network, LORA, seed=0)
+    attach_lora(captioner.network, LORA, seed=0)
     pair = Pair("noise", "Tell.", ANSWER, f"two {ANSWER}", f"three {ANSWER}")
     batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
     batches.refer(captioner.network)
@@ -89,7 +89,7 @@ def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
     network = empty_network(config)
     if mode == "training":
         with torch.device("meta"):
-            attach(network, LORA, seed=0)
+            attach_lora(network, LORA, seed=0)
     tokens = len(processor.tokenizer.encode(ANSWER))
     work = Work(clips=1, answers=3, answer_tokens=tokens, prompt_tokens=40, blocks=True)
     budget = Budget(network, config, placement=placement, fit=fit_config, work=work, shape=SHAPE)

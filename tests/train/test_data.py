@@ -10,8 +10,8 @@ import torch
 from salmonn.conversations import Turn, parse_conversation
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
-from salmonn.model.layout import by_seconds
-from salmonn.model.network import Block
+from salmonn.model.layout import interleave_by_time
+from salmonn.model.network import ClipFeatures
 from salmonn.records import Question, Reference
 from salmonn.train.data import ClipCache, Example, SftBatches, conversation_examples, deal, make_examples, sft_loss
 
@@ -136,14 +136,14 @@ def test_loss_is_the_mean_over_all_answer_tokens(captioner, examples):
 def test_turns_on_a_clip_share_it(examples, processor):
     (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)(0)
     assert batch.inputs.clip_index == (0, 0, 0, 0, 1, 1, 1, 1)
-    assert len(batch.inputs.media) == 2
+    assert len(batch.inputs.clip_inputs) == 2
 
 
 def test_blocks_in_place_of_clips(examples, plus):
     processor = plus.processor
-    block = Block(torch.zeros(7, 128), by_seconds((1, 1, 4), num_heard=3, second_per_grid=1.0))
+    block = ClipFeatures(torch.zeros(7, 128), interleave_by_time((1, 1, 4), num_audio=3, second_per_grid=1.0))
     (batch,) = SftBatches(examples, processor, lambda _: block, batch_size=2, seed=0)(0)
-    assert batch.inputs.media == () and len(batch.inputs.blocks) == 2
+    assert batch.inputs.clip_inputs == () and len(batch.inputs.clip_features) == 2
     for placeholder, count in zip(processor.config.placeholder_ids, (4, 3), strict=True):
         assert (batch.inputs.input_ids == placeholder).sum(1).eq(count).all()
 

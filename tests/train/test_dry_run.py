@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn.caption.processor import Processor, lay_out
+from salmonn.caption.processor import Processor, make_layout
 from salmonn.model.loading import Placement, load_config, load_network
-from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.presets import PUBLISHED, offline_config
 from salmonn.train import memory as budget
 from salmonn.train.dry_run import (
@@ -44,7 +44,7 @@ WHISPER_LARGE_ENCODER = 636_968_960  # with its 1500 fixed positions
 def adapted(config):
     network = empty_network(config)
     with torch.device("meta"):
-        attach(network, LORA, seed=0)
+        attach_lora(network, LORA, seed=0)
     return network
 
 
@@ -71,7 +71,7 @@ def test_parameters_of_the_published_models(model):
 def test_parameters_of_a_real_network(random_model):
     """The network that is never filled has what the one in the folder has, part by part."""
     real = load_network(random_model)
-    attach(real, LORA, seed=0)
+    attach_lora(real, LORA, seed=0)
     assert count_parameters(real) == count_parameters(adapted(load_config(random_model)))
     held = sum(value.nbytes for value in real.parameters())
     assert weights_bytes(real, Placement(dtype="float32")) == held
@@ -115,7 +115,7 @@ def test_tokens_of_a_real_clip(film, processor, model):
     media, imagined = real.read(path), imagine(config, shape)
     assert (media.num_frames, media.grid) == (imagined.num_frames, imagined.grid)
     assert media.pixels.shape == imagined.pixels.shape and media.mel.shape == imagined.mel.shape
-    assert torch.equal(real.lay_out(media).positions, lay_out(config, imagined).positions)
+    assert torch.equal(real.make_layout(media).positions, make_layout(config, imagined).positions)
 
 
 def test_times_are_counted_where_they_are_told():
@@ -137,7 +137,8 @@ def test_times_are_counted_where_they_are_told():
 def test_tokens_by_hand():
     """51 s at 1 fps: 51 frames of 13 x 14 tokens, each with 3 of the 120 tokens heard. In 2+ 510 frames, two a step."""
     tokens = {
-        model: len(lay_out(offline_config(model), imagine(offline_config(model), ClipShape()))) for model in PUBLISHED
+        model: len(make_layout(offline_config(model), imagine(offline_config(model), ClipShape())))
+        for model in PUBLISHED
     }
     assert tokens.pop("tsinghua-ee/video-SALMONN-2") == 51 * (13 * 14 + 3)
     # 61,250 * 0.95 * 768 / 510 pixels: 14 x 7 squares of 28.

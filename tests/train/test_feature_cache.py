@@ -12,7 +12,7 @@ import torch
 
 from salmonn.caption.captioner import Captioner
 from salmonn.model.layout import Layout
-from salmonn.model.network import Block
+from salmonn.model.network import ClipFeatures
 from salmonn.train import feature_cache as tokens
 from salmonn.train.data import Example
 from salmonn.train.evaluate import encode_clips, encode_examples
@@ -22,21 +22,21 @@ from salmonn.train.references import ClipSet
 MIB = 1 << 20
 
 
-def make_block(rows: int = 3, columns: int = 4, *, dtype: torch.dtype = torch.float32) -> Block:
+def make_block(rows: int = 3, columns: int = 4, *, dtype: torch.dtype = torch.float32) -> ClipFeatures:
     """Tokens that count, in a layout with all that one may have."""
     positions = torch.arange(rows).expand(3, -1)
-    layout = Layout(torch.arange(rows).flip(0), positions, num_seen=rows - 1, told_ids=(7, 11))
-    return Block(torch.arange(rows * columns, dtype=dtype).reshape(rows, columns), layout)
+    layout = Layout(torch.arange(rows).flip(0), positions, num_visual=rows - 1, timestamp_ids=(7, 11))
+    return ClipFeatures(torch.arange(rows * columns, dtype=dtype).reshape(rows, columns), layout)
 
 
-def same(one: Block, other: Block) -> bool:
+def same(one: ClipFeatures, other: ClipFeatures) -> bool:
     mine, theirs = one.layout, other.layout
     return (
         one.tokens.dtype == other.tokens.dtype
         and torch.equal(one.tokens, other.tokens)
         and torch.equal(mine.order, theirs.order)
         and torch.equal(mine.positions, theirs.positions)
-        and (mine.num_seen, mine.told_ids) == (theirs.num_seen, theirs.told_ids)
+        and (mine.num_visual, mine.timestamp_ids) == (theirs.num_visual, theirs.timestamp_ids)
     )
 
 
@@ -54,7 +54,7 @@ def test_a_block_comes_back(tmp_path, dtype):
 
 
 def test_a_block_without_tokens_comes_back(tmp_path):
-    nothing = Block(torch.zeros(0, 4), Layout(torch.arange(0), torch.zeros(3, 0, dtype=torch.long), 0))
+    nothing = ClipFeatures(torch.zeros(0, 4), Layout(torch.arange(0), torch.zeros(3, 0, dtype=torch.long), 0))
     store = store_of(tmp_path)
     assert store.keep("a", nothing) and store.find(["a"]) and same(store.open("a"), nothing)
 
@@ -67,8 +67,8 @@ def test_a_digest_tells_blocks_apart():
         replace(block, tokens=block.tokens.reshape(4, 3)),
         replace(block, layout=replace(block.layout, order=block.layout.order.flip(0))),
         replace(block, layout=replace(block.layout, positions=block.layout.positions + 1)),
-        replace(block, layout=replace(block.layout, num_seen=1)),
-        replace(block, layout=replace(block.layout, told_ids=(7,))),
+        replace(block, layout=replace(block.layout, num_visual=1)),
+        replace(block, layout=replace(block.layout, timestamp_ids=(7,))),
     ]
     assert len({digest(one) for one in [block, *others]}) == 8 and digest(make_block()) == digest(block)
 
@@ -82,7 +82,7 @@ def test_what_is_not_touched_is_not_read(tmp_path):
     store, big = store_of(tmp_path), make_block(1 << 12, 1 << 10)
     layout = make_block().layout
     for key in "abcdef":
-        store.keep(key, Block(big.tokens, layout))
+        store.keep(key, ClipFeatures(big.tokens, layout))
     del big
     before = resident()
     assert len(store.find("abcdef")) == 6
@@ -301,7 +301,7 @@ def test_a_model_is_told_by_what_gives_the_tokens(random_model, captioner, monke
             network.get_parameter(name).flatten()[0] += 1
         seen.add(describe_towers(captioner))
     seen.add(describe_towers(Captioner.load(random_model, frames={"max_frames": 9})))
-    captioner.processor.config.tell_time = True
+    captioner.processor.config.timestamp_tokens = True
     seen.add(describe_towers(captioner))
     monkeypatch.setattr(tokens.torch, "get_num_threads", lambda: 7)  # sums of more threads are rounded otherwise
     seen.add(describe_towers(captioner))

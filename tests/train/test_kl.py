@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from salmonn.caption.processor import Row
+from salmonn.caption.processor import PromptRow
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, adapter_off, attach, merge
+from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, merge_adapter
 from salmonn.records import Reference
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.kl import DriftSet, token_kl
@@ -23,13 +23,13 @@ def blocks(random_model, clips):
 @pytest.fixture
 def drift(captioner, clips, blocks):
     """Captions of the five clips, two at once."""
-    return DriftSet(clips.references, blocks, captioner.processor, prompt=captioner.describe(), batch_size=2)
+    return DriftSet(clips.references, blocks, captioner.processor, prompt=captioner.default_prompt(), batch_size=2)
 
 
 @pytest.fixture
 def adapted(captioner, fill_adapter):
     """The random model with an adapter that says something, and dropout."""
-    attach(captioner.network, LoraConfig(rank=4, alpha=8, dropout=0.5), seed=0)
+    attach_lora(captioner.network, LoraConfig(rank=4, alpha=8, dropout=0.5), seed=0)
     fill_adapter(captioner.network)
     captioner.network.eval()  # a fresh adapter's dropout is on
     return captioner
@@ -55,8 +55,12 @@ def test_what_is_all_but_impossible_has_no_weight():
 @torch.no_grad()
 def test_distributions_are_the_softmax_at_each_label(captioner, media):
     network = captioner.network
-    rows = [Row(0, "Tell.", "A red circle appears."), Row(1, "Which?", "two"), Row(0, "What?", "beeps, then noise")]
-    inputs = captioner.processor.inputs(rows, media[:2])
+    rows = [
+        PromptRow(0, "Tell.", "A red circle appears."),
+        PromptRow(1, "Which?", "two"),
+        PromptRow(0, "What?", "beeps, then noise"),
+    ]
+    inputs = captioner.processor.collate(rows, media[:2])
     found = network(inputs, distributions=True)
     logits = network.lm(
         inputs_embeds=network.embed(inputs),
@@ -76,7 +80,7 @@ def expected_kl(captioner, clips, blocks, *, reversed_roles=False) -> float:
     """One caption at a time, one token at a time, in double precision, from the decoder's logits."""
     network, nats = captioner.network, []
     for reference, block in zip(clips.references, blocks, strict=True):
-        inputs = captioner.processor.inputs([Row(0, captioner.describe(), reference.caption)], [block])
+        inputs = captioner.processor.collate([PromptRow(0, captioner.default_prompt(), reference.caption)], [block])
 
         def logits(inputs=inputs):
             return network.lm(
@@ -86,7 +90,7 @@ def expected_kl(captioner, clips, blocks, *, reversed_roles=False) -> float:
             ).logits[0]
 
         on = logits()
-        with adapter_off(network):
+        with adapter_disabled(network):
             off = logits()
         for place in inputs.labels[0].ne(-100).nonzero().flatten().tolist():
             p, q = (one[place - 1].double().softmax(-1) for one in ((off, on) if reversed_roles else (on, off)))
@@ -105,13 +109,13 @@ def test_a_network_with_and_without_its_adapter(adapted, drift, clips, blocks):
 def test_two_networks(adapted, drift, random_model):
     network, start = adapted.network, load_network(random_model)
     expected = drift.to_reference(network, network)
-    merge(network)
+    merge_adapter(network)
     assert drift.between(network, start) == pytest.approx(expected, rel=1e-3)
     assert drift.between(start, start) == 0.0
 
 
 def test_a_fresh_adapter_has_not_moved(captioner, drift):
-    attach(captioner.network, LoraConfig(rank=4, alpha=8, dropout=0.5), seed=0)
+    attach_lora(captioner.network, LoraConfig(rank=4, alpha=8, dropout=0.5), seed=0)
     captioner.network.train()
     assert drift.to_reference(captioner.network, captioner.network) == 0.0
 
@@ -140,7 +144,7 @@ def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, wo
     sums, calls = [], []
     for rank in range(world_size):
         monkeypatch.setenv("RANK", str(rank))
-        mine = DriftSet(clips.references, blocks, adapted.processor, prompt=adapted.describe(), batch_size=2)
+        mine = DriftSet(clips.references, blocks, adapted.processor, prompt=adapted.default_prompt(), batch_size=2)
         told = []
         with monkeypatch.context() as patched:  # the ranks' sums are added up below
             patched.setattr("salmonn.train.kl.dist.total", lambda value, told=told: told.append(value) or 1.0)
@@ -153,7 +157,7 @@ def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, wo
 
 
 def test_references_without_captions(captioner, clips, blocks):
-    options = dict(prompt=captioner.describe())
+    options = dict(prompt=captioner.default_prompt())
     told = [Reference(clips.references[0].video), *clips.references[1:3]]
     mixed = DriftSet(told, blocks[:3], captioner.processor, **options)
     alone = DriftSet(told[1:], blocks[1:3], captioner.processor, **options)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
 from salmonn.train import checkpoint
 from salmonn.train.checkpoint import Checkpoints, put_trained
@@ -176,7 +176,7 @@ class Killed(Exception):
 
 def adapted(captioner):
     """The random model with an adapter that drops out half of its input."""
-    attach(captioner.network, LoraConfig(rank=2, dropout=0.5), seed=0)
+    attach_lora(captioner.network, LoraConfig(rank=2, dropout=0.5), seed=0)
     return captioner.network
 
 

@@ -13,7 +13,7 @@ import torch
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.model.loading import Placement
-from salmonn.model.lora import LoraConfig, attach, merge
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.records import Pair
 from salmonn.train.checkpoint import Checkpoints, put_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split
@@ -90,7 +90,7 @@ def learn(random_model, clips, tmp_path):
 
     def run(*, accumulation=1, **options):
         network = Captioner.load(random_model).network
-        attach(network, STEADY, seed=0)
+        attach_lora(network, STEADY, seed=0)
         for name, parameter in network.named_parameters():
             if name.startswith(HEARING):
                 parameter.requires_grad = True
@@ -134,7 +134,7 @@ def test_checkpointed_layers_give_the_same_gradients(learn):
 def test_checkpointed_layers_keep_less(captioner, clips):
     """Or else the option would be a word: what the forward pass keeps for the gradient."""
     processor = captioner.processor
-    attach(captioner.network, STEADY, seed=0)
+    attach_lora(captioner.network, STEADY, seed=0)
     examples = make_examples(clips.references[:1], ("caption",), root=clips.root)
     (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=1, seed=0)(0)
     captioner.network.train()
@@ -167,7 +167,7 @@ def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
         media = [captioner.processor.read(clips.root / reference.video) for reference in clips.references[:3]]
         blocks = dict(zip([r.video for r in clips.references], captioner.encode(media), strict=False))
         pairs = [Pair(video, "Tell.", "a red star", f"{video} a tone", "the truth") for video in blocks]
-        attach(captioner.network, STEADY, seed=0)
+        attach_lora(captioner.network, STEADY, seed=0)
         batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0, accumulation=accumulation)
         batches.refer(captioner.network)
         fill_adapter(captioner.network)
@@ -184,7 +184,7 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
     before = {name: value.clone() for name, value in captioner.network.named_parameters()}
 
     def prepare(network):
-        attach(network, STEADY, seed=0)
+        attach_lora(network, STEADY, seed=0)
         for name, parameter in network.named_parameters():
             if name.startswith(HEARING):
                 parameter.requires_grad = True
@@ -208,7 +208,7 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
     captioner.reload(random_model, placement=Placement(dtype="bfloat16"))
     network = prepare(captioner.network)
     put_trained(network, done)
-    merge(network)
+    merge_adapter(network)
     after = dict(network.named_parameters())
     assert after.keys() == before.keys() and {value.dtype for value in after.values()} == {torch.bfloat16}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -233,7 +233,7 @@ def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
 
     def run(name, *, killed_at=None):
         captioner = Captioner.load(random_model, placement=Placement(dtype="bfloat16"))
-        attach(captioner.network, LoraConfig(rank=2, dropout=0.5), seed=0)
+        attach_lora(captioner.network, LoraConfig(rank=2, dropout=0.5), seed=0)
         for parameter in captioner.network.audio.projector.parameters():
             parameter.requires_grad = True
         examples = make_examples(clips.references[:4], ("caption",), root=clips.root)
@@ -268,7 +268,7 @@ from pathlib import Path
 import torch
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Reference, read_records
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss
 from salmonn.train.checkpoint import Checkpoints
@@ -277,7 +277,7 @@ from salmonn.train.loop import FitConfig, Stage, fit
 model, clips, out = sys.argv[1:]
 dist.setup(threads=1)
 captioner = Captioner.load(model)
-attach(captioner.network, LoraConfig(rank=2, dropout=0.0), seed=0)
+attach_lora(captioner.network, LoraConfig(rank=2, dropout=0.0), seed=0)
 trained = [value for value in captioner.network.parameters() if value.requires_grad]
 start = torch.cat([value.detach().flatten() for value in trained])
 references = read_records(Path(clips) / "clips.jsonl", Reference)

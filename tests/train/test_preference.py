@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from salmonn.caption.processor import Row
-from salmonn.model.lora import LoraConfig, attach
+from salmonn.caption.processor import PromptRow
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Pair, read_json, write_json
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.data import Example, SftBatches, Turn, sft_loss
@@ -45,7 +45,7 @@ def blocks(captioner, media, clips):
 def answer_logp(captioner, pair, text, block) -> float:
     """Log-probability of one answer, alone in its batch."""
     with torch.no_grad():
-        inputs = captioner.processor.inputs([Row(0, pair.prompt, text)], [block])
+        inputs = captioner.processor.collate([PromptRow(0, pair.prompt, text)], [block])
         return captioner.network(inputs).sum().item()
 
 
@@ -54,7 +54,7 @@ def test_reference_is_the_network_without_adapter(captioner, fill_adapter, pairs
         [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
         for pair in pairs
     ]
-    attach(captioner.network, LORA, seed=0)
+    attach_lora(captioner.network, LORA, seed=0)
     fill_adapter(captioner.network)
     captioner.network.eval()
     batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=2, seed=0)
@@ -72,7 +72,7 @@ def test_pairs_on_one_clip_are_asked_about_together(captioner, pairs, blocks, mo
         [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
         for pair in both
     ]
-    attach(captioner.network, LORA, seed=0)
+    attach_lora(captioner.network, LORA, seed=0)
     batches, asked = PreferenceBatches(both, blocks, captioner.processor, batch_size=9, seed=0), []
     forward = captioner.network.forward
     monkeypatch.setattr(captioner.network, "forward", lambda inputs: asked.append(inputs) or forward(inputs))
@@ -81,13 +81,13 @@ def test_pairs_on_one_clip_are_asked_about_together(captioner, pairs, blocks, mo
         [one for two in expected for one in two], rel=1e-5
     )
     (inputs,) = asked
-    assert len(inputs.blocks) == 3 and len(inputs.input_ids) == 8
+    assert len(inputs.clip_features) == 3 and len(inputs.input_ids) == 8
 
 
 @pytest.fixture
 def asked(captioner, fill_adapter, pairs, blocks, tmp_path, monkeypatch):
     """Asks the reference policy in batches of one pair, and says what it answered and how often it was run."""
-    attach(captioner.network, LORA, seed=0)
+    attach_lora(captioner.network, LORA, seed=0)
     fill_adapter(captioner.network)
     captioner.network.eval()
     runs, forward = [], captioner.network.forward
@@ -216,7 +216,7 @@ def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
     )
     assert batch.inputs.clip_index == (0, 1, 2) * 3
     for place, number in enumerate(order):
-        assert torch.equal(batch.inputs.blocks[place], blocks[pairs[number].video].tokens)
+        assert torch.equal(batch.inputs.clip_features[place], blocks[pairs[number].video].tokens)
 
 
 def test_ranks_share_the_pairs(captioner, pairs, blocks, monkeypatch):
@@ -238,7 +238,7 @@ def test_loss_of_a_fresh_adapter(captioner, pairs, blocks):
         / (len(captioner.processor.tokenizer.encode(pair.ground_truth)) + 1)
         for pair in pairs
     ]
-    attach(captioner.network, LORA, seed=0)
+    attach_lora(captioner.network, LORA, seed=0)
     batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0)
     batches.refer(captioner.network)
     loss, figures = PreferenceLoss(DpoConfig(beta=0.1, ce_weight=0.25))(captioner.network, *batches(0))
@@ -250,7 +250,7 @@ def test_loss_of_a_fresh_adapter(captioner, pairs, blocks):
 
 
 def test_figures_of_a_moved_policy(captioner, fill_adapter, pairs, blocks):
-    attach(captioner.network, LORA, seed=0)
+    attach_lora(captioner.network, LORA, seed=0)
     batches = PreferenceBatches(pairs[:1], blocks, captioner.processor, batch_size=1, seed=0)
     batches.refer(captioner.network)
     fill_adapter(captioner.network)
@@ -272,7 +272,7 @@ def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, t
     pair = pairs[0]
     if turned:
         pair = Pair(pair.video, pair.prompt, pair.rejected, pair.chosen, pair.ground_truth)
-    attach(captioner.network, LORA, seed=0)
+    attach_lora(captioner.network, LORA, seed=0)
     batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
     batches.refer(captioner.network)
     fit(
@@ -293,7 +293,7 @@ def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, t
 @pytest.fixture
 def mixed(captioner, pairs, blocks):
     """Three pairs and two clips with two questions each a step, one by one."""
-    attach(captioner.network, LORA, seed=0)
+    attach_lora(captioner.network, LORA, seed=0)
     options = {"seed": 0, "accumulation": 9}
     some = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, **options)
     some.refer(captioner.network)

@@ -7,7 +7,7 @@ import torch
 
 from salmonn.caption.captioner import Captioner
 from salmonn.model.loading import Placement
-from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Caption
 from salmonn.train.checkpoint import Checkpoints, checkpointed
 from salmonn.train.run_folder import kept, kept_captions, merge_trained, merged, num_bytes, open_run
@@ -81,7 +81,7 @@ def test_what_was_learnt_is_put_on_the_weights_on_disk(captioner, random_model, 
     """Whatever became of the network in training: its weights are spoilt here."""
     lora, name = LoraConfig(rank=2, alpha=6, dropout=0.0), "lm.model.layers.0.self_attn.q_proj.weight"
     before = captioner.network.get_parameter(name).detach().clone()
-    attach(captioner.network, lora, seed=0)
+    attach_lora(captioner.network, lora, seed=0)
     learnt = {
         f"model.{key}": torch.full_like(value, 0.1)
         for key, value in captioner.network.named_parameters()

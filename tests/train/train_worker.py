@@ -19,7 +19,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.model import network as network_module
 from salmonn.model.loading import Placement
-from salmonn.model.lora import LoraConfig, attach
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Pair, Reference, read_records
 from salmonn.train.checkpoint import Checkpoint, Checkpoints
 from salmonn.train.evaluate import encode_clips
@@ -49,13 +49,13 @@ def train(
     captioner: Captioner, engine: Any, clips: ClipSet, out: Path, *, config: FitConfig, deal: type[PreferenceBatches]
 ) -> Checkpoint:
     """Train on three pairs, a right and a wrong caption of each clip."""
-    network, references, prompt = captioner.network, clips.references, captioner.describe()
+    network, references, prompt = captioner.network, clips.references, captioner.default_prompt()
     (blocks,) = encode_clips(captioner, clips, name="clips")
     pairs = [
         Pair(one.video, prompt, one.caption, other.caption, one.caption, gap=0.5)
         for one, other in zip(references, references[1:] + references[:1], strict=True)
     ]
-    attach(network, LORA, seed=0)
+    attach_lora(network, LORA, seed=0)
     by_video = {one.video: block for one, block in zip(references, blocks, strict=True)}
     batches = deal(
         pairs, by_video, captioner.processor, batch_size=config.batch_size, seed=0, accumulation=config.accumulation

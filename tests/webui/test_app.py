@@ -182,7 +182,7 @@ def test_span_sampling_and_sound_alone(visit, toy, examples):
         panel.get_by_label(label).fill(value)
     panel.get_by_label("number input for Temperature").fill("1")
     panel.get_by_label("number input for Temperature").press("Tab")
-    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=toy.greedy().max_new_tokens)
+    sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=toy.default_sampling().max_new_tokens)
     expected = toy.caption(examples[0].path, span=Span(2.0, 6.0), modality="audio", sampling=sampling, seed=9)
     assert describe(visitor) == expected.text
     panel.get_by_label("To second").fill("1")

@@ -26,7 +26,7 @@ HALF = "a dog \ud800 barks"
 
 @pytest.fixture
 def desk(tmp_path, processor):
-    engine = SimpleNamespace(captioner=SimpleNamespace(processor=processor, greedy=Sampling))
+    engine = SimpleNamespace(captioner=SimpleNamespace(processor=processor, default_sampling=Sampling))
     return Desk({"one": engine}, Assessor(RuleJudge()), VoteBox(tmp_path / "votes"), [], Uploads(tmp_path / "uploads"))
 
 

@@ -18,7 +18,7 @@ from clips import render
 from jsonargparse import ArgumentParser
 from model import SHAPES, Shape, make_captioner
 from naive import naive_answers
-from rows import Row, alone, compare, hand_in, interleave, peak_mib, tell
+from rows import PromptRow, alone, compare, hand_in, interleave, peak_mib, tell
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
@@ -67,7 +67,7 @@ class Bench:
         self.waited = 0.0  # seconds in which the model had no clips, in the latest run
         if kind == "synthetic":
             self.captioner = Captioner.load(SHIPPED_MODEL)
-            self.sampling = self.captioner.greedy()
+            self.sampling = self.captioner.default_sampling()
         else:
             self.captioner = make_captioner(SHAPES["small"] if quick else MID)
             self.sampling = Sampling(max_new_tokens=QUICK_NEW_TOKENS if quick else MID_NEW_TOKENS)
@@ -94,7 +94,7 @@ class Bench:
             "pad_token_id": processor.pad_id,
         }
         answer = partial(naive_answers, self.captioner.network, processor, num_samples=1, generation=generation)
-        given = [answer(processor.read(path), self.captioner.describe())[0] for path in self.paths]
+        given = [answer(processor.read(path), self.captioner.default_prompt())[0] for path in self.paths]
         return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in given]
 
     def parts(self) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
@@ -102,7 +102,7 @@ class Bench:
         captioner, one_word = self.captioner, replace(self.sampling, max_new_tokens=1)
         clips = [captioner.processor.read(path) for path in self.paths]
         blocks, size = captioner.encode(clips), captioner.processor.config.batch_size
-        answer = partial(captioner.answer, blocks, [captioner.describe()] * len(blocks))
+        answer = partial(captioner.answer, blocks, [captioner.default_prompt()] * len(blocks))
 
         def read() -> None:
             for path in self.paths:
@@ -147,9 +147,9 @@ def check(bench: Bench) -> None:
         raise ValueError(f"of {len(bench.paths)} clips most have the same caption, which shows little")
 
 
-def run(config: FolderConfig) -> list[Row]:
+def run(config: FolderConfig) -> list[PromptRow]:
     """Rows for both folders, ours against each other side."""
-    rows: list[Row] = []
+    rows: list[PromptRow] = []
     kinds: tuple[Kind, ...] = ("720p", "synthetic")
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds:
@@ -176,7 +176,7 @@ def run(config: FolderConfig) -> list[Row]:
     return rows
 
 
-def split_up(bench: Bench, kind: Kind, *, repeats: int) -> list[Row]:
+def split_up(bench: Bench, kind: Kind, *, repeats: int) -> list[PromptRow]:
     """Rows of what the time goes into, side by side against one at a time."""
     rows = []
     for name, (together, alone_) in bench.parts().items():
@@ -186,10 +186,10 @@ def split_up(bench: Bench, kind: Kind, *, repeats: int) -> list[Row]:
     return rows
 
 
-def measured(config: FolderConfig, kind: Kind, side: str, paths: Sequence[Path]) -> Row:
+def measured(config: FolderConfig, kind: Kind, side: str, paths: Sequence[Path]) -> PromptRow:
     """Peak memory of a side in a process of its own, which captions the first 8 clips; workers have 50 MiB each."""
     flags = [f"--memory_of={side}", f"--kind={kind}", "--videos", *map(str, paths[:8])]
-    answer: Row = alone(__file__, *flags, *(["--quick"] if config.quick else []))
+    answer: PromptRow = alone(__file__, *flags, *(["--quick"] if config.quick else []))
     return answer
 
 

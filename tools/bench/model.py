@@ -9,22 +9,31 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
-from rows import Row, hand_in
+from rows import PromptRow, hand_in
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
-from salmonn.caption.tokenizer import CLIP_END, CLIP_START, HEARD, PAD, SEEN, TURN_END, TURN_START, with_chat
+from salmonn.caption.tokenizer import (
+    AUDIO_PAD,
+    CLIP_END,
+    CLIP_START,
+    PAD,
+    TURN_END,
+    TURN_START,
+    VIDEO_PAD,
+    wrap_tokenizer,
+)
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
 from salmonn.model.config import Family, SalmonnConfig, tiny
-from salmonn.model.lora import LoraConfig, attach
-from salmonn.model.network import Media, Network
+from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.network import ClipInputs, Network
 from salmonn.model.presets import offline_config
 from salmonn.records import Pair
 
-SPECIAL = [PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, SEEN, HEARD]
+SPECIAL = [PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD]
 PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8"
 LORA = LoraConfig(rank=16, alpha=32, dropout=0.0)
 ShapeName = Literal["small", "mid", "7b"]
@@ -119,7 +128,7 @@ def parse(description: str, **alone: type) -> tuple[BenchConfig, Any]:
 
 
 def start(
-    description: str, run: Callable[[BenchConfig], list[Row]], tell_memory: Callable[[BenchConfig, str], None]
+    description: str, run: Callable[[BenchConfig], list[PromptRow]], tell_memory: Callable[[BenchConfig, str], None]
 ) -> None:
     """What a bench of several sides does: parse, run, show; or measure the memory of one side, and tell it."""
     config, values = parse(description, memory_of=str)
@@ -135,7 +144,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     words |= {f"w{number}": number for number in range(len(SPECIAL), vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"w{len(SPECIAL)}"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return with_chat(tokenizer)
+    return wrap_tokenizer(tokenizer)
 
 
 def make_words(count: int, *, shape: Shape, seed: int) -> str:
@@ -177,7 +186,7 @@ def make_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, family: Fam
 def _to_plus(config: SalmonnConfig, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> SalmonnConfig:
     """The same with 2+'s vision tower and 3-D positions; two frames are one step of 169 tokens at 364 pixels."""
     config.family = "salmonn2-plus"
-    seen, heard = tokenizer.convert_tokens_to_ids([SEEN, HEARD])
+    seen, heard = tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD])
     config.placeholder_ids = (seen, heard)
     pixels = (shape.side // 28 * 28) ** 2
     config.frames = dict(
@@ -234,7 +243,7 @@ def make_captioner(
 
 def adapt(network: Network) -> None:
     """Attach an adapter that has learnt something, or all its gradients but one matrix's would be 0."""
-    attach(network, LORA, seed=0)
+    attach_lora(network, LORA, seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -243,16 +252,16 @@ def adapt(network: Network) -> None:
     network.train()
 
 
-def make_clip(processor: Processor, *, num_frames: int, side: int, seed: int = 0) -> Media:
+def make_clip(processor: Processor, *, num_frames: int, side: int, seed: int = 0) -> ClipInputs:
     """A clip of noise, a second for each frame, as the model takes it."""
     draw = np.random.default_rng(seed)
-    rule = processor.config.frame_rule
+    rule = processor.config.frame_sampler
     taken = len(rule.times(0.0, num_frames, 10 * num_frames))
     rows, columns = rule.size(side, side, taken)
     frames = draw.integers(0, 256, (taken, rows, columns, 3), np.uint8)
     wave = draw.normal(size=num_frames * SAMPLE_RATE_HZ).astype(np.float32)
     times = np.arange(taken) * num_frames / taken
-    return processor.media(Clip("noise", frames, times, wave, 0.0, num_frames, num_frames))
+    return processor.clip_inputs(Clip("noise", frames, times, wave, 0.0, num_frames, num_frames))
 
 
 def make_pair(shape: Shape, *, video: str = "noise", seed: int = 0) -> Pair:

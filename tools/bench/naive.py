@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salmonn.caption.processor import Processor, Row
-from salmonn.model.lora import adapter_off
-from salmonn.model.network import Inputs, Media, Network
+from salmonn.caption.processor import Processor, PromptRow
+from salmonn.model.lora import adapter_disabled
+from salmonn.model.network import ClipInputs, ModelInputs, Network
 from salmonn.records import Pair
 
 BETA, CE_WEIGHT = 0.1, 0.1  # as DpoConfig has them
@@ -33,7 +33,7 @@ class NaiveStep:
 
     network: Network
     processor: Processor
-    media: Media
+    media: ClipInputs
     pair: Pair
 
     def loss(self) -> Tensor:
@@ -43,7 +43,7 @@ class NaiveStep:
         rows = {name: self._row(text) for name, text in texts.items()}
         blocks = self._encode(rows["chosen"])
         policy = {name: self._logps(row, blocks) for name, row in rows.items()}
-        with torch.no_grad(), adapter_off(self.network):
+        with torch.no_grad(), adapter_disabled(self.network):
             blocks = self._encode(rows["chosen"])
             reference = {name: self._logps(rows[name], blocks).sum() for name in ("chosen", "rejected")}
         chosen = policy["chosen"].sum() - reference["chosen"]
@@ -51,31 +51,37 @@ class NaiveStep:
         cross_entropy = -policy["truth"].sum() / (rows["truth"].labels[:, 1:] != -100).sum()
         return -F.logsigmoid(BETA * (chosen - rejected)) + CE_WEIGHT * cross_entropy
 
-    def _row(self, text: str) -> Inputs:
-        inputs = self.processor.inputs([Row(0, self.pair.prompt, text, self.pair.history)], [self.media])
+    def _row(self, text: str) -> ModelInputs:
+        inputs = self.processor.collate([PromptRow(0, self.pair.prompt, text, self.pair.history)], [self.media])
         return inputs.to(self.network.device)
 
-    def _encode(self, row: Inputs) -> tuple[Tensor, ...]:
+    def _encode(self, row: ModelInputs) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return self.network.encode(row.media, row.layouts)
+            return self.network.encode(row.clip_inputs, row.layouts)
 
-    def _logps(self, row: Inputs, blocks: tuple[Tensor, ...]) -> Tensor:
+    def _logps(self, row: ModelInputs, blocks: tuple[Tensor, ...]) -> Tensor:
         """(1, L - 1) log-probability of each label, 0 elsewhere, from logits (1, L, V) of all positions."""
-        row = replace(row, blocks=blocks, media=())
+        row = replace(row, clip_features=blocks, clip_inputs=())
         logits = self.network.lm(**embeds_of(self.network, row), use_cache=False).logits[:, :-1].float()
         targets = row.labels[:, 1:]
         logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return logps * (targets != -100)
 
 
-def embeds_of(network: Network, inputs: Inputs) -> dict[str, Any]:
+def embeds_of(network: Network, inputs: ModelInputs) -> dict[str, Any]:
     """Rows without padding as transformers' language model takes them; no mask, so that causality is all it needs."""
     positions = inputs.position_ids if network.config.family == "salmonn2-plus" else inputs.position_ids[0]
     return {"inputs_embeds": network.embed(inputs), "position_ids": positions}
 
 
 def naive_answers(
-    network: Network, processor: Processor, clip: Media, prompt: str, *, num_samples: int, generation: dict[str, Any]
+    network: Network,
+    processor: Processor,
+    clip: ClipInputs,
+    prompt: str,
+    *,
+    num_samples: int,
+    generation: dict[str, Any],
 ) -> list[list[int]]:
     """So many answers to one prompt, each by a generate() of its own that encodes and reads the clip again.
 
@@ -85,7 +91,7 @@ def naive_answers(
     """
     answers = []
     for _ in range(num_samples):
-        inputs = processor.inputs([Row(0, prompt)], [clip]).to(network.device)
+        inputs = processor.collate([PromptRow(0, prompt)], [clip]).to(network.device)
         with torch.no_grad():
             given = embeds_of(network, inputs)
             output = network.lm.generate(**given, attention_mask=inputs.attention_mask, **generation)

@@ -14,10 +14,10 @@ from dataclasses import replace
 import torch
 from model import BenchConfig, adapt, make_captioner, make_clip, make_pair, start
 from naive import NaiveStep
-from rows import Row, Timing, alone, compare, interleave, peak_mib, tell
+from rows import PromptRow, Timing, alone, compare, interleave, peak_mib, tell
 from torch import Tensor, nn
 
-from salmonn.model.network import Inputs, Media, Network
+from salmonn.model.network import ClipInputs, ModelInputs, Network
 from salmonn.train.loop import autocast
 from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
 
@@ -49,7 +49,7 @@ class Bench:
         )
         self.network, self.processor = captioner.network, captioner.processor
         frames = num_frames or shape.num_frames
-        self.media: Media = make_clip(self.processor, num_frames=frames, side=shape.side)
+        self.media: ClipInputs = make_clip(self.processor, num_frames=frames, side=shape.side)
         self.pair = make_pair(shape)
         self.blocks = dict(zip(["noise"], captioner.encode([self.media]), strict=True))
         adapt(self.network)
@@ -79,14 +79,14 @@ class Bench:
             batch.inputs,
             clip_index=(0, 1, 2),
             layouts=batch.inputs.layouts * 3,
-            blocks=batch.inputs.blocks * 3,
+            clip_features=batch.inputs.clip_features * 3,
         )
         return self.learn(replace(batch, inputs=inputs))
 
     def with_towers(self) -> float:
         """Trick off: the clip is encoded in each step."""
         batch = self.batches(0)[0]
-        return self.learn(replace(batch, inputs=replace(batch.inputs, blocks=(), media=(self.media,))))
+        return self.learn(replace(batch, inputs=replace(batch.inputs, clip_features=(), clip_inputs=(self.media,))))
 
     def with_all_logits(self) -> float:
         """Trick off: all positions go through the vocabulary, the prefix too."""
@@ -145,7 +145,7 @@ class AllLabels(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, inputs: Inputs) -> Tensor:
+    def forward(self, inputs: ModelInputs) -> Tensor:
         """See `Network`."""
         asked = inputs.labels != -100
         labels = inputs.labels.clone()
@@ -193,7 +193,7 @@ def require_same(name: str, found: tuple[float, Tensor], wanted: tuple[float, Te
         )
 
 
-def run(config: BenchConfig) -> list[Row]:
+def run(config: BenchConfig) -> list[PromptRow]:
     """Rows of time and memory."""
     bench = Bench(config)
     check(bench, config)
@@ -209,12 +209,12 @@ def run(config: BenchConfig) -> list[Row]:
     return [row | {"part": f"{PART}: {about}"} for row in rows]
 
 
-def _against(name: str, timings: dict[str, Timing], memory: dict[str, Row]) -> Row:
+def _against(name: str, timings: dict[str, Timing], memory: dict[str, PromptRow]) -> PromptRow:
     row = compare(name, timings["ours"], timings[name])
     return row | compare_memory(memory["ours"], memory[name]) if name in memory else row
 
 
-def compare_memory(ours: Row, other: Row) -> Row:
+def compare_memory(ours: PromptRow, other: PromptRow) -> PromptRow:
     """What a row says of memory: of the step alone, and of the process with model and batch."""
     return {
         "ours_mib": ours["step_mib"],
@@ -224,7 +224,7 @@ def compare_memory(ours: Row, other: Row) -> Row:
     }
 
 
-def _use(bench: Bench, ours: Timing) -> Row:
+def _use(bench: Bench, ours: Timing) -> PromptRow:
     """How much of the GPU is used: model flops utilisation, counted with and without weights' gradients.
 
     A pass is forwards, backwards to what went in, or backwards to the weights, which a LoRA step does not need.
@@ -256,10 +256,10 @@ def flops(count: int, tokens: int, *, width: int, layers: int, passes: int) -> f
     return 2 * passes * count * tokens + 3 * 4 * layers * width * tokens**2 / 2
 
 
-def measured(config: BenchConfig, side: str) -> Row:
+def measured(config: BenchConfig, side: str) -> PromptRow:
     """Peak memory of a side, in a process of its own."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: Row = alone(__file__, *flags, f"--memory_of={side}")
+    answer: PromptRow = alone(__file__, *flags, f"--memory_of={side}")
     return answer
 
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from model import LORA, BenchConfig, adapt, make_captioner, make_words, start
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from rows import Row, alone, compare, interleave, peak_mib, tell
+from rows import PromptRow, alone, compare, interleave, peak_mib, tell
 from step import compare_memory, require_same
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salmonn.model.layout import Layout
-from salmonn.model.lora import adapter_off
-from salmonn.model.network import Inputs
+from salmonn.model.lora import adapter_disabled
+from salmonn.model.network import ModelInputs
 from salmonn.preference.losses import guided_dpo_loss, sequence_logps
 from salmonn.train.loop import autocast
 
@@ -57,25 +57,25 @@ class Ours:
         self.optimizer = torch.optim.AdamW([one for one in self.network.parameters() if one.requires_grad], lr=0.0)
         self.reference = torch.zeros(2, device=config.device)
 
-    def _inputs(self) -> Inputs:
+    def _inputs(self) -> ModelInputs:
         end = self.tokenizer.eos_token_id
         prompt = self.tokenizer.encode(self.prompt)
         answers = [[*self.tokenizer.encode(text), end] for text in (self.chosen, self.rejected)]
         ids = torch.tensor([prompt + answer for answer in answers])
-        nothing = Layout(order=torch.zeros(0, dtype=torch.long), positions=torch.zeros(3, 0).long(), num_seen=0)
-        return Inputs(
+        nothing = Layout(order=torch.zeros(0, dtype=torch.long), positions=torch.zeros(3, 0).long(), num_visual=0)
+        return ModelInputs(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             position_ids=torch.arange(ids.shape[1]).expand(3, 2, -1),
             labels=torch.tensor([[-100] * len(prompt) + answer for answer in answers]),
             clip_index=(0, 0),
             layouts=(nothing,),
-            blocks=(torch.zeros(0, self.network.lm.config.hidden_size),),
+            clip_features=(torch.zeros(0, self.network.lm.config.hidden_size),),
         )
 
     def refer(self) -> None:
         """The reference pass, once a round for each pair."""
-        with torch.no_grad(), adapter_off(self.network), autocast(self.precision):
+        with torch.no_grad(), adapter_disabled(self.network), autocast(self.precision):
             self.reference = sequence_logps(self.network(self.inputs))
 
     def step(self) -> float:
@@ -178,7 +178,7 @@ def check(ours: Ours, theirs: Theirs, *, name: str, config: BenchConfig) -> None
 THEIRS = {"TRL": False, "TRL, precomputed reference": True}
 
 
-def run(config: BenchConfig) -> list[Row]:
+def run(config: BenchConfig) -> list[PromptRow]:
     """Rows of time and memory; none where TRL is not installed."""
     if not importlib.util.find_spec("trl"):
         sys.stderr.write(NO_TRL)
@@ -205,10 +205,10 @@ def run(config: BenchConfig) -> list[Row]:
     return [row | {"part": part} for row in rows]
 
 
-def measured(config: BenchConfig, side: str) -> Row:
+def measured(config: BenchConfig, side: str) -> PromptRow:
     """Peak memory of a side, in a process of its own."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: Row = alone(__file__, *flags, f"--memory_of={side}")
+    answer: PromptRow = alone(__file__, *flags, f"--memory_of={side}")
     return answer
 
 
