@@ -379,7 +379,7 @@ def test_a_file_that_cannot_be_prepared_is_told_without_what_the_log_has(engine,
     def fail(clip):
         raise RuntimeError("a secret of this machine")
 
-    monkeypatch.setattr(model.processor, "media", fail)
+    monkeypatch.setattr(model.processor, "clip_inputs", fail)
     with pytest.raises(ModelFailedError, match=r"^the file could not be prepared \(RuntimeError\); the server's log"):
         say(engine, Query(videos[0]))
     assert "a secret of this machine" in caplog.text

@@ -95,7 +95,7 @@ def test_samples_of_one_reading(captioner, videos):
 def test_questions_on_one_reading(captioner, videos, monkeypatch):
     reads = []
     read = captioner.processor.clip_inputs
-    monkeypatch.setattr(captioner.processor, "media", lambda clip: reads.append(clip.path) or read(clip))
+    monkeypatch.setattr(captioner.processor, "clip_inputs", lambda clip: reads.append(clip.path) or read(clip))
     asked = captioner.ask(videos[0], ["Tell.", "List the events."], sampling=SHORT, span=Span(1.0, 3.0))
     assert reads == [str(videos[0])]
     alone = [

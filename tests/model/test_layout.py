@@ -48,7 +48,7 @@ def test_rows_and_columns():
     assert layout.positions.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
 
 
-@pytest.mark.parametrize("num_heard", [0, 1, 2, 3])
+@pytest.mark.parametrize("num_audio", [0, 1, 2, 3])
 def test_sound_shorter_than_the_picture(num_audio):
     layout = interleave_by_time((4, 1, 1), num_audio=num_audio, second_per_grid=1.0)
     assert sorted(layout.order.tolist()) == list(range(4 + num_audio))
