@@ -30,7 +30,7 @@ from salmonn.model.network import ClipFeatures, ClipInputs, Network
 from salmonn.model.presets import offline_config
 from salmonn.records import Modality, write_json
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.synthetic.render import SynthConfig, describe_clip
+from salmonn.synthetic.render import SynthConfig, sample_clip
 from salmonn.train.checkpoint import checkpointed, put_trained
 from salmonn.train.data import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
@@ -209,7 +209,7 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
     if config.model != TINY:
         return Captioner.load(config.model, placement=config.placement, frames=config.frames)
     # Whole scenes besides the stage's own clips, so that a stage of few words leaves no word of later ones in pieces.
-    world = [describe_clip(SynthConfig(seed=config.seed), index=index)[1] for index in range(NUM_TOKENIZER_SCENES)]
+    world = [sample_clip(SynthConfig(seed=config.seed), index=index)[1] for index in range(NUM_TOKENIZER_SCENES)]
     if isinstance(clips, Conversations):
         told = [text for item in clips.items for turn in item.turns for text in (turn.prompt, turn.answer)]
     else:

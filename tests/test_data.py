@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from salmonn.records import Reference, read_records
-from salmonn.synthetic.render import SynthConfig, describe_clip
+from salmonn.synthetic.render import SynthConfig, sample_clip
 
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.jsonl"
 
@@ -14,5 +14,5 @@ def test_sample_is_what_the_generator_writes():
     references = read_records(SAMPLE, Reference)
     assert len(references) == 3
     for index, reference in enumerate(references):
-        written = describe_clip(SynthConfig(seed=7), index=index)[1]
+        written = sample_clip(SynthConfig(seed=7), index=index)[1]
         assert json.dumps(dataclasses.asdict(reference)) == json.dumps(dataclasses.asdict(written))

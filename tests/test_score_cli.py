@@ -14,7 +14,7 @@ import pytest
 
 from salmonn.records import Caption, Event, Reference, read_json, read_records, write_records
 from salmonn.score.formats import read_scores
-from salmonn.synthetic.render import SynthConfig, describe_clip
+from salmonn.synthetic.render import SynthConfig, sample_clip
 from tests.score.fake_llm_server import Answer, honest
 
 SALMONN = Path(sys.executable).with_name("salmonn")
@@ -111,7 +111,7 @@ def test_wrong_usage_of_score(call, clips, tmp_path, captions, more, words):
 @pytest.fixture
 def drawn(tmp_path) -> Path:
     """500 synthetic clips, undrawn, with hasty captions: references.jsonl and captions.jsonl."""
-    references = [describe_clip(SynthConfig(clips=500), index=index)[1] for index in range(500)]
+    references = [sample_clip(SynthConfig(clips=500), index=index)[1] for index in range(500)]
     write_records(tmp_path / "references.jsonl", references)
     captions = [Caption(reference.video, reference.human_caption) for reference in references]
     write_records(tmp_path / "captions.jsonl", captions)

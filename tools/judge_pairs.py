@@ -2,7 +2,7 @@
 
     python tools/judge_pairs.py [--out data/judge_pairs.jsonl] [--seed 4] [--pairs 135]
 
-Each pair belongs to the clip that `describe_clip(SynthConfig(seed=seed), index=index)` tells of, each to another one.
+Each pair belongs to the clip that `sample_clip(SynthConfig(seed=seed), index=index)` tells of, each to another one.
 Nothing is read, and the same seed writes the same bytes. Both captions leave out the same few events, so that the
 better one is seldom perfect, and each has a wording of its own. `docs/judge_benchmark.md` lists the kinds of faults.
 """
@@ -21,8 +21,8 @@ from salmonn.preference.benchmark import LabelledPair, Where
 from salmonn.records import Event, write_text
 from salmonn.synthetic.annotate import FORMS, HEARD_PLURAL, NUMBERS
 from salmonn.synthetic.phrases import COLOURS, DIRECTIONS, HEARD, MOVE, SHAPES, SOUNDS
-from salmonn.synthetic.render import describe_clip
-from salmonn.synthetic.scene import Happening, SynthConfig
+from salmonn.synthetic.render import sample_clip
+from salmonn.synthetic.scene import SceneEvent, SynthConfig
 
 LEFT_OUT_BY_BOTH = (0, 1, 1, 2)
 FEWEST_CLAUSES = 4  # of the better caption
@@ -61,7 +61,7 @@ class Clause:
 
     forms: tuple[str, ...]
     subject: str = ""
-    happening: Happening | None = None
+    happening: SceneEvent | None = None
     is_alone: bool = False
     is_then: bool = False
 
@@ -70,15 +70,15 @@ class Clause:
 class Story:
     """A clip, and which of its happenings both captions tell."""
 
-    happenings: tuple[Happening, ...]
-    told: tuple[Happening, ...]
+    happenings: tuple[SceneEvent, ...]
+    told: tuple[SceneEvent, ...]
     events: tuple[Event, ...]  # one for each of the happenings
 
     @property
     def clauses(self) -> list[Clause]:
         return [say(happening) for happening in self.told]
 
-    def left_out(self, *kinds: str) -> list[Happening]:
+    def left_out(self, *kinds: str) -> list[SceneEvent]:
         return [one for one in self.happenings if one not in self.told and one.kind in kinds]
 
     def places(self, *, sounds: bool) -> list[int]:
@@ -122,7 +122,7 @@ def draw_pairs(*, seed: int, number: int) -> list[LabelledPair]:
 def draw_pair(kind: str, *, seed: int, index: int) -> LabelledPair | None:
     """A pair on one clip, None where the clip has nothing that the kind is about."""
     rng = random.Random(f"pair {seed} {index}")
-    scene, reference = describe_clip(SynthConfig(seed=seed), index=index)
+    scene, reference = sample_clip(SynthConfig(seed=seed), index=index)
     if len(scene.happenings) > MOST_HAPPENINGS:
         return None
     told = list(scene.happenings)
@@ -155,7 +155,7 @@ def to_line(pair: LabelledPair) -> str:
     return json.dumps(value, separators=(",", ":")) + "\n"
 
 
-def say(happening: Happening) -> Clause:
+def say(happening: SceneEvent) -> Clause:
     """The clause of a happening, in all wordings of the synthetic world."""
     if happening.kind == "sound":
         return Clause(
@@ -226,13 +226,13 @@ def _relation(before: Clause, now: Clause) -> tuple[bool, bool]:
     return before.happening.end_seconds <= now.happening.start_seconds, at_once
 
 
-def _while(happening: Happening) -> tuple[float, float]:
+def _while(happening: SceneEvent) -> tuple[float, float]:
     """When it goes on, start and end: to appear, change or leave takes no time."""
     is_sudden = happening.kind in ("appear", "change", "leave")
     return happening.start_seconds, happening.start_seconds if is_sudden else happening.end_seconds
 
 
-def _removable(told: Sequence[Happening]) -> list[int]:
+def _removable(told: Sequence[SceneEvent]) -> list[int]:
     """What can be left out without being implied: what acts must have appeared, what is blue now has turned blue."""
     shapes = [one.shape for one in told]
     return [
@@ -289,7 +289,7 @@ def _mentions(story: Story, rng: random.Random, *, place: int) -> list[int]:
     return [other for other, deed in enumerate(story.told) if (deed.shape, deed.colour) == (one.shape, one.colour)]
 
 
-def _replace(story: Story, wrong: dict[int, Happening]) -> Draft:
+def _replace(story: Story, wrong: dict[int, SceneEvent]) -> Draft:
     # No "it" for a wrong object: each clause is wrong by itself.
     worse = [
         replace(say(wrong[place]), subject="") if place in wrong else clause
@@ -338,7 +338,7 @@ def _other_number(number: int, rng: random.Random) -> int:
     return rng.choice([other for other in range(2, len(NUMBERS)) if 0 < abs(other - number) <= 2])
 
 
-def count_pulses(sound: Happening) -> int:
+def count_pulses(sound: SceneEvent) -> int:
     """How many beeps or clicks the clip has, as `salmonn.synthetic.render` renders them."""
     seconds = sound.end_seconds - sound.start_seconds
     if sound.value == "beeps":
@@ -364,21 +364,21 @@ def _invent(story: Story, rng: random.Random) -> Draft | None:
     return Draft(story.clauses, worse, number, _share(places, len(worse)))
 
 
-def _invent_sound(story: Story, rng: random.Random, *, after: Happening) -> Clause | None:
+def _invent_sound(story: Story, rng: random.Random, *, after: SceneEvent) -> Clause | None:
     del after
     heard = {one.value for one in story.happenings}
     unheard = rng.choice([kind for kind in SOUNDS if kind not in heard])
-    return None if story.left_out("sound") else _untimed(Happening("sound", 0, 0, value=unheard))
+    return None if story.left_out("sound") else _untimed(SceneEvent("sound", 0, 0, value=unheard))
 
 
-def _invent_object(story: Story, rng: random.Random, *, after: Happening) -> Clause | None:
+def _invent_object(story: Story, rng: random.Random, *, after: SceneEvent) -> Clause | None:
     del after
     used = {word for one in story.happenings for word in (one.shape, one.colour, one.value)}
     shape, colour = (rng.choice([word for word in words if word not in used]) for words in (SHAPES, list(COLOURS)))
-    return _untimed(Happening("appear", 0, 0, shape=shape, colour=colour))
+    return _untimed(SceneEvent("appear", 0, 0, shape=shape, colour=colour))
 
 
-def _invent_move(story: Story, rng: random.Random, *, after: Happening) -> Clause | None:
+def _invent_move(story: Story, rng: random.Random, *, after: SceneEvent) -> Clause | None:
     moves = [one.value for one in story.happenings if one.shape == after.shape and one.kind == "move"]
     options = [direction for direction in DIRECTIONS if direction not in moves]
     hidden = [one for one in story.left_out("move") if one.shape == after.shape]
@@ -387,18 +387,18 @@ def _invent_move(story: Story, rng: random.Random, *, after: Happening) -> Claus
     return _untimed(_deed_after(after, "move", value=rng.choice(options)))
 
 
-def _invent_blink(story: Story, rng: random.Random, *, after: Happening) -> Clause | None:
+def _invent_blink(story: Story, rng: random.Random, *, after: SceneEvent) -> Clause | None:
     del rng
     blinks = any(one.shape == after.shape and one.kind == "blink" for one in story.happenings)
     return None if blinks or after.kind in ("sound", "leave") else _untimed(_deed_after(after, "blink", value=""))
 
 
-def _deed_after(after: Happening, kind: Any, *, value: str) -> Happening:
+def _deed_after(after: SceneEvent, kind: Any, *, value: str) -> SceneEvent:
     colour = after.value if after.kind == "change" else after.colour
     return replace(after, kind=kind, colour=colour, value=value)
 
 
-def _untimed(happening: Happening) -> Clause:
+def _untimed(happening: SceneEvent) -> Clause:
     return replace(say(happening), subject="", happening=None)
 
 
@@ -445,7 +445,7 @@ def _missource(story: Story, rng: random.Random) -> Draft | None:
     return Draft(better, worse, 1, _share([place], len(worse)), tuple(events))
 
 
-def _as_one(sound: Happening, deed: Happening, rng: random.Random) -> Clause:
+def _as_one(sound: SceneEvent, deed: SceneEvent, rng: random.Random) -> Clause:
     words = (rng.choice(say(happening).forms) for happening in (deed, sound))
     form = rng.choice(AS_ONE).format(**dict(zip(("deed", "sound"), words, strict=True)))
     return Clause((form,), is_alone=True)

@@ -18,20 +18,20 @@ from salmonn.score.config import JudgeConfig
 if TYPE_CHECKING:
     from salmonn.caption.engine import Engine
     from salmonn.caption.loader import ClipReader
-    from salmonn.webui.scorer import Assessor
-    from salmonn.webui.session import Desk
+    from salmonn.webui.scorer import CaptionScorer
+    from salmonn.webui.session import AppState
 
 TOY = "The model named toy comes with salmonn to try things out: it knows coloured shapes and tones, and nothing else."
 
 _TOTAL = 4  # files of the largest size that all visitors together may have here
-_SWEEP_SECONDS = 60.0
+_CLEANUP_SECONDS = 60.0
 
 
 def demo_parser() -> ArgumentParser:
     """Arguments of `salmonn demo`."""
     parser = ArgumentParser(
         description="Serve a page: caption a video and see its score, compare two captions blind and vote, look at a "
-        "training run. It asks no network for anything. Uploads are deleted when their visitor leaves."
+        "training run. It asks no network for anything. UploadStore are deleted when their visitor leaves."
     )
     add_model(parser)
     parser.add_argument("--other_model", type=str | None, default=None, help="a second one, to compare with")
@@ -57,52 +57,54 @@ def run_demo(values: Namespace) -> int:
     if importlib.util.find_spec("gradio") is None:  # before models are read; Gradio itself asks for its folder first
         raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
-    assessor = _open_assessor(values)
+    scorer = _open_scorer(values)
     from salmonn.caption.loader import ClipReader
     from salmonn.caption.worker import Limits
-    from salmonn.preference.votes import VoteBox
+    from salmonn.preference.votes import VoteStore
     from salmonn.serve.sources import upload_folder
-    from salmonn.webui.session import Desk, Uploads, make_examples
+    from salmonn.webui.session import AppState, UploadStore, make_example_clips
 
-    box, limits = VoteBox(values.votes), Limits(values.read_seconds, values.read_gib)
+    votes, limits = VoteStore(values.votes), Limits(values.read_seconds, values.read_gib)
     with upload_folder() as folder, ClipReader(workers=values.workers, limits=limits) as reader:
-        desk = Desk(
+        state = AppState(
             engines={name: _open_engine(model, reader, values) for name, model in models.items()},
-            assessor=assessor,
-            box=box,
-            examples=make_examples(folder / "examples"),
-            uploads=Uploads(folder / "uploads", max_bytes=_TOTAL * (values.max_upload_mib << 20)),
+            scorer=scorer,
+            votes=votes,
+            examples=make_example_clips(folder / "examples"),
+            uploads=UploadStore(folder / "uploads", max_bytes=_TOTAL * (values.max_upload_mib << 20)),
         )
         try:
-            _serve(values, desk, accounts)
+            _serve(values, state, accounts)
         finally:
-            desk.close()
+            state.close()
     return 0
 
 
-def _serve(values: Namespace, desk: "Desk", accounts: list[tuple[str, str]]) -> None:
+def _serve(values: Namespace, state: "AppState", accounts: list[tuple[str, str]]) -> None:
     # Gradio takes it from nowhere else. What visitors bring lies in a folder of this page alone, and goes with it.
-    os.environ["GRADIO_TEMP_DIR"] = str(desk.uploads.root)
+    os.environ["GRADIO_TEMP_DIR"] = str(state.uploads.root)
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from salmonn.webui.app import build_page, launch_options
-    from salmonn.webui.uploads import Gate, fetch_nothing
+    from salmonn.webui.app import build_app, launch_options
+    from salmonn.webui.uploads import UploadLimitMiddleware, disable_remote_fetch
 
-    fetch_nothing()
+    disable_remote_fetch()
     max_bytes = values.max_upload_mib << 20
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
-    gr.set_static_paths([desk.examples[0].path.parent])
-    page = build_page(desk, run=values.run, notes=[] if values.model else [TOY])
+    gr.set_static_paths([state.examples[0].path.parent])
+    page = build_app(state, run=values.run, notes=[] if values.model else [TOY])
     page.queue(max_size=4 * values.max_waiting, default_concurrency_limit=None)
     _, address, _ = page.launch(
         server_name=values.host,
         server_port=values.port or _free_port(values.host),
         auth=accounts or None,
         max_file_size=max_bytes,
-        app_kwargs={"middleware": [Middleware(Gate, uploads=desk.uploads, max_upload_bytes=max_bytes)]},
+        app_kwargs={
+            "middleware": [Middleware(UploadLimitMiddleware, uploads=state.uploads, max_upload_bytes=max_bytes)]
+        },
         max_threads=2 * values.max_waiting,
         prevent_thread_lock=True,
         quiet=True,
@@ -110,8 +112,8 @@ def _serve(values: Namespace, desk: "Desk", accounts: list[tuple[str, str]]) -> 
     )
     sys.stderr.write(f"the page is at {address} (Ctrl-C ends it)\n")
     sys.stderr.flush()
-    while not ended.wait(_SWEEP_SECONDS):
-        desk.uploads.sweep()
+    while not ended.wait(_CLEANUP_SECONDS):
+        state.uploads.delete_unused()
     page.close(verbose=False)
 
 
@@ -146,18 +148,18 @@ def _open_engine(model: str | None, reader: "ClipReader", values: Namespace) -> 
     return Engine(load_captioner(flags), reader, max_waiting=values.max_waiting, max_seconds=values.max_seconds)
 
 
-def _open_assessor(values: Namespace) -> "Assessor":
+def _open_scorer(values: Namespace) -> "CaptionScorer":
     from salmonn.preference.reward import make_judge, make_llm_client
     from salmonn.score.formats import read_references
-    from salmonn.webui.scorer import Assessor, by_file_name
+    from salmonn.webui.scorer import CaptionScorer, references_by_file_name
 
     config = JudgeConfig(**vars(values.judge))
     references = read_references(values.references).values() if values.references else []
-    return Assessor(
+    return CaptionScorer(
         make_judge(config),
         client=make_llm_client(config) if config.kind == "openai" else None,
         attempts=config.attempts,
-        references=by_file_name(references),
+        references=references_by_file_name(references),
     )
 
 

@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from salmonn.preference.votes import Entry, Take, Vote
+from salmonn.preference.votes import Candidate, LogEntry, Vote
 from salmonn.score.stats import Interval
 
 _Z95 = 1.959964  # of the normal distribution, two-sided 95 %
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A part of a whole, with the interval that the true share lies in 95 times of 100."""
 
     count: int
@@ -30,7 +30,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Match:
+class Matchup:
     """Two models, or two draws of one, and the votes between them.
 
     Args:
@@ -48,9 +48,9 @@ class Match:
     both_bad: int
 
     @property
-    def share(self) -> Share:
+    def share(self) -> Proportion:
         """Of the votes for one of the two, those for the first."""
-        return Share(self.wins, self.wins + self.losses)
+        return Proportion(self.wins, self.wins + self.losses)
 
     @property
     def num_votes(self) -> int:
@@ -59,7 +59,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Results:
+class VoteSummary:
     """What votes say.
 
     Args:
@@ -74,16 +74,16 @@ class Results:
     """
 
     num_votes: int
-    matches: tuple[Match, ...]
-    left: Share
-    agreement: Share
+    matches: tuple[Matchup, ...]
+    left: Proportion
+    agreement: Proportion
     equal_totals: int
     num_pairs: int
     num_edits: int
     num_copies: int
 
 
-def sum_up(votes: Sequence[Vote], log: Iterable[Entry]) -> Results:
+def summarize_votes(votes: Sequence[Vote], log: Iterable[LogEntry]) -> VoteSummary:
     """Sum up votes."""
     decided = [(vote.chosen, vote.rejected) for vote in votes if vote.chosen and vote.rejected]
     totals = [
@@ -93,11 +93,11 @@ def sum_up(votes: Sequence[Vote], log: Iterable[Entry]) -> Results:
     ]
     unlike = [(chosen, rejected) for chosen, rejected in totals if chosen != rejected]
     actions = Counter(entry.action for entry in log)
-    return Results(
+    return VoteSummary(
         num_votes=len(votes),
         matches=_list_matches(votes),
-        left=Share(sum(vote.choice == "first" for vote in votes), len(decided)),
-        agreement=Share(sum(chosen < rejected for chosen, rejected in unlike), len(unlike)),
+        left=Proportion(sum(vote.choice == "first" for vote in votes), len(decided)),
+        agreement=Proportion(sum(chosen < rejected for chosen, rejected in unlike), len(unlike)),
         equal_totals=len(totals) - len(unlike),
         num_pairs=sum(bool(vote.pair) for vote in votes),
         num_edits=actions["edit"],
@@ -105,7 +105,7 @@ def sum_up(votes: Sequence[Vote], log: Iterable[Entry]) -> Results:
     )
 
 
-def _list_matches(votes: Iterable[Vote]) -> tuple[Match, ...]:
+def _list_matches(votes: Iterable[Vote]) -> tuple[Matchup, ...]:
     counts: dict[tuple[str, str], Counter[str]] = {}
     for vote in votes:
         names = sorted([name_of(vote.first), name_of(vote.second)])
@@ -114,15 +114,15 @@ def _list_matches(votes: Iterable[Vote]) -> tuple[Match, ...]:
         outcome = name_of(vote.chosen) if vote.chosen else vote.choice
         counts.setdefault((names[0], names[1]), Counter())[outcome] += 1
     matches = [
-        Match(first, second, count[first], count[second], count["tie"], count["both bad"])
+        Matchup(first, second, count[first], count[second], count["tie"], count["both bad"])
         for (first, second), count in counts.items()
     ]
     return tuple(sorted(matches, key=lambda match: (-match.num_votes, match.first, match.second)))
 
 
-def name_of(take: Take) -> str:
+def name_of(candidate: Candidate) -> str:
     """Who is compared: a model, as it was drawn from."""
-    return f"{take.model}, temperature {take.temperature:g}" if take.temperature else take.model
+    return f"{candidate.model}, temperature {candidate.temperature:g}" if candidate.temperature else candidate.model
 
 
 def wilson(count: int, of: int) -> Interval:

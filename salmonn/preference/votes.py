@@ -6,7 +6,7 @@ A folder of votes holds
 - pairs.jsonl: those that can be trained on, as published conversations of 2+ (data/README.md), which
   `recipes/dpo.py --preferences pairs.jsonl` reads;
 - videos/: the videos of these pairs, named by the hash of their bytes;
-- log.jsonl: votes, copies and edits (`Entry`), as they came.
+- log.jsonl: votes, copies and edits (`LogEntry`), as they came.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ FILES = ("votes.jsonl", "pairs.jsonl", "log.jsonl")
 
 
 @dataclass(frozen=True)
-class Take:
+class Candidate:
     """One of the two captions that a vote is between.
 
     Args:
@@ -76,8 +76,8 @@ class Vote:
 
     date: str
     video: str
-    first: Take
-    second: Take
+    first: Candidate
+    second: Candidate
     choice: Choice
     modality: Modality = "both"
     start_seconds: float | None = None
@@ -88,18 +88,18 @@ class Vote:
     why_no_pair: str = ""
 
     @property
-    def chosen(self) -> Take | None:
+    def chosen(self) -> Candidate | None:
         """The better caption, where one is."""
         return {"first": self.first, "second": self.second}.get(self.choice)
 
     @property
-    def rejected(self) -> Take | None:
+    def rejected(self) -> Candidate | None:
         """The other one, where one is better."""
         return {"first": self.second, "second": self.first}.get(self.choice)
 
 
 @dataclass(frozen=True)
-class Entry:
+class LogEntry:
     """Something that a visitor did.
 
     Args:
@@ -118,7 +118,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Footage:
+class VoteMedia:
     """The video that a vote is about.
 
     Args:
@@ -134,7 +134,7 @@ class Footage:
     reference: str = ""
 
 
-class VoteBox:
+class VoteStore:
     """A folder of votes; several threads, and several pages, may use it.
 
     Args:
@@ -148,7 +148,7 @@ class VoteBox:
             for name in FILES:
                 mend_end(folder / name)
 
-    def cast(self, vote: Vote, footage: Footage) -> Vote:
+    def add(self, vote: Vote, footage: VoteMedia) -> Vote:
         """Keep a vote, its pair where it makes one, and the visitor's words; returns it with what became of it.
 
         Raises:
@@ -174,9 +174,9 @@ class VoteBox:
         """All votes, in order."""
         return self._read("votes.jsonl", Vote)
 
-    def read_log(self) -> list[Entry]:
+    def read_log(self) -> list[LogEntry]:
         """All that was done, in order."""
-        return self._read("log.jsonl", Entry)
+        return self._read("log.jsonl", LogEntry)
 
     def _read(self, name: str, record_type: type[Any]) -> list[Any]:
         path = self.folder / name
@@ -207,9 +207,9 @@ class VoteBox:
             raise
 
     def _log(self, action: Action, video: str, model: str, text: str) -> None:
-        append_record(self.folder / "log.jsonl", Entry(now(), action, video, model, text))
+        append_record(self.folder / "log.jsonl", LogEntry(now(), action, video, model, text))
 
-    def _pair_up(self, vote: Vote, footage: Footage) -> tuple[Vote, dict[str, Any] | None]:
+    def _pair_up(self, vote: Vote, footage: VoteMedia) -> tuple[Vote, dict[str, Any] | None]:
         """Keep the video of a vote that makes a pair; returns the vote with what becomes of it, and the pair."""
         if reason := why_no_pair(vote, footage):
             return replace(vote, why_no_pair=reason), None
@@ -226,7 +226,7 @@ class VoteBox:
         return replace(vote, ground_truth=source, pair=name), item
 
 
-def why_no_pair(vote: Vote, footage: Footage) -> str:
+def why_no_pair(vote: Vote, footage: VoteMedia) -> str:
     """Why a vote is not trained on, in words; "" where it is."""
     if not vote.chosen or not vote.rejected:
         return "neither of the two was preferred"

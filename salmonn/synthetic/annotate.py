@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from salmonn.records import Event, Question, Reference
 from salmonn.synthetic import phrases
 from salmonn.synthetic.phrases import COLOURS, DIRECTIONS, HEARD, MOVE, SHAPES, SOUNDS
-from salmonn.synthetic.scene import Happening, Place, Scene, things_at
+from salmonn.synthetic.scene import Place, Scene, SceneEvent, objects_at
 
 FORMS = {"appear": phrases.APPEAR, "leave": phrases.LEAVE, "blink": phrases.BLINK, "change": phrases.CHANGE}
 # "repeated beeps" takes the forms that do not show the number.
@@ -51,7 +51,7 @@ def write_reference(
     )
 
 
-def write_events(happenings: Sequence[Happening]) -> tuple[Event, ...]:
+def write_events(happenings: Sequence[SceneEvent]) -> tuple[Event, ...]:
     """One event for each happening, in the canonical words."""
     return tuple(
         Event(
@@ -64,7 +64,7 @@ def write_events(happenings: Sequence[Happening]) -> tuple[Event, ...]:
     )
 
 
-def write_caption(happenings: Sequence[Happening], rng: random.Random) -> str:
+def write_caption(happenings: Sequence[SceneEvent], rng: random.Random) -> str:
     """Tell the happenings in the given order, in sentences of one or two clauses."""
     sentences, position = [], 0
     while position < len(happenings):
@@ -80,7 +80,7 @@ def write_caption(happenings: Sequence[Happening], rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def write_human_caption(happenings: Sequence[Happening], rng: random.Random) -> str:
+def write_human_caption(happenings: Sequence[SceneEvent], rng: random.Random) -> str:
     """A caption by somebody in a hurry: a third of the events is left out, sounds most, and some things are wrong."""
     told = [happening for happening in happenings if rng.random() >= LEFT_OUT[happening.kind]]
     told = told or [rng.choice(happenings)]
@@ -112,13 +112,13 @@ def write_questions(scene: Scene, rng: random.Random, *, index: int = 0, number:
     return tuple(questions)
 
 
-def _object(happening: Happening, *, article: str) -> str:
+def _object(happening: SceneEvent, *, article: str) -> str:
     if article == "a" and happening.colour[:1] in "aeiou":
         article = "an"
     return f"{article} {happening.colour} {happening.shape}"
 
 
-def _canonical(happening: Happening) -> str:
+def _canonical(happening: SceneEvent) -> str:
     if happening.kind == "sound":
         return HEARD[0].format(sound=SOUNDS[happening.value][0])
     forms = MOVE[happening.value] if happening.kind == "move" else FORMS[happening.kind]
@@ -127,7 +127,7 @@ def _canonical(happening: Happening) -> str:
     )
 
 
-def _write_clause(happening: Happening, rng: random.Random, *, before: Happening | None) -> str:
+def _write_clause(happening: SceneEvent, rng: random.Random, *, before: SceneEvent | None) -> str:
     if happening.kind == "sound":
         sound = rng.choice(SOUNDS[happening.value])
         return rng.choice(HEARD if sound.startswith("a ") else HEARD_PLURAL).format(sound=sound)
@@ -140,11 +140,11 @@ def _write_clause(happening: Happening, rng: random.Random, *, before: Happening
     return form.format(a=_object(happening, article="a"), the=the, colour=happening.value)
 
 
-def _at_once(happening: Happening, before: Happening) -> bool:
+def _at_once(happening: SceneEvent, before: SceneEvent) -> bool:
     return (happening.kind == "sound") != (before.kind == "sound") and happening.overlaps(before) > 0
 
 
-def _write_opener(happenings: Sequence[Happening], rng: random.Random, *, position: int, size: int) -> str:
+def _write_opener(happenings: Sequence[SceneEvent], rng: random.Random, *, position: int, size: int) -> str:
     if position == 0:
         return rng.choice(("", "", "First, ", "At the start, "))
     if position + size == len(happenings) and size == 1 and rng.random() < 0.5:
@@ -154,27 +154,27 @@ def _write_opener(happenings: Sequence[Happening], rng: random.Random, *, positi
     return rng.choice(OPENERS)
 
 
-def _write_joint(happening: Happening, rng: random.Random, *, before: Happening) -> str:
+def _write_joint(happening: SceneEvent, rng: random.Random, *, before: SceneEvent) -> str:
     if _at_once(happening, before) and rng.random() < 0.5:
         return " while "
     return rng.choice(JOINTS)
 
 
-def _unused_colours(happenings: Sequence[Happening]) -> list[str]:
+def _unused_colours(happenings: Sequence[SceneEvent]) -> list[str]:
     used = {happening.colour for happening in happenings} | {happening.value for happening in happenings}
     return [colour for colour in COLOURS if colour not in used]
 
 
-def _unheard(happenings: Sequence[Happening]) -> list[str]:
+def _unheard(happenings: Sequence[SceneEvent]) -> list[str]:
     return [kind for kind in SOUNDS if kind not in {happening.value for happening in happenings}]
 
 
-def _unmoved(happenings: Sequence[Happening], *, shape: str) -> list[str]:
+def _unmoved(happenings: Sequence[SceneEvent], *, shape: str) -> list[str]:
     moves = {happening.value for happening in happenings if happening.shape == shape and happening.kind == "move"}
     return [direction for direction in DIRECTIONS if direction not in moves]
 
 
-def _misread(happening: Happening) -> Happening:
+def _misread(happening: SceneEvent) -> SceneEvent:
     """The same happening as a hurried watcher takes it; most kinds are plain to see."""
     if happening.kind == "blink":
         return replace(happening, kind="leave")
@@ -183,7 +183,7 @@ def _misread(happening: Happening) -> Happening:
     return happening
 
 
-def _mistake(happening: Happening, rng: random.Random, *, happenings: Sequence[Happening]) -> Happening:
+def _mistake(happening: SceneEvent, rng: random.Random, *, happenings: Sequence[SceneEvent]) -> SceneEvent:
     """The same happening with one detail wrong: what was heard, where to, or a colour."""
     unmoved = _unmoved(happenings, shape=happening.shape)
     if happening.kind == "sound":
@@ -194,7 +194,7 @@ def _mistake(happening: Happening, rng: random.Random, *, happenings: Sequence[H
     return replace(happening, value=colour) if happening.kind == "change" else replace(happening, colour=colour)
 
 
-def _invent(rng: random.Random, *, happenings: Sequence[Happening], after: Happening) -> Happening:
+def _invent(rng: random.Random, *, happenings: Sequence[SceneEvent], after: SceneEvent) -> SceneEvent:
     """Something that is not in the clip, at the time of `after`: a sound, a new object, or a deed of an object."""
     now = replace(after, start_seconds=after.end_seconds)
     shapes = {happening.shape for happening in happenings}
@@ -220,10 +220,10 @@ class _Story:
 
     scene: Scene
 
-    def all(self, *kinds: str) -> list[Happening]:
+    def all(self, *kinds: str) -> list[SceneEvent]:
         return [happening for happening in self.scene.happenings if happening.kind in kinds]
 
-    def deeds(self, shape: str) -> list[Happening]:
+    def deeds(self, shape: str) -> list[SceneEvent]:
         return [happening for happening in self.scene.happenings if happening.shape == shape]
 
 
@@ -279,7 +279,7 @@ def _ask_sound(story: _Story) -> Options:
     return options
 
 
-def _deed(happening: Happening) -> str:
+def _deed(happening: SceneEvent) -> str:
     """Subject without colour and verb, such as "circle moves to the left"."""
     return _canonical(happening).split(happening.colour + " ", maxsplit=1)[1]
 
@@ -302,7 +302,7 @@ def _ask_when(story: _Story) -> Options:
     return early * len(late) + late * len(early) if early and late else early + late
 
 
-def _ask_time(happening: Happening) -> str:
+def _ask_time(happening: SceneEvent) -> str:
     if happening.kind == "sound":
         return f"When is {SOUNDS[happening.value][0]} heard"
     shape, verb, *rest = _deed(happening).split()
@@ -314,7 +314,7 @@ def _ask_where(story: _Story) -> Options:
     options = [
         (f"Where does the {appear.shape} appear?", _place(appear.place, size=size)) for appear in story.all("appear")
     ]
-    for thing in things_at(story.scene, story.scene.duration_seconds):
+    for thing in objects_at(story.scene, story.scene.duration_seconds):
         if len(story.deeds(thing.shape)) > 1:
             options.append((f"Where is the {thing.shape} at the end?", _place(thing.place, size=size)))
     return options

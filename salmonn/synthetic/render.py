@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from salmonn.records import Reference, write_json, write_records
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.phrases import COLOURS
-from salmonn.synthetic.scene import Happening, Scene, SynthConfig, draw_scene, things_at
+from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig, objects_at, sample_scene
 
-__all__ = ["SynthConfig", "describe_clip", "make_clips", "render_frames", "render_sound", "write_video"]
+__all__ = ["SynthConfig", "make_clips", "render_audio", "render_frames", "sample_clip", "write_video"]
 
 LOW_HZ, HIGH_HZ, BEEP_HZ = 250, 1800, 1000
 SWEEP_HZ = (300, 2500)
@@ -64,7 +64,7 @@ def make_clips(
     if bad := [index for index in indices if not 0 <= index < config.clips]:
         raise ValueError(f"clip {bad[0]} is out of range: the config has {config.clips} clips")
     _claim_folder(out_dir, config=config)
-    references = [describe_clip(config, index=index)[1] for index in indices]
+    references = [sample_clip(config, index=index)[1] for index in indices]
     absent = [
         index for index, reference in zip(indices, references, strict=True) if not (out_dir / reference.video).exists()
     ]
@@ -74,9 +74,9 @@ def make_clips(
     return references
 
 
-def describe_clip(config: SynthConfig, *, index: int) -> tuple[Scene, Reference]:
+def sample_clip(config: SynthConfig, *, index: int) -> tuple[Scene, Reference]:
     """Scene and annotation of one clip, without filming it."""
-    scene = draw_scene(random.Random(f"scene {config.seed} {index}"), config=config)
+    scene = sample_scene(random.Random(f"scene {config.seed} {index}"), config=config)
     words = random.Random(f"words {config.seed} {index}")
     video = f"videos/clip_{index:05d}.mp4"
     return scene, write_reference(scene, words, video=video, index=index, num_questions=config.questions)
@@ -92,7 +92,7 @@ def render_frames(scene: Scene, *, config: SynthConfig) -> NDArray[np.uint8]:
     frames = np.empty((number, size, size, 3), dtype=np.uint8)
     drawn: list[object] = []
     for position in range(number):
-        things = [thing for thing in things_at(scene, position / config.fps + 1e-6) if thing.shown]
+        things = [thing for thing in objects_at(scene, position / config.fps + 1e-6) if thing.shown]
         # Most frames repeat the one before.
         if position and things == drawn:
             frames[position] = frames[position - 1]
@@ -105,7 +105,7 @@ def render_frames(scene: Scene, *, config: SynthConfig) -> NDArray[np.uint8]:
     return frames
 
 
-def render_sound(scene: Scene, rng: np.random.Generator, *, config: SynthConfig) -> NDArray[np.float32]:
+def render_audio(scene: Scene, rng: np.random.Generator, *, config: SynthConfig) -> NDArray[np.float32]:
     """Mono sound as (samples,) in -1..1; `rng` draws the noises."""
     rate = config.sample_rate_hz
     sound = scene.hiss * rng.standard_normal(round(scene.duration_seconds * rate))
@@ -184,8 +184,8 @@ def _film_all(
 def _film(indices: Sequence[int], *, out_dir: Path, config: SynthConfig) -> int:
     """Film some clips and return how many."""
     for index in indices:
-        scene, reference = describe_clip(config, index=index)
-        sound = render_sound(scene, np.random.default_rng((config.seed, index)), config=config)
+        scene, reference = sample_clip(config, index=index)
+        sound = render_audio(scene, np.random.default_rng((config.seed, index)), config=config)
         write_video(out_dir / reference.video, render_frames(scene, config=config), sound, config=config)
     return len(indices)
 
@@ -226,7 +226,7 @@ def _inside_polygon(x: Floats, y: Floats, *, corners: list[tuple[float, float]])
     return inside
 
 
-def _wave(happening: Happening, rng: np.random.Generator, *, seconds: Floats) -> Floats:
+def _wave(happening: SceneEvent, rng: np.random.Generator, *, seconds: Floats) -> Floats:
     """One sound at full amplitude over its time axis."""
     kind, length = happening.value, happening.end_seconds - happening.start_seconds
     if kind == "clicks":

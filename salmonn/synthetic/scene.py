@@ -1,6 +1,6 @@
 """What happens in a synthetic clip: coloured shapes that appear, move, blink, change and leave, and sounds.
 
-`draw_scene` draws one consistent story; `wording.py` tells it and `synth.py` films it. Pure Python, so that the
+`sample_scene` draws one consistent story; `wording.py` tells it and `synth.py` films it. Pure Python, so that the
 annotation of a large set costs nothing. Visual happenings follow one another, sounds do too, and the two run
 independently, so that a sound may fall on any visual happening.
 """
@@ -12,8 +12,8 @@ from typing import Literal
 
 from salmonn.synthetic.phrases import COLOURS, DIRECTIONS, SHAPES, SOUNDS
 
-Sight = Literal["appear", "move", "blink", "change", "leave"]
-Kind = Sight | Literal["sound"]
+VisualKind = Literal["appear", "move", "blink", "change", "leave"]
+Kind = VisualKind | Literal["sound"]
 Place = tuple[int, int]
 Colour = tuple[int, int, int]
 
@@ -67,7 +67,7 @@ class SynthConfig:
     max_shapes: int = 3
     questions: int = 3
     # Moving has four forms to learn.
-    kinds: tuple[Sight, ...] = ("appear", "move", "move", "blink", "change", "leave")
+    kinds: tuple[VisualKind, ...] = ("appear", "move", "move", "blink", "change", "leave")
 
     def __post_init__(self) -> None:
         if self.clips < 0 or self.seed < 0 or self.fps < 1:
@@ -95,7 +95,7 @@ class SynthConfig:
 
 
 @dataclass(frozen=True)
-class Happening:
+class SceneEvent:
     """One thing that happens.
 
     Args:
@@ -119,7 +119,7 @@ class Happening:
     level: float = 0.4
     pitch: float = 1.0
 
-    def overlaps(self, other: "Happening") -> float:
+    def overlaps(self, other: "SceneEvent") -> float:
         """Seconds for which both go on; negative is the gap between them."""
         return min(self.end_seconds, other.end_seconds) - max(self.start_seconds, other.start_seconds)
 
@@ -138,7 +138,7 @@ class Scene:
     """
 
     duration_seconds: float
-    happenings: tuple[Happening, ...]
+    happenings: tuple[SceneEvent, ...]
     diameter: int = 28
     background: tuple[Colour, Colour] = ((40, 40, 40), (70, 70, 70))
     hiss: float = 0.0
@@ -146,7 +146,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """An object as it stands at one moment; `shown` is False in the dark phases of blinking."""
 
     shape: str
@@ -155,7 +155,7 @@ class Thing:
     shown: bool = True
 
 
-def draw_scene(rng: random.Random, *, config: SynthConfig) -> Scene:
+def sample_scene(rng: random.Random, *, config: SynthConfig) -> Scene:
     """Draw a story that fits its duration.
 
     Raises:
@@ -176,15 +176,15 @@ def draw_scene(rng: random.Random, *, config: SynthConfig) -> Scene:
     )
 
 
-def things_at(scene: Scene, seconds: float) -> list[Thing]:
+def objects_at(scene: Scene, seconds: float) -> list[SceneObject]:
     """The objects on stage at a moment, in the order in which they appeared."""
-    things: dict[str, Thing] = {}
+    things: dict[str, SceneObject] = {}
     for happening in scene.happenings:
         since = seconds - happening.start_seconds
         if since < 0 or happening.kind == "sound":
             continue
         if happening.kind == "appear":
-            things[happening.shape] = Thing(happening.shape, happening.colour, happening.place)
+            things[happening.shape] = SceneObject(happening.shape, happening.colour, happening.place)
         elif happening.kind == "leave":
             del things[happening.shape]
         else:
@@ -192,7 +192,7 @@ def things_at(scene: Scene, seconds: float) -> list[Thing]:
     return list(things.values())
 
 
-def _act(thing: Thing, *, happening: Happening, since: float) -> Thing:
+def _act(thing: SceneObject, *, happening: SceneEvent, since: float) -> SceneObject:
     length = happening.end_seconds - happening.start_seconds
     if happening.kind == "change":
         return replace(thing, colour=happening.value)
@@ -233,7 +233,7 @@ def _spread(rng: random.Random, *, needs: Sequence[float], total: float) -> list
     return starts
 
 
-def _draw_visual(rng: random.Random, *, duration: float, diameter: int, config: SynthConfig) -> list[Happening] | None:
+def _draw_visual(rng: random.Random, *, duration: float, diameter: int, config: SynthConfig) -> list[SceneEvent] | None:
     number = rng.randint(config.min_visual, config.max_visual)
     num_shapes = rng.randint(min(2, config.max_shapes), config.max_shapes)
     stage = _Stage(rng, config=config, diameter=diameter, shapes=rng.sample(SHAPES, min(num_shapes, number)))
@@ -257,14 +257,14 @@ def _draw_visual(rng: random.Random, *, duration: float, diameter: int, config: 
     ]
 
 
-def _draw_sounds(rng: random.Random, *, duration: float, config: SynthConfig) -> list[Happening] | None:
+def _draw_sounds(rng: random.Random, *, duration: float, config: SynthConfig) -> list[SceneEvent] | None:
     kinds = rng.sample(list(SOUNDS), rng.randint(config.min_sounds, config.max_sounds))
     lengths = [rng.uniform(0.8, 1.6) for _ in kinds]
     starts = _spread(rng, needs=[length + QUIET_SECONDS for length in lengths], total=duration)
     if starts is None:
         return None
     return [
-        Happening(
+        SceneEvent(
             "sound",
             round(start, 2),
             round(start + length, 2),
@@ -291,25 +291,25 @@ class _Stage:
         self.present: dict[str, tuple[str, Place]] = {}
         self.done: set[tuple[str, str, str]] = set()
 
-    def play(self, *, must_appear: bool) -> Happening | None:
+    def play(self, *, must_appear: bool) -> SceneEvent | None:
         """The next happening, or None where nothing can be done."""
-        drawn: Sequence[Sight] = ["appear"] if must_appear else self.rng.sample(self.kinds, len(self.kinds))
+        drawn: Sequence[VisualKind] = ["appear"] if must_appear else self.rng.sample(self.kinds, len(self.kinds))
         for kind in drawn:
             happening = self._appear() if kind == "appear" else self._perform(kind)
             if happening:
                 return happening
         return None
 
-    def _appear(self) -> Happening | None:
+    def _appear(self) -> SceneEvent | None:
         for _ in range(50 if self.waiting else 0):
             place = (self.rng.choice(self.grid), self.rng.choice(self.grid))
             if all(self._apart(place, other) for _, other in self.present.values()):
                 shape, colour = self.waiting.pop(0), self.colours.pop()
                 self.present[shape] = (colour, place)
-                return Happening("appear", 0, 0, shape=shape, colour=colour, place=place)
+                return SceneEvent("appear", 0, 0, shape=shape, colour=colour, place=place)
         return None
 
-    def _perform(self, kind: Kind) -> Happening | None:
+    def _perform(self, kind: Kind) -> SceneEvent | None:
         options = [
             (shape, value)
             for shape in self.present
@@ -327,7 +327,7 @@ class _Stage:
                 self.colours.remove(value)
             if kind == "leave":
                 del self.present[shape]
-            return Happening(kind, 0, 0, shape=shape, colour=colour, value=value, place=target)
+            return SceneEvent(kind, 0, 0, shape=shape, colour=colour, value=value, place=target)
         return None
 
     def _values(self, kind: Kind) -> list[str]:

@@ -328,7 +328,7 @@ def print_budget(plan: Budget, *, title: str, side_by_side: int = 1) -> None:
         return
     console = Console(width=100)
     console.print(_parameter_table(plan, title))
-    console.print(describe_clip(plan), highlight=False)
+    console.print(sample_clip(plan), highlight=False)
     longest = plan.config.max_new_tokens
     memories = {
         "training": plan.training(checkpointed=False),
@@ -340,7 +340,7 @@ def print_budget(plan: Budget, *, title: str, side_by_side: int = 1) -> None:
     console.print(_memory_table(plan, memories))
 
 
-def describe_clip(plan: Budget) -> str:
+def sample_clip(plan: Budget) -> str:
     """The clip's way to tokens, and what is assumed, in sentences."""
     shape, work, media = plan.shape, plan.work, plan.media
     of_frames = "no picture"

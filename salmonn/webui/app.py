@@ -8,10 +8,10 @@ from typing import Any
 
 import gradio as gr
 
-from salmonn.webui.caption_tab import DescribeTab
+from salmonn.webui.caption_tab import CaptionTab
 from salmonn.webui.compare_tab import CompareTab
 from salmonn.webui.results_tab import add_results, add_runs
-from salmonn.webui.session import Desk
+from salmonn.webui.session import AppState
 
 HERE = Path(__file__).parent
 TITLE = "salmonn"
@@ -20,7 +20,7 @@ SANS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Helvetica Neue",
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
 
 
-def build_page(desk: Desk, *, run: Path | None = None, notes: Sequence[str] = ()) -> gr.Blocks:
+def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] = ()) -> gr.Blocks:
     """Lay out the page.
 
     Args:
@@ -32,11 +32,11 @@ def build_page(desk: Desk, *, run: Path | None = None, notes: Sequence[str] = ()
         gr.HTML(_head(notes), elem_id="head", padding=False)
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Caption", id="describe", elem_id="tab-describe"):
-                describing = DescribeTab(desk)
+                describing = CaptionTab(state)
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
-                comparing = CompareTab(desk)
+                comparing = CompareTab(state)
             with gr.Tab("Results", id="results") as results:
-                add_results(results, desk.box)
+                add_results(results, state.votes)
             with gr.Tab("Runs", id="runs") as runs:
                 add_runs(runs, run)
 
@@ -44,7 +44,7 @@ def build_page(desk: Desk, *, run: Path | None = None, notes: Sequence[str] = ()
             visitor = str(request.session_hash)
             for tab in (describing, comparing):
                 tab.turns.end(visitor)
-            desk.uploads.leave(visitor)
+            state.uploads.leave(visitor)
 
         page.unload(leave)
     return page

@@ -16,8 +16,8 @@ from salmonn.records import Caption, Reference
 from salmonn.webui.controls import QUIET, add_controls, add_wanted, require_words
 from salmonn.webui.rendering import show_caption, show_empty, show_findings, show_marked, show_trouble
 from salmonn.webui.scorer import read_reference
-from salmonn.webui.session import Desk, Turn, Turns, sign, tell
-from salmonn.webui.sight import add_sight
+from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, tell, to_caption
+from salmonn.webui.sight import video_input
 
 logger = logging.getLogger(__name__)
 READING, WRITING = "Watching and listening", "Writing"
@@ -38,16 +38,16 @@ COPY = "(shown) => { window.salmonn.copy('#answer .caption'); return [shown]; }"
 Update = dict[Any, Any]
 
 
-class DescribeTab:
+class CaptionTab:
     """Lays the tab out and answers its visitors.
 
     Args:
         desk: what it works with.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-        self.turns = Turns()
+    def __init__(self, state: AppState) -> None:
+        self.state = state
+        self.turns = ActiveRequests()
         with gr.Row(elem_classes=["bench"], equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._add_question()
@@ -63,17 +63,17 @@ class DescribeTab:
 
     def _add_question(self) -> None:
         """The video, and what is asked of it."""
-        desk = self.desk
-        self.video = add_sight(desk, place="describe")
-        several = len(desk.engines) > 1
+        state = self.state
+        self.video = video_input(state, place="describe")
+        several = len(state.engines) > 1
         self.model = gr.Radio(
-            list(desk.engines), value=desk.first, label="Model", visible=several, elem_classes=["pills"]
+            list(state.engines), value=state.first, label="Model", visible=several, elem_classes=["pills"]
         )
         asked = add_wanted()
         with gr.Row(elem_classes=["deeds"]):
             self.start = gr.Button("Describe", variant="primary", elem_id="describe", scale=3)
             self.stop = gr.Button("Stop", elem_id="stop", visible=False, scale=1)
-        self.controls = add_controls(asked, desk.engines[desk.first].captioner, temperature=0.0)
+        self.controls = add_controls(asked, state.engines[state.first].captioner, temperature=0.0)
         with gr.Accordion("Reference, to score against", open=False, elem_classes=["fold"]):
             self.reference = gr.Textbox(
                 label="Reference", info=REFERENCE_HINT, lines=4, max_lines=12, elem_id="reference"
@@ -100,7 +100,7 @@ class DescribeTab:
         try:
             query = self.controls.query(values, path)
             pasted = require_words(values[self.reference] or "", name="the reference")
-            reference = read_reference(pasted, video=path.name) or self.desk.reference_of(path)
+            reference = read_reference(pasted, video=path.name) or self.state.reference_of(path)
             caption = yield from self._stream(query, model, turn)
             if caption and not turn.is_stopped and query.prompt is None:  # of own questions there are no events
                 yield self._tell(caption, reference, query, turn)
@@ -110,21 +110,21 @@ class DescribeTab:
         # By itself and last: whatever else became of it, the visitor can go on.
         yield self._ready()
 
-    def _tell(self, caption: Caption, reference: Reference | None, query: Query, turn: Turn) -> Update:
+    def _tell(self, caption: Caption, reference: Reference | None, query: Query, turn: ActiveRequest) -> Update:
         """What is found in a caption."""
-        found = self.desk.assessor.assess(caption, reference, modality=query.modality)
+        found = self.state.scorer.analyze(caption, reference, modality=query.modality)
         if turn.is_over:
             return self._ready()
         return {
             self.answer: show_marked(found),
-            self.findings: show_findings(found, judge=self.desk.assessor.judge.name),
+            self.findings: show_findings(found, judge=self.state.scorer.judge.name),
         }
 
-    def _stream(self, query: Query, model: str, turn: Turn) -> Generator[Update, None, Caption | None]:
+    def _stream(self, query: Query, model: str, turn: ActiveRequest) -> Generator[Update, None, Caption | None]:
         """The caption as it grows; returns it as far as it came, None where nobody looks at it any more."""
         text, answer, told_at, seconds, begin = "", None, 0.0, 0.0, time.monotonic()
         yield self._begin()
-        with closing(self.desk.follow(query, [model])) as coming:
+        with closing(self.state.stream_answers(query, [model])) as coming:
             for come in coming:
                 seconds = time.monotonic() - begin
                 if turn.is_stopped or turn.is_over:
@@ -138,7 +138,7 @@ class DescribeTab:
                     yield {self.answer: show_caption(text, growing=True), self.status: _state(WRITING)}
         if turn.is_over:
             return None
-        caption = sign(query, answer or Answer(text.strip(), finished=False), model)
+        caption = to_caption(query, answer or Answer(text.strip(), finished=False), model)
         yield self._whole(caption, f"{'' if answer else 'stopped, '}{seconds:.1f} s", is_whole=answer is not None)
         return caption
 
@@ -186,7 +186,7 @@ class DescribeTab:
         if shown is None:
             return ""
         try:
-            self.desk.box.log_copy(video=shown.video, model=shown.model, text=shown.text)
+            self.state.votes.log_copy(video=shown.video, model=shown.model, text=shown.text)
         except OSError as error:  # the browser has copied it all the same
             logger.warning("a copy could not be logged: %s", error)
         return "Copied."

@@ -15,13 +15,13 @@ import gradio as gr
 from salmonn.caption.engine import Busy, Query
 from salmonn.caption.probe import Outline
 from salmonn.caption.streaming import Answer
-from salmonn.preference.votes import Choice, Footage, Take, Vote, now
+from salmonn.preference.votes import Candidate, Choice, Vote, VoteMedia, now
 from salmonn.records import Reference, Score
 from salmonn.webui.controls import QUIET, add_controls, add_wanted, require_words
 from salmonn.webui.rendering import show_empty, show_side, show_trouble
 from salmonn.webui.scorer import right_caption
-from salmonn.webui.session import Desk, Turn, Turns, draw_seed, sign, tell
-from salmonn.webui.sight import add_sight
+from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, random_seed, tell, to_caption
+from salmonn.webui.sight import video_input
 
 EMPTY = show_empty("Two captions, side by side", "Choose an example or drop a video, then press Compare.")
 CHOICES: Mapping[Choice, str] = {
@@ -38,19 +38,19 @@ Update = dict[Any, Any]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ScoredCandidate:
     """A caption with its score, where there is a reference."""
 
-    take: Take
+    candidate: Candidate
     score: Score | None = None
 
 
 @dataclass(eq=False)
-class Duel:
+class ComparisonState:
     """What is compared; `claim` lets one vote through."""
 
-    first: Drawn
-    second: Drawn
+    first: ScoredCandidate
+    second: ScoredCandidate
     query: Query
     outline: Outline
     reference: Reference | None
@@ -60,7 +60,7 @@ class Duel:
         """Whether nobody has voted on it yet."""
         return self._free.acquire(blocking=False)
 
-    def __deepcopy__(self, memo: object) -> "Duel":
+    def __deepcopy__(self, memo: object) -> "ComparisonState":
         return self  # Gradio may copy what a visitor's state holds: the vote is one all the same
 
 
@@ -71,20 +71,20 @@ class CompareTab:
         desk: what it works with.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-        self.matches = list_matches(list(desk.engines))
-        self.turns = Turns()
+    def __init__(self, state: AppState) -> None:
+        self.state = state
+        self.matches = list_matches(list(state.engines))
+        self.turns = ActiveRequests()
         with gr.Row(elem_classes=["bench"], equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                self.video = add_sight(desk, place="compare")
+                self.video = video_input(state, place="compare")
                 self.match = gr.Radio(
                     list(self.matches), value=next(iter(self.matches)), label="Compare",
                     visible=len(self.matches) > 1, elem_classes=["pills"],
                 )  # fmt: skip
                 asked = add_wanted()
                 self.start = gr.Button("Compare", variant="primary", elem_id="compare")
-                captioner = desk.engines[desk.first].captioner
+                captioner = state.engines[state.first].captioner
                 self.controls = add_controls(asked, captioner, temperature=0.8, is_seeded=False)
             with gr.Column(scale=6, min_width=320):
                 self._add_ballot()
@@ -136,7 +136,7 @@ class CompareTab:
         turn = self.turns.begin(visitor, path)
         try:
             models = self.matches[values[self.match]]
-            query = replace(self.controls.query(values, path), seed=draw_seed())
+            query = replace(self.controls.query(values, path), seed=random_seed())
             if models[0] == models[1] and query.sampling and not query.sampling.temperature:
                 raise ValueError(
                     "two draws of one model are the same at temperature 0: raise it under Span and sampling"
@@ -148,15 +148,17 @@ class CompareTab:
             if not turn.is_over:
                 yield self._fail(tell(error, path))
         if duel and not turn.is_over:
-            self.desk.uploads.hold(visitor, "duel", path)  # until the vote, whatever is chosen meanwhile
+            self.state.uploads.hold(visitor, "duel", path)  # until the vote, whatever is chosen meanwhile
             yield self._show(duel)
         # By itself and last: whatever else became of it, the visitor can go on.
         yield {self.start: gr.update(interactive=True)}
 
-    def _draw(self, query: Query, models: tuple[str, str], turn: Turn) -> Generator[Update, None, Duel | None]:
+    def _draw(
+        self, query: Query, models: tuple[str, str], turn: ActiveRequest
+    ) -> Generator[Update, None, ComparisonState | None]:
         """Tells that it goes on; returns what is to be compared, None where nobody looks at it any more."""
         answers: dict[int, Answer] = {}
-        with closing(self.desk.follow(query, models)) as coming:
+        with closing(self.state.stream_answers(query, models)) as coming:
             for come in coming:
                 if turn.is_over:
                     return None
@@ -166,30 +168,30 @@ class CompareTab:
                     answers[come[0]] = come[1].answer
         return self._set_up(query, [(model, answers[place]) for place, model in enumerate(models)])
 
-    def _set_up(self, query: Query, answers: Sequence[tuple[str, Answer]]) -> Duel:
+    def _set_up(self, query: Query, answers: Sequence[tuple[str, Answer]]) -> ComparisonState:
         """The captions with their scores, on sides that are drawn."""
-        outline = self.desk.look_at(query.path, model=answers[0][0])
-        reference = self.desk.reference_of(query.path) if query.prompt is None else None
+        outline = self.state.look_at(query.path, model=answers[0][0])
+        reference = self.state.reference_of(query.path) if query.prompt is None else None
         is_twice = answers[0][0] == answers[1][0]
         drawn = [
             self._score(model, answer, replace(query, seed=query.seed + number * is_twice), reference)
             for number, (model, answer) in enumerate(answers)
         ]
         random.SystemRandom().shuffle(drawn)
-        return Duel(drawn[0], drawn[1], query, outline, reference)
+        return ComparisonState(drawn[0], drawn[1], query, outline, reference)
 
-    def _score(self, model: str, answer: Answer, query: Query, reference: Reference | None) -> Drawn:
+    def _score(self, model: str, answer: Answer, query: Query, reference: Reference | None) -> ScoredCandidate:
         """A caption, scored where there is a reference."""
         assert query.sampling is not None
-        prompt = query.prompt or self.desk.engines[model].captioner.default_prompt(query.modality)
-        take = Take(model, answer.text, prompt, answer.finished, query.sampling.temperature, query.seed)
+        prompt = query.prompt or self.state.engines[model].captioner.default_prompt(query.modality)
+        candidate = Candidate(model, answer.text, prompt, answer.finished, query.sampling.temperature, query.seed)
         if reference is None:
-            return Drawn(take)
+            return ScoredCandidate(candidate)
         try:
-            _, score = self.desk.assessor.score(sign(query, answer, model), reference, modality=query.modality)
+            _, score = self.state.scorer.score(to_caption(query, answer, model), reference, modality=query.modality)
         except ValueError:  # a vote counts without a score too
-            return Drawn(take)
-        return Drawn(replace(take, total=score.total), score)
+            return ScoredCandidate(candidate)
+        return ScoredCandidate(replace(candidate, total=score.total), score)
 
     def _voter(self, choice: Choice) -> Callable[..., Update]:
         # Gradio hands a request to functions alone that name it, which a partial does not.
@@ -200,31 +202,31 @@ class CompareTab:
 
     def vote(self, choice: Choice, values: Mapping[Any, Any], *, visitor: str) -> Update:
         """Keep a vote, then tell whose captions these are."""
-        duel: Duel | None = values[self.duel]
+        duel: ComparisonState | None = values[self.duel]
         if duel is None:
             return self._fail("the captions are gone: press Compare again")
         try:
             edit = require_words(values[self.edit] or "", name="what you wrote").strip()
-            for engine in self.desk.engines.values():
+            for engine in self.state.engines.values():
                 engine.captioner.processor.check(edit)  # words that no model may be taught
         except ValueError as error:
             return {self.status: show_trouble(str(error).replace("the prompt", "what you wrote"))}
         if not duel.claim():
             return {self.status: '<p class="lead">Your vote was counted already.</p>'}
         query = duel.query
-        may_keep = bool(values[self.consent]) or self.desk.example_of(query.path) is not None
+        may_keep = bool(values[self.consent]) or self.state.example_of(query.path) is not None
         span = query.span
         vote = Vote(
-            now(), query.path.name, duel.first.take, duel.second.take, choice, query.modality,
+            now(), query.path.name, duel.first.candidate, duel.second.candidate, choice, query.modality,
             span.start_seconds if span else None, span.end_seconds if span else None, edit,
         )  # fmt: skip
         known = right_caption(duel.reference, query.modality) if duel.reference else ""
         try:
-            vote = self.desk.box.cast(vote, Footage(query.path, duel.outline, may_keep, known))
+            vote = self.state.votes.add(vote, VoteMedia(query.path, duel.outline, may_keep, known))
         except OSError as error:
             return self._fail(f"the vote could not be kept: {tell(error, query.path)}")
         finally:
-            self.desk.uploads.hold(visitor, "duel", None)
+            self.state.uploads.hold(visitor, "duel", None)
         return self._reveal(duel, vote)
 
     def _begin(self) -> Update:
@@ -233,25 +235,25 @@ class CompareTab:
             self.start: gr.update(interactive=False),
         }
 
-    def _show(self, duel: Duel) -> Update:
-        is_own = self.desk.example_of(duel.query.path) is None
+    def _show(self, duel: ComparisonState) -> Update:
+        is_own = self.state.example_of(duel.query.path) is None
         return {
             self.status: ASKED,
-            self.first: gr.update(value=show_side("A", duel.first.take.text), visible=True),
-            self.second: gr.update(value=show_side("B", duel.second.take.text), visible=True),
+            self.first: gr.update(value=show_side("A", duel.first.candidate.text), visible=True),
+            self.second: gr.update(value=show_side("B", duel.second.candidate.text), visible=True),
             self.ballot: gr.update(visible=True),
             self.consent: gr.update(visible=is_own, value=False),
             self.duel: duel,
             self.start: gr.update(interactive=True),
         }
 
-    def _reveal(self, duel: Duel, vote: Vote) -> Update:
+    def _reveal(self, duel: ComparisonState, vote: Vote) -> Update:
         sides = {}
         for letter, name, component in (("A", "first", self.first), ("B", "second", self.second)):
-            drawn: Drawn = getattr(duel, name)
-            who = f"{drawn.take.model}, temperature {drawn.take.temperature:g}"
+            drawn: ScoredCandidate = getattr(duel, name)
+            who = f"{drawn.candidate.model}, temperature {drawn.candidate.temperature:g}"
             sides[component] = show_side(
-                letter, drawn.take.text, who=who, score=drawn.score, is_choice=vote.choice == name
+                letter, drawn.candidate.text, who=who, score=drawn.score, is_choice=vote.choice == name
             )
         return {
             **sides,
@@ -297,5 +299,5 @@ def tell_vote(vote: Vote) -> str:
     return f"Your vote is kept, as a pair to train on, with {whose[vote.ground_truth]} for the truth."
 
 
-def _words_of(side: str, duel: Duel | None) -> str:
-    return getattr(duel, side).take.text if duel else ""
+def _words_of(side: str, duel: ComparisonState | None) -> str:
+    return getattr(duel, side).candidate.text if duel else ""

@@ -6,11 +6,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from salmonn.preference.vote_results import Results
+from salmonn.preference.vote_results import VoteSummary
 from salmonn.records import Event, Score
 from salmonn.score.highlight import highlight_caption
 from salmonn.templates import open_template
-from salmonn.webui.scorer import Assessment
+from salmonn.webui.scorer import CaptionAnalysis
 
 _DASH = "\N{EN DASH}"
 
@@ -35,14 +35,14 @@ def show_caption(text: str, *, growing: bool = False, finished: bool = True) -> 
     return str(_macros().caption(text, growing, not (finished or growing)))
 
 
-def show_marked(found: Assessment) -> str:
+def show_marked(found: CaptionAnalysis) -> str:
     """A caption, marked by its score where it has one."""
     if found.score is None:
         return show_caption(found.caption.text, finished=found.caption.finished)
     return str(_macros().marked(highlight_caption(found.caption.text, found.score), not found.caption.finished))
 
 
-def show_findings(found: Assessment, *, judge: str) -> str:
+def show_findings(found: CaptionAnalysis, *, judge: str) -> str:
     """The score and the events of a caption, and why one of them is not there."""
     parts = [_macros().notes(found.notes)]
     if found.score and found.reference:
@@ -72,7 +72,7 @@ def show_side(letter: str, text: str, *, who: str = "", score: Score | None = No
     return str(_macros().side(letter, text, who, score, is_choice))
 
 
-def show_results(summary: Results, *, folder: Path) -> str:
+def show_results(summary: VoteSummary, *, folder: Path) -> str:
     """What all votes say."""
     return str(_macros().results(summary, folder.name))
 

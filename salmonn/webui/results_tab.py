@@ -6,8 +6,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from salmonn.preference.vote_results import sum_up
-from salmonn.preference.votes import VoteBox
+from salmonn.preference.vote_results import summarize_votes
+from salmonn.preference.votes import VoteStore
 from salmonn.train.plots import write_page
 from salmonn.train.run_log import read_run
 from salmonn.webui.controls import QUIET
@@ -36,13 +36,13 @@ def draw_run(run: Path | None) -> str:
         return show_trouble(f"{tell(error, run)}. Press Refresh when it has written something")
 
 
-def draw_results(box: VoteBox) -> str:
+def draw_results(store: VoteStore) -> str:
     """What the votes say, or where to vote."""
     try:
-        votes = box.read()
-        return show_results(sum_up(votes, box.read_log()), folder=box.folder) if votes else NO_VOTES
+        votes = store.read()
+        return show_results(summarize_votes(votes, store.read_log()), folder=store.folder) if votes else NO_VOTES
     except (ValueError, OSError) as error:
-        return show_trouble(f"the votes cannot be read: {tell(error, box.folder)}")
+        return show_trouble(f"the votes cannot be read: {tell(error, store.folder)}")
 
 
 def add_runs(tab: gr.Tab, run: Path | None) -> None:
@@ -56,12 +56,12 @@ def add_runs(tab: gr.Tab, run: Path | None) -> None:
         tab.select(lambda: draw_run(run), None, frame, **LOOK)
 
 
-def add_results(tab: gr.Tab, box: VoteBox) -> None:
+def add_results(tab: gr.Tab, store: VoteStore) -> None:
     """Lay out the tab of the votes."""
     refresh = gr.Button("Refresh", size="sm", elem_id="refresh-results", elem_classes=["refresh"])
     frame = gr.HTML(NO_VOTES, elem_id="results")
-    refresh.click(lambda: draw_results(box), None, frame, **LOOK)
-    tab.select(lambda: draw_results(box), None, frame, **LOOK)
+    refresh.click(lambda: draw_results(store), None, frame, **LOOK)
+    tab.select(lambda: draw_results(store), None, frame, **LOOK)
 
 
 LOOK = QUIET | {"show_progress": "minimal"}

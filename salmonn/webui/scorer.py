@@ -17,7 +17,7 @@ HINT = 'write {"events": [{"text": "a dog barks", "modality": "audio"}]}, or one
 
 
 @dataclass(frozen=True)
-class Assessment:
+class CaptionAnalysis:
     """What was found in a caption.
 
     Args:
@@ -35,7 +35,7 @@ class Assessment:
     notes: tuple[str, ...] = ()
 
 
-class Assessor:
+class CaptionScorer:
     """Lists events and scores captions by one judge.
 
     Args:
@@ -58,9 +58,9 @@ class Assessor:
         self._client = client
         self._attempts = attempts
 
-    def assess(self, caption: Caption, reference: Reference | None, *, modality: Modality = "both") -> Assessment:
+    def analyze(self, caption: Caption, reference: Reference | None, *, modality: Modality = "both") -> CaptionAnalysis:
         """List the events of a caption; score it where there is a reference."""
-        found = Assessment(caption)
+        found = CaptionAnalysis(caption)
         if not caption.text.strip():
             return replace(found, notes=("The caption is empty: there is nothing to find in it.",))
         try:
@@ -116,7 +116,7 @@ def right_caption(reference: Reference, modality: Modality) -> str:
     }[modality]
 
 
-def by_file_name(references: Iterable[Reference]) -> dict[str, Reference]:
+def references_by_file_name(references: Iterable[Reference]) -> dict[str, Reference]:
     """References by the names of their files; a name that two folders have stands for neither."""
     named: dict[str, list[Reference]] = {}
     for reference in references:

@@ -19,11 +19,11 @@ from salmonn.caption.captioner import Span
 from salmonn.caption.engine import Engine, Query
 from salmonn.caption.probe import Outline, look_at
 from salmonn.caption.streaming import Answer, Piece
-from salmonn.preference.votes import VoteBox
+from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption, Reference
-from salmonn.synthetic.render import describe_clip, make_clips, render_frames
+from salmonn.synthetic.render import make_clips, render_frames, sample_clip
 from salmonn.synthetic.scene import SynthConfig
-from salmonn.webui.scorer import Assessor
+from salmonn.webui.scorer import CaptionScorer
 
 logger = logging.getLogger(__name__)
 Come = tuple[int, Piece | Exception]
@@ -35,7 +35,7 @@ EXAMPLES = SynthConfig(clips=4, seed=20_270, size_pixels=288)
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleClip:
     """A clip that comes with the page.
 
     Args:
@@ -49,21 +49,21 @@ class Example:
     reference: Reference
 
 
-def make_examples(folder: Path, config: SynthConfig = EXAMPLES) -> list[Example]:
+def make_example_clips(folder: Path, config: SynthConfig = EXAMPLES) -> list[ExampleClip]:
     """Film the examples; those that are there already stay."""
     examples = []
     for index, reference in enumerate(make_clips(folder, config, workers=1)):
         path = folder / reference.video
         still = path.with_suffix(".png")
-        frames = render_frames(describe_clip(config, index=index)[0], config=config)
+        frames = render_frames(sample_clip(config, index=index)[0], config=config)
         # The fullest frame, as the first one is empty.
         fullest = max(frames[::5], key=lambda frame: abs(frame.astype(int) - frames[0]).sum())
         Image.fromarray(fullest).save(still)
-        examples.append(Example(path, still, reference))
+        examples.append(ExampleClip(path, still, reference))
     return examples
 
 
-class Uploads:
+class UploadStore:
     """Files that visitors hold; one is deleted when the last of those who hold it lets it go.
 
     Args:
@@ -125,7 +125,7 @@ class Uploads:
         with self._lock:
             self._num_coming -= num_bytes
 
-    def sweep(self) -> None:
+    def delete_unused(self) -> None:
         """Delete what nobody holds and nothing was written to for a while, such as the half of an upload."""
         then = time.time() - KEEP_SECONDS
         with self._lock:
@@ -146,7 +146,7 @@ class Uploads:
 
 
 @dataclass(eq=False)
-class Turn:
+class ActiveRequest:
     """A question of a visitor that is being answered.
 
     Args:
@@ -160,16 +160,16 @@ class Turn:
     is_over: bool = False
 
 
-class Turns:
+class ActiveRequests:
     """The question of each visitor that is being answered in one tab; the one before is over."""
 
     def __init__(self) -> None:
-        self._latest: dict[str, Turn] = {}
+        self._latest: dict[str, ActiveRequest] = {}
 
-    def begin(self, visitor: str, path: Path) -> Turn:
+    def begin(self, visitor: str, path: Path) -> ActiveRequest:
         """A new question."""
         self.end(visitor)
-        turn = self._latest[visitor] = Turn(path)
+        turn = self._latest[visitor] = ActiveRequest(path)
         return turn
 
     def stop(self, visitor: str) -> None:
@@ -195,7 +195,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Desk:
+class AppState:
     """What the tabs work with.
 
     Args:
@@ -207,26 +207,26 @@ class Desk:
     """
 
     engines: Mapping[str, Engine]
-    assessor: Assessor
-    box: VoteBox
-    examples: Sequence[Example]
-    uploads: Uploads
+    scorer: CaptionScorer
+    votes: VoteStore
+    examples: Sequence[ExampleClip]
+    uploads: UploadStore
 
     @property
     def first(self) -> str:
         """Name of the model that is asked unless another is chosen."""
         return next(iter(self.engines))
 
-    def example_of(self, path: Path) -> Example | None:
+    def example_of(self, path: Path) -> ExampleClip | None:
         """The example that a file is; None of a visitor's own."""
         return next((example for example in self.examples if example.path.resolve() == path.resolve()), None)
 
     def reference_of(self, path: Path) -> Reference | None:
         """What is known of a file: an example's reference, or that of a video of its name."""
         example = self.example_of(path)
-        return example.reference if example else self.assessor.references.get(path.name)
+        return example.reference if example else self.scorer.references.get(path.name)
 
-    def follow(self, query: Query, models: Sequence[str]) -> Generator[tuple[int, Piece] | None, None, None]:
+    def stream_answers(self, query: Query, models: Sequence[str]) -> Generator[tuple[int, Piece] | None, None, None]:
         """Ask models, each of which gives one answer, or several where it stands there several times.
 
         Yields:
@@ -292,7 +292,7 @@ def tell(error: Exception, path: Path) -> str:
     return str(error).replace(f"{path}: ", "").replace(str(path), path.name)
 
 
-def sign(query: Query, answer: Answer, model: str) -> Caption:
+def to_caption(query: Query, answer: Answer, model: str) -> Caption:
     """An answer as a record."""
     span = query.span or Span()
     return Caption(
@@ -306,6 +306,6 @@ def sign(query: Query, answer: Answer, model: str) -> Caption:
     )
 
 
-def draw_seed() -> int:
+def random_seed() -> int:
     """A seed that nobody chose."""
     return random.SystemRandom().randrange(1 << 31)

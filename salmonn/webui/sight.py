@@ -5,10 +5,10 @@ from pathlib import Path
 import gradio as gr
 
 from salmonn.webui.controls import QUIET
-from salmonn.webui.session import Desk
+from salmonn.webui.session import AppState
 
 
-def add_sight(desk: Desk, *, place: str) -> gr.Video:
+def video_input(state: AppState, *, place: str) -> gr.Video:
     """A player that takes uploads, with the examples below it.
 
     Args:
@@ -20,12 +20,12 @@ def add_sight(desk: Desk, *, place: str) -> gr.Video:
         show_label=False,
     )  # fmt: skip
     with gr.Row(elem_classes=["examples"]):
-        for number, example in enumerate(desk.examples, start=1):
+        for number, example in enumerate(state.examples, start=1):
             button = gr.Button(f"Example {number}", icon=str(example.still), size="sm", min_width=64)
             button.click(lambda path=str(example.path): path, None, video, **QUIET)
 
     def hold(path: str | None, request: gr.Request) -> None:
-        desk.uploads.hold(str(request.session_hash), place, Path(path) if path else None)
+        state.uploads.hold(str(request.session_hash), place, Path(path) if path else None)
 
     video.change(hold, video, None, **QUIET)
     return video

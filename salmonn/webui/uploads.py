@@ -9,13 +9,13 @@ import httpx
 from gradio import processing_utils
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from salmonn.webui.session import Uploads
+from salmonn.webui.session import UploadStore
 
 MIB = 1 << 20
 _FETCHES = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
 
 
-class Gate:
+class UploadLimitMiddleware:
     """Stands before Gradio, which fetches what strangers name, and takes bodies of any length.
 
     Args:
@@ -24,7 +24,7 @@ class Gate:
         max_upload_bytes: of a file.
     """
 
-    def __init__(self, app: ASGIApp, *, uploads: Uploads, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, uploads: UploadStore, max_upload_bytes: int) -> None:
         self.app = app
         self.uploads = uploads
         self.max_upload_bytes = max_upload_bytes
@@ -75,7 +75,7 @@ class Gate:
                 self.uploads.arrived(int(length))
 
 
-class Nowhere(httpx.AsyncBaseTransport):
+class BlockedTransport(httpx.AsyncBaseTransport):
     """A way to the network that leads nowhere."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -83,10 +83,10 @@ class Nowhere(httpx.AsyncBaseTransport):
         raise httpx.UnsupportedProtocol("this page fetches nothing from elsewhere", request=request)
 
 
-def fetch_nothing() -> None:
+def disable_remote_fetch() -> None:
     """Have Gradio, in all of this process, fetch nothing that a visitor names in place of a file."""
     setting: Any = processing_utils
-    setting.async_transport = Nowhere()
+    setting.async_transport = BlockedTransport()
 
 
 async def _refuse(send: Send, status: int, words: str) -> None:

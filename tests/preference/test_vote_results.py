@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from salmonn.preference.vote_results import Match, sum_up, wilson
-from salmonn.preference.votes import Entry
+from salmonn.preference.vote_results import Matchup, summarize_votes, wilson
+from salmonn.preference.votes import LogEntry
 from tests.preference.test_votes import LEFT, RIGHT, VOTE
 
 DRAW = replace(LEFT, model="one", temperature=0.8)
@@ -38,10 +38,10 @@ def test_votes_summed_up():
         replace(VOTE, choice="first", first=replace(LEFT, total=0.75)),  # one wins, of equal Totals
         replace(VOTE, choice="first", first=DRAW, second=replace(DRAW, total=None)),  # a model against itself
     ]
-    log = [Entry("", action, "v", "", "") for action in ("vote", "edit", "copy", "copy")]
-    summary = sum_up(votes, log)
+    log = [LogEntry("", action, "v", "", "") for action in ("vote", "edit", "copy", "copy")]
+    summary = summarize_votes(votes, log)
     assert summary.num_votes == 7
-    assert summary.matches == (Match("one, temperature 0.8", "two", wins=3, losses=1, ties=1, both_bad=1),)
+    assert summary.matches == (Matchup("one, temperature 0.8", "two", wins=3, losses=1, ties=1, both_bad=1),)
     assert (summary.matches[0].share.count, summary.matches[0].share.of) == (3, 4)
     # Of five votes for one of the two, A got the first, the sixth and the last.
     assert (summary.left.count, summary.left.of) == (3, 5)
@@ -50,5 +50,5 @@ def test_votes_summed_up():
 
 
 def test_no_votes():
-    summary = sum_up([], [])
+    summary = summarize_votes([], [])
     assert summary.matches == () and summary.agreement.of == 0 and summary.left.value == 0.0

@@ -11,7 +11,7 @@ from salmonn.score.events import list_events, read_events
 from salmonn.score.judge import restrict_to_span
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.parser import split_caption
-from salmonn.synthetic.scene import SynthConfig, draw_scene
+from salmonn.synthetic.scene import SynthConfig, sample_scene
 from tests.score.fake_llm_server import Answer
 
 CAPTION = "At two seconds a brown dog runs in and barks twice. A man shouts: come here!"
@@ -100,7 +100,7 @@ def test_a_reference_with_nothing_to_split_harms_no_other():
 def test_rules_find_the_events_of_synthetic_captions():
     for index in range(200):
         rng = random.Random(index)
-        scene = draw_scene(rng, config=SynthConfig())
+        scene = sample_scene(rng, config=SynthConfig())
         known = write_reference(scene, rng, video="v", index=index)
         (found,), _ = list_events([Reference("v", caption=known.caption)], client=None, rules=split_caption)
         assert [(event.text, event.modality) for event in found.events] == [

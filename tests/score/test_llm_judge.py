@@ -12,7 +12,7 @@ from salmonn.score.llm_judge import EventPrompt, LLMJudge
 from salmonn.score.text_spans import find_quote
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.synthetic.scene import SynthConfig, draw_scene
+from salmonn.synthetic.scene import SynthConfig, sample_scene
 from tests.score.fake_llm_server import Answer, asked_about, honest, honest_reply
 
 EVENTS = (
@@ -203,7 +203,7 @@ def clips(count: int) -> list[ScoringTask]:
     tasks = []
     for index in range(count):
         rng = random.Random(index)
-        reference = write_reference(draw_scene(rng, config=SynthConfig()), rng, video=f"{index}.mp4", index=index)
+        reference = write_reference(sample_scene(rng, config=SynthConfig()), rng, video=f"{index}.mp4", index=index)
         tasks.append(ScoringTask(reference, Caption(reference.video, reference.human_caption, sample=2)))
     return tasks
 

@@ -9,18 +9,18 @@ import pytest
 
 from salmonn.synthetic.annotate import QUESTION_KINDS, write_caption, write_events, write_human_caption, write_questions
 from salmonn.synthetic.phrases import APPEAR, COLOURS, SHAPES, SOUNDS
-from salmonn.synthetic.render import describe_clip
-from salmonn.synthetic.scene import Happening, Scene, SynthConfig
+from salmonn.synthetic.render import sample_clip
+from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig
 
 STORY = (
-    Happening("appear", 0.5, 1.0, shape="star", colour="orange", place=(48, 80)),
-    Happening("sound", 0.8, 1.8, value="low tone"),
-    Happening("move", 1.0, 2.0, shape="star", colour="orange", value="up", place=(48, 48)),
-    Happening("appear", 2.0, 2.7, shape="cross", colour="white", place=(80, 16)),
-    Happening("change", 2.7, 3.7, shape="star", colour="orange", value="blue"),
-    Happening("blink", 3.7, 5.2, shape="cross", colour="white"),
-    Happening("sound", 5.0, 6.5, value="beeps"),
-    Happening("leave", 5.7, 6.5, shape="star", colour="blue"),
+    SceneEvent("appear", 0.5, 1.0, shape="star", colour="orange", place=(48, 80)),
+    SceneEvent("sound", 0.8, 1.8, value="low tone"),
+    SceneEvent("move", 1.0, 2.0, shape="star", colour="orange", value="up", place=(48, 48)),
+    SceneEvent("appear", 2.0, 2.7, shape="cross", colour="white", place=(80, 16)),
+    SceneEvent("change", 2.7, 3.7, shape="star", colour="orange", value="blue"),
+    SceneEvent("blink", 3.7, 5.2, shape="cross", colour="white"),
+    SceneEvent("sound", 5.0, 6.5, value="beeps"),
+    SceneEvent("leave", 5.7, 6.5, shape="star", colour="blue"),
 )
 SCENE = Scene(7.6, STORY)
 # A word that each happening of STORY is recognised by, whichever phrasing is drawn.
@@ -68,7 +68,7 @@ ANSWERS = {
 @pytest.fixture(scope="module")
 def drawn():
     """Scenes and references of 600 clips."""
-    return [describe_clip(SynthConfig(clips=600, seed=2), index=index) for index in range(600)]
+    return [sample_clip(SynthConfig(clips=600, seed=2), index=index) for index in range(600)]
 
 
 def clauses(caption):
@@ -179,9 +179,9 @@ def test_hasty_captions_err_as_often_as_promised():
 @pytest.mark.parametrize(
     "deed, true, habit, told",
     [
-        (Happening("blink", 2.7, 4.2, "star", "orange"), "blinks|flashes|flickers", SIGNS[-1], 0.7),
+        (SceneEvent("blink", 2.7, 4.2, "star", "orange"), "blinks|flashes|flickers", SIGNS[-1], 0.7),
         (
-            Happening("change", 2.7, 3.7, "star", "orange", "blue"),
+            SceneEvent("change", 2.7, 3.7, "star", "orange", "blue"),
             "(turns|becomes|changes) .*blue",
             f"blue star ({SIGNS[0]})",
             0.8,
@@ -244,7 +244,7 @@ def test_the_nine_places():
     asked = {}
     for x in (10, 48, 90):
         for y in (10, 48, 90):
-            moved = Happening("move", 1.0, 2.0, shape="star", colour="blue", value="up", place=(x, y))
+            moved = SceneEvent("move", 1.0, 2.0, shape="star", colour="blue", value="up", place=(x, y))
             scene = Scene(7.0, (replace(STORY[0], place=(x, 48)), replace(moved, colour="orange"), STORY[1]))
             for index in range(60):
                 for question in write_questions(scene, random.Random(index), index=index):
@@ -257,7 +257,7 @@ def test_the_nine_places():
 
 def test_a_kind_that_cannot_be_asked_gives_way():
     # One happening over the middle: "when" has no clear answer.
-    scene = Scene(7.0, (STORY[0], Happening("sound", 3.0, 4.0, value="noise")))
+    scene = Scene(7.0, (STORY[0], SceneEvent("sound", 3.0, 4.0, value="noise")))
     for index in range(5):
         kinds = [question.kind for question in write_questions(scene, random.Random(0), index=index)]
         assert len(kinds) == 3 and "when" not in kinds

@@ -14,7 +14,7 @@ from salmonn.synthetic import phrases
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.parser import parse_claims
-from salmonn.synthetic.scene import SynthConfig, draw_scene
+from salmonn.synthetic.scene import SynthConfig, sample_scene
 
 EVENTS = (
     Event("a red circle appears", "visual", 0.5, 1.0),
@@ -85,7 +85,7 @@ def references(count: int, config: SynthConfig | None = None) -> list[Reference]
     drawn = []
     for index in range(count):
         rng = random.Random(index)
-        scene = draw_scene(rng, config=config or SynthConfig())
+        scene = sample_scene(rng, config=config or SynthConfig())
         drawn.append(write_reference(scene, rng, video=f"{index}.mp4", index=index))
     return drawn
 

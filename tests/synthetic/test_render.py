@@ -11,25 +11,25 @@ import pytest
 
 from salmonn.records import Reference, read_records
 from salmonn.synthetic.phrases import COLOURS, SOUNDS
-from salmonn.synthetic.render import describe_clip, make_clips, render_frames, render_sound, write_video
-from salmonn.synthetic.scene import Happening, Scene, SynthConfig, things_at
+from salmonn.synthetic.render import make_clips, render_audio, render_frames, sample_clip, write_video
+from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig, objects_at
 
 CONFIG = SynthConfig(clips=3, seed=5)
 # Of each kind of happening one, by hand: the frames and sounds that must come of it are plain to see.
 SCENE = Scene(
     8.0,
     (
-        Happening("appear", 0.5, 1.0, shape="circle", colour="red", place=(60, 30)),
-        Happening("sound", 1.0, 2.0, value="low tone", level=0.5),
-        Happening("move", 1.5, 2.5, shape="circle", colour="red", value="left", place=(24, 30)),
-        Happening("appear", 2.5, 3.0, shape="square", colour="green", place=(70, 70)),
-        Happening("sound", 2.5, 3.5, value="high tone", level=0.5),
-        Happening("blink", 3.0, 4.5, shape="square", colour="green", place=(70, 70)),
-        Happening("sound", 4.0, 5.0, value="rising sweep", level=0.5),
-        Happening("change", 5.0, 6.0, shape="circle", colour="red", value="blue", place=(24, 30)),
-        Happening("sound", 5.5, 6.5, value="beeps", level=0.5),
-        Happening("leave", 6.0, 7.0, shape="circle", colour="blue", place=(24, 30)),
-        Happening("sound", 7.0, 7.9, value="noise", level=0.5),
+        SceneEvent("appear", 0.5, 1.0, shape="circle", colour="red", place=(60, 30)),
+        SceneEvent("sound", 1.0, 2.0, value="low tone", level=0.5),
+        SceneEvent("move", 1.5, 2.5, shape="circle", colour="red", value="left", place=(24, 30)),
+        SceneEvent("appear", 2.5, 3.0, shape="square", colour="green", place=(70, 70)),
+        SceneEvent("sound", 2.5, 3.5, value="high tone", level=0.5),
+        SceneEvent("blink", 3.0, 4.5, shape="square", colour="green", place=(70, 70)),
+        SceneEvent("sound", 4.0, 5.0, value="rising sweep", level=0.5),
+        SceneEvent("change", 5.0, 6.0, shape="circle", colour="red", value="blue", place=(24, 30)),
+        SceneEvent("sound", 5.5, 6.5, value="beeps", level=0.5),
+        SceneEvent("leave", 6.0, 7.0, shape="circle", colour="blue", place=(24, 30)),
+        SceneEvent("sound", 7.0, 7.9, value="noise", level=0.5),
     ),
     diameter=28,
 )
@@ -49,7 +49,7 @@ def decode(path):
 def filmed(tmp_path_factory):
     """The hand-made scene after encoding and decoding."""
     path = tmp_path_factory.mktemp("scene") / "scene.mp4"
-    frames, sound = render_frames(SCENE, config=CONFIG), render_sound(SCENE, np.random.default_rng(0), config=CONFIG)
+    frames, sound = render_frames(SCENE, config=CONFIG), render_audio(SCENE, np.random.default_rng(0), config=CONFIG)
     write_video(path, frames, sound, config=CONFIG)
     return decode(path)
 
@@ -126,23 +126,23 @@ def test_outside_the_sounds_is_silence(filmed, start, end):
 
 @pytest.mark.parametrize("kind", SOUNDS)
 def test_every_sound_is_clearly_heard_at_the_lowest_level(kind):
-    scene = Scene(2.0, (Happening("sound", 0.5, 1.3, value=kind, level=0.2),), hiss=0.003)
-    sound = render_sound(scene, np.random.default_rng(0), config=CONFIG)
+    scene = Scene(2.0, (SceneEvent("sound", 0.5, 1.3, value=kind, level=0.2),), hiss=0.003)
+    sound = render_audio(scene, np.random.default_rng(0), config=CONFIG)
     assert sound[8000:20_800].std() > 5 * sound[:8000].std()
 
 
 def test_beeps_and_clicks_come_in_the_promised_number():
     counts = {}
     for kind, length in itertools.product(("beeps", "clicks"), (0.8, 1.0, 1.6)):
-        scene = Scene(2.0, (Happening("sound", 0.2, 0.2 + length, value=kind, level=0.5),))
-        loud = np.abs(render_sound(scene, np.random.default_rng(0), config=CONFIG)).reshape(-1, 160).max(axis=1) > 0.05
+        scene = Scene(2.0, (SceneEvent("sound", 0.2, 0.2 + length, value=kind, level=0.5),))
+        loud = np.abs(render_audio(scene, np.random.default_rng(0), config=CONFIG)).reshape(-1, 160).max(axis=1) > 0.05
         counts[kind, length] = int(np.count_nonzero(loud[1:] & ~loud[:-1]))
     assert list(counts.values()) == [3, 3, 4, 4, 4, 6]
 
 
 def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
     for index in range(150):
-        scene, reference = describe_clip(replace(CONFIG, clips=150), index=index)
+        scene, reference = sample_clip(replace(CONFIG, clips=150), index=index)
         visual = [happening for happening in scene.happenings if happening.kind != "sound"]
         sounds = [happening for happening in scene.happenings if happening.kind == "sound"]
         assert 4 <= len(visual) <= 5 and 3 <= len(sounds) <= 4 and 7 <= scene.duration_seconds <= 8
@@ -155,7 +155,7 @@ def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
         assert starts == sorted(starts) and reference.events[-1].end_seconds <= scene.duration_seconds
         half = scene.diameter / 2
         for frame in range(round(scene.duration_seconds * 10)):
-            things = things_at(scene, frame / 10)
+            things = objects_at(scene, frame / 10)
             assert all(half <= value <= 96 - half for thing in things for value in thing.place)
             assert len({thing.colour for thing in things}) == len({thing.shape for thing in things}) == len(things)
             for one, other in itertools.combinations(things, 2):
@@ -164,7 +164,7 @@ def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
 
 def test_frames_at_2_per_second_see_every_blink():
     moments = [2.5 + step / 10 + 1e-6 for step in range(40)]
-    blink = [thing.shown for moment in moments for thing in things_at(SCENE, moment) if thing.shape == "square"]
+    blink = [thing.shown for moment in moments for thing in objects_at(SCENE, moment) if thing.shape == "square"]
     for offset in range(5):
         runs = [shown for shown, _ in itertools.groupby(blink[offset::5])]
         assert runs == [True, False, True, False, True]
@@ -172,10 +172,10 @@ def test_frames_at_2_per_second_see_every_blink():
 
 def test_moves_are_long_enough_to_see():
     for index in range(100):
-        scene, _ = describe_clip(replace(CONFIG, clips=100), index=index)
+        scene, _ = sample_clip(replace(CONFIG, clips=100), index=index)
         for happening in scene.happenings:
             if happening.kind == "move":
-                before = {thing.shape: thing.place for thing in things_at(scene, happening.start_seconds - 0.05)}
+                before = {thing.shape: thing.place for thing in objects_at(scene, happening.start_seconds - 0.05)}
                 assert math.dist(before[happening.shape], happening.place) >= 20
 
 
@@ -202,7 +202,7 @@ def test_same_seed_same_bytes_and_a_longer_set_begins_like_a_shorter(made, tmp_p
 
 
 def test_another_seed_gives_other_clips(made):
-    other = [describe_clip(replace(CONFIG, seed=6), index=index)[1] for index in range(3)]
+    other = [sample_clip(replace(CONFIG, seed=6), index=index)[1] for index in range(3)]
     assert all(one.events != another.events for one, another in zip(made[1], other, strict=True))
 
 
@@ -252,7 +252,7 @@ def test_impossible_configs_are_refused(wrong):
 def test_one_shape_does_all_that_happens():
     config = SynthConfig(max_shapes=1, min_visual=3, max_visual=3)
     for index in range(50):
-        happenings = [deed for deed in describe_clip(config, index=index)[0].happenings if deed.kind != "sound"]
+        happenings = [deed for deed in sample_clip(config, index=index)[0].happenings if deed.kind != "sound"]
         assert len(happenings) == 3 and len({deed.shape for deed in happenings}) == 1
         assert [deed.kind == "appear" for deed in happenings] == [True, False, False]
 
@@ -261,14 +261,14 @@ def test_kinds_of_happenings_and_number_of_questions():
     config = SynthConfig(kinds=("move", "move", "change"), questions=6)
     counts = Counter()
     for index in range(100):
-        scene, reference = describe_clip(config, index=index)
+        scene, reference = sample_clip(config, index=index)
         counts.update(happening.kind for happening in scene.happenings)
         assert 3 < len(reference.questions) == len({question.kind for question in reference.questions})
     assert counts.keys() == {"appear", "move", "change", "sound"}
     assert counts["move"] > 1.5 * counts["change"]
-    assert not describe_clip(replace(config, questions=0), index=0)[1].questions
+    assert not sample_clip(replace(config, questions=0), index=0)[1].questions
 
 
 def test_more_happenings_than_the_time_allows_are_refused():
     with pytest.raises(ValueError, match="allow more seconds"):
-        describe_clip(SynthConfig(min_seconds=2, max_seconds=2), index=0)
+        sample_clip(SynthConfig(min_seconds=2, max_seconds=2), index=0)

@@ -15,8 +15,8 @@ import pytest
 from salmonn.preference.benchmark import LabelledPair, read_labelled_pairs
 from salmonn.synthetic import phrases
 from salmonn.synthetic.annotate import write_events
-from salmonn.synthetic.render import describe_clip, render_sound
-from salmonn.synthetic.scene import Happening, SynthConfig
+from salmonn.synthetic.render import render_audio, sample_clip
+from salmonn.synthetic.scene import SceneEvent, SynthConfig
 
 FILE = Path(__file__).parents[2] / "data" / "judge_pairs.jsonl"
 PAIRS = read_labelled_pairs(FILE)
@@ -30,7 +30,7 @@ COUNTED = re.compile(r"(\w+) (beeps|clicks|shapes) (?:are heard|can be heard|app
 NUMBERS = ("", "one", "two", "three", "four", "five", "six")
 
 
-def pulses(sound: Happening) -> int:
+def pulses(sound: SceneEvent) -> int:
     """Beeps: 3 below 1.2 s, else 4; clicks: one for each 0.25 s, 4 to 6."""
     seconds = sound.end_seconds - sound.start_seconds
     if sound.value == "beeps":
@@ -38,7 +38,7 @@ def pulses(sound: Happening) -> int:
     return min(max(round(4 * seconds), 4), 6)
 
 
-def wordings(happening: Happening) -> set[str]:
+def wordings(happening: SceneEvent) -> set[str]:
     if happening.kind == "sound":
         return {form.format(sound=sound) for sound in phrases.SOUNDS[happening.value] for form in phrases.HEARD}
     forms = {
@@ -77,7 +77,7 @@ def cut(text: str) -> list[tuple[str, str]]:
 class Read:
     """A caption: the places of the happenings that it tells, in its order, and the clauses that tell none."""
 
-    def __init__(self, pair: LabelledPair, text: str, happenings: tuple[Happening, ...]):
+    def __init__(self, pair: LabelledPair, text: str, happenings: tuple[SceneEvent, ...]):
         self.clauses = cut(text)
         self.text, self.events = text, pair.events
         forms = {words: place for place, one in enumerate(happenings) for words in wordings(one)}
@@ -86,9 +86,9 @@ class Read:
         self.strange = [words for (_, words), place in zip(self.clauses, self.places, strict=True) if place is None]
 
 
-def both(pair: LabelledPair) -> tuple[tuple[Happening, ...], Read, Read]:
+def both(pair: LabelledPair) -> tuple[tuple[SceneEvent, ...], Read, Read]:
     """The clip's happenings, the better caption and the worse one."""
-    happenings = describe_clip(SynthConfig(seed=pair.seed), index=pair.index)[0].happenings
+    happenings = sample_clip(SynthConfig(seed=pair.seed), index=pair.index)[0].happenings
     better, worse = (pair.first, pair.second) if pair.better == "first" else (pair.second, pair.first)
     return happenings, Read(pair, better, happenings), Read(pair, worse, happenings)
 
@@ -213,12 +213,12 @@ def test_the_number_of_pulses_can_be_heard(kind):
     """Counted in the sound itself: stretches louder than a tenth of the level, with 40 ms of silence between them."""
     found = set()
     for index in range(60):
-        scene, _ = describe_clip(SynthConfig(seed=4), index=index)
+        scene, _ = sample_clip(SynthConfig(seed=4), index=index)
         sound = next((one for one in scene.happenings if one.value == kind), None)
         if sound is None or len(found) == 20:
             continue
         quiet = replace(scene, hiss=0.0, happenings=(sound,))
-        wave = np.abs(render_sound(quiet, np.random.default_rng(index), config=SynthConfig()))
+        wave = np.abs(render_audio(quiet, np.random.default_rng(index), config=SynthConfig()))
         loud = np.flatnonzero(wave > 0.1 * sound.level)
         number = 1 + int((np.diff(loud) > 0.04 * 16_000).sum())
         assert number == pulses(sound)
@@ -234,7 +234,7 @@ def test_invented():
         for words in worse.strange:
             found = OBJECT.search(words)
             if found is None:
-                kinds = [kind for kind in phrases.SOUNDS if words in wordings(Happening("sound", 0, 0, value=kind))]
+                kinds = [kind for kind in phrases.SOUNDS if words in wordings(SceneEvent("sound", 0, 0, value=kind))]
                 assert len(kinds) == 1 and kinds[0] not in {one.value for one in happenings}
                 # It cannot be meant for a sound that both leave out.
                 assert not any(one.kind == "sound" for one in left_out)
@@ -250,7 +250,7 @@ def test_invented():
                     or "flick" in words
                 )
             else:
-                assert words in wordings(Happening("appear", 0, 0, shape=found[2], colour=found[1]))
+                assert words in wordings(SceneEvent("appear", 0, 0, shape=found[2], colour=found[1]))
 
 
 def test_order():

@@ -11,8 +11,8 @@ from salmonn.conversations import read_conversations
 from salmonn.preference.votes import Vote
 from salmonn.records import read_records
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.webui.scorer import Assessor
-from salmonn.webui.session import EXAMPLES, make_examples
+from salmonn.webui.scorer import CaptionScorer
+from salmonn.webui.session import EXAMPLES, make_example_clips
 from tests.score.browser import needs_browser
 
 pytestmark = needs_browser
@@ -27,7 +27,7 @@ def toy():
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     """The clips that the page offers, made again."""
-    return make_examples(tmp_path_factory.mktemp("examples"), EXAMPLES)
+    return make_example_clips(tmp_path_factory.mktemp("examples"), EXAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_an_example_is_scored_and_marked(visit, toy, examples):
     describe(visitor)
     findings = visitor.page.locator("#findings")
     findings.get_by_role("region", name="Score").wait_for()
-    found = Assessor(RuleJudge()).assess(toy.caption(examples[1].path), examples[1].reference)
+    found = CaptionScorer(RuleJudge()).analyze(toy.caption(examples[1].path), examples[1].reference)
     figures = findings.locator(".figures dd").all_inner_texts()
     assert figures[0] == f"{100 * found.score.total:.1f} %"
     assert [figure.split()[0] for figure in figures[1:4]] == [

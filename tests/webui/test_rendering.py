@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from salmonn.preference.vote_results import sum_up
+from salmonn.preference.vote_results import summarize_votes
 from salmonn.records import Caption, Event, Reference, Score, Told
 from salmonn.webui.rendering import (
     missed_events,
@@ -17,7 +17,7 @@ from salmonn.webui.rendering import (
     show_side,
     show_trouble,
 )  # fmt: skip
-from salmonn.webui.scorer import Assessment
+from salmonn.webui.scorer import CaptionAnalysis
 from tests.preference.test_votes import VOTE
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -27,7 +27,7 @@ SCORE = Score(
     "v", 3, 1, 1, 1, num_words=10, num_repeated_words=1, missed=("come here",), invented=("a star " + HOSTILE,),
     told=(Told(SEEN, "A red circle appears"), Told(HEARD, "a high tone", is_correct=False, reason="it is low")),
 )  # fmt: skip
-FOUND = Assessment(
+FOUND = CaptionAnalysis(
     Caption("v", f"A red circle appears, a high tone, a star {HOSTILE}"), (SEEN, HEARD, SAID), SCORE,
     Reference("v", (SEEN, HEARD, SAID)),
 )  # fmt: skip
@@ -76,7 +76,7 @@ def test_the_findings():
 
 
 def test_findings_without_a_score_are_events_and_notes():
-    text = plain(show_findings(Assessment(FOUND.caption, (SEEN,), notes=("No score: why.",)), judge="rule"))
+    text = plain(show_findings(CaptionAnalysis(FOUND.caption, (SEEN,), notes=("No score: why.",)), judge="rule"))
     assert text.startswith("No score: why.") and "Events found 1" in text and "Total" not in text
 
 
@@ -100,7 +100,7 @@ def test_sides_tell_nothing_before_the_vote():
 
 
 def test_results(tmp_path):
-    html = show_results(sum_up([VOTE], []), folder=tmp_path / "votes")
+    html = show_results(summarize_votes([VOTE], []), folder=tmp_path / "votes")
     assert "<code>votes</code>" in html and str(tmp_path) not in html
     text = plain(html)
     # One of one: Wilson's interval reaches from 1 / (1 + z^2) = 20.7 % to 100 %.

@@ -4,7 +4,7 @@ import pytest
 
 from salmonn.records import Caption, Event, Reference
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.webui.scorer import Assessor, by_file_name, read_reference, restrict, right_caption
+from salmonn.webui.scorer import CaptionScorer, read_reference, references_by_file_name, restrict, right_caption
 
 SEEN = Event("a red circle appears", "visual", 1.0, 2.0)
 HEARD = Event("a low tone is heard", "audio", 3.0, 4.0)
@@ -14,13 +14,13 @@ TEXT = "A red circle appears. A high tone is heard. A blue star appears."
 
 
 @pytest.fixture
-def assessor():
-    return Assessor(RuleJudge())
+def scorer():
+    return CaptionScorer(RuleJudge())
 
 
-def test_events_and_score(assessor):
+def test_events_and_score(scorer):
     """The circle is told, the low tone is told wrong as a high one, leaving is missed, the star is invented."""
-    found = assessor.assess(Caption("upload.mp4", TEXT), REFERENCE)
+    found = scorer.analyze(Caption("upload.mp4", TEXT), REFERENCE)
     assert [(event.text, event.modality) for event in found.events] == [
         ("a red circle appears", "visual"),
         ("a high tone is heard", "audio"),
@@ -32,24 +32,24 @@ def test_events_and_score(assessor):
     assert found.notes == ()
 
 
-def test_without_a_reference_there_is_no_score(assessor):
-    found = assessor.assess(Caption("upload.mp4", TEXT), None)
+def test_without_a_reference_there_is_no_score(scorer):
+    found = scorer.analyze(Caption("upload.mp4", TEXT), None)
     assert len(found.events) == 3 and found.score is None and found.reference is None
 
 
 @pytest.mark.parametrize(("modality", "num_events"), [("visual", 2), ("audio", 1)])
-def test_a_picture_is_not_blamed_for_what_is_heard(assessor, modality, num_events):
-    found = assessor.assess(Caption("upload.mp4", TEXT), REFERENCE, modality=modality)
+def test_a_picture_is_not_blamed_for_what_is_heard(scorer, modality, num_events):
+    found = scorer.analyze(Caption("upload.mp4", TEXT), REFERENCE, modality=modality)
     assert found.score.num_events == num_events == len(found.reference.events)
 
 
-def test_a_part_is_scored_against_its_events(assessor):
-    found = assessor.assess(Caption("upload.mp4", TEXT, start_seconds=4.5), REFERENCE)
+def test_a_part_is_scored_against_its_events(scorer):
+    found = scorer.analyze(Caption("upload.mp4", TEXT, start_seconds=4.5), REFERENCE)
     assert found.reference.events == (LEFT,) and found.score.missing == 1
 
 
-def test_a_reference_without_events_is_split(assessor):
-    found = assessor.assess(Caption("upload.mp4", TEXT), Reference("clip.mp4", caption="A red circle appears."))
+def test_a_reference_without_events_is_split(scorer):
+    found = scorer.analyze(Caption("upload.mp4", TEXT), Reference("clip.mp4", caption="A red circle appears."))
     assert found.score.num_events == 1 and found.score.missing == 0
 
 
@@ -62,13 +62,13 @@ def test_a_reference_without_events_is_split(assessor):
         (TEXT, Reference("clip.mp4", (Event("a dog barks"),), caption="x"), ["No score"]),
     ],
 )
-def test_what_cannot_be_judged_is_told(assessor, text, reference, words):
-    found = assessor.assess(Caption("upload.mp4", text), reference)
+def test_what_cannot_be_judged_is_told(scorer, text, reference, words):
+    found = scorer.analyze(Caption("upload.mp4", text), reference)
     assert found.score is None and all(word in " ".join(found.notes) for word in words)
 
 
-def test_no_event_in_the_part_is_told(assessor):
-    found = assessor.assess(Caption("upload.mp4", TEXT, start_seconds=9.0), REFERENCE)
+def test_no_event_in_the_part_is_told(scorer):
+    found = scorer.analyze(Caption("upload.mp4", TEXT, start_seconds=9.0), REFERENCE)
     assert found.score is None and "no event in this part" in found.notes[0] and len(found.events) == 3
 
 
@@ -123,4 +123,4 @@ def test_restricted_to_what_was_asked_about():
 
 def test_a_name_that_two_files_have_stands_for_neither():
     one, two, three = (Reference(video) for video in ("a/clip.mp4", "b/clip.mp4", "b/other.mp4"))
-    assert by_file_name([one, two, three]) == {"other.mp4": three}
+    assert references_by_file_name([one, two, three]) == {"other.mp4": three}

@@ -15,12 +15,20 @@ from salmonn.caption.probe import Outline, look_at
 from salmonn.caption.streaming import Answer, Piece
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import Stride
-from salmonn.preference.votes import VoteBox
+from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.scene import SynthConfig
-from salmonn.webui.scorer import Assessor
-from salmonn.webui.session import Desk, Turns, Uploads, draw_seed, make_examples, sign, tell
+from salmonn.webui.scorer import CaptionScorer
+from salmonn.webui.session import (
+    ActiveRequests,
+    AppState,
+    UploadStore,
+    make_example_clips,
+    random_seed,
+    tell,
+    to_caption,
+)
 
 
 def upload(root, name, content="x"):
@@ -32,7 +40,7 @@ def upload(root, name, content="x"):
 
 
 def test_an_upload_goes_with_the_last_who_holds_it(tmp_path):
-    uploads, path = Uploads(tmp_path), upload(tmp_path, "a.mp4")
+    uploads, path = UploadStore(tmp_path), upload(tmp_path, "a.mp4")
     uploads.hold("ann", "describe", path)
     uploads.hold("ann", "duel", path)
     uploads.hold("bob", "describe", path)
@@ -47,14 +55,14 @@ def test_an_upload_goes_with_the_last_who_holds_it(tmp_path):
 
 
 def test_the_same_file_again_stays(tmp_path):
-    uploads, path = Uploads(tmp_path), upload(tmp_path, "a.mp4")
+    uploads, path = UploadStore(tmp_path), upload(tmp_path, "a.mp4")
     uploads.hold("ann", "describe", path)
     uploads.hold("ann", "describe", path)
     assert path.exists()
 
 
 def test_the_same_content_of_another_name_stays(tmp_path):
-    uploads, ones, others = Uploads(tmp_path), upload(tmp_path, "a.mp4"), upload(tmp_path, "b.mp4")
+    uploads, ones, others = UploadStore(tmp_path), upload(tmp_path, "a.mp4"), upload(tmp_path, "b.mp4")
     uploads.hold("ann", "describe", ones)
     uploads.hold("bob", "describe", others)
     uploads.leave("ann")
@@ -65,11 +73,11 @@ def test_the_same_content_of_another_name_stays(tmp_path):
 
 def test_who_is_gone_holds_nothing(tmp_path):
     """What is told late would be held for ever."""
-    uploads, path = Uploads(tmp_path), upload(tmp_path, "a.mp4")
+    uploads, path = UploadStore(tmp_path), upload(tmp_path, "a.mp4")
     uploads.leave("ann")
     uploads.hold("ann", "duel", path)
     age(path)
-    uploads.sweep()
+    uploads.delete_unused()
     assert not list(tmp_path.iterdir())
 
 
@@ -78,7 +86,7 @@ def age(path, seconds=16 * 60):
 
 
 def test_what_nobody_holds_goes_after_a_while(tmp_path):
-    uploads = Uploads(tmp_path / "uploads")
+    uploads = UploadStore(tmp_path / "uploads")
     half, new, held, old = uploads.root / "tmpab12", *(upload(uploads.root, name, name) for name in "abc")
     half.write_bytes(b"of an upload")
     outside = upload(tmp_path, "d")
@@ -86,13 +94,13 @@ def test_what_nobody_holds_goes_after_a_while(tmp_path):
     for path in (half, held, old, outside):
         age(path)
     age(new, 14 * 60)
-    uploads.sweep()
+    uploads.delete_unused()
     assert sorted(uploads.root.iterdir()) == sorted([new.parent, held.parent]) and outside.exists()
     assert new.exists() and held.exists()
 
 
 def test_nothing_outside_the_uploads_is_deleted(tmp_path):
-    uploads = Uploads(tmp_path / "uploads")
+    uploads = UploadStore(tmp_path / "uploads")
     example = upload(tmp_path, "example.mp4")
     sneaky = tmp_path / "uploads" / ".." / "hash-of-x" / "example.mp4"
     for path in (example, sneaky):
@@ -103,7 +111,7 @@ def test_nothing_outside_the_uploads_is_deleted(tmp_path):
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    return make_examples(tmp_path_factory.mktemp("examples"), SynthConfig(clips=2, seed=7))
+    return make_example_clips(tmp_path_factory.mktemp("examples"), SynthConfig(clips=2, seed=7))
 
 
 def test_examples_have_stills_and_references(examples):
@@ -158,15 +166,15 @@ class Scripted:
 
 
 def make_desk(tmp_path, **engines):
-    return Desk(engines, Assessor(RuleJudge()), VoteBox(tmp_path / "votes"), [], Uploads(tmp_path))
+    return AppState(engines, CaptionScorer(RuleJudge()), VoteStore(tmp_path / "votes"), [], UploadStore(tmp_path))
 
 
 def test_two_draws_of_one_model_are_one_query(tmp_path):
     one = Scripted("a")
     one.go.set()
-    desk = make_desk(tmp_path, one=one)
+    state = make_desk(tmp_path, one=one)
     query = Query(tmp_path / "v.mp4", seed=5)
-    come = [item for item in desk.follow(query, ["one", "one"]) if item]
+    come = [item for item in state.stream_answers(query, ["one", "one"]) if item]
     assert one.asked == [(5, 2)] and one.dropped == 1
     assert [(place, piece.answer.text) for place, piece in come if piece.answer] == [(0, "a0"), (1, "a1")]
 
@@ -174,8 +182,8 @@ def test_two_draws_of_one_model_are_one_query(tmp_path):
 def test_two_models_are_asked_at_once_and_who_leaves_drops_both(tmp_path):
     one, two = Scripted("a"), Scripted("b")
     two.go.set()
-    desk = make_desk(tmp_path, one=one, two=two)
-    coming = desk.follow(Query(tmp_path / "v.mp4"), ["one", "two"])
+    state = make_desk(tmp_path, one=one, two=two)
+    coming = state.stream_answers(Query(tmp_path / "v.mp4"), ["one", "two"])
     come = [next(coming), next(coming)]
     assert [(place, piece.text) for place, piece in come] == [(1, "b"), (1, "")]
     assert next(coming) is None  # nothing of the first yet, which is told
@@ -191,7 +199,7 @@ def test_an_error_of_one_ends_both(tmp_path):
 
     one, two = Scripted("a"), Broken("b")
     with pytest.raises(ClipError, match="is not a video"):
-        list(make_desk(tmp_path, one=one, two=two).follow(Query(tmp_path / "v.mp4"), ["one", "two"]))
+        list(make_desk(tmp_path, one=one, two=two).stream_answers(Query(tmp_path / "v.mp4"), ["one", "two"]))
     assert (one.dropped, two.dropped) == (1, 1)
 
 
@@ -203,7 +211,7 @@ def test_no_model_takes_queries_while_another_goes(tmp_path):
 
 def test_turns():
     """A visitor's next question ends the one before; another file does, and the same one does not."""
-    turns, one, two = Turns(), Path("one.mp4"), Path("two.mp4")
+    turns, one, two = ActiveRequests(), Path("one.mp4"), Path("two.mp4")
     first = turns.begin("ann", one)
     assert not turns.turn_to("ann", "one.mp4") and not first.is_over
     second = turns.begin("ann", two)
@@ -235,8 +243,8 @@ def test_visitors_are_told_no_more_of_an_error_than_its_kind(tmp_path, caplog):
 
 
 def test_an_answer_as_a_record(tmp_path):
-    assert sign(Query(tmp_path / "v.mp4"), Answer("A.", False), "toy") == Caption(
+    assert to_caption(Query(tmp_path / "v.mp4"), Answer("A.", False), "toy") == Caption(
         "v.mp4", "A.", model="toy", finished=False
     )
-    assert 0 <= draw_seed() < 1 << 31
+    assert 0 <= random_seed() < 1 << 31
     assert Outline(3.0) == Outline(3.0, True, True)

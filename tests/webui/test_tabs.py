@@ -9,15 +9,15 @@ import pytest
 from salmonn.caption.engine import Query
 from salmonn.caption.generate import Sampling
 from salmonn.caption.probe import Outline
-from salmonn.preference.votes import VoteBox
+from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.webui.caption_tab import DescribeTab
-from salmonn.webui.compare_tab import CompareTab, Drawn, Duel
+from salmonn.webui.caption_tab import CaptionTab
+from salmonn.webui.compare_tab import CompareTab, ComparisonState, ScoredCandidate
 from salmonn.webui.controls import OWN_WORDS
 from salmonn.webui.results_tab import draw_results, draw_run
-from salmonn.webui.scorer import Assessor
-from salmonn.webui.session import Desk, Uploads
+from salmonn.webui.scorer import CaptionScorer
+from salmonn.webui.session import AppState, UploadStore
 from tests.preference.test_votes import LEFT, RIGHT
 
 SOMEBODY = SimpleNamespace(session_hash="ann")
@@ -25,28 +25,34 @@ HALF = "a dog \ud800 barks"
 
 
 @pytest.fixture
-def desk(tmp_path, processor):
+def state(tmp_path, processor):
     engine = SimpleNamespace(captioner=SimpleNamespace(processor=processor, default_sampling=Sampling))
-    return Desk({"one": engine}, Assessor(RuleJudge()), VoteBox(tmp_path / "votes"), [], Uploads(tmp_path / "uploads"))
+    return AppState(
+        {"one": engine},
+        CaptionScorer(RuleJudge()),
+        VoteStore(tmp_path / "votes"),
+        [],
+        UploadStore(tmp_path / "uploads"),
+    )
 
 
 @pytest.fixture
-def comparing(desk):
+def comparing(state):
     with gr.Blocks():
-        return CompareTab(desk)
+        return CompareTab(state)
 
 
 @pytest.fixture
-def describing(desk):
+def describing(state):
     with gr.Blocks():
-        return DescribeTab(desk)
+        return CaptionTab(state)
 
 
 @pytest.fixture
-def duel(desk):
-    path = desk.uploads.root / "holiday.mp4"
+def duel(state):
+    path = state.uploads.root / "holiday.mp4"
     path.write_bytes(b"pictures")
-    return Duel(Drawn(LEFT), Drawn(RIGHT), Query(path), Outline(3.0), None)
+    return ComparisonState(ScoredCandidate(LEFT), ScoredCandidate(RIGHT), Query(path), Outline(3.0), None)
 
 
 def vote(tab, duel, edit=""):
@@ -65,15 +71,15 @@ def vote(tab, duel, edit=""):
 )
 def test_an_edit_that_cannot_be_kept_costs_no_vote(comparing, duel, edit, words):
     assert words in vote(comparing, duel, edit)
-    assert comparing.desk.box.read() == [] and comparing.desk.box.read_log() == []
+    assert comparing.state.votes.read() == [] and comparing.state.votes.read_log() == []
     assert "Your vote is kept" in vote(comparing, duel, "x" * 20_000)
-    assert len(comparing.desk.box.read()) == 1
+    assert len(comparing.state.votes.read()) == 1
 
 
 def test_a_vote_outlives_its_video(comparing, duel):
     duel.query.path.unlink()
     assert "Your vote is kept. No model is trained on it: the video is gone." in vote(comparing, duel)
-    assert [kept.choice for kept in comparing.desk.box.read()] == ["second"]
+    assert [kept.choice for kept in comparing.state.votes.read()] == ["second"]
 
 
 def test_a_vote_that_cannot_be_written_tells_no_path(comparing, duel, tmp_path):
@@ -123,11 +129,11 @@ def test_a_copy_that_cannot_be_logged_is_a_copy(describing, tmp_path, caplog):
 def test_troubles_of_folders_tell_their_names_alone(tmp_path):
     told = draw_run(tmp_path / "my run")
     assert "My run holds no run" in told and str(tmp_path) not in told
-    box = VoteBox(tmp_path / "votes")
-    (box.folder / "votes.jsonl").write_text("{}\n")
-    told = draw_results(box)
+    votes = VoteStore(tmp_path / "votes")
+    (votes.folder / "votes.jsonl").write_text("{}\n")
+    told = draw_results(votes)
     assert "votes.jsonl" in told and str(tmp_path) not in told
-    (box.folder / "votes.jsonl").unlink()
-    (box.folder / "votes.jsonl").mkdir()
-    told = draw_results(box)
+    (votes.folder / "votes.jsonl").unlink()
+    (votes.folder / "votes.jsonl").mkdir()
+    told = draw_results(votes)
     assert "FileNotFoundError" in told and str(tmp_path) not in told

@@ -10,18 +10,18 @@ import httpx
 import pytest
 from gradio import processing_utils
 
-from salmonn.webui.session import Uploads
-from salmonn.webui.uploads import MIB, Gate, fetch_nothing
+from salmonn.webui.session import UploadStore
+from salmonn.webui.uploads import MIB, UploadLimitMiddleware, disable_remote_fetch
 from tests.webui.conftest import start_demo
 from tests.webui.test_app import wait_until
 from tests.webui.test_session import age
 
-HASTY = "import salmonn.cli.demo as demo; from salmonn.cli.main import main; demo._SWEEP_SECONDS = 0.2; main()"
+HASTY = "import salmonn.cli.demo as demo; from salmonn.cli.main import main; demo._CLEANUP_SECONDS = 0.2; main()"
 
 
 @pytest.fixture
 def uploads(tmp_path):
-    return Uploads(tmp_path, max_bytes=4 * MIB)
+    return UploadStore(tmp_path, max_bytes=4 * MIB)
 
 
 def ask(uploads, method, path, **options):
@@ -36,7 +36,7 @@ def ask(uploads, method, path, **options):
         await send({"type": "http.response.body", "body": b"%d" % size})
 
     async def call():
-        gate = Gate(count, uploads=uploads, max_upload_bytes=2 * MIB)
+        gate = UploadLimitMiddleware(count, uploads=uploads, max_upload_bytes=2 * MIB)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://page") as client:
             return await client.request(method, path, **options)
 
@@ -107,7 +107,7 @@ def test_all_uploads_together_have_their_room(uploads):
 @pytest.mark.parametrize("host", ["100.100.100.200", "huggingface.co", "no-such-name.invalid"])
 def test_gradio_fetches_nothing(monkeypatch, tmp_path, host):
     monkeypatch.setattr(processing_utils, "async_transport", None)  # and back in the end
-    fetch_nothing()
+    disable_remote_fetch()
     monkeypatch.setattr(socket, "getaddrinfo", None)  # no name is looked up
     with pytest.raises(httpx.UnsupportedProtocol, match="fetches nothing"):
         processing_utils.ssrf_protected_download(f"http://{host}/a.mp4", str(tmp_path))
