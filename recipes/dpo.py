@@ -25,16 +25,16 @@ from salmonn.train.data import Example, conversation_examples
 from salmonn.train.dry_run import plan_adapter
 from salmonn.train.evaluate import encode_examples
 from salmonn.train.feature_cache import TokenStoreConfig, open_store
-from salmonn.train.loop import FitConfig, Stage, autocast, fit, require_processes
+from salmonn.train.loop import FitConfig, FitContext, autocast, fit, require_processes
 from salmonn.train.parallel import EngineName
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
-from salmonn.train.run_folder import merge_trained, merged, open_run
+from salmonn.train.run_folder import is_complete, merge_trained, open_run
 
 log = logging.getLogger("dpo")
 
 
 @dataclass(frozen=True)
-class GivenDpoConfig:
+class OfflineDpoConfig:
     """Guided DPO on given pairs.
 
     Args:
@@ -44,7 +44,7 @@ class GivenDpoConfig:
         engine: how training is spread over processes; it may change when a run goes on.
         placement: device and type of its weights.
         frames: values of the model's frame rule that are other in training, such as `min_frames`.
-        tokens: where the clips' tokens are kept.
+        feature_cache: where the clips' tokens are kept.
         dpo: the loss.
         lora: the adapter.
         fit: optimisation.
@@ -58,7 +58,7 @@ class GivenDpoConfig:
     engine: EngineName = "ddp"
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     frames: dict[str, int | float] | None = None
-    tokens: TokenStoreConfig = field(default_factory=TokenStoreConfig)
+    feature_cache: TokenStoreConfig = field(default_factory=TokenStoreConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
@@ -69,7 +69,7 @@ class GivenDpoConfig:
         self.placement.require_trainable()
 
 
-def main(config: GivenDpoConfig) -> None:
+def main(config: OfflineDpoConfig) -> None:
     """Run the round."""
     if config.dry_run:
         plan_adapter(
@@ -87,12 +87,12 @@ def main(config: GivenDpoConfig) -> None:
     load_config(config.model)  # a wrong folder is told first
     examples, pairs = read_preferences(config)
     # What results do not follow from may change in a run that goes on.
-    open_run(config.out, replace(config, engine="ddp", tokens=TokenStoreConfig()), name="dpo")
-    if merged(config.out):
+    open_run(config.out, replace(config, engine="ddp", feature_cache=TokenStoreConfig()), name="dpo")
+    if is_complete(config.out):
         log.info("%s is trained already", config.out)
         return
     captioner = Captioner.load(config.model, placement=config.placement, frames=config.frames)
-    blocks = encode(captioner, examples, config.tokens)
+    blocks = encode(captioner, examples, config.feature_cache)
     attach_lora(captioner.network, config.lora, seed=config.seed)
     batches = PreferenceBatches(
         pairs,
@@ -100,24 +100,24 @@ def main(config: GivenDpoConfig) -> None:
         captioner.processor,
         batch_size=config.fit.batch_size,
         seed=config.seed,
-        accumulation=config.fit.accumulation,
+        gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
     )
     with autocast(config.fit.precision):
-        batches.refer(captioner.network, folder=config.out)
+        batches.compute_reference_logps(captioner.network, folder=config.out)
     with checkpointed(config.out) as checkpoints:
         done = fit(
             captioner.network,
             batches,
             PreferenceLoss(config.dpo),
             config.fit.resolve(len(pairs)),
-            stage=Stage("guided DPO", config.out, checkpoints, config.seed, config.engine),
+            stage=FitContext("guided DPO", config.out, checkpoints, config.seed, config.engine),
         )
         merge_trained(
             captioner, config.out, done, base=config.model, lora=config.lora, placement=config.placement, adapter=True
         )
 
 
-def read_preferences(config: GivenDpoConfig) -> tuple[list[Example], list[Pair]]:
+def read_preferences(config: OfflineDpoConfig) -> tuple[list[Example], list[Pair]]:
     """The clips of the preferences and their pairs, one beside the other.
 
     Raises:
@@ -160,4 +160,4 @@ def encode(captioner: Captioner, examples: Sequence[Example], tokens: TokenStore
 
 
 if __name__ == "__main__":
-    run_recipe(main, GivenDpoConfig, description=__doc__, on_mistake=dist.give_up)
+    run_recipe(main, OfflineDpoConfig, description=__doc__, on_mistake=dist.give_up)

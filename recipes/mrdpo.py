@@ -36,24 +36,24 @@ from salmonn.train.dry_run import plan_adapter
 from salmonn.train.evaluate import (
     RATES_NAME,
     SIDE_BY_SIDE,
-    Draw,
-    draw_captions,
+    SampleConfig,
+    sample_captions,
     encode_clips,
     evaluate,
     write_evaluation,
 )
 from salmonn.train.feature_cache import TokenStoreConfig, open_store
-from salmonn.train.guards import GuardConfig, RoundFailed, best_round, require_margin, require_pairs, worsened
+from salmonn.train.guards import EarlyStopConfig, RoundFailedError, best_round, require_margin, require_pairs, stop_reason
 from salmonn.train.kl import DriftSet
 from salmonn.train.log import log_rounds
-from salmonn.train.loop import Batches, FitConfig, Stage, Watch, autocast, fit, require_processes
+from salmonn.train.loop import Batches, FitConfig, FitContext, Callback, autocast, fit, require_processes
 from salmonn.train.parallel import EngineName
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatch, PreferenceBatches
-from salmonn.train.references import ClipSet, heldout_config, open_clips
+from salmonn.train.references import ClipSet, heldout_config, load_clips
 from salmonn.train.rounds import PairConfig, make_pairs
-from salmonn.train.run_folder import absent, kept_captions, merge_trained, merged, num_bytes, open_run
-from salmonn.train.run_log import Summary, print_table
+from salmonn.train.run_folder import is_missing, load_or_create_captions, is_complete, merge_trained, num_bytes, open_run
+from salmonn.train.run_log import RunSummary, print_table
 
 log = logging.getLogger("mrdpo")
 
@@ -70,7 +70,7 @@ class RebirthConfig:
 
     start: Literal["start", "best"] = "start"
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup=0.1))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup_ratio=0.1))
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,20 @@ class MrDpoConfig:
         heldout_references: likewise for measuring.
         clips_dir: where synthetic clips are kept.
         synth: training clips. Held-out clips follow from its seed, on a seed of their own.
-        tokens: where the clips' tokens are kept.
+        feature_cache: where the clips' tokens are kept.
         heldout_clips: number of synthetic clips to measure on.
         kl_clips: held-out clips on whose reference captions it is measured how far a model has moved; 0 leaves it out.
         rounds: of DPO.
         fresh_pairs: each round samples captions and pairs them; else all train on the first round's pairs.
-        reference: policy that rewards are told against: the one that the round started from, or the run did.
-        qa_share: share of the last round's examples that are questions on the training clips, to be answered.
+        reference_policy: policy that rewards are told against: the one that the round started from, or the run did.
+        qa_fraction: share of the last round's examples that are questions on the training clips, to be answered.
         side_by_side: captions that are generated at once; fewer need less memory.
         judge: who scores the captions.
         pairs: sampling of captions and choice of pairs.
         dpo: the loss.
         lora: each round's fresh adapter.
         fit: each round's optimisation.
-        guards: when the rounds end early.
+        early_stopping: when the rounds end early.
         rebirth: the last stage; none leaves it out.
         seed: of sampling, adapters, order and dropout.
         dry_run: print what the rounds and rebirth would need of a GPU, and do nothing.
@@ -116,20 +116,20 @@ class MrDpoConfig:
     heldout_references: Path | None = None
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
-    tokens: TokenStoreConfig = field(default_factory=TokenStoreConfig)
+    feature_cache: TokenStoreConfig = field(default_factory=TokenStoreConfig)
     heldout_clips: int = 200
     kl_clips: int = 16
     rounds: int = 3
     fresh_pairs: bool = True
-    reference: Literal["renewed", "start"] = "renewed"
-    qa_share: float = 0.0
+    reference_policy: Literal["round_start", "run_start"] = "round_start"
+    qa_fraction: float = 0.0
     side_by_side: int = SIDE_BY_SIDE
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup=0.1, batch_size=16))
-    guards: GuardConfig = field(default_factory=GuardConfig)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_ratio=0.1, batch_size=16))
+    early_stopping: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     rebirth: RebirthConfig | None = field(default_factory=RebirthConfig)
     seed: int = 0
     dry_run: bool = False
@@ -138,21 +138,21 @@ class MrDpoConfig:
         self.placement.require_trainable()
         if self.rounds < 1:
             raise ValueError(f"rounds counts rounds of DPO and must be at least 1, got {self.rounds}")
-        if not 0 <= self.qa_share < 1 or (self.qa_share and not 0 < self.num_questions < self.fit.batch_size):
+        if not 0 <= self.qa_fraction < 1 or (self.qa_fraction and not 0 < self.num_questions < self.fit.batch_size):
             raise ValueError(
-                f"qa_share is the share of {self.fit.batch_size} examples a step that are questions; "
-                f"{self.qa_share} leaves no question or no pair"
+                f"qa_fraction is the share of {self.fit.batch_size} examples a step that are questions; "
+                f"{self.qa_fraction} leaves no question or no pair"
             )
 
     @property
     def num_questions(self) -> int:
         """Examples of questions in each step of the last round."""
-        return round(self.qa_share * self.fit.batch_size)
+        return round(self.qa_fraction * self.fit.batch_size)
 
     @property
-    def essential(self) -> "MrDpoConfig":
+    def resume_key(self) -> "MrDpoConfig":
         """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
-        known = replace(self, engine="ddp", kl_clips=MrDpoConfig.kl_clips, tokens=TokenStoreConfig())
+        known = replace(self, engine="ddp", kl_clips=MrDpoConfig.kl_clips, feature_cache=TokenStoreConfig())
         dpo = replace(self.dpo, kl_every=DpoConfig.kl_every)
         return replace(known, judge=self.judge.essential(), dpo=dpo)
 
@@ -160,20 +160,20 @@ class MrDpoConfig:
 def main(config: MrDpoConfig) -> None:
     """Run all rounds and rebirth."""
     if config.dry_run:
-        plan(config)
+        print_memory_plan(config)
         return
     dist.setup()
     require_processes(config.engine, *([config.fit, config.rebirth.fit] if config.rebirth else [config.fit]))
     load_config(config.model)  # a wrong folder is told before anything is rendered
     judge = make_judge(config.judge, processes=dist.world_size())
-    train, heldout = read_sets(config, judge)
-    open_run(config.out, config.essential, name="mrdpo")
+    train, heldout = load_data(config, judge)
+    open_run(config.out, config.resume_key, name="mrdpo")
     captioner = load(config.model, config)
-    run = encode_sets(captioner, train, heldout, judge, config)
-    summary = Summary(sft=measure(captioner, run, config.out / "sft", config=config))
-    play_rounds(captioner, run, summary, config=config)
+    run = cache_features(captioner, train, heldout, judge, config)
+    summary = RunSummary(sft=measure(captioner, run, config.out / "sft", config=config))
+    run_rounds(captioner, run, summary, config=config)
     if config.rebirth and summary.best:
-        be_reborn(captioner, run, config.out / "rebirth", summary=summary, config=config)
+        run_rebirth(captioner, run, config.out / "rebirth", summary=summary, config=config)
     if dist.is_main():
         write_json(config.out / "summary.json", summary.to_json())
         plot_summary(summary, config.out / "summary.png")
@@ -181,7 +181,7 @@ def main(config: MrDpoConfig) -> None:
     dist.barrier()
 
 
-def plan(config: MrDpoConfig) -> None:
+def print_memory_plan(config: MrDpoConfig) -> None:
     """Print what a round and rebirth would need of memory."""
     shared = partial(plan_adapter, config.model, frames=config.frames, placement=config.placement)
     shared(lora=config.lora, fit=config.fit, answers=3, title="guided DPO", side_by_side=config.side_by_side)
@@ -216,7 +216,7 @@ class Run:
             self.heldout_blocks[: config.kl_clips],
             captioner.processor,
             prompt=captioner.default_prompt(),
-            batch_size=max(1, config.fit.batch_size // (dist.world_size() * config.fit.accumulation)),
+            batch_size=max(1, config.fit.batch_size // (dist.world_size() * config.fit.gradient_accumulation_steps)),
         )
 
     @cached_property
@@ -225,20 +225,20 @@ class Run:
         return dict(zip(paths, self.train_blocks, strict=True))
 
 
-def read_sets(config: MrDpoConfig, judge: Judge) -> tuple[ClipSet, ClipSet]:
+def load_data(config: MrDpoConfig, judge: Judge) -> tuple[ClipSet, ClipSet]:
     """Render or read the clips to train and to measure on.
 
     Raises:
         ValueError: they cannot be judged, or lack the questions that are asked for; told now, not after the sampling.
     """
     synth, heldout_synth = config.synth, heldout_config(config.synth, clips=config.heldout_clips)
-    train = open_clips(config.references, clips_dir=config.clips_dir, synth=synth)
-    heldout = open_clips(config.heldout_references, clips_dir=config.clips_dir, synth=heldout_synth)
+    train = load_clips(config.references, clips_dir=config.clips_dir, synth=synth)
+    heldout = load_clips(config.heldout_references, clips_dir=config.clips_dir, synth=heldout_synth)
     for reference in (*train.references, *heldout.references):
         judge.check(reference)
     if config.num_questions and not any(reference.questions for reference in train.references):
         raise ValueError(
-            f"qa_share is {config.qa_share}, but the references have no questions: add some, or set it to 0"
+            f"qa_fraction is {config.qa_fraction}, but the references have no questions: add some, or set it to 0"
         )
     if config.kl_clips and not any(reference.caption for reference in heldout.references[: config.kl_clips]):
         raise ValueError(
@@ -248,29 +248,29 @@ def read_sets(config: MrDpoConfig, judge: Judge) -> tuple[ClipSet, ClipSet]:
     return train, heldout
 
 
-def encode_sets(captioner: Captioner, train: ClipSet, heldout: ClipSet, judge: Judge, config: MrDpoConfig) -> Run:
+def cache_features(captioner: Captioner, train: ClipSet, heldout: ClipSet, judge: Judge, config: MrDpoConfig) -> Run:
     """Run the frozen towers once on all clips that no run before has had."""
     # Both sets at once: the tokens of one must not make room for the other's.
     train_blocks, heldout_blocks = encode_clips(
-        captioner, train, heldout, name="clips", store=open_store(config.tokens, captioner)
+        captioner, train, heldout, name="clips", store=open_store(config.feature_cache, captioner)
     )
     return Run(train, heldout, train_blocks, heldout_blocks, judge)
 
 
-def play_rounds(captioner: Captioner, run: Run, summary: Summary, *, config: MrDpoConfig) -> None:
+def run_rounds(captioner: Captioner, run: Run, summary: RunSummary, *, config: MrDpoConfig) -> None:
     """All rounds, in place: the captioner ends up as the best model, whose stage the summary names."""
     for number in range(1, config.rounds + 1):
         folder = config.out / f"round_{number}"
         try:
-            play_round(captioner, run, number, folder, config=config)
-        except RoundFailed as error:
+            run_round(captioner, run, number, folder, config=config)
+        except RoundFailedError as error:
             if number == 1:
                 raise
             summary.stopped = str(error)
             break
         summary.rounds.append(measure(captioner, run, folder, summary=summary, config=config))
-        tell_rounds(config.out, summary)
-        if reason := worsened(summary, config.guards):
+        report_rounds(config.out, summary)
+        if reason := stop_reason(summary, config.early_stopping):
             summary.stopped = reason
             break
     if summary.stopped:
@@ -283,20 +283,20 @@ def play_rounds(captioner: Captioner, run: Run, summary: Summary, *, config: MrD
     captioner.reload(config.out / summary.best / "merged", placement=config.placement)
 
 
-def tell_rounds(out: Path, summary: Summary) -> None:
+def report_rounds(out: Path, summary: RunSummary) -> None:
     """Show the stages so far, on the terminal and to TensorBoard."""
     if dist.is_main():
         log_rounds(out, summary)
         print_table(summary)
 
 
-def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, config: MrDpoConfig) -> None:
+def run_round(captioner: Captioner, run: Run, number: int, folder: Path, *, config: MrDpoConfig) -> None:
     """One round, in place: sample, judge, pair, train, merge, save; or read what a run before has made of it.
 
     Raises:
-        RoundFailed: its pairs are too few, or taught nothing.
+        RoundFailedError: its pairs are too few, or taught nothing.
     """
-    if merged(folder):
+    if is_complete(folder):
         captioner.reload(folder / "merged", placement=config.placement)
         return
     if config.fresh_pairs or number == 1:
@@ -313,7 +313,7 @@ def play_round(captioner: Captioner, run: Run, number: int, folder: Path, *, con
         )
     else:
         pairs = read_records(config.out / "round_1" / "pairs.jsonl", Pair)
-    require_pairs(pairs, config.guards, batch_size=config.fit.batch_size, name=folder.name)
+    require_pairs(pairs, config.early_stopping, batch_size=config.fit.batch_size, name=folder.name)
     train_policy(captioner, run, pairs, folder, config=config, number=number)
 
 
@@ -324,7 +324,7 @@ def train_policy(
     base = captioner.name
     with checkpointed(folder) as checkpoints:
         done = fit_adapter(captioner, run, pairs, checkpoints, config=config, number=number)
-        require_margin(folder, config.guards)
+        require_margin(folder, config.early_stopping)
         merge_trained(captioner, folder, done, base=base, lora=config.lora, placement=config.placement, adapter=True)
 
 
@@ -334,14 +334,14 @@ def fit_adapter(
     """Train a fresh adapter; the network is used up, and nothing holds it any more when the next is read."""
     seed = config.seed * 1000 + number
     attach_lora(captioner.network, config.lora, seed=seed)
-    batches, loss = deal_pairs(captioner, run, pairs, config=config, number=number)
+    batches, loss = preference_batches(captioner, run, pairs, config=config, number=number)
     folder = checkpoints.folder.parent
-    watch = watch_drift(captioner, run, config)
-    stage = Stage(f"{folder.name}: guided DPO", folder, checkpoints, seed, config.engine, watch)
+    watch = kl_callback(captioner, run, config)
+    stage = FitContext(f"{folder.name}: guided DPO", folder, checkpoints, seed, config.engine, watch)
     return fit(captioner.network, batches, loss, config.fit.resolve(len(pairs)), stage=stage)
 
 
-def deal_pairs(
+def preference_batches(
     captioner: Captioner, run: Run, pairs: Sequence[Pair], *, config: MrDpoConfig, number: int
 ) -> tuple[Batches[PreferenceBatch | SftBatch], MixedLoss]:
     """A round's batches and loss: pairs, and in the last round questions among them."""
@@ -353,27 +353,27 @@ def deal_pairs(
         captioner.processor,
         batch_size=config.fit.batch_size - questions,
         seed=seed,
-        accumulation=config.fit.accumulation,
+        gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
     )
     with autocast(config.fit.precision):
-        reference = reference_policy(captioner, config=config, number=number)
-        batches.refer(reference, folder=config.out / f"round_{number}")
-    loss = MixedLoss(config.dpo, qa_share=questions / config.fit.batch_size)
+        reference = load_reference_policy(captioner, config=config, number=number)
+        batches.compute_reference_logps(reference, folder=config.out / f"round_{number}")
+    loss = MixedLoss(config.dpo, qa_fraction=questions / config.fit.batch_size)
     if not questions:
         return batches, loss
-    return MixedBatches(batches, ask(captioner, run, config, seed=seed, num_questions=questions)), loss
+    return MixedBatches(batches, qa_batches(captioner, run, config, seed=seed, num_questions=questions)), loss
 
 
-def reference_policy(captioner: Captioner, *, config: MrDpoConfig, number: int) -> Network:
+def load_reference_policy(captioner: Captioner, *, config: MrDpoConfig, number: int) -> Network:
     """The network that, with its adapter off, is what rewards are told against."""
-    if config.reference == "renewed" or number == 1:
+    if config.reference_policy == "round_start" or number == 1:
         return captioner.network
     start = load(config.model, config).network
     attach_lora(start, config.lora, seed=0)  # which is off whenever it is asked
     return start
 
 
-def watch_drift(captioner: Captioner, run: Run, config: MrDpoConfig) -> Watch | None:
+def kl_callback(captioner: Captioner, run: Run, config: MrDpoConfig) -> Callback | None:
     """How far the policy moves from the round's start, on a fixed set of held-out clips."""
     if not config.kl_clips:
         return None
@@ -383,10 +383,10 @@ def watch_drift(captioner: Captioner, run: Run, config: MrDpoConfig) -> Watch | 
         with autocast(config.fit.precision):
             return {"kl": fixed.to_reference(model, network)}
 
-    return Watch(measure, every=config.dpo.kl_every)
+    return Callback(measure, every=config.dpo.kl_every)
 
 
-def ask(captioner: Captioner, run: Run, config: MrDpoConfig, *, seed: int, num_questions: int) -> SftBatches:
+def qa_batches(captioner: Captioner, run: Run, config: MrDpoConfig, *, seed: int, num_questions: int) -> SftBatches:
     """The questions on the training clips, dealt out among the pairs of a round."""
     return SftBatches(
         make_examples(run.train.references, ("questions",), root=run.train.root),
@@ -394,35 +394,35 @@ def ask(captioner: Captioner, run: Run, config: MrDpoConfig, *, seed: int, num_q
         run.train_block,
         batch_size=num_questions,
         seed=seed,
-        accumulation=config.fit.accumulation,
+        gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
         first_rank=config.fit.batch_size - num_questions,
     )
 
 
-def be_reborn(captioner: Captioner, run: Run, folder: Path, *, summary: Summary, config: MrDpoConfig) -> None:
+def run_rebirth(captioner: Captioner, run: Run, folder: Path, *, summary: RunSummary, config: MrDpoConfig) -> None:
     """Tune the starting model, in place, on the improved model's captions of the training clips and on questions."""
     rebirth = config.rebirth
     assert rebirth is not None
-    if merged(folder):
+    if is_complete(folder):
         captioner.reload(folder / "merged", placement=config.placement)
     else:
-        captions = kept_captions(folder, partial(teach, captioner, run, config=config))
+        captions = load_or_create_captions(folder, partial(teacher_captions, captioner, run, config=config))
         base = config.model if rebirth.start == "start" else captioner.name
         captioner.reload(base, placement=config.placement)
         with checkpointed(folder) as checkpoints:
             attach_lora(captioner.network, rebirth.lora, seed=config.seed)
-            batches = tell(captioner, run, captions, rebirth.fit, seed=config.seed)
-            stage = Stage("rebirth", folder, checkpoints, config.seed, config.engine)
+            batches = rebirth_batches(captioner, run, captions, rebirth.fit, seed=config.seed)
+            stage = FitContext("rebirth", folder, checkpoints, config.seed, config.engine)
             steps = rebirth.fit.resolve(len(batches.examples))
             done = fit(captioner.network, batches, sft_loss, steps, stage=stage)
             merge_trained(
                 captioner, folder, done, base=base, lora=rebirth.lora, placement=config.placement, adapter=True
             )
     summary.rebirth = measure(captioner, run, folder, summary=summary, config=config)
-    tell_rounds(config.out, summary)
+    report_rounds(config.out, summary)
 
 
-def tell(captioner: Captioner, run: Run, captions: Sequence[Caption], fit: FitConfig, *, seed: int) -> SftBatches:
+def rebirth_batches(captioner: Captioner, run: Run, captions: Sequence[Caption], fit: FitConfig, *, seed: int) -> SftBatches:
     """The teacher's captions of the training clips and the questions on them, to be learnt."""
     taught = [
         replace(reference, caption=caption.text)
@@ -440,17 +440,17 @@ def tell(captioner: Captioner, run: Run, captions: Sequence[Caption], fit: FitCo
         run.train_block,
         batch_size=fit.batch_size,
         seed=seed,
-        accumulation=fit.accumulation,
+        gradient_accumulation_steps=fit.gradient_accumulation_steps,
     )
 
 
-def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig, parts: Path) -> list[Caption]:
+def teacher_captions(teacher: Captioner, run: Run, *, config: MrDpoConfig, parts: Path) -> list[Caption]:
     """The teacher's most likely caption of each training clip."""
-    return draw_captions(
+    return sample_captions(
         teacher,
         run.train.references,
         run.train_blocks,
-        draw=Draw(replace(config.pairs.sampling, temperature=0.0), seed=config.seed),
+        draw=SampleConfig(replace(config.pairs.sampling, temperature=0.0), seed=config.seed),
         name="rebirth: captions",
         side_by_side=config.side_by_side,
         parts=parts,
@@ -458,7 +458,7 @@ def teach(teacher: Captioner, run: Run, *, config: MrDpoConfig, parts: Path) -> 
 
 
 def measure(
-    captioner: Captioner, run: Run, folder: Path, *, config: MrDpoConfig, summary: Summary | None = None
+    captioner: Captioner, run: Run, folder: Path, *, config: MrDpoConfig, summary: RunSummary | None = None
 ) -> Rates:
     """Rates on the held-out clips, kept in `heldout/` with captions, answers and scores.
 
@@ -466,7 +466,7 @@ def measure(
     """
     stage, folder = folder.name, folder / "heldout"
     path = folder / RATES_NAME
-    if absent(path):
+    if is_missing(path):
         result = evaluate(
             captioner,
             run.heldout.references,
@@ -483,7 +483,7 @@ def measure(
     log.info("%s: total %.3f, questions %s", stage, rates.total, rates.qa_accuracy)
     if summary and config.kl_clips:
         path = folder / f"kl_{config.kl_clips}.json"
-        if absent(path):
+        if is_missing(path):
             start = load(config.model, config).network
             kl = run.drift_set(captioner, config).between(captioner.network, start)
             if dist.is_main():

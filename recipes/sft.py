@@ -32,14 +32,14 @@ from salmonn.records import Modality, write_json
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig, sample_clip
 from salmonn.train.checkpoint import checkpointed, put_trained
-from salmonn.train.data import ClipCache, Example, SftBatches, Task, conversation_examples, make_examples, sft_loss
+from salmonn.train.data import ClipCache, Example, SftBatches, SftTask, conversation_examples, make_examples, sft_loss
 from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
 from salmonn.train.evaluate import encode_clips, encode_examples, evaluate, write_evaluation
 from salmonn.train.feature_cache import TokenStoreConfig, open_store
-from salmonn.train.loop import FitConfig, Stage, fit, require_processes
+from salmonn.train.loop import FitConfig, FitContext, fit, require_processes
 from salmonn.train.parallel import EngineName
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
-from salmonn.train.run_folder import absent, open_run, save_merged
+from salmonn.train.run_folder import is_missing, open_run, save_merged
 
 log = logging.getLogger("sft")
 TINY = "tiny"
@@ -61,7 +61,7 @@ class SftConfig:
         clips_dir: where synthetic clips are kept.
         synth: training clips.
         heldout_clips: synthetic clips to measure on, of a seed of their own; 0 measures nothing.
-        tokens: in a folder, frozen towers run once on each clip, before the first step, and without dropout; by
+        feature_cache: in a folder, frozen towers run once on each clip, before the first step, and without dropout; by
             default they run in each step. It pays where a clip comes up more than once.
         tasks: what is learnt of each clip.
         single_modality_every: of so many clips one is learnt by its picture alone and its sound alone too, if `tasks`
@@ -83,8 +83,8 @@ class SftConfig:
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
     heldout_clips: int = 200
-    tokens: TokenStoreConfig = field(default_factory=lambda: TokenStoreConfig(folder=None))
-    tasks: tuple[Task, ...] = ("caption", "questions", "visual_caption", "audio_caption")
+    feature_cache: TokenStoreConfig = field(default_factory=lambda: TokenStoreConfig(folder=None))
+    tasks: tuple[SftTask, ...] = ("caption", "questions", "visual_caption", "audio_caption")
     single_modality_every: int = 1
     trainable: tuple[str, ...] = ("all",)
     lora: LoraConfig | None = None
@@ -97,24 +97,24 @@ class SftConfig:
         self.placement.require_trainable()
 
     @property
-    def essential(self) -> "SftConfig":
+    def resume_key(self) -> "SftConfig":
         """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
-        folder = self.tokens.folder and TokenStoreConfig.folder  # with tokens from disk, towers have no dropout
-        return replace(self, engine="ddp", tokens=TokenStoreConfig(folder))
+        folder = self.feature_cache.folder and TokenStoreConfig.folder  # with tokens from disk, towers have no dropout
+        return replace(self, engine="ddp", feature_cache=TokenStoreConfig(folder))
 
 
 def main(config: SftConfig) -> None:
     """Run one stage."""
     if config.dry_run:
-        plan(config)
+        print_memory_plan(config)
         return
     dist.setup()
     require_processes(config.engine, config.fit)
     if config.model != TINY:
         load_config(config.model)  # a wrong folder is told before anything is rendered
     clips = read_data(config)
-    open_run(config.out, config.essential, name="sft")
-    if not absent(config.out / CONFIG_NAME):
+    open_run(config.out, config.resume_key, name="sft")
+    if not is_missing(config.out / CONFIG_NAME):
         log.info("%s is trained already", config.out)
         with checkpointed(config.out):  # clears what a kill has left
             return
@@ -126,13 +126,13 @@ def main(config: SftConfig) -> None:
     batches = SftBatches(
         examples,
         captioner.processor,
-        find_clips(captioner, examples, config.tokens),
+        find_clips(captioner, examples, config.feature_cache),
         batch_size=config.fit.batch_size,
         seed=config.seed,
-        accumulation=config.fit.accumulation,
+        gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
     )
     with checkpointed(config.out) as checkpoints:
-        stage = Stage(config.out.name, config.out, checkpoints, config.seed, config.engine)
+        stage = FitContext(config.out.name, config.out, checkpoints, config.seed, config.engine)
         done = fit(captioner.network, batches, sft_loss, config.fit.resolve(len(examples)), stage=stage)
         # Training uses the network up: what it has learnt goes into another that is made in the same way.
         del captioner.network
@@ -147,7 +147,7 @@ def main(config: SftConfig) -> None:
         save_merged(captioner, config.out)
 
 
-def plan(config: SftConfig) -> None:
+def print_memory_plan(config: SftConfig) -> None:
     """Print what the stage would need of memory."""
     sizes = tiny(vocab_size=config.vocab_size, eos_token_id=2, pad_token_id=0)
     if config.model != TINY:
@@ -283,7 +283,7 @@ def find_clips(
     if any(value.requires_grad for value in (*towers, embeddings)):
         raise ValueError(
             "tokens are kept where towers and embeddings are frozen, and trainable names some of them: leave "
-            "tokens.folder out, or train a LoRA alone"
+            "feature_cache.folder out, or train a LoRA alone"
         )
     blocks = encode_examples(captioner, examples, name="training clips", store=open_store(tokens, captioner))
     return lambda example: blocks[example.clip]
@@ -294,7 +294,7 @@ def measure(captioner: Captioner, config: SftConfig) -> None:
     if not config.heldout_clips:
         return
     clips = render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
-    (blocks,) = encode_clips(captioner, clips, name="held-out clips", store=open_store(config.tokens, captioner))
+    (blocks,) = encode_clips(captioner, clips, name="held-out clips", store=open_store(config.feature_cache, captioner))
     judge = RuleJudge()
     result = evaluate(captioner, clips.references, blocks, judge=judge, sampling=Sampling(), name="held-out")
     if dist.is_main():

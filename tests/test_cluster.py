@@ -24,12 +24,12 @@ SCALE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 # Three seconds with one or two things to see and one to hear; `out` is not here, as captions hold their model's path.
 FLAGS = {
-    "out": "run", "clips_dir": "clips", "tokens.folder": "tokens", "synth.clips": 4, "synth.seed": 5,
+    "out": "run", "clips_dir": "clips", "feature_cache.folder": "tokens", "synth.clips": 4, "synth.seed": 5,
     "synth.min_seconds": 3, "synth.max_seconds": 3, "synth.min_visual": 1, "synth.max_visual": 2,
     "synth.min_sounds": 1, "synth.max_sounds": 1,
     "heldout_clips": 2, "rounds": 1, "pairs.num_samples": 3, "pairs.sampling.temperature": 0.9,
     "pairs.sampling.max_new_tokens": 24, "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 2,
-    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 2, "guards.min_margin": "null", "guards.max_worsening": 1,
+    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 2, "early_stopping.min_margin": "null", "early_stopping.max_worsening": 1,
 }  # fmt: skip
 MRDPO = [f"--{name}={value}" for name, value in FLAGS.items()]
 # Starts the command once for each machine, as SLURM does, and ends as the worst of them.
@@ -164,7 +164,7 @@ def test_the_recipes_of_the_guide_start_as_it_says(load_recipe, monkeypatch):
     assert [processes for _, _, processes in told] == [1, 8, 8, 32, 32, 32]
     for name, flags, processes in told:
         config_type = getattr(
-            load_recipe(name), {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "GivenDpoConfig"}[name]
+            load_recipe(name), {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "OfflineDpoConfig"}[name]
         )
         config = parse_config(config_type, description="", args=flags)
         # Each process needs an example in every step of every stage.
@@ -180,7 +180,7 @@ def test_other_commands_of_the_guide_are_there(call):
 
 def test_settings_engines_and_files_of_the_guide_are_there(load_recipe):
     config = load_recipe("mrdpo").MrDpoConfig()
-    dotted = set(re.findall(r"`(?:--)?((?:guards|fit|judge|rebirth)\.\w+)", SCALE))
+    dotted = set(re.findall(r"`(?:--)?((?:early_stopping|fit|judge|rebirth)\.\w+)", SCALE))
     assert len(dotted) > 8
     for name in dotted:
         attrgetter(name)(config)  # AttributeError: the guide names a setting that is not there

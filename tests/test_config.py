@@ -19,7 +19,7 @@ RECIPE_OF = {
     "dpo.yaml": "dpo",
     "dpo": "dpo",
 }  # every other YAML is a stage of sft
-CONFIG_OF = {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "GivenDpoConfig"}
+CONFIG_OF = {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "OfflineDpoConfig"}
 YAMLS = sorted((RECIPES / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(RECIPES / "configs")) for path in YAMLS]
 

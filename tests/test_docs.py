@@ -50,7 +50,7 @@ sys.exit(subprocess.call([sys.executable, *args, *flags]))
 SMALL = (
     "--rounds 1 --pairs.num_samples 4 --pairs.sampling.temperature 0.9 --pairs.sampling.max_new_tokens 30 "
     "--pairs.min_gap 0.0001 --fit.steps 2 --rebirth.fit.steps 2 --synth.clips 8 --heldout_clips 3 "
-    "--guards.max_worsening 9 --guards.min_pairs 1 --guards.min_margin null --kl_clips 2"
+    "--early_stopping.max_worsening 9 --early_stopping.min_pairs 1 --early_stopping.min_margin null --kl_clips 2"
 )
 # Run by tests of their own, with files that they need.
 ELSEWHERE = {

@@ -30,7 +30,7 @@ from salmonn.records import Caption, Reference, new_folder, read_json, read_reco
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import qa_accuracy
 from salmonn.score.stats import MEASURES, Interval
-from salmonn.train.references import CLIPS_NAME, HELDOUT_OFFSET
+from salmonn.train.references import CLIPS_NAME, HELDOUT_SEED_OFFSET
 
 ROOT = Path(__file__).parent.parent
 CLIPS_SEED = 200  # seed K is trained on clips of seed 200 + K, apart from those that settings were chosen on
@@ -77,9 +77,9 @@ WAYS = {
     "no_ce": Way(NO_REBIRTH | {"dpo.ce_weight": 0.0}, SAMPLED),
     "long_dpo": Way(NO_REBIRTH | {"dpo.ce_weight": 0.0}, SAMPLED, long=True),
     "long_gdpo": Way(NO_REBIRTH, SAMPLED, long=True),
-    "frozen": Way(NO_REBIRTH | {"reference": "start", "fresh_pairs": "false"}, ("sft", "round_1")),
+    "frozen": Way(NO_REBIRTH | {"reference_policy": "run_start", "fresh_pairs": "false"}, ("sft", "round_1")),
     "first_pairs": Way(NO_REBIRTH | {"fresh_pairs": "false"}, ("sft", "round_1")),
-    "questions": Way(NO_REBIRTH | {"qa_share": 0.25}, ("sft", "round_*"), last_anew=True),
+    "questions": Way(NO_REBIRTH | {"qa_fraction": 0.25}, ("sft", "round_*"), last_anew=True),
     "going_on": Way({"rebirth.start": "best"}, ("sft", "round_*", "rebirth/captions.jsonl")),
 }
 
@@ -174,7 +174,7 @@ class Settings:
         flags: dict[str, object] = {
             "out": self.folder(way, seed),
             "clips_dir": self.out / "clips",
-            "tokens.folder": self.out / "tokens",
+            "feature_cache.folder": self.out / "features",
             "seed": seed,
             "synth.seed": CLIPS_SEED + seed,
             "rounds": rounds,
@@ -350,7 +350,7 @@ def read_estimates(settings: Settings) -> dict[str, dict[str, Estimate]]:
 def read_heldout(settings: Settings, seed: int) -> list[Reference]:
     """What is known of the clips that a seed's models were measured on."""
     num_clips = read_json(settings.folder(BASE, seed) / "summary.json")["sft"]["clips"]
-    folder = settings.out / "clips" / f"seed{HELDOUT_OFFSET + CLIPS_SEED + seed}-{num_clips}"
+    folder = settings.out / "clips" / f"seed{HELDOUT_SEED_OFFSET + CLIPS_SEED + seed}-{num_clips}"
     return read_records(folder / CLIPS_NAME, Reference)
 
 

@@ -31,7 +31,7 @@ def run_seed(seed: int, out: Path, extra: list[str], *, processes: int) -> dict:
         f"--config={ROOT / 'recipes' / 'configs' / 'mrdpo.yaml'}",
         f"--out={out}",
         f"--clips_dir={out.parent / 'clips'}",
-        f"--tokens.folder={out.parent / 'tokens'}",
+        f"--feature_cache.folder={out.parent / 'features'}",
         f"--seed={seed}",
         f"--synth.seed={100 + seed}",
         *extra,

@@ -30,13 +30,13 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 ROUNDS = 2
 SIZES = {
-    "out": "run", "clips_dir": "clips", "tokens.folder": "null", "synth.clips": 6, "synth.seed": 5,
+    "out": "run", "clips_dir": "clips", "feature_cache.folder": "null", "synth.clips": 6, "synth.seed": 5,
     "synth.min_seconds": 3, "synth.max_seconds": 3, "synth.min_visual": 1, "synth.max_visual": 2,
     "synth.min_sounds": 1, "synth.max_sounds": 1,
-    "heldout_clips": 3, "rounds": ROUNDS, "qa_share": 0.25, "side_by_side": 8, "pairs.num_samples": 4,
+    "heldout_clips": 3, "rounds": ROUNDS, "qa_fraction": 0.25, "side_by_side": 8, "pairs.num_samples": 4,
     "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30, "pairs.min_gap": 0.0001, "fit.steps": 10,
     "fit.batch_size": 4, "fit.checkpoint_every": 2, "rebirth.fit.steps": 10, "rebirth.fit.batch_size": 4,
-    "rebirth.fit.checkpoint_every": 2, "guards.min_margin": "null", "guards.max_worsening": 1,
+    "rebirth.fit.checkpoint_every": 2, "early_stopping.min_margin": "null", "early_stopping.max_worsening": 1,
 }  # fmt: skip
 # What differs from run to run by its nature: figures of time and memory in steps.jsonl, the day and hour of judging in
 # scores.jsonl, TensorBoard's files, which hold times and of which each start makes one, and PEFT's model card, which is

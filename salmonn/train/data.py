@@ -19,7 +19,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.network import ClipFeatures, ClipInputs, ModelInputs
 from salmonn.records import Modality, Reference
 
-Task = Literal[
+SftTask = Literal[
     "caption",
     "human_caption",
     "events",
@@ -65,7 +65,7 @@ class Example:
 
 def make_examples(
     references: Sequence[Reference],
-    tasks: Sequence[Task],
+    tasks: Sequence[SftTask],
     *,
     root: Path,
     prompts: Mapping[Modality, str] = PLAIN_PROMPTS,
@@ -97,7 +97,7 @@ def make_examples(
     return examples
 
 
-def _turns(reference: Reference, tasks: Sequence[Task], *, modality: Modality, describe: str) -> tuple[Turn, ...]:
+def _turns(reference: Reference, tasks: Sequence[SftTask], *, modality: Modality, describe: str) -> tuple[Turn, ...]:
     """The turns of one use of the clip: its captions, its events (in canonical words, which do not vary), questions."""
     prefix = "" if modality == "both" else f"{modality}_"
     wanted = ("caption", "human_caption") if modality == "both" else (f"{prefix}caption",)
@@ -211,7 +211,7 @@ class SftBatches:
         clip_of: gives an example's clip, as media or as the block that the frozen towers made of it.
         batch_size: examples a step over all ranks.
         seed: of the order.
-        accumulation: pieces that a rank's part is split into, if it has so many examples.
+        gradient_accumulation_steps: pieces that a rank's part is split into, if it has so many examples.
         first_rank: rank that takes the first example of each step.
     """
 
@@ -223,7 +223,7 @@ class SftBatches:
         *,
         batch_size: int,
         seed: int,
-        accumulation: int = 1,
+        gradient_accumulation_steps: int = 1,
         first_rank: int = 0,
     ) -> None:
         if not examples:
@@ -233,16 +233,16 @@ class SftBatches:
         self.clip_of = clip_of
         self.batch_size = batch_size
         self.seed = seed
-        self.accumulation = accumulation
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.first_rank = first_rank
 
     def __call__(self, step: int) -> list[SftBatch]:
         """This rank's batch of a step, in pieces."""
-        chosen = deal(self.examples, step, batch_size=self.batch_size, seed=self.seed)
+        chosen = batch_at(self.examples, step, batch_size=self.batch_size, seed=self.seed)
         tokenizer = self.processor.tokenizer
         num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in chosen for turn in example.turns)
         mine = dist.share(chosen, first=self.first_rank)
-        return [self._piece(part, num_tokens / dist.world_size()) for part in split(mine, self.accumulation)]
+        return [self._piece(part, num_tokens / dist.world_size()) for part in split(mine, self.gradient_accumulation_steps)]
 
     def _piece(self, examples: Sequence[Example], mean_num_tokens: float) -> SftBatch:
         clips = [self.clip_of(example) for example in examples]
@@ -255,7 +255,7 @@ class SftBatches:
         return SftBatch(self.processor.collate(rows, clips), mean_num_tokens, names)
 
 
-def deal(items: Sequence[Item], step: int, *, batch_size: int, seed: int) -> list[Item]:
+def batch_at(items: Sequence[Item], step: int, *, batch_size: int, seed: int) -> list[Item]:
     """The items of a step's batch over all ranks: every epoch deals all of them in an order of its own."""
     places = (divmod(index, len(items)) for index in range(step * batch_size, (step + 1) * batch_size))
     return [items[_shuffled(len(items), seed, epoch)[place]] for epoch, place in places]

@@ -158,7 +158,7 @@ def weights_bytes(network: Network, placement: Placement, *, merged: bool = Fals
 def clips_at_once(fit: FitConfig) -> int:
     """Clips of a forward pass: a rank's share of the batch in as many pieces as the config asks for."""
     share = math.ceil(fit.batch_size / dist.world_size())
-    return math.ceil(share / min(fit.accumulation, share))
+    return math.ceil(share / min(fit.gradient_accumulation_steps, share))
 
 
 class Budget:

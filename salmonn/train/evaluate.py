@@ -38,7 +38,7 @@ RATES_NAME = "rates.json"
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleConfig:
     """What is drawn of each clip: so many captions, how, and from which seed."""
 
     sampling: Sampling
@@ -134,12 +134,12 @@ def _to_read(example: Example, is_found: bool) -> float:
     return 0.0 if is_found else 1 + declared_seconds(example.video)
 
 
-def draw_captions(
+def sample_captions(
     captioner: Captioner,
     references: Sequence[Reference],
     blocks: Sequence[ClipFeatures],
     *,
-    draw: Draw,
+    draw: SampleConfig,
     name: str,
     side_by_side: int = SIDE_BY_SIDE,
     parts: Path | None = None,
@@ -184,7 +184,7 @@ def draw_captions(
 
 
 def _caption_batch(
-    captioner: Captioner, videos: Sequence[str], blocks: Sequence[ClipFeatures], *, draw: Draw, seeds: Sequence[int]
+    captioner: Captioner, videos: Sequence[str], blocks: Sequence[ClipFeatures], *, draw: SampleConfig, seeds: Sequence[int]
 ) -> list[Caption]:
     prompt, count = captioner.default_prompt(), draw.num_samples
     answers = captioner.answer(
@@ -208,7 +208,7 @@ def _caption_batch(
     ]
 
 
-def _to_request(captioner: Captioner, draw: Draw, batches: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _to_request(captioner: Captioner, draw: SampleConfig, batches: Sequence[Sequence[str]]) -> dict[str, Any]:
     """What the parts are parts of."""
     return {"model": captioner.name, "prompt": captioner.default_prompt(), "draw": asdict(draw), "batches": batches}
 
@@ -337,8 +337,8 @@ def evaluate(
     side_by_side: int = SIDE_BY_SIDE,
 ) -> Evaluation:
     """Captions (one a clip), their scores and rates, and the accuracy of answers to the clips' questions, if any."""
-    captions = draw_captions(
-        captioner, references, blocks, draw=Draw(sampling), name=f"{name}: captions", side_by_side=side_by_side
+    captions = sample_captions(
+        captioner, references, blocks, draw=SampleConfig(sampling), name=f"{name}: captions", side_by_side=side_by_side
     )
     answers = answer_questions(captioner, references, blocks, name=f"{name}: questions", side_by_side=side_by_side)
     by_video = {reference.video: reference for reference in references}

@@ -1,6 +1,6 @@
 """Clips' tokens on disk: the frozen towers run once on a clip, and runs that come after read what they gave.
 
-    run/tokens/KEY.safetensors    one clip's block, written under another name, then renamed
+    run/features/KEY.safetensors    one clip's block, written under another name, then renamed
 
 The key follows from all that the tokens do: the clip's files and span, how the model samples and lays out frames and
 sound, its towers' weights, and what they were computed on. Blocks are mapped to memory: a page is read when it is used.
@@ -66,7 +66,7 @@ class TokenStoreConfig:
             does not fit stays in memory.
     """
 
-    folder: Path | None = Path("run/tokens")
+    folder: Path | None = Path("run/features")
     max_gib: float = 20.0
 
     def __post_init__(self) -> None:
@@ -160,7 +160,7 @@ class TokenStore:
             size = sum(block.tokens.nbytes for block in left) / GIB
             log.warning(
                 "the tokens of %d of %d %s (%.2f GiB) do not fit in %s, and stay in the memory of each process: raise "
-                "tokens.max_gib (%.2f), or make room on that disk",
+                "feature_cache.max_gib (%.2f), or make room on that disk",
                 len(left),
                 len(blocks),
                 name,
@@ -182,7 +182,7 @@ class TokenStore:
             raise ValueError(
                 f"process {dist.rank()} does not see {self._path(key).resolve()}, which this run's processes have "
                 "written or read: all machines of a run must share that folder, and runs that share it need a "
-                "tokens.max_gib that is enough for all of them (or tokens.folder null, for tokens in memory)"
+                "feature_cache.max_gib that is enough for all of them (or feature_cache.folder null, for tokens in memory)"
             ) from error
 
     def _make_room(self, size: int) -> bool:
@@ -240,7 +240,7 @@ def open_store(config: TokenStoreConfig, captioner: Captioner) -> TokenStore | N
     if not config.folder.is_dir():
         raise ValueError(
             f"process {dist.rank()} does not see {config.folder.resolve()}, which process 0 has made: all machines of "
-            "a run must share the folder of tokens (or tokens.folder null, for tokens in memory)"
+            "a run must share the folder of tokens (or feature_cache.folder null, for tokens in memory)"
         )
     return TokenStore(config.folder, max_bytes=config.max_gib * GIB, model=model)
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salmonn.records import Pair
-from salmonn.train.run_log import STEPS_NAME, Summary, read_steps
+from salmonn.train.run_log import STEPS_NAME, RunSummary, read_steps
 
 
 @dataclass(frozen=True)
-class GuardConfig:
+class EarlyStopConfig:
     """When the rounds end. In the first round that ends the run; later the best model so far is kept.
 
     Args:
@@ -24,47 +24,47 @@ class GuardConfig:
     max_worsening: float = 0.05
 
 
-class RoundFailed(ValueError):
+class RoundFailedError(ValueError):
     """A round cannot give a better model."""
 
 
-def require_pairs(pairs: Sequence[Pair], guards: GuardConfig, *, batch_size: int, name: str) -> None:
-    """Raise RoundFailed where a round has too few pairs."""
-    least = max(1, batch_size if guards.min_pairs is None else guards.min_pairs)
+def require_pairs(pairs: Sequence[Pair], early_stopping: EarlyStopConfig, *, batch_size: int, name: str) -> None:
+    """Raise RoundFailedError where a round has too few pairs."""
+    least = max(1, batch_size if early_stopping.min_pairs is None else early_stopping.min_pairs)
     if len(pairs) < least:
-        raise RoundFailed(
+        raise RoundFailedError(
             f"{name} found {len(pairs)} pairs of captions that differ enough, and {least} are asked for "
-            "(guards.min_pairs): sample more captions (pairs.num_samples), at a higher temperature, or ask for a "
+            "(early_stopping.min_pairs): sample more captions (pairs.num_samples), at a higher temperature, or ask for a "
             "smaller gap (pairs.min_gap)"
         )
 
 
-def require_margin(folder: Path, guards: GuardConfig) -> None:
-    """Raise RoundFailed where a trained round does not tell chosen from rejected, by its log of steps."""
-    if guards.min_margin is None:
+def require_margin(folder: Path, early_stopping: EarlyStopConfig) -> None:
+    """Raise RoundFailedError where a trained round does not tell chosen from rejected, by its log of steps."""
+    if early_stopping.min_margin is None:
         return
     margins = [step["margin"] for step in read_steps(folder / STEPS_NAME)]
     late = margins[-max(1, len(margins) // 4) :]
-    if (margin := sum(late) / len(late)) <= guards.min_margin:
-        raise RoundFailed(
+    if (margin := sum(late) / len(late)) <= early_stopping.min_margin:
+        raise RoundFailedError(
             f"{folder.name} has not learnt to tell chosen from rejected captions: their rewards differ by {margin:.4f} "
-            f"at its end, and guards.min_margin is {guards.min_margin}. Look at {folder / 'pairs.jsonl'}, take more "
+            f"at its end, and early_stopping.min_margin is {early_stopping.min_margin}. Look at {folder / 'pairs.jsonl'}, take more "
             "steps or a higher learning rate"
         )
 
 
-def worsened(summary: Summary, guards: GuardConfig) -> str | None:
+def stop_reason(summary: RunSummary, early_stopping: EarlyStopConfig) -> str | None:
     """Why the rounds end, where the last of them is too much worse than the best before; none where it is not."""
     *before, last = [summary.sft.total, *(rates.total for rates in summary.rounds)]
-    if last <= min(before) + guards.max_worsening:
+    if last <= min(before) + early_stopping.max_worsening:
         return None
     return (
         f"after round {len(summary.rounds)} the held-out Total is {last:.3f}, and was {min(before):.3f}: more than "
-        f"guards.max_worsening {guards.max_worsening} worse"
+        f"early_stopping.max_worsening {early_stopping.max_worsening} worse"
     )
 
 
-def best_round(summary: Summary) -> int | None:
+def best_round(summary: RunSummary) -> int | None:
     """The number of the round with the least held-out Total; none where a guard ended the rounds and none is better
     than the start."""
     totals = [rates.total for rates in summary.rounds]

@@ -9,12 +9,12 @@ from typing import TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from salmonn.records import write_text
-from salmonn.train.run_log import STEPS_NAME, Summary, read_steps
+from salmonn.train.run_log import STEPS_NAME, RunSummary, read_steps
 
 ROUNDS_NAME = "rounds.jsonl"
 
 
-class RunLog:
+class StepLog:
     """Each step's figures in `steps.jsonl` and TensorBoard events beside it. Rank 0 alone makes one.
 
     Args:
@@ -53,7 +53,7 @@ class RunLog:
         self._events.close()
 
 
-def log_rounds(folder: Path, summary: Summary) -> None:
+def log_rounds(folder: Path, summary: RunSummary) -> None:
     """Write all stages' rates, as fractions, and KL in nats a token: a line a stage in `rounds.jsonl`, and for
     TensorBoard each against its stage's number, SFT's being 0.
 

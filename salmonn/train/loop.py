@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from salmonn import dist
 from salmonn.model.network import Network
 from salmonn.train.checkpoint import Checkpoint, Checkpoints, put_trained
-from salmonn.train.log import RunLog
+from salmonn.train.log import StepLog
 from salmonn.train.parallel import Engine, EngineName, require_engine, start_engine, trained
 
 log = logging.getLogger(__name__)
@@ -34,13 +34,13 @@ class FitConfig:
 
     Args:
         learning_rate: its peak, after warm-up; then it falls along a cosine.
-        final_rate: share of the peak at the cosine's end.
+        min_lr_ratio: share of the peak at the cosine's end.
         steps: optimiser steps; none where `epochs` says how long.
         epochs: how often every example is seen; none where `steps` says how long.
         batch_size: examples a step, over all ranks.
-        accumulation: a rank's part of the batch goes through the model in at most so many pieces, one after the
+        gradient_accumulation_steps: a rank's part of the batch goes through the model in at most so many pieces, one after the
             other, to save memory; the gradient is that of the whole.
-        warmup: share of the steps over which the rate rises from 0.
+        warmup_ratio: share of the steps over which the rate rises from 0.
         weight_decay: of matrices; vectors have none.
         betas: of Adam.
         max_grad_norm: gradients are clipped to this norm.
@@ -51,12 +51,12 @@ class FitConfig:
     """
 
     learning_rate: float = 1e-3
-    final_rate: float = 0.1
+    min_lr_ratio: float = 0.1
     steps: int | None = 1000
     epochs: float | None = None
     batch_size: int = 32
-    accumulation: int = 1
-    warmup: float = 0.05
+    gradient_accumulation_steps: int = 1
+    warmup_ratio: float = 0.05
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
@@ -70,10 +70,10 @@ class FitConfig:
                 f"a stage lasts so many steps or so many epochs: one of them must be given and the other null, "
                 f"got steps {self.steps} and epochs {self.epochs}"
             )
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is a share of the steps from 0 to 1, got {self.warmup}")
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation counts pieces and must be at least 1, got {self.accumulation}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio is a share of the steps from 0 to 1, got {self.warmup_ratio}")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps counts pieces and must be at least 1, got {self.gradient_accumulation_steps}")
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every counts steps and must be at least 1, got {self.checkpoint_every}")
 
@@ -92,10 +92,10 @@ class FitConfig:
     @property
     def num_warmup_steps(self) -> int:
         """Steps over which the rate rises."""
-        return round(self.warmup * self.num_steps)
+        return round(self.warmup_ratio * self.num_steps)
 
 
-class Piece(Protocol):
+class MicroBatch(Protocol):
     """A part of a step's batch, which goes through the model alone.
 
     Args:
@@ -110,9 +110,9 @@ class Piece(Protocol):
     def num_tokens(self) -> int: ...
 
 
-Batch = TypeVar("Batch", bound=Piece)
-Batch_co = TypeVar("Batch_co", bound=Piece, covariant=True)
-Batch_contra = TypeVar("Batch_contra", bound=Piece, contravariant=True)
+Batch = TypeVar("Batch", bound=MicroBatch)
+Batch_co = TypeVar("Batch_co", bound=MicroBatch, covariant=True)
+Batch_contra = TypeVar("Batch_contra", bound=MicroBatch, contravariant=True)
 
 
 class Batches(Protocol, Generic[Batch_co]):
@@ -135,7 +135,7 @@ class Loss(Protocol, Generic[Batch_contra]):
 
 
 @dataclass(frozen=True)
-class Watch:
+class Callback:
     """Something else to be measured while training goes on.
 
     Args:
@@ -148,7 +148,7 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Stage:
+class FitContext:
     """What a training is called, and where it keeps its things.
 
     Args:
@@ -165,7 +165,7 @@ class Stage:
     checkpoints: Checkpoints
     seed: int = 0
     engine: EngineName = "ddp"
-    watch: Watch | None = None
+    callback: Callback | None = None
 
 
 def learning_rate_at(step: int, config: FitConfig) -> float:
@@ -174,8 +174,8 @@ def learning_rate_at(step: int, config: FitConfig) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(config.num_steps - warmup, 1)
-    falling = (1 - config.final_rate) / 2 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.learning_rate * (config.final_rate + falling)
+    falling = (1 - config.min_lr_ratio) / 2 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.learning_rate * (config.min_lr_ratio + falling)
 
 
 def autocast(precision: Precision) -> torch.autocast:
@@ -194,7 +194,7 @@ def require_processes(engine: EngineName, *configs: FitConfig) -> None:
 
 
 def fit(
-    network: nn.Module, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: Stage
+    network: nn.Module, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: FitContext
 ) -> Checkpoint:
     """Train what requires gradients, and write it down.
 
@@ -243,21 +243,21 @@ def fit(
 
 
 def _run(
-    engine: Engine, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: Stage, first: int
+    engine: Engine, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: FitContext, first: int
 ) -> None:
     """All steps from the first on, with log and checkpoints."""
-    steps = RunLog(stage.folder) if dist.is_main() else None
+    steps = StepLog(stage.folder) if dist.is_main() else None
     if steps:
         steps.resume(first)
     with Bar(stage.name, first=first, num_steps=config.num_steps) as bar:
-        for step, pieces, waited in _prefetch(batches, first, config.num_steps):
+        for step, micro_batches, waited in _prefetch(batches, first, config.num_steps):
             began = time.monotonic()
             torch.manual_seed(stage.seed * 1_000_003 + step * 131 + dist.rank())
-            figures = _step(engine, loss, pieces, config=config, step=step)
-            if stage.watch and (step % stage.watch.every == 0 or step + 1 == config.num_steps):
-                figures |= stage.watch.measure(engine.model)
+            figures = _step(engine, loss, micro_batches, config=config, step=step)
+            if stage.callback and (step % stage.callback.every == 0 or step + 1 == config.num_steps):
+                figures |= stage.callback.measure(engine.model)
             seconds = waited + time.monotonic() - began
-            figures |= _costs(pieces, seconds=seconds, waited=waited)
+            figures |= _costs(micro_batches, seconds=seconds, waited=waited)
             bar.show(step, figures)
             if steps:
                 steps(step, figures)
@@ -339,12 +339,12 @@ def make_optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimiz
 
 
 def _step(
-    engine: Engine, loss: Loss[Batch], pieces: Sequence[Batch], *, config: FitConfig, step: int
+    engine: Engine, loss: Loss[Batch], micro_batches: Sequence[Batch], *, config: FitConfig, step: int
 ) -> dict[str, float]:
     """One step of the optimiser; the figures are those of all ranks."""
     total, figures = 0.0, Counter[str]()
-    for number, (piece, counts) in enumerate(padded := _padded(engine, pieces), start=1):
-        with engine.piece(last=number == len(padded)):
+    for number, (piece, counts) in enumerate(padded := _padded(engine, micro_batches), start=1):
+        with engine.micro_batch(last=number == len(padded)):
             with autocast(config.precision):
                 value, figures_of_piece = loss(engine.model, piece)
             engine.backward(value if counts else 0 * value)
@@ -354,7 +354,7 @@ def _step(
     norm = engine.clip()
     ranks = dist.gather([{"loss": total, **figures}])
     if not math.isfinite(norm) or not all(math.isfinite(one["loss"]) for one in ranks):
-        _refuse(pieces, total, norm=norm, step=step)
+        _refuse(micro_batches, total, norm=norm, step=step)
     learning_rate = learning_rate_at(step, config)
     engine.step(learning_rate)
     summed = Counter[str]()
@@ -364,17 +364,17 @@ def _step(
     return means | {"grad_norm": norm, "learning_rate": learning_rate}
 
 
-def _padded(engine: Engine, pieces: Sequence[Batch]) -> list[tuple[Batch, bool]]:
+def _padded(engine: Engine, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
     """The pieces, each with whether it counts: where all ranks must call the model alike, the last is done again."""
     if not engine.same_calls:
-        return [(piece, True) for piece in pieces]
-    most = max(dist.gather([len(pieces)]))
-    return [(piece, True) for piece in pieces] + [(pieces[-1], False)] * (most - len(pieces))
+        return [(piece, True) for piece in micro_batches]
+    most = max(dist.gather([len(micro_batches)]))
+    return [(piece, True) for piece in micro_batches] + [(micro_batches[-1], False)] * (most - len(micro_batches))
 
 
-def _refuse(pieces: Sequence[Batch], total: float, *, norm: float, step: int) -> None:
+def _refuse(micro_batches: Sequence[Batch], total: float, *, norm: float, step: int) -> None:
     """End before the step; the clips are those of the ranks whose loss is not finite, or all if none's is."""
-    ranks = dist.gather([(total, [clip for piece in pieces for clip in piece.clips])])
+    ranks = dist.gather([(total, [clip for piece in micro_batches for clip in piece.clips])])
     bad = [one for one in ranks if not math.isfinite(one[0])] or ranks
     clips = sorted({clip for _, names in bad for clip in names})
     raise FloatingPointError(
@@ -383,9 +383,9 @@ def _refuse(pieces: Sequence[Batch], total: float, *, norm: float, step: int) ->
     )
 
 
-def _costs(pieces: Sequence[Batch], *, seconds: float, waited: float) -> dict[str, float]:
+def _costs(micro_batches: Sequence[Batch], *, seconds: float, waited: float) -> dict[str, float]:
     """Tokens a second of all ranks, the most memory of this one so far, and where the time went."""
-    tokens = dist.total(sum(piece.num_tokens for piece in pieces))
+    tokens = dist.total(sum(piece.num_tokens for piece in micro_batches))
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     else:
@@ -405,7 +405,7 @@ def _prefetch(batches: Batches[Batch], first: int, last: int) -> Iterator[tuple[
         for step in range(first, last):
             assert following is not None
             began = time.monotonic()
-            pieces = following.result()
+            micro_batches = following.result()
             waited = time.monotonic() - began
             following = pool.submit(batches, step + 1) if step + 1 < last else None
-            yield step, pieces, waited
+            yield step, micro_batches, waited

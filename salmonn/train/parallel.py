@@ -42,7 +42,7 @@ class Engine(Protocol):
     model: nn.Module
     same_calls: bool
 
-    def piece(self, *, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         """Within this context a piece goes forward and backward; the step's last one brings gradients together."""
 
     def backward(self, loss: Tensor) -> None:
@@ -156,7 +156,7 @@ class DdpEngine(TorchEngine):
             # A batch of picture alone gives the audio tower no gradient.
             self.model = DistributedDataParallel(network, find_unused_parameters=True)
 
-    def piece(self, *, last: bool) -> AbstractContextManager[object]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         """See `Engine`."""
         if last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
@@ -184,7 +184,7 @@ class FsdpEngine(TorchEngine):
         super().__init__(network, optimizer, max_grad_norm=max_grad_norm)
 
     @contextmanager
-    def piece(self, *, last: bool) -> Iterator[None]:
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
         """See `Engine`."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
@@ -225,7 +225,7 @@ class ZeroEngine:
         self._make_moments()
 
     @contextmanager
-    def piece(self, *, last: bool) -> Iterator[None]:
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
         """See `Engine`."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         yield

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from salmonn.records import write_text
 from salmonn.templates import open_template
-from salmonn.train.run_log import COLUMNS, RunRecord, StageLog, Summary, heads, write_figure
+from salmonn.train.run_log import COLUMNS, RunRecord, StageLog, RunSummary, column_titles, format_figure
 
 _MOST_POINTS = 1000  # of a line over all stages: more than a panel has pixels
 
@@ -71,7 +71,7 @@ _ON_PAGE = _Look(ink="#000001", soft="#000002", lines=("#000003", "#000004", "#0
 _STYLE_NAMES = ("ink", "soft", "missed", "incorrect", "hallucinated", "repeated", "accent")
 
 
-def plot_summary(summary: Summary, path: Path) -> None:
+def plot_summary(summary: RunSummary, path: Path) -> None:
     """Draw the rates over the stages to a PNG file."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -110,7 +110,7 @@ def plot_curves(record: RunRecord, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _draw_rates(summary: Summary, axes: Any, look: _Look) -> None:
+def _draw_rates(summary: RunSummary, axes: Any, look: _Look) -> None:
     """A line for each measure over the stages; one that is not measured at every stage is left out."""
     stages = _short(list(summary.stages))
     for (key, title), colour in zip(COLUMNS.items(), look.lines, strict=True):
@@ -224,10 +224,10 @@ def _dress(axes: Any, look: _Look) -> None:
 def write_page(record: RunRecord, path: Path) -> None:
     """Write the run as one HTML file that asks no network for anything; it appears whole or not at all."""
     template = Path(__file__).with_name("run.html.jinja")
-    page = open_template(template, figure=lambda value, column: write_figure(column, value)).render(
+    page = open_template(template, figure=lambda value, column: format_figure(column, value)).render(
         record=record,
         summary=record.summary,
-        heads=heads(),
+        column_titles=column_titles(),
         paired=[stage for stage in record.stages if stage.pairs],
         num_steps=sum(len(stage.steps) for stage in record.stages),
         rates=_to_svg("Held-out rates", partial(_draw_rates, record.summary)) if record.summary else "",

@@ -17,11 +17,11 @@ from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import ClipFeatures, ModelInputs, Network
 from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
 from salmonn.records import Pair, read_json, write_json
-from salmonn.train.data import SftBatch, SftBatches, deal, sft_loss, split
+from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split
 from salmonn.train.feature_cache import describe, describe_words, digest, fingerprint
 
 log = logging.getLogger(__name__)
-REFERENCE_NAME = "reference.json"
+REFERENCE_LOGPS_NAME = "reference_logps.json"
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class PreferenceBatches:
         processor: of the model.
         batch_size: pairs a step over all ranks.
         seed: of the order.
-        accumulation: pieces that a rank's part is split into, if it has so many pairs.
+        gradient_accumulation_steps: pieces that a rank's part is split into, if it has so many pairs.
 
-    `reference` has the reference policy's log-probabilities of each pair's chosen and rejected answer.
+    `reference_logps` has the reference policy's log-probabilities of each pair's chosen and rejected answer.
     """
 
     def __init__(
@@ -84,22 +84,22 @@ class PreferenceBatches:
         *,
         batch_size: int,
         seed: int,
-        accumulation: int = 1,
+        gradient_accumulation_steps: int = 1,
     ) -> None:
         self.pairs = pairs
         self.blocks = blocks
         self.processor = processor
         self.batch_size = batch_size
         self.seed = seed
-        self.accumulation = accumulation
-        self.reference: list[tuple[float, float]] = []
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.reference_logps: list[tuple[float, float]] = []
 
-    def refer(self, network: Network, *, folder: Path | None = None) -> None:
+    def compute_reference_logps(self, network: Network, *, folder: Path | None = None) -> None:
         """Ask the reference policy, the network with its adapter off, once for every pair; shared over ranks.
 
         Args:
             network: as it is for all of the training.
-            folder: takes what it says, in reference.json. What is there is not asked again if all that it depends on is
+            folder: takes what it says, in reference_logps.json. What is there is not asked again if all that it depends on is
                 as it was, and each rank's first batch gives the same once more.
         """
         groups = self._by_clip()
@@ -107,15 +107,15 @@ class PreferenceBatches:
         shares = dist.spread(costs)
         mine = [place for number in shares[dist.rank()] for place in groups[number]]
         made_of = self._describe(network) if folder else ""
-        if folder and (kept := _read_kept(folder / REFERENCE_NAME, made_of)) and self._says_again(network, mine, kept):
-            self.reference = kept
+        if folder and (kept := _read_kept(folder / REFERENCE_LOGPS_NAME, made_of)) and self._says_again(network, mine, kept):
+            self.reference_logps = kept
             return
         said = dict(zip(mine, self._ask(network, mine), strict=True))
         parts = dist.collect([[said[place][:2] for place in groups[number]] for number in shares[dist.rank()]], shares)
         placed = dict(zip(itertools.chain(*groups), itertools.chain(*parts), strict=True))
-        self.reference = [placed[place] for place in range(len(self.pairs))]
+        self.reference_logps = [placed[place] for place in range(len(self.pairs))]
         if folder and dist.is_main():
-            write_json(folder / REFERENCE_NAME, {"made_of": made_of, "logps": self.reference})
+            write_json(folder / REFERENCE_LOGPS_NAME, {"made_of": made_of, "logps": self.reference_logps})
 
     def _by_clip(self) -> list[list[int]]:
         """Places of the pairs, those on one clip together: they share its way through the decoder."""
@@ -130,7 +130,7 @@ class PreferenceBatches:
     @property
     def _size(self) -> int:
         """Pairs that a process asks the reference about at once: as many as go through it at once in training."""
-        return max(1, self.batch_size // (self.accumulation * dist.world_size()))
+        return max(1, self.batch_size // (self.gradient_accumulation_steps * dist.world_size()))
 
     def _ask(self, network: Network, places: Sequence[int]) -> list[tuple[float, float, int]]:
         """Log-probabilities of pairs' chosen and rejected answers, and how many tokens both have."""
@@ -176,10 +176,10 @@ class PreferenceBatches:
 
     def __call__(self, step: int) -> list[PreferenceBatch]:
         """This rank's batch of a step, in pieces."""
-        assert len(self.reference) == len(self.pairs), "refer() comes before the first batch"
+        assert len(self.reference_logps) == len(self.pairs), "compute_reference_logps() comes before the first batch"
         numbered = list(enumerate(self.pairs))
-        mine = dist.share(deal(numbered, step, batch_size=self.batch_size, seed=self.seed))
-        return [self._piece(part) for part in split(mine, self.accumulation)]
+        mine = dist.share(batch_at(numbered, step, batch_size=self.batch_size, seed=self.seed))
+        return [self._piece(part) for part in split(mine, self.gradient_accumulation_steps)]
 
     def _piece(self, numbered: Sequence[tuple[int, Pair]]) -> PreferenceBatch:
         part = [pair for _, pair in numbered]
@@ -188,7 +188,7 @@ class PreferenceBatches:
             for texts in zip(*((pair.chosen, pair.rejected, pair.ground_truth) for pair in part), strict=True)
             for index, (pair, text) in enumerate(zip(part, texts, strict=True))
         ]
-        reference = torch.tensor([self.reference[number] for number, _ in numbered])
+        reference = torch.tensor([self.reference_logps[number] for number, _ in numbered])
         mean_num_pairs = self.batch_size / dist.world_size()
         names = tuple(pair.video for pair in part)
         return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1], mean_num_pairs, names)
@@ -290,17 +290,17 @@ class MixedLoss:
 
     Args:
         config: beta and the weight of the ground truth's cross-entropy.
-        qa_share: share of the examples that are questions.
+        qa_fraction: share of the examples that are questions.
     """
 
-    def __init__(self, config: DpoConfig, *, qa_share: float) -> None:
+    def __init__(self, config: DpoConfig, *, qa_fraction: float) -> None:
         self.preference = PreferenceLoss(config)
-        self.qa_share = qa_share
+        self.qa_fraction = qa_fraction
 
     def __call__(self, model: nn.Module, batch: PreferenceBatch | SftBatch) -> tuple[Tensor, Mapping[str, float]]:
         """Loss, and the figures of the log: those of the pairs, or the cross-entropy `qa`."""
         if isinstance(batch, SftBatch):
             value, _ = sft_loss(model, batch)
-            return self.qa_share * value, {"qa": value.item()}
+            return self.qa_fraction * value, {"qa": value.item()}
         value, figures = self.preference(model, batch)
-        return (1 - self.qa_share) * value, figures
+        return (1 - self.qa_fraction) * value, figures

@@ -11,12 +11,12 @@ from salmonn.records import Reference, read_records
 from salmonn.synthetic.render import SynthConfig, make_clips
 
 CLIPS_NAME = "clips.jsonl"
-HELDOUT_OFFSET = 1_000_000  # between the seeds of training and of held-out clips
+HELDOUT_SEED_OFFSET = 1_000_000  # between the seeds of training and of held-out clips
 
 
 def heldout_config(synth: SynthConfig, *, clips: int) -> SynthConfig:
     """Clips to measure on: of the training clips' kind, from a seed of their own that follows from theirs."""
-    return replace(synth, clips=clips, seed=synth.seed + HELDOUT_OFFSET)
+    return replace(synth, clips=clips, seed=synth.seed + HELDOUT_SEED_OFFSET)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_clips(path: Path) -> ClipSet:
     return ClipSet(references, path.parent)
 
 
-def open_clips(path: Path | None, *, clips_dir: Path, synth: SynthConfig) -> ClipSet:
+def load_clips(path: Path | None, *, clips_dir: Path, synth: SynthConfig) -> ClipSet:
     """References of one's own videos; without any, the synthetic clips of a config."""
     return read_clips(path) if path else render_clips(clips_dir, synth)
 

@@ -18,8 +18,8 @@ from salmonn.records import Caption, Pair, Reference, Score
 from salmonn.score.formats import read_scores, write_scores
 from salmonn.score.judge import Judge
 from salmonn.score.scoring import make_judge_info
-from salmonn.train.evaluate import SIDE_BY_SIDE, Draw, draw_captions, judge_captions, require_scores
-from salmonn.train.run_folder import absent, kept, kept_captions
+from salmonn.train.evaluate import SIDE_BY_SIDE, SampleConfig, sample_captions, judge_captions, require_scores
+from salmonn.train.run_folder import is_missing, load_or_create, load_or_create_captions
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +68,12 @@ def make_pairs(
         seed: of sampling.
         side_by_side: captions that are generated at once.
     """
-    draw = Draw(config.sampling, seed=seed, num_samples=config.num_samples)
-    sample = partial(draw_captions, captioner, references, blocks, draw=draw, name=f"{folder.name}: sampling")
-    captions = kept_captions(folder, partial(sample, side_by_side=side_by_side))
+    draw = SampleConfig(config.sampling, seed=seed, num_samples=config.num_samples)
+    sample = partial(sample_captions, captioner, references, blocks, draw=draw, name=f"{folder.name}: sampling")
+    captions = load_or_create_captions(folder, partial(sample, side_by_side=side_by_side))
     by_video = {reference.video: reference for reference in references}
     scores = _judged(folder / "scores.jsonl", captions, by_video, judge=judge)
-    pairs = kept(folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, by_video, config=config))
+    pairs = load_or_create(folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, by_video, config=config))
     report = summarise_pairs(pairs)
     log.info(
         "%s: %d pairs, mean gap %.3f; mean words %.1f chosen, %.1f rejected",
@@ -90,7 +90,7 @@ def _judged(
     path: Path, captions: Sequence[Caption], references: Mapping[str, Reference], *, judge: Judge
 ) -> list[Score]:
     """Scores of captions, from the score file where a run before wrote it; the unscored ones stay in it."""
-    if absent(path):
+    if is_missing(path):
         results = judge_captions(captions, references, judge=judge)
         require_scores(results, name=path.parent.name)  # before it is written: a run without any score is no result
         if dist.is_main():

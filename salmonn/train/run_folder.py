@@ -40,14 +40,14 @@ def open_run(folder: Path, config: Any, *, name: str) -> None:
         )
 
 
-def absent(path: Path) -> bool:
+def is_missing(path: Path) -> bool:
     """Whether a file is still to be made. Rank 0 alone looks: others' disks would remember that it was not there."""
     return dist.gather([dist.is_main() and not path.is_file()])[0]
 
 
-def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:
+def load_or_create(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:
     """Records of a stage: read where a run before made them, else made and written."""
-    if absent(path):
+    if is_missing(path):
         records = make()
         if dist.is_main():
             write_records(path, records)
@@ -55,10 +55,10 @@ def kept(path: Path, record_type: type[Record], make: Callable[[], Sequence[Reco
     return read_records(path, record_type)
 
 
-def kept_captions(folder: Path, draw: Callable[..., list[Caption]]) -> list[Caption]:
+def load_or_create_captions(folder: Path, draw: Callable[..., list[Caption]]) -> list[Caption]:
     """Captions of a stage, likewise in captions.jsonl; `draw` takes the folder that it may keep its parts in."""
     parts = folder / "captions.parts"
-    captions = kept(folder / "captions.jsonl", Caption, lambda: draw(parts=parts))
+    captions = load_or_create(folder / "captions.jsonl", Caption, lambda: draw(parts=parts))
     clear_parts(parts)
     return captions
 
@@ -110,9 +110,9 @@ def num_bytes(captioner: Captioner) -> int:
     return sum(parameter.nbytes for parameter in captioner.network.parameters())
 
 
-def merged(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a stage has come to its end; checkpoints that a kill just after it has left are then cleared."""
-    if absent(folder / "merged" / CONFIG_NAME):
+    if is_missing(folder / "merged" / CONFIG_NAME):
         return False
     with checkpointed(folder):
         return True

@@ -26,7 +26,7 @@ STEPS_NAME = "steps.jsonl"
 
 
 @dataclass
-class Summary:
+class RunSummary:
     """Rates of every stage of a run.
 
     Args:
@@ -44,7 +44,7 @@ class Summary:
     stopped: str | None = None
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Summary":
+    def from_json(cls, value: Mapping[str, Any]) -> "RunSummary":
         """What `to_json` gave, or the rates alone of a run that has one stage.
 
         Raises:
@@ -86,15 +86,15 @@ class Summary:
         return _stage_name(self.best) if self.best else None
 
 
-def print_table(summary: Summary) -> None:
+def print_table(summary: RunSummary) -> None:
     """Print the stages as a table, in percent; and why the rounds stopped."""
     table = Table(title=f"{summary.sft.clips} held-out clips")
     table.add_column("stage")
-    for title in heads():
+    for title in column_titles():
         table.add_column(title, justify="right")
     for stage, figures in summary.figures.items():
         is_best = stage == summary.best_stage
-        cells = (write_figure(column, value) for column, value in figures.items())
+        cells = (format_figure(column, value) for column, value in figures.items())
         table.add_row(f"{stage}, best" if is_best else stage, *cells, style="bold" if is_best else None)
     console = Console(width=110)
     console.print(table)
@@ -102,12 +102,12 @@ def print_table(summary: Summary) -> None:
         console.print(f"stopped: {summary.stopped}", highlight=False, markup=False, soft_wrap=True)
 
 
-def heads() -> list[str]:
+def column_titles() -> list[str]:
     """Of the table's columns of figures."""
     return [*(f"{title} %" for title in COLUMNS.values()), f"{KL} nats a token"]
 
 
-def write_figure(column: str, value: float | None) -> str:
+def format_figure(column: str, value: float | None) -> str:
     """A figure as its column shows it: in percent, or nats; "-" where it was not measured."""
     if value is None:
         return "-"
@@ -142,7 +142,7 @@ class RunRecord:
     """
 
     name: str
-    summary: Summary | None
+    summary: RunSummary | None
     is_whole: bool
     stages: Sequence[StageLog]
     config: str = ""
@@ -189,14 +189,14 @@ def read_steps(path: Path) -> list[dict[str, float]]:
     return steps
 
 
-def _read_summary(path: Path) -> Summary:
+def _read_summary(path: Path) -> RunSummary:
     try:
-        return Summary.from_json(read_json(path))
+        return RunSummary.from_json(read_json(path))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is no summary of a run: {error}") from error
 
 
-def _measured_so_far(folder: Path) -> Summary | None:
+def _measured_so_far(folder: Path) -> RunSummary | None:
     """From what each stage has measured: of a run that is going on, or was killed."""
     found = {path.parents[1].name: parse_record(read_json(path), Rates) for path in folder.glob("*/heldout/rates.json")}
     if "sft" not in found:
@@ -205,7 +205,7 @@ def _measured_so_far(folder: Path) -> Summary | None:
     # Of several, on other numbers of clips, the latest counts.
     measured = sorted(folder.glob("*/heldout/kl_*.json"), key=lambda path: path.stat().st_mtime_ns)
     kl = {_stage_name(path.parents[1].name): read_json(path) for path in measured}
-    return Summary(found["sft"], [found[name] for name in rounds], found.get("rebirth"), kl)
+    return RunSummary(found["sft"], [found[name] for name in rounds], found.get("rebirth"), kl)
 
 
 def _read_stages(folder: Path) -> Iterator[StageLog]:

@@ -51,7 +51,7 @@ def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, footage, load_recipe, 
     assert pair.preference.ground_truth == RIGHT.text
     assert (store.folder / "videos" / cast.pair).read_bytes() == b"pictures"
     dpo = load_recipe("dpo")
-    config = dpo.GivenDpoConfig(preferences=store.folder / "pairs.jsonl", model="none", out=tmp_path / "out")
+    config = dpo.OfflineDpoConfig(preferences=store.folder / "pairs.jsonl", model="none", out=tmp_path / "out")
     examples, pairs = dpo.read_preferences(config)
     assert (len(examples), pairs[0].chosen) == (1, RIGHT.text)
 

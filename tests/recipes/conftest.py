@@ -17,7 +17,7 @@ SIZES = {
     "synth.max_visual": 2, "synth.min_sounds": 1, "synth.max_sounds": 1, "heldout_clips": 3,
 }  # fmt: skip
 SFT = SIZES | {
-    "tasks": "[caption,questions]", "fit.steps": 28, "fit.batch_size": 8, "fit.warmup": 0.18,
+    "tasks": "[caption,questions]", "fit.steps": 28, "fit.batch_size": 8, "fit.warmup_ratio": 0.18,
     "fit.learning_rate": 0.003,
 }  # fmt: skip
 

@@ -54,9 +54,9 @@ def start(request):
 
 def test_given_preferences(start, launch, preferences, tmp_path):
     flags = {
-        "preferences": preferences, "model": start, "out": tmp_path / "dpo", "tokens.folder": tmp_path / "tokens",
+        "preferences": preferences, "model": start, "out": tmp_path / "dpo", "feature_cache.folder": tmp_path / "tokens",
         "lora.rank": 8, "lora.alpha": 16,
-        "fit.steps": 8, "fit.batch_size": 4, "fit.learning_rate": 0.003, "fit.accumulation": 2,
+        "fit.steps": 8, "fit.batch_size": 4, "fit.learning_rate": 0.003, "fit.gradient_accumulation_steps": 2,
     }  # fmt: skip
     result = launch("dpo", **flags)
     assert result.returncode == 0, result.stderr
@@ -71,7 +71,7 @@ def test_given_preferences(start, launch, preferences, tmp_path):
     assert (tmp_path / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "dpo" / "checkpoint.safetensors").exists()
     assert len(list((tmp_path / "tokens").iterdir())) == 8  # clips
-    assert len(read_json(tmp_path / "dpo" / "reference.json")["logps"]) == 8  # pairs
+    assert len(read_json(tmp_path / "dpo" / "reference_logps.json")["logps"]) == 8  # pairs
     again = launch("dpo", **flags)
     assert again.returncode == 0 and "trained already" in again.stderr + again.stdout
 
@@ -81,7 +81,7 @@ def test_what_preferences_lack_is_told(load_recipe, preferences, tmp_path):
     items = json.loads(preferences.read_text())
     first = [part for part in items[0]["conversations"] if part["from"] != "gpt"]
     preferences.write_text(json.dumps([items[0] | {"conversations": first}, *items[1:]]))
-    config = dpo.GivenDpoConfig(preferences=preferences, model="none", out=tmp_path)
+    config = dpo.OfflineDpoConfig(preferences=preferences, model="none", out=tmp_path)
     with pytest.raises(ValueError, match=r"1 preferences of .* have no ground truth .* --dpo.ce_weight 0"):
         dpo.read_preferences(config)
     plain = [item | {"conversations": item["conversations"][:2]} for item in items]

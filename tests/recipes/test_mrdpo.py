@@ -19,10 +19,10 @@ from tests.score.fake_llm_server import honest
 
 ROUND = {
     "rounds": 1, "pairs.num_samples": 4, "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30,
-    "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup": 0.5, "fit.learning_rate": 0.002,
+    "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup_ratio": 0.5, "fit.learning_rate": 0.002,
     "fit.checkpoint_every": 1, "rebirth.fit.checkpoint_every": 1, "side_by_side": 16,
-    "guards.max_worsening": 9, "guards.min_pairs": 1, "guards.min_margin": "null", "kl_clips": 2, "dpo.kl_every": 1,
-    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup": 0.5,
+    "early_stopping.max_worsening": 9, "early_stopping.min_pairs": 1, "early_stopping.min_margin": "null", "kl_clips": 2, "dpo.kl_every": 1,
+    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup_ratio": 0.5,
 }  # fmt: skip
 RATES = {
     "missing", "hallucination", "incorrect", "hallucinated", "total", "repetition", "qa_accuracy", "clips", "captions",
@@ -37,7 +37,7 @@ PROMISED = {
     "summary.png",
     *(f"sft/{name}" for name in MEASURED),
     *(f"round_1/{name}" for name in [*MEASURED, "heldout/kl_2.json", *(f"merged/{part}" for part in MODEL)]),
-    "round_1/reference.json",
+    "round_1/reference_logps.json",
     *(f"round_1/{name}.jsonl" for name in ("captions", "scores", "pairs", "steps")),
     *(
         f"{stage}/adapter/adapter_{part}"
@@ -53,7 +53,7 @@ PROMISED = {
 @pytest.fixture(scope="session")
 def flags(taught, sizes):
     """The same for all runs here, but `out`, and tokens on disk where a test has them there."""
-    return sizes | ROUND | {"model": taught / "model", "clips_dir": taught / "clips", "tokens.folder": "null"}
+    return sizes | ROUND | {"model": taught / "model", "clips_dir": taught / "clips", "feature_cache.folder": "null"}
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +154,7 @@ def test_killed_at_every_stage_and_started_again(finished, command_of, launch, f
 
     That one has the clips' tokens in memory, these on disk.
     """
-    out, kept = tmp_path / "mrdpo", {"tokens.folder": tmp_path / "tokens"}
+    out, kept = tmp_path / "mrdpo", {"feature_cache.folder": tmp_path / "tokens"}
     python, recipe, *options = command_of("mrdpo", out=out, **flags | kept)
     for number, point in enumerate(POINTS):
         line = [python, str(Path(__file__).with_name("kill_at.py")), point, recipe, *options]
@@ -170,8 +170,8 @@ def test_killed_at_every_stage_and_started_again(finished, command_of, launch, f
 
 def test_two_processes(finished, launch, flags, tmp_path):
     # Half of each step's examples are questions, which other runs here have none of.
-    kept = {"tokens.folder": tmp_path.with_name(f"{tmp_path.name}_tokens")}
-    result = launch("mrdpo", processes=2, out=tmp_path, **flags | kept, qa_share=0.5)
+    kept = {"feature_cache.folder": tmp_path.with_name(f"{tmp_path.name}_tokens")}
+    result = launch("mrdpo", processes=2, out=tmp_path, **flags | kept, qa_fraction=0.5)
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "round_1" / "steps.jsonl").read_text().splitlines()]
     assert all(step["qa"] > 0 and step["dpo"] > 0 for step in steps)
@@ -201,7 +201,7 @@ dist.barrier()
 signal.alarm(30)  # ranks that wait for each other in different places would do so for hours
 if dist.rank() == 1:
     time.sleep(2)
-assert kept(Path(sys.argv[1]), Caption, lambda: [Caption("a.mp4", "a star")]) == [Caption("a.mp4", "a star")]
+assert load_or_create(Path(sys.argv[1]), Caption, lambda: [Caption("a.mp4", "a star")]) == [Caption("a.mp4", "a star")]
 assert dist.gather([dist.rank()]) == [0, 1]
 dist.barrier()
 """
@@ -252,12 +252,12 @@ def test_rounds_end_early_with_the_best_model(load_recipe, monkeypatch, tmp_path
 
     def play(captioner, run, number, folder, *, config):
         if isinstance(totals[number - 1], str):
-            raise recipe.RoundFailed(totals[number - 1])
+            raise recipe.RoundFailedError(totals[number - 1])
 
-    monkeypatch.setattr(recipe, "play_round", play)
+    monkeypatch.setattr(recipe, "run_round", play)
     monkeypatch.setattr(recipe, "measure", lambda _, __, folder, **___: rates(totals[int(folder.name[-1]) - 1]))
-    config, summary = recipe.MrDpoConfig(out=tmp_path, rounds=3), recipe.Summary(sft=rates(0.6))
-    recipe.play_rounds(Model(), None, summary, config=config)
+    config, summary = recipe.MrDpoConfig(out=tmp_path, rounds=3), recipe.RunSummary(sft=rates(0.6))
+    recipe.run_rounds(Model(), None, summary, config=config)
     assert summary.best == best and (stopped in summary.stopped if stopped else summary.stopped is None)
     assert loaded == ([tmp_path / best / "merged"] if best else [])
 
@@ -266,11 +266,11 @@ def test_a_first_round_that_fails_ends_the_run(load_recipe, monkeypatch, tmp_pat
     recipe = load_recipe("mrdpo")
 
     def play(*_, **__):
-        raise recipe.RoundFailed("round_1 found 0 pairs")
+        raise recipe.RoundFailedError("round_1 found 0 pairs")
 
-    monkeypatch.setattr(recipe, "play_round", play)
+    monkeypatch.setattr(recipe, "run_round", play)
     with pytest.raises(ValueError, match="round_1 found 0 pairs"):
-        recipe.play_rounds(None, None, recipe.Summary(sft=rates(0.6)), config=recipe.MrDpoConfig(out=tmp_path))
+        recipe.run_rounds(None, None, recipe.RunSummary(sft=rates(0.6)), config=recipe.MrDpoConfig(out=tmp_path))
 
 
 def test_the_reference_is_the_rounds_start_or_the_runs(load_recipe, captioner, random_model):
@@ -279,7 +279,7 @@ def test_the_reference_is_the_rounds_start_or_the_runs(load_recipe, captioner, r
     moved = captioner.network.get_parameter(name)
     with torch.no_grad():
         moved.add_(1.0)
-    of = partial(recipe.reference_policy, captioner)
+    of = partial(recipe.load_reference_policy, captioner)
     renewed, start = (recipe.MrDpoConfig(model=str(random_model), reference=kind) for kind in ("renewed", "start"))
     assert of(config=renewed, number=2) is captioner.network and of(config=start, number=1) is captioner.network
     assert torch.allclose(of(config=start, number=2).get_parameter(name), moved - 1.0, atol=1e-6)

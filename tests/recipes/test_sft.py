@@ -44,7 +44,7 @@ def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes):
         **sizes | {"heldout_clips": 0},
         **{"out": tmp_path / "tuned", "model": taught / "model", "clips_dir": taught / "clips"},
         **{"tasks": "[human_caption]", "trainable": "[]", "lora.rank": 4, "fit.steps": 2, "fit.batch_size": 4},
-        **{"tokens.folder": tmp_path / "tokens"},
+        **{"feature_cache.folder": tmp_path / "tokens"},
     )
     assert result.returncode == 0, result.stderr
     before, after = weights(taught / "model"), weights(tmp_path / "tuned")
@@ -91,7 +91,7 @@ def test_frozen_towers_run_once_where_tokens_are_kept(load_recipe, captioner, vi
     for part in ("vision.newline", "audio", "lm.model.embed"):
         config = sft.SftConfig(out=tmp_path, trainable=(part,))
         sft.choose_trainable(captioner.network, config)
-        with pytest.raises(ValueError, match=r"leave tokens.folder out"):
+        with pytest.raises(ValueError, match=r"leave feature_cache.folder out"):
             sft.find_clips(captioner, examples, tokens)
 
 
@@ -100,7 +100,7 @@ def test_frozen_towers_run_once_where_tokens_are_kept(load_recipe, captioner, vi
     [
         ("sft", "SftConfig", ("references",)),
         ("mrdpo", "MrDpoConfig", ("references", "heldout_references")),
-        ("dpo", "GivenDpoConfig", ("preferences",)),
+        ("dpo", "OfflineDpoConfig", ("preferences",)),
     ],
 )
 def test_a_file_that_is_not_there_claims_no_folder(

@@ -25,7 +25,7 @@ def small():
 @pytest.fixture(scope="module")
 def bench(step, small):
     made = step.Bench(small)
-    made.refer()
+    made.compute_reference_logps()
     return made
 
 

@@ -24,7 +24,7 @@ from salmonn.model.network import ClipInputs, Network
 from salmonn.records import Pair
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.dry_run import Budget, ClipShape, Work, empty_network
-from salmonn.train.loop import FitConfig, Stage, fit
+from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 
 SHAPE = ClipShape(seconds=24.0, width=320, height=180, frames_per_second=10.0)
@@ -59,13 +59,13 @@ def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
     attach_lora(captioner.network, LORA, seed=0)
     pair = Pair("noise", "Tell.", ANSWER, f"two {ANSWER}", f"three {ANSWER}")
     batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
-    batches.refer(captioner.network)
+    batches.compute_reference_logps(captioner.network)
     fit(
         captioner.network,
         batches,
         PreferenceLoss(DpoConfig()),
         fit_config,
-        stage=Stage("step", work, Checkpoints(work / "checkpoints")),
+        stage=FitContext("step", work, Checkpoints(work / "checkpoints")),
     )
 
 
@@ -85,7 +85,7 @@ def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
     placement = Placement(dtype="float32")
     config = load_config(folder)
     processor = Processor.load(folder, config=config)
-    fit_config = FitConfig(steps=1, batch_size=1, warmup=1.0, gradient_checkpointing=checkpointed)
+    fit_config = FitConfig(steps=1, batch_size=1, warmup_ratio=1.0, gradient_checkpointing=checkpointed)
     network = empty_network(config)
     if mode == "training":
         with torch.device("meta"):

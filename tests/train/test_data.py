@@ -13,7 +13,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.layout import interleave_by_time
 from salmonn.model.network import ClipFeatures
 from salmonn.records import Question, Reference
-from salmonn.train.data import ClipCache, Example, SftBatches, conversation_examples, deal, make_examples, sft_loss
+from salmonn.train.data import ClipCache, Example, SftBatches, conversation_examples, batch_at, make_examples, sft_loss
 
 DESCRIBE, DESCRIBE_VISUAL, DESCRIBE_AUDIO = PLAIN_PROMPTS["both"], PLAIN_PROMPTS["visual"], PLAIN_PROMPTS["audio"]
 
@@ -79,17 +79,17 @@ def test_what_a_reference_lacks_gives_no_example():
 @pytest.mark.parametrize(("count", "batch_size", "steps"), [(5, 3, 5), (4, 4, 3), (3, 7, 3)])
 def test_every_epoch_deals_everything_once(count, batch_size, steps):
     items = list("abcde"[:count])
-    dealt = [item for step in range(steps) for item in deal(items, step, batch_size=batch_size, seed=0)]
+    dealt = [item for step in range(steps) for item in batch_at(items, step, batch_size=batch_size, seed=0)]
     epochs = [dealt[start : start + count] for start in range(0, len(dealt), count)]
     assert len(epochs) > 2 and all(sorted(epoch) == items for epoch in epochs)
 
 
 def test_deals_depend_on_the_seed_alone():
     items = list(range(50))
-    first = [deal(items, step, batch_size=8, seed=3) for step in range(20)]
+    first = [batch_at(items, step, batch_size=8, seed=3) for step in range(20)]
     # Asked for again, and the other way round.
-    assert [deal(items, step, batch_size=8, seed=3) for step in reversed(range(20))] == first[::-1]
-    assert [deal(items, step, batch_size=8, seed=4) for step in range(20)] != first
+    assert [batch_at(items, step, batch_size=8, seed=3) for step in reversed(range(20))] == first[::-1]
+    assert [batch_at(items, step, batch_size=8, seed=4) for step in range(20)] != first
     flat = [item for batch in first for item in batch]
     assert flat[:50] != flat[50:100] and flat[:50] != items  # each epoch has an order of its own
 

@@ -17,17 +17,17 @@ from salmonn.caption.generate import Sampling
 from salmonn.records import Caption, Event, Reference, read_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.evaluate import (
-    Draw,
+    SampleConfig,
     answer_questions,
     clear_parts,
     cut,
-    draw_captions,
+    sample_captions,
     encode_clips,
     judge_captions,
 )
 from salmonn.train.feature_cache import TokenStoreConfig, open_store
 
-DRAW = Draw(Sampling(temperature=1.0, max_new_tokens=12), seed=7, num_samples=2)
+DRAW = SampleConfig(Sampling(temperature=1.0, max_new_tokens=12), seed=7, num_samples=2)
 
 
 def test_batches_are_of_like_length():
@@ -42,7 +42,7 @@ def work(captioner, clips, folder, name="work") -> dict[str, list]:
     for _ in ("cold", "warm"):
         (stored,) = encode_clips(captioner, clips, name=name, store=open_store(TokenStoreConfig(folder), captioner))
         assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(blocks, stored, strict=True))
-    captions = draw_captions(captioner, clips.references, blocks, draw=DRAW, name=name, side_by_side=4)
+    captions = sample_captions(captioner, clips.references, blocks, draw=DRAW, name=name, side_by_side=4)
     by_video = {reference.video: reference for reference in clips.references}
     answers = answer_questions(captioner, clips.references, blocks, name=name, side_by_side=3)
     scores = judge_captions(captions, by_video, judge=RuleJudge())
@@ -122,8 +122,8 @@ def test_a_killed_draw_goes_on_from_its_parts(captioner, clips, calls, costs, tm
     (blocks,) = encode_clips(captioner, clips, name="clips")
     parts = tmp_path / "round_1" / "captions.parts"
 
-    def draw(drawn: Draw = DRAW, **given) -> list[Caption]:
-        return draw_captions(captioner, clips.references, blocks, draw=drawn, name="draw", side_by_side=4, **given)
+    def draw(drawn: SampleConfig = DRAW, **given) -> list[Caption]:
+        return sample_captions(captioner, clips.references, blocks, draw=drawn, name="draw", side_by_side=4, **given)
 
     unbroken = draw()
     assert calls["answered"] == 3  # 5 clips, 2 captions of each, 4 at once
@@ -154,7 +154,7 @@ def test_batches_draw_from_seeds_of_their_own(captioner, clips):
     references = [replace(clips.references[0], video=f"{number}.mp4") for number in range(3)]
     texts = [
         caption.text
-        for caption in draw_captions(captioner, references, [block] * 3, draw=DRAW, name="draw", side_by_side=2)
+        for caption in sample_captions(captioner, references, [block] * 3, draw=DRAW, name="draw", side_by_side=2)
     ]
     assert len({tuple(texts[:2]), tuple(texts[2:4]), tuple(texts[4:])}) == 3
 

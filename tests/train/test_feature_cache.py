@@ -233,7 +233,7 @@ def test_what_does_not_fit_stays_in_memory(captioner, clips, tmp_path, caplog):
     assert kept in (2, 3) and all(same(one, two) for one, two in zip(off, blocks, strict=True))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2.5 * largest
     (record,) = caplog.records
-    assert f"the tokens of {5 - kept} of 5 clips" in record.message and "raise tokens.max_gib" in record.message
+    assert f"the tokens of {5 - kept} of 5 clips" in record.message and "raise feature_cache.max_gib" in record.message
 
 
 def test_one_damaged_file_among_good_ones(captioner, clips, tmp_path, monkeypatch):

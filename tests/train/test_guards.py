@@ -7,8 +7,8 @@ import pytest
 
 from salmonn.records import Pair
 from salmonn.score.metrics import Rates
-from salmonn.train.guards import GuardConfig, RoundFailed, best_round, require_margin, require_pairs, worsened
-from salmonn.train.run_log import Summary
+from salmonn.train.guards import EarlyStopConfig, RoundFailedError, best_round, require_margin, require_pairs, stop_reason
+from salmonn.train.run_log import RunSummary
 
 PAIRS = [Pair("a.mp4", "p", "good", "bad", "truth", gap=0.5)] * 3
 
@@ -21,18 +21,18 @@ def rates(total: float) -> Rates:
 
 @pytest.mark.parametrize(("least", "batch_size", "asked"), [(None, 4, 4), (5, 2, 5), (0, 2, 0)])
 def test_too_few_pairs(least, batch_size, asked):
-    guards = GuardConfig(min_pairs=least)
+    guards = EarlyStopConfig(min_pairs=least)
     if asked > len(PAIRS):
         words = rf"round_2 found 3 pairs .*, and {asked} are asked for .*pairs\.num_samples.*pairs\.min_gap"
-        with pytest.raises(RoundFailed, match=words):
+        with pytest.raises(RoundFailedError, match=words):
             require_pairs(PAIRS, guards, batch_size=batch_size, name="round_2")
     else:
         require_pairs(PAIRS, guards, batch_size=batch_size, name="round_2")
 
 
 def test_no_pair_at_all_is_never_enough():
-    with pytest.raises(RoundFailed, match="found 0 pairs"):
-        require_pairs([], GuardConfig(min_pairs=0), batch_size=1, name="round_1")
+    with pytest.raises(RoundFailedError, match="found 0 pairs"):
+        require_pairs([], EarlyStopConfig(min_pairs=0), batch_size=1, name="round_1")
 
 
 def steps(folder, margins):
@@ -45,40 +45,40 @@ def steps(folder, margins):
 def test_the_last_quarter_of_a_round_must_tell_chosen_from_rejected(tmp_path):
     """Of 8 steps the last two count: 0.3 and -0.1 make 0.1, -0.3 and 0.1 make -0.1."""
     folder = tmp_path / "round_1"
-    require_margin(steps(folder, [-9.0] * 6 + [0.3, -0.1]), GuardConfig())
-    require_margin(folder, GuardConfig(min_margin=0.09))
-    with pytest.raises(RoundFailed, match=r"round_1 has not learnt .* differ by 0\.1000 .*min_margin is 0\.2"):
-        require_margin(folder, GuardConfig(min_margin=0.2))
-    with pytest.raises(RoundFailed, match=r"differ by -0\.1000"):
-        require_margin(steps(folder, [9.0] * 6 + [-0.3, 0.1]), GuardConfig())
-    require_margin(folder, GuardConfig(min_margin=None))
+    require_margin(steps(folder, [-9.0] * 6 + [0.3, -0.1]), EarlyStopConfig())
+    require_margin(folder, EarlyStopConfig(min_margin=0.09))
+    with pytest.raises(RoundFailedError, match=r"round_1 has not learnt .* differ by 0\.1000 .*min_margin is 0\.2"):
+        require_margin(folder, EarlyStopConfig(min_margin=0.2))
+    with pytest.raises(RoundFailedError, match=r"differ by -0\.1000"):
+        require_margin(steps(folder, [9.0] * 6 + [-0.3, 0.1]), EarlyStopConfig())
+    require_margin(folder, EarlyStopConfig(min_margin=None))
 
 
 def test_a_vanished_gap_is_no_gap(tmp_path):
-    with pytest.raises(RoundFailed):
-        require_margin(steps(tmp_path, [0.5, 0.5, 0.5, 0.0]), GuardConfig())
+    with pytest.raises(RoundFailedError):
+        require_margin(steps(tmp_path, [0.5, 0.5, 0.5, 0.0]), EarlyStopConfig())
 
 
 def test_a_worse_score_ends_the_rounds_and_the_best_is_kept():
     """0.6, then 0.5, 0.53 (3 points worse than the best), 0.56 (6 points)."""
-    summary, guards = Summary(sft=rates(0.6)), GuardConfig(max_worsening=0.05)
+    summary, guards = RunSummary(sft=rates(0.6)), EarlyStopConfig(max_worsening=0.05)
     for total in (0.5, 0.53):
         summary.rounds.append(rates(total))
-        assert worsened(summary, guards) is None
+        assert stop_reason(summary, guards) is None
     assert best_round(summary) == 1
     summary.rounds.append(rates(0.56))
-    summary.stopped = worsened(summary, guards)
+    summary.stopped = stop_reason(summary, guards)
     assert summary.stopped == (
-        "after round 3 the held-out Total is 0.560, and was 0.500: more than guards.max_worsening 0.05 worse"
+        "after round 3 the held-out Total is 0.560, and was 0.500: more than early_stopping.max_worsening 0.05 worse"
     )
     summary.rounds.append(rates(0.4))
     assert best_round(summary) == 4
 
 
 def test_the_start_counts_among_the_best():
-    summary = Summary(sft=rates(0.4), rounds=[rates(0.46)])
+    summary = RunSummary(sft=rates(0.4), rounds=[rates(0.46)])
     assert best_round(summary) == 1
     assert best_round(replace(summary, stopped="by a guard")) is None
-    assert best_round(Summary(sft=rates(0.4), rounds=[rates(0.4)], stopped="by a guard")) is None
-    assert worsened(summary, GuardConfig(max_worsening=0.05))
-    assert not worsened(replace(summary, sft=rates(0.42)), GuardConfig(max_worsening=0.05))
+    assert best_round(RunSummary(sft=rates(0.4), rounds=[rates(0.4)], stopped="by a guard")) is None
+    assert stop_reason(summary, EarlyStopConfig(max_worsening=0.05))
+    assert not stop_reason(replace(summary, sft=rates(0.42)), EarlyStopConfig(max_worsening=0.05))

@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from salmonn.score.metrics import Rates
-from salmonn.train.log import RunLog, log_rounds
-from salmonn.train.run_log import Summary, read_steps
+from salmonn.train.log import StepLog, log_rounds
+from salmonn.train.run_log import RunSummary, read_steps
 
 
 def seen(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
@@ -30,7 +30,7 @@ def seconds(monkeypatch):
 @pytest.fixture
 def stage(tmp_path):
     """A folder in which a run was killed while it wrote its fourth step, and what TensorBoard has read of it."""
-    log = RunLog(tmp_path / "round_1")
+    log = StepLog(tmp_path / "round_1")
     log.resume(0)
     for step in range(3):
         log(step, {"loss": step + 0.5, "grad_norm": 10.0 * step})
@@ -57,7 +57,7 @@ def test_what_is_logged_is_on_disk_before_the_end(stage):
 def test_a_resumed_log_has_every_step_once(stage, first, kept):
     """Steps from `first` on are done again, with 100 in place of what they gave before."""
     folder, before = stage
-    log = RunLog(folder)
+    log = StepLog(folder)
     log.resume(first)
     assert [figures["loss"] for figures in read_steps(log.path)] == kept
     for step in range(first, 5):
@@ -82,9 +82,9 @@ def test_lines_that_are_not_whole_are_passed_over(tmp_path):
 def test_rounds_against_their_numbers(tmp_path):
     start, better = Rates(0.5, 0.25, 0.75, 0.125), Rates(0.25, 0.25, 0.5, 0.0, qa_accuracy=0.625)
     watching = EventAccumulator(str(tmp_path))
-    log_rounds(tmp_path, Summary(start))
+    log_rounds(tmp_path, RunSummary(start))
     assert seen(watching, "Total") == [(0, 0.75)]
-    for summary in (Summary(start, [better]), Summary(start, [better], better, kl={"round 1": 0.375})):
+    for summary in (RunSummary(start, [better]), RunSummary(start, [better], better, kl={"round 1": 0.375})):
         log_rounds(tmp_path, summary)
     for accumulator in (EventAccumulator(str(tmp_path)), watching):
         assert seen(accumulator, "Total") == [(0, 0.75), (1, 0.5), (2, 0.5)]

@@ -19,9 +19,9 @@ from salmonn.model.network import Network
 from salmonn.train import checkpoint
 from salmonn.train.checkpoint import Checkpoints, put_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss
-from salmonn.train.loop import FitConfig, Stage, Watch, fit, learning_rate_at
+from salmonn.train.loop import FitConfig, FitContext, Callback, fit, learning_rate_at
 
-PLAIN = FitConfig(learning_rate=0.5, steps=1, warmup=1.0, weight_decay=0.0, max_grad_norm=1e9)
+PLAIN = FitConfig(learning_rate=0.5, steps=1, warmup_ratio=1.0, weight_decay=0.0, max_grad_norm=1e9)
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ def linear_loss(model, batch):
 SLOPE = torch.tensor([[3.0, -4.0], [0.5, 2.0]])
 
 
-def stage_in(folder, *, seed=0, watch=None) -> Stage:
-    return Stage("test", folder, Checkpoints(folder / "checkpoints"), seed, watch=watch)
+def stage_in(folder, *, seed=0, callback=None) -> FitContext:
+    return FitContext("test", folder, Checkpoints(folder / "checkpoints"), seed, callback=callback)
 
 
-def fit_weights(tmp_path, config, *, batches=lambda _: [Slope(SLOPE)], loss=linear_loss, watch=None) -> Weights:
+def fit_weights(tmp_path, config, *, batches=lambda _: [Slope(SLOPE)], loss=linear_loss, callback=None) -> Weights:
     model = Weights()
-    fit(model, batches, loss, config, stage=stage_in(tmp_path, watch=watch))
+    fit(model, batches, loss, config, stage=stage_in(tmp_path, callback=callback))
     return model
 
 
@@ -68,7 +68,7 @@ def steps_of(folder) -> list[dict]:
 
 
 def test_schedule_by_hand():
-    config = FitConfig(learning_rate=2.0, steps=12, warmup=1 / 3)
+    config = FitConfig(learning_rate=2.0, steps=12, warmup_ratio=1 / 3)
     # Up by quarters, then 0.2 + 0.9 * (1 + cos(pi * done / 8)).
     assert [learning_rate_at(step, config) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
     assert learning_rate_at(4, config) == pytest.approx(2.0)
@@ -79,8 +79,8 @@ def test_schedule_by_hand():
 
 
 def test_schedule_without_warmup_and_with_nothing_else():
-    assert learning_rate_at(0, FitConfig(learning_rate=2.0, steps=4, warmup=0.0)) == 2.0
-    assert learning_rate_at(3, FitConfig(learning_rate=2.0, steps=4, warmup=1.0)) == 2.0
+    assert learning_rate_at(0, FitConfig(learning_rate=2.0, steps=4, warmup_ratio=0.0)) == 2.0
+    assert learning_rate_at(3, FitConfig(learning_rate=2.0, steps=4, warmup_ratio=1.0)) == 2.0
 
 
 def test_first_step_by_hand(tmp_path):
@@ -93,14 +93,14 @@ def test_first_step_by_hand(tmp_path):
 
 def test_decay_is_of_matrices_alone(tmp_path):
     # 1 * (1 - 0.5 * 0.2) = 0.9, then the step of 0.5.
-    config = FitConfig(learning_rate=0.5, steps=1, warmup=1.0, weight_decay=0.2)
+    config = FitConfig(learning_rate=0.5, steps=1, warmup_ratio=1.0, weight_decay=0.2)
     model = fit_weights(tmp_path, config)
     assert torch.allclose(model.matrix, torch.tensor([[0.4, 1.4], [0.4, 0.4]]), atol=1e-5)
     assert torch.allclose(model.vector, torch.tensor([0.5, 1.5]), atol=1e-5)
 
 
 def test_the_first_step_is_as_small_as_the_schedule_says(tmp_path):
-    config = FitConfig(learning_rate=0.5, steps=5, warmup=1.0, weight_decay=0.0, checkpoint_every=1)
+    config = FitConfig(learning_rate=0.5, steps=5, warmup_ratio=1.0, weight_decay=0.0, checkpoint_every=1)
 
     def batches(step):
         if step == 1:
@@ -121,7 +121,7 @@ def test_nan_stops_before_the_step_and_names_the_clips(tmp_path, bad):
     sound = fit_weights(tmp_path / "sound", PLAIN)
     model = Weights()
     config = FitConfig(
-        learning_rate=0.5, steps=3, warmup=1 / 3, weight_decay=0.0, max_grad_norm=1e9, checkpoint_every=2
+        learning_rate=0.5, steps=3, warmup_ratio=1 / 3, weight_decay=0.0, max_grad_norm=1e9, checkpoint_every=2
     )
 
     def batches(step):
@@ -151,16 +151,16 @@ def test_batches_come_in_the_order_of_steps(tmp_path):
         asked.append(step)
         return [Slope(SLOPE * (step + 1))]
 
-    fit_weights(tmp_path, FitConfig(steps=4, warmup=0.25), batches=batches)
+    fit_weights(tmp_path, FitConfig(steps=4, warmup_ratio=0.25), batches=batches)
     assert asked == [0, 1, 2, 3]
     assert [(step["step"], step["slope"]) for step in steps_of(tmp_path)] == [(0, 1.5), (1, 3.0), (2, 4.5), (3, 6.0)]
 
 
 def test_what_is_told_of_a_step(tmp_path):
     """Two pieces of gradient (3, -4; 0.5, 2) and (3, -4): the norm of their sum is 2 * sqrt(25 + 4.25 + 25)."""
-    watch = Watch(lambda model: {"kl": float(model.frozen.sum())}, every=2)
-    config = FitConfig(learning_rate=0.5, steps=4, warmup=0.5, max_grad_norm=1.0)
-    fit_weights(tmp_path, config, batches=lambda _: [Slope(SLOPE), Slope(SLOPE)], watch=watch)
+    callback = Callback(lambda model: {"kl": float(model.frozen.sum())}, every=2)
+    config = FitConfig(learning_rate=0.5, steps=4, warmup_ratio=0.5, max_grad_norm=1.0)
+    fit_weights(tmp_path, config, batches=lambda _: [Slope(SLOPE), Slope(SLOPE)], callback=callback)
     first, second, third, last = steps_of(tmp_path)
     assert first["grad_norm"] == pytest.approx(2 * 54.25**0.5) and first["learning_rate"] == 0.25
     # Ones in the matrix, the vector and what is frozen: 1.5 - 1 + 2, twice.
@@ -216,7 +216,7 @@ def bytes_of(folder) -> dict[str, bytes]:
 def test_a_resumed_run_equals_an_unbroken_one(random_model, batches, tmp_path):
     from salmonn.caption.captioner import Captioner
 
-    config = FitConfig(learning_rate=0.01, steps=6, warmup=1 / 3, checkpoint_every=4)
+    config = FitConfig(learning_rate=0.01, steps=6, warmup_ratio=1 / 3, checkpoint_every=4)
 
     def run(name, batches):
         fit(adapted(Captioner.load(random_model)), batches, sft_loss, config, stage=stage_in(tmp_path / name, seed=1))
@@ -252,7 +252,7 @@ def test_another_seed_is_another_run(random_model, batches, tmp_path):
     """Or else the test above would not see a seed that got lost: dropout differs."""
     from salmonn.caption.captioner import Captioner
 
-    config = FitConfig(learning_rate=0.01, steps=2, warmup=0.5)
+    config = FitConfig(learning_rate=0.01, steps=2, warmup_ratio=0.5)
     results = []
     for seed in (1, 2):
         network = adapted(Captioner.load(random_model))
@@ -271,7 +271,7 @@ def test_a_weight_that_no_batch_touches_is_kept_and_resumed(tmp_path):
     def batches(step):
         return [Slope(SLOPE, num_tokens=step)]
 
-    config = FitConfig(learning_rate=0.5, steps=5, warmup=0.2, checkpoint_every=2)
+    config = FitConfig(learning_rate=0.5, steps=5, warmup_ratio=0.2, checkpoint_every=2)
     unbroken = fit_weights(tmp_path / "whole", config, batches=batches, loss=loss)
     with pytest.raises(Killed):
         fit_weights(tmp_path, config, batches=Breaking(batches, at=3), loss=loss)
@@ -282,7 +282,7 @@ def test_a_weight_that_no_batch_touches_is_kept_and_resumed(tmp_path):
 
 def test_a_checkpoint_of_other_weights_is_refused(captioner, tmp_path):
     fit(Weights(), lambda _: [Slope(SLOPE)], linear_loss, PLAIN, stage=stage_in(tmp_path))
-    config = FitConfig(steps=2, warmup=1.0)
+    config = FitConfig(steps=2, warmup_ratio=1.0)
     with pytest.raises(ValueError, match=r"step_000001\.safetensors.*another configuration"):
         fit(adapted(captioner), lambda _: [], sft_loss, config, stage=stage_in(tmp_path))
 
@@ -294,10 +294,10 @@ def test_a_checkpoint_of_other_sizes_is_refused(tmp_path, size):
 
     fit(nn.Linear(2, size), lambda _: [Slope(SLOPE)], loss, PLAIN, stage=stage_in(tmp_path))
     with pytest.raises(ValueError, match="another configuration"):
-        fit(nn.Linear(2, 2), lambda _: [], loss, FitConfig(steps=2, warmup=1.0), stage=stage_in(tmp_path))
+        fit(nn.Linear(2, 2), lambda _: [], loss, FitConfig(steps=2, warmup_ratio=1.0), stage=stage_in(tmp_path))
 
 
-FIVE = FitConfig(learning_rate=0.1, steps=5, warmup=0.2, checkpoint_every=2)
+FIVE = FitConfig(learning_rate=0.1, steps=5, warmup_ratio=0.2, checkpoint_every=2)
 
 
 @pytest.fixture
@@ -384,7 +384,7 @@ def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
     network = Network(processor.config)
     examples = make_examples(clips.references[:2], ("audio_caption",), root=clips.root)
     batches = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)
-    config = FitConfig(learning_rate=2e-3, steps=15, warmup=0.2)
+    config = FitConfig(learning_rate=2e-3, steps=15, warmup_ratio=0.2)
     fit(network, batches, sft_loss, config, stage=stage_in(tmp_path))
     losses = [step["loss"] for step in steps_of(tmp_path)]
     # A fresh model knows nothing of 400 tokens: log 400 = 5.99, and half its logits' variance of 128 * 0.09^2 = 1.04.
@@ -395,8 +395,8 @@ def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):
 def test_nothing_holds_a_network_that_was_used_up(captioner, random_model, batches, tmp_path):
     """A GPU has no room for it beside the next."""
     network = weakref.ref(adapted(captioner))
-    watch = Watch(lambda model: {"kl": 0.0}, every=1)
-    fit(captioner.network, batches, sft_loss, FitConfig(steps=1, warmup=1.0), stage=stage_in(tmp_path, watch=watch))
+    callback = Callback(lambda model: {"kl": 0.0}, every=1)
+    fit(captioner.network, batches, sft_loss, FitConfig(steps=1, warmup_ratio=1.0), stage=stage_in(tmp_path, callback=callback))
     assert network() is not None
     captioner.reload(random_model)
     assert network() is None

@@ -17,7 +17,7 @@ from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.records import Pair
 from salmonn.train.checkpoint import Checkpoints, put_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split
-from salmonn.train.loop import FitConfig, Stage, Watch, fit, learning_rate_at
+from salmonn.train.loop import FitConfig, FitContext, Callback, fit, learning_rate_at
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 
 STEADY = LoraConfig(rank=4, dropout=0.0)
@@ -25,8 +25,8 @@ TIMED = ("tokens_per_second", "memory_gib", "wait_seconds", "seconds")
 HEARING = ("audio.qformer.", "audio.projector.")
 
 
-def stage_in(folder, *, seed=0) -> Stage:
-    return Stage("options", folder, Checkpoints(folder / "checkpoints"), seed)
+def stage_in(folder, *, seed=0) -> FitContext:
+    return FitContext("options", folder, Checkpoints(folder / "checkpoints"), seed)
 
 
 def steps_of(folder) -> list[dict]:
@@ -36,8 +36,8 @@ def steps_of(folder) -> list[dict]:
 
 
 def test_epochs_become_steps():
-    config = FitConfig(steps=None, epochs=2.5, batch_size=8, warmup=0.1)
-    assert config.resolve(64) == FitConfig(steps=20, batch_size=8, warmup=0.1)
+    config = FitConfig(steps=None, epochs=2.5, batch_size=8, warmup_ratio=0.1)
+    assert config.resolve(64) == FitConfig(steps=20, batch_size=8, warmup_ratio=0.1)
     assert config.resolve(64).num_warmup_steps == 2 and config.resolve(1).num_steps == 1
     steps = FitConfig(steps=7)
     assert steps.resolve(64) is steps
@@ -48,8 +48,8 @@ def test_epochs_become_steps():
     [
         ({"epochs": 1.0}, "got steps 1000 and epochs 1.0"),
         ({"steps": None}, "got steps None and epochs None"),
-        ({"warmup": 50}, "from 0 to 1, got 50"),
-        ({"accumulation": 0}, "at least 1, got 0"),
+        ({"warmup_ratio": 50}, "from 0 to 1, got 50"),
+        ({"gradient_accumulation_steps": 0}, "at least 1, got 0"),
     ],
 )
 def test_options_that_make_no_sense(options, words):
@@ -58,7 +58,7 @@ def test_options_that_make_no_sense(options, words):
 
 
 def test_a_cosine_that_ends_at_nothing():
-    config = FitConfig(learning_rate=2.0, final_rate=0.0, steps=10, warmup=0.2)
+    config = FitConfig(learning_rate=2.0, min_lr_ratio=0.0, steps=10, warmup_ratio=0.2)
     assert [learning_rate_at(step, config) for step in (0, 1, 2, 6)] == pytest.approx([1.0, 2.0, 2.0, 1.0])
     assert learning_rate_at(10, config) == pytest.approx(0.0)
 
@@ -79,7 +79,7 @@ def test_a_batch_that_does_not_reach_for_all_ranks_is_refused(captioner, monkeyp
 
 def fit_network(network, batches, folder, *, loss, **options) -> dict[str, torch.Tensor]:
     """Trained weights after a few steps."""
-    config = FitConfig(**{"learning_rate": 1e-3, "steps": 1, "warmup": 1.0} | options)
+    config = FitConfig(**{"learning_rate": 1e-3, "steps": 1, "warmup_ratio": 1.0} | options)
     fit(network, batches, loss, config, stage=stage_in(folder))
     return {name: value.clone() for name, value in network.named_parameters() if value.requires_grad}
 
@@ -88,7 +88,7 @@ def fit_network(network, batches, folder, *, loss, **options) -> dict[str, torch
 def learn(random_model, clips, tmp_path):
     """Gradients of one SFT step of adapter and Q-Former on four clips, and its loss."""
 
-    def run(*, accumulation=1, **options):
+    def run(*, gradient_accumulation_steps=1, **options):
         network = Captioner.load(random_model).network
         attach_lora(network, STEADY, seed=0)
         for name, parameter in network.named_parameters():
@@ -96,7 +96,7 @@ def learn(random_model, clips, tmp_path):
                 parameter.requires_grad = True
         processor = Captioner.load(random_model).processor
         examples = make_examples(clips.references[:4], ("caption", "questions"), root=clips.root)
-        batches = SftBatches(examples, processor, ClipCache(processor), batch_size=4, seed=0, accumulation=accumulation)
+        batches = SftBatches(examples, processor, ClipCache(processor), batch_size=4, seed=0, gradient_accumulation_steps=gradient_accumulation_steps)
         return gradients(network, batches, tmp_path, loss=sft_loss, **options)
 
     return run
@@ -111,7 +111,7 @@ def gradients(network, batches, folder, *, loss, **options):
         parameter.register_post_accumulate_grad_hook(
             lambda parameter, name=name: grads.__setitem__(name, parameter.grad.clone())
         )
-    config = FitConfig(**{"steps": 1, "warmup": 1.0, "max_grad_norm": 1e9} | options)
+    config = FitConfig(**{"steps": 1, "warmup_ratio": 1.0, "max_grad_norm": 1e9} | options)
     fit(network, batches, loss, config, stage=stage_in(folder))
     return grads, steps_of(folder)[0]
 
@@ -150,10 +150,10 @@ def test_checkpointed_layers_keep_less(captioner, clips):
     assert kept[True] < 0.6 * kept[False]
 
 
-@pytest.mark.parametrize("accumulation", [2, 3, 9])
-def test_pieces_give_the_gradient_of_the_whole(learn, accumulation):
+@pytest.mark.parametrize("gradient_accumulation_steps", [2, 3, 9])
+def test_pieces_give_the_gradient_of_the_whole(learn, gradient_accumulation_steps):
     whole, figures = learn()
-    pieces, same = learn(accumulation=accumulation)
+    pieces, same = learn(gradient_accumulation_steps=gradient_accumulation_steps)
     # Sums in another order round otherwise, by some 1e-5 here; a piece of a wrong weight would be parts of a hundred.
     assert same == pytest.approx(figures, rel=1e-5) and distance(pieces, whole) < 5e-5
 
@@ -161,17 +161,17 @@ def test_pieces_give_the_gradient_of_the_whole(learn, accumulation):
 def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
     """Guided DPO on three pairs, together and one by one; every figure of the log is the same."""
     results = []
-    for accumulation in (1, 3):
+    for gradient_accumulation_steps in (1, 3):
         # A trained model, since a random one of large weights makes much of rounding.
         captioner = Captioner.load(SHIPPED_MODEL)
         media = [captioner.processor.read(clips.root / reference.video) for reference in clips.references[:3]]
         blocks = dict(zip([r.video for r in clips.references], captioner.encode(media), strict=False))
         pairs = [Pair(video, "Tell.", "a red star", f"{video} a tone", "the truth") for video in blocks]
         attach_lora(captioner.network, STEADY, seed=0)
-        batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0, accumulation=accumulation)
-        batches.refer(captioner.network)
+        batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0, gradient_accumulation_steps=gradient_accumulation_steps)
+        batches.compute_reference_logps(captioner.network)
         fill_adapter(captioner.network)
-        assert len(batches(0)) == accumulation
+        assert len(batches(0)) == gradient_accumulation_steps
         results.append(gradients(captioner.network, batches, tmp_path, loss=PreferenceLoss(DpoConfig())))
     (whole, figures), (pieces, same) = results
     assert same == pytest.approx(figures, rel=1e-4) and distance(pieces, whole) < 1e-5
@@ -199,8 +199,8 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
         dtypes.append({(value.requires_grad, value.dtype) for value in model.parameters()})
         return {}
 
-    config = FitConfig(learning_rate=4e-3, steps=18, warmup=0.2, precision="bfloat16", gradient_checkpointing=True)
-    stage = replace(stage_in(tmp_path), watch=Watch(look, every=1))
+    config = FitConfig(learning_rate=4e-3, steps=18, warmup_ratio=0.2, precision="bfloat16", gradient_checkpointing=True)
+    stage = replace(stage_in(tmp_path), callback=Callback(look, every=1))
     done = fit(network, batches, sft_loss, config, stage=stage)
     losses = [step["loss"] for step in steps_of(tmp_path)]
     assert set.union(*dtypes) == {(True, torch.float32), (False, torch.bfloat16)}
@@ -238,10 +238,10 @@ def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
             parameter.requires_grad = True
         examples = make_examples(clips.references[:4], ("caption",), root=clips.root)
         cache = ClipCache(captioner.processor)
-        batches = SftBatches(examples, captioner.processor, cache, batch_size=4, seed=0, accumulation=2)
+        batches = SftBatches(examples, captioner.processor, cache, batch_size=4, seed=0, gradient_accumulation_steps=2)
         config = FitConfig(
-            **{"learning_rate": 1e-4, "epochs": 5, "steps": None, "batch_size": 4, "accumulation": 2, "warmup": 0.4},
-            **{"final_rate": 0.0, "precision": "bfloat16", "gradient_checkpointing": True, "checkpoint_every": 3},
+            **{"learning_rate": 1e-4, "epochs": 5, "steps": None, "batch_size": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.4},
+            **{"min_lr_ratio": 0.0, "precision": "bfloat16", "gradient_checkpointing": True, "checkpoint_every": 3},
         )
 
         def deal(step):
@@ -283,9 +283,9 @@ start = torch.cat([value.detach().flatten() for value in trained])
 references = read_records(Path(clips) / "clips.jsonl", Reference)
 examples = make_examples(references[:5], ("caption", "visual_caption"), root=Path(clips))
 batches = SftBatches(
-    examples, captioner.processor, ClipCache(captioner.processor), batch_size=5, seed=0, accumulation=2
+    examples, captioner.processor, ClipCache(captioner.processor), batch_size=5, seed=0, gradient_accumulation_steps=2
 )
-config = FitConfig(steps=2, warmup=0.5, batch_size=5, accumulation=2, gradient_checkpointing=True)
+config = FitConfig(steps=2, warmup_ratio=0.5, batch_size=5, gradient_accumulation_steps=2, gradient_checkpointing=True)
 folder = Path(out) / f"of_{dist.world_size()}"
 fit(captioner.network, batches, sft_loss, config, stage=Stage("ranks", folder, Checkpoints(folder / "checkpoints")))
 moved = torch.cat([value.detach().flatten() for value in trained]) - start

@@ -13,9 +13,9 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Pair, read_json, write_json
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.data import Example, SftBatches, Turn, sft_loss
-from salmonn.train.loop import FitConfig, Stage, autocast, fit
+from salmonn.train.loop import FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import (
-    REFERENCE_NAME,
+    REFERENCE_LOGPS_NAME,
     DpoConfig,
     MixedBatches,
     MixedLoss,
@@ -58,9 +58,9 @@ def test_reference_is_the_network_without_adapter(captioner, fill_adapter, pairs
     fill_adapter(captioner.network)
     captioner.network.eval()
     batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=2, seed=0)
-    batches.refer(captioner.network)
-    assert len(batches.reference) == 3
-    for pair, reference, by_hand in zip(pairs, batches.reference, expected, strict=True):
+    batches.compute_reference_logps(captioner.network)
+    assert len(batches.reference_logps) == 3
+    for pair, reference, by_hand in zip(pairs, batches.reference_logps, expected, strict=True):
         assert reference == pytest.approx(by_hand, rel=1e-5)
         assert answer_logp(captioner, pair, pair.chosen, blocks[pair.video]) != pytest.approx(by_hand[0], rel=1e-3)
 
@@ -76,8 +76,8 @@ def test_pairs_on_one_clip_are_asked_about_together(captioner, pairs, blocks, mo
     batches, asked = PreferenceBatches(both, blocks, captioner.processor, batch_size=9, seed=0), []
     forward = captioner.network.forward
     monkeypatch.setattr(captioner.network, "forward", lambda inputs: asked.append(inputs) or forward(inputs))
-    batches.refer(captioner.network)
-    assert [pair for said in batches.reference for pair in said] == pytest.approx(
+    batches.compute_reference_logps(captioner.network)
+    assert [pair for said in batches.reference_logps for pair in said] == pytest.approx(
         [one for two in expected for one in two], rel=1e-5
     )
     (inputs,) = asked
@@ -96,8 +96,8 @@ def asked(captioner, fill_adapter, pairs, blocks, tmp_path, monkeypatch):
     def ask(given=None, clips=None, *, size=1):
         runs.clear()
         batches = PreferenceBatches(given or pairs, clips or blocks, captioner.processor, batch_size=size, seed=0)
-        batches.refer(captioner.network, folder=tmp_path)
-        return batches.reference, len(runs)
+        batches.compute_reference_logps(captioner.network, folder=tmp_path)
+        return batches.reference_logps, len(runs)
 
     return ask
 
@@ -105,14 +105,14 @@ def asked(captioner, fill_adapter, pairs, blocks, tmp_path, monkeypatch):
 def test_a_run_that_goes_on_asks_for_a_sample_alone(asked, tmp_path, caplog):
     said, runs = asked()
     assert runs == 3
-    first = (tmp_path / REFERENCE_NAME).read_bytes()
+    first = (tmp_path / REFERENCE_LOGPS_NAME).read_bytes()
     again, runs = asked()
-    assert again == said and runs == 1 and (tmp_path / REFERENCE_NAME).read_bytes() == first
+    assert again == said and runs == 1 and (tmp_path / REFERENCE_LOGPS_NAME).read_bytes() == first
     again, runs = asked(size=2)  # other batches may round otherwise; what is kept is what is taken
     assert again == said and runs == 1 and not caplog.records
     # Two runs of the same give the same, to the last bit.
-    (tmp_path / REFERENCE_NAME).unlink()
-    assert asked()[0] == said and (tmp_path / REFERENCE_NAME).read_bytes() == first
+    (tmp_path / REFERENCE_LOGPS_NAME).unlink()
+    assert asked()[0] == said and (tmp_path / REFERENCE_LOGPS_NAME).read_bytes() == first
 
 
 def test_an_adapter_that_has_learnt_changes_no_reference(captioner, asked, fill_adapter):
@@ -172,7 +172,7 @@ def test_what_the_reference_depends_on_makes_it_anew(captioner, asked, pairs, bl
 
 def test_a_sample_that_differs_makes_it_anew(asked, tmp_path, caplog):
     """What no hash sees, such as another version of torch; the first batch is of the longest clip."""
-    path = tmp_path / REFERENCE_NAME
+    path = tmp_path / REFERENCE_LOGPS_NAME
     said, _ = asked()
     values = read_json(path)
     write_json(path, values | {"logps": [[chosen + 0.01, rejected] for chosen, rejected in said]})
@@ -184,7 +184,7 @@ def test_a_sample_that_differs_makes_it_anew(asked, tmp_path, caplog):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"made_of": 1}'])
 def test_a_reference_that_cannot_be_read_is_made_anew(asked, tmp_path, caplog, text):
     said, _ = asked()
-    (tmp_path / REFERENCE_NAME).write_text(text)
+    (tmp_path / REFERENCE_LOGPS_NAME).write_text(text)
     again, runs = asked()
     assert again == said and runs == 3 and "asked again" in caplog.text
 
@@ -200,7 +200,7 @@ def test_another_type_is_another_reference(asked):
 
 def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
     batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0)
-    batches.reference = [(-1.0, -10.0), (-2.0, -20.0), (-3.0, -30.0)]
+    batches.reference_logps = [(-1.0, -10.0), (-2.0, -20.0), (-3.0, -30.0)]
     (batch,) = batches(0)
     tokenizer = captioner.processor.tokenizer
     answers = [tokenizer.decode(labels[labels != -100], skip_special_tokens=True) for labels in batch.inputs.labels]
@@ -221,7 +221,7 @@ def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
 
 def test_ranks_share_the_pairs(captioner, pairs, blocks, monkeypatch):
     batches = PreferenceBatches(pairs[:2], blocks, captioner.processor, batch_size=2, seed=0)
-    batches.reference = [(-1.0, -10.0), (-2.0, -20.0)]
+    batches.reference_logps = [(-1.0, -10.0), (-2.0, -20.0)]
     (whole,) = batches(0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
@@ -240,7 +240,7 @@ def test_loss_of_a_fresh_adapter(captioner, pairs, blocks):
     ]
     attach_lora(captioner.network, LORA, seed=0)
     batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0)
-    batches.refer(captioner.network)
+    batches.compute_reference_logps(captioner.network)
     loss, figures = PreferenceLoss(DpoConfig(beta=0.1, ce_weight=0.25))(captioner.network, *batches(0))
     cross_entropy = sum(expected) / 3
     assert loss.item() == pytest.approx(math.log(2) + 0.25 * cross_entropy, rel=1e-5)
@@ -252,14 +252,14 @@ def test_loss_of_a_fresh_adapter(captioner, pairs, blocks):
 def test_figures_of_a_moved_policy(captioner, fill_adapter, pairs, blocks):
     attach_lora(captioner.network, LORA, seed=0)
     batches = PreferenceBatches(pairs[:1], blocks, captioner.processor, batch_size=1, seed=0)
-    batches.refer(captioner.network)
+    batches.compute_reference_logps(captioner.network)
     fill_adapter(captioner.network)
     captioner.network.eval()
     loss, figures = PreferenceLoss(DpoConfig(beta=0.5, ce_weight=0.0))(captioner.network, *batches(0))
     pair, block = pairs[0], blocks[pairs[0].video]
     rewards = [
         0.5 * (answer_logp(captioner, pair, text, block) - reference)
-        for text, reference in zip((pair.chosen, pair.rejected), batches.reference[0], strict=True)
+        for text, reference in zip((pair.chosen, pair.rejected), batches.reference_logps[0], strict=True)
     ]
     assert [figures["chosen"], figures["rejected"]] == pytest.approx(rewards, rel=1e-3)
     assert loss.item() == pytest.approx(math.log1p(math.exp(rewards[1] - rewards[0])), rel=1e-3)
@@ -274,19 +274,19 @@ def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, t
         pair = Pair(pair.video, pair.prompt, pair.rejected, pair.chosen, pair.ground_truth)
     attach_lora(captioner.network, LORA, seed=0)
     batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
-    batches.refer(captioner.network)
+    batches.compute_reference_logps(captioner.network)
     fit(
         captioner.network,
         batches,
         PreferenceLoss(DpoConfig(ce_weight=0.0)),
-        FitConfig(learning_rate=3e-3, steps=8, warmup=0.125, batch_size=1),
-        stage=Stage("one pair", tmp_path, Checkpoints(tmp_path / "checkpoints")),
+        FitConfig(learning_rate=3e-3, steps=8, warmup_ratio=0.125, batch_size=1),
+        stage=FitContext("one pair", tmp_path, Checkpoints(tmp_path / "checkpoints")),
     )
     figures = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert figures[-1]["chosen"] > figures[-1]["rejected"] + 0.1
     assert figures[-1]["loss"] < figures[0]["loss"] and figures[-1]["accuracy"] == 1.0
     now = [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
-    before = batches.reference[0]
+    before = batches.reference_logps[0]
     assert now[0] - before[0] > now[1] - before[1]
 
 
@@ -294,9 +294,9 @@ def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, t
 def mixed(captioner, pairs, blocks):
     """Three pairs and two clips with two questions each a step, one by one."""
     attach_lora(captioner.network, LORA, seed=0)
-    options = {"seed": 0, "accumulation": 9}
+    options = {"seed": 0, "gradient_accumulation_steps": 9}
     some = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, **options)
-    some.refer(captioner.network)
+    some.compute_reference_logps(captioner.network)
     turns = (Turn("How many?", "two"), Turn("Which?", "the star"))
     examples = [Example(Path(pair.video), turns) for pair in pairs[:2]]
     block_of = lambda example: blocks[str(example.video)]  # noqa: E731
@@ -306,17 +306,17 @@ def mixed(captioner, pairs, blocks):
 
 def test_questions_among_pairs_count_by_their_share(captioner, fill_adapter, mixed):
     fill_adapter(captioner.network)
-    network, loss = captioner.network.eval(), MixedLoss(DpoConfig(), qa_share=0.4)
-    pieces = mixed(0)
-    assert len(pieces) == 5
-    total = sum(loss(network, piece)[0].item() for piece in pieces)
+    network, loss = captioner.network.eval(), MixedLoss(DpoConfig(), qa_fraction=0.4)
+    micro_batches = mixed(0)
+    assert len(micro_batches) == 5
+    total = sum(loss(network, piece)[0].item() for piece in micro_batches)
     alone = sum(PreferenceLoss(DpoConfig())(network, piece)[0].item() for piece in mixed.pairs(0))
     asked = sum(sft_loss(network, piece)[0].item() for piece in mixed.questions(0))
     assert total == pytest.approx(0.6 * alone + 0.4 * asked, rel=1e-5) and alone > 0 and asked > 0
-    figures = [loss(network, piece)[1] for piece in pieces]
+    figures = [loss(network, piece)[1] for piece in micro_batches]
     assert sum(each.get("qa", 0.0) for each in figures) == pytest.approx(asked, rel=1e-5)
-    whole, _ = MixedLoss(DpoConfig(), qa_share=0.0)(network, pieces[0])
-    assert torch.equal(whole, PreferenceLoss(DpoConfig())(network, pieces[0])[0])
+    whole, _ = MixedLoss(DpoConfig(), qa_fraction=0.0)(network, micro_batches[0])
+    assert torch.equal(whole, PreferenceLoss(DpoConfig())(network, micro_batches[0])[0])
 
 
 @pytest.mark.parametrize("size", [2, 5])

@@ -11,7 +11,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Question, Reference, write_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
-from salmonn.train.evaluate import Draw, draw_captions, encode_clips, evaluate
+from salmonn.train.evaluate import SampleConfig, sample_captions, encode_clips, evaluate
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
 
 DESCRIBE = PLAIN_PROMPTS["both"]
@@ -69,8 +69,8 @@ def test_captions_of_clips(captioner, clips, media):
     assert all(torch.allclose(block.tokens, alone.tokens, atol=1e-5)
                for block, alone in zip(blocks, captioner.encode(media), strict=True))  # fmt: skip
     drawn = Sampling(temperature=1.0, max_new_tokens=6)
-    draw = Draw(drawn, seed=1, num_samples=2)
-    captions = draw_captions(captioner, clips.references, blocks, draw=draw, name="drawing", side_by_side=4)
+    draw = SampleConfig(drawn, seed=1, num_samples=2)
+    captions = sample_captions(captioner, clips.references, blocks, draw=draw, name="drawing", side_by_side=4)
     assert [(caption.video, caption.sample) for caption in captions] == [
         (reference.video, sample) for reference in clips.references for sample in (0, 1)
     ]

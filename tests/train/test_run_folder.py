@@ -10,7 +10,7 @@ from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Caption
 from salmonn.train.checkpoint import Checkpoints, checkpointed
-from salmonn.train.run_folder import kept, kept_captions, merge_trained, merged, num_bytes, open_run
+from salmonn.train.run_folder import load_or_create, load_or_create_captions, merge_trained, is_complete, num_bytes, open_run
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def test_records_are_made_once(tmp_path):
         return [Caption("a.mp4", "a star")]
 
     for _ in range(2):
-        assert kept(tmp_path / "c.jsonl", Caption, make) == [Caption("a.mp4", "a star")]
+        assert load_or_create(tmp_path / "c.jsonl", Caption, make) == [Caption("a.mp4", "a star")]
     assert made == [1]
 
 
@@ -55,19 +55,19 @@ def test_parts_are_cleared_once_the_whole_is_written(tmp_path):
         parts.mkdir()
         return [Caption("a.mp4", "a star")]
 
-    assert kept_captions(tmp_path, draw) == [Caption("a.mp4", "a star")]
+    assert load_or_create_captions(tmp_path, draw) == [Caption("a.mp4", "a star")]
     assert [path.name for path in tmp_path.iterdir()] == ["captions.jsonl"]
     (tmp_path / "captions.parts").mkdir()  # a kill just after the whole was written
-    kept_captions(tmp_path, draw)
+    load_or_create_captions(tmp_path, draw)
     assert [path.name for path in tmp_path.iterdir()] == ["captions.jsonl"]
 
 
 def test_checkpoints_that_outlive_their_stage_are_cleared(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    assert not merged(tmp_path) and (tmp_path / "checkpoints").is_dir()
+    assert not is_complete(tmp_path) and (tmp_path / "checkpoints").is_dir()
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").touch()
-    assert merged(tmp_path) and not (tmp_path / "checkpoints").exists()
+    assert is_complete(tmp_path) and not (tmp_path / "checkpoints").exists()
 
 
 def test_checkpoints_are_kept_where_a_stage_breaks_off(tmp_path):

@@ -13,14 +13,14 @@ from PIL import Image
 from salmonn.records import Pair, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
 from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
-from salmonn.train.run_log import Summary, print_table, read_run
+from salmonn.train.run_log import RunSummary, print_table, read_run
 from tests.score.browser import Watched, needs_browser, start_browser
 
 SFT = Rates(missing=0.5, hallucination=0.25, total=0.75, repetition=0.125, qa_accuracy=0.4, clips=20)
 ROUNDS = [Rates(0.375, 0.25, 0.625, 0.0625, 0.5, 20), Rates(0.25, 0.125, 0.375, 0.03125, 0.6, 20)]
 REBIRTH = Rates(0.3, 0.1, 0.4, 0.0, 0.7, 20)
 STOPPED = "Total went from 37.5 to <b>62.5</b> %"
-WHOLE = Summary(SFT, ROUNDS, REBIRTH, {"round 1": 0.0125, "rebirth": 0.25}, "round_2", STOPPED)
+WHOLE = RunSummary(SFT, ROUNDS, REBIRTH, {"round 1": 0.0125, "rebirth": 0.25}, "round_2", STOPPED)
 
 
 def as_json(*values):
@@ -60,19 +60,19 @@ def test_summary_json(tmp_path):
         "best": "round_2",
         "stopped": STOPPED,
     }
-    assert Summary.from_json(written) == WHOLE
+    assert RunSummary.from_json(written) == WHOLE
     before = {name: written[name] for name in ("sft", "rounds", "rebirth")}  # as older runs have it
-    assert Summary.from_json(before) == Summary(SFT, ROUNDS, REBIRTH)
+    assert RunSummary.from_json(before) == RunSummary(SFT, ROUNDS, REBIRTH)
 
 
 def test_stages_in_the_order_of_time():
     assert list(WHOLE.stages) == ["SFT", "round 1", "round 2", "rebirth"]
-    assert list(Summary(SFT).stages) == ["SFT"]
-    assert WHOLE.stages["round 2"] == ROUNDS[1] and WHOLE.best_stage == "round 2" and Summary(SFT).best_stage is None
+    assert list(RunSummary(SFT).stages) == ["SFT"]
+    assert WHOLE.stages["round 2"] == ROUNDS[1] and WHOLE.best_stage == "round 2" and RunSummary(SFT).best_stage is None
 
 
 def test_table_in_percent(capsys):
-    print_table(Summary(SFT, ROUNDS[:1], Rates(0.3, 0.1, 0.4, 0.0, None, 20), {"rebirth": 0.0625}, "round_1", STOPPED))
+    print_table(RunSummary(SFT, ROUNDS[:1], Rates(0.3, 0.1, 0.4, 0.0, None, 20), {"rebirth": 0.0625}, "round_1", STOPPED))
     rows, out = {}, capsys.readouterr().out
     for line in out.splitlines():
         cells = [cell.strip() for cell in line.replace("┃", "│").strip(" │").split("│")]
@@ -80,14 +80,14 @@ def test_table_in_percent(capsys):
     assert rows["SFT"] == ["50.0", "25.0", "75.0", "12.5", "40.0", "-"]
     assert rows["round 1, best"] == ["37.5", "25.0", "62.5", "6.2", "50.0", "-"]
     assert rows["rebirth"] == ["30.0", "10.0", "40.0", "0.0", "-", "0.062"]
-    heads = ["Missing %", "Hallucination %", "Total %", "Repetition %", "QA accuracy %", "KL nats a token"]
-    assert rows["stage"] == heads
+    column_titles = ["Missing %", "Hallucination %", "Total %", "Repetition %", "QA accuracy %", "KL nats a token"]
+    assert rows["stage"] == column_titles
     assert f"stopped: {STOPPED}" in out
 
 
 @pytest.mark.parametrize("rebirth", [REBIRTH, None, Rates(0.3, 0.1, 0.4, 0.0, None, 20)])
 def test_plot_writes_a_png(tmp_path, rebirth):
-    plot_summary(Summary(SFT, ROUNDS, rebirth), tmp_path / "summary.png")
+    plot_summary(RunSummary(SFT, ROUNDS, rebirth), tmp_path / "summary.png")
     data = (tmp_path / "summary.png").read_bytes()
     assert data.startswith(b"\x89PNG") and len(data) > 10_000  # a drawing, no empty sheet
 
@@ -116,7 +116,7 @@ def test_a_run_that_is_going_on(run_folder):
         write_json(run_folder / name / "heldout" / "rates.json", asdict(rates))
     write_json(run_folder / "round_2" / "heldout" / "kl_16.json", 0.5)
     record = read_run(run_folder)
-    assert record.summary == Summary(SFT, ROUNDS, kl={"round 2": 0.5}) and not record.is_whole
+    assert record.summary == RunSummary(SFT, ROUNDS, kl={"round 2": 0.5}) and not record.is_whole
     assert [stage.name for stage in record.stages] == ["round 1", "round 2", "round 10", "rebirth"]
 
 
@@ -126,7 +126,7 @@ def test_a_run_of_one_stage(tmp_path):
     record = read_run(tmp_path)
     assert record.summary is None and [stage.name for stage in record.stages] == [tmp_path.name]
     write_json(tmp_path / "summary.json", asdict(SFT))
-    assert read_run(tmp_path).summary == Summary(SFT)
+    assert read_run(tmp_path).summary == RunSummary(SFT)
 
 
 @pytest.mark.parametrize("text", ['{"sft": {"missing": 1}}', '{"sft": null, "rounds": [], "rebirth": null}', "[]", "{"])

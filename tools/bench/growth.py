@@ -65,10 +65,10 @@ def measured(config: BenchConfig, kind: str, count: int) -> PromptRow:
 def step_of(config: BenchConfig, num_frames: int) -> PromptRow:
     """One step on a clip of so many frames."""
     warm = Bench(replace(config, shape="small"))
-    warm.refer()
+    warm.compute_reference_logps()
     warm.ours()
     bench = Bench(config, num_frames=num_frames)
-    bench.batches.reference = [(0.0, 0.0)]
+    bench.batches.reference_logps = [(0.0, 0.0)]
     memory = peak_mib(bench.ours)
     seconds = interleave({"ours": bench.ours}, repeats=config.repeats)["ours"].seconds
     return memory | {"size": bench.prefix_tokens, "seconds": round(seconds, 3)}
@@ -77,7 +77,7 @@ def step_of(config: BenchConfig, num_frames: int) -> PromptRow:
 def round_of(config: BenchConfig, num_clips: int) -> PromptRow:
     """The reference pass and one epoch over so many clips, whose tokens are kept."""
     bench = Bench(config)
-    bench.refer()
+    bench.compute_reference_logps()
     bench.ours()
     block = bench.blocks["noise"]
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def round_of(config: BenchConfig, num_clips: int) -> PromptRow:
 
 def epoch(bench: Bench) -> None:
     """Ask the reference once for each pair, then see each pair once."""
-    bench.refer()
+    bench.compute_reference_logps()
     for step in range(len(bench.batches.pairs) // BATCH_SIZE):
         bench.learn(bench.batches(step)[0])
 

@@ -62,14 +62,14 @@ class Bench:
         """The library's step, with reference log-probabilities and blocks that were kept."""
         return self.learn(self.batches(0)[0])
 
-    def refer(self) -> None:
+    def compute_reference_logps(self) -> None:
         """The reference pass that comes before, once a round for each pair."""
         with autocast(self.precision):
-            self.batches.refer(self.network)
+            self.batches.compute_reference_logps(self.network)
 
     def with_reference(self) -> float:
         """Trick off: the reference is asked in each step."""
-        self.refer()
+        self.compute_reference_logps()
         return self.ours()
 
     def without_sharing(self) -> float:
@@ -171,7 +171,7 @@ def check(bench: Bench, config: BenchConfig) -> None:
     Raises:
         ValueError: they are not, so there is nothing to be compared.
     """
-    bench.refer()
+    bench.compute_reference_logps()
     wanted = bench.ours(), bench.gradients()
     for name, side in SIDES.items():
         require_same(name, (side(bench), bench.gradients()), wanted, config=config)
@@ -198,7 +198,7 @@ def run(config: BenchConfig) -> list[PromptRow]:
     bench = Bench(config)
     check(bench, config)
     sides: dict[str, Callable[[], object]] = {name: lambda side=side: side(bench) for name, side in SIDES.items()}  # type: ignore[misc]
-    timings = interleave(sides | {"reference": bench.refer}, repeats=config.repeats)
+    timings = interleave(sides | {"reference": bench.compute_reference_logps}, repeats=config.repeats)
     memory = {name: measured(config, name) for name in (SIDES if config.shape != "small" else SMALL_SIDES)}
     rows = [_against(name, timings, memory) for name in SIDES if name != "ours"]
     counted = timings["ours"] + timings["reference"]
@@ -267,11 +267,11 @@ def tell_memory(config: BenchConfig, side: str) -> None:
     """Run a side once, and tell what it took."""
     # What libraries need in any case is not counted.
     warm = Bench(replace(config, shape="small"))
-    warm.refer()
+    warm.compute_reference_logps()
     SIDES[side](warm)
     bench = Bench(config)
     # What the reference says changes no memory; asked in full size, it would leave a heap to be used again.
-    bench.batches.reference = [(0.0, 0.0)]
+    bench.batches.reference_logps = [(0.0, 0.0)]
     tell(peak_mib(lambda: SIDES[side](bench)))
 
 

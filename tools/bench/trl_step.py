@@ -73,7 +73,7 @@ class Ours:
             clip_features=(torch.zeros(0, self.network.lm.config.hidden_size),),
         )
 
-    def refer(self) -> None:
+    def compute_reference_logps(self) -> None:
         """The reference pass, once a round for each pair."""
         with torch.no_grad(), adapter_disabled(self.network), autocast(self.precision):
             self.reference = sequence_logps(self.network(self.inputs))
@@ -171,7 +171,7 @@ def check(ours: Ours, theirs: Theirs, *, name: str, config: BenchConfig) -> None
     """
     if not torch.equal(theirs.batch["input_ids"].cpu(), ours.inputs.input_ids.cpu()):
         raise ValueError(f"{name} was given other tokens")
-    ours.refer()
+    ours.compute_reference_logps()
     require_same(name, (theirs.step(), theirs.gradients()), (ours.step(), ours.gradients()), config=config)
 
 
@@ -185,7 +185,7 @@ def run(config: BenchConfig) -> list[PromptRow]:
         return []
     ours = Ours(config)
     with tempfile.TemporaryDirectory() as folder:
-        sides: dict[str, Callable[[], object]] = {"ours": ours.step, "reference": ours.refer}
+        sides: dict[str, Callable[[], object]] = {"ours": ours.step, "reference": ours.compute_reference_logps}
         for name, precomputed in THEIRS.items():
             theirs = Theirs(ours, config, precomputed=precomputed, folder=folder)
             check(ours, theirs, name=name, config=config)
