@@ -37,22 +37,36 @@ from salmonn.train.evaluate import (
     RATES_NAME,
     SIDE_BY_SIDE,
     SampleConfig,
-    sample_captions,
     encode_clips,
     evaluate,
+    sample_captions,
     write_evaluation,
 )
 from salmonn.train.feature_cache import TokenStoreConfig, open_store
-from salmonn.train.guards import EarlyStopConfig, RoundFailedError, best_round, require_margin, require_pairs, stop_reason
+from salmonn.train.guards import (
+    EarlyStopConfig,
+    RoundFailedError,
+    best_round,
+    require_margin,
+    require_pairs,
+    stop_reason,
+)
 from salmonn.train.kl import DriftSet
 from salmonn.train.log import log_rounds
-from salmonn.train.loop import Batches, FitConfig, FitContext, Callback, autocast, fit, require_processes
+from salmonn.train.loop import Batches, Callback, FitConfig, FitContext, autocast, fit, require_processes
 from salmonn.train.parallel import EngineName
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatch, PreferenceBatches
 from salmonn.train.references import ClipSet, heldout_config, load_clips
 from salmonn.train.rounds import PairConfig, make_pairs
-from salmonn.train.run_folder import is_missing, load_or_create_captions, is_complete, merge_trained, num_bytes, open_run
+from salmonn.train.run_folder import (
+    is_complete,
+    is_missing,
+    load_or_create_captions,
+    merge_trained,
+    num_bytes,
+    open_run,
+)
 from salmonn.train.run_log import RunSummary, print_table
 
 log = logging.getLogger("mrdpo")
@@ -128,7 +142,9 @@ class MrDpoConfig:
     pairs: PairConfig = field(default_factory=PairConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_ratio=0.1, batch_size=16))
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_ratio=0.1, batch_size=16)
+    )
     early_stopping: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     rebirth: RebirthConfig | None = field(default_factory=RebirthConfig)
     seed: int = 0
@@ -422,7 +438,9 @@ def run_rebirth(captioner: Captioner, run: Run, folder: Path, *, summary: RunSum
     report_rounds(config.out, summary)
 
 
-def rebirth_batches(captioner: Captioner, run: Run, captions: Sequence[Caption], fit: FitConfig, *, seed: int) -> SftBatches:
+def rebirth_batches(
+    captioner: Captioner, run: Run, captions: Sequence[Caption], fit: FitConfig, *, seed: int
+) -> SftBatches:
     """The teacher's captions of the training clips and the questions on them, to be learnt."""
     taught = [
         replace(reference, caption=caption.text)

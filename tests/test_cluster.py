@@ -29,7 +29,8 @@ FLAGS = {
     "synth.min_sounds": 1, "synth.max_sounds": 1,
     "heldout_clips": 2, "rounds": 1, "pairs.num_samples": 3, "pairs.sampling.temperature": 0.9,
     "pairs.sampling.max_new_tokens": 24, "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 2,
-    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 2, "early_stopping.min_margin": "null", "early_stopping.max_worsening": 1,
+    "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 2, "early_stopping.min_margin": "null",
+    "early_stopping.max_worsening": 1,
 }  # fmt: skip
 MRDPO = [f"--{name}={value}" for name, value in FLAGS.items()]
 # Starts the command once for each machine, as SLURM does, and ends as the worst of them.

@@ -242,7 +242,9 @@ class SftBatches:
         tokenizer = self.processor.tokenizer
         num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in chosen for turn in example.turns)
         mine = dist.share(chosen, first=self.first_rank)
-        return [self._piece(part, num_tokens / dist.world_size()) for part in split(mine, self.gradient_accumulation_steps)]
+        return [
+            self._piece(part, num_tokens / dist.world_size()) for part in split(mine, self.gradient_accumulation_steps)
+        ]
 
     def _piece(self, examples: Sequence[Example], mean_num_tokens: float) -> SftBatch:
         clips = [self.clip_of(example) for example in examples]

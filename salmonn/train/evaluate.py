@@ -184,7 +184,12 @@ def sample_captions(
 
 
 def _caption_batch(
-    captioner: Captioner, videos: Sequence[str], blocks: Sequence[ClipFeatures], *, draw: SampleConfig, seeds: Sequence[int]
+    captioner: Captioner,
+    videos: Sequence[str],
+    blocks: Sequence[ClipFeatures],
+    *,
+    draw: SampleConfig,
+    seeds: Sequence[int],
 ) -> list[Caption]:
     prompt, count = captioner.default_prompt(), draw.num_samples
     answers = captioner.answer(

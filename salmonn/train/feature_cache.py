@@ -182,7 +182,7 @@ class TokenStore:
             raise ValueError(
                 f"process {dist.rank()} does not see {self._path(key).resolve()}, which this run's processes have "
                 "written or read: all machines of a run must share that folder, and runs that share it need a "
-                "feature_cache.max_gib that is enough for all of them (or feature_cache.folder null, for tokens in memory)"
+                "feature_cache.max_gib that is enough for all of them (feature_cache.folder null keeps them in memory)"
             ) from error
 
     def _make_room(self, size: int) -> bool:

@@ -34,8 +34,8 @@ def require_pairs(pairs: Sequence[Pair], early_stopping: EarlyStopConfig, *, bat
     if len(pairs) < least:
         raise RoundFailedError(
             f"{name} found {len(pairs)} pairs of captions that differ enough, and {least} are asked for "
-            "(early_stopping.min_pairs): sample more captions (pairs.num_samples), at a higher temperature, or ask for a "
-            "smaller gap (pairs.min_gap)"
+            "(early_stopping.min_pairs): sample more captions (pairs.num_samples), at a higher temperature, or "
+            "accept a smaller gap (pairs.min_gap)"
         )
 
 
@@ -48,8 +48,8 @@ def require_margin(folder: Path, early_stopping: EarlyStopConfig) -> None:
     if (margin := sum(late) / len(late)) <= early_stopping.min_margin:
         raise RoundFailedError(
             f"{folder.name} has not learnt to tell chosen from rejected captions: their rewards differ by {margin:.4f} "
-            f"at its end, and early_stopping.min_margin is {early_stopping.min_margin}. Look at {folder / 'pairs.jsonl'}, take more "
-            "steps or a higher learning rate"
+            f"at its end, and early_stopping.min_margin is {early_stopping.min_margin}. Look at "
+            f"{folder / 'pairs.jsonl'}, take more steps or a higher learning rate"
         )
 
 

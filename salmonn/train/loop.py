@@ -38,8 +38,8 @@ class FitConfig:
         steps: optimiser steps; none where `epochs` says how long.
         epochs: how often every example is seen; none where `steps` says how long.
         batch_size: examples a step, over all ranks.
-        gradient_accumulation_steps: a rank's part of the batch goes through the model in at most so many pieces, one after the
-            other, to save memory; the gradient is that of the whole.
+        gradient_accumulation_steps: number of micro-batches that a rank's part of the batch is split into, to save
+            memory; the gradient is that of the whole batch.
         warmup_ratio: share of the steps over which the rate rises from 0.
         weight_decay: of matrices; vectors have none.
         betas: of Adam.
@@ -73,7 +73,7 @@ class FitConfig:
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is a share of the steps from 0 to 1, got {self.warmup_ratio}")
         if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps counts pieces and must be at least 1, got {self.gradient_accumulation_steps}")
+            raise ValueError(f"gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}")
         if self.checkpoint_every < 1:
             raise ValueError(f"checkpoint_every counts steps and must be at least 1, got {self.checkpoint_every}")
 

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from salmonn.records import write_text
 from salmonn.templates import open_template
-from salmonn.train.run_log import COLUMNS, RunRecord, StageLog, RunSummary, column_titles, format_figure
+from salmonn.train.run_log import COLUMNS, RunRecord, RunSummary, StageLog, column_titles, format_figure
 
 _MOST_POINTS = 1000  # of a line over all stages: more than a panel has pixels
 

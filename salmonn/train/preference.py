@@ -99,15 +99,19 @@ class PreferenceBatches:
 
         Args:
             network: as it is for all of the training.
-            folder: takes what it says, in reference_logps.json. What is there is not asked again if all that it depends on is
-                as it was, and each rank's first batch gives the same once more.
+            folder: takes reference_logps.json. What is there is used again if all that it depends on
+                is as it was and each rank's first batch gives the same once more.
         """
         groups = self._by_clip()
         costs = [len(self.blocks[self.pairs[group[0]].video]) + self._count_words(group) for group in groups]
         shares = dist.spread(costs)
         mine = [place for number in shares[dist.rank()] for place in groups[number]]
         made_of = self._describe(network) if folder else ""
-        if folder and (kept := _read_kept(folder / REFERENCE_LOGPS_NAME, made_of)) and self._says_again(network, mine, kept):
+        if (
+            folder
+            and (kept := _read_kept(folder / REFERENCE_LOGPS_NAME, made_of))
+            and self._says_again(network, mine, kept)
+        ):
             self.reference_logps = kept
             return
         said = dict(zip(mine, self._ask(network, mine), strict=True))

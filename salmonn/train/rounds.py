@@ -18,7 +18,7 @@ from salmonn.records import Caption, Pair, Reference, Score
 from salmonn.score.formats import read_scores, write_scores
 from salmonn.score.judge import Judge
 from salmonn.score.scoring import make_judge_info
-from salmonn.train.evaluate import SIDE_BY_SIDE, SampleConfig, sample_captions, judge_captions, require_scores
+from salmonn.train.evaluate import SIDE_BY_SIDE, SampleConfig, judge_captions, require_scores, sample_captions
 from salmonn.train.run_folder import is_missing, load_or_create, load_or_create_captions
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,9 @@ def make_pairs(
     captions = load_or_create_captions(folder, partial(sample, side_by_side=side_by_side))
     by_video = {reference.video: reference for reference in references}
     scores = _judged(folder / "scores.jsonl", captions, by_video, judge=judge)
-    pairs = load_or_create(folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, by_video, config=config))
+    pairs = load_or_create(
+        folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, by_video, config=config)
+    )
     report = summarise_pairs(pairs)
     log.info(
         "%s: %d pairs, mean gap %.3f; mean words %.1f chosen, %.1f rejected",

@@ -54,7 +54,8 @@ def start(request):
 
 def test_given_preferences(start, launch, preferences, tmp_path):
     flags = {
-        "preferences": preferences, "model": start, "out": tmp_path / "dpo", "feature_cache.folder": tmp_path / "tokens",
+        "preferences": preferences, "model": start, "out": tmp_path / "dpo",
+        "feature_cache.folder": tmp_path / "tokens",
         "lora.rank": 8, "lora.alpha": 16,
         "fit.steps": 8, "fit.batch_size": 4, "fit.learning_rate": 0.003, "fit.gradient_accumulation_steps": 2,
     }  # fmt: skip

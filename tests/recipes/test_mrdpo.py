@@ -21,7 +21,8 @@ ROUND = {
     "rounds": 1, "pairs.num_samples": 4, "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30,
     "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup_ratio": 0.5, "fit.learning_rate": 0.002,
     "fit.checkpoint_every": 1, "rebirth.fit.checkpoint_every": 1, "side_by_side": 16,
-    "early_stopping.max_worsening": 9, "early_stopping.min_pairs": 1, "early_stopping.min_margin": "null", "kl_clips": 2, "dpo.kl_every": 1,
+    "early_stopping.max_worsening": 9, "early_stopping.min_pairs": 1, "early_stopping.min_margin": "null",
+    "kl_clips": 2, "dpo.kl_every": 1,
     "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup_ratio": 0.5,
 }  # fmt: skip
 RATES = {

@@ -13,7 +13,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.layout import interleave_by_time
 from salmonn.model.network import ClipFeatures
 from salmonn.records import Question, Reference
-from salmonn.train.data import ClipCache, Example, SftBatches, conversation_examples, batch_at, make_examples, sft_loss
+from salmonn.train.data import ClipCache, Example, SftBatches, batch_at, conversation_examples, make_examples, sft_loss
 
 DESCRIBE, DESCRIBE_VISUAL, DESCRIBE_AUDIO = PLAIN_PROMPTS["both"], PLAIN_PROMPTS["visual"], PLAIN_PROMPTS["audio"]
 

@@ -167,10 +167,14 @@ def test_formulas_by_hand():
     assert Memory({"a": 3, "b": 4}, {"c": 5, "d": 2}).peak == 12
 
 
-@pytest.mark.parametrize(("batch", "gradient_accumulation_steps", "ranks", "expected"), [(8, 8, 8, 1), (8, 8, 1, 1), (128, 8, 8, 2)])
+@pytest.mark.parametrize(
+    ("batch", "gradient_accumulation_steps", "ranks", "expected"), [(8, 8, 8, 1), (8, 8, 1, 1), (128, 8, 8, 2)]
+)
 def test_clips_at_once(monkeypatch, batch, gradient_accumulation_steps, ranks, expected):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    assert clips_at_once(FitConfig(batch_size=batch, gradient_accumulation_steps=gradient_accumulation_steps)) == expected
+    assert (
+        clips_at_once(FitConfig(batch_size=batch, gradient_accumulation_steps=gradient_accumulation_steps)) == expected
+    )
 
 
 def test_quantised_weights_and_checkpointed_layers_need_less():

@@ -21,9 +21,9 @@ from salmonn.train.evaluate import (
     answer_questions,
     clear_parts,
     cut,
-    sample_captions,
     encode_clips,
     judge_captions,
+    sample_captions,
 )
 from salmonn.train.feature_cache import TokenStoreConfig, open_store
 

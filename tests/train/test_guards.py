@@ -7,7 +7,14 @@ import pytest
 
 from salmonn.records import Pair
 from salmonn.score.metrics import Rates
-from salmonn.train.guards import EarlyStopConfig, RoundFailedError, best_round, require_margin, require_pairs, stop_reason
+from salmonn.train.guards import (
+    EarlyStopConfig,
+    RoundFailedError,
+    best_round,
+    require_margin,
+    require_pairs,
+    stop_reason,
+)
 from salmonn.train.run_log import RunSummary
 
 PAIRS = [Pair("a.mp4", "p", "good", "bad", "truth", gap=0.5)] * 3

@@ -19,7 +19,7 @@ from salmonn.model.network import Network
 from salmonn.train import checkpoint
 from salmonn.train.checkpoint import Checkpoints, put_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss
-from salmonn.train.loop import FitConfig, FitContext, Callback, fit, learning_rate_at
+from salmonn.train.loop import Callback, FitConfig, FitContext, fit, learning_rate_at
 
 PLAIN = FitConfig(learning_rate=0.5, steps=1, warmup_ratio=1.0, weight_decay=0.0, max_grad_norm=1e9)
 
@@ -396,7 +396,13 @@ def test_nothing_holds_a_network_that_was_used_up(captioner, random_model, batch
     """A GPU has no room for it beside the next."""
     network = weakref.ref(adapted(captioner))
     callback = Callback(lambda model: {"kl": 0.0}, every=1)
-    fit(captioner.network, batches, sft_loss, FitConfig(steps=1, warmup_ratio=1.0), stage=stage_in(tmp_path, callback=callback))
+    fit(
+        captioner.network,
+        batches,
+        sft_loss,
+        FitConfig(steps=1, warmup_ratio=1.0),
+        stage=stage_in(tmp_path, callback=callback),
+    )
     assert network() is not None
     captioner.reload(random_model)
     assert network() is None

@@ -17,7 +17,7 @@ from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.records import Pair
 from salmonn.train.checkpoint import Checkpoints, put_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split
-from salmonn.train.loop import FitConfig, FitContext, Callback, fit, learning_rate_at
+from salmonn.train.loop import Callback, FitConfig, FitContext, fit, learning_rate_at
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 
 STEADY = LoraConfig(rank=4, dropout=0.0)
@@ -96,7 +96,14 @@ def learn(random_model, clips, tmp_path):
                 parameter.requires_grad = True
         processor = Captioner.load(random_model).processor
         examples = make_examples(clips.references[:4], ("caption", "questions"), root=clips.root)
-        batches = SftBatches(examples, processor, ClipCache(processor), batch_size=4, seed=0, gradient_accumulation_steps=gradient_accumulation_steps)
+        batches = SftBatches(
+            examples,
+            processor,
+            ClipCache(processor),
+            batch_size=4,
+            seed=0,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+        )
         return gradients(network, batches, tmp_path, loss=sft_loss, **options)
 
     return run
@@ -168,7 +175,14 @@ def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
         blocks = dict(zip([r.video for r in clips.references], captioner.encode(media), strict=False))
         pairs = [Pair(video, "Tell.", "a red star", f"{video} a tone", "the truth") for video in blocks]
         attach_lora(captioner.network, STEADY, seed=0)
-        batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0, gradient_accumulation_steps=gradient_accumulation_steps)
+        batches = PreferenceBatches(
+            pairs,
+            blocks,
+            captioner.processor,
+            batch_size=3,
+            seed=0,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+        )
         batches.compute_reference_logps(captioner.network)
         fill_adapter(captioner.network)
         assert len(batches(0)) == gradient_accumulation_steps
@@ -199,7 +213,9 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
         dtypes.append({(value.requires_grad, value.dtype) for value in model.parameters()})
         return {}
 
-    config = FitConfig(learning_rate=4e-3, steps=18, warmup_ratio=0.2, precision="bfloat16", gradient_checkpointing=True)
+    config = FitConfig(
+        learning_rate=4e-3, steps=18, warmup_ratio=0.2, precision="bfloat16", gradient_checkpointing=True
+    )
     stage = replace(stage_in(tmp_path), callback=Callback(look, every=1))
     done = fit(network, batches, sft_loss, config, stage=stage)
     losses = [step["loss"] for step in steps_of(tmp_path)]
@@ -240,7 +256,14 @@ def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
         cache = ClipCache(captioner.processor)
         batches = SftBatches(examples, captioner.processor, cache, batch_size=4, seed=0, gradient_accumulation_steps=2)
         config = FitConfig(
-            **{"learning_rate": 1e-4, "epochs": 5, "steps": None, "batch_size": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.4},
+            **{
+                "learning_rate": 1e-4,
+                "epochs": 5,
+                "steps": None,
+                "batch_size": 4,
+                "gradient_accumulation_steps": 2,
+                "warmup_ratio": 0.4,
+            },
             **{"min_lr_ratio": 0.0, "precision": "bfloat16", "gradient_checkpointing": True, "checkpoint_every": 3},
         )
 
@@ -272,7 +295,7 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Reference, read_records
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss
 from salmonn.train.checkpoint import Checkpoints
-from salmonn.train.loop import FitConfig, Stage, fit
+from salmonn.train.loop import FitConfig, FitContext, fit
 
 model, clips, out = sys.argv[1:]
 dist.setup(threads=1)
@@ -287,7 +310,8 @@ batches = SftBatches(
 )
 config = FitConfig(steps=2, warmup_ratio=0.5, batch_size=5, gradient_accumulation_steps=2, gradient_checkpointing=True)
 folder = Path(out) / f"of_{dist.world_size()}"
-fit(captioner.network, batches, sft_loss, config, stage=Stage("ranks", folder, Checkpoints(folder / "checkpoints")))
+context = FitContext("ranks", folder, Checkpoints(folder / "checkpoints"))
+fit(captioner.network, batches, sft_loss, config, stage=context)
 moved = torch.cat([value.detach().flatten() for value in trained]) - start
 (Path(out) / f"{dist.world_size()}-{dist.rank()}.json").write_text(json.dumps(moved.tolist()))
 """

@@ -11,7 +11,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Question, Reference, write_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
-from salmonn.train.evaluate import SampleConfig, sample_captions, encode_clips, evaluate
+from salmonn.train.evaluate import SampleConfig, encode_clips, evaluate, sample_captions
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
 
 DESCRIBE = PLAIN_PROMPTS["both"]

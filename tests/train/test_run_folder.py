@@ -10,7 +10,14 @@ from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Caption
 from salmonn.train.checkpoint import Checkpoints, checkpointed
-from salmonn.train.run_folder import load_or_create, load_or_create_captions, merge_trained, is_complete, num_bytes, open_run
+from salmonn.train.run_folder import (
+    is_complete,
+    load_or_create,
+    load_or_create_captions,
+    merge_trained,
+    num_bytes,
+    open_run,
+)
 
 
 @dataclass(frozen=True)

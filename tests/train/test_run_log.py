@@ -72,7 +72,9 @@ def test_stages_in_the_order_of_time():
 
 
 def test_table_in_percent(capsys):
-    print_table(RunSummary(SFT, ROUNDS[:1], Rates(0.3, 0.1, 0.4, 0.0, None, 20), {"rebirth": 0.0625}, "round_1", STOPPED))
+    print_table(
+        RunSummary(SFT, ROUNDS[:1], Rates(0.3, 0.1, 0.4, 0.0, None, 20), {"rebirth": 0.0625}, "round_1", STOPPED)
+    )
     rows, out = {}, capsys.readouterr().out
     for line in out.splitlines():
         cells = [cell.strip() for cell in line.replace("┃", "│").strip(" │").split("│")]

@@ -24,7 +24,7 @@ from salmonn.records import Pair, Reference, read_records
 from salmonn.train.checkpoint import Checkpoint, Checkpoints
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.kl import DriftSet
-from salmonn.train.loop import FitConfig, FitContext, Callback, autocast, fit
+from salmonn.train.loop import Callback, FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
 from salmonn.train.references import CLIPS_NAME, ClipSet
 from salmonn.train.run_folder import merge_trained
@@ -32,7 +32,9 @@ from salmonn.train.run_folder import merge_trained
 # No dropout: ranks draw their own, and losses are to be those of one process.
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 # All pairs in each step; three make ranks differ in how many pieces they have.
-FIT = FitConfig(steps=10, learning_rate=1e-3, warmup_ratio=0.2, batch_size=3, gradient_accumulation_steps=2, checkpoint_every=4)
+FIT = FitConfig(
+    steps=10, learning_rate=1e-3, warmup_ratio=0.2, batch_size=3, gradient_accumulation_steps=2, checkpoint_every=4
+)
 
 
 class Spoilt(PreferenceBatches):
@@ -58,7 +60,12 @@ def train(
     attach_lora(network, LORA, seed=0)
     by_video = {one.video: block for one, block in zip(references, blocks, strict=True)}
     batches = deal(
-        pairs, by_video, captioner.processor, batch_size=config.batch_size, seed=0, gradient_accumulation_steps=config.gradient_accumulation_steps
+        pairs,
+        by_video,
+        captioner.processor,
+        batch_size=config.batch_size,
+        seed=0,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
     with autocast(config.precision):
         batches.compute_reference_logps(network)
@@ -68,7 +75,9 @@ def train(
         with autocast(config.precision):
             return {"kl": fixed.to_reference(wrapped, network)}
 
-    stage = FitContext(engine, out, Checkpoints(out / "checkpoints"), engine=engine, callback=Callback(measure, every=5))
+    stage = FitContext(
+        engine, out, Checkpoints(out / "checkpoints"), engine=engine, callback=Callback(measure, every=5)
+    )
     return fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
 
 
