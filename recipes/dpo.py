@@ -22,11 +22,11 @@ from salmonn.model.network import ClipFeatures
 from salmonn.records import Pair
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import Example, conversation_examples
-from salmonn.train.dry_run import plan_adapter
+from salmonn.train.dry_run import print_adapter_plan
 from salmonn.train.evaluate import encode_examples
-from salmonn.train.feature_cache import TokenStoreConfig, open_store
+from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.loop import FitConfig, FitContext, autocast, fit, require_processes
-from salmonn.train.parallel import EngineName
+from salmonn.train.parallel import StrategyName
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 from salmonn.train.run_folder import is_complete, merge_trained, open_run
 
@@ -55,10 +55,10 @@ class OfflineDpoConfig:
     preferences: Path
     model: str
     out: Path
-    engine: EngineName = "ddp"
+    strategy: StrategyName = "ddp"
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     frames: dict[str, int | float] | None = None
-    feature_cache: TokenStoreConfig = field(default_factory=TokenStoreConfig)
+    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
     dpo: DpoConfig = field(default_factory=DpoConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
@@ -72,7 +72,7 @@ class OfflineDpoConfig:
 def main(config: OfflineDpoConfig) -> None:
     """Run the round."""
     if config.dry_run:
-        plan_adapter(
+        print_adapter_plan(
             config.model,
             frames=config.frames,
             lora=config.lora,
@@ -83,11 +83,11 @@ def main(config: OfflineDpoConfig) -> None:
         )
         return
     dist.setup()
-    require_processes(config.engine, config.fit)
+    require_processes(config.strategy, config.fit)
     load_config(config.model)  # a wrong folder is told first
     examples, pairs = read_preferences(config)
     # What results do not follow from may change in a run that goes on.
-    open_run(config.out, replace(config, engine="ddp", feature_cache=TokenStoreConfig()), name="dpo")
+    open_run(config.out, replace(config, strategy="ddp", feature_cache=FeatureCacheConfig()), name="dpo")
     if is_complete(config.out):
         log.info("%s is trained already", config.out)
         return
@@ -110,7 +110,7 @@ def main(config: OfflineDpoConfig) -> None:
             batches,
             PreferenceLoss(config.dpo),
             config.fit.resolve(len(pairs)),
-            stage=FitContext("guided DPO", config.out, checkpoints, config.seed, config.engine),
+            stage=FitContext("guided DPO", config.out, checkpoints, config.seed, config.strategy),
         )
         merge_trained(
             captioner, config.out, done, base=config.model, lora=config.lora, placement=config.placement, adapter=True
@@ -153,9 +153,9 @@ def to_pair(conversation: Conversation, *, name: str) -> Pair:
     )
 
 
-def encode(captioner: Captioner, examples: Sequence[Example], tokens: TokenStoreConfig) -> dict[str, ClipFeatures]:
+def encode(captioner: Captioner, examples: Sequence[Example], tokens: FeatureCacheConfig) -> dict[str, ClipFeatures]:
     """The examples' clips by number, each as the frozen towers give it once."""
-    blocks = encode_examples(captioner, examples, name="clips", store=open_store(tokens, captioner))
+    blocks = encode_examples(captioner, examples, name="clips", store=open_feature_cache(tokens, captioner))
     return {str(number): blocks[example.clip] for number, example in enumerate(examples)}
 
 

@@ -30,9 +30,9 @@ from salmonn.score.config import JudgeConfig
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.render import SynthConfig
-from salmonn.train.checkpoint import Checkpoint, Checkpoints, checkpointed, require_room
+from salmonn.train.checkpoint import Checkpoint, Checkpoints, checkpointed, require_free_space
 from salmonn.train.data import Example, SftBatch, SftBatches, make_examples, sft_loss
-from salmonn.train.dry_run import plan_adapter
+from salmonn.train.dry_run import print_adapter_plan
 from salmonn.train.evaluate import (
     RATES_NAME,
     SIDE_BY_SIDE,
@@ -42,7 +42,7 @@ from salmonn.train.evaluate import (
     sample_captions,
     write_evaluation,
 )
-from salmonn.train.feature_cache import TokenStoreConfig, open_store
+from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.guards import (
     EarlyStopConfig,
     RoundFailedError,
@@ -51,10 +51,10 @@ from salmonn.train.guards import (
     require_pairs,
     stop_reason,
 )
-from salmonn.train.kl import DriftSet
+from salmonn.train.kl import KLProbe
 from salmonn.train.log import log_rounds
 from salmonn.train.loop import Batches, Callback, FitConfig, FitContext, autocast, fit, require_processes
-from salmonn.train.parallel import EngineName
+from salmonn.train.parallel import StrategyName
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import DpoConfig, MixedBatches, MixedLoss, PreferenceBatch, PreferenceBatches
 from salmonn.train.references import ClipSet, heldout_config, load_clips
@@ -123,14 +123,14 @@ class MrDpoConfig:
 
     out: Path = Path("run")
     model: str = str(SHIPPED_MODEL)
-    engine: EngineName = "ddp"
+    strategy: StrategyName = "ddp"
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     frames: dict[str, int | float] | None = None
     references: Path | None = None
     heldout_references: Path | None = None
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
-    feature_cache: TokenStoreConfig = field(default_factory=TokenStoreConfig)
+    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
     heldout_clips: int = 200
     kl_clips: int = 16
     rounds: int = 3
@@ -168,7 +168,7 @@ class MrDpoConfig:
     @property
     def resume_key(self) -> "MrDpoConfig":
         """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
-        known = replace(self, engine="ddp", kl_clips=MrDpoConfig.kl_clips, feature_cache=TokenStoreConfig())
+        known = replace(self, strategy="ddp", kl_clips=MrDpoConfig.kl_clips, feature_cache=FeatureCacheConfig())
         dpo = replace(self.dpo, kl_every=DpoConfig.kl_every)
         return replace(known, judge=self.judge.essential(), dpo=dpo)
 
@@ -179,7 +179,7 @@ def main(config: MrDpoConfig) -> None:
         print_memory_plan(config)
         return
     dist.setup()
-    require_processes(config.engine, *([config.fit, config.rebirth.fit] if config.rebirth else [config.fit]))
+    require_processes(config.strategy, *([config.fit, config.rebirth.fit] if config.rebirth else [config.fit]))
     load_config(config.model)  # a wrong folder is told before anything is rendered
     judge = make_judge(config.judge, processes=dist.world_size())
     train, heldout = load_data(config, judge)
@@ -199,7 +199,7 @@ def main(config: MrDpoConfig) -> None:
 
 def print_memory_plan(config: MrDpoConfig) -> None:
     """Print what a round and rebirth would need of memory."""
-    shared = partial(plan_adapter, config.model, frames=config.frames, placement=config.placement)
+    shared = partial(print_adapter_plan, config.model, frames=config.frames, placement=config.placement)
     shared(lora=config.lora, fit=config.fit, answers=3, title="guided DPO", side_by_side=config.side_by_side)
     if config.rebirth:
         # A caption, and the questions on the clip, which are taken to be as long together.
@@ -225,9 +225,9 @@ class Run:
         """The block of the training clip that an example is about."""
         return self._by_path[example.video]
 
-    def drift_set(self, captioner: Captioner, config: MrDpoConfig) -> DriftSet:
+    def kl_probe(self, captioner: Captioner, config: MrDpoConfig) -> KLProbe:
         """Held-out clips that it is measured on how far a model has moved, as many at once as in training."""
-        return DriftSet(
+        return KLProbe(
             self.heldout.references[: config.kl_clips],
             self.heldout_blocks[: config.kl_clips],
             captioner.processor,
@@ -268,7 +268,7 @@ def cache_features(captioner: Captioner, train: ClipSet, heldout: ClipSet, judge
     """Run the frozen towers once on all clips that no run before has had."""
     # Both sets at once: the tokens of one must not make room for the other's.
     train_blocks, heldout_blocks = encode_clips(
-        captioner, train, heldout, name="clips", store=open_store(config.feature_cache, captioner)
+        captioner, train, heldout, name="clips", store=open_feature_cache(config.feature_cache, captioner)
     )
     return Run(train, heldout, train_blocks, heldout_blocks, judge)
 
@@ -316,7 +316,9 @@ def run_round(captioner: Captioner, run: Run, number: int, folder: Path, *, conf
         captioner.reload(folder / "merged", placement=config.placement)
         return
     if config.fresh_pairs or number == 1:
-        require_room(config.out, num_bytes(captioner), what=f"the model of {folder.name}")  # before hours of sampling
+        require_free_space(
+            config.out, num_bytes(captioner), what=f"the model of {folder.name}"
+        )  # before hours of sampling
         pairs = make_pairs(
             captioner,
             run.train.references,
@@ -353,7 +355,7 @@ def fit_adapter(
     batches, loss = preference_batches(captioner, run, pairs, config=config, number=number)
     folder = checkpoints.folder.parent
     watch = kl_callback(captioner, run, config)
-    stage = FitContext(f"{folder.name}: guided DPO", folder, checkpoints, seed, config.engine, watch)
+    stage = FitContext(f"{folder.name}: guided DPO", folder, checkpoints, seed, config.strategy, watch)
     return fit(captioner.network, batches, loss, config.fit.resolve(len(pairs)), stage=stage)
 
 
@@ -393,11 +395,11 @@ def kl_callback(captioner: Captioner, run: Run, config: MrDpoConfig) -> Callback
     """How far the policy moves from the round's start, on a fixed set of held-out clips."""
     if not config.kl_clips:
         return None
-    fixed, network = run.drift_set(captioner, config), captioner.network
+    fixed, network = run.kl_probe(captioner, config), captioner.network
 
     def measure(model: nn.Module) -> dict[str, float]:
         with autocast(config.fit.precision):
-            return {"kl": fixed.to_reference(model, network)}
+            return {"kl": fixed.kl_from_reference_policy(model, network)}
 
     return Callback(measure, every=config.dpo.kl_every)
 
@@ -428,7 +430,7 @@ def run_rebirth(captioner: Captioner, run: Run, folder: Path, *, summary: RunSum
         with checkpointed(folder) as checkpoints:
             attach_lora(captioner.network, rebirth.lora, seed=config.seed)
             batches = rebirth_batches(captioner, run, captions, rebirth.fit, seed=config.seed)
-            stage = FitContext("rebirth", folder, checkpoints, config.seed, config.engine)
+            stage = FitContext("rebirth", folder, checkpoints, config.seed, config.strategy)
             steps = rebirth.fit.resolve(len(batches.examples))
             done = fit(captioner.network, batches, sft_loss, steps, stage=stage)
             merge_trained(
@@ -503,7 +505,7 @@ def measure(
         path = folder / f"kl_{config.kl_clips}.json"
         if is_missing(path):
             start = load(config.model, config).network
-            kl = run.drift_set(captioner, config).between(captioner.network, start)
+            kl = run.kl_probe(captioner, config).kl_between(captioner.network, start)
             if dist.is_main():
                 write_json(path, kl)
             dist.barrier()

@@ -31,13 +31,13 @@ from salmonn.model.presets import offline_config
 from salmonn.records import Modality, write_json
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig, sample_clip
-from salmonn.train.checkpoint import checkpointed, put_trained
+from salmonn.train.checkpoint import checkpointed, load_trained
 from salmonn.train.data import ClipCache, Example, SftBatches, SftTask, conversation_examples, make_examples, sft_loss
-from salmonn.train.dry_run import Budget, Work, clips_at_once, empty_network, print_budget
+from salmonn.train.dry_run import MemoryPlan, Workload, build_on_meta, clips_per_micro_batch, print_plan
 from salmonn.train.evaluate import encode_clips, encode_examples, evaluate, write_evaluation
-from salmonn.train.feature_cache import TokenStoreConfig, open_store
+from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.loop import FitConfig, FitContext, fit, require_processes
-from salmonn.train.parallel import EngineName
+from salmonn.train.parallel import StrategyName
 from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
 from salmonn.train.run_folder import is_missing, open_run, save_merged
 
@@ -76,14 +76,14 @@ class SftConfig:
 
     out: Path
     model: str = TINY
-    engine: EngineName = "ddp"
+    strategy: StrategyName = "ddp"
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     frames: dict[str, int | float] | None = None
     references: Path | None = None
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
     heldout_clips: int = 200
-    feature_cache: TokenStoreConfig = field(default_factory=lambda: TokenStoreConfig(folder=None))
+    feature_cache: FeatureCacheConfig = field(default_factory=lambda: FeatureCacheConfig(folder=None))
     tasks: tuple[SftTask, ...] = ("caption", "questions", "visual_caption", "audio_caption")
     single_modality_every: int = 1
     trainable: tuple[str, ...] = ("all",)
@@ -99,8 +99,10 @@ class SftConfig:
     @property
     def resume_key(self) -> "SftConfig":
         """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
-        folder = self.feature_cache.folder and TokenStoreConfig.folder  # with tokens from disk, towers have no dropout
-        return replace(self, engine="ddp", feature_cache=TokenStoreConfig(folder))
+        folder = (
+            self.feature_cache.folder and FeatureCacheConfig.folder
+        )  # with tokens from disk, towers have no dropout
+        return replace(self, strategy="ddp", feature_cache=FeatureCacheConfig(folder))
 
 
 def main(config: SftConfig) -> None:
@@ -109,7 +111,7 @@ def main(config: SftConfig) -> None:
         print_memory_plan(config)
         return
     dist.setup()
-    require_processes(config.engine, config.fit)
+    require_processes(config.strategy, config.fit)
     if config.model != TINY:
         load_config(config.model)  # a wrong folder is told before anything is rendered
     clips = read_data(config)
@@ -121,8 +123,8 @@ def main(config: SftConfig) -> None:
     captioner = load_model(config, clips)
     choose_trainable(captioner.network, config)
     examples = to_examples(clips, captioner, config)
-    if config.engine != "ddp":
-        examples = whole_clips(examples, engine=config.engine)
+    if config.strategy != "ddp":
+        examples = whole_clips(examples, strategy=config.strategy)
     batches = SftBatches(
         examples,
         captioner.processor,
@@ -132,14 +134,14 @@ def main(config: SftConfig) -> None:
         gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
     )
     with checkpointed(config.out) as checkpoints:
-        stage = FitContext(config.out.name, config.out, checkpoints, config.seed, config.engine)
+        stage = FitContext(config.out.name, config.out, checkpoints, config.seed, config.strategy)
         done = fit(captioner.network, batches, sft_loss, config.fit.resolve(len(examples)), stage=stage)
         # Training uses the network up: what it has learnt goes into another that is made in the same way.
         del captioner.network
         gc.collect()
         captioner.network = start_network(config, captioner.processor)
         choose_trainable(captioner.network, config)
-        put_trained(captioner.network, done)
+        load_trained(captioner.network, done)
         if config.lora:
             merge_adapter(captioner.network)
         captioner.network.requires_grad_(False).eval()
@@ -153,7 +155,7 @@ def print_memory_plan(config: SftConfig) -> None:
     if config.model != TINY:
         sizes = offline_config(config.model)
     sizes = sizes.with_frames(config.frames)
-    network = empty_network(sizes)
+    network = build_on_meta(sizes)
     with torch.device("meta"):
         choose_trainable(network, config)
     # What is learnt of the whole clip stands together, if anything is.
@@ -161,11 +163,13 @@ def print_memory_plan(config: SftConfig) -> None:
         modality for modality in ("visual", "audio") if any(task.startswith(modality) for task in config.tasks)
     ]
     whole = sum(not task.startswith(("visual_", "audio_")) for task in config.tasks)
-    work = Work(
-        clips=clips_at_once(config.fit), answers=max(whole, 1), modality="both" if whole or not uses else uses[0]
+    work = Workload(
+        clips=clips_per_micro_batch(config.fit),
+        answers=max(whole, 1),
+        modality="both" if whole or not uses else uses[0],
     )
-    print_budget(
-        Budget(network, sizes, placement=config.placement, fit=config.fit, work=work),
+    print_plan(
+        MemoryPlan(network, sizes, placement=config.placement, fit=config.fit, work=work),
         title=f"SFT of {config.model}",
     )
 
@@ -221,7 +225,7 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
     return Captioner(start_network(config, processor), processor)
 
 
-def whole_clips(examples: Sequence[Example], *, engine: str) -> list[Example]:
+def whole_clips(examples: Sequence[Example], *, strategy: str) -> list[Example]:
     """Examples for an engine that splits the training: all processes must use the same parts of the model in each step.
 
     Raises:
@@ -229,13 +233,13 @@ def whole_clips(examples: Sequence[Example], *, engine: str) -> list[Example]:
             or some examples are of the whole clip, others of picture or sound alone. A clip that lacks what it is
             meant for ends the run when it is read.
     """
-    if engine == "zero3":
-        raise ValueError("engine zero3 does not take towers into training: choose fsdp2, which splits weights too")
+    if strategy == "zero3":
+        raise ValueError("strategy zero3 does not take towers into training: choose fsdp2, which splits weights too")
     uses = sorted({example.modality for example in examples})
     if len(uses) > 1:
         raise ValueError(
-            f"the {len(examples)} examples are of {' and of '.join(uses)}, and with engine {engine} all processes must "
-            "use the same parts of the model in each step: choose tasks of one kind, or engine ddp"
+            f"the {len(examples)} examples are of {' and of '.join(uses)}, and with strategy {strategy} all processes must "
+            "use the same parts of the model in each step: choose tasks of one kind, or strategy ddp"
         )
     return [replace(example, needs_both=example.modality == "both") for example in examples]
 
@@ -269,7 +273,7 @@ def choose_trainable(network: Network, config: SftConfig) -> None:
 
 
 def find_clips(
-    captioner: Captioner, examples: Sequence[Example], tokens: TokenStoreConfig
+    captioner: Captioner, examples: Sequence[Example], tokens: FeatureCacheConfig
 ) -> Callable[[Example], ClipInputs | ClipFeatures]:
     """Gives an example's clip: as it is read, or as the frozen towers encoded it before.
 
@@ -285,7 +289,7 @@ def find_clips(
             "tokens are kept where towers and embeddings are frozen, and trainable names some of them: leave "
             "feature_cache.folder out, or train a LoRA alone"
         )
-    blocks = encode_examples(captioner, examples, name="training clips", store=open_store(tokens, captioner))
+    blocks = encode_examples(captioner, examples, name="training clips", store=open_feature_cache(tokens, captioner))
     return lambda example: blocks[example.clip]
 
 
@@ -294,7 +298,9 @@ def measure(captioner: Captioner, config: SftConfig) -> None:
     if not config.heldout_clips:
         return
     clips = render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
-    (blocks,) = encode_clips(captioner, clips, name="held-out clips", store=open_store(config.feature_cache, captioner))
+    (blocks,) = encode_clips(
+        captioner, clips, name="held-out clips", store=open_feature_cache(config.feature_cache, captioner)
+    )
     judge = RuleJudge()
     result = evaluate(captioner, clips.references, blocks, judge=judge, sampling=Sampling(), name="held-out")
     if dist.is_main():

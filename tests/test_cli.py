@@ -61,7 +61,7 @@ def test_help_starts_without_torch():
                 "--segments",
                 "--export",
                 "--read_gib",
-                "--engine",
+                "--strategy",
             ],
         ),
         ("export", ["captions", "--to", "--sidecar_dir", "spreadsheet"]),

@@ -16,7 +16,7 @@ from typing import get_args
 import psutil
 
 from salmonn.config import parse_config
-from salmonn.train.parallel import EngineName
+from salmonn.train.parallel import StrategyName
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "recipes" / "cluster"
@@ -185,7 +185,7 @@ def test_settings_engines_and_files_of_the_guide_are_there(load_recipe):
     assert len(dotted) > 8
     for name in dotted:
         attrgetter(name)(config)  # AttributeError: the guide names a setting that is not there
-    assert {name for name in re.findall(r"^\| `(\w+)` \|", SCALE, re.MULTILINE)} >= set(get_args(EngineName))
+    assert {name for name in re.findall(r"^\| `(\w+)` \|", SCALE, re.MULTILINE)} >= set(get_args(StrategyName))
     files = set(re.findall(r"\b(?:recipes|tools|docs|tests)/[\w/.]+\.\w+", SCALE))
     files |= {f"docs/{target}" for target in re.findall(r"\]\(([^)#:]+)\)", SCALE)}
     assert len(files) > 4 and [name for name in files if not (ROOT / name).is_file()] == []

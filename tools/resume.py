@@ -6,7 +6,7 @@ Into the folder OUT: `whole_N_processes/` is the unbroken run, `broken_N_process
 SIGKILL so many times, each time to be started again by the same command. The stages to be hit are drawn first, each
 once before any twice, then the moment within each. At last all files of both are compared byte by byte; `report.json`
 tells every kill and every file, and the exit code is 1 if one differs. It runs on the CPU, where sums have one order.
-Ten minutes on 2 cores. Further flags go to the recipe: `--engine zero3`.
+Ten minutes on 2 cores. Further flags go to the recipe: `--strategy zero3`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The same work on a Ray cluster: actors caption blocks of videos, the driver lists, passes over and writes.
 
-    salmonn caption clips/ --out captions.jsonl --engine ray --ray_actors 16
+    salmonn caption clips/ --out captions.jsonl --strategy ray --ray_actors 16
 
 The videos, and the model's folder, must be found under the same paths on every machine. There is one writer, so nothing
 is written twice; a block whose actor died is done again by that actor's successor, or by the next run.
@@ -79,7 +79,7 @@ def caption_on_cluster(videos: Iterator[Placed], *, load: Load, task: Task, clus
     try:
         import ray  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise ValueError("--engine ray needs Ray: pip install 'salmonn[cluster]'") from error
+        raise ValueError("--strategy ray needs Ray: pip install 'salmonn[cluster]'") from error
     ray.init(include_dashboard=False, logging_level=logging.WARNING)
     try:
         while block := list(islice(videos, ROUND_VIDEOS)):

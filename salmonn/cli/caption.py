@@ -97,7 +97,7 @@ def _add_work(parser: ArgumentParser) -> None:
     parser.add_argument("--workers", type=int | None, default=None, help="processes that decode; 0: none but this one")
     parser.add_argument("--read_seconds", type=float, default=900.0, help="limit of reading one file, by the clock")
     parser.add_argument("--read_gib", type=float, default=4.0, help="limit of memory for reading one file")
-    parser.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: on a Ray cluster")
+    parser.add_argument("--strategy", type=Literal["local", "ray"], default="local", help="ray: on a Ray cluster")
     parser.add_argument("--ray_actors", type=int | None, default=None, help="models at work there (default: one a GPU)")
 
 
@@ -228,7 +228,7 @@ def _listing(values: Namespace) -> "Listing":
     shard = Shard.parse(values.shards) if values.shards else Shard()
     if dist.world_size() > 1:
         if values.shards or values.engine == "ray":
-            raise ValueError("under torchrun each process takes its shard: give no --shards and no --engine ray")
+            raise ValueError("under torchrun each process takes its shard: give no --shards and no --strategy ray")
         shard = Shard(dist.rank() + 1, dist.world_size())
     if values.redo and shard.count > 1:
         raise ValueError(

@@ -39,7 +39,7 @@ class Checkpoint:
     step: int
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file by name, each read when it is asked for."""
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +88,7 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
-        require_room(self.folder, size, what=f"the checkpoint of step {step}")
+        require_free_space(self.folder, size, what=f"the checkpoint of step {step}")
         path = self.folder / f"step_{step:06}.safetensors"
         temporary = path.with_name(f".{path.name}.tmp")
         try:
@@ -106,7 +106,7 @@ class Checkpoints:
             _mark(old).unlink(missing_ok=True)
             old.unlink()
 
-    def newest(self) -> Checkpoint | None:
+    def latest(self) -> Checkpoint | None:
         """The last checkpoint that is whole; damaged ones are passed over with a warning. All ranks get rank 0's."""
         found = self._newest() if dist.is_main() else None
         return dist.gather([found])[0]
@@ -134,7 +134,7 @@ def checkpointed(folder: Path) -> Iterator[Checkpoints]:
         checkpoints.clear()
 
 
-def put_trained(network: nn.Module, checkpoint: Checkpoint) -> StoredTensors:
+def load_trained(network: nn.Module, checkpoint: Checkpoint) -> LazyTensors:
     """Read a checkpoint's weights into a network whose trained parameters are whole.
 
     Returns:
@@ -143,7 +143,7 @@ def put_trained(network: nn.Module, checkpoint: Checkpoint) -> StoredTensors:
     Raises:
         ValueError: the checkpoint is of another set of trained weights.
     """
-    tensors = StoredTensors(checkpoint.path)
+    tensors = LazyTensors(checkpoint.path)
     trained = {f"model.{name}": value for name, value in network.named_parameters() if value.requires_grad}
     shapes = {key: tensors.shape(key) for key in tensors if key.startswith("model.")}
     if shapes != {key: list(value.shape) for key, value in trained.items()}:
@@ -156,7 +156,7 @@ def put_trained(network: nn.Module, checkpoint: Checkpoint) -> StoredTensors:
     return tensors
 
 
-def require_room(folder: Path, num_bytes: int, *, what: str) -> None:
+def require_free_space(folder: Path, num_bytes: int, *, what: str) -> None:
     """Raise ValueError where the disk of an existing folder has no room for so many bytes."""
     if shutil.disk_usage(folder).free < num_bytes * ROOM:
         raise ValueError(_no_room(folder, num_bytes, what=what))

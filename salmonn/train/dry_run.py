@@ -23,7 +23,7 @@ from salmonn.model.presets import offline_config
 from salmonn.records import Modality
 from salmonn.train import memory as budget
 from salmonn.train.loop import FitConfig
-from salmonn.train.memory import FLOAT32, GIB, Numbers, Stack, Tuning
+from salmonn.train.memory import FLOAT32, GIB, NumberSizes, Stack, TrainedParts
 
 GPUS = (24, 40, 80, 141)  # GiB
 RESERVE = GIB  # what a framework and its kernels take for themselves
@@ -50,7 +50,7 @@ DEFAULT_SHAPE = ClipShape()
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """One forward pass, and one captioning.
 
     Args:
@@ -75,7 +75,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Parameters:
+class ParameterCount:
     """Counts of numbers."""
 
     total: int
@@ -83,25 +83,25 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes on one device by what holds them; of `at_work`, the largest alone counts, since they come in turn."""
 
-    held: dict[str, int]
-    at_work: dict[str, int]
+    persistent: dict[str, int]
+    workspace: dict[str, int]
 
     @property
     def peak(self) -> int:
         """The most at once."""
-        return sum(self.held.values()) + max(self.at_work.values())
+        return sum(self.persistent.values()) + max(self.workspace.values())
 
 
-def empty_network(config: SalmonnConfig) -> Network:
+def build_on_meta(config: SalmonnConfig) -> Network:
     """The network without its weights."""
     with torch.device("meta"):
         return Network(config)
 
 
-def imagine(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
+def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     """A clip as the towers would take it, its sizes without its contents."""
     rule = config.frame_sampler
     num_frames = round(shape.seconds * shape.frames_per_second)
@@ -112,14 +112,14 @@ def imagine(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     return to_clip_inputs(config, frames, mel, seconds=shape.seconds)
 
 
-def count_parameters(network: Network) -> dict[str, Parameters]:
+def count_parameters(network: Network) -> dict[str, ParameterCount]:
     """Parameters by part, the adapter last."""
     counts = {name: [0, 0] for name in [*PARTS, "LoRA"]}
     for name, parameter in network.named_parameters():
         part = "LoRA" if ".lora_" in name else _part_of(name)
         counts[part][0] += parameter.numel()
         counts[part][1] += parameter.numel() * parameter.requires_grad
-    return {name: Parameters(*both) for name, both in counts.items()}
+    return {name: ParameterCount(*both) for name, both in counts.items()}
 
 
 def _part_of(name: str) -> str:
@@ -128,10 +128,10 @@ def _part_of(name: str) -> str:
     return fitting[max(fitting, key=len)]
 
 
-def numbers_of(placement: Placement, fit: FitConfig) -> Numbers:
+def number_sizes(placement: Placement, fit: FitConfig) -> NumberSizes:
     """Bytes of numbers under a placement and precision; `auto` is taken for a GPU's bfloat16."""
     stored = 4 if placement.dtype == "float32" else 2
-    return Numbers(stored, 2 if fit.precision == "bfloat16" else stored)
+    return NumberSizes(stored, 2 if fit.precision == "bfloat16" else stored)
 
 
 def weights_bytes(network: Network, placement: Placement, *, merged: bool = False) -> int:
@@ -155,13 +155,13 @@ def weights_bytes(network: Network, placement: Placement, *, merged: bool = Fals
     return math.ceil(total)
 
 
-def clips_at_once(fit: FitConfig) -> int:
+def clips_per_micro_batch(fit: FitConfig) -> int:
     """Clips of a forward pass: a rank's share of the batch in as many pieces as the config asks for."""
     share = math.ceil(fit.batch_size / dist.world_size())
     return math.ceil(share / min(fit.gradient_accumulation_steps, share))
 
 
-class Budget:
+class MemoryPlan:
     """The arithmetic of one network, clip and work.
 
     Args:
@@ -180,7 +180,7 @@ class Budget:
         *,
         placement: Placement,
         fit: FitConfig,
-        work: Work,
+        work: Workload,
         shape: ClipShape = DEFAULT_SHAPE,
     ) -> None:
         self.network = network
@@ -189,8 +189,8 @@ class Budget:
         self.fit = fit
         self.work = work
         self.shape = shape
-        self.numbers = numbers_of(placement, fit)
-        self.media = select_modality(imagine(config, shape), work.modality)
+        self.numbers = number_sizes(placement, fit)
+        self.media = select_modality(placeholder_inputs(config, shape), work.modality)
         # The published tokenizer has a token for each digit and for the point.
         self.layout = make_layout(
             config, self.media, told=[[0] * len(time) for time in frame_timestamps(config, self.media)]
@@ -227,80 +227,82 @@ class Budget:
         """Bytes of a clip's tokens, as they are kept where the towers run once."""
         return self.clip_tokens * self.decoder.width * self.numbers.stored
 
-    def training(self, *, checkpointed: bool) -> Memory:
+    def training(self, *, checkpointed: bool) -> MemoryEstimate:
         """Memory of a training step on one device."""
         work, decoder, numbers = self.work, self.decoder, self.numbers
         length = work.length(self.clip_tokens)
         tokens, rows = work.clips * length, work.answers
         adapted = self.network.lm.peft_config["default"].target_modules if self.parameters["LoRA"].total else ()
-        tuning = Tuning(len(adapted), whole=self._is_trained("lm."))
+        tuning = TrainedParts(len(adapted), whole=self._is_trained("lm."))
         layers = 1 if checkpointed else decoder.layers
-        layer = tokens * budget.at_work(decoder, numbers)
+        layer = tokens * budget.workspace(decoder, numbers)
         if checkpointed:
-            layer += tokens * budget.kept_by_layer(decoder, numbers, tuning, rows=rows)
-        kept = budget.kept_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=checkpointed)
+            layer += tokens * budget.saved_per_layer(decoder, numbers, tuning, rows=rows)
+        kept = budget.saved_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=checkpointed)
         vocabulary = self.network.lm.get_output_embeddings().weight.shape[0]
         answers = min(work.clips * work.answers * work.answer_tokens, LOGIT_BYTES // (FLOAT32 * vocabulary))
-        return Memory(
-            held={
+        return MemoryEstimate(
+            persistent={
                 "weights": weights_bytes(self.network, self.placement) + self._casts(layers),
                 "gradients": FLOAT32 * self.trained,
                 "Adam's moments": 2 * FLOAT32 * self.trained,
                 "inputs": budget.embedded(decoder, numbers, tokens=tokens),
                 "activations": kept + work.clips * self._towers_keep(checkpointed=checkpointed),
             },
-            at_work={
+            workspace={
                 "a layer": layer,
                 "logits": budget.logits_bytes(vocabulary, numbers, tokens=answers),
                 "towers": 0 if work.blocks else work.clips * self._towers_at_work(numbers),
             },
         )
 
-    def captioning(self, *, max_new_tokens: int, side_by_side: int = 1) -> Memory:
+    def captioning(self, *, max_new_tokens: int, side_by_side: int = 1) -> MemoryEstimate:
         """Memory of so many captions side by side, each of a clip of its own."""
-        numbers = Numbers(self.numbers.stored, self.numbers.stored)
+        numbers = NumberSizes(self.numbers.stored, self.numbers.stored)
         prompt = self.clip_tokens + self.work.prompt_tokens
         reading = budget.embedded(self.decoder, numbers, tokens=prompt)
-        reading += prompt * budget.at_work(self.decoder, numbers)
-        cache = budget.cache_bytes(self.decoder, numbers, tokens=prompt + max_new_tokens)
+        reading += prompt * budget.workspace(self.decoder, numbers)
+        cache = budget.kv_cache_bytes(self.decoder, numbers, tokens=prompt + max_new_tokens)
         at_once = max(1, min(side_by_side, PREFILL_CHUNK_TOKENS // prompt))
-        return Memory(
-            held={"weights": weights_bytes(self.network, self.placement, merged=True)},
-            at_work={
+        return MemoryEstimate(
+            persistent={"weights": weights_bytes(self.network, self.placement, merged=True)},
+            workspace={
                 "towers": at_once * self._towers_at_work(numbers),
                 "cache, prompt": side_by_side * cache + at_once * reading,
             },
         )
 
-    def _towers_at_work(self, numbers: Numbers) -> int:
+    def _towers_at_work(self, numbers: NumberSizes) -> int:
         """Bytes while the towers see and hear the clip: the greater of the two."""
-        heard, pixels = budget.chunks_at_work(self.hearing, numbers, steps=self.steps), self.media.pixels.numel()
+        heard, pixels = budget.chunks_workspace(self.hearing, numbers, steps=self.steps), self.media.pixels.numel()
         if self.config.family != "salmonn2":
-            return max(heard, budget.patches_at_work(self.seeing, numbers, patches=self.patches, pixels=pixels))
+            return max(heard, budget.patches_workspace(self.seeing, numbers, patches=self.patches, pixels=pixels))
         width = self.decoder.width
-        return max(heard, budget.frames_at_work(self.seeing, numbers, patches=self.patches, pixels=pixels, width=width))
+        return max(
+            heard, budget.frames_workspace(self.seeing, numbers, patches=self.patches, pixels=pixels, width=width)
+        )
 
     def _towers_keep(self, *, checkpointed: bool) -> int:
         """What trained parts of the towers keep for the gradient."""
         if self.work.blocks:
             return 0
-        numbers, whole, kept = self.numbers, Tuning(whole=True), 0
+        numbers, whole, kept = self.numbers, TrainedParts(whole=True), 0
         if self._is_trained("audio.qformer."):
             queries = len(self.media.mel) * self.config.tokens_per_chunk
             qformer = Stack.of(self.network.get_submodule("audio.qformer.qformer").config)
-            kept += budget.windows_kept(
+            kept += budget.windows_saved(
                 qformer, numbers, steps=self.steps, queries=queries, width_heard=self.hearing.width
             )
         if self._is_trained("vision.encoder.merger."):
-            kept += budget.merger_kept(self.seeing.width, numbers, patches=self.patches)
+            kept += budget.merger_saved(self.seeing.width, numbers, patches=self.patches)
         if self._is_trained("vision.projector."):
-            kept += budget.projector_kept(self.seeing.width, numbers, patches=self.patches, width=self.decoder.width)
+            kept += budget.projector_saved(self.seeing.width, numbers, patches=self.patches, width=self.decoder.width)
         for start, stack, tokens in (
             ("vision.encoder.", self.seeing, self.patches),
             ("audio.encoder.", self.hearing, self.steps),
         ):
             if self._is_trained(start):
-                kept += budget.kept_by_stack(stack, numbers, whole, tokens=tokens, rows=1, checkpointed=checkpointed)
+                kept += budget.saved_by_stack(stack, numbers, whole, tokens=tokens, rows=1, checkpointed=checkpointed)
         return kept
 
     def _is_trained(self, start: str) -> bool:
@@ -316,7 +318,7 @@ class Budget:
         return self.numbers.computed * self.parameters["language model"].total * layers // self.decoder.layers
 
 
-def print_budget(plan: Budget, *, title: str, side_by_side: int = 1) -> None:
+def print_plan(plan: MemoryPlan, *, title: str, side_by_side: int = 1) -> None:
     """Print parameters, tokens and memory; rank 0 alone does.
 
     Args:
@@ -340,7 +342,7 @@ def print_budget(plan: Budget, *, title: str, side_by_side: int = 1) -> None:
     console.print(_memory_table(plan, memories))
 
 
-def sample_clip(plan: Budget) -> str:
+def sample_clip(plan: MemoryPlan) -> str:
     """The clip's way to tokens, and what is assumed, in sentences."""
     shape, work, media = plan.shape, plan.work, plan.media
     of_frames = "no picture"
@@ -359,7 +361,7 @@ def sample_clip(plan: Budget) -> str:
     return "\n".join(told)
 
 
-def _parameter_table(plan: Budget, title: str) -> Table:
+def _parameter_table(plan: MemoryPlan, title: str) -> Table:
     table = Table(title=title)
     for name in ("part", "parameters", "trained"):
         table.add_column(name, justify="left" if name == "part" else "right")
@@ -370,7 +372,7 @@ def _parameter_table(plan: Budget, title: str) -> Table:
     return table
 
 
-def _memory_table(plan: Budget, memories: Mapping[str, Memory]) -> Table:
+def _memory_table(plan: MemoryPlan, memories: Mapping[str, MemoryEstimate]) -> Table:
     chosen = "its layers checkpointed" if plan.fit.gradient_checkpointing else "no layers checkpointed"
     table = Table(title=f"GiB on each GPU (this configuration has {chosen})")
     table.add_column("")
@@ -392,7 +394,7 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f}" if num_bytes else "-"
 
 
-def plan_adapter(
+def print_adapter_plan(
     model: str,
     *,
     frames: Mapping[str, int | float] | None,
@@ -413,9 +415,9 @@ def plan_adapter(
         side_by_side: captions that the run generates at once.
     """
     sizes = offline_config(model).with_frames(dict(frames) if frames else None)
-    network = empty_network(sizes)
+    network = build_on_meta(sizes)
     with torch.device("meta"):
         attach_lora(network, lora, seed=0)
-    work = Work(clips=clips_at_once(fit), answers=answers, blocks=True)
-    budget = Budget(network, sizes, placement=placement, fit=fit, work=work)
-    print_budget(budget, title=f"{title} of {model}", side_by_side=side_by_side)
+    work = Workload(clips=clips_per_micro_batch(fit), answers=answers, blocks=True)
+    budget = MemoryPlan(network, sizes, placement=placement, fit=fit, work=work)
+    print_plan(budget, title=f"{title} of {model}", side_by_side=side_by_side)

@@ -25,7 +25,7 @@ from salmonn.score.judge import Judge, ScoringTask
 from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
 from salmonn.score.scoring import make_judge_info
 from salmonn.train.data import ClipCache, Example
-from salmonn.train.feature_cache import TokenStore
+from salmonn.train.feature_cache import FeatureCache
 from salmonn.train.references import ClipSet
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _spread_out(
 
 
 def encode_clips(
-    captioner: Captioner, *sets: ClipSet, name: str, store: TokenStore | None = None
+    captioner: Captioner, *sets: ClipSet, name: str, store: FeatureCache | None = None
 ) -> list[list[ClipFeatures]]:
     """The blocks of each set's clips from the frozen towers; see `encode_examples`."""
     examples = [[Example(clips.root / reference.video, ()) for reference in clips.references] for clips in sets]
@@ -90,7 +90,7 @@ def encode_clips(
 
 
 def encode_examples(
-    captioner: Captioner, examples: Sequence[Example], *, name: str, store: TokenStore | None = None
+    captioner: Captioner, examples: Sequence[Example], *, name: str, store: FeatureCache | None = None
 ) -> dict[tuple[Any, ...], ClipFeatures]:
     """The block of each clip that examples are about, from the frozen towers, which it goes through alone.
 
@@ -109,7 +109,7 @@ def encode_examples(
     """
     clips = list({example.clip: example for example in examples}.values())
     keys = store.keys(clips) if store else [""] * len(clips)
-    found = store.find(keys) if store else set()
+    found = store.find_complete(keys) if store else set()
     seconds = dist.gather(
         [_to_read(clip, key in found) for clip, key in dist.share(list(zip(clips, keys, strict=True)))]
     )
@@ -121,11 +121,11 @@ def encode_examples(
         if keys[place] in found:
             return [None]
         (block,) = captioner.encode([read(clips[place])])
-        return [None if store and store.keep(keys[place], block) else block]
+        return [None if store and store.save(keys[place], block) else block]
 
     costs = [seconds[place] for (place,) in batches]
     made = _spread_out(encode, batches, costs, name=f"reading {name}", unit="clip")
-    blocks = store.complete(keys, made, name=name) if store else [block for block in made if block is not None]
+    blocks = store.load_missing(keys, made, name=name) if store else [block for block in made if block is not None]
     return {clip.clip: block for clip, block in zip(clips, blocks, strict=True)}
 
 

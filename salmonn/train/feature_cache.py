@@ -56,7 +56,7 @@ CONFIG_KEYS = (
 
 
 @dataclass(frozen=True)
-class TokenStoreConfig:
+class FeatureCacheConfig:
     """Where clips' tokens are kept, which the frozen towers give once for all runs.
 
     Args:
@@ -74,13 +74,13 @@ class TokenStoreConfig:
             raise ValueError(f"max_gib must be more than 0, got {self.max_gib}: folder null keeps tokens in memory")
 
 
-class TokenStore:
+class FeatureCache:
     """The blocks of clips in a folder, as one model gives them.
 
     Args:
         folder: of the files.
         max_bytes: size up to which it may grow, to within a hundredth where several processes write.
-        model: what is the same for all clips, as `describe_towers` gives it.
+        model: what is the same for all clips, as `hash_encoders` gives it.
     """
 
     def __init__(self, folder: Path, *, max_bytes: float, model: str) -> None:
@@ -97,9 +97,9 @@ class TokenStore:
     def _key(self, example: Example) -> str:
         files = [_identity(file) for file in (example.video, example.sound) if file]
         span = [example.start_seconds, example.end_seconds]
-        return describe(self.model, files, bool(example.sound), example.modality, span, example.needs_both)
+        return hash_values(self.model, files, bool(example.sound), example.modality, span, example.needs_both)
 
-    def find(self, keys: Sequence[str]) -> set[str]:
+    def find_complete(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys whose blocks are there and whole; ranks share the reading.
 
         All of them count as used from now on: no file of theirs makes room for another.
@@ -115,7 +115,7 @@ class TokenStore:
         path = self._path(key)
         try:
             block, said = _read(path)
-            if digest(block) == said:
+            if hash_features(block) == said:
                 with suppress(PermissionError):  # another user's, who shares the folder
                     os.utime(path)
                 return True
@@ -127,7 +127,7 @@ class TokenStore:
         log.warning("%s is damaged, and the clip is encoded anew: %s", path, reason)
         return False
 
-    def keep(self, key: str, block: ClipFeatures) -> bool:
+    def save(self, key: str, block: ClipFeatures) -> bool:
         """Write a block; False where there is no room for it."""
         layout = block.layout
         tensors = {
@@ -139,7 +139,7 @@ class TokenStore:
         if not self._make_room(size + HEADER_BYTES + TOLD_BYTES * len(layout.timestamp_ids)):
             return False
         said = {
-            "digest": digest(block),
+            "digest": hash_features(block),
             "num_visual": str(layout.num_visual),
             "timestamp_ids": json.dumps(layout.timestamp_ids),
         }
@@ -153,7 +153,9 @@ class TokenStore:
             return False
         return True
 
-    def complete(self, keys: Sequence[str], blocks: Sequence[ClipFeatures | None], *, name: str) -> list[ClipFeatures]:
+    def load_missing(
+        self, keys: Sequence[str], blocks: Sequence[ClipFeatures | None], *, name: str
+    ) -> list[ClipFeatures]:
         """Blocks, of which those that are in the folder are still to be opened (None); tells of those that are not."""
         left = [block for block in blocks if block is not None]
         if left and dist.is_main():
@@ -168,9 +170,9 @@ class TokenStore:
                 self.folder,
                 self.max_bytes / GIB,
             )
-        return [self.open(key) if block is None else block for key, block in zip(keys, blocks, strict=True)]
+        return [self.load(key) if block is None else block for key, block in zip(keys, blocks, strict=True)]
 
-    def open(self, key: str) -> ClipFeatures:
+    def load(self, key: str) -> ClipFeatures:
         """A block that is there, its tensors mapped to memory.
 
         Raises:
@@ -221,7 +223,7 @@ class TokenStore:
         return self.folder / f"{key}{SUFFIX}"
 
 
-def open_store(config: TokenStoreConfig, captioner: Captioner) -> TokenStore | None:
+def open_feature_cache(config: FeatureCacheConfig, captioner: Captioner) -> FeatureCache | None:
     """The store of a run, on all ranks; none where tokens are kept in memory.
 
     Args:
@@ -236,13 +238,13 @@ def open_store(config: TokenStoreConfig, captioner: Captioner) -> TokenStore | N
     if dist.is_main():
         config.folder.mkdir(parents=True, exist_ok=True)
         clear_stale(config.folder)
-    model = dist.gather([describe_towers(captioner) if dist.is_main() else ""])[0]
+    model = dist.gather([hash_encoders(captioner) if dist.is_main() else ""])[0]
     if not config.folder.is_dir():
         raise ValueError(
             f"process {dist.rank()} does not see {config.folder.resolve()}, which process 0 has made: all machines of "
             "a run must share the folder of tokens (or feature_cache.folder null, for tokens in memory)"
         )
-    return TokenStore(config.folder, max_bytes=config.max_gib * GIB, model=model)
+    return FeatureCache(config.folder, max_bytes=config.max_gib * GIB, model=model)
 
 
 def clear_stale(folder: Path) -> None:
@@ -252,38 +254,38 @@ def clear_stale(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def describe_towers(captioner: Captioner) -> str:
+def hash_encoders(captioner: Captioner) -> str:
     """A hash of all that a clip's tokens depend on but the clip: weights, sizes, frame rule, words, machine."""
     network, processor = captioner.network, captioner.processor
     embeddings = network.lm.get_input_embeddings().weight
     towers = [(name, value) for name, value in network.named_parameters() if name.startswith(("vision.", "audio."))]
     config = processor.config.to_dict()
-    return describe(
-        fingerprint([*towers, ("embeddings", embeddings)]),  # the embeddings tell the time
+    return hash_values(
+        hash_weights([*towers, ("embeddings", embeddings)]),  # the embeddings tell the time
         {key: config.get(key) for key in CONFIG_KEYS},
         config["lm"].get("vision_config"),
         str(processor.config.frame_sampler),
         processor.published_positions,
-        describe_words(processor),
-        describe_machine(network),
+        hash_tokenizer(processor),
+        numerics_key(network),
         [importlib.metadata.version(package) for package in PACKAGES],
     )
 
 
-def describe_words(processor: Processor) -> str:
+def hash_tokenizer(processor: Processor) -> str:
     """A hash of what text becomes: the tokenizer, and what stands around a prompt."""
     config = processor.config
-    return describe(processor.tokenizer.backend_tokenizer.to_str(), config.system_prompt, config.placeholder_ids)
+    return hash_values(processor.tokenizer.backend_tokenizer.to_str(), config.system_prompt, config.placeholder_ids)
 
 
-def describe_machine(network: Network) -> list[Any]:
+def numerics_key(network: Network) -> list[Any]:
     """What sums are rounded by: device, threads, attention and type."""
     on_gpu = network.device.type == "cuda"
     where = torch.cuda.get_device_name(network.device) if on_gpu else f"{torch.get_num_threads()} threads"
     return [network.device.type, where, network.config._attn_implementation, str(network.dtype)]
 
 
-def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+def hash_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """A hash of named weights: names, types, shapes and bytes."""
     sha = hashlib.sha256()
     for name, value in parameters:
@@ -291,7 +293,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return sha.hexdigest()
 
 
-def digest(block: ClipFeatures) -> str:
+def hash_features(block: ClipFeatures) -> str:
     """A hash of a block: its tokens and their layout."""
     sha, layout = hashlib.sha256(), block.layout
     for name, value in (("tokens", block.tokens), ("order", layout.order), ("positions", layout.positions)):
@@ -305,7 +307,7 @@ def _put(sha: Any, name: str, value: Tensor) -> None:
     sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def describe(*values: Any) -> str:
+def hash_values(*values: Any) -> str:
     """A hash of values as JSON has them."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -34,7 +34,7 @@ def token_kl(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
     return (policy_logps.exp() * (policy_logps - reference_logps)).sum(-1)
 
 
-class DriftSet:
+class KLProbe:
     """Reference captions of some clips, on which a policy is compared with a reference; ranks share the clips.
 
     Each rank calls the models as often as every other, since a model whose weights are split over ranks needs all.
@@ -78,7 +78,7 @@ class DriftSet:
             num_rows = min(max(self.num_counted - start, 0), len(part))
             self.pieces.append((inputs, int((inputs.labels[:num_rows, 1:] != -100).sum())))
 
-    def to_reference(self, model: nn.Module, network: Network) -> float:
+    def kl_from_reference_policy(self, model: nn.Module, network: Network) -> float:
         """KL of a network with its adapter from the same without it, in nats per token.
 
         Args:
@@ -97,7 +97,7 @@ class DriftSet:
         model.train(training)
         return kl
 
-    def between(self, policy: Network, start: Network) -> float:
+    def kl_between(self, policy: Network, start: Network) -> float:
         """KL of one network from another, both in evaluation mode, in nats per token."""
         return self._mean(
             lambda inputs: policy(inputs, distributions=True), lambda inputs: start(inputs, distributions=True)

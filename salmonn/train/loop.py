@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.model.network import Network
-from salmonn.train.checkpoint import Checkpoint, Checkpoints, put_trained
+from salmonn.train.checkpoint import Checkpoint, Checkpoints, load_trained
 from salmonn.train.log import StepLog
-from salmonn.train.parallel import Engine, EngineName, require_engine, start_engine, trained
+from salmonn.train.parallel import StrategyName, TrainingStrategy, check_strategy, make_strategy, trainable_parameters
 
 log = logging.getLogger(__name__)
 Precision = Literal["float32", "bfloat16"]
@@ -164,7 +164,7 @@ class FitContext:
     folder: Path
     checkpoints: Checkpoints
     seed: int = 0
-    engine: EngineName = "ddp"
+    strategy: StrategyName = "ddp"
     callback: Callback | None = None
 
 
@@ -183,9 +183,9 @@ def autocast(precision: Precision) -> torch.autocast:
     return torch.autocast(dist.device().type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def require_processes(engine: EngineName, *configs: FitConfig) -> None:
+def require_processes(strategy: StrategyName, *configs: FitConfig) -> None:
     """Raise ValueError where these processes cannot train so; told before anything is sampled."""
-    require_engine(engine)
+    check_strategy(strategy)
     if small := [config.batch_size for config in configs if config.batch_size < dist.world_size()]:
         raise ValueError(
             f"a batch of {small[0]} examples does not reach for {dist.world_size()} processes: raise batch_size (of "
@@ -199,7 +199,7 @@ def fit(
     """Train what requires gradients, and write it down.
 
     The network is used up: engines leave it in pieces. What was learnt is in the checkpoint of the last step, whose
-    weights `put_trained` puts into a network like the one that came in.
+    weights `load_trained` puts into a network like the one that came in.
 
     Args:
         network: whatever in it requires gradients is trained.
@@ -215,35 +215,41 @@ def fit(
         FloatingPointError: the loss or a gradient is not finite; the last checkpoint is sound.
         ValueError: the config does not suit the model or the number of processes, or the disk is full.
     """
-    require_processes(stage.engine, config)
-    last = stage.checkpoints.newest()
+    require_processes(stage.strategy, config)
+    last = stage.checkpoints.latest()
     if last and last.step >= config.num_steps:
         return last
     _to_master_weights(network, config)
     if config.gradient_checkpointing:
         assert isinstance(network, Network)
         network.checkpoint_layers(True)
-    stored = put_trained(network, last) if last else None
-    engine = start_engine(
-        stage.engine,
+    stored = load_trained(network, last) if last else None
+    strategy = make_strategy(
+        stage.strategy,
         network,
         make_optimizer(network, config),
         max_grad_norm=config.max_grad_norm,
-        short=config.precision == "bfloat16",
+        bf16=config.precision == "bfloat16",
     )
     if stored is not None and last:
-        engine.restore(stored)
+        strategy.restore(stored)
         log.info("%s goes on from step %d", stage.name, last.step)
-    engine.model.train()
-    _run(engine, batches, loss, config, stage=stage, first=last.step if last else 0)
-    engine.close()
-    done = stage.checkpoints.newest()
+    strategy.model.train()
+    _run(strategy, batches, loss, config, stage=stage, first=last.step if last else 0)
+    strategy.close()
+    done = stage.checkpoints.latest()
     assert done is not None, "the last step ends in a checkpoint"
     return done
 
 
 def _run(
-    engine: Engine, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: FitContext, first: int
+    strategy: TrainingStrategy,
+    batches: Batches[Batch],
+    loss: Loss[Batch],
+    config: FitConfig,
+    *,
+    stage: FitContext,
+    first: int,
 ) -> None:
     """All steps from the first on, with log and checkpoints."""
     steps = StepLog(stage.folder) if dist.is_main() else None
@@ -253,23 +259,23 @@ def _run(
         for step, micro_batches, waited in _prefetch(batches, first, config.num_steps):
             began = time.monotonic()
             torch.manual_seed(stage.seed * 1_000_003 + step * 131 + dist.rank())
-            figures = _step(engine, loss, micro_batches, config=config, step=step)
+            figures = _step(strategy, loss, micro_batches, config=config, step=step)
             if stage.callback and (step % stage.callback.every == 0 or step + 1 == config.num_steps):
-                figures |= stage.callback.measure(engine.model)
+                figures |= stage.callback.measure(strategy.model)
             seconds = waited + time.monotonic() - began
             figures |= _costs(micro_batches, seconds=seconds, waited=waited)
             bar.show(step, figures)
             if steps:
                 steps(step, figures)
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
-                _save(engine, stage.checkpoints, step=step + 1)
+                _save(strategy, stage.checkpoints, step=step + 1)
     if steps:
         steps.close()
 
 
-def _save(engine: Engine, checkpoints: Checkpoints, *, step: int) -> None:
+def _save(strategy: TrainingStrategy, checkpoints: Checkpoints, *, step: int) -> None:
     # Taking a split weight together needs all ranks; rank 0 alone keeps what it gets.
-    whole = {key: tensor.cpu().contiguous() for key, tensor in engine.state() if dist.is_main()}
+    whole = {key: tensor.cpu().contiguous() for key, tensor in strategy.state() if dist.is_main()}
     if dist.is_main():
         checkpoints.save(whole, step=step)
     dist.barrier()
@@ -317,19 +323,19 @@ class Bar:
 
 def _to_master_weights(network: nn.Module, config: FitConfig) -> None:
     """Weights to be trained are float32 within: in 16 bits small steps would be rounded away."""
-    short = [parameter for _, parameter in trained(network) if parameter.dtype != torch.float32]
-    if short and config.precision == "float32":
+    bf16 = [parameter for _, parameter in trainable_parameters(network) if parameter.dtype != torch.float32]
+    if bf16 and config.precision == "float32":
         raise ValueError(
-            f"the weights to be trained are in {str(short[0].dtype).removeprefix('torch.')}: compute in it too "
+            f"the weights to be trained are in {str(bf16[0].dtype).removeprefix('torch.')}: compute in it too "
             "(fit.precision bfloat16), or load them as placement.dtype float32"
         )
-    for parameter in short:
+    for parameter in bf16:
         parameter.data = parameter.data.float()
 
 
 def make_optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
     """AdamW on what requires gradients; matrices decay, vectors do not."""
-    parameters = [parameter for _, parameter in trained(network)]
+    parameters = [parameter for _, parameter in trainable_parameters(network)]
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
@@ -339,24 +345,24 @@ def make_optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimiz
 
 
 def _step(
-    engine: Engine, loss: Loss[Batch], micro_batches: Sequence[Batch], *, config: FitConfig, step: int
+    strategy: TrainingStrategy, loss: Loss[Batch], micro_batches: Sequence[Batch], *, config: FitConfig, step: int
 ) -> dict[str, float]:
     """One step of the optimiser; the figures are those of all ranks."""
     total, figures = 0.0, Counter[str]()
-    for number, (piece, counts) in enumerate(padded := _padded(engine, micro_batches), start=1):
-        with engine.micro_batch(last=number == len(padded)):
+    for number, (piece, counts) in enumerate(padded := _padded(strategy, micro_batches), start=1):
+        with strategy.micro_batch(last=number == len(padded)):
             with autocast(config.precision):
-                value, figures_of_piece = loss(engine.model, piece)
-            engine.backward(value if counts else 0 * value)
+                value, figures_of_piece = loss(strategy.model, piece)
+            strategy.backward(value if counts else 0 * value)
         if counts:
             total += value.item()
             figures.update(figures_of_piece)
-    norm = engine.clip()
+    norm = strategy.clip()
     ranks = dist.gather([{"loss": total, **figures}])
     if not math.isfinite(norm) or not all(math.isfinite(one["loss"]) for one in ranks):
         _refuse(micro_batches, total, norm=norm, step=step)
     learning_rate = learning_rate_at(step, config)
-    engine.step(learning_rate)
+    strategy.step(learning_rate)
     summed = Counter[str]()
     for one in ranks:
         summed.update(one)
@@ -364,9 +370,9 @@ def _step(
     return means | {"grad_norm": norm, "learning_rate": learning_rate}
 
 
-def _padded(engine: Engine, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
+def _padded(strategy: TrainingStrategy, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
     """The pieces, each with whether it counts: where all ranks must call the model alike, the last is done again."""
-    if not engine.same_calls:
+    if not strategy.requires_equal_calls:
         return [(piece, True) for piece in micro_batches]
     most = max(dist.gather([len(micro_batches)]))
     return [(piece, True) for piece in micro_batches] + [(micro_batches[-1], False)] * (most - len(micro_batches))

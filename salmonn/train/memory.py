@@ -55,7 +55,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class NumberSizes:
     """How numbers are kept.
 
     Args:
@@ -68,7 +68,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Tuning:
+class TrainedParts:
     """What of a stack is trained.
 
     Args:
@@ -80,7 +80,7 @@ class Tuning:
     whole: bool = False
 
 
-def kept_by_layer(stack: Stack, numbers: Numbers, tuning: Tuning, *, rows: int) -> int:
+def saved_per_layer(stack: Stack, numbers: NumberSizes, tuning: TrainedParts, *, rows: int) -> int:
     """Bytes a token that one layer keeps for the gradient.
 
     Two norms keep their float32 input (4 D each); attention its queries, keys and values after the rotation and its
@@ -99,7 +99,7 @@ def kept_by_layer(stack: Stack, numbers: Numbers, tuning: Tuning, *, rows: int) 
     return 2 * FLOAT32 * stack.width + attention + inner + adapters + whole
 
 
-def at_work(stack: Stack, numbers: Numbers) -> int:
+def workspace(stack: Stack, numbers: NumberSizes) -> int:
     """Bytes a token of one layer's temporaries, forward or backward.
 
     The inner part holds three tensors at once (gate, up and product, or the gradients of these: 3 b I; without a gate
@@ -109,19 +109,21 @@ def at_work(stack: Stack, numbers: Numbers) -> int:
     return inner + (2 * numbers.stored + FLOAT32) * stack.width
 
 
-def kept_by_stack(stack: Stack, numbers: Numbers, tuning: Tuning, *, tokens: int, rows: int, checkpointed: bool) -> int:
+def saved_by_stack(
+    stack: Stack, numbers: NumberSizes, tuning: TrainedParts, *, tokens: int, rows: int, checkpointed: bool
+) -> int:
     """Bytes that all layers keep of so many tokens: checkpointed their inputs (r D each) alone."""
     if checkpointed:
         return stack.layers * tokens * stack.width * numbers.stored
-    return stack.layers * tokens * kept_by_layer(stack, numbers, tuning, rows=rows)
+    return stack.layers * tokens * saved_per_layer(stack, numbers, tuning, rows=rows)
 
 
-def embedded(stack: Stack, numbers: Numbers, *, tokens: int) -> int:
+def embedded(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
     """Bytes of the clips' tokens, of the text with them in their places, and of its copy while they are put there."""
     return 3 * tokens * stack.width * numbers.stored
 
 
-def logits_bytes(vocabulary: int, numbers: Numbers, *, tokens: int) -> int:
+def logits_bytes(vocabulary: int, numbers: NumberSizes, *, tokens: int) -> int:
     """Bytes of the answers' logits at the loss: V a token.
 
     One float32 copy is kept; its gradient is the sum of two parts, and one temporary makes it (4 V each). In 16 bits
@@ -131,48 +133,48 @@ def logits_bytes(vocabulary: int, numbers: Numbers, *, tokens: int) -> int:
     return tokens * vocabulary * (4 * FLOAT32 + original)
 
 
-def cache_bytes(stack: Stack, numbers: Numbers, *, tokens: int) -> int:
+def kv_cache_bytes(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
     """Bytes of the keys and values of so many tokens: 2 r for each layer, head of keys and number in it."""
     return 2 * stack.layers * stack.kv_heads * stack.head_width * tokens * numbers.stored
 
 
-def patches_at_work(stack: Stack, numbers: Numbers, *, patches: int, pixels: int) -> int:
+def patches_workspace(stack: Stack, numbers: NumberSizes, *, patches: int, pixels: int) -> int:
     """Bytes while Qwen2.5-VL's tower sees patches with so many pixel values in all.
 
     First the pixels in bytes and two float32 copies while they are normalised; then the first layer's temporaries:
     attention turns queries and keys in float32 (4 D of 4 bytes, beside 3 b D), the inner part is as anywhere.
     """
     attention = stack.width * (4 * FLOAT32 + 3 * numbers.computed + 2 * numbers.stored)
-    return pixels + max(2 * FLOAT32 * pixels, patches * max(attention, at_work(stack, numbers)))
+    return pixels + max(2 * FLOAT32 * pixels, patches * max(attention, workspace(stack, numbers)))
 
 
-def frames_at_work(stack: Stack, numbers: Numbers, *, patches: int, pixels: int, width: int) -> int:
+def frames_workspace(stack: Stack, numbers: NumberSizes, *, patches: int, pixels: int, width: int) -> int:
     """Bytes while SigLIP sees patches with so many pixel values in all, and its projector makes tokens of `width`.
 
     Pixels in bytes and two scaled copies; then a layer's temporaries, or the projector's three tensors of its width.
     """
-    layer = max(at_work(stack, numbers), 3 * numbers.computed * width)
+    layer = max(workspace(stack, numbers), 3 * numbers.computed * width)
     return pixels + max(2 * numbers.stored * pixels, patches * layer)
 
 
-def projector_kept(width_seen: int, numbers: Numbers, *, patches: int, width: int) -> int:
+def projector_saved(width_seen: int, numbers: NumberSizes, *, patches: int, width: int) -> int:
     """Bytes that SigLIP's trained projector keeps: its input, and what its activation takes and gives."""
     return patches * numbers.computed * (width_seen + 2 * width)
 
 
-def merger_kept(width: int, numbers: Numbers, *, patches: int) -> int:
+def merger_saved(width: int, numbers: NumberSizes, *, patches: int) -> int:
     """Bytes that Qwen2.5-VL's trained merger keeps: float32 input, normed input, the activation's input and result."""
     return patches * width * (FLOAT32 + 3 * numbers.computed)
 
 
-def chunks_at_work(stack: Stack, numbers: Numbers, *, steps: int) -> int:
+def chunks_workspace(stack: Stack, numbers: NumberSizes, *, steps: int) -> int:
     """Bytes while Whisper's encoder hears so many steps: convolutions hold twice as many at D, or a layer's own."""
-    return steps * max(2 * 2 * numbers.computed * stack.width, at_work(stack, numbers))
+    return steps * max(2 * 2 * numbers.computed * stack.width, workspace(stack, numbers))
 
 
-def windows_kept(stack: Stack, numbers: Numbers, *, steps: int, queries: int, width_heard: int) -> int:
+def windows_saved(stack: Stack, numbers: NumberSizes, *, steps: int, queries: int, width_heard: int) -> int:
     """Bytes that a trained Q-Former keeps: the heard steps in float32, in each layer their keys and values (2 b D), and
     of its few queries what a layer of two attentions keeps."""
-    of_query = kept_by_layer(stack, numbers, Tuning(whole=True), rows=1)
+    of_query = saved_per_layer(stack, numbers, TrainedParts(whole=True), rows=1)
     heard = FLOAT32 * width_heard + stack.layers * 2 * numbers.computed * stack.width
     return steps * heard + 2 * stack.layers * queries * of_query

@@ -27,20 +27,20 @@ from torch.nn.parallel import DistributedDataParallel
 from salmonn import dist
 from salmonn.model.network import Network
 
-EngineName = Literal["ddp", "zero2", "zero3", "fsdp2"]
+StrategyName = Literal["ddp", "zero2", "zero3", "fsdp2"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Engine(Protocol):
+class TrainingStrategy(Protocol):
     """A network in training.
 
     Args:
         model: what losses are computed with; a call may be collective.
-        same_calls: every process must call the model equally often, since a call talks to the others.
+        requires_equal_calls: every process must call the model equally often, since a call talks to the others.
     """
 
     model: nn.Module
-    same_calls: bool
+    requires_equal_calls: bool
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
         """Within this context a piece goes forward and backward; the step's last one brings gradients together."""
@@ -65,22 +65,22 @@ class Engine(Protocol):
         """Let go of what the engine holds; the network is of no use after."""
 
 
-def require_engine(name: EngineName) -> None:
+def check_strategy(name: StrategyName) -> None:
     """Raise ValueError where an engine cannot run; told before anything is sampled."""
     if name == "ddp":
         return
     if dist.world_size() == 1:
         raise ValueError(
-            f"engine {name} splits a training over processes, and this run has one: start it with torchrun "
-            "--nproc_per_node, or leave engine ddp"
+            f"strategy {name} splits a training over processes, and this run has one: start it with torchrun "
+            "--nproc_per_node, or use strategy ddp"
         )
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"engine {name} needs DeepSpeed: pip install salmonn[deepspeed]")
+        raise ValueError(f"strategy {name} needs DeepSpeed: pip install salmonn[deepspeed]")
 
 
-def start_engine(
-    name: EngineName, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float, short: bool
-) -> Engine:
+def make_strategy(
+    name: StrategyName, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float, bf16: bool
+) -> TrainingStrategy:
     """Spread a network over the processes.
 
     Args:
@@ -91,18 +91,18 @@ def start_engine(
         short: whether the model computes in bfloat16.
     """
     if name == "ddp":
-        return DdpEngine(network, optimizer, max_grad_norm=max_grad_norm)
+        return DdpStrategy(network, optimizer, max_grad_norm=max_grad_norm)
     if name == "fsdp2":
-        return FsdpEngine(network, optimizer, max_grad_norm=max_grad_norm)
-    return ZeroEngine(network, optimizer, stage=int(name[-1]), max_grad_norm=max_grad_norm, short=short)
+        return FsdpStrategy(network, optimizer, max_grad_norm=max_grad_norm)
+    return ZeroStrategy(network, optimizer, stage=int(name[-1]), max_grad_norm=max_grad_norm, bf16=bf16)
 
 
-def trained(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def trainable_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters that require gradients, by name."""
     return ((name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad)
 
 
-class TorchEngine:
+class TorchStrategy:
     """What DDP and FSDP2 share: torch's own optimiser and clipping."""
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> None:
@@ -117,7 +117,9 @@ class TorchEngine:
 
     def clip(self) -> float:
         """Clip the gradients; see `Engine`."""
-        norm = torch.nn.utils.clip_grad_norm_((value for _, value in trained(self.network)), self.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(
+            (value for _, value in trainable_parameters(self.network)), self.max_grad_norm
+        )
         return float(_whole(norm))
 
     def step(self, learning_rate: float) -> None:
@@ -128,14 +130,14 @@ class TorchEngine:
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`. A parameter that no batch has touched yet has no moments."""
-        for name, parameter in trained(self.network):
+        for name, parameter in trainable_parameters(self.network):
             yield f"model.{name}", _whole(parameter.detach())
             for key, value in self.optimizer.state[parameter].items():
                 yield f"{key}.{name}", _whole(value)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """See `Engine`."""
-        for name, parameter in trained(self.network):
+        for name, parameter in trainable_parameters(self.network):
             if f"step.{name}" in tensors:
                 moments = {key: _split_like(parameter, tensors[f"{key}.{name}"]) for key in MOMENTS}
                 # Adam keeps its count of steps on the CPU, its moments beside the weights.
@@ -145,10 +147,10 @@ class TorchEngine:
         """Nothing is held beside the network."""
 
 
-class DdpEngine(TorchEngine):
+class DdpStrategy(TorchStrategy):
     """Every process keeps everything; gradients are averaged. One process alone needs no wrapper."""
 
-    same_calls = False
+    requires_equal_calls = False
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> None:
         super().__init__(network, optimizer, max_grad_norm=max_grad_norm)
@@ -163,16 +165,16 @@ class DdpEngine(TorchEngine):
         return self.model.no_sync()
 
 
-class FsdpEngine(TorchEngine):
+class FsdpStrategy(TorchStrategy):
     """FSDP2: each decoder layer's weights, and the rest as one, are split over the processes.
 
     The towers stand in the rest: a batch may have no picture or no sound, and processes must gather alike.
     """
 
-    same_calls = True
+    requires_equal_calls = True
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> None:
-        named = dict(trained(network))
+        named = dict(trainable_parameters(network))
         for module in _decoder_layers(network):
             fully_shard(module)
         fully_shard(network)
@@ -191,16 +193,16 @@ class FsdpEngine(TorchEngine):
         yield
 
 
-class ZeroEngine:
+class ZeroStrategy:
     """DeepSpeed's ZeRO. It gives a weight that no batch touches a gradient of zero, where the others leave it alone.
 
     Stage 3 gathers weights in each call, stage 2 shares out gradients after each.
     """
 
-    same_calls = True
+    requires_equal_calls = True
 
     def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, *, stage: int, max_grad_norm: float, short: bool
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, *, stage: int, max_grad_norm: float, bf16: bool
     ) -> None:
         import deepspeed  # noqa: PLC0415 - an extra, which takes seconds to import
 
@@ -210,7 +212,7 @@ class ZeroEngine:
             "train_micro_batch_size_per_gpu": 1,  # how a batch is cut is ours; DeepSpeed only asks for a number
             "zero_optimization": {"stage": stage},
             "gradient_clipping": max_grad_norm,
-            "bf16": {"enabled": short},
+            "bf16": {"enabled": bf16},
             # Left to itself it would add up gradients in 16 bits too.
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
@@ -250,7 +252,7 @@ class ZeroEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
 
         count = next(state["step"] for state in self._adam.state.values())
-        for name, parameter in trained(self.model.module):
+        for name, parameter in trainable_parameters(self.model.module):
             yield f"model.{name}", safe_get_full_fp32_param(parameter)
             for key in MOMENTS:
                 yield f"{key}.{name}", safe_get_full_optimizer_state(parameter, key)
@@ -262,7 +264,7 @@ class ZeroEngine:
 
         for state in self._adam.state.values():
             state["step"] = next((tensors[key] for key in tensors if key.startswith("step.")), torch.tensor(0.0))
-        for name, parameter in trained(self.model.module):
+        for name, parameter in trainable_parameters(self.model.module):
             # The weights were rounded to 16 bits when the engine started.
             safe_set_full_fp32_param(parameter, tensors[f"model.{name}"].to(self.model.device))
             for key in MOMENTS:

@@ -18,7 +18,7 @@ from salmonn.model.network import ClipFeatures, ModelInputs, Network
 from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
 from salmonn.records import Pair, read_json, write_json
 from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split
-from salmonn.train.feature_cache import describe, describe_words, digest, fingerprint
+from salmonn.train.feature_cache import hash_features, hash_tokenizer, hash_values, hash_weights
 
 log = logging.getLogger(__name__)
 REFERENCE_LOGPS_NAME = "reference_logps.json"
@@ -158,14 +158,16 @@ class PreferenceBatches:
     def _describe(self, network: Network) -> str:
         """A hash of all that the reference's log-probabilities depend on."""
         videos = list(dict.fromkeys(pair.video for pair in self.pairs))
-        digests = dist.gather([digest(self.blocks[video]) for video in dist.share(videos)])
+        digests = dist.gather([hash_features(self.blocks[video]) for video in dist.share(videos)])
         weights = ((name, value) for name, value in network.named_parameters() if ".lora_" not in name)
         # All ranks have the same weights.
-        mark = dist.gather([fingerprint(weights) if dist.is_main() else ""])[0]
+        mark = dist.gather([hash_weights(weights) if dist.is_main() else ""])[0]
         pairs = [(pair.video, pair.prompt, pair.chosen, pair.rejected, pair.history) for pair in self.pairs]
         attention = network.config._attn_implementation
-        words = describe_words(self.processor)
-        return describe(mark, dict(zip(videos, digests, strict=True)), pairs, words, attention, _computed_in(network))
+        words = hash_tokenizer(self.processor)
+        return hash_values(
+            mark, dict(zip(videos, digests, strict=True)), pairs, words, attention, _computed_in(network)
+        )
 
     def _says_again(self, network: Network, mine: Sequence[int], kept: Sequence[tuple[float, float]]) -> bool:
         """Whether each rank's first batch gives what was kept, but for roundings of another device or other batches."""

@@ -11,7 +11,7 @@ from salmonn.config import claim_folder
 from salmonn.model.loading import CONFIG_NAME, Placement
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 from salmonn.records import Caption, read_records, write_records
-from salmonn.train.checkpoint import Checkpoint, checkpointed, put_trained, require_room
+from salmonn.train.checkpoint import Checkpoint, checkpointed, load_trained, require_free_space
 from salmonn.train.evaluate import clear_parts
 
 Record = TypeVar("Record")
@@ -89,7 +89,7 @@ def merge_trained(
     """
     captioner.reload(base, placement=placement)
     attach_lora(captioner.network, lora, seed=0)
-    put_trained(captioner.network, done)
+    load_trained(captioner.network, done)
     if adapter and dist.is_main():
         save_adapter(captioner.network, folder / "adapter")
     merge_adapter(captioner.network)
@@ -100,7 +100,7 @@ def save_merged(captioner: Captioner, folder: Path) -> None:
     """Write a model, which goes by its folder from now on."""
     captioner.name = str(folder)
     if dist.is_main():
-        require_room(folder.parent, num_bytes(captioner), what=f"the model {folder}")
+        require_free_space(folder.parent, num_bytes(captioner), what=f"the model {folder}")
         captioner.save(folder)
     dist.barrier()
 

@@ -342,7 +342,7 @@ def test_a_full_disk(folder, caption, tmp_path):
         (["--segments", "0"], "segment_seconds"),
         (["--read_seconds", "0"], "limits must be above 0"),
         (["--export", "docx"], "docx"),
-        (["--engine", "ray", "--ray_actors", "0"], "ray_actors"),
+        (["--strategy", "ray", "--ray_actors", "0"], "ray_actors"),
     ],
 )
 def test_mistakes(folder, caption, tmp_path, args, words):

@@ -10,7 +10,7 @@ from salmonn.conversations import parse_conversation
 from salmonn.model.loading import load_network
 from salmonn.records import Reference, read_json, read_records
 from salmonn.train.data import Example
-from salmonn.train.feature_cache import TokenStoreConfig
+from salmonn.train.feature_cache import FeatureCacheConfig
 
 ASKED = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}
 
@@ -95,7 +95,7 @@ def test_a_clip_of_several_preferences_is_encoded_once(load_recipe, captioner, v
     one, part, other = Example(videos[0], ()), Example(videos[0], (), end_seconds=2.0), Example(videos[1], ())
     encoded, encode = [], captioner.encode
     monkeypatch.setattr(captioner, "encode", lambda media: encoded.append(media) or encode(media))
-    blocks = load_recipe("dpo").encode(captioner, [one, part, one, other], TokenStoreConfig(folder=None))
+    blocks = load_recipe("dpo").encode(captioner, [one, part, one, other], FeatureCacheConfig(folder=None))
     assert len(encoded) == 3 and list(blocks) == ["0", "1", "2", "3"] and blocks["0"] is blocks["2"]
     alone = [encode([captioner.processor.read(videos[0], end_seconds=end)])[0].tokens for end in (None, 2.0)]
     assert all(torch.equal(blocks[key].tokens, tokens) for key, tokens in zip("01", alone, strict=True))

@@ -13,7 +13,7 @@ from salmonn.model.loading import load_network
 from salmonn.records import Caption, read_records
 from salmonn.score.formats import read_scores
 from salmonn.train.data import Example
-from salmonn.train.feature_cache import TokenStoreConfig
+from salmonn.train.feature_cache import FeatureCacheConfig
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -80,10 +80,10 @@ def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
 
 
 def test_frozen_towers_run_once_where_tokens_are_kept(load_recipe, captioner, videos, tmp_path):
-    sft, tokens = load_recipe("sft"), TokenStoreConfig(tmp_path / "tokens")
+    sft, tokens = load_recipe("sft"), FeatureCacheConfig(tmp_path / "tokens")
     examples = [Example(video, (), modality=modality) for video in videos[:2] for modality in ("both", "audio")]
     sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=()))
-    media = [sft.find_clips(captioner, [], TokenStoreConfig(folder=None))(example) for example in examples]
+    media = [sft.find_clips(captioner, [], FeatureCacheConfig(folder=None))(example) for example in examples]
     blocks = [sft.find_clips(captioner, examples, tokens)(example) for example in examples]
     for block, alone in zip(blocks, captioner.encode(media, batch_size=1), strict=True):
         assert torch.equal(block.tokens, alone.tokens)
@@ -135,10 +135,10 @@ def whole(taught, launch, sizes, tmp_path_factory):
     return flags, out
 
 
-@pytest.mark.parametrize("engine", ["zero2", "fsdp2"])
-def test_towers_in_training_on_engines_that_split(whole, launch, tmp_path, engine):
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_towers_in_training_on_engines_that_split(whole, launch, tmp_path, strategy):
     flags, alone = whole
-    result = launch("sft", processes=2, out=tmp_path / "tuned", engine=engine, **flags)
+    result = launch("sft", processes=2, out=tmp_path / "tuned", strategy=strategy, **flags)
     assert result.returncode == 0, result.stderr
     mine, theirs = (
         [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
@@ -170,12 +170,12 @@ def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, t
 @pytest.mark.parametrize("uses", [("both", "both"), ("audio", "audio")])
 def test_examples_of_one_kind_for_engines_that_split(load_recipe, uses):
     examples = [Example(Path("a.mp4"), (), modality=modality) for modality in uses]
-    assert {one.needs_both for one in load_recipe("sft").whole_clips(examples, engine="zero2")} == {uses[0] == "both"}
+    assert {one.needs_both for one in load_recipe("sft").whole_clips(examples, strategy="zero2")} == {uses[0] == "both"}
 
 
 def test_examples_of_two_kinds_are_refused_by_engines_that_split(load_recipe):
     examples = [Example(Path("a.mp4"), (), modality=modality) for modality in ("both", "visual", "both")]
-    with pytest.raises(ValueError, match="the 3 examples are of both and of visual, and with engine fsdp2"):
-        load_recipe("sft").whole_clips(examples, engine="fsdp2")
+    with pytest.raises(ValueError, match="the 3 examples are of both and of visual, and with strategy fsdp2"):
+        load_recipe("sft").whole_clips(examples, strategy="fsdp2")
     with pytest.raises(ValueError, match="zero3 does not take towers into training: choose fsdp2"):
-        load_recipe("sft").whole_clips(examples[:1], engine="zero3")
+        load_recipe("sft").whole_clips(examples[:1], strategy="zero3")

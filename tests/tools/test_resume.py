@@ -145,8 +145,8 @@ def test_a_run_that_fails_is_told(tool, tmp_path):
 
 def test_the_smallest_run_has_all_stages(tool, load_recipe):
     """The flags are the recipe's, and the folder within a trial is where the stages look."""
-    line = tool.command(2, ["--engine", "zero3"])
-    assert "--nproc_per_node=2" in line and line[-2:] == ["--engine", "zero3"]
+    line = tool.command(2, ["--strategy", "zero3"])
+    assert "--nproc_per_node=2" in line and line[-2:] == ["--strategy", "zero3"]
     flags = [part for part in line if part.startswith("--") and "nproc" not in part and part != "--standalone"]
     recipe = load_recipe("mrdpo")
     config = parse_config(recipe.MrDpoConfig, description="", args=flags[:-1])

@@ -23,7 +23,7 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import ClipInputs, Network
 from salmonn.records import Pair
 from salmonn.train.checkpoint import Checkpoints
-from salmonn.train.dry_run import Budget, ClipShape, Work, empty_network
+from salmonn.train.dry_run import ClipShape, MemoryPlan, Workload, build_on_meta
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
 
@@ -32,7 +32,7 @@ LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)
 ANSWER = "a red star appears and a low tone is heard " * 12
 
 
-def held(kind: str) -> int:
+def persistent(kind: str) -> int:
     """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM), as Linux counts."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
@@ -86,19 +86,19 @@ def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
     config = load_config(folder)
     processor = Processor.load(folder, config=config)
     fit_config = FitConfig(steps=1, batch_size=1, warmup_ratio=1.0, gradient_checkpointing=checkpointed)
-    network = empty_network(config)
+    network = build_on_meta(config)
     if mode == "training":
         with torch.device("meta"):
             attach_lora(network, LORA, seed=0)
     tokens = len(processor.tokenizer.encode(ANSWER))
-    work = Work(clips=1, answers=3, answer_tokens=tokens, prompt_tokens=40, blocks=True)
-    budget = Budget(network, config, placement=placement, fit=fit_config, work=work, shape=SHAPE)
+    work = Workload(clips=1, answers=3, answer_tokens=tokens, prompt_tokens=40, blocks=True)
+    budget = MemoryPlan(network, config, placement=placement, fit=fit_config, work=work, shape=SHAPE)
     memory = budget.training(checkpointed=checkpointed) if mode == "training" else budget.captioning(max_new_tokens=16)
     run(warm, mode, fit_config)
     gc.collect()
-    before = held("VmRSS")
+    before = persistent("VmRSS")
     run(folder, mode, fit_config)
-    sys.stdout.write(f"{memory.peak} {held('VmHWM') - before}\n")
+    sys.stdout.write(f"{memory.peak} {persistent('VmHWM') - before}\n")
 
 
 if __name__ == "__main__":

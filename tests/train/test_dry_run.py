@@ -17,18 +17,18 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.presets import PUBLISHED, offline_config
 from salmonn.train import memory as budget
 from salmonn.train.dry_run import (
-    Budget,
     ClipShape,
-    Memory,
-    Work,
-    clips_at_once,
+    MemoryEstimate,
+    MemoryPlan,
+    Workload,
+    build_on_meta,
+    clips_per_micro_batch,
     count_parameters,
-    empty_network,
-    imagine,
+    placeholder_inputs,
     weights_bytes,
 )
 from salmonn.train.loop import FitConfig
-from salmonn.train.memory import Numbers, Stack, Tuning
+from salmonn.train.memory import NumberSizes, Stack, TrainedParts
 
 LORA = LoraConfig(rank=128, alpha=256)
 # As the cards of Qwen2, Qwen2.5 and Qwen2.5-VL have them: decoder, vision tower with merger.
@@ -42,7 +42,7 @@ WHISPER_LARGE_ENCODER = 636_968_960  # with its 1500 fixed positions
 
 
 def adapted(config):
-    network = empty_network(config)
+    network = build_on_meta(config)
     with torch.device("meta"):
         attach_lora(network, LORA, seed=0)
     return network
@@ -73,11 +73,11 @@ def test_parameters_of_a_real_network(random_model):
     real = load_network(random_model)
     attach_lora(real, LORA, seed=0)
     assert count_parameters(real) == count_parameters(adapted(load_config(random_model)))
-    held = sum(value.nbytes for value in real.parameters())
-    assert weights_bytes(real, Placement(dtype="float32")) == held
+    persistent = sum(value.nbytes for value in real.parameters())
+    assert weights_bytes(real, Placement(dtype="float32")) == persistent
     adapter = sum(value.nbytes for name, value in real.named_parameters() if "lora_" in name)
-    assert weights_bytes(real, Placement(dtype="float32"), merged=True) == held - adapter
-    assert weights_bytes(real, Placement(dtype="bfloat16")) == (held - adapter) // 2 + adapter
+    assert weights_bytes(real, Placement(dtype="float32"), merged=True) == persistent - adapter
+    assert weights_bytes(real, Placement(dtype="bfloat16")) == (persistent - adapter) // 2 + adapter
 
 
 def test_an_unknown_model_is_named():
@@ -112,7 +112,7 @@ def test_tokens_of_a_real_clip(film, processor, model):
     path, shape = film
     config = offline_config(model)
     real = Processor(processor.tokenizer, config=config)
-    media, imagined = real.read(path), imagine(config, shape)
+    media, imagined = real.read(path), placeholder_inputs(config, shape)
     assert (media.num_frames, media.grid) == (imagined.num_frames, imagined.grid)
     assert media.pixels.shape == imagined.pixels.shape and media.mel.shape == imagined.mel.shape
     assert torch.equal(real.make_layout(media).positions, make_layout(config, imagined).positions)
@@ -121,12 +121,12 @@ def test_tokens_of_a_real_clip(film, processor, model):
 def test_times_are_counted_where_they_are_told():
     """video-SALMONN 2 tells each frame's time where nothing is heard: "1.0" to "51.0", as long as the longest."""
     config = offline_config("tsinghua-ee/video-SALMONN-2")
-    network = empty_network(config)
+    network = build_on_meta(config)
     placement, fit = Placement(dtype="bfloat16"), FitConfig()
     lengths = [
         len(
-            Budget(
-                network, config, placement=placement, fit=fit, work=Work(clips=1, answers=1, modality=modality)
+            MemoryPlan(
+                network, config, placement=placement, fit=fit, work=Workload(clips=1, answers=1, modality=modality)
             ).layout
         )
         for modality in ("both", "visual")
@@ -137,34 +137,34 @@ def test_times_are_counted_where_they_are_told():
 def test_tokens_by_hand():
     """51 s at 1 fps: 51 frames of 13 x 14 tokens, each with 3 of the 120 tokens heard. In 2+ 510 frames, two a step."""
     tokens = {
-        model: len(make_layout(offline_config(model), imagine(offline_config(model), ClipShape())))
+        model: len(make_layout(offline_config(model), placeholder_inputs(offline_config(model), ClipShape())))
         for model in PUBLISHED
     }
     assert tokens.pop("tsinghua-ee/video-SALMONN-2") == 51 * (13 * 14 + 3)
     # 61,250 * 0.95 * 768 / 510 pixels: 14 x 7 squares of 28.
     assert set(tokens.values()) == {255 * 14 * 7 + 120}
     longer = offline_config("tsinghua-ee/video-SALMONN2_plus_7B_full").with_frames({"min_frames": 64})
-    assert imagine(longer, ClipShape(seconds=3.0)).num_frames == 64
+    assert placeholder_inputs(longer, ClipShape(seconds=3.0)).num_frames == 64
     with pytest.raises(ValueError, match="salmonn2-plus have no min_framez, but seconds_apart"):
         longer.with_frames({"min_framez": 1})
 
 
 STACK = Stack(width=8, inner=32, layers=3, heads=4, kv_heads=2, head_width=2, gated=True)
-HALF = Numbers(stored=2, computed=2)
+HALF = NumberSizes(stored=2, computed=2)
 
 
 def test_formulas_by_hand():
     # Norms 2 * 4 * 8, attention 2 * (8 + 4 + 4 + 8) and 4 * 4, inner part 3 * 2 * 32.
-    assert budget.kept_by_layer(STACK, HALF, Tuning(), rows=1) == 64 + 48 + 16 + 192
+    assert budget.saved_per_layer(STACK, HALF, TrainedParts(), rows=1) == 64 + 48 + 16 + 192
     # Three more of keys and values, 16 bytes each; three adapters of 8 numbers and 8 of dropout's.
-    assert budget.kept_by_layer(STACK, HALF, Tuning(adapted=3), rows=3) == 64 + 96 + 16 + 192 + 3 * 24
+    assert budget.saved_per_layer(STACK, HALF, TrainedParts(adapted=3), rows=3) == 64 + 96 + 16 + 192 + 3 * 24
     kept = {"tokens": 10, "rows": 1}
-    assert budget.kept_by_stack(STACK, HALF, Tuning(), **kept, checkpointed=False) == 3 * 10 * 320
-    assert budget.kept_by_stack(STACK, HALF, Tuning(), **kept, checkpointed=True) == 3 * 10 * 8 * 2
-    assert budget.cache_bytes(STACK, HALF, tokens=10) == 2 * 3 * 2 * 2 * 10 * 2
+    assert budget.saved_by_stack(STACK, HALF, TrainedParts(), **kept, checkpointed=False) == 3 * 10 * 320
+    assert budget.saved_by_stack(STACK, HALF, TrainedParts(), **kept, checkpointed=True) == 3 * 10 * 8 * 2
+    assert budget.kv_cache_bytes(STACK, HALF, tokens=10) == 2 * 3 * 2 * 2 * 10 * 2
     assert budget.logits_bytes(100, HALF, tokens=10) == 10 * 100 * 18
-    assert budget.logits_bytes(100, Numbers(4, 4), tokens=10) == 10 * 100 * 16
-    assert Memory({"a": 3, "b": 4}, {"c": 5, "d": 2}).peak == 12
+    assert budget.logits_bytes(100, NumberSizes(4, 4), tokens=10) == 10 * 100 * 16
+    assert MemoryEstimate({"a": 3, "b": 4}, {"c": 5, "d": 2}).peak == 12
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,8 @@ def test_formulas_by_hand():
 def test_clips_at_once(monkeypatch, batch, gradient_accumulation_steps, ranks, expected):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     assert (
-        clips_at_once(FitConfig(batch_size=batch, gradient_accumulation_steps=gradient_accumulation_steps)) == expected
+        clips_per_micro_batch(FitConfig(batch_size=batch, gradient_accumulation_steps=gradient_accumulation_steps))
+        == expected
     )
 
 
@@ -181,23 +182,23 @@ def test_quantised_weights_and_checkpointed_layers_need_less():
     config = offline_config("tsinghua-ee/video-SALMONN2_plus_7B_full")
     network = adapted(config)
     plan = {
-        bits: Budget(
+        bits: MemoryPlan(
             network,
             config,
             placement=Placement(dtype="bfloat16", bits=bits),
             fit=FitConfig(precision="bfloat16"),
-            work=Work(clips=1, answers=3, blocks=True),
+            work=Workload(clips=1, answers=3, blocks=True),
         )
         for bits in (None, 8, 4)
     }
-    weights = {bits: each.captioning(max_new_tokens=1024).held["weights"] for bits, each in plan.items()}
+    weights = {bits: each.captioning(max_new_tokens=1024).persistent["weights"] for bits, each in plan.items()}
     matrices = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     assert weights[None] - weights[8] == matrices
     assert weights[8] - weights[4] == matrices * 7 // 16
     step = plan[None].training(checkpointed=True)
     assert step.peak < 0.25 * plan[None].training(checkpointed=False).peak
-    assert step.held["gradients"] == 4 * 55_050_240 and step.held["Adam's moments"] == 8 * 55_050_240
-    assert step.held["activations"] == 28 * 26_746 * 3584 * 2
+    assert step.persistent["gradients"] == 4 * 55_050_240 and step.persistent["Adam's moments"] == 8 * 55_050_240
+    assert step.persistent["activations"] == 28 * 26_746 * 3584 * 2
 
 
 @pytest.fixture(scope="module")

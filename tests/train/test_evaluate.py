@@ -25,7 +25,7 @@ from salmonn.train.evaluate import (
     judge_captions,
     sample_captions,
 )
-from salmonn.train.feature_cache import TokenStoreConfig, open_store
+from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 
 DRAW = SampleConfig(Sampling(temperature=1.0, max_new_tokens=12), seed=7, num_samples=2)
 
@@ -40,7 +40,9 @@ def work(captioner, clips, folder, name="work") -> dict[str, list]:
     """All that is spread over ranks; the folder takes the clips' tokens."""
     (blocks,) = encode_clips(captioner, clips, name=name)
     for _ in ("cold", "warm"):
-        (stored,) = encode_clips(captioner, clips, name=name, store=open_store(TokenStoreConfig(folder), captioner))
+        (stored,) = encode_clips(
+            captioner, clips, name=name, store=open_feature_cache(FeatureCacheConfig(folder), captioner)
+        )
         assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(blocks, stored, strict=True))
     captions = sample_captions(captioner, clips.references, blocks, draw=DRAW, name=name, side_by_side=4)
     by_video = {reference.video: reference for reference in clips.references}

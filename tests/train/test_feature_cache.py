@@ -16,7 +16,13 @@ from salmonn.model.network import ClipFeatures
 from salmonn.train import feature_cache as tokens
 from salmonn.train.data import Example
 from salmonn.train.evaluate import encode_clips, encode_examples
-from salmonn.train.feature_cache import TokenStore, TokenStoreConfig, describe_towers, digest, open_store
+from salmonn.train.feature_cache import (
+    FeatureCache,
+    FeatureCacheConfig,
+    hash_encoders,
+    hash_features,
+    open_feature_cache,
+)
 from salmonn.train.references import ClipSet
 
 MIB = 1 << 20
@@ -40,15 +46,15 @@ def same(one: ClipFeatures, other: ClipFeatures) -> bool:
     )
 
 
-def store_of(folder: Path, *, max_bytes: float = 1 << 30) -> TokenStore:
+def store_of(folder: Path, *, max_bytes: float = 1 << 30) -> FeatureCache:
     folder.mkdir(exist_ok=True)
-    return TokenStore(folder, max_bytes=max_bytes, model="m")
+    return FeatureCache(folder, max_bytes=max_bytes, model="m")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_block_comes_back(tmp_path, dtype):
     store, block = store_of(tmp_path), make_block(dtype=dtype)
-    assert store.keep("a", block) and store.find(["a", "b"]) == {"a"}
+    assert store.save("a", block) and store.find_complete(["a", "b"]) == {"a"}
     assert same(store.open("a"), block)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -56,7 +62,7 @@ def test_a_block_comes_back(tmp_path, dtype):
 def test_a_block_without_tokens_comes_back(tmp_path):
     nothing = ClipFeatures(torch.zeros(0, 4), Layout(torch.arange(0), torch.zeros(3, 0, dtype=torch.long), 0))
     store = store_of(tmp_path)
-    assert store.keep("a", nothing) and store.find(["a"]) and same(store.open("a"), nothing)
+    assert store.save("a", nothing) and store.find_complete(["a"]) and same(store.open("a"), nothing)
 
 
 def test_a_digest_tells_blocks_apart():
@@ -70,7 +76,9 @@ def test_a_digest_tells_blocks_apart():
         replace(block, layout=replace(block.layout, num_visual=1)),
         replace(block, layout=replace(block.layout, timestamp_ids=(7,))),
     ]
-    assert len({digest(one) for one in [block, *others]}) == 8 and digest(make_block()) == digest(block)
+    assert len({hash_features(one) for one in [block, *others]}) == 8 and hash_features(make_block()) == hash_features(
+        block
+    )
 
 
 def resident() -> float:
@@ -82,10 +90,10 @@ def test_what_is_not_touched_is_not_read(tmp_path):
     store, big = store_of(tmp_path), make_block(1 << 12, 1 << 10)
     layout = make_block().layout
     for key in "abcdef":
-        store.keep(key, ClipFeatures(big.tokens, layout))
+        store.save(key, ClipFeatures(big.tokens, layout))
     del big
     before = resident()
-    assert len(store.find("abcdef")) == 6
+    assert len(store.find_complete("abcdef")) == 6
     assert resident() - before < 24
     before = resident()
     blocks = [store.open(key) for key in "abcdef"]
@@ -120,11 +128,11 @@ def other(path: Path) -> None:
 def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
     store, block = store_of(tmp_path), make_block()
     for key in "ab":
-        store.keep(key, block)
+        store.save(key, block)
     damage(tmp_path / "a.safetensors")
-    assert store.find(["a", "b"]) == {"b"}
+    assert store.find_complete(["a", "b"]) == {"b"}
     assert "a.safetensors is damaged, and the clip is encoded anew" in caplog.text
-    assert store.keep("a", block) and store.find(["a", "b"]) == {"a", "b"}
+    assert store.save("a", block) and store.find_complete(["a", "b"]) == {"a", "b"}
 
 
 def test_a_kill_leaves_nothing_that_is_taken(tmp_path, monkeypatch):
@@ -137,8 +145,8 @@ def test_a_kill_leaves_nothing_that_is_taken(tmp_path, monkeypatch):
     store = store_of(tmp_path)
     monkeypatch.setattr(tokens, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        store.keep("a", make_block())
-    assert not store.find(["a"])
+        store.save("a", make_block())
+    assert not store.find_complete(["a"])
     tokens.clear_stale(tmp_path)
     (half,) = tmp_path.iterdir()  # another process may be at it
     os.utime(half, (time.time() - 3601,) * 2)
@@ -151,11 +159,11 @@ def test_a_file_that_a_process_does_not_see_ends_the_run(tmp_path):
         store_of(tmp_path).open("gone")
 
 
-def fill(folder: Path, keys: str, *, max_bytes: float = 1 << 30) -> TokenStore:
+def fill(folder: Path, keys: str, *, max_bytes: float = 1 << 30) -> FeatureCache:
     """A store with blocks of 1 MiB, the first ones used longest ago."""
     store = store_of(folder, max_bytes=max_bytes)
     for number, key in enumerate(keys):
-        assert store.keep(key, make_block(256, 1024))
+        assert store.save(key, make_block(256, 1024))
         os.utime(folder / f"{key}.safetensors", (number, number))
     return store
 
@@ -168,36 +176,36 @@ def test_what_was_used_least_recently_makes_room(tmp_path):
     """Three MiB and a bit hold three blocks, each of 1 MiB with 8 kB of layout and names beside it."""
     fill(tmp_path, "abc")
     store = store_of(tmp_path, max_bytes=3.1 * MIB)
-    assert store.find(["a", "x"]) == {"a"}  # used by this run, and so the last to have been used too
-    assert store.keep("x", make_block(256, 1024)) and names(tmp_path) == "acx"
-    assert store_of(tmp_path, max_bytes=3.1 * MIB).keep("y", make_block(256, 1024)) and names(tmp_path) == "axy"
+    assert store.find_complete(["a", "x"]) == {"a"}  # used by this run, and so the last to have been used too
+    assert store.save("x", make_block(256, 1024)) and names(tmp_path) == "acx"
+    assert store_of(tmp_path, max_bytes=3.1 * MIB).save("y", make_block(256, 1024)) and names(tmp_path) == "axy"
 
 
 def test_no_file_of_this_run_makes_room(tmp_path):
     fill(tmp_path, "abc")
     store = store_of(tmp_path, max_bytes=3.1 * MIB)
-    assert store.find(list("abcx")) == set("abc")
-    assert not store.keep("x", make_block(256, 1024)) and names(tmp_path) == "abc"
+    assert store.find_complete(list("abcx")) == set("abc")
+    assert not store.save("x", make_block(256, 1024)) and names(tmp_path) == "abc"
     # Nor does another go where that would not be enough.
     store = store_of(tmp_path, max_bytes=3.1 * MIB)
-    store.find(["a"])
-    assert not store.keep("y", make_block(1024, 1024)) and names(tmp_path) == "abc"
+    store.find_complete(["a"])
+    assert not store.save("y", make_block(1024, 1024)) and names(tmp_path) == "abc"
 
 
 def test_processes_leave_room_for_one_another(tmp_path, monkeypatch):
     """Of 2.1 MiB one process takes two blocks, and one of two processes the first alone: the other may be writing."""
     alone, shared = (store_of(tmp_path / name, max_bytes=2.1 * MIB) for name in ("alone", "shared"))
     for store in (alone, shared):
-        store.find("abc")
-    assert [alone.keep(key, make_block(256, 1024)) for key in "abc"] == [True, True, False]
+        store.find_complete("abc")
+    assert [alone.save(key, make_block(256, 1024)) for key in "abc"] == [True, True, False]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert [shared.keep(key, make_block(256, 1024)) for key in "ab"] == [True, False]
+    assert [shared.save(key, make_block(256, 1024)) for key in "ab"] == [True, False]
 
 
 def test_a_full_disk_is_a_full_folder(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=MIB)
     monkeypatch.setattr(tokens.shutil, "disk_usage", lambda _: usage)
-    assert not store_of(tmp_path).keep("a", make_block(256, 1024))
+    assert not store_of(tmp_path).save("a", make_block(256, 1024))
 
 
 @pytest.mark.parametrize("family", ["captioner", "plus"])
@@ -205,30 +213,34 @@ def test_the_same_with_and_without_a_store(request, family, clips, tmp_path, mon
     """Off, cold and warm, to the last bit; what is there is neither read nor encoded again."""
     model = request.getfixturevalue(family)
     (off,) = encode_clips(model, clips, name="clips")
-    store = open_store(TokenStoreConfig(tmp_path), model)
+    store = open_feature_cache(FeatureCacheConfig(tmp_path), model)
     (cold,) = encode_clips(model, clips, name="clips", store=store)
     assert len(names(tmp_path)) == 5 * 64
-    again = open_store(TokenStoreConfig(tmp_path), model)
+    again = open_feature_cache(FeatureCacheConfig(tmp_path), model)
     monkeypatch.setattr(model.processor, "read", None)
     (warm,) = encode_clips(model, clips, name="clips", store=again)
     assert all(same(one, two) and same(one, three) for one, two, three in zip(off, cold, warm, strict=True))
-    assert len({digest(block) for block in off}) == 5
+    assert len({hash_features(block) for block in off}) == 5
 
 
 def test_a_clip_goes_through_the_towers_alone(captioner, clips, tmp_path):
     """Its tokens and its file do not depend on what others there are."""
     few = ClipSet(clips.references[3:4], clips.root)
-    ((alone,),) = encode_clips(captioner, few, name="clips", store=open_store(TokenStoreConfig(tmp_path), captioner))
+    ((alone,),) = encode_clips(
+        captioner, few, name="clips", store=open_feature_cache(FeatureCacheConfig(tmp_path), captioner)
+    )
     (before,) = tmp_path.iterdir()
-    (all_five,) = encode_clips(captioner, clips, name="clips", store=open_store(TokenStoreConfig(tmp_path), captioner))
+    (all_five,) = encode_clips(
+        captioner, clips, name="clips", store=open_feature_cache(FeatureCacheConfig(tmp_path), captioner)
+    )
     assert same(all_five[3], alone) and len(list(tmp_path.iterdir())) == 5 and before.is_file()
 
 
 def test_what_does_not_fit_stays_in_memory(captioner, clips, tmp_path, caplog):
     (off,) = encode_clips(captioner, clips, name="clips")
     largest = max(block.tokens.nbytes + 32 * len(block) for block in off)
-    config = TokenStoreConfig(tmp_path, max_gib=2.5 * largest / (1 << 30))
-    (blocks,) = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
+    config = FeatureCacheConfig(tmp_path, max_gib=2.5 * largest / (1 << 30))
+    (blocks,) = encode_clips(captioner, clips, name="clips", store=open_feature_cache(config, captioner))
     kept = len(list(tmp_path.iterdir()))
     assert kept in (2, 3) and all(same(one, two) for one, two in zip(off, blocks, strict=True))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2.5 * largest
@@ -237,15 +249,15 @@ def test_what_does_not_fit_stays_in_memory(captioner, clips, tmp_path, caplog):
 
 
 def test_one_damaged_file_among_good_ones(captioner, clips, tmp_path, monkeypatch):
-    config = TokenStoreConfig(tmp_path)
-    (given,) = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
-    first = [digest(block) for block in given]
+    config = FeatureCacheConfig(tmp_path)
+    (given,) = encode_clips(captioner, clips, name="clips", store=open_feature_cache(config, captioner))
+    first = [hash_features(block) for block in given]
     del given  # which the file is mapped to
     flip(min(tmp_path.iterdir()))
     read, encode = [], captioner.processor.read
     monkeypatch.setattr(captioner.processor, "read", lambda *args, **given: read.append(args) or encode(*args, **given))
-    (second,) = encode_clips(captioner, clips, name="clips", store=open_store(config, captioner))
-    assert len(read) == 1 and [digest(block) for block in second] == first
+    (second,) = encode_clips(captioner, clips, name="clips", store=open_feature_cache(config, captioner))
+    assert len(read) == 1 and [hash_features(block) for block in second] == first
 
 
 def touch(video: Path) -> None:
@@ -285,26 +297,26 @@ def test_a_key_tells_clips_apart(videos, tmp_path):
     assert not {*touched[:1], *touched[2:]} & set(store.keys(kinds))
     touch(sound)
     assert store.keys(kinds)[5] not in (keys[5], touched[5])
-    assert TokenStore(tmp_path, max_bytes=1, model="other").keys([kinds[1]]) != keys[1:2]
+    assert FeatureCache(tmp_path, max_bytes=1, model="other").keys([kinds[1]]) != keys[1:2]
 
 
 def test_a_model_is_told_by_what_gives_the_tokens(random_model, captioner, monkeypatch):
-    before = describe_towers(captioner)
+    before = hash_encoders(captioner)
     network = captioner.network
-    assert describe_towers(Captioner.load(random_model)) == before
+    assert hash_encoders(Captioner.load(random_model)) == before
     with torch.no_grad():
         network.get_parameter("lm.model.layers.0.self_attn.q_proj.weight").add_(1)
-    assert describe_towers(captioner) == before  # rounds move the decoder, and its clips stay as they are
+    assert hash_encoders(captioner) == before  # rounds move the decoder, and its clips stay as they are
     seen = {before}
     for name in ("vision.newline", "audio.projector.0.bias", "lm.model.embed_tokens.weight"):
         with torch.no_grad():
             network.get_parameter(name).flatten()[0] += 1
-        seen.add(describe_towers(captioner))
-    seen.add(describe_towers(Captioner.load(random_model, frames={"max_frames": 9})))
+        seen.add(hash_encoders(captioner))
+    seen.add(hash_encoders(Captioner.load(random_model, frames={"max_frames": 9})))
     captioner.processor.config.timestamp_tokens = True
-    seen.add(describe_towers(captioner))
+    seen.add(hash_encoders(captioner))
     monkeypatch.setattr(tokens.torch, "get_num_threads", lambda: 7)  # sums of more threads are rounded otherwise
-    seen.add(describe_towers(captioner))
+    seen.add(hash_encoders(captioner))
     assert len(seen) == 7
 
 
@@ -320,10 +332,10 @@ def test_a_clip_is_encoded_once_for_all_that_is_asked_of_it(captioner, videos, m
 def test_a_folder_that_a_process_does_not_see_ends_the_run(captioner, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens.dist, "is_main", lambda: False)
     with pytest.raises(ValueError, match=r"does not see .*gone, which process 0 has made"):
-        open_store(TokenStoreConfig(tmp_path / "gone"), captioner)
+        open_feature_cache(FeatureCacheConfig(tmp_path / "gone"), captioner)
 
 
 def test_an_impossible_size_is_refused():
     with pytest.raises(ValueError, match="folder null keeps tokens in memory"):
-        TokenStoreConfig(max_gib=0.0)
-    assert open_store(TokenStoreConfig(folder=None), None) is None
+        FeatureCacheConfig(max_gib=0.0)
+    assert open_feature_cache(FeatureCacheConfig(folder=None), None) is None

@@ -10,7 +10,7 @@ from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, merge_adapter
 from salmonn.records import Reference
 from salmonn.train.evaluate import encode_clips
-from salmonn.train.kl import DriftSet, token_kl
+from salmonn.train.kl import KLProbe, token_kl
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def blocks(random_model, clips):
 @pytest.fixture
 def drift(captioner, clips, blocks):
     """Captions of the five clips, two at once."""
-    return DriftSet(clips.references, blocks, captioner.processor, prompt=captioner.default_prompt(), batch_size=2)
+    return KLProbe(clips.references, blocks, captioner.processor, prompt=captioner.default_prompt(), batch_size=2)
 
 
 @pytest.fixture
@@ -101,54 +101,54 @@ def expected_kl(captioner, clips, blocks, *, reversed_roles=False) -> float:
 def test_a_network_with_and_without_its_adapter(adapted, drift, clips, blocks):
     expected = expected_kl(adapted, clips, blocks)
     assert expected > 0.01
-    assert drift.to_reference(adapted.network, adapted.network) == pytest.approx(expected, rel=1e-4)
+    assert drift.kl_from_reference_policy(adapted.network, adapted.network) == pytest.approx(expected, rel=1e-4)
     # It is no distance.
     assert abs(expected_kl(adapted, clips, blocks, reversed_roles=True) / expected - 1) > 0.01
 
 
 def test_two_networks(adapted, drift, random_model):
     network, start = adapted.network, load_network(random_model)
-    expected = drift.to_reference(network, network)
+    expected = drift.kl_from_reference_policy(network, network)
     merge_adapter(network)
-    assert drift.between(network, start) == pytest.approx(expected, rel=1e-3)
-    assert drift.between(start, start) == 0.0
+    assert drift.kl_between(network, start) == pytest.approx(expected, rel=1e-3)
+    assert drift.kl_between(start, start) == 0.0
 
 
 def test_a_fresh_adapter_has_not_moved(captioner, drift):
     attach_lora(captioner.network, LoraConfig(rank=4, alpha=8, dropout=0.5), seed=0)
     captioner.network.train()
-    assert drift.to_reference(captioner.network, captioner.network) == 0.0
+    assert drift.kl_from_reference_policy(captioner.network, captioner.network) == 0.0
 
 
 def test_nothing_is_left_changed(adapted, drift):
     network = adapted.network.train()
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     random_state = torch.get_rng_state()
-    value = drift.to_reference(network, network)
+    value = drift.kl_from_reference_policy(network, network)
     assert network.training and network.lm.training
     assert {name for name, parameter in network.named_parameters() if parameter.requires_grad} == trained
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in network.parameters())
-    assert drift.to_reference(network, network) == value
+    assert drift.kl_from_reference_policy(network, network) == value
     assert not network.eval().training
-    drift.to_reference(network, network)
+    drift.kl_from_reference_policy(network, network)
     assert not network.training
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, world_size):
     """Five captions on 2 and 4 ranks: every rank calls the model as often, and what fills up is not counted."""
-    whole = drift.to_reference(adapted.network, adapted.network)
+    whole = drift.kl_from_reference_policy(adapted.network, adapted.network)
     num_tokens = sum(count for _, count in drift.pieces)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     sums, calls = [], []
     for rank in range(world_size):
         monkeypatch.setenv("RANK", str(rank))
-        mine = DriftSet(clips.references, blocks, adapted.processor, prompt=adapted.default_prompt(), batch_size=2)
+        mine = KLProbe(clips.references, blocks, adapted.processor, prompt=adapted.default_prompt(), batch_size=2)
         told = []
         with monkeypatch.context() as patched:  # the ranks' sums are added up below
             patched.setattr("salmonn.train.kl.dist.total", lambda value, told=told: told.append(value) or 1.0)
-            mine.to_reference(adapted.network, adapted.network)
+            mine.kl_from_reference_policy(adapted.network, adapted.network)
         sums.append(told)
         calls.append([len(inputs.clip_index) for inputs, _ in mine.pieces])
     assert calls == [calls[0]] * world_size and sum(calls[0]) == -(-5 // world_size)
@@ -159,8 +159,8 @@ def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, wo
 def test_references_without_captions(captioner, clips, blocks):
     options = dict(prompt=captioner.default_prompt())
     told = [Reference(clips.references[0].video), *clips.references[1:3]]
-    mixed = DriftSet(told, blocks[:3], captioner.processor, **options)
-    alone = DriftSet(told[1:], blocks[1:3], captioner.processor, **options)
+    mixed = KLProbe(told, blocks[:3], captioner.processor, **options)
+    alone = KLProbe(told[1:], blocks[1:3], captioner.processor, **options)
     assert [count for _, count in mixed.pieces] == [count for _, count in alone.pieces]
     with pytest.raises(ValueError, match=r"none of 1 references has a caption.*kl_clips 0"):
-        DriftSet(told[:1], blocks[:1], captioner.processor, **options)
+        KLProbe(told[:1], blocks[:1], captioner.processor, **options)

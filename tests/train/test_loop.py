@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
 from salmonn.train import checkpoint
-from salmonn.train.checkpoint import Checkpoints, put_trained
+from salmonn.train.checkpoint import Checkpoints, load_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import Callback, FitConfig, FitContext, fit, learning_rate_at
 
@@ -110,7 +110,7 @@ def test_the_first_step_is_as_small_as_the_schedule_says(tmp_path):
     with pytest.raises(Killed):
         fit_weights(tmp_path, config, batches=batches)
     after = Weights()
-    put_trained(after, Checkpoints(tmp_path / "checkpoints").newest())
+    load_trained(after, Checkpoints(tmp_path / "checkpoints").latest())
     assert after.vector.tolist() == pytest.approx([0.9, 1.1], abs=1e-5)  # a fifth of 0.5
 
 
@@ -205,7 +205,7 @@ class Breaking:
 
 def learnt(folder, model) -> dict[str, torch.Tensor]:
     """What the last checkpoint holds, put into a model."""
-    put_trained(model, Checkpoints(folder / "checkpoints").newest())
+    load_trained(model, Checkpoints(folder / "checkpoints").latest())
     return trained(model)
 
 
@@ -376,7 +376,7 @@ def test_a_file_that_the_system_lets_not_grow_leaves_what_was_there(tmp_path):
             checkpoints.save({"model.a": torch.ones(100_000)}, step=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert bytes_of(tmp_path) == before and checkpoints.newest().step == 1
+    assert bytes_of(tmp_path) == before and checkpoints.latest().step == 1
 
 
 def test_fit_learns_two_clips(random_model, processor, clips, tmp_path):

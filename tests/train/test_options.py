@@ -15,7 +15,7 @@ from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.records import Pair
-from salmonn.train.checkpoint import Checkpoints, put_trained
+from salmonn.train.checkpoint import Checkpoints, load_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split
 from salmonn.train.loop import Callback, FitConfig, FitContext, fit, learning_rate_at
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
@@ -223,7 +223,7 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     captioner.reload(random_model, placement=Placement(dtype="bfloat16"))
     network = prepare(captioner.network)
-    put_trained(network, done)
+    load_trained(network, done)
     merge_adapter(network)
     after = dict(network.named_parameters())
     assert after.keys() == before.keys() and {value.dtype for value in after.values()} == {torch.bfloat16}

@@ -12,23 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from salmonn.train.parallel import require_engine
+from salmonn.train.parallel import check_strategy
 
 SCRIPT = Path(__file__).with_name("train_worker.py")
 ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
 
 
-def launch(engine, model, clips, out, *, processes, options=("float32",)):
+def launch(strategy, model, clips, out, *, processes, options=("float32",)):
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}"]
-    line = [*(launcher if processes > 1 else [sys.executable]), str(SCRIPT), engine, str(model), str(clips), str(out)]
+    line = [*(launcher if processes > 1 else [sys.executable]), str(SCRIPT), strategy, str(model), str(clips), str(out)]
     line += options
     return subprocess.run(
         line, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
 
 
-def train(engine, model, clips, out, *, processes, precision="float32"):
-    result = launch(engine, model, clips, out, processes=processes, options=[precision])
+def train(strategy, model, clips, out, *, processes, precision="float32"):
+    result = launch(strategy, model, clips, out, processes=processes, options=[precision])
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -96,10 +96,10 @@ def test_two_processes_train_as_one_does(split, alone, random_model):
 
 def test_what_one_process_began_an_engine_ends_and_the_other_way_round(split, alone, random_model, clips, tmp_path):
     """Eight steps of one and two of the other are as ten of one process."""
-    engine, folder = split
+    strategy, folder = split
     there, back = tmp_path / "there", tmp_path / "back"
     take_first_eight(alone, there)
-    assert "goes on from step 8" in train(engine, random_model, clips.root, there, processes=2)
+    assert "goes on from step 8" in train(strategy, random_model, clips.root, there, processes=2)
     assert furthest(merged(there), merged(alone)) < 1e-5
     # Moments too are what one process wrote.
     mine, theirs = (load_file(run / "checkpoints" / "step_000010.safetensors") for run in (there, alone))
@@ -118,23 +118,23 @@ def take_first_eight(source, folder) -> None:
     shutil.copy(source / "steps.jsonl", folder)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(engine, random_model, clips, tmp_path):
+@pytest.mark.parametrize("strategy", ENGINES)
+def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(strategy, random_model, clips, tmp_path):
     """Rank 1 has the second of a step's three pairs."""
-    result = launch(engine, random_model, clips.root, tmp_path, processes=2, options=["float32", "spoilt"])
+    result = launch(strategy, random_model, clips.root, tmp_path, processes=2, options=["float32", "spoilt"])
     assert result.returncode != 0
     assert re.search(r"step 3: loss nan, gradient norm (nan|inf), on [\w/]+\.mp4: look at these", result.stderr)
     assert [step["step"] for step in steps_of(tmp_path)] == [0, 1, 2] and not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:])
-def test_in_16_bits(engine, random_model, clips, tmp_path):
+@pytest.mark.parametrize("strategy", ENGINES[1:])
+def test_in_16_bits(strategy, random_model, clips, tmp_path):
     """As the published settings have it: base and products in bfloat16, adapter in float32, layers checkpointed.
 
     Losses of about 2 have steps of 2^-7 = 0.008 there; ranks round apart.
     """
-    folders = [tmp_path / name for name in ("alone", engine)]
-    for name, folder, processes in zip(("ddp", engine), folders, (1, 2), strict=True):
+    folders = [tmp_path / name for name in ("alone", strategy)]
+    for name, folder, processes in zip(("ddp", strategy), folders, (1, 2), strict=True):
         train(name, random_model, clips.root, folder, processes=processes, precision="bfloat16")
     theirs, mine = ([step["loss"] for step in steps_of(folder)] for folder in folders)
     assert mine == pytest.approx(theirs, abs=0.03) and mine[-1] < mine[0] - 0.3
@@ -144,16 +144,16 @@ def test_in_16_bits(engine, random_model, clips, tmp_path):
         assert {tensor.dtype for tensor in merged(folder).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:])
-def test_one_process_has_nothing_to_split(engine):
-    with pytest.raises(ValueError, match=rf"engine {engine} splits.*torchrun"):
-        require_engine(engine)
+@pytest.mark.parametrize("strategy", ENGINES[1:])
+def test_one_process_has_nothing_to_split(strategy):
+    with pytest.raises(ValueError, match=rf"strategy {strategy} splits.*torchrun"):
+        check_strategy(strategy)
 
 
 def test_an_engine_that_is_not_installed_is_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install salmonn\[deepspeed\]"):
-        require_engine("zero3")
-    require_engine("fsdp2")
-    require_engine("ddp")
+        check_strategy("zero3")
+    check_strategy("fsdp2")
+    check_strategy("ddp")

@@ -81,7 +81,7 @@ def test_checkpoints_are_kept_where_a_stage_breaks_off(tmp_path):
     with pytest.raises(KeyboardInterrupt), checkpointed(tmp_path) as checkpoints:
         checkpoints.save({"model.a": torch.zeros(2)}, step=3)
         raise KeyboardInterrupt
-    assert Checkpoints(tmp_path / "checkpoints").newest().step == 3
+    assert Checkpoints(tmp_path / "checkpoints").latest().step == 3
 
 
 def test_what_was_learnt_is_put_on_the_weights_on_disk(captioner, random_model, tmp_path):
@@ -101,7 +101,7 @@ def test_what_was_learnt_is_put_on_the_weights_on_disk(captioner, random_model, 
             parameter.fill_(7.0)
     placement = Placement(dtype="float32", attention="sdpa")
     merge_trained(
-        captioner, tmp_path, checkpoints.newest(), base=random_model, lora=lora, placement=placement, adapter=True
+        captioner, tmp_path, checkpoints.latest(), base=random_model, lora=lora, placement=placement, adapter=True
     )
     # alpha / r * B A = 3 * sum over 2 ranks of 0.1 * 0.1 = 0.06 everywhere.
     for network in (captioner.network, Captioner.load(tmp_path / "merged").network):

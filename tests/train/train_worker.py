@@ -23,7 +23,7 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Pair, Reference, read_records
 from salmonn.train.checkpoint import Checkpoint, Checkpoints
 from salmonn.train.evaluate import encode_clips
-from salmonn.train.kl import DriftSet
+from salmonn.train.kl import KLProbe
 from salmonn.train.loop import Callback, FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
 from salmonn.train.references import CLIPS_NAME, ClipSet
@@ -48,7 +48,7 @@ class Spoilt(PreferenceBatches):
 
 
 def train(
-    captioner: Captioner, engine: Any, clips: ClipSet, out: Path, *, config: FitConfig, deal: type[PreferenceBatches]
+    captioner: Captioner, strategy: Any, clips: ClipSet, out: Path, *, config: FitConfig, deal: type[PreferenceBatches]
 ) -> Checkpoint:
     """Train on three pairs, a right and a wrong caption of each clip."""
     network, references, prompt = captioner.network, clips.references, captioner.default_prompt()
@@ -69,14 +69,14 @@ def train(
     )
     with autocast(config.precision):
         batches.compute_reference_logps(network)
-    fixed = DriftSet(references[:1], blocks[:1], captioner.processor, prompt=prompt)
+    fixed = KLProbe(references[:1], blocks[:1], captioner.processor, prompt=prompt)
 
     def measure(wrapped: nn.Module) -> dict[str, float]:
         with autocast(config.precision):
-            return {"kl": fixed.to_reference(wrapped, network)}
+            return {"kl": fixed.kl_from_reference_policy(wrapped, network)}
 
     stage = FitContext(
-        engine, out, Checkpoints(out / "checkpoints"), engine=engine, callback=Callback(measure, every=5)
+        strategy, out, Checkpoints(out / "checkpoints"), strategy=strategy, callback=Callback(measure, every=5)
     )
     return fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
 
@@ -85,7 +85,7 @@ def train(
 network_module.LOGIT_BYTES = 4 * 400 * 20
 
 
-def main(engine: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:
+def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:
     """Train and merge; nothing may hold the network that the training used up."""
     dist.setup(threads=1)
     placement = Placement(dtype=precision, attention="sdpa")
@@ -93,7 +93,7 @@ def main(engine: str, model: Path, root: Path, out: Path, precision: Any, *optio
     captioner = Captioner.load(model, placement=placement)
     used_up = weakref.ref(captioner.network)
     clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
-    done = train(captioner, engine, clips, out, config=config, deal=Spoilt if options else PreferenceBatches)
+    done = train(captioner, strategy, clips, out, config=config, deal=Spoilt if options else PreferenceBatches)
     merge_trained(captioner, out, done, base=model, lora=LORA, placement=placement, adapter=True)
     left = used_up()
     assert left is None or not any(parameter.nbytes for parameter in left.parameters()), "a GPU has no room for two"
