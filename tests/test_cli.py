@@ -55,21 +55,21 @@ def test_help_starts_without_torch():
                 "--workers",
                 "--list",
                 "--glob",
-                "--redo",
+                "--overwrite",
                 "--retry_failed",
-                "--shards",
-                "--segments",
+                "--shard",
+                "--segment-seconds",
                 "--export",
                 "--read_gib",
                 "--strategy",
             ],
         ),
-        ("export", ["captions", "--to", "--sidecar_dir", "spreadsheet"]),
+        ("export", ["captions", "--to", "--subtitle-dir", "spreadsheet"]),
         ("score", ["captions", "--references", "--judge", "--base_url", "--passes", "--report", "--max_requests"]),
         ("compare", ["first", "second", "--force"]),
         ("events", ["references", "--out", "--judge"]),
         ("qa", ["answers"]),
-        ("judge-bench", ["pairs", "--judge"]),
+        ("judge-benchmark", ["pairs", "--judge"]),
         ("plot", ["run", "--out"]),
         ("synth", ["--out", "--clips", "--seed", "--min_seconds"]),
     ],
@@ -144,9 +144,9 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
     out.write_text("precious")
     args = ("caption", videos[0], "--out", out, "--model", random_model, "--max_new_tokens", 4)
     code, _, err = call(*args)
-    assert code == 2 and str(out) in err and "--redo" in err and "Traceback" not in err
+    assert code == 2 and str(out) in err and "--overwrite" in err and "Traceback" not in err
     assert out.read_text() == "precious"
-    assert call(*args, "--redo")[0] == 0
+    assert call(*args, "--overwrite")[0] == 0
     assert len(read_records(out, Caption)) == 1 and (tmp_path / "captions.jsonl.old").read_text() == "precious"
 
 

@@ -155,7 +155,7 @@ def test_commands_run(stage, page):
         result = python(stage, script)
         assert result.returncode == 0, f"{page.name}:\n{script}\n{result.stderr[-4000:]}"
     for line in re.sub(r"\\\n", " ", "\n".join(blocks(page, "bash"))).splitlines():
-        if "salmonn caption" in line and "--shards" not in line:  # each share has a file of its own
+        if "salmonn caption" in line and "--shard" not in line:  # each share has a file of its own
             out = stage.folder / re.search(r"--out (\S+)", line)[1]
             assert read_records(out, Caption), f"{page.name}: {line}: no captions"
     calls = (stage.folder / "calls").read_text().splitlines() if (stage.folder / "calls").exists() else []

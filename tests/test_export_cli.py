@@ -42,7 +42,7 @@ def test_tables(call, captions, tmp_path):
 def test_texts_beside_the_videos(call, captions):
     Path("a.srt").write_text("mine")
     code, _, err = call("export", *captions, "--to", "srt", "txt")
-    assert code == 1 and Path("a.srt").read_text() == "mine" and "--replace_sidecars" in err
+    assert code == 1 and Path("a.srt").read_text() == "mine" and "--replace-subtitles" in err
     assert "txt, srt of 2 videos, 1 could not be written" in err
     assert Path("b.srt").read_text() == (
         "1\n00:00:00,000 --> 00:00:01,000\nat 0.0\n\n2\n00:00:01,000 --> 00:00:02,000\nat 1.0\n"
@@ -54,7 +54,7 @@ def test_texts_beside_the_videos(call, captions):
     captions = sorted(Path().glob("captions*.jsonl"))  # with the log of side-cars
     assert call("export", "captions.jsonl", "--to", "srt")[0] == 0
     assert "again 1.0" in Path("b.srt").read_text() and "new" in Path("a.srt").read_text()
-    assert call("export", *captions, "--to", "vtt", "--sidecar_dir", "subs")[0] == 0
+    assert call("export", *captions, "--to", "vtt", "--subtitle-dir", "subs")[0] == 0
     assert Path("subs/a.vtt").read_text() == "WEBVTT\n\n00:00:00.000 --> 00:00:02.000\nnew\n"
 
 
@@ -82,7 +82,7 @@ def test_full_files_count_in_the_order_of_their_numbers(call, captions):
 def test_subtitles_of_captions_without_ends(call, videos, captions):
     """The videos are asked, in a process of its own."""
     append_group(Path("open.jsonl"), [Caption(str(videos[0]), "words")])
-    assert call("export", "open.jsonl", "--to", "srt", "--sidecar_dir", "subs")[0] == 0
+    assert call("export", "open.jsonl", "--to", "srt", "--subtitle-dir", "subs")[0] == 0
     (path,) = Path("subs").rglob("*.srt")
     assert "00:00:00,000 --> 00:00:0" in path.read_text() and "words" in path.read_text()
 

@@ -91,7 +91,7 @@ def test_a_caption_of_a_part_is_scored_by_its_part(call, clips, tmp_path):
         (Caption("videos/clip_00000.mp4", "a star"), ["--protocol", "unpublished"], "protocol"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--max-requests", "5"], "asks no model"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--temperature", "-1"], "temperature must be 0"),
-        (Caption("videos/clip_00000.mp4", "a star"), ["--worst", "-1"], "--worst must be"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--num-worst", "-1"], "--num-worst must be"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--out", "{folder}"], "--out is a folder"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--report", "{captions}"], "overwrite the captions file"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--out", "x", "--summary", "x"], "overwrite the --out file"),
@@ -347,7 +347,7 @@ def test_qa(call, tmp_path):
 def test_judge_bench(call, tmp_path):
     lines = (Path(__file__).parents[1] / "data" / "judge_pairs.jsonl").read_text().splitlines()[::20]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    code, out, err = call("judge-bench", tmp_path / "pairs.jsonl", "--out", tmp_path / "b.json")
+    code, out, err = call("judge-benchmark", tmp_path / "pairs.jsonl", "--out", tmp_path / "b.json")
     kinds = [json.loads(line)["kind"] for line in lines]
     rows = shown(out)
     # What the rule judge reads it reads right, and it cannot read sources.
@@ -365,6 +365,6 @@ def test_judge_bench_counts_a_pair_once(call, tmp_path, serve):
     lines = (Path(__file__).parents[1] / "data" / "judge_pairs.jsonl").read_text().splitlines()[:3]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     server = serve(lambda request, number: Answer("no"))
-    args = ["judge-bench", tmp_path / "pairs.jsonl", "--judge", "openai", "--model", "m", "--base-url", server.url]
+    args = ["judge-benchmark", tmp_path / "pairs.jsonl", "--judge", "openai", "--model", "m", "--base-url", server.url]
     _, out, err = call(*args, "--cache", tmp_path / "c.sqlite", "--attempts", 1)
     assert shown(out)["all"][4] == "3" and "3 pairs unscored, first pair 1: no usable reply" in err

@@ -1,4 +1,4 @@
-"""Write labelled pairs of captions, one with a known fault, that judges are checked on by `salmonn judge-bench`.
+"""Write labelled pairs of captions, one with a known fault, that judges are checked on by `salmonn judge-benchmark`.
 
     python tools/judge_pairs.py [--out data/judge_pairs.jsonl] [--seed 4] [--pairs 135]
 

@@ -24,14 +24,14 @@ from salmonn.records import Failure
 
 logger = logging.getLogger(__name__)
 
-Tell = Callable[..., object]  # of a format and its values, as a logger's methods take them
+LogFunction = Callable[..., object]  # of a format and its values, as a logger's methods take them
 Kind = Literal["folder", "link", "media", "other"]
 STDIN = "-"
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | AUDIO_SUFFIXES
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoFile:
     """A file that is to be captioned, as it was when it was listed.
 
     Args:
@@ -60,7 +60,7 @@ class Shard:
         """Read "2/8"."""
         match = re.fullmatch(r"(\d+)/(\d+)", words.strip())
         if match is None:
-            raise ValueError(f"--shards must be like 2/8, the second of eight, got {words!r}")
+            raise ValueError(f"--shard must be like 2/8, the second of eight, got {words!r}")
         return cls(int(match[1]), int(match[2]))
 
     def holds(self, path: str) -> bool:
@@ -69,7 +69,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Listing:
+class VideoListing:
     """What is to be captioned.
 
     Args:
@@ -101,28 +101,28 @@ class Listing:
             if self.list_path != STDIN and (not Path(self.list_path).exists() or Path(self.list_path).is_dir()):
                 raise ValueError(f"{self.list_path}: there is no such file; --list takes one with a path a line")
             return
-        there = [path for path in self.paths if os.path.exists(path)]  # noqa: PTH110 - as in `walk`
+        there = [path for path in self.paths if os.path.exists(path)]  # noqa: PTH110 - as in `walk_paths`
         if not there:
             raise ClipError(f"{self.paths[0]}: there is no such file or folder; check the path")
-        if next(walk(there, self.globs, tell=_keep_quiet), None) is None:
+        if next(walk_paths(there, self.globs, log=_keep_quiet), None) is None:
             known = " ".join(sorted(MEDIA_SUFFIXES))
             matching = f" that matches {' or '.join(self.globs)}" if self.globs else ""
             raise ClipError(
                 f"{there[0]}: the folder holds no video or sound file{matching}; known suffixes are {known}"
             )
 
-    def videos(self, *, quiet: bool = False) -> Iterator[Video | Failure]:
+    def videos(self, *, quiet: bool = False) -> Iterator[VideoFile | Failure]:
         """All of them in order, folders sorted by name; a folder that cannot be listed is a `Failure`.
 
         Args:
             quiet: warn of nothing, where they are listed a second time.
         """
-        for found in walk(self._named(), self.globs, tell=_keep_quiet if quiet else logger.warning):
+        for found in walk_paths(self._named(), self.globs, log=_keep_quiet if quiet else logger.warning):
             if isinstance(found, Failure):
                 if self.shard.holds(found.video):
                     yield found
             elif self.shard.holds(found):
-                yield look(found)
+                yield stat_video(found)
 
     def _named(self) -> Iterator[str]:
         yield from self.paths
@@ -133,7 +133,7 @@ class Listing:
                 yield from _read_list(file)
 
 
-def look(path: str) -> Video | Failure:
+def stat_video(path: str) -> VideoFile | Failure:
     """A file's size and time, if it is one; reading it will tell what is wrong with it otherwise."""
     try:
         path.encode()
@@ -143,8 +143,8 @@ def look(path: str) -> Video | Failure:
     try:
         found = Path(path).stat()
     except (OSError, ValueError):  # the latter for what cannot be a name
-        return Video(path)
-    return Video(path, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else Video(path)
+        return VideoFile(path)
+    return VideoFile(path, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else VideoFile(path)
 
 
 def path_number(path: str) -> int:
@@ -155,24 +155,26 @@ def path_number(path: str) -> int:
     return int.from_bytes(blake2b(os.fsencode(path), digest_size=4).digest())
 
 
-def walk(paths: Iterable[str], globs: Sequence[str], *, tell: Tell = logger.warning) -> Iterator[str | Failure]:
+def walk_paths(
+    paths: Iterable[str], globs: Sequence[str], *, log: LogFunction = logger.warning
+) -> Iterator[str | Failure]:
     """Files as they are named, and those in folders, sorted by name.
 
     Args:
         paths: of files and folders.
-        globs: see `Listing`.
+        globs: see `VideoListing`.
         tell: of what is passed over.
     """
     patterns = [tuple(glob.split("/")) if "/" in glob else ("**", glob) for glob in globs]
     for path in paths:
         if os.path.isdir(path):  # noqa: PTH112 - says no of a name that is too long, where a Path raises
-            yield from _walk_folder(Path(path), (), patterns, tell)
+            yield from _walk_folder(Path(path), (), patterns, log)
         else:
             yield str(Path(path))
 
 
 def _walk_folder(
-    folder: Path, inside: tuple[str, ...], patterns: Sequence[tuple[str, ...]], tell: Tell
+    folder: Path, inside: tuple[str, ...], patterns: Sequence[tuple[str, ...]], log: LogFunction
 ) -> Iterator[str | Failure]:
     try:
         with os.scandir(folder) as entries:
@@ -184,9 +186,9 @@ def _walk_folder(
     for name, kind in found:
         path, parts = folder / name, (*inside, name)
         if kind == "folder":
-            yield from _walk_folder(path, parts, patterns, tell)
+            yield from _walk_folder(path, parts, patterns, log)
         elif kind == "link":
-            tell("%s: a link to a folder, which is not followed; name it to have its videos captioned", path)
+            log("%s: a link to a folder, which is not followed; name it to have its videos captioned", path)
         elif not patterns or any(matches(parts, pattern) for pattern in patterns):
             yield str(path)
 
@@ -225,4 +227,4 @@ def _read_list(file: BinaryIO) -> Iterator[str]:
 
 
 def _keep_quiet(words: str, *values: object) -> None:
-    """Tell nothing."""
+    """Log nothing."""

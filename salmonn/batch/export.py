@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from salmonn.batch.digests import digest, to_array
-from salmonn.batch.discovery import Tell
+from salmonn.batch.discovery import LogFunction
+from salmonn.batch.hash_set import hash_key, to_array
 from salmonn.batch.ledger_files import LedgerError, is_full, no_room, parse_line, read_groups
-from salmonn.batch.subtitles import Sidecars
+from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.records import Caption, Failure, parse_record
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ COLUMNS = tuple(field.name for field in fields(Caption))
 ROW_GROUP = 10_000
 
 
-class Latest:
+class LatestCaptions:
     """The captions that count, of some files of them.
 
     Args:
@@ -51,12 +51,12 @@ class Latest:
         for file in self._files.values():
             weakref.finalize(self, file.close)
         videos, versions, parts = bytearray(), bytearray(), bytearray()
-        for _, values in self._lines(tell=logger.warning):
+        for _, values in self._lines(log=logger.warning):
             video = values["video"]
-            videos += digest(video)
-            versions += digest(values.get("size_bytes"), values.get("modified_ns"))
+            videos += hash_key(video)
+            versions += hash_key(values.get("size_bytes"), values.get("modified_ns"))
             span = (values.get(name) for name in ("start_seconds", "end_seconds"))
-            parts += digest(video, values.get("sample", 0), *(None if time is None else float(time) for time in span))
+            parts += hash_key(video, values.get("sample", 0), *(None if time is None else float(time) for time in span))
         self._videos = to_array(videos)
         self._counts = _is_last(to_array(parts)) & _is_of_last(self._videos, to_array(versions))
 
@@ -84,7 +84,7 @@ class Latest:
         held: dict[str, list[Caption]] = {}
         for video, run in groupby(self, key=lambda caption: caption.video):
             captions = [*held.pop(video, []), *run]
-            key = digest(video).rstrip(b"\0")  # as numpy gives it back
+            key = hash_key(video).rstrip(b"\0")  # as numpy gives it back
             left[key] = left.get(key, 1) - 1
             if left[key]:
                 held[video] = captions
@@ -92,9 +92,9 @@ class Latest:
                 del left[key]
                 yield sorted(captions, key=lambda caption: caption.start_seconds or 0.0)
 
-    def _lines(self, *, tell: Tell | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    def _lines(self, *, log: LogFunction | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in self.paths:
-            for group in read_groups(path, file=self._files.get(path), tell=tell):
+            for group in read_groups(path, file=self._files.get(path), log=log):
                 for line in group:
                     yield path, parse_line(line, path)
 
@@ -125,7 +125,7 @@ def _runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, ends
 
 
-def export_table(captions: Latest, out: Path) -> None:
+def export_table(captions: LatestCaptions, out: Path) -> None:
     """Write captions to one file, which appears whole or not at all.
 
     Args:
@@ -144,7 +144,7 @@ def export_table(captions: Latest, out: Path) -> None:
         TABLES[out.suffix](captions, temporary)
 
 
-def export_sidecars(captions: Latest, sidecars: Sidecars) -> tuple[int, list[Failure]]:
+def export_subtitles(captions: LatestCaptions, subtitles: SubtitleWriter) -> tuple[int, list[Failure]]:
     """Write side-cars of captions.
 
     Args:
@@ -156,24 +156,24 @@ def export_sidecars(captions: Latest, sidecars: Sidecars) -> tuple[int, list[Fai
     """
     count, failures = 0, []
     for group in captions.by_video():
-        failures += sidecars.write(group)
+        failures += subtitles.write(group)
         count += 1
     return count, failures
 
 
-def _write_csv(captions: Latest, path: Path) -> None:
+def _write_csv(captions: LatestCaptions, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(map(asdict, captions))
 
 
-def _write_jsonl(captions: Latest, path: Path) -> None:
+def _write_jsonl(captions: LatestCaptions, path: Path) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in captions)
 
 
-def _write_parquet(captions: Latest, path: Path) -> None:
+def _write_parquet(captions: LatestCaptions, path: Path) -> None:
     try:
         import pyarrow  # noqa: PLC0415 - an extra
         from pyarrow import parquet  # noqa: PLC0415
@@ -194,7 +194,7 @@ def _write_parquet(captions: Latest, path: Path) -> None:
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
-TABLES: dict[str, Callable[[Latest, Path], None]] = {
+TABLES: dict[str, Callable[[LatestCaptions, Path], None]] = {
     ".csv": _write_csv,
     ".parquet": _write_parquet,
     ".jsonl": _write_jsonl,

@@ -4,21 +4,21 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from salmonn.batch.digests import Digests, digest
-from salmonn.batch.discovery import Video, path_number
-from salmonn.batch.export import Latest
+from salmonn.batch.discovery import VideoFile, path_number
+from salmonn.batch.export import LatestCaptions
+from salmonn.batch.hash_set import HashSet, hash_key
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.subtitles import Sidecars
+from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.captioner import Asked, Captioner, Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure, Modality
 
-Placed = tuple[int, Video]  # a video with its place among those that are tried
+IndexedVideo = tuple[int, VideoFile]  # a video with its place among those that are tried
 
 
 @dataclass(frozen=True)
-class Task:
+class JobConfig:
     """What is asked of each video.
 
     Args:
@@ -43,7 +43,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Group:
+class VideoResult:
     """What became of a video.
 
     Args:
@@ -53,7 +53,7 @@ class Group:
     """
 
     place: int
-    video: Video
+    video: VideoFile
     results: tuple[Caption | Failure, ...]
 
 
@@ -62,7 +62,7 @@ class TooManyFailures(ValueError):
 
 
 @dataclass
-class Tally:
+class RunStats:
     """What a run has counted so far.
 
     Args:
@@ -81,8 +81,8 @@ class Tally:
 
 
 def caption_videos(
-    captioner: Captioner, videos: Iterable[Placed], *, task: Task, reader: ClipReader
-) -> Generator[Group]:
+    captioner: Captioner, videos: Iterable[IndexedVideo], *, task: JobConfig, reader: ClipReader
+) -> Generator[VideoResult]:
     """Caption videos, and tell of each once the last of its segments is done.
 
     Args:
@@ -91,12 +91,12 @@ def caption_videos(
         task: what is asked.
         reader: what reads ahead.
     """
-    begun: dict[int, Placed] = {}
+    started: dict[int, IndexedVideo] = {}
     parts: dict[int, list[Caption | Failure]] = {}
 
     def asked() -> Iterator[Asked]:
         for number, (place, video) in enumerate(videos):
-            begun[number] = (place, video)
+            started[number] = (place, video)
             yield Asked(Path(video.path), task.span, task.seed + path_number(video.path))
 
     limit = captioner.default_sampling().max_new_tokens if task.max_new_tokens is None else task.max_new_tokens
@@ -114,16 +114,16 @@ def caption_videos(
             results = parts.setdefault(done.place, [])
             results.append(done.result)
             if len(results) == done.num_segments:
-                place, video = begun.pop(done.place)
-                yield Group(place, video, _sign(parts.pop(done.place), video))
+                place, video = started.pop(done.place)
+                yield VideoResult(place, video, _sign(parts.pop(done.place), video))
 
 
-def _sign(results: list[Caption | Failure], video: Video) -> tuple[Caption | Failure, ...]:
+def _sign(results: list[Caption | Failure], video: VideoFile) -> tuple[Caption | Failure, ...]:
     ordered = sorted(results, key=lambda result: result.start_seconds or 0.0)
     return tuple(replace(result, size_bytes=video.size_bytes, modified_ns=video.modified_ns) for result in ordered)
 
 
-class Job:
+class CaptionJob:
     """One process's run over its videos.
 
     Args:
@@ -145,46 +145,46 @@ class Job:
         *,
         is_retry: bool = False,
         max_failures: int = 20,
-        sidecars: Sidecars | None = None,
+        subtitles: SubtitleWriter | None = None,
         tell: Callable[[str], object] = lambda words: None,
     ) -> None:
         if max_failures < 0:
             raise ValueError(f"--max_failures must be 0 (no limit) or more, got {max_failures}")
-        self.tally = Tally()
+        self.stats = RunStats()
         self.failed_again: list[Failure] = []
         self._ledger = ledger
         self._is_retry = is_retry
         self._row = _Row(0 if is_retry else max_failures)
-        self._sidecars = sidecars
+        self._sidecars = subtitles
         self._tell = tell
-        self._taken = Digests()
+        self._taken = HashSet()
         self._num_placed = 0
 
-    def pending(self, found: Iterable[Video | Failure]) -> Iterator[Placed]:
+    def pending(self, found: Iterable[VideoFile | Failure]) -> Iterator[IndexedVideo]:
         """What is to be done of what was listed; a folder that cannot be listed fails here.
 
         Raises:
             TooManyFailures: as `keep`.
         """
         for one in found:
-            if isinstance(one, Video) and self._is_taken(one):
+            if isinstance(one, VideoFile) and self._is_taken(one):
                 continue
             if not self._is_retry and self._ledger.has_failed(one):
-                self.tally.failed_before += 1
+                self.stats.failed_before += 1
             elif isinstance(one, Failure):
                 self._fail([one])
-                self.tally.failed += 1
-                self.tally.videos += 1
+                self.stats.failed += 1
+                self.stats.videos += 1
                 self._row.add(self._place(), one.reason)
             elif not self._is_retry and self._ledger.is_done(one):
                 if self._ledger.has_failed_in_part(one):
-                    self.tally.failed_before += 1
+                    self.stats.failed_before += 1
                 else:
-                    self.tally.done_before += 1
+                    self.stats.done_before += 1
             else:
                 yield self._place(), one
 
-    def keep(self, group: Group) -> None:
+    def save(self, group: VideoResult) -> None:
         """Put on disk what became of a video.
 
         Raises:
@@ -202,19 +202,19 @@ class Job:
         if captions:
             self._ledger.write(captions, is_in_part=bool(failures))
         self._fail(failures)
-        self.tally.captions += len(captions)
-        self.tally.failed += bool(failures or unwritten)
-        self.tally.videos += 1
+        self.stats.captions += len(captions)
+        self.stats.failed += bool(failures or unwritten)
+        self.stats.videos += 1
         self._row.add(group.place, None if captions else failures[0].reason)
 
     @property
-    def needs_catching_up(self) -> bool:
+    def has_missing_subtitles(self) -> bool:
         """Whether there may be captions of earlier runs whose side-cars are missing."""
         return self._sidecars is not None and (
-            self._is_retry or self.tally.done_before > 0 or self.tally.failed_before > 0
+            self._is_retry or self.stats.done_before > 0 or self.stats.failed_before > 0
         )
 
-    def catch_up(self, latest: Latest) -> None:
+    def write_missing_subtitles(self, latest: LatestCaptions) -> None:
         """Write side-cars that are missing of what was captioned before, without them or by a run that was killed.
 
         Where one could not be written, that is tried again in a retry alone.
@@ -233,7 +233,7 @@ class Job:
                 continue
             failures = self._sidecars.write(captions, only_missing=video not in before)
             self._fail(failures)
-            self.tally.failed += bool(failures)
+            self.stats.failed += bool(failures)
 
     def end_retry(self) -> None:
         """Put what failed again in place of the lists of failures."""
@@ -244,9 +244,9 @@ class Job:
         self._num_placed += 1
         return self._num_placed - 1
 
-    def _is_taken(self, video: Video) -> bool:
+    def _is_taken(self, video: VideoFile) -> bool:
         """Whether it came before: a file may be named several times."""
-        key = digest(video.path)
+        key = hash_key(video.path)
         is_taken = key in self._taken
         self._taken.add(key)
         return is_taken
@@ -279,7 +279,7 @@ class _Row:
         return place < self._next or place in self._ended
 
     def add(self, place: int, reason: str | None) -> None:
-        """Tell how the video of that place ended; None: well."""
+        """Note how the video of that place ended; None: well."""
         self._ended[place] = reason
         while self._next in self._ended:
             reason = self._ended.pop(self._next)

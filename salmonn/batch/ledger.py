@@ -20,21 +20,21 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from salmonn.batch.digests import Digests, digest
-from salmonn.batch.discovery import Listing, Video, look
+from salmonn.batch.discovery import VideoFile, VideoListing, stat_video
+from salmonn.batch.hash_set import HashSet, hash_key
 from salmonn.batch.ledger_files import (
     ENDS,
     ENDS_IN_PART,
-    Files,
     LedgerError,
+    LedgerFiles,
     append_group,
     cut,
     cut_tail,
     iter_whole,
+    move_to_backup,
     no_room,
     parse_line,
     read_groups,
-    set_aside,
 )
 from salmonn.records import Caption, Failure, read_json, write_json, write_records
 
@@ -47,12 +47,12 @@ _LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
 
 def part_key(video: str, *, size_bytes: int | None, modified_ns: int | None, start_seconds: float | None) -> bytes:
     """What a part of a file, as it is, is known by."""
-    return digest(video, size_bytes, modified_ns, float(start_seconds or 0.0))
+    return hash_key(video, size_bytes, modified_ns, float(start_seconds or 0.0))
 
 
 def version_key(video: str, *, size_bytes: int | None, modified_ns: int | None) -> bytes:
     """What a file, as it is, is known by."""
-    return digest(video, size_bytes, modified_ns)
+    return hash_key(video, size_bytes, modified_ns)
 
 
 class Ledger:
@@ -63,7 +63,7 @@ class Ledger:
         job: what is asked, as JSON holds it: what was captioned otherwise is not mixed with it.
         start_seconds: of the first part of each video.
         lines_per_file: after so many lines another file is begun; never within a group.
-        is_redo: whether what is there is moved aside.
+        overwrite: whether what is there is moved aside.
 
     Attributes:
         moved: what was moved aside, by its new names.
@@ -72,12 +72,12 @@ class Ledger:
 
     def __init__(
         self,
-        files: Files,
+        files: LedgerFiles,
         *,
         job: Mapping[str, Any],
         start_seconds: float | None = None,
         lines_per_file: int | None = None,
-        is_redo: bool = False,
+        overwrite: bool = False,
     ) -> None:
         if lines_per_file is not None and lines_per_file < 1:
             raise ValueError(f"--lines_per_file must be at least 1, got {lines_per_file}")
@@ -86,7 +86,7 @@ class Ledger:
         self.files = files
         self.num_cut_bytes = 0
         self.moved: list[Path] = []
-        self._is_redo = is_redo
+        self._is_redo = overwrite
         self._job = dict(job)
         self._start_seconds = start_seconds
         self._lines_per_file = lines_per_file
@@ -96,8 +96,8 @@ class Ledger:
         self._failed: set[bytes] = set()  # parts
         self._failed_in_part: set[bytes] = set()  # versions of files
         self._torn: set[bytes] = set()  # too, of which a part is neither among the captions nor among the failures
-        self._done = Digests()
-        if not is_redo:
+        self._done = HashSet()
+        if not overwrite:
             _require_same_job(files, self._job)
 
     def __enter__(self) -> "Ledger":
@@ -110,7 +110,7 @@ class Ledger:
     def _open(self) -> None:
         self._lock()
         if self._is_redo:
-            self.moved = set_aside(self.files)
+            self.moved = move_to_backup(self.files)
         while True:
             try:
                 self._read_all()
@@ -124,7 +124,7 @@ class Ledger:
         keys = bytearray()
         for path in self.files.all_captions():
             self._read(path, keys)
-        self._done = Digests(keys)
+        self._done = HashSet(keys)
         self._failed_in_part = set()
         for failure in self._failures():
             version = _version_of(failure)
@@ -132,44 +132,44 @@ class Ledger:
             is_outstanding = failure.stage == "write" or _failure_key(failure) in self._failed
             if (
                 is_outstanding
-                and self._key(Video(failure.video, failure.size_bytes, failure.modified_ns)) in self._done
+                and self._key(VideoFile(failure.video, failure.size_bytes, failure.modified_ns)) in self._done
             ):
                 self._failed_in_part.add(version)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def is_done(self, video: Video) -> bool:
+    def is_done(self, video: VideoFile) -> bool:
         """Whether the file, as it is, stands among the captions that were there before."""
         return self._key(video) in self._done and not (self._torn and _version_of(video) in self._torn)
 
-    def has_failed_in_part(self, video: Video) -> bool:
+    def has_failed_in_part(self, video: VideoFile) -> bool:
         """Whether a segment of a file that is done, as it is, or its side-car, failed before and did not come out."""
         return _version_of(video) in self._failed_in_part
 
-    def has_failed(self, found: Video | Failure) -> bool:
+    def has_failed(self, found: VideoFile | Failure) -> bool:
         """Whether the file, as it is, could not be captioned before, or the folder not be listed."""
-        return (self._key(found) if isinstance(found, Video) else _failure_key(found)) in self._failed
+        return (self._key(found) if isinstance(found, VideoFile) else _failure_key(found)) in self._failed
 
-    def is_known(self, found: Video | Failure) -> bool:
+    def is_known(self, found: VideoFile | Failure) -> bool:
         """Whether an ordinary run passes over it."""
-        return self.has_failed(found) or (isinstance(found, Video) and self.is_done(found))
+        return self.has_failed(found) or (isinstance(found, VideoFile) and self.is_done(found))
 
-    def to_retry(self, *, globs: Sequence[str] = ()) -> Iterator[Video | Failure]:
+    def to_retry(self, *, globs: Sequence[str] = ()) -> Iterator[VideoFile | Failure]:
         """This shard's videos that failed in earlier runs and did not come out since, as they are now.
 
         Args:
-            globs: for what is in a folder that could not be listed; see `Listing`.
+            globs: for what is in a folder that could not be listed; see `VideoListing`.
         """
         told: set[str] = set()
         for failure in self._failures():
             if failure.video in told or not self.files.shard.holds(failure.video):
                 continue
-            now = look(failure.video)
+            now = stat_video(failure.video)
             if os.path.lexists(_unescape(failure.video)):
                 yield failure  # its name is still one that no record can hold
-            elif os.path.isdir(failure.video):  # noqa: PTH112 - as in `walk`
-                found = Listing([failure.video], globs=globs, shard=self.files.shard).videos()
+            elif os.path.isdir(failure.video):  # noqa: PTH112 - as in `walk_paths`
+                found = VideoListing([failure.video], globs=globs, shard=self.files.shard).videos()
                 yield from (one for one in found if isinstance(one, Failure) or not self.is_done(one))
             elif isinstance(now, Failure) or self._is_outstanding(failure, now):
                 yield now
@@ -181,7 +181,7 @@ class Ledger:
         """Failures to write a side-car, of this shard's videos."""
         return [one for one in self._failures() if one.stage == "write" and self.files.shard.holds(one.video)]
 
-    def _is_outstanding(self, failure: Failure, now: Video) -> bool:
+    def _is_outstanding(self, failure: Failure, now: VideoFile) -> bool:
         if (failure.size_bytes, failure.modified_ns) == (now.size_bytes, now.modified_ns):
             return _failure_key(failure) in self._failed
         return not self.is_done(now)
@@ -222,7 +222,7 @@ class Ledger:
                 if path != own:
                     path.unlink()
 
-    def _key(self, video: Video) -> bytes:
+    def _key(self, video: VideoFile) -> bytes:
         return part_key(
             video.path,
             size_bytes=video.size_bytes,
@@ -242,7 +242,7 @@ class Ledger:
             for line in group:
                 values = parse_line(line, path)
                 start = float(values.get("start_seconds") or 0.0)
-                key = digest(values["video"], values.get("size_bytes"), values.get("modified_ns"), start)
+                key = hash_key(values["video"], values.get("size_bytes"), values.get("modified_ns"), start)
                 self._failed.discard(key)
                 if start == first:
                     keys += key
@@ -299,9 +299,9 @@ def _is_held(lock: Path) -> bool:
     return False
 
 
-def _require_same_job(files: Files, job: Mapping[str, Any]) -> None:
+def _require_same_job(files: LedgerFiles, job: Mapping[str, Any]) -> None:
     """See that what is there was asked with the same words; raises LedgerError."""
-    what_to_do = "choose another --out, or give --redo, which moves the old files aside and begins anew"
+    what_to_do = "choose another --out, or give --overwrite, which moves the old files aside and begins anew"
     if not files.job.exists():
         if found := files.all_captions():
             raise LedgerError(
@@ -333,13 +333,13 @@ def _failure_key(failure: Failure) -> bytes:
     )
 
 
-def _version_of(one: Video | Failure) -> bytes:
+def _version_of(one: VideoFile | Failure) -> bytes:
     name = one.video if isinstance(one, Failure) else one.path
     return version_key(name, size_bytes=one.size_bytes, modified_ns=one.modified_ns)
 
 
 def _unescape(name: str) -> str:
-    """The name of a file whose name is not in UTF-8, of what `look` made of it; "" for any other name."""
+    """The name of a file whose name is not in UTF-8, of what `stat_video` made of it; "" for any other name."""
     raw = re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), os.fsencode(name))
     try:
         raw.decode()

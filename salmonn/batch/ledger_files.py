@@ -16,14 +16,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from salmonn.batch.discovery import Shard, Tell
+from salmonn.batch.discovery import LogFunction, Shard
 from salmonn.records import Record, parse_record
 
 GOES_ON = b" \n"  # ends a line that others of its group follow
 ENDS = b"\n"
 ENDS_IN_PART = b"\t\n"
 FAILED = ".failed.jsonl"
-SIDECARS = ".sidecars.jsonl"
+SIDECARS = ".subtitles.jsonl"
 JOB = ".job.json"
 _NUMBER = r"\.\d{5}"  # of a full file; a date has more digits
 _MOST_FULL = 99_999
@@ -34,7 +34,7 @@ class LedgerError(ValueError):
 
 
 @dataclass(frozen=True)
-class Files:
+class LedgerFiles:
     """Names of a run's files.
 
     Args:
@@ -46,7 +46,7 @@ class Files:
     shard: Shard = field(default_factory=Shard)
 
     @classmethod
-    def of(cls, captions: Path) -> "Files":
+    def of(cls, captions: Path) -> "LedgerFiles":
         """Of the run that a file of captions, of whatever shard, is from."""
         bare = re.sub(rf"{_NUMBER}$", "", captions.stem)
         stems = (captions.stem, bare, re.sub(r"-\d+-of-\d+$", "", bare))
@@ -64,7 +64,7 @@ class Files:
         return self._own(FAILED)
 
     @property
-    def sidecars(self) -> Path:
+    def subtitles(self) -> Path:
         """The side-cars that this process wrote."""
         return self._own(SIDECARS)
 
@@ -101,7 +101,7 @@ class Files:
         """Failures of all shards."""
         return self._all(re.escape(FAILED))
 
-    def all_sidecars(self) -> list[Path]:
+    def all_subtitles(self) -> list[Path]:
         """Side-cars of all shards."""
         return self._all(re.escape(SIDECARS))
 
@@ -154,7 +154,7 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
     return sorted(keys, key=lambda path: keys[path])
 
 
-def set_aside(files: Files) -> list[Path]:
+def move_to_backup(files: LedgerFiles) -> list[Path]:
     """Move all that earlier runs wrote to names that end in .old, and a number where those are taken.
 
     Returns:
@@ -168,7 +168,7 @@ def set_aside(files: Files) -> list[Path]:
     return moved
 
 
-def read_groups(path: Path, *, file: BinaryIO | None = None, tell: Tell | None = None) -> Iterator[list[bytes]]:
+def read_groups(path: Path, *, file: BinaryIO | None = None, log: LogFunction | None = None) -> Iterator[list[bytes]]:
     """The lines of each file that was captioned, one group after the other; one that is not whole is left out.
 
     Args:
@@ -184,8 +184,8 @@ def read_groups(path: Path, *, file: BinaryIO | None = None, tell: Tell | None =
             if line.endswith(ENDS) and not line.endswith(GOES_ON):
                 yield group
                 group = []
-    if group and tell:
-        tell("%s breaks off in the middle of a video's captions, which are left out: a run was killed there", path)
+    if group and log:
+        log("%s breaks off in the middle of a video's captions, which are left out: a run was killed there", path)
 
 
 def parse_line(line: bytes, path: Path) -> dict[str, Any]:

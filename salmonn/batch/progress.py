@@ -8,14 +8,14 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from salmonn.batch.job import Tally
+from salmonn.batch.job import RunStats
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _FORMAT_WITHOUT_TOTAL = "{desc}: {n_fmt} videos [{elapsed}{postfix}]"
 _LOG_SECONDS = 30.0  # between two lines where the bar goes into a file
 
 
-class Progress:
+class JobProgress:
     """The bar of a run; to be used in a `with` statement.
 
     Args:
@@ -24,8 +24,8 @@ class Progress:
         is_shown: False on all processes but one.
     """
 
-    def __init__(self, tally: Tally, *, count: Callable[[], Iterable[object]] | None, is_shown: bool = True) -> None:
-        self._tally = tally
+    def __init__(self, stats: RunStats, *, count: Callable[[], Iterable[object]] | None, is_shown: bool = True) -> None:
+        self._tally = stats
         self._count = count
         self._is_over = threading.Event()
         self._total: int | None = None
@@ -38,7 +38,7 @@ class Progress:
             mininterval=0.1 if sys.stderr.isatty() else _LOG_SECONDS,
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "JobProgress":
         if self._count and not self._bar.disable:
             threading.Thread(target=self._count_all, name="counting", daemon=True).start()
         return self

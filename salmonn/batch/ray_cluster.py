@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
-from salmonn.batch.discovery import Video
-from salmonn.batch.job import Group, Placed, Task, caption_videos
+from salmonn.batch.discovery import VideoFile
+from salmonn.batch.job import IndexedVideo, JobConfig, VideoResult, caption_videos
 from salmonn.batch.ledger_files import LedgerError
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.loader import ClipReader, sensible_workers
@@ -31,7 +31,7 @@ MOST_DEATHS = 8
 
 
 @dataclass(frozen=True)
-class Cluster:
+class RayConfig:
     """How the work is laid out.
 
     Args:
@@ -52,19 +52,21 @@ class Cluster:
 class _Actor:
     """A model and what reads ahead for it, in a process of the cluster."""
 
-    def __init__(self, load: Load, task: Task, cluster: Cluster) -> None:
+    def __init__(self, load: Load, task: JobConfig, cluster: RayConfig) -> None:
         workers = sensible_workers(BLOCK_VIDEOS) if cluster.workers is None else cluster.workers
         self._reader = ClipReader(workers=workers, limits=cluster.limits)
         self._captioner = load()
         self._task = task
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
-        videos = [(row["place"], Video(**row["video"])) for row in map(json.loads, block["row"])]
+        videos = [(row["place"], VideoFile(**row["video"])) for row in map(json.loads, block["row"])]
         groups = caption_videos(self._captioner, videos, task=self._task, reader=self._reader)
         return {"row": [json.dumps(asdict(group)) for group in groups]}
 
 
-def caption_on_cluster(videos: Iterator[Placed], *, load: Load, task: Task, cluster: Cluster) -> Generator[Group]:
+def caption_on_cluster(
+    videos: Iterator[IndexedVideo], *, load: Load, task: JobConfig, cluster: RayConfig
+) -> Generator[VideoResult]:
     """Like `caption_videos`, on the cluster that Ray finds (RAY_ADDRESS), or on this machine alone.
 
     Args:
@@ -93,7 +95,9 @@ def caption_on_cluster(videos: Iterator[Placed], *, load: Load, task: Task, clus
         ray.shutdown()
 
 
-def _caption_round(block: list[Placed], *, load: Load, task: Task, cluster: Cluster) -> Generator[Group]:
+def _caption_round(
+    block: list[IndexedVideo], *, load: Load, task: JobConfig, cluster: RayConfig
+) -> Generator[VideoResult]:
     import pyarrow  # noqa: PLC0415 - comes with Ray
     import ray.data  # noqa: PLC0415 - an extra
 
@@ -121,10 +125,10 @@ def _caption_round(block: list[Placed], *, load: Load, task: Task, cluster: Clus
         yield _read_group(row["row"])
 
 
-def _read_group(row: str) -> Group:
+def _read_group(row: str) -> VideoResult:
     values = json.loads(row)
     results = tuple(map(_read_result, values["results"]))
-    return Group(values["place"], Video(**values["video"]), results)
+    return VideoResult(values["place"], VideoFile(**values["video"]), results)
 
 
 def _read_result(values: dict[str, Any]) -> Caption | Failure:

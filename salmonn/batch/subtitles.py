@@ -14,8 +14,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from salmonn.batch.digests import Digests, digest
 from salmonn.batch.discovery import is_media
+from salmonn.batch.hash_set import HashSet, hash_key
 from salmonn.batch.ledger_files import LedgerError, append_group, cut_tail, iter_whole, no_room
 from salmonn.caption.worker import Limits, Worker, WorkerDied
 from salmonn.media.clip import AUDIO_SUFFIXES
@@ -38,7 +38,7 @@ class Cue:
 
 
 @dataclass(frozen=True)
-class Sidecar:
+class SubtitleFile:
     """A side-car as it was left.
 
     Args:
@@ -55,10 +55,10 @@ class Sidecar:
     @property
     def key(self) -> bytes:
         """What it is known by."""
-        return digest(self.path, self.video, self.size_bytes, self.modified_ns)
+        return hash_key(self.path, self.video, self.size_bytes, self.modified_ns)
 
 
-class Lengths:
+class DurationReader:
     """Asks files for their lengths, in a process with limits, as for reading them; to be closed.
 
     Args:
@@ -86,7 +86,7 @@ class Lengths:
             raise ClipError(f"{video}: {error}") from error
 
 
-class Sidecars:
+class SubtitleWriter:
     """Writes side-cars; to be used in a `with` statement where captions may have no end.
 
     Args:
@@ -109,14 +109,14 @@ class Sidecars:
         limits: Limits | None = None,
     ) -> None:
         self._formats = formats
-        self._lengths = Lengths(limits or Limits())
+        self._lengths = DurationReader(limits or Limits())
         self._log = log
         self._folder = folder
         self._replace = replace
         cut_tail(log)
-        self._ours = Digests(b"".join(one.key for path in logs for one in iter_whole(path, Sidecar)))
+        self._ours = HashSet(b"".join(one.key for path in logs for one in iter_whole(path, SubtitleFile)))
 
-    def __enter__(self) -> "Sidecars":
+    def __enter__(self) -> "SubtitleWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +147,7 @@ class Sidecars:
             except OSError as error:
                 if error.errno in _DISK_ERRORS:
                     raise LedgerError(no_room(path, error)) from error
-                reason = f"{path}: cannot be written ({error.strerror}); choose another folder with --sidecar_dir"
+                reason = f"{path}: cannot be written ({error.strerror}); choose another folder with --subtitle-dir"
                 failures.append(_fail(captions[0], reason))
         return failures
 
@@ -166,10 +166,10 @@ class Sidecars:
         """Write one; raises OSError, and ClipError where something else stands there."""
         if path.exists() and not self._replace and path.read_bytes() != text.encode():
             there = path.stat()
-            if Sidecar(str(path), caption.video, there.st_size, there.st_mtime_ns).key not in self._ours:
+            if SubtitleFile(str(path), caption.video, there.st_size, there.st_mtime_ns).key not in self._ours:
                 raise ClipError(
-                    f"{path}: is there already, and not as it was left here; give --replace_sidecars to replace it, or "
-                    "--sidecar_dir for another folder"
+                    f"{path}: is there already, and not as it was left here; give --replace-subtitles to replace it or "
+                    "--subtitle-dir for another folder"
                 )
         if self._folder is not None:  # a video's own folder is there, or gone with it
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ class Sidecars:
             temporary.write_bytes(text.encode())
             left = temporary.stat()
             # Before it takes its name, so that whatever stands there is known.
-            sidecar = Sidecar(str(path), caption.video, left.st_size, left.st_mtime_ns)
+            sidecar = SubtitleFile(str(path), caption.video, left.st_size, left.st_mtime_ns)
             append_group(self._log, [sidecar])
             self._ours.add(sidecar.key)
             temporary.replace(path)
@@ -256,7 +256,7 @@ def _end_seconds(caption: Caption, seconds_of: Callable[[str], float]) -> float:
     end = seconds_of(caption.video) if caption.end_seconds is None else caption.end_seconds
     if end <= 0:
         raise ClipError(
-            f"{caption.video}: does not say how long it is, so that a cue has no end; give --segments, or --end"
+            f"{caption.video}: does not say how long it is, so that a cue has no end; give --segment-seconds, or --end"
         )
     return end
 

@@ -19,18 +19,18 @@ from salmonn.cli.model import add_model, load_captioner
 from salmonn.records import Modality
 
 if TYPE_CHECKING:
-    from salmonn.batch.discovery import Listing, Video
-    from salmonn.batch.job import Group, Job, Placed, Tally, Task
+    from salmonn.batch.discovery import VideoFile, VideoListing
+    from salmonn.batch.job import CaptionJob, IndexedVideo, JobConfig, RunStats, VideoResult
     from salmonn.batch.ledger import Ledger
-    from salmonn.batch.ledger_files import Files
-    from salmonn.batch.subtitles import Sidecars
+    from salmonn.batch.ledger_files import LedgerFiles
+    from salmonn.batch.subtitles import SubtitleWriter
     from salmonn.caption.loader import ClipReader
     from salmonn.records import Failure
 
 # What captions depend on: a run that asks otherwise does not go on with them.
 ASKED = (
-    "model", "adapter", "prompt", "modality", "start", "end", "segments", "temperature", "top_p", "repetition_penalty",
-    "max_new_tokens", "seed", "published_positions", "dtype", "bits",
+    "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
+    "repetition_penalty", "max_new_tokens", "seed", "published_positions", "dtype", "bits",
 )  # fmt: skip
 
 
@@ -58,12 +58,14 @@ def _add_what(parser: ArgumentParser) -> None:
     parser.add_argument("--list", type=str | None, default=None, help="file with one path a line, too; -: stdin")
     globs = "of folders only such files: '*.mp4' 'train/**/*.mp4'"
     parser.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
-    parser.add_argument("--redo", action="store_true", help="begin anew; what is there is moved to names with .old")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew; what is there is moved to names with .old"
+    )
     parser.add_argument(
         "--retry_failed", action="store_true", help="try what failed in earlier runs, and nothing else, once more"
     )
     parser.add_argument("--max_failures", type=int, default=20, help="so many videos in a row end the run; 0: never")
-    parser.add_argument("--shards", type=str | None, default=None, help="2/8: the second eighth of the videos")
+    parser.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
 
 
 def _add_question(parser: ArgumentParser) -> None:
@@ -73,7 +75,9 @@ def _add_question(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--start", type=float | None, default=None, help="seconds from which on the video is taken")
     parser.add_argument("--end", type=float | None, default=None, help="seconds up to which the video is taken")
-    parser.add_argument("--segments", type=float | None, default=None, help="seconds: a caption for each such span")
+    parser.add_argument(
+        "--segment-seconds", type=float | None, default=None, help="seconds: a caption for each such span"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest words, 1 draws freely")
     parser.add_argument("--top_p", type=float, default=0.9, help="nucleus that words are drawn from")
     parser.add_argument("--repetition_penalty", type=float | None, default=None, help="1: none (default: the model's)")
@@ -87,8 +91,8 @@ def _add_outputs(parser: ArgumentParser) -> None:
         "--export", nargs="+", type=kinds, default=[], help="csv, parquet: beside --out, at the end; txt, srt, vtt: "
         "beside each video, at once"
     )  # fmt: skip
-    parser.add_argument("--sidecar_dir", type=Path | None, default=None, help="folder for txt, srt and vtt instead")
-    parser.add_argument("--replace_sidecars", action="store_true", help="also files of those names that are not ours")
+    parser.add_argument("--subtitle-dir", type=Path | None, default=None, help="folder for txt, srt and vtt instead")
+    parser.add_argument("--replace-subtitles", action="store_true", help="also files of those names that are not ours")
     parser.add_argument("--lines_per_file", type=int | None, default=None, help="then captions.00001.jsonl, ...")
 
 
@@ -120,32 +124,32 @@ def run_caption(values: Namespace) -> int:
 
 def _caption(values: Namespace) -> int:
     """Do it, and say how many videos have no caption, or not all that was asked for."""
-    from salmonn.batch.job import Job
+    from salmonn.batch.job import CaptionJob
     from salmonn.batch.ledger import Ledger
-    from salmonn.batch.ledger_files import Files
+    from salmonn.batch.ledger_files import LedgerFiles
 
     listing = _listing(values)
-    files = Files(values.out, listing.shard)
+    files = LedgerFiles(values.out, listing.shard)
     job = {name: values[name] for name in ASKED} | _sign_model(values)
     ledger = Ledger(
-        files, job=job, start_seconds=values.start, lines_per_file=values.lines_per_file, is_redo=values.redo
+        files, job=job, start_seconds=values.start, lines_per_file=values.lines_per_file, overwrite=values.overwrite
     )
     work = _Work(values, listing)
     if not values.retry_failed:
         listing.require_some()
     with ledger, ExitStack() as stack:
         _tell_state(ledger)
-        run = Job(
+        run = CaptionJob(
             ledger,
             is_retry=values.retry_failed,
             max_failures=values.max_failures,
-            sidecars=_sidecars(values, files, stack),
+            subtitles=_sidecars(values, files, stack),
             tell=_tell_failure,
         )
         speed = work.do(run, ledger)
         _finish(values, run, files)
-    _summarise(run.tally, files, speed)
-    return run.tally.failed + run.tally.failed_before
+    _summarise(run.stats, files, speed)
+    return run.stats.failed + run.stats.failed_before
 
 
 class _Work:
@@ -156,7 +160,7 @@ class _Work:
         listing: of the videos.
     """
 
-    def __init__(self, values: Namespace, listing: "Listing") -> None:
+    def __init__(self, values: Namespace, listing: "VideoListing") -> None:
         from salmonn.caption.worker import Limits
 
         self._values = values
@@ -164,10 +168,10 @@ class _Work:
         self._task = _task(values)
         self._limits = Limits(values.read_seconds, values.read_gib)
 
-    def do(self, run: "Job", ledger: "Ledger") -> str:
+    def do(self, run: "CaptionJob", ledger: "Ledger") -> str:
         """Caption what is to be captioned, and say how fast that went."""
         from salmonn import dist
-        from salmonn.batch.progress import Progress
+        from salmonn.batch.progress import JobProgress
         from salmonn.caption.loader import MOST_WORKERS
 
         pending = run.pending(self._found(ledger))
@@ -178,18 +182,18 @@ class _Work:
         with ExitStack() as stack:
             reader = self._reader(len(first), stack)
             groups = stack.enter_context(closing(self._groups(chain(first, pending), reader)))
-            bar = stack.enter_context(Progress(run.tally, count=self._count(ledger), is_shown=dist.is_main()))
+            bar = stack.enter_context(JobProgress(run.stats, count=self._count(ledger), is_shown=dist.is_main()))
             begin = time.perf_counter()
             for group in groups:
-                run.keep(group)
+                run.save(group)
                 bar.step()
             seconds = time.perf_counter() - begin
-        words = f"; {60 * run.tally.videos / seconds:.1f} clips a minute"
+        words = f"; {60 * run.stats.videos / seconds:.1f} clips a minute"
         return words + (
             f", and the model waited {reader.waited_seconds / seconds:.0%} of the time for them" if reader else ""
         )
 
-    def _found(self, ledger: "Ledger") -> "Iterable[Video | Failure]":
+    def _found(self, ledger: "Ledger") -> "Iterable[VideoFile | Failure]":
         return ledger.to_retry(globs=self._values.glob) if self._values.retry_failed else self._listing.videos()
 
     def _count(self, ledger: "Ledger") -> "Callable[[], Iterator[object]] | None":
@@ -209,39 +213,39 @@ class _Work:
         workers = sensible_workers(num_videos) if self._values.workers is None else self._values.workers
         return stack.enter_context(ClipReader(workers=workers, limits=self._limits))
 
-    def _groups(self, videos: "Iterator[Placed]", reader: "ClipReader | None") -> "Generator[Group]":
+    def _groups(self, videos: "Iterator[IndexedVideo]", reader: "ClipReader | None") -> "Generator[VideoResult]":
         from salmonn.batch.job import caption_videos
 
         if reader:
             # Its workers start while the model is loaded.
             return caption_videos(load_captioner(self._values), videos, task=self._task, reader=reader)
-        from salmonn.batch.ray_cluster import Cluster, caption_on_cluster
+        from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
 
-        cluster = Cluster(self._values.ray_actors, self._values.workers, self._limits)
+        cluster = RayConfig(self._values.ray_actors, self._values.workers, self._limits)
         return caption_on_cluster(videos, load=partial(load_captioner, self._values), task=self._task, cluster=cluster)
 
 
-def _listing(values: Namespace) -> "Listing":
+def _listing(values: Namespace) -> "VideoListing":
     from salmonn import dist
-    from salmonn.batch.discovery import Listing, Shard
+    from salmonn.batch.discovery import Shard, VideoListing
 
-    shard = Shard.parse(values.shards) if values.shards else Shard()
+    shard = Shard.parse(values.shard) if values.shard else Shard()
     if dist.world_size() > 1:
-        if values.shards or values.engine == "ray":
-            raise ValueError("under torchrun each process takes its shard: give no --shards and no --strategy ray")
+        if values.shard or values.engine == "ray":
+            raise ValueError("under torchrun each process takes its shard: give no --shard and no --engine ray")
         shard = Shard(dist.rank() + 1, dist.world_size())
-    if values.redo and shard.count > 1:
+    if values.overwrite and shard.count > 1:
         raise ValueError(
-            f"--redo would move aside what other shards are writing: move or delete {values.out.stem}*.jsonl and "
+            f"--overwrite would move aside what other shards are writing: move or delete {values.out.stem}*.jsonl and "
             f"{values.out.stem}.job.json yourself, then start all shards without it"
         )
-    if values.redo and values.retry_failed:
-        raise ValueError("--redo does everything anew, failures too: give it without --retry_failed")
-    return Listing(values.paths, list_path=values.list, globs=values.glob, shard=shard)
+    if values.overwrite and values.retry_failed:
+        raise ValueError("--overwrite does everything anew, failures too: give it without --retry_failed")
+    return VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard)
 
 
-def _task(values: Namespace) -> "Task":
-    from salmonn.batch.job import Task
+def _task(values: Namespace) -> "JobConfig":
+    from salmonn.batch.job import JobConfig
     from salmonn.caption.captioner import Span
     from salmonn.caption.generate import Sampling
 
@@ -251,14 +255,14 @@ def _task(values: Namespace) -> "Task":
     )
     # A cue has an end; one of them is the whole video where no segments are asked for.
     needs_ends = {"srt", "vtt"} & set(values.export)
-    return Task(
+    return JobConfig(
         prompt=values.prompt,
         sampling=sampling,
         max_new_tokens=values.max_new_tokens,
         span=Span(values.start, values.end),
         modality=values.modality,
         seed=values.seed,
-        segment_seconds=math.inf if needs_ends and values.segments is None else values.segments,
+        segment_seconds=math.inf if needs_ends and values.segment_seconds is None else values.segment_seconds,
         batch_size=values.batch_size,
     )
 
@@ -289,34 +293,34 @@ def _sign_folder(folder: Path, name: str) -> dict[str, str]:
     return {name: state.hexdigest()}
 
 
-def _sidecars(values: Namespace, files: "Files", stack: ExitStack) -> "Sidecars | None":
-    from salmonn.batch.subtitles import FORMATS, Sidecars
+def _sidecars(values: Namespace, files: "LedgerFiles", stack: ExitStack) -> "SubtitleWriter | None":
+    from salmonn.batch.subtitles import FORMATS, SubtitleWriter
     from salmonn.caption.worker import Limits
 
     formats = [name for name in FORMATS if name in values.export]
     if not formats:
         return None
     return stack.enter_context(
-        Sidecars(
+        SubtitleWriter(
             formats,
-            log=files.sidecars,
-            logs=files.all_sidecars(),
-            folder=values.sidecar_dir,
-            replace=values.replace_sidecars,
+            log=files.subtitles,
+            logs=files.all_subtitles(),
+            folder=values.subtitle_dir,
+            replace=values.replace_subtitles,
             limits=Limits(values.read_seconds, values.read_gib),
         )
     )
 
 
-def _finish(values: Namespace, run: "Job", files: "Files") -> None:
+def _finish(values: Namespace, run: "CaptionJob", files: "LedgerFiles") -> None:
     """Write what can be written at the end alone."""
-    from salmonn.batch.export import TABLES, Latest, export_table
+    from salmonn.batch.export import TABLES, LatestCaptions, export_table
 
     tables = [suffix for suffix in TABLES if suffix.removeprefix(".") in values.export]
-    if run.needs_catching_up:  # by whatever shard, of whatever number of them, it was captioned
-        run.catch_up(Latest(files.all_captions()))
+    if run.has_missing_subtitles:  # by whatever shard, of whatever number of them, it was captioned
+        run.write_missing_subtitles(LatestCaptions(files.all_captions()))
     if tables:
-        latest = Latest(files.own_captions() if files.shard.count > 1 else files.all_captions())
+        latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
         for suffix in tables:
             export_table(latest, files.captions.with_suffix(suffix))
     if values.retry_failed:
@@ -337,12 +341,12 @@ def _tell_failure(words: str) -> None:
     tqdm.write(f"failed: {words}", file=sys.stderr)
 
 
-def _summarise(tally: "Tally", files: "Files", speed: str) -> None:
-    sys.stderr.write(f"{tally.captions} captions in {files.captions}, {tally.failed} videos failed{speed}\n")
-    if tally.done_before:
-        sys.stderr.write(f"{tally.done_before} videos were there already\n")
-    if tally.failed_before:
+def _summarise(stats: "RunStats", files: "LedgerFiles", speed: str) -> None:
+    sys.stderr.write(f"{stats.captions} captions in {files.captions}, {stats.failed} videos failed{speed}\n")
+    if stats.done_before:
+        sys.stderr.write(f"{stats.done_before} videos were there already\n")
+    if stats.failed_before:
         sys.stderr.write(
-            f"{tally.failed_before} failed in earlier runs, or a part of them, and are passed over: "
+            f"{stats.failed_before} failed in earlier runs, or a part of them, and are passed over: "
             f"{files.failed} says why, and --retry_failed tries them again\n"
         )

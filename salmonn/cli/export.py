@@ -19,16 +19,16 @@ def export_parser() -> ArgumentParser:
         "--to", nargs="+", type=str, required=True, help="names that end in .csv (to be opened in a "
         "spreadsheet as text), .parquet or .jsonl; or txt, srt, vtt"
     )  # fmt: skip
-    parser.add_argument("--sidecar_dir", type=Path | None, default=None, help="folder for txt, srt and vtt")
-    parser.add_argument("--replace_sidecars", action="store_true", help="also files of those names that are not ours")
+    parser.add_argument("--subtitle-dir", type=Path | None, default=None, help="folder for txt, srt and vtt")
+    parser.add_argument("--replace-subtitles", action="store_true", help="also files of those names that are not ours")
     return parser
 
 
 def run_export(values: Namespace) -> int:
     """Write captions in other forms."""
-    from salmonn.batch.export import TABLES, Latest, export_sidecars, export_table
-    from salmonn.batch.ledger_files import FAILED, SIDECARS, Files, in_order
-    from salmonn.batch.subtitles import FORMATS, Sidecars
+    from salmonn.batch.export import TABLES, LatestCaptions, export_subtitles, export_table
+    from salmonn.batch.ledger_files import FAILED, SIDECARS, LedgerFiles, in_order
+    from salmonn.batch.subtitles import FORMATS, SubtitleWriter
 
     formats = [name for name in FORMATS if name in values.to]
     tables = [Path(name) for name in values.to if name not in FORMATS]
@@ -44,21 +44,21 @@ def run_export(values: Namespace) -> int:
     if not paths:
         raise ValueError(f"{values.captions[0]} holds no captions; give JSONL files of `salmonn caption`")
     _tell_others(paths)
-    latest = Latest(in_order(paths))
+    latest = LatestCaptions(in_order(paths))
     for path in tables:
         export_table(latest, path)
         sys.stderr.write(f"{len(latest)} captions in {path}\n")
     if not formats:
         return 0
-    files = Files.of(paths[0])
-    with Sidecars(
+    files = LedgerFiles.of(paths[0])
+    with SubtitleWriter(
         formats,
-        log=files.sidecars,
-        logs=files.all_sidecars(),
-        folder=values.sidecar_dir,
-        replace=values.replace_sidecars,
-    ) as sidecars:
-        num_videos, failures = export_sidecars(latest, sidecars)
+        log=files.subtitles,
+        logs=files.all_subtitles(),
+        folder=values.subtitle_dir,
+        replace=values.replace_subtitles,
+    ) as subtitles:
+        num_videos, failures = export_subtitles(latest, subtitles)
     for failure in failures:
         sys.stderr.write(f"failed: {failure.reason}\n")
     sys.stderr.write(f"{', '.join(formats)} of {num_videos} videos, {len(failures)} could not be written\n")
@@ -67,10 +67,10 @@ def run_export(values: Namespace) -> int:
 
 def _tell_others(paths: list[Path]) -> None:
     """Say where files of the same run, full ones or other shards', are not among those that are named."""
-    from salmonn.batch.ledger_files import Files
+    from salmonn.batch.ledger_files import LedgerFiles
 
     named = {path.resolve() for path in paths}
-    for files in {Files.of(path) for path in paths}:
+    for files in {LedgerFiles.of(path) for path in paths}:
         if others := [path for path in files.all_captions() if path.resolve() not in named]:
             sys.stderr.write(
                 f"{len(others)} more of the same run, as {others[0]}, are left out: to have all its captions name "

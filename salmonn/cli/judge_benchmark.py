@@ -1,4 +1,4 @@
-"""`salmonn judge-bench`: how far a judge can be trusted."""
+"""`salmonn judge-benchmark`: how far a judge can be trusted."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def bench_parser() -> ArgumentParser:
-    """Arguments of `salmonn judge-bench`."""
+    """Arguments of `salmonn judge-benchmark`."""
     parser = ArgumentParser(
         description="Accuracy of a judge on labelled pairs of captions, by kind of fault, with its bias for position "
         "and length. data/judge_pairs.jsonl is such a set."

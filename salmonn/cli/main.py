@@ -31,7 +31,7 @@ COMMANDS: dict[str, Command] = {
     "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
     "events": (events_parser, run_events, "split reference captions into atomic events"),
     "qa": (qa_parser, run_qa, "accuracy of answers to multiple-choice questions"),
-    "judge-bench": (bench_parser, run_bench, "check a judge on labelled pairs of captions"),
+    "judge-benchmark": (bench_parser, run_bench, "check a judge on labelled pairs of captions"),
     "demo": (demo_parser, run_demo, "a page in the browser: caption, compare and vote, look at a run"),
     "plot": (plot_parser, run_plot, "curves and tables of a training run"),
     "serve": (serve_parser, run_serve, "answer chat completions about videos, as a service"),

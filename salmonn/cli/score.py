@@ -47,7 +47,7 @@ def score_parser() -> ArgumentParser:
     parser.add_argument("--out", type=Path | None, default=None, help="file for each caption's score, and who judged")
     parser.add_argument("--summary", type=Path | None, default=None, help="JSON file for all figures")
     parser.add_argument("--report", type=Path | None, default=None, help="HTML page: figures, worst clips, videos")
-    parser.add_argument("--worst", type=int, default=20, help="clips on that page")
+    parser.add_argument("--num-worst", type=int, default=20, help="clips on that page")
     parser.add_argument(
         "--protocol", type=ProtocolName, default="salmonn", help="arithmetic: " + ", ".join(get_args(ProtocolName))
     )
@@ -59,8 +59,10 @@ def score_parser() -> ArgumentParser:
 
 def run_score(values: Namespace) -> int:
     """Print the rates of captions with their intervals; write scores, figures and page where asked."""
-    if values.worst < 1 or not 0 <= values.seed < 2**31:
-        raise ValueError(f"--worst must be at least 1 and --seed 0 or more, got {values.worst} and {values.seed}")
+    if values.num_worst < 1 or not 0 <= values.seed < 2**31:
+        raise ValueError(
+            f"--num-worst must be at least 1 and --seed 0 or more, got {values.num_worst} and {values.seed}"
+        )
     _require_outputs(values)
     from salmonn.preference.reward import make_judge
     from salmonn.score.formats import match_video_names, read_captions, read_references, write_scores
@@ -207,7 +209,7 @@ def _write_page(
             references=references,
             published=_published_rates(scored),
             notes=notes,
-            worst=values.worst,
+            worst=values.num_worst,
         ),
     )
 

@@ -38,8 +38,12 @@ def _add_doors(parser: ArgumentParser) -> None:
     """Who may ask, and where files may come from."""
     parser.add_argument("--api_key_file", type=Path | None, default=None, help="keys, one a line: any opens the door")
     parser.add_argument("--no_auth", action="store_true", help="no key, though other machines reach --host")
-    parser.add_argument("--known_as", nargs="+", type=str, default=[], help="names that clients have for this machine")
-    parser.add_argument("--root", nargs="+", type=Path, default=[], help="folders whose files may be asked about")
+    parser.add_argument(
+        "--server-names", nargs="+", type=str, default=[], help="names that clients have for this machine"
+    )
+    parser.add_argument(
+        "--allowed-dirs", nargs="+", type=Path, default=[], help="folders whose files may be asked about"
+    )
     parser.add_argument(
         "--allow_hosts",
         nargs="+",
@@ -120,7 +124,7 @@ def _sources(values: Namespace) -> "Sources":
         seconds=values.fetch_seconds,
         ca_file=values.ca_file,
     )
-    return Sources(tuple(values.root), fetching)
+    return Sources(tuple(values.allowed_dirs), fetching)
 
 
 def _settings(values: Namespace, captioner: "Captioner", *, sources: "Sources", keys: tuple[str, ...]) -> "Settings":
@@ -139,7 +143,7 @@ def _settings(values: Namespace, captioner: "Captioner", *, sources: "Sources", 
         ),
         request_seconds=values.request_seconds,
         keys=keys,
-        hosts=tuple(host.lower() for host in (values.host, *values.known_as)),
+        hosts=tuple(host.lower() for host in (values.host, *values.server_names)),
     )
 
 

@@ -1,4 +1,4 @@
-"""How well a judge tells the better of two captions: `salmonn judge-bench PAIRS`.
+"""How well a judge tells the better of two captions: `salmonn judge-benchmark PAIRS`.
 
     result = bench(read_pairs("data/judge_pairs.jsonl"), RuleJudge())
     benchmark_rows(result)

@@ -208,7 +208,7 @@ class Service:
         settings = self.settings
         host = _host(request)
         if not (host in ("localhost", *settings.hosts) or _is_address(host)):
-            raise HTTPException(403, f"this server is not {host[:100]}: start it with --known_as if it is")
+            raise HTTPException(403, f"this server is not {host[:100]}: start it with --server-names if it is")
         if not settings.keys or request.url.path == "/health":
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")

@@ -40,7 +40,7 @@ class Sources:
     def __post_init__(self) -> None:
         for root in self.roots:
             if not root.is_dir():
-                raise ValueError(f"--root {root} is no folder: name one whose files may be read")
+                raise ValueError(f"--allowed-dirs {root} is no folder: name one whose files may be read")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def find_below(url: str, roots: tuple[Path, ...]) -> Path:
     """
     if not roots:
         raise SourceError(
-            "this server reads no files of its own: send the file as a data: URL, or start the server with --root"
+            "this server reads no local files: send the file as a data: URL, or start the server with --allowed-dirs"
         )
     named = url
     if url[:5].lower() == "file:":

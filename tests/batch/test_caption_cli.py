@@ -82,10 +82,10 @@ def test_killed_and_gone_on_with(folder, random_model, videos, tmp_path, caption
 
 def test_a_torn_line_is_cut_off_and_told(folder, caption, tmp_path):
     out = tmp_path / "captions.jsonl"
-    assert caption(folder, "--segments", 2)[0] == 0
+    assert caption(folder, "--segment-seconds", 2)[0] == 0
     whole = sorted(out.read_text().splitlines())
     os.truncate(out, out.stat().st_size - 11)
-    code, err = caption(folder, "--segments", 2)
+    code, err = caption(folder, "--segment-seconds", 2)
     assert code == 0 and "a run was killed while it wrote" in err and "9 videos were there already" in err
     assert sorted(line.strip() for line in out.read_text().splitlines()) == [line.strip() for line in whole]
 
@@ -112,11 +112,11 @@ def test_a_changed_file_is_captioned_again(folder, caption, videos, tmp_path, ca
 
 def test_shards_together_are_all(folder, caption, tmp_path):
     for shard in ("1/2", "2/2"):
-        assert caption(folder, "--shards", shard)[0] == 0
+        assert caption(folder, "--shard", shard)[0] == 0
     shares = [names(tmp_path / f"captions-{number}-of-2.jsonl") for number in (1, 2)]
     assert sorted(shares[0] + shares[1]) == EACH_ONCE and all(shares)
     # Whatever their number is the next time, there is nothing left to do.
-    for more in ((), ("--shards", "1/3")):
+    for more in ((), ("--shard", "1/3")):
         code, err = caption(folder, *more)
         assert code == 0 and "0 captions" in err and "were there already" in err
     assert not (tmp_path / "captions.jsonl").exists()
@@ -127,23 +127,23 @@ def test_shards_write_side_cars_of_what_one_process_captioned(folder, caption):
     assert caption(folder)[0] == 0
     counts = []
     for shard in ("1/2", "2/2"):
-        code, err = caption(folder, "--shards", shard, "--export", "txt")
+        code, err = caption(folder, "--shard", shard, "--export", "txt")
         assert code == 0 and "0 captions" in err
         counts.append(len(list(folder.rglob("*.txt"))))
     assert 0 < counts[0] < counts[1] == 10
 
 
 def test_shards_beside_a_process_without(folder, caption, tmp_path):
-    """Two ways of sharing out at once would do videos twice, and --redo would move what the shard is writing."""
+    """Two ways of sharing out at once would do videos twice, and --overwrite would move what the shard is writing."""
     from salmonn.batch.discovery import Shard
     from salmonn.batch.ledger import Ledger
-    from salmonn.batch.ledger_files import Files
+    from salmonn.batch.ledger_files import LedgerFiles
 
-    with Ledger(Files(tmp_path / "captions.jsonl", Shard(1, 2)), job={}):
-        for more in ((), ("--redo",), ("--shards", "1/3")):
+    with Ledger(LedgerFiles(tmp_path / "captions.jsonl", Shard(1, 2)), job={}):
+        for more in ((), ("--overwrite",), ("--shard", "1/3")):
             code, err = caption(folder, *more)
             assert code == 2 and "same number of shards" in err and ".captions-1-of-2.jsonl.lock is held" in err
-        assert caption(folder, "--shards", "2/2")[0] == 0
+        assert caption(folder, "--shard", "2/2")[0] == 0
 
 
 def test_torchrun_shares_out(folder, random_model, tmp_path):
@@ -248,13 +248,13 @@ def test_full_files_are_put_aside(folder, caption, tmp_path):
 
 def test_redo(folder, caption, tmp_path):
     assert caption(folder / "0.mp4")[0] == 0
-    code, err = caption(folder / "1.mp4", "--redo", "--temperature", 1)
+    code, err = caption(folder / "1.mp4", "--overwrite", "--temperature", 1)
     assert code == 0 and "captions.jsonl.old" in err
     assert names(tmp_path / "captions.jsonl.old") == ["clips/0.mp4"] and names(tmp_path / "captions.jsonl") == [
         "clips/1.mp4"
     ]
     code, err = caption(folder / "1.mp4")
-    assert code == 2 and "temperature 1.0 (now 0.0)" in err and "--redo" in err
+    assert code == 2 and "temperature 1.0 (now 0.0)" in err and "--overwrite" in err
 
 
 def test_draws_depend_on_the_path_alone(folder, caption, tmp_path):
@@ -272,8 +272,8 @@ def test_draws_depend_on_the_path_alone(folder, caption, tmp_path):
 
 def test_segments_with_subtitles_and_tables(folder, caption, tmp_path):
     """A cue for each segment, whose bounds are the caption's; the folder of the side-cars mirrors the clips'."""
-    code, _ = caption(folder / "0.mp4", "--segments", 2, "--export", "srt", "vtt", "txt", "csv", "parquet",
-                      "--sidecar_dir", tmp_path / "subs")  # fmt: skip
+    code, _ = caption(folder / "0.mp4", "--segment-seconds", 2, "--export", "srt", "vtt", "txt", "csv", "parquet",
+                      "--subtitle-dir", tmp_path / "subs")  # fmt: skip
     captions = read_records(tmp_path / "captions.jsonl", Caption)
     assert code == 0 and len(captions) >= 2
     assert [one.start_seconds for one in captions] == [2.0 * number for number in range(len(captions))]
@@ -289,7 +289,7 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     """Of whole videos, with their ends; a user's own file is left as it is, and that is a failure with words."""
     (folder / "1.srt").write_text("mine")
     code, err = caption(folder, "--glob", "[01].mp4", "--export", "srt")
-    assert code == 1 and (folder / "1.srt").read_text() == "mine" and "--replace_sidecars" in err
+    assert code == 1 and (folder / "1.srt").read_text() == "mine" and "--replace-subtitles" in err
     (failure,) = read_records(tmp_path / "captions.failed.jsonl", Failure)
     assert failure.stage == "write" and failure.video == str(folder / "1.mp4")
     assert len(read_records(tmp_path / "captions.jsonl", Caption)) == 4
@@ -300,16 +300,16 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     assert code == 1 and "3 videos were there already" in err and "1 failed in earlier runs, or a part of them" in err
     text = (folder / "0.srt").read_text()
     assert text.startswith("1\n00:00:00,000 --> 00:00:") and (folder / "more" / "1.srt").exists()
-    code, err = caption("--retry_failed", "--replace_sidecars", "--export", "srt")
+    code, err = caption("--retry_failed", "--replace-subtitles", "--export", "srt")
     assert code == 0 and (folder / "1.srt").read_text().startswith("1\n00:00:00,000 --> ")
     assert not (tmp_path / "captions.failed.jsonl").exists()
 
 
 def test_a_second_process_is_turned_away(folder, caption, tmp_path):
     from salmonn.batch.ledger import Ledger
-    from salmonn.batch.ledger_files import Files
+    from salmonn.batch.ledger_files import LedgerFiles
 
-    with Ledger(Files(tmp_path / "captions.jsonl"), job={}):
+    with Ledger(LedgerFiles(tmp_path / "captions.jsonl"), job={}):
         code, err = caption(folder)
     assert code == 2 and "another process is writing" in err
 
@@ -332,14 +332,14 @@ def test_a_full_disk(folder, caption, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--shards", "3/2"], "no shard 3 of 2"),
-        (["--shards", "2"], "2/8"),
-        (["--shards", "1/2", "--redo"], "other shards"),
-        (["--redo", "--retry_failed"], "without --retry_failed"),
+        (["--shard", "3/2"], "no shard 3 of 2"),
+        (["--shard", "2"], "2/8"),
+        (["--shard", "1/2", "--overwrite"], "other shards"),
+        (["--overwrite", "--retry_failed"], "without --retry_failed"),
         (["--max_failures", "-1"], "max_failures"),
         (["--lines_per_file", "0"], "lines_per_file"),
         (["--list", "/nowhere.txt"], "/nowhere.txt"),
-        (["--segments", "0"], "segment_seconds"),
+        (["--segment-seconds", "0"], "segment_seconds"),
         (["--read_seconds", "0"], "limits must be above 0"),
         (["--export", "docx"], "docx"),
         (["--strategy", "ray", "--ray_actors", "0"], "ray_actors"),
@@ -356,7 +356,7 @@ def test_what_was_asked_is_signed(folder, caption, tmp_path, random_model):
     signed = json.loads((tmp_path / "captions.job.json").read_text())
     assert (signed["model"], signed["modality"], signed["prompt"]) == (str(random_model), "visual", "Say.")
     nothing = {name for name, value in signed.items() if value is None}
-    assert nothing == {"adapter", "start", "end", "segments", "repetition_penalty", "bits"}
+    assert nothing == {"adapter", "start", "end", "segment_seconds", "repetition_penalty", "bits"}
     assert signed["max_new_tokens"] == 6
 
 
@@ -372,7 +372,7 @@ def test_a_model_that_was_trained_on_is_another_one(folder, random_model, tmp_pa
         before = weights.stat().st_mtime_ns, config.read_text()
         change()
         code, _, err = call(*args)
-        assert code == 2 and "other files of the model (they have changed since)" in err and "--redo" in err
+        assert code == 2 and "other files of the model (they have changed since)" in err and "--overwrite" in err
         os.utime(weights, ns=(before[0], before[0]))
         config.write_text(before[1])
         assert call(*args)[0] == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.batch.discovery import Listing, Shard, Video, look, matches
+from salmonn.batch.discovery import Shard, VideoFile, VideoListing, matches, stat_video
 from salmonn.media.container import ClipError
 from salmonn.records import Failure
 
@@ -24,23 +24,27 @@ def folder(tmp_path):
     return tmp_path
 
 
-def names(listing: Listing, folder: Path) -> list[str]:
+def names(listing: VideoListing, folder: Path) -> list[str]:
     return [str(Path(video.path).relative_to(folder)) for video in listing.videos()]
 
 
 def test_folders_are_walked_in_order_of_names(folder):
     """Hidden things and other suffixes are passed over; a file that is named is taken as it is."""
-    listing = Listing([str(folder / "notes.txt"), f"{folder}/"])
+    listing = VideoListing([str(folder / "notes.txt"), f"{folder}/"])
     expected = ["notes.txt", "a.MKV", "b.mp4", "sub/c.wav", "sub/deep/d.mp4", "sub.mp4"]
     assert names(listing, folder) == expected
     first = next(listing.videos())
-    assert first == Video(str(folder / "notes.txt"), 5, (folder / "notes.txt").stat().st_mtime_ns)
+    assert first == VideoFile(str(folder / "notes.txt"), 5, (folder / "notes.txt").stat().st_mtime_ns)
 
 
 def test_paths_are_as_they_were_named(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    assert [video.path for video in Listing(["."], globs=["b*"]).videos()] == ["b.mp4"]
-    assert [video.path for video in Listing(["sub/", "./b.mp4"]).videos()] == ["sub/c.wav", "sub/deep/d.mp4", "b.mp4"]
+    assert [video.path for video in VideoListing(["."], globs=["b*"]).videos()] == ["b.mp4"]
+    assert [video.path for video in VideoListing(["sub/", "./b.mp4"]).videos()] == [
+        "sub/c.wav",
+        "sub/deep/d.mp4",
+        "b.mp4",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -63,14 +67,14 @@ def test_globs(path, glob, is_match):
 
 
 def test_globs_of_a_folder(folder):
-    assert names(Listing([str(folder)], globs=["*.mp4"]), folder) == ["b.mp4", "sub/deep/d.mp4", "sub.mp4"]
-    assert names(Listing([str(folder)], globs=["sub/*", "a.*"]), folder) == ["a.MKV", "sub/c.wav"]
+    assert names(VideoListing([str(folder)], globs=["*.mp4"]), folder) == ["b.mp4", "sub/deep/d.mp4", "sub.mp4"]
+    assert names(VideoListing([str(folder)], globs=["sub/*", "a.*"]), folder) == ["a.MKV", "sub/c.wav"]
 
 
 def test_links_to_folders_are_told_and_not_followed(folder, caplog):
     (folder / "sub" / "again").symlink_to(folder)  # a circle
     (folder / "link.mp4").symlink_to(folder / "b.mp4")
-    listing = Listing([str(folder)])
+    listing = VideoListing([str(folder)])
     assert "link.mp4" in names(listing, folder) and len(names(listing, folder)) == 6
     assert f"{folder}/sub/again" in caplog.text
     caplog.clear()
@@ -82,38 +86,38 @@ def test_a_link_to_itself_costs_nothing_but_itself(folder, caplog):
     """One that is named like a video is left to the reader; the folder's other files are listed."""
     for name in ("loop.mp4", "round"):
         (folder / name).symlink_to(name)
-    found = list(Listing([str(folder)]).videos())
-    assert all(isinstance(one, Video) for one in found)
-    assert Video(str(folder / "loop.mp4")) in found and len(found) == 6 and caplog.text == ""
+    found = list(VideoListing([str(folder)]).videos())
+    assert all(isinstance(one, VideoFile) for one in found)
+    assert VideoFile(str(folder / "loop.mp4")) in found and len(found) == 6 and caplog.text == ""
 
 
 def test_a_name_that_cannot_be_is_one_line_of_a_list(folder, tmp_path):
     """Longer than any file system's, which a Path would raise for; and as the only path, it is told."""
     lines = tmp_path / "list.txt"
     lines.write_text(f"{folder}/b.mp4\n{'x' * 5000}.mp4\n{folder}/sub/c.wav\n")
-    assert [one.size_bytes for one in Listing(list_path=str(lines)).videos()] == [5, None, 5]
+    assert [one.size_bytes for one in VideoListing(list_path=str(lines)).videos()] == [5, None, 5]
     with pytest.raises(ClipError, match="there is no such file or folder"):
-        Listing(["x" * 5000]).require_some()
+        VideoListing(["x" * 5000]).require_some()
 
 
 def test_a_list_holds_files_and_folders(folder, tmp_path, monkeypatch):
     """Blank lines, a mark of the byte order and Windows' line ends do no harm; what is not there is listed, too."""
     lines = tmp_path / "list.txt"
     lines.write_bytes(f"\ufeff{folder}/b.mp4\r\n\n{folder}/sub\n{folder}/gone.mp4".encode())
-    listing = Listing(list_path=str(lines))
+    listing = VideoListing(list_path=str(lines))
     listing.require_some()
     assert names(listing, folder) == ["b.mp4", "sub/c.wav", "sub/deep/d.mp4", "gone.mp4"]
-    assert list(listing.videos())[-1] == Video(f"{folder}/gone.mp4")
+    assert list(listing.videos())[-1] == VideoFile(f"{folder}/gone.mp4")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
-    assert Listing(list_path="-").is_read_once and not listing.is_read_once
-    assert list(Listing(list_path="-").videos()) == list(listing.videos())
+    assert VideoListing(list_path="-").is_read_once and not listing.is_read_once
+    assert list(VideoListing(list_path="-").videos()) == list(listing.videos())
 
 
 def test_a_list_through_a_pipe(tmp_path):
     """As `--list <(find ...)` gives it: read once, and not counted."""
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=["/gone/a.mp4\n/gone/b.mp4\n"]).start()
-    listing = Listing(list_path=str(tmp_path / "pipe"))
+    listing = VideoListing(list_path=str(tmp_path / "pipe"))
     listing.require_some()
     assert listing.is_read_once
     assert [video.path for video in listing.videos()] == ["/gone/a.mp4", "/gone/b.mp4"]
@@ -121,13 +125,13 @@ def test_a_list_through_a_pipe(tmp_path):
 
 def test_what_is_no_file_is_left_to_the_reader(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
-    assert look(str(tmp_path / "pipe.mp4")) == Video(str(tmp_path / "pipe.mp4"))
-    assert look("nul\0.mp4") == Video("nul\0.mp4")
+    assert stat_video(str(tmp_path / "pipe.mp4")) == VideoFile(str(tmp_path / "pipe.mp4"))
+    assert stat_video("nul\0.mp4") == VideoFile("nul\0.mp4")
 
 
 def test_a_name_that_no_record_can_hold(tmp_path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4")).touch()
-    (failure,) = Listing([str(tmp_path)]).videos()
+    (failure,) = VideoListing([str(tmp_path)]).videos()
     assert isinstance(failure, Failure) and failure.stage == "read"
     assert failure.video == f"{tmp_path}/caf\\xe9.mp4" and "rename" in failure.reason
 
@@ -142,24 +146,24 @@ def test_a_folder_that_cannot_be_listed_is_one_failure(folder, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found = list(Listing([str(folder)]).videos())
-    assert [type(one) for one in found] == [Video, Video, Failure, Video]
+    found = list(VideoListing([str(folder)]).videos())
+    assert [type(one) for one in found] == [VideoFile, VideoFile, Failure, VideoFile]
     assert found[2].video == str(folder / "sub") and "Input/output error" in found[2].reason
 
 
 def test_nothing_at_all(tmp_path):
     with pytest.raises(ValueError, match="no paths are given"):
-        Listing().require_some()
+        VideoListing().require_some()
     with pytest.raises(ClipError, match=r"gone\.mp4: there is no such file or folder"):
-        Listing([str(tmp_path / "gone.mp4")]).require_some()
+        VideoListing([str(tmp_path / "gone.mp4")]).require_some()
     with pytest.raises(ClipError, match=r"holds no video or sound file; known suffixes are .*\.mp4"):
-        Listing([str(tmp_path)]).require_some()
+        VideoListing([str(tmp_path)]).require_some()
     (tmp_path / "a.mp4").touch()
     with pytest.raises(ClipError, match=r"holds no video or sound file that matches \*\.mov"):
-        Listing([str(tmp_path)], globs=["*.mov"]).require_some()
-    Listing([str(tmp_path / "gone.mp4"), str(tmp_path)]).require_some()
+        VideoListing([str(tmp_path)], globs=["*.mov"]).require_some()
+    VideoListing([str(tmp_path / "gone.mp4"), str(tmp_path)]).require_some()
     with pytest.raises(ValueError, match="--list takes one"):
-        Listing(list_path=str(tmp_path / "gone.txt")).require_some()
+        VideoListing(list_path=str(tmp_path / "gone.txt")).require_some()
 
 
 def test_shards_share_out_all_paths():
@@ -177,8 +181,8 @@ def test_shards_share_out_all_paths():
 
 
 def test_a_shard_lists_its_own(folder):
-    shares = [names(Listing([str(folder)], shard=Shard(number, 2)), folder) for number in (1, 2)]
-    assert sorted(chain(*shares)) == sorted(names(Listing([str(folder)]), folder))
+    shares = [names(VideoListing([str(folder)], shard=Shard(number, 2)), folder) for number in (1, 2)]
+    assert sorted(chain(*shares)) == sorted(names(VideoListing([str(folder)]), folder))
 
 
 LONG = """

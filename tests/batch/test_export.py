@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from salmonn.batch.export import Latest, export_sidecars, export_table
+from salmonn.batch.export import LatestCaptions, export_subtitles, export_table
 from salmonn.batch.ledger_files import LedgerError, append_group
-from salmonn.batch.subtitles import Sidecars
+from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.records import Caption, read_records
 
 ODD = 'Two "lines",\nof text; 漢字 & <b>'
@@ -39,27 +39,27 @@ LATEST = [ODD, "new 0.0", "new 2.0", "then 0.0", "then 2.0"]
 
 
 def test_the_latest_counts(ledger):
-    latest = Latest([ledger])
+    latest = LatestCaptions([ledger])
     assert [one.text for one in latest] == LATEST and len(latest) == 5
     assert [[one.text for one in group] for group in latest.by_video()] == [LATEST[:1], LATEST[1:3], LATEST[3:]]
-    assert list(Latest([])) == [] == list(Latest([]).by_video())
+    assert list(LatestCaptions([])) == [] == list(LatestCaptions([]).by_video())
 
 
 def test_the_latest_of_several_files(ledger, tmp_path):
     """In the order given: a.mp4 was captioned again in the second file."""
     append_group(tmp_path / "captions-1-of-2.jsonl", [caption("a.mp4", "again")])
-    assert [one.text for one in Latest([ledger, tmp_path / "captions-1-of-2.jsonl"])] == [*LATEST[1:], "again"]
+    assert [one.text for one in LatestCaptions([ledger, tmp_path / "captions-1-of-2.jsonl"])] == [*LATEST[1:], "again"]
 
 
 def test_a_group_that_is_not_whole_is_left_out_and_told(ledger, caplog):
     os.truncate(ledger, ledger.stat().st_size - 20)
     # The second group of c is gone, and the first one counts.
-    assert [one.text for one in Latest([ledger])] == [LATEST[0], "first", *LATEST[1:3]]
+    assert [one.text for one in LatestCaptions([ledger])] == [LATEST[0], "first", *LATEST[1:3]]
     assert "breaks off" in caplog.text and caplog.text.count("captions.jsonl") == 1
 
 
 def test_tables(ledger, tmp_path):
-    latest = Latest([ledger])
+    latest = LatestCaptions([ledger])
     expected = [asdict(one) for one in latest]
     for name in ("all.csv", "all.parquet", "new/all.jsonl"):
         export_table(latest, tmp_path / name)
@@ -76,27 +76,27 @@ def test_tables(ledger, tmp_path):
 
 def test_a_table_of_nothing(tmp_path):
     for name in ("all.csv", "all.parquet", "all.jsonl"):
-        export_table(Latest([]), tmp_path / name)
+        export_table(LatestCaptions([]), tmp_path / name)
     assert pyarrow.parquet.read_table(tmp_path / "all.parquet").num_rows == 0
     assert (tmp_path / "all.csv").read_text().startswith("video,text,prompt,model,sample,finished,start_seconds,")
 
 
 def test_what_cannot_be_a_table(ledger, tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.csv, \.parquet, \.jsonl"):
-        export_table(Latest([ledger]), tmp_path / "all.xlsx")
+        export_table(LatestCaptions([ledger]), tmp_path / "all.xlsx")
     with pytest.raises(ValueError, match="one of the files that are read"):
-        export_table(Latest([ledger]), tmp_path / "." / "captions.jsonl")
+        export_table(LatestCaptions([ledger]), tmp_path / "." / "captions.jsonl")
     ledger.write_text(json.dumps(asdict(caption("a.mp4", "words")) | {"size_bytes": "5"}) + "\n")
     (tmp_path / "all.csv").write_text("precious")
     with pytest.raises(LedgerError, match=r"captions\.jsonl: Caption\.size_bytes must be int"):
-        export_table(Latest([ledger]), tmp_path / "all.csv")
+        export_table(LatestCaptions([ledger]), tmp_path / "all.csv")
     assert (tmp_path / "all.csv").read_text() == "precious" and not list(tmp_path.glob(".*"))
 
 
 def test_sidecars_of_each_video(ledger, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sidecars = Sidecars(["txt"], log=tmp_path / "captions.sidecars.jsonl")
-    assert export_sidecars(Latest([ledger]), sidecars) == (3, [])
+    subtitles = SubtitleWriter(["txt"], log=tmp_path / "captions.sidecars.jsonl")
+    assert export_subtitles(LatestCaptions([ledger]), subtitles) == (3, [])
     assert Path("b.txt").read_text() == "[00:00:00.000] new 0.0\n[00:00:02.000] new 2.0\n"
 
 
@@ -107,15 +107,15 @@ def test_lines_that_do_not_stand_together_make_no_half_sidecars(ledger, tmp_path
     append_group(ledger, [caption("c.mp4", "at last", start=4.0, end=5.0)])
     append_group(ledger, [caption("e.mp4", "e")])
     append_group(ledger, [caption("c.mp4", "once more", start=0.0, end=2.0)])
-    groups = [[one.text for one in group] for group in Latest([ledger]).by_video()]
+    groups = [[one.text for one in group] for group in LatestCaptions([ledger]).by_video()]
     assert groups == [LATEST[:1], LATEST[1:3], ["d"], ["e"], ["once more", "then 2.0", "at last"]]
-    assert export_sidecars(Latest([ledger]), Sidecars(["txt"], log=tmp_path / "log.jsonl")) == (5, [])
+    assert export_subtitles(LatestCaptions([ledger]), SubtitleWriter(["txt"], log=tmp_path / "log.jsonl")) == (5, [])
     assert Path("c.txt").read_text().count("\n") == 3
 
 
 def test_a_file_that_becomes_full_between_the_passes(ledger, tmp_path):
     """What was read once is read again, whatever has its name by now."""
-    latest = Latest([ledger])
+    latest = LatestCaptions([ledger])
     append_group(ledger, [caption("f.mp4", "later")])
     ledger.rename(tmp_path / "captions.00001.jsonl")
     append_group(ledger, [caption("g.mp4", "another file")])
@@ -129,7 +129,7 @@ def test_full_files_are_not_held_open(tmp_path):
     for number, path in enumerate(paths):
         append_group(path, [caption(f"{number}.mp4", "words")])
     before = len(list(Path("/proc/self/fd").iterdir()))
-    latest = Latest(paths)
+    latest = LatestCaptions(paths)
     assert len(list(Path("/proc/self/fd").iterdir())) < before + 100 and len(list(latest)) == 200
 
 
@@ -163,4 +163,4 @@ def test_many_captions_are_not_held(tmp_path, name):
 def test_samples_of_one_video_all_count(tmp_path):
     path = tmp_path / "captions.jsonl"
     append_group(path, [replace(caption("a.mp4", f"sample {number}"), sample=number) for number in range(3)])
-    assert len(Latest([path])) == 3
+    assert len(LatestCaptions([path])) == 3

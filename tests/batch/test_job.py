@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.batch.discovery import Shard, Video, look, path_number
-from salmonn.batch.export import Latest
-from salmonn.batch.job import Group, Job, Task, TooManyFailures, caption_videos
+from salmonn.batch.discovery import Shard, VideoFile, path_number, stat_video
+from salmonn.batch.export import LatestCaptions
+from salmonn.batch.job import CaptionJob, JobConfig, TooManyFailures, VideoResult, caption_videos
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.ledger_files import Files
-from salmonn.batch.subtitles import Sidecars
+from salmonn.batch.ledger_files import LedgerFiles
+from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.captioner import Asked, Done
 from salmonn.caption.generate import Sampling
 from salmonn.caption.loader import ClipReader
@@ -19,18 +19,18 @@ from salmonn.records import Caption, Failure, read_records
 
 @pytest.fixture
 def files(tmp_path):
-    return Files(tmp_path / "captions.jsonl")
+    return LedgerFiles(tmp_path / "captions.jsonl")
 
 
 def opened(files) -> Ledger:
     return Ledger(files, job={"model": "toy"})
 
 
-def video(number: int) -> Video:
-    return Video(f"/data/{number}.mp4", 5, 7)
+def video(number: int) -> VideoFile:
+    return VideoFile(f"/data/{number}.mp4", 5, 7)
 
 
-def group(number: int, *results: str, place: int | None = None) -> Group:
+def group(number: int, *results: str, place: int | None = None) -> VideoResult:
     """One result for each segment: "ok", or the reason of a failure."""
     made = tuple(
         Caption(video(number).path, "ok", start_seconds=float(start), size_bytes=5, modified_ns=7)
@@ -38,45 +38,45 @@ def group(number: int, *results: str, place: int | None = None) -> Group:
         else Failure(video(number).path, words, "read", start_seconds=float(start), size_bytes=5, modified_ns=7)
         for start, words in enumerate(results)
     )
-    return Group(number if place is None else place, video(number), made)
+    return VideoResult(number if place is None else place, video(number), made)
 
 
-def run_all(job: Job, results: dict[int, tuple[str, ...]], *, order=None) -> None:
+def run_all(job: CaptionJob, results: dict[int, tuple[str, ...]], *, order=None) -> None:
     """List videos 0, 1, ..., and let them end in some order."""
     placed = dict(job.pending([video(number) for number in range(len(results))]))
     numbers = {int(Path(one.path).stem): place for place, one in placed.items()}
     for number in order or sorted(numbers):
-        job.keep(group(number, *results[number], place=numbers[number]))
+        job.save(group(number, *results[number], place=numbers[number]))
 
 
 def test_each_video_is_done_once(files):
     """Also where it is named twice, and where another run did it or failed at it."""
     with opened(files) as ledger:
-        run_all(Job(ledger), {0: ("ok",), 1: ("broken",)})
+        run_all(CaptionJob(ledger), {0: ("ok",), 1: ("broken",)})
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         listed = [video(0), video(1), video(2), video(0), video(2), video(3), Failure("/data/sub", "unreadable")]
         assert list(job.pending(listed)) == [(0, video(2)), (1, video(3))]
-        tally = job.tally
-        assert (tally.done_before, tally.failed_before, tally.failed, tally.videos) == (1, 1, 1, 1)
+        stats = job.stats
+        assert (stats.done_before, stats.failed_before, stats.failed, stats.videos) == (1, 1, 1, 1)
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         changed = [
             replace(video(0), size_bytes=6),
             replace(video(1), modified_ns=8),
             Failure("/data/sub", "unreadable"),
         ]
         assert [one for _, one in job.pending(changed)] == changed[:2]
-        assert job.tally.failed_before == 1  # the folder
+        assert job.stats.failed_before == 1  # the folder
 
 
 def test_what_came_of_segments(files):
     """Those that came out are written, the others told: the video is captioned and failed."""
     told = []
     with opened(files) as ledger:
-        job = Job(ledger, tell=told.append)
+        job = CaptionJob(ledger, tell=told.append)
         run_all(job, {0: ("ok", "broken", "ok")})
-        assert (job.tally.captions, job.tally.videos, job.tally.failed) == (2, 1, 1)
+        assert (job.stats.captions, job.stats.videos, job.stats.failed) == (2, 1, 1)
     assert [one.start_seconds for one in read_records(files.captions, Caption)] == [0.0, 2.0]
     assert [one.start_seconds for one in read_records(files.failed, Failure)] == [1.0]
     assert told == ["broken"]
@@ -85,21 +85,21 @@ def test_what_came_of_segments(files):
 def test_what_failed_in_part_is_told_by_the_next_run(files, tmp_path):
     """A segment that failed, or a side-car: the video is passed over, and not as one that is whole."""
     with opened(files) as ledger:
-        run_all(Job(ledger), {0: ("ok", "broken"), 1: ("ok", "ok"), 2: ("broken", "ok")})
+        run_all(CaptionJob(ledger), {0: ("ok", "broken"), 1: ("ok", "ok"), 2: ("broken", "ok")})
         ledger.fail([Failure(video(1).path, "mine", "write", size_bytes=5, modified_ns=7)])
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         assert list(job.pending(map(video, range(3)))) == []
-        assert (job.tally.done_before, job.tally.failed_before) == (0, 3)
+        assert (job.stats.done_before, job.stats.failed_before) == (0, 3)
         # Another version of the file has not failed.
         assert not ledger.has_failed_in_part(replace(video(0), size_bytes=6))
     with opened(files) as ledger:  # a retry brings what was missing
-        job = Job(ledger, is_retry=True)
+        job = CaptionJob(ledger, is_retry=True)
         run_all(job, {0: ("ok", "ok"), 1: ("ok", "ok"), 2: ("ok", "ok")})
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         assert list(job.pending(map(video, range(3)))) == []
-        assert (job.tally.done_before, job.tally.failed_before) == (2, 1)  # the side-car's failure is still there
+        assert (job.stats.done_before, job.stats.failed_before) == (2, 1)  # the side-car's failure is still there
 
 
 SEGMENTS = [("ok", "broken", "ok"), ("broken", "ok", "ok"), ("ok", "ok", "broken")]
@@ -112,30 +112,30 @@ def test_a_kill_between_captions_and_failures_loses_nothing(files, monkeypatch, 
     with opened(files) as ledger:
         monkeypatch.setattr(Ledger, dies_in, lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            run_all(Job(ledger), {0: results})
+            run_all(CaptionJob(ledger), {0: results})
         monkeypatch.undo()
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         assert list(ledger.to_retry()) == []  # nothing that only a retry would find
         run_all(job, {0: results})
-        assert (job.tally.captions, job.tally.failed) == (2, 1)
+        assert (job.stats.captions, job.stats.failed) == (2, 1)
     assert len({one.start_seconds for one in read_records(files.captions, Caption)}) == 2
     with opened(files) as ledger:  # and then it is passed over
-        job = Job(ledger)
-        assert list(job.pending([video(0)])) == [] and job.tally.failed_before == 1
-        run_all(Job(ledger, is_retry=True), {0: ("ok",) * 3})
+        job = CaptionJob(ledger)
+        assert list(job.pending([video(0)])) == [] and job.stats.failed_before == 1
+        run_all(CaptionJob(ledger, is_retry=True), {0: ("ok",) * 3})
         ledger.replace_failures([])
     with opened(files) as ledger:  # whole, though the list that told of it is gone
-        job = Job(ledger)
-        assert list(job.pending([video(0)])) == [] and job.tally.done_before == 1
+        job = CaptionJob(ledger)
+        assert list(job.pending([video(0)])) == [] and job.stats.done_before == 1
 
 
 def test_a_block_that_a_cluster_did_twice_counts_once(files):
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         places = [place for place, _ in job.pending([video(0), video(1)])]
         for number in (0, 1, 0, 1):
-            job.keep(group(number, "ok", place=places[number]))
+            job.save(group(number, "ok", place=places[number]))
     assert len(read_records(files.captions, Caption)) == 2
 
 
@@ -144,10 +144,10 @@ BAD, OK = ("broken",), ("ok",)
 
 def test_it_stops_after_so_many_in_a_row(files):
     with opened(files) as ledger:
-        job = Job(ledger, max_failures=3)
+        job = CaptionJob(ledger, max_failures=3)
         with pytest.raises(TooManyFailures, match=r"3 videos .* for this reason: broken\..*--retry_failed"):
             run_all(job, {0: OK, 1: BAD, 2: BAD, 3: OK, 4: BAD, 5: BAD, 6: BAD, 7: OK})
-        assert job.tally.videos == 7
+        assert job.stats.videos == 7
     assert len(read_records(files.failed, Failure)) == 5
 
 
@@ -156,31 +156,33 @@ def test_broken_files_among_good_ones_do_not_stop_it(files):
     results = {number: (OK if number % 2 else BAD) for number in range(40)}
     order = [*range(0, 40, 2), *range(1, 40, 2)]
     with opened(files) as ledger:
-        job = Job(ledger, max_failures=2)
+        job = CaptionJob(ledger, max_failures=2)
         run_all(job, results, order=order)
-    assert job.tally.failed == 20 == len(read_records(files.captions, Caption))
+    assert job.stats.failed == 20 == len(read_records(files.captions, Caption))
 
 
 def test_a_file_counts_once_and_only_if_nothing_came_out(files):
     with opened(files) as ledger:
-        run_all(Job(ledger, max_failures=3), {0: ("broken",) * 9, 1: ("broken", "ok"), 2: ("broken",) * 9, 3: BAD})
+        run_all(
+            CaptionJob(ledger, max_failures=3), {0: ("broken",) * 9, 1: ("broken", "ok"), 2: ("broken",) * 9, 3: BAD}
+        )
 
 
 def test_a_limit_of_zero_is_none_and_a_retry_has_none(files):
     many = {number: BAD for number in range(30)}
     with opened(files) as ledger:
-        run_all(Job(ledger, max_failures=0), many)
+        run_all(CaptionJob(ledger, max_failures=0), many)
     with opened(files) as ledger:
-        job = Job(ledger, max_failures=1, is_retry=True)
+        job = CaptionJob(ledger, max_failures=1, is_retry=True)
         run_all(job, many)
         assert len(job.failed_again) == 30
     with pytest.raises(ValueError, match="--max_failures"), opened(files) as ledger:
-        Job(ledger, max_failures=-1)
+        CaptionJob(ledger, max_failures=-1)
 
 
 def test_unreadable_folders_count_in_the_row(files):
     with opened(files) as ledger, pytest.raises(TooManyFailures):
-        list(Job(ledger, max_failures=2).pending([Failure("/a", "gone"), Failure("/b", "gone"), video(0)]))
+        list(CaptionJob(ledger, max_failures=2).pending([Failure("/a", "gone"), Failure("/b", "gone"), video(0)]))
 
 
 def test_a_retry_takes_the_list_and_writes_it_anew(files, tmp_path):
@@ -188,21 +190,21 @@ def test_a_retry_takes_the_list_and_writes_it_anew(files, tmp_path):
     paths = [tmp_path / f"{name}.mp4" for name in ("good", "bad")]
     for path in paths:
         path.write_bytes(b"12345")
-    now = [look(str(path)) for path in paths]
+    now = [stat_video(str(path)) for path in paths]
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         for place, one in job.pending(now):
-            job.keep(Group(place, one, (Failure(one.path, "broken", size_bytes=5, modified_ns=one.modified_ns),)))
+            job.save(VideoResult(place, one, (Failure(one.path, "broken", size_bytes=5, modified_ns=one.modified_ns),)))
     for is_killed in (True, False):
         with opened(files) as ledger:
-            job = Job(ledger, is_retry=True)
+            job = CaptionJob(ledger, is_retry=True)
             listed = list(ledger.to_retry())
             assert listed == (now if is_killed else now[1:])
             for place, one in job.pending(listed):
                 known = dict(size_bytes=5, modified_ns=one.modified_ns)
                 good = one.path == str(paths[0])
-                job.keep(
-                    Group(
+                job.save(
+                    VideoResult(
                         place, one, (Caption(one.path, "ok", **known) if good else Failure(one.path, "still", **known),)
                     )
                 )
@@ -216,17 +218,17 @@ def test_a_retry_takes_the_list_and_writes_it_anew(files, tmp_path):
 def films(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.mp4").write_bytes(b"12345")
-    return [look(str(tmp_path / f"{name}.mp4")) for name in ("a", "b")]
+    return [stat_video(str(tmp_path / f"{name}.mp4")) for name in ("a", "b")]
 
 
-def with_sidecars(ledger, films, **options) -> Job:
+def with_sidecars(ledger, films, **options) -> CaptionJob:
     """A run that captions what is to be done, and then catches up."""
-    log = ledger.files.sidecars
-    job = Job(ledger, sidecars=Sidecars(["txt"], log=log, logs=[log] if log.exists() else []), **options)
+    log = ledger.files.subtitles
+    job = CaptionJob(ledger, subtitles=SubtitleWriter(["txt"], log=log, logs=[log] if log.exists() else []), **options)
     for place, one in job.pending(ledger.to_retry() if options else films):
-        job.keep(Group(place, one, (Caption(one.path, "ok", size_bytes=5, modified_ns=one.modified_ns),)))
-    if job.needs_catching_up:
-        job.catch_up(Latest(ledger.files.all_captions()))
+        job.save(VideoResult(place, one, (Caption(one.path, "ok", size_bytes=5, modified_ns=one.modified_ns),)))
+    if job.has_missing_subtitles:
+        job.write_missing_subtitles(LatestCaptions(ledger.files.all_captions()))
     if options:
         job.end_retry()
     return job
@@ -234,9 +236,9 @@ def with_sidecars(ledger, films, **options) -> Job:
 
 def test_sidecars_of_what_was_captioned_without_them(files, films, tmp_path):
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         for place, one in job.pending(films[:1]):
-            job.keep(Group(place, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
+            job.save(VideoResult(place, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
     with opened(files) as ledger:
         with_sidecars(ledger, films)
     assert (tmp_path / "a.txt").read_text() == "before\n" and (tmp_path / "b.txt").read_text() == "ok\n"
@@ -246,9 +248,9 @@ def test_sidecars_of_what_was_captioned_without_them(files, films, tmp_path):
 def test_sidecars_of_what_others_captioned(files, films, tmp_path, shard):
     """Each shard writes those of its own videos, whoever captioned them."""
     with opened(files) as ledger:
-        job = Job(ledger)
+        job = CaptionJob(ledger)
         for place, one in job.pending(films):
-            job.keep(Group(place, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
+            job.save(VideoResult(place, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
     with opened(replace(files, shard=shard)) as ledger:
         with_sidecars(ledger, [one for one in films if shard.holds(one.path)])
     for film in films:
@@ -260,20 +262,20 @@ def test_a_sidecar_that_could_not_be_written(files, films, tmp_path):
     (tmp_path / "a.txt").write_text("mine")
     with opened(files) as ledger:
         job = with_sidecars(ledger, films)
-        assert (job.tally.captions, job.tally.failed) == (2, 1)
+        assert (job.stats.captions, job.stats.failed) == (2, 1)
     with opened(files) as ledger:
-        assert with_sidecars(ledger, films).tally.failed == 0
+        assert with_sidecars(ledger, films).stats.failed == 0
     with opened(files) as ledger:
-        assert with_sidecars(ledger, films, is_retry=True).tally.failed == 1
+        assert with_sidecars(ledger, films, is_retry=True).stats.failed == 1
     with opened(files) as ledger:  # a retry without side-cars leaves the list as it is
-        job = Job(ledger, is_retry=True)
+        job = CaptionJob(ledger, is_retry=True)
         assert list(job.pending(ledger.to_retry())) == []
         job.end_retry()
     (failure,) = read_records(files.failed, Failure)
     assert failure.stage == "write" and (tmp_path / "a.txt").read_text() == "mine"
     (tmp_path / "a.txt").unlink()
     with opened(files) as ledger:
-        assert with_sidecars(ledger, films, is_retry=True).tally.failed == 0
+        assert with_sidecars(ledger, films, is_retry=True).stats.failed == 0
     assert (tmp_path / "a.txt").read_text() == "ok\n" and not files.failed.exists()
     assert len(read_records(files.captions, Caption)) == 2
 
@@ -302,7 +304,7 @@ class Scripted:
 def test_a_video_is_told_when_its_last_segment_is_done():
     captioner = Scripted()
     with ClipReader(workers=0) as reader:
-        task = Task(prompt="Say.", seed=3, segment_seconds=2.0, batch_size=4, sampling=Sampling(temperature=1.0))
+        task = JobConfig(prompt="Say.", seed=3, segment_seconds=2.0, batch_size=4, sampling=Sampling(temperature=1.0))
         groups = list(caption_videos(captioner, [(7, video(0)), (9, video(1))], task=task, reader=reader))
     assert [(one.place, one.video) for one in groups] == [(7, video(0)), (9, video(1))]
     assert [[result.start_seconds for result in one.results] for one in groups] == [[0.0, 2.0], [0.0, 2.0]]

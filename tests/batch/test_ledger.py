@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.batch.discovery import Shard, Video, look
+from salmonn.batch.discovery import Shard, VideoFile, stat_video
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.ledger_files import Files, LedgerError, read_groups
+from salmonn.batch.ledger_files import LedgerError, LedgerFiles, read_groups
 from salmonn.records import Caption, Failure, read_records
 
 JOB = {"model": "toy", "temperature": 0.0}
@@ -27,7 +27,7 @@ def failure(video="a.mp4", *, size=5, start=None, stage="read") -> Failure:
 
 @pytest.fixture
 def files(tmp_path):
-    return Files(tmp_path / "captions.jsonl")
+    return LedgerFiles(tmp_path / "captions.jsonl")
 
 
 def opened(files, **options) -> Ledger:
@@ -44,9 +44,9 @@ def test_what_was_written_is_done(files):
     write(files, [caption()], [caption("b.mp4")])
     assert read_records(files.captions, Caption) == [caption(), caption("b.mp4")]
     with opened(files) as ledger:
-        assert ledger.is_done(Video("a.mp4", 5, 7)) and ledger.is_done(Video("b.mp4", 5, 7))
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and ledger.is_done(VideoFile("b.mp4", 5, 7))
         # Another file, or that one changed since.
-        for video in (Video("c.mp4", 5, 7), Video("a.mp4", 6, 7), Video("a.mp4", 5, 8), Video("a.mp4")):
+        for video in (VideoFile("c.mp4", 5, 7), VideoFile("a.mp4", 6, 7), VideoFile("a.mp4", 5, 8), VideoFile("a.mp4")):
             assert not ledger.is_done(video) and not ledger.has_failed(video)
 
 
@@ -71,7 +71,7 @@ def test_a_group_that_is_not_whole_is_cut_off(files, num_bytes):
     os.truncate(files.captions, len(whole) + kept)
     with opened(files) as ledger:
         assert files.captions.read_bytes() == whole and ledger.num_cut_bytes == kept
-        assert ledger.is_done(Video("a.mp4", 5, 7)) and not ledger.is_done(Video("b.mp4", 5, 7))
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and not ledger.is_done(VideoFile("b.mp4", 5, 7))
 
 
 def test_zeros_that_a_power_cut_left_are_cut_off(files):
@@ -88,7 +88,7 @@ def test_what_another_shard_is_writing_is_left_alone(files):
     other.write_bytes(other.read_bytes() + b'{"video": "b.m')
     before = other.read_bytes()
     with opened(files) as ledger:
-        assert ledger.is_done(Video("a.mp4", 5, 7)) and ledger.num_cut_bytes == 0
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and ledger.num_cut_bytes == 0
     assert other.read_bytes() == before
 
 
@@ -98,7 +98,7 @@ def test_shards_know_each_others_captions(files):
     assert [path.name for path in files.all_captions()] == ["captions-1-of-2.jsonl", "captions-2-of-2.jsonl"]
     # Another number of them since.
     with opened(replace(files, shard=Shard(3, 3))) as ledger:
-        assert ledger.is_done(Video("1.mp4", 5, 7)) and ledger.is_done(Video("2.mp4", 5, 7))
+        assert ledger.is_done(VideoFile("1.mp4", 5, 7)) and ledger.is_done(VideoFile("2.mp4", 5, 7))
 
 
 def test_other_files_of_the_folder_are_not_read(files):
@@ -106,8 +106,8 @@ def test_other_files_of_the_folder_are_not_read(files):
     for name in ("captions-old.jsonl", "captions.jsonl.old", "captions2.jsonl", "captions.7.jsonl", "captions.txt"):
         files.out.with_name(name).write_text("precious")
     with opened(files) as ledger:
-        assert ledger.is_done(Video("a.mp4", 5, 7))
-    assert Files.of(files.out.with_name("captions-3-of-8.00002.jsonl")) == files == Files.of(files.out)
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7))
+    assert LedgerFiles.of(files.out.with_name("captions-3-of-8.00002.jsonl")) == files == LedgerFiles.of(files.out)
 
 
 def test_rotation(files):
@@ -124,7 +124,7 @@ def test_rotation(files):
     assert sorted(path.name for path in files.all_captions()) == names
     assert [read_records(files.out.with_name(name), Caption) for name in names] == groups
     with opened(files) as ledger:
-        assert all(ledger.is_done(Video(f"{name}.mp4", 5, 7)) for name in "abcd")
+        assert all(ledger.is_done(VideoFile(f"{name}.mp4", 5, 7)) for name in "abcd")
     with pytest.raises(ValueError, match="lines_per_file"):
         opened(files, lines_per_file=0)
 
@@ -133,9 +133,9 @@ def test_failures_are_passed_over_until_the_file_changes(files):
     with opened(files) as ledger:
         ledger.fail([failure("a.mp4"), failure("b.mp4", size=None)])
     with opened(files) as ledger:
-        assert ledger.has_failed(Video("a.mp4", 5, 7)) and not ledger.has_failed(Video("a.mp4", 6, 7))
+        assert ledger.has_failed(VideoFile("a.mp4", 5, 7)) and not ledger.has_failed(VideoFile("a.mp4", 6, 7))
         assert ledger.has_failed(failure("a.mp4")) and not ledger.has_failed(failure("c.mp4"))
-        assert not ledger.is_done(Video("a.mp4", 5, 7))
+        assert not ledger.is_done(VideoFile("a.mp4", 5, 7))
 
 
 def test_a_side_car_that_failed_before_its_captions_were_written(files):
@@ -143,14 +143,14 @@ def test_a_side_car_that_failed_before_its_captions_were_written(files):
     with opened(files) as ledger:
         ledger.fail([failure(stage="write")])
     with opened(files) as ledger:
-        assert not ledger.is_known(Video("a.mp4", 5, 7))
+        assert not ledger.is_known(VideoFile("a.mp4", 5, 7))
 
 
 def test_a_segment_that_failed_is_outstanding_until_it_comes_out(files, tmp_path):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"12345")
     known = dict(size_bytes=5, modified_ns=path.stat().st_mtime_ns)
-    video = Video(str(path), **known)
+    video = VideoFile(str(path), **known)
     ok = [replace(caption(str(path), start=start), **known) for start in (0.0, 4.0)]
     bad = replace(failure(str(path), start=2.0), **known)
     with opened(files) as ledger:
@@ -167,14 +167,14 @@ def test_the_span_is_part_of_what_is_known(files):
     """A caption from 2 s on is known by that."""
     write(files, [caption(start=2.0)], start_seconds=2.0)
     with opened(files, start_seconds=2.0) as ledger:
-        assert ledger.is_done(Video("a.mp4", 5, 7))
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7))
 
 
 def test_a_retry_is_of_what_failed_and_did_not_come_out(files, tmp_path):
     """mended since; mended and captioned; still the same; a side-car, whose captions are there; gone."""
     for name in ("mended", "done", "same"):
         (tmp_path / f"{name}.mp4").write_bytes(b"12345678")
-    now = {name: Video(str(tmp_path / f"{name}.mp4"), 8, (tmp_path / f"{name}.mp4").stat().st_mtime_ns)
+    now = {name: VideoFile(str(tmp_path / f"{name}.mp4"), 8, (tmp_path / f"{name}.mp4").stat().st_mtime_ns)
            for name in ("mended", "done", "same")}  # fmt: skip
     with opened(files) as ledger:
         ledger.fail([failure(now["mended"].path), failure(now["done"].path), failure(now["done"].path, stage="write")])
@@ -182,7 +182,7 @@ def test_a_retry_is_of_what_failed_and_did_not_come_out(files, tmp_path):
         ledger.fail([failure(str(tmp_path / "gone.mp4"))])
         ledger.write([replace(caption(now["done"].path), size_bytes=8, modified_ns=now["done"].modified_ns)])
     with opened(files) as ledger:
-        assert list(ledger.to_retry()) == [now["mended"], now["same"], Video(str(tmp_path / "gone.mp4"))]
+        assert list(ledger.to_retry()) == [now["mended"], now["same"], VideoFile(str(tmp_path / "gone.mp4"))]
         assert [one.video for one in ledger.unwritten()] == [now["done"].path]
         ledger.replace_failures([failure(now["same"].path)])
     assert read_records(files.failed, Failure) == [failure(now["same"].path)]
@@ -224,7 +224,7 @@ def test_a_failure_that_was_half_written(files):
 
 def test_another_question_is_not_mixed_in(files):
     write(files, [caption()])
-    with pytest.raises(LedgerError, match=r"temperature 0\.0 \(now 1\.0\).*--redo"):
+    with pytest.raises(LedgerError, match=r"temperature 0\.0 \(now 1\.0\).*--overwrite"):
         opened(files, job=JOB | {"temperature": 1.0})
     assert json.loads(files.job.read_text()) == JOB
 
@@ -244,8 +244,8 @@ def test_nothing_is_signed_before_there_is_something_to_keep(files):
 
 def test_redo_moves_everything_aside(files):
     for _ in range(3):
-        with opened(files, job={"model": "other"}, is_redo=True) as ledger:
-            assert not ledger.is_done(Video("a.mp4", 5, 7))
+        with opened(files, job={"model": "other"}, overwrite=True) as ledger:
+            assert not ledger.is_done(VideoFile("a.mp4", 5, 7))
             ledger.write([caption()])
             ledger.fail([failure("b.mp4")])
     names = ["captions.jsonl", "captions.jsonl.old", "captions.jsonl.old.1"]
@@ -263,18 +263,18 @@ def test_two_processes_do_not_write_the_same(files):
 
 
 @pytest.mark.parametrize(("one", "other"), [((1, 1), (1, 2)), ((1, 2), (1, 1)), ((2, 8), (2, 18))])
-@pytest.mark.parametrize("is_redo", [False, True])
-def test_processes_that_share_out_in_two_ways_are_not_at_work_at_once(files, one, other, is_redo):
-    """They would do the same videos; nor does --redo move aside what a shard is writing."""
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_processes_that_share_out_in_two_ways_are_not_at_work_at_once(files, one, other, overwrite):
+    """They would do the same videos; nor does --overwrite move aside what a shard is writing."""
     held, late = (replace(files, shard=Shard(*shard)) for shard in (one, other))
     with opened(held) as ledger:
         ledger.write([caption()])
-        with pytest.raises(LedgerError, match="same number of shards"), opened(late, is_redo=is_redo):
+        with pytest.raises(LedgerError, match="same number of shards"), opened(late, overwrite=overwrite):
             pass
         assert held.captions.exists()
     # The lock's file stays, and nobody holds it.
     with opened(late) as ledger:
-        assert ledger.is_done(Video("a.mp4", 5, 7))
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7))
 
 
 def test_another_runs_files_are_not_ones_own(files):
@@ -282,16 +282,16 @@ def test_another_runs_files_are_not_ones_own(files):
     write(files, [caption()])
     others = [files.out.with_name(f"captions{part}.jsonl") for part in (".20260101", "-1-of-2", ".00001")]
     for other in others:
-        write(Files(other), [caption("b.mp4")], job={"model": "other"})
-        with opened(Files(other), job={"model": "other"}) as ledger:
+        write(LedgerFiles(other), [caption("b.mp4")], job={"model": "other"})
+        with opened(LedgerFiles(other), job={"model": "other"}) as ledger:
             ledger.fail([failure("c.mp4")])
             with opened(files):
                 pass
-        assert Files.of(other) == Files(other)
+        assert LedgerFiles.of(other) == LedgerFiles(other)
     with opened(files) as ledger:
-        assert not ledger.is_done(Video("b.mp4", 5, 7)) and not ledger.has_failed(Video("c.mp4", 5, 7))
+        assert not ledger.is_done(VideoFile("b.mp4", 5, 7)) and not ledger.has_failed(VideoFile("c.mp4", 5, 7))
         assert files.all_captions() == [files.out] and files.next_full().name == "captions.00001.jsonl"
-    with opened(files, is_redo=True) as ledger:
+    with opened(files, overwrite=True) as ledger:
         assert [path.name for path in ledger.moved] == ["captions.jsonl.old", "captions.job.json.old"]
     assert all(other.exists() for other in others)
     # A date alone is told apart, too.
@@ -320,7 +320,7 @@ def test_a_file_that_becomes_full_meanwhile(files, monkeypatch):
     with opened(other, lines_per_file=1) as ledger:
         ledger.write([caption("a.mp4")])
     full = other.next_full()
-    listed = Files._all
+    listed = LedgerFiles._all
 
     def then_rename(self, *args, **options):
         found = listed(self, *args, **options)
@@ -328,11 +328,11 @@ def test_a_file_that_becomes_full_meanwhile(files, monkeypatch):
             other.captions.rename(full)
         return found
 
-    monkeypatch.setattr(Files, "_all", then_rename)
+    monkeypatch.setattr(LedgerFiles, "_all", then_rename)
     assert files.all_captions() == [full]
     monkeypatch.undo()
     full.rename(other.captions)
-    ordered = Files.all_captions
+    ordered = LedgerFiles.all_captions
 
     def then_rename_too(self):
         found = ordered(self)
@@ -340,9 +340,9 @@ def test_a_file_that_becomes_full_meanwhile(files, monkeypatch):
             other.captions.rename(full)
         return found
 
-    monkeypatch.setattr(Files, "all_captions", then_rename_too)
+    monkeypatch.setattr(LedgerFiles, "all_captions", then_rename_too)
     with opened(replace(files, shard=Shard(2, 2))) as ledger:
-        assert ledger.is_done(Video("a.mp4", 5, 7)) and full.exists()
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and full.exists()
 
 
 def test_more_full_files_than_there_are_numbers(files):
@@ -357,14 +357,14 @@ def test_a_name_that_no_record_can_hold_stays_in_a_retry(files, tmp_path):
     """As long as the file has it."""
     raw = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
     raw.touch()
-    found = look(str(raw))
+    found = stat_video(str(raw))
     with opened(files) as ledger:
         ledger.fail([found])
     with opened(files) as ledger:
         assert list(ledger.to_retry()) == [found] and "UTF-8" in found.reason
     raw.unlink()
     with opened(files) as ledger:
-        assert list(ledger.to_retry()) == [Video(found.video)]
+        assert list(ledger.to_retry()) == [VideoFile(found.video)]
 
 
 def test_a_name_that_is_too_long_stays_in_a_retry(files):
@@ -372,12 +372,14 @@ def test_a_name_that_is_too_long_stays_in_a_retry(files):
     with opened(files) as ledger:
         ledger.fail([failure(name, size=None)])
     with opened(files) as ledger:
-        assert list(ledger.to_retry()) == [Video(name)]
+        assert list(ledger.to_retry()) == [VideoFile(name)]
 
 
 def test_a_model_that_changed_in_its_folder(files):
     write(files, [caption()], job=JOB | {"model_files": "ab"})
-    with pytest.raises(LedgerError, match=r"made with other files of the model \(they have changed since\): .*--redo"):
+    with pytest.raises(
+        LedgerError, match=r"made with other files of the model \(they have changed since\): .*--overwrite"
+    ):
         opened(files, job=JOB | {"model_files": "cd"})
 
 
@@ -390,7 +392,7 @@ def test_a_line_that_is_no_caption_is_named(files):
             pass
         files.captions.write_bytes(whole)
     with pytest.raises(LedgerError, match="is a folder"):
-        opened(Files(files.out.parent))
+        opened(LedgerFiles(files.out.parent))
 
 
 FULL = """

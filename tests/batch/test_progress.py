@@ -2,18 +2,18 @@
 
 import time
 
-from salmonn.batch.job import Tally
-from salmonn.batch.progress import Progress
+from salmonn.batch.job import RunStats
+from salmonn.batch.progress import JobProgress
 
 
 def run(capsys, count) -> str:
     """Three videos in 0.3 s, of which the second fails."""
-    tally = Tally()
-    with Progress(tally, count=count) as bar:
+    stats = RunStats()
+    with JobProgress(stats, count=count) as bar:
         for number in range(3):
             time.sleep(0.1)
-            tally.videos += 1
-            tally.failed += number == 1
+            stats.videos += 1
+            stats.failed += number == 1
             bar.step()
     return capsys.readouterr().err
 
@@ -49,6 +49,6 @@ def test_counting_ends_with_the_run(capsys):
 
 
 def test_other_processes_show_none(capsys):
-    with Progress(Tally(videos=1), count=None, is_shown=False) as bar:
+    with JobProgress(RunStats(videos=1), count=None, is_shown=False) as bar:
         bar.step()
     assert capsys.readouterr().err == ""

@@ -11,7 +11,7 @@ import av
 import pytest
 
 from salmonn.batch.ledger_files import LedgerError
-from salmonn.batch.subtitles import Sidecars, format_text
+from salmonn.batch.subtitles import SubtitleWriter, format_text
 from salmonn.caption.worker import Limits
 from salmonn.media.container import declared_seconds
 from salmonn.records import Caption
@@ -32,10 +32,10 @@ def captions(tmp_path):
 def make(tmp_path):
     """A new run's writer, which knows of the runs before."""
 
-    def make(*formats, **options) -> Sidecars:
+    def make(*formats, **options) -> SubtitleWriter:
         log = tmp_path / "log" / "captions.sidecars.jsonl"
         log.parent.mkdir(exist_ok=True)
-        return Sidecars(formats or ("srt",), log=log, logs=[log] if log.exists() else [], **options)
+        return SubtitleWriter(formats or ("srt",), log=log, logs=[log] if log.exists() else [], **options)
 
     return make
 
@@ -118,8 +118,8 @@ def test_a_video_without_a_length(make, tmp_path, videos):
             if packet.dts is not None:
                 packet.stream = stream
                 target.mux(packet)
-    with make("srt", "txt") as sidecars:
-        (failure,) = sidecars.write([Caption(str(live), "words", size_bytes=5, modified_ns=7)])
+    with make("srt", "txt") as subtitles:
+        (failure,) = subtitles.write([Caption(str(live), "words", size_bytes=5, modified_ns=7)])
     assert failure.stage == "write" and "does not say how long it is" in failure.reason
     assert (failure.size_bytes, failure.modified_ns) == (5, 7)
     assert (tmp_path / "a.txt").read_text() == "words\n" and not (tmp_path / "a.srt").exists()
@@ -129,13 +129,13 @@ def test_lengths_are_asked_for_in_a_process_with_limits(make, videos, monkeypatc
     """A file that takes too long there is a failure, and the next one is asked by another process."""
     film, good = ([Caption(str(video), "words")] for video in videos[:2])
     monkeypatch.setattr("salmonn.batch.subtitles.declared_seconds", time.sleep)
-    with make("srt", limits=Limits(seconds=0.5)) as sidecars, monkeypatch.context() as patched:
+    with make("srt", limits=Limits(seconds=0.5)) as subtitles, monkeypatch.context() as patched:
         patched.setattr("salmonn.batch.subtitles.partial", lambda job, video: partial(job, 60))
-        (failure,) = sidecars.write(film)
+        (failure,) = subtitles.write(film)
         assert failure.stage == "write" and "took more than 0.5 s" in failure.reason
         patched.undo()
         monkeypatch.setattr("salmonn.batch.subtitles.declared_seconds", declared_seconds)
-        assert sidecars.write(good) == []
+        assert subtitles.write(good) == []
     # The clips are shared with other tests.
     Path(good[0].video).with_suffix(".srt").unlink()
 
@@ -149,7 +149,7 @@ def test_a_log_that_another_process_is_writing(captions, make, tmp_path):
     torn.write_bytes(log.read_bytes() + log.read_bytes()[:-9])
     log.unlink()
     other = [replace(captions[0], text="Something else.")]
-    assert Sidecars(["txt"], log=log, logs=[torn]).write(other) == []
+    assert SubtitleWriter(["txt"], log=log, logs=[torn]).write(other) == []
     assert path.read_text() == "Something else.\n" and not torn.read_bytes().endswith(b"\n")
 
 
@@ -167,7 +167,7 @@ def test_a_users_own_file_is_not_touched(captions, make):
     own.write_text("mine")
     (failure,) = make("srt").write(captions)
     assert own.read_text() == "mine" and failure.video == captions[0].video and failure.stage == "write"
-    assert str(own) in failure.reason and "--replace_sidecars" in failure.reason
+    assert str(own) in failure.reason and "--replace-subtitles" in failure.reason
     assert make("srt", replace=True).write(captions) == [] and own.read_text().startswith("1\n")
 
 
@@ -216,12 +216,12 @@ def test_another_folder_mirrors_the_paths(make, tmp_path, monkeypatch):
     clips.mkdir(parents=True)
     (clips / "a.mp4").touch()
     monkeypatch.chdir(tmp_path / "deep")
-    sidecars = make("txt", folder=Path("subs"))
-    assert sidecars.path_of("clips/a.mp4", "txt") == Path("subs/clips/a.txt")
+    subtitles = make("txt", folder=Path("subs"))
+    assert subtitles.path_of("clips/a.mp4", "txt") == Path("subs/clips/a.txt")
     # What lies elsewhere stands there under its whole path, and nothing leaves the folder.
-    assert sidecars.path_of("../deep/clips/a.mp4", "txt") == Path(f"subs{clips}/a.txt")
-    assert sidecars.path_of(str(clips / "a.mp4"), "txt") == Path(f"subs{clips}/a.txt")
-    assert sidecars.write([Caption("clips/a.mp4", "words")]) == []
+    assert subtitles.path_of("../deep/clips/a.mp4", "txt") == Path(f"subs{clips}/a.txt")
+    assert subtitles.path_of(str(clips / "a.mp4"), "txt") == Path(f"subs{clips}/a.txt")
+    assert subtitles.write([Caption("clips/a.mp4", "words")]) == []
     assert Path("subs/clips/a.txt").read_text() == "words\n"
 
 
@@ -242,7 +242,7 @@ def test_a_folder_that_takes_no_files(captions, make, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", refuse(errno.EACCES))
     (failure,) = make("srt").write(captions)
-    assert "cannot be written (Permission denied)" in failure.reason and "--sidecar_dir" in failure.reason
+    assert "cannot be written (Permission denied)" in failure.reason and "--subtitle-dir" in failure.reason
     monkeypatch.setattr(Path, "write_bytes", refuse(errno.ENOSPC))
     with pytest.raises(
         LedgerError, match=r"No space left.*what was finished is kept"

@@ -133,7 +133,7 @@ def test_flags_that_make_no_sense_are_refused_before_the_model_is_read(call, tmp
     (tmp_path / "keys").write_text("short\n")
     assert "must hold keys of 16 letters or more" in refused(call, "--api_key_file", tmp_path / "keys", *none)
     assert "--max_seconds must be above 0" in refused(call, "--max_seconds", 0, *none)
-    assert "--root" in refused(call, "--root", tmp_path / "nowhere", *none)
+    assert "--allowed-dirs" in refused(call, "--allowed-dirs", tmp_path / "nowhere", *none)
     assert "is no host to fetch from" in refused(call, "--allow_hosts", "https://example.org", *none)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -120,8 +120,8 @@ def test_a_root_that_is_a_link_is_followed(tree):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("in.mp4", "start the server with --root"),
-        ("file://server/in.mp4", "--root"),
+        ("in.mp4", "start the server with --allowed-dirs"),
+        ("file://server/in.mp4", "--allowed-dirs"),
         ("ftp://example.org/in.mp4", "ftp: is no address"),
         ("concat:a|b", "concat: is no address"),
         ("https://example.org/in.mp4", "start the server with --allow_hosts"),
@@ -138,7 +138,7 @@ def test_a_file_url_names_this_machine(tree):
 
 
 def test_senseless_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"--root .*none is no folder"):
+    with pytest.raises(ValueError, match=r"--allowed-dirs .*none is no folder"):
         Sources((tmp_path / "none",))
     for pattern in ("", "*", "exa*mple.org", "https://example.org", "example.org/videos", "example.org:port"):
         with pytest.raises(ValueError, match="is no host to fetch from"):

@@ -5,21 +5,21 @@ from hashlib import blake2b
 
 import numpy as np
 
-DIGEST_BYTES = 16
+KEY_BYTES = 16
 _LEAST_RECENT = 1 << 16
 
 
-def digest(*parts: str | float | None) -> bytes:
+def hash_key(*parts: str | float | None) -> bytes:
     """16 bytes that stand for some values; two of ten million are alike by chance once in 10^24 times."""
-    return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=DIGEST_BYTES).digest()
+    return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=KEY_BYTES).digest()
 
 
 def to_array(digests: bytes | bytearray) -> np.ndarray:
     """Digests that stand one after the other as an array of them, (N,), which shares a bytearray's memory."""
-    return np.frombuffer(digests, f"S{DIGEST_BYTES}")
+    return np.frombuffer(digests, f"S{KEY_BYTES}")
 
 
-class Digests:
+class HashSet:
     """A set of digests, for many.
 
     What is added stands in a Python set at first, and goes into the array by and by: in that a digest takes 16 bytes
