@@ -1,16 +1,61 @@
 """Typed configuration: dataclass defaults < YAML < dotted flags, checked before anything heavy is loaded."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 
 from salmonn.records import write_text
 
 Config = TypeVar("Config")
+
+
+class FlagParser(ArgumentParser):
+    """Argument parser that shows flags in kebab-case, in help, usage and errors, and accepts `--like_this` as well.
+
+    Inside, flags have the names of the dataclass fields that they set, which are also the keys of YAML files.
+    """
+
+    def add_argument(self, *args: Any, **options: Any) -> Any:
+        """Add an argument; its flag may be written in either spelling."""
+        return super().add_argument(*underscored(args), **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, **options: Any) -> Namespace:  # type: ignore[override]
+        """Parse a command line (default: the process's own)."""
+        return super().parse_args(underscored(args), **options)
+
+    def format_usage(self) -> str:
+        """Return the usage line."""
+        return _to_kebab_case(super().format_usage())
+
+    def format_help(self, *args: Any) -> str:
+        """Return the help text."""
+        return _to_kebab_case(super().format_help(*args))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print usage and error message, and exit with code 2."""
+        if "config" not in {action.dest for action in self._actions}:  # with YAML, the key is what a user has to find
+            message = re.sub(r'Parser key "([\w.]+)"', r"--\1", message)
+            message = re.sub(r"(?<=are required: )[\w.-]+(, [\w.-]+)*", self._name_required, message)
+        super().error(_to_kebab_case(message), ex)
+
+    def _name_required(self, missing: re.Match[str]) -> str:
+        """Return the missing arguments of a subcommand, known as `command.name`, as a user writes them."""
+        names = []
+        for key in missing[0].split(", "):
+            command, _, name = key.rpartition(".")
+            parser = self._subcommands_action.choices[command] if command else self  # type: ignore[union-attr]
+            names.append(f"--{name}" if f"--{name}" in parser._option_string_actions else name)
+        return ", ".join(names)
+
+
+def _to_kebab_case(text: str) -> str:
+    text = re.sub(r"<class\s+'([\w.]+)'>", r"\1", text)
+    return re.sub(r"(?<![\w/.-])--[a-z][\w.-]*", lambda flag: flag[0].replace("_", "-"), text)
 
 
 def run_recipe(
@@ -50,7 +95,7 @@ def _complain(error: Exception) -> int:
 
 def parse_config(config_type: type[Config], *, description: str, args: Sequence[str] | None = None) -> Config:
     """The config that a command line describes; see `run_recipe`."""
-    parser = ArgumentParser(description=description)
+    parser = FlagParser(description=description)
     parser.add_argument("--config", action="config", help="YAML file that states what differs from the defaults")
     parser.add_class_arguments(config_type)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from salmonn.cli.main import COMMANDS, build_parser
 from salmonn.records import Caption, Reference, read_records
 
 SALMONN = Path(sys.executable).with_name("salmonn")
@@ -56,27 +57,51 @@ def test_help_starts_without_torch():
                 "--list",
                 "--glob",
                 "--overwrite",
-                "--retry_failed",
+                "--retry-failed",
                 "--shard",
                 "--segment-seconds",
                 "--export",
-                "--read_gib",
-                "--strategy",
+                "--read-gib",
+                "--engine",
             ],
         ),
         ("export", ["captions", "--to", "--subtitle-dir", "spreadsheet"]),
-        ("score", ["captions", "--references", "--judge", "--base_url", "--passes", "--report", "--max_requests"]),
+        ("score", ["captions", "--references", "--judge", "--base-url", "--passes", "--report", "--max-requests"]),
         ("compare", ["first", "second", "--force"]),
         ("events", ["references", "--out", "--judge"]),
         ("qa", ["answers"]),
         ("judge-benchmark", ["pairs", "--judge"]),
         ("plot", ["run", "--out"]),
-        ("synth", ["--out", "--clips", "--seed", "--min_seconds"]),
+        ("synth", ["--out", "--clips", "--seed", "--min-seconds"]),
     ],
 )
 def test_help_of_commands(call, command, options):
     code, out, _ = call(command, "--help")
     assert code == 0 and all(option in out for option in options)
+
+
+FLAG = r"(?<![\w/.-])--[a-z][\w.-]*"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_shows_flags_in_one_spelling(call, command):
+    code, out, _ = call(command, "--help")
+    flags = re.findall(FLAG, out)
+    assert code == 0 and len(flags) >= 2 and not [flag for flag in flags if "_" in flag]
+
+
+@pytest.mark.parametrize("flag", ["--max-new-tokens", "--max_new_tokens", "--max_new-tokens"])
+def test_both_spellings_of_a_flag_are_accepted(call, flag):
+    """And its value is left alone; an error shows the one spelling."""
+    values = build_parser().parse_args(["caption", "a_b--c_d.mp4", "--out", "o_p", flag, "7"])
+    assert values.caption.max_new_tokens == 7 and values.caption.out == Path("o_p")
+    assert values.caption.paths == ["a_b--c_d.mp4"]
+    code, _, err = call("caption", "a.mp4", "--out", "x", flag, "many")
+    assert code == 2 and "error: --max-new-tokens:" in err and "max_new_tokens" not in err
+
+
+def test_missing_arguments_are_named_as_they_are_written(call):
+    assert "required: captions, --to\n" in call("export")[2]
 
 
 def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
@@ -88,7 +113,7 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
     (folder / "notes.txt").write_text("no video")
     out = tmp_path / "captions.jsonl"
     begin = time.monotonic()
-    result = run("caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 8)
+    result = run("caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 8)
     assert result.returncode == 1
     seconds = time.monotonic() - begin
     captions = read_records(out, Caption)
@@ -106,7 +131,7 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_captions_do_not_depend_on_workers(call, videos, random_model, tmp_path, workers):
-    args = ("caption", *videos[:3], "--model", random_model, "--max_new_tokens", 6)
+    args = ("caption", *videos[:3], "--model", random_model, "--max-new-tokens", 6)
     texts = []
     for more in ((), ("--workers", workers)):
         out = tmp_path / f"{len(more)}.jsonl"
@@ -122,9 +147,9 @@ def test_captions_are_those_of_the_captioner(call, captioner, videos, random_mod
 
     out = tmp_path / "new" / "captions.jsonl"
     code, _, _ = call(
-        "caption", videos[0], videos[1], "--out", out, "--model", random_model, "--max_new_tokens", 7,
+        "caption", videos[0], videos[1], "--out", out, "--model", random_model, "--max-new-tokens", 7,
         "--prompt", "Say.", "--modality", "visual", "--start", 1.0, "--end", 5.0,
-        "--temperature", 1.0, "--top_p", 0.5, "--seed", 3, "--batch_size", 1,
+        "--temperature", 1.0, "--top-p", 0.5, "--seed", 3, "--batch-size", 1,
     )  # fmt: skip
     assert code == 0
     sampling = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=7)
@@ -142,7 +167,7 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
     """And even then it is moved aside."""
     out = tmp_path / "captions.jsonl"
     out.write_text("precious")
-    args = ("caption", videos[0], "--out", out, "--model", random_model, "--max_new_tokens", 4)
+    args = ("caption", videos[0], "--out", out, "--model", random_model, "--max-new-tokens", 4)
     code, _, err = call(*args)
     assert code == 2 and str(out) in err and "--overwrite" in err and "Traceback" not in err
     assert out.read_text() == "precious"
@@ -158,15 +183,15 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
         (["{video}", "--modle", "x"], "modle"),
         (["{video}", "--temperature", "hot"], "temperature"),
         (["{video}", "--temperature", "-1"], "temperature must be"),
-        (["{video}", "--top_p", "2"], "top_p must be"),
-        (["{video}", "--max_new_tokens", "2.5"], "max_new_tokens"),
-        (["{video}", "--max_new_tokens", "0"], "max_new_tokens must be"),
+        (["{video}", "--top-p", "2"], "top_p must be"),
+        (["{video}", "--max-new-tokens", "2.5"], "--max-new-tokens"),
+        (["{video}", "--max-new-tokens", "0"], "max_new_tokens must be"),
         (["{video}", "--modality", "smell"], "smell"),
         (["{video}", "--start", "5", "--end", "2"], "span"),
         (["{video}", "--model", "{empty}"], "no model in"),
         (["{video}", "--prompt", "<|video_pad|>"], "special token"),
         ([], "paths"),
-        (["{video}", "--batch_size", "-1"], "batch_size"),
+        (["{video}", "--batch-size", "-1"], "batch_size"),
         (["{video}", "--workers", "-1"], "workers must be"),
     ],
 )
@@ -208,8 +233,8 @@ def test_mistakes_reach_the_shell_as_a_sentence(tmp_path):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-SHORT = ("--seed", 9, "--min_seconds", 3, "--max_seconds", 3, "--min_visual", 1, "--max_visual", 2, "--min_sounds", 1,
-         "--max_sounds", 1)  # fmt: skip
+SHORT = ("--seed", 9, "--min-seconds", 3, "--max-seconds", 3, "--min-visual", 1, "--max-visual", 2, "--min-sounds", 1,
+         "--max-sounds", 1)  # fmt: skip
 
 
 def test_synth_twice_gives_the_same_bytes(call, tmp_path, monkeypatch):

@@ -126,7 +126,7 @@ def test_hostile_files_harm_nobody(count, sources, videos, tmp_path):
     process = subprocess.Popen(
         [
             sys.executable, "-c", "from salmonn.cli import main; main()", "caption", str(folder), f"--out={out}",
-            f"--max_new_tokens={MAX_NEW_TOKENS}", "--read_seconds=20", "--read_gib=1", "--max_failures=0",
+            f"--max-new-tokens={MAX_NEW_TOKENS}", "--read-seconds=20", "--read-gib=1", "--max-failures=0",
         ],
         stderr=subprocess.PIPE, text=True,
     )

@@ -197,7 +197,7 @@ def test_every_real_file_is_captioned(capsys, caplog, published, random_model, t
     out = tmp_path / "captions.jsonl"
     # At full size, five seconds of 720p take 2+ a minute; it sees whole files in the next test.
     span = ["--end", 1] if family == "salmonn2-plus" else []
-    code, err = call(capsys, MEDIA, "--model", model, "--out", out, "--max_new_tokens", 2, "--batch_size", 1, *span)
+    code, err = call(capsys, MEDIA, "--model", model, "--out", out, "--max-new-tokens", 2, "--batch-size", 1, *span)
     assert code == 0 and "8 captions" in err and "0 videos failed" in err
     captions = read_records(out, Caption)
     assert {Path(caption.video).name for caption in captions} == EVERY_FILE
@@ -224,7 +224,7 @@ def test_every_real_file_whole_by_2_plus(published, caplog):
 def test_what_a_file_lacks_is_told(capsys, random_model, tmp_path, modality, failed):
     out = tmp_path / "captions.jsonl"
     code, err = call(
-        capsys, MEDIA, "--model", random_model, "--out", out, "--max_new_tokens", 2, "--modality", modality
+        capsys, MEDIA, "--model", random_model, "--out", out, "--max-new-tokens", 2, "--modality", modality
     )
     assert code == 1
     captions = read_records(out, Caption)
@@ -235,7 +235,7 @@ def test_what_a_file_lacks_is_told(capsys, random_model, tmp_path, modality, fai
 
 def test_a_span_and_a_question(capsys, published, tmp_path):
     out = tmp_path / "captions.jsonl"
-    args = ("--start", 2, "--end", 3, "--prompt", "What is said?", "--max_new_tokens", 2, "--out", out)
+    args = ("--start", 2, "--end", 3, "--prompt", "What is said?", "--max-new-tokens", 2, "--out", out)
     code, err = call(capsys, MEDIA / "nasa_13013.mp4", "--model", published("salmonn2"), *args)
     assert code == 0, err
     (one,) = read_records(out, Caption)
@@ -271,7 +271,7 @@ def test_released_positions_reach_the_layout(capsys, monkeypatch, published, tmp
         return plain(*args, **named)
 
     monkeypatch.setattr(inputs, "interleave_by_time", note)
-    args = (MEDIA / "jfk.flac", "--model", published("salmonn2-plus"), "--max_new_tokens", 1)
+    args = (MEDIA / "jfk.flac", "--model", published("salmonn2-plus"), "--max-new-tokens", 1)
     for number, flags in enumerate([[], ["--published-positions"]]):
         assert call(capsys, *args, "--out", tmp_path / f"{number}.jsonl", *flags)[0] == 0
     assert given == [False, True]

@@ -149,7 +149,7 @@ class CaptionJob:
         tell: Callable[[str], object] = lambda words: None,
     ) -> None:
         if max_failures < 0:
-            raise ValueError(f"--max_failures must be 0 (no limit) or more, got {max_failures}")
+            raise ValueError(f"--max-failures must be 0 (no limit) or more, got {max_failures}")
         self.stats = RunStats()
         self.failed_again: list[Failure] = []
         self._ledger = ledger
@@ -288,6 +288,6 @@ class _Row:
             if reason is not None and self._length == self._most:
                 raise TooManyFailures(
                     f"{self._most} videos failed one after the other, the last for this reason: {reason}. What was "
-                    "finished is kept. If the disk or the model is at fault, mend it and give --retry_failed; if those "
-                    "files are, give the same command, which goes on after them (--max_failures 0: without a limit)"
+                    "finished is kept. If the disk or the model is at fault, mend it and give --retry-failed; if those "
+                    "files are, give the same command, which goes on after them (--max-failures 0: without a limit)"
                 )

@@ -80,7 +80,7 @@ class Ledger:
         overwrite: bool = False,
     ) -> None:
         if lines_per_file is not None and lines_per_file < 1:
-            raise ValueError(f"--lines_per_file must be at least 1, got {lines_per_file}")
+            raise ValueError(f"--lines-per-file must be at least 1, got {lines_per_file}")
         if files.out.is_dir():
             raise LedgerError(f"{files.out} is a folder: give --out the name of a file")
         self.files = files

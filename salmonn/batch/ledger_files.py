@@ -109,7 +109,7 @@ class LedgerFiles:
         """The name that a full file gets; raises LedgerError where there are too many of them."""
         number = 1 + max((int(path.stem[-5:]) for path in self.own_captions() if path != self.captions), default=0)
         if number > _MOST_FULL:
-            raise LedgerError(f"{self.captions}: {_MOST_FULL} files are full; give a greater --lines_per_file")
+            raise LedgerError(f"{self.captions}: {_MOST_FULL} files are full; give a greater --lines-per-file")
         return self._own(f".{number:05d}{self.out.suffix}")
 
     def _own(self, ending: str) -> Path:

@@ -1,6 +1,6 @@
 """The same work on a Ray cluster: actors caption blocks of videos, the driver lists, passes over and writes.
 
-    salmonn caption clips/ --out captions.jsonl --strategy ray --ray_actors 16
+    salmonn caption clips/ --out captions.jsonl --engine ray --ray-actors 16
 
 The videos, and the model's folder, must be found under the same paths on every machine. There is one writer, so nothing
 is written twice; a block whose actor died is done again by that actor's successor, or by the next run.
@@ -46,7 +46,7 @@ class RayConfig:
 
     def __post_init__(self) -> None:
         if self.actors is not None and self.actors < 1:
-            raise ValueError(f"--ray_actors must be at least 1, got {self.actors}")
+            raise ValueError(f"--ray-actors must be at least 1, got {self.actors}")
 
 
 class _Actor:

@@ -11,11 +11,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from tqdm import tqdm
 
 from salmonn.cli.codes import SOME_FAILED
 from salmonn.cli.model import add_model, load_captioner
+from salmonn.config import FlagParser
 from salmonn.records import Modality
 
 if TYPE_CHECKING:
@@ -37,9 +38,9 @@ ASKED = (
 MODEL_FILES, ADAPTER_FILES = "model_files", "adapter_files"
 
 
-def caption_parser() -> ArgumentParser:
+def caption_parser() -> FlagParser:
     """Arguments of `salmonn caption`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Describe videos (files, or folders searched recursively), one JSON line each. What is in --out "
         "already is passed over, so that the same command goes on after whatever stopped it. A file that cannot be "
         "captioned is noted in captions.failed.jsonl and harms no other; then the exit code is 1."
@@ -54,7 +55,7 @@ def caption_parser() -> ArgumentParser:
     return parser
 
 
-def _add_what(parser: ArgumentParser) -> None:
+def _add_what(parser: FlagParser) -> None:
     parser.add_argument("--list", type=str | None, default=None, help="file with one path a line, too; -: stdin")
     globs = "of folders only such files: '*.mp4' 'train/**/*.mp4'"
     parser.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
@@ -62,13 +63,13 @@ def _add_what(parser: ArgumentParser) -> None:
         "--overwrite", action="store_true", help="begin anew; what is there is moved to names with .old"
     )
     parser.add_argument(
-        "--retry_failed", action="store_true", help="try what failed in earlier runs, and nothing else, once more"
+        "--retry-failed", action="store_true", help="try what failed in earlier runs, and nothing else, once more"
     )
-    parser.add_argument("--max_failures", type=int, default=20, help="so many videos in a row end the run; 0: never")
+    parser.add_argument("--max-failures", type=int, default=20, help="so many videos in a row end the run; 0: never")
     parser.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
 
 
-def _add_question(parser: ArgumentParser) -> None:
+def _add_question(parser: FlagParser) -> None:
     parser.add_argument("--prompt", type=str | None, default=None, help="what to ask (default: a full description)")
     parser.add_argument(
         "--modality", type=Modality, default="both", help="picture, sound or both: " + ", ".join(get_args(Modality))
@@ -79,13 +80,13 @@ def _add_question(parser: ArgumentParser) -> None:
         "--segment-seconds", type=float | None, default=None, help="seconds: a caption for each such span"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest words, 1 draws freely")
-    parser.add_argument("--top_p", type=float, default=0.9, help="nucleus that words are drawn from")
-    parser.add_argument("--repetition_penalty", type=float | None, default=None, help="1: none (default: the model's)")
-    parser.add_argument("--max_new_tokens", type=int | None, default=None, help="limit (default: the model's)")
+    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus that words are drawn from")
+    parser.add_argument("--repetition-penalty", type=float | None, default=None, help="1: none (default: the model's)")
+    parser.add_argument("--max-new-tokens", type=int | None, default=None, help="limit (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; a video's follow from this and its path")
 
 
-def _add_outputs(parser: ArgumentParser) -> None:
+def _add_outputs(parser: FlagParser) -> None:
     kinds = Literal["csv", "parquet", "txt", "srt", "vtt"]
     parser.add_argument(
         "--export", nargs="+", type=kinds, default=[], help="csv, parquet: beside --out, at the end; txt, srt, vtt: "
@@ -93,16 +94,16 @@ def _add_outputs(parser: ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--subtitle-dir", type=Path | None, default=None, help="folder for txt, srt and vtt instead")
     parser.add_argument("--replace-subtitles", action="store_true", help="also files of those names that are not ours")
-    parser.add_argument("--lines_per_file", type=int | None, default=None, help="then captions.00001.jsonl, ...")
+    parser.add_argument("--lines-per-file", type=int | None, default=None, help="then captions.00001.jsonl, ...")
 
 
-def _add_work(parser: ArgumentParser) -> None:
-    parser.add_argument("--batch_size", type=int | None, default=None, help="clips side by side (default: the model's)")
+def _add_work(parser: FlagParser) -> None:
+    parser.add_argument("--batch-size", type=int | None, default=None, help="clips side by side (default: the model's)")
     parser.add_argument("--workers", type=int | None, default=None, help="processes that decode; 0: none but this one")
-    parser.add_argument("--read_seconds", type=float, default=900.0, help="limit of reading one file, by the clock")
-    parser.add_argument("--read_gib", type=float, default=4.0, help="limit of memory for reading one file")
-    parser.add_argument("--strategy", type=Literal["local", "ray"], default="local", help="ray: on a Ray cluster")
-    parser.add_argument("--ray_actors", type=int | None, default=None, help="models at work there (default: one a GPU)")
+    parser.add_argument("--read-seconds", type=float, default=900.0, help="limit of reading one file, by the clock")
+    parser.add_argument("--read-gib", type=float, default=4.0, help="limit of memory for reading one file")
+    parser.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: on a Ray cluster")
+    parser.add_argument("--ray-actors", type=int | None, default=None, help="models at work there (default: one a GPU)")
 
 
 def run_caption(values: Namespace) -> int:
@@ -240,7 +241,7 @@ def _listing(values: Namespace) -> "VideoListing":
             f"{values.out.stem}.job.json yourself, then start all shards without it"
         )
     if values.overwrite and values.retry_failed:
-        raise ValueError("--overwrite does everything anew, failures too: give it without --retry_failed")
+        raise ValueError("--overwrite does everything anew, failures too: give it without --retry-failed")
     return VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard)
 
 
@@ -348,5 +349,5 @@ def _summarise(stats: "RunStats", files: "LedgerFiles", speed: str) -> None:
     if stats.failed_before:
         sys.stderr.write(
             f"{stats.failed_before} failed in earlier runs, or a part of them, and are passed over: "
-            f"{files.failed} says why, and --retry_failed tries them again\n"
+            f"{files.failed} says why, and --retry-failed tries them again\n"
         )

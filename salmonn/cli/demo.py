@@ -9,10 +9,11 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from salmonn.cli.model import add_model, load_captioner
 from salmonn.cli.options import add_door, add_reading, is_loopback
+from salmonn.config import FlagParser
 from salmonn.score.config import JudgeConfig
 
 if TYPE_CHECKING:
@@ -27,23 +28,23 @@ _TOTAL = 4  # files of the largest size that all visitors together may have here
 _CLEANUP_SECONDS = 60.0
 
 
-def demo_parser() -> ArgumentParser:
+def demo_parser() -> FlagParser:
     """Arguments of `salmonn demo`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Serve a page: caption a video and see its score, compare two captions blind and vote, look at a "
         "training run. It asks no network for anything. UploadStore are deleted when their visitor leaves."
     )
     add_model(parser)
-    parser.add_argument("--other_model", type=str | None, default=None, help="a second one, to compare with")
+    parser.add_argument("--other-model", type=str | None, default=None, help="a second one, to compare with")
     parser.add_argument("--run", type=Path | None, default=None, help="folder of a training run to show")
     parser.add_argument("--references", type=Path | None, default=None, help="of known videos, found by file name")
     parser.add_argument("--votes", type=Path, default=Path("run/votes"), help="folder for votes, pairs and the log")
     add_door(parser, port=7860)
-    parser.add_argument("--password_file", type=Path | None, default=None, help="lines of user:password")
-    parser.add_argument("--no_auth", action="store_true", help="let everybody in, on an address that others reach")
-    parser.add_argument("--max_seconds", type=float, default=600.0, help="of video that is taken at a time")
-    parser.add_argument("--max_upload_mib", type=int, default=512, help="of a file")
-    parser.add_argument("--max_waiting", type=int, default=32, help="answers that are waited for at a time")
+    parser.add_argument("--password-file", type=Path | None, default=None, help="lines of user:password")
+    parser.add_argument("--no-auth", action="store_true", help="let everybody in, on an address that others reach")
+    parser.add_argument("--max-seconds", type=float, default=600.0, help="of video that is taken at a time")
+    parser.add_argument("--max-upload-mib", type=int, default=512, help="of a file")
+    parser.add_argument("--max-waiting", type=int, default=32, help="answers that are waited for at a time")
     add_reading(parser, seconds=120.0)
     parser.add_class_arguments(JudgeConfig, "judge")
     return parser
@@ -53,7 +54,7 @@ def run_demo(values: Namespace) -> int:
     """Serve the page until a signal ends it."""
     accounts = _read_accounts(values)
     if values.workers < 1 or min(values.max_seconds, values.max_upload_mib, values.max_waiting) <= 0:
-        raise ValueError("--workers must be at least 1; --max_seconds, --max_upload_mib and --max_waiting above 0")
+        raise ValueError("--workers must be at least 1; --max-seconds, --max-upload-mib and --max-waiting above 0")
     if importlib.util.find_spec("gradio") is None:  # before models are read; Gradio itself asks for its folder first
         raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
@@ -132,7 +133,7 @@ def _name_models(values: Namespace) -> dict[str, str | None]:
     """
     models = [values.model, *([values.other_model] if values.other_model else [])]
     if len(set(models)) < len(models):
-        raise ValueError("--other_model is --model again: leave it out, two draws of one model can be compared too")
+        raise ValueError("--other-model is --model again: leave it out, two draws of one model can be compared too")
     names = ["toy" if model is None else Path(model).name for model in models]
     if len(set(names)) < len(names):
         names = [str(model) for model in models]
@@ -172,7 +173,7 @@ def _read_accounts(values: Namespace) -> list[tuple[str, str]]:
     if values.password_file is None:
         if not values.no_auth and not is_loopback(values.host):
             raise ValueError(
-                f"others reach a page at {values.host}: give --password_file, or --no_auth to let everybody in"
+                f"others reach a page at {values.host}: give --password-file, or --no-auth to let everybody in"
             )
         return []
     accounts = []

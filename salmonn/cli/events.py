@@ -4,17 +4,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from tqdm import tqdm
 
 from salmonn.cli.codes import SOME_FAILED
 from salmonn.cli.judge import add_judge, judge_config
+from salmonn.config import FlagParser
 from salmonn.records import Reference, read_records, write_records
 
 
-def events_parser() -> ArgumentParser:
+def events_parser() -> FlagParser:
     """Arguments of `salmonn events`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Split the captions of references into atomic events: one fact each, seen, heard or said, with its "
         "time where the caption gives one. Events that are there already, in the references or in --out, stay as they "
         "are while the caption does, so that --out may be edited by hand and the command given again."

@@ -3,14 +3,15 @@
 import sys
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from salmonn.cli.codes import SOME_FAILED
+from salmonn.config import FlagParser
 
 
-def export_parser() -> ArgumentParser:
+def export_parser() -> FlagParser:
     """Arguments of `salmonn export`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Turn captions into one table, or into side-cars beside the videos. Of a video that was captioned "
         "several times the latest counts; the files are taken in the order in which they were written."
     )

@@ -3,12 +3,13 @@
 from dataclasses import fields
 from typing import get_args
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
+from salmonn.config import FlagParser
 from salmonn.score.config import JudgeConfig, JudgeKind
 
 
-def add_judge(parser: ArgumentParser) -> None:
+def add_judge(parser: FlagParser) -> None:
     """Add --judge and all that it may cost."""
     parser.add_argument("--judge", type=JudgeKind, default="rule", help="who judges: " + ", ".join(get_args(JudgeKind)))
     parser.add_class_arguments(JudgeConfig, skip={"kind"})

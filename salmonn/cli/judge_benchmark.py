@@ -4,21 +4,22 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from tqdm import tqdm
 
 from salmonn.cli.judge import add_judge, judge_config
 from salmonn.cli.tables import new_table
+from salmonn.config import FlagParser
 from salmonn.records import write_json
 
 if TYPE_CHECKING:
     from salmonn.preference.benchmark import BenchmarkResult
 
 
-def bench_parser() -> ArgumentParser:
+def bench_parser() -> FlagParser:
     """Arguments of `salmonn judge-benchmark`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Accuracy of a judge on labelled pairs of captions, by kind of fault, with its bias for position "
         "and length. data/judge_pairs.jsonl is such a set."
     )

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from salmonn.cli.caption import caption_parser, run_caption
 from salmonn.cli.codes import WRONG_USAGE
@@ -20,9 +20,9 @@ from salmonn.cli.plot import plot_parser, run_plot
 from salmonn.cli.score import compare_parser, qa_parser, run_compare, run_qa, run_score, score_parser
 from salmonn.cli.serve import run_serve, serve_parser
 from salmonn.cli.synth import run_synth, synth_parser
-from salmonn.config import underscored
+from salmonn.config import FlagParser
 
-Command = tuple[Callable[[], ArgumentParser], Callable[[Namespace], int], str]
+Command = tuple[Callable[[], FlagParser], Callable[[Namespace], int], str]
 
 COMMANDS: dict[str, Command] = {
     "caption": (caption_parser, run_caption, "describe videos, or ask anything about them"),
@@ -42,7 +42,7 @@ COMMANDS: dict[str, Command] = {
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    values = build_parser().parse_args(underscored(args))
+    values = build_parser().parse_args(args)
     _, command, _ = COMMANDS[values.subcommand]
     try:
         sys.exit(command(values[values.subcommand]))
@@ -55,9 +55,9 @@ def main(args: Sequence[str] | None = None) -> None:
         os._exit(130)  # a second Ctrl-C: an ordinary exit would wait for the requests that are under way
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> FlagParser:
     """The parser of all commands."""
-    parser = ArgumentParser(prog="salmonn", description="Audio-visual video captioning that teaches itself.")
+    parser = FlagParser(prog="salmonn", description="Audio-visual video captioning that teaches itself.")
     commands = parser.add_subcommands(dest="subcommand")
     for name, (make_parser, _, words) in COMMANDS.items():
         commands.add_subcommand(name, make_parser(), help=words)

@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
+
+from salmonn.config import FlagParser
 
 
-def plot_parser() -> ArgumentParser:
+def plot_parser() -> FlagParser:
     """Arguments of `salmonn plot`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Draw the curves of a training run and show its stages in a table: curves.png, and run.html, a "
         "page that asks no network for anything. Also of a run that is still going, and of one that was killed."
     )

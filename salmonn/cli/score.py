@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from rich.console import Console
 from tqdm import tqdm
 
 from salmonn.cli.codes import SOME_FAILED
 from salmonn.cli.judge import add_judge, judge_config
 from salmonn.cli.tables import new_table
+from salmonn.config import FlagParser
 from salmonn.records import Caption, Reference, write_json
 from salmonn.score.config import ProtocolName
 
@@ -36,9 +37,9 @@ TITLES = {
 }
 
 
-def score_parser() -> ArgumentParser:
+def score_parser() -> FlagParser:
     """Arguments of `salmonn score`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Score captions against the atomic events of their references. Every reference counts, also one "
         "without a caption. docs/metrics.md says what each figure means."
     )
@@ -228,9 +229,9 @@ def _published_rates(scored: "ScoredSet") -> dict[str, float] | None:
     }
 
 
-def compare_parser() -> ArgumentParser:
+def compare_parser() -> FlagParser:
     """Arguments of `salmonn compare`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Compare two sets of captions of the same videos, clip by clip: differences with 95 % intervals, "
         "wins, ties and losses. Both must have been scored by one judge on one protocol."
     )
@@ -270,9 +271,9 @@ def run_compare(values: Namespace) -> int:
     return 0
 
 
-def qa_parser() -> ArgumentParser:
+def qa_parser() -> FlagParser:
     """Arguments of `salmonn qa`."""
-    parser = ArgumentParser(
+    parser = FlagParser(
         description="Accuracy of answers to multiple-choice questions, overall and by group. Reads Video-MME's result "
         "files, flat JSON or JSONL of question, options, answer, response, and the published code's pred and ref."
     )

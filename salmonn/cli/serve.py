@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from salmonn.cli.model import add_model, load_captioner
 from salmonn.cli.options import add_door, add_reading, is_loopback
+from salmonn.config import FlagParser
 
 if TYPE_CHECKING:
     import socket
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 _SHORTEST_KEY = 16
 
 
-def serve_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def serve_parser() -> FlagParser:
+    parser = FlagParser(
         description="Answer chat completions about clips, as OpenAI's interface has them: POST /v1/chat/completions "
         "with a video_url, image_url or input_audio; GET /v1/models, /health and /metrics. Ends at SIGTERM or Ctrl-C, "
         "once what is under way is answered; a second one cuts that off."
@@ -34,10 +35,10 @@ def serve_parser() -> ArgumentParser:
     return parser
 
 
-def _add_doors(parser: ArgumentParser) -> None:
+def _add_doors(parser: FlagParser) -> None:
     """Who may ask, and where files may come from."""
-    parser.add_argument("--api_key_file", type=Path | None, default=None, help="keys, one a line: any opens the door")
-    parser.add_argument("--no_auth", action="store_true", help="no key, though other machines reach --host")
+    parser.add_argument("--api-key-file", type=Path | None, default=None, help="keys, one a line: any opens the door")
+    parser.add_argument("--no-auth", action="store_true", help="no key, though other machines reach --host")
     parser.add_argument(
         "--server-names", nargs="+", type=str, default=[], help="names that clients have for this machine"
     )
@@ -45,28 +46,28 @@ def _add_doors(parser: ArgumentParser) -> None:
         "--allowed-dirs", nargs="+", type=Path, default=[], help="folders whose files may be asked about"
     )
     parser.add_argument(
-        "--allow_hosts",
+        "--allow-hosts",
         nargs="+",
         type=str,
         default=[],
         help="hosts to fetch from: example.org *.example.org host:port",
     )
     parser.add_argument(
-        "--allow_private", action="store_true", help="fetch from addresses of this network too: for your own server"
+        "--allow-private", action="store_true", help="fetch from addresses of this network too: for your own server"
     )
-    parser.add_argument("--ca_file", type=Path | None, default=None, help="trusted beside the machine's: PEM")
+    parser.add_argument("--ca-file", type=Path | None, default=None, help="trusted beside the machine's: PEM")
 
 
-def _add_limits(parser: ArgumentParser) -> None:
-    parser.add_argument("--max_upload_mib", type=float, default=512.0, help="of a file that is sent or fetched")
-    parser.add_argument("--max_seconds", type=float, default=3600.0, help="of a clip, or of the part asked about")
-    parser.add_argument("--max_waiting", type=int, default=64, help="answers waited for at a time; more: 429")
-    parser.add_argument("--max_answer_tokens", type=int, default=4096, help="that a request may ask for")
-    parser.add_argument("--request_seconds", type=float, default=600.0, help="that a request may take")
-    parser.add_argument("--fetch_seconds", type=float, default=300.0, help="that fetching a file may take")
+def _add_limits(parser: FlagParser) -> None:
+    parser.add_argument("--max-upload-mib", type=float, default=512.0, help="of a file that is sent or fetched")
+    parser.add_argument("--max-seconds", type=float, default=3600.0, help="of a clip, or of the part asked about")
+    parser.add_argument("--max-waiting", type=int, default=64, help="answers waited for at a time; more: 429")
+    parser.add_argument("--max-answer-tokens", type=int, default=4096, help="that a request may ask for")
+    parser.add_argument("--request-seconds", type=float, default=600.0, help="that a request may take")
+    parser.add_argument("--fetch-seconds", type=float, default=300.0, help="that fetching a file may take")
     add_reading(parser, seconds=300.0)
-    parser.add_argument("--grace_seconds", type=float, default=30.0, help="for what is under way at the end")
-    parser.add_argument("--batch_size", type=int | None, default=None, help="clips side by side (default: the model's)")
+    parser.add_argument("--grace-seconds", type=float, default=30.0, help="for what is under way at the end")
+    parser.add_argument("--batch-size", type=int | None, default=None, help="clips side by side (default: the model's)")
 
 
 def run_serve(values: Namespace) -> int:
@@ -151,13 +152,13 @@ def _require_sense(values: Namespace) -> None:
     """Raise a ValueError where a flag makes no sense."""
     for name in ("max_upload_mib", "max_seconds", "max_waiting", "max_answer_tokens", "request_seconds", "workers"):
         if not values[name] > 0:
-            raise ValueError(f"--{name} must be above 0, got {values[name]}")
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {values[name]}")
     if values.batch_size is not None and values.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, got {values.batch_size}")
+        raise ValueError(f"--batch-size must be at least 1, got {values.batch_size}")
     if not (is_loopback(values.host) or values.api_key_file or values.no_auth):
         raise ValueError(
-            f"at {values.host} other machines reach this server: give --api_key_file FILE, so that only those ask who "
-            "have a key, or --no_auth if anybody may"
+            f"at {values.host} other machines reach this server: give --api-key-file FILE, so that only those ask who "
+            "have a key, or --no-auth if anybody may"
         )
 
 

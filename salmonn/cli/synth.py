@@ -3,14 +3,15 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from tqdm import tqdm
 
+from salmonn.config import FlagParser
 from salmonn.synthetic.render import SynthConfig, make_clips
 
 
-def synth_parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def synth_parser() -> FlagParser:
+    parser = FlagParser(
         description="Make synthetic MP4 clips (H.264 and AAC) with events, captions and questions in clips.jsonl. "
         "The same seed gives the same clips; an interrupted run goes on where it was."
     )

@@ -38,7 +38,7 @@ def caption(call, random_model, tmp_path):
     """The command, over the same --out; gives exit code and stderr."""
 
     def caption(*args: object, out: str = "captions.jsonl") -> tuple[int, str]:
-        model = ("--model", random_model, "--max_new_tokens", 6, "--workers", 1)
+        model = ("--model", random_model, "--max-new-tokens", 6, "--workers", 1)
         code, _, err = call("caption", *args, "--out", tmp_path / out, *model)
         return code, err
 
@@ -57,9 +57,9 @@ def test_killed_and_gone_on_with(folder, random_model, videos, tmp_path, caption
     for number in range(30):
         os.link(videos[0], folder / f"x{number:02d}.mp4")
     out = tmp_path / "captions.jsonl"
-    args = ["caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 6, "--workers", 1]
+    args = ["caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 6, "--workers", 1]
     process = subprocess.Popen(
-        [BIN / "salmonn", *map(str, args), "--batch_size", "1"], stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        [BIN / "salmonn", *map(str, args), "--batch-size", "1"], stderr=subprocess.DEVNULL, env=ENVIRONMENT
     )
     while not (out.exists() and out.stat().st_size > 3000):
         assert process.poll() is None, "it came to its end before it could be killed"
@@ -150,9 +150,9 @@ def test_torchrun_shares_out(folder, random_model, tmp_path):
     """Two processes, one with a broken file; both end, and with the same code."""
     (folder / "broken.mp4").write_bytes((folder / "0.mp4").read_bytes()[:2000])
     out = tmp_path / "captions.jsonl"
-    args = ["caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 6, "--workers", 1]
+    args = ["caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 6, "--workers", 1]
     result = subprocess.run(
-        [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "--no-python", BIN / "salmonn", *map(str, args)],
+        [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "--no-python", BIN / "salmonn", *map(str, args)],
         capture_output=True, text=True, check=False, timeout=120, env=ENVIRONMENT,
     )  # fmt: skip
     shares = [names(tmp_path / f"captions-{number}-of-2.jsonl") for number in (1, 2)]
@@ -180,13 +180,13 @@ def test_one_bad_line_of_a_list_is_one_failure(folder, caption, tmp_path):
     assert code == 1 and "10 captions" in err and "2 videos failed" in err
     reasons = {one.video[-8:]: one.reason for one in read_records(tmp_path / "captions.failed.jsonl", Failure)}
     assert "File name too long" in reasons["xxxx.mp4"] and set(reasons) == {"xxxx.mp4", "loop.mp4"}
-    code, err = caption("--retry_failed")
+    code, err = caption("--retry-failed")
     assert code == 1 and "2 videos failed" in err
 
 
 def test_a_name_that_is_not_utf8_keeps_its_reason(folder, caption, tmp_path):
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")).write_bytes(b"12345")
-    for args in ([folder], ["--retry_failed"]):
+    for args in ([folder], ["--retry-failed"]):
         code, err = caption(*args)
         assert code == 1 and "1 videos failed" in err
         (failure,) = read_records(tmp_path / "captions.failed.jsonl", Failure)
@@ -206,7 +206,7 @@ def test_failed_mended_and_tried_again(folder, caption, videos, tmp_path):
     assert code == 1 and "10 captions" in err and "2 videos failed" in err
     assert [(one.stage, one.size_bytes) for one in read_records(failed, Failure)] == [("read", 2000)] * 2
     code, err = caption(folder)
-    assert code == 1 and "0 captions" in err and "2 failed in earlier runs" in err and "--retry_failed" in err
+    assert code == 1 and "0 captions" in err and "2 failed in earlier runs" in err and "--retry-failed" in err
     (folder / "bad.mp4").write_bytes(videos[0].read_bytes())
     # What else is there now is not looked at.
     (folder / "new.mp4").write_bytes(videos[0].read_bytes())
@@ -215,16 +215,16 @@ def test_failed_mended_and_tried_again(folder, caption, videos, tmp_path):
     assert names(failed, Failure) == ["clips/worse.mp4"]
     assert names(tmp_path / "captions.jsonl") == sorted([*EACH_ONCE, "clips/bad.mp4"])
     (folder / "worse.mp4").write_bytes(videos[1].read_bytes())
-    assert caption("--retry_failed")[0] == 0 and not failed.exists()
+    assert caption("--retry-failed")[0] == 0 and not failed.exists()
     assert names(tmp_path / "captions.jsonl") == sorted([*EACH_ONCE, "clips/bad.mp4", "clips/worse.mp4"])
-    assert caption("--retry_failed")[0] == 0
+    assert caption("--retry-failed")[0] == 0
 
 
 def test_a_dead_disk_stops_it(folder, caption, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"/gone/{number}.mp4\n" for number in range(500)))
-    code, err = caption(folder / "0.mp4", "--list", listed, "--max_failures", 5)
-    assert code == 2 and "5 videos failed one after the other" in err and "--retry_failed" in err
+    code, err = caption(folder / "0.mp4", "--list", listed, "--max-failures", 5)
+    assert code == 2 and "5 videos failed one after the other" in err and "--retry-failed" in err
     assert "/gone/4.mp4: there is no such file" in err and "Traceback" not in err
     assert 5 <= len(read_records(tmp_path / "captions.failed.jsonl", Failure)) < 500
     assert names(tmp_path / "captions.jsonl") == ["clips/0.mp4"]
@@ -234,12 +234,12 @@ def test_many_broken_files_among_good_ones(folder, caption, videos):
     """Every second file, which batches of like length bring together."""
     for number in range(5):
         (folder / f"{number}_broken.mp4").write_bytes(videos[0].read_bytes()[:1000])
-    code, err = caption(folder, "--max_failures", 2)
+    code, err = caption(folder, "--max-failures", 2)
     assert code == 1 and "10 captions" in err and "5 videos failed" in err
 
 
 def test_full_files_are_put_aside(folder, caption, tmp_path):
-    assert caption(folder, "--lines_per_file", 4)[0] == 0
+    assert caption(folder, "--lines-per-file", 4)[0] == 0
     parts = ["captions.00001.jsonl", "captions.00002.jsonl", "captions.jsonl"]
     assert [len(read_records(tmp_path / name, Caption)) for name in parts] == [4, 4, 2]
     code, err = caption(folder)
@@ -262,7 +262,7 @@ def test_draws_depend_on_the_path_alone(folder, caption, tmp_path):
     hot = ("--temperature", 1, "--seed", 5)
     assert caption(folder, *hot, out="one.jsonl")[0] == 0
     assert caption(folder / "more", *hot, out="two.jsonl")[0] == 0
-    assert caption(folder / "3.mp4", folder, *hot, "--batch_size", 1, out="two.jsonl")[0] == 0
+    assert caption(folder / "3.mp4", folder, *hot, "--batch-size", 1, out="two.jsonl")[0] == 0
     one, two = (
         {caption.video: caption.text for caption in read_records(tmp_path / name, Caption)}
         for name in ("one.jsonl", "two.jsonl")
@@ -300,7 +300,7 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     assert code == 1 and "3 videos were there already" in err and "1 failed in earlier runs, or a part of them" in err
     text = (folder / "0.srt").read_text()
     assert text.startswith("1\n00:00:00,000 --> 00:00:") and (folder / "more" / "1.srt").exists()
-    code, err = caption("--retry_failed", "--replace-subtitles", "--export", "srt")
+    code, err = caption("--retry-failed", "--replace-subtitles", "--export", "srt")
     assert code == 0 and (folder / "1.srt").read_text().startswith("1\n00:00:00,000 --> ")
     assert not (tmp_path / "captions.failed.jsonl").exists()
 
@@ -335,14 +335,14 @@ def test_a_full_disk(folder, caption, tmp_path):
         (["--shard", "3/2"], "no shard 3 of 2"),
         (["--shard", "2"], "2/8"),
         (["--shard", "1/2", "--overwrite"], "other shards"),
-        (["--overwrite", "--retry_failed"], "without --retry_failed"),
-        (["--max_failures", "-1"], "max_failures"),
-        (["--lines_per_file", "0"], "lines_per_file"),
+        (["--overwrite", "--retry-failed"], "without --retry-failed"),
+        (["--max-failures", "-1"], "max_failures"),
+        (["--lines-per-file", "0"], "lines_per_file"),
         (["--list", "/nowhere.txt"], "/nowhere.txt"),
         (["--segment-seconds", "0"], "segment_seconds"),
-        (["--read_seconds", "0"], "limits must be above 0"),
+        (["--read-seconds", "0"], "limits must be above 0"),
         (["--export", "docx"], "docx"),
-        (["--strategy", "ray", "--ray_actors", "0"], "ray_actors"),
+        (["--engine", "ray", "--ray-actors", "0"], "ray_actors"),
     ],
 )
 def test_mistakes(folder, caption, tmp_path, args, words):
@@ -365,7 +365,7 @@ def test_a_model_that_was_trained_on_is_another_one(folder, random_model, tmp_pa
     model = tmp_path / "model"
     shutil.copytree(random_model, model)
     args = ("caption", folder / "0.mp4", "--out", tmp_path / "captions.jsonl", "--model", model, "--workers", 1)
-    args = (*args, "--max_new_tokens", 6)
+    args = (*args, "--max-new-tokens", 6)
     assert call(*args)[0] == 0 and call(*args)[0] == 0
     weights, config = model / "model.safetensors", model / "config.json"
     for change in (weights.touch, lambda: config.write_text(config.read_text() + " ")):

@@ -145,7 +145,7 @@ BAD, OK = ("broken",), ("ok",)
 def test_it_stops_after_so_many_in_a_row(files):
     with opened(files) as ledger:
         job = CaptionJob(ledger, max_failures=3)
-        with pytest.raises(TooManyFailures, match=r"3 videos .* for this reason: broken\..*--retry_failed"):
+        with pytest.raises(TooManyFailures, match=r"3 videos .* for this reason: broken\..*--retry-failed"):
             run_all(job, {0: OK, 1: BAD, 2: BAD, 3: OK, 4: BAD, 5: BAD, 6: BAD, 7: OK})
         assert job.stats.videos == 7
     assert len(read_records(files.failed, Failure)) == 5
@@ -176,7 +176,7 @@ def test_a_limit_of_zero_is_none_and_a_retry_has_none(files):
         job = CaptionJob(ledger, max_failures=1, is_retry=True)
         run_all(job, many)
         assert len(job.failed_again) == 30
-    with pytest.raises(ValueError, match="--max_failures"), opened(files) as ledger:
+    with pytest.raises(ValueError, match="--max-failures"), opened(files) as ledger:
         CaptionJob(ledger, max_failures=-1)
 
 

@@ -348,7 +348,7 @@ def test_a_file_that_becomes_full_meanwhile(files, monkeypatch):
 def test_more_full_files_than_there_are_numbers(files):
     write(files, [caption()])
     files.out.with_name("captions.99999.jsonl").touch()
-    with pytest.raises(LedgerError, match="greater --lines_per_file"):
+    with pytest.raises(LedgerError, match="greater --lines-per-file"):
         write(files, [caption("b.mp4")], lines_per_file=1)
     assert len(read_records(files.captions, Caption)) == 1
 

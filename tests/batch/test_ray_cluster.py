@@ -60,8 +60,8 @@ def actors_of(driver: int) -> list[psutil.Process]:
 
 def test_an_actor_killed_midway(folder, random_model, tmp_path):
     out = tmp_path / "captions.jsonl"
-    args = ["caption", folder, "--out", out, "--model", random_model, "--max_new_tokens", 4, "--workers", 1]
-    command = [sys.executable, "-c", RUN, *map(str, args), "--strategy", "ray", "--ray_actors", "2"]
+    args = ["caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 4, "--workers", 1]
+    command = [sys.executable, "-c", RUN, *map(str, args), "--engine", "ray", "--ray-actors", "2"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "RAY_TMPDIR": "/tmp"}
     )

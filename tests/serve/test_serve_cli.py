@@ -92,7 +92,7 @@ def stream(client, video, *, tokens):
 def test_a_signal_in_the_middle_of_a_stream(run, model, videos, tmp_path):
     """What is under way comes to its end; what is new is refused, and health is bad; then it ends with 0."""
     (tmp_path / "keys").write_text(f"{KEY}\n\nanother key of it\n")
-    server = run("--name", "mine", "--api_key_file", tmp_path / "keys")
+    server = run("--name", "mine", "--api-key-file", tmp_path / "keys")
     client = server.client(KEY)
     with pytest.raises(openai.AuthenticationError):
         server.client().models.list()
@@ -110,7 +110,7 @@ def test_a_signal_in_the_middle_of_a_stream(run, model, videos, tmp_path):
 
 
 def test_a_second_signal_ends_the_grace(run, videos):
-    server = run("--name", "mine", "--grace_seconds", 60)
+    server = run("--name", "mine", "--grace-seconds", 60)
     chunks = stream(server.client(), videos[0], tokens=4000)
     next(chunks)
     server.process.send_signal(signal.SIGINT)
@@ -129,12 +129,12 @@ def refused(call, *flags):
 
 def test_flags_that_make_no_sense_are_refused_before_the_model_is_read(call, tmp_path):
     none = ("--model", tmp_path / "none")
-    assert "give --api_key_file FILE" in refused(call, "--host", "0.0.0.0", *none)
+    assert "give --api-key-file FILE" in refused(call, "--host", "0.0.0.0", *none)
     (tmp_path / "keys").write_text("short\n")
-    assert "must hold keys of 16 letters or more" in refused(call, "--api_key_file", tmp_path / "keys", *none)
-    assert "--max_seconds must be above 0" in refused(call, "--max_seconds", 0, *none)
+    assert "must hold keys of 16 letters or more" in refused(call, "--api-key-file", tmp_path / "keys", *none)
+    assert "--max-seconds must be above 0" in refused(call, "--max-seconds", 0, *none)
     assert "--allowed-dirs" in refused(call, "--allowed-dirs", tmp_path / "nowhere", *none)
-    assert "is no host to fetch from" in refused(call, "--allow_hosts", "https://example.org", *none)
+    assert "is no host to fetch from" in refused(call, "--allow-hosts", "https://example.org", *none)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen at 127.0.0.1, port {port}" in refused(call, "--port", port, *none)

@@ -14,10 +14,10 @@ from tests.webui.conftest import start_demo
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--host", "0.0.0.0"], "give --password_file, or --no_auth"),
+        (["--host", "0.0.0.0"], "give --password-file, or --no-auth"),
         (["--workers", "0"], "--workers must be at least 1"),
-        (["--max_seconds", "0"], "above 0"),
-        (["--other_model", "m", "--model", "m"], "--other_model is --model again"),
+        (["--max-seconds", "0"], "above 0"),
+        (["--other-model", "m", "--model", "m"], "--other-model is --model again"),
         (["--references", "absent.jsonl"], "absent.jsonl"),
         (["--model", "{folder}"], "{folder}"),
         (["--judge.kind", "openai"], "needs a model"),
@@ -42,7 +42,7 @@ def test_without_gradio_it_is_told_before_models_are_read(call, tmp_path, monkey
 def test_password_files_that_are_none(call, tmp_path, text, words):
     path = tmp_path / "passwords"
     path.write_text(text)
-    code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", "--password_file", path)
+    code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", "--password-file", path)
     assert code == 2 and words in err
 
 
@@ -56,7 +56,7 @@ def test_port_0_is_a_free_one_of_the_system(demo):
 def test_who_knows_no_password_sees_nothing(tmp_path):
     passwords = tmp_path / "passwords"
     passwords.write_text("ann:secret\n\nbob:pass:word\n")
-    demo = start_demo(tmp_path / "demo", "--password_file", passwords)
+    demo = start_demo(tmp_path / "demo", "--password-file", passwords)
     try:
         assert httpx.get(f"{demo.address}config").status_code == 401
         assert httpx.post(f"{demo.address}login", data={"username": "ann", "password": "wrong"}).status_code == 400
@@ -74,11 +74,11 @@ def test_help_starts_without_gradio_and_torch():
     code += " assert end.code == 0\nassert not {'torch', 'gradio'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
-    assert "--password_file" in result.stdout and "--judge.kind" in result.stdout
+    assert "--password-file" in result.stdout and "--judge.kind" in result.stdout
 
 
 def test_demo_app_is_the_same_command():
     result = subprocess.run(
         [sys.executable, "demo/app.py", "--help"], capture_output=True, text=True, timeout=100, check=False
     )
-    assert result.returncode == 0 and "--other_model" in result.stdout
+    assert result.returncode == 0 and "--other-model" in result.stdout
