@@ -336,13 +336,13 @@ def test_a_full_disk(folder, caption, tmp_path):
         (["--shard", "2"], "2/8"),
         (["--shard", "1/2", "--overwrite"], "other shards"),
         (["--overwrite", "--retry-failed"], "without --retry-failed"),
-        (["--max-failures", "-1"], "max_failures"),
-        (["--lines-per-file", "0"], "lines_per_file"),
+        (["--max-failures", "-1"], "--max-failures"),
+        (["--lines-per-file", "0"], "--lines-per-file"),
         (["--list", "/nowhere.txt"], "/nowhere.txt"),
         (["--segment-seconds", "0"], "segment_seconds"),
         (["--read-seconds", "0"], "limits must be above 0"),
         (["--export", "docx"], "docx"),
-        (["--engine", "ray", "--ray-actors", "0"], "ray_actors"),
+        (["--engine", "ray", "--ray-actors", "0"], "--ray-actors"),
     ],
 )
 def test_mistakes(folder, caption, tmp_path, args, words):

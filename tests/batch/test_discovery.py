@@ -187,9 +187,9 @@ def test_a_shard_lists_its_own(folder):
 
 LONG = """
 import tracemalloc
-from salmonn.batch.discovery import Listing
+from salmonn.batch.discovery import VideoListing
 tracemalloc.start()
-count = sum(1 for _ in Listing(list_path="list.txt").videos())
+count = sum(1 for _ in VideoListing(list_path="list.txt").videos())
 print(count, tracemalloc.get_traced_memory()[1])
 """
 

@@ -137,10 +137,10 @@ MANY = """
 import resource, sys, time
 from pathlib import Path
 import pyarrow.parquet
-from salmonn.batch.export import Latest, export_table
+from salmonn.batch.export import LatestCaptions, export_table
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-latest = Latest([Path(sys.argv[1])])
+latest = LatestCaptions([Path(sys.argv[1])])
 export_table(latest, Path(sys.argv[2]))
 print(len(latest), peak() - before)
 """

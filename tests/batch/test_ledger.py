@@ -125,7 +125,7 @@ def test_rotation(files):
     assert [read_records(files.out.with_name(name), Caption) for name in names] == groups
     with opened(files) as ledger:
         assert all(ledger.is_done(VideoFile(f"{name}.mp4", 5, 7)) for name in "abcd")
-    with pytest.raises(ValueError, match="lines_per_file"):
+    with pytest.raises(ValueError, match="--lines-per-file"):
         opened(files, lines_per_file=0)
 
 
@@ -398,11 +398,11 @@ def test_a_line_that_is_no_caption_is_named(files):
 FULL = """
 import resource, sys
 from pathlib import Path
-from salmonn.batch.ledger_files import Files
+from salmonn.batch.ledger_files import LedgerFiles
 from salmonn.batch.ledger import Ledger
 from salmonn.records import Caption
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-with Ledger(Files(Path(sys.argv[1])), job={"model": "toy"}) as ledger:
+with Ledger(LedgerFiles(Path(sys.argv[1])), job={"model": "toy"}) as ledger:
     for number in range(100):
         try:
             ledger.write([Caption(f"{number}.mp4", "words " * 20, start_seconds=float(part)) for part in range(2)])
@@ -425,15 +425,15 @@ def test_a_full_disk(files):
 MILLION = """
 import resource, sys, time
 from pathlib import Path
-from salmonn.batch.ledger_files import Files
+from salmonn.batch.ledger_files import LedgerFiles
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.discovery import Video
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, begin = peak(), time.perf_counter()
-with Ledger(Files(Path(sys.argv[1])), job={"model": "toy", "temperature": 0.0}) as ledger:
+with Ledger(LedgerFiles(Path(sys.argv[1])), job={"model": "toy", "temperature": 0.0}) as ledger:
     print(time.perf_counter() - begin, peak() - before)
-    assert all(ledger.is_done(Video(f"/data/clips/{number:07d}.mp4", 5, 7)) for number in range(0, 10**6, 99))
-    assert not ledger.is_done(Video("/data/clips/1000000.mp4", 5, 7))
+    assert all(ledger.is_done(VideoFile(f"/data/clips/{number:07d}.mp4", 5, 7)) for number in range(0, 10**6, 99))
+    assert not ledger.is_done(VideoFile("/data/clips/1000000.mp4", 5, 7))
 """
 
 
