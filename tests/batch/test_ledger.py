@@ -427,7 +427,7 @@ import resource, sys, time
 from pathlib import Path
 from salmonn.batch.ledger_files import LedgerFiles
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.discovery import Video
+from salmonn.batch.discovery import VideoFile
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, begin = peak(), time.perf_counter()
 with Ledger(LedgerFiles(Path(sys.argv[1])), job={"model": "toy", "temperature": 0.0}) as ledger:
