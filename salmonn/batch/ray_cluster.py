@@ -81,7 +81,7 @@ def caption_on_cluster(
     try:
         import ray  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise ValueError("--strategy ray needs Ray: pip install 'salmonn[cluster]'") from error
+        raise ValueError("--engine ray needs Ray: pip install 'salmonn[cluster]'") from error
     ray.init(include_dashboard=False, logging_level=logging.WARNING)
     try:
         while block := list(islice(videos, ROUND_VIDEOS)):
