@@ -19,7 +19,7 @@ from salmonn.conversations import Conversation, read_conversations
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import ClipFeatures
-from salmonn.records import Pair
+from salmonn.records import Comparison
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import Example, conversation_examples
 from salmonn.train.dry_run import print_adapter_plan
@@ -117,7 +117,7 @@ def main(config: OfflineDpoConfig) -> None:
         )
 
 
-def read_preferences(config: OfflineDpoConfig) -> tuple[list[Example], list[Pair]]:
+def read_preferences(config: OfflineDpoConfig) -> tuple[list[Example], list[Comparison]]:
     """The clips of the preferences and their pairs, one beside the other.
 
     Raises:
@@ -139,11 +139,11 @@ def read_preferences(config: OfflineDpoConfig) -> tuple[list[Example], list[Pair
     return conversation_examples(given, root=root), pairs
 
 
-def to_pair(conversation: Conversation, *, name: str) -> Pair:
+def to_pair(conversation: Conversation, *, name: str) -> Comparison:
     """A conversation's preference as a pair about the clip of this name."""
     preference = conversation.preference
     assert preference is not None, "only preferences are paired"
-    return Pair(
+    return Comparison(
         video=name,
         prompt=preference.prompt,
         chosen=preference.chosen,

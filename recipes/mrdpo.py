@@ -25,7 +25,7 @@ from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import ClipFeatures, Network
 from salmonn.preference.reward import make_judge
-from salmonn.records import Caption, Pair, read_json, read_records, write_json
+from salmonn.records import Caption, Comparison, read_json, read_records, write_json
 from salmonn.score.config import JudgeConfig
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
@@ -330,13 +330,13 @@ def run_round(captioner: Captioner, run: Run, number: int, folder: Path, *, conf
             side_by_side=config.side_by_side,
         )
     else:
-        pairs = read_records(config.out / "round_1" / "pairs.jsonl", Pair)
+        pairs = read_records(config.out / "round_1" / "pairs.jsonl", Comparison)
     require_pairs(pairs, config.early_stopping, batch_size=config.fit.batch_size, name=folder.name)
     train_policy(captioner, run, pairs, folder, config=config, number=number)
 
 
 def train_policy(
-    captioner: Captioner, run: Run, pairs: Sequence[Pair], folder: Path, *, config: MrDpoConfig, number: int
+    captioner: Captioner, run: Run, pairs: Sequence[Comparison], folder: Path, *, config: MrDpoConfig, number: int
 ) -> None:
     """Guided DPO on a fresh adapter, which is saved, and merged with the weights as they are on disk."""
     base = captioner.name
@@ -347,7 +347,13 @@ def train_policy(
 
 
 def fit_adapter(
-    captioner: Captioner, run: Run, pairs: Sequence[Pair], checkpoints: Checkpoints, *, config: MrDpoConfig, number: int
+    captioner: Captioner,
+    run: Run,
+    pairs: Sequence[Comparison],
+    checkpoints: Checkpoints,
+    *,
+    config: MrDpoConfig,
+    number: int,
 ) -> Checkpoint:
     """Train a fresh adapter; the network is used up, and nothing holds it any more when the next is read."""
     seed = config.seed * 1000 + number
@@ -360,7 +366,7 @@ def fit_adapter(
 
 
 def preference_batches(
-    captioner: Captioner, run: Run, pairs: Sequence[Pair], *, config: MrDpoConfig, number: int
+    captioner: Captioner, run: Run, pairs: Sequence[Comparison], *, config: MrDpoConfig, number: int
 ) -> tuple[Batches[PreferenceBatch | SftBatch], MixedLoss]:
     """A round's batches and loss: pairs, and in the last round questions among them."""
     seed, questions = config.seed * 1000 + number, config.num_questions if number == config.rounds else 0

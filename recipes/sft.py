@@ -238,8 +238,8 @@ def whole_clips(examples: Sequence[Example], *, strategy: str) -> list[Example]:
     uses = sorted({example.modality for example in examples})
     if len(uses) > 1:
         raise ValueError(
-            f"the {len(examples)} examples are of {' and of '.join(uses)}, and with strategy {strategy} all processes must "
-            "use the same parts of the model in each step: choose tasks of one kind, or strategy ddp"
+            f"the {len(examples)} examples are of {' and of '.join(uses)}, and with strategy {strategy} all processes "
+            "must use the same parts of the model in each step: choose tasks of one kind, or strategy ddp"
         )
     return [replace(example, needs_both=example.modality == "both") for example in examples]
 

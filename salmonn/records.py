@@ -250,21 +250,39 @@ class Judging:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A preference: for one video and prompt, `chosen` is better than `rejected` by `gap` in Total.
+class Comparison:
+    """Two answers to one prompt about a video, of which `chosen` is better than `rejected`.
 
-    `ground_truth` is the reference caption of guided DPO's cross-entropy term, `history` what was said before.
+    Selected pairs of mrDPO, votes and published preferences all become comparisons; every recipe reads them.
+
+    Args:
+        video: path of the file with the video, or the audio or image alone, as in `Reference.video`.
+        prompt: the prompt that both answer.
+        chosen, rejected: the better and the worse answer.
+        ground_truth: a correct answer, for the cross-entropy term of guided DPO; "" where there is none.
+        margin: how much better the chosen answer is, in units of the source's rating; None where it is unknown.
+        source: who compared them: the name of a reward, "vote" or "published".
+        chosen_finished, rejected_finished: False for an answer that was cut off at the token limit.
+        history: earlier turns of the conversation, (prompt, answer) each.
+        modality: what of the video the answers are about.
+        audio: path of the audio track where it is a file of its own.
+        start_seconds, end_seconds: the part of the video that the answers are about; None for an open end.
     """
 
     video: str
     prompt: str
     chosen: str
     rejected: str
-    ground_truth: str
-    gap: float = 0.0
+    ground_truth: str = ""
+    margin: float | None = None
+    source: str = ""
     chosen_finished: bool = True
     rejected_finished: bool = True
     history: tuple[tuple[str, str], ...] = ()
+    modality: Modality = "both"
+    audio: str | None = None
+    start_seconds: float | None = None
+    end_seconds: float | None = None
 
 
 def write_records(path: Path | str, records: Iterable[Any]) -> None:
@@ -379,7 +397,7 @@ def parse_record(value: Any, record_type: type[Record]) -> Record:
 
 def _guess(value: dict[str, Any]) -> str:
     """What a record of the wrong kind may be, for messages."""
-    for other, plural in ((Caption, "captions"), (Reference, "references"), (Pair, "pairs")):
+    for other, plural in ((Caption, "captions"), (Reference, "references"), (Comparison, "comparisons")):
         names = {field.name for field in dataclasses.fields(other)}
         required = {field.name for field in dataclasses.fields(other) if field.default is dataclasses.MISSING}
         if required <= set(value) <= names:

@@ -7,9 +7,9 @@ import pytest
 
 from salmonn.records import (
     Caption,
+    Comparison,
     Event,
     Judging,
-    Pair,
     Question,
     Reference,
     Score,
@@ -43,7 +43,7 @@ REFERENCE = Reference(
         ),
         Unscored("a.mp4", "the server refused it", sample=1),
         Judging("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.0", (1, 2), (0.5, 0.25), 1),
-        Pair("a.mp4", "Tell.", "good", "bad", "true", gap=0.25, rejected_finished=False),
+        Comparison("a.mp4", "Tell.", "good", "bad", "true", margin=0.25, rejected_finished=False),
     ],
 )
 def test_round_trip(tmp_path, record):

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from salmonn.records import Caption, Pair, Reference, Score
+from salmonn.records import Caption, Comparison, Reference, Score
 
 # Gaps are differences of fractions: 0.5 - 0.4 must pass a min_gap of 0.1.
 _ROUNDING = 1e-9
@@ -11,10 +11,10 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class PairReport:
-    """What a set of pairs teaches besides content: lengths are mean words, `mean_gap` is in Total. Zeros if empty."""
+    """What a set of pairs teaches besides content: mean lengths in words, and the mean margin. Zeros if empty."""
 
     num_pairs: int
-    mean_gap: float
+    mean_margin: float
     mean_words_chosen: float
     mean_words_rejected: float
 
@@ -28,7 +28,7 @@ def choose_pairs(
     max_pairs_per_video: int = 1,
     repetition_weight: float = 1.0,
     max_length_ratio: float | None = None,
-) -> list[Pair]:
+) -> list[Comparison]:
     """Pair the best caption of each video with the worst, by badness = Total + repetition_weight * repetition.
 
     Scores belong to captions by (video, sample). The chosen one is the best for which there is a partner, its partner
@@ -65,12 +65,13 @@ def choose_pairs(
     return pairs
 
 
-def summarise_pairs(pairs: Sequence[Pair]) -> PairReport:
+def summarise_pairs(pairs: Sequence[Comparison]) -> PairReport:
     """Count, mean gap and mean lengths; look at the lengths before training on the pairs."""
     count = max(len(pairs), 1)
+    margins = [pair.margin for pair in pairs if pair.margin is not None]
     return PairReport(
         num_pairs=len(pairs),
-        mean_gap=sum(pair.gap for pair in pairs) / count,
+        mean_margin=sum(margins) / max(len(margins), 1),
         mean_words_chosen=sum(len(pair.chosen.split()) for pair in pairs) / count,
         mean_words_rejected=sum(len(pair.rejected.split()) for pair in pairs) / count,
     )
@@ -155,14 +156,14 @@ def _length_ratio(one: _Rated, other: _Rated) -> float:
     return longer / max(shorter, 1)
 
 
-def _to_pair(chosen: _Rated, rejected: _Rated, *, reference: Reference) -> Pair:
-    return Pair(
+def _to_pair(chosen: _Rated, rejected: _Rated, *, reference: Reference) -> Comparison:
+    return Comparison(
         video=chosen.caption.video,
         prompt=chosen.caption.prompt,
         chosen=chosen.caption.text,
         rejected=rejected.caption.text,
         ground_truth=reference.caption,
-        gap=rejected.total - chosen.total,
+        margin=rejected.total - chosen.total,
         chosen_finished=chosen.caption.finished,
         rejected_finished=rejected.caption.finished,
     )

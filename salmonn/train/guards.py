@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from salmonn.records import Pair
+from salmonn.records import Comparison
 from salmonn.train.run_log import STEPS_NAME, RunSummary, read_steps
 
 
@@ -28,7 +28,7 @@ class RoundFailedError(ValueError):
     """A round cannot give a better model."""
 
 
-def require_pairs(pairs: Sequence[Pair], early_stopping: EarlyStopConfig, *, batch_size: int, name: str) -> None:
+def require_pairs(pairs: Sequence[Comparison], early_stopping: EarlyStopConfig, *, batch_size: int, name: str) -> None:
     """Raise RoundFailedError where a round has too few pairs."""
     least = max(1, batch_size if early_stopping.min_pairs is None else early_stopping.min_pairs)
     if len(pairs) < least:

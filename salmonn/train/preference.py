@@ -16,7 +16,7 @@ from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import ClipFeatures, ModelInputs, Network
 from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
-from salmonn.records import Pair, read_json, write_json
+from salmonn.records import Comparison, read_json, write_json
 from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split
 from salmonn.train.feature_cache import hash_features, hash_tokenizer, hash_values, hash_weights
 
@@ -78,7 +78,7 @@ class PreferenceBatches:
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[Comparison],
         blocks: Mapping[str, ClipFeatures],
         processor: Processor,
         *,
@@ -187,7 +187,7 @@ class PreferenceBatches:
         mine = dist.share(batch_at(numbered, step, batch_size=self.batch_size, seed=self.seed))
         return [self._piece(part) for part in split(mine, self.gradient_accumulation_steps)]
 
-    def _piece(self, numbered: Sequence[tuple[int, Pair]]) -> PreferenceBatch:
+    def _piece(self, numbered: Sequence[tuple[int, Comparison]]) -> PreferenceBatch:
         part = [pair for _, pair in numbered]
         rows = [
             PromptRow(index, pair.prompt, text, pair.history)
@@ -199,7 +199,7 @@ class PreferenceBatches:
         names = tuple(pair.video for pair in part)
         return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1], mean_num_pairs, names)
 
-    def _inputs(self, pairs: Sequence[Pair], rows: Sequence[PromptRow]) -> ModelInputs:
+    def _inputs(self, pairs: Sequence[Comparison], rows: Sequence[PromptRow]) -> ModelInputs:
         return self.processor.collate(rows, [self.blocks[pair.video] for pair in pairs])
 
 

@@ -14,7 +14,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.model.network import ClipFeatures
 from salmonn.preference.selection import choose_pairs, summarise_pairs
-from salmonn.records import Caption, Pair, Reference, Score
+from salmonn.records import Caption, Comparison, Reference, Score
 from salmonn.score.formats import read_scores, write_scores
 from salmonn.score.judge import Judge
 from salmonn.score.scoring import make_judge_info
@@ -55,7 +55,7 @@ def make_pairs(
     folder: Path,
     seed: int,
     side_by_side: int = SIDE_BY_SIDE,
-) -> list[Pair]:
+) -> list[Comparison]:
     """Sample, judge and pair captions of clips; shared over ranks.
 
     Args:
@@ -74,14 +74,14 @@ def make_pairs(
     by_video = {reference.video: reference for reference in references}
     scores = _judged(folder / "scores.jsonl", captions, by_video, judge=judge)
     pairs = load_or_create(
-        folder / "pairs.jsonl", Pair, lambda: pair_captions(captions, scores, by_video, config=config)
+        folder / "pairs.jsonl", Comparison, lambda: pair_captions(captions, scores, by_video, config=config)
     )
     report = summarise_pairs(pairs)
     log.info(
         "%s: %d pairs, mean gap %.3f; mean words %.1f chosen, %.1f rejected",
         folder.name,
         report.num_pairs,
-        report.mean_gap,
+        report.mean_margin,
         report.mean_words_chosen,
         report.mean_words_rejected,
     )
@@ -103,7 +103,7 @@ def _judged(
 
 def pair_captions(
     captions: Sequence[Caption], scores: Sequence[Score], references: Mapping[str, Reference], *, config: PairConfig
-) -> list[Pair]:
+) -> list[Comparison]:
     """Best against worst, clip by clip, of the captions that have a score."""
     scored = {(score.video, score.sample) for score in scores}
     by_video: dict[str, list[Caption]] = {}

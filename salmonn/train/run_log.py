@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from salmonn.preference.selection import PairReport, summarise_pairs
-from salmonn.records import Pair, parse_record, read_json, read_records
+from salmonn.records import Comparison, parse_record, read_json, read_records
 from salmonn.score.metrics import Rates
 
 COLUMNS = {
@@ -213,7 +213,7 @@ def _read_stages(folder: Path) -> Iterator[StageLog]:
         yield StageLog(folder.resolve().name, own)
     for name in sorted({path.parent.name for path in folder.glob("*/*.jsonl")}, key=_place):
         steps, pairs = read_steps(folder / name / STEPS_NAME), folder / name / "pairs.jsonl"
-        report = summarise_pairs(read_records(pairs, Pair)) if pairs.is_file() else None
+        report = summarise_pairs(read_records(pairs, Comparison)) if pairs.is_file() else None
         if steps or report:
             yield StageLog(_stage_name(name), steps, report)
 

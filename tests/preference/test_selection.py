@@ -3,7 +3,7 @@
 import pytest
 
 from salmonn.preference.selection import PairReport, choose_pairs, summarise_pairs
-from salmonn.records import Caption, Pair, Reference, Score
+from salmonn.records import Caption, Comparison, Reference, Score
 
 REFERENCES = {"v": Reference("v", caption="the truth"), "w": Reference("w")}
 
@@ -25,7 +25,7 @@ def test_best_against_worst():
     captions = [Caption("v", text, "Tell.", sample=sample, finished=sample != 2) for sample, text in enumerate("abc")]
     scores = [Score("v", 10, missing, 0, 1, sample=sample) for sample, missing in enumerate((3, 1, 6))]
     (pair,) = choose_pairs({"v": captions}, scores, REFERENCES)
-    assert pair == Pair("v", "Tell.", "b", "c", "the truth", gap=pytest.approx(0.5), rejected_finished=False)
+    assert pair == Comparison("v", "Tell.", "b", "c", "the truth", margin=pytest.approx(0.5), rejected_finished=False)
 
 
 def test_repetition_weighs():
@@ -103,6 +103,6 @@ def test_refuses():
 
 
 def test_summary():
-    pairs = [Pair("v", "", "a b", "a b c d", "", gap=0.2), Pair("w", "", "a", "b", "", gap=0.4)]
+    pairs = [Comparison("v", "", "a b", "a b c d", "", margin=0.2), Comparison("w", "", "a", "b", "", margin=0.4)]
     assert summarise_pairs(pairs) == PairReport(2, pytest.approx(0.3), 1.5, 2.5)
     assert summarise_pairs([]) == PairReport(0, 0.0, 0.0, 0.0)

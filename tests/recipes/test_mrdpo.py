@@ -12,7 +12,7 @@ import torch
 
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.records import Caption, Pair, read_records
+from salmonn.records import Caption, Comparison, read_records
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
 from tests.score.fake_llm_server import honest
@@ -109,11 +109,11 @@ def test_records_of_a_round_fit_together(finished):
         (score.video, score.sample) for score in scores
     ]
     said = {(caption.video, caption.text): score for caption, score in zip(captions, scores, strict=True)}
-    pairs = read_records(folder / "pairs.jsonl", Pair)
+    pairs = read_records(folder / "pairs.jsonl", Comparison)
     assert pairs
     for pair in pairs:
         gap = said[pair.video, pair.rejected].total - said[pair.video, pair.chosen].total
-        assert pair.gap == pytest.approx(gap) and gap > 0 and pair.chosen_finished and pair.ground_truth
+        assert pair.margin == pytest.approx(gap) and gap > 0 and pair.chosen_finished and pair.ground_truth
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     # The first step's policy is its reference: log 2.
     assert [step["step"] for step in steps] == [0, 1] and steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
@@ -312,5 +312,5 @@ def test_a_language_model_judges_and_its_cap_may_be_raised(serve, launch, flags,
     assert len(asked) == len(set(asked))
     scored = read_scores(tmp_path / "run" / "round_1" / "scores.jsonl")
     assert scored.judge_info.judge == f"m at {server.url}" and len(scored.scores) == 32
-    pairs = read_records(tmp_path / "run" / "round_1" / "pairs.jsonl", Pair)
-    assert pairs and all(pair.gap > 0 for pair in pairs)
+    pairs = read_records(tmp_path / "run" / "round_1" / "pairs.jsonl", Comparison)
+    assert pairs and all(pair.margin > 0 for pair in pairs)

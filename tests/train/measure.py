@@ -21,7 +21,7 @@ from salmonn.media.clip import Clip
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import ClipInputs, Network
-from salmonn.records import Pair
+from salmonn.records import Comparison
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.dry_run import ClipShape, MemoryPlan, Workload, build_on_meta
 from salmonn.train.loop import FitConfig, FitContext, fit
@@ -57,7 +57,7 @@ def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
     media = read(captioner.processor)
     blocks = dict(zip(["noise"], captioner.encode([media]), strict=True))
     attach_lora(captioner.network, LORA, seed=0)
-    pair = Pair("noise", "Tell.", ANSWER, f"two {ANSWER}", f"three {ANSWER}")
+    pair = Comparison("noise", "Tell.", ANSWER, f"two {ANSWER}", f"three {ANSWER}")
     batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
     batches.compute_reference_logps(captioner.network)
     fit(

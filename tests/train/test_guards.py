@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from salmonn.records import Pair
+from salmonn.records import Comparison
 from salmonn.score.metrics import Rates
 from salmonn.train.guards import (
     EarlyStopConfig,
@@ -17,7 +17,7 @@ from salmonn.train.guards import (
 )
 from salmonn.train.run_log import RunSummary
 
-PAIRS = [Pair("a.mp4", "p", "good", "bad", "truth", gap=0.5)] * 3
+PAIRS = [Comparison("a.mp4", "p", "good", "bad", "truth", margin=0.5)] * 3
 
 
 def rates(total: float) -> Rates:

@@ -14,7 +14,7 @@ import torch
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
-from salmonn.records import Pair
+from salmonn.records import Comparison
 from salmonn.train.checkpoint import Checkpoints, load_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split
 from salmonn.train.loop import Callback, FitConfig, FitContext, fit, learning_rate_at
@@ -173,7 +173,7 @@ def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
         captioner = Captioner.load(SHIPPED_MODEL)
         media = [captioner.processor.read(clips.root / reference.video) for reference in clips.references[:3]]
         blocks = dict(zip([r.video for r in clips.references], captioner.encode(media), strict=False))
-        pairs = [Pair(video, "Tell.", "a red star", f"{video} a tone", "the truth") for video in blocks]
+        pairs = [Comparison(video, "Tell.", "a red star", f"{video} a tone", "the truth") for video in blocks]
         attach_lora(captioner.network, STEADY, seed=0)
         batches = PreferenceBatches(
             pairs,

@@ -10,7 +10,7 @@ import torch
 
 from salmonn.caption.processor import PromptRow
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.records import Pair, read_json, write_json
+from salmonn.records import Comparison, read_json, write_json
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.data import Example, SftBatches, Turn, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, autocast, fit
@@ -31,7 +31,7 @@ def pairs(clips):
     """Three pairs on three clips, of different lengths."""
     texts = [("a red star appears", "a tone", "the truth"), ("two", "a low tone is heard", "three"), ("x", "y", "z z")]
     return [
-        Pair(reference.video, f"Tell {number}.", *text)
+        Comparison(reference.video, f"Tell {number}.", *text)
         for number, (reference, text) in enumerate(zip(clips.references, texts, strict=False))
     ]
 
@@ -271,7 +271,7 @@ def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, t
     """Whichever of the two is called chosen: the margin over the reference grows on its side."""
     pair = pairs[0]
     if turned:
-        pair = Pair(pair.video, pair.prompt, pair.rejected, pair.chosen, pair.ground_truth)
+        pair = Comparison(pair.video, pair.prompt, pair.rejected, pair.chosen, pair.ground_truth)
     attach_lora(captioner.network, LORA, seed=0)
     batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
     batches.compute_reference_logps(captioner.network)

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from salmonn.records import Pair, write_json, write_records, write_text
+from salmonn.records import Comparison, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
 from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
 from salmonn.train.run_log import RunSummary, print_table, read_run
@@ -42,8 +42,10 @@ def run_folder(tmp_path):
         rewards = [{"loss": 0.7 - n / 10, "chosen": 0.1 * n, "rejected": -0.1 * n, "grad_norm": 1.0} for n in range(4)]
         write_steps(folder / name, rewards)
     write_steps(folder / "rebirth", ({"loss": 1.0, "learning_rate": 2e-4} for _ in range(6)))
-    pair = Pair("v", "p", chosen="a red star", rejected="a star", ground_truth="", gap=0.5)
-    write_records(folder / "round_1" / "pairs.jsonl", [pair, replace(pair, chosen="one two three four five", gap=0.25)])
+    pair = Comparison("v", "p", chosen="a red star", rejected="a star", ground_truth="", margin=0.5)
+    write_records(
+        folder / "round_1" / "pairs.jsonl", [pair, replace(pair, chosen="one two three four five", margin=0.25)]
+    )
     write_json(folder / "summary.json", WHOLE.to_json())
     write_text(folder / "mrdpo.yaml", "model: <script>alert(1)</script>\n")
     return folder
@@ -104,7 +106,7 @@ def test_a_whole_run(run_folder):
     ]
     pairs = record.stages[0].pairs
     # Gaps 0.5 and 0.25; 3 and 5 words against 2 and 2.
-    assert (pairs.num_pairs, pairs.mean_gap, pairs.mean_words_chosen, pairs.mean_words_rejected) == (2, 0.375, 4, 2)
+    assert (pairs.num_pairs, pairs.mean_margin, pairs.mean_words_chosen, pairs.mean_words_rejected) == (2, 0.375, 4, 2)
     assert record.stages[1].pairs is None
 
 
@@ -142,7 +144,7 @@ def test_folders_that_hold_no_run(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match=r"holds no run: give the folder that a recipe wrote to"):
             read_run(folder)
-    write_records(tmp_path / "round_1" / "pairs.jsonl", [Pair("v", "p", "c", "r", "g")])
+    write_records(tmp_path / "round_1" / "pairs.jsonl", [Comparison("v", "p", "c", "r", "g")])
     with pytest.raises(ValueError, match="no steps and no rates yet"):
         plot_curves(read_run(tmp_path), tmp_path / "curves.png")
 

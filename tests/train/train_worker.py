@@ -20,7 +20,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.model import network as network_module
 from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.records import Pair, Reference, read_records
+from salmonn.records import Comparison, Reference, read_records
 from salmonn.train.checkpoint import Checkpoint, Checkpoints
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.kl import KLProbe
@@ -54,7 +54,7 @@ def train(
     network, references, prompt = captioner.network, clips.references, captioner.default_prompt()
     (blocks,) = encode_clips(captioner, clips, name="clips")
     pairs = [
-        Pair(one.video, prompt, one.caption, other.caption, one.caption, gap=0.5)
+        Comparison(one.video, prompt, one.caption, other.caption, one.caption, margin=0.5)
         for one, other in zip(references, references[1:] + references[:1], strict=True)
     ]
     attach_lora(network, LORA, seed=0)

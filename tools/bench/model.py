@@ -31,7 +31,7 @@ from salmonn.model.config import Family, SalmonnConfig, tiny
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import ClipInputs, Network
 from salmonn.model.presets import offline_config
-from salmonn.records import Pair
+from salmonn.records import Comparison
 
 SPECIAL = [PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD]
 PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8"
@@ -264,9 +264,9 @@ def make_clip(processor: Processor, *, num_frames: int, side: int, seed: int = 0
     return processor.clip_inputs(Clip("noise", frames, times, wave, 0.0, num_frames, num_frames))
 
 
-def make_pair(shape: Shape, *, video: str = "noise", seed: int = 0) -> Pair:
+def make_pair(shape: Shape, *, video: str = "noise", seed: int = 0) -> Comparison:
     """Three answers by chance to one prompt."""
     chosen, rejected, truth = (
         make_words(shape.answer_tokens, shape=shape, seed=3 * seed + place) for place in range(3)
     )
-    return Pair(video, PROMPT, chosen, rejected, truth)
+    return Comparison(video, PROMPT, chosen, rejected, truth)

@@ -15,7 +15,7 @@ from torch import Tensor
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import ClipInputs, ModelInputs, Network
-from salmonn.records import Pair
+from salmonn.records import Comparison
 
 BETA, CE_WEIGHT = 0.1, 0.1  # as DpoConfig has them
 
@@ -34,7 +34,7 @@ class NaiveStep:
     network: Network
     processor: Processor
     media: ClipInputs
-    pair: Pair
+    pair: Comparison
 
     def loss(self) -> Tensor:
         """The guided-DPO loss; its graph holds three rows."""
