@@ -160,4 +160,4 @@ def encode(captioner: Captioner, examples: Sequence[Example], tokens: FeatureCac
 
 
 if __name__ == "__main__":
-    run_recipe(main, OfflineDpoConfig, description=__doc__, on_mistake=dist.give_up)
+    run_recipe(main, OfflineDpoConfig, description=__doc__, on_error=dist.abort)

@@ -520,4 +520,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    run_recipe(main, MrDpoConfig, description=__doc__, on_mistake=dist.give_up)
+    run_recipe(main, MrDpoConfig, description=__doc__, on_error=dist.abort)

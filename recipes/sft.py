@@ -22,7 +22,7 @@ from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS
 from salmonn.caption.tokenizer import train_tokenizer
 from salmonn.config import run_recipe
-from salmonn.conversations import Conversation, is_conversations, read_conversations
+from salmonn.conversations import Conversation, is_conversation_file, read_conversations
 from salmonn.model.config import PLAIN_PROMPTS, tiny
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
@@ -187,7 +187,7 @@ def read_data(config: SftConfig) -> ClipSet | Conversations:
     path = config.references
     if path is None:
         return render_clips(config.clips_dir, config.synth)
-    if is_conversations(path):
+    if is_conversation_file(path):
         return Conversations(read_conversations(path), path.parent)
     return read_clips(path)
 
@@ -310,4 +310,4 @@ def measure(captioner: Captioner, config: SftConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, SftConfig, description=__doc__, on_mistake=dist.give_up)
+    run_recipe(main, SftConfig, description=__doc__, on_error=dist.abort)

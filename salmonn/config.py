@@ -22,11 +22,11 @@ class FlagParser(ArgumentParser):
 
     def add_argument(self, *args: Any, **options: Any) -> Any:
         """Add an argument; its flag may be written in either spelling."""
-        return super().add_argument(*underscored(args), **options)
+        return super().add_argument(*normalize_flags(args), **options)
 
     def parse_args(self, args: Sequence[str] | None = None, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line (default: the process's own)."""
-        return super().parse_args(underscored(args), **options)
+        return super().parse_args(normalize_flags(args), **options)
 
     def format_usage(self) -> str:
         """Return the usage line."""
@@ -64,7 +64,7 @@ def run_recipe(
     *,
     description: str,
     args: Sequence[str] | None = None,
-    on_mistake: Callable[[str], object] | None = None,
+    on_error: Callable[[str], object] | None = None,
 ) -> None:
     """Read a recipe's config from the command line and run it.
 
@@ -76,15 +76,15 @@ def run_recipe(
         config_type: a dataclass, with further dataclasses nested in it; its docstrings become the help.
         description: what the recipe does, for --help.
         args: the command line (default: the process's own).
-        on_mistake: called with the sentence once it is told; `dist.give_up` ends the run's other processes too.
+        on_error: called with the sentence once it is told; `dist.abort` ends the run's other processes too.
     """
     config = parse_config(config_type, description=description, args=args)
     try:
         main(config)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         code = _complain(error)
-        if on_mistake:
-            on_mistake(str(error))
+        if on_error:
+            on_error(str(error))
         sys.exit(code)
 
 
@@ -99,7 +99,7 @@ def parse_config(config_type: type[Config], *, description: str, args: Sequence[
     parser.add_argument("--config", action="config", help="YAML file that states what differs from the defaults")
     parser.add_class_arguments(config_type)
     try:
-        built = parser.instantiate(parser.parse_args(_switched_on(underscored(args), config_type)))
+        built = parser.instantiate(parser.parse_args(_switched_on(normalize_flags(args), config_type)))
     except ValueError as error:  # a dataclass refused its values
         sys.exit(_complain(error))
     names = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def _switched_on(args: Sequence[str], config_type: type) -> list[str]:
     ]
 
 
-def underscored(args: Sequence[str] | None) -> list[str]:
+def normalize_flags(args: Sequence[str] | None) -> list[str]:
     """A command line (default: the process's own) with --like_this for --like-this: both spellings are welcome."""
     given = sys.argv[1:] if args is None else args
     parts = (str(arg).partition("=") for arg in given)

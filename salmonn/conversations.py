@@ -81,7 +81,7 @@ class Conversation:
         return replace(self, video=video, audio=audio, image=image)
 
 
-def is_conversations(path: Path | str) -> bool:
+def is_conversation_file(path: Path | str) -> bool:
     """Whether a file holds published conversations, and not our own references; only its first item is looked at.
 
     Raises:

@@ -2,7 +2,7 @@
 
 The only place that reads the launcher's variables. Without a launcher everything works as one process of one.
 
-A process that fails ends the whole run (`give_up`), on all machines and whatever the others are at: each has a thread
+A process that fails ends the whole run (`abort`), on all machines and whatever the others are at: each has a thread
 that listens to the rank before its own and hands on to the rank after it why the run ends.
 """
 
@@ -102,7 +102,7 @@ def barrier() -> None:
         torch_dist.barrier(group=_control())
 
 
-def share(items: Sequence[Item], *, first: int = 0) -> list[Item]:
+def shard(items: Sequence[Item], *, first: int = 0) -> list[Item]:
     """This rank's part of a list: every world_size-th item, the list's first going to rank `first`."""
     return list(items[(rank() - first) % world_size() :: world_size()])
 
@@ -115,7 +115,7 @@ def gather(items: Sequence[Item]) -> list[Item]:
     return gathered + [item for tail in tails for item in tail]
 
 
-def spread(costs: Sequence[float]) -> list[list[int]]:
+def balance(costs: Sequence[float]) -> list[list[int]]:
     """Deal work out by what it costs: the dearest piece first, each to the rank with the least to do so far.
 
     Args:
@@ -134,7 +134,7 @@ def spread(costs: Sequence[float]) -> list[list[int]]:
     return shares
 
 
-def collect(items: Sequence[Item], shares: Sequence[Sequence[int]]) -> list[Item]:
+def gather_balanced(items: Sequence[Item], shares: Sequence[Sequence[int]]) -> list[Item]:
     """What all ranks made of a list that `spread` dealt out, in the list's own order, on every rank.
 
     Args:
@@ -144,8 +144,8 @@ def collect(items: Sequence[Item], shares: Sequence[Sequence[int]]) -> list[Item
     assert len(items) == len(shares[rank()]), "one item for each place of the share"
     placed = {
         place: item
-        for share, part in zip(shares, _every(items), strict=True)
-        for place, item in zip(share, part, strict=True)
+        for shard, part in zip(shares, _every(items), strict=True)
+        for place, item in zip(shard, part, strict=True)
     }
     return [placed[place] for place in range(len(placed))]
 
@@ -159,7 +159,7 @@ def _every(items: Sequence[Item]) -> list[list[Item]]:
     return parts
 
 
-def total(value: float) -> float:
+def all_reduce_sum(value: float) -> float:
     """Sum of a number over the ranks."""
     if world_size() == 1:
         return value
@@ -168,7 +168,7 @@ def total(value: float) -> float:
     return float(tensor)
 
 
-def give_up(reason: str, *, code: int = 2) -> None:
+def abort(reason: str, *, code: int = 2) -> None:
     """End this process and all others of the run, which say this one's number and the reason.
 
     A process that is alone goes on, to end as it likes.
@@ -189,7 +189,7 @@ def _fail(
         # Perhaps a connection that another's end broke: the watcher then hears why, and ends this process.
         watcher.join(HEARING_SECONDS)
     sys.__excepthook__(kind, error, trace)
-    give_up("".join(traceback.format_exception_only(error)).strip(), code=1)
+    abort("".join(traceback.format_exception_only(error)).strip(), code=1)
 
 
 def _watch() -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 EventModality = Literal["visual", "audio", "speech"]
 Modality = Literal["both", "visual", "audio"]
-Stage = Literal["read", "caption", "write"]
+FailureStage = Literal["read", "caption", "write"]
 Record = TypeVar("Record")
 
 
@@ -39,7 +39,7 @@ class Event:
     end_seconds: float | None = None
 
     @property
-    def is_heard(self) -> bool:
+    def is_audible(self) -> bool:
         """Whether it is in the sound: speech is, too."""
         return self.modality != "visual"
 
@@ -140,7 +140,7 @@ class Failure:
 
     video: str
     reason: str
-    stage: Stage = "read"
+    stage: FailureStage = "read"
     start_seconds: float | None = None
     end_seconds: float | None = None
     size_bytes: int | None = None
@@ -148,7 +148,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Told:
+class Mention:
     """An event that a caption tells.
 
     Args:
@@ -175,8 +175,8 @@ class Score:
         num_words, num_repeated_words: of the caption's words so many stand in repeated clauses.
         finished: False where the caption ran into its token limit.
         missed: texts of the events that are not told.
-        told: the events that are told, rightly or not, in the order in which the caption tells them.
-        invented: the caption's words that tell of no event.
+        mentions: the events that are told, rightly or not, in the order in which the caption tells them.
+        hallucinations: the caption's words that tell of no event.
         repeated: the caption's words that say in other words what it says elsewhere, where the judge tells them.
         start_seconds, end_seconds: the part of the video that the caption is about, as in the caption.
     """
@@ -191,16 +191,16 @@ class Score:
     sample: int = 0
     finished: bool = True
     missed: tuple[str, ...] = ()
-    told: tuple[Told, ...] = ()
-    invented: tuple[str, ...] = ()
+    mentions: tuple[Mention, ...] = ()
+    hallucinations: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     start_seconds: float | None = None
     end_seconds: float | None = None
 
     @property
-    def wrong(self) -> tuple[str, ...]:
+    def incorrect_events(self) -> tuple[str, ...]:
         """Texts of the events that are told wrong."""
-        return tuple(told.event.text for told in self.told if not told.is_correct)
+        return tuple(mention.event.text for mention in self.mentions if not mention.is_correct)
 
     @property
     def total(self) -> float:
@@ -225,7 +225,7 @@ class Unscored:
 
 
 @dataclass(frozen=True)
-class Judging:
+class JudgeInfo:
     """How a set of captions was judged.
 
     Args:
@@ -236,7 +236,7 @@ class Judging:
         version: of salmonn.
         seeds: of each pass over the captions.
         totals: Total of each pass; None of one in which nothing could be scored.
-        kept: which pass the scores are from, counted from 0.
+        reported_pass: which pass the scores are from, counted from 0.
     """
 
     judge: str
@@ -246,7 +246,7 @@ class Judging:
     version: str
     seeds: tuple[int, ...] = (0,)
     totals: tuple[float | None, ...] = ()
-    kept: int = 0
+    reported_pass: int = 0
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str) -> Iterator[Path]:
     """A folder to be filled under a temporary name; it takes its own, flushed, when the context ends without an error.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 
 
-def open_template(path: Path, **filters: Callable[..., Any]) -> jinja2.Template:
+def load_template(path: Path, **filters: Callable[..., Any]) -> jinja2.Template:
     """A template by its file, with the filters that it calls by name."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),

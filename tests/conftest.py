@@ -69,7 +69,13 @@ def random_plus(clips, tmp_path_factory):
     config.family = "salmonn2-plus"
     config.placeholder_ids = tuple(tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD]))
     config.frames = dict(
-        seconds_apart=0.26, min_frames=2, max_frames=32, min_pixels=2304, max_pixels=2304, share_out=0.0, factor=24
+        interval_seconds=0.26,
+        min_frames=2,
+        max_frames=32,
+        min_pixels=2304,
+        max_pixels=2304,
+        budget_fraction=0.0,
+        factor=24,
     )
     rotary = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[8, 4, 4])
     text = {key: value for key, value in config.lm.items() if key != "tie_word_embeddings"}

@@ -13,7 +13,7 @@ from salmonn.conversations import (
     Conversation,
     Preference,
     Turn,
-    is_conversations,
+    is_conversation_file,
     parse_conversation,
     read_conversations,
 )
@@ -287,14 +287,14 @@ def test_text_that_is_not_utf8(tmp_path, name, text):
     with pytest.raises(ValueError, match=r"line 3: not UTF-8 text: save the file as UTF-8"):
         read_conversations(path)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # the mark that some editors put before UTF-8 text
-    assert len(read_conversations(path)) == 2 and is_conversations(path)
+    assert len(read_conversations(path)) == 2 and is_conversation_file(path)
 
 
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json: expected a \.json or \.jsonl file"):
         read_conversations(tmp_path / "none.json")
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
-        is_conversations(tmp_path / "none.json")
+        is_conversation_file(tmp_path / "none.json")
 
 
 @given(data=st.data(), gaps=st.lists(st.text(" \t\n\r", max_size=6), min_size=4, max_size=20), indent=st.booleans())
@@ -362,7 +362,7 @@ def test_paths_start_from_the_folder():
 def test_conversations_are_told_from_references(tmp_path, name, text, expected):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
-    assert is_conversations(path) is expected
+    assert is_conversation_file(path) is expected
 
 
 def test_the_samples():
@@ -393,7 +393,7 @@ def test_the_samples():
         Conversation(ferry, "clips/harbour.wav", preference=preference),
         Conversation(ferry, preference=preference),
     ]
-    assert is_conversations(DATA / "published_sft.json") and not is_conversations(DATA / "sample.jsonl")
+    assert is_conversation_file(DATA / "published_sft.json") and not is_conversation_file(DATA / "sample.jsonl")
 
 
 def test_the_examples_on_the_page(tmp_path):

@@ -26,17 +26,17 @@ time.sleep(late)
 dist.barrier()
 result = {"rank": dist.rank(), "size": dist.world_size(), "main": dist.is_main()}
 time.sleep(late)
-result["total"] = dist.total(dist.rank() + 1.5)
+result["total"] = dist.all_reduce_sum(dist.rank() + 1.5)
 time.sleep(late)
 for count in (0, 1, 4, 5):
-    mine = dist.share(list(range(count)))
+    mine = dist.shard(list(range(count)))
     result[f"mine {count}"] = mine
     result[f"all {count}"] = dist.gather([item * 10 for item in mine])
 result["text"] = dist.gather([f"of {dist.rank()}"])
 for costs in ([], [1], [2, 9, 4, 4]):
-    shares = dist.spread(costs)
+    shares = dist.balance(costs)
     mine = [f"{place} of {dist.rank()}" for place in shares[dist.rank()]]
-    result[f"collected {len(costs)}"] = dist.collect(mine, shares)
+    result[f"collected {len(costs)}"] = dist.gather_balanced(mine, shares)
 Path(sys.argv[1], f"{dist.rank()}.json").write_text(json.dumps(result))
 """
 
@@ -79,7 +79,7 @@ def bug():
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
-run_recipe(main, Config, description="Ends.", on_mistake=dist.give_up)
+run_recipe(main, Config, description="Ends.", on_error=dist.abort)
 """
 MISTAKE, BUG = "a.mp4 is not there: add it", "RuntimeError: a sum is off"
 LOST = "ended without a word (killed, or out of memory?)"
@@ -173,26 +173,26 @@ def test_without_a_launcher_it_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
-    assert dist.share("abc") == dist.gather("abc") == ["a", "b", "c"]
-    shares = dist.spread([1, 3, 2])
-    assert shares == [[1, 2, 0]] and dist.collect(["3", "2", "1"], shares) == ["1", "3", "2"]
-    assert dist.total(2.5) == 2.5
+    assert dist.shard("abc") == dist.gather("abc") == ["a", "b", "c"]
+    shares = dist.balance([1, 3, 2])
+    assert shares == [[1, 2, 0]] and dist.gather_balanced(["3", "2", "1"], shares) == ["1", "3", "2"]
+    assert dist.all_reduce_sum(2.5) == 2.5
     dist.barrier()
-    dist.give_up("nobody else is there")
+    dist.abort("nobody else is there")
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", ["a", "d"]), ("1", ["b", "e"]), ("2", ["c"])])
 def test_shares_of_three(monkeypatch, rank, expected):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", rank)
-    assert dist.share("abcde") == expected
+    assert dist.shard("abcde") == expected
 
 
 def test_work_is_spread_by_what_it_costs(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     # 7 to rank 0 and 6 to rank 1; 5 and then 4 to rank 2, as 5 is the least; 3 to rank 1 and 2 to rank 0: 9 each.
-    assert dist.spread([2, 3, 4, 5, 6, 7]) == [[5, 0], [4, 1], [3, 2]]
+    assert dist.balance([2, 3, 4, 5, 6, 7]) == [[5, 0], [4, 1], [3, 2]]
     # By the number of pieces the long one would have company.
-    assert dist.spread([1, 1, 1, 1, 60]) == [[4], [0, 2], [1, 3]]
+    assert dist.balance([1, 1, 1, 1, 60]) == [[4], [0, 2], [1, 3]]
     # Those of unknown cost go round.
-    assert dist.spread([0, 0, 0, 0]) == [[0, 3], [1], [2]]
+    assert dist.balance([0, 0, 0, 0]) == [[0, 3], [1], [2]]

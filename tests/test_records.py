@@ -9,14 +9,14 @@ from salmonn.records import (
     Caption,
     Comparison,
     Event,
-    Judging,
+    JudgeInfo,
+    Mention,
     Question,
     Reference,
     Score,
-    Told,
     Unscored,
     append_record,
-    new_folder,
+    atomic_folder,
     read_records,
     write_json,
     write_records,
@@ -39,10 +39,21 @@ REFERENCE = Reference(
         Reference("bare.mp4"),
         Caption("a.mp4", "text", prompt="Tell.", model="m", sample=3, finished=False),
         Score(
-            "a.mp4", 4, 1, 1, 0, 9, 3, 2, False, ("x",), (Told(Event("y"), "Y", False), Told(Event("z", "speech"))), ()
+            "a.mp4",
+            4,
+            1,
+            1,
+            0,
+            9,
+            3,
+            2,
+            False,
+            ("x",),
+            (Mention(Event("y"), "Y", False), Mention(Event("z", "speech"))),
+            (),
         ),
         Unscored("a.mp4", "the server refused it", sample=1),
-        Judging("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.0", (1, 2), (0.5, 0.25), 1),
+        JudgeInfo("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.0", (1, 2), (0.5, 0.25), 1),
         Comparison("a.mp4", "Tell.", "good", "bad", "true", margin=0.25, rejected_finished=False),
     ],
 )
@@ -166,13 +177,13 @@ def test_a_write_replaces_the_file_whole(tmp_path):
 
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "model"
-    with pytest.raises(RuntimeError), new_folder(path) as folder:
+    with pytest.raises(RuntimeError), atomic_folder(path) as folder:
         (folder / "half").write_text("half")
         assert not path.exists()
         raise RuntimeError("the other half fails")
     assert not list(tmp_path.iterdir())
     path.mkdir()  # an empty one is no hindrance
-    with new_folder(path) as folder:
+    with atomic_folder(path) as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "whole").write_text("whole")
         assert not list(path.iterdir())
@@ -183,6 +194,6 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
 def test_a_new_folder_replaces_nothing(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ValueError, match=f"{path} exists and is not empty"), new_folder(path):
+        with pytest.raises(ValueError, match=f"{path} exists and is not empty"), atomic_folder(path):
             pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"

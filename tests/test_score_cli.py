@@ -43,7 +43,12 @@ def test_score_by_hand(call, clips, tmp_path):
     written = read_scores(tmp_path / "s.jsonl")
     assert [score.missing for score in written.scores] == [0, 0, 0, 0, counts[-1]]
     judge_info = written.judge_info
-    assert (judge_info.judge, judge_info.protocol, judge_info.seeds, judge_info.kept) == ("rule", "salmonn", (2024,), 0)
+    assert (judge_info.judge, judge_info.protocol, judge_info.seeds, judge_info.reported_pass) == (
+        "rule",
+        "salmonn",
+        (2024,),
+        0,
+    )
     assert (
         judge_info.version
         and judge_info.date.endswith("+00:00")
@@ -210,7 +215,7 @@ def test_passes_show_their_spread(call, drawn, serve):
     code, out, _ = call(*openai_args(drawn, server), "--passes", 3)
     assert code == 0 and len(server.requests) == 90
     judge_info = read_scores(drawn / "scores.jsonl").judge_info
-    assert judge_info.seeds == (2024, 2124, 2224) and judge_info.kept == 2
+    assert judge_info.seeds == (2024, 2124, 2224) and judge_info.reported_pass == 2
     assert judge_info.totals[1] < judge_info.totals[2] < judge_info.totals[0]
     listed = ", ".join(f"{100 * total:.2f}" for total in judge_info.totals)
     assert f"Total of each pass: {listed} %; standard deviation" in out and "pass 3, the median, is shown" in out

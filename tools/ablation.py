@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from salmonn.records import Caption, Reference, new_folder, read_json, read_records, write_json, write_text
+from salmonn.records import Caption, Reference, atomic_folder, read_json, read_records, write_json, write_text
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import qa_accuracy
 from salmonn.score.stats import MEASURES, Interval
@@ -189,7 +189,7 @@ def prepare(way: str, folder: Path, base: Path) -> None:
     """Make a run's folder with what it has in common with the run of mrDPO, all of it at once."""
     if folder.exists():
         return
-    with new_folder(folder) as half:
+    with atomic_folder(folder) as half:
         for pattern in WAYS[way].taken:
             for source in sorted(base.glob(pattern)):
                 target = half / source.relative_to(base)

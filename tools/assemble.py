@@ -36,7 +36,7 @@ from salmonn.config import run_recipe
 from salmonn.model.audio import AudioTower
 from salmonn.model.config import BERT_BASE_OF_TWO_LAYERS, WHISPER_KEYS, SalmonnConfig, from_published
 from salmonn.model.network import Network
-from salmonn.records import new_folder
+from salmonn.records import atomic_folder
 
 WINDOW_SECONDS = 0.5
 STEPS_PER_WINDOW = round(WINDOW_SECONDS * 50)  # Whisper's encoder gives 50 steps a second
@@ -79,7 +79,7 @@ class AssembleConfig:
 
 def main(config: AssembleConfig) -> None:
     """Check the sources, put their parts together, save."""
-    with new_folder(config.out) as folder:
+    with atomic_folder(config.out) as folder:
         check_kind("lm", config.lm)
         check_kind("whisper", config.whisper)
         lm_config = Qwen2_5_VLConfig.from_pretrained(config.lm)

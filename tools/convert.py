@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from salmonn.records import new_folder, write_json
+from salmonn.records import atomic_folder, write_json
 
 WRONG_USAGE = 2
 PICKLES = (".bin", ".pt", ".pth")
@@ -73,7 +73,7 @@ def convert(source: Path, *, out: Path, shard_gb: float = 5.0, lora_alpha: int |
     if shard_gb <= 0:
         raise ValueError(f"--shard_gb must be above 0, got {shard_gb}")
     weights = find_weights(source)
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         copied = copy_small_files(source, folder)
         for name, files in weights.items():
             tensors = without_prefix(read_all(files))

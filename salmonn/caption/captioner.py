@@ -16,7 +16,7 @@ from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import Answer, Answers, collate, to_answer
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import ClipFeatures, ClipInputs, Network
-from salmonn.records import Caption, Failure, Modality, Stage, new_folder
+from salmonn.records import Caption, Failure, FailureStage, Modality, atomic_folder
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
 Progress = Callable[[int], object]
@@ -131,7 +131,7 @@ class Captioner:
         """Write network, config and tokenizer as a folder that `load` reads; it has a config.json if it is whole."""
         half = Path(path) / ".half"
         shutil.rmtree(half, ignore_errors=True)  # of a process that was killed
-        with new_folder(half) as folder:
+        with atomic_folder(half) as folder:
             self.processor.save(folder)
             save_network(self.network, folder)
         for file in sorted(half.iterdir(), key=lambda file: file.name == CONFIG_NAME):
@@ -438,5 +438,5 @@ class Captioner:
         return Answers(self.network, self.processor)
 
 
-def _fail(part: Part, reason: str, *, stage: Stage) -> Failure:
+def _fail(part: Part, reason: str, *, stage: FailureStage) -> Failure:
     return Failure(str(part.path), reason, stage, part.wanted.start_seconds, part.wanted.end_seconds)

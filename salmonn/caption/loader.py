@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from salmonn.caption.worker import LAST_SECONDS, Limits, Worker, WorkerDied
 from salmonn.media.clip import Clip, read_clip
 from salmonn.media.container import ClipError, declared_seconds, measured_seconds
-from salmonn.media.frame_sampling import FrameRule
+from salmonn.media.frame_sampling import FrameSampler
 
 Result = TypeVar("Result")
 
@@ -40,7 +40,7 @@ MOST_WORKERS = 8
 class Wanted:
     """What is read of each file, as `read_clip` takes it."""
 
-    rule: FrameRule
+    sampler: FrameSampler
     start_seconds: float | None = None
     end_seconds: float | None = None
     video: bool = True
@@ -49,7 +49,7 @@ class Wanted:
     def read(self, path: Path | str) -> Clip:
         """Read a file; raises as `read_clip`."""
         span: dict[str, Any] = dict(start_seconds=self.start_seconds, end_seconds=self.end_seconds)
-        return read_clip(path, self.rule, **span, video=self.video, audio=self.audio)
+        return read_clip(path, self.sampler, **span, video=self.video, audio=self.audio)
 
     def seconds(self, path: Path, *, exact: bool = False) -> float:
         """How long the span is; 0 or less where the file does not say or cannot be read.

@@ -39,7 +39,7 @@ class Survey(Wanted):
                 frame_times=np.zeros(int(source.video is not None)),
                 waveform=None if source.audio is None else np.zeros(0, np.float32),
                 start_seconds=0.0,
-                picture_seconds=source.declared_end if source.video is not None else 0.0,
+                video_seconds=source.declared_end if source.video is not None else 0.0,
                 duration_seconds=source.declared_end,
             )
 
@@ -55,5 +55,5 @@ def look_at(path: Path, reader: ClipReader, wanted: Wanted) -> Outline:
     Raises:
         ClipError: it is no video or sound.
     """
-    clip = reader.submit(path, Survey(wanted.rule), lambda clip: clip).result()
+    clip = reader.submit(path, Survey(wanted.sampler), lambda clip: clip).result()
     return Outline(clip.duration_seconds, clip.has_video, clip.has_audio)

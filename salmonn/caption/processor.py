@@ -16,7 +16,7 @@ from salmonn.caption.prompt import History, Prompt, answer_ids, prompt_ids, refu
 from salmonn.caption.tokenizer import AUDIO_PAD, CLIP_END, CLIP_START, PAD, TURN_END, TURN_START, VIDEO_PAD
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.layout import Layout, interleave_by_frame, interleave_by_time, text_positions
 from salmonn.model.network import ClipFeatures, ClipInputs, ModelInputs
@@ -121,8 +121,8 @@ class Processor:
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None
     ) -> Wanted:
         """What this model reads of a file, or of a span of it."""
-        rule = self.config.frame_sampler
-        return Wanted(rule, start_seconds, end_seconds, video=modality != "audio", audio=modality != "visual")
+        sampler = self.config.frame_sampler
+        return Wanted(sampler, start_seconds, end_seconds, video=modality != "audio", audio=modality != "visual")
 
     def check(self, prompt: str | Prompt) -> None:
         """Raise a ValueError where a prompt cannot be asked: for what it holds, or for its length."""
@@ -146,7 +146,7 @@ class Processor:
         if not count:
             return ClipInputs(torch.zeros(0, dtype=torch.uint8), mel)
         # Rounded, since a step of 0.4999999 s would come to stand half a second too early.
-        seconds = round(clip.picture_seconds, 6)
+        seconds = round(clip.video_seconds, 6)
         return to_clip_inputs(self.config, torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
 
     def _hear(self, clip: Clip) -> Tensor:
@@ -160,10 +160,10 @@ class Processor:
 
     def _heard_part(self, clip: Clip, waveform: np.ndarray) -> np.ndarray:
         """2+ hears all of it, salmonn2 what lasts as long as the picture, or as the longest picture that it sees."""
-        rule = self.config.frame_sampler
-        if not isinstance(rule, Stride):
+        sampler = self.config.frame_sampler
+        if not isinstance(sampler, FixedRateSampler):
             return waveform
-        limit = clip.picture_seconds or rule.max_seconds
+        limit = clip.video_seconds or sampler.max_seconds
         part = waveform[: max(round(limit * SAMPLE_RATE_HZ), 1)]
         if (lost := (len(waveform) - len(part)) / SAMPLE_RATE_HZ) >= 1:
             logger.warning("%s: the last %.1f s of sound are not heard; this model hears %.1f", clip.path, lost, limit)

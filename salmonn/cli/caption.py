@@ -117,10 +117,10 @@ def run_caption(values: Namespace) -> int:
     except (ValueError, OSError) as error:
         if dist.world_size() > 1:
             sys.stderr.write(f"error: {error}\n")
-            dist.give_up(str(error))
+            dist.abort(str(error))
         raise
     # The launcher would end the other processes at the first one's exit code.
-    return SOME_FAILED if dist.total(num_missing) else 0
+    return SOME_FAILED if dist.all_reduce_sum(num_missing) else 0
 
 
 def _caption(values: Namespace) -> int:

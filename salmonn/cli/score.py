@@ -147,7 +147,9 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
         found = [100 * total for total in judge_info.totals if total is not None]
         words = ", ".join("-" if total is None else f"{100 * total:.2f}" for total in judge_info.totals)
         words = f"Total of each pass: {words} %; standard deviation {statistics.stdev(found) if found[1:] else 0:.2f}; "
-        console.print(f"{words}pass {judge_info.kept + 1}, the median, is shown", highlight=False, soft_wrap=True)
+        console.print(
+            f"{words}pass {judge_info.reported_pass + 1}, the median, is shown", highlight=False, soft_wrap=True
+        )
     if scored.as_published and scored.with_all:
         _print_published(console, scored)
 

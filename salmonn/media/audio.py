@@ -16,7 +16,7 @@ _GAP_SECONDS = 0.05
 _BLOCK_SAMPLES = 1 << 17
 
 
-class Sound:
+class AudioBuffer:
     """Collects decoded sound as runs of 16 kHz mono samples, each with the time of its first sample.
 
     `end` is when the latest of it ends, in seconds from the start of the file.

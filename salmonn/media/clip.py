@@ -1,6 +1,6 @@
 """Reads a video file into a `Clip`: a few frames with their times, and the sound at 16 kHz.
 
-    clip = read_clip("talk.mp4", Stride(frames_per_second=1.0))
+    clip = read_clip("talk.mp4", FixedRateSampler(frames_per_second=1.0))
 
 A file is passed over twice. The first pass (`survey.py`) decodes the sound and only notes when each picture is due
 and which are keyframes. So the second (`pictures.py`) knows before it decodes anything which frames are wanted and
@@ -19,9 +19,9 @@ import numpy as np
 
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.container import ClipError, open_source
-from salmonn.media.frame_sampling import FrameRule
-from salmonn.media.index import Survey, survey_span
-from salmonn.media.video import take_frames, wanted_times
+from salmonn.media.frame_sampling import FrameSampler
+from salmonn.media.index import StreamIndex, index_streams
+from salmonn.media.video import decode_frames, frame_times_in_span
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Clip:
         waveform: (S,) float32 mono at 16 kHz, or None where there is no sound in the span. Sample 0 is the
             start of the span; S ends with the sound or the span, so before or after the picture does.
         start_seconds: start of the span, from the start of the file.
-        picture_seconds: for how long the picture lasts within the span; 0 without.
+        video_seconds: for how long the picture lasts within the span; 0 without.
         duration_seconds: from there to the later of the picture's and the sound's ends within the span.
     """
 
@@ -68,7 +68,7 @@ class Clip:
     frame_times: np.ndarray
     waveform: np.ndarray | None
     start_seconds: float
-    picture_seconds: float
+    video_seconds: float
     duration_seconds: float
 
     @property
@@ -84,7 +84,7 @@ class Clip:
 
 def read_clip(
     path: str | os.PathLike[str],
-    rule: FrameRule,
+    sampler: FrameSampler,
     *,
     start_seconds: float | None = None,
     end_seconds: float | None = None,
@@ -98,7 +98,7 @@ def read_clip(
 
     Args:
         path: a local video or sound file.
-        rule: which frames are taken, and at what size.
+        sampler: which frames are taken, and at what size.
         start_seconds, end_seconds: the span, from the start of the file; None is the file's own start or end.
         video, audio: whether to read the picture and the sound. With both, a file with one of them will do.
 
@@ -115,9 +115,9 @@ def read_clip(
     start, end = start_seconds or 0.0, math.inf if end_seconds is None else end_seconds
     with ExitStack() as stack:
         source = open_source(path, stack, video=video, audio=audio)
-        survey = survey_span(source, stack, start=start, end=end)
-        wanted = wanted_times(survey, rule, start=start, end=end)
-        frames = take_frames(survey, wanted, rule=rule, stack=stack) if len(wanted) else []
+        survey = index_streams(source, stack, start=start, end=end)
+        wanted = frame_times_in_span(survey, sampler, start=start, end=end)
+        frames = decode_frames(survey, wanted, sampler=sampler, stack=stack) if len(wanted) else []
         return _assemble(survey, wanted, frames, start, end)
 
 
@@ -129,7 +129,9 @@ def _check_arguments(start: float | None, end: float | None) -> None:
         raise ValueError(f"end_seconds is {end}; it must be greater than start_seconds ({start or 0.0})")
 
 
-def _assemble(survey: Survey, wanted: np.ndarray, frames: list[np.ndarray | None], start: float, end: float) -> Clip:
+def _assemble(
+    survey: StreamIndex, wanted: np.ndarray, frames: list[np.ndarray | None], start: float, end: float
+) -> Clip:
     waveform = survey.sound.waveform(start=start, end=end)
     taken = [(time, frame) for time, frame in zip(wanted, frames, strict=False) if frame is not None]
     if not taken and waveform is None:
@@ -143,12 +145,12 @@ def _assemble(survey: Survey, wanted: np.ndarray, frames: list[np.ndarray | None
         frame_times=np.array([time for time, _ in taken], np.float64),
         waveform=waveform,
         start_seconds=start,
-        picture_seconds=picture_end - max(start, survey.times[0]) if taken else 0.0,
+        video_seconds=picture_end - max(start, survey.times[0]) if taken else 0.0,
         duration_seconds=max(picture_end - start, sound_seconds),
     )
 
 
-def _why_nothing(survey: Survey, start: float) -> str:
+def _why_nothing(survey: StreamIndex, start: float) -> str:
     path = survey.source.path
     if survey.damage is not None:
         return f"{path}: is damaged and nothing decodes ({survey.damage}); copy or download it again"
@@ -157,7 +159,7 @@ def _why_nothing(survey: Survey, start: float) -> str:
     return f"{path}: nothing with a time stamp decodes in the span; check that it plays there, or convert it"
 
 
-def _warn_of_losses(survey: Survey, frames_lost: int, end: float) -> None:
+def _warn_of_losses(survey: StreamIndex, frames_lost: int, end: float) -> None:
     path = survey.source.path
     if survey.damage is not None or frames_lost:
         logger.warning(

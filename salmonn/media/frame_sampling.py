@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 
 
-class FrameRule(Protocol):
+class FrameSampler(Protocol):
     """Chooses the frames of a clip."""
 
-    def times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
+    def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
         """When to look at the screen.
 
         Args:
@@ -27,13 +27,13 @@ class FrameRule(Protocol):
         """
         ...
 
-    def size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
+    def frame_size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
         """Height and width that frames of this size are scaled to where so many are taken."""
         ...
 
 
 @dataclass(frozen=True)
-class Stride:
+class FixedRateSampler:
     """video-SALMONN 2: each k-th frame from the first, k the whole number nearest to one every 1 / rate seconds.
 
     Of more than `max_frames`, so many are taken evenly from the first to the last. Frames become squares.
@@ -53,51 +53,52 @@ class Stride:
         """Length of the longest video that is seen at the full rate."""
         return self.max_frames / self.frames_per_second
 
-    def times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
-        """See `FrameRule`."""
+    def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
+        """See `FrameSampler`."""
         step = max(round(num_frames / seconds / self.frames_per_second), 1)
         places = np.arange(0, num_frames, step)
         if len(places) > self.max_frames:
             places = np.linspace(0, num_frames - 1, self.max_frames, dtype=int)
         return first + places * seconds / num_frames
 
-    def size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
-        """See `FrameRule`."""
+    def frame_size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
+        """See `FrameSampler`."""
         return self.side, self.side
 
 
 @dataclass(frozen=True)
-class Spread:
-    """video-SALMONN 2+: a frame for each `seconds_apart`, evenly from the first to the last, within a budget of pixels.
+class UniformSampler:
+    """Frames of video-SALMONN 2+: one every `interval_seconds`, evenly spaced, within a pixel budget.
 
     Args:
-        seconds_apart: one frame for each of these.
+        interval_seconds: one frame for each of these.
         min_frames, max_frames: the fewest (if the video has them) and the most frames taken.
         min_pixels, max_pixels: of a frame.
-        share_out: where fewer than `max_frames` are taken, a frame may have this times max_frames / taken times as many
-            pixels; 0 leaves `max_pixels` alone. A single frame is taken for a photograph, which has `max_pixels`.
+        budget_fraction: where fewer than `max_frames` are taken, a frame may have this times max_frames / taken times
+            as many pixels; 0 leaves `max_pixels` alone. A single frame is taken for a photograph and gets
+            `max_pixels`.
         factor: height and width become multiples of it: patch size times merge size.
     """
 
-    seconds_apart: float = 0.1
+    interval_seconds: float = 0.1
     min_frames: int = 16
     max_frames: int = 768
     min_pixels: int = 784
     max_pixels: int = 61_250
-    share_out: float = 0.95
+    budget_fraction: float = 0.95
     factor: int = 28
 
-    def times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
-        """See `FrameRule`."""
-        count = min(max(round(seconds / self.seconds_apart), self.min_frames), self.max_frames)
+    def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
+        """See `FrameSampler`."""
+        count = min(max(round(seconds / self.interval_seconds), self.min_frames), self.max_frames)
         places = np.unique(np.linspace(0, num_frames - 1, count, dtype=int))
         return first + places * seconds / num_frames
 
-    def size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
-        """See `FrameRule`; the rounding is that of Qwen2.5-VL's processor."""
+    def frame_size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
+        """See `FrameSampler`; the rounding is that of Qwen2.5-VL's processor."""
         most = float(self.max_pixels)
-        if self.share_out and 1 < num_taken < self.max_frames:
-            most = self.share_out * self.max_frames / num_taken * self.max_pixels
+        if self.budget_fraction and 1 < num_taken < self.max_frames:
+            most = self.budget_fraction * self.max_frames / num_taken * self.max_pixels
         rows, columns = (max(round(side / self.factor), 1) * self.factor for side in (height, width))
         # Divided one after the other, as there: two sides that come out whole would round otherwise.
         if rows * columns > most:

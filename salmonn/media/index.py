@@ -9,7 +9,7 @@ from typing import Any
 import av
 import numpy as np
 
-from salmonn.media.audio import Sound
+from salmonn.media.audio import AudioBuffer
 from salmonn.media.container import Damage, Decoder, Source, cause_of, reopen
 
 # Times are compared as floats; a frame this little after the wanted time counts as due at that time.
@@ -27,7 +27,7 @@ _LEADING_SOUND_ERRORS = 50
 
 
 @dataclass
-class Survey:
+class StreamIndex:
     """What the first pass learnt; times in seconds from the start of the file.
 
     Attributes:
@@ -43,7 +43,7 @@ class Survey:
     """
 
     source: Source
-    sound: Sound = field(default_factory=Sound)
+    sound: AudioBuffer = field(default_factory=AudioBuffer)
     times: list[float] = field(default_factory=list)
     keys: list[tuple[float, int]] = field(default_factory=list)
     picture_end: float = 0.0
@@ -62,11 +62,11 @@ class Survey:
         return bisect_right(self.times, seconds + SLACK_SECONDS)
 
 
-def survey_span(source: Source, stack: ExitStack, *, start: float, end: float) -> Survey:
-    """Survey the span from `start` to `end`, seeking near its start where that can be trusted.
+def index_streams(source: Source, stack: ExitStack, *, start: float, end: float) -> StreamIndex:
+    """StreamIndex the span from `start` to `end`, seeking near its start where that can be trusted.
 
     Returns:
-        A `Survey`, whose source is another than the one given where that had to be opened again.
+        A `StreamIndex`, whose source is another than the one given where that had to be opened again.
     """
     # Sound is quick to decode, and seeks in sound files are often estimates.
     if source.video is not None and not source.counts_frames and start > _PREROLL_SECONDS:
@@ -77,8 +77,8 @@ def survey_span(source: Source, stack: ExitStack, *, start: float, end: float) -
     return _survey(source, start, end, seek_seconds=None)
 
 
-def _survey(source: Source, start: float, end: float, *, seek_seconds: float | None) -> Survey:
-    survey = Survey(source)
+def _survey(source: Source, start: float, end: float, *, seek_seconds: float | None) -> StreamIndex:
+    survey = StreamIndex(source)
     try:
         if seek_seconds is not None:
             source.container.seek(round((seek_seconds + source.origin) * av.time_base))
@@ -93,7 +93,7 @@ def _survey(source: Source, start: float, end: float, *, seek_seconds: float | N
     return survey
 
 
-def _settle_picture(survey: Survey, end: float) -> None:
+def _settle_picture(survey: StreamIndex, end: float) -> None:
     """Sort the pictures' times and, where the file breaks off, keep those that are certain."""
     survey.times.sort()
     survey.keys.sort()
@@ -111,7 +111,7 @@ def _settle_picture(survey: Survey, end: float) -> None:
         survey.picture_end = min(survey.picture_end, certain)
 
 
-def _breaks_off(survey: Survey, gap: float, end: float) -> bool:
+def _breaks_off(survey: StreamIndex, gap: float, end: float) -> bool:
     """Whether the file ends before it should; `gap` is the usual time between two pictures."""
     source = survey.source
     if min(end, source.declared_end) - survey.file_end > _SHORTFALL_SECONDS:
@@ -129,7 +129,7 @@ def _breaks_off(survey: Survey, gap: float, end: float) -> bool:
     return not indexed and bool(np.any(np.diff(survey.times[max(0, last - 1) :]) > 1.5 * gap))
 
 
-def _note_packets(survey: Survey, start: float, end: float) -> None:
+def _note_packets(survey: StreamIndex, start: float, end: float) -> None:
     source = survey.source
     going = {stream.index for stream in (source.video, source.audio) if stream is not None}
     sound_decoder = Decoder(forgiven_errors=_LEADING_SOUND_ERRORS)
@@ -154,7 +154,7 @@ def _note_packets(survey: Survey, start: float, end: float) -> None:
     survey.cut = survey.cut or not last_is_whole
 
 
-def _note_end(survey: Survey, packet: Any) -> float:
+def _note_end(survey: StreamIndex, packet: Any) -> float:
     """Note where the packet ends; returns the time that no later packet of its stream is shown before.
 
     Raises:
@@ -172,7 +172,7 @@ def _note_end(survey: Survey, packet: Any) -> float:
     return -math.inf if packet.dts is None else source.seconds(packet.dts, packet.stream)
 
 
-def _note_picture(survey: Survey, packet: Any) -> None:
+def _note_picture(survey: StreamIndex, packet: Any) -> None:
     source = survey.source
     pts = packet.dts if source.counts_frames else packet.pts
     survey.cut = survey.cut or (packet.is_corrupt and bool(survey.keys))
@@ -193,7 +193,7 @@ def _note_picture(survey: Survey, packet: Any) -> None:
         survey.picture_end = max(survey.picture_end, seconds + length)
 
 
-def _hear(survey: Survey, frames: list[Any], start: float) -> None:
+def _hear(survey: StreamIndex, frames: list[Any], start: float) -> None:
     for frame in frames:
         # A frame without a time follows the one before it.
         seconds = survey.sound.end if frame.pts is None else frame.time - survey.source.origin

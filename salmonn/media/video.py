@@ -15,8 +15,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from salmonn.media.container import Damage, Decoder, Source, cause_of, reopen
-from salmonn.media.frame_sampling import FrameRule
-from salmonn.media.index import SLACK_SECONDS, Survey
+from salmonn.media.frame_sampling import FrameSampler
+from salmonn.media.index import SLACK_SECONDS, StreamIndex
 from salmonn.media.slices import unreferenced_test
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ class _SeekMissed(Exception):
     """Seeking does not bring the frame it was for."""
 
 
-def wanted_times(survey: Survey, rule: FrameRule, *, start: float, end: float) -> np.ndarray:
+def frame_times_in_span(survey: StreamIndex, sampler: FrameSampler, *, start: float, end: float) -> np.ndarray:
     """When to look at the screen.
 
     Args:
         survey: what the first pass learnt.
-        rule: what chooses.
+        sampler: what chooses.
         start, end: the span, in seconds.
 
     Returns:
@@ -52,16 +52,18 @@ def wanted_times(survey: Survey, rule: FrameRule, *, start: float, end: float) -
     if length <= 0:
         return np.zeros(0)
     shown = bisect_left(survey.times, first + length) - bisect_left(survey.times, first)
-    return rule.times(first, length, max(shown, 1))
+    return sampler.sample_times(first, length, max(shown, 1))
 
 
-def take_frames(survey: Survey, wanted: np.ndarray, *, rule: FrameRule, stack: ExitStack) -> list[np.ndarray | None]:
+def decode_frames(
+    survey: StreamIndex, wanted: np.ndarray, *, sampler: FrameSampler, stack: ExitStack
+) -> list[np.ndarray | None]:
     """Decode the frames on screen at the wanted times; what is damaged is noted in the survey.
 
     Args:
         survey: what the first pass learnt.
         wanted: (F,) times, rising; at least one.
-        rule: gives the size that they are scaled to.
+        sampler: gives the size that they are scaled to.
         stack: closes the file where it must be opened again.
 
     Returns:
@@ -73,7 +75,7 @@ def take_frames(survey: Survey, wanted: np.ndarray, *, rule: FrameRule, stack: E
     )
     for frames in ways:
         try:
-            pictures, damage = _painted(frames, rule, len(wanted))
+            pictures, damage = _painted(frames, sampler, len(wanted))
         except _SeekMissed as problem:
             logger.debug("%s: reading again, for a seek failed (%s)", source.path, problem)
             continue
@@ -83,14 +85,14 @@ def take_frames(survey: Survey, wanted: np.ndarray, *, rule: FrameRule, stack: E
         logger.debug("%s: reading straight through, for it seems damaged (%s)", source.path, damage)
         break
     source = reopen(source, stack)
-    pictures, damage = _painted(_on_screen(source, survey, wanted, []), rule, len(wanted))
+    pictures, damage = _painted(_on_screen(source, survey, wanted, []), sampler, len(wanted))
     if damage is not None:
         survey.damage = str(damage)
         survey.picture_end = min(survey.picture_end, damage.seconds)
     return pictures
 
 
-def _due_frames(survey: Survey, wanted: np.ndarray) -> Iterator[Any]:
+def _due_frames(survey: StreamIndex, wanted: np.ndarray) -> Iterator[Any]:
     """The decoded frame due at each wanted time by the survey, with the least decoding.
 
     Raises:
@@ -108,7 +110,7 @@ def _due_frames(survey: Survey, wanted: np.ndarray) -> Iterator[Any]:
             raise _SeekMissed(f"no frame at {run[taken]:.3f} s")
 
 
-def _runs(survey: Survey, due: list[float]) -> Iterator[tuple[int, list[float]]]:
+def _runs(survey: StreamIndex, due: list[float]) -> Iterator[tuple[int, list[float]]]:
     """Due times in runs, each with the stamp to seek to first."""
     begin = 0
     for place in range(1, len(due) + 1):
@@ -146,7 +148,7 @@ def _timed(frames: list[Any], source: Source) -> Iterator[tuple[float, Any]]:
     return ((source.seconds(frame.pts, source.video), frame) for frame in frames if frame.pts is not None)
 
 
-def _on_screen(source: Source, survey: Survey, wanted: np.ndarray, keys: list[tuple[float, int]]) -> Iterator[Any]:
+def _on_screen(source: Source, survey: StreamIndex, wanted: np.ndarray, keys: list[tuple[float, int]]) -> Iterator[Any]:
     """The decoded frame on screen at each wanted time, seeking to `keys`; without them, no seeks."""
     taken = 0
     while taken < len(wanted):
@@ -158,7 +160,7 @@ def _on_screen(source: Source, survey: Survey, wanted: np.ndarray, keys: list[tu
 
 
 def _run_from(
-    frames: Iterator[tuple[float, Any]], survey: Survey, wanted: np.ndarray, keys: list[tuple[float, int]]
+    frames: Iterator[tuple[float, Any]], survey: StreamIndex, wanted: np.ndarray, keys: list[tuple[float, int]]
 ) -> Iterator[Any]:
     """The frames on screen at wanted times, until the next is better reached from a later keyframe."""
     taken = 0
@@ -193,7 +195,7 @@ def _key_before(keys: list[tuple[float, int]], seconds: float) -> int:
     return max(0, bisect_right(keys, seconds + SLACK_SECONDS, key=lambda key: key[0]) - 1)
 
 
-def _decode_from(source: Source, survey: Survey, key_stamp: int | None) -> Iterator[tuple[float, Any]]:
+def _decode_from(source: Source, survey: StreamIndex, key_stamp: int | None) -> Iterator[tuple[float, Any]]:
     """(seconds, frame) in the order shown, from the keyframe or, without one, from where the file stands."""
     stream = source.video
     decoder = Decoder(forgiven_errors=0)
@@ -213,7 +215,9 @@ def _decode_from(source: Source, survey: Survey, key_stamp: int | None) -> Itera
         raise Damage(cause_of(error)) from error
 
 
-def _painted(frames: Iterator[Any], rule: FrameRule, num_taken: int) -> tuple[list[np.ndarray | None], Damage | None]:
+def _painted(
+    frames: Iterator[Any], sampler: FrameSampler, num_taken: int
+) -> tuple[list[np.ndarray | None], Damage | None]:
     """(H, W, 3) uint8 upright pictures up to the damage, if any; a frame that stays on screen is painted once.
 
     Other threads paint while this one decodes; few full-size frames wait for them.
@@ -226,7 +230,7 @@ def _painted(frames: Iterator[Any], rule: FrameRule, num_taken: int) -> tuple[li
             for frame in frames:
                 if frame is not None and frame is not before:
                     # A stream may change its size; all pictures of a clip get that of the first.
-                    size = size or rule.size(*_upright_size(frame), num_taken)
+                    size = size or sampler.frame_size(*_upright_size(frame), num_taken)
                     waiting.append(pool.submit(_paint, frame, *size))
                     if len(waiting) > _PAINTERS:
                         wait([waiting.popleft()])

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from salmonn.media.frame_sampling import FrameRule, Spread, Stride
+from salmonn.media.frame_sampling import FixedRateSampler, FrameSampler, UniformSampler
 from salmonn.records import Modality
 
 Family = Literal["salmonn2", "salmonn2-plus"]
@@ -134,7 +134,7 @@ class SalmonnConfig(PreTrainedConfig):
         tail_tolerance_seconds: sound that is longer than whole chunks by no more gets no chunk of its own.
         pool: salmonn2: side of the squares of patches that become one token.
         placeholder_ids: token ids that stand for a clip's tokens: seen, heard.
-        frames: how densely and how large a clip is seen: arguments of `Stride` (salmonn2) or `Spread` (2+).
+        frames: frame rate and size: arguments of `FixedRateSampler` (salmonn2) or `UniformSampler` (2+).
         timestamp_tokens: salmonn2: without sound, each frame is followed by its time in words.
         system_prompt: what every conversation begins with; "" for nothing.
         prompts: what is asked by default of a clip, its picture alone and its sound alone; none asks in plain words.
@@ -173,9 +173,9 @@ class SalmonnConfig(PreTrainedConfig):
         return prompt
 
     @property
-    def frame_sampler(self) -> FrameRule:
+    def frame_sampler(self) -> FrameSampler:
         """Which frames of a clip are seen."""
-        return {"salmonn2": Stride, "salmonn2-plus": Spread}[self.family](**(self.frames or {}))
+        return {"salmonn2": FixedRateSampler, "salmonn2-plus": UniformSampler}[self.family](**(self.frames or {}))
 
     def with_frames(self, frames: Mapping[str, float] | None) -> "SalmonnConfig":
         """The same with other values in the frame rule, such as more frames for training.

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from salmonn.model.network import PUBLISHED_KEYS, Network
-from salmonn.records import new_folder, read_json, write_json
+from salmonn.records import atomic_folder, read_json, write_json
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -166,7 +166,7 @@ def _put_whole(network: Network, tensors: Mapping[str, Tensor]) -> None:
 def save_adapter(network: Network, path: Path | str) -> None:
     """Write the adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors), which appears whole."""
     shutil.rmtree(path, ignore_errors=True)  # of a process that was killed before its model was merged
-    with new_folder(path) as folder:
+    with atomic_folder(path) as folder:
         network.lm.save_pretrained(str(folder))
         # PEFT keeps the names of the projections as a set, and writes them in another order each time.
         config = folder / ADAPTER_CONFIG_NAME

@@ -1,6 +1,6 @@
 """The files of scoring: score files; captions and references in our format (JSONL) or the published one (JSON).
 
-A score file is JSONL. Its first line, `{"judge_info": {...}}`, holds judge, settings and date (`records.Judging`);
+A score file is JSONL. Its first line, `{"judge_info": {...}}`, holds judge, settings and date (`records.JudgeInfo`);
 each further line is a `Score`, or an `Unscored` with its reason.
 
 The published test set (video-SALMONN 2) is a JSON list of `{"video", "events": [text, ...]}`, predictions on it one of
@@ -16,7 +16,7 @@ from typing import Any
 
 from salmonn.records import (
     Caption,
-    Judging,
+    JudgeInfo,
     Record,
     Reference,
     Score,
@@ -36,12 +36,12 @@ _PUBLISHED = "a JSON list, as the published test set has it,"
 class ScoreFile:
     """What a score file holds."""
 
-    judge_info: Judging
+    judge_info: JudgeInfo
     scores: list[Score]
     unscored: list[Unscored]
 
 
-def write_scores(path: Path | str, judge_info: Judging, results: Sequence[Score | Unscored]) -> None:
+def write_scores(path: Path | str, judge_info: JudgeInfo, results: Sequence[Score | Unscored]) -> None:
     """Write a score file; it appears whole or not at all."""
     lines = [{"judge_info": asdict(judge_info)}, *map(asdict, results)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -57,7 +57,7 @@ def read_scores(path: Path | str) -> ScoreFile:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: expected a score file, as `salmonn score --out` writes it")
-    judge_info: Judging | None = None
+    judge_info: JudgeInfo | None = None
     scores, unscored = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
@@ -67,7 +67,7 @@ def read_scores(path: Path | str) -> ScoreFile:
                     raise ValueError(
                         'a score file begins with {"judge_info": ...}: write it with `salmonn score --out`'
                     )
-                judge_info = parse_record(value["judge_info"], Judging)
+                judge_info = parse_record(value["judge_info"], JudgeInfo)
             elif isinstance(value, dict) and "reason" in value:
                 unscored.append(parse_record(value, Unscored))
             else:

@@ -74,8 +74,8 @@ def locate_quotes(text: str, score: Score) -> list[Quote]:
 
 
 def _list_quotes(score: Score) -> Iterator[Quote]:
-    for told in score.told:
-        if told.quote.strip():
-            yield Quote("correct" if told.is_correct else "incorrect", told.quote, told.event)
-    yield from (Quote("hallucinated", quote) for quote in score.invented if quote.strip())
+    for mention in score.mentions:
+        if mention.quote.strip():
+            yield Quote("correct" if mention.is_correct else "incorrect", mention.quote, mention.event)
+    yield from (Quote("hallucinated", quote) for quote in score.hallucinations if quote.strip())
     yield from (Quote("repeated", quote) for quote in score.repeated if quote.strip())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from salmonn.records import Caption, Event, Reference, Score, Told, Unscored
+from salmonn.records import Caption, Event, Mention, Reference, Score, Unscored
 from salmonn.score.repetition import repeated_words
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ def make_score(
     task: ScoringTask,
     *,
     missed: Sequence[Event],
-    told: Sequence[Told],
-    invented: Sequence[str],
+    mentions: Sequence[Mention],
+    hallucinations: Sequence[str],
     repeated: Sequence[str] = (),
     num_repeated_words: int = 0,
 ) -> Score:
@@ -70,17 +70,17 @@ def make_score(
     return Score(
         video=task.reference.video,
         sample=task.caption.sample,
-        num_events=len(missed) + len(told),
+        num_events=len(missed) + len(mentions),
         missing=len(missed),
-        incorrect=sum(not one.is_correct for one in told),
-        hallucinated=len(invented),
+        incorrect=sum(not one.is_correct for one in mentions),
+        hallucinated=len(hallucinations),
         num_words=num_words,
         # What is said again word for word is found both ways: the greater count is nearest to all that is repeated.
         num_repeated_words=max(num_verbatim, num_repeated_words),
         finished=task.caption.finished,
         missed=tuple(event.text for event in missed),
-        told=tuple(told),
-        invented=tuple(invented),
+        mentions=tuple(mentions),
+        hallucinations=tuple(hallucinations),
         repeated=tuple(repeated),
         start_seconds=task.caption.start_seconds,
         end_seconds=task.caption.end_seconds,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from salmonn.records import Event, Reference, Score, Told, Unscored
+from salmonn.records import Event, Mention, Reference, Score, Unscored
 from salmonn.score.converse import (
     AGAIN,
     Attempt,
@@ -111,12 +111,14 @@ class EventPrompt:
             raise InvalidReplyError("; ".join(faults[:_MOST_FAULTS]))
         events = task.reference.events
         sorted_events = [(entry["class"], entry["quote"], events[entry["number"] - 1]) for entry in reply["events"]]
-        told = [Told(event, quote, kind == "correct") for kind, quote, event in sorted_events if kind != "missed"]
+        mentions = [
+            Mention(event, quote, kind == "correct") for kind, quote, event in sorted_events if kind != "missed"
+        ]
         return make_score(
             task,
             missed=[event for kind, _, event in sorted_events if kind == "missed"],
-            told=sorted(told, key=lambda one: find_quote(one.quote, task.caption.text) or (0, 0)),
-            invented=reply["hallucinated"],
+            mentions=sorted(mentions, key=lambda one: find_quote(one.quote, task.caption.text) or (0, 0)),
+            hallucinations=reply["hallucinated"],
         )
 
 
@@ -175,7 +177,7 @@ class LLMJudge:
         first = tasks[0]
         # Nothing is told: all is missed, whoever judges.
         if not self.as_published and not first.caption.text.strip():
-            return [make_score(task, missed=task.reference.events, told=[], invented=[]) for task in tasks]
+            return [make_score(task, missed=task.reference.events, mentions=[], hallucinations=[]) for task in tasks]
         attempts = [Attempt(form.ask(first), form.schema, partial(form.read, task=first)) for form in self.templates]
         try:
             score = ask_with_retries(self.client, attempts, seed=seed, names_faults=not self.as_published)
@@ -206,17 +208,17 @@ def _list_faults(reply: dict[str, Any], task: ScoringTask) -> list[str]:
     faults = _form_faults(reply)
     if faults:
         return faults
-    entries, invented, num_events = reply["events"], reply["hallucinated"], len(task.reference.events)
+    entries, hallucinations, num_events = reply["events"], reply["hallucinated"], len(task.reference.events)
     numbers = [entry["number"] for entry in entries]
     for number in range(1, num_events + 1):
         if numbers.count(number) != 1:
             faults.append(f"event {number} stands in {numbers.count(number)} entries in place of one")
     faults += [f"there is no event {number}" for number in numbers if not 1 <= number <= num_events]
     found = {name: [entry["class"] for entry in entries].count(name) for name in CLASSES}
-    for name, count in (found | {"hallucinated": len(invented)}).items():
+    for name, count in (found | {"hallucinated": len(hallucinations)}).items():
         if reply["counts"][name] != count:
             faults.append(f'"counts" says {reply["counts"][name]} {name}, but {count} are listed')
-    return faults + _quote_faults(entries, invented, task.caption.text)
+    return faults + _quote_faults(entries, hallucinations, task.caption.text)
 
 
 def _form_faults(reply: dict[str, Any]) -> list[str]:
@@ -245,34 +247,36 @@ def _form_faults(reply: dict[str, Any]) -> list[str]:
     return faults
 
 
-def _quote_faults(entries: Sequence[dict[str, Any]], invented: Sequence[str], text: str) -> list[str]:
+def _quote_faults(entries: Sequence[dict[str, Any]], hallucinations: Sequence[str], text: str) -> list[str]:
     """Quotes that the caption does not hold or that cannot tell so much, and claims that are counted twice."""
-    told = {kind: [entry for entry in entries if entry["class"] == kind] for kind in ("correct", "incorrect")}
-    quotes = [entry["quote"] for entries_of_kind in told.values() for entry in entries_of_kind]
+    mentions = {kind: [entry for entry in entries if entry["class"] == kind] for kind in ("correct", "incorrect")}
+    quotes = [entry["quote"] for entries_of_kind in mentions.values() for entry in entries_of_kind]
     faults = [
         f"event {entry['number']} is {kind}, but its quote {entry['quote']!r} is not in the description"
-        for kind, entries_of_kind in told.items()
+        for kind, entries_of_kind in mentions.items()
         for entry in entries_of_kind
         if find_quote(entry["quote"], text) is None
     ]
-    faults += [f"the hallucinated {one!r} is not in the description" for one in invented if not find_quote(one, text)]
+    faults += [
+        f"the hallucinated {one!r} is not in the description" for one in hallucinations if not find_quote(one, text)
+    ]
     for quote in dict.fromkeys(quotes):
         # A fact takes two words to tell: a model that follows a caption's orders quotes the same few for all events.
         # What the caption says twice may tell an event that comes twice.
         most = count_words(quote) // 2 * len(list(find_all(quote, text)))
         if quotes.count(quote) > max(1, most):
             faults.append(f"{quote!r} cannot tell {quotes.count(quote)} events")
-    return faults + _double_faults(told, invented, text)
+    return faults + _double_faults(mentions, hallucinations, text)
 
 
-def _double_faults(told: dict[str, list[dict[str, Any]]], invented: Sequence[str], text: str) -> list[str]:
+def _double_faults(mentions: dict[str, list[dict[str, Any]]], hallucinations: Sequence[str], text: str) -> list[str]:
     """Claims that are hallucinated and something else as well. What is right may stand beside what is made up."""
     faults = []
-    spans = [span for quote in invented if (span := find_quote(quote, text))]
+    spans = [span for quote in hallucinations if (span := find_quote(quote, text))]
     for place, span in enumerate(spans):
         words = text[slice(*span)]
         for kind, is_double in (("incorrect", _overlap), ("correct", tuple.__eq__)):
-            for entry in told[kind]:
+            for entry in mentions[kind]:
                 other = find_quote(entry["quote"], text)
                 if other and is_double(span, other):
                     faults.append(f"{words!r} is counted as hallucinated and as event {entry['number']}, {kind}")

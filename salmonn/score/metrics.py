@@ -76,7 +76,7 @@ def compute_rates(scores: Sequence[Score], *, qa_accuracy: float | None = None) 
 
 def audio_share(scores: Sequence[Score]) -> float | None:
     """Of the events told, rightly or not, the share that is heard (speech is, too); None where none is told."""
-    heard = [told.event.is_heard for score in scores for told in score.told]
+    heard = [mention.event.is_audible for score in scores for mention in score.mentions]
     return sum(heard) / len(heard) if heard else None
 
 
@@ -89,7 +89,7 @@ def temporal_order_tau(scores: Sequence[Score]) -> float | None:
     signs = [
         1 if first.event.precedes(second.event) else -1
         for score in scores
-        for first, second in combinations(score.told, 2)
+        for first, second in combinations(score.mentions, 2)
         if first.event.precedes(second.event) or second.event.precedes(first.event)
     ]
     return sum(signs) / len(signs) if signs else None

@@ -19,7 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from salmonn.records import Event, Reference, Score, Told
+from salmonn.records import Event, Mention, Reference, Score
 from salmonn.score.converse import InvalidReplyError, object_schema, require_text, write_data
 from salmonn.score.judge import ScoringTask, make_score
 from salmonn.score.llm_client import ChatMessage
@@ -74,10 +74,10 @@ class ListPrompt:
         ]
         missed = _texts(_between(text, "Missed Event", '"Incorrect Event"').strip()[:-1])
         wrong = _texts(_between(text, "Incorrect Event", '"Hallucination Event"').strip()[:-1])
-        invented = _texts(_between(text, "Hallucination Event", "}").strip())
+        hallucinations = _texts(_between(text, "Hallucination Event", "}").strip())
         score = _score(task, counts)
-        told = tuple(Told(Event(event), is_correct=False) for event in wrong)
-        return replace(score, missed=tuple(missed), told=told, invented=tuple(invented))
+        mentions = tuple(Mention(Event(event), is_correct=False) for event in wrong)
+        return replace(score, missed=tuple(missed), mentions=mentions, hallucinations=tuple(hallucinations))
 
 
 class CountPrompt:
@@ -95,10 +95,10 @@ class CountPrompt:
         missed = _count(_between(text, "Missed", '"Correct"'))
         correct = _count(_between(text, "Correct", '"Incorrect"'))
         wrong = _count(_between(text, "Incorrect", '"Hallucination"'))
-        invented = _count(_between(text, "Hallucination", "}"))
+        hallucinations = _count(_between(text, "Hallucination", "}"))
         if missed + correct + wrong != len(task.reference.events):
             raise InvalidReplyError(f"{missed} + {correct} + {wrong} events are not {len(task.reference.events)}")
-        return _score(task, [missed, wrong, invented])
+        return _score(task, [missed, wrong, hallucinations])
 
 
 TEMPLATES: tuple[PromptTemplate, ...] = (ListPrompt(),) * (1 + NUM_AGAIN) + (CountPrompt(),) * NUM_COUNTS
@@ -194,7 +194,7 @@ def _texts(text: str) -> list[str]:
 
 def _score(task: ScoringTask, counts: Sequence[int]) -> Score:
     missing, incorrect, hallucinated = counts
-    written = make_score(task, missed=(), told=(), invented=())
+    written = make_score(task, missed=(), mentions=(), hallucinations=())
     return replace(
         written,
         num_events=len(task.reference.events),

@@ -18,11 +18,11 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from salmonn.records import Caption, Event, EventModality, Judging, Reference, Score, Unscored, write_text
+from salmonn.records import Caption, Event, EventModality, JudgeInfo, Reference, Score, Unscored, write_text
 from salmonn.score.highlight import Highlight, Quote, highlight_caption, locate_quotes
 from salmonn.score.judge import restrict_to_span
 from salmonn.score.metrics import Rates
-from salmonn.templates import open_template
+from salmonn.templates import load_template
 
 MODALITIES: tuple[EventModality, ...] = ("visual", "audio", "speech")
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -54,7 +54,7 @@ class Report:
 
     Args:
         title: heading of the page.
-        judging: who judged.
+        judge_info: who judged.
         rates: of the set.
         scores, unscored: of each caption.
         captions: what was scored; a score without one is shown as of a video that has no caption.
@@ -67,7 +67,7 @@ class Report:
     """
 
     title: str
-    judge_info: Judging
+    judge_info: JudgeInfo
     rates: Rates
     scores: Sequence[Score]
     unscored: Sequence[Unscored]
@@ -90,7 +90,7 @@ def write_report(path: Path, report: Report) -> None:
         raise ValueError("there is no scored caption to report: see the reasons of the unscored ones in the score file")
     clips = _worst_clips(report, path)
     script = (_HERE / "report.js").read_text(encoding="utf-8")
-    page = open_template(_HERE / "report.html.jinja", percent=_percent, span=_span).render(
+    page = load_template(_HERE / "report.html.jinja", percent=_percent, span=_span).render(
         report=report,
         measures=_measures(report),
         scale=_scale(report),
@@ -231,9 +231,9 @@ def _missed_events(report: Report, score: Score, caption: Caption | None) -> lis
     """Texts of missed events, each with its event where the reference has one of that text that is not told."""
     reference = report.references.get(score.video, Reference(score.video))
     events = list((restrict_to_span(reference, caption) if caption else reference).events)
-    for told in score.told:
-        if told.event in events:
-            events.remove(told.event)
+    for mention in score.mentions:
+        if mention.event in events:
+            events.remove(mention.event)
     missed: list[tuple[str, Event | None]] = []
     for text in score.missed:
         event = next((event for event in events if event.text == text), None)
@@ -246,7 +246,7 @@ def _missed_events(report: Report, score: Score, caption: Caption | None) -> lis
 def _sorted_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event]]:
     """All events with what became of them: missed, incorrect or correct."""
     missed = [("missed", event) for _, event in _missed_events(report, score, caption) if event]
-    return missed + [("correct" if told.is_correct else "incorrect", told.event) for told in score.told]
+    return missed + [("correct" if mention.is_correct else "incorrect", mention.event) for mention in score.mentions]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from salmonn.records import Caption, Judging, Reference, Score, Unscored
+from salmonn.records import Caption, JudgeInfo, Reference, Score, Unscored
 from salmonn.score.config import ProtocolName
 from salmonn.score.judge import Judge, ProgressCallback, ScoringTask, empty_caption_tasks, match_references
 from salmonn.score.llm_judge import LLMJudge
@@ -28,13 +28,13 @@ class ScoredSet:
     """A set of captions with its scores.
 
     Args:
-        judging: who judged, and how.
+        judge_info: who judged, and how.
         results: of each caption, and of each video without one.
         as_published: rates by the published protocol, where it was asked for.
         with_all: the same with every video counted, those without a score as all missed.
     """
 
-    judge_info: Judging
+    judge_info: JudgeInfo
     results: list[Score | Unscored]
     as_published: PublishedRates | None = None
     with_all: PublishedRates | None = None
@@ -134,10 +134,10 @@ def make_judge_info(
     protocol: ProtocolName = "salmonn",
     seeds: Sequence[int] = (0,),
     totals: Sequence[float | None] = (),
-    kept: int = 0,
-) -> Judging:
-    """Who judged a set of captions now, and how (`salmonn.records.Judging`)."""
-    return Judging(
+    reported_pass: int = 0,
+) -> JudgeInfo:
+    """Who judged a set of captions now, and how (`salmonn.records.JudgeInfo`)."""
+    return JudgeInfo(
         judge=judge.name,
         prompt_hash=judge.prompt_hash,
         protocol=protocol,
@@ -145,9 +145,11 @@ def make_judge_info(
         version=importlib.metadata.version("salmonn"),
         seeds=tuple(seeds),
         totals=tuple(totals),
-        kept=kept,
+        reported_pass=reported_pass,
     )
 
 
-def _sign(judge: Judge, outcome: JudgingPasses, protocol: ProtocolName) -> Judging:
-    return make_judge_info(judge, protocol=protocol, seeds=outcome.seeds, totals=outcome.totals, kept=outcome.kept)
+def _sign(judge: Judge, outcome: JudgingPasses, protocol: ProtocolName) -> JudgeInfo:
+    return make_judge_info(
+        judge, protocol=protocol, seeds=outcome.seeds, totals=outcome.totals, reported_pass=outcome.kept
+    )

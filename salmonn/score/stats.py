@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from salmonn.records import Judging, Score
+from salmonn.records import JudgeInfo, Score
 
 RESAMPLES = 10_000
 # Draws held at once: 8 bytes each, three times over.
@@ -156,7 +156,7 @@ def _name(score: Score) -> tuple[object, ...]:
     return score.video, score.sample, score.start_seconds, score.end_seconds
 
 
-def require_same_judge(first: Judging, second: Judging) -> None:
+def require_same_judge(first: JudgeInfo, second: JudgeInfo) -> None:
     """Refuse to compare what two judges said, or one judge asked in other words or scored by another protocol.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from salmonn.records import Event, Reference, Score, Told, Unscored
+from salmonn.records import Event, Mention, Reference, Score, Unscored
 from salmonn.score import repetition, words
 from salmonn.score.judge import ProgressCallback, ScoringTask, make_score
 from salmonn.score.repetition import repeated_words
@@ -77,11 +77,13 @@ class RuleJudge:
         return make_score(
             task,
             missed=[event for place, event in enumerate(known) if place not in (exact | close).values()],
-            told=[
-                Told(known[event], claims[place].clause, event not in wrong, OUT_OF_ORDER if event in unordered else "")
+            mentions=[
+                Mention(
+                    known[event], claims[place].clause, event not in wrong, OUT_OF_ORDER if event in unordered else ""
+                )
                 for place, event in told
             ],
-            invented=[claims[place].clause for place in stray if place not in doubled],
+            hallucinations=[claims[place].clause for place in stray if place not in doubled],
             repeated=[claims[place].clause for place in doubled],
             num_repeated_words=_doubled_words(claims, doubled),
         )

@@ -104,7 +104,7 @@ def _turns(reference: Reference, tasks: Sequence[SftTask], *, modality: Modality
     turns = [Turn(describe, getattr(reference, task)) for task in tasks if task in wanted]
     if f"{prefix}events" in tasks:
         events = [
-            event.text for event in reference.events if modality == "both" or event.is_heard == (modality == "audio")
+            event.text for event in reference.events if modality == "both" or event.is_audible == (modality == "audio")
         ]
         turns.append(Turn(LIST_EVENTS, ", ".join(events)))
     if f"{prefix}questions" in tasks:
@@ -241,7 +241,7 @@ class SftBatches:
         chosen = batch_at(self.examples, step, batch_size=self.batch_size, seed=self.seed)
         tokenizer = self.processor.tokenizer
         num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in chosen for turn in example.turns)
-        mine = dist.share(chosen, first=self.first_rank)
+        mine = dist.shard(chosen, first=self.first_rank)
         return [
             self._piece(part, num_tokens / dist.world_size()) for part in split(mine, self.gradient_accumulation_steps)
         ]

@@ -103,10 +103,12 @@ def build_on_meta(config: SalmonnConfig) -> Network:
 
 def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     """A clip as the towers would take it, its sizes without its contents."""
-    rule = config.frame_sampler
+    sampler = config.frame_sampler
     num_frames = round(shape.seconds * shape.frames_per_second)
-    count = len(rule.times(0.0, shape.seconds, num_frames))
-    frames = torch.empty((count, 3, *rule.size(shape.height, shape.width, count)), dtype=torch.uint8, device="meta")
+    count = len(sampler.sample_times(0.0, shape.seconds, num_frames))
+    frames = torch.empty(
+        (count, 3, *sampler.frame_size(shape.height, shape.width, count)), dtype=torch.uint8, device="meta"
+    )
     chunks = count_chunks(config, shape.seconds)
     mel = torch.empty(chunks, config.whisper["num_mel_bins"], config.chunk_seconds * 100, device="meta")
     return to_clip_inputs(config, frames, mel, seconds=shape.seconds)
@@ -347,7 +349,7 @@ def sample_clip(plan: MemoryPlan) -> str:
     shape, work, media = plan.shape, plan.work, plan.media
     of_frames = "no picture"
     if media.num_frames:
-        rows, columns = plan.config.frame_sampler.size(shape.height, shape.width, media.num_frames)
+        rows, columns = plan.config.frame_sampler.frame_size(shape.height, shape.width, media.num_frames)
         of_frames = f"{media.num_frames} frames of {columns}x{rows}: {plan.layout.num_visual} tokens seen"
     heard = plan.clip_tokens - plan.layout.num_visual
     told = [

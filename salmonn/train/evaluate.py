@@ -65,7 +65,7 @@ def _spread_out(
     make: Callable[[int], list[Item]], batches: Sequence[Sequence[int]], costs: Sequence[float], *, name: str, unit: str
 ) -> list[Item]:
     """What `make` gives of all batches, one item a place, in the order of places; each rank makes its share."""
-    shares = dist.spread(costs)
+    shares = dist.balance(costs)
     mine, made = shares[dist.rank()], []
     total = sum(len(batches[number]) for number in mine)
     with tqdm(total=total, desc=name, unit=unit, disable=not dist.is_main()) as bar:
@@ -74,7 +74,7 @@ def _spread_out(
             bar.update(len(batches[number]))
     placed = {
         place: item
-        for places, items in zip(batches, dist.collect(made, shares), strict=True)
+        for places, items in zip(batches, dist.gather_balanced(made, shares), strict=True)
         for place, item in zip(places, items, strict=True)
     }
     return [placed[place] for place in range(len(placed))]
@@ -111,7 +111,7 @@ def encode_examples(
     keys = store.keys(clips) if store else [""] * len(clips)
     found = store.find_complete(keys) if store else set()
     seconds = dist.gather(
-        [_to_read(clip, key in found) for clip, key in dist.share(list(zip(clips, keys, strict=True)))]
+        [_to_read(clip, key in found) for clip, key in dist.shard(list(zip(clips, keys, strict=True)))]
     )
     batches, read = cut(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
 
@@ -252,11 +252,11 @@ def judge_captions(
     for place, caption in enumerate(captions):
         by_video.setdefault(caption.video, []).append(place)
     groups = list(by_video.values())
-    shares = dist.spread([_count_words([captions[place] for place in group], references) for group in groups])
+    shares = dist.balance([_count_words([captions[place] for place in group], references) for group in groups])
     mine = [groups[number] for number in shares[dist.rank()]]
     tasks = [ScoringTask(references[captions[place].video], captions[place]) for group in mine for place in group]
     results = iter(judge.judge(tasks))
-    judged = dist.collect([[next(results) for _ in group] for group in mine], shares)
+    judged = dist.gather_balanced([[next(results) for _ in group] for group in mine], shares)
     placed = {
         place: result
         for group, part in zip(groups, judged, strict=True)

@@ -92,7 +92,7 @@ class FeatureCache:
 
     def keys(self, examples: Sequence[Example]) -> list[str]:
         """The examples' clips as they are named in the folder, on every rank."""
-        return dist.gather([self._key(example) for example in dist.share(examples)])
+        return dist.gather([self._key(example) for example in dist.shard(examples)])
 
     def _key(self, example: Example) -> str:
         files = [_identity(file) for file in (example.video, example.sound) if file]
@@ -108,7 +108,7 @@ class FeatureCache:
         # Rank 0 alone looks what is there: others' disks would remember what was not.
         listed = {path.stem for path in self._files()} if dist.is_main() else set()
         there = sorted(dist.gather([listed & set(keys)])[0])
-        whole = dist.gather([self._is_whole(key) for key in dist.share(there)])
+        whole = dist.gather([self._is_whole(key) for key in dist.shard(there)])
         return {key for key, is_whole in zip(there, whole, strict=True) if is_whole}
 
     def _is_whole(self, key: str) -> bool:

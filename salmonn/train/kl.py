@@ -67,7 +67,7 @@ class KLProbe:
             )
         # What fills the last ranks' shares up is computed and not counted.
         num_turns = -(-len(told) // dist.world_size())
-        mine = dist.share(told)
+        mine = dist.shard(told)
         self.num_counted = len(mine)
         filled = mine + told[:1] * (num_turns - len(mine))
         self.pieces: list[tuple[ModelInputs, int]] = []
@@ -111,4 +111,4 @@ class KLProbe:
             both = (policy(inputs)[:count].split(_POSITIONS), reference(inputs)[:count].split(_POSITIONS))
             nats += sum(token_kl(one, other).double().sum().item() for one, other in zip(*both, strict=True))
             num_tokens += count
-        return dist.total(nats) / dist.total(num_tokens)
+        return dist.all_reduce_sum(nats) / dist.all_reduce_sum(num_tokens)

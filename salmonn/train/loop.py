@@ -391,7 +391,7 @@ def _refuse(micro_batches: Sequence[Batch], total: float, *, norm: float, step: 
 
 def _costs(micro_batches: Sequence[Batch], *, seconds: float, waited: float) -> dict[str, float]:
     """Tokens a second of all ranks, the most memory of this one so far, and where the time went."""
-    tokens = dist.total(sum(piece.num_tokens for piece in micro_batches))
+    tokens = dist.all_reduce_sum(sum(piece.num_tokens for piece in micro_batches))
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     else:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from salmonn.records import write_text
-from salmonn.templates import open_template
+from salmonn.templates import load_template
 from salmonn.train.run_log import COLUMNS, RunRecord, RunSummary, StageLog, column_titles, format_figure
 
 _MOST_POINTS = 1000  # of a line over all stages: more than a panel has pixels
@@ -224,7 +224,7 @@ def _dress(axes: Any, look: _Look) -> None:
 def write_page(record: RunRecord, path: Path) -> None:
     """Write the run as one HTML file that asks no network for anything; it appears whole or not at all."""
     template = Path(__file__).with_name("run.html.jinja")
-    page = open_template(template, figure=lambda value, column: format_figure(column, value)).render(
+    page = load_template(template, figure=lambda value, column: format_figure(column, value)).render(
         record=record,
         summary=record.summary,
         column_titles=column_titles(),

@@ -104,7 +104,7 @@ class PreferenceBatches:
         """
         groups = self._by_clip()
         costs = [len(self.blocks[self.pairs[group[0]].video]) + self._count_words(group) for group in groups]
-        shares = dist.spread(costs)
+        shares = dist.balance(costs)
         mine = [place for number in shares[dist.rank()] for place in groups[number]]
         made_of = self._describe(network) if folder else ""
         if (
@@ -115,7 +115,9 @@ class PreferenceBatches:
             self.reference_logps = kept
             return
         said = dict(zip(mine, self._ask(network, mine), strict=True))
-        parts = dist.collect([[said[place][:2] for place in groups[number]] for number in shares[dist.rank()]], shares)
+        parts = dist.gather_balanced(
+            [[said[place][:2] for place in groups[number]] for number in shares[dist.rank()]], shares
+        )
         placed = dict(zip(itertools.chain(*groups), itertools.chain(*parts), strict=True))
         self.reference_logps = [placed[place] for place in range(len(self.pairs))]
         if folder and dist.is_main():
@@ -158,7 +160,7 @@ class PreferenceBatches:
     def _describe(self, network: Network) -> str:
         """A hash of all that the reference's log-probabilities depend on."""
         videos = list(dict.fromkeys(pair.video for pair in self.pairs))
-        digests = dist.gather([hash_features(self.blocks[video]) for video in dist.share(videos)])
+        digests = dist.gather([hash_features(self.blocks[video]) for video in dist.shard(videos)])
         weights = ((name, value) for name, value in network.named_parameters() if ".lora_" not in name)
         # All ranks have the same weights.
         mark = dist.gather([hash_weights(weights) if dist.is_main() else ""])[0]
@@ -184,7 +186,7 @@ class PreferenceBatches:
         """This rank's batch of a step, in pieces."""
         assert len(self.reference_logps) == len(self.pairs), "compute_reference_logps() comes before the first batch"
         numbered = list(enumerate(self.pairs))
-        mine = dist.share(batch_at(numbered, step, batch_size=self.batch_size, seed=self.seed))
+        mine = dist.shard(batch_at(numbered, step, batch_size=self.batch_size, seed=self.seed))
         return [self._piece(part) for part in split(mine, self.gradient_accumulation_steps)]
 
     def _piece(self, numbered: Sequence[tuple[int, Comparison]]) -> PreferenceBatch:

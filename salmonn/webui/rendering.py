@@ -9,7 +9,7 @@ from typing import Any
 from salmonn.preference.vote_results import VoteSummary
 from salmonn.records import Event, Score
 from salmonn.score.highlight import highlight_caption
-from salmonn.templates import open_template
+from salmonn.templates import load_template
 from salmonn.webui.scorer import CaptionAnalysis
 
 _DASH = "\N{EN DASH}"
@@ -17,7 +17,7 @@ _DASH = "\N{EN DASH}"
 
 @cache
 def _macros() -> Any:
-    return open_template(Path(__file__).with_name("rendering.html.jinja"), percent=_percent, span=_span).module
+    return load_template(Path(__file__).with_name("rendering.html.jinja"), percent=_percent, span=_span).module
 
 
 def show_empty(title: str, words: str) -> str:
@@ -55,9 +55,9 @@ def show_findings(found: CaptionAnalysis, *, judge: str) -> str:
 def missed_events(events: Sequence[Event], score: Score) -> list[Event]:
     """The missed events with their times and kinds; an event that two share the text of is taken once each."""
     left = list(events)
-    for told in score.told:
-        if told.event in left:
-            left.remove(told.event)
+    for mention in score.mentions:
+        if mention.event in left:
+            left.remove(mention.event)
     missed = []
     for text in score.missed:
         event = next((event for event in left if event.text == text), Event(text))

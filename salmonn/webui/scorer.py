@@ -103,7 +103,7 @@ def restrict(reference: Reference, modality: Modality) -> Reference:
     if modality == "both":
         return reference
     return replace(
-        reference, events=tuple(event for event in reference.events if event.is_heard == (modality == "audio"))
+        reference, events=tuple(event for event in reference.events if event.is_audible == (modality == "audio"))
     )
 
 

@@ -162,7 +162,7 @@ def test_clips_of_like_length_go_together(captioner, videos, monkeypatch):
         return plain(clips, prompts, **named)
 
     monkeypatch.setattr(captioner, "answer", watched)
-    seconds = {video: read_clip(video, captioner.processor.config.frame_sampler).picture_seconds for video in videos}
+    seconds = {video: read_clip(video, captioner.processor.config.frame_sampler).video_seconds for video in videos}
     short, long = min(videos, key=seconds.get), max(videos, key=seconds.get)
     assert round(seconds[short]) < round(seconds[long])
     results = list(captioner.caption_each([short, long, short, long, short], sampling=SHORT, batch_size=3))

@@ -16,7 +16,7 @@ import pytest
 from salmonn.caption.loader import ClipReader, Part, Wanted, cut_alike, sensible_workers
 from salmonn.media.clip import read_clip
 from salmonn.media.container import ClipError
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 
 # What a worker does at a file's name; a module of its own, since a worker imports what it is sent.
 ODD = """
@@ -51,7 +51,7 @@ def odd(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import odd
 
-    yield odd.Odd(Stride())
+    yield odd.Odd(FixedRateSampler())
     del sys.modules["odd"]
 
 
@@ -143,11 +143,11 @@ def test_waiting_is_told():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_clips_are_those_of_read_clip(videos, tmp_path, workers):
     paths = [*videos[:3], tmp_path / "none.mp4"]
-    wanted = Wanted(Stride(side=48), start_seconds=1.0, end_seconds=3.0)
+    wanted = Wanted(FixedRateSampler(side=48), start_seconds=1.0, end_seconds=3.0)
     read = dict(chain(*read_all(paths, wanted, workers=workers)))
     assert sorted(read) == [0, 1, 2, 3]
     for place, path in enumerate(videos[:3]):
-        clip = read_clip(path, Stride(side=48), start_seconds=1.0, end_seconds=3.0)
+        clip = read_clip(path, FixedRateSampler(side=48), start_seconds=1.0, end_seconds=3.0)
         assert np.array_equal(read[place].frames, clip.frames) and len(clip.frames) == 2
         assert np.array_equal(read[place].waveform, clip.waveform) and len(clip.waveform) == 32_000
         assert read[place].path == str(path)
@@ -155,12 +155,12 @@ def test_clips_are_those_of_read_clip(videos, tmp_path, workers):
 
 
 def test_length_of_a_span(videos):
-    whole = Wanted(Stride()).seconds(videos[0])
+    whole = Wanted(FixedRateSampler()).seconds(videos[0])
     assert whole > 4
-    assert Wanted(Stride(), start_seconds=1.0).seconds(videos[0]) == whole - 1
-    assert Wanted(Stride(), start_seconds=1.0, end_seconds=3.5).seconds(videos[0]) == 2.5
-    assert Wanted(Stride(), end_seconds=100.0).seconds(videos[0]) == whole
-    assert Wanted(Stride()).seconds(videos[0].parent) == 0
+    assert Wanted(FixedRateSampler(), start_seconds=1.0).seconds(videos[0]) == whole - 1
+    assert Wanted(FixedRateSampler(), start_seconds=1.0, end_seconds=3.5).seconds(videos[0]) == 2.5
+    assert Wanted(FixedRateSampler(), end_seconds=100.0).seconds(videos[0]) == whole
+    assert Wanted(FixedRateSampler()).seconds(videos[0].parent) == 0
 
 
 @pytest.mark.parametrize(
@@ -236,11 +236,12 @@ SLEEPER = """
 import sys
 from pathlib import Path
 from salmonn.caption.loader import ClipReader, Part
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 from odd import Odd
 
 with ClipReader(workers=2) as reader:
-    parts = [Part(place, Path(name), Odd(Stride())) for place, name in enumerate(("a", "b", "sleep", "sleep"))]
+    read = Odd(FixedRateSampler())
+    parts = [Part(place, Path(name), read) for place, name in enumerate(("a", "b", "sleep", "sleep"))]
     batches = reader.batches(parts, size=1, finish=str)
     next(batches), next(batches)
     print("reading", flush=True)

@@ -40,7 +40,7 @@ def make_clip(*, frames: int, seconds: float, sound_seconds: float | None, side:
         frame_times=np.linspace(0, seconds, frames, endpoint=False),
         waveform=None if sound_seconds is None else np.zeros(round(sound_seconds * 16_000), np.float32),
         start_seconds=0.0,
-        picture_seconds=seconds if frames else 0.0,
+        video_seconds=seconds if frames else 0.0,
         duration_seconds=max(seconds, sound_seconds or 0.0),
     )
 

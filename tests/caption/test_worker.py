@@ -11,7 +11,7 @@ import pytest
 
 from salmonn.caption.loader import ClipReader, Part, Wanted, cut_up
 from salmonn.caption.worker import Limits
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 
 GREEDY = """
 import fcntl, os, signal, stat, time
@@ -67,7 +67,7 @@ def greedy(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import greedy
 
-    yield greedy.Greedy(Stride())
+    yield greedy.Greedy(FixedRateSampler())
     del sys.modules["greedy"]
 
 
@@ -141,7 +141,7 @@ def test_limits_are_above_nothing(values):
     ],
 )
 def test_segments(start, seconds, length, expected):
-    part = Part(3, Path("a.mp4"), Wanted(Stride(), start_seconds=start, audio=False), seed=9)
+    part = Part(3, Path("a.mp4"), Wanted(FixedRateSampler(), start_seconds=start, audio=False), seed=9)
     cut = cut_up(part, seconds, length)
     assert [(one.wanted.start_seconds, one.wanted.end_seconds) for one, _ in cut] == expected
     assert [length for _, length in cut] == pytest.approx([end - begin for begin, end in expected])
@@ -150,7 +150,7 @@ def test_segments(start, seconds, length, expected):
 
 
 def test_a_file_without_a_stated_length_cannot_be_cut(videos):
-    part = Part(0, videos[0], Wanted(Stride(side=48)))
+    part = Part(0, videos[0], Wanted(FixedRateSampler(side=48)))
     ((endless, seconds),) = cut_up(part, 0.0, 2.0)
     assert seconds == 0
     with pytest.raises(ValueError, match=r"does not say how long it is.*here it ends at \d+\.\d\d s"):
@@ -176,7 +176,7 @@ def test_segments_follow_what_a_file_holds_and_not_what_it_says(tmp_path):
     """20 s that say that they are 8 s, and 6 s that say that they are 100."""
     for seconds, declared, ends in [(20, 8, [5, 10, 15, 20]), (6, 100, [6])]:
         path = write_matroska(tmp_path / f"{seconds}.mka", seconds=seconds, declared=declared)
-        wanted = Wanted(Stride())
+        wanted = Wanted(FixedRateSampler())
         assert wanted.seconds(path) == pytest.approx(declared)
         assert wanted.seconds(path, exact=True) == pytest.approx(seconds, abs=0.01)
         with ClipReader(workers=1) as reader:

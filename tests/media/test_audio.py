@@ -7,13 +7,13 @@ import av
 import numpy as np
 import pytest
 
-from salmonn.media.audio import Sound
+from salmonn.media.audio import AudioBuffer
 from salmonn.media.clip import ClipError, read_clip
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 
 
 def test_gap_in_the_sound_is_silence():
-    sound = Sound()
+    sound = AudioBuffer()
     for first in (0.0, 1.0):
         frame = av.AudioFrame.from_ndarray(np.full((1, 8000), 0.5, np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16000
@@ -32,4 +32,4 @@ def test_sound_that_cannot_be_mixed_down_says_so(tmp_path):
         out.setframerate(16000)
         out.writeframes(bytes(18 * 1600))
     with pytest.raises(ClipError, match=r"nine\.wav: .*9 channels.*cannot be mixed down"):
-        read_clip(tmp_path / "nine.wav", Stride())
+        read_clip(tmp_path / "nine.wav", FixedRateSampler())

@@ -32,7 +32,7 @@ class Middles:
     max_frames: int
     side: int | None
 
-    def times(self, first, seconds, num_frames):
+    def sample_times(self, first, seconds, num_frames):
         count = math.ceil(seconds * self.frames_per_second - 0.5 - 1e-6)
         piece = 1.0 / self.frames_per_second
         if not 1 <= count <= self.max_frames:
@@ -40,7 +40,7 @@ class Middles:
             piece = seconds / count
         return first + (np.arange(count) + 0.5) * piece
 
-    def size(self, height, width, num_taken):
+    def frame_size(self, height, width, num_taken):
         return self.side or height, self.side or width
 
 
@@ -495,10 +495,10 @@ def test_frames_of_a_long_video_are_never_held_at_full_size(tmp_path):
     code = f"""
 import resource
 from salmonn.media.clip import read_clip
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-frames = read_clip({str(path)!r}, Stride(frames_per_second=2.0, max_frames=240, side=48)).frames
+frames = read_clip({str(path)!r}, FixedRateSampler(frames_per_second=2.0, max_frames=240, side=48)).frames
 print(*frames.shape, peak() - before)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from salmonn.media.frame_sampling import Spread, Stride
+from salmonn.media.frame_sampling import FixedRateSampler, UniformSampler
 
 
 def published_stride(num_frames: int, rate: float, *, max_frames: int = 110) -> list[int]:
@@ -31,16 +31,20 @@ def test_times_of_a_steady_rate_are_the_published_frames(num_frames, rate):
         return np.floor((times - 5.0) * rate + 0.5).astype(int).tolist()
 
     seconds = num_frames / rate
-    assert numbers(Stride().times(5.0, seconds, num_frames)) == published_stride(num_frames, rate)
-    assert numbers(Spread().times(5.0, seconds, num_frames)) == published_spread(num_frames, rate, least=16, most=768)
+    assert numbers(FixedRateSampler().sample_times(5.0, seconds, num_frames)) == published_stride(num_frames, rate)
+    assert numbers(UniformSampler().sample_times(5.0, seconds, num_frames)) == published_spread(
+        num_frames, rate, least=16, most=768
+    )
 
 
 @pytest.mark.parametrize("size", [(720, 1280), (1080, 1920), (96, 96), (20, 20), (480, 640), (333, 777), (768, 1024)])
 @pytest.mark.parametrize("num_taken", [16, 100, 190, 767, 768])
 def test_sizes_are_those_of_qwens_processor(size, num_taken):
     most = 61_250 if num_taken == 768 else 0.95 * 768 / num_taken * 61_250
-    assert Spread().size(*size, num_taken) == smart_resize(*size, factor=28, min_pixels=784, max_pixels=most)
+    assert UniformSampler().frame_size(*size, num_taken) == smart_resize(
+        *size, factor=28, min_pixels=784, max_pixels=most
+    )
 
 
 def test_salmonn2_makes_squares():
-    assert Stride().size(720, 1280, 9) == (384, 384)
+    assert FixedRateSampler().frame_size(720, 1280, 9) == (384, 384)

@@ -10,8 +10,8 @@ import pytest
 from salmonn.media import video as pictures
 from salmonn.media.clip import read_clip
 from salmonn.media.container import Decoder
-from salmonn.media.frame_sampling import Stride
-from salmonn.media.index import Survey
+from salmonn.media.frame_sampling import FixedRateSampler
+from salmonn.media.index import StreamIndex
 
 FPS, SIDE = 10, 64
 # I P B B P B B ...: the B-frames are not referred to.
@@ -48,27 +48,27 @@ def fed(monkeypatch):
     return seen
 
 
-def read(path, rule):
-    return read_clip(path, rule, audio=False)
+def read(path, sampler):
+    return read_clip(path, sampler, audio=False)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_pictures_that_no_other_refers_to_are_left_out(tmp_path, monkeypatch, fed, encoder, suffix):
     path = write_moving(tmp_path / f"moving.{suffix}", encoder=encoder)
-    ends = Stride(frames_per_second=FPS, max_frames=2, side=SIDE)
+    ends = FixedRateSampler(frames_per_second=FPS, max_frames=2, side=SIDE)
     few = read(path, ends)
     np.testing.assert_allclose(few.frame_times, [0, 3])
     # Frames 0, 3, 6, ... 30 are the I-frame and the P-frames: 11 of 31.
     assert len(fed) == 11
     fed.clear()
     # 0, 10, 20, 30: 10 and 20 are B-frames (no multiples of 3), so two more.
-    some = read(path, Stride(side=SIDE))
+    some = read(path, FixedRateSampler(side=SIDE))
     np.testing.assert_allclose(some.frame_times, [0, 1, 2, 3])
     assert len(fed) == 13
     fed.clear()
     monkeypatch.setattr(pictures, "unreferenced_test", lambda codec: lambda packet: False)
-    np.testing.assert_array_equal(read(path, Stride(side=SIDE)).frames, some.frames)
+    np.testing.assert_array_equal(read(path, FixedRateSampler(side=SIDE)).frames, some.frames)
     np.testing.assert_array_equal(some.frames[[0, 3]], few.frames)
     # All but 28 and 29, which are stored after 30.
     assert len(fed) == 29
@@ -76,7 +76,7 @@ def test_pictures_that_no_other_refers_to_are_left_out(tmp_path, monkeypatch, fe
 
 def test_wanted_keyframes_are_decoded_alone(tmp_path, fed):
     path = write_moving(tmp_path / "moving.mp4", gop=10)
-    clip = read(path, Stride(side=SIDE))
+    clip = read(path, FixedRateSampler(side=SIDE))
     assert len(clip.frames) == 4 and len(fed) == 4
     apart = np.abs(np.diff(clip.frames.astype(int), axis=0)).mean(axis=(1, 2, 3))
     assert np.all(apart > 20)
@@ -84,7 +84,7 @@ def test_wanted_keyframes_are_decoded_alone(tmp_path, fed):
 
 def test_a_short_stretch_is_decoded_rather_than_sought_past():
     # 40 pictures, a tenth of a second apart, and a keyframe each second, whose stamp is its number.
-    survey = Survey(None, times=[n / 10 for n in range(40)], keys=[(0.0, 0), (1.0, 10), (2.0, 20), (3.0, 30)])
+    survey = StreamIndex(None, times=[n / 10 for n in range(40)], keys=[(0.0, 0), (1.0, 10), (2.0, 20), (3.0, 30)])
     # 0.6, 0.7, 0.8, 0.9 lie between 0.5 and the keyframe 1.0; between 1.6 and 2.0 lie 3 only.
     due = [0.2, 0.5, 1.0, 1.6, 2.1, 2.9, 3.0, 3.9]
     assert list(pictures._runs(survey, due)) == [(0, [0.2, 0.5]), (10, [1.0, 1.6, 2.1, 2.9, 3.0, 3.9])]
@@ -94,7 +94,7 @@ def test_a_short_stretch_is_decoded_rather_than_sought_past():
 @pytest.mark.parametrize("broken", ["_decode_due", "_runs"])
 def test_frames_that_do_not_come_as_surveyed_are_read_more_plainly(tmp_path, monkeypatch, caplog, broken):
     path = write_moving(tmp_path / "moving.mp4", gop=10)
-    expected = read(path, Stride(side=SIDE)).frames
+    expected = read(path, FixedRateSampler(side=SIDE)).frames
     if broken == "_decode_due":
         monkeypatch.setattr(pictures, "_decode_due", lambda *arguments: iter(()))
     else:
@@ -104,7 +104,7 @@ def test_frames_that_do_not_come_as_surveyed_are_read_more_plainly(tmp_path, mon
             pictures, "_runs", lambda survey, due: ((survey.keys[-1][1], run) for _, run in real(survey, due))
         )
     with caplog.at_level(logging.DEBUG):
-        np.testing.assert_array_equal(read(path, Stride(side=SIDE)).frames, expected)
+        np.testing.assert_array_equal(read(path, FixedRateSampler(side=SIDE)).frames, expected)
     assert "reading again, for a seek failed (no frame at 0.000 s)" in caplog.text
 
 
@@ -114,7 +114,7 @@ def test_frames_before_damage_are_kept(monkeypatch):
             yield av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), level, np.uint8), format="rgb24")
         raise pictures.Damage("a hole", 0.4)
 
-    painted, damage = pictures._painted(frames(), Stride(side=SIDE), 9)
+    painted, damage = pictures._painted(frames(), FixedRateSampler(side=SIDE), 9)
     assert [picture.mean() for picture in painted] == [10, 20, 30, 40]
     assert str(damage) == "a hole" and damage.seconds == 0.4
 
@@ -136,6 +136,6 @@ def test_few_decoded_frames_are_alive_at_a_time(monkeypatch):
             yield frame
 
     monkeypatch.setattr(pictures, "_paint", paint)
-    painted, _ = pictures._painted(frames(), Stride(side=SIDE), 40)
+    painted, _ = pictures._painted(frames(), FixedRateSampler(side=SIDE), 40)
     # Two are painted, one waits, one has just come.
     assert len(painted) == 40 and most <= 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from salmonn.records import Caption, Event, Reference, Told
+from salmonn.records import Caption, Event, Mention, Reference
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
 
@@ -113,22 +113,22 @@ def honest_reply(request: dict[str, Any]) -> dict[str, Any]:
     """What a judge should answer that knows the synthetic world: the rule judge's verdict in the form asked for."""
     events, text = asked_about(request)
     score = RuleJudge().judge_one(ScoringTask(Reference("v", events), Caption("v", text)))
-    told = list(score.told)
+    told = list(score.mentions)
     entries = []
     for number, event in enumerate(events, start=1):
         here = next((one for one in told if one.event == event), None)
         if here is not None:
             told.remove(here)
         entries.append({"number": number, "class": _class_of(here), "quote": here.quote if here else ""})
-    counts = {"correct": len(score.told) - score.incorrect, "incorrect": score.incorrect, "missed": score.missing}
+    counts = {"correct": len(score.mentions) - score.incorrect, "incorrect": score.incorrect, "missed": score.missing}
     return {
         "events": entries,
-        "hallucinated": list(score.invented),
+        "hallucinated": list(score.hallucinations),
         "counts": counts | {"hallucinated": score.hallucinated},
     }
 
 
-def _class_of(told: Told | None) -> str:
+def _class_of(told: Mention | None) -> str:
     if told is None:
         return "missed"
     return "correct" if told.is_correct else "incorrect"

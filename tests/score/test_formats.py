@@ -4,13 +4,15 @@ import json
 
 import pytest
 
-from salmonn.records import Caption, Event, Judging, Reference, Score, Told, Unscored, write_records
+from salmonn.records import Caption, Event, JudgeInfo, Mention, Reference, Score, Unscored, write_records
 from salmonn.score.formats import match_video_names, read_captions, read_references, read_scores, write_scores
 
 DATE = "2026-11-22T10:00:00+00:00"
-JUDGING = Judging("m at OpenAI", "0123456789ab", "published", DATE, "0.1.0", (1, 2), (0.5, 0.4), 1)
+JUDGING = JudgeInfo("m at OpenAI", "0123456789ab", "published", DATE, "0.1.0", (1, 2), (0.5, 0.4), 1)
 RESULTS = [
-    Score("a", 3, 1, 1, 1, missed=("x\u2028y\x85z",), told=(Told(Event("e", "speech", 1.0), "q", False),), sample=2),
+    Score(
+        "a", 3, 1, 1, 1, missed=("x\u2028y\x85z",), mentions=(Mention(Event("e", "speech", 1.0), "q", False),), sample=2
+    ),
     Unscored("b", "the server refuses it", 1),
     Score("c", 0, 0, 0, 0, finished=False),
 ]
@@ -28,7 +30,7 @@ def test_round_trip(tmp_path):
     [
         ("", "line 1"),
         ('{"video": "a"}\n', "line 1: a score file begins with"),
-        ('{"judge_info": {"judge": "rule"}}\n', "line 1: Judging lacks"),
+        ('{"judge_info": {"judge": "rule"}}\n', "line 1: JudgeInfo lacks"),
         ("JUDGING\n[]\n", "line 2: expected a JSON object"),
         ("JUDGING\n5\n", "line 2: expected a JSON object"),
         ('JUDGING\n{"video": "a", "num_events": "3"}\n', "line 2: Score"),

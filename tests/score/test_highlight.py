@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from salmonn.records import Event, Score, Told
+from salmonn.records import Event, Mention, Score
 from salmonn.score.highlight import Highlight, Quote, highlight_caption, locate_quotes
 
 CIRCLE = Event("a red circle appears", "visual", 1.0, 2.0)
@@ -17,8 +17,8 @@ def score(**lists) -> Score:
 def test_each_kind_is_marked_where_it_stands():
     text = "First, a RED\n circle appears; a  dog-like beep. Rain! Then it rains."
     scored = score(
-        told=(Told(CIRCLE, "A red circle appears."), Told(BEEP, "a dog like beep", is_correct=False)),
-        invented=("rain",),
+        mentions=(Mention(CIRCLE, "A red circle appears."), Mention(BEEP, "a dog like beep", is_correct=False)),
+        hallucinations=("rain",),
         repeated=("it rains",),
     )
     assert highlight_caption(text, scored) == [
@@ -37,13 +37,17 @@ def test_each_kind_is_marked_where_it_stands():
 def test_quotes_take_the_earliest_free_place_and_repetition_the_latest():
     text = "It blinks, it blinks, it blinks, and it blinks."
     #       0          11         22              37
-    scored = score(told=(Told(CIRCLE, "it blinks"), Told(BEEP, "it blinks")), repeated=("it blinks", "it blinks"))
+    scored = score(
+        mentions=(Mention(CIRCLE, "it blinks"), Mention(BEEP, "it blinks")), repeated=("it blinks", "it blinks")
+    )
     assert [quote.span for quote in locate_quotes(text, scored)[:4]] == [(0, 9), (11, 20), (37, 46), (22, 31)]
 
 
 def test_two_events_may_be_told_by_the_same_words():
     text = "A circle and a beep."
-    scored = score(told=(Told(CIRCLE, "a circle and a beep"), Told(BEEP, "a circle and a beep", is_correct=False)))
+    scored = score(
+        mentions=(Mention(CIRCLE, "a circle and a beep"), Mention(BEEP, "a circle and a beep", is_correct=False))
+    )
     assert highlight_caption(text, scored) == [
         Highlight("A circle and a beep", ("correct", "incorrect"), (CIRCLE, BEEP)),
         Highlight("."),
@@ -51,7 +55,7 @@ def test_two_events_may_be_told_by_the_same_words():
 
 
 def test_quotes_that_overlap_are_cut_where_they_begin_and_end():
-    scored = score(told=(Told(CIRCLE, "a circle moves"),), invented=("moves left",))
+    scored = score(mentions=(Mention(CIRCLE, "a circle moves"),), hallucinations=("moves left",))
     assert highlight_caption("A circle moves left", scored) == [
         Highlight("A circle ", ("correct",), (CIRCLE,)),
         Highlight("moves", ("correct", "hallucinated"), (CIRCLE,)),
@@ -66,7 +70,7 @@ def test_what_is_said_again_word_for_word_is_marked_without_a_judge():
 
 
 def test_a_quote_that_is_not_there_is_kept_without_a_place():
-    scored = score(told=(Told(CIRCLE, "a green circle"), Told(BEEP, "")), invented=("a cat",))
+    scored = score(mentions=(Mention(CIRCLE, "a green circle"), Mention(BEEP, "")), hallucinations=("a cat",))
     assert locate_quotes("A red circle.", scored) == [
         Quote("correct", "a green circle", CIRCLE),
         Quote("hallucinated", "a cat"),
@@ -82,7 +86,9 @@ WORDS = st.lists(st.text(LETTERS, max_size=12), max_size=4)
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(LETTERS, max_size=60), told=WORDS, other=WORDS)
 def test_the_marks_are_the_caption_again(text, told, other):
-    scored = score(told=tuple(Told(CIRCLE, quote) for quote in told), invented=tuple(other), repeated=tuple(told))
+    scored = score(
+        mentions=tuple(Mention(CIRCLE, quote) for quote in told), hallucinations=tuple(other), repeated=tuple(told)
+    )
     marks = highlight_caption(text, scored)
     assert "".join(mark.text for mark in marks) == text
     assert all(mark.text for mark in marks)

@@ -56,8 +56,12 @@ def changed(**values) -> dict:
 def test_reads_a_good_reply():
     score = EventPrompt().read(json.dumps(GOOD), TASK)
     assert (score.num_events, score.missing, score.incorrect, score.hallucinated) == (3, 1, 1, 1)
-    assert (score.missed, score.wrong, score.invented) == (("a dog barks",), ("a man sings",), ("A cat meows",))
-    assert [(one.event, one.is_correct) for one in score.told] == [(EVENTS[0], True), (EVENTS[2], False)]
+    assert (score.missed, score.incorrect_events, score.hallucinations) == (
+        ("a dog barks",),
+        ("a man sings",),
+        ("A cat meows",),
+    )
+    assert [(one.event, one.is_correct) for one in score.mentions] == [(EVENTS[0], True), (EVENTS[2], False)]
 
 
 def test_told_events_stand_in_the_order_of_telling():
@@ -67,7 +71,7 @@ def test_told_events_stand_in_the_order_of_telling():
     reply = {"events": entries, "hallucinated": [], "counts": changed(counts__correct=3)["counts"]}
     reply["counts"] |= {"incorrect": 0, "missed": 0, "hallucinated": 0}
     score = EventPrompt().read(json.dumps(reply), ScoringTask(TASK.reference, Caption("v", text)))
-    assert [one.event.text for one in score.told] == ["a man sings", "a dog barks", "a dog runs"]
+    assert [one.event.text for one in score.mentions] == ["a man sings", "a dog barks", "a dog runs"]
 
 
 def test_what_is_said_twice_may_tell_an_event_that_comes_twice():
@@ -76,7 +80,7 @@ def test_what_is_said_twice_may_tell_an_event_that_comes_twice():
     counts = {"correct": 2, "incorrect": 0, "missed": 0, "hallucinated": 0}
     reply = json.dumps({"events": entries, "hallucinated": [], "counts": counts})
     task = ScoringTask(Reference("v", barks), Caption("v", "A dog barks. Later a dog barks."))
-    assert len(EventPrompt().read(reply, task).told) == 2
+    assert len(EventPrompt().read(reply, task).mentions) == 2
     with pytest.raises(InvalidReplyError, match="cannot tell 2 events"):
         EventPrompt().read(reply, ScoringTask(Reference("v", barks), Caption("v", "A dog barks.")))
 
@@ -215,9 +219,18 @@ def test_an_honest_model_scores_as_the_rule_judge_whose_verdict_it_gives(serve, 
     scores = open_judge(server).judge(tasks, progress=done.append)
     for score, task in zip(scores, tasks, strict=True):
         rule = RuleJudge().judge_one(task)
-        for name in ("video", "sample", "num_events", "missing", "incorrect", "hallucinated", "missed", "invented"):
+        for name in (
+            "video",
+            "sample",
+            "num_events",
+            "missing",
+            "incorrect",
+            "hallucinated",
+            "missed",
+            "hallucinations",
+        ):
             assert getattr(score, name) == getattr(rule, name)
-        assert sorted(one.event.text for one in score.told) == sorted(one.event.text for one in rule.told)
+        assert sorted(one.event.text for one in score.mentions) == sorted(one.event.text for one in rule.mentions)
     assert len(server.requests) == sum(done) == 60  # none was asked about again
     assert sum(score.incorrect + score.hallucinated + score.missing for score in scores) > 100
 

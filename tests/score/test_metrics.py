@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.records import Caption, Event, Question, Reference, Score, Told
+from salmonn.records import Caption, Event, Mention, Question, Reference, Score
 from salmonn.score.judge import match_references
 from salmonn.score.metrics import Rates, audio_share, compute_rates, qa_accuracy, temporal_order_tau
 from salmonn.synthetic.judge import RuleJudge
@@ -16,7 +16,7 @@ DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="u
 def told(*spans: tuple[float, float] | None, modality="visual") -> Score:
     """A caption that tells events of these times, in this order."""
     events = [Event("it happens", modality, *(span or (None, None))) for span in spans]
-    return Score("v", len(events), 0, 0, 0, told=tuple(Told(event) for event in events))
+    return Score("v", len(events), 0, 0, 0, mentions=tuple(Mention(event) for event in events))
 
 
 def test_rates_are_micro_averages():

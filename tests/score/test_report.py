@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from salmonn.records import Caption, Event, Judging, Reference, Score, Told, Unscored
+from salmonn.records import Caption, Event, JudgeInfo, Mention, Reference, Score, Unscored
 from salmonn.score.metrics import compute_rates
 from salmonn.score.report import Report, write_report
 from tests.score.browser import Watched, needs_browser, start_browser
@@ -24,12 +24,12 @@ TEXT = f"{PLAIN[0]} {PLAIN[1]} {PLAIN[2]} {HOSTILE}. {PLAIN[3]}"
 
 def three_scores(first: str, second: str) -> dict[str, Score]:
     """4 + 4 + 2 events: 2 + 0 + 2 missed, 1 incorrect, 1 + 1 hallucinated; Totals 4/4, 1/4, 2/2."""
-    told = (Told(CIRCLE, "the red circle appears"), Told(DOG, "a blue dog barks", is_correct=False))
-    lists = {"missed": (RAIN.text, HELLO.text), "told": told, "invented": ("bells ring softly",)}
-    right = tuple(Told(event, "four shapes appear") for event in SHAPES)
+    told = (Mention(CIRCLE, "the red circle appears"), Mention(DOG, "a blue dog barks", is_correct=False))
+    lists = {"missed": (RAIN.text, HELLO.text), "mentions": told, "hallucinations": ("bells ring softly",)}
+    right = tuple(Mention(event, "four shapes appear") for event in SHAPES)
     return {
         "first": Score(first, 4, 2, 1, 1, num_words=20, num_repeated_words=4, finished=False, **lists),
-        "second": Score(second, 4, 0, 0, 1, num_words=5, told=right, invented=("a whale",)),
+        "second": Score(second, 4, 0, 0, 1, num_words=5, mentions=right, hallucinations=("a whale",)),
         "absent": Score(NOWHERE, 2, 2, 0, 0, missed=(SHAPES[0].text, SHAPES[1].text)),
     }
 
@@ -47,7 +47,7 @@ def make_report(clips, **changes) -> Report:
     known = {first: (CIRCLE, DOG, RAIN, HELLO), second: SHAPES, NOWHERE: SHAPES[:2]}
     fields = {
         "title": "Hasty <i>captions</i>",
-        "judge_info": Judging(
+        "judge_info": JudgeInfo(
             "a/judge", "abc123", "salmonn", "2026-11-22T10:00:00+00:00", "0.1", (4, 5), (0.65, 0.7), 1
         ),
         "rates": compute_rates(scores),
@@ -98,7 +98,7 @@ def test_parts_of_a_video_keep_their_captions_and_events(clips, tmp_path):
     # Missed in the second part is the second of two events of one text; the first part has 1 of its 1 told.
     video = clips.references[0].video
     early, late = Event("a beep", "audio", 0.0, 1.0), Event("a beep", "audio", 3.0, 4.0)
-    first = Score(video, 1, 0, 0, 0, told=(Told(early, "beep"),), end_seconds=2.0)
+    first = Score(video, 1, 0, 0, 0, mentions=(Mention(early, "beep"),), end_seconds=2.0)
     scores = [first, Score(video, 1, 1, 0, 0, missed=("a beep",), start_seconds=2.0)]
     captions = [Caption(video, "Beep one.", end_seconds=2.0), Caption(video, "Two.", start_seconds=2.0)]
     references = {video: Reference(video, (early, late))}
@@ -112,7 +112,7 @@ def test_parts_of_a_video_keep_their_captions_and_events(clips, tmp_path):
 def test_of_events_of_one_text_each_is_told_or_missed_once(clips, tmp_path):
     video = clips.references[0].video
     beeps = [Event("a beep", "audio", start, start + 1.0) for start in (0.0, 2.0, 4.0)]
-    scores = [Score(video, 3, 2, 0, 0, missed=("a beep", "a beep"), told=(Told(beeps[1], "beep"),))]
+    scores = [Score(video, 3, 2, 0, 0, missed=("a beep", "a beep"), mentions=(Mention(beeps[1], "beep"),))]
     changes = {"scores": scores, "captions": [], "references": {video: Reference(video, tuple(beeps))}}
     write_report(tmp_path / "report.html", make_report(clips, **changes))
     missed = (tmp_path / "report.html").read_text().split('<ul class="events missed">')[1].split("</ul>")[0]
@@ -121,7 +121,12 @@ def test_of_events_of_one_text_each_is_told_or_missed_once(clips, tmp_path):
 
 def test_no_more_than_the_worst_are_shown_but_all_are_counted(clips, tmp_path):
     scores = [Score(f"{errors}.mp4", 10, errors, 0, 0) for errors in (3, 17, 9, 10)]
-    changes = {"scores": scores, "worst": 2, "references": {}, "judge_info": Judging("rule", "p", "salmonn", "d", "v")}
+    changes = {
+        "scores": scores,
+        "worst": 2,
+        "references": {},
+        "judge_info": JudgeInfo("rule", "p", "salmonn", "d", "v"),
+    }
     write_report(tmp_path / "report.html", make_report(clips, **changes))
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r'data-name="(.*?)"', text) == ["17.mp4", "10.mp4"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from salmonn.records import Judging, Score
+from salmonn.records import JudgeInfo, Score
 from salmonn.score import stats as intervals
 from salmonn.score.metrics import compute_rates
 from salmonn.score.stats import (
@@ -146,7 +146,7 @@ def test_refuses_sets_with_nothing_in_common():
         bootstrap_intervals([])
 
 
-JUDGING = Judging("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.0")
+JUDGING = JudgeInfo("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.0")
 
 
 @pytest.mark.parametrize(

@@ -260,20 +260,20 @@ def test_classes_of_errors(text, expected):
 def test_names_what_it_counts():
     score = judge("A red circle appears. The red circle turns green. A dog barks.")
     assert score.missed == tuple(EVENTS[index].text for index in (1, 2, 4, 5))
-    assert score.wrong == (EVENTS[3].text,)
-    assert score.invented == ("A dog barks",)
+    assert score.incorrect_events == (EVENTS[3].text,)
+    assert score.hallucinations == ("A dog barks",)
     assert (score.num_events, score.num_words) == (6, 12)
 
 
 def test_order_of_time():
     clauses = [event.text for event in EVENTS]
     late = [*clauses[1:], clauses[0]]  # the appearance comes last: it alone is wrong
-    assert judge(". ".join(late)).wrong == (EVENTS[0].text,)
-    assert [one.reason for one in judge(". ".join(late)).told if not one.is_correct] == ["told out of order"]
+    assert judge(". ".join(late)).incorrect_events == (EVENTS[0].text,)
+    assert [one.reason for one in judge(". ".join(late)).mentions if not one.is_correct] == ["told out of order"]
     assert errors(". ".join(clauses[index] for index in (1, 4, 0, 2, 3, 5))) == (0, 0, 0)  # sounds first: free
     assert errors(". ".join([clauses[4], clauses[1]]), (EVENTS[1], EVENTS[4])) == (0, 1, 0)  # sound against sound
     # of two that clash the one told last is wrong
-    assert judge(f"{clauses[3]}. {clauses[2]}", EVENTS[2:4]).wrong == (clauses[2],)
+    assert judge(f"{clauses[3]}. {clauses[2]}", EVENTS[2:4]).incorrect_events == (clauses[2],)
     visual = tuple(event for event in EVENTS if event.modality == "visual")
     backwards = ". ".join(event.text for event in reversed(visual))
     assert errors(backwards, visual) == (0, 3, 0)  # of four told backwards one stays in order
@@ -311,7 +311,7 @@ def test_a_wrong_detail_goes_to_the_nearest_event():
     texts = ("the red star moves up", "the blue cross blinks", "the red star moves down")
     events = tuple(Event(text) for text in texts)
     score = judge("A green oval appears. The blue cross blinks. The red star moves left.", events)
-    assert (score.missed, score.wrong) == ((events[0].text,), (events[2].text,))
+    assert (score.missed, score.incorrect_events) == ((events[0].text,), (events[2].text,))
 
 
 def test_refuses_what_it_cannot_judge():
@@ -393,7 +393,7 @@ def test_any_text_is_judged(text):
     assert score.missing + score.incorrect <= score.num_events == 6
     assert score.missing + score.incorrect >= 6 - len(parse_claims(text))  # no event is correct without a claim
     assert 0 <= score.num_repeated_words <= score.num_words
-    assert score.hallucinated == len(score.invented)
+    assert score.hallucinated == len(score.hallucinations)
 
 
 def test_judges_three_thousand_captions_in_three_seconds():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from salmonn.records import Caption, Judging, Question, Reference, Score, write_json, write_records
+from salmonn.records import Caption, JudgeInfo, Question, Reference, Score, write_json, write_records
 from salmonn.score.formats import write_scores
 
 # Three seconds with one or two things to see and one to hear, and few steps: the shipped model's captions differ.
@@ -234,7 +234,7 @@ def write_stage(folder, missing, right, *, seed):
         Score(name, num_events=events, missing=lost, incorrect=0, hallucinated=1, num_words=10, num_repeated_words=lost)
         for (name, events, _), lost in zip(clips, missing, strict=True)
     ]
-    write_scores(folder / "heldout" / "scores.jsonl", Judging("rule", "", "salmonn", "", ""), scores)
+    write_scores(folder / "heldout" / "scores.jsonl", JudgeInfo("rule", "", "salmonn", "", ""), scores)
     answers = [
         Caption(name, "Yes." if number < told else "no", prompt=f"{number}?")
         for (name, _, count), told in zip(clips, right, strict=True)

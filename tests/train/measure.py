@@ -41,9 +41,9 @@ def persistent(kind: str) -> int:
 def read(processor: Processor) -> ClipInputs:
     """A clip of noise of the shape, as the model's rules take it."""
     count = round(SHAPE.seconds * SHAPE.frames_per_second)
-    rule = processor.config.frame_sampler
-    taken = len(rule.times(0.0, SHAPE.seconds, count))
-    rows, columns = rule.size(SHAPE.height, SHAPE.width, taken)
+    sampler = processor.config.frame_sampler
+    taken = len(sampler.sample_times(0.0, SHAPE.seconds, count))
+    rows, columns = sampler.frame_size(SHAPE.height, SHAPE.width, taken)
     draw = np.random.default_rng(0)
     frames = draw.integers(0, 256, (taken, rows, columns, 3), np.uint8)
     wave = draw.normal(size=round(SHAPE.seconds * 16_000)).astype(np.float32)

@@ -145,7 +145,7 @@ def test_tokens_by_hand():
     assert set(tokens.values()) == {255 * 14 * 7 + 120}
     longer = offline_config("tsinghua-ee/video-SALMONN2_plus_7B_full").with_frames({"min_frames": 64})
     assert placeholder_inputs(longer, ClipShape(seconds=3.0)).num_frames == 64
-    with pytest.raises(ValueError, match="salmonn2-plus have no min_framez, but seconds_apart"):
+    with pytest.raises(ValueError, match="salmonn2-plus have no min_framez, but interval_seconds"):
         longer.with_frames({"min_framez": 1})
 
 
@@ -214,7 +214,7 @@ def middling(random_plus, tmp_path_factory):
     seeing = dict(depth=2, hidden_size=256, intermediate_size=768, num_heads=4, patch_size=14, spatial_merge_size=2)
     seeing |= dict(window_size=112, fullatt_block_indexes=[1], out_hidden_size=512)
     config.lm = config.lm | dict(text_config=text, vision_config=config.lm["vision_config"] | seeing)
-    config.frames = dict(seconds_apart=0.5, min_frames=16, max_frames=64, factor=28)
+    config.frames = dict(interval_seconds=0.5, min_frames=16, max_frames=64, factor=28)
     config.save_pretrained(folder)
     return folder
 

@@ -147,7 +147,7 @@ def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, wo
         mine = KLProbe(clips.references, blocks, adapted.processor, prompt=adapted.default_prompt(), batch_size=2)
         told = []
         with monkeypatch.context() as patched:  # the ranks' sums are added up below
-            patched.setattr("salmonn.train.kl.dist.total", lambda value, told=told: told.append(value) or 1.0)
+            patched.setattr("salmonn.train.kl.dist.all_reduce_sum", lambda value, told=told: told.append(value) or 1.0)
             mine.kl_from_reference_policy(adapted.network, adapted.network)
         sums.append(told)
         calls.append([len(inputs.clip_index) for inputs, _ in mine.pieces])

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from salmonn.preference.vote_results import summarize_votes
-from salmonn.records import Caption, Event, Reference, Score, Told
+from salmonn.records import Caption, Event, Mention, Reference, Score
 from salmonn.webui.rendering import (
     missed_events,
     show_caption,
@@ -24,8 +24,11 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 SEEN, HEARD = Event("a red circle appears", "visual", 1.0, 2.0), Event("a low tone", "audio", 3.0)
 SAID = Event("come here", "speech")
 SCORE = Score(
-    "v", 3, 1, 1, 1, num_words=10, num_repeated_words=1, missed=("come here",), invented=("a star " + HOSTILE,),
-    told=(Told(SEEN, "A red circle appears"), Told(HEARD, "a high tone", is_correct=False, reason="it is low")),
+    "v", 3, 1, 1, 1, num_words=10, num_repeated_words=1, missed=("come here",), hallucinations=("a star " + HOSTILE,),
+    mentions=(
+        Mention(SEEN, "A red circle appears"),
+        Mention(HEARD, "a high tone", is_correct=False, reason="it is low"),
+    ),
 )  # fmt: skip
 FOUND = CaptionAnalysis(
     Caption("v", f"A red circle appears, a high tone, a star {HOSTILE}"), (SEEN, HEARD, SAID), SCORE,
@@ -83,7 +86,7 @@ def test_findings_without_a_score_are_events_and_notes():
 def test_missed_events_have_their_times_and_two_of_a_text_are_two():
     again = Event("a beep", "audio", 5.0, 6.0)
     first = Event("a beep", "audio", 1.0, 2.0)
-    score = Score("v", 3, 2, 0, 0, missed=("a beep", "unlisted"), told=(Told(first),))
+    score = Score("v", 3, 2, 0, 0, missed=("a beep", "unlisted"), mentions=(Mention(first),))
     assert missed_events([first, again], score) == [again, Event("unlisted")]
 
 

@@ -28,7 +28,11 @@ def test_events_and_score(scorer):
     ]
     score = found.score
     assert (score.num_events, score.missing, score.incorrect, score.hallucinated) == (3, 1, 1, 1)
-    assert score.missed == (LEFT.text,) and score.wrong == (HEARD.text,) and score.invented == ("A blue star appears",)
+    assert (
+        score.missed == (LEFT.text,)
+        and score.incorrect_events == (HEARD.text,)
+        and score.hallucinations == ("A blue star appears",)
+    )
     assert found.notes == ()
 
 

@@ -14,7 +14,7 @@ from salmonn.caption.loader import ClipReader, Wanted
 from salmonn.caption.probe import Outline, look_at
 from salmonn.caption.streaming import Answer, Piece
 from salmonn.media.container import ClipError
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
@@ -125,7 +125,7 @@ def test_what_a_file_holds(examples, videos, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
     with ClipReader(workers=1) as reader:
-        wanted = Wanted(Stride(frames_per_second=1.0))
+        wanted = Wanted(FixedRateSampler(frames_per_second=1.0))
         outline = look_at(examples[0].path, reader, wanted)
         assert (outline.has_picture, outline.has_sound) == (True, True)
         assert outline.seconds == pytest.approx(examples[0].reference.duration_seconds, abs=0.1)

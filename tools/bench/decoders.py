@@ -25,7 +25,7 @@ from PIL import Image
 from rows import PromptRow, alone, compare, hand_in, interleave, peak_mib, tell
 
 from salmonn.media.clip import read_clip
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 
 FPS = 30
 PIECE_SECONDS = 10  # encoded once, and repeated to make a longer clip
@@ -79,14 +79,18 @@ class Case:
         return 320 if self.height == 240 else 1280
 
     @property
-    def rule(self) -> Stride:
+    def sampler(self) -> FixedRateSampler:
         """Which frames our reader takes."""
-        return Stride(frames_per_second=FPS, max_frames=self.num_frames) if self.num_frames else Stride()
+        return (
+            FixedRateSampler(frames_per_second=FPS, max_frames=self.num_frames)
+            if self.num_frames
+            else FixedRateSampler()
+        )
 
     @property
     def numbers(self) -> list[int]:
         """The same frames, counted from 0."""
-        times = self.rule.times(0.0, float(self.seconds), self.seconds * FPS)
+        times = self.sampler.sample_times(0.0, float(self.seconds), self.seconds * FPS)
         return np.floor(times * FPS + 0.5).astype(int).tolist()
 
 
@@ -162,7 +166,7 @@ def scaled(frames: Iterator[np.ndarray] | np.ndarray) -> np.ndarray:
 
 def read_ours(path: Path, case: Case) -> Read:
     """Frames and sound by the project's reader."""
-    clip = read_clip(path, case.rule)
+    clip = read_clip(path, case.sampler)
     assert clip.waveform is not None
     return clip.frames, clip.waveform
 
@@ -192,7 +196,7 @@ def read_decord(path: Path, case: Case) -> Read:
         frames = decord.VideoReader(str(path)).get_batch(case.numbers).asnumpy()
     except decord.DECORDError as error:
         raise Unreadable(f"decord cannot read {case.codec}") from error
-    waveform = read_clip(path, case.rule, video=False).waveform
+    waveform = read_clip(path, case.sampler, video=False).waveform
     assert waveform is not None
     return scaled(frames), waveform
 

@@ -190,7 +190,7 @@ def _to_plus(config: SalmonnConfig, shape: Shape, tokenizer: PreTrainedTokenizer
     config.placeholder_ids = (seen, heard)
     pixels = (shape.side // 28 * 28) ** 2
     config.frames = dict(
-        seconds_apart=0.5, min_frames=2, max_frames=10_000, min_pixels=pixels, max_pixels=pixels, share_out=0.0
+        interval_seconds=0.5, min_frames=2, max_frames=10_000, min_pixels=pixels, max_pixels=pixels, budget_fraction=0.0
     )
     half = shape.width // shape.heads // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
@@ -255,9 +255,9 @@ def adapt(network: Network) -> None:
 def make_clip(processor: Processor, *, num_frames: int, side: int, seed: int = 0) -> ClipInputs:
     """A clip of noise, a second for each frame, as the model takes it."""
     draw = np.random.default_rng(seed)
-    rule = processor.config.frame_sampler
-    taken = len(rule.times(0.0, num_frames, 10 * num_frames))
-    rows, columns = rule.size(side, side, taken)
+    sampler = processor.config.frame_sampler
+    taken = len(sampler.sample_times(0.0, num_frames, 10 * num_frames))
+    rows, columns = sampler.frame_size(side, side, taken)
     frames = draw.integers(0, 256, (taken, rows, columns, 3), np.uint8)
     wave = draw.normal(size=num_frames * SAMPLE_RATE_HZ).astype(np.float32)
     times = np.arange(taken) * num_frames / taken
