@@ -142,7 +142,7 @@ def test_captions_do_not_depend_on_workers(call, videos, random_model, tmp_path,
 
 def test_captions_are_those_of_the_captioner(call, captioner, videos, random_model, tmp_path):
     from salmonn.batch.discovery import path_number
-    from salmonn.caption.captioner import Asked, Span
+    from salmonn.caption.captioner import PendingRequest, Span
     from salmonn.caption.generate import Sampling
 
     out = tmp_path / "new" / "captions.jsonl"
@@ -154,7 +154,7 @@ def test_captions_are_those_of_the_captioner(call, captioner, videos, random_mod
     assert code == 0
     sampling = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=7)
     # A video's draws follow from the seed and its path.
-    asked = [Asked(path, Span(1.0, 5.0), 3 + path_number(str(path))) for path in videos[:2]]
+    asked = [PendingRequest(path, Span(1.0, 5.0), 3 + path_number(str(path))) for path in videos[:2]]
     batches = captioner.caption_batches(asked, prompt="Say.", modality="visual", sampling=sampling, batch_size=1)
     expected = [done.result for batch in batches for done in batch]
     found = read_records(out, Caption)

@@ -9,7 +9,7 @@ from salmonn.batch.export import LatestCaptions
 from salmonn.batch.hash_set import HashSet, hash_key
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.caption.captioner import Asked, Captioner, Span
+from salmonn.caption.captioner import Captioner, PendingRequest, Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure, Modality
@@ -94,10 +94,10 @@ def caption_videos(
     started: dict[int, IndexedVideo] = {}
     parts: dict[int, list[Caption | Failure]] = {}
 
-    def asked() -> Iterator[Asked]:
+    def asked() -> Iterator[PendingRequest]:
         for number, (place, video) in enumerate(videos):
             started[number] = (place, video)
-            yield Asked(Path(video.path), task.span, task.seed + path_number(video.path))
+            yield PendingRequest(Path(video.path), task.span, task.seed + path_number(video.path))
 
     limit = captioner.default_sampling().max_new_tokens if task.max_new_tokens is None else task.max_new_tokens
     batches = captioner.caption_batches(

@@ -18,8 +18,8 @@ from salmonn.batch.discovery import VideoFile
 from salmonn.batch.job import IndexedVideo, JobConfig, VideoResult, caption_videos
 from salmonn.batch.ledger_files import LedgerError
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.loader import ClipReader, sensible_workers
-from salmonn.caption.worker import Limits
+from salmonn.caption.loader import ClipReader, default_num_workers
+from salmonn.caption.worker import WorkerLimits
 from salmonn.records import Caption, Failure, parse_record
 
 Load = Callable[[], Captioner]
@@ -42,7 +42,7 @@ class RayConfig:
 
     actors: int | None = None
     workers: int | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: WorkerLimits = field(default_factory=WorkerLimits)
 
     def __post_init__(self) -> None:
         if self.actors is not None and self.actors < 1:
@@ -53,7 +53,7 @@ class _Actor:
     """A model and what reads ahead for it, in a process of the cluster."""
 
     def __init__(self, load: Load, task: JobConfig, cluster: RayConfig) -> None:
-        workers = sensible_workers(BLOCK_VIDEOS) if cluster.workers is None else cluster.workers
+        workers = default_num_workers(BLOCK_VIDEOS) if cluster.workers is None else cluster.workers
         self._reader = ClipReader(workers=workers, limits=cluster.limits)
         self._captioner = load()
         self._task = task

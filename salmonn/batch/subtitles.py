@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from salmonn.batch.discovery import is_media
 from salmonn.batch.hash_set import HashSet, hash_key
 from salmonn.batch.ledger_files import LedgerError, append_group, cut_tail, iter_whole, no_room
-from salmonn.caption.worker import Limits, Worker, WorkerDied
+from salmonn.caption.worker import Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import AUDIO_SUFFIXES
 from salmonn.media.container import ClipError, declared_seconds
 from salmonn.records import Caption, Failure
@@ -65,7 +65,7 @@ class DurationReader:
         limits: what a file may cost.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: WorkerLimits) -> None:
         self._limits = limits
         self._worker: Worker | None = None
 
@@ -106,10 +106,10 @@ class SubtitleWriter:
         logs: Sequence[Path] = (),
         folder: Path | None = None,
         replace: bool = False,
-        limits: Limits | None = None,
+        limits: WorkerLimits | None = None,
     ) -> None:
         self._formats = formats
-        self._lengths = DurationReader(limits or Limits())
+        self._lengths = DurationReader(limits or WorkerLimits())
         self._log = log
         self._folder = folder
         self._replace = replace

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.caption.loader import ClipReader, Part, Read, Wanted
+from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
-from salmonn.caption.streaming import Answer, Answers, collate, to_answer
+from salmonn.caption.streaming import Completion, StreamingGenerator, collate, to_completion
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import ClipFeatures, ClipInputs, Network
 from salmonn.records import Caption, Failure, FailureStage, Modality, atomic_folder
@@ -40,7 +40,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PendingRequest:
     """A video that is to be captioned.
 
     Args:
@@ -55,7 +55,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Done:
+class SegmentResult:
     """What became of a video, or of one of the segments that it was cut into.
 
     Attributes:
@@ -247,7 +247,7 @@ class Captioner:
         """The likeliest words, up to the model's own limit of length."""
         return Sampling(max_new_tokens=self.processor.config.max_new_tokens)
 
-    def _sign(self, answer: Answer, path: Path | str, *, prompt: str, span: Span) -> Caption:
+    def _sign(self, answer: Completion, path: Path | str, *, prompt: str, span: Span) -> Caption:
         return Caption(
             video=str(path),
             text=answer.text,
@@ -261,10 +261,10 @@ class Captioner:
     def _read(self, path: Path, *, span: Span, modality: Modality) -> ClipInputs:
         return self.processor.clip_inputs(self._wanted(span, modality=modality).read(path))
 
-    def _wanted(self, span: Span, *, modality: Modality) -> Wanted:
+    def _wanted(self, span: Span, *, modality: Modality) -> ReadSpec:
         return self.processor.read_spec(modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
 
-    def caption_each(
+    def caption_many(
         self,
         paths: Sequence[Path],
         *,
@@ -285,7 +285,7 @@ class Captioner:
             batch_size: videos side by side, at most (default: the model's).
             reader: what reads ahead while the model works (default: a thread of this process).
         """
-        asked = [Asked(path, span or Span(), seed + place) for place, path in enumerate(paths)]
+        asked = [PendingRequest(path, span or Span(), seed + place) for place, path in enumerate(paths)]
         given = self.caption_batches(
             asked, prompt=prompt, sampling=sampling, modality=modality, batch_size=batch_size, reader=reader
         )
@@ -299,7 +299,7 @@ class Captioner:
 
     def caption_batches(
         self,
-        asked: Iterable[Asked],
+        asked: Iterable[PendingRequest],
         *,
         prompt: str | None = None,
         sampling: Sampling | None = None,
@@ -307,7 +307,7 @@ class Captioner:
         segment_seconds: float | None = None,
         batch_size: int | None = None,
         reader: ClipReader | None = None,
-    ) -> Iterator[list[Done]]:
+    ) -> Iterator[list[SegmentResult]]:
         """Like `caption_each`, for any number of videos: they are taken a few batches at a time, and told as they come.
 
         Args:
@@ -325,7 +325,7 @@ class Captioner:
         prompt, sampling = prompt or self.default_prompt(modality), sampling or self.default_sampling()
         self.processor.check(prompt)
         parts = (
-            Part(place, one.path, self._wanted(one.span, modality=modality), seed=one.seed)
+            ClipJob(place, one.path, self._wanted(one.span, modality=modality), seed=one.seed)
             for place, one in enumerate(asked)
         )
         with ExitStack() as stack:
@@ -336,7 +336,9 @@ class Captioner:
             for batch in batches:
                 yield self._caption_batch(batch, prompt=prompt, sampling=sampling)
 
-    def _caption_batch(self, batch: Sequence[Read[ClipInputs]], *, prompt: str, sampling: Sampling) -> list[Done]:
+    def _caption_batch(
+        self, batch: Sequence[ReadResult[ClipInputs]], *, prompt: str, sampling: Sampling
+    ) -> list[SegmentResult]:
         """What becomes of a batch's clips."""
         results: dict[int, Caption | Failure] = {}
         clips: dict[int, ClipInputs] = {}
@@ -349,17 +351,17 @@ class Captioner:
         given = self._answer_or_tell(list(clips.values()), seeds, prompt=prompt, sampling=sampling)
         for number, answer in zip(clips, given, strict=True):
             part = batch[number][0]
-            span = Span(part.wanted.start_seconds, part.wanted.end_seconds)
+            span = Span(part.read_spec.start_seconds, part.read_spec.end_seconds)
             results[number] = (
                 self._sign(answer, part.path, prompt=prompt, span=span)
-                if isinstance(answer, Answer)
+                if isinstance(answer, Completion)
                 else _fail(part, f"{part.path}: {answer}", stage="caption")
             )
-        return [Done(part.place, part.num_segments, results[number]) for number, (part, _) in enumerate(batch)]
+        return [SegmentResult(part.place, part.num_segments, results[number]) for number, (part, _) in enumerate(batch)]
 
     def _answer_or_tell(
         self, clips: Sequence[ClipInputs], seeds: Sequence[int], *, prompt: str, sampling: Sampling
-    ) -> list[Answer | str]:
+    ) -> list[Completion | str]:
         """Answers, or why there is none: clips that have no room side by side are asked about one by one."""
         try:
             return list(self.answer(clips, [prompt] * len(clips), sampling=sampling, seeds=seeds))
@@ -398,7 +400,7 @@ class Captioner:
         seeds: Sequence[int] | None = None,
         batch_size: int = 64,
         progress: Progress | None = None,
-    ) -> list[Answer]:
+    ) -> list[Completion]:
         """Answer prompts[i] on clips[i], `num_samples` times.
 
         Args:
@@ -413,13 +415,13 @@ class Captioner:
             len(clips) * num_samples answers, a clip's samples one after the other.
         """
         seeds = range(len(clips)) if seeds is None else seeds
-        answers: list[Answer] = []
+        answers: list[Completion] = []
         step = max(1, batch_size // num_samples)
         for start in range(0, len(clips), step):
             part = slice(start, start + step)
             inputs = collate(self.processor, clips[part], prompts[part]).to(self.network.device)
             answers += [
-                to_answer(self.processor, ids)
+                to_completion(self.processor, ids)
                 for ids in generate(
                     self.network,
                     inputs,
@@ -433,10 +435,10 @@ class Captioner:
                 progress(len(inputs.clip_index))
         return answers
 
-    def begin(self) -> Answers:
+    def begin(self) -> StreamingGenerator:
         """Nothing yet: what is to be answered joins it, and its answers come word by word."""
-        return Answers(self.network, self.processor)
+        return StreamingGenerator(self.network, self.processor)
 
 
-def _fail(part: Part, reason: str, *, stage: FailureStage) -> Failure:
-    return Failure(str(part.path), reason, stage, part.wanted.start_seconds, part.wanted.end_seconds)
+def _fail(part: ClipJob, reason: str, *, stage: FailureStage) -> Failure:
+    return Failure(str(part.path), reason, stage, part.read_spec.start_seconds, part.read_spec.end_seconds)

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from salmonn.caption.loader import Wanted
+from salmonn.caption.loader import ReadSpec
 from salmonn.media.clip import Clip
 from salmonn.media.container import ClipError, open_source
 
 
 @dataclass(frozen=True)
-class Bounded(Wanted):
+class LimitedReadSpec(ReadSpec):
     """What is read of a file, if the span is not too long.
 
     Args:
@@ -30,7 +30,7 @@ class Bounded(Wanted):
         # A file may state less than it holds, or nothing: a second more than is allowed is read, and no further.
         limit = (self.start_seconds or 0.0) + self.max_seconds + 1
         bounded = replace(self, end_seconds=min(limit, self.end_seconds or limit))
-        clip = Wanted.read(bounded, path)
+        clip = ReadSpec.read(bounded, path)
         self._require_short(path, clip.duration_seconds)
         return clip
 

@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 
 from salmonn.caption.captioner import NO_ROOM, Captioner, Span
-from salmonn.caption.duration_limit import Bounded
+from salmonn.caption.duration_limit import LimitedReadSpec
 from salmonn.caption.generate import Sampling
-from salmonn.caption.loader import ClipReader, Wanted
+from salmonn.caption.loader import ClipReader, ReadSpec
 from salmonn.caption.prompt import History, Prompt
-from salmonn.caption.streaming import Piece
+from salmonn.caption.streaming import TextDelta
 from salmonn.media.clip import Clip
 from salmonn.model.network import ClipInputs
 from salmonn.records import Modality
@@ -29,11 +29,11 @@ SHUTTING_DOWN = "the server is shutting down: ask again when it is back"
 _CUT_SECONDS = 10.0  # for the step that the model is at when it is cut off
 
 
-class Busy(Exception):
+class Overloaded(Exception):
     """As many wait as may wait, or the engine is closing; the message is for whoever asked."""
 
 
-class CrowdedError(Busy):
+class OutOfMemoryDuringBatch(Overloaded):
     """Those answered side by side had no room together, when a part of their answers was told already."""
 
 
@@ -42,7 +42,7 @@ class ModelFailedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Query:
+class CaptionRequest:
     """What is asked of one file.
 
     Args:
@@ -75,10 +75,10 @@ class _Prepared:
     num_tokens: int
 
 
-Tell = Callable[[int, Piece | Exception], object]
+Tell = Callable[[int, TextDelta | Exception], object]
 
 
-class Answering:
+class GenerationHandle:
     """A query under way: what `Engine.begin` gives.
 
     Attributes:
@@ -107,7 +107,7 @@ class Answering:
         """Nobody waits for it any more; nothing happens where it has ended."""
         self._engine.drop(self)
 
-    def tell(self, sample: int, piece: Piece | Exception) -> None:
+    def tell(self, sample: int, piece: TextDelta | Exception) -> None:
         """Hand on a piece of an answer, or the error that ends them all."""
         if not self.is_gone:
             self._tell(sample, piece)
@@ -117,7 +117,7 @@ class Answering:
 class _Row:
     """One answer that is waited for."""
 
-    answering: Answering
+    answering: GenerationHandle
     sample: int
     media: ClipInputs
     prompt: Prompt
@@ -164,10 +164,10 @@ class Engine:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.max_seconds = max_seconds
-        self.num_answered = self.num_failed = self.num_dropped = self.num_readings = 0
+        self.num_answered = self.num_failed = self.num_cancelled = self.num_prefills = 0
         self.failure: str | None = None
         self._changed = threading.Condition()
-        self._present: set[Answering] = set()
+        self._present: set[GenerationHandle] = set()
         self._waiting: list[_Row] = []
         self._is_closing = False
         self._cut_off = threading.Event()
@@ -178,7 +178,7 @@ class Engine:
         self._thread.start()
 
     @property
-    def num_present(self) -> int:
+    def num_active(self) -> int:
         """Answers that are being read for, waited for or given."""
         with self._changed:
             return sum(answering.num_samples for answering in self._present)
@@ -189,7 +189,7 @@ class Engine:
         with self._changed:
             return len(self._waiting)
 
-    def ask(self, query: Query) -> Iterator[Piece]:
+    def ask(self, query: CaptionRequest) -> Iterator[TextDelta]:
         """Answer a query as the words come; whoever closes the iterator early is not answered further.
 
         The last piece holds the whole answer.
@@ -200,7 +200,7 @@ class Engine:
             ValueError: the prompt holds a special token.
             ModelFailedError: the model failed.
         """
-        told: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+        told: queue.SimpleQueue[TextDelta | Exception] = queue.SimpleQueue()
         answering = self.begin(query, tell=lambda _, piece: told.put(piece))
         try:
             while True:
@@ -213,7 +213,7 @@ class Engine:
         finally:
             answering.drop()
 
-    def begin(self, query: Query, *, tell: Tell, num_samples: int = 1) -> Answering:
+    def begin(self, query: CaptionRequest, *, tell: Tell, num_samples: int = 1) -> GenerationHandle:
         """Like `ask`, without waiting, and for several answers to one query, whose file is read once.
 
         Args:
@@ -231,39 +231,41 @@ class Engine:
         history = [(asked or usual, answer) for asked, answer in query.history]
         prompt = Prompt(query.prompt or usual, history, query.system)
         processor.check(prompt)
-        wanted = processor.read_spec(query.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
-        answering = Answering(self, num_samples=num_samples, tell=tell)
+        read_spec = processor.read_spec(query.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
+        answering = GenerationHandle(self, num_samples=num_samples, tell=tell)
         with self._changed:
             if self._is_closing:
-                raise Busy(SHUTTING_DOWN)
-            if self.num_present + num_samples > self.max_waiting:
-                raise Busy(f"{self.num_present} answers are waited for already: ask again in a while")
+                raise Overloaded(SHUTTING_DOWN)
+            if self.num_active + num_samples > self.max_waiting:
+                raise Overloaded(f"{self.num_active} answers are waited for already: ask again in a while")
             self._present.add(answering)
         try:
             # Outside of the lock: a reader that another engine closes has a lock of its own while it tells this one.
-            answering.future = self.reader.submit(query.path, self._bound(wanted), partial(self._prepare, prompt))
+            answering.future = self.reader.submit(query.path, self._bound(read_spec), partial(self._prepare, prompt))
         except RuntimeError as error:  # it was closed meanwhile
             with self._changed:
                 self._leave(answering)
-            raise Busy(SHUTTING_DOWN) from error
+            raise Overloaded(SHUTTING_DOWN) from error
         answering.future.add_done_callback(partial(self._take, answering, query))
         return answering
 
-    def _bound(self, wanted: Wanted) -> Wanted:
-        return wanted if self.max_seconds is None else Bounded(**vars(wanted), max_seconds=self.max_seconds)
+    def _bound(self, read_spec: ReadSpec) -> ReadSpec:
+        return (
+            read_spec if self.max_seconds is None else LimitedReadSpec(**vars(read_spec), max_seconds=self.max_seconds)
+        )
 
-    def drop(self, answering: Answering) -> None:
+    def drop(self, answering: GenerationHandle) -> None:
         """See `Answering.drop`; a file that is being read is read no further."""
         with self._changed:
             if answering.is_over:
                 return
             answering.is_gone = True
-            self.num_dropped += 1
+            self.num_cancelled += 1
             future = answering.future
             if future is not None and (future.cancel() or future.done()):
                 self._leave(answering)
         if future is not None:  # outside of the lock, for the reader has its own
-            self.reader.abandon(future)
+            self.reader.cancel(future)
 
     def stop(self) -> None:
         """Take no more queries."""
@@ -282,16 +284,16 @@ class Engine:
         with self._changed:
             left = list(self._present)
         for answering in left:
-            self._fail(answering, Busy(SHUTTING_DOWN))
+            self._fail(answering, Overloaded(SHUTTING_DOWN))
 
-    def _take(self, answering: Answering, query: Query, future: "Future[_Prepared]") -> None:
+    def _take(self, answering: GenerationHandle, query: CaptionRequest, future: "Future[_Prepared]") -> None:
         """Put a query whose file is read among those who wait for the model."""
         answering.reading_seconds = time.monotonic() - answering.begun
         if answering.is_gone:
             with self._changed:
                 self._leave(answering)
         elif future.cancelled() or self._cut_off.is_set():  # which ended the worker too, and is no fault of the file
-            self._fail(answering, Busy(SHUTTING_DOWN))
+            self._fail(answering, Overloaded(SHUTTING_DOWN))
         elif (error := future.exception()) is None:
             self._add(answering, query, future.result())
         elif isinstance(error, ValueError):
@@ -306,7 +308,7 @@ class Engine:
         media = self.captioner.processor.clip_inputs(clip)
         return _Prepared(media, prompt, self.captioner.processor.count_tokens(media, prompt))
 
-    def _add(self, answering: Answering, query: Query, prepared: _Prepared) -> None:
+    def _add(self, answering: GenerationHandle, query: CaptionRequest, prepared: _Prepared) -> None:
         sampling = query.sampling or self.captioner.default_sampling()
         answering.num_prompt_tokens = prepared.num_tokens
         with self._changed:
@@ -324,11 +326,11 @@ class Engine:
             ]
             self._changed.notify_all()
 
-    def _leave(self, answering: Answering) -> None:
+    def _leave(self, answering: GenerationHandle) -> None:
         self._present.discard(answering)
         self._changed.notify_all()
 
-    def _fail(self, answering: Answering, error: Exception) -> None:
+    def _fail(self, answering: GenerationHandle, error: Exception) -> None:
         """End the answers of a query that have not ended with an error."""
         with self._changed:
             if not answering.num_open:
@@ -394,7 +396,7 @@ class Engine:
             )
             self._rows |= dict(zip(numbers, coming, strict=True))
 
-        self.num_readings += 1
+        self.num_prefills += 1
         if not self._rows:  # anew, so that nothing of those who have ended is left
             self._answers = self.captioner.begin()
         is_alone = len(coming) == 1 and not self._rows
@@ -408,7 +410,7 @@ class Engine:
         self._rows = {number: row for number, row in self._rows.items() if number not in dropped}
         if self._cut_off.is_set():
             self._rows = {}
-            self._end(rows, Busy(SHUTTING_DOWN))
+            self._end(rows, Overloaded(SHUTTING_DOWN))
             return
         outcome = self._attempt(lambda: self._hand_on(self._answers.step(dropped)), rows)
         if outcome != "done":
@@ -440,7 +442,7 @@ class Engine:
             self._end(rows, ValueError(f"the clip {NO_ROOM}"))
             return
         told = [row for row in rows if row.is_told]
-        self._end(told, CrowdedError("the GPU has no room for all who ask now: ask again in a while"))
+        self._end(told, OutOfMemoryDuringBatch("the GPU has no room for all who ask now: ask again in a while"))
         anew = [row for row in rows if not row.answering.is_over]
         for row in anew:
             row.goes_alone = True
@@ -449,7 +451,7 @@ class Engine:
         with self._changed:
             self._waiting = [*anew, *self._waiting]
 
-    def _hand_on(self, pieces: dict[int, Piece]) -> None:
+    def _hand_on(self, pieces: dict[int, TextDelta]) -> None:
         """Hand on what came of a step, which made one token for each row under way."""
         for row in self._rows.values():
             row.num_drawn += 1
@@ -464,7 +466,7 @@ class Engine:
                 row.is_told = True
                 row.answering.tell(row.sample, piece)
 
-    def _is_heard(self, answering: Answering, *, ends: bool) -> bool:
+    def _is_heard(self, answering: GenerationHandle, *, ends: bool) -> bool:
         """Whether anybody waits for a piece of an answer; notes where it is the last."""
         with self._changed:
             if answering.is_over:

@@ -50,7 +50,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}")
 
 
-def draw(logits: Tensor, chance: Tensor, *, sampling: Sampling) -> Tensor:
+def sample_tokens(logits: Tensor, chance: Tensor, *, sampling: Sampling) -> Tensor:
     """One token a row: the most likely one, or one of the nucleus.
 
     Args:
@@ -128,7 +128,7 @@ def generate(
     Returns:
         B * N lists of token ids, a row's samples one after the other; each ends with an end token if it is finished.
     """
-    generation = Generation(network, stop_ids=stop_ids)
+    generation = DecodeBatch(network, stop_ids=stop_ids)
     answers: list[list[int]] = [
         [] for _ in generation.join(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds)
     ]
@@ -138,7 +138,7 @@ def generate(
     return answers
 
 
-class Generation:
+class DecodeBatch:
     """Answers under way side by side, token by token; more may join between two tokens. False when all have ended.
 
     Args:
@@ -207,7 +207,7 @@ class Generation:
             )
             for cohort, part in zip(begun, logits.split([len(cohort.tokens) for cohort in begun]), strict=True):
                 cohort.logits = part
-        drawn = {row: token for cohort in self._cohorts for row, token in cohort.draw().items()}
+        drawn = {row: token for cohort in self._cohorts for row, token in cohort.sample_tokens().items()}
         self._cohorts = [cohort for cohort in self._cohorts if cohort.goes_on]
         return drawn
 
@@ -267,9 +267,11 @@ class _Cohort:
             self._rows = list(compress(self._rows, self._going_on))
             self._going_on = [True] * len(self._rows)
 
-    def draw(self) -> dict[int, int]:
+    def sample_tokens(self) -> dict[int, int]:
         """A token of each answer that has not ended."""
-        self.tokens = draw(self._penalty(self.logits), self._chances[:, self.num_drawn], sampling=self._sampling)
+        self.tokens = sample_tokens(
+            self._penalty(self.logits), self._chances[:, self.num_drawn], sampling=self._sampling
+        )
         self.num_drawn += 1
         drawn = self.tokens.tolist()
         counted = dict(compress(zip(self._rows, drawn, strict=True), self._going_on))

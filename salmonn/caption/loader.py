@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from salmonn.caption.worker import LAST_SECONDS, Limits, Worker, WorkerDied
+from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import Clip, read_clip
 from salmonn.media.container import ClipError, declared_seconds, measured_seconds
 from salmonn.media.frame_sampling import FrameSampler
@@ -33,11 +33,11 @@ Result = TypeVar("Result")
 
 BATCHES_AHEAD = 2  # that are read or being read while the model is at another
 BATCHES_ALIKE = 8  # that clips of like length are looked for in
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReadSpec:
     """What is read of each file, as `read_clip` takes it."""
 
     sampler: FrameSampler
@@ -66,7 +66,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Part:
+class ClipJob:
     """A file that is asked for, or one of the segments that it was cut into.
 
     Args:
@@ -79,20 +79,20 @@ class Part:
 
     place: int
     path: Path
-    wanted: Wanted
+    read_spec: ReadSpec
     seed: int = 0
     num_segments: int = 1
 
 
-Read = tuple[Part, Result | ValueError]
+ReadResult = tuple[ClipJob, Result | ValueError]
 
 
-def sensible_workers(num_clips: int) -> int:
+def default_num_workers(num_clips: int) -> int:
     """Workers for so many clips: the cores that this process may use, up to 8.
 
     One at least: a file that kills its decoder must not kill whoever asked for it.
     """
-    return max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS, num_clips))
+    return max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS, num_clips))
 
 
 class ClipReader:
@@ -108,12 +108,12 @@ class ClipReader:
         waited_seconds: for how long whoever took batches had to wait for clips, up to now.
     """
 
-    def __init__(self, *, workers: int, limits: Limits | None = None) -> None:
+    def __init__(self, *, workers: int, limits: WorkerLimits | None = None) -> None:
         if workers < 0:
             raise ValueError(f"workers must be 0 (read within this process) or more, got {workers}")
         self.waited_seconds = 0.0
         self._num_workers = workers
-        self._limits = limits or Limits()
+        self._limits = limits or WorkerLimits()
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="reading")
         self._lock = threading.Lock()
         self._closed = False
@@ -138,11 +138,11 @@ class ClipReader:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.interrupt()
-        end = time.monotonic() + LAST_SECONDS
+        end = time.monotonic() + KILL_TIMEOUT_SECONDS
         for worker in self._workers:
             worker.wait(end - time.monotonic())
 
-    def submit(self, path: Path, wanted: Wanted, finish: Callable[[Clip], Result]) -> "Future[Result]":
+    def submit(self, path: Path, read_spec: ReadSpec, finish: Callable[[Clip], Result]) -> "Future[Result]":
         """Have one file read; the future raises a ClipError where it cannot be.
 
         Args:
@@ -151,12 +151,12 @@ class ClipReader:
             finish: what the clip becomes; called in a thread of this process.
         """
         task = _Task()
-        future = self._threads.submit(lambda: finish(self._do(partial(wanted.read, path), task)))
+        future = self._threads.submit(lambda: finish(self._do(partial(read_spec.read, path), task)))
         self._tasks[future] = task
         future.add_done_callback(self._tasks.pop)
         return future
 
-    def abandon(self, future: "Future[Any]") -> None:
+    def cancel(self, future: "Future[Any]") -> None:
         """Stop what `submit` began, since nobody waits for it: its worker ends, and another takes its place."""
         if future.cancel():
             return
@@ -168,12 +168,12 @@ class ClipReader:
 
     def batches(
         self,
-        asked: Iterable[Part],
+        asked: Iterable[ClipJob],
         *,
         size: int,
         finish: Callable[[Clip], Result],
         segment_seconds: float | None = None,
-    ) -> Iterator[list[Read[Result]]]:
+    ) -> Iterator[list[ReadResult[Result]]]:
         """Read files in batches of like length, two batches ahead (and as many clips as keep the workers busy).
 
         Which files go together follows from their order and their lengths alone. What is asked for is taken a few
@@ -191,20 +191,20 @@ class ClipReader:
         plan = self._plan(asked, size=size, segment_seconds=segment_seconds)
         ahead = max(BATCHES_AHEAD, -(-(self._num_workers + 1) // size))
 
-        def begin(count: int) -> Iterator[list[tuple[Part, Future[Result]]]]:
+        def begin(count: int) -> Iterator[list[tuple[ClipJob, Future[Result]]]]:
             for parts in islice(plan, count):
-                yield [(part, self.submit(part.path, part.wanted, finish)) for part in parts]
+                yield [(part, self.submit(part.path, part.read_spec, finish)) for part in parts]
 
         pending = deque(begin(ahead))
         while pending:
-            batch: list[Read[Result]] = []
+            batch: list[ReadResult[Result]] = []
             for part, future in pending.popleft():
                 read = self._wait(future)
                 batch.append((part, read))
             pending.extend(begin(1))
             yield batch
 
-    def _plan(self, asked: Iterable[Part], *, size: int, segment_seconds: float | None) -> Iterator[list[Part]]:
+    def _plan(self, asked: Iterable[ClipJob], *, size: int, segment_seconds: float | None) -> Iterator[list[ClipJob]]:
         """Parts in batches; among some batches' files, the one with the first file comes first."""
         files = iter(asked)
         if size == 1 and segment_seconds is None:
@@ -218,14 +218,16 @@ class ClipReader:
             now, coming = coming, self._ask_seconds(list(islice(files, window)), exact=exact)
             lengths = [(part, self._wait_for_seconds(future)) for part, future in now]
             if segment_seconds is not None:
-                lengths = [cut for part, seconds in lengths for cut in cut_up(part, seconds, segment_seconds)]
-            alike = cut_alike([seconds for _, seconds in lengths], size=size)
+                lengths = [
+                    cut for part, seconds in lengths for cut in split_into_segments(part, seconds, segment_seconds)
+                ]
+            alike = length_buckets([seconds for _, seconds in lengths], size=size)
             yield from ([lengths[number][0] for number in batch] for batch in sorted(alike, key=min))
 
-    def _ask_seconds(self, parts: Sequence[Part], *, exact: bool) -> list[tuple[Part, "Future[float]"]]:
+    def _ask_seconds(self, parts: Sequence[ClipJob], *, exact: bool) -> list[tuple[ClipJob, "Future[float]"]]:
         more = {"exact": True} if exact else {}
         return [
-            (part, self._threads.submit(self._do, partial(part.wanted.seconds, part.path, **more))) for part in parts
+            (part, self._threads.submit(self._do, partial(part.read_spec.seconds, part.path, **more))) for part in parts
         ]
 
     def _wait_for_seconds(self, future: "Future[float]") -> float:
@@ -298,7 +300,7 @@ class _Task:
         self.is_abandoned = False
 
 
-def cut_alike(lengths: Sequence[float], *, size: int) -> list[list[int]]:
+def length_buckets(lengths: Sequence[float], *, size: int) -> list[list[int]]:
     """Places of a list in even batches of at most `size` and of like length, the shortest first."""
     order = sorted(range(len(lengths)), key=lambda place: lengths[place])
     count = -(-len(order) // size)
@@ -306,7 +308,7 @@ def cut_alike(lengths: Sequence[float], *, size: int) -> list[list[int]]:
     return [sorted(order[start:end]) for start, end in pairwise(cuts)]
 
 
-def cut_up(part: Part, seconds: float, segment_seconds: float) -> list[tuple[Part, float]]:
+def split_into_segments(part: ClipJob, seconds: float, segment_seconds: float) -> list[tuple[ClipJob, float]]:
     """A file's segments with their lengths; a rest of up to a second, or half a segment, stays with the last one.
 
     Each draws from a seed of its own: those that look alike need not say the same.
@@ -317,8 +319,8 @@ def cut_up(part: Part, seconds: float, segment_seconds: float) -> list[tuple[Par
         segment_seconds: of each segment.
     """
     if seconds <= 0:
-        return [(replace(part, wanted=_Endless(**vars(part.wanted))), 0.0)]
-    begin = part.wanted.start_seconds or 0.0
+        return [(replace(part, read_spec=_Endless(**vars(part.read_spec))), 0.0)]
+    begin = part.read_spec.start_seconds or 0.0
     end = begin + seconds
     count = max(1, math.ceil((seconds - min(1.0, segment_seconds / 2)) / segment_seconds))
     starts = [begin + number * segment_seconds for number in range(count)] if count > 1 else [begin]
@@ -327,7 +329,7 @@ def cut_up(part: Part, seconds: float, segment_seconds: float) -> list[tuple[Par
         (
             replace(
                 part,
-                wanted=replace(part.wanted, start_seconds=start, end_seconds=stop),
+                read_spec=replace(part.read_spec, start_seconds=start, end_seconds=stop),
                 seed=part.seed + number,
                 num_segments=count,
             ),
@@ -338,7 +340,7 @@ def cut_up(part: Part, seconds: float, segment_seconds: float) -> list[tuple[Par
 
 
 @dataclass(frozen=True)
-class _Endless(Wanted):
+class _Endless(ReadSpec):
     """Of a file that is to be cut up and does not say where it ends."""
 
     def read(self, path: Path | str) -> Clip:

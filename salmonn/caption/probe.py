@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from salmonn.caption.loader import ClipReader, Wanted
+from salmonn.caption.loader import ClipReader, ReadSpec
 from salmonn.media.clip import Clip
 from salmonn.media.container import open_source
 
 
 @dataclass(frozen=True)
-class Outline:
+class MediaInfo:
     """Of a file.
 
     Args:
@@ -21,12 +21,12 @@ class Outline:
     """
 
     seconds: float
-    has_picture: bool = True
-    has_sound: bool = True
+    has_video: bool = True
+    has_audio: bool = True
 
 
 @dataclass(frozen=True)
-class Survey(Wanted):
+class ProbeSpec(ReadSpec):
     """In the place of a file's clip a blank one of its length: one frame where it has a picture, no time of sound."""
 
     def read(self, path: Path | str) -> Clip:
@@ -44,7 +44,7 @@ class Survey(Wanted):
             )
 
 
-def look_at(path: Path, reader: ClipReader, wanted: Wanted) -> Outline:
+def probe_media(path: Path, reader: ClipReader, read_spec: ReadSpec) -> MediaInfo:
     """What a file holds.
 
     Args:
@@ -55,5 +55,5 @@ def look_at(path: Path, reader: ClipReader, wanted: Wanted) -> Outline:
     Raises:
         ClipError: it is no video or sound.
     """
-    clip = reader.submit(path, Survey(wanted.sampler), lambda clip: clip).result()
-    return Outline(clip.duration_seconds, clip.has_video, clip.has_audio)
+    clip = reader.submit(path, ProbeSpec(read_spec.sampler), lambda clip: clip).result()
+    return MediaInfo(clip.duration_seconds, clip.has_video, clip.has_audio)

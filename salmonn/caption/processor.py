@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from salmonn.caption.loader import Wanted
+from salmonn.caption.loader import ReadSpec
 from salmonn.caption.prompt import History, Prompt, answer_ids, prompt_ids, refuse_special_tokens
 from salmonn.caption.tokenizer import AUDIO_PAD, CLIP_END, CLIP_START, PAD, TURN_END, TURN_START, VIDEO_PAD
 from salmonn.media.audio import SAMPLE_RATE_HZ
@@ -108,21 +108,21 @@ class Processor:
         Raises:
             ClipError: a file cannot be read, or lacks what is used of it.
         """
-        wanted = self.read_spec(modality, start_seconds=start_seconds, end_seconds=end_seconds)
+        read_spec = self.read_spec(modality, start_seconds=start_seconds, end_seconds=end_seconds)
         if sound is None:
-            return self.clip_inputs(wanted.read(path))
-        if not wanted.video:
-            return self.clip_inputs(wanted.read(sound))
-        clip = replace(wanted, audio=False).read(path)
-        waveform = replace(wanted, video=False).read(sound).waveform if wanted.audio else None
+            return self.clip_inputs(read_spec.read(path))
+        if not read_spec.video:
+            return self.clip_inputs(read_spec.read(sound))
+        clip = replace(read_spec, audio=False).read(path)
+        waveform = replace(read_spec, video=False).read(sound).waveform if read_spec.audio else None
         return self.clip_inputs(replace(clip, waveform=waveform))
 
     def read_spec(
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None
-    ) -> Wanted:
+    ) -> ReadSpec:
         """What this model reads of a file, or of a span of it."""
         sampler = self.config.frame_sampler
-        return Wanted(sampler, start_seconds, end_seconds, video=modality != "audio", audio=modality != "visual")
+        return ReadSpec(sampler, start_seconds, end_seconds, video=modality != "audio", audio=modality != "visual")
 
     def check(self, prompt: str | Prompt) -> None:
         """Raise a ValueError where a prompt cannot be asked: for what it holds, or for its length."""

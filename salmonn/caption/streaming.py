@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from salmonn.caption.generate import Generation, Sampling
+from salmonn.caption.generate import DecodeBatch, Sampling
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.tokenizer import IncrementalDetokenizer
@@ -11,7 +11,7 @@ from salmonn.model.network import ClipFeatures, ClipInputs, ModelInputs, Network
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """What the model said; `finished` is False where it ran into the token limit."""
 
     text: str
@@ -19,14 +19,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """What has come of an answer since the last piece; `answer` is the whole, once it has ended."""
 
     text: str
-    answer: Answer | None = None
+    answer: Completion | None = None
 
 
-class Answers:
+class StreamingGenerator:
     """Answers under way side by side, word by word; more may join between two words. False when all have ended.
 
     Args:
@@ -37,7 +37,7 @@ class Answers:
     def __init__(self, network: Network, processor: Processor) -> None:
         self._processor = processor
         self._device = network.device
-        self._generation = Generation(network, stop_ids=processor.stop_ids)
+        self._generation = DecodeBatch(network, stop_ids=processor.stop_ids)
         self._said: dict[int, _Said] = {}
 
     def __bool__(self) -> bool:
@@ -67,7 +67,7 @@ class Answers:
         self._said |= {number: _Said(IncrementalDetokenizer(self._processor.tokenizer), sampling) for number in numbers}
         return numbers
 
-    def step(self, dropped: Collection[int] = ()) -> dict[int, Piece]:
+    def step(self, dropped: Collection[int] = ()) -> dict[int, TextDelta]:
         """One more token of each answer, and what has come of it in letters; an answer's last piece holds the whole.
 
         Args:
@@ -80,10 +80,10 @@ class Answers:
             said = self._said[number]
             said.ids.append(token)
             ended = token in self._processor.stop_ids or len(said.ids) == said.sampling.max_new_tokens
-            answer = to_answer(self._processor, said.ids) if ended else None
+            answer = to_completion(self._processor, said.ids) if ended else None
             text = said.stream.end(answer.text) if answer else said.stream.add(token)
             if text or answer:
-                pieces[number] = Piece(text, answer)
+                pieces[number] = TextDelta(text, answer)
         return pieces
 
 
@@ -110,7 +110,7 @@ def collate(
     return processor.collate(rows, list(different.values()))
 
 
-def to_answer(processor: Processor, ids: Sequence[int]) -> Answer:
+def to_completion(processor: Processor, ids: Sequence[int]) -> Completion:
     """The words of an answer's token ids."""
     text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Answer(text, finished=ids[-1] in processor.stop_ids)
+    return Completion(text, finished=ids[-1] in processor.stop_ids)

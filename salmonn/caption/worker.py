@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 PIPE_BYTES = 1 << 20  # the most that Linux gives without asking
 _BEGUN = b"!"  # what a worker says of a job that it took
-LAST_SECONDS = 30.0  # in which a process ends that was told to
+KILL_TIMEOUT_SECONDS = 30.0  # in which a process ends that was told to
 _START_SECONDS = 120.0  # in which one starts, from a slow disk too
 # What a reply is made of.
 _SENT = {
@@ -48,7 +48,7 @@ _WORKER = (
 
 
 @dataclass(frozen=True)
-class Limits:
+class WorkerLimits:
     """What one file may cost; a file that costs more is a failure, and harms no other.
 
     Args:
@@ -93,7 +93,7 @@ class _Reply(Generic[Result]):
 class Worker:
     """A process that does one job after the other."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: WorkerLimits) -> None:
         self._limits = limits
         self._process = subprocess.Popen(
             [sys.executable, "-c", _WORKER.format(path=sys.path, limits=limits)],
@@ -116,7 +116,7 @@ class Worker:
     def kill(self) -> None:
         """End it at once, and wait for its end."""
         self.interrupt()
-        self.wait(LAST_SECONDS)
+        self.wait(KILL_TIMEOUT_SECONDS)
 
     def wait(self, seconds: float) -> None:
         """For its end; not where it is stuck in the system, which ends none that waits for a disk which is gone."""
@@ -143,13 +143,13 @@ class Worker:
             ClipError: the job raised a ValueError.
             WorkerDied: the process ended.
         """
-        if not self._await(self._limits.seconds + LAST_SECONDS):
+        if not self._await(self._limits.seconds + KILL_TIMEOUT_SECONDS):
             raise WorkerDied(
                 f"reading it took more than {self._limits.seconds:g} s, and the process that reads it cannot be ended: "
                 "the disk or the server that the file is on may be gone"
             )
         # For one that stops in the middle of its reply, which may be large.
-        last = threading.Timer(self._limits.seconds + LAST_SECONDS, self.interrupt)
+        last = threading.Timer(self._limits.seconds + KILL_TIMEOUT_SECONDS, self.interrupt)
         last.start()
         try:
             reply: _Reply[Any] = self._hear()
@@ -169,7 +169,7 @@ class Worker:
         coming.register(self._replies, select.POLLIN)
         while not coming.poll(1000):
             now = time.monotonic()
-            if now > end or (self._told_to_end and now > self._told_to_end + LAST_SECONDS):
+            if now > end or (self._told_to_end and now > self._told_to_end + KILL_TIMEOUT_SECONDS):
                 self.interrupt()
                 return False
         return True
@@ -211,7 +211,7 @@ class Worker:
             raise WorkerDied(self._tell_garbage(what)) from error
 
 
-def serve(limits: Limits) -> None:
+def serve(limits: WorkerLimits) -> None:
     """What a worker does: jobs from stdin, replies to stdout, until its parent is gone."""
     memory = int(limits.memory_gib * (1 << 30))
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))

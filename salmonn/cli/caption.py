@@ -162,22 +162,22 @@ class _Work:
     """
 
     def __init__(self, values: Namespace, listing: "VideoListing") -> None:
-        from salmonn.caption.worker import Limits
+        from salmonn.caption.worker import WorkerLimits
 
         self._values = values
         self._listing = listing
         self._task = _task(values)
-        self._limits = Limits(values.read_seconds, values.read_gib)
+        self._limits = WorkerLimits(values.read_seconds, values.read_gib)
 
     def do(self, run: "CaptionJob", ledger: "Ledger") -> str:
         """Caption what is to be captioned, and say how fast that went."""
         from salmonn import dist
         from salmonn.batch.progress import JobProgress
-        from salmonn.caption.loader import MOST_WORKERS
+        from salmonn.caption.loader import MAX_WORKERS
 
         pending = run.pending(self._found(ledger))
         # Some are looked for before anything is started: without any, no model is needed.
-        first = list(islice(pending, MOST_WORKERS))
+        first = list(islice(pending, MAX_WORKERS))
         if not first:
             return ""
         with ExitStack() as stack:
@@ -207,11 +207,11 @@ class _Work:
 
     def _reader(self, num_videos: int, stack: ExitStack) -> "ClipReader | None":
         """What reads ahead; a cluster's actors have their own."""
-        from salmonn.caption.loader import ClipReader, sensible_workers
+        from salmonn.caption.loader import ClipReader, default_num_workers
 
         if self._values.engine == "ray":
             return None
-        workers = sensible_workers(num_videos) if self._values.workers is None else self._values.workers
+        workers = default_num_workers(num_videos) if self._values.workers is None else self._values.workers
         return stack.enter_context(ClipReader(workers=workers, limits=self._limits))
 
     def _groups(self, videos: "Iterator[IndexedVideo]", reader: "ClipReader | None") -> "Generator[VideoResult]":
@@ -296,7 +296,7 @@ def _sign_folder(folder: Path, name: str) -> dict[str, str]:
 
 def _sidecars(values: Namespace, files: "LedgerFiles", stack: ExitStack) -> "SubtitleWriter | None":
     from salmonn.batch.subtitles import FORMATS, SubtitleWriter
-    from salmonn.caption.worker import Limits
+    from salmonn.caption.worker import WorkerLimits
 
     formats = [name for name in FORMATS if name in values.export]
     if not formats:
@@ -308,7 +308,7 @@ def _sidecars(values: Namespace, files: "LedgerFiles", stack: ExitStack) -> "Sub
             logs=files.all_subtitles(),
             folder=values.subtitle_dir,
             replace=values.replace_subtitles,
-            limits=Limits(values.read_seconds, values.read_gib),
+            limits=WorkerLimits(values.read_seconds, values.read_gib),
         )
     )
 

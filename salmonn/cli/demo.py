@@ -60,12 +60,12 @@ def run_demo(values: Namespace) -> int:
     models = _name_models(values)
     scorer = _open_scorer(values)
     from salmonn.caption.loader import ClipReader
-    from salmonn.caption.worker import Limits
+    from salmonn.caption.worker import WorkerLimits
     from salmonn.preference.votes import VoteStore
     from salmonn.serve.sources import upload_folder
     from salmonn.webui.session import AppState, UploadStore, make_example_clips
 
-    votes, limits = VoteStore(values.votes), Limits(values.read_seconds, values.read_gib)
+    votes, limits = VoteStore(values.votes), WorkerLimits(values.read_seconds, values.read_gib)
     with upload_folder() as folder, ClipReader(workers=values.workers, limits=limits) as reader:
         state = AppState(
             engines={name: _open_engine(model, reader, values) for name, model in models.items()},

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import socket
 
     from salmonn.caption.captioner import Captioner
-    from salmonn.serve.api import Settings
-    from salmonn.serve.sources import Sources
+    from salmonn.serve.api import ServerConfig
+    from salmonn.serve.sources import MediaSources
 
 _SHORTEST_KEY = 16
 
@@ -74,7 +74,7 @@ def run_serve(values: Namespace) -> int:
     """Serve until a signal ends it."""
     from salmonn.caption.engine import Engine
     from salmonn.caption.loader import ClipReader
-    from salmonn.caption.worker import Limits
+    from salmonn.caption.worker import WorkerLimits
 
     try:
         from salmonn.serve.api import Service
@@ -86,7 +86,7 @@ def run_serve(values: Namespace) -> int:
     _require_sense(values)
     keys, sources = _read_keys(values), _sources(values)
     logging.getLogger("salmonn.serve").setLevel(logging.INFO)
-    limits = Limits(values.read_seconds, values.read_gib)
+    limits = WorkerLimits(values.read_seconds, values.read_gib)
     # Workers start before the model is read, so that they are ready when it is.
     with bind(values.host, values.port) as listener, ClipReader(workers=values.workers, limits=limits) as reader:
         captioner = load_captioner(values)
@@ -114,33 +114,35 @@ def _address(listener: "socket.socket") -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-def _sources(values: Namespace) -> "Sources":
-    from salmonn.serve.fetch import Fetching
-    from salmonn.serve.sources import Sources
+def _sources(values: Namespace) -> "MediaSources":
+    from salmonn.serve.fetch import FetchPolicy
+    from salmonn.serve.sources import MediaSources
 
-    fetching = Fetching(
+    fetch_policy = FetchPolicy(
         hosts=tuple(values.allow_hosts),
         private=values.allow_private,
         max_bytes=round(values.max_upload_mib * (1 << 20)),
         seconds=values.fetch_seconds,
         ca_file=values.ca_file,
     )
-    return Sources(tuple(values.allowed_dirs), fetching)
+    return MediaSources(tuple(values.allowed_dirs), fetch_policy)
 
 
-def _settings(values: Namespace, captioner: "Captioner", *, sources: "Sources", keys: tuple[str, ...]) -> "Settings":
-    from salmonn.serve.api import Settings
+def _settings(
+    values: Namespace, captioner: "Captioner", *, sources: "MediaSources", keys: tuple[str, ...]
+) -> "ServerConfig":
+    from salmonn.serve.api import ServerConfig
     from salmonn.serve.schema import ChatLimits
 
     name, usual = captioner.name, ChatLimits(captioner.default_sampling().max_new_tokens)
-    return Settings(
+    return ServerConfig(
         # Where a model lies on this machine is nobody's business.
         name=values.name or (Path(name).name if Path(name).is_dir() else name),
         sources=sources,
         limits=ChatLimits(
-            min(usual.usual_tokens, values.max_answer_tokens),
-            answer_tokens=values.max_answer_tokens,
-            choices=min(usual.choices, values.max_waiting),
+            min(usual.default_tokens, values.max_answer_tokens),
+            max_tokens=values.max_answer_tokens,
+            max_choices=min(usual.max_choices, values.max_waiting),
         ),
         request_seconds=values.request_seconds,
         keys=keys,

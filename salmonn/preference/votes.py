@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from salmonn.caption.probe import Outline
+from salmonn.caption.probe import MediaInfo
 from salmonn.conversations import parse_conversation
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Modality, append_record, read_records
@@ -129,7 +129,7 @@ class VoteMedia:
     """
 
     path: Path
-    outline: Outline
+    outline: MediaInfo
     may_keep: bool
     reference: str = ""
 
@@ -253,7 +253,7 @@ def ground_truth(vote: Vote, reference: str) -> tuple[Source, str]:
     return "chosen", vote.chosen.text
 
 
-def to_preference(vote: Vote, video: str, outline: Outline, *, ground_truth: str) -> dict[str, Any]:
+def to_preference(vote: Vote, video: str, outline: MediaInfo, *, ground_truth: str) -> dict[str, Any]:
     """A vote as a published conversation of 2+, where `gpt` is the ground truth.
 
     Args:
@@ -264,7 +264,7 @@ def to_preference(vote: Vote, video: str, outline: Outline, *, ground_truth: str
     """
     chosen, rejected = vote.chosen, vote.rejected
     assert chosen and rejected
-    sees, hears = vote.modality != "audio" and outline.has_picture, vote.modality != "visual" and outline.has_sound
+    sees, hears = vote.modality != "audio" and outline.has_video, vote.modality != "visual" and outline.has_audio
     kind = "video" if sees else "audio"
     item: dict[str, Any] = {kind: video} | ({"use_audio": True} if sees and hears else {})
     if vote.start_seconds is not None or vote.end_seconds is not None:

@@ -20,13 +20,21 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from salmonn import __version__
-from salmonn.caption.engine import SHUTTING_DOWN, Busy, Engine, Query
-from salmonn.caption.streaming import Answer, Piece
-from salmonn.serve.errors import ENDS, Refusal, to_refusal
+from salmonn.caption.engine import SHUTTING_DOWN, CaptionRequest, Engine, Overloaded
+from salmonn.caption.streaming import Completion, TextDelta
+from salmonn.serve.errors import EXPECTED_ERRORS, ApiError, to_api_error
 from salmonn.serve.metrics import Metrics
-from salmonn.serve.request import HeldBytes, Visit, unless, while_there
-from salmonn.serve.schema import DONE, Ask, ChatLimits, RequestError, Speaker, parse_chat, to_event
-from salmonn.serve.sources import Sources, obtain
+from salmonn.serve.request import BodyMemory, RequestContext, race, until_disconnect
+from salmonn.serve.schema import (
+    DONE,
+    ChatLimits,
+    ChatRequest,
+    RequestError,
+    ResponseBuilder,
+    parse_chat_request,
+    to_event,
+)
+from salmonn.serve.sources import MediaSources, resolve_media
 
 _ANY_MODEL = ("", "salmonn")
 _SPARE_BYTES = 1 << 20  # of a request, beside its file
@@ -36,7 +44,7 @@ _LAST_SECONDS = 1.0  # beyond a request's time, for the event that says that it 
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerConfig:
     """How a server behaves.
 
     Args:
@@ -50,7 +58,7 @@ class Settings:
     """
 
     name: str
-    sources: Sources
+    sources: MediaSources
     limits: ChatLimits
     request_seconds: float = 600.0
     keys: tuple[str, ...] = ()
@@ -70,15 +78,15 @@ class Service:
         num_visits: requests under way.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, uploads: Path) -> None:
+    def __init__(self, engine: Engine, settings: ServerConfig, uploads: Path) -> None:
         self.engine = engine
         self.settings = settings
         self.uploads = uploads
         self.metrics = Metrics(engine)
-        self.max_bytes = settings.sources.fetching.max_bytes * 4 // 3 + _SPARE_BYTES
-        self.held = HeldBytes(self.max_bytes * _BODIES_HELD)
+        self.max_bytes = settings.sources.fetch_policy.max_bytes * 4 // 3 + _SPARE_BYTES
+        self.held = BodyMemory(self.max_bytes * _BODIES_HELD)
         self.is_closing = False
-        self.num_visits = 0
+        self.num_requests = 0
         self._begun = int(time.time())
         self._cut = asyncio.Event()
 
@@ -90,20 +98,20 @@ class Service:
     async def complete(self, request: Request) -> Response:
         """Answer a chat completion."""
         if self.is_closing:
-            return self._refuse(Busy(SHUTTING_DOWN)).respond()
-        visit = Visit(
+            return self._refuse(Overloaded(SHUTTING_DOWN)).respond()
+        visit = RequestContext(
             self.engine,
             self.metrics,
             uploads=self.uploads,
             held=self.held,
             seconds=self.settings.request_seconds,
         )
-        self.num_visits += 1
+        self.num_requests += 1
         is_handed_on = False
         try:
-            response = await unless(self._cut.wait(), self._answer(request, visit), Busy(SHUTTING_DOWN))
+            response = await race(self._cut.wait(), self._answer(request, visit), Overloaded(SHUTTING_DOWN))
             is_handed_on = isinstance(response, _Events)
-        except ENDS as error:
+        except EXPECTED_ERRORS as error:
             refusal = self._refuse(error)
             visit.outcome = refusal.outcome
             response = refusal.respond()
@@ -113,33 +121,35 @@ class Service:
         response.headers["X-Request-Id"] = visit.id
         return response
 
-    def _end(self, visit: Visit) -> None:
+    def _end(self, visit: RequestContext) -> None:
         visit.close()
-        self.num_visits -= 1
+        self.num_requests -= 1
 
-    def _refuse(self, error: Exception) -> Refusal:
-        return to_refusal(error, seconds=self.settings.request_seconds)
+    def _refuse(self, error: Exception) -> ApiError:
+        return to_api_error(error, seconds=self.settings.request_seconds)
 
-    async def _answer(self, request: Request, visit: Visit) -> Response:
+    async def _answer(self, request: Request, visit: RequestContext) -> Response:
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise RequestError("send the request as Content-Type: application/json", status=415)
         async with asyncio.timeout_at(visit.deadline):
             body = await visit.body(request, max_bytes=self.max_bytes)
-        ask, pieces = await while_there(request, self._begin(body, visit))
-        speaker = Speaker(visit.id, self.settings.name, int(time.time()), ask.include_usage)
+        ask, pieces = await until_disconnect(request, self._begin(body, visit))
+        speaker = ResponseBuilder(visit.id, self.settings.name, int(time.time()), ask.include_usage)
         if not ask.stream:
-            answers = await while_there(request, _gather(pieces, ask.num_choices))
+            answers = await until_disconnect(request, _gather(pieces, ask.num_choices))
             visit.outcome = "answered"
             return JSONResponse(speaker.whole(answers, usage=visit.usage))
         # Waited for, so that what goes wrong before the first word has a status of its own.
-        first = await while_there(request, _next(pieces))
+        first = await until_disconnect(request, _next(pieces))
         return _Events(self._speak(visit, ask, speaker, first, pieces), visit=visit, close=lambda: self._end(visit))
 
-    async def _begin(self, body: bytearray, visit: Visit) -> tuple[Ask, AsyncIterator[tuple[int, Piece]]]:
+    async def _begin(
+        self, body: bytearray, visit: RequestContext
+    ) -> tuple[ChatRequest, AsyncIterator[tuple[int, TextDelta]]]:
         """Understand a request, have its file and ask the engine."""
         settings = self.settings
         async with asyncio.timeout_at(visit.deadline):
-            ask, url = await asyncio.to_thread(parse_chat, body, limits=settings.limits)
+            ask, url = await asyncio.to_thread(parse_chat_request, body, limits=settings.limits)
             if ask.model not in (*_ANY_MODEL, settings.name):
                 raise RequestError(
                     f"the model {ask.model[:100]!r} is not here: this server has {settings.name}",
@@ -148,10 +158,10 @@ class Service:
                     code="model_not_found",
                 )
             body.clear()  # which may be as large as a video, as is what was parsed
-            obtained = await obtain(url, visit.make_folder(), sources=settings.sources)
+            obtained = await resolve_media(url, visit.make_folder(), sources=settings.sources)
         visit.num_bytes, visit.whence = obtained.num_bytes, obtained.whence
         visit.forget_body()
-        query = Query(
+        query = CaptionRequest(
             path=obtained.path,
             prompt=ask.prompt,
             history=ask.history,
@@ -166,11 +176,11 @@ class Service:
 
     async def _speak(
         self,
-        visit: Visit,
-        ask: Ask,
-        speaker: Speaker,
-        first: tuple[int, Piece],
-        pieces: AsyncIterator[tuple[int, Piece]],
+        visit: RequestContext,
+        ask: ChatRequest,
+        speaker: ResponseBuilder,
+        first: tuple[int, TextDelta],
+        pieces: AsyncIterator[tuple[int, TextDelta]],
     ) -> AsyncIterator[str]:
         """The events of a stream."""
         for number in range(ask.num_choices):
@@ -182,7 +192,7 @@ class Service:
             async for number, piece in pieces:
                 for event in _tell(speaker, number, piece):
                     yield event
-        except ENDS as error:
+        except EXPECTED_ERRORS as error:
             refusal = self._refuse(error)
             visit.outcome = refusal.outcome
             yield to_event(refusal.to_json())
@@ -221,7 +231,7 @@ class Service:
 class _Events(StreamingResponse):
     """Server-sent events; `close` is called in the end, though not one was sent."""
 
-    def __init__(self, events: AsyncIterator[str], *, visit: Visit, close: Callable[[], object]) -> None:
+    def __init__(self, events: AsyncIterator[str], *, visit: RequestContext, close: Callable[[], object]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
         self._visit = visit
         self._close = close
@@ -253,21 +263,23 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _tell(speaker: Speaker, number: int, piece: Piece) -> list[str]:
+def _tell(speaker: ResponseBuilder, number: int, piece: TextDelta) -> list[str]:
     events = [speaker.piece(number, piece.text)] if piece.text else []
     return events if piece.answer is None else [*events, speaker.end(number, piece.answer)]
 
 
-async def _next(pieces: AsyncIterator[tuple[int, Piece]]) -> tuple[int, Piece]:
+async def _next(pieces: AsyncIterator[tuple[int, TextDelta]]) -> tuple[int, TextDelta]:
     return await anext(pieces)
 
 
-async def _gather(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> list[Answer]:
+async def _gather(pieces: AsyncIterator[tuple[int, TextDelta]], count: int) -> list[Completion]:
     answers = {number: piece.answer async for number, piece in pieces if piece.answer is not None}
     return [answers[number] for number in range(count)]
 
 
-async def _naming(pieces: AsyncIterator[tuple[int, Piece]], path: Path, named: str) -> AsyncIterator[tuple[int, Piece]]:
+async def _naming(
+    pieces: AsyncIterator[tuple[int, TextDelta]], path: Path, named: str
+) -> AsyncIterator[tuple[int, TextDelta]]:
     """The pieces; an error names the file as whoever asked knows it, and not by its place on this machine."""
     try:
         async for number, piece in pieces:
@@ -290,11 +302,13 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refuse(_: Request, error: HTTPException) -> Response:
-        return Refusal(error.status_code, str(error.detail), "refused").respond()
+        return ApiError(error.status_code, str(error.detail), "refused").respond()
 
     @app.exception_handler(Exception)
     async def fail(_: Request, error: Exception) -> Response:
-        return Refusal(500, f"a mistake in the server ({type(error).__name__}); its log tells more", "failed").respond()
+        return ApiError(
+            500, f"a mistake in the server ({type(error).__name__}); its log tells more", "failed"
+        ).respond()
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from salmonn.caption.engine import SHUTTING_DOWN, Busy, CrowdedError, ModelFailedError
+from salmonn.caption.engine import SHUTTING_DOWN, ModelFailedError, OutOfMemoryDuringBatch, Overloaded
 from salmonn.serve.fetch import TooLargeError
 from salmonn.serve.schema import RequestError
 
@@ -23,11 +23,11 @@ _MEANINGS: dict[type[Exception], tuple[int, str]] = {
     ModelFailedError: (500, "failed"),
 }
 # What an answer may end with; any other error is a mistake in this program.
-ENDS: tuple[type[Exception], ...] = (Busy, *_MEANINGS)
+EXPECTED_ERRORS: tuple[type[Exception], ...] = (Overloaded, *_MEANINGS)
 
 
 @dataclass(frozen=True)
-class Refusal:
+class ApiError:
     """Why there is no answer.
 
     Args:
@@ -62,7 +62,7 @@ class Refusal:
         return JSONResponse(self.to_json(), status_code=self.status, headers=headers)
 
 
-def to_refusal(error: Exception, *, seconds: float) -> Refusal:
+def to_api_error(error: Exception, *, seconds: float) -> ApiError:
     """What an error of `ENDS` means to whoever asked; `seconds` is what a request may take."""
     words = str(error)
     if isinstance(error, TimeoutError):
@@ -70,11 +70,11 @@ def to_refusal(error: Exception, *, seconds: float) -> Refusal:
     elif isinstance(error, OSError):
         words = f"the server has no place for the file ({error.strerror}): tell whoever runs it"
         logger.error("no place for what was sent", exc_info=error)
-    if isinstance(error, Busy):
+    if isinstance(error, Overloaded):
         is_closing = words == SHUTTING_DOWN
-        status = 503 if is_closing or isinstance(error, CrowdedError) else 429
-        return Refusal(status, words, "closing" if is_closing else "busy", may_retry=True)
+        status = 503 if is_closing or isinstance(error, OutOfMemoryDuringBatch) else 429
+        return ApiError(status, words, "closing" if is_closing else "busy", may_retry=True)
     if isinstance(error, RequestError):
-        return Refusal(error.status, words, "refused", error.param, error.code)
+        return ApiError(error.status, words, "refused", error.param, error.code)
     status, outcome = next(value for kind, value in _MEANINGS.items() if isinstance(error, kind))
-    return Refusal(status, words, outcome)
+    return ApiError(status, words, outcome)

@@ -34,7 +34,7 @@ class TooLargeError(SourceError):
 
 
 @dataclass(frozen=True)
-class Fetching:
+class FetchPolicy:
     """What may be fetched.
 
     Args:
@@ -92,7 +92,7 @@ def _matches(pattern: str, host: str, port: int, *, usual: int) -> bool:
     return host.endswith(name[1:]) if name.startswith("*.") else host == name
 
 
-async def fetch(url: str, path: Path, *, fetching: Fetching) -> int:
+async def fetch(url: str, path: Path, *, fetch_policy: FetchPolicy) -> int:
     """Fetch a file.
 
     Args:
@@ -108,33 +108,33 @@ async def fetch(url: str, path: Path, *, fetching: Fetching) -> int:
         TooLargeError: it is larger than is taken.
     """
     try:
-        async with asyncio.timeout(fetching.seconds):
-            return await _follow(url, path, fetching)
+        async with asyncio.timeout(fetch_policy.seconds):
+            return await _follow(url, path, fetch_policy)
     except TimeoutError as error:
-        raise SourceError(f"the file at {_host(url)} did not come within {fetching.seconds:g} s") from error
+        raise SourceError(f"the file at {_host(url)} did not come within {fetch_policy.seconds:g} s") from error
     except httpx2.TimeoutException as error:
         raise SourceError(f"{_host(url)} said nothing for {_SILENCE_SECONDS:g} s") from error
     except httpx2.HTTPError as error:
         raise SourceError(f"the file at {_host(url)} could not be fetched ({type(error).__name__}: {error})") from error
 
 
-async def _follow(url: str, path: Path, fetching: Fetching) -> int:
-    target = _parse(url, fetching)
+async def _follow(url: str, path: Path, fetch_policy: FetchPolicy) -> int:
+    target = _parse(url, fetch_policy)
     for _ in range(_MOST_REDIRECTS + 1):
-        addresses = await _look_up(target, fetching)
-        got = await _get(target, addresses, path, fetching)
+        addresses = await _look_up(target, fetch_policy)
+        got = await _get(target, addresses, path, fetch_policy)
         if isinstance(got, int):
             return got
-        after = _parse(got, fetching, base=target)
+        after = _parse(got, fetch_policy, base=target)
         if target.scheme == "https" and after.scheme == "http":
             raise SourceError(f"{target.host} sends on from https to http, which is not followed")
         target = after
     raise SourceError(f"{_host(url)} sends on more than {_MOST_REDIRECTS} times, which is not followed")
 
 
-def _parse(url: str, fetching: Fetching, *, base: httpx2.URL | None = None) -> httpx2.URL:
+def _parse(url: str, fetch_policy: FetchPolicy, *, base: httpx2.URL | None = None) -> httpx2.URL:
     """An address that files may be fetched from; `base` is what sent on to it."""
-    if not fetching.hosts:
+    if not fetch_policy.hosts:
         raise SourceError(
             "this server fetches nothing from other hosts: send the file itself as a data: URL, or start the server "
             "with --allow_hosts"
@@ -147,7 +147,7 @@ def _parse(url: str, fetching: Fetching, *, base: httpx2.URL | None = None) -> h
         raise SourceError(f"a file is fetched from an http or https URL of up to {_LONGEST_URL} letters")
     if parsed.userinfo:
         raise SourceError("a URL with a user name or password is not fetched: leave them out")
-    if not fetching.allows(parsed):
+    if not fetch_policy.allows(parsed):
         raise SourceError(
             f"this server does not fetch from {parsed.netloc.decode('ascii')}: send the file itself as a data: URL, or "
             "start the server with that host among --allow_hosts"
@@ -155,7 +155,7 @@ def _parse(url: str, fetching: Fetching, *, base: httpx2.URL | None = None) -> h
     return parsed
 
 
-async def _look_up(url: httpx2.URL, fetching: Fetching) -> list[str]:
+async def _look_up(url: httpx2.URL, fetch_policy: FetchPolicy) -> list[str]:
     """The addresses that a host has, all of which may be connected to."""
     host, port = url.raw_host.decode("ascii"), url.port or _PORTS[url.scheme]
     try:
@@ -164,10 +164,10 @@ async def _look_up(url: httpx2.URL, fetching: Fetching) -> list[str]:
         raise SourceError(f"the host {url.host} is not known") from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in addresses:
-        if not _is_open(ipaddress.ip_address(address), private=fetching.private):
+        if not _is_open(ipaddress.ip_address(address), private=fetch_policy.private):
             raise SourceError(
                 f"the host {url.host} is at an address that is not public, from which nothing is fetched"
-                + ("" if fetching.private else ": start the server with --allow_private if it is yours")
+                + ("" if fetch_policy.private else ": start the server with --allow_private if it is yours")
             )
     return addresses
 
@@ -186,9 +186,9 @@ def _is_open(address: Address, *, private: bool) -> bool:
     return address.is_global or (private and (address.is_private or address.is_loopback))
 
 
-async def _get(url: httpx2.URL, addresses: list[str], path: Path, fetching: Fetching) -> int | str:
+async def _get(url: httpx2.URL, addresses: list[str], path: Path, fetch_policy: FetchPolicy) -> int | str:
     """The size of the file that was written, or the address that the host sends on to."""
-    timeout, tls = httpx2.Timeout(_SILENCE_SECONDS), fetching.tls()
+    timeout, tls = httpx2.Timeout(_SILENCE_SECONDS), fetch_policy.tls()
     for number, address in enumerate(addresses):
         # A client each time: none keeps cookies, a proxy of the environment or a connection to another address.
         async with httpx2.AsyncClient(verify=tls, trust_env=False, follow_redirects=False, timeout=timeout) as client:
@@ -207,13 +207,13 @@ async def _get(url: httpx2.URL, addresses: list[str], path: Path, fetching: Fetc
             try:
                 if response.has_redirect_location:
                     return response.headers["Location"]
-                return await _write(response, url, path, fetching)
+                return await _write(response, url, path, fetch_policy)
             finally:
                 await response.aclose()
     raise SourceError(f"the host {url.host} has no address")
 
 
-async def _write(response: httpx2.Response, url: httpx2.URL, path: Path, fetching: Fetching) -> int:
+async def _write(response: httpx2.Response, url: httpx2.URL, path: Path, fetch_policy: FetchPolicy) -> int:
     if response.status_code != httpx2.codes.OK:
         raise SourceError(f"{url.host} answers {response.status_code} instead of a file")
     # What is packed may be a thousand times as large as it comes.
@@ -221,19 +221,21 @@ async def _write(response: httpx2.Response, url: httpx2.URL, path: Path, fetchin
         raise SourceError(f"{url.host} sends the file packed, which is not taken")
     declared = response.headers.get("Content-Length", "")
     if declared.isdecimal():
-        _require_small(int(declared), fetching)
+        _require_small(int(declared), fetch_policy)
     size = 0
     with path.open("wb") as file:
         async for chunk in response.aiter_raw():
             size += len(chunk)
-            _require_small(size, fetching)
+            _require_small(size, fetch_policy)
             file.write(chunk)
     return size
 
 
-def _require_small(size: int, fetching: Fetching) -> None:
-    if size > fetching.max_bytes:
-        raise TooLargeError(f"the file is larger than the {fetching.max_bytes / (1 << 20):g} MiB that are taken here")
+def _require_small(size: int, fetch_policy: FetchPolicy) -> None:
+    if size > fetch_policy.max_bytes:
+        raise TooLargeError(
+            f"the file is larger than the {fetch_policy.max_bytes / (1 << 20):g} MiB that are taken here"
+        )
 
 
 def _host(url: str) -> str:

@@ -56,10 +56,10 @@ class _EngineCounts(Collector):
         """See `Collector`."""
         engine = self._engine
         counts = {
-            "readings": (engine.num_readings, "Readings of prompts that the model was asked for."),
+            "readings": (engine.num_prefills, "Readings of prompts that the model was asked for."),
             "answered": (engine.num_answered, "Queries that were answered."),
             "failed": (engine.num_failed, "Queries that failed."),
-            "dropped": (engine.num_dropped, "Queries that nobody waited for any more."),
+            "dropped": (engine.num_cancelled, "Queries that nobody waited for any more."),
         }
         yield GaugeMetricFamily("salmonn_waiting", "Answers that wait for the model.", value=engine.num_waiting)
         for name, (value, words) in counts.items():

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from salmonn.caption.engine import Answering, Busy, Engine, Query
-from salmonn.caption.streaming import Piece
+from salmonn.caption.engine import CaptionRequest, Engine, GenerationHandle, Overloaded
+from salmonn.caption.streaming import TextDelta
 from salmonn.serve.fetch import TooLargeError
 from salmonn.serve.metrics import Metrics
 from salmonn.serve.schema import Usage
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 _SMALL_BYTES = 64 << 10  # of a body, which is not counted among those held: large ones that stall refuse large ones
 
 
-class HeldBytes:
+class BodyMemory:
     """Bytes of large request bodies in memory, of all requests together.
 
     Args:
@@ -38,11 +38,11 @@ class HeldBytes:
     def add(self, count: int) -> None:
         """Hold more; raises Busy where that is too much."""
         if self.now + count > self.most:
-            raise Busy("other uploads take all the memory there is for them: try again in a while")
+            raise Overloaded("other uploads take all the memory there is for them: try again in a while")
         self.now += count
 
 
-class Visit:
+class RequestContext:
     """One request: to be closed once, however it ends.
 
     Args:
@@ -58,7 +58,7 @@ class Visit:
         whence: the file came.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, *, uploads: Path, held: HeldBytes, seconds: float) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, *, uploads: Path, held: BodyMemory, seconds: float) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.begun = time.monotonic()
         self.deadline = asyncio.get_running_loop().time() + seconds
@@ -71,7 +71,7 @@ class Visit:
         self._metrics = metrics
         self._held = held
         self._num_held = 0
-        self._answering: Answering | None = None
+        self._answering: GenerationHandle | None = None
         metrics.present.inc()
 
     async def body(self, request: Request, *, max_bytes: int) -> bytearray:
@@ -105,12 +105,12 @@ class Visit:
         self._folder = Path(tempfile.mkdtemp(dir=self._uploads))
         return self._folder
 
-    def begin(self, query: Query, *, num_samples: int) -> AsyncIterator[tuple[int, Piece]]:
+    def begin(self, query: CaptionRequest, *, num_samples: int) -> AsyncIterator[tuple[int, TextDelta]]:
         """Ask the engine; the answers come as `Engine.begin` tells them. Raises what it raises, and TimeoutError."""
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
+        told: asyncio.Queue[tuple[int, TextDelta | Exception]] = asyncio.Queue()
 
-        def tell(sample: int, piece: Piece | Exception) -> None:
+        def tell(sample: int, piece: TextDelta | Exception) -> None:
             with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
                 loop.call_soon_threadsafe(told.put_nowait, (sample, piece))
 
@@ -118,8 +118,8 @@ class Visit:
         return self._listen(told, num_samples)
 
     async def _listen(
-        self, told: "asyncio.Queue[tuple[int, Piece | Exception]]", num_open: int
-    ) -> AsyncIterator[tuple[int, Piece]]:
+        self, told: "asyncio.Queue[tuple[int, TextDelta | Exception]]", num_open: int
+    ) -> AsyncIterator[tuple[int, TextDelta]]:
         is_first = True
         while num_open:
             async with asyncio.timeout_at(self.deadline):
@@ -176,16 +176,16 @@ def _require_small(size: int, max_bytes: int) -> None:
         raise TooLargeError(f"the request is larger than the {max_bytes / (1 << 20):.0f} MiB that are taken here")
 
 
-async def while_there(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """Do some work as long as whoever asked is there, once the body is read.
 
     Raises:
         ClientDisconnect: they are not.
     """
-    return await unless(_until_gone(request), work, ClientDisconnect())
+    return await race(_until_gone(request), work, ClientDisconnect())
 
 
-async def unless(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, Result], error: Exception) -> Result:
+async def race(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, Result], error: Exception) -> Result:
     """Do some work, but give it up and raise the error where `end` is done before."""
     job, other = asyncio.create_task(work), asyncio.create_task(end)
     try:

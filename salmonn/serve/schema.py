@@ -15,7 +15,7 @@ from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.processor import MAX_CONVERSATION_CHARS, MAX_PROMPT_CHARS
 from salmonn.caption.prompt import History
-from salmonn.caption.streaming import Answer
+from salmonn.caption.streaming import Completion
 from salmonn.records import Modality
 
 # Parameters of OpenAI's interface that change nothing at these values; any other value is refused.
@@ -167,15 +167,15 @@ class ChatLimits:
         talk_letters: in all messages, earlier answers too.
     """
 
-    usual_tokens: int
-    answer_tokens: int = 4096
-    choices: int = 16
-    prompt_letters: int = MAX_PROMPT_CHARS
-    talk_letters: int = MAX_CONVERSATION_CHARS
+    default_tokens: int
+    max_tokens: int = 4096
+    max_choices: int = 16
+    max_prompt_chars: int = MAX_PROMPT_CHARS
+    max_conversation_chars: int = MAX_CONVERSATION_CHARS
 
 
 @dataclass(frozen=True)
-class Ask:
+class ChatRequest:
     """What a request asks for, its file apart.
 
     Args:
@@ -205,7 +205,7 @@ class Ask:
     include_usage: bool
 
 
-def parse_chat(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[Ask, str]:
+def parse_chat_request(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[ChatRequest, str]:
     """What a request's body asks for, and the URL of its file.
 
     Raises:
@@ -259,13 +259,13 @@ def _split_messages(messages: Sequence[_Message]) -> tuple[str | None, Sequence[
 
 def _refuse_long(asked: Sequence[str], answers: Sequence[str], limits: ChatLimits) -> None:
     longest, letters = max(map(len, asked)), sum(map(len, [*asked, *answers]))
-    if longest > limits.prompt_letters:
+    if longest > limits.max_prompt_chars:
         raise RequestError(
-            f"a message has {longest} letters: {limits.prompt_letters} are taken at most", param="messages"
+            f"a message has {longest} letters: {limits.max_prompt_chars} are taken at most", param="messages"
         )
-    if letters > limits.talk_letters:
+    if letters > limits.max_conversation_chars:
         raise RequestError(
-            f"the messages have {letters} letters, of which {limits.talk_letters} are taken at most: leave out the "
+            f"the messages have {letters} letters, more than {limits.max_conversation_chars}: leave out the "
             "eldest questions and answers",
             param="messages",
         )
@@ -302,12 +302,12 @@ def _url(clip: _Clip) -> str:
 
 def _to_ask(
     request: _Request, clip: _Clip, *, prompt: str | None, history: History, system: str | None, limits: ChatLimits
-) -> Ask:
+) -> ChatRequest:
     temperature, num_choices = request.temperature or 0.0, request.n or 1
     if 0 < temperature < _LEAST_TEMPERATURE:
         raise RequestError(f"temperature must be 0, or {_LEAST_TEMPERATURE} and above", param="temperature")
-    if num_choices > limits.choices:
-        raise RequestError(f"n: {limits.choices} choices are given at most", param="n")
+    if num_choices > limits.max_choices:
+        raise RequestError(f"n: {limits.max_choices} choices are given at most", param="n")
     if num_choices > 1 and not temperature:
         raise RequestError("n: at temperature 0 all choices are the same: set a temperature", param="n")
     if request.stream_options is not None and not request.stream:
@@ -316,7 +316,7 @@ def _to_ask(
         span = Span(request.start, request.end)
     except ValueError as error:
         raise RequestError(str(error), param="end") from error
-    return Ask(
+    return ChatRequest(
         kind=_CLIP_KINDS[clip.type],
         model=request.model or "",
         prompt=prompt,
@@ -343,9 +343,9 @@ def _limit(request: _Request, limits: ChatLimits) -> int:
     if older is not None and newer is not None and older != newer:
         raise RequestError("max_tokens and max_completion_tokens differ: give one", param="max_tokens")
     limit = older if newer is None else newer
-    if limit is not None and limit > limits.answer_tokens:
-        raise RequestError(f"max_tokens: {limits.answer_tokens} are given at most", param="max_tokens")
-    return limits.usual_tokens if limit is None else limit
+    if limit is not None and limit > limits.max_tokens:
+        raise RequestError(f"max_tokens: {limits.max_tokens} are given at most", param="max_tokens")
+    return limits.default_tokens if limit is None else limit
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ResponseBuilder:
     """Puts the answers to one request into JSON.
 
     Args:
@@ -380,7 +380,7 @@ class Speaker:
     created: int
     include_usage: bool = False
 
-    def whole(self, answers: Sequence[Answer], *, usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Completion], *, usage: Usage) -> dict[str, Any]:
         """The reply that is not streamed."""
         choices = [
             {
@@ -401,7 +401,7 @@ class Speaker:
         """The event with a piece of an answer."""
         return self._chunk(number, {"content": text}, None)
 
-    def end(self, number: int, answer: Answer) -> str:
+    def end(self, number: int, answer: Completion) -> str:
         """The event that ends an answer."""
         return self._chunk(number, {}, _finish_reason(answer))
 
@@ -418,7 +418,7 @@ class Speaker:
         return {"id": self.request_id, "object": kind, "created": self.created, "model": self.model}
 
 
-def _finish_reason(answer: Answer) -> str:
+def _finish_reason(answer: Completion) -> str:
     return "stop" if answer.finished else "length"
 
 

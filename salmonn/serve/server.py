@@ -53,7 +53,7 @@ class Server(uvicorn.Server):
         """What is done ten times a second."""
         if self.service.is_closing and not self.should_exit:
             self._closing_since = self._closing_since or time.monotonic()
-            if not self.service.num_visits or time.monotonic() - self._closing_since >= self.grace_seconds:
+            if not self.service.num_requests or time.monotonic() - self._closing_since >= self.grace_seconds:
                 await self.service.cut_off()
                 self.should_exit = True
         self._cut_silent()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from salmonn.serve.fetch import Fetching, SourceError, TooLargeError, fetch
+from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError, fetch
 
 _PREFIX, _NEW_PREFIX = "salmonn-uploads-", "salmonn-new-"
 _BLOCK = 4 << 20  # letters of base64 that are read at once; a multiple of 4
@@ -26,7 +26,7 @@ _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Sources:
+class MediaSources:
     """Where files may come from.
 
     Args:
@@ -34,17 +34,17 @@ class Sources:
         fetching: what may be fetched; its `max_bytes` also holds for what is sent.
     """
 
-    roots: tuple[Path, ...] = ()
-    fetching: Fetching = field(default_factory=Fetching)
+    allowed_dirs: tuple[Path, ...] = ()
+    fetch_policy: FetchPolicy = field(default_factory=FetchPolicy)
 
     def __post_init__(self) -> None:
-        for root in self.roots:
+        for root in self.allowed_dirs:
             if not root.is_dir():
                 raise ValueError(f"--allowed-dirs {root} is no folder: name one whose files may be read")
 
 
 @dataclass(frozen=True)
-class Obtained:
+class ResolvedMedia:
     """A file that a request named: where it lies, whence it came, and its bytes if they came over the network."""
 
     path: Path
@@ -52,7 +52,7 @@ class Obtained:
     num_bytes: int = 0
 
 
-async def obtain(url: str, folder: Path, *, sources: Sources) -> Obtained:
+async def resolve_media(url: str, folder: Path, *, sources: MediaSources) -> ResolvedMedia:
     """Have the file that a URL names.
 
     Args:
@@ -67,12 +67,12 @@ async def obtain(url: str, folder: Path, *, sources: Sources) -> Obtained:
     scheme = match[1].lower() if (match := _SCHEME.match(url)) else ""
     path = folder / "file"  # without an ending: its content tells what it is
     if scheme == "data":
-        size = await asyncio.to_thread(write_data, url, path, max_bytes=sources.fetching.max_bytes)
-        return Obtained(path, "data", size)
+        size = await asyncio.to_thread(write_data, url, path, max_bytes=sources.fetch_policy.max_bytes)
+        return ResolvedMedia(path, "data", size)
     if scheme in ("http", "https"):
-        return Obtained(path, "fetched", await fetch(url, path, fetching=sources.fetching))
+        return ResolvedMedia(path, "fetched", await fetch(url, path, fetch_policy=sources.fetch_policy))
     if scheme in ("file", ""):
-        return Obtained(await asyncio.to_thread(find_below, url, sources.roots), "root")
+        return ResolvedMedia(await asyncio.to_thread(find_below, url, sources.allowed_dirs), "root")
     raise SourceError(f"{scheme[:20]}: is no address that a file is taken from: use data:, https:, http: or file:")
 
 
@@ -94,13 +94,13 @@ def write_data(url: str, path: Path, *, max_bytes: int) -> int:
     return size
 
 
-def find_below(url: str, roots: tuple[Path, ...]) -> Path:
+def find_below(url: str, allowed_dirs: tuple[Path, ...]) -> Path:
     """The file that a file: URL or a path names, if it lies below one of the roots, links followed.
 
     Raises:
         SourceError: there is no such file there; whether there is one elsewhere is not told.
     """
-    if not roots:
+    if not allowed_dirs:
         raise SourceError(
             "this server reads no local files: send the file as a data: URL, or start the server with --allowed-dirs"
         )
@@ -110,7 +110,7 @@ def find_below(url: str, roots: tuple[Path, ...]) -> Path:
         if parts.netloc not in ("", "localhost"):
             raise SourceError("a file: URL names a path of the server: write file:///folder/video.mp4")
         named = unquote(parts.path)
-    whole = [root.resolve() for root in roots]
+    whole = [root.resolve() for root in allowed_dirs]
     # From a root on, or as whoever started the server would name it.
     for folder in (*whole, Path()):
         try:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.loader import cut_alike
+from salmonn.caption.loader import length_buckets
 from salmonn.media.container import declared_seconds
 from salmonn.model.network import ClipFeatures
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
@@ -58,7 +58,7 @@ class Evaluation:
 
 def cut(lengths: Sequence[float], *, size: int) -> list[list[int]]:
     """Places of a list in even batches of at most `size` (at least 1) and of like length, the longest first."""
-    return cut_alike([-length for length in lengths], size=max(1, size))
+    return length_buckets([-length for length in lengths], size=max(1, size))
 
 
 def _spread_out(

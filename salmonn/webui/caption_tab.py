@@ -10,8 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from salmonn.caption.engine import Busy, Query
-from salmonn.caption.streaming import Answer
+from salmonn.caption.engine import CaptionRequest, Overloaded
+from salmonn.caption.streaming import Completion
 from salmonn.records import Caption, Reference
 from salmonn.webui.controls import QUIET, add_controls, add_wanted, require_words
 from salmonn.webui.rendering import show_caption, show_empty, show_findings, show_marked, show_trouble
@@ -104,13 +104,15 @@ class CaptionTab:
             caption = yield from self._stream(query, model, turn)
             if caption and not turn.is_stopped and query.prompt is None:  # of own questions there are no events
                 yield self._tell(caption, reference, query, turn)
-        except (ValueError, Busy, RuntimeError) as error:
+        except (ValueError, Overloaded, RuntimeError) as error:
             if not turn.is_over:
                 yield self._fail(tell(error, path))
         # By itself and last: whatever else became of it, the visitor can go on.
         yield self._ready()
 
-    def _tell(self, caption: Caption, reference: Reference | None, query: Query, turn: ActiveRequest) -> Update:
+    def _tell(
+        self, caption: Caption, reference: Reference | None, query: CaptionRequest, turn: ActiveRequest
+    ) -> Update:
         """What is found in a caption."""
         found = self.state.scorer.analyze(caption, reference, modality=query.modality)
         if turn.is_over:
@@ -120,7 +122,9 @@ class CaptionTab:
             self.findings: show_findings(found, judge=self.state.scorer.judge.name),
         }
 
-    def _stream(self, query: Query, model: str, turn: ActiveRequest) -> Generator[Update, None, Caption | None]:
+    def _stream(
+        self, query: CaptionRequest, model: str, turn: ActiveRequest
+    ) -> Generator[Update, None, Caption | None]:
         """The caption as it grows; returns it as far as it came, None where nobody looks at it any more."""
         text, answer, told_at, seconds, begin = "", None, 0.0, 0.0, time.monotonic()
         yield self._begin()
@@ -138,7 +142,7 @@ class CaptionTab:
                     yield {self.answer: show_caption(text, growing=True), self.status: _state(WRITING)}
         if turn.is_over:
             return None
-        caption = to_caption(query, answer or Answer(text.strip(), finished=False), model)
+        caption = to_caption(query, answer or Completion(text.strip(), finished=False), model)
         yield self._whole(caption, f"{'' if answer else 'stopped, '}{seconds:.1f} s", is_whole=answer is not None)
         return caption
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import gradio as gr
 
-from salmonn.caption.engine import Busy, Query
-from salmonn.caption.probe import Outline
-from salmonn.caption.streaming import Answer
+from salmonn.caption.engine import CaptionRequest, Overloaded
+from salmonn.caption.probe import MediaInfo
+from salmonn.caption.streaming import Completion
 from salmonn.preference.votes import Candidate, Choice, Vote, VoteMedia, now
 from salmonn.records import Reference, Score
 from salmonn.webui.controls import QUIET, add_controls, add_wanted, require_words
@@ -51,8 +51,8 @@ class ComparisonState:
 
     first: ScoredCandidate
     second: ScoredCandidate
-    query: Query
-    outline: Outline
+    query: CaptionRequest
+    outline: MediaInfo
     reference: Reference | None
     _free: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
 
@@ -143,7 +143,7 @@ class CompareTab:
                 )
             yield self._begin()
             duel = yield from self._draw(query, models, turn)
-        except (ValueError, Busy, RuntimeError) as error:
+        except (ValueError, Overloaded, RuntimeError) as error:
             duel = None
             if not turn.is_over:
                 yield self._fail(tell(error, path))
@@ -154,10 +154,10 @@ class CompareTab:
         yield {self.start: gr.update(interactive=True)}
 
     def _draw(
-        self, query: Query, models: tuple[str, str], turn: ActiveRequest
+        self, query: CaptionRequest, models: tuple[str, str], turn: ActiveRequest
     ) -> Generator[Update, None, ComparisonState | None]:
         """Tells that it goes on; returns what is to be compared, None where nobody looks at it any more."""
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Completion] = {}
         with closing(self.state.stream_answers(query, models)) as coming:
             for come in coming:
                 if turn.is_over:
@@ -168,9 +168,9 @@ class CompareTab:
                     answers[come[0]] = come[1].answer
         return self._set_up(query, [(model, answers[place]) for place, model in enumerate(models)])
 
-    def _set_up(self, query: Query, answers: Sequence[tuple[str, Answer]]) -> ComparisonState:
+    def _set_up(self, query: CaptionRequest, answers: Sequence[tuple[str, Completion]]) -> ComparisonState:
         """The captions with their scores, on sides that are drawn."""
-        outline = self.state.look_at(query.path, model=answers[0][0])
+        outline = self.state.probe_media(query.path, model=answers[0][0])
         reference = self.state.reference_of(query.path) if query.prompt is None else None
         is_twice = answers[0][0] == answers[1][0]
         drawn = [
@@ -180,7 +180,9 @@ class CompareTab:
         random.SystemRandom().shuffle(drawn)
         return ComparisonState(drawn[0], drawn[1], query, outline, reference)
 
-    def _score(self, model: str, answer: Answer, query: Query, reference: Reference | None) -> ScoredCandidate:
+    def _score(
+        self, model: str, answer: Completion, query: CaptionRequest, reference: Reference | None
+    ) -> ScoredCandidate:
         """A caption, scored where there is a reference."""
         assert query.sampling is not None
         prompt = query.prompt or self.state.engines[model].captioner.default_prompt(query.modality)

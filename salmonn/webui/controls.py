@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from salmonn.caption.captioner import Captioner, Span
-from salmonn.caption.engine import Query
+from salmonn.caption.engine import CaptionRequest
 from salmonn.caption.generate import Sampling
 from salmonn.records import Modality
 
@@ -38,7 +38,7 @@ class Controls:
         """All of them, as inputs."""
         return set(vars(self).values())
 
-    def query(self, values: Mapping[Any, Any], path: Path) -> Query:
+    def query(self, values: Mapping[Any, Any], path: Path) -> CaptionRequest:
         """What a visitor asks of a file.
 
         Raises:
@@ -58,7 +58,7 @@ class Controls:
             max_new_tokens=longest,
             repetition_penalty=_number(values[self.penalty] or 0, name="the repetition penalty") or None,
         )
-        return Query(
+        return CaptionRequest(
             path,
             prompt=prompt,
             sampling=sampling,

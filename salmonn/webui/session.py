@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 from salmonn.caption.captioner import Span
-from salmonn.caption.engine import Engine, Query
-from salmonn.caption.probe import Outline, look_at
-from salmonn.caption.streaming import Answer, Piece
+from salmonn.caption.engine import CaptionRequest, Engine
+from salmonn.caption.probe import MediaInfo, probe_media
+from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption, Reference
 from salmonn.synthetic.render import make_clips, render_frames, sample_clip
@@ -26,7 +26,7 @@ from salmonn.synthetic.scene import SynthConfig
 from salmonn.webui.scorer import CaptionScorer
 
 logger = logging.getLogger(__name__)
-Come = tuple[int, Piece | Exception]
+Come = tuple[int, TextDelta | Exception]
 PATIENCE_SECONDS = 0.25  # after which it is told that nothing has come
 KEEP_SECONDS = 15 * 60.0  # for a file that nobody holds: it may be on its way to somebody
 # Of no training config; larger than the clips of those, to look well in a player. What the toy model says of them shows
@@ -226,7 +226,9 @@ class AppState:
         example = self.example_of(path)
         return example.reference if example else self.scorer.references.get(path.name)
 
-    def stream_answers(self, query: Query, models: Sequence[str]) -> Generator[tuple[int, Piece] | None, None, None]:
+    def stream_answers(
+        self, query: CaptionRequest, models: Sequence[str]
+    ) -> Generator[tuple[int, TextDelta] | None, None, None]:
         """Ask models, each of which gives one answer, or several where it stands there several times.
 
         Yields:
@@ -261,10 +263,10 @@ class AppState:
             for answering in under_way:
                 answering.drop()
 
-    def look_at(self, path: Path, *, model: str) -> Outline:
+    def probe_media(self, path: Path, *, model: str) -> MediaInfo:
         """What a file holds; raises ClipError where it is no video or sound."""
         engine = self.engines[model]
-        return look_at(path, engine.reader, engine.captioner.processor.read_spec("both"))
+        return probe_media(path, engine.reader, engine.captioner.processor.read_spec("both"))
 
     def close(self) -> None:
         """Let go of models and workers, which the models share: none may take a query when they go."""
@@ -275,10 +277,10 @@ class AppState:
 
 
 def _put(
-    told: "queue.SimpleQueue[tuple[int, Piece | Exception]]",
+    told: "queue.SimpleQueue[tuple[int, TextDelta | Exception]]",
     places: Sequence[int],
     sample: int,
-    piece: Piece | Exception,
+    piece: TextDelta | Exception,
 ) -> None:
     told.put((places[sample], piece))
 
@@ -292,7 +294,7 @@ def tell(error: Exception, path: Path) -> str:
     return str(error).replace(f"{path}: ", "").replace(str(path), path.name)
 
 
-def to_caption(query: Query, answer: Answer, model: str) -> Caption:
+def to_caption(query: CaptionRequest, answer: Completion, model: str) -> Caption:
     """An answer as a record."""
     span = query.span or Span()
     return Caption(

@@ -11,7 +11,7 @@ from salmonn.batch.job import CaptionJob, JobConfig, TooManyFailures, VideoResul
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import LedgerFiles
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.caption.captioner import Asked, Done
+from salmonn.caption.captioner import PendingRequest, SegmentResult
 from salmonn.caption.generate import Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure, read_records
@@ -284,7 +284,7 @@ class Scripted:
     """In place of a captioner: segments come in any order, those of several videos among each other."""
 
     def __init__(self) -> None:
-        self.asked: list[Asked] = []
+        self.asked: list[PendingRequest] = []
         self.options: dict = {}
 
     def default_sampling(self) -> Sampling:
@@ -293,8 +293,8 @@ class Scripted:
     def caption_batches(self, asked, **options):
         self.asked, self.options = list(asked), options
 
-        def done(place: int, start: float) -> Done:
-            return Done(place, 2, Caption(str(self.asked[place].path), "ok", start_seconds=start))
+        def done(place: int, start: float) -> SegmentResult:
+            return SegmentResult(place, 2, Caption(str(self.asked[place].path), "ok", start_seconds=start))
 
         yield [done(1, 2.0), done(0, 0.0)]
         yield [done(0, 2.0)]

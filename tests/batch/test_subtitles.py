@@ -12,7 +12,7 @@ import pytest
 
 from salmonn.batch.ledger_files import LedgerError
 from salmonn.batch.subtitles import SubtitleWriter, format_text
-from salmonn.caption.worker import Limits
+from salmonn.caption.worker import WorkerLimits
 from salmonn.media.container import declared_seconds
 from salmonn.records import Caption
 
@@ -129,7 +129,7 @@ def test_lengths_are_asked_for_in_a_process_with_limits(make, videos, monkeypatc
     """A file that takes too long there is a failure, and the next one is asked by another process."""
     film, good = ([Caption(str(video), "words")] for video in videos[:2])
     monkeypatch.setattr("salmonn.batch.subtitles.declared_seconds", time.sleep)
-    with make("srt", limits=Limits(seconds=0.5)) as subtitles, monkeypatch.context() as patched:
+    with make("srt", limits=WorkerLimits(seconds=0.5)) as subtitles, monkeypatch.context() as patched:
         patched.setattr("salmonn.batch.subtitles.partial", lambda job, video: partial(job, 60))
         (failure,) = subtitles.write(film)
         assert failure.stage == "write" and "took more than 0.5 s" in failure.reason

@@ -69,7 +69,7 @@ def test_a_broken_file_harms_no_other(captioner, videos, tmp_path, batch_size):
     empty = tmp_path / "empty.mp4"
     empty.touch()
     results = list(
-        captioner.caption_each([broken, videos[0], videos[1], empty, videos[2]], sampling=SHORT, batch_size=batch_size)
+        captioner.caption_many([broken, videos[0], videos[1], empty, videos[2]], sampling=SHORT, batch_size=batch_size)
     )
     assert [type(result) for result in results] == [Failure, Caption, Caption, Failure, Caption]
     assert [result.video for result in results] == [
@@ -83,14 +83,14 @@ def test_a_broken_file_harms_no_other(captioner, videos, tmp_path, batch_size):
 
 def test_only_broken_files(captioner, tmp_path):
     (tmp_path / "a.mp4").touch()
-    results = list(captioner.caption_each([tmp_path / "a.mp4"], sampling=SHORT))
+    results = list(captioner.caption_many([tmp_path / "a.mp4"], sampling=SHORT))
     assert len(results) == 1 and isinstance(results[0], Failure)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_size_below_one_is_refused(captioner, videos, batch_size):
     with pytest.raises(ValueError, match="batch_size"):
-        list(captioner.caption_each(videos[:1], sampling=SHORT, batch_size=batch_size))
+        list(captioner.caption_many(videos[:1], sampling=SHORT, batch_size=batch_size))
 
 
 def test_a_span_is_what_the_model_sees(captioner, videos):
@@ -99,11 +99,11 @@ def test_a_span_is_what_the_model_sees(captioner, videos):
     part = captioner.processor.read(videos[0], start_seconds=2.0, end_seconds=4.0)
     assert caption.text == captioner.answer([part], [DESCRIBE], sampling=SHORT)[0].text
     assert caption.text != captioner.caption(videos[0], sampling=SHORT).text
-    assert next(captioner.caption_each(videos[:1], sampling=SHORT, span=span)) == caption
+    assert next(captioner.caption_many(videos[:1], sampling=SHORT, span=span)) == caption
 
 
 def test_a_span_beyond_the_end_is_a_failure_with_words(captioner, videos):
-    (result,) = captioner.caption_each(videos[:1], sampling=SHORT, span=Span(100.0, None))
+    (result,) = captioner.caption_many(videos[:1], sampling=SHORT, span=Span(100.0, None))
     assert isinstance(result, Failure) and str(videos[0]) in result.reason
     with pytest.raises(ValueError, match=videos[0].name):
         captioner.caption(videos[0], span=Span(100.0, None))
@@ -147,7 +147,7 @@ def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monke
         return plain(clips, prompts, **named)
 
     monkeypatch.setattr(captioner, "answer", crowded)
-    results = list(captioner.caption_each(videos[:4], sampling=SHORT, batch_size=1))
+    results = list(captioner.caption_many(videos[:4], sampling=SHORT, batch_size=1))
     assert [isinstance(result, Failure) for result in results] == [False, False, True, False]
     assert "does not fit in the GPU's memory" in results[2].reason and "batch_size" in results[2].reason
     assert str(videos[2]) in results[2].reason and results[2].stage == "caption"
@@ -165,7 +165,7 @@ def test_clips_of_like_length_go_together(captioner, videos, monkeypatch):
     seconds = {video: read_clip(video, captioner.processor.config.frame_sampler).video_seconds for video in videos}
     short, long = min(videos, key=seconds.get), max(videos, key=seconds.get)
     assert round(seconds[short]) < round(seconds[long])
-    results = list(captioner.caption_each([short, long, short, long, short], sampling=SHORT, batch_size=3))
+    results = list(captioner.caption_many([short, long, short, long, short], sampling=SHORT, batch_size=3))
     # Of the three short ones two are alone, and the last goes with the long ones, in the order of the paths.
     assert sizes == [[round(seconds[short])] * 2, [*[round(seconds[long])] * 2, round(seconds[short])]]
     assert [result.video for result in results] == [str(path) for path in (short, long, short, long, short)]
@@ -179,7 +179,7 @@ def test_a_draw_depends_on_its_seed_and_place_alone(captioner, videos):
     with ClipReader(workers=2) as reader:
         for batch_size in (1, 3, 8):
             named = dict(sampling=drawn, seed=5, batch_size=batch_size, reader=reader)
-            assert list(captioner.caption_each(videos, **named)) == alone
+            assert list(captioner.caption_many(videos, **named)) == alone
         assert reader.waited_seconds > 0
 
 
@@ -195,7 +195,7 @@ def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, 
     monkeypatch.setattr("salmonn.caption.processor.Wanted", deadly.Deadly)
     paths = [videos[0], tmp_path / "bad.mp4", videos[1]]
     with ClipReader(workers=2) as reader:
-        results = list(captioner.caption_each(paths, sampling=SHORT, reader=reader))
+        results = list(captioner.caption_many(paths, sampling=SHORT, reader=reader))
     assert [result.video for result in results] == list(map(str, paths))
     assert isinstance(results[1], Failure) and "SIGKILL" in results[1].reason and str(paths[1]) in results[1].reason
     assert [results[0], results[2]] == [captioner.caption(video, sampling=SHORT) for video in videos[:2]]

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Span
-from salmonn.caption.engine import Busy, CrowdedError, Engine, ModelFailedError, Query
+from salmonn.caption.engine import CaptionRequest, Engine, ModelFailedError, OutOfMemoryDuringBatch, Overloaded
 from salmonn.caption.generate import Sampling, generate
-from salmonn.caption.loader import ClipReader, Wanted
+from salmonn.caption.loader import ClipReader, ReadSpec
 from salmonn.caption.processor import PromptRow
-from salmonn.caption.streaming import Piece
+from salmonn.caption.streaming import TextDelta
 from salmonn.media.container import ClipError, declared_seconds
-from salmonn.serve.errors import to_refusal
+from salmonn.serve.errors import to_api_error
 from tests.serve.running import wait_until
 
 SHORT = Sampling(max_new_tokens=12)
 FREE = Sampling(temperature=1.0, max_new_tokens=12)
 
 
-class Slow(Wanted):
+class Slow(ReadSpec):
     """What it reads takes ten minutes."""
 
     def read(self, path):
@@ -48,26 +48,28 @@ class Told(list):
         self.append((sample, piece))
 
     def texts(self):
-        return {sample: piece.answer.text for sample, piece in self if isinstance(piece, Piece) and piece.answer}
+        return {sample: piece.answer.text for sample, piece in self if isinstance(piece, TextDelta) and piece.answer}
 
 
 def test_answers_are_the_captioners(engine, model, videos):
-    query = Query(videos[0], sampling=SHORT)
+    query = CaptionRequest(videos[0], sampling=SHORT)
     *pieces, last = engine.ask(query)
     caption = model.caption(videos[0], sampling=SHORT)
     assert last.answer.text == caption.text and last.answer.finished == caption.finished
     assert "".join(piece.text for piece in [*pieces, last]) == caption.text
     span = Span(1.0, 3.0)
     named = dict(prompt="What is heard?", sampling=FREE, span=span, modality="audio", seed=7)
-    assert say(engine, Query(videos[1], **named)) == model.caption(videos[1], **named).text
+    assert say(engine, CaptionRequest(videos[1], **named)) == model.caption(videos[1], **named).text
 
 
 def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeypatch):
     """One is being read; eight wait, two of which are drawn in another way: 1, 6 and 2, and nine go on together."""
     monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 8192)
     model.gate.clear()
-    begun, told = engine.num_readings, [Told() for _ in range(9)]
-    queries = [Query(videos[place % 5], sampling=FREE if place in (4, 6) else SHORT, seed=place) for place in range(9)]
+    begun, told = engine.num_prefills, [Told() for _ in range(9)]
+    queries = [
+        CaptionRequest(videos[place % 5], sampling=FREE if place in (4, 6) else SHORT, seed=place) for place in range(9)
+    ]
     engine.begin(queries[0], tell=told[0])
     wait_until(lambda: model.batches == [1])
     engine.begin(queries[1], tell=told[1])
@@ -76,8 +78,8 @@ def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeyp
         engine.begin(query, tell=listener)
     wait_until(lambda: engine.num_waiting == 8)
     model.gate.set()
-    wait_until(lambda: not engine.num_present)
-    assert model.batches == [1, 6, 2] and engine.num_readings - begun == 3 and model.most == 9
+    wait_until(lambda: not engine.num_active)
+    assert model.batches == [1, 6, 2] and engine.num_prefills - begun == 3 and model.most == 9
     for query, listener in zip(queries, told, strict=True):
         expected = model.caption(query.path, sampling=query.sampling, seed=query.seed)
         wait_until(listener.texts)
@@ -89,9 +91,9 @@ def test_who_comes_joins_those_who_are_being_answered(engine, model, videos):
     long = Sampling(max_new_tokens=100)
     first, second = Told(), Told()
     model.gate.clear()
-    engine.begin(Query(videos[0], sampling=long), tell=first)
+    engine.begin(CaptionRequest(videos[0], sampling=long), tell=first)
     make_steps(model, 3)
-    engine.begin(Query(videos[1], sampling=FREE, seed=4), tell=second)
+    engine.begin(CaptionRequest(videos[1], sampling=FREE, seed=4), tell=second)
     wait_until(lambda: engine.num_waiting == 1)
     make_steps(model, 13)  # one before it joins
     wait_until(second.texts)
@@ -107,10 +109,10 @@ def test_newcomers_who_take_long_to_read_join_one_by_one(engine, model, videos, 
     monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 1)
     model.gate.clear()
     told = [Told() for _ in range(4)]
-    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    engine.begin(CaptionRequest(videos[0], sampling=SHORT), tell=told[0])
     wait_until(lambda: model.batches == [1])
     for video, listener in zip(videos[1:4], told[1:], strict=True):
-        engine.begin(Query(video, sampling=SHORT), tell=listener)
+        engine.begin(CaptionRequest(video, sampling=SHORT), tell=listener)
     wait_until(lambda: engine.num_waiting == 3)
     model.gate.set()
     wait_until(lambda: all(listener.texts() for listener in told))
@@ -125,9 +127,9 @@ def test_newcomers_who_cannot_be_read_harm_nobody(engine, model, videos):
     long = Sampling(max_new_tokens=100)
     told, failed = Told(), Told()
     model.gate.clear()
-    engine.begin(Query(videos[0], sampling=long), tell=told)
+    engine.begin(CaptionRequest(videos[0], sampling=long), tell=told)
     make_steps(model, 3)
-    engine.begin(Query(videos[1], sampling=SHORT), tell=failed)
+    engine.begin(CaptionRequest(videos[1], sampling=SHORT), tell=failed)
     wait_until(lambda: engine.num_waiting == 1)
     make_steps(model, 2)
     assert isinstance(failed[0][1], ModelFailedError) and "IndexError" in str(failed[0][1])
@@ -150,10 +152,10 @@ def test_newcomers_without_room_are_answered_when_the_others_have_ended(engine, 
     model.fail_to_read = fail
     told = [Told() for _ in range(3)]
     model.gate.clear()
-    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    engine.begin(CaptionRequest(videos[0], sampling=SHORT), tell=told[0])
     make_steps(model, 3)
     for video, listener in zip(videos[1:], told[1:], strict=False):
-        engine.begin(Query(video, sampling=SHORT), tell=listener)
+        engine.begin(CaptionRequest(video, sampling=SHORT), tell=listener)
         wait_until(lambda listener=listener: engine.num_waiting == told.index(listener))
     model.gate.set()
     wait_until(lambda: all(listener.texts() for listener in told))
@@ -163,21 +165,21 @@ def test_newcomers_without_room_are_answered_when_the_others_have_ended(engine, 
     assert refused == [2] and model.batches == [1, 1, 1, 1] and model.most == 1
     model.fail_to_read = lambda size: torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(ValueError, match="does not fit in the GPU's memory"):
-        say(engine, Query(videos[0]))
+        say(engine, CaptionRequest(videos[0]))
 
 
 def test_without_room_those_who_were_told_nothing_begin_anew(engine, model, videos):
     """A second clip joins one whose answer is being told, and at its first step the two have no room."""
     first, second = Told(), Told()
     model.gate.clear()
-    engine.begin(Query(videos[0], sampling=SHORT), tell=first)
+    engine.begin(CaptionRequest(videos[0], sampling=SHORT), tell=first)
     make_steps(model, 3)
-    answering = engine.begin(Query(videos[1], sampling=SHORT), tell=second)
+    answering = engine.begin(CaptionRequest(videos[1], sampling=SHORT), tell=second)
     wait_until(lambda: engine.num_waiting == 1)
     model.fail = lambda size: torch.OutOfMemoryError("CUDA out of memory") if size == 2 else None
     model.gate.set()
     wait_until(second.texts)
-    assert isinstance(first[-1][1], CrowdedError) and not first.texts()
+    assert isinstance(first[-1][1], OutOfMemoryDuringBatch) and not first.texts()
     assert second.texts() == {0: model.caption(videos[1], sampling=SHORT).text}
     assert answering.num_answer_tokens == 12 and model.batches == [1, 1, 1]
 
@@ -187,22 +189,22 @@ def test_all_answers_to_a_query_join_together(engine, model, videos, monkeypatch
     monkeypatch.setattr(engine, "batch_size", 4)
     told = [Told(), Told()]
     model.gate.clear()
-    engine.begin(Query(videos[0], sampling=FREE), tell=told[0])
+    engine.begin(CaptionRequest(videos[0], sampling=FREE), tell=told[0])
     make_steps(model, 3)
-    engine.begin(Query(videos[1], sampling=FREE), tell=told[1], num_samples=4)
+    engine.begin(CaptionRequest(videos[1], sampling=FREE), tell=told[1], num_samples=4)
     wait_until(lambda: engine.num_waiting == 4)
     model.gate.set()
     wait_until(lambda: len(told[1].texts()) == 4)
     assert model.batches == [1, 4]
-    engine.begin(Query(videos[2], sampling=FREE), tell=told[1], num_samples=6)
-    wait_until(lambda: not engine.num_present)
+    engine.begin(CaptionRequest(videos[2], sampling=FREE), tell=told[1], num_samples=6)
+    wait_until(lambda: not engine.num_active)
     assert model.batches == [1, 4, 4, 2]
 
 
 def test_samples_share_the_file_and_have_their_own_seeds(engine, model, videos):
     told = Told()
-    answering = engine.begin(Query(videos[2], sampling=FREE, seed=3), tell=told, num_samples=3)
-    assert engine.num_present == 3
+    answering = engine.begin(CaptionRequest(videos[2], sampling=FREE, seed=3), tell=told, num_samples=3)
+    assert engine.num_active == 3
     wait_until(lambda: len(told.texts()) == 3)
     assert model.batches == [3]
     texts = {sample: model.caption(videos[2], sampling=FREE, seed=3 + sample).text for sample in range(3)}
@@ -217,7 +219,7 @@ def test_samples_share_the_file_and_have_their_own_seeds(engine, model, videos):
 
 def test_tokens_are_counted(engine, model, videos):
     told = Told()
-    answering = engine.begin(Query(videos[0], sampling=Sampling(max_new_tokens=5)), tell=told)
+    answering = engine.begin(CaptionRequest(videos[0], sampling=Sampling(max_new_tokens=5)), tell=told)
     wait_until(told.texts)
     assert not told[-1][1].answer.finished and answering.num_answer_tokens == 5
     assert 0 < answering.reading_seconds < 20
@@ -227,7 +229,7 @@ def test_tokens_of_answers_that_end_before_others_are_counted(engine, model, vid
     """With a fifth of all tokens as ends, answers of one batch end one by one."""
     monkeypatch.setattr(model.processor, "stop_ids", list(range(1, 400, 5)))
     told = Told()
-    answering = engine.begin(Query(videos[0], sampling=FREE, seed=1), tell=told, num_samples=4)
+    answering = engine.begin(CaptionRequest(videos[0], sampling=FREE, seed=1), tell=told, num_samples=4)
     wait_until(lambda: len(told.texts()) == 4)
     row = PromptRow(0, model.default_prompt())
     inputs = model.processor.collate([row] * 4, [model.processor.read(videos[0])])
@@ -239,10 +241,10 @@ def test_tokens_of_answers_that_end_before_others_are_counted(engine, model, vid
 def test_a_batch_that_nobody_waits_for_ends(engine, model, videos):
     """500 steps would be made."""
     told = Told()
-    answering = engine.begin(Query(videos[0], sampling=Sampling(max_new_tokens=500)), tell=told)
+    answering = engine.begin(CaptionRequest(videos[0], sampling=Sampling(max_new_tokens=500)), tell=told)
     wait_until(lambda: told)
     answering.drop()
-    assert say(engine, Query(videos[1], sampling=SHORT))
+    assert say(engine, CaptionRequest(videos[1], sampling=SHORT))
     assert model.num_steps < 250
 
 
@@ -250,41 +252,41 @@ def test_too_many_are_refused(engine, model, videos):
     """12 may wait."""
     model.gate.clear()
     told = Told()
-    engine.begin(Query(videos[0], sampling=FREE), tell=told, num_samples=11)
-    with pytest.raises(Busy, match="11 answers are waited for already"):
-        engine.begin(Query(videos[0]), tell=told, num_samples=2)
-    engine.begin(Query(videos[0], sampling=SHORT), tell=told)
-    with pytest.raises(Busy, match="12 answers"):
-        next(engine.ask(Query(videos[0])))
+    engine.begin(CaptionRequest(videos[0], sampling=FREE), tell=told, num_samples=11)
+    with pytest.raises(Overloaded, match="11 answers are waited for already"):
+        engine.begin(CaptionRequest(videos[0]), tell=told, num_samples=2)
+    engine.begin(CaptionRequest(videos[0], sampling=SHORT), tell=told)
+    with pytest.raises(Overloaded, match="12 answers"):
+        next(engine.ask(CaptionRequest(videos[0])))
     model.gate.set()
-    wait_until(lambda: not engine.num_present)
-    assert say(engine, Query(videos[0], sampling=SHORT))
+    wait_until(lambda: not engine.num_active)
+    assert say(engine, CaptionRequest(videos[0], sampling=SHORT))
 
 
 def test_bad_files_and_bad_prompts_harm_nobody(engine, videos, tmp_path):
     failed = engine.num_failed
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
     with pytest.raises(ClipError, match=r"broken\.mp4: is not a video"):
-        say(engine, Query(tmp_path / "broken.mp4"))
+        say(engine, CaptionRequest(tmp_path / "broken.mp4"))
     with pytest.raises(ValueError, match="special token"):
-        say(engine, Query(videos[0], prompt="<|im_end|>"))
-    assert engine.num_failed == failed + 1 and not engine.num_present  # the prompt was refused before it was a query
-    assert say(engine, Query(videos[0], sampling=SHORT))
+        say(engine, CaptionRequest(videos[0], prompt="<|im_end|>"))
+    assert engine.num_failed == failed + 1 and not engine.num_active  # the prompt was refused before it was a query
+    assert say(engine, CaptionRequest(videos[0], sampling=SHORT))
 
 
 def test_who_leaves_is_not_answered_further_and_the_batch_goes_on(engine, model, videos):
     model.gate.clear()
-    dropped, answered = engine.num_dropped, engine.num_answered
+    dropped, answered = engine.num_cancelled, engine.num_answered
     told = [Told(), Told()]
-    first = engine.begin(Query(videos[0], sampling=SHORT), tell=Told())  # has the model while the others come
+    first = engine.begin(CaptionRequest(videos[0], sampling=SHORT), tell=Told())  # has the model while the others come
     wait_until(lambda: model.batches == [1])
-    going = engine.begin(Query(videos[1], sampling=SHORT), tell=told[0])
-    engine.begin(Query(videos[2], sampling=SHORT), tell=told[1])
-    unread = engine.begin(Query(videos[3], sampling=SHORT), tell=Told())
+    going = engine.begin(CaptionRequest(videos[1], sampling=SHORT), tell=told[0])
+    engine.begin(CaptionRequest(videos[2], sampling=SHORT), tell=told[1])
+    unread = engine.begin(CaptionRequest(videos[3], sampling=SHORT), tell=Told())
     wait_until(lambda: engine.num_waiting == 3)
     first.drop()
     unread.drop()
-    assert engine.num_dropped == dropped + 2 and engine.num_present == 2
+    assert engine.num_cancelled == dropped + 2 and engine.num_active == 2
     model.gate.set()
     wait_until(lambda: told[0])
     going.drop()
@@ -293,51 +295,51 @@ def test_who_leaves_is_not_answered_further_and_the_batch_goes_on(engine, model,
     assert told[1].texts() == {0: model.caption(videos[2], sampling=SHORT).text}
     assert len(told[0]) <= heard + 1  # a piece may have been on its way
     if not told[0].texts():  # unless it ended before it was dropped
-        assert engine.num_dropped == dropped + 3 and engine.num_answered == answered + 1
+        assert engine.num_cancelled == dropped + 3 and engine.num_answered == answered + 1
 
 
 def test_a_file_whose_visitor_has_left_is_read_no_further(own_engine, videos, monkeypatch):
     """Its one worker is free again."""
-    query = Query(videos[0], sampling=SHORT)
-    wanted = own_engine._bound
-    monkeypatch.setattr(own_engine, "_bound", lambda wanted: Slow(**vars(wanted)))
+    query = CaptionRequest(videos[0], sampling=SHORT)
+    read_spec = own_engine._bound
+    monkeypatch.setattr(own_engine, "_bound", lambda read_spec: Slow(**vars(read_spec)))
     answering = own_engine.begin(query, tell=Told())
     wait_until(lambda: [task for task in own_engine.reader._tasks.values() if task.worker])
-    monkeypatch.setattr(own_engine, "_bound", wanted)
+    monkeypatch.setattr(own_engine, "_bound", read_spec)
     begun = time.monotonic()
     answering.drop()
-    wait_until(lambda: not own_engine.num_present)
+    wait_until(lambda: not own_engine.num_active)
     assert say(own_engine, query) and time.monotonic() - begun < 15 and own_engine.num_failed == 0
 
 
 def test_an_iterator_that_is_closed_drops_its_answer(engine, videos):
-    dropped = engine.num_dropped
-    with closing(engine.ask(Query(videos[0], sampling=SHORT))) as pieces:
+    dropped = engine.num_cancelled
+    with closing(engine.ask(CaptionRequest(videos[0], sampling=SHORT))) as pieces:
         next(pieces)
-    assert engine.num_dropped == dropped + 1
+    assert engine.num_cancelled == dropped + 1
 
 
 def test_a_failing_model_is_told_and_may_recover(engine, model, videos, caplog):
     model.fail = lambda size: IndexError("out of range")
     with pytest.raises(ModelFailedError, match=r"^the model failed \(IndexError\); the server's log tells more$"):
-        say(engine, Query(videos[0], sampling=SHORT))
+        say(engine, CaptionRequest(videos[0], sampling=SHORT))
     assert engine.failure == "IndexError"
     assert "Traceback" in caplog.text and "out of range" in caplog.text
     model.fail = lambda size: None
-    assert say(engine, Query(videos[0], sampling=SHORT)) and engine.failure is None
+    assert say(engine, CaptionRequest(videos[0], sampling=SHORT)) and engine.failure is None
 
 
 def test_clips_without_room_side_by_side_are_answered_one_by_one(engine, model, videos):
     model.fail = lambda size: torch.OutOfMemoryError("CUDA out of memory") if size > 1 else None
     told = Told()
-    engine.begin(Query(videos[0], sampling=FREE, seed=5), tell=told, num_samples=3)
-    wait_until(lambda: not engine.num_present)
+    engine.begin(CaptionRequest(videos[0], sampling=FREE, seed=5), tell=told, num_samples=3)
+    wait_until(lambda: not engine.num_active)
     assert model.batches == [3, 1, 1, 1]
     wait_until(lambda: len(told.texts()) == 3)
     assert told.texts()[2] == model.caption(videos[0], sampling=FREE, seed=7).text
     model.fail = lambda size: torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(ValueError, match="does not fit in the GPU's memory") as caught:
-        say(engine, Query(videos[0]))
+        say(engine, CaptionRequest(videos[0]))
     assert "CUDA" not in str(caught.value)
 
 
@@ -357,7 +359,7 @@ def test_what_had_no_room_is_let_go_before_the_next_try(engine, model, videos):
 
     model.fail = fail
     told = Told()
-    engine.begin(Query(videos[0], sampling=FREE), tell=told, num_samples=2)
+    engine.begin(CaptionRequest(videos[0], sampling=FREE), tell=told, num_samples=2)
     wait_until(lambda: len(told.texts()) == 2)
     assert kept and not any(kept)
 
@@ -365,13 +367,13 @@ def test_what_had_no_room_is_let_go_before_the_next_try(engine, model, videos):
 def test_without_room_in_the_middle_of_answers_it_is_said_that_others_are_there(engine, model, videos):
     """Nothing is wrong with the clip, and what was told cannot be told anew."""
     told = Told()
-    answering = engine.begin(Query(videos[0], sampling=FREE), tell=told, num_samples=2)
+    answering = engine.begin(CaptionRequest(videos[0], sampling=FREE), tell=told, num_samples=2)
     steps = iter([None, None, None])
     model.fail = lambda size: next(steps, torch.OutOfMemoryError("CUDA out of memory"))
     wait_until(lambda: told and isinstance(told[-1][1], Exception))
-    assert isinstance(told[-1][1], CrowdedError) and "no room for all who ask now" in str(told[-1][1])
+    assert isinstance(told[-1][1], OutOfMemoryDuringBatch) and "no room for all who ask now" in str(told[-1][1])
     assert model.batches == [2] and answering.num_answer_tokens == 6
-    refusal = to_refusal(told[-1][1], seconds=1)
+    refusal = to_api_error(told[-1][1], seconds=1)
     assert refusal.status == 503 and refusal.may_retry
 
 
@@ -381,7 +383,7 @@ def test_a_file_that_cannot_be_prepared_is_told_without_what_the_log_has(engine,
 
     monkeypatch.setattr(model.processor, "clip_inputs", fail)
     with pytest.raises(ModelFailedError, match=r"^the file could not be prepared \(RuntimeError\); the server's log"):
-        say(engine, Query(videos[0]))
+        say(engine, CaptionRequest(videos[0]))
     assert "a secret of this machine" in caplog.text
 
 
@@ -391,21 +393,21 @@ def test_asking_does_not_hold_the_engine_while_the_reader_is_asked(own_engine, v
 
     def submit_(*asked):
         seen: list[int] = []
-        other = threading.Thread(target=lambda: seen.append(own_engine.num_present), daemon=True)
+        other = threading.Thread(target=lambda: seen.append(own_engine.num_active), daemon=True)
         other.start()
         other.join(5)
         assert seen == [1]
         return submit(*asked)
 
     monkeypatch.setattr(own_engine.reader, "submit", submit_)
-    assert say(own_engine, Query(videos[0], sampling=SHORT))
+    assert say(own_engine, CaptionRequest(videos[0], sampling=SHORT))
 
 
 def test_a_reader_that_another_engine_closed(own_engine, videos):
     own_engine.reader.close()
-    with pytest.raises(Busy, match="shutting down"):
-        own_engine.begin(Query(videos[0]), tell=Told())
-    assert not own_engine.num_present
+    with pytest.raises(Overloaded, match="shutting down"):
+        own_engine.begin(CaptionRequest(videos[0]), tell=Told())
+    assert not own_engine.num_active
 
 
 @pytest.fixture
@@ -421,12 +423,12 @@ def test_long_clips_are_refused_with_what_to_do(short_engine, model, videos):
     """The clips last for more than 4 s."""
     for span in (None, Span(None, 80.0), Span(1.0, None), Span(1.0, 3.5)):
         with pytest.raises(ClipError, match=r"more than 2 s are not taken here, .*: name a part of it with start and"):
-            say(short_engine, Query(videos[0], span=span))
+            say(short_engine, CaptionRequest(videos[0], span=span))
     with pytest.raises(
         ClipError, match=f"this is {declared_seconds(videos[0]):.0f} s or more"
     ):  # it is not read at all
-        say(short_engine, Query(videos[0]))
-    query = Query(videos[0], span=Span(1.0, 3.0), sampling=SHORT)
+        say(short_engine, CaptionRequest(videos[0]))
+    query = CaptionRequest(videos[0], span=Span(1.0, 3.0), sampling=SHORT)
     assert say(short_engine, query) == model.caption(videos[0], span=Span(1.0, 3.0), sampling=SHORT).text
 
 
@@ -441,8 +443,8 @@ def test_long_clips_that_do_not_say_so_are_refused(short_engine, videos, tmp_pat
                 target.mux(packet)
     assert declared_seconds(live) == 0
     with pytest.raises(ClipError, match=r"this is 3 s or more"):  # a second more than is allowed is read
-        say(short_engine, Query(live))
-    assert say(short_engine, Query(live, span=Span(1.0, 3.0), sampling=SHORT))
+        say(short_engine, CaptionRequest(live))
+    assert say(short_engine, CaptionRequest(live, span=Span(1.0, 3.0), sampling=SHORT))
 
 
 def test_lists_of_other_files_are_refused(engine, videos, tmp_path):
@@ -452,17 +454,17 @@ def test_lists_of_other_files_are_refused(engine, videos, tmp_path):
     (tmp_path / "near.mp4").symlink_to(videos[0])
     for name in ("list.m3u8", "concat"):
         with pytest.raises(ClipError, match="is a list of other files"):
-            say(engine, Query(tmp_path / name))
+            say(engine, CaptionRequest(tmp_path / name))
 
 
 def begin_three(engine, model, videos):
     """One has the model, whose gate is closed; the others wait or are being read."""
     model.gate.clear()
     told = [Told() for _ in range(3)]
-    engine.begin(Query(videos[0], sampling=SHORT), tell=told[0])
+    engine.begin(CaptionRequest(videos[0], sampling=SHORT), tell=told[0])
     wait_until(lambda: model.batches == [1])
     for video, listener in zip(videos[1:3], told[1:], strict=True):
-        engine.begin(Query(video, sampling=SHORT), tell=listener)
+        engine.begin(CaptionRequest(video, sampling=SHORT), tell=listener)
     return told
 
 
@@ -471,8 +473,8 @@ def test_closing_answers_those_who_are_there(own_engine, model, videos):
     told = begin_three(own_engine, model, videos)
     closer = threading.Thread(target=own_engine.close, kwargs={"grace_seconds": 20})
     closer.start()
-    with pytest.raises(Busy, match="shutting down"):
-        wait_until(lambda: own_engine.begin(Query(videos[0]), tell=Told()) and False)
+    with pytest.raises(Overloaded, match="shutting down"):
+        wait_until(lambda: own_engine.begin(CaptionRequest(videos[0]), tell=Told()) and False)
     model.gate.set()
     closer.join(20)
     assert not closer.is_alive()
@@ -483,7 +485,7 @@ def test_closing_answers_those_who_are_there(own_engine, model, videos):
 def test_closing_waits_for_files_that_are_being_read(own_engine, model, videos):
     told = [Told() for _ in videos]
     for video, listener in zip(videos, told, strict=True):
-        own_engine.begin(Query(video, sampling=SHORT), tell=listener)
+        own_engine.begin(CaptionRequest(video, sampling=SHORT), tell=listener)
     own_engine.close(grace_seconds=20)
     for video, listener in zip(videos, told, strict=True):
         assert listener.texts() == {0: model.caption(video, sampling=SHORT).text}
@@ -498,7 +500,7 @@ def test_closing_without_grace_tells_those_who_are_there(own_engine, model, vide
     model.gate.set()  # the step that the model is at comes to its end
     closer.join(20)
     assert time.monotonic() - begun < 8
-    assert not own_engine.num_present
+    assert not own_engine.num_active
     for listener in told:
         wait_until(lambda listener=listener: listener)
-        assert isinstance(listener[-1][1], Busy)
+        assert isinstance(listener[-1][1], Overloaded)

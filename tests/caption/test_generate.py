@@ -8,7 +8,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling, draw, generate
+from salmonn.caption.generate import Sampling, generate, sample_tokens
 from salmonn.caption.processor import PromptRow
 
 DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
@@ -88,7 +88,7 @@ def test_draws_by_hand():
     chance = torch.tensor([0.0, 0.55, 0.56, 0.88, 0.91, 0.999])
 
     def ids(**values) -> list[int]:
-        return draw(logits, chance, sampling=Sampling(**values)).tolist()
+        return sample_tokens(logits, chance, sampling=Sampling(**values)).tolist()
 
     assert ids(temperature=1.0, top_p=0.8) == [1, 1, 2, 2, 2, 2]
     assert ids(temperature=1.0, top_p=1.0) == [1, 2, 2, 2, 0, 0]  # up to 0.5, 0.9, 1
@@ -103,7 +103,9 @@ def test_the_nucleus_is_that_of_transformers():
     logits = torch.linspace(0, 3, 50)[torch.randperm(50)]
     kept = TopPLogitsWarper(0.7)(None, TemperatureLogitsWarper(0.6)(None, logits[None]))[0].softmax(-1)
     chance = (torch.arange(4000) + 0.5) / 4000
-    drawn = draw(logits.expand(4000, -1), chance, sampling=Sampling(temperature=0.6, top_p=0.7)).bincount(minlength=50)
+    drawn = sample_tokens(logits.expand(4000, -1), chance, sampling=Sampling(temperature=0.6, top_p=0.7)).bincount(
+        minlength=50
+    )
     assert ((drawn > 0) == (kept > 0)).all() and 3 < (kept > 0).sum() < 50
     assert torch.allclose(drawn / 4000, kept, atol=1 / 4000 + 1e-6)
 
@@ -221,7 +223,7 @@ def drawn_anew(captioner, row, clip, *, chance) -> list[int]:
     embeds, places = network.embed(inputs), inputs.position_ids
     for one in chance:
         logits = network.lm(inputs_embeds=embeds, position_ids=network.positions(places), use_cache=False).logits[:, -1]
-        ids.append(int(draw(logits, one[None], sampling=DRAWN)))
+        ids.append(int(sample_tokens(logits, one[None], sampling=DRAWN)))
         if ids[-1] == captioner.processor.tokenizer.eos_token_id:
             break
         places = torch.cat([places, places[..., -1:] + 1], dim=-1)
@@ -276,7 +278,7 @@ def test_samples_depend_on_their_own_seed_alone(captioner, media):
 def test_numbers_gone_wrong_draw_a_token_of_the_row():
     """Of logits that are not numbers no nucleus can be made; one row's must not end what stands beside it."""
     logits = torch.tensor([[float("nan")] * 4, [0.0, 9.0, 0.0, 0.0]])
-    tokens = draw(logits, torch.tensor([0.5, 0.5]), sampling=Sampling(temperature=1.0, top_p=0.5))
+    tokens = sample_tokens(logits, torch.tensor([0.5, 0.5]), sampling=Sampling(temperature=1.0, top_p=0.5))
     assert 0 <= tokens[0] < 4 and tokens[1] == 1
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from salmonn.caption.loader import ClipReader, Part, Wanted, cut_alike, sensible_workers
+from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, default_num_workers, length_buckets
 from salmonn.media.clip import read_clip
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
@@ -71,16 +71,16 @@ class Listed:
         return int(path.name)
 
 
-def batches_of(reader, names, wanted, *, size, finish=lambda clip: clip, **named):
+def batches_of(reader, names, read_spec, *, size, finish=lambda clip: clip, **named):
     """Batches of (place, clip)."""
-    asked = (Part(place, Path(name), wanted) for place, name in enumerate(names))
+    asked = (ClipJob(place, Path(name), read_spec) for place, name in enumerate(names))
     for batch in reader.batches(asked, size=size, finish=finish, **named):
         yield [(part.place, read) for part, read in batch]
 
 
-def read_all(names, wanted, *, workers, size=2):
+def read_all(names, read_spec, *, workers, size=2):
     with ClipReader(workers=workers) as reader:
-        return list(batches_of(reader, names, wanted, size=size))
+        return list(batches_of(reader, names, read_spec, size=size))
 
 
 def wait_until(done, *, seconds=10.0):
@@ -92,8 +92,8 @@ def wait_until(done, *, seconds=10.0):
 
 def test_batches_are_even_and_alike():
     # In order 1 2 3 4 5 are the places 1 3 0 4 2; five in batches of two are three batches: 1, 2, 2.
-    assert cut_alike([3, 1, 5, 2, 4], size=2) == [[1], [0, 3], [2, 4]]
-    assert cut_alike([1, 1, 1], size=8) == [[0, 1, 2]]
+    assert length_buckets([3, 1, 5, 2, 4], size=2) == [[1], [0, 3], [2, 4]]
+    assert length_buckets([1, 1, 1], size=8) == [[0, 1, 2]]
 
 
 def test_like_lengths_go_together_within_a_window():
@@ -118,13 +118,13 @@ def test_one_by_one_lengths_are_not_asked_for():
 @pytest.mark.parametrize(("size", "expected"), [(1, 3), (2, 6), (3, 9)])
 def test_two_batches_are_read_ahead_and_no_more(size, expected):
     """Beside the batch that was taken two more: 3 * size clips."""
-    wanted = Listed()
+    read_spec = Listed()
     with ClipReader(workers=0) as reader:
-        batches = batches_of(reader, ["1"] * 18, wanted, size=size)
+        batches = batches_of(reader, ["1"] * 18, read_spec, size=size)
         next(batches)
-        wait_until(lambda: len(wanted.read_so_far) == expected)
+        wait_until(lambda: len(read_spec.read_so_far) == expected)
         time.sleep(0.1)
-        assert len(wanted.read_so_far) == expected
+        assert len(read_spec.read_so_far) == expected
 
 
 def test_waiting_is_told():
@@ -143,8 +143,8 @@ def test_waiting_is_told():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_clips_are_those_of_read_clip(videos, tmp_path, workers):
     paths = [*videos[:3], tmp_path / "none.mp4"]
-    wanted = Wanted(FixedRateSampler(side=48), start_seconds=1.0, end_seconds=3.0)
-    read = dict(chain(*read_all(paths, wanted, workers=workers)))
+    read_spec = ReadSpec(FixedRateSampler(side=48), start_seconds=1.0, end_seconds=3.0)
+    read = dict(chain(*read_all(paths, read_spec, workers=workers)))
     assert sorted(read) == [0, 1, 2, 3]
     for place, path in enumerate(videos[:3]):
         clip = read_clip(path, FixedRateSampler(side=48), start_seconds=1.0, end_seconds=3.0)
@@ -155,12 +155,12 @@ def test_clips_are_those_of_read_clip(videos, tmp_path, workers):
 
 
 def test_length_of_a_span(videos):
-    whole = Wanted(FixedRateSampler()).seconds(videos[0])
+    whole = ReadSpec(FixedRateSampler()).seconds(videos[0])
     assert whole > 4
-    assert Wanted(FixedRateSampler(), start_seconds=1.0).seconds(videos[0]) == whole - 1
-    assert Wanted(FixedRateSampler(), start_seconds=1.0, end_seconds=3.5).seconds(videos[0]) == 2.5
-    assert Wanted(FixedRateSampler(), end_seconds=100.0).seconds(videos[0]) == whole
-    assert Wanted(FixedRateSampler()).seconds(videos[0].parent) == 0
+    assert ReadSpec(FixedRateSampler(), start_seconds=1.0).seconds(videos[0]) == whole - 1
+    assert ReadSpec(FixedRateSampler(), start_seconds=1.0, end_seconds=3.5).seconds(videos[0]) == 2.5
+    assert ReadSpec(FixedRateSampler(), end_seconds=100.0).seconds(videos[0]) == whole
+    assert ReadSpec(FixedRateSampler()).seconds(videos[0].parent) == 0
 
 
 @pytest.mark.parametrize(
@@ -208,15 +208,15 @@ def test_what_nobody_waits_for_is_read_no_further(odd):
         waiting = reader.submit(Path("a"), odd, str)
         wait_until(lambda: [task for task in reader._tasks.values() if task.worker])
         begun = time.monotonic()
-        reader.abandon(waiting)
-        reader.abandon(sleeping)
+        reader.cancel(waiting)
+        reader.cancel(sleeping)
         with pytest.raises(ClipError, match="was ended, since it did not finish"):
             sleeping.result(10)
         assert waiting.cancelled() and reader.submit(Path("b"), odd, str).result(10) == "b"
         assert time.monotonic() - begun < 10
         done = reader.submit(Path("c"), odd, str)
         assert done.result(10) == "c"
-        reader.abandon(done)  # which changes nothing
+        reader.cancel(done)  # which changes nothing
         assert reader.submit(Path("d"), odd, str).result(10) == "d"
         wait_until(lambda: not reader._tasks)
 
@@ -271,6 +271,6 @@ def test_no_worker_outlives_its_parent(odd, tmp_path, end):
 def test_workers_for_the_cores_there_are(monkeypatch):
     for cores, num_clips, expected in [(2, 100, 2), (4, 3, 3), (64, 100, 8), (64, 1, 1)]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
-        assert sensible_workers(num_clips) == expected
+        assert default_num_workers(num_clips) == expected
     with pytest.raises(ValueError, match="workers must be 0"):
         ClipReader(workers=-1)

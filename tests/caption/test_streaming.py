@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from salmonn.caption.captioner import Asked, Span
-from salmonn.caption.generate import Generation, Sampling, generate
+from salmonn.caption.captioner import PendingRequest, Span
+from salmonn.caption.generate import DecodeBatch, Sampling, generate
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.tokenizer import IncrementalDetokenizer
@@ -58,7 +58,7 @@ def test_a_dropped_answer_ends_and_its_neighbours_go_on(captioner, media):
     inputs = captioner.processor.collate([PromptRow(number, "Tell.") for number in range(3)], media[:3])
     named = dict(sampling=Sampling(max_new_tokens=10), stop_ids=[999])  # no token of this model
     whole = generate(captioner.network, inputs, **named)
-    generation, told = Generation(captioner.network, stop_ids=named["stop_ids"]), [[], [], []]
+    generation, told = DecodeBatch(captioner.network, stop_ids=named["stop_ids"]), [[], [], []]
     generation.join(inputs, sampling=named["sampling"])
     passes = []
     hook = captioner.network.lm.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
@@ -112,7 +112,7 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     with ClipReader(workers=1) as reader:
-        asked = [Asked(videos[0]), Asked(broken), Asked(videos[1], Span(1.0, 4.5))]
+        asked = [PendingRequest(videos[0]), PendingRequest(broken), PendingRequest(videos[1], Span(1.0, 4.5))]
         batches = list(
             captioner.caption_batches(asked, sampling=SHORT, segment_seconds=2.0, batch_size=2, reader=reader)
         )
@@ -133,7 +133,7 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
 
 
 def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
-    (batch,) = captioner.caption_batches([Asked(videos[0])], sampling=SHORT, segment_seconds=float("inf"))
+    (batch,) = captioner.caption_batches([PendingRequest(videos[0])], sampling=SHORT, segment_seconds=float("inf"))
     caption = batch[0].result
     assert caption.start_seconds == 0.0 and caption.end_seconds > 4
     assert caption.text == captioner.caption(videos[0], sampling=SHORT).text
@@ -151,7 +151,7 @@ def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
 )
 def test_mistakes_are_told_before_anything_is_read(captioner, tmp_path, named, words):
     with pytest.raises(ValueError, match=words):
-        next(captioner.caption_batches([Asked(tmp_path / "none.mp4")], **named))
+        next(captioner.caption_batches([PendingRequest(tmp_path / "none.mp4")], **named))
 
 
 def test_any_number_of_videos(captioner, videos):
@@ -161,7 +161,7 @@ def test_any_number_of_videos(captioner, videos):
     def endless():
         while True:
             taken.append(1)
-            yield Asked(videos[0], Span(0.0, 1.0))
+            yield PendingRequest(videos[0], Span(0.0, 1.0))
 
     given = captioner.caption_batches(endless(), sampling=replace(SHORT, max_new_tokens=1), batch_size=1)
     assert [len(next(given)) for _ in range(3)] == [1, 1, 1]

@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from salmonn.caption.loader import ClipReader, Part, Wanted, cut_up
-from salmonn.caption.worker import Limits
+from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, split_into_segments
+from salmonn.caption.worker import WorkerLimits
 from salmonn.media.frame_sampling import FixedRateSampler
 
 GREEDY = """
@@ -71,15 +71,15 @@ def greedy(tmp_path, monkeypatch):
     del sys.modules["greedy"]
 
 
-def read_all(names, wanted, limits):
+def read_all(names, read_spec, limits):
     with ClipReader(workers=1, limits=limits) as reader:
-        parts = [Part(place, Path(name), wanted) for place, name in enumerate(names)]
+        parts = [ClipJob(place, Path(name), read_spec) for place, name in enumerate(names)]
         return [str(read) for batch in reader.batches(parts, size=1, finish=str) for _, read in batch]
 
 
 @pytest.mark.parametrize("name", ["slow", "busy"])
 def test_a_file_that_takes_too_long_costs_itself_alone(greedy, name):
-    before, late, after = read_all(["a", name, "b"], greedy, Limits(seconds=1.0))
+    before, late, after = read_all(["a", name, "b"], greedy, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert late.startswith(f"{name}: reading it took more than 1 s") and "read_seconds" in late
 
@@ -94,7 +94,7 @@ def test_a_file_that_takes_too_long_costs_itself_alone(greedy, name):
 )
 def test_a_worker_that_does_not_speak_as_workers_do(greedy, monkeypatch, name, words):
     monkeypatch.setattr("salmonn.caption.worker.LAST_SECONDS", 3.0)
-    before, bad, after = read_all(["a", name, "b"], greedy, Limits(seconds=1.0))
+    before, bad, after = read_all(["a", name, "b"], greedy, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert bad.startswith(f"{name}: ") and re.search(words, bad)
 
@@ -102,22 +102,22 @@ def test_a_worker_that_does_not_speak_as_workers_do(greedy, monkeypatch, name, w
 def test_a_worker_that_does_not_end_is_given_up(greedy, monkeypatch):
     """Stopped, it hears of no limit, as one that waits for a disk which is gone."""
     monkeypatch.setattr("salmonn.caption.worker.LAST_SECONDS", 0.5)
-    before, late, after = read_all(["a", "stopped", "b"], greedy, Limits(seconds=1.0))
+    before, late, after = read_all(["a", "stopped", "b"], greedy, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert late.startswith("stopped: reading it took more than 1 s, and the process") and "disk" in late
 
 
 def test_a_file_that_takes_too_much_costs_itself_alone(greedy):
     # An array of 256 MiB, where 128 MiB beside what a worker holds are allowed, and where 1 GiB is.
-    before, large, after = read_all(["a", "large", "b"], greedy, Limits(memory_gib=0.125))
+    before, large, after = read_all(["a", "large", "b"], greedy, WorkerLimits(memory_gib=0.125))
     assert (before, after) == ("a", "b")
     assert large.startswith("large: what is read of it takes more than 0.125 GiB") and "read_gib" in large
-    assert read_all(["large"], greedy, Limits(memory_gib=1.0)) == [str(1 << 28)]
+    assert read_all(["large"], greedy, WorkerLimits(memory_gib=1.0)) == [str(1 << 28)]
 
 
 def test_a_process_that_was_taken_over_cannot_take_over_its_parent(greedy, tmp_path, monkeypatch):
     monkeypatch.setenv("TOUCHED", str(tmp_path / "touched"))
-    before, evil, after = read_all(["a", "evil", "b"], greedy, Limits())
+    before, evil, after = read_all(["a", "evil", "b"], greedy, WorkerLimits())
     assert (before, after) == ("a", "b")
     assert "system, which none sends: do not trust the file" in evil and not (tmp_path / "touched").exists()
 
@@ -125,7 +125,7 @@ def test_a_process_that_was_taken_over_cannot_take_over_its_parent(greedy, tmp_p
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": -1}, {"seconds": float("nan")}])
 def test_limits_are_above_nothing(values):
     with pytest.raises(ValueError, match="must be above 0"):
-        Limits(**values)
+        WorkerLimits(**values)
 
 
 @pytest.mark.parametrize(
@@ -141,20 +141,20 @@ def test_limits_are_above_nothing(values):
     ],
 )
 def test_segments(start, seconds, length, expected):
-    part = Part(3, Path("a.mp4"), Wanted(FixedRateSampler(), start_seconds=start, audio=False), seed=9)
-    cut = cut_up(part, seconds, length)
-    assert [(one.wanted.start_seconds, one.wanted.end_seconds) for one, _ in cut] == expected
+    part = ClipJob(3, Path("a.mp4"), ReadSpec(FixedRateSampler(), start_seconds=start, audio=False), seed=9)
+    cut = split_into_segments(part, seconds, length)
+    assert [(one.read_spec.start_seconds, one.read_spec.end_seconds) for one, _ in cut] == expected
     assert [length for _, length in cut] == pytest.approx([end - begin for begin, end in expected])
     for number, (one, _) in enumerate(cut):
-        assert (one.place, one.seed, one.num_segments) == (3, 9 + number, len(expected)) and not one.wanted.audio
+        assert (one.place, one.seed, one.num_segments) == (3, 9 + number, len(expected)) and not one.read_spec.audio
 
 
 def test_a_file_without_a_stated_length_cannot_be_cut(videos):
-    part = Part(0, videos[0], Wanted(FixedRateSampler(side=48)))
-    ((endless, seconds),) = cut_up(part, 0.0, 2.0)
+    part = ClipJob(0, videos[0], ReadSpec(FixedRateSampler(side=48)))
+    ((endless, seconds),) = split_into_segments(part, 0.0, 2.0)
     assert seconds == 0
     with pytest.raises(ValueError, match=r"does not say how long it is.*here it ends at \d+\.\d\d s"):
-        endless.wanted.read(videos[0])
+        endless.read_spec.read(videos[0])
 
 
 def write_matroska(path, *, seconds, declared):
@@ -176,12 +176,14 @@ def test_segments_follow_what_a_file_holds_and_not_what_it_says(tmp_path):
     """20 s that say that they are 8 s, and 6 s that say that they are 100."""
     for seconds, declared, ends in [(20, 8, [5, 10, 15, 20]), (6, 100, [6])]:
         path = write_matroska(tmp_path / f"{seconds}.mka", seconds=seconds, declared=declared)
-        wanted = Wanted(FixedRateSampler())
-        assert wanted.seconds(path) == pytest.approx(declared)
-        assert wanted.seconds(path, exact=True) == pytest.approx(seconds, abs=0.01)
+        read_spec = ReadSpec(FixedRateSampler())
+        assert read_spec.seconds(path) == pytest.approx(declared)
+        assert read_spec.seconds(path, exact=True) == pytest.approx(seconds, abs=0.01)
         with ClipReader(workers=1) as reader:
-            batches = list(reader.batches([Part(0, path, wanted)], size=8, finish=lambda clip: clip, segment_seconds=5))
+            batches = list(
+                reader.batches([ClipJob(0, path, read_spec)], size=8, finish=lambda clip: clip, segment_seconds=5)
+            )
         read = [one for batch in batches for one in batch]
-        assert [part.wanted.end_seconds for part, _ in read] == pytest.approx(ends, abs=0.01)
+        assert [part.read_spec.end_seconds for part, _ in read] == pytest.approx(ends, abs=0.01)
         heard = sum(len(clip.waveform) for _, clip in read)
         assert heard == pytest.approx(16_000 * seconds, rel=0.001)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from salmonn.caption.probe import Outline
+from salmonn.caption.probe import MediaInfo
 from salmonn.conversations import read_conversations
 from salmonn.preference.votes import Candidate, Vote, VoteMedia, VoteStore, keep_video, why_no_pair
 from salmonn.train.data import conversation_examples
@@ -29,7 +29,7 @@ def store(tmp_path):
 def footage(tmp_path):
     path = tmp_path / "a visitor's [1].MP4"
     path.write_bytes(b"pictures")
-    return VoteMedia(path, Outline(12.5), may_keep=True)
+    return VoteMedia(path, MediaInfo(12.5), may_keep=True)
 
 
 def read_pairs(store):
@@ -59,13 +59,13 @@ def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, footage, load_recipe, 
 @pytest.mark.parametrize(
     ("changes", "outline", "expected"),
     [
-        ({}, Outline(9.0), {"modality": "both"}),
-        ({}, Outline(9.0, has_sound=False), {"modality": "visual"}),
-        ({}, Outline(9.0, has_picture=False), {"modality": "audio", "video": None}),
-        ({"modality": "visual"}, Outline(9.0), {"modality": "visual"}),
-        ({"modality": "audio"}, Outline(9.0), {"modality": "audio", "video": None}),
-        ({"start_seconds": 2.0}, Outline(9.0), {"start_seconds": 2.0, "end_seconds": 9.0}),
-        ({"end_seconds": 3.5}, Outline(9.0), {"start_seconds": 0.0, "end_seconds": 3.5}),
+        ({}, MediaInfo(9.0), {"modality": "both"}),
+        ({}, MediaInfo(9.0, has_audio=False), {"modality": "visual"}),
+        ({}, MediaInfo(9.0, has_video=False), {"modality": "audio", "video": None}),
+        ({"modality": "visual"}, MediaInfo(9.0), {"modality": "visual"}),
+        ({"modality": "audio"}, MediaInfo(9.0), {"modality": "audio", "video": None}),
+        ({"start_seconds": 2.0}, MediaInfo(9.0), {"start_seconds": 2.0, "end_seconds": 9.0}),
+        ({"end_seconds": 3.5}, MediaInfo(9.0), {"start_seconds": 0.0, "end_seconds": 3.5}),
     ],
 )
 def test_a_pair_asks_for_what_is_there(store, footage, changes, outline, expected):

@@ -8,10 +8,10 @@ import pytest
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.engine import Engine
 from salmonn.caption.loader import ClipReader
-from salmonn.serve.api import Service, Settings
-from salmonn.serve.fetch import Fetching
+from salmonn.serve.api import ServerConfig, Service
+from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.schema import ChatLimits
-from salmonn.serve.sources import Sources
+from salmonn.serve.sources import MediaSources
 from tests.serve.running import Gated, Running, wait_until
 
 
@@ -47,7 +47,7 @@ def engine(shared_engine, model) -> Iterator[Engine]:
     """An engine that nobody asks before or after the test."""
     yield shared_engine
     model.gate.set()
-    wait_until(lambda: not shared_engine.num_present)
+    wait_until(lambda: not shared_engine.num_active)
 
 
 @pytest.fixture
@@ -65,10 +65,10 @@ def start(engine, videos, tmp_path) -> Iterator[Callable[..., Running]]:
     uploads = tmp_path / "uploads"
     uploads.mkdir()
     running: list[Running] = []
-    settings = Settings(
+    settings = ServerConfig(
         name="toy",
-        sources=Sources((videos[0].parent,), Fetching(max_bytes=4 << 20)),
-        limits=ChatLimits(40, answer_tokens=500),
+        sources=MediaSources((videos[0].parent,), FetchPolicy(max_bytes=4 << 20)),
+        limits=ChatLimits(40, max_tokens=500),
         request_seconds=30,
     )
 
@@ -80,6 +80,6 @@ def start(engine, videos, tmp_path) -> Iterator[Callable[..., Running]]:
     yield start_
     engine.captioner.gate.set()
     for one in running:
-        wait_until(lambda one=one: not one.service.num_visits)
+        wait_until(lambda one=one: not one.service.num_requests)
         one.stop()
     assert not list(uploads.iterdir())

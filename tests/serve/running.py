@@ -16,7 +16,7 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.streaming import Answers, Piece
+from salmonn.caption.streaming import StreamingGenerator, TextDelta
 from salmonn.serve.api import Service
 from salmonn.serve.server import Server
 
@@ -41,11 +41,11 @@ class Gated(Captioner):
         self.most = 0  # side by side so far
         self.stops_after = -1  # steps, after which it closes its gate itself
 
-    def begin(self) -> Answers:
+    def begin(self) -> StreamingGenerator:
         return GatedAnswers(self)
 
 
-class GatedAnswers(Answers):
+class GatedAnswers(StreamingGenerator):
     """See `Gated`."""
 
     def __init__(self, model: Gated) -> None:
@@ -62,7 +62,7 @@ class GatedAnswers(Answers):
         self.present |= set(numbers)
         return numbers
 
-    def step(self, dropped: Collection[int] = ()) -> dict[int, Piece]:
+    def step(self, dropped: Collection[int] = ()) -> dict[int, TextDelta]:
         self.model.gate.wait(30)
         self.present -= {number for number in self.present if number in dropped}
         pieces = super().step(dropped)

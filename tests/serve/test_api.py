@@ -17,8 +17,8 @@ import pytest
 from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.prompt import Prompt
-from salmonn.serve.fetch import Fetching
-from salmonn.serve.sources import Sources
+from salmonn.serve.fetch import FetchPolicy
+from salmonn.serve.sources import MediaSources
 from tests.serve.running import HEAD, about, ask, counts, data_url, wait_until, web_server
 
 SHORT = Sampling(max_new_tokens=12)
@@ -208,7 +208,7 @@ def test_no_file_outside_the_root(start, videos, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (root / "link.mp4").symlink_to(videos[0])
-    client = start(sources=Sources((root,), Fetching())).client()
+    client = start(sources=MediaSources((root,), FetchPolicy())).client()
     for url in (str(videos[0]), "link.mp4", f"file://{root}/../{videos[0]}", "/etc/passwd"):
         with pytest.raises(openai.BadRequestError, match="there is no such file below the folders"):
             ask(client, url)
@@ -221,18 +221,18 @@ def test_files_are_fetched_from_named_hosts(start, model, videos):
         handler.wfile.write(videos[3].read_bytes())
 
     with web_server(send) as (host, asked):
-        running = start(sources=Sources((), Fetching((host,), private=True)))
+        running = start(sources=MediaSources((), FetchPolicy((host,), private=True)))
         answer = ask(running.client(), f"http://{host}/it.mp4")
         assert answer.choices[0].message.content == model.caption(videos[3], sampling=SHORT).text
         with pytest.raises(openai.BadRequestError, match="not public"):
-            ask(start(sources=Sources((), Fetching((host,)))).client(), f"http://{host}/it.mp4")
+            ask(start(sources=MediaSources((), FetchPolicy((host,)))).client(), f"http://{host}/it.mp4")
         assert asked == [(host, "/it.mp4")]
         assert counts(running)["salmonn_received_bytes_totalfetched"] == videos[3].stat().st_size
 
 
 def test_uploads_that_are_too_large(start, videos):
     """8 KiB are taken: 11 KiB of base64, and a MiB for the rest of the request."""
-    running = start(sources=Sources((), Fetching(max_bytes=8 << 10)))
+    running = start(sources=MediaSources((), FetchPolicy(max_bytes=8 << 10)))
     with pytest.raises(openai.APIStatusError, match=r"the file is larger than the 0.0078125 MiB") as caught:
         ask(running.client(), data_url(videos[0]))
     assert caught.value.status_code == 413
@@ -252,7 +252,7 @@ def test_an_upload_that_says_it_is_too_large_is_refused_at_once(start):
 
 def test_an_upload_is_refused_while_it_comes(start):
     """No length is declared, and the body has no end: the answer comes before one."""
-    running = start(sources=Sources((), Fetching(max_bytes=1 << 20)))
+    running = start(sources=MediaSources((), FetchPolicy(max_bytes=1 << 20)))
     with socket.create_connection(("127.0.0.1", running.port)) as connection:
         connection.settimeout(20)
         connection.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
@@ -269,7 +269,7 @@ def test_an_upload_is_refused_while_it_comes(start):
 
 def test_uploads_have_so_much_memory_and_no_more(start, videos):
     """A request may have 2.33 MiB (1 MiB of file in base64, and one more), all together 4.67: two have 2.33 each."""
-    running = start(sources=Sources((videos[0].parent,), Fetching(max_bytes=1 << 20)))
+    running = start(sources=MediaSources((videos[0].parent,), FetchPolicy(max_bytes=1 << 20)))
     size = int(2.33 * (1 << 20))
     connections = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
     try:
@@ -303,7 +303,7 @@ def test_too_many_are_told_to_wait(start, model, videos):
 def test_who_goes_away_is_dropped_and_the_others_go_on(start, engine, model, videos):
     """One while its stream comes, one while it waits for all of its answer."""
     running = start()
-    dropped = engine.num_dropped
+    dropped = engine.num_cancelled
     model.gate.clear()
     with ThreadPoolExecutor(3) as pool:
         ahead = pool.submit(ask, running.client(), videos[4].name)
@@ -313,13 +313,13 @@ def test_who_goes_away_is_dropped_and_the_others_go_on(start, engine, model, vid
         wait_until(lambda: engine.num_waiting == 2)
         with pytest.raises(openai.APITimeoutError):
             ask(running.client(timeout=0.3), videos[2].name)
-        wait_until(lambda: engine.num_dropped == dropped + 1)
+        wait_until(lambda: engine.num_cancelled == dropped + 1)
         model.gate.set()
         stream = going.result(20)
         next(stream)
         model.gate.clear()
         stream.close()
-        wait_until(lambda: engine.num_dropped == dropped + 2)
+        wait_until(lambda: engine.num_cancelled == dropped + 2)
         model.gate.set()
         assert ahead.result(20).choices
         long = Sampling(max_new_tokens=150)
@@ -367,7 +367,7 @@ def test_a_request_may_take_only_so_long(start, engine, model, videos):
         assert b"504" in connection.recv(100)
     assert 0.5 < time.monotonic() - begun < 10
     model.gate.set()
-    wait_until(lambda: not engine.num_present)
+    wait_until(lambda: not engine.num_active)
 
 
 def test_closing_ends_what_is_under_way_when_the_grace_ends(start, own_engine, model, videos):
@@ -386,7 +386,7 @@ def test_closing_ends_what_is_under_way_when_the_grace_ends(start, own_engine, m
             model.gate.clear()
             sending = socket.create_connection(("127.0.0.1", running.port))
             sending.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
-            wait_until(lambda: running.service.num_visits == 3)
+            wait_until(lambda: running.service.num_requests == 3)
             running.service.is_closing = True
             assert httpx2.get(f"{running.url}/health", trust_env=False).json()["status"] == "closing"
             with pytest.raises(openai.InternalServerError, match="shutting down"):
@@ -471,7 +471,7 @@ def test_what_is_counted_and_logged(start, videos, caplog):
         answers = [ask(client, data_url(videos[0]), "A secret?"), ask(client, videos[1].name)]
         with pytest.raises(openai.BadRequestError):
             ask(client, "data:;base64,AAAA", "A secret?")
-        wait_until(lambda: running.service.num_visits == 0)
+        wait_until(lambda: running.service.num_requests == 0)
     told = counts(running)
     assert told["salmonn_requests_totalanswered"] == 2 and told["salmonn_requests_totalrefused"] == 1
     assert told["salmonn_tokens_totalprompts"] == sum(answer.usage.prompt_tokens for answer in answers)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import httpx2
 import pytest
 
-from salmonn.serve.fetch import Fetching, SourceError, TooLargeError, fetch
+from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError, fetch
 from tests.serve.running import web_server
 
 BODY = b"a video, say " * 1000
@@ -75,9 +75,9 @@ def get(web, tmp_path):
     """Fetches from the web server: what came."""
 
     def get_(path, **changes):
-        fetching = replace(Fetching((web[0],), private=True, max_bytes=1 << 20, seconds=10), **changes)
+        fetch_policy = replace(FetchPolicy((web[0],), private=True, max_bytes=1 << 20, seconds=10), **changes)
         url = path if path.startswith("http") else f"http://{web[0]}{path}"
-        size = asyncio.run(fetch(url, tmp_path / "got", fetching=fetching))
+        size = asyncio.run(fetch(url, tmp_path / "got", fetch_policy=fetch_policy))
         got = (tmp_path / "got").read_bytes()
         assert len(got) == size
         return got
@@ -230,7 +230,7 @@ def test_a_server_shows_who_it_is(get, secure, names):
     with pytest.raises(SourceError, match="from https to http"):
         get(f"https://files.example:{port}/to?http://files.example:{port}/", hosts=hosts, ca_file=certificate)
     with pytest.raises(ValueError, match="holds no certificates in PEM"):
-        Fetching(ca_file=certificate.with_name("key.pem"))
+        FetchPolicy(ca_file=certificate.with_name("key.pem"))
 
 
 # What is special by the registries of IANA, and forms that hide an IPv4 address in an IPv6 one.
@@ -280,4 +280,4 @@ def test_addresses_that_are_not_asked(get, names, address, private):
     ],
 )
 def test_hosts_that_are_named(pattern, url, allowed):
-    assert Fetching((pattern,)).allows(httpx2.URL(url)) is allowed
+    assert FetchPolicy((pattern,)).allows(httpx2.URL(url)) is allowed

@@ -89,13 +89,13 @@ def test_who_does_not_read_a_stream_has_only_so_long(start, own_engine, videos, 
     with closing(connect(running)) as connection:
         connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
-        assert running.service.num_visits == 1
+        assert running.service.num_requests == 1
         running.service.is_closing = is_closing
-        wait_until(lambda: not running.service.num_visits)
+        wait_until(lambda: not running.service.num_requests)
         if is_closing:
             running.thread.join(20)  # long before the grace ends
             assert not running.thread.is_alive()
         else:
             wait_until(lambda: not running.server.server_state.connections)
             assert counts(running)["salmonn_requests_totaltimed_out"] == 1
-    wait_until(lambda: not own_engine.num_present)
+    wait_until(lambda: not own_engine.num_active)

@@ -6,10 +6,10 @@ import pytest
 
 from salmonn.caption.captioner import Span
 from salmonn.caption.generate import Sampling
-from salmonn.caption.streaming import Answer
-from salmonn.serve.schema import Ask, ChatLimits, RequestError, Speaker, Usage, parse_chat
+from salmonn.caption.streaming import Completion
+from salmonn.serve.schema import ChatLimits, ChatRequest, RequestError, ResponseBuilder, Usage, parse_chat_request
 
-LIMITS = ChatLimits(100, answer_tokens=200, choices=4, prompt_letters=50, talk_letters=100)
+LIMITS = ChatLimits(100, max_tokens=200, max_choices=4, max_prompt_chars=50, max_conversation_chars=100)
 VIDEO = {"type": "video_url", "video_url": {"url": "data:,"}}
 
 
@@ -27,12 +27,12 @@ def talk(*contents):
 
 def parse(content=(VIDEO,), **parameters):
     body = {"messages": [{"role": "user", "content": content}]} | parameters
-    return parse_chat(json.dumps(body).encode(), limits=LIMITS)
+    return parse_chat_request(json.dumps(body).encode(), limits=LIMITS)
 
 
 def test_the_least_that_is_asked():
     assert parse() == (
-        Ask(
+        ChatRequest(
             kind="video",
             model="",
             prompt=None,
@@ -41,7 +41,7 @@ def test_the_least_that_is_asked():
             sampling=Sampling(max_new_tokens=100),
             span=Span(),
             modality="both",
-            num_choices=1,
+            num_max_choices=1,
             seed=None,
             stream=False,
             include_usage=False,
@@ -75,7 +75,9 @@ def test_all_that_can_be_asked():
     )
     assert url == "data:audio/wav;base64,AAAA"
     sampling = Sampling(temperature=1, top_p=0.5, max_new_tokens=7, repetition_penalty=1.1)
-    assert ask == Ask("sound", "m", "What is\nheard?", (), None, sampling, Span(1, 2.5), "audio", 3, -4, True, True)
+    assert ask == ChatRequest(
+        "sound", "m", "What is\nheard?", (), None, sampling, Span(1, 2.5), "audio", 3, -4, True, True
+    )
 
 
 def test_a_conversation():
@@ -174,7 +176,7 @@ def test_messages_of_another_kind_are_refused(content, words):
 )
 def test_bodies_that_are_no_request(body):
     with pytest.raises(RequestError):
-        parse_chat(body, limits=LIMITS)
+        parse_chat_request(body, limits=LIMITS)
 
 
 def test_a_refusal_does_not_repeat_the_file():
@@ -184,8 +186,8 @@ def test_a_refusal_does_not_repeat_the_file():
 
 
 def test_answers_in_json():
-    speaker = Speaker("chatcmpl-1", "toy", 1234)
-    told = speaker.whole([Answer("a", True), Answer("b", False)], usage=Usage(10, 3))
+    speaker = ResponseBuilder("chatcmpl-1", "toy", 1234)
+    told = speaker.whole([Completion("a", True), Completion("b", False)], usage=Usage(10, 3))
     assert told["usage"] == {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
     assert [(one["index"], one["message"]["content"], one["finish_reason"]) for one in told["choices"]] == [
         (0, "a", "stop"),

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.serve.fetch import Fetching, SourceError, TooLargeError
-from salmonn.serve.sources import Sources, find_below, obtain, upload_folder, write_data
+from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError
+from salmonn.serve.sources import MediaSources, find_below, resolve_media, upload_folder, write_data
 
 HELLO = base64.b64encode(b"hello").decode()  # aGVsbG8=
 
@@ -129,7 +129,7 @@ def test_a_root_that_is_a_link_is_followed(tree):
 )
 def test_what_is_not_allowed_is_refused_with_what_to_do(tmp_path, url, words):
     with pytest.raises(SourceError, match=words):
-        asyncio.run(obtain(url, tmp_path, sources=Sources()))
+        asyncio.run(resolve_media(url, tmp_path, sources=MediaSources()))
 
 
 def test_a_file_url_names_this_machine(tree):
@@ -139,10 +139,10 @@ def test_a_file_url_names_this_machine(tree):
 
 def test_senseless_settings_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--allowed-dirs .*none is no folder"):
-        Sources((tmp_path / "none",))
+        MediaSources((tmp_path / "none",))
     for pattern in ("", "*", "exa*mple.org", "https://example.org", "example.org/videos", "example.org:port"):
         with pytest.raises(ValueError, match="is no host to fetch from"):
-            Fetching(hosts=(pattern,))
+            FetchPolicy(hosts=(pattern,))
 
 
 SERVER = """

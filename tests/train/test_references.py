@@ -87,13 +87,13 @@ def test_evaluation(captioner, clips, monkeypatch):
     right = {block.tokens.data_ptr(): reference for reference, block in zip(clips.references, blocks, strict=True)}
 
     def answer(given, prompts, **_):
-        from salmonn.caption.streaming import Answer
+        from salmonn.caption.streaming import Completion
 
         texts = []
         for block, prompt in zip(given, prompts, strict=True):
             reference = right[block.tokens.data_ptr()]
             known = {item.question: item.answer for item in reference.questions} | {DESCRIBE: reference.caption}
-            texts.append(Answer(known[prompt], True))
+            texts.append(Completion(known[prompt], True))
         return texts
 
     monkeypatch.setattr(captioner, "answer", answer)

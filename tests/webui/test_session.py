@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.caption.engine import Query
-from salmonn.caption.loader import ClipReader, Wanted
-from salmonn.caption.probe import Outline, look_at
-from salmonn.caption.streaming import Answer, Piece
+from salmonn.caption.engine import CaptionRequest
+from salmonn.caption.loader import ClipReader, ReadSpec
+from salmonn.caption.probe import MediaInfo, probe_media
+from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.preference.votes import VoteStore
@@ -125,12 +125,12 @@ def test_what_a_file_holds(examples, videos, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
     with ClipReader(workers=1) as reader:
-        wanted = Wanted(FixedRateSampler(frames_per_second=1.0))
-        outline = look_at(examples[0].path, reader, wanted)
-        assert (outline.has_picture, outline.has_sound) == (True, True)
+        read_spec = ReadSpec(FixedRateSampler(frames_per_second=1.0))
+        outline = probe_media(examples[0].path, reader, read_spec)
+        assert (outline.has_video, outline.has_audio) == (True, True)
         assert outline.seconds == pytest.approx(examples[0].reference.duration_seconds, abs=0.1)
         with pytest.raises(ClipError, match="is not a video"):
-            look_at(broken, reader, wanted)
+            probe_media(broken, reader, read_spec)
 
 
 @dataclass
@@ -149,8 +149,8 @@ class Scripted:
         def answer():
             self.go.wait()
             for sample in range(num_samples):
-                tell(sample, Piece(self.words))
-                tell(sample, Piece("", Answer(f"{self.words}{sample}", True)))
+                tell(sample, TextDelta(self.words))
+                tell(sample, TextDelta("", Completion(f"{self.words}{sample}", True)))
 
         threading.Thread(target=answer, daemon=True).start()
         return self
@@ -173,7 +173,7 @@ def test_two_draws_of_one_model_are_one_query(tmp_path):
     one = Scripted("a")
     one.go.set()
     state = make_desk(tmp_path, one=one)
-    query = Query(tmp_path / "v.mp4", seed=5)
+    query = CaptionRequest(tmp_path / "v.mp4", seed=5)
     come = [item for item in state.stream_answers(query, ["one", "one"]) if item]
     assert one.asked == [(5, 2)] and one.dropped == 1
     assert [(place, piece.answer.text) for place, piece in come if piece.answer] == [(0, "a0"), (1, "a1")]
@@ -183,7 +183,7 @@ def test_two_models_are_asked_at_once_and_who_leaves_drops_both(tmp_path):
     one, two = Scripted("a"), Scripted("b")
     two.go.set()
     state = make_desk(tmp_path, one=one, two=two)
-    coming = state.stream_answers(Query(tmp_path / "v.mp4"), ["one", "two"])
+    coming = state.stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"])
     come = [next(coming), next(coming)]
     assert [(place, piece.text) for place, piece in come] == [(1, "b"), (1, "")]
     assert next(coming) is None  # nothing of the first yet, which is told
@@ -199,7 +199,7 @@ def test_an_error_of_one_ends_both(tmp_path):
 
     one, two = Scripted("a"), Broken("b")
     with pytest.raises(ClipError, match="is not a video"):
-        list(make_desk(tmp_path, one=one, two=two).stream_answers(Query(tmp_path / "v.mp4"), ["one", "two"]))
+        list(make_desk(tmp_path, one=one, two=two).stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"]))
     assert (one.dropped, two.dropped) == (1, 1)
 
 
@@ -243,8 +243,8 @@ def test_visitors_are_told_no_more_of_an_error_than_its_kind(tmp_path, caplog):
 
 
 def test_an_answer_as_a_record(tmp_path):
-    assert to_caption(Query(tmp_path / "v.mp4"), Answer("A.", False), "toy") == Caption(
+    assert to_caption(CaptionRequest(tmp_path / "v.mp4"), Completion("A.", False), "toy") == Caption(
         "v.mp4", "A.", model="toy", finished=False
     )
     assert 0 <= random_seed() < 1 << 31
-    assert Outline(3.0) == Outline(3.0, True, True)
+    assert MediaInfo(3.0) == MediaInfo(3.0, True, True)

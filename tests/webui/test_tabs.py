@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
-from salmonn.caption.engine import Query
+from salmonn.caption.engine import CaptionRequest
 from salmonn.caption.generate import Sampling
-from salmonn.caption.probe import Outline
+from salmonn.caption.probe import MediaInfo
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
@@ -52,7 +52,7 @@ def describing(state):
 def duel(state):
     path = state.uploads.root / "holiday.mp4"
     path.write_bytes(b"pictures")
-    return ComparisonState(ScoredCandidate(LEFT), ScoredCandidate(RIGHT), Query(path), Outline(3.0), None)
+    return ComparisonState(ScoredCandidate(LEFT), ScoredCandidate(RIGHT), CaptionRequest(path), MediaInfo(3.0), None)
 
 
 def vote(tab, duel, edit=""):

@@ -22,7 +22,7 @@ from rows import PromptRow, alone, compare, hand_in, interleave, peak_mib, tell
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.loader import ClipReader, sensible_workers
+from salmonn.caption.loader import ClipReader, default_num_workers
 from salmonn.records import Caption
 from salmonn.synthetic.render import SynthConfig, make_clips
 
@@ -75,8 +75,8 @@ class Bench:
 
     def ours(self) -> list[str]:
         """Batches, and workers that read ahead, whose start is timed too."""
-        with ClipReader(workers=sensible_workers(len(self.paths))) as reader:
-            results = list(self.captioner.caption_each(self.paths, sampling=self.sampling, reader=reader))
+        with ClipReader(workers=default_num_workers(len(self.paths))) as reader:
+            results = list(self.captioner.caption_many(self.paths, sampling=self.sampling, reader=reader))
         self.waited = reader.waited_seconds
         return [result.text if isinstance(result, Caption) else result.reason for result in results]
 
