@@ -1,4 +1,10 @@
-"""Typed configuration: dataclass defaults < YAML < dotted flags, checked before anything heavy is loaded."""
+"""Typed configuration: dataclass defaults, overridden by YAML, overridden by dotted flags; checked before any loading.
+
+What a run's results follow from is written to its folder, and a resumed run must agree with it (`claim_folder`).
+A field that does not affect the results is marked:
+
+    strategy: StrategyName = field(default="ddp", metadata=MAY_CHANGE)
+"""
 
 import dataclasses
 import re
@@ -12,6 +18,13 @@ from jsonargparse import ArgumentParser, Namespace
 from salmonn.records import write_text
 
 Config = TypeVar("Config")
+
+RUN_FORMAT = 1  # of the YAML in a run's folder, stated in its first line
+
+# Metadata of dataclass fields that a resumed run may change. With the second, results follow only from whether the
+# value is None, and the field's default must be another.
+MAY_CHANGE = {"resume": "may_change"}
+MAY_CHANGE_BUT_NOT_TO_NONE = {"resume": "may_change_but_not_to_none"}
 
 
 class FlagParser(ArgumentParser):
@@ -66,94 +79,99 @@ def run_recipe(
     args: Sequence[str] | None = None,
     on_error: Callable[[str], object] | None = None,
 ) -> None:
-    """Read a recipe's config from the command line and run it.
+    """Read a recipe's config from the command line and run the recipe.
 
     A user's mistake (an unknown key, a wrong type, a missing file, clips that do not fit) ends the process with a
-    sentence and exit code 2, never with a traceback.
+    one-line message and exit code 2, without a traceback.
 
     Args:
         main: the recipe.
-        config_type: a dataclass, with further dataclasses nested in it; its docstrings become the help.
-        description: what the recipe does, for --help.
-        args: the command line (default: the process's own).
-        on_error: called with the sentence once it is told; `dist.abort` ends the run's other processes too.
+        config_type: a dataclass, possibly with nested dataclasses; its docstrings become the help.
+        description: text at the top of `--help`.
+        args: the command line (default: that of this process).
+        on_error: called with the message after it was printed, such as `dist.abort`, which ends the other processes.
     """
     config = parse_config(config_type, description=description, args=args)
     try:
         main(config)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        code = _complain(error)
+        sys.stderr.write(f"error: {error}\n")
         if on_error:
             on_error(str(error))
-        sys.exit(code)
-
-
-def _complain(error: Exception) -> int:
-    sys.stderr.write(f"error: {error}\n")
-    return 2
+        sys.exit(2)
 
 
 def parse_config(config_type: type[Config], *, description: str, args: Sequence[str] | None = None) -> Config:
-    """The config that a command line describes; see `run_recipe`."""
+    """Build a config from a command line; see `run_recipe`. A mistake ends the process with exit code 2."""
+    fields = dataclasses.fields(config_type)  # type: ignore[arg-type]
+    switches = {f"--{field.name}" for field in fields if field.type is bool}
+    flags = normalize_flags(args)
+    flags = [
+        f"{flag}=true" if flag in switches and following.startswith("--") else flag  # a bare switch means true
+        for flag, following in zip(flags, [*flags[1:], "--"], strict=False)
+    ]
     parser = FlagParser(description=description)
-    parser.add_argument("--config", action="config", help="YAML file that states what differs from the defaults")
+    parser.add_argument("--config", action="config", help="YAML file with the values that differ from the defaults")
     parser.add_class_arguments(config_type)
     try:
-        built = parser.instantiate(parser.parse_args(_switched_on(normalize_flags(args), config_type)))
-    except ValueError as error:  # a dataclass refused its values
-        sys.exit(_complain(error))
-    names = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
-    return config_type(**{name: value for name, value in vars(built).items() if name in names})
-
-
-def _switched_on(args: Sequence[str], config_type: type) -> list[str]:
-    """A command line with --flag=true for a switch that stands alone."""
-    switches = {f"--{field.name}" for field in dataclasses.fields(config_type) if field.type is bool}
-    return [
-        f"{arg}=true" if arg in switches and after.startswith("--") else arg
-        for arg, after in zip(args, [*args[1:], "--"], strict=False)
-    ]
+        built = parser.instantiate(parser.parse_args(flags))
+    except ValueError as error:  # raised by a dataclass
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    return config_type(**{field.name: getattr(built, field.name) for field in fields if field.name in built})
 
 
 def normalize_flags(args: Sequence[str] | None) -> list[str]:
-    """A command line (default: the process's own) with --like_this for --like-this: both spellings are welcome."""
-    given = sys.argv[1:] if args is None else args
-    parts = (str(arg).partition("=") for arg in given)
-    return [
-        (flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
-        for flag, equals, value in parts
-    ]
+    """Return a command line (default: that of this process) with --like-this rewritten to --like_this."""
+    normalized = []
+    for arg in sys.argv[1:] if args is None else args:
+        flag, equals, value = str(arg).partition("=")
+        if flag.startswith("--"):
+            flag = "--" + flag[2:].replace("-", "_")
+        normalized.append(flag + equals + value)
+    return normalized
+
+
+def resume_values(config: Any) -> Namespace:
+    """Return the values that a run's results follow from: those of all fields that are not marked as `MAY_CHANGE`.
+
+    Args:
+        config: a dataclass; nested dataclasses become nested namespaces.
+    """
+    values = Namespace()
+    for field in dataclasses.fields(config):
+        value, resume = getattr(config, field.name), field.metadata.get("resume")
+        may_change = resume == "may_change" or (resume == "may_change_but_not_to_none" and value is not None)
+        if not may_change:
+            values[field.name] = resume_values(value) if dataclasses.is_dataclass(value) else value
+    return values
 
 
 def claim_folder(folder: Path, config: Any, *, name: str) -> None:
-    """Write the resolved config to a run's folder, as YAML that `--config` reads back.
+    """Write a run's config to its folder, or check that the folder was claimed with the same one.
+
+    The file is YAML that `--config` reads back. It holds `resume_values`; other fields get their defaults.
 
     Raises:
         ValueError: the folder holds results of another config, which a resumed run would mix with its own.
     """
-    path = folder / f"{name}.yaml"
-    text = _to_yaml(config)
-    if path.is_file():
-        before, now = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
-        if before != now:
-            gained = [f"now {line.strip()}" for line in now if line not in before]
-            lost = [f"no longer {line.strip()}" for line in before if line not in now]
-            raise ValueError(
-                f"{folder} holds a run with another configuration "
-                f"({', '.join(gained + lost) or 'a list in another order'}): "
-                "choose another --out, or delete that folder to start anew"
-            )
-    write_text(path, text)
-
-
-def _to_yaml(config: Any) -> str:
     parser = ArgumentParser()
     parser.add_class_arguments(type(config))
-    return parser.dump(_to_namespace(config))
-
-
-def _to_namespace(config: Any) -> Namespace:
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return Namespace(
-        **{name: _to_namespace(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
-    )
+    header = f"# run config, format {RUN_FORMAT}"
+    text = f"{header}\n{parser.dump(resume_values(config), skip_unset=False)}"
+    path = folder / f"{name}.yaml"
+    if path.is_file():
+        before, now = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
+        if before[:1] != now[:1]:
+            raise ValueError(
+                f"{path} does not start with {header!r}: another version of salmonn wrote it; "
+                "resume the run with that version, or choose another --out"
+            )
+        if before != now:
+            changes = [f"now {line.strip()}" for line in now if line not in before]
+            changes += [f"before {line.strip()}" for line in before if line not in now]
+            raise ValueError(
+                f"{folder} holds a run with another configuration ({', '.join(changes) or 'a list in another order'}): "
+                "choose another --out, or delete that folder to start over"
+            )
+    write_text(path, text)

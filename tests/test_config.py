@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from salmonn.caption.generate import Sampling
-from salmonn.config import claim_folder, parse_config, run_recipe
+from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE, claim_folder, parse_config, resume_values, run_recipe
 from salmonn.model.lora import LoraConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -245,6 +245,81 @@ def test_a_refusal_names_what_changed(tmp_path):
     assert str(tmp_path) in str(caught.value) and "steps: 4" in str(caught.value)
 
 
+@dataclass(frozen=True)
+class Cache:
+    """A cache.
+
+    Args:
+        folder: where it is.
+        max_gib: its size.
+    """
+
+    folder: Path | None = field(default=Path("cache"), metadata=MAY_CHANGE_BUT_NOT_TO_NONE)
+    max_gib: float = field(default=20.0, metadata=MAY_CHANGE)
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """A config of which some fields may change.
+
+    Args:
+        seed: a number.
+        strategy: a name.
+        cache: nested, marked field by field.
+        judge: nested, marked as a whole.
+    """
+
+    seed: int = 0
+    strategy: str = field(default="ddp", metadata=MAY_CHANGE)
+    cache: Cache = field(default_factory=Cache)
+    judge: Inner | None = field(default_factory=Inner, metadata=MAY_CHANGE)
+
+
+def test_resume_values_leave_out_what_may_change():
+    assert resume_values(Resumable(seed=3)).as_dict() == {"seed": 3, "cache": {}}
+    assert resume_values(Resumable(cache=Cache(None))).as_dict() == {"seed": 0, "cache": {"folder": None}}
+    assert resume_values(Outer(maybe=Inner(1.0))).as_dict() == dataclasses.asdict(Outer(maybe=Inner(1.0)))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        Resumable(strategy="zero3"),
+        Resumable(cache=Cache(Path("other"))),
+        Resumable(cache=Cache(max_gib=1.0)),
+        Resumable(judge=Inner(2.0)),
+        Resumable(judge=None),
+    ],
+)
+def test_a_resumed_run_may_change_marked_fields(tmp_path, changed):
+    for first, second in [(Resumable(), changed), (changed, Resumable())]:
+        folder = tmp_path / str(first == changed)
+        claim_folder(folder, first, name="run")
+        before = (folder / "run.yaml").read_text()
+        claim_folder(folder, second, name="run")
+        assert (folder / "run.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("changed", [Resumable(seed=1), Resumable(cache=Cache(None))])
+def test_a_resumed_run_may_change_no_other_field(tmp_path, changed):
+    for first, second in [(Resumable(), changed), (changed, Resumable())]:
+        folder = tmp_path / str(first == changed)
+        claim_folder(folder, first, name="run")
+        with pytest.raises(ValueError, match="another configuration"):
+            claim_folder(folder, second, name="run")
+
+
+def test_a_run_in_another_format_is_refused(tmp_path):
+    claim_folder(tmp_path, Outer(), name="run")
+    path = tmp_path / "run.yaml"
+    text = path.read_text()
+    assert text.startswith("# run config, format 1\n")
+    for other in (text.replace("format 1", "format 2"), text.partition("\n")[2], ""):
+        path.write_text(other)
+        with pytest.raises(ValueError, match=r"run\.yaml does not start with .*another version of salmonn"):
+            claim_folder(tmp_path, Outer(), name="run")
+
+
 def test_two_recipes_may_share_a_folder(tmp_path):
     claim_folder(tmp_path, Outer(), name="one")
     claim_folder(tmp_path, Outer(steps=4), name="two")
@@ -259,6 +334,7 @@ def test_the_written_yaml_reads_back(config_type, tmp_path):
         references=tmp_path / "own.jsonl",
         pairs=replace(plain.pairs, sampling=Sampling(temperature=1.25, max_new_tokens=7), max_length_ratio=2.0),
         lora=LoraConfig(rank=4, targets=("v_proj",)),
+        rebirth=None,
     )
     tuned = sft(out=tmp_path, lora=LoraConfig(rank=2), trainable=(), tasks=("questions", "caption"))
     for number, config in enumerate([plain, odd, tuned, sft(out=tmp_path)]):
