@@ -77,7 +77,7 @@ def run_score(values: Namespace) -> int:
         raise ValueError(f"{values.captions} holds no captions")
     judge = make_judge(judge_config(values), published=values.protocol == "published")
     total = len(captions) * values.passes
-    with tqdm(total=total, desc="judging", unit=" captions", disable=judge.is_exact) as bar:
+    with tqdm(total=total, desc="judging", unit=" captions", disable=judge.is_deterministic) as bar:
         scored = score_set(
             references,
             captions,

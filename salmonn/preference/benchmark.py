@@ -1,10 +1,10 @@
-"""How well a judge tells the better of two captions: `salmonn judge-benchmark PAIRS`.
+"""Benchmark of a judge on labelled pairs of captions: `salmonn judge-benchmark PAIRS`.
 
-    result = bench(read_pairs("data/judge_pairs.jsonl"), RuleJudge())
+    result = run_benchmark(read_labelled_pairs("data/judge_pairs.jsonl"), RuleJudge())
     benchmark_rows(result)
 
-Each caption is judged by itself, as in scoring and in mrDPO; the one with the lower Total is preferred, at equal Total
-the one with less repetition. `docs/judge_benchmark.md` describes the shipped pairs and the results of the rule judge.
+Each caption is judged by itself, as in scoring and in mrDPO; the one with the lower Total is preferred, or with equal
+Totals the one with less repetition. `docs/judge_benchmark.md` describes the shipped pairs and the rule judge's results.
 """
 
 import math
@@ -15,27 +15,28 @@ from typing import Any, Literal
 
 from salmonn.records import Caption, Event, Reference, Score, Unscored, read_records
 from salmonn.score.judge import Judge, ProgressCallback, ScoringTask
+from salmonn.score.stats import wilson_interval
 
 Better = Literal["first", "second", "tie"]
-Where = Literal["", "start", "middle", "end"]
+FaultPosition = Literal["", "start", "middle", "end"]
 
-TIE_IS_RIGHT = "padding"  # the kind whose fault costs nothing, as long as it is not rewarded
-Z = 1.959964  # of a 95 % interval
+_TIE_ACCEPTED = "padding"  # kind of fault that need not cost anything, as long as it is not rewarded
+_Z = 1.959964  # standard deviations of a 95 % interval
 COLUMNS = ("", "pairs", "right %", "95 %", "ties %", "unscored", "right of scored %", "gap off by")
 
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Two captions of a clip, and which is better.
+    """Two captions of a clip, and which one is better.
 
     Args:
-        events: of the clip, in order of time.
-        first, second: the captions.
-        better: which is better, or tie.
-        gap: by how many events the worse has more wrong.
-        kind: of the fault; in "padding" a judge that sees no difference is right, too.
-        where: in which third of the caption the fault stands; "" where that is unknown.
-        seed, index: of the synthetic clip; None for others.
+        events: events of the clip, in order of time.
+        first, second: captions.
+        better: which caption is better, or tie.
+        gap: number of additional errors in the worse caption.
+        kind: kind of fault; for "padding" a tie is right, too.
+        where: third of the caption that contains the fault; "" if unknown.
+        seed, index: seed and index of the synthetic clip; None for other clips.
     """
 
     events: tuple[Event, ...]
@@ -44,35 +45,35 @@ class LabelledPair:
     better: Better
     gap: int = 0
     kind: str = "other"
-    where: Where = ""
+    where: FaultPosition = ""
     seed: int | None = None
     index: int | None = None
 
     def __post_init__(self) -> None:
         if self.gap < 0 or (self.gap and self.better == "tie"):
             raise ValueError(
-                f"gap must be at least 0, and 0 for a tie, got {self.gap}: name the better one in `better`"
+                f"gap must be at least 0, and 0 for a tie, got {self.gap}: name the better caption in `better`"
             )
 
     @property
-    def is_longer_better(self) -> bool | None:
-        """Whether the better caption has more words; None for as many, and for a tie."""
-        first, second = (len(text.split()) for text in (self.first, self.second))
+    def longer_or_shorter(self) -> str:
+        """Return whether the better caption is "longer" or "shorter" in words; "" for equal length or a tie."""
+        first, second = len(self.first.split()), len(self.second.split())
         if first == second or self.better == "tie":
-            return None
-        return (first > second) == (self.better == "first")
+            return ""
+        return "longer" if (first > second) == (self.better == "first") else "shorter"
 
 
 @dataclass(frozen=True)
 class DecisionCounts:
-    """A judge's decisions on some pairs.
+    """Counts of a judge's decisions on some pairs.
 
     Args:
-        pairs: all of them.
-        right: those decided as labelled.
-        ties: those on which the judge has no preference.
-        unscored: those with a caption or a reference that the judge could not judge; none of them is right.
-        gap_error: mean of |judge's gap - labelled gap| in events, over scored pairs with a gap; None: there is none.
+        pairs: number of pairs.
+        right: number decided as labelled.
+        ties: number without a preference.
+        unscored: number with a caption or reference that could not be judged; none of them is right.
+        gap_error: mean |judge's gap - labelled gap| in events, over scored pairs with a gap; None if there are none.
     """
 
     pairs: int
@@ -83,43 +84,40 @@ class DecisionCounts:
 
     @property
     def scored(self) -> int:
-        """Pairs that the judge could judge."""
+        """Return the number of pairs that could be judged."""
         return self.pairs - self.unscored
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right decisions of all pairs; None where there are none."""
+        """Return the share of right decisions on all pairs; None without pairs."""
         return self.right / self.pairs if self.pairs else None
 
     @property
     def scored_accuracy(self) -> float | None:
-        """Share of right decisions of scored pairs; None where there are none."""
+        """Return the share of right decisions on scored pairs; None without scored pairs."""
         return self.right / self.scored if self.scored else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of `accuracy` by Wilson's score method; None where there are no pairs."""
-        if self.accuracy is None:
+        """Return the 95 % Wilson interval of `accuracy`; None without pairs."""
+        if not self.pairs:
             return None
-        square = Z**2 / self.pairs
-        middle = self.accuracy + square / 2
-        spread = Z * math.sqrt((self.accuracy * (1 - self.accuracy) + square / 4) / self.pairs)
-        # Rounding errors would put the limits of 0 and 1 a hair outside.
-        return max((middle - spread) / (1 + square), 0.0), min((middle + spread) / (1 + square), 1.0)
+        interval = wilson_interval(self.right, self.pairs)
+        return interval.low, interval.high
 
     def to_json(self) -> dict[str, Any]:
-        """Counts and shares."""
+        """Return counts and shares."""
         shares = {"accuracy": self.accuracy, "interval": self.interval, "scored_accuracy": self.scored_accuracy}
         return asdict(self) | shares
 
 
 @dataclass(frozen=True)
 class Bias:
-    """How much more often a judge is right on one group of scored pairs than on another, with its 95 % interval.
+    """Difference in accuracy between two groups of scored pairs, with its 95 % interval.
 
-    Faults change the length: without what is left out a caption is shorter, with what is invented longer. So groups are
-    compared within each kind, and kinds weighted by n m / (n + m) for n and m pairs (Mantel and Haenszel's risk
-    difference; variance: Greenland and Robins 1985).
+    Faults change the length: omissions make a caption shorter, hallucinations longer. So groups are compared within
+    each kind of fault, and kinds are weighted by n m / (n + m) for n and m pairs (Mantel-Haenszel risk difference;
+    variance: Greenland and Robins 1985).
     """
 
     difference: float
@@ -128,21 +126,21 @@ class Bias:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """How a judge did.
+    """Results of a judge.
 
     Args:
-        judge, prompt_hash: who judged, by which words or rules.
-        total: over all pairs.
-        kinds: by kind of fault.
-        position: by which caption is the better one: "first", "second".
-        length: by whether the better caption is "longer" or "shorter" than the other, in words.
-        where: by the third of the caption in which the fault stands.
-        position_bias: accuracy where the better one comes first less accuracy where it comes second; None: no kind of
-            fault has both.
-        length_bias: accuracy where the better one is longer less accuracy where it is shorter; None as above.
-        reversed: decisions for the worse one of two captions that differ in length.
-        reversed_longer: those of them that prefer the longer.
-        unscored: the pairs that could not be judged ("pair 3", counted from 1), and why.
+        judge, prompt_hash: name of the judge, and hash of its prompts or version of its rules.
+        total: counts over all pairs.
+        kinds: counts by kind of fault.
+        position: counts by the position of the better caption: "first", "second".
+        length: counts by whether the better caption is "longer" or "shorter" than the other, in words.
+        where: counts by the third of the caption that contains the fault.
+        position_bias: accuracy with the better caption first minus accuracy with it second; None if no kind of fault
+            has both.
+        length_bias: accuracy with the better caption longer minus accuracy with it shorter; None as above.
+        reversed: number of decisions for the worse of two captions that differ in length.
+        reversed_longer: number of those that prefer the longer caption.
+        unscored: pairs that could not be judged ("pair 3", counted from 1), with the reason.
     """
 
     judge: str
@@ -159,10 +157,12 @@ class BenchmarkResult:
     unscored: tuple[Unscored, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for a JSON file."""
-        groups = ("kinds", "position", "length", "where")
-        tallies = {name: {key: tally.to_json() for key, tally in getattr(self, name).items()} for name in groups}
-        return asdict(self) | {"total": self.total.to_json()} | tallies
+        """Return all results for a JSON file."""
+        groups = {
+            name: {key: counts.to_json() for key, counts in getattr(self, name).items()}
+            for name in ("kinds", "position", "length", "where")
+        }
+        return asdict(self) | {"total": self.total.to_json()} | groups
 
 
 def read_labelled_pairs(path: Path | str) -> list[LabelledPair]:
@@ -170,57 +170,65 @@ def read_labelled_pairs(path: Path | str) -> list[LabelledPair]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: naming what is wrong and where; an empty file is, too.
+        ValueError: a line is invalid, or the file is empty.
     """
     pairs = read_records(path, LabelledPair)
     if not pairs:
-        raise ValueError(f"{path} holds no pairs: write some with tools/judge_pairs.py")
+        raise ValueError(f"{path} has no pairs: generate some with tools/judge_pairs.py")
     return pairs
 
 
 def run_benchmark(
     pairs: Sequence[LabelledPair], judge: Judge, *, seed: int = 0, progress: ProgressCallback | None = None
 ) -> BenchmarkResult:
-    """Have a judge decide the pairs; `progress` is called with the number of captions just finished, of two a pair.
+    """Let a judge decide all pairs.
 
-    All captions go to the judge at once, so that it can work on many side by side.
+    Args:
+        pairs: labelled pairs.
+        judge: judge; it gets all captions at once and may judge them concurrently.
+        seed: random seed of the judge.
+        progress: called with the number of captions just finished, of two per pair.
     """
-    refused = {}
+    tasks, judged, rejected = [], [], {}
     for number, pair in enumerate(pairs):
+        reference = Reference(f"pair {number + 1}", pair.events)
         try:
-            judge.check(_reference(pair, number))
+            judge.check(reference)
         except ValueError as error:
-            refused[number] = Unscored(_name(number), str(error))
-    if progress and refused:
-        progress(2 * len(refused))
-    asked = [number for number in range(len(pairs)) if number not in refused]
-    tasks = [task for number in asked for task in _tasks(pairs[number], number)]
+            rejected[number] = Unscored(reference.video, str(error))
+        else:
+            judged.append(number)
+            tasks += [
+                ScoringTask(reference, Caption(reference.video, text, sample=sample))
+                for sample, text in enumerate((pair.first, pair.second))
+            ]
+    if progress and rejected:
+        progress(2 * len(rejected))
     results = judge.judge(tasks, seed=seed, progress=progress)
-    judged = dict(zip(asked, zip(results[::2], results[1::2], strict=True), strict=True))
-    decisions = [_decide(pair, *judged.get(number, ())) for number, pair in enumerate(pairs)]
-    lost = [result for result in results if isinstance(result, Unscored)]
-    return _summarise(decisions, judge, unscored=(*refused.values(), *lost))
+    by_pair = dict(zip(judged, zip(results[::2], results[1::2], strict=True), strict=True))
+    decisions = [_decide(pair, *by_pair.get(number, ())) for number, pair in enumerate(pairs)]
+    failed = [result for result in results if isinstance(result, Unscored)]
 
-
-def _name(number: int) -> str:
-    return f"pair {number + 1}"
-
-
-def _reference(pair: LabelledPair, number: int) -> Reference:
-    return Reference(_name(number), pair.events)
-
-
-def _tasks(pair: LabelledPair, number: int) -> list[ScoringTask]:
-    reference = _reference(pair, number)
-    return [
-        ScoringTask(reference, Caption(reference.video, text, sample=sample))
-        for sample, text in enumerate((pair.first, pair.second))
-    ]
+    turned = [decision.pair for decision in decisions if decision.is_reversed and decision.pair.longer_or_shorter]
+    return BenchmarkResult(
+        judge=judge.name,
+        prompt_hash=judge.prompt_hash,
+        total=_count(decisions),
+        kinds=_count_groups(decisions, lambda decision: decision.pair.kind),
+        position=_count_groups(decisions, lambda decision: decision.pair.better, names=("first", "second")),
+        length=_count_groups(decisions, lambda decision: decision.pair.longer_or_shorter, names=("longer", "shorter")),
+        where=_count_groups(decisions, lambda decision: decision.pair.where, names=("start", "middle", "end")),
+        position_bias=_bias(decisions, lambda decision: decision.pair.better, names=("first", "second")),
+        length_bias=_bias(decisions, lambda decision: decision.pair.longer_or_shorter, names=("longer", "shorter")),
+        reversed=len(turned),
+        reversed_longer=sum(pair.longer_or_shorter == "shorter" for pair in turned),
+        unscored=(*rejected.values(), *failed),
+    )
 
 
 @dataclass(frozen=True)
 class _Decision:
-    """What a judge makes of a pair; `preferred` None: unscored. `gap` counts events for the labelled better one."""
+    """The caption that a judge prefers (None: unscored), and by how many events it favours the labelled one."""
 
     pair: LabelledPair
     preferred: Better | None = None
@@ -228,8 +236,7 @@ class _Decision:
 
     @property
     def is_right(self) -> bool:
-        is_free_tie = self.preferred == "tie" and self.pair.kind == TIE_IS_RIGHT
-        return self.preferred == self.pair.better or is_free_tie
+        return self.preferred == self.pair.better or (self.preferred == "tie" and self.pair.kind == _TIE_ACCEPTED)
 
     @property
     def is_reversed(self) -> bool:
@@ -246,41 +253,15 @@ def _decide(pair: LabelledPair, *results: Score | Unscored) -> _Decision:
     return _Decision(pair, preferred, (errors[1] - errors[0]) * (-1 if pair.better == "second" else 1))
 
 
-def _summarise(decisions: Sequence[_Decision], judge: Judge, *, unscored: tuple[Unscored, ...]) -> BenchmarkResult:
-    lengths = {True: "longer", False: "shorter", None: ""}
-
-    def position(decision: _Decision) -> str:
-        return "" if decision.pair.better == "tie" else decision.pair.better
-
-    def length(decision: _Decision) -> str:
-        return lengths[decision.pair.is_longer_better]
-
-    turned = [decision for decision in decisions if decision.is_reversed and length(decision)]
-    return BenchmarkResult(
-        judge=judge.name,
-        prompt_hash=judge.prompt_hash,
-        total=_tally(decisions),
-        kinds=_tallies(decisions, lambda decision: decision.pair.kind),
-        position=_tallies(decisions, position, names=("first", "second")),
-        length=_tallies(decisions, length, names=("longer", "shorter")),
-        where=_tallies(decisions, lambda decision: decision.pair.where, names=("start", "middle", "end")),
-        position_bias=_bias(decisions, position, names=("first", "second")),
-        length_bias=_bias(decisions, length, names=("longer", "shorter")),
-        reversed=len(turned),
-        reversed_longer=sum(length(decision) == "shorter" for decision in turned),
-        unscored=unscored,
-    )
-
-
-def _tallies(
+def _count_groups(
     decisions: Sequence[_Decision], group: Callable[[_Decision], str], *, names: Sequence[str] | None = None
 ) -> dict[str, DecisionCounts]:
-    """Tallies of groups by name; of those that occur, in their order, where no names are given."""
+    """Return counts by group; without names, all groups in order of occurrence."""
     names = list(dict.fromkeys(map(group, decisions))) if names is None else names
-    return {name: _tally([decision for decision in decisions if group(decision) == name]) for name in names}
+    return {name: _count([decision for decision in decisions if group(decision) == name]) for name in names}
 
 
-def _tally(decisions: Sequence[_Decision]) -> DecisionCounts:
+def _count(decisions: Sequence[_Decision]) -> DecisionCounts:
     scored = [decision for decision in decisions if decision.preferred]
     errors = [abs(decision.gap - decision.pair.gap) for decision in scored if decision.pair.gap]
     return DecisionCounts(
@@ -293,66 +274,69 @@ def _tally(decisions: Sequence[_Decision]) -> DecisionCounts:
 
 
 def _bias(decisions: Sequence[_Decision], group: Callable[[_Decision], str], *, names: tuple[str, str]) -> Bias | None:
-    """Of the first group against the second; None where no kind has both."""
+    """Return the bias for the first group against the second; None if no kind of fault has both."""
     by_kind: dict[str, list[_Decision]] = {}
     for decision in decisions:
         if decision.preferred:
             by_kind.setdefault(decision.pair.kind, []).append(decision)
     weighted = variance = weights = 0.0
-    for same in by_kind.values():
-        one, other = _tallies(same, group, names=names).values()
+    for same_kind in by_kind.values():
+        one, other = _count_groups(same_kind, group, names=names).values()
         if one.accuracy is not None and other.accuracy is not None:
             weight = one.pairs * other.pairs / (one.pairs + other.pairs)
             weights += weight
             weighted += weight * (one.accuracy - other.accuracy)
-            spread = sum(tally.right * (tally.pairs - tally.right) / tally.pairs**3 for tally in (one, other))
+            spread = sum(counts.right * (counts.pairs - counts.right) / counts.pairs**3 for counts in (one, other))
             variance += weight**2 * spread
     if not weights:
         return None
-    difference, reach = weighted / weights, Z * math.sqrt(variance) / weights
+    difference, reach = weighted / weights, _Z * math.sqrt(variance) / weights
     return Bias(difference, (difference - reach, difference + reach))
 
 
 def benchmark_rows(result: BenchmarkResult) -> list[list[tuple[str, ...]]]:
-    """The table in groups of rows, with the cells that `COLUMNS` names."""
+    """Return the table as groups of rows with the cells that `COLUMNS` names."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
     groups = [
         {"all": result.total},
         result.kinds,
-        {f"better comes {name}": tally for name, tally in result.position.items()},
-        {f"better is {name}": tally for name, tally in result.length.items()},
-        {f"fault at {name}": tally for name, tally in result.where.items()},
+        {f"better comes {name}": counts for name, counts in result.position.items()},
+        {f"better is {name}": counts for name, counts in result.length.items()},
+        {f"fault at {name}": counts for name, counts in result.where.items()},
     ]
-    return [[(name, *_cells(tally)) for name, tally in group.items()] for group in groups]
+    return [
+        [
+            (
+                name,
+                str(counts.pairs),
+                percent(counts.accuracy),
+                " - ".join(map(percent, counts.interval)) if counts.interval else "-",
+                percent(counts.ties / counts.scored if counts.scored else None),
+                str(counts.unscored),
+                percent(counts.scored_accuracy),
+                "-" if counts.gap_error is None else f"{counts.gap_error:.2f}",
+            )
+            for name, counts in group.items()
+        ]
+        for group in groups
+    ]
 
 
 def benchmark_notes(result: BenchmarkResult) -> list[str]:
-    """What the table does not say, a line each."""
+    """Return lines with the biases, which are not in the table."""
+
+    def points(bias: Bias | None) -> str:
+        if bias is None:
+            return "-"
+        # Adding 0 turns -0.0 into 0.0.
+        point, low, high = (round(100 * value, 1) + 0.0 for value in (bias.difference, *bias.interval))
+        return f"{point:+.1f} ({low:+.1f} to {high:+.1f})"
+
     return [
-        f"position bias, points for the first caption: {_points(result.position_bias)}",
-        f"length bias, points for the longer caption: {_points(result.length_bias)}",
+        f"position bias, points for the first caption: {points(result.position_bias)}",
+        f"length bias, points for the longer caption: {points(result.length_bias)}",
         f"decisions for the worse one: {result.reversed}, for the longer one of the two: {result.reversed_longer}",
     ]
-
-
-def _cells(tally: DecisionCounts) -> tuple[str, ...]:
-    return (
-        str(tally.pairs),
-        _percent(tally.accuracy),
-        " - ".join(map(_percent, tally.interval)) if tally.interval else "-",
-        _percent(tally.ties / tally.scored if tally.scored else None),
-        str(tally.unscored),
-        _percent(tally.scored_accuracy),
-        "-" if tally.gap_error is None else f"{tally.gap_error:.2f}",
-    )
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _points(bias: Bias | None) -> str:
-    if bias is None:
-        return "-"
-    # Adding 0 makes 0.0 of -0.0.
-    point, low, high = (round(100 * value, 1) + 0.0 for value in (bias.difference, *bias.interval))
-    return f"{point:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -1,4 +1,4 @@
-"""Who judges, where, and at what cost: read by command lines and recipes before anything heavy is imported."""
+"""Judge and language model settings, read by command lines and recipes before anything slow is imported."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +14,20 @@ class LLMConfig:
     """A language model on an OpenAI-compatible server.
 
     Args:
-        model: name of the language model, as its server knows it.
-        base_url: address of the server, such as http://localhost:8000/v1; none is OpenAI's own. The key is read from
-            the environment variable OPENAI_API_KEY.
-        concurrency: requests under way at once.
-        temperature: of the model; null leaves it to the server, as some models ask for.
-        max_reply_tokens: longest reply; the default is 4096, and no limit on OpenAI's own server, whose newer
-            models refuse one.
-        structured: whether replies are asked for by JSON schema: auto does, until the server refuses.
-        timeout_seconds: of one request.
-        retry_seconds: how long one question is tried again where the server is busy, failing or away.
-        max_requests: spend cap: the run stops before it asks more often, retries included.
-        max_tokens: spend cap in tokens, of prompts and replies; what is under way when it is reached still counts.
-        cache: file that keeps every reply, so that no question is asked twice.
+        model: name of the model on its server.
+        base_url: address of the server, such as http://localhost:8000/v1; OpenAI's own by default. The API key is
+            read from the environment variable OPENAI_API_KEY.
+        concurrency: number of concurrent requests.
+        temperature: sampling temperature; null uses the server's default, which some models require.
+        max_reply_tokens: token limit per reply; 4096 by default, and none on OpenAI's own server, whose newer models
+            reject one.
+        structured: whether requests include a JSON schema for the reply; auto stops if the server rejects it.
+        timeout_seconds: time limit per request.
+        retry_seconds: how long a request is retried while the server is busy, failing or unreachable.
+        max_requests: spend cap: maximum number of requests in a run, retries included.
+        max_tokens: spend cap: maximum number of tokens in a run, in prompts and replies; requests in flight when it
+            is reached still count.
+        cache: file in which all replies are saved and looked up.
     """
 
     model: str = ""
@@ -41,11 +42,6 @@ class LLMConfig:
     max_tokens: int | None = None
     cache: Path = Path("~/.cache/salmonn/replies.sqlite")
 
-    @property
-    def reply_token_limit(self) -> int | None:
-        """In tokens. Servers at home cut off at 1,024 by themselves, or never."""
-        return self.max_reply_tokens or (4096 if self.base_url else None)
-
     def __post_init__(self) -> None:
         if self.concurrency < 1 or min(self.timeout_seconds, self.retry_seconds) <= 0:
             raise ValueError(
@@ -55,46 +51,54 @@ class LLMConfig:
         if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.max_reply_tokens)):
-            raise ValueError("max_requests, max_tokens and max_reply_tokens must be at least 1 where they are given")
+            raise ValueError("max_requests, max_tokens and max_reply_tokens must be at least 1 if given")
         address = urlsplit(self.base_url or "https://localhost")
         if address.scheme not in ("http", "https") or not address.hostname or address.username:
             raise ValueError(
-                f"base_url must be an address such as http://localhost:8000/v1, got {self.base_url!r}; a key belongs "
-                "into the environment variable OPENAI_API_KEY"
+                f"base_url must be an address such as http://localhost:8000/v1, got {self.base_url!r}; an API key "
+                "belongs in the environment variable OPENAI_API_KEY"
             )
+
+    @property
+    def reply_token_limit(self) -> int | None:
+        """Return the token limit per reply. Local servers stop at 1,024 tokens by default, or never."""
+        return self.max_reply_tokens or (4096 if self.base_url else None)
 
 
 @dataclass(frozen=True)
 class JudgeConfig(LLMConfig):
-    """Who judges captions, and at what cost.
+    """Judge options.
 
     Args:
-        kind: rule reads captions of synthetic clips, offline; openai asks a language model on any OpenAI-compatible
+        kind: rule parses captions of synthetic clips, offline; openai uses a language model on any OpenAI-compatible
             server.
-        attempts: how often a caption is asked about, the fault of the reply before being named, until it is unscored.
+        attempts: maximum number of requests per caption; after an invalid reply the model gets its errors. If no
+            reply is valid, the caption is unscored.
     """
 
     kind: JudgeKind = "rule"
     attempts: int = 3
 
-    def essential(self) -> "JudgeConfig":
-        """What the scores depend on; the rest, which may change while a run is under way, as by default."""
-        usual = JudgeConfig()
-        return replace(
-            self,
-            concurrency=usual.concurrency,
-            timeout_seconds=usual.timeout_seconds,
-            retry_seconds=usual.retry_seconds,
-            max_requests=None,
-            max_tokens=None,
-            cache=usual.cache,
-        )
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind == "openai" and not self.model:
-            raise ValueError("the judge openai needs a model, by the name that its server knows it by: give --model")
+            raise ValueError("the judge openai needs the name of a model on its server: pass --model")
         if self.kind == "rule" and (self.model or self.base_url or self.max_requests or self.max_tokens):
-            raise ValueError("the judge rule asks no model: give --judge openai, or leave out model, address and caps")
+            raise ValueError(
+                "the judge rule uses no language model: pass --judge openai, or omit model, address and caps"
+            )
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, got {self.attempts}")
+
+    def resume_key(self) -> "JudgeConfig":
+        """Return the settings that scores depend on, with defaults for all that may change when a run is resumed."""
+        defaults = JudgeConfig()
+        return replace(
+            self,
+            concurrency=defaults.concurrency,
+            timeout_seconds=defaults.timeout_seconds,
+            retry_seconds=defaults.retry_seconds,
+            max_requests=None,
+            max_tokens=None,
+            cache=defaults.cache,
+        )

@@ -1,10 +1,10 @@
-"""The files of scoring: score files; captions and references in our format (JSONL) or the published one (JSON).
+"""File formats of scoring: score files, and captions and references in our format (JSONL) or the published one (JSON).
 
-A score file is JSONL. Its first line, `{"judge_info": {...}}`, holds judge, settings and date (`records.JudgeInfo`);
-each further line is a `Score`, or an `Unscored` with its reason.
+A score file is JSONL. Its first line, `{"format": 1, "judge_info": {...}}`, holds judge, protocol and date
+(`records.JudgeInfo`); each further line is a `Score`, or an `Unscored` with its reason.
 
-The published test set (video-SALMONN 2) is a JSON list of `{"video", "events": [text, ...]}`, predictions on it one of
-`{"id": [video], "pred": text}`, where a text that holds `<|im_end|>` has come to its end.
+The published test set (video-SALMONN 2) is a JSON list of `{"video", "events": [text, ...]}`; predictions on it are a
+list of `{"id": [video], "pred": text}`, where a text with `<|im_end|>` is complete.
 """
 
 import json
@@ -29,12 +29,13 @@ from salmonn.records import (
 logger = logging.getLogger(__name__)
 
 END_OF_ANSWER = "<|im_end|>"
-_PUBLISHED = "a JSON list, as the published test set has it,"
+SCORE_FORMAT = 1
+_PUBLISHED = "a JSON list in the format of the published test set"
 
 
 @dataclass(frozen=True)
 class ScoreFile:
-    """What a score file holds."""
+    """Contents of a score file."""
 
     judge_info: JudgeInfo
     scores: list[Score]
@@ -42,8 +43,8 @@ class ScoreFile:
 
 
 def write_scores(path: Path | str, judge_info: JudgeInfo, results: Sequence[Score | Unscored]) -> None:
-    """Write a score file; it appears whole or not at all."""
-    lines = [{"judge_info": asdict(judge_info)}, *map(asdict, results)]
+    """Write a score file atomically."""
+    lines = [{"format": SCORE_FORMAT, "judge_info": asdict(judge_info)}, *map(asdict, results)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -52,39 +53,46 @@ def read_scores(path: Path | str) -> ScoreFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it does not begin with who judged, or a line is no score; the message names file and line.
+        ValueError: the file does not start with its judge, has another format version, or a line is not a score; the
+            message has the file and line.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected a score file, as `salmonn score --out` writes it")
+        raise FileNotFoundError(f"no file {path}: expected a score file written by `salmonn score --out`")
     judge_info: JudgeInfo | None = None
     scores, unscored = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             value = json.loads(line)
             if judge_info is None:
-                if not isinstance(value, dict) or set(value) != {"judge_info"}:
-                    raise ValueError(
-                        'a score file begins with {"judge_info": ...}: write it with `salmonn score --out`'
-                    )
-                judge_info = parse_record(value["judge_info"], JudgeInfo)
+                judge_info = _parse_header(value)
             elif isinstance(value, dict) and "reason" in value:
                 unscored.append(parse_record(value, Unscored))
             else:
                 scores.append(parse_record(value, Score))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-    if judge_info is None:
-        raise ValueError(f"{path} is empty: expected a score file, as `salmonn score --out` writes it")
+    assert judge_info is not None  # an empty file has one empty line, which is not JSON
     return ScoreFile(judge_info, scores, unscored)
 
 
+def _parse_header(value: Any) -> JudgeInfo:
+    if not isinstance(value, dict) or not {"judge_info"} <= set(value) <= {"format", "judge_info"}:
+        raise ValueError('a score file starts with {"format": ..., "judge_info": ...}: write it with `salmonn score`')
+    if value.get("format") != SCORE_FORMAT:
+        raise ValueError(
+            f"score file of format {value.get('format')}, but this version of salmonn reads format {SCORE_FORMAT}: "
+            "score the captions again"
+        )
+    return parse_record(value["judge_info"], JudgeInfo)
+
+
 def read_references(path: Path) -> dict[str, Reference]:
-    """References by the name of their video, from JSONL, or from JSON as the published test set has it.
+    """Read references by video name, from JSONL or from JSON in the format of the published test set.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: naming what is wrong and where; two references of one video are.
+        ValueError: a line or item is invalid, or a video has two references.
     """
     if path.suffix == ".json":
         items = [_published_reference(item, where=where) for item, where in read_objects(path, expected=_PUBLISHED)]
@@ -93,35 +101,34 @@ def read_references(path: Path) -> dict[str, Reference]:
     references = {reference.video: reference for reference in items}
     if len(references) < len(items):
         videos = [reference.video for reference in items]
-        twice = next(video for video in videos if videos.count(video) > 1)
-        raise ValueError(f"{path} has two references of {twice}: delete one")
+        duplicate = next(video for video in videos if videos.count(video) > 1)
+        raise ValueError(f"{path} has two references of {duplicate}: delete one")
     return references
 
 
 def read_captions(path: Path) -> list[Caption]:
-    """Captions from JSONL, or predictions from JSON as the published scorer reads them, the last of each video.
+    """Read captions from JSONL, or published predictions from JSON, of which the last of each video counts.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: naming what is wrong and where.
+        ValueError: a line or item is invalid.
     """
     if path.suffix != ".json":
         return read_records(path, Caption)
     items = [_published_prediction(item, where=where) for item, where in read_objects(path, expected=_PUBLISHED)]
     captions = {caption.video: caption for caption in items}
     if len(captions) < len(items):
-        logger.warning("%s: %d videos are predicted more than once, the last counts", path, len(items) - len(captions))
+        num_duplicates = len(items) - len(captions)
+        logger.warning("%s: %d videos are predicted more than once; the last counts", path, num_duplicates)
     if items and not any(caption.finished for caption in items):
-        logger.warning(
-            "%s: no prediction holds %s, so that all count as cut off at their token limit", path, END_OF_ANSWER
-        )
+        logger.warning("%s: no prediction contains %s, so all count as cut off", path, END_OF_ANSWER)
     return list(captions.values())
 
 
 def match_video_names(captions: Sequence[Caption], references: Mapping[str, Reference], path: Path) -> list[Caption]:
-    """Captions under the references' names of their videos; `path` is the file of the references.
+    """Rename the videos of captions to the names in the references, if they are the same files.
 
-    Captions name videos as they were typed, references relative to their own file: both are meant.
+    Captions have paths relative to the current folder, references relative to their own file `path`.
     """
     by_path = {(path.parent / video).resolve(): video for video in references}
     return [
@@ -133,34 +140,34 @@ def match_video_names(captions: Sequence[Caption], references: Mapping[str, Refe
 
 
 def read_objects(path: Path, *, expected: str) -> list[tuple[dict[str, Any], str]]:
-    """The objects of a JSON list (`.json`), or of JSON lines, each with its place for messages.
+    """Read the objects of a JSON list (`.json`) or of JSON lines, each with its location for error messages.
 
     Args:
-        path: the file.
-        expected: what should be in it, for messages.
+        path: file to read.
+        expected: expected content, for error messages.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, no list, or holds something other than objects; naming the place.
+        ValueError: the file is not JSON, not a list, or has items that are not objects.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: expected {expected} there")
+        raise FileNotFoundError(f"no file {path}: expected {expected}")
     content = path.read_bytes()
     if path.suffix == ".json":
-        items = _parse(content, where=str(path))
+        items = _parse_json(content, where=str(path))
         if not isinstance(items, list):
-            raise ValueError(f"{path} must hold a JSON list of objects; JSON lines go by the name .jsonl")
-        placed = [(item, f"{path}, item {number}") for number, item in enumerate(items, start=1)]
+            raise ValueError(f"{path} must contain a JSON list of objects; JSON lines need a name ending in .jsonl")
+        located = [(item, f"{path}, item {number}") for number, item in enumerate(items, start=1)]
     else:
         lines = [(line, f"{path}, line {number}") for number, line in enumerate(content.split(b"\n"), start=1)]
-        placed = [(_parse(line, where=where), where) for line, where in lines if line.strip()]
-    for item, where in placed:
+        located = [(_parse_json(line, where=where), where) for line, where in lines if line.strip()]
+    for item, where in located:
         if not isinstance(item, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(item).__name__}")
-    return placed
+    return located
 
 
-def _parse(content: bytes, *, where: str) -> Any:
+def _parse_json(content: bytes, *, where: str) -> Any:
     try:
         return json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
@@ -173,7 +180,7 @@ def _published_reference(item: dict[str, Any], *, where: str) -> Reference:
         raise ValueError(f'{where}: expected {{"video": text, "events": [text, ...]}}, got the keys {", ".join(item)}')
     caption = item.get("caption")
     record = {"video": video, "events": [{"text": text} for text in events]}
-    return _checked(record | ({"caption": caption} if isinstance(caption, str) else {}), Reference, where=where)
+    return _parse_at(record | ({"caption": caption} if isinstance(caption, str) else {}), Reference, where=where)
 
 
 def _published_prediction(item: dict[str, Any], *, where: str) -> Caption:
@@ -182,13 +189,11 @@ def _published_prediction(item: dict[str, Any], *, where: str) -> Caption:
     )
     if not isinstance(video, str) or not isinstance(text, str):
         raise ValueError(f'{where}: expected {{"id": [video], "pred": text}}, got the keys {", ".join(item)}')
-    finished = END_OF_ANSWER in text
-    return _checked(
-        {"video": video, "text": text.replace(END_OF_ANSWER, ""), "finished": finished}, Caption, where=where
-    )
+    record = {"video": video, "text": text.replace(END_OF_ANSWER, ""), "finished": END_OF_ANSWER in text}
+    return _parse_at(record, Caption, where=where)
 
 
-def _checked(value: dict[str, Any], record_type: type[Record], *, where: str) -> Record:
+def _parse_at(value: dict[str, Any], record_type: type[Record], *, where: str) -> Record:
     try:
         return parse_record(value, record_type)
     except ValueError as error:

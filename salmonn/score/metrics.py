@@ -1,7 +1,7 @@
-"""From scores to rates: errors, repetition, length, sound and order over a set, and accuracy on questions.
+"""Metrics of a set of captions: errors, repetition, length, audio share, order; and accuracy on questions.
 
-Rates are micro-averages (counts are summed over all captions before dividing; source: arXiv 2410.06682).
-`docs/metrics.md` has the formulas, with a worked example.
+Rates are micro-averages: counts are summed over all captions before dividing (arXiv 2410.06682). `docs/metrics.md` has
+the formulas with a worked example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from salmonn.records import Caption, Reference, Score
-from salmonn.score.words import ARTICLES, WORD
+from salmonn.score.text_spans import ARTICLES, WORD
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Rates of a set, as fractions (0.42 is 42 %); hallucination and total can exceed 1.
+    """Metrics of a set, as fractions (0.42 is 42 %); hallucination and total can exceed 1.
 
     Args:
-        missing, hallucination, total, repetition: see `rates`.
-        qa_accuracy: share of questions that are answered right; None where none were asked.
+        missing, hallucination, total, repetition: see `compute_rates`.
+        qa_accuracy: share of questions with a correct answer; None without questions.
         clips: number of videos.
         incorrect, hallucinated: the two parts of `hallucination`.
-        words: mean length of a caption in words.
-        cut_off: share of the captions that ran into their token limit.
+        words: mean caption length in words.
+        cut_off: share of captions that reached their token limit.
         audio_share: see `audio_share`.
         order: see `temporal_order_tau`; from -1 to 1.
         captions: number of captions.
@@ -44,12 +44,12 @@ class Rates:
 
 
 def compute_rates(scores: Sequence[Score], *, qa_accuracy: float | None = None) -> Rates:
-    """Rates over all scores: Missing = sum M / sum N, Hallucination = sum (I + H) / sum N, Total = their sum.
+    """Return Missing = sum M / sum N, Hallucination = sum (I + H) / sum N, Total = their sum, and the other metrics.
 
-    Repetition is repeated words / all words.
+    Repetition is the number of repeated words / the number of all words.
 
     Raises:
-        ValueError: there is no score.
+        ValueError: there are no scores.
     """
     if not scores:
         raise ValueError("no scores: rates need at least one scored caption")
@@ -75,16 +75,17 @@ def compute_rates(scores: Sequence[Score], *, qa_accuracy: float | None = None) 
 
 
 def audio_share(scores: Sequence[Score]) -> float | None:
-    """Of the events told, rightly or not, the share that is heard (speech is, too); None where none is told."""
-    heard = [mention.event.is_audible for score in scores for mention in score.mentions]
-    return sum(heard) / len(heard) if heard else None
+    """Return the share of audible events (sound or speech) among all mentioned events; None if none is mentioned."""
+    audible = [mention.event.is_audible for score in scores for mention in score.mentions]
+    return sum(audible) / len(audible) if audible else None
 
 
 def temporal_order_tau(scores: Sequence[Score]) -> float | None:
-    """Kendall's tau of the order of telling against time: 1 is told in order, -1 backwards, 0 neither.
+    """Return Kendall's tau between the order of mentions and time: 1 in order, -1 reversed, 0 unrelated.
 
-    Of all pairs of events that one caption tells, those count of which one precedes the other (`Event.precedes`),
-    pooled over the captions: (pairs told in order - pairs told against it) / pairs. None where there is no such pair.
+    The pairs are those of events mentioned in the same caption where one precedes the other (`Event.precedes`), pooled
+    over captions: (concordant pairs - discordant pairs) / pairs. None without such a pair. (`scipy.stats.kendalltau`
+    needs a total order with ties; events that overlap, or have no times, only have a partial order.)
     """
     signs = [
         1 if first.event.precedes(second.event) else -1
@@ -96,12 +97,14 @@ def temporal_order_tau(scores: Sequence[Score]) -> float | None:
 
 
 def qa_accuracy(references: Mapping[str, Reference], answers: Sequence[Caption]) -> float:
-    """Share of the references' questions that are answered by exact match, apart from case, punctuation and articles.
+    """Return the share of questions answered by exact match, ignoring case, punctuation and articles.
 
-    An answer's `prompt` is its question. A question without an answer counts as wrong.
+    Args:
+        references: references with questions, by video.
+        answers: captions whose `prompt` is a question; a question without an answer counts as wrong.
 
     Raises:
-        ValueError: there is no question; or an answer to a question that is not in the references, or a second one.
+        ValueError: there are no questions; or an answer has no question in the references, or is a second one.
     """
     truths = {
         (video, question.question): question.answer
@@ -109,17 +112,16 @@ def qa_accuracy(references: Mapping[str, Reference], answers: Sequence[Caption])
         for question in reference.questions
     }
     if not truths:
-        raise ValueError("the references hold no questions")
+        raise ValueError("the references have no questions")
     given: dict[tuple[str, str], str] = {}
     for answer in answers:
         key = answer.video, answer.prompt
         if key not in truths or key in given:
-            what = "is answered twice" if key in given else "is not in the references"
-            raise ValueError(f"{answer.video}: the question {answer.prompt!r} {what}")
+            problem = "is answered twice" if key in given else "is not in the references"
+            raise ValueError(f"{answer.video}: the question {answer.prompt!r} {problem}")
         given[key] = answer.text
-    right = sum(_content(given[key]) == _content(truth) for key, truth in truths.items() if key in given)
-    return right / len(truths)
 
+    def content(text: str) -> list[str]:
+        return [word for word in WORD.findall(text.lower()) if word not in ARTICLES]
 
-def _content(text: str) -> list[str]:
-    return [word for word in WORD.findall(text.lower()) if word not in ARTICLES]
+    return sum(content(given[key]) == content(truth) for key, truth in truths.items() if key in given) / len(truths)

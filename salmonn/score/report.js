@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole without this script, which adds the filter, the order and the jumps to an event in its video.
+// Adds the filter, the sort order, and jumps to an event in its video. The page is complete without it.
 const clips = document.querySelector("#clips");
 const cards = [...clips.children];
 
@@ -13,7 +13,7 @@ function show() {
 
 function sort() {
   const byName = document.querySelector("#sort select").value === "name";
-  // The page comes in the order of Total, which sorting keeps among equals.
+  // The page is written in order of Total; a stable sort keeps that order among equal names.
   const names = new Intl.Collator("en", { numeric: true });
   const sorted = byName ? [...cards].sort((a, b) => names.compare(a.dataset.name, b.dataset.name)) : cards;
   clips.append(...sorted);
@@ -43,6 +43,6 @@ clips.addEventListener("keydown", (event) => {
   event.preventDefault();
   seek(event.target);
 });
-// A browser may restore the choices of the last visit.
+// A browser may restore the form values of the previous page view.
 show();
 sort();

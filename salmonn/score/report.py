@@ -1,7 +1,6 @@
-"""The HTML report of a scored set: rates, charts, and the worst clips with marked captions and their videos.
+"""The HTML report of a scored set: rates, charts, and the worst clips with highlighted captions and their videos.
 
-One file that asks no network for anything: `salmonn score ... --report report.html`. Videos that are small are inside,
-others are linked by where they lie.
+It is one self-contained file: `salmonn score ... --report report.html`. Small videos are embedded, others linked.
 """
 
 import base64
@@ -10,7 +9,7 @@ import mimetypes
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,44 +25,44 @@ from salmonn.templates import load_template
 
 MODALITIES: tuple[EventModality, ...] = ("visual", "audio", "speech")
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-_HERE = Path(__file__).parent
-# One video, and all of them together: beyond that browsers take long to open the page.
+_FOLDER = Path(__file__).parent
+# Limits for one video, and for all of them; larger pages open slowly.
 _EMBEDDED_BYTES = 4 * 2**20
 _ALL_EMBEDDED_BYTES = 48 * 2**20
 _FILTERS = ("missed", "incorrect", "hallucinated", "repeated")
-_HISTOGRAM_BARS = 16  # of 10 % each, the last one open
-# Field of `Rates`: title, what it is.
+_HISTOGRAM_BARS = 16  # of 10 % each; the last one is open-ended
+# Title and description of each field of `Rates`.
 _MEASURES = {
-    "missing": ("Missing", "events that are not told"),
+    "missing": ("Missing", "events that are not mentioned"),
     "hallucination": ("Hallucination", "incorrect + hallucinated"),
-    "incorrect": ("incorrect", "events that are told wrong"),
-    "hallucinated": ("hallucinated", "claims that tell of no event, per event"),
+    "incorrect": ("incorrect", "events that are described wrongly"),
+    "hallucinated": ("hallucinated", "claims that match no event, per event"),
     "total": ("Total", "Missing + Hallucination"),
-    "repetition": ("Repetition", "words in clauses that are said again"),
-    "qa_accuracy": ("QA accuracy", "questions answered rightly"),
-    "cut_off": ("Cut off", "captions that ran into their token limit"),
-    "audio_share": ("Audio share", "of the told events, those that are heard"),
-    "order": ("Order", f"of telling against time: Kendall's tau, {_MINUS}1 to 1"),
-    "words": ("Length", "words in a caption"),
+    "repetition": ("Repetition", "words in repeated clauses"),
+    "qa_accuracy": ("QA accuracy", "questions answered correctly"),
+    "cut_off": ("Cut off", "captions that reached their token limit"),
+    "audio_share": ("Audio share", "audible events among the mentioned ones"),
+    "order": ("Order", f"of mentions against time: Kendall's tau, {_MINUS}1 to 1"),
+    "words": ("Length", "words per caption"),
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows.
+    """Contents of a report.
 
     Args:
         title: heading of the page.
-        judge_info: who judged.
-        rates: of the set.
-        scores, unscored: of each caption.
-        captions: what was scored; a score without one is shown as of a video that has no caption.
-        media_dir: folder that the names of videos are relative to. A video that is not there is named only.
-        intervals: name of a rate -> low and high end of its 95 % interval.
-        references: by video: they give what was missed its time and its kind.
-        published: name of a rate -> its value by the published arithmetic; None where it was not asked for.
-        notes: sentences to be read first, for example how many videos have no caption.
-        worst: how many clips are shown.
+        judge_info: judge, protocol and passes.
+        rates: rates of the set.
+        scores, unscored: results of all captions.
+        captions: scored captions; a score without one is shown as a video without a caption.
+        media_dir: folder that video names are relative to. A video that is not there is only named.
+        intervals: low and high end of the 95 % interval by name of rate.
+        references: references by video, which have time and modality of the missed events.
+        published: values of the published protocol by name of rate; None if it was not used.
+        notes: sentences shown first, for example how many videos have no caption.
+        worst: number of clips shown.
     """
 
     title: str
@@ -81,99 +80,92 @@ class Report:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page; the file appears whole or not at all.
+    """Write the page atomically.
 
     Raises:
-        ValueError: there is no score to report.
+        ValueError: there are no scores.
     """
     if not report.scores:
-        raise ValueError("there is no scored caption to report: see the reasons of the unscored ones in the score file")
+        raise ValueError("there is no scored caption to report: the score file has the reasons")
+    scale = max([1e-9, *(high for _, high in report.intervals.values())])
     clips = _worst_clips(report, path)
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
-    page = load_template(_HERE / "report.html.jinja", percent=_percent, span=_span).render(
+    script = (_FOLDER / "report.js").read_text(encoding="utf-8")
+    page = load_template(_FOLDER / "report.html.jinja", percent=_format_percent, span=_format_span).render(
         report=report,
-        measures=_measures(report),
-        scale=_scale(report),
+        measures=_measure_rows(report, scale=scale),
+        scale=scale,
         passes=list(zip(report.judge_info.seeds, report.judge_info.totals, strict=False)),
-        split=_split_of_total(report.scores),
-        # By the published protocol replies do not say which events are told.
-        modalities=[] if report.judge_info.protocol == "published" else _share_by_modality(report),
+        split=_split_total(report.scores),
+        # In the published protocol, replies do not list the events that are mentioned correctly.
+        modalities=[] if report.judge_info.protocol == "published" else _modality_rows(report),
         histogram=_histogram(report.scores),
         median_total=median(score.total for score in report.scores),
         clips=clips,
         filters={"all": len(clips)} | {kind: sum(kind in clip.kinds for clip in clips) for kind in _FILTERS},
-        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+        style=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
-        # The browser runs this script and no other, whatever a caption holds.
+        # The browser runs only the script with this hash, whatever a caption contains.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_text(path, page)
 
 
 @dataclass(frozen=True)
-class _Measure:
-    """A row of the table; `place` is where its interval begins, its value and where it ends, as parts of the scale."""
+class _MeasureRow:
+    """A row of the table; `place` is the low end of the interval, the value and the high end, relative to the axis."""
 
     key: str
     title: str
     meaning: str
     value: str
+    published: str
     interval: str = ""
-    published: str = ""
     place: tuple[float, float, float] | None = None
 
 
-def _scale(report: Report) -> float:
-    """The end of the axis that intervals are drawn on."""
-    return max([1e-9, *(high for _, high in report.intervals.values())])
-
-
-def _measures(report: Report) -> list[_Measure]:
-    """The rates that were taken."""
-    values = {key: value for key, value in asdict(report.rates).items() if key in _MEASURES and value is not None}
-    published = report.published or {}
-    scale = _scale(report)
+def _measure_rows(report: Report, *, scale: float) -> list[_MeasureRow]:
+    """Return the rows of the rates that are known; `scale` is the end of the axis of intervals."""
     rows = []
     for key, (title, meaning) in _MEASURES.items():
-        if key not in values:
+        value = getattr(report.rates, key)
+        if value is None:
             continue
-        row = _Measure(key, title, meaning, _write_measure(key, values[key]))
-        if key in published:
-            row = replace(row, published=_write_measure(key, published[key]))
+        published = (report.published or {}).get(key)
+        cells = (key, title, meaning, _format(key, value), "" if published is None else _format(key, published))
         if key in report.intervals:
             low, high = report.intervals[key]
-            interval = f"{_write_measure(key, low).removesuffix(' %')} {_DASH} {_write_measure(key, high)}"
-            row = replace(row, interval=interval, place=(low / scale, values[key] / scale, high / scale))
-        rows.append(row)
+            interval = f"{_format(key, low).removesuffix(' %')} {_DASH} {_format(key, high)}"
+            rows.append(_MeasureRow(*cells, interval, (low / scale, value / scale, high / scale)))
+        else:
+            rows.append(_MeasureRow(*cells))
     return rows
 
 
-def _write_measure(key: str, value: float) -> str:
+def _format(key: str, value: float) -> str:
     if key == "order":
         return f"{value:+.2f}".replace("-", _MINUS)
-    return f"{value:.1f}" if key == "words" else _percent(value)
+    return f"{value:.1f}" if key == "words" else _format_percent(value)
 
 
-def _percent(value: float) -> str:
+def _format_percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _clock(seconds: float) -> str:
-    """1:05.2"""
-    tenths = round(10 * seconds)
-    return f"{tenths // 600}:{tenths % 600 // 10:02}.{tenths % 10}"
+def _format_span(record: Event | Caption) -> str:
+    """Format the time span of an event or caption, such as 0:03.0-1:05.2; "" if unknown."""
 
+    def clock(seconds: float) -> str:
+        tenths = round(10 * seconds)
+        return f"{tenths // 600}:{tenths % 600 // 10:02}.{tenths % 10}"
 
-def _span(record: Event | Caption) -> str:
-    """When it is, "" where that is not known."""
     start, end = record.start_seconds, record.end_seconds
     if start is None:
-        return "" if end is None else f"until {_clock(end)}"
-    return f"from {_clock(start)}" if end is None else f"{_clock(start)}{_DASH}{_clock(end)}"
+        return "" if end is None else f"until {clock(end)}"
+    return f"from {clock(start)}" if end is None else f"{clock(start)}{_DASH}{clock(end)}"
 
 
-def _split_of_total(scores: Sequence[Score]) -> dict[str, float]:
-    """Kind of error -> errors of that kind / events of all captions; together they are Total."""
+def _split_total(scores: Sequence[Score]) -> dict[str, float]:
+    """Return the errors of each kind per event; their sum is Total."""
     num_events = max(sum(score.num_events for score in scores), 1)
     return {
         "missed": sum(score.missing for score in scores) / num_events,
@@ -182,11 +174,11 @@ def _split_of_total(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def _share_by_modality(report: Report) -> list[dict[str, Any]]:
-    """Of each modality's events, as far as the judge lists them: how many, and the shares missed and told wrong."""
+def _modality_rows(report: Report) -> list[dict[str, Any]]:
+    """Return the number of events, and the missed and incorrect shares, of each modality that the judge lists."""
     found: Counter[tuple[EventModality, str]] = Counter()
     for score, caption in _with_captions(report):
-        found.update((event.modality, kind) for kind, event in _sorted_events(report, score, caption))
+        found.update((event.modality, kind) for kind, event in _classified_events(report, score, caption))
     rows = []
     for modality in MODALITIES:
         counts = {kind: found[modality, kind] for kind in ("missed", "incorrect", "correct")}
@@ -198,8 +190,8 @@ def _share_by_modality(report: Report) -> list[dict[str, Any]]:
 
 
 def _histogram(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Captions by Total, in steps of 10 %; the last step is open."""
-    # In whole numbers, so that 7 errors of 10 stand at 70 % and not just below.
+    """Return the number of captions by Total, in steps of 10 %; the last step is open-ended."""
+    # Integer arithmetic, so that 7 errors of 10 are at 70 % and not just below.
     tenths = [
         10 * (score.missing + score.incorrect + score.hallucinated) // max(score.num_events, 1) for score in scores
     ]
@@ -217,18 +209,17 @@ def _histogram(scores: Sequence[Score]) -> list[dict[str, Any]]:
 
 
 def _with_captions(report: Report) -> list[tuple[Score, Caption | None]]:
-    """Scores with their captions."""
-    captions = {_name(caption): caption for caption in report.captions}
-    return [(score, captions.get(_name(score))) for score in report.scores]
+    """Pair scores with their captions, by video, sample and part of the video."""
 
+    def key(record: Score | Caption) -> tuple[object, ...]:
+        return record.video, record.sample, record.start_seconds, record.end_seconds
 
-def _name(record: Score | Caption) -> tuple[object, ...]:
-    """What tells the captions of a set apart: a video may have several samples, and captions of its parts."""
-    return record.video, record.sample, record.start_seconds, record.end_seconds
+    captions = {key(caption): caption for caption in report.captions}
+    return [(score, captions.get(key(score))) for score in report.scores]
 
 
 def _missed_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event | None]]:
-    """Texts of missed events, each with its event where the reference has one of that text that is not told."""
+    """Return texts of missed events, each with the reference's unmentioned event of that text, if there is one."""
     reference = report.references.get(score.video, Reference(score.video))
     events = list((restrict_to_span(reference, caption) if caption else reference).events)
     for mention in score.mentions:
@@ -243,23 +234,23 @@ def _missed_events(report: Report, score: Score, caption: Caption | None) -> lis
     return missed
 
 
-def _sorted_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event]]:
-    """All events with what became of them: missed, incorrect or correct."""
+def _classified_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event]]:
+    """Return all events with their class: missed, incorrect or correct."""
     missed = [("missed", event) for _, event in _missed_events(report, score, caption) if event]
     return missed + [("correct" if mention.is_correct else "incorrect", mention.event) for mention in score.mentions]
 
 
 @dataclass(frozen=True)
 class _Media:
-    """A video on the page: its address, "" where there is no file; and whether that holds the video itself."""
+    """Address of a video, "" if there is no file, and whether the address contains the video itself."""
 
     address: str = ""
-    is_inside: bool = False
+    is_embedded: bool = False
 
 
 @dataclass(frozen=True)
 class _Tick:
-    """An event on the bar of time below a video; `left` and `width` as fractions of its duration."""
+    """An event on the timeline below a video; `left` and `width` are fractions of the video's duration."""
 
     kind: str
     event: Event
@@ -269,60 +260,51 @@ class _Tick:
 
 @dataclass(frozen=True)
 class _Clip:
-    """A caption as it is shown."""
+    """A caption as shown; `unlocated` are quotes that are not in the caption, `shares` the parts of its Total."""
 
     score: Score
     caption: Caption | None
-    marks: list[Highlight]
-    lost: list[Quote]
+    highlights: list[Highlight]
+    unlocated: list[Quote]
     missed: list[tuple[str, Event | None]]
     ticks: list[_Tick]
     media: _Media
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Kind of error -> its part in Total."""
-        return _split_of_total([self.score])
-
-    @property
-    def kinds(self) -> list[str]:
-        """What it can be filtered by."""
-        counts = {
-            "missed": self.score.missing,
-            "incorrect": self.score.incorrect,
-            "hallucinated": self.score.hallucinated,
-            "repeated": self.score.num_repeated_words,
-        }
-        return [kind for kind, count in counts.items() if count]
+    shares: dict[str, float]
+    kinds: list[str]  # of errors, to filter by
 
 
 def _worst_clips(report: Report, path: Path) -> list[_Clip]:
-    """The clips of the highest Total, the worst first, ready to be shown on the page at `path`."""
-    everything = sorted(_with_captions(report), key=lambda pair: (-pair[0].total, pair[0].video, pair[0].sample))
-    shown = everything[: report.worst]
-    media = _place_media([report.media_dir / score.video for score, _ in shown], path)
+    """Return the clips with the highest Total, worst first, for the page at `path`."""
+    ranked = sorted(_with_captions(report), key=lambda pair: (-pair[0].total, pair[0].video, pair[0].sample))
+    ranked = ranked[: report.worst]
     clips = []
-    for (score, caption), medium in zip(shown, media, strict=True):
+    room = _ALL_EMBEDDED_BYTES
+    for score, caption in ranked:
         text = caption.text if caption else ""
+        media, used = _embed_or_link(report.media_dir / score.video, page=path, room=room)
+        room -= used
+        counts = (score.missing, score.incorrect, score.hallucinated, score.num_repeated_words)
         clips.append(
             _Clip(
                 score=score,
                 caption=caption,
-                marks=highlight_caption(text, score),
-                lost=[quote for quote in locate_quotes(text, score) if not quote.span],
+                highlights=highlight_caption(text, score),
+                unlocated=[quote for quote in locate_quotes(text, score) if not quote.span],
                 missed=_missed_events(report, score, caption),
                 ticks=_place_ticks(report, score, caption),
-                media=medium,
+                media=media,
+                shares=_split_total([score]),
+                kinds=[kind for kind, count in zip(_FILTERS, counts, strict=True) if count],
             )
         )
     return clips
 
 
 def _place_ticks(report: Report, score: Score, caption: Caption | None) -> list[_Tick]:
-    """The events that have a time, on the duration of the video as far as it is known."""
+    """Return the events that have a time, placed on the video's duration (or the last known time)."""
     timed = [
         (kind, event, event.start_seconds, event.start_seconds if event.end_seconds is None else event.end_seconds)
-        for kind, event in _sorted_events(report, score, caption)
+        for kind, event in _classified_events(report, score, caption)
         if event.start_seconds is not None
     ]
     reference = report.references.get(score.video, Reference(score.video))
@@ -332,24 +314,20 @@ def _place_ticks(report: Report, score: Score, caption: Caption | None) -> list[
     return [_Tick(kind, event, start / duration, max(end - start, 0) / duration) for kind, event, start, end in timed]
 
 
-def _place_media(videos: Sequence[Path], path: Path) -> list[_Media]:
-    """Where the page at `path` takes each video from: the first small ones are put inside."""
-    media, room = [], _ALL_EMBEDDED_BYTES
-    for video in videos:
-        size = video.stat().st_size if video.is_file() else None
-        if size is None:
-            media.append(_Media())
-        elif size <= min(room, _EMBEDDED_BYTES):
-            room -= size
-            kind = mimetypes.guess_type(video.name)[0] or "video/mp4"
-            media.append(_Media(f"data:{kind};base64,{base64.b64encode(video.read_bytes()).decode()}", is_inside=True))
-        else:
-            media.append(_Media(_link(video.resolve(), path.resolve().parent)))
-    return media
+def _embed_or_link(video: Path, *, page: Path, room: int) -> tuple[_Media, int]:
+    """Embed a small video if it fits into `room` bytes, else link it; return the bytes used as well.
 
-
-def _link(video: Path, folder: Path) -> str:
-    """Relative for a video below the page's folder, which may then be moved as a whole; else absolute."""
+    Links to videos below the page's folder are relative, so that the folder can be moved.
+    """
+    if not video.is_file():
+        return _Media(), 0
+    size = video.stat().st_size
+    if size <= min(room, _EMBEDDED_BYTES):
+        kind = mimetypes.guess_type(video.name)[0] or "video/mp4"
+        data = base64.b64encode(video.read_bytes()).decode()
+        return _Media(f"data:{kind};base64,{data}", is_embedded=True), size
+    video, folder = video.resolve(), page.resolve().parent
     if video.is_relative_to(folder):
-        return quote(os.path.relpath(video, folder).replace(os.sep, "/"))  # ":" too, so that no name is a scheme
-    return video.as_uri()
+        # ":" is quoted too, so that no name looks like a URL scheme.
+        return _Media(quote(os.path.relpath(video, folder).replace(os.sep, "/"))), 0
+    return _Media(video.as_uri()), 0

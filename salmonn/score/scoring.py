@@ -1,13 +1,15 @@
-"""How a set of captions is scored: our protocol, and the published scorer's.
+"""Scoring a set of captions, in one or several judging passes, by our protocol or the published one.
 
-Ours counts every reference: a video without a caption is all missed, a caption without a usable judgement is unscored,
-listed, and in no rate. The published one leaves both out; what the rates are with them counted as all missed stands
-beside it.
+Our protocol counts every reference: for a video without a caption all events are missed; a caption without a usable
+judgement is listed as unscored and is in no rate. The published protocol omits both; we also report its rates with all
+videos counted.
+
+A language model does not judge the same way twice, even at temperature 0. Of several passes the one with the median
+Total is reported, as in the published protocol, which uses 7.
 """
 
 import importlib.metadata
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -16,37 +18,55 @@ from salmonn.score.config import ProtocolName
 from salmonn.score.judge import Judge, ProgressCallback, ScoringTask, empty_caption_tasks, match_references
 from salmonn.score.llm_judge import LLMJudge
 from salmonn.score.metrics import compute_rates
-from salmonn.score.passes import JudgingPasses, judge_passes
-from salmonn.score.published import PublishedRates, collapsed, published_rates
-from salmonn.score.repetition import repeated_words
+from salmonn.score.published import PublishedRates, collapse_task, published_rates
+from salmonn.score.repetition import count_repeated_words
 
-logger = logging.getLogger(__name__)
+SEEDS_PER_PASS = 100  # so that each attempt within a pass can have its own seed
+
+Results = list[Score | Unscored]
+
+
+@dataclass(frozen=True)
+class JudgingPasses:
+    """Results of several passes over the same captions.
+
+    Args:
+        results: results of the reported pass, in the order of the captions.
+        totals: Total of each pass; None for a pass in which nothing could be scored.
+        reported_pass: index of the reported pass.
+        seeds: seed of each pass.
+    """
+
+    results: Results
+    totals: tuple[float | None, ...]
+    reported_pass: int
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """A set of captions with its scores.
+    """A scored set of captions.
 
     Args:
-        judge_info: who judged, and how.
-        results: of each caption, and of each video without one.
-        as_published: rates by the published protocol, where it was asked for.
-        with_all: the same with every video counted, those without a score as all missed.
+        judge_info: judge, protocol and passes.
+        results: results of all captions, and of all videos without one.
+        as_published: rates by the published protocol, if it was used.
+        with_all: the same rates with every video counted, those without a score as all missed.
     """
 
     judge_info: JudgeInfo
-    results: list[Score | Unscored]
+    results: Results
     as_published: PublishedRates | None = None
     with_all: PublishedRates | None = None
 
     @property
     def scores(self) -> list[Score]:
-        """Of the captions that could be judged."""
+        """Return the scores of the captions that could be judged."""
         return [result for result in self.results if isinstance(result, Score)]
 
     @property
     def unscored(self) -> list[Unscored]:
-        """The others."""
+        """Return the captions that could not be judged."""
         return [result for result in self.results if isinstance(result, Unscored)]
 
 
@@ -63,69 +83,135 @@ def score_set(
     """Score captions by a protocol.
 
     Args:
-        references: by `Reference.video`.
-        captions: of their videos.
-        judge: who judges; for the published protocol a language model as `make_judge(config, published=True)` gives it.
+        references: references by `Reference.video`.
+        captions: captions of their videos.
+        judge: judge; for the published protocol a language model from `make_judge(config, published=True)`.
         protocol: salmonn or published.
-        passes: how often all is judged; the pass with the median Total counts.
-        seed: of the first pass.
+        passes: number of judging passes; the one with the median Total is reported.
+        seed: seed of the first pass.
         progress: called with the number of captions just judged.
 
     Raises:
-        ValueError: captions and references do not fit, nothing could be scored, or no question can be asked any more.
+        ValueError: captions do not match the references, nothing could be scored, or no further request is possible.
     """
+    rejudge = None
     if isinstance(judge, LLMJudge):
         assert judge.as_published == (protocol == "published"), "make the judge for the protocol"
-    if protocol == "published":
-        return _score_as_published(references, captions, judge, passes=passes, seed=seed, progress=progress)
-    tasks = [*match_references(references, captions, judge), *empty_caption_tasks(references, captions, judge)]
-    outcome = judge_passes(
-        tasks, judge, total=lambda scores: compute_rates(scores).total, passes=passes, seed=seed, progress=progress
-    )
-    return ScoredSet(_sign(judge, outcome, protocol), outcome.results)
-
-
-def _score_as_published(
-    references: Mapping[str, Reference],
-    captions: Sequence[Caption],
-    judge: Judge,
-    *,
-    passes: int,
-    seed: int,
-    progress: ProgressCallback | None,
-) -> ScoredSet:
+        if protocol == "published":
+            rejudge = LLMJudge(judge.client, templates=judge.templates[:1], as_published=True)
     tasks = match_references(references, captions, judge)
+    total: Callable[[Sequence[Score]], float]
+    if protocol == "published":
+        judged_tasks, total = [collapse_task(task) for task in tasks], lambda scores: published_rates(scores).total
+    else:
+        tasks += empty_caption_tasks(references, captions, judge)
+        judged_tasks, total = tasks, lambda scores: compute_rates(scores).total
     outcome = judge_passes(
-        [collapsed(task) for task in tasks],
-        judge,
-        total=lambda scores: published_rates(scores).total,
-        passes=passes,
-        seed=seed,
-        once=LLMJudge(judge.client, templates=judge.templates[:1], as_published=True)
-        if isinstance(judge, LLMJudge)
-        else None,
-        progress=progress,
+        judged_tasks, judge, total=total, passes=passes, seed=seed, rejudge=rejudge, progress=progress
     )
-    judged = [_with_own_words(result, task) for result, task in zip(outcome.results, tasks, strict=True)]
+    judge_info = make_judge_info(
+        judge,
+        protocol=protocol,
+        seeds=outcome.seeds,
+        totals=outcome.totals,
+        reported_pass=outcome.reported_pass,
+    )
+    if protocol == "published":
+        return _add_published_rates(judge_info, tasks, outcome.results, references)
+    return ScoredSet(judge_info, outcome.results)
+
+
+def _add_published_rates(
+    judge_info: JudgeInfo, tasks: Sequence[ScoringTask], results: Results, references: Mapping[str, Reference]
+) -> ScoredSet:
+    """Return results with the published rates, and with all references that have no prediction as unscored."""
+    judged: Results = []
+    for result, task in zip(results, tasks, strict=True):
+        if isinstance(result, Score):
+            # Repetition is measured in the original caption, not in the collapsed one.
+            num_repeated, num_words = count_repeated_words(task.caption.text)
+            judged.append(replace(result, num_words=num_words, num_repeated_words=num_repeated))
+        else:
+            judged.append(result)
+    scores = [result for result in judged if isinstance(result, Score)]
+    failed = [task.reference for result, task in zip(judged, tasks, strict=True) if isinstance(result, Unscored)]
     predicted = {task.reference.video for task in tasks}
     absent = [reference for video, reference in references.items() if video not in predicted]
-    failed = [task.reference for result, task in zip(judged, tasks, strict=True) if isinstance(result, Unscored)]
-    scores = [result for result in judged if isinstance(result, Score)]
-    is_scored = any(score.num_events for score in scores)
+    has_events = any(score.num_events for score in scores)
     return ScoredSet(
-        _sign(judge, outcome, "published"),
-        [*judged, *(Unscored(reference.video, "there is no prediction of it") for reference in absent)],
-        as_published=published_rates(scores) if is_scored else None,
-        with_all=published_rates(scores, [*failed, *absent]) if is_scored else None,
+        judge_info,
+        [*judged, *(Unscored(reference.video, "it has no prediction") for reference in absent)],
+        as_published=published_rates(scores) if has_events else None,
+        with_all=published_rates(scores, [*failed, *absent]) if has_events else None,
     )
 
 
-def _with_own_words(result: Score | Unscored, task: ScoringTask) -> Score | Unscored:
-    """Repetition is measured in the caption as it is, not in what was left of it for the judge."""
-    if isinstance(result, Unscored):
-        return result
-    repeated, num_words = repeated_words(task.caption.text)
-    return replace(result, num_words=num_words, num_repeated_words=repeated)
+def judge_passes(
+    tasks: Sequence[ScoringTask],
+    judge: Judge,
+    *,
+    total: Callable[[Sequence[Score]], float],
+    passes: int = 1,
+    seed: int = 0,
+    rejudge: Judge | None = None,
+    progress: ProgressCallback | None = None,
+) -> JudgingPasses:
+    """Judge all captions `passes` times and report the pass with the median Total.
+
+    Args:
+        tasks: captions with their references.
+        judge: judge of the first pass.
+        total: function that returns a pass's Total from its scores.
+        passes: number of passes; of an even number the lower middle one is reported.
+        seed: seed of the first pass; each further pass adds `SEEDS_PER_PASS`.
+        rejudge: judge of captions that have a score from an earlier pass; if it fails, that score is kept. With None
+            all passes are independent, and their Totals are over the captions that every pass could score, so that
+            they differ only by the judge.
+        progress: called with the number of judgements just made.
+
+    Raises:
+        ValueError: passes is below 1, or above 1 for a deterministic judge.
+    """
+    if passes < 1:
+        raise ValueError(f"passes must be at least 1, got {passes}")
+    if passes > 1 and judge.is_deterministic:
+        raise ValueError(f"the judge {judge.name} gives the same result in every pass: omit --passes")
+    seeds = tuple(seed + SEEDS_PER_PASS * number for number in range(passes))
+    rounds: list[Results] = []
+    for pass_seed in seeds:
+        if not rounds or not rejudge:
+            rounds.append(judge.judge(tasks, seed=pass_seed, progress=progress))
+            continue
+        results = list(rounds[-1])
+        scored = [place for place, result in enumerate(results) if isinstance(result, Score)]
+        unscored = [place for place, result in enumerate(results) if isinstance(result, Unscored)]
+        for pass_judge, places in ((rejudge, scored), (judge, unscored)):
+            judged = pass_judge.judge([tasks[place] for place in places], seed=pass_seed, progress=progress)
+            for place, result in zip(places, judged, strict=True):
+                if isinstance(result, Score) or isinstance(results[place], Unscored):
+                    results[place] = result
+        rounds.append(results)
+    totals = _pass_totals(rounds, total, in_common=rejudge is None)
+    ranked = sorted((value, number) for number, value in enumerate(totals) if value is not None)
+    reported = ranked[(len(ranked) - 1) // 2][1] if ranked else 0
+    return JudgingPasses(rounds[reported], tuple(totals), reported, seeds)
+
+
+def _pass_totals(
+    rounds: Sequence[Results], total: Callable[[Sequence[Score]], float], *, in_common: bool
+) -> list[float | None]:
+    """Return the Total of each pass, over the captions that all passes scored if `in_common` and there are any."""
+    used = [results for results in rounds if any(isinstance(result, Score) for result in results)]
+    common = {place for place in range(len(rounds[0])) if all(isinstance(results[place], Score) for results in used)}
+    totals: list[float | None] = []
+    for results in rounds:
+        scores = [
+            result
+            for place, result in enumerate(results)
+            if isinstance(result, Score) and (place in common or not (in_common and common))
+        ]
+        totals.append(total(scores) if scores else None)
+    return totals
 
 
 def make_judge_info(
@@ -136,7 +222,7 @@ def make_judge_info(
     totals: Sequence[float | None] = (),
     reported_pass: int = 0,
 ) -> JudgeInfo:
-    """Who judged a set of captions now, and how (`salmonn.records.JudgeInfo`)."""
+    """Return the record of a judge, its settings, and the current date and version."""
     return JudgeInfo(
         judge=judge.name,
         prompt_hash=judge.prompt_hash,
@@ -146,10 +232,4 @@ def make_judge_info(
         seeds=tuple(seeds),
         totals=tuple(totals),
         reported_pass=reported_pass,
-    )
-
-
-def _sign(judge: Judge, outcome: JudgingPasses, protocol: ProtocolName) -> JudgeInfo:
-    return make_judge_info(
-        judge, protocol=protocol, seeds=outcome.seeds, totals=outcome.totals, reported_pass=outcome.kept
     )

@@ -1,11 +1,11 @@
-"""How sure rates are: 95 % intervals over clips, and the difference between two sets of captions.
+"""Confidence intervals of rates, and paired comparison of two sets of captions.
 
-Intervals are percentile bootstraps (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13): clips
-are drawn from the set, as many as it has, with repetition, and the rates are taken again from the sums over what was
-drawn. All captions of a video are drawn together, since they share their events.
+Intervals of rates are percentile bootstraps over clips (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+chapter 13): clips are resampled with replacement, and the rates are recomputed from the sums over each resample. All
+captions of a video are resampled together, because they share their events.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from salmonn.records import JudgeInfo, Score
 
 RESAMPLES = 10_000
-# Draws held at once: 8 bytes each, three times over.
-_CHUNK = 2**20
+_CHUNK_SIZE = 2**20  # sampled clips in memory at once: 8 bytes each, three times
 
 Counts = NDArray[np.float64]
 
-# Each measure is a ratio of two sums over captions; of all of them less is better.
+# Numerator and denominator of each measure, to be summed over captions. Lower is better for all of them.
 MEASURES: Mapping[str, tuple[Callable[[Score], int], Callable[[Score], int]]] = {
     "missing": (lambda score: score.missing, lambda score: score.num_events),
     "hallucination": (lambda score: score.incorrect + score.hallucinated, lambda score: score.num_events),
@@ -32,7 +31,7 @@ MEASURES: Mapping[str, tuple[Callable[[Score], int], Callable[[Score], int]]] = 
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval. Of a single clip it has no width, which says nothing of how sure the rate is."""
+    """A confidence interval. For a single clip its width is 0, which is meaningless."""
 
     low: float
     high: float
@@ -43,10 +42,10 @@ class MeasureDifference:
     """One measure of two sets of captions of the same clips.
 
     Args:
-        first, second: the measure over each set.
+        first, second: value of the measure for each set.
         difference: second - first; below 0 the second set is better.
-        interval: of the difference.
-        wins, ties, losses: clips where the second set's value is lower, the same, higher.
+        interval: confidence interval of the difference.
+        wins, ties, losses: number of clips where the second set's value is lower, equal, higher.
     """
 
     first: float
@@ -60,12 +59,12 @@ class MeasureDifference:
 
 @dataclass(frozen=True)
 class SetComparison:
-    """Two sets of captions on what both have.
+    """Two sets of captions, compared on the captions that both have.
 
     Args:
-        num_clips: clips of which both have captions.
-        only_first, only_second: number of captions that one set has alone; they count for nothing.
-        differences: by name of measure.
+        num_clips: number of clips with captions in both sets.
+        only_first, only_second: number of captions in one set only; they are ignored.
+        differences: differences by name of measure.
     """
 
     num_clips: int
@@ -74,31 +73,44 @@ class SetComparison:
     differences: dict[str, MeasureDifference]
 
 
+def wilson_interval(successes: int, total: int) -> Interval:
+    """Return the 95 % Wilson score interval of a proportion, which holds for small counts too; (0, 1) for no trials."""
+    from scipy.stats import binomtest  # noqa: PLC0415  (the import takes over a second)
+
+    if not total:
+        return Interval(0.0, 1.0)
+    interval = binomtest(successes, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
+
+
 def bootstrap_intervals(
     scores: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
 ) -> dict[str, Interval]:
-    """Intervals of the measures over a set of scores, by name of measure.
+    """Return the interval of each measure of a set of scores.
 
     Raises:
-        ValueError: there is no score.
+        ValueError: there are no scores.
     """
     if not scores:
         raise ValueError("no scores: intervals need at least one scored caption")
-    tops, bottoms = _sums(scores, sorted({score.video for score in scores}))
-    intervals = bootstrap_ratios(tops, bottoms, resamples=resamples, seed=seed, confidence=confidence)
+    numerators, denominators = _sum_by_video(scores, sorted({score.video for score in scores}))
+    intervals = bootstrap_ratios(numerators, denominators, resamples=resamples, seed=seed, confidence=confidence)
     return dict(zip(MEASURES, intervals, strict=True))
 
 
 def bootstrap_ratios(
-    tops: Counts, bottoms: Counts, *, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
+    numerators: Counts, denominators: Counts, *, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
 ) -> list[Interval]:
-    """The interval of each ratio, sum of a column of `tops` / sum of the same column of `bottoms`.
+    """Return the interval of each measure's sum of numerators / sum of denominators.
 
     Args:
-        tops, bottoms: counts (clips, measures).
+        numerators, denominators: counts of each clip and measure (C, K).
+        resamples: number of resamples.
+        seed: random seed.
+        confidence: confidence level.
     """
-    drawn = _resample(np.hstack((tops, bottoms)), resamples=resamples, seed=seed)
-    return _intervals(_divide(*np.hsplit(drawn, 2)), confidence=confidence)
+    sums = _resample(np.hstack((numerators, denominators)), resamples=resamples, seed=seed)
+    return _percentile_intervals(_divide(*np.hsplit(sums, 2)), confidence=confidence)
 
 
 def compare_sets(
@@ -109,104 +121,104 @@ def compare_sets(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> SetComparison:
-    """Compare two sets of captions clip by clip: the same clips are drawn for both, so that hard clips cancel out.
+    """Compare two sets of captions clip by clip; each resample has the same clips of both, so hard clips cancel out.
 
-    Captions go together by video, sample and part of the video.
+    Captions are matched by video, sample and part of the video.
 
     Raises:
-        ValueError: no caption has its like in the other set, or two that go together were scored against lists of
-            events of different length.
+        ValueError: the sets have no caption in common, or a matched pair was scored against event lists of different
+            length.
     """
-    named = [{_name(score): score for score in scores} for scores in (first, second)]
-    shared = [name for name in named[0] if name in named[1]]
-    if not shared:
+    before, after = (
+        {(score.video, score.sample, score.start_seconds, score.end_seconds): score for score in scores}
+        for scores in (first, second)
+    )
+    common = [key for key in before if key in after]
+    if not common:
         raise ValueError(
-            f"the two sets, of {len(named[0])} and {len(named[1])} captions, have none in common: "
-            "compare captions of the same videos and parts, named alike"
+            f"the two sets, of {len(before)} and {len(after)} captions, have none in common: compare captions of the "
+            "same videos and parts, under the same names"
         )
-    unlike = [name for name in shared if named[0][name].num_events != named[1][name].num_events]
-    if unlike:
-        counts = (str(one[unlike[0]].num_events) for one in named)
+    unequal = [key for key in common if before[key].num_events != after[key].num_events]
+    if unequal:
         raise ValueError(
-            f"{len(unlike)} captions were scored against other events, first {unlike[0][0]} ({' and '.join(counts)} "
-            "events): score both sets against the same references"
+            f"{len(unequal)} captions were scored against different events, first {unequal[0][0]} "
+            f"({before[unequal[0]].num_events} and {after[unequal[0]].num_events} events): score both sets against the "
+            "same references"
         )
-    common = sorted({str(video) for video, *_ in shared})
-    sums = [*_sums([named[0][name] for name in shared], common), *_sums([named[1][name] for name in shared], common)]
-    drawn = np.hsplit(_resample(np.hstack(sums), resamples=resamples, seed=seed), 4)
-    intervals = _intervals(_divide(*drawn[2:]) - _divide(*drawn[:2]), confidence=confidence)
-    before, after = (_divide(tops.sum(0), bottoms.sum(0)) for tops, bottoms in (sums[:2], sums[2:]))
-    change = np.sign(_divide(*sums[2:]) - _divide(*sums[:2]))  # (clips, measures)
+    videos = sorted({video for video, *_ in common})
+    sums = [
+        *_sum_by_video([before[key] for key in common], videos),
+        *_sum_by_video([after[key] for key in common], videos),
+    ]
+    resampled = np.hsplit(_resample(np.hstack(sums), resamples=resamples, seed=seed), 4)
+    intervals = _percentile_intervals(_divide(*resampled[2:]) - _divide(*resampled[:2]), confidence=confidence)
+    first_values, second_values = (_divide(top.sum(0), bottom.sum(0)) for top, bottom in (sums[:2], sums[2:]))
+    change = np.sign(_divide(*sums[2:]) - _divide(*sums[:2]))  # (C, K)
     differences = {
         name: MeasureDifference(
-            first=float(before[place]),
-            second=float(after[place]),
-            difference=float(after[place] - before[place]),
-            interval=intervals[place],
-            wins=int((change[:, place] < 0).sum()),
-            ties=int((change[:, place] == 0).sum()),
-            losses=int((change[:, place] > 0).sum()),
+            first=float(first_values[column]),
+            second=float(second_values[column]),
+            difference=float(second_values[column] - first_values[column]),
+            interval=intervals[column],
+            wins=int((change[:, column] < 0).sum()),
+            ties=int((change[:, column] == 0).sum()),
+            losses=int((change[:, column] > 0).sum()),
         )
-        for place, name in enumerate(MEASURES)
+        for column, name in enumerate(MEASURES)
     }
-    return SetComparison(len(common), len(named[0]) - len(shared), len(named[1]) - len(shared), differences)
-
-
-def _name(score: Score) -> tuple[object, ...]:
-    return score.video, score.sample, score.start_seconds, score.end_seconds
+    return SetComparison(len(videos), len(before) - len(common), len(after) - len(common), differences)
 
 
 def require_same_judge(first: JudgeInfo, second: JudgeInfo) -> None:
-    """Refuse to compare what two judges said, or one judge asked in other words or scored by another protocol.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    names = {"judge": "judge", "prompt_hash": "prompt", "protocol": "protocol"}
-    values = [(name, getattr(first, key), getattr(second, key)) for key, name in names.items()]
-    unlike = [f"{name} {one} and {other}" for name, one, other in values if one != other]
-    if unlike:
+    """Raise ValueError if two score files differ in judge, prompt or protocol, naming the differences."""
+    labels = {"judge": "judge", "prompt_hash": "prompt", "protocol": "protocol"}
+    values = [(label, getattr(first, key), getattr(second, key)) for key, label in labels.items()]
+    unequal = [f"{label} {one} and {other}" for label, one, other in values if one != other]
+    if unequal:
         raise ValueError(
-            f"the two sets were not judged alike ({', '.join(unlike)}): the same captions have been read as 22.9 and "
-            "38.8 by two judges. Score both with one judge; --force compares all the same"
+            f"the two sets were judged differently ({', '.join(unequal)}), and scores by different judges are not "
+            "comparable: two judges gave the same captions 22.9 and 38.8. Score both sets with one judge, or compare "
+            "anyway with --force"
         )
 
 
-def _sums(scores: Sequence[Score], videos: Sequence[str]) -> tuple[Counts, Counts]:
-    """The two sums of each measure (videos, measures) over the captions of each of the videos."""
+def _sum_by_video(scores: Sequence[Score], videos: Sequence[str]) -> tuple[Counts, Counts]:
+    """Return the numerator and denominator of each measure (C, K), summed over the captions of each video."""
     rows = {video: row for row, video in enumerate(videos)}
-    tops, bottoms = (np.zeros((len(videos), len(MEASURES))) for _ in range(2))
+    numerators, denominators = (np.zeros((len(videos), len(MEASURES))) for _ in range(2))
     for score in scores:
-        if score.video in rows:
-            row = rows[score.video]
-            tops[row] += [top(score) for top, _ in MEASURES.values()]
-            bottoms[row] += [bottom(score) for _, bottom in MEASURES.values()]
-    return tops, bottoms
+        row = rows[score.video]
+        numerators[row] += [numerator(score) for numerator, _ in MEASURES.values()]
+        denominators[row] += [denominator(score) for _, denominator in MEASURES.values()]
+    return numerators, denominators
 
 
-def _divide(tops: Counts, bottoms: Counts) -> Counts:
-    # At least 1, as in `rates`, so that errors count where there is nothing to tell.
-    return tops / np.maximum(bottoms, 1)
+def _divide(numerators: Counts, denominators: Counts) -> Counts:
+    # At least 1, as in `compute_rates`, so that errors count for clips without events.
+    return numerators / np.maximum(denominators, 1)
 
 
 def _resample(counts: Counts, *, resamples: int, seed: int) -> Counts:
-    """Sums (resamples, columns) over clips drawn with repetition from counts (clips, columns)."""
-    return np.vstack([weights @ counts for weights in _draw(len(counts), resamples=resamples, seed=seed)])
+    """Return the sums (R, K) over R resamples of the clips in counts (C, K).
 
-
-def _draw(num_clips: int, *, resamples: int, seed: int) -> Iterator[Counts]:
-    """How often each clip is drawn, (resamples, clips), in chunks: whole it would be 800 MB for 10,000 clips."""
+    `scipy.stats.bootstrap` gathers R * C * K values; counting how often each clip is sampled and multiplying by the
+    counts needs R * C, one matrix product, and no more memory than a chunk (R * C is 800 MB for 10,000 clips).
+    """
+    num_clips = len(counts)
     rng = np.random.default_rng(seed)
-    rows = max(_CHUNK // num_clips, 1)
-    for done in range(0, resamples, rows):
-        num_rows = min(rows, resamples - done)
-        drawn = rng.integers(num_clips, size=(num_rows, num_clips))
-        drawn += np.arange(num_rows)[:, None] * num_clips
-        counts = np.bincount(drawn.ravel(), minlength=num_rows * num_clips)
-        yield counts.reshape(num_rows, num_clips).astype(np.float64)
+    chunk = max(_CHUNK_SIZE // num_clips, 1)
+    sums = []
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        sampled = rng.integers(num_clips, size=(rows, num_clips))
+        sampled += np.arange(rows)[:, None] * num_clips
+        weights = np.bincount(sampled.ravel(), minlength=rows * num_clips).reshape(rows, num_clips)
+        sums.append(weights.astype(np.float64) @ counts)
+    return np.vstack(sums)
 
 
-def _intervals(values: Counts, *, confidence: float) -> list[Interval]:
-    """The middle `confidence` of each column of values (resamples, measures)."""
+def _percentile_intervals(values: Counts, *, confidence: float) -> list[Interval]:
+    """Return the middle `confidence` of each column of values (R, K)."""
     ends = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return [Interval(float(low), float(high)) for low, high in ends.T]

@@ -1,18 +1,14 @@
 """The judge of synthetic clips: reads captions and events as claims, and matches them. No model is asked."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import lru_cache
 
 from salmonn.records import Event, Mention, Reference, Score, Unscored
-from salmonn.score import repetition, words
 from salmonn.score.judge import ProgressCallback, ScoringTask, make_score
-from salmonn.score.repetition import repeated_words
-from salmonn.synthetic import lexicon
-from salmonn.synthetic import parser as claims_module
+from salmonn.score.repetition import count_repeated_words
 from salmonn.synthetic.parser import Claim, parse_claims
 
+RULES_VERSION = 1  # to be raised with every change to lexicon, parser, matching or repetition that changes scores
 OUT_OF_ORDER = "told out of order"
 
 
@@ -24,18 +20,12 @@ class RuleJudge:
     detail (a vague claim, "a circle appears", differs in the detail that it leaves out), or where it is told against
     the order of time within its modality; *missing* otherwise. A claim that tells of no event is *hallucinated*, save
     that it repeats another claim: then its words count as repeated, also where they are other words ("a high tone is
-    heard", "a shrill tone plays"), which `repeated_words` alone does not see.
+    heard", "a shrill tone plays"), which `count_repeated_words` alone does not see.
     """
 
     name = "rule"
-    is_exact = True
-
-    @cached_property
-    def prompt_hash(self) -> str:
-        """Of the rules: the code that reads and matches."""
-        modules = (claims_module, lexicon, repetition, words)
-        files = (Path(str(file)) for file in (__file__, *(module.__file__ for module in modules)))
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    prompt_hash = f"rules {RULES_VERSION}"
+    is_deterministic = True
 
     def check(self, reference: Reference) -> None:
         """Raise ValueError where the reference has no event list, or an event that this judge cannot read."""
@@ -117,7 +107,7 @@ def _doubled_words(claims: Sequence[Claim], doubled: Sequence[int]) -> int:
     """Words of the clauses that tell nothing but what is told elsewhere."""
     clauses = {(claims[place].clause_number, claims[place].clause) for place in doubled}
     news = {(claim.clause_number, claim.clause) for place, claim in enumerate(claims) if place not in doubled}
-    return sum(repeated_words(clause)[1] for _, clause in clauses - news)
+    return sum(count_repeated_words(clause)[1] for _, clause in clauses - news)
 
 
 def _match_exact(claims: Sequence[Claim], events: Sequence[Claim]) -> dict[int, int]:

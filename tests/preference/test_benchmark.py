@@ -28,7 +28,7 @@ class Scripted:
 
     name = "scripted"
     prompt_hash = "0"
-    is_exact = True
+    is_deterministic = True
 
     def __init__(self):
         self.calls = []
@@ -194,7 +194,7 @@ def test_reads_pairs(tmp_path):
     write_records(path, pairs)
     assert read_labelled_pairs(path) == pairs
     path.write_text("")
-    with pytest.raises(ValueError, match=r"holds no pairs: write some with tools/judge_pairs\.py"):
+    with pytest.raises(ValueError, match=r"has no pairs: generate some with tools/judge_pairs\.py"):
         read_labelled_pairs(path)
     path.write_text('{"events": [], "first": "a", "second": "b", "better": "tie", "gap": 1}\n')
     with pytest.raises(ValueError, match="line 1: gap must be at least 0, and 0 for a tie, got 1"):

@@ -10,6 +10,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome is installed")
 
+STEP_SECONDS = 180  # on a busy machine a step can take a minute; a healthy one never waits
+
 _OPTIONS = (
     # Containers do without Chromium's own sandbox, and without the updates and reports that it sends by itself.
     "--no-sandbox --headless --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -21,7 +23,9 @@ _OPTIONS = (
 def start_browser() -> Iterator[Browser]:
     """A running browser."""
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=_OPTIONS.split())
+        browser = playwright.chromium.launch(
+            executable_path=BROWSER, args=_OPTIONS.split(), timeout=1000 * STEP_SECONDS
+        )
         yield browser
         browser.close()
 
@@ -36,6 +40,7 @@ class Watched:
     """
 
     def __init__(self, page: Page) -> None:
+        page.set_default_timeout(1000 * STEP_SECONDS)
         self.page = page
         self.asked: list[str] = []
         self.complaints: list[str] = []

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from salmonn.records import Caption, Event, Reference
-from salmonn.score.converse import InvalidReplyError
-from salmonn.score.events import list_events, read_events
+from salmonn.score.events import list_events, parse_events
 from salmonn.score.judge import restrict_to_span
+from salmonn.score.llm_judge import InvalidReplyError
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.parser import split_caption
 from salmonn.synthetic.scene import SynthConfig, sample_scene
@@ -38,7 +38,7 @@ def reply(*entries: object) -> str:
 
 
 def test_reads_events():
-    assert read_events(reply(DOG, BARK, SHOUT), REFERENCE) == (
+    assert parse_events(reply(DOG, BARK, SHOUT), REFERENCE) == (
         Event("a brown dog runs in", "visual", 2.0),
         Event("a dog barks twice", "audio"),
         Event('a man shouts "come here"', "speech"),
@@ -49,28 +49,28 @@ def test_reads_events():
     ("entries", "words"),
     [
         ([], "no list of"),
-        (["a dog runs"], "event 1 lacks its text"),
-        ([DOG, {"text": "x", "kind": "visual"}], "event 2 lacks"),
+        (["a dog runs"], "event 1 has no text"),
+        ([DOG, {"text": "x", "kind": "visual"}], "event 2 has no text"),
         ([DOG | {"kind": "smell"}], "kind other than visual, audio, speech"),
-        ([DOG | {"text": " "}], "no text"),
+        ([DOG | {"text": " "}], "an empty text"),
         ([DOG | {"quote": "a cat runs in"}], "'a cat runs in', which is not in the description"),
-        ([DOG | {"start_seconds": "two"}], "no number"),
-        ([DOG | {"start_seconds": True}], "no number"),
+        ([DOG | {"start_seconds": "two"}], "not a number"),
+        ([DOG | {"start_seconds": True}], "not a number"),
         ([DOG | {"start_seconds": None, "end_seconds": 3}], "end without a start"),
-        ([DOG | {"end_seconds": 1}], "ends before it begins"),
-        ([DOG | {"start_seconds": -1}], "begins before the video"),
-        ([DOG | {"end_seconds": 11}], r"beyond the video's 10\.0 seconds"),
-        ([DOG, BARK, DOG], "comes twice"),
+        ([DOG | {"end_seconds": 1}], "ends before it starts"),
+        ([DOG | {"start_seconds": -1}], "starts before the video"),
+        ([DOG | {"end_seconds": 11}], r"after the end of the video \(10\.0 seconds\)"),
+        ([DOG, BARK, DOG], "occurs twice"),
     ],
 )
 def test_faults_of_a_reply(entries, words):
     with pytest.raises(InvalidReplyError, match=words):
-        read_events(reply(*entries), REFERENCE)
+        parse_events(reply(*entries), REFERENCE)
 
 
 def test_infinite_times():
     with pytest.raises(InvalidReplyError, match="ends before"):
-        read_events(reply(DOG).replace("null", "Infinity"), Reference("v", caption=CAPTION))
+        parse_events(reply(DOG).replace("null", "Infinity"), Reference("v", caption=CAPTION))
 
 
 def test_asks_for_what_is_not_there_yet(serve, open_client):
@@ -79,7 +79,7 @@ def test_asks_for_what_is_not_there_yet(serve, open_client):
     (first, second), failed = list_events([REFERENCE, edited], client=open_client(server))
     assert first.events == (Event("a brown dog runs in", "visual", 2.0),) and first.caption == CAPTION
     assert second is edited and not failed
-    assert len(server.requests) == 2 and "not one JSON object" in server.requests[1]["messages"][-1]["content"]
+    assert len(server.requests) == 2 and "not exactly one JSON object" in server.requests[1]["messages"][-1]["content"]
     assert json.loads(server.requests[0]["messages"][1]["content"]) == {"description": CAPTION}
 
 

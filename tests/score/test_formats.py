@@ -29,8 +29,13 @@ def test_round_trip(tmp_path):
     ("text", "words"),
     [
         ("", "line 1"),
-        ('{"video": "a"}\n', "line 1: a score file begins with"),
-        ('{"judge_info": {"judge": "rule"}}\n', "line 1: JudgeInfo lacks"),
+        ('{"video": "a"}\n', "line 1: a score file starts with"),
+        ('{"judge_info": {"judge": "rule"}}\n', "line 1: score file of format None, but this version of salmonn reads"),
+        (
+            '{"format": 9, "judge_info": {"judge": "rule"}}\n',
+            "line 1: score file of format 9, .* score the captions again",
+        ),
+        ('{"format": 1, "judge_info": {"judge": "rule"}}\n', "line 1: JudgeInfo lacks"),
         ("JUDGING\n[]\n", "line 2: expected a JSON object"),
         ("JUDGING\n5\n", "line 2: expected a JSON object"),
         ('JUDGING\n{"video": "a", "num_events": "3"}\n', "line 2: Score"),

@@ -3,23 +3,49 @@
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import tenacity
 
 from salmonn.records import Caption, Event, Reference, write_records
 from salmonn.score.config import LLMConfig
-from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMStoppedError
-from salmonn.score.replies import LLMResponse, ResponseCache
+from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMResponse, LLMStoppedError, ResponseCache
 from tests.score.fake_llm_server import Answer
 
 SALMONN = Path(sys.executable).with_name("salmonn")
 SCHEMA = {"type": "object"}
 HELLO = [{"role": "user", "content": "hello"}]
+
+
+class FakeClock:
+    """Time that passes only by waiting between retries; `delays` are those waits, in seconds."""
+
+    def __init__(self):
+        self.now, self.delays = 0.0, []
+
+    def monotonic(self) -> float:
+        self.now += 1e-9  # no two moments are the same
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.delays.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch) -> FakeClock:
+    """Retries take no real time, and their delays are known exactly."""
+    clock = FakeClock()
+    monkeypatch.setattr(tenacity, "time", clock)
+    monkeypatch.setattr(tenacity, "sleep_using_event", lambda event: clock.sleep)
+    return clock
 
 
 def ask(client: LLMClient, words: str = "hello", seed: int = 0) -> LLMResponse:
@@ -93,53 +119,49 @@ def test_a_fault_that_passes_is_tried_again(serve, open_client, fault, caplog):
     client = open_client(server, timeout_seconds=0.5)
     assert ask(client).text == "good"
     assert len(server.requests) == client.num_requests == 2
-    assert "trying again" in caplog.text
+    assert "retrying in" in caplog.text
 
 
-def test_waits_as_long_as_the_server_asks(serve, open_client):
+def test_waits_as_long_as_the_server_asks(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=200 if number else 429, headers={"Retry-After": "1.6"}))
-    start = time.monotonic()
     ask(open_client(server))
-    assert 1.6 <= time.monotonic() - start < 4  # by itself it would pause for at most a second
+    assert clock.delays == [1.6]  # by itself it would wait for at most a second
 
 
-def test_a_server_that_wants_more_time_than_there_is(serve, open_client):
+def test_a_server_that_wants_more_time_than_there_is(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=429, headers={"Retry-After": "60"}))
-    start = time.monotonic()
-    with pytest.raises(LLMStoppedError, match=r"cannot be asked: .*429"):
+    with pytest.raises(LLMStoppedError, match=r"is unavailable: .*429"):
         ask(open_client(server, retry_seconds=30.0))
-    assert time.monotonic() - start < 3 and len(server.requests) == 2  # the question, then an easy one
+    assert clock.delays == [] and len(server.requests) == 2  # the request, then a trivial one
 
 
-def test_gives_up_in_time_and_keeps_what_it_has(serve, open_client):
+def test_gives_up_in_time_and_keeps_what_it_has(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=500 if number else 200))
     client = open_client(server, retry_seconds=2.0)
     ask(client, "first")
-    start = time.monotonic()
-    with pytest.raises(LLMStoppedError, match=r"cannot be asked: .*500.*the same command goes on"):
+    with pytest.raises(LLMStoppedError, match=r"is unavailable: .*500.*run the same command again"):
         ask(client, "second")
-    assert 2 <= time.monotonic() - start < 3
-    # pauses of 0.5 to 1, then 1 to 2 seconds, the last cut short at the limit: 3 or 4 tries, then one easy question
+    # delays of 0.5 to 1, then 1 to 2 seconds, the last cut short at the limit: 3 or 4 tries, then one trivial request
+    assert sum(clock.delays) == pytest.approx(2.0, abs=1e-3)
+    assert 0.5 <= clock.delays[0] <= 1 <= clock.delays[0] + clock.delays[1] <= 2.001
     asked = [words_of(request) for request in server.requests]
     assert 3 <= asked.count("second") <= 4 and asked[-1] == "Reply with the word yes."
     assert ask(open_client(server), "first").text == "x"
 
 
-def test_no_server_at_all(open_client, serve, monkeypatch):
-    """A server that was never there gets 10 seconds (here 1), one that has answered before all of --retry-seconds."""
-    monkeypatch.setattr("salmonn.score.llm_client._FIRST_CONTACT_SECONDS", 1.0)
+def test_no_server_at_all(open_client, serve, clock):
+    """A server that was never reached gets 10 seconds, one that has replied before all of --retry-seconds."""
     server = serve(lambda request, number: Answer())
-    known, client = open_client(server, retry_seconds=2.5), open_client(server)
+    known, client = open_client(server, retry_seconds=25.0), open_client(server)
     ask(known)
     server.close()
-    start = time.monotonic()
-    with pytest.raises(LLMStoppedError, match=r"refused.*is the server started") as caught:
+    with pytest.raises(LLMStoppedError, match=r"refused.*is the server running") as caught:
         ask(client, "other")
-    assert 1 <= time.monotonic() - start < 2 and "kept" not in str(caught.value)
-    start = time.monotonic()
-    with pytest.raises(LLMStoppedError, match="What it answered is kept"):
+    assert sum(clock.delays) == pytest.approx(10.0, abs=1e-3) and "saved" not in str(caught.value)
+    clock.delays.clear()
+    with pytest.raises(LLMStoppedError, match="Replies so far are saved"):
         ask(known, "other")
-    assert 2.5 <= time.monotonic() - start < 3.5
+    assert sum(clock.delays) == pytest.approx(25.0, abs=1e-3)
 
 
 def test_a_server_that_refuses_everything(serve, open_client):
@@ -186,7 +208,7 @@ def test_a_server_without_schemas(serve, open_client, caplog):
     client = open_client(server)
     assert [ask(client, words).text for words in ("a", "b", "c")] == ["fine"] * 3
     assert ["response_format" in request for request in server.requests] == [True, False, False, False]
-    assert "takes no JSON schema" in caplog.text and "no response_format" in caplog.text
+    assert "does not accept a JSON schema" in caplog.text and "no response_format" in caplog.text
     with pytest.raises(LLMRejectedError, match="no response_format"):
         ask(open_client(server, structured="always"), "d")
 
@@ -211,7 +233,7 @@ def test_a_question_on_which_the_server_fails_stops_no_other(serve, open_client)
             return str(error)
 
     replies = client.map_concurrent(try_ask, ["bad", "a", "b"])
-    assert "the server fails on this question, not on others" in replies[0] and replies[1:] == ["x", "x"]
+    assert "the server fails on this request but not on others" in replies[0] and replies[1:] == ["x", "x"]
 
 
 def test_half_a_character_is_no_obstacle(serve, open_client):
@@ -246,13 +268,19 @@ def test_cap_of_tokens(serve, open_client):
     with pytest.raises(LLMStoppedError, match="the cap of 15 tokens"):
         ask(client, "c")
     silent = serve(lambda request, number: Answer("x", usage=None))
-    with pytest.raises(LLMStoppedError, match="does not say how many tokens"):
+    with pytest.raises(LLMStoppedError, match="does not report token usage"):
         ask(open_client(silent, max_tokens=15))
     assert ask(open_client(silent)).num_tokens is None
 
 
-def test_side_by_side(serve, open_client):
-    server = serve(lambda request, number: Answer(words_of(request), delay_seconds=0.1))
+def test_map_concurrent(serve, open_client):
+    together = threading.Barrier(3)  # each request waits for two others: fewer at once would never end
+
+    def script(request, number):
+        together.wait(timeout=60)
+        return Answer(words_of(request))
+
+    server = serve(script)
     client = open_client(server, concurrency=3)
     done = []
     texts = [str(number) for number in range(12)]
@@ -269,8 +297,36 @@ def test_the_first_that_stops_stops_all(serve, open_client):
     assert len(server.requests) <= 4
 
 
+class Held:
+    """A script that holds every reply back until `release` is called; the text of a reply is that of its request."""
+
+    def __init__(self):
+        self._released = threading.Event()
+        self.release = self._released.set
+
+    def __call__(self, request, number):
+        self._released.wait(timeout=300)
+        return Answer(words_of(request))
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    """Wait until the condition holds, for as long as the process lives."""
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def wait_for_line(text: str, process: subprocess.Popen) -> None:
+    """Read lines from the process until one has the text."""
+    lines = []
+    while not lines or text not in lines[-1]:
+        lines.append(process.stderr.readline())
+        assert lines[-1], f"it ended without {text!r}: {''.join(lines)}"
+
+
 def test_ctrl_c_keeps_what_is_under_way(serve, open_client, tmp_path):
-    server = serve(lambda request, number: Answer(words_of(request), delay_seconds=1.0))
+    held = Held()
+    server = serve(held)
     code = textwrap.dedent(f"""
         from pathlib import Path
         from salmonn.score.llm_client import LLMClient
@@ -281,12 +337,12 @@ def test_ctrl_c_keeps_what_is_under_way(serve, open_client, tmp_path):
         client.map_concurrent(ask, [str(number) for number in range(20)])
     """)
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
-    while len(server.requests) < 2:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
+    wait_for(lambda: len(server.requests) == 2, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=10)
-    assert process.returncode != 0 and "waiting for the replies that are under way" in err
+    wait_for_line("waiting for replies in flight", process)
+    held.release()
+    process.communicate(timeout=300)
+    assert process.returncode != 0
     asked = [words_of(request) for request in server.requests]
     assert sorted(asked) == ["0", "1"]
     client = open_client(server)
@@ -295,21 +351,22 @@ def test_ctrl_c_keeps_what_is_under_way(serve, open_client, tmp_path):
 
 
 def test_a_second_ctrl_c_does_not_wait(serve, tmp_path):
-    server = serve(lambda request, number: Answer(delay_seconds=30.0))
+    held = Held()
+    server = serve(held)
     write_records(tmp_path / "r.jsonl", [Reference("v", (Event("a dog runs"),))])
     write_records(tmp_path / "c.jsonl", [Caption("v", "A dog runs.")])
     command = [SALMONN, "score", tmp_path / "c.jsonl", "--references", tmp_path / "r.jsonl", "--judge", "openai"]
     command += ["--model", "m", "--base-url", server.url, "--cache", tmp_path / "replies.sqlite"]
+    command += ["--timeout-seconds", "600"]
     process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
-    while not server.requests:
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for(lambda: server.requests, process)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None  # it waits for the reply
+    wait_for_line("waiting for replies in flight", process)
+    assert process.poll() is None  # it waits for the reply, which does not come
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=5)
-    assert process.returncode == 130 and "stopped" in err and "Traceback" not in err
+    _, err = process.communicate(timeout=200)
+    held.release()
+    assert process.returncode == 130 and "Traceback" not in err
 
 
 def test_a_key_is_asked_for(monkeypatch, tmp_path):
@@ -334,10 +391,20 @@ def test_options_out_of_range(options, words):
         LLMConfig("m", **options)
 
 
+def test_a_cache_of_another_format(tmp_path):
+    path = tmp_path / "replies.sqlite"
+    ResponseCache(path).put("k", LLMResponse("x", True, 3), model="m", request={})
+    assert ResponseCache(path).get("k") == LLMResponse("x", True, 3)
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 7")
+    with pytest.raises(ValueError, match=r"replies\.sqlite is not a reply cache of format 1"):
+        ResponseCache(path)
+
+
 def test_a_file_that_is_no_cache(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("no database, and longer than a header of one hundred bytes " * 4)
-    with pytest.raises(ValueError, match=r"notes\.txt cannot be used to keep replies"):
+    with pytest.raises(ValueError, match=r"notes\.txt cannot be used as reply cache"):
         ResponseCache(path)
 
 

@@ -6,9 +6,8 @@ import random
 import pytest
 
 from salmonn.records import Caption, Event, Reference, Score, Unscored
-from salmonn.score.converse import InvalidReplyError, parse_object
 from salmonn.score.judge import ScoringTask
-from salmonn.score.llm_judge import EventPrompt, LLMJudge
+from salmonn.score.llm_judge import EventPrompt, InvalidReplyError, LLMJudge, parse_object
 from salmonn.score.text_spans import find_quote
 from salmonn.synthetic.annotate import write_reference
 from salmonn.synthetic.judge import RuleJudge
@@ -54,7 +53,7 @@ def changed(**values) -> dict:
 
 
 def test_reads_a_good_reply():
-    score = EventPrompt().read(json.dumps(GOOD), TASK)
+    score = EventPrompt().parse(json.dumps(GOOD), TASK)
     assert (score.num_events, score.missing, score.incorrect, score.hallucinated) == (3, 1, 1, 1)
     assert (score.missed, score.incorrect_events, score.hallucinations) == (
         ("a dog barks",),
@@ -70,7 +69,7 @@ def test_told_events_stand_in_the_order_of_telling():
     entries = [{"number": n, "class": "correct", "quote": quote} for n, quote in enumerate(quotes, start=1)]
     reply = {"events": entries, "hallucinated": [], "counts": changed(counts__correct=3)["counts"]}
     reply["counts"] |= {"incorrect": 0, "missed": 0, "hallucinated": 0}
-    score = EventPrompt().read(json.dumps(reply), ScoringTask(TASK.reference, Caption("v", text)))
+    score = EventPrompt().parse(json.dumps(reply), ScoringTask(TASK.reference, Caption("v", text)))
     assert [one.event.text for one in score.mentions] == ["a man sings", "a dog barks", "a dog runs"]
 
 
@@ -80,9 +79,9 @@ def test_what_is_said_twice_may_tell_an_event_that_comes_twice():
     counts = {"correct": 2, "incorrect": 0, "missed": 0, "hallucinated": 0}
     reply = json.dumps({"events": entries, "hallucinated": [], "counts": counts})
     task = ScoringTask(Reference("v", barks), Caption("v", "A dog barks. Later a dog barks."))
-    assert len(EventPrompt().read(reply, task).mentions) == 2
-    with pytest.raises(InvalidReplyError, match="cannot tell 2 events"):
-        EventPrompt().read(reply, ScoringTask(Reference("v", barks), Caption("v", "A dog barks.")))
+    assert len(EventPrompt().parse(reply, task).mentions) == 2
+    with pytest.raises(InvalidReplyError, match="cannot mention 2 events"):
+        EventPrompt().parse(reply, ScoringTask(Reference("v", barks), Caption("v", "A dog barks.")))
 
 
 @pytest.mark.parametrize(
@@ -96,21 +95,21 @@ def test_what_is_said_twice_may_tell_an_event_that_comes_twice():
     ],
 )
 def test_wrappings_of_a_reply(wrapped):
-    assert EventPrompt().read(wrapped.format(json.dumps(GOOD)), TASK).missing == 1
+    assert EventPrompt().parse(wrapped.format(json.dumps(GOOD)), TASK).missing == 1
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("The caption is good.", "not one JSON object"),
-        ("", "not one JSON object"),
+        ("The caption is good.", "not exactly one JSON object"),
+        ("", "not exactly one JSON object"),
         ("[]", "not a JSON object"),
-        ("Here it is: " + json.dumps(GOOD), "nothing else"),
-        (json.dumps(GOOD)[:-20], "not one JSON object"),
-        ("{'events': [], 'hallucinated': []}", "not one JSON object"),
-        ('{"events": [], "events": [], "hallucinated": [], "counts": {}}', "a key comes twice"),
-        ("[" * 100_000, "not one JSON object"),
-        ("__import__('os').system('touch /tmp/owned')", "not one JSON object"),
+        ("Here it is: " + json.dumps(GOOD), "not exactly one JSON object"),
+        (json.dumps(GOOD)[:-20], "not exactly one JSON object"),
+        ("{'events': [], 'hallucinated': []}", "not exactly one JSON object"),
+        ('{"events": [], "events": [], "hallucinated": [], "counts": {}}', "duplicate key"),
+        ("[" * 100_000, "not exactly one JSON object"),
+        ("__import__('os').system('touch /tmp/owned')", "not exactly one JSON object"),
     ],
 )
 def test_what_is_no_object(text, words):
@@ -129,16 +128,16 @@ def test_what_is_no_object(text, words):
         (changed(events__0__number=1.0), "entry 1"),
         (changed(events__1__class="unsure"), "entry 2"),
         (changed(events__2__quote=None), "entry 3"),
-        (changed(hallucinated=[{"quote": "A cat meows"}]), "something other than quotes"),
-        (changed(counts__missed="1"), "no whole number for missed"),
+        (changed(hallucinated=[{"quote": "A cat meows"}]), "items that are not quotes"),
+        (changed(counts__missed="1"), "no integer for missed"),
         # counts that do not agree with the lists
         (changed(counts__missed=0), '"counts" says 0 missed, but 1 are listed'),
         (changed(counts__hallucinated=0), '"counts" says 0 hallucinated, but 1 are listed'),
         # classes that do not cover the events once
-        (changed(events=GOOD["events"][:2]), "event 3 stands in 0 entries"),
-        (changed(events__2__number=2), "event 2 stands in 2 entries"),
+        (changed(events=GOOD["events"][:2]), "event 3 has 0 entries"),
+        (changed(events__2__number=2), "event 2 has 2 entries"),
         (changed(events__2__number=4), "there is no event 4"),
-        (changed(events=[]), "event 1 stands in 0"),
+        (changed(events=[]), "event 1 has 0"),
         # quotes
         (changed(events__0__quote="a horse runs"), "event 1 is correct, but its quote 'a horse runs' is not in"),
         (changed(events__0__quote=""), "event 1 is correct, but its quote '' is not in"),
@@ -148,12 +147,12 @@ def test_what_is_no_object(text, words):
         (changed(hallucinated=["a man sings."]), "hallucinated and as event 3, incorrect"),
         (changed(hallucinated=["man"]), "hallucinated and as event 3, incorrect"),
         (changed(hallucinated=["brown dog runs by"]), "hallucinated and as event 1, correct"),
-        (changed(events__0__quote="A", events__2__quote="A"), "'A' cannot tell 2 events"),
+        (changed(events__0__quote="A", events__2__quote="A"), "'A' cannot mention 2 events"),
     ],
 )
 def test_faults_are_named(reply, words):
     with pytest.raises(InvalidReplyError, match=words):
-        EventPrompt().read(json.dumps(reply), TASK)
+        EventPrompt().parse(json.dumps(reply), TASK)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +321,7 @@ def test_a_refused_caption_harms_no_other(serve, open_judge):
     tasks[1] = ScoringTask(tasks[1].reference, Caption("1.mp4", "0.mp4 " * 50))
     results = open_judge(serve(script)).judge(tasks)
     assert [isinstance(result, Score) for result in results] == [True, False, True]
-    assert "the server refuses the question" in results[1].reason and "too long" in results[1].reason
+    assert "the server rejects the request" in results[1].reason and "too long" in results[1].reason
 
 
 def test_empty_captions_and_equal_ones(serve, open_judge):

@@ -38,7 +38,7 @@ def ask(server):
 
         def create(text: str, **options):
             messages = [{"role": "user", "content": text}]
-            return client.client.completions.create(model=server.model, messages=messages, **options)
+            return client.chat.completions.create(model=server.model, messages=messages, **options)
 
         yield create
 
@@ -133,5 +133,5 @@ def test_tokens_are_counted_as_the_server_counts_them(server, tmp_path):
     client = make_llm_client(config)
     messages = [{"role": "user", "content": "hi"}]
     reply = client.complete(messages, schema={"type": "object"}, seed=0)
-    assert reply.is_cut_off
+    assert reply.is_truncated
     assert client.num_tokens == reply.num_tokens == 21 + 30  # of the question, as above, and of the reply

@@ -5,7 +5,7 @@ import pytest
 from salmonn.records import Caption, Reference, Score, Unscored
 from salmonn.score.judge import ScoringTask
 from salmonn.score.metrics import compute_rates
-from salmonn.score.passes import judge_passes
+from salmonn.score.scoring import judge_passes
 from salmonn.synthetic.judge import RuleJudge
 
 TASKS = [ScoringTask(Reference(name), Caption(name, "")) for name in "ab"]
@@ -14,7 +14,7 @@ TASKS = [ScoringTask(Reference(name), Caption(name, "")) for name in "ab"]
 class Scripted:
     """Misses so many of each caption's 4 events, pass by pass; None leaves the caption unscored."""
 
-    name, prompt_hash, is_exact = "scripted", "0", False
+    name, prompt_hash, is_deterministic = "scripted", "0", False
 
     def __init__(self, *passes):
         self.passes = list(passes)
@@ -39,24 +39,24 @@ def play(*passes):
 def test_the_median_counts():
     outcome = play((4, 4), (0, 0), (2, 2), (1, 1))
     # 1, 0, 0.5, 0.25: of four the lower middle one
-    assert (outcome.totals, outcome.kept, outcome.seeds) == ((1.0, 0.0, 0.5, 0.25), 3, (7, 107, 207, 307))
+    assert (outcome.totals, outcome.reported_pass, outcome.seeds) == ((1.0, 0.0, 0.5, 0.25), 3, (7, 107, 207, 307))
     assert [result.missing for result in outcome.results] == [1, 1]
 
 
 def test_totals_are_over_what_all_passes_could_score():
     # over both captions pass 2 would have 0 of 4, and be the lowest
     outcome = play((0, 4), (0, None), (1, 4))
-    assert outcome.totals == (0.0, 0.0, 0.25) and outcome.kept == 1
+    assert outcome.totals == (0.0, 0.0, 0.25) and outcome.reported_pass == 1
 
 
 def test_a_pass_without_a_score_is_no_median():
     outcome = play((None, None), (4, 4), (2, 2))
-    assert outcome.totals == (None, 1.0, 0.5) and outcome.kept == 2
+    assert outcome.totals == (None, 1.0, 0.5) and outcome.reported_pass == 2
     nothing = play((None, None))
-    assert all(isinstance(result, Unscored) for result in nothing.results) and nothing.kept == 0
+    assert all(isinstance(result, Unscored) for result in nothing.results) and nothing.reported_pass == 0
 
 
-@pytest.mark.parametrize(("judge", "passes", "words"), [(RuleJudge(), 2, "leave out"), (Scripted(), 0, "at least 1")])
+@pytest.mark.parametrize(("judge", "passes", "words"), [(RuleJudge(), 2, "omit"), (Scripted(), 0, "at least 1")])
 def test_wrong_numbers(judge, passes, words):
     with pytest.raises(ValueError, match=words):
         judge_passes(TASKS, judge, total=len, passes=passes)

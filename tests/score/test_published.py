@@ -7,10 +7,10 @@ import pytest
 from salmonn.preference.reward import make_judge
 from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.config import JudgeConfig
-from salmonn.score.converse import InvalidReplyError
 from salmonn.score.judge import ScoringTask
-from salmonn.score.passes import judge_passes
-from salmonn.score.published import CountPrompt, ListPrompt, collapse_repeats, collapsed, published_rates
+from salmonn.score.llm_judge import InvalidReplyError
+from salmonn.score.published import CountPrompt, ListPrompt, collapse_repeats, collapse_task, published_rates
+from salmonn.score.scoring import judge_passes
 from tests.score.fake_llm_server import Answer
 
 TASK = ScoringTask(
@@ -46,7 +46,7 @@ def counts(score: Score) -> tuple[int, int, int]:
     ],
 )
 def test_reads_lists_as_the_published_scorer(text, expected):
-    assert counts(ListPrompt().read(text, TASK)) == expected
+    assert counts(ListPrompt().parse(text, TASK)) == expected
 
 
 @pytest.mark.parametrize(
@@ -67,14 +67,14 @@ def test_reads_lists_as_the_published_scorer(text, expected):
 )
 def test_what_it_cannot_read(text):
     with pytest.raises(InvalidReplyError):
-        ListPrompt().read(text, TASK)
+        ListPrompt().parse(text, TASK)
 
 
 def test_counts_alone_must_add_up():
     text = '{"Missed": 1, "Correct": %d, "Incorrect": 0, "Hallucination": 4}'
-    assert counts(CountPrompt().read(text % 2, TASK)) == (1, 0, 4)
-    with pytest.raises(InvalidReplyError, match=r"1 \+ 1 \+ 0 events are not 3"):
-        CountPrompt().read(text % 1, TASK)
+    assert counts(CountPrompt().parse(text % 2, TASK)) == (1, 0, 4)
+    with pytest.raises(InvalidReplyError, match=r"1 \+ 1 \+ 0 events do not add up to 3"):
+        CountPrompt().parse(text % 1, TASK)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_collapses_only_what_was_cut_off():
     text = "so so so so so on"
     for finished, expected in ((True, text), (False, "so on")):
         task = ScoringTask(TASK.reference, Caption("v", text, finished=finished))
-        assert collapsed(task).caption.text == expected
+        assert collapse_task(task).caption.text == expected
 
 
 def test_rates_and_what_is_left_out():
@@ -155,8 +155,8 @@ def test_a_further_pass_keeps_what_it_cannot_read_anew(serve, tmp_path):
         make_judge(config(serve(play), tmp_path), published=True),
     )
     once.templates = once.templates[:1]
-    outcome = judge_passes(tasks, judge, total=lambda s: published_rates(s).total, passes=3, seed=2024, once=once)
+    outcome = judge_passes(tasks, judge, total=lambda s: published_rates(s).total, passes=3, seed=2024, rejudge=once)
     # (0 + 1) / 6, (3 + 1) / 6, (2 + 0) / 6: the median is the third
-    assert outcome.totals == (1 / 6, 4 / 6, 2 / 6) and outcome.kept == 2
+    assert outcome.totals == (1 / 6, 4 / 6, 2 / 6) and outcome.reported_pass == 2
     assert [result.missing for result in outcome.results] == [2, 0]
     assert outcome.seeds == (2024, 2124, 2224) and script == {"v": [], "w": []}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from salmonn.score.repetition import repeated_spans, repeated_words
+from salmonn.score.repetition import count_repeated_words, find_repeated_spans
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ from salmonn.score.repetition import repeated_spans, repeated_words
     ],
 )
 def test_repeated_words(text, expected):
-    assert repeated_words(text) == expected
+    assert count_repeated_words(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_repeated_words(text, expected):
     ],
 )
 def test_where_it_is_repeated(text, marked):
-    assert [text[start:end] for start, end in repeated_spans(text)] == marked
+    assert [text[start:end] for start, end in find_repeated_spans(text)] == marked

@@ -219,8 +219,12 @@ def test_the_marks(watched, clips):
     assert len({dict(lines)[kind] for kind in (*kinds, "repeated")}) == 4
     missed = [" ".join(text.split()) for text in card.locator("ul.missed li").all_text_contents()]
     assert missed == ["0:03.0\N{EN DASH}0:04.2 rain & <b>thunder</b> are heard audio", 'a man says "hello" speech']
-    assert "told as a blue dog barks" in " ".join(card.locator("ul.incorrect li").inner_text().split()).replace('"', "")
-    assert "a whale hallucinated" in " ".join(watched.page.locator("ul.lost").inner_text().split()).replace('"', "")
+    assert "described as a blue dog barks" in " ".join(card.locator("ul.incorrect li").inner_text().split()).replace(
+        '"', ""
+    )
+    assert "a whale hallucinated" in " ".join(watched.page.locator("ul.unlocated").inner_text().split()).replace(
+        '"', ""
+    )
 
 
 @needs_browser
@@ -304,7 +308,7 @@ def test_it_fits_the_window_by_day_and_by_night(browser, report_file, width):
 @needs_browser
 def test_without_script_all_is_shown_and_nothing_is_offered_that_does_not_work(browser, report_file):
     context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
+    page = Watched(context.new_page()).page
     page.goto(report_file.as_uri())
     assert page.locator("article:visible").count() == 3
     assert page.locator("#filter:visible, #sort:visible").count() == 0

@@ -124,7 +124,7 @@ def test_draws_are_seeded_and_do_not_hang_on_the_chunks(monkeypatch):
     found = bootstrap_intervals(scores, resamples=1000)
     assert found == bootstrap_intervals(scores, resamples=1000) != bootstrap_intervals(scores, resamples=1000, seed=1)
     # 5 draws of 20 clips at once
-    monkeypatch.setattr(intervals, "_CHUNK", 100)
+    monkeypatch.setattr(intervals, "_CHUNK_SIZE", 100)
     assert bootstrap_intervals(scores, resamples=1000) == found
 
 
@@ -135,7 +135,9 @@ def test_captions_go_together_by_sample_and_part():
     found = compare_sets(first, second)
     assert (found.num_clips, found.only_first, found.only_second) == (1, 1, 1)
     assert (found.differences["total"].first, found.differences["total"].second) == (3 / 8, 1 / 8)
-    with pytest.raises(ValueError, match=r"1 captions were scored against other events, first a \(4 and 5 events\)"):
+    with pytest.raises(
+        ValueError, match=r"1 captions were scored against different events, first a \(4 and 5 events\)"
+    ):
         compare_sets(first, [Score("a", 5, 0, 0, 0)])
 
 

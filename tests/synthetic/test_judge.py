@@ -337,11 +337,11 @@ def test_score_captions_counts_every_reference(caplog):
         ("w.mp4", 0, 2, 2),
     ]
     assert "1 of 2 references have no caption" in caplog.text
-    with pytest.raises(ValueError, match=r"x\.mp4, while the first reference is of v\.mp4"):
+    with pytest.raises(ValueError, match=r"x\.mp4; the first reference is for v\.mp4"):
         score_captions(known, [Caption("x.mp4", "")], RuleJudge())
     more = score_captions(known, [Caption("v.mp4", TELLS_ALL), Caption("w.mp4", ""), Caption("x.mp4", "")], RuleJudge())
     assert [score.video for score in more] == ["v.mp4", "w.mp4"]
-    assert "1 captioned videos have no reference, first x.mp4; they are left out" in caplog.text
+    assert "1 captioned videos have no reference, first x.mp4; they are skipped" in caplog.text
 
 
 def test_reference_captions_have_no_error_and_hasty_ones_lie_between():

@@ -110,8 +110,8 @@ def test_the_shipped_file_is_what_the_generator_writes(tool, tmp_path, monkeypat
 
 
 def test_seed_and_number(tool):
-    assert tool.draw_pairs(seed=4, number=2) == PAIRS[:18]
-    assert tool.draw_pairs(seed=5, number=1) != PAIRS[:9]
+    assert tool.generate_pairs(seed=4, number=2) == PAIRS[:18]
+    assert tool.generate_pairs(seed=5, number=1) != PAIRS[:9]
 
 
 def test_enough_of_each_kind_in_each_place():
