@@ -16,6 +16,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, read_conversations
+from salmonn.model.layout import ClipFeatures
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import ClipFeatures

@@ -21,9 +21,10 @@ from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.config import run_recipe
 from salmonn.model.config import PLAIN_PROMPTS
+from salmonn.model.layout import ClipFeatures
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.model.network import ClipFeatures, Network
+from salmonn.model.network import Network
 from salmonn.preference.reward import make_judge
 from salmonn.records import Caption, Comparison, read_json, read_records, write_json
 from salmonn.score.config import JudgeConfig

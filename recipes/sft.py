@@ -19,15 +19,16 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.processor import Processor
-from salmonn.caption.prompt import LIST_EVENTS
-from salmonn.caption.tokenizer import train_tokenizer
+from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
-from salmonn.model.config import PLAIN_PROMPTS, tiny
-from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network
+from salmonn.model.config import PLAIN_PROMPTS
+from salmonn.model.families import get_family
+from salmonn.model.families.tiny import tiny_config
+from salmonn.model.layout import ClipFeatures, ClipInputs
+from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
-from salmonn.model.network import ClipFeatures, ClipInputs, Network
-from salmonn.model.presets import offline_config
+from salmonn.model.network import Network
 from salmonn.records import Modality, write_json
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig, sample_clip
@@ -151,10 +152,10 @@ def main(config: SftConfig) -> None:
 
 def print_memory_plan(config: SftConfig) -> None:
     """Print what the stage would need of memory."""
-    sizes = tiny(vocab_size=config.vocab_size, eos_token_id=2, pad_token_id=0)
+    sizes = tiny_config(vocab_size=config.vocab_size, eos_token_id=2, pad_token_id=0)
     if config.model != TINY:
         sizes = offline_config(config.model)
-    sizes = sizes.with_frames(config.frames)
+    sizes = get_family(sizes).with_frames(config.frames)
     network = build_on_meta(sizes)
     with torch.device("meta"):
         choose_trainable(network, config)
@@ -220,8 +221,10 @@ def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
         told = all_texts(clips.references)
     texts = [*told, *all_texts(world), *PLAIN_PROMPTS.values(), LIST_EVENTS]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
-    sizes = tiny(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    processor = Processor(tokenizer, config=sizes.with_frames(config.frames))
+    sizes = tiny_config(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    processor = Processor(tokenizer, config=get_family(sizes).with_frames(config.frames))
     return Captioner(start_network(config, processor), processor)
 
 

@@ -17,9 +17,10 @@ from torch import nn
 from salmonn import cli
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
-from salmonn.caption.prompt import LIST_EVENTS
-from salmonn.caption.tokenizer import AUDIO_PAD, VIDEO_PAD, train_tokenizer
-from salmonn.model.config import PLAIN_PROMPTS, tiny
+from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
+from salmonn.model.config import PLAIN_PROMPTS
+from salmonn.model.families.base import AUDIO_PAD, VIDEO_PAD
+from salmonn.model.families.tiny import tiny_config
 from salmonn.model.network import Network
 from salmonn.synthetic.render import SynthConfig, make_clips
 from salmonn.train.references import ClipSet, all_texts
@@ -48,7 +49,9 @@ def random_model(clips, tmp_path_factory):
     They are larger than a fresh model's, which says much the same of every clip: answers of this one differ.
     """
     tokenizer = train_tokenizer([*all_texts(clips.references), *PLAIN_PROMPTS.values(), LIST_EVENTS], vocab_size=400)
-    config = tiny(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = tiny_config(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     torch.manual_seed(0)
     network = Network(config)
     with torch.no_grad():
@@ -65,7 +68,7 @@ def random_plus(clips, tmp_path_factory):
     """Folder of a small salmonn2-plus with random weights: frames of 48 pixels 0.26 s apart, 2 x 2 tokens a step."""
     tokenizer = train_tokenizer(all_texts(clips.references), vocab_size=400)
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    config = tiny(vocab_size=len(tokenizer), **ids)
+    config = tiny_config(vocab_size=len(tokenizer), **ids)
     config.family = "salmonn2-plus"
     config.placeholder_ids = tuple(tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD]))
     config.frames = dict(

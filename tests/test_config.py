@@ -134,7 +134,7 @@ def test_a_dry_run_of_a_model_that_is_not_there(load_recipe, config_type, capsys
     with pytest.raises(SystemExit) as caught:
         run_recipe(load_recipe("sft").main, config_type("sft"), description="A recipe.", args=args)
     assert caught.value.code == 2
-    assert "sizes of no/such are not known" in capsys.readouterr().err
+    assert "unknown model no/such" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from salmonn.caption.generate import Sampling, generate
-from salmonn.model.layout import Layout, interleave_by_frame, interleave_by_time, text_positions
+from salmonn.model.families.salmonn2 import interleave_by_frame
+from salmonn.model.families.salmonn2_plus import interleave_by_time
+from salmonn.model.layout import Layout, ModelInputs, text_positions
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, set_adapter_weights
-from salmonn.model.network import ModelInputs, Network
+from salmonn.model.network import Network
 from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
@@ -73,9 +75,11 @@ def make_case(network: Network, folder: Path, name: str) -> Case:
 def lay_out_salmonn2(facts: dict, *, num_visual: int, num_audio: int) -> Layout:
     count, seconds = facts["num_frames"], facts["seconds"]
     times = [str(round((frame + 1) * seconds / count, 1)) for frame in range(count)] if not num_audio else []
-    told = [[DIGITS[letter] for letter in time] for time in times]
+    timestamp_ids = [[DIGITS[letter] for letter in time] for time in times]
     per_frame = num_visual // max(count, 1)
-    return interleave_by_frame(count, per_frame, num_audio=num_audio, num_during_video=round(seconds * 50), told=told)
+    return interleave_by_frame(
+        count, per_frame, num_audio=num_audio, num_during_video=round(seconds * 50), timestamp_ids=timestamp_ids
+    )
 
 
 def lay_out_plus(
@@ -103,7 +107,7 @@ def make_inputs(network: Network, ids: Tensor, layout: Layout, *, seen: Tensor, 
         labels=torch.full_like(ids, -100),
         clip_index=(0,),
         layouts=(layout,),
-        clip_features=network.assemble_features([seen], [heard], [layout]),
+        clip_features=network.arrange_features([seen], [heard], [layout]),
     )
 
 
@@ -153,7 +157,7 @@ def test_logits(case):
     logits = network.lm(
         inputs_embeds=network.embed(inputs),
         attention_mask=inputs.attention_mask,
-        position_ids=network.positions(inputs.position_ids),
+        position_ids=network.family.rotary_positions(inputs.position_ids),
     ).logits
     assert close(logits, case.tensors["logits"])
 

@@ -19,10 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from salmonn import cli
-from salmonn.caption import processor as inputs
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.model.config import PUBLISHED_PROMPTS
+from salmonn.model.families import salmonn2_plus
 from salmonn.records import Caption, read_records
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
@@ -128,7 +127,7 @@ def test_a_hub_id_is_all_that_is_needed(capsys, hub, published, tmp_path):
     assert result.returncode == 0, result.stderr
     assert any("model-00002-of-00002" in path for path in asked)
     (from_hub,) = read_records(tmp_path / "a.jsonl", Caption)
-    assert from_hub.prompt == PUBLISHED_PROMPTS["salmonn2-plus"]["both"]
+    assert from_hub.prompt == salmonn2_plus.Salmonn2Plus.prompts["both"]
     assert from_hub.model == "someone/video-salmonn"
     # A second time it is on disk, and nobody is asked.
     offline = caption(*args, "--out", tmp_path / "b.jsonl", HF_HUB_OFFLINE="1", **home)
@@ -155,7 +154,7 @@ def test_an_adapter_on_the_hub(published, tmp_path):
         result = caption(*both, "--out", tmp_path / "a.jsonl", **home)
         assert result.returncode == 0, result.stderr
         alone = caption(*args, "--model", "someone/video-salmonn", "--out", tmp_path / "b.jsonl", **home)
-    assert alone.returncode == 2 and "is an adapter, and no model on its own: give it with --adapter" in alone.stderr
+    assert alone.returncode == 2 and "is an adapter, not a model; pass it with --adapter" in alone.stderr
     away = caption(*both, "--out", tmp_path / "c.jsonl", **home)
     assert away.returncode == 0, away.stderr
     (first,), (again,) = (read_records(tmp_path / f"{name}.jsonl", Caption) for name in "ac")
@@ -245,12 +244,12 @@ def test_a_span_and_a_question(capsys, published, tmp_path):
 @pytest.mark.parametrize(
     ("family", "flags", "words"),
     [
-        ("salmonn2", ["--published-positions"], "published positions are those of salmonn2-plus"),
-        ("salmonn2-plus", ["--adapter", "{empty}"], "holds no adapter that can be read"),
+        ("salmonn2", ["--published-positions"], "published positions are not defined for a salmonn2 model"),
+        ("salmonn2-plus", ["--adapter", "{empty}"], "has no readable adapter"),
         ("salmonn2-plus", ["--bits", "3"], "bits"),
         ("salmonn2-plus", ["--dtype", "int8"], "dtype"),
         ("salmonn2-plus", ["--device-map", "everywhere"], "device_map"),
-        ("salmonn2-plus", ["--device", "gpu"], "there is no device gpu"),
+        ("salmonn2-plus", ["--device", "gpu"], "unknown device gpu"),
     ],
 )
 def test_mistakes_in_loading(capsys, published, tmp_path, family, flags, words):
@@ -264,13 +263,13 @@ def test_mistakes_in_loading(capsys, published, tmp_path, family, flags, words):
 
 def test_released_positions_reach_the_layout(capsys, monkeypatch, published, tmp_path):
     given = []
-    plain = inputs.interleave_by_time
+    plain = salmonn2_plus.interleave_by_time
 
     def note(*args, **named):
         given.append(named["published_positions"])
         return plain(*args, **named)
 
-    monkeypatch.setattr(inputs, "interleave_by_time", note)
+    monkeypatch.setattr(salmonn2_plus, "interleave_by_time", note)
     args = (MEDIA / "jfk.flac", "--model", published("salmonn2-plus"), "--max-new-tokens", 1)
     for number, flags in enumerate([[], ["--published-positions"]]):
         assert call(capsys, *args, "--out", tmp_path / f"{number}.jsonl", *flags)[0] == 0

@@ -85,7 +85,7 @@ WAYS = {
 
 
 @dataclass(frozen=True)
-class PromptRow:
+class AblationRow:
     """A row of the table.
 
     Args:
@@ -102,16 +102,16 @@ class PromptRow:
 
 
 ROWS = {
-    "sft": PromptRow("SFT", BASE, "sft", 41.8),
-    "long_dpo": PromptRow("DPO, long", "long_dpo", theirs=37.8),
-    "long_gdpo": PromptRow("guided DPO, long", "long_gdpo", theirs=39.7),
-    "frozen": PromptRow("+ LoRA merged and renewed", "frozen", theirs=33.7),
-    "first_pairs": PromptRow("+ reference refreshed", "first_pairs"),
-    "mrdpo": PromptRow("+ new pairs: mrDPO", BASE, theirs=22.9),
-    "no_ce": PromptRow("mrDPO without CE", "no_ce"),
-    "questions": PromptRow("mrDPO, questions in the last round", "questions"),
-    "rebirth": PromptRow("rebirth", BASE, "rebirth"),
-    "going_on": PromptRow("going on instead", "going_on", "rebirth"),
+    "sft": AblationRow("SFT", BASE, "sft", 41.8),
+    "long_dpo": AblationRow("DPO, long", "long_dpo", theirs=37.8),
+    "long_gdpo": AblationRow("guided DPO, long", "long_gdpo", theirs=39.7),
+    "frozen": AblationRow("+ LoRA merged and renewed", "frozen", theirs=33.7),
+    "first_pairs": AblationRow("+ reference refreshed", "first_pairs"),
+    "mrdpo": AblationRow("+ new pairs: mrDPO", BASE, theirs=22.9),
+    "no_ce": AblationRow("mrDPO without CE", "no_ce"),
+    "questions": AblationRow("mrDPO, questions in the last round", "questions"),
+    "rebirth": AblationRow("rebirth", BASE, "rebirth"),
+    "going_on": AblationRow("going on instead", "going_on", "rebirth"),
 }
 
 
@@ -354,7 +354,7 @@ def read_heldout(settings: Settings, seed: int) -> list[Reference]:
     return read_records(folder / CLIPS_NAME, Reference)
 
 
-def find_stage(folder: Path, row: PromptRow) -> str | None:
+def find_stage(folder: Path, row: AblationRow) -> str | None:
     """The folder of a row's stage within its run; none where there was no rebirth."""
     summary = read_json(folder / "summary.json")
     if row.stage == "last":

@@ -1,10 +1,10 @@
-"""Make a fresh video-SALMONN 2+ of a Qwen2.5-VL and a Whisper: the model that audio alignment starts from.
+"""Assemble a new video-SALMONN 2+ from a Qwen2.5-VL and a Whisper: the model that audio alignment starts from.
 
     python tools/assemble.py --lm Qwen/Qwen2.5-VL-7B-Instruct --whisper openai/whisper-large-v3 --out FOLDER
 
-Qwen2.5-VL is taken whole and gains the token `<|audio_pad|>`, Whisper gives its encoder, the window Q-Former and the
-projection behind it are new. FOLDER is one of this project's own models: `salmonn caption --model FOLDER` and the
-recipes read it. It appears whole or not at all.
+Qwen2.5-VL is used completely, with the additional token `<|audio_pad|>`, and Whisper contributes its encoder. The
+window Q-Former and its projection are new. FOLDER is a model in this project's format, for `salmonn caption --model
+FOLDER` and for the recipes. It is written atomically.
 """
 
 import json
@@ -27,36 +27,43 @@ from transformers import (
     WhisperConfig,
     WhisperModel,
 )
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
-from salmonn.caption.tokenizer import AUDIO_PAD, CLIP_END, CLIP_START, VIDEO_PAD
 from salmonn.config import run_recipe
 from salmonn.model.audio import AudioTower
-from salmonn.model.config import BERT_BASE_OF_TWO_LAYERS, WHISPER_KEYS, SalmonnConfig, from_published
+from salmonn.model.config import STEPS_PER_SECOND, SalmonnConfig
+from salmonn.model.families import from_published
+from salmonn.model.families.base import (
+    AUDIO_PAD,
+    BERT_BASE_2_LAYERS,
+    CLIP_END,
+    CLIP_START,
+    VIDEO_PAD,
+    WHISPER_KEYS,
+)
 from salmonn.model.network import Network
-from salmonn.records import atomic_folder
+from salmonn.records import new_folder
 
 WINDOW_SECONDS = 0.5
-STEPS_PER_WINDOW = round(WINDOW_SECONDS * 50)  # Whisper's encoder gives 50 steps a second
-INIT_STD = 0.02  # BERT's, also of its queries and of the projection
+STEPS_PER_WINDOW = round(WINDOW_SECONDS * STEPS_PER_SECOND)
+INIT_STD = 0.02  # of BERT, also for the queries and the projection
 MODEL_TYPES = {"lm": ("qwen2_5_vl", "a Qwen2.5-VL"), "whisper": ("whisper", "a Whisper")}
 
 
 @dataclass(frozen=True)
 class AssembleConfig:
-    """What is put together.
+    """Sources and sizes of the new model.
 
     Args:
         out: new folder for the model.
         lm: folder or hub id of a Qwen2.5-VL.
         whisper: folder or hub id of a Whisper.
-        qformer_hidden: width of the Q-Former; its inner layers are four times as wide.
-        qformer_layers: number of its layers, each with cross-attention to the sound.
-        qformer_heads: attention heads of each.
-        dtype: of all weights.
-        seed: of the new weights.
+        qformer_hidden: width of the Q-Former; its feed-forward layers are four times as wide.
+        qformer_layers: number of Q-Former layers, each with cross-attention to the audio.
+        qformer_heads: number of attention heads of the Q-Former.
+        dtype: type of all weights.
+        seed: random seed of the new weights.
     """
 
     out: Path
@@ -73,78 +80,78 @@ class AssembleConfig:
             raise ValueError("--qformer_hidden, --qformer_layers and --qformer_heads must be at least 1")
         if self.qformer_hidden % self.qformer_heads:
             raise ValueError(
-                f"--qformer_hidden {self.qformer_hidden} does not divide among --qformer_heads {self.qformer_heads}"
+                f"--qformer_hidden {self.qformer_hidden} is not a multiple of --qformer_heads {self.qformer_heads}"
             )
 
 
 def main(config: AssembleConfig) -> None:
-    """Check the sources, put their parts together, save."""
-    with atomic_folder(config.out) as folder:
-        check_kind("lm", config.lm)
-        check_kind("whisper", config.whisper)
+    """Check the sources, assemble their parts and save the model."""
+    with new_folder(config.out) as folder:
+        check_model_type("lm", config.lm)
+        check_model_type("whisper", config.whisper)
         lm_config = Qwen2_5_VLConfig.from_pretrained(config.lm)
         tokenizer = load_tokenizer(config.lm, num_embeddings=lm_config.text_config.vocab_size)
-        settings = make_settings(config, lm_config, WhisperConfig.from_pretrained(config.whisper), tokenizer)
-        processor = Processor(tokenizer, config=settings)
-        network = assemble(config, settings)
+        model_config = make_config(config, lm_config, WhisperConfig.from_pretrained(config.whisper), tokenizer)
+        processor = Processor(tokenizer, config=model_config)
+        network = assemble(config, model_config)
         Captioner(network, processor).save(folder)
 
 
-def check_kind(flag: str, name: str) -> None:
-    """Look at a source's config.json, before any weights are loaded.
+def check_model_type(flag: str, name: str) -> None:
+    """Check a source's config.json before any weights are loaded.
 
     Raises:
-        ValueError: the source is not there, or of another kind than the flag asks for.
+        ValueError: the source does not exist, or has another model type than the flag needs.
     """
-    wanted, words = MODEL_TYPES[flag]
+    model_type, description = MODEL_TYPES[flag]
     try:
         values, _ = PreTrainedConfig.get_config_dict(name)
     except OSError as error:
-        raise ValueError(
-            f"--{flag} {name} is neither the folder of a model nor one that the hub gives: {error}"
-        ) from error
+        raise ValueError(f"--{flag} {name} is neither a model folder nor a model on the hub: {error}") from error
     if not values:
-        raise ValueError(f"--{flag} {name} holds no config.json: give the folder of {words}")
-    if values.get("model_type") != wanted:
-        raise ValueError(f"--{flag} {name} is of type {values.get('model_type')!r}: give {words} ({wanted!r})")
+        raise ValueError(f"--{flag} {name} has no config.json; use the folder of {description}")
+    if values.get("model_type") != model_type:
+        raise ValueError(
+            f"--{flag} {name} has model type {values.get('model_type')!r}; use {description} ({model_type!r})"
+        )
     if "audio_config" in values:
-        raise ValueError(f"--{flag} {name} hears already, it is a video-SALMONN 2+: give {words} as it was published")
+        raise ValueError(f"--{flag} {name} already has an audio tower (video-SALMONN 2+); use {description} instead")
 
 
 def load_tokenizer(name: str, *, num_embeddings: int) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with a token for what is heard.
+    """Load the language model's tokenizer and add the audio placeholder.
 
     Raises:
-        ValueError: it lacks a token of clips or a chat template, or the embedding matrix has no row for the new token.
+        ValueError: the tokenizer lacks a clip token or a chat template, or the new token has no row in the embeddings.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
         raise ValueError(f"--lm {name} has no tokenizer: {error}") from error
-    if lacking := [token for token in (CLIP_START, CLIP_END, VIDEO_PAD) if token not in tokenizer.get_vocab()]:
-        raise ValueError(f"the tokenizer of --lm {name} lacks {', '.join(lacking)}: it is not that of a Qwen2.5-VL")
+    if missing := [token for token in (CLIP_START, CLIP_END, VIDEO_PAD) if token not in tokenizer.get_vocab()]:
+        raise ValueError(f"the tokenizer of --lm {name} lacks {', '.join(missing)}; it does not belong to a Qwen2.5-VL")
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of --lm {name} has no chat template: give an instruction-tuned Qwen2.5-VL")
+        raise ValueError(f"the tokenizer of --lm {name} has no chat template; use an instruction-tuned Qwen2.5-VL")
     tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_PAD]}, replace_extra_special_tokens=False)
-    number = tokenizer.get_vocab()[AUDIO_PAD]
-    if number >= num_embeddings:
+    audio_id = tokenizer.get_vocab()[AUDIO_PAD]
+    if audio_id >= num_embeddings:
         raise ValueError(
-            f"{AUDIO_PAD} would be token {number}, but --lm {name} embeds only {num_embeddings} tokens: "
-            f"resize its embeddings to {number + 1} or more and save it before"
+            f"{AUDIO_PAD} would have token id {audio_id}, but --lm {name} has only {num_embeddings} embeddings; resize "
+            f"them to at least {audio_id + 1} and save the model first"
         )
     return tokenizer
 
 
-def make_settings(
+def make_config(
     config: AssembleConfig, lm: Qwen2_5_VLConfig, whisper: WhisperConfig, tokenizer: PreTrainedTokenizerBase
 ) -> SalmonnConfig:
-    """The sizes of all parts, by way of a config as the published 2+ checkpoints have it."""
+    """Make the config of the new model from a config.json in the format of published 2+ checkpoints."""
     if whisper.max_source_positions % STEPS_PER_WINDOW:
         raise ValueError(
-            f"--whisper {config.whisper} gives {whisper.max_source_positions} steps a chunk, which are no whole "
-            f"windows of {STEPS_PER_WINDOW}: give a Whisper of 1500 steps, as all published ones are"
+            f"--whisper {config.whisper} has {whisper.max_source_positions} steps per chunk, not a multiple of the "
+            f"window of {STEPS_PER_WINDOW} steps; use a Whisper with 1500 steps, as all published ones have"
         )
-    qformer = BERT_BASE_OF_TWO_LAYERS | dict(
+    qformer = BERT_BASE_2_LAYERS | dict(
         hidden_size=config.qformer_hidden,
         intermediate_size=4 * config.qformer_hidden,
         num_hidden_layers=config.qformer_layers,
@@ -155,47 +162,44 @@ def make_settings(
     vocab = tokenizer.get_vocab()
     values = json.loads(lm.to_json_string())
     for part in ("text_config", "vision_config"):
-        values[part].pop("dtype", None)  # the source's; what is saved states its own
-    published = values | dict(
-        video_token_id=vocab[VIDEO_PAD],
-        audio_token_id=vocab[AUDIO_PAD],
-        audio_config=audio | dict(second_per_window=WINDOW_SECONDS, qformer_config=qformer),
+        values[part].pop("dtype", None)  # the type of the source; the saved model has its own
+    return from_published(
+        values
+        | dict(
+            video_token_id=vocab[VIDEO_PAD],
+            audio_token_id=vocab[AUDIO_PAD],
+            audio_config=audio | dict(second_per_window=WINDOW_SECONDS, qformer_config=qformer),
+        )
     )
-    return from_published(published)
 
 
-def assemble(config: AssembleConfig, settings: SalmonnConfig) -> Network:
-    """A network of the sources' parts, none of them copied, and new ones between them."""
+def assemble(config: AssembleConfig, model_config: SalmonnConfig) -> Network:
+    """Build a network from the sources' parts, without copying them, and new weights between them."""
     with torch.device("meta"):
-        network = Network(settings)
-    wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        network = Network(model_config)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     lm = _load(Qwen2_5_VLForConditionalGeneration, config.lm, dtype=config.dtype)
     whisper = _load(WhisperModel, config.whisper, dtype=config.dtype).encoder
     sources = {"lm": _weights(lm), "whisper": _weights(whisper)}
-    insert_parts(network, lm=lm, whisper=whisper)
     assert isinstance(network.audio, AudioTower)
-    sources["fresh"] = draw_fresh(network.audio, seed=config.seed, dtype=getattr(torch, config.dtype))
-    _tell(check(network, wanted=wanted, sources=sources))
+    # The vision tower moves out of the language model.
+    network.vision.encoder, lm.model.visual = lm.model.visual, None
+    network.lm, network.audio.encoder = lm, whisper
+    sources["fresh"] = init_weights(network.audio, seed=config.seed, dtype=getattr(torch, config.dtype))
+    sys.stderr.write(f"{check_sources(network, shapes=shapes, sources=sources)}\n")
     return network.eval()
 
 
-def insert_parts(network: Network, *, lm: Qwen2_5_VLForConditionalGeneration, whisper: WhisperEncoder) -> None:
-    """Replace a network's parts by pretrained ones; the vision tower moves out of the language model."""
-    network.vision.encoder, lm.model.visual = lm.model.visual, None
-    network.lm = lm
-    network.audio.encoder = whisper
-
-
 @torch.no_grad()
-def draw_fresh(audio: AudioTower, *, seed: int, dtype: torch.dtype) -> list[Tensor]:
-    """Give memory and values to Q-Former and projection, and say which weights those are.
+def init_weights(audio: AudioTower, *, seed: int, dtype: torch.dtype) -> list[Tensor]:
+    """Allocate and initialize Q-Former and projection, and return their weights.
 
-    As BERT begins: matrices and queries from a normal distribution, biases 0, norms 1. The same seed draws the same
-    whatever the dtype.
+    As in BERT: matrices and queries from a normal distribution, biases 0, norms 1. Equal seeds give equal weights
+    whatever the dtype, up to rounding.
     """
     new = nn.ModuleList([audio.qformer, audio.projector]).to_empty(device="cpu").float()
     for parameter in new.parameters():
-        parameter.fill_(torch.nan)  # so that one which is forgotten below is noticed by `check`
+        parameter.fill_(torch.nan)  # so that `check_sources` notices one that is not initialized below
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         audio.qformer.queries.normal_(std=INIT_STD)
@@ -208,36 +212,36 @@ def draw_fresh(audio: AudioTower, *, seed: int, dtype: torch.dtype) -> list[Tens
     return _weights(new.to(dtype))
 
 
-def check(network: Network, *, wanted: Mapping[str, torch.Size], sources: Mapping[str, list[Tensor]]) -> str:
-    """Make sure that every weight has come from exactly one source, and that no source has weights left over.
+def check_sources(network: Network, *, shapes: Mapping[str, torch.Size], sources: Mapping[str, list[Tensor]]) -> str:
+    """Check that every weight comes from exactly one source, and that every weight of the sources is used.
 
     Args:
-        network: as it was put together.
-        wanted: shapes of the weights that its config describes.
-        sources: weights by where they came from.
+        network: the assembled network.
+        shapes: shapes of the weights that its config describes.
+        sources: weights by their source.
 
     Returns:
-        A sentence that says how many came from where.
+        The number of weights from each source, as a sentence.
 
     Raises:
-        ValueError: a weight is missing, left over or of another shape, or has no source or several.
+        ValueError: a weight is missing, unused or of another shape, or has no source or several.
     """
     weights = network.state_dict(keep_vars=True)
     found = {name: tensor.shape for name, tensor in weights.items()}
-    if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
-        raise ValueError(f"the sources' weights do not fit their config.json: {', '.join(differing[:8])}")
+    if different := sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)):
+        raise ValueError(f"the sources' weights do not match their config.json: {', '.join(different[:8])}")
     owners = defaultdict(list)
     for source, tensors in sources.items():
-        for number in {id(tensor) for tensor in tensors}:  # tied weights are one
-            owners[number].append(source)
+        for identity in {id(tensor) for tensor in tensors}:  # tied weights count once
+            owners[identity].append(source)
     names = {id(tensor): name for name, tensor in weights.items()}
-    origins = {name: owners.pop(number, []) for number, name in names.items()}
+    origins = {name: owners.pop(identity, []) for identity, name in names.items()}
     if wrong := sorted(name for name, origin in origins.items() if len(origin) != 1):
-        raise ValueError(f"weights must come from one source each, these come from none or several: {wrong[:8]}")
+        raise ValueError(f"each weight must come from one source; these come from none or several: {wrong[:8]}")
     if owners:
-        raise ValueError(f"{len(owners)} weights of the sources found no place: this tool does not know their layout")
+        raise ValueError(f"{len(owners)} weights of the sources were not used; this tool does not support their layout")
     if unset := [name for name, tensor in weights.items() if tensor.is_meta or not tensor.isfinite().all()]:
-        raise ValueError(f"weights without a value, or not a finite one: {', '.join(unset[:8])}")
+        raise ValueError(f"weights without a finite value: {', '.join(unset[:8])}")
     counts = Counter(source for (source,) in origins.values())
     return ", ".join(f"{counts[source]} weights from {source}" for source in sources)
 
@@ -252,18 +256,14 @@ def _load(model_class: Any, name: str, *, dtype: str) -> Any:
             name,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights of {name} are missing or damaged: {error}") from error
     if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise ValueError(f"the weights of {name} do not fit its config.json: {', '.join(wrong[:8])}")
+        raise ValueError(f"the weights of {name} do not match its config.json: {', '.join(wrong[:8])}")
     return model
 
 
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
 if __name__ == "__main__":
-    run_recipe(main, AssembleConfig, description="Make a fresh video-SALMONN 2+ of a Qwen2.5-VL and a Whisper.")
+    run_recipe(main, AssembleConfig, description="Assemble a new video-SALMONN 2+ from a Qwen2.5-VL and a Whisper.")

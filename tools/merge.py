@@ -1,8 +1,8 @@
-"""Write a model with a PEFT adapter merged into it, as a folder that everything here reads: captioning and training.
+"""Merge a PEFT adapter into its model and save the result as a model folder for captioning and training.
 
     python tools/merge.py --model tsinghua-ee/video_SALMONN2plus_7B_audioAlign --adapter ADAPTER --out FOLDER
 
-MODEL and ADAPTER are folders or hub ids. Nothing is drawn at random; FOLDER appears whole or not at all.
+MODEL and ADAPTER are folders or hub ids. FOLDER is written atomically.
 """
 
 import sys
@@ -13,18 +13,18 @@ from typing import Literal
 from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
 from salmonn.model.loading import Placement
-from salmonn.records import atomic_folder
+from salmonn.records import new_folder
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """What is merged.
+    """Model, adapter and output.
 
     Args:
-        out: new folder for the model.
+        out: new folder for the merged model.
         model: folder or hub id of the model that the adapter was trained on.
         adapter: folder or hub id of the adapter.
-        dtype: of all weights written.
+        dtype: type of all saved weights.
     """
 
     out: Path
@@ -34,13 +34,11 @@ class MergeConfig:
 
 
 def main(config: MergeConfig) -> None:
-    """Merge and write."""
-    with atomic_folder(config.out) as folder:
-        captioner = Captioner.load(
-            config.model, placement=Placement(device="cpu", dtype=config.dtype), adapter=config.adapter
-        )
-        captioner.save(folder)
-    sys.stderr.write(f"{config.out} holds {config.model} with {config.adapter} merged, in {config.dtype}\n")
+    """Merge and save."""
+    with new_folder(config.out) as folder:
+        placement = Placement(device="cpu", dtype=config.dtype)
+        Captioner.load(config.model, placement=placement, adapter=config.adapter).save(folder)
+    sys.stderr.write(f"merged {config.adapter} into {config.model} ({config.dtype}): {config.out}\n")
 
 
 if __name__ == "__main__":

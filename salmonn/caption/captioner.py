@@ -109,7 +109,7 @@ class Captioner:
         Raises:
             ValueError: it is no such model, or incomplete.
         """
-        config = load_config(path).with_frames(frames)
+        config = load_config(path, frames=frames)
         # Before the weights, which may take minutes: a tokenizer that does not fit is told at once.
         processor = Processor.load(path, config=config, published_positions=published_positions)
         network = load_network(path, placement=placement, adapter=adapter)
@@ -323,7 +323,7 @@ class Captioner:
         if segment_seconds is not None and not segment_seconds > 0:
             raise ValueError(f"segment_seconds must be above 0, got {segment_seconds}")
         prompt, sampling = prompt or self.default_prompt(modality), sampling or self.default_sampling()
-        self.processor.check(prompt)
+        self.processor.check_prompt(prompt)
         parts = (
             ClipJob(place, one.path, self._wanted(one.span, modality=modality), seed=one.seed)
             for place, one in enumerate(asked)

@@ -21,7 +21,7 @@ from salmonn.caption.loader import ClipReader, ReadSpec
 from salmonn.caption.prompt import History, Prompt
 from salmonn.caption.streaming import TextDelta
 from salmonn.media.clip import Clip
-from salmonn.model.network import ClipInputs
+from salmonn.model.layout import ClipInputs
 from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from salmonn.model.attention import KVCache
-from salmonn.model.network import ModelInputs, Network
+from salmonn.model.kv_cache import KVCache
+from salmonn.model.layout import ModelInputs
+from salmonn.model.network import Network
 
 # Rows that have ended go on unheard until they are this share of the batch: to leave, what the others keep is copied.
 _LEAVING = 1 / 8
@@ -108,7 +109,7 @@ def _penalty(network: Network, inputs: ModelInputs, rows: Sequence[int], *, samp
     asked = sampling.repetition_penalty
     penalty = network.config.repetition_penalty if asked is None else asked
     ids = inputs.input_ids[rows]
-    if network.config.family != "salmonn2-plus":
+    if not network.family.penalizes_prompt:
         return _Penalty(penalty, ids[:, :0])
     # In the place of a row's padding, which nobody said, its first token.
     return _Penalty(penalty, ids.where(inputs.attention_mask[rows].bool(), ids[:, :1]))
@@ -261,7 +262,7 @@ class _Cohort:
         self._penalty.hear(self.tokens)
         if self._going_on.count(False) >= _LEAVING * len(self._going_on):
             going_on = torch.tensor(self._going_on, device=self.tokens.device)
-            self.memory.leave(going_on)
+            self.memory.evict(going_on)
             self._penalty.leave(going_on)
             self.tokens, self._chances = self.tokens[going_on], self._chances[going_on]
             self._rows = list(compress(self._rows, self._going_on))

@@ -1,35 +1,50 @@
-"""The chat format that the language models were taught in, with a clip at the head of the conversation."""
+"""Chat format of prompts and answers about one clip, and the tokenizer of models that are trained from scratch.
 
-from collections.abc import Sequence
+A model that starts from a published language model brings its own tokenizer. The one trained here is a byte-level BPE
+with the chat format of Qwen2 and placeholders for clip tokens.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from salmonn.caption.tokenizer import CHAT_TEMPLATE, CLIP_END, CLIP_START, TURN_END
-from salmonn.model.config import Family
+from salmonn.model.families.base import (
+    AUDIO_PAD,
+    CHAT_TEMPLATE,
+    CLIP_END,
+    CLIP_START,
+    PAD,
+    TURN_END,
+    TURN_START,
+    VIDEO_PAD,
+    Family,
+)
 
 LIST_EVENTS = "List the events."
-History = Sequence[tuple[str, str]]
+History = Sequence[tuple[str, str]]  # earlier prompts and answers
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked of a clip.
+    """User message about a clip, and the conversation before it.
 
     Args:
-        words: the user's.
-        history: prompts and answers on the same clip that come before.
-        system: what the conversation begins with, "" for nothing; None takes the model's own.
+        text: the user message.
+        history: earlier prompts and answers about the same clip.
+        system: system message, "" for none; None for the model's default.
     """
 
-    words: str
+    text: str
     history: History = ()
     system: str | None = None
 
     @property
     def texts(self) -> list[str]:
-        """All that was written."""
-        return [*(text for turn in self.history for text in turn), self.system or "", self.words]
+        """All texts of the conversation."""
+        return [*(text for turn in self.history for text in turn), self.system or "", self.text]
 
 
 def prompt_ids(
@@ -41,41 +56,41 @@ def prompt_ids(
     system: str,
     history: History = (),
 ) -> list[int]:
-    """Token ids of a conversation about one clip, up to where the next answer begins.
+    """Tokenize a conversation about one clip, up to the start of the next answer.
 
     Args:
-        tokenizer: of the model.
-        prompt: the user's words.
+        tokenizer: tokenizer of the model.
+        prompt: the user message.
         placeholders: (N,) ids that stand for the clip's tokens.
-        family: salmonn2-plus has a token before and after the clip; salmonn2 has none, but two line breaks after.
-        system: what the conversation begins with; "" for nothing.
-        history: prompts and answers before this prompt.
+        family: the model's family, which puts markers around the clip.
+        system: system message; "" for none.
+        history: earlier prompts and answers.
 
     Raises:
-        ValueError: the words hold a special token, which would be taken for a clip or the end of a turn.
+        ValueError: a text contains a special token, which would be taken for a clip or the end of a message.
     """
-    prompts = [*(asked for asked, _ in history), prompt]
+    prompts = [*(earlier for earlier, _ in history), prompt]
     answers = [answer for _, answer in history]
     refuse_special_tokens(tokenizer, [*prompts, *answers, system], what="prompt", placeholders=placeholders)
     clip = f"{CLIP_START}{CLIP_END}"
-    turns = [{"role": "system", "content": system}] if system else []
-    for number, words in enumerate(prompts):
-        turns.append({"role": "user", "content": f"{clip}\n{words}" if number == 0 else words})
-        turns += [{"role": "assistant", "content": answer} for answer in answers[number : number + 1]]
-    # The template is the published one; that of a tokenizer may tell of tools, or take other contents.
-    text = tokenizer.apply_chat_template(turns, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True)
-    before, after = text.split(clip, 1)
-    pieces = [before, "\n", after] if family == "salmonn2" else [before + CLIP_START, CLIP_END + after]
-    # Encoded one by one: together, two line breaks would be one token.
-    head, *rest = (tokenizer.encode(piece, add_special_tokens=False) for piece in pieces)
-    return [*head, *placeholders, *(token for piece in rest for token in piece)]
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, text in enumerate(prompts):
+        messages.append({"role": "user", "content": f"{clip}\n{text}" if number == 0 else text})
+        messages += [{"role": "assistant", "content": answer} for answer in answers[number : number + 1]]
+    # The published template. A tokenizer's own may add tools or expect structured content.
+    chat = tokenizer.apply_chat_template(
+        messages, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
+    before, after = family.surround_clip(*chat.split(clip, 1))
+    head, *tail = (tokenizer.encode(text, add_special_tokens=False) for text in (before, *after))
+    return [*head, *placeholders, *(token for ids in tail for token in ids)]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Token ids of an answer, closed by the end of the turn.
+    """Tokenize an answer and the end of its message.
 
     Raises:
-        ValueError: it holds a special token.
+        ValueError: the answer contains a special token.
     """
     refuse_special_tokens(tokenizer, [answer], what="answer")
     return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.convert_tokens_to_ids(TURN_END)]
@@ -84,9 +99,63 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 def refuse_special_tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, what: str, placeholders: Sequence[int] = ()
 ) -> None:
-    """Raise a ValueError where texts hold a special token, or one of the tokens that stand for a clip's."""
+    """Raise a ValueError if a text contains a special token or the text of a placeholder."""
     known = sorted({token for token in placeholders if token >= 0})
-    # The clip's place is found by its two marks, which a tokenizer without them takes for letters.
+    # The clip is located by its two markers, which are plain text for a tokenizer without them.
     for special in {CLIP_START, CLIP_END, *tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(known)}:
         if any(special in text for text in texts):
-            raise ValueError(f"the {what} holds the special token {special}: leave it out")
+            raise ValueError(f"the {what} contains the special token {special}; remove it")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer; text that it was not trained on falls back to bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return wrap_tokenizer(tokenizer)
+
+
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Wrap a tokenizer that has the special tokens for transformers, with the chat format."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=TURN_END,
+        additional_special_tokens=[TURN_START, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+class IncrementalDetokenizer:
+    """Detokenizer of one answer while it is generated; its parts concatenate to the stripped answer.
+
+    Args:
+        tokenizer: tokenizer of the model.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._emitted = ""
+        self._held_back = ""  # whitespace, which is dropped at the end of the answer
+
+    def add(self, token: int) -> str:
+        """Return the text that a token completes, "" after an incomplete character."""
+        text = self._held_back + (self._stream.step(self._tokenizer, token) or "")
+        if not self._emitted:
+            text = text.lstrip()
+        new = text.rstrip()
+        self._held_back = text[len(new) :]
+        self._emitted += new
+        return new
+
+    def finalize(self, answer: str) -> str:
+        """Return the rest of the whole answer."""
+        return answer.removeprefix(self._emitted)

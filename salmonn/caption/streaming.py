@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from salmonn.caption.generate import DecodeBatch, Sampling
 from salmonn.caption.processor import Processor, PromptRow
-from salmonn.caption.prompt import Prompt
-from salmonn.caption.tokenizer import IncrementalDetokenizer
-from salmonn.model.network import ClipFeatures, ClipInputs, ModelInputs, Network
+from salmonn.caption.prompt import IncrementalDetokenizer, Prompt
+from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
+from salmonn.model.network import Network
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def collate(
     places = {key: place for place, key in enumerate(different)}
     asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     rows = [
-        PromptRow(places[id(clip)], prompt.words, history=prompt.history, system=prompt.system)
+        PromptRow(places[id(clip)], prompt.text, history=prompt.history, system=prompt.system)
         for clip, prompt in zip(clips, asked, strict=True)
     ]
     return processor.collate(rows, list(different.values()))

@@ -1,7 +1,8 @@
-"""Networks from folders and from the hub, and back: our own config.json, or that of a published checkpoint."""
+"""Load networks from folders and from the Hugging Face hub, in our own format or in that of published checkpoints."""
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,26 +14,27 @@ from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file, is_flash_attn_2_available
 
 from salmonn import dist
-from salmonn.model.config import SalmonnConfig, from_published
+from salmonn.model.config import CONFIG_FORMAT, SalmonnConfig
+from salmonn.model.families import PUBLISHED_CONFIGS, from_published, get_family
 from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
-from salmonn.model.network import PUBLISHED_KEYS, Network
+from salmonn.model.network import Network
 
 logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
-TOLD_KEYS = 8  # of a checkpoint that does not fit, by name; the rest by number
+MAX_NAMED_KEYS = 8  # weights that an error message lists by name
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a model's weights are kept.
+    """Device, type and quantization of a model's weights.
 
     Args:
-        device: that all of it lives on: cpu, cuda, cuda:1, ...; none takes this process's GPU, or the CPU without one.
-        device_map: "auto" splits it over all GPUs instead, and over the CPU where they do not suffice; without device.
-        dtype: of the weights; auto is bfloat16 on a GPU and float32 on a CPU. Quantised weights compute in it.
-        attention: implementation in the towers; auto is flash attention on a GPU where it is installed, else SDPA. The
-            language model's rows share what they begin with, by SDPA's kernels (`salmonn.model.attention`).
-        bits: 8 or 4 quantises the language model's matrices with bitsandbytes; none leaves them as they are.
+        device: device of the whole model: cpu, cuda, cuda:1, ...; None for this process's GPU, or the CPU without one.
+        device_map: "auto" splits the model over all GPUs instead, and over the CPU where these have too little memory.
+        dtype: type of the weights; auto is bfloat16 on a GPU and float32 on a CPU. Quantized weights compute in it.
+        attention: attention of the towers; auto is flash attention on a GPU where it is installed, else SDPA. The
+            language model always uses SDPA's kernels, since its rows share prefixes (`salmonn.model.attention`).
+        bits: 8 or 4 to quantize the language model's matrices with bitsandbytes; None for no quantization.
     """
 
     device: str | None = None
@@ -44,35 +46,39 @@ class Placement:
     def __post_init__(self) -> None:
         if self.device and self.device_map:
             raise ValueError(
-                f"device {self.device} puts all of the model on one device, device_map {self.device_map} splits it: "
-                "give one of them"
+                f"device {self.device} places the whole model on one device, device_map {self.device_map} splits it; "
+                "use only one of them"
             )
         try:
             device = torch.device(self.device or "cpu")
         except RuntimeError as error:
-            raise ValueError(f"there is no device {self.device}: give cpu, cuda, or cuda:1 and the like") from error
+            raise ValueError(f"unknown device {self.device}; use cpu, cuda, cuda:1, ...") from error
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"torch sees {torch.cuda.device_count()} GPUs here, and no {self.device}: give cpu")
+            raise ValueError(
+                f"no device {self.device}: torch finds {torch.cuda.device_count()} GPUs; use another one, or cpu"
+            )
 
     def require_trainable(self) -> None:
-        """Raise ValueError where the weights would lie as training cannot have them."""
+        """Raise a ValueError if training does not support this placement."""
         if self.bits:
-            raise ValueError("training merges its adapter into the weights, which bits would round: leave bits out")
+            raise ValueError(
+                f"bits {self.bits} is not supported in training, which merges its adapter into the weights; remove it"
+            )
         if self.device or self.device_map:
             raise ValueError(
-                "each process of a training keeps the whole model on a GPU of its own, or on the CPU where torch sees "
-                "none: leave device and device_map out (CUDA_VISIBLE_DEVICES hides GPUs)"
+                "device and device_map are not supported in training, where each process has the whole model on a GPU "
+                "of its own, or on the CPU without GPUs; remove them (CUDA_VISIBLE_DEVICES selects GPUs)"
             )
 
     def to_transformers(self) -> dict[str, Any]:
-        """The same as arguments of from_pretrained."""
+        """Convert to arguments of from_pretrained."""
         device = torch.device(self.device) if self.device else dist.device()
         on_gpu = device.type == "cuda"
         dtype = getattr(torch, {"auto": "bfloat16" if on_gpu else "float32"}.get(self.dtype, self.dtype))
-        short = dtype != torch.float32  # flash attention takes nothing longer
-        if self.attention == "flash_attention_2" and not short:
-            raise ValueError("flash attention computes in 16 bits: choose dtype bfloat16 or float16, or attention sdpa")
-        best = "flash_attention_2" if on_gpu and short and is_flash_attn_2_available() else "sdpa"
+        is_16_bit = dtype != torch.float32
+        if self.attention == "flash_attention_2" and not is_16_bit:
+            raise ValueError("flash attention needs 16-bit weights; use dtype bfloat16 or float16, or attention sdpa")
+        best = "flash_attention_2" if on_gpu and is_16_bit and is_flash_attn_2_available() else "sdpa"
         arguments: dict[str, Any] = dict(
             dtype=dtype,
             attn_implementation={"auto": best}.get(self.attention, self.attention),
@@ -84,39 +90,69 @@ class Placement:
                 load_in_4bit=self.bits == 4,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=dtype,
-                # The towers are small beside the language model, and what they give is what captions rest on.
+                # The towers are small beside the language model, and every caption depends on their output.
                 llm_int8_skip_modules=["vision", "audio", "lm_head"],
             )
         return arguments
 
 
-def load_config(path: Path | str) -> SalmonnConfig:
+def load_config(path: Path | str, *, frames: Mapping[str, float] | None = None) -> SalmonnConfig:
     """Read the config.json of a model folder or of a model on the hub.
 
+    Args:
+        path: model folder, or hub id.
+        frames: arguments of the family's frame sampler to use instead of the model's own.
+
     Raises:
-        ValueError: it is no model of a known family; the message says what is missing or unknown.
+        ValueError: the model is of no known family or format, parts of its config are missing, or `frames` has an
+            unknown option.
     """
-    values = _read(path)
+    values = _read_config_file(path)
     if not _is_ours(values):
         config = from_published(values)
-        # The published code generates with what the checkpoint says of generation, and lets it draw where asked to.
+        # Published generation uses the checkpoint's own defaults, except for sampling.
         config.repetition_penalty = _read_optional(path, "generation_config.json").get("repetition_penalty") or 1.0
-        return config
+        return get_family(config).with_frames(frames)
+    if (found := values.get("format")) != CONFIG_FORMAT:
+        raise ValueError(
+            f"{path}/{CONFIG_NAME} has format {found}, but this version of salmonn reads format {CONFIG_FORMAT}; "
+            "use the version that saved it"
+        )
     if missing := [part for part in ("lm", "whisper", "qformer") if not values.get(part)]:
-        raise ValueError(f"{path}/{CONFIG_NAME} lacks the sizes of {', '.join(missing)}: it is no whole config")
-    return SalmonnConfig.from_dict(values)
+        raise ValueError(f"{path}/{CONFIG_NAME} is incomplete: it has no {', '.join(missing)} section")
+    return get_family(SalmonnConfig.from_dict(values)).with_frames(frames)
+
+
+def offline_config(model: str, *, frames: Mapping[str, float] | None = None) -> SalmonnConfig:
+    """Return the config of a model folder, or of a published model by its hub id, without a network connection.
+
+    Args:
+        model: model folder, or hub id of a published model.
+        frames: see `load_config`.
+
+    Raises:
+        ValueError: the model is neither, or `frames` has an unknown option.
+    """
+    if model in PUBLISHED_CONFIGS:
+        return get_family(from_published(PUBLISHED_CONFIGS[model])).with_frames(frames)
+    if not Path(model).is_dir():
+        raise ValueError(
+            f"unknown model {model}: it is neither a folder nor one of the published models "
+            f"({', '.join(PUBLISHED_CONFIGS)})"
+        )
+    return load_config(model, frames=frames)
 
 
 def load_network(path: Path | str, *, placement: Placement | None = None, adapter: Path | str | None = None) -> Network:
-    """Build the network that a folder or a model on the hub describes, and load its weights to where they will live.
+    """Build a network and load its weights directly to their final devices.
 
     Args:
-        path: folder, or id on the hub.
-        placement: device, type and the like (default: the GPU where there is one).
-        adapter: PEFT folder or id on the hub, put on top and merged; quantised weights keep it beside them.
+        path: model folder, or hub id.
+        placement: device, type and quantization (default: the GPU if there is one).
+        adapter: PEFT folder or hub id of an adapter to merge; on quantized weights it stays separate.
 
     Raises:
-        ValueError: the model or its weights do not fit; the message names missing and unexpected keys.
+        ValueError: the weights cannot be read, or do not fit the config; the message names missing and unexpected ones.
     """
     placement = placement or Placement()
     config = load_config(path)
@@ -124,29 +160,27 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
         network, info = Network.from_pretrained(
             str(path),
             config=config,
-            key_mapping=None if _is_ours(_read(path)) else PUBLISHED_KEYS[config.family],
+            key_mapping=None if _is_ours(_read_config_file(path)) else dict(get_family(config).weight_names),
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             use_safetensors=True,
             **placement.to_transformers(),
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"the weights in {path} are missing or damaged: {error}. Only safetensors are read: pickled weights (.bin, "
-            ".pt) are turned into them by tools/convert.py"
+            f"the weights in {path} are missing or damaged: {error}. Only safetensors are supported; tools/convert.py "
+            "converts pickled weights (.bin, .pt)"
         ) from error
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{path} does not fit on the device: give bits 8 or 4, or device_map auto to split it ({error})"
+            f"{path} does not fit on the device; use bits 8 or 4, or device_map auto to split it ({error})"
         ) from error
-    except ImportError as error:  # what a placement needs beside torch
-        raise ValueError(f"this way of loading needs a package that is not installed: {error}") from error
+    except ImportError as error:  # of a package that the placement needs
+        raise ValueError(f"this placement needs a package that is not installed: {error}") from error
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
-        told = ", ".join(f"{kind} {_some(keys)}" for kind, keys in wrong.items())
-        raise ValueError(
-            f"the weights in {path} do not fit its {CONFIG_NAME}: {told} (by the names that they have here)"
-        )
+        details = ", ".join(f"{kind} {_list_keys(keys)}" for kind, keys in wrong.items())
+        raise ValueError(f"the weights in {path} do not match its {CONFIG_NAME}: {details} (converted names)")
     if adapter is not None:
         load_adapter(network, adapter)
         if not placement.bits:
@@ -154,15 +188,15 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
     return network.eval()
 
 
-def _some(keys: list[str]) -> str:
-    left = len(keys) - TOLD_KEYS
-    return f"{keys[:TOLD_KEYS] or 'none'}" + (f" and {left} more" if left > 0 else "")
+def _list_keys(keys: list[str]) -> str:
+    rest = len(keys) - MAX_NAMED_KEYS
+    return f"{keys[:MAX_NAMED_KEYS] or 'none'}" + (f" and {rest} more" if rest > 0 else "")
 
 
-def _read(path: Path | str) -> dict[str, Any]:
+def _read_config_file(path: Path | str) -> dict[str, Any]:
     file = Path(path) / CONFIG_NAME
     if not file.is_file():
-        file = _from_hub(path)
+        file = _fetch_config(path)
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return values
 
@@ -170,36 +204,33 @@ def _read(path: Path | str) -> dict[str, Any]:
 def _read_optional(path: Path | str, name: str) -> dict[str, Any]:
     try:
         file = cached_file(str(path), name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:  # not that it is not there, but that nobody could be asked
-        logger.warning("%s: %s is neither on disk nor to be had, and counts as absent: %s", path, name, error)
+    except OSError as error:  # the hub could not be reached, so the file may exist
+        logger.warning("%s: cannot fetch %s, continuing without it: %s", path, name, error)
         return {}
     values: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     return values
 
 
-def _from_hub(path: Path | str) -> Path:
+def _fetch_config(path: Path | str) -> Path:
+    """Download the config.json of a model on the hub, or find it in the cache."""
     name = str(path)
     if Path(path).exists() or name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError(
-            f"no model in {path}: there is no {CONFIG_NAME}. Give the folder of a saved model, or an id on the hub "
-            "such as tsinghua-ee/video-SALMONN2_plus_7B_full."
+            f"no model in {path}: there is no {CONFIG_NAME}. Use the folder of a saved model, or a hub id such as "
+            "tsinghua-ee/video-SALMONN2_plus_7B_full"
         )
     try:
         file = cached_file(name, CONFIG_NAME)
     except OSError as error:
-        raise ValueError(f"no model {name}: there is no such folder here, and the hub gave none: {error}") from error
-    if file is None and _is_adapter(name):
+        raise ValueError(f"no model {name}: there is no such folder, and the hub has no such model: {error}") from error
+    if file is None and cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
         raise ValueError(
-            f"{name} is an adapter, and no model on its own: give it with --adapter, and with --model the model that "
-            "it was trained on (the published ones: tsinghua-ee/video_SALMONN2plus_7B_audioAlign and its like)"
+            f"{name} is an adapter, not a model; pass it with --adapter, and the model that it was trained on with "
+            "--model (for published adapters tsinghua-ee/video_SALMONN2plus_7B_audioAlign or another size)"
         )
     if file is None:
-        raise ValueError(f"no model {name}: the hub has it, but without a {CONFIG_NAME}")
+        raise ValueError(f"no model {name}: it is on the hub, but has no {CONFIG_NAME}")
     return Path(file)
-
-
-def _is_adapter(name: str) -> bool:
-    return cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _is_ours(values: dict[str, Any]) -> bool:
@@ -207,6 +238,6 @@ def _is_ours(values: dict[str, Any]) -> bool:
 
 
 def save_network(network: Network, path: Path | str) -> None:
-    """Write config.json and safetensors to a folder; the weights must carry no adapter."""
-    assert not isinstance(network.lm, PeftModel), "an adapter must be merged before its network is saved"
+    """Write config.json and safetensors to a folder; no adapter may be attached."""
+    assert not isinstance(network.lm, PeftModel), "merge the adapter before saving the network"
     network.save_pretrained(str(path), save_original_format=False)

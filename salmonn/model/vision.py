@@ -1,6 +1,6 @@
-"""Sight: SigLIP (video-SALMONN 2) or Qwen2.5-VL's vision transformer (2+) -> tokens of the language model's width.
+"""Vision towers: SigLIP (video-SALMONN 2) and Qwen2.5-VL's vision transformer (2+), with the parts around them.
 
-Pretrained encoders are transformers' own; here is what the published models put around them.
+The pretrained encoders are those of transformers.
 """
 
 from collections.abc import Sequence
@@ -16,25 +16,34 @@ Grid = tuple[int, int, int]  # steps, rows and columns of patches
 
 
 class SiglipTower(nn.Module):
-    """Turns each frame into a square of pooled tokens, each row closed by a learned one (LLaVA-OneVision's "grid").
+    """Encoder of frames to squares of pooled tokens, each row followed by a learned token (LLaVA-OneVision's "grid").
 
     Args:
-        encoder: SigLIP's vision model without its last layer, pooling head and final norm; N patches.
-        projector: D_v -> D, D the language model's width.
-        pool: side of the squares of patches of which the greatest values are kept.
+        encoder: SigLIP's vision model without last layer, pooling head and final norm.
+        projector: projection D_v -> D to the language model's width.
+        width: D.
+        pool: side length of the squares of patches for max pooling.
     """
 
     def __init__(self, encoder: SiglipVisionModel, projector: nn.Module, *, width: int, pool: int) -> None:
         super().__init__()
         self.encoder = encoder
-        self.encoder.post_layernorm = nn.Identity()  # the published features come before it
+        self.encoder.post_layernorm = nn.Identity()  # the published features are taken before it
         self.projector = projector
         self.newline = nn.Parameter(torch.zeros(width))
         self.pool = pool
 
     def forward(self, frames: Sequence[Tensor], _grids: Sequence[Grid]) -> list[Tensor]:
-        """Encode each clip's frames (F_i, 3, H, W) uint8 into (F_i * P, D), P = n (n + 1) with n = sqrt(N) / pool."""
-        # SigLIP's mean and deviation are 0.5; in 16 bits greys would be rounded before the encoder sees them.
+        """Encode each clip's frames.
+
+        Args:
+            frames: (F_i, 3, H, W) uint8 of each clip.
+            _grids: unused.
+
+        Returns:
+            (F_i * n (n + 1), D) for each clip, with n = sqrt(P) / pool.
+        """
+        # SigLIP's mean and standard deviation are 0.5. Scaled in 16 bits, gray levels would be rounded.
         pixels = (torch.cat(list(frames)).float() / 127.5 - 1).to(self.newline.dtype)
         patches = self.projector(self.encoder(pixels).last_hidden_state)
         side = int(patches.shape[1] ** 0.5)
@@ -45,10 +54,10 @@ class SiglipTower(nn.Module):
 
 
 class QwenTower(nn.Module):
-    """Turns patches of pairs of frames into one token for each square of them.
+    """Encoder of patches of two frames each; squares of patches are merged to one token.
 
     Args:
-        encoder: Qwen2.5-VL's vision transformer with its merger, which gives the language model's width D.
+        encoder: Qwen2.5-VL's vision transformer with its merger, whose output has the language model's width D.
     """
 
     def __init__(self, encoder: Qwen2_5_VisionTransformerPretrainedModel) -> None:
@@ -56,43 +65,48 @@ class QwenTower(nn.Module):
         self.encoder = encoder
 
     def forward(self, patches: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-        """Encode each clip's patches (T h w, C * 2 * p * p) uint8 of a grid (T, h, w) into (T h w / merge^2, D)."""
+        """Encode each clip's patches.
+
+        Args:
+            patches: (T h w, C * 2 * p * p) uint8 of each clip.
+            grids: (T, h, w) of each clip.
+
+        Returns:
+            (T h w / merge^2, D) for each clip.
+        """
         lengths = [len(clip) // self.encoder.spatial_merge_unit for clip in patches]
-        return list(self.encode(normalise(torch.cat(list(patches))), grids).split(lengths))
+        return list(self.encode(normalize(torch.cat(list(patches))), grids).split(lengths))
 
     def encode(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Normalised patches of all clips, one after the other -> their tokens."""
+        """Encode the normalized patches of all clips, concatenated."""
         grid = torch.tensor(grids, device=pixels.device)
         return self.encoder(pixels.to(self.encoder.dtype), grid_thw=grid).pooler_output
 
 
-def normalise(patches: Tensor) -> Tensor:
-    """Patches (S, C * 2 * p * p) uint8 as the encoder was trained on: by each channel's mean and deviation."""
-    mean, deviation = (
+def normalize(patches: Tensor) -> Tensor:
+    """Normalize patches (P, C * 2 * p * p) uint8 by the mean and standard deviation of each color channel."""
+    mean, std = (
         torch.tensor(values, device=patches.device).repeat_interleave(patches.shape[1] // 3)
         for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     )
-    return (patches / 255 - mean) / deviation
+    return (patches / 255 - mean) / std
 
 
 def to_patches(frames: Tensor, *, patch: int, merge: int) -> tuple[Tensor, Grid]:
-    """Cut frames into the patches of Qwen2.5-VL, squares of `merge` x `merge` together, two frames deep.
+    """Cut frames into the patches of Qwen2.5-VL: two frames deep, squares of merge x merge patches together.
 
     Args:
-        frames: (F, C, H, W), H and W multiples of patch * merge; of an odd number the last is doubled.
+        frames: (F, C, H, W), with H and W multiples of patch * merge; the last of an odd number is repeated.
+        patch: side length of a patch in pixels.
+        merge: side length of a square in patches.
 
     Returns:
         (T h w, C * 2 * patch * patch) and the grid (T, h, w).
     """
     if len(frames) % 2:
         frames = torch.cat([frames, frames[-1:]])
-    steps, channels, rows, columns = (
-        len(frames) // 2,
-        frames.shape[1],
-        frames.shape[2] // patch,
-        frames.shape[3] // patch,
-    )
-    cut = frames.reshape(steps, 2, channels, rows // merge, merge, patch, columns // merge, merge, patch).permute(
-        0, 3, 6, 4, 7, 2, 1, 5, 8
-    )
+    steps, channels = len(frames) // 2, frames.shape[1]
+    rows, columns = frames.shape[2] // patch, frames.shape[3] // patch
+    cut = frames.reshape(steps, 2, channels, rows // merge, merge, patch, columns // merge, merge, patch)
+    cut = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return cut.reshape(steps * rows * columns, channels * 2 * patch * patch), (steps, rows, columns)

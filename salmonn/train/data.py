@@ -16,7 +16,7 @@ from salmonn.caption.prompt import LIST_EVENTS, answer_ids
 from salmonn.conversations import Conversation, Turn
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
-from salmonn.model.network import ClipFeatures, ClipInputs, ModelInputs
+from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
 from salmonn.records import Modality, Reference
 
 SftTask = Literal[

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from salmonn import dist
-from salmonn.caption.processor import count_chunks, frame_timestamps, make_layout, select_modality, to_clip_inputs
+from salmonn.caption.processor import select_modality
 from salmonn.model.config import SalmonnConfig
-from salmonn.model.loading import Placement
+from salmonn.model.families import get_family
+from salmonn.model.layout import ClipInputs
+from salmonn.model.loading import Placement, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.model.network import LOGIT_BYTES, PREFILL_CHUNK_TOKENS, ClipInputs, Network
-from salmonn.model.presets import offline_config
+from salmonn.model.network import MAX_LOGIT_BYTES, PREFILL_CHUNK_TOKENS, Network
 from salmonn.records import Modality
 from salmonn.train import memory as budget
 from salmonn.train.loop import FitConfig
@@ -103,15 +104,16 @@ def build_on_meta(config: SalmonnConfig) -> Network:
 
 def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     """A clip as the towers would take it, its sizes without its contents."""
-    sampler = config.frame_sampler
+    family = get_family(config)
+    sampler = family.frame_sampler
     num_frames = round(shape.seconds * shape.frames_per_second)
     count = len(sampler.sample_times(0.0, shape.seconds, num_frames))
     frames = torch.empty(
         (count, 3, *sampler.frame_size(shape.height, shape.width, count)), dtype=torch.uint8, device="meta"
     )
-    chunks = count_chunks(config, shape.seconds)
+    chunks = family.count_chunks(shape.seconds)
     mel = torch.empty(chunks, config.whisper["num_mel_bins"], config.chunk_seconds * 100, device="meta")
-    return to_clip_inputs(config, frames, mel, seconds=shape.seconds)
+    return family.clip_inputs(frames, mel, seconds=shape.seconds)
 
 
 def count_parameters(network: Network) -> dict[str, ParameterCount]:
@@ -187,6 +189,7 @@ class MemoryPlan:
     ) -> None:
         self.network = network
         self.config = config
+        self.family = get_family(config)
         self.placement = placement
         self.fit = fit
         self.work = work
@@ -194,9 +197,8 @@ class MemoryPlan:
         self.numbers = number_sizes(placement, fit)
         self.media = select_modality(placeholder_inputs(config, shape), work.modality)
         # The published tokenizer has a token for each digit and for the point.
-        self.layout = make_layout(
-            config, self.media, told=[[0] * len(time) for time in frame_timestamps(config, self.media)]
-        )
+        timestamps = [[0] * len(text) for text in self.family.timestamps(self.media)]
+        self.layout = self.family.layout(self.media, timestamp_ids=timestamps)
         self.parameters = count_parameters(network)
         self.decoder = Stack.of(network.lm.config.get_text_config())
         self.seeing = Stack.of(network.get_submodule("vision.encoder").config)
@@ -210,9 +212,7 @@ class MemoryPlan:
     @property
     def patches(self) -> int:
         """Patches that the vision tower's layers see of the clip."""
-        if self.config.family != "salmonn2":
-            return len(self.media.pixels)
-        return self.media.num_frames * (self.config.vision["image_size"] // self.config.vision["patch_size"]) ** 2
+        return self.family.count_patches(self.media)
 
     @property
     def steps(self) -> int:
@@ -242,7 +242,7 @@ class MemoryPlan:
             layer += tokens * budget.saved_per_layer(decoder, numbers, tuning, rows=rows)
         kept = budget.saved_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=checkpointed)
         vocabulary = self.network.lm.get_output_embeddings().weight.shape[0]
-        answers = min(work.clips * work.answers * work.answer_tokens, LOGIT_BYTES // (FLOAT32 * vocabulary))
+        answers = min(work.clips * work.answers * work.answer_tokens, MAX_LOGIT_BYTES // (FLOAT32 * vocabulary))
         return MemoryEstimate(
             persistent={
                 "weights": weights_bytes(self.network, self.placement) + self._casts(layers),
@@ -276,13 +276,13 @@ class MemoryPlan:
 
     def _towers_at_work(self, numbers: NumberSizes) -> int:
         """Bytes while the towers see and hear the clip: the greater of the two."""
-        heard, pixels = budget.chunks_workspace(self.hearing, numbers, steps=self.steps), self.media.pixels.numel()
-        if self.config.family != "salmonn2":
-            return max(heard, budget.patches_workspace(self.seeing, numbers, patches=self.patches, pixels=pixels))
-        width = self.decoder.width
-        return max(
-            heard, budget.frames_workspace(self.seeing, numbers, patches=self.patches, pixels=pixels, width=width)
+        visual = self.family.vision_peak_bytes(
+            self.media,
+            patch_bytes=budget.workspace(self.seeing, numbers),
+            weight_bytes=numbers.stored,
+            matmul_bytes=numbers.computed,
         )
+        return max(budget.chunks_workspace(self.hearing, numbers, steps=self.steps), visual)
 
     def _towers_keep(self, *, checkpointed: bool) -> int:
         """What trained parts of the towers keep for the gradient."""
@@ -349,7 +349,7 @@ def sample_clip(plan: MemoryPlan) -> str:
     shape, work, media = plan.shape, plan.work, plan.media
     of_frames = "no picture"
     if media.num_frames:
-        rows, columns = plan.config.frame_sampler.frame_size(shape.height, shape.width, media.num_frames)
+        rows, columns = plan.family.frame_sampler.frame_size(shape.height, shape.width, media.num_frames)
         of_frames = f"{media.num_frames} frames of {columns}x{rows}: {plan.layout.num_visual} tokens seen"
     heard = plan.clip_tokens - plan.layout.num_visual
     told = [
@@ -416,7 +416,7 @@ def print_adapter_plan(
         title: what is planned, of which the model's name follows.
         side_by_side: captions that the run generates at once.
     """
-    sizes = offline_config(model).with_frames(dict(frames) if frames else None)
+    sizes = offline_config(model, frames=frames)
     network = build_on_meta(sizes)
     with torch.device("meta"):
         attach_lora(network, lora, seed=0)

@@ -18,7 +18,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.loader import length_buckets
 from salmonn.media.container import declared_seconds
-from salmonn.model.network import ClipFeatures
+from salmonn.model.layout import ClipFeatures
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
 from salmonn.score.formats import write_scores
 from salmonn.score.judge import Judge, ScoringTask

@@ -28,8 +28,8 @@ from torch import Tensor
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
-from salmonn.model.layout import Layout
-from salmonn.model.network import ClipFeatures, Network
+from salmonn.model.layout import ClipFeatures, Layout
+from salmonn.model.network import Network
 from salmonn.train.data import Example
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ def hash_encoders(captioner: Captioner) -> str:
         hash_weights([*towers, ("embeddings", embeddings)]),  # the embeddings tell the time
         {key: config.get(key) for key in CONFIG_KEYS},
         config["lm"].get("vision_config"),
-        str(processor.config.frame_sampler),
+        str(processor.family.frame_sampler),
         processor.published_positions,
         hash_tokenizer(processor),
         numerics_key(network),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
+from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.lora import adapter_disabled
-from salmonn.model.network import ClipFeatures, ModelInputs, Network
+from salmonn.model.network import Network
 from salmonn.records import Reference
 
 # Positions compared at once: with 152,000 words in the vocabulary 40 MB for each of the sum's terms.

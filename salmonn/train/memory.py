@@ -138,25 +138,6 @@ def kv_cache_bytes(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
     return 2 * stack.layers * stack.kv_heads * stack.head_width * tokens * numbers.stored
 
 
-def patches_workspace(stack: Stack, numbers: NumberSizes, *, patches: int, pixels: int) -> int:
-    """Bytes while Qwen2.5-VL's tower sees patches with so many pixel values in all.
-
-    First the pixels in bytes and two float32 copies while they are normalised; then the first layer's temporaries:
-    attention turns queries and keys in float32 (4 D of 4 bytes, beside 3 b D), the inner part is as anywhere.
-    """
-    attention = stack.width * (4 * FLOAT32 + 3 * numbers.computed + 2 * numbers.stored)
-    return pixels + max(2 * FLOAT32 * pixels, patches * max(attention, workspace(stack, numbers)))
-
-
-def frames_workspace(stack: Stack, numbers: NumberSizes, *, patches: int, pixels: int, width: int) -> int:
-    """Bytes while SigLIP sees patches with so many pixel values in all, and its projector makes tokens of `width`.
-
-    Pixels in bytes and two scaled copies; then a layer's temporaries, or the projector's three tensors of its width.
-    """
-    layer = max(workspace(stack, numbers), 3 * numbers.computed * width)
-    return pixels + max(2 * numbers.stored * pixels, patches * layer)
-
-
 def projector_saved(width_seen: int, numbers: NumberSizes, *, patches: int, width: int) -> int:
     """Bytes that SigLIP's trained projector keeps: its input, and what its activation takes and gives."""
     return patches * numbers.computed * (width_seen + 2 * width)

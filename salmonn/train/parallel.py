@@ -220,7 +220,7 @@ class ZeroStrategy:
         }
         self.stage = stage
         if stage == 3 and isinstance(network, Network):
-            network.chunks_logits = False  # processes have answers of different lengths, and so would of chunks
+            network.max_logit_bytes = None  # processes have answers of different lengths, and so would of chunks
         self.model, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=config, dist_init_required=False
         )

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
+from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.lora import adapter_disabled
-from salmonn.model.network import ClipFeatures, ModelInputs, Network
+from salmonn.model.network import Network
 from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
 from salmonn.records import Comparison, read_json, write_json
 from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split

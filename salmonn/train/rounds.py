@@ -12,7 +12,7 @@ from pathlib import Path
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.model.network import ClipFeatures
+from salmonn.model.layout import ClipFeatures
 from salmonn.preference.selection import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Comparison, Reference, Score
 from salmonn.score.formats import read_scores, write_scores

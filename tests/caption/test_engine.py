@@ -64,7 +64,7 @@ def test_answers_are_the_captioners(engine, model, videos):
 
 def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeypatch):
     """One is being read; eight wait, two of which are drawn in another way: 1, 6 and 2, and nine go on together."""
-    monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 8192)
+    monkeypatch.setattr(model.network, "prefill_chunk_tokens", 8192)
     model.gate.clear()
     begun, told = engine.num_prefills, [Told() for _ in range(9)]
     queries = [
@@ -106,7 +106,7 @@ def test_who_comes_joins_those_who_are_being_answered(engine, model, videos):
 
 def test_newcomers_who_take_long_to_read_join_one_by_one(engine, model, videos, monkeypatch):
     """So that the words of those who are there come in between; in the end all go on together."""
-    monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 1)
+    monkeypatch.setattr(model.network, "prefill_chunk_tokens", 1)
     model.gate.clear()
     told = [Told() for _ in range(4)]
     engine.begin(CaptionRequest(videos[0], sampling=SHORT), tell=told[0])

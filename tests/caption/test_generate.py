@@ -33,7 +33,7 @@ def manual(captioner, clip, *, steps: int) -> list[int]:
     inputs = captioner.processor.collate([PromptRow(0, "Tell.")], [clip])
     embeds, places = network.embed(inputs), inputs.position_ids
     while len(ids) < steps and captioner.processor.tokenizer.eos_token_id not in ids:
-        output = network.lm(inputs_embeds=embeds, position_ids=network.positions(places), use_cache=False)
+        output = network.lm(inputs_embeds=embeds, position_ids=network.family.rotary_positions(places), use_cache=False)
         ids.append(int(output.logits[0, -1].argmax()))
         places = torch.cat([places, places[..., -1:] + 1], dim=-1)
         embeds = torch.cat([embeds, network.lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
@@ -160,7 +160,7 @@ def by_hand(captioner, row, clip, counted: list[int], *, steps: int) -> list[int
         later = positions[..., -1:] + 1 + torch.arange(len(ids))
         logits = network.lm(
             inputs_embeds=torch.cat([embeds, said], dim=1),
-            position_ids=network.positions(torch.cat([positions, later], dim=-1)),
+            position_ids=network.family.rotary_positions(torch.cat([positions, later], dim=-1)),
         ).logits[0, -1]
         seen = sorted({*counted, *ids})
         logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 0.2, logits[seen] * 0.2)
@@ -189,10 +189,10 @@ def test_without_a_penalty_of_its_own_the_models_counts(captioner, media):
 
 
 @pytest.mark.parametrize("family", [None, "salmonn2", "salmonn2-plus"])
-def test_samples_share_their_prompt(captioner, published, videos, family, monkeypatch):
+def test_samples_share_their_prompt(captioner, published, videos, family):
     """One pass over each prompt, whatever its length; what is drawn is what rows computed anew each time draw."""
-    monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 10**6)
     captioner = Captioner.load(published(family)) if family else captioner
+    captioner.network.prefill_chunk_tokens = 10**6
     media = [captioner.processor.read(videos[0]), captioner.processor.read(videos[1], end_seconds=3)]
     rows = [PromptRow(0, "Tell."), PromptRow(1, "Tell it all in many words.")]
     shapes = []
@@ -293,11 +293,11 @@ def test_prompts_may_be_read_clip_by_clip(request, videos, monkeypatch, model):
     )
     two_clips = int(inputs.attention_mask[:2].sum()) + 30
     passes = []
-    decode = network._decode
-    monkeypatch.setattr(network, "_decode", lambda *args: passes.append(args[0].shape[:2]) or decode(*args))
+    decode = network._run_decoder
+    monkeypatch.setattr(network, "_run_decoder", lambda *args: passes.append(args[0].shape[:2]) or decode(*args))
     given = []
     for at_once in (10**6, two_clips, 1):
-        monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", at_once)
+        monkeypatch.setattr(network, "prefill_chunk_tokens", at_once)
         passes.clear()
         given.append(generate(network, inputs, sampling=Sampling(max_new_tokens=8), stop_ids=[2]))
         given.append(len([shape for shape in passes if shape[0] == 1 and shape[1] > 6]))

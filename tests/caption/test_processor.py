@@ -10,8 +10,8 @@ import torch
 
 from salmonn.caption.processor import PromptRow, select_modality
 from salmonn.media.clip import Clip
-from salmonn.model.layout import interleave_by_time
-from salmonn.model.network import ClipFeatures
+from salmonn.model.families.salmonn2_plus import interleave_by_time
+from salmonn.model.layout import ClipFeatures
 
 SAMPLE_HZ = 16_000
 
@@ -122,7 +122,7 @@ def test_more_than_the_context_is_said(processor, caplog):
     processor.collate([PromptRow(0, "Tell. " * 100)], [media])
     assert not caplog.text
     processor.collate([PromptRow(0, "Tell. " * 4000)], [media])
-    assert "more than the 4096 that the language model was made for" in caplog.text
+    assert "exceed the 4096 that the language model was trained for" in caplog.text
 
 
 class Letters:
@@ -213,7 +213,7 @@ def test_restrict_media(processor):
 @pytest.mark.parametrize(("kept", "asked"), [("visual", "audio"), ("audio", "visual")])
 def test_nothing_left_is_refused(processor, kept, asked):
     media = select_modality(processor.clip_inputs(make_clip()), kept)
-    with pytest.raises(ValueError, match=f"nothing left for use '{asked}'"):
+    with pytest.raises(ValueError, match=f"modality '{asked}' is not available"):
         select_modality(media, asked)
 
 

@@ -14,7 +14,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.media.clip import Clip
-from salmonn.model.config import from_published
+from salmonn.model.families import from_published, get_family
 from salmonn.model.loading import load_config
 
 MEDIA = Path(__file__).parents[3] / "shared" / "media"
@@ -145,17 +145,17 @@ class TestSalmonn2:
     def test_sound_ends_with_the_picture(self, processor, caplog):
         longer = processor.clip_inputs(make_clip(frames=2, seconds=2.0, sound_seconds=45.0, side=384))
         assert len(longer.mel) == 1
-        assert "the last 43.0 s of sound are not heard; this model hears 2.0" in caplog.text
+        assert "ignoring the last 43.0 s of audio; this model takes 2.0 s" in caplog.text
         shorter = processor.clip_inputs(make_clip(frames=40, seconds=40.0, sound_seconds=3.0, side=384))
         # Its 60 tokens are fewer than two a frame: they are stretched to 80.
         assert len(processor.make_layout(shorter)) == 182 * 40 + 80
 
     def test_sound_alone_up_to_the_longest_clip(self, processor, caplog):
         heard = processor.clip_inputs(make_clip(frames=0, seconds=0.0, sound_seconds=125.0))
-        assert len(heard.mel) == 4 and "15.0 s of sound are not heard; this model hears 110.0" in caplog.text
+        assert len(heard.mel) == 4 and "ignoring the last 15.0 s of audio; this model takes 110.0 s" in caplog.text
 
     def test_released_positions_are_refused(self, published):
-        with pytest.raises(ValueError, match="published positions are those of salmonn2-plus"):
+        with pytest.raises(ValueError, match="published positions are not defined for a salmonn2 model"):
             make_processor(published("salmonn2"), published_positions=True)
 
 
@@ -253,12 +253,12 @@ def test_what_a_published_config_leaves_out():
     assert (config.whisper["d_model"], config.qformer["hidden_size"]) == (1280, 3072)
     assert config.placeholder_ids == (151656, 151665) and config.tokens_per_chunk == 60
     flat = from_published({"model_type": "video_salmonn_2", "hidden_size": 3584})
-    assert (flat.vision["num_hidden_layers"], flat.tokens_per_frame, flat.tokens_per_chunk) == (26, 182, 60)
+    assert (flat.vision["num_hidden_layers"], get_family(flat).tokens_per_frame, flat.tokens_per_chunk) == (26, 182, 60)
 
 
 def test_a_plain_qwen_is_no_video_salmonn(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {}}))
-    with pytest.raises(ValueError, match="of type 'qwen2_5_vl'"):
+    with pytest.raises(ValueError, match="model type 'qwen2_5_vl'"):
         load_config(tmp_path)
 
 
@@ -294,7 +294,7 @@ def test_chunks_of_sound_are_counted_exactly(published, seconds, chunks):
 
 @pytest.mark.parametrize("values", [{"mm_pooling_position": "before"}, {"mm_spatial_pool_mode": "average"}])
 def test_another_pooling_is_refused(values):
-    with pytest.raises(ValueError, match="pools patches otherwise"):
+    with pytest.raises(ValueError, match="pools patches in an unsupported way"):
         from_published({"model_type": "video_salmonn_2", "hidden_size": 3584, "model_args": values})
 
 

@@ -8,7 +8,7 @@ from salmonn.caption.captioner import PendingRequest, Span
 from salmonn.caption.generate import DecodeBatch, Sampling, generate
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.processor import PromptRow
-from salmonn.caption.tokenizer import IncrementalDetokenizer
+from salmonn.caption.prompt import IncrementalDetokenizer
 from salmonn.records import Caption, Failure
 
 SHORT = Sampling(max_new_tokens=12)
@@ -79,10 +79,10 @@ def test_text_comes_in_whole_letters_and_without_blanks_at_its_ends(captioner):
     stream = IncrementalDetokenizer(tokenizer)
     pieces = [stream.add(token) for token in ids]
     assert tokenizer.decode(ids) == text and "".join(pieces) == "a € b"
-    assert not any("\ufffd" in piece for piece in pieces) and stream.end("a € b") == ""
+    assert not any("\ufffd" in piece for piece in pieces) and stream.finalize("a € b") == ""
     half = IncrementalDetokenizer(tokenizer)
     told = "".join(half.add(token) for token in tokenizer.encode("a €")[:-1])
-    assert told == "a" and half.end("a \ufffd") == " \ufffd"
+    assert told == "a" and half.finalize("a \ufffd") == " \ufffd"
 
 
 def test_samples_of_one_reading(captioner, videos):
@@ -145,8 +145,8 @@ def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
         ({"segment_seconds": 0.0}, "segment_seconds must be above 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"prompt": "Tell <|im_end|>."}, "special token"),
-        ({"prompt": "Tell " * 5000}, "the prompt has 25,000 letters: ask in at most 20,000"),
-        ({"prompt": "Tell \ud800."}, "half of a Unicode character"),
+        ({"prompt": "Tell " * 5000}, "the prompt has 25,000 characters; the maximum is 20,000"),
+        ({"prompt": "Tell \ud800."}, "unpaired surrogate"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_read(captioner, tmp_path, named, words):

@@ -1,4 +1,4 @@
-"""Rows that share their beginning see what they would see alone, at once and token by token."""
+"""Rows with a common prefix attend to what they would attend to alone, in one pass and token by token."""
 
 import copy
 import subprocess
@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from salmonn.caption.processor import PromptRow
-from salmonn.model.attention import KVCache, PackedAttention, PrefillAttention, use_packed_attention
+from salmonn.model.attention import PackedAttention, PrefillAttention, use_packed_attention
+from salmonn.model.kv_cache import KVCache
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.packing import PackedBatch, PrefixGroup
 
 SCALE = 0.3
-# Clip 4 has rows 0 and 2: 5 tokens that they share, 2 and 3 of their own; clip 7 has row 1: 4 tokens and 1.
+# Clip 4 has rows 0 and 2: a prefix of 5 tokens, suffixes of 2 and 3; clip 7 has row 1: 4 tokens and 1.
 PACKED = PackedBatch(
     source=torch.arange(15),
-    places=torch.zeros(3, 8, dtype=torch.long),
+    destination=torch.zeros(3, 8, dtype=torch.long),
     groups=(PrefixGroup(4, (0, 2), 5, (2, 3)), PrefixGroup(7, (1,), 4, (1,))),
 )
-ROWS = {0: [0, 1, 2, 3, 4, 5, 6], 2: [0, 1, 2, 3, 4, 7, 8, 9], 1: [10, 11, 12, 13, 14]}  # places of their tokens
+ROWS = {0: [0, 1, 2, 3, 4, 5, 6], 2: [0, 1, 2, 3, 4, 7, 8, 9], 1: [10, 11, 12, 13, 14]}  # indices of their tokens
 
 
 def heads(num_tokens: int, *, num_heads: int, seed: int) -> Tensor:
@@ -36,7 +37,7 @@ def alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.masked_fill(later, -torch.inf).softmax(-1) @ value
 
 
-def test_one_pass_is_each_row_alone():
+def test_one_pass_equals_each_row_alone():
     query, key, value = heads(15, num_heads=4, seed=0), heads(15, num_heads=2, seed=1), heads(15, num_heads=2, seed=2)
     together = PackedAttention(PACKED).attend(0, query, key, value, scale=SCALE)
     for places in ROWS.values():
@@ -44,24 +45,24 @@ def test_one_pass_is_each_row_alone():
         assert torch.allclose(together[:, :, places], expected, atol=1e-12)
 
 
-def read(query: Tensor, key: Tensor, value: Tensor) -> KVCache:
-    memory = KVCache(PACKED, torch.arange(15).expand(3, 1, 15))
-    PrefillAttention(PACKED, memory).attend(0, query, key, value, scale=SCALE)
-    memory.settle()
-    return memory
+def prefill(query: Tensor, key: Tensor, value: Tensor) -> KVCache:
+    cache = KVCache(PACKED, torch.arange(15).expand(3, 1, 15))
+    PrefillAttention(PACKED, cache).attend(0, query, key, value, scale=SCALE)
+    cache.finalize()
+    return cache
 
 
-def test_going_on_is_each_row_alone():
-    """70 more tokens, more than the memory has columns for at first; rows 2 and then 1 leave on the way."""
+def test_decode_steps_equal_each_row_alone():
+    """70 more tokens, more than the cache has columns for at first; rows 2 and then 1 are evicted on the way."""
     tensors = [heads(15, num_heads=number, seed=seed) for seed, number in enumerate((4, 2, 2))]
-    memory, order = read(*tensors), [0, 2, 1]
+    cache, order = prefill(*tensors), [0, 2, 1]
     said = {row: [tensor[:, :, places] for tensor in tensors] for row, places in ROWS.items()}
     for step in range(70):
-        positions = memory.advance()
+        positions = cache.advance()
         assert positions[0, :, 0].tolist() == [ROWS[row][-1] + step + 1 for row in order]
         new = [torch.cat([heads(1, num_heads=number, seed=1000 * step + 10 * row + at) for row in order])
                for at, number in enumerate((4, 2, 2))]  # fmt: skip
-        together = memory.attend(0, *new, scale=SCALE)
+        together = cache.attend(0, *new, scale=SCALE)
         for place, row in enumerate(order):
             said[row] = [
                 torch.cat([old, added[place : place + 1]], dim=2) for old, added in zip(said[row], new, strict=True)
@@ -69,16 +70,15 @@ def test_going_on_is_each_row_alone():
             assert torch.allclose(together[place : place + 1], alone(*said[row])[:, :, -1:], atol=1e-6), (step, row)
         for when, row in ((20, 2), (40, 1)):
             if step == when:
-                memory.leave(torch.tensor([one != row for one in order]))
+                cache.evict(torch.tensor([one != row for one in order]))
                 order.remove(row)
 
 
-def test_a_beginning_is_kept_once():
-    memory = read(*(heads(15, num_heads=number, seed=seed) for seed, number in enumerate((4, 2, 2))))
-    kept = memory._layers[0]
-    assert kept.keys.shape == (2, 2, 5, 8)  # of two clips, though three rows follow
-    memory.leave(torch.tensor([True, False, False]))
-    assert memory._layers[0].keys.shape == (1, 2, 5, 8) and memory._layers[0].own_keys.shape[0] == 1
+def test_a_prefix_is_stored_once():
+    cache = prefill(*(heads(15, num_heads=number, seed=seed) for seed, number in enumerate((4, 2, 2))))
+    assert cache._layers[0].keys.shape == (2, 2, 5, 8)  # of two clips, for three rows
+    cache.evict(torch.tensor([True, False, False]))
+    assert cache._layers[0].keys.shape == (1, 2, 5, 8) and cache._layers[0].suffix_keys.shape[0] == 1
 
 
 @pytest.mark.parametrize("model", ["captioner", "plus"])
@@ -125,8 +125,8 @@ import resource, torch
 from salmonn.model.attention import PackedAttention
 from salmonn.model.packing import PrefixGroup, PackedBatch
 torch.set_num_threads(1)
-length, own = 20_000, (200, 200, 200)
-packed = PackedBatch(torch.arange(0), torch.zeros(0), (PrefixGroup(0, (0, 1, 2), length, own),))
+length, suffixes = 20_000, (200, 200, 200)
+packed = PackedBatch(torch.arange(0), torch.zeros(0), (PrefixGroup(0, (0, 1, 2), length, suffixes),))
 tensors = [torch.randn(1, 1, length + 600, 8).requires_grad_() for _ in range(3)]
 small = PackedAttention(PackedBatch(torch.arange(0), torch.zeros(0), (PrefixGroup(0, (0,), 40, (0,)),)))
 small.attend(0, *(tensor[:, :, :40] for tensor in tensors), scale=1.0).sum().backward()
@@ -136,8 +136,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
-def test_no_table_of_a_long_sequence_is_made():
-    """20,600 tokens: a table of truth values would take 424 MB, one of numbers 1,697; the own parts' mask is 16."""
+def test_no_mask_of_a_long_sequence_is_made():
+    """20,600 tokens: a boolean mask would take 424 MB, one of numbers 1,697; the suffixes' mask takes 16."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 150e6
 
@@ -145,7 +145,7 @@ def test_no_table_of_a_long_sequence_is_made():
 def test_a_sliding_window_is_refused(captioner):
     config = captioner.network.lm.get_decoder().config
     config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match="layers of sliding_attention: set use_sliding_window to false"):
+    with pytest.raises(ValueError, match=r"layers with sliding_attention.*set use_sliding_window to false"):
         use_packed_attention(config)
 
 
@@ -155,7 +155,9 @@ def test_types_of_autocast_and_16_bits(monkeypatch):
     Seven significant bits: what both passes give is within 2 % of the largest value of what float64 gives.
     """
     monkeypatch.setattr(
-        PackedAttention, "_mask", lambda self, query, *, length, before: causal_lower_right(length, before + length)
+        PackedAttention,
+        "_suffix_mask",
+        lambda self, query, *, length, prefix_length: causal_lower_right(length, prefix_length + length),
     )
     query, key, value = (heads(15, num_heads=number, seed=seed) for seed, number in enumerate((4, 2, 2)))
     together = PackedAttention(PACKED).attend(0, query.float(), key.float(), value.bfloat16(), scale=SCALE)
@@ -165,16 +167,16 @@ def test_types_of_autocast_and_16_bits(monkeypatch):
         assert (together[:, :, places].double() - expected).abs().max() < 0.02 * value.abs().max()
 
 
-def test_long_memories_do_not_overflow_in_16_bits():
-    """20,000 values near 4, looked at evenly: their sum, 80,000, is beyond what float16 holds; their mean is 4."""
+def test_long_caches_do_not_overflow_in_16_bits():
+    """20,000 values near 4 with equal weights: their sum, 80,000, is beyond what float16 holds; their mean is 4."""
     length = 20_000
     packed = PackedBatch(torch.arange(0), torch.zeros(0), (PrefixGroup(0, (0,), length, (1,)),))
-    memory = KVCache(packed, torch.arange(length + 1).expand(3, 1, length + 1))
+    cache = KVCache(packed, torch.arange(length + 1).expand(3, 1, length + 1))
     zeros = torch.zeros(1, 1, length + 1, 8, dtype=torch.float16)
-    parts = [tensor.split(packed.lengths, dim=2) for tensor in (zeros, zeros + 4)]
-    memory.keep(0, *parts, is_own=packed.is_own)
-    memory.settle()
-    memory.advance()
+    parts = [tensor.split(packed.segment_lengths, dim=2) for tensor in (zeros, zeros + 4)]
+    cache.append(0, *parts, is_suffix=packed.is_suffix)
+    cache.finalize()
+    cache.advance()
     one = torch.zeros(1, 1, 1, 8, dtype=torch.float16)
-    said = memory.attend(0, one, one, one + 4, scale=1.0)
+    said = cache.attend(0, one, one, one + 4, scale=1.0)
     assert torch.allclose(said.float(), torch.tensor(4.0), atol=0.01)

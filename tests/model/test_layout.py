@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from salmonn.model.layout import Layout, insert_clip_tokens, interleave_by_frame, interleave_by_time, text_positions
+from salmonn.model.families.salmonn2 import interleave_by_frame
+from salmonn.model.families.salmonn2_plus import interleave_by_time
+from salmonn.model.layout import Layout, insert_clip_tokens, text_positions
 
 
 def test_deal_out_by_hand():
@@ -22,7 +24,7 @@ def test_sound_that_divides_is_not_stretched():
 
 def test_times_follow_their_frames():
     # Three frames of one token; their times are of 2, 1 and 2 tokens (3 4, 5, 6 7); 8 stands for zeros.
-    layout = interleave_by_frame(3, 1, num_audio=0, num_during_video=0, told=[(21, 22), (23,), (24, 25)])
+    layout = interleave_by_frame(3, 1, num_audio=0, num_during_video=0, timestamp_ids=[(21, 22), (23,), (24, 25)])
     assert layout.order.tolist() == [0, 3, 4, 1, 5, 8, 2, 6, 7]
     assert layout.timestamp_ids == (21, 22, 23, 24, 25)
 
@@ -78,7 +80,7 @@ def test_text_without_a_clip_simply_counts():
 
 def test_positions_name_both_counts():
     layout = interleave_by_time((1, 1, 2), num_audio=0, second_per_grid=1.0)
-    with pytest.raises(ValueError, match="1 placeholders, but the clip gives 2 tokens"):
+    with pytest.raises(ValueError, match="1 placeholders, but the clip has 2 tokens"):
         text_positions(torch.tensor([[True, False]]), torch.ones(1, 2), [layout])
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu
 
 from salmonn.caption.captioner import Captioner
-from salmonn.model.config import tiny
+from salmonn.model.families.tiny import tiny_config
 from salmonn.model.loading import load_config, load_network, save_network
 from salmonn.model.network import Network
 
@@ -21,7 +21,7 @@ def folder(random_model, tmp_path):
 
 
 def tiny_network() -> Network:
-    return Network(tiny(vocab_size=640, eos_token_id=2, pad_token_id=0))
+    return Network(tiny_config(vocab_size=640, eos_token_id=2, pad_token_id=0))
 
 
 def test_size_of_the_tiny_model():
@@ -29,7 +29,7 @@ def test_size_of_the_tiny_model():
         network = tiny_network()
     assert 1e6 < sum(parameter.numel() for parameter in network.parameters()) < 5e6
     assert (network.config.chunk_seconds, network.config.tokens_per_chunk) == (8, 16)
-    assert network.config.tokens_per_frame == 12
+    assert network.family.tokens_per_frame == 12
 
 
 @torch.no_grad()
@@ -128,7 +128,26 @@ def test_a_folder_without_config(tmp_path):
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize(("change", "words"), [({"model_type": "qwen2"}, "of type 'qwen2'"), ({"lm": None}, "of lm")])
+@pytest.mark.parametrize("found", [None, 0, 2])
+def test_a_config_of_another_format(folder, found):
+    values = json.loads((folder / "config.json").read_text())
+    assert values.pop("format") == 1
+    (folder / "config.json").write_text(json.dumps(values if found is None else values | {"format": found}))
+    with pytest.raises(ValueError, match=rf"has format {found}, but this version of salmonn reads format 1"):
+        load_config(folder)
+
+
+def test_a_config_of_another_family(folder):
+    values = json.loads((folder / "config.json").read_text()) | {"family": "salmonn3"}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="unknown family 'salmonn3'; known families are salmonn2, salmonn2-plus"):
+        load_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"model_type": "qwen2"}, "model type 'qwen2' is not supported"), ({"lm": None}, "no lm section")],
+)
 def test_a_config_of_something_else(folder, change, words):
     values = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(values))

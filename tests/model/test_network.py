@@ -56,7 +56,7 @@ def test_log_probabilities_are_those_of_transformers(either):
     logits = network.lm(
         inputs_embeds=network.embed(inputs),
         attention_mask=inputs.attention_mask,
-        position_ids=network.positions(inputs.position_ids),
+        position_ids=network.family.rotary_positions(inputs.position_ids),
     ).logits
     expected = torch.zeros(inputs.labels.shape[0], inputs.labels.shape[1] - 1)
     for row, labels in enumerate(inputs.labels.tolist()):
@@ -165,7 +165,7 @@ def test_gradients_do_not_depend_on_which_thread_is_first(captioner, media):
     assert len(sums) == 1
 
 
-def test_logits_are_made_a_few_at_a_time(captioner, media, monkeypatch):
+def test_logits_are_made_a_few_at_a_time(captioner, media):
     """Seven positions at once give what all at once give, forward and backward; never more than seven are held."""
     network = captioner.network
     inputs = captioner.processor.collate(ROWS, captioner.encode(media[:3]))
@@ -184,7 +184,7 @@ def test_logits_are_made_a_few_at_a_time(captioner, media, monkeypatch):
     count = int((whole != 0).sum())
     assert sizes == [count] and count > 21
     vocabulary = captioner.processor.config.lm["vocab_size"]
-    monkeypatch.setattr("salmonn.model.network.LOGIT_BYTES", 7 * 4 * vocabulary)
+    network.max_logit_bytes = 7 * 4 * vocabulary
     sizes.clear()
     parts, gradient_of_parts = value_and_gradient()
     # Once forward and once more for the gradient.

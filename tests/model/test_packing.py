@@ -1,11 +1,11 @@
-"""What rows about one clip begin with alike goes through the decoder once, and nothing else changes."""
+"""The common prefix of a clip's rows goes through the decoder once, and nothing else changes."""
 
 import torch
 
 from salmonn.caption.processor import PromptRow, select_modality
 from salmonn.model.packing import PrefixGroup, pack
 
-# Clip 0: rows 0 and 2 begin alike (7 7 1), then part; clip 1: one row; padded with 0.
+# Clip 0: rows 0 and 2 have the prefix 7 7 1; clip 1: one row; padded with 0.
 IDS = torch.tensor([[7, 7, 1, 2, 3], [8, 8, 1, 0, 0], [7, 7, 1, 4, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
 
@@ -15,33 +15,33 @@ def test_layout():
     tokens = IDS.flatten()[packed.source]
     assert tokens.tolist() == [7, 7, 1, 2, 3, 4, 8, 8, 1]
     assert packed.groups == (PrefixGroup(0, (0, 2), 3, (2, 1)), PrefixGroup(1, (1,), 3, (0,)))
-    assert packed.lengths == [3, 2, 1, 3, 0] and packed.rows == [0, 2, 1]
+    assert packed.segment_lengths == [3, 2, 1, 3, 0] and packed.row_order == [0, 2, 1]
     # The second row's tokens are 7 to 9, the third's its shared three and the sixth.
-    assert packed.places.tolist() == [[0, 1, 2, 3, 4], [6, 7, 8, 0, 0], [0, 1, 2, 5, 0]]
-    assert torch.equal(tokens[packed.places][MASK.bool()], IDS[MASK.bool()])
+    assert packed.destination.tolist() == [[0, 1, 2, 3, 4], [6, 7, 8, 0, 0], [0, 1, 2, 5, 0]]
+    assert torch.equal(tokens[packed.destination][MASK.bool()], IDS[MASK.bool()])
 
 
-def test_rows_can_keep_their_ends_for_themselves():
-    """To be gone on from, each row has its last token: of equal ones too, and of one alone."""
-    packed = pack(IDS[[1, 1, 0]], MASK[[1, 1, 0]], (4, 4, 5), own=1)
+def test_rows_can_keep_their_last_token():
+    """For decoding, each row has a suffix of at least one token, also if rows are equal or there is only one."""
+    packed = pack(IDS[[1, 1, 0]], MASK[[1, 1, 0]], (4, 4, 5), min_suffix=1)
     assert packed.groups == (PrefixGroup(4, (0, 1), 2, (1, 1)), PrefixGroup(5, (2,), 4, (1,)))
     assert IDS[[1, 1, 0]].flatten()[packed.source].tolist() == [8, 8, 1, 1, 7, 7, 1, 2, 3]
-    same = pack(IDS[[1, 1]], MASK[[1, 1]], (4, 4))  # else twice the same row is all beginning
+    same = pack(IDS[[1, 1]], MASK[[1, 1]], (4, 4))  # otherwise two equal rows are all prefix
     assert same.source.tolist() == [0, 1, 2] and same.groups == (PrefixGroup(4, (0, 1), 3, (0, 0)),)
 
 
-def test_pieces_are_whole_groups():
-    """PrefixGroup 0 has 6 tokens (3 shared, 2 + 1 own), group 1 has 3 (2 shared, 1 own): 9 together."""
-    packed = pack(IDS, MASK, (0, 1, 0), own=1)
-    assert [group.prefix_length + sum(group.own) for group in packed.groups] == [6, 3]
-    for most, expected in [(9, [[0, 1]]), (8, [[0], [1]]), (1, [[0], [1]])]:
-        pieces = list(packed.pieces(most))
-        assert [[group.clip for group in piece.groups] for piece in pieces] == expected
-        assert torch.equal(torch.cat([piece.source for piece in pieces]), packed.source)
-    first, second = packed.pieces(1)
-    # Rows 0 and 2 end at places 4 and 5 of the first piece, row 1 at place 2 of the second; at 4, 5, 8 of the whole.
-    assert (first.ends.tolist(), second.ends.tolist(), packed.ends.tolist()) == ([4, 5], [2], [4, 5, 8])
-    assert second.places[1, :3].tolist() == [0, 1, 2]
+def test_chunks_are_whole_groups():
+    """Group 0 has 6 tokens (prefix 3, suffixes 2 + 1), group 1 has 3 (prefix 2, suffix 1): 9 in all."""
+    packed = pack(IDS, MASK, (0, 1, 0), min_suffix=1)
+    assert [group.num_tokens for group in packed.groups] == [6, 3]
+    for max_tokens, expected in [(9, [[0, 1]]), (8, [[0], [1]]), (1, [[0], [1]])]:
+        chunks = list(packed.chunks(max_tokens))
+        assert [[group.clip for group in chunk.groups] for chunk in chunks] == expected
+        assert torch.equal(torch.cat([chunk.source for chunk in chunks]), packed.source)
+    first, second = packed.chunks(1)
+    # Rows 0 and 2 end at 4 and 5 of the first chunk, row 1 at 2 of the second; at 4, 5, 8 of the whole sequence.
+    assert [one.row_ends.tolist() for one in (first, second, packed)] == [[4, 5], [2], [4, 5, 8]]
+    assert second.destination[1, :3].tolist() == [0, 1, 2]
 
 
 def test_gradients_are_those_of_the_rows_alone(captioner, media):

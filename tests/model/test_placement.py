@@ -14,7 +14,7 @@ from torch import nn
 from salmonn.caption.captioner import Captioner, Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.processor import PromptRow
-from salmonn.model.config import tiny
+from salmonn.model.families.tiny import tiny_config
 from salmonn.model.loading import Placement, load_network, save_network
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 from salmonn.model.network import Network
@@ -98,9 +98,9 @@ def test_flash_attention_in_32_bits_is_refused(random_model):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"bits": 4}, "leave bits out"),
-        ({"device": "cpu"}, "leave device and device_map out"),
-        ({"device_map": "auto"}, "leave device and device_map out"),
+        ({"bits": 4}, "bits 4 is not supported in training.*remove it"),
+        ({"device": "cpu"}, "device and device_map are not supported in training.*remove them"),
+        ({"device_map": "auto"}, "device and device_map are not supported in training.*remove them"),
     ],
 )
 def test_what_training_cannot_use(load_recipe, values, words):
@@ -117,7 +117,7 @@ def test_a_device_that_is_not_there(device, words):
 
 
 def test_one_device_or_a_map():
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="use only one of them"):
         Placement(device="cpu", device_map="auto")
 
 
@@ -144,7 +144,7 @@ def test_an_unknown_device_map_is_told(random_model):
 @pytest.mark.parametrize(("dtype", "copies"), [("float32", 0), ("bfloat16", 0.5)])
 def test_no_second_copy_in_memory(tmp_path, dtype, copies):
     """On a CPU float32 weights stay mapped from the file; those of another type are made once, not twice."""
-    config = tiny(vocab_size=32000, eos_token_id=2, pad_token_id=0)
+    config = tiny_config(vocab_size=32000, eos_token_id=2, pad_token_id=0)
     config.lm |= dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
     save_network(Network(config), tmp_path)
     code = f"""
@@ -257,7 +257,7 @@ class TestAdapter:
         save_published(tmp_path, load_file((base / "model.safetensors").resolve().parent / "lora.safetensors"))
         path = tmp_path / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {kind: value}))
-        with pytest.raises(ValueError, match=f"has {kind}: plain LoRA"):
+        with pytest.raises(ValueError, match=f"uses {kind}; only plain LoRA"):
             load_network(base, adapter=tmp_path)
 
     def test_one_of_another_model_is_refused(self, saved, published, tmp_path):
@@ -266,18 +266,18 @@ class TestAdapter:
         first = sorted(tensors)[0]
         tensors["base_model.model.other.lora_A.weight"] = tensors.pop(first)
         save_file(tensors, folder / "adapter_model.safetensors")
-        with pytest.raises(ValueError, match=r"of another model: missing .*, unexpected .*other"):
+        with pytest.raises(ValueError, match=r"to another model: missing .*, unexpected .*other"):
             load_network(saved[1].name, adapter=folder)
 
     def test_a_pickled_one_is_not_opened(self, saved, random_model):
         folder, _ = saved
         torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
         (folder / "adapter_model.safetensors").unlink()
-        with pytest.raises(ValueError, match=r"no adapter that can be read.*tools/convert\.py"):
+        with pytest.raises(ValueError, match=r"no readable adapter.*tools/convert\.py"):
             load_network(random_model, adapter=folder)
 
     def test_there_is_none(self, random_model, tmp_path):
-        with pytest.raises(ValueError, match="holds no adapter that can be read"):
+        with pytest.raises(ValueError, match="has no readable adapter"):
             load_network(random_model, adapter=tmp_path)
 
 

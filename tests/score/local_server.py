@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from salmonn.caption.tokenizer import train_tokenizer
+from salmonn.caption.prompt import train_tokenizer
 
 # Importing transformers is nearly all of it: 7 s where two cores are free.
 _LONGEST_START_SECONDS = 90.0

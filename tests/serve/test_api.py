@@ -124,7 +124,7 @@ def test_a_conversation_goes_on(start, model, videos):
 
 def test_those_who_ask_together_are_answered_together(start, model, videos, monkeypatch):
     """One is being read, eight come meanwhile and are read together; each has the answer that it has alone."""
-    monkeypatch.setattr("salmonn.model.network.PREFILL_CHUNK_TOKENS_CPU", 8192)
+    monkeypatch.setattr(model.network, "prefill_chunk_tokens", 8192)
     running = start()
     model.gate.clear()
     with ThreadPoolExecutor(9) as pool:

@@ -22,16 +22,9 @@ from transformers import (
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.caption.tokenizer import (
-    AUDIO_PAD,
-    CHAT_TEMPLATE,
-    CLIP_END,
-    CLIP_START,
-    TURN_END,
-    VIDEO_PAD,
-    train_tokenizer,
-)
+from salmonn.caption.prompt import train_tokenizer
 from salmonn.media.clip import Clip
+from salmonn.model.families.base import AUDIO_PAD, CHAT_TEMPLATE, CLIP_END, CLIP_START, TURN_END, VIDEO_PAD
 from salmonn.model.loading import Placement, load_network
 
 TOOL = Path(__file__).parents[2] / "tools" / "assemble.py"
@@ -287,27 +280,29 @@ class TestRefusals:
         Qwen2Config().save_pretrained(folder)  # no weights: what is wrong is said before they are looked for
         values = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(values | {"model_type": kind}))
-        assert f"--lm {folder} is of type '{kind}': give a Qwen2.5-VL" in refuse(lm=folder)
+        assert f"--lm {folder} has model type '{kind}'; use a Qwen2.5-VL" in refuse(lm=folder)
 
     def test_sources_exchanged(self, refuse, untied, whisper):
-        assert f"--lm {whisper} is of type 'whisper'" in refuse(lm=whisper, whisper=untied)
-        assert f"--whisper {untied} is of type 'qwen2_5_vl': give a Whisper" in refuse(whisper=untied)
+        assert f"--lm {whisper} has model type 'whisper'" in refuse(lm=whisper, whisper=untied)
+        assert f"--whisper {untied} has model type 'qwen2_5_vl'; use a Whisper" in refuse(whisper=untied)
 
     def test_a_model_that_hears_already(self, refuse, untied, tmp_path):
         folder = tmp_path / "plus"
         folder.mkdir()
         values = json.loads((untied / "config.json").read_text()) | {"audio_config": {}}
         (folder / "config.json").write_text(json.dumps(values))
-        assert "hears already" in refuse(lm=folder)
+        assert "already has an audio tower" in refuse(lm=folder)
 
     def test_no_folder(self, refuse, tmp_path):
-        assert f"--lm {tmp_path / 'none'} is neither the folder" in refuse(lm=tmp_path / "none")
-        assert f"--whisper {tmp_path} holds no config.json" in refuse(whisper=tmp_path)
+        assert f"--lm {tmp_path / 'none'} is neither a model folder" in refuse(lm=tmp_path / "none")
+        assert f"--whisper {tmp_path} has no config.json" in refuse(whisper=tmp_path)
 
     def test_an_embedding_matrix_without_room(self, refuse, tmp_path):
         size = len(qwen_tokenizer())
         folder = save_qwen(tmp_path / "small", tied=False, vocab_size=size)
-        assert f"{AUDIO_PAD} would be token {size}, but --lm {folder} embeds only {size}" in refuse(lm=folder)
+        assert f"{AUDIO_PAD} would have token id {size}, but --lm {folder} has only {size} embeddings" in refuse(
+            lm=folder
+        )
 
     @pytest.mark.parametrize("lacking", [VIDEO_PAD, "chat template"])
     def test_another_tokenizer(self, refuse, untied, tmp_path, lacking):
@@ -331,16 +326,16 @@ class TestRefusals:
         save_file({name: tensor for name, tensor in tensors.items() if name != gone}, folder / "model.safetensors",
                   metadata={"format": "pt"})  # fmt: skip
         said = refuse(**{part: folder})
-        assert f"the weights of {folder} do not fit" in said and gone.removeprefix("model.") in said
+        assert f"the weights of {folder} do not match" in said and gone.removeprefix("model.") in said
         (folder / "model.safetensors").unlink()
         assert f"the weights of {folder} are missing or damaged" in refuse(**{part: folder})
 
     def test_a_whisper_of_broken_windows(self, refuse, tmp_path):
         folder = save_whisper(tmp_path / "odd", steps=410)
-        assert "410 steps a chunk, which are no whole windows of 25" in refuse(whisper=folder)
+        assert "410 steps per chunk, not a multiple of the window of 25 steps" in refuse(whisper=folder)
 
     def test_heads_that_do_not_divide(self, refuse):
-        assert "--qformer_hidden 24 does not divide among --qformer_heads 5" in refuse(qformer_heads=5)
+        assert "--qformer_hidden 24 is not a multiple of --qformer_heads 5" in refuse(qformer_heads=5)
         assert "must be at least 1" in refuse(qformer_layers=0)
 
 
@@ -359,7 +354,7 @@ class TestCheck:
 
     def test_all_is_well(self, tool, network, parts):
         wanted, sources = parts
-        told = tool.check(network, wanted=wanted, sources=sources)
+        told = tool.check_sources(network, shapes=wanted, sources=sources)
         lm = len({id(tensor) for tensor in sources["lm"]})
         assert told == f"{lm} weights from lm, {len(sources['whisper'])} weights from whisper, " + (
             f"{len(sources['fresh'])} weights from fresh"
@@ -368,7 +363,12 @@ class TestCheck:
     @pytest.mark.parametrize("mistake", ["none", "two", "left", "shape", "unset"])
     def test_a_mistake(self, tool, network, parts, mistake):
         wanted, sources = parts
-        words = {"none": "one source each", "two": "one source each", "left": "found no place", "shape": "do not fit"}
+        words = {
+            "none": "come from one source",
+            "two": "come from one source",
+            "left": "were not used",
+            "shape": "do not match",
+        }
         kept = network.audio.projector.bias.detach().clone()
         if mistake == "none":
             sources["whisper"].pop()
@@ -382,6 +382,6 @@ class TestCheck:
             network.audio.projector.bias.data.fill_(torch.nan)
         try:
             with pytest.raises(ValueError, match=words.get(mistake, "without a value.*audio.projector.bias")):
-                tool.check(network, wanted=wanted, sources=sources)
+                tool.check_sources(network, shapes=wanted, sources=sources)
         finally:
             network.audio.projector.bias.data.copy_(kept)

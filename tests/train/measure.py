@@ -18,6 +18,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.caption.processor import Processor
 from salmonn.media.clip import Clip
+from salmonn.model.layout import ClipInputs
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import ClipInputs, Network

@@ -10,8 +10,8 @@ import torch
 from salmonn.conversations import Turn, parse_conversation
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
-from salmonn.model.layout import interleave_by_time
-from salmonn.model.network import ClipFeatures
+from salmonn.model.families.salmonn2_plus import interleave_by_time
+from salmonn.model.layout import ClipFeatures
 from salmonn.records import Question, Reference
 from salmonn.train.data import ClipCache, Example, SftBatches, batch_at, conversation_examples, make_examples, sft_loss
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn.caption.processor import Processor, make_layout
-from salmonn.model.loading import Placement, load_config, load_network
+from salmonn.caption.processor import Processor
+from salmonn.model.families import PUBLISHED_CONFIGS, get_family
+from salmonn.model.loading import Placement, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.model.presets import PUBLISHED, offline_config
 from salmonn.train import memory as budget
 from salmonn.train.dry_run import (
     ClipShape,
@@ -48,7 +48,7 @@ def adapted(config):
     return network
 
 
-@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("model", PUBLISHED_CONFIGS)
 def test_parameters_of_the_published_models(model):
     config = offline_config(model)
     network = adapted(config)
@@ -81,7 +81,7 @@ def test_parameters_of_a_real_network(random_model):
 
 
 def test_an_unknown_model_is_named():
-    with pytest.raises(ValueError, match=r"no/such are not known here.*video-SALMONN2_plus_7B_full"):
+    with pytest.raises(ValueError, match=r"unknown model no/such.*video-SALMONN2_plus_7B_full"):
         offline_config("no/such")
 
 
@@ -115,7 +115,7 @@ def test_tokens_of_a_real_clip(film, processor, model):
     media, imagined = real.read(path), placeholder_inputs(config, shape)
     assert (media.num_frames, media.grid) == (imagined.num_frames, imagined.grid)
     assert media.pixels.shape == imagined.pixels.shape and media.mel.shape == imagined.mel.shape
-    assert torch.equal(real.make_layout(media).positions, make_layout(config, imagined).positions)
+    assert torch.equal(real.make_layout(media).positions, get_family(config).layout(imagined).positions)
 
 
 def test_times_are_counted_where_they_are_told():
@@ -136,17 +136,19 @@ def test_times_are_counted_where_they_are_told():
 
 def test_tokens_by_hand():
     """51 s at 1 fps: 51 frames of 13 x 14 tokens, each with 3 of the 120 tokens heard. In 2+ 510 frames, two a step."""
+    configs = {model: offline_config(model) for model in PUBLISHED_CONFIGS}
     tokens = {
-        model: len(make_layout(offline_config(model), placeholder_inputs(offline_config(model), ClipShape())))
-        for model in PUBLISHED
+        model: len(get_family(config).layout(placeholder_inputs(config, ClipShape())))
+        for model, config in configs.items()
     }
     assert tokens.pop("tsinghua-ee/video-SALMONN-2") == 51 * (13 * 14 + 3)
     # 61,250 * 0.95 * 768 / 510 pixels: 14 x 7 squares of 28.
     assert set(tokens.values()) == {255 * 14 * 7 + 120}
-    longer = offline_config("tsinghua-ee/video-SALMONN2_plus_7B_full").with_frames({"min_frames": 64})
+    name = "tsinghua-ee/video-SALMONN2_plus_7B_full"
+    longer = offline_config(name, frames={"min_frames": 64})
     assert placeholder_inputs(longer, ClipShape(seconds=3.0)).num_frames == 64
-    with pytest.raises(ValueError, match="salmonn2-plus have no min_framez, but interval_seconds"):
-        longer.with_frames({"min_framez": 1})
+    with pytest.raises(ValueError, match="no option min_framez for a salmonn2-plus model; its options are interval"):
+        offline_config(name, frames={"min_framez": 1})
 
 
 STACK = Stack(width=8, inner=32, layers=3, heads=4, kv_heads=2, head_width=2, gated=True)

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.model.layout import Layout
-from salmonn.model.network import ClipFeatures
+from salmonn.model.layout import ClipFeatures, Layout
 from salmonn.train import feature_cache as tokens
 from salmonn.train.data import Example
 from salmonn.train.evaluate import encode_clips, encode_examples

@@ -65,7 +65,7 @@ def test_distributions_are_the_softmax_at_each_label(captioner, media):
     logits = network.lm(
         inputs_embeds=network.embed(inputs),
         attention_mask=inputs.attention_mask,
-        position_ids=network.positions(inputs.position_ids),
+        position_ids=network.family.rotary_positions(inputs.position_ids),
     ).logits
     places = [(row, place) for row, place in inputs.labels.ne(-100).nonzero().tolist()]
     expected = torch.stack([logits[row, place - 1].log_softmax(-1) for row, place in places])
@@ -86,7 +86,7 @@ def expected_kl(captioner, clips, blocks, *, reversed_roles=False) -> float:
             return network.lm(
                 inputs_embeds=network.embed(inputs),
                 attention_mask=inputs.attention_mask,
-                position_ids=network.positions(inputs.position_ids),
+                position_ids=network.family.rotary_positions(inputs.position_ids),
             ).logits[0]
 
         on = logits()

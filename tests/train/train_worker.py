@@ -17,7 +17,6 @@ from torch import nn
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.model import network as network_module
 from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Comparison, Reference, read_records
@@ -52,6 +51,7 @@ def train(
 ) -> Checkpoint:
     """Train on three pairs, a right and a wrong caption of each clip."""
     network, references, prompt = captioner.network, clips.references, captioner.default_prompt()
+    network.max_logit_bytes = 4 * 400 * 20  # a few positions at a time: processes have different numbers of chunks
     (blocks,) = encode_clips(captioner, clips, name="clips")
     pairs = [
         Comparison(one.video, prompt, one.caption, other.caption, one.caption, margin=0.5)
@@ -79,10 +79,6 @@ def train(
         strategy, out, Checkpoints(out / "checkpoints"), strategy=strategy, callback=Callback(measure, every=5)
     )
     return fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
-
-
-# Some positions at a time, so that processes have different numbers of chunks.
-network_module.LOGIT_BYTES = 4 * 400 * 20
 
 
 def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from rows import PromptRow, machine, put_table, to_markdown, write_rows
+from rows import BenchRow, machine, put_table, to_markdown, write_rows
 
 PARTS = ("step", "trl_step", "sampling", "folder", "decoders", "growth")
 HERE = Path(__file__).parent
 
 
-def run_part(name: str, *, quick: bool) -> list[PromptRow] | None:
+def run_part(name: str, *, quick: bool) -> list[BenchRow] | None:
     """A part's rows, which say of which part and which machine they are; None where it failed."""
     cores = str(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder:
@@ -30,17 +30,17 @@ def run_part(name: str, *, quick: bool) -> list[PromptRow] | None:
         environment = os.environ | {"OMP_NUM_THREADS": cores, "TQDM_DISABLE": "1"}
         if subprocess.run(command, check=False, env=environment).returncode:
             return None
-        rows: list[PromptRow] = json.loads(out.read_text(encoding="utf-8"))
+        rows: list[BenchRow] = json.loads(out.read_text(encoding="utf-8"))
     return [{"part": name, "machine": machine()} | row | {"bench": name} for row in rows]
 
 
-def collect(parts: Sequence[str], *, quick: bool) -> tuple[list[PromptRow], list[str]]:
+def collect(parts: Sequence[str], *, quick: bool) -> tuple[list[BenchRow], list[str]]:
     """Rows of all parts, and which parts failed."""
     rows = {name: run_part(name, quick=quick) for name in parts}
     return [row for each in rows.values() for row in each or []], [name for name, each in rows.items() if each is None]
 
 
-def renew(before: Sequence[PromptRow], rows: Sequence[PromptRow]) -> list[PromptRow]:
+def renew(before: Sequence[BenchRow], rows: Sequence[BenchRow]) -> list[BenchRow]:
     """All rows in the benches' order; of those that were run, what was measured anew, however its tables are named."""
     anew = {row["bench"] for row in rows}
     kept = [row for row in before if row["bench"] not in anew]
@@ -58,7 +58,7 @@ def main() -> None:
     if unknown := sorted(set(values.parts) - set(PARTS)):
         parser.error(f"there is no part {', '.join(unknown)}, but {', '.join(PARTS)}")
     is_there = values.out.exists() and not values.quick  # what is quick stands beside nothing else
-    before: list[PromptRow] = json.loads(values.out.read_text(encoding="utf-8")) if is_there else []
+    before: list[BenchRow] = json.loads(values.out.read_text(encoding="utf-8")) if is_there else []
     rows, failed = collect(values.parts, quick=values.quick)
     rows = renew(before, rows)
     write_rows(values.out, rows)

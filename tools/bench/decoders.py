@@ -22,7 +22,7 @@ import av
 import numpy as np
 from jsonargparse import ArgumentParser
 from PIL import Image
-from rows import PromptRow, alone, compare, hand_in, interleave, peak_mib, tell
+from rows import BenchRow, alone, compare, hand_in, interleave, peak_mib, tell
 
 from salmonn.media.clip import read_clip
 from salmonn.media.frame_sampling import FixedRateSampler
@@ -252,7 +252,7 @@ def differences(read: Read, ours: Read) -> str:
     return f"other sound, {loud / right:.2f} times as loud"
 
 
-def measure(case: Case, path: Path, names: list[str], *, repeats: int) -> list[PromptRow]:
+def measure(case: Case, path: Path, names: list[str], *, repeats: int) -> list[BenchRow]:
     """A row for each other reader; those that fail say why and have no time.
 
     Raises:
@@ -275,7 +275,7 @@ def measure(case: Case, path: Path, names: list[str], *, repeats: int) -> list[P
     timings = interleave({name: partial(read, name) for name in last}, repeats=repeats)
     rows = []
     for name in names[1:]:
-        row: PromptRow = {
+        row: BenchRow = {
             "part": "decoders",
             "name": f"{case.name}: {name}",
             "ours_seconds": round(timings["ours"].seconds, 4),
@@ -289,14 +289,14 @@ def measure(case: Case, path: Path, names: list[str], *, repeats: int) -> list[P
 def memory(case: Case, path: Path, name: str) -> int:
     """MiB that reading needs, in a process of its own."""
     asked: Mapping[str, Any] = asdict(case) | {"path": str(path), "reader": name}
-    answer: PromptRow = alone(__file__, f"--memory={json.dumps(asked)}")
+    answer: BenchRow = alone(__file__, f"--memory={json.dumps(asked)}")
     return int(answer["step_mib"])
 
 
-def run(cases: list[Case], folder: Path, *, repeats: int) -> list[PromptRow]:
+def run(cases: list[Case], folder: Path, *, repeats: int) -> list[BenchRow]:
     """Rows of all cases; memory of the last."""
     names, missing = installed()
-    rows: list[PromptRow] = [{"part": "decoders", "name": reason, "note": "not measured"} for reason in missing]
+    rows: list[BenchRow] = [{"part": "decoders", "name": reason, "note": "not measured"} for reason in missing]
     for case in cases:
         piece = folder / f"{case.codec}_{case.height}_{case.key_seconds}.mp4"
         clip = piece.with_stem(f"{piece.stem}_{case.seconds}")

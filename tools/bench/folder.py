@@ -18,7 +18,7 @@ from clips import render
 from jsonargparse import ArgumentParser
 from model import SHAPES, Shape, make_captioner
 from naive import naive_answers
-from rows import PromptRow, alone, compare, hand_in, interleave, peak_mib, tell
+from rows import BenchRow, alone, compare, hand_in, interleave, peak_mib, tell
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
@@ -147,9 +147,9 @@ def check(bench: Bench) -> None:
         raise ValueError(f"of {len(bench.paths)} clips most have the same caption, which shows little")
 
 
-def run(config: FolderConfig) -> list[PromptRow]:
+def run(config: FolderConfig) -> list[BenchRow]:
     """Rows for both folders, ours against each other side."""
-    rows: list[PromptRow] = []
+    rows: list[BenchRow] = []
     kinds: tuple[Kind, ...] = ("720p", "synthetic")
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds:
@@ -176,7 +176,7 @@ def run(config: FolderConfig) -> list[PromptRow]:
     return rows
 
 
-def split_up(bench: Bench, kind: Kind, *, repeats: int) -> list[PromptRow]:
+def split_up(bench: Bench, kind: Kind, *, repeats: int) -> list[BenchRow]:
     """Rows of what the time goes into, side by side against one at a time."""
     rows = []
     for name, (together, alone_) in bench.parts().items():
@@ -186,10 +186,10 @@ def split_up(bench: Bench, kind: Kind, *, repeats: int) -> list[PromptRow]:
     return rows
 
 
-def measured(config: FolderConfig, kind: Kind, side: str, paths: Sequence[Path]) -> PromptRow:
+def measured(config: FolderConfig, kind: Kind, side: str, paths: Sequence[Path]) -> BenchRow:
     """Peak memory of a side in a process of its own, which captions the first 8 clips; workers have 50 MiB each."""
     flags = [f"--memory_of={side}", f"--kind={kind}", "--videos", *map(str, paths[:8])]
-    answer: PromptRow = alone(__file__, *flags, *(["--quick"] if config.quick else []))
+    answer: BenchRow = alone(__file__, *flags, *(["--quick"] if config.quick else []))
     return answer
 
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 from model import BenchConfig, make_pair, parse
-from rows import PromptRow, Timing, alone, exponent, hand_in, interleave, peak_mib, tell
+from rows import BenchRow, Timing, alone, exponent, hand_in, interleave, peak_mib, tell
 from step import Bench
 
-from salmonn.model.network import ClipFeatures
+from salmonn.model.layout import ClipFeatures
 from salmonn.train.preference import PreferenceBatches
 
 FRAMES = (11, 22, 44, 88)  # of 182 tokens: a prefix of 2,000 to 16,000
@@ -22,7 +22,7 @@ CLIPS = (100, 300, 1000)
 BATCH_SIZE = 4  # pairs a step of a round
 
 
-def run(config: BenchConfig, *, frames: Sequence[int] = FRAMES, clips: Sequence[int] = CLIPS) -> list[PromptRow]:
+def run(config: BenchConfig, *, frames: Sequence[int] = FRAMES, clips: Sequence[int] = CLIPS) -> list[BenchRow]:
     """Rows of both kinds of growth."""
     rows = []
     lengths = [measured(config, "num_frames", count) for count in frames]
@@ -33,9 +33,9 @@ def run(config: BenchConfig, *, frames: Sequence[int] = FRAMES, clips: Sequence[
     return rows
 
 
-def told(measures: Sequence[Mapping[str, float]], name: str, part: str) -> list[PromptRow]:
+def told(measures: Sequence[Mapping[str, float]], name: str, part: str) -> list[BenchRow]:
     """A row for each size, and one for the fit."""
-    rows: list[PromptRow] = [
+    rows: list[BenchRow] = [
         {
             "name": name.format(f"{one['size']:,}"),
             "part": part,
@@ -50,19 +50,19 @@ def told(measures: Sequence[Mapping[str, float]], name: str, part: str) -> list[
     sizes = [one["size"] for one in measures]
     time = exponent(sizes, [one["seconds"] for one in measures])
     memory = exponent(sizes, [max(one["step_mib"], 1) for one in measures])
-    fit: PromptRow = {"name": "fit", "part": part, "ours_seconds": None, "other_seconds": None, "ratio": None}
+    fit: BenchRow = {"name": "fit", "part": part, "ours_seconds": None, "other_seconds": None, "ratio": None}
     fit |= {"time_exponent": round(time, 2), "memory_exponent": round(memory, 2)}
     return [*rows, fit | {"note": f"time grows as size ** {time:.2f}, memory as size ** {memory:.2f}"}]
 
 
-def measured(config: BenchConfig, kind: str, count: int) -> PromptRow:
+def measured(config: BenchConfig, kind: str, count: int) -> BenchRow:
     """Size, seconds and memory of one size, in a process of its own."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: PromptRow = alone(__file__, *flags, f"--{kind}={count}")
+    answer: BenchRow = alone(__file__, *flags, f"--{kind}={count}")
     return answer
 
 
-def step_of(config: BenchConfig, num_frames: int) -> PromptRow:
+def step_of(config: BenchConfig, num_frames: int) -> BenchRow:
     """One step on a clip of so many frames."""
     warm = Bench(replace(config, shape="small"))
     warm.compute_reference_logps()
@@ -74,7 +74,7 @@ def step_of(config: BenchConfig, num_frames: int) -> PromptRow:
     return memory | {"size": bench.prefix_tokens, "seconds": round(seconds, 3)}
 
 
-def round_of(config: BenchConfig, num_clips: int) -> PromptRow:
+def round_of(config: BenchConfig, num_clips: int) -> BenchRow:
     """The reference pass and one epoch over so many clips, whose tokens are kept."""
     bench = Bench(config)
     bench.compute_reference_logps()

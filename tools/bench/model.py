@@ -9,34 +9,29 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
-from rows import PromptRow, hand_in
+from rows import BenchRow, hand_in
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
-from salmonn.caption.tokenizer import (
-    AUDIO_PAD,
-    CLIP_END,
-    CLIP_START,
-    PAD,
-    TURN_END,
-    TURN_START,
-    VIDEO_PAD,
-    wrap_tokenizer,
-)
+from salmonn.caption.prompt import wrap_tokenizer
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
-from salmonn.model.config import Family, SalmonnConfig, tiny
+from salmonn.model.config import SalmonnConfig
+from salmonn.model.families.base import AUDIO_PAD, CLIP_END, CLIP_START, PAD, TURN_END, TURN_START, VIDEO_PAD
+from salmonn.model.families.tiny import tiny_config
+from salmonn.model.layout import ClipInputs
+from salmonn.model.loading import offline_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import ClipInputs, Network
-from salmonn.model.presets import offline_config
 from salmonn.records import Comparison
 
 SPECIAL = [PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD]
 PROMPT = "w1 w2 w3 w4 w5 w6 w7 w8"
 LORA = LoraConfig(rank=16, alpha=32, dropout=0.0)
 ShapeName = Literal["small", "mid", "7b"]
+FamilyName = Literal["salmonn2", "salmonn2-plus"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class BenchConfig:
     """
 
     shape: ShapeName = "mid"
-    family: Family = "salmonn2"
+    family: FamilyName = "salmonn2"
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     repeats: int = 3
@@ -128,7 +123,7 @@ def parse(description: str, **alone: type) -> tuple[BenchConfig, Any]:
 
 
 def start(
-    description: str, run: Callable[[BenchConfig], list[PromptRow]], tell_memory: Callable[[BenchConfig, str], None]
+    description: str, run: Callable[[BenchConfig], list[BenchRow]], tell_memory: Callable[[BenchConfig, str], None]
 ) -> None:
     """What a bench of several sides does: parse, run, show; or measure the memory of one side, and tell it."""
     config, values = parse(description, memory_of=str)
@@ -153,12 +148,12 @@ def make_words(count: int, *, shape: Shape, seed: int) -> str:
     return " ".join(f"w{draw.randrange(len(SPECIAL), shape.vocab_size)}" for _ in range(count))
 
 
-def make_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, family: Family) -> SalmonnConfig:
+def make_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, family: FamilyName) -> SalmonnConfig:
     """The sizes of a network of either family."""
     if shape.published:
         return offline_config(shape.published)
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    config = tiny(vocab_size=shape.vocab_size, **ids)
+    config = tiny_config(vocab_size=shape.vocab_size, **ids)
     tower = dict(hidden_size=shape.tower_width, num_attention_heads=4, intermediate_size=4 * shape.tower_width)
     config.lm |= dict(
         hidden_size=shape.width,
@@ -180,7 +175,8 @@ def make_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, family: Fam
     config.qformer |= tower | dict(encoder_hidden_size=shape.tower_width)
     config.pool, config.tie_word_embeddings, config.initializer_range = 2, False, 0.02
     config.frames = dict(frames_per_second=1.0, max_frames=10_000, side=shape.side)
-    return _to_plus(config, shape, tokenizer) if family == "salmonn2-plus" else config
+    convert = {"salmonn2": lambda: config, "salmonn2-plus": lambda: _to_plus(config, shape, tokenizer)}
+    return convert[family]()
 
 
 def _to_plus(config: SalmonnConfig, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> SalmonnConfig:
@@ -215,7 +211,7 @@ def _to_plus(config: SalmonnConfig, shape: Shape, tokenizer: PreTrainedTokenizer
 
 
 def make_captioner(
-    shape: Shape, *, family: Family = "salmonn2", device: str = "cpu", dtype: torch.dtype = torch.float32
+    shape: Shape, *, family: FamilyName = "salmonn2", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Captioner:
     """A network of random weights with its processor.
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from salmonn.caption.processor import Processor, PromptRow
+from salmonn.model.layout import ClipInputs, ModelInputs
 from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import ClipInputs, ModelInputs, Network
 from salmonn.records import Comparison
@@ -70,7 +71,7 @@ class NaiveStep:
 
 def embeds_of(network: Network, inputs: ModelInputs) -> dict[str, Any]:
     """Rows without padding as transformers' language model takes them; no mask, so that causality is all it needs."""
-    positions = inputs.position_ids if network.config.family == "salmonn2-plus" else inputs.position_ids[0]
+    positions = network.family.rotary_positions(inputs.position_ids)
     return {"inputs_embeds": network.embed(inputs), "position_ids": positions}
 
 

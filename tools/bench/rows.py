@@ -24,7 +24,7 @@ from rich.table import Table
 MIB = 1 << 20
 # Between these lines of a document its table stands, and whatever stood there goes.
 TABLE_START, TABLE_END = "<!-- bench: start -->", "<!-- bench: end -->"
-PromptRow = dict[str, Any]  # name, ours_seconds, other_seconds, ratio, and what else is known
+BenchRow = dict[str, Any]  # name, ours_seconds, other_seconds, ratio, and what else is known
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def compare(name: str, ours: Timing, other: Timing, **more: object) -> PromptRow:
+def compare(name: str, ours: Timing, other: Timing, **more: object) -> BenchRow:
     """A row: ratio is how many times as long the other side takes."""
     return {
         "name": name,
@@ -100,7 +100,7 @@ def held_mib(kind: str) -> float:
     return int(line.split()[1]) * 1024 / MIB
 
 
-def peak_mib(run: Callable[[], object]) -> PromptRow:
+def peak_mib(run: Callable[[], object]) -> BenchRow:
     """The most that running it needs beside what is held before, and with it, in MiB: `step_mib`, `process_mib`.
 
     What was let go before is given back first, since it would hide what the run takes, and the peak begins anew.
@@ -152,13 +152,13 @@ def _cpu_info() -> list[str]:
     return Path("/proc/cpuinfo").read_text().splitlines()
 
 
-def write_rows(path: Path | str, rows: Sequence[PromptRow]) -> None:
+def write_rows(path: Path | str, rows: Sequence[BenchRow]) -> None:
     """Write rows as a JSON list, one a line, in place of what is there."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def hand_in(rows: Sequence[PromptRow], *, out: Path | None) -> None:
+def hand_in(rows: Sequence[BenchRow], *, out: Path | None) -> None:
     """Print a part's rows, with the machine, and write them to a file if one is named."""
     signed = [row | {"machine": machine()} for row in rows]
     for part in dict.fromkeys(row["part"] for row in signed):
@@ -167,7 +167,7 @@ def hand_in(rows: Sequence[PromptRow], *, out: Path | None) -> None:
         write_rows(out, signed)
 
 
-def show(rows: Sequence[PromptRow], *, title: str) -> None:
+def show(rows: Sequence[BenchRow], *, title: str) -> None:
     """Print rows as a table."""
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     table = Table(*(COLUMNS[column] for column in columns), title=title)
@@ -193,7 +193,7 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value}"
 
 
-def to_markdown(rows: Sequence[PromptRow]) -> str:
+def to_markdown(rows: Sequence[BenchRow]) -> str:
     """The machine, and for each part of the bench a table of its rows."""
     text = f"Measured on {rows[0]['machine']}.\n"
     for part in dict.fromkeys(row["part"] for row in rows):

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from model import PROMPT, BenchConfig, make_captioner, make_clip, parse
 from naive import naive_answers
-from rows import PromptRow, alone, compare, hand_in, interleave, peak_mib, tell
+from rows import BenchRow, alone, compare, hand_in, interleave, peak_mib, tell
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
-from salmonn.model.network import ClipInputs
+from salmonn.model.layout import ClipInputs
 
 NUM_SAMPLES = 4
 NUM_CLIPS = 2  # side by side in the larger batch
@@ -83,7 +83,7 @@ def check(bench: Bench, *, exact: bool) -> None:
         raise ValueError(f"answers ended early, after {sorted(map(len, drawn))} tokens: take another seed")
 
 
-def run(config: BenchConfig) -> list[PromptRow]:
+def run(config: BenchConfig) -> list[BenchRow]:
     """Rows for one clip and for several."""
     bench = Bench(config)
     check(bench, exact=config.dtype == "float32")
@@ -109,10 +109,10 @@ def run(config: BenchConfig) -> list[PromptRow]:
     return [row | {"part": part} for row in rows]
 
 
-def measured(config: BenchConfig, side: str, num_clips: int) -> PromptRow:
+def measured(config: BenchConfig, side: str, num_clips: int) -> BenchRow:
     """Peak memory of a side, in a process of its own."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: PromptRow = alone(__file__, *flags, f"--memory_of={side}", f"--num_clips={num_clips}")
+    answer: BenchRow = alone(__file__, *flags, f"--memory_of={side}", f"--num_clips={num_clips}")
     return answer
 
 

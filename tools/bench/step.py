@@ -14,10 +14,11 @@ from dataclasses import replace
 import torch
 from model import BenchConfig, adapt, make_captioner, make_clip, make_pair, start
 from naive import NaiveStep
-from rows import PromptRow, Timing, alone, compare, interleave, peak_mib, tell
+from rows import BenchRow, Timing, alone, compare, interleave, peak_mib, tell
 from torch import Tensor, nn
 
-from salmonn.model.network import ClipInputs, ModelInputs, Network
+from salmonn.model.layout import ClipInputs, ModelInputs
+from salmonn.model.network import Network
 from salmonn.train.loop import autocast
 from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
 
@@ -193,7 +194,7 @@ def require_same(name: str, found: tuple[float, Tensor], wanted: tuple[float, Te
         )
 
 
-def run(config: BenchConfig) -> list[PromptRow]:
+def run(config: BenchConfig) -> list[BenchRow]:
     """Rows of time and memory."""
     bench = Bench(config)
     check(bench, config)
@@ -209,12 +210,12 @@ def run(config: BenchConfig) -> list[PromptRow]:
     return [row | {"part": f"{PART}: {about}"} for row in rows]
 
 
-def _against(name: str, timings: dict[str, Timing], memory: dict[str, PromptRow]) -> PromptRow:
+def _against(name: str, timings: dict[str, Timing], memory: dict[str, BenchRow]) -> BenchRow:
     row = compare(name, timings["ours"], timings[name])
     return row | compare_memory(memory["ours"], memory[name]) if name in memory else row
 
 
-def compare_memory(ours: PromptRow, other: PromptRow) -> PromptRow:
+def compare_memory(ours: BenchRow, other: BenchRow) -> BenchRow:
     """What a row says of memory: of the step alone, and of the process with model and batch."""
     return {
         "ours_mib": ours["step_mib"],
@@ -224,7 +225,7 @@ def compare_memory(ours: PromptRow, other: PromptRow) -> PromptRow:
     }
 
 
-def _use(bench: Bench, ours: Timing) -> PromptRow:
+def _use(bench: Bench, ours: Timing) -> BenchRow:
     """How much of the GPU is used: model flops utilisation, counted with and without weights' gradients.
 
     A pass is forwards, backwards to what went in, or backwards to the weights, which a LoRA step does not need.
@@ -256,10 +257,10 @@ def flops(count: int, tokens: int, *, width: int, layers: int, passes: int) -> f
     return 2 * passes * count * tokens + 3 * 4 * layers * width * tokens**2 / 2
 
 
-def measured(config: BenchConfig, side: str) -> PromptRow:
+def measured(config: BenchConfig, side: str) -> BenchRow:
     """Peak memory of a side, in a process of its own."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: PromptRow = alone(__file__, *flags, f"--memory_of={side}")
+    answer: BenchRow = alone(__file__, *flags, f"--memory_of={side}")
     return answer
 
 

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from model import LORA, BenchConfig, adapt, make_captioner, make_words, start
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from rows import PromptRow, alone, compare, interleave, peak_mib, tell
+from rows import BenchRow, alone, compare, interleave, peak_mib, tell
 from step import compare_memory, require_same
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from salmonn.model.layout import Layout
+from salmonn.model.families.salmonn2 import Salmonn2
+from salmonn.model.layout import Layout, ModelInputs
 from salmonn.model.lora import adapter_disabled
-from salmonn.model.network import ModelInputs
 from salmonn.preference.losses import guided_dpo_loss, sequence_logps
 from salmonn.train.loop import autocast
 
@@ -48,7 +48,9 @@ class Ours:
         # TRL is given the decoder as it is before the adapter is attached.
         self.decoder = {key: tensor.clone() for key, tensor in self.network.lm.state_dict().items()}
         adapt(self.network)
-        length = shape.num_frames * captioner.processor.config.tokens_per_frame
+        family = captioner.processor.family
+        assert isinstance(family, Salmonn2)
+        length = shape.num_frames * family.tokens_per_frame
         self.prompt, self.chosen, self.rejected = (
             make_words(count, shape=shape, seed=seed)
             for seed, count in enumerate([length, shape.answer_tokens, shape.answer_tokens])
@@ -178,7 +180,7 @@ def check(ours: Ours, theirs: Theirs, *, name: str, config: BenchConfig) -> None
 THEIRS = {"TRL": False, "TRL, precomputed reference": True}
 
 
-def run(config: BenchConfig) -> list[PromptRow]:
+def run(config: BenchConfig) -> list[BenchRow]:
     """Rows of time and memory; none where TRL is not installed."""
     if not importlib.util.find_spec("trl"):
         sys.stderr.write(NO_TRL)
@@ -205,10 +207,10 @@ def run(config: BenchConfig) -> list[PromptRow]:
     return [row | {"part": part} for row in rows]
 
 
-def measured(config: BenchConfig, side: str) -> PromptRow:
+def measured(config: BenchConfig, side: str) -> BenchRow:
     """Peak memory of a side, in a process of its own."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: PromptRow = alone(__file__, *flags, f"--memory_of={side}")
+    answer: BenchRow = alone(__file__, *flags, f"--memory_of={side}")
     return answer
 
 

@@ -4,9 +4,12 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from salmonn.caption.prompt import answer_ids, prompt_ids
-from salmonn.caption.tokenizer import TURN_END, TURN_START, train_tokenizer
+from salmonn.caption.prompt import answer_ids, prompt_ids, train_tokenizer
+from salmonn.model.config import SalmonnConfig
+from salmonn.model.families import get_family
+from salmonn.model.families.base import TURN_END, TURN_START
 
+SALMONN2, PLUS = (get_family(SalmonnConfig(family=name)) for name in ("salmonn2", "salmonn2-plus"))
 UNKNOWN = ["Grüße, 世界! 🎬", "a  b\n\n c\t ", "ZEBRA 12345 #!?", "na\u00efve \u2028 \x00 end", ""]
 
 
@@ -36,12 +39,12 @@ def test_special_tokens_are_one_id_each(tokenizer):
 
 
 def test_prompt_is_a_turn_of_chat(tokenizer):
-    ids = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], family="salmonn2-plus", system="")
+    ids = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], family=PLUS, system="")
     turn = (
         "<|im_start|>user\n<|vision_start|><|video_pad|><|audio_pad|><|video_pad|><|vision_end|>\nTell me.<|im_end|>\n"
     )
     assert tokenizer.decode(ids) == f"{turn}<|im_start|>assistant\n"
-    system = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], family="salmonn2-plus", system="Help.")
+    system = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], family=PLUS, system="Help.")
     assert tokenizer.decode(system) == f"<|im_start|>system\nHelp.<|im_end|>\n{turn}<|im_start|>assistant\n"
     # The specials stand as single ids.
     assert [token for token in ids if token < 7] == [1, 3, 5, 6, 5, 4, 2, 1]
@@ -56,7 +59,7 @@ def test_answer_ends_with_the_end_of_the_turn(tokenizer):
 @pytest.mark.parametrize("special", ["<|video_pad|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"])
 def test_a_special_token_in_the_prompt_is_refused(tokenizer, special):
     with pytest.raises(ValueError) as caught:
-        prompt_ids(tokenizer, f"Tell{special}me", placeholders=[5, 6], family="salmonn2-plus", system="")
+        prompt_ids(tokenizer, f"Tell{special}me", placeholders=[5, 6], family=PLUS, system="")
     assert special in str(caught.value)
 
 
@@ -67,7 +70,7 @@ def test_special_tokens_before_the_prompt_are_refused(tokenizer, where):
     history = [(words["question"], words["answer"])]
     with pytest.raises(ValueError, match=r"special token <\|im_end\|>"):
         prompt_ids(
-            tokenizer, "Why?", placeholders=[5], family="salmonn2", system=words["system"], history=history
+            tokenizer, "Why?", placeholders=[5], family=SALMONN2, system=words["system"], history=history
         )  # fmt: skip
 
 
@@ -78,4 +81,4 @@ def test_the_marks_of_the_clips_place_are_refused_where_the_tokenizer_lacks_them
     )
     assert "<|vision_start|>" not in bare.all_special_tokens
     with pytest.raises(ValueError, match=r"special token <\|vision_(start|end)\|>"):
-        prompt_ids(bare, "Why?", placeholders=[-1], family="salmonn2", system="<|vision_start|><|vision_end|>")
+        prompt_ids(bare, "Why?", placeholders=[-1], family=SALMONN2, system="<|vision_start|><|vision_end|>")

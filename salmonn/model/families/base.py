@@ -1,0 +1,266 @@
+"""Interface of a model family: everything that differs between backbones.
+
+To add a backbone, write one file in this folder with a subclass of `Family`, and list it in
+`salmonn.model.families.FAMILIES`. All other code works through this interface: nothing outside this folder compares
+`config.family` with a name.
+"""
+
+import copy
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from salmonn.media.frame_sampling import FrameRule
+from salmonn.model.audio import AudioTower, WindowQFormer
+from salmonn.model.config import SalmonnConfig
+from salmonn.model.layout import ClipInputs, Layout
+from salmonn.records import Modality
+
+# The chat format of Qwen2, with the names that Qwen2.5-VL and video-SALMONN 2+ give to the tokens of a clip.
+PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CLIP_START, CLIP_END = "<|vision_start|>", "<|vision_end|>"
+VIDEO_PAD, AUDIO_PAD = "<|video_pad|>", "<|audio_pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MIN_AUDIO_SECONDS = 1.0  # shorter audio is padded with silence to this length, as in the training of published models
+
+WHISPER_KEYS = [
+    "num_mel_bins",
+    "d_model",
+    "encoder_layers",
+    "encoder_attention_heads",
+    "encoder_ffn_dim",
+    "max_source_positions",
+    "activation_function",
+    "scale_embedding",
+]
+# Published configs name Whisper's repository instead of its sizes.
+WHISPER_LARGE_V3: dict[str, Any] = dict(
+    num_mel_bins=128,
+    d_model=1280,
+    encoder_layers=32,
+    encoder_attention_heads=20,
+    encoder_ffn_dim=5120,
+    max_source_positions=1500,
+    activation_function="gelu",
+    scale_embedding=False,
+)
+BERT_BASE_2_LAYERS: dict[str, Any] = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=2,
+    num_attention_heads=12,
+    hidden_act="gelu",
+    layer_norm_eps=1e-12,
+    cross_attention_freq=1,
+    query_length=1,
+)
+# Names of the published Q-Former's weights, behind the prefix that each family gives to it.
+QFORMER_WEIGHT_NAMES = {
+    r"bert\.embeddings\.LayerNorm\.": "audio.qformer.qformer.layernorm.",
+    r"bert\.encoder\.layer\.(\d+\.(?:attention|crossattention))\.self\.": (
+        r"audio.qformer.qformer.encoder.layer.\1.attention."
+    ),
+    r"bert\.encoder\.layer\.(\d+\.(?:\w+\.output|intermediate_query|output_query))\.": (
+        r"audio.qformer.qformer.encoder.layer.\1."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class NetworkParts:
+    """Towers and language model of one network; both towers output the language model's width."""
+
+    vision: nn.Module
+    audio: AudioTower
+    lm: Any
+
+
+class Family(ABC):
+    """One backbone, bound to the config of one model.
+
+    Attributes:
+        name: value of `config.family`.
+        title: name and model type for error messages.
+        prompts: default prompts of published models.
+        published_configs: config.json of published models by hub id, as `read_config` takes it. Dry runs use them
+            without a network connection.
+        weight_names: patterns of weight names in published checkpoints, with their replacements.
+        decoder_prefix: path of the decoder within `Network.lm`; published adapters have "model." in its place.
+        sampler_class: frame sampler, whose arguments are `config.frames`.
+        required_tokens: special tokens that the tokenizer must have.
+        penalizes_prompt: whether the repetition penalty covers the prompt, or the answer alone.
+        has_published_positions: whether `layout` can number positions as the published inference code does.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    prompts: ClassVar[Mapping[Modality, str]]
+    published_configs: ClassVar[Mapping[str, dict[str, Any]]]
+    weight_names: ClassVar[Mapping[str, str]]
+    decoder_prefix: ClassVar[str]
+    sampler_class: ClassVar[Any]
+    required_tokens: ClassVar[tuple[str, ...]] = (PAD, TURN_START, TURN_END)
+    penalizes_prompt: ClassVar[bool] = False
+    has_published_positions: ClassVar[bool] = False
+
+    def __init__(self, config: SalmonnConfig) -> None:
+        self.config = config
+
+    # Loading
+
+    @classmethod
+    @abstractmethod
+    def can_read(cls, values: Mapping[str, Any]) -> bool:
+        """Return whether a published config.json describes a model of this family."""
+
+    @classmethod
+    @abstractmethod
+    def read_config(cls, values: dict[str, Any]) -> SalmonnConfig:
+        """Convert a published config.json.
+
+        Raises:
+            ValueError: the checkpoint has an option that is not supported.
+        """
+
+    @abstractmethod
+    def build_parts(self, *, attn_implementation: str | None) -> NetworkParts:
+        """Build towers and language model with fresh weights.
+
+        Args:
+            attn_implementation: attention of the towers, as transformers names it.
+        """
+
+    # From a clip to model inputs
+
+    @property
+    def frame_sampler(self) -> FrameRule:
+        """The rule that chooses and scales the frames of a clip."""
+        sampler: FrameRule = self.sampler_class(**(self.config.frames or {}))
+        return sampler
+
+    def with_frames(self, frames: Mapping[str, float] | None) -> SalmonnConfig:
+        """Return a copy of the config with changed arguments of the frame sampler, such as more frames for training.
+
+        Raises:
+            ValueError: the sampler has no such argument.
+        """
+        changed = copy.deepcopy(self.config)
+        arguments = {**(self.config.frames or {}), **(frames or {})}
+        if frames:
+            changed.frames = arguments
+        known = [field.name for field in dataclasses.fields(self.sampler_class)]
+        if unknown := sorted(arguments.keys() - known):
+            raise ValueError(
+                f"frames has no option {', '.join(unknown)} for a {self.name} model; its options are {', '.join(known)}"
+            )
+        return changed
+
+    @abstractmethod
+    def clip_inputs(self, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
+        """Convert sampled frames and log-mel chunks to the towers' inputs.
+
+        Args:
+            frames: (F, 3, H, W) uint8, scaled by the frame sampler.
+            mel: (C, M, T) log-mel chunks.
+            seconds: duration of the video.
+        """
+
+    def max_audio_seconds(self, video_seconds: float) -> float | None:
+        """Return the duration that longer audio is cut to; None for no limit."""
+        return None
+
+    def count_chunks(self, seconds: float) -> int:
+        """Return the number of Whisper chunks for an audio duration."""
+        duration = max(seconds, MIN_AUDIO_SECONDS) - self.config.tail_tolerance_seconds
+        return math.ceil(duration / self.config.chunk_seconds)
+
+    # From model inputs to tokens
+
+    def timestamps(self, clip: ClipInputs) -> list[str]:
+        """Return the text that is inserted behind each frame; empty for none."""
+        return []
+
+    @abstractmethod
+    def layout(
+        self, clip: ClipInputs, *, timestamp_ids: Sequence[Sequence[int]] = (), published_positions: bool = False
+    ) -> Layout:
+        """Return order and rotary positions of a clip's tokens.
+
+        Args:
+            clip: the towers' inputs; only their sizes matter.
+            timestamp_ids: token ids of each of the `timestamps`.
+            published_positions: number positions as the published inference code does instead of as in training.
+        """
+
+    @abstractmethod
+    def surround_clip(self, before: str, after: str) -> tuple[str, list[str]]:
+        """Put the family's markers around a clip's tokens in a chat.
+
+        Args:
+            before: text of the chat in front of the clip.
+            after: text behind it.
+
+        Returns:
+            The text in front of the clip's tokens, and the texts behind them; each is tokenized by itself.
+        """
+
+    @abstractmethod
+    def rotary_positions(self, position_ids: Tensor) -> Tensor:
+        """Select what the decoder's rotary embedding takes of (3, B, L) positions: (3, B, L) or (B, L)."""
+
+    # Dry run
+
+    @abstractmethod
+    def count_patches(self, clip: ClipInputs) -> int:
+        """Return the number of patches in the vision encoder's layers."""
+
+    @abstractmethod
+    def vision_peak_bytes(self, clip: ClipInputs, *, patch_bytes: int, weight_bytes: int, matmul_bytes: int) -> int:
+        """Return the peak memory of the vision tower in inference.
+
+        Args:
+            clip: the towers' inputs.
+            patch_bytes: temporaries of a transformer layer for each patch.
+            weight_bytes: size of a number in weights and between layers.
+            matmul_bytes: size of a number in matrix products.
+        """
+
+    def build_audio_tower(self, *, width: int, attn_implementation: str | None) -> AudioTower:
+        """Build the Whisper encoder, the window Q-Former and a linear projection to width D."""
+        config = self.config
+        encoder = WhisperEncoder(WhisperConfig(**config.whisper, attn_implementation=attn_implementation))
+        qformer = Blip2QFormerModel(Blip2QFormerConfig(**config.qformer))
+        window = WindowQFormer(
+            qformer, num_queries=config.num_queries, window=config.window_steps, stride=config.stride_steps
+        )
+        return AudioTower(encoder, nn.Identity(), window, nn.Linear(qformer.config.hidden_size, width))
+
+
+def convert_qformer_config(bert: Mapping[str, Any], *, encoder_width: int) -> dict[str, Any]:
+    """Convert a published Q-Former's config, which has BERT's keys, to those of transformers' BLIP-2."""
+    shared = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "layer_norm_eps",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+    ]
+    return {key: bert[key] for key in shared if key in bert} | {
+        "encoder_hidden_size": encoder_width,
+        "cross_attention_frequency": bert["cross_attention_freq"],
+    }
