@@ -9,7 +9,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, SiglipVisionConf
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from salmonn.model.audio import WindowQFormer, chunk_positions
-from salmonn.model.vision import SiglipTower, normalise, to_patches
+from salmonn.model.vision import SiglipTower, normalize, to_patches
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_patches_are_those_of_transformers():
     frames = torch.from_numpy(picture).permute(2, 0, 1)[None]
     patches, grid = to_patches(frames, patch=14, merge=2)
     assert [list(grid)] == published["image_grid_thw"].tolist()
-    assert torch.allclose(normalise(patches), published["pixel_values"], atol=1e-5)
+    assert torch.allclose(normalize(patches), published["pixel_values"], atol=1e-5)
 
 
 def test_two_frames_are_one_step_and_an_odd_one_is_doubled():
