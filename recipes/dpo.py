@@ -19,7 +19,6 @@ from salmonn.conversations import Conversation, read_conversations
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.model.network import ClipFeatures
 from salmonn.records import Comparison
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import Example, conversation_examples

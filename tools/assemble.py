@@ -43,7 +43,7 @@ from salmonn.model.families.base import (
     WHISPER_KEYS,
 )
 from salmonn.model.network import Network
-from salmonn.records import new_folder
+from salmonn.records import atomic_folder
 
 WINDOW_SECONDS = 0.5
 STEPS_PER_WINDOW = round(WINDOW_SECONDS * STEPS_PER_SECOND)
@@ -86,7 +86,7 @@ class AssembleConfig:
 
 def main(config: AssembleConfig) -> None:
     """Check the sources, assemble their parts and save the model."""
-    with new_folder(config.out) as folder:
+    with atomic_folder(config.out) as folder:
         check_model_type("lm", config.lm)
         check_model_type("whisper", config.whisper)
         lm_config = Qwen2_5_VLConfig.from_pretrained(config.lm)

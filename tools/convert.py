@@ -2,14 +2,14 @@
 
     python tools/convert.py SOURCE --out FOLDER [--lora_alpha ALPHA]
 
-SOURCE is a model folder (`pytorch_model.bin`, alone or as shards with their index; `adapter_model.bin`; any other single
-.bin, .pt or .pth file), or such a file. The folder's small files (config, tokenizer, chat template) are copied. LoRA
-matrices alone become an adapter folder; those saved with the weights of their model are merged into them. Where there is
-no adapter_config.json, `--lora_alpha` gives their scale.
+SOURCE is a model folder (`pytorch_model.bin`, alone or as shards with their index; `adapter_model.bin`; any other
+single .bin, .pt or .pth file), or such a file. The folder's small files (config, tokenizer, chat template) are copied.
+LoRA matrices alone become an adapter folder; those saved with the weights of their model are merged into them. Where
+there is no adapter_config.json, `--lora_alpha` gives their scale.
 
-A pickle is a program: files are read with torch's `weights_only`, which allows tensors and refuses everything else. They
-are memory-mapped, so that a model may be larger than memory; only tensors that must be rearranged are copied, one shard at
-a time. FOLDER is written atomically.
+A pickle is a program: files are read with torch's `weights_only`, which allows tensors and refuses everything else.
+They are memory-mapped, so that a model may be larger than memory; only tensors that must be rearranged are copied, one
+shard at a time. FOLDER is written atomically.
 """
 
 import json
@@ -172,8 +172,8 @@ def read_pickle(file: Path) -> Any:
         called = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it calls {called[1]}" if called else "it contains more than tensors"
         raise ValueError(
-            f"refusing {file}: it would run code ({reason}). Only files of tensors are supported; request the weights as "
-            "safetensors, or as a plain state_dict"
+            f"refusing {file}: it would run code ({reason}). Only files of tensors are supported; request the weights "
+            "as safetensors, or as a plain state_dict"
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(

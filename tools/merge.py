@@ -13,7 +13,7 @@ from typing import Literal
 from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
 from salmonn.model.loading import Placement
-from salmonn.records import new_folder
+from salmonn.records import atomic_folder
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class MergeConfig:
 
 def main(config: MergeConfig) -> None:
     """Merge and save."""
-    with new_folder(config.out) as folder:
+    with atomic_folder(config.out) as folder:
         placement = Placement(device="cpu", dtype=config.dtype)
         Captioner.load(config.model, placement=placement, adapter=config.adapter).save(folder)
     sys.stderr.write(f"merged {config.adapter} into {config.model} ({config.dtype}): {config.out}\n")

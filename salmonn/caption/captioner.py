@@ -14,8 +14,9 @@ from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import Completion, StreamingGenerator, collate, to_completion
+from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
-from salmonn.model.network import ClipFeatures, ClipInputs, Network
+from salmonn.model.network import Network
 from salmonn.records import Caption, Failure, FailureStage, Modality, atomic_folder
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"

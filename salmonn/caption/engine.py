@@ -230,7 +230,7 @@ class Engine:
         usual = self.captioner.default_prompt(query.modality)
         history = [(asked or usual, answer) for asked, answer in query.history]
         prompt = Prompt(query.prompt or usual, history, query.system)
-        processor.check(prompt)
+        processor.check_prompt(prompt)
         read_spec = processor.read_spec(query.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
         answering = GenerationHandle(self, num_samples=num_samples, tell=tell)
         with self._changed:

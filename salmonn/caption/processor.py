@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from salmonn.caption.loader import Wanted
+from salmonn.caption.loader import ReadSpec
 from salmonn.caption.prompt import History, Prompt, answer_ids, prompt_ids, refuse_special_tokens
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
@@ -122,10 +122,10 @@ class Processor:
 
     def read_spec(
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None
-    ) -> Wanted:
+    ) -> ReadSpec:
         """Return what this model reads of a file, or of a span of it."""
         sampler = self.family.frame_sampler
-        return Wanted(sampler, start_seconds, end_seconds, video=modality != "audio", audio=modality != "visual")
+        return ReadSpec(sampler, start_seconds, end_seconds, video=modality != "audio", audio=modality != "visual")
 
     def check_prompt(self, prompt: str | Prompt) -> None:
         """Raise a ValueError if a prompt is too long or contains forbidden characters or tokens."""
@@ -148,7 +148,7 @@ class Processor:
         if not len(clip.frames):
             return ClipInputs(torch.zeros(0, dtype=torch.uint8), mel)
         # Rounded, since positions of a grid step of 0.4999999 s would be half a second too low.
-        seconds = round(clip.picture_seconds, 6)
+        seconds = round(clip.video_seconds, 6)
         return self.family.clip_inputs(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
 
     def _log_mel(self, clip: Clip) -> Tensor:
@@ -156,7 +156,7 @@ class Processor:
         if clip.waveform is None:
             return torch.zeros(0, self.mel.feature_size, self.mel.nb_max_frames)
         waveform = clip.waveform
-        if (limit := self.family.max_audio_seconds(clip.picture_seconds)) is not None:
+        if (limit := self.family.max_audio_seconds(clip.video_seconds)) is not None:
             waveform = waveform[: max(round(limit * SAMPLE_RATE_HZ), 1)]
             if (lost := (len(clip.waveform) - len(waveform)) / SAMPLE_RATE_HZ) >= 1:
                 logger.warning("%s: ignoring the last %.1f s of audio; this model takes %.1f s", clip.path, lost, limit)

@@ -81,7 +81,7 @@ class StreamingGenerator:
             said.ids.append(token)
             ended = token in self._processor.stop_ids or len(said.ids) == said.sampling.max_new_tokens
             answer = to_completion(self._processor, said.ids) if ended else None
-            text = said.stream.end(answer.text) if answer else said.stream.add(token)
+            text = said.stream.finalize(answer.text) if answer else said.stream.add(token)
             if text or answer:
                 pieces[number] = TextDelta(text, answer)
         return pieces

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from salmonn.model.network import Network
-from salmonn.records import new_folder, read_json, write_json
+from salmonn.records import atomic_folder, read_json, write_json
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -165,7 +165,7 @@ def _replace_weights(network: Network, tensors: Mapping[str, Tensor]) -> None:
 def save_adapter(network: Network, path: Path | str) -> None:
     """Write the adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors) atomically."""
     shutil.rmtree(path, ignore_errors=True)  # a process may have been killed before merging its adapter
-    with new_folder(path) as folder:
+    with atomic_folder(path) as folder:
         network.lm.save_pretrained(str(folder))
         # PEFT keeps target_modules as a set and writes it in a different order each time.
         config = folder / ADAPTER_CONFIG_NAME

@@ -210,7 +210,7 @@ class CompareTab:
         try:
             edit = require_words(values[self.edit] or "", name="what you wrote").strip()
             for engine in self.state.engines.values():
-                engine.captioner.processor.check(edit)  # words that no model may be taught
+                engine.captioner.processor.check_prompt(edit)  # words that no model may be taught
         except ValueError as error:
             return {self.status: show_trouble(str(error).replace("the prompt", "what you wrote"))}
         if not duel.claim():

@@ -162,7 +162,7 @@ def test_clips_of_like_length_go_together(captioner, videos, monkeypatch):
         return plain(clips, prompts, **named)
 
     monkeypatch.setattr(captioner, "answer", watched)
-    seconds = {video: read_clip(video, captioner.processor.config.frame_sampler).video_seconds for video in videos}
+    seconds = {video: read_clip(video, captioner.processor.family.frame_sampler).video_seconds for video in videos}
     short, long = min(videos, key=seconds.get), max(videos, key=seconds.get)
     assert round(seconds[short]) < round(seconds[long])
     results = list(captioner.caption_many([short, long, short, long, short], sampling=SHORT, batch_size=3))
@@ -185,14 +185,14 @@ def test_a_draw_depends_on_its_seed_and_place_alone(captioner, videos):
 
 def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text(
-        "import os\nfrom salmonn.caption.loader import Wanted\n"
-        "class Deadly(Wanted):\n def read(self, path):\n"
+        "import os\nfrom salmonn.caption.loader import ReadSpec\n"
+        "class Deadly(ReadSpec):\n def read(self, path):\n"
         "  return os.kill(os.getpid(), 9) if path.name == 'bad.mp4' else super().read(path)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     import deadly
 
-    monkeypatch.setattr("salmonn.caption.processor.Wanted", deadly.Deadly)
+    monkeypatch.setattr("salmonn.caption.processor.ReadSpec", deadly.Deadly)
     paths = [videos[0], tmp_path / "bad.mp4", videos[1]]
     with ClipReader(workers=2) as reader:
         results = list(captioner.caption_many(paths, sampling=SHORT, reader=reader))

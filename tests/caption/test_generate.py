@@ -222,7 +222,9 @@ def drawn_anew(captioner, row, clip, *, chance) -> list[int]:
     inputs = captioner.processor.collate([row], [clip])
     embeds, places = network.embed(inputs), inputs.position_ids
     for one in chance:
-        logits = network.lm(inputs_embeds=embeds, position_ids=network.positions(places), use_cache=False).logits[:, -1]
+        logits = network.lm(
+            inputs_embeds=embeds, position_ids=network.family.rotary_positions(places), use_cache=False
+        ).logits[:, -1]
         ids.append(int(sample_tokens(logits, one[None], sampling=DRAWN)))
         if ids[-1] == captioner.processor.tokenizer.eos_token_id:
             break

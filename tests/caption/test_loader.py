@@ -21,9 +21,9 @@ from salmonn.media.frame_sampling import FixedRateSampler
 # What a worker does at a file's name; a module of its own, since a worker imports what it is sent.
 ODD = """
 import logging, os, signal, sys, time
-from salmonn.caption.loader import Wanted
+from salmonn.caption.loader import ReadSpec
 
-class Odd(Wanted):
+class Odd(ReadSpec):
     def read(self, path):
         if path.name in signal.Signals.__members__:
             os.kill(os.getpid(), signal.Signals[path.name])

@@ -127,11 +127,11 @@ def test_an_incomplete_set_of_shards(tool, source, out, capsys):
     torch.save({"a": torch.ones(1)}, source / "one.bin")
     index = source / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "one.bin", "b": "two.bin"}}))
-    assert "lists two.bin, which are not there" in refusal(tool, capsys, source, "--out", out)
+    assert "lists missing files (two.bin)" in refusal(tool, capsys, source, "--out", out)
     torch.save({"a": torch.ones(1)}, source / "two.bin")
-    assert "holds a, which a shard before it holds too" in refusal(tool, capsys, source, "--out", out)
+    assert "repeats a of an earlier shard" in refusal(tool, capsys, source, "--out", out)
     index.write_text("{}")
-    assert "is no index of shards" in refusal(tool, capsys, source, "--out", out)
+    assert "is not a valid index of shards" in refusal(tool, capsys, source, "--out", out)
 
 
 @pytest.mark.parametrize("limit", ["5", "24e-9"], ids=["one-file", "apart"])
@@ -199,12 +199,12 @@ class TestLoraMatricesAlone:
         torch.save(saved, tmp_path / "both" / "all_parameters.bin")
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(source / name, tmp_path / "both")
-        assert "no adapter_config.json tells their scale" in refusal(tool, capsys, tmp_path / "both", "--out", out)
+        assert "no adapter_config.json with their scale" in refusal(tool, capsys, tmp_path / "both", "--out", out)
         scale = ["--lora_alpha", "8"]
         if told == "in its config":
             config = tmp_path / "both" / "adapter_config.json"
             config.write_text('{"r": 4, "lora_alpha": 8, "use_rslora": true}')
-            assert "there is one: leave it out" in refusal(tool, capsys, tmp_path / "both", "--out", out, *scale)
+            assert "the source has one; remove it" in refusal(tool, capsys, tmp_path / "both", "--out", out, *scale)
             assert "merge it with PEFT" in refusal(tool, capsys, tmp_path / "both", "--out", out)
             config.write_text('{"r": 4, "lora_alpha": 8}')
             scale = []
@@ -234,9 +234,9 @@ class TestLoraMatricesAlone:
 
     def test_a_scale_for_nothing_is_refused(self, tool, capsys, source, out, pickled):
         torch.save(TENSORS, source / "pytorch_model.bin")
-        assert "the source holds none" in refusal(tool, capsys, source, "--out", out, "--lora_alpha", 12)
+        assert "but the source has none" in refusal(tool, capsys, source, "--out", out, "--lora_alpha", 12)
         (pickled.parent / "adapter_config.json").write_text("{}")
-        assert "there is one: leave it out" in refusal(tool, capsys, pickled, "--out", out, "--lora_alpha", 12)
+        assert "the source has one; remove it" in refusal(tool, capsys, pickled, "--out", out, "--lora_alpha", 12)
 
 
 def test_an_adapter_stays_one_file(tool, source, out):
@@ -252,7 +252,7 @@ def test_code_is_refused_and_does_not_run(tool, source, out, capsys, tmp_path, w
     trap = tmp_path / "sprung"
     torch.save(wrap(Trap(trap)), source / "pytorch_model.bin")
     words = refusal(tool, capsys, source, "--out", out)
-    assert "pytorch_model.bin is refused: it would run code" in words and ".mkdir" in words
+    assert "pytorch_model.bin: it would run code" in words and ".mkdir" in words
     assert not trap.exists() and not out.exists()
     torch.load(source / "pytorch_model.bin", weights_only=False)
     assert trap.exists()  # it would have
@@ -260,21 +260,21 @@ def test_code_is_refused_and_does_not_run(tool, source, out, capsys, tmp_path, w
 
 def test_a_bare_pickle_does_not_run(tool, source, out, capsys, tmp_path):
     (source / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    assert "cannot be read" in refusal(tool, capsys, source, "--out", out)
+    assert "cannot read" in refusal(tool, capsys, source, "--out", out)
     assert not (tmp_path / "sprung").exists() and not out.exists()
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (TENSORS | {"args": Namespace(lr=1.0)}, "it calls for argparse.Namespace"),
-        (nn.Linear(2, 2), "it calls for torch.nn.modules.linear.Linear"),
+        (TENSORS | {"args": Namespace(lr=1.0)}, "it calls argparse.Namespace"),
+        (nn.Linear(2, 2), "it calls torch.nn.modules.linear.Linear"),
         (TENSORS | {"epoch": 3}, "epoch is 3"),
         (TENSORS | {"sparse": torch.eye(2).to_sparse()}, "sparse is tensor("),
         (TENSORS | {"meta": torch.empty(2, device="meta")}, "meta is tensor("),
-        ({"model": TENSORS, "module": TENSORS}, "several state dicts, model and module"),
-        ({"model": {}}, "no tensors by name but dict"),
-        ([torch.ones(2)], "no tensors by name but list"),
+        ({"model": TENSORS, "module": TENSORS}, "several state dicts (model and module)"),
+        ({"model": {}}, "expected named tensors, found dict"),
+        ([torch.ones(2)], "expected named tensors, found list"),
     ],
     ids=["namespace", "module", "number", "sparse", "meta", "several", "empty", "list"],
 )
@@ -297,20 +297,20 @@ def test_a_damaged_file(tool, source, out, capsys, kind):
     torch.save(TENSORS, path, _use_new_zipfile_serialization=kind != "old")
     whole = path.read_bytes()
     path.write_bytes({"cut": whole[:700], "empty": b"", "pointer": b"version https://git-lfs"}.get(kind, whole))
-    assert "pytorch_model.bin cannot be read" in refusal(tool, capsys, source, "--out", out)
+    assert f"cannot read {path}" in refusal(tool, capsys, source, "--out", out)
     assert not out.exists()
 
 
 def test_what_is_no_source(tool, source, out, capsys):
-    assert "holds no weights" in refusal(tool, capsys, source, "--out", out)
+    assert "has no weights" in refusal(tool, capsys, source, "--out", out)
     (source / "model.safetensors").touch()
     assert "are safetensors already" in refusal(tool, capsys, source, "--out", out)
-    assert "is none of .bin, .pt, .pth" in refusal(tool, capsys, source / "model.safetensors", "--out", out)
+    assert "is not a .bin, .pt, .pth file" in refusal(tool, capsys, source / "model.safetensors", "--out", out)
     for name in ("a.pt", "b.pt", "c-00001-of-00002.bin"):
         torch.save(TENSORS, source / name)
-    assert "(a.pt, b.pt, c-00001-of-00002.bin): give one" in refusal(tool, capsys, source, "--out", out)
-    assert "one shard of several" in refusal(tool, capsys, source / "c-00001-of-00002.bin", "--out", out)
-    assert "there is no" in refusal(tool, capsys, source / "none", "--out", out)
+    assert "(a.pt, b.pt, c-00001-of-00002.bin); use one" in refusal(tool, capsys, source, "--out", out)
+    assert "one of several shards" in refusal(tool, capsys, source / "c-00001-of-00002.bin", "--out", out)
+    assert "does not exist" in refusal(tool, capsys, source / "none", "--out", out)
     assert "must be above 0" in refusal(tool, capsys, source / "a.pt", "--out", out, "--shard_gb", "0")
     assert not out.exists()
 

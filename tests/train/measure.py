@@ -21,7 +21,7 @@ from salmonn.media.clip import Clip
 from salmonn.model.layout import ClipInputs
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.model.network import ClipInputs, Network
+from salmonn.model.network import Network
 from salmonn.records import Comparison
 from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.dry_run import ClipShape, MemoryPlan, Workload, build_on_meta
@@ -42,7 +42,7 @@ def persistent(kind: str) -> int:
 def read(processor: Processor) -> ClipInputs:
     """A clip of noise of the shape, as the model's rules take it."""
     count = round(SHAPE.seconds * SHAPE.frames_per_second)
-    sampler = processor.config.frame_sampler
+    sampler = processor.family.frame_sampler
     taken = len(sampler.sample_times(0.0, SHAPE.seconds, count))
     rows, columns = sampler.frame_size(SHAPE.height, SHAPE.width, taken)
     draw = np.random.default_rng(0)

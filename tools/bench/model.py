@@ -24,7 +24,7 @@ from salmonn.model.families.tiny import tiny_config
 from salmonn.model.layout import ClipInputs
 from salmonn.model.loading import offline_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.model.network import ClipInputs, Network
+from salmonn.model.network import Network
 from salmonn.records import Comparison
 
 SPECIAL = [PAD, TURN_START, TURN_END, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD]
@@ -251,7 +251,7 @@ def adapt(network: Network) -> None:
 def make_clip(processor: Processor, *, num_frames: int, side: int, seed: int = 0) -> ClipInputs:
     """A clip of noise, a second for each frame, as the model takes it."""
     draw = np.random.default_rng(seed)
-    sampler = processor.config.frame_sampler
+    sampler = processor.family.frame_sampler
     taken = len(sampler.sample_times(0.0, num_frames, 10 * num_frames))
     rows, columns = sampler.frame_size(side, side, taken)
     frames = draw.integers(0, 256, (taken, rows, columns, 3), np.uint8)

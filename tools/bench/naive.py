@@ -15,7 +15,7 @@ from torch import Tensor
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.layout import ClipInputs, ModelInputs
 from salmonn.model.lora import adapter_disabled
-from salmonn.model.network import ClipInputs, ModelInputs, Network
+from salmonn.model.network import Network
 from salmonn.records import Comparison
 
 BETA, CE_WEIGHT = 0.1, 0.1  # as DpoConfig has them

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from salmonn.media.frame_sampling import FrameRule
+from salmonn.media.frame_sampling import FrameSampler
 from salmonn.model.audio import AudioTower, WindowQFormer
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.layout import ClipInputs, Layout
@@ -145,9 +145,9 @@ class Family(ABC):
     # From a clip to model inputs
 
     @property
-    def frame_sampler(self) -> FrameRule:
+    def frame_sampler(self) -> FrameSampler:
         """The rule that chooses and scales the frames of a clip."""
-        sampler: FrameRule = self.sampler_class(**(self.config.frames or {}))
+        sampler: FrameSampler = self.sampler_class(**(self.config.frames or {}))
         return sampler
 
     def with_frames(self, frames: Mapping[str, float] | None) -> SalmonnConfig:

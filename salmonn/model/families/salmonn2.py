@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from salmonn.media.frame_sampling import Stride
+from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.model.config import STEPS_PER_SECOND, SalmonnConfig
 from salmonn.model.families.base import (
     BERT_BASE_2_LAYERS,
@@ -101,7 +101,7 @@ class Salmonn2(Family):
         **{rf"^speech_Qformer\.{pattern}": ours for pattern, ours in QFORMER_WEIGHT_NAMES.items()},
     }
     decoder_prefix = "model."
-    sampler_class = Stride
+    sampler_class = FixedRateSampler
 
     @classmethod
     def can_read(cls, values: Mapping[str, Any]) -> bool:
@@ -161,7 +161,7 @@ class Salmonn2(Family):
     def max_audio_seconds(self, video_seconds: float) -> float | None:
         """Return the duration of the video, or without one that of the longest video sampled at the full rate."""
         sampler = self.frame_sampler
-        assert isinstance(sampler, Stride)
+        assert isinstance(sampler, FixedRateSampler)
         return video_seconds or sampler.max_seconds
 
     def timestamps(self, clip: ClipInputs) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from salmonn.media.frame_sampling import Spread
+from salmonn.media.frame_sampling import UniformSampler
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families.base import (
     BERT_BASE_2_LAYERS,
@@ -121,7 +121,7 @@ class Salmonn2Plus(Family):
         **{rf"^audio\.qformer\.{pattern}": ours for pattern, ours in QFORMER_WEIGHT_NAMES.items()},
     }
     decoder_prefix = "model.language_model."
-    sampler_class = Spread
+    sampler_class = UniformSampler
     required_tokens = (*Family.required_tokens, CLIP_START, CLIP_END)
     penalizes_prompt = True  # published generation starts from ids; that of video-SALMONN 2 from embeddings
     has_published_positions = True
