@@ -77,10 +77,10 @@ class AssembleConfig:
 
     def __post_init__(self) -> None:
         if min(self.qformer_hidden, self.qformer_layers, self.qformer_heads) < 1:
-            raise ValueError("--qformer_hidden, --qformer_layers and --qformer_heads must be at least 1")
+            raise ValueError("--qformer-hidden, --qformer-layers and --qformer-heads must be at least 1")
         if self.qformer_hidden % self.qformer_heads:
             raise ValueError(
-                f"--qformer_hidden {self.qformer_hidden} is not a multiple of --qformer_heads {self.qformer_heads}"
+                f"--qformer-hidden {self.qformer_hidden} is not a multiple of --qformer-heads {self.qformer_heads}"
             )
 
 

@@ -1,11 +1,11 @@
 """Convert published weights from pickles to safetensors, without running code that a pickle may contain.
 
-    python tools/convert.py SOURCE --out FOLDER [--lora_alpha ALPHA]
+    python tools/convert.py SOURCE --out FOLDER [--lora-alpha ALPHA]
 
 SOURCE is a model folder (`pytorch_model.bin`, alone or as shards with their index; `adapter_model.bin`; any other
 single .bin, .pt or .pth file), or such a file. The folder's small files (config, tokenizer, chat template) are copied.
 LoRA matrices alone become an adapter folder; those saved with the weights of their model are merged into them. Where
-there is no adapter_config.json, `--lora_alpha` gives their scale.
+there is no adapter_config.json, `--lora-alpha` gives their scale.
 
 A pickle is a program: files are read with torch's `weights_only`, which allows tensors and refuses everything else.
 They are memory-mapped, so that a model may be larger than memory; only tensors that must be rearranged are copied, one
@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from jsonargparse import ArgumentParser
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from salmonn.config import FlagParser
 from salmonn.records import atomic_folder, write_json
 
 USAGE_ERROR = 2
@@ -44,16 +44,16 @@ PEFT_PREFIX = "base_model.model."
 DISTRIBUTED_PREFIX = "module."  # of all names in a state dict of DistributedDataParallel
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
 LICENSES = ("LICENSE", "NOTICE")
-NEED_ALPHA = "pass --lora_alpha with the value that they were trained with (published models: 256 with rank 128)"
+NEED_ALPHA = "pass --lora-alpha with the value that they were trained with (published models: 256 with rank 128)"
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse the command line and convert; errors end with a message and exit code 2."""
-    parser = ArgumentParser(description="Convert pickled weights to safetensors; pickles with code are refused.")
+    parser = FlagParser(description="Convert pickled weights to safetensors; pickles with code are refused.")
     parser.add_argument("source", type=Path, help="model or adapter folder, or a .bin, .pt or .pth file")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the converted model")
-    parser.add_argument("--shard_gb", type=float, default=5.0, help="maximum size of a weights file, in 10^9 bytes")
-    parser.add_argument("--lora_alpha", type=int, help="scale of an adapter without an adapter_config.json")
+    parser.add_argument("--shard-gb", type=float, default=5.0, help="maximum size of a weights file, in 10^9 bytes")
+    parser.add_argument("--lora-alpha", type=int, help="scale of an adapter without an adapter_config.json")
     values = parser.parse_args(args)
     try:
         convert(values.source, out=values.out, shard_gb=values.shard_gb, lora_alpha=values.lora_alpha)
@@ -70,7 +70,7 @@ def convert(source: Path, *, out: Path, shard_gb: float = 5.0, lora_alpha: int |
             `out` is not empty.
     """
     if shard_gb <= 0:
-        raise ValueError(f"--shard_gb must be above 0, got {shard_gb}")
+        raise ValueError(f"--shard-gb must be above 0, got {shard_gb}")
     weights = find_weights(source)
     with atomic_folder(out) as folder:
         copied = copy_small_files(source, folder)
@@ -86,7 +86,7 @@ def convert(source: Path, *, out: Path, shard_gb: float = 5.0, lora_alpha: int |
                 }
                 write_adapter_config(tensors, folder, lora_alpha=lora_alpha)
             elif lora_alpha is not None:
-                raise ValueError("--lora_alpha is for LoRA matrices, but the source has none; remove it")
+                raise ValueError("--lora-alpha is for LoRA matrices, but the source has none; remove it")
             for group in find_shared(tensors):
                 _report(f"{' and '.join(group)} share memory in the source; each is written in full")
             # PEFT reads an adapter from a single file.
@@ -237,7 +237,7 @@ def take_alpha(folder: Path, lora_alpha: int | None) -> int:
 
 def _refuse_second_alpha(lora_alpha: int | None) -> None:
     if lora_alpha is not None:
-        raise ValueError("--lora_alpha is for sources without adapter_config.json, but the source has one; remove it")
+        raise ValueError("--lora-alpha is for sources without adapter_config.json, but the source has one; remove it")
 
 
 def merge_lora(tensors: dict[str, Tensor], *, lora_alpha: int) -> dict[str, Tensor]:

@@ -335,7 +335,7 @@ class TestRefusals:
         assert "410 steps per chunk, not a multiple of the window of 25 steps" in refuse(whisper=folder)
 
     def test_heads_that_do_not_divide(self, refuse):
-        assert "--qformer_hidden 24 is not a multiple of --qformer_heads 5" in refuse(qformer_heads=5)
+        assert "--qformer-hidden 24 is not a multiple of --qformer-heads 5" in refuse(qformer_heads=5)
         assert "must be at least 1" in refuse(qformer_layers=0)
 
 

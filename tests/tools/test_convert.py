@@ -111,7 +111,7 @@ def test_shards(tool, source, out):
         torch.save({f"module.{key}": tensor for key, tensor in part.items()}, source / name)
     weight_map = {f"module.{key}": name for name, part in zip(names, parts, strict=True) for key in part}
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    tool.main([str(source), "--out", str(out), "--shard_gb", "48e-9"])  # bytes: 12, 48, 8 and 8
+    tool.main([str(source), "--out", str(out), "--shard-gb", "48e-9"])  # bytes: 12, 48, 8 and 8
     shards = sorted(out.glob("*.safetensors"))
     assert [path.name for path in shards] == [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
     read = [load_file(path) for path in shards]
@@ -139,7 +139,7 @@ def test_tied_weights_are_written_whole(tool, source, out, capsys, limit):
     table = torch.arange(12.0).reshape(3, 4)
     tied = {"embed": table, "head": table, "turned": table.T, "row": table[1], "other": torch.ones(4)}
     torch.save(tied, source / "pytorch_model.bin")
-    tool.main([str(source), "--out", str(out), "--shard_gb", limit])
+    tool.main([str(source), "--out", str(out), "--shard-gb", limit])
     read = {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
     assert equal(read, tied)
     assert "embed and head and turned and row share memory" in capsys.readouterr().err
@@ -176,7 +176,7 @@ class TestLoraMatricesAlone:
         return path
 
     def test_become_an_adapter(self, tool, pickled, out, captioner, random_model):
-        tool.main([str(pickled), "--out", str(out), "--lora_alpha", "12"])
+        tool.main([str(pickled), "--out", str(out), "--lora-alpha", "12"])
         network = load_network(random_model, adapter=out)
         merged = dict(captioner.network.named_parameters())
         assert all(torch.equal(value, merged[name]) for name, value in network.named_parameters())
@@ -200,7 +200,7 @@ class TestLoraMatricesAlone:
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             shutil.copy(source / name, tmp_path / "both")
         assert "no adapter_config.json with their scale" in refusal(tool, capsys, tmp_path / "both", "--out", out)
-        scale = ["--lora_alpha", "8"]
+        scale = ["--lora-alpha", "8"]
         if told == "in its config":
             config = tmp_path / "both" / "adapter_config.json"
             config.write_text('{"r": 4, "lora_alpha": 8, "use_rslora": true}')
@@ -222,7 +222,7 @@ class TestLoraMatricesAlone:
 
     def test_their_scale_must_be_told(self, tool, capsys, pickled, out):
         told = refusal(tool, capsys, pickled, "--out", out)
-        assert "LoRA matrices of rank 4 without an adapter_config.json" in told and "--lora_alpha" in told
+        assert "LoRA matrices of rank 4 without an adapter_config.json" in told and "--lora-alpha" in told
         assert not out.exists()
 
     def test_of_several_ranks_are_refused(self, tool, capsys, pickled, out):
@@ -230,13 +230,13 @@ class TestLoraMatricesAlone:
         first = next(key for key in matrices if "lora_A" in key)
         matrices[first] = matrices[first][:2]
         torch.save(matrices, pickled)
-        assert "several ranks, [2, 4]" in refusal(tool, capsys, pickled, "--out", out, "--lora_alpha", 12)
+        assert "several ranks, [2, 4]" in refusal(tool, capsys, pickled, "--out", out, "--lora-alpha", 12)
 
     def test_a_scale_for_nothing_is_refused(self, tool, capsys, source, out, pickled):
         torch.save(TENSORS, source / "pytorch_model.bin")
-        assert "but the source has none" in refusal(tool, capsys, source, "--out", out, "--lora_alpha", 12)
+        assert "but the source has none" in refusal(tool, capsys, source, "--out", out, "--lora-alpha", 12)
         (pickled.parent / "adapter_config.json").write_text("{}")
-        assert "the source has one; remove it" in refusal(tool, capsys, pickled, "--out", out, "--lora_alpha", 12)
+        assert "the source has one; remove it" in refusal(tool, capsys, pickled, "--out", out, "--lora-alpha", 12)
 
 
 def test_an_adapter_stays_one_file(tool, source, out):
@@ -311,7 +311,7 @@ def test_what_is_no_source(tool, source, out, capsys):
     assert "(a.pt, b.pt, c-00001-of-00002.bin); use one" in refusal(tool, capsys, source, "--out", out)
     assert "one of several shards" in refusal(tool, capsys, source / "c-00001-of-00002.bin", "--out", out)
     assert "does not exist" in refusal(tool, capsys, source / "none", "--out", out)
-    assert "must be above 0" in refusal(tool, capsys, source / "a.pt", "--out", out, "--shard_gb", "0")
+    assert "must be above 0" in refusal(tool, capsys, source / "a.pt", "--out", out, "--shard-gb", "0")
     assert not out.exists()
 
 
