@@ -40,7 +40,7 @@ from salmonn.model.families.base import (
     CLIP_END,
     CLIP_START,
     VIDEO_PAD,
-    WHISPER_KEYS,
+    WHISPER_LARGE_V3,
 )
 from salmonn.model.network import Network
 from salmonn.records import atomic_folder
@@ -158,7 +158,7 @@ def make_config(
         num_attention_heads=config.qformer_heads,
         encoder_width=whisper.d_model,
     )
-    audio = {key: getattr(whisper, key) for key in WHISPER_KEYS}
+    audio = {key: getattr(whisper, key) for key in WHISPER_LARGE_V3}
     vocab = tokenizer.get_vocab()
     values = json.loads(lm.to_json_string())
     for part in ("text_config", "vision_config"):

@@ -95,7 +95,7 @@ def test_gradients_of_an_adapter_are_those_of_rows_alone(request, videos, model,
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     network.checkpoint_layers(checkpointed)
     network.train()
-    blocks = captioner.encode([processor.read(videos[0]), processor.read(videos[1], end_seconds=4)])
+    features = captioner.encode([processor.read(videos[0]), processor.read(videos[1], end_seconds=4)])
     texts = ["a red circle appears and blinks", "beeps", "a low tone is heard, then a blue star moves"]
     rows = [PromptRow(clip, "Tell.", text) for text in texts for clip in (0, 1)]
     weights = torch.tensor([1.0, 2.0, -0.5, -1.5, 0.1, 0.2])
@@ -106,10 +106,10 @@ def test_gradients_of_an_adapter_are_those_of_rows_alone(request, videos, model,
             loss.backward()
         return {name: value.grad.clone() for name, value in network.named_parameters() if value.grad is not None}
 
-    together = gradients(lambda: [(network(processor.collate(rows, blocks)).sum(1) * weights).sum()])
+    together = gradients(lambda: [(network(processor.collate(rows, features)).sum(1) * weights).sum()])
     one_by_one = gradients(
         lambda: (
-            network(processor.collate([PromptRow(0, row.prompt, row.answer)], [blocks[row.clip]])).sum() * weight
+            network(processor.collate([PromptRow(0, row.prompt, row.answer)], [features[row.clip]])).sum() * weight
             for row, weight in zip(rows, weights, strict=True)
         )
     )

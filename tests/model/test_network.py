@@ -81,12 +81,12 @@ def test_greedy_answers_equal_those_alone(captioner, mixed):
 @torch.no_grad()
 def test_blocks_are_what_media_give(captioner, mixed):
     network, processor = captioner.network, captioner.processor
-    blocks = captioner.encode(mixed)
-    assert [len(block) for block in blocks] == [len(processor.make_layout(clip)) for clip in mixed]
-    assert torch.equal(network(processor.collate(ROWS, blocks)), network(processor.collate(ROWS, mixed)))
+    features = captioner.encode(mixed)
+    assert [len(clip_features) for clip_features in features] == [len(processor.make_layout(clip)) for clip in mixed]
+    assert torch.equal(network(processor.collate(ROWS, features)), network(processor.collate(ROWS, mixed)))
     settings = dict(sampling=Sampling(max_new_tokens=8), stop_ids=[2])
     questions = [PromptRow(row.clip, row.prompt) for row in ROWS]
-    assert generate(network, processor.collate(questions, blocks), **settings) == generate(
+    assert generate(network, processor.collate(questions, features), **settings) == generate(
         network, processor.collate(questions, mixed), **settings
     )
 
@@ -96,8 +96,8 @@ def test_encoding_in_batches_changes_nothing(captioner, mixed):
     done = []
     one_by_one = captioner.encode(mixed, batch_size=1, progress=done.append)
     assert done == [1, 1, 1]
-    for block, alone in zip(captioner.encode(mixed), one_by_one, strict=True):
-        assert torch.allclose(block.tokens, alone.tokens, atol=1e-5)
+    for clip_features, alone in zip(captioner.encode(mixed), one_by_one, strict=True):
+        assert torch.allclose(clip_features.tokens, alone.tokens, atol=1e-5)
 
 
 @torch.no_grad()

@@ -35,17 +35,7 @@ CHAT_TEMPLATE = (
 )
 MIN_AUDIO_SECONDS = 1.0  # shorter audio is padded with silence to this length, as in the training of published models
 
-WHISPER_KEYS = [
-    "num_mel_bins",
-    "d_model",
-    "encoder_layers",
-    "encoder_attention_heads",
-    "encoder_ffn_dim",
-    "max_source_positions",
-    "activation_function",
-    "scale_embedding",
-]
-# Published configs name Whisper's repository instead of its sizes.
+# Published configs name Whisper's repository instead of its sizes. These are also all keys that are read of a Whisper.
 WHISPER_LARGE_V3: dict[str, Any] = dict(
     num_mel_bins=128,
     d_model=1280,

@@ -13,7 +13,6 @@ from salmonn.model.config import STEPS_PER_SECOND, SalmonnConfig
 from salmonn.model.families.base import (
     BERT_BASE_2_LAYERS,
     QFORMER_WEIGHT_NAMES,
-    WHISPER_KEYS,
     WHISPER_LARGE_V3,
     Family,
     NetworkParts,
@@ -119,7 +118,7 @@ class Salmonn2(Family):
                 "the checkpoint pools patches in an unsupported way; use one with max pooling after the projection"
             )
         siglip = SIGLIP_SO400M | {key: values["siglip"][key] for key in SIGLIP_SO400M if "siglip" in values}
-        whisper = WHISPER_LARGE_V3 | {key: values["whisper"][key] for key in WHISPER_KEYS if "whisper" in values}
+        whisper = WHISPER_LARGE_V3 | {key: values["whisper"][key] for key in WHISPER_LARGE_V3 if "whisper" in values}
         qformer = BERT_BASE_2_LAYERS | values.get("qformer", {})
         return SalmonnConfig(
             family=cls.name,

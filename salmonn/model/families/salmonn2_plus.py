@@ -14,7 +14,6 @@ from salmonn.model.families.base import (
     CLIP_END,
     CLIP_START,
     QFORMER_WEIGHT_NAMES,
-    WHISPER_KEYS,
     WHISPER_LARGE_V3,
     Family,
     NetworkParts,
@@ -144,7 +143,7 @@ class Salmonn2Plus(Family):
         return SalmonnConfig(
             family=cls.name,
             lm=lm | {"vision_config": vision},
-            whisper={key: audio[key] for key in WHISPER_KEYS},
+            whisper={key: audio[key] for key in WHISPER_LARGE_V3},
             qformer=convert_qformer_config(qformer, encoder_width=audio["d_model"]),
             num_queries=qformer["query_length"],
             window_seconds=audio.get("second_per_window", 0.5),
