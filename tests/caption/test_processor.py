@@ -1,4 +1,4 @@
-"""What the network takes, pinned on clips made of known arrays."""
+"""Model inputs of clips made of known arrays."""
 
 import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ def make_clip(*, frames: int = 3, samples: int | None = 24_000, start: float = 0
     return Clip("made.mp4", pictures, start + 0.25 + 0.5 * np.arange(frames), wave, start, 0.5 * frames, 1.5)
 
 
-def test_media_of_a_clip(processor):
+def test_inputs_of_a_clip(processor):
     media = processor.clip_inputs(make_clip(start=4.0))
     assert (media.grid, media.num_frames, media.seconds) == ((0, 0, 0), 3, 1.5)
     assert media.pixels.shape == (3, 3, 48, 48) and media.pixels.dtype == torch.uint8
@@ -32,7 +32,7 @@ def test_media_of_a_clip(processor):
     assert media.mel.shape == (1, 40, 800)
 
 
-def test_media_of_2_plus(plus):
+def test_inputs_of_a_clip_in_2_plus(plus):
     media = plus.processor.clip_inputs(make_clip(start=4.0))
     # Three frames are two steps, the last frame doubled; 48 / 8 = 6 patches a side.
     assert media.grid == (2, 6, 6) and (media.num_frames, media.seconds) == (3, 1.5)
@@ -46,7 +46,7 @@ def test_media_of_2_plus(plus):
     [(160, 1), (16_001, 1), (112_000, 1), (128_000, 1), (128_002, 1), (132_000, 2), (320_000, 3)],
 )
 @torch.no_grad()
-def test_every_length_of_sound_is_taken_by_2_plus(plus, samples, chunks):
+def test_audio_of_any_duration_in_2_plus(plus, samples, chunks):
     media = plus.processor.clip_inputs(make_clip(samples=samples))
     assert media.mel.shape == (chunks, 40, 800)
     layout = plus.processor.make_layout(media)
@@ -56,8 +56,8 @@ def test_every_length_of_sound_is_taken_by_2_plus(plus, samples, chunks):
 
 @pytest.mark.parametrize("samples", [160, 16_001, 24_000, 320_000])
 @torch.no_grad()
-def test_every_length_of_sound_is_taken(captioner, samples):
-    """As long as the picture, 1.5 s: a chunk of 16 windows, stretched to 6 for each of the three frames."""
+def test_audio_of_any_duration(captioner, samples):
+    """Cut to the duration of the video, 1.5 s: a chunk of 16 windows, stretched to 6 for each of the three frames."""
     media = captioner.processor.clip_inputs(make_clip(samples=samples))
     layout = captioner.processor.make_layout(media)
     assert media.mel.shape == (1, 40, 800) and len(layout) == 3 * (12 + 6)
@@ -67,7 +67,7 @@ def test_every_length_of_sound_is_taken(captioner, samples):
     assert torch.equal(longest, cut)
 
 
-def test_a_chunk_holds_its_own_stretch_of_sound(plus):
+def test_each_chunk_has_its_own_audio(plus):
     long = make_clip(samples=160_000)  # 10 s: 8 + 2
     mel = plus.processor.clip_inputs(long).mel
     alone = replace(long, waveform=long.waveform[128_000:])
@@ -75,23 +75,23 @@ def test_a_chunk_holds_its_own_stretch_of_sound(plus):
 
 
 @pytest.mark.parametrize(("model", "seen"), [("processor", 3 * 12), ("plus", 2 * 4)])
-def test_sound_alone_and_picture_alone(request, model, seen):
+def test_audio_only_and_video_only(request, model, seen):
     processor = request.getfixturevalue(model)
     processor = getattr(processor, "processor", processor)
     silent = processor.clip_inputs(make_clip(samples=None))
     assert silent.mel.shape == (0, 40, 800) and processor.make_layout(silent).is_visual.tolist() == [True] * seen
-    heard = processor.clip_inputs(make_clip(frames=0))
-    assert (heard.num_frames, len(heard.pixels)) == (0, 0)
-    assert processor.make_layout(heard).is_visual.tolist() == [False] * 16
+    audible = processor.clip_inputs(make_clip(frames=0))
+    assert (audible.num_frames, len(audible.pixels)) == (0, 0)
+    assert processor.make_layout(audible).is_visual.tolist() == [False] * 16
 
 
 def test_layout_of_the_tokens(processor):
     media = processor.clip_inputs(make_clip())
     inputs = processor.collate([PromptRow(0, "Tell.", "a tone")], [media])
     ids, labels = inputs.input_ids[0], inputs.labels[0].tolist()
-    block = 3 * (12 + 6)
+    num_clip_tokens = 3 * (12 + 6)
     where = (ids == -200).nonzero().flatten().tolist()
-    assert where == list(range(where[0], where[0] + block))
+    assert where == list(range(where[0], where[0] + num_clip_tokens))
     text = processor.tokenizer.decode(ids[: where[0]]), processor.tokenizer.decode(ids[where[-1] + 1 :])
     assert text == ("<|im_start|>user\n", "\n\nTell.<|im_end|>\n<|im_start|>assistant\na tone<|im_end|>")
     answer = [*processor.tokenizer.encode("a tone"), processor.tokenizer.eos_token_id]
@@ -104,7 +104,7 @@ def test_layout_of_the_tokens_of_2_plus(plus):
     media = processor.clip_inputs(make_clip())
     inputs = processor.collate([PromptRow(0, "Tell.", "a tone")], [media])
     ids, labels = inputs.input_ids[0].tolist(), inputs.labels[0].tolist()
-    # Frames of 0.5 s, two a step: step 0 comes with two windows of sound, step 1 with the other 14.
+    # Frames of 0.5 s, two per step: step 0 is followed by two windows of audio, step 1 by the other 14.
     clip = "<|video_pad|>" * 4 + "<|audio_pad|>" * 2 + "<|video_pad|>" * 4 + "<|audio_pad|>" * 14
     text = f"<|im_start|>user\n<|vision_start|>{clip}<|vision_end|>\nTell.<|im_end|>\n<|im_start|>assistant\n"
     assert processor.tokenizer.decode(ids) == text + "a tone<|im_end|>"
@@ -117,7 +117,7 @@ def test_layout_of_the_tokens_of_2_plus(plus):
     assert time[-len(answer) :] == list(range(time[-1] - len(answer) + 1, time[-1] + 1))
 
 
-def test_more_than_the_context_is_said(processor, caplog):
+def test_a_prompt_longer_than_the_context_is_reported(processor, caplog):
     media = processor.clip_inputs(make_clip())
     processor.collate([PromptRow(0, "Tell. " * 100)], [media])
     assert not caplog.text
@@ -125,8 +125,8 @@ def test_more_than_the_context_is_said(processor, caplog):
     assert "exceed the 4096 that the language model was trained for" in caplog.text
 
 
-class Letters:
-    """A tokenizer that gives each letter its number: a 1, b 2, ..."""
+class CharTokenizer:
+    """Tokenizer with one token per character: a 1, b 2, ..."""
 
     all_special_tokens = ()
     special: ClassVar[dict[str, int]] = {
@@ -153,33 +153,33 @@ class Letters:
 
     def encode(self, text, **_):
         plain = text.replace("<|vision_start|>", "").replace("<|vision_end|>", "").replace("\n", "")
-        return [ord(letter) - 96 for letter in plain]
+        return [ord(char) - 96 for char in plain]
 
 
 def test_a_tokenizer_without_placeholders_is_refused(plus):
-    """Before anything is loaded: the first clip with sound would end in an error of its own."""
-    bare = Letters()
-    bare.special = {token: number for token, number in Letters.special.items() if number < 90}
+    """Before anything is loaded; otherwise the first clip with audio would fail."""
+    bare = CharTokenizer()
+    bare.special = {token: number for token, number in CharTokenizer.special.items() if number < 90}
     with pytest.raises(ValueError, match=r"the tokenizer lacks <\|video_pad\|>, <\|audio_pad\|>"):
         type(plus.processor)(bare, config=plus.processor.config)
 
 
 @pytest.fixture
-def letters(processor):
-    """The processor with `Letters`."""
+def chars(processor):
+    """The processor with `CharTokenizer`."""
     config = copy.deepcopy(processor.config)
     config.placeholder_ids = (99, 98)
-    return type(processor)(Letters(), config=config)
+    return type(processor)(CharTokenizer(), config=config)
 
 
-def make_block(length: int) -> ClipFeatures:
-    """So many seen tokens in a row."""
+def make_features(length: int) -> ClipFeatures:
+    """Features of `length` visual tokens in a row."""
     return ClipFeatures(torch.zeros(length, 5), interleave_by_time((1, 1, length), num_audio=0, second_per_grid=1.0))
 
 
-def test_padding_on_the_right_for_training(letters):
-    clips = [make_block(2), make_block(1)]
-    inputs = letters.collate([PromptRow(0, "ab", "c"), PromptRow(1, "d", ""), PromptRow(0, "e", "fgh")], clips)
+def test_padding_on_the_right_for_training(chars):
+    clips = [make_features(2), make_features(1)]
+    inputs = chars.collate([PromptRow(0, "ab", "c"), PromptRow(1, "d", ""), PromptRow(0, "e", "fgh")], clips)
     assert inputs.input_ids.tolist() == [
         [99, 99, 1, 2, 3, 50, 0],
         [99, 4, 50, 0, 0, 0, 0],
@@ -194,14 +194,14 @@ def test_padding_on_the_right_for_training(letters):
     assert inputs.clip_index == (0, 1, 0) and inputs.clip_inputs == () and len(inputs.clip_features) == 2
 
 
-def test_prompts_without_answers_for_generation(letters):
-    inputs = letters.collate([PromptRow(0, "ab"), PromptRow(1, "d")], [make_block(2), make_block(1)])
+def test_prompts_without_answers_for_generation(chars):
+    inputs = chars.collate([PromptRow(0, "ab"), PromptRow(1, "d")], [make_features(2), make_features(1)])
     assert inputs.input_ids.tolist() == [[99, 99, 1, 2], [99, 4, 0, 0]]
     assert inputs.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert inputs.labels.eq(-100).all()
 
 
-def test_restrict_media(processor):
+def test_select_modality(processor):
     both = processor.clip_inputs(make_clip())
     seen, heard = select_modality(both, "visual"), select_modality(both, "audio")
     assert torch.equal(seen.pixels, both.pixels) and len(seen.mel) == 0 and seen.grid == both.grid
@@ -210,11 +210,11 @@ def test_restrict_media(processor):
     assert torch.equal(whole.pixels, both.pixels) and torch.equal(whole.mel, both.mel)
 
 
-@pytest.mark.parametrize(("kept", "asked"), [("visual", "audio"), ("audio", "visual")])
-def test_nothing_left_is_refused(processor, kept, asked):
-    media = select_modality(processor.clip_inputs(make_clip()), kept)
-    with pytest.raises(ValueError, match=f"modality '{asked}' is not available"):
-        select_modality(media, asked)
+@pytest.mark.parametrize(("present", "requested"), [("visual", "audio"), ("audio", "visual")])
+def test_a_modality_that_is_missing_is_refused(processor, present, requested):
+    media = select_modality(processor.clip_inputs(make_clip()), present)
+    with pytest.raises(ValueError, match=f"modality '{requested}' is not available"):
+        select_modality(media, requested)
 
 
 def test_a_file_and_a_span_of_it(processor, videos):

@@ -1,6 +1,6 @@
-"""Published checkpoints from file to caption: what a clip and words become for either family, and what is said of it.
+"""Published checkpoints from file to caption: inputs of clips and prompts in each family.
 
-The models are the parity fixtures, random ones in the published layout, with a tokenizer whose letters are bytes.
+The models are the parity fixtures: random ones in the published layout, with a byte-level tokenizer.
 """
 
 import json
@@ -45,8 +45,8 @@ def make_clip(*, frames: int, seconds: float, sound_seconds: float | None, side:
     )
 
 
-def words(processor: Processor, clip: Clip, prompt: str = "Tell.") -> str:
-    """The text of a prompt on a clip, its tokens shown as V (seen), A (heard), T (time) and . (salmonn2: any)."""
+def prompt_text(processor: Processor, clip: Clip, prompt: str = "Tell.") -> str:
+    """Return the text of a prompt about a clip, with V for visual and A for audio tokens (salmonn2: . for either)."""
     media = processor.clip_inputs(clip)
     ids = processor.collate([PromptRow(0, prompt)], [media]).input_ids[0].tolist()
     pieces = ["." if token < 0 else processor.tokenizer.decode([token]) for token in ids]
@@ -54,7 +54,7 @@ def words(processor: Processor, clip: Clip, prompt: str = "Tell.") -> str:
 
 
 def kinds(processor: Processor, clip: Clip) -> str:
-    """What stands at each place of a clip's block: V seen, A heard, letters that tell the time, _ nothing."""
+    """Return the kind of each clip token: V visual, A audio, characters of timestamps, _ zeros."""
     media = processor.clip_inputs(clip)
     layout = processor.make_layout(media)
     told = processor.tokenizer.convert_ids_to_tokens(list(layout.timestamp_ids))
@@ -69,45 +69,45 @@ class TestPlus:
     def processor(self, published) -> Processor:
         return make_processor(published("salmonn2-plus"))
 
-    def test_picture_and_sound(self, processor):
+    def test_video_and_audio(self, processor):
         # 12 frames of 3 s are 6 steps of 0.5 s, each a square of 2 x 2 tokens with the one window that it lasts; 60
         # windows come of the sound's chunk, and the last step takes what is left.
-        text = words(processor, make_clip(frames=12, seconds=3.0, sound_seconds=3.0))
+        text = prompt_text(processor, make_clip(frames=12, seconds=3.0, sound_seconds=3.0))
         clip = "VVVVA" * 5 + "VVVV" + "A" * 55
         assert text == f"{SYSTEM}<|vision_start|>{clip}<|vision_end|>\nTell.{ANSWER}"
 
-    def test_sound_shorter_than_the_picture(self, processor):
+    def test_audio_shorter_than_the_video(self, processor):
         # The published code breaks here: 70 s of picture in steps of 10 s would take 20 windows each, 60 are there.
-        text = words(processor, make_clip(frames=14, seconds=70.0, sound_seconds=1.5))
+        text = prompt_text(processor, make_clip(frames=14, seconds=70.0, sound_seconds=1.5))
         clip = ("VVVV" + "A" * 20) * 3 + "VVVV" * 4
         assert text == f"{SYSTEM}<|vision_start|>{clip}<|vision_end|>\nTell.{ANSWER}"
 
-    def test_sound_longer_than_the_picture(self, processor):
-        text = words(processor, make_clip(frames=4, seconds=2.0, sound_seconds=31.0))
+    def test_audio_longer_than_the_video(self, processor):
+        text = prompt_text(processor, make_clip(frames=4, seconds=2.0, sound_seconds=31.0))
         clip = "VVVV" + "AA" + "VVVV" + "A" * 118
         assert text == f"{SYSTEM}<|vision_start|>{clip}<|vision_end|>\nTell.{ANSWER}"
 
-    def test_picture_alone_and_sound_alone(self, processor):
-        silent = words(processor, make_clip(frames=3, seconds=3.0, sound_seconds=None))
+    def test_video_only_and_audio_only(self, processor):
+        silent = prompt_text(processor, make_clip(frames=3, seconds=3.0, sound_seconds=None))
         assert silent == f"{SYSTEM}<|vision_start|>{'V' * 8}<|vision_end|>\nTell.{ANSWER}"
-        heard = words(processor, make_clip(frames=0, seconds=0.0, sound_seconds=61.0))
+        heard = prompt_text(processor, make_clip(frames=0, seconds=0.0, sound_seconds=61.0))
         assert heard == f"{SYSTEM}<|vision_start|>{'A' * 180}<|vision_end|>\nTell.{ANSWER}"
 
-    def test_positions_and_those_of_the_released_code(self, published, processor):
-        released = make_processor(published("salmonn2-plus"), published_positions=True)
+    def test_positions_and_those_of_the_published_code(self, published, processor):
+        published_code = make_processor(published("salmonn2-plus"), published_positions=True)
         clip = make_clip(frames=4, seconds=2.0, sound_seconds=1.0)
         media = processor.clip_inputs(clip)
         seen = [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
         layout = processor.make_layout(media)
         assert layout.positions.T.tolist()[:10] == [*seen, [0, 0, 0], [1, 0, 1], *([2, *cell[1:]] for cell in seen)]
         assert layout.next_position == 60
-        layout = released.make_layout(media)
-        # It takes the first 8 tokens for the picture, a step for a second, and what follows for text.
+        layout = published_code.make_layout(media)
+        # It takes the first 8 tokens for the video, a step for a second, and what follows for text.
         later = [[2, *cell[1:]] for cell in seen]
         assert layout.positions.T.tolist()[:10] == [*seen, *later, [3, 3, 3], [4, 4, 4]]
         assert layout.next_position == 63
 
-    def test_text_after_a_silent_clip_goes_on_from_its_greatest_position(self, processor):
+    def test_text_after_a_silent_clip_continues_from_its_greatest_position(self, processor):
         # 1 s of 168 x 168: the rows and columns go up to 5, the time to 1.
         layout = processor.make_layout(
             processor.clip_inputs(make_clip(frames=4, seconds=1.0, sound_seconds=None, side=168))
@@ -122,11 +122,11 @@ class TestSalmonn2:
     def processor(self, published) -> Processor:
         return make_processor(published("salmonn2"))
 
-    def test_picture_and_sound(self, processor):
+    def test_video_and_audio(self, processor):
         # 182 tokens a frame; all 60 of the sound fall to the two frames, 30 each.
         clip = make_clip(frames=2, seconds=2.0, sound_seconds=2.0, side=384)
         assert kinds(processor, clip) == ("V" * 182 + "A" * 30) * 2
-        assert words(processor, clip) == f"{SYSTEM}{'.' * 424}\n\nTell.{ANSWER}"
+        assert prompt_text(processor, clip) == f"{SYSTEM}{'.' * 424}\n\nTell.{ANSWER}"
 
     def test_line_breaks_after_the_clip_are_two_tokens(self, processor):
         media = processor.clip_inputs(make_clip(frames=1, seconds=1.0, sound_seconds=None, side=384))
@@ -135,14 +135,14 @@ class TestSalmonn2:
         line_break = processor.tokenizer.encode("\n")
         assert ids[end : end + 2] == line_break * 2
 
-    def test_times_are_told_where_nothing_is_heard(self, processor):
+    def test_timestamps_without_audio(self, processor):
         clip = make_clip(frames=3, seconds=31.5, sound_seconds=None, side=384)
         frame = "V" * 182
         assert kinds(processor, clip) == f"{frame}10.5{frame}21.0{frame}31.5"
         short = make_clip(frames=3, seconds=28.5, sound_seconds=None, side=384)
         assert kinds(processor, short) == f"{frame}9.5_{frame}19.0{frame}28.5"
 
-    def test_sound_ends_with_the_picture(self, processor, caplog):
+    def test_audio_ends_with_the_video(self, processor, caplog):
         longer = processor.clip_inputs(make_clip(frames=2, seconds=2.0, sound_seconds=45.0, side=384))
         assert len(longer.mel) == 1
         assert "ignoring the last 43.0 s of audio; this model takes 2.0 s" in caplog.text
@@ -150,11 +150,11 @@ class TestSalmonn2:
         # Its 60 tokens are fewer than two a frame: they are stretched to 80.
         assert len(processor.make_layout(shorter)) == 182 * 40 + 80
 
-    def test_sound_alone_up_to_the_longest_clip(self, processor, caplog):
+    def test_audio_only_up_to_the_longest_clip(self, processor, caplog):
         heard = processor.clip_inputs(make_clip(frames=0, seconds=0.0, sound_seconds=125.0))
         assert len(heard.mel) == 4 and "ignoring the last 15.0 s of audio; this model takes 110.0 s" in caplog.text
 
-    def test_released_positions_are_refused(self, published):
+    def test_published_positions_are_refused(self, published):
         with pytest.raises(ValueError, match="published positions are not defined for a salmonn2 model"):
             make_processor(published("salmonn2"), published_positions=True)
 
@@ -210,8 +210,8 @@ def test_a_caption_in_the_published_words(published, family):
 
 
 @needs_media
-def test_clips_of_a_batch_are_told_as_alone(published, family):
-    """Picture and sound, sound alone and a span, side by side."""
+def test_captions_in_a_batch_equal_those_alone(published, family):
+    """Video and audio, audio only, and a span, in one batch."""
     captioner = Captioner.load(published(family))
     processor = captioner.processor
     media = [

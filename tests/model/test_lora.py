@@ -92,7 +92,7 @@ def test_adapter_off_is_the_reference(captioner, inputs, fill_adapter):
 
 def test_a_second_adapter_is_refused_until_the_first_is_merged(captioner):
     attach_lora(captioner.network, CONFIG, seed=0)
-    with pytest.raises(ValueError, match="adapter already"):
+    with pytest.raises(ValueError, match="already has an adapter; merge it"):
         attach_lora(captioner.network, CONFIG, seed=0)
     merge_adapter(captioner.network)
     attach_lora(captioner.network, CONFIG, seed=0)

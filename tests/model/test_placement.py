@@ -91,7 +91,7 @@ def test_what_bits_need_is_told(random_model, monkeypatch):
 
 
 def test_flash_attention_in_32_bits_is_refused(random_model):
-    with pytest.raises(ValueError, match="16 bits: choose dtype bfloat16"):
+    with pytest.raises(ValueError, match="needs 16-bit weights; use dtype bfloat16"):
         load_network(random_model, placement=Placement(dtype="float32", attention="flash_attention_2"))
 
 
@@ -110,7 +110,13 @@ def test_what_training_cannot_use(load_recipe, values, words):
             getattr(load_recipe(recipe), config)(out="run", placement=Placement(**placement))
 
 
-@pytest.mark.parametrize(("device", "words"), [("gpu", "no device gpu"), ("cuda:99", "and no cuda:99: give cpu")])
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("gpu", "unknown device gpu; use cpu"),
+        ("cuda:99", "no device cuda:99: torch finds 0 GPUs; use another one, or cpu"),
+    ],
+)
 def test_a_device_that_is_not_there(device, words):
     with pytest.raises(ValueError, match=words):
         Placement(device=device)

@@ -381,7 +381,7 @@ class TestCheck:
         else:
             network.audio.projector.bias.data.fill_(torch.nan)
         try:
-            with pytest.raises(ValueError, match=words.get(mistake, "without a value.*audio.projector.bias")):
+            with pytest.raises(ValueError, match=words.get(mistake, "without a finite value.*audio.projector.bias")):
                 tool.check_sources(network, shapes=wanted, sources=sources)
         finally:
             network.audio.projector.bias.data.copy_(kept)
