@@ -171,7 +171,7 @@ class MrDpoConfig:
         """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
         known = replace(self, strategy="ddp", kl_clips=MrDpoConfig.kl_clips, feature_cache=FeatureCacheConfig())
         dpo = replace(self.dpo, kl_every=DpoConfig.kl_every)
-        return replace(known, judge=self.judge.resume_key(), dpo=dpo)
+        return replace(known, judge=self.judge.resume_key, dpo=dpo)
 
 
 def main(config: MrDpoConfig) -> None:

@@ -1,4 +1,4 @@
-"""Scoring from the command line, run for real: against files, scripted servers, and a process that is killed."""
+"""Scoring from the command line with real files, fake servers, and a killed process."""
 
 import json
 import os
@@ -22,7 +22,7 @@ SALMONN = Path(sys.executable).with_name("salmonn")
 
 
 def shown(out: str) -> dict[str, list[str]]:
-    """Rows of the tables that a command prints: title -> cells."""
+    """Return the rows of printed tables: title -> cells."""
     rows = ([cell.strip() for cell in line.strip("│┃ ").split("│")] for line in out.splitlines() if "│" in line)
     return {row[0]: row[1:] for row in rows}
 
@@ -59,7 +59,7 @@ def test_score_by_hand(call, clips, tmp_path):
 
 
 def test_score_finds_videos_named_from_elsewhere(call, clips, tmp_path, monkeypatch):
-    """`salmonn caption` writes paths as they were typed."""
+    """`salmonn caption` writes paths as given on the command line."""
     monkeypatch.chdir(clips.root)
     reference = clips.references[0]
     write_records(tmp_path / "refs.jsonl", [Reference(str(clips.root / reference.video), events=reference.events)])
@@ -173,13 +173,13 @@ def few(folder: Path, count: int) -> None:
         write_records(folder / name, read_records(folder / name, kind)[:count])
 
 
-def test_a_spend_cap_stops_and_the_same_command_goes_on(call, hasty, serve):
+def test_a_spend_cap_stops_and_the_same_command_resumes(call, hasty, serve):
     few(hasty, 10)
     server = serve(honest)
     args = openai_args(hasty, server)
     code, _, err = call(*args, "--max-requests", 6)
     assert code == 2 and "the cap of 6 requests is reached" in err and len(server.requests) == 6
-    assert not (hasty / "scores.jsonl").exists()  # no table over a part of the clips
+    assert not (hasty / "scores.jsonl").exists()  # no table over part of the clips
     code, out, _ = call(*args, "--max-requests", 6)
     assert code == 0 and len(server.requests) == 10 and "10 captions of 10 videos" in out
 
@@ -203,7 +203,7 @@ def test_unscored_captions_are_listed_and_counted(call, hasty, serve):
 
 
 def test_passes_show_their_spread(call, hasty, serve):
-    """A judge that takes 1, 3 or 2 missed events of a caption for told: of 3 passes the middle one counts."""
+    """A judge that takes 1, 3 or 2 missed events of a caption for mentioned: the middle pass is reported."""
     few(hasty, 30)
 
     def script(request, number):
@@ -242,7 +242,7 @@ PREDICTIONS = [
 
 
 def test_published_protocol(call, tmp_path, serve):
-    """0: 2 missed, 1 wrong of 4; 1: 1 missed, 3 invented of 2; 2 has no prediction, 3 no readable reply.
+    """0: 2 missed, 1 wrong of 4; 1: 1 missed, 3 hallucinated of 2; 2 has no prediction, 3 no readable reply.
 
     As published: (3 + 1 + 3) / 6 = 1.167, of which missing 3/6, incorrect 1/6, hallucination 3/6. With all videos:
     2's 4 and 3's 2 events are missed as well, (9 + 1 + 3) / 12 = 1.083.
@@ -277,7 +277,7 @@ def test_published_protocol(call, tmp_path, serve):
 
 
 def test_compare(call, clips, tmp_path):
-    """The second set tells all, the first misses one clip wholly: 1 win and 4 ties."""
+    """The second set mentions everything, the first misses one clip completely: 1 win and 4 ties."""
     references = ("--references", clips.root / "clips.jsonl")
     perfect = [Caption(reference.video, reference.caption) for reference in clips.references]
     for name, captions in (("first", [*perfect[:4], Caption(perfect[4].video, "")]), ("second", perfect)):
@@ -321,7 +321,7 @@ def test_events_are_split_once_and_may_be_edited(call, tmp_path, serve):
     kept = read_records(tmp_path / "e.jsonl", Reference)
     assert [record.events[0].text for record in kept] == ["by hand", "b", "c"]
     assert len(server.requests) == 3
-    # All but the events comes from the references; a changed caption is split anew.
+    # Everything except the events comes from the references; a changed caption is split again.
     changed = [
         Reference("a.mp4", caption=caption + "a", duration_seconds=9.0),
         Reference("b.mp4", caption=caption + "x"),
@@ -354,13 +354,13 @@ def test_qa(call, tmp_path):
     assert read_json(tmp_path / "s.json")["accuracy"] == 0.5
 
 
-def test_judge_bench(call, tmp_path):
+def test_judge_benchmark(call, tmp_path):
     lines = (Path(__file__).parents[1] / "data" / "judge_pairs.jsonl").read_text().splitlines()[::20]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     code, out, err = call("judge-benchmark", tmp_path / "pairs.jsonl", "--out", tmp_path / "b.json")
     kinds = [json.loads(line)["kind"] for line in lines]
     rows = shown(out)
-    # What the rule judge reads it reads right, and it cannot read sources.
+    # What the rule judge can parse it judges right, and it cannot parse sources.
     assert code == 0 and rows["left_out"][:2] == [str(kinds.count("left_out")), "100.0"]
     assert (
         rows["source"][4] == str(kinds.count("source"))
@@ -370,8 +370,8 @@ def test_judge_bench(call, tmp_path):
     assert read_json(tmp_path / "b.json")
 
 
-def test_judge_bench_counts_a_pair_once(call, tmp_path, serve):
-    """A judge that answers nothing of use leaves both captions of a pair unscored."""
+def test_judge_benchmark_counts_a_pair_once(call, tmp_path, serve):
+    """A judge with useless replies leaves both captions of a pair unscored."""
     lines = (Path(__file__).parents[1] / "data" / "judge_pairs.jsonl").read_text().splitlines()[:3]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     server = serve(lambda request, number: Answer("no"))

@@ -90,6 +90,7 @@ class JudgeConfig(LLMConfig):
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, got {self.attempts}")
 
+    @property
     def resume_key(self) -> "JudgeConfig":
         """Return the settings that scores depend on, with defaults for all that may change when a run is resumed."""
         defaults = JudgeConfig()

@@ -1,4 +1,4 @@
-"""The judge check against a scripted judge, with figures derived by hand; and the figures of the documentation."""
+"""The judge benchmark with a scripted judge and results derived by hand; and the documented results."""
 
 import io
 import json
@@ -24,7 +24,7 @@ EVENTS = tuple(Event(f"event {number}") for number in range(4))
 
 
 class Scripted:
-    """Gives a caption as many errors and repeated words as its first two words say; "?" is not judged."""
+    """A judge that reads a caption's errors and repeated words from its first two words; "?" is unscored."""
 
     name = "scripted"
     prompt_hash = "0"
@@ -48,7 +48,7 @@ class Scripted:
         if caption.text.startswith("?"):
             return Unscored(caption.video, "no answer", caption.sample)
         errors, repeated, *_ = map(int, caption.text.split()[:2])
-        # Spread over the three classes, so that one that is passed over shows.
+        # Spread over the three classes, so that omitting one is noticed.
         missing, incorrect = min(errors, 1), max(min(errors - 1, 1), 0)
         counts = {"missing": missing, "incorrect": incorrect, "hallucinated": errors - missing - incorrect}
         words = len(caption.text.split())
@@ -73,14 +73,14 @@ def decide(*pairs: LabelledPair) -> module.BenchmarkResult:
         (pair("1 0", "0 0", "second"), 1, 0),
         # all three classes of errors count: 3 are one each
         (pair("2 0", "3 0"), 1, 0),
-        # fewer errors go before less repetition
+        # errors take precedence over repetition
         (pair("0 2", "1 0"), 1, 0),
         # equal errors: the share of repeated words decides, 1 of 4 against 1 of 2
         (pair("1 1 a b", "1 1"), 1, 0),
         (pair("1 1", "1 1"), 0, 1),
         (pair("1 1", "1 1", "tie"), 1, 1),
         (pair("0 0", "1 0", "tie"), 0, 0),
-        # padding alone lets a tie pass, and still not the padded one
+        # only padding accepts a tie, but not a preference for the padded one
         (pair("1 0", "1 0 a b", kind="padding"), 1, 1),
         (pair("1 0", "0 0 a b", kind="padding"), 0, 0),
     ],
@@ -90,7 +90,7 @@ def test_one_decision(labelled, right, ties):
     assert (total.pairs, total.right, total.ties, total.unscored) == (1, right, ties, 0)
 
 
-def test_the_share_of_right_decisions_and_its_interval():
+def test_accuracy_and_its_interval():
     total = decide(*[pair("0 0", "1 0")] * 3, pair("1 0", "0 0")).total
     # Wilson, 3 of 4: z z / n = 3.84146 / 4 = 0.960365; (0.75 + 0.480182 -+ 1.959964 sqrt((0.1875 + 0.240091) / 4))
     # / 1.960365 = (1.230182 -+ 0.640814) / 1.960365
@@ -105,21 +105,21 @@ def test_the_gap_is_counted_in_events_for_the_labelled_better():
         pair("0 0", "3 0", gap=2),  # 3 where 2 is right: 1 off
         pair("1 0", "0 0", gap=1),  # -1 where 1 is right: 2 off
         pair("2 0", "0 0", "second", gap=2),  # 2, as it should
-        pair("0 1", "3 0"),  # no gap is labelled: it does not count
-        pair("? 0", "0 0", gap=2),  # not scored: nor does this
+        pair("0 1", "3 0"),  # without a labelled gap it does not count
+        pair("? 0", "0 0", gap=2),  # not scored: does not count either
     ]
     assert decide(*pairs).total.gap_error == pytest.approx((1 + 2 + 0) / 3)
     assert decide(pairs[3]).total.gap_error is None
 
 
-def test_what_cannot_be_judged_is_counted_and_told():
+def test_unscored_pairs_are_counted_and_reported():
     judge, done = Scripted(), []
     pairs = [pair("0 0", "1 0"), pair("0 0", "?"), pair("0 0", "1 0", events=()), pair("0 0", "1 0")]
     result = run_benchmark(pairs, judge, seed=5, progress=done.append)
     assert result.unscored == (Unscored("pair 3", "pair 3 has no events"), Unscored("pair 2", "no answer", 1))
     total = result.total
     assert (total.right, total.unscored, total.accuracy, total.scored_accuracy) == (2, 2, 0.5, 1.0)
-    # one call for all captions but the two of the refused pair, all eight reported
+    # one call for all captions except the two of the refused pair; progress of all eight
     assert judge.calls == [(6, 5)] and sum(done) == 8
 
 
@@ -135,7 +135,7 @@ def test_biases_compare_within_a_kind():
     good, bad = ("0 0", "1 0"), ("1 0", "0 0")
     kind_a = [pair(*good), pair(*good), pair(*reversed(good), "second"), pair(*reversed(bad), "second")]
     kind_b = [pair(*bad, kind="b"), *[pair(*reversed(good), "second", kind="b")] * 3]
-    # neither a kind that has but one side nor what is not scored has a say
+    # neither kinds with only one side nor unscored pairs count
     beside = [pair(*good, kind="c"), pair("?", "0 0", "second"), pair(*good, "tie")]
     result = decide(*kind_a, *kind_b, *beside)
     assert [(tally.pairs, tally.right) for tally in result.position.values()] == [(4, 3), (6, 4)]

@@ -1,4 +1,4 @@
-"""A real browser for tests of pages: the system's Chromium, cut off from the network."""
+"""A real browser for tests of HTML pages: the system's Chromium without network access."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or googl
 STEP_SECONDS = 180  # on a busy machine a step can take a minute; a healthy one never waits
 
 _OPTIONS = (
-    # Containers do without Chromium's own sandbox, and without the updates and reports that it sends by itself.
+    # Containers have no use for Chromium's own sandbox, updates and reports.
     "--no-sandbox --headless --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 )
@@ -21,7 +21,7 @@ _OPTIONS = (
 
 @contextmanager
 def start_browser() -> Iterator[Browser]:
-    """A running browser."""
+    """Start the browser."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=BROWSER, args=_OPTIONS.split(), timeout=1000 * STEP_SECONDS
@@ -31,24 +31,24 @@ def start_browser() -> Iterator[Browser]:
 
 
 class Watched:
-    """A page that is opened from its file, and what went on there.
+    """A page opened from its file, with a log of its requests and errors.
 
     Args:
         page: the page.
-        asked: all addresses that it asked for; those that are neither a file nor inside the page were refused.
-        complaints: errors and warnings of the browser's console.
+        requested: all addresses that it requested; those that are neither files nor embedded were refused.
+        errors: messages of the browser's console.
     """
 
     def __init__(self, page: Page) -> None:
         page.set_default_timeout(1000 * STEP_SECONDS)
         self.page = page
-        self.asked: list[str] = []
-        self.complaints: list[str] = []
-        page.on("request", lambda request: self.asked.append(request.url))
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("console", lambda message: self.complaints.append(message.text))
+        self.requested: list[str] = []
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.requested.append(request.url))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda message: self.errors.append(message.text))
         page.route(lambda url: not url.startswith(("file:", "data:")), lambda route: route.abort())
 
     def width(self) -> int:
-        """Of all that can be scrolled to, in pixels."""
+        """Return the width of the scrollable area, in pixels."""
         return self.page.evaluate("document.documentElement.scrollWidth")

@@ -1,4 +1,4 @@
-"""Servers and models of the judge's tests."""
+"""Fixtures of the scoring tests."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.score.fake_llm_server import FakeLLMServer
 
 @pytest.fixture
 def open_client(tmp_path):
-    """A chat with a scripted server, its replies kept in the test's folder."""
+    """Return a function that opens a client of a fake server, with the cache in the test's folder."""
 
     def open_(server: FakeLLMServer, **options) -> LLMClient:
         cache = options.pop("cache", tmp_path / "replies.sqlite")

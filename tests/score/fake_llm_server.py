@@ -1,4 +1,4 @@
-"""A server that speaks the OpenAI protocol and plays what a test scripts: real HTTP, no model."""
+"""A fake OpenAI-compatible server that sends scripted responses over real HTTP."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from salmonn.synthetic.judge import RuleJudge
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server sends: a completion with this text, unless told otherwise."""
+    """A response: a completion with this text by default."""
 
     text: str = ""
     status: int = 200
@@ -23,7 +23,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     drip_seconds: float = 0.0  # between two bytes
-    is_broken_off: bool = False  # the connection ends within the body
+    is_broken_off: bool = False  # the connection is closed in the middle of the body
     finish_reason: str = "stop"
     usage: Any = field(default_factory=lambda: {"total_tokens": 10})
 
@@ -38,11 +38,11 @@ class Answer:
         return json.dumps(completion | {"choices": [choice | {"finish_reason": self.finish_reason}]}).encode()
 
 
-Script = Callable[[dict[str, Any], int], Answer]  # (request, how many came before it) -> answer
+Script = Callable[[dict[str, Any], int], Answer]  # (request, number of requests before it) -> response
 
 
 class FakeLLMServer:
-    """Serves a script on a free port; `requests` are the bodies that came in, at most `most_at_once` side by side."""
+    """A server on a free port; `requests` are the received bodies, `most_at_once` the most concurrent requests."""
 
     def __init__(self, script: Script) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ class FakeLLMServer:
         def play(request: dict[str, Any], number: int) -> Answer:
             try:
                 return script(request, number)
-            # Refused, and so not tried again by the client: the test ends with the reason.
+            # Status 400, so that the client does not retry: the test ends with the reason.
             except (LookupError, ValueError, TypeError, AssertionError) as error:
                 return Answer(f"the script raised {error!r}", status=400)
 
@@ -69,7 +69,7 @@ class FakeLLMServer:
                 try:
                     self._send(play(request, number))
                 except (BrokenPipeError, ConnectionResetError):
-                    pass  # the client had enough
+                    pass  # the client closed the connection
                 finally:
                     with scripted._lock:
                         scripted._at_once -= 1
@@ -94,7 +94,7 @@ class FakeLLMServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        # The default poll interval of 0.5 s is what closing would take.
+        # Closing takes one poll interval, 0.5 s by default.
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
@@ -104,14 +104,14 @@ class FakeLLMServer:
 
 
 def asked_about(request: dict[str, Any]) -> tuple[tuple[Event, ...], str]:
-    """Events and caption of a request of the judge."""
+    """Return events and caption of a judge's request."""
     data = json.loads(request["messages"][1]["content"])
     events = tuple(Event(item["event"], item["kind"], *item.get("seconds", ())) for item in data["events"])
     return events, data["description"]
 
 
 def honest_reply(request: dict[str, Any]) -> dict[str, Any]:
-    """What a judge should answer that knows the synthetic world: the rule judge's verdict in the form asked for."""
+    """Return the rule judge's judgement in the requested format."""
     events, text = asked_about(request)
     score = RuleJudge().judge_one(ScoringTask(Reference("v", events), Caption("v", text)))
     told = list(score.mentions)
@@ -136,5 +136,5 @@ def _class_of(told: Mention | None) -> str:
 
 
 def honest(request: dict[str, Any], number: int) -> Answer:
-    """A script that always judges honestly."""
+    """Script that always judges like the rule judge."""
     return Answer(json.dumps(honest_reply(request)))

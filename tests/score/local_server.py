@@ -1,6 +1,6 @@
-"""A real server of language models on this machine: `transformers serve` with a tiny chat model of random weights.
+"""A real language model server on this machine: `transformers serve` with a tiny chat model of random weights.
 
-To play with it by hand: make_chat_model(folder), then `transformers serve FOLDER --device cpu`.
+To try it by hand: make_chat_model(folder), then `transformers serve FOLDER --device cpu`.
 """
 
 import http.client
@@ -19,18 +19,18 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salmonn.caption.prompt import train_tokenizer
 
-# Importing transformers is nearly all of it: 7 s where two cores are free.
+# Importing transformers takes most of it: 7 s with two free cores.
 _LONGEST_START_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A server that runs.
+    """A running server.
 
     Args:
         base_url: its address, as clients of OpenAI's interface take it.
         model: folder of the model, by which it is also named in requests.
-        log_path: what the server said so far.
+        log_path: file of the server's output.
     """
 
     base_url: str
@@ -38,13 +38,13 @@ class LocalServer:
     log_path: Path
 
     @property
-    def num_asked(self) -> int:
-        """Chat questions that arrived so far, by the server's own log."""
+    def num_requests(self) -> int:
+        """Return the number of chat requests in the server's log."""
         return self.log_path.read_text().count('"POST /v1/chat/completions')
 
 
 def make_chat_model(folder: Path) -> None:
-    """Save a chat model of 2 layers, 32 wide, whose letters are bytes: its tokens can be counted by hand."""
+    """Save a chat model of 2 layers, 32 wide, whose tokens are bytes, so that they can be counted by hand."""
     tokenizer = train_tokenizer(["a"], vocab_size=263)  # 7 special tokens and 256 bytes
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -63,8 +63,8 @@ def make_chat_model(folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(6)  # a fresh model says much the same to every question
-    # The server draws, and heeds a seed, only for models that say so here; published chat models do.
+                parameter.mul_(6)  # a fresh model gives almost the same reply to every request
+    # The server samples, with seeds, only for models with this setting; published chat models have it.
     model.generation_config.do_sample = True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -72,10 +72,10 @@ def make_chat_model(folder: Path) -> None:
 
 @contextmanager
 def serve_locally(model: Path, *, log_path: Path) -> Iterator[LocalServer]:
-    """Start the server on a free port, offline, on the processor; it is stopped at the end.
+    """Start the server on a free port, offline, on the CPU; it is stopped at the end.
 
     Raises:
-        RuntimeError: it ends or stays silent; with what it said.
+        RuntimeError: it ends or does not respond; with its output.
     """
     port = _free_port()
     line = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
@@ -106,7 +106,7 @@ def _wait_until_healthy(process: subprocess.Popen, *, port: int, log_path: Path)
 
 
 def _is_healthy(port: int) -> bool:
-    # No client that may go through a proxy: the question is whether this machine answers.
+    # A plain client, because others may go through a proxy.
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/health")
@@ -121,6 +121,6 @@ def _stop(process: subprocess.Popen) -> None:
     process.terminate()
     try:
         process.wait(timeout=10)
-    except subprocess.TimeoutExpired:  # it waits for a generation that nobody reads any more
+    except subprocess.TimeoutExpired:  # it waits for a generation that is no longer read
         process.kill()
         process.wait()

@@ -1,4 +1,4 @@
-"""Captions into events: replies read and refused, by a scripted server, and by rules for synthetic clips."""
+"""Splitting captions into events: parsed and rejected replies of a fake server, and rules for synthetic clips."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def reply(*entries: object) -> str:
     return json.dumps({"events": entries})
 
 
-def test_reads_events():
+def test_parses_events():
     assert parse_events(reply(DOG, BARK, SHOUT), REFERENCE) == (
         Event("a brown dog runs in", "visual", 2.0),
         Event("a dog barks twice", "audio"),
@@ -63,7 +63,7 @@ def test_reads_events():
         ([DOG, BARK, DOG], "occurs twice"),
     ],
 )
-def test_faults_of_a_reply(entries, words):
+def test_reports_errors_of_a_reply(entries, words):
     with pytest.raises(InvalidReplyError, match=words):
         parse_events(reply(*entries), REFERENCE)
 
@@ -73,7 +73,7 @@ def test_infinite_times():
         parse_events(reply(DOG).replace("null", "Infinity"), Reference("v", caption=CAPTION))
 
 
-def test_asks_for_what_is_not_there_yet(serve, open_client):
+def test_splits_only_references_without_events(serve, open_client):
     server = serve(lambda request, number: Answer(reply(DOG) if number else "Sorry, I cannot."))
     edited = Reference("w", (Event("edited by hand"),), CAPTION)
     (first, second), failed = list_events([REFERENCE, edited], client=open_client(server))
@@ -83,14 +83,14 @@ def test_asks_for_what_is_not_there_yet(serve, open_client):
     assert json.loads(server.requests[0]["messages"][1]["content"]) == {"description": CAPTION}
 
 
-def test_a_caption_that_cannot_be_split_is_told(serve, open_client):
+def test_reports_a_caption_that_cannot_be_split(serve, open_client):
     server = serve(lambda request, number: Answer("no"))
     (reference,), (failed,) = list_events([REFERENCE], client=open_client(server), attempts=2)
     assert reference == REFERENCE
     assert failed.video == "v" and "no usable reply in 2 attempts" in failed.reason
 
 
-def test_a_reference_with_nothing_to_split_harms_no_other():
+def test_a_reference_with_nothing_to_split_does_not_affect_others():
     star = Reference("s", caption="A red star blinks.")
     (first, second), (failed,) = list_events([Reference("x"), star], client=None, rules=split_caption)
     assert first == Reference("x") and second.events == (Event("the red star blinks", "visual"),)
@@ -108,7 +108,7 @@ def test_rules_find_the_events_of_synthetic_captions():
         ]
 
 
-def test_rules_refuse_what_they_cannot_read():
+def test_rules_reject_text_that_they_cannot_parse():
     with pytest.raises(ValueError, match=r"a dog barks.*--judge openai"):
         list_events([Reference("v", caption="A red star blinks while a dog barks.")], client=None, rules=split_caption)
 
@@ -116,7 +116,7 @@ def test_rules_refuse_what_they_cannot_read():
 EVENTS = (
     Event("early", "visual", 0.0, 4.0),
     Event("across", "visual", 3.0, 7.0),  # 1 of its 4 seconds before 4.0, 3 after
-    Event("half", "visual", 3.0, 5.0),  # half on either side
+    Event("half", "visual", 3.0, 5.0),  # half on each side
     Event("moment", "audio", 4.0, 4.0),
     Event("open", "audio", 6.0),
     Event("untimed"),
@@ -134,6 +134,6 @@ EVENTS = (
         (8.0, 9.0, []),
     ],
 )
-def test_events_of_a_part(start, end, texts):
+def test_restricts_events_to_a_span(start, end, texts):
     part = restrict_to_span(Reference("v", EVENTS), Caption("v", "", start_seconds=start, end_seconds=end))
     assert [event.text for event in part.events] == texts

@@ -1,4 +1,4 @@
-"""Score files and published files: read back, and refused in words."""
+"""Score files and published files: round trips and error messages."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_round_trip(tmp_path):
         ('JUDGING\n{"video": "a", "num_events": "3"}\n', "line 2: Score"),
     ],
 )
-def test_no_score_file(tmp_path, text, words):
+def test_rejects_other_files_as_score_file(tmp_path, text, words):
     path = tmp_path / "scores.jsonl"
     write_scores(path, JUDGING, [])
     path.write_text(text.replace("JUDGING", path.read_text().strip()))
@@ -71,7 +71,7 @@ def test_references_of_both_formats(tmp_path):
         ('[{"video": "a", "events": []}, {"video": "a", "events": []}]', "two references of a"),
     ],
 )
-def test_wrong_references(tmp_path, text, words):
+def test_rejects_invalid_references(tmp_path, text, words):
     (tmp_path / "r.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         read_references(tmp_path / "r.json")
@@ -96,7 +96,7 @@ def test_predictions(tmp_path, caplog):
         read_captions(tmp_path / "p.json")
 
 
-def test_names_of_videos(tmp_path, monkeypatch):
+def test_matches_video_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     references = {"clips/a.mp4": Reference("clips/a.mp4")}
     captions = [Caption("clips/a.mp4", "1"), Caption("data/clips/a.mp4", "2"), Caption("b.mp4", "3")]

@@ -1,4 +1,4 @@
-"""Marks of captions, each stretch found by eye."""
+"""Highlights of captions against hand-made expectations."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ def score(**lists) -> Score:
     return Score("v", num_events=2, missing=0, incorrect=0, hallucinated=0, **lists)
 
 
-def test_each_kind_is_marked_where_it_stands():
+def test_highlights_each_kind_at_its_place():
     text = "First, a RED\n circle appears; a  dog-like beep. Rain! Then it rains."
     scored = score(
         mentions=(Mention(CIRCLE, "A red circle appears."), Mention(BEEP, "a dog like beep", is_correct=False)),
@@ -43,7 +43,7 @@ def test_quotes_take_the_earliest_free_place_and_repetition_the_latest():
     assert [quote.span for quote in locate_quotes(text, scored)[:4]] == [(0, 9), (11, 20), (37, 46), (22, 31)]
 
 
-def test_two_events_may_be_told_by_the_same_words():
+def test_the_same_words_can_mention_two_events():
     text = "A circle and a beep."
     scored = score(
         mentions=(Mention(CIRCLE, "a circle and a beep"), Mention(BEEP, "a circle and a beep", is_correct=False))
@@ -54,7 +54,7 @@ def test_two_events_may_be_told_by_the_same_words():
     ]
 
 
-def test_quotes_that_overlap_are_cut_where_they_begin_and_end():
+def test_overlapping_quotes_are_split():
     scored = score(mentions=(Mention(CIRCLE, "a circle moves"),), hallucinations=("moves left",))
     assert highlight_caption("A circle moves left", scored) == [
         Highlight("A circle ", ("correct",), (CIRCLE,)),
@@ -63,13 +63,13 @@ def test_quotes_that_overlap_are_cut_where_they_begin_and_end():
     ]
 
 
-def test_what_is_said_again_word_for_word_is_marked_without_a_judge():
-    marks = highlight_caption("A dog runs. A cat sleeps. A dog runs.", score())
-    assert [mark.text for mark in marks if mark.kinds == ("repeated",)] == ["A dog runs"]
-    assert marks[0] == Highlight("A dog runs. A cat sleeps. ")
+def test_literal_repetition_is_highlighted_without_a_judge():
+    highlights = highlight_caption("A dog runs. A cat sleeps. A dog runs.", score())
+    assert [part.text for part in highlights if part.kinds == ("repeated",)] == ["A dog runs"]
+    assert highlights[0] == Highlight("A dog runs. A cat sleeps. ")
 
 
-def test_a_quote_that_is_not_there_is_kept_without_a_place():
+def test_a_quote_that_is_not_in_the_caption_has_no_span():
     scored = score(mentions=(Mention(CIRCLE, "a green circle"), Mention(BEEP, "")), hallucinations=("a cat",))
     assert locate_quotes("A red circle.", scored) == [
         Quote("correct", "a green circle", CIRCLE),
@@ -85,10 +85,10 @@ WORDS = st.lists(st.text(LETTERS, max_size=12), max_size=4)
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(LETTERS, max_size=60), told=WORDS, other=WORDS)
-def test_the_marks_are_the_caption_again(text, told, other):
+def test_joined_highlights_are_the_caption(text, told, other):
     scored = score(
         mentions=tuple(Mention(CIRCLE, quote) for quote in told), hallucinations=tuple(other), repeated=tuple(told)
     )
-    marks = highlight_caption(text, scored)
-    assert "".join(mark.text for mark in marks) == text
-    assert all(mark.text for mark in marks)
+    highlights = highlight_caption(text, scored)
+    assert "".join(part.text for part in highlights) == text
+    assert all(part.text for part in highlights)

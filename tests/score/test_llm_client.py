@@ -1,4 +1,4 @@
-"""Questions to a server that misbehaves: what is tried again, what stops the run, what is paid for, what is kept."""
+"""The client against a misbehaving server: retries, errors that stop the run, spend caps and cached replies."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ class FakeClock:
         self.now, self.delays = 0.0, []
 
     def monotonic(self) -> float:
-        self.now += 1e-9  # no two moments are the same
+        self.now += 1e-9  # no two calls return the same time
         return self.now
 
     def sleep(self, seconds: float) -> None:
@@ -41,7 +41,7 @@ class FakeClock:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch) -> FakeClock:
-    """Retries take no real time, and their delays are known exactly."""
+    """Let retries take no real time, and record their exact delays."""
     clock = FakeClock()
     monkeypatch.setattr(tenacity, "time", clock)
     monkeypatch.setattr(tenacity, "sleep_using_event", lambda event: clock.sleep)
@@ -52,22 +52,22 @@ def ask(client: LLMClient, words: str = "hello", seed: int = 0) -> LLMResponse:
     return client.complete([{"role": "user", "content": words}], schema=SCHEMA, seed=seed)
 
 
-def words_of(request: dict) -> str:
+def text_of(request: dict) -> str:
     return request["messages"][0]["content"]
 
 
-def test_a_question_is_asked_once(serve, open_client):
-    server = serve(lambda request, number: Answer(f"{words_of(request)} {number}"))
+def test_a_request_is_sent_once(serve, open_client):
+    server = serve(lambda request, number: Answer(f"{text_of(request)} {number}"))
     client = open_client(server)
     assert ask(client) == ask(client) == LLMResponse("hello 0", False, 10)
-    assert ask(open_client(server)).text == "hello 0"  # a new process would find it, too
+    assert ask(open_client(server)).text == "hello 0"  # a new process finds it too
     assert ask(client, "other").text == "other 1"
     assert ask(client, seed=1).text == "hello 2"
     assert ask(open_client(server, temperature=0.5)).text == "hello 3"
     assert (client.num_requests, client.num_tokens) == (3, 30)
 
 
-def test_what_is_sent(serve, open_client):
+def test_request_body(serve, open_client):
     server = serve(lambda request, number: Answer("x"))
     ask(open_client(server, max_reply_tokens=99), seed=7)
     ask(open_client(server, structured="never", temperature=None))
@@ -88,7 +88,7 @@ def test_what_is_sent(serve, open_client):
 
 
 @pytest.mark.parametrize("body", [b'{"detail": "pinned to another"}', b"pinned to another"])
-def test_the_server_s_own_words_are_told(serve, open_client, body):
+def test_reports_the_server_s_error_message(serve, open_client, body):
     server = serve(lambda request, number: Answer(status=400, body=body))
     with pytest.raises(LLMRejectedError, match="pinned to another"):
         ask(open_client(server))
@@ -102,7 +102,7 @@ def test_the_server_s_own_words_are_told(serve, open_client, body):
         Answer("overloaded", status=503),
         Answer("conflict", status=409),
         Answer("request time-out", status=408),
-        Answer("late", delay_seconds=1.0),  # longer than the time-out
+        Answer("late", delay_seconds=1.0),  # longer than the timeout
         Answer("half", is_broken_off=True),
         Answer(body=b"<html>proxy error</html>"),
         Answer(body=b'{"choices": []}'),
@@ -114,7 +114,7 @@ def test_the_server_s_own_words_are_told(serve, open_client, body):
         Answer("drips", drip_seconds=0.1),
     ],
 )
-def test_a_fault_that_passes_is_tried_again(serve, open_client, fault, caplog):
+def test_transient_failures_are_retried(serve, open_client, fault, caplog):
     server = serve(lambda request, number: Answer("good") if number else fault)
     client = open_client(server, timeout_seconds=0.5)
     assert ask(client).text == "good"
@@ -122,20 +122,20 @@ def test_a_fault_that_passes_is_tried_again(serve, open_client, fault, caplog):
     assert "retrying in" in caplog.text
 
 
-def test_waits_as_long_as_the_server_asks(serve, open_client, clock):
+def test_respects_retry_after(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=200 if number else 429, headers={"Retry-After": "1.6"}))
     ask(open_client(server))
     assert clock.delays == [1.6]  # by itself it would wait for at most a second
 
 
-def test_a_server_that_wants_more_time_than_there_is(serve, open_client, clock):
+def test_retry_after_beyond_the_time_limit(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=429, headers={"Retry-After": "60"}))
     with pytest.raises(LLMStoppedError, match=r"is unavailable: .*429"):
         ask(open_client(server, retry_seconds=30.0))
     assert clock.delays == [] and len(server.requests) == 2  # the request, then a trivial one
 
 
-def test_gives_up_in_time_and_keeps_what_it_has(serve, open_client, clock):
+def test_gives_up_at_the_time_limit_and_keeps_replies(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=500 if number else 200))
     client = open_client(server, retry_seconds=2.0)
     ask(client, "first")
@@ -144,7 +144,7 @@ def test_gives_up_in_time_and_keeps_what_it_has(serve, open_client, clock):
     # delays of 0.5 to 1, then 1 to 2 seconds, the last cut short at the limit: 3 or 4 tries, then one trivial request
     assert sum(clock.delays) == pytest.approx(2.0, abs=1e-3)
     assert 0.5 <= clock.delays[0] <= 1 <= clock.delays[0] + clock.delays[1] <= 2.001
-    asked = [words_of(request) for request in server.requests]
+    asked = [text_of(request) for request in server.requests]
     assert 3 <= asked.count("second") <= 4 and asked[-1] == "Reply with the word yes."
     assert ask(open_client(server), "first").text == "x"
 
@@ -164,7 +164,7 @@ def test_no_server_at_all(open_client, serve, clock):
     assert sum(clock.delays) == pytest.approx(25.0, abs=1e-3)
 
 
-def test_a_server_that_refuses_everything(serve, open_client):
+def test_a_server_that_rejects_everything(serve, open_client):
     server = serve(lambda request, number: Answer("no such option", status=400))
     client = open_client(server, structured="never")
     for number in range(19):
@@ -174,7 +174,7 @@ def test_a_server_that_refuses_everything(serve, open_client):
         ask(client, "19")
 
 
-def test_a_cap_does_not_hide_what_is_wrong(serve, open_client):
+def test_a_cap_does_not_hide_the_real_problem(serve, open_client):
     server = serve(lambda request, number: Answer("bad key", status=401, delay_seconds=0.3))
     client = open_client(server, concurrency=4, max_requests=2)
     with pytest.raises(LLMStoppedError, match="bad key"):
@@ -193,7 +193,7 @@ def test_a_cap_does_not_hide_what_is_wrong(serve, open_client):
         (451, "not here"),
     ],
 )
-def test_what_does_not_pass_stops_at_once(serve, open_client, status, words):
+def test_permanent_failures_stop_at_once(serve, open_client, status, words):
     server = serve(lambda request, number: Answer(words, status=status))
     with pytest.raises(LLMStoppedError, match=words):
         ask(open_client(server))
@@ -213,8 +213,8 @@ def test_a_server_without_schemas(serve, open_client, caplog):
         ask(open_client(server, structured="always"), "d")
 
 
-def test_one_refused_question_is_no_refused_schema(serve, open_client):
-    server = serve(lambda request, number: Answer("too long", status=400 if words_of(request) == "long" else 200))
+def test_a_rejected_request_is_not_a_rejected_schema(serve, open_client):
+    server = serve(lambda request, number: Answer("too long", status=400 if text_of(request) == "long" else 200))
     client = open_client(server)
     with pytest.raises(LLMRejectedError, match="too long"):
         ask(client, "long")
@@ -222,8 +222,8 @@ def test_one_refused_question_is_no_refused_schema(serve, open_client):
     assert "response_format" in server.requests[-1]
 
 
-def test_a_question_on_which_the_server_fails_stops_no_other(serve, open_client):
-    server = serve(lambda request, number: Answer("x", status=500 if words_of(request) == "bad" else 200))
+def test_a_request_on_which_the_server_fails_stops_no_other(serve, open_client):
+    server = serve(lambda request, number: Answer("x", status=500 if text_of(request) == "bad" else 200))
     client = open_client(server, retry_seconds=2.0, concurrency=2)
 
     def try_ask(text: str) -> str:
@@ -236,16 +236,16 @@ def test_a_question_on_which_the_server_fails_stops_no_other(serve, open_client)
     assert "the server fails on this request but not on others" in replies[0] and replies[1:] == ["x", "x"]
 
 
-def test_half_a_character_is_no_obstacle(serve, open_client):
+def test_an_unpaired_surrogate_is_replaced(serve, open_client):
     server = serve(lambda request, number: Answer(body=Answer("ab").to_bytes().replace(b"ab", b"a\\ud83d")))
     assert ask(open_client(server)).text == ask(open_client(server)).text == "a?"
     assert len(server.requests) == 1
 
 
 def test_cap_of_requests(serve, open_client):
-    server = serve(lambda request, number: Answer(words_of(request)))
+    server = serve(lambda request, number: Answer(text_of(request)))
     client = open_client(server, max_requests=2)
-    ask(client, "a"), ask(client, "b"), ask(client, "a")  # the third is known
+    ask(client, "a"), ask(client, "b"), ask(client, "a")  # the third is cached
     with pytest.raises(LLMStoppedError, match=r"the cap of 2 requests is reached \(2 requests, 20 tokens in"):
         ask(client, "c")
     assert len(server.requests) == 2
@@ -264,7 +264,7 @@ def test_retries_count_against_the_cap(serve, open_client):
 def test_cap_of_tokens(serve, open_client):
     server = serve(lambda request, number: Answer("x"))
     client = open_client(server, max_tokens=15)
-    ask(client, "a"), ask(client, "b")  # 10 of 15 are spent before the second: it may begin
+    ask(client, "a"), ask(client, "b")  # 10 of 15 are spent before the second, which may start
     with pytest.raises(LLMStoppedError, match="the cap of 15 tokens"):
         ask(client, "c")
     silent = serve(lambda request, number: Answer("x", usage=None))
@@ -274,11 +274,11 @@ def test_cap_of_tokens(serve, open_client):
 
 
 def test_map_concurrent(serve, open_client):
-    together = threading.Barrier(3)  # each request waits for two others: fewer at once would never end
+    together = threading.Barrier(3)  # each request waits for two others: fewer at once would never finish
 
     def script(request, number):
         together.wait(timeout=60)
-        return Answer(words_of(request))
+        return Answer(text_of(request))
 
     server = serve(script)
     client = open_client(server, concurrency=3)
@@ -289,7 +289,7 @@ def test_map_concurrent(serve, open_client):
     assert server.most_at_once == 3
 
 
-def test_the_first_that_stops_stops_all(serve, open_client):
+def test_the_first_error_stops_all(serve, open_client):
     server = serve(lambda request, number: Answer("no", status=401))
     client = open_client(server, concurrency=2)
     with pytest.raises(LLMStoppedError, match="no"):
@@ -306,7 +306,7 @@ class Held:
 
     def __call__(self, request, number):
         self._released.wait(timeout=300)
-        return Answer(words_of(request))
+        return Answer(text_of(request))
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
@@ -324,7 +324,7 @@ def wait_for_line(text: str, process: subprocess.Popen) -> None:
         assert lines[-1], f"it ended without {text!r}: {''.join(lines)}"
 
 
-def test_ctrl_c_keeps_what_is_under_way(serve, open_client, tmp_path):
+def test_ctrl_c_keeps_replies_in_flight(serve, open_client, tmp_path):
     held = Held()
     server = serve(held)
     code = textwrap.dedent(f"""
@@ -343,7 +343,7 @@ def test_ctrl_c_keeps_what_is_under_way(serve, open_client, tmp_path):
     held.release()
     process.communicate(timeout=300)
     assert process.returncode != 0
-    asked = [words_of(request) for request in server.requests]
+    asked = [text_of(request) for request in server.requests]
     assert sorted(asked) == ["0", "1"]
     client = open_client(server)
     assert [ask(client, text).text for text in asked] == asked
@@ -369,7 +369,7 @@ def test_a_second_ctrl_c_does_not_wait(serve, tmp_path):
     assert process.returncode == 130 and "Traceback" not in err
 
 
-def test_a_key_is_asked_for(monkeypatch, tmp_path):
+def test_requires_an_api_key(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="OPENAI_API_KEY"):
         LLMClient(LLMConfig("m", cache=tmp_path / "c"))
@@ -401,14 +401,14 @@ def test_a_cache_of_another_format(tmp_path):
         ResponseCache(path)
 
 
-def test_a_file_that_is_no_cache(tmp_path):
+def test_a_file_that_is_not_a_cache(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("no database, and longer than a header of one hundred bytes " * 4)
     with pytest.raises(ValueError, match=r"notes\.txt cannot be used as reply cache"):
         ResponseCache(path)
 
 
-def test_logging_is_quiet_when_all_is_well(serve, open_client, caplog):
+def test_logs_nothing_without_problems(serve, open_client, caplog):
     caplog.set_level(logging.WARNING)
     ask(open_client(serve(lambda request, number: Answer("x"))))
     assert not caplog.records

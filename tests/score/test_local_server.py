@@ -33,7 +33,7 @@ def server(tmp_path_factory) -> LocalServer:
 
 @pytest.fixture
 def ask(server):
-    """Ask the server by OpenAI's own client."""
+    """Send requests with OpenAI's own client."""
     with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=60) as client:
 
         def create(text: str, **options):
@@ -45,7 +45,7 @@ def ask(server):
 
 def test_reply_is_counted_and_cut_at_the_limit(ask):
     completion = ask("hi", max_tokens=5, temperature=0)
-    # Turn start, "user\nhi", turn end, "\n", turn start, "assistant\n"; a letter is a token: 1 + 7 + 1 + 1 + 1 + 10.
+    # Turn start, "user\nhi", turn end, "\n", turn start, "assistant\n"; a character is a token: 1 + 7 + 1 + 1 + 1 + 10.
     assert completion.usage.prompt_tokens == 21
     assert completion.usage.completion_tokens == 5 and completion.usage.total_tokens == 26
     assert completion.choices[0].finish_reason == "length"
@@ -60,7 +60,7 @@ def test_seed_and_temperature_reach_the_model(ask):
     assert answer(seed=1, temperature=0) == answer(seed=2, temperature=0)
 
 
-def test_questions_side_by_side_keep_their_answers(ask):
+def test_concurrent_requests_get_their_own_replies(ask):
     def answer(text: str) -> str:
         return ask(text, max_tokens=20, temperature=0).choices[0].message.content
 
@@ -71,8 +71,8 @@ def test_questions_side_by_side_keep_their_answers(ask):
         assert list(executor.map(answer, texts)) == alone
 
 
-def test_schema_is_taken_and_not_heeded(ask):
-    # Why a reply is parsed strictly also where the server did not refuse the schema.
+def test_schema_is_accepted_and_ignored(ask):
+    # This is why replies are parsed strictly even if the server accepts the schema.
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     form = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": schema}}
     text = ask("hi", max_tokens=5, temperature=0, response_format=form).choices[0].message.content
@@ -80,7 +80,7 @@ def test_schema_is_taken_and_not_heeded(ask):
         json.loads(text)
 
 
-def test_fields_that_are_not_openais_are_refused(ask):
+def test_rejects_fields_that_are_not_openais(ask):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         ask("hi", max_tokens=1, extra_body={"top_k": 1})
     assert "top_k" in caught.value.body["detail"]
@@ -88,7 +88,7 @@ def test_fields_that_are_not_openais_are_refused(ask):
 
 @pytest.fixture
 def score(server, tmp_path):
-    """Run `salmonn score` with the server as judge: exit code, stderr, and what the file of scores holds."""
+    """Run `salmonn score` with the server as judge: exit code, stderr, and contents of the score file."""
     write_records(tmp_path / "refs.jsonl", REFERENCES)
     write_records(tmp_path / "captions.jsonl", CAPTIONS)
     line = [str(Path(sys.executable).with_name("salmonn")), "score", str(tmp_path / "captions.jsonl")]
@@ -105,21 +105,21 @@ def score(server, tmp_path):
     return run
 
 
-def test_captions_of_a_judge_that_babbles_are_unscored_and_not_asked_about_again(server, score):
-    before = server.num_asked
-    code, told, results = score()
-    assert code == SOME_FAILED and "Traceback" not in told
-    # The video without a caption needs no judge. The others are asked about twice each.
+def test_useless_replies_leave_captions_unscored_and_are_cached(server, score):
+    before = server.num_requests
+    code, err, results = score()
+    assert code == SOME_FAILED and "Traceback" not in err
+    # The video without a caption needs no request, the others two each.
     assert [(type(one), one.video) for one in results] == [
         (Score, "three.mp4"),
         (Unscored, "one.mp4"),
         (Unscored, "two.mp4"),
     ]
     assert all("no usable reply in 2 attempts" in one.reason for one in results[1:])
-    assert server.num_asked - before == 4
+    assert server.num_requests - before == 4
 
     assert score()[2] == results
-    assert server.num_asked - before == 4
+    assert server.num_requests - before == 4
 
 
 def test_tokens_are_counted_as_the_server_counts_them(server, tmp_path):
@@ -134,4 +134,4 @@ def test_tokens_are_counted_as_the_server_counts_them(server, tmp_path):
     messages = [{"role": "user", "content": "hi"}]
     reply = client.complete(messages, schema={"type": "object"}, seed=0)
     assert reply.is_truncated
-    assert client.num_tokens == reply.num_tokens == 21 + 30  # of the question, as above, and of the reply
+    assert client.num_tokens == reply.num_tokens == 21 + 30  # of the prompt, as above, and of the reply

@@ -1,4 +1,4 @@
-"""Rates against sums made by hand, and against the worked example of docs/metrics.md."""
+"""Metrics against sums computed by hand, and against the worked example of docs/metrics.md."""
 
 import re
 from pathlib import Path
@@ -13,8 +13,8 @@ from salmonn.synthetic.judge import RuleJudge
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
-def told(*spans: tuple[float, float] | None, modality="visual") -> Score:
-    """A caption that tells events of these times, in this order."""
+def mentioning(*spans: tuple[float, float] | None, modality="visual") -> Score:
+    """Return a score that mentions events of these times, in this order."""
     events = [Event("it happens", modality, *(span or (None, None))) for span in spans]
     return Score("v", len(events), 0, 0, 0, mentions=tuple(Mention(event) for event in events))
 
@@ -53,39 +53,48 @@ def test_no_scores():
         compute_rates([])
 
 
-def test_rates_of_an_earlier_version_still_read():
+def test_rates_of_an_earlier_version_are_accepted():
     old = {"missing": 0.5, "hallucination": 0.25, "total": 0.75, "repetition": 0.0, "qa_accuracy": None, "clips": 2}
     assert Rates(**old) == Rates(0.5, 0.25, 0.75, 0.0, None, 2)
 
 
 def test_audio_share_is_over_the_events_of_all_captions():
     # 1 sound and 1 spoken of 5 events; a mean over captions would give (0 + 2/2) / 2
-    scores = [told(None, None, None), told(None, modality="audio"), told(None, modality="speech")]
+    scores = [mentioning(None, None, None), mentioning(None, modality="audio"), mentioning(None, modality="speech")]
     assert audio_share(scores) == pytest.approx(2 / 5)
-    assert audio_share([told()]) is None
+    assert audio_share([mentioning()]) is None
 
 
 @pytest.mark.parametrize(
     ("captions", "tau"),
     [
-        ([told((0, 1), (1, 2), (2, 3))], 1.0),
-        ([told((2, 3), (1, 2), (0, 1))], -1.0),
+        ([mentioning((0, 1), (1, 2), (2, 3))], 1.0),
+        ([mentioning((2, 3), (1, 2), (0, 1))], -1.0),
         # of three pairs two are in order
-        ([told((0, 1), (2, 3), (1, 2))], 1 / 3),
-        # the first two overlap and make no pair: 2 in order, and 1 against it in the other caption
-        ([told((1, 3), (2, 4), (5, 6)), told((5, 6), (2, 4))], 1 / 3),
-        # pooled: 3 in order and 1 against it; a mean over captions would give (1 - 1) / 2
-        ([told((0, 1), (1, 2), (2, 3)), told((1, 2), (0, 1))], 0.5),
-        # overlapping, beginning together, without times, alone
-        ([told((0, 2), (1, 3)), told((0, 0), (0, 1)), told(None, (0, 1)), told((0, 1)), told()], None),
+        ([mentioning((0, 1), (2, 3), (1, 2))], 1 / 3),
+        # the first two overlap and make no pair: 2 in order, and 1 discordant in the other caption
+        ([mentioning((1, 3), (2, 4), (5, 6)), mentioning((5, 6), (2, 4))], 1 / 3),
+        # pooled: 3 in order and 1 discordant; a mean over captions would give (1 - 1) / 2
+        ([mentioning((0, 1), (1, 2), (2, 3)), mentioning((1, 2), (0, 1))], 0.5),
+        # overlapping, starting together, without times, alone
+        (
+            [
+                mentioning((0, 2), (1, 3)),
+                mentioning((0, 0), (0, 1)),
+                mentioning(None, (0, 1)),
+                mentioning((0, 1)),
+                mentioning(),
+            ],
+            None,
+        ),
     ],
 )
-def test_telling_order(captions, tau):
+def test_temporal_order_tau(captions, tau):
     assert temporal_order_tau(captions) == (None if tau is None else pytest.approx(tau))
 
 
 def test_worked_example():
-    """docs/metrics.md, "The worked example": judged by the rule judge, and each value as it stands there."""
+    """docs/metrics.md, "The worked example": judged by the rule judge, with all values as documented."""
     references = {
         "a.mp4": Reference(
             "a.mp4",
@@ -146,7 +155,7 @@ def test_qa_accuracy():
         Caption("w", "dark red", QUESTIONS[0].question),
     ]
     assert qa_accuracy(REFERENCES, answers) == pytest.approx(2 / 3)
-    assert qa_accuracy(REFERENCES, answers[:1]) == pytest.approx(1 / 3)  # what is not answered is wrong
+    assert qa_accuracy(REFERENCES, answers[:1]) == pytest.approx(1 / 3)  # unanswered questions are wrong
 
 
 def test_qa_accuracy_refuses():

@@ -1,4 +1,4 @@
-"""What responses choose, read by hand, and accuracy over files of each format."""
+"""Choices of responses, labelled by hand, and accuracy over files of each format."""
 
 import json
 import re
@@ -46,7 +46,7 @@ DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="u
         ("A. Apples.\nB. Candles.\nC. Berries.\nAnswer: B", "B"),
         ("A or B? The answer is B.", "B"),
         ("A. Apples. B. Candles. C. Berries.", None),
-        # named in passing
+        # mentioned anywhere
         ("I think B", "B"),
         ("It's C", "C"),
         ("Berries (C)", "C"),
@@ -86,18 +86,18 @@ def test_choice(response, letter):
 @pytest.mark.parametrize(
     ("response", "options", "letter"),
     [
-        # an option that reads like letters
+        # an option that looks like letters
         ("A man walks", DEEDS, "B"),
         ("Answer: A man walks", DEEDS, "B"),
         ("C. Vitamin A.", DEEDS, "C"),
         ("Vitamin A", DEEDS, "C"),
         ("Plan B", DEEDS, "D"),
         ("A 4", ("4.", "9."), "A"),
-        # a bare letter is a letter, even where it is an option's text
+        # a single letter is a letter, even if it is an option's text
         ("B", ("B", "A"), "B"),
         # two options alike
         ("red", ("Red", "red."), None),
-        # as many letters as options; A to H where they are not known
+        # as many letters as options; A to H if they are unknown
         ("E", (*FRUIT, "None"), "E"),
         ("H", (), "H"),
         ("I", (), None),
@@ -124,14 +124,14 @@ EXAMPLE = [
 def test_worked_example():
     found = score_questions(EXAMPLE)
     assert (found.accuracy, found.num_questions, found.unanswered, found.unreadable) == (0.5, 4, 1, 1)
-    # the videos drawn are aa, ab, ba or bb: 4/4, 2/4 or 0/4
+    # the sampled videos are aa, ab, ba or bb: 4/4, 2/4 or 0/4
     assert found.interval == Interval(0.0, 1.0)
     assert found.by_group == {"duration": {"short": (pytest.approx(2 / 3), 3)}, "domain": {"Life": (0.0, 1)}}
     written = re.findall(r"^\| ([ab]) \| ([A-D]) \| (.*?) ?\| .+ \|$", DOCS, re.MULTILINE)
     assert written == [(choice.video, choice.answer, choice.response or "") for choice in EXAMPLE]
 
 
-def test_questions_of_a_video_are_drawn_together_and_of_unknown_ones_one_by_one():
+def test_questions_of_a_video_are_sampled_together_and_of_unknown_ones_separately():
     choices = [
         MultipleChoiceQuestion("?", FRUIT, "B", "AB"[number % 2], video="vw"[number % 2]) for number in range(100)
     ]
@@ -188,7 +188,7 @@ def test_reads_flat_lists(tmp_path):
     ]
     expected = [
         MultipleChoiceQuestion("Which?", ("Apples", "A. B."), "B", None, "v.mp4"),
-        # seconds are no group
+        # seconds are not a group
         MultipleChoiceQuestion("Which?", ("Apples", "Pears"), "B", None, None, {"task_type": "x"}),
     ]
     (tmp_path / "r.json").write_text(json.dumps(items))
@@ -196,7 +196,7 @@ def test_reads_flat_lists(tmp_path):
     assert read_questions(tmp_path / "r.json") == read_questions(tmp_path / "r.jsonl") == expected
 
 
-def test_reads_what_the_published_code_writes(tmp_path):
+def test_reads_output_of_the_published_code(tmp_path):
     prompt = "<video>\nWhich?\nA. Apples.\nB. Candles.\nAnswer with a letter."
     items = [
         {"video": "a.mp4", "image": None, "prompt": {"from": "human", "value": prompt}, "ref": "B", "pred": "Candles"},
@@ -228,12 +228,12 @@ GOOD = VIDEO["questions"][0]
         ("r.json", json.dumps([VIDEO | {"questions": [1]}]), "item 1: questions must be a list of objects"),
     ],
 )
-def test_names_what_is_wrong(tmp_path, name, text, words):
+def test_reports_errors_in_files(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=words):
         read_questions(tmp_path / name)
 
 
-def test_names_a_file_that_is_not_there(tmp_path):
+def test_reports_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="multiple-choice"):
         read_questions(tmp_path / "r.json")

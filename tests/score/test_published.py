@@ -1,4 +1,4 @@
-"""The published scorer's rules, from replies and files written by hand."""
+"""The published scorer's rules, with hand-written replies and files."""
 
 import json
 
@@ -25,7 +25,7 @@ def counts(score: Score) -> tuple[int, int, int]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        # as asked for
+        # as requested
         (
             '{"Missed": 1, "Incorrect": 0, "Hallucination": 2, "Missed Event": ["a dog runs"], "Incorrect Event": [], '
             '"Hallucination Event": ["x", "y"]}',
@@ -37,7 +37,7 @@ def counts(score: Score) -> tuple[int, int, int]:
             '[\'a dog runs\'],\n "Incorrect Event": ["it\'s raining"],\n "Hallucination Event": []}\n```',
             (1, 1, 0),
         ),
-        # what it counts is believed, whatever it lists, and whatever the number of events
+        # counts are used as stated, whatever the lists and the number of events
         (
             '{"Missed": 7, "Incorrect": 0, "Hallucination": 0, "Missed Event": [], "Incorrect Event": [], '
             '"Hallucination Event": []}',
@@ -45,7 +45,7 @@ def counts(score: Score) -> tuple[int, int, int]:
         ),
     ],
 )
-def test_reads_lists_as_the_published_scorer(text, expected):
+def test_parses_lists_as_the_published_scorer(text, expected):
     assert counts(ListPrompt().parse(text, TASK)) == expected
 
 
@@ -55,22 +55,22 @@ def test_reads_lists_as_the_published_scorer(text, expected):
         "I see no errors.",
         '{"Missed": one, "Incorrect": 0, "Hallucination": 0, "Missed Event": [], "Incorrect Event": [], '
         '"Hallucination Event": []}',
-        # a list that is no literal is never evaluated
+        # a list that is not a literal is never evaluated
         '{"Missed": 1, "Incorrect": 0, "Hallucination": 0, "Missed Event": [open("/etc/passwd").read()], '
         '"Incorrect Event": [], "Hallucination Event": []}',
         # keys in another order
         '{"Incorrect": 0, "Missed": 1, "Hallucination": 0, "Missed Event": [], "Incorrect Event": []}',
-        # a brace within the last list ends it too soon
+        # a brace in the last list ends it too early
         '{"Missed": 0, "Incorrect": 0, "Hallucination": 1, "Missed Event": [], "Incorrect Event": [], '
         '"Hallucination Event": ["a } brace"]}',
     ],
 )
-def test_what_it_cannot_read(text):
+def test_rejects_what_it_cannot_parse(text):
     with pytest.raises(InvalidReplyError):
         ListPrompt().parse(text, TASK)
 
 
-def test_counts_alone_must_add_up():
+def test_counts_must_add_up():
     text = '{"Missed": 1, "Correct": %d, "Incorrect": 0, "Hallucination": 4}'
     assert counts(CountPrompt().parse(text % 2, TASK)) == (1, 0, 4)
     with pytest.raises(InvalidReplyError, match=r"1 \+ 1 \+ 0 events do not add up to 3"):
@@ -85,31 +85,31 @@ def test_counts_alone_must_add_up():
         ("aaaaa b", "a b"),
         ("A dog runs. " * 5 + "The end.", "A dog runs. The end."),
         ("A dog runs. " * 4 + "The end.", "A dog runs. " * 4 + "The end."),
-        # pieces of 50 characters or more need four
+        # phrases of 50 characters or more need four
         (("x" + "0123456789" * 4 + "abcdefghi.") * 4, "x" + "0123456789" * 4 + "abcdefghi."),
         (("x" + "0123456789" * 4 + "abcdefghi.") * 3, ("x" + "0123456789" * 4 + "abcdefghi.") * 3),
-        ("line\n" * 6, "line\n" * 6),  # no piece spans lines
+        ("line\n" * 6, "line\n" * 6),  # no phrase spans lines
     ],
 )
 def test_collapse(text, expected):
     assert collapse_repeats(text) == expected
 
 
-def test_collapses_only_what_was_cut_off():
+def test_collapses_only_truncated_captions():
     text = "so so so so so on"
     for finished, expected in ((True, text), (False, "so on")):
         task = ScoringTask(TASK.reference, Caption("v", text, finished=finished))
         assert collapse_task(task).caption.text == expected
 
 
-def test_rates_and_what_is_left_out():
+def test_rates_with_and_without_unscored_videos():
     scores = [Score("a", 4, 1, 1, 0), Score("b", 3, 0, 1, 2)]
     rates = published_rates(scores)
-    # 1 missed, 2 wrong, 2 invented of 7 events
+    # 1 missed, 2 incorrect, 2 hallucinated of 7 events
     assert (rates.missing, rates.incorrect, rates.hallucination, rates.total) == (1 / 7, 2 / 7, 2 / 7, 5 / 7)
     assert rates.num_videos == 2
-    seen = published_rates(scores, [TASK.reference])  # 3 more events, all missed
-    assert (seen.missing, seen.total, seen.num_videos) == (4 / 10, 8 / 10, 3)
+    whole = published_rates(scores, [TASK.reference])  # 3 more events, all missed
+    assert (whole.missing, whole.total, whole.num_videos) == (4 / 10, 8 / 10, 3)
     with pytest.raises(ValueError, match="no video"):
         published_rates([])
 
@@ -123,15 +123,15 @@ def config(server, tmp_path) -> JudgeConfig:
     return JudgeConfig(kind="openai", model="m", base_url=server.url, cache=tmp_path / "replies.sqlite", concurrency=1)
 
 
-def test_an_empty_prediction_is_asked_about_as_any_other(serve, tmp_path):
+def test_an_empty_prediction_is_judged_like_any_other(serve, tmp_path):
     server = serve(lambda request, number: Answer(reply(2)))
     empty = ScoringTask(TASK.reference, Caption("v", ""))
     assert make_judge(config(server, tmp_path), published=True).judge([empty])[0].missing == 2
     assert len(server.requests) == 1
 
 
-def test_asks_nine_times_then_for_counts(serve, tmp_path):
-    """What never becomes readable is asked for 1 + 8 times with lists, 3 times without, each on a seed of its own."""
+def test_requests_lists_nine_times_then_counts(serve, tmp_path):
+    """Invalid replies are requested 1 + 8 times with lists, 3 times without, with a different seed each."""
     server = serve(lambda request, number: Answer("no"))
     (result,) = make_judge(config(server, tmp_path), published=True).judge([TASK], seed=5)
     assert isinstance(result, Unscored) and "12 attempts" in result.reason
@@ -140,8 +140,8 @@ def test_asks_nine_times_then_for_counts(serve, tmp_path):
     assert asks_lists == [True] * 9 + [False] * 3
 
 
-def test_a_further_pass_keeps_what_it_cannot_read_anew(serve, tmp_path):
-    """Pass 1: w unreadable once, then 1; pass 2: v reads 3, w cannot be read and keeps 1; pass 3: v 2, w 0."""
+def test_a_further_pass_keeps_scores_that_it_cannot_parse_again(serve, tmp_path):
+    """Pass 1: w invalid once, then 1; pass 2: v 3, w is invalid and keeps 1; pass 3: v 2, w 0."""
     script = {"v": ["0", "3", "2"], "w": ["no", "1", "no", "0"]}
 
     def play(request, number):

@@ -16,24 +16,24 @@ from salmonn.score.repetition import count_repeated_words, find_repeated_spans
         ("The big dog runs and the big dog barks and the big dog runs and the big dog barks", (10, 19)),
         # the worked example of the docstring
         ("A red star blinks. It moves up, and then the red star blinks. A red st", (9, 16)),
-        # "it" and left-out subjects are another's doing here
+        # "it" and omitted subjects refer to another object here
         ("A red circle appears and it blinks. A blue star appears and it blinks.", (0, 14)),
         ("A red circle appears, then moves to the left. A blue star appears, then moves to the left.", (0, 18)),
         ("A red circle appears, and it blinks, and it blinks.", (3, 10)),
-        # good prose names things again
+        # good prose mentions things again
         ("A man and a woman stand. A man and a woman sit.", (0, 12)),
         ("A red circle, a star and a cross appear. Then a red circle, a star and a cross vanish.", (0, 19)),
-        # loops within a clause, said three times or more
+        # loops within a clause, of three times or more
         ("the red cat the red cat the red cat", (6, 9)),
         ("It is a very very good day.", (0, 7)),
         ("beep, beep, beep", (2, 3)),
-        # a tail is only taken for cut off where the text has no end
+        # a last clause only counts as cut off if the text has no end
         ("The red star moves up. A dog barks. The red star mov", (4, 12)),
         ("The red star moves up. A dog barks. The red star moves.", (0, 12)),
         ("The red star moves up. A dog barks. The r", (0, 10)),
     ],
 )
-def test_repeated_words(text, expected):
+def test_count_repeated_words(text, expected):
     assert count_repeated_words(text) == expected
 
 
@@ -50,5 +50,5 @@ def test_repeated_words(text, expected):
         ),
     ],
 )
-def test_where_it_is_repeated(text, marked):
+def test_find_repeated_spans(text, marked):
     assert [text[start:end] for start, end in find_repeated_spans(text)] == marked

@@ -1,4 +1,4 @@
-"""The report: what it holds, and what a real browser makes of it."""
+"""The report: its contents, and its behaviour in a real browser."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ RAIN = Event("rain & <b>thunder</b> are heard", "audio", 3.0, 4.2)
 HELLO = Event('a man says "hello"', "speech")
 SHAPES = tuple(Event(f"shape {number} appears", "visual", float(number), number + 1.0) for number in range(4))
 HOSTILE = "</script><script>window.hacked = 1</script><img src='http://example.com/x.png' onerror='window.hacked = 1'>"
-# No file has this name, which an address must not be made of either.
+# No file has this name, and it must not become an address.
 NOWHERE = "javascript:window.hacked=1"
 PLAIN = ("The red circle appears.", "A blue dog barks twice.", "Bells ring softly.", "The red circle appears.")
 TEXT = f"{PLAIN[0]} {PLAIN[1]} {PLAIN[2]} {HOSTILE}. {PLAIN[3]}"
@@ -35,12 +35,12 @@ def three_scores(first: str, second: str) -> dict[str, Score]:
 
 
 def two_videos(clips) -> tuple[Reference, Reference]:
-    """The worse one first, which comes last by name."""
+    """Return the worse video first, which is last by name."""
     return clips.references[1], clips.references[0]
 
 
 def make_report(clips, **changes) -> Report:
-    """A report on two real videos and one that is not there."""
+    """Return a report on two real videos and one that does not exist."""
     first, second = (reference.video for reference in two_videos(clips))
     scores = list(three_scores(first, second).values())
     lasting = {reference.video: reference.duration_seconds for reference in clips.references}
@@ -69,7 +69,7 @@ def page_text(clips, tmp_path):
     return (tmp_path / "report.html").read_text()
 
 
-def test_what_files_hold_is_text_on_the_page(page_text):
+def test_file_contents_are_escaped(page_text):
     assert page_text.count("<script>") == page_text.count("</script>") == 1
     assert "<i>captions" not in page_text and "<b>thunder" not in page_text and "<reply>" not in page_text
     assert "<img" not in page_text
@@ -81,8 +81,8 @@ def test_nothing_to_report(clips, tmp_path):
         write_report(tmp_path / "report.html", make_report(clips, scores=[]))
 
 
-def test_only_so_much_video_is_inside_and_the_worst_come_first(clips, tmp_path, monkeypatch):
-    # Room for the worst clip's video alone; the page lies above the videos, so that their address is relative.
+def test_embedded_size_is_limited_and_the_worst_clips_come_first(clips, tmp_path, monkeypatch):
+    # Room for the worst clip's video only; the page is above the videos, so that their addresses are relative.
     size = (clips.root / two_videos(clips)[0].video).stat().st_size
     monkeypatch.setattr("salmonn.score.report._ALL_EMBEDDED_BYTES", size)
     shutil.copytree(clips.root, tmp_path / "set")
@@ -95,7 +95,7 @@ def test_only_so_much_video_is_inside_and_the_worst_come_first(clips, tmp_path, 
 
 
 def test_parts_of_a_video_keep_their_captions_and_events(clips, tmp_path):
-    # Missed in the second part is the second of two events of one text; the first part has 1 of its 1 told.
+    # The second part misses the second of two events with the same text; the first part mentions its only event.
     video = clips.references[0].video
     early, late = Event("a beep", "audio", 0.0, 1.0), Event("a beep", "audio", 3.0, 4.0)
     first = Score(video, 1, 0, 0, 0, mentions=(Mention(early, "beep"),), end_seconds=2.0)
@@ -109,7 +109,7 @@ def test_parts_of_a_video_keep_their_captions_and_events(clips, tmp_path):
     assert "Beep</mark> one." in cards[1] and 'data-seek="3.0"' not in cards[1]
 
 
-def test_of_events_of_one_text_each_is_told_or_missed_once(clips, tmp_path):
+def test_events_with_the_same_text_are_each_mentioned_or_missed_once(clips, tmp_path):
     video = clips.references[0].video
     beeps = [Event("a beep", "audio", start, start + 1.0) for start in (0.0, 2.0, 4.0)]
     scores = [Score(video, 3, 2, 0, 0, missed=("a beep", "a beep"), mentions=(Mention(beeps[1], "beep"),))]
@@ -119,7 +119,7 @@ def test_of_events_of_one_text_each_is_told_or_missed_once(clips, tmp_path):
     assert re.findall('data-seek="(.*?)"', missed) == ["0.0", "4.0"]
 
 
-def test_no_more_than_the_worst_are_shown_but_all_are_counted(clips, tmp_path):
+def test_only_the_worst_are_shown_but_all_are_counted(clips, tmp_path):
     scores = [Score(f"{errors}.mp4", 10, errors, 0, 0) for errors in (3, 17, 9, 10)]
     changes = {
         "scores": scores,
@@ -130,7 +130,7 @@ def test_no_more_than_the_worst_are_shown_but_all_are_counted(clips, tmp_path):
     write_report(tmp_path / "report.html", make_report(clips, **changes))
     text = (tmp_path / "report.html").read_text()
     assert re.findall(r'data-name="(.*?)"', text) == ["17.mp4", "10.mp4"]
-    # 30 %, 90 %, 100 %, and 170 % in the last column, which is open: 16 columns
+    # 30 %, 90 %, 100 %, and 170 % in the last, open-ended column: 16 columns
     counts = re.findall(r'aria-label="Total from (.*?) %.*?: (\d+) captions"', text)
     assert [start for start, count in counts if count == "1"] == ["30", "90", "100", "150"] and len(counts) == 16
     assert "Passes" not in text and "The judge lists no events" in text
@@ -151,14 +151,14 @@ def report_file(clips, tmp_path_factory):
 
 @pytest.fixture
 def watched(browser, report_file):
-    """The page in a laptop's window; nothing but itself may be asked for, and the browser may not complain."""
+    """Open the page in a laptop's window; it may request nothing else, and the browser may report no errors."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     watched = Watched(context.new_page())
     watched.page.goto(report_file.as_uri())
     yield watched
-    assert {url.split(":")[0] for url in watched.asked} <= {"file", "data"}
+    assert {url.split(":")[0] for url in watched.requested} <= {"file", "data"}
     assert watched.page.evaluate("window.hacked") is None
-    assert watched.complaints == []
+    assert watched.errors == []
     context.close()
 
 
@@ -171,7 +171,7 @@ def shown(page) -> list[str]:
 
 
 @needs_browser
-def test_the_figures(watched, clips):
+def test_rates_and_charts(watched, clips):
     page = watched.page
     # (2 + 0 + 2) / 10, 1 / 10, (1 + 1) / 10; repeated 4 of 25 words; cut off 1 of 3
     assert cells(page, "missing") == ["40.0 %", "", "25.0 %"]
@@ -181,7 +181,7 @@ def test_the_figures(watched, clips):
     assert cells(page, "repetition") == ["16.0 %", "", ""]
     assert cells(page, "cut_off") == ["33.3 %", "", ""]
     assert page.locator("#split .figure").all_inner_texts() == ["40.0 %", "10.0 %", "20.0 %"]
-    # visual: 2 of 7 missed; audio: the rain missed, the dog told wrong; speech: 1 of 1 missed
+    # visual: 2 of 7 missed; audio: the rain missed, the dog incorrect; speech: 1 of 1 missed
     assert [" ".join(text.split()) for text in page.locator("#modalities .figure").all_inner_texts()] == [
         "28.6 % missed 0.0 % incorrect",
         "50.0 % missed 50.0 % incorrect",
@@ -199,7 +199,7 @@ def test_the_figures(watched, clips):
 
 
 @needs_browser
-def test_the_marks(watched, clips):
+def test_highlights(watched, clips):
     card = watched.page.locator(f"article[data-name='{two_videos(clips)[0].video}']")
     assert card.locator(".caption").text_content() == TEXT
     kinds = ("correct", "incorrect", "hallucinated")
@@ -214,7 +214,7 @@ def test_the_marks(watched, clips):
         "marks => marks.map(mark => [mark.className, getComputedStyle(mark).textDecorationLine + ' ' + "
         "getComputedStyle(mark).textDecorationStyle])"
     )
-    # a cue besides colour
+    # a cue other than colour
     assert dict(lines) | {"incorrect": "underline wavy", "repeated": "line-through solid"} == dict(lines)
     assert len({dict(lines)[kind] for kind in (*kinds, "repeated")}) == 4
     missed = [" ".join(text.split()) for text in card.locator("ul.missed li").all_text_contents()]
@@ -252,7 +252,7 @@ def test_filter_and_order(watched, clips):
 
 
 @needs_browser
-def test_the_video_plays_and_events_lead_to_their_place(watched, clips):
+def test_the_video_plays_and_events_seek(watched, clips):
     page = watched.page
     reference = two_videos(clips)[0]
     first = page.locator(f"article[data-name='{reference.video}']")
@@ -276,7 +276,7 @@ def test_the_video_plays_and_events_lead_to_their_place(watched, clips):
 
 @needs_browser
 def test_a_large_video_is_read_from_its_file(browser, clips, tmp_path):
-    # Over 4 MiB by a box of zeros that players skip; a name that an address must not take as it is.
+    # Over 4 MiB by a box of zeros that players skip; a name that has to be quoted in an address.
     name, size = "odd #1 50%?.mp4", 4 * 2**20 + 8
     content = (clips.root / clips.references[0].video).read_bytes()
     (tmp_path / name).write_bytes(content + size.to_bytes(4) + b"free" + bytes(size - 8))
@@ -288,12 +288,12 @@ def test_a_large_video_is_read_from_its_file(browser, clips, tmp_path):
     watched.page.wait_for_function("video => video.readyState >= 1", arg=video)
     assert watched.page.get_by_text("read from its file").is_visible()
     assert (tmp_path / "report.html").stat().st_size < 100_000
-    assert watched.complaints == []
+    assert watched.errors == []
 
 
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
-def test_it_fits_the_window_by_day_and_by_night(browser, report_file, width):
+def test_it_fits_the_window_in_both_colour_schemes(browser, report_file, width):
     grounds = []
     for scheme in ("light", "dark"):
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -306,7 +306,7 @@ def test_it_fits_the_window_by_day_and_by_night(browser, report_file, width):
 
 
 @needs_browser
-def test_without_script_all_is_shown_and_nothing_is_offered_that_does_not_work(browser, report_file):
+def test_without_script_everything_is_shown_without_controls(browser, report_file):
     context = browser.new_context(java_script_enabled=False)
     page = Watched(context.new_page()).page
     page.goto(report_file.as_uri())

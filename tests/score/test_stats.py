@@ -1,4 +1,4 @@
-"""Intervals and comparisons against draws worked by hand, and their coverage against simulated sets."""
+"""Intervals and comparisons against resamples worked out by hand, and their coverage on simulated sets."""
 
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from salmonn.score.stats import (
     bootstrap_ratios,
     compare_sets,
     require_same_judge,
+    wilson_interval,
 )
 
 # docs/metrics.md, "The worked example": its two clips
@@ -29,26 +30,26 @@ SECOND = [
 ]
 
 
-def draw_scores(rng: np.random.Generator, shares: np.ndarray, num_events: int = 20) -> list[Score]:
-    """A caption for each clip, which misses each event at the clip's own share."""
+def simulate_scores(rng: np.random.Generator, shares: np.ndarray, num_events: int = 20) -> list[Score]:
+    """Return a score per clip, where each event is missed with the clip's own probability."""
     missing = rng.binomial(num_events, shares)
     return [Score(f"{clip:05}", num_events, int(count), 0, 0) for clip, count in enumerate(missing)]
 
 
 def test_interval_of_the_worked_example():
-    """Two clips are drawn as aa, ab, ba or bb, a quarter each, so that the middle 95 % holds all of them."""
+    """Two clips are sampled as aa, ab, ba or bb, a quarter each, so the middle 95 % contains all of them."""
     found = bootstrap_intervals(FIRST)
     assert found["total"] == Interval(0.0, 4 / 5)
     assert found["missing"] == Interval(0.0, 2 / 5)
     assert found["hallucination"] == Interval(0.0, 2 / 5)
     assert found["incorrect"] == found["hallucinated"] == Interval(0.0, 1 / 5)
     assert found["repetition"] == Interval(0.0, 4 / 25)
-    # the middle 40 % holds neither end
+    # the middle 40 % contains neither end
     assert bootstrap_intervals(FIRST, confidence=0.4)["total"] == Interval(4 / 8, 4 / 8)
 
 
 def test_comparison_of_the_worked_example():
-    """The draws aa, ab, ba, bb differ by 2/5 - 4/5, 3/8 - 4/8 twice, and 1/3 - 0."""
+    """The samples aa, ab, ba, bb differ by 2/5 - 4/5, 3/8 - 4/8 twice, and 1/3 - 0."""
     found = compare_sets(FIRST, SECOND)
     assert (found.num_clips, found.only_first, found.only_second) == (2, 0, 0)
     assert list(found.differences) == list(MEASURES)
@@ -62,8 +63,8 @@ def test_comparison_of_the_worked_example():
     assert repetition.difference == pytest.approx(-4 / 38)
 
 
-def test_the_captions_of_a_video_are_drawn_together():
-    # by themselves the captions would be drawn as none, one or both of 0/2 and 2/2
+def test_captions_of_a_video_are_sampled_together():
+    # separately, none, one or both of 0/2 and 2/2 would be sampled
     scores = [Score("a", 2, 0, 0, 0), Score("a", 2, 2, 0, 0, sample=1)]
     assert bootstrap_intervals(scores)["missing"] == Interval(0.5, 0.5)
     # and they are one clip that is won, 2/4 to 1/4
@@ -71,7 +72,7 @@ def test_the_captions_of_a_video_are_drawn_together():
     assert better.differences["missing"] == MeasureDifference(0.5, 0.25, -0.25, Interval(-0.25, -0.25), 1, 0, 0)
 
 
-def test_errors_count_where_there_is_nothing_to_tell():
+def test_errors_count_for_clips_without_events():
     assert bootstrap_intervals([Score("a", 0, 0, 0, 2)])["total"] == Interval(2.0, 2.0)
 
 
@@ -90,15 +91,31 @@ def test_compared_values_are_those_of_rates():
         assert difference.wins + difference.ties + difference.losses == 6
 
 
+@pytest.mark.parametrize(
+    ("successes", "total", "low", "high"),
+    [
+        # 3 of 4, with z z / n = 0.960365: (0.75 + 0.480182 -+ 1.959964 sqrt((0.1875 + 0.240091) / 4)) / 1.960365
+        (3, 4, 0.300642, 0.954412),
+        (4, 4, 1 / 1.960365, 1.0),
+        (0, 4, 0.0, 0.960365 / 1.960365),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_interval(successes, total, low, high):
+    interval = wilson_interval(successes, total)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-6)
+    assert type(interval.low) is float  # as JSON needs it
+
+
 def test_identical_sets_tie():
-    scores = draw_scores(np.random.default_rng(0), np.full(30, 0.3))
+    scores = simulate_scores(np.random.default_rng(0), np.full(30, 0.3))
     found = compare_sets(scores, scores[::-1])
     share = compute_rates(scores).missing
     assert found.differences["missing"] == MeasureDifference(share, share, 0.0, Interval(0.0, 0.0), 0, 30, 0)
 
 
 def test_coverage_of_a_known_rate():
-    """Clips differ in how hard they are: 95 % of the intervals should hold the rate that they are drawn around."""
+    """Clips differ in how hard they are: 95 % of the intervals should contain the rate that they are sampled around."""
     rng = np.random.default_rng(0)
     shares = rng.beta(2, 4, size=(2000, 100))  # 2,000 sets of 100 clips; the mean of beta(2, 4) is 1/3
     tops = rng.binomial(20, shares).astype(float)
@@ -109,8 +126,8 @@ def test_coverage_of_a_known_rate():
 
 def test_a_shift_is_found_in_pairs_where_the_intervals_overlap():
     rng = np.random.default_rng(1)
-    first = draw_scores(rng, rng.beta(2, 4, size=100))
-    # on every other clip one missing event less, where there is one: 2 % of all events
+    first = simulate_scores(rng, rng.beta(2, 4, size=100))
+    # on every other clip one missing event less, if there is one: 2 % of all events
     second = [replace(score, missing=max(score.missing - clip % 2, 0)) for clip, score in enumerate(first)]
     before, after = bootstrap_intervals(first)["missing"], bootstrap_intervals(second)["missing"]
     assert after.high > before.low
@@ -119,17 +136,17 @@ def test_a_shift_is_found_in_pairs_where_the_intervals_overlap():
     assert (found.losses, found.wins) == (0, sum(score.missing > 0 for score in first[1::2]))
 
 
-def test_draws_are_seeded_and_do_not_hang_on_the_chunks(monkeypatch):
-    scores = draw_scores(np.random.default_rng(0), np.linspace(0, 1, 20))
+def test_resamples_are_seeded_and_independent_of_chunks(monkeypatch):
+    scores = simulate_scores(np.random.default_rng(0), np.linspace(0, 1, 20))
     found = bootstrap_intervals(scores, resamples=1000)
     assert found == bootstrap_intervals(scores, resamples=1000) != bootstrap_intervals(scores, resamples=1000, seed=1)
-    # 5 draws of 20 clips at once
+    # 5 resamples of 20 clips at once
     monkeypatch.setattr(intervals, "_CHUNK_SIZE", 100)
     assert bootstrap_intervals(scores, resamples=1000) == found
 
 
-def test_captions_go_together_by_sample_and_part():
-    """Of a's two samples and two parts one each is in both sets: 1 and 2 errors of 4 against 0 and 1."""
+def test_captions_are_matched_by_sample_and_part():
+    """Of a's two samples and two parts one each are in both sets: 1 and 2 errors of 4 against 0 and 1."""
     first = [Score("a", 4, 1, 0, 0), Score("a", 4, 4, 0, 0, sample=1), Score("a", 4, 2, 0, 0, end_seconds=3.0)]
     second = [Score("a", 4, 0, 0, 0), Score("a", 4, 1, 0, 0, end_seconds=3.0), Score("a", 9, 9, 0, 0, end_seconds=5.0)]
     found = compare_sets(first, second)
@@ -159,10 +176,10 @@ JUDGING = JudgeInfo("rule", "abc", "salmonn", "2026-11-22T10:00:00+00:00", "0.1.
         ({"judge": "x", "protocol": "published"}, r"\(judge rule and x, protocol salmonn and published\).*--force"),
     ],
 )
-def test_refuses_two_judges(other, words):
+def test_refuses_different_judges(other, words):
     with pytest.raises(ValueError, match=words):
         require_same_judge(JUDGING, replace(JUDGING, **other))
 
 
-def test_one_judge_at_two_times_may_be_compared():
+def test_the_same_judge_at_two_times_can_be_compared():
     require_same_judge(JUDGING, replace(JUDGING, date="2027-01-01T00:00:00+00:00", version="0.2.0", seeds=(1, 2)))

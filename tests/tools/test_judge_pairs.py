@@ -1,4 +1,4 @@
-"""The labels of the judge check, found again from the clips' happenings without any judge.
+"""The labels of the judge benchmark, derived from the clips' events without any judge.
 
 Captions are cut at the few places where the generator joins clauses, and each clause is looked up among all wordings
 of all that happens in the clip; what is not found there is a fault, or padding.
@@ -54,12 +54,12 @@ def wordings(happening: SceneEvent) -> set[str]:
 
 
 def article(words: str) -> str:
-    """With "an" before "orange", and "a" before all other colours."""
+    """Return the text with "an" before "orange", and "a" before all other colours."""
     return re.sub(r"^an? (?=(\w))", lambda found: "an " if found[1] == "o" else "a ", words)
 
 
 def cut(text: str) -> list[tuple[str, str]]:
-    """Clauses in lower case with the words that lead them in; "it" stands for the object of the clause before."""
+    """Return clauses in lower case with their openers; "it" is replaced by the object of the clause before."""
     pieces = ["", *JOINT.split(text.removesuffix("."))]
     clauses, named = [], ""
     for joint, piece in zip(pieces[::2], pieces[1::2], strict=True):
@@ -75,7 +75,7 @@ def cut(text: str) -> list[tuple[str, str]]:
 
 
 class Read:
-    """A caption: the places of the happenings that it tells, in its order, and the clauses that tell none."""
+    """A parsed caption: indices of the events that it mentions, in its order, and clauses that mention none."""
 
     def __init__(self, pair: LabelledPair, text: str, happenings: tuple[SceneEvent, ...]):
         self.clauses = cut(text)
@@ -87,7 +87,7 @@ class Read:
 
 
 def both(pair: LabelledPair) -> tuple[tuple[SceneEvent, ...], Read, Read]:
-    """The clip's happenings, the better caption and the worse one."""
+    """Return the clip's events, the better caption and the worse one."""
     happenings = sample_clip(SynthConfig(seed=pair.seed), index=pair.index)[0].happenings
     better, worse = (pair.first, pair.second) if pair.better == "first" else (pair.second, pair.first)
     return happenings, Read(pair, better, happenings), Read(pair, worse, happenings)
@@ -116,7 +116,7 @@ def test_seed_and_number(tool):
 
 def test_enough_of_each_kind_in_each_place():
     assert Counter(pair.kind for pair in PAIRS) == dict.fromkeys(KINDS, 135)
-    # a fair coin shows 45 to 55 % heads in 1215 throws, save once in 2000
+    # a fair coin shows 45 to 55 % heads in 1215 throws, except once in 2000
     assert 0.45 < sum(pair.better == "first" for pair in PAIRS) / len(PAIRS) < 0.55
     assert len({(pair.seed, pair.index) for pair in PAIRS}) == len(PAIRS)
     assert min(Counter(pair.where for pair in PAIRS).values()) > len(PAIRS) / 5
@@ -138,7 +138,7 @@ def test_the_good_caption_is_good_and_often_imperfect():
 
 
 def test_then_and_while_are_true():
-    """Save for the fault of `order` alone."""
+    """Except for the fault of `order`."""
     seen = Counter()
     for pair in PAIRS:
         happenings, better, worse = both(pair)
@@ -158,7 +158,7 @@ def test_then_and_while_are_true():
 
 
 def test_events():
-    """Those of the clip, but for the one that number and source are about."""
+    """The clip's events, except for the one that number and source are about."""
     for pair in PAIRS:
         happenings, *_ = both(pair)
         plain = write_events(happenings)
@@ -187,7 +187,7 @@ def test_wrong_colour_and_object(kind, words):
             if place is not None:
                 assert place == lost
                 continue
-            # Put right by one word, the clause tells what the better caption tells in its place.
+            # With one word corrected, the clause mentions the same as the better caption in its place.
             (wrong,) = {word for word in words if word not in known and re.search(rf"\b{word}\b", clause)}
             repairs = (clause.replace(wrong, right) for right in words)
             assert {article(words) for words in repairs} & wordings(happenings[lost])
@@ -236,12 +236,12 @@ def test_invented():
             if found is None:
                 kinds = [kind for kind in phrases.SOUNDS if words in wordings(SceneEvent("sound", 0, 0, value=kind))]
                 assert len(kinds) == 1 and kinds[0] not in {one.value for one in happenings}
-                # It cannot be meant for a sound that both leave out.
+                # It cannot be taken for a sound that both omit.
                 assert not any(one.kind == "sound" for one in left_out)
             elif any(one.shape == found[2] for one in happenings):
                 own = [one for one in happenings if one.shape == found[2]]
                 assert found[1] in {word for one in own for word in (one.colour, one.value)}
-                # Neither does it happen at another time, nor can it be meant for what both leave out.
+                # It neither happens at another time, nor can it be taken for what both omit.
                 assert not any(words in wordings(one) for one in own)
                 assert (
                     "move" not in {one.kind for one in left_out if one in own}

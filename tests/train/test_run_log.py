@@ -229,8 +229,8 @@ def test_page_in_a_browser(page_text, run_folder):
             page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
             watched = Watched(page)
             page.goto((run_folder / "run.html").as_uri())
-            assert watched.width() <= 390 and not watched.complaints
-            assert all(url.startswith(("file:", "data:")) for url in watched.asked)
+            assert watched.width() <= 390 and not watched.errors
+            assert all(url.startswith(("file:", "data:")) for url in watched.requested)
             lines = page.locator("figure:has-text('Rewards') svg path")
             found = lines.evaluate_all("paths => paths.map(path => getComputedStyle(path).stroke)")
             colours[scheme] = set(found)
