@@ -37,25 +37,13 @@ MIN_AUDIO_SECONDS = 1.0  # shorter audio is padded with silence to this length, 
 
 # Published configs name Whisper's repository instead of its sizes. These are also all keys that are read of a Whisper.
 WHISPER_LARGE_V3: dict[str, Any] = dict(
-    num_mel_bins=128,
-    d_model=1280,
-    encoder_layers=32,
-    encoder_attention_heads=20,
-    encoder_ffn_dim=5120,
-    max_source_positions=1500,
-    activation_function="gelu",
-    scale_embedding=False,
-)
+    num_mel_bins=128, d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120,
+    max_source_positions=1500, activation_function="gelu", scale_embedding=False,
+)  # fmt: skip
 BERT_BASE_2_LAYERS: dict[str, Any] = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=2,
-    num_attention_heads=12,
-    hidden_act="gelu",
-    layer_norm_eps=1e-12,
-    cross_attention_freq=1,
-    query_length=1,
-)
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12, hidden_act="gelu",
+    layer_norm_eps=1e-12, cross_attention_freq=1, query_length=1,
+)  # fmt: skip
 # Names of the published Q-Former's weights, behind the prefix that each family gives to it.
 QFORMER_WEIGHT_NAMES = {
     r"bert\.embeddings\.LayerNorm\.": "audio.qformer.qformer.layernorm.",
@@ -241,15 +229,9 @@ class Family(ABC):
 def convert_qformer_config(bert: Mapping[str, Any], *, encoder_width: int) -> dict[str, Any]:
     """Convert a published Q-Former's config, which has BERT's keys, to those of transformers' BLIP-2."""
     shared = [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-        "layer_norm_eps",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-    ]
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps",
+        "hidden_dropout_prob", "attention_probs_dropout_prob",
+    ]  # fmt: skip
     return {key: bert[key] for key in shared if key in bert} | {
         "encoder_hidden_size": encoder_width,
         "cross_attention_frequency": bert["cross_attention_freq"],

@@ -23,52 +23,21 @@ from salmonn.model.vision import SiglipTower
 from salmonn.records import Modality
 
 SIGLIP_SO400M: dict[str, Any] = dict(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    patch_size=14,
-    image_size=384,
-    hidden_act="gelu_pytorch_tanh",
-    layer_norm_eps=1e-6,
-)
+    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14,
+    image_size=384, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
+)  # fmt: skip
 # The config.json of the published model; its code names the other parts.
 PUBLISHED_7B: dict[str, Any] = dict(
-    model_type="video_salmonn_2",
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    max_position_embeddings=32768,
-    hidden_act="silu",
-    rms_norm_eps=1e-6,
-    rope_theta=1_000_000.0,
-    tie_word_embeddings=False,
-    bos_token_id=151643,
-    eos_token_id=151645,
-    add_time_token=True,
-    mm_spatial_pool_stride=2,
-    audio_config=dict(second_per_window=0.5, num_speech_query_token=1),
-)
+    model_type="video_salmonn_2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768, hidden_act="silu", rms_norm_eps=1e-6,
+    rope_theta=1_000_000.0, tie_word_embeddings=False, bos_token_id=151643, eos_token_id=151645, add_time_token=True,
+    mm_spatial_pool_stride=2, audio_config=dict(second_per_window=0.5, num_speech_query_token=1),
+)  # fmt: skip
 LM_KEYS = [
-    "vocab_size",
-    "max_position_embeddings",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "rope_theta",
-    "tie_word_embeddings",
-    "attention_dropout",
-    "bos_token_id",
-    "pad_token_id",
-    "eos_token_id",
-]
+    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+    "attention_dropout", "bos_token_id", "pad_token_id", "eos_token_id",
+]  # fmt: skip
 
 
 class Salmonn2(Family):

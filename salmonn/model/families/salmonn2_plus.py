@@ -25,35 +25,15 @@ from salmonn.records import Modality
 
 # A published config.json holds only what differs from its own classes' defaults, which are not those of transformers.
 DEFAULTS: dict[str, Any] = dict(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    hidden_act="silu",
-    max_position_embeddings=128000,
-    rms_norm_eps=1e-6,
-    rope_theta=1000000.0,
-    tie_word_embeddings=False,
-    video_token_id=151656,
-    audio_token_id=151665,
-)
+    vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, hidden_act="silu", max_position_embeddings=128000, rms_norm_eps=1e-6, rope_theta=1000000.0,
+    tie_word_embeddings=False, video_token_id=151656, audio_token_id=151665,
+)  # fmt: skip
 VISION_DEFAULTS: dict[str, Any] = dict(
-    depth=32,
-    hidden_size=1280,
-    hidden_act="silu",
-    intermediate_size=3420,
-    num_heads=16,
-    in_channels=3,
-    patch_size=14,
-    spatial_merge_size=2,
-    temporal_patch_size=2,
-    tokens_per_second=4,
-    window_size=112,
-    out_hidden_size=3584,
+    depth=32, hidden_size=1280, hidden_act="silu", intermediate_size=3420, num_heads=16, in_channels=3, patch_size=14,
+    spatial_merge_size=2, temporal_patch_size=2, tokens_per_second=4, window_size=112, out_hidden_size=3584,
     fullatt_block_indexes=[7, 15, 23, 31],
-)
+)  # fmt: skip
 QFORMER_DEFAULTS: dict[str, Any] = BERT_BASE_2_LAYERS | dict(hidden_size=3072, intermediate_size=12288)
 
 
@@ -71,25 +51,15 @@ def _published_config(*, vision_intermediate: int = 3420, **decoder: Any) -> dic
 
 PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
     "3B": _published_config(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
+        vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, tie_word_embeddings=True,
     ),
     "7B": _published_config(),
     "72B": _published_config(
-        vocab_size=152064,
-        hidden_size=8192,
-        intermediate_size=29568,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vision_intermediate=3456,
+        vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vision_intermediate=3456,
     ),
-}
+}  # fmt: skip
 
 
 class Salmonn2Plus(Family):
