@@ -1,4 +1,4 @@
-"""The published models' numbers: what they see, hear, splice, say and prefer, on toy checkpoints in their own format.
+"""Parity with the published code on toy checkpoints in its format: features, positions, logits, tokens, losses.
 
 The folder that PARITY_DIR names holds fixtures, one folder a model (default: shared/parity beside the repository).
 """
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not FOLDERS, reason=f"no parity fixtures in {PAR
 
 @dataclass
 class Case:
-    """One clip with its text, as the network takes it, and what is expected of it."""
+    """One clip with its text, as model inputs, and the expected results."""
 
     network: Network
     tensors: dict[str, Tensor]
@@ -62,27 +62,27 @@ def make_case(network: Network, folder: Path, name: str) -> Case:
     if network.config.family == "salmonn2":
         if "frames_uint8" in tensors:
             (seen,) = network.vision([tensors["frames_uint8"]], [])
-        layout = lay_out_salmonn2(facts, num_visual=len(seen), num_audio=len(heard))
+        layout = layout_of_salmonn2(facts, num_visual=len(seen), num_audio=len(heard))
         place = int((ids[0] == -200).nonzero())
         ids = torch.cat([ids[:, :place], torch.full((1, len(layout)), -200), ids[:, place + 1 :]], dim=1)
     else:
         if "pixel_values_videos" in tensors:
             seen = network.vision.encode(tensors["pixel_values_videos"], tensors["video_grid_thw"].tolist())
-        layout = lay_out_plus(network, facts, tensors, num_audio=len(heard))
+        layout = layout_of_plus(network, facts, tensors, num_audio=len(heard))
     return Case(network, tensors, make_inputs(network, ids, layout, seen=seen, heard=heard), seen, heard, facts)
 
 
-def lay_out_salmonn2(facts: dict, *, num_visual: int, num_audio: int) -> Layout:
+def layout_of_salmonn2(facts: dict, *, num_visual: int, num_audio: int) -> Layout:
     count, seconds = facts["num_frames"], facts["seconds"]
     times = [str(round((frame + 1) * seconds / count, 1)) for frame in range(count)] if not num_audio else []
-    timestamp_ids = [[DIGITS[letter] for letter in time] for time in times]
+    timestamp_ids = [[DIGITS[char] for char in time] for time in times]
     per_frame = num_visual // max(count, 1)
     return interleave_by_frame(
         count, per_frame, num_audio=num_audio, num_during_video=round(seconds * 50), timestamp_ids=timestamp_ids
     )
 
 
-def lay_out_plus(
+def layout_of_plus(
     network: Network, facts: dict, tensors: dict[str, Tensor], *, num_audio: int, published_positions: bool = False
 ) -> Layout:
     grid = None
@@ -116,7 +116,7 @@ def close(ours: Tensor, published: Tensor, *, tolerance: float = TOLERANCE) -> b
 
 
 @torch.no_grad()
-def test_what_is_seen(case):
+def test_visual_features(case):
     if "video_embeds" in case.tensors:
         assert close(case.seen, case.tensors["video_embeds"])
     elif "frame_tokens" in case.tensors:
@@ -132,7 +132,7 @@ def test_what_is_seen(case):
         assert len(case.seen) == 0
 
 
-def test_what_is_heard(case):
+def test_audio_features(case):
     if "audio_embeds" in case.tensors:
         assert close(case.heard, case.tensors["audio_embeds"])
     elif "audio_tokens" in case.tensors:
@@ -172,11 +172,11 @@ def greedy(published: list[list[int]]) -> Sampling:
     return Sampling(max_new_tokens=len(published[0]))
 
 
-def test_positions_of_the_released_code(case):
+def test_published_positions(case):
     if "position_ids_released_generate" not in case.tensors:
         pytest.skip("the published code computes no others of this case")
     network, ids = case.network, case.inputs.input_ids
-    layout = lay_out_plus(network, case.facts, case.tensors, num_audio=len(case.heard), published_positions=True)
+    layout = layout_of_plus(network, case.facts, case.tensors, num_audio=len(case.heard), published_positions=True)
     is_clip = torch.isin(ids, torch.tensor(network.config.placeholder_ids))
     positions = text_positions(is_clip, torch.ones_like(ids), [layout])
     assert torch.equal(positions, case.tensors["position_ids_released_generate"])
@@ -195,7 +195,7 @@ def test_greedy_tokens_in_a_batch_of_different_lengths(folder):
 
 
 def pad_right(rows: list[ModelInputs]) -> ModelInputs:
-    """Batches of one row -> one batch."""
+    """Combine batches of one row."""
     width = max(row.input_ids.shape[1] for row in rows)
 
     def stack(name: str) -> Tensor:
@@ -215,7 +215,7 @@ def pad_right(rows: list[ModelInputs]) -> ModelInputs:
 
 @pytest.mark.parametrize("folder", [path.parent for path in FOLDERS], ids=lambda folder: folder.name)
 class TestPreference:
-    """Log-probabilities of three answers with the adapter on and off, and the losses made of them."""
+    """Log-probabilities of three answers with the adapter enabled and disabled, and their losses."""
 
     @pytest.fixture
     def logps(self, folder) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The tokenizer made here loses no text, and the chat format is that of Qwen2."""
+"""The trained tokenizer is lossless, and the chat format is that of Qwen2."""
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -38,7 +38,7 @@ def test_special_tokens_are_one_id_each(tokenizer):
     assert sorted(tokenizer.all_special_tokens) == sorted(specials)
 
 
-def test_prompt_is_a_turn_of_chat(tokenizer):
+def test_a_prompt_is_a_chat_message(tokenizer):
     ids = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], family=PLUS, system="")
     turn = (
         "<|im_start|>user\n<|vision_start|><|video_pad|><|audio_pad|><|video_pad|><|vision_end|>\nTell me.<|im_end|>\n"
@@ -46,11 +46,11 @@ def test_prompt_is_a_turn_of_chat(tokenizer):
     assert tokenizer.decode(ids) == f"{turn}<|im_start|>assistant\n"
     system = prompt_ids(tokenizer, "Tell me.", placeholders=[5, 6, 5], family=PLUS, system="Help.")
     assert tokenizer.decode(system) == f"<|im_start|>system\nHelp.<|im_end|>\n{turn}<|im_start|>assistant\n"
-    # The specials stand as single ids.
+    # Special tokens are single ids.
     assert [token for token in ids if token < 7] == [1, 3, 5, 6, 5, 4, 2, 1]
 
 
-def test_answer_ends_with_the_end_of_the_turn(tokenizer):
+def test_an_answer_ends_with_the_end_of_its_message(tokenizer):
     ids = answer_ids(tokenizer, "a tone")
     assert ids[-1] == 2 and tokenizer.decode(ids[:-1]) == "a tone"
     assert answer_ids(tokenizer, "") == [2]
@@ -74,8 +74,8 @@ def test_special_tokens_before_the_prompt_are_refused(tokenizer, where):
         )  # fmt: skip
 
 
-def test_the_marks_of_the_clips_place_are_refused_where_the_tokenizer_lacks_them():
-    """Or a system message that holds them would have the clip."""
+def test_clip_markers_in_text_are_refused_if_the_tokenizer_lacks_them():
+    """Otherwise the clip would be inserted into a system message that contains them."""
     bare = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), eos_token=TURN_END, additional_special_tokens=[TURN_START]
     )

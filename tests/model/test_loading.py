@@ -1,4 +1,4 @@
-"""A model folder: what is saved is what is loaded, and a folder that does not fit is refused with words."""
+"""Model folders: saving and loading are inverse, and damaged or foreign folders are refused with a clear message."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from salmonn.model.network import Network
 
 @pytest.fixture
 def folder(random_model, tmp_path):
-    """A copy of the random model that a test may spoil."""
+    """A copy of the random model, for a test to damage."""
     return shutil.copytree(random_model, tmp_path / "model")
 
 
@@ -33,8 +33,8 @@ def test_size_of_the_tiny_model():
 
 
 @torch.no_grad()
-def test_a_fresh_tower_hears_above_its_positions():
-    """Sound that drowns in Whisper's fixed positions is learnt many times more slowly: at 0.02 its share is 0.01."""
+def test_a_fresh_audio_tower_outputs_more_than_its_positions():
+    """Audio that is much smaller than Whisper's fixed positions is learned slowly: with a std of 0.02 its share is 0.01."""
     torch.manual_seed(0)
     encoder = tiny_network().audio.encoder
     mel = -0.5 + 0.4 * torch.randn(2, 40, 800)  # mean and deviation of the synthetic clips' features
@@ -66,7 +66,7 @@ def test_captioner_round_trip(random_model, tmp_path):
     )
 
 
-def test_loading_draws_nothing_at_random(random_model):
+def test_loading_is_deterministic(random_model):
     """The same folder gives the same weights whatever the state of the random generator."""
     torch.manual_seed(1)
     first = load_network(random_model).state_dict()
@@ -87,7 +87,7 @@ def test_missing_and_unexpected_weights_are_named(folder):
     assert str(folder) in str(caught.value)
 
 
-def test_of_many_keys_some_are_named(folder):
+def test_only_some_of_many_keys_are_named(folder):
     path = folder / "model.safetensors"
     save_file({f"audio.gadget.{number}": torch.zeros(1) for number in range(30)}, path)
     with pytest.raises(ValueError, match=r"unexpected \['audio.gadget.0'.* and 22 more") as caught:
@@ -148,7 +148,7 @@ def test_a_config_of_another_family(folder):
     ("change", "words"),
     [({"model_type": "qwen2"}, "model type 'qwen2' is not supported"), ({"lm": None}, "no lm section")],
 )
-def test_a_config_of_something_else(folder, change, words):
+def test_a_config_of_another_model_type(folder, change, words):
     values = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""The adapter: what it trains, what merging it does, and the reference policy underneath."""
+"""Adapters: trained weights, merging, and the reference policy with the adapter disabled."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_a_fresh_adapter_changes_nothing(captioner, inputs):
     assert torch.equal(captioner.network.eval()(inputs), before)
 
 
-def test_the_seed_gives_the_adapter_and_touches_no_other_draw(random_model):
+def test_the_seed_determines_the_adapter_and_no_other_random_numbers(random_model):
     drawn = []
     for seed in (5, 5, 6):
         network = load_network(random_model)
@@ -78,7 +78,7 @@ def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
 
 
 @torch.no_grad()
-def test_adapter_off_is_the_reference(captioner, inputs, fill_adapter):
+def test_adapter_disabled_is_the_reference_policy(captioner, inputs, fill_adapter):
     network = captioner.network
     plain = network(inputs)
     attach_lora(network, CONFIG, seed=0)

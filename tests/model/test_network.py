@@ -18,14 +18,14 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def mixed(media, processor, videos):
-    """Clips of different kinds and lengths: both, picture alone, sound alone (of a shorter span)."""
+    """Clips of different kinds and lengths: both, video only, audio only (of a shorter span)."""
     short = processor.read(videos[2], start_seconds=1.0, end_seconds=3.2)
     return [media[0], select_modality(media[1], "visual"), select_modality(short, "audio")]
 
 
 @pytest.fixture(params=["captioner", "plus"])
 def either(request, videos):
-    """A model of each family, and clips of different kinds and lengths as it takes them."""
+    """A model of each family, and its inputs for clips of different kinds and lengths."""
     model = request.getfixturevalue(request.param)
     read = model.processor.read
     both, seen = read(videos[0]), read(videos[1], modality="visual")
@@ -79,7 +79,7 @@ def test_greedy_answers_equal_those_alone(captioner, mixed):
 
 
 @torch.no_grad()
-def test_blocks_are_what_media_give(captioner, mixed):
+def test_features_give_the_same_as_clip_inputs(captioner, mixed):
     network, processor = captioner.network, captioner.processor
     features = captioner.encode(mixed)
     assert [len(clip_features) for clip_features in features] == [len(processor.make_layout(clip)) for clip in mixed]
@@ -101,8 +101,8 @@ def test_encoding_in_batches_changes_nothing(captioner, mixed):
 
 
 @torch.no_grad()
-def test_tokens_stand_in_the_order_of_time(captioner, media):
-    """8 s are 16 frames and 16 windows of sound: frame, window, frame, window, ..."""
+def test_tokens_are_in_the_order_of_time(captioner, media):
+    """8 s are 16 frames and 16 windows of audio: frame, window, frame, window, ..."""
     network, clip = captioner.network, media[0]
     (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
     (tokens,) = network.encode([clip], [captioner.processor.make_layout(clip)])
@@ -112,7 +112,7 @@ def test_tokens_stand_in_the_order_of_time(captioner, media):
 
 
 @torch.no_grad()
-def test_tokens_of_2_plus_stand_in_the_order_of_time(plus, videos):
+def test_tokens_of_2_plus_are_in_the_order_of_time(plus, videos):
     """Steps of a little more than half a second among windows of half a second: step, window, step, window, ..."""
     network, clip = plus.network, plus.processor.read(videos[0])
     (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
@@ -124,8 +124,8 @@ def test_tokens_of_2_plus_stand_in_the_order_of_time(plus, videos):
 
 
 @torch.no_grad()
-def test_long_sound_goes_through_in_chunks(captioner, media):
-    """Two chunks of 16 windows; the next clip's chunk stays its own."""
+def test_long_audio_is_encoded_in_chunks(captioner, media):
+    """Two chunks of 16 windows; the chunk of the next clip is separate."""
     network = captioner.network
     long = replace(select_modality(media[0], "audio"), mel=torch.cat([media[0].mel, media[1].mel]))
     after = select_modality(media[2], "audio")
@@ -136,7 +136,7 @@ def test_long_sound_goes_through_in_chunks(captioner, media):
 
 
 @torch.no_grad()
-def test_another_number_of_placeholders_is_refused(captioner, media):
+def test_a_wrong_number_of_placeholders_is_refused(captioner, media):
     inputs = captioner.processor.collate([PromptRow(0, "Tell.", "x")], [media[0]])
     ids = inputs.input_ids.clone()
     place = (ids[0] == captioner.network.config.placeholder_ids[0]).nonzero()[0]
@@ -146,8 +146,8 @@ def test_another_number_of_placeholders_is_refused(captioner, media):
         captioner.network(type(inputs)(**{**vars(inputs), "input_ids": ids}))
 
 
-def test_gradients_do_not_depend_on_which_thread_is_first(captioner, media):
-    """Rows about one clip share their beginning's last place, whose gradients add up in one order."""
+def test_gradients_do_not_depend_on_the_order_of_threads(captioner, media):
+    """Rows about one clip share the last token of their prefix, whose gradients are added in a fixed order."""
     network = captioner.network
     rows = [PromptRow(0, "Tell.", f"{number} red stars appear and a tone is heard") for number in range(64)]
     inputs = captioner.processor.collate(rows, captioner.encode(media[:1]))
@@ -165,8 +165,8 @@ def test_gradients_do_not_depend_on_which_thread_is_first(captioner, media):
     assert len(sums) == 1
 
 
-def test_logits_are_made_a_few_at_a_time(captioner, media):
-    """Seven positions at once give what all at once give, forward and backward; never more than seven are held."""
+def test_logits_are_computed_in_chunks(captioner, media):
+    """Chunks of seven positions equal a single pass, forward and backward, and never more than seven are held."""
     network = captioner.network
     inputs = captioner.processor.collate(ROWS, captioner.encode(media[:3]))
     network.requires_grad_(False)

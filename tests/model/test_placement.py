@@ -1,4 +1,4 @@
-"""Where weights are put: types, splitting, quantised layers, memory while loading, adapters on top, the hub."""
+"""Placement of weights: types, splitting, quantization, memory while loading, adapters, the hub."""
 
 import json
 import subprocess
@@ -68,7 +68,7 @@ def test_a_part_that_does_not_fit_is_offloaded(random_model, captioner, media, v
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, Linear8bitLt), (4, Linear4bit)])
-def test_quantised(random_model, captioner, media, bits, kind):
+def test_quantized(random_model, captioner, media, bits, kind):
     network = load_network(random_model, placement=Placement(bits=bits))
     quantised = {name for name, module in network.named_modules() if isinstance(module, kind)}
     linears = {
@@ -81,7 +81,7 @@ def test_quantised(random_model, captioner, media, bits, kind):
     assert 0 < difference < {8: 0.5, 4: 1.5}[bits]
 
 
-def test_what_bits_need_is_told(random_model, monkeypatch):
+def test_the_package_that_bits_need_is_named(random_model, monkeypatch):
     def refuse(*_, **__):
         raise ImportError("Using `bitsandbytes` quantization requires bitsandbytes")
 
@@ -103,7 +103,7 @@ def test_flash_attention_in_32_bits_is_refused(random_model):
         ({"device_map": "auto"}, "device and device_map are not supported in training.*remove them"),
     ],
 )
-def test_what_training_cannot_use(load_recipe, values, words):
+def test_placements_that_training_does_not_support(load_recipe, values, words):
     placement = {"dtype": "bfloat16", "attention": "sdpa"} | values
     for recipe, config in (("sft", "SftConfig"), ("mrdpo", "MrDpoConfig")):
         with pytest.raises(ValueError, match=words):
@@ -117,7 +117,7 @@ def test_what_training_cannot_use(load_recipe, values, words):
         ("cuda:99", "no device cuda:99: torch finds 0 GPUs; use another one, or cpu"),
     ],
 )
-def test_a_device_that_is_not_there(device, words):
+def test_a_device_that_does_not_exist(device, words):
     with pytest.raises(ValueError, match=words):
         Placement(device=device)
 
@@ -129,7 +129,7 @@ def test_one_device_or_a_map():
 
 @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
 def test_captions_in_16_bits(published, videos, family):
-    """What a GPU does unless told otherwise, here on the CPU."""
+    """The default of a GPU, here on the CPU."""
     sampling = Sampling(max_new_tokens=4)
     half = Captioner.load(published(family), placement=Placement(dtype="bfloat16"))
     assert {parameter.dtype for parameter in half.network.parameters()} == {torch.bfloat16}
@@ -142,7 +142,7 @@ def test_captions_in_16_bits(published, videos, family):
     assert (exact - rounded).norm() < 0.05 * exact.norm()
 
 
-def test_an_unknown_device_map_is_told(random_model):
+def test_an_unknown_device_map_is_refused(random_model):
     with pytest.raises(ValueError, match="device_map"):
         load_network(random_model, placement=Placement(device_map="everywhere"))
 
@@ -177,7 +177,7 @@ print(peak - before)
 
 
 class TestAdapter:
-    """Adapters that were saved: our own, and those of the published models."""
+    """Saved adapters: our own, and those of published models."""
 
     @pytest.fixture
     def saved(self, captioner, fill_adapter, tmp_path):
@@ -191,14 +191,14 @@ class TestAdapter:
         merge_adapter(captioner.network)
         return tmp_path / "adapter", captioner
 
-    def test_our_own_is_merged(self, saved, random_model, media):
+    def test_our_own_adapter_is_merged(self, saved, random_model, media):
         folder, merged = saved
         network = load_network(random_model, adapter=folder)
         assert "lora" not in str(network.state_dict().keys())
         assert torch.equal(logps(network, merged, media), logps(merged.network, merged, media))
 
     @torch.no_grad()
-    def test_on_quantised_weights_it_stays_beside_them(self, saved, random_model):
+    def test_on_quantized_weights_it_stays_separate(self, saved, random_model):
         folder, merged = saved
         network = load_network(random_model, placement=Placement(bits=8), adapter=folder)
         values = torch.randn(1, 5, 128)
@@ -210,7 +210,7 @@ class TestAdapter:
         assert (with_it - truth).norm() < 0.1 * (without - truth).norm()
 
     @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
-    def test_a_published_one(self, published, family, tmp_path):
+    def test_a_published_adapter(self, published, family, tmp_path):
         base = published(family)
         lora = base.resolve() / "model.safetensors"
         tensors = load_file(lora.resolve().parent / "lora.safetensors")
@@ -224,7 +224,7 @@ class TestAdapter:
         (full,) = (key for key in ours if key.startswith("lm.") and key.endswith(f"{name}.weight"))
         assert torch.allclose(ours[full], before[full] + 2 * b @ a, atol=1e-6)  # alpha 8, rank 4
 
-    def test_what_was_trained_as_a_whole_replaces(self, published, tmp_path):
+    def test_modules_trained_in_full_replace_the_weights(self, published, tmp_path):
         base = published("salmonn2-plus")
         tensors = load_file((base / "model.safetensors").resolve().parent / "lora.safetensors")
         plain = dict(load_network(base).named_parameters())
@@ -236,7 +236,7 @@ class TestAdapter:
         with pytest.raises(ValueError, match=r"another model.*audio\.gadget"):
             load_network(base, adapter=tmp_path)
 
-    def test_the_parts_that_published_sft_trains_are_all_taken(self, published, tmp_path):
+    def test_all_modules_that_published_sft_trains_are_read(self, published, tmp_path):
         """Q-Former and merger as PEFT saves modules, buffers and all; here each weight is doubled."""
         base = published("salmonn2-plus")
         folder = (base / "model.safetensors").resolve().parent
@@ -266,7 +266,7 @@ class TestAdapter:
         with pytest.raises(ValueError, match=f"uses {kind}; only plain LoRA"):
             load_network(base, adapter=tmp_path)
 
-    def test_one_of_another_model_is_refused(self, saved, published, tmp_path):
+    def test_an_adapter_of_another_model_is_refused(self, saved, published, tmp_path):
         folder, _ = saved
         tensors = load_file(folder / "adapter_model.safetensors")
         first = sorted(tensors)[0]
@@ -275,20 +275,20 @@ class TestAdapter:
         with pytest.raises(ValueError, match=r"to another model: missing .*, unexpected .*other"):
             load_network(saved[1].name, adapter=folder)
 
-    def test_a_pickled_one_is_not_opened(self, saved, random_model):
+    def test_a_pickled_adapter_is_not_opened(self, saved, random_model):
         folder, _ = saved
         torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
         (folder / "adapter_model.safetensors").unlink()
         with pytest.raises(ValueError, match=r"no readable adapter.*tools/convert\.py"):
             load_network(random_model, adapter=folder)
 
-    def test_there_is_none(self, random_model, tmp_path):
+    def test_no_adapter(self, random_model, tmp_path):
         with pytest.raises(ValueError, match="has no readable adapter"):
             load_network(random_model, adapter=tmp_path)
 
 
 def save_published(folder, tensors):
-    """An adapter folder as PEFT writes it for a published model."""
+    """Write an adapter folder as PEFT does for a published model."""
     PeftConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM").save_pretrained(
         str(folder)
     )

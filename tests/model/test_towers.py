@@ -1,4 +1,4 @@
-"""The towers' shapes, and that each token keeps to its own place and time."""
+"""The towers' shapes, and that each token depends only on its own place and time."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_queries_of_a_window_differ(qformer):
 
 @pytest.mark.parametrize(("window", "stride", "num_windows"), [(5, 5, 4), (6, 4, 5), (4, 7, 3), (22, 1, 1)])
 def test_windows_are_those_of_unfold(qformer, window, stride, num_windows):
-    """The published code cuts them with `unfold`, which leaves out what fills no window."""
+    """The published code cuts them with `unfold`, which ignores a rest that fills no window."""
     qformer.window, qformer.stride = window, stride
     steps = torch.randn(2, 22, 12)
     cut = torch.nn.functional.unfold(steps.transpose(1, 2).unsqueeze(2), (1, window), stride=(1, stride))
@@ -89,7 +89,7 @@ def test_qwen_tower(plus):
 
 
 def test_patches_are_those_of_transformers():
-    """Against Qwen2-VL's own image processor, which takes a picture for two frames that are alike."""
+    """Compared with Qwen2-VL's own image processor, which treats an image as two equal frames."""
     picture = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, do_resize=False)
     published = processor(picture, return_tensors="pt")
@@ -99,7 +99,7 @@ def test_patches_are_those_of_transformers():
     assert torch.allclose(normalize(patches), published["pixel_values"], atol=1e-5)
 
 
-def test_two_frames_are_one_step_and_an_odd_one_is_doubled():
+def test_two_frames_are_one_step_and_an_odd_one_is_repeated():
     frames = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 3, 4, 4)
     patches, grid = to_patches(frames, patch=2, merge=2)
     assert grid == (2, 2, 2)
@@ -110,7 +110,7 @@ def test_two_frames_are_one_step_and_an_odd_one_is_doubled():
 
 @torch.no_grad()
 def test_siglip_tower():
-    """Features of frames, pooled, each row closed by the learned token."""
+    """Pooled features of frames, each row followed by the learned token."""
     torch.manual_seed(0)
     config = SiglipVisionConfig(
         hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=20, patch_size=4,

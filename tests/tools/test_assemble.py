@@ -1,4 +1,4 @@
-"""A fresh video-SALMONN 2+ sees, hears and speaks as the models it was made of."""
+"""An assembled video-SALMONN 2+ computes what the models that it was made from compute."""
 
 import json
 import runpy
@@ -33,7 +33,7 @@ QFORMER = dict(qformer_hidden=24, qformer_layers=2, qformer_heads=3)
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Of the same class and with the same special tokens as Qwen2.5-VL's: none is for sound."""
+    """Return a tokenizer with the class and special tokens of Qwen2.5-VL's, none of them for audio."""
     trained = json.loads(train_tokenizer(["a red circle appears"] * 9, vocab_size=290).backend_tokenizer.to_str())
     words = [word for word in trained["model"]["vocab"] if not word.startswith("<|")]
     tokenizer = Qwen2Tokenizer(
@@ -151,7 +151,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 @torch.no_grad()
-def test_it_speaks_as_qwen(network, source):
+def test_its_language_model_is_qwen(network, source):
     ids = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(0))
     theirs = source(input_ids=ids).logits
     assert close(network.lm(input_ids=ids).logits, theirs) and theirs.std() > 0.1
@@ -160,14 +160,14 @@ def test_it_speaks_as_qwen(network, source):
 
 
 @torch.no_grad()
-def test_it_sees_as_qwen(network, source):
+def test_its_vision_tower_is_qwen(network, source):
     pixels = torch.randn(2 * 4 * 6, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
     theirs = source.model.visual(pixels, grid_thw=torch.tensor([[2, 4, 6]])).pooler_output
     assert close(network.vision.encode(pixels, [(2, 4, 6)]), theirs) and theirs.std() > 0.1
 
 
 @torch.no_grad()
-def test_it_hears_as_whisper(network, whisper):
+def test_its_audio_encoder_is_whisper(network, whisper):
     mel = torch.randn(2, 20, 800, generator=torch.Generator().manual_seed(0))
     theirs = WhisperForConditionalGeneration.from_pretrained(whisper).eval().model.encoder(mel).last_hidden_state
     assert close(network.audio.encoder(mel).last_hidden_state, theirs) and theirs.std() > 0.1
@@ -175,7 +175,7 @@ def test_it_hears_as_whisper(network, whisper):
     assert heard.shape == (2 * 16, 64) and heard.std() > 0  # 8 s chunks, a token each half second
 
 
-def test_what_is_new_begins_as_bert(network):
+def test_new_weights_are_initialized_like_bert(network):
     qformer, projector = network.audio.qformer, network.audio.projector
     assert (qformer.qformer.config.hidden_size, qformer.qformer.config.intermediate_size) == (24, 96)
     assert qformer.queries.shape == (1, 1, 24)
@@ -197,7 +197,7 @@ def test_the_tokenizer_gains_one_token(made, qwen, network):
     assert tuple(network.config.placeholder_ids) == (before.get_vocab()[VIDEO_PAD], len(before))
 
 
-def test_nothing_of_the_sources_own_is_kept(made, qwen, whisper):
+def test_no_path_or_type_of_the_sources_is_saved(made, qwen, whisper):
     text = (made / "config.json").read_text()
     assert str(qwen) not in text and str(whisper) not in text
     values = json.loads(text)
@@ -219,7 +219,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def run_tool(monkeypatch, capfd):
-    """The command in this process, since another would load torch and transformers again: exit code, what it said."""
+    """Run the command in this process, which has loaded torch already; returns exit code and stderr."""
 
     def run(*args: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *args])
@@ -252,7 +252,7 @@ def test_command_line_seed_and_dtype(run_tool, made, qwen, whisper, tmp_path):
     assert code == 2 and "exists and is not empty" in said and "Traceback" not in said
 
 
-def test_another_seed_changes_only_what_is_new(tool, made, qwen, whisper, tmp_path):
+def test_another_seed_changes_only_new_weights(tool, made, qwen, whisper, tmp_path):
     tool.main(tool.AssembleConfig(tmp_path / "out", str(qwen), str(whisper), dtype="float32", seed=1, **QFORMER))
     ours, other = weights(made), weights(tmp_path / "out")
     changed = {name for name in ours if not torch.equal(ours[name], other[name])}
@@ -261,7 +261,7 @@ def test_another_seed_changes_only_what_is_new(tool, made, qwen, whisper, tmp_pa
 
 
 class TestRefusals:
-    """Each says which source is wrong, and leaves nothing behind."""
+    """Errors name the wrong source, and nothing is written."""
 
     @pytest.fixture
     def refuse(self, tool, untied, whisper, tmp_path):
@@ -286,7 +286,7 @@ class TestRefusals:
         assert f"--lm {whisper} has model type 'whisper'" in refuse(lm=whisper, whisper=untied)
         assert f"--whisper {untied} has model type 'qwen2_5_vl'; use a Whisper" in refuse(whisper=untied)
 
-    def test_a_model_that_hears_already(self, refuse, untied, tmp_path):
+    def test_a_model_with_an_audio_tower(self, refuse, untied, tmp_path):
         folder = tmp_path / "plus"
         folder.mkdir()
         values = json.loads((untied / "config.json").read_text()) | {"audio_config": {}}
@@ -297,7 +297,7 @@ class TestRefusals:
         assert f"--lm {tmp_path / 'none'} is neither a model folder" in refuse(lm=tmp_path / "none")
         assert f"--whisper {tmp_path} has no config.json" in refuse(whisper=tmp_path)
 
-    def test_an_embedding_matrix_without_room(self, refuse, tmp_path):
+    def test_too_few_embeddings(self, refuse, tmp_path):
         size = len(qwen_tokenizer())
         folder = save_qwen(tmp_path / "small", tied=False, vocab_size=size)
         assert f"{AUDIO_PAD} would have token id {size}, but --lm {folder} has only {size} embeddings" in refuse(
@@ -319,7 +319,7 @@ class TestRefusals:
         assert lacking in refuse(lm=folder)
 
     @pytest.mark.parametrize("part", ["lm", "whisper"])
-    def test_weights_that_are_missing(self, refuse, untied, whisper, tmp_path, part):
+    def test_missing_weights(self, refuse, untied, whisper, tmp_path, part):
         folder = shutil.copytree({"lm": untied, "whisper": whisper}[part], tmp_path / "holed")
         tensors = weights(folder)
         gone = next(name for name in tensors if "layers.1" in name and "decoder" not in name)
@@ -330,7 +330,7 @@ class TestRefusals:
         (folder / "model.safetensors").unlink()
         assert f"the weights of {folder} are missing or damaged" in refuse(**{part: folder})
 
-    def test_a_whisper_of_broken_windows(self, refuse, tmp_path):
+    def test_a_whisper_without_whole_windows(self, refuse, tmp_path):
         folder = save_whisper(tmp_path / "odd", steps=410)
         assert "410 steps per chunk, not a multiple of the window of 25 steps" in refuse(whisper=folder)
 
@@ -340,7 +340,7 @@ class TestRefusals:
 
 
 class TestCheck:
-    """Each weight from one source, none left over: a mistake in putting together is noticed."""
+    """Each weight comes from one source and none is unused: a mistake is noticed."""
 
     @pytest.fixture
     def parts(self, tool, network):
@@ -352,7 +352,7 @@ class TestCheck:
             sources[origin].append(tensor)
         return wanted, sources
 
-    def test_all_is_well(self, tool, network, parts):
+    def test_no_mistake(self, tool, network, parts):
         wanted, sources = parts
         told = tool.check_sources(network, shapes=wanted, sources=sources)
         lm = len({id(tensor) for tensor in sources["lm"]})

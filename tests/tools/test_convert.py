@@ -28,7 +28,7 @@ TENSORS = {
 
 
 class Trap:
-    """A pickle that makes a folder when it is read."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ def tool(load_tool):
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """A model's folder, as yet without weights."""
+    """A model folder without weights."""
     path = tmp_path / "published"
     path.mkdir()
     for name in ("config.json", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE", "modeling.py"):
@@ -68,7 +68,7 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 
 def refusal(tool, capsys, *args: object) -> str:
-    """What the command says where it ends with exit code 2."""
+    """Return the error message of a command that ends with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         tool.main([str(arg) for arg in args])
@@ -98,7 +98,7 @@ def test_round_trip(tool, source, out, wrap):
         assert file.metadata() == {"format": "pt"}  # transformers reads no file without
 
 
-def test_a_name_that_begins_with_module_is_left_where_not_all_do(tool, source, out):
+def test_a_prefix_of_some_names_is_kept(tool, source, out):
     torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, source / "pytorch_model.bin")
     tool.convert(source, out=out)
     assert load_file(out / "model.safetensors").keys() == {"module.a", "b"}
@@ -155,7 +155,7 @@ def test_a_single_file_alone_or_in_its_folder(tool, source, out, name):
         assert (folder / "config.json").is_file() and not (folder / name).exists()
 
 
-def test_beside_a_file_outside_of_a_model_nothing_is_copied(tool, tmp_path, out):
+def test_files_beside_a_single_weights_file_are_not_copied(tool, tmp_path, out):
     (tmp_path / "diary.txt").write_text("private")
     torch.save(TENSORS, tmp_path / "weights.pt")
     tool.convert(tmp_path / "weights.pt", out=out)
@@ -163,7 +163,7 @@ def test_beside_a_file_outside_of_a_model_nothing_is_copied(tool, tmp_path, out)
 
 
 class TestLoraMatricesAlone:
-    """What training scripts save of a LoRA: a state dict of matrices, and nothing that tells their scale."""
+    """LoRA matrices as training scripts save them: a state dict without their scale."""
 
     @pytest.fixture
     def pickled(self, tmp_path, captioner, fill_adapter):
@@ -184,7 +184,7 @@ class TestLoraMatricesAlone:
         assert not all(torch.equal(plain[name], merged[name]) for name in plain)
 
     @pytest.mark.parametrize("told", ["on the command line", "in its config"])
-    def test_beside_the_weights_are_merged(self, tool, capsys, tmp_path, out, published, told):
+    def test_with_the_weights_of_their_model_are_merged(self, tool, capsys, tmp_path, out, published, told):
         """As DeepSpeed leaves a published model that was trained with PEFT: base layers and matrices in one file."""
         source = published("salmonn2")
         base = load_file(source / "model.safetensors")
@@ -220,7 +220,7 @@ class TestLoraMatricesAlone:
         assert all(torch.allclose(ours[name], expected[name], atol=1e-6) for name in ours)
         load_network(out)
 
-    def test_their_scale_must_be_told(self, tool, capsys, pickled, out):
+    def test_their_scale_is_required(self, tool, capsys, pickled, out):
         told = refusal(tool, capsys, pickled, "--out", out)
         assert "LoRA matrices of rank 4 without an adapter_config.json" in told and "--lora-alpha" in told
         assert not out.exists()
@@ -232,7 +232,7 @@ class TestLoraMatricesAlone:
         torch.save(matrices, pickled)
         assert "several ranks, [2, 4]" in refusal(tool, capsys, pickled, "--out", out, "--lora-alpha", 12)
 
-    def test_a_scale_for_nothing_is_refused(self, tool, capsys, source, out, pickled):
+    def test_a_scale_without_matrices_is_refused(self, tool, capsys, source, out, pickled):
         torch.save(TENSORS, source / "pytorch_model.bin")
         assert "but the source has none" in refusal(tool, capsys, source, "--out", out, "--lora-alpha", 12)
         (pickled.parent / "adapter_config.json").write_text("{}")
@@ -278,13 +278,13 @@ def test_a_bare_pickle_does_not_run(tool, source, out, capsys, tmp_path):
     ],
     ids=["namespace", "module", "number", "sparse", "meta", "several", "empty", "list"],
 )
-def test_what_is_no_plain_tensor_is_refused(tool, source, out, capsys, value, words):
+def test_anything_but_plain_tensors_is_refused(tool, source, out, capsys, value, words):
     torch.save(value, source / "pytorch_model.bin")
     said = refusal(tool, capsys, source, "--out", out)
     assert words in said and "pytorch_model.bin" in said and not out.exists()
 
 
-def test_a_dictionary_that_holds_itself_is_refused(tool, source, out, capsys):
+def test_a_dictionary_that_contains_itself_is_refused(tool, source, out, capsys):
     endless: dict = {}
     endless["model"] = endless
     torch.save(endless, source / "pytorch_model.bin")
@@ -301,7 +301,7 @@ def test_a_damaged_file(tool, source, out, capsys, kind):
     assert not out.exists()
 
 
-def test_what_is_no_source(tool, source, out, capsys):
+def test_sources_without_weights(tool, source, out, capsys):
     assert "has no weights" in refusal(tool, capsys, source, "--out", out)
     (source / "model.safetensors").touch()
     assert "are safetensors already" in refusal(tool, capsys, source, "--out", out)
@@ -315,7 +315,7 @@ def test_what_is_no_source(tool, source, out, capsys):
     assert not out.exists()
 
 
-def test_what_is_there_stays(tool, source, out, capsys):
+def test_existing_files_are_kept(tool, source, out, capsys):
     torch.save(TENSORS, source / "pytorch_model.bin")
     out.mkdir()
     (out / "mine").write_text("mine")
@@ -324,7 +324,7 @@ def test_what_is_there_stays(tool, source, out, capsys):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["full", "stopped"])
-def test_nothing_is_left_of_a_failure(tool, source, out, monkeypatch, error):
+def test_a_failure_leaves_nothing(tool, source, out, monkeypatch, error):
     torch.save(TENSORS, source / "pytorch_model.bin")
     save, saved = tool.save_file, []
 

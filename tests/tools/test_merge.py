@@ -14,7 +14,7 @@ def tool(load_tool):
     return load_tool("merge")
 
 
-def test_the_merged_model_says_what_both_said(tool, captioner, random_model, fill_adapter, videos, tmp_path):
+def test_the_merged_model_equals_model_and_adapter(tool, captioner, random_model, fill_adapter, videos, tmp_path):
     attach_lora(captioner.network, LoraConfig(rank=4, alpha=8), seed=0)
     fill_adapter(captioner.network)
     save_adapter(captioner.network, tmp_path / "adapter")
@@ -28,7 +28,7 @@ def test_the_merged_model_says_what_both_said(tool, captioner, random_model, fil
     assert again.caption(videos[0]).text == captioner.caption(videos[0]).text
 
 
-def test_in_16_bits_unless_told_otherwise_and_nothing_half_done(tool, random_model, tmp_path, capsys):
+def test_the_default_is_16_bits_and_a_failure_leaves_nothing(tool, random_model, tmp_path, capsys):
     flags = ["--model", str(random_model), "--adapter", str(tmp_path), "--out", str(tmp_path / "merged")]
     with pytest.raises(SystemExit) as caught:
         run_recipe(tool.main, tool.MergeConfig, description="", args=flags)
