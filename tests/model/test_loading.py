@@ -34,7 +34,7 @@ def test_size_of_the_tiny_model():
 
 @torch.no_grad()
 def test_a_fresh_audio_tower_outputs_more_than_its_positions():
-    """Audio that is much smaller than Whisper's fixed positions is learned slowly: with a std of 0.02 its share is 0.01."""
+    """Audio that is far smaller than Whisper's fixed positions is learned slowly: with std 0.02 its share is 0.01."""
     torch.manual_seed(0)
     encoder = tiny_network().audio.encoder
     mel = -0.5 + 0.4 * torch.randn(2, 40, 800)  # mean and deviation of the synthetic clips' features
