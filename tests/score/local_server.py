@@ -20,7 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from salmonn.caption.prompt import train_tokenizer
 
 # Importing transformers takes most of it: 7 s with two free cores.
-_LONGEST_START_SECONDS = 90.0
+_LONGEST_START_SECONDS = 300.0
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def server(tmp_path_factory) -> LocalServer:
 @pytest.fixture
 def ask(server):
     """Send requests with OpenAI's own client."""
-    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=300) as client:
 
         def create(text: str, **options):
             messages = [{"role": "user", "content": text}]
@@ -98,7 +98,7 @@ def score(server, tmp_path):
 
     def run() -> tuple[int, str, list[Score | Unscored]]:
         out = tmp_path / "scores.jsonl"
-        result = subprocess.run([*line, "--out", str(out)], capture_output=True, text=True, timeout=120, check=False)
+        result = subprocess.run([*line, "--out", str(out)], capture_output=True, text=True, timeout=600, check=False)
         scores = read_scores(out)
         return result.returncode, result.stderr, [*scores.scores, *scores.unscored]
 
