@@ -49,7 +49,7 @@ SIMULTANEOUS = ("as {action}, {sound}", "just as {action}, {sound}", "{sound} as
 
 
 @dataclass(frozen=True)
-class Clause:
+class CaptionClause:
     """A clause of a caption.
 
     Args:
@@ -68,7 +68,7 @@ class Clause:
 
 
 @dataclass(frozen=True)
-class Story:
+class Outline:
     """All events of a clip, those that both captions mention, and their texts for the judge."""
 
     happenings: tuple[SceneEvent, ...]
@@ -76,7 +76,7 @@ class Story:
     events: tuple[Event, ...]  # of the happenings
 
     @property
-    def clauses(self) -> list[Clause]:
+    def clauses(self) -> list[CaptionClause]:
         """Return a new list of clauses, one per mentioned event."""
         return [describe(event) for event in self.mentioned]
 
@@ -105,8 +105,8 @@ class Draft:
         events: events for the judge; empty for those of the clip.
     """
 
-    better: list[Clause]
-    worse: list[Clause]
+    better: list[CaptionClause]
+    worse: list[CaptionClause]
     gap: int
     faults: Sequence[int]
     events: tuple[Event, ...] = ()
@@ -149,7 +149,7 @@ def generate_pair(kind: str, *, seed: int, index: int) -> LabelledPair | None:
     mentioned = list(scene.happenings)
     for _ in range(rng.choice(NUM_OMITTED)):
         mentioned.pop(rng.choice(_removable(mentioned)))
-    draft = FAULTS[kind](Story(scene.happenings, tuple(mentioned), reference.events), rng)
+    draft = FAULTS[kind](Outline(scene.happenings, tuple(mentioned), reference.events), rng)
     if draft is None or len(draft.better) < MIN_CLAUSES:
         return None
     better, worse = write_caption(draft.better, rng), write_caption(draft.worse, rng)
@@ -169,7 +169,7 @@ def generate_pair(kind: str, *, seed: int, index: int) -> LabelledPair | None:
     )
 
 
-def describe(event: SceneEvent) -> Clause:
+def describe(event: SceneEvent) -> CaptionClause:
     """Return the clause of an event, in all wordings of the synthetic world."""
     if event.kind == "sound":
         wordings = (
@@ -177,18 +177,18 @@ def describe(event: SceneEvent) -> Clause:
             for sound in SOUNDS[event.value]
             for form in (HEARD if sound.startswith("a ") else HEARD_PLURAL)
         )
-        return Clause(tuple(wordings), event=event)
+        return CaptionClause(tuple(wordings), event=event)
     name = f"{event.colour} {event.shape}"
     a = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     forms = MOVE[event.value] if event.kind == "move" else FORMS[event.kind]
     wordings = (form.format(a=a, the=f"the {name}", colour=event.value) for form in forms)
-    return Clause(tuple(wordings), subject=f"the {name}", event=event)
+    return CaptionClause(tuple(wordings), subject=f"the {name}", event=event)
 
 
-def write_caption(clauses: Sequence[Clause], rng: random.Random) -> str:
+def write_caption(clauses: Sequence[CaptionClause], rng: random.Random) -> str:
     """Write sentences of one or two clauses; apart from `needs_then`, words about order and simultaneity are true."""
 
-    def phrase(clause: Clause, before: Clause | None) -> str:
+    def phrase(clause: CaptionClause, before: CaptionClause | None) -> str:
         wording = rng.choice(clause.wordings)
         if before and clause.subject and clause.subject == before.subject and rng.random() < 0.5:
             return wording.replace(clause.subject, "it")
@@ -208,7 +208,7 @@ def write_caption(clauses: Sequence[Clause], rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def _opener(clause: Clause, rng: random.Random, *, before: Clause | None) -> str:
+def _opener(clause: CaptionClause, rng: random.Random, *, before: CaptionClause | None) -> str:
     if clause.is_sentence:
         return ""
     if before is None:
@@ -221,7 +221,7 @@ def _opener(clause: Clause, rng: random.Random, *, before: Clause | None) -> str
     return rng.choice(("", "Meanwhile, ", "At the same time, ")) if is_simultaneous else ""
 
 
-def _conjunction(clause: Clause, rng: random.Random, *, before: Clause) -> str:
+def _conjunction(clause: CaptionClause, rng: random.Random, *, before: CaptionClause) -> str:
     is_later, is_simultaneous = _relation(before, clause)
     if clause.needs_then:
         return rng.choice((", and then ", " and then "))
@@ -230,7 +230,7 @@ def _conjunction(clause: Clause, rng: random.Random, *, before: Clause) -> str:
     return rng.choice((", and ", " while ")) if is_simultaneous else ", and "
 
 
-def _relation(before: Clause, clause: Clause) -> tuple[bool, bool]:
+def _relation(before: CaptionClause, clause: CaptionClause) -> tuple[bool, bool]:
     """Return whether an event starts after the one before, and whether they overlap; both False if unknown."""
     if before.event is None or clause.event is None:
         return False, False
@@ -254,59 +254,59 @@ def _removable(mentioned: Sequence[SceneEvent]) -> list[int]:
     ]
 
 
-def _omit(story: Story, rng: random.Random) -> Draft | None:
+def _omit(outline: Outline, rng: random.Random) -> Draft | None:
     """Omit one to three more neighbouring events."""
-    options, number = _removable(story.mentioned), rng.choice((1, 1, 2, 3))
-    if len(options) < number or len(story.mentioned) < number + 2:
+    options, number = _removable(outline.mentioned), rng.choice((1, 1, 2, 3))
+    if len(options) < number or len(outline.mentioned) < number + 2:
         return None
     middle = rng.choice(options)
     faults = sorted(options, key=lambda place: abs(place - middle))[:number]
-    worse = [clause for place, clause in enumerate(story.clauses) if place not in faults]
-    return Draft(story.clauses, worse, number, faults)
+    worse = [clause for place, clause in enumerate(outline.clauses) if place not in faults]
+    return Draft(outline.clauses, worse, number, faults)
 
 
-def _alter_object(story: Story, rng: random.Random, *, attribute: str) -> Draft:
+def _alter_object(outline: Outline, rng: random.Random, *, attribute: str) -> Draft:
     """Give an object, or what it turns into, a colour or a shape that is not in the clip."""
-    wrong = rng.choice([word for word in (COLOURS if attribute == "colour" else SHAPES) if word not in story.words])
-    place = rng.choice(story.places(sounds=False))
-    event = story.mentioned[place]
+    wrong = rng.choice([word for word in (COLOURS if attribute == "colour" else SHAPES) if word not in outline.words])
+    place = rng.choice(outline.places(sounds=False))
+    event = outline.mentioned[place]
     if attribute == "colour" and event.kind == "change" and rng.random() < 0.5:
         altered = {place: replace(event, value=wrong)}
     else:
         places = [place]
         if rng.random() < THROUGHOUT:
             same = (event.shape, event.colour)
-            places = [other for other, one in enumerate(story.mentioned) if (one.shape, one.colour) == same]
+            places = [other for other, one in enumerate(outline.mentioned) if (one.shape, one.colour) == same]
         altered = {
-            other: replace(story.mentioned[other], colour=wrong)
+            other: replace(outline.mentioned[other], colour=wrong)
             if attribute == "colour"
-            else replace(story.mentioned[other], shape=wrong)
+            else replace(outline.mentioned[other], shape=wrong)
             for other in places
         }
     # "it" never replaces the altered object, so that each clause is wrong by itself.
     worse = [
         replace(describe(altered[other]), subject="") if other in altered else clause
-        for other, clause in enumerate(story.clauses)
+        for other, clause in enumerate(outline.clauses)
     ]
-    return Draft(story.clauses, worse, len(altered), list(altered))
+    return Draft(outline.clauses, worse, len(altered), list(altered))
 
 
-def _miscount(story: Story, rng: random.Random) -> Draft:
+def _miscount(outline: Outline, rng: random.Random) -> Draft:
     """State a wrong number of beeps, clicks or shapes, and let an event state the right one."""
-    better, worse, events = story.clauses, story.clauses, list(story.events)
-    counted = [place for place in story.places(sounds=True) if story.mentioned[place].value in ("beeps", "clicks")]
+    better, worse, events = outline.clauses, outline.clauses, list(outline.events)
+    counted = [place for place in outline.places(sounds=True) if outline.mentioned[place].value in ("beeps", "clicks")]
     is_sound = bool(counted) and rng.random() >= 0.4
     if is_sound:
         place = rng.choice(counted)
-        sound = story.mentioned[place]
+        sound = outline.mentioned[place]
         number = count_pulses(sound)
         endings = (f"{sound.value} are heard", f"{sound.value} can be heard")
-        index = story.happenings.index(sound)
+        index = outline.happenings.index(sound)
         events[index] = replace(events[index], text=f"{NUMBERS[number]} {endings[0]}")
     else:
-        appearing = [event for event, one in zip(events, story.happenings, strict=True) if one.kind == "appear"]
+        appearing = [event for event, one in zip(events, outline.happenings, strict=True) if one.kind == "appear"]
         number = len(appearing)
-        place = rng.randint(0, len(story.mentioned))
+        place = rng.randint(0, len(outline.mentioned))
         endings = ("shapes appear in all", "shapes show up in all")
         start, end = appearing[0].start_seconds, appearing[-1].end_seconds
         events.append(Event(f"{NUMBERS[number]} {endings[0]}", "visual", start, end))
@@ -314,9 +314,9 @@ def _miscount(story: Story, rng: random.Random) -> Draft:
     for clauses, stated in ((better, number), (worse, wrong)):
         wordings = tuple(f"{NUMBERS[stated]} {ending}" for ending in endings)
         if is_sound:
-            clauses[place] = Clause(wordings, event=story.mentioned[place])
+            clauses[place] = CaptionClause(wordings, event=outline.mentioned[place])
         else:
-            clauses.insert(place, Clause(wordings, is_sentence=True))
+            clauses.insert(place, CaptionClause(wordings, is_sentence=True))
     return Draft(better, worse, 1, [place], tuple(events))
 
 
@@ -328,49 +328,49 @@ def count_pulses(sound: SceneEvent) -> int:
     return min(max(round(seconds / 0.25), 4), 6)
 
 
-def _invent(story: Story, rng: random.Random) -> Draft | None:
+def _invent(outline: Outline, rng: random.Random) -> Draft | None:
     """Add one or two events that are not in the clip, and could not be taken for an omitted one."""
     options = []
     kinds: tuple[Kind, ...] = ("sound", "appear", "move", "blink")
     for kind in kinds:
-        place = rng.randint(1, len(story.mentioned))
-        event = _invent_event(kind, story, rng, after=story.mentioned[place - 1])
+        place = rng.randint(1, len(outline.mentioned))
+        event = _invent_event(kind, outline, rng, after=outline.mentioned[place - 1])
         if event:
             options.append((place, replace(describe(event), subject="", event=None)))
     number = rng.choice((1, 1, 2))
     if len(options) < number:
         return None
-    worse, faults = story.clauses, []
+    worse, faults = outline.clauses, []
     for shift, (place, clause) in enumerate(sorted(rng.sample(options, number), key=lambda option: option[0])):
         worse.insert(place + shift, clause)
         faults.append(place + shift)
-    return Draft(story.clauses, worse, number, faults)
+    return Draft(outline.clauses, worse, number, faults)
 
 
-def _invent_event(kind: Kind, story: Story, rng: random.Random, *, after: SceneEvent) -> SceneEvent | None:
+def _invent_event(kind: Kind, outline: Outline, rng: random.Random, *, after: SceneEvent) -> SceneEvent | None:
     """Return an event of a kind: a sound or object that is not in the clip, or an action of the object in `after`."""
     if kind == "sound":
-        value = rng.choice([sound for sound in SOUNDS if sound not in story.words])
-        return None if story.omitted("sound") else SceneEvent("sound", 0, 0, value=value)
+        value = rng.choice([sound for sound in SOUNDS if sound not in outline.words])
+        return None if outline.omitted("sound") else SceneEvent("sound", 0, 0, value=value)
     if kind == "appear":
         shape, colour = (
-            rng.choice([word for word in words if word not in story.words]) for words in (SHAPES, list(COLOURS))
+            rng.choice([word for word in words if word not in outline.words]) for words in (SHAPES, list(COLOURS))
         )
         return SceneEvent("appear", 0, 0, shape=shape, colour=colour)
-    own = [event for event in story.happenings if event.shape == after.shape]
+    own = [event for event in outline.happenings if event.shape == after.shape]
     values = [event.value for event in own if event.kind == kind]
     options = [value for value in (DIRECTIONS if kind == "move" else [""]) if value not in values]
-    hidden = kind == "move" and any(event.shape == after.shape for event in story.omitted("move"))
+    hidden = kind == "move" and any(event.shape == after.shape for event in outline.omitted("move"))
     if not options or hidden or after.kind in ("sound", "leave"):
         return None
     value = rng.choice(options) if kind == "move" else ""
     return replace(after, kind=kind, colour=after.value if after.kind == "change" else after.colour, value=value)
 
 
-def _swap(story: Story, rng: random.Random) -> Draft | None:
+def _swap(outline: Outline, rng: random.Random) -> Draft | None:
     """Mention two successive visual events in the wrong order."""
     options = []
-    for place, (one, other) in enumerate(zip(story.mentioned, story.mentioned[1:], strict=False)):
+    for place, (one, other) in enumerate(zip(outline.mentioned, outline.mentioned[1:], strict=False)):
         # It is obvious that a shape appears before it acts, and leaves afterwards.
         is_obvious = one.shape == other.shape and (one.kind == "appear" or other.kind == "leave")
         if "sound" not in (one.kind, other.kind) and one.end_seconds <= other.start_seconds and not is_obvious:
@@ -378,63 +378,63 @@ def _swap(story: Story, rng: random.Random) -> Draft | None:
     if not options:
         return None
     place = rng.choice(options)
-    better, worse = story.clauses, story.clauses
+    better, worse = outline.clauses, outline.clauses
     earlier, later = better[place : place + 2]
     better[place : place + 2] = earlier, replace(later, needs_then=True)
     worse[place : place + 2] = later, replace(earlier, needs_then=True)
     return Draft(better, worse, 1, [place, place + 1])
 
 
-def _misattribute(story: Story, rng: random.Random) -> Draft | None:
+def _misattribute(outline: Outline, rng: random.Random) -> Draft | None:
     """Attribute a sound to the action of another shape, during which it is not heard."""
-    seen = [(place, story.mentioned[place]) for place in story.places(sounds=False)]
+    seen = [(place, outline.mentioned[place]) for place in outline.places(sounds=False)]
     options = []
-    for heard in story.places(sounds=True):
-        sound = story.mentioned[heard]
+    for heard in outline.places(sounds=True):
+        sound = outline.mentioned[heard]
         during = [one for one in seen if sound.start_seconds + 0.2 <= one[1].start_seconds <= sound.end_seconds - 0.4]
         apart = [one for one in seen if one[1].overlaps(sound) <= -CLEAR_SECONDS]
         options += [(heard, one, other) for one in during for other in apart if one[1].shape != other[1].shape]
     if not options:
         return None
     heard, (right_place, right), (wrong_place, wrong) = rng.choice(options)
-    sound = story.mentioned[heard]
-    better, worse = story.clauses, story.clauses
+    sound = outline.mentioned[heard]
+    better, worse = outline.clauses, outline.clauses
     for clauses, place, action in ((better, right_place, right), (worse, wrong_place, wrong)):
         form = rng.choice(SIMULTANEOUS)
         words = {name: rng.choice(describe(event).wordings) for name, event in (("action", action), ("sound", sound))}
-        clauses[place] = Clause((form.format(**words),), is_sentence=True)
+        clauses[place] = CaptionClause((form.format(**words),), is_sentence=True)
         del clauses[heard]
-    events = list(story.events)
-    index, action_text = story.happenings.index(sound), story.events[story.happenings.index(right)].text
+    events = list(outline.events)
+    index, action_text = outline.happenings.index(sound), outline.events[outline.happenings.index(right)].text
     events[index] = replace(events[index], text=f"{events[index].text} as {action_text}")
     return Draft(better, worse, 1, [wrong_place - (heard < wrong_place)], tuple(events))
 
 
-def _repeat(story: Story, rng: random.Random) -> Draft:
+def _repeat(outline: Outline, rng: random.Random) -> Draft:
     """Repeat one or two clauses later on, literally or in other words."""
     number, is_literal = rng.choice((1, 2)), rng.random() < 0.5
-    first = rng.randint(0, len(story.mentioned) - number)
-    worse, repeated = story.clauses, []
+    first = rng.randint(0, len(outline.mentioned) - number)
+    worse, repeated = outline.clauses, []
     for place in range(first, first + number):
         wordings = worse[place].wordings
         wording = rng.choice(wordings)
         worse[place] = replace(worse[place], wordings=(wording,), subject="")
         others = tuple(other for other in wordings if other != wording)
-        repeated.append(Clause((wording,) if is_literal else others, is_sentence=True))
+        repeated.append(CaptionClause((wording,) if is_literal else others, is_sentence=True))
     place = rng.randint(first + number, len(worse))
     worse[place:place] = repeated
-    return Draft(story.clauses, worse, 0, range(place, place + number))
+    return Draft(outline.clauses, worse, 0, range(place, place + number))
 
 
-def _pad(story: Story, rng: random.Random) -> Draft:
+def _pad(outline: Outline, rng: random.Random) -> Draft:
     """Add one to three sentences that mention nothing in the clip."""
-    number, place = rng.randint(1, 3), rng.randint(0, len(story.mentioned))
-    worse = story.clauses
-    worse[place:place] = [Clause((words,), is_sentence=True) for words in rng.sample(PADDING, number)]
-    return Draft(story.clauses, worse, 0, range(place, place + number))
+    number, place = rng.randint(1, 3), rng.randint(0, len(outline.mentioned))
+    worse = outline.clauses
+    worse[place:place] = [CaptionClause((words,), is_sentence=True) for words in rng.sample(PADDING, number)]
+    return Draft(outline.clauses, worse, 0, range(place, place + number))
 
 
-FAULTS: dict[str, Callable[[Story, random.Random], Draft | None]] = {
+FAULTS: dict[str, Callable[[Outline, random.Random], Draft | None]] = {
     "left_out": _omit,
     "colour": partial(_alter_object, attribute="colour"),
     "object": partial(_alter_object, attribute="shape"),

@@ -60,7 +60,7 @@ def find_repeated_spans(text: str) -> list[CharSpan]:
 
 
 @dataclass(frozen=True)
-class _Clause:
+class _ClauseSpan:
     key: tuple[str, ...]  # own words without articles, after the subject's clause if it has no subject
     words: str
     num_words: int
@@ -70,7 +70,7 @@ class _Clause:
     is_long: bool = False
 
 
-def _mark_repeated(clauses: list[_Clause], text: str) -> Iterator[tuple[_Clause, bool]]:
+def _mark_repeated(clauses: list[_ClauseSpan], text: str) -> Iterator[tuple[_ClauseSpan, bool]]:
     """Yield each clause, and whether all of it repeats an earlier one."""
     ends_properly = re.search(r"[.!?]\W*$", text) is not None
     seen: set[tuple[str, ...]] = set()
@@ -86,8 +86,8 @@ def _mark_repeated(clauses: list[_Clause], text: str) -> Iterator[tuple[_Clause,
         seen.add(clause.key)
 
 
-def _split_clauses(text: str) -> list[_Clause]:
-    clauses: list[_Clause] = []
+def _split_clauses(text: str) -> list[_ClauseSpan]:
+    clauses: list[_ClauseSpan] = []
     subject, num_words, clause_start = "", 0, 0
     for sentence_start, sentence_end in _split(_SENTENCE_END, text, 0, len(text)):
         parts = [
@@ -109,10 +109,10 @@ def _split_clauses(text: str) -> list[_Clause]:
             subject = subject if shares_subject else own
             is_long = is_pronoun or own.count(" ") + 1 >= _MIN_WORDS
             key = (subject, own) if shares_subject else (own,)
-            clauses.append(_Clause(key, " ".join(words), num_words, clause_start, end, is_sentence, is_long))
+            clauses.append(_ClauseSpan(key, " ".join(words), num_words, clause_start, end, is_sentence, is_long))
             num_words, is_first = 0, False
     if num_words:
-        clauses.append(_Clause(("",), "", num_words, clause_start, len(text)))
+        clauses.append(_ClauseSpan(("",), "", num_words, clause_start, len(text)))
     return clauses
 
 

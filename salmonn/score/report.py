@@ -241,7 +241,7 @@ def _classified_events(report: Report, score: Score, caption: Caption | None) ->
 
 
 @dataclass(frozen=True)
-class _Media:
+class _VideoSource:
     """Address of a video, "" if there is no file, and whether the address contains the video itself."""
 
     address: str = ""
@@ -259,7 +259,7 @@ class _Tick:
 
 
 @dataclass(frozen=True)
-class _Clip:
+class _CaptionCard:
     """A caption as shown; `unlocated` are quotes that are not in the caption, `shares` the parts of its Total."""
 
     score: Score
@@ -268,12 +268,12 @@ class _Clip:
     unlocated: list[Quote]
     missed: list[tuple[str, Event | None]]
     ticks: list[_Tick]
-    media: _Media
+    media: _VideoSource
     shares: dict[str, float]
     kinds: list[str]  # of errors, to filter by
 
 
-def _worst_clips(report: Report, path: Path) -> list[_Clip]:
+def _worst_clips(report: Report, path: Path) -> list[_CaptionCard]:
     """Return the clips with the highest Total, worst first, for the page at `path`."""
     ranked = sorted(_with_captions(report), key=lambda pair: (-pair[0].total, pair[0].video, pair[0].sample))
     ranked = ranked[: report.worst]
@@ -285,7 +285,7 @@ def _worst_clips(report: Report, path: Path) -> list[_Clip]:
         room -= used
         counts = (score.missing, score.incorrect, score.hallucinated, score.num_repeated_words)
         clips.append(
-            _Clip(
+            _CaptionCard(
                 score=score,
                 caption=caption,
                 highlights=highlight_caption(text, score),
@@ -314,20 +314,20 @@ def _place_ticks(report: Report, score: Score, caption: Caption | None) -> list[
     return [_Tick(kind, event, start / duration, max(end - start, 0) / duration) for kind, event, start, end in timed]
 
 
-def _embed_or_link(video: Path, *, page: Path, room: int) -> tuple[_Media, int]:
+def _embed_or_link(video: Path, *, page: Path, room: int) -> tuple[_VideoSource, int]:
     """Embed a small video if it fits into `room` bytes, else link it; return the bytes used as well.
 
     Links to videos below the page's folder are relative, so that the folder can be moved.
     """
     if not video.is_file():
-        return _Media(), 0
+        return _VideoSource(), 0
     size = video.stat().st_size
     if size <= min(room, _EMBEDDED_BYTES):
         kind = mimetypes.guess_type(video.name)[0] or "video/mp4"
         data = base64.b64encode(video.read_bytes()).decode()
-        return _Media(f"data:{kind};base64,{data}", is_embedded=True), size
+        return _VideoSource(f"data:{kind};base64,{data}", is_embedded=True), size
     video, folder = video.resolve(), page.resolve().parent
     if video.is_relative_to(folder):
         # ":" is quoted too, so that no name looks like a URL scheme.
-        return _Media(quote(os.path.relpath(video, folder).replace(os.sep, "/"))), 0
-    return _Media(video.as_uri()), 0
+        return _VideoSource(quote(os.path.relpath(video, folder).replace(os.sep, "/"))), 0
+    return _VideoSource(video.as_uri()), 0
