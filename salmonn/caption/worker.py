@@ -43,7 +43,7 @@ _SENT = {
 }  # fmt: skip
 _WORKER = (
     "import os, sys; os.environ['OMP_NUM_THREADS'] = '1'; sys.path[:] = {path!r}; "
-    "from salmonn.caption.worker import Limits, serve; serve({limits!r})"
+    "from salmonn.caption.worker import WorkerLimits, serve; serve({limits!r})"
 )
 
 
