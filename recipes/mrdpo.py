@@ -201,7 +201,7 @@ def main(config: MrDpoConfig) -> None:
 def print_memory_plan(config: MrDpoConfig) -> None:
     """Print what a round and rebirth would need of memory."""
     shared = partial(print_adapter_plan, config.model, frames=config.frames, placement=config.placement)
-    shared(lora=config.lora, fit=config.fit, answers=3, title="guided DPO", side_by_side=config.side_by_side)
+    shared(lora=config.lora, fit=config.fit, answers=3, title="guided DPO", batch_size=config.side_by_side)
     if config.rebirth:
         # A caption, and the questions on the clip, which are taken to be as long together.
         shared(lora=config.rebirth.lora, fit=config.rebirth.fit, answers=2, title="rebirth")

@@ -1,9 +1,9 @@
-"""A stage's checkpoints on disk: what is trained, the optimiser's state and the step, as safetensors.
+"""Checkpoints of a training stage: trained weights, optimizer state and step as safetensors.
 
-    checkpoints/step_000100.safetensors    written under another name, flushed, renamed
-    checkpoints/step_000100.json           its size and sha256, written last: the mark that it is whole
+    checkpoints/step_000100.safetensors    written under a temporary name, flushed, renamed
+    checkpoints/step_000100.json           its size and sha256, written last: marks the checkpoint as complete
 
-The last two are kept. Nothing random is, since every step seeds its own draws from the run's seed and its number.
+The last two are kept. No random state is saved, since each step derives its seed from the run's seed and its number.
 """
 
 import errno
@@ -26,21 +26,21 @@ from salmonn import dist
 from salmonn.records import read_json, write_json
 
 log = logging.getLogger(__name__)
-KEPT = 2
-ROOM = 1.02  # of what is written, for the file system's own
+MAX_CHECKPOINTS = 2
+SPACE_MARGIN = 1.02  # of the size to be written, for file system overhead
 GIB = 1 << 30
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole one: its file, and how many steps it had done."""
+    """A complete checkpoint: its file and the number of finished steps."""
 
     path: Path
     step: int
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, each read when it is asked for."""
+    """Tensors of a safetensors file by name, each read on access."""
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(str(path), framework="pt")
@@ -62,29 +62,29 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self._keys)
 
     def shape(self, key: str) -> list[int]:
-        """Without reading it."""
+        """Return a tensor's shape without reading the tensor."""
         return list(self._file.get_slice(key).get_shape())
 
 
 class Checkpoints:
-    """The checkpoints of one stage.
+    """Checkpoints of one stage.
 
     Args:
-        folder: that they are kept in; it need not be there.
+        folder: folder of the checkpoints; created on the first save.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, tensors: Mapping[str, Tensor], *, step: int) -> None:
-        """Write a checkpoint, and let go of all but the last two.
+        """Write a checkpoint and delete all but the last two.
 
         Args:
-            tensors: names -> what is to be kept, on the CPU.
-            step: how many steps are done.
+            tensors: tensors by name, on the CPU.
+            step: number of finished steps.
 
         Raises:
-            ValueError: the disk has no room for it; those before are as they were.
+            ValueError: the disk is too full; earlier checkpoints are untouched.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -97,36 +97,38 @@ class Checkpoints:
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            if _is_full(error):
-                raise ValueError(_no_room(self.folder, size, what=f"the checkpoint of step {step}")) from error
+            if _is_out_of_space(error):
+                raise ValueError(
+                    _out_of_space_message(self.folder, size, what=f"the checkpoint of step {step}")
+                ) from error
             raise
         _flush(self.folder)
-        write_json(_mark(path), {"step": step, "bytes": path.stat().st_size, "sha256": _sha256(path)})
-        for old in sorted(self.folder.glob("step_*.safetensors"))[:-KEPT]:
-            _mark(old).unlink(missing_ok=True)
+        write_json(_marker(path), {"step": step, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+        for old in sorted(self.folder.glob("step_*.safetensors"))[:-MAX_CHECKPOINTS]:
+            _marker(old).unlink(missing_ok=True)
             old.unlink()
 
     def latest(self) -> Checkpoint | None:
-        """The last checkpoint that is whole; damaged ones are passed over with a warning. All ranks get rank 0's."""
-        found = self._newest() if dist.is_main() else None
+        """Return the last complete checkpoint on every rank; skip damaged ones with a warning."""
+        found = self._find_latest() if dist.is_main() else None
         return dist.gather([found])[0]
 
-    def _newest(self) -> Checkpoint | None:
+    def _find_latest(self) -> Checkpoint | None:
         for path in sorted(self.folder.glob("step_*.safetensors"), reverse=True):
             if reason := _damage(path):
-                log.warning("%s is passed over: %s", path, reason)
+                log.warning("skipping checkpoint %s: %s", path, reason)
             else:
                 return Checkpoint(path, int(path.stem.removeprefix("step_")))
         return None
 
     def clear(self) -> None:
-        """Delete all of them."""
+        """Delete all checkpoints."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextmanager
 def checkpointed(folder: Path) -> Iterator[Checkpoints]:
-    """A stage's checkpoints, cleared once the stage has come to its end."""
+    """Yield a stage's checkpoints; delete them when the stage completes without an exception."""
     checkpoints = Checkpoints(folder / "checkpoints")
     yield checkpoints
     dist.barrier()
@@ -135,20 +137,20 @@ def checkpointed(folder: Path) -> Iterator[Checkpoints]:
 
 
 def load_trained(network: nn.Module, checkpoint: Checkpoint) -> LazyTensors:
-    """Read a checkpoint's weights into a network whose trained parameters are whole.
+    """Copy a checkpoint's weights into a network whose trained parameters are not sharded.
 
     Returns:
-        All of the checkpoint's tensors.
+        All tensors of the checkpoint.
 
     Raises:
-        ValueError: the checkpoint is of another set of trained weights.
+        ValueError: the checkpoint holds another set of trained weights.
     """
     tensors = LazyTensors(checkpoint.path)
     trained = {f"model.{name}": value for name, value in network.named_parameters() if value.requires_grad}
     shapes = {key: tensors.shape(key) for key in tensors if key.startswith("model.")}
     if shapes != {key: list(value.shape) for key, value in trained.items()}:
         raise ValueError(
-            f"{checkpoint.path} is the checkpoint of another configuration: delete it or choose another folder"
+            f"{checkpoint.path} was written by a run with other trained weights; delete it or choose another folder"
         )
     with torch.no_grad():
         for key, value in trained.items():
@@ -157,21 +159,21 @@ def load_trained(network: nn.Module, checkpoint: Checkpoint) -> LazyTensors:
 
 
 def require_free_space(folder: Path, num_bytes: int, *, what: str) -> None:
-    """Raise ValueError where the disk of an existing folder has no room for so many bytes."""
-    if shutil.disk_usage(folder).free < num_bytes * ROOM:
-        raise ValueError(_no_room(folder, num_bytes, what=what))
+    """Raise ValueError if the disk of an existing folder has less than `num_bytes` free."""
+    if shutil.disk_usage(folder).free < num_bytes * SPACE_MARGIN:
+        raise ValueError(_out_of_space_message(folder, num_bytes, what=what))
 
 
-def _no_room(folder: Path, num_bytes: int, *, what: str) -> str:
+def _out_of_space_message(folder: Path, num_bytes: int, *, what: str) -> str:
     free = shutil.disk_usage(folder).free
     return (
-        f"{what} needs {num_bytes / GIB:.2f} GiB, and the disk of {folder} has {free / GIB:.2f} GiB left: make room, "
-        "and start the same command, which goes on from what is there"
+        f"{what} needs {num_bytes / GIB:.2f} GiB, but the disk of {folder} has {free / GIB:.2f} GiB free; free some space "
+        "and run the same command to resume"
     )
 
 
-def _is_full(error: Exception) -> bool:
-    # safetensors tells the system's error by its text alone.
+def _is_out_of_space(error: Exception) -> bool:
+    # safetensors reports the operating system's error in its message only.
     number = getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
         f"os error {code}" in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -179,20 +181,20 @@ def _is_full(error: Exception) -> bool:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; none if it is whole."""
-    if not _mark(path).is_file():
-        return "it was not finished"
+    """Return why a checkpoint cannot be used; None if it is complete."""
+    if not _marker(path).is_file():
+        return "it is incomplete"
     try:
-        said = read_json(_mark(path))
-        size, sha256 = said["bytes"], said["sha256"]
+        marker = read_json(_marker(path))
+        size, sha256 = marker["bytes"], marker["sha256"]
     except (ValueError, KeyError, TypeError):
-        return f"{_mark(path).name} cannot be read"
+        return f"{_marker(path).name} cannot be read"
     if path.stat().st_size != size:
-        return f"it has {path.stat().st_size} bytes of {size}"
-    return None if _sha256(path) == sha256 else "its content is not what was written"
+        return f"it has {path.stat().st_size} of {size} bytes"
+    return None if _sha256(path) == sha256 else "its checksum does not match"
 
 
-def _mark(path: Path) -> Path:
+def _marker(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
@@ -202,7 +204,7 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
+    """Flush a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

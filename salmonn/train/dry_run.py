@@ -1,8 +1,7 @@
-"""What a run would need, before it has anything: parameters, a clip's tokens, memory for training and captioning.
+"""Dry run: estimate parameters, clip tokens and memory without loading weights.
 
-The network is built without memory (on torch's meta device), its clip is taken through the model's own rules of frames,
-sizes, chunks and layout, and `budget` does the arithmetic. Nothing is read but a model folder's config.json, and
-nothing is written.
+The network is built on torch's meta device, a placeholder clip goes through the model's own frame sampling, resizing,
+audio chunking and token layout, and `salmonn.train.memory` does the arithmetic. Only the model's config.json is read.
 """
 
 import math
@@ -22,15 +21,15 @@ from salmonn.model.loading import Placement, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import MAX_LOGIT_BYTES, PREFILL_CHUNK_TOKENS, Network
 from salmonn.records import Modality
-from salmonn.train import memory as budget
+from salmonn.train import memory as estimate
 from salmonn.train.loop import FitConfig
 from salmonn.train.memory import FLOAT32, GIB, NumberSizes, Stack, TrainedParts
 
 GPUS = (24, 40, 80, 141)  # GiB
-RESERVE = GIB  # what a framework and its kernels take for themselves
+RESERVE = GIB  # for the framework and its kernels
 PARTS = {
-    "vision tower": ("vision.encoder.",),
-    "audio tower": ("audio.encoder.", "audio.norm."),
+    "vision encoder": ("vision.encoder.",),
+    "audio encoder": ("audio.encoder.", "audio.norm."),
     "Q-Former": ("audio.qformer.",),
     "projections": ("vision.encoder.merger.", "vision.projector.", "vision.newline", "audio.projector."),
     "language model": ("lm.",),
@@ -39,7 +38,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class ClipShape:
-    """A clip by its outside."""
+    """Length and format of a clip."""
 
     seconds: float = 51.0
     width: int = 1280
@@ -52,32 +51,32 @@ DEFAULT_SHAPE = ClipShape()
 
 @dataclass(frozen=True)
 class Workload:
-    """One forward pass, and one captioning.
+    """Sizes of one forward pass of training.
 
     Args:
-        clips: of a pass.
-        answers: to each clip, that share its tokens.
-        answer_tokens: of each answer; how long captions are nobody knows before.
-        prompt_tokens: the prompt with all that the chat format puts around it.
-        blocks: whether the towers have run before all training, once for each clip.
-        use: what the answers are about.
+        clips: clips in a micro-batch.
+        answers: answers per clip, which share its tokens.
+        answer_tokens: tokens per answer (an assumption).
+        prompt_tokens: tokens of the prompt including the chat template.
+        cached_features: whether the encoders have run before training, once per clip.
+        modality: modalities that the answers are about.
     """
 
     clips: int
     answers: int
     answer_tokens: int = 512
     prompt_tokens: int = 100
-    blocks: bool = False
+    cached_features: bool = False
     modality: Modality = "both"
 
     def length(self, clip_tokens: int) -> int:
-        """Tokens of a sequence."""
+        """Return the number of tokens in a packed sequence."""
         return clip_tokens + self.prompt_tokens + self.answers * self.answer_tokens
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Counts of numbers."""
+    """Parameters of a part of the network."""
 
     total: int
     trained: int
@@ -85,25 +84,25 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device by what holds them; of `at_work`, the largest alone counts, since they come in turn."""
+    """Bytes on one device by purpose; only the largest workspace counts, since workspaces are used in turn."""
 
     persistent: dict[str, int]
     workspace: dict[str, int]
 
     @property
     def peak(self) -> int:
-        """The most at once."""
+        """Peak memory in bytes."""
         return sum(self.persistent.values()) + max(self.workspace.values())
 
 
 def build_on_meta(config: SalmonnConfig) -> Network:
-    """The network without its weights."""
+    """Build the network without allocating its weights."""
     with torch.device("meta"):
         return Network(config)
 
 
 def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
-    """A clip as the towers would take it, its sizes without its contents."""
+    """Build the model inputs of a clip with shapes but no data."""
     family = get_family(config)
     sampler = family.frame_sampler
     num_frames = round(shape.seconds * shape.frames_per_second)
@@ -117,7 +116,7 @@ def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
 
 
 def count_parameters(network: Network) -> dict[str, ParameterCount]:
-    """Parameters by part, the adapter last."""
+    """Count parameters by part, the adapter last."""
     counts = {name: [0, 0] for name in [*PARTS, "LoRA"]}
     for name, parameter in network.named_parameters():
         part = "LoRA" if ".lora_" in name else _part_of(name)
@@ -127,27 +126,27 @@ def count_parameters(network: Network) -> dict[str, ParameterCount]:
 
 
 def _part_of(name: str) -> str:
-    # The merger stands within the vision tower: the longer beginning decides.
-    fitting = {start: part for part, starts in PARTS.items() for start in starts if name.startswith(start)}
-    return fitting[max(fitting, key=len)]
+    # The merger is part of the vision encoder: the longest prefix decides.
+    matching = {start: part for part, starts in PARTS.items() for start in starts if name.startswith(start)}
+    return matching[max(matching, key=len)]
 
 
 def number_sizes(placement: Placement, fit: FitConfig) -> NumberSizes:
-    """Bytes of numbers under a placement and precision; `auto` is taken for a GPU's bfloat16."""
+    """Return the bytes per number; dtype `auto` is assumed to be bfloat16."""
     stored = 4 if placement.dtype == "float32" else 2
     return NumberSizes(stored, 2 if fit.precision == "bfloat16" else stored)
 
 
 def weights_bytes(network: Network, placement: Placement, *, merged: bool = False) -> int:
-    """Bytes of all weights: trained ones in float32, the language model's matrices in so many bits.
+    """Return the bytes of all weights: trained ones in float32, the language model's matrices possibly quantized.
 
     Args:
-        network: with its adapter.
-        placement: type and bits.
-        merged: after training: adapters merged, all of one type.
+        network: network with its adapter.
+        placement: dtype and bits.
+        merged: whether the adapter is merged, so that all weights have one dtype.
     """
     stored = 4 if placement.dtype == "float32" else 2
-    # Four bits keep a float32 scale for each 64 numbers.
+    # 4-bit quantization stores a float32 scale per 64 numbers.
     quantised = {None: float(stored), 8: 1.0, 4: 0.5 + 4 / 64}[placement.bits]
     total = 0.0
     for name, parameter in network.named_parameters():
@@ -160,21 +159,21 @@ def weights_bytes(network: Network, placement: Placement, *, merged: bool = Fals
 
 
 def clips_per_micro_batch(fit: FitConfig) -> int:
-    """Clips of a forward pass: a rank's share of the batch in as many pieces as the config asks for."""
+    """Return the clips in a micro-batch: a rank's share of the batch divided by the accumulation steps."""
     share = math.ceil(fit.batch_size / dist.world_size())
     return math.ceil(share / min(fit.gradient_accumulation_steps, share))
 
 
 class MemoryPlan:
-    """The arithmetic of one network, clip and work.
+    """Memory estimate for one network, clip shape and workload.
 
     Args:
-        network: as it is trained, with its adapter.
-        config: of the network, with the frames of training.
-        placement: of its weights.
-        fit: optimisation.
-        work: a forward pass of training.
-        shape: of the clips.
+        network: network as it is trained, with its adapter.
+        config: config of the network with the frame sampling of training.
+        placement: dtype and quantization of the weights.
+        fit: optimization settings.
+        work: sizes of a forward pass.
+        shape: length and format of the clips.
     """
 
     def __init__(
@@ -196,51 +195,51 @@ class MemoryPlan:
         self.shape = shape
         self.numbers = number_sizes(placement, fit)
         self.media = select_modality(placeholder_inputs(config, shape), work.modality)
-        # The published tokenizer has a token for each digit and for the point.
+        # The published tokenizer encodes each digit and the decimal point as a token.
         timestamps = [[0] * len(text) for text in self.family.timestamps(self.media)]
         self.layout = self.family.layout(self.media, timestamp_ids=timestamps)
         self.parameters = count_parameters(network)
         self.decoder = Stack.of(network.lm.config.get_text_config())
-        self.seeing = Stack.of(network.get_submodule("vision.encoder").config)
-        self.hearing = Stack.of(network.get_submodule("audio.encoder").config)
+        self.vision = Stack.of(network.get_submodule("vision.encoder").config)
+        self.audio = Stack.of(network.get_submodule("audio.encoder").config)
 
     @property
     def clip_tokens(self) -> int:
-        """Tokens of the clip."""
+        """Number of tokens of the clip."""
         return len(self.layout)
 
     @property
     def patches(self) -> int:
-        """Patches that the vision tower's layers see of the clip."""
+        """Number of patches in the vision encoder's layers."""
         return self.family.count_patches(self.media)
 
     @property
     def steps(self) -> int:
-        """Steps that the audio tower's layers hear of the clip."""
+        """Number of steps in the audio encoder's layers."""
         return len(self.media.mel) * self.config.chunk_seconds * 50
 
     @property
     def trained(self) -> int:
-        """Numbers that are trained."""
+        """Number of trained parameters."""
         return sum(part.trained for part in self.parameters.values())
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of a clip's tokens, as they are kept where the towers run once."""
+    def feature_bytes(self) -> int:
+        """Bytes of a clip's features in the feature cache."""
         return self.clip_tokens * self.decoder.width * self.numbers.stored
 
     def training(self, *, checkpointed: bool) -> MemoryEstimate:
-        """Memory of a training step on one device."""
+        """Estimate the memory of a training step on one device."""
         work, decoder, numbers = self.work, self.decoder, self.numbers
         length = work.length(self.clip_tokens)
         tokens, rows = work.clips * length, work.answers
         adapted = self.network.lm.peft_config["default"].target_modules if self.parameters["LoRA"].total else ()
         tuning = TrainedParts(len(adapted), whole=self._is_trained("lm."))
         layers = 1 if checkpointed else decoder.layers
-        layer = tokens * budget.workspace(decoder, numbers)
+        layer = tokens * estimate.workspace(decoder, numbers)
         if checkpointed:
-            layer += tokens * budget.saved_per_layer(decoder, numbers, tuning, rows=rows)
-        kept = budget.saved_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=checkpointed)
+            layer += tokens * estimate.saved_per_layer(decoder, numbers, tuning, rows=rows)
+        saved = estimate.saved_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=checkpointed)
         vocabulary = self.network.lm.get_output_embeddings().weight.shape[0]
         answers = min(work.clips * work.answers * work.answer_tokens, MAX_LOGIT_BYTES // (FLOAT32 * vocabulary))
         return MemoryEstimate(
@@ -248,119 +247,123 @@ class MemoryPlan:
                 "weights": weights_bytes(self.network, self.placement) + self._casts(layers),
                 "gradients": FLOAT32 * self.trained,
                 "Adam's moments": 2 * FLOAT32 * self.trained,
-                "inputs": budget.embedded(decoder, numbers, tokens=tokens),
-                "activations": kept + work.clips * self._towers_keep(checkpointed=checkpointed),
+                "inputs": estimate.embedded(decoder, numbers, tokens=tokens),
+                "activations": saved + work.clips * self._encoder_saved(checkpointed=checkpointed),
             },
             workspace={
-                "a layer": layer,
-                "logits": budget.logits_bytes(vocabulary, numbers, tokens=answers),
-                "towers": 0 if work.blocks else work.clips * self._towers_at_work(numbers),
+                "one layer": layer,
+                "logits": estimate.logits_bytes(vocabulary, numbers, tokens=answers),
+                "encoders": 0 if work.cached_features else work.clips * self._encoder_workspace(numbers),
             },
         )
 
-    def captioning(self, *, max_new_tokens: int, side_by_side: int = 1) -> MemoryEstimate:
-        """Memory of so many captions side by side, each of a clip of its own."""
+    def captioning(self, *, max_new_tokens: int, batch_size: int = 1) -> MemoryEstimate:
+        """Estimate the memory of captioning a batch of clips."""
         numbers = NumberSizes(self.numbers.stored, self.numbers.stored)
         prompt = self.clip_tokens + self.work.prompt_tokens
-        reading = budget.embedded(self.decoder, numbers, tokens=prompt)
-        reading += prompt * budget.workspace(self.decoder, numbers)
-        cache = budget.kv_cache_bytes(self.decoder, numbers, tokens=prompt + max_new_tokens)
-        at_once = max(1, min(side_by_side, PREFILL_CHUNK_TOKENS // prompt))
+        prefill = estimate.embedded(self.decoder, numbers, tokens=prompt)
+        prefill += prompt * estimate.workspace(self.decoder, numbers)
+        cache = estimate.kv_cache_bytes(self.decoder, numbers, tokens=prompt + max_new_tokens)
+        prefilled = max(1, min(batch_size, PREFILL_CHUNK_TOKENS // prompt))
         return MemoryEstimate(
             persistent={"weights": weights_bytes(self.network, self.placement, merged=True)},
             workspace={
-                "towers": at_once * self._towers_at_work(numbers),
-                "cache, prompt": side_by_side * cache + at_once * reading,
+                "encoders": prefilled * self._encoder_workspace(numbers),
+                "KV cache, prefill": batch_size * cache + prefilled * prefill,
             },
         )
 
-    def _towers_at_work(self, numbers: NumberSizes) -> int:
-        """Bytes while the towers see and hear the clip: the greater of the two."""
+    def _encoder_workspace(self, numbers: NumberSizes) -> int:
+        """Return the larger workspace of the two encoders."""
         visual = self.family.vision_peak_bytes(
             self.media,
-            patch_bytes=budget.workspace(self.seeing, numbers),
+            patch_bytes=estimate.workspace(self.vision, numbers),
             weight_bytes=numbers.stored,
             matmul_bytes=numbers.computed,
         )
-        return max(budget.chunks_workspace(self.hearing, numbers, steps=self.steps), visual)
+        return max(estimate.chunks_workspace(self.audio, numbers, steps=self.steps), visual)
 
-    def _towers_keep(self, *, checkpointed: bool) -> int:
-        """What trained parts of the towers keep for the gradient."""
-        if self.work.blocks:
+    def _encoder_saved(self, *, checkpointed: bool) -> int:
+        """Return the bytes that trained parts of the encoders save for the backward pass."""
+        if self.work.cached_features:
             return 0
-        numbers, whole, kept = self.numbers, TrainedParts(whole=True), 0
+        numbers, whole, saved = self.numbers, TrainedParts(whole=True), 0
         if self._is_trained("audio.qformer."):
             queries = len(self.media.mel) * self.config.tokens_per_chunk
             qformer = Stack.of(self.network.get_submodule("audio.qformer.qformer").config)
-            kept += budget.windows_saved(
-                qformer, numbers, steps=self.steps, queries=queries, width_heard=self.hearing.width
+            saved += estimate.windows_saved(
+                qformer, numbers, steps=self.steps, queries=queries, audio_width=self.audio.width
             )
         if self._is_trained("vision.encoder.merger."):
-            kept += budget.merger_saved(self.seeing.width, numbers, patches=self.patches)
+            saved += estimate.merger_saved(self.vision.width, numbers, patches=self.patches)
         if self._is_trained("vision.projector."):
-            kept += budget.projector_saved(self.seeing.width, numbers, patches=self.patches, width=self.decoder.width)
+            saved += estimate.projector_saved(
+                self.vision.width, numbers, patches=self.patches, width=self.decoder.width
+            )
         for start, stack, tokens in (
-            ("vision.encoder.", self.seeing, self.patches),
-            ("audio.encoder.", self.hearing, self.steps),
+            ("vision.encoder.", self.vision, self.patches),
+            ("audio.encoder.", self.audio, self.steps),
         ):
             if self._is_trained(start):
-                kept += budget.saved_by_stack(stack, numbers, whole, tokens=tokens, rows=1, checkpointed=checkpointed)
-        return kept
+                saved += estimate.saved_by_stack(
+                    stack, numbers, whole, tokens=tokens, rows=1, checkpointed=checkpointed
+                )
+        return saved
 
     def _is_trained(self, start: str) -> bool:
-        """Whether weights are trained that belong to no part with a longer name."""
+        """Return whether weights with this prefix are trained, apart from its separately listed parts."""
         names = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
         inner = ".merger." if start == "vision.encoder." else ".lora_"
         return any(name.startswith(start) and inner not in name for name in names)
 
     def _casts(self, layers: int) -> int:
-        """Copies of float32 weights that compute in 16 bits, of so many layers."""
+        """Return the bytes of autocast copies of float32 weights of some layers."""
         if self.numbers.computed == self.numbers.stored:
             return 0
         return self.numbers.computed * self.parameters["language model"].total * layers // self.decoder.layers
 
 
-def print_plan(plan: MemoryPlan, *, title: str, side_by_side: int = 1) -> None:
-    """Print parameters, tokens and memory; rank 0 alone does.
+def print_plan(plan: MemoryPlan, *, title: str, batch_size: int = 1) -> None:
+    """Print parameters, tokens and memory on rank 0.
 
     Args:
-        plan: of the run.
-        title: what is planned.
-        side_by_side: captions that the run generates at once.
+        plan: memory plan of the run.
+        title: title of the parameter table.
+        batch_size: captions that the run generates at a time.
     """
     if not dist.is_main():
         return
     console = Console(width=100)
     console.print(_parameter_table(plan, title))
-    console.print(sample_clip(plan), highlight=False)
-    longest = plan.config.max_new_tokens
+    console.print(summarize_clip(plan), highlight=False)
+    max_new_tokens = plan.config.max_new_tokens
     memories = {
         "training": plan.training(checkpointed=False),
-        "checkpointed": plan.training(checkpointed=True),
-        "one caption": plan.captioning(max_new_tokens=longest),
+        "gradient checkpointing": plan.training(checkpointed=True),
+        "one caption": plan.captioning(max_new_tokens=max_new_tokens),
     }
-    if side_by_side > 1:
-        memories[f"{side_by_side} captions"] = plan.captioning(max_new_tokens=longest, side_by_side=side_by_side)
+    if batch_size > 1:
+        memories[f"{batch_size} captions"] = plan.captioning(max_new_tokens=max_new_tokens, batch_size=batch_size)
     console.print(_memory_table(plan, memories))
 
 
-def sample_clip(plan: MemoryPlan) -> str:
-    """The clip's way to tokens, and what is assumed, in sentences."""
+def summarize_clip(plan: MemoryPlan) -> str:
+    """Return sentences on how a clip becomes tokens, and on what is assumed."""
     shape, work, media = plan.shape, plan.work, plan.media
-    of_frames = "no picture"
+    video = "no video"
     if media.num_frames:
         rows, columns = plan.family.frame_sampler.frame_size(shape.height, shape.width, media.num_frames)
-        of_frames = f"{media.num_frames} frames of {columns}x{rows}: {plan.layout.num_visual} tokens seen"
-    heard = plan.clip_tokens - plan.layout.num_visual
-    told = [
+        video = f"{media.num_frames} frames of {columns}x{rows} = {plan.layout.num_visual} visual tokens"
+    num_audio = plan.clip_tokens - plan.layout.num_visual
+    sentences = [
         f"A clip of {shape.seconds:g} s, {shape.width}x{shape.height}, {shape.frames_per_second:g} fps, with sound: "
-        f"{of_frames}, {heard} heard, {plan.clip_tokens} in all.",
-        f"A sequence of training: {work.length(plan.clip_tokens)} tokens, with a prompt of {work.prompt_tokens} and "
-        f"{work.answers} answers of {work.answer_tokens} (assumed); clips that go through at a time: {work.clips}.",
+        f"{video}, {num_audio} audio tokens, {plan.clip_tokens} in total.",
+        f"A packed training sequence: {work.length(plan.clip_tokens)} tokens, with a prompt of {work.prompt_tokens} and "
+        f"{work.answers} answers of {work.answer_tokens} (assumed); clips per micro-batch: {work.clips}.",
     ]
-    if work.blocks:
-        told.append(f"The clip's tokens are kept on disk: {plan.block_bytes / GIB:.2f} GiB for each clip.")
-    return "\n".join(told)
+    if work.cached_features:
+        sentences.append(f"Feature cache: {plan.feature_bytes / GIB:.2f} GiB per clip.")
+    return "\n".join(sentences)
 
 
 def _parameter_table(plan: MemoryPlan, title: str) -> Table:
@@ -375,15 +378,18 @@ def _parameter_table(plan: MemoryPlan, title: str) -> Table:
 
 
 def _memory_table(plan: MemoryPlan, memories: Mapping[str, MemoryEstimate]) -> Table:
-    chosen = "its layers checkpointed" if plan.fit.gradient_checkpointing else "no layers checkpointed"
-    table = Table(title=f"GiB on each GPU (this configuration has {chosen})")
+    chosen = "on" if plan.fit.gradient_checkpointing else "off"
+    table = Table(title=f"GiB per GPU (gradient checkpointing is {chosen} in this configuration)")
     table.add_column("")
     for name in memories:
         table.add_column(name, justify="right")
-    for kind in ("held", "at_work"):
-        for row in dict.fromkeys(row for memory in memories.values() for row in getattr(memory, kind)):
-            cells = [_gib(getattr(memory, kind).get(row, 0)) for memory in memories.values()]
-            table.add_row(row if kind == "held" else f"briefly: {row}", *cells)
+    parts = {
+        "": [memory.persistent for memory in memories.values()],
+        "workspace: ": [memory.workspace for memory in memories.values()],
+    }
+    for prefix, columns in parts.items():
+        for row in dict.fromkeys(row for column in columns for row in column):
+            table.add_row(prefix + row, *(_gib(column.get(row, 0)) for column in columns))
         table.add_section()
     table.add_row("peak", *(_gib(memory.peak) for memory in memories.values()))
     for size in GPUS:
@@ -405,21 +411,21 @@ def print_adapter_plan(
     fit: FitConfig,
     answers: int,
     title: str,
-    side_by_side: int = 1,
+    batch_size: int = 1,
 ) -> None:
-    """Print what training an adapter on clips' kept tokens would need of memory, and captions drawn side by side.
+    """Print the memory that training an adapter on cached features needs, and captioning in batches.
 
     Args:
         model: folder, or id of a published model.
-        frames, lora, placement, fit: of the run.
-        answers: of a caption's length to each clip: three in guided DPO (chosen, rejected, ground truth).
-        title: what is planned, of which the model's name follows.
-        side_by_side: captions that the run generates at once.
+        frames, lora, placement, fit: settings of the run.
+        answers: caption-length answers per clip: three in guided DPO (chosen, rejected, ground truth).
+        title: name of the stage; the model's name is added.
+        batch_size: captions that the run generates at a time.
     """
     sizes = offline_config(model, frames=frames)
     network = build_on_meta(sizes)
     with torch.device("meta"):
         attach_lora(network, lora, seed=0)
-    work = Workload(clips=clips_per_micro_batch(fit), answers=answers, blocks=True)
-    budget = MemoryPlan(network, sizes, placement=placement, fit=fit, work=work)
-    print_plan(budget, title=f"{title} of {model}", side_by_side=side_by_side)
+    work = Workload(clips=clips_per_micro_batch(fit), answers=answers, cached_features=True)
+    plan = MemoryPlan(network, sizes, placement=placement, fit=fit, work=work)
+    print_plan(plan, title=f"{title} of {model}", batch_size=batch_size)

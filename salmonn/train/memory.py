@@ -1,13 +1,12 @@
-"""Memory of training and captioning by arithmetic: bytes kept for the gradient, and bytes at work for a while.
+"""Memory estimates by arithmetic: bytes saved for the backward pass, and temporary workspace.
 
-Formulas count the tensors that the network's modules keep or hold at once, in bytes on one device, with attention that
-never forms the whole table of who sees whom (SDPA or flash). In them
+Formulas count the tensors that the network's modules save or hold at the same time, in bytes on one device, for
+attention that never materializes the score matrix (SDPA or flash attention). Symbols:
 
-    S  tokens of a sequence that goes through the decoder     D, I  width and inner width of a layer
-    b  bytes of a number in matrix products (2 or 4)          r     bytes of a number between layers, as weights have
+    S  tokens of a sequence in the decoder                 D, I  hidden and intermediate size of a layer
+    b  bytes per number in matrix products (2 or 4)        r     bytes per number between layers, as of the weights
 
-Left out are what a framework keeps for itself (0.5 to 1 GiB on a GPU), gaps between tensors, and the copies of trained
-gradients that several processes exchange.
+Not counted: the framework's own memory (0.5 to 1 GiB on a GPU), fragmentation, and communication buffers for gradients.
 """
 
 from dataclasses import dataclass
@@ -19,13 +18,13 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Stack:
-    """Transformer layers.
+    """Sizes of a stack of transformer layers.
 
     Args:
-        width, inner: D and I.
-        layers: how many.
-        heads, kv_heads, head_width: of attention.
-        gated: whether the inner part is a product of two (SwiGLU), or one.
+        width, inner: hidden size D and intermediate size I.
+        layers: number of layers.
+        heads, kv_heads, head_width: attention heads, key/value heads and head dimension.
+        gated: whether the MLP is gated (SwiGLU).
     """
 
     width: int
@@ -38,7 +37,7 @@ class Stack:
 
     @classmethod
     def of(cls, config: Any) -> "Stack":
-        """The layers of a transformers model, by its config: a decoder's, Whisper's, SigLIP's or Qwen2.5-VL's."""
+        """Read the sizes from a transformers config: a decoder's, Whisper's, SigLIP's or Qwen2.5-VL's."""
         values = config.to_dict()
         first = lambda *names: next(values[name] for name in names if values.get(name))  # noqa: E731
         heads = first("num_attention_heads", "encoder_attention_heads", "num_heads")
@@ -56,10 +55,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class NumberSizes:
-    """How numbers are kept.
+    """Bytes per number.
 
     Args:
-        stored: bytes of a weight, and of what passes between layers (r).
+        stored: bytes of a weight and of activations between layers (r).
         computed: bytes in matrix products (b).
     """
 
@@ -69,11 +68,11 @@ class NumberSizes:
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What of a stack is trained.
+    """Trained parts of a stack.
 
     Args:
-        adapted: matrices of a layer that carry an adapter.
-        whole: the weights themselves are trained.
+        adapted: number of matrices per layer that carry an adapter.
+        whole: whether the weights themselves are trained.
     """
 
     adapted: int = 0
@@ -81,14 +80,14 @@ class TrainedParts:
 
 
 def saved_per_layer(stack: Stack, numbers: NumberSizes, tuning: TrainedParts, *, rows: int) -> int:
-    """Bytes a token that one layer keeps for the gradient.
+    """Return the bytes per token that one layer saves for the backward pass.
 
-    Two norms keep their float32 input (4 D each); attention its queries, keys and values after the rotation and its
-    result (b each; each of several rows that share a sequence looks at a copy of the shared keys and values) with a
-    float32 a head; the inner part keeps what the activation takes and gives and the other factor of a gated one (3 b I,
-    else 2 b I). Frozen matrices keep nothing. An adapted one keeps what goes into it, and which of it dropout leaves
-    ((b + 1) D); one trained as a whole keeps what goes into it: the norms' results (2 b D) and the inner part's (b I,
-    but for one that is kept already).
+    Two norms save their float32 input (4 D each). Attention saves queries, keys and values after the rotary embedding
+    and its output (b each; each of several rows that share a sequence attends to a copy of the shared keys and values),
+    and one float32 per head. The MLP saves the input and output of its activation and the other factor of a gated one
+    (3 b I, else 2 b I). Frozen matrices save nothing. An adapted matrix saves its input and the dropout mask
+    ((b + 1) D). A fully trained one saves its input: the outputs of the norms (2 b D) and of the MLP's product (b I,
+    unless it is saved already).
     """
     b = numbers.computed
     key_heads = stack.kv_heads * (1 + rows if rows > 1 else 1)
@@ -100,10 +99,10 @@ def saved_per_layer(stack: Stack, numbers: NumberSizes, tuning: TrainedParts, *,
 
 
 def workspace(stack: Stack, numbers: NumberSizes) -> int:
-    """Bytes a token of one layer's temporaries, forward or backward.
+    """Return the bytes per token of one layer's temporaries in the forward or backward pass.
 
-    The inner part holds three tensors at once (gate, up and product, or the gradients of these: 3 b I; without a gate
-    two) beside the layer's input and its gradient (2 r D) and a float32 copy of a norm (4 D).
+    The MLP holds three tensors at once (gate, up and product, or their gradients: 3 b I; two without a gate) besides
+    the layer's input and its gradient (2 r D) and a float32 copy in a norm (4 D).
     """
     inner = numbers.computed * stack.inner * (3 if stack.gated else 2)
     return inner + (2 * numbers.stored + FLOAT32) * stack.width
@@ -112,50 +111,53 @@ def workspace(stack: Stack, numbers: NumberSizes) -> int:
 def saved_by_stack(
     stack: Stack, numbers: NumberSizes, tuning: TrainedParts, *, tokens: int, rows: int, checkpointed: bool
 ) -> int:
-    """Bytes that all layers keep of so many tokens: checkpointed their inputs (r D each) alone."""
+    """Return the bytes that all layers save; with gradient checkpointing only their inputs (r D per token)."""
     if checkpointed:
         return stack.layers * tokens * stack.width * numbers.stored
     return stack.layers * tokens * saved_per_layer(stack, numbers, tuning, rows=rows)
 
 
 def embedded(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
-    """Bytes of the clips' tokens, of the text with them in their places, and of its copy while they are put there."""
+    """Return the bytes of the clip features, of the text with them inserted, and of its copy during insertion."""
     return 3 * tokens * stack.width * numbers.stored
 
 
 def logits_bytes(vocabulary: int, numbers: NumberSizes, *, tokens: int) -> int:
-    """Bytes of the answers' logits at the loss: V a token.
+    """Return the bytes of the answers' logits at the loss, V per token.
 
-    One float32 copy is kept; its gradient is the sum of two parts, and one temporary makes it (4 V each). In 16 bits
-    there is the original beside (b V).
+    One float32 copy is saved; its gradient is the sum of two parts and needs one temporary (4 V each). In 16 bits the
+    original (b V) is held as well.
     """
     original = numbers.computed if numbers.computed < FLOAT32 else 0
     return tokens * vocabulary * (4 * FLOAT32 + original)
 
 
 def kv_cache_bytes(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens: 2 r for each layer, head of keys and number in it."""
+    """Return the bytes of the KV cache: 2 r per token, layer, key/value head and head dimension."""
     return 2 * stack.layers * stack.kv_heads * stack.head_width * tokens * numbers.stored
 
 
-def projector_saved(width_seen: int, numbers: NumberSizes, *, patches: int, width: int) -> int:
-    """Bytes that SigLIP's trained projector keeps: its input, and what its activation takes and gives."""
-    return patches * numbers.computed * (width_seen + 2 * width)
+def projector_saved(vision_width: int, numbers: NumberSizes, *, patches: int, width: int) -> int:
+    """Return the bytes that SigLIP's trained projector saves: its input, and its activation's input and output."""
+    return patches * numbers.computed * (vision_width + 2 * width)
 
 
 def merger_saved(width: int, numbers: NumberSizes, *, patches: int) -> int:
-    """Bytes that Qwen2.5-VL's trained merger keeps: float32 input, normed input, the activation's input and result."""
+    """Return the bytes that Qwen2.5-VL's trained merger saves: input, normed input, activation input and output."""
     return patches * width * (FLOAT32 + 3 * numbers.computed)
 
 
 def chunks_workspace(stack: Stack, numbers: NumberSizes, *, steps: int) -> int:
-    """Bytes while Whisper's encoder hears so many steps: convolutions hold twice as many at D, or a layer's own."""
+    """Return the workspace of Whisper's encoder: convolutions at twice the steps, or a layer's temporaries."""
     return steps * max(2 * 2 * numbers.computed * stack.width, workspace(stack, numbers))
 
 
-def windows_saved(stack: Stack, numbers: NumberSizes, *, steps: int, queries: int, width_heard: int) -> int:
-    """Bytes that a trained Q-Former keeps: the heard steps in float32, in each layer their keys and values (2 b D), and
-    of its few queries what a layer of two attentions keeps."""
-    of_query = saved_per_layer(stack, numbers, TrainedParts(whole=True), rows=1)
-    heard = FLOAT32 * width_heard + stack.layers * 2 * numbers.computed * stack.width
-    return steps * heard + 2 * stack.layers * queries * of_query
+def windows_saved(stack: Stack, numbers: NumberSizes, *, steps: int, queries: int, audio_width: int) -> int:
+    """Return the bytes that a trained Q-Former saves.
+
+    The audio steps in float32, their keys and values in each layer (2 b D), and for its few queries what a layer with
+    two attentions saves.
+    """
+    per_query = saved_per_layer(stack, numbers, TrainedParts(whole=True), rows=1)
+    audio = FLOAT32 * audio_width + stack.layers * 2 * numbers.computed * stack.width
+    return steps * audio + 2 * stack.layers * queries * per_query

@@ -33,7 +33,7 @@ LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)
 ANSWER = "a red star appears and a low tone is heard " * 12
 
 
-def persistent(kind: str) -> int:
+def process_bytes(kind: str) -> int:
     """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM), as Linux counts."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
@@ -92,14 +92,14 @@ def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
         with torch.device("meta"):
             attach_lora(network, LORA, seed=0)
     tokens = len(processor.tokenizer.encode(ANSWER))
-    work = Workload(clips=1, answers=3, answer_tokens=tokens, prompt_tokens=40, blocks=True)
+    work = Workload(clips=1, answers=3, answer_tokens=tokens, prompt_tokens=40, cached_features=True)
     budget = MemoryPlan(network, config, placement=placement, fit=fit_config, work=work, shape=SHAPE)
     memory = budget.training(checkpointed=checkpointed) if mode == "training" else budget.captioning(max_new_tokens=16)
     run(warm, mode, fit_config)
     gc.collect()
-    before = persistent("VmRSS")
+    before = process_bytes("VmRSS")
     run(folder, mode, fit_config)
-    sys.stdout.write(f"{memory.peak} {persistent('VmHWM') - before}\n")
+    sys.stdout.write(f"{memory.peak} {process_bytes('VmHWM') - before}\n")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_parameters_of_the_published_models(model):
     whole = sum(value.numel() for value in network.vision.parameters())
     assert vision in (None, whole)
     norm = 2 * 1280 if config.family == "salmonn2" else 0
-    assert counts["audio tower"].total == WHISPER_LARGE_ENCODER + norm
+    assert counts["audio encoder"].total == WHISPER_LARGE_ENCODER + norm
     # r (in + out) for queries, keys and values of each layer.
     text = config.lm
     width = text["hidden_size"]
@@ -189,7 +189,7 @@ def test_quantised_weights_and_checkpointed_layers_need_less():
             config,
             placement=Placement(dtype="bfloat16", bits=bits),
             fit=FitConfig(precision="bfloat16"),
-            work=Workload(clips=1, answers=3, blocks=True),
+            work=Workload(clips=1, answers=3, cached_features=True),
         )
         for bits in (None, 8, 4)
     }

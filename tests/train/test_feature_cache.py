@@ -130,7 +130,7 @@ def test_a_damaged_file_is_made_anew(tmp_path, caplog, damage):
         store.save(key, block)
     damage(tmp_path / "a.safetensors")
     assert store.find_complete(["a", "b"]) == {"b"}
-    assert "a.safetensors is damaged, and the clip is encoded anew" in caplog.text
+    assert "a.safetensors is damaged" in caplog.text
     assert store.save("a", block) and store.find_complete(["a", "b"]) == {"a", "b"}
 
 
@@ -146,15 +146,15 @@ def test_a_kill_leaves_nothing_that_is_taken(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         store.save("a", make_block())
     assert not store.find_complete(["a"])
-    tokens.clear_stale(tmp_path)
+    tokens.remove_stale(tmp_path)
     (half,) = tmp_path.iterdir()  # another process may be at it
     os.utime(half, (time.time() - 3601,) * 2)
-    tokens.clear_stale(tmp_path)
+    tokens.remove_stale(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_a_process_does_not_see_ends_the_run(tmp_path):
-    with pytest.raises(ValueError, match=r"process 0 does not see .*gone.safetensors.* must share that folder"):
+    with pytest.raises(ValueError, match=r"process 0 cannot see .*gone.safetensors.*; share the folder"):
         store_of(tmp_path).open("gone")
 
 
@@ -244,7 +244,9 @@ def test_what_does_not_fit_stays_in_memory(captioner, clips, tmp_path, caplog):
     assert kept in (2, 3) and all(same(one, two) for one, two in zip(off, blocks, strict=True))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2.5 * largest
     (record,) = caplog.records
-    assert f"the tokens of {5 - kept} of 5 clips" in record.message and "raise feature_cache.max_gib" in record.message
+    assert (
+        f"the features of {5 - kept} of 5 clips" in record.message and "raise feature_cache.max_gib" in record.message
+    )
 
 
 def test_one_damaged_file_among_good_ones(captioner, clips, tmp_path, monkeypatch):
@@ -330,11 +332,11 @@ def test_a_clip_is_encoded_once_for_all_that_is_asked_of_it(captioner, videos, m
 
 def test_a_folder_that_a_process_does_not_see_ends_the_run(captioner, tmp_path, monkeypatch):
     monkeypatch.setattr(tokens.dist, "is_main", lambda: False)
-    with pytest.raises(ValueError, match=r"does not see .*gone, which process 0 has made"):
+    with pytest.raises(ValueError, match=r"cannot see .*gone, which process 0 has created"):
         open_feature_cache(FeatureCacheConfig(tmp_path / "gone"), captioner)
 
 
 def test_an_impossible_size_is_refused():
-    with pytest.raises(ValueError, match="folder null keeps tokens in memory"):
+    with pytest.raises(ValueError, match="folder null to keep features in memory"):
         FeatureCacheConfig(max_gib=0.0)
     assert open_feature_cache(FeatureCacheConfig(folder=None), None) is None

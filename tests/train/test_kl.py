@@ -139,7 +139,7 @@ def test_nothing_is_left_changed(adapted, drift):
 def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, world_size):
     """Five captions on 2 and 4 ranks: every rank calls the model as often, and what fills up is not counted."""
     whole = drift.kl_from_reference_policy(adapted.network, adapted.network)
-    num_tokens = sum(count for _, count in drift.pieces)
+    num_tokens = sum(count for _, count in drift.micro_batches)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     sums, calls = [], []
     for rank in range(world_size):
@@ -150,7 +150,7 @@ def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, wo
             patched.setattr("salmonn.train.kl.dist.all_reduce_sum", lambda value, told=told: told.append(value) or 1.0)
             mine.kl_from_reference_policy(adapted.network, adapted.network)
         sums.append(told)
-        calls.append([len(inputs.clip_index) for inputs, _ in mine.pieces])
+        calls.append([len(inputs.clip_index) for inputs, _ in mine.micro_batches])
     assert calls == [calls[0]] * world_size and sum(calls[0]) == -(-5 // world_size)
     nats, tokens = (sum(part) for part in zip(*sums, strict=True))
     assert tokens == num_tokens and nats / tokens == pytest.approx(whole, rel=1e-5)
@@ -161,6 +161,6 @@ def test_references_without_captions(captioner, clips, blocks):
     told = [Reference(clips.references[0].video), *clips.references[1:3]]
     mixed = KLProbe(told, blocks[:3], captioner.processor, **options)
     alone = KLProbe(told[1:], blocks[1:3], captioner.processor, **options)
-    assert [count for _, count in mixed.pieces] == [count for _, count in alone.pieces]
+    assert [count for _, count in mixed.micro_batches] == [count for _, count in alone.micro_batches]
     with pytest.raises(ValueError, match=r"none of 1 references has a caption.*kl_clips 0"):
         KLProbe(told[:1], blocks[:1], captioner.processor, **options)
