@@ -54,14 +54,14 @@ def store_of(folder: Path, *, max_bytes: float = 1 << 30) -> FeatureCache:
 def test_a_block_comes_back(tmp_path, dtype):
     store, block = store_of(tmp_path), make_block(dtype=dtype)
     assert store.save("a", block) and store.find_complete(["a", "b"]) == {"a"}
-    assert same(store.open("a"), block)
+    assert same(store.load("a"), block)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_block_without_tokens_comes_back(tmp_path):
     nothing = ClipFeatures(torch.zeros(0, 4), Layout(torch.arange(0), torch.zeros(3, 0, dtype=torch.long), 0))
     store = store_of(tmp_path)
-    assert store.save("a", nothing) and store.find_complete(["a"]) and same(store.open("a"), nothing)
+    assert store.save("a", nothing) and store.find_complete(["a"]) and same(store.load("a"), nothing)
 
 
 def test_a_digest_tells_blocks_apart():
@@ -95,7 +95,7 @@ def test_what_is_not_touched_is_not_read(tmp_path):
     assert len(store.find_complete("abcdef")) == 6
     assert resident() - before < 24
     before = resident()
-    blocks = [store.open(key) for key in "abcdef"]
+    blocks = [store.load(key) for key in "abcdef"]
     assert resident() - before < 8
     assert blocks[2].tokens.sum() > 0
     assert 8 < resident() - before < 24
@@ -155,7 +155,7 @@ def test_a_kill_leaves_nothing_that_is_taken(tmp_path, monkeypatch):
 
 def test_a_file_that_a_process_does_not_see_ends_the_run(tmp_path):
     with pytest.raises(ValueError, match=r"process 0 cannot see .*gone.safetensors.*; share the folder"):
-        store_of(tmp_path).open("gone")
+        store_of(tmp_path).load("gone")
 
 
 def fill(folder: Path, keys: str, *, max_bytes: float = 1 << 30) -> FeatureCache:

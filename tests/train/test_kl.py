@@ -162,5 +162,5 @@ def test_references_without_captions(captioner, clips, blocks):
     mixed = KLProbe(told, blocks[:3], captioner.processor, **options)
     alone = KLProbe(told[1:], blocks[1:3], captioner.processor, **options)
     assert [count for _, count in mixed.micro_batches] == [count for _, count in alone.micro_batches]
-    with pytest.raises(ValueError, match=r"none of 1 references has a caption.*kl_clips 0"):
+    with pytest.raises(ValueError, match=r"none of 1 references has a caption.*kl_clips to 0"):
         KLProbe(told[:1], blocks[:1], captioner.processor, **options)
