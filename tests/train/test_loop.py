@@ -331,7 +331,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(broken_off, capl
     damage(broken_off / "checkpoints" / "step_000004.safetensors")
     with caplog.at_level("INFO"):
         resumed = fit_weights(broken_off, FIVE)
-    assert "skipping checkpoint" in caplog.text and "step_000004.safetensors" in caplog.text and "goes on from step 2" in caplog.text
+    assert (
+        "skipping checkpoint" in caplog.text
+        and "step_000004.safetensors" in caplog.text
+        and "goes on from step 2" in caplog.text
+    )
     assert re.search(reason, caplog.text)
     assert torch.equal(unbroken.matrix, resumed.matrix) and torch.equal(unbroken.vector, resumed.vector)
     assert [step["step"] for step in steps_of(broken_off)] == [0, 1, 2, 3, 4]
