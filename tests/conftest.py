@@ -1,5 +1,6 @@
 """What several tests need: synthetic clips, and a small model with random weights."""
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -119,6 +120,23 @@ def processor(random_model) -> Processor:
 def media(processor, videos):
     """The five clips as the model takes them."""
     return [processor.read(video) for video in videos]
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Make a folder once for all workers of pytest-xdist; later callers wait for it."""
+
+    def make_once(name: str, make: Callable[[Path], None]) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (base / f"{name}.made").exists():
+                make(base / name)
+                (base / f"{name}.made").touch()
+        return base / name
+
+    return make_once
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from salmonn import dist
+from tests.launch import forked
 
 SCRIPT = """
 import json, sys, time
@@ -97,11 +98,13 @@ def script(tmp_path):
     return write
 
 
-def torchrun(*line: object) -> subprocess.CompletedProcess[str]:
+def torchrun(*line: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes: forks, or fresh ones of a real torchrun."""
     launcher = Path(sys.executable).with_name("torchrun")
-    words = map(str, (launcher, "--standalone", "--nproc_per_node=2", *line))
+    words = [str(part) for part in (launcher, "--standalone", "--nproc_per_node=2", *line)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*words], capture_output=True, text=True, timeout=90, env=env, check=False)
+    command = words if fresh else forked(*words)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
 
 
 def start_alone(*line: object, size: int) -> list[tuple[int, str]]:
@@ -113,10 +116,10 @@ def start_alone(*line: object, size: int) -> list[tuple[int, str]]:
     processes = []
     for rank in range(size):
         env = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        command = [sys.executable, *map(str, line)]
+        command = forked(sys.executable, *line)
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env))
     try:
-        said = [process.communicate(timeout=60)[1] for process in processes]
+        said = [process.communicate(timeout=300)[1] for process in processes]
         return [(process.returncode, words) for process, words in zip(processes, said, strict=True)]
     finally:
         for process in processes:
@@ -163,7 +166,7 @@ def test_a_process_that_fails_ends_the_others(script, size, who, end, wait, code
 
 @pytest.mark.parametrize(("end", "told"), [("mistake", f"error: {MISTAKE}\n"), ("kill", "Signal 9 (SIGKILL)")])
 def test_torchrun_tells_why_a_run_ended(script, end, told):
-    result = torchrun(script(ENDS), "--who", 1, "--end", end, "--wait", "gather")
+    result = torchrun(script(ENDS), "--who", 1, "--end", end, "--wait", "gather", fresh=True)
     root = result.stderr.partition("Root Cause")[2]
     assert result.returncode == 1 and told in result.stderr
     assert "rank      : 1 " in root and ("exitcode  : 2 " if end == "mistake" else "exitcode  : -9 ") in root

@@ -7,6 +7,7 @@ where it would need GPUs. Other people's programs (vllm, tensorboard, sbatch ...
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ import pytest
 from salmonn.records import Caption, Reference, read_records, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.render import SynthConfig, make_clips
+from tests.launch import forked
 from tests.score.fake_llm_server import honest
 
 ROOT = Path(__file__).parents[1]
@@ -35,8 +37,8 @@ SHIM = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
 """
 # A recipe at toy size: two steps of one round. With settings of published models: what it would need.
-TORCHRUN = f"""#!{sys.executable}
-import os, subprocess, sys
+TORCHRUN = f"""#!{sys.executable} -ISE
+import os, sys
 args = sys.argv[1:]
 while args and args[0].startswith("--"):
     if args.pop(0) == "--no-python":
@@ -45,7 +47,11 @@ small = os.environ["SMALL"].split()
 flags = ["--dry-run"] if any("published" in arg for arg in args) else small
 if "--help" in args:
     flags = []
-sys.exit(subprocess.call([sys.executable, *args, *flags]))
+os.execvp("python", ["python", *args, *flags])
+"""
+# Commands of this project, as forks of a process that has imported torch.
+FORKED = """#!/usr/bin/env bash
+exec {} "$@"
 """
 SMALL = (
     "--rounds 1 --pairs.num_samples 4 --pairs.sampling.temperature 0.9 --pairs.sampling.max_new_tokens 30 "
@@ -100,6 +106,7 @@ def stage(known, random_plus, serve, tmp_path):
         shutil.copy(video, tmp_path / "home" / "Videos")
     judge = serve(honest)
     programs = {name: SHIM for name in FOREIGN} | {"torchrun": TORCHRUN}
+    programs |= {name: FORKED.format(shlex.join(forked(BIN / name))) for name in ("python", "salmonn")}
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
@@ -171,7 +178,7 @@ def test_commands_run(stage, page):
 
 def python(stage, script):
     return subprocess.run(
-        [sys.executable, "-c", script],
+        forked(sys.executable, "-c", script),
         cwd=stage.folder, env=stage.environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 

@@ -1,7 +1,5 @@
 """Recipes run for real, at the smallest size that still gives preference pairs."""
 
-import fcntl
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +7,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.launch import forked
 
 ROOT = Path(__file__).parents[2]
 # Three seconds with one or two things to see and one to hear: short captions, few tokens, quick to film.
@@ -50,9 +50,10 @@ def execute(line: list[str], *, timeout: float = 300) -> subprocess.CompletedPro
     return subprocess.CompletedProcess(line, process.returncode, out, err)
 
 
-def run(recipe: str, *, processes: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a recipe to its end."""
-    return execute(command(recipe, processes=processes, **options))
+def run(recipe: str, *, processes: int = 0, fresh: bool = False, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a recipe to its end, in forks of a process that has imported torch, or in fresh processes."""
+    line = command(recipe, processes=processes, **options)
+    return execute(line if fresh else forked(*line))
 
 
 @pytest.fixture(scope="session")
@@ -63,25 +64,8 @@ def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def command_of() -> Callable[..., list[str]]:
-    """`command`, for tests that kill what it starts."""
+    """`command`, for tests that start it in another way."""
     return command
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Make a folder once for all workers of pytest-xdist; later callers wait for it."""
-
-    def make_once(name: str, make: Callable[[Path], None]) -> Path:
-        base = tmp_path_factory.getbasetemp()
-        base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-        with (base / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (base / f"{name}.made").exists():
-                make(base / name)
-                (base / f"{name}.made").touch()
-        return base / name
-
-    return make_once
 
 
 @pytest.fixture(scope="session")

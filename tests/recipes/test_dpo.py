@@ -59,7 +59,7 @@ def test_given_preferences(start, launch, preferences, tmp_path):
         "lora.rank": 8, "lora.alpha": 16,
         "fit.steps": 8, "fit.batch_size": 4, "fit.learning_rate": 0.003, "fit.gradient_accumulation_steps": 2,
     }  # fmt: skip
-    result = launch("dpo", **flags)
+    result = launch("dpo", fresh=start.name == "model", processes=1, **flags)
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "dpo" / "steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(8))

@@ -15,6 +15,7 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Caption, Comparison, read_records
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
+from tests.launch import forked
 from tests.score.fake_llm_server import honest
 
 ROUND = {
@@ -158,7 +159,7 @@ def test_killed_at_every_stage_and_started_again(finished, command_of, launch, f
     out, kept = tmp_path / "mrdpo", {"feature_cache.folder": tmp_path / "tokens"}
     python, recipe, *options = command_of("mrdpo", out=out, **flags | kept)
     for number, point in enumerate(POINTS):
-        line = [python, str(Path(__file__).with_name("kill_at.py")), point, recipe, *options]
+        line = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
         result = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (number, point, result.stderr)
     result = launch("mrdpo", out=out, **flags | kept)
@@ -172,7 +173,7 @@ def test_killed_at_every_stage_and_started_again(finished, command_of, launch, f
 def test_two_processes(finished, launch, flags, tmp_path):
     # Half of each step's examples are questions, which other runs here have none of.
     kept = {"feature_cache.folder": tmp_path.with_name(f"{tmp_path.name}_tokens")}
-    result = launch("mrdpo", processes=2, out=tmp_path, **flags | kept, qa_fraction=0.5)
+    result = launch("mrdpo", processes=2, fresh=True, out=tmp_path, **flags | kept, qa_fraction=0.5)
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "round_1" / "steps.jsonl").read_text().splitlines()]
     assert all(step["qa"] > 0 and step["dpo"] > 0 for step in steps)
@@ -212,7 +213,7 @@ dist.barrier()
 def test_a_rank_that_comes_late_to_a_stage_hangs_no_run(command_of, tmp_path):
     (tmp_path / "late.py").write_text(LATE)
     *launcher, _ = command_of("mrdpo", processes=2)
-    line = [*launcher, str(tmp_path / "late.py"), str(tmp_path / "pairs.jsonl")]
+    line = forked(*launcher, tmp_path / "late.py", tmp_path / "pairs.jsonl")
     result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr
 

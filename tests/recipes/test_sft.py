@@ -14,6 +14,7 @@ from salmonn.records import Caption, read_records
 from salmonn.score.formats import read_scores
 from salmonn.train.data import Example
 from salmonn.train.feature_cache import FeatureCacheConfig
+from tests.launch import forked
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -41,6 +42,8 @@ def test_from_nothing(taught):
 def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes):
     result = launch(
         "sft",
+        processes=1,
+        fresh=True,
         **sizes | {"heldout_clips": 0},
         **{"out": tmp_path / "tuned", "model": taught / "model", "clips_dir": taught / "clips"},
         **{"tasks": "[human_caption]", "trainable": "[]", "lora.rank": 4, "fit.steps": 2, "fit.batch_size": 4},
@@ -155,7 +158,7 @@ def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, t
     flags, alone = whole
     python, recipe, *options = command_of("sft", out=tmp_path / "tuned", **flags)
     for point in ("step", "mark", "merge", "merged"):
-        line = [python, str(Path(__file__).with_name("kill_at.py")), point, recipe, *options]
+        line = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
         result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (point, result.stderr)
     assert (tmp_path / "tuned" / "checkpoints").is_dir()

@@ -13,22 +13,23 @@ import torch
 from safetensors.torch import load_file
 
 from salmonn.train.parallel import check_strategy
+from tests.launch import forked
 
 SCRIPT = Path(__file__).with_name("train_worker.py")
-ENGINES = ("ddp", "zero2", "zero3", "fsdp2")
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+SLOW = pytest.mark.slow
 
 
-def launch(strategy, model, clips, out, *, processes, options=("float32",)):
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}"]
-    line = [*(launcher if processes > 1 else [sys.executable]), str(SCRIPT), strategy, str(model), str(clips), str(out)]
-    line += options
-    return subprocess.run(
-        line, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+def launch(strategy, model, clips, out, *, processes, options=("float32",), fresh=False):
+    launcher = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc_per_node={processes}"]
+    line = [*(launcher if processes > 1 else [sys.executable]), SCRIPT, strategy, model, clips, out, *options]
+    command = list(map(str, line)) if fresh else forked(*line)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False)
 
 
-def train(strategy, model, clips, out, *, processes, precision="float32"):
-    result = launch(strategy, model, clips, out, processes=processes, options=[precision])
+def train(strategy, model, clips, out, *, processes, precision="float32", fresh=False):
+    result = launch(strategy, model, clips, out, processes=processes, options=[precision], fresh=fresh)
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
@@ -47,23 +48,26 @@ def furthest(one, other) -> float:
 
 
 @pytest.fixture(scope="module")
-def alone(random_model, clips, tmp_path_factory):
+def alone(random_model, clips, shared):
     """The folder of one process's training."""
-    out = tmp_path_factory.mktemp("alone")
-    train("ddp", random_model, clips.root, out, processes=1)
-    return out
+    return shared("strategy_alone", lambda out: train("ddp", random_model, clips.root, out, processes=1))
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def split(request, random_model, clips, tmp_path_factory):
-    """An engine and the folder of its training by two processes."""
-    out = tmp_path_factory.mktemp(request.param)
-    train(request.param, random_model, clips.root, out, processes=2)
-    return request.param, out
+@pytest.fixture(scope="module")
+def train_split(random_model, clips, shared):
+    """Train by two processes of a real torchrun, once for each strategy; return the folder."""
+
+    def once(strategy):
+        return shared(
+            f"strategy_{strategy}", lambda out: train(strategy, random_model, clips.root, out, processes=2, fresh=True)
+        )
+
+    return once
 
 
-def test_two_processes_train_as_one_does(split, alone, random_model):
-    _, folder = split
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_as_one_does(strategy, train_split, alone, random_model):
+    folder = train_split(strategy)
     # The same losses and figures, ten steps of the same pairs.
     mine, theirs = steps_of(folder), steps_of(alone)
     assert len(mine) == len(theirs) == 10 and theirs[-1]["loss"] < theirs[0]["loss"] - 0.3
@@ -94,9 +98,10 @@ def test_two_processes_train_as_one_does(split, alone, random_model):
     assert furthest(after, merged(alone)) < 1e-4
 
 
-def test_what_one_process_began_an_engine_ends_and_the_other_way_round(split, alone, random_model, clips, tmp_path):
+@pytest.mark.parametrize("strategy", [*(pytest.param(name, marks=SLOW) for name in ("ddp", "zero2")), "zero3", "fsdp2"])
+def test_checkpoints_move_between_one_process_and_an_engine(strategy, train_split, alone, random_model, clips, tmp_path):
     """Eight steps of one and two of the other are as ten of one process."""
-    strategy, folder = split
+    folder = train_split(strategy)
     there, back = tmp_path / "there", tmp_path / "back"
     take_first_eight(alone, there)
     assert "goes on from step 8" in train(strategy, random_model, clips.root, there, processes=2)
@@ -118,7 +123,9 @@ def take_first_eight(source, folder) -> None:
     shutil.copy(source / "steps.jsonl", folder)
 
 
-@pytest.mark.parametrize("strategy", ENGINES)
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("zero2", marks=SLOW), "zero3", pytest.param("fsdp2", marks=SLOW)]
+)
 def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(strategy, random_model, clips, tmp_path):
     """Rank 1 has the second of a step's three pairs."""
     result = launch(strategy, random_model, clips.root, tmp_path, processes=2, options=["float32", "spoilt"])
@@ -127,24 +134,32 @@ def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(strategy, rand
     assert [step["step"] for step in steps_of(tmp_path)] == [0, 1, 2] and not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize("strategy", ENGINES[1:])
-def test_in_16_bits(strategy, random_model, clips, tmp_path):
+@pytest.fixture(scope="module")
+def alone_in_16_bits(random_model, clips, shared):
+    """The folder of one process's training in bfloat16."""
+
+    def make(out):
+        train("ddp", random_model, clips.root, out, processes=1, precision="bfloat16")
+
+    return shared("strategy_alone_bfloat16", make)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_in_16_bits(strategy, alone_in_16_bits, random_model, clips, tmp_path):
     """As the published settings have it: base and products in bfloat16, adapter in float32, layers checkpointed.
 
     Losses of about 2 have steps of 2^-7 = 0.008 there; ranks round apart.
     """
-    folders = [tmp_path / name for name in ("alone", strategy)]
-    for name, folder, processes in zip(("ddp", strategy), folders, (1, 2), strict=True):
-        train(name, random_model, clips.root, folder, processes=processes, precision="bfloat16")
-    theirs, mine = ([step["loss"] for step in steps_of(folder)] for folder in folders)
+    train(strategy, random_model, clips.root, tmp_path, processes=2, precision="bfloat16")
+    theirs, mine = ([step["loss"] for step in steps_of(folder)] for folder in (alone_in_16_bits, tmp_path))
     assert mine == pytest.approx(theirs, abs=0.03) and mine[-1] < mine[0] - 0.3
-    for folder in folders:
+    for folder in (alone_in_16_bits, tmp_path):
         learnt = load_file(folder / "adapter" / "adapter_model.safetensors").values()
         assert {tensor.dtype for tensor in learnt} == {torch.float32}
         assert {tensor.dtype for tensor in merged(folder).values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("strategy", ENGINES[1:])
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
 def test_one_process_has_nothing_to_split(strategy):
     with pytest.raises(ValueError, match=rf"strategy {strategy} splits.*torchrun"):
         check_strategy(strategy)
