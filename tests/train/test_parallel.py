@@ -99,7 +99,9 @@ def test_two_processes_train_as_one_does(strategy, train_split, alone, random_mo
 
 
 @pytest.mark.parametrize("strategy", [*(pytest.param(name, marks=SLOW) for name in ("ddp", "zero2")), "zero3", "fsdp2"])
-def test_checkpoints_move_between_one_process_and_an_engine(strategy, train_split, alone, random_model, clips, tmp_path):
+def test_checkpoints_move_between_one_process_and_an_engine(
+    strategy, train_split, alone, random_model, clips, tmp_path
+):
     """Eight steps of one and two of the other are as ten of one process."""
     folder = train_split(strategy)
     there, back = tmp_path / "there", tmp_path / "back"
