@@ -1,4 +1,4 @@
-"""What several tests need: synthetic clips, and a small model with random weights."""
+"""Shared fixtures: synthetic clips, and small models with random weights."""
 
 import fcntl
 import importlib.util
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# Bit for bit means the same device and the same order of sums: tests run on one thread of the processor.
+# Bitwise comparisons need one device and one order of sums: tests run on one CPU thread.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
@@ -28,11 +28,22 @@ from salmonn.train.references import ClipSet, all_texts
 from tests.score.fake_llm_server import FakeLLMServer
 
 torch.set_num_threads(1)
+# Files that take longest: they start first, so that none of them is left for one worker at the end.
+LONGEST = (
+    "tests/recipes/test_mrdpo.py", "tests/test_docs.py", "tests/train/test_parallel.py", "tests/recipes/test_sft.py",
+    "tests/recipes/test_dpo.py", "tests/test_published_cli.py", "tests/tools/test_ablation.py", "tests/test_dist.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the longest files to the front."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory) -> ClipSet:
-    """Five synthetic clips with picture and sound."""
+    """Five synthetic clips with video and audio."""
     root = tmp_path_factory.mktemp("clips")
     return ClipSet(make_clips(root, SynthConfig(clips=5, seed=3), workers=1), root)
 
@@ -45,9 +56,9 @@ def videos(clips):
 
 @pytest.fixture(scope="session")
 def random_model(clips, tmp_path_factory):
-    """Folder of a model with random weights, as small as the shipped one and of its family.
+    """Folder of a model of the size and family of the shipped one, with random weights.
 
-    They are larger than a fresh model's, which says much the same of every clip: answers of this one differ.
+    The weights are larger than those of a fresh model, whose captions are almost the same for every clip.
     """
     tokenizer = train_tokenizer([*all_texts(clips.references), *PLAIN_PROMPTS.values(), LIST_EVENTS], vocab_size=400)
     config = tiny_config(
@@ -66,7 +77,7 @@ def random_model(clips, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def random_plus(clips, tmp_path_factory):
-    """Folder of a small salmonn2-plus with random weights: frames of 48 pixels 0.26 s apart, 2 x 2 tokens a step."""
+    """Folder of a small salmonn2-plus with random weights: 48-pixel frames every 0.26 s, 2 x 2 tokens for each step."""
     tokenizer = train_tokenizer(all_texts(clips.references), vocab_size=400)
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     config = tiny_config(vocab_size=len(tokenizer), **ids)
@@ -100,13 +111,13 @@ def random_plus(clips, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plus(random_plus) -> Captioner:
-    """The random salmonn2-plus; tests leave it as it is."""
+    """The random salmonn2-plus; tests do not change it."""
     return Captioner.load(random_plus)
 
 
 @pytest.fixture
 def captioner(random_model) -> Captioner:
-    """The random model, read anew for each test, which may change it."""
+    """The random model, loaded for each test, which may change it."""
     return Captioner.load(random_model)
 
 
@@ -118,13 +129,13 @@ def processor(random_model) -> Processor:
 
 @pytest.fixture(scope="session")
 def media(processor, videos):
-    """The five clips as the model takes them."""
+    """Model inputs of the five clips."""
     return [processor.read(video) for video in videos]
 
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Make a folder once for all workers of pytest-xdist; later callers wait for it."""
+    """Make a folder once for all workers of pytest-xdist; the others wait for it."""
 
     def make_once(name: str, make: Callable[[Path], None]) -> Path:
         base = tmp_path_factory.getbasetemp()
@@ -141,7 +152,7 @@ def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
 
 @pytest.fixture(scope="session")
 def load_recipe():
-    """Import a recipe by its file, as recipes are no package."""
+    """Import a recipe from its file; recipes are not a package."""
 
     def load(name: str):
         module = f"recipe_{name}"
@@ -157,7 +168,7 @@ def load_recipe():
 
 @pytest.fixture
 def call(capsys):
-    """The command line within this process, which has imported everything: exit code, stdout and stderr."""
+    """Run the command line in this process; return exit code, stdout and stderr."""
 
     def in_process(*args: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
@@ -169,7 +180,7 @@ def call(capsys):
 
 @pytest.fixture
 def serve():
-    """Starts scripted servers, and stops them in the end."""
+    """Start scripted servers; stop them after the test."""
     servers = []
 
     def start(script) -> FakeLLMServer:
@@ -183,7 +194,7 @@ def serve():
 
 @pytest.fixture
 def fill_adapter() -> Callable[[nn.Module], None]:
-    """Gives a fresh adapter something to say: its B is zero at first, and the policy is its reference."""
+    """Fill the B matrices of an adapter; they are zero at first, so that the policy equals its reference."""
 
     def fill(network: nn.Module) -> None:
         torch.manual_seed(1)
@@ -200,7 +211,7 @@ PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shar
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> Callable[[str], Path]:
-    """Folders of the parity fixtures, models in the published layout, with a tokenizer whose letters are bytes."""
+    """Folders of the parity fixtures: models in the published layout, with a byte-level tokenizer."""
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:

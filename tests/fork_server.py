@@ -41,7 +41,8 @@ PORT_DIGITS = 8
 # What the stand-in receives, and the ranks then get. It cannot catch SIGKILL, so another signal stands for that one.
 KILL = signal.SIGRTMIN + 9
 FORWARDED = {number: number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)} | {KILL: signal.SIGKILL}
-GRACE_SECONDS = 30.0  # as torchrun: between SIGTERM and SIGKILL to the ranks that are left when one has failed
+# When a rank has failed, the others get SIGTERM and SIGKILL after these times, as from torchrun.
+TERM_SECONDS, KILL_SECONDS = 0.1, 30.0
 # Imported late by what the tests launch. gradio is not here: its import starts a thread.
 MODULES = (
     "torch.distributed.fsdp", "torch.utils.tensorboard", "peft", "accelerate", "matplotlib.pyplot", "openai",
@@ -141,12 +142,12 @@ def parse_torchrun(line: list[str]) -> tuple[int, list[str]]:
         return 0, line
     size, rest, program = 1, line[1:], ["python"]
     while rest[0].startswith("--"):
-        flag, _, value = rest.pop(0).partition("=")
-        if flag == "--nproc_per_node":
+        flag, _, value = rest.pop(0).replace("-", "_").partition("=")
+        if flag == "__nproc_per_node":
             size = int(value)
-        elif flag == "--no-python":
+        elif flag == "__no_python":
             program = []
-        elif flag != "--standalone":
+        elif flag != "__standalone":
             raise ValueError(f"the fork server does not know torchrun's flag {flag}: start a real torchrun")
     return size, [*program, *rest]
 
@@ -167,10 +168,11 @@ def open_store() -> Any:
 
 def wait(pids: list[int], connection: socket.socket, wakeup: int, *, launched: bool) -> int:
     """Wait for all ranks, forwarding signals, and return the exit code; torchrun ends all when one has failed."""
-    running, codes, deadline = set(pids), [], float("inf")
+    running, codes = set(pids), list[int]()
     sources: list[Any] = [connection, wakeup]
+    schedule: list[tuple[float, int]] = []
     while running:
-        timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+        timeout = max(0.0, schedule[0][0] - time.monotonic()) if schedule else None
         ready, _, _ = select.select(sources, [], [], timeout)
         if wakeup in ready:
             os.read(wakeup, 4096)
@@ -184,11 +186,11 @@ def wait(pids: list[int], connection: socket.socket, wakeup: int, *, launched: b
             if ended:
                 running.remove(pid)
                 codes.append(os.waitstatus_to_exitcode(status))
-        if launched and any(codes) and deadline == float("inf"):
-            deadline = time.monotonic() + GRACE_SECONDS
-            kill(running, signal.SIGTERM)
-        elif time.monotonic() >= deadline:
-            kill(running, signal.SIGKILL)
+                if launched and codes[-1] and not any(codes[:-1]):
+                    now = time.monotonic()
+                    schedule = [(now + TERM_SECONDS, signal.SIGTERM), (now + KILL_SECONDS, signal.SIGKILL)]
+        if schedule and time.monotonic() >= schedule[0][0]:
+            kill(running, schedule.pop(0)[1])
     return int(any(codes)) if launched else codes[0]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import get_args
 
 import psutil
+import pytest
 
 from salmonn.config import parse_config
 from salmonn.train.parallel import StrategyName
@@ -90,14 +91,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run_under_slurm(folder: Path) -> None:
-    """A run on two machines by the script for SLURM, under a stand-in for it."""
+def run_under_slurm(folder: Path, job_id: int, **programs: str) -> None:
+    """Run the script for SLURM on two machines, under a stand-in for SLURM and for further programs."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
     (folder / "bin").mkdir()
-    for name, content in {"srun": SRUN, "scontrol": SCONTROL}.items():
+    for name, content in ({"srun": SRUN, "scontrol": SCONTROL} | programs).items():
         (folder / "bin" / name).write_text(content)
         (folder / "bin" / name).chmod(0o755)
-    job = {"SLURM_SUBMIT_DIR": folder, "SLURM_JOB_ID": free_port(), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": 2}
+    job = {"SLURM_SUBMIT_DIR": folder, "SLURM_JOB_ID": job_id, "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": 2}
     job |= {"SLURM_GPUS_ON_NODE": 1, "SLURM_CPUS_PER_TASK": 1, "PATH": f"{folder / 'bin'}:{BIN}:{os.environ['PATH']}"}
     run_all([["bash", CLUSTER / "slurm.sbatch", "mrdpo", *MRDPO]], folder, **job)
 
@@ -109,7 +110,31 @@ def go_on_without_slurm(folder: Path) -> None:
     run_all([[*agent, f"--node_rank={node}", ROOT / "recipes" / "mrdpo.py", *MRDPO] for node in range(2)], folder)
 
 
+def test_slurm_starts_torchrun_on_each_machine(tmp_path):
+    run_under_slurm(tmp_path, 12345, torchrun='#!/bin/bash\necho "$SLURM_NODEID" "$@" >> calls\n')
+    # Port 20000 + the job's number modulo 10000, on the first machine.
+    agent = "--nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=localhost:22345 --rdzv_id=12345"
+    calls = sorted((tmp_path / "calls").read_text().splitlines())
+    assert calls == [f"{node} {agent} recipes/mrdpo.py {' '.join(MRDPO)}" for node in (0, 1)]
+
+
+def test_one_machine_starts_a_process_for_each_gpu(tmp_path):
+    (tmp_path / "torchrun").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    script = shutil.copy(CLUSTER / "one_machine.sh", tmp_path)  # away from the repository's own torchrun
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for processes, expected in (({}, "gpu"), ({"PROCESSES": "3"}, "3")):
+        env = {name: value for name, value in os.environ.items() if name != "PROCESSES"} | variables | processes
+        out = subprocess.run(
+            ["bash", script, "mrdpo", "--rounds=1"], capture_output=True, text=True, env=env, check=True
+        )
+        launcher, _, command = out.stdout.partition(" /")
+        assert launcher == f"--standalone --nproc_per_node={expected} --max_restarts=2"
+        assert command.endswith("/recipes/mrdpo.py --rounds=1\n")
+
+
 # One test, so that workers of pytest-xdist do not each make the run of one machine.
+@pytest.mark.slow
 def test_two_machines_end_as_one_does(tmp_path):
     """Under SLURM from the start, and without it where one machine was cut off in rebirth."""
     alone, slurm, late = (tmp_path / name for name in ("alone", "slurm", "late"))
@@ -119,7 +144,7 @@ def test_two_machines_end_as_one_does(tmp_path):
     assert "run/rebirth/merged/model.safetensors" in expected
 
     shutil.copytree(alone / "clips", slurm / "clips")
-    run_under_slurm(slurm)
+    run_under_slurm(slurm, free_port())
     assert different(expected, results(slurm)) == []
 
     for folder in ("clips", "run"):

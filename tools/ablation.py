@@ -1,490 +1,497 @@
-"""The papers' ablation at toy size: ways of training that differ in one thing each, over several seeds, in one table.
+"""Train variants of mrDPO over several seeds and compare them in one table with confidence intervals.
 
     python tools/ablation.py --seeds 2 3 4
+    python tools/ablation.py --variants mrdpo --config recipes/configs/mrdpo.yaml --clips-seed 100 --out run/proof
 
-Every way is a run of recipes/mrdpo.py in a folder of its own, `run/ablation/seed_K/NAME/`. What runs of a seed have in
-common is made once, by its run of mrDPO, and copied into the others' folders before they start. Runs that are done are
-not run again; a killed one goes on with the same command. docs/ablation.md says what is compared and how to read it.
+Each run is one of recipes/mrdpo.py with a folder of its own, `OUT/seed_K/VARIANT/`. Results that the variants of a seed
+share are computed once, by the seed's mrDPO run, and copied into the other folders before those runs start. Finished
+runs are skipped: run the same command again to resume. Other flags are passed on to the recipe. docs/ablation.md
+describes the comparison and how to read it.
 """
 
 import argparse
 import fcntl
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
-from salmonn.records import Caption, Reference, atomic_folder, read_json, read_records, write_json, write_text
+from salmonn.records import Caption, Reference, Score, atomic_folder, read_json, read_records, write_text
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import qa_accuracy
 from salmonn.score.stats import MEASURES, Interval
-from salmonn.train.references import CLIPS_NAME, HELDOUT_SEED_OFFSET
+from salmonn.train.references import CLIPS_NAME, HELDOUT_OFFSET
 
 ROOT = Path(__file__).parent.parent
-CLIPS_SEED = 200  # seed K is trained on clips of seed 200 + K, apart from those that settings were chosen on
-RESAMPLES = 10_000
+NUM_RESAMPLES = 10_000
 LOG_NAME = "log.txt"
-# 97.5 % quantiles of Student's t by number of seeds; the degrees of freedom are one less.
-T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-COLUMNS = {
+RATES = {
     "total": "Total %",
     "missing": "Missing %",
     "hallucination": "Hallucination %",
     "repetition": "Repetition %",
     "qa_accuracy": "QA accuracy %",
-    "kl": "KL, nats per token",
 }
+COLUMNS = RATES | {"kl": "KL, nats per token"}
 Numbers = NDArray[np.float64]
-Direction = Literal["falls", "rises"]
+Failure = Future[Path | None]
 console = Console(width=160)
 
 
 @dataclass(frozen=True)
-class Way:
-    """A run of the recipe.
+class Variant:
+    """A training run that differs from mrDPO in some flags.
 
     Args:
-        flags: what it changes in recipes/configs/ablation.yaml.
-        taken: what it has in common with the seed's run of mrDPO.
-        long: all steps of the rounds in a single one.
-        last_anew: of the last round only the pairs are in common.
+        flags: recipe flags that differ from the base configuration.
+        copied: glob patterns of the results that are copied from the seed's mrDPO run.
+        one_round: run a single round with the steps of all rounds.
+        retrain_last: copy only the pairs of the last round and train it again.
     """
 
     flags: dict[str, object]
-    taken: tuple[str, ...] = ("sft",)
-    long: bool = False
-    last_anew: bool = False
+    copied: tuple[str, ...] = ("sft",)
+    one_round: bool = False
+    retrain_last: bool = False
 
 
-SAMPLED = ("sft", *(f"round_1/{name}.jsonl" for name in ("captions", "scores", "pairs")))
+FIRST_PAIRS = ("sft", *(f"round_1/{name}.jsonl" for name in ("captions", "scores", "pairs")))
 NO_REBIRTH: dict[str, object] = {"rebirth": "null"}
+FIXED_PAIRS = NO_REBIRTH | {"fresh_pairs": "false"}
 BASE = "mrdpo"
-# The round before a pair is compared with something else is the same in each of them: its reference is its own start.
-WAYS = {
-    BASE: Way({}, ()),
-    "no_ce": Way(NO_REBIRTH | {"dpo.ce_weight": 0.0}, SAMPLED),
-    "long_dpo": Way(NO_REBIRTH | {"dpo.ce_weight": 0.0}, SAMPLED, long=True),
-    "long_gdpo": Way(NO_REBIRTH, SAMPLED, long=True),
-    "frozen": Way(NO_REBIRTH | {"reference_policy": "run_start", "fresh_pairs": "false"}, ("sft", "round_1")),
-    "first_pairs": Way(NO_REBIRTH | {"fresh_pairs": "false"}, ("sft", "round_1")),
-    "questions": Way(NO_REBIRTH | {"qa_fraction": 0.25}, ("sft", "round_*"), last_anew=True),
-    "going_on": Way({"rebirth.start": "best"}, ("sft", "round_*", "rebirth/captions.jsonl")),
+# With a fresh LoRA the start of a round is its reference policy, so the first round of several variants is the same.
+VARIANTS = {
+    BASE: Variant({}, ()),
+    "no_ce": Variant(NO_REBIRTH | {"dpo.ce_weight": 0.0}, FIRST_PAIRS),
+    "long_dpo": Variant(NO_REBIRTH | {"dpo.ce_weight": 0.0}, FIRST_PAIRS, one_round=True),
+    "long_gdpo": Variant(NO_REBIRTH, FIRST_PAIRS, one_round=True),
+    "fixed_reference": Variant(FIXED_PAIRS | {"reference_policy": "run_start"}, ("sft", "round_1")),
+    "fixed_pairs": Variant(FIXED_PAIRS, ("sft", "round_1")),
+    "qa_last_round": Variant(NO_REBIRTH | {"qa_fraction": 0.25}, ("sft", "round_*"), retrain_last=True),
+    "tune_best": Variant({"rebirth.start": "best"}, ("sft", "round_*", "rebirth/captions.jsonl")),
 }
 
 
 @dataclass(frozen=True)
-class AblationRow:
-    """A row of the table.
-
-    Args:
-        title: of the row.
-        way: the run that it is from.
-        stage: sft, rebirth, or the last of the rounds.
-        theirs: Total in the papers, %, where they tell it.
-    """
+class TableRow:
+    """A row of the results table: a stage of a run, with the Total (%) that the papers report for it, if any."""
 
     title: str
-    way: str
+    variant: str
     stage: Literal["sft", "last", "rebirth"] = "last"
-    theirs: float | None = None
+    published_total: float | None = None
 
 
 ROWS = {
-    "sft": AblationRow("SFT", BASE, "sft", 41.8),
-    "long_dpo": AblationRow("DPO, long", "long_dpo", theirs=37.8),
-    "long_gdpo": AblationRow("guided DPO, long", "long_gdpo", theirs=39.7),
-    "frozen": AblationRow("+ LoRA merged and renewed", "frozen", theirs=33.7),
-    "first_pairs": AblationRow("+ reference refreshed", "first_pairs"),
-    "mrdpo": AblationRow("+ new pairs: mrDPO", BASE, theirs=22.9),
-    "no_ce": AblationRow("mrDPO without CE", "no_ce"),
-    "questions": AblationRow("mrDPO, questions in the last round", "questions"),
-    "rebirth": AblationRow("rebirth", BASE, "rebirth"),
-    "going_on": AblationRow("going on instead", "going_on", "rebirth"),
+    "sft": TableRow("SFT", BASE, "sft", 41.8),
+    "long_dpo": TableRow("DPO, one long round", "long_dpo", published_total=37.8),
+    "long_gdpo": TableRow("guided DPO, one long round", "long_gdpo", published_total=39.7),
+    "fixed_reference": TableRow("+ LoRA merged and renewed", "fixed_reference", published_total=33.7),
+    "fixed_pairs": TableRow("+ reference policy renewed", "fixed_pairs"),
+    "mrdpo": TableRow("+ new pairs: mrDPO", BASE, published_total=22.9),
+    "no_ce": TableRow("mrDPO without CE", "no_ce"),
+    "qa_last_round": TableRow("mrDPO, QA in the last round", "qa_last_round"),
+    "rebirth": TableRow("rebirth", BASE, "rebirth"),
+    "tune_best": TableRow("rebirth from the mrDPO model", "tune_best", "rebirth"),
 }
 
 
 @dataclass(frozen=True)
-class Claim:
-    """What the papers lead one to expect: from the first row to the second, the measure falls or rises."""
+class Hypothesis:
+    """A difference that the papers suggest: the measure falls or rises from the first row to the second."""
 
     text: str
     first: str
     second: str
     measure: str
-    direction: Direction
+    direction: Literal["falls", "rises"]
 
 
-CLAIMS = (
-    Claim("long DPO against SFT", "sft", "long_dpo", "total", "falls"),
-    Claim("guided against plain, long DPO", "long_dpo", "long_gdpo", "total", "rises"),
-    Claim("LoRA merged and renewed", "long_gdpo", "frozen", "total", "falls"),
-    Claim("reference refreshed", "frozen", "first_pairs", "total", "falls"),
-    Claim("new pairs each round", "first_pairs", "mrdpo", "total", "falls"),
-    Claim("mrDPO against guided DPO, long", "long_gdpo", "mrdpo", "total", "falls"),
-    Claim("CE against none in mrDPO: Total", "no_ce", "mrdpo", "total", "falls"),
-    Claim("CE against none in mrDPO: questions", "no_ce", "mrdpo", "qa_accuracy", "rises"),
-    Claim("questions in the last round: questions", "mrdpo", "questions", "qa_accuracy", "rises"),
-    Claim("rebirth against mrDPO: questions", "mrdpo", "rebirth", "qa_accuracy", "rises"),
-    Claim("rebirth against going on: questions", "going_on", "rebirth", "qa_accuracy", "rises"),
-    Claim("rebirth against going on: Total", "going_on", "rebirth", "total", "falls"),
+HYPOTHESES = (
+    Hypothesis("long DPO vs. SFT", "sft", "long_dpo", "total", "falls"),
+    Hypothesis("guided vs. plain long DPO", "long_dpo", "long_gdpo", "total", "rises"),
+    Hypothesis("LoRA merged and renewed", "long_gdpo", "fixed_reference", "total", "falls"),
+    Hypothesis("reference policy renewed", "fixed_reference", "fixed_pairs", "total", "falls"),
+    Hypothesis("new pairs each round", "fixed_pairs", "mrdpo", "total", "falls"),
+    Hypothesis("mrDPO vs. long guided DPO", "long_gdpo", "mrdpo", "total", "falls"),
+    Hypothesis("CE vs. none in mrDPO: Total", "no_ce", "mrdpo", "total", "falls"),
+    Hypothesis("CE vs. none in mrDPO: QA", "no_ce", "mrdpo", "qa_accuracy", "rises"),
+    Hypothesis("QA in the last round: QA", "mrdpo", "qa_last_round", "qa_accuracy", "rises"),
+    Hypothesis("rebirth vs. mrDPO: QA", "mrdpo", "rebirth", "qa_accuracy", "rises"),
+    Hypothesis("rebirth from SFT vs. from mrDPO: QA", "tune_best", "rebirth", "qa_accuracy", "rises"),
+    Hypothesis("rebirth from SFT vs. from mrDPO: Total", "tune_best", "rebirth", "total", "falls"),
 )
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of the whole.
+class Ablation:
+    """Settings of all runs.
 
     Args:
-        out: folder for all runs.
-        seeds: of training.
-        ways: names of the runs.
-        jobs: runs at once.
-        rounds: of DPO.
-        steps: of each round; a long one has those of all rounds.
-        extra: further flags for the recipe.
+        out: folder of all runs.
+        seeds: training seeds; seed K is trained on clips of seed `clips_seed` + K.
+        variants: names of the runs.
+        jobs: number of runs at a time.
+        rounds: rounds of DPO.
+        steps: optimizer steps of each round; a single long round has the steps of all rounds.
+        config: base configuration of the recipe.
+        clips_seed: offset of the seed of the clips.
+        extra: further flags of the recipe.
     """
 
     out: Path
     seeds: tuple[int, ...] = (2, 3, 4)
-    ways: tuple[str, ...] = tuple(WAYS)
+    variants: tuple[str, ...] = tuple(VARIANTS)
     jobs: int = 2
     rounds: int = 3
     steps: int = 50
+    config: Path = ROOT / "recipes" / "configs" / "ablation.yaml"
+    clips_seed: int = 200
     extra: tuple[str, ...] = ()
 
-    def folder(self, way: str, seed: int) -> Path:
-        """Of one run."""
-        return self.out / f"seed_{seed}" / way
+    def folder(self, variant: str, seed: int) -> Path:
+        """Return the folder of a run."""
+        return self.out / f"seed_{seed}" / variant
 
-    def command(self, way: str, seed: int) -> list[str]:
-        """The command line of one run."""
-        rounds = 1 if WAYS[way].long else self.rounds
+    def command(self, variant: str, seed: int) -> list[str]:
+        """Return the command line of a run."""
+        rounds = 1 if VARIANTS[variant].one_round else self.rounds
         flags: dict[str, object] = {
-            "out": self.folder(way, seed),
+            "out": self.folder(variant, seed),
             "clips_dir": self.out / "clips",
             "feature_cache.folder": self.out / "features",
             "seed": seed,
-            "synth.seed": CLIPS_SEED + seed,
+            "synth.seed": self.clips_seed + seed,
             "rounds": rounds,
             "fit.steps": self.steps * self.rounds // rounds,
         }
-        config = ROOT / "recipes" / "configs" / "ablation.yaml"
-        line = [sys.executable, str(ROOT / "recipes" / "mrdpo.py"), f"--config={config}"]
-        return [*line, *self.extra, *(f"--{name}={value}" for name, value in (flags | WAYS[way].flags).items())]
+        line = [sys.executable, str(ROOT / "recipes" / "mrdpo.py"), f"--config={self.config}", *self.extra]
+        return [*line, *(f"--{name}={value}" for name, value in (flags | VARIANTS[variant].flags).items())]
 
 
-def prepare(way: str, folder: Path, base: Path) -> None:
-    """Make a run's folder with what it has in common with the run of mrDPO, all of it at once."""
-    if folder.exists():
-        return
-    with atomic_folder(folder) as half:
-        for pattern in WAYS[way].taken:
-            for source in sorted(base.glob(pattern)):
-                target = half / source.relative_to(base)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if source.is_dir():
-                    shutil.copytree(source, target)
-                else:
-                    shutil.copyfile(source, target)
-        if WAYS[way].last_anew:
-            last = max(half.glob("round_*"), key=lambda path: int(path.name.removeprefix("round_")))
-            for made in ("adapter", "merged", "heldout"):
-                shutil.rmtree(last / made)
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[int]:
-    """Wait until nothing works in a folder any more: what a killed command had started goes on without it.
-
-    Yields:
-        what keeps others waiting, to be handed on to all processes that work there.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(f"waiting for runs in {out} that an earlier command has started")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
-
-
-def run_all(settings: Settings) -> None:
-    """Run what is not done yet, a seed's mrDPO before its other runs.
+def run_all(ablation: Ablation) -> None:
+    """Run all variants that have not finished, the mrDPO run of a seed first.
 
     Raises:
-        SystemExit: a run failed; those that do not need it have been run.
+        SystemExit: a run failed. Runs that do not depend on it have been run.
     """
-    others = [(way, seed) for seed in settings.seeds for way in settings.ways if way != BASE]
-    with alone(settings.out) as lock, ThreadPoolExecutor(settings.jobs) as pool:
-        # They start in the order of submission, so that none waits for one that cannot start before it ends.
-        bases = {seed: pool.submit(run, BASE, seed, settings, lock=lock) for seed in settings.seeds}
-        rest = [pool.submit(run_after, bases[seed], way, seed, settings, lock=lock) for way, seed in others]
+    others = [(variant, seed) for seed in ablation.seeds for variant in ablation.variants if variant != BASE]
+    with lock_folder(ablation.out) as lock, ThreadPoolExecutor(ablation.jobs) as pool:
+        # The pool starts runs in the order of submission, so no run waits for one that cannot start.
+        bases = {seed: pool.submit(run, BASE, seed, ablation, lock=lock) for seed in ablation.seeds}
+        rest = [pool.submit(run, variant, seed, ablation, lock=lock, base=bases[seed]) for variant, seed in others]
         try:
             failed = [folder for future in (*bases.values(), *rest) if (folder := future.result())]
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if failed:
-        raise SystemExit(f"{len(failed)} runs failed, see {failed[0] / LOG_NAME} first; the same command goes on")
+        raise SystemExit(
+            f"{len(failed)} runs failed, see {failed[0] / LOG_NAME} first. Run the same command to resume."
+        )
 
 
-def run_after(base: "Future[Path | None]", way: str, seed: int, settings: Settings, *, lock: int) -> Path | None:
-    """`run`, with what the seed's run of mrDPO has made, unless that failed."""
-    if base.result():
-        return None
-    prepare(way, settings.folder(way, seed), settings.folder(BASE, seed))
-    return run(way, seed, settings, lock=lock)
+@contextmanager
+def lock_folder(out: Path) -> Iterator[int]:
+    """Wait until no run is active in a folder, including runs of a command that was killed.
+
+    Yields:
+        File descriptor of the lock, to be inherited by all processes that work in the folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"waiting for runs in {out} that an earlier command started")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
 
 
-def run(way: str, seed: int, settings: Settings, *, lock: int) -> Path | None:
-    """One run to its end, unless it is done; its folder where it failed, with its output in the log."""
-    folder = settings.folder(way, seed)
+def run(variant: str, seed: int, ablation: Ablation, *, lock: int, base: Failure | None = None) -> Path | None:
+    """Run a variant unless it has finished; return its folder if it failed.
+
+    Args:
+        lock: file descriptor that the run inherits.
+        base: mrDPO run of the seed, which must succeed first.
+    """
+    folder = ablation.folder(variant, seed)
+    if base is not None:
+        if base.result():
+            return None
+        copy_shared(variant, folder, ablation.folder(BASE, seed))
     if (folder / "summary.json").is_file():
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    since = time.monotonic()
-    with (folder / LOG_NAME).open("ab") as file:
-        result = subprocess.run(
-            settings.command(way, seed), stdout=file, stderr=file, env=one_thread(), pass_fds=(lock,), check=False
-        )
-    word = "FAILED" if result.returncode else "done"
-    console.print(
-        f"{time.strftime('%H:%M:%S')} seed {seed}, {way}: {word} in {(time.monotonic() - since) / 60:.1f} min"
-    )
-    return folder if result.returncode else None
+    start = time.monotonic()
+    with (folder / LOG_NAME).open("ab") as log:
+        command = ablation.command(variant, seed)
+        code = subprocess.run(
+            command, stdout=log, stderr=log, env=one_thread(), pass_fds=(lock,), check=False
+        ).returncode
+    minutes = (time.monotonic() - start) / 60
+    result = "FAILED" if code else "done"
+    console.print(f"{time.strftime('%H:%M:%S')} seed {seed}, {variant}: {result} in {minutes:.1f} min")
+    return folder if code else None
 
 
 def one_thread() -> dict[str, str]:
-    """The environment of a run, as if the cores were shared by so many processes: the model is too small for more."""
+    """Return the environment of a run on one thread; the toy model is too small for more."""
     return os.environ | {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(os.cpu_count())}
+
+
+def copy_shared(variant: str, folder: Path, base: Path) -> None:
+    """Create the folder of a run with the results that it shares with the mrDPO run; keep a folder that exists."""
+    if folder.exists():
+        return
+    with atomic_folder(folder) as temporary:
+        for pattern in VARIANTS[variant].copied:
+            for source in sorted(base.glob(pattern)):
+                target = temporary / source.relative_to(base)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if source.is_dir():
+                    shutil.copytree(source, target)
+                else:
+                    shutil.copyfile(source, target)
+        if VARIANTS[variant].retrain_last:
+            last = max(temporary.glob("round_*"), key=lambda path: int(path.name.removeprefix("round_")))
+            for name in ("adapter", "merged", "heldout"):
+                shutil.rmtree(last / name)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measure, or a difference of two.
+    """A measure over several seeds, or the difference of two.
 
     Args:
-        seeds: (S,) its value over each seed's held-out clips.
-        draws: (S, R) the same over clips drawn anew R times; R is 0 where it is known for the whole set alone.
+        seeds: (S,) value over the held-out clips of each seed.
+        resamples: (S, R) value over R bootstrap samples of those clips; R is 0 for measures of the whole set.
     """
 
     seeds: Numbers
-    draws: Numbers
+    resamples: Numbers
 
-    def minus(self, other: "Estimate") -> "Estimate":
-        """The difference; clips are drawn alike for both, so that hard ones cancel out."""
-        return Estimate(self.seeds - other.seeds, self.draws - other.draws)
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """Return the difference; both have the same bootstrap samples, so the difficulty of clips cancels out."""
+        return Estimate(self.seeds - other.seeds, self.resamples - other.resamples)
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return float(self.seeds.mean())
 
-    @property
     def interval(self) -> Interval | None:
-        """The wider of two, end by end: Student's t over the seeds, and the bootstrap over clips.
+        """Return the 95 % interval, or None for one seed without bootstrap samples.
 
-        The first counts everything that differs from seed to seed, and is too narrow where a few agree by chance; the
-        second counts the choice of clips alone. None where there is one seed and no clip to draw.
+        Each end is the wider of two: Student's t over seeds, which covers all that differs between trainings but is
+        too narrow where a few seeds agree by chance, and the bootstrap over clips.
         """
         ends = []
         if (count := len(self.seeds)) > 1:
-            half = T_QUANTILES[count] * float(self.seeds.std(ddof=1)) / count**0.5
+            half = float(stats.t.ppf(0.975, count - 1)) * float(self.seeds.std(ddof=1)) / count**0.5
             ends.append((self.mean - half, self.mean + half))
-        if self.draws.size:
-            low, high = np.quantile(self.draws.mean(0), [0.025, 0.975])
+        if self.resamples.size:
+            low, high = np.quantile(self.resamples.mean(0), [0.025, 0.975])
             ends.append((float(low), float(high)))
         return Interval(min(low for low, _ in ends), max(high for _, high in ends)) if ends else None
 
+    def to_text(self, measure: str, *, signed: bool = False) -> str:
+        """Format mean and interval, in percent except for the KL."""
+        (scale, digits), sign = (1, 3) if measure == "kl" else (100, 1), "+" if signed else ""
+        interval = self.interval()
+        numbers = [self.mean] + ([interval.low, interval.high] if interval else [])
+        mean, *ends = (f"{scale * number:{sign}.{digits}f}" for number in numbers)
+        return f"{mean} ({ends[0]} to {ends[1]})" if ends else mean
 
-def judge(claim: Claim, difference: Estimate) -> str:
-    """Whether a finding is seen here: its whole interval on the expected side, on the other, or neither."""
-    interval = difference.interval
+    def to_json(self) -> dict[str, object]:
+        """Return the mean, the value of each seed, and the ends of the interval."""
+        interval = self.interval()
+        return {"mean": self.mean, "seeds": self.seeds.tolist()} | (vars(interval) if interval else {})
+
+
+def judge(hypothesis: Hypothesis, difference: Estimate) -> str:
+    """Return whether the whole interval lies on the expected side of 0, on the other side, or on both."""
+    interval = difference.interval()
     if interval is None or interval.low <= 0 <= interval.high:
-        return "open"
-    return "holds" if (interval.high < 0) == (claim.direction == "falls") else "does not hold"
+        return "inconclusive"
+    return "supported" if (interval.high < 0) == (hypothesis.direction == "falls") else "contradicted"
 
 
-def read_estimates(settings: Settings) -> dict[str, dict[str, Estimate]]:
-    """Row -> measure -> estimate, of all rows whose stages were run."""
+def read_estimates(ablation: Ablation) -> dict[str, dict[str, Estimate]]:
+    """Return row -> measure -> estimate for all rows whose stages have been run."""
     found: dict[str, dict[str, list[tuple[float, Numbers]]]] = {}
-    for seed in settings.seeds:
-        references = read_heldout(settings, seed)
+    for seed in ablation.seeds:
+        references = read_heldout(ablation, seed)
         weights = np.random.default_rng(seed).multinomial(
-            len(references), np.full(len(references), 1 / len(references)), size=RESAMPLES
+            len(references), np.full(len(references), 1 / len(references)), size=NUM_RESAMPLES
         )
         for name, row in ROWS.items():
-            folder = settings.folder(row.way, seed)
-            if row.way not in settings.ways or not (stage := find_stage(folder, row)):
+            folder = ablation.folder(row.variant, seed)
+            if row.variant not in ablation.variants:
+                continue
+            summary = read_json(folder / "summary.json")
+            stage = f"round_{len(summary['rounds'])}" if row.stage == "last" else row.stage
+            if not (row.stage == "last" or summary[stage]):
                 continue
             values = found.setdefault(name, {measure: [] for measure in COLUMNS})
-            # The start has not moved.
-            kl = 0.0 if stage == "sft" else read_json(folder / "summary.json")["kl"][stage.replace("_", " ")]
+            kl = 0.0 if stage == "sft" else summary["kl"][stage.replace("_", " ")]
             values["kl"].append((kl, np.zeros(0)))
-            for measure, (tops, bottoms) in count_clips(folder / stage / "heldout", references).items():
-                # At least 1, as in rates.
-                whole = float(tops.sum() / max(bottoms.sum(), 1))
-                values[measure].append((whole, (weights @ tops) / np.maximum(weights @ bottoms, 1)))
+            for measure, (numerators, denominators) in count_clips(folder / stage / "heldout", references).items():
+                # At least 1, as in the rates.
+                whole = float(numerators.sum() / max(denominators.sum(), 1))
+                values[measure].append((whole, (weights @ numerators) / np.maximum(weights @ denominators, 1)))
     return {
         name: {
-            measure: Estimate(np.array([whole for whole, _ in parts]), np.array([draws for _, draws in parts]))
+            measure: Estimate(np.array([whole for whole, _ in parts]), np.array([samples for _, samples in parts]))
             for measure, parts in values.items()
         }
         for name, values in found.items()
     }
 
 
-def read_heldout(settings: Settings, seed: int) -> list[Reference]:
-    """What is known of the clips that a seed's models were measured on."""
-    num_clips = read_json(settings.folder(BASE, seed) / "summary.json")["sft"]["clips"]
-    folder = settings.out / "clips" / f"seed{HELDOUT_SEED_OFFSET + CLIPS_SEED + seed}-{num_clips}"
-    return read_records(folder / CLIPS_NAME, Reference)
-
-
-def find_stage(folder: Path, row: AblationRow) -> str | None:
-    """The folder of a row's stage within its run; none where there was no rebirth."""
-    summary = read_json(folder / "summary.json")
-    if row.stage == "last":
-        return f"round_{len(summary['rounds'])}"
-    return row.stage if summary[row.stage] else None
+def read_heldout(ablation: Ablation, seed: int) -> list[Reference]:
+    """Return the annotations of a seed's held-out clips."""
+    num_clips = read_json(ablation.folder(BASE, seed) / "summary.json")["sft"]["clips"]
+    name = f"seed{HELDOUT_OFFSET + ablation.clips_seed + seed}-{num_clips}"
+    return read_records(ablation.out / "clips" / name / CLIPS_NAME, Reference)
 
 
 def count_clips(folder: Path, references: Sequence[Reference]) -> dict[str, tuple[Numbers, Numbers]]:
-    """Measure -> the two sums (N,) of its ratio over each held-out clip's captions, or its questions."""
-    scores: dict[str, list] = {reference.video: [] for reference in references}
+    """Return measure -> numerators and denominators (N,) of its ratio, over the captions or questions of each clip."""
+    scores: dict[str, list[Score]] = {reference.video: [] for reference in references}
     answers: dict[str, list[Caption]] = {reference.video: [] for reference in references}
     for score in read_scores(folder / "scores.jsonl").scores:
         scores[score.video].append(score)
     for answer in read_records(folder / "answers.jsonl", Caption):
         answers[answer.video].append(answer)
-    counts = {
-        name: (
-            np.array([float(sum(map(top, scores[one.video]))) for one in references]),
-            np.array([float(sum(map(bottom, scores[one.video]))) for one in references]),
-        )
-        for name, (top, bottom) in MEASURES.items()
-        if name in COLUMNS
+
+    def sums(count: Callable[[Score], int]) -> Numbers:
+        return np.array([float(sum(map(count, scores[one.video]))) for one in references])
+
+    counts = {name: (sums(top), sums(bottom)) for name, (top, bottom) in MEASURES.items() if name in COLUMNS}
+    num_questions = np.array([float(len(one.questions)) for one in references])
+    accuracy = [qa_accuracy({one.video: one}, answers[one.video]) if one.questions else 0.0 for one in references]
+    return counts | {"qa_accuracy": (np.array(accuracy) * num_questions, num_questions)}
+
+
+def check_goals(summary: Mapping[str, Any]) -> dict[str, bool]:
+    """Return the goals of an mrDPO run with rebirth, and whether it reached them."""
+    sft, last, rebirth = summary["sft"], summary["rounds"][-1], summary["rebirth"]
+    goals = {
+        "Total falls by 45 %": last["total"] <= 0.55 * sft["total"],
+        "Missing falls": last["missing"] < sft["missing"],
+        "Hallucination falls": last["hallucination"] < sft["hallucination"],
+        "Repetition does not rise": last["repetition"] <= sft["repetition"],
     }
-    asked = np.array([float(len(one.questions)) for one in references])
-    share = [qa_accuracy({one.video: one}, answers[one.video]) if one.questions else 0.0 for one in references]
-    return counts | {"qa_accuracy": (np.array(share) * asked, asked)}
+    if rebirth:
+        gain, kept_gain = sft["total"] - last["total"], sft["total"] - rebirth["total"]
+        goals["rebirth keeps 90 % of the gain"] = kept_gain >= 0.9 * gain
+        goals["QA accuracy of rebirth within 1 point of SFT"] = rebirth["qa_accuracy"] >= sft["qa_accuracy"] - 0.01
+    return goals
 
 
-def to_json(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, object]]:
-    """Of each measure the mean, the value of each seed, and the ends of the interval."""
-    values: dict[str, dict[str, object]] = {}
-    for measure, estimate in estimates.items():
-        values[measure] = {"mean": estimate.mean, "seeds": estimate.seeds.tolist()}
-        if interval := estimate.interval:
-            values[measure] |= {"low": interval.low, "high": interval.high}
-    return values
-
-
-def tell(estimate: Estimate, measure: str, *, signed: bool = False) -> str:
-    """Mean and interval in words, in percent but for the KL."""
-    scale, digits = (1, 3) if measure == "kl" else (100, 1)
-    sign = "+" if signed else ""
-    numbers = [estimate.mean] + ([estimate.interval.low, estimate.interval.high] if estimate.interval else [])
-    mean, *ends = (f"{scale * number:{sign}.{digits}f}" for number in numbers)
-    return f"{mean} ({ends[0]} to {ends[1]})" if ends else mean
+def stage_table(summaries: Mapping[int, Mapping[str, Any]]) -> list[list[str]]:
+    """Return the rates of each stage of the mrDPO runs, the header first."""
+    lines = [["seed", "stage", *RATES.values()]]
+    for seed, summary in summaries.items():
+        stages = {"SFT": summary["sft"]} | {f"round {i}": rates for i, rates in enumerate(summary["rounds"], start=1)}
+        stages |= {"rebirth": summary["rebirth"]} if summary["rebirth"] else {}
+        lines += [[str(seed), name, *(f"{100 * rates[key]:.1f}" for key in RATES)] for name, rates in stages.items()]
+    return lines
 
 
 def row_table(estimates: Mapping[str, Mapping[str, Estimate]]) -> list[list[str]]:
-    """The table of rows, its head first."""
-    lines = [["", *COLUMNS.values(), "their Total %"]]
+    """Return the table of variants, the header first."""
+    lines = [["", *COLUMNS.values(), "published Total %"]]
     for name, values in estimates.items():
-        theirs = ROWS[name].theirs
-        told = [tell(values[measure], measure) for measure in COLUMNS]
-        lines.append([ROWS[name].title, *told, "" if theirs is None else f"{theirs}"])
+        published = ROWS[name].published_total
+        cells = [values[measure].to_text(measure) for measure in COLUMNS]
+        lines.append([ROWS[name].title, *cells, "" if published is None else f"{published}"])
     return lines
 
 
-def compare(estimates: Mapping[str, Mapping[str, Estimate]]) -> list[tuple[Claim, dict[str, Estimate]]]:
-    """Each claim whose rows are there, with the differences of its second row from its first."""
-    return [
-        (
-            claim,
-            {name: value.minus(estimates[claim.first][name]) for name, value in estimates[claim.second].items()},
-        )
-        for claim in CLAIMS
-        if claim.first in estimates and claim.second in estimates
-    ]
-
-
-def claim_table(compared: Sequence[tuple[Claim, Mapping[str, Estimate]]]) -> list[list[str]]:
-    """The table of claims, its head first."""
+def hypothesis_table(differences: Mapping[Hypothesis, Mapping[str, Estimate]]) -> list[list[str]]:
+    """Return the table of hypotheses, the header first."""
     shown = ("total", "repetition", "qa_accuracy", "kl")
-    lines = [["finding", *(COLUMNS[measure] for measure in shown), "expected", "seen here"]]
-    for claim, differences in compared:
-        told = [tell(differences[measure], measure, signed=True) for measure in shown]
-        expected = f"{COLUMNS[claim.measure].removesuffix(' %')} {claim.direction}"
-        lines.append([claim.text, *told, expected, judge(claim, differences[claim.measure])])
+    lines = [["difference", *(COLUMNS[measure] for measure in shown), "expected", "result"]]
+    for hypothesis, values in differences.items():
+        cells = [values[measure].to_text(measure, signed=True) for measure in shown]
+        expected = f"{COLUMNS[hypothesis.measure].removesuffix(' %')} {hypothesis.direction}"
+        lines.append([hypothesis.text, *cells, expected, judge(hypothesis, values[hypothesis.measure])])
     return lines
 
 
-def find_stopped(settings: Settings) -> dict[str, str]:
-    """Runs whose rounds ended before their number, and why: their rows have had fewer steps."""
-    names = [f"seed_{seed}/{way}" for seed in settings.seeds for way in settings.ways]
-    reasons = {name: read_json(settings.out / name / "summary.json")["stopped"] for name in names}
-    return {name: reason for name, reason in reasons.items() if reason}
-
-
-def report(settings: Settings) -> None:
-    """Write results.json and table.md, and print the tables."""
-    estimates, stopped = read_estimates(settings), find_stopped(settings)
-    compared = compare(estimates)
+def report(ablation: Ablation) -> None:
+    """Print the tables and write them to results.json and table.md."""
+    estimates = read_estimates(ablation)
+    differences = {
+        one: {name: value - estimates[one.first][name] for name, value in estimates[one.second].items()}
+        for one in HYPOTHESES
+        if one.first in estimates and one.second in estimates
+    }
+    summaries = {seed: read_json(ablation.folder(BASE, seed) / "summary.json") for seed in ablation.seeds}
+    goals = {seed: check_goals(summary) for seed, summary in summaries.items()}
     text = []
-    for lines in (row_table(estimates), claim_table(compared)):
+    for lines in (stage_table(summaries), row_table(estimates), hypothesis_table(differences)):
         table = Table(*lines[0])
         for line in lines[1:]:
             table.add_row(*line)
         console.print(table)
         head, *body = ("| " + " | ".join(line) + " |" for line in lines)
         text += [head, "| --- |" + " ---: |" * (len(lines[0]) - 1), *body, ""]
-    for name, reason in stopped.items():
-        console.print(f"{name} has had fewer rounds: {reason}")
-        text += [f"{name} has had fewer rounds: {reason}", ""]
-    write_text(settings.out / "table.md", "\n".join(text))
-    findings = [
-        vars(claim) | {"seen": judge(claim, values[claim.measure]), "differences": to_json(values)}
-        for claim, values in compared
+    notes = [
+        f"seed {seed}: {goal}: {'yes' if reached else 'NO'}" for seed in goals for goal, reached in goals[seed].items()
     ]
-    rows = {name: to_json(values) for name, values in estimates.items()}
-    results = {"seeds": settings.seeds, "rows": rows, "findings": findings, "stopped": stopped}
-    write_json(settings.out / "results.json", results)
-    console.print(f"written: {settings.out / 'results.json'} and table.md beside it")
+    runs = [f"seed_{seed}/{variant}" for seed in ablation.seeds for variant in ablation.variants]
+    reasons = {name: read_json(ablation.out / name / "summary.json")["stopped"] for name in runs}
+    stopped = {name: reason for name, reason in reasons.items() if reason}
+    notes += [f"{name} stopped early: {reason}" for name, reason in stopped.items()]
+    console.print("\n".join(notes))
+    write_text(ablation.out / "table.md", "\n".join([*text, *(f"{note}\n" for note in notes)]))
+    findings = [
+        vars(one) | {"result": judge(one, values[one.measure]), "differences": values}
+        for one, values in differences.items()
+    ]
+    results = {"seeds": ablation.seeds, "rows": estimates, "hypotheses": findings, "goals": goals, "stopped": stopped}
+    write_text(ablation.out / "results.json", json.dumps(results, indent=2, default=Estimate.to_json) + "\n")
+    console.print(f"wrote results.json and table.md to {ablation.out}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("run/ablation"), help="folder for all runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="of training; clips: 200 + seed")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="runs, mrdpo among them")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one process and one thread each")
-    parser.add_argument("--rounds", type=int, default=3, help="of DPO")
-    parser.add_argument("--steps", type=int, default=50, help="of each round")
-    values, extra = parser.parse_known_args(args)
-    if BASE not in values.ways or not 1 <= len(values.seeds) <= max(T_QUANTILES) or values.jobs < 1:
-        parser.error(f"--ways needs {BASE}, which the others start from; --seeds 1 to {max(T_QUANTILES)}; --jobs 1")
-    settings = Settings(
-        values.out, tuple(values.seeds), tuple(values.ways), values.jobs, values.rounds, values.steps, tuple(extra)
+    """Run the variants and report the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    run_all(settings)
-    report(settings)
+    default = Ablation(Path("run/ablation"))
+    parser.add_argument("--out", type=Path, default=default.out, help="folder of all runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=default.seeds, help="training seeds")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=default.variants, help="runs, with mrdpo")
+    parser.add_argument("--jobs", type=int, default=default.jobs, help="runs at a time, each with one thread")
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="rounds of DPO")
+    parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps of each round")
+    parser.add_argument("--config", type=Path, default=default.config, help="base configuration of the recipe")
+    parser.add_argument("--clips-seed", type=int, default=default.clips_seed, help="seed K has clips of this plus K")
+    values, extra = parser.parse_known_args(args)
+    if BASE not in values.variants or values.jobs < 1:
+        parser.error(f"--variants needs {BASE}, whose results the others start from, and --jobs at least 1")
+    values.seeds, values.variants = tuple(values.seeds), tuple(values.variants)
+    ablation = Ablation(**vars(values), extra=tuple(extra))
+    run_all(ablation)
+    report(ablation)
 
 
 if __name__ == "__main__":

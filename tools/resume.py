@@ -1,12 +1,13 @@
-"""Kill a small mrDPO again and again, at random moments of all its stages, and compare its end with an unbroken run's.
+"""Kill a small mrDPO run at random moments of all its stages, and compare the result with an uninterrupted run.
 
-    python tools/resume.py --kills 20 --processes 1 2
+    python tools/resume.py --num-kills 20 --processes 1 2
 
-Into the folder OUT: `whole_N_processes/` is the unbroken run, `broken_N_processes/` the one whose processes all get
-SIGKILL so many times, each time to be started again by the same command. The stages to be hit are drawn first, each
-once before any twice, then the moment within each. At last all files of both are compared byte by byte; `report.json`
-tells every kill and every file, and the exit code is 1 if one differs. It runs on the CPU, where sums have one order.
-Ten minutes on 2 cores. Further flags go to the recipe: `--strategy zero3`.
+Writes to the folder OUT: `whole_N_processes/` is the uninterrupted run, `broken_N_processes/` the run whose processes
+receive SIGKILL `num_kills` times, each time to be started again by the same command. The stages to hit are sampled
+first, each once before any is hit twice, then the moment within each stage. At the end all files of the two runs are
+compared byte by byte. `report.json` lists every kill and every file; the exit code is 1 if a file differs. The runs
+use the CPU, where sums have a fixed order, and take ten minutes on 2 cores. Other flags are passed on to the recipe,
+for example `--strategy zero3`.
 """
 
 import argparse
@@ -38,25 +39,25 @@ SIZES = {
     "fit.batch_size": 4, "fit.checkpoint_every": 2, "rebirth.fit.steps": 10, "rebirth.fit.batch_size": 4,
     "rebirth.fit.checkpoint_every": 2, "early_stopping.min_margin": "null", "early_stopping.max_worsening": 1,
 }  # fmt: skip
-# What differs from run to run by its nature: figures of time and memory in steps.jsonl, the day and hour of judging in
-# scores.jsonl, TensorBoard's files, which hold times and of which each start makes one, and PEFT's model card, which is
-# words about an adapter and no part of it.
+# These differ between equal runs: times and memory in steps.jsonl, the date in scores.jsonl, TensorBoard's event files
+# (one for each start, with times), and the model card that PEFT writes beside an adapter.
 TIMED = ("seconds", "wait_seconds", "tokens_per_second", "memory_gib", "date")
 NOT_COMPARED = ("events.out.tfevents.", "README.md", "log_")
-KILL_COLUMNS = ("aimed at", "seconds", "stage", "steps", "temporary", "went on with", "said")
-SAVING_SECONDS = 0.02  # a checkpoint of so small a model takes less
-PATIENCE_SECONDS = 900  # for one start; a run that hangs is a failure, too
+KILL_COLUMNS = ("target", "seconds", "stage", "steps", "temporary", "resumed with", "messages")
+SAVE_SECONDS = 0.02  # upper bound for a checkpoint of the toy model
+RESUME_MESSAGES = ("goes on", "passed over")  # in log lines of a run that resumes
+TIMEOUT_SECONDS = 900  # for one start; a run that hangs has failed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a run does between the appearing of two files.
+    """A part of a run between the creation of two files.
 
     Args:
-        name: of the stage.
-        begins: path whose appearing begins it; empty for the launch.
-        ends: path whose appearing ends it.
-        checkpoints: folder, in which a new name begins it instead.
+        name: name of the stage.
+        begins: path whose creation begins the stage; empty for the launch.
+        ends: path whose creation ends the stage.
+        checkpoints: folder in which a new name begins the stage instead.
     """
 
     name: str
@@ -64,31 +65,31 @@ class Stage:
     ends: str
     checkpoints: str = ""
 
-    def names(self, folder: Path) -> set[str]:
-        """Checkpoints that are there, whole or half written, without their endings."""
+    def saved_names(self, folder: Path) -> set[str]:
+        """Return the names of complete and partial checkpoints, without suffixes."""
         try:
             return {path.name.lstrip(".").partition(".")[0] for path in (folder / self.checkpoints).iterdir()}
-        except FileNotFoundError:  # not made yet, or gone with the stage
+        except FileNotFoundError:  # before or after the stage
             return set()
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A moment to end a run.
+    """A moment at which to kill a run.
 
     Args:
-        stage: in which.
-        share: of the stage's length, from 0 to 1.
-        count: which new checkpoint, in a stage that saves them.
+        stage: stage to hit.
+        fraction: part of the stage's duration that has passed, from 0 to 1.
+        count: number of new checkpoints to wait for, in a stage that saves them.
     """
 
     stage: Stage
-    share: float
+    fraction: float
     count: int
 
 
-def stages_of(rounds: int) -> list[Stage]:
-    """All stages of mrDPO in their order."""
+def list_stages(rounds: int) -> list[Stage]:
+    """Return the stages of mrDPO in order."""
     stages = [
         Stage("start", "", "run/mrdpo.yaml"),
         Stage("sft: measuring", "run/mrdpo.yaml", "run/sft/heldout/rates.json"),
@@ -99,17 +100,17 @@ def stages_of(rounds: int) -> list[Stage]:
             Stage(f"{name}: sampling", stages[-1].ends, f"{folder}/captions.jsonl"),
             Stage(f"{name}: judging", f"{folder}/captions.jsonl", f"{folder}/scores.jsonl"),
             Stage(f"{name}: pairing", f"{folder}/scores.jsonl", f"{folder}/pairs.jsonl"),
-            *_fitting(name, folder, f"{folder}/pairs.jsonl"),
+            *_training_stages(name, folder, f"{folder}/pairs.jsonl"),
         ]
     return [
         *stages,
         Stage("rebirth: captions", stages[-1].ends, "run/rebirth/captions.jsonl"),
-        *_fitting("rebirth", "run/rebirth", "run/rebirth/captions.jsonl"),
+        *_training_stages("rebirth", "run/rebirth", "run/rebirth/captions.jsonl"),
         Stage("summing up", "run/rebirth/heldout/rates.json", "run/summary.json"),
     ]
 
 
-def _fitting(name: str, folder: str, before: str) -> list[Stage]:
+def _training_stages(name: str, folder: str, before: str) -> list[Stage]:
     adapter, merged, rates = (f"{folder}/{path}" for path in ("adapter", "merged/config.json", "heldout/rates.json"))
     return [
         Stage(f"{name}: training", before, adapter),
@@ -119,33 +120,37 @@ def _fitting(name: str, folder: str, before: str) -> list[Stage]:
     ]
 
 
-def plan(stages: Sequence[Stage], *, kills: int, seed: int) -> list[Kill]:
-    """Moments in the order of a run, each stage hit once before any is hit twice."""
-    draw = random.Random(seed)
+def sample_kills(stages: Sequence[Stage], *, num_kills: int, seed: int) -> list[Kill]:
+    """Sample moments in the order of a run; each stage is hit once before any is hit twice."""
+    generator = random.Random(seed)
     chosen: list[int] = []
-    while len(chosen) < kills:
-        chosen += draw.sample(range(len(stages)), min(len(stages), kills - len(chosen)))
-    return [Kill(stages[place], draw.random(), draw.randint(1, 3)) for place in sorted(chosen)]
+    while len(chosen) < num_kills:
+        chosen += generator.sample(range(len(stages)), min(len(stages), num_kills - len(chosen)))
+    return [Kill(stages[index], generator.random(), generator.randint(1, 3)) for index in sorted(chosen)]
 
 
-def lengths_of(stages: Sequence[Stage], folder: Path, *, launched: float) -> dict[str, float]:
-    """Seconds of each stage of a finished run, by when its files took their names; `launched` in seconds since 1970."""
+def measure_stages(stages: Sequence[Stage], folder: Path, *, launched: float) -> dict[str, float]:
+    """Return the seconds that each stage of a finished run took, by the change times of its files.
 
-    def appeared(path: str) -> float:
+    Args:
+        launched: start of the run in seconds since the epoch.
+    """
+
+    def created(path: str) -> float:
         return (folder / path).stat().st_ctime if path else launched
 
     return {
-        stage.name: SAVING_SECONDS if stage.checkpoints else max(0.0, appeared(stage.ends) - appeared(stage.begins))
+        stage.name: SAVE_SECONDS if stage.checkpoints else max(0.0, created(stage.ends) - created(stage.begins))
         for stage in stages
     }
 
 
 class Trial:
-    """One command, started again and again in one folder.
+    """A command that is started several times in one folder.
 
     Args:
-        line: the command line.
-        folder: where it runs; new and empty.
+        line: command line.
+        folder: working directory, which is emptied first.
     """
 
     def __init__(self, line: Sequence[str], folder: Path) -> None:
@@ -156,7 +161,7 @@ class Trial:
         self.starts = 0
 
     def start(self) -> subprocess.Popen:
-        """Start it once more, with a log of its own."""
+        """Start the command, with a log of its own."""
         self.starts += 1
         with self.log_path.open("w") as log:
             environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
@@ -164,71 +169,72 @@ class Trial:
 
     @property
     def log_path(self) -> Path:
-        """What the latest start said."""
+        """Log of the latest start."""
         return self.folder / f"log_{self.starts:02}.txt"
 
     def finish(self) -> None:
-        """Start it and let it end.
+        """Start the command and wait for its end.
 
         Raises:
-            RuntimeError: it fails, or hangs.
+            RuntimeError: the command fails or hangs.
         """
         process = self.start()
         try:
-            process.wait(PATIENCE_SECONDS)
+            process.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
             kill_family(process)
         self.require_success(process)
 
     def require_success(self, process: subprocess.Popen) -> None:
-        """Refuse a start that ended otherwise than well by itself."""
+        """Raise a RuntimeError with the end of the log if the exit code is not 0."""
         if process.returncode:
             last = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-20:])
             raise RuntimeError(f"start {self.starts} in {self.folder} ended with code {process.returncode}:\n{last}")
 
-    def break_off(self, kill: Kill, lengths: Mapping[str, float]) -> dict:
-        """Start it and kill all its processes at a moment; what was on disk then.
+    def kill_at(self, kill: Kill, durations: Mapping[str, float]) -> dict:
+        """Start the command and kill all its processes at a moment.
 
         Returns:
-            The moment, in words and figures; `ended` if the run came to its end before.
+            The moment and the progress on disk; `ended` is true if the run finished before it could be killed.
         """
         stage, begun_before = kill.stage, self.has(kill.stage.begins)
-        names = stage.names(self.folder)
+        names = stage.saved_names(self.folder)
+
+        def has_begun() -> bool:
+            if not stage.checkpoints:
+                return self.has(stage.begins)
+            # The last checkpoints may be missed or come from an earlier start; then wait for the end of the stage.
+            return len(stage.saved_names(self.folder) - names) >= kill.count or self.has(stage.ends)
+
         process, launched = self.start(), time.monotonic()
         if begun_before and not stage.checkpoints:
-            # Killed here before: the moment lies anywhere from the new start to the stage's end.
-            length = lengths["start"] + lengths[stage.name]
+            # Killed here before: the moment is anywhere between the new start and the end of the stage.
+            seconds = durations["start"] + durations[stage.name]
         else:
-            self._wait(process, lambda: self._begun(kill, names), seconds=PATIENCE_SECONDS)
-            length = lengths[stage.name]
-        # A stage may be quicker than it was in the unbroken run.
-        over_before = self.has(stage.ends)
-        self._wait(process, lambda: not over_before and self.has(stage.ends), seconds=kill.share * length)
-        ended, seconds = process.poll() is not None, time.monotonic() - launched
+            self._wait(process, has_begun, seconds=TIMEOUT_SECONDS)
+            seconds = durations[stage.name]
+        ended_before = self.has(stage.ends)
+        # A stage may be faster than in the uninterrupted run.
+        self._wait(process, lambda: not ended_before and self.has(stage.ends), seconds=kill.fraction * seconds)
+        ended, elapsed = process.poll() is not None, time.monotonic() - launched
         kill_family(process)
         if ended:
             self.require_success(process)
-        return {"aimed at": stage.name, "seconds": round(seconds, 2), "ended": ended, **on_disk(self.folder)}
+        return {"target": stage.name, "seconds": round(elapsed, 2), "ended": ended, **read_progress(self.folder)}
 
-    def _wait(self, process: subprocess.Popen, until: Callable[[], bool], *, seconds: float) -> None:
-        """Wait for something on disk, for the process's end, or so long."""
+    def _wait(self, process: subprocess.Popen, condition: Callable[[], bool], *, seconds: float) -> None:
+        """Wait until the condition holds, the process ends, or time is over."""
         deadline = time.monotonic() + seconds
-        while process.poll() is None and not until() and time.monotonic() < deadline:
+        while process.poll() is None and not condition() and time.monotonic() < deadline:
             time.sleep(0.001)
 
     def has(self, path: str) -> bool:
-        """Whether a file or folder is there."""
+        """Return whether a file or folder exists."""
         return (self.folder / path).exists()
-
-    def _begun(self, kill: Kill, names: set[str]) -> bool:
-        if not kill.stage.checkpoints:
-            return self.has(kill.stage.begins)
-        # The last ones may be missed, or be there from an earlier start: then the stage's end has to do.
-        return len(kill.stage.names(self.folder) - names) >= kill.count or self.has(kill.stage.ends)
 
 
 def kill_family(process: subprocess.Popen) -> None:
-    """SIGKILL to a launcher and all processes below it, which stand in sessions of their own."""
+    """Send SIGKILL to a launcher and all its descendants, which have sessions of their own."""
     if process.poll() is not None:
         return
     head = psutil.Process(process.pid)
@@ -239,101 +245,97 @@ def kill_family(process: subprocess.Popen) -> None:
     process.wait(timeout=30)
 
 
-def files_of(folder: Path) -> dict[str, Path]:
-    """All files by their paths from a folder, but those that are not compared."""
+def list_files(folder: Path) -> dict[str, Path]:
+    """Return the files to compare by their paths relative to a folder."""
     paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: path for name, path in paths.items() if not path.name.startswith(NOT_COMPARED)}
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a path is of something half written, or kept only until its stage ends."""
+    """Return whether a path belongs to a partial file or to one that is deleted at the end of its stage."""
     return any(part.startswith(".") or part in ("checkpoints", "captions.parts") for part in Path(name).parts)
 
 
-def on_disk(folder: Path) -> dict:
-    """How far a run has come: its latest stage, figures of steps, and what is there for a while only."""
-    begun = [stage.name for stage in stages_of(ROUNDS) if not stage.checkpoints and (folder / stage.begins).exists()]
+def read_progress(folder: Path) -> dict:
+    """Return the latest stage of a run, its numbers of steps, and its temporary files."""
+    begun = [stage.name for stage in list_stages(ROUNDS) if not stage.checkpoints and (folder / stage.begins).exists()]
     steps = [path.read_bytes().count(b"\n") for path in sorted(folder.glob("run/*/steps.jsonl"))]
-    temporary = [name for name in files_of(folder) if is_temporary(name)]
+    temporary = [name for name in list_files(folder) if is_temporary(name)]
     return {"stage": begun[-1], "steps": steps, "temporary": temporary}
 
 
-def first_made(folder: Path, before: set[str]) -> str:
-    """The first file that a start made: where it went on."""
-    made = [path for name, path in files_of(folder).items() if name not in before and not is_temporary(name)]
-    return str(min(made, key=lambda path: path.stat().st_ctime).relative_to(folder)) if made else ""
+def first_new_file(folder: Path, before: set[str]) -> str:
+    """Return the first file that a start created, which shows where it resumed."""
+    new = [path for name, path in list_files(folder).items() if name not in before and not is_temporary(name)]
+    return str(min(new, key=lambda path: path.stat().st_ctime).relative_to(folder)) if new else ""
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, without its figures of time and memory."""
+    """Return the SHA-256 of a file, without times and memory sizes."""
     content = path.read_bytes()
     if path.name in ("steps.jsonl", "scores.jsonl"):
-        with suppress(json.JSONDecodeError):  # with a line that was cut off it is another file as it is
-            content = json.dumps([json.loads(line, object_hook=_timeless) for line in content.splitlines()]).encode()
+
+        def remove_times(fields: dict) -> dict:
+            return {key: value for key, value in fields.items() if key not in TIMED}
+
+        with suppress(json.JSONDecodeError):  # a truncated line makes the file differ as it is
+            content = json.dumps([json.loads(line, object_hook=remove_times) for line in content.splitlines()]).encode()
     return hashlib.sha256(content).hexdigest()
 
 
-def _timeless(figures: dict) -> dict:
-    return {key: value for key, value in figures.items() if key not in TIMED}
-
-
 def compare(whole: Path, broken: Path) -> dict[str, str]:
-    """What came of each file: `identical`, `differs`, `missing`, `too many`, or `left over` if it is temporary."""
-    expected, seen = files_of(whole), files_of(broken)
+    """Compare all files: `identical`, `differs`, `missing`, `unexpected`, or `left over` for a temporary file."""
+    expected, seen = list_files(whole), list_files(broken)
     verdicts = {}
     for name in sorted(expected | seen):
         if name not in seen:
             verdicts[name] = "missing"
         elif name not in expected:
             hidden = any(part.startswith(".") for part in Path(name).parts)
-            verdicts[name] = "left over" if hidden else "too many"
+            verdicts[name] = "left over" if hidden else "unexpected"
         else:
             verdicts[name] = "identical" if digest(expected[name]) == digest(seen[name]) else "differs"
     return verdicts
 
 
-def try_out(line: Sequence[str], folder: Path, *, name: str, kills: int, seed: int) -> dict:
-    """An unbroken run, a broken one, and what the comparison says."""
+def run_test(line: Sequence[str], folder: Path, *, name: str, num_kills: int, seed: int) -> dict:
+    """Run a command uninterrupted and with kills; return the kills and the comparison of all files."""
     console = Console()
     whole, launched = Trial(line, folder / f"whole_{name}"), time.time()
     whole.finish()
     seconds = time.time() - launched
-    stages = [stage for stage in stages_of(ROUNDS) if whole.has(stage.begins) and whole.has(stage.ends)]
-    lengths = lengths_of(stages, whole.folder, launched=launched)
-    console.print(f"{name}: unbroken in {seconds:.0f} s; {kills} kills in {len(stages)} stages")
+    stages = [stage for stage in list_stages(ROUNDS) if whole.has(stage.begins) and whole.has(stage.ends)]
+    durations = measure_stages(stages, whole.folder, launched=launched)
+    console.print(f"{name}: uninterrupted in {seconds:.0f} s; {num_kills} kills in {len(stages)} stages")
     broken, moments = Trial(line, folder / f"broken_{name}"), list[dict]()
-    for kill in plan(stages, kills=kills, seed=seed):
-        before = set(files_of(broken.folder))
-        moment = broken.break_off(kill, lengths)
-        _tell_how_it_went_on(moments, broken, before)
-        moments.append(moment)
-        console.print(f"{name}: kill {len(moments)}, {moment['seconds']} s after its start, {moment['stage']}")
-    before = set(files_of(broken.folder))
-    broken.finish()
-    _tell_how_it_went_on(moments, broken, before)
+    for kill in [*sample_kills(stages, num_kills=num_kills, seed=seed), None]:
+        before, moment = set(list_files(broken.folder)), None
+        if kill:
+            moment = broken.kill_at(kill, durations)
+        else:
+            broken.finish()
+        if moments:  # how the start after the previous kill resumed
+            log = broken.log_path.read_text(errors="replace").splitlines()
+            moments[-1]["resumed with"] = first_new_file(broken.folder, before)
+            moments[-1]["messages"] = [text.strip() for text in log if any(word in text for word in RESUME_MESSAGES)]
+        if moment:
+            moments.append(moment)
+            console.print(f"{name}: kill {len(moments)}, {moment['seconds']} s after its start, {moment['stage']}")
     return {
-        "unbroken_seconds": round(seconds, 1),
+        "whole_seconds": round(seconds, 1),
         "all_seconds": round(time.time() - launched, 1),
         "kills": moments,
         "files": compare(whole.folder, broken.folder),
     }
 
 
-def _tell_how_it_went_on(moments: Sequence[dict], trial: Trial, before: set[str]) -> None:
-    """Add to the kill before what the start after it said and made first."""
-    if moments:
-        lines = trial.log_path.read_text(errors="replace").splitlines()
-        moments[-1]["went on with"] = first_made(trial.folder, before)
-        moments[-1]["said"] = [line.strip() for line in lines if "goes on" in line or "passed over" in line]
-
-
-def is_sound(result: Mapping) -> bool:
-    """Whether the broken run ended as the unbroken one did; temporary leftovers are listed, and harm nothing."""
+def is_identical(result: Mapping) -> bool:
+    """Return whether both runs ended with the same files; temporary files may be left over."""
     return set(result["files"].values()) <= {"identical", "left over"}
 
 
 def report(results: Mapping[str, Mapping]) -> None:
-    """Print the kills, the files, and the verdict of each number of processes."""
+    """Print the kills, the files and the result for each number of processes."""
     console = Console(width=160)
     for name, result in results.items():
         kills = Table(*KILL_COLUMNS, title=f"{name}: kills")
@@ -344,33 +346,36 @@ def report(results: Mapping[str, Mapping]) -> None:
         for path, verdict in result["files"].items():
             files.add_row(path, {"identical": "yes", "left over": "left over"}.get(verdict, f"NO: {verdict}"))
         console.print(kills, files)
-        console.print(f"{name}: {len(result['kills'])} kills; identical: {'yes' if is_sound(result) else 'NO'}")
+        console.print(f"{name}: {len(result['kills'])} kills; identical: {'yes' if is_identical(result) else 'NO'}")
 
 
 def command(processes: int, extra: Sequence[str]) -> list[str]:
-    """The recipe's command line at the smallest size."""
+    """Return the command line of the smallest run of the recipe."""
     flags = [f"--{name}={value}" for name, value in SIZES.items()]
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--standalone", f"--nproc_per_node={processes}"]
     return [*launcher, str(ROOT / "recipes" / "mrdpo.py"), *flags, *extra]
 
 
 def main() -> None:
-    """Run, kill, compare, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("run/resume"), help="folder for the runs")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to try")
-    parser.add_argument("--kills", type=int, default=20, help="of each broken run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    """Run the tests and report; exit with code 1 if files differ."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("run/resume"), help="folder of the runs")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to test")
+    parser.add_argument("--num-kills", type=int, default=20, help="kills of each run")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the moments")
     values, extra = parser.parse_known_args()
     results = {}
     for number in values.processes:
         name = f"{number}_processes"
         folder = values.out.resolve()
-        results[name] = try_out(command(number, extra), folder, name=name, kills=values.kills, seed=values.seed)
+        line = command(number, extra)
+        results[name] = run_test(line, folder, name=name, num_kills=values.num_kills, seed=values.seed)
     text = json.dumps({"seed": values.seed, "runs": results}, indent=2) + "\n"
     (values.out / "report.json").write_text(text, encoding="utf-8")
     report(results)
-    sys.exit(0 if all(map(is_sound, results.values())) else 1)
+    sys.exit(0 if all(map(is_identical, results.values())) else 1)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from jsonargparse import Namespace
 
 from salmonn.records import Caption, Failure, read_records
+from tests.launch import forked, kill
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -59,13 +59,12 @@ def test_killed_and_gone_on_with(folder, random_model, videos, tmp_path, caption
     out = tmp_path / "captions.jsonl"
     args = ["caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 6, "--workers", 1]
     process = subprocess.Popen(
-        [BIN / "salmonn", *map(str, args), "--batch-size", "1"], stderr=subprocess.DEVNULL, env=ENVIRONMENT
+        forked(BIN / "salmonn", *args, "--batch-size", "1"), stderr=subprocess.DEVNULL, env=ENVIRONMENT
     )
     while not (out.exists() and out.stat().st_size > 3000):
         assert process.poll() is None, "it came to its end before it could be killed"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(process)
     before = out.read_bytes()
     before = before[: before.rindex(b"\n") + 1]
     assert 3 <= before.count(b"\n") < 40
@@ -152,7 +151,7 @@ def test_torchrun_shares_out(folder, random_model, tmp_path):
     out = tmp_path / "captions.jsonl"
     args = ["caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 6, "--workers", 1]
     result = subprocess.run(
-        [BIN / "torchrun", "--standalone", "--nproc-per-node=2", "--no-python", BIN / "salmonn", *map(str, args)],
+        forked(BIN / "torchrun", "--standalone", "--nproc-per-node=2", "--no-python", BIN / "salmonn", *args),
         capture_output=True, text=True, check=False, timeout=120, env=ENVIRONMENT,
     )  # fmt: skip
     shares = [names(tmp_path / f"captions-{number}-of-2.jsonl") for number in (1, 2)]

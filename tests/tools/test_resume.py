@@ -53,61 +53,61 @@ def stand_in(tool, tmp_path):
 
     def line(flaw: str) -> list[str]:
         (tmp_path / "stand_in.py").write_text(STAND_IN)
-        paths = dict.fromkeys(stage.ends for stage in tool.stages_of(tool.ROUNDS))
+        paths = dict.fromkeys(stage.ends for stage in tool.list_stages(tool.ROUNDS))
         return [sys.executable, str(tmp_path / "stand_in.py"), flaw, *paths]
 
     return line
 
 
 def test_each_stage_is_hit_before_any_is_hit_again(tool):
-    stages = tool.stages_of(1)
+    stages = tool.list_stages(1)
     # 2 at the start, 7 in the round, 5 in rebirth, 1 at the end
     assert len(stages) == 15
-    few, many = (tool.plan(stages, kills=kills, seed=1) for kills in (15, 20))
+    few, many = (tool.sample_kills(stages, num_kills=kills, seed=1) for kills in (15, 20))
     assert [kill.stage for kill in few] == stages
     places = [stages.index(kill.stage) for kill in many]
     assert places == sorted(places) and set(places) == set(range(15)) and len(places) == 20
-    assert all(0 <= kill.share < 1 and 1 <= kill.count <= 3 for kill in many)
-    assert tool.plan(stages, kills=20, seed=1) == many != tool.plan(stages, kills=20, seed=2)
+    assert all(0 <= kill.fraction < 1 and 1 <= kill.count <= 3 for kill in many)
+    assert tool.sample_kills(stages, num_kills=20, seed=1) == many != tool.sample_kills(stages, num_kills=20, seed=2)
 
 
 def test_each_stage_begins_where_one_before_ends(tool):
     ends = [""]
-    for stage in tool.stages_of(2):
+    for stage in tool.list_stages(2):
         assert stage.begins in ends
         ends.append(stage.ends)
     assert ends[-1] == "run/summary.json"
 
 
 def test_a_sound_run_is_found_sound(tool, stand_in, tmp_path):
-    result = tool.try_out(stand_in("none"), tmp_path, name="1", kills=6, seed=3)
-    assert tool.is_sound(result) and len(result["kills"]) == 6
+    result = tool.run_test(stand_in("none"), tmp_path, name="1", num_kills=6, seed=3)
+    assert tool.is_identical(result) and len(result["kills"]) == 6
     assert {"run/summary.json", "run/round_1/adapter", "run/round_2/steps.jsonl"} <= set(result["files"])
     assert not any(name.startswith(("README", "log_")) for name in result["files"])
-    aimed, found = ([kill[key] for kill in result["kills"]] for key in ("aimed at", "stage"))
-    stages = [stage.name for stage in tool.stages_of(tool.ROUNDS) if not stage.checkpoints]
+    aimed, found = ([kill[key] for kill in result["kills"]] for key in ("target", "stage"))
+    stages = [stage.name for stage in tool.list_stages(tool.ROUNDS) if not stage.checkpoints]
     for wanted, seen in zip(aimed, found, strict=True):
         if wanted in stages:  # at its end the next may have begun
             assert stages.index(seen) - stages.index(wanted) in (0, 1)
-    assert all(kill["went on with"] and not kill["ended"] for kill in result["kills"])
+    assert all(kill["resumed with"] and not kill["ended"] for kill in result["kills"])
     tool.report({"1": result})
 
 
 def test_a_checkpoint_is_hit_while_it_is_written(tool, stand_in, tmp_path):
-    stages = {stage.name: stage for stage in tool.stages_of(tool.ROUNDS)}
+    stages = {stage.name: stage for stage in tool.list_stages(tool.ROUNDS)}
     trial = tool.Trial(stand_in("none"), tmp_path / "trial")
-    kill = tool.Kill(stages["round 2: saving a checkpoint"], share=0.0, count=3)
-    moment = trial.break_off(kill, dict.fromkeys(stages, 0.02))
+    kill = tool.Kill(stages["round 2: saving a checkpoint"], fraction=0.0, count=3)
+    moment = trial.kill_at(kill, dict.fromkeys(stages, 0.02))
     # Two are whole, the third is half written, or whole by the time that it is hit.
     folder = "run/round_2/checkpoints"
     assert moment["temporary"][-2:] == [f"{folder}/step_0", f"{folder}/step_1"]
     assert [name.count("step_2") for name in moment["temporary"]].count(1) == 1 and not moment["ended"]
 
 
-@pytest.mark.parametrize(("flaw", "verdict"), [("forgets", "differs"), ("litters", "too many")])
+@pytest.mark.parametrize(("flaw", "verdict"), [("forgets", "differs"), ("litters", "unexpected")])
 def test_a_flaw_is_found(tool, stand_in, tmp_path, flaw, verdict):
-    result = tool.try_out(stand_in(flaw), tmp_path, name="1", kills=2, seed=0)
-    assert not tool.is_sound(result) and verdict in result["files"].values()
+    result = tool.run_test(stand_in(flaw), tmp_path, name="1", num_kills=2, seed=0)
+    assert not tool.is_identical(result) and verdict in result["files"].values()
 
 
 def test_times_and_temporary_files_harm_nothing(tool, tmp_path):
@@ -124,23 +124,23 @@ def test_times_and_temporary_files_harm_nothing(tool, tmp_path):
     assert verdicts == {
         "run/.scores.jsonl.7.tmp": "left over", "run/scores.jsonl": "identical", "run/steps.jsonl": "identical",
     }  # fmt: skip
-    assert tool.is_sound({"files": verdicts})
+    assert tool.is_identical({"files": verdicts})
     (broken / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.6, "seconds": 1.0}) + "\n")
     (broken / "run" / "scores.jsonl").unlink()
     (broken / "run" / "checkpoints").mkdir()
     (broken / "run" / "checkpoints" / "step_1").touch()
     verdicts = tool.compare(whole, broken)
     assert verdicts["run/steps.jsonl"] == "differs" and verdicts["run/scores.jsonl"] == "missing"
-    assert verdicts["run/checkpoints/step_1"] == "too many" and not tool.is_sound({"files": verdicts})
+    assert verdicts["run/checkpoints/step_1"] == "unexpected" and not tool.is_identical({"files": verdicts})
 
 
 def test_a_run_that_fails_is_told(tool, tmp_path):
     trial = tool.Trial([sys.executable, "-c", "raise SystemExit('no such clip')"], tmp_path / "trial")
     with pytest.raises(RuntimeError, match="no such clip"):
         trial.finish()
-    kill = tool.plan(tool.stages_of(1), kills=1, seed=0)[0]
+    kill = tool.sample_kills(tool.list_stages(1), num_kills=1, seed=0)[0]
     with pytest.raises(RuntimeError, match=r"(?s)start 2 .*no such clip"):
-        trial.break_off(kill, {kill.stage.name: 600.0})
+        trial.kill_at(kill, {kill.stage.name: 600.0})
 
 
 def test_the_smallest_run_has_all_stages(tool, load_recipe):

@@ -26,6 +26,7 @@ from salmonn.train.evaluate import (
     sample_captions,
 )
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
+from tests.launch import forked
 
 DRAW = SampleConfig(Sampling(temperature=1.0, max_new_tokens=12), seed=7, num_samples=2)
 
@@ -76,7 +77,8 @@ clips = ClipSet(read_records(root / "clips.jsonl", Reference), root)
 def test_two_processes_make_the_same(captioner, clips, random_model, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     launcher = Path(sys.executable).with_name("torchrun")
-    line = [launcher, "--standalone", "--nproc_per_node=2", tmp_path / "script.py", tmp_path, random_model, clips.root]
+    arguments = [tmp_path / "script.py", tmp_path, random_model, clips.root]
+    line = forked(launcher, "--standalone", "--nproc_per_node=2", *arguments)
     root = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False, env=root)
     assert result.returncode == 0, result.stderr

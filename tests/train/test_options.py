@@ -19,6 +19,7 @@ from salmonn.train.checkpoint import Checkpoints, load_trained
 from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split
 from salmonn.train.loop import Callback, FitConfig, FitContext, fit, learning_rate_at
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from tests.launch import forked
 
 STEADY = LoraConfig(rank=4, dropout=0.0)
 TIMED = ("tokens_per_second", "memory_gib", "wait_seconds", "seconds")
@@ -324,8 +325,9 @@ def test_pieces_on_two_processes(clips, tmp_path):
     arguments = [script, SHIPPED_MODEL, clips.root, tmp_path]
     torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2"]
     for launcher in ([sys.executable], torchrun):
-        line = list(map(str, [*launcher, *arguments]))
-        subprocess.run(line, check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            forked(*launcher, *arguments), check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
     alone, first, second = (
         torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("1-0", "2-0", "2-1")
     )

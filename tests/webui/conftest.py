@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
 
 from salmonn.records import write_json, write_text
 from salmonn.score.metrics import Rates
+from tests.launch import forked
 from tests.score.browser import start_browser
 
 START_SECONDS = 120
@@ -59,7 +60,7 @@ def start_demo(folder: Path, *flags: object, command: Sequence[object] = (SALMON
         os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp"), "no_proxy": "127.0.0.1,localhost"} | names
     )
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen([*map(str, command), *map(str, flags)], stderr=log, stdout=log, env=env)
+        process = subprocess.Popen(forked(*command, *flags), stderr=log, stdout=log, env=env)
     begin = time.monotonic()
     while "the page is at " not in (log := (folder / "log").read_text()):
         if process.poll() is not None or time.monotonic() - begin > START_SECONDS:
