@@ -1,4 +1,4 @@
-"""Recipes run for real, at the smallest size that still gives preference pairs."""
+"""Launch recipes at the smallest size that still gives preference pairs."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import pytest
 from tests.launch import forked
 
 ROOT = Path(__file__).parents[2]
-# Three seconds with one or two things to see and one to hear: short captions, few tokens, quick to film.
+# Clips of three seconds with one or two visual events and one sound: short captions, few tokens, fast to render.
 SIZES = {
     "synth.clips": 8, "synth.seed": 5, "synth.min_seconds": 3, "synth.max_seconds": 3, "synth.min_visual": 1,
     "synth.max_visual": 2, "synth.min_sounds": 1, "synth.max_sounds": 1, "heldout_clips": 3,
@@ -23,7 +23,7 @@ SFT = SIZES | {
 
 
 def command(recipe: str, *, processes: int = 0, **options: object) -> list[str]:
-    """The command line of a recipe; 0 processes start it without torchrun."""
+    """Return the command line of a recipe; with 0 processes, without torchrun."""
     launcher = ["python"] if not processes else ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
     launcher[0] = str(Path(sys.executable).with_name(launcher[0]))
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
@@ -31,7 +31,7 @@ def command(recipe: str, *, processes: int = 0, **options: object) -> list[str]:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to a launcher and all its processes, which stand in sessions of their own."""
+    """Send SIGKILL to a launcher and all its processes, which have sessions of their own."""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
@@ -39,8 +39,8 @@ def kill(process: subprocess.Popen) -> None:
     process.wait(timeout=30)
 
 
-def execute(line: list[str], *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a command line to its end; one that hangs leaves no process behind."""
+def execute(line: list[str], *, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end; kill all its processes after the timeout."""
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         out, err = process.communicate(timeout=timeout)
@@ -70,7 +70,7 @@ def command_of() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def taught(shared) -> Path:
-    """`model/`, which says words of the synthetic world after 28 steps from nothing, and its `clips/`."""
+    """Folder with `model/`, trained from scratch for 28 steps on captions and questions, and its `clips/`."""
 
     def make(folder: Path) -> None:
         result = run("sft", processes=1, out=folder / "model", clips_dir=folder / "clips", **SFT)
@@ -81,11 +81,11 @@ def taught(shared) -> Path:
 
 @pytest.fixture(scope="session")
 def taught_flags() -> dict[str, object]:
-    """Flags that the model was taught with."""
+    """Flags that the model was trained with."""
     return SFT
 
 
 @pytest.fixture(scope="session")
 def sizes() -> dict[str, object]:
-    """Flags of the clips that the model was taught on."""
+    """Flags of the clips that the model was trained on."""
     return SIZES

@@ -1,8 +1,8 @@
-"""A recipe that is killed, as by kill -9, at a chosen point of its own work.
+"""Run a recipe that kills itself by SIGKILL at a chosen point.
 
     kill_at.py POINT RECIPE.py FLAGS...
 
-Ends with SIGKILL once it gets there; the point is told on stdout before. Without getting there it runs to its end.
+Writes `killed` to stdout first. A recipe that does not reach the point runs to its end.
 """
 
 import os
@@ -17,10 +17,7 @@ import torch
 
 from salmonn.caption import captioner
 from salmonn.model import lora
-from salmonn.train import checkpoint, evaluate, preference
-from salmonn.train import feature_cache as tokens
-from salmonn.train import rounds as pairing
-from salmonn.train import run_folder as stages
+from salmonn.train import checkpoint, evaluate, feature_cache, preference, rounds, run_folder
 
 
 def kill() -> None:
@@ -30,7 +27,7 @@ def kill() -> None:
 
 
 def before(module: Any, name: str, *, when: Callable[..., bool] = lambda *_, **__: True, calls: int = 1) -> None:
-    """Kill at the call of that number for which `when` holds, before it does anything."""
+    """Kill before the `calls`-th call for which `when` is true."""
     original, seen = getattr(module, name), []
 
     def wrapped(*args: Any, **options: Any) -> Any:
@@ -44,7 +41,7 @@ def before(module: Any, name: str, *, when: Callable[..., bool] = lambda *_, **_
 
 
 def after(module: Any, name: str) -> None:
-    """Kill when a call has done its work."""
+    """Kill after a call has returned."""
     original = getattr(module, name)
 
     def wrapped(*args: Any, **options: Any) -> None:
@@ -55,7 +52,7 @@ def after(module: Any, name: str) -> None:
 
 
 def half_written(module: Any, name: str) -> None:
-    """Kill in the midst of writing a file."""
+    """Kill when a file is half written."""
 
     def wrapped(_: Any, path: str, **__: Any) -> None:
         Path(path).write_bytes(b"half of it")
@@ -69,12 +66,12 @@ def named(name: str) -> Callable[..., bool]:
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "tokens": lambda: half_written(tokens, "save_file"),
-    # The second batch of captions is drawn and not written, the first one is.
+    "tokens": lambda: half_written(feature_cache, "save_file"),
+    # The second batch of captions has been sampled but not written.
     "sampling": lambda: before(evaluate, "write_records", when=lambda path, _: "parts" in str(path), calls=2),
-    "captions": lambda: before(stages, "write_records", when=named("captions.jsonl")),
-    "judging": lambda: before(pairing, "write_scores"),
-    "pairing": lambda: before(stages, "write_records", when=named("pairs.jsonl")),
+    "captions": lambda: before(run_folder, "write_records", when=named("captions.jsonl")),
+    "judging": lambda: before(rounds, "write_scores"),
+    "pairing": lambda: before(run_folder, "write_records", when=named("pairs.jsonl")),
     "reference": lambda: before(preference, "write_json"),
     "step": lambda: before(torch.optim.AdamW, "step", calls=2),
     "checkpoint": lambda: half_written(checkpoint, "save_file"),
