@@ -27,7 +27,7 @@ def forked(*line: object) -> list[str]:
 def kill(process: subprocess.Popen) -> None:
     """Kill what a `forked` command line has started by SIGKILL, and wait for it; it ends by SIGKILL too."""
     process.send_signal(KILL)
-    process.wait(timeout=60)
+    process.wait(timeout=300)
 
 
 @cache
@@ -46,7 +46,7 @@ def socket_path() -> Path:
 
     def stop() -> None:
         server.stdin.close()
-        server.wait(timeout=60)
+        server.wait(timeout=300)
         folder.cleanup()
 
     atexit.register(stop)

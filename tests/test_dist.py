@@ -104,7 +104,7 @@ def torchrun(*line: object, fresh: bool = False) -> subprocess.CompletedProcess[
     words = [str(part) for part in (launcher, "--standalone", "--nproc_per_node=2", *line)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = words if fresh else forked(*words)
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
 
 
 def start_alone(*line: object, size: int) -> list[tuple[int, str]]:
@@ -119,7 +119,7 @@ def start_alone(*line: object, size: int) -> list[tuple[int, str]]:
         command = forked(sys.executable, *line)
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env))
     try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
+        said = [process.communicate(timeout=900)[1] for process in processes]
         return [(process.returncode, words) for process, words in zip(processes, said, strict=True)]
     finally:
         for process in processes:

@@ -116,7 +116,7 @@ def stage(known, random_plus, serve, tmp_path):
         "OPENAI_BASE_URL": judge.url,
     }  # fmt: skip
 
-    def run(script, *, timeout=400):
+    def run(script, *, timeout=900):
         for said, meant in {
             ".venv/bin/": "",
             ". .venv/bin/activate": "true",
@@ -179,7 +179,7 @@ def test_commands_run(stage, page):
 def python(stage, script):
     return subprocess.run(
         forked(sys.executable, "-c", script),
-        cwd=stage.folder, env=stage.environment, capture_output=True, text=True, timeout=300, check=False,
+        cwd=stage.folder, env=stage.environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
 
@@ -208,10 +208,10 @@ def test_servers_start_answer_and_end(stage, name):
             assert len(result.stdout.split()) > 3
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=60) == 0, log.read_text()
+        assert server.wait(timeout=300) == 0, log.read_text()
 
 
-def wait_for(address, server, log, *, seconds=120):
+def wait_for(address, server, log, *, seconds=600):
     end = time.monotonic() + seconds
     while True:
         assert server.poll() is None and time.monotonic() < end, log.read_text()
@@ -232,7 +232,7 @@ def test_the_site_is_made_without_warnings(tmp_path):
     """Strict: a link that leads nowhere, or a page that no list names, ends it."""
     result = subprocess.run(
         [str(BIN / "mkdocs"), "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     index = (tmp_path / "site" / "index.html").read_text()

@@ -35,8 +35,8 @@ def kill(process: subprocess.Popen) -> None:
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
         member.kill()
-    psutil.wait_procs(family, timeout=30)
-    process.wait(timeout=30)
+    psutil.wait_procs(family, timeout=300)
+    process.wait(timeout=300)
 
 
 def execute(line: list[str], *, timeout: float = 900) -> subprocess.CompletedProcess[str]:

@@ -162,7 +162,7 @@ def test_killed_at_every_stage_and_started_again(finished, command_of, launch, f
     python, recipe, *options = command_of("mrdpo", out=out, **flags | kept)
     for number, point in enumerate(POINTS):
         line = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
-        result = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        result = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (number, point, result.stderr)
     result = launch("mrdpo", out=out, **flags | kept)
     assert result.returncode == 0, result.stderr
@@ -202,7 +202,7 @@ from salmonn.train.run_folder import kept
 
 dist.setup(threads=1)
 dist.barrier()
-signal.alarm(30)  # ranks that wait for each other in different places would do so for hours
+signal.alarm(600)  # ranks that wait for each other in different places would do so for hours
 if dist.rank() == 1:
     time.sleep(2)
 assert load_or_create(Path(sys.argv[1]), Caption, lambda: [Caption("a.mp4", "a star")]) == [Caption("a.mp4", "a star")]
@@ -216,7 +216,7 @@ def test_a_rank_that_comes_late_to_a_stage_hangs_no_run(command_of, tmp_path):
     (tmp_path / "late.py").write_text(LATE)
     *launcher, _ = command_of("mrdpo", processes=2)
     line = forked(*launcher, tmp_path / "late.py", tmp_path / "pairs.jsonl")
-    result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+    result = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -159,7 +159,7 @@ def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, t
     python, recipe, *options = command_of("sft", out=tmp_path / "tuned", **flags)
     for point in ("step", "mark", "merge", "merged"):
         line = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
-        result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+        result = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (point, result.stderr)
     assert (tmp_path / "tuned" / "checkpoints").is_dir()
     result = launch("sft", out=tmp_path / "tuned", **flags)

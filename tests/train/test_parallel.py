@@ -25,7 +25,7 @@ def launch(strategy, model, clips, out, *, processes, options=("float32",), fres
     line = [*(launcher if processes > 1 else [sys.executable]), SCRIPT, strategy, model, clips, out, *options]
     command = list(map(str, line)) if fresh else forked(*line)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
 
 
 def train(strategy, model, clips, out, *, processes, precision="float32", fresh=False):

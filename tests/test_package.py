@@ -1,0 +1,43 @@
+"""The package: its data files, its license, and a wheel that contains all of them."""
+
+import subprocess
+import sys
+import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DATA = sorted(
+    path.relative_to(ROOT / "salmonn").as_posix()
+    for path in (ROOT / "salmonn").rglob("*")
+    if path.is_file() and path.suffix not in (".py", ".pyc")
+)
+
+
+def test_data_files_are_packaged():
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["salmonn"]
+    assert "tiny/model.safetensors" in DATA
+    assert [name for name in DATA if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+
+
+def test_license_is_that_of_the_project():
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text
+    assert "license: Apache-2.0" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.slow
+def test_wheel_contains_all_files(tmp_path):
+    command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True, timeout=600)
+    (wheel,) = tmp_path.glob("salmonn-*.whl")
+    with ZipFile(wheel) as file:
+        names = set(file.namelist())
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "salmonn").rglob("*.py")}
+    assert code | {f"salmonn/{name}" for name in DATA} <= names
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
