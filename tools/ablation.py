@@ -34,7 +34,7 @@ from salmonn.records import Caption, Reference, Score, atomic_folder, read_json,
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import qa_accuracy
 from salmonn.score.stats import MEASURES, Interval
-from salmonn.train.references import CLIPS_NAME, HELDOUT_OFFSET
+from salmonn.train.references import CLIPS_NAME, HELDOUT_SEED_OFFSET
 
 ROOT = Path(__file__).parent.parent
 NUM_RESAMPLES = 10_000
@@ -366,7 +366,7 @@ def read_estimates(ablation: Ablation) -> dict[str, dict[str, Estimate]]:
 def read_heldout(ablation: Ablation, seed: int) -> list[Reference]:
     """Return the annotations of a seed's held-out clips."""
     num_clips = read_json(ablation.folder(BASE, seed) / "summary.json")["sft"]["clips"]
-    name = f"seed{HELDOUT_OFFSET + ablation.clips_seed + seed}-{num_clips}"
+    name = f"seed{HELDOUT_SEED_OFFSET + ablation.clips_seed + seed}-{num_clips}"
     return read_records(ablation.out / "clips" / name / CLIPS_NAME, Reference)
 
 
