@@ -101,8 +101,8 @@ class Bench:
         """Where the time goes: what is done -> of the clips side by side, and one at a time; nothing overlaps here."""
         captioner, one_word = self.captioner, replace(self.sampling, max_new_tokens=1)
         clips = [captioner.processor.read(path) for path in self.paths]
-        blocks, size = captioner.encode(clips), captioner.processor.config.batch_size
-        answer = partial(captioner.answer, blocks, [captioner.default_prompt()] * len(blocks))
+        features, size = captioner.encode(clips), captioner.processor.config.batch_size
+        answer = partial(captioner.answer, features, [captioner.default_prompt()] * len(features))
 
         def read() -> None:
             for path in self.paths:

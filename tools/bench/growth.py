@@ -79,12 +79,12 @@ def round_of(config: BenchConfig, num_clips: int) -> BenchRow:
     bench = Bench(config)
     bench.compute_reference_logps()
     bench.ours()
-    block = bench.blocks["noise"]
+    clip_features = bench.features["noise"]
     torch.manual_seed(0)
     names = [f"clip {number}" for number in range(num_clips)]
-    blocks = {name: ClipFeatures(torch.randn_like(block.tokens), block.layout) for name in names}
+    features = {name: ClipFeatures(torch.randn_like(clip_features.tokens), clip_features.layout) for name in names}
     pairs = [make_pair(config.sizes, video=name, seed=number) for number, name in enumerate(names)]
-    bench.batches = PreferenceBatches(pairs, blocks, bench.processor, batch_size=BATCH_SIZE, seed=0)
+    bench.batches = PreferenceBatches(pairs, features, bench.processor, batch_size=BATCH_SIZE, seed=0)
     taken: dict[str, Timing] = {}
     memory = peak_mib(lambda: taken.update(interleave({"round": lambda: epoch(bench)}, repeats=1)))
     return memory | {"size": num_clips, "seconds": round(taken["round"].seconds, 3)}

@@ -42,11 +42,11 @@ class NaiveStep:
         pair = self.pair
         texts = {"chosen": pair.chosen, "rejected": pair.rejected, "truth": pair.ground_truth}
         rows = {name: self._row(text) for name, text in texts.items()}
-        blocks = self._encode(rows["chosen"])
-        policy = {name: self._logps(row, blocks) for name, row in rows.items()}
+        features = self._encode(rows["chosen"])
+        policy = {name: self._logps(row, features) for name, row in rows.items()}
         with torch.no_grad(), adapter_disabled(self.network):
-            blocks = self._encode(rows["chosen"])
-            reference = {name: self._logps(rows[name], blocks).sum() for name in ("chosen", "rejected")}
+            features = self._encode(rows["chosen"])
+            reference = {name: self._logps(rows[name], features).sum() for name in ("chosen", "rejected")}
         chosen = policy["chosen"].sum() - reference["chosen"]
         rejected = policy["rejected"].sum() - reference["rejected"]
         cross_entropy = -policy["truth"].sum() / (rows["truth"].labels[:, 1:] != -100).sum()
@@ -60,9 +60,9 @@ class NaiveStep:
         with torch.no_grad():
             return self.network.encode(row.clip_inputs, row.layouts)
 
-    def _logps(self, row: ModelInputs, blocks: tuple[Tensor, ...]) -> Tensor:
+    def _logps(self, row: ModelInputs, features: tuple[Tensor, ...]) -> Tensor:
         """(1, L - 1) log-probability of each label, 0 elsewhere, from logits (1, L, V) of all positions."""
-        row = replace(row, clip_features=blocks, clip_inputs=())
+        row = replace(row, clip_features=features, clip_inputs=())
         logits = self.network.lm(**embeds_of(self.network, row), use_cache=False).logits[:, :-1].float()
         targets = row.labels[:, 1:]
         logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)

@@ -52,15 +52,15 @@ class Bench:
         frames = num_frames or shape.num_frames
         self.media: ClipInputs = make_clip(self.processor, num_frames=frames, side=shape.side)
         self.pair = make_pair(shape)
-        self.blocks = dict(zip(["noise"], captioner.encode([self.media]), strict=True))
+        self.features = dict(zip(["noise"], captioner.encode([self.media]), strict=True))
         adapt(self.network)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0)
         self.loss = PreferenceLoss(DpoConfig())
-        self.batches = PreferenceBatches([self.pair], self.blocks, self.processor, batch_size=1, seed=0)
+        self.batches = PreferenceBatches([self.pair], self.features, self.processor, batch_size=1, seed=0)
 
     def ours(self) -> float:
-        """The library's step, with reference log-probabilities and blocks that were kept."""
+        """The library's step, with cached reference log-probabilities and features."""
         return self.learn(self.batches(0)[0])
 
     def compute_reference_logps(self) -> None:
@@ -133,7 +133,7 @@ class Bench:
     @property
     def prefix_tokens(self) -> int:
         """Of the clip."""
-        return len(self.blocks["noise"])
+        return len(self.features["noise"])
 
 
 class AllLabels(nn.Module):
