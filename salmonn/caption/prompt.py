@@ -79,7 +79,7 @@ def prompt_ids(
         messages += [{"role": "assistant", "content": answer} for answer in answers[number : number + 1]]
     # The published template. A tokenizer's own may add tools or expect structured content.
     chat = tokenizer.apply_chat_template(
-        messages, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
+        messages, chat_template=family.chat_template, tokenize=False, add_generation_prompt=True
     )
     before, after = family.surround_clip(*chat.split(clip, 1))
     head, *tail = (tokenizer.encode(text, add_special_tokens=False) for text in (before, *after))

@@ -77,6 +77,7 @@ class Family(ABC):
         weight_names: patterns of weight names in published checkpoints, with their replacements.
         decoder_prefix: path of the decoder within `Network.lm`; published adapters have "model." in its place.
         sampler_class: frame sampler, whose arguments are `config.frames`.
+        chat_template: Jinja template of a chat, as transformers takes it.
         required_tokens: special tokens that the tokenizer must have.
         penalizes_prompt: whether the repetition penalty covers the prompt, or the answer alone.
         has_published_positions: whether `layout` can number positions as the published inference code does.
@@ -89,6 +90,7 @@ class Family(ABC):
     weight_names: ClassVar[Mapping[str, str]]
     decoder_prefix: ClassVar[str]
     sampler_class: ClassVar[Any]
+    chat_template: ClassVar[str] = CHAT_TEMPLATE
     required_tokens: ClassVar[tuple[str, ...]] = (PAD, TURN_START, TURN_END)
     penalizes_prompt: ClassVar[bool] = False
     has_published_positions: ClassVar[bool] = False
