@@ -20,10 +20,10 @@ from typing import Any
 
 from salmonn.preference.benchmark import LabelledPair
 from salmonn.records import Event, write_text
-from salmonn.synthetic.annotate import FORMS, HEARD_PLURAL, NUMBERS
-from salmonn.synthetic.phrases import COLOURS, DIRECTIONS, HEARD, MOVE, SHAPES, SOUNDS
+from salmonn.synthetic.annotate import NUMBERS
+from salmonn.synthetic.lexicon import COLOURS, DIRECTIONS, FORMS, HEARD, HEARD_PLURAL, MOVE, SHAPES, SOUNDS
 from salmonn.synthetic.render import sample_clip
-from salmonn.synthetic.scene import Kind, SceneEvent, SynthConfig
+from salmonn.synthetic.scene import EventKind, SceneEvent, SynthConfig
 
 NUM_OMITTED = (0, 1, 1, 2)  # by both captions
 MIN_CLAUSES = 4  # of the better caption
@@ -71,9 +71,9 @@ class CaptionClause:
 class Outline:
     """All events of a clip, those that both captions mention, and their texts for the judge."""
 
-    happenings: tuple[SceneEvent, ...]
+    scene_events: tuple[SceneEvent, ...]
     mentioned: tuple[SceneEvent, ...]
-    events: tuple[Event, ...]  # of the happenings
+    events: tuple[Event, ...]  # of the scene_events
 
     @property
     def clauses(self) -> list[CaptionClause]:
@@ -83,11 +83,11 @@ class Outline:
     @property
     def words(self) -> set[str]:
         """Return all shapes, colours, directions and sounds of the clip."""
-        return {word for event in self.happenings for word in (event.shape, event.colour, event.value)}
+        return {word for event in self.scene_events for word in (event.shape, event.colour, event.value)}
 
     def omitted(self, kind: str) -> list[SceneEvent]:
         """Return the events of a kind that both captions omit."""
-        return [event for event in self.happenings if event not in self.mentioned and event.kind == kind]
+        return [event for event in self.scene_events if event not in self.mentioned and event.kind == kind]
 
     def places(self, *, sounds: bool) -> list[int]:
         """Return the indices of mentioned sounds, or of mentioned visual events."""
@@ -144,12 +144,12 @@ def generate_pair(kind: str, *, seed: int, index: int) -> LabelledPair | None:
     """Generate a pair for one clip; None if the clip does not suit the kind of fault."""
     rng = random.Random(f"pair {seed} {index}")
     scene, reference = sample_clip(SynthConfig(seed=seed), index=index)
-    if len(scene.happenings) > MAX_SCENE_EVENTS:
+    if len(scene.events) > MAX_SCENE_EVENTS:
         return None
-    mentioned = list(scene.happenings)
+    mentioned = list(scene.events)
     for _ in range(rng.choice(NUM_OMITTED)):
         mentioned.pop(rng.choice(_removable(mentioned)))
-    draft = FAULTS[kind](Outline(scene.happenings, tuple(mentioned), reference.events), rng)
+    draft = FAULTS[kind](Outline(scene.events, tuple(mentioned), reference.events), rng)
     if draft is None or len(draft.better) < MIN_CLAUSES:
         return None
     better, worse = write_caption(draft.better, rng), write_caption(draft.worse, rng)
@@ -301,10 +301,10 @@ def _miscount(outline: Outline, rng: random.Random) -> Draft:
         sound = outline.mentioned[place]
         number = count_pulses(sound)
         endings = (f"{sound.value} are heard", f"{sound.value} can be heard")
-        index = outline.happenings.index(sound)
+        index = outline.scene_events.index(sound)
         events[index] = replace(events[index], text=f"{NUMBERS[number]} {endings[0]}")
     else:
-        appearing = [event for event, one in zip(events, outline.happenings, strict=True) if one.kind == "appear"]
+        appearing = [event for event, one in zip(events, outline.scene_events, strict=True) if one.kind == "appear"]
         number = len(appearing)
         place = rng.randint(0, len(outline.mentioned))
         endings = ("shapes appear in all", "shapes show up in all")
@@ -331,7 +331,7 @@ def count_pulses(sound: SceneEvent) -> int:
 def _invent(outline: Outline, rng: random.Random) -> Draft | None:
     """Add one or two events that are not in the clip, and could not be taken for an omitted one."""
     options = []
-    kinds: tuple[Kind, ...] = ("sound", "appear", "move", "blink")
+    kinds: tuple[EventKind, ...] = ("sound", "appear", "move", "blink")
     for kind in kinds:
         place = rng.randint(1, len(outline.mentioned))
         event = _invent_event(kind, outline, rng, after=outline.mentioned[place - 1])
@@ -347,7 +347,7 @@ def _invent(outline: Outline, rng: random.Random) -> Draft | None:
     return Draft(outline.clauses, worse, number, faults)
 
 
-def _invent_event(kind: Kind, outline: Outline, rng: random.Random, *, after: SceneEvent) -> SceneEvent | None:
+def _invent_event(kind: EventKind, outline: Outline, rng: random.Random, *, after: SceneEvent) -> SceneEvent | None:
     """Return an event of a kind: a sound or object that is not in the clip, or an action of the object in `after`."""
     if kind == "sound":
         value = rng.choice([sound for sound in SOUNDS if sound not in outline.words])
@@ -357,7 +357,7 @@ def _invent_event(kind: Kind, outline: Outline, rng: random.Random, *, after: Sc
             rng.choice([word for word in words if word not in outline.words]) for words in (SHAPES, list(COLOURS))
         )
         return SceneEvent("appear", 0, 0, shape=shape, colour=colour)
-    own = [event for event in outline.happenings if event.shape == after.shape]
+    own = [event for event in outline.scene_events if event.shape == after.shape]
     values = [event.value for event in own if event.kind == kind]
     options = [value for value in (DIRECTIONS if kind == "move" else [""]) if value not in values]
     hidden = kind == "move" and any(event.shape == after.shape for event in outline.omitted("move"))
@@ -392,7 +392,7 @@ def _misattribute(outline: Outline, rng: random.Random) -> Draft | None:
     for heard in outline.places(sounds=True):
         sound = outline.mentioned[heard]
         during = [one for one in seen if sound.start_seconds + 0.2 <= one[1].start_seconds <= sound.end_seconds - 0.4]
-        apart = [one for one in seen if one[1].overlaps(sound) <= -CLEAR_SECONDS]
+        apart = [one for one in seen if one[1].overlap_seconds(sound) <= -CLEAR_SECONDS]
         options += [(heard, one, other) for one in during for other in apart if one[1].shape != other[1].shape]
     if not options:
         return None
@@ -405,7 +405,7 @@ def _misattribute(outline: Outline, rng: random.Random) -> Draft | None:
         clauses[place] = CaptionClause((form.format(**words),), is_sentence=True)
         del clauses[heard]
     events = list(outline.events)
-    index, action_text = outline.happenings.index(sound), outline.events[outline.happenings.index(right)].text
+    index, action_text = outline.scene_events.index(sound), outline.events[outline.scene_events.index(right)].text
     events[index] = replace(events[index], text=f"{events[index].text} as {action_text}")
     return Draft(better, worse, 1, [wrong_place - (heard < wrong_place)], tuple(events))
 

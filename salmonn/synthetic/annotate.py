@@ -1,349 +1,319 @@
-"""Happenings into words: the event list, captions good and hasty, and questions with short answers.
+"""Describe scenes in words: event lists, accurate and hasty captions, and questions with short answers.
 
-The event list uses the canonical phrasings of `phrases.py`, captions any of them. Every clause of a caption has its own
-subject and verb, so that a judge can read it alone, save that "it" stands for the subject of the clause just before.
+Event lists use the canonical phrasing of `lexicon.py`, captions any phrasing. Every clause of a caption has a subject
+and a verb of its own, so that a judge can read it alone, except that "it" stands for the subject of the clause before.
 """
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from salmonn.records import Event, Question, Reference
-from salmonn.synthetic import phrases
-from salmonn.synthetic.phrases import COLOURS, DIRECTIONS, HEARD, MOVE, SHAPES, SOUNDS
-from salmonn.synthetic.scene import Place, Scene, SceneEvent, objects_at
+from salmonn.synthetic.lexicon import (
+    COLOURS,
+    DIRECTIONS,
+    FORMS,
+    HEARD,
+    HEARD_PLURAL,
+    MOVE,
+    SHAPES,
+    SOUNDS,
+    canonical_clause,
+    fill_template,
+)
+from salmonn.synthetic.scene import Position, Scene, SceneEvent, objects_at
 
-FORMS = {"appear": phrases.APPEAR, "leave": phrases.LEAVE, "blink": phrases.BLINK, "change": phrases.CHANGE}
-# "repeated beeps" takes the forms that do not show the number.
-HEARD_PLURAL = ("{sound} can be heard", "we hear {sound}")
 OPENERS = ("", "", "Then ", "Next, ", "After that, ")
 JOINTS = (", and ", ", and then ", " and then ")
-# What goes wrong in a hasty caption. People who describe videos leave out half of what is heard and some of what is
-# small: a third of all events here.
-LEFT_OUT = {"appear": 0.1, "move": 0.2, "change": 0.2, "blink": 0.3, "leave": 0.3, "sound": 0.55}
-# They have habits: who looks away while a shape blinks says that it is gone, and a change of colour is told as a new
-# shape, this often. Slips average out in a captioner that learns from many captions; habits are what it copies.
-MISREAD = 0.7
-# And they slip: how often a caption has one invented event, one wrong detail or one clause said twice.
-INVENTED, WRONG, TWICE = 0.2, 0.1, 0.05
+# Errors of hasty captions. Human annotators omit half of the sounds and some of the small visual events: a third of all
+# events here.
+OMISSION_RATES = {"appear": 0.1, "move": 0.2, "change": 0.2, "blink": 0.3, "leave": 0.3, "sound": 0.55}
+# Systematic errors: how often a blink is described as disappearing, and a change of colour as a new shape. A model that
+# learns from many captions copies these, while random errors average out.
+MISREADING_RATE = 0.7
+# Random errors: how often a caption has a hallucinated event, a wrong detail, or a repeated clause.
+HALLUCINATION_RATE, MISTAKE_RATE, REPETITION_RATE = 0.2, 0.1, 0.05
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six")
 QUESTION_KINDS = ("colour", "count", "order", "sound", "when", "where", "direction")
-CLEAR_SECONDS = 0.5
+CLEAR_SECONDS = 0.5  # minimum distance from the middle of the clip of an event that is asked about by "when"
+FIRST_HALF, SECOND_HALF = "in the first half", "in the second half"
+
+Options = list[tuple[str, str]]  # questions with their answers
 
 
 def write_reference(
     scene: Scene, rng: random.Random, *, video: str, index: int = 0, num_questions: int = 3
 ) -> Reference:
-    """All that is known about a scene in words; `index` rotates the kinds of questions from clip to clip."""
-    happenings = scene.happenings
-    visual = [happening for happening in happenings if happening.kind != "sound"]
-    sounds = [happening for happening in happenings if happening.kind == "sound"]
+    """Write the complete annotation of a scene; `index` rotates the kinds of questions from clip to clip."""
+    events = scene.events
     return Reference(
         video=video,
-        events=write_events(happenings),
-        caption=write_caption(happenings, rng),
-        visual_caption=write_caption(visual, rng),
-        audio_caption=write_caption(sounds, rng),
+        events=write_events(events),
+        caption=write_caption(events, rng),
+        visual_caption=write_caption([event for event in events if event.kind != "sound"], rng),
+        audio_caption=write_caption([event for event in events if event.kind == "sound"], rng),
         questions=write_questions(scene, rng, index=index, number=num_questions),
-        # Last, so that other habits of hasty writers would leave all the rest of a set as it is.
-        human_caption=write_human_caption(happenings, rng),
+        # Last, so that other error rates leave the rest of a set unchanged.
+        human_caption=write_human_caption(events, rng),
         duration_seconds=scene.duration_seconds,
     )
 
 
-def write_events(happenings: Sequence[SceneEvent]) -> tuple[Event, ...]:
-    """One event for each happening, in the canonical words."""
+def write_events(events: Sequence[SceneEvent]) -> tuple[Event, ...]:
+    """Write the event list, in canonical clauses."""
     return tuple(
-        Event(
-            _canonical(happening),
-            "audio" if happening.kind == "sound" else "visual",
-            happening.start_seconds,
-            happening.end_seconds,
-        )
-        for happening in happenings
+        Event(_canonical(event), "audio" if event.kind == "sound" else "visual", event.start_seconds, event.end_seconds)
+        for event in events
     )
 
 
-def write_caption(happenings: Sequence[SceneEvent], rng: random.Random) -> str:
-    """Tell the happenings in the given order, in sentences of one or two clauses."""
-    sentences, position = [], 0
-    while position < len(happenings):
-        size = 2 if rng.random() < 0.55 and position + 1 < len(happenings) else 1
-        sentence = _write_opener(happenings, rng, position=position, size=size)
-        for place in range(position, position + size):
-            before = happenings[place - 1] if place else None
-            if place > position:
-                sentence += _write_joint(happenings[place], rng, before=happenings[place - 1])
-            sentence += _write_clause(happenings[place], rng, before=before)
+def write_caption(events: Sequence[SceneEvent], rng: random.Random) -> str:
+    """Describe events in the given order, in sentences of one or two clauses."""
+    sentences, start = [], 0
+    while start < len(events):
+        size = 2 if rng.random() < 0.55 and start + 1 < len(events) else 1
+        sentence = _write_opener(events, rng, index=start, size=size)
+        for index in range(start, start + size):
+            before = events[index - 1] if index else None
+            if before and index > start:
+                is_while = _coincide(events[index], before) and rng.random() < 0.5
+                sentence += " while " if is_while else rng.choice(JOINTS)
+            sentence += _write_clause(events[index], rng, before=before)
         sentences.append(sentence[0].upper() + sentence[1:] + ".")
-        position += size
+        start += size
     return " ".join(sentences)
 
 
-def write_human_caption(happenings: Sequence[SceneEvent], rng: random.Random) -> str:
-    """A caption by somebody in a hurry: a third of the events is left out, sounds most, and some things are wrong."""
-    told = [happening for happening in happenings if rng.random() >= LEFT_OUT[happening.kind]]
-    told = told or [rng.choice(happenings)]
-    told = [_misread(happening) if rng.random() < MISREAD else happening for happening in told]
-    if rng.random() < WRONG:
-        place = rng.randrange(len(told))
-        told[place] = _mistake(told[place], rng, happenings=happenings)
-    if rng.random() < INVENTED:
-        place = rng.randint(1, len(told))
-        told.insert(place, _invent(rng, happenings=happenings, after=told[place - 1]))
-    if rng.random() < TWICE:
-        place = rng.randrange(len(told))
-        told.insert(rng.randint(place + 1, len(told)), told[place])
-    return write_caption(told, rng)
+def write_human_caption(events: Sequence[SceneEvent], rng: random.Random) -> str:
+    """Write a caption as a hasty annotator would: a third of the events are missing and some details are wrong."""
+    described = [event for event in events if rng.random() >= OMISSION_RATES[event.kind]]
+    described = described or [rng.choice(events)]
+    described = [_misread(event) if rng.random() < MISREADING_RATE else event for event in described]
+    if rng.random() < MISTAKE_RATE:
+        index = rng.randrange(len(described))
+        described[index] = _change_detail(described[index], rng, events=events)
+    if rng.random() < HALLUCINATION_RATE:
+        index = rng.randint(1, len(described))
+        described.insert(index, _hallucinate(rng, events=events, after=described[index - 1]))
+    if rng.random() < REPETITION_RATE:
+        index = rng.randrange(len(described))
+        described.insert(rng.randint(index + 1, len(described)), described[index])
+    return write_caption(described, rng)
 
 
 def write_questions(scene: Scene, rng: random.Random, *, index: int = 0, number: int = 3) -> tuple[Question, ...]:
-    """Questions of different kinds, which rotate from clip to clip so that each comes equally often.
+    """Write questions of different kinds, rotated from clip to clip so that each kind is equally frequent.
 
-    A kind that the scene cannot answer without doubt gives way to the next one.
+    A kind without an unambiguous question about the scene is replaced by the next kind.
     """
-    first = index * number
-    kinds = [QUESTION_KINDS[(first + step) % len(QUESTION_KINDS)] for step in range(len(QUESTION_KINDS))]
     questions: list[Question] = []
-    for kind in kinds:
-        options = _ASKERS[kind](_Story(scene))
+    for step in range(len(QUESTION_KINDS)):
+        kind = QUESTION_KINDS[(index * number + step) % len(QUESTION_KINDS)]
+        options = _QUESTIONS[kind](scene)
         if options and len(questions) < number:
             questions.append(Question(*rng.choice(options), kind=kind))
     return tuple(questions)
 
 
-def _object(happening: SceneEvent, *, article: str) -> str:
-    if article == "a" and happening.colour[:1] in "aeiou":
-        article = "an"
-    return f"{article} {happening.colour} {happening.shape}"
+def _canonical(event: SceneEvent) -> str:
+    return canonical_clause(event.kind, colour=event.colour, shape=event.shape, value=event.value)
 
 
-def _canonical(happening: SceneEvent) -> str:
-    if happening.kind == "sound":
-        return HEARD[0].format(sound=SOUNDS[happening.value][0])
-    forms = MOVE[happening.value] if happening.kind == "move" else FORMS[happening.kind]
-    return forms[0].format(
-        a=_object(happening, article="a"), the=_object(happening, article="the"), colour=happening.value
-    )
+def _predicate(event: SceneEvent) -> str:
+    """Return subject and verb without the colour, for example "circle moves to the left"."""
+    return _canonical(event).split(event.colour + " ", maxsplit=1)[1]
 
 
-def _write_clause(happening: SceneEvent, rng: random.Random, *, before: SceneEvent | None) -> str:
-    if happening.kind == "sound":
-        sound = rng.choice(SOUNDS[happening.value])
+def _write_clause(event: SceneEvent, rng: random.Random, *, before: SceneEvent | None) -> str:
+    if event.kind == "sound":
+        sound = rng.choice(SOUNDS[event.value])
         return rng.choice(HEARD if sound.startswith("a ") else HEARD_PLURAL).format(sound=sound)
-    the = _object(happening, article="the")
-    if before and before.shape == happening.shape and rng.random() < 0.5:
-        the = "it"
-    forms = MOVE[happening.value] if happening.kind == "move" else FORMS[happening.kind]
-    # The canonical form more often than its share, as one wording does prevail among annotators.
-    form = forms[0] if rng.random() < 0.3 else rng.choice(forms)
-    return form.format(a=_object(happening, article="a"), the=the, colour=happening.value)
+    pronoun = "it" if before and before.shape == event.shape and rng.random() < 0.5 else ""
+    templates = MOVE[event.value] if event.kind == "move" else FORMS[event.kind]
+    # The canonical template is more frequent than the others, as one wording usually prevails among annotators.
+    template = templates[0] if rng.random() < 0.3 else rng.choice(templates)
+    return fill_template(template, colour=event.colour, shape=event.shape, value=event.value, pronoun=pronoun)
 
 
-def _at_once(happening: SceneEvent, before: SceneEvent) -> bool:
-    return (happening.kind == "sound") != (before.kind == "sound") and happening.overlaps(before) > 0
-
-
-def _write_opener(happenings: Sequence[SceneEvent], rng: random.Random, *, position: int, size: int) -> str:
-    if position == 0:
+def _write_opener(events: Sequence[SceneEvent], rng: random.Random, *, index: int, size: int) -> str:
+    if index == 0:
         return rng.choice(("", "", "First, ", "At the start, "))
-    if position + size == len(happenings) and size == 1 and rng.random() < 0.5:
+    if index + size == len(events) and size == 1 and rng.random() < 0.5:
         return "Finally, "
-    if _at_once(happenings[position], happenings[position - 1]) and rng.random() < 0.5:
+    if _coincide(events[index], events[index - 1]) and rng.random() < 0.5:
         return rng.choice(("Meanwhile, ", "At the same time, "))
     return rng.choice(OPENERS)
 
 
-def _write_joint(happening: SceneEvent, rng: random.Random, *, before: SceneEvent) -> str:
-    if _at_once(happening, before) and rng.random() < 0.5:
-        return " while "
-    return rng.choice(JOINTS)
+def _coincide(event: SceneEvent, before: SceneEvent) -> bool:
+    """Return whether a sound and a visual event overlap in time."""
+    return (event.kind == "sound") != (before.kind == "sound") and event.overlap_seconds(before) > 0
 
 
-def _unused_colours(happenings: Sequence[SceneEvent]) -> list[str]:
-    used = {happening.colour for happening in happenings} | {happening.value for happening in happenings}
+def _unused_colours(events: Sequence[SceneEvent]) -> list[str]:
+    used = {event.colour for event in events} | {event.value for event in events}
     return [colour for colour in COLOURS if colour not in used]
 
 
-def _unheard(happenings: Sequence[SceneEvent]) -> list[str]:
-    return [kind for kind in SOUNDS if kind not in {happening.value for happening in happenings}]
+def _unused_sounds(events: Sequence[SceneEvent]) -> list[str]:
+    return [kind for kind in SOUNDS if kind not in {event.value for event in events}]
 
 
-def _unmoved(happenings: Sequence[SceneEvent], *, shape: str) -> list[str]:
-    moves = {happening.value for happening in happenings if happening.shape == shape and happening.kind == "move"}
-    return [direction for direction in DIRECTIONS if direction not in moves]
+def _unused_directions(events: Sequence[SceneEvent], *, shape: str) -> list[str]:
+    used = {event.value for event in events if event.shape == shape and event.kind == "move"}
+    return [direction for direction in DIRECTIONS if direction not in used]
 
 
-def _misread(happening: SceneEvent) -> SceneEvent:
-    """The same happening as a hurried watcher takes it; most kinds are plain to see."""
-    if happening.kind == "blink":
-        return replace(happening, kind="leave")
-    if happening.kind == "change":
-        return replace(happening, kind="appear", colour=happening.value, value="")
-    return happening
+def _misread(event: SceneEvent) -> SceneEvent:
+    """Return an event as a hasty viewer understands it; most kinds are unmistakable."""
+    if event.kind == "blink":
+        return replace(event, kind="leave")
+    if event.kind == "change":
+        return replace(event, kind="appear", colour=event.value, value="")
+    return event
 
 
-def _mistake(happening: SceneEvent, rng: random.Random, *, happenings: Sequence[SceneEvent]) -> SceneEvent:
-    """The same happening with one detail wrong: what was heard, where to, or a colour."""
-    unmoved = _unmoved(happenings, shape=happening.shape)
-    if happening.kind == "sound":
-        return replace(happening, value=rng.choice(_unheard(happenings)))
-    if happening.kind == "move" and unmoved:
-        return replace(happening, value=rng.choice(unmoved))
-    colour = rng.choice(_unused_colours(happenings))
-    return replace(happening, value=colour) if happening.kind == "change" else replace(happening, colour=colour)
+def _change_detail(event: SceneEvent, rng: random.Random, *, events: Sequence[SceneEvent]) -> SceneEvent:
+    """Return an event with one wrong detail: the kind of sound, the direction, or the colour."""
+    directions = _unused_directions(events, shape=event.shape)
+    if event.kind == "sound":
+        return replace(event, value=rng.choice(_unused_sounds(events)))
+    if event.kind == "move" and directions:
+        return replace(event, value=rng.choice(directions))
+    colour = rng.choice(_unused_colours(events))
+    return replace(event, value=colour) if event.kind == "change" else replace(event, colour=colour)
 
 
-def _invent(rng: random.Random, *, happenings: Sequence[SceneEvent], after: SceneEvent) -> SceneEvent:
-    """Something that is not in the clip, at the time of `after`: a sound, a new object, or a deed of an object."""
+def _hallucinate(rng: random.Random, *, events: Sequence[SceneEvent], after: SceneEvent) -> SceneEvent:
+    """Make up an event at the end of `after`: a sound, a new object, or an action of the same object."""
     now = replace(after, start_seconds=after.end_seconds)
-    shapes = {happening.shape for happening in happenings}
-    unmoved = _unmoved(happenings, shape=after.shape)
+    directions = _unused_directions(events, shape=after.shape)
+    shapes = [shape for shape in SHAPES if shape not in {event.shape for event in events}]
     kind = rng.choice(("sound", "appear", "move"))
-    if kind == "move" and after.shape and after.kind != "leave" and unmoved:
+    if kind == "move" and after.shape and after.kind != "leave" and directions:
         colour = after.value if after.kind == "change" else after.colour
-        return replace(now, kind="move", colour=colour, value=rng.choice(unmoved))
-    if kind == "sound":
-        return replace(now, kind="sound", shape="", colour="", value=rng.choice(_unheard(happenings)))
-    return replace(
-        now,
-        kind="appear",
-        shape=rng.choice([shape for shape in SHAPES if shape not in shapes]),
-        colour=rng.choice(_unused_colours(happenings)),
-        value="",
-    )
+        return replace(now, kind="move", colour=colour, value=rng.choice(directions))
+    if kind == "sound" or not shapes:
+        return replace(now, kind="sound", shape="", colour="", value=rng.choice(_unused_sounds(events)))
+    shape = rng.choice(shapes)
+    return replace(now, kind="appear", shape=shape, colour=rng.choice(_unused_colours(events)), value="")
 
 
-@dataclass(frozen=True)
-class _Story:
-    """A scene as the questions look at it."""
-
-    scene: Scene
-
-    def all(self, *kinds: str) -> list[SceneEvent]:
-        return [happening for happening in self.scene.happenings if happening.kind in kinds]
-
-    def deeds(self, shape: str) -> list[SceneEvent]:
-        return [happening for happening in self.scene.happenings if happening.shape == shape]
+def _of_kind(scene: Scene, *kinds: str) -> list[SceneEvent]:
+    return [event for event in scene.events if event.kind in kinds]
 
 
-Options = list[tuple[str, str]]  # questions with their answers
+def _of_shape(scene: Scene, shape: str) -> list[SceneEvent]:
+    return [event for event in scene.events if event.shape == shape]
 
 
-def _ask_colour(story: _Story) -> Options:
+def _colour_questions(scene: Scene) -> Options:
     options = []
-    for appear in story.all("appear"):
+    for appear in _of_kind(scene, "appear"):
         options.append((f"What colour is the {appear.shape} when it appears?", appear.colour))
-        changes = [deed.value for deed in story.deeds(appear.shape) if deed.kind == "change"]
+        changes = [event.value for event in _of_shape(scene, appear.shape) if event.kind == "change"]
         if changes:
             options.append((f"What colour is the {appear.shape} at the end?", changes[-1]))
     return options
 
 
-def _ask_count(story: _Story) -> Options:
-    counts = {
-        "How many shapes appear?": len(story.all("appear")),
-        "How many sounds are heard?": len(story.all("sound")),
-        "How many shapes disappear?": len(story.all("leave")),
-        "How many times does a shape move?": len(story.all("move")),
-        "How many shapes blink?": len(story.all("blink")),
+def _count_questions(scene: Scene) -> Options:
+    kinds = {
+        "How many shapes appear?": "appear",
+        "How many sounds are heard?": "sound",
+        "How many shapes disappear?": "leave",
+        "How many times does a shape move?": "move",
+        "How many shapes blink?": "blink",
     }
-    return [(question, NUMBERS[count]) for question, count in counts.items()]
+    return [(question, NUMBERS[len(_of_kind(scene, kind))]) for question, kind in kinds.items()]
 
 
-def _ask_order(story: _Story) -> Options:
-    appears = story.all("appear")
+def _order_questions(scene: Scene) -> Options:
+    appears = _of_kind(scene, "appear")
     options = [
         ("Which shape appears first?", f"the {appears[0].shape}"),
         ("Which shape appears last?", f"the {appears[-1].shape}"),
     ]
-    if leaves := story.all("leave"):
+    if leaves := _of_kind(scene, "leave"):
         options.append(("Which shape disappears first?", f"the {leaves[0].shape}"))
     for appear in appears:
-        deeds = story.deeds(appear.shape)
-        if len(deeds) > 1:
-            options.append((f"What does the {appear.shape} do last?", "it " + _deed(deeds[-1]).split(maxsplit=1)[1]))
+        events = _of_shape(scene, appear.shape)
+        if len(events) > 1:
+            verb = _predicate(events[-1]).split(maxsplit=1)[1]
+            options.append((f"What does the {appear.shape} do last?", f"it {verb}"))
     return options
 
 
-def _ask_sound(story: _Story) -> Options:
-    sounds = story.all("sound")
+def _sound_questions(scene: Scene) -> Options:
+    sounds = _of_kind(scene, "sound")
     names = [SOUNDS[sound.value][0] for sound in sounds]
     options = [("Which sound is heard first?", names[0]), ("Which sound is heard last?", names[-1])]
-    for deed in story.all("appear", "move", "change", "leave", "blink"):
-        heard = [sound for sound in sounds if sound.overlaps(deed) > 0]
-        # Asked only where one sound covers the deed's beginning well and no other comes near.
-        covers = heard and heard[0].start_seconds + 0.2 <= deed.start_seconds <= heard[0].end_seconds - 0.4
+    for event in _of_kind(scene, "appear", "move", "change", "leave", "blink"):
+        # Only where the sound clearly covers the start of the event, and no other sound overlaps with it.
+        heard = [sound for sound in sounds if sound.overlap_seconds(event) > 0]
+        covers = heard and heard[0].start_seconds + 0.2 <= event.start_seconds <= heard[0].end_seconds - 0.4
         if len(heard) == 1 and covers:
-            options.append((f"Which sound is heard when the {_deed(deed)}?", SOUNDS[heard[0].value][0]))
+            options.append((f"Which sound is heard when the {_predicate(event)}?", SOUNDS[heard[0].value][0]))
     return options
 
 
-def _deed(happening: SceneEvent) -> str:
-    """Subject without colour and verb, such as "circle moves to the left"."""
-    return _canonical(happening).split(happening.colour + " ", maxsplit=1)[1]
-
-
-def _ask_when(story: _Story) -> Options:
-    """As many options for one half as for the other, lest one answer be the safe guess."""
-    middle = story.scene.duration_seconds / 2
-    halves: dict[str, Options] = {"in the first half": [], "in the second half": []}
-    # The first happening is always early and would give its answer away.
-    for happening in story.scene.happenings[1:]:
-        if happening.end_seconds <= middle - CLEAR_SECONDS:
-            half = "in the first half"
-        elif happening.start_seconds >= middle + CLEAR_SECONDS:
-            half = "in the second half"
+def _time_questions(scene: Scene) -> Options:
+    """Ask in which half an event happens, with equally many options for both, so that no answer is the better guess."""
+    middle = scene.duration_seconds / 2
+    early: Options = []
+    late: Options = []
+    # The first event is always early, so that its answer could be guessed.
+    for event in scene.events[1:]:
+        if event.kind == "sound":
+            question = f"When is {SOUNDS[event.value][0]} heard"
         else:
-            continue
-        question = f"{_ask_time(happening)}, in the first half or in the second half?"
-        halves[half].append((question, half))
-    early, late = halves.values()
+            shape, verb, *rest = _predicate(event).split()
+            question = " ".join(["When does the", shape, verb.removesuffix("s"), *rest])
+        question += f", {FIRST_HALF} or {SECOND_HALF}?"
+        if event.end_seconds <= middle - CLEAR_SECONDS:
+            early.append((question, FIRST_HALF))
+        elif event.start_seconds >= middle + CLEAR_SECONDS:
+            late.append((question, SECOND_HALF))
     return early * len(late) + late * len(early) if early and late else early + late
 
 
-def _ask_time(happening: SceneEvent) -> str:
-    if happening.kind == "sound":
-        return f"When is {SOUNDS[happening.value][0]} heard"
-    shape, verb, *rest = _deed(happening).split()
-    return " ".join(["When does the", shape, verb.removesuffix("s"), *rest])
-
-
-def _ask_where(story: _Story) -> Options:
-    size = story.scene.size_pixels
+def _place_questions(scene: Scene) -> Options:
     options = [
-        (f"Where does the {appear.shape} appear?", _place(appear.place, size=size)) for appear in story.all("appear")
+        (f"Where does the {appear.shape} appear?", _name_place(appear.position, size=scene.size_pixels))
+        for appear in _of_kind(scene, "appear")
     ]
-    for thing in objects_at(story.scene, story.scene.duration_seconds):
-        if len(story.deeds(thing.shape)) > 1:
-            options.append((f"Where is the {thing.shape} at the end?", _place(thing.place, size=size)))
+    for item in objects_at(scene, scene.duration_seconds):
+        if len(_of_shape(scene, item.shape)) > 1:
+            place = _name_place(item.position, size=scene.size_pixels)
+            options.append((f"Where is the {item.shape} at the end?", place))
     return options
 
 
-def _place(place: Place, *, size: int) -> str:
-    """The ninth of the picture, such as "top left"."""
-    column, row = (min(3 * value // size, 2) for value in place)
+def _name_place(position: Position, *, size: int) -> str:
+    """Name the ninth of the frame that a position is in, for example "top left"."""
+    column, row = (min(3 * value // size, 2) for value in position)
     return f"{('top', '', 'bottom')[row]} {('left', '', 'right')[column]}".strip() or "middle"
 
 
-def _ask_direction(story: _Story) -> Options:
+def _direction_questions(scene: Scene) -> Options:
     options = []
-    for appear in story.all("appear"):
-        moves = [_deed(deed).split(maxsplit=2)[2] for deed in story.deeds(appear.shape) if deed.kind == "move"]
-        if len(moves) == 1:
-            options.append((f"Which way does the {appear.shape} move?", moves[0]))
-        elif moves:
-            options.append((f"Which way does the {appear.shape} move first?", moves[0]))
-            options.append((f"Which way does the {appear.shape} move last?", moves[-1]))
+    for appear in _of_kind(scene, "appear"):
+        moves = [event for event in _of_shape(scene, appear.shape) if event.kind == "move"]
+        ways = [_predicate(move).split(maxsplit=2)[2] for move in moves]
+        if len(ways) == 1:
+            options.append((f"Which way does the {appear.shape} move?", ways[0]))
+        elif ways:
+            options.append((f"Which way does the {appear.shape} move first?", ways[0]))
+            options.append((f"Which way does the {appear.shape} move last?", ways[-1]))
     return options
 
 
-_ASKERS: dict[str, Callable[[_Story], Options]] = {
-    "colour": _ask_colour,
-    "count": _ask_count,
-    "order": _ask_order,
-    "sound": _ask_sound,
-    "when": _ask_when,
-    "where": _ask_where,
-    "direction": _ask_direction,
+_QUESTIONS: dict[str, Callable[[Scene], Options]] = {
+    "colour": _colour_questions,
+    "count": _count_questions,
+    "order": _order_questions,
+    "sound": _sound_questions,
+    "when": _time_questions,
+    "where": _place_questions,
+    "direction": _direction_questions,
 }

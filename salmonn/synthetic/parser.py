@@ -1,20 +1,19 @@
-"""Captions into claims: which event each clause tells of.
+"""Parse captions of the synthetic world into claims.
 
-`parse_claims` cuts a caption into clauses and reads each by its words (`lexicon.py`), not by templates. It knows the
-world of synthetic clips (`salmonn/synthetic/phrases.py`); the texts of the event list are read by the same parser, so a
-judge needs texts only.
+`parse_claims` splits a caption into clauses, reads the words of each clause by the lexicon (`ClauseParser`), and
+resolves what a clause leaves to its neighbours, such as "it" or a subject named before (`CaptionParser`). It matches
+words, not templates. Event texts are parsed in the same way, so a judge needs nothing but texts.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from salmonn.records import Event, EventModality, Reference
-from salmonn.synthetic import phrases
-from salmonn.synthetic.lexicon import FILLER_WORDS, LEXICON, join_phrases
+from salmonn.synthetic.lexicon import FILLER_WORDS, LEXICON, SOUNDS, canonical_clause, replace_idioms
 
-# What `Claim.details` holds, in order, for each kind; "" stands for a detail that the text does not tell.
+# Contents of `Claim.details` by kind; "" stands for a detail that the text does not give.
 DETAILS = {
     "appear": ("colour", "shape"),
     "leave": ("colour", "shape"),
@@ -24,12 +23,12 @@ DETAILS = {
     "sound": ("sound",),
     "unreadable": ("words",),
 }
-# A clause that is read may hold this many words that mean nothing here; with more, they count as a claim of their own.
-MAX_UNREAD_WORDS = 4
+# A clause with more unknown words than this makes an "unreadable" claim besides those that were read.
+MAX_UNKNOWN_WORDS = 4
 
 _WORD = re.compile(r"[a-z0-9']+")
-# Where clauses part. What is named first is passed over: these words belong together.
-_BREAK = re.compile(
+# Clause boundaries. The unnamed alternatives at the front are skipped: their words belong together.
+_BOUNDARY = re.compile(
     r"\bon and off\b|\bback and forth\b|\bover and over\b|\bone after (?:an|the )other\b|\bas well\b|\d[.,]\d"
     r"|(?P<sentence>[.!?;:\n]+)"
     r"|(?P<joint>,|\b(?:and|then|while|whilst|as|when|before|until|after(?!\s+(?:that|this|which)\b)|but|with"
@@ -39,20 +38,19 @@ _BREAK = re.compile(
 _STOPS = re.compile(
     r"\b(?:stop|(?<!the )end|cease|fade)(?:s|ped|ed|d)?\b(?! in\b)|\bdies (?:away|down)\b", re.IGNORECASE
 )
-_ANEW = re.compile(r"\b(?:a|an|some|another)\b", re.IGNORECASE)
+_INDEFINITE = re.compile(r"\b(?:a|an|some|another)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One fact that a text tells.
+    """One fact that a text states.
 
     Args:
         kind: appear, leave, blink, move, change, sound, or unreadable.
-        details: what `DETAILS` names for the kind; "" where the text does not tell. For unreadable the clause's words.
-        modality: audio for sounds, visual for the rest.
-        clause: the words that tell it, as they stand in the text.
-        clause_number: which clause of the text that is, so that claims of one clause can be told from those of two
-            that read alike.
+        details: details as in `DETAILS`; for an unreadable claim, the words of the clause.
+        modality: audio for sounds, visual for all others.
+        clause: words of the text that state the fact.
+        clause_number: number of the clause in the text, which distinguishes clauses with equal words.
     """
 
     kind: str
@@ -64,7 +62,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Clause:
-    """A piece of a text; `joint` is the word that leads it in ("" where none does), `sentence` counts from 0."""
+    """A part of a text; `joint` is the conjunction before it ("" if there is none), `sentence` counts from 0."""
 
     text: str
     joint: str
@@ -72,369 +70,402 @@ class Clause:
 
 
 def parse_claims(text: str) -> list[Claim]:
-    """Read the claims of a caption, in the order in which it tells them ("B after A" tells A first).
+    """Parse the claims of a caption, in order of time ("B after A" states A first).
 
-    A clause with content that cannot be read is a claim of kind "unreadable"; fillers ("The clip ends.") and denials
-    ("the circle does not move") are none. A bare mention ("a red circle") claims that the object appears.
+    A clause with content that cannot be read is a claim of kind "unreadable"; fillers ("The clip ends.") and negations
+    ("the circle does not move") are no claims. Merely naming an object ("a red circle") claims that it appears.
     """
     return list(_parse(text))
 
 
 @lru_cache(maxsize=8192)
 def _parse(text: str) -> tuple[Claim, ...]:
-    reader = _Reader()
+    parser = CaptionParser()
     for clause in split_clauses(text):
-        reader.read(clause)
-    return reader.finish()
+        parser.add(clause)
+    return parser.finish()
 
 
 def split_clauses(text: str) -> Iterator[Clause]:
-    """Cut a text at sentence ends, commas, semicolons and conjunctions; "on and off" stays whole. No empty pieces."""
+    """Split a text at sentence ends, commas, semicolons and conjunctions, except within idioms such as "on and off"."""
     start, joint, sentence = 0, "", 0
-    for match in _BREAK.finditer(text):
+    for match in _BOUNDARY.finditer(text):
         if match.lastgroup is None:
             continue
-        piece = text[start : match.start()].strip()
-        if piece:
-            yield Clause(piece, joint, sentence)
+        part = text[start : match.start()].strip()
+        if part:
+            yield Clause(part, joint, sentence)
         start = match.end()
-        # The last of several joints counts (", and then"), save that a bare comma says less than the word before it.
+        # The last of several conjunctions counts (", and then"), but a comma does not replace a word before it.
         if match.lastgroup == "sentence":
             joint, sentence = "", sentence + 1
-        elif piece or match[0] != ",":
+        elif part or match[0] != ",":
             joint = match[0].lower()
-    piece = text[start:].strip()
-    if piece:
-        yield Clause(piece, joint, sentence)
+    part = text[start:].strip()
+    if part:
+        yield Clause(part, joint, sentence)
 
 
 @dataclass(frozen=True)
-class _Thing:
+class _Object:
+    """An object as a clause names it; `word` is "a", "it", "they", "one", "any" ("the shape"), or "" for "the"."""
+
     colour: str = ""
     shape: str = ""
-    word: str = ""  # how it is referred to: "a", "it", "they", "one", or "" for a definite noun
+    word: str = ""
 
 
 @dataclass
-class _Sketch:
-    """What the words of one clause say, before names are resolved."""
+class _Verb:
+    """A verb of a clause; `value` is the direction of a move or the new colour of a change."""
 
-    things: list[_Thing] = field(default_factory=list)
-    verbs: list[list[str]] = field(default_factory=list)  # [kind, direction or new colour]
+    kind: str
+    value: str = ""
+
+
+@dataclass
+class ParsedClause:
+    """The words of one clause, before references to other clauses are resolved."""
+
+    objects: list[_Object] = field(default_factory=list)
+    verbs: list[_Verb] = field(default_factory=list)
     directions: list[str] = field(default_factory=list)
-    sounds: set[str] = field(default_factory=set)
-    sees: bool = False
-    hears: bool = False
-    verb_first: bool = False  # "there is a red circle"
-    relative: bool = False  # "a red circle that moves": it is there, and it moves
-    denied: bool = False
-    loose_colour: str = ""
-    stranger: str = ""  # unknown words ahead of the verb: "a dog (moves)"
+    sound_words: set[str] = field(default_factory=set)
+    is_seen: bool = False  # "we see", "there is"
+    is_heard: bool = False
+    is_negated: bool = False
+    is_verb_first: bool = False  # "there is a red circle"
+    is_relative: bool = False  # "there is a red circle that moves": it appears, and it moves
+    free_colour: str = ""  # a colour without an object
+    unknown_subject: str = ""  # unknown words before the verb: "a dog (moves)"
     num_unknown: int = 0
 
     @property
     def sound(self) -> str | None:
-        """The kind of sound told of, "" for a sound of no kind, None for no sound."""
-        sounds = self.sounds
-        # "a low and a high tone": a pitch by itself is a tone where the clause says nothing else.
-        if not sounds & {"tone", "beeps", "clicks", "noise"} and (self.things or self.verbs or not sounds):
+        """Kind of the sound; "" if the clause does not specify it, None if there is no sound."""
+        words = self.sound_words
+        # "a low and a high tone": a pitch alone means a tone if the clause contains nothing else.
+        if not words & {"tone", "beeps", "clicks", "noise"} and (self.objects or self.verbs or not words):
             return None
-        climbs = set() if self.things else {*self.directions, *(value for kind, value in self.verbs if kind == "move")}
-        tests = (
-            ("beeps", "beeps" in sounds),
-            ("clicks", "clicks" in sounds),
-            ("rising sweep", "up" in climbs),
-            ("falling sweep", "down" in climbs),
-            ("noise", "noise" in sounds),
-            ("low tone", "low" in sounds),
-            ("high tone", "high" in sounds),
+        moves = {*self.directions, *(verb.value for verb in self.verbs if verb.kind == "move")}
+        pitches = set() if self.objects else moves
+        candidates = (
+            ("beeps", "beeps" in words),
+            ("clicks", "clicks" in words),
+            ("rising sweep", "up" in pitches),
+            ("falling sweep", "down" in pitches),
+            ("noise", "noise" in words),
+            ("low tone", "low" in words),
+            ("high tone", "high" in words),
         )
-        return next((kind for kind, found in tests if found), "")
+        return next((kind for kind, found in candidates if found), "")
+
+    @property
+    def names_shape(self) -> bool:
+        """Whether an object is named by its shape."""
+        return any(item.shape for item in self.objects)
 
 
-class _Sketcher:
-    """Reads the words of one clause from left to right."""
+class ClauseParser:
+    """Parses the words of one clause from left to right."""
 
     def __init__(self) -> None:
-        self.sketch = _Sketch()
-        self.colour = self.article = ""
-        self.behind_from = self.behind_at = False
+        self.clause = ParsedClause()
+        self.colour = self.article = ""  # of the object to come
+        self.preposition = ""  # "from" or "at", while the word that it belongs to is still to come
 
-    def take(self, word: str) -> None:
+    def add(self, word: str) -> None:
+        """Parse the next word."""
+        clause = self.clause
         tag, value = LEXICON.get(word, ("", ""))
         if tag in ("verb", "climb"):
-            self.sketch.verbs.append([value, ""] if tag == "verb" else ["move", value])
+            clause.verbs.append(_Verb(value) if tag == "verb" else _Verb("move", value))
         elif tag in ("shape", "any", "one"):
-            self._take_thing(tag, value)
+            self._add_object(tag, value)
         elif tag == "colour":
-            self._take_colour(value)
+            self._add_colour(value)
         elif tag == "direction":
-            self._take_direction(value, adverb="ward" in word)
+            self._add_direction(value, is_adverb="ward" in word)
         elif tag in ("it", "they"):
-            self.sketch.things.append(_Thing(word=tag))
+            clause.objects.append(_Object(word=tag))
         elif tag == "sound":
-            self.sketch.sounds.add(value)
+            clause.sound_words.add(value)
         elif tag:
-            self._take_sign(tag)
+            self._add_function_word(tag)
         elif word not in FILLER_WORDS and not word.isdigit():
-            self._take_unknown(word)
+            self._add_unknown(word)
 
-    def _take_unknown(self, word: str) -> None:
-        sketch = self.sketch
-        if word.endswith("n't"):
-            sketch.denied = True
-            return
-        sketch.num_unknown += 1
-        if not sketch.verbs and not sketch.things and not word.endswith("ly"):
-            sketch.stranger = f"{sketch.stranger} {word}".strip()
-
-    def _take_sign(self, tag: str) -> None:
-        sketch = self.sketch
+    def _add_function_word(self, tag: str) -> None:
+        clause = self.clause
         if tag == "a":
             self.article = tag
         elif tag == "see":
-            sketch.sees, sketch.verb_first = True, sketch.verb_first or not sketch.things
+            clause.is_seen, clause.is_verb_first = True, clause.is_verb_first or not clause.objects
         elif tag == "hear":
-            sketch.hears = True
+            clause.is_heard = True
         elif tag == "no":
-            sketch.denied = True
+            clause.is_negated = True
         elif tag == "that":
-            sketch.relative |= sketch.sees and bool(sketch.things)
-        self.behind_from, self.behind_at = tag == "from", tag == "at"
+            clause.is_relative |= clause.is_seen and bool(clause.objects)
+        self.preposition = tag if tag in ("from", "at") else ""
 
-    def _take_thing(self, tag: str, shape: str) -> None:
-        sketch = self.sketch
-        # "moves past the blue square" and "turns into a square" name no new subject.
-        if (tag != "one" or self.colour) and not (sketch.verbs and sketch.things):
-            sketch.verb_first |= bool(sketch.verbs)
-            sketch.things.append(_Thing(self.colour, shape, self.article if tag == "shape" else tag))
-        self.colour = self.article = sketch.loose_colour = ""
-        self.behind_at = False
+    def _add_unknown(self, word: str) -> None:
+        clause = self.clause
+        if word.endswith("n't"):
+            clause.is_negated = True
+            return
+        clause.num_unknown += 1
+        if not clause.verbs and not clause.objects and not word.endswith("ly"):
+            clause.unknown_subject = f"{clause.unknown_subject} {word}".strip()
 
-    def _take_colour(self, colour: str) -> None:
-        sketch = self.sketch
-        changes = [verb for verb in sketch.verbs if verb[0] == "change"]
-        if changes and sketch.things and not changes[-1][1] and not self.behind_from:
-            changes[-1][1] = colour
-        elif sketch.things and not sketch.things[-1].colour and (self.behind_from or not sketch.verbs):
+    def _add_object(self, tag: str, shape: str) -> None:
+        clause = self.clause
+        # "moves past the blue square" and "turns into a square" do not name a new subject.
+        if (tag != "one" or self.colour) and not (clause.verbs and clause.objects):
+            clause.is_verb_first |= bool(clause.verbs)
+            clause.objects.append(_Object(self.colour, shape, self.article if tag == "shape" else tag))
+        self.colour = self.article = clause.free_colour = ""
+        if self.preposition == "at":
+            self.preposition = ""
+
+    def _add_colour(self, colour: str) -> None:
+        clause, is_from = self.clause, self.preposition == "from"
+        changes = [verb for verb in clause.verbs if verb.kind == "change"]
+        if changes and clause.objects and not changes[-1].value and not is_from:
+            changes[-1].value = colour
+        elif clause.objects and not clause.objects[-1].colour and (is_from or not clause.verbs):
             # "turns from red to blue", "the circle is red"
-            sketch.things[-1] = _Thing(colour, sketch.things[-1].shape, sketch.things[-1].word)
+            clause.objects[-1] = _Object(colour, clause.objects[-1].shape, clause.objects[-1].word)
         else:
-            self.colour = sketch.loose_colour = sketch.loose_colour or colour
-        self.behind_from = False
+            self.colour = clause.free_colour = clause.free_colour or colour
+        if is_from:
+            self.preposition = ""
 
-    def _take_direction(self, direction: str, *, adverb: bool) -> None:
-        verbs = self.sketch.verbs
+    def _add_direction(self, direction: str, *, is_adverb: bool) -> None:
+        verbs = self.clause.verbs
         # "from the left" and "on the left" are places.
-        if adverb or not (self.behind_from or self.behind_at):
-            self.sketch.directions.append(direction)
-            if verbs and verbs[-1] == ["change", ""]:
-                verbs[-1][0] = "move"
-            if verbs and verbs[-1] == ["move", ""]:
-                verbs[-1][1] = direction
-        self.behind_from = self.behind_at = False
+        if is_adverb or not self.preposition:
+            self.clause.directions.append(direction)
+            if verbs and verbs[-1] == _Verb("change"):
+                verbs[-1].kind = "move"
+            if verbs and verbs[-1] == _Verb("move"):
+                verbs[-1].value = direction
+        self.preposition = ""
 
 
 @lru_cache(maxsize=65536)
-def _sketch(text: str) -> _Sketch:
-    """Sketch a clause in lower case. Cached, since captions of one world share most of their clauses: do not change."""
-    sketcher = _Sketcher()
-    for word in _WORD.findall(join_phrases(text)):
-        sketcher.take(word)
-    sketch = sketcher.sketch
-    # "slides out of view" goes away, that is all.
-    if any(kind in ("appear", "leave") for kind, _ in sketch.verbs):
-        sketch.verbs = [verb for verb in sketch.verbs if verb != ["move", ""]]
-    # "and blue it turns", or "turns blue" with its subject left out.
-    for verb in sketch.verbs:
-        if verb[0] == "change" and not verb[1]:
-            verb[1] = sketch.loose_colour
-    return sketch
+def _parse_clause(text: str) -> ParsedClause:
+    """Parse a clause in lower case. Cached, as most clauses are frequent; callers must not modify the result."""
+    parser = ClauseParser()
+    for word in _WORD.findall(replace_idioms(text)):
+        parser.add(word)
+    clause = parser.clause
+    # "slides out of view" is a disappearance only.
+    if any(verb.kind in ("appear", "leave") for verb in clause.verbs):
+        clause.verbs = [verb for verb in clause.verbs if verb != _Verb("move")]
+    # "and blue it turns", or "turns blue" without a subject.
+    for verb in clause.verbs:
+        if verb.kind == "change" and not verb.value:
+            verb.value = clause.free_colour
+    return clause
 
 
-class _Reader:
-    """Reads clauses in turn, knowing what was named before."""
+@dataclass
+class _Sentence:
+    """The state of a sentence: what its later clauses may refer to.
+
+    Args:
+        number: number of the sentence, from 0.
+        verbs: verbs of the clause before.
+        is_verb_first: whether the clause before began with its verb, which then applies to further objects.
+        is_swapped: whether the next clause precedes the one before ("Before A, B").
+        pending: objects without a verb so far, with the clauses that name them.
+    """
+
+    number: int
+    verbs: list[_Verb] = field(default_factory=list)
+    is_verb_first: bool = False
+    is_swapped: bool = False
+    pending: list[tuple[_Object, str]] = field(default_factory=list)
+
+
+class CaptionParser:
+    """Parses the clauses of a caption in order, and resolves references to earlier clauses."""
 
     def __init__(self) -> None:
-        self.groups: list[list[Claim]] = []  # the claims of each clause
-        self.named: list[_Thing] = []  # the latest last
-        self.sound = ""  # the latest
-        self.sounds: set[str] = set()
-        self.subjects: list[_Thing] = []
-        self.pending: list[tuple[_Thing, str]] = []  # named in this sentence, still without a verb
-        self.verbs: list[list[str]] = []  # of the clause before, in the same sentence
-        self.verb_first = False
-        self.sentence = -1
-        self.swap = False  # "Before A, B": B goes ahead of A
+        self.groups: list[list[Claim]] = []  # claims by clause
+        self.objects: list[_Object] = []  # objects named so far, the most recent last
+        self.subjects: list[_Object] = []  # subjects of the last verb
+        self.sounds: list[str] = []  # kinds of the sounds named so far, the most recent last
+        self.sentence = _Sentence(-1)
 
-    def read(self, clause: Clause) -> None:
-        is_first = clause.sentence != self.sentence
+    def add(self, clause: Clause) -> None:
+        """Parse the next clause."""
+        is_first = clause.sentence != self.sentence.number
         if is_first:
-            self._flush()
-            self.sentence, self.verbs, self.verb_first, self.swap = clause.sentence, [], False, False
+            self._end_sentence()
+            self.sentence = _Sentence(clause.sentence)
         self.groups.append([])
-        sketch = _sketch(clause.text.lower())
-        if sketch.denied:
-            self._refuse(sketch, clause.text)
-            return
-        is_read = self._read_sound(sketch, clause.text)
-        is_read |= self._read_sight(sketch, clause.text)
-        if sketch.num_unknown > MAX_UNREAD_WORDS or (not is_read and (sketch.num_unknown or sketch.loose_colour)):
-            self._add("unreadable", (_normal(clause.text),), clause.text)
-        self._order(clause.joint, is_first=is_first)
+        parsed = _parse_clause(clause.text.lower())
+        if parsed.is_negated:
+            is_unreadable = bool(parsed.num_unknown) and not parsed.objects and parsed.sound is None
+        else:
+            is_sound = self._add_sound(parsed, clause.text)
+            is_visual = self._add_visual(parsed, clause.text)
+            is_unreadable = parsed.num_unknown > MAX_UNKNOWN_WORDS
+            if not is_sound and not is_visual:
+                is_unreadable |= bool(parsed.num_unknown or parsed.free_colour)
+        if is_unreadable:
+            self._add_claim("unreadable", (" ".join(_WORD.findall(clause.text.lower())),), clause.text)
+        if not parsed.is_negated and self.groups[-1]:
+            # "B after A" and "Before A, B": the clause just parsed precedes the one before it.
+            if not is_first and (self.sentence.is_swapped or clause.joint == "after"):
+                self.groups[-1], self.groups[-2] = self.groups[-2], self.groups[-1]
+            if self.groups[-1]:
+                self.sentence.is_swapped = is_first and clause.joint == "before"
 
     def finish(self) -> tuple[Claim, ...]:
-        self._flush()
+        """Return all claims."""
+        self._end_sentence()
         return tuple(claim for group in self.groups for claim in group)
 
-    def _refuse(self, sketch: _Sketch, text: str) -> None:
-        if sketch.num_unknown and not sketch.things and sketch.sound is None:
-            self._add("unreadable", (_normal(text),), text)
+    def _end_sentence(self) -> None:
+        """Claim that the objects without a verb in their sentence appear."""
+        if self.sentence.pending:
+            self._add_claims([], [_Verb("appear")], "")
 
-    def _order(self, joint: str, *, is_first: bool) -> None:
-        """Put the clause just read ahead of the one before it, where "after" or "before" says so."""
-        groups = self.groups
-        if groups[-1] and not is_first and (self.swap or joint == "after"):
-            groups[-1], groups[-2] = groups[-2], groups[-1]
-        if groups[-1]:
-            self.swap = is_first and joint == "before"
-
-    def _read_sound(self, sketch: _Sketch, text: str) -> bool:
-        sound = sketch.sound
-        if sound is None and sketch.hears and not any(thing.shape for thing in sketch.things):
-            sound = sketch.stranger
+    def _add_sound(self, parsed: ParsedClause, text: str) -> bool:
+        """Add a claim about a sound; return whether the clause is about one."""
+        sound = parsed.sound
+        if sound is None and parsed.is_heard and not parsed.names_shape:
+            sound = parsed.unknown_subject
         if sound is None:
             return False
-        # "It is heard again" speaks of the sound before; "the low tone stops" tells no event of its own.
-        is_new = _ANEW.search(text) is not None
-        if not sound and not is_new:
-            sound = self.sound
-        if sound in self.sounds and not is_new and _STOPS.search(text):
-            return True
-        self.sounds.add(sound)
-        self.sound = sound
-        self._add("sound", (sound,), text)
+        # "It is heard again" is about the last sound; "the low tone stops" is no event of its own.
+        is_new = _INDEFINITE.search(text) is not None
+        if not sound and not is_new and self.sounds:
+            sound = self.sounds[-1]
+        if not (sound in self.sounds and not is_new and _STOPS.search(text)):
+            self.sounds.append(sound)
+            self._add_claim("sound", (sound,), text)
         return True
 
-    def _read_sight(self, sketch: _Sketch, text: str) -> bool:
-        """Whether the clause told something seen, or named an object whose verb is still to come."""
-        if (sketch.sound is not None or sketch.hears) and not any(thing.shape for thing in sketch.things):
+    def _add_visual(self, parsed: ParsedClause, text: str) -> bool:
+        """Add claims about objects; return whether the clause was understood."""
+        if (parsed.sound is not None or parsed.is_heard) and not parsed.names_shape:
             return True
-        verbs = sketch.verbs or ([["appear", ""]] if sketch.sees and (sketch.things or self.pending) else [])
-        if sketch.relative and sketch.verbs:
-            verbs = [["appear", ""], *sketch.verbs]
-        if verbs and sketch.stranger and not sketch.things:
+        sentence, verbs = self.sentence, parsed.verbs
+        if not verbs and parsed.is_seen and (parsed.objects or sentence.pending):
+            verbs = [_Verb("appear")]
+        if parsed.is_relative and parsed.verbs:
+            verbs = [_Verb("appear"), *parsed.verbs]
+        if verbs and parsed.unknown_subject and not parsed.objects:
             return False
-        things = self._resolve(sketch.things)
-        if not verbs and not things:
-            return self._read_rest(sketch, text)
-        if not verbs and self.verb_first and self.verbs:
-            verbs = self.verbs
+        objects = self._resolve(parsed.objects)
+        if not verbs and not objects:
+            return self._add_elliptical(parsed, text)
+        if not verbs and sentence.is_verb_first and sentence.verbs:
+            verbs = sentence.verbs
         elif not verbs:
-            self.pending += [(self._name(thing), text) for thing in things]
+            sentence.pending += [(self._name(item), text) for item in objects]
             return True
-        self._tell(things, verbs, text)
-        self.verb_first = sketch.verb_first or (self.verb_first and not sketch.verbs and not sketch.sees)
+        self._add_claims(objects, verbs, text)
+        sentence.is_verb_first = parsed.is_verb_first or (
+            sentence.is_verb_first and not parsed.verbs and not parsed.is_seen
+        )
         return True
 
-    def _read_rest(self, sketch: _Sketch, text: str) -> bool:
-        """What leans on a neighbour: "(moves left), then right", "(turns blue), then red", "a red (and a blue dot)"."""
-        last = self.verbs[-1][0] if self.verbs else ""
-        if last == "move" and sketch.directions:
-            self._tell([], [["move", sketch.directions[0]]], text)
-        elif last == "change" and sketch.loose_colour:
-            self._tell([], [["change", sketch.loose_colour]], text)
-        elif sketch.loose_colour and not sketch.num_unknown:
-            self.pending.append((_Thing(sketch.loose_colour, "", "short"), text))
+    def _add_elliptical(self, parsed: ParsedClause, text: str) -> bool:
+        """Parse "(moves left), then right", "(turns blue), then red" and "a red (and a blue dot)"."""
+        last = self.sentence.verbs[-1].kind if self.sentence.verbs else ""
+        if last == "move" and parsed.directions:
+            self._add_claims([], [_Verb("move", parsed.directions[0])], text)
+        elif last == "change" and parsed.free_colour:
+            self._add_claims([], [_Verb("change", parsed.free_colour)], text)
+        elif parsed.free_colour and not parsed.num_unknown:
+            self.sentence.pending.append((_Object(parsed.free_colour, "", "short"), text))
         else:
             return False
         return True
 
-    def _tell(self, things: list[_Thing], verbs: list[list[str]], text: str) -> None:
-        pending = [
-            (_Thing(thing.colour, things[0].shape if thing.word == "short" and things else thing.shape), place)
-            for thing, place in self.pending
+    def _add_claims(self, objects: list[_Object], verbs: list[_Verb], text: str) -> None:
+        """Add a claim for each verb of each object, including the pending objects of the sentence."""
+        subjects = [
+            (_Object(item.colour, objects[0].shape if item.word == "short" and objects else item.shape), clause)
+            for item, clause in self.sentence.pending
         ]
-        self.pending = []
+        self.sentence.pending = []
         # "(with the circle) as it blinks" names one object twice.
-        subjects = [*pending, *((thing, text) for thing in things if all(thing != other for other, _ in pending))]
+        pending = [item for item, _ in subjects]
+        subjects += [(item, text) for item in objects if item not in pending]
         if not subjects:
-            subjects = [(thing, text) for thing in self.subjects or self.named[-1:] or [_Thing()]]
+            subjects = [(item, text) for item in self.subjects or self.objects[-1:] or [_Object()]]
         self.subjects = []
-        for thing, place in subjects:
-            for kind, value in verbs:
-                values = (value,) if kind in ("move", "change") else ()
-                self._add(kind, (thing.colour, thing.shape, *values), place)
-                if kind == "change" and value:
-                    thing = self._name(_Thing(value, thing.shape), instead=thing)  # noqa: PLW2901
-            self.subjects.append(self._name(thing))
-        self.verbs = verbs
+        for item, clause in subjects:
+            subject = item
+            for verb in verbs:
+                values = (verb.value,) if verb.kind in ("move", "change") else ()
+                self._add_claim(verb.kind, (subject.colour, subject.shape, *values), clause)
+                if verb.kind == "change" and verb.value:
+                    subject = self._name(_Object(verb.value, subject.shape), replaces=subject)
+            self.subjects.append(self._name(subject))
+        self.sentence.verbs = verbs
 
-    def _resolve(self, things: Iterable[_Thing]) -> list[_Thing]:
-        found: list[_Thing] = []
-        for thing in things:
-            if thing.word == "they":
-                found += self.named[-2:]
-            elif thing.word == "a" or (thing.colour and thing.shape):
-                found.append(_Thing(thing.colour, thing.shape))
-            else:
-                found.append(self._recall(thing))
-        return found
-
-    def _recall(self, thing: _Thing) -> _Thing:
-        """The latest object that fits; "a blue one" takes the latest shape and keeps its own colour."""
-        for known in reversed(self.named):
-            if thing.shape in ("", known.shape) and thing.colour in ("", known.colour):
-                return known
-        if thing.word in ("one", "it") and self.named:
-            return _Thing(thing.colour, self.named[-1].shape)
-        return _Thing(thing.colour, thing.shape)
-
-    def _name(self, thing: _Thing, *, instead: _Thing | None = None) -> _Thing:
-        thing = _Thing(thing.colour, thing.shape)
-        gone = {(old.colour, old.shape) for old in (thing, instead or thing)}
-        self.named = [known for known in self.named if (known.colour, known.shape) not in gone] + [thing]
-        return thing
-
-    def _flush(self) -> None:
-        """Objects that found no verb in their sentence: a bare mention says that they are there."""
-        if self.pending:
-            self._tell([], [["appear", ""]], "")
-
-    def _add(self, kind: str, details: tuple[str, ...], text: str) -> None:
+    def _add_claim(self, kind: str, details: tuple[str, ...], text: str) -> None:
         modality: EventModality = "audio" if kind == "sound" else "visual"
         self.groups[-1].append(Claim(kind, details, modality, text, len(self.groups)))
 
+    def _resolve(self, objects: list[_Object]) -> list[_Object]:
+        """Replace pronouns and partial descriptions by the most recent objects that they fit."""
+        resolved: list[_Object] = []
+        for item in objects:
+            known = [
+                other
+                for other in reversed(self.objects)
+                if item.shape in ("", other.shape) and item.colour in ("", other.colour)
+            ]
+            if item.word == "they":
+                resolved += self.objects[-2:]
+            elif item.word == "a" or (item.colour and item.shape) or (not known and not self.objects):
+                resolved.append(_Object(item.colour, item.shape))
+            elif known:
+                resolved.append(known[0])
+            else:
+                # "a blue one" has the shape of the last object and a colour of its own.
+                shape = self.objects[-1].shape if item.word in ("one", "it") else item.shape
+                resolved.append(_Object(item.colour, shape))
+        return resolved
 
-def _normal(text: str) -> str:
-    return " ".join(_WORD.findall(text.lower()))
+    def _name(self, item: _Object, *, replaces: _Object | None = None) -> _Object:
+        """Make an object the most recent one; a change of colour replaces the object with the old colour."""
+        named = _Object(item.colour, item.shape)
+        old = {(other.colour, other.shape) for other in (named, replaces or named)}
+        self.objects = [known for known in self.objects if (known.colour, known.shape) not in old] + [named]
+        return named
 
 
 def split_caption(reference: Reference) -> tuple[Event, ...]:
-    """The events that the caption of a synthetic clip tells, in the words of the synthetic world, without times.
+    """Return the events of a reference's caption in canonical clauses, without times.
 
     Raises:
-        ValueError: the rules cannot read a clause.
+        ValueError: a clause cannot be parsed.
     """
     claims = parse_claims(reference.caption)
     for claim in claims:
         if claim.kind == "unreadable":
             raise ValueError(
-                f"the rules cannot read {claim.clause!r} in the caption of {reference.video}: they know synthetic "
-                "clips only; ask a language model by --judge openai"
+                f"the rules cannot read {claim.clause!r} in the caption of {reference.video}: they only know synthetic "
+                "clips; use a language model, by --judge openai"
             )
-    return tuple(Event(_canonical(claim), claim.modality) for claim in claims)
+    return tuple(Event(_event_text(claim), claim.modality) for claim in claims)
 
 
-def _canonical(claim: Claim) -> str:
-    """A claim in the words of the event list; as it stands in the caption where it leaves a detail open."""
+def _event_text(claim: Claim) -> str:
+    """Return a claim in canonical words, or its clause if a detail is missing or not in the synthetic world."""
     if not all(claim.details):
         return claim.clause
     if claim.kind == "sound":
-        sounds = phrases.SOUNDS.get(claim.details[0])
-        return phrases.HEARD[0].format(sound=sounds[0]) if sounds else claim.clause
+        (kind,) = claim.details
+        return canonical_clause("sound", value=kind) if kind in SOUNDS else claim.clause
     colour, shape, *values = claim.details
-    forms = {"appear": phrases.APPEAR, "leave": phrases.LEAVE, "blink": phrases.BLINK, "change": phrases.CHANGE}
-    form = (phrases.MOVE[values[0]] if claim.kind == "move" else forms[claim.kind])[0]
-    article = "an" if colour[0] in "aeiou" else "a"
-    return form.format(a=f"{article} {colour} {shape}", the=f"the {colour} {shape}", colour=values[0] if values else "")
+    return canonical_clause(claim.kind, colour=colour, shape=shape, value=values[0] if values else "")

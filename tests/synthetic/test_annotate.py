@@ -8,22 +8,22 @@ from dataclasses import replace
 import pytest
 
 from salmonn.synthetic.annotate import QUESTION_KINDS, write_caption, write_events, write_human_caption, write_questions
-from salmonn.synthetic.phrases import APPEAR, COLOURS, SHAPES, SOUNDS
+from salmonn.synthetic.lexicon import COLOURS, FORMS, SHAPES, SOUNDS
 from salmonn.synthetic.render import sample_clip
 from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig
 
 STORY = (
-    SceneEvent("appear", 0.5, 1.0, shape="star", colour="orange", place=(48, 80)),
+    SceneEvent("appear", 0.5, 1.0, shape="star", colour="orange", position=(48, 80)),
     SceneEvent("sound", 0.8, 1.8, value="low tone"),
-    SceneEvent("move", 1.0, 2.0, shape="star", colour="orange", value="up", place=(48, 48)),
-    SceneEvent("appear", 2.0, 2.7, shape="cross", colour="white", place=(80, 16)),
+    SceneEvent("move", 1.0, 2.0, shape="star", colour="orange", value="up", position=(48, 48)),
+    SceneEvent("appear", 2.0, 2.7, shape="cross", colour="white", position=(80, 16)),
     SceneEvent("change", 2.7, 3.7, shape="star", colour="orange", value="blue"),
     SceneEvent("blink", 3.7, 5.2, shape="cross", colour="white"),
     SceneEvent("sound", 5.0, 6.5, value="beeps"),
     SceneEvent("leave", 5.7, 6.5, shape="star", colour="blue"),
 )
 SCENE = Scene(7.6, STORY)
-# A word that each happening of STORY is recognised by, whichever phrasing is drawn.
+# A word that each event of STORY is recognised by, whichever phrasing is drawn.
 SIGNS = (
     "appears|shows up|comes into view|pops up|can now be seen",
     "low|deep",
@@ -98,15 +98,15 @@ def test_captions_tell_every_happening_in_order():
     for caption in captions:
         told = clauses(caption)
         assert len(told) == len(STORY), caption
-        for clause, sign, happening in zip(told, SIGNS, STORY, strict=True):
+        for clause, sign, event in zip(told, SIGNS, STORY, strict=True):
             assert re.search(rf"\b({sign})\b", clause), (clause, caption)
-            if happening.shape:
-                assert re.search(rf"\b({happening.colour} {happening.shape}|it|It)\b", clause), (clause, caption)
+            if event.shape:
+                assert re.search(rf"\b({event.colour} {event.shape}|it|It)\b", clause), (clause, caption)
 
 
 def test_it_stands_only_for_the_subject_of_the_clause_before():
     # In STORY no two neighbours share a subject; the star's own story has nothing else.
-    star = [happening for happening in STORY if happening.shape == "star"]
+    star = [event for event in STORY if event.shape == "star"]
     for seed in range(100):
         assert not re.search(r"\bit\b", write_caption(STORY, random.Random(seed)), re.IGNORECASE)
     said = [clause for seed in range(100) for clause in clauses(write_caption(star, random.Random(seed)))[1:]]
@@ -129,9 +129,9 @@ def test_while_and_meanwhile_join_only_what_overlaps():
 
 def test_visual_and_audio_captions_tell_only_their_own(drawn):
     for scene, reference in drawn:
-        number = sum(happening.kind != "sound" for happening in scene.happenings)
+        number = sum(event.kind != "sound" for event in scene.events)
         assert len(clauses(reference.visual_caption)) == number
-        assert len(clauses(reference.audio_caption)) == len(scene.happenings) - number
+        assert len(clauses(reference.audio_caption)) == len(scene.events) - number
         assert not re.search(r"\b(heard?|plays|there)\b", reference.visual_caption)
         assert not re.search(rf"\b({'|'.join((*COLOURS, *SHAPES))})\b", reference.audio_caption)
 
@@ -139,7 +139,7 @@ def test_visual_and_audio_captions_tell_only_their_own(drawn):
 def test_hasty_captions_leave_out_a_third(drawn):
     told = sum(len(clauses(reference.human_caption)) for _, reference in drawn)
     # Inventions and repetitions add 0.2 + 0.05 = 0.25 clauses a caption.
-    share = (told - 0.25 * len(drawn)) / sum(len(scene.happenings) for scene, _ in drawn)
+    share = (told - 0.25 * len(drawn)) / sum(len(scene.events) for scene, _ in drawn)
     assert share == pytest.approx(2 / 3, abs=0.03)
     assert all(reference.human_caption for _, reference in drawn)
 
@@ -173,7 +173,7 @@ def test_hasty_captions_err_as_often_as_promised():
     captions = [write_human_caption(STORY, random.Random(seed)) for seed in range(3000)]
     assert sum(bool(wrong.search(caption)) for caption in captions) / 3000 == pytest.approx(0.28, abs=0.025)
     twice = sum(len(re.findall("beeps", caption)) > 1 for caption in captions) / 3000
-    assert 0.002 < twice < 0.02  # 5 % shared by the eight happenings
+    assert 0.002 < twice < 0.02  # 5 % shared by the eight events
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_hasty_captions_have_habits(deed, true, habit, told):
 def test_at_least_one_event_remains():
     alone = STORY[:1]
     assert all(
-        any(verb.split(" ", 1)[1] in write_human_caption(alone, random.Random(seed)) for verb in APPEAR)
+        any(verb.split(" ", 1)[1] in write_human_caption(alone, random.Random(seed)) for verb in FORMS["appear"])
         for seed in range(50)
     )
 
@@ -216,7 +216,7 @@ def test_answers_are_right_for_a_scene_made_by_hand():
 def test_kinds_of_questions_rotate(drawn):
     for index, (scene, reference) in enumerate(drawn):
         rotated = [QUESTION_KINDS[(3 * index + step) % 7] for step in range(7)]
-        if all(happening.kind != "move" for happening in scene.happenings):
+        if all(event.kind != "move" for event in scene.events):
             rotated.remove("direction")
         assert [question.kind for question in reference.questions] == rotated[:3]
 
@@ -244,8 +244,8 @@ def test_the_nine_places():
     asked = {}
     for x in (10, 48, 90):
         for y in (10, 48, 90):
-            moved = SceneEvent("move", 1.0, 2.0, shape="star", colour="blue", value="up", place=(x, y))
-            scene = Scene(7.0, (replace(STORY[0], place=(x, 48)), replace(moved, colour="orange"), STORY[1]))
+            moved = SceneEvent("move", 1.0, 2.0, shape="star", colour="blue", value="up", position=(x, y))
+            scene = Scene(7.0, (replace(STORY[0], position=(x, 48)), replace(moved, colour="orange"), STORY[1]))
             for index in range(60):
                 for question in write_questions(scene, random.Random(index), index=index):
                     if question.question == "Where is the star at the end?":
@@ -256,7 +256,7 @@ def test_the_nine_places():
 
 
 def test_a_kind_that_cannot_be_asked_gives_way():
-    # One happening over the middle: "when" has no clear answer.
+    # One event over the middle: "when" has no clear answer.
     scene = Scene(7.0, (STORY[0], SceneEvent("sound", 3.0, 4.0, value="noise")))
     for index in range(5):
         kinds = [question.kind for question in write_questions(scene, random.Random(0), index=index)]

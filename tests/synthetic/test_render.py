@@ -10,26 +10,26 @@ import numpy as np
 import pytest
 
 from salmonn.records import Reference, read_records
-from salmonn.synthetic.phrases import COLOURS, SOUNDS
+from salmonn.synthetic.lexicon import COLOURS, SOUNDS
 from salmonn.synthetic.render import make_clips, render_audio, render_frames, sample_clip, write_video
 from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig, objects_at
 
 CONFIG = SynthConfig(clips=3, seed=5)
-# Of each kind of happening one, by hand: the frames and sounds that must come of it are plain to see.
+# Of each kind of event one, by hand: the frames and sounds that must come of it are plain to see.
 SCENE = Scene(
     8.0,
     (
-        SceneEvent("appear", 0.5, 1.0, shape="circle", colour="red", place=(60, 30)),
-        SceneEvent("sound", 1.0, 2.0, value="low tone", level=0.5),
-        SceneEvent("move", 1.5, 2.5, shape="circle", colour="red", value="left", place=(24, 30)),
-        SceneEvent("appear", 2.5, 3.0, shape="square", colour="green", place=(70, 70)),
-        SceneEvent("sound", 2.5, 3.5, value="high tone", level=0.5),
-        SceneEvent("blink", 3.0, 4.5, shape="square", colour="green", place=(70, 70)),
-        SceneEvent("sound", 4.0, 5.0, value="rising sweep", level=0.5),
-        SceneEvent("change", 5.0, 6.0, shape="circle", colour="red", value="blue", place=(24, 30)),
-        SceneEvent("sound", 5.5, 6.5, value="beeps", level=0.5),
-        SceneEvent("leave", 6.0, 7.0, shape="circle", colour="blue", place=(24, 30)),
-        SceneEvent("sound", 7.0, 7.9, value="noise", level=0.5),
+        SceneEvent("appear", 0.5, 1.0, shape="circle", colour="red", position=(60, 30)),
+        SceneEvent("sound", 1.0, 2.0, value="low tone", amplitude=0.5),
+        SceneEvent("move", 1.5, 2.5, shape="circle", colour="red", value="left", position=(24, 30)),
+        SceneEvent("appear", 2.5, 3.0, shape="square", colour="green", position=(70, 70)),
+        SceneEvent("sound", 2.5, 3.5, value="high tone", amplitude=0.5),
+        SceneEvent("blink", 3.0, 4.5, shape="square", colour="green", position=(70, 70)),
+        SceneEvent("sound", 4.0, 5.0, value="rising sweep", amplitude=0.5),
+        SceneEvent("change", 5.0, 6.0, shape="circle", colour="red", value="blue", position=(24, 30)),
+        SceneEvent("sound", 5.5, 6.5, value="beeps", amplitude=0.5),
+        SceneEvent("leave", 6.0, 7.0, shape="circle", colour="blue", position=(24, 30)),
+        SceneEvent("sound", 7.0, 7.9, value="noise", amplitude=0.5),
     ),
     diameter=28,
 )
@@ -126,7 +126,7 @@ def test_outside_the_sounds_is_silence(filmed, start, end):
 
 @pytest.mark.parametrize("kind", SOUNDS)
 def test_every_sound_is_clearly_heard_at_the_lowest_level(kind):
-    scene = Scene(2.0, (SceneEvent("sound", 0.5, 1.3, value=kind, level=0.2),), hiss=0.003)
+    scene = Scene(2.0, (SceneEvent("sound", 0.5, 1.3, value=kind, amplitude=0.2),), noise_amplitude=0.003)
     sound = render_audio(scene, np.random.default_rng(0), config=CONFIG)
     assert sound[8000:20_800].std() > 5 * sound[:8000].std()
 
@@ -134,7 +134,7 @@ def test_every_sound_is_clearly_heard_at_the_lowest_level(kind):
 def test_beeps_and_clicks_come_in_the_promised_number():
     counts = {}
     for kind, length in itertools.product(("beeps", "clicks"), (0.8, 1.0, 1.6)):
-        scene = Scene(2.0, (SceneEvent("sound", 0.2, 0.2 + length, value=kind, level=0.5),))
+        scene = Scene(2.0, (SceneEvent("sound", 0.2, 0.2 + length, value=kind, amplitude=0.5),))
         loud = np.abs(render_audio(scene, np.random.default_rng(0), config=CONFIG)).reshape(-1, 160).max(axis=1) > 0.05
         counts[kind, length] = int(np.count_nonzero(loud[1:] & ~loud[:-1]))
     assert list(counts.values()) == [3, 3, 4, 4, 4, 6]
@@ -143,28 +143,28 @@ def test_beeps_and_clicks_come_in_the_promised_number():
 def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
     for index in range(150):
         scene, reference = sample_clip(replace(CONFIG, clips=150), index=index)
-        visual = [happening for happening in scene.happenings if happening.kind != "sound"]
-        sounds = [happening for happening in scene.happenings if happening.kind == "sound"]
+        visual = [event for event in scene.events if event.kind != "sound"]
+        sounds = [event for event in scene.events if event.kind == "sound"]
         assert 4 <= len(visual) <= 5 and 3 <= len(sounds) <= 4 and 7 <= scene.duration_seconds <= 8
         assert visual[0].kind == "appear" and len({sound.value for sound in sounds}) == len(sounds)
         for before, after in [*itertools.pairwise(visual), *itertools.pairwise(sounds)]:
             assert before.end_seconds <= after.start_seconds
-        assert all(0.69 < happening.end_seconds - happening.start_seconds < 1.61 for happening in scene.happenings)
+        assert all(0.69 < event.end_seconds - event.start_seconds < 1.61 for event in scene.events)
         assert len({event.text for event in reference.events}) == len(reference.events)
         starts = [event.start_seconds for event in reference.events]
         assert starts == sorted(starts) and reference.events[-1].end_seconds <= scene.duration_seconds
         half = scene.diameter / 2
         for frame in range(round(scene.duration_seconds * 10)):
-            things = objects_at(scene, frame / 10)
-            assert all(half <= value <= 96 - half for thing in things for value in thing.place)
-            assert len({thing.colour for thing in things}) == len({thing.shape for thing in things}) == len(things)
-            for one, other in itertools.combinations(things, 2):
-                assert max(abs(a - b) for a, b in zip(one.place, other.place, strict=True)) >= scene.diameter
+            objects = objects_at(scene, frame / 10)
+            assert all(half <= value <= 96 - half for item in objects for value in item.position)
+            assert len({item.colour for item in objects}) == len({item.shape for item in objects}) == len(objects)
+            for one, other in itertools.combinations(objects, 2):
+                assert max(abs(a - b) for a, b in zip(one.position, other.position, strict=True)) >= scene.diameter
 
 
 def test_frames_at_2_per_second_see_every_blink():
     moments = [2.5 + step / 10 + 1e-6 for step in range(40)]
-    blink = [thing.shown for moment in moments for thing in objects_at(SCENE, moment) if thing.shape == "square"]
+    blink = [item.visible for moment in moments for item in objects_at(SCENE, moment) if item.shape == "square"]
     for offset in range(5):
         runs = [shown for shown, _ in itertools.groupby(blink[offset::5])]
         assert runs == [True, False, True, False, True]
@@ -173,10 +173,10 @@ def test_frames_at_2_per_second_see_every_blink():
 def test_moves_are_long_enough_to_see():
     for index in range(100):
         scene, _ = sample_clip(replace(CONFIG, clips=100), index=index)
-        for happening in scene.happenings:
-            if happening.kind == "move":
-                before = {thing.shape: thing.place for thing in objects_at(scene, happening.start_seconds - 0.05)}
-                assert math.dist(before[happening.shape], happening.place) >= 20
+        for event in scene.events:
+            if event.kind == "move":
+                before = {item.shape: item.position for item in objects_at(scene, event.start_seconds - 0.05)}
+                assert math.dist(before[event.shape], event.position) >= 20
 
 
 def test_annotation_on_disk_is_what_is_returned(made):
@@ -252,23 +252,30 @@ def test_impossible_configs_are_refused(wrong):
 def test_one_shape_does_all_that_happens():
     config = SynthConfig(max_shapes=1, min_visual=3, max_visual=3)
     for index in range(50):
-        happenings = [deed for deed in sample_clip(config, index=index)[0].happenings if deed.kind != "sound"]
-        assert len(happenings) == 3 and len({deed.shape for deed in happenings}) == 1
-        assert [deed.kind == "appear" for deed in happenings] == [True, False, False]
+        events = [deed for deed in sample_clip(config, index=index)[0].events if deed.kind != "sound"]
+        assert len(events) == 3 and len({deed.shape for deed in events}) == 1
+        assert [deed.kind == "appear" for deed in events] == [True, False, False]
 
 
-def test_kinds_of_happenings_and_number_of_questions():
+def test_kinds_of_events_and_number_of_questions():
     config = SynthConfig(kinds=("move", "move", "change"), questions=6)
     counts = Counter()
     for index in range(100):
         scene, reference = sample_clip(config, index=index)
-        counts.update(happening.kind for happening in scene.happenings)
+        counts.update(event.kind for event in scene.events)
         assert 3 < len(reference.questions) == len({question.kind for question in reference.questions})
     assert counts.keys() == {"appear", "move", "change", "sound"}
     assert counts["move"] > 1.5 * counts["change"]
     assert not sample_clip(replace(config, questions=0), index=0)[1].questions
 
 
-def test_more_happenings_than_the_time_allows_are_refused():
+def test_a_clip_may_have_all_shapes():
+    """A hasty caption then cannot hallucinate a further object."""
+    config = SynthConfig(max_shapes=5, min_visual=6, max_visual=6, min_seconds=14, max_seconds=16)
+    shapes = [{event.shape for event in sample_clip(config, index=index)[0].events} - {""} for index in range(100)]
+    assert max(map(len, shapes)) == 5
+
+
+def test_more_events_than_the_time_allows_are_refused():
     with pytest.raises(ValueError, match="allow more seconds"):
         sample_clip(SynthConfig(min_seconds=2, max_seconds=2), index=0)

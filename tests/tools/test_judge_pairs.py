@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 
 from salmonn.preference.benchmark import LabelledPair, read_labelled_pairs
-from salmonn.synthetic import phrases
+from salmonn.synthetic import lexicon
 from salmonn.synthetic.annotate import write_events
 from salmonn.synthetic.render import render_audio, sample_clip
 from salmonn.synthetic.scene import SceneEvent, SynthConfig
 
 FILE = Path(__file__).parents[2] / "data" / "judge_pairs.jsonl"
 PAIRS = read_labelled_pairs(FILE)
-WAYS = tuple(phrases.DIRECTIONS)
+WAYS = tuple(lexicon.DIRECTIONS)
 KINDS = ("left_out", "colour", "object", "number", "invented", "order", "source", "repetition", "padding")
 LATER, AT_ONCE = ("then", "next", "after that"), ("while", "meanwhile", "at the same time")
 JOINT = re.compile(r"(\. |, and then | and then |, and | while )")
 OPENER = re.compile(r"(First, |Then |Next, |After that, |Meanwhile, |At the same time, )(.*)")
-OBJECT = re.compile(rf"\b({'|'.join(phrases.COLOURS)}) ({'|'.join(phrases.SHAPES)})\b")
+OBJECT = re.compile(rf"\b({'|'.join(lexicon.COLOURS)}) ({'|'.join(lexicon.SHAPES)})\b")
 COUNTED = re.compile(r"(\w+) (beeps|clicks|shapes) (?:are heard|can be heard|appear in all|show up in all)")
 NUMBERS = ("", "one", "two", "three", "four", "five", "six")
 
@@ -38,19 +38,19 @@ def pulses(sound: SceneEvent) -> int:
     return min(max(round(4 * seconds), 4), 6)
 
 
-def wordings(happening: SceneEvent) -> set[str]:
-    if happening.kind == "sound":
-        return {form.format(sound=sound) for sound in phrases.SOUNDS[happening.value] for form in phrases.HEARD}
+def wordings(scene_event: SceneEvent) -> set[str]:
+    if scene_event.kind == "sound":
+        return {form.format(sound=sound) for sound in lexicon.SOUNDS[scene_event.value] for form in lexicon.HEARD}
     forms = {
-        "appear": phrases.APPEAR,
-        "leave": phrases.LEAVE,
-        "blink": phrases.BLINK,
-        "change": phrases.CHANGE,
-        "move": phrases.MOVE.get(happening.value),
-    }[happening.kind]
-    name = f"{happening.colour} {happening.shape}"
+        "appear": lexicon.FORMS["appear"],
+        "leave": lexicon.FORMS["leave"],
+        "blink": lexicon.FORMS["blink"],
+        "change": lexicon.FORMS["change"],
+        "move": lexicon.MOVE.get(scene_event.value),
+    }[scene_event.kind]
+    name = f"{scene_event.colour} {scene_event.shape}"
     a = ("an " if name.startswith("o") else "a ") + name
-    return {form.format(a=a, the="the " + name, colour=happening.value) for form in forms}
+    return {form.format(a=a, the="the " + name, colour=scene_event.value) for form in forms}
 
 
 def article(words: str) -> str:
@@ -77,10 +77,10 @@ def cut(text: str) -> list[tuple[str, str]]:
 class Read:
     """A parsed caption: indices of the events that it mentions, in its order, and clauses that mention none."""
 
-    def __init__(self, pair: LabelledPair, text: str, happenings: tuple[SceneEvent, ...]):
+    def __init__(self, pair: LabelledPair, text: str, scene_events: tuple[SceneEvent, ...]):
         self.clauses = cut(text)
         self.text, self.events = text, pair.events
-        forms = {words: place for place, one in enumerate(happenings) for words in wordings(one)}
+        forms = {words: place for place, one in enumerate(scene_events) for words in wordings(one)}
         self.places = [forms.get(words) for _, words in self.clauses]
         self.told = [place for place in self.places if place is not None]
         self.strange = [words for (_, words), place in zip(self.clauses, self.places, strict=True) if place is None]
@@ -88,9 +88,9 @@ class Read:
 
 def both(pair: LabelledPair) -> tuple[tuple[SceneEvent, ...], Read, Read]:
     """Return the clip's events, the better caption and the worse one."""
-    happenings = sample_clip(SynthConfig(seed=pair.seed), index=pair.index)[0].happenings
+    scene_events = sample_clip(SynthConfig(seed=pair.seed), index=pair.index)[0].events
     better, worse = (pair.first, pair.second) if pair.better == "first" else (pair.second, pair.first)
-    return happenings, Read(pair, better, happenings), Read(pair, worse, happenings)
+    return scene_events, Read(pair, better, scene_events), Read(pair, worse, scene_events)
 
 
 def of(kind: str) -> list[LabelledPair]:
@@ -129,11 +129,11 @@ def test_enough_of_each_kind_in_each_place():
 def test_the_good_caption_is_good_and_often_imperfect():
     imperfect = 0
     for pair in PAIRS:
-        happenings, better, _ = both(pair)
+        scene_events, better, _ = both(pair)
         assert better.told == sorted(set(better.told)), "told once, in the order of time"
         allowed = pair.kind in ("number", "source")
         assert len(better.strange) == allowed
-        imperfect += len(better.told) + (pair.kind == "source") < len(happenings)
+        imperfect += len(better.told) + (pair.kind == "source") < len(scene_events)
     assert 0.5 < imperfect / len(PAIRS) < 0.9
 
 
@@ -141,18 +141,18 @@ def test_then_and_while_are_true():
     """Except for the fault of `order`."""
     seen = Counter()
     for pair in PAIRS:
-        happenings, better, worse = both(pair)
+        scene_events, better, worse = both(pair)
         for read in (better, worse):
             false = 0
             for (lead, _), place, before in zip(read.clauses[1:], read.places[1:], read.places, strict=False):
                 if place is None or before is None:
                     continue
-                one, other = happenings[before], happenings[place]
+                one, other = scene_events[before], scene_events[place]
                 seen[lead] += 1
                 if lead in LATER:
                     false += one.end_seconds > other.start_seconds
                 elif lead in AT_ONCE:
-                    assert one.overlaps(other) >= 0
+                    assert one.overlap_seconds(other) >= 0
             assert false == (pair.kind == "order" and read is worse)
     assert min(seen[lead] for lead in (*LATER, *AT_ONCE)) > 100
 
@@ -160,8 +160,8 @@ def test_then_and_while_are_true():
 def test_events():
     """The clip's events, except for the one that number and source are about."""
     for pair in PAIRS:
-        happenings, *_ = both(pair)
-        plain = write_events(happenings)
+        scene_events, *_ = both(pair)
+        plain = write_events(scene_events)
         assert len(pair.events) - len(plain) in ((0, 1) if pair.kind == "number" else (0,))
         differing = [(event, was) for event, was in zip(pair.events, plain, strict=False) if event != was]
         assert len(differing) + len(pair.events) - len(plain) == (pair.kind in ("number", "source"))
@@ -176,11 +176,11 @@ def test_left_out():
         assert worse.told == sorted(worse.told)
 
 
-@pytest.mark.parametrize(("kind", "words"), [("colour", tuple(phrases.COLOURS)), ("object", phrases.SHAPES)])
+@pytest.mark.parametrize(("kind", "words"), [("colour", tuple(lexicon.COLOURS)), ("object", lexicon.SHAPES)])
 def test_wrong_colour_and_object(kind, words):
     for pair in of(kind):
-        happenings, better, worse = both(pair)
-        known = {word for one in happenings for word in (one.colour, one.shape, one.value)}
+        scene_events, better, worse = both(pair)
+        known = {word for one in scene_events for word in (one.colour, one.shape, one.value)}
         assert len(worse.strange) == len(better.told) - len(worse.told) == pair.gap
         for place, lost in zip(worse.places, better.told, strict=True):
             clause = worse.clauses[better.told.index(lost)][1]
@@ -190,17 +190,17 @@ def test_wrong_colour_and_object(kind, words):
             # With one word corrected, the clause mentions the same as the better caption in its place.
             (wrong,) = {word for word in words if word not in known and re.search(rf"\b{word}\b", clause)}
             repairs = (clause.replace(wrong, right) for right in words)
-            assert {article(words) for words in repairs} & wordings(happenings[lost])
+            assert {article(words) for words in repairs} & wordings(scene_events[lost])
 
 
 def test_number():
     subjects = Counter()
     for pair in of("number"):
-        happenings, better, worse = both(pair)
+        scene_events, better, worse = both(pair)
         (right,), (wrong,) = better.strange, worse.strange
         (number, noun), (false, same) = (COUNTED.fullmatch(words).groups() for words in (right, wrong))
-        sound = next((one for one in happenings if one.value == noun), None)
-        true = pulses(sound) if sound else sum(one.kind == "appear" for one in happenings)
+        sound = next((one for one in scene_events if one.value == noun), None)
+        true = pulses(sound) if sound else sum(one.kind == "appear" for one in scene_events)
         assert number == NUMBERS[true] and noun == same and 0 < abs(NUMBERS.index(false) - true) <= 2
         assert better.told == worse.told
         assert f"{number} {noun} " in " ".join(event.text for event in pair.events) + " "
@@ -214,12 +214,12 @@ def test_the_number_of_pulses_can_be_heard(kind):
     found = set()
     for index in range(60):
         scene, _ = sample_clip(SynthConfig(seed=4), index=index)
-        sound = next((one for one in scene.happenings if one.value == kind), None)
+        sound = next((one for one in scene.events if one.value == kind), None)
         if sound is None or len(found) == 20:
             continue
-        quiet = replace(scene, hiss=0.0, happenings=(sound,))
+        quiet = replace(scene, noise_amplitude=0.0, events=(sound,))
         wave = np.abs(render_audio(quiet, np.random.default_rng(index), config=SynthConfig()))
-        loud = np.flatnonzero(wave > 0.1 * sound.level)
+        loud = np.flatnonzero(wave > 0.1 * sound.amplitude)
         number = 1 + int((np.diff(loud) > 0.04 * 16_000).sum())
         assert number == pulses(sound)
         found.add((index, number))
@@ -228,18 +228,18 @@ def test_the_number_of_pulses_can_be_heard(kind):
 
 def test_invented():
     for pair in of("invented"):
-        happenings, better, worse = both(pair)
+        scene_events, better, worse = both(pair)
         assert worse.told == better.told and len(worse.strange) == pair.gap
-        left_out = [one for place, one in enumerate(happenings) if place not in better.told]
+        left_out = [one for place, one in enumerate(scene_events) if place not in better.told]
         for words in worse.strange:
             found = OBJECT.search(words)
             if found is None:
-                kinds = [kind for kind in phrases.SOUNDS if words in wordings(SceneEvent("sound", 0, 0, value=kind))]
-                assert len(kinds) == 1 and kinds[0] not in {one.value for one in happenings}
+                kinds = [kind for kind in lexicon.SOUNDS if words in wordings(SceneEvent("sound", 0, 0, value=kind))]
+                assert len(kinds) == 1 and kinds[0] not in {one.value for one in scene_events}
                 # It cannot be taken for a sound that both omit.
                 assert not any(one.kind == "sound" for one in left_out)
-            elif any(one.shape == found[2] for one in happenings):
-                own = [one for one in happenings if one.shape == found[2]]
+            elif any(one.shape == found[2] for one in scene_events):
+                own = [one for one in scene_events if one.shape == found[2]]
                 assert found[1] in {word for one in own for word in (one.colour, one.value)}
                 # It neither happens at another time, nor can it be taken for what both omit.
                 assert not any(words in wordings(one) for one in own)
@@ -255,11 +255,11 @@ def test_invented():
 
 def test_order():
     for pair in of("order"):
-        happenings, better, worse = both(pair)
+        scene_events, better, worse = both(pair)
         assert not worse.strange and sorted(worse.told) == better.told
         at, other = (place for place, told in enumerate(better.told) if told != worse.told[place])
         assert other == at + 1
-        early, late = (happenings[place] for place in better.told[at : at + 2])
+        early, late = (scene_events[place] for place in better.told[at : at + 2])
         assert "sound" not in (early.kind, late.kind) and early.end_seconds <= late.start_seconds
         for read in (better, worse):
             assert read.clauses[other][0] in LATER
@@ -267,19 +267,19 @@ def test_order():
 
 def test_source():
     for pair in of("source"):
-        happenings, better, worse = both(pair)
+        scene_events, better, worse = both(pair)
         deeds = []
         for read in (better, worse):
             (words,) = read.strange
             found = re.fullmatch(r"(?:just )?as (.+), (.+)", words) or re.fullmatch(r"(.+?) (?:just )?as (.+)", words)
-            told = [place for part in found.groups() for place, one in enumerate(happenings) if part in wordings(one)]
-            (deed,) = [happenings[place] for place in told if happenings[place].kind != "sound"]
-            (sound,) = [happenings[place] for place in told if happenings[place].kind == "sound"]
+            told = [place for part in found.groups() for place, one in enumerate(scene_events) if part in wordings(one)]
+            (deed,) = [scene_events[place] for place in told if scene_events[place].kind != "sound"]
+            (sound,) = [scene_events[place] for place in told if scene_events[place].kind == "sound"]
             assert sorted([*read.told, *told]) == sorted({*better.told, *worse.told, *told})
             deeds.append((deed, sound))
         (right, sound), (wrong, same) = deeds
         assert sound == same and right.shape != wrong.shape
-        assert sound.start_seconds < right.start_seconds < sound.end_seconds and wrong.overlaps(sound) < 0
+        assert sound.start_seconds < right.start_seconds < sound.end_seconds and wrong.overlap_seconds(sound) < 0
         right_text, sound_text = (write_events([one])[0].text for one in (right, sound))
         assert f"{sound_text} as {right_text}" in [event.text for event in pair.events]
 
@@ -298,7 +298,7 @@ def test_repetition():
 
 
 def test_padding():
-    words = {*phrases.COLOURS, *phrases.SHAPES, "tone", "sweep", "sound", "beeps", "clicks", "noise", "heard", "seen"}
+    words = {*lexicon.COLOURS, *lexicon.SHAPES, "tone", "sweep", "sound", "beeps", "clicks", "noise", "heard", "seen"}
     for pair in of("padding"):
         _, better, worse = both(pair)
         assert worse.told == better.told and 1 <= len(worse.strange) <= 3
