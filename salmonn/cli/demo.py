@@ -32,7 +32,7 @@ def demo_parser() -> FlagParser:
     """Arguments of `salmonn demo`."""
     parser = FlagParser(
         description="Serve a page: caption a video and see its score, compare two captions blind and vote, look at a "
-        "training run. It asks no network for anything. UploadStore are deleted when their visitor leaves."
+        "training run. It asks no network for anything. Uploads are deleted after use."
     )
     add_model(parser)
     parser.add_argument("--other-model", type=str | None, default=None, help="a second one, to compare with")
@@ -63,7 +63,8 @@ def run_demo(values: Namespace) -> int:
     from salmonn.caption.worker import WorkerLimits
     from salmonn.preference.votes import VoteStore
     from salmonn.serve.sources import upload_folder
-    from salmonn.webui.session import AppState, UploadStore, make_example_clips
+    from salmonn.webui.session import AppState, make_example_clips
+    from salmonn.webui.uploads import UploadStore
 
     votes, limits = VoteStore(values.votes), WorkerLimits(values.read_seconds, values.read_gib)
     with upload_folder() as folder, ClipReader(workers=values.workers, limits=limits) as reader:
@@ -87,8 +88,8 @@ def _serve(values: Namespace, state: "AppState", accounts: list[tuple[str, str]]
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from salmonn.webui.app import build_app, launch_options
-    from salmonn.webui.uploads import UploadLimitMiddleware, disable_remote_fetch
+    from salmonn.webui.app import build_app, disable_remote_fetch, launch_options
+    from salmonn.webui.uploads import UploadLimitMiddleware
 
     disable_remote_fetch()
     max_bytes = values.max_upload_mib << 20

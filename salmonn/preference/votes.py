@@ -1,12 +1,12 @@
-"""Votes on captions: kept as records, and as preference pairs that a recipe trains on.
+"""People's votes on captions: saved as records and as training pairs, and summarized.
 
 A folder of votes holds
 
 - votes.jsonl: every vote (`Vote`);
-- pairs.jsonl: those that can be trained on, as published conversations of 2+ (data/README.md), which
+- pairs.jsonl: the votes that can be used for training, as published conversations of 2+ (data/README.md), which
   `recipes/dpo.py --preferences pairs.jsonl` reads;
-- videos/: the videos of these pairs, named by the hash of their bytes;
-- log.jsonl: votes, copies and edits (`LogEntry`), as they came.
+- videos/: the videos of these pairs, named by the hash of their content;
+- log.jsonl: votes, copies and edits in order (`LogEntry`).
 """
 
 import fcntl
@@ -15,37 +15,41 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from scipy.stats import binomtest
+
 from salmonn.caption.probe import MediaInfo
 from salmonn.conversations import parse_conversation
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Modality, append_record, read_records
+from salmonn.score.stats import Interval
 
 logger = logging.getLogger(__name__)
 
 Choice = Literal["first", "second", "tie", "both bad"]
 Action = Literal["vote", "copy", "edit"]
-Source = Literal["edit", "reference", "chosen", ""]
+GroundTruthSource = Literal["edit", "reference", "chosen", ""]
 FILES = ("votes.jsonl", "pairs.jsonl", "log.jsonl")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the two captions that a vote is between.
+    """One of the two captions of a vote.
 
     Args:
-        model: that gave it.
-        text: of the caption.
-        prompt: that was asked.
-        finished: False where it ran into the token limit.
-        temperature, seed: of the draw.
-        total: its score against the reference; None where there is none.
+        model: name of the model.
+        text: text of the caption.
+        prompt: the prompt.
+        finished: False if the caption was cut off at the token limit.
+        temperature, seed: sampling parameters.
+        total: Total against the reference; None without a reference.
     """
 
     model: str
@@ -56,22 +60,27 @@ class Candidate:
     seed: int = 0
     total: float | None = None
 
+    @property
+    def name(self) -> str:
+        """Name in results: the model, with its temperature if it was sampled."""
+        return f"{self.model} (temperature {self.temperature:g})" if self.temperature else self.model
+
 
 @dataclass(frozen=True)
 class Vote:
-    """What somebody preferred, without knowing whose captions they are.
+    """A person's choice between two captions, made without knowing their models.
 
     Args:
         date: UTC, in ISO format.
         video: name of the file.
-        first, second: the captions, as they stood on the page: A and B.
-        choice: the better one, or that neither is.
-        use: what of the video was asked about.
-        start_seconds, end_seconds: the part of the video.
-        edit: what the visitor wrote that it should say; "" for nothing.
-        ground_truth: whose words the pair has for the ground truth; "" where there is no pair.
-        pair: the file below videos/ that the pair is about; "" where there is no pair.
-        why_no_pair: the reason, where there is none.
+        first, second: captions as shown, A and B.
+        choice: the better caption, or that neither is.
+        modality: modality that the captions describe.
+        start_seconds, end_seconds: part of the video.
+        edit: caption written by the person; "" for none.
+        ground_truth: source of the training pair's ground truth; "" without a pair.
+        pair: file in videos/ of the training pair; "" without a pair.
+        unused_reason: why there is no training pair; "" if there is one.
     """
 
     date: str
@@ -83,31 +92,31 @@ class Vote:
     start_seconds: float | None = None
     end_seconds: float | None = None
     edit: str = ""
-    ground_truth: Source = ""
+    ground_truth: GroundTruthSource = ""
     pair: str = ""
-    why_no_pair: str = ""
+    unused_reason: str = ""
 
     @property
     def chosen(self) -> Candidate | None:
-        """The better caption, where one is."""
+        """The better caption, if one was chosen."""
         return {"first": self.first, "second": self.second}.get(self.choice)
 
     @property
     def rejected(self) -> Candidate | None:
-        """The other one, where one is better."""
+        """The other caption, if one was chosen."""
         return {"first": self.second, "second": self.first}.get(self.choice)
 
 
 @dataclass(frozen=True)
 class LogEntry:
-    """Something that a visitor did.
+    """An action in the web UI.
 
     Args:
         date: UTC, in ISO format.
         action: vote, copy or edit.
         video: name of the file.
-        model: whose caption was copied or chosen; "" where that says nothing.
-        text: the caption that was copied, the words that were written, or the choice.
+        model: model of the copied or chosen caption; "" if there is none.
+        text: the copied caption, the person's caption, or the choice.
     """
 
     date: str
@@ -119,73 +128,72 @@ class LogEntry:
 
 @dataclass(frozen=True)
 class VoteMedia:
-    """The video that a vote is about.
+    """The video of a vote.
 
     Args:
-        path: of the file.
-        outline: what it holds.
-        may_keep: whether a copy of it may be kept for training.
-        reference: a caption that is known to be right; "" for none.
+        path: video file.
+        info: its duration and streams.
+        may_keep: whether a copy may be kept for training.
+        reference: reference caption; "" for none.
     """
 
     path: Path
-    outline: MediaInfo
+    info: MediaInfo
     may_keep: bool
     reference: str = ""
 
 
 class VoteStore:
-    """A folder of votes; several threads, and several pages, may use it.
+    """A folder of votes, which several threads and processes may use.
 
     Args:
-        folder: made where it is not there.
+        folder: the folder; created if necessary.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "videos").mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with self._locked():
             for name in FILES:
-                mend_end(folder / name)
+                truncate_partial_line(folder / name)
 
-    def add(self, vote: Vote, footage: VoteMedia) -> Vote:
-        """Keep a vote, its pair where it makes one, and the visitor's words; returns it with what became of it.
+    def add(self, vote: Vote, media: VoteMedia) -> Vote:
+        """Save a vote, its log entries and, if possible, its training pair; return the vote as saved.
 
         Raises:
-            OSError: the disk takes no more; nothing of the vote is kept then.
+            OSError: the disk is full or fails; nothing is saved.
         """
-        with self._alone(), self._whole():
-            vote, pair = self._pair_up(vote, footage)
+        with self._locked(), self._all_or_nothing():
+            vote, pair = self._make_pair(vote, media)
             append_record(self.folder / "votes.jsonl", vote)
             if pair:
-                append_line(self.folder / "pairs.jsonl", pair)
-            chosen = vote.chosen
-            self._log("vote", vote.video, chosen.model if chosen else "", vote.choice)
+                append_json(self.folder / "pairs.jsonl", pair)
+            self._log("vote", vote.video, vote.chosen.model if vote.chosen else "", vote.choice)
             if vote.edit:
                 self._log("edit", vote.video, "", vote.edit)
         return vote
 
     def log_copy(self, *, video: str, model: str, text: str) -> None:
-        """Keep that a caption was copied; raises as `cast`."""
-        with self._alone(), self._whole():
+        """Log that a caption was copied; raises OSError as `add` does."""
+        with self._locked(), self._all_or_nothing():
             self._log("copy", video, model, text)
 
     def read(self) -> list[Vote]:
-        """All votes, in order."""
+        """Read all votes, in order."""
         return self._read("votes.jsonl", Vote)
 
     def read_log(self) -> list[LogEntry]:
-        """All that was done, in order."""
+        """Read all log entries, in order."""
         return self._read("log.jsonl", LogEntry)
 
     def _read(self, name: str, record_type: type[Any]) -> list[Any]:
         path = self.folder / name
-        with self._alone():  # a line that is being written is not whole
+        with self._locked():  # another process may be writing a line
             return read_records(path, record_type) if path.exists() else []
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """While no other thread, and no other page, uses the folder."""
+    def _locked(self) -> Iterator[None]:
+        """Lock the folder against other threads and processes."""
         lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -194,8 +202,8 @@ class VoteStore:
             os.close(lock)
 
     @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """All that is written, or none of it: a full disk takes half a line, and the next would go on from it."""
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Undo all writes after an OSError: a full disk writes half a line, which the next line would continue."""
         paths = [self.folder / name for name in FILES]
         sizes = [path.stat().st_size if path.exists() else None for path in paths]
         try:
@@ -207,108 +215,213 @@ class VoteStore:
             raise
 
     def _log(self, action: Action, video: str, model: str, text: str) -> None:
-        append_record(self.folder / "log.jsonl", LogEntry(now(), action, video, model, text))
+        append_record(self.folder / "log.jsonl", LogEntry(utc_now(), action, video, model, text))
 
-    def _pair_up(self, vote: Vote, footage: VoteMedia) -> tuple[Vote, dict[str, Any] | None]:
-        """Keep the video of a vote that makes a pair; returns the vote with what becomes of it, and the pair."""
-        if reason := why_no_pair(vote, footage):
-            return replace(vote, why_no_pair=reason), None
-        source, words = ground_truth(vote, footage.reference)
+    def _make_pair(self, vote: Vote, media: VoteMedia) -> tuple[Vote, dict[str, Any] | None]:
+        """Keep the video of a vote that is used for training; return the vote as it is saved, and its pair."""
+        if reason := find_unused_reason(vote, media):
+            return replace(vote, unused_reason=reason), None
+        source, text = choose_ground_truth(vote, media.reference)
         try:
-            name = keep_video(footage.path, self.folder / "videos")
-        except FileNotFoundError:  # who votes and leaves at once takes it along
-            return replace(vote, why_no_pair="the video is gone"), None
-        item = to_preference(vote, f"videos/{name}", footage.outline, ground_truth=words)
+            name = keep_video(media.path, self.folder / "videos")
+        except FileNotFoundError:  # the session ended, which deletes its uploads
+            return replace(vote, unused_reason="the video has been deleted"), None
+        pair = to_conversation(vote, f"videos/{name}", media.info, ground_truth=text)
         try:
-            parse_conversation(item)  # as the recipe will: one line that it refuses would spoil the whole file
+            parse_conversation(pair)  # as the recipe does: a line that it refuses would make the file unreadable
         except ValueError as error:
-            return replace(vote, why_no_pair=f"it cannot be trained on: {error}"), None
-        return replace(vote, ground_truth=source, pair=name), item
+            return replace(vote, unused_reason=f"it is not a valid training pair ({error})"), None
+        return replace(vote, ground_truth=source, pair=name), pair
 
 
-def why_no_pair(vote: Vote, footage: VoteMedia) -> str:
-    """Why a vote is not trained on, in words; "" where it is."""
+def find_unused_reason(vote: Vote, media: VoteMedia) -> str:
+    """Return why a vote is not used for training; "" if it is."""
     if not vote.chosen or not vote.rejected:
-        return "neither of the two was preferred"
-    if not footage.may_keep:
-        return "the video may not be kept"
+        return "neither caption was preferred"
+    if not media.may_keep:
+        return "you did not agree to keep the video"
     if not (vote.chosen.finished and vote.rejected.finished):
-        # A pair of this format cannot say so, and training would teach to end in the middle of a sentence.
-        return "one of the two ran into its limit of length"
+        # The format of the pairs has no such flag, and training would teach to stop in mid-sentence.
+        return "one of the captions was cut off at the token limit"
     if not vote.chosen.text.strip() or not vote.rejected.text.strip():
-        return "one of the two is empty"
+        return "one of the captions is empty"
     if vote.chosen.text.split() == vote.rejected.text.split():
-        return "both say the same"
+        return "both captions are equal"
     return ""
 
 
-def ground_truth(vote: Vote, reference: str) -> tuple[Source, str]:
-    """What guided DPO's cross-entropy learns beside the pair, and where it is from."""
+def choose_ground_truth(vote: Vote, reference: str) -> tuple[GroundTruthSource, str]:
+    """Return source and text of the ground truth, for the cross-entropy term of guided DPO."""
     assert vote.chosen is not None
     is_part = vote.start_seconds is not None or vote.end_seconds is not None
     if vote.edit.strip():
         return "edit", vote.edit.strip()
-    if reference.strip() and not is_part:  # a reference is about the whole video
+    if reference.strip() and not is_part:  # a reference describes the whole video
         return "reference", reference.strip()
     return "chosen", vote.chosen.text
 
 
-def to_preference(vote: Vote, video: str, outline: MediaInfo, *, ground_truth: str) -> dict[str, Any]:
-    """A vote as a published conversation of 2+, where `gpt` is the ground truth.
+def to_conversation(vote: Vote, video: str, info: MediaInfo, *, ground_truth: str) -> dict[str, Any]:
+    """Return a vote as a published conversation of 2+, whose `gpt` answer is the ground truth.
 
     Args:
-        vote: with a choice of A or B.
-        video: path of the video from the folder of votes.
-        outline: what the video holds: a pair that asks for a sound that is not there would be refused.
-        ground_truth: the words.
+        vote: vote for A or B.
+        video: path of the video, relative to the folder of votes.
+        info: duration and streams of the video: a pair may not use a stream that does not exist.
+        ground_truth: text of the ground truth.
     """
     chosen, rejected = vote.chosen, vote.rejected
     assert chosen and rejected
-    sees, hears = vote.modality != "audio" and outline.has_video, vote.modality != "visual" and outline.has_audio
-    kind = "video" if sees else "audio"
-    item: dict[str, Any] = {kind: video} | ({"use_audio": True} if sees and hears else {})
+    uses_video, uses_audio = vote.modality != "audio" and info.has_video, vote.modality != "visual" and info.has_audio
+    kind = "video" if uses_video else "audio"
+    item: dict[str, Any] = {kind: video} | ({"use_audio": True} if uses_video and uses_audio else {})
     if vote.start_seconds is not None or vote.end_seconds is not None:
-        end = outline.seconds if vote.end_seconds is None else vote.end_seconds
+        end = info.seconds if vote.end_seconds is None else vote.end_seconds
         item["timestamps"] = [vote.start_seconds or 0.0, end]
     answers = {"gpt": ground_truth, "chosen": chosen.text, "reject": rejected.text}
-    said = [{"from": "human", "value": f"<{kind}>\n{chosen.prompt}"}]
-    return item | {"conversations": said + [{"from": name, "value": words} for name, words in answers.items()]}
+    turns = [{"from": "human", "value": f"<{kind}>\n{chosen.prompt}"}]
+    return item | {"conversations": turns + [{"from": name, "value": text} for name, text in answers.items()]}
 
 
 def keep_video(path: Path, folder: Path) -> str:
-    """Copy a video to a folder, once whatever its name; returns its name there."""
+    """Copy a video to a folder, unless its content is there already; return its name there."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:24]
-    known = path.suffix.lower() in VIDEO_SUFFIXES | AUDIO_SUFFIXES
-    kept = folder / f"{digest}{path.suffix.lower() if known else '.mp4'}"
+    is_known = path.suffix.lower() in VIDEO_SUFFIXES | AUDIO_SUFFIXES
+    kept = folder / f"{digest}{path.suffix.lower() if is_known else '.mp4'}"
     if not kept.exists():
-        half = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
-        shutil.copyfile(path, half)
-        with half.open("rb") as written:
+        temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+        shutil.copyfile(path, temporary)
+        with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        half.replace(kept)
+        temporary.replace(kept)
     return kept.name
 
 
-def append_line(path: Path, value: Any) -> None:
-    """Add one JSON value to a file of JSON lines and flush it to disk."""
+def append_json(path: Path, value: Any) -> None:
+    """Append a JSON value to a JSONL file and flush it to disk."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def mend_end(path: Path) -> None:
-    """Cut off a last line that a kill left without its end, so that the next one does not go on from it."""
+def truncate_partial_line(path: Path) -> None:
+    """Remove a last line without a line end, as left by a killed process: the next line would continue it."""
     if not path.exists():
         return
     content = path.read_bytes()
-    torn = content.rpartition(b"\n")[2]
-    if torn:
-        logger.warning("%s ends within a line, as a kill leaves it: that line is cut off", path)
-        os.truncate(path, len(content) - len(torn))
+    partial = content.rpartition(b"\n")[2]
+    if partial:
+        logger.warning("%s ends with a partial line, as left by a killed process; removed it", path)
+        os.truncate(path, len(content) - len(partial))
 
 
-def now() -> str:
-    """UTC, in ISO format."""
+def utc_now() -> str:
+    """Return the time in UTC, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """`count` of `total` votes, with the 95 % interval of the true proportion."""
+
+    count: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The proportion; 0 without votes."""
+        return self.count / max(self.total, 1)
+
+    @property
+    def interval(self) -> Interval:
+        """Wilson's interval, which suits small samples and proportions near 0 or 1; from 0 to 1 without votes."""
+        if not self.total:
+            return Interval(0.0, 1.0)
+        interval = binomtest(self.count, self.total).proportion_ci(0.95, method="wilson")
+        return Interval(float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class Matchup:
+    """The votes between two models, or between two temperatures of one.
+
+    Args:
+        first, second: names of the candidates, sorted.
+        wins, losses: votes for the first and for the second.
+        ties: votes that both are equally good.
+        both_bad: votes that neither is good.
+    """
+
+    first: str
+    second: str
+    wins: int
+    losses: int
+    ties: int
+    both_bad: int
+
+    @property
+    def win_rate(self) -> Proportion:
+        """Votes for the first candidate, among the votes for one of the two."""
+        return Proportion(self.wins, self.wins + self.losses)
+
+
+@dataclass(frozen=True)
+class VoteSummary:
+    """Summary of all votes.
+
+    Args:
+        num_votes: number of votes.
+        matchups: matchups, most votes first.
+        first_preferred: votes for caption A among the votes for A or B; far from one half, there is position bias.
+        agreement: votes for the caption with the lower Total, among the votes for A or B with different Totals.
+        num_equal_totals: votes for A or B with equal Totals.
+        num_pairs: votes that are used for training.
+        num_edits, num_copies: logged edits and copies.
+    """
+
+    num_votes: int
+    matchups: tuple[Matchup, ...]
+    first_preferred: Proportion
+    agreement: Proportion
+    num_equal_totals: int
+    num_pairs: int
+    num_edits: int
+    num_copies: int
+
+
+def summarize_votes(votes: Sequence[Vote], log: Iterable[LogEntry]) -> VoteSummary:
+    """Summarize votes and log entries."""
+    decided = [(vote.chosen, vote.rejected) for vote in votes if vote.chosen and vote.rejected]
+    totals = [
+        (chosen.total, rejected.total)
+        for chosen, rejected in decided
+        if chosen.total is not None and rejected.total is not None
+    ]
+    different = [(chosen, rejected) for chosen, rejected in totals if chosen != rejected]
+    actions = Counter(entry.action for entry in log)
+    return VoteSummary(
+        num_votes=len(votes),
+        matchups=_count_matchups(votes),
+        first_preferred=Proportion(sum(vote.choice == "first" for vote in votes), len(decided)),
+        agreement=Proportion(sum(chosen < rejected for chosen, rejected in different), len(different)),
+        num_equal_totals=len(totals) - len(different),
+        num_pairs=sum(bool(vote.pair) for vote in votes),
+        num_edits=actions["edit"],
+        num_copies=actions["copy"],
+    )
+
+
+def _count_matchups(votes: Iterable[Vote]) -> tuple[Matchup, ...]:
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for vote in votes:
+        first, second = sorted([vote.first.name, vote.second.name])
+        if first != second:  # two samples of one candidate have no winner
+            outcome = vote.chosen.name if vote.chosen else vote.choice
+            counts.setdefault((first, second), Counter())[outcome] += 1
+    ordered = sorted(counts.items(), key=lambda item: (-item[1].total(), item[0]))
+    return tuple(
+        Matchup(first, second, count[first], count[second], count["tie"], count["both bad"])
+        for (first, second), count in ordered
+    )

@@ -1,7 +1,7 @@
 "use strict";
-// What the page does in the browser alone: seek, copy, and frames as high as what is in them.
+// Actions in the browser: seek, copy, and fit frames to their content.
 window.salmonn = {
-  // Where the page is not served by https, browsers offer no clipboard but the old way.
+  // Without https, browsers only offer the old way to copy.
   copy(selector) {
     const text = document.querySelector(selector)?.textContent.trim() ?? "";
     if (navigator.clipboard && window.isSecureContext) {
@@ -16,13 +16,13 @@ window.salmonn = {
     document.execCommand("copy");
     area.remove();
   },
-  seek(place) {
-    const video = place.closest(".bench")?.querySelector("video");
+  seek(target) {
+    const video = target.closest(".columns")?.querySelector("video");
     if (!video) return;
-    video.currentTime = Number(place.dataset.seek);
+    video.currentTime = Number(target.dataset.seek);
     video.scrollIntoView({ block: "nearest", behavior: "smooth" });
   },
-  // On a phone the answer stands below the button that asks for it.
+  // On a phone the answer is below the button.
   reveal(selector) {
     if (matchMedia("(max-width: 46rem)").matches) {
       document.querySelector(selector)?.scrollIntoView({ block: "start", behavior: "smooth" });
@@ -34,13 +34,13 @@ window.salmonn = {
   },
 };
 document.addEventListener("click", (event) => {
-  const place = event.target.closest("[data-seek]");
-  if (place) window.salmonn.seek(place);
+  const target = event.target.closest("[data-seek]");
+  if (target) window.salmonn.seek(target);
 });
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.target.matches("mark[data-seek]")) window.salmonn.seek(event.target);
 });
-// "load" does not bubble, but can be caught on its way down.
+// "load" does not bubble, but can be captured.
 document.addEventListener("load", (event) => {
   if (event.target.matches?.("iframe.run")) window.salmonn.fit(event.target);
 }, true);

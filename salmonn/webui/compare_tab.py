@@ -1,8 +1,8 @@
-"""The tab Compare: two captions of one clip, blind; votes and edits become preference pairs."""
+"""The tab Compare: two captions of one clip, without their models; votes become training data."""
 
 import random
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,31 +15,31 @@ import gradio as gr
 from salmonn.caption.engine import CaptionRequest, Overloaded
 from salmonn.caption.probe import MediaInfo
 from salmonn.caption.streaming import Completion
-from salmonn.preference.votes import Candidate, Choice, Vote, VoteMedia, now
+from salmonn.preference.votes import Candidate, Choice, Vote, VoteMedia, utc_now
 from salmonn.records import Reference, Score
-from salmonn.webui.controls import QUIET, add_controls, add_wanted, require_words
-from salmonn.webui.rendering import show_empty, show_side, show_trouble
-from salmonn.webui.scorer import right_caption
-from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, random_seed, tell, to_caption
-from salmonn.webui.sight import video_input
+from salmonn.webui.controls import GENERATE, NO_VIDEO, QUIET, check_text, option_inputs, prompt_inputs, video_input
+from salmonn.webui.rendering import render_candidate, render_error, render_placeholder
+from salmonn.webui.scorer import reference_caption
+from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, error_message, to_caption
 
-EMPTY = show_empty("Two captions, side by side", "Choose an example or drop a video, then press Compare.")
+PLACEHOLDER = render_placeholder("Two captions, side by side", "Choose an example or drop a video, then press Compare.")
 CHOICES: Mapping[Choice, str] = {
     "first": "A is better",
     "second": "B is better",
     "tie": "Tie",
     "both bad": "Both bad",
 }
-ASKED = '<p class="lead">Which one tells better what happens? Whose they are is told after the vote.</p>'
-WRITING = '<p class="lead busy">Two captions are being written</p>'
-CONSENT = "Keep this video on the machine that runs this page, so that models can be trained on my vote"
+QUESTION = '<p class="lead">Which caption describes the video better? Models are revealed after you vote.</p>'
+READING = '<p class="lead busy">Reading the video</p>'
+WRITING = '<p class="lead busy">Writing two captions</p>'
+CONSENT = "Keep this video on the server, so that my vote can be used for training"
 
 Update = dict[Any, Any]
 
 
 @dataclass(frozen=True)
 class ScoredCandidate:
-    """A caption with its score, where there is a reference."""
+    """A candidate with its score; None without a reference."""
 
     candidate: Candidate
     score: Score | None = None
@@ -47,259 +47,253 @@ class ScoredCandidate:
 
 @dataclass(eq=False)
 class ComparisonState:
-    """What is compared; `claim` lets one vote through."""
+    """The comparison that a session votes on; `claim` admits a single vote."""
 
     first: ScoredCandidate
     second: ScoredCandidate
-    query: CaptionRequest
-    outline: MediaInfo
+    request: CaptionRequest
+    media: MediaInfo
     reference: Reference | None
     _free: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
 
     def claim(self) -> bool:
-        """Whether nobody has voted on it yet."""
+        """Return whether this is the first vote."""
         return self._free.acquire(blocking=False)
 
     def __deepcopy__(self, memo: object) -> "ComparisonState":
-        return self  # Gradio may copy what a visitor's state holds: the vote is one all the same
+        return self  # Gradio may copy a session's state, but there is one vote only
 
 
 class CompareTab:
-    """Lays the tab out and answers its visitors.
+    """Lays out the tab and handles its events.
 
     Args:
-        desk: what it works with.
+        state: the shared state.
     """
 
     def __init__(self, state: AppState) -> None:
         self.state = state
-        self.matches = list_matches(list(state.engines))
-        self.turns = ActiveRequests()
-        with gr.Row(elem_classes=["bench"], equal_height=False):
+        self.matchups = list_matchups(list(state.engines))
+        self.requests = ActiveRequests()
+        with gr.Row(elem_classes=["columns"], equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                self.video = video_input(state, place="compare")
-                self.match = gr.Radio(
-                    list(self.matches), value=next(iter(self.matches)), label="Compare",
-                    visible=len(self.matches) > 1, elem_classes=["pills"],
+                self.video = video_input(state, tab="compare")
+                self.matchup = gr.Radio(
+                    list(self.matchups), value=next(iter(self.matchups)), label="Compare",
+                    visible=len(self.matchups) > 1, elem_classes=["pills"],
                 )  # fmt: skip
-                asked = add_wanted()
+                prompt = prompt_inputs()
                 self.start = gr.Button("Compare", variant="primary", elem_id="compare")
-                captioner = state.engines[state.first].captioner
-                self.controls = add_controls(asked, captioner, temperature=0.8, is_seeded=False)
+                captioner = state.engines[state.default_model].captioner
+                self.controls = option_inputs(prompt, captioner, temperature=0.8, has_seed=False)
             with gr.Column(scale=6, min_width=320):
-                self._add_ballot()
-        self.duel = gr.State(None)
-        self._wire()
+                self._add_voting()
+        self.comparison = gr.State(None)
+        self._connect()
 
-    def _add_ballot(self) -> None:
-        self.status = gr.HTML(EMPTY, elem_id="duel-status")
-        with gr.Row(elem_classes=["sides"], equal_height=True):
+    def _add_voting(self) -> None:
+        self.status = gr.HTML(PLACEHOLDER, elem_id="comparison-status")
+        with gr.Row(elem_classes=["candidates"], equal_height=True):
             self.first = gr.HTML("", elem_id="first", visible=False)
             self.second = gr.HTML("", elem_id="second", visible=False)
-        with gr.Column(visible=False, elem_classes=["ballot"]) as self.ballot:
-            with gr.Accordion("What should it say? (optional)", open=False, elem_classes=["fold"]):
+        with gr.Column(visible=False, elem_classes=["voting"]) as self.voting:
+            with gr.Accordion("Write a correct caption (optional)", open=False, elem_classes=["fold"]):
                 self.edit = gr.Textbox(
-                    label="What should it say?", show_label=False, lines=4, max_lines=12, elem_id="edit",
-                    info="Your words are what the model learns as the truth beside the better caption.",
+                    label="Your caption", show_label=False, lines=4, max_lines=12, elem_id="edit",
+                    info="Your text is used as the ground truth when training.",
                 )  # fmt: skip
-                with gr.Row(elem_classes=["deeds"]):
+                with gr.Row(elem_classes=["actions"]):
                     self.from_first = gr.Button("Start from A", size="sm")
                     self.from_second = gr.Button("Start from B", size="sm")
             self.consent = gr.Checkbox(False, label=CONSENT, elem_id="consent", visible=False)
             with gr.Row(elem_classes=["votes"]):
                 self.votes = {
-                    choice: gr.Button(words, elem_classes=["vote"], min_width=120) for choice, words in CHOICES.items()
+                    choice: gr.Button(label, elem_classes=["vote"], min_width=120) for choice, label in CHOICES.items()
                 }
 
-    def _wire(self) -> None:
-        inputs = {self.video, self.match, *self.controls.components}
-        shown = [self.status, self.first, self.second, self.ballot, self.duel, self.start, self.edit]
-        self.start.click(
-            self.compare, inputs, [*shown, self.consent], show_progress="hidden", concurrency_limit=None,
-            api_visibility="private",
-        )  # fmt: skip
-        self.video.change(self.leave, self.video, shown, **QUIET)
+    def _connect(self) -> None:
+        inputs = {self.video, self.matchup, *self.controls.components}
+        outputs = [self.status, self.first, self.second, self.voting, self.comparison, self.start, self.edit]
+        self.start.click(self.compare, inputs, [*outputs, self.consent], **GENERATE)
+        self.video.change(self.reset, self.video, outputs, **QUIET)
         for choice, button in self.votes.items():
-            button.click(
-                self._voter(choice), {self.duel, self.edit, self.consent}, shown,
-                show_progress="hidden", concurrency_limit=None, api_visibility="private",
-            )  # fmt: skip
+            button.click(self._on_vote(choice), {self.comparison, self.edit, self.consent}, outputs, **GENERATE)
         for button, side in ((self.from_first, "first"), (self.from_second, "second")):
-            button.click(partial(_words_of, side), self.duel, self.edit, **QUIET)
+            button.click(partial(_candidate_text, side), self.comparison, self.edit, **QUIET)
 
     def compare(self, values: Mapping[Any, Any], request: gr.Request) -> Iterator[Update]:
-        """Draw two captions, and show them on sides that are drawn, too."""
+        """Generate two captions and show them in random order."""
         if not values[self.video]:
-            yield self._fail("choose an example, or drop a video of your own first")
+            yield self._show_error(NO_VIDEO)
             return
-        path, visitor = Path(values[self.video]), str(request.session_hash)
-        turn = self.turns.begin(visitor, path)
+        path, session = Path(values[self.video]), str(request.session_hash)
+        active = self.requests.start(session, path)
+        comparison = None
         try:
-            models = self.matches[values[self.match]]
-            query = replace(self.controls.query(values, path), seed=random_seed())
-            if models[0] == models[1] and query.sampling and not query.sampling.temperature:
-                raise ValueError(
-                    "two draws of one model are the same at temperature 0: raise it under Span and sampling"
-                )
-            yield self._begin()
-            duel = yield from self._draw(query, models, turn)
+            models = self.matchups[values[self.matchup]]
+            seed = random.SystemRandom().randrange(1 << 31)
+            caption_request = replace(self.controls.to_request(values, path), seed=seed)
+            if models[0] == models[1] and caption_request.sampling and not caption_request.sampling.temperature:
+                raise ValueError("two samples of one model are equal at temperature 0: increase it under Options")
+            yield self._clear() | {self.status: READING, self.start: gr.update(interactive=False)}
+            comparison = yield from self._generate(caption_request, models, active)
         except (ValueError, Overloaded, RuntimeError) as error:
-            duel = None
-            if not turn.is_over:
-                yield self._fail(tell(error, path))
-        if duel and not turn.is_over:
-            self.state.uploads.hold(visitor, "duel", path)  # until the vote, whatever is chosen meanwhile
-            yield self._show(duel)
-        # By itself and last: whatever else became of it, the visitor can go on.
+            if not active.is_cancelled:
+                yield self._show_error(error_message(error, path))
+        if comparison and not active.is_cancelled:
+            # The file is needed until the vote, even if another one is chosen meanwhile.
+            self.state.uploads.retain(session, "comparison", path)
+            yield {
+                self.status: QUESTION,
+                self.first: gr.update(value=render_candidate("A", comparison.first.candidate.text), visible=True),
+                self.second: gr.update(value=render_candidate("B", comparison.second.candidate.text), visible=True),
+                self.voting: gr.update(visible=True),
+                self.consent: gr.update(visible=self.state.example_of(path) is None, value=False),
+                self.comparison: comparison,
+                self.start: gr.update(interactive=True),
+            }
+        # In an update of its own, so that it happens in any case.
         yield {self.start: gr.update(interactive=True)}
 
-    def _draw(
-        self, query: CaptionRequest, models: tuple[str, str], turn: ActiveRequest
+    def _generate(
+        self, caption_request: CaptionRequest, models: tuple[str, str], active: ActiveRequest
     ) -> Generator[Update, None, ComparisonState | None]:
-        """Tells that it goes on; returns what is to be compared, None where nobody looks at it any more."""
+        """Show the progress; return the comparison, or None if it was cancelled."""
         answers: dict[int, Completion] = {}
-        with closing(self.state.stream_answers(query, models)) as coming:
-            for come in coming:
-                if turn.is_over:
+        with closing(self.state.stream_answers(caption_request, models)) as events:
+            for event in events:
+                if active.is_cancelled:
                     return None
-                if come is None:
+                if event is None:
                     yield {self.status: WRITING}
-                elif come[1].answer is not None:
-                    answers[come[0]] = come[1].answer
-        return self._set_up(query, [(model, answers[place]) for place, model in enumerate(models)])
-
-    def _set_up(self, query: CaptionRequest, answers: Sequence[tuple[str, Completion]]) -> ComparisonState:
-        """The captions with their scores, on sides that are drawn."""
-        outline = self.state.probe_media(query.path, model=answers[0][0])
-        reference = self.state.reference_of(query.path) if query.prompt is None else None
-        is_twice = answers[0][0] == answers[1][0]
-        drawn = [
-            self._score(model, answer, replace(query, seed=query.seed + number * is_twice), reference)
-            for number, (model, answer) in enumerate(answers)
-        ]
-        random.SystemRandom().shuffle(drawn)
-        return ComparisonState(drawn[0], drawn[1], query, outline, reference)
+                elif event[1].answer is not None:
+                    answers[event[0]] = event[1].answer
+        media = self.state.probe_media(caption_request.path, model=models[0])
+        reference = None if caption_request.prompt else self.state.reference_of(caption_request.path)
+        candidates = []
+        for index, model in enumerate(models):
+            # A second sample of a request has the next seed.
+            sample_seed = caption_request.seed + index * (models[0] == models[1])
+            sampled = replace(caption_request, seed=sample_seed)
+            candidates.append(self._score(model, answers[index], sampled, reference))
+        random.SystemRandom().shuffle(candidates)
+        return ComparisonState(candidates[0], candidates[1], caption_request, media, reference)
 
     def _score(
-        self, model: str, answer: Completion, query: CaptionRequest, reference: Reference | None
+        self, model: str, answer: Completion, caption_request: CaptionRequest, reference: Reference | None
     ) -> ScoredCandidate:
-        """A caption, scored where there is a reference."""
-        assert query.sampling is not None
-        prompt = query.prompt or self.state.engines[model].captioner.default_prompt(query.modality)
-        candidate = Candidate(model, answer.text, prompt, answer.finished, query.sampling.temperature, query.seed)
+        """Return an answer as a candidate, with its score if there is a reference."""
+        assert caption_request.sampling is not None
+        candidate = Candidate(
+            model,
+            answer.text,
+            caption_request.prompt or self.state.engines[model].captioner.default_prompt(caption_request.modality),
+            answer.finished,
+            caption_request.sampling.temperature,
+            caption_request.seed,
+        )
         if reference is None:
             return ScoredCandidate(candidate)
+        caption = to_caption(caption_request, answer, model)
         try:
-            _, score = self.state.scorer.score(to_caption(query, answer, model), reference, modality=query.modality)
-        except ValueError:  # a vote counts without a score too
+            _, score = self.state.scorer.score(caption, reference, modality=caption_request.modality)
+        except ValueError:  # votes do not need scores
             return ScoredCandidate(candidate)
         return ScoredCandidate(replace(candidate, total=score.total), score)
 
-    def _voter(self, choice: Choice) -> Callable[..., Update]:
-        # Gradio hands a request to functions alone that name it, which a partial does not.
+    def _on_vote(self, choice: Choice) -> Callable[..., Update]:
+        # Gradio passes the request only to functions with such a parameter, and does not find it in a partial.
         def vote(values: Mapping[Any, Any], request: gr.Request) -> Update:
-            return self.vote(choice, values, visitor=str(request.session_hash))
+            return self.vote(choice, values, session=str(request.session_hash))
 
         return vote
 
-    def vote(self, choice: Choice, values: Mapping[Any, Any], *, visitor: str) -> Update:
-        """Keep a vote, then tell whose captions these are."""
-        duel: ComparisonState | None = values[self.duel]
-        if duel is None:
-            return self._fail("the captions are gone: press Compare again")
+    def vote(self, choice: Choice, values: Mapping[Any, Any], *, session: str) -> Update:
+        """Save a vote, then reveal the models."""
+        comparison: ComparisonState | None = values[self.comparison]
+        if comparison is None:
+            return self._show_error("the captions are no longer available: press Compare again")
         try:
-            edit = require_words(values[self.edit] or "", name="what you wrote").strip()
+            edit = check_text(values[self.edit] or "", name="your caption").strip()
             for engine in self.state.engines.values():
-                engine.captioner.processor.check_prompt(edit)  # words that no model may be taught
+                engine.captioner.processor.check_prompt(edit)  # no model may be trained on special tokens
         except ValueError as error:
-            return {self.status: show_trouble(str(error).replace("the prompt", "what you wrote"))}
-        if not duel.claim():
-            return {self.status: '<p class="lead">Your vote was counted already.</p>'}
-        query = duel.query
-        may_keep = bool(values[self.consent]) or self.state.example_of(query.path) is not None
-        span = query.span
+            return {self.status: render_error(str(error).replace("the prompt", "your caption"))}
+        if not comparison.claim():
+            return {self.status: '<p class="lead">You have already voted.</p>'}
+        caption_request, reference = comparison.request, comparison.reference
+        span, path = caption_request.span, caption_request.path
         vote = Vote(
-            now(), query.path.name, duel.first.candidate, duel.second.candidate, choice, query.modality,
-            span.start_seconds if span else None, span.end_seconds if span else None, edit,
-        )  # fmt: skip
-        known = right_caption(duel.reference, query.modality) if duel.reference else ""
+            date=utc_now(),
+            video=path.name,
+            first=comparison.first.candidate,
+            second=comparison.second.candidate,
+            choice=choice,
+            modality=caption_request.modality,
+            start_seconds=span.start_seconds if span else None,
+            end_seconds=span.end_seconds if span else None,
+            edit=edit,
+        )
+        may_keep = bool(values[self.consent]) or self.state.example_of(path) is not None
+        truth = reference_caption(reference, caption_request.modality) if reference else ""
         try:
-            vote = self.state.votes.add(vote, VoteMedia(query.path, duel.outline, may_keep, known))
+            vote = self.state.votes.add(vote, VoteMedia(path, comparison.media, may_keep, truth))
         except OSError as error:
-            return self._fail(f"the vote could not be kept: {tell(error, query.path)}")
+            return self._show_error(f"the vote could not be saved: {error_message(error, path)}")
         finally:
-            self.state.uploads.hold(visitor, "duel", None)
-        return self._reveal(duel, vote)
+            self.state.uploads.retain(session, "comparison", None)
+        return self._reveal(comparison, vote)
 
-    def _begin(self) -> Update:
-        return self.forget() | {
-            self.status: '<p class="busy">The video is being read</p>',
-            self.start: gr.update(interactive=False),
-        }
-
-    def _show(self, duel: ComparisonState) -> Update:
-        is_own = self.state.example_of(duel.query.path) is None
-        return {
-            self.status: ASKED,
-            self.first: gr.update(value=show_side("A", duel.first.candidate.text), visible=True),
-            self.second: gr.update(value=show_side("B", duel.second.candidate.text), visible=True),
-            self.ballot: gr.update(visible=True),
-            self.consent: gr.update(visible=is_own, value=False),
-            self.duel: duel,
-            self.start: gr.update(interactive=True),
-        }
-
-    def _reveal(self, duel: ComparisonState, vote: Vote) -> Update:
-        sides = {}
-        for letter, name, component in (("A", "first", self.first), ("B", "second", self.second)):
-            drawn: ScoredCandidate = getattr(duel, name)
-            who = f"{drawn.candidate.model}, temperature {drawn.candidate.temperature:g}"
-            sides[component] = show_side(
-                letter, drawn.candidate.text, who=who, score=drawn.score, is_choice=vote.choice == name
-            )
-        return {
-            **sides,
-            self.status: f'<p class="verdict">{escape(tell_vote(vote))}</p>',
-            self.ballot: gr.update(visible=False),
-            self.duel: None,
+    def _reveal(self, comparison: ComparisonState, vote: Vote) -> Update:
+        """Show the models, the scores and what became of the vote."""
+        update: Update = {
+            self.status: f'<p class="verdict">{escape(vote_message(vote))}</p>',
+            self.voting: gr.update(visible=False),
+            self.comparison: None,
             self.start: gr.update(value="Compare again", interactive=True),
             self.edit: "",
         }
+        for letter, side, component in (("A", "first", self.first), ("B", "second", self.second)):
+            scored: ScoredCandidate = getattr(comparison, side)
+            model = f"{scored.candidate.model} (temperature {scored.candidate.temperature:g})"
+            update[component] = render_candidate(
+                letter, scored.candidate.text, model=model, score=scored.score, is_choice=vote.choice == side
+            )
+        return update
 
-    def _fail(self, words: str) -> Update:
-        return self.forget() | {self.status: show_trouble(words)}
+    def _show_error(self, message: str) -> Update:
+        return self._clear() | {self.status: render_error(message)}
 
-    def leave(self, path: str | None, request: gr.Request) -> Update:
-        """After another video was chosen."""
-        is_other = self.turns.turn_to(str(request.session_hash), path)
-        return self.forget() if is_other else {self.status: gr.skip()}
+    def reset(self, path: str | None, request: gr.Request) -> Update:
+        """Clear the comparison after a change of the video."""
+        is_other = self.requests.switch_video(str(request.session_hash), path)
+        return self._clear() if is_other else {self.status: gr.skip()}
 
-    def forget(self) -> Update:
-        """There is nothing to vote on."""
+    def _clear(self) -> Update:
         return {
-            self.status: EMPTY,
+            self.status: PLACEHOLDER,
             self.first: gr.update(value="", visible=False),
             self.second: gr.update(value="", visible=False),
-            self.ballot: gr.update(visible=False),
-            self.duel: None,
+            self.voting: gr.update(visible=False),
+            self.comparison: None,
             self.start: gr.update(value="Compare", interactive=True),
             self.edit: "",
         }
 
 
-def list_matches(models: list[str]) -> dict[str, tuple[str, str]]:
-    """What can be compared, by the words that visitors choose it by."""
-    matches = {f"{models[0]} and {models[1]}": (models[0], models[1])} if len(models) == 2 else {}
-    return matches | {f"Two draws of {model}": (model, model) for model in models}
+def list_matchups(models: list[str]) -> dict[str, tuple[str, str]]:
+    """Map the labels of possible comparisons to the models of both captions."""
+    matchups = {f"{models[0]} vs. {models[1]}": (models[0], models[1])} if len(models) == 2 else {}
+    return matchups | {f"{model} vs. itself (two samples)": (model, model) for model in models}
 
 
-def tell_vote(vote: Vote) -> str:
-    """What became of a vote."""
-    if vote.why_no_pair:
-        return f"Your vote is kept. No model is trained on it: {vote.why_no_pair}."
-    whose = {"edit": "your words", "reference": "the reference's caption", "chosen": "the better caption"}
-    return f"Your vote is kept, as a pair to train on, with {whose[vote.ground_truth]} for the truth."
+def vote_message(vote: Vote) -> str:
+    """Describe what became of a vote."""
+    if vote.unused_reason:
+        return f"Vote saved, but not used for training because {vote.unused_reason}."
+    sources = {"edit": "your text", "reference": "the reference caption", "chosen": "the better caption"}
+    return f"Vote saved. It will be used for training, with {sources[vote.ground_truth]} as ground truth."
 
 
-def _words_of(side: str, duel: ComparisonState | None) -> str:
-    return getattr(duel, side).candidate.text if duel else ""
+def _candidate_text(side: str, comparison: ComparisonState | None) -> str:
+    return getattr(comparison, side).candidate.text if comparison else ""

@@ -1,4 +1,4 @@
-"""How a model is asked: the controls that the tabs share, and what visitors have set there."""
+"""The input components that the tabs share: video, prompt and options."""
 
 import math
 from collections.abc import Mapping
@@ -12,123 +12,149 @@ from salmonn.caption.captioner import Captioner, Span
 from salmonn.caption.engine import CaptionRequest
 from salmonn.caption.generate import Sampling
 from salmonn.records import Modality
+from salmonn.webui.session import AppState
 
-OWN_WORDS = "Own words"
-WANTED: Mapping[str, Modality] = {"Picture and sound": "both", "Picture": "visual", "Sound": "audio"}
-MAX_PROMPT_CHARS = 20_000  # of what they may write
-MOST_TOKENS = 4096  # that a visitor may ask for: the draws of an answer are made before it begins
+QUESTION = "Ask a question"
+MODALITIES: Mapping[str, Modality] = {"Video and audio": "both", "Video only": "visual", "Audio only": "audio"}
+MAX_TEXT_CHARS = 20_000
+MAX_NEW_TOKENS = 4096
+NO_VIDEO = "choose an example, or drop a video of your own first"
+
+# Options of event listeners that only update the page: no progress bar, and no public API endpoint.
+QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+# Options of event listeners that generate text: any number may run at once, as the engine queues them.
+GENERATE: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
 class Controls:
-    """Of one tab. An end of the span, or a penalty, of 0 or none at all is the video's and the model's own."""
+    """The components of one tab that define a request. 0 stands for the default of start, end and penalty."""
 
-    wanted: gr.Radio
-    words: gr.Textbox
+    modality: gr.Radio
+    question: gr.Textbox
     start: gr.Number
     end: gr.Number
     temperature: gr.Slider
     top_p: gr.Slider
-    longest: gr.Slider
-    penalty: gr.Number
+    max_new_tokens: gr.Slider
+    repetition_penalty: gr.Number
     seed: gr.Number
 
     @property
     def components(self) -> set[Any]:
-        """All of them, as inputs."""
+        """All components, as inputs of an event listener."""
         return set(vars(self).values())
 
-    def query(self, values: Mapping[Any, Any], path: Path) -> CaptionRequest:
-        """What a visitor asks of a file.
+    def to_request(self, values: Mapping[Any, Any], path: Path) -> CaptionRequest:
+        """Build a request from the components' values.
 
         Raises:
-            ValueError: a value is out of range, or there are no words.
+            ValueError: a value is out of range, or the question is empty.
         """
         prompt = None
-        if values[self.wanted] == OWN_WORDS:
-            prompt = require_words(values[self.words] or "", name="your question").strip()
-        if prompt == "":
-            raise ValueError("write what you want to know under Own words, or choose a description")
-        longest = _whole(values[self.longest], name="the longest answer")
-        if longest > MOST_TOKENS:
-            raise ValueError(f"the longest answer may be {MOST_TOKENS} tokens, got {longest}")
+        if values[self.modality] == QUESTION:
+            prompt = check_text(values[self.question] or "", name="the question").strip()
+            if not prompt:
+                raise ValueError("enter a question, or choose what to describe")
+        max_new_tokens = _to_int(values[self.max_new_tokens], name="max tokens")
+        if max_new_tokens > MAX_NEW_TOKENS:
+            raise ValueError(f"max tokens must be at most {MAX_NEW_TOKENS}, got {max_new_tokens}")
         sampling = Sampling(
-            temperature=_number(values[self.temperature], name="temperature"),
-            top_p=_number(values[self.top_p], name="top_p"),
-            max_new_tokens=longest,
-            repetition_penalty=_number(values[self.penalty] or 0, name="the repetition penalty") or None,
+            temperature=_to_float(values[self.temperature], name="temperature"),
+            top_p=_to_float(values[self.top_p], name="top_p"),
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=_to_float(values[self.repetition_penalty] or 0, name="the repetition penalty") or None,
         )
+        start = _to_float(values[self.start] or 0, name="start")
+        end = _to_float(values[self.end] or 0, name="end")
         return CaptionRequest(
             path,
             prompt=prompt,
             sampling=sampling,
-            span=Span(
-                _number(values[self.start] or 0, name="From second") or None,
-                _number(values[self.end] or 0, name="To second") or None,
-            ),
-            modality=WANTED.get(values[self.wanted], "both"),
-            seed=_whole(values[self.seed] or 0, name="the seed"),
+            span=Span(start or None, end or None),
+            modality=MODALITIES.get(values[self.modality], "both"),
+            seed=_to_int(values[self.seed] or 0, name="the seed"),
         )
 
 
-def add_wanted() -> tuple[gr.Radio, gr.Textbox]:
-    """What is asked: a choice, and a place for a visitor's own words."""
-    wanted = gr.Radio([*WANTED, OWN_WORDS], value=next(iter(WANTED)), label="Describe", elem_classes=["pills"])
-    words = gr.Textbox(label="Your question", placeholder="What is heard at the end?", lines=2, visible=False)
-    wanted.change(lambda choice: gr.update(visible=choice == OWN_WORDS), wanted, words, **QUIET)
-    return wanted, words
-
-
-def add_controls(
-    asked: tuple[gr.Radio, gr.Textbox], captioner: Captioner, *, temperature: float, is_seeded: bool = True
-) -> Controls:
-    """Lay out the other controls, folded.
+def video_input(state: AppState, *, tab: str) -> gr.Video:
+    """Add a video player for uploads, with the examples below it.
 
     Args:
-        asked: what `add_wanted` gave.
-        captioner: whose limit of length is taken at first.
-        temperature: at first.
-        is_seeded: whether visitors choose the seed.
+        state: the shared state.
+        tab: name of the tab; a session uses one file per tab.
     """
-    with gr.Accordion("Span and sampling", open=False, elem_classes=["fold"]):
-        with gr.Row():
-            start = gr.Number(0, label="From second", info="of the video", minimum=0, min_width=110)
-            end = gr.Number(0, label="To second", info="0: to its end", minimum=0, min_width=110)
-        with gr.Row():
-            heat = gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0: the likeliest words")
-            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Nucleus (top_p)", info="share of words to draw from")
-        with gr.Row():
-            longest = captioner.default_sampling().max_new_tokens
-            most = gr.Slider(8, max(512, longest), longest, step=8, label="Longest answer", info="in tokens")
-        with gr.Row():
-            penalty = gr.Number(0, label="Repetition penalty", info="0: the model's own", minimum=0, min_width=110)
-            seed = gr.Number(0, label="Seed", info="of the draw", precision=0, min_width=110, visible=is_seeded)
-    return Controls(*asked, start, end, heat, top_p, most, penalty, seed)
+    video = gr.Video(
+        sources=["upload"], label="Video", elem_id=f"{tab}-video", elem_classes=["video-input"], height=300,
+        show_label=False,
+    )  # fmt: skip
+    with gr.Row(elem_classes=["examples"]):
+        for number, example in enumerate(state.examples, start=1):
+            button = gr.Button(f"Example {number}", icon=str(example.still), size="sm", min_width=64)
+            button.click(lambda path=str(example.path): path, None, video, **QUIET)
+
+    def retain(path: str | None, request: gr.Request) -> None:
+        state.uploads.retain(str(request.session_hash), tab, Path(path) if path else None)
+
+    video.change(retain, video, None, **QUIET)
+    return video
 
 
-# Of events that are no answers: without a bar of progress, and not offered to programs.
-QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+def prompt_inputs() -> tuple[gr.Radio, gr.Textbox]:
+    """Add the choice of what to describe, and a text box for a question."""
+    choices = [*MODALITIES, QUESTION]
+    modality = gr.Radio(choices, value=choices[0], label="Describe", elem_classes=["pills"])
+    question = gr.Textbox(label="Your question", placeholder="What is heard at the end?", lines=2, visible=False)
+    modality.change(lambda choice: gr.update(visible=choice == QUESTION), modality, question, **QUIET)
+    return modality, question
 
 
-def _number(value: float | None, *, name: str) -> float:
+def option_inputs(
+    prompt: tuple[gr.Radio, gr.Textbox], captioner: Captioner, *, temperature: float, has_seed: bool = True
+) -> Controls:
+    """Add the other options, in a closed accordion.
+
+    Args:
+        prompt: the components of `prompt_inputs`.
+        captioner: model whose default length is the initial value.
+        temperature: initial temperature.
+        has_seed: whether users choose the seed.
+    """
+    tokens = captioner.default_sampling().max_new_tokens
+    with gr.Accordion("Options", open=False, elem_classes=["fold"]):
+        with gr.Row():
+            start = gr.Number(0, label="Start (seconds)", minimum=0, min_width=110)
+            end = gr.Number(0, label="End (seconds)", info="0 = end of the video", minimum=0, min_width=110)
+        with gr.Row():
+            heat = gr.Slider(0, 2, temperature, step=0.05, label="Temperature", info="0 = always the most likely word")
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="top_p", info="nucleus sampling threshold")
+        with gr.Row():
+            length = gr.Slider(8, max(512, tokens), tokens, step=8, label="Max tokens", info="length limit of answers")
+        with gr.Row():
+            penalty = gr.Number(0, label="Repetition penalty", info="0 = model default", minimum=0, min_width=110)
+            seed = gr.Number(0, label="Random seed", precision=0, min_width=110, visible=has_seed)
+    return Controls(*prompt, start, end, heat, top_p, length, penalty, seed)
+
+
+def check_text(text: str, *, name: str) -> str:
+    """Return a text; raises ValueError if it is too long, or contains an unpaired surrogate, which cannot be saved."""
+    if len(text) > MAX_TEXT_CHARS:
+        raise ValueError(f"{name} has {len(text):,} characters; the maximum is {MAX_TEXT_CHARS:,}")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} contains half of a Unicode character: type it again")
+    return text
+
+
+def _to_float(value: float | None, *, name: str) -> float:
     if value is None:
-        raise ValueError(f"{name} is empty: give a number")
+        raise ValueError(f"{name} is empty: enter a number")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be a number, got {value}")
     return float(value)
 
 
-def require_words(text: str, *, name: str) -> str:
-    """What a visitor wrote; raises a ValueError where it is longer than is taken, or no text that can be kept."""
-    if len(text) > MAX_PROMPT_CHARS:
-        raise ValueError(f"{name} has {len(text):,} letters: at most {MAX_PROMPT_CHARS:,} are taken")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError(f"{name} holds half of a Unicode character: type it anew")
-    return text
-
-
-def _whole(value: float | None, *, name: str) -> int:
-    number = _number(value, name=name)
+def _to_int(value: float | None, *, name: str) -> int:
+    number = _to_float(value, name=name)
     if number != int(number):
         raise ValueError(f"{name} must be a whole number, got {number}")
     return int(number)

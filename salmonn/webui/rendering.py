@@ -1,4 +1,4 @@
-"""The page's parts as HTML, from records; all text of models and visitors is escaped."""
+"""Render records as HTML. All text of models and users is escaped."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -6,13 +6,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from salmonn.preference.vote_results import VoteSummary
+from salmonn.preference.votes import VoteSummary
 from salmonn.records import Event, Score
 from salmonn.score.highlight import highlight_caption
 from salmonn.templates import load_template
 from salmonn.webui.scorer import CaptionAnalysis
-
-_DASH = "\N{EN DASH}"
 
 
 @cache
@@ -20,65 +18,69 @@ def _macros() -> Any:
     return load_template(Path(__file__).with_name("rendering.html.jinja"), percent=_percent, span=_span).module
 
 
-def show_empty(title: str, words: str) -> str:
-    """What stands where nothing is yet: what to do."""
-    return str(_macros().empty(title, words))
+def render_placeholder(title: str, text: str) -> str:
+    """Render what is shown before there is any content."""
+    return str(_macros().placeholder(title, text))
 
 
-def show_trouble(words: str) -> str:
-    """What went wrong, and what helps."""
-    return str(_macros().trouble(words[:1].upper() + words[1:]))
+def render_error(message: str) -> str:
+    """Render an error message."""
+    return str(_macros().error(message[:1].upper() + message[1:]))
 
 
-def show_caption(text: str, *, growing: bool = False, finished: bool = True) -> str:
-    """A caption, or as much of it as has come."""
-    return str(_macros().caption(text, growing, not (finished or growing)))
+def render_caption(text: str, *, is_growing: bool = False, finished: bool = True) -> str:
+    """Render a caption, or the part of it that has arrived."""
+    return str(_macros().caption(text, is_growing, not (finished or is_growing)))
 
 
-def show_marked(found: CaptionAnalysis) -> str:
-    """A caption, marked by its score where it has one."""
-    if found.score is None:
-        return show_caption(found.caption.text, finished=found.caption.finished)
-    return str(_macros().marked(highlight_caption(found.caption.text, found.score), not found.caption.finished))
+def render_scored_caption(analysis: CaptionAnalysis) -> str:
+    """Render a caption, with highlights if it has a score."""
+    if analysis.score is None:
+        return render_caption(analysis.caption.text, finished=analysis.caption.finished)
+    highlights = highlight_caption(analysis.caption.text, analysis.score)
+    return str(_macros().highlighted(highlights, not analysis.caption.finished))
 
 
-def show_findings(found: CaptionAnalysis, *, judge: str) -> str:
-    """The score and the events of a caption, and why one of them is not there."""
-    parts = [_macros().notes(found.notes)]
-    if found.score and found.reference:
-        parts.append(_macros().scored(found.score, missed_events(found.reference.events, found.score), judge))
-    if found.events:
-        parts.append(_macros().events(found.events))
+def render_analysis(analysis: CaptionAnalysis, *, judge: str) -> str:
+    """Render the score and the events of a caption, and the notes on what is missing."""
+    parts = [_macros().notes(analysis.notes)]
+    if analysis.score and analysis.reference:
+        missing = missing_events(analysis.reference.events, analysis.score)
+        parts.append(_macros().scored(analysis.score, missing, judge))
+    if analysis.events:
+        parts.append(_macros().events(analysis.events))
     return "".join(map(str, parts))
 
 
-def missed_events(events: Sequence[Event], score: Score) -> list[Event]:
-    """The missed events with their times and kinds; an event that two share the text of is taken once each."""
-    left = list(events)
+def missing_events(events: Sequence[Event], score: Score) -> list[Event]:
+    """Find the missing events of a score, which lists only their texts, among the events of the reference."""
+    remaining = list(events)
     for mention in score.mentions:
-        if mention.event in left:
-            left.remove(mention.event)
-    missed = []
+        if mention.event in remaining:
+            remaining.remove(mention.event)
+    missing = []
     for text in score.missed:
-        event = next((event for event in left if event.text == text), Event(text))
-        if event in left:
-            left.remove(event)
-        missed.append(event)
-    return missed
+        event = next((event for event in remaining if event.text == text), Event(text))
+        if event in remaining:
+            remaining.remove(event)
+        missing.append(event)
+    return missing
 
 
-def show_side(letter: str, text: str, *, who: str = "", score: Score | None = None, is_choice: bool = False) -> str:
-    """One of two captions; whose it is and how it scores are told after the vote."""
-    return str(_macros().side(letter, text, who, score, is_choice))
+def render_candidate(
+    letter: str, text: str, *, model: str = "", score: Score | None = None, is_choice: bool = False
+) -> str:
+    """Render one of two captions; model and score are given after the vote."""
+    return str(_macros().candidate(letter, text, model, score, is_choice))
 
 
-def show_results(summary: VoteSummary, *, folder: Path) -> str:
-    """What all votes say."""
+def render_results(summary: VoteSummary, *, folder: Path) -> str:
+    """Render the summary of all votes."""
     return str(_macros().results(summary, folder.name))
 
 
-def show_run(page: str) -> str:
-    """The page of a run, in a frame of its own where nothing can run; app.js makes it as high as it is."""
+def render_run(page: str) -> str:
+    """Render the HTML page of a training run in a sandboxed frame; app.js fits its height to the content."""
     return (
         f'<iframe class="run" title="Training run" sandbox="allow-same-origin" loading="eager" '
         f'srcdoc="{escape(page, quote=True)}"></iframe>'
@@ -90,8 +92,8 @@ def _percent(value: float) -> str:
 
 
 def _span(event: Event) -> str:
-    """1.5-2.0 s"""
+    """Format a time span, for example "1.5-2.0 s" with an en dash."""
     assert event.start_seconds is not None
     if event.end_seconds is None or event.end_seconds <= event.start_seconds:
         return f"{event.start_seconds:.1f} s"
-    return f"{event.start_seconds:.1f}{_DASH}{event.end_seconds:.1f} s"
+    return f"{event.start_seconds:.1f}\N{EN DASH}{event.end_seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""What a caption tells, and how good it is: its events, and its score where a reference is there."""
+"""List the events of a caption, and score it if there is a reference."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,20 +12,20 @@ from salmonn.score.judge import Judge, ScoringTask, restrict_to_span
 from salmonn.score.llm_client import LLMClient
 from salmonn.synthetic.parser import split_caption
 
-KINDS: Mapping[str, EventModality] = {"seen": "visual", "heard": "audio", "said": "speech"}
-HINT = 'write {"events": [{"text": "a dog barks", "modality": "audio"}]}, or one event a line'
+PREFIXES: Mapping[str, EventModality] = {"seen": "visual", "heard": "audio", "said": "speech"}
+HINT = 'write {"events": [{"text": "a dog barks", "modality": "audio"}]}, or one event per line'
 
 
 @dataclass(frozen=True)
 class CaptionAnalysis:
-    """What was found in a caption.
+    """The events and the score of a caption.
 
     Args:
         caption: the caption.
-        events: that it tells.
-        score: None where there is no reference, or it could not be judged.
-        reference: that it was scored against.
-        notes: why there are no events or no score, in sentences.
+        events: events that the caption describes.
+        score: score against the reference; None without one, or if scoring failed.
+        reference: the reference, with the events that the caption was scored against.
+        notes: sentences that explain missing events or a missing score.
     """
 
     caption: Caption
@@ -36,13 +36,13 @@ class CaptionAnalysis:
 
 
 class CaptionScorer:
-    """Lists events and scores captions by one judge.
+    """Lists events and scores captions.
 
     Args:
-        judge: who scores.
-        chat: who splits captions into events; None reads those of synthetic clips by rules.
-        attempts: how often it is asked.
-        references: of known videos, by the names of their files.
+        judge: judge of captions.
+        client: language model that splits captions into events; None uses the rules for synthetic clips.
+        attempts: maximum number of requests per caption to the language model.
+        references: references of known videos, by file name.
     """
 
     def __init__(
@@ -59,112 +59,108 @@ class CaptionScorer:
         self._attempts = attempts
 
     def analyze(self, caption: Caption, reference: Reference | None, *, modality: Modality = "both") -> CaptionAnalysis:
-        """List the events of a caption; score it where there is a reference."""
-        found = CaptionAnalysis(caption)
+        """List the events of a caption, and score it if there is a reference."""
+        analysis = CaptionAnalysis(caption)
         if not caption.text.strip():
-            return replace(found, notes=("The caption is empty: there is nothing to find in it.",))
+            return replace(analysis, notes=("The caption is empty.",))
         try:
-            found = replace(found, events=self._split(Reference(caption.video, caption=caption.text)).events)
-        except ValueError as error:  # of a judge that cannot read this, or cannot be asked
-            found = replace(found, notes=(f"No list of events: {error}.",))
+            split = self._add_events(Reference(caption.video, caption=caption.text))
+            analysis = replace(analysis, events=split.events)
+        except ValueError as error:  # the rules cannot parse it, or the language model failed
+            analysis = replace(analysis, notes=(f"No list of events: {error}.",))
         if reference is None:
-            return found
+            return analysis
         try:
-            known, score = self.score(caption, reference, modality=modality)
+            part, score = self.score(caption, reference, modality=modality)
         except ValueError as error:
-            return replace(found, notes=(*found.notes, f"No score: {error}."))
-        return replace(found, score=score, reference=known)
+            return replace(analysis, notes=(*analysis.notes, f"No score: {error}."))
+        return replace(analysis, score=score, reference=part)
 
     def score(self, caption: Caption, reference: Reference, *, modality: Modality = "both") -> tuple[Reference, Score]:
-        """The events that a caption is scored against, and its score.
+        """Return the part of the reference that a caption is scored against, and the score.
 
         Raises:
-            ValueError: it cannot be judged; the message says why.
+            ValueError: the caption cannot be scored; the message gives the reason.
         """
-        known = restrict(reference if reference.events else self._split(reference), modality)
-        part = restrict_to_span(known, caption)
+        complete = reference if reference.events else self._add_events(reference)
+        part = restrict_to_span(restrict_to_modality(complete, modality), caption)
         if not part.events:
-            raise ValueError("the reference has no event in this part and kind of the video")
+            raise ValueError("the reference has no events for this part of the video and this choice of video or audio")
         self.judge.check(part)
         (result,) = self.judge.judge([ScoringTask(part, replace(caption, video=part.video))])
         if isinstance(result, Unscored):
             raise ValueError(result.reason)
         return part, result
 
-    def _split(self, reference: Reference) -> Reference:
-        (found,), failed = list_events([reference], client=self._client, rules=split_caption, attempts=self._attempts)
+    def _add_events(self, reference: Reference) -> Reference:
+        """Split the caption of a reference into events."""
+        (split,), failed = list_events([reference], client=self._client, rules=split_caption, attempts=self._attempts)
         if failed:
             raise ValueError(failed[0].reason)
-        return found
+        return split
 
 
-def restrict(reference: Reference, modality: Modality) -> Reference:
-    """The events alone that are in what was asked about: of the picture those that are seen, of the sound the rest."""
+def restrict_to_modality(reference: Reference, modality: Modality) -> Reference:
+    """Keep only the visual events, or only the audible ones."""
     if modality == "both":
         return reference
-    return replace(
-        reference, events=tuple(event for event in reference.events if event.is_audible == (modality == "audio"))
-    )
+    events = tuple(event for event in reference.events if event.is_audible == (modality == "audio"))
+    return replace(reference, events=events)
 
 
-def right_caption(reference: Reference, modality: Modality) -> str:
-    """The reference's words on what was asked about."""
-    return {
-        "both": reference.caption,
-        "visual": reference.visual_caption,
-        "audio": reference.audio_caption,
-    }[modality]
+def reference_caption(reference: Reference, modality: Modality) -> str:
+    """Return the reference caption for a modality."""
+    captions = {"both": reference.caption, "visual": reference.visual_caption, "audio": reference.audio_caption}
+    return captions[modality]
 
 
 def references_by_file_name(references: Iterable[Reference]) -> dict[str, Reference]:
-    """References by the names of their files; a name that two folders have stands for neither."""
+    """Map file names to references, without names that occur in several folders."""
     named: dict[str, list[Reference]] = {}
     for reference in references:
         named.setdefault(Path(reference.video).name, []).append(reference)
     return {name: found[0] for name, found in named.items() if len(found) == 1}
 
 
-def read_reference(text: str, *, video: str) -> Reference | None:
-    """A reference as it was typed or pasted; None of nothing.
+def parse_reference(text: str, *, video: str) -> Reference | None:
+    """Parse a reference as typed or pasted by a user; return None for an empty text.
 
     Args:
-        text: a JSON object of a reference, or a JSON list of events; else one event a line, which may begin with
-            "seen:", "heard:" or "said:". A single line is a description that is to be split into events.
-        video: the name of the file.
+        text: a reference as a JSON object, a JSON list of events, or one event per line, each with an optional prefix
+            "seen:", "heard:" or "said:". A single line without a prefix is a description, to be split into events.
+        video: name of the video file.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the JSON is invalid, or contains neither events nor a caption.
     """
     text = text.strip()
     if not text:
         return None
     if text[0] in "{[":
-        return _parse(text, video=video)
+        return _parse_json(text, video=video)
     lines = [line.strip().lstrip("-*\N{BULLET}").strip() for line in text.splitlines()]
     lines = [line for line in lines if line]
-    if len(lines) == 1 and lines[0].partition(":")[0].lower() not in KINDS:
+    if len(lines) == 1 and lines[0].partition(":")[0].lower() not in PREFIXES:
         return Reference(video, caption=lines[0])
-    return Reference(video, events=tuple(_read_line(line) for line in lines))
+    events = []
+    for line in lines:
+        prefix, _, event = line.partition(":")
+        modality = PREFIXES.get(prefix.strip().lower())
+        events.append(Event(event.strip(), modality) if modality and event.strip() else Event(line))
+    return Reference(video, events=tuple(events))
 
 
-def _read_line(line: str) -> Event:
-    kind, _, words = line.partition(":")
-    if kind.strip().lower() in KINDS and words.strip():
-        return Event(words.strip(), KINDS[kind.strip().lower()])
-    return Event(line)
-
-
-def _parse(text: str, *, video: str) -> Reference:
+def _parse_json(text: str, *, video: str) -> Reference:
     try:
         value: Any = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"the reference is no JSON (line {error.lineno}: {error.msg}): {HINT}") from error
+        raise ValueError(f"the reference is not valid JSON (line {error.lineno}: {error.msg}); {HINT}") from error
     if isinstance(value, list):
-        value = {"events": [{"text": one} if isinstance(one, str) else one for one in value]}
+        value = {"events": [{"text": item} if isinstance(item, str) else item for item in value]}
     try:
         reference = parse_record({"video": video} | value, Reference)
     except ValueError as error:
-        raise ValueError(f"the reference cannot be read: {error}; {HINT}") from error
+        raise ValueError(f"the reference is invalid: {error}; {HINT}") from error
     if not reference.events and not reference.caption.strip():
-        raise ValueError(f"the reference holds neither events nor a caption: {HINT}")
+        raise ValueError(f"the reference contains neither events nor a caption; {HINT}")
     return replace(reference, video=video)

@@ -1,4 +1,4 @@
-"""Votes: what is kept, which pairs come of them, and that a recipe reads these."""
+"""Votes: what is saved, the training pairs that a recipe reads, and the summary."""
 
 import errno
 import fcntl
@@ -12,7 +12,18 @@ import pytest
 
 from salmonn.caption.probe import MediaInfo
 from salmonn.conversations import read_conversations
-from salmonn.preference.votes import Candidate, Vote, VoteMedia, VoteStore, keep_video, why_no_pair
+from salmonn.preference.votes import (
+    Candidate,
+    LogEntry,
+    Matchup,
+    Proportion,
+    Vote,
+    VoteMedia,
+    VoteStore,
+    find_unused_reason,
+    keep_video,
+    summarize_votes,
+)  # fmt: skip
 from salmonn.train.data import conversation_examples
 
 LEFT = Candidate("one", "A dog barks.", "Describe it.", temperature=0.8, seed=3, total=0.25)
@@ -26,7 +37,7 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def footage(tmp_path):
+def media(tmp_path):
     path = tmp_path / "a visitor's [1].MP4"
     path.write_bytes(b"pictures")
     return VoteMedia(path, MediaInfo(12.5), may_keep=True)
@@ -39,17 +50,17 @@ def read_pairs(store):
     return pairs
 
 
-def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, footage, load_recipe, tmp_path):
-    cast = store.add(VOTE, footage)
+def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, media, load_recipe, tmp_path):
+    saved = store.add(VOTE, media)
     # The first 24 digits of sha256("pictures"), and the ending in small letters.
-    assert cast.pair == "752f502ee3ac574467c34d28.mp4"
-    assert (cast.ground_truth, cast.why_no_pair) == ("chosen", "")
-    assert store.read() == [cast]
+    assert saved.pair == "752f502ee3ac574467c34d28.mp4"
+    assert (saved.ground_truth, saved.unused_reason) == ("chosen", "")
+    assert store.read() == [saved]
     (pair,) = read_pairs(store)
-    assert (pair.video, pair.modality, pair.preference.prompt) == (f"videos/{cast.pair}", "both", "Tell it.")
+    assert (pair.video, pair.modality, pair.preference.prompt) == (f"videos/{saved.pair}", "both", "Tell it.")
     assert (pair.preference.chosen, pair.preference.rejected) == (RIGHT.text, LEFT.text)
     assert pair.preference.ground_truth == RIGHT.text
-    assert (store.folder / "videos" / cast.pair).read_bytes() == b"pictures"
+    assert (store.folder / "videos" / saved.pair).read_bytes() == b"pictures"
     dpo = load_recipe("dpo")
     config = dpo.OfflineDpoConfig(preferences=store.folder / "pairs.jsonl", model="none", out=tmp_path / "out")
     examples, pairs = dpo.read_preferences(config)
@@ -57,7 +68,7 @@ def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, footage, load_recipe, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "outline", "expected"),
+    ("changes", "info", "expected"),
     [
         ({}, MediaInfo(9.0), {"modality": "both"}),
         ({}, MediaInfo(9.0, has_audio=False), {"modality": "visual"}),
@@ -68,8 +79,8 @@ def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, footage, load_recipe, 
         ({"end_seconds": 3.5}, MediaInfo(9.0), {"start_seconds": 0.0, "end_seconds": 3.5}),
     ],
 )
-def test_a_pair_asks_for_what_is_there(store, footage, changes, outline, expected):
-    store.add(replace(VOTE, **changes), replace(footage, outline=outline))
+def test_a_pair_asks_for_what_is_there(store, media, changes, info, expected):
+    store.add(replace(VOTE, **changes), replace(media, info=info))
     (pair,) = read_pairs(store)
     assert {name: getattr(pair, name) for name in expected} == expected
 
@@ -83,43 +94,43 @@ def test_a_pair_asks_for_what_is_there(store, footage, changes, outline, expecte
         ({}, " ", ("chosen", RIGHT.text)),
     ],
 )
-def test_whose_words_are_the_truth(store, footage, changes, reference, expected):
-    cast = store.add(replace(VOTE, **changes), replace(footage, reference=reference))
+def test_whose_words_are_the_truth(store, media, changes, reference, expected):
+    saved = store.add(replace(VOTE, **changes), replace(media, reference=reference))
     (pair,) = read_pairs(store)
-    assert (cast.ground_truth, pair.preference.ground_truth) == expected
+    assert (saved.ground_truth, pair.preference.ground_truth) == expected
 
 
 @pytest.mark.parametrize(
     ("changes", "may_keep", "reason"),
     [
-        ({"choice": "tie"}, True, "neither of the two was preferred"),
-        ({"choice": "both bad"}, True, "neither of the two was preferred"),
-        ({}, False, "the video may not be kept"),
-        ({"first": replace(LEFT, text=" ")}, True, "one of the two is empty"),
-        ({"first": replace(LEFT, finished=False)}, True, "one of the two ran into its limit of length"),
-        ({"first": replace(LEFT, text="A cat  sleeps.")}, True, "both say the same"),
+        ({"choice": "tie"}, True, "neither caption was preferred"),
+        ({"choice": "both bad"}, True, "neither caption was preferred"),
+        ({}, False, "you did not agree to keep the video"),
+        ({"first": replace(LEFT, text=" ")}, True, "one of the captions is empty"),
+        ({"first": replace(LEFT, finished=False)}, True, "one of the captions was cut off at the token limit"),
+        ({"first": replace(LEFT, text="A cat  sleeps.")}, True, "both captions are equal"),
     ],
 )
-def test_votes_that_are_not_trained_on(store, footage, changes, may_keep, reason):
-    footage = replace(footage, may_keep=may_keep)
+def test_votes_that_are_not_trained_on(store, media, changes, may_keep, reason):
+    media = replace(media, may_keep=may_keep)
     vote = replace(VOTE, **changes)
-    assert why_no_pair(vote, footage) == reason
-    cast = store.add(vote, footage)
-    assert (cast.why_no_pair, cast.pair, cast.ground_truth) == (reason, "", "")
-    assert store.read() == [cast] and not (store.folder / "pairs.jsonl").exists()
+    assert find_unused_reason(vote, media) == reason
+    saved = store.add(vote, media)
+    assert (saved.unused_reason, saved.pair, saved.ground_truth) == (reason, "", "")
+    assert store.read() == [saved] and not (store.folder / "pairs.jsonl").exists()
     assert not list((store.folder / "videos").iterdir())
 
 
-def test_words_that_the_recipe_would_refuse_spoil_no_file(store, footage):
-    cast = store.add(replace(VOTE, edit="As <video> shows."), footage)
-    assert "it cannot be trained on" in cast.why_no_pair and "tag" in cast.why_no_pair
-    assert store.read() == [cast] and not (store.folder / "pairs.jsonl").exists()
+def test_words_that_the_recipe_would_refuse_spoil_no_file(store, media):
+    saved = store.add(replace(VOTE, edit="As <video> shows."), media)
+    assert "it is not a valid training pair" in saved.unused_reason and "tag" in saved.unused_reason
+    assert store.read() == [saved] and not (store.folder / "pairs.jsonl").exists()
 
 
-def test_the_log(store, footage):
+def test_the_log(store, media):
     store.log_copy(video="holiday.mp4", model="one", text="A dog barks.")
-    store.add(replace(VOTE, edit="A dog yawns."), footage)
-    store.add(replace(VOTE, choice="tie"), footage)
+    store.add(replace(VOTE, edit="A dog yawns."), media)
+    store.add(replace(VOTE, choice="tie"), media)
     told = [(entry.action, entry.video, entry.model, entry.text) for entry in store.read_log()]
     assert told == [
         ("copy", "holiday.mp4", "one", "A dog barks."),
@@ -129,20 +140,20 @@ def test_the_log(store, footage):
     ]
 
 
-def test_a_torn_line_is_cut_off_and_the_rest_goes_on(store, footage, caplog):
-    first = store.add(VOTE, footage)
+def test_a_torn_line_is_cut_off_and_the_rest_goes_on(store, media, caplog):
+    first = store.add(VOTE, media)
     with (store.folder / "votes.jsonl").open("a") as file:
         file.write('{"date": "2026-11')
     again = VoteStore(store.folder)
-    assert "votes.jsonl ends within a line" in caplog.text
-    second = again.add(replace(VOTE, choice="first"), footage)
+    assert "votes.jsonl ends with a partial line" in caplog.text
+    second = again.add(replace(VOTE, choice="first"), media)
     assert again.read() == [first, second]
 
 
 @pytest.mark.parametrize("name", ["votes.jsonl", "pairs.jsonl", "log.jsonl"])
-def test_a_full_disk_keeps_all_of_a_vote_or_nothing(store, footage, name):
+def test_a_full_disk_keeps_all_of_a_vote_or_nothing(store, media, name):
     """No file may grow longer than `name` is already and half a line: the others are made to be shorter."""
-    first = store.add(VOTE, footage)
+    first = store.add(VOTE, media)
     before = {path.name: path.read_text() for path in store.folder.glob("*.jsonl")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     lengthy = store.folder / name
@@ -151,39 +162,39 @@ def test_a_full_disk_keeps_all_of_a_vote_or_nothing(store, footage, name):
     resource.setrlimit(resource.RLIMIT_FSIZE, (lengthy.stat().st_size + 20, limits[1]))
     try:
         with pytest.raises(OSError):
-            store.add(VOTE, footage)
+            store.add(VOTE, media)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert lengthy.read_text() == before[name] + blank
     lengthy.write_text(before[name])
     assert {path.name: path.read_text() for path in store.folder.glob("*.jsonl")} == before
-    second = store.add(replace(VOTE, choice="first"), footage)
+    second = store.add(replace(VOTE, choice="first"), media)
     assert store.read() == [first, second] and len(read_pairs(store)) == 2
 
 
-def test_a_first_vote_that_is_not_written_leaves_nothing(store, footage, monkeypatch):
+def test_a_first_vote_that_is_not_written_leaves_nothing(store, media, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output"):
-        store.add(replace(VOTE, choice="tie"), footage)
+        store.add(replace(VOTE, choice="tie"), media)
     monkeypatch.undo()
     assert store.read() == [] and store.read_log() == []
 
 
-def test_a_vote_counts_though_the_video_is_gone(store, footage):
-    footage.path.unlink()
-    cast = store.add(VOTE, footage)
-    assert (cast.why_no_pair, cast.pair) == ("the video is gone", "")
-    assert store.read() == [cast] and not (store.folder / "pairs.jsonl").exists()
+def test_a_vote_counts_though_the_video_is_gone(store, media):
+    media.path.unlink()
+    saved = store.add(VOTE, media)
+    assert (saved.unused_reason, saved.pair) == ("the video has been deleted", "")
+    assert store.read() == [saved] and not (store.folder / "pairs.jsonl").exists()
 
 
-def test_two_pages_write_one_after_the_other(store, footage):
+def test_two_pages_write_one_after_the_other(store, media):
     """A lock of another process, as a second page holds it while it writes."""
     folder = os.open(store.folder, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
-    voter = threading.Thread(target=store.add, args=[VOTE, footage])
+    voter = threading.Thread(target=store.add, args=[VOTE, media])
     voter.start()
     voter.join(0.5)
     assert voter.is_alive() and not (store.folder / "votes.jsonl").exists()
@@ -192,8 +203,8 @@ def test_two_pages_write_one_after_the_other(store, footage):
     assert len(store.read()) == 1
 
 
-def test_votes_of_many_at_once_are_whole(store, footage):
-    voters = [threading.Thread(target=store.add, args=[VOTE, footage]) for _ in range(16)]
+def test_votes_of_many_at_once_are_whole(store, media):
+    voters = [threading.Thread(target=store.add, args=[VOTE, media]) for _ in range(16)]
     for voter in voters:
         voter.start()
     for voter in voters:
@@ -214,7 +225,53 @@ def test_names_of_kept_videos_are_ours(tmp_path):
     assert {name.split(".")[1] for name in names} == {"mp4", "webm"}
 
 
-def test_records_are_plain_json(store, footage):
-    store.add(VOTE, footage)
+def test_records_are_plain_json(store, media):
+    store.add(VOTE, media)
     (line,) = (store.folder / "votes.jsonl").read_text().splitlines()
     assert json.loads(line)["first"]["model"] == "one"
+
+
+SAMPLED = replace(LEFT, model="one", temperature=0.8)
+
+
+@pytest.mark.parametrize(
+    ("count", "of", "low", "high"),
+    [
+        # z = 1.96: z^2 / n = 0.38415; (0.8 + 0.19207 -+ 1.96 * sqrt(0.16 / 10 + 0.0096036)) / 1.38415.
+        (8, 10, 0.4902, 0.9433),
+        # From 0 to z^2 / (n + z^2) = 3.84146 / 13.84146.
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_interval(count, of, low, high):
+    interval = Proportion(count, of).interval
+    assert interval.low == pytest.approx(low, abs=5e-5) and interval.high == pytest.approx(high, abs=5e-5)
+
+
+def test_summary_of_votes():
+    """One wins as A and as B, two once; LEFT has the lower Total, 0.25 against 0.75."""
+    votes = [
+        replace(VOTE, choice="first", pair="a.mp4"),  # one wins, and agrees with the Totals
+        replace(VOTE, first=RIGHT, second=LEFT, choice="second", pair="b.mp4"),  # one wins, and agrees
+        replace(VOTE, choice="second"),  # two wins, against the Totals
+        replace(VOTE, choice="tie"),
+        replace(VOTE, choice="both bad"),
+        replace(VOTE, choice="first", first=replace(LEFT, total=0.75)),  # one wins, of equal Totals
+        replace(VOTE, choice="first", first=SAMPLED, second=replace(SAMPLED, total=None)),  # two samples of one model
+    ]
+    log = [LogEntry("", action, "v", "", "") for action in ("vote", "edit", "copy", "copy")]
+    summary = summarize_votes(votes, log)
+    assert summary.num_votes == 7
+    assert summary.matchups == (Matchup("one (temperature 0.8)", "two", wins=3, losses=1, ties=1, both_bad=1),)
+    assert (summary.matchups[0].win_rate.count, summary.matchups[0].win_rate.total) == (3, 4)
+    # Of five votes for one of the two, A got the first, the sixth and the last.
+    assert (summary.first_preferred.count, summary.first_preferred.total) == (3, 5)
+    assert (summary.agreement.count, summary.agreement.total, summary.num_equal_totals) == (2, 3, 1)
+    assert (summary.num_pairs, summary.num_edits, summary.num_copies) == (2, 1, 2)
+
+
+def test_no_votes():
+    summary = summarize_votes([], [])
+    assert summary.matchups == () and summary.agreement.total == 0 and summary.first_preferred.value == 0.0

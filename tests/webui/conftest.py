@@ -1,4 +1,4 @@
-"""A real `salmonn demo`, and browsers that visit it and may go nowhere else."""
+"""A real `salmonn demo`, and browsers that may not access anything else."""
 
 import os
 import signal
@@ -24,15 +24,15 @@ SALMONN = Path(sys.executable).with_name("salmonn")
 
 @dataclass
 class Demo:
-    """A running page.
+    """A running web UI.
 
     Args:
-        process: of it.
-        address: where it is.
-        votes: folder of its votes.
+        process: the process.
+        address: URL.
+        votes: folder of votes.
         run: folder of the training run that it shows.
-        folder: for its temporary files.
-        proxy: listens where the page would have to go for the network.
+        folder: folder of temporary files.
+        proxy: listening socket, as the only way to the network.
     """
 
     process: subprocess.Popen
@@ -43,12 +43,12 @@ class Demo:
     proxy: socket.socket
 
     def uploads(self) -> list[Path]:
-        """Files of visitors that lie on the disk."""
+        """Uploaded files on disk."""
         return [path for path in self.folder.glob("*/uploads/**/*") if path.is_file()]
 
 
 def start_demo(folder: Path, *flags: object, command: Sequence[object] = (SALMONN,)) -> Demo:
-    """Start the command and wait until it tells its address."""
+    """Start the command and wait for its URL."""
     (folder / "tmp").mkdir(parents=True)
     run = folder / "run"
     write_text(run / "steps.jsonl", '{"step": 0, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n')
@@ -73,7 +73,7 @@ def start_demo(folder: Path, *flags: object, command: Sequence[object] = (SALMON
 
 @pytest.fixture(scope="package")
 def demo(tmp_path_factory, random_model) -> Iterator[Demo]:
-    """A page with the toy model and a random one, which never ends by itself; the page goes with all of its files."""
+    """A web UI with the toy model and a random one that never ends an answer; at the end it deletes all its files."""
     demo = start_demo(tmp_path_factory.mktemp("demo"), "--other_model", random_model)
     yield demo
     demo.process.send_signal(signal.SIGTERM)
@@ -88,12 +88,12 @@ def browser() -> Iterator[Browser]:
 
 
 class Visitor:
-    """Somebody at the page, and what their browser did.
+    """A user's browser.
 
     Args:
-        page: the browser's.
-        strays: addresses elsewhere that it asked for, which it did not get.
-        complaints: errors of the browser's console.
+        page: page of the browser.
+        strays: other URLs that it requested.
+        complaints: errors in the browser's console.
     """
 
     def __init__(self, context: BrowserContext, address: str) -> None:
@@ -115,13 +115,13 @@ class Visitor:
             self.complaints.append(f"{message.text} {message.location['url']}")
 
     def width(self) -> int:
-        """Of all that can be scrolled to, in pixels."""
+        """Scrollable width in pixels."""
         return self.page.evaluate("document.documentElement.scrollWidth")
 
 
 @pytest.fixture
 def visit(browser, demo):
-    """Opens the page in a browser of its own; nothing but the page was asked for, and nothing complained."""
+    """Opens the web UI in a new browser context; afterwards no other URL was requested, and there was no error."""
     contexts, visitors = [], []
 
     def enter(*, address: str = demo.address, **options) -> Visitor:

@@ -1,4 +1,4 @@
-"""The page as visitors have it: a real server, a real browser, real clicks."""
+"""The web UI as users have it: a real server, a real browser, real clicks."""
 
 import re
 import time
@@ -20,32 +20,32 @@ pytestmark = needs_browser
 
 @pytest.fixture(scope="module")
 def toy():
-    """The model of the page."""
+    """The default model of the web UI."""
     return Captioner.load(SHIPPED_MODEL)
 
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    """The clips that the page offers, made again."""
+    """The example clips, rendered again."""
     return make_example_clips(tmp_path_factory.mktemp("examples"), EXAMPLES)
 
 
 @pytest.fixture(scope="module")
 def long_video(clips, tmp_path_factory):
-    """A clip that no visitor has brought yet: its bytes are its own."""
+    """A clip with content of its own, which nobody has uploaded yet."""
     path = tmp_path_factory.mktemp("own") / "my holiday.mp4"
     path.write_bytes((clips.root / clips.references[0].video).read_bytes() + b"\0\0\0\x08free")
     return path
 
 
-def choose(visitor, number, tab="describe"):
+def choose(visitor, number, tab="caption"):
     """Press an example's button and wait for its video."""
     panel = visitor.page.locator(f"#tab-{tab}")
     panel.get_by_role("button", name=f"Example {number}").click()
     visitor.page.locator(f"#{tab}-video video[src$='clip_0000{number - 1}.mp4']").wait_for()
 
 
-def bring(visitor, path, tab="describe"):
+def bring(visitor, path, tab="caption"):
     """Upload a file by the file chooser."""
     with visitor.page.expect_file_chooser() as chooser:
         visitor.page.locator(f"#{tab}-video").get_by_role("button").first.click()
@@ -60,7 +60,7 @@ def describe(visitor):
 
 
 def whole_answer(visitor):
-    visitor.page.locator("#status").get_by_text(re.compile(r"words by")).wait_for()
+    visitor.page.locator("#status").get_by_text(re.compile(r"\d+ words? · ")).wait_for()
     return visitor.page.locator("#answer .caption").inner_text()
 
 
@@ -70,8 +70,8 @@ def test_an_example_is_captioned(visit, toy, examples):
     assert describe(visitor) == toy.caption(examples[0].path).text
 
 
-def test_words_come_as_they_are_written(visit, random_model, examples):
-    """Of the model that never ends by itself, so that there are many."""
+def test_captions_are_streamed(visit, random_model, examples):
+    """With the model that never ends an answer."""
     visitor = visit()
     visitor.page.evaluate("""() => {
         window.lengths = [];
@@ -81,9 +81,9 @@ def test_words_come_as_they_are_written(visit, random_model, examples):
         }).observe(document.body, {subtree: true, childList: true, characterData: true});
     }""")
     choose(visitor, 1)
-    visitor.page.locator("#tab-describe").get_by_label("random").check()
+    visitor.page.locator("#tab-caption").get_by_label("random").check()
     assert describe(visitor).split() == Captioner.load(random_model).caption(examples[0].path).text.split()
-    visitor.page.get_by_text("It ran into its limit of length").wait_for()
+    visitor.page.get_by_text("The answer was cut off at the token limit").wait_for()
     lengths = visitor.page.evaluate("window.lengths")
     assert lengths == sorted(lengths) and len({length for length in lengths if length}) > 2
 
@@ -101,19 +101,19 @@ def test_an_example_is_scored_and_marked(visit, toy, examples):
         str(found.score.missing), str(found.score.incorrect), str(found.score.hallucinated),
     ]  # fmt: skip
     assert findings.locator(".chips li").count() == len(found.events)
-    assert findings.locator("h4.missed + ul li").count() == found.score.missing > 0
+    assert findings.locator("h4.missing + ul li").count() == found.score.missing > 0
     assert visitor.page.locator("#answer mark.correct").first.is_visible()
     assert visitor.page.locator("#answer .caption").inner_text() == found.caption.text
-    # A missed event's time leads there.
-    when = findings.locator("h4.missed + ul .when").first
+    # The time of a missing event seeks to it.
+    when = findings.locator("h4.missing + ul .timestamp").first
     seconds = float(when.get_attribute("data-seek"))
     when.click()
-    video = visitor.page.locator("#describe-video video")
-    visitor.page.wait_for_function(f"document.querySelector('#describe-video video').currentTime == {seconds}")
+    video = visitor.page.locator("#caption-video video")
+    visitor.page.wait_for_function(f"document.querySelector('#caption-video video').currentTime == {seconds}")
     assert video.is_visible()
 
 
-def test_a_file_of_ones_own(visit, toy, demo, long_video):
+def test_an_upload(visit, toy, demo, long_video):
     visitor = visit()
     before = set(demo.uploads())
     bring(visitor, long_video)
@@ -128,81 +128,81 @@ def test_a_file_of_ones_own(visit, toy, demo, long_video):
 def wait_until(holds, seconds=20.0):
     end = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < end, "it does not come true"
+        assert time.monotonic() < end, "condition not met in time"
         time.sleep(0.1)
 
 
-def test_a_reference_of_ones_own(visit, long_video):
+def test_a_typed_reference(visit, long_video):
     visitor = visit()
     bring(visitor, long_video)
-    visitor.page.get_by_role("button", name="Reference, to score against").click()
+    visitor.page.get_by_role("button", name="Score against a reference").click()
     visitor.page.locator("#reference textarea").fill("a purple cross blinks\nheard: a low tone is heard")
     describe(visitor)
-    visitor.page.locator("#findings").get_by_text("against 2 events").wait_for()
+    visitor.page.locator("#findings").get_by_text("against 2 reference events").wait_for()
 
 
-def test_a_broken_file_is_told_in_words_and_the_page_goes_on(visit, tmp_path, toy, examples):
+def test_a_broken_file_shows_an_error(visit, tmp_path, toy, examples):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"this is no video at all" * 100)
     visitor = visit()
     with visitor.page.expect_file_chooser() as chooser:
-        visitor.page.locator("#describe-video").get_by_role("button").first.click()
+        visitor.page.locator("#caption-video").get_by_role("button").first.click()
     chooser.value.set_files(broken)
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
-    trouble = visitor.page.locator("#answer .trouble")
+    trouble = visitor.page.locator("#answer .error-box")
     trouble.get_by_text("is not a video or is damaged").wait_for()
     assert "Traceback" not in trouble.inner_text() and "/tmp" not in trouble.inner_text()
     choose(visitor, 3)
     assert describe(visitor) == toy.caption(examples[2].path).text
 
 
-def test_nothing_chosen_is_told(visit):
+def test_a_missing_video_shows_an_error(visit):
     visitor = visit()
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
-    visitor.page.locator("#answer .trouble").get_by_text("Choose an example").wait_for()
+    visitor.page.locator("#answer .error-box").get_by_text("Choose an example").wait_for()
 
 
-def open_fold(visitor, tab="describe"):
-    visitor.page.locator(f"#tab-{tab}").get_by_role("button", name="Span and sampling").click()
+def open_options(visitor, tab="caption"):
+    visitor.page.locator(f"#tab-{tab}").get_by_role("button", name="Options").click()
 
 
-def set_longest(visitor, tokens, tab="describe"):
-    longest = visitor.page.locator(f"#tab-{tab}").get_by_label("number input for Longest answer")
+def set_max_tokens(visitor, tokens, tab="caption"):
+    longest = visitor.page.locator(f"#tab-{tab}").get_by_label("number input for Max tokens")
     longest.fill(str(tokens))
     longest.press("Tab")
 
 
-def test_span_sampling_and_sound_alone(visit, toy, examples):
+def test_options_and_audio_only(visit, toy, examples):
     visitor = visit()
     choose(visitor, 1)
-    visitor.page.get_by_label("Sound", exact=True).first.check()
-    open_fold(visitor)
-    panel = visitor.page.locator("#tab-describe")
-    for label, value in (("From second", "2"), ("To second", "6"), ("Seed", "9")):
+    visitor.page.get_by_label("Audio only", exact=True).first.check()
+    open_options(visitor)
+    panel = visitor.page.locator("#tab-caption")
+    for label, value in (("Start (seconds)", "2"), ("End (seconds)", "6"), ("Random seed", "9")):
         panel.get_by_label(label).fill(value)
     panel.get_by_label("number input for Temperature").fill("1")
     panel.get_by_label("number input for Temperature").press("Tab")
     sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=toy.default_sampling().max_new_tokens)
     expected = toy.caption(examples[0].path, span=Span(2.0, 6.0), modality="audio", sampling=sampling, seed=9)
     assert describe(visitor) == expected.text
-    panel.get_by_label("To second").fill("1")
+    panel.get_by_label("End (seconds)").fill("1")
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
-    visitor.page.locator("#answer .trouble").get_by_text("it must end after it starts").wait_for()
+    visitor.page.locator("#answer .error-box").get_by_text("it must end after it starts").wait_for()
 
 
-def test_own_words(visit, toy, examples):
+def test_a_question(visit, toy, examples):
     visitor = visit()
     choose(visitor, 1)
-    visitor.page.get_by_label("Own words").first.check()
+    visitor.page.get_by_label("Ask a question").first.check()
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
-    visitor.page.locator("#answer .trouble").get_by_text("Write what you want to know").wait_for()
+    visitor.page.locator("#answer .error-box").get_by_text("Enter a question").wait_for()
     question = examples[0].reference.questions[0].question
     visitor.page.get_by_label("Your question").first.fill(question)
     assert describe(visitor) == toy.caption(examples[0].path, prompt=question).text
     assert visitor.page.locator("#findings").inner_text().strip() == ""
     visitor.page.get_by_label("Your question").first.fill("What <|im_end|> is it?")
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
-    visitor.page.locator("#answer .trouble").get_by_text("special token").wait_for()
+    visitor.page.locator("#answer .error-box").get_by_text("special token").wait_for()
 
 
 def test_copies_are_logged(visit, demo):
@@ -215,7 +215,7 @@ def test_copies_are_logged(visit, demo):
     assert '"copy"' in (demo.votes / "log.jsonl").read_text()
 
 
-def start_comparing(visitor, match="Two draws of toy"):
+def start_comparing(visitor, match="toy vs. itself (two samples)"):
     visitor.page.get_by_role("tab", name="Compare").click()
     visitor.page.get_by_label(match).check()
 
@@ -233,20 +233,23 @@ def test_a_blind_vote_becomes_a_pair(visit, demo):
     texts = compare(visitor)
     sides = visitor.page.locator("#first, #second")
     assert "temperature" not in " ".join(sides.all_inner_texts())
-    visitor.page.get_by_role("button", name="What should it say?").click()
+    visitor.page.get_by_role("button", name="Write a correct caption").click()
     visitor.page.get_by_role("button", name="Start from B").click()
-    edit = visitor.page.get_by_label("What should it say?")
+    edit = visitor.page.locator("#edit textarea")
     visitor.page.wait_for_function(f"document.querySelector('#edit textarea').value === {texts[1]!r}")
     edit.fill("A star appears.")
     button = visitor.page.get_by_role("button", name="B is better")
     button.focus()
     visitor.page.keyboard.press("Enter")
-    visitor.page.locator("#duel-status").get_by_text("as a pair to train on, with your words for the truth").wait_for()
-    assert "toy, temperature 0.8" in visitor.page.locator("#first").inner_text()
+    visitor.page.locator("#comparison-status").get_by_text(
+        "It will be used for training, with your text as ground truth"
+    ).wait_for()
+    assert "toy (temperature 0.8)" in visitor.page.locator("#first").inner_text()
     assert "your choice" in visitor.page.locator("#second").inner_text()
     vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
     assert (vote.choice, vote.edit, vote.ground_truth) == ("second", "A star appears.", "edit")
     assert [vote.first.text, vote.second.text] == texts and vote.first.total is not None
+    assert abs(vote.first.seed - vote.second.seed) == 1 and 0 <= min(vote.first.seed, vote.second.seed) < 1 << 31
     pair = read_conversations(demo.votes / "pairs.jsonl")[-1]
     assert (pair.preference.chosen, pair.preference.rejected) == (texts[1], texts[0])
     assert (demo.votes / pair.video).is_file()
@@ -260,27 +263,27 @@ def test_an_upload_is_kept_with_consent_alone(visit, demo, long_video):
     before = set(kept.iterdir())
     compare(visitor)
     visitor.page.get_by_role("button", name="A is better").click()
-    visitor.page.locator("#duel-status").get_by_text("the video may not be kept").wait_for()
+    visitor.page.locator("#comparison-status").get_by_text("you did not agree to keep the video").wait_for()
     assert set(kept.iterdir()) == before
     compare(visitor)
     visitor.page.get_by_label("Keep this video").check()
     visitor.page.get_by_role("button", name="A is better").click()
-    visitor.page.locator("#duel-status").get_by_text("with the better caption for the truth").wait_for()
+    visitor.page.locator("#comparison-status").get_by_text("with the better caption as ground truth").wait_for()
     (new,) = set(kept.iterdir()) - before
     assert new.read_bytes() == long_video.read_bytes()
 
 
 def test_two_models_and_the_results(visit, demo):
-    """Of 8 tokens the toy model needs more, whatever it draws, so that the vote is none to train on."""
+    """Every caption of the toy model is longer than 8 tokens, so that the vote is not used for training."""
     visitor = visit()
-    start_comparing(visitor, match="toy and random")
+    start_comparing(visitor, match="toy vs. random")
     choose(visitor, 2, tab="compare")
-    open_fold(visitor, tab="compare")
-    set_longest(visitor, 8, tab="compare")
+    open_options(visitor, tab="compare")
+    set_max_tokens(visitor, 8, tab="compare")
     compare(visitor)
     before = len(read_records(demo.votes / "votes.jsonl", Vote)) if (demo.votes / "votes.jsonl").exists() else 0
     visitor.page.get_by_role("button", name="A is better").click()
-    visitor.page.locator("#duel-status").get_by_text("ran into its limit of length").wait_for()
+    visitor.page.locator("#comparison-status").get_by_text("cut off at the token limit").wait_for()
     vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
     assert {vote.first.model, vote.second.model} == {"toy", "random"}
     assert vote.first.model in visitor.page.locator("#first").inner_text()
@@ -288,21 +291,21 @@ def test_two_models_and_the_results(visit, demo):
     votes = visitor.page.locator("#results .figures div").first
     votes.get_by_text(str(before + 1), exact=True).wait_for()
     results = visitor.page.locator("#results").inner_text()
-    assert "random, temperature 0.8 against toy, temperature 0.8" in results
+    assert "random (temperature 0.8) vs. toy (temperature 0.8)" in results
     assert f"wins {100 * (vote.first.model == 'random'):.1f} % {int(vote.first.model == 'random')} of 1" in results
-    assert "Do votes and score agree?" in results
+    assert "Do votes and scores agree?" in results
 
 
-def test_two_draws_at_temperature_0_are_refused(visit):
+def test_two_samples_at_temperature_0_are_rejected(visit):
     visitor = visit()
     start_comparing(visitor)
     choose(visitor, 1, tab="compare")
-    open_fold(visitor, tab="compare")
+    open_options(visitor, tab="compare")
     heat = visitor.page.locator("#tab-compare").get_by_label("number input for Temperature")
     heat.fill("0")
     heat.press("Tab")
     visitor.page.get_by_role("button", name="Compare", exact=True).click()
-    visitor.page.locator("#duel-status .trouble").get_by_text("the same at temperature 0").wait_for()
+    visitor.page.locator("#comparison-status .error-box").get_by_text("are equal at temperature 0").wait_for()
 
 
 def test_a_run_is_shown_and_refreshed(visit, demo):
@@ -321,7 +324,7 @@ def test_a_run_is_shown_and_refreshed(visit, demo):
     )
 
 
-def test_two_visitors_at_once(visit, toy, examples):
+def test_two_sessions_at_once(visit, toy, examples):
     one, two = visit(), visit()
     choose(one, 1)
     choose(two, 4)
@@ -332,24 +335,24 @@ def test_two_visitors_at_once(visit, toy, examples):
 
 
 def test_stop(visit):
-    """Of the model that never ends by itself."""
+    """With the model that never ends an answer."""
     visitor = visit()
     choose(visitor, 1)
-    visitor.page.locator("#tab-describe").get_by_label("random").check()
-    open_fold(visitor)
-    set_longest(visitor, 512)
+    visitor.page.locator("#tab-caption").get_by_label("random").check()
+    open_options(visitor)
+    set_max_tokens(visitor, 512)
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
     visitor.page.locator("#answer .growing").get_by_text(re.compile(r"\w")).wait_for()
     visitor.page.get_by_role("button", name="Stop").click()
-    visitor.page.get_by_text(re.compile(r"words by random, stopped, ")).wait_for()
+    visitor.page.get_by_text(re.compile(r"words? · random · stopped · ")).wait_for()
     assert visitor.page.locator("#answer .caret").count() == 0
     assert visitor.page.get_by_role("button", name="Describe", exact=True).is_enabled()
-    visitor.page.locator("#tab-describe").get_by_label("toy").check()
+    visitor.page.locator("#tab-caption").get_by_label("toy").check()
     describe(visitor)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_a_phone(visit, scheme):
+def test_layout_on_a_phone(visit, scheme):
     visitor = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     assert visitor.width() <= 390
     choose(visitor, 1)
@@ -360,4 +363,4 @@ def test_it_fits_a_phone(visit, scheme):
         visitor.page.get_by_role("tab", name=tab).click()
         assert visitor.width() <= 390
     ground = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert ground == {"light": "rgb(250, 248, 245)", "dark": "rgb(22, 20, 19)"}[scheme]
+    assert ground == {"light": "rgb(250, 250, 249)", "dark": "rgb(12, 10, 9)"}[scheme]

@@ -1,21 +1,21 @@
-"""The page's parts as HTML: what is told, and that nothing of a stranger's text is more than text."""
+"""Records as HTML: the content, and that all text is escaped."""
 
 import re
 
 import pytest
 
-from salmonn.preference.vote_results import summarize_votes
+from salmonn.preference.votes import summarize_votes
 from salmonn.records import Caption, Event, Mention, Reference, Score
 from salmonn.webui.rendering import (
-    missed_events,
-    show_caption,
-    show_empty,
-    show_findings,
-    show_marked,
-    show_results,
-    show_run,
-    show_side,
-    show_trouble,
+    missing_events,
+    render_analysis,
+    render_candidate,
+    render_caption,
+    render_error,
+    render_placeholder,
+    render_results,
+    render_run,
+    render_scored_caption,
 )  # fmt: skip
 from salmonn.webui.scorer import CaptionAnalysis
 from tests.preference.test_votes import VOTE
@@ -44,14 +44,14 @@ def plain(html: str) -> str:
 @pytest.mark.parametrize(
     "html",
     [
-        show_caption(HOSTILE),
-        show_caption(HOSTILE, growing=True),
-        show_trouble(HOSTILE),
-        show_empty(HOSTILE, HOSTILE),
-        show_marked(FOUND),
-        show_findings(FOUND, judge=HOSTILE),
-        show_side("A", HOSTILE, who=HOSTILE),
-        show_run(HOSTILE),
+        render_caption(HOSTILE),
+        render_caption(HOSTILE, is_growing=True),
+        render_error(HOSTILE),
+        render_placeholder(HOSTILE, HOSTILE),
+        render_scored_caption(FOUND),
+        render_analysis(FOUND, judge=HOSTILE),
+        render_candidate("A", HOSTILE, model=HOSTILE),
+        render_run(HOSTILE),
     ],
 )
 def test_text_is_text(html):
@@ -59,27 +59,37 @@ def test_text_is_text(html):
 
 
 def test_a_marked_caption():
-    html = show_marked(FOUND)
+    html = render_scored_caption(FOUND)
     marks = re.findall(r'<mark class="([^"]*)"([^>]*)>(.*?)</mark>', html.split('class="legend"')[0])
     assert [(kinds, text) for kinds, _, text in marks][:2] == [
         ("correct", "A red circle appears"),
         ("incorrect", "a high tone"),
     ]
     assert 'data-seek="1.0"' in marks[0][1] and 'data-seek="3.0"' in marks[1][1]
-    assert plain(html).count("told rightly") == 1
+    assert plain(html.split('class="legend"')[1]).split(">")[-1].split() == [
+        "correct",
+        "incorrect",
+        "hallucinated",
+        "repeated",
+    ]
 
 
 def test_the_findings():
-    text = plain(show_findings(FOUND, judge="rule"))
+    text = plain(render_analysis(FOUND, judge="rule"))
     # (1 + 1 + 1) / 3 events; one of ten words is repeated.
     assert "100.0 % Total" in text.replace("Total 100.0 %", "100.0 % Total") and "10.0 %" in text
-    for words in ("against 3 events", "Missed said come here", "told as a high tone ; it is low", "Invented a star"):
+    for words in (
+        "against 3 reference events, by the rule-based judge",
+        "Missing said come here",
+        "described as a high tone ; it is low",
+        "Hallucinated a star",
+    ):
         assert words in text
     assert "Events found 3" in text
 
 
 def test_findings_without_a_score_are_events_and_notes():
-    text = plain(show_findings(CaptionAnalysis(FOUND.caption, (SEEN,), notes=("No score: why.",)), judge="rule"))
+    text = plain(render_analysis(CaptionAnalysis(FOUND.caption, (SEEN,), notes=("No score: why.",)), judge="rule"))
     assert text.startswith("No score: why.") and "Events found 1" in text and "Total" not in text
 
 
@@ -87,26 +97,26 @@ def test_missed_events_have_their_times_and_two_of_a_text_are_two():
     again = Event("a beep", "audio", 5.0, 6.0)
     first = Event("a beep", "audio", 1.0, 2.0)
     score = Score("v", 3, 2, 0, 0, missed=("a beep", "unlisted"), mentions=(Mention(first),))
-    assert missed_events([first, again], score) == [again, Event("unlisted")]
+    assert missing_events([first, again], score) == [again, Event("unlisted")]
 
 
-def test_a_caption_that_was_cut_off_says_so():
-    assert "limit of length" in show_caption("A", finished=False)
-    assert "limit of length" not in show_caption("A", growing=True, finished=False)
-    assert "limit of length" not in show_caption("A")
+def test_a_caption_that_was_cut_off():
+    assert "cut off at the token limit" in render_caption("A", finished=False)
+    assert "cut off at the token limit" not in render_caption("A", is_growing=True, finished=False)
+    assert "cut off at the token limit" not in render_caption("A")
 
 
-def test_sides_tell_nothing_before_the_vote():
-    assert plain(show_side("A", "A dog.")) == "A A dog."
-    told = plain(show_side("B", "A dog.", who="toy", score=SCORE, is_choice=True))
-    assert "toy" in told and "your choice" in told and "Total" in told
+def test_candidates_are_anonymous_before_the_vote():
+    assert plain(render_candidate("A", "A dog.")) == "A A dog."
+    revealed = plain(render_candidate("B", "A dog.", model="toy", score=SCORE, is_choice=True))
+    assert "toy" in revealed and "your choice" in revealed and "Total" in revealed
 
 
 def test_results(tmp_path):
-    html = show_results(summarize_votes([VOTE], []), folder=tmp_path / "votes")
+    html = render_results(summarize_votes([VOTE], []), folder=tmp_path / "votes")
     assert "<code>votes</code>" in html and str(tmp_path) not in html
     text = plain(html)
     # One of one: Wilson's interval reaches from 1 / (1 + z^2) = 20.7 % to 100 %.
-    assert "one, temperature 0.8 wins 0.0 %" in text and "0 of 1" in text
+    assert "one (temperature 0.8) wins 0.0 %" in text and "0 of 1" in text
     assert "0.0 % to 79.3 %" in text and "0 to 1; 0 ties, 0 both bad" in text
     assert "preferred 0.0 %" in text  # RIGHT was chosen, whose Total is the higher one

@@ -1,10 +1,16 @@
-"""What is found in a caption, and how references are read."""
+"""The events and the score of a caption, and references as users type them."""
 
 import pytest
 
 from salmonn.records import Caption, Event, Reference
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.webui.scorer import CaptionScorer, read_reference, references_by_file_name, restrict, right_caption
+from salmonn.webui.scorer import (
+    CaptionScorer,
+    parse_reference,
+    reference_caption,
+    references_by_file_name,
+    restrict_to_modality,
+)
 
 SEEN = Event("a red circle appears", "visual", 1.0, 2.0)
 HEARD = Event("a low tone is heard", "audio", 3.0, 4.0)
@@ -19,7 +25,7 @@ def scorer():
 
 
 def test_events_and_score(scorer):
-    """The circle is told, the low tone is told wrong as a high one, leaving is missed, the star is invented."""
+    """The circle is correct, the low tone is described as high, leaving is missing, the star is hallucinated."""
     found = scorer.analyze(Caption("upload.mp4", TEXT), REFERENCE)
     assert [(event.text, event.modality) for event in found.events] == [
         ("a red circle appears", "visual"),
@@ -42,7 +48,7 @@ def test_without_a_reference_there_is_no_score(scorer):
 
 
 @pytest.mark.parametrize(("modality", "num_events"), [("visual", 2), ("audio", 1)])
-def test_a_picture_is_not_blamed_for_what_is_heard(scorer, modality, num_events):
+def test_a_modality_is_scored_against_its_events(scorer, modality, num_events):
     found = scorer.analyze(Caption("upload.mp4", TEXT), REFERENCE, modality=modality)
     assert found.score.num_events == num_events == len(found.reference.events)
 
@@ -66,14 +72,14 @@ def test_a_reference_without_events_is_split(scorer):
         (TEXT, Reference("clip.mp4", (Event("a dog barks"),), caption="x"), ["No score"]),
     ],
 )
-def test_what_cannot_be_judged_is_told(scorer, text, reference, words):
+def test_failures_are_noted(scorer, text, reference, words):
     found = scorer.analyze(Caption("upload.mp4", text), reference)
     assert found.score is None and all(word in " ".join(found.notes) for word in words)
 
 
-def test_no_event_in_the_part_is_told(scorer):
+def test_no_event_in_the_part_is_noted(scorer):
     found = scorer.analyze(Caption("upload.mp4", TEXT, start_seconds=9.0), REFERENCE)
-    assert found.score is None and "no event in this part" in found.notes[0] and len(found.events) == 3
+    assert found.score is None and "no events for this part" in found.notes[0] and len(found.events) == 3
 
 
 @pytest.mark.parametrize(
@@ -96,35 +102,37 @@ def test_no_event_in_the_part_is_told(scorer):
     ],
 )
 def test_references_as_they_are_typed(text, expected):
-    assert read_reference(text, video="v") == expected
+    assert parse_reference(text, video="v") == expected
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"events": [', "no JSON"),
+        ('{"events": [', "not valid JSON"),
         ('{"evens": []}', "unknown field evens"),
         ('[{"words": "a"}]', "unknown field words"),
         ("{}", "neither events nor a caption"),
         ("[3]", "expected a JSON object for Event"),
     ],
 )
-def test_references_that_are_none(text, words):
+def test_invalid_references(text, words):
     with pytest.raises(ValueError, match=words) as caught:
-        read_reference(text, video="v")
-    assert "one event a line" in str(caught.value)
+        parse_reference(text, video="v")
+    assert "one event per line" in str(caught.value)
 
 
-def test_restricted_to_what_was_asked_about():
-    assert restrict(REFERENCE, "both") == REFERENCE
-    assert restrict(REFERENCE, "visual").events == (SEEN, LEFT) and restrict(REFERENCE, "audio").events == (HEARD,)
-    assert [right_caption(REFERENCE, modality) for modality in ("both", "visual", "audio")] == [
+def test_restricted_to_a_modality():
+    assert restrict_to_modality(REFERENCE, "both") == REFERENCE
+    assert restrict_to_modality(REFERENCE, "visual").events == (SEEN, LEFT) and restrict_to_modality(
+        REFERENCE, "audio"
+    ).events == (HEARD,)
+    assert [reference_caption(REFERENCE, modality) for modality in ("both", "visual", "audio")] == [
         "Both.",
         "Seen.",
         "Heard.",
     ]
 
 
-def test_a_name_that_two_files_have_stands_for_neither():
+def test_ambiguous_file_names_are_left_out():
     one, two, three = (Reference(video) for video in ("a/clip.mp4", "b/clip.mp4", "b/other.mp4"))
     assert references_by_file_name([one, two, three]) == {"other.mp4": three}

@@ -1,4 +1,4 @@
-"""What visitors share: uploads that go when nobody holds them, examples, and answers of models."""
+"""What sessions share: uploads, which are deleted after use, examples, and answers of models."""
 
 import errno
 import os
@@ -20,15 +20,8 @@ from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.scene import SynthConfig
 from salmonn.webui.scorer import CaptionScorer
-from salmonn.webui.session import (
-    ActiveRequests,
-    AppState,
-    UploadStore,
-    make_example_clips,
-    random_seed,
-    tell,
-    to_caption,
-)
+from salmonn.webui.session import ActiveRequests, AppState, error_message, make_example_clips, to_caption
+from salmonn.webui.uploads import UploadStore
 
 
 def upload(root, name, content="x"):
@@ -39,43 +32,43 @@ def upload(root, name, content="x"):
     return path
 
 
-def test_an_upload_goes_with_the_last_who_holds_it(tmp_path):
+def test_an_upload_is_deleted_with_its_last_session(tmp_path):
     uploads, path = UploadStore(tmp_path), upload(tmp_path, "a.mp4")
-    uploads.hold("ann", "describe", path)
-    uploads.hold("ann", "duel", path)
-    uploads.hold("bob", "describe", path)
-    uploads.hold("ann", "describe", None)
-    uploads.leave("ann")
+    uploads.retain("ann", "caption", path)
+    uploads.retain("ann", "comparison", path)
+    uploads.retain("bob", "caption", path)
+    uploads.retain("ann", "caption", None)
+    uploads.end_session("ann")
     assert path.exists()
-    uploads.hold("bob", "describe", upload(tmp_path, "b.mp4", "y"))  # another in its place
+    uploads.retain("bob", "caption", upload(tmp_path, "b.mp4", "y"))  # another in its place
     assert not path.parent.exists() and len(list(tmp_path.iterdir())) == 1
-    uploads.leave("bob")
-    uploads.leave("bob")
+    uploads.end_session("bob")
+    uploads.end_session("bob")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_same_file_again_stays(tmp_path):
+def test_a_file_retained_twice_stays(tmp_path):
     uploads, path = UploadStore(tmp_path), upload(tmp_path, "a.mp4")
-    uploads.hold("ann", "describe", path)
-    uploads.hold("ann", "describe", path)
+    uploads.retain("ann", "caption", path)
+    uploads.retain("ann", "caption", path)
     assert path.exists()
 
 
-def test_the_same_content_of_another_name_stays(tmp_path):
+def test_equal_content_under_another_name_stays(tmp_path):
     uploads, ones, others = UploadStore(tmp_path), upload(tmp_path, "a.mp4"), upload(tmp_path, "b.mp4")
-    uploads.hold("ann", "describe", ones)
-    uploads.hold("bob", "describe", others)
-    uploads.leave("ann")
+    uploads.retain("ann", "caption", ones)
+    uploads.retain("bob", "caption", others)
+    uploads.end_session("ann")
     assert not ones.exists() and others.exists()
-    uploads.leave("bob")
+    uploads.end_session("bob")
     assert not list(tmp_path.iterdir())
 
 
-def test_who_is_gone_holds_nothing(tmp_path):
-    """What is told late would be held for ever."""
+def test_an_ended_session_retains_nothing(tmp_path):
+    """A late event would retain the file forever."""
     uploads, path = UploadStore(tmp_path), upload(tmp_path, "a.mp4")
-    uploads.leave("ann")
-    uploads.hold("ann", "duel", path)
+    uploads.end_session("ann")
+    uploads.retain("ann", "comparison", path)
     age(path)
     uploads.delete_unused()
     assert not list(tmp_path.iterdir())
@@ -85,12 +78,12 @@ def age(path, seconds=16 * 60):
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_what_nobody_holds_goes_after_a_while(tmp_path):
+def test_unused_files_are_deleted_after_a_while(tmp_path):
     uploads = UploadStore(tmp_path / "uploads")
     half, new, held, old = uploads.root / "tmpab12", *(upload(uploads.root, name, name) for name in "abc")
     half.write_bytes(b"of an upload")
     outside = upload(tmp_path, "d")
-    uploads.hold("ann", "describe", held)
+    uploads.retain("ann", "caption", held)
     for path in (half, held, old, outside):
         age(path)
     age(new, 14 * 60)
@@ -99,13 +92,13 @@ def test_what_nobody_holds_goes_after_a_while(tmp_path):
     assert new.exists() and held.exists()
 
 
-def test_nothing_outside_the_uploads_is_deleted(tmp_path):
+def test_no_file_outside_the_uploads_is_deleted(tmp_path):
     uploads = UploadStore(tmp_path / "uploads")
     example = upload(tmp_path, "example.mp4")
     sneaky = tmp_path / "uploads" / ".." / "hash-of-x" / "example.mp4"
     for path in (example, sneaky):
-        uploads.hold("ann", "describe", path)
-        uploads.leave("ann")
+        uploads.retain("ann", "caption", path)
+        uploads.end_session("ann")
     assert example.exists()
 
 
@@ -121,21 +114,21 @@ def test_examples_have_stills_and_references(examples):
         assert example.reference.events and example.reference.caption
 
 
-def test_what_a_file_holds(examples, videos, tmp_path):
+def test_probe_media(examples, videos, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
     with ClipReader(workers=1) as reader:
         read_spec = ReadSpec(FixedRateSampler(frames_per_second=1.0))
-        outline = probe_media(examples[0].path, reader, read_spec)
-        assert (outline.has_video, outline.has_audio) == (True, True)
-        assert outline.seconds == pytest.approx(examples[0].reference.duration_seconds, abs=0.1)
+        info = probe_media(examples[0].path, reader, read_spec)
+        assert (info.has_video, info.has_audio) == (True, True)
+        assert info.seconds == pytest.approx(examples[0].reference.duration_seconds, abs=0.1)
         with pytest.raises(ClipError, match="is not a video"):
             probe_media(broken, reader, read_spec)
 
 
 @dataclass
 class Scripted:
-    """Stands for an engine: tells the pieces of an answer when it is let to, and notes what it was asked."""
+    """A fake engine: sends the deltas of an answer when allowed to, and records its calls."""
 
     words: str
     go: threading.Event = field(default_factory=threading.Event)
@@ -165,33 +158,33 @@ class Scripted:
         self.heard.append("close")
 
 
-def make_desk(tmp_path, **engines):
+def make_state(tmp_path, **engines):
     return AppState(engines, CaptionScorer(RuleJudge()), VoteStore(tmp_path / "votes"), [], UploadStore(tmp_path))
 
 
-def test_two_draws_of_one_model_are_one_query(tmp_path):
+def test_two_samples_of_one_model_are_one_request(tmp_path):
     one = Scripted("a")
     one.go.set()
-    state = make_desk(tmp_path, one=one)
+    state = make_state(tmp_path, one=one)
     query = CaptionRequest(tmp_path / "v.mp4", seed=5)
-    come = [item for item in state.stream_answers(query, ["one", "one"]) if item]
+    received = [item for item in state.stream_answers(query, ["one", "one"]) if item]
     assert one.asked == [(5, 2)] and one.dropped == 1
-    assert [(place, piece.answer.text) for place, piece in come if piece.answer] == [(0, "a0"), (1, "a1")]
+    assert [(place, piece.answer.text) for place, piece in received if piece.answer] == [(0, "a0"), (1, "a1")]
 
 
-def test_two_models_are_asked_at_once_and_who_leaves_drops_both(tmp_path):
+def test_two_models_answer_at_once_and_closing_cancels_both(tmp_path):
     one, two = Scripted("a"), Scripted("b")
     two.go.set()
-    state = make_desk(tmp_path, one=one, two=two)
-    coming = state.stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"])
-    come = [next(coming), next(coming)]
-    assert [(place, piece.text) for place, piece in come] == [(1, "b"), (1, "")]
-    assert next(coming) is None  # nothing of the first yet, which is told
-    coming.close()
+    state = make_state(tmp_path, one=one, two=two)
+    events = state.stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"])
+    received = [next(events), next(events)]
+    assert [(place, piece.text) for place, piece in received] == [(1, "b"), (1, "")]
+    assert next(events) is None  # no text of the first yet
+    events.close()
     assert (one.dropped, two.dropped) == (1, 1)
 
 
-def test_an_error_of_one_ends_both(tmp_path):
+def test_an_error_of_one_model_cancels_both(tmp_path):
     class Broken(Scripted):
         def begin(self, query, *, tell, num_samples):
             tell(0, ClipError("v.mp4: is not a video"))
@@ -199,52 +192,53 @@ def test_an_error_of_one_ends_both(tmp_path):
 
     one, two = Scripted("a"), Broken("b")
     with pytest.raises(ClipError, match="is not a video"):
-        list(make_desk(tmp_path, one=one, two=two).stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"]))
+        list(make_state(tmp_path, one=one, two=two).stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"]))
     assert (one.dropped, two.dropped) == (1, 1)
 
 
-def test_no_model_takes_queries_while_another_goes(tmp_path):
+def test_all_engines_stop_before_any_closes(tmp_path):
     heard = []
-    make_desk(tmp_path, one=Scripted("a", heard=heard), two=Scripted("b", heard=heard)).close()
+    make_state(tmp_path, one=Scripted("a", heard=heard), two=Scripted("b", heard=heard)).close()
     assert heard == ["stop", "stop", "close", "close"]
 
 
-def test_turns():
-    """A visitor's next question ends the one before; another file does, and the same one does not."""
-    turns, one, two = ActiveRequests(), Path("one.mp4"), Path("two.mp4")
-    first = turns.begin("ann", one)
-    assert not turns.turn_to("ann", "one.mp4") and not first.is_over
-    second = turns.begin("ann", two)
-    assert first.is_over and not second.is_over
-    turns.stop("ann")
-    turns.stop("bob")
-    assert second.is_stopped and not second.is_over
-    assert turns.turn_to("ann", None) and second.is_over
-    assert turns.turn_to("ann", "two.mp4")  # nothing is asked about it
-    third = turns.begin("bob", one)
-    turns.end("bob")
-    turns.end("bob")
-    assert third.is_over and not third.is_stopped
+def test_active_requests():
+    """A session's next request cancels the one before; so does another video, but not the same one."""
+    requests, one, two = ActiveRequests(), Path("one.mp4"), Path("two.mp4")
+    first = requests.start("ann", one)
+    assert not requests.switch_video("ann", "one.mp4") and not first.is_cancelled
+    second = requests.start("ann", two)
+    assert first.is_cancelled and not second.is_cancelled
+    requests.stop("ann")
+    requests.stop("bob")
+    assert second.is_stopped and not second.is_cancelled
+    assert requests.switch_video("ann", None) and second.is_cancelled
+    assert requests.switch_video("ann", "two.mp4")  # without a request
+    third = requests.start("bob", one)
+    requests.cancel("bob")
+    requests.cancel("bob")
+    assert third.is_cancelled and not third.is_stopped
 
 
-def test_visitors_are_told_no_paths(tmp_path):
+def test_error_messages_contain_no_paths(tmp_path):
     path = tmp_path / "holiday.mp4"
-    told = tell(ClipError(f"{path}: is not a video ({path} ends)"), path)
+    told = error_message(ClipError(f"{path}: is not a video ({path} ends)"), path)
     assert told == "is not a video (holiday.mp4 ends)"
 
 
-def test_visitors_are_told_no_more_of_an_error_than_its_kind(tmp_path, caplog):
+def test_error_messages_of_the_system_contain_no_details(tmp_path, caplog):
     path = tmp_path / "holiday.mp4"
-    assert "No space left on device (the log" in tell(OSError(errno.ENOSPC, "No space left on device", str(path)), path)
+    assert "No space left on device (see the server's log" in error_message(
+        OSError(errno.ENOSPC, "No space left on device", str(path)), path
+    )
     for error in (OSError(f"{tmp_path}/secret"), RuntimeError(f"{tmp_path}/secret of the model")):
-        told = tell(error, path)
+        told = error_message(error, path)
         assert type(error).__name__ in told and "secret" not in told and str(tmp_path) not in told
     assert "secret of the model" in caplog.text
 
 
-def test_an_answer_as_a_record(tmp_path):
+def test_an_answer_as_a_caption(tmp_path):
     assert to_caption(CaptionRequest(tmp_path / "v.mp4"), Completion("A.", False), "toy") == Caption(
         "v.mp4", "A.", model="toy", finished=False
     )
-    assert 0 <= random_seed() < 1 << 31
     assert MediaInfo(3.0) == MediaInfo(3.0, True, True)

@@ -1,4 +1,4 @@
-"""What is let in: no addresses to fetch from, no bodies without an end; and Gradio itself goes nowhere."""
+"""Request limits, blocked remote files, and deletion of uploads by a running server."""
 
 import asyncio
 import json
@@ -10,13 +10,15 @@ import httpx
 import pytest
 from gradio import processing_utils
 
-from salmonn.webui.session import UploadStore
-from salmonn.webui.uploads import MIB, UploadLimitMiddleware, disable_remote_fetch
+from salmonn.webui.app import disable_remote_fetch
+from salmonn.webui.uploads import MIB, UploadLimitMiddleware, UploadStore
 from tests.webui.conftest import start_demo
 from tests.webui.test_app import wait_until
 from tests.webui.test_session import age
 
-HASTY = "import salmonn.cli.demo as demo; from salmonn.cli.main import main; demo._CLEANUP_SECONDS = 0.2; main()"
+FREQUENT_CLEANUP = (
+    "import salmonn.cli.demo as demo; from salmonn.cli.main import main; demo._CLEANUP_SECONDS = 0.2; main()"
+)
 
 
 @pytest.fixture
@@ -24,8 +26,8 @@ def uploads(tmp_path):
     return UploadStore(tmp_path, max_bytes=4 * MIB)
 
 
-def ask(uploads, method, path, **options):
-    """What a gate of 2 MiB, before an app that tells how much has come to it, answers; and that answer's status."""
+def send_request(uploads, method, path, **options):
+    """Status and body of the response, with a limit of 2 MiB and an app that returns the size of the request."""
 
     async def count(scope, receive, send):
         size, more = 0, True
@@ -36,8 +38,8 @@ def ask(uploads, method, path, **options):
         await send({"type": "http.response.body", "body": b"%d" % size})
 
     async def call():
-        gate = UploadLimitMiddleware(count, uploads=uploads, max_upload_bytes=2 * MIB)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://page") as client:
+        middleware = UploadLimitMiddleware(count, uploads=uploads, max_upload_bytes=2 * MIB)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(middleware), base_url="http://page") as client:
             return await client.request(method, path, **options)
 
     answer = asyncio.run(call())
@@ -57,73 +59,75 @@ def ask(uploads, method, path, **options):
         "/file=http://example.com",
     ],
 )
-def test_no_address_is_fetched_from(uploads, path):
+def test_remote_files_are_rejected(uploads, path):
     for method in ("GET", "HEAD"):
-        assert ask(uploads, method, path)[0] == 403
+        assert send_request(uploads, method, path)[0] == 403
 
 
-def test_files_are_handed_out(uploads):
-    assert ask(uploads, "GET", "/gradio_api/file=/tmp/https/a.mp4") == (200, "0")
+def test_local_files_are_served(uploads):
+    assert send_request(uploads, "GET", "/gradio_api/file=/tmp/https/a.mp4") == (200, "0")
 
 
-async def pieces(size):
+async def chunks(size):
     for _ in range(size // 1024):
         yield b"x" * 1024
 
 
-def test_a_request_is_short(uploads):
+def test_request_bodies_are_limited(uploads):
     path = "/gradio_api/queue/join"
-    assert ask(uploads, "POST", path, content=b"x" * MIB) == (200, str(MIB))
-    status, words = ask(uploads, "POST", path, content=b"x" * (MIB + 1))
+    assert send_request(uploads, "POST", path, content=b"x" * MIB) == (200, str(MIB))
+    status, words = send_request(uploads, "POST", path, content=b"x" * (MIB + 1))
     assert status == 413 and "1 MiB" in words
-    # No length is told of these.
-    assert ask(uploads, "POST", path, content=pieces(MIB)) == (200, str(MIB))
-    assert ask(uploads, "POST", path, content=pieces(2 * MIB))[0] == 413
+    # Without Content-Length.
+    assert send_request(uploads, "POST", path, content=chunks(MIB)) == (200, str(MIB))
+    assert send_request(uploads, "POST", path, content=chunks(2 * MIB))[0] == 413
 
 
-def test_an_upload_tells_its_length_and_is_not_too_long(uploads):
+def test_uploads_need_a_length_within_the_limit(uploads):
     path = "/gradio_api/upload"
-    assert ask(uploads, "POST", path, content=b"x" * 3 * MIB) == (200, str(3 * MIB))
-    status, words = ask(uploads, "POST", path, content=b"x" * (3 * MIB + 1))
+    assert send_request(uploads, "POST", path, content=b"x" * 3 * MIB) == (200, str(3 * MIB))
+    status, words = send_request(uploads, "POST", path, content=b"x" * (3 * MIB + 1))
     assert status == 413 and "2 MiB" in words
-    assert ask(uploads, "POST", path, content=pieces(MIB))[0] == 411
+    assert send_request(uploads, "POST", path, content=chunks(MIB))[0] == 411
     both = {"Content-Length": str(MIB), "Transfer-Encoding": "chunked"}
-    assert ask(uploads, "POST", path, content=pieces(MIB), headers=both)[0] == 411
+    assert send_request(uploads, "POST", path, content=chunks(MIB), headers=both)[0] == 411
 
 
-def test_all_uploads_together_have_their_room(uploads):
-    # 4 MiB in all: 2 that lie there and 2 that come are just enough, and a byte more is not.
+def test_the_total_size_of_uploads_is_limited(uploads):
+    # 4 MiB in all: 2 on disk and 2 being uploaded are just enough, and a byte more is not.
     (uploads.root / "folder").mkdir()
     (uploads.root / "folder" / "a.mp4").write_bytes(b"x" * 2 * MIB)
-    for _ in range(2):  # what has come is no longer expected
-        assert ask(uploads, "POST", "/gradio_api/upload", content=b"x" * 2 * MIB)[0] == 200
-    status, words = ask(uploads, "POST", "/gradio_api/upload", content=b"x" * (2 * MIB + 1))
+    for _ in range(2):  # a finished upload is no longer reserved
+        assert send_request(uploads, "POST", "/gradio_api/upload", content=b"x" * 2 * MIB)[0] == 200
+    status, words = send_request(uploads, "POST", "/gradio_api/upload", content=b"x" * (2 * MIB + 1))
     assert status == 507 and "try again" in words
-    assert uploads.admit(MIB) and uploads.admit(MIB) and not uploads.admit(1)  # those that come at once count
-    uploads.arrived(MIB)
-    assert uploads.admit(MIB)
+    assert uploads.reserve(MIB) and uploads.reserve(MIB) and not uploads.reserve(1)  # concurrent uploads count
+    uploads.end_reservation(MIB)
+    assert uploads.reserve(MIB)
 
 
 @pytest.mark.parametrize("host", ["100.100.100.200", "huggingface.co", "no-such-name.invalid"])
 def test_gradio_fetches_nothing(monkeypatch, tmp_path, host):
-    monkeypatch.setattr(processing_utils, "async_transport", None)  # and back in the end
+    monkeypatch.setattr(processing_utils, "async_transport", None)  # restored after the test
     disable_remote_fetch()
-    monkeypatch.setattr(socket, "getaddrinfo", None)  # no name is looked up
-    with pytest.raises(httpx.UnsupportedProtocol, match="fetches nothing"):
+    monkeypatch.setattr(socket, "getaddrinfo", None)  # no host name is resolved
+    with pytest.raises(httpx.UnsupportedProtocol, match="remote files are not fetched"):
         processing_utils.ssrf_protected_download(f"http://{host}/a.mp4", str(tmp_path))
 
 
-def test_the_page_goes_nowhere_for_a_forged_file(demo):
-    """Every way from the page to the network goes by the proxy that it was started with, which nobody has come to."""
+def test_a_forged_remote_file_is_not_fetched(demo):
+    """The server could only reach the network through its proxy, which receives no connection."""
     with httpx.Client(base_url=f"{demo.address}gradio_api", trust_env=False, timeout=30) as client:
         config = httpx.get(f"{demo.address}config", trust_env=False).json()
         videos = {part["id"] for part in config["components"] if part["type"] == "video"}
-        hold = next(deed for deed in config["dependencies"] if len(deed["inputs"]) == 1 and deed["inputs"][0] in videos)
+        retain = next(
+            event for event in config["dependencies"] if len(event["inputs"]) == 1 and event["inputs"][0] in videos
+        )
         forged = {"path": "http://huggingface.co/a.mp4", "meta": {"_type": "gradio.FileData"}}
-        body = {"data": [forged], "fn_index": hold["id"], "session_hash": "forger"}
+        body = {"data": [forged], "fn_index": retain["id"], "session_hash": "forger"}
         assert client.post("/queue/join", json=body).status_code == 200
-        with client.stream("GET", "/queue/data", params={"session_hash": "forger"}) as told:
-            events = [json.loads(line[5:]) for line in told.iter_lines() if line.startswith("data:")]
+        with client.stream("GET", "/queue/data", params={"session_hash": "forger"}) as stream:
+            events = [json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:")]
         (ended,) = [event for event in events if event["msg"] == "process_completed"]
         assert not ended["success"]
         assert client.get("/file=http://huggingface.co/a.mp4").status_code == 403
@@ -135,7 +139,7 @@ def test_the_page_goes_nowhere_for_a_forged_file(demo):
 
 
 def send_half_a_file(address):
-    """Begin an upload, and go."""
+    """Start an upload and disconnect."""
     where = httpx.URL(address)
     head = b"POST /gradio_api/upload HTTP/1.1\r\nHost: page\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
@@ -143,9 +147,9 @@ def send_half_a_file(address):
         client.sendall(head + b"Content-Length: 500000\r\n\r\n" + part + b"x" * 100_000)
 
 
-def test_uploads_that_nobody_holds_take_no_room_for_ever(tmp_path):
-    """Files of 1 MiB at most, so that 4 MiB are there for all."""
-    demo = start_demo(tmp_path / "demo", "--max_upload_mib", 1, command=[sys.executable, "-c", HASTY])
+def test_unused_uploads_are_deleted(tmp_path):
+    """With files of at most 1 MiB, the total limit is 4 MiB."""
+    demo = start_demo(tmp_path / "demo", "--max_upload_mib", 1, command=[sys.executable, "-c", FREQUENT_CLEANUP])
     try:
         send_half_a_file(demo.address)
         wait_until(lambda: len(demo.uploads()) == 1)
@@ -154,7 +158,7 @@ def test_uploads_that_nobody_holds_take_no_room_for_ever(tmp_path):
             def send(letter, size=MIB):
                 return client.post("/upload", files={"files": ("a.mp4", letter * size)}).status_code
 
-            # The half of one and three whole ones fill it so far that a fourth has no room.
+            # One partial file and three complete ones leave no space for a fourth.
             assert [send(letter) for letter in (b"a", b"b", b"c", b"d")] == [200, 200, 200, 507]
             assert send(b"e", 2 * MIB) == 413
             assert len(demo.uploads()) == 4
