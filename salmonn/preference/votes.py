@@ -23,13 +23,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from scipy.stats import binomtest
-
 from salmonn.caption.probe import MediaInfo
 from salmonn.conversations import parse_conversation
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Modality, append_record, read_records
-from salmonn.score.stats import Interval
+from salmonn.score.stats import Interval, wilson_interval
 
 logger = logging.getLogger(__name__)
 
@@ -336,11 +334,8 @@ class Proportion:
 
     @property
     def interval(self) -> Interval:
-        """Wilson's interval, which suits small samples and proportions near 0 or 1; from 0 to 1 without votes."""
-        if not self.total:
-            return Interval(0.0, 1.0)
-        interval = binomtest(self.count, self.total).proportion_ci(0.95, method="wilson")
-        return Interval(float(interval.low), float(interval.high))
+        """Wilson's interval; from 0 to 1 without votes."""
+        return wilson_interval(self.count, self.total)
 
 
 @dataclass(frozen=True)
