@@ -67,7 +67,7 @@ def test_a_reference_without_events_is_split(scorer):
     ("text", "reference", "words"),
     [
         ("  ", None, ["caption is empty"]),
-        ("Seagulls quarrel.", None, ["No list of events", "synthetic clips only"]),
+        ("Seagulls quarrel.", None, ["No list of events", "only know synthetic clips"]),
         (TEXT, Reference("clip.mp4", (Event("seagulls quarrel"),)), ["No score", "cannot read the event"]),
         (TEXT, Reference("clip.mp4", (Event("a dog barks"),), caption="x"), ["No score"]),
     ],
