@@ -179,9 +179,9 @@ def _match_close(claims: Sequence[Claim], events: Sequence[Claim], *, exact: Map
                     return True
         return False
 
-    for claim in candidates:
-        augment(claim, set())
-    return {claim: event for event, claim in holders.items()}
+    for index in candidates:
+        augment(index, set())
+    return {index: event for event, index in holders.items()}
 
 
 def _is_close(claim: Claim, event: Claim) -> bool:
