@@ -1,8 +1,8 @@
-"""Which videos there are: files and folders as they are named, or as they stand in a list; ten million of them, too.
+"""Find the videos to caption: files and folders, named directly or in a list, up to tens of millions of them.
 
-    for video in Listing(paths=["clips/"], globs=["*.mp4"]).videos(): ...
+    for video in VideoListing(paths=["clips/"], globs=["*.mp4"]).videos(): ...
 
-Nothing is held but the names of the folder that is being walked through.
+Only the names in the folder being walked are held in memory.
 """
 
 import codecs
@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import blake2b
@@ -24,19 +24,18 @@ from salmonn.records import Failure
 
 logger = logging.getLogger(__name__)
 
-LogFunction = Callable[..., object]  # of a format and its values, as a logger's methods take them
-Kind = Literal["folder", "link", "media", "other"]
+EntryKind = Literal["folder", "link", "media", "other"]
 STDIN = "-"
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | AUDIO_SUFFIXES
 
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A file that is to be captioned, as it was when it was listed.
+    """A file to caption, as it was when it was listed.
 
     Args:
-        path: as it was named.
-        size_bytes, modified_ns: as in `Caption`; None where there is no such file.
+        path: path as the user named it.
+        size_bytes, modified_ns: as in `Caption`; None if there is no such file.
     """
 
     path: str
@@ -46,37 +45,37 @@ class VideoFile:
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of the videos, by a hash of their paths: the `number`-th of `count`, the first is 1."""
+    """The `number`-th of `count` parts of the videos, counted from 1; a hash of its path assigns a video to a shard."""
 
     number: int = 1
     count: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
-            raise ValueError(f"there is no shard {self.number} of {self.count}: they are numbered from 1")
+            raise ValueError(f"there is no shard {self.number} of {self.count}; shards are numbered from 1")
 
     @classmethod
-    def parse(cls, words: str) -> "Shard":
-        """Read "2/8"."""
-        match = re.fullmatch(r"(\d+)/(\d+)", words.strip())
+    def parse(cls, text: str) -> "Shard":
+        """Parse a shard such as "2/8"."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         if match is None:
-            raise ValueError(f"--shard must be like 2/8, the second of eight, got {words!r}")
+            raise ValueError(f"--shard must look like 2/8, the second of eight shards, got {text!r}")
         return cls(int(match[1]), int(match[2]))
 
     def holds(self, path: str) -> bool:
-        """Whether a video belongs to it."""
+        """Tell whether a video belongs to this shard."""
         return path_number(path) % self.count == self.number - 1
 
 
 @dataclass(frozen=True)
 class VideoListing:
-    """What is to be captioned.
+    """The videos to caption.
 
     Args:
-        paths: files, and folders that are searched through for known suffixes; hidden things in them are passed over.
-        list_path: file with one such path a line; "-" is stdin, which can be read once.
-        globs: of a folder's files only those that match one of these; see `matches`.
-        shard: of all these only the ones that belong to it.
+        paths: files, and folders that are searched for known suffixes; hidden files and folders are skipped.
+        list_path: file with one such path per line; "-" is stdin, which can be read only once.
+        globs: patterns of which a file in a folder has to match one; see `matches`.
+        shard: part of these videos to list.
     """
 
     paths: Sequence[str] = ()
@@ -86,38 +85,36 @@ class VideoListing:
 
     @property
     def is_read_once(self) -> bool:
-        """Whether its list comes through a pipe, and so but once."""
+        """Whether the list comes through a pipe and cannot be read a second time."""
         return self.list_path == STDIN or (self.list_path is not None and not Path(self.list_path).is_file())
 
-    def require_some(self) -> None:
-        """See that there is anything at all; what a list holds shows only as it is read.
+    def require_any(self) -> None:
+        """Check that there is at least one video; the contents of a list are checked only as it is read.
 
         Raises:
-            ValueError: nothing is named, or nothing of it is there.
+            ValueError: nothing is named, or nothing that is named exists.
         """
         if self.list_path is None and not self.paths:
-            raise ValueError("no paths are given: name videos or folders, or a file that lists them (--list)")
+            raise ValueError("no paths given; name videos or folders, or a file that lists them (--list)")
         if self.list_path is not None:
             if self.list_path != STDIN and (not Path(self.list_path).exists() or Path(self.list_path).is_dir()):
-                raise ValueError(f"{self.list_path}: there is no such file; --list takes one with a path a line")
+                raise ValueError(f"{self.list_path}: there is no such file; --list takes a file with one path per line")
             return
-        there = [path for path in self.paths if os.path.exists(path)]  # noqa: PTH110 - as in `walk_paths`
-        if not there:
+        existing = [path for path in self.paths if os.path.exists(path)]  # noqa: PTH110 - as in `walk_paths`
+        if not existing:
             raise ClipError(f"{self.paths[0]}: there is no such file or folder; check the path")
-        if next(walk_paths(there, self.globs, log=_keep_quiet), None) is None:
+        if next(walk_paths(existing, self.globs, quiet=True), None) is None:
             known = " ".join(sorted(MEDIA_SUFFIXES))
-            matching = f" that matches {' or '.join(self.globs)}" if self.globs else ""
-            raise ClipError(
-                f"{there[0]}: the folder holds no video or sound file{matching}; known suffixes are {known}"
-            )
+            matching = f" matching {' or '.join(self.globs)}" if self.globs else ""
+            raise ClipError(f"{existing[0]}: no video or audio file{matching} in this folder; known suffixes: {known}")
 
     def videos(self, *, quiet: bool = False) -> Iterator[VideoFile | Failure]:
-        """All of them in order, folders sorted by name; a folder that cannot be listed is a `Failure`.
+        """List this shard's videos in order, folders sorted by name; a folder that cannot be listed is a `Failure`.
 
         Args:
-            quiet: warn of nothing, where they are listed a second time.
+            quiet: log no warnings, for listing a second time.
         """
-        for found in walk_paths(self._named(), self.globs, log=_keep_quiet if quiet else logger.warning):
+        for found in walk_paths(self._named(), self.globs, quiet=quiet):
             if isinstance(found, Failure):
                 if self.shard.holds(found.video):
                     yield found
@@ -134,82 +131,82 @@ class VideoListing:
 
 
 def stat_video(path: str) -> VideoFile | Failure:
-    """A file's size and time, if it is one; reading it will tell what is wrong with it otherwise."""
+    """Look up the size and time of a file; whether it can be decoded shows when it is read."""
     try:
         path.encode()
     except UnicodeEncodeError:
         name = os.fsencode(path).decode(errors="backslashreplace")
-        return Failure(name, f"{name}: the name is not in UTF-8, so that no record can hold it; rename the file")
+        return Failure(name, f"{name}: the file name is not valid UTF-8 and cannot be stored in JSON; rename the file")
     try:
         found = Path(path).stat()
-    except (OSError, ValueError):  # the latter for what cannot be a name
+    except (OSError, ValueError):  # the latter for what cannot be a file name
         return VideoFile(path)
     return VideoFile(path, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else VideoFile(path)
 
 
 def path_number(path: str) -> int:
-    """A number that follows from a path alone, the same in each process and on each machine.
+    """Hash a path to a number that is the same in each process and on each machine.
 
-    Of a cryptographic hash: a CRC of names that are counted up can be even for all of them.
+    The hash is cryptographic: a CRC of numbered names can be even for all of them.
     """
     return int.from_bytes(blake2b(os.fsencode(path), digest_size=4).digest())
 
 
-def walk_paths(
-    paths: Iterable[str], globs: Sequence[str], *, log: LogFunction = logger.warning
-) -> Iterator[str | Failure]:
-    """Files as they are named, and those in folders, sorted by name.
+def walk_paths(paths: Iterable[str], globs: Sequence[str], *, quiet: bool = False) -> Iterator[str | Failure]:
+    """Yield files as they are named, and the files in folders sorted by name.
 
     Args:
-        paths: of files and folders.
+        paths: files and folders.
         globs: see `VideoListing`.
-        tell: of what is passed over.
+        quiet: log no warning about what is skipped.
     """
     patterns = [tuple(glob.split("/")) if "/" in glob else ("**", glob) for glob in globs]
     for path in paths:
-        if os.path.isdir(path):  # noqa: PTH112 - says no of a name that is too long, where a Path raises
-            yield from _walk_folder(Path(path), (), patterns, log)
+        if os.path.isdir(path):  # noqa: PTH112 - False for a name that is too long, where a Path raises
+            yield from _walk_folder(Path(path), (), patterns, quiet)
         else:
             yield str(Path(path))
 
 
 def _walk_folder(
-    folder: Path, inside: tuple[str, ...], patterns: Sequence[tuple[str, ...]], log: LogFunction
+    folder: Path, inside: tuple[str, ...], patterns: Sequence[tuple[str, ...]], quiet: bool
 ) -> Iterator[str | Failure]:
     try:
         with os.scandir(folder) as entries:
-            kinds = ((entry.name, _kind(entry)) for entry in entries if not entry.name.startswith("."))
+            kinds = ((entry.name, _kind_of(entry)) for entry in entries if not entry.name.startswith("."))
             found = sorted((name, kind) for name, kind in kinds if kind != "other")
     except OSError as error:
-        yield Failure(str(folder), f"{folder}: cannot be listed ({error.strerror}); check the folder's rights and disk")
+        reason = f"{folder}: this folder cannot be listed ({error.strerror}); check its permissions and the disk"
+        yield Failure(str(folder), reason)
         return
     for name, kind in found:
         path, parts = folder / name, (*inside, name)
         if kind == "folder":
-            yield from _walk_folder(path, parts, patterns, log)
-        elif kind == "link":
-            log("%s: a link to a folder, which is not followed; name it to have its videos captioned", path)
-        elif not patterns or any(matches(parts, pattern) for pattern in patterns):
+            yield from _walk_folder(path, parts, patterns, quiet)
+        elif kind == "link" and not quiet:
+            logger.warning("%s: links to folders are not followed; name the link to caption its videos", path)
+        elif kind == "media" and (not patterns or any(matches(parts, pattern) for pattern in patterns)):
             yield str(path)
 
 
-def _kind(entry: "os.DirEntry[str]") -> Kind:
+def _kind_of(entry: "os.DirEntry[str]") -> EntryKind:
     if entry.is_dir(follow_symlinks=False):
         return "folder"
-    if entry.is_symlink() and os.path.isdir(entry):  # noqa: PTH112 - says no of a link to itself
+    if entry.is_symlink() and os.path.isdir(entry):  # noqa: PTH112 - False for a link to itself
         return "link"
     return "media" if is_media(entry.name) else "other"
 
 
 def is_media(name: str) -> bool:
-    """Whether a file's name has a suffix of video or sound."""
-    return os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES  # noqa: PTH122 - of millions, without a Path for each
+    """Tell whether a file name has a suffix of video or audio."""
+    return os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES  # noqa: PTH122 - millions of names, no Path for each
 
 
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Whether a path inside a folder matches a glob, both split at their slashes; `**` stands for any folders, or none.
+    """Tell whether a path inside a folder matches a glob, both split at their slashes.
 
-    A glob without a slash is meant for the name alone, in whatever folder: `*.mp4` is given here as `**/*.mp4`.
+    `**` stands for any number of folders. A glob without a slash applies to the file name in any folder: `*.mp4` is
+    passed to this function as `**/*.mp4`.
     """
     if not pattern:
         return not parts
@@ -219,12 +216,8 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
 
 
 def _read_list(file: BinaryIO) -> Iterator[str]:
-    """A list's lines but for empty ones; some tools begin it with a mark of its byte order."""
+    """Yield the lines of a list except for empty ones; some tools put a byte order mark at its start."""
     for number, line in enumerate(file):
         path = os.fsdecode(line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).rstrip("\r\n")
         if path:
             yield path
-
-
-def _keep_quiet(words: str, *values: object) -> None:
-    """Log nothing."""

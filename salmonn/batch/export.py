@@ -1,10 +1,10 @@
-"""Captions in other forms: one CSV, Parquet or JSONL file of them all, or side-cars; ten million are never held.
+"""Export captions to one CSV, Parquet or JSONL file, or to subtitle files, without holding them in memory.
 
-    export_table(Latest([Path("captions.jsonl")]), Path("captions.csv"))
+    export_table(LatestCaptions([Path("captions.jsonl")]), Path("captions.csv"))
 
-A file that was captioned several times, as it changed or was tried again, stands in the JSONL files several times.
-What counts is the latest: of the lines on a video those that are about the file as the last of them found it, and of
-these the last for each part. This takes two passes, of which the first keeps 48 bytes a line.
+A video that was captioned several times, because it changed or was retried, is in the captions files several times.
+Only its latest captions count: of the lines about the version of the file that its last line is about, the last one for
+each segment. Finding them takes two passes, and the first one keeps 48 bytes per line.
 """
 
 import csv
@@ -21,50 +21,56 @@ from typing import Any
 
 import numpy as np
 
-from salmonn.batch.discovery import LogFunction
-from salmonn.batch.hash_set import hash_key, to_array
-from salmonn.batch.ledger_files import LedgerError, is_full, no_room, parse_line, read_groups
+from salmonn.batch.ledger_files import GroupReader, LedgerError, cannot_write, hash_key, is_full, keys_to_array
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.records import Caption, Failure, parse_record
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = tuple(field.name for field in fields(Caption))
-ROW_GROUP = 10_000
+ROW_GROUP_SIZE = 10_000
 
 
 class LatestCaptions:
-    """The captions that count, of some files of them.
+    """The captions that count, of one or more captions files.
 
     Args:
-        paths: JSONL files of captions, in the order in which they were written. A run may be adding to them: what
-            counts is what is there now.
+        paths: captions files in the order in which they were written. A run may be appending to them; what it appends
+            from now on is ignored.
 
     Raises:
-        LedgerError: a line is no caption.
+        LedgerError: a line is not a caption.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
-        # Held, since the name will be another file's where a run finds it full; of full ones there may be thousands.
+        # Kept open: once a file is full, a run gives its name to another one. Full files, of which there may be
+        # thousands, keep their names.
         self._files = {path: path.open("rb") for path in paths if not is_full(path)}
         for file in self._files.values():
             weakref.finalize(self, file.close)
-        videos, versions, parts = bytearray(), bytearray(), bytearray()
-        for _, values in self._lines(log=logger.warning):
-            video = values["video"]
-            videos += hash_key(video)
-            versions += hash_key(values.get("size_bytes"), values.get("modified_ns"))
-            span = (values.get(name) for name in ("start_seconds", "end_seconds"))
-            parts += hash_key(video, values.get("sample", 0), *(None if time is None else float(time) for time in span))
-        self._videos = to_array(videos)
-        self._counts = _is_last(to_array(parts)) & _is_of_last(self._videos, to_array(versions))
+        self._ends: dict[Path, int] = {}
+        videos, versions, segments = bytearray(), bytearray(), bytearray()
+        for path in paths:
+            reader = GroupReader(path, file=self._files.get(path))
+            for values in (line for group in reader for line in group):
+                video = values["video"]
+                videos += hash_key(video)
+                versions += hash_key(values.get("size_bytes"), values.get("modified_ns"))
+                span = (values.get(name) for name in ("start_seconds", "end_seconds"))
+                times = (None if time is None else float(time) for time in span)
+                segments += hash_key(video, values.get("sample", 0), *times)
+            self._ends[path] = reader.end
+            if reader.is_unfinished:
+                logger.warning("%s: skipping the last video, whose captions are not completely written", path)
+        self._videos = keys_to_array(videos)
+        self._counts = _is_last(keys_to_array(segments)) & _is_latest_version(self._videos, keys_to_array(versions))
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._counts))
 
     def __iter__(self) -> Iterator[Caption]:
-        for (path, values), counts in zip(self._lines(), self._counts, strict=False):  # more may have come since
+        for (path, values), counts in zip(self._lines(), self._counts, strict=True):
             if counts:
                 try:
                     yield parse_record(values, Caption)
@@ -72,52 +78,52 @@ class LatestCaptions:
                     raise LedgerError(f"{path}: {error}") from error
 
     def by_video(self) -> Iterator[list[Caption]]:
-        """The captions of each video, in order of time.
+        """Yield the captions of each video in order of time.
 
-        Those that do not all stand together, since a retry added to them, are held until the last has come.
+        Captions of a video that are not consecutive, because a retry added some, are held until the last one has come.
         """
         videos = self._videos[self._counts]
-        begins = np.ones(len(videos), bool)
-        begins[1:] = videos[1:] != videos[:-1]
-        keys, num_runs = np.unique(videos[begins], return_counts=True)
-        left = dict(zip(keys[num_runs > 1].tolist(), num_runs[num_runs > 1].tolist(), strict=True))
+        is_run_start = np.ones(len(videos), bool)
+        is_run_start[1:] = videos[1:] != videos[:-1]
+        keys, num_runs = np.unique(videos[is_run_start], return_counts=True)
+        missing_runs = dict(zip(keys[num_runs > 1].tolist(), num_runs[num_runs > 1].tolist(), strict=True))
         held: dict[str, list[Caption]] = {}
         for video, run in groupby(self, key=lambda caption: caption.video):
             captions = [*held.pop(video, []), *run]
-            key = hash_key(video).rstrip(b"\0")  # as numpy gives it back
-            left[key] = left.get(key, 1) - 1
-            if left[key]:
+            key = hash_key(video).rstrip(b"\0")  # as numpy returns it
+            missing_runs[key] = missing_runs.get(key, 1) - 1
+            if missing_runs[key]:
                 held[video] = captions
             else:
-                del left[key]
+                del missing_runs[key]
                 yield sorted(captions, key=lambda caption: caption.start_seconds or 0.0)
 
-    def _lines(self, *, log: LogFunction | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
-        for path in self.paths:
-            for group in read_groups(path, file=self._files.get(path), log=log):
-                for line in group:
-                    yield path, parse_line(line, path)
+    def _lines(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        for path, end in self._ends.items():
+            for group in GroupReader(path, file=self._files.get(path), end=end):
+                for values in group:
+                    yield path, values
 
 
 def _is_last(keys: np.ndarray) -> np.ndarray:
-    """Which of some keys, (N,), no equal one follows, (N,) bool."""
-    order, ends = _runs(keys)
-    last = np.zeros(len(keys), bool)
-    last[order[ends]] = True
-    return last
+    """Return a mask (N,) of the keys (N,) that are not repeated later."""
+    order, ends = _sort_into_runs(keys)
+    is_last = np.zeros(len(keys), bool)
+    is_last[order[ends]] = True
+    return is_last
 
 
-def _is_of_last(videos: np.ndarray, versions: np.ndarray) -> np.ndarray:
-    """Which lines, (N,) bool, are about the version, (N,), that the last line on their video, (N,), is about."""
-    order, ends = _runs(videos)
+def _is_latest_version(videos: np.ndarray, versions: np.ndarray) -> np.ndarray:
+    """Return a mask (N,) of the lines about the same version (N,) of a video (N,) as the last line about that video."""
+    order, ends = _sort_into_runs(videos)
     run = np.cumsum(ends) - ends
-    of_last = np.zeros(len(videos), bool)
-    of_last[order] = versions[order] == versions[order[ends]][run]
-    return of_last
+    is_latest = np.zeros(len(videos), bool)
+    is_latest[order] = versions[order] == versions[order[ends]][run]
+    return is_latest
 
 
-def _runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An order in which equal keys stand together, as they came; and where each run of them ends, (N,) bool."""
+def _sort_into_runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a stable sorting order (N,) of keys (N,), and a mask (N,) of the last key of each run of equal ones."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     ends = np.ones(len(keys), bool)
@@ -126,39 +132,39 @@ def _runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def export_table(captions: LatestCaptions, out: Path) -> None:
-    """Write captions to one file, which appears whole or not at all.
+    """Write captions to one file, which appears when it is complete.
 
     Args:
-        captions: the ones.
-        out: its suffix says what it becomes: .csv, .parquet or .jsonl.
+        captions: captions to write.
+        out: output file; its suffix selects the format: .csv, .parquet or .jsonl.
 
     Raises:
-        ValueError: of another suffix, or one of the files that are read.
+        ValueError: the suffix is none of these, or `out` is one of the files that are read.
     """
     if out.suffix not in TABLES:
-        raise ValueError(f"{out}: cannot be written as that; choose a name that ends in {', '.join(TABLES)}")
+        raise ValueError(f"{out}: unknown format; choose a name that ends in {', '.join(TABLES)}")
     if out.resolve() in {path.resolve() for path in captions.paths}:
-        raise ValueError(f"{out} is one of the files that are read: choose another name")
+        raise ValueError(f"{out} is one of the captions files themselves; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _whole_file(out) as temporary:
+    with _atomic_file(out) as temporary:
         TABLES[out.suffix](captions, temporary)
 
 
 def export_subtitles(captions: LatestCaptions, subtitles: SubtitleWriter) -> tuple[int, list[Failure]]:
-    """Write side-cars of captions.
+    """Write subtitle files.
 
     Args:
-        captions: the ones.
-        sidecars: how they are written.
+        captions: captions to write.
+        subtitles: how they are written.
 
     Returns:
-        Of how many videos, and why some could not be written.
+        The number of videos, and why some files could not be written.
     """
-    count, failures = 0, []
+    num_videos, failures = 0, []
     for group in captions.by_video():
         failures += subtitles.write(group)
-        count += 1
-    return count, failures
+        num_videos += 1
+    return num_videos, failures
 
 
 def _write_csv(captions: LatestCaptions, path: Path) -> None:
@@ -179,18 +185,17 @@ def _write_parquet(captions: LatestCaptions, path: Path) -> None:
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
         raise ValueError("Parquet needs pyarrow: pip install 'salmonn[parquet]', or export to .csv") from error
-    whole, fraction = pyarrow.int64(), pyarrow.float64()
-    kinds: dict[Any, Any] = {
+    types: dict[Any, Any] = {
         str: pyarrow.string(),
         bool: pyarrow.bool_(),
-        int: whole,
-        int | None: whole,
-        float | None: fraction,
+        int: pyarrow.int64(),
+        int | None: pyarrow.int64(),
+        float | None: pyarrow.float64(),
     }
-    schema = pyarrow.schema([(field.name, kinds[field.type]) for field in fields(Caption)])
+    schema = pyarrow.schema([(field.name, types[field.type]) for field in fields(Caption)])
     rows = map(asdict, captions)
     with parquet.ParquetWriter(path, schema) as writer:
-        while group := list(islice(rows, ROW_GROUP)):
+        while group := list(islice(rows, ROW_GROUP_SIZE)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
@@ -202,8 +207,8 @@ TABLES: dict[str, Callable[[LatestCaptions, Path], None]] = {
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """A temporary file that takes its name when all went well."""
+def _atomic_file(path: Path) -> Iterator[Path]:
+    """Provide a temporary file that is renamed to `path` on success."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -211,6 +216,6 @@ def _whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise LedgerError(no_room(path, error)) from error
+        raise LedgerError(cannot_write(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)

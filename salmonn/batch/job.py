@@ -1,35 +1,49 @@
-"""The loop of `salmonn caption`: what is listed and not done yet is captioned, and each file's captions are kept."""
+"""The loop of `salmonn caption`: caption the listed videos that are not done yet, and save the captions of each.
 
+A `CaptionJob` decides which videos are pending and saves their results; `caption_videos` makes the results with a
+model in this process, `ray_cluster.caption_on_cluster` with models on a cluster.
+"""
+
+import sys
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
 
 from salmonn.batch.discovery import VideoFile, path_number
 from salmonn.batch.export import LatestCaptions
-from salmonn.batch.hash_set import HashSet, hash_key
 from salmonn.batch.ledger import Ledger
+from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.captioner import Captioner, PendingRequest, Span
 from salmonn.caption.generate import Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure, Modality
 
-IndexedVideo = tuple[int, VideoFile]  # a video with its place among those that are tried
+IndexedVideo = tuple[int, VideoFile]  # a video with its number among the pending ones
+
+_LOG_SECONDS = 30.0  # between two lines of progress in a log file
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_BAR_WITHOUT_TOTAL = "{desc}: {n_fmt} videos [{elapsed}{postfix}]"
 
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What is asked of each video.
+    """How each video of a job is captioned.
 
     Args:
-        prompt: None: a full description.
-        sampling: how words are drawn.
-        max_new_tokens: limit of an answer in place of `sampling`'s; None: the model's.
-        span: the part of each video.
-        use: picture, sound or both.
-        seed: a video's draws come from this plus a number that its path gives: no order matters.
+        prompt: question for the model; None asks for a full description.
+        sampling: how tokens are sampled.
+        max_new_tokens: token limit of a caption, in place of the one in `sampling`; None: the model's default.
+        span: part of each video.
+        modality: video, audio or both.
+        seed: random seed; a number derived from its path is added for each video, so the order does not matter.
         segment_seconds: see `Captioner.caption_batches`.
-        batch_size: clips side by side; None: the model's.
+        batch_size: clips per batch; None: the model's default.
     """
 
     prompt: str | None = None
@@ -44,33 +58,32 @@ class JobConfig:
 
 @dataclass(frozen=True)
 class VideoResult:
-    """What became of a video.
+    """The captions of a video, or why there are none.
 
     Args:
-        place: among those that were tried.
+        index: number of the video among the pending ones.
         video: the file.
-        results: of its segments, in order of time.
+        results: one result per segment, in order of time.
     """
 
-    place: int
+    index: int
     video: VideoFile
     results: tuple[Caption | Failure, ...]
 
 
 class TooManyFailures(ValueError):
-    """So many videos failed one after the other that something else must be wrong."""
+    """So many videos failed in a row that something else must be wrong."""
 
 
 @dataclass
 class RunStats:
-    """What a run has counted so far.
+    """Counts of a run so far.
 
     Args:
-        captions: lines that were written.
-        videos: that came to their end, well or not.
-        failed: videos that failed, or a segment of them, or their side-car.
-        done_before, failed_before: videos that earlier runs were done with, and that are passed over; the latter those
-            of which something failed.
+        captions: captions written.
+        videos: videos finished, with or without success.
+        failed: videos that failed, or a segment or subtitle file of which did.
+        done_before, failed_before: videos skipped because an earlier run finished them; the latter with a failure.
     """
 
     captions: int = 0
@@ -81,62 +94,59 @@ class RunStats:
 
 
 def caption_videos(
-    captioner: Captioner, videos: Iterable[IndexedVideo], *, task: JobConfig, reader: ClipReader
+    captioner: Captioner, videos: Iterable[IndexedVideo], *, config: JobConfig, reader: ClipReader
 ) -> Generator[VideoResult]:
-    """Caption videos, and tell of each once the last of its segments is done.
+    """Caption videos, and yield each once its last segment is done.
 
     Args:
         captioner: the model.
-        videos: any number of them.
-        task: what is asked.
-        reader: what reads ahead.
+        videos: any number of videos.
+        config: how they are captioned.
+        reader: reads clips ahead of the model.
     """
     started: dict[int, IndexedVideo] = {}
     parts: dict[int, list[Caption | Failure]] = {}
 
-    def asked() -> Iterator[PendingRequest]:
-        for number, (place, video) in enumerate(videos):
-            started[number] = (place, video)
-            yield PendingRequest(Path(video.path), task.span, task.seed + path_number(video.path))
+    def requests() -> Iterator[PendingRequest]:
+        for number, (index, video) in enumerate(videos):
+            started[number] = (index, video)
+            yield PendingRequest(Path(video.path), config.span, config.seed + path_number(video.path))
 
-    limit = captioner.default_sampling().max_new_tokens if task.max_new_tokens is None else task.max_new_tokens
+    limit = captioner.default_sampling().max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     batches = captioner.caption_batches(
-        asked(),
-        prompt=task.prompt,
-        sampling=replace(task.sampling, max_new_tokens=limit),
-        modality=task.modality,
-        segment_seconds=task.segment_seconds,
-        batch_size=task.batch_size,
+        requests(),
+        prompt=config.prompt,
+        sampling=replace(config.sampling, max_new_tokens=limit),
+        modality=config.modality,
+        segment_seconds=config.segment_seconds,
+        batch_size=config.batch_size,
         reader=reader,
     )
     for batch in batches:
         for done in batch:
-            results = parts.setdefault(done.place, [])
-            results.append(done.result)
-            if len(results) == done.num_segments:
-                place, video = started.pop(done.place)
-                yield VideoResult(place, video, _sign(parts.pop(done.place), video))
-
-
-def _sign(results: list[Caption | Failure], video: VideoFile) -> tuple[Caption | Failure, ...]:
-    ordered = sorted(results, key=lambda result: result.start_seconds or 0.0)
-    return tuple(replace(result, size_bytes=video.size_bytes, modified_ns=video.modified_ns) for result in ordered)
+            part = parts.setdefault(done.place, [])
+            part.append(done.result)
+            if len(part) == done.num_segments:
+                index, video = started.pop(done.place)
+                ordered = sorted(parts.pop(done.place), key=lambda result: result.start_seconds or 0.0)
+                stamped = (replace(r, size_bytes=video.size_bytes, modified_ns=video.modified_ns) for r in ordered)
+                yield VideoResult(index, video, tuple(stamped))
 
 
 class CaptionJob:
     """One process's run over its videos.
 
     Args:
-        ledger: what it writes.
-        is_retry: whether it tries again what failed in earlier runs: then nothing is passed over, failures are told
-            at the end alone (`failed_again`), and any number of them may follow one another.
-        max_failures: after so many videos in a row of which nothing came out it stops; 0: never.
-        sidecars: where a text beside each video is wanted.
-        tell: called with the reason of each failure.
+        ledger: where results are saved.
+        is_retry: retry the failures of earlier runs. Nothing is skipped, any number may fail in a row, and failures are
+            written only at the end (`failed_again`).
+        max_failures: number of videos failing in a row at which the run stops; 0: never.
+        subtitles: writes subtitle files for each video.
+        on_failure: called with the reason of each failure.
 
     Attributes:
-        tally: how many videos so far.
-        failed_again: what failed, in a retry.
+        stats: counts so far.
+        failed_again: failures of a retry.
     """
 
     def __init__(
@@ -146,7 +156,7 @@ class CaptionJob:
         is_retry: bool = False,
         max_failures: int = 20,
         subtitles: SubtitleWriter | None = None,
-        tell: Callable[[str], object] = lambda words: None,
+        on_failure: Callable[[str], object] = lambda reason: None,
     ) -> None:
         if max_failures < 0:
             raise ValueError(f"--max-failures must be 0 (no limit) or more, got {max_failures}")
@@ -154,140 +164,195 @@ class CaptionJob:
         self.failed_again: list[Failure] = []
         self._ledger = ledger
         self._is_retry = is_retry
-        self._row = _Row(0 if is_retry else max_failures)
-        self._sidecars = subtitles
-        self._tell = tell
-        self._taken = HashSet()
-        self._num_placed = 0
+        self._streak = _FailureStreak(0 if is_retry else max_failures)
+        self._subtitles = subtitles
+        self._on_failure = on_failure
+        self._seen = HashSet()
+        self._num_pending = 0
 
     def pending(self, found: Iterable[VideoFile | Failure]) -> Iterator[IndexedVideo]:
-        """What is to be done of what was listed; a folder that cannot be listed fails here.
+        """Yield the listed videos that have to be captioned; a folder that cannot be listed fails here.
 
         Raises:
-            TooManyFailures: as `keep`.
+            TooManyFailures: as in `save`.
         """
         for one in found:
-            if isinstance(one, VideoFile) and self._is_taken(one):
-                continue
+            if isinstance(one, VideoFile):
+                key = hash_key(one.path)
+                if key in self._seen:  # it was named several times
+                    continue
+                self._seen.add(key)
             if not self._is_retry and self._ledger.has_failed(one):
                 self.stats.failed_before += 1
             elif isinstance(one, Failure):
                 self._fail([one])
                 self.stats.failed += 1
                 self.stats.videos += 1
-                self._row.add(self._place(), one.reason)
+                self._streak.add(self._next_index(), one.reason)
             elif not self._is_retry and self._ledger.is_done(one):
                 if self._ledger.has_failed_in_part(one):
                     self.stats.failed_before += 1
                 else:
                     self.stats.done_before += 1
             else:
-                yield self._place(), one
+                yield self._next_index(), one
 
-    def save(self, group: VideoResult) -> None:
-        """Put on disk what became of a video.
+    def _next_index(self) -> int:
+        self._num_pending += 1
+        return self._num_pending - 1
+
+    def save(self, result: VideoResult) -> None:
+        """Write the captions and failures of a video to the disk.
 
         Raises:
-            TooManyFailures: it is the last of too many in a row.
-            LedgerError: the disk does not take it.
+            TooManyFailures: too many videos failed in a row.
+            LedgerError: the disk does not take them.
         """
-        if self._row.has_ended(group.place):  # a cluster may do a block twice, where one of its machines is lost
+        if self._streak.has_finished(result.index):  # a cluster that loses a machine may caption a block twice
             return
-        captions = [result for result in group.results if isinstance(result, Caption)]
-        failures = [result for result in group.results if isinstance(result, Failure)]
-        unwritten = self._sidecars.write(captions) if captions and self._sidecars else []
-        # A kill between any two of these costs nothing but captioning that file once more: failures of side-cars count
-        # for nothing without captions, and captions that failures follow for nothing without those.
+        failures = [one for one in result.results if isinstance(one, Failure)]
+        captions = [
+            replace(one, segment=segment, num_segments=len(result.results), num_failed_segments=len(failures))
+            for segment, one in enumerate(result.results)
+            if isinstance(one, Caption)
+        ]
+        unwritten = self._subtitles.write(captions) if captions and self._subtitles else []
+        # A kill between any two of these only means that this video is captioned again: failed subtitles count only
+        # together with captions, and captions of a part of a video only together with the failures of the rest.
         self._fail(unwritten)
         if captions:
-            self._ledger.write(captions, is_in_part=bool(failures))
+            self._ledger.write(captions)
         self._fail(failures)
         self.stats.captions += len(captions)
         self.stats.failed += bool(failures or unwritten)
         self.stats.videos += 1
-        self._row.add(group.place, None if captions else failures[0].reason)
-
-    @property
-    def has_missing_subtitles(self) -> bool:
-        """Whether there may be captions of earlier runs whose side-cars are missing."""
-        return self._sidecars is not None and (
-            self._is_retry or self.stats.done_before > 0 or self.stats.failed_before > 0
-        )
-
-    def write_missing_subtitles(self, latest: LatestCaptions) -> None:
-        """Write side-cars that are missing of what was captioned before, without them or by a run that was killed.
-
-        Where one could not be written, that is tried again in a retry alone.
-
-        Args:
-            latest: all captions.
-        """
-        assert self._sidecars is not None, "there is something to write"
-        before = {failure.video for failure in self._ledger.unwritten()}
-        now = {failure.video for failure in self.failed_again}
-        for captions in latest.by_video():
-            video = captions[0].video
-            if video in now or (video in before and not self._is_retry):
-                continue
-            if not self._ledger.files.shard.holds(video):  # that shard's process writes it
-                continue
-            failures = self._sidecars.write(captions, only_missing=video not in before)
-            self._fail(failures)
-            self.stats.failed += bool(failures)
-
-    def end_retry(self) -> None:
-        """Put what failed again in place of the lists of failures."""
-        kept = [] if self._sidecars else self._ledger.unwritten()
-        self._ledger.replace_failures([*kept, *self.failed_again])
-
-    def _place(self) -> int:
-        self._num_placed += 1
-        return self._num_placed - 1
-
-    def _is_taken(self, video: VideoFile) -> bool:
-        """Whether it came before: a file may be named several times."""
-        key = hash_key(video.path)
-        is_taken = key in self._taken
-        self._taken.add(key)
-        return is_taken
+        self._streak.add(result.index, None if captions else failures[0].reason)
 
     def _fail(self, failures: list[Failure]) -> None:
         for failure in failures:
-            self._tell(failure.reason)
+            self._on_failure(failure.reason)
         if self._is_retry:
             self.failed_again += failures
         elif failures:
             self._ledger.fail(failures)
 
+    @property
+    def has_missing_subtitles(self) -> bool:
+        """Whether captions of earlier runs may lack their subtitle files."""
+        return self._subtitles is not None and (
+            self._is_retry or self.stats.done_before > 0 or self.stats.failed_before > 0
+        )
 
-class _Row:
-    """Counts failures in a row, in the order in which videos were listed: they end in that of batches of like length,
-    which brings those that cannot be read together.
+    def write_missing_subtitles(self, latest: LatestCaptions) -> None:
+        """Write subtitle files for captions of earlier runs that ran without them or were killed.
+
+        A subtitle file that could not be written is attempted again only by a retry.
+
+        Args:
+            latest: all captions.
+        """
+        assert self._subtitles is not None
+        failed_before = {failure.video for failure in self._ledger.unwritten()}
+        failed_now = {failure.video for failure in self.failed_again}
+        for captions in latest.by_video():
+            video = captions[0].video
+            if video in failed_now or (video in failed_before and not self._is_retry):
+                continue
+            if not self._ledger.files.shard.holds(video):  # the process of its shard writes it
+                continue
+            failures = self._subtitles.write(captions, only_missing=video not in failed_before)
+            self._fail(failures)
+            self.stats.failed += bool(failures)
+
+    def finish_retry(self) -> None:
+        """Replace the lists of failures by what failed again."""
+        untouched = [] if self._subtitles else self._ledger.unwritten()
+        self._ledger.replace_failures([*untouched, *self.failed_again])
+
+
+class _FailureStreak:
+    """Counts failures in a row, in the order in which videos were listed.
+
+    They finish in the order of batches, which have clips of similar length and so bring unreadable files together.
 
     Args:
-        most: that is borne; 0: any number.
+        limit: number of failures in a row that ends the run; 0: none.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._length = 0
-        self._next = 0
-        self._ended: dict[int, str | None] = {}
+        self._next = 0  # all videos before this index have finished
+        self._finished: dict[int, str | None] = {}
 
-    def has_ended(self, place: int) -> bool:
-        """Whether the video of that place came to its end."""
-        return place < self._next or place in self._ended
+    def has_finished(self, index: int) -> bool:
+        return index < self._next or index in self._finished
 
-    def add(self, place: int, reason: str | None) -> None:
-        """Note how the video of that place ended; None: well."""
-        self._ended[place] = reason
-        while self._next in self._ended:
-            reason = self._ended.pop(self._next)
+    def add(self, index: int, reason: str | None) -> None:
+        """Note that a video failed for a reason, or succeeded (None); raises TooManyFailures."""
+        self._finished[index] = reason
+        while self._next in self._finished:
+            reason = self._finished.pop(self._next)
             self._next += 1
             self._length = 0 if reason is None else self._length + 1
-            if reason is not None and self._length == self._most:
+            if reason is not None and self._length == self._limit:
                 raise TooManyFailures(
-                    f"{self._most} videos failed one after the other, the last for this reason: {reason}. What was "
-                    "finished is kept. If the disk or the model is at fault, mend it and give --retry-failed; if those "
-                    "files are, give the same command, which goes on after them (--max-failures 0: without a limit)"
+                    f"{self._limit} videos failed in a row, the last with: {reason}. Finished work is saved. If the "
+                    "disk or the model is at fault, fix it and run again with --retry-failed; if the files are, run "
+                    "the same command to continue after them (--max-failures 0 removes the limit)"
                 )
+
+
+class JobProgress:
+    """Progress bar with clips per minute, time left and failures; use it in a `with` statement.
+
+    Args:
+        stats: counts of the run.
+        count: lists the pending videos once more, to count them in a thread; None where that is not possible.
+        is_shown: False in all processes but one.
+    """
+
+    def __init__(self, stats: RunStats, *, count: Callable[[], Iterable[object]] | None, is_shown: bool = True) -> None:
+        self._stats = stats
+        self._count = count
+        self._is_over = threading.Event()
+        self._total: int | None = None
+        self._start = time.perf_counter()
+        self._bar = tqdm(
+            desc="captioning",
+            unit="video",
+            disable=not is_shown,
+            bar_format=_BAR_WITHOUT_TOTAL,
+            mininterval=0.1 if sys.stderr.isatty() else _LOG_SECONDS,
+        )
+
+    def __enter__(self) -> "JobProgress":
+        if self._count and not self._bar.disable:
+            threading.Thread(target=self._count_all, name="counting", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._bar.close()
+
+    def update(self) -> None:
+        """Show the current counts."""
+        if self._total is not None and self._bar.total is None:
+            self._bar.total, self._bar.bar_format = self._total, _BAR
+        minutes = (time.perf_counter() - self._start) / 60
+        text = f"{self._stats.videos / minutes:.1f} clips/min"
+        if self._stats.failed:
+            text += f", {self._stats.failed} failed"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(self._stats.videos - self._bar.n)
+
+    def _count_all(self) -> None:
+        assert self._count is not None
+        total = 0
+        for _ in self._count():
+            total += 1
+            if self._is_over.is_set():
+                return
+        self._total = total

@@ -1,45 +1,90 @@
-"""The files of a run: their names, how they are added to, and how what a killed run left in them is told apart.
+"""The files of a captioning run: their names, appending to them, and reading what a killed run left behind.
 
-All captions of a video are written at once, when the last of its segments is done: its *group*. Each line of a group
-but its last ends in a blank, so that a group that is not whole shows, wherever a killed run broke off. The last one
-ends in a tab where a segment is missing, whose failure is written next: without that the video is done again.
+All captions of a video are appended together once its last segment is done: they are a *group*. Each line says which
+segment it is about (`segment` of `num_segments`) and how many segments failed, so a group that is not complete is
+recognized from the lines themselves, whatever an editor does to the white space around them.
 """
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from hashlib import blake2b
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from salmonn.batch.discovery import LogFunction, Shard
+import numpy as np
+
+from salmonn.batch.discovery import Shard
 from salmonn.records import Record, parse_record
 
-GOES_ON = b" \n"  # ends a line that others of its group follow
-ENDS = b"\n"
-ENDS_IN_PART = b"\t\n"
-FAILED = ".failed.jsonl"
-SIDECARS = ".subtitles.jsonl"
-JOB = ".job.json"
+FAILED_SUFFIX = ".failed.jsonl"
+SUBTITLES_SUFFIX = ".subtitles.jsonl"
+JOB_SUFFIX = ".job.json"
+KEY_BYTES = 16
+MAX_FULL_FILES = 99_999
 _NUMBER = r"\.\d{5}"  # of a full file; a date has more digits
-_MOST_FULL = 99_999
+_MIN_RECENT_KEYS = 1 << 16
 
 
 class LedgerError(ValueError):
-    """The files of a run are not as they must be, or cannot be written; the message says what to do."""
+    """A run's files are inconsistent or cannot be written; the message says what to do."""
+
+
+def hash_key(*parts: str | float | None) -> bytes:
+    """Hash values into 16 bytes; two of ten million keys collide with a probability of 10^-24."""
+    return blake2b(repr(parts).encode(errors="surrogateescape"), digest_size=KEY_BYTES).digest()
+
+
+def keys_to_array(keys: bytes | bytearray) -> np.ndarray:
+    """View concatenated keys as an array (N,) that shares a bytearray's memory."""
+    return np.frombuffer(keys, f"S{KEY_BYTES}")
+
+
+class HashSet:
+    """A set of `hash_key` keys that is compact enough for ten million of them.
+
+    New keys go to a Python set (100 bytes each) and are merged now and then into one sorted array (16 bytes each),
+    where a lookup takes a microsecond or two.
+
+    Args:
+        keys: the first keys, concatenated; a bytearray's memory is taken over.
+    """
+
+    def __init__(self, keys: bytes | bytearray = b"") -> None:
+        self._sorted = keys_to_array(bytearray(keys) if isinstance(keys, bytes) else keys)
+        self._sorted.sort()
+        self._recent: set[bytes] = set()
+
+    def __contains__(self, key: bytes) -> bool:
+        if key in self._recent:
+            return True
+        # numpy takes trailing zeros of a byte string for padding, both in its arrays and in what it returns.
+        stripped = key.rstrip(b"\0")
+        index = int(np.searchsorted(self._sorted, np.bytes_(stripped)))
+        return index < len(self._sorted) and self._sorted[index] == stripped
+
+    def add(self, key: bytes) -> None:
+        """Add a key."""
+        self._recent.add(key)
+        if len(self._recent) > max(_MIN_RECENT_KEYS, len(self._sorted) // 8):
+            self._sorted = np.concatenate([self._sorted, keys_to_array(b"".join(self._recent))])
+            self._sorted.sort()
+            self._recent = set()
 
 
 @dataclass(frozen=True)
 class LedgerFiles:
-    """Names of a run's files.
+    """The names of a run's files.
 
     Args:
-        out: as the user gave it.
-        shard: which of its parts this process writes.
+        out: captions file as the user named it.
+        shard: part of the videos that this process captions.
     """
 
     out: Path
@@ -47,106 +92,107 @@ class LedgerFiles:
 
     @classmethod
     def of(cls, captions: Path) -> "LedgerFiles":
-        """Of the run that a file of captions, of whatever shard, is from."""
-        bare = re.sub(rf"{_NUMBER}$", "", captions.stem)
-        stems = (captions.stem, bare, re.sub(r"-\d+-of-\d+$", "", bare))
-        signed = (stem for stem in stems if captions.with_name(stem + JOB).exists())
-        return cls(captions.with_name(next(signed, stems[-1]) + captions.suffix))
+        """Find the run that a captions file, of any shard, belongs to."""
+        unnumbered = re.sub(rf"{_NUMBER}$", "", captions.stem)
+        stems = (captions.stem, unnumbered, re.sub(r"-\d+-of-\d+$", "", unnumbered))
+        with_job = (stem for stem in stems if captions.with_name(stem + JOB_SUFFIX).exists())
+        return cls(captions.with_name(next(with_job, stems[-1]) + captions.suffix))
 
     @property
     def captions(self) -> Path:
-        """What this process writes."""
+        """Captions file of this process."""
         return self._own(self.out.suffix)
 
     @property
     def failed(self) -> Path:
-        """What this process could not caption."""
-        return self._own(FAILED)
+        """Failures of this process."""
+        return self._own(FAILED_SUFFIX)
 
     @property
     def subtitles(self) -> Path:
-        """The side-cars that this process wrote."""
-        return self._own(SIDECARS)
+        """Log of the subtitle files that this process wrote."""
+        return self._own(SUBTITLES_SUFFIX)
 
     @property
     def lock(self) -> Path:
-        """Held by the process that writes them."""
+        """Lock file that the writing process holds."""
         return self.captions.with_name(f".{self.captions.name}.lock")
 
     @property
     def job(self) -> Path:
-        """What was asked; the same for all shards."""
-        return self.out.with_name(self.out.stem + JOB)
+        """Settings of the run, shared by all shards."""
+        return self.out.with_name(self.out.stem + JOB_SUFFIX)
 
     def other_locks(self) -> list[Path]:
-        """Locks of the processes that share the videos out among another number of shards."""
-        found = self._all(re.escape(self.out.suffix) + r"\.lock", before=".")
+        """List the lock files of runs with another number of shards."""
+        found = self._find(re.escape(self.out.suffix) + r"\.lock", prefix=".")
         own = f"-of-{self.shard.count}{self.out.suffix}.lock" if self.shard.count > 1 else self.lock.name
         return [path for path in found if not path.name.endswith(own)]
 
     def all_captions(self) -> list[Path]:
-        """Captions of all shards, and the full files; see `in_order`."""
+        """List the captions files of all shards, full ones included, in the order of `in_order`."""
         while True:
             try:
-                return in_order(self._all(rf"({_NUMBER})?" + re.escape(self.out.suffix)))
-            except FileNotFoundError:  # became full just now, and has another name
+                return in_order(self._find(rf"({_NUMBER})?" + re.escape(self.out.suffix)))
+            except FileNotFoundError:  # it was full, and has just been renamed by another shard
                 continue
 
     def own_captions(self) -> list[Path]:
-        """Captions of this shard, in the order in which they were written."""
-        full = re.compile(re.escape(self.captions.stem) + rf"({_NUMBER})?" + re.escape(self.out.suffix))
-        return [path for path in self.all_captions() if full.fullmatch(path.name)]
+        """List the captions files of this shard in the order in which they were written."""
+        pattern = re.compile(re.escape(self.captions.stem) + rf"({_NUMBER})?" + re.escape(self.out.suffix))
+        return [path for path in self.all_captions() if pattern.fullmatch(path.name)]
 
     def all_failed(self) -> list[Path]:
-        """Failures of all shards."""
-        return self._all(re.escape(FAILED))
+        """List the failures files of all shards."""
+        return self._find(re.escape(FAILED_SUFFIX))
 
     def all_subtitles(self) -> list[Path]:
-        """Side-cars of all shards."""
-        return self._all(re.escape(SIDECARS))
+        """List the subtitle logs of all shards."""
+        return self._find(re.escape(SUBTITLES_SUFFIX))
 
     def next_full(self) -> Path:
-        """The name that a full file gets; raises LedgerError where there are too many of them."""
+        """Return the name for the next full file; raises LedgerError where the numbers are used up."""
         number = 1 + max((int(path.stem[-5:]) for path in self.own_captions() if path != self.captions), default=0)
-        if number > _MOST_FULL:
-            raise LedgerError(f"{self.captions}: {_MOST_FULL} files are full; give a greater --lines-per-file")
+        if number > MAX_FULL_FILES:
+            raise LedgerError(f"{self.captions}: {MAX_FULL_FILES} files are full; increase --lines-per-file")
         return self._own(f".{number:05d}{self.out.suffix}")
 
-    def _own(self, ending: str) -> Path:
-        part = f"-{self.shard.number}-of-{self.shard.count}" if self.shard.count > 1 else ""
-        return self.out.with_name(self.out.stem + part + ending)
+    def _own(self, suffix: str) -> Path:
+        shard = f"-{self.shard.number}-of-{self.shard.count}" if self.shard.count > 1 else ""
+        return self.out.with_name(self.out.stem + shard + suffix)
 
-    def _all(self, ending: str, *, before: str = "") -> list[Path]:
+    def _find(self, suffix: str, *, prefix: str = "") -> list[Path]:
+        """List the files of all shards whose names end in a pattern."""
         stem = rf"(?P<stem>{re.escape(self.out.stem)}(-\d+-of-\d+)?)"
-        pattern = re.compile(re.escape(before) + stem + ending)
+        pattern = re.compile(re.escape(prefix) + stem + suffix)
         folder = self.out.parent
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         found = []
         for name in sorted(names):
             if match := pattern.fullmatch(name):
-                # A run over --out captions-1-of-2.jsonl, or captions.00001.jsonl, is another one.
+                # A run with --out captions-1-of-2.jsonl, or captions.00001.jsonl, has a job file of its own.
                 stems = {match["stem"], name.removesuffix(self.out.suffix)} - {self.out.stem}
-                if not any(stem + JOB in names for stem in stems):
+                if not any(stem + JOB_SUFFIX in names for stem in stems):
                     found.append(folder / name)
         return found
 
 
 def is_full(path: Path) -> bool:
-    """Whether a file of captions became full, by its name: nothing is added to it, nor is it renamed."""
+    """Tell by its name whether a captions file is full: it is no longer appended to or renamed."""
     return re.search(rf"{_NUMBER}$", path.stem) is not None
 
 
 def in_order(paths: Iterable[Path]) -> list[Path]:
-    """Files of captions in the order in which they were written: a shard's by their numbers, those of several by time.
+    """Sort captions files into the order in which they were written: each shard's by number, the shards by time.
 
-    Times alone tell no order: a full file that is copied back, or touched, is still older than the next one.
+    Times alone are not enough: a full file that was copied back, or touched, is still older than the next one.
 
     Raises:
-        FileNotFoundError: one is not there.
+        FileNotFoundError: a file does not exist.
     """
     newest: dict[str, int] = {}
     keys = {}
-    # In a shard's order of names the numbers come first: without one is the file that is being written.
+    # Full files come first: the file without a number is the one being written.
     for path in sorted(paths, key=lambda path: (not is_full(path), path.name)):
         shard = str(path.with_name(re.sub(rf"{_NUMBER}$", "", path.stem)))
         newest[shard] = max(newest.get(shard, 0), path.stat().st_mtime_ns)
@@ -155,7 +201,7 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
 
 
 def move_to_backup(files: LedgerFiles) -> list[Path]:
-    """Move all that earlier runs wrote to names that end in .old, and a number where those are taken.
+    """Rename the files of earlier runs to `NAME.old`, or `NAME.old.1` and so on where that exists.
 
     Returns:
         The new names.
@@ -163,107 +209,175 @@ def move_to_backup(files: LedgerFiles) -> list[Path]:
     moved = []
     for path in [*files.all_captions(), *files.all_failed(), files.job]:
         if path.exists():
-            names = chain([f"{path.name}.old"], (f"{path.name}.old.{number}" for number in range(1, 1_000_000)))
-            moved.append(path.rename(next(new for name in names if not (new := path.with_name(name)).exists())))
+            backup = path.with_name(f"{path.name}.old")
+            numbers = count(1)
+            while backup.exists():
+                backup = path.with_name(f"{path.name}.old.{next(numbers)}")
+            moved.append(path.rename(backup))
     return moved
 
 
-def read_groups(path: Path, *, file: BinaryIO | None = None, log: LogFunction | None = None) -> Iterator[list[bytes]]:
-    """The lines of each file that was captioned, one group after the other; one that is not whole is left out.
+Group = list[dict[str, Any]]  # the parsed lines of one video that were written together
+
+
+class GroupReader:
+    """Iterates over the groups of a captions file; an unfinished group at its end is left out.
 
     Args:
-        path: of a file of captions.
-        file: the same, opened, which is read from its start and stays open.
-        tell: of what is left out.
+        path: captions file.
+        file: the same file, opened; it is read from the start and stays open.
+        end: offset in bytes at which to stop; None: the end of the file.
+
+    Attributes:
+        end: offset behind the last group read.
+        num_lines: number of lines in the groups read.
+        is_unfinished: whether an unfinished group follows: a run was killed while writing it, or is writing it now.
     """
-    group: list[bytes] = []
-    with nullcontext(file) if file else path.open("rb") as lines:
-        lines.seek(0)
-        for line in lines:
-            group.append(line)
-            if line.endswith(ENDS) and not line.endswith(GOES_ON):
-                yield group
-                group = []
-    if group and log:
-        log("%s breaks off in the middle of a video's captions, which are left out: a run was killed there", path)
+
+    def __init__(self, path: Path, *, file: BinaryIO | None = None, end: int | None = None) -> None:
+        self.end = 0
+        self.num_lines = 0
+        self.is_unfinished = False
+        self._path = path
+        self._file = file
+        self._stop = math.inf if end is None else end
+
+    def __iter__(self) -> Iterator[Group]:
+        group: Group = []
+        start = end = 0  # of the current line
+        with nullcontext(self._file) if self._file else self._path.open("rb") as lines:
+            lines.seek(0)
+            for line in lines:
+                start, end = end, end + len(line)
+                if end > self._stop:
+                    if group:  # the line that showed it to be finished is behind the stop
+                        yield self._finish(group, end=start)
+                    return
+                if not line.strip():
+                    self.end = self.end if group else end
+                    continue
+                if (values := parse_last_line(line, self._path)) is None:
+                    self.is_unfinished = True
+                    return
+                _require_counts(values, self._path)
+                if group and not _continues(group, values):  # somebody deleted a line
+                    yield self._finish(group, end=start)
+                    group = []
+                group.append(values)
+                if len(group) >= values.get("num_segments", 1) - values.get("num_failed_segments", 0):
+                    yield self._finish(group, end=end)
+                    group = []
+        self.is_unfinished = bool(group)
+
+    def _finish(self, group: Group, *, end: int) -> Group:
+        self.end = end
+        self.num_lines += len(group)
+        return group
+
+
+def _require_counts(values: dict[str, Any], path: Path) -> None:
+    for name in ("segment", "num_segments", "num_failed_segments"):
+        if not isinstance(values.get(name, 0), int):
+            raise LedgerError(f"{path}: {name} of {values['video']} must be a whole number, got {values[name]!r}")
+
+
+def _continues(group: Group, values: dict[str, Any]) -> bool:
+    """Tell whether a line continues a group: it is a later segment of the same version of the video."""
+    names = ("video", "size_bytes", "modified_ns", "num_segments", "num_failed_segments")
+    last = group[-1]
+    return values.get("segment", 0) > last.get("segment", 0) and all(
+        values.get(name) == last.get(name) for name in names
+    )
 
 
 def parse_line(line: bytes, path: Path) -> dict[str, Any]:
-    """A line's values.
+    """Parse a line of a JSONL file of captions or failures.
 
     Raises:
-        LedgerError: it is no JSON object.
+        LedgerError: the line is not a JSON object, or not about a video.
     """
     try:
         values = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one
-        raise LedgerError(f"{path}: a line is no JSON ({error}): {line[:60]!r}; mend it or take it out") from error
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise LedgerError(f"{path}: a line is not valid JSON ({error}): {line[:60]!r}; correct or delete it") from error
     if not isinstance(values, dict) or "video" not in values:
-        raise LedgerError(f"{path}: a line is no caption: {line[:60]!r}; take it out, or choose another --out")
+        raise LedgerError(f"{path}: a line is not a caption: {line[:60]!r}; delete it or choose another --out")
     return values
 
 
-def iter_whole(path: Path, record_type: type[Record]) -> Iterator[Record]:
-    """The records of a list but for a last one that is not whole: a killed process left it, or one is writing it.
+def parse_last_line(line: bytes, path: Path) -> dict[str, Any] | None:
+    """Parse a line like `parse_line`; return None if it is torn: without a newline, it may be cut off anywhere.
+
+    A whole JSON object without a newline is a complete line: no prefix of an object is valid JSON.
+    """
+    try:
+        return parse_line(line, path)
+    except LedgerError:
+        if line.endswith(b"\n"):
+            raise
+        return None
+
+
+def read_complete(path: Path, record_type: type[Record]) -> Iterator[Record]:
+    """Read the records of a JSONL file except for a torn last line, left by a killed process or still being written.
 
     Raises:
-        LedgerError: a line is no JSON object.
-        ValueError: it is no such record.
+        LedgerError: a line is not a JSON object.
+        ValueError: a line is not such a record.
     """
     with path.open("rb") as file:
         for line in file:
-            if line.endswith(ENDS):
-                yield parse_record(parse_line(line, path), record_type)
+            if line.strip() and (values := parse_last_line(line, path)) is not None:
+                yield parse_record(values, record_type)
 
 
-def cut(path: Path, num_bytes: int) -> int:
-    """Cut off what follows the first so many bytes, and say how much that was."""
-    more = path.stat().st_size - num_bytes
-    if more:
-        os.truncate(path, num_bytes)
-    return more
+def repair(path: Path, end: int) -> int:
+    """Truncate a JSONL file to `end` bytes, add the newline that is missing there, and return how much was cut off."""
+    cut = path.stat().st_size - end
+    if cut:
+        os.truncate(path, end)
+    with path.open("rb+") as file:
+        if end and file.seek(end - 1) >= 0 and file.read(1) != b"\n":
+            file.write(b"\n")
+    return cut
 
 
-def cut_tail(path: Path) -> None:
-    """Cut off what a killed process left of a file's last line."""
+def repair_last_line(path: Path) -> None:
+    """Cut off the last line of a JSONL file where a killed process left it torn."""
     if path.exists():
         with path.open("rb") as file:
-            whole = sum(len(line) for line in file if line.endswith(ENDS))
-        cut(path, whole)
+            end = sum(len(line) for line in file if line.endswith(b"\n") or parse_last_line(line, path) is not None)
+        repair(path, end)
 
 
-def append_group(path: Path, records: Sequence[Any], *, ends: bytes = ENDS) -> None:
-    """Add records to a JSONL file, flushed; where the disk does not take them, none of them.
-
-    Args:
-        path: of the file.
-        records: of one video.
-        ends: what stands after the last of them.
+def append_records(path: Path, records: Sequence[Any]) -> None:
+    """Append the records of one video to a JSONL file and flush it to the disk; on an error, append none of them.
 
     Raises:
-        LedgerError: it does not.
+        LedgerError: the disk does not take them.
     """
-    lines = [json.dumps(dataclasses.asdict(record), ensure_ascii=False).encode() for record in records]
+    lines = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n" for record in records)
+    rest = memoryview("".join(lines).encode())
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     except OSError as error:
-        raise LedgerError(no_room(path, error)) from error
+        raise LedgerError(cannot_write(path, error)) from error
     try:
-        before = os.lseek(handle, 0, os.SEEK_END)
-        left = memoryview(GOES_ON.join(lines) + ends)
+        size = os.lseek(handle, 0, os.SEEK_END)
         try:
-            while left:
-                left = left[os.write(handle, left) :]
+            while rest:
+                rest = rest[os.write(handle, rest) :]
             os.fsync(handle)
         except OSError as error:
-            os.ftruncate(handle, before)
-            raise LedgerError(no_room(path, error)) from error
+            os.ftruncate(handle, size)
+            raise LedgerError(cannot_write(path, error)) from error
     finally:
         os.close(handle)
 
 
-def no_room(path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: OSError) -> str:
+    """Return the message for a file that cannot be written."""
     return (
-        f"{path} cannot be written ({error.strerror}): what was finished is kept; see to the disk, and the same "
-        "command goes on from there"
+        f"{path} cannot be written ({error.strerror}). Finished work is saved; check the disk and run the same command "
+        "to resume"
     )

@@ -1,9 +1,9 @@
-"""The same work on a Ray cluster: actors caption blocks of videos, the driver lists, passes over and writes.
+"""Caption on a Ray cluster: actors caption blocks of videos, and the driver lists, skips and writes.
 
     salmonn caption clips/ --out captions.jsonl --engine ray --ray-actors 16
 
-The videos, and the model's folder, must be found under the same paths on every machine. There is one writer, so nothing
-is written twice; a block whose actor died is done again by that actor's successor, or by the next run.
+The videos and the model's folder must have the same paths on every machine. There is a single writer, so nothing is
+written twice; the block of an actor that died is captioned again by its successor, or by the next run.
 """
 
 import json
@@ -22,22 +22,21 @@ from salmonn.caption.loader import ClipReader, default_num_workers
 from salmonn.caption.worker import WorkerLimits
 from salmonn.records import Caption, Failure, parse_record
 
-Load = Callable[[], Captioner]
+LoadModel = Callable[[], Captioner]
 
-ROUND_VIDEOS = 200_000  # whose paths the driver holds; actors begin anew for the next ones
-BLOCK_VIDEOS = 64  # that an actor takes at a time, and that are done again where it dies
-# An actor that dies more often has not met with an accident.
-MOST_DEATHS = 8
+ROUND_VIDEOS = 200_000  # paths that the driver holds at a time; actors are restarted for the next round
+BLOCK_VIDEOS = 64  # videos that an actor takes at a time, and that are captioned again if it dies
+MAX_RESTARTS = 8  # an actor that dies more often does not die by accident
 
 
 @dataclass(frozen=True)
 class RayConfig:
-    """How the work is laid out.
+    """How work is distributed over a Ray cluster.
 
     Args:
-        actors: models at work; None: one for each GPU, or for each two CPUs.
-        workers: processes that decode, for each actor; None: up to 8.
-        limits: of reading one file.
+        actors: number of models; None: one for each GPU, or for each two CPUs.
+        workers: decoding processes per actor; None: up to 8.
+        limits: limits for reading one file.
     """
 
     actors: int | None = None
@@ -49,34 +48,34 @@ class RayConfig:
             raise ValueError(f"--ray-actors must be at least 1, got {self.actors}")
 
 
-class _Actor:
-    """A model and what reads ahead for it, in a process of the cluster."""
+class _CaptionActor:
+    """A model with its clip reader in a process of the cluster."""
 
-    def __init__(self, load: Load, task: JobConfig, cluster: RayConfig) -> None:
-        workers = default_num_workers(BLOCK_VIDEOS) if cluster.workers is None else cluster.workers
-        self._reader = ClipReader(workers=workers, limits=cluster.limits)
+    def __init__(self, load: LoadModel, config: JobConfig, ray_config: RayConfig) -> None:
+        workers = default_num_workers(BLOCK_VIDEOS) if ray_config.workers is None else ray_config.workers
+        self._reader = ClipReader(workers=workers, limits=ray_config.limits)
         self._captioner = load()
-        self._task = task
+        self._config = config
 
     def __call__(self, block: dict[str, Any]) -> dict[str, list[str]]:
-        videos = [(row["place"], VideoFile(**row["video"])) for row in map(json.loads, block["row"])]
-        groups = caption_videos(self._captioner, videos, task=self._task, reader=self._reader)
-        return {"row": [json.dumps(asdict(group)) for group in groups]}
+        videos = [(row["index"], VideoFile(**row["video"])) for row in map(json.loads, block["row"])]
+        results = caption_videos(self._captioner, videos, config=self._config, reader=self._reader)
+        return {"row": [json.dumps(asdict(result)) for result in results]}
 
 
 def caption_on_cluster(
-    videos: Iterator[IndexedVideo], *, load: Load, task: JobConfig, cluster: RayConfig
+    videos: Iterator[IndexedVideo], *, load: LoadModel, config: JobConfig, ray_config: RayConfig
 ) -> Generator[VideoResult]:
-    """Like `caption_videos`, on the cluster that Ray finds (RAY_ADDRESS), or on this machine alone.
+    """Caption videos like `caption_videos`, on the cluster that Ray finds (RAY_ADDRESS) or on this machine alone.
 
     Args:
-        videos: any number of them.
-        load: gives each actor its model; the driver loads none.
-        task: what is asked.
-        cluster: how the work is laid out.
+        videos: any number of videos.
+        load: loads a model in each actor; the driver loads none.
+        config: how videos are captioned.
+        ray_config: how work is distributed.
 
     Raises:
-        LedgerError: an actor died again and again.
+        LedgerError: an actor died repeatedly.
     """
     try:
         import ray  # noqa: PLC0415 - an extra
@@ -85,51 +84,47 @@ def caption_on_cluster(
     ray.init(include_dashboard=False, logging_level=logging.WARNING)
     try:
         while block := list(islice(videos, ROUND_VIDEOS)):
-            yield from _caption_round(block, load=load, task=task, cluster=cluster)
+            yield from _caption_round(block, load=load, config=config, ray_config=ray_config)
     except ray.exceptions.RayError as error:
         raise LedgerError(
-            f"the cluster's actors could not go on ({str(error).strip().splitlines()[-1]}): what was finished is kept, "
-            "and the same command goes on from there"
+            f"the actors of the cluster died repeatedly ({str(error).strip().splitlines()[-1]}). Finished work is "
+            "saved; run the same command to resume"
         ) from error
     finally:
         ray.shutdown()
 
 
 def _caption_round(
-    block: list[IndexedVideo], *, load: Load, task: JobConfig, cluster: RayConfig
+    block: list[IndexedVideo], *, load: LoadModel, config: JobConfig, ray_config: RayConfig
 ) -> Generator[VideoResult]:
     import pyarrow  # noqa: PLC0415 - comes with Ray
     import ray.data  # noqa: PLC0415 - an extra
 
     resources = ray.cluster_resources()
     num_gpus = int(resources.get("GPU", 0))
-    rows = [json.dumps({"place": place, "video": asdict(video)}) for place, video in block]
+    rows = [json.dumps({"index": index, "video": asdict(video)}) for index, video in block]
     tables = [pyarrow.table({"row": rows[start : start + BLOCK_VIDEOS]}) for start in range(0, len(rows), BLOCK_VIDEOS)]
-    actors = min(cluster.actors or num_gpus or max(1, int(resources["CPU"]) // 2), len(tables))
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # there is a bar of our own
+    actors = min(ray_config.actors or num_gpus or max(1, int(resources["CPU"]) // 2), len(tables))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the run has a progress bar of its own
     ray.data.DataContext.get_current().enable_progress_bars = False
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`ray_remote_args`")  # which limit how often an actor may die
+        warnings.filterwarnings("ignore", message="`ray_remote_args`")  # they limit how often an actor may die
         results = ray.data.from_arrow(tables).map_batches(
-            _Actor,
-            fn_constructor_kwargs={"load": load, "task": task, "cluster": cluster},
+            _CaptionActor,
+            fn_constructor_kwargs={"load": load, "config": config, "ray_config": ray_config},
             batch_size=None,
             compute=ray.data.ActorPoolStrategy(size=actors),
-            # Ray Data itself wants some of the CPUs: with none left over, it waits for ever.
+            # Ray Data needs some of the CPUs itself; without any left it waits forever.
             num_cpus=None if num_gpus else 0.5,
             num_gpus=1 if num_gpus else None,
-            max_restarts=MOST_DEATHS,
-            max_task_retries=MOST_DEATHS,
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=MAX_RESTARTS,
         )
     for row in results.iter_rows():
-        yield _read_group(row["row"])
+        yield _parse_result(row["row"])
 
 
-def _read_group(row: str) -> VideoResult:
+def _parse_result(row: str) -> VideoResult:
     values = json.loads(row)
-    results = tuple(map(_read_result, values["results"]))
-    return VideoResult(values["place"], VideoFile(**values["video"]), results)
-
-
-def _read_result(values: dict[str, Any]) -> Caption | Failure:
-    return parse_record(values, Failure) if "reason" in values else parse_record(values, Caption)
+    results = (parse_record(one, Failure if "reason" in one else Caption) for one in values["results"])
+    return VideoResult(values["index"], VideoFile(**values["video"]), tuple(results))

@@ -1,8 +1,8 @@
-"""Side-cars: `.txt`, `.srt` and `.vtt` beside each video, for players and editors.
+"""Write `.txt`, `.srt` and `.vtt` files beside each video, for players and editors.
 
-`film.mp4` gets `film.srt`. Where two files of a folder share a stem, the first by name (pictures before sound alone)
-gets that, and each other one its whole name: `film.mov.srt`. A file that is there already and is not as this tool left
-it, as a user's own subtitles, or a side-car that somebody corrected, is not touched: that is a failure.
+`film.mp4` gets `film.srt`. If two files of a folder share a stem, the first by name (video before audio) gets that, and
+each other one keeps its suffix: `film.mov.srt`. An existing file is overwritten only as long as it is exactly as this
+tool wrote it: a user's own subtitles, or a file that somebody corrected, stay as they are and are reported as failures.
 """
 
 import errno
@@ -15,36 +15,34 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from salmonn.batch.discovery import is_media
-from salmonn.batch.hash_set import HashSet, hash_key
-from salmonn.batch.ledger_files import LedgerError, append_group, cut_tail, iter_whole, no_room
+from salmonn.batch.ledger_files import (
+    HashSet,
+    LedgerError,
+    append_records,
+    cannot_write,
+    hash_key,
+    read_complete,
+    repair_last_line,
+)
 from salmonn.caption.worker import Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import AUDIO_SUFFIXES
 from salmonn.media.container import ClipError, declared_seconds
 from salmonn.records import Caption, Failure
 
-Format = Literal["txt", "srt", "vtt"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-# Where one of these stops a side-car, it stops the next one, too.
+SubtitleFormat = Literal["txt", "srt", "vtt"]
+SUBTITLE_FORMATS: tuple[SubtitleFormat, ...] = get_args(SubtitleFormat)
+# Errors that would stop every other file, too.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True)
-class Cue:
-    """A text with its time in seconds from the start of the video."""
-
-    start_seconds: float
-    end_seconds: float
-    text: str
-
-
-@dataclass(frozen=True)
 class SubtitleFile:
-    """A side-car as it was left.
+    """A subtitle file as it was written.
 
     Args:
-        path: of the side-car.
-        video: that it is of.
-        size_bytes, modified_ns: by which it is known to be untouched.
+        path: path of the subtitle file.
+        video: path of its video.
+        size_bytes, modified_ns: size and time, by which an unchanged file is recognized.
     """
 
     path: str
@@ -54,15 +52,15 @@ class SubtitleFile:
 
     @property
     def key(self) -> bytes:
-        """What it is known by."""
+        """Key for a `HashSet`."""
         return hash_key(self.path, self.video, self.size_bytes, self.modified_ns)
 
 
 class DurationReader:
-    """Asks files for their lengths, in a process with limits, as for reading them; to be closed.
+    """Reads the duration of files in a worker process with limits; close it after use.
 
     Args:
-        limits: what a file may cost.
+        limits: time and memory for one file.
     """
 
     def __init__(self, limits: WorkerLimits) -> None:
@@ -70,13 +68,13 @@ class DurationReader:
         self._worker: Worker | None = None
 
     def close(self) -> None:
-        """End the process."""
+        """End the worker process."""
         if self._worker:
             self._worker.kill()
         self._worker = None
 
     def seconds(self, video: str) -> float:
-        """As `declared_seconds`; raises ClipError where that does, and where it breaks a limit or its process."""
+        """Return `declared_seconds` of a file; raises ClipError like it, and if the file exceeds a limit."""
         self._worker = self._worker or Worker(self._limits)
         try:
             self._worker.begin(partial(declared_seconds, video))
@@ -87,20 +85,20 @@ class DurationReader:
 
 
 class SubtitleWriter:
-    """Writes side-cars; to be used in a `with` statement where captions may have no end.
+    """Writes subtitle files; use it in a `with` statement if captions may lack their end time.
 
     Args:
-        formats: of them.
-        log: file that remembers those that this process writes.
+        formats: formats to write.
+        log: file that remembers what this process writes.
         logs: such files of earlier runs.
-        folder: below which they go, under the paths of the videos; None: beside the videos.
-        replace: whether other files of those names are replaced.
-        limits: of asking a video how long it is, where its caption does not say.
+        folder: folder that the files go to, under the paths of the videos; None: beside the videos.
+        replace: overwrite existing files that this tool did not write, too.
+        limits: limits for reading a video's duration, which is needed if a caption has no end time.
     """
 
     def __init__(
         self,
-        formats: Sequence[Format],
+        formats: Sequence[SubtitleFormat],
         *,
         log: Path,
         logs: Sequence[Path] = (),
@@ -109,28 +107,28 @@ class SubtitleWriter:
         limits: WorkerLimits | None = None,
     ) -> None:
         self._formats = formats
-        self._lengths = DurationReader(limits or WorkerLimits())
+        self._durations = DurationReader(limits or WorkerLimits())
         self._log = log
         self._folder = folder
         self._replace = replace
-        cut_tail(log)
-        self._ours = HashSet(b"".join(one.key for path in logs for one in iter_whole(path, SubtitleFile)))
+        repair_last_line(log)
+        self._ours = HashSet(b"".join(one.key for path in logs for one in read_complete(path, SubtitleFile)))
 
     def __enter__(self) -> "SubtitleWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lengths.close()
+        self._durations.close()
 
     def write(self, captions: Sequence[Caption], *, only_missing: bool = False) -> list[Failure]:
-        """Write those of a video.
+        """Write the subtitle files of a video.
 
         Args:
-            captions: of the video, in order of time.
-            only_missing: leave alone what is there, whatever it is.
+            captions: captions of the video in order of time.
+            only_missing: skip files that exist.
 
         Returns:
-            Why some could not be written.
+            A failure for each file that could not be written.
 
         Raises:
             LedgerError: the disk takes nothing more.
@@ -138,23 +136,23 @@ class SubtitleWriter:
         failures = []
         for name in self._formats:
             path = self.path_of(captions[0].video, name)
-            if only_missing and os.path.exists(path):  # noqa: PTH110 - says no of a name that is too long
+            if only_missing and os.path.exists(path):  # noqa: PTH110 - False for a name that is too long
                 continue
             try:
-                self._write(path, format_text(captions, name, seconds_of=self._lengths.seconds), captions[0])
+                self._write(path, format_text(captions, name, seconds_of=self._durations.seconds), captions[0])
             except ClipError as error:
-                failures.append(_fail(captions[0], str(error)))
+                failures.append(_failure(captions[0], str(error)))
             except OSError as error:
                 if error.errno in _DISK_ERRORS:
-                    raise LedgerError(no_room(path, error)) from error
-                reason = f"{path}: cannot be written ({error.strerror}); choose another folder with --subtitle-dir"
-                failures.append(_fail(captions[0], reason))
+                    raise LedgerError(cannot_write(path, error)) from error
+                reason = f"{path} cannot be written ({error.strerror}); choose another folder with --subtitle-dir"
+                failures.append(_failure(captions[0], reason))
         return failures
 
     def path_of(self, video: str, suffix: str) -> Path:
-        """Where a video's side-car stands."""
+        """Return the path of a video's subtitle file."""
         path = Path(video)
-        name = path.name if _is_crowded(path) else path.stem
+        name = path.name if _shares_stem(path) else path.stem
         if self._folder is None:
             return path.with_name(f"{name}.{suffix}")
         inside = os.path.normpath(path.parent)
@@ -163,109 +161,98 @@ class SubtitleWriter:
         return self._folder / inside / f"{name}.{suffix}"
 
     def _write(self, path: Path, text: str, caption: Caption) -> None:
-        """Write one; raises OSError, and ClipError where something else stands there."""
+        """Write one file; raises OSError, and ClipError if there is a file that is not ours."""
         if path.exists() and not self._replace and path.read_bytes() != text.encode():
-            there = path.stat()
-            if SubtitleFile(str(path), caption.video, there.st_size, there.st_mtime_ns).key not in self._ours:
+            found = path.stat()
+            if SubtitleFile(str(path), caption.video, found.st_size, found.st_mtime_ns).key not in self._ours:
                 raise ClipError(
-                    f"{path}: is there already, and not as it was left here; give --replace-subtitles to replace it or "
-                    "--subtitle-dir for another folder"
+                    f"{path} exists and was not written, or has been changed since; use --replace-subtitles to "
+                    "overwrite it or --subtitle-dir to choose another folder"
                 )
-        if self._folder is not None:  # a video's own folder is there, or gone with it
+        if self._folder is not None:  # a video's own folder exists, or is gone with the video
             path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")  # which the next run takes over where this one is killed
+        temporary = path.with_name(f".{path.name}.tmp")  # the next run overwrites it if this one is killed
         try:
             temporary.write_bytes(text.encode())
-            left = temporary.stat()
-            # Before it takes its name, so that whatever stands there is known.
-            sidecar = SubtitleFile(str(path), caption.video, left.st_size, left.st_mtime_ns)
-            append_group(self._log, [sidecar])
-            self._ours.add(sidecar.key)
+            written = temporary.stat()
+            # Logged before it is renamed, so that every file under that name is known.
+            subtitle = SubtitleFile(str(path), caption.video, written.st_size, written.st_mtime_ns)
+            append_records(self._log, [subtitle])
+            self._ours.add(subtitle.key)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _is_crowded(video: Path) -> bool:
-    """Whether a video's stem belongs to another one of its folder; also where that is gone, and nobody can tell."""
+def _shares_stem(video: Path) -> bool:
+    """Tell whether another file comes first among those with the same stem; also True if the folder is gone."""
     try:
-        return video.name in _crowded(video.parent)
+        return video.name in _later_names(video.parent)
     except OSError:
         return True
 
 
 @lru_cache(maxsize=8)
-def _crowded(folder: Path) -> frozenset[str]:
+def _later_names(folder: Path) -> frozenset[str]:
     names = [path.name for path in folder.iterdir() if is_media(path.name)]
     names.sort(key=lambda name: (Path(name).suffix.lower() in AUDIO_SUFFIXES, name))
     first: dict[str, str] = {}
     return frozenset(name for name in names if first.setdefault(Path(name).stem, name) != name)
 
 
-def format_text(captions: Sequence[Caption], name: Format, *, seconds_of: Callable[[str], float]) -> str:
-    """What stands in a side-car.
+def format_text(captions: Sequence[Caption], name: SubtitleFormat, *, seconds_of: Callable[[str], float]) -> str:
+    """Return the contents of a subtitle file.
 
     Args:
-        captions: of one video, in order of time.
-        name: the format.
-        seconds_of: gives the length of a video, 0 where it states none; asked where a caption does not say its end.
+        captions: captions of one video in order of time.
+        name: format.
+        seconds_of: returns the duration of a video, 0 if it declares none; called if a caption has no end time.
 
     Raises:
-        ClipError: a caption does not say where it ends, and neither does the video.
+        ClipError: a caption has no end time, and its video no duration.
     """
     if name == "txt":
-        return _format_plain(captions)
-    cues = list(_cues(captions, seconds_of))
-    if name == "srt":
-        blocks = [
-            f"{number}\n{_clock(cue.start_seconds, ',')} --> {_clock(cue.end_seconds, ',')}\n"
-            # Nothing stands for other letters in SRT.
-            + re.sub("-{2,}>", "->", cue.text)
-            for number, cue in enumerate(cues, start=1)
-        ]
-    else:
-        blocks = ["WEBVTT"] + [
-            f"{_clock(cue.start_seconds, '.')} --> {_clock(cue.end_seconds, '.')}\n"
-            + cue.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-            for cue in cues
-        ]
+        if len(captions) == 1:
+            return captions[0].text + "\n"
+        times = [f"[{_clock(caption.start_seconds or 0.0, '.')}] " for caption in captions]
+        lines = (" ".join(_lines(caption.text)) for caption in captions)
+        return "".join(f"{time}{line}\n" for time, line in zip(times, lines, strict=True))
+    blocks = ["WEBVTT"] if name == "vtt" else []
+    for number, (start, end, text) in enumerate(_cues(captions, seconds_of), start=1):
+        if name == "srt":  # SRT has no escape sequences, and an arrow would start a cue
+            text = re.sub("-{2,}>", "->", text)
+            blocks.append(f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{text}")
+        else:
+            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            blocks.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{text}")
     return "\n\n".join(blocks) + "\n"
 
 
-def _format_plain(captions: Sequence[Caption]) -> str:
-    if len(captions) == 1:
-        return captions[0].text + "\n"
-    times = [f"[{_clock(caption.start_seconds or 0.0, '.')}] " for caption in captions]
-    return "".join(time + " ".join(_lines(caption.text)) + "\n" for time, caption in zip(times, captions, strict=True))
-
-
-def _cues(captions: Sequence[Caption], seconds_of: Callable[[str], float]) -> Iterator[Cue]:
+def _cues(captions: Sequence[Caption], seconds_of: Callable[[str], float]) -> Iterator[tuple[float, float, str]]:
+    """Yield the start, end and text of each caption that has text."""
     for caption in captions:
         text = "\n".join(_lines(caption.text))
         if text:
             start = caption.start_seconds or 0.0
-            yield Cue(start, max(_end_seconds(caption, seconds_of), start + 0.001), text)
+            end = seconds_of(caption.video) if caption.end_seconds is None else caption.end_seconds
+            if end <= 0:
+                raise ClipError(
+                    f"{caption.video}: the file declares no duration, so its subtitle has no end; use "
+                    "--segment-seconds or --end"
+                )
+            yield start, max(end, start + 0.001), text
 
 
 def _lines(text: str) -> list[str]:
-    """A text's lines; an empty one would end the cue."""
+    """Split a text into lines without empty ones, which would end a cue."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _end_seconds(caption: Caption, seconds_of: Callable[[str], float]) -> float:
-    end = seconds_of(caption.video) if caption.end_seconds is None else caption.end_seconds
-    if end <= 0:
-        raise ClipError(
-            f"{caption.video}: does not say how long it is, so that a cue has no end; give --segment-seconds, or --end"
-        )
-    return end
-
-
 def _clock(seconds: float, point: str) -> str:
-    """Hours, minutes, seconds and thousandths."""
+    """Format a time as hours, minutes, seconds and milliseconds."""
     total = round(seconds * 1000)
     return f"{total // 3_600_000:02d}:{total // 60_000 % 60:02d}:{total // 1000 % 60:02d}{point}{total % 1000:03d}"
 
 
-def _fail(caption: Caption, reason: str) -> Failure:
+def _failure(caption: Caption, reason: str) -> Failure:
     return Failure(caption.video, reason, "write", size_bytes=caption.size_bytes, modified_ns=caption.modified_ns)

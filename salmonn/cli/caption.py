@@ -1,9 +1,9 @@
-"""`salmonn caption`: describe videos, or ask anything about them."""
+"""`salmonn caption`: caption videos, or ask a question about each."""
 
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from hashlib import blake2b
@@ -14,216 +14,226 @@ from typing import TYPE_CHECKING, Literal, get_args
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from salmonn.cli.codes import SOME_FAILED
-from salmonn.cli.model import add_model, load_captioner
+from salmonn.cli.options import SOME_FAILED, add_model_options, load_captioner, plural
 from salmonn.config import FlagParser
 from salmonn.records import Modality
 
 if TYPE_CHECKING:
-    from salmonn.batch.discovery import VideoFile, VideoListing
-    from salmonn.batch.job import CaptionJob, IndexedVideo, JobConfig, RunStats, VideoResult
+    from salmonn.batch.discovery import VideoListing
+    from salmonn.batch.job import CaptionJob, JobConfig, RunStats, VideoResult
     from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import LedgerFiles
-    from salmonn.batch.subtitles import SubtitleWriter
-    from salmonn.caption.loader import ClipReader
-    from salmonn.records import Failure
+    from salmonn.caption.worker import WorkerLimits
 
-# What captions depend on: a run that asks otherwise does not go on with them.
-ASKED = (
+# Settings that the captions depend on; a run with other ones does not resume it.
+JOB_SETTINGS = (
     "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
     "repetition_penalty", "max_new_tokens", "seed", "published_positions", "dtype", "bits",
 )  # fmt: skip
-
-
 MODEL_FILES, ADAPTER_FILES = "model_files", "adapter_files"
 
 
 def caption_parser() -> FlagParser:
-    """Arguments of `salmonn caption`."""
+    """Return the arguments of `salmonn caption`."""
     parser = FlagParser(
-        description="Describe videos (files, or folders searched recursively), one JSON line each. What is in --out "
-        "already is passed over, so that the same command goes on after whatever stopped it. A file that cannot be "
-        "captioned is noted in captions.failed.jsonl and harms no other; then the exit code is 1."
+        description="Caption videos (files, or folders searched recursively) and write one JSON line for each. Videos "
+        "that are already in --out are skipped: after an interruption, run the same command to resume. A file that "
+        "cannot be captioned is listed in captions.failed.jsonl and does not stop the run; the exit code is then 1."
     )
-    parser.add_argument("paths", nargs="*", type=str, help="video or sound files, or folders of them")
+    parser.add_argument("paths", nargs="*", type=str, help="video or audio files, or folders of them")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file for the captions")
-    _add_what(parser)
-    _add_question(parser)
-    _add_outputs(parser)
-    _add_work(parser)
-    add_model(parser)
+    _add_input_options(parser)
+    _add_generation_options(parser)
+    _add_output_options(parser)
+    _add_processing_options(parser)
+    add_model_options(parser)
     return parser
 
 
-def _add_what(parser: FlagParser) -> None:
-    parser.add_argument("--list", type=str | None, default=None, help="file with one path a line, too; -: stdin")
-    globs = "of folders only such files: '*.mp4' 'train/**/*.mp4'"
-    parser.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="begin anew; what is there is moved to names with .old"
+def _add_input_options(parser: FlagParser) -> None:
+    group = parser.add_argument_group("Which videos")
+    group.add_argument("--list", type=str | None, default=None, help="file with one path per line (-: stdin)")
+    globs = "in folders, only files matching one of these patterns, such as '*.mp4' or 'train/**/*.mp4'"
+    group.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
+    group.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
+    group.add_argument("--retry_failed", action="store_true", help="retry what failed in earlier runs, nothing else")
+    group.add_argument(
+        "--max_failures", type=int, default=20, help="stop after this many failures in a row (0: never)"
     )
-    parser.add_argument(
-        "--retry-failed", action="store_true", help="try what failed in earlier runs, and nothing else, once more"
-    )
-    parser.add_argument("--max-failures", type=int, default=20, help="so many videos in a row end the run; 0: never")
-    parser.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
 
 
-def _add_question(parser: FlagParser) -> None:
-    parser.add_argument("--prompt", type=str | None, default=None, help="what to ask (default: a full description)")
-    parser.add_argument(
-        "--modality", type=Modality, default="both", help="picture, sound or both: " + ", ".join(get_args(Modality))
+def _add_generation_options(parser: FlagParser) -> None:
+    group = parser.add_argument_group("Prompt and generation")
+    group.add_argument("--prompt", type=str | None, default=None, help="question (default: ask for a full description)")
+    modalities = "what the model is given: " + ", ".join(get_args(Modality))
+    group.add_argument("--modality", type=Modality, default="both", help=modalities)
+    group.add_argument("--start", type=float | None, default=None, help="start of the clip, in seconds")
+    group.add_argument("--end", type=float | None, default=None, help="end of the clip, in seconds")
+    group.add_argument(
+        "--segment_seconds", type=float | None, default=None, help="caption every N seconds of a video separately"
     )
-    parser.add_argument("--start", type=float | None, default=None, help="seconds from which on the video is taken")
-    parser.add_argument("--end", type=float | None, default=None, help="seconds up to which the video is taken")
-    parser.add_argument(
-        "--segment-seconds", type=float | None, default=None, help="seconds: a caption for each such span"
+    group.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
+    group.add_argument("--top_p", type=float, default=0.9, help="nucleus sampling threshold")
+    group.add_argument(
+        "--repetition_penalty", type=float | None, default=None, help="1: none (default: the model's own)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest words, 1 draws freely")
-    parser.add_argument("--top-p", type=float, default=0.9, help="nucleus that words are drawn from")
-    parser.add_argument("--repetition-penalty", type=float | None, default=None, help="1: none (default: the model's)")
-    parser.add_argument("--max-new-tokens", type=int | None, default=None, help="limit (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; a video's follow from this and its path")
+    group.add_argument(
+        "--max_new_tokens", type=int | None, default=None, help="token limit of a caption (default: the model's own)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="random seed (combined with each video's path)")
 
 
-def _add_outputs(parser: FlagParser) -> None:
-    kinds = Literal["csv", "parquet", "txt", "srt", "vtt"]
-    parser.add_argument(
-        "--export", nargs="+", type=kinds, default=[], help="csv, parquet: beside --out, at the end; txt, srt, vtt: "
-        "beside each video, at once"
+def _add_output_options(parser: FlagParser) -> None:
+    formats = Literal["csv", "parquet", "txt", "srt", "vtt"]
+    group = parser.add_argument_group("Output")
+    group.add_argument(
+        "--export", nargs="+", type=formats, default=[], help="csv, parquet: a table beside --out, written at the end; "
+        "txt, srt, vtt: a file beside each video, written with its caption"
     )  # fmt: skip
-    parser.add_argument("--subtitle-dir", type=Path | None, default=None, help="folder for txt, srt and vtt instead")
-    parser.add_argument("--replace-subtitles", action="store_true", help="also files of those names that are not ours")
-    parser.add_argument("--lines-per-file", type=int | None, default=None, help="then captions.00001.jsonl, ...")
+    group.add_argument(
+        "--subtitle_dir", type=Path | None, default=None, help="folder for txt, srt and vtt files (default: beside "
+        "each video)"
+    )  # fmt: skip
+    group.add_argument("--replace_subtitles", action="store_true", help="overwrite existing subtitle files, too")
+    group.add_argument(
+        "--lines_per_file", type=int | None, default=None, help="split the output: captions.00001.jsonl, ..."
+    )
+    group.add_argument("--overwrite", action="store_true", help="start over; old files get the suffix .old")
 
 
-def _add_work(parser: FlagParser) -> None:
-    parser.add_argument("--batch-size", type=int | None, default=None, help="clips side by side (default: the model's)")
-    parser.add_argument("--workers", type=int | None, default=None, help="processes that decode; 0: none but this one")
-    parser.add_argument("--read-seconds", type=float, default=900.0, help="limit of reading one file, by the clock")
-    parser.add_argument("--read-gib", type=float, default=4.0, help="limit of memory for reading one file")
-    parser.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: on a Ray cluster")
-    parser.add_argument("--ray-actors", type=int | None, default=None, help="models at work there (default: one a GPU)")
+def _add_processing_options(parser: FlagParser) -> None:
+    group = parser.add_argument_group("Processing")
+    group.add_argument(
+        "--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)"
+    )
+    group.add_argument(
+        "--workers", type=int | None, default=None, help="processes that decode files (0: decode in this process)"
+    )
+    group.add_argument("--read_seconds", type=float, default=900.0, help="time limit for decoding a file")
+    group.add_argument("--read_gib", type=float, default=4.0, help="memory limit for decoding a file")
+    group.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: use a Ray cluster")
+    group.add_argument(
+        "--ray_actors", type=int | None, default=None, help="models on the Ray cluster (default: one per GPU)"
+    )
 
 
 def run_caption(values: Namespace) -> int:
-    """Caption videos into JSONL files, group by group."""
+    """Caption videos into JSONL files."""
     from salmonn import dist
 
     if dist.world_size() > 1:
         dist.setup()
     try:
-        num_missing = _caption(values)
+        num_failed = _caption(values)
     except (ValueError, OSError) as error:
         if dist.world_size() > 1:
             sys.stderr.write(f"error: {error}\n")
             dist.abort(str(error))
         raise
-    # The launcher would end the other processes at the first one's exit code.
-    return SOME_FAILED if dist.all_reduce_sum(num_missing) else 0
+    # All processes return the same code: torchrun would end the others when the first one fails.
+    return SOME_FAILED if dist.all_reduce_sum(num_failed) else 0
 
 
 def _caption(values: Namespace) -> int:
-    """Do it, and say how many videos have no caption, or not all that was asked for."""
+    """Run this process's share; return the number of videos without a caption, or with a failed part."""
+    from salmonn.batch.export import TABLES, LatestCaptions, export_table
     from salmonn.batch.job import CaptionJob
     from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import LedgerFiles
+    from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
+    from salmonn.caption.worker import WorkerLimits
 
     listing = _listing(values)
     files = LedgerFiles(values.out, listing.shard)
-    job = {name: values[name] for name in ASKED} | _sign_model(values)
     ledger = Ledger(
-        files, job=job, start_seconds=values.start, lines_per_file=values.lines_per_file, overwrite=values.overwrite
+        files,
+        job={name: values[name] for name in JOB_SETTINGS} | fingerprint_model(values),
+        start_seconds=values.start,
+        lines_per_file=values.lines_per_file,
+        overwrite=values.overwrite,
     )
-    work = _Work(values, listing)
+    config, limits = _job_config(values), WorkerLimits(values.read_seconds, values.read_gib)
     if not values.retry_failed:
-        listing.require_some()
+        listing.require_any()
     with ledger, ExitStack() as stack:
-        _tell_state(ledger)
-        run = CaptionJob(
+        _report_state(ledger)
+        subtitles = None
+        if formats := [name for name in SUBTITLE_FORMATS if name in values.export]:
+            subtitles = stack.enter_context(
+                SubtitleWriter(
+                    formats,
+                    log=files.subtitles,
+                    logs=files.all_subtitles(),
+                    folder=values.subtitle_dir,
+                    replace=values.replace_subtitles,
+                    limits=limits,
+                )
+            )
+        job = CaptionJob(
             ledger,
             is_retry=values.retry_failed,
             max_failures=values.max_failures,
-            subtitles=_sidecars(values, files, stack),
-            tell=_tell_failure,
+            subtitles=subtitles,
+            on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
         )
-        speed = work.do(run, ledger)
-        _finish(values, run, files)
-    _summarise(run.stats, files, speed)
-    return run.stats.failed + run.stats.failed_before
+        speed = _run(job, ledger, listing, values=values, config=config, limits=limits)
+        if job.has_missing_subtitles:  # whichever shards captioned those videos
+            job.write_missing_subtitles(LatestCaptions(files.all_captions()))
+        if tables := [suffix for suffix in TABLES if suffix.removeprefix(".") in values.export]:
+            latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
+            for suffix in tables:
+                export_table(latest, files.captions.with_suffix(suffix))
+        if values.retry_failed:
+            job.finish_retry()
+    _report_results(job.stats, files, speed)
+    return job.stats.failed + job.stats.failed_before
 
 
-class _Work:
-    """What is done by which engine.
+def _run(
+    job: "CaptionJob",
+    ledger: "Ledger",
+    listing: "VideoListing",
+    *,
+    values: Namespace,
+    config: "JobConfig",
+    limits: "WorkerLimits",
+) -> str:
+    """Caption the pending videos; return the speed, as it goes into the summary."""
+    from salmonn import dist
+    from salmonn.batch.job import JobProgress, caption_videos
+    from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
+    from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
 
-    Args:
-        values: of the command line.
-        listing: of the videos.
-    """
-
-    def __init__(self, values: Namespace, listing: "VideoListing") -> None:
-        from salmonn.caption.worker import WorkerLimits
-
-        self._values = values
-        self._listing = listing
-        self._task = _task(values)
-        self._limits = WorkerLimits(values.read_seconds, values.read_gib)
-
-    def do(self, run: "CaptionJob", ledger: "Ledger") -> str:
-        """Caption what is to be captioned, and say how fast that went."""
-        from salmonn import dist
-        from salmonn.batch.progress import JobProgress
-        from salmonn.caption.loader import MAX_WORKERS
-
-        pending = run.pending(self._found(ledger))
-        # Some are looked for before anything is started: without any, no model is needed.
-        first = list(islice(pending, MAX_WORKERS))
-        if not first:
-            return ""
-        with ExitStack() as stack:
-            reader = self._reader(len(first), stack)
-            groups = stack.enter_context(closing(self._groups(chain(first, pending), reader)))
-            bar = stack.enter_context(JobProgress(run.stats, count=self._count(ledger), is_shown=dist.is_main()))
-            begin = time.perf_counter()
-            for group in groups:
-                run.save(group)
-                bar.step()
-            seconds = time.perf_counter() - begin
-        words = f"; {60 * run.stats.videos / seconds:.1f} clips a minute"
-        return words + (
-            f", and the model waited {reader.waited_seconds / seconds:.0%} of the time for them" if reader else ""
-        )
-
-    def _found(self, ledger: "Ledger") -> "Iterable[VideoFile | Failure]":
-        return ledger.to_retry(globs=self._values.glob) if self._values.retry_failed else self._listing.videos()
-
-    def _count(self, ledger: "Ledger") -> "Callable[[], Iterator[object]] | None":
-        """What lists once more all that is to be done; None where that is not possible."""
-        if self._values.retry_failed:
-            return ledger.to_retry
-        if self._listing.is_read_once:
-            return None
-        return lambda: (one for one in self._listing.videos(quiet=True) if not ledger.is_known(one))
-
-    def _reader(self, num_videos: int, stack: ExitStack) -> "ClipReader | None":
-        """What reads ahead; a cluster's actors have their own."""
-        from salmonn.caption.loader import ClipReader, default_num_workers
-
-        if self._values.engine == "ray":
-            return None
-        workers = default_num_workers(num_videos) if self._values.workers is None else self._values.workers
-        return stack.enter_context(ClipReader(workers=workers, limits=self._limits))
-
-    def _groups(self, videos: "Iterator[IndexedVideo]", reader: "ClipReader | None") -> "Generator[VideoResult]":
-        from salmonn.batch.job import caption_videos
-
-        if reader:
-            # Its workers start while the model is loaded.
-            return caption_videos(load_captioner(self._values), videos, task=self._task, reader=reader)
-        from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
-
-        cluster = RayConfig(self._values.ray_actors, self._values.workers, self._limits)
-        return caption_on_cluster(videos, load=partial(load_captioner, self._values), task=self._task, cluster=cluster)
+    pending = job.pending(ledger.to_retry(globs=values.glob) if values.retry_failed else listing.videos())
+    # Before anything is started: without pending videos, no model is needed.
+    first = list(islice(pending, MAX_WORKERS))
+    if not first:
+        return ""
+    count: Callable[[], Iterator[object]] | None = None
+    if values.retry_failed:
+        count = ledger.to_retry
+    elif not listing.is_read_once:
+        count = lambda: (one for one in listing.videos(quiet=True) if not ledger.is_known(one))  # noqa: E731
+    reader = None
+    results: "Generator[VideoResult]"
+    with ExitStack() as stack:
+        if values.engine == "ray":
+            ray_config = RayConfig(values.ray_actors, values.workers, limits)
+            load = partial(load_captioner, values)
+            results = caption_on_cluster(chain(first, pending), load=load, config=config, ray_config=ray_config)
+        else:
+            workers = default_num_workers(len(first)) if values.workers is None else values.workers
+            reader = stack.enter_context(ClipReader(workers=workers, limits=limits))  # they start while the model loads
+            results = caption_videos(load_captioner(values), chain(first, pending), config=config, reader=reader)
+        stack.enter_context(closing(results))
+        progress = stack.enter_context(JobProgress(job.stats, count=count, is_shown=dist.is_main()))
+        start = time.perf_counter()
+        for result in results:
+            job.save(result)
+            progress.update()
+        seconds = time.perf_counter() - start
+    speed = f"; {60 * job.stats.videos / seconds:.1f} clips per minute"
+    return speed + (f" ({reader.waited_seconds / seconds:.0%} of the time waiting for files)" if reader else "")
 
 
 def _listing(values: Namespace) -> "VideoListing":
@@ -233,19 +243,19 @@ def _listing(values: Namespace) -> "VideoListing":
     shard = Shard.parse(values.shard) if values.shard else Shard()
     if dist.world_size() > 1:
         if values.shard or values.engine == "ray":
-            raise ValueError("under torchrun each process takes its shard: give no --shard and no --engine ray")
+            raise ValueError("under torchrun each process has its own shard; remove --shard and --engine ray")
         shard = Shard(dist.rank() + 1, dist.world_size())
     if values.overwrite and shard.count > 1:
         raise ValueError(
-            f"--overwrite would move aside what other shards are writing: move or delete {values.out.stem}*.jsonl and "
-            f"{values.out.stem}.job.json yourself, then start all shards without it"
+            f"--overwrite would rename files that other shards are writing; move or delete {values.out.stem}*.jsonl "
+            f"and {values.out.stem}.job.json yourself, then start all shards without it"
         )
     if values.overwrite and values.retry_failed:
-        raise ValueError("--overwrite does everything anew, failures too: give it without --retry-failed")
+        raise ValueError("--overwrite starts over, failures included; use it without --retry-failed")
     return VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard)
 
 
-def _task(values: Namespace) -> "JobConfig":
+def _job_config(values: Namespace) -> "JobConfig":
     from salmonn.batch.job import JobConfig
     from salmonn.caption.captioner import Span
     from salmonn.caption.generate import Sampling
@@ -254,7 +264,7 @@ def _task(values: Namespace) -> "JobConfig":
     sampling = Sampling(
         temperature=values.temperature, top_p=values.top_p, repetition_penalty=values.repetition_penalty, **limit
     )
-    # A cue has an end; one of them is the whole video where no segments are asked for.
+    # Subtitles need end times; an infinite segment is the whole video with its end.
     needs_ends = {"srt", "vtt"} & set(values.export)
     return JobConfig(
         prompt=values.prompt,
@@ -268,20 +278,20 @@ def _task(values: Namespace) -> "JobConfig":
     )
 
 
-def _sign_model(values: Namespace) -> dict[str, str]:
-    """What tells a model from another one, that of the same folder before it was trained on too."""
+def fingerprint_model(values: Namespace) -> dict[str, str]:
+    """Identify a model and its adapter by name and files: a folder may hold other weights after further training."""
     from salmonn.caption.captioner import SHIPPED_MODEL
 
-    if values.model is None:
+    if values.model is None:  # by its config alone: the times of its files depend on the installation
         config = (SHIPPED_MODEL / "config.json").read_bytes()
-        signed = {"model": "the toy model that is shipped", MODEL_FILES: blake2b(config, digest_size=16).hexdigest()}
+        found = {"model": "built-in toy model", MODEL_FILES: blake2b(config, digest_size=16).hexdigest()}
     else:
-        signed = {"model": values.model} | _sign_folder(Path(values.model), MODEL_FILES)
-    return signed | (_sign_folder(Path(values.adapter), ADAPTER_FILES) if values.adapter else {})
+        found = {"model": values.model} | _fingerprint_folder(Path(values.model), MODEL_FILES)
+    return found | (_fingerprint_folder(Path(values.adapter), ADAPTER_FILES) if values.adapter else {})
 
 
-def _sign_folder(folder: Path, name: str) -> dict[str, str]:
-    """A digest of a folder's config, and of its weights' names, sizes and times; of no folder, as of a hub id, none."""
+def _fingerprint_folder(folder: Path, name: str) -> dict[str, str]:
+    """Hash a folder's config and the names, sizes and times of its weights; return nothing for a Hub id."""
     if not folder.is_dir():
         return {}
     state = blake2b(digest_size=16)
@@ -294,60 +304,23 @@ def _sign_folder(folder: Path, name: str) -> dict[str, str]:
     return {name: state.hexdigest()}
 
 
-def _sidecars(values: Namespace, files: "LedgerFiles", stack: ExitStack) -> "SubtitleWriter | None":
-    from salmonn.batch.subtitles import FORMATS, SubtitleWriter
-    from salmonn.caption.worker import WorkerLimits
-
-    formats = [name for name in FORMATS if name in values.export]
-    if not formats:
-        return None
-    return stack.enter_context(
-        SubtitleWriter(
-            formats,
-            log=files.subtitles,
-            logs=files.all_subtitles(),
-            folder=values.subtitle_dir,
-            replace=values.replace_subtitles,
-            limits=WorkerLimits(values.read_seconds, values.read_gib),
-        )
-    )
-
-
-def _finish(values: Namespace, run: "CaptionJob", files: "LedgerFiles") -> None:
-    """Write what can be written at the end alone."""
-    from salmonn.batch.export import TABLES, LatestCaptions, export_table
-
-    tables = [suffix for suffix in TABLES if suffix.removeprefix(".") in values.export]
-    if run.has_missing_subtitles:  # by whatever shard, of whatever number of them, it was captioned
-        run.write_missing_subtitles(LatestCaptions(files.all_captions()))
-    if tables:
-        latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
-        for suffix in tables:
-            export_table(latest, files.captions.with_suffix(suffix))
-    if values.retry_failed:
-        run.end_retry()
-
-
-def _tell_state(ledger: "Ledger") -> None:
+def _report_state(ledger: "Ledger") -> None:
     if ledger.moved:
-        sys.stderr.write(f"moved aside: {', '.join(str(path) for path in ledger.moved)}\n")
+        sys.stderr.write(f"old files renamed to {', '.join(str(path) for path in ledger.moved)}\n")
     if ledger.num_cut_bytes:
         sys.stderr.write(
-            f"{ledger.files.captions}: a run was killed while it wrote; the last {ledger.num_cut_bytes} bytes, which "
-            "are not whole, are cut off, and that video is captioned again\n"
+            f"{ledger.files.captions}: a run was killed while writing; cut off the last {ledger.num_cut_bytes} bytes "
+            "(an unfinished video, which is captioned again)\n"
         )
 
 
-def _tell_failure(words: str) -> None:
-    tqdm.write(f"failed: {words}", file=sys.stderr)
-
-
-def _summarise(stats: "RunStats", files: "LedgerFiles", speed: str) -> None:
-    sys.stderr.write(f"{stats.captions} captions in {files.captions}, {stats.failed} videos failed{speed}\n")
+def _report_results(stats: "RunStats", files: "LedgerFiles", speed: str) -> None:
+    captions, failed = plural(stats.captions, "caption"), plural(stats.failed, "video")
+    sys.stderr.write(f"{captions} written to {files.captions}, {failed} failed{speed}\n")
     if stats.done_before:
-        sys.stderr.write(f"{stats.done_before} videos were there already\n")
+        sys.stderr.write(f"{plural(stats.done_before, 'video')} already done, skipped\n")
     if stats.failed_before:
         sys.stderr.write(
-            f"{stats.failed_before} failed in earlier runs, or a part of them, and are passed over: "
-            f"{files.failed} says why, and --retry-failed tries them again\n"
+            f"{plural(stats.failed_before, 'video')} skipped: failed in earlier runs, at least in part; see "
+            f"{files.failed}, and retry with --retry-failed\n"
         )

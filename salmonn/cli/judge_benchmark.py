@@ -1,4 +1,4 @@
-"""`salmonn judge-benchmark`: how far a judge can be trusted."""
+"""`salmonn judge-benchmark`: measure a judge on labelled pairs of captions."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from tqdm import tqdm
 
-from salmonn.cli.judge import add_judge, judge_config
-from salmonn.cli.tables import new_table
+from salmonn.cli.options import add_judge_options, judge_config, new_table, plural
 from salmonn.config import FlagParser
 from salmonn.records import write_json
 
@@ -17,21 +16,21 @@ if TYPE_CHECKING:
     from salmonn.preference.benchmark import BenchmarkResult
 
 
-def bench_parser() -> FlagParser:
-    """Arguments of `salmonn judge-benchmark`."""
+def benchmark_parser() -> FlagParser:
+    """Return the arguments of `salmonn judge-benchmark`."""
     parser = FlagParser(
-        description="Accuracy of a judge on labelled pairs of captions, by kind of fault, with its bias for position "
-        "and length. data/judge_pairs.jsonl is such a set."
+        description="Measure the accuracy of a judge on labelled pairs of captions, by kind of error, and its bias for "
+        "position and length. data/judge_pairs.jsonl is such a set."
     )
     parser.add_argument("pairs", type=Path, help="JSONL of labelled pairs")
-    parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the figures")
-    parser.add_argument("--seed", type=int, default=2024, help="of the judge")
-    add_judge(parser)
+    parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the results")
+    parser.add_argument("--seed", type=int, default=2024, help="random seed of the judge")
+    add_judge_options(parser)
     return parser
 
 
-def run_bench(values: Namespace) -> int:
-    """Print the judge's figures; write them where asked."""
+def run_judge_benchmark(values: Namespace) -> int:
+    """Print the results, and write them to --out."""
     from salmonn.preference.benchmark import read_labelled_pairs, run_benchmark
     from salmonn.preference.reward import make_judge
 
@@ -41,15 +40,16 @@ def run_bench(values: Namespace) -> int:
         result = run_benchmark(pairs, judge, seed=values.seed, progress=bar.update)
     if values.out:
         write_json(values.out, result.to_json())
-    print_bench(result)
+    print_benchmark(result)
     if result.unscored:
         first = result.unscored[0]
-        sys.stderr.write(f"{result.total.unscored} pairs unscored, first {first.video}: {first.reason}\n")
+        number = plural(result.total.unscored, "pair")
+        sys.stderr.write(f"{number} unscored, the first one {first.video}: {first.reason}\n")
     return 0
 
 
-def print_bench(result: "BenchmarkResult") -> None:
-    """Print the table, in percent, and the biases."""
+def print_benchmark(result: "BenchmarkResult") -> None:
+    """Print a table of accuracies in percent, and the biases."""
     from salmonn.preference.benchmark import COLUMNS, benchmark_notes, benchmark_rows
 
     table = new_table(f"judge {result.judge}", COLUMNS[1:])

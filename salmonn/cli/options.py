@@ -1,26 +1,94 @@
-"""The flags of commands that others reach: at which address, and what one file of theirs may cost."""
+"""Flags that several commands share, and what their output has in common."""
 
 import ipaddress
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Literal, get_args
+
+from jsonargparse import Namespace
+from rich.table import Table
 
 from salmonn.config import FlagParser
+from salmonn.score.config import JudgeConfig, JudgeKind
+
+if TYPE_CHECKING:
+    from salmonn.caption.captioner import Captioner
+
+# Exit codes; 0: everything succeeded. After SOME_FAILED, the results of the other videos or captions are written.
+SOME_FAILED, WRONG_USAGE = 1, 2
 
 
-def add_door(parser: FlagParser, *, port: int) -> None:
-    """Add --host and --port."""
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", type=int, default=port, help="to listen at; 0 takes a free one")
+def add_model_options(parser: FlagParser) -> None:
+    """Add --model and how it is loaded."""
+    dtypes = Literal["auto", "float32", "bfloat16", "float16"]
+    attentions = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+    group = parser.add_argument_group("Model")
+    group.add_argument("--model", type=str | None, default=None, help="folder or Hub id (default: the toy model)")
+    group.add_argument("--adapter", type=str | None, default=None, help="LoRA adapter (PEFT), a folder or Hub id")
+    group.add_argument(
+        "--published_positions", action="store_true", help="position ids as in the published 2+ inference code"
+    )
+    group.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda if available)")
+    group.add_argument("--device_map", type=str | None, default=None, help="auto: split the model over all GPUs")
+    group.add_argument("--dtype", type=dtypes, default="auto", help="dtype of the weights (auto: bfloat16 on a GPU)")
+    group.add_argument(
+        "--attention", type=attentions, default="auto", help="of the encoders (auto: flash attention if installed)"
+    )
+    group.add_argument("--bits", type=Literal[4, 8] | None, default=None, help="quantize the language model")
 
 
-def add_reading(parser: FlagParser, *, seconds: float) -> None:
-    """Add who reads files, and the limits of one of them."""
-    parser.add_argument("--workers", type=int, default=2, help="processes that read files, 1 or more")
-    parser.add_argument("--read-seconds", type=float, default=seconds, help="that reading a file may take")
-    parser.add_argument("--read-gib", type=float, default=4.0, help="of memory that reading a file may take")
+def load_captioner(values: Namespace) -> "Captioner":
+    """Load the model that the flags describe; raises like `Captioner.load`."""
+    from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+    from salmonn.model.loading import Placement
+
+    return Captioner.load(
+        values.model or SHIPPED_MODEL,
+        placement=Placement(**{field.name: values[field.name] for field in fields(Placement)}),
+        adapter=values.adapter,
+        published_positions=values.published_positions,
+    )
+
+
+def add_judge_options(parser: FlagParser) -> None:
+    """Add --judge and the settings of an LLM judge."""
+    kinds = ", ".join(get_args(JudgeKind))
+    parser.add_argument("--judge", type=JudgeKind, default="rule", help=f"judge of the captions: {kinds}")
+    parser.add_class_arguments(JudgeConfig, skip={"kind"})
+
+
+def judge_config(values: Namespace) -> JudgeConfig:
+    """Return the judge that the flags describe."""
+    names = {field.name for field in fields(JudgeConfig)} - {"kind"}
+    return JudgeConfig(kind=values.judge, **{name: values[name] for name in names})
+
+
+def add_server_options(parser: FlagParser, *, port: int, read_seconds: float) -> None:
+    """Add the address to listen on, and the limits for reading files that clients send."""
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=port, help="port to listen on (0: any free port)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode files, at least 1")
+    parser.add_argument("--read_seconds", type=float, default=read_seconds, help="time limit for decoding a file")
+    parser.add_argument("--read_gib", type=float, default=4.0, help="memory limit for decoding a file")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Tell whether an address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def new_table(title: str, columns: Sequence[str]) -> Table:
+    """Return an empty table with a column of names, then right-aligned columns with these headings."""
+    table = Table(title=title)
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def plural(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 video" or "2 videos"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

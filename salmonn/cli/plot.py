@@ -1,4 +1,4 @@
-"""`salmonn plot`: a run's curves and tables."""
+"""`salmonn plot`: plot a training run and list its stages."""
 
 import sys
 from pathlib import Path
@@ -9,18 +9,18 @@ from salmonn.config import FlagParser
 
 
 def plot_parser() -> FlagParser:
-    """Arguments of `salmonn plot`."""
+    """Return the arguments of `salmonn plot`."""
     parser = FlagParser(
-        description="Draw the curves of a training run and show its stages in a table: curves.png, and run.html, a "
-        "page that asks no network for anything. Also of a run that is still going, and of one that was killed."
+        description="Plot the curves of a training run (curves.png) and list its stages in a table and an HTML report "
+        "that works offline (run.html). Works for finished, running and interrupted runs."
     )
-    parser.add_argument("run", type=Path, help="folder that a recipe writes to")
-    parser.add_argument("--out", type=Path | None, default=None, help="folder for both files (default: the run's)")
+    parser.add_argument("run", type=Path, help="output folder of a recipe")
+    parser.add_argument("--out", type=Path | None, default=None, help="folder for both files (default: the run folder)")
     return parser
 
 
 def run_plot(values: Namespace) -> int:
-    """Print the table of stages; write picture and page."""
+    """Print the table of stages; write the plot and the report."""
     from salmonn.train.plots import plot_curves, write_page
     from salmonn.train.run_log import print_table, read_run
 
@@ -31,5 +31,5 @@ def run_plot(values: Namespace) -> int:
     write_page(record, out / "run.html")
     if record.summary:
         print_table(record.summary)
-    sys.stderr.write(f"written: {out / 'curves.png'} and {out / 'run.html'}\n")
+    sys.stderr.write(f"wrote {out / 'curves.png'} and {out / 'run.html'}\n")
     return 0

@@ -1,4 +1,4 @@
-"""`salmonn score`, `salmonn compare` and `salmonn qa`: captions and answers into figures."""
+"""`salmonn score`, `compare`, `events` and `qa`: compute metrics of captions and answers."""
 
 import statistics
 import sys
@@ -11,11 +11,9 @@ from jsonargparse import Namespace
 from rich.console import Console
 from tqdm import tqdm
 
-from salmonn.cli.codes import SOME_FAILED
-from salmonn.cli.judge import add_judge, judge_config
-from salmonn.cli.tables import new_table
+from salmonn.cli.options import SOME_FAILED, add_judge_options, judge_config, new_table, plural
 from salmonn.config import FlagParser
-from salmonn.records import Caption, Reference, write_json
+from salmonn.records import Caption, Reference, read_records, write_json, write_records
 from salmonn.score.config import ProtocolName
 
 if TYPE_CHECKING:
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
     from salmonn.score.scoring import ScoredSet
     from salmonn.score.stats import Interval
 
-_MOST_LISTED = 20
-# Rates that are fractions, in the order of the table, with their titles.
+MAX_LISTED = 20  # unscored captions on the terminal
+# Titles of the rates that are fractions, in the order of the table.
 TITLES = {
     "missing": "Missing",
     "hallucination": "Hallucination",
@@ -32,34 +30,34 @@ TITLES = {
     "hallucinated": "  hallucinated",
     "total": "Total",
     "repetition": "Repetition",
-    "cut_off": "Cut off at the limit",
+    "cut_off": "Cut off at the token limit",
     "audio_share": "Audio share",
 }
 
 
 def score_parser() -> FlagParser:
-    """Arguments of `salmonn score`."""
+    """Return the arguments of `salmonn score`."""
     parser = FlagParser(
-        description="Score captions against the atomic events of their references. Every reference counts, also one "
-        "without a caption. docs/metrics.md says what each figure means."
+        description="Score captions against the atomic events of their references. Every reference counts, even one "
+        "without a caption. docs/metrics.md explains each metric."
     )
-    parser.add_argument("captions", type=Path, help="JSONL of `salmonn caption`, or JSON of published predictions")
+    parser.add_argument("captions", type=Path, help="JSONL from `salmonn caption`, or JSON of published predictions")
     parser.add_argument("--references", type=Path, required=True, help="JSONL of references, or the published JSON")
-    parser.add_argument("--out", type=Path | None, default=None, help="file for each caption's score, and who judged")
-    parser.add_argument("--summary", type=Path | None, default=None, help="JSON file for all figures")
-    parser.add_argument("--report", type=Path | None, default=None, help="HTML page: figures, worst clips, videos")
-    parser.add_argument("--num-worst", type=int, default=20, help="clips on that page")
+    parser.add_argument("--out", type=Path | None, default=None, help="file for the score of each caption and the judge")
+    parser.add_argument("--summary", type=Path | None, default=None, help="JSON file for all metrics")
+    parser.add_argument("--report", type=Path | None, default=None, help="HTML report: metrics, worst clips, videos")
+    parser.add_argument("--num-worst", type=int, default=20, help="number of worst clips in the report")
     parser.add_argument(
-        "--protocol", type=ProtocolName, default="salmonn", help="arithmetic: " + ", ".join(get_args(ProtocolName))
+        "--protocol", type=ProtocolName, default="salmonn", help="scoring protocol: " + ", ".join(get_args(ProtocolName))
     )
-    parser.add_argument("--passes", type=int, default=1, help="judge all so often; the median Total counts")
-    parser.add_argument("--seed", type=int, default=2024, help="of the judge's first pass")
-    add_judge(parser)
+    parser.add_argument("--passes", type=int, default=1, help="judging passes; the pass with the median Total is reported")
+    parser.add_argument("--seed", type=int, default=2024, help="random seed of the first judging pass")
+    add_judge_options(parser)
     return parser
 
 
 def run_score(values: Namespace) -> int:
-    """Print the rates of captions with their intervals; write scores, figures and page where asked."""
+    """Print the metrics of captions with confidence intervals; write the requested files."""
     if values.num_worst < 1 or not 0 <= values.seed < 2**31:
         raise ValueError(
             f"--num-worst must be at least 1 and --seed 0 or more, got {values.num_worst} and {values.seed}"
@@ -93,32 +91,32 @@ def run_score(values: Namespace) -> int:
     if not scored.scores:
         return SOME_FAILED
     figures, intervals = compute_rates(scored.scores), bootstrap_intervals(scored.scores)
-    if values.protocol == "published":  # its replies do not say which events are told, nor where
+    if values.protocol == "published":  # its replies do not say which events are mentioned, or where
         figures = replace(figures, audio_share=None, order=None)
     print_scores(scored, figures, intervals)
     if values.summary:
         write_json(values.summary, summarise(scored, figures, intervals))
     if values.report:
-        _write_page(values, scored, figures, intervals, captions=captions, references=references)
+        _write_report(values, scored, figures, intervals, captions=captions, references=references)
     return SOME_FAILED if scored.unscored else 0
 
 
 def _require_outputs(values: Namespace) -> None:
-    """Refuse outputs that would overwrite what is read, or one another, before anything is judged."""
+    """Check, before anything is judged, that no output overwrites an input or another output."""
     used = {path.resolve(): name for name, path in (("captions", values.captions), ("references", values.references))}
     for name in ("out", "summary", "report", "cache"):
         path = values[name]
         if path is None:
             continue
         if path.is_dir():
-            raise ValueError(f"--{name} is a folder, {path}: give the name of a file")
+            raise ValueError(f"--{name} must be the name of a file, and {path} is a folder")
         if other := used.get(path.expanduser().resolve()):
-            raise ValueError(f"--{name} would overwrite the {other} file, {path}: give another name")
+            raise ValueError(f"--{name} would overwrite the {other} file, {path}; choose another name")
         used[path.expanduser().resolve()] = f"--{name}"
 
 
 def summarise(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> dict[str, object]:
-    """All figures of a scored set, as JSON."""
+    """Return all metrics of a scored set as JSON values."""
     return {
         "judge_info": asdict(scored.judge_info),
         "rates": asdict(figures),
@@ -130,7 +128,7 @@ def summarise(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "In
 
 
 def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, "Interval"]) -> None:
-    """Print tables of a scored set, and what could not be scored."""
+    """Print the tables of a scored set."""
     judge_info = scored.judge_info
     console = Console(width=100)
     console.print(f"judge {judge_info.judge}", highlight=False, soft_wrap=True)
@@ -145,23 +143,27 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
     console.print(table)
     if len(judge_info.totals) > 1:
         found = [100 * total for total in judge_info.totals if total is not None]
-        words = ", ".join("-" if total is None else f"{100 * total:.2f}" for total in judge_info.totals)
-        words = f"Total of each pass: {words} %; standard deviation {statistics.stdev(found) if found[1:] else 0:.2f}; "
+        totals = ", ".join("-" if total is None else f"{100 * total:.2f}" for total in judge_info.totals)
+        deviation = statistics.stdev(found) if found[1:] else 0
         console.print(
-            f"{words}pass {judge_info.reported_pass + 1}, the median, is shown", highlight=False, soft_wrap=True
+            f"Total of each pass: {totals} %; standard deviation {deviation:.2f}; showing pass "
+            f"{judge_info.reported_pass + 1}, the median",
+            highlight=False,
+            soft_wrap=True,
         )
     if scored.as_published and scored.with_all:
         _print_published(console, scored)
 
 
 def _list_unscored(scored: "ScoredSet") -> None:
-    for one in scored.unscored[:_MOST_LISTED]:
+    for one in scored.unscored[:MAX_LISTED]:
         sys.stderr.write(f"unscored: {one.video} (sample {one.sample}): {one.reason}\n")
-    if scored.unscored[_MOST_LISTED:]:
-        sys.stderr.write(f"... and {len(scored.unscored) - _MOST_LISTED} more: --out lists them all\n")
+    if scored.unscored[MAX_LISTED:]:
+        sys.stderr.write(f"... and {len(scored.unscored) - MAX_LISTED} more; --out lists all of them\n")
     if scored.unscored:
-        rest = "in none of the rates" if scored.scores else "all that there are: no figures, no summary and no page"
-        sys.stderr.write(f"{len(scored.unscored)} captions are unscored and {rest}\n")
+        number = plural(len(scored.unscored), "caption")
+        rest = "excluded from all metrics" if scored.scores else "there are no others, so nothing else is written"
+        sys.stderr.write(f"unscored: {number}; {rest}\n")
 
 
 def _print_published(console: Console, scored: "ScoredSet") -> None:
@@ -175,11 +177,11 @@ def _print_published(console: Console, scored: "ScoredSet") -> None:
     table.add_row("videos", *map(str, counts))
     console.print(table)
     console.print(
-        '"all videos" counts those without a score as all missed; "as published" leaves them out', soft_wrap=True
+        '"all videos" counts videos without a score as completely missed; "as published" excludes them', soft_wrap=True
     )
 
 
-def _write_page(
+def _write_report(
     values: Namespace,
     scored: "ScoredSet",
     figures: "Rates",
@@ -191,12 +193,12 @@ def _write_page(
     from salmonn.score.report import Report, write_report
 
     absent = len(references) - len({caption.video for caption in captions} & set(references))
-    counted = "count as all missed" if values.protocol == "salmonn" else "are in none of the rates"
+    counted = "count as completely missed" if values.protocol == "salmonn" else "are excluded from all metrics"
     notes = [f"{absent} of {len(references)} videos have no caption and {counted}."] if absent else []
     if scored.with_all:
         notes.append(
-            f"By the published protocol Total is {scored.with_all.total:.3f} where each of the "
-            f"{scored.with_all.num_videos} videos counts, those without a score as all missed."
+            f"Total by the published protocol is {scored.with_all.total:.3f} over all {scored.with_all.num_videos} "
+            "videos, if those without a score count as completely missed."
         )
     write_report(
         values.report,
@@ -218,7 +220,7 @@ def _write_page(
 
 
 def _published_rates(scored: "ScoredSet") -> dict[str, float] | None:
-    """The published figures under our names: its tables, too, count what is told wrong under hallucination."""
+    """Return the published metrics under our names; the published tables, too, count incorrect as hallucination."""
     rates = scored.as_published
     if rates is None:
         return None
@@ -232,19 +234,19 @@ def _published_rates(scored: "ScoredSet") -> dict[str, float] | None:
 
 
 def compare_parser() -> FlagParser:
-    """Arguments of `salmonn compare`."""
+    """Return the arguments of `salmonn compare`."""
     parser = FlagParser(
-        description="Compare two sets of captions of the same videos, clip by clip: differences with 95 % intervals, "
-        "wins, ties and losses. Both must have been scored by one judge on one protocol."
+        description="Compare two sets of captions of the same videos, clip by clip: differences with 95 % confidence "
+        "intervals, wins, ties and losses. Both must have been scored by the same judge and protocol."
     )
-    parser.add_argument("first", type=Path, help="score file, as `salmonn score --out` writes it")
-    parser.add_argument("second", type=Path, help="another")
-    parser.add_argument("--force", action="store_true", help="compare although the judges differ")
+    parser.add_argument("first", type=Path, help="score file from `salmonn score --out`")
+    parser.add_argument("second", type=Path, help="score file to compare with it")
+    parser.add_argument("--force", action="store_true", help="compare even if the judges differ")
     return parser
 
 
 def run_compare(values: Namespace) -> int:
-    """Print how two sets of captions differ."""
+    """Print the differences of two sets of captions."""
     from salmonn.score.formats import read_scores
     from salmonn.score.stats import compare_sets, require_same_judge
 
@@ -267,25 +269,74 @@ def run_compare(values: Namespace) -> int:
         )
     console = Console(width=110)
     console.print(table)
-    console.print("less is better; a win is a video on which the second set has less", highlight=False)
+    console.print("lower is better; a win is a video on which the second set is lower", highlight=False)
     if result.only_first or result.only_second:
-        console.print(f"left out: {result.only_first} captions of the first alone, {result.only_second} of the second")
+        console.print(f"not compared: {result.only_first} captions only in the first set, {result.only_second} in the second")
     return 0
 
 
-def qa_parser() -> FlagParser:
-    """Arguments of `salmonn qa`."""
+def events_parser() -> FlagParser:
+    """Return the arguments of `salmonn events`."""
     parser = FlagParser(
-        description="Accuracy of answers to multiple-choice questions, overall and by group. Reads Video-MME's result "
-        "files, flat JSON or JSONL of question, options, answer, response, and the published code's pred and ref."
+        description="Split the captions of references into atomic events: one fact each (visual, audio or speech), "
+        "with its time if the caption gives one. Existing events, in the references or in --out, are kept as long as "
+        "the caption is the same, so you can edit --out by hand and run the command again."
+    )
+    parser.add_argument("references", type=Path, help="JSONL of references with captions")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL file for the references with their events")
+    add_judge_options(parser)
+    return parser
+
+
+def run_events(values: Namespace) -> int:
+    """Split captions into events and write all references."""
+    from salmonn.preference.reward import make_llm_client
+    from salmonn.score.events import list_events
+    from salmonn.score.formats import read_references
+    from salmonn.synthetic.parser import split_caption
+
+    config = judge_config(values)
+    references = read_references(values.references)
+    if values.out.suffix == ".json":
+        raise ValueError(f"{values.out}: the output is JSON lines; choose a name that ends in .jsonl")
+    kept = {known.video: known for known in read_records(values.out, Reference)} if values.out.exists() else {}
+    for video, reference in references.items():
+        # A caption that has changed since is split again.
+        if not reference.events and video in kept and kept[video].caption == reference.caption:
+            references[video] = replace(reference, events=kept[video].events)
+    num_captions = sum(not reference.events for reference in references.values())
+    with tqdm(total=num_captions, desc="splitting", unit=" captions", disable=config.kind == "rule" or not num_captions) as bar:
+        found, failed = list_events(
+            list(references.values()),
+            client=make_llm_client(config) if config.kind == "openai" else None,
+            rules=split_caption,
+            attempts=config.attempts,
+            progress=bar.update,
+        )
+    write_records(values.out, found)
+    for one in failed:
+        sys.stderr.write(f"failed: {one.video}: {one.reason}\n")
+    num_events = sum(len(reference.events) for reference in found)
+    videos, failures = plural(len(found) - len(failed), "video"), plural(len(failed), "video")
+    sys.stderr.write(f"{plural(num_events, 'event')} of {videos} written to {values.out}, {failures} failed
+")
+    return SOME_FAILED if failed else 0
+
+
+def qa_parser() -> FlagParser:
+    """Return the arguments of `salmonn qa`."""
+    parser = FlagParser(
+        description="Compute the accuracy of answers to multiple-choice questions, overall and by group. Reads "
+        "Video-MME result files, JSON or JSONL with question, options, answer and response, and the pred and ref files "
+        "of the published code."
     )
     parser.add_argument("answers", type=Path, help="JSON or JSONL file")
-    parser.add_argument("--summary", type=Path | None, default=None, help="JSON file for all figures")
+    parser.add_argument("--summary", type=Path | None, default=None, help="JSON file for all metrics")
     return parser
 
 
 def run_qa(values: Namespace) -> int:
-    """Print the accuracy of answers."""
+    """Print the accuracy of answers to multiple-choice questions."""
     from salmonn.score.multiple_choice import read_questions, score_questions
 
     result = score_questions(read_questions(values.answers))
@@ -300,5 +351,5 @@ def run_qa(values: Namespace) -> int:
             table.add_row(f"{group}: {value}", f"{100 * accuracy:.2f}", "", str(count))
     console = Console(width=100)
     console.print(table)
-    console.print(f"unanswered: {result.unanswered}, unreadable: {result.unreadable}; both count as wrong")
+    console.print(f"unanswered: {result.unanswered}, unparsable: {result.unreadable}; both count as wrong")
     return 0

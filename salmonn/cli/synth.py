@@ -1,4 +1,4 @@
-"""`salmonn synth`: make synthetic clips with exactly known events."""
+"""`salmonn synth`: render synthetic clips whose events are known exactly."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +11,10 @@ from salmonn.synthetic.render import SynthConfig, make_clips
 
 
 def synth_parser() -> FlagParser:
+    """Return the arguments of `salmonn synth`."""
     parser = FlagParser(
-        description="Make synthetic MP4 clips (H.264 and AAC) with events, captions and questions in clips.jsonl. "
-        "The same seed gives the same clips; an interrupted run goes on where it was."
+        description="Render synthetic MP4 clips (H.264 and AAC); clips.jsonl lists their events, captions and "
+        "questions. The same seed gives the same clips. After an interruption, run the same command to resume."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the clips")
     parser.add_class_arguments(SynthConfig)
