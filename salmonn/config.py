@@ -30,12 +30,9 @@ MAY_CHANGE_BUT_NOT_TO_NONE = {"resume": "may_change_but_not_to_none"}
 class FlagParser(ArgumentParser):
     """Argument parser that shows flags in kebab-case, in help, usage and errors, and accepts `--like_this` as well.
 
-    Inside, flags have the names of the dataclass fields that they set, which are also the keys of YAML files.
+    In code, flags are registered under the names of the dataclass fields that they set, which are also the keys of YAML
+    files: `add_argument("--batch_size")`.
     """
-
-    def add_argument(self, *args: Any, **options: Any) -> Any:
-        """Add an argument; its flag may be written in either spelling."""
-        return super().add_argument(*normalize_flags(args), **options)
 
     def parse_args(self, args: Sequence[str] | None = None, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line (default: the process's own)."""

@@ -112,6 +112,8 @@ class Caption:
         start_seconds, end_seconds: the part of the video that it is about; None where that is open.
         size_bytes, modified_ns: of the file when it was captioned, modified in nanoseconds since 1970; None where that
             was not asked. With the path they tell whether a file is the one that was captioned.
+        segment: index of the segment that it is about, where the video was cut into `num_segments`.
+        num_failed_segments: how many of these could not be captioned.
     """
 
     video: str
@@ -124,6 +126,9 @@ class Caption:
     end_seconds: float | None = None
     size_bytes: int | None = None
     modified_ns: int | None = None
+    segment: int = 0
+    num_segments: int = 1
+    num_failed_segments: int = 0
 
 
 @dataclass(frozen=True)

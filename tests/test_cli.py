@@ -122,9 +122,9 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
     assert all(caption.text and caption.model == str(random_model) for caption in captions)
     assert "Traceback" not in result.stderr
     assert (
-        str(folder / "b.mp4") in result.stderr and "2 captions" in result.stderr and "1 videos failed" in result.stderr
+        str(folder / "b.mp4") in result.stderr and "2 captions" in result.stderr and "1 video failed" in result.stderr
     )
-    told = re.search(r"; ([\d.]+) clips a minute, and the model waited (\d+)% of the time", result.stderr)
+    told = re.search(r"; ([\d.]+) clips per minute \((\d+)% of the time waiting for files\)", result.stderr)
     # Three files in less than what the whole process took.
     assert told and float(told[1]) > 60 * 3 / seconds and 0 <= int(told[2]) <= 100
 
@@ -179,7 +179,7 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
     ("args", "words"),
     [
         (["/nowhere/none.mp4"], "/nowhere/none.mp4"),
-        (["{empty}"], "no video or sound"),
+        (["{empty}"], "no video or audio file"),
         (["{video}", "--modle", "x"], "modle"),
         (["{video}", "--temperature", "hot"], "temperature"),
         (["{video}", "--temperature", "-1"], "temperature must be"),

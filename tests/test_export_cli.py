@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.batch.ledger_files import append_group
+from salmonn.batch.ledger_files import append_records
 from salmonn.records import Caption, read_records
 
 
@@ -21,9 +21,9 @@ def captions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.mp4", "b.mp4"):
         Path(name).touch()
-    append_group(Path("captions-1-of-2.jsonl"), [Caption("a.mp4", "old", end_seconds=2.0)])
-    append_group(Path("captions-1-of-2.jsonl"), halves("at"))
-    append_group(Path("captions.jsonl"), [Caption("a.mp4", "new", end_seconds=2.0)])
+    append_records(Path("captions-1-of-2.jsonl"), [Caption("a.mp4", "old", end_seconds=2.0)])
+    append_records(Path("captions-1-of-2.jsonl"), halves("at"))
+    append_records(Path("captions.jsonl"), [Caption("a.mp4", "new", end_seconds=2.0)])
     os.utime("captions-1-of-2.jsonl", ns=(0, 0))
     Path("captions-1-of-2.failed.jsonl").write_text('{"video": "c.mp4", "reason": "broken"}\n')
     return sorted(tmp_path.glob("captions*.jsonl"))
@@ -32,7 +32,7 @@ def captions(tmp_path, monkeypatch):
 def test_tables(call, captions, tmp_path):
     """All files that a glob finds; the later words on a.mp4 count, whatever the files' names."""
     code, _, err = call("export", *captions, "--to", "all.csv", "all.parquet", "new/all.jsonl")
-    assert code == 0 and "3 captions in all.csv" in err and "3 captions in new/all.jsonl" in err
+    assert code == 0 and "3 captions written to all.csv" in err and "3 captions written to new/all.jsonl" in err
     assert [one.text for one in read_records("new/all.jsonl", Caption)] == ["at 0.0", "at 1.0", "new"]
     with Path("all.csv").open(newline="") as file:
         assert [row["text"] for row in csv.DictReader(file)] == ["at 0.0", "at 1.0", "new"]
@@ -43,13 +43,13 @@ def test_texts_beside_the_videos(call, captions):
     Path("a.srt").write_text("mine")
     code, _, err = call("export", *captions, "--to", "srt", "txt")
     assert code == 1 and Path("a.srt").read_text() == "mine" and "--replace-subtitles" in err
-    assert "txt, srt of 2 videos, 1 could not be written" in err
+    assert "txt, srt files written for 2 videos, 1 file failed" in err
     assert Path("b.srt").read_text() == (
         "1\n00:00:00,000 --> 00:00:01,000\nat 0.0\n\n2\n00:00:01,000 --> 00:00:02,000\nat 1.0\n"
     )
     assert Path("a.txt").read_text() == "new\n"
     # What it wrote itself it replaces.
-    append_group(Path("captions.jsonl"), halves("again"))
+    append_records(Path("captions.jsonl"), halves("again"))
     Path("a.srt").unlink()
     captions = sorted(Path().glob("captions*.jsonl"))  # with the log of side-cars
     assert call("export", "captions.jsonl", "--to", "srt")[0] == 0
@@ -60,20 +60,23 @@ def test_texts_beside_the_videos(call, captions):
 
 def test_files_of_the_same_run_that_are_not_named_are_told(call, captions, tmp_path):
     """Of a run whose full files were put aside the last one alone is a part; with all of them nothing is to be told."""
-    append_group(Path("captions.00001.jsonl"), [Caption("c.mp4", "full", end_seconds=2.0)])
+    append_records(Path("captions.00001.jsonl"), [Caption("c.mp4", "full", end_seconds=2.0)])
     Path("other.jsonl").write_bytes(Path("captions.jsonl").read_bytes())
     code, _, err = call("export", "captions.jsonl", "--to", "all.csv")
-    assert code == 0 and "1 captions in all.csv" in err
-    assert "2 more of the same run, as captions-1-of-2.jsonl, are left out" in err and "name captions*.jsonl" in err
+    assert code == 0 and "1 caption written to all.csv" in err
+    assert (
+        "2 more files of the same run, such as captions-1-of-2.jsonl, not exported" in err
+        and "name captions*.jsonl" in err
+    )
     for names in (["other.jsonl"], Path().glob("captions*.jsonl")):
         code, _, err = call("export", *names, "--to", "all.csv")
-        assert code == 0 and "left out" not in err
-    assert "4 captions in all.csv" in err
+        assert code == 0 and "not exported" not in err
+    assert "4 captions written to all.csv" in err
 
 
 def test_full_files_count_in_the_order_of_their_numbers(call, captions):
     """Whatever copying did to their times: the file without a number is the last."""
-    append_group(Path("captions.00001.jsonl"), [Caption("a.mp4", "older", end_seconds=2.0)])
+    append_records(Path("captions.00001.jsonl"), [Caption("a.mp4", "older", end_seconds=2.0)])
     os.utime("captions.jsonl", ns=(1, 1))
     assert call("export", "captions.jsonl", "captions.00001.jsonl", "--to", "all.jsonl")[0] == 0
     assert [one.text for one in read_records("all.jsonl", Caption)] == ["new"]
@@ -81,7 +84,7 @@ def test_full_files_count_in_the_order_of_their_numbers(call, captions):
 
 def test_subtitles_of_captions_without_ends(call, videos, captions):
     """The videos are asked, in a process of its own."""
-    append_group(Path("open.jsonl"), [Caption(str(videos[0]), "words")])
+    append_records(Path("open.jsonl"), [Caption(str(videos[0]), "words")])
     assert call("export", "open.jsonl", "--to", "srt", "--subtitle-dir", "subs")[0] == 0
     (path,) = Path("subs").rglob("*.srt")
     assert "00:00:00,000 --> 00:00:0" in path.read_text() and "words" in path.read_text()
@@ -94,9 +97,9 @@ def test_subtitles_of_captions_without_ends(call, videos, captions):
         (["captions.jsonl", "--to", "doc"], "txt, srt, vtt"),
         (["captions.jsonl"], "to"),
         (["none.jsonl", "--to", "all.csv"], "none.jsonl: there is no such file"),
-        (["captions.jsonl", "--to", "captions.jsonl"], "one of the files that are read"),
-        (["captions-1-of-2.failed.jsonl", "--to", "all.csv"], "holds no captions"),
-        (["a.txt", "--to", "all.csv"], "a line is no JSON"),
+        (["captions.jsonl", "--to", "captions.jsonl"], "one of the captions files"),
+        (["captions-1-of-2.failed.jsonl", "--to", "all.csv"], "contains no captions"),
+        (["a.txt", "--to", "all.csv"], "a line is not valid JSON"),
     ],
 )
 def test_mistakes(call, captions, args, words):

@@ -220,11 +220,11 @@ def format_text(captions: Sequence[Caption], name: SubtitleFormat, *, seconds_of
     blocks = ["WEBVTT"] if name == "vtt" else []
     for number, (start, end, text) in enumerate(_cues(captions, seconds_of), start=1):
         if name == "srt":  # SRT has no escape sequences, and an arrow would start a cue
-            text = re.sub("-{2,}>", "->", text)
-            blocks.append(f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{text}")
+            safe = re.sub("-{2,}>", "->", text)
+            blocks.append(f"{number}\n{_clock(start, ',')} --> {_clock(end, ',')}\n{safe}")
         else:
-            text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-            blocks.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{text}")
+            safe = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            blocks.append(f"{_clock(start, '.')} --> {_clock(end, '.')}\n{safe}")
     return "\n\n".join(blocks) + "\n"
 
 

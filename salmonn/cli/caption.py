@@ -57,9 +57,7 @@ def _add_input_options(parser: FlagParser) -> None:
     group.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
     group.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
     group.add_argument("--retry_failed", action="store_true", help="retry what failed in earlier runs, nothing else")
-    group.add_argument(
-        "--max_failures", type=int, default=20, help="stop after this many failures in a row (0: never)"
-    )
+    group.add_argument("--max_failures", type=int, default=20, help="stop after this many failures in a row (0: never)")
 
 
 def _add_generation_options(parser: FlagParser) -> None:
@@ -103,9 +101,7 @@ def _add_output_options(parser: FlagParser) -> None:
 
 def _add_processing_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Processing")
-    group.add_argument(
-        "--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)"
-    )
+    group.add_argument("--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)")
     group.add_argument(
         "--workers", type=int | None, default=None, help="processes that decode files (0: decode in this process)"
     )
@@ -215,7 +211,7 @@ def _run(
     elif not listing.is_read_once:
         count = lambda: (one for one in listing.videos(quiet=True) if not ledger.is_known(one))  # noqa: E731
     reader = None
-    results: "Generator[VideoResult]"
+    results: Generator[VideoResult]
     with ExitStack() as stack:
         if values.engine == "ray":
             ray_config = RayConfig(values.ray_actors, values.workers, limits)

@@ -1,4 +1,4 @@
-"""`salmonn demo`: a page in the browser to caption, to compare and to look back on training."""
+"""`salmonn demo`: serve the web UI to caption, compare and vote, and inspect training runs."""
 
 import importlib.util
 import os
@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from salmonn.cli.model import add_model, load_captioner
-from salmonn.cli.options import add_door, add_reading, is_loopback
+from salmonn.cli.options import add_model_options, add_server_options, is_loopback, load_captioner
 from salmonn.config import FlagParser
 from salmonn.score.config import JudgeConfig
 
@@ -22,40 +21,41 @@ if TYPE_CHECKING:
     from salmonn.webui.scorer import CaptionScorer
     from salmonn.webui.session import AppState
 
-TOY = "The model named toy comes with salmonn to try things out: it knows coloured shapes and tones, and nothing else."
-
-_TOTAL = 4  # files of the largest size that all visitors together may have here
-_CLEANUP_SECONDS = 60.0
+TOY_NOTE = "This is the built-in toy model: it only knows coloured shapes and tones."
+MAX_LARGE_UPLOADS = 4  # uploads of the maximum size that all sessions together may store
+CLEANUP_SECONDS = 60.0
 
 
 def demo_parser() -> FlagParser:
-    """Arguments of `salmonn demo`."""
+    """Return the arguments of `salmonn demo`."""
     parser = FlagParser(
-        description="Serve a page: caption a video and see its score, compare two captions blind and vote, look at a "
-        "training run. It asks no network for anything. Uploads are deleted after use."
+        description="Serve a web UI: caption a video and score the caption, compare two captions blind and vote, "
+        "inspect a training run. It works offline. Uploads are deleted after use."
     )
-    add_model(parser)
-    parser.add_argument("--other-model", type=str | None, default=None, help="a second one, to compare with")
+    parser.add_argument("--other_model", type=str | None, default=None, help="second model, to compare with --model")
     parser.add_argument("--run", type=Path | None, default=None, help="folder of a training run to show")
-    parser.add_argument("--references", type=Path | None, default=None, help="of known videos, found by file name")
+    parser.add_argument(
+        "--references", type=Path | None, default=None, help="references, matched to uploads by file name"
+    )
     parser.add_argument("--votes", type=Path, default=Path("run/votes"), help="folder for votes, pairs and the log")
-    add_door(parser, port=7860)
-    parser.add_argument("--password-file", type=Path | None, default=None, help="lines of user:password")
-    parser.add_argument("--no-auth", action="store_true", help="let everybody in, on an address that others reach")
-    parser.add_argument("--max-seconds", type=float, default=600.0, help="of video that is taken at a time")
-    parser.add_argument("--max-upload-mib", type=int, default=512, help="of a file")
-    parser.add_argument("--max-waiting", type=int, default=32, help="answers that are waited for at a time")
-    add_reading(parser, seconds=120.0)
+    add_server_options(parser, port=7860, read_seconds=120.0)
+    group = parser.add_argument_group("Access and limits")
+    group.add_argument("--password_file", type=Path | None, default=None, help="file with lines of user:password")
+    group.add_argument("--no_auth", action="store_true", help="require no password, even from other machines")
+    group.add_argument("--max_seconds", type=float, default=600.0, help="maximum duration of a clip")
+    group.add_argument("--max_upload_mib", type=int, default=512, help="maximum upload size")
+    group.add_argument("--max_waiting", type=int, default=32, help="maximum number of queued answers")
+    add_model_options(parser)
     parser.add_class_arguments(JudgeConfig, "judge")
     return parser
 
 
 def run_demo(values: Namespace) -> int:
-    """Serve the page until a signal ends it."""
+    """Serve the web UI until a signal stops it."""
     accounts = _read_accounts(values)
     if values.workers < 1 or min(values.max_seconds, values.max_upload_mib, values.max_waiting) <= 0:
-        raise ValueError("--workers must be at least 1; --max-seconds, --max-upload-mib and --max-waiting above 0")
-    if importlib.util.find_spec("gradio") is None:  # before models are read; Gradio itself asks for its folder first
+        raise ValueError("--workers must be at least 1, and --max-seconds, --max-upload-mib and --max-waiting above 0")
+    if importlib.util.find_spec("gradio") is None:  # checked before any model is loaded
         raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
     scorer = _open_scorer(values)
@@ -73,7 +73,7 @@ def run_demo(values: Namespace) -> int:
             scorer=scorer,
             votes=votes,
             examples=make_example_clips(folder / "examples"),
-            uploads=UploadStore(folder / "uploads", max_bytes=_TOTAL * (values.max_upload_mib << 20)),
+            uploads=UploadStore(folder / "uploads", max_bytes=MAX_LARGE_UPLOADS * (values.max_upload_mib << 20)),
         )
         try:
             _serve(values, state, accounts)
@@ -83,7 +83,7 @@ def run_demo(values: Namespace) -> int:
 
 
 def _serve(values: Namespace, state: "AppState", accounts: list[tuple[str, str]]) -> None:
-    # Gradio takes it from nowhere else. What visitors bring lies in a folder of this page alone, and goes with it.
+    # Gradio reads its upload folder only from here. It is deleted together with this process.
     os.environ["GRADIO_TEMP_DIR"] = str(state.uploads.root)
     import gradio as gr
     from starlette.middleware import Middleware
@@ -97,7 +97,7 @@ def _serve(values: Namespace, state: "AppState", accounts: list[tuple[str, str]]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     gr.set_static_paths([state.examples[0].path.parent])
-    page = build_app(state, run=values.run, notes=[] if values.model else [TOY])
+    page = build_app(state, run=values.run, notes=[] if values.model else [TOY_NOTE])
     page.queue(max_size=4 * values.max_waiting, default_concurrency_limit=None)
     _, address, _ = page.launch(
         server_name=values.host,
@@ -112,29 +112,29 @@ def _serve(values: Namespace, state: "AppState", accounts: list[tuple[str, str]]
         quiet=True,
         **launch_options(),
     )
-    sys.stderr.write(f"the page is at {address} (Ctrl-C ends it)\n")
+    sys.stderr.write(f"web UI running at {address} (press Ctrl-C to stop)\n")
     sys.stderr.flush()
-    while not ended.wait(_CLEANUP_SECONDS):
+    while not ended.wait(CLEANUP_SECONDS):
         state.uploads.delete_unused()
     page.close(verbose=False)
 
 
 def _free_port(host: str) -> int:
-    """One that the system gives: Gradio would look among a hundred from 7860 on."""
+    """Let the system choose a free port: Gradio would only try a hundred, starting at 7860."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as free:
         return int(free.getsockname()[1])
 
 
 def _name_models(values: Namespace) -> dict[str, str | None]:
-    """Names for visitors -> folders or hub ids, None for the toy model.
+    """Map display names to folders or Hub ids; None is the toy model.
 
     Raises:
-        ValueError: both are the same.
+        ValueError: both models are the same.
     """
     models = [values.model, *([values.other_model] if values.other_model else [])]
     if len(set(models)) < len(models):
-        raise ValueError("--other-model is --model again: leave it out, two draws of one model can be compared too")
+        raise ValueError("--other-model is the same as --model; leave it out to compare two samples of one model")
     names = ["toy" if model is None else Path(model).name for model in models]
     if len(set(names)) < len(names):
         names = [str(model) for model in models]
@@ -145,7 +145,7 @@ def _open_engine(model: str | None, reader: "ClipReader", values: Namespace) -> 
     from salmonn.caption.engine import Engine
 
     flags = values.clone()
-    # An adapter is one model's.
+    # The adapter belongs to --model.
     flags.model, flags.adapter = model, values.adapter if model == values.model else None
     return Engine(load_captioner(flags), reader, max_waiting=values.max_waiting, max_seconds=values.max_seconds)
 
@@ -166,15 +166,16 @@ def _open_scorer(values: Namespace) -> "CaptionScorer":
 
 
 def _read_accounts(values: Namespace) -> list[tuple[str, str]]:
-    """Who may enter.
+    """Read the user names and passwords.
 
     Raises:
-        ValueError: a line is not user:password, or others could reach a page that lets everybody in.
+        ValueError: a line is not user:password, or other machines could reach a web UI without a password.
     """
     if values.password_file is None:
         if not values.no_auth and not is_loopback(values.host):
             raise ValueError(
-                f"others reach a page at {values.host}: give --password-file, or --no-auth to let everybody in"
+                f"other machines can reach the web UI at {values.host}; require passwords with --password-file, or "
+                "allow everyone with --no-auth"
             )
         return []
     accounts = []
@@ -185,5 +186,5 @@ def _read_accounts(values: Namespace) -> list[tuple[str, str]]:
         if line.strip():
             accounts.append((user, password))
     if not accounts:
-        raise ValueError(f"{values.password_file} names nobody: write a line user:password")
+        raise ValueError(f"{values.password_file} has no accounts; add lines of user:password")
     return accounts

@@ -39,7 +39,7 @@ COMMANDS: dict[str, Command] = {
     "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
     "events": (events_parser, run_events, "split reference captions into atomic events"),
     "qa": (qa_parser, run_qa, "compute the accuracy of answers to multiple-choice questions"),
-    "judge-benchmark": (benchmark_parser, run_judge_benchmark, "measure a judge's accuracy on labelled pairs of captions"),
+    "judge-benchmark": (benchmark_parser, run_judge_benchmark, "measure a judge on labelled pairs of captions"),
     "demo": (demo_parser, run_demo, "start the web UI: caption, compare and vote, inspect training runs"),
     "plot": (plot_parser, run_plot, "plot a training run and list its stages"),
     "serve": (serve_parser, run_serve, "start an HTTP server with an OpenAI-compatible API"),

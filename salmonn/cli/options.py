@@ -32,7 +32,10 @@ def add_model_options(parser: FlagParser) -> None:
     group.add_argument("--device_map", type=str | None, default=None, help="auto: split the model over all GPUs")
     group.add_argument("--dtype", type=dtypes, default="auto", help="dtype of the weights (auto: bfloat16 on a GPU)")
     group.add_argument(
-        "--attention", type=attentions, default="auto", help="of the encoders (auto: flash attention if installed)"
+        "--attention",
+        type=attentions,
+        default="auto",
+        help="attention of the encoders (auto: flash if installed)",
     )
     group.add_argument("--bits", type=Literal[4, 8] | None, default=None, help="quantize the language model")
 

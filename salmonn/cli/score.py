@@ -43,14 +43,21 @@ def score_parser() -> FlagParser:
     )
     parser.add_argument("captions", type=Path, help="JSONL from `salmonn caption`, or JSON of published predictions")
     parser.add_argument("--references", type=Path, required=True, help="JSONL of references, or the published JSON")
-    parser.add_argument("--out", type=Path | None, default=None, help="file for the score of each caption and the judge")
+    parser.add_argument(
+        "--out", type=Path | None, default=None, help="file for the score of each caption and the judge"
+    )
     parser.add_argument("--summary", type=Path | None, default=None, help="JSON file for all metrics")
     parser.add_argument("--report", type=Path | None, default=None, help="HTML report: metrics, worst clips, videos")
-    parser.add_argument("--num-worst", type=int, default=20, help="number of worst clips in the report")
+    parser.add_argument("--num_worst", type=int, default=20, help="number of worst clips in the report")
     parser.add_argument(
-        "--protocol", type=ProtocolName, default="salmonn", help="scoring protocol: " + ", ".join(get_args(ProtocolName))
+        "--protocol",
+        type=ProtocolName,
+        default="salmonn",
+        help="scoring protocol: " + ", ".join(get_args(ProtocolName)),
     )
-    parser.add_argument("--passes", type=int, default=1, help="judging passes; the pass with the median Total is reported")
+    parser.add_argument(
+        "--passes", type=int, default=1, help="judging passes; the pass with the median Total is reported"
+    )
     parser.add_argument("--seed", type=int, default=2024, help="random seed of the first judging pass")
     add_judge_options(parser)
     return parser
@@ -271,7 +278,9 @@ def run_compare(values: Namespace) -> int:
     console.print(table)
     console.print("lower is better; a win is a video on which the second set is lower", highlight=False)
     if result.only_first or result.only_second:
-        console.print(f"not compared: {result.only_first} captions only in the first set, {result.only_second} in the second")
+        console.print(
+            f"not compared: {result.only_first} captions only in the first set, {result.only_second} in the second"
+        )
     return 0
 
 
@@ -305,7 +314,8 @@ def run_events(values: Namespace) -> int:
         if not reference.events and video in kept and kept[video].caption == reference.caption:
             references[video] = replace(reference, events=kept[video].events)
     num_captions = sum(not reference.events for reference in references.values())
-    with tqdm(total=num_captions, desc="splitting", unit=" captions", disable=config.kind == "rule" or not num_captions) as bar:
+    is_quiet = config.kind == "rule" or not num_captions
+    with tqdm(total=num_captions, desc="splitting", unit=" captions", disable=is_quiet) as bar:
         found, failed = list_events(
             list(references.values()),
             client=make_llm_client(config) if config.kind == "openai" else None,
@@ -318,8 +328,7 @@ def run_events(values: Namespace) -> int:
         sys.stderr.write(f"failed: {one.video}: {one.reason}\n")
     num_events = sum(len(reference.events) for reference in found)
     videos, failures = plural(len(found) - len(failed), "video"), plural(len(failed), "video")
-    sys.stderr.write(f"{plural(num_events, 'event')} of {videos} written to {values.out}, {failures} failed
-")
+    sys.stderr.write(f"{plural(num_events, 'event')} of {videos} written to {values.out}, {failures} failed\n")
     return SOME_FAILED if failed else 0
 
 

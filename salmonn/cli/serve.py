@@ -1,4 +1,4 @@
-"""`salmonn serve`: a service that speaks OpenAI's interface."""
+"""`salmonn serve`: serve a model over HTTP with an OpenAI-compatible API."""
 
 import logging
 import sys
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
-from salmonn.cli.model import add_model, load_captioner
-from salmonn.cli.options import add_door, add_reading, is_loopback
+from salmonn.cli.options import add_model_options, add_server_options, is_loopback, load_captioner
 from salmonn.config import FlagParser
 
 if TYPE_CHECKING:
@@ -18,56 +17,58 @@ if TYPE_CHECKING:
     from salmonn.serve.api import ServerConfig
     from salmonn.serve.sources import MediaSources
 
-_SHORTEST_KEY = 16
+MIN_KEY_CHARS = 16
 
 
 def serve_parser() -> FlagParser:
+    """Return the arguments of `salmonn serve`."""
     parser = FlagParser(
-        description="Answer chat completions about clips, as OpenAI's interface has them: POST /v1/chat/completions "
-        "with a video_url, image_url or input_audio; GET /v1/models, /health and /metrics. Ends at SIGTERM or Ctrl-C, "
-        "once what is under way is answered; a second one cuts that off."
+        description="Answer chat completions about clips with an OpenAI-compatible API: POST /v1/chat/completions with "
+        "a video_url, image_url or input_audio; GET /v1/models, /health and /metrics. SIGTERM or Ctrl-C stops the "
+        "server once pending requests are answered; a second one stops it at once."
     )
-    add_door(parser, port=8000)
-    parser.add_argument("--name", type=str | None, default=None, help="of the model in requests (default: its own)")
-    add_model(parser)
-    _add_doors(parser)
-    _add_limits(parser)
+    parser.add_argument("--name", type=str | None, default=None, help="model name in the API (default: its own)")
+    add_server_options(parser, port=8000, read_seconds=300.0)
+    _add_access_options(parser)
+    _add_limit_options(parser)
+    add_model_options(parser)
     return parser
 
 
-def _add_doors(parser: FlagParser) -> None:
-    """Who may ask, and where files may come from."""
-    parser.add_argument("--api-key-file", type=Path | None, default=None, help="keys, one a line: any opens the door")
-    parser.add_argument("--no-auth", action="store_true", help="no key, though other machines reach --host")
-    parser.add_argument(
-        "--server-names", nargs="+", type=str, default=[], help="names that clients have for this machine"
+def _add_access_options(parser: FlagParser) -> None:
+    group = parser.add_argument_group("Access")
+    group.add_argument("--api_key_file", type=Path | None, default=None, help="file of accepted API keys, one per line")
+    group.add_argument("--no_auth", action="store_true", help="accept requests without a key, even from other machines")
+    names = "further host names under which clients reach this server"
+    group.add_argument("--server_names", nargs="+", type=str, default=[], help=names)
+    group.add_argument(
+        "--allowed_dirs", nargs="+", type=Path, default=[], help="folders whose files requests may refer to"
     )
-    parser.add_argument(
-        "--allowed-dirs", nargs="+", type=Path, default=[], help="folders whose files may be asked about"
+    hosts = "hosts from which files may be fetched, such as example.org, *.example.org or host:port"
+    group.add_argument("--allow_hosts", nargs="+", type=str, default=[], help=hosts)
+    group.add_argument(
+        "--allow_private", action="store_true", help="also fetch from private addresses, such as your own file server"
     )
-    parser.add_argument(
-        "--allow-hosts",
-        nargs="+",
-        type=str,
-        default=[],
-        help="hosts to fetch from: example.org *.example.org host:port",
+    group.add_argument(
+        "--ca_file",
+        type=Path | None,
+        default=None,
+        help="PEM file of further certificates to trust",
     )
-    parser.add_argument(
-        "--allow-private", action="store_true", help="fetch from addresses of this network too: for your own server"
-    )
-    parser.add_argument("--ca-file", type=Path | None, default=None, help="trusted beside the machine's: PEM")
 
 
-def _add_limits(parser: FlagParser) -> None:
-    parser.add_argument("--max-upload-mib", type=float, default=512.0, help="of a file that is sent or fetched")
-    parser.add_argument("--max-seconds", type=float, default=3600.0, help="of a clip, or of the part asked about")
-    parser.add_argument("--max-waiting", type=int, default=64, help="answers waited for at a time; more: 429")
-    parser.add_argument("--max-answer-tokens", type=int, default=4096, help="that a request may ask for")
-    parser.add_argument("--request-seconds", type=float, default=600.0, help="that a request may take")
-    parser.add_argument("--fetch-seconds", type=float, default=300.0, help="that fetching a file may take")
-    add_reading(parser, seconds=300.0)
-    parser.add_argument("--grace-seconds", type=float, default=30.0, help="for what is under way at the end")
-    parser.add_argument("--batch-size", type=int | None, default=None, help="clips side by side (default: the model's)")
+def _add_limit_options(parser: FlagParser) -> None:
+    group = parser.add_argument_group("Limits")
+    group.add_argument("--max_upload_mib", type=float, default=512.0, help="maximum size of a sent or fetched file")
+    group.add_argument(
+        "--max_seconds", type=float, default=3600.0, help="maximum duration of a clip, or of its requested part"
+    )
+    group.add_argument("--max_waiting", type=int, default=64, help="maximum number of queued answers (above: HTTP 429)")
+    group.add_argument("--max_answer_tokens", type=int, default=4096, help="maximum tokens per answer")
+    group.add_argument("--request_seconds", type=float, default=600.0, help="time limit per request")
+    group.add_argument("--fetch_seconds", type=float, default=300.0, help="time limit for fetching a file")
+    group.add_argument("--grace_seconds", type=float, default=30.0, help="time to finish requests on shutdown")
+    group.add_argument("--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)")
 
 
 def run_serve(values: Namespace) -> int:
@@ -83,11 +84,11 @@ def run_serve(values: Namespace) -> int:
     except ImportError as error:
         raise ValueError("salmonn serve needs a web server: pip install 'salmonn[serve]'") from error
 
-    _require_sense(values)
+    _check_values(values)
     keys, sources = _read_keys(values), _sources(values)
     logging.getLogger("salmonn.serve").setLevel(logging.INFO)
     limits = WorkerLimits(values.read_seconds, values.read_gib)
-    # Workers start before the model is read, so that they are ready when it is.
+    # Workers start before the model is loaded, so that they are ready when it is.
     with bind(values.host, values.port) as listener, ClipReader(workers=values.workers, limits=limits) as reader:
         captioner = load_captioner(values)
         settings = _settings(values, captioner, sources=sources, keys=keys)
@@ -101,7 +102,7 @@ def run_serve(values: Namespace) -> int:
         try:
             with upload_folder() as uploads:
                 server = Server(Service(engine, settings, uploads), grace_seconds=values.grace_seconds)
-                sys.stderr.write(f"{settings.name} is served at {_address(listener)}\n")
+                sys.stderr.write(f"serving {settings.name} at {_address(listener)}\n")
                 sys.stderr.flush()
                 server.run(sockets=[listener])
         finally:
@@ -136,7 +137,7 @@ def _settings(
 
     name, usual = captioner.name, ChatLimits(captioner.default_sampling().max_new_tokens)
     return ServerConfig(
-        # Where a model lies on this machine is nobody's business.
+        # Do not show clients where the model is stored.
         name=values.name or (Path(name).name if Path(name).is_dir() else name),
         sources=sources,
         limits=ChatLimits(
@@ -150,17 +151,17 @@ def _settings(
     )
 
 
-def _require_sense(values: Namespace) -> None:
-    """Raise a ValueError where a flag makes no sense."""
+def _check_values(values: Namespace) -> None:
+    """Raise a ValueError if the value of a flag makes no sense."""
     for name in ("max_upload_mib", "max_seconds", "max_waiting", "max_answer_tokens", "request_seconds", "workers"):
         if not values[name] > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {values[name]}")
+            raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {values[name]}")
     if values.batch_size is not None and values.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {values.batch_size}")
     if not (is_loopback(values.host) or values.api_key_file or values.no_auth):
         raise ValueError(
-            f"at {values.host} other machines reach this server: give --api-key-file FILE, so that only those ask who "
-            "have a key, or --no-auth if anybody may"
+            f"other machines can reach this server at {values.host}; require a key with --api-key-file FILE, or allow "
+            "everyone with --no-auth"
         )
 
 
@@ -169,9 +170,9 @@ def _read_keys(values: Namespace) -> tuple[str, ...]:
         return ()
     lines = values.api_key_file.read_text(encoding="utf-8").splitlines()
     keys = tuple(line.strip() for line in lines if line.strip())
-    if not keys or min(map(len, keys)) < _SHORTEST_KEY:
+    if not keys or min(map(len, keys)) < MIN_KEY_CHARS:
         raise ValueError(
-            f"{values.api_key_file} must hold keys of {_SHORTEST_KEY} letters or more, one a line: "
-            "openssl rand -hex 32 makes one"
+            f"{values.api_key_file} must contain keys of at least {MIN_KEY_CHARS} characters, one per line; "
+            "`openssl rand -hex 32` makes one"
         )
     return keys

@@ -72,7 +72,7 @@ def test_killed_and_gone_on_with(folder, random_model, videos, tmp_path, caption
     assert code == 0 and out.read_bytes().startswith(before)
     captions = read_records(out, Caption)
     assert len(captions) == 40 == len({one.video for one in captions})
-    assert f"{before.count(bytes([10]))} videos were there already" in err
+    assert f"{before.count(bytes([10]))} videos already done, skipped" in err
     # And it is the same as without a kill.
     assert caption(folder, out="unbroken.jsonl")[0] == 0
     unbroken = {one.video: one for one in read_records(tmp_path / "unbroken.jsonl", Caption)}
@@ -85,15 +85,15 @@ def test_a_torn_line_is_cut_off_and_told(folder, caption, tmp_path):
     whole = sorted(out.read_text().splitlines())
     os.truncate(out, out.stat().st_size - 11)
     code, err = caption(folder, "--segment-seconds", 2)
-    assert code == 0 and "a run was killed while it wrote" in err and "9 videos were there already" in err
-    assert sorted(line.strip() for line in out.read_text().splitlines()) == [line.strip() for line in whole]
+    assert code == 0 and "a run was killed while writing" in err and "9 videos already done, skipped" in err
+    assert sorted(out.read_text().splitlines()) == whole
 
 
 def test_nothing_to_do_needs_no_model(folder, caption, tmp_path, call):
     assert caption(folder)[0] == 0
     before = (tmp_path / "captions.jsonl").read_bytes()
     code, err = caption(folder, folder / "1.mp4")
-    assert code == 0 and "10 videos were there already" in err and "clips a minute" not in err
+    assert code == 0 and "10 videos already done, skipped" in err and "clips per minute" not in err
     assert (tmp_path / "captions.jsonl").read_bytes() == before
 
 
@@ -117,7 +117,7 @@ def test_shards_together_are_all(folder, caption, tmp_path):
     # Whatever their number is the next time, there is nothing left to do.
     for more in ((), ("--shard", "1/3")):
         code, err = caption(folder, *more)
-        assert code == 0 and "0 captions" in err and "were there already" in err
+        assert code == 0 and "0 captions" in err and "already done, skipped" in err
     assert not (tmp_path / "captions.jsonl").exists()
 
 
@@ -158,14 +158,14 @@ def test_torchrun_shares_out(folder, random_model, tmp_path):
     assert sorted(shares[0] + shares[1]) == EACH_ONCE and all(shares), result.stderr
     failed = [path for path in tmp_path.glob("*.failed.jsonl")]
     assert [names(path, Failure) for path in failed] == [["clips/broken.mp4"]]
-    assert result.returncode == 1 and result.stderr.count("clips a minute") == 2
+    assert result.returncode == 1 and result.stderr.count("clips per minute") == 2
 
 
 def test_a_list_from_stdin(folder, caption, tmp_path, monkeypatch):
     lines = f"{folder}/0.mp4\n{folder}/more\n{folder}/gone.mp4\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     code, err = caption("--list", "-")
-    assert code == 1 and "6 captions" in err and "1 videos failed" in err
+    assert code == 1 and "6 captions" in err and "1 video failed" in err
     (failure,) = read_records(tmp_path / "captions.failed.jsonl", Failure)
     assert failure.video == str(folder / "gone.mp4") and failure.stage == "read" and failure.size_bytes is None
     assert "there is no such file" in failure.reason
@@ -187,9 +187,9 @@ def test_a_name_that_is_not_utf8_keeps_its_reason(folder, caption, tmp_path):
     Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")).write_bytes(b"12345")
     for args in ([folder], ["--retry-failed"]):
         code, err = caption(*args)
-        assert code == 1 and "1 videos failed" in err
+        assert code == 1 and "1 video failed" in err
         (failure,) = read_records(tmp_path / "captions.failed.jsonl", Failure)
-        assert failure.video == f"{folder}/caf\\xe9.mp4" and "is not in UTF-8" in failure.reason
+        assert failure.video == f"{folder}/caf\\xe9.mp4" and "is not valid UTF-8" in failure.reason
 
 
 def test_globs(folder, caption, tmp_path):
@@ -205,12 +205,17 @@ def test_failed_mended_and_tried_again(folder, caption, videos, tmp_path):
     assert code == 1 and "10 captions" in err and "2 videos failed" in err
     assert [(one.stage, one.size_bytes) for one in read_records(failed, Failure)] == [("read", 2000)] * 2
     code, err = caption(folder)
-    assert code == 1 and "0 captions" in err and "2 failed in earlier runs" in err and "--retry-failed" in err
+    assert (
+        code == 1
+        and "0 captions" in err
+        and "2 videos skipped: failed in earlier runs" in err
+        and "--retry-failed" in err
+    )
     (folder / "bad.mp4").write_bytes(videos[0].read_bytes())
     # What else is there now is not looked at.
     (folder / "new.mp4").write_bytes(videos[0].read_bytes())
     code, err = caption("--retry-failed")
-    assert code == 1 and "1 captions" in err and "1 videos failed" in err
+    assert code == 1 and "1 captions" in err and "1 video failed" in err
     assert names(failed, Failure) == ["clips/worse.mp4"]
     assert names(tmp_path / "captions.jsonl") == sorted([*EACH_ONCE, "clips/bad.mp4"])
     (folder / "worse.mp4").write_bytes(videos[1].read_bytes())
@@ -223,7 +228,7 @@ def test_a_dead_disk_stops_it(folder, caption, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"/gone/{number}.mp4\n" for number in range(500)))
     code, err = caption(folder / "0.mp4", "--list", listed, "--max-failures", 5)
-    assert code == 2 and "5 videos failed one after the other" in err and "--retry-failed" in err
+    assert code == 2 and "5 videos failed in a row" in err and "--retry-failed" in err
     assert "/gone/4.mp4: there is no such file" in err and "Traceback" not in err
     assert 5 <= len(read_records(tmp_path / "captions.failed.jsonl", Failure)) < 500
     assert names(tmp_path / "captions.jsonl") == ["clips/0.mp4"]
@@ -242,7 +247,7 @@ def test_full_files_are_put_aside(folder, caption, tmp_path):
     parts = ["captions.00001.jsonl", "captions.00002.jsonl", "captions.jsonl"]
     assert [len(read_records(tmp_path / name, Caption)) for name in parts] == [4, 4, 2]
     code, err = caption(folder)
-    assert code == 0 and "10 videos were there already" in err
+    assert code == 0 and "10 videos already done, skipped" in err
 
 
 def test_redo(folder, caption, tmp_path):
@@ -296,7 +301,12 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     assert all(end and end > 1 for end in ends)
     # The next run tells of it, too.
     code, err = caption(folder, "--glob", "[01].mp4", "--export", "srt")
-    assert code == 1 and "3 videos were there already" in err and "1 failed in earlier runs, or a part of them" in err
+    assert (
+        code == 1
+        and "3 videos already done, skipped" in err
+       
+    assert "1 video skipped: failed in earlier runs, at least in part" in err
+    )
     text = (folder / "0.srt").read_text()
     assert text.startswith("1\n00:00:00,000 --> 00:00:") and (folder / "more" / "1.srt").exists()
     code, err = caption("--retry-failed", "--replace-subtitles", "--export", "srt")
@@ -323,7 +333,7 @@ def test_a_full_disk(folder, caption, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2 and "Traceback" not in err
-    assert "cannot be written (File too large): what was finished is kept" in err
+    assert "cannot be written (File too large). Finished work is saved" in err
     assert 3 <= len(read_records(out, Caption)) < 10
     assert caption(folder)[0] == 0 and names(out) == EACH_ONCE
 
@@ -380,13 +390,13 @@ def test_a_model_that_was_trained_on_is_another_one(folder, random_model, tmp_pa
 def test_the_shipped_model_is_signed(folder, call, tmp_path):
     """By its config alone: its files' times follow from the installation. An adapter has files, too."""
     from salmonn.caption.captioner import SHIPPED_MODEL
-    from salmonn.cli.caption import _sign_model
+    from salmonn.cli.caption import fingerprint_model
 
     digest = hashlib.blake2b((SHIPPED_MODEL / "config.json").read_bytes(), digest_size=16).hexdigest()
-    signed = {"model": "the toy model that is shipped", "model_files": digest}
-    assert _sign_model(Namespace(model=None, adapter=None)) == signed
-    assert _sign_model(Namespace(model="hub/id", adapter=None)) == {"model": "hub/id"}
+    signed = {"model": "built-in toy model", "model_files": digest}
+    assert fingerprint_model(Namespace(model=None, adapter=None)) == signed
+    assert fingerprint_model(Namespace(model="hub/id", adapter=None)) == {"model": "hub/id"}
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1")
-    one = _sign_model(Namespace(model=None, adapter=str(tmp_path)))
+    one = fingerprint_model(Namespace(model=None, adapter=str(tmp_path)))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"12")
-    assert one["adapter_files"] != _sign_model(Namespace(model=None, adapter=str(tmp_path)))["adapter_files"]
+    assert one["adapter_files"] != fingerprint_model(Namespace(model=None, adapter=str(tmp_path)))["adapter_files"]

@@ -97,7 +97,7 @@ def test_a_name_that_cannot_be_is_one_line_of_a_list(folder, tmp_path):
     lines.write_text(f"{folder}/b.mp4\n{'x' * 5000}.mp4\n{folder}/sub/c.wav\n")
     assert [one.size_bytes for one in VideoListing(list_path=str(lines)).videos()] == [5, None, 5]
     with pytest.raises(ClipError, match="there is no such file or folder"):
-        VideoListing(["x" * 5000]).require_some()
+        VideoListing(["x" * 5000]).require_any()
 
 
 def test_a_list_holds_files_and_folders(folder, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_list_holds_files_and_folders(folder, tmp_path, monkeypatch):
     lines = tmp_path / "list.txt"
     lines.write_bytes(f"\ufeff{folder}/b.mp4\r\n\n{folder}/sub\n{folder}/gone.mp4".encode())
     listing = VideoListing(list_path=str(lines))
-    listing.require_some()
+    listing.require_any()
     assert names(listing, folder) == ["b.mp4", "sub/c.wav", "sub/deep/d.mp4", "gone.mp4"]
     assert list(listing.videos())[-1] == VideoFile(f"{folder}/gone.mp4")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
@@ -118,7 +118,7 @@ def test_a_list_through_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_text, args=["/gone/a.mp4\n/gone/b.mp4\n"]).start()
     listing = VideoListing(list_path=str(tmp_path / "pipe"))
-    listing.require_some()
+    listing.require_any()
     assert listing.is_read_once
     assert [video.path for video in listing.videos()] == ["/gone/a.mp4", "/gone/b.mp4"]
 
@@ -152,18 +152,18 @@ def test_a_folder_that_cannot_be_listed_is_one_failure(folder, monkeypatch):
 
 
 def test_nothing_at_all(tmp_path):
-    with pytest.raises(ValueError, match="no paths are given"):
-        VideoListing().require_some()
+    with pytest.raises(ValueError, match="no paths given"):
+        VideoListing().require_any()
     with pytest.raises(ClipError, match=r"gone\.mp4: there is no such file or folder"):
-        VideoListing([str(tmp_path / "gone.mp4")]).require_some()
-    with pytest.raises(ClipError, match=r"holds no video or sound file; known suffixes are .*\.mp4"):
-        VideoListing([str(tmp_path)]).require_some()
+        VideoListing([str(tmp_path / "gone.mp4")]).require_any()
+    with pytest.raises(ClipError, match=r"no video or audio file in this folder; known suffixes: .*\.mp4"):
+        VideoListing([str(tmp_path)]).require_any()
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(ClipError, match=r"holds no video or sound file that matches \*\.mov"):
-        VideoListing([str(tmp_path)], globs=["*.mov"]).require_some()
-    VideoListing([str(tmp_path / "gone.mp4"), str(tmp_path)]).require_some()
-    with pytest.raises(ValueError, match="--list takes one"):
-        VideoListing(list_path=str(tmp_path / "gone.txt")).require_some()
+    with pytest.raises(ClipError, match=r"no video or audio file matching \*\.mov in this folder"):
+        VideoListing([str(tmp_path)], globs=["*.mov"]).require_any()
+    VideoListing([str(tmp_path / "gone.mp4"), str(tmp_path)]).require_any()
+    with pytest.raises(ValueError, match="--list takes a file"):
+        VideoListing(list_path=str(tmp_path / "gone.txt")).require_any()
 
 
 def test_shards_share_out_all_paths():

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from salmonn.batch.export import LatestCaptions, export_subtitles, export_table
-from salmonn.batch.ledger_files import LedgerError, append_group
+from salmonn.batch.ledger_files import LedgerError, append_records
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.records import Caption, read_records
 
@@ -23,15 +23,21 @@ def caption(video, text, *, start=None, end=None, size=5) -> Caption:
     return Caption(video, text, "Say.", "toy", 0, False, start, end, size_bytes=size, modified_ns=7)
 
 
+def segments(video, text, *starts, size=5) -> list[Caption]:
+    """Captions of the 2 s segments that start at these times."""
+    made = (caption(video, f"{text} {start}", start=start, end=start + 2, size=size) for start in starts)
+    return [replace(one, segment=number, num_segments=len(starts)) for number, one in enumerate(made)]
+
+
 @pytest.fixture
 def ledger(tmp_path):
     """Three videos; b changed, and has a segment less since; c was tried again."""
     path = tmp_path / "captions.jsonl"
-    append_group(path, [caption("a.mp4", ODD)])
-    append_group(path, [caption("b.mp4", f"old {start}", start=start, end=start + 2) for start in (0.0, 2.0, 4.0)])
-    append_group(path, [caption("c.mp4", "first", start=0.0, end=2.0)])
-    append_group(path, [caption("b.mp4", f"new {start}", start=start, end=start + 2, size=6) for start in (0.0, 2.0)])
-    append_group(path, [caption("c.mp4", f"then {start}", start=start, end=start + 2) for start in (0.0, 2.0)])
+    append_records(path, [caption("a.mp4", ODD)])
+    append_records(path, segments("b.mp4", "old", 0.0, 2.0, 4.0))
+    append_records(path, [caption("c.mp4", "first", start=0.0, end=2.0)])
+    append_records(path, segments("b.mp4", "new", 0.0, 2.0, size=6))
+    append_records(path, segments("c.mp4", "then", 0.0, 2.0))
     return path
 
 
@@ -47,7 +53,7 @@ def test_the_latest_counts(ledger):
 
 def test_the_latest_of_several_files(ledger, tmp_path):
     """In the order given: a.mp4 was captioned again in the second file."""
-    append_group(tmp_path / "captions-1-of-2.jsonl", [caption("a.mp4", "again")])
+    append_records(tmp_path / "captions-1-of-2.jsonl", [caption("a.mp4", "again")])
     assert [one.text for one in LatestCaptions([ledger, tmp_path / "captions-1-of-2.jsonl"])] == [*LATEST[1:], "again"]
 
 
@@ -55,7 +61,7 @@ def test_a_group_that_is_not_whole_is_left_out_and_told(ledger, caplog):
     os.truncate(ledger, ledger.stat().st_size - 20)
     # The second group of c is gone, and the first one counts.
     assert [one.text for one in LatestCaptions([ledger])] == [LATEST[0], "first", *LATEST[1:3]]
-    assert "breaks off" in caplog.text and caplog.text.count("captions.jsonl") == 1
+    assert "skipping the last video" in caplog.text and caplog.text.count("captions.jsonl") == 1
 
 
 def test_tables(ledger, tmp_path):
@@ -84,7 +90,7 @@ def test_a_table_of_nothing(tmp_path):
 def test_what_cannot_be_a_table(ledger, tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.csv, \.parquet, \.jsonl"):
         export_table(LatestCaptions([ledger]), tmp_path / "all.xlsx")
-    with pytest.raises(ValueError, match="one of the files that are read"):
+    with pytest.raises(ValueError, match="one of the captions files"):
         export_table(LatestCaptions([ledger]), tmp_path / "." / "captions.jsonl")
     ledger.write_text(json.dumps(asdict(caption("a.mp4", "words")) | {"size_bytes": "5"}) + "\n")
     (tmp_path / "all.csv").write_text("precious")
@@ -95,7 +101,7 @@ def test_what_cannot_be_a_table(ledger, tmp_path):
 
 def test_sidecars_of_each_video(ledger, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    subtitles = SubtitleWriter(["txt"], log=tmp_path / "captions.sidecars.jsonl")
+    subtitles = SubtitleWriter(["txt"], log=tmp_path / "captions.subtitles.jsonl")
     assert export_subtitles(LatestCaptions([ledger]), subtitles) == (3, [])
     assert Path("b.txt").read_text() == "[00:00:00.000] new 0.0\n[00:00:02.000] new 2.0\n"
 
@@ -103,10 +109,10 @@ def test_sidecars_of_each_video(ledger, tmp_path, monkeypatch):
 def test_lines_that_do_not_stand_together_make_no_half_sidecars(ledger, tmp_path, monkeypatch):
     """As after two retries of which each brought another segment; they are gathered."""
     monkeypatch.chdir(tmp_path)
-    append_group(ledger, [caption("d.mp4", "d")])
-    append_group(ledger, [caption("c.mp4", "at last", start=4.0, end=5.0)])
-    append_group(ledger, [caption("e.mp4", "e")])
-    append_group(ledger, [caption("c.mp4", "once more", start=0.0, end=2.0)])
+    append_records(ledger, [caption("d.mp4", "d")])
+    append_records(ledger, [caption("c.mp4", "at last", start=4.0, end=5.0)])
+    append_records(ledger, [caption("e.mp4", "e")])
+    append_records(ledger, [caption("c.mp4", "once more", start=0.0, end=2.0)])
     groups = [[one.text for one in group] for group in LatestCaptions([ledger]).by_video()]
     assert groups == [LATEST[:1], LATEST[1:3], ["d"], ["e"], ["once more", "then 2.0", "at last"]]
     assert export_subtitles(LatestCaptions([ledger]), SubtitleWriter(["txt"], log=tmp_path / "log.jsonl")) == (5, [])
@@ -116,9 +122,9 @@ def test_lines_that_do_not_stand_together_make_no_half_sidecars(ledger, tmp_path
 def test_a_file_that_becomes_full_between_the_passes(ledger, tmp_path):
     """What was read once is read again, whatever has its name by now."""
     latest = LatestCaptions([ledger])
-    append_group(ledger, [caption("f.mp4", "later")])
+    append_records(ledger, [caption("f.mp4", "later")])
     ledger.rename(tmp_path / "captions.00001.jsonl")
-    append_group(ledger, [caption("g.mp4", "another file")])
+    append_records(ledger, [caption("g.mp4", "another file")])
     for _ in range(2):
         assert [one.text for one in latest] == LATEST
 
@@ -127,7 +133,7 @@ def test_full_files_are_not_held_open(tmp_path):
     """Of ten million captions there may be more of them than a process may have open."""
     paths = [tmp_path / f"captions.{number:05d}.jsonl" for number in range(200)]
     for number, path in enumerate(paths):
-        append_group(path, [caption(f"{number}.mp4", "words")])
+        append_records(path, [caption(f"{number}.mp4", "words")])
     before = len(list(Path("/proc/self/fd").iterdir()))
     latest = LatestCaptions(paths)
     assert len(list(Path("/proc/self/fd").iterdir())) < before + 100 and len(list(latest)) == 200
@@ -162,5 +168,5 @@ def test_many_captions_are_not_held(tmp_path, name):
 
 def test_samples_of_one_video_all_count(tmp_path):
     path = tmp_path / "captions.jsonl"
-    append_group(path, [replace(caption("a.mp4", f"sample {number}"), sample=number) for number in range(3)])
+    append_records(path, [replace(caption("a.mp4", f"sample {number}"), sample=number) for number in range(3)])
     assert len(LatestCaptions([path])) == 3

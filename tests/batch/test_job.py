@@ -1,5 +1,6 @@
 """The loop over videos: what is passed over, what is kept, and when it stops."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import pytest
 
 from salmonn.batch.discovery import Shard, VideoFile, path_number, stat_video
 from salmonn.batch.export import LatestCaptions
-from salmonn.batch.job import CaptionJob, JobConfig, TooManyFailures, VideoResult, caption_videos
+from salmonn.batch.job import (
+    CaptionJob,
+    JobConfig,
+    JobProgress,
+    RunStats,
+    TooManyFailures,
+    VideoResult,
+    caption_videos,
+)
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import LedgerFiles
 from salmonn.batch.subtitles import SubtitleWriter
@@ -74,7 +83,7 @@ def test_what_came_of_segments(files):
     """Those that came out are written, the others told: the video is captioned and failed."""
     told = []
     with opened(files) as ledger:
-        job = CaptionJob(ledger, tell=told.append)
+        job = CaptionJob(ledger, on_failure=told.append)
         run_all(job, {0: ("ok", "broken", "ok")})
         assert (job.stats.captions, job.stats.videos, job.stats.failed) == (2, 1, 1)
     assert [one.start_seconds for one in read_records(files.captions, Caption)] == [0.0, 2.0]
@@ -145,7 +154,7 @@ BAD, OK = ("broken",), ("ok",)
 def test_it_stops_after_so_many_in_a_row(files):
     with opened(files) as ledger:
         job = CaptionJob(ledger, max_failures=3)
-        with pytest.raises(TooManyFailures, match=r"3 videos .* for this reason: broken\..*--retry-failed"):
+        with pytest.raises(TooManyFailures, match=r"3 videos failed in a row, the last with: broken\..*--retry-failed"):
             run_all(job, {0: OK, 1: BAD, 2: BAD, 3: OK, 4: BAD, 5: BAD, 6: BAD, 7: OK})
         assert job.stats.videos == 7
     assert len(read_records(files.failed, Failure)) == 5
@@ -209,7 +218,7 @@ def test_a_retry_takes_the_list_and_writes_it_anew(files, tmp_path):
                     )
                 )
             if not is_killed:
-                job.end_retry()
+                job.finish_retry()
     assert [one.video for one in read_records(files.captions, Caption)] == [str(paths[0])]
     assert [(one.video, one.reason) for one in read_records(files.failed, Failure)] == [(str(paths[1]), "still")]
 
@@ -230,7 +239,7 @@ def with_sidecars(ledger, films, **options) -> CaptionJob:
     if job.has_missing_subtitles:
         job.write_missing_subtitles(LatestCaptions(ledger.files.all_captions()))
     if options:
-        job.end_retry()
+        job.finish_retry()
     return job
 
 
@@ -270,7 +279,7 @@ def test_a_sidecar_that_could_not_be_written(files, films, tmp_path):
     with opened(files) as ledger:  # a retry without side-cars leaves the list as it is
         job = CaptionJob(ledger, is_retry=True)
         assert list(job.pending(ledger.to_retry())) == []
-        job.end_retry()
+        job.finish_retry()
     (failure,) = read_records(files.failed, Failure)
     assert failure.stage == "write" and (tmp_path / "a.txt").read_text() == "mine"
     (tmp_path / "a.txt").unlink()
@@ -304,12 +313,60 @@ class Scripted:
 def test_a_video_is_told_when_its_last_segment_is_done():
     captioner = Scripted()
     with ClipReader(workers=0) as reader:
-        task = JobConfig(prompt="Say.", seed=3, segment_seconds=2.0, batch_size=4, sampling=Sampling(temperature=1.0))
-        groups = list(caption_videos(captioner, [(7, video(0)), (9, video(1))], task=task, reader=reader))
-    assert [(one.place, one.video) for one in groups] == [(7, video(0)), (9, video(1))]
+        config = JobConfig(prompt="Say.", seed=3, segment_seconds=2.0, batch_size=4, sampling=Sampling(temperature=1.0))
+        groups = list(caption_videos(captioner, [(7, video(0)), (9, video(1))], config=config, reader=reader))
+    assert [(one.index, one.video) for one in groups] == [(7, video(0)), (9, video(1))]
     assert [[result.start_seconds for result in one.results] for one in groups] == [[0.0, 2.0], [0.0, 2.0]]
     assert all((result.size_bytes, result.modified_ns) == (5, 7) for one in groups for result in one.results)
     # A video's draws follow from its path; the model's own limit stands in for none.
     assert [one.seed for one in captioner.asked] == [3 + path_number(video(number).path) for number in (0, 1)]
     assert captioner.options["sampling"] == Sampling(temperature=1.0, max_new_tokens=17)
     assert captioner.options["segment_seconds"] == 2.0 and captioner.options["batch_size"] == 4
+
+
+def run_progress(capsys, count) -> str:
+    """Three videos in 0.3 s, of which the second fails."""
+    stats = RunStats()
+    with JobProgress(stats, count=count) as bar:
+        for number in range(3):
+            time.sleep(0.1)
+            stats.videos += 1
+            stats.failed += number == 1
+            bar.update()
+    return capsys.readouterr().err
+
+
+def test_total_rate_and_failures(capsys):
+    """Three in 0.3 s are 600 a minute at most; what was counted meanwhile is the total."""
+    err = run_progress(capsys, lambda: iter("abcde"))
+    last = err.rstrip().splitlines()[-1]
+    assert "3/5" in last and " 60%" in last and "1 failed" in last
+    rate = float(last.partition(" clips/min")[0].rpartition(" ")[2])
+    assert 200 < rate <= 600
+
+
+def test_without_a_total(capsys):
+    last = run_progress(capsys, None).rstrip().splitlines()[-1]
+    assert "3 videos" in last and "%" not in last and "1 failed" in last
+
+
+def test_counting_ends_with_the_run(capsys):
+    """Of a disk without end."""
+    told = []
+
+    def endless():
+        while True:
+            told.append(1)
+            yield time.sleep(0.001)
+
+    run_progress(capsys, endless)
+    time.sleep(0.1)
+    count = len(told)
+    time.sleep(0.2)
+    assert len(told) == count > 100
+
+
+def test_other_processes_show_none(capsys):
+    with JobProgress(RunStats(videos=1), count=None, is_shown=False) as bar:
+        bar.update()
+    assert capsys.readouterr().err == ""

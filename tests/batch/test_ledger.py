@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from salmonn.batch.discovery import Shard, VideoFile, stat_video
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.ledger_files import LedgerError, LedgerFiles, read_groups
+from salmonn.batch.ledger_files import GroupReader, LedgerError, LedgerFiles
 from salmonn.records import Caption, Failure, read_records
 
 JOB = {"model": "toy", "temperature": 0.0}
@@ -19,6 +20,12 @@ JOB = {"model": "toy", "temperature": 0.0}
 
 def caption(video="a.mp4", *, text="words", size=5, start=None, end=None) -> Caption:
     return Caption(video, text, start_seconds=start, end_seconds=end, size_bytes=size, modified_ns=7)
+
+
+def segments(*captions: Caption, num_failed: int = 0) -> list[Caption]:
+    """Captions of one video's segments, as a job numbers them."""
+    counts = dict(num_segments=len(captions) + num_failed, num_failed_segments=num_failed)
+    return [replace(one, segment=number, **counts) for number, one in enumerate(captions)]
 
 
 def failure(video="a.mp4", *, size=5, start=None, stage="read") -> Failure:
@@ -51,27 +58,110 @@ def test_what_was_written_is_done(files):
 
 
 def test_all_lines_of_a_group_are_json(files):
-    group = [caption(start=0.0, end=2.0), caption(start=2.0, end=4.0), caption(start=4.0, end=5.5)]
+    group = segments(caption(start=0.0, end=2.0), caption(start=2.0, end=4.0), caption(start=4.0, end=5.5))
     write(files, group, [caption("b.mp4")])
     assert read_records(files.captions, Caption) == [*group, caption("b.mp4")]
-    lines = files.captions.read_bytes().split(b"\n")
-    assert [line.endswith(b" ") for line in lines] == [True, True, False, False, False]
-    assert [len(lines) for lines in read_groups(files.captions)] == [3, 1]
+    text = files.captions.read_text()
+    assert text.count("\n") == 4 and all(line == line.strip() for line in text.splitlines())
+    assert [len(lines) for lines in GroupReader(files.captions)] == [3, 1]
 
 
-@pytest.mark.parametrize("num_bytes", ["in a line", "after a line", "before the line's end"])
-def test_a_group_that_is_not_whole_is_cut_off(files, num_bytes):
-    """Wherever it broke off, together with the lines of the same video before."""
+@pytest.mark.parametrize("num_bytes", ["in a line", "after a line", "in the last line"])
+def test_an_incomplete_group_is_cut_off(files, num_bytes):
+    """Wherever a killed run broke off, together with the lines of the same video before."""
     write(files, [caption("a.mp4")])
     whole = files.captions.read_bytes()
-    write(files, [caption("b.mp4", start=0.0), caption("b.mp4", start=2.0)])
+    write(files, segments(caption("b.mp4", start=0.0), caption("b.mp4", start=2.0)))
     added = files.captions.read_bytes()[len(whole) :]
     first = added.index(b"\n") + 1
-    kept = {"in a line": first + 9, "after a line": first, "before the line's end": len(added) - 1}[num_bytes]
+    kept = {"in a line": first + 9, "after a line": first, "in the last line": len(added) - 2}[num_bytes]
     os.truncate(files.captions, len(whole) + kept)
     with opened(files) as ledger:
         assert files.captions.read_bytes() == whole and ledger.num_cut_bytes == kept
         assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and not ledger.is_done(VideoFile("b.mp4", 5, 7))
+
+
+def write_as_an_editor_would(path: Path, change: str) -> None:
+    """Change nothing but the white space around the lines."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    text = {
+        "trim": "\n".join(line.rstrip() for line in lines) + "\n",
+        "no newline at the end": "\n".join(lines),
+        "indent": "".join(f"  {line}\t \n" for line in lines),
+        "blank lines": "\n".join(f"{line}\n" for line in lines) + "\n \n\n",
+        "carriage returns": "".join(f"{line}\r\n" for line in lines),
+    }[change]
+    path.write_bytes(text.encode())
+
+
+EDITS = ["trim", "no newline at the end", "indent", "blank lines", "carriage returns"]
+
+
+@pytest.mark.parametrize("change", EDITS)
+def test_an_editor_that_changes_white_space_does_not_destroy_resume(files, change):
+    """Of a whole video, one in segments, and two with a failed segment, of which one lacks its failure's record."""
+    groups = {
+        "a.mp4": segments(caption("a.mp4")),
+        "b.mp4": segments(caption("b.mp4", start=0.0), caption("b.mp4", start=2.0)),
+        "c.mp4": segments(caption("c.mp4", start=0.0), caption("c.mp4", start=4.0), num_failed=1),
+        "d.mp4": segments(caption("d.mp4", start=0.0), num_failed=2),
+    }
+    with opened(files) as ledger:
+        for group in groups.values():
+            ledger.write(group)
+        ledger.fail([failure("c.mp4", start=2.0)])
+    for path in (files.captions, files.failed):
+        write_as_an_editor_would(path, change)
+    before = [group for group in GroupReader(files.captions)]
+    assert [len(group) for group in before] == [1, 2, 2, 1]
+    with opened(files) as ledger:
+        assert ledger.num_cut_bytes == 0
+        assert [ledger.is_done(VideoFile(video, 5, 7)) for video in groups] == [True, True, True, False]
+        assert [ledger.has_failed_in_part(VideoFile(video, 5, 7)) for video in groups] == [False, False, True, False]
+        ledger.write(groups["d.mp4"])
+        ledger.fail([failure("d.mp4", start=2.0), failure("d.mp4", start=4.0)])
+    assert read_records(files.captions, Caption) == [*chain(*groups.values()), *groups["d.mp4"]]
+    assert len(read_records(files.failed, Failure)) == 3
+    with opened(files) as ledger:
+        assert all(ledger.is_done(VideoFile(video, 5, 7)) for video in groups) and ledger.num_cut_bytes == 0
+
+
+@pytest.mark.parametrize("change", EDITS)
+def test_an_incomplete_group_is_recognized_after_an_editor(files, change):
+    """Its first segment is there, and so are both segments of the video before."""
+    whole = segments(caption("a.mp4", start=0.0), caption("a.mp4", start=2.0))
+    write(files, whole, segments(caption("b.mp4", start=0.0), caption("b.mp4", start=2.0)))
+    text = files.captions.read_text()
+    files.captions.write_text("".join(text.splitlines(keepends=True)[:3]))
+    write_as_an_editor_would(files.captions, change)
+    with opened(files) as ledger:
+        assert ledger.num_cut_bytes > 0
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and not ledger.is_done(VideoFile("b.mp4", 5, 7))
+    assert read_records(files.captions, Caption) == whole
+
+
+def test_a_deleted_line_makes_its_video_pending(files):
+    """In the midst of the file: the lines before and after it count."""
+    groups = [segments(*(caption(video, start=start) for start in (0.0, 2.0, 4.0))) for video in ("a.mp4", "b.mp4")]
+    write(files, *groups, [caption("c.mp4")])
+    lines = files.captions.read_text().splitlines(keepends=True)
+    files.captions.write_text("".join(lines[:2] + lines[3:]))
+    with opened(files) as ledger:
+        assert ledger.num_cut_bytes == 0
+        assert [ledger.is_done(VideoFile(f"{name}.mp4", 5, 7)) for name in "abc"] == [False, True, True]
+        ledger.write(groups[0])
+    with opened(files) as ledger:
+        assert ledger.is_done(VideoFile("a.mp4", 5, 7))
+
+
+def test_a_job_of_another_format_is_refused(files):
+    write(files, [caption()])
+    job = json.loads(files.job.read_text())
+    assert job["format"] == 1
+    for other in ({**job, "format": 2}, {name: value for name, value in job.items() if name != "format"}):
+        files.job.write_text(json.dumps(other))
+        with pytest.raises(LedgerError, match=r"has format (2|None), and this version reads 1: .*--overwrite"):
+            opened(files)
 
 
 def test_zeros_that_a_power_cut_left_are_cut_off(files):
@@ -226,12 +316,12 @@ def test_another_question_is_not_mixed_in(files):
     write(files, [caption()])
     with pytest.raises(LedgerError, match=r"temperature 0\.0 \(now 1\.0\).*--overwrite"):
         opened(files, job=JOB | {"temperature": 1.0})
-    assert json.loads(files.job.read_text()) == JOB
+    assert json.loads(files.job.read_text()) == {"format": 1, **JOB}
 
 
 def test_captions_of_somebody_else_are_not_touched(files):
     files.out.write_text("precious")
-    with pytest.raises(LedgerError, match=r"no captions\.job\.json .*choose another --out"):
+    with pytest.raises(LedgerError, match=r"captions\.job\.json, .* is missing: choose another --out"):
         opened(files)
     assert files.out.read_text() == "precious" and len(list(files.out.parent.iterdir())) == 1
 
@@ -348,7 +438,7 @@ def test_a_file_that_becomes_full_meanwhile(files, monkeypatch):
 def test_more_full_files_than_there_are_numbers(files):
     write(files, [caption()])
     files.out.with_name("captions.99999.jsonl").touch()
-    with pytest.raises(LedgerError, match="greater --lines-per-file"):
+    with pytest.raises(LedgerError, match="increase --lines-per-file"):
         write(files, [caption("b.mp4")], lines_per_file=1)
     assert len(read_records(files.captions, Caption)) == 1
 
@@ -416,7 +506,7 @@ def test_a_full_disk(files):
     result = subprocess.run(
         [sys.executable, "-c", FULL, str(files.out)], capture_output=True, text=True, check=False, timeout=60
     )
-    assert "cannot be written (File too large)" in result.stderr and "the same command goes on" in result.stderr
+    assert "cannot be written (File too large)" in result.stderr and "run the same command" in result.stderr
     kept = read_records(files.out, Caption)
     number = int(result.stderr.split()[0])
     assert 1 <= number < 10 and len(kept) == 2 * number and len({one.video for one in kept}) == number
@@ -439,7 +529,7 @@ with Ledger(LedgerFiles(Path(sys.argv[1])), job={"model": "toy", "temperature": 
 
 def test_a_million_captions(files):
     """Known again in half a minute at most (10 s here), with 16 MB for them and some to gather and sort these."""
-    files.job.write_text(json.dumps(JOB))
+    files.job.write_text(json.dumps({"format": 1, **JOB}))
     line = json.dumps(asdict(caption("NUMBER", text="A red circle moves to the left. " * 3)))
     with files.out.open("w") as file:
         file.writelines(line.replace("NUMBER", f"/data/clips/{number:07d}.mp4") + "\n" for number in range(1_000_000))

@@ -76,6 +76,6 @@ def test_an_actor_killed_midway(folder, random_model, tmp_path):
     assert process.returncode == 1, err  # the broken file
     captions = read_records(out, Caption)
     assert sorted(Path(caption.video).name for caption in captions) == [f"{number:02d}.mp4" for number in range(29)]
-    assert "1 videos failed" in err and "29.mp4" in err
+    assert "1 video failed" in err and "29.mp4" in err
     assert {caption.model for caption in captions} == {str(random_model)}
     assert json.loads((tmp_path / "captions.job.json").read_text())["max_new_tokens"] == 4

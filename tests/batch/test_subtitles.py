@@ -33,7 +33,7 @@ def make(tmp_path):
     """A new run's writer, which knows of the runs before."""
 
     def make(*formats, **options) -> SubtitleWriter:
-        log = tmp_path / "log" / "captions.sidecars.jsonl"
+        log = tmp_path / "log" / "captions.subtitles.jsonl"
         log.parent.mkdir(exist_ok=True)
         return SubtitleWriter(formats or ("srt",), log=log, logs=[log] if log.exists() else [], **options)
 
@@ -120,7 +120,7 @@ def test_a_video_without_a_length(make, tmp_path, videos):
                 target.mux(packet)
     with make("srt", "txt") as subtitles:
         (failure,) = subtitles.write([Caption(str(live), "words", size_bytes=5, modified_ns=7)])
-    assert failure.stage == "write" and "does not say how long it is" in failure.reason
+    assert failure.stage == "write" and "declares no duration" in failure.reason
     assert (failure.size_bytes, failure.modified_ns) == (5, 7)
     assert (tmp_path / "a.txt").read_text() == "words\n" and not (tmp_path / "a.srt").exists()
 
@@ -144,8 +144,8 @@ def test_a_log_that_another_process_is_writing(captions, make, tmp_path):
     """Or that it left torn: what is whole of it counts."""
     path = Path(captions[0].video).with_suffix(".txt")
     assert make("txt").write(captions[:1]) == []
-    log = tmp_path / "log" / "captions.sidecars.jsonl"
-    torn = log.with_name("captions-1-of-2.sidecars.jsonl")
+    log = tmp_path / "log" / "captions.subtitles.jsonl"
+    torn = log.with_name("captions-1-of-2.subtitles.jsonl")
     torn.write_bytes(log.read_bytes() + log.read_bytes()[:-9])
     log.unlink()
     other = [replace(captions[0], text="Something else.")]
@@ -183,7 +183,7 @@ def test_ours_are_replaced_until_somebody_corrects_them(captions, make):
 def test_a_kill_before_a_side_car_is_in_the_log_does_no_harm(captions, make, tmp_path):
     """The same text is there, by whomever."""
     make("txt").write(captions[:1])
-    log = tmp_path / "log" / "captions.sidecars.jsonl"
+    log = tmp_path / "log" / "captions.subtitles.jsonl"
     log.write_bytes(log.read_bytes()[:-9])
     assert make("txt").write(captions[:1]) == []
     assert log.read_bytes().count(b"\n") == 1  # what was cut off is gone
@@ -228,7 +228,7 @@ def test_another_folder_mirrors_the_paths(make, tmp_path, monkeypatch):
 def test_a_folder_that_is_gone_is_not_made_anew(make, tmp_path):
     gone = Caption(str(tmp_path / "gone" / "a.mp4"), "words")
     (failure,) = make("txt").write([gone])
-    assert "a.mp4.txt: cannot be written (No such file" in failure.reason and not (tmp_path / "gone").exists()
+    assert "a.mp4.txt cannot be written (No such file" in failure.reason and not (tmp_path / "gone").exists()
     assert make("txt", folder=tmp_path / "subs").write([gone]) == []
     assert (tmp_path / "subs" / str(tmp_path).lstrip("/") / "gone" / "a.mp4.txt").read_text() == "words\n"
 
@@ -245,7 +245,7 @@ def test_a_folder_that_takes_no_files(captions, make, tmp_path, monkeypatch):
     assert "cannot be written (Permission denied)" in failure.reason and "--subtitle-dir" in failure.reason
     monkeypatch.setattr(Path, "write_bytes", refuse(errno.ENOSPC))
     with pytest.raises(
-        LedgerError, match=r"No space left.*what was finished is kept"
+        LedgerError, match=r"No space left.*Finished work is saved"
     ):  # which every other one would meet, too
         make("srt").write(captions)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "log"]

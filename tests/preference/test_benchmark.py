@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from salmonn.cli.judge_benchmark import print_bench
+from salmonn.cli.judge_benchmark import print_benchmark
 from salmonn.preference import benchmark as module
 from salmonn.preference.benchmark import (
     LabelledPair,
@@ -181,7 +181,7 @@ def test_prints_every_row(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr("salmonn.cli.judge_benchmark.Console", lambda **options: Console(file=out, **options))
     result = decide(pair("0 0", "1 0", kind="order", gap=1), pair("1 0 a", "0 0", kind="colour", gap=1))
-    print_bench(result)
+    print_benchmark(result)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]
     assert [row for row in cells if row] == [list(row) for group in benchmark_rows(result) for row in group]
     assert ["colour", "1", "0.0", "0.0 - 79.3", "0.0", "0", "0.0", "2.00"] in cells

@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from salmonn.cli.codes import SOME_FAILED
+from salmonn.cli.options import SOME_FAILED
 from salmonn.preference.reward import make_llm_client
 from salmonn.records import Caption, Event, Reference, Score, Unscored, write_records
 from salmonn.score.config import JudgeConfig

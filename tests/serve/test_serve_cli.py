@@ -45,7 +45,7 @@ class Process:
 
     @property
     def url(self) -> str:
-        match = re.search(r"is served at (\S+)/v1\n", self.log)
+        match = re.search(r"serving \S+ at (\S+)/v1\n", self.log)
         return match[1] if match else ""
 
     def is_up(self) -> bool:

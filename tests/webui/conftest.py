@@ -62,12 +62,12 @@ def start_demo(folder: Path, *flags: object, command: Sequence[object] = (SALMON
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(forked(*command, *flags), stderr=log, stdout=log, env=env)
     begin = time.monotonic()
-    while "the page is at " not in (log := (folder / "log").read_text()):
+    while "web UI running at " not in (log := (folder / "log").read_text()):
         if process.poll() is not None or time.monotonic() - begin > START_SECONDS:
             process.kill()
             raise AssertionError(f"the page did not start:\n{log}")
         time.sleep(0.1)
-    address = log.split("the page is at ")[1].split()[0]
+    address = log.split("web UI running at ")[1].split()[0]
     return Demo(process, address, folder / "votes", run, folder / "tmp", proxy)
 
 

@@ -3,7 +3,7 @@
 import time
 import tracemalloc
 
-from salmonn.batch.hash_set import KEY_BYTES, HashSet, hash_key
+from salmonn.batch.ledger_files import KEY_BYTES, HashSet, hash_key
 
 
 def test_a_digest_is_of_its_values():
