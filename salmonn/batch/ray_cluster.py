@@ -126,5 +126,7 @@ def _caption_round(
 
 def _parse_result(row: str) -> VideoResult:
     values = json.loads(row)
-    results = (parse_record(one, Failure if "reason" in one else Caption) for one in values["results"])
+    results: list[Caption | Failure] = [
+        parse_record(one, Failure) if "reason" in one else parse_record(one, Caption) for one in values["results"]
+    ]
     return VideoResult(values["index"], VideoFile(**values["video"]), tuple(results))

@@ -301,12 +301,8 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     assert all(end and end > 1 for end in ends)
     # The next run tells of it, too.
     code, err = caption(folder, "--glob", "[01].mp4", "--export", "srt")
-    assert (
-        code == 1
-        and "3 videos already done, skipped" in err
-       
+    assert code == 1 and "3 videos already done, skipped" in err
     assert "1 video skipped: failed in earlier runs, at least in part" in err
-    )
     text = (folder / "0.srt").read_text()
     assert text.startswith("1\n00:00:00,000 --> 00:00:") and (folder / "more" / "1.srt").exists()
     code, err = caption("--retry-failed", "--replace-subtitles", "--export", "srt")
