@@ -4,13 +4,14 @@ A `CaptionJob` decides which videos are pending and saves their results; `captio
 model in this process, `ray_cluster.caption_on_cluster` with models on a cluster.
 """
 
+import itertools
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -168,7 +169,7 @@ class CaptionJob:
         self._subtitles = subtitles
         self._on_failure = on_failure
         self._seen = HashSet()
-        self._num_pending = 0
+        self._indices = itertools.count()
 
     def pending(self, found: Iterable[VideoFile | Failure]) -> Iterator[IndexedVideo]:
         """Yield the listed videos that have to be captioned; a folder that cannot be listed fails here.
@@ -182,24 +183,18 @@ class CaptionJob:
                 if key in self._seen:  # it was named several times
                     continue
                 self._seen.add(key)
-            if not self._is_retry and self._ledger.has_failed(one):
+            status = "pending" if self._is_retry else self._ledger.status(one)
+            if status == "done":
+                self.stats.done_before += 1
+            elif status != "pending":
                 self.stats.failed_before += 1
             elif isinstance(one, Failure):
                 self._fail([one])
                 self.stats.failed += 1
                 self.stats.videos += 1
-                self._streak.add(self._next_index(), one.reason)
-            elif not self._is_retry and self._ledger.is_done(one):
-                if self._ledger.has_failed_in_part(one):
-                    self.stats.failed_before += 1
-                else:
-                    self.stats.done_before += 1
+                self._streak.add(next(self._indices), one.reason)
             else:
-                yield self._next_index(), one
-
-    def _next_index(self) -> int:
-        self._num_pending += 1
-        return self._num_pending - 1
+                yield next(self._indices), one
 
     def save(self, result: VideoResult) -> None:
         """Write the captions and failures of a video to the disk.
@@ -236,38 +231,30 @@ class CaptionJob:
         elif failures:
             self._ledger.fail(failures)
 
-    @property
-    def has_missing_subtitles(self) -> bool:
-        """Whether captions of earlier runs may lack their subtitle files."""
-        return self._subtitles is not None and (
-            self._is_retry or self.stats.done_before > 0 or self.stats.failed_before > 0
-        )
+    def finish(self) -> None:
+        """Write subtitle files that are still missing; after a retry, replace the lists of failures."""
+        may_lack_subtitles = self._is_retry or self.stats.done_before or self.stats.failed_before
+        if self._subtitles and may_lack_subtitles:
+            self._write_missing_subtitles(self._subtitles)
+        if self._is_retry:
+            untouched = [] if self._subtitles else self._ledger.unwritten()
+            self._ledger.replace_failures([*untouched, *self.failed_again])
 
-    def write_missing_subtitles(self, latest: LatestCaptions) -> None:
+    def _write_missing_subtitles(self, subtitles: SubtitleWriter) -> None:
         """Write subtitle files for captions of earlier runs that ran without them or were killed.
 
-        A subtitle file that could not be written is attempted again only by a retry.
-
-        Args:
-            latest: all captions.
+        One that could not be written is attempted again only by a retry.
         """
-        assert self._subtitles is not None
+        files = self._ledger.files
         failed_before = {failure.video for failure in self._ledger.unwritten()}
         failed_now = {failure.video for failure in self.failed_again}
-        for captions in latest.by_video():
+        for captions in LatestCaptions(files.all_captions()).by_video():  # whichever shards captioned the videos
             video = captions[0].video
-            if video in failed_now or (video in failed_before and not self._is_retry):
+            if not files.shard.holds(video) or video in failed_now or (video in failed_before and not self._is_retry):
                 continue
-            if not self._ledger.files.shard.holds(video):  # the process of its shard writes it
-                continue
-            failures = self._subtitles.write(captions, only_missing=video not in failed_before)
+            failures = subtitles.write(captions, only_missing=video not in failed_before)
             self._fail(failures)
             self.stats.failed += bool(failures)
-
-    def finish_retry(self) -> None:
-        """Replace the lists of failures by what failed again."""
-        untouched = [] if self._subtitles else self._ledger.unwritten()
-        self._ledger.replace_failures([*untouched, *self.failed_again])
 
 
 class _FailureStreak:
@@ -303,56 +290,54 @@ class _FailureStreak:
                 )
 
 
-class JobProgress:
-    """Progress bar with clips per minute, time left and failures; use it in a `with` statement.
+@contextmanager
+def show_progress(
+    stats: RunStats, *, count: Callable[[], Iterable[object]] | None, is_shown: bool = True
+) -> Iterator[Callable[[], None]]:
+    """Show a progress bar with clips per minute, time left and failures.
 
     Args:
         stats: counts of the run.
         count: lists the pending videos once more, to count them in a thread; None where that is not possible.
         is_shown: False in all processes but one.
+
+    Returns:
+        A function that updates the bar from `stats`.
     """
+    is_over = threading.Event()
+    start = time.perf_counter()
+    bar = tqdm(
+        desc="captioning",
+        unit="video",
+        disable=not is_shown,
+        bar_format=_BAR_WITHOUT_TOTAL,
+        mininterval=0.1 if sys.stderr.isatty() else _LOG_SECONDS,
+    )
+    totals: list[int] = []
 
-    def __init__(self, stats: RunStats, *, count: Callable[[], Iterable[object]] | None, is_shown: bool = True) -> None:
-        self._stats = stats
-        self._count = count
-        self._is_over = threading.Event()
-        self._total: int | None = None
-        self._start = time.perf_counter()
-        self._bar = tqdm(
-            desc="captioning",
-            unit="video",
-            disable=not is_shown,
-            bar_format=_BAR_WITHOUT_TOTAL,
-            mininterval=0.1 if sys.stderr.isatty() else _LOG_SECONDS,
-        )
-
-    def __enter__(self) -> "JobProgress":
-        if self._count and not self._bar.disable:
-            threading.Thread(target=self._count_all, name="counting", daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._is_over.set()
-        self._bar.close()
-
-    def update(self) -> None:
-        """Show the current counts."""
-        if self._total is not None and self._bar.total is None:
-            self._bar.total, self._bar.bar_format = self._total, _BAR
-        minutes = (time.perf_counter() - self._start) / 60
-        text = f"{self._stats.videos / minutes:.1f} clips/min"
-        if self._stats.failed:
-            text += f", {self._stats.failed} failed"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(self._stats.videos - self._bar.n)
-
-    def _count_all(self) -> None:
-        assert self._count is not None
+    def count_all() -> None:
+        assert count is not None
         total = 0
-        for _ in self._count():
+        for _ in count():
             total += 1
-            if self._is_over.is_set():
+            if is_over.is_set():
                 return
-        self._total = total
+        totals.append(total)
+
+    def update() -> None:
+        if totals and bar.total is None:
+            bar.total, bar.bar_format = totals[0], _BAR
+        minutes = (time.perf_counter() - start) / 60
+        text = f"{stats.videos / minutes:.1f} clips/min"
+        if stats.failed:
+            text += f", {stats.failed} failed"
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(stats.videos - bar.n)
+
+    if count and is_shown:
+        threading.Thread(target=count_all, name="counting", daemon=True).start()
+    try:
+        yield update
+    finally:
+        is_over.set()
+        bar.close()

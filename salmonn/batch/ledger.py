@@ -20,10 +20,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from salmonn.batch.discovery import VideoFile, VideoListing, stat_video
 from salmonn.batch.ledger_files import (
+    FAILED_SUFFIX,
     GroupReader,
     HashSet,
     LedgerError,
@@ -39,6 +40,9 @@ from salmonn.batch.ledger_files import (
 from salmonn.records import Caption, Failure, read_json, write_json, write_records
 
 logger = logging.getLogger(__name__)
+
+Status = Literal["pending", "done", "failed", "failed in part"]
+UNFINISHED: tuple[Status, ...] = ("pending", "failed")
 
 FORMAT = 1  # of the files of a run
 # Hashes in the job file, which would mean nothing in an error message, and what they are hashes of.
@@ -110,21 +114,20 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def is_done(self, video: VideoFile) -> bool:
-        """Tell whether an earlier run captioned this version of a file."""
-        return self._first_segment(video) in self._done and not (self._partial and _version(video) in self._partial)
+    def status(self, found: VideoFile | Failure) -> Status:
+        """Look up what earlier runs did with a file as it is now, or with a folder that cannot be listed.
 
-    def has_failed_in_part(self, video: VideoFile) -> bool:
-        """Tell whether a segment or a subtitle file of a captioned file failed, and has not succeeded since."""
-        return _version(video) in self._failed_in_part
-
-    def has_failed(self, found: VideoFile | Failure) -> bool:
-        """Tell whether this version of a file could not be captioned, or a folder not be listed."""
-        return (self._first_segment(found) if isinstance(found, VideoFile) else _segment(found)) in self._failed
-
-    def is_known(self, found: VideoFile | Failure) -> bool:
-        """Tell whether a run without --retry-failed skips this file."""
-        return self.has_failed(found) or (isinstance(found, VideoFile) and self.is_done(found))
+        Returns:
+            "failed in part" if a segment or a subtitle file of a captioned file failed, and has not succeeded since.
+        """
+        version = _key(found)
+        start = self._start_seconds if isinstance(found, VideoFile) else float(found.start_seconds or 0.0)
+        segment = _key(found, start)
+        if segment in self._failed:
+            return "failed"
+        if isinstance(found, Failure) or segment not in self._done or version in self._partial:
+            return "pending"
+        return "failed in part" if version in self._failed_in_part else "done"
 
     def to_retry(self, *, globs: Sequence[str] = ()) -> Iterator[VideoFile | Failure]:
         """List this shard's videos that failed in earlier runs and have not succeeded since, as they are now.
@@ -142,8 +145,12 @@ class Ledger:
                 yield failure  # the file still has a name that no record can hold
             elif os.path.isdir(name):  # noqa: PTH112 - as in `walk_paths`
                 found = VideoListing([name], globs=globs, shard=self.files.shard).videos()
-                yield from (one for one in found if isinstance(one, Failure) or not self.is_done(one))
-            elif isinstance(now, Failure) or self._is_outstanding(failure, now):
+                yield from (one for one in found if isinstance(one, Failure) or self.status(one) in UNFINISHED)
+            elif isinstance(now, Failure) or (
+                _segment_key(failure) in self._failed
+                if (failure.size_bytes, failure.modified_ns) == (now.size_bytes, now.modified_ns)
+                else self.status(now) in UNFINISHED
+            ):
                 yield now
             else:
                 continue
@@ -189,24 +196,16 @@ class Ledger:
         else:
             own.unlink(missing_ok=True)
         if self.files.shard.count == 1:
-            for path in self.files.all_failed():
+            for path in self.files.find(FAILED_SUFFIX):
                 if path != own:
                     path.unlink()
 
-    def _first_segment(self, video: VideoFile) -> bytes:
-        return hash_key(video.path, video.size_bytes, video.modified_ns, self._start_seconds)
-
-    def _is_outstanding(self, failure: Failure, now: VideoFile) -> bool:
-        if (failure.size_bytes, failure.modified_ns) == (now.size_bytes, now.modified_ns):
-            return _segment(failure) in self._failed
-        return not self.is_done(now)
-
     def _failures(self) -> Iterator[Failure]:
-        for path in self.files.all_failed():
+        for path in self.files.find(FAILED_SUFFIX):
             yield from read_complete(path, Failure)
 
     def _read_all(self) -> None:
-        self._failed = {_segment(failure) for failure in self._failures() if failure.stage != "write"}
+        self._failed = {_segment_key(failure) for failure in self._failures() if failure.stage != "write"}
         self._partial = set()
         keys = bytearray()
         for path in self.files.all_captions():
@@ -214,11 +213,10 @@ class Ledger:
         self._done = HashSet(keys)
         self._failed_in_part = set()
         for failure in self._failures():
-            version = _version(failure)
+            version = _key(failure)
             self._partial.discard(version)
-            video = VideoFile(failure.video, failure.size_bytes, failure.modified_ns)
-            is_outstanding = failure.stage == "write" or _segment(failure) in self._failed
-            if is_outstanding and self._first_segment(video) in self._done:
+            is_outstanding = failure.stage == "write" or _segment_key(failure) in self._failed
+            if is_outstanding and _key(failure, self._start_seconds) in self._done:
                 self._failed_in_part.add(version)
 
     def _read(self, path: Path, keys: bytearray) -> None:
@@ -293,13 +291,14 @@ def _require_same_job(files: LedgerFiles, job: Mapping[str, Any]) -> None:
         raise LedgerError(f"{files.out} was made with {', '.join(differing)}: use the same settings, {remedy}")
 
 
-def _segment(failure: Failure) -> bytes:
-    start = float(failure.start_seconds or 0.0)
-    return hash_key(failure.video, failure.size_bytes, failure.modified_ns, start)
+def _key(one: VideoFile | Failure, start_seconds: float | None = None) -> bytes:
+    """Return the key of this version of a file, or of its segment that starts at a time."""
+    version = (one.path if isinstance(one, VideoFile) else one.video, one.size_bytes, one.modified_ns)
+    return hash_key(*version) if start_seconds is None else hash_key(*version, start_seconds)
 
 
-def _version(one: VideoFile | Failure) -> bytes:
-    return hash_key(one.video if isinstance(one, Failure) else one.path, one.size_bytes, one.modified_ns)
+def _segment_key(failure: Failure) -> bytes:
+    return _key(failure, float(failure.start_seconds or 0.0))
 
 
 def _unescape(name: str) -> str:

@@ -78,17 +78,37 @@ class HashSet:
             self._recent = set()
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LedgerFiles:
     """The names of a run's files.
 
     Args:
         out: captions file as the user named it.
         shard: part of the videos that this process captions.
+
+    Attributes:
+        captions: captions of this process.
+        failed: failures of this process.
+        subtitles: log of the subtitle files that this process wrote.
+        lock: lock that the writing process holds.
+        job: settings of the run, shared by all shards.
     """
 
     out: Path
     shard: Shard = field(default_factory=Shard)
+    captions: Path = field(init=False, compare=False)
+    failed: Path = field(init=False, compare=False)
+    subtitles: Path = field(init=False, compare=False)
+    lock: Path = field(init=False, compare=False)
+    job: Path = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        stem = self.out.stem + (f"-{self.shard.number}-of-{self.shard.count}" if self.shard.count > 1 else "")
+        self.captions = self.out.with_name(stem + self.out.suffix)
+        self.failed = self.out.with_name(stem + FAILED_SUFFIX)
+        self.subtitles = self.out.with_name(stem + SUBTITLES_SUFFIX)
+        self.lock = self.out.with_name(f".{stem}{self.out.suffix}.lock")
+        self.job = self.out.with_name(self.out.stem + JOB_SUFFIX)
 
     @classmethod
     def of(cls, captions: Path) -> "LedgerFiles":
@@ -98,42 +118,29 @@ class LedgerFiles:
         with_job = (stem for stem in stems if captions.with_name(stem + JOB_SUFFIX).exists())
         return cls(captions.with_name(next(with_job, stems[-1]) + captions.suffix))
 
-    @property
-    def captions(self) -> Path:
-        """Captions file of this process."""
-        return self._own(self.out.suffix)
-
-    @property
-    def failed(self) -> Path:
-        """Failures of this process."""
-        return self._own(FAILED_SUFFIX)
-
-    @property
-    def subtitles(self) -> Path:
-        """Log of the subtitle files that this process wrote."""
-        return self._own(SUBTITLES_SUFFIX)
-
-    @property
-    def lock(self) -> Path:
-        """Lock file that the writing process holds."""
-        return self.captions.with_name(f".{self.captions.name}.lock")
-
-    @property
-    def job(self) -> Path:
-        """Settings of the run, shared by all shards."""
-        return self.out.with_name(self.out.stem + JOB_SUFFIX)
+    def find(self, suffix: str, *, prefix: str = "", pattern: str = "") -> list[Path]:
+        """List this run's files, of all shards, by prefix and suffix; a regular expression may precede the latter."""
+        stem = re.escape(prefix) + rf"(?P<stem>{re.escape(self.out.stem)}(-\d+-of-\d+)?)"
+        names = {path.name for path in self.out.parent.iterdir()} if self.out.parent.is_dir() else set()
+        found = []
+        for name in sorted(names):
+            if match := re.fullmatch(stem + pattern + re.escape(suffix), name):
+                # A run with --out captions-1-of-2.jsonl, or captions.00001.jsonl, has a job file of its own.
+                stems = {match["stem"], name.removesuffix(self.out.suffix)} - {self.out.stem}
+                if not any(stem + JOB_SUFFIX in names for stem in stems):
+                    found.append(self.out.with_name(name))
+        return found
 
     def other_locks(self) -> list[Path]:
         """List the lock files of runs with another number of shards."""
-        found = self._find(re.escape(self.out.suffix) + r"\.lock", prefix=".")
         own = f"-of-{self.shard.count}{self.out.suffix}.lock" if self.shard.count > 1 else self.lock.name
-        return [path for path in found if not path.name.endswith(own)]
+        return [path for path in self.find(self.out.suffix + ".lock", prefix=".") if not path.name.endswith(own)]
 
     def all_captions(self) -> list[Path]:
         """List the captions files of all shards, full ones included, in the order of `in_order`."""
         while True:
             try:
-                return in_order(self._find(rf"({_NUMBER})?" + re.escape(self.out.suffix)))
+                return in_order(self.find(self.out.suffix, pattern=rf"({_NUMBER})?"))
             except FileNotFoundError:  # it was full, and has just been renamed by another shard
                 continue
 
@@ -142,39 +149,12 @@ class LedgerFiles:
         pattern = re.compile(re.escape(self.captions.stem) + rf"({_NUMBER})?" + re.escape(self.out.suffix))
         return [path for path in self.all_captions() if pattern.fullmatch(path.name)]
 
-    def all_failed(self) -> list[Path]:
-        """List the failures files of all shards."""
-        return self._find(re.escape(FAILED_SUFFIX))
-
-    def all_subtitles(self) -> list[Path]:
-        """List the subtitle logs of all shards."""
-        return self._find(re.escape(SUBTITLES_SUFFIX))
-
     def next_full(self) -> Path:
         """Return the name for the next full file; raises LedgerError where the numbers are used up."""
         number = 1 + max((int(path.stem[-5:]) for path in self.own_captions() if path != self.captions), default=0)
         if number > MAX_FULL_FILES:
             raise LedgerError(f"{self.captions}: {MAX_FULL_FILES} files are full; increase --lines-per-file")
-        return self._own(f".{number:05d}{self.out.suffix}")
-
-    def _own(self, suffix: str) -> Path:
-        shard = f"-{self.shard.number}-of-{self.shard.count}" if self.shard.count > 1 else ""
-        return self.out.with_name(self.out.stem + shard + suffix)
-
-    def _find(self, suffix: str, *, prefix: str = "") -> list[Path]:
-        """List the files of all shards whose names end in a pattern."""
-        stem = rf"(?P<stem>{re.escape(self.out.stem)}(-\d+-of-\d+)?)"
-        pattern = re.compile(re.escape(prefix) + stem + suffix)
-        folder = self.out.parent
-        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        found = []
-        for name in sorted(names):
-            if match := pattern.fullmatch(name):
-                # A run with --out captions-1-of-2.jsonl, or captions.00001.jsonl, has a job file of its own.
-                stems = {match["stem"], name.removesuffix(self.out.suffix)} - {self.out.stem}
-                if not any(stem + JOB_SUFFIX in names for stem in stems):
-                    found.append(folder / name)
-        return found
+        return self.captions.with_name(f"{self.captions.stem}.{number:05d}{self.out.suffix}")
 
 
 def is_full(path: Path) -> bool:
@@ -207,7 +187,7 @@ def move_to_backup(files: LedgerFiles) -> list[Path]:
         The new names.
     """
     moved = []
-    for path in [*files.all_captions(), *files.all_failed(), files.job]:
+    for path in [*files.all_captions(), *files.find(FAILED_SUFFIX), files.job]:
         if path.exists():
             backup = path.with_name(f"{path.name}.old")
             numbers = count(1)
@@ -259,7 +239,6 @@ class GroupReader:
                 if (values := parse_last_line(line, self._path)) is None:
                     self.is_unfinished = True
                     return
-                _require_counts(values, self._path)
                 if group and not _continues(group, values):  # somebody deleted a line
                     yield self._finish(group, end=start)
                     group = []
@@ -275,12 +254,6 @@ class GroupReader:
         return group
 
 
-def _require_counts(values: dict[str, Any], path: Path) -> None:
-    for name in ("segment", "num_segments", "num_failed_segments"):
-        if not isinstance(values.get(name, 0), int):
-            raise LedgerError(f"{path}: {name} of {values['video']} must be a whole number, got {values[name]!r}")
-
-
 def _continues(group: Group, values: dict[str, Any]) -> bool:
     """Tell whether a line continues a group: it is a later segment of the same version of the video."""
     names = ("video", "size_bytes", "modified_ns", "num_segments", "num_failed_segments")
@@ -294,7 +267,7 @@ def parse_line(line: bytes, path: Path) -> dict[str, Any]:
     """Parse a line of a JSONL file of captions or failures.
 
     Raises:
-        LedgerError: the line is not a JSON object, or not about a video.
+        LedgerError: the line is not a JSON object, is not about a video, or has a wrong number of segments.
     """
     try:
         values = json.loads(line)
@@ -302,6 +275,9 @@ def parse_line(line: bytes, path: Path) -> dict[str, Any]:
         raise LedgerError(f"{path}: a line is not valid JSON ({error}): {line[:60]!r}; correct or delete it") from error
     if not isinstance(values, dict) or "video" not in values:
         raise LedgerError(f"{path}: a line is not a caption: {line[:60]!r}; delete it or choose another --out")
+    for name in ("segment", "num_segments", "num_failed_segments"):
+        if not isinstance(values.get(name, 0), int):
+            raise LedgerError(f"{path}: {name} of {values['video']} must be a whole number, got {values[name]!r}")
     return values
 
 

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -56,35 +57,7 @@ class SubtitleFile:
         return hash_key(self.path, self.video, self.size_bytes, self.modified_ns)
 
 
-class DurationReader:
-    """Reads the duration of files in a worker process with limits; close it after use.
-
-    Args:
-        limits: time and memory for one file.
-    """
-
-    def __init__(self, limits: WorkerLimits) -> None:
-        self._limits = limits
-        self._worker: Worker | None = None
-
-    def close(self) -> None:
-        """End the worker process."""
-        if self._worker:
-            self._worker.kill()
-        self._worker = None
-
-    def seconds(self, video: str) -> float:
-        """Return `declared_seconds` of a file; raises ClipError like it, and if the file exceeds a limit."""
-        self._worker = self._worker or Worker(self._limits)
-        try:
-            self._worker.begin(partial(declared_seconds, video))
-            return float(self._worker.finish())
-        except WorkerDied as error:
-            self.close()
-            raise ClipError(f"{video}: {error}") from error
-
-
-class SubtitleWriter:
+class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
     """Writes subtitle files; use it in a `with` statement if captions may lack their end time.
 
     Args:
@@ -107,18 +80,18 @@ class SubtitleWriter:
         limits: WorkerLimits | None = None,
     ) -> None:
         self._formats = formats
-        self._durations = DurationReader(limits or WorkerLimits())
+        self._limits = limits or WorkerLimits()
+        self._worker: Worker | None = None
         self._log = log
         self._folder = folder
         self._replace = replace
         repair_last_line(log)
         self._ours = HashSet(b"".join(one.key for path in logs for one in read_complete(path, SubtitleFile)))
 
-    def __enter__(self) -> "SubtitleWriter":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self._durations.close()
+        if self._worker:
+            self._worker.kill()
+        self._worker = None
 
     def write(self, captions: Sequence[Caption], *, only_missing: bool = False) -> list[Failure]:
         """Write the subtitle files of a video.
@@ -139,14 +112,16 @@ class SubtitleWriter:
             if only_missing and os.path.exists(path):  # noqa: PTH110 - False for a name that is too long
                 continue
             try:
-                self._write(path, format_text(captions, name, seconds_of=self._durations.seconds), captions[0])
+                self._write(path, format_text(captions, name, seconds_of=self._declared_seconds), captions[0])
+                continue
             except ClipError as error:
-                failures.append(_failure(captions[0], str(error)))
+                reason = str(error)
             except OSError as error:
                 if error.errno in _DISK_ERRORS:
                     raise LedgerError(cannot_write(path, error)) from error
                 reason = f"{path} cannot be written ({error.strerror}); choose another folder with --subtitle-dir"
-                failures.append(_failure(captions[0], reason))
+            version = dict(size_bytes=captions[0].size_bytes, modified_ns=captions[0].modified_ns)
+            failures.append(Failure(captions[0].video, reason, "write", **version))
         return failures
 
     def path_of(self, video: str, suffix: str) -> Path:
@@ -159,6 +134,17 @@ class SubtitleWriter:
         if inside.startswith(("/", "..")):
             inside = str(path.parent.absolute().resolve()).lstrip("/")
         return self._folder / inside / f"{name}.{suffix}"
+
+    def _declared_seconds(self, video: str) -> float:
+        """Return `declared_seconds` of a video, read in a process with limits; raises ClipError."""
+        self._worker = self._worker or Worker(self._limits)
+        try:
+            self._worker.begin(partial(declared_seconds, video))
+            return float(self._worker.finish())
+        except WorkerDied as error:
+            self._worker.kill()
+            self._worker = None
+            raise ClipError(f"{video}: {error}") from error
 
     def _write(self, path: Path, text: str, caption: Caption) -> None:
         """Write one file; raises OSError, and ClipError if there is a file that is not ours."""
@@ -252,7 +238,3 @@ def _clock(seconds: float, point: str) -> str:
     """Format a time as hours, minutes, seconds and milliseconds."""
     total = round(seconds * 1000)
     return f"{total // 3_600_000:02d}:{total // 60_000 % 60:02d}:{total // 1000 % 60:02d}{point}{total % 1000:03d}"
-
-
-def _failure(caption: Caption, reason: str) -> Failure:
-    return Failure(caption.video, reason, "write", size_bytes=caption.size_bytes, modified_ns=caption.modified_ns)

@@ -135,7 +135,7 @@ def _caption(values: Namespace) -> int:
     from salmonn.batch.export import TABLES, LatestCaptions, export_table
     from salmonn.batch.job import CaptionJob
     from salmonn.batch.ledger import Ledger
-    from salmonn.batch.ledger_files import LedgerFiles
+    from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerFiles
     from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
     from salmonn.caption.worker import WorkerLimits
 
@@ -159,7 +159,7 @@ def _caption(values: Namespace) -> int:
                 SubtitleWriter(
                     formats,
                     log=files.subtitles,
-                    logs=files.all_subtitles(),
+                    logs=files.find(SUBTITLES_SUFFIX),
                     folder=values.subtitle_dir,
                     replace=values.replace_subtitles,
                     limits=limits,
@@ -173,14 +173,11 @@ def _caption(values: Namespace) -> int:
             on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
         )
         speed = _run(job, ledger, listing, values=values, config=config, limits=limits)
-        if job.has_missing_subtitles:  # whichever shards captioned those videos
-            job.write_missing_subtitles(LatestCaptions(files.all_captions()))
+        job.finish()
         if tables := [suffix for suffix in TABLES if suffix.removeprefix(".") in values.export]:
             latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
             for suffix in tables:
                 export_table(latest, files.captions.with_suffix(suffix))
-        if values.retry_failed:
-            job.finish_retry()
     _report_results(job.stats, files, speed)
     return job.stats.failed + job.stats.failed_before
 
@@ -196,7 +193,7 @@ def _run(
 ) -> str:
     """Caption the pending videos; return the speed, as it goes into the summary."""
     from salmonn import dist
-    from salmonn.batch.job import JobProgress, caption_videos
+    from salmonn.batch.job import caption_videos, show_progress
     from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
     from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
 
@@ -209,7 +206,7 @@ def _run(
     if values.retry_failed:
         count = ledger.to_retry
     elif not listing.is_read_once:
-        count = lambda: (one for one in listing.videos(quiet=True) if not ledger.is_known(one))  # noqa: E731
+        count = lambda: (one for one in listing.videos(quiet=True) if ledger.status(one) == "pending")  # noqa: E731
     reader = None
     results: Generator[VideoResult]
     with ExitStack() as stack:
@@ -222,11 +219,11 @@ def _run(
             reader = stack.enter_context(ClipReader(workers=workers, limits=limits))  # they start while the model loads
             results = caption_videos(load_captioner(values), chain(first, pending), config=config, reader=reader)
         stack.enter_context(closing(results))
-        progress = stack.enter_context(JobProgress(job.stats, count=count, is_shown=dist.is_main()))
+        update = stack.enter_context(show_progress(job.stats, count=count, is_shown=dist.is_main()))
         start = time.perf_counter()
         for result in results:
             job.save(result)
-            progress.update()
+            update()
         seconds = time.perf_counter() - start
     speed = f"; {60 * job.stats.videos / seconds:.1f} clips per minute"
     return speed + (f" ({reader.waited_seconds / seconds:.0%} of the time waiting for files)" if reader else "")

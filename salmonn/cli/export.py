@@ -31,7 +31,7 @@ def export_parser() -> FlagParser:
 def run_export(values: Namespace) -> int:
     """Write captions in other formats."""
     from salmonn.batch.export import TABLES, LatestCaptions, export_subtitles, export_table
-    from salmonn.batch.ledger_files import LedgerFiles, in_order
+    from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerFiles, in_order
     from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
 
     formats = [name for name in SUBTITLE_FORMATS if name in values.to]
@@ -53,7 +53,7 @@ def run_export(values: Namespace) -> int:
     with SubtitleWriter(
         formats,
         log=files.subtitles,
-        logs=files.all_subtitles(),
+        logs=files.find(SUBTITLES_SUFFIX),
         folder=values.subtitle_dir,
         replace=values.replace_subtitles,
     ) as subtitles:

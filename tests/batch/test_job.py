@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from salmonn.batch.discovery import Shard, VideoFile, path_number, stat_video
-from salmonn.batch.export import LatestCaptions
 from salmonn.batch.job import (
     CaptionJob,
     JobConfig,
-    JobProgress,
     RunStats,
     TooManyFailures,
     VideoResult,
     caption_videos,
+    show_progress,
 )
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import LedgerFiles
@@ -101,7 +100,7 @@ def test_what_failed_in_part_is_told_by_the_next_run(files, tmp_path):
         assert list(job.pending(map(video, range(3)))) == []
         assert (job.stats.done_before, job.stats.failed_before) == (0, 3)
         # Another version of the file has not failed.
-        assert not ledger.has_failed_in_part(replace(video(0), size_bytes=6))
+        assert ledger.status(replace(video(0), size_bytes=6)) == "pending"
     with opened(files) as ledger:  # a retry brings what was missing
         job = CaptionJob(ledger, is_retry=True)
         run_all(job, {0: ("ok", "ok"), 1: ("ok", "ok"), 2: ("ok", "ok")})
@@ -218,7 +217,7 @@ def test_a_retry_takes_the_list_and_writes_it_anew(files, tmp_path):
                     )
                 )
             if not is_killed:
-                job.finish_retry()
+                job.finish()
     assert [one.video for one in read_records(files.captions, Caption)] == [str(paths[0])]
     assert [(one.video, one.reason) for one in read_records(files.failed, Failure)] == [(str(paths[1]), "still")]
 
@@ -236,10 +235,7 @@ def with_sidecars(ledger, films, **options) -> CaptionJob:
     job = CaptionJob(ledger, subtitles=SubtitleWriter(["txt"], log=log, logs=[log] if log.exists() else []), **options)
     for place, one in job.pending(ledger.to_retry() if options else films):
         job.save(VideoResult(place, one, (Caption(one.path, "ok", size_bytes=5, modified_ns=one.modified_ns),)))
-    if job.has_missing_subtitles:
-        job.write_missing_subtitles(LatestCaptions(ledger.files.all_captions()))
-    if options:
-        job.finish_retry()
+    job.finish()
     return job
 
 
@@ -279,7 +275,7 @@ def test_a_sidecar_that_could_not_be_written(files, films, tmp_path):
     with opened(files) as ledger:  # a retry without side-cars leaves the list as it is
         job = CaptionJob(ledger, is_retry=True)
         assert list(job.pending(ledger.to_retry())) == []
-        job.finish_retry()
+        job.finish()
     (failure,) = read_records(files.failed, Failure)
     assert failure.stage == "write" and (tmp_path / "a.txt").read_text() == "mine"
     (tmp_path / "a.txt").unlink()
@@ -327,12 +323,12 @@ def test_a_video_is_told_when_its_last_segment_is_done():
 def run_progress(capsys, count) -> str:
     """Three videos in 0.3 s, of which the second fails."""
     stats = RunStats()
-    with JobProgress(stats, count=count) as bar:
+    with show_progress(stats, count=count) as update:
         for number in range(3):
             time.sleep(0.1)
             stats.videos += 1
             stats.failed += number == 1
-            bar.update()
+            update()
     return capsys.readouterr().err
 
 
@@ -367,6 +363,6 @@ def test_counting_ends_with_the_run(capsys):
 
 
 def test_other_processes_show_none(capsys):
-    with JobProgress(RunStats(videos=1), count=None, is_shown=False) as bar:
-        bar.update()
+    with show_progress(RunStats(videos=1), count=None, is_shown=False) as update:
+        update()
     assert capsys.readouterr().err == ""

@@ -12,7 +12,7 @@ import pytest
 
 from salmonn.batch.discovery import Shard, VideoFile, stat_video
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.ledger_files import GroupReader, LedgerError, LedgerFiles
+from salmonn.batch.ledger_files import FAILED_SUFFIX, GroupReader, LedgerError, LedgerFiles
 from salmonn.records import Caption, Failure, read_records
 
 JOB = {"model": "toy", "temperature": 0.0}
@@ -41,6 +41,18 @@ def opened(files, **options) -> Ledger:
     return Ledger(files, job=options.pop("job", JOB), **options)
 
 
+def is_done(ledger: Ledger, video: VideoFile) -> bool:
+    return ledger.status(video) in ("done", "failed in part")
+
+
+def has_failed(ledger: Ledger, found: VideoFile | Failure) -> bool:
+    return ledger.status(found) == "failed"
+
+
+def has_failed_in_part(ledger: Ledger, video: VideoFile) -> bool:
+    return ledger.status(video) == "failed in part"
+
+
 def write(files, *groups, **options) -> None:
     with opened(files, **options) as ledger:
         for group in groups:
@@ -51,10 +63,10 @@ def test_what_was_written_is_done(files):
     write(files, [caption()], [caption("b.mp4")])
     assert read_records(files.captions, Caption) == [caption(), caption("b.mp4")]
     with opened(files) as ledger:
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and ledger.is_done(VideoFile("b.mp4", 5, 7))
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7)) and is_done(ledger, VideoFile("b.mp4", 5, 7))
         # Another file, or that one changed since.
         for video in (VideoFile("c.mp4", 5, 7), VideoFile("a.mp4", 6, 7), VideoFile("a.mp4", 5, 8), VideoFile("a.mp4")):
-            assert not ledger.is_done(video) and not ledger.has_failed(video)
+            assert not is_done(ledger, video) and not has_failed(ledger, video)
 
 
 def test_all_lines_of_a_group_are_json(files):
@@ -78,7 +90,7 @@ def test_an_incomplete_group_is_cut_off(files, num_bytes):
     os.truncate(files.captions, len(whole) + kept)
     with opened(files) as ledger:
         assert files.captions.read_bytes() == whole and ledger.num_cut_bytes == kept
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and not ledger.is_done(VideoFile("b.mp4", 5, 7))
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7)) and not is_done(ledger, VideoFile("b.mp4", 5, 7))
 
 
 def write_as_an_editor_would(path: Path, change: str) -> None:
@@ -116,14 +128,14 @@ def test_an_editor_that_changes_white_space_does_not_destroy_resume(files, chang
     assert [len(group) for group in before] == [1, 2, 2, 1]
     with opened(files) as ledger:
         assert ledger.num_cut_bytes == 0
-        assert [ledger.is_done(VideoFile(video, 5, 7)) for video in groups] == [True, True, True, False]
-        assert [ledger.has_failed_in_part(VideoFile(video, 5, 7)) for video in groups] == [False, False, True, False]
+        assert [is_done(ledger, VideoFile(video, 5, 7)) for video in groups] == [True, True, True, False]
+        assert [has_failed_in_part(ledger, VideoFile(video, 5, 7)) for video in groups] == [False, False, True, False]
         ledger.write(groups["d.mp4"])
         ledger.fail([failure("d.mp4", start=2.0), failure("d.mp4", start=4.0)])
     assert read_records(files.captions, Caption) == [*chain(*groups.values()), *groups["d.mp4"]]
     assert len(read_records(files.failed, Failure)) == 3
     with opened(files) as ledger:
-        assert all(ledger.is_done(VideoFile(video, 5, 7)) for video in groups) and ledger.num_cut_bytes == 0
+        assert all(is_done(ledger, VideoFile(video, 5, 7)) for video in groups) and ledger.num_cut_bytes == 0
 
 
 @pytest.mark.parametrize("change", EDITS)
@@ -136,7 +148,7 @@ def test_an_incomplete_group_is_recognized_after_an_editor(files, change):
     write_as_an_editor_would(files.captions, change)
     with opened(files) as ledger:
         assert ledger.num_cut_bytes > 0
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and not ledger.is_done(VideoFile("b.mp4", 5, 7))
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7)) and not is_done(ledger, VideoFile("b.mp4", 5, 7))
     assert read_records(files.captions, Caption) == whole
 
 
@@ -148,10 +160,10 @@ def test_a_deleted_line_makes_its_video_pending(files):
     files.captions.write_text("".join(lines[:2] + lines[3:]))
     with opened(files) as ledger:
         assert ledger.num_cut_bytes == 0
-        assert [ledger.is_done(VideoFile(f"{name}.mp4", 5, 7)) for name in "abc"] == [False, True, True]
+        assert [is_done(ledger, VideoFile(f"{name}.mp4", 5, 7)) for name in "abc"] == [False, True, True]
         ledger.write(groups[0])
     with opened(files) as ledger:
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7))
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7))
 
 
 def test_a_job_of_another_format_is_refused(files):
@@ -178,7 +190,7 @@ def test_what_another_shard_is_writing_is_left_alone(files):
     other.write_bytes(other.read_bytes() + b'{"video": "b.m')
     before = other.read_bytes()
     with opened(files) as ledger:
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and ledger.num_cut_bytes == 0
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7)) and ledger.num_cut_bytes == 0
     assert other.read_bytes() == before
 
 
@@ -188,7 +200,7 @@ def test_shards_know_each_others_captions(files):
     assert [path.name for path in files.all_captions()] == ["captions-1-of-2.jsonl", "captions-2-of-2.jsonl"]
     # Another number of them since.
     with opened(replace(files, shard=Shard(3, 3))) as ledger:
-        assert ledger.is_done(VideoFile("1.mp4", 5, 7)) and ledger.is_done(VideoFile("2.mp4", 5, 7))
+        assert is_done(ledger, VideoFile("1.mp4", 5, 7)) and is_done(ledger, VideoFile("2.mp4", 5, 7))
 
 
 def test_other_files_of_the_folder_are_not_read(files):
@@ -196,7 +208,7 @@ def test_other_files_of_the_folder_are_not_read(files):
     for name in ("captions-old.jsonl", "captions.jsonl.old", "captions2.jsonl", "captions.7.jsonl", "captions.txt"):
         files.out.with_name(name).write_text("precious")
     with opened(files) as ledger:
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7))
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7))
     assert LedgerFiles.of(files.out.with_name("captions-3-of-8.00002.jsonl")) == files == LedgerFiles.of(files.out)
 
 
@@ -214,7 +226,7 @@ def test_rotation(files):
     assert sorted(path.name for path in files.all_captions()) == names
     assert [read_records(files.out.with_name(name), Caption) for name in names] == groups
     with opened(files) as ledger:
-        assert all(ledger.is_done(VideoFile(f"{name}.mp4", 5, 7)) for name in "abcd")
+        assert all(is_done(ledger, VideoFile(f"{name}.mp4", 5, 7)) for name in "abcd")
     with pytest.raises(ValueError, match="--lines-per-file"):
         opened(files, lines_per_file=0)
 
@@ -223,9 +235,9 @@ def test_failures_are_passed_over_until_the_file_changes(files):
     with opened(files) as ledger:
         ledger.fail([failure("a.mp4"), failure("b.mp4", size=None)])
     with opened(files) as ledger:
-        assert ledger.has_failed(VideoFile("a.mp4", 5, 7)) and not ledger.has_failed(VideoFile("a.mp4", 6, 7))
-        assert ledger.has_failed(failure("a.mp4")) and not ledger.has_failed(failure("c.mp4"))
-        assert not ledger.is_done(VideoFile("a.mp4", 5, 7))
+        assert has_failed(ledger, VideoFile("a.mp4", 5, 7)) and not has_failed(ledger, VideoFile("a.mp4", 6, 7))
+        assert has_failed(ledger, failure("a.mp4")) and not has_failed(ledger, failure("c.mp4"))
+        assert not is_done(ledger, VideoFile("a.mp4", 5, 7))
 
 
 def test_a_side_car_that_failed_before_its_captions_were_written(files):
@@ -233,7 +245,7 @@ def test_a_side_car_that_failed_before_its_captions_were_written(files):
     with opened(files) as ledger:
         ledger.fail([failure(stage="write")])
     with opened(files) as ledger:
-        assert not ledger.is_known(VideoFile("a.mp4", 5, 7))
+        assert ledger.status(VideoFile("a.mp4", 5, 7)) == "pending"
 
 
 def test_a_segment_that_failed_is_outstanding_until_it_comes_out(files, tmp_path):
@@ -247,7 +259,7 @@ def test_a_segment_that_failed_is_outstanding_until_it_comes_out(files, tmp_path
         ledger.fail([bad])
         ledger.write(ok)
     with opened(files) as ledger:
-        assert ledger.is_done(video) and list(ledger.to_retry()) == [video]
+        assert is_done(ledger, video) and list(ledger.to_retry()) == [video]
         ledger.write([ok[0], replace(caption(str(path), start=2.0), **known), ok[1]])
     with opened(files) as ledger:  # killed before it wrote its list anew
         assert list(ledger.to_retry()) == []
@@ -257,7 +269,7 @@ def test_the_span_is_part_of_what_is_known(files):
     """A caption from 2 s on is known by that."""
     write(files, [caption(start=2.0)], start_seconds=2.0)
     with opened(files, start_seconds=2.0) as ledger:
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7))
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7))
 
 
 def test_a_retry_is_of_what_failed_and_did_not_come_out(files, tmp_path):
@@ -296,10 +308,10 @@ def test_lists_of_shards_become_one(files):
             ledger.fail([failure(f"{number}.mp4")])
     with opened(files) as ledger:
         ledger.replace_failures([failure("1.mp4")])
-        assert [path.name for path in files.all_failed()] == ["captions.failed.jsonl"]
+        assert [path.name for path in files.find(FAILED_SUFFIX)] == ["captions.failed.jsonl"]
     with opened(files) as ledger:
         ledger.replace_failures([])
-    assert files.all_failed() == []
+    assert files.find(FAILED_SUFFIX) == []
 
 
 def test_a_failure_that_was_half_written(files):
@@ -335,7 +347,7 @@ def test_nothing_is_signed_before_there_is_something_to_keep(files):
 def test_redo_moves_everything_aside(files):
     for _ in range(3):
         with opened(files, job={"model": "other"}, overwrite=True) as ledger:
-            assert not ledger.is_done(VideoFile("a.mp4", 5, 7))
+            assert not is_done(ledger, VideoFile("a.mp4", 5, 7))
             ledger.write([caption()])
             ledger.fail([failure("b.mp4")])
     names = ["captions.jsonl", "captions.jsonl.old", "captions.jsonl.old.1"]
@@ -364,7 +376,7 @@ def test_processes_that_share_out_in_two_ways_are_not_at_work_at_once(files, one
         assert held.captions.exists()
     # The lock's file stays, and nobody holds it.
     with opened(late) as ledger:
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7))
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7))
 
 
 def test_another_runs_files_are_not_ones_own(files):
@@ -379,7 +391,7 @@ def test_another_runs_files_are_not_ones_own(files):
                 pass
         assert LedgerFiles.of(other) == LedgerFiles(other)
     with opened(files) as ledger:
-        assert not ledger.is_done(VideoFile("b.mp4", 5, 7)) and not ledger.has_failed(VideoFile("c.mp4", 5, 7))
+        assert not is_done(ledger, VideoFile("b.mp4", 5, 7)) and not has_failed(ledger, VideoFile("c.mp4", 5, 7))
         assert files.all_captions() == [files.out] and files.next_full().name == "captions.00001.jsonl"
     with opened(files, overwrite=True) as ledger:
         assert [path.name for path in ledger.moved] == ["captions.jsonl.old", "captions.job.json.old"]
@@ -410,7 +422,7 @@ def test_a_file_that_becomes_full_meanwhile(files, monkeypatch):
     with opened(other, lines_per_file=1) as ledger:
         ledger.write([caption("a.mp4")])
     full = other.next_full()
-    listed = LedgerFiles._all
+    listed = LedgerFiles.find
 
     def then_rename(self, *args, **options):
         found = listed(self, *args, **options)
@@ -418,7 +430,7 @@ def test_a_file_that_becomes_full_meanwhile(files, monkeypatch):
             other.captions.rename(full)
         return found
 
-    monkeypatch.setattr(LedgerFiles, "_all", then_rename)
+    monkeypatch.setattr(LedgerFiles, "find", then_rename)
     assert files.all_captions() == [full]
     monkeypatch.undo()
     full.rename(other.captions)
@@ -432,7 +444,7 @@ def test_a_file_that_becomes_full_meanwhile(files, monkeypatch):
 
     monkeypatch.setattr(LedgerFiles, "all_captions", then_rename_too)
     with opened(replace(files, shard=Shard(2, 2))) as ledger:
-        assert ledger.is_done(VideoFile("a.mp4", 5, 7)) and full.exists()
+        assert is_done(ledger, VideoFile("a.mp4", 5, 7)) and full.exists()
 
 
 def test_more_full_files_than_there_are_numbers(files):
@@ -522,8 +534,9 @@ peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before, begin = peak(), time.perf_counter()
 with Ledger(LedgerFiles(Path(sys.argv[1])), job={"model": "toy", "temperature": 0.0}) as ledger:
     print(time.perf_counter() - begin, peak() - before)
-    assert all(ledger.is_done(VideoFile(f"/data/clips/{number:07d}.mp4", 5, 7)) for number in range(0, 10**6, 99))
-    assert not ledger.is_done(VideoFile("/data/clips/1000000.mp4", 5, 7))
+    videos = (VideoFile(f"/data/clips/{number:07d}.mp4", 5, 7) for number in range(0, 10**6, 99))
+    assert all(ledger.status(video) == "done" for video in videos)
+    assert ledger.status(VideoFile("/data/clips/1000000.mp4", 5, 7)) == "pending"
 """
 
 
