@@ -47,7 +47,7 @@ def test_wrong_usage_of_plot(call, tmp_path, text, words):
 
 def test_help_of_plot(call):
     code, out, _ = call("plot", "--help")
-    assert code == 0 and "--out" in out and "killed" in out
+    assert code == 0 and "--out" in out and "interrupted" in out
 
 
 def test_plot_starts_without_torch(run_folder):

@@ -95,7 +95,7 @@ def test_a_caption_of_a_part_is_scored_by_its_part(call, clips, tmp_path):
         (Caption("videos/clip_00000.mp4", "a star"), ["--max-requests", "5"], "uses no language model"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--temperature", "-1"], "temperature must be 0"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--num-worst", "-1"], "--num-worst must be"),
-        (Caption("videos/clip_00000.mp4", "a star"), ["--out", "{folder}"], "--out is a folder"),
+        (Caption("videos/clip_00000.mp4", "a star"), ["--out", "{folder}"], "--out must be the name of a file"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--report", "{captions}"], "overwrite the captions file"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--out", "x", "--summary", "x"], "overwrite the --out file"),
         (None, [], "holds no captions"),
@@ -195,7 +195,7 @@ def test_unscored_captions_are_listed_and_counted(call, hasty, serve):
     code, out, err = call(*openai_args(hasty, serve(script)), "--report", hasty / "r.html")
     assert code == 1
     assert f"unscored: {captions[0].video} (sample 0): no usable reply in 3 attempts" in err
-    assert "1 captions are unscored and in none of the rates" in err and "5 captions of 5 videos" in out
+    assert "unscored: 1 caption; excluded from all metrics" in err and "5 captions of 5 videos" in out
     written = read_scores(hasty / "scores.jsonl")
     assert [one.video for one in written.unscored] == [captions[0].video] and len(written.scores) == 5
     page = (hasty / "r.html").read_text()
@@ -223,7 +223,7 @@ def test_passes_show_their_spread(call, hasty, serve):
     assert judge_info.seeds == (2024, 2124, 2224) and judge_info.reported_pass == 2
     assert judge_info.totals[1] < judge_info.totals[2] < judge_info.totals[0]
     listed = ", ".join(f"{100 * total:.2f}" for total in judge_info.totals)
-    assert f"Total of each pass: {listed} %; standard deviation" in out and "pass 3, the median, is shown" in out
+    assert f"Total of each pass: {listed} %; standard deviation" in out and "showing pass 3, the median" in out
     assert shown(out)["Total"][0] == f"{100 * judge_info.totals[2]:.2f}"
 
 
@@ -339,7 +339,7 @@ def test_events_that_cannot_be_split(call, tmp_path, serve):
     server = serve(lambda request, number: Answer("no"))
     args = ["events", tmp_path / "r.jsonl", "--out", tmp_path / "e.jsonl"]
     code, _, err = call(*args, "--judge", "openai", "--model", "m", "--base-url", server.url, "--cache", tmp_path / "c")
-    assert code == 1 and "failed: a.mp4: no usable reply" in err and "1 videos failed" in err
+    assert code == 1 and "failed: a.mp4: no usable reply" in err and "1 video failed" in err
     assert read_records(tmp_path / "e.jsonl", Reference)[0].caption == "A dog runs."  # to be filled in by hand
     code, _, err = call(*args)
     assert code == 2 and "A dog runs" in err and "--judge openai" in err
@@ -350,7 +350,7 @@ def test_qa(call, tmp_path):
     items = [item | {"response": response} for response in ("B", "The best answer is: A", "maybe", "b. blue")]
     (tmp_path / "qa.json").write_text(json.dumps(items))
     code, out, _ = call("qa", tmp_path / "qa.json", "--summary", tmp_path / "s.json")
-    assert code == 0 and shown(out)["all"][0] == "50.00" and "unreadable: 1" in out
+    assert code == 0 and shown(out)["all"][0] == "50.00" and "unparsable: 1" in out
     assert read_json(tmp_path / "s.json")["accuracy"] == 0.5
 
 
@@ -364,7 +364,7 @@ def test_judge_benchmark(call, tmp_path):
     assert code == 0 and rows["left_out"][:2] == [str(kinds.count("left_out")), "100.0"]
     assert (
         rows["source"][4] == str(kinds.count("source"))
-        and f"{kinds.count('source')} pairs unscored, first pair" in err
+        and f"{kinds.count('source')} pairs unscored, the first one pair" in err
         and "the rule judge cannot read" in err
     )
     assert read_json(tmp_path / "b.json")
@@ -377,4 +377,4 @@ def test_judge_benchmark_counts_a_pair_once(call, tmp_path, serve):
     server = serve(lambda request, number: Answer("no"))
     args = ["judge-benchmark", tmp_path / "pairs.jsonl", "--judge", "openai", "--model", "m", "--base-url", server.url]
     _, out, err = call(*args, "--cache", tmp_path / "c.sqlite", "--attempts", 1)
-    assert shown(out)["all"][4] == "3" and "3 pairs unscored, first pair 1: no usable reply" in err
+    assert shown(out)["all"][4] == "3" and "3 pairs unscored, the first one pair 1: no usable reply" in err

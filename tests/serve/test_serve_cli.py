@@ -129,10 +129,10 @@ def refused(call, *flags):
 
 def test_flags_that_make_no_sense_are_refused_before_the_model_is_read(call, tmp_path):
     none = ("--model", tmp_path / "none")
-    assert "give --api-key-file FILE" in refused(call, "--host", "0.0.0.0", *none)
+    assert "require a key with --api-key-file FILE" in refused(call, "--host", "0.0.0.0", *none)
     (tmp_path / "keys").write_text("short\n")
-    assert "must hold keys of 16 letters or more" in refused(call, "--api-key-file", tmp_path / "keys", *none)
-    assert "--max-seconds must be above 0" in refused(call, "--max-seconds", 0, *none)
+    assert "must contain keys of at least 16 characters" in refused(call, "--api-key-file", tmp_path / "keys", *none)
+    assert "--max-seconds must be greater than 0" in refused(call, "--max-seconds", 0, *none)
     assert "--allowed-dirs" in refused(call, "--allowed-dirs", tmp_path / "nowhere", *none)
     assert "is no host to fetch from" in refused(call, "--allow-hosts", "https://example.org", *none)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -14,10 +14,10 @@ from tests.webui.conftest import start_demo
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--host", "0.0.0.0"], "give --password-file, or --no-auth"),
+        (["--host", "0.0.0.0"], "require passwords with --password-file, or allow everyone with --no-auth"),
         (["--workers", "0"], "--workers must be at least 1"),
         (["--max-seconds", "0"], "above 0"),
-        (["--other-model", "m", "--model", "m"], "--other-model is --model again"),
+        (["--other-model", "m", "--model", "m"], "--other-model is the same as --model"),
         (["--references", "absent.jsonl"], "absent.jsonl"),
         (["--model", "{folder}"], "{folder}"),
         (["--judge.kind", "openai"], "needs a model"),
@@ -38,7 +38,7 @@ def test_without_gradio_it_is_told_before_models_are_read(call, tmp_path, monkey
     assert code == 2 and err == "error: salmonn demo needs Gradio: pip install 'salmonn[demo]'\n"
 
 
-@pytest.mark.parametrize(("text", "words"), [("ann", "line 1: expected user:password"), ("\n", "names nobody")])
+@pytest.mark.parametrize(("text", "words"), [("ann", "line 1: expected user:password"), ("\n", "has no accounts")])
 def test_password_files_that_are_none(call, tmp_path, text, words):
     path = tmp_path / "passwords"
     path.write_text(text)
