@@ -74,7 +74,7 @@ class VideoListing:
     Args:
         paths: files, and folders that are searched for known suffixes; hidden files and folders are skipped.
         list_path: file with one such path per line; "-" is stdin, which can be read only once.
-        globs: patterns of which a file in a folder has to match one; see `matches`.
+        globs: patterns; a file in a folder has to match one of them, see `matches`.
         shard: part of these videos to list.
     """
 

@@ -73,7 +73,7 @@ class VideoResult:
 
 
 class TooManyFailures(ValueError):
-    """So many videos failed in a row that something else must be wrong."""
+    """Too many videos failed in a row; something other than the files must be wrong."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class RunStats:
     Args:
         captions: captions written.
         videos: videos finished, with or without success.
-        failed: videos that failed, or a segment or subtitle file of which did.
+        failed: videos that failed, at least in part: a segment or a subtitle file counts, too.
         done_before, failed_before: videos skipped because an earlier run finished them; the latter with a failure.
     """
 

@@ -17,7 +17,7 @@ from tests.webui.test_app import wait_until
 from tests.webui.test_session import age
 
 FREQUENT_CLEANUP = (
-    "import salmonn.cli.demo as demo; from salmonn.cli.main import main; demo._CLEANUP_SECONDS = 0.2; main()"
+    "import salmonn.cli.demo as demo; from salmonn.cli.main import main; demo.CLEANUP_SECONDS = 0.2; main()"
 )
 
 
