@@ -124,9 +124,9 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
     assert (
         str(folder / "b.mp4") in result.stderr and "2 captions" in result.stderr and "1 video failed" in result.stderr
     )
-    told = re.search(r"; ([\d.]+) clips per minute \((\d+)% of the time waiting for files\)", result.stderr)
+    found = re.search(r"; ([\d.]+) clips per minute \((\d+)% of the time waiting for files\)", result.stderr)
     # Three files in less than what the whole process took.
-    assert told and float(told[1]) > 60 * 3 / seconds and 0 <= int(told[2]) <= 100
+    assert found and float(found[1]) > 60 * 3 / seconds and 0 <= int(found[2]) <= 100
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -153,9 +153,9 @@ def test_captions_are_those_of_the_captioner(call, captioner, videos, random_mod
     )  # fmt: skip
     assert code == 0
     sampling = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=7)
-    # A video's draws follow from the seed and its path.
-    asked = [PendingRequest(path, Span(1.0, 5.0), 3 + path_number(str(path))) for path in videos[:2]]
-    batches = captioner.caption_batches(asked, prompt="Say.", modality="visual", sampling=sampling, batch_size=1)
+    # The random seed is combined with the path.
+    requests = [PendingRequest(path, Span(1.0, 5.0), 3 + path_number(str(path))) for path in videos[:2]]
+    batches = captioner.caption_batches(requests, prompt="Say.", modality="visual", sampling=sampling, batch_size=1)
     expected = [done.result for batch in batches for done in batch]
     found = read_records(out, Caption)
     assert [replace(caption, size_bytes=None, modified_ns=None) for caption in found] == expected
@@ -257,7 +257,7 @@ def test_synth_refuses_a_folder_of_other_clips(call, tmp_path):
     assert code == 2 and "another config" in err
 
 
-def test_synth_goes_on_where_it_was(call, tmp_path):
+def test_synth_resumes(call, tmp_path):
     args = (*SHORT, "--out", tmp_path)
     assert call("synth", "--clips", 1, *args)[0] == 0
     first = (tmp_path / "videos" / "clip_00000.mp4").stat().st_mtime_ns

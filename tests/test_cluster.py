@@ -103,8 +103,8 @@ def run_under_slurm(folder: Path, job_id: int, **programs: str) -> None:
     run_all([["bash", CLUSTER / "slurm.sbatch", "mrdpo", *MRDPO]], folder, **job)
 
 
-def go_on_without_slurm(folder: Path) -> None:
-    """The same on machines that are told their numbers."""
+def resume_without_slurm(folder: Path) -> None:
+    """Resume on machines that are started by hand with their ranks."""
     agent = [BIN / "torchrun", "--nnodes=2", "--nproc_per_node=1", "--master_addr=localhost"]
     agent.append(f"--master_port={free_port()}")
     run_all([[*agent, f"--node_rank={node}", ROOT / "recipes" / "mrdpo.py", *MRDPO] for node in range(2)], folder)
@@ -152,7 +152,7 @@ def test_two_machines_end_as_one_does(tmp_path):
     for left_out in ("merged", "heldout"):
         shutil.rmtree(late / "run" / "rebirth" / left_out)
     (late / "run" / "summary.json").unlink()
-    go_on_without_slurm(late)
+    resume_without_slurm(late)
     assert different(expected, results(late)) == []
 
 
@@ -161,7 +161,7 @@ def different(expected: dict[str, bytes], seen: dict[str, bytes]) -> list[str]:
     return [name for name in expected | seen if expected.get(name) != seen.get(name)]
 
 
-def told_commands() -> list[list[str]]:
+def documented_commands() -> list[list[str]]:
     """The words of every line of shell in docs/scaling.md."""
     blocks = re.findall(r"```bash\n(.*?)```", SCALE, re.DOTALL)
     lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
@@ -179,16 +179,16 @@ def read_recipe(words: list[str]) -> tuple[str, list[str], int] | None:
                 math.prod(int(before.get(f"--{of}", 1)) for of in ("nnodes", "nproc_per_node")),
             )
         if word.startswith("recipes/cluster/"):
-            asked = re.findall(r"^#SBATCH --(?:nodes|gpus-per-node)=(\d+)", (ROOT / word).read_text(), re.MULTILINE)
-            return words[place + 1], words[place + 2 :], math.prod(map(int, asked)) if asked else 8
+            sizes = re.findall(r"^#SBATCH --(?:nodes|gpus-per-node)=(\d+)", (ROOT / word).read_text(), re.MULTILINE)
+            return words[place + 1], words[place + 2 :], math.prod(map(int, sizes)) if sizes else 8
     return None
 
 
 def test_the_recipes_of_the_guide_start_as_it_says(load_recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    told = [recipe for words in told_commands() if (recipe := read_recipe(words))]
-    assert [processes for _, _, processes in told] == [1, 8, 8, 32, 32, 32]
-    for name, flags, processes in told:
+    found = [recipe for words in documented_commands() if (recipe := read_recipe(words))]
+    assert [processes for _, _, processes in found] == [1, 8, 8, 32, 32, 32]
+    for name, flags, processes in found:
         config_type = getattr(
             load_recipe(name), {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "OfflineDpoConfig"}[name]
         )
@@ -198,7 +198,7 @@ def test_the_recipes_of_the_guide_start_as_it_says(load_recipe, monkeypatch):
 
 
 def test_other_commands_of_the_guide_are_there(call):
-    names = {words[0] for words in told_commands() if not read_recipe(words)}
+    names = {words[0] for words in documented_commands() if not read_recipe(words)}
     assert names == {"pip", "salmonn", "tensorboard", "vllm"}
     code, said, _ = call("plot", "--help")
     assert code == 0 and "run" in said

@@ -1,4 +1,4 @@
-"""`salmonn export`: what `salmonn caption` wrote, shards and all, as tables and as texts beside the videos."""
+"""`salmonn export`: captions of all shards as tables and as subtitles."""
 
 import csv
 import os
@@ -17,7 +17,7 @@ def halves(words: str) -> list[Caption]:
 
 @pytest.fixture
 def captions(tmp_path, monkeypatch):
-    """Two shards' files, of which the second was written last, and what stands beside them."""
+    """Captions files of two shards, the second one written last, and a list of failures."""
     monkeypatch.chdir(tmp_path)
     for name in ("a.mp4", "b.mp4"):
         Path(name).touch()
@@ -51,15 +51,15 @@ def test_texts_beside_the_videos(call, captions):
     # What it wrote itself it replaces.
     append_records(Path("captions.jsonl"), halves("again"))
     Path("a.srt").unlink()
-    captions = sorted(Path().glob("captions*.jsonl"))  # with the log of side-cars
+    captions = sorted(Path().glob("captions*.jsonl"))  # with the log of subtitle files
     assert call("export", "captions.jsonl", "--to", "srt")[0] == 0
     assert "again 1.0" in Path("b.srt").read_text() and "new" in Path("a.srt").read_text()
     assert call("export", *captions, "--to", "vtt", "--subtitle-dir", "subs")[0] == 0
     assert Path("subs/a.vtt").read_text() == "WEBVTT\n\n00:00:00.000 --> 00:00:02.000\nnew\n"
 
 
-def test_files_of_the_same_run_that_are_not_named_are_told(call, captions, tmp_path):
-    """Of a run whose full files were put aside the last one alone is a part; with all of them nothing is to be told."""
+def test_unnamed_files_of_the_same_run_are_reported(call, captions, tmp_path):
+    """If a run has full files, its last file is only a part of its captions; naming all of them is no problem."""
     append_records(Path("captions.00001.jsonl"), [Caption("c.mp4", "full", end_seconds=2.0)])
     Path("other.jsonl").write_bytes(Path("captions.jsonl").read_bytes())
     code, _, err = call("export", "captions.jsonl", "--to", "all.csv")
@@ -83,7 +83,7 @@ def test_full_files_count_in_the_order_of_their_numbers(call, captions):
 
 
 def test_subtitles_of_captions_without_ends(call, videos, captions):
-    """The videos are asked, in a process of its own."""
+    """A worker process reads the durations of the videos."""
     append_records(Path("open.jsonl"), [Caption(str(videos[0]), "words")])
     assert call("export", "open.jsonl", "--to", "srt", "--subtitle-dir", "subs")[0] == 0
     (path,) = Path("subs").rglob("*.srt")

@@ -1,4 +1,4 @@
-"""Hostile files through `salmonn caption`: each is a caption or a failure with words, and no other file is harmed.
+"""Hostile files in `salmonn caption`: each gives a caption or a failure with a reason, and no other file is affected.
 
 The long run (`make fuzz`) has 1,000 of them.
 """
@@ -23,7 +23,7 @@ from salmonn.records import Caption, Failure, read_records
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
 SEED = 8
 MAX_NEW_TOKENS = 6
-# One good file among so many broken ones.
+# Every so many files, one is intact.
 GOOD_EVERY = 20
 
 
@@ -112,7 +112,7 @@ def watch(process, workers):
 
 
 @pytest.mark.parametrize("count", [36, pytest.param(1000, marks=pytest.mark.slow)])
-def test_hostile_files_harm_nobody(count, sources, videos, tmp_path):
+def test_hostile_files_do_no_harm(count, sources, videos, tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
     write_broken(folder, sources, count=count)
@@ -134,7 +134,7 @@ def test_hostile_files_harm_nobody(count, sources, videos, tmp_path):
     workers = set()
     watcher = threading.Thread(target=watch, args=[process, workers], daemon=True)
     watcher.start()
-    _, told = process.communicate(timeout=60 + 20 * count)
+    _, err = process.communicate(timeout=60 + 20 * count)
     watcher.join()
     seconds = time.monotonic() - begun
     captions = read_records(out, Caption)
@@ -145,11 +145,11 @@ def test_hostile_files_harm_nobody(count, sources, videos, tmp_path):
     )
     sys.stdout.write("".join(f"{times:4d}  {reason}\n" for reason, times in reasons.most_common()))
 
-    assert process.returncode == 1 and "Traceback" not in told
+    assert process.returncode == 1 and "Traceback" not in err
     files = sorted(map(str, folder.iterdir()))
     assert sorted([*(caption.video for caption in captions), *(failure.video for failure in failures)]) == files
     assert all(failure.video in failure.reason and len(failure.reason) > 20 for failure in failures)
-    # A pointer is never followed: what it points to is nobody's caption.
+    # A pointer is never followed.
     assert pointers <= {Path(failure.video).name for failure in failures}
     (expected,) = {caption.text for caption in captions if Path(caption.video).name.endswith("_good.mp4")}
     model = Captioner.load(SHIPPED_MODEL)

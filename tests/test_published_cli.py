@@ -33,8 +33,8 @@ SALMONN = Path(sys.executable).with_name("salmonn")
 class HubHandler(BaseHTTPRequestHandler):
     """As much of a hub as from_pretrained asks for: files of one repository, under its name and any revision."""
 
-    def __init__(self, folder: Path, asked: list[str], *args) -> None:
-        self.folder, self.asked = folder, asked
+    def __init__(self, folder: Path, requested: list[str], *args) -> None:
+        self.folder, self.requested = folder, requested
         super().__init__(*args)
 
     def do_HEAD(self) -> None:
@@ -44,7 +44,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.answer(with_body=True)
 
     def answer(self, *, with_body: bool) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         name, _, file = self.path.partition("/resolve/")
         path = self.folder / file.partition("/")[2]
         files = sorted(file.name for file in self.folder.iterdir())
@@ -77,7 +77,7 @@ class HubHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(published, tmp_path):
-    """Address of a hub that has the 2+ fixture in two shards, and what was asked of it."""
+    """Address of a hub that has the 2+ fixture in two shards, and the paths requested from it."""
     folder = tmp_path / "repository"
     folder.mkdir()
     source = published("salmonn2-plus")
@@ -93,17 +93,17 @@ def hub(published, tmp_path):
             )
     index = {name: f"model-0000{number}-of-00002.safetensors" for number, part in enumerate(shards, 1) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    with serve(folder) as (address, asked):
-        yield address, asked
+    with serve(folder) as (address, requested):
+        yield address, requested
 
 
 @contextmanager
 def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """A hub that has this folder as someone/video-salmonn: its address, and what is asked of it."""
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubHandler, folder, asked))
+    """A hub that has this folder as someone/video-salmonn: its address, and the paths requested from it."""
+    requested: list[str] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubHandler, folder, requested))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", requested
     server.shutdown()
     server.server_close()
 
@@ -120,16 +120,16 @@ def caption(*args: object, **environment: str) -> subprocess.CompletedProcess[st
 
 
 def test_a_hub_id_is_all_that_is_needed(capsys, hub, published, tmp_path):
-    address, asked = hub
+    address, requested = hub
     home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
     args = (MEDIA / "h265_video.mp4", "--max-new-tokens", 4, "--model", "someone/video-salmonn")
     result = caption(*args, "--out", tmp_path / "a.jsonl", **home)
     assert result.returncode == 0, result.stderr
-    assert any("model-00002-of-00002" in path for path in asked)
+    assert any("model-00002-of-00002" in path for path in requested)
     (from_hub,) = read_records(tmp_path / "a.jsonl", Caption)
     assert from_hub.prompt == salmonn2_plus.Salmonn2Plus.prompts["both"]
     assert from_hub.model == "someone/video-salmonn"
-    # A second time it is on disk, and nobody is asked.
+    # The second time it is on disk, and nothing is requested.
     offline = caption(*args, "--out", tmp_path / "b.jsonl", HF_HUB_OFFLINE="1", **home)
     assert offline.returncode == 0, offline.stderr
     (again,) = read_records(tmp_path / "b.jsonl", Caption)
@@ -139,7 +139,7 @@ def test_a_hub_id_is_all_that_is_needed(capsys, hub, published, tmp_path):
 
 
 def test_an_adapter_on_the_hub(published, tmp_path):
-    """By its id; where the hub is out of reach, from disk; and told where it is taken for a model."""
+    """By its id; from disk if the hub is unreachable; with an error if it is used as a model."""
     base = published("salmonn2-plus")
     folder = tmp_path / "adapter"
     folder.mkdir()
@@ -200,7 +200,7 @@ def test_every_real_file_is_captioned(capsys, caplog, published, random_model, t
     assert code == 0 and "8 captions" in err and "0 videos failed" in err
     captions = read_records(out, Caption)
     assert {Path(caption.video).name for caption in captions} == EVERY_FILE
-    # The damaged one is told as far as it decodes, and that is said; its first second is whole.
+    # The damaged one is captioned as far as it decodes, with a warning; its first second is intact.
     assert ("corrupted.mp4: damaged" in caplog.text) is not bool(span)
 
 

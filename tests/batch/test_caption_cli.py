@@ -1,4 +1,4 @@
-"""`salmonn caption` as people use it: real files, real processes, killed, mended, shared out and gone on with."""
+"""End-to-end tests of `salmonn caption`: real files and processes, interrupted, resumed, retried and sharded."""
 
 import hashlib
 import io
@@ -52,8 +52,8 @@ def names(out: Path, kind: type = Caption) -> list[str]:
 EACH_ONCE = sorted(f"{room}/{number}.mp4" for room in ("clips", "more") for number in range(5))
 
 
-def test_killed_and_gone_on_with(folder, random_model, videos, tmp_path, caption):
-    """kill -9 in the midst: all that was told is kept, and each video is captioned once."""
+def test_killed_and_resumed(folder, random_model, videos, tmp_path, caption):
+    """After kill -9, all written captions are kept, and each video is captioned once."""
     for number in range(30):
         os.link(videos[0], folder / f"x{number:02d}.mp4")
     out = tmp_path / "captions.jsonl"
@@ -79,7 +79,7 @@ def test_killed_and_gone_on_with(folder, random_model, videos, tmp_path, caption
     assert {one.video: one for one in captions} == unbroken
 
 
-def test_a_torn_line_is_cut_off_and_told(folder, caption, tmp_path):
+def test_a_torn_line_is_cut_off_and_reported(folder, caption, tmp_path):
     out = tmp_path / "captions.jsonl"
     assert caption(folder, "--segment-seconds", 2)[0] == 0
     whole = sorted(out.read_text().splitlines())
@@ -121,7 +121,7 @@ def test_shards_together_are_all(folder, caption, tmp_path):
     assert not (tmp_path / "captions.jsonl").exists()
 
 
-def test_shards_write_side_cars_of_what_one_process_captioned(folder, caption):
+def test_shards_write_subtitles_of_what_one_process_captioned(folder, caption):
     """Each of its own videos."""
     assert caption(folder)[0] == 0
     counts = []
@@ -133,7 +133,7 @@ def test_shards_write_side_cars_of_what_one_process_captioned(folder, caption):
 
 
 def test_shards_beside_a_process_without(folder, caption, tmp_path):
-    """Two ways of sharing out at once would do videos twice, and --overwrite would move what the shard is writing."""
+    """It would caption the same videos, and --overwrite would rename files that the shard is writing."""
     from salmonn.batch.discovery import Shard
     from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import LedgerFiles
@@ -145,7 +145,7 @@ def test_shards_beside_a_process_without(folder, caption, tmp_path):
         assert caption(folder, "--shard", "2/2")[0] == 0
 
 
-def test_torchrun_shares_out(folder, random_model, tmp_path):
+def test_each_torchrun_process_takes_a_shard(folder, random_model, tmp_path):
     """Two processes, one with a broken file; both end, and with the same code."""
     (folder / "broken.mp4").write_bytes((folder / "0.mp4").read_bytes()[:2000])
     out = tmp_path / "captions.jsonl"
@@ -197,7 +197,7 @@ def test_globs(folder, caption, tmp_path):
     assert names(tmp_path / "captions.jsonl") == ["clips/4.mp4", "more/0.mp4", "more/1.mp4", "more/4.mp4"]
 
 
-def test_failed_mended_and_tried_again(folder, caption, videos, tmp_path):
+def test_failed_fixed_and_retried(folder, caption, videos, tmp_path):
     for name in ("bad.mp4", "worse.mp4"):
         (folder / name).write_bytes(videos[0].read_bytes()[:2000])
     failed = tmp_path / "captions.failed.jsonl"
@@ -242,7 +242,7 @@ def test_many_broken_files_among_good_ones(folder, caption, videos):
     assert code == 1 and "10 captions" in err and "5 videos failed" in err
 
 
-def test_full_files_are_put_aside(folder, caption, tmp_path):
+def test_full_files_are_renamed(folder, caption, tmp_path):
     assert caption(folder, "--lines-per-file", 4)[0] == 0
     parts = ["captions.00001.jsonl", "captions.00002.jsonl", "captions.jsonl"]
     assert [len(read_records(tmp_path / name, Caption)) for name in parts] == [4, 4, 2]
@@ -250,7 +250,7 @@ def test_full_files_are_put_aside(folder, caption, tmp_path):
     assert code == 0 and "10 videos already done, skipped" in err
 
 
-def test_redo(folder, caption, tmp_path):
+def test_overwrite(folder, caption, tmp_path):
     assert caption(folder / "0.mp4")[0] == 0
     code, err = caption(folder / "1.mp4", "--overwrite", "--temperature", 1)
     assert code == 0 and "captions.jsonl.old" in err
@@ -261,7 +261,7 @@ def test_redo(folder, caption, tmp_path):
     assert code == 2 and "temperature 1.0 (now 0.0)" in err and "--overwrite" in err
 
 
-def test_draws_depend_on_the_path_alone(folder, caption, tmp_path):
+def test_samples_depend_on_the_path_alone(folder, caption, tmp_path):
     """Not on the order, nor on what is there already."""
     hot = ("--temperature", 1, "--seed", 5)
     assert caption(folder, *hot, out="one.jsonl")[0] == 0
@@ -275,7 +275,7 @@ def test_draws_depend_on_the_path_alone(folder, caption, tmp_path):
 
 
 def test_segments_with_subtitles_and_tables(folder, caption, tmp_path):
-    """A cue for each segment, whose bounds are the caption's; the folder of the side-cars mirrors the clips'."""
+    """A cue for each segment, whose bounds are the caption's; the folder of the subtitle files mirrors the clips'."""
     code, _ = caption(folder / "0.mp4", "--segment-seconds", 2, "--export", "srt", "vtt", "txt", "csv", "parquet",
                       "--subtitle-dir", tmp_path / "subs")  # fmt: skip
     captions = read_records(tmp_path / "captions.jsonl", Caption)
@@ -299,7 +299,7 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     assert len(read_records(tmp_path / "captions.jsonl", Caption)) == 4
     ends = [one.end_seconds for one in read_records(tmp_path / "captions.jsonl", Caption)]
     assert all(end and end > 1 for end in ends)
-    # The next run tells of it, too.
+    # The next run reports it, too.
     code, err = caption(folder, "--glob", "[01].mp4", "--export", "srt")
     assert code == 1 and "3 videos already done, skipped" in err
     assert "1 video skipped: failed in earlier runs, at least in part" in err
@@ -310,7 +310,7 @@ def test_subtitles_beside_the_videos(folder, caption, tmp_path):
     assert not (tmp_path / "captions.failed.jsonl").exists()
 
 
-def test_a_second_process_is_turned_away(folder, caption, tmp_path):
+def test_a_second_process_is_refused(folder, caption, tmp_path):
     from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import LedgerFiles
 
@@ -320,7 +320,7 @@ def test_a_second_process_is_turned_away(folder, caption, tmp_path):
 
 
 def test_a_full_disk(folder, caption, tmp_path):
-    """Of a file that may have 3000 bytes: exit code 2, a sentence, whole lines; then it goes on."""
+    """The file may have 3000 bytes: exit code 2, a message, whole lines; the next run resumes."""
     out = tmp_path / "captions.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
@@ -356,7 +356,7 @@ def test_mistakes(folder, caption, tmp_path, args, words):
     assert not [path for path in tmp_path.iterdir() if path.suffix in {".jsonl", ".json"}]
 
 
-def test_what_was_asked_is_signed(folder, caption, tmp_path, random_model):
+def test_the_settings_are_saved(folder, caption, tmp_path, random_model):
     assert caption(folder / "0.mp4", "--modality", "visual", "--prompt", "Say.")[0] == 0
     signed = json.loads((tmp_path / "captions.job.json").read_text())
     assert (signed["model"], signed["modality"], signed["prompt"]) == (str(random_model), "visual", "Say.")
@@ -365,7 +365,7 @@ def test_what_was_asked_is_signed(folder, caption, tmp_path, random_model):
     assert signed["max_new_tokens"] == 6
 
 
-def test_a_model_that_was_trained_on_is_another_one(folder, random_model, tmp_path, call):
+def test_a_model_that_was_trained_further_is_another_one(folder, random_model, tmp_path, call):
     """Its weights, by their size and time, or its config, in the folder where it was; the name is the same."""
     model = tmp_path / "model"
     shutil.copytree(random_model, model)
@@ -383,7 +383,7 @@ def test_a_model_that_was_trained_on_is_another_one(folder, random_model, tmp_pa
         assert call(*args)[0] == 0
 
 
-def test_the_shipped_model_is_signed(folder, call, tmp_path):
+def test_the_fingerprint_of_the_shipped_model(folder, call, tmp_path):
     """By its config alone: its files' times follow from the installation. An adapter has files, too."""
     from salmonn.caption.captioner import SHIPPED_MODEL
     from salmonn.cli.caption import fingerprint_model

@@ -1,4 +1,4 @@
-"""Which videos are found: folders, globs, lists, shards, and names that no record can hold."""
+"""Finding videos: folders, globs, lists, shards, and names that cannot be stored in a record."""
 
 import io
 import os
@@ -29,7 +29,7 @@ def names(listing: VideoListing, folder: Path) -> list[str]:
 
 
 def test_folders_are_walked_in_order_of_names(folder):
-    """Hidden things and other suffixes are passed over; a file that is named is taken as it is."""
+    """Hidden things and other suffixes are skipped; a file that is named is taken as it is."""
     listing = VideoListing([str(folder / "notes.txt"), f"{folder}/"])
     expected = ["notes.txt", "a.MKV", "b.mp4", "sub/c.wav", "sub/deep/d.mp4", "sub.mp4"]
     assert names(listing, folder) == expected
@@ -71,7 +71,7 @@ def test_globs_of_a_folder(folder):
     assert names(VideoListing([str(folder)], globs=["sub/*", "a.*"]), folder) == ["a.MKV", "sub/c.wav"]
 
 
-def test_links_to_folders_are_told_and_not_followed(folder, caplog):
+def test_links_to_folders_are_reported_and_not_followed(folder, caplog):
     (folder / "sub" / "again").symlink_to(folder)  # a circle
     (folder / "link.mp4").symlink_to(folder / "b.mp4")
     listing = VideoListing([str(folder)])
@@ -92,7 +92,7 @@ def test_a_link_to_itself_costs_nothing_but_itself(folder, caplog):
 
 
 def test_a_name_that_cannot_be_is_one_line_of_a_list(folder, tmp_path):
-    """Longer than any file system's, which a Path would raise for; and as the only path, it is told."""
+    """A name longer than any file system allows, for which a Path would raise; as the only path, it is an error."""
     lines = tmp_path / "list.txt"
     lines.write_text(f"{folder}/b.mp4\n{'x' * 5000}.mp4\n{folder}/sub/c.wav\n")
     assert [one.size_bytes for one in VideoListing(list_path=str(lines)).videos()] == [5, None, 5]
@@ -123,7 +123,7 @@ def test_a_list_through_a_pipe(tmp_path):
     assert [video.path for video in listing.videos()] == ["/gone/a.mp4", "/gone/b.mp4"]
 
 
-def test_what_is_no_file_is_left_to_the_reader(tmp_path):
+def test_special_files_are_left_to_the_reader(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     assert stat_video(str(tmp_path / "pipe.mp4")) == VideoFile(str(tmp_path / "pipe.mp4"))
     assert stat_video("nul\0.mp4") == VideoFile("nul\0.mp4")
@@ -166,7 +166,7 @@ def test_nothing_at_all(tmp_path):
         VideoListing(list_path=str(tmp_path / "gone.txt")).require_any()
 
 
-def test_shards_share_out_all_paths():
+def test_shards_partition_all_paths():
     """`printf 123456789 | b2sum -l 32` is e5089c4d; 0x4d % 8 = 5, the sixth of eight."""
     assert [number for number in range(1, 9) if Shard(number, 8).holds("123456789")] == [6]
     names = [f"/data/clips/{number}.mp4" for number in range(10)]

@@ -1,4 +1,4 @@
-"""Tables and side-cars made of captions: which lines count, what stands in them, and that they are not held."""
+"""Exported tables and subtitles: which lines count, what the files contain, and how much memory it takes."""
 
 import csv
 import json
@@ -57,7 +57,7 @@ def test_the_latest_of_several_files(ledger, tmp_path):
     assert [one.text for one in LatestCaptions([ledger, tmp_path / "captions-1-of-2.jsonl"])] == [*LATEST[1:], "again"]
 
 
-def test_a_group_that_is_not_whole_is_left_out_and_told(ledger, caplog):
+def test_an_incomplete_group_is_left_out_and_reported(ledger, caplog):
     os.truncate(ledger, ledger.stat().st_size - 20)
     # The second group of c is gone, and the first one counts.
     assert [one.text for one in LatestCaptions([ledger])] == [LATEST[0], "first", *LATEST[1:3]]
@@ -99,15 +99,15 @@ def test_what_cannot_be_a_table(ledger, tmp_path):
     assert (tmp_path / "all.csv").read_text() == "precious" and not list(tmp_path.glob(".*"))
 
 
-def test_sidecars_of_each_video(ledger, tmp_path, monkeypatch):
+def test_subtitles_of_each_video(ledger, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     subtitles = SubtitleWriter(["txt"], log=tmp_path / "captions.subtitles.jsonl")
     assert export_subtitles(LatestCaptions([ledger]), subtitles) == (3, [])
     assert Path("b.txt").read_text() == "[00:00:00.000] new 0.0\n[00:00:02.000] new 2.0\n"
 
 
-def test_lines_that_do_not_stand_together_make_no_half_sidecars(ledger, tmp_path, monkeypatch):
-    """As after two retries of which each brought another segment; they are gathered."""
+def test_captions_that_are_not_consecutive_are_gathered(ledger, tmp_path, monkeypatch):
+    """As after two retries that each added a segment."""
     monkeypatch.chdir(tmp_path)
     append_records(ledger, [caption("d.mp4", "d")])
     append_records(ledger, [caption("c.mp4", "at last", start=4.0, end=5.0)])
@@ -154,7 +154,7 @@ print(len(latest), peak() - before)
 
 @pytest.mark.parametrize("name", ["all.csv", "all.parquet"])
 def test_many_captions_are_not_held(tmp_path, name):
-    """100,000 lines of 700 letters are 70 MB; 48 bytes a line and what sorts them are 10 to 15 MB."""
+    """100,000 lines of 700 characters are 70 MB; 48 bytes per line, and sorting them, take 10 to 15 MB."""
     path = tmp_path / "captions.jsonl"
     line = json.dumps(asdict(caption("NUMBER", "A red circle moves. " * 25)))
     with path.open("w") as file:

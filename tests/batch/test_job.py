@@ -1,4 +1,4 @@
-"""The loop over videos: what is passed over, what is kept, and when it stops."""
+"""The caption job: which videos it skips, what it saves, when it stops, and its progress bar."""
 
 import time
 from dataclasses import replace
@@ -78,20 +78,20 @@ def test_each_video_is_done_once(files):
         assert job.stats.failed_before == 1  # the folder
 
 
-def test_what_came_of_segments(files):
-    """Those that came out are written, the others told: the video is captioned and failed."""
-    told = []
+def test_results_of_segments(files):
+    """Captions of some segments and failures of others: the video counts as captioned and as failed."""
+    reasons = []
     with opened(files) as ledger:
-        job = CaptionJob(ledger, on_failure=told.append)
+        job = CaptionJob(ledger, on_failure=reasons.append)
         run_all(job, {0: ("ok", "broken", "ok")})
         assert (job.stats.captions, job.stats.videos, job.stats.failed) == (2, 1, 1)
     assert [one.start_seconds for one in read_records(files.captions, Caption)] == [0.0, 2.0]
     assert [one.start_seconds for one in read_records(files.failed, Failure)] == [1.0]
-    assert told == ["broken"]
+    assert reasons == ["broken"]
 
 
-def test_what_failed_in_part_is_told_by_the_next_run(files, tmp_path):
-    """A segment that failed, or a side-car: the video is passed over, and not as one that is whole."""
+def test_what_failed_in_part_is_reported_by_the_next_run(files, tmp_path):
+    """A segment that failed, or a subtitle file: the video is skipped, and not as one that is whole."""
     with opened(files) as ledger:
         run_all(CaptionJob(ledger), {0: ("ok", "broken"), 1: ("ok", "ok"), 2: ("broken", "ok")})
         ledger.fail([Failure(video(1).path, "mine", "write", size_bytes=5, modified_ns=7)])
@@ -107,7 +107,7 @@ def test_what_failed_in_part_is_told_by_the_next_run(files, tmp_path):
     with opened(files) as ledger:
         job = CaptionJob(ledger)
         assert list(job.pending(map(video, range(3)))) == []
-        assert (job.stats.done_before, job.stats.failed_before) == (2, 1)  # the side-car's failure is still there
+        assert (job.stats.done_before, job.stats.failed_before) == (2, 1)  # the subtitle file's failure is still there
 
 
 SEGMENTS = [("ok", "broken", "ok"), ("broken", "ok", "ok"), ("ok", "ok", "broken")]
@@ -116,7 +116,7 @@ SEGMENTS = [("ok", "broken", "ok"), ("broken", "ok", "ok"), ("ok", "ok", "broken
 @pytest.mark.parametrize("results", SEGMENTS)
 @pytest.mark.parametrize("dies_in", ["write", "fail"])
 def test_a_kill_between_captions_and_failures_loses_nothing(files, monkeypatch, results, dies_in):
-    """Whichever of the two was not written: the video is captioned once more, without being asked for."""
+    """Whichever of the two was not written, the video is captioned again without --retry-failed."""
     with opened(files) as ledger:
         monkeypatch.setattr(Ledger, dies_in, lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -128,17 +128,17 @@ def test_a_kill_between_captions_and_failures_loses_nothing(files, monkeypatch, 
         run_all(job, {0: results})
         assert (job.stats.captions, job.stats.failed) == (2, 1)
     assert len({one.start_seconds for one in read_records(files.captions, Caption)}) == 2
-    with opened(files) as ledger:  # and then it is passed over
+    with opened(files) as ledger:  # and then it is skipped
         job = CaptionJob(ledger)
         assert list(job.pending([video(0)])) == [] and job.stats.failed_before == 1
         run_all(CaptionJob(ledger, is_retry=True), {0: ("ok",) * 3})
         ledger.replace_failures([])
-    with opened(files) as ledger:  # whole, though the list that told of it is gone
+    with opened(files) as ledger:  # complete, although its list of failures is gone
         job = CaptionJob(ledger)
         assert list(job.pending([video(0)])) == [] and job.stats.done_before == 1
 
 
-def test_a_block_that_a_cluster_did_twice_counts_once(files):
+def test_a_block_that_a_cluster_captioned_twice_counts_once(files):
     with opened(files) as ledger:
         job = CaptionJob(ledger)
         places = [place for place, _ in job.pending([video(0), video(1)])]
@@ -150,7 +150,7 @@ def test_a_block_that_a_cluster_did_twice_counts_once(files):
 BAD, OK = ("broken",), ("ok",)
 
 
-def test_it_stops_after_so_many_in_a_row(files):
+def test_it_stops_after_too_many_failures_in_a_row(files):
     with opened(files) as ledger:
         job = CaptionJob(ledger, max_failures=3)
         with pytest.raises(TooManyFailures, match=r"3 videos failed in a row, the last with: broken\..*--retry-failed"):
@@ -169,7 +169,7 @@ def test_broken_files_among_good_ones_do_not_stop_it(files):
     assert job.stats.failed == 20 == len(read_records(files.captions, Caption))
 
 
-def test_a_file_counts_once_and_only_if_nothing_came_out(files):
+def test_a_file_counts_once_and_only_without_any_caption(files):
     with opened(files) as ledger:
         run_all(
             CaptionJob(ledger, max_failures=3), {0: ("broken",) * 9, 1: ("broken", "ok"), 2: ("broken",) * 9, 3: BAD}
@@ -193,7 +193,7 @@ def test_unreadable_folders_count_in_the_row(files):
         list(CaptionJob(ledger, max_failures=2).pending([Failure("/a", "gone"), Failure("/b", "gone"), video(0)]))
 
 
-def test_a_retry_takes_the_list_and_writes_it_anew(files, tmp_path):
+def test_a_retry_replaces_the_list_of_failures(files, tmp_path):
     """The one comes out; the other fails again, for another reason; a kill before the end changes nothing."""
     paths = [tmp_path / f"{name}.mp4" for name in ("good", "bad")]
     for path in paths:
@@ -229,7 +229,7 @@ def films(tmp_path):
     return [stat_video(str(tmp_path / f"{name}.mp4")) for name in ("a", "b")]
 
 
-def with_sidecars(ledger, films, **options) -> CaptionJob:
+def run_with_subtitles(ledger, films, **options) -> CaptionJob:
     """A run that captions what is to be done, and then catches up."""
     log = ledger.files.subtitles
     job = CaptionJob(ledger, subtitles=SubtitleWriter(["txt"], log=log, logs=[log] if log.exists() else []), **options)
@@ -239,40 +239,40 @@ def with_sidecars(ledger, films, **options) -> CaptionJob:
     return job
 
 
-def test_sidecars_of_what_was_captioned_without_them(files, films, tmp_path):
+def test_missing_subtitles_of_earlier_runs_are_written(files, films, tmp_path):
     with opened(files) as ledger:
         job = CaptionJob(ledger)
         for place, one in job.pending(films[:1]):
             job.save(VideoResult(place, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
     with opened(files) as ledger:
-        with_sidecars(ledger, films)
+        run_with_subtitles(ledger, films)
     assert (tmp_path / "a.txt").read_text() == "before\n" and (tmp_path / "b.txt").read_text() == "ok\n"
 
 
 @pytest.mark.parametrize("shard", [Shard(1, 2), Shard(2, 2), Shard(2, 3)])
-def test_sidecars_of_what_others_captioned(files, films, tmp_path, shard):
-    """Each shard writes those of its own videos, whoever captioned them."""
+def test_each_shard_writes_missing_subtitles_of_its_videos(files, films, tmp_path, shard):
+    """Whichever process captioned the videos."""
     with opened(files) as ledger:
         job = CaptionJob(ledger)
         for place, one in job.pending(films):
             job.save(VideoResult(place, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
     with opened(replace(files, shard=shard)) as ledger:
-        with_sidecars(ledger, [one for one in films if shard.holds(one.path)])
+        run_with_subtitles(ledger, [one for one in films if shard.holds(one.path)])
     for film in films:
         assert Path(film.path).with_suffix(".txt").exists() == shard.holds(film.path)
 
 
-def test_a_sidecar_that_could_not_be_written(files, films, tmp_path):
+def test_a_subtitle_file_that_could_not_be_written(files, films, tmp_path):
     """Its captions are kept; it is tried again in a retry alone, and the list is then without it."""
     (tmp_path / "a.txt").write_text("mine")
     with opened(files) as ledger:
-        job = with_sidecars(ledger, films)
+        job = run_with_subtitles(ledger, films)
         assert (job.stats.captions, job.stats.failed) == (2, 1)
     with opened(files) as ledger:
-        assert with_sidecars(ledger, films).stats.failed == 0
+        assert run_with_subtitles(ledger, films).stats.failed == 0
     with opened(files) as ledger:
-        assert with_sidecars(ledger, films, is_retry=True).stats.failed == 1
-    with opened(files) as ledger:  # a retry without side-cars leaves the list as it is
+        assert run_with_subtitles(ledger, films, is_retry=True).stats.failed == 1
+    with opened(files) as ledger:  # a retry without subtitle files leaves the list as it is
         job = CaptionJob(ledger, is_retry=True)
         assert list(job.pending(ledger.to_retry())) == []
         job.finish()
@@ -280,7 +280,7 @@ def test_a_sidecar_that_could_not_be_written(files, films, tmp_path):
     assert failure.stage == "write" and (tmp_path / "a.txt").read_text() == "mine"
     (tmp_path / "a.txt").unlink()
     with opened(files) as ledger:
-        assert with_sidecars(ledger, films, is_retry=True).stats.failed == 0
+        assert run_with_subtitles(ledger, films, is_retry=True).stats.failed == 0
     assert (tmp_path / "a.txt").read_text() == "ok\n" and not files.failed.exists()
     assert len(read_records(files.captions, Caption)) == 2
 
@@ -289,24 +289,24 @@ class Scripted:
     """In place of a captioner: segments come in any order, those of several videos among each other."""
 
     def __init__(self) -> None:
-        self.asked: list[PendingRequest] = []
+        self.requests: list[PendingRequest] = []
         self.options: dict = {}
 
     def default_sampling(self) -> Sampling:
         return Sampling(max_new_tokens=17)
 
-    def caption_batches(self, asked, **options):
-        self.asked, self.options = list(asked), options
+    def caption_batches(self, requests, **options):
+        self.requests, self.options = list(requests), options
 
         def done(place: int, start: float) -> SegmentResult:
-            return SegmentResult(place, 2, Caption(str(self.asked[place].path), "ok", start_seconds=start))
+            return SegmentResult(place, 2, Caption(str(self.requests[place].path), "ok", start_seconds=start))
 
         yield [done(1, 2.0), done(0, 0.0)]
         yield [done(0, 2.0)]
         yield [done(1, 0.0)]
 
 
-def test_a_video_is_told_when_its_last_segment_is_done():
+def test_a_video_is_yielded_when_its_last_segment_is_done():
     captioner = Scripted()
     with ClipReader(workers=0) as reader:
         config = JobConfig(prompt="Say.", seed=3, segment_seconds=2.0, batch_size=4, sampling=Sampling(temperature=1.0))
@@ -314,14 +314,14 @@ def test_a_video_is_told_when_its_last_segment_is_done():
     assert [(one.index, one.video) for one in groups] == [(7, video(0)), (9, video(1))]
     assert [[result.start_seconds for result in one.results] for one in groups] == [[0.0, 2.0], [0.0, 2.0]]
     assert all((result.size_bytes, result.modified_ns) == (5, 7) for one in groups for result in one.results)
-    # A video's draws follow from its path; the model's own limit stands in for none.
-    assert [one.seed for one in captioner.asked] == [3 + path_number(video(number).path) for number in (0, 1)]
+    # A video's seed depends on its path; the default token limit is the model's own.
+    assert [one.seed for one in captioner.requests] == [3 + path_number(video(number).path) for number in (0, 1)]
     assert captioner.options["sampling"] == Sampling(temperature=1.0, max_new_tokens=17)
     assert captioner.options["segment_seconds"] == 2.0 and captioner.options["batch_size"] == 4
 
 
 def run_progress(capsys, count) -> str:
-    """Three videos in 0.3 s, of which the second fails."""
+    """Three videos in 0.3 s; the second one fails."""
     stats = RunStats()
     with show_progress(stats, count=count) as update:
         for number in range(3):
@@ -348,18 +348,18 @@ def test_without_a_total(capsys):
 
 def test_counting_ends_with_the_run(capsys):
     """Of a disk without end."""
-    told = []
+    listed = []
 
     def endless():
         while True:
-            told.append(1)
+            listed.append(1)
             yield time.sleep(0.001)
 
     run_progress(capsys, endless)
     time.sleep(0.1)
-    count = len(told)
+    count = len(listed)
     time.sleep(0.2)
-    assert len(told) == count > 100
+    assert len(listed) == count > 100
 
 
 def test_other_processes_show_none(capsys):

@@ -1,4 +1,4 @@
-"""What is done and what failed, on disk: resumed, torn, changed, shared out, too full, and for a million videos."""
+"""The ledger on disk: resumed, torn, edited, sharded, on a full disk, and with a million videos."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def write(files, *groups, **options) -> None:
             ledger.write(group)
 
 
-def test_what_was_written_is_done(files):
+def test_written_videos_are_done(files):
     write(files, [caption()], [caption("b.mp4")])
     assert read_records(files.captions, Caption) == [caption(), caption("b.mp4")]
     with opened(files) as ledger:
@@ -111,7 +111,7 @@ EDITS = ["trim", "no newline at the end", "indent", "blank lines", "carriage ret
 
 @pytest.mark.parametrize("change", EDITS)
 def test_an_editor_that_changes_white_space_does_not_destroy_resume(files, change):
-    """Of a whole video, one in segments, and two with a failed segment, of which one lacks its failure's record."""
+    """A whole video, one in segments, and two with failed segments; the failures of one of these are not recorded."""
     groups = {
         "a.mp4": segments(caption("a.mp4")),
         "b.mp4": segments(caption("b.mp4", start=0.0), caption("b.mp4", start=2.0)),
@@ -140,7 +140,7 @@ def test_an_editor_that_changes_white_space_does_not_destroy_resume(files, chang
 
 @pytest.mark.parametrize("change", EDITS)
 def test_an_incomplete_group_is_recognized_after_an_editor(files, change):
-    """Its first segment is there, and so are both segments of the video before."""
+    """The file ends with the first of two segments, behind a complete video."""
     whole = segments(caption("a.mp4", start=0.0), caption("a.mp4", start=2.0))
     write(files, whole, segments(caption("b.mp4", start=0.0), caption("b.mp4", start=2.0)))
     text = files.captions.read_text()
@@ -153,7 +153,7 @@ def test_an_incomplete_group_is_recognized_after_an_editor(files, change):
 
 
 def test_a_deleted_line_makes_its_video_pending(files):
-    """In the midst of the file: the lines before and after it count."""
+    """In the middle of the file; the videos before and after it are still done."""
     groups = [segments(*(caption(video, start=start) for start in (0.0, 2.0, 4.0))) for video in ("a.mp4", "b.mp4")]
     write(files, *groups, [caption("c.mp4")])
     lines = files.captions.read_text().splitlines(keepends=True)
@@ -194,7 +194,7 @@ def test_what_another_shard_is_writing_is_left_alone(files):
     assert other.read_bytes() == before
 
 
-def test_shards_know_each_others_captions(files):
+def test_shards_read_each_others_captions(files):
     for number in (1, 2):
         write(replace(files, shard=Shard(number, 2)), [caption(f"{number}.mp4")])
     assert [path.name for path in files.all_captions()] == ["captions-1-of-2.jsonl", "captions-2-of-2.jsonl"]
@@ -231,7 +231,7 @@ def test_rotation(files):
         opened(files, lines_per_file=0)
 
 
-def test_failures_are_passed_over_until_the_file_changes(files):
+def test_failed_files_are_skipped_until_they_change(files):
     with opened(files) as ledger:
         ledger.fail([failure("a.mp4"), failure("b.mp4", size=None)])
     with opened(files) as ledger:
@@ -240,7 +240,7 @@ def test_failures_are_passed_over_until_the_file_changes(files):
         assert not is_done(ledger, VideoFile("a.mp4", 5, 7))
 
 
-def test_a_side_car_that_failed_before_its_captions_were_written(files):
+def test_a_subtitle_file_that_failed_before_its_captions_were_written(files):
     """A kill between the two: the video is captioned."""
     with opened(files) as ledger:
         ledger.fail([failure(stage="write")])
@@ -248,7 +248,7 @@ def test_a_side_car_that_failed_before_its_captions_were_written(files):
         assert ledger.status(VideoFile("a.mp4", 5, 7)) == "pending"
 
 
-def test_a_segment_that_failed_is_outstanding_until_it_comes_out(files, tmp_path):
+def test_a_failed_segment_is_outstanding_until_it_succeeds(files, tmp_path):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"12345")
     known = dict(size_bytes=5, modified_ns=path.stat().st_mtime_ns)
@@ -261,7 +261,7 @@ def test_a_segment_that_failed_is_outstanding_until_it_comes_out(files, tmp_path
     with opened(files) as ledger:
         assert is_done(ledger, video) and list(ledger.to_retry()) == [video]
         ledger.write([ok[0], replace(caption(str(path), start=2.0), **known), ok[1]])
-    with opened(files) as ledger:  # killed before it wrote its list anew
+    with opened(files) as ledger:  # killed before it replaced the list
         assert list(ledger.to_retry()) == []
 
 
@@ -272,8 +272,8 @@ def test_the_span_is_part_of_what_is_known(files):
         assert is_done(ledger, VideoFile("a.mp4", 5, 7))
 
 
-def test_a_retry_is_of_what_failed_and_did_not_come_out(files, tmp_path):
-    """mended since; mended and captioned; still the same; a side-car, whose captions are there; gone."""
+def test_a_retry_lists_what_failed_and_has_not_succeeded_since(files, tmp_path):
+    """Fixed since; fixed and captioned; unchanged; a subtitle file of captions that exist; deleted."""
     for name in ("mended", "done", "same"):
         (tmp_path / f"{name}.mp4").write_bytes(b"12345678")
     now = {name: VideoFile(str(tmp_path / f"{name}.mp4"), 8, (tmp_path / f"{name}.mp4").stat().st_mtime_ns)
@@ -290,7 +290,7 @@ def test_a_retry_is_of_what_failed_and_did_not_come_out(files, tmp_path):
     assert read_records(files.failed, Failure) == [failure(now["same"].path)]
 
 
-def test_a_folder_that_could_not_be_listed_is_walked_through_again(files, tmp_path):
+def test_a_folder_that_could_not_be_listed_is_listed_again(files, tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.mp4", "b.mp4", "c.wav"):
         (tmp_path / "sub" / name).write_bytes(b"12345")
@@ -324,7 +324,7 @@ def test_a_failure_that_was_half_written(files):
     assert [one.video for one in read_records(files.failed, Failure)] == ["a.mp4", "c.mp4"]
 
 
-def test_another_question_is_not_mixed_in(files):
+def test_captions_with_other_settings_are_not_mixed(files):
     write(files, [caption()])
     with pytest.raises(LedgerError, match=r"temperature 0\.0 \(now 1\.0\).*--overwrite"):
         opened(files, job=JOB | {"temperature": 1.0})
@@ -338,13 +338,13 @@ def test_captions_of_somebody_else_are_not_touched(files):
     assert files.out.read_text() == "precious" and len(list(files.out.parent.iterdir())) == 1
 
 
-def test_nothing_is_signed_before_there_is_something_to_keep(files):
+def test_the_settings_are_saved_with_the_first_caption(files):
     with opened(files):
         assert not files.job.exists()
     opened(files, job={"model": "other"})
 
 
-def test_redo_moves_everything_aside(files):
+def test_overwrite_renames_everything(files):
     for _ in range(3):
         with opened(files, job={"model": "other"}, overwrite=True) as ledger:
             assert not is_done(ledger, VideoFile("a.mp4", 5, 7))
@@ -366,7 +366,7 @@ def test_two_processes_do_not_write_the_same(files):
 
 @pytest.mark.parametrize(("one", "other"), [((1, 1), (1, 2)), ((1, 2), (1, 1)), ((2, 8), (2, 18))])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_processes_that_share_out_in_two_ways_are_not_at_work_at_once(files, one, other, overwrite):
+def test_another_number_of_shards_at_the_same_time_is_refused(files, one, other, overwrite):
     """They would do the same videos; nor does --overwrite move aside what a shard is writing."""
     held, late = (replace(files, shard=Shard(*shard)) for shard in (one, other))
     with opened(held) as ledger:
@@ -374,7 +374,7 @@ def test_processes_that_share_out_in_two_ways_are_not_at_work_at_once(files, one
         with pytest.raises(LedgerError, match="same number of shards"), opened(late, overwrite=overwrite):
             pass
         assert held.captions.exists()
-    # The lock's file stays, and nobody holds it.
+    # The lock file stays, and no process holds it.
     with opened(late) as ledger:
         assert is_done(ledger, VideoFile("a.mp4", 5, 7))
 
@@ -396,7 +396,7 @@ def test_another_runs_files_are_not_ones_own(files):
     with opened(files, overwrite=True) as ledger:
         assert [path.name for path in ledger.moved] == ["captions.jsonl.old", "captions.job.json.old"]
     assert all(other.exists() for other in others)
-    # A date alone is told apart, too.
+    # A date is recognized, too.
     undated = files.out.with_name("captions.20260102.jsonl")
     undated.write_text("precious")
     assert undated not in files.all_captions()

@@ -6,7 +6,7 @@ import tracemalloc
 from salmonn.batch.ledger_files import KEY_BYTES, HashSet, hash_key
 
 
-def test_a_digest_is_of_its_values():
+def test_a_key_depends_on_its_values():
     """The same in each process; a text is no number, and parts do not run together."""
     keys = {
         hash_key("a", 1),

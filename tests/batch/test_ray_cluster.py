@@ -1,4 +1,4 @@
-"""The work on Ray, with two actors on this machine of which one is killed midway: nothing lost, nothing twice."""
+"""Captioning on Ray with two actors on this machine; one is killed midway, and each video is captioned once."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from salmonn.records import Caption, read_records
 
 pytest.importorskip("ray")
 
-# Blocks of three videos, each slow enough for a kill in its midst.
+# Blocks of three videos, each slow enough to be killed midway.
 RUN = """
 import sys, time
 from salmonn.batch import ray_cluster as cluster

@@ -1,4 +1,4 @@
-"""Side-cars: their forms, read back by libav; their names; and files that are somebody else's."""
+"""Subtitle files: their formats, as libav reads them; their names; and existing files of the user."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def make(tmp_path):
 
 
 def unknown(video: str) -> float:
-    """Of videos that must not be asked."""
+    """Fail: the duration must not be needed."""
     raise AssertionError(video)
 
 
@@ -70,7 +70,7 @@ def test_srt(captions, make):
 
 
 def test_vtt(captions, make):
-    """The letters that would be marks are written as HTML has them."""
+    """Characters that would be markup are escaped."""
     assert make("vtt").write(captions) == []
     path = Path(captions[0].video).with_suffix(".vtt")
     escaped = "A tone &amp; a &lt;b&gt;blue&lt;/b&gt; star --&gt; gone.\nThen\nrain."
@@ -125,8 +125,8 @@ def test_a_video_without_a_length(make, tmp_path, videos):
     assert (tmp_path / "a.txt").read_text() == "words\n" and not (tmp_path / "a.srt").exists()
 
 
-def test_lengths_are_asked_for_in_a_process_with_limits(make, videos, monkeypatch):
-    """A file that takes too long there is a failure, and the next one is asked by another process."""
+def test_durations_are_read_in_a_process_with_limits(make, videos, monkeypatch):
+    """A file that takes too long is a failure, and another process reads the next one."""
     film, good = ([Caption(str(video), "words")] for video in videos[:2])
     monkeypatch.setattr("salmonn.batch.subtitles.declared_seconds", time.sleep)
     with make("srt", limits=WorkerLimits(seconds=0.5)) as subtitles, monkeypatch.context() as patched:
@@ -154,7 +154,7 @@ def test_a_log_that_another_process_is_writing(captions, make, tmp_path):
 
 
 def test_an_arrow_in_a_text_makes_no_cue(captions, make):
-    """SRT has no other letters for it, however long it is."""
+    """SRT has no escape sequence for it."""
     text = "a ---> b ----> c --> d -> e"
     assert make("srt").write([replace(captions[0], text=text)]) == []
     path = Path(captions[0].video).with_suffix(".srt")
@@ -171,7 +171,7 @@ def test_a_users_own_file_is_not_touched(captions, make):
     assert make("srt", replace=True).write(captions) == [] and own.read_text().startswith("1\n")
 
 
-def test_ours_are_replaced_until_somebody_corrects_them(captions, make):
+def test_our_files_are_replaced_until_somebody_edits_them(captions, make):
     path = Path(captions[0].video).with_suffix(".txt")
     other = [replace(captions[0], text="Something else.")]
     assert make("txt").write(captions[:1]) == []
@@ -180,7 +180,7 @@ def test_ours_are_replaced_until_somebody_corrects_them(captions, make):
     assert len(make("txt").write(captions[:1])) == 1 and path.read_text() == "Something better.\n"
 
 
-def test_a_kill_before_a_side_car_is_in_the_log_does_no_harm(captions, make, tmp_path):
+def test_a_kill_before_a_subtitle_file_is_logged_does_no_harm(captions, make, tmp_path):
     """The same text is there, by whomever."""
     make("txt").write(captions[:1])
     log = tmp_path / "log" / "captions.subtitles.jsonl"
@@ -225,7 +225,7 @@ def test_another_folder_mirrors_the_paths(make, tmp_path, monkeypatch):
     assert Path("subs/clips/a.txt").read_text() == "words\n"
 
 
-def test_a_folder_that_is_gone_is_not_made_anew(make, tmp_path):
+def test_a_deleted_folder_is_not_created_again(make, tmp_path):
     gone = Caption(str(tmp_path / "gone" / "a.mp4"), "words")
     (failure,) = make("txt").write([gone])
     assert "a.mp4.txt cannot be written (No such file" in failure.reason and not (tmp_path / "gone").exists()

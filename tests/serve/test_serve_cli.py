@@ -122,12 +122,12 @@ def test_a_second_signal_ends_the_grace(run, videos):
 
 
 def refused(call, *flags):
-    code, _, told = call("serve", "--port", 0, *flags)
+    code, _, err = call("serve", "--port", 0, *flags)
     assert code == 2
-    return told
+    return err
 
 
-def test_flags_that_make_no_sense_are_refused_before_the_model_is_read(call, tmp_path):
+def test_invalid_flags_are_refused_before_the_model_is_loaded(call, tmp_path):
     none = ("--model", tmp_path / "none")
     assert "require a key with --api-key-file FILE" in refused(call, "--host", "0.0.0.0", *none)
     (tmp_path / "keys").write_text("short\n")
@@ -140,7 +140,7 @@ def test_flags_that_make_no_sense_are_refused_before_the_model_is_read(call, tmp
         assert f"cannot listen at 127.0.0.1, port {port}" in refused(call, "--port", port, *none)
 
 
-def test_what_it_needs_is_told(call, monkeypatch):
+def test_a_missing_extra_is_named(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "salmonn.serve.server", raising=False)
     assert "pip install 'salmonn[serve]'" in refused(call)

@@ -29,7 +29,7 @@ def test_wrong_usage(call, tmp_path, flags, words):
     assert code == 2 and words.format(folder=tmp_path) in err and "Traceback" not in err
 
 
-def test_without_gradio_it_is_told_before_models_are_read(call, tmp_path, monkeypatch):
+def test_without_gradio_it_is_refused_before_models_are_loaded(call, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else find(name, *more)
@@ -39,7 +39,7 @@ def test_without_gradio_it_is_told_before_models_are_read(call, tmp_path, monkey
 
 
 @pytest.mark.parametrize(("text", "words"), [("ann", "line 1: expected user:password"), ("\n", "has no accounts")])
-def test_password_files_that_are_none(call, tmp_path, text, words):
+def test_invalid_password_files(call, tmp_path, text, words):
     path = tmp_path / "passwords"
     path.write_text(text)
     code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", "--password-file", path)
@@ -53,7 +53,7 @@ def test_port_0_is_a_free_one_of_the_system(demo):
     assert httpx.get(demo.address).status_code == 200
 
 
-def test_who_knows_no_password_sees_nothing(tmp_path):
+def test_nothing_is_shown_without_a_password(tmp_path):
     passwords = tmp_path / "passwords"
     passwords.write_text("ann:secret\n\nbob:pass:word\n")
     demo = start_demo(tmp_path / "demo", "--password-file", passwords)
