@@ -215,7 +215,7 @@ def test_failed_fixed_and_retried(folder, caption, videos, tmp_path):
     # What else is there now is not looked at.
     (folder / "new.mp4").write_bytes(videos[0].read_bytes())
     code, err = caption("--retry-failed")
-    assert code == 1 and "1 captions" in err and "1 video failed" in err
+    assert code == 1 and "1 caption written" in err and "1 video failed" in err
     assert names(failed, Failure) == ["clips/worse.mp4"]
     assert names(tmp_path / "captions.jsonl") == sorted([*EACH_ONCE, "clips/bad.mp4"])
     (folder / "worse.mp4").write_bytes(videos[1].read_bytes())
