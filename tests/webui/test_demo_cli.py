@@ -20,7 +20,7 @@ from tests.webui.conftest import start_demo
         (["--other-model", "m", "--model", "m"], "--other-model is the same as --model"),
         (["--references", "absent.jsonl"], "absent.jsonl"),
         (["--model", "{folder}"], "{folder}"),
-        (["--judge.kind", "openai"], "needs a model"),
+        (["--judge.kind", "openai"], "needs the name of a model"),
     ],
 )
 def test_wrong_usage(call, tmp_path, flags, words):
