@@ -66,7 +66,7 @@ class LabelledPair:
 
 @dataclass(frozen=True)
 class DecisionCounts:
-    """Counts of a judge's decisions on some pairs.
+    """Counts of a judge's decisions on some pairs, and shares of them (None without pairs).
 
     Args:
         pairs: number of pairs.
@@ -74,6 +74,9 @@ class DecisionCounts:
         ties: number without a preference.
         unscored: number with a caption or reference that could not be judged; none of them is right.
         gap_error: mean |judge's gap - labelled gap| in events, over scored pairs with a gap; None if there are none.
+        accuracy: share of right decisions on all pairs.
+        interval: 95 % Wilson interval of `accuracy`.
+        scored_accuracy: share of right decisions on scored pairs.
     """
 
     pairs: int
@@ -81,34 +84,9 @@ class DecisionCounts:
     ties: int
     unscored: int
     gap_error: float | None
-
-    @property
-    def scored(self) -> int:
-        """Return the number of pairs that could be judged."""
-        return self.pairs - self.unscored
-
-    @property
-    def accuracy(self) -> float | None:
-        """Return the share of right decisions on all pairs; None without pairs."""
-        return self.right / self.pairs if self.pairs else None
-
-    @property
-    def scored_accuracy(self) -> float | None:
-        """Return the share of right decisions on scored pairs; None without scored pairs."""
-        return self.right / self.scored if self.scored else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % Wilson interval of `accuracy`; None without pairs."""
-        if not self.pairs:
-            return None
-        interval = wilson_interval(self.right, self.pairs)
-        return interval.low, interval.high
-
-    def to_json(self) -> dict[str, Any]:
-        """Return counts and shares."""
-        shares = {"accuracy": self.accuracy, "interval": self.interval, "scored_accuracy": self.scored_accuracy}
-        return asdict(self) | shares
+    accuracy: float | None
+    interval: tuple[float, float] | None
+    scored_accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -158,11 +136,7 @@ class BenchmarkResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return all results for a JSON file."""
-        groups = {
-            name: {key: counts.to_json() for key, counts in getattr(self, name).items()}
-            for name in ("kinds", "position", "length", "where")
-        }
-        return asdict(self) | {"total": self.total.to_json()} | groups
+        return asdict(self)
 
 
 def read_labelled_pairs(path: Path | str) -> list[LabelledPair]:
@@ -262,14 +236,19 @@ def _count_groups(
 
 
 def _count(decisions: Sequence[_Decision]) -> DecisionCounts:
-    scored = [decision for decision in decisions if decision.preferred]
+    num_pairs, scored = len(decisions), [decision for decision in decisions if decision.preferred]
+    num_right = sum(decision.is_right for decision in decisions)
     errors = [abs(decision.gap - decision.pair.gap) for decision in scored if decision.pair.gap]
+    interval = wilson_interval(num_right, num_pairs)
     return DecisionCounts(
-        pairs=len(decisions),
-        right=sum(decision.is_right for decision in decisions),
+        pairs=num_pairs,
+        right=num_right,
         ties=sum(decision.preferred == "tie" for decision in decisions),
-        unscored=len(decisions) - len(scored),
+        unscored=num_pairs - len(scored),
         gap_error=sum(errors) / len(errors) if errors else None,
+        accuracy=num_right / num_pairs if num_pairs else None,
+        interval=(interval.low, interval.high) if num_pairs else None,
+        scored_accuracy=num_right / len(scored) if scored else None,
     )
 
 
@@ -314,7 +293,7 @@ def benchmark_rows(result: BenchmarkResult) -> list[list[tuple[str, ...]]]:
                 str(counts.pairs),
                 percent(counts.accuracy),
                 " - ".join(map(percent, counts.interval)) if counts.interval else "-",
-                percent(counts.ties / counts.scored if counts.scored else None),
+                percent(None if counts.scored_accuracy is None else counts.ties / (counts.pairs - counts.unscored)),
                 str(counts.unscored),
                 percent(counts.scored_accuracy),
                 "-" if counts.gap_error is None else f"{counts.gap_error:.2f}",

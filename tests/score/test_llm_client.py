@@ -1,7 +1,6 @@
 """The client against a misbehaving server: retries, errors that stop the run, spend caps and cached replies."""
 
 import logging
-import os
 import re
 import signal
 import sqlite3
@@ -316,8 +315,27 @@ class Held:
         return Answer(text_of(request))
 
 
+@pytest.fixture
+def start_process():
+    """Start processes that react to Ctrl-C, also if the tests run in the background, and kill them after 300 s."""
+    timers = []
+
+    def start(command: list[str]) -> subprocess.Popen:
+        # A process in the background inherits that SIGINT is ignored.
+        restore = "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+        launcher = [sys.executable, "-c", f"import os, signal, sys; {restore}"]
+        process = subprocess.Popen([*launcher, *command], stderr=subprocess.PIPE, text=True)
+        timers.append(threading.Timer(300, process.kill))
+        timers[-1].start()
+        return process
+
+    yield start
+    for timer in timers:
+        timer.cancel()
+
+
 def wait_for(condition, process: subprocess.Popen) -> None:
-    """Wait until the condition holds, for as long as the process lives."""
+    """Wait until the condition is true, as long as the process runs."""
     while not condition():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -331,7 +349,7 @@ def wait_for_line(text: str, process: subprocess.Popen) -> None:
         assert lines[-1], f"it ended without {text!r}: {''.join(lines)}"
 
 
-def test_ctrl_c_keeps_replies_in_flight(serve, open_client, tmp_path):
+def test_ctrl_c_keeps_replies_in_flight(serve, open_client, start_process, tmp_path):
     held = Held()
     server = serve(held)
     code = textwrap.dedent(f"""
@@ -343,12 +361,12 @@ def test_ctrl_c_keeps_replies_in_flight(serve, open_client, tmp_path):
         ask = lambda text: client.complete([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
         client.map_concurrent(ask, [str(number) for number in range(20)])
     """)
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
+    process = start_process([sys.executable, "-c", code])
     wait_for(lambda: len(server.requests) == 2, process)
     process.send_signal(signal.SIGINT)
     wait_for_line("waiting for replies in flight", process)
     held.release()
-    process.communicate(timeout=300)
+    process.communicate()
     assert process.returncode != 0
     asked = [text_of(request) for request in server.requests]
     assert sorted(asked) == ["0", "1"]
@@ -357,7 +375,7 @@ def test_ctrl_c_keeps_replies_in_flight(serve, open_client, tmp_path):
     assert len(server.requests) == 2
 
 
-def test_a_second_ctrl_c_does_not_wait(serve, tmp_path):
+def test_a_second_ctrl_c_does_not_wait(serve, start_process, tmp_path):
     held = Held()
     server = serve(held)
     write_records(tmp_path / "r.jsonl", [Reference("v", (Event("a dog runs"),))])
@@ -365,13 +383,13 @@ def test_a_second_ctrl_c_does_not_wait(serve, tmp_path):
     command = [SALMONN, "score", tmp_path / "c.jsonl", "--references", tmp_path / "r.jsonl", "--judge", "openai"]
     command += ["--model", "m", "--base-url", server.url, "--cache", tmp_path / "replies.sqlite"]
     command += ["--timeout-seconds", "600"]
-    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    process = start_process([*map(str, command)])
     wait_for(lambda: server.requests, process)
     process.send_signal(signal.SIGINT)
     wait_for_line("waiting for replies in flight", process)
     assert process.poll() is None  # it waits for the reply, which does not come
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate()
     held.release()
     assert process.returncode == 130 and re.search("stopped|interrupted", err) and "Traceback" not in err
 
