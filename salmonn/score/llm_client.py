@@ -215,23 +215,20 @@ class LLMClient:
                 result = future.result()
                 if progress:
                     progress(result)
-            return [future.result() for future in futures]
-        except SpendCapError:
-            # A request in flight may show that the cap is not the real problem.
-            self._stop.set()
-            executor.shutdown(cancel_futures=True)
-            for future in futures:
-                error = None if future.cancelled() else future.exception()
-                if isinstance(error, LLMStoppedError) and not isinstance(error, SpendCapError):
-                    raise error from None
-            raise
         except BaseException as error:
             self._stop.set()
             if isinstance(error, KeyboardInterrupt):
                 logger.warning("waiting for replies in flight, which will be saved (press Ctrl-C again to drop them)")
+            executor.shutdown(cancel_futures=True)  # not in `finally`, which would wait again after a second Ctrl-C
+            if isinstance(error, SpendCapError):
+                # A request in flight may show that the cap is not the real problem.
+                for future in futures:
+                    other = None if future.cancelled() else future.exception()
+                    if isinstance(other, LLMStoppedError) and not isinstance(other, SpendCapError):
+                        raise other from None
             raise
-        finally:
-            executor.shutdown(cancel_futures=True)
+        executor.shutdown()
+        return [future.result() for future in futures]
 
     def _complete_uncached(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> LLMResponse:
         sends_schema = self._accepts_schema
