@@ -68,13 +68,13 @@ def test_the_ratio_of_tokens_is_as_told(folder):
 
 def test_rows(folder, monkeypatch):
     """Two clips and four times as many; the memory of one side is measured for real."""
-    asked, real = [], folder.measured
+    asked, real = [], folder.measure_isolated
 
-    def measured(config, kind, side, paths):
+    def measure_isolated(config, kind, side, paths):
         asked.append((kind, side))
         return real(config, kind, side, paths) if len(asked) == 1 else {"process_mib": len(asked)}
 
-    monkeypatch.setattr(folder, "measured", measured)
+    monkeypatch.setattr(folder, "measured", measure_isolated)
     every = folder.run(folder.FolderConfig(clips=2, seconds=1, repeats=1, quick=True))
     rows = [row for row in every if row["part"] == "folder captioning"]
     assert [row["name"] for row in rows] == [
@@ -83,7 +83,7 @@ def test_rows(folder, monkeypatch):
         for side in ("one at a time", "generate() one at a time")
     ]
     parts = [row["name"] for row in every if row not in rows]
-    what = ("reading", "towers", "prompts and first words", "prompts and all words")
+    what = ("reading", "encoders", "prefill and first token", "prefill and all tokens")
     assert parts == [f"{kind}: {name}" for kind in ("2 clips, 720p", "8 clips, synthetic") for name in what]
     assert asked == [
         (kind, side) for kind in ("720p", "synthetic") for side in ("ours", "one at a time", "generate() one at a time")

@@ -53,14 +53,14 @@ def test_memory_in_a_process_of_its_own(rows, tmp_path):
         "tell(peak_mib(lambda: np.ones(24 << 20, np.float32).sum()))",
     ]
     (tmp_path / "one.py").write_text("\n".join(lines))
-    told = rows.alone(str(tmp_path / "one.py"))
-    assert 92 <= told["step_mib"] <= 110 and told["process_mib"] > told["step_mib"]
+    growth_rows = rows.run_isolated(str(tmp_path / "one.py"))
+    assert 92 <= growth_rows["step_mib"] <= 110 and growth_rows["process_mib"] > growth_rows["step_mib"]
 
 
 def test_a_process_that_fails_ends_the_bench(rows, tmp_path):
     (tmp_path / "one.py").write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match=r"one\.py --side failed"):
-        rows.alone(str(tmp_path / "one.py"), "--side")
+        rows.run_isolated(str(tmp_path / "one.py"), "--side")
 
 
 def test_the_table(rows):
@@ -86,19 +86,19 @@ def test_the_table_goes_between_its_marks(rows, tmp_path):
     page = tmp_path / "web_ui.md"
     page.write_text(f"before\n{rows.TABLE_START}\nold\n{rows.TABLE_END}\nafter\n")
     for _ in range(2):
-        rows.put_table(page, "new\n")
+        rows.replace_table(page, "new\n")
         assert page.read_text() == f"before\n{rows.TABLE_START}\nnew\n{rows.TABLE_END}\nafter\n"
     page.write_text(f"before\n{rows.TABLE_END}\n{rows.TABLE_START}\n")
     with pytest.raises(ValueError, match="no place for the table"):
-        rows.put_table(page, "new\n")
+        rows.replace_table(page, "new\n")
 
 
 def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
     collector = importlib.import_module("all")
     monkeypatch.setattr(collector, "HERE", tmp_path)
-    told = json.dumps([ROW | {"part": "step: mid"}, {"name": "bare"}])
+    growth_rows = json.dumps([ROW | {"part": "step: mid"}, {"name": "bare"}])
     write = "import os, pathlib, sys; assert sys.argv[3:] == ['--quick'] and os.environ['OMP_NUM_THREADS']\n"
-    (tmp_path / "step.py").write_text(write + f"pathlib.Path(sys.argv[2]).write_text({told!r})")
+    (tmp_path / "step.py").write_text(write + f"pathlib.Path(sys.argv[2]).write_text({growth_rows!r})")
     (tmp_path / "trl_step.py").write_text(write + "pathlib.Path(sys.argv[2]).write_text('[]')")
     (tmp_path / "growth.py").write_text("raise SystemExit(1)")
     page, out = tmp_path / "web_ui.md", tmp_path / "bench.json"
@@ -126,11 +126,11 @@ def test_what_is_not_measured_anew_stays(rows):
         ROW | {"bench": "decoders", "part": "readers"},
         ROW | {"bench": "folder", "part": "9 clips", "machine": "two cores"},
     ]
-    renewed = collector.renew(before, anew)
+    renewed = collector.merge_rows(before, anew)
     assert renewed == [before[0], anew[1], anew[0], before[3]]
     heads = [line for line in rows.to_markdown(renewed).splitlines() if line.startswith("**")]
     assert heads == ["**step**", "**9 clips** (measured on two cores)", "**readers**", "**growth**"]
-    assert collector.renew([], anew) == [anew[1], anew[0]]
+    assert collector.merge_rows([], anew) == [anew[1], anew[0]]
 
 
 def test_no_such_part(rows, monkeypatch, capsys):

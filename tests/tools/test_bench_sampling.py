@@ -73,11 +73,11 @@ def test_each_answer_of_the_naive_side_reads_the_clip_again(bench):
 def test_rows(sampling, monkeypatch, tmp_path):
     asked = []
 
-    def measured(config, side, num_clips):
+    def measure_isolated(config, side, num_clips):
         asked.append((side, num_clips))
         return {"step_mib": 10 if side == "ours" else 30}
 
-    monkeypatch.setattr(sampling, "measured", measured)
+    monkeypatch.setattr(sampling, "measured", measure_isolated)
     out = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["sampling.py", "--quick", f"--out={out}"])
     sampling.main()

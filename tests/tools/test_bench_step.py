@@ -61,8 +61,8 @@ def test_sides_do_the_work_that_is_told_of_them(step, bench):
     assert works["logits of all positions"] == works["ours"]
     assert works["naive"] == {"vision": 2, "audio": 2, "decoder": 5, "tokens": 2 * chosen + 2 * rejected + truth}
     assert works["no shared prefix"]["tokens"] == sum(lengths)
-    assert works["towers in each step"] == works["ours"] | {"vision": 1, "audio": 1}
-    assert works["reference in each step"]["decoder"] == 2
+    assert works["encoders in each step"] == works["ours"] | {"vision": 1, "audio": 1}
+    assert works["reference policy in each step"]["decoder"] == 2
     assert bench.prefix_tokens / bench.pair.chosen.count("w") > 20
 
 
@@ -82,14 +82,14 @@ def test_a_side_that_computes_something_else_is_found_out(step, small, bench, mo
 
     for side in (other_gradient, lambda bench: bench.ours() * 1.001):
         monkeypatch.setattr(step, "SIDES", {"ours": step.Bench.ours, "wrong": side})
-        with pytest.raises(ValueError, match=r"wrong: .* there is nothing to compare"):
+        with pytest.raises(ValueError, match=r"wrong: .*does not compute the same"):
             step.check(bench, small)
 
 
 def test_not_a_number_is_found_out(step, small, bench):
     gradients = torch.ones(3)
     with pytest.raises(ValueError, match="loss nan"):
-        step.require_same("broken", (float("nan"), gradients), (1.0, gradients), config=small)
+        step.require_equal("broken", (float("nan"), gradients), (1.0, gradients), config=small)
 
 
 def test_all_positions_are_asked_once(step, bench):
@@ -114,7 +114,7 @@ def test_rows(step, small, monkeypatch, tmp_path):
     monkeypatch.setattr(step, "measured", lambda config, side: memory[side])
     out = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["step.py", "--quick", f"--out={out}"])
-    load("model").start(step.__doc__, step.run, step.tell_memory)
+    load("model").start(step.__doc__, step.run, step.report_memory)
     rows = {row["name"]: row for row in json.loads(out.read_text())}
     assert list(rows)[:2] == ["naive", "naive, our reference pass counted in"] and len(rows) == 7
     assert (rows["naive"]["ours_mib"], rows["naive"]["other_process_mib"]) == (10, 120)
@@ -125,8 +125,8 @@ def test_rows(step, small, monkeypatch, tmp_path):
 
 
 def test_memory_is_measured_in_another_process(step, small):
-    told = step.measured(small, "naive")
-    assert 0 <= told["step_mib"] < 200 < told["process_mib"] < 3000
+    growth_rows = step.measure_isolated(small, "naive")
+    assert 0 <= growth_rows["step_mib"] < 200 < growth_rows["process_mib"] < 3000
 
 
 def test_without_trl_there_is_no_row(small, monkeypatch, capsys):
@@ -147,25 +147,27 @@ def test_trl(small, tmp_path):
 
 def test_growth():
     growth = load("growth")
-    one, two, fit = growth.told(
+    one, two, fit = growth.growth_rows(
         [{"size": 100, "seconds": 2.0, "step_mib": 5}, {"size": 200, "seconds": 8.0, "step_mib": 10}],
         "{} clips",
         "part",
     )
     # 2 s a hundred are 20 a thousand; twice the size takes 4 times as long and twice the memory.
-    assert one["name"] == "100 clips" and one["note"] == "20 s a thousand" and two["ours_mib"] == 10
+    assert one["name"] == "100 clips" and one["note"] == "20 s per 1,000" and two["ours_mib"] == 10
     assert (fit["time_exponent"], fit["memory_exponent"]) == (2.0, 1.0)
 
 
 def test_growth_measures_what_it_says(small, monkeypatch):
     growth = load("growth")
     # A frame of 112 pixels is 4 x 5 tokens; the 60 of a chunk of sound are made 64 to be dealt out to 8 frames.
-    assert growth.step_of(small, 8)["size"] == 8 * 20 + 64
+    assert growth.measure_step(small, 8)["size"] == 8 * 20 + 64
     seen = []
-    learn = growth.Bench.learn
-    monkeypatch.setattr(growth.Bench, "learn", lambda bench, batch: (seen.append(batch.clips), learn(bench, batch))[1])
-    told = growth.round_of(small, 8)
-    assert told["size"] == 8 and told["seconds"] > 0
+    train_step = growth.Bench.train_step
+    monkeypatch.setattr(
+        growth.Bench, "learn", lambda bench, batch: (seen.append(batch.clips), train_step(bench, batch))[1]
+    )
+    growth_rows = growth.measure_round(small, 8)
+    assert growth_rows["size"] == 8 and growth_rows["seconds"] > 0
     # One step on the clip of noise to warm up, then 8 pairs, 4 a step, each once.
     assert seen[0] == ("noise",) and sorted(seen[1] + seen[2]) == [f"clip {number}" for number in range(8)]
     assert len(seen) == 3 and len(seen[1]) == 4

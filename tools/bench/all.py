@@ -1,9 +1,9 @@
-"""All benches, each in a process of its own: bench.json, and the table of docs/performance.md.
+"""Run all benchmarks, each in its own process, and write bench.json and the tables of docs/performance.md.
 
     python tools/bench/all.py [--out bench.json] [--document docs/performance.md] [--parts step sampling] [--quick]
 
-Meanwhile nothing else should keep the machine busy. A part that fails is told at the end; the others' rows stand. Of
-parts that are not run, or fail, what the file holds stays, with the machine and the commit that it was measured on.
+Nothing else should run on the machine meanwhile. Parts that fail are listed at the end and do not affect the others. Rows
+of parts that were not run, or failed, keep their old values in the file with the machine and commit they were measured on.
 """
 
 import json
@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from rows import BenchRow, machine, put_table, to_markdown, write_rows
+from rows import BenchRow, machine, replace_table, to_markdown, write_rows
 
 PARTS = ("step", "trl_step", "sampling", "folder", "decoders", "growth")
 HERE = Path(__file__).parent
 
 
 def run_part(name: str, *, quick: bool) -> list[BenchRow] | None:
-    """A part's rows, which say of which part and which machine they are; None where it failed."""
+    """Run a benchmark; return its rows with part and machine, or None if it failed."""
     cores = str(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
@@ -35,37 +35,37 @@ def run_part(name: str, *, quick: bool) -> list[BenchRow] | None:
 
 
 def collect(parts: Sequence[str], *, quick: bool) -> tuple[list[BenchRow], list[str]]:
-    """Rows of all parts, and which parts failed."""
+    """Run several benchmarks; return their rows and the names of those that failed."""
     rows = {name: run_part(name, quick=quick) for name in parts}
     return [row for each in rows.values() for row in each or []], [name for name, each in rows.items() if each is None]
 
 
-def renew(before: Sequence[BenchRow], rows: Sequence[BenchRow]) -> list[BenchRow]:
-    """All rows in the benches' order; of those that were run, what was measured anew, however its tables are named."""
-    anew = {row["bench"] for row in rows}
-    kept = [row for row in before if row["bench"] not in anew]
+def merge_rows(before: Sequence[BenchRow], rows: Sequence[BenchRow]) -> list[BenchRow]:
+    """Return old and new rows in the order of PARTS; new rows replace all old rows of the same benchmark."""
+    measured_now = {row["bench"] for row in rows}
+    kept = [row for row in before if row["bench"] not in measured_now]
     return sorted([*kept, *rows], key=lambda row: PARTS.index(row["bench"]))
 
 
 def main() -> None:
-    """Run, write, and tell what failed."""
+    """Run the benchmarks, write their rows, and report failures."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", type=str, nargs="+", default=list(PARTS), help="which, in this order")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="file of rows")
-    parser.add_argument("--document", type=Path | None, default=None, help="file whose table is put in place")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--parts", type=str, nargs="+", default=list(PARTS), help="benchmarks to run, in this order")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="JSON file of rows to update")
+    parser.add_argument("--document", type=Path | None, default=None, help="document whose tables are replaced")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for testing")
     values = parser.parse_args()
     if unknown := sorted(set(values.parts) - set(PARTS)):
-        parser.error(f"there is no part {', '.join(unknown)}, but {', '.join(PARTS)}")
-    is_there = values.out.exists() and not values.quick  # what is quick stands beside nothing else
-    before: list[BenchRow] = json.loads(values.out.read_text(encoding="utf-8")) if is_there else []
+        parser.error(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    is_update = values.out.exists() and not values.quick  # rows of --quick runs are not mixed with others
+    before: list[BenchRow] = json.loads(values.out.read_text(encoding="utf-8")) if is_update else []
     rows, failed = collect(values.parts, quick=values.quick)
-    rows = renew(before, rows)
+    rows = merge_rows(before, rows)
     write_rows(values.out, rows)
     if values.document and rows:
-        put_table(values.document, to_markdown(rows))
+        replace_table(values.document, to_markdown(rows))
     if failed:
-        sys.stderr.write(f"{', '.join(failed)} failed, as told above\n")
+        sys.stderr.write(f"{', '.join(failed)} failed, see the output above\n")
         raise SystemExit(1)
 
 

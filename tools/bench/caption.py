@@ -1,9 +1,9 @@
-"""How long `salmonn caption` takes on one long clip, and how much memory: start-up, decoding and model together.
+"""Measure time and memory of `salmonn caption` on one long clip: start-up, decoding and model together.
 
     python tools/bench/caption.py [--seconds 5 30 120] [--model FOLDER_OR_ID]
 
-The clips are 1280 x 720 at 30 frames a second, H.264 and AAC, a moving texture that no codec makes small. Each is
-captioned by a process of its own, whose wall time, processor time and peak of resident memory are printed.
+The clips are 1280 x 720 at 30 fps, H.264 and AAC, and compress badly. Each is captioned by its own process, whose wall
+time, CPU time and peak resident memory are printed.
 """
 
 import os
@@ -22,12 +22,12 @@ MIB_IN_KIB = 1024
 
 
 def main() -> None:
-    """Render, caption, print."""
+    """Render and caption the clips, print a table."""
     parser = ArgumentParser(description="Time and memory of `salmonn caption` on long 720p clips.")
     parser.add_argument("--seconds", type=int, nargs="+", default=[5, 30, 120], help="lengths of the clips")
-    parser.add_argument("--model", type=str | None, default=None, help="another model than the shipped one")
+    parser.add_argument("--model", type=str | None, default=None, help="folder or hub id (default: the toy model)")
     values = parser.parse_args()
-    table = Table("clip, s", "wall, s", "processor, s", "peak memory, MiB", title="salmonn caption, 1280 x 720")
+    table = Table("clip, s", "wall, s", "CPU, s", "peak memory, MiB", title="salmonn caption, 1280 x 720")
     with tempfile.TemporaryDirectory() as folder:
         for seconds in values.seconds:
             clip = Path(folder) / f"{seconds}.mp4"
@@ -37,14 +37,14 @@ def main() -> None:
 
 
 def caption(clip: Path, model: str | None) -> list[str]:
-    """Wall seconds, processor seconds and peak MiB of a process that captions the clip."""
+    """Caption a clip in a new process; return wall seconds, CPU seconds and peak MiB."""
     command = [str(Path(sys.executable).with_name("salmonn")), "caption", str(clip), "--out", str(clip) + ".jsonl"]
     begin = time.perf_counter()
     process = subprocess.Popen([*command, *(["--model", model] if model else [])], stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     wall = time.perf_counter() - begin
     if status:
-        raise SystemExit(f"{' '.join(command)} failed: run it to see why")
+        raise SystemExit(f"{' '.join(command)} failed; run it to see why")
     return [f"{wall:.1f}", f"{used.ru_utime + used.ru_stime:.1f}", f"{used.ru_maxrss / MIB_IN_KIB:.0f}"]
 
 

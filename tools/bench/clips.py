@@ -1,4 +1,4 @@
-"""Clips to measure with: of any size and length, a moving coloured texture that no codec makes small, with a tone."""
+"""Clips for benchmarks, of any size and length: a moving texture that compresses badly, with a tone."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -12,11 +12,11 @@ SAMPLE_RATE_HZ = 44_100
 
 
 def render(path: Path, *, seconds: int, width: int = 1280, height: int = 720, seed: int = 0) -> None:
-    """Write a clip in H.264 and AAC whose picture slides over a texture; colour and pitch follow from the seed."""
-    draw = np.random.default_rng(seed)
-    brightest, pitch_hz = draw.integers(32, 256, 3), int(draw.integers(110, 1760))
-    blocks = draw.integers(0, brightest, (height // 4, width // 4, 3), dtype=np.uint8)
-    texture = blocks.repeat(8, axis=0).repeat(8, axis=1)
+    """Write an H.264/AAC clip that pans over a texture; colour and pitch depend on the seed."""
+    rng = np.random.default_rng(seed)
+    brightest, pitch_hz = rng.integers(32, 256, 3), int(rng.integers(110, 1760))
+    features = rng.integers(0, brightest, (height // 4, width // 4, 3), dtype=np.uint8)
+    texture = features.repeat(8, axis=0).repeat(8, axis=1)
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
@@ -35,7 +35,7 @@ def render(path: Path, *, seconds: int, width: int = 1280, height: int = 720, se
 
 
 def _tone(seconds: int, pitch_hz: int) -> Iterator[av.AudioFrame]:
-    """A second at a time."""
+    """Yield the tone one second at a time."""
     wave = (8000 * np.sin(2 * np.pi * pitch_hz * np.arange(SAMPLE_RATE_HZ) / SAMPLE_RATE_HZ)).astype(np.int16)
     for second in range(seconds):
         sound = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")

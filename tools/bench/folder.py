@@ -1,10 +1,10 @@
-"""A folder of clips captioned by ours, in batches with decoding ahead, against one clip at a time; the same captions.
+"""Benchmark captioning a folder in batches with read-ahead against one clip at a time, with equal captions.
 
     python tools/bench/folder.py [--clips 24] [--seconds 5] [--repeats 3] [--out bench.json] [--quick]
 
-Two folders: 1280 x 720 clips by a model of random weights of 88 million parameters (prefix and answer about 20 : 1, so
-that arithmetic is timed), and small synthetic clips by the shipped toy model. The other sides are `Captioner.caption`
-for each file in turn, and the same with transformers' own generate(); all use all cores, and load the model once.
+Two folders: 1280 x 720 clips with a random model of 88 million parameters (prefix and answer about 20 : 1, so that
+arithmetic dominates), and small synthetic clips with the toy model. The other sides are `Captioner.caption` on each file
+in turn, and the same with transformers' generate(). All use all cores and load the model once.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from clips import render
 from jsonargparse import ArgumentParser
 from model import SHAPES, Shape, make_captioner
 from naive import naive_answers
-from rows import BenchRow, alone, compare, hand_in, interleave, peak_mib, tell
+from rows import BenchRow, compare, emit_json, interleave, peak_mib, report_rows, run_isolated
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generate import Sampling
@@ -38,13 +38,13 @@ QUICK_NEW_TOKENS = 5
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """What is run.
+    """Settings of the benchmark.
 
     Args:
-        clips: in the folder of 720p; four times as many are in the other.
-        seconds: of each clip in 720p.
-        repeats: of each side; medians are told.
-        quick: small sizes, to see that it runs.
+        clips: number of 720p clips; the other folder has four times as many.
+        seconds: length of each 720p clip.
+        repeats: timed runs of each side; medians are reported.
+        quick: whether to use small sizes, for testing.
     """
 
     clips: int = 24
@@ -57,14 +57,14 @@ class Bench:
     """A model, a folder and the ways of captioning it.
 
     Args:
-        kind: of the clips, and which model sees them.
-        paths: of the clips.
-        quick: a small model.
+        kind: kind of clips, which determines the model.
+        paths: paths of the clips.
+        quick: whether to use a small model.
     """
 
     def __init__(self, kind: Kind, paths: Sequence[Path], *, quick: bool) -> None:
         self.paths = paths
-        self.waited = 0.0  # seconds in which the model had no clips, in the latest run
+        self.waited = 0.0  # seconds in which the model waited for clips in the latest run
         if kind == "synthetic":
             self.captioner = Captioner.load(SHIPPED_MODEL)
             self.sampling = self.captioner.default_sampling()
@@ -74,18 +74,18 @@ class Bench:
         self.sides = {"ours": self.ours, "one at a time": self.one, "generate() one at a time": self.generate}
 
     def ours(self) -> list[str]:
-        """Batches, and workers that read ahead, whose start is timed too."""
+        """Caption in batches with reader processes, whose start-up is timed too."""
         with ClipReader(workers=default_num_workers(len(self.paths))) as reader:
             results = list(self.captioner.caption_many(self.paths, sampling=self.sampling, reader=reader))
         self.waited = reader.waited_seconds
         return [result.text if isinstance(result, Caption) else result.reason for result in results]
 
     def one(self) -> list[str]:
-        """Our own captioner, a file at a time."""
+        """Caption one file at a time with our captioner."""
         return [self.captioner.caption(path, sampling=self.sampling).text for path in self.paths]
 
     def generate(self) -> list[str]:
-        """Reading and towers are ours, words come from transformers' generate()."""
+        """Caption one file at a time with our reader and encoders and transformers' generate()."""
         processor = self.captioner.processor
         generation: dict[str, Any] = {
             "do_sample": False,
@@ -98,8 +98,8 @@ class Bench:
         return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in given]
 
     def parts(self) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-        """Where the time goes: what is done -> of the clips side by side, and one at a time; nothing overlaps here."""
-        captioner, one_word = self.captioner, replace(self.sampling, max_new_tokens=1)
+        """Return each stage as a pair of functions: in batches, and one clip at a time; nothing overlaps here."""
+        captioner, one_token = self.captioner, replace(self.sampling, max_new_tokens=1)
         clips = [captioner.processor.read(path) for path in self.paths]
         features, size = captioner.encode(clips), captioner.processor.config.batch_size
         answer = partial(captioner.answer, features, [captioner.default_prompt()] * len(features))
@@ -113,14 +113,14 @@ class Bench:
 
         return {
             "reading": (read, read),
-            "towers": both(partial(captioner.encode, clips)),
-            "prompts and first words": both(answer, sampling=one_word),
-            "prompts and all words": both(answer, sampling=self.sampling),
+            "encoders": both(partial(captioner.encode, clips)),
+            "prefill and first token": both(answer, sampling=one_token),
+            "prefill and all tokens": both(answer, sampling=self.sampling),
         }
 
 
 def make_folder(kind: Kind, root: Path, config: FolderConfig) -> list[Path]:
-    """Render the clips of a kind; no two are alike."""
+    """Render different clips of a kind."""
     if kind == "synthetic":
         references = make_clips(root, SynthConfig(clips=4 * config.clips, seed=6), workers=1)
         return [root / reference.video for reference in references]
@@ -132,7 +132,7 @@ def make_folder(kind: Kind, root: Path, config: FolderConfig) -> list[Path]:
 
 
 def check(bench: Bench) -> None:
-    """All sides give the same captions, and not the same one to every clip.
+    """Check that all sides give the same captions, and that captions differ between clips.
 
     Raises:
         ValueError: they do not.
@@ -141,14 +141,14 @@ def check(bench: Bench) -> None:
     for name, texts in captions.items():
         if texts != captions["ours"]:
             place = next(place for place, text in enumerate(texts) if text != captions["ours"][place])
-            told = f"{captions['ours'][place]!r} against {texts[place]!r}"
-            raise ValueError(f"'{name}' says of {bench.paths[place].name} otherwise than ours: {told}")
+            difference = f"{captions['ours'][place]!r} against {texts[place]!r}"
+            raise ValueError(f"'{name}' captions {bench.paths[place].name} differently: {difference}")
     if len(set(captions["ours"])) < len(bench.paths) / 2:
-        raise ValueError(f"of {len(bench.paths)} clips most have the same caption, which shows little")
+        raise ValueError(f"most of {len(bench.paths)} clips have the same caption; the comparison would show little")
 
 
 def run(config: FolderConfig) -> list[BenchRow]:
-    """Rows for both folders, ours against each other side."""
+    """Measure both folders: ours against each other side."""
     rows: list[BenchRow] = []
     kinds: tuple[Kind, ...] = ("720p", "synthetic")
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +157,7 @@ def run(config: FolderConfig) -> list[BenchRow]:
             bench = Bench(kind, paths, quick=config.quick)
             check(bench)
             timings = interleave(bench.sides, repeats=config.repeats)
-            memory = {side: measured(config, kind, side, paths) for side in bench.sides}
+            memory = {side: measure_isolated(config, kind, side, paths) for side in bench.sides}
             speed = {side: f"{60 * len(paths) / timing.seconds:.0f}" for side, timing in timings.items()}
             waited = f"the model waited {bench.waited / timings['ours'].seconds:.0%} of the time"
             for side in list(bench.sides)[1:]:
@@ -169,48 +169,52 @@ def run(config: FolderConfig) -> list[BenchRow]:
                     other_mib=memory[side]["process_mib"],
                     note=f"{speed['ours']} against {speed[side]} clips a minute; {waited}",
                 )
-                # Workers' time is not this process's.
+                # CPU time of worker processes is not counted.
                 del row["cpu_ratio"]
                 rows.append({"part": "folder captioning", **row})
-            rows += split_up(bench, kind, repeats=config.repeats)
+            rows += stage_rows(bench, kind, repeats=config.repeats)
     return rows
 
 
-def split_up(bench: Bench, kind: Kind, *, repeats: int) -> list[BenchRow]:
-    """Rows of what the time goes into, side by side against one at a time."""
+def stage_rows(bench: Bench, kind: Kind, *, repeats: int) -> list[BenchRow]:
+    """Measure each stage in batches against one clip at a time."""
     rows = []
-    for name, (together, alone_) in bench.parts().items():
-        timings = interleave({"together": together, "alone": alone_}, repeats=repeats)
-        row = compare(f"{len(bench.paths)} clips, {kind}: {name}", timings["together"], timings["alone"])
+    for name, (batched, single) in bench.parts().items():
+        timings = interleave({"batched": batched, "single": single}, repeats=repeats)
+        row = compare(f"{len(bench.paths)} clips, {kind}: {name}", timings["batched"], timings["single"])
         rows.append({"part": "folder captioning: where the time goes", **row})
     return rows
 
 
-def measured(config: FolderConfig, kind: Kind, side: str, paths: Sequence[Path]) -> BenchRow:
-    """Peak memory of a side in a process of its own, which captions the first 8 clips; workers have 50 MiB each."""
+def measure_isolated(config: FolderConfig, kind: Kind, side: str, paths: Sequence[Path]) -> BenchRow:
+    """Measure the peak memory of a side on the first 8 clips in a separate process; workers add 50 MiB each."""
     flags = [f"--memory_of={side}", f"--kind={kind}", "--videos", *map(str, paths[:8])]
-    answer: BenchRow = alone(__file__, *flags, *(["--quick"] if config.quick else []))
+    answer: BenchRow = run_isolated(__file__, *flags, *(["--quick"] if config.quick else []))
     return answer
 
 
 def main() -> None:
-    """Parse, run, show."""
+    """Parse flags, run, report."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--clips", type=int, default=24, help="in 720p; four times as many in the other folder")
-    parser.add_argument("--seconds", type=int, default=5, help="of each clip in 720p")
-    parser.add_argument("--repeats", type=int, default=3, help="of each side")
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument(
+        "--clips", type=int, default=24, help="number of 720p clips; the other folder has four times as many"
+    )
+    parser.add_argument("--seconds", type=int, default=5, help="length of each 720p clip")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for testing")
     parser.add_argument("--out", type=Path | None, default=None, help="file of rows in JSON")
-    parser.add_argument("--memory_of", type=str | None, default=None, help="measure this side alone, and tell it")
-    parser.add_argument("--kind", type=Kind, default="720p", help="of --memory_of")
-    parser.add_argument("--videos", type=Path, nargs="*", default=[], help="of --memory_of")
+    parser.add_argument(
+        "--memory_of", type=str | None, default=None, help="internal: measure the memory of one side in this process"
+    )
+    parser.add_argument("--kind", type=Kind, default="720p", help="internal: for --memory_of")
+    parser.add_argument("--videos", type=Path, nargs="*", default=[], help="internal: for --memory_of")
     values = parser.parse_args()
     if values.memory_of:
         bench = Bench(values.kind, values.videos, quick=values.quick)
-        tell(peak_mib(bench.sides[values.memory_of]))
+        emit_json(peak_mib(bench.sides[values.memory_of]))
         return
     config = FolderConfig(values.clips, values.seconds, values.repeats)
-    hand_in(run(FolderConfig(4, 1, 2, quick=True) if values.quick else config), out=values.out)
+    report_rows(run(FolderConfig(4, 1, 2, quick=True) if values.quick else config), out=values.out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How our step grows: time and memory against the length of the prefix, and of a round against its number of clips.
+"""Benchmark how time and memory grow: of a step with the prefix length, and of a round with the number of clips.
 
     python tools/bench/growth.py [--out bench.json] [--quick] [--repeats 3]
 
-Each size is measured in a process of its own. The last row of each part tells the p of cost = c * size ** p that fits
-best: 1 is linear; attention alone would be 2.
+Each size is measured in a separate process. The last row of each part gives the exponent p of the fit cost = c * size ** p:
+1 is linear, attention alone would be 2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,30 +11,32 @@ from dataclasses import replace
 
 import torch
 from model import BenchConfig, make_pair, parse
-from rows import BenchRow, Timing, alone, exponent, hand_in, interleave, peak_mib, tell
+from rows import BenchRow, Timing, emit_json, exponent, interleave, peak_mib, report_rows, run_isolated
 from step import Bench
 
 from salmonn.model.layout import ClipFeatures
 from salmonn.train.preference import PreferenceBatches
 
-FRAMES = (11, 22, 44, 88)  # of 182 tokens: a prefix of 2,000 to 16,000
+FRAMES = (11, 22, 44, 88)  # 182 tokens each: prefixes of 2,000 to 16,000 tokens
 CLIPS = (100, 300, 1000)
-BATCH_SIZE = 4  # pairs a step of a round
+BATCH_SIZE = 4  # pairs per step of a round
 
 
 def run(config: BenchConfig, *, frames: Sequence[int] = FRAMES, clips: Sequence[int] = CLIPS) -> list[BenchRow]:
-    """Rows of both kinds of growth."""
+    """Measure both kinds of growth."""
     rows = []
-    lengths = [measured(config, "num_frames", count) for count in frames]
-    rows += told(lengths, "prefix of {} tokens", f"growth with the prefix: one step on one pair, {config.family}")
-    # A small model: what is looked for is not its arithmetic.
-    rounds = [measured(replace(config, shape="small"), "num_clips", count) for count in clips]
-    rows += told(rounds, "{} clips", "growth with the clips: reference and one epoch, small model")
+    lengths = [measure_isolated(config, "num_frames", count) for count in frames]
+    rows += growth_rows(
+        lengths, "prefix of {} tokens", f"growth with the prefix: one step on one pair, {config.family}"
+    )
+    # A small model, since the arithmetic is not of interest here.
+    rounds = [measure_isolated(replace(config, shape="small"), "num_clips", count) for count in clips]
+    rows += growth_rows(rounds, "{} clips", "growth with the clips: reference and one epoch, small model")
     return rows
 
 
-def told(measures: Sequence[Mapping[str, float]], name: str, part: str) -> list[BenchRow]:
-    """A row for each size, and one for the fit."""
+def growth_rows(measures: Sequence[Mapping[str, float]], name: str, part: str) -> list[BenchRow]:
+    """Make a row for each size and one for the fit."""
     rows: list[BenchRow] = [
         {
             "name": name.format(f"{one['size']:,}"),
@@ -43,7 +45,7 @@ def told(measures: Sequence[Mapping[str, float]], name: str, part: str) -> list[
             "other_seconds": None,
             "ratio": None,
             "ours_mib": one["step_mib"],
-            "note": f"{1000 * one['seconds'] / one['size']:.3g} s a thousand",
+            "note": f"{1000 * one['seconds'] / one['size']:.3g} s per 1,000",
         }
         for one in measures
     ]
@@ -55,15 +57,15 @@ def told(measures: Sequence[Mapping[str, float]], name: str, part: str) -> list[
     return [*rows, fit | {"note": f"time grows as size ** {time:.2f}, memory as size ** {memory:.2f}"}]
 
 
-def measured(config: BenchConfig, kind: str, count: int) -> BenchRow:
-    """Size, seconds and memory of one size, in a process of its own."""
+def measure_isolated(config: BenchConfig, kind: str, count: int) -> BenchRow:
+    """Measure one size in a separate process."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: BenchRow = alone(__file__, *flags, f"--{kind}={count}")
+    answer: BenchRow = run_isolated(__file__, *flags, f"--{kind}={count}")
     return answer
 
 
-def step_of(config: BenchConfig, num_frames: int) -> BenchRow:
-    """One step on a clip of so many frames."""
+def measure_step(config: BenchConfig, num_frames: int) -> BenchRow:
+    """Measure one step on a clip with `num_frames` frames."""
     warm = Bench(replace(config, shape="small"))
     warm.compute_reference_logps()
     warm.ours()
@@ -74,8 +76,8 @@ def step_of(config: BenchConfig, num_frames: int) -> BenchRow:
     return memory | {"size": bench.prefix_tokens, "seconds": round(seconds, 3)}
 
 
-def round_of(config: BenchConfig, num_clips: int) -> BenchRow:
-    """The reference pass and one epoch over so many clips, whose tokens are kept."""
+def measure_round(config: BenchConfig, num_clips: int) -> BenchRow:
+    """Measure the reference policy pass and one epoch over `num_clips` clips with cached features."""
     bench = Bench(config)
     bench.compute_reference_logps()
     bench.ours()
@@ -85,28 +87,28 @@ def round_of(config: BenchConfig, num_clips: int) -> BenchRow:
     features = {name: ClipFeatures(torch.randn_like(clip_features.tokens), clip_features.layout) for name in names}
     pairs = [make_pair(config.sizes, video=name, seed=number) for number, name in enumerate(names)]
     bench.batches = PreferenceBatches(pairs, features, bench.processor, batch_size=BATCH_SIZE, seed=0)
-    taken: dict[str, Timing] = {}
-    memory = peak_mib(lambda: taken.update(interleave({"round": lambda: epoch(bench)}, repeats=1)))
-    return memory | {"size": num_clips, "seconds": round(taken["round"].seconds, 3)}
+    timings: dict[str, Timing] = {}
+    memory = peak_mib(lambda: timings.update(interleave({"round": lambda: epoch(bench)}, repeats=1)))
+    return memory | {"size": num_clips, "seconds": round(timings["round"].seconds, 3)}
 
 
 def epoch(bench: Bench) -> None:
-    """Ask the reference once for each pair, then see each pair once."""
+    """Run the reference policy on each pair, then train on each pair once."""
     bench.compute_reference_logps()
     for step in range(len(bench.batches.pairs) // BATCH_SIZE):
-        bench.learn(bench.batches(step)[0])
+        bench.train_step(bench.batches(step)[0])
 
 
 def main() -> None:
-    """Parse, run, show."""
+    """Parse flags, run, report."""
     config, values = parse(__doc__, num_frames=int, num_clips=int)
     if values.num_frames:
-        tell(step_of(config, values.num_frames))
+        emit_json(measure_step(config, values.num_frames))
     elif values.num_clips:
-        tell(round_of(config, values.num_clips))
+        emit_json(measure_round(config, values.num_clips))
     else:
         sizes: dict[str, Sequence[int]] = {"frames": (8, 16), "clips": (4, 8)} if values.quick else {}
-        hand_in(run(config, **sizes), out=values.out)
+        report_rows(run(config, **sizes), out=values.out)
 
 
 if __name__ == "__main__":

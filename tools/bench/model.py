@@ -1,4 +1,4 @@
-"""A model of random weights, clips of noise and pairs of words by chance, large enough that arithmetic is timed."""
+"""Models with random weights, noise clips and random preference pairs, large enough that arithmetic dominates."""
 
 import random
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
-from rows import BenchRow, hand_in
+from rows import BenchRow, report_rows
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -36,16 +36,16 @@ FamilyName = Literal["salmonn2", "salmonn2-plus"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a bench.
+    """Sizes of a benchmark model.
 
     Args:
-        width, layers, heads, kv_heads, intermediate: of the decoder.
-        tower_width, tower_layers: of the vision encoder; Whisper's and the Q-Former's follow.
-        side: of a frame in pixels.
-        vocab_size: words that the model knows.
-        num_frames: of a clip, a second each; at 384 pixels 182 tokens a frame.
-        answer_tokens: of each answer of a pair.
-        published: take the sizes of this published model in place of those of the decoder and of the towers.
+        width, layers, heads, kv_heads, intermediate: sizes of the decoder.
+        tower_width, tower_layers: sizes of the vision encoder; Whisper and the Q-Former are derived from them.
+        side: frame size in pixels.
+        vocab_size: vocabulary size.
+        num_frames: frames of a clip, one per second; at 384 pixels 182 tokens a frame.
+        answer_tokens: tokens of each answer of a pair.
+        published: id of a published model whose sizes replace those of the decoder and the encoders.
     """
 
     width: int = 512
@@ -63,7 +63,7 @@ class Shape:
 
 
 SHAPES: dict[ShapeName, Shape] = {
-    # For the tests: seconds on one core.
+    # For tests: seconds on one core.
     "small": Shape(
         width=64, layers=2, heads=4, intermediate=128, tower_width=32, tower_layers=1, side=112, vocab_size=512,
         num_frames=8, answer_tokens=10,
@@ -79,14 +79,14 @@ SHAPES: dict[ShapeName, Shape] = {
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is run.
+    """Settings of a benchmark.
 
     Args:
-        shape: sizes.
-        family: of the model.
+        shape: sizes of the model.
+        family: model family.
         device: cpu or cuda.
-        dtype: of weights and products.
-        repeats: of each side; medians are told.
+        dtype: dtype of weights and matrix products.
+        repeats: timed runs of each side; medians are reported.
     """
 
     shape: ShapeName = "mid"
@@ -97,44 +97,47 @@ class BenchConfig:
 
     @property
     def sizes(self) -> Shape:
-        """Of the shape."""
+        """Sizes of the shape."""
         return SHAPES[self.shape]
 
 
-def parse(description: str, **alone: type) -> tuple[BenchConfig, Any]:
-    """A bench's command line.
+def parse(description: str, **isolated: type) -> tuple[BenchConfig, Any]:
+    """Parse a benchmark's command line.
 
     Args:
-        description: of the bench.
-        alone: flags of its own and their types, with which it measures one thing in this process and tells it.
+        description: description for --help.
+        isolated: names and types of further flags, with which the script measures one thing in this process and writes
+            it as JSON (see `run_isolated`).
 
     Returns:
-        What is run, and all values.
+        The settings, and all parsed values.
     """
     parser = ArgumentParser(description=description)
     parser.add_class_arguments(BenchConfig, None)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for testing")
     parser.add_argument("--out", type=Path | None, default=None, help="file of rows in JSON")
-    for name, kind in alone.items():
-        parser.add_argument(f"--{name}", type=kind | None, default=None, help="measure this alone, and tell it")
+    for name, kind in isolated.items():
+        parser.add_argument(
+            f"--{name}", type=kind | None, default=None, help="internal: measure one thing in this process"
+        )
     values = parser.parse_args()
     config = BenchConfig(*(values[field.name] for field in fields(BenchConfig)))
     return (replace(config, shape="small", repeats=2) if values.quick else config), values
 
 
 def start(
-    description: str, run: Callable[[BenchConfig], list[BenchRow]], tell_memory: Callable[[BenchConfig, str], None]
+    description: str, run: Callable[[BenchConfig], list[BenchRow]], report_memory: Callable[[BenchConfig, str], None]
 ) -> None:
-    """What a bench of several sides does: parse, run, show; or measure the memory of one side, and tell it."""
+    """Run a benchmark script: parse, run and report; or measure the memory of one side in this process."""
     config, values = parse(description, memory_of=str)
     if values.memory_of:
-        tell_memory(config, values.memory_of)
+        report_memory(config, values.memory_of)
     else:
-        hand_in(run(config), out=values.out)
+        report_rows(run(config), out=values.out)
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words w0, w1 ... are tokens, each for itself, so that texts have as many tokens as words."""
+    """Make a tokenizer in which each word w0, w1, ... is one token."""
     words = {word: number for number, word in enumerate(SPECIAL)}
     words |= {f"w{number}": number for number in range(len(SPECIAL), vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"w{len(SPECIAL)}"))
@@ -143,13 +146,13 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_words(count: int, *, shape: Shape, seed: int) -> str:
-    """So many words by chance; no two such texts begin alike."""
-    draw = random.Random(seed)
-    return " ".join(f"w{draw.randrange(len(SPECIAL), shape.vocab_size)}" for _ in range(count))
+    """Return random words; no two such texts share a prefix."""
+    rng = random.Random(seed)
+    return " ".join(f"w{rng.randrange(len(SPECIAL), shape.vocab_size)}" for _ in range(count))
 
 
 def make_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, family: FamilyName) -> SalmonnConfig:
-    """The sizes of a network of either family."""
+    """Make the config of a network of either family."""
     if shape.published:
         return offline_config(shape.published)
     ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -180,10 +183,10 @@ def make_config(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, family: Fam
 
 
 def _to_plus(config: SalmonnConfig, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> SalmonnConfig:
-    """The same with 2+'s vision tower and 3-D positions; two frames are one step of 169 tokens at 364 pixels."""
+    """Convert to 2+'s vision encoder and 3-D positions; two frames are one step of 169 tokens at 364 pixels."""
     config.family = "salmonn2-plus"
-    seen, heard = tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD])
-    config.placeholder_ids = (seen, heard)
+    video_pad, audio_pad = tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD])
+    config.placeholder_ids = (video_pad, audio_pad)
     pixels = (shape.side // 28 * 28) ** 2
     config.frames = dict(
         interval_seconds=0.5, min_frames=2, max_frames=10_000, min_pixels=pixels, max_pixels=pixels, budget_fraction=0.0
@@ -205,7 +208,7 @@ def _to_plus(config: SalmonnConfig, shape: Shape, tokenizer: PreTrainedTokenizer
     rotary = dict(rope_type="default", rope_theta=10_000.0, mrope_section=sections)
     ids = {key: config.lm[key] for key in ("eos_token_id", "pad_token_id")}
     text: dict[str, Any] = config.lm | dict(rope_parameters=rotary)
-    config.lm = dict(text_config=text, vision_config=vision, tie_word_embeddings=False, video_token_id=seen, **ids)
+    config.lm = dict(text_config=text, vision_config=vision, tie_word_embeddings=False, video_token_id=video_pad, **ids)
     config.vision = None
     return config
 
@@ -213,10 +216,10 @@ def _to_plus(config: SalmonnConfig, shape: Shape, tokenizer: PreTrainedTokenizer
 def make_captioner(
     shape: Shape, *, family: FamilyName = "salmonn2", device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Captioner:
-    """A network of random weights with its processor.
+    """Make a captioner with random weights.
 
-    Words differ more in likelihood than fresh weights tell them, so that roundings choose no word; special
-    ones, which end an answer or are no words, are never likely, so that all answers are of one length.
+    Logits are spread wider than those of fresh weights, so that rounding never changes the most likely token. Special
+    tokens, some of which end an answer, are unlikely, so that all answers have the same length.
     """
     tokenizer = make_tokenizer(shape.vocab_size)
     config = make_config(shape, tokenizer, family=family)
@@ -231,14 +234,14 @@ def make_captioner(
     processor = Processor(tokenizer, config=config)
     with torch.no_grad():
         head = network.lm.get_output_embeddings().weight
-        # What goes in has a mean square of 1: logits then have a deviation of 3.
+        # The head's input has a mean square of 1, so logits have a standard deviation of 3.
         head.normal_(std=3 * head.shape[1] ** -0.5)
         head[: len(SPECIAL)] = 0
     return Captioner(network, processor)
 
 
-def adapt(network: Network) -> None:
-    """Attach an adapter that has learnt something, or all its gradients but one matrix's would be 0."""
+def attach_adapter(network: Network) -> None:
+    """Attach an adapter with non-zero B matrices; otherwise the gradients of all A matrices would be 0."""
     attach_lora(network, LORA, seed=0)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -249,19 +252,19 @@ def adapt(network: Network) -> None:
 
 
 def make_clip(processor: Processor, *, num_frames: int, side: int, seed: int = 0) -> ClipInputs:
-    """A clip of noise, a second for each frame, as the model takes it."""
-    draw = np.random.default_rng(seed)
+    """Make the model inputs of a noise clip with one second per frame."""
+    rng = np.random.default_rng(seed)
     sampler = processor.family.frame_sampler
     taken = len(sampler.sample_times(0.0, num_frames, 10 * num_frames))
     rows, columns = sampler.frame_size(side, side, taken)
-    frames = draw.integers(0, 256, (taken, rows, columns, 3), np.uint8)
-    wave = draw.normal(size=num_frames * SAMPLE_RATE_HZ).astype(np.float32)
+    frames = rng.integers(0, 256, (taken, rows, columns, 3), np.uint8)
+    wave = rng.normal(size=num_frames * SAMPLE_RATE_HZ).astype(np.float32)
     times = np.arange(taken) * num_frames / taken
     return processor.clip_inputs(Clip("noise", frames, times, wave, 0.0, num_frames, num_frames))
 
 
 def make_pair(shape: Shape, *, video: str = "noise", seed: int = 0) -> Comparison:
-    """Three answers by chance to one prompt."""
+    """Make a preference pair of random answers to one prompt."""
     chosen, rejected, truth = (
         make_words(shape.answer_tokens, shape=shape, seed=3 * seed + place) for place in range(3)
     )

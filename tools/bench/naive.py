@@ -1,8 +1,8 @@
-"""The naive side: a guided-DPO step as published descriptions of it read, and captions by transformers' own generate.
+"""Baseline: a straightforward guided-DPO step, and captioning by transformers' own `generate`.
 
-Written for the bench from the description alone: policy and reference each encode the clip, then five rows go through
-the language model one by one (the policy's chosen, rejected and ground truth, the reference's chosen and rejected),
-each with the whole clip and with logits for all of its positions.
+Policy and reference policy each encode the clip, then five rows go through the language model one by one (the policy's
+chosen, rejected and ground truth, the reference policy's chosen and rejected), each with the whole clip and with logits
+for all positions.
 """
 
 from dataclasses import dataclass, replace
@@ -18,18 +18,18 @@ from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import Network
 from salmonn.records import Comparison
 
-BETA, CE_WEIGHT = 0.1, 0.1  # as DpoConfig has them
+BETA, CE_WEIGHT = 0.1, 0.1  # defaults of DpoConfig
 
 
 @dataclass(frozen=True)
 class NaiveStep:
-    """One step on one pair, from nothing that was kept.
+    """One step on one pair without any cached intermediate.
 
     Args:
-        network: with its adapter.
-        processor: of the model.
+        network: network with its adapter.
+        processor: processor of the model.
         media: the clip.
-        pair: about it.
+        pair: a preference pair about the clip.
     """
 
     network: Network
@@ -38,7 +38,7 @@ class NaiveStep:
     pair: Comparison
 
     def loss(self) -> Tensor:
-        """The guided-DPO loss; its graph holds three rows."""
+        """Compute the guided-DPO loss; the autograd graph holds three rows."""
         pair = self.pair
         texts = {"chosen": pair.chosen, "rejected": pair.rejected, "truth": pair.ground_truth}
         rows = {name: self._row(text) for name, text in texts.items()}
@@ -61,7 +61,7 @@ class NaiveStep:
             return self.network.encode(row.clip_inputs, row.layouts)
 
     def _logps(self, row: ModelInputs, features: tuple[Tensor, ...]) -> Tensor:
-        """(1, L - 1) log-probability of each label, 0 elsewhere, from logits (1, L, V) of all positions."""
+        """Return the log-probability (1, L - 1) of each label, 0 elsewhere, from logits (1, L, V) of all positions."""
         row = replace(row, clip_features=features, clip_inputs=())
         logits = self.network.lm(**embeds_of(self.network, row), use_cache=False).logits[:, :-1].float()
         targets = row.labels[:, 1:]
@@ -70,7 +70,7 @@ class NaiveStep:
 
 
 def embeds_of(network: Network, inputs: ModelInputs) -> dict[str, Any]:
-    """Rows without padding as transformers' language model takes them; no mask, so that causality is all it needs."""
+    """Build the language model's inputs for rows without padding; the causal mask suffices."""
     positions = network.family.rotary_positions(inputs.position_ids)
     return {"inputs_embeds": network.embed(inputs), "position_ids": positions}
 
@@ -84,10 +84,14 @@ def naive_answers(
     num_samples: int,
     generation: dict[str, Any],
 ) -> list[list[int]]:
-    """So many answers to one prompt, each by a generate() of its own that encodes and reads the clip again.
+    """Generate several answers to one prompt, each by a separate generate() call that encodes and prefills again.
 
     Args:
-        network: in evaluation mode, without an adapter.
+        network: network in evaluation mode, without an adapter.
+        processor: processor of the model.
+        clip: the clip.
+        prompt: prompt about it.
+        num_samples: number of answers.
         generation: arguments of generate().
     """
     answers = []

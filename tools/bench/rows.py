@@ -1,4 +1,4 @@
-"""What every bench shares: interleaved repeats, memory of a side in a process of its own, rows, and their tables."""
+"""Shared parts of all benchmarks: interleaved repeats, memory measured in a separate process, rows and tables."""
 
 import ctypes
 import gc
@@ -22,62 +22,62 @@ from rich.console import Console
 from rich.table import Table
 
 MIB = 1 << 20
-# Between these lines of a document its table stands, and whatever stood there goes.
+# Lines of a document between which its table is replaced.
 TABLE_START, TABLE_END = "<!-- bench: start -->", "<!-- bench: end -->"
-BenchRow = dict[str, Any]  # name, ours_seconds, other_seconds, ratio, and what else is known
+BenchRow = dict[str, Any]  # name, ours_seconds, other_seconds, ratio and further values
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How long a side took, medians of its repeats.
+    """Median times of one side over its repeats.
 
     Args:
-        seconds: by the clock.
-        cpu_seconds: of this process's cores, in its own code; less disturbed by what else runs on the machine.
+        seconds: wall time.
+        cpu_seconds: user CPU time of this process; less disturbed by other load on the machine.
     """
 
     seconds: float
     cpu_seconds: float
 
     def __add__(self, other: "Timing") -> "Timing":
-        """One after the other."""
+        """Return the time of running both in sequence."""
         return Timing(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, Timing]:
-    """Run all sides in turn, again and again, so that what disturbs the machine disturbs all alike.
+    """Time all sides in alternation, so that other load on the machine affects all of them alike.
 
     Args:
-        sides: name -> what is measured; it should have run once before.
-        repeats: of each.
+        sides: functions to time by name; each should have run once before (warm-up).
+        repeats: number of runs of each side.
     """
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
-            taken[name].append(_clock(run))
+            samples[name].append(_clock(run))
     return {
         name: Timing(statistics.median(wall for wall, _ in each), statistics.median(cpu for _, cpu in each))
-        for name, each in taken.items()
+        for name, each in samples.items()
     }
 
 
 def _clock(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock and of the processor."""
-    _finish()
+    """Return wall seconds and user CPU seconds of one run."""
+    _synchronize()
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     run()
-    _finish()
+    _synchronize()
     return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
 
 
-def _finish() -> None:
-    """A GPU works on after Python has asked it to."""
+def _synchronize() -> None:
+    """Wait for the GPU, whose kernels run asynchronously."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def compare(name: str, ours: Timing, other: Timing, **more: object) -> BenchRow:
-    """A row: ratio is how many times as long the other side takes."""
+    """Make a row; `ratio` is the other side's time divided by ours."""
     return {
         "name": name,
         "ours_seconds": round(ours.seconds, 4),
@@ -89,59 +89,59 @@ def compare(name: str, ours: Timing, other: Timing, **more: object) -> BenchRow:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The p of cost = c * size ** p that fits best, by least squares of logarithms."""
+    """Fit cost = c * size ** p by least squares on logarithms; return p."""
     slope, _ = np.polyfit(np.log(sizes), np.log(costs), 1)
     return float(slope)
 
 
-def held_mib(kind: str) -> float:
-    """MiB that this process holds (VmRSS) or has held at most (VmHWM), as Linux counts."""
+def process_mib_of(kind: str) -> float:
+    """Return the current (VmRSS) or peak (VmHWM) resident memory of this process in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024 / MIB
 
 
 def peak_mib(run: Callable[[], object]) -> BenchRow:
-    """The most that running it needs beside what is held before, and with it, in MiB: `step_mib`, `process_mib`.
+    """Measure the peak memory of a run in MiB: without (`step_mib`) and with (`process_mib`) what was held before.
 
-    What was let go before is given back first, since it would hide what the run takes, and the peak begins anew.
+    Freed memory is first returned to the system, since its reuse would hide what the run needs, and the peak is reset.
     """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        most = torch.cuda.max_memory_allocated()
-        return {"step_mib": round((most - before) / MIB), "process_mib": round(most / MIB)}
+        peak = torch.cuda.max_memory_allocated()
+        return {"step_mib": round((peak - before) / MIB), "process_mib": round(peak / MIB)}
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes VmRSS
-    before_mib = held_mib("VmRSS")
+    before_mib = process_mib_of("VmRSS")
     run()
-    most_mib = held_mib("VmHWM")
+    most_mib = process_mib_of("VmHWM")
     return {"step_mib": round(most_mib - before_mib), "process_mib": round(most_mib)}
 
 
-def alone(script: str, *arguments: str) -> Any:
-    """What a bench that runs in a process of its own writes as its last line, in JSON."""
+def run_isolated(script: str, *arguments: str) -> Any:
+    """Run a benchmark script in a separate process and return the JSON of its last line."""
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed, as told above")
+        raise SystemExit(f"{' '.join(command)} failed, see the output above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def tell(value: object) -> None:
-    """Write the last line that `alone` reads."""
+def emit_json(value: object) -> None:
+    """Write the line that `run_isolated` reads."""
     sys.stdout.write(json.dumps(value) + "\n")
 
 
 def machine() -> str:
-    """On what, with what, and which state of the code."""
+    """Describe the hardware, the versions and the commit."""
     root = Path(__file__).parents[2]
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, stdout=subprocess.PIPE, text=True, check=False
     ).stdout.strip()
-    named = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (named or [platform.machine()])[0]
+    models = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (models or [platform.machine()])[0]
     return (
         f"{device}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {torch.get_num_threads()} threads,"
         f" commit {commit or 'unknown'}, {datetime.now(UTC):%Y-%m-%d}"
@@ -153,21 +153,21 @@ def _cpu_info() -> list[str]:
 
 
 def write_rows(path: Path | str, rows: Sequence[BenchRow]) -> None:
-    """Write rows as a JSON list, one a line, in place of what is there."""
+    """Write rows as a JSON list with one row per line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
     Path(path).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def hand_in(rows: Sequence[BenchRow], *, out: Path | None) -> None:
-    """Print a part's rows, with the machine, and write them to a file if one is named."""
+def report_rows(rows: Sequence[BenchRow], *, out: Path | None) -> None:
+    """Print the rows of a benchmark with the machine, and write them to `out` if given."""
     signed = [row | {"machine": machine()} for row in rows]
     for part in dict.fromkeys(row["part"] for row in signed):
-        show([row for row in signed if row["part"] == part], title=part)
+        print_rows([row for row in signed if row["part"] == part], title=part)
     if out:
         write_rows(out, signed)
 
 
-def show(rows: Sequence[BenchRow], *, title: str) -> None:
+def print_rows(rows: Sequence[BenchRow], *, title: str) -> None:
     """Print rows as a table."""
     columns = [column for column in COLUMNS if any(column in row for row in rows)]
     table = Table(*(COLUMNS[column] for column in columns), title=title)
@@ -194,7 +194,7 @@ def _cell(value: object) -> str:
 
 
 def to_markdown(rows: Sequence[BenchRow]) -> str:
-    """The machine, and for each part of the bench a table of its rows."""
+    """Format rows as Markdown: the machine, and one table per part."""
     text = f"Measured on {rows[0]['machine']}.\n"
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = [row for row in rows if row["part"] == part]
@@ -207,15 +207,17 @@ def to_markdown(rows: Sequence[BenchRow]) -> str:
     return text
 
 
-def put_table(path: Path | str, text: str) -> None:
-    """Put a table between the two marks of a document.
+def replace_table(path: Path | str, text: str) -> None:
+    """Replace the table between the two marker lines of a document.
 
     Raises:
-        ValueError: they are not there, once each and in order.
+        ValueError: a marker is missing.
     """
     document = Path(path).read_text(encoding="utf-8")
     before, start, rest = document.partition(TABLE_START)
     _, end, after = rest.partition(TABLE_END)
     if not start or not end:
-        raise ValueError(f"{path} has no place for the table: put in the lines {TABLE_START} and {TABLE_END}")
+        raise ValueError(
+            f"{path} lacks the marker lines {TABLE_START} and {TABLE_END}; add them where the table belongs"
+        )
     Path(path).write_text(f"{before}{start}\n{text}{end}{after}", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Several captions of a clip by ours against as many generate() calls of transformers: time, on the same words.
+"""Benchmark several captions per clip against as many generate() calls of transformers.
 
     python tools/bench/sampling.py [--out bench.json] [--quick] [--repeats 3]
     python tools/bench/sampling.py --device cuda --dtype bfloat16 --shape 7b
 
-Ours is `Captioner.answer(..., num_samples=4)`; the other side is one generate() a caption, with its own towers and its
-own pass over the prefix. Greedy answers of both must be the same, token for token, before anything is timed.
+Ours is one call with `num_samples=4`; the other side calls generate() once per caption, with its own encoder pass and
+prefill. Greedy answers of both must be equal, token for token, before anything is timed.
 """
 
 from dataclasses import replace
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from model import PROMPT, BenchConfig, make_captioner, make_clip, parse
 from naive import naive_answers
-from rows import BenchRow, alone, compare, hand_in, interleave, peak_mib, tell
+from rows import BenchRow, compare, emit_json, interleave, peak_mib, report_rows, run_isolated
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import Sampling
 from salmonn.model.layout import ClipInputs
 
 NUM_SAMPLES = 4
-NUM_CLIPS = 2  # side by side in the larger batch
+NUM_CLIPS = 2  # in the larger batch
 NEW_TOKENS = {"small": 5, "mid": 200, "7b": 900}
 
 
@@ -29,7 +29,7 @@ class Bench:
     """A model, clips of different lengths, and both ways of captioning them.
 
     Args:
-        config: what is run.
+        config: settings of the benchmark.
     """
 
     def __init__(self, config: BenchConfig) -> None:
@@ -44,7 +44,7 @@ class Bench:
         self.new_tokens = NEW_TOKENS[config.shape]
 
     def ours(self, *, num_clips: int, num_samples: int = NUM_SAMPLES, temperature: float = 1.0) -> list[list[int]]:
-        """All samples of the first clips by one call, as token ids."""
+        """Return the token ids of all samples of the first clips, generated in one call."""
         sampling = Sampling(temperature=temperature, top_p=0.95, max_new_tokens=self.new_tokens)
         answers = self.captioner.answer(
             self.clips[:num_clips], [PROMPT] * num_clips, sampling=sampling, num_samples=num_samples
@@ -52,10 +52,10 @@ class Bench:
         return [[int(word.removeprefix("w")) for word in answer.text.split()] for answer in answers]
 
     def other(self, *, num_clips: int, num_samples: int = NUM_SAMPLES, temperature: float = 1.0) -> list[list[int]]:
-        """The same, one generate() a sample."""
-        drawn = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "top_k": 0}
+        """Return the same by one generate() call per sample."""
+        random_args = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "top_k": 0}
         stops = self.captioner.processor.stop_ids
-        generation: dict[str, Any] = (drawn if temperature else {"do_sample": False}) | {
+        generation: dict[str, Any] = (random_args if temperature else {"do_sample": False}) | {
             "max_new_tokens": self.new_tokens,
             "eos_token_id": stops,
             "pad_token_id": self.captioner.processor.pad_id,
@@ -70,21 +70,23 @@ class Bench:
 
 
 def check(bench: Bench, *, exact: bool) -> None:
-    """Both sides' greedy answers are the same, and no answer ends before its time.
+    """Check that both sides give the same greedy answers and that no answer ends early.
 
     Raises:
-        ValueError: they are not; in 16 bits they need not be the same.
+        ValueError: they differ (in 16 bits they may), or an answer ends early.
     """
     ours, other = (side(num_clips=NUM_CLIPS, num_samples=1, temperature=0) for side in (bench.ours, bench.other))
     if exact and ours != other:
-        raise ValueError("greedy answers are not those of transformers' own generate: there is nothing to compare")
-    drawn = [*ours, *other, *bench.ours(num_clips=1)]
-    if {len(ids) for ids in drawn} != {bench.new_tokens}:
-        raise ValueError(f"answers ended early, after {sorted(map(len, drawn))} tokens: take another seed")
+        raise ValueError(
+            "greedy answers differ from those of transformers' generate; the comparison would be meaningless"
+        )
+    answers = [*ours, *other, *bench.ours(num_clips=1)]
+    if {len(ids) for ids in answers} != {bench.new_tokens}:
+        raise ValueError(f"answers ended early, after {sorted(map(len, answers))} tokens; use another seed")
 
 
 def run(config: BenchConfig) -> list[BenchRow]:
-    """Rows for one clip and for several."""
+    """Measure one clip and several clips per batch."""
     bench = Bench(config)
     check(bench, exact=config.dtype == "float32")
     sides = {
@@ -95,7 +97,7 @@ def run(config: BenchConfig) -> list[BenchRow]:
     timings = interleave({f"{name} {count}": side for (name, count), side in sides.items()}, repeats=config.repeats)
     rows = []
     for count in (1, NUM_CLIPS):
-        memory = {side: measured(config, side, count) for side in ("ours", "other")}
+        memory = {side: measure_isolated(config, side, count) for side in ("ours", "other")}
         row = compare(
             f"{NUM_SAMPLES} captions of {'one clip' if count == 1 else f'each of {count} clips'}",
             timings[f"ours {count}"],
@@ -109,33 +111,33 @@ def run(config: BenchConfig) -> list[BenchRow]:
     return [row | {"part": part} for row in rows]
 
 
-def measured(config: BenchConfig, side: str, num_clips: int) -> BenchRow:
-    """Peak memory of a side, in a process of its own."""
+def measure_isolated(config: BenchConfig, side: str, num_clips: int) -> BenchRow:
+    """Measure the peak memory of a side in a separate process."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: BenchRow = alone(__file__, *flags, f"--memory_of={side}", f"--num_clips={num_clips}")
+    answer: BenchRow = run_isolated(__file__, *flags, f"--memory_of={side}", f"--num_clips={num_clips}")
     return answer
 
 
-def tell_memory(config: BenchConfig, side: str, num_clips: int) -> None:
-    """Run a side once, and tell what it took."""
+def report_memory(config: BenchConfig, side: str, num_clips: int) -> None:
+    """Measure the peak memory of a side in this process and write it as JSON."""
     warm = Bench(replace(config, shape="small"))
     bench = Bench(config)
     if side == "ours":
         warm.ours(num_clips=num_clips)
-        tell(peak_mib(partial(bench.ours, num_clips=num_clips)))
+        emit_json(peak_mib(partial(bench.ours, num_clips=num_clips)))
     else:
         warm.other(num_clips=1, num_samples=1)
-        # One after the other, they take what one takes.
-        tell(peak_mib(partial(bench.other, num_clips=1, num_samples=1)))
+        # Calls run one after the other, so the peak is that of one.
+        emit_json(peak_mib(partial(bench.other, num_clips=1, num_samples=1)))
 
 
 def main() -> None:
-    """Parse, run, show."""
+    """Parse flags, run, report."""
     config, values = parse(__doc__, memory_of=str, num_clips=int)
     if values.memory_of:
-        tell_memory(config, values.memory_of, values.num_clips)
+        report_memory(config, values.memory_of, values.num_clips)
         return
-    hand_in(run(config), out=values.out)
+    report_rows(run(config), out=values.out)
 
 
 if __name__ == "__main__":

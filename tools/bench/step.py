@@ -1,10 +1,10 @@
-"""A guided-DPO step of ours against a naive one, and against itself with each trick off: time and memory.
+"""Benchmark a guided-DPO training step against a naive one, and against itself with each optimization disabled.
 
     python tools/bench/step.py [--out bench.json] [--quick] [--family salmonn2-plus] [--repeats 3]
     python tools/bench/step.py --device cuda --dtype bfloat16 --shape 7b
 
-One pair about one clip, prefix : answer about 20 : 1. All sides must give the same loss and the same gradients of the
-adapter before any is timed; memory is the peak of a process of its own for each side, beside what that process held.
+One pair about one clip, prefix : answer about 20 : 1. All sides must give the same loss and the same adapter gradients before
+any is timed. Memory is the peak above the model and batch, measured in a separate process per side.
 """
 
 import math
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from model import BenchConfig, adapt, make_captioner, make_clip, make_pair, start
+from model import BenchConfig, attach_adapter, make_captioner, make_clip, make_pair, start
 from naive import NaiveStep
-from rows import BenchRow, Timing, alone, compare, interleave, peak_mib, tell
+from rows import BenchRow, Timing, compare, emit_json, interleave, peak_mib, run_isolated
 from torch import Tensor, nn
 
 from salmonn.model.layout import ClipInputs, ModelInputs
@@ -23,24 +23,24 @@ from salmonn.train.loop import autocast
 from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
 
 PART = "step"
-SMALL_SIDES = ("ours", "naive")  # whose memory is measured at small sizes
-GRADIENT_TOLERANCE = 1e-5  # relative to the largest
-# DPO is a difference of log-probabilities of whole answers, thousands of nats in float32, whose last places are noise:
-# relative to these.
+SMALL_SIDES = ("ours", "naive")  # memory is measured for these at small sizes
+GRADIENT_TOLERANCE = 1e-5  # relative to the largest gradient
+# The loss is a difference of answer log-probabilities of thousands of nats, whose last float32 digits are noise; the
+# tolerance is relative to their size.
 LOSS_TOLERANCE = 1e-7
-SHORT_TOLERANCE = 0.1  # of both, in 16 bits, where the sides round in different places
+BF16_TOLERANCE = 0.1  # of both in 16 bits, where the sides round at different points
 PEAK_FLOPS = 989e12  # of an H100 or H200 in bfloat16
 
 
 class Bench:
-    """A model with its adapter, a pair, and the ways of making a step on it.
+    """A model with its adapter, a pair, and variants of a training step on it.
 
-    Each way is a method without arguments that leaves gradients behind and returns the loss. The learning rate is 0,
-    so that the optimiser does its arithmetic and each repeat is the same.
+    Each variant is a method that leaves gradients behind and returns the loss. The learning rate is 0, so that the
+    optimizer does its arithmetic but all repeats are equal.
 
     Args:
-        config: what is run.
-        num_frames: of the clip, in place of the shape's.
+        config: settings of the benchmark.
+        num_frames: frames of the clip (default: the shape's).
     """
 
     def __init__(self, config: BenchConfig, *, num_frames: int | None = None) -> None:
@@ -53,28 +53,28 @@ class Bench:
         self.media: ClipInputs = make_clip(self.processor, num_frames=frames, side=shape.side)
         self.pair = make_pair(shape)
         self.features = dict(zip(["noise"], captioner.encode([self.media]), strict=True))
-        adapt(self.network)
+        attach_adapter(self.network)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0)
         self.loss = PreferenceLoss(DpoConfig())
         self.batches = PreferenceBatches([self.pair], self.features, self.processor, batch_size=1, seed=0)
 
     def ours(self) -> float:
-        """The library's step, with cached reference log-probabilities and features."""
-        return self.learn(self.batches(0)[0])
+        """Run the library's step, with cached reference log-probabilities and features."""
+        return self.train_step(self.batches(0)[0])
 
     def compute_reference_logps(self) -> None:
-        """The reference pass that comes before, once a round for each pair."""
+        """Run the reference policy, which is done once per round and pair."""
         with autocast(self.precision):
             self.batches.compute_reference_logps(self.network)
 
     def with_reference(self) -> float:
-        """Trick off: the reference is asked in each step."""
+        """Run the reference policy in each step."""
         self.compute_reference_logps()
         return self.ours()
 
     def without_sharing(self) -> float:
-        """Trick off: each row goes through about a clip of its own, with nothing in common."""
+        """Give each row its own copy of the clip, without a shared prefix."""
         batch = self.batches(0)[0]
         inputs = replace(
             batch.inputs,
@@ -82,19 +82,21 @@ class Bench:
             layouts=batch.inputs.layouts * 3,
             clip_features=batch.inputs.clip_features * 3,
         )
-        return self.learn(replace(batch, inputs=inputs))
+        return self.train_step(replace(batch, inputs=inputs))
 
     def with_towers(self) -> float:
-        """Trick off: the clip is encoded in each step."""
+        """Encode the clip in each step."""
         batch = self.batches(0)[0]
-        return self.learn(replace(batch, inputs=replace(batch.inputs, clip_features=(), clip_inputs=(self.media,))))
+        return self.train_step(
+            replace(batch, inputs=replace(batch.inputs, clip_features=(), clip_inputs=(self.media,)))
+        )
 
     def with_all_logits(self) -> float:
-        """Trick off: all positions go through the vocabulary, the prefix too."""
-        return self.learn(self.batches(0)[0], model=AllLabels(self.network))
+        """Compute logits at all positions, including the prefix."""
+        return self.train_step(self.batches(0)[0], model=AllLabels(self.network))
 
     def checkpointed(self) -> float:
-        """The other way round: layers are computed again for the gradient, which costs time and saves memory."""
+        """Use gradient checkpointing, which saves memory and costs time."""
         self.network.checkpoint_layers(True)
         try:
             return self.ours()
@@ -102,14 +104,14 @@ class Bench:
             self.network.checkpoint_layers(False)
 
     def naive(self) -> float:
-        """Two encoder passes, five passes of the language model, logits for all positions."""
+        """Run the naive step: two encoder passes, five language model passes, logits at all positions."""
         self.optimizer.zero_grad()
         with autocast(self.precision):
             value = NaiveStep(self.network, self.processor, self.media, self.pair).loss()
         return self._finish(value)
 
-    def learn(self, batch: PreferenceBatch, *, model: nn.Module | None = None) -> float:
-        """One step of ours on a batch."""
+    def train_step(self, batch: PreferenceBatch, *, model: nn.Module | None = None) -> float:
+        """Run a training step of the library on a batch."""
         self.optimizer.zero_grad()
         with autocast(self.precision):
             value, _ = self.loss(model or self.network, batch)
@@ -121,25 +123,25 @@ class Bench:
         return value.item()
 
     def gradients(self) -> Tensor:
-        """All of the adapter's, one after the other."""
+        """Return all gradients of the adapter, concatenated."""
         grads = [parameter.grad for parameter in self.network.parameters() if parameter.requires_grad]
         return torch.cat([grad.flatten().float().cpu() for grad in grads if grad is not None])
 
     @property
     def num_tokens(self) -> int:
-        """Of the shared row that goes through the decoder."""
+        """Number of tokens in the packed sequence."""
         return self.batches(0)[0].num_tokens
 
     @property
     def prefix_tokens(self) -> int:
-        """Of the clip."""
+        """Number of tokens of the clip."""
         return len(self.features["noise"])
 
 
 class AllLabels(nn.Module):
-    """Asks a network for log-probabilities of everything, and hands on those that were asked for.
+    """Compute log-probabilities at all positions and return those of the labels.
 
-    The shared beginning is asked of the first row alone, as it is one in the packed row.
+    The shared prefix gets labels in the first row only, since it occurs once in the packed sequence.
     """
 
     def __init__(self, network: Network) -> None:
@@ -148,75 +150,77 @@ class AllLabels(nn.Module):
 
     def forward(self, inputs: ModelInputs) -> Tensor:
         """See `Network`."""
-        asked = inputs.labels != -100
+        is_label = inputs.labels != -100
         labels = inputs.labels.clone()
-        # Where a clip stands is no word; any will do.
-        labels[0] = torch.where(asked[0], labels[0], inputs.input_ids[0].clamp(min=0))
-        return self.network(replace(inputs, labels=labels)) * asked[:, 1:]
+        # Positions of the clip have no token id; any valid id will do.
+        labels[0] = torch.where(is_label[0], labels[0], inputs.input_ids[0].clamp(min=0))
+        return self.network(replace(inputs, labels=labels)) * is_label[:, 1:]
 
 
 SIDES: dict[str, Callable[[Bench], float]] = {
     "ours": Bench.ours,
     "naive": Bench.naive,
     "no shared prefix": Bench.without_sharing,
-    "reference in each step": Bench.with_reference,
-    "towers in each step": Bench.with_towers,
+    "reference policy in each step": Bench.with_reference,
+    "encoders in each step": Bench.with_towers,
     "logits of all positions": Bench.with_all_logits,
     "layers checkpointed": Bench.checkpointed,
 }
 
 
 def check(bench: Bench, config: BenchConfig) -> None:
-    """All sides' losses and gradients are ours.
+    """Check that all sides give our loss and gradients.
 
     Raises:
-        ValueError: they are not, so there is nothing to be compared.
+        ValueError: one does not.
     """
     bench.compute_reference_logps()
-    wanted = bench.ours(), bench.gradients()
+    expected = bench.ours(), bench.gradients()
     for name, side in SIDES.items():
-        require_same(name, (side(bench), bench.gradients()), wanted, config=config)
+        require_equal(name, (side(bench), bench.gradients()), expected, config=config)
 
 
-def require_same(name: str, found: tuple[float, Tensor], wanted: tuple[float, Tensor], *, config: BenchConfig) -> None:
-    """Raise ValueError where a loss and its gradients are not those that are wanted."""
+def require_equal(
+    name: str, found: tuple[float, Tensor], expected: tuple[float, Tensor], *, config: BenchConfig
+) -> None:
+    """Raise ValueError if a loss and its gradients differ from the expected ones."""
     nats = 2 * config.sizes.answer_tokens * math.log(config.sizes.vocab_size)
-    apart = abs(found[0] - wanted[0]) / (DpoConfig().beta * nats)
-    off = float((found[1] - wanted[1]).abs().max() / wanted[1].abs().max())
+    apart = abs(found[0] - expected[0]) / (DpoConfig().beta * nats)
+    off = float((found[1] - expected[1]).abs().max() / expected[1].abs().max())
     exact = config.dtype == "float32"
     if not (
-        apart <= (LOSS_TOLERANCE if exact else SHORT_TOLERANCE)
-        and off <= (GRADIENT_TOLERANCE if exact else SHORT_TOLERANCE)
+        apart <= (LOSS_TOLERANCE if exact else BF16_TOLERANCE)
+        and off <= (GRADIENT_TOLERANCE if exact else BF16_TOLERANCE)
     ):
         raise ValueError(
-            f"{name}: loss {found[0]:.8f} against {wanted[0]:.8f}, gradients off by {off:.1e} of the largest: it does "
-            "not compute what ours does, and there is nothing to compare"
+            f"{name}: loss {found[0]:.8f} against {expected[0]:.8f}, gradients off by {off:.1e} of the largest; "
+            "it does not compute the same, so its time would be meaningless"
         )
 
 
 def run(config: BenchConfig) -> list[BenchRow]:
-    """Rows of time and memory."""
+    """Measure time and memory of all sides."""
     bench = Bench(config)
     check(bench, config)
     sides: dict[str, Callable[[], object]] = {name: lambda side=side: side(bench) for name, side in SIDES.items()}  # type: ignore[misc]
     timings = interleave(sides | {"reference": bench.compute_reference_logps}, repeats=config.repeats)
-    memory = {name: measured(config, name) for name in (SIDES if config.shape != "small" else SMALL_SIDES)}
-    rows = [_against(name, timings, memory) for name in SIDES if name != "ours"]
+    memory = {name: measure_isolated(config, name) for name in (SIDES if config.shape != "small" else SMALL_SIDES)}
+    rows = [_comparison_row(name, timings, memory) for name in SIDES if name != "ours"]
     counted = timings["ours"] + timings["reference"]
     rows.insert(1, compare("naive, our reference pass counted in", counted, timings["naive"]))
     if config.device == "cuda":
-        rows += [_use(bench, timings["ours"])]
+        rows += [_utilization(bench, timings["ours"])]
     about = f"{config.family}, {bench.prefix_tokens} tokens of clip, {config.sizes.answer_tokens} of each answer"
     return [row | {"part": f"{PART}: {about}"} for row in rows]
 
 
-def _against(name: str, timings: dict[str, Timing], memory: dict[str, BenchRow]) -> BenchRow:
+def _comparison_row(name: str, timings: dict[str, Timing], memory: dict[str, BenchRow]) -> BenchRow:
     row = compare(name, timings["ours"], timings[name])
     return row | compare_memory(memory["ours"], memory[name]) if name in memory else row
 
 
 def compare_memory(ours: BenchRow, other: BenchRow) -> BenchRow:
-    """What a row says of memory: of the step alone, and of the process with model and batch."""
+    """Return the memory columns of a row: of the step alone, and of the process with model and batch."""
     return {
         "ours_mib": ours["step_mib"],
         "other_mib": other["step_mib"],
@@ -225,13 +229,14 @@ def compare_memory(ours: BenchRow, other: BenchRow) -> BenchRow:
     }
 
 
-def _use(bench: Bench, ours: Timing) -> BenchRow:
-    """How much of the GPU is used: model flops utilisation, counted with and without weights' gradients.
+def _utilization(bench: Bench, ours: Timing) -> BenchRow:
+    """Compute the model FLOPs utilization (MFU) on a GPU, counted with and without gradients of frozen weights.
 
-    A pass is forwards, backwards to what went in, or backwards to the weights, which a LoRA step does not need.
+    A pass is the forward pass, the backward pass to the inputs, or the backward pass to the weights, which a LoRA step
+    does not need.
     """
     lm, tokens = bench.network.lm.config.get_text_config(), bench.num_tokens
-    # The embedding table is looked up, and only answers go through the vocabulary: a few percent, left out.
+    # The embedding lookup, and the head on answers only, are a few percent and not counted.
     count = sum(parameter.numel() for parameter in bench.network.lm.get_decoder().parameters())
     count -= bench.network.lm.get_input_embeddings().weight.numel()
     whole, needed = (
@@ -252,29 +257,32 @@ def _use(bench: Bench, ours: Timing) -> BenchRow:
 
 
 def flops(count: int, tokens: int, *, width: int, layers: int, passes: int) -> float:
-    """Of a step: 2 a parameter, token and pass; attention 4 a layer, width and pair of tokens, thrice (forwards, and
-    twice that backwards), of which causality leaves half."""
+    """Return the FLOPs of a step.
+
+    2 per parameter, token and pass. Attention: 4 per layer, hidden dimension and pair of tokens, three times (forward
+    once, backward twice), halved by causality.
+    """
     return 2 * passes * count * tokens + 3 * 4 * layers * width * tokens**2 / 2
 
 
-def measured(config: BenchConfig, side: str) -> BenchRow:
-    """Peak memory of a side, in a process of its own."""
+def measure_isolated(config: BenchConfig, side: str) -> BenchRow:
+    """Measure the peak memory of a side in a separate process."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: BenchRow = alone(__file__, *flags, f"--memory_of={side}")
+    answer: BenchRow = run_isolated(__file__, *flags, f"--memory_of={side}")
     return answer
 
 
-def tell_memory(config: BenchConfig, side: str) -> None:
-    """Run a side once, and tell what it took."""
-    # What libraries need in any case is not counted.
+def report_memory(config: BenchConfig, side: str) -> None:
+    """Measure the peak memory of a side in this process and write it as JSON."""
+    # A small step first, so that what libraries allocate once is not counted.
     warm = Bench(replace(config, shape="small"))
     warm.compute_reference_logps()
     SIDES[side](warm)
     bench = Bench(config)
-    # What the reference says changes no memory; asked in full size, it would leave a heap to be used again.
+    # Its values do not change the memory; running the reference policy at full size would leave freed memory for reuse.
     bench.batches.reference_logps = [(0.0, 0.0)]
-    tell(peak_mib(lambda: SIDES[side](bench)))
+    emit_json(peak_mib(lambda: SIDES[side](bench)))
 
 
 if __name__ == "__main__":
-    start(__doc__, run, tell_memory)
+    start(__doc__, run, report_memory)

@@ -1,11 +1,11 @@
-"""A plain DPO step of ours against TRL's DPOTrainer on the same tokens: time and memory.
+"""Benchmark a plain DPO step against TRL's DPOTrainer on the same tokens: time and memory.
 
     python tools/bench/trl_step.py [--out bench.json] [--quick] [--repeats 3]
 
-TRL takes no cached reference with vision, so both sides get text alone: the decoder of the bench's model with the same
-adapter, a prompt as long as its clip, and no cross-entropy, which TRL's DPO has not. Both must give the same loss and
-the same gradients of the adapter before any is timed. Needs trl 1.16 (pip install "trl>=1.16,<1.17"), which the project
-does not; without it the bench says so and writes no row.
+TRL does not support precomputed reference log-probabilities with vision, so both sides get text only: the decoder of the
+benchmark model with the same adapter, a prompt as long as the clip, and no cross-entropy, which TRL's DPO lacks. Both must
+give the same loss and adapter gradients before any is timed. Without trl 1.16 (pip install "trl>=1.16,<1.17"), which the
+project itself does not need, a message is printed and no row is written.
 """
 
 import importlib.util
@@ -16,10 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from model import LORA, BenchConfig, adapt, make_captioner, make_words, start
+from model import LORA, BenchConfig, attach_adapter, make_captioner, make_words, start
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from rows import BenchRow, alone, compare, interleave, peak_mib, tell
-from step import compare_memory, require_same
+from rows import BenchRow, compare, emit_json, interleave, peak_mib, run_isolated
+from step import compare_memory, require_equal
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -31,23 +31,23 @@ from salmonn.train.loop import autocast
 
 PART = "step against TRL"
 BETA = 0.1
-NO_TRL = "trl is not installed (pip install 'trl>=1.16,<1.17'): our step was not compared with its DPOTrainer\n"
+NO_TRL = "trl is not installed (pip install 'trl>=1.16,<1.17'): the comparison with its DPOTrainer was skipped\n"
 
 
 class Ours:
-    """The library's network on two rows of text about one clip of no tokens.
+    """The library's network on two rows of text about a clip without tokens.
 
     Args:
-        config: what is run; the prompt is as long as its clip would be.
+        config: settings of the benchmark; the prompt is as long as its clip would be.
     """
 
     def __init__(self, config: BenchConfig) -> None:
         self.precision, shape = config.dtype, config.sizes
         captioner = make_captioner(shape, device=config.device, dtype=getattr(torch, config.dtype))
         self.network, self.tokenizer = captioner.network, captioner.processor.tokenizer
-        # TRL is given the decoder as it is before the adapter is attached.
+        # TRL gets the decoder as it is before the adapter is attached.
         self.decoder = {key: tensor.clone() for key, tensor in self.network.lm.state_dict().items()}
-        adapt(self.network)
+        attach_adapter(self.network)
         family = captioner.processor.family
         assert isinstance(family, Salmonn2)
         length = shape.num_frames * family.tokens_per_frame
@@ -64,24 +64,24 @@ class Ours:
         prompt = self.tokenizer.encode(self.prompt)
         answers = [[*self.tokenizer.encode(text), end] for text in (self.chosen, self.rejected)]
         ids = torch.tensor([prompt + answer for answer in answers])
-        nothing = Layout(order=torch.zeros(0, dtype=torch.long), positions=torch.zeros(3, 0).long(), num_visual=0)
+        empty = Layout(order=torch.zeros(0, dtype=torch.long), positions=torch.zeros(3, 0).long(), num_visual=0)
         return ModelInputs(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             position_ids=torch.arange(ids.shape[1]).expand(3, 2, -1),
             labels=torch.tensor([[-100] * len(prompt) + answer for answer in answers]),
             clip_index=(0, 0),
-            layouts=(nothing,),
+            layouts=(empty,),
             clip_features=(torch.zeros(0, self.network.lm.config.hidden_size),),
         )
 
     def compute_reference_logps(self) -> None:
-        """The reference pass, once a round for each pair."""
+        """Run the reference policy, which is done once per round and pair."""
         with torch.no_grad(), adapter_disabled(self.network), autocast(self.precision):
             self.reference = sequence_logps(self.network(self.inputs))
 
     def step(self) -> float:
-        """One step of plain DPO."""
+        """Run one step of plain DPO."""
         self.optimizer.zero_grad()
         with autocast(self.precision):
             chosen, rejected = sequence_logps(self.network(self.inputs)).chunk(2)
@@ -100,7 +100,7 @@ class Ours:
         return loss.item()
 
     def gradients(self) -> Tensor:
-        """All of the adapter's, one after the other, in the order of PEFT's names."""
+        """Return all gradients of the adapter, concatenated in the order of PEFT's names."""
         return _gradients(self.network.lm)
 
 
@@ -110,13 +110,13 @@ def _gradients(model: Any) -> Tensor:
 
 
 class Theirs:
-    """TRL's trainer of the same decoder, adapter and tokens; its own step, and the optimiser's.
+    """TRL's trainer with the same decoder, adapter and tokens.
 
     Args:
-        ours: whose decoder, adapter and words these are.
-        config: what is run.
-        precomputed: with its precomputed reference.
-        folder: that it may write to.
+        ours: source of the decoder, adapter and texts.
+        config: settings of the benchmark.
+        precomputed: whether to use precomputed reference log-probabilities.
+        folder: folder for its output.
     """
 
     def __init__(self, ours: Ours, config: BenchConfig, *, precomputed: bool, folder: str) -> None:
@@ -125,7 +125,7 @@ class Theirs:
 
         model = Qwen2ForCausalLM(Qwen2Config.from_dict(ours.network.lm.config.to_dict()))
         model.load_state_dict(ours.decoder)
-        # The space is what parts the words where prompt and answer are joined.
+        # The space separates the words where prompt and answer are concatenated.
         pair = {"prompt": ours.prompt, "chosen": f" {ours.chosen}", "rejected": f" {ours.rejected}"}
         self.trainer = DPOTrainer(
             model=model.to(config.device, getattr(torch, config.dtype)),
@@ -136,7 +136,7 @@ class Theirs:
                 max_length=None,
                 learning_rate=0.0,
                 bf16=config.dtype == "bfloat16",
-                # Ours keeps all activations too.
+                # Ours does not use it either.
                 gradient_checkpointing=False,
                 precompute_ref_log_probs=precomputed,
                 use_cpu=config.device == "cpu",
@@ -148,40 +148,40 @@ class Theirs:
             peft_config=LORA.to_peft(),
         )
         self.model = self.trainer.model
-        self.trainer.current_gradient_accumulation_steps = 1  # as its train() sets it
+        self.trainer.current_gradient_accumulation_steps = 1  # set by its train()
         set_peft_model_state_dict(self.model, get_peft_model_state_dict(ours.network.lm))
         self.batch = next(iter(self.trainer.get_train_dataloader()))
         self.optimizer = torch.optim.AdamW([one for one in self.model.parameters() if one.requires_grad], lr=0.0)
 
     def step(self) -> float:
-        """Loss, gradients and the optimiser, as its training loop has them."""
+        """Run loss, backward and optimizer step as its training loop does."""
         self.optimizer.zero_grad()
         loss = self.trainer.training_step(self.model, self.batch)
         self.optimizer.step()
         return float(loss)
 
     def gradients(self) -> Tensor:
-        """All of the adapter's, one after the other, in the order of PEFT's names."""
+        """Return all gradients of the adapter, concatenated in the order of PEFT's names."""
         return _gradients(self.model)
 
 
 def check(ours: Ours, theirs: Theirs, *, name: str, config: BenchConfig) -> None:
-    """Both sides' tokens, losses and gradients are the same.
+    """Check that tokens, losses and gradients of both sides are equal.
 
     Raises:
-        ValueError: they are not, so there is nothing to be compared.
+        ValueError: they are not.
     """
     if not torch.equal(theirs.batch["input_ids"].cpu(), ours.inputs.input_ids.cpu()):
-        raise ValueError(f"{name} was given other tokens")
+        raise ValueError(f"{name} got other tokens than ours")
     ours.compute_reference_logps()
-    require_same(name, (theirs.step(), theirs.gradients()), (ours.step(), ours.gradients()), config=config)
+    require_equal(name, (theirs.step(), theirs.gradients()), (ours.step(), ours.gradients()), config=config)
 
 
 THEIRS = {"TRL": False, "TRL, precomputed reference": True}
 
 
 def run(config: BenchConfig) -> list[BenchRow]:
-    """Rows of time and memory; none where TRL is not installed."""
+    """Measure time and memory; return no rows if TRL is not installed."""
     if not importlib.util.find_spec("trl"):
         sys.stderr.write(NO_TRL)
         return []
@@ -193,7 +193,7 @@ def run(config: BenchConfig) -> list[BenchRow]:
             check(ours, theirs, name=name, config=config)
             sides[name] = theirs.step
         timings = interleave(sides, repeats=config.repeats)
-    memory = {name: measured(config, name) for name in ("ours", *THEIRS)}
+    memory = {name: measure_isolated(config, name) for name in ("ours", *THEIRS)}
     rows = [
         compare(name, timings["ours"], timings[name]) | compare_memory(memory["ours"], memory[name]) for name in THEIRS
     ]
@@ -207,25 +207,25 @@ def run(config: BenchConfig) -> list[BenchRow]:
     return [row | {"part": part} for row in rows]
 
 
-def measured(config: BenchConfig, side: str) -> BenchRow:
-    """Peak memory of a side, in a process of its own."""
+def measure_isolated(config: BenchConfig, side: str) -> BenchRow:
+    """Measure the peak memory of a side in a separate process."""
     flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: BenchRow = alone(__file__, *flags, f"--memory_of={side}")
+    answer: BenchRow = run_isolated(__file__, *flags, f"--memory_of={side}")
     return answer
 
 
-def tell_memory(config: BenchConfig, side: str) -> None:
-    """Run a side once, and tell what it took."""
+def report_memory(config: BenchConfig, side: str) -> None:
+    """Measure the peak memory of a side in this process and write it as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        # A small step first: what libraries need in any case is not counted.
-        _step_of(side, replace(config, shape="small"), folder=folder)()
-        tell(peak_mib(_step_of(side, config, folder=folder)))
+        # A small step first, so that what libraries allocate once is not counted.
+        _make_step(side, replace(config, shape="small"), folder=folder)()
+        emit_json(peak_mib(_make_step(side, config, folder=folder)))
 
 
-def _step_of(side: str, config: BenchConfig, *, folder: str) -> Callable[[], float]:
+def _make_step(side: str, config: BenchConfig, *, folder: str) -> Callable[[], float]:
     ours = Ours(config)
     return ours.step if side == "ours" else Theirs(ours, config, precomputed=THEIRS[side], folder=folder).step
 
 
 if __name__ == "__main__":
-    start(__doc__, run, tell_memory)
+    start(__doc__, run, report_memory)
