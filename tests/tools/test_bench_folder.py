@@ -46,7 +46,7 @@ def test_all_sides_say_the_same(folder, bench):
 def test_a_side_that_says_otherwise_is_found_out(folder, bench, side):
     plain = bench.sides[side]
     bench.sides[side] = lambda: [*plain()[:2], "something else"]
-    with pytest.raises(ValueError, match=rf"'{side[:8]}.* says of 002\.mp4 otherwise .*something else"):
+    with pytest.raises(ValueError, match=rf"'{side[:8]}.* captions 002\.mp4 differently .*something else"):
         folder.check(bench)
 
 

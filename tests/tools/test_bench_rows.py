@@ -89,7 +89,7 @@ def test_the_table_goes_between_its_marks(rows, tmp_path):
         rows.replace_table(page, "new\n")
         assert page.read_text() == f"before\n{rows.TABLE_START}\nnew\n{rows.TABLE_END}\nafter\n"
     page.write_text(f"before\n{rows.TABLE_END}\n{rows.TABLE_START}\n")
-    with pytest.raises(ValueError, match="no place for the table"):
+    with pytest.raises(ValueError, match="lacks the marker lines"):
         rows.replace_table(page, "new\n")
 
 
@@ -108,7 +108,7 @@ def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         collector.main()
     # No rows are no failure (TRL may not be installed); a part that broke is.
-    assert end.value.code == 1 and capsys.readouterr().err == "growth failed, as told above\n"
+    assert end.value.code == 1 and capsys.readouterr().err == "growth failed, see the output above\n"
     first, second = json.loads(out.read_text())
     assert first == ROW | {"part": "step: mid", "bench": "step"}
     assert (second["name"], second["part"]) == ("bare", "step") and "torch" in second["machine"]
@@ -138,4 +138,4 @@ def test_no_such_part(rows, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["all.py", "--parts", "stepp"])
     with pytest.raises(SystemExit):
         collector.main()
-    assert "there is no part stepp" in capsys.readouterr().err
+    assert "unknown part stepp" in capsys.readouterr().err
