@@ -135,7 +135,9 @@ def test_two_at_a_time_and_the_common_ones_first(tool, stand_in, tmp_path):
 def test_a_failed_run_is_told_and_the_others_go_on(tool, stand_in, tmp_path, capsys):
     stand_in |= {("mrdpo", 2), ("no_ce", 3)}
     ablation = tool.Ablation(tmp_path / "out", seeds=(2, 3), variants=("mrdpo", "no_ce", "fixed_reference"))
-    with pytest.raises(SystemExit, match=r"2 runs failed, see .*seed_2/mrdpo/log.txt first; the same command goes on"):
+    with pytest.raises(
+        SystemExit, match=r"2 runs failed, see .*seed_2/mrdpo/log.txt first. Run the same command to resume"
+    ):
         tool.run_all(ablation)
     assert set(read_book(tmp_path)) == {("seed_2", "mrdpo"), *(("seed_3", variant) for variant in ablation.variants)}
     assert capsys.readouterr().out.count("FAILED") == 2
@@ -145,7 +147,7 @@ def test_a_failed_run_is_told_and_the_others_go_on(tool, stand_in, tmp_path, cap
 
 
 def test_a_second_command_waits_for_what_the_first_has_started(tool, stand_in, tmp_path, capsys):
-    with tool.alone(tmp_path / "out") as lock:
+    with tool.lock_folder(tmp_path / "out") as lock:
         left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"], pass_fds=(lock,))
     began = time.monotonic()  # the first command is gone, its child is not
     tool.run_all(tool.Ablation(tmp_path / "out", seeds=(2,), variants=("mrdpo",)))
@@ -187,16 +189,16 @@ def test_all_steps_in_one_round(tool, tmp_path):
 
 def test_intervals_by_hand(tool):
     nothing = np.zeros((3, 0))
-    # Mean 2, standard deviation 1: 4.303 / sqrt(3) = 2.4843 either way.
+    # Mean 2, standard deviation 1: 4.302653 / sqrt(3) = 2.484138 either way.
     interval = tool.Estimate(np.array([1.0, 2.0, 3.0]), nothing).interval()
-    assert (interval.low, interval.high) == pytest.approx((-0.4843, 4.4843), abs=1e-4)
+    assert (interval.low, interval.high) == pytest.approx((-0.484138, 4.484138), abs=1e-6)
     # Seeds that agree say nothing of the clips: of draws from -10 to 10 the middle 95 % reach from -9.5 to 9.5.
     draws = np.tile(np.linspace(-10, 10, 2001), (3, 1))
     interval = tool.Estimate(np.zeros(3), draws).interval()
     assert (interval.low, interval.high) == pytest.approx((-9.5, 9.5))
     # Each end is the wider of the two.
     interval = tool.Estimate(np.array([1.0, 2.0, 3.0]), draws / 10 + 2).interval()
-    assert (interval.low, interval.high) == pytest.approx((-0.4843, 4.4843), abs=1e-4)
+    assert (interval.low, interval.high) == pytest.approx((-0.484138, 4.484138), abs=1e-6)
     assert tool.Estimate(np.array([1.0]), np.zeros((1, 0))).interval() is None
 
 
@@ -309,9 +311,13 @@ def test_clips_are_drawn_alike_for_both(tool, written):
 def test_the_table_is_told(tool, written, capsys):
     tool.report(written)
     lines = (written.out / "table.md").read_text().splitlines()
-    # SFT's repetition: 0.25 and 0.5, mean 0.375, standard deviation 0.176777: 12.706 * 0.125 = 1.58825 either way.
-    assert lines[2].startswith("| SFT | 95.0 (") and "| 37.5 (-121.3 to 196.3) |" in lines[2]
-    assert lines[2].endswith("| 41.8 |") and lines[4].startswith("| mrDPO without CE |") and lines[4].endswith("|  |")
+    # SFT's repetition: 0.25 and 0.5, mean 0.375, standard deviation 0.176777: 12.7062 * 0.125 = 1.58828 either way.
+    (sft,) = (line for line in lines if line.startswith("| SFT |"))
+    (no_ce,) = (line for line in lines if line.startswith("| mrDPO without CE |"))
+    assert sft.startswith("| SFT | 95.0 (") and "| 37.5 (-121.3 to 196.3) |" in sft and sft.endswith("| 41.8 |")
+    assert no_ce.endswith("|  |")
+    assert "| 2 | SFT | 50.0 | 50.0 | 50.0 | 50.0 | 50.0 |" in lines
+    assert "seed 3: Missing falls: NO" in lines and "seed 3: Repetition does not rise: yes" in lines
     claims = [line for line in lines if line.startswith("| CE vs. none")]
     assert [claim.split(" | ")[1] for claim in claims] == ["+0.0 (+0.0 to +0.0)"] * 2
     assert all(claim.endswith("| inconclusive |") for claim in claims)
