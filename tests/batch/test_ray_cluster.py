@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
 
+from salmonn.batch import ray_cluster
 from salmonn.records import Caption, read_records
 
 pytest.importorskip("ray")
@@ -58,6 +60,46 @@ def actors_of(driver: int) -> list[psutil.Process]:
     return [child for child in children if "ray::MapWorker" in " ".join(child.cmdline())]
 
 
+class FakeDataset:
+    """As much of ray.data as the work needs, in this process."""
+
+    def __init__(self, tables):
+        self.tables = tables
+
+    def map_batches(self, actor, *, fn_constructor_kwargs, **_):
+        self.actor = actor(**fn_constructor_kwargs)
+        return self
+
+    def iter_rows(self):
+        for table in self.tables:
+            yield from ({"row": row} for row in self.actor(table.to_pydict())["row"])
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    """Replace Ray by a cluster of one actor in this process."""
+    ray, data = ModuleType("ray"), ModuleType("ray.data")
+    ray.init, ray.shutdown, ray.cluster_resources = lambda **_: None, lambda: None, lambda: {"CPU": 2.0}
+    ray.exceptions, ray.data = SimpleNamespace(RayError=ZeroDivisionError), data
+    data.from_arrow, data.ActorPoolStrategy = FakeDataset, lambda **_: None
+    data.DataContext = SimpleNamespace(get_current=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    monkeypatch.setattr(ray_cluster, "BLOCK_VIDEOS", 3)
+
+
+def test_blocks_of_an_actor_are_captioned_as_without_ray(folder, random_model, tmp_path, call, fake_ray):
+    results = []
+    for name, more in (("ray", ("--engine", "ray", "--ray-actors", 1)), ("local", ())):
+        out = tmp_path / f"{name}.jsonl"
+        args = ("caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 4, "--workers", 1)
+        code, _, err = call(*args, *more)
+        assert code == 1 and "1 videos failed" in err and "29.mp4" in err  # the broken file
+        results.append({caption.video: caption for caption in read_records(out, Caption)})
+    assert results[0] == results[1] and len(results[0]) == 29
+
+
+@pytest.mark.slow
 def test_an_actor_killed_midway(folder, random_model, tmp_path):
     out = tmp_path / "captions.jsonl"
     args = ["caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 4, "--workers", 1]

@@ -16,6 +16,8 @@ from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
 from tests.score.local_server import LocalServer, make_chat_model, serve_locally
 
+pytestmark = pytest.mark.slow  # test_llm_client.py and test_llm_judge.py use a scripted server
+
 REFERENCES = [
     Reference(video, (Event("a red circle appears"), Event("a low tone is heard", "audio")))
     for video in ("one.mp4", "two.mp4", "three.mp4")

@@ -17,6 +17,7 @@ def bench():
     return load("decoders")
 
 
+@pytest.mark.slow
 def test_quick(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, str(BENCH / "decoders.py"), "--quick", "--repeats", "1", "--out", str(out)]

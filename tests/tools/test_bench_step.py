@@ -124,6 +124,7 @@ def test_rows(step, small, monkeypatch, tmp_path):
     assert rows["naive"]["ratio"] > rows["naive, our reference pass counted in"]["ratio"] > 1
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_another_process(step, small):
     growth_rows = step.measure_isolated(small, "naive")
     assert 0 <= growth_rows["step_mib"] < 200 < growth_rows["process_mib"] < 3000
@@ -136,6 +137,7 @@ def test_without_trl_there_is_no_row(small, monkeypatch, capsys):
     assert "trl is not installed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_trl(small, tmp_path):
     pytest.importorskip("trl")
     trl_step = load("trl_step")
