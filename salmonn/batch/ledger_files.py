@@ -197,7 +197,7 @@ def move_to_backup(files: LedgerFiles) -> list[Path]:
     return moved
 
 
-Group = list[dict[str, Any]]  # the parsed lines of one video that were written together
+SegmentGroup = list[dict[str, Any]]  # the parsed lines of one video that were written together
 
 
 class GroupReader:
@@ -222,8 +222,8 @@ class GroupReader:
         self._file = file
         self._stop = math.inf if end is None else end
 
-    def __iter__(self) -> Iterator[Group]:
-        group: Group = []
+    def __iter__(self) -> Iterator[SegmentGroup]:
+        group: SegmentGroup = []
         start = end = 0  # of the current line
         with nullcontext(self._file) if self._file else self._path.open("rb") as lines:
             lines.seek(0)
@@ -248,13 +248,13 @@ class GroupReader:
                     group = []
         self.is_unfinished = bool(group)
 
-    def _finish(self, group: Group, *, end: int) -> Group:
+    def _finish(self, group: SegmentGroup, *, end: int) -> SegmentGroup:
         self.end = end
         self.num_lines += len(group)
         return group
 
 
-def _continues(group: Group, values: dict[str, Any]) -> bool:
+def _continues(group: SegmentGroup, values: dict[str, Any]) -> bool:
     """Tell whether a line continues a group: it is a later segment of the same version of the video."""
     names = ("video", "size_bytes", "modified_ns", "num_segments", "num_failed_segments")
     last = group[-1]
