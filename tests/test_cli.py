@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from salmonn.cli.main import COMMANDS, build_parser
+from salmonn.config import parse_config
 from salmonn.records import Caption, Reference, read_records
 
 SALMONN = Path(sys.executable).with_name("salmonn")
@@ -88,6 +89,13 @@ def test_help_shows_flags_in_one_spelling(call, command):
     code, out, _ = call(command, "--help")
     flags = re.findall(FLAG, out)
     assert code == 0 and len(flags) >= 2 and not [flag for flag in flags if "_" in flag]
+
+
+def test_help_of_recipes_shows_flags_in_the_same_spelling(load_recipe, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(load_recipe("sft").SftConfig, description="A recipe.", args=["--help"])
+    flags = re.findall(FLAG, capsys.readouterr().out)
+    assert "--fit.batch-size" in flags and not [flag for flag in flags if "_" in flag]
 
 
 @pytest.mark.parametrize("flag", ["--max-new-tokens", "--max_new_tokens", "--max_new-tokens"])
