@@ -17,7 +17,7 @@ import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
 from salmonn.config import run_recipe

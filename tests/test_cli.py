@@ -150,8 +150,7 @@ def test_captions_do_not_depend_on_workers(call, videos, random_model, tmp_path,
 
 def test_captions_are_those_of_the_captioner(call, captioner, videos, random_model, tmp_path):
     from salmonn.batch.discovery import path_number
-    from salmonn.caption.captioner import PendingRequest, Span
-    from salmonn.caption.generate import Sampling
+    from salmonn.caption.generator import CaptionRequest, Sampling, Span
 
     out = tmp_path / "new" / "captions.jsonl"
     code, _, _ = call(
@@ -162,8 +161,11 @@ def test_captions_are_those_of_the_captioner(call, captioner, videos, random_mod
     assert code == 0
     sampling = Sampling(temperature=1.0, top_p=0.5, max_new_tokens=7)
     # The random seed is combined with the path.
-    requests = [PendingRequest(path, Span(1.0, 5.0), 3 + path_number(str(path))) for path in videos[:2]]
-    batches = captioner.caption_batches(requests, prompt="Say.", modality="visual", sampling=sampling, batch_size=1)
+    requests = [
+        CaptionRequest(path, "Say.", sampling, Span(1.0, 5.0), "visual", seed=3 + path_number(str(path)))
+        for path in videos[:2]
+    ]
+    batches = captioner.caption_batches(requests, batch_size=1)
     expected = [done.result for batch in batches for done in batch]
     found = read_records(out, Caption)
     assert [replace(caption, size_bytes=None, modified_ns=None) for caption in found] == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE, claim_folder, parse_config, resume_values, run_recipe
 from salmonn.model.lora import LoraConfig
 

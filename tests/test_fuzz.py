@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.records import Caption, Failure, read_records
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.generate import generate
+from salmonn.caption.generator import Sampling
 from salmonn.model.families.salmonn2 import interleave_by_frame
 from salmonn.model.families.salmonn2_plus import interleave_by_time
 from salmonn.model.layout import Layout, ModelInputs, text_positions

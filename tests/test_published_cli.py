@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from salmonn import cli
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.model.families import salmonn2_plus
 from salmonn.records import Caption, read_records
 
@@ -208,7 +208,9 @@ def test_every_real_file_whole_by_2_plus(published, caplog):
     """Fewer and smaller frames than the published ones, of each file from beginning to end."""
     frames = {"interval_seconds": 1.0, "min_frames": 4, "max_frames": 8, "max_pixels": 16 * 28 * 28}
     captioner = Captioner.load(published("salmonn2-plus"), frames=frames)
-    results = captioner.caption_many(sorted(MEDIA.iterdir()), sampling=Sampling(max_new_tokens=2))
+    results = captioner.caption_many(
+        CaptionRequest(path, sampling=Sampling(max_new_tokens=2)) for path in sorted(MEDIA.iterdir())
+    )
     assert {Path(result.video).name for result in results if isinstance(result, Caption)} == EVERY_FILE
     assert "corrupted.mp4: damaged" in caplog.text
 

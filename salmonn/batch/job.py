@@ -20,8 +20,8 @@ from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.caption.captioner import Captioner, PendingRequest, Span
-from salmonn.caption.generate import Sampling
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure, Modality
 
@@ -108,28 +108,25 @@ def caption_videos(
     started: dict[int, IndexedVideo] = {}
     parts: dict[int, list[Caption | Failure]] = {}
 
-    def requests() -> Iterator[PendingRequest]:
+    limit = captioner.default_sampling().max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
+    sampling = replace(config.sampling, max_new_tokens=limit)
+
+    def requests() -> Iterator[CaptionRequest]:
         for number, (index, video) in enumerate(videos):
             started[number] = (index, video)
-            yield PendingRequest(Path(video.path), config.span, config.seed + path_number(video.path))
+            seed = config.seed + path_number(video.path)
+            yield CaptionRequest(Path(video.path), config.prompt, sampling, config.span, config.modality, seed)
 
-    limit = captioner.default_sampling().max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
     batches = captioner.caption_batches(
-        requests(),
-        prompt=config.prompt,
-        sampling=replace(config.sampling, max_new_tokens=limit),
-        modality=config.modality,
-        segment_seconds=config.segment_seconds,
-        batch_size=config.batch_size,
-        reader=reader,
+        requests(), segment_seconds=config.segment_seconds, batch_size=config.batch_size, reader=reader
     )
     for batch in batches:
         for done in batch:
-            part = parts.setdefault(done.place, [])
+            part = parts.setdefault(done.index, [])
             part.append(done.result)
             if len(part) == done.num_segments:
-                index, video = started.pop(done.place)
-                ordered = sorted(parts.pop(done.place), key=lambda result: result.start_seconds or 0.0)
+                index, video = started.pop(done.index)
+                ordered = sorted(parts.pop(done.index), key=lambda result: result.start_seconds or 0.0)
                 stamped = (replace(r, size_bytes=video.size_bytes, modified_ns=video.modified_ns) for r in ordered)
                 yield VideoResult(index, video, tuple(stamped))
 

@@ -90,7 +90,7 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
 
     def __exit__(self, *_: object) -> None:
         if self._worker:
-            self._worker.kill()
+            self._worker.close()
         self._worker = None
 
     def write(self, captions: Sequence[Caption], *, only_missing: bool = False) -> list[Failure]:
@@ -139,10 +139,10 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
         """Return `declared_seconds` of a video, read in a process with limits; raises ClipError."""
         self._worker = self._worker or Worker(self._limits)
         try:
-            self._worker.begin(partial(declared_seconds, video))
-            return float(self._worker.finish())
+            self._worker.start_job(partial(declared_seconds, video))
+            return float(self._worker.result())
         except WorkerDied as error:
-            self._worker.kill()
+            self._worker.close()
             self._worker = None
             raise ClipError(f"{video}: {error}") from error
 

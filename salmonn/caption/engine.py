@@ -1,4 +1,13 @@
-"""One model and many who ask it: files are read in worker processes; who comes joins those who are being answered."""
+"""Inference engine with continuous batching: any number of requests share one model.
+
+The life of a request:
+1. `submit` checks it, counts it as active, and hands its file to the worker processes of the reader.
+2. Once the file is read, one sequence for each sample of the request enters the queue.
+3. The model thread admits sequences from the queue and prefills their prompts, which adds them to the batch.
+4. Each decode step generates one token for every sequence of the batch. New text goes to the request's callback;
+   sequences that have ended or were cancelled leave the batch, and others can be admitted before the next step.
+5. When its last sequence has ended, the request is no longer active.
+"""
 
 import logging
 import queue
@@ -9,143 +18,103 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from salmonn.caption.captioner import NO_ROOM, Captioner, Span
-from salmonn.caption.duration_limit import LimitedReadSpec
-from salmonn.caption.generate import Sampling
-from salmonn.caption.loader import ClipReader, ReadSpec
-from salmonn.caption.prompt import History, Prompt
+from salmonn.caption.captioner import OUT_OF_MEMORY, Captioner
+from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.loader import ClipReader, LimitedReadSpec, ReadSpec
+from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import TextDelta
 from salmonn.media.clip import Clip
 from salmonn.model.layout import ClipInputs
-from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)
-SHUTTING_DOWN = "the server is shutting down: ask again when it is back"
-_CUT_SECONDS = 10.0  # for the step that the model is at when it is cut off
+SHUTTING_DOWN = "the server is shutting down; try again later"
+_ABORT_SECONDS = 10.0  # for the model to finish its current step when the engine is closed
+
+OnEvent = Callable[[int, TextDelta | Exception], object]
 
 
 class Overloaded(Exception):
-    """As many wait as may wait, or the engine is closing; the message is for whoever asked."""
+    """The queue is full, or the engine is shutting down; the message is for the client."""
 
 
 class OutOfMemoryDuringBatch(Overloaded):
-    """Those answered side by side had no room together, when a part of their answers was told already."""
+    """The batch ran out of memory after a part of the answer had been sent to the client."""
 
 
 class ModelFailedError(RuntimeError):
-    """The model could not answer, through no fault of whoever asked."""
-
-
-@dataclass(frozen=True)
-class CaptionRequest:
-    """What is asked of one file.
-
-    Args:
-        path: of the file.
-        prompt: the words; None for a full description.
-        history: prompts and answers on the same file that come before; "" stands for a full description too.
-        system: what the conversation begins with; None for the model's own.
-        sampling: how the answer is drawn; None for the likeliest words.
-        span: the part of the file to look at; None for all of it.
-        use: picture, sound or both.
-        seed: of the draws; a further answer to the same query has the next number.
-    """
-
-    path: Path
-    prompt: str | None = None
-    sampling: Sampling | None = None
-    span: Span | None = None
-    modality: Modality = "both"
-    seed: int = 0
-    history: History = ()
-    system: str | None = None
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A clip as the model takes it, with the words; `num_tokens` of both together."""
-
-    media: ClipInputs
-    prompt: Prompt
-    num_tokens: int
-
-
-Tell = Callable[[int, TextDelta | Exception], object]
+    """The model failed on a valid request."""
 
 
 class GenerationHandle:
-    """A query under way: what `Engine.begin` gives.
+    """An active request, as `Engine.submit` returns it.
 
     Attributes:
-        num_prompt_tokens: of the clip and the words; 0 until the file is read.
-        num_answer_tokens: of all answers so far, their end tokens included.
-        reading_seconds: from the query to the end of reading; 0 until then.
+        num_samples: number of samples requested.
+        num_unfinished: number of samples that have not ended.
+        num_prompt_tokens: tokens of the clip and the prompt; 0 until the file is read.
+        num_completion_tokens: tokens of all samples so far, end tokens included.
+        reading_seconds: time from submission to the end of reading; 0 until then.
     """
 
-    def __init__(self, engine: "Engine", *, num_samples: int, tell: Tell) -> None:
-        self.num_prompt_tokens = self.num_answer_tokens = 0
+    def __init__(self, engine: "Engine", *, num_samples: int, on_event: OnEvent) -> None:
+        self.num_samples = self.num_unfinished = num_samples
+        self.num_prompt_tokens = self.num_completion_tokens = 0
         self.reading_seconds = 0.0
-        self.num_samples = num_samples
-        self.num_open = num_samples
-        self.is_gone = False
-        self.future: Future[_Prepared] | None = None
-        self.begun = time.monotonic()
+        self.is_cancelled = False
+        self.reading: Future[tuple[ClipInputs, int]] | None = None
+        self.submitted_at = time.monotonic()
         self._engine = engine
-        self._tell = tell
+        self._on_event = on_event
 
     @property
-    def is_over(self) -> bool:
-        """Whether nothing is to be told any more."""
-        return self.is_gone or not self.num_open
+    def is_done(self) -> bool:
+        """Whether no further event will be delivered."""
+        return self.is_cancelled or not self.num_unfinished
 
-    def drop(self) -> None:
-        """Nobody waits for it any more; nothing happens where it has ended."""
-        self._engine.drop(self)
+    def cancel(self) -> None:
+        """Stop reading and generating for this request; does nothing if it has ended."""
+        self._engine.cancel(self)
 
-    def tell(self, sample: int, piece: TextDelta | Exception) -> None:
-        """Hand on a piece of an answer, or the error that ends them all."""
-        if not self.is_gone:
-            self._tell(sample, piece)
+    def deliver(self, sample: int, event: TextDelta | Exception) -> None:
+        """Pass a text delta, or the error that ends all samples, to the callback."""
+        if not self.is_cancelled:
+            self._on_event(sample, event)
 
 
 @dataclass(eq=False)
-class _Row:
-    """One answer that is waited for."""
+class _Sequence:
+    """One sample of a request, in the queue or in the batch; `num_tokens` counts those of clip and prompt."""
 
-    answering: GenerationHandle
+    handle: GenerationHandle
     sample: int
-    media: ClipInputs
+    clip: ClipInputs
     prompt: Prompt
     sampling: Sampling
     seed: int
     num_tokens: int
-    num_drawn: int = 0
-    is_told: bool = False
-    goes_alone: bool = False  # since it had no room beside others
+    num_generated: int = 0
+    was_delivered: bool = False  # whether the client has received text
+    must_run_alone: bool = False  # after it did not fit into memory beside others
 
 
 class Engine:
-    """Answers queries from any number of threads.
-
-    Answers go on side by side, a token of each at a time. Between two tokens those who wait may join: as many as are
-    read in a moment, so that nobody's words stop for long.
+    """Answers requests from any number of threads.
 
     Args:
-        captioner: the model.
-        reader: with at least one worker process: the files are strangers'.
-        max_waiting: answers at a time; more are refused with `Busy`.
-        batch_size: answers side by side, at least 1 (default: the model's).
-        max_seconds: length of a span that is taken (default: any).
+        captioner: model.
+        reader: reader, with at least one worker process, since the files are untrusted.
+        max_waiting: maximum number of active samples; further requests raise `Overloaded`.
+        batch_size: maximum number of sequences in the batch, at least 1 (default: the model's).
+        max_seconds: maximum length of a clip (default: unlimited).
 
     Attributes:
-        num_answered, num_failed, num_dropped: queries so far.
-        num_readings: of prompts, several together, that the model was asked for so far.
-        failure: why the model failed when it was last asked; None where it did not.
+        num_answered, num_failed, num_cancelled: numbers of requests so far.
+        num_prefills: number of prefills so far, each of one or more prompts.
+        failure: type of the error of the last prefill or decode step; None if it succeeded.
     """
 
     def __init__(
@@ -166,319 +135,317 @@ class Engine:
         self.max_seconds = max_seconds
         self.num_answered = self.num_failed = self.num_cancelled = self.num_prefills = 0
         self.failure: str | None = None
-        self._changed = threading.Condition()
-        self._present: set[GenerationHandle] = set()
-        self._waiting: list[_Row] = []
+        self._changed = threading.Condition()  # guards the three below
+        self._active: set[GenerationHandle] = set()
+        self._queue: list[_Sequence] = []
         self._is_closing = False
-        self._cut_off = threading.Event()
-        # Of the model's thread alone: the answers under way.
-        self._answers = captioner.begin()
-        self._rows: dict[int, _Row] = {}
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._is_aborted = threading.Event()
+        # Used by the model thread alone.
+        self._batch = captioner.streaming_generator()
+        self._running: dict[int, _Sequence] = {}  # by row number of the batch
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
     @property
     def num_active(self) -> int:
-        """Answers that are being read for, waited for or given."""
+        """Number of samples that are being read for, queued or generated."""
         with self._changed:
-            return sum(answering.num_samples for answering in self._present)
+            return sum(handle.num_samples for handle in self._active)
 
     @property
     def num_waiting(self) -> int:
-        """Answers whose file is read, and which wait for the model."""
+        """Number of samples in the queue, whose files are read."""
         with self._changed:
-            return len(self._waiting)
+            return len(self._queue)
 
-    def ask(self, query: CaptionRequest) -> Iterator[TextDelta]:
-        """Answer a query as the words come; whoever closes the iterator early is not answered further.
+    def stream(self, request: CaptionRequest) -> Iterator[TextDelta]:
+        """Yield the text deltas of a request for one sample; closing the iterator cancels the request.
 
-        The last piece holds the whole answer.
+        The last delta holds the completion.
 
         Raises:
-            Busy: too many wait.
+            Overloaded: too many requests are active.
             ClipError: the file cannot be read.
-            ValueError: the prompt holds a special token.
+            ValueError: the prompt contains a special token, or is too long.
             ModelFailedError: the model failed.
         """
-        told: queue.SimpleQueue[TextDelta | Exception] = queue.SimpleQueue()
-        answering = self.begin(query, tell=lambda _, piece: told.put(piece))
+        events: queue.SimpleQueue[TextDelta | Exception] = queue.SimpleQueue()
+        handle = self.submit(request, on_event=lambda _, event: events.put(event))
         try:
             while True:
-                piece = told.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-                if piece.answer is not None:
+                event = events.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if event.completion is not None:
                     return
         finally:
-            answering.drop()
+            handle.cancel()
 
-    def begin(self, query: CaptionRequest, *, tell: Tell, num_samples: int = 1) -> GenerationHandle:
-        """Like `ask`, without waiting, and for several answers to one query, whose file is read once.
+    def submit(self, request: CaptionRequest, *, on_event: OnEvent) -> GenerationHandle:
+        """Start a request without waiting for it.
 
         Args:
-            query: what is asked.
-            tell: called in other threads with (number of the answer, piece). The last piece of each answer holds the
-                whole; an error stands for all that have not ended, and is the last that is told.
-            num_samples: answers.
+            request: request; its file is read and prefilled once for all its samples.
+            on_event: called in other threads with (number of the sample, text delta). The last delta of each sample
+                holds the completion; an error ends all unfinished samples, and is the last event.
 
         Raises:
-            Busy: too many wait.
-            ValueError: the prompt holds a special token.
+            Overloaded: too many requests are active.
+            ValueError: the prompt contains a special token, or is too long.
         """
-        processor, span = self.captioner.processor, query.span or Span()
-        usual = self.captioner.default_prompt(query.modality)
-        history = [(asked or usual, answer) for asked, answer in query.history]
-        prompt = Prompt(query.prompt or usual, history, query.system)
-        processor.check_prompt(prompt)
-        read_spec = processor.read_spec(query.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds)
-        answering = GenerationHandle(self, num_samples=num_samples, tell=tell)
+        prompt = self.captioner.resolve_prompt(request)
+        self.captioner.processor.check_prompt(prompt)
+        read_spec = self._limit_duration(self.captioner.read_spec(request))
+        handle = GenerationHandle(self, num_samples=request.num_samples, on_event=on_event)
         with self._changed:
             if self._is_closing:
                 raise Overloaded(SHUTTING_DOWN)
-            if self.num_active + num_samples > self.max_waiting:
-                raise Overloaded(f"{self.num_active} answers are waited for already: ask again in a while")
-            self._present.add(answering)
-        try:
-            # Outside of the lock: a reader that another engine closes has a lock of its own while it tells this one.
-            answering.future = self.reader.submit(query.path, self._bound(read_spec), partial(self._prepare, prompt))
-        except RuntimeError as error:  # it was closed meanwhile
-            with self._changed:
-                self._leave(answering)
-            raise Overloaded(SHUTTING_DOWN) from error
-        answering.future.add_done_callback(partial(self._take, answering, query))
-        return answering
+            if (num_active := self.num_active) + request.num_samples > self.max_waiting:
+                raise Overloaded(
+                    f"too many requests ({num_active} answers are queued or being generated); try again later"
+                )
+            self._active.add(handle)
 
-    def _bound(self, read_spec: ReadSpec) -> ReadSpec:
+        def prepare(clip: Clip) -> tuple[ClipInputs, int]:
+            inputs = self.captioner.processor.clip_inputs(clip)
+            return inputs, self.captioner.processor.count_tokens(inputs, prompt)
+
+        try:
+            # Not under our lock: the reader has a lock of its own, and calls back when another engine closes it.
+            handle.reading = self.reader.submit(request.path, read_spec, prepare)
+        except RuntimeError as error:  # the reader was closed in the meantime
+            with self._changed:
+                self._remove(handle)
+            raise Overloaded(SHUTTING_DOWN) from error
+        handle.reading.add_done_callback(partial(self._enqueue, handle, request, prompt))
+        return handle
+
+    def _limit_duration(self, read_spec: ReadSpec) -> ReadSpec:
         return (
             read_spec if self.max_seconds is None else LimitedReadSpec(**vars(read_spec), max_seconds=self.max_seconds)
         )
 
-    def drop(self, answering: GenerationHandle) -> None:
-        """See `Answering.drop`; a file that is being read is read no further."""
+    def cancel(self, handle: GenerationHandle) -> None:
+        """See `GenerationHandle.cancel`."""
         with self._changed:
-            if answering.is_over:
+            if handle.is_done:
                 return
-            answering.is_gone = True
+            handle.is_cancelled = True
             self.num_cancelled += 1
-            future = answering.future
-            if future is not None and (future.cancel() or future.done()):
-                self._leave(answering)
-        if future is not None:  # outside of the lock, for the reader has its own
-            self.reader.cancel(future)
+            if handle.reading is not None and (handle.reading.cancel() or handle.reading.done()):
+                self._remove(handle)
+        if handle.reading is not None:  # not under our lock: the reader has its own
+            self.reader.cancel(handle.reading)
 
     def stop(self) -> None:
-        """Take no more queries."""
+        """Accept no further requests."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
 
     def close(self, *, grace_seconds: float = 30.0) -> None:
-        """Take no more queries, answer those that are there for so long, and end."""
+        """Shut down: accept no further requests, finish the active ones within the grace period, abort the rest."""
         self.stop()
         self._thread.join(grace_seconds)
-        self._cut_off.set()
+        self._is_aborted.set()
         self.stop()
         self.reader.close()
-        self._thread.join(_CUT_SECONDS)
+        self._thread.join(_ABORT_SECONDS)
         with self._changed:
-            left = list(self._present)
-        for answering in left:
-            self._fail(answering, Overloaded(SHUTTING_DOWN))
+            remaining = list(self._active)
+        for handle in remaining:
+            self._fail(handle, Overloaded(SHUTTING_DOWN))
 
-    def _take(self, answering: GenerationHandle, query: CaptionRequest, future: "Future[_Prepared]") -> None:
-        """Put a query whose file is read among those who wait for the model."""
-        answering.reading_seconds = time.monotonic() - answering.begun
-        if answering.is_gone:
+    def _enqueue(
+        self,
+        handle: GenerationHandle,
+        request: CaptionRequest,
+        prompt: Prompt,
+        reading: "Future[tuple[ClipInputs, int]]",
+    ) -> None:
+        """Put the sequences of a request whose file is read into the queue."""
+        handle.reading_seconds = time.monotonic() - handle.submitted_at
+        if handle.is_cancelled:
             with self._changed:
-                self._leave(answering)
-        elif future.cancelled() or self._cut_off.is_set():  # which ended the worker too, and is no fault of the file
-            self._fail(answering, Overloaded(SHUTTING_DOWN))
-        elif (error := future.exception()) is None:
-            self._add(answering, query, future.result())
-        elif isinstance(error, ValueError):
-            self._fail(answering, error)
-        else:
-            logger.error("a file that was read could not be prepared", exc_info=error)
-            words = f"the file could not be prepared ({type(error).__name__}); the server's log tells more"
-            self._fail(answering, ModelFailedError(words))
-
-    def _prepare(self, prompt: Prompt, clip: Clip) -> _Prepared:
-        """What the model takes of a clip and the words, and how many tokens these are."""
-        media = self.captioner.processor.clip_inputs(clip)
-        return _Prepared(media, prompt, self.captioner.processor.count_tokens(media, prompt))
-
-    def _add(self, answering: GenerationHandle, query: CaptionRequest, prepared: _Prepared) -> None:
-        sampling = query.sampling or self.captioner.default_sampling()
-        answering.num_prompt_tokens = prepared.num_tokens
+                self._remove(handle)
+            return
+        if reading.cancelled() or self._is_aborted.is_set():  # closing killed the worker; the file is not to blame
+            self._fail(handle, Overloaded(SHUTTING_DOWN))
+            return
+        error = reading.exception()
+        if isinstance(error, ValueError):
+            self._fail(handle, error)
+            return
+        if error is not None:
+            logger.error("a file could not be prepared", exc_info=error)
+            self._fail(
+                handle,
+                ModelFailedError(f"the file could not be prepared ({type(error).__name__}); see the server's log"),
+            )
+            return
+        clip, handle.num_prompt_tokens = reading.result()
+        sampling = request.sampling or self.captioner.default_sampling()
         with self._changed:
-            self._waiting += [
-                _Row(
-                    answering,
-                    sample,
-                    prepared.media,
-                    prepared.prompt,
-                    sampling,
-                    query.seed + sample,
-                    prepared.num_tokens,
-                )
-                for sample in range(answering.num_samples)
+            self._queue += [
+                _Sequence(handle, sample, clip, prompt, sampling, request.seed + sample, handle.num_prompt_tokens)
+                for sample in range(request.num_samples)
             ]
             self._changed.notify_all()
 
-    def _leave(self, answering: GenerationHandle) -> None:
-        self._present.discard(answering)
+    def _remove(self, handle: GenerationHandle) -> None:
+        self._active.discard(handle)
         self._changed.notify_all()
 
-    def _fail(self, answering: GenerationHandle, error: Exception) -> None:
-        """End the answers of a query that have not ended with an error."""
+    def _fail(self, handle: GenerationHandle, error: Exception) -> None:
+        """End the unfinished samples of a request with an error."""
         with self._changed:
-            if not answering.num_open:
+            if not handle.num_unfinished:
                 return
-            self.num_failed += not answering.is_gone
-            answering.num_open = 0
-            self._leave(answering)
-        answering.tell(0, error)
+            self.num_failed += not handle.is_cancelled
+            handle.num_unfinished = 0
+            self._remove(handle)
+        handle.deliver(0, error)
 
-    def _work(self) -> None:
-        """What the model's thread does: those who may join do, then all go on by a token, again and again."""
-        while (coming := self._next()) or self._rows:
-            if coming:
-                self._join(coming)
-            if self._rows:
-                self._step()
+    def _fail_all(self, sequences: Sequence[_Sequence], error: Exception) -> None:
+        for sequence in sequences:
+            if not sequence.handle.is_done:
+                self._fail(sequence.handle, error)
 
-    def _next(self) -> list[_Row]:
-        """Rows that join now; waited for where none is under way. None at the end."""
+    # The methods below run in the model thread.
+
+    def _run(self) -> None:
+        while (admitted := self._admit()) or self._running:
+            if admitted:
+                self._prefill(admitted)
+            if self._running:
+                self._decode_step()
+
+    def _admit(self) -> list[_Sequence]:
+        """Take sequences to prefill from the queue; if the batch is empty, wait for some. Returns none at the end."""
         with self._changed:
-            while not self._cut_off.is_set():
-                self._waiting = [row for row in self._waiting if not row.answering.is_over]
-                if self._waiting or self._rows:
-                    coming = self._choose()
-                    self._waiting = [row for row in self._waiting if row not in coming]
-                    return coming
-                if self._is_closing and not self._present:
+            while not self._is_aborted.is_set():
+                self._queue = [sequence for sequence in self._queue if not sequence.handle.is_done]
+                if self._queue or self._running:
+                    admitted = self._schedule() if self._queue else []
+                    self._queue = [sequence for sequence in self._queue if sequence not in admitted]
+                    return admitted
+                if self._is_closing and not self._active:
                     break
                 self._changed.wait()
         return []
 
-    def _choose(self) -> list[_Row]:
-        """Those of the waiting who join: the eldest, and others whose answers are drawn alike.
+    def _schedule(self) -> list[_Sequence]:
+        """Choose sequences of the queue for the next prefill: the oldest, and others with its sampling parameters.
 
-        As many as have room, and, where others' words stop meanwhile, as are read at once. All answers to a query join
-        together, for they share what is read.
+        They must fit into the batch. While others are decoding, which a prefill interrupts, no more are chosen than one
+        prefill chunk takes. All samples of a request are admitted together, since they share their prefix.
         """
-        if not self._waiting:
-            return []
-        first, coming, num_tokens = self._waiting[0], list[_Row](), 0
-        if first.goes_alone or any(row.goes_alone for row in self._rows.values()):
-            return [] if self._rows else [first]
-        room = self.batch_size - len(self._rows)
-        alike = (row for row in self._waiting if row.sampling == first.sampling)
-        for _, group in groupby(alike, key=lambda row: id(row.answering)):
-            rows = list(group)
-            num_tokens += rows[0].num_tokens
-            is_long = bool(self._rows and coming) and num_tokens > self.captioner.network.prefill_chunk_tokens
-            # More answers than ever have room begin where nobody else is.
-            is_wide = bool(self._rows or coming) and min(len(rows), self.batch_size) > room - len(coming)
-            if is_long or is_wide:
+        first, admitted, num_tokens = self._queue[0], list[_Sequence](), 0
+        if first.must_run_alone or any(sequence.must_run_alone for sequence in self._running.values()):
+            return [] if self._running else [first]
+        num_free = self.batch_size - len(self._running)
+        compatible = (sequence for sequence in self._queue if sequence.sampling == first.sampling)
+        for _, group in groupby(compatible, key=lambda sequence: id(sequence.handle)):
+            samples = list(group)
+            num_tokens += samples[0].num_tokens
+            is_too_long = bool(self._running and admitted) and num_tokens > self.captioner.network.prefill_chunk_tokens
+            # A request with more samples than the batch size is admitted in parts, when the batch is empty.
+            num_needed = min(len(samples), self.batch_size)
+            is_too_wide = bool(self._running or admitted) and num_needed > num_free - len(admitted)
+            if is_too_long or is_too_wide:
                 break
-            coming += rows[: room - len(coming)]
-        return coming
+            admitted += samples[: num_free - len(admitted)]
+        return admitted
 
-    def _join(self, coming: Sequence[_Row]) -> None:
-        def join() -> None:
-            numbers = self._answers.join(
-                [row.media for row in coming],
-                [row.prompt for row in coming],
-                sampling=coming[0].sampling,
-                seeds=[row.seed for row in coming],
+    def _prefill(self, admitted: Sequence[_Sequence]) -> None:
+        """Prefill the prompts of sequences and add them to the batch."""
+
+        def prefill() -> None:
+            rows = self._batch.add(
+                [sequence.clip for sequence in admitted],
+                [sequence.prompt for sequence in admitted],
+                sampling=admitted[0].sampling,
+                seeds=[sequence.seed for sequence in admitted],
             )
-            self._rows |= dict(zip(numbers, coming, strict=True))
+            self._running |= dict(zip(rows, admitted, strict=True))
 
         self.num_prefills += 1
-        if not self._rows:  # anew, so that nothing of those who have ended is left
-            self._answers = self.captioner.begin()
-        is_alone = len(coming) == 1 and not self._rows
-        if self._attempt(join, coming) == "no room":
-            self._give_room(coming, is_alone=is_alone)
+        if not self._running:  # a new batch, so that nothing of the previous sequences stays in memory
+            self._batch = self.captioner.streaming_generator()
+        is_alone = len(admitted) == 1 and not self._running
+        if self._attempt(prefill, admitted) == "out of memory":
+            self._retry_one_by_one(admitted, is_alone=is_alone)
 
-    def _step(self) -> None:
-        """One token more of each answer under way; where that fails none is, but those without room may begin anew."""
-        dropped = {number for number, row in self._rows.items() if row.answering.is_over}
-        rows = [row for number, row in self._rows.items() if number not in dropped]
-        self._rows = {number: row for number, row in self._rows.items() if number not in dropped}
-        if self._cut_off.is_set():
-            self._rows = {}
-            self._end(rows, Overloaded(SHUTTING_DOWN))
+    def _decode_step(self) -> None:
+        """Evict cancelled sequences, generate one token for each of the others, and deliver the new text."""
+        cancelled = {row for row, sequence in self._running.items() if sequence.handle.is_done}
+        self._running = {row: sequence for row, sequence in self._running.items() if row not in cancelled}
+        sequences = list(self._running.values())
+        if self._is_aborted.is_set():
+            self._running = {}
+            self._fail_all(sequences, Overloaded(SHUTTING_DOWN))
             return
-        outcome = self._attempt(lambda: self._hand_on(self._answers.step(dropped)), rows)
+        outcome = self._attempt(lambda: self._postprocess(self._batch.step(cancelled)), sequences)
         if outcome != "done":
-            self._rows, self._answers = {}, self.captioner.begin()  # lets go of what they held
-        if outcome == "no room":
-            self._give_room(rows, is_alone=len(rows) == 1)
+            self._running, self._batch = {}, self.captioner.streaming_generator()  # frees the KV cache
+        if outcome == "out of memory":
+            self._retry_one_by_one(sequences, is_alone=len(sequences) == 1)
 
-    def _attempt(self, work: Callable[[], object], rows: Sequence[_Row]) -> Literal["done", "failed", "no room"]:
-        """Have the model work for rows, who are told where it fails, but not where there is no room.
+    def _attempt(
+        self, work: Callable[[], object], sequences: Sequence[_Sequence]
+    ) -> Literal["done", "failed", "out of memory"]:
+        """Run work of the model; an error other than out of memory ends the sequences.
 
-        What an error keeps of the model's memory is let go with the end of this.
+        The traceback, which holds tensors, is freed on return.
         """
         try:
             work()
         except torch.OutOfMemoryError as error:
-            # As text, since a log may keep what it is given.
-            logger.warning("%d side by side have no room: %s", len(rows), str(error))
-            return "no room"
+            # As text, since a log handler may keep its arguments.
+            logger.warning("out of memory with %d sequences: %s", len(sequences), str(error))
+            return "out of memory"
         except Exception as error:
             logger.exception("the model failed")
-            self.failure = type(error).__name__  # its words may tell strangers of this machine
-            self._end(rows, ModelFailedError(f"the model failed ({self.failure}); the server's log tells more"))
+            self.failure = type(error).__name__  # its message may reveal details of this machine
+            self._fail_all(sequences, ModelFailedError(f"the model failed ({self.failure}); see the server's log"))
             return "failed"
         return "done"
 
-    def _give_room(self, rows: Sequence[_Row], *, is_alone: bool) -> None:
-        """Answer one by one, where all together have no room; say so where that is too late or does not help."""
+    def _retry_one_by_one(self, sequences: Sequence[_Sequence], *, is_alone: bool) -> None:
+        """Requeue sequences that do not fit into memory together, to run alone; fail those for which that is no use."""
         if is_alone:
-            self._end(rows, ValueError(f"the clip {NO_ROOM}"))
+            self._fail_all(sequences, ValueError(f"the clip {OUT_OF_MEMORY}"))
             return
-        told = [row for row in rows if row.is_told]
-        self._end(told, OutOfMemoryDuringBatch("the GPU has no room for all who ask now: ask again in a while"))
-        anew = [row for row in rows if not row.answering.is_over]
-        for row in anew:
-            row.goes_alone = True
-            row.answering.num_answer_tokens -= row.num_drawn
-            row.num_drawn = 0
+        # Text that was delivered cannot be taken back.
+        delivered = [sequence for sequence in sequences if sequence.was_delivered]
+        self._fail_all(delivered, OutOfMemoryDuringBatch("the GPU ran out of memory; try again later"))
+        retried = [sequence for sequence in sequences if not sequence.handle.is_done]
+        for sequence in retried:
+            sequence.must_run_alone = True
+            sequence.handle.num_completion_tokens -= sequence.num_generated
+            sequence.num_generated = 0
         with self._changed:
-            self._waiting = [*anew, *self._waiting]
+            self._queue = [*retried, *self._queue]
 
-    def _hand_on(self, pieces: dict[int, TextDelta]) -> None:
-        """Hand on what came of a step, which made one token for each row under way."""
-        for row in self._rows.values():
-            row.num_drawn += 1
-            row.answering.num_answer_tokens += 1
-            if row.num_drawn == 1:  # those that went on before do not show that a reading goes well
+    def _postprocess(self, deltas: dict[int, TextDelta]) -> None:
+        """Count the tokens of a decode step, deliver its text, and remove sequences that have ended."""
+        for sequence in self._running.values():
+            sequence.num_generated += 1
+            sequence.handle.num_completion_tokens += 1
+            if sequence.num_generated == 1:  # only a first token shows that a prefill succeeded
                 self.failure = None
-        for number, piece in pieces.items():
-            row = self._rows[number]
-            if piece.answer is not None:
-                del self._rows[number]
-            if self._is_heard(row.answering, ends=piece.answer is not None):
-                row.is_told = True
-                row.answering.tell(row.sample, piece)
-
-    def _is_heard(self, answering: GenerationHandle, *, ends: bool) -> bool:
-        """Whether anybody waits for a piece of an answer; notes where it is the last."""
-        with self._changed:
-            if answering.is_over:
-                return False
-            answering.num_open -= ends
-            if not answering.num_open:
-                self.num_answered += 1
-                self._leave(answering)
-        return True
-
-    def _end(self, rows: Sequence[_Row], error: Exception) -> None:
-        """Tell rows whose answers have not ended why they do."""
-        for row in rows:
-            if not row.answering.is_over:
-                self._fail(row.answering, error)
+        for row, delta in deltas.items():
+            sequence = self._running[row]
+            handle, has_ended = sequence.handle, delta.completion is not None
+            if has_ended:
+                del self._running[row]
+            with self._changed:
+                if handle.is_done:
+                    continue
+                handle.num_unfinished -= has_ended
+                if not handle.num_unfinished:
+                    self.num_answered += 1
+                    self._remove(handle)
+            sequence.was_delivered = True
+            handle.deliver(sequence.sample, delta)

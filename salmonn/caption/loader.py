@@ -1,12 +1,14 @@
-"""Reads clips ahead of the model, in processes of their own: decoding overlaps the model, and a crash costs one file.
+"""Read clips ahead of the model in worker processes: decoding overlaps generation, and a crash costs one file.
 
     with ClipReader(workers=2) as reader:
-        for batch in reader.batches([Part(0, path, Wanted(rule))], size=8, finish=processor.clip_inputs):
+        for batch in reader.batches(jobs, size=8, finish=processor.clip_inputs):
             ...
 
-Decoding is what costs: mel spectrograms and patches take a hundredth of its time (2+: a tenth) and are made in this
-process. Where a process dies, a pool of `concurrent.futures` is lost as a whole and does not tell which file it was at.
-Here each worker has one file at a time, and a thread in this process that waits for it.
+Decoding is the expensive part; mel spectrograms and patches take a hundredth of its time (2+: a tenth) and are computed
+in this process. A pool of `concurrent.futures` breaks as a whole if one of its processes dies, and does not say which
+file was to blame. Here each worker has one file at a time, and a thread in this process that waits for it.
+
+Worker processes import this module, so nothing here imports torch.
 """
 
 import math
@@ -17,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
@@ -24,21 +27,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
+
+from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import Clip, read_clip
-from salmonn.media.container import ClipError, declared_seconds, measured_seconds
+from salmonn.media.container import ClipError, declared_seconds, measured_seconds, open_source
 from salmonn.media.frame_sampling import FrameSampler
 
 Result = TypeVar("Result")
 
-BATCHES_AHEAD = 2  # that are read or being read while the model is at another
-BATCHES_ALIKE = 8  # that clips of like length are looked for in
+BATCHES_AHEAD = 2  # batches that are read or being read while the model works on another
+BUCKET_BATCHES = 8  # batches whose clips are sorted by length together
 MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class ReadSpec:
-    """What is read of each file, as `read_clip` takes it."""
+    """What to read of a file; the fields are arguments of `read_clip`."""
 
     sampler: FrameSampler
     start_seconds: float | None = None
@@ -47,40 +53,126 @@ class ReadSpec:
     audio: bool = True
 
     def read(self, path: Path | str) -> Clip:
-        """Read a file; raises as `read_clip`."""
+        """Read a file; raises what `read_clip` raises."""
         span: dict[str, Any] = dict(start_seconds=self.start_seconds, end_seconds=self.end_seconds)
         return read_clip(path, self.sampler, **span, video=self.video, audio=self.audio)
 
     def seconds(self, path: Path, *, exact: bool = False) -> float:
-        """How long the span is; 0 or less where the file does not say or cannot be read.
+        """Return the length of the span; 0 or less if the file does not state it or cannot be read.
 
         Args:
-            path: of the file.
-            exact: by all that the file holds, not by what it states of itself.
+            path: video or audio file.
+            exact: measure the length from all packets instead of trusting the header.
         """
         try:
             whole = measured_seconds(path) if exact else declared_seconds(path)
         except ClipError:
             return 0.0
+        return self.span_seconds(whole)
+
+    def span_seconds(self, whole: float) -> float:
+        """Return the length of the span within a file of the given length."""
         return min(whole, self.end_seconds or whole) - (self.start_seconds or 0.0)
 
 
 @dataclass(frozen=True)
-class ClipJob:
-    """A file that is asked for, or one of the segments that it was cut into.
+class LimitedReadSpec(ReadSpec):
+    """A `ReadSpec` for untrusted files that rejects spans above a maximum length.
 
     Args:
-        place: by which whoever asked knows it.
-        path: of the file.
-        wanted: what is read of it; its span is the segment's.
-        seed: of what is drawn on it.
-        num_segments: that the file was cut into.
+        max_seconds: maximum length of the span.
     """
 
-    place: int
-    path: Path
+    max_seconds: float = 3600.0
+
+    def read(self, path: Path | str) -> Clip:
+        """Read a file; raises what `read_clip` raises, and a ClipError if the span is too long."""
+        with ExitStack() as stack:
+            source = open_source(path, stack, video=self.video, audio=self.audio)
+            self._check(path, self.span_seconds(source.declared_end))
+        # A file may state less than it holds, or nothing: reading stops a second after the limit.
+        limit = (self.start_seconds or 0.0) + self.max_seconds + 1
+        clip = ReadSpec.read(replace(self, end_seconds=min(limit, self.end_seconds or limit)), path)
+        self._check(path, clip.duration_seconds)
+        return clip
+
+    def _check(self, path: Path | str, seconds: float) -> None:
+        if seconds > self.max_seconds:
+            raise ClipError(
+                f"{path}: the clip has {seconds:.0f} s or more, and the maximum is {self.max_seconds:g} s: choose a "
+                "part of it with start and end"
+            )
+
+
+@dataclass(frozen=True)
+class _UnknownLengthSpec(ReadSpec):
+    """A `ReadSpec` for a file that was to be split into segments but does not state its length."""
+
+    def read(self, path: Path | str) -> Clip:
+        clip = super().read(path)
+        raise ClipError(
+            f"{path}: the file does not state its length, so it cannot be split into segments; its data ends at "
+            f"{clip.start_seconds + clip.duration_seconds:.2f} s. Remux it (ffmpeg -i FILE -c copy new.mp4)"
+        )
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What the header of a file states.
+
+    Args:
+        seconds: length; 0 if it states none.
+        has_video, has_audio: whether it has such a stream that can be decoded.
+    """
+
+    seconds: float
+    has_video: bool = True
+    has_audio: bool = True
+
+
+@dataclass(frozen=True)
+class ProbeSpec(ReadSpec):
+    """A `ReadSpec` that opens a file without decoding it and returns a blank clip of its length and streams."""
+
+    def read(self, path: Path | str) -> Clip:
+        """Open a file and return one black frame if it has video, and empty audio if it has audio."""
+        with ExitStack() as stack:
+            source = open_source(path, stack, video=True, audio=True)
+            return Clip(
+                path=str(path),
+                frames=np.zeros((int(source.video is not None), 1, 1, 3), np.uint8),
+                frame_times=np.zeros(int(source.video is not None)),
+                waveform=None if source.audio is None else np.zeros(0, np.float32),
+                start_seconds=0.0,
+                video_seconds=source.declared_end if source.video is not None else 0.0,
+                duration_seconds=source.declared_end,
+            )
+
+
+def probe_media(path: Path, reader: "ClipReader", sampler: FrameSampler) -> MediaInfo:
+    """Return what a file's header states; a worker opens it, since the file may be hostile.
+
+    Raises:
+        ClipError: the file is no video or audio file.
+    """
+    clip = reader.submit(path, ProbeSpec(sampler), lambda clip: clip).result()
+    return MediaInfo(clip.duration_seconds, clip.has_video, clip.has_audio)
+
+
+@dataclass(frozen=True)
+class ClipJob:
+    """A request for a file, or for one of the segments that the file was split into.
+
+    Args:
+        index: position of the original request.
+        request: request; for a segment, with the segment's span and seed.
+        read_spec: what to read of the file.
+        num_segments: number of segments that the file was split into.
+    """
+
+    index: int
+    request: CaptionRequest
     read_spec: ReadSpec
-    seed: int = 0
     num_segments: int = 1
 
 
@@ -88,24 +180,24 @@ ReadResult = tuple[ClipJob, Result | ValueError]
 
 
 def default_num_workers(num_clips: int) -> int:
-    """Workers for so many clips: the cores that this process may use, up to 8.
+    """Return the number of workers for some clips: the cores that this process may use, up to 8.
 
-    One at least: a file that kills its decoder must not kill whoever asked for it.
+    It is at least 1: a file that kills its decoder must not kill the caller.
     """
     return max(1, min(len(os.sched_getaffinity(0)), MAX_WORKERS, num_clips))
 
 
 class ClipReader:
-    """Worker processes that read clips; to be closed, or used in a `with` statement.
+    """Worker processes that read clips; close it, or use it in a `with` statement.
 
     The workers end with this process, however it ends.
 
     Args:
-        workers: processes; 0 reads in a thread of this process, without limits.
-        limits: what a file may cost.
+        workers: number of processes; 0 reads in a thread of this process, without limits.
+        limits: limits for each file.
 
     Attributes:
-        waited_seconds: for how long whoever took batches had to wait for clips, up to now.
+        waited_seconds: total time that the consumer of `batches` has waited for clips.
     """
 
     def __init__(self, *, workers: int, limits: WorkerLimits | None = None) -> None:
@@ -117,7 +209,7 @@ class ClipReader:
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="reading")
         self._lock = threading.Lock()
         self._closed = False
-        self._tasks: dict[Future[Any], _Task] = {}
+        self._running: dict[Future[Any], _RunningJob] = {}
         self._workers = {Worker(self._limits) for _ in range(workers)}
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -132,155 +224,155 @@ class ClipReader:
         self.close()
 
     def close(self) -> None:
-        """End the workers at once, whatever they are at."""
+        """Kill the workers, even while they are reading."""
         with self._lock:
             self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
-            worker.interrupt()
-        end = time.monotonic() + KILL_TIMEOUT_SECONDS
+            worker.kill()
+        deadline = time.monotonic() + KILL_TIMEOUT_SECONDS
         for worker in self._workers:
-            worker.wait(end - time.monotonic())
+            worker.wait(deadline - time.monotonic())
 
     def submit(self, path: Path, read_spec: ReadSpec, finish: Callable[[Clip], Result]) -> "Future[Result]":
-        """Have one file read; the future raises a ClipError where it cannot be.
+        """Start reading one file; the future raises a ClipError if it cannot be read.
 
         Args:
-            path: of the file.
-            wanted: what is read of it.
-            finish: what the clip becomes; called in a thread of this process.
+            path: video or audio file.
+            read_spec: what to read of it.
+            finish: conversion of the clip, called in a thread of this process.
         """
-        task = _Task()
-        future = self._threads.submit(lambda: finish(self._do(partial(read_spec.read, path), task)))
-        self._tasks[future] = task
-        future.add_done_callback(self._tasks.pop)
+        job = _RunningJob()
+        future = self._threads.submit(lambda: finish(self._run(partial(read_spec.read, path), job)))
+        self._running[future] = job
+        future.add_done_callback(self._running.pop)
         return future
 
     def cancel(self, future: "Future[Any]") -> None:
-        """Stop what `submit` began, since nobody waits for it: its worker ends, and another takes its place."""
+        """Stop a job that `submit` started, even while the file is being read: its worker is replaced."""
         if future.cancel():
             return
         with self._lock:
-            if (task := self._tasks.get(future)) is not None:
-                task.is_abandoned = True
-                if task.worker is not None:
-                    task.worker.interrupt()
+            if (job := self._running.get(future)) is not None:
+                job.is_cancelled = True
+                if job.worker is not None:
+                    job.worker.kill()
 
     def batches(
         self,
-        asked: Iterable[ClipJob],
+        jobs: Iterable[ClipJob],
         *,
         size: int,
         finish: Callable[[Clip], Result],
         segment_seconds: float | None = None,
     ) -> Iterator[list[ReadResult[Result]]]:
-        """Read files in batches of like length, two batches ahead (and as many clips as keep the workers busy).
+        """Read files in batches of similar length, two batches ahead (and enough clips to keep the workers busy).
 
-        Which files go together follows from their order and their lengths alone. What is asked for is taken a few
+        The composition of the batches depends only on the order and the lengths of the files. Jobs are taken a few
         batches at a time, and may be endless.
 
         Args:
-            asked: the files.
-            size: clips in a batch, at most.
-            finish: as of `submit`.
-            segment_seconds: cut each file into segments of this length, infinite for one that ends where the file does.
+            jobs: files to read.
+            size: maximum number of clips per batch.
+            finish: see `submit`.
+            segment_seconds: length of the segments to split files into; infinite is one segment with a known end.
 
         Yields:
-            Batches of (part, what `finish` gave, or the error that stands for the part).
+            Batches of (job, result of `finish`, or the error).
         """
-        plan = self._plan(asked, size=size, segment_seconds=segment_seconds)
-        ahead = max(BATCHES_AHEAD, -(-(self._num_workers + 1) // size))
+        plan = self._plan(jobs, size=size, segment_seconds=segment_seconds)
+        num_ahead = max(BATCHES_AHEAD, -(-(self._num_workers + 1) // size))
 
-        def begin(count: int) -> Iterator[list[tuple[ClipJob, Future[Result]]]]:
-            for parts in islice(plan, count):
-                yield [(part, self.submit(part.path, part.read_spec, finish)) for part in parts]
+        def start(count: int) -> Iterator[list[tuple[ClipJob, Future[Result]]]]:
+            for batch in islice(plan, count):
+                yield [(job, self.submit(job.request.path, job.read_spec, finish)) for job in batch]
 
-        pending = deque(begin(ahead))
+        pending = deque(start(num_ahead))
         while pending:
             batch: list[ReadResult[Result]] = []
-            for part, future in pending.popleft():
-                read = self._wait(future)
-                batch.append((part, read))
-            pending.extend(begin(1))
+            for job, future in pending.popleft():
+                result = self._wait(future)
+                batch.append((job, result))
+            pending.extend(start(1))
             yield batch
 
-    def _plan(self, asked: Iterable[ClipJob], *, size: int, segment_seconds: float | None) -> Iterator[list[ClipJob]]:
-        """Parts in batches; among some batches' files, the one with the first file comes first."""
-        files = iter(asked)
+    def _plan(self, jobs: Iterable[ClipJob], *, size: int, segment_seconds: float | None) -> Iterator[list[ClipJob]]:
+        """Group jobs into batches; of the batches of a bucket, the one with the earliest file comes first."""
+        jobs = iter(jobs)
         if size == 1 and segment_seconds is None:
-            yield from ([part] for part in files)
+            yield from ([job] for job in jobs)
             return
-        window = size * BATCHES_ALIKE
-        # One window's lengths are asked for before the window ahead of it is read, so that nobody waits for them.
-        exact = segment_seconds is not None
-        coming = self._ask_seconds(list(islice(files, window)), exact=exact)
-        while coming:
-            now, coming = coming, self._ask_seconds(list(islice(files, window)), exact=exact)
-            lengths = [(part, self._wait_for_seconds(future)) for part, future in now]
+
+        def submit_bucket() -> list[tuple[ClipJob, Future[float]]]:
+            named = {} if segment_seconds is None else {"exact": True}
+            return [
+                (job, self._threads.submit(self._run, partial(job.read_spec.seconds, job.request.path, **named)))
+                for job in islice(jobs, size * BUCKET_BATCHES)
+            ]
+
+        # The lengths of a bucket are measured before the previous bucket is read, so that nothing waits for them.
+        following = submit_bucket()
+        while following:
+            current, following = following, submit_bucket()
+            lengths = []
+            for job, future in current:
+                seconds = self._wait(future)
+                # An unreadable file gets a length of 0; reading it reports what is wrong.
+                lengths.append((job, 0.0 if isinstance(seconds, ValueError) else seconds))
             if segment_seconds is not None:
                 lengths = [
-                    cut for part, seconds in lengths for cut in split_into_segments(part, seconds, segment_seconds)
+                    part for job, seconds in lengths for part in split_into_segments(job, seconds, segment_seconds)
                 ]
-            alike = length_buckets([seconds for _, seconds in lengths], size=size)
-            yield from ([lengths[number][0] for number in batch] for batch in sorted(alike, key=min))
-
-    def _ask_seconds(self, parts: Sequence[ClipJob], *, exact: bool) -> list[tuple[ClipJob, "Future[float]"]]:
-        more = {"exact": True} if exact else {}
-        return [
-            (part, self._threads.submit(self._do, partial(part.read_spec.seconds, part.path, **more))) for part in parts
-        ]
-
-    def _wait_for_seconds(self, future: "Future[float]") -> float:
-        seconds = self._wait(future)
-        return 0.0 if isinstance(seconds, ValueError) else seconds  # reading the file will tell what is wrong
+            buckets = length_buckets([seconds for _, seconds in lengths], size=size)
+            yield from ([lengths[number][0] for number in bucket] for bucket in sorted(buckets, key=min))
 
     def _wait(self, future: "Future[Result]") -> Result | ValueError:
-        begin = time.perf_counter()
+        start = time.perf_counter()
         try:
             return future.result()
-        except ValueError as error:  # a ClipError is one
+        except ValueError as error:  # ClipError is one
             return error
         finally:
-            self.waited_seconds += time.perf_counter() - begin
+            self.waited_seconds += time.perf_counter() - start
 
-    def _do(self, job: "partial[Result]", task: "_Task | None" = None) -> Result:
-        """What a worker makes of a job, which may be abandoned.
+    def _run(self, call: "partial[Result]", job: "_RunningJob | None" = None) -> Result:
+        """Run a call in a worker.
 
         Raises:
-            ClipError: as the job raised it, or since its worker died.
+            ClipError: the call raised it, or its worker died.
         """
         if not self._num_workers:
-            return job()
-        task, worker = task or _Task(), self._idle.get()
+            return call()
+        job, worker = job or _RunningJob(), self._idle.get()
         try:
-            self._give(task, worker)
+            self._assign(job, worker)
             try:
-                worker.begin(job)
-            except WorkerDied:  # with nothing to do, which is no fault of this file
+                worker.start_job(call)
+            except WorkerDied:  # while it was idle, so the file is not to blame
                 worker = self._replace(worker)
-                self._give(task, worker)
-                worker.begin(job)
-            result: Result = worker.finish()
+                self._assign(job, worker)
+                worker.start_job(call)
+            result: Result = worker.result()
             return result
         except ClipError:
             raise
         except WorkerDied as error:
             worker = self._replace(worker)
-            raise ClipError(f"{job.args[0]}: {error}") from error
-        except BaseException:  # such as what a log's handler raises: the worker may be in the middle of something
-            worker.interrupt()
+            raise ClipError(f"{call.args[0]}: {error}") from error
+        except BaseException:  # for example from a log handler: the worker may be in the middle of a reply
+            worker.kill()
             worker = self._replace(worker)
             raise
         finally:
-            self._give(task, None)
+            self._assign(job, None)
             self._idle.put(worker)
 
-    def _give(self, task: "_Task", worker: Worker | None) -> None:
-        """Note who is at a task; from then on, and until nobody is, that worker may be interrupted for it."""
+    def _assign(self, job: "_RunningJob", worker: Worker | None) -> None:
+        """Record which worker runs a job; until this is reset, `cancel` may kill that worker."""
         with self._lock:
-            task.worker = worker
-            if worker is not None and task.is_abandoned:
-                worker.interrupt()
+            job.worker = worker
+            if worker is not None and job.is_cancelled:
+                worker.kill()
 
     def _replace(self, dead: Worker) -> Worker:
         with self._lock:
@@ -292,60 +384,41 @@ class ClipReader:
             return worker
 
 
-class _Task:
-    """A file that a worker is at, once one is."""
+class _RunningJob:
+    """A call, and the worker that runs it, once one does."""
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
-        self.is_abandoned = False
+        self.is_cancelled = False
 
 
 def length_buckets(lengths: Sequence[float], *, size: int) -> list[list[int]]:
-    """Places of a list in even batches of at most `size` and of like length, the shortest first."""
-    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    """Return indices of the lengths in evenly sized batches of at most `size` and similar length, shortest first."""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     count = -(-len(order) // size)
-    cuts = [len(order) * number // max(1, count) for number in range(count + 1)]
-    return [sorted(order[start:end]) for start, end in pairwise(cuts)]
+    bounds = [len(order) * number // max(1, count) for number in range(count + 1)]
+    return [sorted(order[start:end]) for start, end in pairwise(bounds)]
 
 
-def split_into_segments(part: ClipJob, seconds: float, segment_seconds: float) -> list[tuple[ClipJob, float]]:
-    """A file's segments with their lengths; a rest of up to a second, or half a segment, stays with the last one.
+def split_into_segments(job: ClipJob, seconds: float, segment_seconds: float) -> list[tuple[ClipJob, float]]:
+    """Return the segments of a file with their lengths.
 
-    Each draws from a seed of its own: those that look alike need not say the same.
+    A remainder of up to a second, or half a segment, is joined to the last segment. Each segment has its own seed, so
+    that segments that look alike need not have the same caption.
 
     Args:
-        part: the file, or the span of it that is wanted.
-        seconds: how long that is; 0 where it is not known: then it stays whole, to a reader that says so.
-        segment_seconds: of each segment.
+        job: file, or a span of it.
+        seconds: length of the span; if it is unknown (0), the file is not split, and reading it raises an error.
+        segment_seconds: length of each segment.
     """
     if seconds <= 0:
-        return [(replace(part, read_spec=_Endless(**vars(part.read_spec))), 0.0)]
-    begin = part.read_spec.start_seconds or 0.0
-    end = begin + seconds
+        return [(replace(job, read_spec=_UnknownLengthSpec(**vars(job.read_spec))), 0.0)]
+    start = job.read_spec.start_seconds or 0.0
     count = max(1, math.ceil((seconds - min(1.0, segment_seconds / 2)) / segment_seconds))
-    starts = [begin + number * segment_seconds for number in range(count)] if count > 1 else [begin]
-    spans = enumerate(pairwise([*starts, end]))
-    return [
-        (
-            replace(
-                part,
-                read_spec=replace(part.read_spec, start_seconds=start, end_seconds=stop),
-                seed=part.seed + number,
-                num_segments=count,
-            ),
-            stop - start,
-        )
-        for number, (start, stop) in spans
-    ]
-
-
-@dataclass(frozen=True)
-class _Endless(ReadSpec):
-    """Of a file that is to be cut up and does not say where it ends."""
-
-    def read(self, path: Path | str) -> Clip:
-        read = super().read(path)
-        raise ClipError(
-            f"{path}: does not say how long it is, so that it cannot be cut into segments; here it ends at "
-            f"{read.start_seconds + read.duration_seconds:.2f} s: write it anew (ffmpeg -i it -c copy new.mp4)"
-        )
+    starts = [start + number * segment_seconds for number in range(count)] if count > 1 else [start]
+    segments = []
+    for number, (first, last) in enumerate(pairwise([*starts, start + seconds])):
+        request = replace(job.request, span=Span(first, last), seed=job.request.seed + number)
+        read_spec = replace(job.read_spec, start_seconds=first, end_seconds=last)
+        segments.append((ClipJob(job.index, request, read_spec, count), last - first))
+    return segments

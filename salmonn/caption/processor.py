@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
+from salmonn.caption.generator import History
 from salmonn.caption.loader import ReadSpec
-from salmonn.caption.prompt import History, Prompt, answer_ids, prompt_ids, refuse_special_tokens
+from salmonn.caption.prompt import Prompt, answer_ids, prompt_ids, refuse_special_tokens
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
 from salmonn.model.config import SalmonnConfig

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from salmonn.caption.generator import History
 from salmonn.model.families.base import (
     AUDIO_PAD,
     CHAT_TEMPLATE,
@@ -24,7 +25,6 @@ from salmonn.model.families.base import (
 )
 
 LIST_EVENTS = "List the events."
-History = Sequence[tuple[str, str]]  # earlier prompts and answers
 
 
 @dataclass(frozen=True)

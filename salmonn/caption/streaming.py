@@ -1,9 +1,10 @@
-"""Answers in words: whole, or as they come, side by side with others that may join at any time."""
+"""Streaming generation of text: completions whole, or as they grow, with requests added at any time."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from salmonn.caption.generate import DecodeBatch, Sampling
+from salmonn.caption.generate import DecodeBatch
+from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.caption.prompt import IncrementalDetokenizer, Prompt
 from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
@@ -12,7 +13,7 @@ from salmonn.model.network import Network
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model said; `finished` is False where it ran into the token limit."""
+    """A generated text; `finished` is False if it was cut off at the token limit."""
 
     text: str
     finished: bool
@@ -20,30 +21,30 @@ class Completion:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What has come of an answer since the last piece; `answer` is the whole, once it has ended."""
+    """The text that was added since the last delta; `completion` is the whole text, in the last delta only."""
 
     text: str
-    answer: Completion | None = None
+    completion: Completion | None = None
 
 
 class StreamingGenerator:
-    """Answers under way side by side, word by word; more may join between two words. False when all have ended.
+    """A `DecodeBatch` that yields text. False once all completions have ended.
 
     Args:
-        network: in evaluation mode.
-        processor: of the same model.
+        network: network in evaluation mode.
+        processor: processor of the same model.
     """
 
     def __init__(self, network: Network, processor: Processor) -> None:
         self._processor = processor
         self._device = network.device
-        self._generation = DecodeBatch(network, stop_ids=processor.stop_ids)
-        self._said: dict[int, _Said] = {}
+        self._batch = DecodeBatch(network, stop_ids=processor.stop_ids)
+        self._texts: dict[int, _PartialText] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._generation)
+        return bool(self._batch)
 
-    def join(
+    def add(
         self,
         clips: Sequence[ClipInputs | ClipFeatures],
         prompts: Sequence[str | Prompt],
@@ -51,66 +52,70 @@ class StreamingGenerator:
         sampling: Sampling,
         seeds: Sequence[int],
     ) -> range:
-        """Begin to answer prompts[i] on clips[i]; where that fails, those under way are as they were.
+        """Prefill B prompts and add them to the batch; if that fails, the batch is unchanged.
 
         Args:
-            clips: media, or blocks. What stands there several times is read once for all of its prompts.
-            prompts: as many as clips.
-            sampling: how the answers are drawn.
-            seeds: of the draws on each clip.
+            clips: (B,) clips; one that occurs several times is prefilled once for all its prompts.
+            prompts: (B,) prompts.
+            sampling: sampling parameters.
+            seeds: (B,) random seeds.
 
         Returns:
-            Numbers by which `step` knows the answers.
+            B row numbers, which `step` uses.
         """
         inputs = collate(self._processor, clips, prompts).to(self._device)
-        numbers = self._generation.join(inputs, sampling=sampling, seeds=seeds)
-        self._said |= {number: _Said(IncrementalDetokenizer(self._processor.tokenizer), sampling) for number in numbers}
-        return numbers
+        rows = self._batch.add(inputs, sampling=sampling, seeds=seeds)
+        for row in rows:
+            detokenizer = IncrementalDetokenizer(self._processor.tokenizer)
+            self._texts[row] = _PartialText(detokenizer, sampling.max_new_tokens)
+        return rows
 
-    def step(self, dropped: Collection[int] = ()) -> dict[int, TextDelta]:
-        """One more token of each answer, and what has come of it in letters; an answer's last piece holds the whole.
+    def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:
+        """Generate one token for each active row.
 
         Args:
-            dropped: numbers of answers that nobody waits for any more; they end here.
+            cancelled: numbers of rows to end without a completion.
+
+        Returns:
+            The deltas by row number; a row whose new token does not complete a character has none.
         """
-        drawn = self._generation.step(dropped)
-        self._said = {number: said for number, said in self._said.items() if number in drawn}
-        pieces = {}
-        for number, token in drawn.items():
-            said = self._said[number]
-            said.ids.append(token)
-            ended = token in self._processor.stop_ids or len(said.ids) == said.sampling.max_new_tokens
-            answer = to_completion(self._processor, said.ids) if ended else None
-            text = said.stream.finalize(answer.text) if answer else said.stream.add(token)
-            if text or answer:
-                pieces[number] = TextDelta(text, answer)
-        return pieces
+        tokens = self._batch.step(cancelled)
+        self._texts = {row: text for row, text in self._texts.items() if row in tokens}
+        deltas = {}
+        for row, token in tokens.items():
+            text = self._texts[row]
+            text.ids.append(token)
+            has_ended = token in self._processor.stop_ids or len(text.ids) == text.max_new_tokens
+            completion = to_completion(self._processor, text.ids) if has_ended else None
+            added = text.detokenizer.finalize(completion.text) if completion else text.detokenizer.add(token)
+            if added or completion:
+                deltas[row] = TextDelta(added, completion)
+        return deltas
 
 
-class _Said:
-    """What has come of an answer."""
+@dataclass
+class _PartialText:
+    """A row's tokens so far, and their conversion to text."""
 
-    def __init__(self, stream: IncrementalDetokenizer, sampling: Sampling) -> None:
-        self.ids: list[int] = []
-        self.stream = stream
-        self.sampling = sampling
+    detokenizer: IncrementalDetokenizer
+    max_new_tokens: int
+    ids: list[int] = field(default_factory=list)
 
 
 def collate(
     processor: Processor, clips: Sequence[ClipInputs | ClipFeatures], prompts: Sequence[str | Prompt]
 ) -> ModelInputs:
-    """Prompts[i] on clips[i] as the network takes them; a clip that stands there several times is in it once."""
-    different = {id(clip): clip for clip in clips}
-    places = {key: place for place, key in enumerate(different)}
-    asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    rows = [
-        PromptRow(places[id(clip)], prompt.text, history=prompt.history, system=prompt.system)
-        for clip, prompt in zip(clips, asked, strict=True)
-    ]
-    return processor.collate(rows, list(different.values()))
+    """Collate prompts[i] about clips[i]; a clip that occurs several times is included once."""
+    unique = {id(clip): clip for clip in clips}
+    index = {key: number for number, key in enumerate(unique)}
+    rows = []
+    for clip, given in zip(clips, prompts, strict=True):
+        prompt = Prompt(given) if isinstance(given, str) else given
+        rows.append(PromptRow(index[id(clip)], prompt.text, history=prompt.history, system=prompt.system))
+    return processor.collate(rows, list(unique.values()))
 
 
 def to_completion(processor: Processor, ids: Sequence[int]) -> Completion:
-    """The words of an answer's token ids."""
+    """Decode the token ids of a completion."""
     text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     return Completion(text, finished=ids[-1] in processor.stop_ids)

@@ -1,10 +1,10 @@
-"""A process that reads clips, with limits of time and memory: what goes wrong in it costs the file that it was at.
+"""A process that reads clips, with limits of time and memory: what goes wrong in it costs only the file it was reading.
 
-Measured on two cores, which explains the form:
-- A worker imports `salmonn.media` alone, and starts in 0.3 s with 50 MB, where torch and transformers take 5 s and
-  400 MB. `multiprocessing` would import the caller's main module in each worker, and all that it imports.
-- Frames come through a pipe, at 0.3 to 0.75 ms a megabyte: 0.2 % of what decoding costs for salmonn2, 2 to 7 % for 2+
-  with ten frames a second. Shared memory would save that, but is too small for it in most containers.
+The design follows from measurements on two cores:
+- A worker imports `salmonn.media` and little else: it starts in 0.3 s with 50 MB, where torch and transformers take 5 s
+  and 400 MB. `multiprocessing` would import the caller's main module in each worker, and all that it imports.
+- Frames come through a pipe, at 0.3 to 0.75 ms per megabyte: 0.2 % of the time of decoding for salmonn2, 2 to 7 % for
+  2+ with ten frames a second. Shared memory would save that, but is too small for it in most containers.
 """
 
 import fcntl
@@ -31,17 +31,17 @@ from salmonn.media.container import ClipError
 
 Result = TypeVar("Result")
 
-PIPE_BYTES = 1 << 20  # the most that Linux gives without asking
-_BEGUN = b"!"  # what a worker says of a job that it took
-KILL_TIMEOUT_SECONDS = 30.0  # in which a process ends that was told to
-_START_SECONDS = 120.0  # in which one starts, from a slow disk too
-# What a reply is made of.
-_SENT = {
+PIPE_BYTES = 1 << 20  # the most that Linux grants without privileges
+KILL_TIMEOUT_SECONDS = 30.0  # for a killed process to end
+_START_TIMEOUT_SECONDS = 120.0  # for a process to start, from a slow disk too
+_STARTED = b"!"  # sent by a worker when it takes a job
+# The classes and functions that a pickled reply may refer to.
+_ALLOWED_GLOBALS = {
     "salmonn.caption.worker._Reply", "salmonn.media.clip.Clip", "logging.LogRecord",
     "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy._core.numeric._frombuffer",
     "numpy._core.multiarray.scalar",
 }  # fmt: skip
-_WORKER = (
+_WORKER_CODE = (
     "import os, sys; os.environ['OMP_NUM_THREADS'] = '1'; sys.path[:] = {path!r}; "
     "from salmonn.caption.worker import WorkerLimits, serve; serve({limits!r})"
 )
@@ -49,11 +49,11 @@ _WORKER = (
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """What one file may cost; a file that costs more is a failure, and harms no other.
+    """Limits for reading one file; a file that exceeds them fails, and does not affect the others.
 
     Args:
-        seconds: of reading, by the clock.
-        memory_gib: that the process may hold.
+        seconds: maximum wall-clock time.
+        memory_gib: maximum data segment of the process, in GiB.
     """
 
     seconds: float = 900.0
@@ -64,17 +64,17 @@ class WorkerLimits:
             raise ValueError(f"a file's limits must be above 0, got {self.seconds} s and {self.memory_gib} GiB")
 
 
-class _Replies(pickle.Unpickler):
-    """Takes from a worker what workers send, and nothing else: a file may have taken over the process that read it."""
+class _ReplyUnpickler(pickle.Unpickler):
+    """An unpickler for replies alone: a hostile file may have taken over the process that read it."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" not in _SENT:
+        if f"{module}.{name}" not in _ALLOWED_GLOBALS:
             raise _ForbiddenError(f"{module}.{name}")
         return super().find_class(module, name)
 
 
 class _ForbiddenError(Exception):
-    """A reply names what no worker sends."""
+    """A reply refers to a class or function that no worker sends."""
 
 
 class WorkerDied(Exception):
@@ -83,7 +83,7 @@ class WorkerDied(Exception):
 
 @dataclass(frozen=True)
 class _Reply(Generic[Result]):
-    """What a job gave, or the words of its error, and what was logged meanwhile."""
+    """The result of a job or the message of its error, and the log records of the job."""
 
     result: Result | None
     error: str | None
@@ -91,70 +91,70 @@ class _Reply(Generic[Result]):
 
 
 class Worker:
-    """A process that does one job after the other."""
+    """A process that runs one job at a time."""
 
     def __init__(self, limits: WorkerLimits) -> None:
         self._limits = limits
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER.format(path=sys.path, limits=limits)],
+            [sys.executable, "-c", _WORKER_CODE.format(path=sys.path, limits=limits)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            process_group=0,  # a Ctrl-C is for the parent, which ends its workers
+            process_group=0,  # Ctrl-C is for the parent, which then ends its workers
         )
         assert self._process.stdout is not None
-        with suppress(OSError):  # a user may have only so much memory in pipes; a small one is slower
+        with suppress(OSError):  # the pipe memory of a user is limited; a small pipe is only slower
             fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        self._told_to_end = 0.0
+        self._killed_at = 0.0
         self._replies = io.BufferedReader(self._process.stdout, PIPE_BYTES)  # type: ignore[type-var]
 
-    def interrupt(self) -> None:
-        """Have it end at once; whoever waits for its job hears so."""
-        self._process.kill()
-        self._told_to_end = self._told_to_end or time.monotonic()
-
     def kill(self) -> None:
-        """End it at once, and wait for its end."""
-        self.interrupt()
-        self.wait(KILL_TIMEOUT_SECONDS)
+        """Send SIGKILL; a thread that waits for the job's result gets a WorkerDied."""
+        self._process.kill()
+        self._killed_at = self._killed_at or time.monotonic()
 
     def wait(self, seconds: float) -> None:
-        """For its end; not where it is stuck in the system, which ends none that waits for a disk which is gone."""
+        """Wait for the process to end, up to a time limit: one that is blocked on a lost disk cannot be killed."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(max(0.0, seconds))
 
-    def begin(self, job: "partial[Result]") -> None:
-        """Give it a job and see that it took it; raises WorkerDied where the process ended before."""
+    def close(self) -> None:
+        """Kill the process and wait for its end."""
+        self.kill()
+        self.wait(KILL_TIMEOUT_SECONDS)
+
+    def start_job(self, job: "partial[Result]") -> None:
+        """Send a job and wait until the process has taken it; raises WorkerDied if the process ended before."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(pickle.dumps(job))
         except BrokenPipeError as error:
-            raise WorkerDied(self._tell_end()) from error
-        if not self._await(_START_SECONDS):
-            raise WorkerDied(f"a process to read it did not start within {_START_SECONDS:g} s")
-        # Not of the buffer, which must be empty where `finish` waits.
-        if (said := self._process.stdout.read(1)) != _BEGUN:
-            raise WorkerDied(self._tell_garbage("something") if said else self._tell_end())
+            raise WorkerDied(self._describe_end()) from error
+        if not self._poll(_START_TIMEOUT_SECONDS):
+            raise WorkerDied(f"the worker process did not start within {_START_TIMEOUT_SECONDS:g} s")
+        # Read from the raw pipe: the buffer must be empty when `result` polls.
+        if (reply := self._process.stdout.read(1)) != _STARTED:
+            raise WorkerDied(self._reject("unexpected data") if reply else self._describe_end())
 
-    def finish(self) -> Any:
-        """What the job gave.
+    def result(self) -> Any:
+        """Wait for the job and return its result.
 
         Raises:
             ClipError: the job raised a ValueError.
             WorkerDied: the process ended.
         """
-        if not self._await(self._limits.seconds + KILL_TIMEOUT_SECONDS):
+        if not self._poll(self._limits.seconds + KILL_TIMEOUT_SECONDS):
             raise WorkerDied(
-                f"reading it took more than {self._limits.seconds:g} s, and the process that reads it cannot be ended: "
-                "the disk or the server that the file is on may be gone"
+                f"reading it took more than {self._limits.seconds:g} s, and the worker process cannot be killed: the "
+                "disk or the server that the file is on may be gone"
             )
-        # For one that stops in the middle of its reply, which may be large.
-        last = threading.Timer(self._limits.seconds + KILL_TIMEOUT_SECONDS, self.interrupt)
-        last.start()
+        # A process may also stop in the middle of its reply, which may be large.
+        timer = threading.Timer(self._limits.seconds + KILL_TIMEOUT_SECONDS, self.kill)
+        timer.start()
         try:
-            reply: _Reply[Any] = self._hear()
+            reply: _Reply[Any] = self._read_reply()
         finally:
-            last.cancel()
+            timer.cancel()
         for record in reply.records:
             logger = logging.getLogger(record.name)
             if logger.isEnabledFor(record.levelno):
@@ -163,74 +163,73 @@ class Worker:
             raise ClipError(reply.error)
         return reply.result
 
-    def _await(self, seconds: float) -> bool:
-        """Whether something comes of it in time, and soon after it was told to end; its own end counts. Or it ends."""
-        coming, end = select.poll(), time.monotonic() + seconds
-        coming.register(self._replies, select.POLLIN)
-        while not coming.poll(1000):
+    def _poll(self, seconds: float) -> bool:
+        """Wait for output until the deadline; kill the process on timeout.
+
+        Returns:
+            Whether there was output; the end of the process counts.
+        """
+        poll, deadline = select.poll(), time.monotonic() + seconds
+        poll.register(self._replies, select.POLLIN)
+        while not poll.poll(1000):
             now = time.monotonic()
-            if now > end or (self._told_to_end and now > self._told_to_end + KILL_TIMEOUT_SECONDS):
-                self.interrupt()
+            if now > deadline or (self._killed_at and now > self._killed_at + KILL_TIMEOUT_SECONDS):
+                self.kill()
                 return False
         return True
 
-    def _tell_garbage(self, what: str) -> str:
-        self.interrupt()
-        return f"the process that read it sent {what}, which none sends: do not trust the file"
-
-    def _tell_end(self) -> str:
-        self.wait(1.0)
-        if self._process.returncode is None:  # it speaks no more, and yet lives
-            self.kill()
-        code = self._process.returncode
-        if self._told_to_end and code in (None, -signal.SIGKILL):
-            return "the process that read it was ended, since it did not finish"
-        if code >= 0:
-            return f"the process that read it ended with code {code}; what it said stands in the terminal"
-        if -code == signal.SIGALRM:
-            return (
-                f"reading it took more than {self._limits.seconds:g} s: take a part of it (start, end), or allow more "
-                "(read_seconds)"
-            )
-        why = "perhaps for want of memory" if -code == signal.SIGKILL else "the file may be damaged; convert it"
-        return f"the process that read it was ended by signal {-code} ({signal.Signals(-code).name}): {why}"
-
-    def _hear(self) -> Any:
+    def _read_reply(self) -> Any:
         try:
-            return _Replies(self._replies).load()
+            return _ReplyUnpickler(self._replies).load()
         except EOFError as error:
-            raise WorkerDied(self._tell_end()) from error
-        except MemoryError as error:  # what is left in the pipe is of no use
-            self.interrupt()
-            raise WorkerDied("there is no memory for what was read of it: take a part of it (start, end)") from error
-        except Exception as error:  # of which unpickling has many
+            raise WorkerDied(self._describe_end()) from error
+        except MemoryError as error:  # the rest of the reply is still in the pipe
+            self.kill()
+            raise WorkerDied("not enough memory for the clip: take a part of it (start, end)") from error
+        except Exception as error:  # unpickling can raise nearly anything
             self.wait(1.0)
             if self._process.returncode is not None:  # it ended in the middle of its reply
-                raise WorkerDied(self._tell_end()) from error
-            what = str(error) if isinstance(error, _ForbiddenError) else "something"
-            raise WorkerDied(self._tell_garbage(what)) from error
+                raise WorkerDied(self._describe_end()) from error
+            what = str(error) if isinstance(error, _ForbiddenError) else "unexpected data"
+            raise WorkerDied(self._reject(what)) from error
+
+    def _reject(self, what: str) -> str:
+        self.kill()
+        return f"the worker process sent {what}, which no worker does: do not trust the file"
+
+    def _describe_end(self) -> str:
+        self.wait(1.0)
+        if self._process.returncode is None:  # it closed its pipe but is alive
+            self.close()
+        code = self._process.returncode
+        if self._killed_at and code in (None, -signal.SIGKILL):
+            return "the worker process was killed because it did not finish"
+        if code >= 0:
+            return f"the worker process ended with exit code {code}; see its output in the terminal"
+        if -code == signal.SIGALRM:
+            return (
+                f"reading it took more than {self._limits.seconds:g} s: take a part of it (start, end), or raise the "
+                "limit (read_seconds)"
+            )
+        why = "perhaps out of memory" if -code == signal.SIGKILL else "the file may be damaged; convert it"
+        return f"the worker process was killed by signal {-code} ({signal.Signals(-code).name}): {why}"
 
 
 def serve(limits: WorkerLimits) -> None:
-    """What a worker does: jobs from stdin, replies to stdout, until its parent is gone."""
+    """Run a worker: take jobs from stdin and write replies to stdout, until the parent process is gone."""
     memory = int(limits.memory_gib * (1 << 30))
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, in the middle of a decoder too
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, even in the middle of native code
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a parent that is gone is no error
     replies = os.fdopen(os.dup(1), "wb", PIPE_BYTES)
-
-    def say(what: object) -> None:
-        pickle.dump(what, replies, protocol=pickle.HIGHEST_PROTOCOL)
-        replies.flush()
-
-    os.dup2(2, 1)  # what a library prints must not come among the replies
-    notes: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    logging.getLogger().addHandler(QueueHandler(notes))
+    os.dup2(2, 1)  # the output of libraries must not get into the replies
+    log_records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    logging.getLogger().addHandler(QueueHandler(log_records))
     jobs: queue.SimpleQueue[partial[Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=[jobs], daemon=True).start()
+    threading.Thread(target=_receive_jobs, args=[jobs], daemon=True).start()
     while True:
         job, result, error = jobs.get(), None, None
-        replies.write(_BEGUN)
+        replies.write(_STARTED)
         replies.flush()
         signal.setitimer(signal.ITIMER_REAL, limits.seconds)
         try:
@@ -239,20 +238,21 @@ def serve(limits: WorkerLimits) -> None:
             error = str(caught)
         except MemoryError:
             error = (
-                f"{job.args[0]}: what is read of it takes more than {limits.memory_gib:g} GiB: take a part of it "
-                "(start, end), or allow more (read_gib)"
+                f"{job.args[0]}: the clip needs more than {limits.memory_gib:g} GiB: take a part of it (start, end), "
+                "or raise the limit (read_gib)"
             )
         signal.setitimer(signal.ITIMER_REAL, 0)
-        records = [notes.get() for _ in range(notes.qsize())]
-        say(_Reply(result, error, records))
+        records = [log_records.get() for _ in range(log_records.qsize())]
+        pickle.dump(_Reply(result, error, records), replies, protocol=pickle.HIGHEST_PROTOCOL)
+        replies.flush()
 
 
-def _listen(jobs: "queue.SimpleQueue[partial[Any]]") -> None:
+def _receive_jobs(jobs: "queue.SimpleQueue[partial[Any]]") -> None:
     try:
         while True:
             jobs.put(pickle.load(sys.stdin.buffer))
     except (EOFError, pickle.UnpicklingError):
-        os._exit(0)  # in the middle of a file too: whoever wanted it is gone, though it was killed
+        os._exit(0)  # the parent is gone, perhaps killed: the process ends even while it reads a file
     finally:  # a job that cannot be imported here
         traceback.print_exc()
         os._exit(1)

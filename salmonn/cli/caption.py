@@ -250,8 +250,7 @@ def _listing(values: Namespace) -> "VideoListing":
 
 def _job_config(values: Namespace) -> "JobConfig":
     from salmonn.batch.job import JobConfig
-    from salmonn.caption.captioner import Span
-    from salmonn.caption.generate import Sampling
+    from salmonn.caption.generator import Sampling, Span
 
     limit = {} if values.max_new_tokens is None else {"max_new_tokens": values.max_new_tokens}
     sampling = Sampling(

@@ -78,8 +78,7 @@ def run_serve(values: Namespace) -> int:
     from salmonn.caption.worker import WorkerLimits
 
     try:
-        from salmonn.serve.api import Service
-        from salmonn.serve.server import Server, bind
+        from salmonn.serve.api import Server, Service, bind
         from salmonn.serve.sources import upload_folder
     except ImportError as error:
         raise ValueError("salmonn serve needs a web server: pip install 'salmonn[serve]'") from error

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from salmonn.caption.probe import MediaInfo
+from salmonn.caption.loader import MediaInfo
 from salmonn.conversations import parse_conversation
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Modality, append_record, read_records

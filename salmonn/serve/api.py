@@ -1,4 +1,4 @@
-"""The service: chat completions on clips as OpenAI's interface has them, health and metrics.
+"""The HTTP API: OpenAI's chat completions about clips, health and metrics, and a server with graceful shutdown.
 
 POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
 """
@@ -6,22 +6,24 @@ POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
 import asyncio
 import hmac
 import ipaddress
-import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from salmonn import __version__
-from salmonn.caption.engine import SHUTTING_DOWN, CaptionRequest, Engine, Overloaded
-from salmonn.caption.streaming import Completion, TextDelta
+from salmonn.caption.engine import SHUTTING_DOWN, Engine, Overloaded
+from salmonn.caption.streaming import TextDelta
 from salmonn.serve.errors import EXPECTED_ERRORS, ApiError, to_api_error
 from salmonn.serve.metrics import Metrics
 from salmonn.serve.request import BodyMemory, RequestContext, race, until_disconnect
@@ -37,24 +39,28 @@ from salmonn.serve.schema import (
 from salmonn.serve.sources import MediaSources, resolve_media
 
 _ANY_MODEL = ("", "salmonn")
-_SPARE_BYTES = 1 << 20  # of a request, beside its file
-_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies hand on each piece as it comes
-_BODIES_HELD = 2  # as many of the largest may be in memory at a time
-_LAST_SECONDS = 1.0  # beyond a request's time, for the event that says that it is over
+_EXTRA_BODY_BYTES = 1 << 20  # for the parts of a request beside its file
+_STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies forward each event at once
+_MAX_BODIES = 2  # number of bodies of the maximum size that fit into memory at a time
+_FINAL_EVENT_SECONDS = 1.0  # beyond a request's time limit, to send the event that reports it
+_MAX_CONNECTIONS = 1000
+_IDLE_SECONDS = 20.0  # for a connection without a complete request
+_IDLE_SECONDS_CROWDED = 1.0  # the same, once half of the connections are taken
+_CLOSE_SECONDS = 5  # for data that is still to be sent when the grace period is over
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How a server behaves.
+    """Configuration of a server.
 
     Args:
-        name: of the model, as it is listed.
+        name: name of the model in `/v1/models`.
         sources: where files may come from.
-        limits: what a request may ask for.
-        request_seconds: that a request may take.
-        keys: any of which a request must show; none for no check.
-        hosts: names by which the server may be addressed, beside localhost and addresses in numbers. A page elsewhere
-            that has its own name point here cannot ask in a visitor's stead.
+        limits: limits of a chat request.
+        request_seconds: time limit of a request.
+        keys: accepted API keys; none disables the check.
+        hosts: names by which clients may address the server, besides localhost and IP addresses. This protects against
+            DNS rebinding: a web page whose own name resolves to this server cannot use it from a visitor's browser.
     """
 
     name: str
@@ -66,196 +72,210 @@ class ServerConfig:
 
 
 class Service:
-    """A server's state.
+    """The state of a server.
 
     Args:
-        engine: that answers.
-        settings: how it behaves.
-        uploads: private folder for what strangers send.
+        engine: engine that answers requests.
+        config: configuration.
+        uploads: private folder for uploaded and fetched files.
 
     Attributes:
-        is_closing: set once the server is to end; no new request is taken from then on.
-        num_visits: requests under way.
+        is_closing: set when the server shuts down; from then on, new requests are rejected.
+        num_requests: number of requests in progress.
     """
 
-    def __init__(self, engine: Engine, settings: ServerConfig, uploads: Path) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, uploads: Path) -> None:
         self.engine = engine
-        self.settings = settings
+        self.config = config
         self.uploads = uploads
         self.metrics = Metrics(engine)
-        self.max_bytes = settings.sources.fetch_policy.max_bytes * 4 // 3 + _SPARE_BYTES
-        self.held = BodyMemory(self.max_bytes * _BODIES_HELD)
+        self.max_body_bytes = config.sources.fetch_policy.max_bytes * 4 // 3 + _EXTRA_BODY_BYTES  # base64
+        self.body_memory = BodyMemory(self.max_body_bytes * _MAX_BODIES)
         self.is_closing = False
         self.num_requests = 0
-        self._begun = int(time.time())
-        self._cut = asyncio.Event()
+        self._created = int(time.time())
+        self._aborted = asyncio.Event()
 
-    async def cut_off(self) -> None:
-        """End what is under way; those who asked are told."""
-        self._cut.set()
+    async def abort(self) -> None:
+        """End the requests in progress with an error."""
+        self._aborted.set()
         await asyncio.to_thread(self.engine.close, grace_seconds=0)
 
+    async def check_access(self, request: Request) -> None:
+        """Raise an HTTPException if the Host header or the API key is not accepted."""
+        host = _host(request)
+        if not (host in ("localhost", *self.config.hosts) or _is_ip_address(host)):
+            raise HTTPException(403, f"host {host[:100]!r} is not allowed; add it with --server-names")
+        if not self.config.keys or request.url.path == "/health":
+            return
+        kind, _, key = request.headers.get("authorization", "").partition(" ")
+        # All keys are compared, in constant time, so that the duration reveals nothing about them.
+        matches = [hmac.compare_digest(key.strip().encode(), known.encode()) for known in self.config.keys]
+        if kind.lower() != "bearer" or not any(matches):
+            raise HTTPException(401, "the API key is missing or wrong; send Authorization: Bearer KEY")
+
     async def complete(self, request: Request) -> Response:
-        """Answer a chat completion."""
+        """Answer a chat completion request."""
         if self.is_closing:
-            return self._refuse(Overloaded(SHUTTING_DOWN)).respond()
-        visit = RequestContext(
+            return self._to_error(Overloaded(SHUTTING_DOWN)).to_response()
+        context = RequestContext(
             self.engine,
             self.metrics,
             uploads=self.uploads,
-            held=self.held,
-            seconds=self.settings.request_seconds,
+            body_memory=self.body_memory,
+            seconds=self.config.request_seconds,
         )
         self.num_requests += 1
-        is_handed_on = False
+        is_streaming = False
         try:
-            response = await race(self._cut.wait(), self._answer(request, visit), Overloaded(SHUTTING_DOWN))
-            is_handed_on = isinstance(response, _Events)
+            response = await race(
+                self._answer(request, context), against=self._aborted.wait(), error=Overloaded(SHUTTING_DOWN)
+            )
+            is_streaming = isinstance(response, _EventStream)
         except EXPECTED_ERRORS as error:
-            refusal = self._refuse(error)
-            visit.outcome = refusal.outcome
-            response = refusal.respond()
+            api_error = self._to_error(error)
+            context.outcome = api_error.outcome
+            response = api_error.to_response()
         finally:
-            if not is_handed_on:
-                self._end(visit)
-        response.headers["X-Request-Id"] = visit.id
+            if not is_streaming:  # an event stream closes its context itself
+                self._close(context)
+        response.headers["X-Request-Id"] = context.id
         return response
 
-    def _end(self, visit: RequestContext) -> None:
-        visit.close()
+    def _close(self, context: RequestContext) -> None:
+        context.close()
         self.num_requests -= 1
 
-    def _refuse(self, error: Exception) -> ApiError:
-        return to_api_error(error, seconds=self.settings.request_seconds)
+    def _to_error(self, error: Exception) -> ApiError:
+        return to_api_error(error, seconds=self.config.request_seconds)
 
-    async def _answer(self, request: Request, visit: RequestContext) -> Response:
+    async def _answer(self, request: Request, context: RequestContext) -> Response:
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise RequestError("send the request as Content-Type: application/json", status=415)
-        async with asyncio.timeout_at(visit.deadline):
-            body = await visit.body(request, max_bytes=self.max_bytes)
-        ask, pieces = await until_disconnect(request, self._begin(body, visit))
-        speaker = ResponseBuilder(visit.id, self.settings.name, int(time.time()), ask.include_usage)
-        if not ask.stream:
-            answers = await until_disconnect(request, _gather(pieces, ask.num_choices))
-            visit.outcome = "answered"
-            return JSONResponse(speaker.whole(answers, usage=visit.usage))
-        # Waited for, so that what goes wrong before the first word has a status of its own.
-        first = await until_disconnect(request, _next(pieces))
-        return _Events(self._speak(visit, ask, speaker, first, pieces), visit=visit, close=lambda: self._end(visit))
+            raise RequestError("the Content-Type must be application/json", status=415)
+        async with asyncio.timeout_at(context.deadline):
+            body = await context.read_body(request, max_bytes=self.max_body_bytes)
+        chat, events = await until_disconnect(request, self._submit(body, context))
+        builder = ResponseBuilder(context.id, self.config.name, int(time.time()), chat.include_usage)
+        if not chat.stream:
 
-    async def _begin(
-        self, body: bytearray, visit: RequestContext
+            async def gather() -> dict[str, Any]:
+                completions = {sample: event.completion async for sample, event in events if event.completion}
+                in_order = [completions[sample] for sample in range(chat.request.num_samples)]
+                return builder.response(in_order, usage=context.usage)
+
+            content = await until_disconnect(request, gather())
+            context.outcome = "answered"
+            return JSONResponse(content)
+
+        async def first_event() -> tuple[int, TextDelta]:
+            return await anext(events)
+
+        # Awaited before the response starts, so that an error before the first text gets a status of its own.
+        first = await until_disconnect(request, first_event())
+        stream = self._stream(context, chat, builder, first, events)
+        return _EventStream(stream, context=context, close=lambda: self._close(context))
+
+    async def _submit(
+        self, body: bytearray, context: RequestContext
     ) -> tuple[ChatRequest, AsyncIterator[tuple[int, TextDelta]]]:
-        """Understand a request, have its file and ask the engine."""
-        settings = self.settings
-        async with asyncio.timeout_at(visit.deadline):
-            ask, url = await asyncio.to_thread(parse_chat_request, body, limits=settings.limits)
-            if ask.model not in (*_ANY_MODEL, settings.name):
+        """Parse a request, get its file, and submit it to the engine."""
+        async with asyncio.timeout_at(context.deadline):
+            chat, url = await asyncio.to_thread(parse_chat_request, body, limits=self.config.limits)
+            if chat.model not in (*_ANY_MODEL, self.config.name):
                 raise RequestError(
-                    f"the model {ask.model[:100]!r} is not here: this server has {settings.name}",
+                    f"model {chat.model[:100]!r} not found; available: {self.config.name}",
                     param="model",
                     status=404,
                     code="model_not_found",
                 )
-            body.clear()  # which may be as large as a video, as is what was parsed
-            obtained = await resolve_media(url, visit.make_folder(), sources=settings.sources)
-        visit.num_bytes, visit.whence = obtained.num_bytes, obtained.whence
-        visit.forget_body()
-        query = CaptionRequest(
-            path=obtained.path,
-            prompt=ask.prompt,
-            history=ask.history,
-            system=ask.system,
-            sampling=ask.sampling,
-            span=ask.span,
-            modality=ask.modality,
-            seed=secrets.randbits(32) if ask.seed is None else ask.seed,
-        )
-        named = url if obtained.whence == "root" else f"the {ask.kind}"
-        return ask, _naming(visit.begin(query, num_samples=ask.num_choices), obtained.path, named)
+            body.clear()  # it may be as large as a video, as may the URL, which is freed on return
+            media = await resolve_media(url, context.make_folder(), sources=self.config.sources)
+        context.num_bytes, context.source = media.num_bytes, media.source
+        context.release_body()
+        events = context.submit(replace(chat.request, path=media.path))
+        # Errors name the file as the client knows it, and not by its path on this machine.
+        name = url if media.source == "local" else f"the {chat.kind}"
+        return chat, _replace_in_errors(events, str(media.path), name)
 
-    async def _speak(
+    async def _stream(
         self,
-        visit: RequestContext,
-        ask: ChatRequest,
-        speaker: ResponseBuilder,
+        context: RequestContext,
+        chat: ChatRequest,
+        builder: ResponseBuilder,
         first: tuple[int, TextDelta],
-        pieces: AsyncIterator[tuple[int, TextDelta]],
+        events: AsyncIterator[tuple[int, TextDelta]],
     ) -> AsyncIterator[str]:
-        """The events of a stream."""
-        for number in range(ask.num_choices):
-            yield speaker.begin(number)
-        visit.outcome = "dropped"  # unless it comes to its end
+        """Yield the server-sent events of a stream."""
+        for sample in range(chat.request.num_samples):
+            yield builder.start(sample)
+        context.outcome = "cancelled"  # unless the end is reached
         try:
-            for event in _tell(speaker, *first):
+            for event in builder.deltas(*first):
                 yield event
-            async for number, piece in pieces:
-                for event in _tell(speaker, number, piece):
+            async for sample, delta in events:
+                for event in builder.deltas(sample, delta):
                     yield event
         except EXPECTED_ERRORS as error:
-            refusal = self._refuse(error)
-            visit.outcome = refusal.outcome
-            yield to_event(refusal.to_json())
+            api_error = self._to_error(error)
+            context.outcome = api_error.outcome
+            yield to_event(api_error.to_json())
             return
-        if ask.include_usage:
-            yield speaker.usage(visit.usage)
-        visit.outcome = "answered"
+        if chat.include_usage:
+            yield builder.usage(context.usage)
+        context.outcome = "answered"
         yield DONE
 
     def health(self) -> JSONResponse:
-        """Whether requests are answered."""
-        state = "closing" if self.is_closing else "failing" if self.engine.failure else "ok"
-        told = {"status": state, "model": self.settings.name, "version": __version__}
-        return JSONResponse(told, status_code=200 if state == "ok" else 503)
+        """Return whether requests are being answered, with status 503 if not."""
+        status = "closing" if self.is_closing else "failing" if self.engine.failure else "ok"
+        content = {"status": status, "model": self.config.name, "version": __version__}
+        return JSONResponse(content, status_code=200 if status == "ok" else 503)
 
     def models(self) -> dict[str, Any]:
-        """The one model that there is."""
-        model = {"id": self.settings.name, "object": "model", "created": self._begun, "owned_by": "salmonn"}
+        """Return the list of models, which has one entry."""
+        model = {"id": self.config.name, "object": "model", "created": self._created, "owned_by": "salmonn"}
         return {"object": "list", "data": [model]}
 
-    async def admit(self, request: Request) -> None:
-        """Raise an HTTPException for who may not ask."""
-        settings = self.settings
-        host = _host(request)
-        if not (host in ("localhost", *settings.hosts) or _is_address(host)):
-            raise HTTPException(403, f"this server is not {host[:100]}: start it with --server-names if it is")
-        if not settings.keys or request.url.path == "/health":
-            return
-        kind, _, key = request.headers.get("authorization", "").partition(" ")
-        # All are compared, and each to its end, so that the time tells nothing of them.
-        matches = [hmac.compare_digest(key.strip().encode(), known.encode()) for known in settings.keys]
-        if kind.lower() != "bearer" or not any(matches):
-            raise HTTPException(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
 
+class _EventStream(StreamingResponse):
+    """Server-sent events; `close` is called at the end, even if none was sent."""
 
-class _Events(StreamingResponse):
-    """Server-sent events; `close` is called in the end, though not one was sent."""
-
-    def __init__(self, events: AsyncIterator[str], *, visit: RequestContext, close: Callable[[], object]) -> None:
+    def __init__(self, events: AsyncIterator[str], *, context: RequestContext, close: Callable[[], object]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
-        self._visit = visit
+        self._context = context
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            # Whoever does not read what is sent would hold the visit for ever.
-            async with asyncio.timeout_at(self._visit.deadline + _LAST_SECONDS):
+            # A client that does not read the stream would otherwise hold its request forever.
+            async with asyncio.timeout_at(self._context.deadline + _FINAL_EVENT_SECONDS):
                 await super().__call__(scope, receive, send)
         except TimeoutError:  # the web server closes the connection
-            self._visit.outcome = "timed_out"
+            self._context.outcome = "timed_out"
         finally:
             self._close()
 
 
+async def _replace_in_errors(
+    events: AsyncIterator[tuple[int, TextDelta]], old: str, new: str
+) -> AsyncIterator[tuple[int, TextDelta]]:
+    """Yield events; in the message of a ValueError, replace one text by another."""
+    try:
+        async for event in events:
+            yield event
+    except ValueError as error:
+        raise ValueError(str(error).replace(old, new)) from error
+
+
 def _host(request: Request) -> str:
-    """The name or address by which the request has this server."""
+    """Return the name or IP address of the Host header, without the port."""
     try:
         return (urlsplit(f"//{request.headers.get('host', '')}").hostname or "").lower()
     except ValueError:
         return ""
 
 
-def _is_address(host: str) -> bool:
+def _is_ip_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -263,52 +283,26 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _tell(speaker: ResponseBuilder, number: int, piece: TextDelta) -> list[str]:
-    events = [speaker.piece(number, piece.text)] if piece.text else []
-    return events if piece.answer is None else [*events, speaker.end(number, piece.answer)]
-
-
-async def _next(pieces: AsyncIterator[tuple[int, TextDelta]]) -> tuple[int, TextDelta]:
-    return await anext(pieces)
-
-
-async def _gather(pieces: AsyncIterator[tuple[int, TextDelta]], count: int) -> list[Completion]:
-    answers = {number: piece.answer async for number, piece in pieces if piece.answer is not None}
-    return [answers[number] for number in range(count)]
-
-
-async def _naming(
-    pieces: AsyncIterator[tuple[int, TextDelta]], path: Path, named: str
-) -> AsyncIterator[tuple[int, TextDelta]]:
-    """The pieces; an error names the file as whoever asked knows it, and not by its place on this machine."""
-    try:
-        async for number, piece in pieces:
-            yield number, piece
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), named)) from error
-
-
 def make_app(service: Service) -> FastAPI:
-    """The application that a web server runs."""
+    """Return the ASGI application of a service."""
     app = FastAPI(
         title="salmonn",
         version=__version__,
-        # Their pages load scripts from elsewhere, and bodies are read by hand, which they do not see.
+        # Their pages load scripts from other hosts, and cannot describe bodies that are parsed by hand.
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-        dependencies=[Depends(service.admit)],
+        dependencies=[Depends(service.check_access)],
     )
 
     @app.exception_handler(HTTPException)
-    async def refuse(_: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, str(error.detail), "refused").respond()
+    async def handle_http_error(_: Request, error: HTTPException) -> Response:
+        return ApiError(error.status_code, str(error.detail), "rejected").to_response()
 
     @app.exception_handler(Exception)
-    async def fail(_: Request, error: Exception) -> Response:
-        return ApiError(
-            500, f"a mistake in the server ({type(error).__name__}); its log tells more", "failed"
-        ).respond()
+    async def handle_bug(_: Request, error: Exception) -> Response:
+        message = f"internal server error ({type(error).__name__}); see the server's log"
+        return ApiError(500, message, "failed").to_response()
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
@@ -327,3 +321,90 @@ def make_app(service: Service) -> FastAPI:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
+
+
+class Server(uvicorn.Server):
+    """A web server with graceful shutdown: at SIGTERM or SIGINT it rejects new requests and finishes the active ones.
+
+    A second signal ends the grace period.
+
+    Args:
+        service: service.
+        grace_seconds: maximum time to finish active requests.
+
+    Attributes:
+        clock: source of the time in seconds.
+    """
+
+    def __init__(self, service: Service, *, grace_seconds: float) -> None:
+        config = uvicorn.Config(
+            make_app(service),
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+        )
+        super().__init__(config)
+        self.service = service
+        self.grace_seconds = grace_seconds
+        self.clock = time.monotonic
+        self._closing_since: float | None = None
+        self._idle_since: dict[tuple[Any, Any], float] = {}
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Record a signal, and do nothing else: it may interrupt any code."""
+        if self.service.is_closing:
+            self.grace_seconds = 0.0
+        self.service.is_closing = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Shut down and close idle connections if it is time; uvicorn calls this ten times a second."""
+        if self.service.is_closing and not self.should_exit:
+            self._closing_since = self._closing_since or self.clock()
+            if not self.service.num_requests or self.clock() - self._closing_since >= self.grace_seconds:
+                await self.service.abort()
+                self.should_exit = True
+        self._close_idle_connections()
+        return await super().on_tick(counter)
+
+    def _close_idle_connections(self) -> None:
+        """Close connections that have not sent a complete request for a while.
+
+        uvicorn itself waits without limit for the head of a request, and for the client to read a response.
+        """
+        connections: set[Any] = set(self.server_state.connections)
+        is_crowded = len(connections) > _MAX_CONNECTIONS // 2
+        limit = _IDLE_SECONDS_CROWDED if is_crowded else _IDLE_SECONDS
+        now = self.clock()
+        # The last request is a part of the key: another may arrive and be answered between two ticks.
+        idle = [
+            (connection, connection.cycle)
+            for connection in connections
+            if connection.cycle is None or connection.cycle.response_complete or connection.transport.is_closing()
+        ]
+        self._idle_since = {key: self._idle_since.get(key, now) for key in idle}
+        for (connection, _), since in self._idle_since.items():
+            if now - since >= limit:
+                connection.transport.abort()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address; call it before loading the model, so that errors appear at once.
+
+    Raises:
+        ValueError: the address is in use, or does not belong to this machine.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, proto)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {host}, port {port} ({error.strerror}): choose another --host or --port"
+        ) from error
+    return bound

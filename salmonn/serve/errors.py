@@ -1,4 +1,4 @@
-"""What whoever asked is told where there is no answer: an HTTP status and a sentence, in the form that OpenAI's has."""
+"""Map exceptions to HTTP errors, in the format of OpenAI's API."""
 
 import logging
 from dataclasses import dataclass
@@ -12,31 +12,31 @@ from salmonn.serve.fetch import TooLargeError
 from salmonn.serve.schema import RequestError
 
 logger = logging.getLogger(__name__)
-_RETRY_SECONDS = 5
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_MEANINGS: dict[type[Exception], tuple[int, str]] = {
+_RETRY_AFTER_SECONDS = 5
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_STATUSES: dict[type[Exception], tuple[int, str]] = {  # HTTP status, outcome in the metrics
     TooLargeError: (413, "too_large"),
-    ValueError: (400, "refused"),
-    ClientDisconnect: (499, "dropped"),
+    ValueError: (400, "rejected"),
+    ClientDisconnect: (499, "cancelled"),
     TimeoutError: (504, "timed_out"),
-    OSError: (507, "no_room"),
+    OSError: (507, "no_space"),
     ModelFailedError: (500, "failed"),
 }
-# What an answer may end with; any other error is a mistake in this program.
-EXPECTED_ERRORS: tuple[type[Exception], ...] = (Overloaded, *_MEANINGS)
+# Errors that a request can end with; any other is a bug in this program.
+EXPECTED_ERRORS: tuple[type[Exception], ...] = (Overloaded, *_STATUSES)
 
 
 @dataclass(frozen=True)
 class ApiError:
-    """Why there is no answer.
+    """An HTTP error.
 
     Args:
-        status: of HTTP.
-        message: in words.
-        outcome: by which it is counted.
-        param: the parameter at fault, where it is one.
-        code: by which programs know it.
-        may_retry: whether the same request may go well in a while.
+        status: HTTP status.
+        message: explanation for the client.
+        outcome: label of the request in the metrics.
+        param: name of the request parameter at fault, if any.
+        code: machine-readable code, if any.
+        may_retry: whether the same request may succeed later.
     """
 
     status: int
@@ -47,34 +47,34 @@ class ApiError:
     may_retry: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """As OpenAI's interface tells it."""
-        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        """Return the body of the response, as OpenAI's API has it."""
+        kind = _ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def respond(self) -> JSONResponse:
-        """The response with it."""
-        # OpenAI's clients ask again where a server fails, unless they are told not to.
+    def to_response(self) -> JSONResponse:
+        """Return the response."""
+        # OpenAI's clients retry server errors unless this header says not to.
         headers = {"x-should-retry": str(self.may_retry).lower()}
         if self.may_retry:
-            headers["Retry-After"] = str(_RETRY_SECONDS)
+            headers["Retry-After"] = str(_RETRY_AFTER_SECONDS)
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.to_json(), status_code=self.status, headers=headers)
 
 
 def to_api_error(error: Exception, *, seconds: float) -> ApiError:
-    """What an error of `ENDS` means to whoever asked; `seconds` is what a request may take."""
-    words = str(error)
+    """Map one of `EXPECTED_ERRORS` to an HTTP error; `seconds` is the time limit of a request."""
+    message = str(error)
     if isinstance(error, TimeoutError):
-        words = f"the answer took more than {seconds:g} s: ask for a part of the clip (start, end) or fewer words"
+        message = f"the request took more than {seconds:g} s: use a part of the clip (start, end) or a lower max_tokens"
     elif isinstance(error, OSError):
-        words = f"the server has no place for the file ({error.strerror}): tell whoever runs it"
-        logger.error("no place for what was sent", exc_info=error)
+        message = f"the server cannot store the file ({error.strerror}); contact its operator"
+        logger.error("cannot store an upload", exc_info=error)
     if isinstance(error, Overloaded):
-        is_closing = words == SHUTTING_DOWN
+        is_closing = message == SHUTTING_DOWN
         status = 503 if is_closing or isinstance(error, OutOfMemoryDuringBatch) else 429
-        return ApiError(status, words, "closing" if is_closing else "busy", may_retry=True)
+        return ApiError(status, message, "shutting_down" if is_closing else "overloaded", may_retry=True)
     if isinstance(error, RequestError):
-        return ApiError(error.status, words, "refused", error.param, error.code)
-    status, outcome = next(value for kind, value in _MEANINGS.items() if isinstance(error, kind))
-    return ApiError(status, words, outcome)
+        return ApiError(error.status, message, "rejected", error.param, error.code)
+    status, outcome = next(value for kind, value in _STATUSES.items() if isinstance(error, kind))
+    return ApiError(status, message, outcome)

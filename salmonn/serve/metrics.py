@@ -1,4 +1,4 @@
-"""What a server counts, in the text that Prometheus reads."""
+"""Prometheus metrics of a server."""
 
 from collections.abc import Iterator
 
@@ -8,59 +8,53 @@ from prometheus_client.registry import Collector
 
 from salmonn.caption.engine import Engine
 
-_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_BUCKETS_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
-class Metrics:
-    """Counts of one server, in a registry of its own.
+class Metrics(Collector):
+    """Metrics of one server, in a registry of its own.
 
     Args:
-        engine: whose answers are counted too.
+        engine: engine whose counters are exported too.
 
     Attributes:
-        requests: by outcome.
-        tokens: of prompts and of answers.
-        received_bytes: of files that were sent or fetched, by whence.
-        first_word, seconds, reading: histograms, in seconds: from the request to its first word, to its end, and from
-            the query to the end of reading.
+        requests: counter by outcome.
+        tokens: counter of prompt and completion tokens.
+        received_bytes: counter of uploaded or fetched bytes, by source.
+        active: gauge of requests in progress.
+        time_to_first_token, seconds, reading: histograms of the times from the arrival of a request to its first text
+            and to its end, and from its submission to the engine to the end of reading its file.
     """
 
     def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._registry = CollectorRegistry()
         self.requests = Counter("salmonn_requests", "Requests by outcome.", ["outcome"], registry=self._registry)
-        self.tokens = Counter("salmonn_tokens", "Tokens of prompts and answers.", ["of"], registry=self._registry)
+        self.tokens = Counter("salmonn_tokens", "Prompt and completion tokens.", ["kind"], registry=self._registry)
         self.received_bytes = Counter(
-            "salmonn_received_bytes", "Bytes of files sent or fetched.", ["whence"], registry=self._registry
+            "salmonn_received_bytes", "Bytes of files uploaded or fetched.", ["source"], registry=self._registry
         )
-        self.present = Gauge("salmonn_requests_present", "Requests under way.", registry=self._registry)
-        self.first_word = self._time("salmonn_first_word_seconds", "From a request to its first word.")
-        self.seconds = self._time("salmonn_request_seconds", "From a request to its end.")
-        self.reading = self._time("salmonn_reading_seconds", "From a query to the end of reading its file.")
-        self._registry.register(_EngineCounts(engine))
+        self.active = Gauge("salmonn_requests_active", "Requests in progress.", registry=self._registry)
+        self.time_to_first_token = self._histogram("time_to_first_token", "From a request to its first text.")
+        self.seconds = self._histogram("request", "From a request to its end.")
+        self.reading = self._histogram("reading", "From submission to the end of reading the file.")
+        self._registry.register(self)
 
-    def _time(self, name: str, words: str) -> Histogram:
-        return Histogram(name, words, buckets=_SECONDS, registry=self._registry)
+    def _histogram(self, name: str, description: str) -> Histogram:
+        return Histogram(f"salmonn_{name}_seconds", description, buckets=_BUCKETS_SECONDS, registry=self._registry)
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
-
-class _EngineCounts(Collector):
-    """What the engine counts by itself."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
     def collect(self) -> Iterator[Metric]:
-        """See `Collector`."""
+        """Yield the counters of the engine; the registry calls this."""
         engine = self._engine
-        counts = {
-            "readings": (engine.num_prefills, "Readings of prompts that the model was asked for."),
-            "answered": (engine.num_answered, "Queries that were answered."),
-            "failed": (engine.num_failed, "Queries that failed."),
-            "dropped": (engine.num_cancelled, "Queries that nobody waited for any more."),
-        }
-        yield GaugeMetricFamily("salmonn_waiting", "Answers that wait for the model.", value=engine.num_waiting)
-        for name, (value, words) in counts.items():
-            yield CounterMetricFamily(f"salmonn_{name}", words, value=value)
+        yield GaugeMetricFamily("salmonn_waiting", "Samples in the queue.", value=engine.num_waiting)
+        for name, value, description in [
+            ("prefills", engine.num_prefills, "Prefills, each of one or more prompts."),
+            ("answered", engine.num_answered, "Requests that were answered by the engine."),
+            ("failed", engine.num_failed, "Requests that failed in the engine."),
+            ("cancelled", engine.num_cancelled, "Requests that were cancelled."),
+        ]:
+            yield CounterMetricFamily(f"salmonn_{name}", description, value=value)

@@ -1,4 +1,4 @@
-"""One request under way: what it holds and must give back however it ends, and what is noted of it."""
+"""The context of one HTTP request: the resources that it holds and releases however it ends, and its metrics."""
 
 import asyncio
 import logging
@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from salmonn.caption.engine import CaptionRequest, Engine, GenerationHandle, Overloaded
+from salmonn.caption.engine import Engine, GenerationHandle, Overloaded
+from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import TextDelta
 from salmonn.serve.fetch import TooLargeError
 from salmonn.serve.metrics import Metrics
@@ -21,149 +22,154 @@ from salmonn.serve.schema import Usage
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-_SMALL_BYTES = 64 << 10  # of a body, which is not counted among those held: large ones that stall refuse large ones
+_SMALL_BYTES = 64 << 10  # bodies up to this size are not counted: stalled large uploads block only large ones
 
 
 class BodyMemory:
-    """Bytes of large request bodies in memory, of all requests together.
+    """The memory that the large request bodies of all requests take together.
 
     Args:
-        most: that may be held.
+        max_bytes: maximum total size.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.now = 0
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.used_bytes = 0
 
-    def add(self, count: int) -> None:
-        """Hold more; raises Busy where that is too much."""
-        if self.now + count > self.most:
-            raise Overloaded("other uploads take all the memory there is for them: try again in a while")
-        self.now += count
+    def add(self, num_bytes: int) -> None:
+        """Count more bytes; raises Overloaded if that exceeds the maximum."""
+        if self.used_bytes + num_bytes > self.max_bytes:
+            raise Overloaded("other uploads take up all memory for uploads; try again later")
+        self.used_bytes += num_bytes
 
 
 class RequestContext:
-    """One request: to be closed once, however it ends.
+    """One request; call `close` once, however it ends.
 
     Args:
-        engine: that answers.
-        metrics: in which its end is noted.
-        uploads: folder in which it has one of its own.
-        held: bytes in memory.
-        seconds: that it may take.
+        engine: engine that answers it.
+        metrics: metrics in which its end is counted.
+        uploads: folder in which it may have a folder of its own.
+        body_memory: memory that is shared by all request bodies.
+        seconds: time limit.
 
     Attributes:
-        outcome: how it ended, for the log and the metrics.
-        num_bytes: of its file, if that came over the network.
-        whence: the file came.
+        outcome: how the request ended, for the log and the metrics.
+        num_bytes: size of its file, if that came over the network.
+        source: where the file came from.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, *, uploads: Path, held: BodyMemory, seconds: float) -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, *, uploads: Path, body_memory: BodyMemory, seconds: float
+    ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.begun = time.monotonic()
+        self.started_at = time.monotonic()
         self.deadline = asyncio.get_running_loop().time() + seconds
         self.outcome = "failed"
         self.num_bytes = 0
-        self.whence = "none"
+        self.source = "none"
         self._uploads = uploads
         self._folder: Path | None = None
         self._engine = engine
         self._metrics = metrics
-        self._held = held
-        self._num_held = 0
-        self._answering: GenerationHandle | None = None
-        metrics.present.inc()
+        self._body_memory = body_memory
+        self._body_bytes = 0
+        self._handle: GenerationHandle | None = None
+        metrics.active.inc()
 
-    async def body(self, request: Request, *, max_bytes: int) -> bytearray:
-        """The request's body, refused as soon as it is too large.
+    async def read_body(self, request: Request, *, max_bytes: int) -> bytearray:
+        """Return the request's body, which is rejected as soon as it is too large.
 
         Raises:
-            TooLargeError: it is.
-            Busy: the others' bodies take all the memory there is.
-            ClientDisconnect: nobody is there any more.
+            TooLargeError: the body is larger than `max_bytes`.
+            Overloaded: the bodies of other requests take up all memory.
+            ClientDisconnect: the client has closed the connection.
         """
         declared = request.headers.get("content-length", "")
         body = bytearray()
         if declared.isdecimal():
-            _require_small(int(declared), max_bytes)
+            _check_size(int(declared), max_bytes)
         async for chunk in request.stream():
             size = len(body) + len(chunk)
-            _require_small(size, max_bytes)
+            _check_size(size, max_bytes)
             if size > _SMALL_BYTES:
-                self._held.add(size - self._num_held)
-                self._num_held = size
+                self._body_memory.add(size - self._body_bytes)
+                self._body_bytes = size
             body += chunk
         return body
 
-    def forget_body(self) -> None:
-        """Note that the body is in memory no more."""
-        self._held.now -= self._num_held
-        self._num_held = 0
+    def release_body(self) -> None:
+        """Return the memory of the body, which has been freed."""
+        self._body_memory.used_bytes -= self._body_bytes
+        self._body_bytes = 0
 
     def make_folder(self) -> Path:
-        """A folder of its own, for what comes over the network; raises an OSError where there is no room."""
+        """Create a folder for a file that comes over the network; raises an OSError if the disk is full."""
         self._folder = Path(tempfile.mkdtemp(dir=self._uploads))
         return self._folder
 
-    def begin(self, query: CaptionRequest, *, num_samples: int) -> AsyncIterator[tuple[int, TextDelta]]:
-        """Ask the engine; the answers come as `Engine.begin` tells them. Raises what it raises, and TimeoutError."""
+    def submit(self, request: CaptionRequest) -> AsyncIterator[tuple[int, TextDelta]]:
+        """Submit a request to the engine and yield its events (number of the sample, text delta).
+
+        Raises what `Engine.submit` raises; the iterator also raises TimeoutError.
+        """
         loop = asyncio.get_running_loop()
-        told: asyncio.Queue[tuple[int, TextDelta | Exception]] = asyncio.Queue()
+        events: asyncio.Queue[tuple[int, TextDelta | Exception]] = asyncio.Queue()
 
-        def tell(sample: int, piece: TextDelta | Exception) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and with it whoever listened
-                loop.call_soon_threadsafe(told.put_nowait, (sample, piece))
+        def on_event(sample: int, event: TextDelta | Exception) -> None:
+            with suppress(RuntimeError):  # the event loop has ended
+                loop.call_soon_threadsafe(events.put_nowait, (sample, event))
 
-        self._answering = self._engine.begin(query, tell=tell, num_samples=num_samples)
-        return self._listen(told, num_samples)
+        self._handle = self._engine.submit(request, on_event=on_event)
+        return self._receive(events, request.num_samples)
 
-    async def _listen(
-        self, told: "asyncio.Queue[tuple[int, TextDelta | Exception]]", num_open: int
+    async def _receive(
+        self, events: "asyncio.Queue[tuple[int, TextDelta | Exception]]", num_unfinished: int
     ) -> AsyncIterator[tuple[int, TextDelta]]:
         is_first = True
-        while num_open:
+        while num_unfinished:
             async with asyncio.timeout_at(self.deadline):
-                sample, piece = await told.get()
-            if isinstance(piece, Exception):
-                raise piece
+                sample, event = await events.get()
+            if isinstance(event, Exception):
+                raise event
             if is_first:
                 is_first = False
-                self._metrics.first_word.observe(time.monotonic() - self.begun)
+                self._metrics.time_to_first_token.observe(time.monotonic() - self.started_at)
                 self._remove_files()
-            num_open -= piece.answer is not None
-            yield sample, piece
+            num_unfinished -= event.completion is not None
+            yield sample, event
 
     @property
     def usage(self) -> Usage:
-        """Tokens that it cost so far."""
-        answering = self._answering
-        return Usage(answering.num_prompt_tokens, answering.num_answer_tokens) if answering else Usage(0, 0)
+        """Tokens that the request has used so far."""
+        handle = self._handle
+        return Usage(handle.num_prompt_tokens, handle.num_completion_tokens) if handle else Usage(0, 0)
 
     def close(self) -> None:
-        """Give back what it holds, and note how it ended."""
-        seconds, usage = time.monotonic() - self.begun, self.usage
-        if self._answering is not None:
-            self._answering.drop()
-            if self._answering.reading_seconds:
-                self._metrics.reading.observe(self._answering.reading_seconds)
+        """Release all resources, and record how the request ended."""
+        seconds, usage = time.monotonic() - self.started_at, self.usage
+        if self._handle is not None:
+            self._handle.cancel()
+            if self._handle.reading_seconds:
+                self._metrics.reading.observe(self._handle.reading_seconds)
         self._remove_files()
-        self.forget_body()
+        self.release_body()
         metrics = self._metrics
-        metrics.present.dec()
+        metrics.active.dec()
         metrics.requests.labels(self.outcome).inc()
         metrics.seconds.observe(seconds)
-        metrics.tokens.labels("prompts").inc(usage.num_prompt_tokens)
-        metrics.tokens.labels("answers").inc(usage.num_answer_tokens)
-        metrics.received_bytes.labels(self.whence).inc(self.num_bytes)
+        metrics.tokens.labels("prompt").inc(usage.num_prompt_tokens)
+        metrics.tokens.labels("completion").inc(usage.num_completion_tokens)
+        metrics.received_bytes.labels(self.source).inc(self.num_bytes)
         logger.info(
             "%s %s in %.2f s: %d bytes (%s), %d tokens in, %d tokens out",
             self.id,
             self.outcome,
             seconds,
             self.num_bytes,
-            self.whence,
+            self.source,
             usage.num_prompt_tokens,
-            usage.num_answer_tokens,
+            usage.num_completion_tokens,
         )
 
     def _remove_files(self) -> None:
@@ -171,34 +177,34 @@ class RequestContext:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _require_small(size: int, max_bytes: int) -> None:
+def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
-        raise TooLargeError(f"the request is larger than the {max_bytes / (1 << 20):.0f} MiB that are taken here")
+        raise TooLargeError(f"the request is larger than the maximum of {max_bytes / (1 << 20):.0f} MiB")
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do some work as long as whoever asked is there, once the body is read.
+    """Run work after the body was read, and cancel it if the client closes the connection.
 
     Raises:
-        ClientDisconnect: they are not.
+        ClientDisconnect: the client closed the connection.
     """
-    return await race(_until_gone(request), work, ClientDisconnect())
+
+    async def disconnect() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    return await race(work, against=disconnect(), error=ClientDisconnect())
 
 
-async def race(end: Coroutine[Any, Any, object], work: Coroutine[Any, Any, Result], error: Exception) -> Result:
-    """Do some work, but give it up and raise the error where `end` is done before."""
-    job, other = asyncio.create_task(work), asyncio.create_task(end)
+async def race(work: Coroutine[Any, Any, Result], *, against: Coroutine[Any, Any, object], error: Exception) -> Result:
+    """Run work, but cancel it and raise the error if another coroutine ends first."""
+    task, other = asyncio.create_task(work), asyncio.create_task(against)
     try:
-        await asyncio.wait({job, other}, return_when=asyncio.FIRST_COMPLETED)
-        if not job.done():
+        await asyncio.wait({task, other}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise error
-        return job.result()
+        return task.result()
     finally:
-        job.cancel()
+        task.cancel()
         other.cancel()
-        await asyncio.gather(job, other, return_exceptions=True)
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        await asyncio.gather(task, other, return_exceptions=True)

@@ -1,6 +1,6 @@
-"""What a request names as its file becomes a file on this machine: data in the request, a URL, or a path below a root.
+"""Turn the URL of a request into a local file: data in the request itself, a web address, or an allowed local path.
 
-What strangers send lies in a private folder, and is removed after use.
+Uploaded and fetched files are kept in a private folder and removed after use.
 """
 
 import asyncio
@@ -20,120 +20,120 @@ from urllib.parse import unquote, urlsplit
 from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError, fetch
 
 _PREFIX, _NEW_PREFIX = "salmonn-uploads-", "salmonn-new-"
-_BLOCK = 4 << 20  # letters of base64 that are read at once; a multiple of 4
+_CHUNK_CHARS = 4 << 20  # characters of base64 to decode at a time; a multiple of 4
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class MediaSources:
-    """Where files may come from.
+    """Allow-list of the places that files may come from.
 
     Args:
-        roots: folders of this machine that may be read from.
-        fetching: what may be fetched; its `max_bytes` also holds for what is sent.
+        allowed_dirs: folders of this machine whose files may be read.
+        fetch_policy: rules for fetching over the network; its `max_bytes` applies to uploads too.
     """
 
     allowed_dirs: tuple[Path, ...] = ()
     fetch_policy: FetchPolicy = field(default_factory=FetchPolicy)
 
     def __post_init__(self) -> None:
-        for root in self.allowed_dirs:
-            if not root.is_dir():
-                raise ValueError(f"--allowed-dirs {root} is no folder: name one whose files may be read")
+        for folder in self.allowed_dirs:
+            if not folder.is_dir():
+                raise ValueError(f"--allowed-dirs {folder} is not a folder")
 
 
 @dataclass(frozen=True)
 class ResolvedMedia:
-    """A file that a request named: where it lies, whence it came, and its bytes if they came over the network."""
+    """The local file of a request: its path, its source, and its size if it came over the network."""
 
     path: Path
-    whence: str
+    source: str
     num_bytes: int = 0
 
 
 async def resolve_media(url: str, folder: Path, *, sources: MediaSources) -> ResolvedMedia:
-    """Have the file that a URL names.
+    """Return the file that a URL refers to, after writing it to the folder if it is not a local file.
 
     Args:
-        url: data:, http:, https:, file: or a path.
-        folder: for what is not on this machine yet.
-        sources: where it may come from.
+        url: data:, http:, https: or file: URL, or a path.
+        folder: folder for the file.
+        sources: allow-list.
 
     Raises:
-        SourceError: it may not be had, or cannot be.
-        TooLargeError: it is larger than is taken.
+        SourceError: the file is not allowed, or cannot be read or fetched.
+        TooLargeError: the file is larger than the maximum.
     """
     scheme = match[1].lower() if (match := _SCHEME.match(url)) else ""
-    path = folder / "file"  # without an ending: its content tells what it is
+    path = folder / "file"  # without a suffix: the decoder detects the format
     if scheme == "data":
         size = await asyncio.to_thread(write_data, url, path, max_bytes=sources.fetch_policy.max_bytes)
-        return ResolvedMedia(path, "data", size)
+        return ResolvedMedia(path, "upload", size)
     if scheme in ("http", "https"):
-        return ResolvedMedia(path, "fetched", await fetch(url, path, fetch_policy=sources.fetch_policy))
+        return ResolvedMedia(path, "fetched", await fetch(url, path, policy=sources.fetch_policy))
     if scheme in ("file", ""):
-        return ResolvedMedia(await asyncio.to_thread(find_below, url, sources.allowed_dirs), "root")
-    raise SourceError(f"{scheme[:20]}: is no address that a file is taken from: use data:, https:, http: or file:")
+        return ResolvedMedia(await asyncio.to_thread(find_local, url, sources.allowed_dirs), "local")
+    raise SourceError(f"{scheme[:20]}: unsupported URL scheme; use data:, https:, http: or file:")
 
 
 def write_data(url: str, path: Path, *, max_bytes: int) -> int:
-    """Write what a data: URL holds; returns its size in bytes. Raises as `obtain`."""
-    match = _DATA.match(url)
+    """Write the contents of a data: URL to a file and return their size in bytes; raises what `resolve_media` does."""
+    match = _DATA_URL.match(url)
     if match is None:
-        raise SourceError("a data: URL must be written data:video/mp4;base64,... and hold the file in base64")
+        raise SourceError("a data: URL must have the form data:video/mp4;base64,... with the file in base64")
     start = match.end()
     if (len(url) - start) // 4 * 3 > max_bytes + 2:
-        raise TooLargeError(f"the file is larger than the {max_bytes / (1 << 20):g} MiB that are taken here")
+        raise TooLargeError(f"the file is larger than the maximum of {max_bytes / (1 << 20):g} MiB")
     size = 0
     with path.open("wb") as file:
-        for begin in range(start, len(url), _BLOCK):
+        for first in range(start, len(url), _CHUNK_CHARS):
             try:
-                size += file.write(base64.b64decode(url[begin : begin + _BLOCK], validate=True))
+                size += file.write(base64.b64decode(url[first : first + _CHUNK_CHARS], validate=True))
             except (binascii.Error, ValueError) as error:
-                raise SourceError(f"the file's data is no base64: {error}") from error
+                raise SourceError(f"the file's data is not valid base64: {error}") from error
     return size
 
 
-def find_below(url: str, allowed_dirs: tuple[Path, ...]) -> Path:
-    """The file that a file: URL or a path names, if it lies below one of the roots, links followed.
+def find_local(url: str, allowed_dirs: tuple[Path, ...]) -> Path:
+    """Return the file that a file: URL or a path refers to, if it is below an allowed folder after following links.
 
     Raises:
-        SourceError: there is no such file there; whether there is one elsewhere is not told.
+        SourceError: there is no such file there; the message does not reveal whether it exists elsewhere.
     """
     if not allowed_dirs:
         raise SourceError(
             "this server reads no local files: send the file as a data: URL, or start the server with --allowed-dirs"
         )
-    named = url
+    name = url
     if url[:5].lower() == "file:":
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost"):
-            raise SourceError("a file: URL names a path of the server: write file:///folder/video.mp4")
-        named = unquote(parts.path)
-    whole = [root.resolve() for root in allowed_dirs]
-    # From a root on, or as whoever started the server would name it.
-    for folder in (*whole, Path()):
+            raise SourceError("a file: URL must refer to this server, as in file:///folder/video.mp4")
+        name = unquote(parts.path)
+    resolved = [folder.resolve() for folder in allowed_dirs]
+    # Relative to an allowed folder, or to the server's working directory.
+    for folder in (*resolved, Path()):
         try:
-            path = (folder / named).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):  # not there, no name at all, or links that go round
+            path = (folder / name).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):  # missing, not a valid path, or a loop of links
             continue
-        if path.is_file() and any(path.is_relative_to(root) for root in whole):
+        if path.is_file() and any(path.is_relative_to(allowed) for allowed in resolved):
             return path
-    raise SourceError("there is no such file below the folders that this server reads from")
+    raise SourceError("no such file below the allowed folders of this server")
 
 
 @contextmanager
 def upload_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A private folder that is removed in the end, and with it those of servers that were killed.
+    """Create a private folder and remove it at the end, and those of servers that were killed.
 
     Args:
-        parent: where to make it (default: the machine's folder for temporary files).
+        parent: folder to create it in (default: the system's folder for temporary files).
     """
     parent = parent or Path(tempfile.gettempdir())
-    _sweep(parent)
+    _remove_abandoned(parent)
     new = Path(tempfile.mkdtemp(prefix=_NEW_PREFIX, dir=parent))
-    # Locked as long as this process lives, however it ends; what tidies temporary folders up heeds the lock as well.
-    # It has its name from then on, so that no other server takes it for one that was left.
+    # The lock lasts as long as this process, however it ends; systemd-tmpfiles respects it too. The folder gets its
+    # final name once it is locked, so that no other server takes it for an abandoned one.
     lock = os.open(new, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -146,18 +146,18 @@ def upload_folder(parent: Path | None = None) -> Iterator[Path]:
         os.close(lock)
 
 
-def _sweep(parent: Path) -> None:
-    """Remove the folders of this user's servers that are no more."""
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the upload folders of this user's servers that no longer run."""
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:  # another user's, or gone meanwhile
+        except OSError:  # another user's, or just removed
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # of a server that lives
+        except BlockingIOError:  # of a running server
             continue
         else:
-            shutil.rmtree(folder, ignore_errors=True)  # which follows no link
+            shutil.rmtree(folder, ignore_errors=True)  # does not follow links
         finally:
             os.close(lock)

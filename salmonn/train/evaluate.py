@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import length_buckets
 from salmonn.media.container import declared_seconds
 from salmonn.model.layout import ClipFeatures
@@ -191,26 +191,12 @@ def _caption_batch(
     draw: SampleConfig,
     seeds: Sequence[int],
 ) -> list[Caption]:
-    prompt, count = captioner.default_prompt(), draw.num_samples
-    answers = captioner.answer(
-        blocks,
-        [prompt] * len(blocks),
-        sampling=draw.sampling,
-        num_samples=count,
-        seeds=seeds,
-        batch_size=len(blocks) * count,
-    )
-    return [
-        Caption(
-            videos[index // count],
-            answer.text,
-            prompt=prompt,
-            model=captioner.name,
-            sample=index % count,
-            finished=answer.finished,
-        )
-        for index, answer in enumerate(answers)
+    requests = [
+        CaptionRequest(Path(video), sampling=draw.sampling, seed=seed, num_samples=draw.num_samples)
+        for video, seed in zip(videos, seeds, strict=True)
     ]
+    samples = captioner.generate(requests, clips=blocks, batch_size=len(blocks) * draw.num_samples)
+    return [caption for captions in samples for caption in captions]
 
 
 def _to_request(captioner: Captioner, draw: SampleConfig, batches: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -308,16 +294,10 @@ def answer_questions(
 
     def answer(number: int) -> list[Caption]:
         batch = [asked[place] for place in batches[number]]
-        answers = captioner.answer(
-            [block for _, _, block in batch],
-            [question for _, question, _ in batch],
-            sampling=Sampling(max_new_tokens=ANSWER_TOKENS),
-            batch_size=len(batch),
-        )
-        return [
-            Caption(video, answer.text, prompt=question, model=captioner.name, finished=answer.finished)
-            for (video, question, _), answer in zip(batch, answers, strict=True)
-        ]
+        sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
+        requests = [CaptionRequest(Path(video), question, sampling) for video, question, _ in batch]
+        answers = captioner.generate(requests, clips=[block for _, _, block in batch], batch_size=len(batch))
+        return [answer for (answer,) in answers]
 
     costs = [sum(lengths[place] + ANSWER_TOKENS for place in places) for places in batches]
     return _spread_out(answer, batches, costs, name=name, unit="question")

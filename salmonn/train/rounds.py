@@ -11,7 +11,7 @@ from pathlib import Path
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.model.layout import ClipFeatures
 from salmonn.preference.selection import choose_pairs, summarise_pairs
 from salmonn.records import Caption, Comparison, Reference, Score

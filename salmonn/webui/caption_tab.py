@@ -10,7 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from salmonn.caption.engine import CaptionRequest, Overloaded
+from salmonn.caption.engine import Overloaded
+from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import Completion
 from salmonn.records import Caption
 from salmonn.webui.controls import GENERATE, NO_VIDEO, QUIET, check_text, option_inputs, prompt_inputs, video_input
@@ -138,7 +139,7 @@ class CaptionTab:
                 if event is None:
                     yield {self.status: _busy(f"{WRITING if text else READING}, {seconds:.0f} s")}
                     continue
-                text, answer = text + event[1].text, event[1].answer
+                text, answer = text + event[1].text, event[1].completion
                 if answer is None and seconds - updated > UPDATE_SECONDS:
                     updated = seconds
                     yield {self.answer: render_caption(text, is_growing=True), self.status: _busy(WRITING)}

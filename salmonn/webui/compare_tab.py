@@ -12,8 +12,9 @@ from typing import Any
 
 import gradio as gr
 
-from salmonn.caption.engine import CaptionRequest, Overloaded
-from salmonn.caption.probe import MediaInfo
+from salmonn.caption.engine import Overloaded
+from salmonn.caption.generator import CaptionRequest
+from salmonn.caption.loader import MediaInfo
 from salmonn.caption.streaming import Completion
 from salmonn.preference.votes import Candidate, Choice, Vote, VoteMedia, utc_now
 from salmonn.records import Reference, Score
@@ -166,8 +167,8 @@ class CompareTab:
                     return None
                 if event is None:
                     yield {self.status: WRITING}
-                elif event[1].answer is not None:
-                    answers[event[0]] = event[1].answer
+                elif event[1].completion is not None:
+                    answers[event[0]] = event[1].completion
         media = self.state.probe_media(caption_request.path, model=models[0])
         reference = None if caption_request.prompt else self.state.reference_of(caption_request.path)
         candidates = []

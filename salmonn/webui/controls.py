@@ -8,9 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from salmonn.caption.captioner import Captioner, Span
-from salmonn.caption.engine import CaptionRequest
-from salmonn.caption.generate import Sampling
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.records import Modality
 from salmonn.webui.session import AppState
 

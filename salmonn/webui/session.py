@@ -3,15 +3,15 @@
 import logging
 import queue
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from salmonn.caption.captioner import Span
-from salmonn.caption.engine import CaptionRequest, Engine
-from salmonn.caption.probe import MediaInfo, probe_media
+from salmonn.caption.engine import Engine
+from salmonn.caption.generator import CaptionRequest
+from salmonn.caption.loader import MediaInfo, probe_media
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption, Reference
@@ -165,7 +165,8 @@ class AppState:
             for model in dict.fromkeys(models):
                 indices = [index for index, name in enumerate(models) if name == model]
                 callback = partial(on_event, indices)
-                handles.append(self.engines[model].begin(request, tell=callback, num_samples=len(indices)))
+                samples = replace(request, num_samples=len(indices))
+                handles.append(self.engines[model].submit(samples, on_event=callback))
             num_open = len(models)
             while num_open:
                 try:
@@ -175,16 +176,16 @@ class AppState:
                     continue
                 if isinstance(event, Exception):
                     raise event
-                num_open -= event.answer is not None
+                num_open -= event.completion is not None
                 yield index, event
         finally:
             for handle in handles:
-                handle.drop()
+                handle.cancel()
 
     def probe_media(self, path: Path, *, model: str) -> MediaInfo:
         """Return duration and streams of a file; raises ClipError if it is no video or audio file."""
         engine = self.engines[model]
-        return probe_media(path, engine.reader, engine.captioner.processor.read_spec("both"))
+        return probe_media(path, engine.reader, engine.captioner.processor.family.frame_sampler)
 
     def close(self) -> None:
         """Stop all engines, then close them: they share worker processes, which none may use when they are closed."""
@@ -208,7 +209,7 @@ def error_message(error: Exception, path: Path) -> str:
 
 def to_caption(request: CaptionRequest, answer: Completion, model: str) -> Caption:
     """Return an answer as a caption record."""
-    span = request.span or Span()
+    span = request.span
     return Caption(
         video=request.path.name,
         text=answer.text,

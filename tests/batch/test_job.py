@@ -19,8 +19,8 @@ from salmonn.batch.job import (
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import LedgerFiles
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.caption.captioner import PendingRequest, SegmentResult
-from salmonn.caption.generate import Sampling
+from salmonn.caption.captioner import SegmentResult
+from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure, read_records
 
@@ -289,7 +289,7 @@ class Scripted:
     """In place of a captioner: segments come in any order, those of several videos among each other."""
 
     def __init__(self) -> None:
-        self.requests: list[PendingRequest] = []
+        self.requests: list[CaptionRequest] = []
         self.options: dict = {}
 
     def default_sampling(self) -> Sampling:
@@ -316,7 +316,8 @@ def test_a_video_is_yielded_when_its_last_segment_is_done():
     assert all((result.size_bytes, result.modified_ns) == (5, 7) for one in groups for result in one.results)
     # A video's seed depends on its path; the default token limit is the model's own.
     assert [one.seed for one in captioner.requests] == [3 + path_number(video(number).path) for number in (0, 1)]
-    assert captioner.options["sampling"] == Sampling(temperature=1.0, max_new_tokens=17)
+    for request in captioner.requests:
+        assert request.sampling == Sampling(temperature=1.0, max_new_tokens=17) and request.prompt == "Say."
     assert captioner.options["segment_seconds"] == 2.0 and captioner.options["batch_size"] == 4
 
 

@@ -5,21 +5,26 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn.caption.captioner import Captioner, Span
-from salmonn.caption.generate import Sampling
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
 from salmonn.media.clip import read_clip
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, Failure
+from tests.completions import complete
 
 DESCRIBE = PLAIN_PROMPTS["both"]
 
 SHORT = Sampling(max_new_tokens=12)
 
 
+def requests(paths, **options):
+    return [CaptionRequest(path, sampling=SHORT, **options) for path in paths]
+
+
 def test_one_caption(captioner, videos, media, random_model):
     caption = captioner.caption(videos[0], sampling=SHORT)
-    (answer,) = captioner.answer([media[0]], [DESCRIBE], sampling=SHORT)
+    (answer,) = complete(captioner, [media[0]], [DESCRIBE], sampling=SHORT)
     assert caption == Caption(
         str(videos[0]), answer.text, prompt=DESCRIBE, model=str(random_model), finished=answer.finished
     )
@@ -42,13 +47,15 @@ def test_half_a_model_is_none(captioner, media, tmp_path, monkeypatch):
     (tmp_path / "model" / ".half" / "left.json").touch()  # where it was killed while files took their places
     captioner.save(tmp_path / "model")
     again = Captioner.load(tmp_path / "model")
-    assert again.answer(media[:1], ["Tell."], sampling=SHORT) == captioner.answer(media[:1], ["Tell."], sampling=SHORT)
+    assert complete(again, media[:1], ["Tell."], sampling=SHORT) == complete(
+        captioner, media[:1], ["Tell."], sampling=SHORT
+    )
     left = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"config.json", "model.safetensors"} < left and not left & {".half", "left.json"}
 
 
 def test_an_answer_at_its_limit_is_unfinished(captioner, media):
-    (answer,) = captioner.answer(media[:1], ["Tell."], sampling=Sampling(max_new_tokens=1))
+    (answer,) = complete(captioner, media[:1], ["Tell."], sampling=Sampling(max_new_tokens=1))
     assert not answer.finished
 
 
@@ -58,7 +65,7 @@ def test_an_answer_that_ends_is_finished(captioner, media, monkeypatch):
     a = tokenizer.encode("a")
     given = [[*a, tokenizer.eos_token_id], a, [tokenizer.eos_token_id]]
     monkeypatch.setattr("salmonn.caption.captioner.generate", lambda *_, **__: given)
-    answers = captioner.answer(media[:1], ["Tell."], sampling=Sampling(temperature=1.0), num_samples=3)
+    answers = complete(captioner, media[:1], ["Tell."], sampling=Sampling(temperature=1.0), num_samples=3)
     assert [(answer.text, answer.finished) for answer in answers] == [("a", True), ("a", False), ("", True)]
 
 
@@ -69,7 +76,7 @@ def test_a_broken_file_harms_no_other(captioner, videos, tmp_path, batch_size):
     empty = tmp_path / "empty.mp4"
     empty.touch()
     results = list(
-        captioner.caption_many([broken, videos[0], videos[1], empty, videos[2]], sampling=SHORT, batch_size=batch_size)
+        captioner.caption_many(requests([broken, videos[0], videos[1], empty, videos[2]]), batch_size=batch_size)
     )
     assert [type(result) for result in results] == [Failure, Caption, Caption, Failure, Caption]
     assert [result.video for result in results] == [
@@ -83,27 +90,27 @@ def test_a_broken_file_harms_no_other(captioner, videos, tmp_path, batch_size):
 
 def test_only_broken_files(captioner, tmp_path):
     (tmp_path / "a.mp4").touch()
-    results = list(captioner.caption_many([tmp_path / "a.mp4"], sampling=SHORT))
+    results = list(captioner.caption_many(requests([tmp_path / "a.mp4"])))
     assert len(results) == 1 and isinstance(results[0], Failure)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_size_below_one_is_refused(captioner, videos, batch_size):
     with pytest.raises(ValueError, match="batch_size"):
-        list(captioner.caption_many(videos[:1], sampling=SHORT, batch_size=batch_size))
+        list(captioner.caption_many(requests(videos[:1]), batch_size=batch_size))
 
 
 def test_a_span_is_what_the_model_sees(captioner, videos):
     span = Span(2.0, 4.0)
     caption = captioner.caption(videos[0], sampling=SHORT, span=span)
     part = captioner.processor.read(videos[0], start_seconds=2.0, end_seconds=4.0)
-    assert caption.text == captioner.answer([part], [DESCRIBE], sampling=SHORT)[0].text
+    assert caption.text == complete(captioner, [part], [DESCRIBE], sampling=SHORT)[0].text
     assert caption.text != captioner.caption(videos[0], sampling=SHORT).text
-    assert next(captioner.caption_many(videos[:1], sampling=SHORT, span=span)) == caption
+    assert next(captioner.caption_many(requests(videos[:1], span=span))) == caption
 
 
 def test_a_span_beyond_the_end_is_a_failure_with_words(captioner, videos):
-    (result,) = captioner.caption_many(videos[:1], sampling=SHORT, span=Span(100.0, None))
+    (result,) = captioner.caption_many(requests(videos[:1], span=Span(100.0, None)))
     assert isinstance(result, Failure) and str(videos[0]) in result.reason
     with pytest.raises(ValueError, match=videos[0].name):
         captioner.caption(videos[0], span=Span(100.0, None))
@@ -122,7 +129,7 @@ def test_picture_or_sound_alone(captioner, videos, media):
     }
     assert len(set(texts.values())) == 3
     heard = captioner.processor.read(videos[0], modality="audio")
-    assert texts["audio"] == captioner.answer([heard], [PLAIN_PROMPTS["audio"]], sampling=SHORT)[0].text
+    assert texts["audio"] == complete(captioner, [heard], [PLAIN_PROMPTS["audio"]], sampling=SHORT)[0].text
 
 
 def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):
@@ -139,33 +146,33 @@ def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):
 
 
 def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monkeypatch):
-    plain = captioner.answer
+    plain = captioner.generate
 
-    def crowded(clips, prompts, **named):
-        if named["seeds"] == [2]:  # of the third clip's batch
+    def crowded(batch, **named):
+        if [request.path for request in batch] == [videos[2]]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-        return plain(clips, prompts, **named)
+        return plain(batch, **named)
 
-    monkeypatch.setattr(captioner, "answer", crowded)
-    results = list(captioner.caption_many(videos[:4], sampling=SHORT, batch_size=1))
+    monkeypatch.setattr(captioner, "generate", crowded)
+    results = list(captioner.caption_many(requests(videos[:4]), batch_size=1))
     assert [isinstance(result, Failure) for result in results] == [False, False, True, False]
-    assert "does not fit in the GPU's memory" in results[2].reason and "batch_size" in results[2].reason
+    assert "does not fit into GPU memory" in results[2].reason and "batch_size" in results[2].reason
     assert str(videos[2]) in results[2].reason and results[2].stage == "caption"
 
 
 def test_clips_of_like_length_go_together(captioner, videos, monkeypatch):
     """In the order of the paths their lengths are short, long, short, long, short: two batches, of 2 and 3."""
-    plain, sizes = captioner.answer, []
+    plain, sizes = captioner.generate, []
 
-    def watched(clips, prompts, **named):
+    def watched(batch, *, clips, **named):
         sizes.append([round(clip.seconds) for clip in clips])
-        return plain(clips, prompts, **named)
+        return plain(batch, clips=clips, **named)
 
-    monkeypatch.setattr(captioner, "answer", watched)
+    monkeypatch.setattr(captioner, "generate", watched)
     seconds = {video: read_clip(video, captioner.processor.family.frame_sampler).video_seconds for video in videos}
     short, long = min(videos, key=seconds.get), max(videos, key=seconds.get)
     assert round(seconds[short]) < round(seconds[long])
-    results = list(captioner.caption_many([short, long, short, long, short], sampling=SHORT, batch_size=3))
+    results = list(captioner.caption_many(requests([short, long, short, long, short]), batch_size=3))
     # Of the three short ones two are alone, and the last goes with the long ones, in the order of the paths.
     assert sizes == [[round(seconds[short])] * 2, [*[round(seconds[long])] * 2, round(seconds[short])]]
     assert [result.video for result in results] == [str(path) for path in (short, long, short, long, short)]
@@ -178,8 +185,8 @@ def test_a_draw_depends_on_its_seed_and_place_alone(captioner, videos):
     assert len({caption.text for caption in alone}) == 5
     with ClipReader(workers=2) as reader:
         for batch_size in (1, 3, 8):
-            named = dict(sampling=drawn, seed=5, batch_size=batch_size, reader=reader)
-            assert list(captioner.caption_many(videos, **named)) == alone
+            seeded = [CaptionRequest(video, sampling=drawn, seed=5 + number) for number, video in enumerate(videos)]
+            assert list(captioner.caption_many(seeded, batch_size=batch_size, reader=reader)) == alone
         assert reader.waited_seconds > 0
 
 
@@ -195,7 +202,7 @@ def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, 
     monkeypatch.setattr("salmonn.caption.processor.ReadSpec", deadly.Deadly)
     paths = [videos[0], tmp_path / "bad.mp4", videos[1]]
     with ClipReader(workers=2) as reader:
-        results = list(captioner.caption_many(paths, sampling=SHORT, reader=reader))
+        results = list(captioner.caption_many(requests(paths), reader=reader))
     assert [result.video for result in results] == list(map(str, paths))
     assert isinstance(results[1], Failure) and "SIGKILL" in results[1].reason and str(paths[1]) in results[1].reason
     assert [results[0], results[2]] == [captioner.caption(video, sampling=SHORT) for video in videos[:2]]
@@ -204,13 +211,20 @@ def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, 
 def test_samples_follow_one_another(captioner, media):
     drawn = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
     done = []
-    answers = captioner.answer(
-        media[:3], ["Tell."] * 3, sampling=drawn, num_samples=2, seeds=[1, 2, 3], batch_size=4, progress=done.append
+    answers = complete(
+        captioner,
+        media[:3],
+        ["Tell."] * 3,
+        sampling=drawn,
+        num_samples=2,
+        seeds=[1, 2, 3],
+        batch_size=4,
+        on_progress=done.append,
     )
     assert len(answers) == 6 and done == [2, 1]  # 4 sequences side by side are 2 clips
     # What a clip's samples draw depends on its own seed, wherever it stands.
     for place, seed in enumerate([1, 2, 3]):
-        alone = captioner.answer(media[place : place + 1], ["Tell."], sampling=drawn, num_samples=2, seeds=[seed])
+        alone = complete(captioner, media[place : place + 1], ["Tell."], sampling=drawn, num_samples=2, seeds=[seed])
         assert answers[2 * place : 2 * place + 2] == alone
 
 

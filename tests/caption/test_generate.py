@@ -8,8 +8,10 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling, generate, sample_tokens
+from salmonn.caption.generate import generate, sample_tokens
+from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
+from tests.completions import complete
 
 DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
 
@@ -260,20 +262,22 @@ def test_questions_on_one_clip_read_it_once(captioner, media):
     prompts = ["What can be seen?", "Which colour?", "Tell."]
     sampling = Sampling(max_new_tokens=6)
     (block,) = captioner.encode(media[:1])
-    together = captioner.answer([block] * 3, prompts, sampling=sampling)
+    together = complete(captioner, [block] * 3, prompts, sampling=sampling)
     assert len(block) < seen[0][1] < len(block) + 60
-    assert together == [captioner.answer([block], [prompt], sampling=sampling)[0] for prompt in prompts]
+    assert together == [complete(captioner, [block], [prompt], sampling=sampling)[0] for prompt in prompts]
 
 
 def test_samples_depend_on_their_own_seed_alone(captioner, media):
     """Not on what stands beside them, nor on how many of them there are."""
     blocks = captioner.encode(media[:3])
-    every = captioner.answer(blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9])
-    alone = captioner.answer(blocks[1:2], ["Tell."], sampling=DRAWN, num_samples=2, seeds=[8])
+    every = complete(captioner, blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9])
+    alone = complete(captioner, blocks[1:2], ["Tell."], sampling=DRAWN, num_samples=2, seeds=[8])
     assert every[4:6] == alone and every[:4] != every[4:8]
-    short = captioner.answer(blocks[:1], ["Tell."], sampling=replace(DRAWN, max_new_tokens=3), num_samples=4, seeds=[7])
+    short = complete(
+        captioner, blocks[:1], ["Tell."], sampling=replace(DRAWN, max_new_tokens=3), num_samples=4, seeds=[7]
+    )
     assert all(whole.text.startswith(cut.text[:-1]) for whole, cut in zip(every, short, strict=False))
-    in_turn = captioner.answer(blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9], batch_size=4)
+    in_turn = complete(captioner, blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9], batch_size=4)
     assert in_turn == every
 
 

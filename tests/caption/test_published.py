@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.media.clip import Clip
 from salmonn.model.families import from_published, get_family
 from salmonn.model.loading import load_config
+from tests.completions import complete
 
 MEDIA = Path(__file__).parents[3] / "shared" / "media"
 needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no media in {MEDIA}")
@@ -221,8 +222,10 @@ def test_captions_in_a_batch_equal_those_alone(published, family):
     ]
     short = Sampling(max_new_tokens=6)
     prompts = ["What?", "Describe it.", "Tell."]
-    together = captioner.answer(media, prompts, sampling=short)
-    alone = [captioner.answer([one], [prompt], sampling=short)[0] for one, prompt in zip(media, prompts, strict=True)]
+    together = complete(captioner, media, prompts, sampling=short)
+    alone = [
+        complete(captioner, [one], [prompt], sampling=short)[0] for one, prompt in zip(media, prompts, strict=True)
+    ]
     assert together == alone and len(set(together)) > 1
 
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from salmonn.caption.captioner import PendingRequest, Span
-from salmonn.caption.generate import DecodeBatch, Sampling, generate
+from salmonn.caption.generate import DecodeBatch, generate
+from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import IncrementalDetokenizer
 from salmonn.records import Caption, Failure
+from tests.completions import complete
 
 SHORT = Sampling(max_new_tokens=12)
 DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12)
@@ -31,24 +32,24 @@ def test_answers_that_join_others_are_those_of_answer(request, videos, model):
     clips, prompts = media[:3], ["Tell.", "Tell me more.", "List the events."]
     long = Sampling(max_new_tokens=30, repetition_penalty=1.2)
     texts, whole = [""] * 5, [None] * 5
-    answers = captioner.begin()
-    assert list(answers.join(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6])) == [0, 1, 2]
+    answers = captioner.streaming_generator()
+    assert list(answers.add(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6])) == [0, 1, 2]
     for step in range(100):
         if step == 2:
-            assert list(answers.join(media[3:], ["Tell."], sampling=long, seeds=[7])) == [3]
+            assert list(answers.add(media[3:], ["Tell."], sampling=long, seeds=[7])) == [3]
         if step == 14:
             assert whole[0] and whole[1] and whole[2] and not whole[3]
-            assert list(answers.join(media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8])) == [4]
+            assert list(answers.add(media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8])) == [4]
         if not answers:
             break
         for number, piece in answers.step().items():
             assert whole[number] is None
             texts[number] += piece.text
-            whole[number] = piece.answer
+            whole[number] = piece.completion
     expected = [
-        *captioner.answer(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6]),
-        *captioner.answer(media[3:], ["Tell."], sampling=long, seeds=[7]),
-        *captioner.answer(media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8]),
+        *complete(captioner, clips, prompts, sampling=DRAWN, seeds=[4, 5, 6]),
+        *complete(captioner, media[3:], ["Tell."], sampling=long, seeds=[7]),
+        *complete(captioner, media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8]),
     ]
     assert whole == expected and texts == [answer.text for answer in expected]
     assert len(set(texts)) == 5
@@ -59,7 +60,7 @@ def test_a_dropped_answer_ends_and_its_neighbours_go_on(captioner, media):
     named = dict(sampling=Sampling(max_new_tokens=10), stop_ids=[999])  # no token of this model
     whole = generate(captioner.network, inputs, **named)
     generation, told = DecodeBatch(captioner.network, stop_ids=named["stop_ids"]), [[], [], []]
-    generation.join(inputs, sampling=named["sampling"])
+    generation.add(inputs, sampling=named["sampling"])
     passes = []
     hook = captioner.network.lm.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
     for number in range(1, 8):
@@ -86,7 +87,7 @@ def test_text_comes_in_whole_letters_and_without_blanks_at_its_ends(captioner):
 
 
 def test_samples_of_one_reading(captioner, videos):
-    captions = captioner.sample(videos[0], num_samples=3, sampling=DRAWN, seed=7)
+    (captions,) = captioner.generate([CaptionRequest(videos[0], sampling=DRAWN, seed=7, num_samples=3)])
     assert [caption.sample for caption in captions] == [0, 1, 2]
     assert captions[0] == captioner.caption(videos[0], sampling=DRAWN, seed=7)
     assert len({caption.text for caption in captions}) == 3
@@ -96,15 +97,20 @@ def test_questions_on_one_reading(captioner, videos, monkeypatch):
     reads = []
     read = captioner.processor.clip_inputs
     monkeypatch.setattr(captioner.processor, "clip_inputs", lambda clip: reads.append(clip.path) or read(clip))
-    asked = captioner.ask(videos[0], ["Tell.", "List the events."], sampling=SHORT, span=Span(1.0, 3.0))
+    requests = [CaptionRequest(videos[0], prompt, SHORT, Span(1.0, 3.0)) for prompt in ("Tell.", "List the events.")]
+    asked = [caption for (caption,) in captioner.generate(requests)]
     assert reads == [str(videos[0])]
     alone = [
         captioner.caption(videos[0], prompt=prompt, sampling=SHORT, span=Span(1.0, 3.0))
         for prompt in ("Tell.", "List the events.")
     ]
     assert asked == alone
-    with pytest.raises(ValueError, match="must be a list"):
-        captioner.ask(videos[0], "Tell.")
+    # The reading is shared by batches too, and not with another span.
+    reads.clear()
+    assert captioner.generate([*requests, replace(requests[0], span=Span())], batch_size=1)[:2] == [
+        [one] for one in asked
+    ]
+    assert len(reads) == 2
 
 
 def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
@@ -112,14 +118,16 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     with ClipReader(workers=1) as reader:
-        asked = [PendingRequest(videos[0]), PendingRequest(broken), PendingRequest(videos[1], Span(1.0, 4.5))]
-        batches = list(
-            captioner.caption_batches(asked, sampling=SHORT, segment_seconds=2.0, batch_size=2, reader=reader)
-        )
+        requests = [
+            CaptionRequest(videos[0], sampling=SHORT),
+            CaptionRequest(broken, sampling=SHORT),
+            CaptionRequest(videos[1], sampling=SHORT, span=Span(1.0, 4.5)),
+        ]
+        batches = list(captioner.caption_batches(requests, segment_seconds=2.0, batch_size=2, reader=reader))
     assert all(len(batch) <= 2 for batch in batches)
     done = {0: [], 1: [], 2: []}
     for one in (one for batch in batches for one in batch):
-        done[one.place].append(one)
+        done[one.index].append(one)
     (failure,) = done[1]
     assert isinstance(failure.result, Failure) and failure.result.stage == "read" and failure.num_segments == 1
     # 3.5 s in steps of 2 s: a rest of 1.5 s is a segment of its own.
@@ -133,7 +141,7 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
 
 
 def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
-    (batch,) = captioner.caption_batches([PendingRequest(videos[0])], sampling=SHORT, segment_seconds=float("inf"))
+    (batch,) = captioner.caption_batches([CaptionRequest(videos[0], sampling=SHORT)], segment_seconds=float("inf"))
     caption = batch[0].result
     assert caption.start_seconds == 0.0 and caption.end_seconds > 4
     assert caption.text == captioner.caption(videos[0], sampling=SHORT).text
@@ -151,7 +159,8 @@ def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
 )
 def test_mistakes_are_told_before_anything_is_read(captioner, tmp_path, named, words):
     with pytest.raises(ValueError, match=words):
-        next(captioner.caption_batches([PendingRequest(tmp_path / "none.mp4")], **named))
+        prompt = named.pop("prompt", None)
+        next(captioner.caption_batches([CaptionRequest(tmp_path / "none.mp4", prompt)], **named))
 
 
 def test_any_number_of_videos(captioner, videos):
@@ -161,9 +170,9 @@ def test_any_number_of_videos(captioner, videos):
     def endless():
         while True:
             taken.append(1)
-            yield PendingRequest(videos[0], Span(0.0, 1.0))
+            yield CaptionRequest(videos[0], sampling=replace(SHORT, max_new_tokens=1), span=Span(0.0, 1.0))
 
-    given = captioner.caption_batches(endless(), sampling=replace(SHORT, max_new_tokens=1), batch_size=1)
+    given = captioner.caption_batches(endless(), batch_size=1)
     assert [len(next(given)) for _ in range(3)] == [1, 1, 1]
     given.close()
     # Three were done, and two batches ahead of the next were begun.

@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, split_into_segments
 from salmonn.caption.worker import WorkerLimits
 from salmonn.media.frame_sampling import FixedRateSampler
@@ -17,6 +18,7 @@ GREEDY = """
 import fcntl, os, signal, stat, time
 from contextlib import suppress
 import numpy as np
+from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ReadSpec
 
 def say(what):
@@ -73,7 +75,7 @@ def greedy(tmp_path, monkeypatch):
 
 def read_all(names, read_spec, limits):
     with ClipReader(workers=1, limits=limits) as reader:
-        parts = [ClipJob(place, Path(name), read_spec) for place, name in enumerate(names)]
+        parts = [ClipJob(place, CaptionRequest(Path(name)), read_spec) for place, name in enumerate(names)]
         return [str(read) for batch in reader.batches(parts, size=1, finish=str) for _, read in batch]
 
 
@@ -87,13 +89,13 @@ def test_a_file_that_takes_too_long_costs_itself_alone(greedy, name):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("dribble", "ended, since it did not finish"),
-        ("mute", "since it did not finish"),
+        ("dribble", "killed because it did not finish"),
+        ("mute", "because it did not finish"),
         ("garbage", "do not trust the file"),
     ],
 )
 def test_a_worker_that_does_not_speak_as_workers_do(greedy, monkeypatch, name, words):
-    monkeypatch.setattr("salmonn.caption.worker.LAST_SECONDS", 3.0)
+    monkeypatch.setattr("salmonn.caption.worker.KILL_TIMEOUT_SECONDS", 3.0)
     before, bad, after = read_all(["a", name, "b"], greedy, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert bad.startswith(f"{name}: ") and re.search(words, bad)
@@ -101,17 +103,17 @@ def test_a_worker_that_does_not_speak_as_workers_do(greedy, monkeypatch, name, w
 
 def test_a_worker_that_does_not_end_is_given_up(greedy, monkeypatch):
     """Stopped, it hears of no limit, as one that waits for a disk which is gone."""
-    monkeypatch.setattr("salmonn.caption.worker.LAST_SECONDS", 0.5)
+    monkeypatch.setattr("salmonn.caption.worker.KILL_TIMEOUT_SECONDS", 0.5)
     before, late, after = read_all(["a", "stopped", "b"], greedy, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
-    assert late.startswith("stopped: reading it took more than 1 s, and the process") and "disk" in late
+    assert late.startswith("stopped: reading it took more than 1 s, and the worker process") and "disk" in late
 
 
 def test_a_file_that_takes_too_much_costs_itself_alone(greedy):
     # An array of 256 MiB, where 128 MiB beside what a worker holds are allowed, and where 1 GiB is.
     before, large, after = read_all(["a", "large", "b"], greedy, WorkerLimits(memory_gib=0.125))
     assert (before, after) == ("a", "b")
-    assert large.startswith("large: what is read of it takes more than 0.125 GiB") and "read_gib" in large
+    assert large.startswith("large: the clip needs more than 0.125 GiB") and "read_gib" in large
     assert read_all(["large"], greedy, WorkerLimits(memory_gib=1.0)) == [str(1 << 28)]
 
 
@@ -119,7 +121,7 @@ def test_a_process_that_was_taken_over_cannot_take_over_its_parent(greedy, tmp_p
     monkeypatch.setenv("TOUCHED", str(tmp_path / "touched"))
     before, evil, after = read_all(["a", "evil", "b"], greedy, WorkerLimits())
     assert (before, after) == ("a", "b")
-    assert "system, which none sends: do not trust the file" in evil and not (tmp_path / "touched").exists()
+    assert "system, which no worker does: do not trust the file" in evil and not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": -1}, {"seconds": float("nan")}])
@@ -141,19 +143,25 @@ def test_limits_are_above_nothing(values):
     ],
 )
 def test_segments(start, seconds, length, expected):
-    part = ClipJob(3, Path("a.mp4"), ReadSpec(FixedRateSampler(), start_seconds=start, audio=False), seed=9)
+    part = ClipJob(
+        3, CaptionRequest(Path("a.mp4"), seed=9), ReadSpec(FixedRateSampler(), start_seconds=start, audio=False)
+    )
     cut = split_into_segments(part, seconds, length)
     assert [(one.read_spec.start_seconds, one.read_spec.end_seconds) for one, _ in cut] == expected
     assert [length for _, length in cut] == pytest.approx([end - begin for begin, end in expected])
     for number, (one, _) in enumerate(cut):
-        assert (one.place, one.seed, one.num_segments) == (3, 9 + number, len(expected)) and not one.read_spec.audio
+        assert (one.index, one.request.seed, one.num_segments) == (
+            3,
+            9 + number,
+            len(expected),
+        ) and not one.read_spec.audio
 
 
 def test_a_file_without_a_stated_length_cannot_be_cut(videos):
-    part = ClipJob(0, videos[0], ReadSpec(FixedRateSampler(side=48)))
+    part = ClipJob(0, CaptionRequest(videos[0]), ReadSpec(FixedRateSampler(side=48)))
     ((endless, seconds),) = split_into_segments(part, 0.0, 2.0)
     assert seconds == 0
-    with pytest.raises(ValueError, match=r"does not say how long it is.*here it ends at \d+\.\d\d s"):
+    with pytest.raises(ValueError, match=r"does not state its length.*its data ends at \d+\.\d\d s"):
         endless.read_spec.read(videos[0])
 
 
@@ -181,7 +189,9 @@ def test_segments_follow_what_a_file_holds_and_not_what_it_says(tmp_path):
         assert read_spec.seconds(path, exact=True) == pytest.approx(seconds, abs=0.01)
         with ClipReader(workers=1) as reader:
             batches = list(
-                reader.batches([ClipJob(0, path, read_spec)], size=8, finish=lambda clip: clip, segment_seconds=5)
+                reader.batches(
+                    [ClipJob(0, CaptionRequest(path), read_spec)], size=8, finish=lambda clip: clip, segment_seconds=5
+                )
             )
         read = [one for batch in batches for one in batch]
         assert [part.read_spec.end_seconds for part, _ in read] == pytest.approx(ends, abs=0.01)

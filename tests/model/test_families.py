@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model import families
 from salmonn.model.config import SalmonnConfig

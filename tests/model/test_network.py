@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salmonn.caption.generate import Sampling, generate
+from salmonn.caption.generate import generate
+from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow, select_modality
+from tests.completions import complete
 
 ROWS = [
     PromptRow(0, "Tell.", "A red circle appears and then a low tone is heard."),
@@ -70,9 +72,9 @@ def test_greedy_answers_equal_those_alone(captioner, mixed):
     sampling = Sampling(max_new_tokens=12)
     clips = [*mixed, mixed[0]]
     prompts = ["Tell.", "What can be seen in the whole of this?", "?", "Which?"]
-    together = captioner.answer(clips, prompts, sampling=sampling)
+    together = complete(captioner, clips, prompts, sampling=sampling)
     alone = [
-        captioner.answer([clip], [prompt], sampling=sampling)[0] for clip, prompt in zip(clips, prompts, strict=True)
+        complete(captioner, [clip], [prompt], sampling=sampling)[0] for clip, prompt in zip(clips, prompts, strict=True)
     ]
     assert together == alone
     assert len({answer.text for answer in together}) > 2  # the answers do depend on clip and prompt
@@ -94,7 +96,7 @@ def test_features_give_the_same_as_clip_inputs(captioner, mixed):
 @torch.no_grad()
 def test_encoding_in_batches_changes_nothing(captioner, mixed):
     done = []
-    one_by_one = captioner.encode(mixed, batch_size=1, progress=done.append)
+    one_by_one = captioner.encode(mixed, batch_size=1, on_progress=done.append)
     assert done == [1, 1, 1]
     for clip_features, alone in zip(captioner.encode(mixed), one_by_one, strict=True):
         assert torch.allclose(clip_features.tokens, alone.tokens, atol=1e-5)

@@ -11,8 +11,8 @@ from peft import LoraConfig as PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from salmonn.caption.captioner import Captioner, Span
-from salmonn.caption.generate import Sampling
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.generator import Sampling, Span
 from salmonn.caption.processor import PromptRow
 from salmonn.model.families.tiny import tiny_config
 from salmonn.model.loading import Placement, load_network, save_network

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from salmonn.caption.probe import MediaInfo
+from salmonn.caption.loader import MediaInfo
 from salmonn.conversations import read_conversations
 from salmonn.preference.votes import (
     Candidate,

@@ -17,8 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.streaming import StreamingGenerator, TextDelta
-from salmonn.serve.api import Service
-from salmonn.serve.server import Server
+from salmonn.serve.api import Server, Service
 
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -41,7 +40,7 @@ class Gated(Captioner):
         self.most = 0  # side by side so far
         self.stops_after = -1  # steps, after which it closes its gate itself
 
-    def begin(self) -> StreamingGenerator:
+    def streaming_generator(self) -> StreamingGenerator:
         return GatedAnswers(self)
 
 
@@ -53,26 +52,26 @@ class GatedAnswers(StreamingGenerator):
         self.model = model
         self.present: set[int] = set()
 
-    def join(self, clips: Any, prompts: Any, **named: Any) -> range:
+    def add(self, clips: Any, prompts: Any, **named: Any) -> range:
         self.model.batches.append(len(clips))
         self.model.gate.wait(30)
         if error := self.model.fail_to_read(len(self.present) + len(clips)):
             raise error
-        numbers = super().join(clips, prompts, **named)
+        numbers = super().add(clips, prompts, **named)
         self.present |= set(numbers)
         return numbers
 
-    def step(self, dropped: Collection[int] = ()) -> dict[int, TextDelta]:
+    def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:
         self.model.gate.wait(30)
-        self.present -= {number for number in self.present if number in dropped}
-        pieces = super().step(dropped)
+        self.present -= {number for number in self.present if number in cancelled}
+        pieces = super().step(cancelled)
         if error := self.model.fail(len(self.present)):
             raise error
         self.model.num_steps += 1
         if self.model.num_steps == self.model.stops_after:
             self.model.gate.clear()
         self.model.most = max(self.model.most, len(self.present))
-        self.present -= {number for number, piece in pieces.items() if piece.answer}
+        self.present -= {number for number, piece in pieces.items() if piece.completion}
         return pieces
 
 
@@ -100,7 +99,7 @@ class Running:
         assert not self.thread.is_alive()
 
 
-def wait_until(done: Callable[[], object], *, seconds: float = 20.0) -> None:
+def wait_until(done: Callable[[], object], *, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, f"not within {seconds} s"

@@ -14,11 +14,11 @@ import numpy as np
 import openai
 import pytest
 
-from salmonn.caption.captioner import Span
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling, Span
 from salmonn.caption.prompt import Prompt
 from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.sources import MediaSources
+from tests.completions import complete
 from tests.serve.running import HEAD, about, ask, counts, data_url, wait_until, web_server
 
 SHORT = Sampling(max_new_tokens=12)
@@ -107,7 +107,7 @@ def test_a_conversation_goes_on(start, model, videos):
 
     def expect(system):
         prompt = Prompt("What is heard?", ((usual, first.content),), system)
-        return model.answer([media], [prompt], sampling=SHORT)[0].text
+        return complete(model, [media], [prompt], sampling=SHORT)[0].text
 
     answers = []
     for system in (None, "Be brief.", ""):
@@ -173,8 +173,8 @@ def test_models_and_health(start):
 @pytest.mark.parametrize(
     ("named", "words"),
     [
-        ({"frequency_penalty": 1}, "frequency_penalty: this server does not do what that asks for"),
-        ({"extra_body": {"fps": 3}}, "fps: this server does not know it"),
+        ({"frequency_penalty": 1}, "frequency_penalty: this value is not supported"),
+        ({"extra_body": {"fps": 3}}, "fps: unsupported parameter"),
         ({"temperature": 9}, "temperature: "),
     ],
 )
@@ -186,7 +186,7 @@ def test_parameters_that_are_refused(start, videos, named, words):
 
 
 def test_another_model_is_not_here(start, videos):
-    with pytest.raises(openai.NotFoundError, match="the model 'gpt-4o' is not here: this server has toy") as caught:
+    with pytest.raises(openai.NotFoundError, match="model 'gpt-4o' not found; available: toy") as caught:
         start().client().chat.completions.create(model="gpt-4o", messages=about(videos[0].name))
     assert caught.value.code == "model_not_found"
 
@@ -210,7 +210,7 @@ def test_no_file_outside_the_root(start, videos, tmp_path):
     (root / "link.mp4").symlink_to(videos[0])
     client = start(sources=MediaSources((root,), FetchPolicy())).client()
     for url in (str(videos[0]), "link.mp4", f"file://{root}/../{videos[0]}", "/etc/passwd"):
-        with pytest.raises(openai.BadRequestError, match="there is no such file below the folders"):
+        with pytest.raises(openai.BadRequestError, match="no such file below the allowed folders"):
             ask(client, url)
 
 
@@ -233,10 +233,10 @@ def test_files_are_fetched_from_named_hosts(start, model, videos):
 def test_uploads_that_are_too_large(start, videos):
     """8 KiB are taken: 11 KiB of base64, and a MiB for the rest of the request."""
     running = start(sources=MediaSources((), FetchPolicy(max_bytes=8 << 10)))
-    with pytest.raises(openai.APIStatusError, match=r"the file is larger than the 0.0078125 MiB") as caught:
+    with pytest.raises(openai.APIStatusError, match=r"the file is larger than the maximum of 0.0078125 MiB") as caught:
         ask(running.client(), data_url(videos[0]))
     assert caught.value.status_code == 413
-    with pytest.raises(openai.APIStatusError, match="the request is larger than the 1 MiB") as caught:
+    with pytest.raises(openai.APIStatusError, match="the request is larger than the maximum of 1 MiB") as caught:
         ask(running.client(), "data:;base64," + "A" * (2 << 20))
     assert caught.value.status_code == 413
 
@@ -275,14 +275,14 @@ def test_uploads_have_so_much_memory_and_no_more(start, videos):
     try:
         for connection in connections:
             connection.sendall(f"{HEAD}Content-Length: {size + 1}\r\n\r\n".encode() + b" " * size)
-        wait_until(lambda: running.service.held.now == 2 * size)
-        with pytest.raises(openai.RateLimitError, match="other uploads take all the memory there is for them"):
+        wait_until(lambda: running.service.body_memory.now == 2 * size)
+        with pytest.raises(openai.RateLimitError, match="other uploads take up all memory"):
             ask(running.client(), "data:;base64," + "A" * (1 << 17))
         assert ask(running.client(), videos[0].name, user="me" * 10_000).choices  # 20 KB, where 7 are left
     finally:
         for connection in connections:
             connection.close()
-    wait_until(lambda: running.service.held.now == 0)
+    wait_until(lambda: running.service.body_memory.now == 0)
     assert ask(running.client(), data_url(videos[0])).choices
 
 
@@ -293,7 +293,7 @@ def test_too_many_are_told_to_wait(start, model, videos):
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, running.client(), videos[0].name, temperature=1, n=12)
         wait_until(lambda: model.batches == [12])
-        with pytest.raises(openai.RateLimitError, match="12 answers are waited for already") as caught:
+        with pytest.raises(openai.RateLimitError, match="12 answers are queued") as caught:
             ask(running.client(), videos[1].name)
         assert int(caught.value.response.headers["Retry-After"]) > 0
         model.gate.set()
@@ -325,7 +325,7 @@ def test_who_goes_away_is_dropped_and_the_others_go_on(start, engine, model, vid
         long = Sampling(max_new_tokens=150)
         answer = staying.result(60).choices[0]
         assert answer.message.content == model.caption(videos[1], sampling=long).text
-    wait_until(lambda: counts(running)["salmonn_requests_totaldropped"] == 2)
+    wait_until(lambda: counts(running)["salmonn_requests_totalcancelled"] == 2)
 
 
 def test_a_failing_model(start, model, videos):
@@ -357,7 +357,7 @@ def test_a_failing_model(start, model, videos):
 def test_a_request_may_take_only_so_long(start, engine, model, videos):
     running = start(request_seconds=1.0)
     model.gate.clear()
-    with pytest.raises(openai.InternalServerError, match=r"took more than 1 s: ask for a part") as caught:
+    with pytest.raises(openai.InternalServerError, match=r"took more than 1 s: use a part") as caught:
         ask(running.client(), videos[0].name)
     assert caught.value.status_code == 504
     begun = time.monotonic()
@@ -391,9 +391,9 @@ def test_closing_ends_what_is_under_way_when_the_grace_ends(start, own_engine, m
             assert httpx2.get(f"{running.url}/health", trust_env=False).json()["status"] == "closing"
             with pytest.raises(openai.InternalServerError, match="shutting down"):
                 ask(client, videos[2].name)
-            wait_until(own_engine._cut_off.is_set)
+            wait_until(own_engine._is_aborted.is_set)
             model.gate.set()
-            with pytest.raises(openai.APIError, match="the server is shutting down: ask again when it is back"):
+            with pytest.raises(openai.APIError, match="the server is shutting down; try again later"):
                 gather(chunks)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
             waiting.result(20)
@@ -412,7 +412,7 @@ def test_a_disk_without_room_is_told(start, videos, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("salmonn.serve.request.tempfile.mkdtemp", refuse)
-    with pytest.raises(openai.InternalServerError, match=r"has no place for the file \(No space left") as caught:
+    with pytest.raises(openai.InternalServerError, match=r"cannot store the file \(No space left") as caught:
         ask(running.client(), data_url(videos[0]))
     assert caught.value.status_code == 507
 
@@ -473,14 +473,14 @@ def test_what_is_counted_and_logged(start, videos, caplog):
             ask(client, "data:;base64,AAAA", "A secret?")
         wait_until(lambda: running.service.num_requests == 0)
     told = counts(running)
-    assert told["salmonn_requests_totalanswered"] == 2 and told["salmonn_requests_totalrefused"] == 1
-    assert told["salmonn_tokens_totalprompts"] == sum(answer.usage.prompt_tokens for answer in answers)
-    assert told["salmonn_tokens_totalanswers"] == sum(answer.usage.completion_tokens for answer in answers)
-    assert told["salmonn_received_bytes_totaldata"] == videos[0].stat().st_size + 3
-    assert told["salmonn_first_word_seconds_count"] == 2 and told["salmonn_request_seconds_count"] == 3
-    assert told["salmonn_reading_seconds_count"] == 3 and told["salmonn_requests_present"] == 0
+    assert told["salmonn_requests_totalanswered"] == 2 and told["salmonn_requests_totalrejected"] == 1
+    assert told["salmonn_tokens_totalprompt"] == sum(answer.usage.prompt_tokens for answer in answers)
+    assert told["salmonn_tokens_totalcompletion"] == sum(answer.usage.completion_tokens for answer in answers)
+    assert told["salmonn_received_bytes_totalupload"] == videos[0].stat().st_size + 3
+    assert told["salmonn_time_to_first_token_seconds_count"] == 2 and told["salmonn_request_seconds_count"] == 3
+    assert told["salmonn_reading_seconds_count"] == 3 and told["salmonn_requests_active"] == 0
     lines = [record.getMessage() for record in caplog.records if record.name == "salmonn.serve.request"]
-    assert [line.split()[1] for line in lines] == ["answered", "answered", "refused"]
+    assert [line.split()[1] for line in lines] == ["answered", "answered", "rejected"]
     assert [line.split()[0] for line in lines[:2]] == [answer.id for answer in answers]
     assert answers[0]._request_id == answers[0].id
     assert not any("secret" in line or videos[1].name in line for line in lines)

@@ -2,18 +2,17 @@
 
 import json
 import socket
-import time
 from contextlib import ExitStack, closing
 
 import pytest
 
-from salmonn.serve import server
+from salmonn.serve import api
 from tests.serve.running import HEAD, about, ask, counts, wait_until
 
 
 def connect(running) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", running.port))
-    connection.settimeout(20)
+    connection.settimeout(120)
     return connection
 
 
@@ -34,46 +33,77 @@ def is_well(connection) -> bool:
     return told.startswith(b"HTTP/1.1 200 ")
 
 
-def test_connections_without_a_whole_request_are_closed(start, monkeypatch):
+class Clock:
+    """A clock for a server, which stands still until a test sets it."""
+
+    def __init__(self, running) -> None:
+        self.now = 1000.0
+        self.num_ticks = 0
+        self._server = running.server
+        self._tick = running.server._close_idle_connections
+        running.server._close_idle_connections = self._count
+        running.server.clock = lambda: self.now
+        self.wait_for_tick()
+
+    def _count(self) -> None:
+        self._tick()
+        self.num_ticks += 1
+
+    def wait_for_tick(self) -> None:
+        """Wait until the server has looked at all connections; a look may be under way already."""
+        before = self.num_ticks
+        wait_until(lambda: self.num_ticks >= before + 2)
+
+
+def test_connections_without_a_whole_request_are_closed(start):
     """One says nothing, one never comes to the end of a head, one does not come to that of its second."""
-    monkeypatch.setattr(server, "_SILENT_SECONDS", 1.0)
     running = start()
+    clock = Clock(running)
     with connect(running) as silent, connect(running) as slow, connect(running) as second:
         assert is_well(second)
-        begun = time.monotonic()
         for connection in (slow, second):
             connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
-        time.sleep(0.6)
+        wait_until(lambda: len(running.server.server_state.connections) == 3)
+        clock.wait_for_tick()
+        clock.now += 0.9 * api._IDLE_SECONDS
         for connection in (slow, second):
             connection.sendall(b"and so on, ")  # no sign of an end
+        clock.wait_for_tick()
+        assert len(running.server.server_state.connections) == 3
+        clock.now += 0.2 * api._IDLE_SECONDS
         assert all(map(is_closed, (silent, slow, second)))
-        assert 0.5 < time.monotonic() - begun < 15
     wait_until(lambda: not running.server.server_state.connections)
 
 
-def test_those_who_ask_again_and_those_who_are_answered_are_not_silent(start, model, videos, monkeypatch):
-    """Each request is over before the server looks; another waits for its answer without a word."""
-    monkeypatch.setattr(server, "_SILENT_SECONDS", 0.5)
+def test_active_connections_are_not_idle(start, model, videos):
+    """One sends a request before each time limit ends; another waits for its answer for longer than the limit."""
     running = start()
+    clock = Clock(running)
     model.gate.clear()
     body = json.dumps({"messages": about(videos[0].name), "max_tokens": 5}).encode()
     with connect(running) as waiting, connect(running) as busy:
         waiting.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: running.service.num_requests == 1)
         for _ in range(6):
             assert is_well(busy)
-            time.sleep(0.25)
+            clock.wait_for_tick()
+            clock.now += 0.9 * api._IDLE_SECONDS
+            clock.wait_for_tick()
         model.gate.set()
         assert waiting.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
-def test_silent_connections_do_not_shut_others_out(start, videos, monkeypatch):
-    """Of 20 places 19 are taken by those who say nothing: they have less time where it is crowded."""
-    monkeypatch.setattr(server, "_MOST_CONNECTIONS", 20)
+def test_idle_connections_do_not_shut_others_out(start, videos, monkeypatch):
+    """Of 20 places 19 are taken by idle connections: they have less time where it is crowded."""
+    monkeypatch.setattr(api, "_MAX_CONNECTIONS", 20)
     running = start()
+    clock = Clock(running)
     with ExitStack() as stack:
         for _ in range(19):
             stack.enter_context(connect(running))
         wait_until(lambda: len(running.server.server_state.connections) == 19)
+        clock.wait_for_tick()
+        clock.now += 2 * api._IDLE_SECONDS_CROWDED
         wait_until(lambda: not running.server.server_state.connections)
         assert ask(running.client(), videos[0].name).choices
 
@@ -81,9 +111,9 @@ def test_silent_connections_do_not_shut_others_out(start, videos, monkeypatch):
 @pytest.mark.parametrize("is_closing", [False, True])
 def test_who_does_not_read_a_stream_has_only_so_long(start, own_engine, videos, monkeypatch, is_closing):
     """Each event is 100 KB long, more than what all buffers on the way hold."""
-    monkeypatch.setattr(server, "_SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(api, "_IDLE_SECONDS", 0.5)
     monkeypatch.setattr("salmonn.serve.schema.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
-    running = start(own_engine, request_seconds=3.0, grace_seconds=60.0)
+    running = start(own_engine, request_seconds=6.0, grace_seconds=60.0)
     asked = {"messages": about(videos[0].name), "max_tokens": 500, "stream": True, "temperature": 1, "n": 2}
     body = json.dumps(asked).encode()
     with closing(connect(running)) as connection:
@@ -93,7 +123,7 @@ def test_who_does_not_read_a_stream_has_only_so_long(start, own_engine, videos, 
         running.service.is_closing = is_closing
         wait_until(lambda: not running.service.num_requests)
         if is_closing:
-            running.thread.join(20)  # long before the grace ends
+            running.thread.join(120)  # long before the grace ends
             assert not running.thread.is_alive()
         else:
             wait_until(lambda: not running.server.server_state.connections)

@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from tests.serve.running import wait_until
 
 KEY = "0123456789abcdef"
@@ -116,9 +116,9 @@ def test_a_second_signal_ends_the_grace(run, videos):
     server.process.send_signal(signal.SIGINT)
     wait_until(lambda: server.health() == 503)
     server.process.send_signal(signal.SIGTERM)
-    with pytest.raises(openai.APIError, match="the server is shutting down: ask again when it is back"):
+    with pytest.raises(openai.APIError, match="the server is shutting down; try again later"):
         list(chunks)
-    assert server.end() == 0 and "closing in" in server.log and "Traceback" not in server.log
+    assert server.end() == 0 and "shutting_down in" in server.log and "Traceback" not in server.log
 
 
 def refused(call, *flags):
@@ -134,13 +134,13 @@ def test_invalid_flags_are_refused_before_the_model_is_loaded(call, tmp_path):
     assert "must contain keys of at least 16 characters" in refused(call, "--api-key-file", tmp_path / "keys", *none)
     assert "--max-seconds must be greater than 0" in refused(call, "--max-seconds", 0, *none)
     assert "--allowed-dirs" in refused(call, "--allowed-dirs", tmp_path / "nowhere", *none)
-    assert "is no host to fetch from" in refused(call, "--allow-hosts", "https://example.org", *none)
+    assert "is not a host" in refused(call, "--allow-hosts", "https://example.org", *none)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"cannot listen at 127.0.0.1, port {port}" in refused(call, "--port", port, *none)
+        assert f"cannot listen on 127.0.0.1, port {port}" in refused(call, "--port", port, *none)
 
 
 def test_a_missing_extra_is_named(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "salmonn.serve.server", raising=False)
+    monkeypatch.delitem(sys.modules, "salmonn.serve.api", raising=False)
     assert "pip install 'salmonn[serve]'" in refused(call)

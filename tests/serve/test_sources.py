@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError
-from salmonn.serve.sources import MediaSources, find_below, resolve_media, upload_folder, write_data
+from salmonn.serve.sources import MediaSources, find_local, resolve_media, upload_folder, write_data
 
 HELLO = base64.b64encode(b"hello").decode()  # aGVsbG8=
 
@@ -27,12 +27,12 @@ def test_data_becomes_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("data:video/mp4,hello", "hold the file in base64"),
-        ("data:video/mp4;base64", "hold the file in base64"),
-        ("data:" + "x" * 300 + ";base64,aGVsbG8=", "hold the file in base64"),
-        ("data:;base64,aGVs!G8=", "is no base64"),
-        ("data:;base64,aGVs\nbG8=", "is no base64"),
-        ("data:;base64,aGVsbG8", "is no base64"),
+        ("data:video/mp4,hello", "with the file in base64"),
+        ("data:video/mp4;base64", "with the file in base64"),
+        ("data:" + "x" * 300 + ";base64,aGVsbG8=", "with the file in base64"),
+        ("data:;base64,aGVs!G8=", "is not valid base64"),
+        ("data:;base64,aGVs\nbG8=", "is not valid base64"),
+        ("data:;base64,aGVsbG8", "is not valid base64"),
     ],
 )
 def test_data_that_is_none(tmp_path, url, words):
@@ -43,7 +43,7 @@ def test_data_that_is_none(tmp_path, url, words):
 def test_data_that_is_too_large(tmp_path):
     """Refused before anything is written."""
     url = "data:;base64," + base64.b64encode(bytes((1 << 20) + 4)).decode()
-    with pytest.raises(TooLargeError, match="larger than the 1 MiB that are taken here"):
+    with pytest.raises(TooLargeError, match="larger than the maximum of 1 MiB"):
         write_data(url, tmp_path / "it", max_bytes=1 << 20)
     assert not (tmp_path / "it").exists()
 
@@ -79,7 +79,7 @@ def tree(tmp_path):
 def test_paths_below_a_root(tree, named, found, monkeypatch):
     """Written out, from a root on, or from the folder that the server was started in."""
     monkeypatch.chdir(tree)
-    path = find_below(named.format(tree), (tree / "root", tree / "other"))
+    path = find_local(named.format(tree), (tree / "root", tree / "other"))
     assert path.read_text() == found and path == (tree / found).resolve()
 
 
@@ -108,13 +108,13 @@ def test_paths_below_a_root(tree, named, found, monkeypatch):
 )
 def test_no_path_outside_and_no_word_of_what_is_there(tree, named, monkeypatch):
     monkeypatch.chdir(tree)
-    with pytest.raises(SourceError, match=r"^there is no such file below the folders that this server reads from$"):
-        find_below(named.format(tree), (tree / "root", tree / "other"))
+    with pytest.raises(SourceError, match=r"^no such file below the allowed folders of this server$"):
+        find_local(named.format(tree), (tree / "root", tree / "other"))
 
 
 def test_a_root_that_is_a_link_is_followed(tree):
     (tree / "link").symlink_to(tree / "root")
-    assert find_below(f"{tree}/link/in.mp4", (tree / "link",)) == (tree / "root/in.mp4").resolve()
+    assert find_local(f"{tree}/link/in.mp4", (tree / "link",)) == (tree / "root/in.mp4").resolve()
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_a_root_that_is_a_link_is_followed(tree):
     [
         ("in.mp4", "start the server with --allowed-dirs"),
         ("file://server/in.mp4", "--allowed-dirs"),
-        ("ftp://example.org/in.mp4", "ftp: is no address"),
-        ("concat:a|b", "concat: is no address"),
-        ("https://example.org/in.mp4", "start the server with --allow_hosts"),
+        ("ftp://example.org/in.mp4", "ftp: unsupported URL scheme"),
+        ("concat:a|b", "concat: unsupported URL scheme"),
+        ("https://example.org/in.mp4", "start the server with --allow-hosts"),
     ],
 )
 def test_what_is_not_allowed_is_refused_with_what_to_do(tmp_path, url, words):
@@ -133,15 +133,15 @@ def test_what_is_not_allowed_is_refused_with_what_to_do(tmp_path, url, words):
 
 
 def test_a_file_url_names_this_machine(tree):
-    with pytest.raises(SourceError, match="names a path of the server"):
-        find_below("file://elsewhere/in.mp4", (tree,))
+    with pytest.raises(SourceError, match="must refer to this server"):
+        find_local("file://elsewhere/in.mp4", (tree,))
 
 
 def test_senseless_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"--allowed-dirs .*none is no folder"):
+    with pytest.raises(ValueError, match=r"--allowed-dirs .*none is not a folder"):
         MediaSources((tmp_path / "none",))
     for pattern in ("", "*", "exa*mple.org", "https://example.org", "example.org/videos", "example.org:port"):
-        with pytest.raises(ValueError, match="is no host to fetch from"):
+        with pytest.raises(ValueError, match="is not a host"):
             FetchPolicy(hosts=(pattern,))
 
 

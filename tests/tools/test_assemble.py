@@ -21,11 +21,12 @@ from transformers import (
 )
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.caption.prompt import train_tokenizer
 from salmonn.media.clip import Clip
 from salmonn.model.families.base import AUDIO_PAD, CHAT_TEMPLATE, CLIP_END, CLIP_START, TURN_END, VIDEO_PAD
 from salmonn.model.loading import Placement, load_network
+from tests.completions import complete
 
 TOOL = Path(__file__).parents[2] / "tools" / "assemble.py"
 SPECIAL = ["<|im_start|>", TURN_END, CLIP_START, CLIP_END, "<|image_pad|>", VIDEO_PAD]
@@ -209,7 +210,7 @@ def test_a_captioner_loads_it(made):
     frames = np.arange(4 * 56 * 84 * 3).astype(np.uint8).reshape(4, 56, 84, 3)
     waveform = np.sin(np.arange(32_000) / 20).astype(np.float32)
     media = captioner.processor.clip_inputs(Clip("a.mp4", frames, np.arange(4) / 2, waveform, 0.0, 2.0, 2.0))
-    (answer,) = captioner.answer([media], ["What is it?"], sampling=Sampling(max_new_tokens=3))
+    (answer,) = complete(captioner, [media], ["What is it?"], sampling=Sampling(max_new_tokens=3))
     assert isinstance(answer.text, str)
 
 

@@ -93,12 +93,12 @@ def test_not_a_number_is_found_out(step, small, bench):
 
 
 def test_all_positions_are_asked_once(step, bench):
-    class PendingRequest(nn.Module):
+    class Asked(nn.Module):
         def forward(self, inputs):
             self.labels = inputs.labels
             return torch.ones(inputs.labels[:, 1:].shape)
 
-    inputs, network = bench.batches(0)[0].inputs, PendingRequest()
+    inputs, network = bench.batches(0)[0].inputs, Asked()
     given = step.AllLabels(network)(inputs)
     assert (network.labels[0] >= 0).all() and torch.equal(network.labels[1:], inputs.labels[1:])
     assert torch.equal(given, (inputs.labels[:, 1:] != -100).float())

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor
 from salmonn.media.clip import Clip
 from salmonn.model.layout import ClipInputs
@@ -27,6 +27,7 @@ from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.dry_run import ClipShape, MemoryPlan, Workload, build_on_meta
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from tests.completions import complete
 
 SHAPE = ClipShape(seconds=24.0, width=320, height=180, frames_per_second=10.0)
 LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)
@@ -78,7 +79,7 @@ def run(folder: str, mode: str, fit_config: FitConfig) -> None:
     if mode == "training":
         step(captioner, fit_config, folder)
     else:
-        captioner.answer([read(captioner.processor)], ["Tell."], sampling=Sampling(max_new_tokens=16))
+        complete(captioner, [read(captioner.processor)], ["Tell."], sampling=Sampling(max_new_tokens=16))
 
 
 def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:

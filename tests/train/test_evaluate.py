@@ -13,7 +13,7 @@ import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.records import Caption, Event, Reference, read_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.evaluate import (
@@ -110,15 +110,15 @@ class Killed(Exception):
 def calls(monkeypatch):
     """Counts the batches that a model answers; from the number `fatal` on, it is killed there."""
     counted = Counter(answered=0, fatal=1000)
-    answer = Captioner.answer
+    generate = Captioner.generate
 
     def counting(*args, **given):
         if counted["answered"] == counted["fatal"]:
             raise Killed
         counted["answered"] += 1
-        return answer(*args, **given)
+        return generate(*args, **given)
 
-    monkeypatch.setattr(Captioner, "answer", counting)
+    monkeypatch.setattr(Captioner, "generate", counting)
     return counted
 
 

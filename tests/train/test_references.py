@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import Sampling
 from salmonn.model.config import PLAIN_PROMPTS
-from salmonn.records import Question, Reference, write_records
+from salmonn.records import Caption, Question, Reference, write_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.evaluate import SampleConfig, encode_clips, evaluate, sample_captions
@@ -86,17 +86,15 @@ def test_evaluation(captioner, clips, monkeypatch):
     (blocks,) = encode_clips(captioner, clips, name="clips")
     right = {block.tokens.data_ptr(): reference for reference, block in zip(clips.references, blocks, strict=True)}
 
-    def answer(given, prompts, **_):
-        from salmonn.caption.streaming import Completion
-
-        texts = []
-        for block, prompt in zip(given, prompts, strict=True):
+    def generate(requests, *, clips, **_):
+        captions = []
+        for request, block in zip(requests, clips, strict=True):
             reference = right[block.tokens.data_ptr()]
-            known = {item.question: item.answer for item in reference.questions} | {DESCRIBE: reference.caption}
-            texts.append(Completion(known[prompt], True))
-        return texts
+            known = {item.question: item.answer for item in reference.questions} | {None: reference.caption}
+            captions.append([Caption(str(request.path), known[request.prompt], prompt=request.prompt or DESCRIBE)])
+        return captions
 
-    monkeypatch.setattr(captioner, "answer", answer)
+    monkeypatch.setattr(captioner, "generate", generate)
     result = evaluate(captioner, clips.references, blocks, judge=RuleJudge(), sampling=Sampling(), name="perfect")
     assert (result.rates.total, result.rates.qa_accuracy, result.rates.clips) == (0.0, 1.0, 5)
     assert len(result.answers) == sum(len(reference.questions) for reference in clips.references)

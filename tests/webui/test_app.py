@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from salmonn.caption.captioner import SHIPPED_MODEL, Captioner, Span
-from salmonn.caption.generate import Sampling
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.generator import Sampling, Span
 from salmonn.conversations import read_conversations
 from salmonn.preference.votes import Vote
 from salmonn.records import read_records

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.caption.engine import CaptionRequest
-from salmonn.caption.loader import ClipReader, ReadSpec
-from salmonn.caption.probe import MediaInfo, probe_media
+from salmonn.caption.generator import CaptionRequest
+from salmonn.caption.loader import ClipReader, MediaInfo, probe_media
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
@@ -118,12 +117,12 @@ def test_probe_media(examples, videos, tmp_path):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"not a video")
     with ClipReader(workers=1) as reader:
-        read_spec = ReadSpec(FixedRateSampler(frames_per_second=1.0))
-        info = probe_media(examples[0].path, reader, read_spec)
+        sampler = FixedRateSampler(frames_per_second=1.0)
+        info = probe_media(examples[0].path, reader, sampler)
         assert (info.has_video, info.has_audio) == (True, True)
         assert info.seconds == pytest.approx(examples[0].reference.duration_seconds, abs=0.1)
         with pytest.raises(ClipError, match="is not a video"):
-            probe_media(broken, reader, read_spec)
+            probe_media(broken, reader, sampler)
 
 
 @dataclass
@@ -133,23 +132,23 @@ class Scripted:
     words: str
     go: threading.Event = field(default_factory=threading.Event)
     asked: list = field(default_factory=list)
-    dropped: int = 0
+    cancelled: int = 0
     heard: list = field(default_factory=list)
 
-    def begin(self, query, *, tell, num_samples):
-        self.asked.append((query.seed, num_samples))
+    def submit(self, request, *, on_event):
+        self.asked.append((request.seed, request.num_samples))
 
         def answer():
             self.go.wait()
-            for sample in range(num_samples):
-                tell(sample, TextDelta(self.words))
-                tell(sample, TextDelta("", Completion(f"{self.words}{sample}", True)))
+            for sample in range(request.num_samples):
+                on_event(sample, TextDelta(self.words))
+                on_event(sample, TextDelta("", Completion(f"{self.words}{sample}", True)))
 
         threading.Thread(target=answer, daemon=True).start()
         return self
 
-    def drop(self):
-        self.dropped += 1
+    def cancel(self):
+        self.cancelled += 1
 
     def stop(self):
         self.heard.append("stop")
@@ -168,8 +167,8 @@ def test_two_samples_of_one_model_are_one_request(tmp_path):
     state = make_state(tmp_path, one=one)
     query = CaptionRequest(tmp_path / "v.mp4", seed=5)
     received = [item for item in state.stream_answers(query, ["one", "one"]) if item]
-    assert one.asked == [(5, 2)] and one.dropped == 1
-    assert [(place, piece.answer.text) for place, piece in received if piece.answer] == [(0, "a0"), (1, "a1")]
+    assert one.asked == [(5, 2)] and one.cancelled == 1
+    assert [(place, piece.completion.text) for place, piece in received if piece.completion] == [(0, "a0"), (1, "a1")]
 
 
 def test_two_models_answer_at_once_and_closing_cancels_both(tmp_path):
@@ -181,19 +180,19 @@ def test_two_models_answer_at_once_and_closing_cancels_both(tmp_path):
     assert [(place, piece.text) for place, piece in received] == [(1, "b"), (1, "")]
     assert next(events) is None  # no text of the first yet
     events.close()
-    assert (one.dropped, two.dropped) == (1, 1)
+    assert (one.cancelled, two.cancelled) == (1, 1)
 
 
 def test_an_error_of_one_model_cancels_both(tmp_path):
     class Broken(Scripted):
-        def begin(self, query, *, tell, num_samples):
-            tell(0, ClipError("v.mp4: is not a video"))
+        def submit(self, request, *, on_event):
+            on_event(0, ClipError("v.mp4: is not a video"))
             return self
 
     one, two = Scripted("a"), Broken("b")
     with pytest.raises(ClipError, match="is not a video"):
         list(make_state(tmp_path, one=one, two=two).stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"]))
-    assert (one.dropped, two.dropped) == (1, 1)
+    assert (one.cancelled, two.cancelled) == (1, 1)
 
 
 def test_all_engines_stop_before_any_closes(tmp_path):

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 
-from salmonn.caption.engine import CaptionRequest
-from salmonn.caption.generate import Sampling
-from salmonn.caption.probe import MediaInfo
+from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.loader import MediaInfo
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge

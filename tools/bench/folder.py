@@ -21,7 +21,7 @@ from naive import naive_answers
 from rows import BenchRow, compare, emit_json, interleave, peak_mib, report_rows, run_isolated
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader, default_num_workers
 from salmonn.records import Caption
 from salmonn.synthetic.render import SynthConfig, make_clips
@@ -76,7 +76,8 @@ class Bench:
     def ours(self) -> list[str]:
         """Caption in batches with reader processes, whose start-up is timed too."""
         with ClipReader(workers=default_num_workers(len(self.paths))) as reader:
-            results = list(self.captioner.caption_many(self.paths, sampling=self.sampling, reader=reader))
+            requests = [CaptionRequest(path, sampling=self.sampling) for path in self.paths]
+            results = list(self.captioner.caption_many(requests, reader=reader))
         self.waited = reader.waited_seconds
         return [result.text if isinstance(result, Caption) else result.reason for result in results]
 
@@ -102,20 +103,23 @@ class Bench:
         captioner, one_token = self.captioner, replace(self.sampling, max_new_tokens=1)
         clips = [captioner.processor.read(path) for path in self.paths]
         features, size = captioner.encode(clips), captioner.processor.config.batch_size
-        answer = partial(captioner.answer, features, [captioner.default_prompt()] * len(features))
+
+        def generate(sampling: Sampling, *, batch_size: int) -> None:
+            requests = [CaptionRequest(path, sampling=sampling) for path in self.paths]
+            captioner.generate(requests, clips=features, batch_size=batch_size)
 
         def read() -> None:
             for path in self.paths:
                 captioner.processor.read(path)
 
-        def both(run: Callable[..., object], **more: object) -> tuple[Callable[[], object], Callable[[], object]]:
-            return partial(run, batch_size=size, **more), partial(run, batch_size=1, **more)
+        def both(run: Callable[..., object]) -> tuple[Callable[[], object], Callable[[], object]]:
+            return partial(run, batch_size=size), partial(run, batch_size=1)
 
         return {
             "reading": (read, read),
             "encoders": both(partial(captioner.encode, clips)),
-            "prefill and first token": both(answer, sampling=one_token),
-            "prefill and all tokens": both(answer, sampling=self.sampling),
+            "prefill and first token": both(partial(generate, one_token)),
+            "prefill and all tokens": both(partial(generate, self.sampling)),
         }
 
 

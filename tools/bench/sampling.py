@@ -9,6 +9,7 @@ prefill. Greedy answers of both must be equal, token for token, before anything 
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from naive import naive_answers
 from rows import BenchRow, compare, emit_json, interleave, peak_mib, report_rows, run_isolated
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import Sampling
+from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.model.layout import ClipInputs
 
 NUM_SAMPLES = 4
@@ -46,10 +47,11 @@ class Bench:
     def ours(self, *, num_clips: int, num_samples: int = NUM_SAMPLES, temperature: float = 1.0) -> list[list[int]]:
         """Return the token ids of all samples of the first clips, generated in one call."""
         sampling = Sampling(temperature=temperature, top_p=0.95, max_new_tokens=self.new_tokens)
-        answers = self.captioner.answer(
-            self.clips[:num_clips], [PROMPT] * num_clips, sampling=sampling, num_samples=num_samples
-        )
-        return [[int(word.removeprefix("w")) for word in answer.text.split()] for answer in answers]
+        requests = [
+            CaptionRequest(Path(), PROMPT, sampling, seed=seed, num_samples=num_samples) for seed in range(num_clips)
+        ]
+        samples = self.captioner.generate(requests, clips=self.clips[:num_clips])
+        return [[int(word.removeprefix("w")) for word in caption.text.split()] for row in samples for caption in row]
 
     def other(self, *, num_clips: int, num_samples: int = NUM_SAMPLES, temperature: float = 1.0) -> list[list[int]]:
         """Return the same by one generate() call per sample."""

@@ -1,0 +1,126 @@
+"""Caption requests, and the interface of everything that answers them.
+
+Every entry point (command line, batch job, HTTP API, web UI, recipes) describes its work as `CaptionRequest`s. A
+`Generator` turns them into captions; the local `Captioner` is one, and a client of a remote server can be another.
+This module imports no torch, so that worker processes and remote clients start fast.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from salmonn.records import Caption, Modality
+
+if TYPE_CHECKING:
+    from salmonn.caption.captioner import Captioner
+    from salmonn.model.layout import ClipFeatures, ClipInputs
+
+History = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a video in seconds; None is the start or the end of the video."""
+
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        start = self.start_seconds or 0.0
+        if start < 0 or (self.end_seconds is not None and self.end_seconds <= start):
+            raise ValueError(f"the span from {start} to {self.end_seconds} s is empty: it must end after it starts")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters.
+
+    Args:
+        temperature: 0 takes the most likely token each time (greedy).
+        top_p: nucleus: tokens are sampled from the smallest set that has this probability.
+        max_new_tokens: maximum length of an answer.
+        repetition_penalty: factor by which tokens that already occur in the answer (salmonn2-plus: or in the prompt)
+            are made less likely, as in transformers; 1 has no effect, None uses the model's own value.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 0.9
+    max_new_tokens: int = 160
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        # Written so that NaN, which compares false with everything, is rejected too.
+        if self.temperature and not 0.01 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy), or 0.01 or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}")
+
+
+@dataclass(frozen=True)
+class CaptionRequest:
+    """A request for captions of one video file, or for answers to any prompt about it.
+
+    Args:
+        path: video or audio file.
+        prompt: user prompt; None asks for a full description, in the wording that the model was trained on.
+        sampling: sampling parameters; None is greedy decoding up to the model's own limit.
+        span: part of the file to read.
+        modality: video, audio or both.
+        seed: random seed; sample k of several depends on the seed and k alone.
+        num_samples: number N of captions; the file is read and prefilled once for all of them.
+        history: earlier (prompt, answer) turns about the same file; an empty prompt asks for a full description too.
+        system: system prompt; None uses the model's own.
+    """
+
+    path: Path
+    prompt: str | None = None
+    sampling: Sampling | None = None
+    span: Span = Span()
+    modality: Modality = "both"
+    seed: int = 0
+    num_samples: int = 1
+    history: History = ()
+    system: str | None = None
+
+
+class Generator(Protocol):
+    """Anything that answers caption requests: a local model, or a client of a server that runs one."""
+
+    name: str
+
+    def generate(self, requests: Sequence[CaptionRequest]) -> list[list[Caption]]:
+        """Return `num_samples` captions for each request.
+
+        Raises:
+            ClipError: a file cannot be read.
+        """
+        ...
+
+
+class CachedGenerator:
+    """The local model as a generator for clips whose inputs or encoder features are at hand, so that no file is read.
+
+    Args:
+        captioner: local model.
+        clips: inputs or cached features of each path that will be requested, whole and in all modalities.
+        batch_size: maximum number of sequences to decode together.
+    """
+
+    def __init__(
+        self, captioner: "Captioner", clips: Mapping[Path, "ClipInputs | ClipFeatures"], *, batch_size: int = 64
+    ) -> None:
+        self.name = captioner.name
+        self._captioner = captioner
+        self._clips = clips
+        self._batch_size = batch_size
+
+    def generate(self, requests: Sequence[CaptionRequest]) -> list[list[Caption]]:
+        """See `Generator`."""
+        clips = [self._clips[request.path] for request in requests]
+        return self._captioner.generate(requests, clips=clips, batch_size=self._batch_size)
