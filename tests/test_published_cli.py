@@ -161,12 +161,12 @@ def test_an_adapter_on_the_hub(published, tmp_path):
     assert first.text == again.text
 
 
-def test_what_the_hub_lacks_is_told(hub, tmp_path):
+def test_a_model_that_the_hub_lacks(hub, tmp_path):
     address, _ = hub
     home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
     result = caption(MEDIA / "h265_video.mp4", "--model", "someone/other", "--out", tmp_path / "a.jsonl", **home)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "no model someone/other: there is no such folder here, and the hub gave none" in result.stderr
+    assert "no model someone/other: there is no such folder, and it cannot be fetched from the hub" in result.stderr
     assert not (tmp_path / "a.jsonl").exists()
 
 

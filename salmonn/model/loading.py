@@ -222,7 +222,9 @@ def _fetch_config(path: Path | str) -> Path:
     try:
         file = cached_file(name, CONFIG_NAME)
     except OSError as error:
-        raise ValueError(f"no model {name}: there is no such folder, and the hub has no such model: {error}") from error
+        raise ValueError(
+            f"no model {name}: there is no such folder, and it cannot be fetched from the hub: {error}"
+        ) from error
     if file is None and cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False) is not None:
         raise ValueError(
             f"{name} is an adapter, not a model; pass it with --adapter, and the model that it was trained on with "
