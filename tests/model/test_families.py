@@ -17,6 +17,7 @@ from salmonn.model.families.base import CLIP_END, CLIP_START
 from salmonn.model.families.salmonn2 import Salmonn2
 from salmonn.model.loading import load_config
 from salmonn.model.network import Network
+from tests.completions import complete
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def test_a_backbone_is_added_by_one_class(other, videos):
     layout = other.processor.make_layout(clip)
     timestamps = other.processor.tokenizer.decode(list(layout.timestamp_ids))
     assert timestamps == "".join(f"<{number}>" for number in range(clip.num_frames))
-    (answer,) = other.answer([clip], ["Tell."], sampling=Sampling(max_new_tokens=5))
+    (answer,) = complete(other, [clip], ["Tell."], sampling=Sampling(max_new_tokens=5))
     assert isinstance(answer.text, str) and isinstance(other.network.family, OtherFamily)
     inputs = other.processor.collate([PromptRow(0, "Tell.")], [clip])
     markers = other.processor.tokenizer.convert_tokens_to_ids([CLIP_START, CLIP_END])

@@ -69,7 +69,7 @@ def start(engine, videos, tmp_path) -> Iterator[Callable[..., Running]]:
         name="toy",
         sources=MediaSources((videos[0].parent,), FetchPolicy(max_bytes=4 << 20)),
         limits=ChatLimits(40, max_tokens=500),
-        request_seconds=30,
+        request_seconds=120,
     )
 
     def start_(answering: Engine = engine, *, grace_seconds: float = 5.0, **changes) -> Running:

@@ -54,7 +54,7 @@ class GatedAnswers(StreamingGenerator):
 
     def add(self, clips: Any, prompts: Any, **named: Any) -> range:
         self.model.batches.append(len(clips))
-        self.model.gate.wait(30)
+        self.model.gate.wait(120)
         if error := self.model.fail_to_read(len(self.present) + len(clips)):
             raise error
         numbers = super().add(clips, prompts, **named)
@@ -62,7 +62,7 @@ class GatedAnswers(StreamingGenerator):
         return numbers
 
     def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:
-        self.model.gate.wait(30)
+        self.model.gate.wait(120)
         self.present -= {number for number in self.present if number in cancelled}
         pieces = super().step(cancelled)
         if error := self.model.fail(len(self.present)):
@@ -95,7 +95,7 @@ class Running:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(120)
         assert not self.thread.is_alive()
 
 

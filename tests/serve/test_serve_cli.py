@@ -34,7 +34,7 @@ class Process:
                 stderr=log,
                 env=os.environ | {"TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )
-        wait_until(lambda: self.process.poll() is not None or self.is_up(), seconds=60)
+        wait_until(lambda: self.process.poll() is not None or self.is_up(), seconds=300)
         assert self.process.poll() is None, self.log
         self.workers = psutil.Process(self.process.pid).children()
         assert len(self.workers) == 1
@@ -62,8 +62,8 @@ class Process:
 
     def end(self) -> int:
         """Wait until it has ended: its exit code. Nothing of it may be left."""
-        code = self.process.wait(30)
-        _, alive = psutil.wait_procs(self.workers, timeout=5)
+        code = self.process.wait(120)
+        _, alive = psutil.wait_procs(self.workers, timeout=60)
         assert not alive and not list(self.folder.glob("salmonn-*")), self.log
         return code
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import Sampling
+from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.processor import Processor
 from salmonn.media.clip import Clip
 from salmonn.model.layout import ClipInputs
@@ -27,7 +27,6 @@ from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.dry_run import ClipShape, MemoryPlan, Workload, build_on_meta
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
-from tests.completions import complete
 
 SHAPE = ClipShape(seconds=24.0, width=320, height=180, frames_per_second=10.0)
 LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)
@@ -79,7 +78,8 @@ def run(folder: str, mode: str, fit_config: FitConfig) -> None:
     if mode == "training":
         step(captioner, fit_config, folder)
     else:
-        complete(captioner, [read(captioner.processor)], ["Tell."], sampling=Sampling(max_new_tokens=16))
+        request = CaptionRequest(Path("clip"), "Tell.", Sampling(max_new_tokens=16))
+        captioner.generate([request], clips=[read(captioner.processor)])
 
 
 def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
