@@ -1,4 +1,4 @@
-"""Puts decoded sound together as one 16 kHz waveform, each part at its time."""
+"""Assembly of decoded audio into one 16 kHz waveform, each part at its time."""
 
 import math
 from typing import Any
@@ -6,86 +6,88 @@ from typing import Any
 import av
 import numpy as np
 
-from salmonn.media.container import Damage, cause_of
+from salmonn.media.container import DecodeError, cause_of
 
 SAMPLE_RATE_HZ = 16_000
 
-# Muxers round sound times (Matroska to 1 ms, AVI to a frame); only a larger step is a real gap or overlap.
+# Muxers round audio timestamps (Matroska to 1 ms, AVI to a frame); only a larger step is a real gap or overlap.
 _GAP_SECONDS = 0.05
-# The resampler costs more for each call than for each sample, so sound goes through it in blocks.
-_BLOCK_SAMPLES = 1 << 17
+# The resampler costs more per call than per sample, so frames are joined to about this many samples first.
+_RESAMPLE_SAMPLES = 1 << 17
 
 
 class AudioBuffer:
-    """Collects decoded sound as runs of 16 kHz mono samples, each with the time of its first sample.
+    """Decoded audio as segments of 16 kHz mono samples, each with the time of its first sample.
 
-    `end` is when the latest of it ends, in seconds from the start of the file.
+    Attributes:
+        end: end of the latest audio, in seconds from the start of the file.
     """
 
     def __init__(self) -> None:
         self.end = 0.0
-        self._runs: list[tuple[float, list[np.ndarray]]] = []
-        self._setup: tuple[str, str, int] | None = None
+        self._segments: list[tuple[float, list[np.ndarray]]] = []
+        self._format: tuple[str, str, int] | None = None  # sample format, layout and rate of the last segment
         self._resampler = av.AudioResampler()
         self._pending: list[np.ndarray] = []
         self._pending_samples = 0
-        self._run_samples = 0
+        self._segment_samples = 0
 
     def add(self, frame: Any, seconds: float) -> None:
-        """Take in a frame that sounds at `seconds`; a gap, overlap or change of format begins a new run.
+        """Add a frame that starts at `seconds`; a gap, an overlap or a new format starts a new segment.
 
         Raises:
-            Damage: the sound cannot be read or mixed down.
+            DecodeError: the audio cannot be read or mixed down.
         """
-        setup = (frame.format.name, frame.layout.name, frame.sample_rate)
-        if setup != self._setup or abs(seconds - self.end) > _GAP_SECONDS:
-            self.finish()
-            self._setup, self._run_samples = setup, 0
-            # Float sound is mixed down unscaled unless told: equal channels would come out 1.41 times louder.
+        frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if frame_format != self._format or abs(seconds - self.end) > _GAP_SECONDS:
+            self.flush()
+            self._format, self._segment_samples = frame_format, 0
+            # By default float audio is mixed down unscaled: equal channels would come out 1.41 times louder.
             self._resampler = av.AudioResampler(
                 format="flt", layout="mono", rate=SAMPLE_RATE_HZ, options={"rematrix_maxval": "1.0"}
             )
-            self._runs.append((seconds, []))
+            self._segments.append((seconds, []))
         try:
             self._pending.append(frame.to_ndarray())
         except ValueError as error:
-            raise Damage(f"its sound cannot be read: {error}") from error
+            raise DecodeError(f"its audio cannot be read: {error}") from error
         self._pending_samples += frame.samples
-        self._run_samples += frame.samples
-        self.end = self._runs[-1][0] + self._run_samples / frame.sample_rate
-        if self._pending_samples >= _BLOCK_SAMPLES:
+        self._segment_samples += frame.samples
+        self.end = self._segments[-1][0] + self._segment_samples / frame.sample_rate
+        if self._pending_samples >= _RESAMPLE_SAMPLES:
             self._resample()
 
-    def finish(self) -> None:
-        """Bring out what the resampler still holds; what is added next begins a new run. Raises as `add`."""
-        if self._setup is not None:
+    def flush(self) -> None:
+        """Append what the resampler still holds; the next frame starts a new segment. Raises as `add`."""
+        if self._format is not None:
             self._resample()
-            self._runs[-1][1].extend(out.to_ndarray()[0] for out in self._resampler.resample(None))
-            self._setup = None
+            self._segments[-1][1].extend(out.to_ndarray()[0] for out in self._resampler.resample(None))
+            self._format = None
 
     def waveform(self, *, start: float, end: float) -> np.ndarray | None:
-        """(S,) float32 from `start` to `end` or the sound's end, gaps silent; None without sound there."""
-        runs = [(round((at - start) * SAMPLE_RATE_HZ), np.concatenate(parts)) for at, parts in self._runs if parts]
-        last = max((offset + len(samples) for offset, samples in runs), default=0)
+        """Return (S,) float32 from `start` to `end` or the end of the audio, gaps as silence; None if there is none."""
+        segments = [
+            (round((time - start) * SAMPLE_RATE_HZ), np.concatenate(parts)) for time, parts in self._segments if parts
+        ]
+        last = max((offset + len(samples) for offset, samples in segments), default=0)
         length = last if end == math.inf else min(last, round((end - start) * SAMPLE_RATE_HZ))
         if length <= 0:
             return None
         waveform = np.zeros(length, np.float32)
-        for offset, samples in runs:
-            piece = samples[max(0, -offset) : max(0, length - offset)]
-            waveform[max(0, offset) : max(0, offset) + len(piece)] = piece
+        for offset, samples in segments:
+            inside = samples[max(0, -offset) : max(0, length - offset)]
+            waveform[max(0, offset) : max(0, offset) + len(inside)] = inside
         return waveform
 
     def _resample(self) -> None:
-        if not self._pending or self._setup is None:
+        if not self._pending or self._format is None:
             return
-        name, layout, rate = self._setup
+        name, layout, rate = self._format
         try:
-            samples = np.concatenate(self._pending, axis=1)
-            block = av.AudioFrame.from_ndarray(samples, format=name, layout=layout)
-            block.sample_rate = rate
-            self._runs[-1][1].extend(out.to_ndarray()[0] for out in self._resampler.resample(block))
+            joined = av.AudioFrame.from_ndarray(np.concatenate(self._pending, axis=1), format=name, layout=layout)
+            joined.sample_rate = rate
+            self._segments[-1][1].extend(out.to_ndarray()[0] for out in self._resampler.resample(joined))
         except (av.error.FFmpegError, ValueError) as error:
-            raise Damage(f"sound of {layout} in {name} cannot be mixed down: {cause_of(error)}") from error
+            raise DecodeError(f"audio of {layout} in {name} cannot be mixed down: {cause_of(error)}") from error
         finally:
             self._pending, self._pending_samples = [], 0

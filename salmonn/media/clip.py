@@ -1,12 +1,11 @@
-"""Reads a video file into a `Clip`: a few frames with their times, and the sound at 16 kHz.
+"""Reading of a video file into a `Clip`: a few frames with their times, and the audio at 16 kHz.
 
     clip = read_clip("talk.mp4", FixedRateSampler(frames_per_second=1.0))
 
-A file is passed over twice. The first pass (`survey.py`) decodes the sound and only notes when each picture is due
-and which are keyframes. So the second (`pictures.py`) knows before it decodes anything which frames are wanted and
-where each can be reached from. It seeks past stretches between keyframes in which nothing is wanted, leaves out
-pictures that no other refers to (`slices.py`), and stops at the last that is wanted. Other threads scale frames while
-the next are decoded. A file that is not as the survey says is read more plainly.
+A file is read in two passes. The first (`index.py`) decodes the audio and only notes when each video frame is due and
+which frames are keyframes. The second (`video.py`) therefore knows before decoding which frames are needed and how each
+can be reached: it seeks past parts without any, skips frames that no other refers to, and stops after the last one.
+Other threads scale frames while the next are decoded. A file that differs from its index is read without shortcuts.
 """
 
 import logging
@@ -21,46 +20,31 @@ from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.container import ClipError, open_source
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import StreamIndex, index_streams
-from salmonn.media.video import decode_frames, frame_times_in_span
+from salmonn.media.video import decode_frames, target_times
 
 logger = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".webm",
-        ".wmv",
-    ]
-)
+VIDEO_SUFFIXES = frozenset([
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
+    ".wmv",
+])  # fmt: skip
 AUDIO_SUFFIXES = frozenset([".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma"])
 
 
 @dataclass(frozen=True)
 class Clip:
-    """What was read of a video.
+    """Frames and audio of a video, or of a span of it.
 
     Attributes:
         path: the file.
-        frames: (F, H, W, 3) uint8 RGB, upright; F is 0 where there is no picture in the span.
-        frame_times: (F,) float64, rising; the times at which the screen was looked at, in seconds from the
-            start of the file (not of the span). The frame's own time stamp is at or before it.
-        waveform: (S,) float32 mono at 16 kHz, or None where there is no sound in the span. Sample 0 is the
-            start of the span; S ends with the sound or the span, so before or after the picture does.
+        frames: (F, H, W, 3) uint8 RGB, upright; F is 0 if there is no video in the span.
+        frame_times: (F,) float64, rising; the sampled times, in seconds from the start of the file (not of the span).
+            A frame's own timestamp is at or before its time.
+        waveform: (S,) float32 mono at 16 kHz, or None if there is no audio in the span. Sample 0 is the
+            start of the span; S ends with the audio or the span, so before or after the video does.
         start_seconds: start of the span, from the start of the file.
-        video_seconds: for how long the picture lasts within the span; 0 without.
-        duration_seconds: from there to the later of the picture's and the sound's ends within the span.
+        video_seconds: duration of the video within the span; 0 without video.
+        duration_seconds: time from the start of the span to the later end of video and audio within it.
     """
 
     path: str
@@ -78,7 +62,7 @@ class Clip:
 
     @property
     def has_audio(self) -> bool:
-        """Whether there is sound."""
+        """Whether there is audio."""
         return self.waveform is not None
 
 
@@ -91,90 +75,88 @@ def read_clip(
     video: bool = True,
     audio: bool = True,
 ) -> Clip:
-    """Read frames and sound of a video, or of the part of it between two times.
+    """Read frames and audio of a video, or of the span between two times.
 
-    A damaged file gives what decodes before the damage, with a warning in the log; damage in a stretch that
-    is sought past is not noticed, nor is damage that leaves no trace (bits that nothing checks).
+    Of a damaged file, what precedes the damage is returned, with a warning in the log. Damage in a part that is
+    skipped by seeking is not noticed, nor is damage that leaves no trace (bits without a checksum).
 
     Args:
-        path: a local video or sound file.
-        sampler: which frames are taken, and at what size.
-        start_seconds, end_seconds: the span, from the start of the file; None is the file's own start or end.
-        video, audio: whether to read the picture and the sound. With both, a file with one of them will do.
+        path: a local video or audio file.
+        sampler: rule that selects the frames and their size.
+        start_seconds, end_seconds: the span, from the start of the file; None for the file's own start or end.
+        video, audio: whether to read video and audio. With both, a file that has one of them is read as well.
 
     Returns:
         A `Clip`; times are measured from the earliest of the file's streams.
 
     Raises:
-        ClipError: the file cannot be read, has nothing of what was asked for, or ends before `start_seconds`.
-        ValueError: an argument makes no sense.
+        ClipError: the file cannot be read, has nothing of what was requested, or ends before `start_seconds`.
+        ValueError: an argument is invalid.
     """
-    _check_arguments(start_seconds, end_seconds)
+    # The conditions are false for NaN, which compares false with everything.
+    if start_seconds is not None and not 0 <= start_seconds < math.inf:
+        raise ValueError(f"start_seconds is {start_seconds}; it must be 0 or more")
+    if end_seconds is not None and not end_seconds > (start_seconds or 0.0):
+        raise ValueError(
+            f"end_seconds is {end_seconds}; it must be greater than start_seconds ({start_seconds or 0.0})"
+        )
     if not (video or audio):
         raise ValueError("video and audio are both False, which leaves nothing to read; set one to True")
     start, end = start_seconds or 0.0, math.inf if end_seconds is None else end_seconds
     with ExitStack() as stack:
-        source = open_source(path, stack, video=video, audio=audio)
-        survey = index_streams(source, stack, start=start, end=end)
-        wanted = frame_times_in_span(survey, sampler, start=start, end=end)
-        frames = decode_frames(survey, wanted, sampler=sampler, stack=stack) if len(wanted) else []
-        return _assemble(survey, wanted, frames, start, end)
+        file = open_source(path, stack, video=video, audio=audio)
+        index = index_streams(file, stack, start=start, end=end)
+        targets = target_times(index, sampler, start=start, end=end)
+        frames = decode_frames(index, targets, sampler=sampler, stack=stack) if len(targets) else []
+        return _make_clip(index, targets, frames, start, end)
 
 
-def _check_arguments(start: float | None, end: float | None) -> None:
-    # Written so that NaN, which compares false with everything, is refused too.
-    if start is not None and not 0 <= start < math.inf:
-        raise ValueError(f"start_seconds is {start}; it must be 0 or more")
-    if end is not None and not end > (start or 0.0):
-        raise ValueError(f"end_seconds is {end}; it must be greater than start_seconds ({start or 0.0})")
-
-
-def _assemble(
-    survey: StreamIndex, wanted: np.ndarray, frames: list[np.ndarray | None], start: float, end: float
+def _make_clip(
+    index: StreamIndex, targets: np.ndarray, frames: list[np.ndarray | None], start: float, end: float
 ) -> Clip:
-    waveform = survey.sound.waveform(start=start, end=end)
-    taken = [(time, frame) for time, frame in zip(wanted, frames, strict=False) if frame is not None]
-    if not taken and waveform is None:
-        raise ClipError(_why_nothing(survey, start))
-    _warn_of_losses(survey, len(wanted) - len(taken), end)
-    picture_end = min(survey.picture_end, end)
-    sound_seconds = 0.0 if waveform is None else len(waveform) / SAMPLE_RATE_HZ
+    waveform = index.audio.waveform(start=start, end=end)
+    decoded = [(time, frame) for time, frame in zip(targets, frames, strict=False) if frame is not None]
+    if not decoded and waveform is None:
+        raise ClipError(_explain_empty(index, start))
+    _warn_of_losses(index, len(targets) - len(decoded), end)
+    video_end = min(index.video_end, end)
+    audio_seconds = 0.0 if waveform is None else len(waveform) / SAMPLE_RATE_HZ
     return Clip(
-        path=survey.source.path,
-        frames=np.stack([frame for _, frame in taken]) if taken else np.zeros((0, 0, 0, 3), np.uint8),
-        frame_times=np.array([time for time, _ in taken], np.float64),
+        path=index.file.path,
+        frames=np.stack([frame for _, frame in decoded]) if decoded else np.zeros((0, 0, 0, 3), np.uint8),
+        frame_times=np.array([time for time, _ in decoded], np.float64),
         waveform=waveform,
         start_seconds=start,
-        video_seconds=picture_end - max(start, survey.times[0]) if taken else 0.0,
-        duration_seconds=max(picture_end - start, sound_seconds),
+        video_seconds=video_end - max(start, index.frame_times[0]) if decoded else 0.0,
+        duration_seconds=max(video_end - start, audio_seconds),
     )
 
 
-def _why_nothing(survey: StreamIndex, start: float) -> str:
-    path = survey.source.path
-    if survey.damage is not None:
-        return f"{path}: is damaged and nothing decodes ({survey.damage}); copy or download it again"
-    if 0 < survey.end <= start:
-        return f"{path}: start_seconds is {start}, but the file ends at {survey.end:.2f} s; start earlier"
-    return f"{path}: nothing with a time stamp decodes in the span; check that it plays there, or convert it"
+def _explain_empty(index: StreamIndex, start: float) -> str:
+    path = index.file.path
+    if index.damage is not None:
+        return f"{path}: is damaged and nothing decodes ({index.damage}); copy or download it again"
+    if 0 < index.end <= start:
+        return f"{path}: start_seconds is {start}, but the file ends at {index.end:.2f} s; start earlier"
+    return f"{path}: nothing with a timestamp decodes in the span; check that it plays there, or convert it"
 
 
-def _warn_of_losses(survey: StreamIndex, frames_lost: int, end: float) -> None:
-    path = survey.source.path
-    if survey.damage is not None or frames_lost:
+def _warn_of_losses(index: StreamIndex, num_lost: int, end: float) -> None:
+    path = index.file.path
+    if index.damage is not None or num_lost:
         logger.warning(
-            "%s: damaged (%s); %d wanted frames lost, picture kept up to %.2f s and sound up to %.2f s",
+            "%s: damaged (%s); %d frames lost, video kept up to %.2f s and audio up to %.2f s",
             path,
-            survey.damage or "some pictures do not decode",
-            frames_lost,
-            survey.picture_end,
-            survey.sound.end,
+            index.damage or "some frames do not decode",
+            num_lost,
+            index.video_end,
+            index.audio.end,
         )
-    if survey.cut:
+    if index.is_truncated:
         logger.warning(
-            "%s: breaks off; of %.2f s, %.2f s of picture and %.2f s of sound were read",
+            "%s: file is truncated: read %.2f s of video and %.2f s of audio out of %.2f s",
             path,
-            min(end, survey.source.declared_end),
-            survey.picture_end,
-            survey.sound.end,
+            index.video_end,
+            index.audio.end,
+            min(end, index.file.declared_end),
         )

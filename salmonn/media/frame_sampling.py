@@ -1,7 +1,7 @@
-"""Which frames are taken of a video, and at what size: the published models' rules.
+"""Rules of the published models for which frames of a video are sampled, and at what size.
 
-A rule names times, not numbers of frames: of videos with a steady rate these are the published frames, and a variable
-rate comes out right.
+A sampler returns times, not frame numbers: at a constant frame rate they select the published frames, and a variable
+frame rate is handled correctly.
 """
 
 import math
@@ -12,36 +12,37 @@ import numpy as np
 
 
 class FrameSampler(Protocol):
-    """Chooses the frames of a clip."""
+    """Rule that selects the frames of a clip."""
 
     def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
-        """When to look at the screen.
+        """Return the times of the frames to sample.
 
         Args:
-            first: when the first frame is due.
-            seconds: for how long the picture lasts from then.
-            num_frames: frames that the video has in that time, at least 1.
+            first: time of the first frame.
+            seconds: duration of the video from then on.
+            num_frames: number of frames that the video has in that time, at least 1.
 
         Returns:
             (F,) rising times from `first` on.
         """
         ...
 
-    def frame_size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
-        """Height and width that frames of this size are scaled to where so many are taken."""
+    def frame_size(self, height: int, width: int, num_sampled: int) -> tuple[int, int]:
+        """Return the height and width that frames of this size are scaled to if `num_sampled` frames are sampled."""
         ...
 
 
 @dataclass(frozen=True)
 class FixedRateSampler:
-    """video-SALMONN 2: each k-th frame from the first, k the whole number nearest to one every 1 / rate seconds.
+    """Frames of video-SALMONN 2: every k-th from the first, with k the integer nearest to the interval 1 / rate.
 
-    Of more than `max_frames`, so many are taken evenly from the first to the last. Frames become squares.
+    If these are more than `max_frames`, `max_frames` are sampled evenly from the first to the last. Frames are scaled
+    to squares.
 
     Args:
         frames_per_second: rate.
-        max_frames: the most frames taken.
-        side: of the square in pixels.
+        max_frames: maximum number of frames.
+        side: side of the square, in pixels.
     """
 
     frames_per_second: float = 1.0
@@ -50,18 +51,18 @@ class FixedRateSampler:
 
     @property
     def max_seconds(self) -> float:
-        """Length of the longest video that is seen at the full rate."""
+        """Duration of the longest video that is sampled at the full rate."""
         return self.max_frames / self.frames_per_second
 
     def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
         """See `FrameSampler`."""
         step = max(round(num_frames / seconds / self.frames_per_second), 1)
-        places = np.arange(0, num_frames, step)
-        if len(places) > self.max_frames:
-            places = np.linspace(0, num_frames - 1, self.max_frames, dtype=int)
-        return first + places * seconds / num_frames
+        numbers = np.arange(0, num_frames, step)
+        if len(numbers) > self.max_frames:
+            numbers = np.linspace(0, num_frames - 1, self.max_frames, dtype=int)
+        return first + numbers * seconds / num_frames
 
-    def frame_size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
+    def frame_size(self, height: int, width: int, num_sampled: int) -> tuple[int, int]:
         """See `FrameSampler`."""
         return self.side, self.side
 
@@ -71,13 +72,13 @@ class UniformSampler:
     """Frames of video-SALMONN 2+: one every `interval_seconds`, evenly spaced, within a pixel budget.
 
     Args:
-        interval_seconds: one frame for each of these.
-        min_frames, max_frames: the fewest (if the video has them) and the most frames taken.
-        min_pixels, max_pixels: of a frame.
-        budget_fraction: where fewer than `max_frames` are taken, a frame may have this times max_frames / taken times
-            as many pixels; 0 leaves `max_pixels` alone. A single frame is taken for a photograph and gets
-            `max_pixels`.
-        factor: height and width become multiples of it: patch size times merge size.
+        interval_seconds: time between two frames.
+        min_frames, max_frames: minimum (if the video has that many) and maximum number of frames.
+        min_pixels, max_pixels: limits of a frame's area.
+        budget_fraction: if fewer than `max_frames` are sampled, the area of a frame may grow to
+            budget_fraction * max_frames / num_sampled * max_pixels; 0 keeps `max_pixels`. A single frame is taken for
+            a photograph and limited to `max_pixels`.
+        factor: divisor of height and width: patch size times merge size.
     """
 
     interval_seconds: float = 0.1
@@ -91,18 +92,18 @@ class UniformSampler:
     def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
         """See `FrameSampler`."""
         count = min(max(round(seconds / self.interval_seconds), self.min_frames), self.max_frames)
-        places = np.unique(np.linspace(0, num_frames - 1, count, dtype=int))
-        return first + places * seconds / num_frames
+        numbers = np.unique(np.linspace(0, num_frames - 1, count, dtype=int))
+        return first + numbers * seconds / num_frames
 
-    def frame_size(self, height: int, width: int, num_taken: int) -> tuple[int, int]:
-        """See `FrameSampler`; the rounding is that of Qwen2.5-VL's processor."""
-        most = float(self.max_pixels)
-        if self.budget_fraction and 1 < num_taken < self.max_frames:
-            most = self.budget_fraction * self.max_frames / num_taken * self.max_pixels
+    def frame_size(self, height: int, width: int, num_sampled: int) -> tuple[int, int]:
+        """See `FrameSampler`. Rounds as `smart_resize` of Qwen2.5-VL's processor in transformers."""
+        max_pixels = float(self.max_pixels)
+        if self.budget_fraction and 1 < num_sampled < self.max_frames:
+            max_pixels = self.budget_fraction * self.max_frames / num_sampled * self.max_pixels
         rows, columns = (max(round(side / self.factor), 1) * self.factor for side in (height, width))
-        # Divided one after the other, as there: two sides that come out whole would round otherwise.
-        if rows * columns > most:
-            shrink = math.sqrt(height * width / most)
+        # Two divisions in a row, as there: one division would round differently where a side comes out whole.
+        if rows * columns > max_pixels:
+            shrink = math.sqrt(height * width / max_pixels)
             return tuple(max(math.floor(side / shrink / self.factor), 1) * self.factor for side in (height, width))  # type: ignore[return-value]
         if rows * columns < self.min_pixels:
             grow = math.sqrt(self.min_pixels / (height * width))

@@ -1,10 +1,15 @@
-"""The second pass over a file: decodes the frames on screen at the wanted times, seeking between them."""
+"""Second pass over a file: decode the frames that are on screen at the target times, seeking between them.
+
+Three ways to read, from the fastest to the most tolerant; each later one is used where the one before fails:
+`_frames_by_index` trusts the index and skips frames that no other refers to, `_frames_on_screen` with keyframes decodes
+everything from a keyframe on, and without keyframes it decodes the whole file.
+"""
 
 import logging
 import math
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any
@@ -14,245 +19,282 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
-from salmonn.media.container import Damage, Decoder, Source, cause_of, reopen
+from salmonn.media.container import DecodeError, Decoder, MediaFile, cause_of
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import SLACK_SECONDS, StreamIndex
-from salmonn.media.slices import unreferenced_test
 
 logger = logging.getLogger(__name__)
 
-# Without these two flags, libswscale's colours come out 0.5 (full size) to 1.8 (scaled) levels too dark.
-_SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+# Without the last two flags, libswscale's colours come out 0.5 (full size) to 1.8 (scaled) levels too dark.
+_INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
-# Threads that convert and scale: so many decoded frames are painted at a time, and one more waits.
-_PAINTERS = 2
-# A seek must spare so many pictures: at each the decoder's threads run empty.
-_WORTH_A_SEEK = 4
+# Threads that convert and scale; as many decoded frames are converted at a time, and one more waits.
+_CONVERTERS = 2
+# Number of frames that a seek must save: at each, the decoder's threads run empty.
+_MIN_FRAMES_SAVED = 4
+
+# NAL unit types by their header. H.264, first byte: a slice of a non-reference frame; SEI, delimiter and filler, which
+# change no frame. HEVC, first two bytes, in the lowest temporal layer: TRAIL_N, TSA_N, STSA_N, RADL_N and RASL_N;
+# delimiter, filler and SEI.
+_H264_SLICES = frozenset([0x01])
+_H264_OTHERS = frozenset([0x06, 0x09, 0x0C])
+_HEVC_SLICES = frozenset([0x0001, 0x0401, 0x0801, 0x0C01, 0x1001])
+_HEVC_OTHERS = frozenset([0x4601, 0x4C01, 0x4E01, 0x5001])
 
 
-class _SeekMissed(Exception):
-    """Seeking does not bring the frame it was for."""
+class _SeekError(Exception):
+    """A seek did not lead to the frame that it was for."""
 
 
-def frame_times_in_span(survey: StreamIndex, sampler: FrameSampler, *, start: float, end: float) -> np.ndarray:
-    """When to look at the screen.
+def target_times(index: StreamIndex, sampler: FrameSampler, *, start: float, end: float) -> np.ndarray:
+    """Return the times of the frames to decode.
 
     Args:
-        survey: what the first pass learnt.
-        sampler: what chooses.
+        index: result of the first pass.
+        sampler: rule that selects the times.
         start, end: the span, in seconds.
 
     Returns:
-        (F,) float64, rising; F is 0 where the span holds no picture.
+        (F,) float64, rising; F is 0 if there is no video in the span.
     """
-    if not survey.times:
+    if not index.frame_times:
         return np.zeros(0)
-    first = max(start, survey.times[0])
-    length = min(end, survey.picture_end) - first
-    if length <= 0:
+    first = max(start, index.frame_times[0])
+    duration = min(end, index.video_end) - first
+    if duration <= 0:
         return np.zeros(0)
-    shown = bisect_left(survey.times, first + length) - bisect_left(survey.times, first)
-    return sampler.sample_times(first, length, max(shown, 1))
+    num_frames = bisect_left(index.frame_times, first + duration) - bisect_left(index.frame_times, first)
+    return sampler.sample_times(first, duration, max(num_frames, 1))
 
 
 def decode_frames(
-    survey: StreamIndex, wanted: np.ndarray, *, sampler: FrameSampler, stack: ExitStack
+    index: StreamIndex, targets: np.ndarray, *, sampler: FrameSampler, stack: ExitStack
 ) -> list[np.ndarray | None]:
-    """Decode the frames on screen at the wanted times; what is damaged is noted in the survey.
+    """Decode the frames that are on screen at the target times; note damage in the index.
 
     Args:
-        survey: what the first pass learnt.
-        wanted: (F,) times, rising; at least one.
-        sampler: gives the size that they are scaled to.
-        stack: closes the file where it must be opened again.
+        index: result of the first pass.
+        targets: (F,) times, rising; at least one.
+        sampler: rule that gives the size that frames are scaled to.
+        stack: context that closes the file if it has to be reopened.
 
     Returns:
-        (H, W, 3) uint8 frames, None where undecodable; fewer than F where the rest is damaged.
+        (H, W, 3) uint8 frames, None where undecodable; fewer than F if the rest is damaged.
     """
-    source = survey.source
-    ways = (
-        [] if source.counts_frames else [_due_frames(survey, wanted), _on_screen(source, survey, wanted, survey.keys)]
-    )
-    for frames in ways:
+    file = index.file
+    attempts = [_frames_by_index(index, targets), _frames_on_screen(file, index, targets, index.keyframes)]
+    for frames in [] if file.counts_frames else attempts:
         try:
-            pictures, damage = _painted(frames, sampler, len(wanted))
-        except _SeekMissed as problem:
-            logger.debug("%s: reading again, for a seek failed (%s)", source.path, problem)
+            images, damage = _convert_frames(frames, sampler, len(targets))
+        except _SeekError as error:
+            logger.debug("%s: reading again, because a seek failed (%s)", file.path, error)
             continue
         if damage is None:
-            return pictures
-        # Some files are only hard to seek in: damage is believed when reading straight through finds it.
-        logger.debug("%s: reading straight through, for it seems damaged (%s)", source.path, damage)
+            return images
+        # Some files are only hard to seek in: damage is confirmed by reading straight through.
+        logger.debug("%s: reading straight through, because it seems damaged (%s)", file.path, damage)
         break
-    source = reopen(source, stack)
-    pictures, damage = _painted(_on_screen(source, survey, wanted, []), sampler, len(wanted))
+    file = file.reopen(stack)
+    images, damage = _convert_frames(_frames_on_screen(file, index, targets, []), sampler, len(targets))
     if damage is not None:
-        survey.damage = str(damage)
-        survey.picture_end = min(survey.picture_end, damage.seconds)
-    return pictures
+        index.damage = str(damage)
+        index.video_end = min(index.video_end, damage.seconds)
+    return images
 
 
-def _due_frames(survey: StreamIndex, wanted: np.ndarray) -> Iterator[Any]:
-    """The decoded frame due at each wanted time by the survey, with the least decoding.
+def _frames_by_index(index: StreamIndex, targets: np.ndarray) -> Iterator[Any]:
+    """Yield the decoded frame that is due at each target time by the index, with the least decoding.
 
     Raises:
-        _SeekMissed: a frame does not come where the survey says, so it cannot be gone by.
+        _SeekError: a frame does not come where the index says, so the index cannot be used.
     """
-    if len(set(survey.times)) < len(survey.times):
-        raise _SeekMissed("pictures share a time")
-    for key_stamp, run in _runs(survey, [survey.times[max(survey.due_by(time), 1) - 1] for time in wanted]):
-        taken = 0
-        for seconds, frame in _decode_due(survey.source, key_stamp, set(run)):
-            while taken < len(run) and seconds == run[taken]:
+    if len(set(index.frame_times)) < len(index.frame_times):
+        raise _SeekError("two frames have the same time")
+    due = [index.frame_times[max(index.count_due(time), 1) - 1] for time in targets]
+    for keyframe, run in _plan_seeks(index, due):
+        num_found = 0
+        for seconds, frame in _decode_due(index.file, keyframe, set(run)):
+            while num_found < len(run) and seconds == run[num_found]:
                 yield frame
-                taken += 1
-        if taken < len(run):
-            raise _SeekMissed(f"no frame at {run[taken]:.3f} s")
+                num_found += 1
+        if num_found < len(run):
+            raise _SeekError(f"no frame at {run[num_found]:.3f} s")
 
 
-def _runs(survey: StreamIndex, due: list[float]) -> Iterator[tuple[int, list[float]]]:
-    """Due times in runs, each with the stamp to seek to first."""
-    begin = 0
+def _plan_seeks(index: StreamIndex, due: list[float]) -> Iterator[tuple[int, list[float]]]:
+    """Yield the due times in runs, each with the keyframe timestamp to seek to first."""
+    first = 0
     for place in range(1, len(due) + 1):
         if place < len(due):
-            key_seconds = survey.keys[_key_before(survey.keys, due[place])][0]
-            spared = survey.due_by(key_seconds) - survey.due_by(due[place - 1]) - 1
-            if spared < _WORTH_A_SEEK:
+            keyframe_seconds = index.keyframes[_keyframe_before(index.keyframes, due[place])][0]
+            num_saved = index.count_due(keyframe_seconds) - index.count_due(due[place - 1]) - 1
+            if num_saved < _MIN_FRAMES_SAVED:
                 continue
-        yield survey.keys[_key_before(survey.keys, due[begin])][1], due[begin:place]
-        begin = place
+        yield index.keyframes[_keyframe_before(index.keyframes, due[first])][1], due[first:place]
+        first = place
 
 
-def _decode_due(source: Source, key_stamp: int, due: set[float]) -> Iterator[tuple[float, Any]]:
-    """(seconds, frame) up to the last that is due; others are left out if no picture refers to them."""
-    stream = source.video
-    decoder, unreferenced = Decoder(forgiven_errors=0), unreferenced_test(stream.codec_context)
-    left, begun = set(due), False
+def _decode_due(file: MediaFile, keyframe: int, due: set[float]) -> Iterator[tuple[float, Any]]:
+    """Yield (seconds, frame) up to the last due time, skipping other frames that no frame refers to."""
+    stream = file.video
+    decoder, is_non_reference = Decoder(), non_reference_test(stream.codec_context)
+    remaining, has_started = set(due), False
     try:
-        source.container.seek(key_stamp, stream=stream)
-        for packet in source.container.demux(stream):
-            begun = begun or packet.is_keyframe
-            seconds = math.nan if packet.pts is None else source.seconds(packet.pts, stream)
-            if begun and (seconds in due or not unreferenced(packet)):
-                yield from _timed(decoder.decode(packet), source)
-            left.discard(seconds)
-            if not left:
+        file.container.seek(keyframe, stream=stream)
+        for packet in file.container.demux(stream):
+            has_started = has_started or packet.is_keyframe
+            seconds = math.nan if packet.pts is None else file.seconds(packet.pts, stream)
+            if has_started and (seconds in due or not is_non_reference(packet)):
+                for frame in decoder.decode(packet):
+                    if frame.pts is not None:
+                        yield file.seconds(frame.pts, stream), frame
+            remaining.discard(seconds)
+            if not remaining:
                 break
-        # Pictures are held back to be put in order, and by threads: drained, they need no later ones to push them out.
-        yield from _timed(decoder.drain(stream), source)
+        # Decoders hold frames back, to reorder them and for their threads; draining needs no later packets.
+        for frame in decoder.drain(stream):
+            if frame.pts is not None:
+                yield file.seconds(frame.pts, stream), frame
     except av.error.FFmpegError as error:
-        raise Damage(cause_of(error)) from error
+        raise DecodeError(cause_of(error)) from error
 
 
-def _timed(frames: list[Any], source: Source) -> Iterator[tuple[float, Any]]:
-    return ((source.seconds(frame.pts, source.video), frame) for frame in frames if frame.pts is not None)
-
-
-def _on_screen(source: Source, survey: StreamIndex, wanted: np.ndarray, keys: list[tuple[float, int]]) -> Iterator[Any]:
-    """The decoded frame on screen at each wanted time, seeking to `keys`; without them, no seeks."""
-    taken = 0
-    while taken < len(wanted):
-        key = _key_before(keys, wanted[taken])
-        frames = _decode_from(source, survey, keys[key][1] if keys else None)
-        for frame in _run_from(frames, survey, wanted[taken:], keys[key:]):
-            yield frame
-            taken += 1
-
-
-def _run_from(
-    frames: Iterator[tuple[float, Any]], survey: StreamIndex, wanted: np.ndarray, keys: list[tuple[float, int]]
+def _frames_on_screen(
+    file: MediaFile, index: StreamIndex, targets: np.ndarray, keyframes: list[tuple[float, int]]
 ) -> Iterator[Any]:
-    """The frames on screen at wanted times, until the next is better reached from a later keyframe."""
-    taken = 0
-    shown, shown_seconds = None, survey.times[0] - 1.0
-    reason = "the picture ends before the file says it does"
+    """Yield the decoded frame that is on screen at each target time, seeking to `keyframes`; without them, no seeks."""
+    num_found = 0
+    while num_found < len(targets):
+        number = _keyframe_before(keyframes, targets[num_found])
+        frames = _decode_all(file, index, keyframes[number][1] if keyframes else None)
+        for frame in _match_targets(frames, index, targets[num_found:], keyframes[number:]):
+            yield frame
+            num_found += 1
+
+
+def _match_targets(
+    frames: Iterator[tuple[float, Any]], index: StreamIndex, targets: np.ndarray, keyframes: list[tuple[float, int]]
+) -> Iterator[Any]:
+    """Yield the frames on screen at the targets, until the next is better reached from a later keyframe."""
+    num_found = 0
+    shown, shown_seconds = None, index.frame_times[0] - 1.0
+    reason = "the video ends before the end that the file declares"
     try:
         for seconds, frame in frames:
-            while seconds > wanted[taken] + SLACK_SECONDS:
-                if shown is None and keys:
-                    raise _SeekMissed(f"no frame at {wanted[taken]:.3f} s")
+            while seconds > targets[num_found] + SLACK_SECONDS:
+                if shown is None and keyframes:
+                    raise _SeekError(f"no frame at {targets[num_found]:.3f} s")
                 yield shown
-                taken += 1
-                if taken == len(wanted):
+                num_found += 1
+                if num_found == len(targets):
                     return
-            key = _key_before(keys, wanted[taken])
-            if key > 0 and keys[key][0] > seconds:
+            number = _keyframe_before(keyframes, targets[num_found])
+            if number > 0 and keyframes[number][0] > seconds:
                 return
             shown, shown_seconds = frame, seconds
-    except Damage as damage:
-        reason = str(damage)
+    except DecodeError as error:
+        reason = str(error)
     # The last frame stays on screen, but only until another was due.
-    next_due = survey.due_by(shown_seconds)
-    limit = survey.times[next_due] if next_due < len(survey.times) else math.inf
-    for time in wanted[taken:]:
+    next_due = index.count_due(shown_seconds)
+    limit = index.frame_times[next_due] if next_due < len(index.frame_times) else math.inf
+    for time in targets[num_found:]:
         if time + SLACK_SECONDS >= limit:
-            raise Damage(reason, limit)
+            raise DecodeError(reason, limit)
         yield shown
 
 
-def _key_before(keys: list[tuple[float, int]], seconds: float) -> int:
-    """Index of the last keyframe at or before a time, 0 where there is none."""
-    return max(0, bisect_right(keys, seconds + SLACK_SECONDS, key=lambda key: key[0]) - 1)
+def _keyframe_before(keyframes: list[tuple[float, int]], seconds: float) -> int:
+    """Return the index of the last keyframe at or before a time, 0 if there is none."""
+    return max(0, bisect_right(keyframes, seconds + SLACK_SECONDS, key=lambda keyframe: keyframe[0]) - 1)
 
 
-def _decode_from(source: Source, survey: StreamIndex, key_stamp: int | None) -> Iterator[tuple[float, Any]]:
-    """(seconds, frame) in the order shown, from the keyframe or, without one, from where the file stands."""
-    stream = source.video
-    decoder = Decoder(forgiven_errors=0)
-    count, begun = 0, False
+def _decode_all(file: MediaFile, index: StreamIndex, keyframe: int | None) -> Iterator[tuple[float, Any]]:
+    """Yield (seconds, frame) in presentation order, from a keyframe's timestamp or from the current position."""
+    stream = file.video
+    decoder = Decoder()
+    count, has_started = 0, False
     try:
-        if key_stamp is not None:
-            source.container.seek(key_stamp, stream=stream)
-        for packet in source.container.demux(stream):
-            begun = begun or packet.is_keyframe
-            for frame in decoder.decode(packet) if begun else []:
-                if source.counts_frames and count < len(survey.times):
-                    yield survey.times[count], frame
-                elif frame.pts is not None and not source.counts_frames:
-                    yield source.seconds(frame.pts, stream), frame
+        if keyframe is not None:
+            file.container.seek(keyframe, stream=stream)
+        for packet in file.container.demux(stream):
+            has_started = has_started or packet.is_keyframe
+            for frame in decoder.decode(packet) if has_started else []:
+                if file.counts_frames and count < len(index.frame_times):
+                    yield index.frame_times[count], frame
+                elif frame.pts is not None and not file.counts_frames:
+                    yield file.seconds(frame.pts, stream), frame
                 count += 1
     except av.error.FFmpegError as error:
-        raise Damage(cause_of(error)) from error
+        raise DecodeError(cause_of(error)) from error
 
 
-def _painted(
-    frames: Iterator[Any], sampler: FrameSampler, num_taken: int
-) -> tuple[list[np.ndarray | None], Damage | None]:
-    """(H, W, 3) uint8 upright pictures up to the damage, if any; a frame that stays on screen is painted once.
+def _convert_frames(
+    frames: Iterator[Any], sampler: FrameSampler, num_targets: int
+) -> tuple[list[np.ndarray | None], DecodeError | None]:
+    """Convert decoded frames to (H, W, 3) uint8 upright images, up to the damage, if any.
 
-    Other threads paint while this one decodes; few full-size frames wait for them.
+    A frame that stays on screen is converted once. Other threads convert while this one decodes; few full-size frames
+    wait for them.
     """
-    pictures: list[Future[np.ndarray] | None] = []
+    images: list[Future[np.ndarray] | None] = []
     waiting: deque[Future[np.ndarray]] = deque()
-    before, damage, size = None, None, None
-    with ThreadPoolExecutor(_PAINTERS) as pool:
+    previous, damage, size = None, None, None
+    with ThreadPoolExecutor(_CONVERTERS) as pool:
         try:
             for frame in frames:
-                if frame is not None and frame is not before:
-                    # A stream may change its size; all pictures of a clip get that of the first.
-                    size = size or sampler.frame_size(*_upright_size(frame), num_taken)
-                    waiting.append(pool.submit(_paint, frame, *size))
-                    if len(waiting) > _PAINTERS:
+                if frame is not None and frame is not previous:
+                    if size is None:  # a stream may change its size; all images of a clip get that of the first
+                        is_sideways = round(frame.rotation / 90) % 2 == 1
+                        upright = (frame.width, frame.height) if is_sideways else (frame.height, frame.width)
+                        size = sampler.frame_size(*upright, num_targets)
+                    waiting.append(pool.submit(_to_image, frame, *size))
+                    if len(waiting) > _CONVERTERS:
                         wait([waiting.popleft()])
-                before = frame
-                pictures.append(None if frame is None else waiting[-1])
-        except Damage as error:
+                previous = frame
+                images.append(None if frame is None else waiting[-1])
+        except DecodeError as error:
             damage = error
-    return [None if picture is None else picture.result() for picture in pictures], damage
+    return [None if image is None else image.result() for image in images], damage
 
 
-def _upright_size(frame: Any) -> tuple[int, int]:
-    turned = round(frame.rotation / 90) % 2 == 1
-    return (frame.width, frame.height) if turned else (frame.height, frame.width)
+def _to_image(frame: Any, height: int, width: int) -> np.ndarray:
+    """Convert a decoded frame to upright RGB of this size.
+
+    Bicubic with antialiasing, as the processors of the published models scale.
+    """
+    full = VideoReformatter().reformat(frame, format="rgb24", interpolation=_INTERPOLATION, threads=1).to_ndarray()
+    image = np.rot90(full, round(frame.rotation / 90))
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _paint(frame: Any, height: int, width: int) -> np.ndarray:
-    full = VideoReformatter().reformat(frame, format="rgb24", interpolation=_SCALING, threads=1).to_ndarray()
-    return _scaled(np.rot90(full, round(frame.rotation / 90)), height, width)
+def non_reference_test(codec: Any) -> Callable[[Any], bool]:
+    """Return a test of packets: whether a packet holds nothing but a frame that no other frame refers to.
 
+    Such frames need not be decoded. The test reads the headers of NAL units in H.264 and HEVC streams of MP4, MOV and
+    Matroska, where units are stored with their lengths. It is false whenever that is not certain, so that damaged
+    packets are decoded and noticed.
 
-def _scaled(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic with what is finer than the new pixels smoothed away, as the published models' processors scale."""
-    if picture.shape[:2] == (height, width):
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    Args:
+        codec: the codec context of a stream.
+    """
+    setup = codec.extradata or b""  # avcC or hvcC
+    if codec.name == "h264" and len(setup) > 4 and setup[0] == 1:
+        length_byte, header_bytes, slices, others = setup[4], 1, _H264_SLICES, _H264_OTHERS
+    # In HEVC, "not referred to" holds within a temporal layer only, so there must be only one.
+    elif codec.name == "hevc" and len(setup) > 21 and setup[0] == 1 and setup[21] >> 3 & 7 == 1:
+        length_byte, header_bytes, slices, others = setup[21], 2, _HEVC_SLICES, _HEVC_OTHERS
+    else:
+        return lambda packet: False
+    length_bytes = (length_byte & 3) + 1
+
+    def is_non_reference(packet: Any) -> bool:
+        data, position, headers = memoryview(packet), 0, set[int]()
+        while position < len(data):
+            start = position + length_bytes
+            headers.add(int.from_bytes(data[start : start + header_bytes]))
+            position = start + int.from_bytes(data[position:start])
+        return not headers.isdisjoint(slices) and headers <= slices | others
+
+    return is_non_reference

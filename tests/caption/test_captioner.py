@@ -141,7 +141,7 @@ def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     assert captioner.caption(path, sampling=SHORT).video == str(path)
-    with pytest.raises(ValueError, match=r"tone\.wav: holds no picture"):
+    with pytest.raises(ValueError, match=r"tone\.wav: has no video stream"):
         captioner.caption(path, sampling=SHORT, modality="visual")
 
 

@@ -457,7 +457,7 @@ def test_lists_of_other_files_are_refused(engine, videos, tmp_path):
     (tmp_path / "concat").write_text("ffconcat version 1.0\nfile near.mp4\n")
     (tmp_path / "near.mp4").symlink_to(videos[0])
     for name in ("list.m3u8", "concat"):
-        with pytest.raises(ClipError, match="is a list of other files"):
+        with pytest.raises(ClipError, match="is a playlist"):
             say(engine, CaptionRequest(tmp_path / name))
 
 

@@ -1,4 +1,4 @@
-"""Sound put together by hand, and sound that cannot be."""
+"""Audio assembled by hand, and audio that cannot be mixed down."""
 
 import math
 import wave
@@ -12,20 +12,20 @@ from salmonn.media.clip import ClipError, read_clip
 from salmonn.media.frame_sampling import FixedRateSampler
 
 
-def test_gap_in_the_sound_is_silence():
-    sound = AudioBuffer()
+def test_gap_in_the_audio_is_silence():
+    audio = AudioBuffer()
     for first in (0.0, 1.0):
         frame = av.AudioFrame.from_ndarray(np.full((1, 8000), 0.5, np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16000
-        sound.add(frame, first)
-    sound.finish()
+        audio.add(frame, first)
+    audio.flush()
     expected = np.repeat(np.array([0.5, 0.0, 0.5], np.float32), 8000)
-    np.testing.assert_allclose(sound.waveform(start=0.0, end=math.inf), expected)
-    np.testing.assert_allclose(sound.waveform(start=0.25, end=1.25), expected[4000:20000])
-    assert sound.waveform(start=1.5, end=math.inf) is None
+    np.testing.assert_allclose(audio.waveform(start=0.0, end=math.inf), expected)
+    np.testing.assert_allclose(audio.waveform(start=0.25, end=1.25), expected[4000:20000])
+    assert audio.waveform(start=1.5, end=math.inf) is None
 
 
-def test_sound_that_cannot_be_mixed_down_says_so(tmp_path):
+def test_audio_that_cannot_be_mixed_down_is_reported(tmp_path):
     with wave.open(str(tmp_path / "nine.wav"), "wb") as out:
         out.setnchannels(9)
         out.setsampwidth(2)

@@ -14,9 +14,9 @@ import av
 import numpy as np
 import pytest
 
-from salmonn.media import index as survey_module
+from salmonn.media import index as index_module
 from salmonn.media.clip import Clip, ClipError, read_clip
-from salmonn.media.container import Decoder, Source
+from salmonn.media.container import Decoder, MediaFile
 
 MEDIA = Path(__file__).parents[3] / "shared" / "media"
 needs_media = pytest.mark.skipif(not MEDIA.is_dir(), reason="the shared media folder is not here")
@@ -234,7 +234,7 @@ def test_no_sound_and_sound_only(tmp_path):
     heard = read(write_clip(tmp_path / "heard.m4a", sound_seconds=1.5, container="mp4"))
     assert len(heard.frames) == len(heard.frame_times) == 0 and not heard.has_video
     assert abs(heard.duration_seconds - 1.5) < 0.03
-    with pytest.raises(ClipError, match=r"silent\.mp4: holds no sound"):
+    with pytest.raises(ClipError, match=r"silent\.mp4: has no audio stream"):
         read(silent, video=False)
 
 
@@ -261,7 +261,7 @@ def test_cover_art_is_no_picture(tmp_path):
         assert len(made.streams.video) == 1
     clip = read(path)
     assert not clip.has_video and clip.has_audio
-    with pytest.raises(ClipError, match="holds no picture"):
+    with pytest.raises(ClipError, match="has no video stream"):
         read(path, audio=False)
 
 
@@ -284,17 +284,17 @@ def decode_counted(monkeypatch):
 def test_seeking_and_reading_straight_through_give_identical_frames(tmp_path, monkeypatch, suffix, rate):
     path = write_clip(tmp_path / f"long.{suffix}", picture=tenths(7), gop=7)
     sought = read(path, frames_per_second=rate, max_frames=99, audio=False)
-    monkeypatch.setattr(Source, "counts_frames", property(lambda self: True))
-    monkeypatch.setattr(survey_module, "_note_picture", _note_by_pts)
+    monkeypatch.setattr(MediaFile, "counts_frames", property(lambda self: True))
+    monkeypatch.setattr(index_module, "_index_video_packet", _index_by_pts)
     straight = read(path, frames_per_second=rate, max_frames=99, audio=False)
     np.testing.assert_array_equal(sought.frame_times, straight.frame_times)
     np.testing.assert_array_equal(sought.frames, straight.frames)
 
 
-def _note_by_pts(survey, packet):
+def _index_by_pts(index, packet):
     if packet.pts is not None:
-        survey.times.append(survey.source.seconds(packet.pts, survey.source.video))
-        survey.picture_end = max(survey.picture_end, survey.times[-1] + 0.1)
+        index.frame_times.append(index.file.seconds(packet.pts, index.file.video))
+        index.video_end = max(index.video_end, index.frame_times[-1] + 0.1)
 
 
 def test_stretches_without_wanted_frames_are_not_decoded(tmp_path, monkeypatch):
@@ -338,7 +338,7 @@ def test_corrupted_file_gives_what_precedes_the_damage(caplog):
     clip = read(MEDIA / "corrupted.mp4")
     np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
     assert clip.duration_seconds == pytest.approx(2.8)
-    assert "corrupted.mp4: damaged" in caplog.text and "4 wanted frames lost" in caplog.text
+    assert "corrupted.mp4: damaged" in caplog.text and "4 frames lost" in caplog.text
     with pytest.raises(ClipError, match=r"corrupted\.mp4: is damaged"):
         read(MEDIA / "corrupted.mp4", start_seconds=4.0)
 
@@ -358,7 +358,7 @@ def test_truncated_file_gives_a_right_beginning_or_says_why_not(tmp_path, caplog
         assert share < 0.1
         return
     assert time.monotonic() - began < 2
-    assert clip.duration_seconds < 6.95 and "cut.mp4: breaks off" in caplog.text
+    assert clip.duration_seconds < 6.95 and "cut.mp4: file is truncated" in caplog.text
     assert_levels(clip, clip.frame_times - 0.05)
     if clip.has_audio:
         expected = read(full).waveform
@@ -407,7 +407,7 @@ def test_damage_in_the_middle_never_gives_wrong_pictures(tmp_path, caplog):
     path = tmp_path / "bad.mp4"
     path.write_bytes(data)
     clip = read(path)
-    assert 1 <= len(clip.frames) < 14 and "wanted frames lost" in caplog.text
+    assert 1 <= len(clip.frames) < 14 and " frames lost" in caplog.text
     assert_levels(clip, clip.frame_times - 0.05)
 
 

@@ -1,4 +1,4 @@
-"""How little is decoded for sparse frames, and that they are the same."""
+"""Few packets are decoded for sparse frames, and the frames are the same."""
 
 import logging
 from fractions import Fraction
@@ -7,14 +7,14 @@ import av
 import numpy as np
 import pytest
 
-from salmonn.media import video as pictures
+from salmonn.media import video as video_module
 from salmonn.media.clip import read_clip
-from salmonn.media.container import Decoder
+from salmonn.media.container import DecodeError, Decoder
 from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.media.index import StreamIndex
 
 FPS, SIDE = 10, 64
-# I P B B P B B ...: the B-frames are not referred to.
+# I P B B P B B ...: no frame refers to the B-frames.
 ENCODERS = {
     "libx264": {"bf": "2", "b_strategy": "0", "b-pyramid": "none", "sc_threshold": "0"},
     "libx265": {"x265-params": "bframes=2:b-adapt=0:b-pyramid=0:scenecut=0:open-gop=0:log-level=none"},
@@ -22,7 +22,7 @@ ENCODERS = {
 
 
 def write_moving(path, *, encoder="libx264", num_frames=31, gop=250):
-    """A texture that slides, so that each frame differs from the others everywhere."""
+    """Write a video of a sliding texture, so that each frame differs from the others everywhere."""
     texture = np.random.default_rng(0).integers(0, 256, (SIDE // 4, SIDE, 3), np.uint8).repeat(4, 0).repeat(4, 1)
     options = ENCODERS[encoder] | {"g": str(gop)}
     if encoder == "libx265":
@@ -41,7 +41,7 @@ def write_moving(path, *, encoder="libx264", num_frames=31, gop=250):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """Time stamps of the packets that decoders are given."""
+    """Timestamps of the packets passed to decoders."""
     seen = []
     real = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda self, packet: seen.append(packet.pts) or real(self, packet))
@@ -54,7 +54,7 @@ def read(path, sampler):
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_pictures_that_no_other_refers_to_are_left_out(tmp_path, monkeypatch, fed, encoder, suffix):
+def test_non_reference_frames_are_skipped(tmp_path, monkeypatch, fed, encoder, suffix):
     path = write_moving(tmp_path / f"moving.{suffix}", encoder=encoder)
     ends = FixedRateSampler(frames_per_second=FPS, max_frames=2, side=SIDE)
     few = read(path, ends)
@@ -67,14 +67,14 @@ def test_pictures_that_no_other_refers_to_are_left_out(tmp_path, monkeypatch, fe
     np.testing.assert_allclose(some.frame_times, [0, 1, 2, 3])
     assert len(fed) == 13
     fed.clear()
-    monkeypatch.setattr(pictures, "unreferenced_test", lambda codec: lambda packet: False)
+    monkeypatch.setattr(video_module, "non_reference_test", lambda codec: lambda packet: False)
     np.testing.assert_array_equal(read(path, FixedRateSampler(side=SIDE)).frames, some.frames)
     np.testing.assert_array_equal(some.frames[[0, 3]], few.frames)
     # All but 28 and 29, which are stored after 30.
     assert len(fed) == 29
 
 
-def test_wanted_keyframes_are_decoded_alone(tmp_path, fed):
+def test_keyframes_are_decoded_alone(tmp_path, fed):
     path = write_moving(tmp_path / "moving.mp4", gop=10)
     clip = read(path, FixedRateSampler(side=SIDE))
     assert len(clip.frames) == 4 and len(fed) == 4
@@ -82,39 +82,43 @@ def test_wanted_keyframes_are_decoded_alone(tmp_path, fed):
     assert np.all(apart > 20)
 
 
-def test_a_short_stretch_is_decoded_rather_than_sought_past():
-    # 40 pictures, a tenth of a second apart, and a keyframe each second, whose stamp is its number.
-    survey = StreamIndex(None, times=[n / 10 for n in range(40)], keys=[(0.0, 0), (1.0, 10), (2.0, 20), (3.0, 30)])
+def test_a_short_gap_is_decoded_rather_than_skipped():
+    # 40 frames, a tenth of a second apart, and a keyframe each second, whose timestamp is its number.
+    index = StreamIndex(
+        None, frame_times=[n / 10 for n in range(40)], keyframes=[(0.0, 0), (1.0, 10), (2.0, 20), (3.0, 30)]
+    )
     # 0.6, 0.7, 0.8, 0.9 lie between 0.5 and the keyframe 1.0; between 1.6 and 2.0 lie 3 only.
     due = [0.2, 0.5, 1.0, 1.6, 2.1, 2.9, 3.0, 3.9]
-    assert list(pictures._runs(survey, due)) == [(0, [0.2, 0.5]), (10, [1.0, 1.6, 2.1, 2.9, 3.0, 3.9])]
-    assert list(pictures._runs(survey, [0.5, 3.5])) == [(0, [0.5]), (30, [3.5])]
+    assert list(video_module._plan_seeks(index, due)) == [(0, [0.2, 0.5]), (10, [1.0, 1.6, 2.1, 2.9, 3.0, 3.9])]
+    assert list(video_module._plan_seeks(index, [0.5, 3.5])) == [(0, [0.5]), (30, [3.5])]
 
 
-@pytest.mark.parametrize("broken", ["_decode_due", "_runs"])
-def test_frames_that_do_not_come_as_surveyed_are_read_more_plainly(tmp_path, monkeypatch, caplog, broken):
+@pytest.mark.parametrize("broken", ["_decode_due", "_plan_seeks"])
+def test_frames_that_do_not_match_the_index_are_read_without_shortcuts(tmp_path, monkeypatch, caplog, broken):
     path = write_moving(tmp_path / "moving.mp4", gop=10)
     expected = read(path, FixedRateSampler(side=SIDE)).frames
     if broken == "_decode_due":
-        monkeypatch.setattr(pictures, "_decode_due", lambda *arguments: iter(()))
+        monkeypatch.setattr(video_module, "_decode_due", lambda *arguments: iter(()))
     else:
-        real = pictures._runs
+        real = video_module._plan_seeks
         # Sought to the last keyframe, frames before it never come.
         monkeypatch.setattr(
-            pictures, "_runs", lambda survey, due: ((survey.keys[-1][1], run) for _, run in real(survey, due))
+            video_module,
+            "_plan_seeks",
+            lambda index, due: ((index.keyframes[-1][1], run) for _, run in real(index, due)),
         )
     with caplog.at_level(logging.DEBUG):
         np.testing.assert_array_equal(read(path, FixedRateSampler(side=SIDE)).frames, expected)
-    assert "reading again, for a seek failed (no frame at 0.000 s)" in caplog.text
+    assert "reading again, because a seek failed (no frame at 0.000 s)" in caplog.text
 
 
 def test_frames_before_damage_are_kept(monkeypatch):
     def frames():
         for level in (10, 20, 30, 40):
             yield av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), level, np.uint8), format="rgb24")
-        raise pictures.Damage("a hole", 0.4)
+        raise DecodeError("a hole", 0.4)
 
-    painted, damage = pictures._painted(frames(), FixedRateSampler(side=SIDE), 9)
+    painted, damage = video_module._convert_frames(frames(), FixedRateSampler(side=SIDE), 9)
     assert [picture.mean() for picture in painted] == [10, 20, 30, 40]
     assert str(damage) == "a hole" and damage.seconds == 0.4
 
@@ -135,7 +139,7 @@ def test_few_decoded_frames_are_alive_at_a_time(monkeypatch):
             most = max(most, len(alive))
             yield frame
 
-    monkeypatch.setattr(pictures, "_paint", paint)
-    painted, _ = pictures._painted(frames(), FixedRateSampler(side=SIDE), 40)
+    monkeypatch.setattr(video_module, "_to_image", paint)
+    painted, _ = video_module._convert_frames(frames(), FixedRateSampler(side=SIDE), 40)
     # Two are painted, one waits, one has just come.
     assert len(painted) == 40 and most <= 4

@@ -1,10 +1,10 @@
-"""Packets put together by hand."""
+"""Packets assembled by hand: which hold only frames that no other frame refers to."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from salmonn.media.slices import unreferenced_test
+from salmonn.media.video import non_reference_test
 
 # avcC and hvcC with lengths of 4 bytes (the last two bits are 3); hvcC's byte 21 tells of one temporal layer.
 AVCC = bytes([1, 100, 0, 31, 0xFF, 0xE1])
@@ -17,7 +17,7 @@ def packet(*units: str, length_bytes: int = 4) -> bytes:
 
 
 def test_of(name: str, setup: bytes | None):
-    return unreferenced_test(SimpleNamespace(name=name, extradata=setup))
+    return non_reference_test(SimpleNamespace(name=name, extradata=setup))
 
 
 test_of.__test__ = False
