@@ -83,7 +83,7 @@ def kill():
 run_recipe(main, Config, description="Ends.", on_error=dist.abort)
 """
 MISTAKE, BUG = "a.mp4 is not there: add it", "RuntimeError: a sum is off"
-LOST = "ended without a word (killed, or out of memory?)"
+LOST = "ended without a message (killed, or out of memory?)"
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_without_a_launcher_it_is_one_process(monkeypatch):
     assert shares == [[1, 2, 0]] and dist.gather_balanced(["3", "2", "1"], shares) == ["1", "3", "2"]
     assert dist.all_reduce_sum(2.5) == 2.5
     dist.barrier()
-    dist.abort("nobody else is there")
+    dist.abort("there is no other process")
 
 
 @pytest.mark.parametrize(("rank", "expected"), [("0", ["a", "d"]), ("1", ["b", "e"]), ("2", ["c"])])
