@@ -1,6 +1,6 @@
-"""Records of what goes on disk, one JSON object a line, written atomically.
+"""Records on disk: one JSON object per line, validated when read, written atomically.
 
-Every stage of the loop reads and writes these: references in, captions, scores and pairs out.
+All stages of a run read and write these: references in; captions, scores and comparisons out.
 Nothing here needs torch, so annotation and scoring run on any machine.
 """
 
@@ -8,14 +8,17 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
-import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 EventModality = Literal["visual", "audio", "speech"]
 Modality = Literal["both", "visual", "audio"]
@@ -25,12 +28,12 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Event:
-    """One atomic event: one fact that a caption can tell, miss or get wrong.
+    """One atomic event: a fact that a caption can state, miss or get wrong.
 
     Args:
         text: the fact as a short clause, for example "a red circle moves to the left".
-        modality: whether it is seen, heard, or said.
-        start_seconds, end_seconds: when it happens, from the start of the video; None where unknown.
+        modality: visual, audio (any sound but speech) or speech.
+        start_seconds, end_seconds: time from the start of the video; None if unknown.
     """
 
     text: str
@@ -40,19 +43,20 @@ class Event:
 
     @property
     def is_audible(self) -> bool:
-        """Whether it is in the sound: speech is, too."""
+        """Whether the event is in the audio, speech included."""
         return self.modality != "visual"
 
     def precedes(self, other: "Event") -> bool:
-        """Whether it ended before the other began; one that starts as the other starts never precedes it."""
+        """Return whether this event starts earlier than the other and ends by its start; False for unknown times."""
         if self.start_seconds is None or self.end_seconds is None or other.start_seconds is None:
             return False
         return self.end_seconds <= other.start_seconds and self.start_seconds < other.start_seconds
 
     def lies_within(self, start_seconds: float | None, end_seconds: float | None) -> bool:
-        """Whether at least half of it lies in the span; an open end (None) has no limit, an untimed event no place.
+        """Return whether at least half of the event lies in a span; None leaves the span open at that end.
 
-        An event without length lies in the span from its start up to, not including, its end.
+        An event of unknown time lies in the open span only. An event without duration lies in a span that starts at or
+        before it and ends after it.
         """
         if start_seconds is None and end_seconds is None:
             return True
@@ -77,15 +81,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Reference:
-    """What is known about one video.
+    """Annotation of one video.
 
     Args:
-        video: path of the file, relative to the folder of the JSONL file that holds this record (or absolute).
-        events: the atomic events in order of time.
+        video: path of the file, relative to the folder of the JSONL file that holds this record, or absolute.
+        events: the atomic events, by time.
         caption: the full reference caption (the *ground truth* of guided DPO).
-        human_caption: an imperfect caption, as an annotator in a hurry would write it.
-        visual_caption, audio_caption: what is seen alone, and what is heard alone.
-        questions: questions and answers on the video.
+        human_caption: an imperfect caption, such as an annotator in a hurry would write.
+        visual_caption, audio_caption: captions of the video without its audio, and of the audio alone.
+        questions: questions about the video, with answers.
+        duration_seconds: length of the video.
     """
 
     video: str
@@ -100,20 +105,20 @@ class Reference:
 
 @dataclass(frozen=True)
 class Caption:
-    """An answer that a model gave on a video.
+    """Answer of a model to a prompt about a video.
 
     Args:
         video: path of the file, as in the reference.
         text: the answer.
-        prompt: what was asked.
+        prompt: the prompt.
         model: folder or hub id of the model.
-        sample: number of the sample, where several were drawn for one video.
-        finished: False where the answer ran into its token limit.
-        start_seconds, end_seconds: the part of the video that it is about; None where that is open.
-        size_bytes, modified_ns: of the file when it was captioned, modified in nanoseconds since 1970; None where that
-            was not asked. With the path they tell whether a file is the one that was captioned.
-        segment: index of the segment that it is about, where the video was cut into `num_segments`.
-        num_failed_segments: how many of these could not be captioned.
+        sample: number of the sample, if several were generated for one video.
+        finished: False if the answer was cut off at the token limit.
+        start_seconds, end_seconds: the part of the video that was read; None for an open end.
+        size_bytes, modified_ns: size and modification time (nanoseconds since 1970) of the file when it was captioned,
+            by which a changed file is recognised; None if not recorded.
+        segment, num_segments: index of the captioned segment, and number of segments that the video was split into.
+        num_failed_segments: number of segments that could not be captioned.
     """
 
     video: str
@@ -137,10 +142,10 @@ class Failure:
 
     Args:
         video: path of the file.
-        reason: why, and what to do.
-        stage: where it failed: reading the file, in the model, or writing what it said.
-        start_seconds, end_seconds: the part of the video; None where that is open.
-        size_bytes, modified_ns: of the file, as in `Caption`.
+        reason: the cause, and what to do.
+        stage: step that failed: reading the file, generating the caption, or writing it.
+        start_seconds, end_seconds: the part of the video; None for an open end.
+        size_bytes, modified_ns: size and modification time of the file, as in `Caption`.
     """
 
     video: str
@@ -154,13 +159,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Mention:
-    """An event that a caption tells.
+    """A reference event that a caption mentions.
 
     Args:
         event: the event.
-        quote: the caption's words that tell it; "" where the judge does not say.
-        is_correct: False where something that matters is told wrong.
-        reason: what is wrong, where it does not show in the quote; "" where the judge does not say.
+        quote: the part of the caption that mentions it; "" if the judge does not quote.
+        is_correct: False if a detail that matters is wrong.
+        reason: the mistake, if the quote does not show it; "" if the judge gives none.
     """
 
     event: Event
@@ -171,19 +176,19 @@ class Mention:
 
 @dataclass(frozen=True)
 class Score:
-    """The judgement of one caption against N events: N = missing + incorrect + correct.
+    """Score of one caption against N events: N = missing + incorrect + correct.
 
     Args:
-        video, sample: which caption.
+        video, sample: video and sample number of the caption.
         num_events: N.
         missing, incorrect, hallucinated: counts.
-        num_words, num_repeated_words: of the caption's words so many stand in repeated clauses.
-        finished: False where the caption ran into its token limit.
-        missed: texts of the events that are not told.
-        mentions: the events that are told, rightly or not, in the order in which the caption tells them.
-        hallucinations: the caption's words that tell of no event.
-        repeated: the caption's words that say in other words what it says elsewhere, where the judge tells them.
-        start_seconds, end_seconds: the part of the video that the caption is about, as in the caption.
+        num_words, num_repeated_words: number of words in the caption, and in its repeated clauses.
+        finished: False if the caption was cut off at the token limit.
+        missed: texts of the missing events.
+        mentions: the correct and incorrect events, in the order in which the caption mentions them.
+        hallucinations: parts of the caption that match no event.
+        repeated: parts of the caption that paraphrase other parts, if the judge quotes them.
+        start_seconds, end_seconds: the part of the video that was captioned, as in the caption.
     """
 
     video: str
@@ -204,23 +209,23 @@ class Score:
 
     @property
     def incorrect_events(self) -> tuple[str, ...]:
-        """Texts of the events that are told wrong."""
+        """Texts of the incorrect events."""
         return tuple(mention.event.text for mention in self.mentions if not mention.is_correct)
 
     @property
     def total(self) -> float:
-        """(missing + incorrect + hallucinated) / N, with N at least 1 so that a video without events counts errors."""
+        """(missing + incorrect + hallucinated) / N, with N at least 1 so that errors count even without events."""
         return (self.missing + self.incorrect + self.hallucinated) / max(self.num_events, 1)
 
     @property
     def repetition(self) -> float:
-        """Share of the caption's words that belong to repeated clauses."""
+        """Fraction of the caption's words that are in repeated clauses."""
         return self.num_repeated_words / max(self.num_words, 1)
 
 
 @dataclass(frozen=True)
 class Unscored:
-    """A caption that the judge could not judge, and why."""
+    """A caption that the judge could not score, and the reason."""
 
     video: str
     reason: str
@@ -231,17 +236,17 @@ class Unscored:
 
 @dataclass(frozen=True)
 class JudgeInfo:
-    """How a set of captions was judged.
+    """How a set of captions was scored.
 
     Args:
-        judge: who judged: "rule", or a model with its server.
-        prompt_hash: of the words that the judge was asked with, or of the rules that it reads by.
+        judge: "rule", or a model with its server.
+        prompt_hash: hash of the judge's prompt, or version of its rules.
         protocol: "salmonn" or "published".
-        date: when, UTC, in ISO format.
-        version: of salmonn.
-        seeds: of each pass over the captions.
-        totals: Total of each pass; None of one in which nothing could be scored.
-        reported_pass: which pass the scores are from, counted from 0.
+        date: UTC, in ISO format.
+        version: version of salmonn.
+        seeds: seed of each pass over the captions.
+        totals: Total of each pass; None for a pass in which nothing could be scored.
+        reported_pass: index of the pass that the scores are from.
     """
 
     judge: str
@@ -291,13 +296,13 @@ class Comparison:
 
 
 def write_records(path: Path | str, records: Iterable[Any]) -> None:
-    """Write dataclass records as JSONL; the file appears whole or not at all."""
+    """Write dataclass records as JSONL, atomically."""
     lines = (json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in records)
     write_text(path, "".join(line + "\n" for line in lines))
 
 
 def append_record(path: Path | str, record: Any) -> None:
-    """Add one record to a JSONL file and flush it to disk."""
+    """Append one record to a JSONL file and flush it to disk."""
     with Path(path).open("a", encoding="utf-8") as file:
         file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
         file.flush()
@@ -305,7 +310,7 @@ def append_record(path: Path | str, record: Any) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write one JSON value, indented; the file appears whole or not at all."""
+    """Write one JSON value, indented, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -315,7 +320,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file through a temporary name, flushed, so that a kill leaves the old file or the new one."""
+    """Write a text file atomically, through a temporary name, so that a kill leaves the old or the new file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -328,16 +333,16 @@ def write_text(path: Path | str, text: str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """A folder to be filled under a temporary name; it takes its own, flushed, when the context ends without an error.
+    """Yield a temporary folder that is flushed and renamed to `path` if the context ends without an error.
 
     Raises:
-        ValueError: there is something of that name already, other than an empty folder.
+        ValueError: `path` exists and is not an empty folder.
     """
     path = Path(path).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: choose another folder, or delete that one")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process of that number that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same id
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -347,98 +352,103 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                     os.fsync(written.fileno())
         temporary.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
+        shutil.rmtree(temporary, ignore_errors=True)  # renamed already on success
 
 
 def read_records(path: Path | str, record_type: type[Record]) -> list[Record]:
     """Read a JSONL file of `record_type`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not JSON, or lacks or misnames a field; the message names file and line.
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is not JSON, or has a missing, unknown or invalid field; the message names file and line.
     """
     return list(iter_records(path, record_type))
 
 
 def iter_records(path: Path | str, record_type: type[Record]) -> Iterator[Record]:
-    """Like `read_records`, one record at a time."""
+    """Yield the records of a JSONL file; see `read_records`. Blank lines are skipped."""
     path = Path(path)
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is not there"
-        raise FileNotFoundError(f"{path} {what}: expected a file with JSON lines of {record_type.__name__} records")
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}: expected a file with JSON lines of {record_type.__name__} records")
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                # Some tools begin a file with a mark of its byte order.
-                yield parse_record(json.loads(line.decode("utf-8-sig").rstrip()), record_type)
-            except json.JSONDecodeError as error:
-                words = f"{path}, line {number}: no JSON, or cut off: {error.msg}, column {error.colno}"
-                raise ValueError(words) from error
+                # Some tools start a file with a byte order mark.
+                yield parse_json(line.decode("utf-8-sig").rstrip(), record_type)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
 
 
 def parse_record(value: Any, record_type: type[Record]) -> Record:
-    """Build a record from parsed JSON, checking field names and types all the way down.
+    """Build a record from parsed JSON; see `parse_json`."""
+    return parse_json(json.dumps(value), record_type)
+
+
+def parse_json(text: str, record_type: type[Record]) -> Record:
+    """Build a record from JSON, checking field names and types at all levels.
+
+    Integers are accepted as floats; nothing else is converted. NaN, infinity and unpaired surrogates are refused.
 
     Raises:
-        ValueError: naming the field that is missing, unknown or of the wrong type.
+        ValueError: the text is not JSON, or a field is missing, unknown or invalid; the message names it.
     """
-    name = record_type.__name__
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object for {name}, got {type(value).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(record_type)}  # type: ignore[arg-type]
-    unknown = sorted(set(value) - set(fields))
-    if unknown:
-        raise ValueError(f"unknown field {', '.join(unknown)} for {name}; it has {', '.join(fields)}{_guess(value)}")
-    missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in value]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}")
-    hints = typing.get_type_hints(record_type)
-    return record_type(**{key: _parse_value(item, hints[key], where=f"{name}.{key}") for key, item in value.items()})
+    try:
+        return _adapter(record_type).validate_json(text)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        raise ValueError("; ".join(_describe_errors(errors, text, record_type)[:3])) from error
 
 
-def _guess(value: dict[str, Any]) -> str:
-    """What a record of the wrong kind may be, for messages."""
+@cache
+def _adapter(record_type: Any) -> Any:
+    for nested in _dataclasses_in(record_type):
+        nested.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+    return TypeAdapter(record_type)
+
+
+def _dataclasses_in(hint: Any) -> Iterator[Any]:
+    if dataclasses.is_dataclass(hint):
+        yield hint
+        parts: Iterable[Any] = typing.get_type_hints(hint).values()
+    else:
+        parts = typing.get_args(hint)
+    for part in parts:
+        yield from _dataclasses_in(part)
+
+
+def _describe_errors(errors: Sequence[Any], text: str, record_type: type) -> list[str]:
+    """Return a message for each of pydantic's errors: the field, what is wrong, and the value."""
+    name, messages = record_type.__name__, []
+    for error in errors:
+        *outer, last = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]] or [""]
+        where, message = name + "".join(outer), error["msg"].removeprefix("Value error, ")
+        if error["type"] == "json_invalid":
+            problem = re.sub(r"Invalid JSON: (.*) at line 1 column (\d+)", r"invalid JSON at column \2: \1", message)
+            if "hex escape" in problem:
+                return [f"{problem} (half of a Unicode character, which cannot be written)"]
+            return [f"{problem} (cut off?)" if "EOF" in problem else problem]
+        if error["type"] == "unexpected_keyword_argument":
+            known = f"; it has {', '.join(field.name for field in dataclasses.fields(record_type))}"
+            guess = _guess_type(json.loads(text))
+            messages.insert(0, f"unknown field {last[1:]} in {where}{'' if outer else known + guess}")
+        elif error["type"] == "missing":
+            messages.append(f"{where}{last} is missing")
+        elif message.startswith("Input should be "):
+            expected = message.removeprefix("Input should be ").replace("an object", "a JSON object")
+            messages.append(f"{where}{last} must be {expected}, got {error['input']!r:.80}")
+        else:
+            messages.append(f"{where}{last}: {message}")
+    return messages
+
+
+def _guess_type(value: dict[str, Any]) -> str:
+    """Return what a record of another type may be, for error messages."""
     for other, plural in ((Caption, "captions"), (Reference, "references"), (Comparison, "comparisons")):
         names = {field.name for field in dataclasses.fields(other)}
         required = {field.name for field in dataclasses.fields(other) if field.default is dataclasses.MISSING}
         if required <= set(value) <= names:
             return f". These are {plural}: is it the right file?"
     return ". This is a score file: is it the right one?" if "judge_info" in value else ""
-
-
-def _parse_value(value: Any, hint: Any, *, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        return parse_record(value, hint)  # type: ignore[arg-type]
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, got {value!r}")
-        item_hint = typing.get_args(hint)[0]
-        return tuple(_parse_value(item, item_hint, where=where) for item in value)
-    if origin is Literal:
-        allowed, kinds = typing.get_args(hint), (str,)
-        if value not in allowed:
-            raise ValueError(f"{where} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    elif origin is types.UnionType:
-        kinds = typing.get_args(hint)
-    else:
-        kinds = (hint,)
-    # JSON writes 2.0 as 2 in some tools, so whole numbers are welcome where a float is; true is not a number.
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    _require_writable(value, where=where)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"{where} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
-    return value
-
-
-def _require_writable(value: Any, *, where: str) -> None:
-    """Refuse what JSON can hold and files or sums cannot."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} must be a number, got {value}")
-    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{where} holds half of a Unicode character, which cannot be written: {value!r}")

@@ -94,7 +94,7 @@ def test_what_cannot_be_a_table(ledger, tmp_path):
         export_table(LatestCaptions([ledger]), tmp_path / "." / "captions.jsonl")
     ledger.write_text(json.dumps(asdict(caption("a.mp4", "words")) | {"size_bytes": "5"}) + "\n")
     (tmp_path / "all.csv").write_text("precious")
-    with pytest.raises(LedgerError, match=r"captions\.jsonl: Caption\.size_bytes must be int"):
+    with pytest.raises(LedgerError, match=r"captions\.jsonl: Caption\.size_bytes must be a valid integer"):
         export_table(LatestCaptions([ledger]), tmp_path / "all.csv")
     assert (tmp_path / "all.csv").read_text() == "precious" and not list(tmp_path.glob(".*"))
 

@@ -112,7 +112,7 @@ def test_references_as_they_are_typed(text, expected):
         ('{"evens": []}', "unknown field evens"),
         ('[{"words": "a"}]', "unknown field words"),
         ("{}", "neither events nor a caption"),
-        ("[3]", "expected a JSON object for Event"),
+        ("[3]", "must be a JSON object, got 3"),
     ],
 )
 def test_invalid_references(text, words):
