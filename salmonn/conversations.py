@@ -1,10 +1,10 @@
-"""Training data as the published repositories write it: conversations about clips, for SFT and for DPO.
+"""Conversations about clips, as the published repositories write them: training data for SFT and DPO.
 
 A file is a JSON list of items, or JSON lines with one item each; docs/data.md shows every kind of item.
-Two formats differ in how they name the sound and the answers of a preference, and both are read:
+The two formats name the audio and the answers of a preference differently, and both are read:
 *salmonn2* (video-SALMONN 2) and *2+* (video-SALMONN 2+).
-A mistake in the data is refused with the file and the line on which the item begins. The published loaders
-swap an item that fails for a random other one instead, so what they were in truth trained on is not known.
+A mistake in the data is an error with the file and the line on which the item starts. The published loaders replace an
+item that fails by a random other one, so that it is unknown what they trained on.
 """
 
 import json
@@ -19,20 +19,20 @@ from salmonn.records import Modality
 
 MEDIA = ("video", "audio", "image")
 FLAGS = ("use_audio", "ce_only", "should_use")
-KEYS = (*MEDIA, *FLAGS, "timestamps", "conversations", "id", "num_tokens")  # the last two say nothing to learn from
+KEYS = (*MEDIA, *FLAGS, "timestamps", "conversations", "id", "num_tokens")  # the last two are ignored
 SPEAKERS = ("system", "human", "gpt", "history_gpt", "reject_gpt", "gt", "chosen", "reject")
-# What the answers to the last prompt of a preference are, by format. The same word, gpt, is not the same thing.
+# Roles of the answers to the last prompt of a preference, by format. Note that gpt means different things.
 SALMONN2_FIELDS = {"gpt": "chosen", "reject_gpt": "rejected", "gt": "ground_truth"}
 PLUS_FIELDS = {"chosen": "chosen", "reject": "rejected", "gpt": "ground_truth"}
 TAG = re.compile("<(?:image|video|audio)>")
 SPACE = re.compile(r"[ \t\r\n]*")
 
-Exchange = tuple[str, list[tuple[str, str]]]  # a prompt, and who answered what
+Exchange = tuple[str, list[tuple[str, str]]]  # a prompt, and its answers as (speaker, text)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt and the answer to learn, after `history`: prompts and answers that are read and not learnt."""
+    """A prompt and the answer to learn. `history` holds earlier prompts and answers, which are input only."""
 
     prompt: str
     answer: str
@@ -41,9 +41,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Preference:
-    """To `prompt`, `chosen` is a better answer than `rejected`.
+    """Two answers to `prompt`, of which `chosen` is better than `rejected`.
 
-    `ground_truth` is for guided DPO's cross-entropy; "" where the data has none, which is enough for plain DPO.
+    `ground_truth` is for the cross-entropy term of guided DPO; "" if the data has none, which suffices for plain DPO.
     """
 
     prompt: str
@@ -55,15 +55,15 @@ class Preference:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is to be learnt about one clip: answers (`turns`), or a preference; never both.
+    """Training example about one clip: answers to learn (`turns`) or a preference, never both.
 
     Args:
-        video, audio, image: paths as the file has them; see `resolve`. There is a video, an image or a sound file.
-            A sound file beside a video takes the place of the video's own sound.
-        use: whether picture, sound or both are learnt from. "both" without `audio` is the sound in the video file.
-        start_seconds, end_seconds: the part of the clip that is meant; None for the whole.
-        turns: each with all that was said before it as its history; none where there is a preference.
-        preference: chosen against rejected.
+        video, audio, image: paths as in the file; see `resolve`. At least one of them is given. An audio file next to
+            a video replaces the video's own audio.
+        modality: what of the clip is input. "both" without `audio` uses the audio in the video file.
+        start_seconds, end_seconds: the part of the clip that is input; None for an open end.
+        turns: answers to learn, each with all earlier turns as its history; empty if there is a preference.
+        preference: a chosen and a rejected answer.
     """
 
     video: str | None = None
@@ -76,16 +76,16 @@ class Conversation:
     preference: Preference | None = None
 
     def resolve(self, root: Path) -> "Conversation":
-        """The same with paths that start from `root`, the folder of the file; absolute paths stay as they are."""
+        """Return a copy with paths relative to `root`, the folder of the file, made absolute."""
         video, audio, image = (path and str(root / path) for path in (self.video, self.audio, self.image))
         return replace(self, video=video, audio=audio, image=image)
 
 
 def is_conversation_file(path: Path | str) -> bool:
-    """Whether a file holds published conversations, and not our own references; only its first item is looked at.
+    """Return whether a file holds published conversations rather than references, by its first item.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     path = Path(path)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
@@ -102,12 +102,12 @@ def is_conversation_file(path: Path | str) -> bool:
 def read_conversations(path: Path | str) -> list[Conversation]:
     """Read a .json or .jsonl file of published conversations.
 
-    An item with `should_use: false` is left out: the published splitter of test sets fills up shards with such copies.
+    Items with `should_use: false` are skipped: the published script that splits test sets pads shards with such copies.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: there is no item, the file is malformed or an item is not as it must be; the message names the
-            file, the line (on which the item begins) and what to mend.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has no item or is malformed, or an item is invalid; the message names the file, the line on
+            which the item starts, and what to correct.
     """
     path = Path(path)
     if not path.is_file():
@@ -123,12 +123,12 @@ def read_conversations(path: Path | str) -> list[Conversation]:
         if value.get("should_use") is not False:
             conversations.append(conversation)
     if not conversations:
-        raise ValueError(f"{path} holds no conversation: it needs at least one item that is to be used")
+        raise ValueError(f"{path} holds no conversation: add at least one item without should_use: false")
     return conversations
 
 
 def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of JSON lines with their line numbers; blank lines are passed over."""
+    """Yield the items of a JSONL file with their line numbers; blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -136,7 +136,7 @@ def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 value = json.loads(line.decode("utf-8-sig").rstrip())
             except json.JSONDecodeError as error:
-                hint = "; a file that holds a list is named .json" if line.lstrip().startswith(b"[") else ""
+                hint = "; a file that holds a list must be named .json" if line.lstrip().startswith(b"[") else ""
                 fault = f"not JSON at column {error.colno}: {error.msg}{hint}"
                 raise ValueError(f"{path}, line {number}: {fault}") from error
             except UnicodeDecodeError as error:
@@ -145,22 +145,27 @@ def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _list_items(path: Path) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON list with the numbers of the lines that they begin on.
+    """Yield the items of a JSON list with the numbers of the lines on which they start.
 
-    They are decoded one by one, since a list decoded whole no longer knows where its items stood.
+    They are decoded one by one, because decoding the whole list would lose their positions.
     """
     text = _read_text(path)
+    line, counted = 1, 0
+
+    def fail(position: int, fault: str) -> ValueError:
+        at_line = line + text.count("\n", counted, position)
+        return ValueError(f"{path}, line {at_line}: {fault}")
+
     position = _skip_space(text, 0)
     if not text.startswith("[", position):
-        fault = "expected a list of items: put [ ] around them, or name a file with one item a line .jsonl"
-        raise ValueError(f"{path}, line {_line_of(text, position)}: {fault}")
+        raise fail(position, "expected a list of items: put [ ] around them, or name a file of JSON lines .jsonl")
     decoder = json.JSONDecoder()
     position = _skip_space(text, position + 1)
     if text.startswith("]", position):
         return
-    line, counted, separator = 1, 0, ","
+    separator = ","
     while separator == ",":
-        # Counted from one item to the next: from the start each time, a long file would take for ever.
+        # Counted from item to item: counting from the start of the file each time takes quadratic time.
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
@@ -171,10 +176,9 @@ def _list_items(path: Path) -> Iterator[tuple[int, Any]]:
         separator = text[end : end + 1]
         position = _skip_space(text, end + 1)
     if separator != "]":
-        fault = "the list does not go on: expected a comma and an item, or ] at its end"
-        raise ValueError(f"{path}, line {_line_of(text, end)}: {fault}")
+        raise fail(end, "unfinished list: expected a comma and an item, or ] at its end")
     if position < len(text):
-        raise ValueError(f"{path}, line {_line_of(text, position)}: take out what stands after the list's end")
+        raise fail(position, "remove the text after the end of the list")
 
 
 def _read_text(path: Path) -> str:
@@ -187,21 +191,17 @@ def _read_text(path: Path) -> str:
 
 
 def _skip_space(text: str, position: int) -> int:
-    """Where the next JSON token begins."""
+    """Return the position of the next JSON token."""
     match = SPACE.match(text, position)
-    assert match is not None, "the pattern matches nothing, too"
+    assert match is not None, "the pattern also matches an empty string"
     return match.end()
 
 
-def _line_of(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
-
-
 def parse_conversation(item: Any) -> Conversation:
-    """Build a conversation from the parsed JSON of one item, where null is as good as absent.
+    """Build a conversation from the parsed JSON of one item; a null value counts as absent.
 
     Raises:
-        ValueError: saying what is wrong with the item, and what to mend.
+        ValueError: the item is invalid; the message says what to correct.
     """
     if not isinstance(item, dict):
         raise ValueError(f"expected a JSON object with conversations, got {type(item).__name__}")
@@ -222,7 +222,7 @@ def parse_conversation(item: Any) -> Conversation:
 
 
 def _parse_path(value: Any, key: str) -> str:
-    """A path, which may stand in a list of its own."""
+    """Return a path, given by itself or as a list of one."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, list):
@@ -233,16 +233,16 @@ def _parse_path(value: Any, key: str) -> str:
 
 
 def _parse_modality(paths: dict[str, str], use_audio: bool | None) -> Modality:
-    """What an item is learnt from: a video alone is its picture, unless `use_audio` or a sound file says otherwise."""
+    """Return what of a clip is input: of a video only the frames, unless `use_audio` or an audio file adds audio."""
     if not paths:
-        raise ValueError("there is no clip: give a video, an audio or an image; text alone is not supported")
+        raise ValueError("there is no clip: add a video, an audio or an image; text alone is not supported")
     if "image" in paths and len(paths) > 1:
         others = " and ".join(key for key in paths if key != "image")
-        raise ValueError(f"an image beside {others}: several clips in one conversation are not supported")
+        raise ValueError(f"an image together with {others}: several clips in one conversation are not supported")
     if use_audio is False and "audio" in paths:
-        raise ValueError("use_audio is false although audio names a file: leave one of them out")
+        raise ValueError("use_audio is false although audio names a file: remove one of them")
     if use_audio and "image" in paths:
-        raise ValueError("use_audio is true, but an image has no sound: leave it out")
+        raise ValueError("use_audio is true, but an image has no audio: remove it")
     if "video" in paths:
         return "both" if use_audio or "audio" in paths else "visual"
     return "audio" if "audio" in paths else "visual"
@@ -252,96 +252,94 @@ def _parse_timestamps(value: Any, paths: dict[str, str]) -> tuple[float | None, 
     if value is None:
         return None, None
     if "image" in paths:
-        raise ValueError("an image has no timestamps: leave them out")
+        raise ValueError("an image has no timestamps: remove them")
     if not isinstance(value, list) or len(value) != 2 or any(type(time) not in (int, float) for time in value):
         raise ValueError(f"timestamps must be [start, end] in seconds, got {value!r}")
     start, end = value
     if not 0 <= start < end or math.isinf(end):
-        raise ValueError(f"timestamps must begin at 0 or later and end after they begin, got {value!r}")
+        raise ValueError(f"timestamps must start at 0 or later and end after their start, got {value!r}")
     return float(start), float(end)
 
 
 def _parse_spoken(value: Any) -> list[tuple[str, str]]:
-    """Who says what, from the first prompt on."""
+    """Return (speaker, text) of each turn, from the first prompt on."""
     if value is None:
-        raise ValueError('the item lacks conversations: a list of {"from": "human", "value": ...} and answers')
+        raise ValueError('conversations is missing: add a list of {"from": "human", "value": ...} and answers')
     if not isinstance(value, list):
         raise ValueError(f"conversations must be a list of turns, got {type(value).__name__}")
     spoken = [_parse_turn(turn, place) for place, turn in enumerate(value, start=1)]
-    # Both published codes drop a first turn that is not the human's, be it a system's words or a greeting, and
-    # begin with a system's words of their own.
+    # The code of both published models drops a first turn that is a system prompt or a greeting, and starts with a
+    # system prompt of its own.
     if spoken and spoken[0][0] in ("system", "gpt"):
         spoken = spoken[1:]
     if all(speaker != "human" for speaker, _ in spoken):
         raise ValueError("conversations has no human turn: write the prompt as one")
     if spoken[0][0] != "human":
-        raise ValueError(f"conversations must begin with a human turn, not {spoken[0][0]}")
+        raise ValueError(f"conversations must start with a human turn, not {spoken[0][0]}")
     return spoken
 
 
 def _parse_turn(turn: Any, place: int) -> tuple[str, str]:
-    """Speaker and words of one turn. `prefix`, how the answer begins when the published code is tested, is not read."""
+    """Return speaker and text of one turn. `prefix` (start of the answer in published tests) is ignored."""
     if not isinstance(turn, dict):
         raise ValueError(f"turn {place} must be a JSON object, got {type(turn).__name__}")
     keys = turn.keys() - {"prefix"}
     if keys not in ({"from", "value"}, {"role", "content"}):
         raise ValueError(f"turn {place} must have from and value (or role and content), got {', '.join(turn)}")
-    speaker, words = (turn["from"], turn["value"]) if "from" in keys else (turn["role"], turn["content"])
+    speaker, text = (turn["from"], turn["value"]) if "from" in keys else (turn["role"], turn["content"])
     if speaker not in SPEAKERS:
-        raise ValueError(f"turn {place} is of an unknown speaker {speaker!r}; known are {', '.join(SPEAKERS)}")
-    if not isinstance(words, str):
-        raise ValueError(f"turn {place} must be text, got {words!r}")
-    if not words.strip():
-        raise ValueError(f"turn {place} ({speaker}) is empty: write what is said, or leave the item out")
-    return speaker, words
+        raise ValueError(f"turn {place} has an unknown speaker {speaker!r}; known are {', '.join(SPEAKERS)}")
+    if not isinstance(text, str):
+        raise ValueError(f"turn {place} must be text, got {text!r}")
+    if not text.strip():
+        raise ValueError(f"turn {place} ({speaker}) is empty: add its text, or remove the item")
+    return speaker, text
 
 
 def _take_out_tag(prompt: str, paths: dict[str, str]) -> str:
-    """The first prompt without the tag that stands for the clip, which is put before the prompt in any case.
+    """Return the first prompt without the placeholder of the clip, which always comes before the prompt.
 
-    salmonn2 moves a tag within the words to their front in this way, too; 2+ leaves the clip among the words.
+    For a tag within the text, this is also what salmonn2 does; 2+ leaves the clip within the text.
     """
     tags = TAG.findall(prompt)
     if len(tags) > 1:
-        raise ValueError(f"the first prompt has {len(tags)} tags ({', '.join(tags)}): one stands for the whole clip")
+        raise ValueError(f"the first prompt has {len(tags)} tags ({', '.join(tags)}): use one for the whole clip")
     if not tags:
         return prompt
-    # <image> stands for any clip in salmonn2; a video with sound is one clip, so <audio> is for sound alone.
-    wanted = f"<{next(key for key in MEDIA if key in paths)}>"
-    if tags[0] not in ("<image>", wanted):
-        raise ValueError(f"the first prompt has the tag {tags[0]}, but the clip is {wanted[1:-1]}: write {wanted}")
+    # In salmonn2, <image> is the placeholder of any clip. A video with audio is one clip, so <audio> is for audio only.
+    expected = f"<{next(key for key in MEDIA if key in paths)}>"
+    if tags[0] not in ("<image>", expected):
+        raise ValueError(f"the first prompt has the tag {tags[0]}, but the clip is {expected[1:-1]}: write {expected}")
     without = prompt.removeprefix(tags[0] + "\n")
     if tags[0] in without:
         without = without.replace(tags[0], "").strip()
     if not without.strip():
-        raise ValueError(f"the first prompt is empty but for {tags[0]}: write what is asked")
+        raise ValueError(f"the first prompt has only the tag {tags[0]}: add the prompt")
     return without
 
 
 def _group(spoken: Sequence[tuple[str, str]]) -> list[Exchange]:
-    """Each prompt with its answers."""
+    """Group each prompt with its answers."""
     exchanges: list[Exchange] = []
-    for place, (speaker, words) in enumerate(spoken):
-        if place and TAG.search(words):
-            raise ValueError(
-                f"a later turn ({speaker}) has a tag: only the first prompt may have one, for the one clip"
-            )
+    for place, (speaker, text) in enumerate(spoken):
+        if place and TAG.search(text):
+            raise ValueError(f"a later turn ({speaker}) has a tag: only the first prompt may have one")
         if speaker == "system":
-            raise ValueError("a system turn may only stand first, where it is dropped: take it out")
+            raise ValueError("a system turn may only come first (where it is ignored): remove it")
         if speaker == "human":
-            exchanges.append((words, []))
+            exchanges.append((text, []))
         else:
-            exchanges[-1][1].append((speaker, words))
+            exchanges[-1][1].append((speaker, text))
     return exchanges
 
 
 def _parse_exchanges(exchanges: list[Exchange], *, ce_only: bool) -> tuple[tuple[Turn, ...], Preference | None]:
-    """What is learnt: turns, or a preference between answers to the last prompt."""
+    """Return the turns to learn, or the preference between answers to the last prompt."""
     speakers = {speaker for _, answers in exchanges for speaker, _ in answers}
     salmonn2, plus = sorted(speakers & {"reject_gpt", "gt"}), sorted(speakers & {"chosen", "reject"})
     if salmonn2 and plus:
         raise ValueError(
-            f"{', '.join(salmonn2)} of the salmonn2 format stands with {', '.join(plus)} of the 2+ format: "
+            f"{', '.join(salmonn2)} of the salmonn2 format together with {', '.join(plus)} of the 2+ format: "
             "use gpt, reject_gpt, gt or chosen, reject, gpt"
         )
     if not (salmonn2 or plus):
@@ -349,40 +347,40 @@ def _parse_exchanges(exchanges: list[Exchange], *, ce_only: bool) -> tuple[tuple
     preference = _learn_preference(exchanges, SALMONN2_FIELDS if salmonn2 else PLUS_FIELDS)
     if not ce_only:
         return (), preference
-    # Published DPO learns nothing but the ground truth of such an item.
+    # Published DPO learns only the ground truth of such an item.
     if not preference.ground_truth:
-        raise ValueError(f"ce_only learns the ground truth, and there is none: add {'gt' if salmonn2 else 'gpt'}")
+        raise ValueError(f"ce_only learns the ground truth, which is missing: add {'gt' if salmonn2 else 'gpt'}")
     return (Turn(preference.prompt, preference.ground_truth, preference.history),), None
 
 
 def _learn_turns(exchanges: Sequence[Exchange]) -> tuple[Turn, ...]:
-    history = _tell_history(exchanges)
+    history = _to_history(exchanges)
     turns = tuple(
         Turn(prompt, answer, history[:place])
         for place, (prompt, answer) in enumerate(history)
         if exchanges[place][1][0][0] == "gpt"
     )
     if not turns:
-        raise ValueError("there is no gpt turn: history_gpt is read and not learnt, so nothing would be")
+        raise ValueError("there is no gpt turn, so there is nothing to learn (history_gpt is input only)")
     return turns
 
 
 def _learn_preference(exchanges: Sequence[Exchange], fields: dict[str, str]) -> Preference:
     *earlier, (prompt, answers) = exchanges
     found: dict[str, str] = {}
-    for speaker, words in answers:
+    for speaker, text in answers:
         if speaker not in fields:
-            raise ValueError(f"{speaker} answers the last prompt of a preference, where {', '.join(fields)} may")
+            raise ValueError(f"{speaker} may not answer the last prompt of a preference; {', '.join(fields)} may")
         if fields[speaker] in found:
-            raise ValueError(f"{speaker} answers the last prompt twice: leave one out")
-        found[fields[speaker]] = words
-    if lacking := [speaker for speaker, field in fields.items() if field not in (*found, "ground_truth")]:
-        raise ValueError(f"a preference needs {' and '.join(lacking)} after the last prompt")
-    return Preference(prompt, **found, history=_tell_history(earlier))
+            raise ValueError(f"{speaker} answers the last prompt twice: remove one")
+        found[fields[speaker]] = text
+    if missing := [speaker for speaker, field in fields.items() if field not in (*found, "ground_truth")]:
+        raise ValueError(f"a preference needs {' and '.join(missing)} after the last prompt")
+    return Preference(prompt, **found, history=_to_history(earlier))
 
 
-def _tell_history(exchanges: Iterable[Exchange]) -> tuple[tuple[str, str], ...]:
-    """Prompts and answers, where each prompt has one answer."""
+def _to_history(exchanges: Iterable[Exchange]) -> tuple[tuple[str, str], ...]:
+    """Return (prompt, answer) pairs; raise ValueError unless each prompt has exactly one answer."""
     for prompt, answers in exchanges:
         names = [speaker for speaker, _ in answers]
         if names not in (["gpt"], ["history_gpt"]):
