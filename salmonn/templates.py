@@ -1,4 +1,4 @@
-"""How the project's HTML is made: templates of jinja in which everything is escaped and nothing may be missing."""
+"""HTML templates in Jinja, with all values escaped and undefined names as errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +8,10 @@ import jinja2
 
 
 def load_template(path: Path, **filters: Callable[..., Any]) -> jinja2.Template:
-    """A template by its file, with the filters that it calls by name."""
+    """Load a template from a file, with the filters that it uses by name."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(path.parent),
-        autoescape=True,  # captions and events may hold anything
+        autoescape=True,  # captions and events may contain any text
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

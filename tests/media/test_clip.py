@@ -26,7 +26,7 @@ SOUND_HZ = 44_100
 
 @dataclass(frozen=True)
 class Middles:
-    """A rule of the tests: the middles of equal pieces of the picture, so that no wanted time is a frame's own."""
+    """Sampler for the tests: the middles of equal parts of the video, so that no target time is a frame's own time."""
 
     frames_per_second: float
     max_frames: int
@@ -34,11 +34,11 @@ class Middles:
 
     def sample_times(self, first, seconds, num_frames):
         count = math.ceil(seconds * self.frames_per_second - 0.5 - 1e-6)
-        piece = 1.0 / self.frames_per_second
+        part = 1.0 / self.frames_per_second
         if not 1 <= count <= self.max_frames:
             count = 1 if count < 1 else self.max_frames
-            piece = seconds / count
-        return first + (np.arange(count) + 0.5) * piece
+            part = seconds / count
+        return first + (np.arange(count) + 0.5) * part
 
     def frame_size(self, height, width, num_taken):
         return self.side or height, self.side or width
@@ -49,7 +49,7 @@ def read(path, *, frames_per_second=2.0, max_frames=16, frame_size=None, **asked
 
 
 def grey(second: float) -> int:
-    """The brightness of the picture due at a time: a different one for each tenth of a second, 7 s long."""
+    """Return the brightness of the frame due at a time: different for each tenth of a second, up to 7 s."""
     return 20 + 3 * round(second * 10)
 
 
@@ -64,7 +64,7 @@ def write_clip(
     size=64,
     **options,
 ):
-    """Picture: a frame of `grey` of its time for each time. Sound: a second of 400 Hz, one of 800, ..."""
+    """Write a video: a frame of `grey(time)` for each time, and one second of 400 Hz, one of 800 Hz, ..."""
     with av.open(str(path), "w", format=container, options=options) as out:
         video = sound = None
         if len(picture):
@@ -102,12 +102,12 @@ def levels(clip):
 
 
 def assert_levels(clip, seconds):
-    """Within 1.4 of a grey level: the next tenth of a second is 3 levels away."""
+    """Assert grey levels to within 1.4; the next tenth of a second is 3 levels away."""
     np.testing.assert_allclose(levels(clip), [grey(s) for s in seconds], atol=1.4)
 
 
 def pitch(waveform, first, last):
-    """The strongest frequency between two times, in Hz."""
+    """Return the strongest frequency between two times, in Hz."""
     part = waveform[round(first * 16000) : round(last * 16000)]
     strength = np.abs(np.fft.rfft(part * np.hanning(len(part))))
     return np.argmax(strength) * 16000 / len(part)
@@ -115,7 +115,7 @@ def pitch(waveform, first, last):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """4 s at 10 frames a second, a keyframe each second, sound as long."""
+    """Write 4 s at 10 frames per second, with a keyframe every second and audio of the same length."""
     path = tmp_path_factory.mktemp("whole") / "whole.mp4"
     return write_clip(path, picture=tenths(4), sound_seconds=4, gop=10, movflags="faststart")
 
@@ -129,7 +129,7 @@ def test_frames_are_those_on_screen_at_the_middles(whole):
 
 
 def test_a_frame_is_on_screen_from_its_own_time_on(whole):
-    # Middles of 1 s pieces are 0.5, 1.5, ...: just when the pictures of those times come on.
+    # Middles of 1 s parts are 0.5, 1.5, ...: exactly when the frames of those times are due.
     assert_levels(read(whole, frames_per_second=1), [0.5, 1.5, 2.5, 3.5])
 
 
@@ -144,7 +144,7 @@ def test_rates_that_do_not_divide_the_length(whole, rate, expected):
     np.testing.assert_allclose(read(whole, frames_per_second=rate).frame_times, expected)
 
 
-def test_sound_is_16_khz_mono_with_each_tone_at_its_time(whole):
+def test_audio_is_16_khz_mono_with_each_tone_at_its_time(whole):
     clip = read(whole)
     assert clip.waveform.dtype == np.float32 and clip.waveform.ndim == 1
     assert abs(len(clip.waveform) - 64000) <= 16000 * 1024 / SOUND_HZ  # AAC ends on a whole packet
@@ -155,7 +155,7 @@ def test_sound_is_16_khz_mono_with_each_tone_at_its_time(whole):
     assert abs(np.sqrt(np.mean(clip.waveform[1600:14400] ** 2)) - 0.3536) < 0.01
 
 
-def test_span_cuts_picture_and_sound_alike(whole):
+def test_a_span_cuts_video_and_audio(whole):
     clip = read(whole, start_seconds=1.5, end_seconds=3.5, frames_per_second=2)
     np.testing.assert_allclose(clip.frame_times, [1.75, 2.25, 2.75, 3.25])
     assert_levels(clip, [1.7, 2.2, 2.7, 3.2])
@@ -171,11 +171,11 @@ def test_span_reached_by_a_seek_equals_the_same_part_of_the_whole(whole):
     )
     np.testing.assert_allclose(part.frame_times, [3.375, 3.625, 3.875])
     np.testing.assert_array_equal(part.frames, full.frames[13:])
-    # Sound is placed to the nearest sample: for 1600 Hz at 0.5, half a sample is 0.157, a whole one 0.31.
+    # Audio is placed to the nearest sample: for 1600 Hz at 0.5, half a sample is 0.157, a whole one 0.31.
     np.testing.assert_allclose(part.waveform, full.waveform[52000:], atol=0.16)
 
 
-def test_variable_frame_rate_goes_by_time_stamps(tmp_path):
+def test_variable_frame_rate_follows_the_timestamps(tmp_path):
     path = write_clip(tmp_path / "uneven.mp4", picture=[0.0, 0.1, 0.2, 1.9, 2.0, 3.9])
     clip = read(path, frames_per_second=2, end_seconds=3.5)
     np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25])
@@ -193,7 +193,7 @@ def test_every_container_gives_the_same_clip(tmp_path, suffix, start):
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_sound_that_starts_late_stays_in_step(tmp_path, suffix):
+def test_audio_that_starts_late_stays_in_sync(tmp_path, suffix):
     path = write_clip(tmp_path / f"late.{suffix}", picture=tenths(3), sound_seconds=1, sound_start=1.5)
     clip = read(path)
     assert np.abs(clip.waveform[: round(1.4 * 16000)]).max() == 0
@@ -205,7 +205,7 @@ def test_sound_that_starts_late_stays_in_step(tmp_path, suffix):
     assert abs(np.argmax(np.abs(cut.waveform) > 0.1) / 16000 - 0.5) < 0.03
 
 
-def test_picture_that_starts_late_has_no_frames_before(tmp_path):
+def test_video_that_starts_late_has_no_earlier_frames(tmp_path):
     path = write_clip(tmp_path / "late.mp4", picture=tenths(3)[10:], sound_seconds=3)
     clip = read(path)
     np.testing.assert_allclose(clip.frame_times, [1.25, 1.75, 2.25, 2.75], atol=1e-3)
@@ -214,21 +214,21 @@ def test_picture_that_starts_late_has_no_frames_before(tmp_path):
 
 
 @pytest.mark.parametrize(("picture", "sound"), [(2, 4), (4, 2)])
-def test_sound_and_picture_of_different_lengths(tmp_path, picture, sound):
+def test_audio_and_video_of_different_lengths(tmp_path, picture, sound):
     clip = read(write_clip(tmp_path / "uneven.mp4", picture=tenths(picture), sound_seconds=sound))
     assert len(clip.frames) == 2 * picture and clip.frame_times[-1] == picture - 0.25
     assert abs(len(clip.waveform) / 16000 - sound) < 0.03
     assert abs(clip.duration_seconds - 4) < 0.03
 
 
-def test_span_after_the_picture_holds_sound_only(tmp_path):
+def test_a_span_after_the_video_has_audio_only(tmp_path):
     path = write_clip(tmp_path / "long.mp4", picture=tenths(1), sound_seconds=4)
     clip = read(path, start_seconds=2.0, end_seconds=3.0)
     assert not clip.has_video and clip.frames.shape[0] == 0 and clip.duration_seconds == 1.0
     assert abs(pitch(clip.waveform, 0.02, 0.98) - 1200) < 4
 
 
-def test_no_sound_and_sound_only(tmp_path):
+def test_video_without_audio_and_audio_without_video(tmp_path):
     silent = write_clip(tmp_path / "silent.mp4", picture=tenths(1))
     assert read(silent).waveform is None and not read(silent).has_audio
     heard = read(write_clip(tmp_path / "heard.m4a", sound_seconds=1.5, container="mp4"))
@@ -238,14 +238,14 @@ def test_no_sound_and_sound_only(tmp_path):
         read(silent, video=False)
 
 
-def test_picture_or_sound_alone_on_request(whole):
+def test_video_or_audio_alone_on_request(whole):
     assert read(whole, audio=False).waveform is None
     assert len(read(whole, video=False).frames) == 0
     np.testing.assert_array_equal(read(whole, audio=False).frames, read(whole).frames)
     np.testing.assert_array_equal(read(whole, video=False).waveform, read(whole).waveform)
 
 
-def test_cover_art_is_no_picture(tmp_path):
+def test_cover_art_is_not_video(tmp_path):
     path = tmp_path / "song.mp3"
     with av.open(str(path), "w") as out:
         sound, cover = out.add_stream("libmp3lame", rate=SOUND_HZ), out.add_stream("mjpeg", rate=1)
@@ -271,8 +271,8 @@ def test_frame_size_gives_squares_of_the_same_colours(whole):
     np.testing.assert_allclose(levels(small), levels(read(whole)), atol=0.5)
 
 
-def decode_counted(monkeypatch):
-    """Counts the packets that picture decoders are given."""
+def count_decoded(monkeypatch):
+    """Record the packets passed to decoders."""
     seen = []
     real = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda self, packet: seen.append(packet.pts) or real(self, packet))
@@ -297,12 +297,12 @@ def _index_by_pts(index, packet):
         index.video_end = max(index.video_end, index.frame_times[-1] + 0.1)
 
 
-def test_stretches_without_wanted_frames_are_not_decoded(tmp_path, monkeypatch):
+def test_parts_without_target_times_are_not_decoded(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "long.mp4", picture=tenths(7), gop=5)
-    seen = decode_counted(monkeypatch)
+    seen = count_decoded(monkeypatch)
     clip = read(path, max_frames=2, audio=False)
     assert_levels(clip, [1.7, 5.2])
-    # Two keyframe intervals of 5 pictures, a few more for the decoder to put them in order; 70 in all.
+    # Two keyframe intervals of 5 frames, and a few more for the decoder to reorder them, of 70.
     assert len(seen) < 25
 
 
@@ -315,13 +315,13 @@ def test_rotation_is_applied():
         assert stored.rotation == -90
         expected = np.rot90(stored.to_ndarray(format="rgb24"), -1)
     difference = np.abs(turned.frames[0].astype(int) - expected)
-    # PyAV's own conversion is about 2 levels darker; upside down, the pictures are far apart.
+    # PyAV's own conversion is about 2 levels darker; upside down, the frames differ by far more.
     assert difference.mean() < 4 < np.abs(np.rot90(turned.frames[0].astype(int), 2) - expected).mean() / 3
 
 
 @needs_media
 @pytest.mark.parametrize("name", MEDIA_NAMES)
-def test_shared_media_reads_or_says_why_not(name):
+def test_shared_media_is_read_or_the_error_names_it(name):
     try:
         clip = read(MEDIA / name, frame_size=48)
     except ClipError as error:
@@ -333,7 +333,7 @@ def test_shared_media_reads_or_says_why_not(name):
 
 
 @needs_media
-def test_corrupted_file_gives_what_precedes_the_damage(caplog):
+def test_a_corrupted_file_gives_what_precedes_the_damage(caplog):
     # Packet 30 of 50 (10 a second) is damaged, with frames 28 and 29 still inside the decoder then.
     clip = read(MEDIA / "corrupted.mp4")
     np.testing.assert_allclose(clip.frame_times, [0.25, 0.75, 1.25, 1.75, 2.25, 2.75])
@@ -344,7 +344,7 @@ def test_corrupted_file_gives_what_precedes_the_damage(caplog):
 
 
 @pytest.mark.parametrize("share", [0.0005, 0.02, 0.2, 0.5, 0.8, 0.95])
-def test_truncated_file_gives_a_right_beginning_or_says_why_not(tmp_path, caplog, share):
+def test_a_truncated_file_gives_a_correct_beginning_or_an_error(tmp_path, caplog, share):
     full = write_clip(tmp_path / "f.mp4", picture=tenths(7), sound_seconds=7, movflags="faststart")
     data = full.read_bytes()
     header = data.index(b"mdat")
@@ -362,7 +362,7 @@ def test_truncated_file_gives_a_right_beginning_or_says_why_not(tmp_path, caplog
     assert_levels(clip, clip.frame_times - 0.05)
     if clip.has_audio:
         expected = read(full).waveform
-        # The last packet of the cut sound has no successor to overlap with.
+        # The last packet of the truncated audio has no successor to overlap with.
         np.testing.assert_allclose(clip.waveform[:-1024], expected[: len(clip.waveform) - 1024], atol=1e-3)
 
 
@@ -371,9 +371,9 @@ def test_truncated_file_gives_a_right_beginning_or_says_why_not(tmp_path, caplog
     ("name", "share"),
     [*[("flipping_a_pancake.mkv", share) for share in (0.2, 0.3, 0.5, 0.8)], ("corrupted.mp4", 0.6)],
 )
-def test_damaged_pictures_are_not_filled_in_from_their_neighbours(tmp_path, name, share):
-    # Left to itself, the decoder conceals what it cannot read and hands the picture out as good, sometimes
-    # unmarked (the last case). At 0.3 the container is hit: the reader leaves out two seconds in silence.
+def test_damaged_frames_are_not_concealed(tmp_path, name, share):
+    # By default the decoder conceals what it cannot read and returns the frame as good, sometimes unmarked (the last
+    # case). At 0.3 the container is damaged: libav silently skips two seconds.
     data = bytearray((MEDIA / name).read_bytes())
     at = round(share * len(data))
     data[at : at + 60] = bytes(60)
@@ -386,20 +386,20 @@ def test_damaged_pictures_are_not_filled_in_from_their_neighbours(tmp_path, name
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "ts"])
-def test_pictures_lost_with_the_end_of_a_stream_are_not_replaced_by_earlier_ones(tmp_path, suffix):
-    # B-frames are stored after the picture that follows them, so a cut leaves holes before the last picture.
+def test_frames_lost_at_the_end_of_a_stream_are_not_replaced_by_earlier_ones(tmp_path, suffix):
+    # B-frames are stored after the frame that follows them, so a cut leaves gaps before the last frame.
     full = write_clip(tmp_path / f"f.{suffix}", picture=tenths(7), sound_seconds=7, gop=25)
     data, path = full.read_bytes(), tmp_path / f"cut.{suffix}"
     for part in range(3, 20):
         path.write_bytes(data[: len(data) * part // 20 + 7])
         clip = read(path, audio=False)
-        offset = read(full, audio=False).frame_times[0] - 0.25  # MPEG-TS starts with the sound's priming
+        offset = read(full, audio=False).frame_times[0] - 0.25  # MPEG-TS starts with the audio's priming
         assert 0 < len(clip.frames) < 14
         np.testing.assert_allclose(clip.frame_times[1:], clip.frame_times[:-1] + 0.5)
         assert_levels(clip, [math.floor((t - offset) * 10 + 1e-3) / 10 for t in clip.frame_times])
 
 
-def test_damage_in_the_middle_never_gives_wrong_pictures(tmp_path, caplog):
+def test_damage_in_the_middle_never_gives_wrong_frames(tmp_path, caplog):
     full = write_clip(tmp_path / "f.mp4", picture=tenths(7), movflags="faststart", gop=20)
     data = bytearray(full.read_bytes())
     middle = (data.index(b"mdat") + len(data)) // 2
@@ -412,7 +412,7 @@ def test_damage_in_the_middle_never_gives_wrong_pictures(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("name", "content"), [("empty.mp4", b""), ("text.mp4", b"not a video\n" * 99)])
-def test_files_that_are_no_video(tmp_path, name, content):
+def test_files_that_are_not_videos(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ClipError, match=name + ": .*; .*copy"):
@@ -436,7 +436,7 @@ def test_missing_file_folder_and_pipe(tmp_path):
 
 
 def test_file_without_permission(whole, monkeypatch):
-    # Root may read anything, so the refusal is played.
+    # Root may read anything, so the error is simulated.
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -445,7 +445,7 @@ def test_file_without_permission(whole, monkeypatch):
         read(whole)
 
 
-def test_name_like_an_address(whole, tmp_path, monkeypatch):
+def test_a_name_like_a_url(whole, tmp_path, monkeypatch):
     (tmp_path / "take:1.mp4").write_bytes(whole.read_bytes())
     monkeypatch.chdir(tmp_path)
     assert len(read("take:1.mp4").frames) == 8
@@ -461,7 +461,7 @@ def test_name_like_an_address(whole, tmp_path, monkeypatch):
         ({"video": False, "audio": False}, "leaves nothing to read"),
     ],
 )
-def test_arguments_that_make_no_sense(whole, arguments, words):
+def test_invalid_arguments(whole, arguments, words):
     with pytest.raises(ValueError, match=words):
         read(whole, **arguments)
 
@@ -482,8 +482,8 @@ def test_undamaged_file_gives_no_warning(whole, caplog):
     assert caplog.text == ""
 
 
-def test_frames_of_a_long_video_are_never_held_at_full_size(tmp_path):
-    """120 s of 1280 x 720: the 240 frames that are taken would be 0.66 GB."""
+def test_frames_of_a_long_video_are_not_kept_at_full_size(tmp_path):
+    """Sample 240 frames of 120 s at 1280 x 720, which would be 0.66 GB at full size."""
     path = tmp_path / "long.mp4"
     with av.open(str(path), "w") as out:
         video = out.add_stream("libx264", rate=10, options={"preset": "ultrafast"})

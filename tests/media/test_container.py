@@ -1,4 +1,4 @@
-"""The length that a file states, without decoding it."""
+"""Durations by header, without decoding."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from av import open as av_open
 from salmonn.media.container import ClipError, declared_seconds
 
 
-def write_sound(path, seconds: float) -> None:
-    """A tone of 8 kHz mono."""
+def write_tone(path, seconds: float) -> None:
+    """Write a WAV file of a tone, 8 kHz mono."""
     with av_open(str(path), "w") as file:
         stream = file.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = AudioFrame.from_ndarray(np.ones((1, round(8000 * seconds)), np.int16), format="s16", layout="mono")
@@ -18,10 +18,10 @@ def write_sound(path, seconds: float) -> None:
         file.mux(stream.encode(None))
 
 
-def test_the_length_that_a_file_states(tmp_path, videos, clips):
-    write_sound(tmp_path / "tone.wav", 2.5)
+def test_declared_duration(tmp_path, videos, clips):
+    write_tone(tmp_path / "tone.wav", 2.5)
     assert declared_seconds(tmp_path / "tone.wav") == pytest.approx(2.5)
-    # Synthetic clips last as long as their reference says, to a frame or so.
+    # The duration of synthetic clips is that of their reference, to about a frame.
     for video, reference in zip(videos, clips.references, strict=True):
         last = max(event.end_seconds for event in reference.events)
         assert last - 0.1 <= declared_seconds(video) <= 60
