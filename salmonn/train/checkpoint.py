@@ -167,8 +167,8 @@ def require_free_space(folder: Path, num_bytes: int, *, what: str) -> None:
 def _out_of_space_message(folder: Path, num_bytes: int, *, what: str) -> str:
     free = shutil.disk_usage(folder).free
     return (
-        f"{what} needs {num_bytes / GIB:.2f} GiB, but the disk of {folder} has {free / GIB:.2f} GiB free; free some space "
-        "and run the same command to resume"
+        f"{what} needs {num_bytes / GIB:.2f} GiB, but the disk of {folder} has {free / GIB:.2f} GiB free; free some "
+        "space and run the same command to resume"
     )
 
 

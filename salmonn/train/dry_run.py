@@ -358,8 +358,8 @@ def summarize_clip(plan: MemoryPlan) -> str:
     sentences = [
         f"A clip of {shape.seconds:g} s, {shape.width}x{shape.height}, {shape.frames_per_second:g} fps, with sound: "
         f"{video}, {num_audio} audio tokens, {plan.clip_tokens} in total.",
-        f"A packed training sequence: {work.length(plan.clip_tokens)} tokens, with a prompt of {work.prompt_tokens} and "
-        f"{work.answers} answers of {work.answer_tokens} (assumed); clips per micro-batch: {work.clips}.",
+        f"A packed training sequence: {work.length(plan.clip_tokens)} tokens, with a prompt of {work.prompt_tokens} "
+        f"and {work.answers} answers of {work.answer_tokens} (assumed); clips per micro-batch: {work.clips}.",
     ]
     if work.cached_features:
         sentences.append(f"Feature cache: {plan.feature_bytes / GIB:.2f} GiB per clip.")

@@ -255,8 +255,8 @@ def open_feature_cache(config: FeatureCacheConfig, captioner: Captioner) -> Feat
     model = dist.gather([hash_encoders(captioner) if dist.is_main() else ""])[0]
     if not config.folder.is_dir():
         raise ValueError(
-            f"process {dist.rank()} cannot see {config.folder.resolve()}, which process 0 has created; share the folder "
-            "between all machines, or set feature_cache.folder to null to keep features in memory"
+            f"process {dist.rank()} cannot see {config.folder.resolve()}, which process 0 has created; share the "
+            "folder between all machines, or set feature_cache.folder to null to keep features in memory"
         )
     return FeatureCache(config.folder, max_bytes=config.max_gib * GIB, model=model)
 

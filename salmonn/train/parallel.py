@@ -275,7 +275,7 @@ class ZeroStrategy:
                     safe_set_full_optimizer_state(parameter, tensors[f"{key}.{name}"].to(self.model.device), key)
 
     def _create_adam_state(self) -> None:
-        """Create Adam's state now: if Adam does so at its first step, DeepSpeed links only the first group to its weights."""
+        """Create Adam's state now: if created at step one, DeepSpeed links only the first group to its weights."""
         for flat in self._flat:
             moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
             self._adam.state[flat] = {"step": torch.tensor(0.0), **moments}

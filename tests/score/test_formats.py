@@ -35,9 +35,9 @@ def test_round_trip(tmp_path):
             '{"format": 9, "judge_info": {"judge": "rule"}}\n',
             "line 1: score file of format 9, .* score the captions again",
         ),
-        ('{"format": 1, "judge_info": {"judge": "rule"}}\n', "line 1: JudgeInfo lacks"),
-        ("JUDGING\n[]\n", "line 2: expected a JSON object"),
-        ("JUDGING\n5\n", "line 2: expected a JSON object"),
+        ('{"format": 1, "judge_info": {"judge": "rule"}}\n', "line 1: JudgeInfo.prompt_hash is missing"),
+        ("JUDGING\n[]\n", "line 2: Score must be a JSON object"),
+        ("JUDGING\n5\n", "line 2: Score must be a JSON object"),
         ('JUDGING\n{"video": "a", "num_events": "3"}\n', "line 2: Score"),
     ],
 )
