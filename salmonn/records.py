@@ -396,7 +396,7 @@ def parse_json(text: str, record_type: type[Record]) -> Record:
         ValueError: the text is not JSON, or a field is missing, unknown or invalid; the message names it.
     """
     try:
-        return _adapter(record_type).validate_json(text)
+        return _adapter(record_type).validate_json(text)  # type: ignore[arg-type]
     except ValidationError as error:
         errors = error.errors(include_url=False)
         raise ValueError("; ".join(_describe_errors(errors, text, record_type)[:3])) from error
@@ -421,10 +421,10 @@ def _dataclasses_in(hint: Any) -> Iterator[Any]:
 
 def _describe_errors(errors: Sequence[Any], text: str, record_type: type) -> list[str]:
     """Return a message for each of pydantic's errors: the field, what is wrong, and the value."""
-    name, messages = record_type.__name__, []
+    messages: list[str] = []
     for error in errors:
         *outer, last = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]] or [""]
-        where, message = name + "".join(outer), error["msg"].removeprefix("Value error, ")
+        where, message = record_type.__name__ + "".join(outer), error["msg"].removeprefix("Value error, ")
         if error["type"] == "json_invalid":
             problem = re.sub(r"Invalid JSON: (.*) at line 1 column (\d+)", r"invalid JSON at column \2: \1", message)
             if "hex escape" in problem:
