@@ -1,4 +1,4 @@
-"""The one door: one video, many videos, broken ones among them, spans and parts."""
+"""The captioner: one video, many videos, broken files, spans and modalities."""
 
 import av
 import numpy as np
@@ -31,8 +31,8 @@ def test_one_caption(captioner, videos, media, random_model):
     assert caption.text
 
 
-def test_half_a_model_is_none(captioner, media, tmp_path, monkeypatch):
-    """Recipes take a folder with a config.json for a finished stage, so that a kill amid saving must leave none."""
+def test_a_partly_saved_model_has_no_config(captioner, media, tmp_path, monkeypatch):
+    """Recipes take a folder with a config.json for a complete model, so a kill while saving must not leave one."""
 
     def killed(_, path):
         (path / "config.json").write_text("{}")
@@ -54,13 +54,13 @@ def test_half_a_model_is_none(captioner, media, tmp_path, monkeypatch):
     assert {"config.json", "model.safetensors"} < left and not left & {".half", "left.json"}
 
 
-def test_an_answer_at_its_limit_is_unfinished(captioner, media):
+def test_a_caption_at_the_token_limit_is_unfinished(captioner, media):
     (answer,) = complete(captioner, media[:1], ["Tell."], sampling=Sampling(max_new_tokens=1))
     assert not answer.finished
 
 
-def test_an_answer_that_ends_is_finished(captioner, media, monkeypatch):
-    """Ids are given by hand: "a", the end, and "a" without end."""
+def test_a_caption_with_a_stop_token_is_finished(captioner, media, monkeypatch):
+    """The ids are given: "a" and stop, "a" without stop, stop alone."""
     tokenizer = captioner.processor.tokenizer
     a = tokenizer.encode("a")
     given = [[*a, tokenizer.eos_token_id], a, [tokenizer.eos_token_id]]
@@ -70,7 +70,7 @@ def test_an_answer_that_ends_is_finished(captioner, media, monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
-def test_a_broken_file_harms_no_other(captioner, videos, tmp_path, batch_size):
+def test_a_broken_file_does_not_affect_others(captioner, videos, tmp_path, batch_size):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(videos[0].read_bytes()[:3000])
     empty = tmp_path / "empty.mp4"
@@ -95,12 +95,12 @@ def test_only_broken_files(captioner, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_size_below_one_is_refused(captioner, videos, batch_size):
+def test_a_batch_size_below_one_is_rejected(captioner, videos, batch_size):
     with pytest.raises(ValueError, match="batch_size"):
         list(captioner.caption_many(requests(videos[:1]), batch_size=batch_size))
 
 
-def test_a_span_is_what_the_model_sees(captioner, videos):
+def test_a_span_selects_the_frames(captioner, videos):
     span = Span(2.0, 4.0)
     caption = captioner.caption(videos[0], sampling=SHORT, span=span)
     part = captioner.processor.read(videos[0], start_seconds=2.0, end_seconds=4.0)
@@ -109,7 +109,7 @@ def test_a_span_is_what_the_model_sees(captioner, videos):
     assert next(captioner.caption_many(requests(videos[:1], span=span))) == caption
 
 
-def test_a_span_beyond_the_end_is_a_failure_with_words(captioner, videos):
+def test_a_span_beyond_the_end_is_a_failure(captioner, videos):
     (result,) = captioner.caption_many(requests(videos[:1], span=Span(100.0, None)))
     assert isinstance(result, Failure) and str(videos[0]) in result.reason
     with pytest.raises(ValueError, match=videos[0].name):
@@ -117,12 +117,12 @@ def test_a_span_beyond_the_end_is_a_failure_with_words(captioner, videos):
 
 
 @pytest.mark.parametrize(("start", "end"), [(3.0, 1.0), (3.0, 3.0), (-1.0, None), (None, 0.0)])
-def test_an_empty_span_is_refused(start, end):
+def test_an_empty_span_is_rejected(start, end):
     with pytest.raises(ValueError, match="span"):
         Span(start, end)
 
 
-def test_picture_or_sound_alone(captioner, videos, media):
+def test_modalities(captioner, videos, media):
     texts = {
         modality: captioner.caption(videos[0], sampling=SHORT, modality=modality).text
         for modality in ("both", "visual", "audio")
@@ -132,7 +132,7 @@ def test_picture_or_sound_alone(captioner, videos, media):
     assert texts["audio"] == complete(captioner, [heard], [PLAIN_PROMPTS["audio"]], sampling=SHORT)[0].text
 
 
-def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):
+def test_a_missing_modality_is_rejected(captioner, tmp_path):
     path = tmp_path / "tone.wav"
     with av.open(str(path), "w") as out:
         stream = out.add_stream("pcm_s16le", rate=16_000, layout="mono")
@@ -145,7 +145,7 @@ def test_use_of_what_a_file_lacks_is_refused(captioner, tmp_path):
         captioner.caption(path, sampling=SHORT, modality="visual")
 
 
-def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monkeypatch):
+def test_out_of_memory_is_a_failure_of_its_clip_alone(captioner, videos, monkeypatch):
     plain = captioner.generate
 
     def crowded(batch, **named):
@@ -160,7 +160,7 @@ def test_a_clip_without_room_is_told_and_harms_no_other(captioner, videos, monke
     assert str(videos[2]) in results[2].reason and results[2].stage == "caption"
 
 
-def test_clips_of_like_length_go_together(captioner, videos, monkeypatch):
+def test_clips_are_batched_by_length(captioner, videos, monkeypatch):
     """In the order of the paths their lengths are short, long, short, long, short: two batches, of 2 and 3."""
     plain, sizes = captioner.generate, []
 
@@ -179,7 +179,7 @@ def test_clips_of_like_length_go_together(captioner, videos, monkeypatch):
     assert results[0] == results[2] == results[4] != results[1] == results[3]
 
 
-def test_a_draw_depends_on_its_seed_and_place_alone(captioner, videos):
+def test_a_sample_depends_on_its_seed_alone(captioner, videos):
     drawn = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
     alone = [captioner.caption(video, sampling=drawn, seed=5 + place) for place, video in enumerate(videos)]
     assert len({caption.text for caption in alone}) == 5
@@ -190,7 +190,7 @@ def test_a_draw_depends_on_its_seed_and_place_alone(captioner, videos):
         assert reader.waited_seconds > 0
 
 
-def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, monkeypatch):
+def test_a_file_that_kills_its_worker_is_a_failure(captioner, videos, tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text(
         "import os\nfrom salmonn.caption.loader import ReadSpec\n"
         "class Deadly(ReadSpec):\n def read(self, path):\n"
@@ -208,7 +208,7 @@ def test_a_file_that_ends_its_process_is_a_failure(captioner, videos, tmp_path, 
     assert [results[0], results[2]] == [captioner.caption(video, sampling=SHORT) for video in videos[:2]]
 
 
-def test_samples_follow_one_another(captioner, media):
+def test_samples_of_a_clip_are_adjacent(captioner, media):
     drawn = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
     done = []
     answers = complete(
@@ -228,11 +228,11 @@ def test_samples_follow_one_another(captioner, media):
         assert answers[2 * place : 2 * place + 2] == alone
 
 
-def test_a_prompt_with_a_special_token_is_refused(captioner, videos):
+def test_a_prompt_with_a_special_token_is_rejected(captioner, videos):
     with pytest.raises(ValueError, match="special token"):
         captioner.caption(videos[0], prompt="Tell <|video_pad|> me.")
 
 
-def test_a_folder_that_is_no_model(tmp_path):
+def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ValueError, match="no model in"):
         Captioner.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The engine: answers as the captioner's own, side by side, refused, dropped and ended; and what it counts."""
+"""The engine: continuous batching, cancellation, out of memory, shutdown and counters."""
 
 import threading
 import time
@@ -53,7 +53,7 @@ class Told(list):
         }
 
 
-def test_answers_are_the_captioners(engine, model, videos):
+def test_stream_equals_caption(engine, model, videos):
     query = CaptionRequest(videos[0], sampling=SHORT)
     *pieces, last = engine.stream(query)
     caption = model.caption(videos[0], sampling=SHORT)
@@ -64,8 +64,8 @@ def test_answers_are_the_captioners(engine, model, videos):
     assert say(engine, CaptionRequest(videos[1], **named)) == model.caption(videos[1], **named).text
 
 
-def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeypatch):
-    """One is being read; eight wait, two of which are drawn in another way: 1, 6 and 2, and nine go on together."""
+def test_queued_requests_are_batched(engine, model, videos, monkeypatch):
+    """While one is prefilled, eight are queued, two with other sampling: prefills of 1, 6 and 2, batch of 9."""
     monkeypatch.setattr(model.network, "prefill_chunk_tokens", 8192)
     model.gate.clear()
     begun, told = engine.num_prefills, [Told() for _ in range(9)]
@@ -88,8 +88,8 @@ def test_those_who_wait_are_answered_side_by_side(engine, model, videos, monkeyp
         assert listener.texts() == {0: expected.text}
 
 
-def test_who_comes_joins_those_who_are_being_answered(engine, model, videos):
-    """A short answer ends before a long one that began before it, and both are what they are alone."""
+def test_a_new_request_joins_the_running_batch(engine, model, videos):
+    """A short answer ends before a long one that started earlier; both equal what they are alone."""
     long = Sampling(max_new_tokens=100)
     first, second = Told(), Told()
     model.gate.clear()
@@ -106,8 +106,8 @@ def test_who_comes_joins_those_who_are_being_answered(engine, model, videos):
     assert second.texts() == {0: model.caption(videos[1], sampling=FREE, seed=4).text}
 
 
-def test_newcomers_who_take_long_to_read_join_one_by_one(engine, model, videos, monkeypatch):
-    """So that the words of those who are there come in between; in the end all go on together."""
+def test_long_prompts_are_prefilled_one_at_a_time(engine, model, videos, monkeypatch):
+    """Decode steps happen in between; in the end all are in one batch."""
     monkeypatch.setattr(model.network, "prefill_chunk_tokens", 1)
     model.gate.clear()
     told = [Told() for _ in range(4)]
@@ -124,7 +124,7 @@ def test_newcomers_who_take_long_to_read_join_one_by_one(engine, model, videos, 
     ]
 
 
-def test_newcomers_who_cannot_be_read_harm_nobody(engine, model, videos):
+def test_a_failing_prefill_does_not_affect_the_batch(engine, model, videos):
     model.fail_to_read = lambda size: IndexError("out of range") if size > 1 else None
     long = Sampling(max_new_tokens=100)
     told, failed = Told(), Told()
@@ -141,8 +141,8 @@ def test_newcomers_who_cannot_be_read_harm_nobody(engine, model, videos):
     assert told.texts() == {0: model.caption(videos[0], sampling=long).text} and engine.failure == "IndexError"
 
 
-def test_newcomers_without_room_are_answered_when_the_others_have_ended(engine, model, videos):
-    """The second alone, as it had no room beside the first; the third after it, though there might be room for it."""
+def test_a_prefill_out_of_memory_is_retried_when_the_batch_is_empty(engine, model, videos):
+    """The second request runs alone since it did not fit; the third follows it, although it might fit."""
     refused = []
 
     def fail(size):
@@ -170,8 +170,8 @@ def test_newcomers_without_room_are_answered_when_the_others_have_ended(engine, 
         say(engine, CaptionRequest(videos[0]))
 
 
-def test_without_room_those_who_were_told_nothing_begin_anew(engine, model, videos):
-    """A second clip joins one whose answer is being told, and at its first step the two have no room."""
+def test_requests_without_delivered_text_are_retried_after_out_of_memory(engine, model, videos):
+    """A second clip joins a running answer, and its first decode step runs out of memory."""
     first, second = Told(), Told()
     model.gate.clear()
     engine.submit(CaptionRequest(videos[0], sampling=SHORT), on_event=first)
@@ -186,8 +186,8 @@ def test_without_room_those_who_were_told_nothing_begin_anew(engine, model, vide
     assert answering.num_completion_tokens == 12 and model.batches == [1, 1, 1]
 
 
-def test_all_answers_to_a_query_join_together(engine, model, videos, monkeypatch):
-    """Of 4 places one is taken: 4 answers wait for its end, since they share what is read."""
+def test_samples_of_a_request_are_admitted_together(engine, model, videos, monkeypatch):
+    """One of 4 places is taken: 4 samples wait until it is free, since they share their prefix."""
     monkeypatch.setattr(engine, "batch_size", 4)
     told = [Told(), Told()]
     model.gate.clear()
@@ -227,8 +227,8 @@ def test_tokens_are_counted(engine, model, videos):
     assert 0 < answering.reading_seconds < 20
 
 
-def test_tokens_of_answers_that_end_before_others_are_counted(engine, model, videos, monkeypatch):
-    """With a fifth of all tokens as ends, answers of one batch end one by one."""
+def test_tokens_are_counted_when_samples_end_one_by_one(engine, model, videos, monkeypatch):
+    """A fifth of all tokens are stop tokens, so the samples of a batch end at different steps."""
     monkeypatch.setattr(model.processor, "stop_ids", list(range(1, 400, 5)))
     told = Told()
     answering = engine.submit(CaptionRequest(videos[0], sampling=FREE, seed=1, num_samples=4), on_event=told)
@@ -240,8 +240,8 @@ def test_tokens_of_answers_that_end_before_others_are_counted(engine, model, vid
     assert len(set(lengths)) > 1 and answering.num_completion_tokens == sum(lengths)
 
 
-def test_a_batch_that_nobody_waits_for_ends(engine, model, videos):
-    """500 steps would be made."""
+def test_a_cancelled_batch_ends(engine, model, videos):
+    """It would take 500 steps otherwise."""
     told = Told()
     answering = engine.submit(CaptionRequest(videos[0], sampling=Sampling(max_new_tokens=500)), on_event=told)
     wait_until(lambda: told)
@@ -250,8 +250,8 @@ def test_a_batch_that_nobody_waits_for_ends(engine, model, videos):
     assert model.num_steps < 250
 
 
-def test_too_many_are_refused(engine, model, videos):
-    """12 may wait."""
+def test_too_many_requests_are_rejected(engine, model, videos):
+    """The limit is 12."""
     model.gate.clear()
     told = Told()
     engine.submit(CaptionRequest(videos[0], sampling=FREE, num_samples=11), on_event=told)
@@ -265,7 +265,7 @@ def test_too_many_are_refused(engine, model, videos):
     assert say(engine, CaptionRequest(videos[0], sampling=SHORT))
 
 
-def test_bad_files_and_bad_prompts_harm_nobody(engine, videos, tmp_path):
+def test_bad_files_and_prompts_do_not_affect_others(engine, videos, tmp_path):
     failed = engine.num_failed
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 100)
     with pytest.raises(ClipError, match=r"broken\.mp4: is not a video"):
@@ -276,7 +276,7 @@ def test_bad_files_and_bad_prompts_harm_nobody(engine, videos, tmp_path):
     assert say(engine, CaptionRequest(videos[0], sampling=SHORT))
 
 
-def test_who_leaves_is_not_answered_further_and_the_batch_goes_on(engine, model, videos):
+def test_cancelled_requests_end_and_the_batch_continues(engine, model, videos):
     model.gate.clear()
     dropped, answered = engine.num_cancelled, engine.num_answered
     told = [Told(), Told()]
@@ -302,8 +302,8 @@ def test_who_leaves_is_not_answered_further_and_the_batch_goes_on(engine, model,
         assert engine.num_cancelled == dropped + 3 and engine.num_answered == answered + 1
 
 
-def test_a_file_whose_visitor_has_left_is_read_no_further(own_engine, videos, monkeypatch):
-    """Its one worker is free again."""
+def test_cancelling_stops_reading(own_engine, videos, monkeypatch):
+    """The only worker becomes free."""
     query = CaptionRequest(videos[0], sampling=SHORT)
     read_spec = own_engine._limit_duration
     monkeypatch.setattr(own_engine, "_limit_duration", lambda read_spec: Slow(**vars(read_spec)))
@@ -316,14 +316,14 @@ def test_a_file_whose_visitor_has_left_is_read_no_further(own_engine, videos, mo
     assert say(own_engine, query) and time.monotonic() - begun < 300 and own_engine.num_failed == 0
 
 
-def test_an_iterator_that_is_closed_drops_its_answer(engine, videos):
+def test_closing_a_stream_cancels_its_request(engine, videos):
     dropped = engine.num_cancelled
     with closing(engine.stream(CaptionRequest(videos[0], sampling=SHORT))) as pieces:
         next(pieces)
     assert engine.num_cancelled == dropped + 1
 
 
-def test_a_failing_model_is_told_and_may_recover(engine, model, videos, caplog):
+def test_a_failing_model_is_reported_and_may_recover(engine, model, videos, caplog):
     model.fail = lambda size: IndexError("out of range")
     with pytest.raises(ModelFailedError, match=r"^the model failed \(IndexError\); see the server's log$"):
         say(engine, CaptionRequest(videos[0], sampling=SHORT))
@@ -333,7 +333,7 @@ def test_a_failing_model_is_told_and_may_recover(engine, model, videos, caplog):
     assert say(engine, CaptionRequest(videos[0], sampling=SHORT)) and engine.failure is None
 
 
-def test_clips_without_room_side_by_side_are_answered_one_by_one(engine, model, videos):
+def test_out_of_memory_is_retried_one_by_one(engine, model, videos):
     model.fail = lambda size: torch.OutOfMemoryError("CUDA out of memory") if size > 1 else None
     told = Told()
     engine.submit(CaptionRequest(videos[0], sampling=FREE, seed=5, num_samples=3), on_event=told)
@@ -347,8 +347,8 @@ def test_clips_without_room_side_by_side_are_answered_one_by_one(engine, model, 
     assert "CUDA" not in str(caught.value)
 
 
-def test_what_had_no_room_is_let_go_before_the_next_try(engine, model, videos):
-    """The error's traceback keeps what the model held when it was raised."""
+def test_memory_is_freed_before_the_retry(engine, model, videos):
+    """The traceback of the error holds tensors."""
     kept: list[bool] = []
     held: weakref.ref[Sampling]
 
@@ -368,8 +368,8 @@ def test_what_had_no_room_is_let_go_before_the_next_try(engine, model, videos):
     assert kept and not any(kept)
 
 
-def test_without_room_in_the_middle_of_answers_it_is_said_that_others_are_there(engine, model, videos):
-    """Nothing is wrong with the clip, and what was told cannot be told anew."""
+def test_out_of_memory_after_delivery_is_a_retryable_error(engine, model, videos):
+    """The clip is not to blame, and delivered text cannot be taken back."""
     told = Told()
     answering = engine.submit(CaptionRequest(videos[0], sampling=FREE, num_samples=2), on_event=told)
     steps = iter([None, None, None])
@@ -381,7 +381,7 @@ def test_without_room_in_the_middle_of_answers_it_is_said_that_others_are_there(
     assert refusal.status == 503 and refusal.may_retry
 
 
-def test_a_file_that_cannot_be_prepared_is_told_without_what_the_log_has(engine, model, videos, monkeypatch, caplog):
+def test_preparation_errors_reveal_no_details(engine, model, videos, monkeypatch, caplog):
     def fail(clip):
         raise RuntimeError("a secret of this machine")
 
@@ -393,8 +393,8 @@ def test_a_file_that_cannot_be_prepared_is_told_without_what_the_log_has(engine,
     assert "a secret of this machine" in caplog.text
 
 
-def test_asking_does_not_hold_the_engine_while_the_reader_is_asked(own_engine, videos, monkeypatch):
-    """Or else: an engine with the same reader closes it, and tells this one, who waits for the reader."""
+def test_submit_does_not_hold_the_lock_while_it_calls_the_reader(own_engine, videos, monkeypatch):
+    """It would deadlock if another engine closed the shared reader, which calls back."""
     submit = own_engine.reader.submit
 
     def submit_(*asked):
@@ -409,7 +409,7 @@ def test_asking_does_not_hold_the_engine_while_the_reader_is_asked(own_engine, v
     assert say(own_engine, CaptionRequest(videos[0], sampling=SHORT))
 
 
-def test_a_reader_that_another_engine_closed(own_engine, videos):
+def test_a_reader_closed_by_another_engine(own_engine, videos):
     own_engine.reader.close()
     with pytest.raises(Overloaded, match="shutting down"):
         own_engine.submit(CaptionRequest(videos[0]), on_event=Told())
@@ -425,8 +425,8 @@ def short_engine(model):
         engine.close(grace_seconds=1)
 
 
-def test_long_clips_are_refused_with_what_to_do(short_engine, model, videos):
-    """The clips last for more than 4 s."""
+def test_long_clips_are_rejected(short_engine, model, videos):
+    """The clips are longer than 4 s."""
     for span in (None, Span(None, 80.0), Span(1.0, None), Span(1.0, 3.5)):
         with pytest.raises(ClipError, match=r"and the maximum is 2 s: choose a part of it with start and"):
             say(short_engine, CaptionRequest(videos[0], span=span))
@@ -436,8 +436,8 @@ def test_long_clips_are_refused_with_what_to_do(short_engine, model, videos):
     assert say(short_engine, query) == model.caption(videos[0], span=Span(1.0, 3.0), sampling=SHORT).text
 
 
-def test_long_clips_that_do_not_say_so_are_refused(short_engine, videos, tmp_path):
-    """A live stream's file tells no length."""
+def test_long_clips_of_undeclared_length_are_rejected(short_engine, videos, tmp_path):
+    """The file of a live stream states no length."""
     live = tmp_path / "live.mkv"
     with av.open(str(videos[0])) as source, av.open(str(live), "w", options={"live": "1"}) as target:
         streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
@@ -451,8 +451,8 @@ def test_long_clips_that_do_not_say_so_are_refused(short_engine, videos, tmp_pat
     assert say(short_engine, CaptionRequest(live, span=Span(1.0, 3.0), sampling=SHORT))
 
 
-def test_lists_of_other_files_are_refused(engine, videos, tmp_path):
-    """What a stranger sends may name files that they may not see."""
+def test_playlists_are_rejected(engine, videos, tmp_path):
+    """They may refer to files that a client must not see."""
     (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{videos[0]}\n#EXT-X-ENDLIST\n")
     (tmp_path / "concat").write_text("ffconcat version 1.0\nfile near.mp4\n")
     (tmp_path / "near.mp4").symlink_to(videos[0])
@@ -472,8 +472,8 @@ def begin_three(engine, model, videos):
     return told
 
 
-def test_closing_answers_those_who_are_there(own_engine, model, videos):
-    """One is being answered, one waits and one is being read when it closes."""
+def test_closing_finishes_active_requests(own_engine, model, videos):
+    """One is decoding, one is queued and one is being read."""
     told = begin_three(own_engine, model, videos)
     closer = threading.Thread(target=own_engine.close, kwargs={"grace_seconds": 20})
     closer.start()
@@ -486,7 +486,7 @@ def test_closing_answers_those_who_are_there(own_engine, model, videos):
         assert listener.texts() == {0: model.caption(video, sampling=SHORT).text}
 
 
-def test_closing_waits_for_files_that_are_being_read(own_engine, model, videos):
+def test_closing_waits_for_reading(own_engine, model, videos):
     told = [Told() for _ in videos]
     for video, listener in zip(videos, told, strict=True):
         own_engine.submit(CaptionRequest(video, sampling=SHORT), on_event=listener)
@@ -495,7 +495,7 @@ def test_closing_waits_for_files_that_are_being_read(own_engine, model, videos):
         assert listener.texts() == {0: model.caption(video, sampling=SHORT).text}
 
 
-def test_closing_without_grace_tells_those_who_are_there(own_engine, model, videos, monkeypatch):
+def test_closing_without_grace_fails_active_requests(own_engine, model, videos, monkeypatch):
     """It waits for the current step of the model, and not for the time limit of that step."""
     monkeypatch.setattr("salmonn.caption.engine._ABORT_SECONDS", 600.0)
     told = begin_three(own_engine, model, videos)

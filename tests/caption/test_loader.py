@@ -1,4 +1,4 @@
-"""Reading ahead: the same clips in good order, no more of them than agreed, and workers that die or are left behind."""
+"""Reading ahead: batches in order, a bounded number of clips, and workers that die or are cancelled."""
 
 import logging
 import os
@@ -91,14 +91,14 @@ def wait_until(done, *, seconds=120.0):
         time.sleep(0.02)
 
 
-def test_batches_are_even_and_alike():
+def test_length_buckets():
     # In order 1 2 3 4 5 are the places 1 3 0 4 2; five in batches of two are three batches: 1, 2, 2.
     assert length_buckets([3, 1, 5, 2, 4], size=2) == [[1], [0, 3], [2, 4]]
     assert length_buckets([1, 1, 1], size=8) == [[0, 1, 2]]
 
 
-def test_like_lengths_go_together_within_a_window():
-    """A window is 8 batches of 2: the first 16 lengths are halves of each other's pairs, the rest is one more pair."""
+def test_files_are_batched_by_length_within_a_bucket():
+    """A bucket is 8 batches of 2: the first 16 lengths form pairs of equal length, the rest is one more pair."""
     lengths = [*range(8, 0, -1), *range(1, 9), 3, 90, 4]
     batches = read_all(map(str, lengths), Listed(), workers=0)
     places = [[place for place, _ in batch] for batch in batches]
@@ -107,7 +107,7 @@ def test_like_lengths_go_together_within_a_window():
     assert all(clip == lengths[place] for batch in batches for place, clip in batch)
 
 
-def test_one_by_one_lengths_are_not_asked_for():
+def test_lengths_are_not_measured_for_single_clips():
     # These names are no numbers, so asking would raise.
     class Unasked(Listed):
         def read(self, path):
@@ -117,8 +117,8 @@ def test_one_by_one_lengths_are_not_asked_for():
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, 3), (2, 6), (3, 9)])
-def test_two_batches_are_read_ahead_and_no_more(size, expected):
-    """Beside the batch that was taken two more: 3 * size clips."""
+def test_two_batches_are_read_ahead(size, expected):
+    """With the batch that was taken: 3 * size clips."""
     read_spec = Listed()
     with ClipReader(workers=0) as reader:
         batches = batches_of(reader, ["1"] * 18, read_spec, size=size)
@@ -128,8 +128,8 @@ def test_two_batches_are_read_ahead_and_no_more(size, expected):
         assert len(read_spec.read_so_far) == expected
 
 
-def test_waiting_is_told():
-    """Three clips of 0.2 s, one by one; the last is read while the taker is busy for 0.5 s."""
+def test_waiting_time_is_measured():
+    """Three clips of 0.2 s each; the last is read while the consumer is busy for 0.5 s."""
     with ClipReader(workers=0) as reader:
         batches = batches_of(reader, ["1"] * 3, Listed(pause=0.2), size=1)
         next(batches)
@@ -142,7 +142,7 @@ def test_waiting_is_told():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_clips_are_those_of_read_clip(videos, tmp_path, workers):
+def test_clips_equal_read_clip(videos, tmp_path, workers):
     paths = [*videos[:3], tmp_path / "none.mp4"]
     read_spec = ReadSpec(FixedRateSampler(side=48), start_seconds=1.0, end_seconds=3.0)
     read = dict(chain(*read_all(paths, read_spec, workers=workers)))
@@ -155,7 +155,7 @@ def test_clips_are_those_of_read_clip(videos, tmp_path, workers):
     assert isinstance(read[3], ValueError) and str(paths[3]) in str(read[3])
 
 
-def test_length_of_a_span(videos):
+def test_span_seconds(videos):
     whole = ReadSpec(FixedRateSampler()).seconds(videos[0])
     assert whole > 4
     assert ReadSpec(FixedRateSampler(), start_seconds=1.0).seconds(videos[0]) == whole - 1
@@ -165,7 +165,7 @@ def test_length_of_a_span(videos):
 
 
 @pytest.mark.parametrize(("end", "words"), [("SIGKILL", "memory"), ("SIGSEGV", "SIGSEGV"), ("exit", "exit code 3")])
-def test_a_worker_that_dies_costs_its_file_alone(odd, end, words):
+def test_a_dead_worker_fails_its_file_alone(odd, end, words):
     read = dict(chain(*read_all(["a", "b", end, "c", "d", end, "e"], odd, workers=2, size=3)))
     assert [read[place] for place in (0, 1, 3, 4, 6)] == ["a", "b", "c", "d", "e"]
     for place in (2, 5):
@@ -173,7 +173,7 @@ def test_a_worker_that_dies_costs_its_file_alone(odd, end, words):
         assert words in str(read[place])
 
 
-def test_a_worker_killed_in_idleness_costs_no_file(odd):
+def test_a_worker_killed_while_idle_is_replaced(odd):
     with ClipReader(workers=1) as reader:
         assert list(batches_of(reader, ["a"], odd, size=1, finish=str)) == [[(0, "a")]]
         (worker,) = psutil.Process().children()
@@ -181,7 +181,7 @@ def test_a_worker_killed_in_idleness_costs_no_file(odd):
         assert list(batches_of(reader, ["b"], odd, size=1, finish=str)) == [[(0, "b")]]
 
 
-def test_what_a_worker_says_is_heard_and_harms_nothing(odd, caplog, capfd):
+def test_output_and_logs_of_workers(odd, caplog, capfd):
     assert read_all(["print", "warn", "torch"], odd, workers=1, size=1) == [
         [(0, "print")],
         [(1, "warn")],
@@ -200,8 +200,8 @@ def test_what_a_worker_says_is_heard_and_harms_nothing(odd, caplog, capfd):
     assert not caplog.records
 
 
-def test_what_nobody_waits_for_is_read_no_further(odd):
-    """The worker is at one file, another waits for it; both are given up, and others are read."""
+def test_cancel(odd):
+    """A file that is being read and one that is waiting are cancelled; others are read."""
     with ClipReader(workers=1) as reader:
         sleeping = reader.submit(Path("sleep"), odd, str)
         waiting = reader.submit(Path("a"), odd, str)
@@ -220,7 +220,7 @@ def test_what_nobody_waits_for_is_read_no_further(odd):
         wait_until(lambda: not reader._running)
 
 
-def test_closing_ends_workers_in_the_middle_of_a_file(odd):
+def test_closing_kills_reading_workers(odd):
     reader = ClipReader(workers=2)
     begun = time.monotonic()
     batches = batches_of(reader, ["a", "sleep", "sleep", "b"], odd, size=1, finish=str)
@@ -252,7 +252,7 @@ with ClipReader(workers=2) as reader:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_worker_outlives_its_parent(odd, tmp_path, end):
-    """However the parent ends, while its workers are at files that take ten minutes."""
+    """However the parent ends, while its workers read for ten minutes."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER],
         stdout=subprocess.PIPE,
@@ -269,7 +269,7 @@ def test_no_worker_outlives_its_parent(odd, tmp_path, end):
     assert not alive
 
 
-def test_workers_for_the_cores_there_are(monkeypatch):
+def test_default_num_workers(monkeypatch):
     for cores, num_clips, expected in [(2, 100, 2), (4, 3, 3), (64, 100, 8), (64, 1, 1)]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         assert default_num_workers(num_clips) == expected

@@ -1,4 +1,4 @@
-"""Answers as they come, several answers to one prompt, several prompts: all are what `caption` gives."""
+"""Streaming, several samples and several questions: all equal what `caption` returns."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12)
 
 
 @pytest.mark.parametrize("sampling", [SHORT, DRAWN])
-def test_pieces_are_the_caption(captioner, videos, sampling):
+def test_streamed_text_is_the_caption(captioner, videos, sampling):
     for seed, video in enumerate(videos[:3]):
         pieces = list(captioner.stream(video, sampling=sampling, seed=seed))
         assert "".join(pieces) == captioner.caption(video, sampling=sampling, seed=seed).text
@@ -25,8 +25,8 @@ def test_pieces_are_the_caption(captioner, videos, sampling):
 
 
 @pytest.mark.parametrize("model", ["captioner", "plus"])
-def test_answers_that_join_others_are_those_of_answer(request, videos, model):
-    """Three begin; a fourth, drawn in another way, joins after two tokens, a fifth when the first three have ended."""
+def test_added_requests_equal_those_in_one_batch(request, videos, model):
+    """Three start; a fourth with other sampling is added after two tokens, a fifth when the first three have ended."""
     captioner = request.getfixturevalue(model)
     media = [captioner.processor.read(video) for video in videos[:4]]
     clips, prompts = media[:3], ["Tell.", "Tell me more.", "List the events."]
@@ -55,7 +55,7 @@ def test_answers_that_join_others_are_those_of_answer(request, videos, model):
     assert len(set(texts)) == 5
 
 
-def test_a_dropped_answer_ends_and_its_neighbours_go_on(captioner, media):
+def test_a_cancelled_row_ends_and_the_others_continue(captioner, media):
     inputs = captioner.processor.collate([PromptRow(number, "Tell.") for number in range(3)], media[:3])
     named = dict(sampling=Sampling(max_new_tokens=10), stop_ids=[999])  # no token of this model
     whole = generate(captioner.network, inputs, **named)
@@ -72,8 +72,8 @@ def test_a_dropped_answer_ends_and_its_neighbours_go_on(captioner, media):
     assert len(passes) == 5 and not generation
 
 
-def test_text_comes_in_whole_letters_and_without_blanks_at_its_ends(captioner):
-    """A letter of three bytes is three tokens; a blank is told once it turns out not to be the last."""
+def test_text_is_streamed_in_whole_characters_and_stripped(captioner):
+    """A character of three bytes is three tokens; whitespace is held back until text follows."""
     tokenizer = captioner.processor.tokenizer
     text = " a € b  "
     ids = tokenizer.encode(text)
@@ -86,14 +86,14 @@ def test_text_comes_in_whole_letters_and_without_blanks_at_its_ends(captioner):
     assert told == "a" and half.finalize("a \ufffd") == " \ufffd"
 
 
-def test_samples_of_one_reading(captioner, videos):
+def test_samples_read_a_video_once(captioner, videos):
     (captions,) = captioner.generate([CaptionRequest(videos[0], sampling=DRAWN, seed=7, num_samples=3)])
     assert [caption.sample for caption in captions] == [0, 1, 2]
     assert captions[0] == captioner.caption(videos[0], sampling=DRAWN, seed=7)
     assert len({caption.text for caption in captions}) == 3
 
 
-def test_questions_on_one_reading(captioner, videos, monkeypatch):
+def test_questions_read_a_video_once(captioner, videos, monkeypatch):
     reads = []
     read = captioner.processor.clip_inputs
     monkeypatch.setattr(captioner.processor, "clip_inputs", lambda clip: reads.append(clip.path) or read(clip))
@@ -114,7 +114,7 @@ def test_questions_on_one_reading(captioner, videos, monkeypatch):
 
 
 def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
-    """Clips of the world last 5 s and more: segments of 2 s; what is broken is one failure, and stays whole."""
+    """Clips last 5 s or more: segments of 2 s; a broken file is one failure."""
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     with ClipReader(workers=1) as reader:
@@ -140,7 +140,7 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
         assert one.result == captioner.caption(one.result.video, sampling=SHORT, span=span)
 
 
-def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
+def test_an_infinite_segment_is_the_whole_with_a_known_end(captioner, videos):
     (batch,) = captioner.caption_batches([CaptionRequest(videos[0], sampling=SHORT)], segment_seconds=float("inf"))
     caption = batch[0].result
     assert caption.start_seconds == 0.0 and caption.end_seconds > 4
@@ -157,14 +157,14 @@ def test_an_infinite_segment_is_the_whole_with_its_end(captioner, videos):
         ({"prompt": "Tell \ud800."}, "unpaired surrogate"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_read(captioner, tmp_path, named, words):
+def test_invalid_requests_fail_before_reading(captioner, tmp_path, named, words):
     with pytest.raises(ValueError, match=words):
         prompt = named.pop("prompt", None)
         next(captioner.caption_batches([CaptionRequest(tmp_path / "none.mp4", prompt)], **named))
 
 
-def test_any_number_of_videos(captioner, videos):
-    """An endless list is taken a few batches at a time."""
+def test_endless_requests(captioner, videos):
+    """They are taken a few batches at a time."""
     taken = []
 
     def endless():

@@ -1,4 +1,4 @@
-"""What a file may cost: a reader that takes too long or too much ends its process, and no other file's."""
+"""Limits of a worker: a file that takes too much time or memory kills its worker, and fails alone."""
 
 import re
 import struct
@@ -80,7 +80,7 @@ def read_all(names, read_spec, limits):
 
 
 @pytest.mark.parametrize("name", ["slow", "busy"])
-def test_a_file_that_takes_too_long_costs_itself_alone(greedy, name):
+def test_a_slow_file_fails_alone(greedy, name):
     before, late, after = read_all(["a", name, "b"], greedy, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert late.startswith(f"{name}: reading it took more than 1 s") and "read_seconds" in late
@@ -94,22 +94,22 @@ def test_a_file_that_takes_too_long_costs_itself_alone(greedy, name):
         ("garbage", "do not trust the file"),
     ],
 )
-def test_a_worker_that_does_not_speak_as_workers_do(greedy, monkeypatch, name, words):
+def test_a_worker_that_breaks_the_protocol(greedy, monkeypatch, name, words):
     monkeypatch.setattr("salmonn.caption.worker.KILL_TIMEOUT_SECONDS", 3.0)
     before, bad, after = read_all(["a", name, "b"], greedy, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert bad.startswith(f"{name}: ") and re.search(words, bad)
 
 
-def test_a_worker_that_does_not_end_is_given_up(greedy, monkeypatch):
-    """Stopped, it hears of no limit, as one that waits for a disk which is gone."""
+def test_a_worker_that_cannot_be_killed_is_abandoned(greedy, monkeypatch):
+    """A stopped process ignores its timer, like one that is blocked on a lost disk."""
     monkeypatch.setattr("salmonn.caption.worker.KILL_TIMEOUT_SECONDS", 0.5)
     before, late, after = read_all(["a", "stopped", "b"], greedy, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
     assert late.startswith("stopped: reading it took more than 1 s, and the worker process") and "disk" in late
 
 
-def test_a_file_that_takes_too_much_costs_itself_alone(greedy):
+def test_a_large_file_fails_alone(greedy):
     # An array of 256 MiB, where 128 MiB beside what a worker holds are allowed, and where 1 GiB is.
     before, large, after = read_all(["a", "large", "b"], greedy, WorkerLimits(memory_gib=0.125))
     assert (before, after) == ("a", "b")
@@ -117,7 +117,7 @@ def test_a_file_that_takes_too_much_costs_itself_alone(greedy):
     assert read_all(["large"], greedy, WorkerLimits(memory_gib=1.0)) == [str(1 << 28)]
 
 
-def test_a_process_that_was_taken_over_cannot_take_over_its_parent(greedy, tmp_path, monkeypatch):
+def test_a_compromised_worker_cannot_run_code_in_its_parent(greedy, tmp_path, monkeypatch):
     monkeypatch.setenv("TOUCHED", str(tmp_path / "touched"))
     before, evil, after = read_all(["a", "evil", "b"], greedy, WorkerLimits())
     assert (before, after) == ("a", "b")
@@ -125,7 +125,7 @@ def test_a_process_that_was_taken_over_cannot_take_over_its_parent(greedy, tmp_p
 
 
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": -1}, {"seconds": float("nan")}])
-def test_limits_are_above_nothing(values):
+def test_limits_are_positive(values):
     with pytest.raises(ValueError, match="must be above 0"):
         WorkerLimits(**values)
 
@@ -157,7 +157,7 @@ def test_segments(start, seconds, length, expected):
         ) and not one.read_spec.audio
 
 
-def test_a_file_without_a_stated_length_cannot_be_cut(videos):
+def test_a_file_of_unknown_length_cannot_be_split(videos):
     part = ClipJob(0, CaptionRequest(videos[0]), ReadSpec(FixedRateSampler(side=48)))
     ((endless, seconds),) = split_into_segments(part, 0.0, 2.0)
     assert seconds == 0
@@ -180,8 +180,8 @@ def write_matroska(path, *, seconds, declared):
     return path
 
 
-def test_segments_follow_what_a_file_holds_and_not_what_it_says(tmp_path):
-    """20 s that say that they are 8 s, and 6 s that say that they are 100."""
+def test_segments_follow_the_data_and_not_the_header(tmp_path):
+    """20 s whose header states 8 s, and 6 s whose header states 100 s."""
     for seconds, declared, ends in [(20, 8, [5, 10, 15, 20]), (6, 100, [6])]:
         path = write_matroska(tmp_path / f"{seconds}.mka", seconds=seconds, declared=declared)
         read_spec = ReadSpec(FixedRateSampler())

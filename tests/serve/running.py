@@ -1,4 +1,4 @@
-"""Real servers in a thread of the test, requests to them, a model behind a gate, and a web server with a script."""
+"""Real servers in a thread of the test, requests to them, a model that waits for the test, and a web server."""
 
 import base64
 import socket

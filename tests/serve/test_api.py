@@ -1,4 +1,4 @@
-"""The service as its users have it: a real server, and OpenAI's own client."""
+"""The HTTP API as clients use it: a real server, and OpenAI's own client."""
 
 import base64
 import errno
@@ -38,7 +38,7 @@ def gather(chunks):
     return texts, reasons, chunk
 
 
-def test_an_answer_is_the_captioners(start, model, videos):
+def test_an_answer_equals_the_captioners(start, model, videos):
     client = start().client()
     answer = ask(client, data_url(videos[0]))
     expected = model.caption(videos[0], sampling=SHORT)
@@ -49,8 +49,8 @@ def test_an_answer_is_the_captioners(start, model, videos):
     assert answer.usage.prompt_tokens > 20 and 0 < answer.usage.completion_tokens <= 12
 
 
-def test_all_that_can_be_asked_reaches_the_model(start, model, videos):
-    """The words, the span, picture or sound, and how it is drawn; a path below the root."""
+def test_all_parameters_reach_the_model(start, model, videos):
+    """Prompt, span, modality and sampling; a path below an allowed folder."""
     sampling = Sampling(temperature=0.8, top_p=0.7, max_new_tokens=20, repetition_penalty=1.2)
     answer = ask(
         start().client(),
@@ -68,7 +68,7 @@ def test_all_that_can_be_asked_reaches_the_model(start, model, videos):
     assert answer.choices[0].message.content == expected.text
 
 
-def test_a_stream_is_the_whole(start, model, videos):
+def test_a_stream_equals_the_whole_answer(start, model, videos):
     client = start().client()
     whole = ask(client, f"file://{videos[2]}")
     with ask(client, str(videos[2]), stream=True, stream_options={"include_usage": True}) as chunks:
@@ -79,7 +79,7 @@ def test_a_stream_is_the_whole(start, model, videos):
         assert gather(chunks)[2].usage is None
 
 
-def test_several_choices_have_the_seeds_after_the_first(start, model, videos):
+def test_choices_have_consecutive_seeds(start, model, videos):
     client = start().client()
     named = dict(temperature=1, top_p=0.9, seed=5, n=3)
     answer = ask(client, videos[0].name, **named)
@@ -97,8 +97,8 @@ def test_without_a_seed_answers_differ(start, videos):
     assert len(answers) > 1
 
 
-def test_a_conversation_goes_on(start, model, videos):
-    """A question after an answer, as the client keeps both, under another system message than the model's own."""
+def test_a_conversation_continues(start, model, videos):
+    """A question after an answer, as clients send it back, with a system message."""
     client, usual = start().client(), model.default_prompt()
     messages = about(videos[0].name)
     first = client.chat.completions.create(model="", messages=messages, max_completion_tokens=12).choices[0].message
@@ -122,8 +122,8 @@ def test_a_conversation_goes_on(start, model, videos):
         )
 
 
-def test_those_who_ask_together_are_answered_together(start, model, videos, monkeypatch):
-    """One is being read, eight come meanwhile and are read together; each has the answer that it has alone."""
+def test_concurrent_requests_are_batched(start, model, videos, monkeypatch):
+    """While one is prefilled, eight arrive and are prefilled together; each gets the answer that it gets alone."""
     monkeypatch.setattr(model.network, "prefill_chunk_tokens", 8192)
     running = start()
     model.gate.clear()
@@ -139,7 +139,7 @@ def test_those_who_ask_together_are_answered_together(start, model, videos, monk
     assert answers == [alone[0], *(alone[place % 5] for place in range(8))]
 
 
-def test_stills_and_sound_alone(start, model, videos, tmp_path):
+def test_images_and_audio(start, model, videos, tmp_path):
     running = start()
     with av.open(str(tmp_path / "still.png"), "w", format="image2") as target:
         stream = target.add_stream("png", rate=1)
@@ -178,20 +178,20 @@ def test_models_and_health(start):
         ({"temperature": 9}, "temperature: "),
     ],
 )
-def test_parameters_that_are_refused(start, videos, named, words):
+def test_rejected_parameters(start, videos, named, words):
     with pytest.raises(openai.BadRequestError, match=words) as caught:
         ask(start().client(), videos[0].name, **named)
     assert caught.value.body["type"] == "invalid_request_error"
     assert caught.value.body["param"] in ("frequency_penalty", "fps", "temperature")
 
 
-def test_another_model_is_not_here(start, videos):
+def test_an_unknown_model(start, videos):
     with pytest.raises(openai.NotFoundError, match="model 'gpt-4o' not found; available: toy") as caught:
         start().client().chat.completions.create(model="gpt-4o", messages=about(videos[0].name))
     assert caught.value.code == "model_not_found"
 
 
-def test_files_that_cannot_be_read_are_told_without_their_place(start, videos, tmp_path):
+def test_errors_do_not_reveal_paths(start, videos, tmp_path):
     client = start().client()
     (tmp_path / "broken.mp4").write_bytes(videos[0].read_bytes()[:700])
     with pytest.raises(openai.BadRequestError, match="the video: is not a video or is damaged") as caught:
@@ -204,7 +204,7 @@ def test_files_that_cannot_be_read_are_told_without_their_place(start, videos, t
     assert ask(client, data_url(videos[0])).choices
 
 
-def test_no_file_outside_the_root(start, videos, tmp_path):
+def test_no_file_outside_the_allowed_folders(start, videos, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (root / "link.mp4").symlink_to(videos[0])
@@ -214,7 +214,7 @@ def test_no_file_outside_the_root(start, videos, tmp_path):
             ask(client, url)
 
 
-def test_files_are_fetched_from_named_hosts(start, model, videos):
+def test_files_are_fetched_from_allowed_hosts(start, model, videos):
     def send(handler):
         handler.send_response(200)
         handler.end_headers()
@@ -230,8 +230,8 @@ def test_files_are_fetched_from_named_hosts(start, model, videos):
         assert counts(running)["salmonn_received_bytes_totalfetched"] == videos[3].stat().st_size
 
 
-def test_uploads_that_are_too_large(start, videos):
-    """8 KiB are taken: 11 KiB of base64, and a MiB for the rest of the request."""
+def test_large_uploads_are_rejected(start, videos):
+    """The limit is 8 KiB: 11 KiB of base64, and a MiB for the rest of the request."""
     running = start(sources=MediaSources((), FetchPolicy(max_bytes=8 << 10)))
     with pytest.raises(openai.APIStatusError, match=r"the file is larger than the maximum of 0.0078125 MiB") as caught:
         ask(running.client(), data_url(videos[0]))
@@ -241,8 +241,8 @@ def test_uploads_that_are_too_large(start, videos):
     assert caught.value.status_code == 413
 
 
-def test_an_upload_that_says_it_is_too_large_is_refused_at_once(start):
-    """Nothing of it is sent."""
+def test_a_declared_large_upload_is_rejected_at_once(start):
+    """Before any of it is sent."""
     running = start()
     with socket.create_connection(("127.0.0.1", running.port)) as connection:
         connection.settimeout(120)
@@ -250,8 +250,8 @@ def test_an_upload_that_says_it_is_too_large_is_refused_at_once(start):
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_an_upload_is_refused_while_it_comes(start):
-    """No length is declared, and the body has no end: the answer comes before one."""
+def test_a_large_upload_is_rejected_while_it_arrives(start):
+    """No length is declared, and the body has no end: the response comes before it."""
     running = start(sources=MediaSources((), FetchPolicy(max_bytes=1 << 20)))
     with socket.create_connection(("127.0.0.1", running.port)) as connection:
         connection.settimeout(120)
@@ -267,7 +267,7 @@ def test_an_upload_is_refused_while_it_comes(start):
     wait_until(lambda: counts(running).get("salmonn_requests_totaltoo_large") == 1)
 
 
-def test_uploads_have_so_much_memory_and_no_more(start, videos):
+def test_memory_for_uploads_is_limited(start, videos):
     """A request may have 2.33 MiB (1 MiB of file in base64, and one more), all together 4.67: two have 2.33 each."""
     running = start(sources=MediaSources((videos[0].parent,), FetchPolicy(max_bytes=1 << 20)))
     size = int(2.33 * (1 << 20))
@@ -286,8 +286,8 @@ def test_uploads_have_so_much_memory_and_no_more(start, videos):
     assert ask(running.client(), data_url(videos[0])).choices
 
 
-def test_too_many_are_told_to_wait(start, model, videos):
-    """12 answers are waited for at most."""
+def test_rate_limit(start, model, videos):
+    """At most 12 answers can be active."""
     running = start()
     model.gate.clear()
     with ThreadPoolExecutor(1) as pool:
@@ -300,8 +300,8 @@ def test_too_many_are_told_to_wait(start, model, videos):
         assert len(first.result(120).choices) == 12
 
 
-def test_who_goes_away_is_dropped_and_the_others_go_on(start, engine, model, videos):
-    """One while its stream comes, one while it waits for all of its answer."""
+def test_a_disconnect_cancels_the_request_alone(start, engine, model, videos):
+    """One client leaves during its stream, one while it waits for its whole answer."""
     running = start()
     dropped = engine.num_cancelled
     model.gate.clear()
@@ -329,7 +329,7 @@ def test_who_goes_away_is_dropped_and_the_others_go_on(start, engine, model, vid
 
 
 def test_a_failing_model(start, model, videos):
-    """Told with its status before the first word, as an event after it; and health is bad until it does well again."""
+    """The error has a status before the first text, is an event after it; health is bad until the model recovers."""
     running = start()
     client = running.client()
     model.fail = lambda size: IndexError("out of range")
@@ -354,7 +354,7 @@ def test_a_failing_model(start, model, videos):
     assert httpx2.get(f"{running.url}/health", trust_env=False).status_code == 200
 
 
-def test_a_request_may_take_only_so_long(start, engine, model, videos):
+def test_request_timeout(start, engine, model, videos):
     running = start(request_seconds=1.0)
     model.gate.clear()
     with pytest.raises(openai.InternalServerError, match=r"took more than 1 s: use a part") as caught:
@@ -370,8 +370,8 @@ def test_a_request_may_take_only_so_long(start, engine, model, videos):
     wait_until(lambda: not engine.num_active)
 
 
-def test_closing_ends_what_is_under_way_when_the_grace_ends(start, own_engine, model, videos):
-    """One in the middle of its stream, one that waits, one that is being sent; what is new is refused."""
+def test_shutdown_ends_active_requests_after_the_grace_period(start, own_engine, model, videos):
+    """One is streaming, one is queued, one is being uploaded; new ones are rejected."""
     running = start(own_engine, grace_seconds=1.0)
     client = running.client()
     model.gate.clear()
@@ -404,8 +404,8 @@ def test_closing_ends_what_is_under_way_when_the_grace_ends(start, own_engine, m
     assert not running.thread.is_alive()
 
 
-def test_a_disk_without_room_is_told(start, videos, monkeypatch):
-    """As where the folder is on a disk that is full."""
+def test_a_full_disk_is_reported(start, videos, monkeypatch):
+    """As if the upload folder were on it."""
     running = start()
 
     def refuse(*_, **named):
@@ -430,8 +430,8 @@ def test_keys(start, videos):
     assert "Bearer KEY" in refused.json()["error"]["message"]
 
 
-def test_pages_elsewhere_cannot_ask_in_a_visitors_stead(start, videos):
-    """Neither by a name that points here, nor without the browser asking first whether it may."""
+def test_other_web_pages_cannot_use_the_server(start, videos):
+    """Neither by DNS rebinding, nor by cross-origin requests."""
     running = start(hosts=("caption.example",))
     for host, status in {
         "localhost": 200,
@@ -458,13 +458,13 @@ def test_pages_elsewhere_cannot_ask_in_a_visitors_stead(start, videos):
     assert asked.status_code == 405 and "access-control-allow-origin" not in asked.headers
 
 
-def test_unknown_paths_are_told_as_errors(start):
+def test_unknown_paths_are_errors(start):
     answer = httpx2.get(f"{start().url}/v1/embeddings", trust_env=False)
     assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
 
 
-def test_what_is_counted_and_logged(start, videos, caplog):
-    """Two answers, one refusal: by outcome, in bytes and in tokens; the log has a line for each, without the words."""
+def test_metrics_and_log(start, videos, caplog):
+    """Two answers, one rejection: outcomes, bytes and tokens; the log has a line for each, without texts."""
     running = start()
     client = running.client()
     with caplog.at_level(logging.INFO, logger="salmonn.serve"):
@@ -486,8 +486,8 @@ def test_what_is_counted_and_logged(start, videos, caplog):
     assert not any("secret" in line or videos[1].name in line for line in lines)
 
 
-def test_what_is_sent_is_gone_when_the_answer_begins(start, model, videos):
-    """Not when it ends, which may be long after."""
+def test_uploads_are_removed_when_the_answer_begins(start, model, videos):
+    """Not when it ends, which may be much later."""
     running = start()
     model.gate.clear()
     with ThreadPoolExecutor(1) as pool:

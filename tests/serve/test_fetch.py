@@ -1,4 +1,4 @@
-"""Fetching for strangers: named hosts, checked addresses, redirects by hand, and limits; from a real web server."""
+"""Fetching from untrusted URLs: allow-list, address checks, redirects and limits, with a real web server."""
 
 import asyncio
 import socket
@@ -112,7 +112,7 @@ def test_a_file_is_fetched(get, web, monkeypatch):
     assert get("/encoding") == b"identity"
 
 
-def test_redirects_are_followed_to_their_number(get, web):
+def test_redirects_are_limited(get, web):
     assert get("/hop/5") == BODY
     with pytest.raises(SourceError, match="redirects more than 5 times"):
         get("/hop/6")
@@ -134,13 +134,13 @@ def test_redirects_are_followed_to_their_number(get, web):
         ("http://{}/short", "could not be fetched"),
     ],
 )
-def test_what_cannot_or_must_not_be_fetched(get, web, url, words):
+def test_rejected_or_failed_fetches(get, web, url, words):
     with pytest.raises(SourceError, match=words) as caught:
         get(url.format(web[0]))
     assert "secret" not in str(caught.value)
 
 
-def test_nothing_is_fetched_unless_hosts_are_named(get):
+def test_nothing_is_fetched_without_an_allow_list(get):
     with pytest.raises(SourceError, match="start the server with --allow-hosts"):
         get("/video", hosts=())
 
@@ -148,14 +148,14 @@ def test_nothing_is_fetched_unless_hosts_are_named(get):
 @pytest.mark.parametrize(
     "after", ["http://elsewhere.example/", "//elsewhere.example/", "file:///etc/hostname", "http://["]
 )
-def test_redirects_are_checked_anew(get, web, after):
+def test_redirects_are_checked(get, web, after):
     with pytest.raises(SourceError, match=r"fetching from .* is not allowed|must be http or https|invalid URL"):
         get(f"/to?{after}")
     assert len(web[1]) == 1
 
 
-def test_a_redirect_to_a_private_address_is_refused(get, web, names):
-    """The first host is allowed and public by name; it sends on to another that is allowed, and is this machine."""
+def test_a_redirect_to_a_private_address_is_rejected(get, web, names):
+    """The first host is allowed and public; it redirects to an allowed host that is this machine."""
     names[0]["inside.example"] = ["127.0.0.1"]
     port = web[0].split(":")[1]
     hosts = (web[0], f"inside.example:{port}")
@@ -165,7 +165,7 @@ def test_a_redirect_to_a_private_address_is_refused(get, web, names):
         get(f"/to?http://inside.example:{port}/video", hosts=hosts)
 
 
-def test_limits_hold_while_the_file_comes(get):
+def test_limits_apply_during_the_download(get):
     begun = time.monotonic()
     with pytest.raises(TooLargeError, match="larger than the maximum of 1 MiB"):
         get("/endless")
@@ -176,7 +176,7 @@ def test_limits_hold_while_the_file_comes(get):
     assert time.monotonic() - begun < 60
 
 
-def test_this_machine_is_not_asked_unless_that_is_allowed(get, web, names):
+def test_loopback_needs_permission(get, web, names):
     with pytest.raises(SourceError, match=r"not public, which is not allowed; .* --allow-private"):
         get("/video", private=False)
     names[0]["files.example"] = ["127.0.0.1"]
@@ -186,15 +186,15 @@ def test_this_machine_is_not_asked_unless_that_is_allowed(get, web, names):
     assert not web[1]
 
 
-def test_a_name_is_looked_up_once_and_its_checked_address_is_asked(get, web, names):
-    """No second look-up, which might give another address; the server hears the name."""
+def test_a_name_is_resolved_once(get, web, names):
+    """A second look-up might return another address; the server still receives the name."""
     names[0]["files.example"] = ["127.0.0.1"]
     port = web[0].split(":")[1]
     assert get(f"http://files.example:{port}/video", hosts=(f"files.example:{port}",)) == BODY
     assert names[1] == ["files.example"] and web[1] == [(f"files.example:{port}", "/video")]
 
 
-def test_all_addresses_of_a_name_are_checked_and_each_is_tried(get, web, names):
+def test_all_addresses_are_checked_and_tried(get, web, names):
     port = web[0].split(":")[1]
     hosts = (f"files.example:{port}",)
     names[0]["files.example"] = ["127.0.0.1", "0.0.0.0"]
@@ -217,8 +217,8 @@ def secure(tmp_path):
         yield host.split(":")[1], certificate
 
 
-def test_a_server_shows_who_it_is(get, secure, names):
-    """By the name that was asked for, though the connection goes to an address; by certificates that are trusted."""
+def test_certificates_are_checked(get, secure, names):
+    """For the requested name, although the connection is made to an address."""
     port, certificate = secure
     names[0]["files.example"] = names[0]["other.example"] = ["127.0.0.1"]
     hosts = (f"files.example:{port}", f"other.example:{port}")
@@ -257,7 +257,7 @@ INSIDE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "::1", "fd12::1"
 
 
 @pytest.mark.parametrize(("address", "private"), [*((one, True) for one in NEVER), *((one, False) for one in INSIDE)])
-def test_addresses_that_are_not_asked(get, names, address, private):
+def test_blocked_addresses(get, names, address, private):
     names[0]["files.example"] = ["93.184.215.14", address]
     with pytest.raises(SourceError, match="not public"):
         get("http://files.example/video", hosts=("files.example",), private=private)
@@ -279,5 +279,5 @@ def test_addresses_that_are_not_asked(get, names, address, private):
         ("[::1]:8000", "http://[::1]:8000/v", True),
     ],
 )
-def test_hosts_that_are_named(pattern, url, allowed):
+def test_allow_list_patterns(pattern, url, allowed):
     assert FetchPolicy((pattern,)).allows(httpx2.URL(url)) is allowed

@@ -1,4 +1,4 @@
-"""Requests in words: what they ask for, and what is refused because it cannot be given."""
+"""Chat requests: what is parsed, what is rejected, and the responses."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def parse(content=(VIDEO,), **parameters):
     return parse_chat_request(json.dumps(body).encode(), limits=LIMITS)
 
 
-def test_the_least_that_is_asked():
+def test_a_minimal_request():
     assert parse(seed=7) == (
         ChatRequest(
             kind="video",
@@ -44,7 +44,7 @@ def test_the_least_that_is_asked():
     assert parse()[0].request.seed != parse()[0].request.seed  # a random one
 
 
-def test_all_that_can_be_asked():
+def test_all_parameters():
     ask, url = parse(
         [text("What is"), {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, text("heard?")],
         model="m",
@@ -74,7 +74,7 @@ def test_all_that_can_be_asked():
 
 
 def test_a_conversation():
-    """Answers as clients send them back, with fields of nothing."""
+    """Answers as clients send them back, with empty fields."""
     system = {"role": "developer", "content": [text("Be brief.")], "name": None}
     first, answer, last = talk(VIDEO, " A star. ", [text("What"), text("else?")])
     ask, url = parse(messages=[system, first, answer | {"refusal": None, "annotations": []}, last])
@@ -88,7 +88,7 @@ def test_a_conversation():
     assert parse(messages=talk(VIDEO, "", "Why?"))[0].request.history == (("", ""),)  # it may have said nothing
 
 
-def test_a_still_is_asked_about():
+def test_an_image():
     ask, url = parse([{"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}])
     assert (ask.kind, url) == ("image", "a.png")
 
@@ -142,7 +142,7 @@ def test_a_still_is_asked_about():
         ({"messages": [{"role": "user", "content": [VIDEO | {"x" * 5000: 1}]}]}, r"^messages[^\n]{,600}$"),
     ],
 )
-def test_what_cannot_be_given_is_refused(parameters, words):
+def test_unsupported_values_are_rejected(parameters, words):
     with pytest.raises(RequestError, match=words):
         parse(**parameters)
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_given_is_refused(parameters, words):
         ([VIDEO | {"fps": 2}], "fps"),
     ],
 )
-def test_messages_of_another_kind_are_refused(content, words):
+def test_unsupported_messages_are_rejected(content, words):
     with pytest.raises(RequestError, match=words):
         parse(content)
 
@@ -174,18 +174,18 @@ def test_messages_of_another_kind_are_refused(content, words):
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'{"messages": 1e999}', b'{"messages": [{"role": "user", "content": "\\ud800"}]}']
 )
-def test_bodies_that_are_no_request(body):
+def test_malformed_bodies(body):
     with pytest.raises(RequestError):
         parse_chat_request(body, limits=LIMITS)
 
 
-def test_a_refusal_does_not_repeat_the_file():
+def test_errors_do_not_repeat_the_file():
     with pytest.raises(RequestError) as caught:
         parse([{"type": "video_url", "video_url": {"url": ["AAAABBBB"]}}])
     assert "AAAABBBB" not in str(caught.value) and "url" in caught.value.param
 
 
-def test_answers_in_json():
+def test_responses():
     builder = ResponseBuilder("chatcmpl-1", "toy", 1234)
     told = builder.response([Completion("a", True), Completion("b", False)], usage=Usage(10, 3))
     assert told["usage"] == {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}

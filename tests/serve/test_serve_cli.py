@@ -1,4 +1,4 @@
-"""`salmonn serve` as a process: its flags, its signals, and what it leaves behind."""
+"""`salmonn serve` as a process: flags, signals, and the files that it leaves behind."""
 
 import base64
 import os
@@ -89,8 +89,8 @@ def stream(client, video, *, tokens):
     return client.chat.completions.create(model="mine", messages=messages, max_tokens=tokens, stream=True)
 
 
-def test_a_signal_in_the_middle_of_a_stream(run, model, videos, tmp_path):
-    """What is under way comes to its end; what is new is refused, and health is bad; then it ends with 0."""
+def test_graceful_shutdown_during_a_stream(run, model, videos, tmp_path):
+    """The stream is finished, new requests are rejected, health is bad, and the exit code is 0."""
     (tmp_path / "keys").write_text(f"{KEY}\n\nanother key of it\n")
     server = run("--name", "mine", "--api-key-file", tmp_path / "keys")
     client = server.client(KEY)
@@ -109,7 +109,7 @@ def test_a_signal_in_the_middle_of_a_stream(run, model, videos, tmp_path):
     assert "answered in" in server.log and "Traceback" not in server.log
 
 
-def test_a_second_signal_ends_the_grace(run, videos):
+def test_a_second_signal_ends_the_grace_period(run, videos):
     server = run("--name", "mine", "--grace-seconds", 60)
     chunks = stream(server.client(), videos[0], tokens=4000)
     next(chunks)

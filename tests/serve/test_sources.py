@@ -1,4 +1,4 @@
-"""Files that requests name: data in the request, paths below a root and none outside, and the folder they lie in."""
+"""Files of requests: data URLs, paths inside and outside the allowed folders, and the upload folder."""
 
 import asyncio
 import base64
@@ -35,13 +35,13 @@ def test_data_becomes_a_file(tmp_path):
         ("data:;base64,aGVsbG8", "is not valid base64"),
     ],
 )
-def test_data_that_is_none(tmp_path, url, words):
+def test_invalid_data_urls(tmp_path, url, words):
     with pytest.raises(SourceError, match=words):
         write_data(url, tmp_path / "it", max_bytes=100)
 
 
 def test_data_that_is_too_large(tmp_path):
-    """Refused before anything is written."""
+    """Rejected before anything is written."""
     url = "data:;base64," + base64.b64encode(bytes((1 << 20) + 4)).decode()
     with pytest.raises(TooLargeError, match="larger than the maximum of 1 MiB"):
         write_data(url, tmp_path / "it", max_bytes=1 << 20)
@@ -76,8 +76,8 @@ def tree(tmp_path):
         ("root/sub/a b.mp4", "root/sub/a b.mp4"),
     ],
 )
-def test_paths_below_a_root(tree, named, found, monkeypatch):
-    """Written out, from a root on, or from the folder that the server was started in."""
+def test_paths_below_an_allowed_folder(tree, named, found, monkeypatch):
+    """Absolute, relative to an allowed folder, or relative to the working directory."""
     monkeypatch.chdir(tree)
     path = find_local(named.format(tree), (tree / "root", tree / "other"))
     assert path.read_text() == found and path == (tree / found).resolve()
@@ -106,13 +106,13 @@ def test_paths_below_a_root(tree, named, found, monkeypatch):
         "/dev/zero",
     ],
 )
-def test_no_path_outside_and_no_word_of_what_is_there(tree, named, monkeypatch):
+def test_paths_outside_are_rejected_without_details(tree, named, monkeypatch):
     monkeypatch.chdir(tree)
     with pytest.raises(SourceError, match=r"^no such file below the allowed folders of this server$"):
         find_local(named.format(tree), (tree / "root", tree / "other"))
 
 
-def test_a_root_that_is_a_link_is_followed(tree):
+def test_an_allowed_folder_may_be_a_link(tree):
     (tree / "link").symlink_to(tree / "root")
     assert find_local(f"{tree}/link/in.mp4", (tree / "link",)) == (tree / "root/in.mp4").resolve()
 
@@ -127,17 +127,17 @@ def test_a_root_that_is_a_link_is_followed(tree):
         ("https://example.org/in.mp4", "start the server with --allow-hosts"),
     ],
 )
-def test_what_is_not_allowed_is_refused_with_what_to_do(tmp_path, url, words):
+def test_rejected_urls(tmp_path, url, words):
     with pytest.raises(SourceError, match=words):
         asyncio.run(resolve_media(url, tmp_path, sources=MediaSources()))
 
 
-def test_a_file_url_names_this_machine(tree):
+def test_a_file_url_must_refer_to_this_machine(tree):
     with pytest.raises(SourceError, match="must refer to this server"):
         find_local("file://elsewhere/in.mp4", (tree,))
 
 
-def test_senseless_settings_are_refused(tmp_path):
+def test_invalid_settings_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"--allowed-dirs .*none is not a folder"):
         MediaSources((tmp_path / "none",))
     for pattern in ("", "*", "exa*mple.org", "https://example.org", "example.org/videos", "example.org:port"):
@@ -157,8 +157,8 @@ with upload_folder(Path(sys.argv[1])) as folder:
 """
 
 
-def test_what_a_killed_server_left_is_removed_by_the_next(tmp_path):
-    """One that was killed, one that lives, and a link of such a name."""
+def test_upload_folders_of_killed_servers_are_removed(tmp_path):
+    """One server was killed, one runs, and a link has such a name."""
     processes = [
         subprocess.Popen([sys.executable, "-c", SERVER, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]

@@ -1,4 +1,4 @@
-"""Clients that hold a server up: they connect and say nothing, or ask and do not read."""
+"""Clients that block a server: idle connections, and streams that are not read."""
 
 import json
 import socket
@@ -55,8 +55,8 @@ class Clock:
         wait_until(lambda: self.num_ticks >= before + 2)
 
 
-def test_connections_without_a_whole_request_are_closed(start):
-    """One says nothing, one never comes to the end of a head, one does not come to that of its second."""
+def test_connections_without_a_complete_request_are_closed(start):
+    """One sends nothing, one never completes a head, one does not complete its second request."""
     running = start()
     clock = Clock(running)
     with connect(running) as silent, connect(running) as slow, connect(running) as second:
@@ -109,8 +109,8 @@ def test_idle_connections_do_not_shut_others_out(start, videos, monkeypatch):
 
 
 @pytest.mark.parametrize("is_closing", [False, True])
-def test_who_does_not_read_a_stream_has_only_so_long(start, own_engine, videos, monkeypatch, is_closing):
-    """Each event is 100 KB long, more than what all buffers on the way hold."""
+def test_a_stream_that_is_not_read_times_out(start, own_engine, videos, monkeypatch, is_closing):
+    """Each event has 100 KB, more than all buffers on the way hold."""
     monkeypatch.setattr(api, "_IDLE_SECONDS", 0.5)
     monkeypatch.setattr("salmonn.serve.schema.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
     running = start(own_engine, request_seconds=6.0, grace_seconds=60.0)
