@@ -64,6 +64,7 @@ def launch_options() -> dict[str, Any]:
         "theme": theme.set(
             body_background_fill="*neutral_50",
             body_background_fill_dark="*neutral_950",
+            body_text_color_subdued="*neutral_500",
             block_background_fill="white",
             block_background_fill_dark="*neutral_900",
             color_accent="*primary_700",

@@ -363,4 +363,4 @@ def test_layout_on_a_phone(visit, scheme):
         visitor.page.get_by_role("tab", name=tab).click()
         assert visitor.width() <= 390
     ground = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert ground == {"light": "rgb(250, 250, 249)", "dark": "rgb(12, 10, 9)"}[scheme]
+    assert ground == {"light": "rgb(250, 250, 249)", "dark": "rgb(15, 14, 13)"}[scheme]

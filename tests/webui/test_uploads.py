@@ -5,6 +5,7 @@ import json
 import signal
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -42,7 +43,9 @@ def send_request(uploads, method, path, **options):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(middleware), base_url="http://page") as client:
             return await client.request(method, path, **options)
 
-    answer = asyncio.run(call())
+    # In a thread of its own: the browser of other tests keeps an event loop in this one.
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(asyncio.run, call()).result()
     return answer.status_code, answer.text
 
 
