@@ -1,4 +1,4 @@
-"""Starts the page, as `salmonn demo` does: python demo/app.py [--model A] [--port 7860] ..."""
+"""Start the web UI, as `salmonn demo` does: python demo/app.py [--model A] [--port 7860] ..."""
 
 import sys
 
