@@ -1,4 +1,4 @@
-"""Captions and questions: what they tell, in which order, and how often a hasty one errs."""
+"""Captions and questions: content, order, and the error rates of hasty captions."""
 
 import random
 import re
@@ -23,7 +23,7 @@ STORY = (
     SceneEvent("leave", 5.7, 6.5, shape="star", colour="blue"),
 )
 SCENE = Scene(7.6, STORY)
-# A word that each event of STORY is recognised by, whichever phrasing is drawn.
+# A pattern that identifies each event of STORY in any phrasing.
 SIGNS = (
     "appears|shows up|comes into view|pops up|can now be seen",
     "low|deep",
@@ -55,7 +55,7 @@ ANSWERS = {
     "Which sound is heard last?": "a series of beeps",
     "Which sound is heard when the star moves up?": "a low tone",
     "Which sound is heard when the star disappears?": "a series of beeps",
-    # The middle is 3.8: what ends by 3.3 is early, what begins from 4.3 late, and the rest is not asked.
+    # The middle is 3.8: events that end by 3.3 are early, those that start from 4.3 on are late.
     "Which way does the star move?": "up",
     "When is a low tone heard, in the first half or in the second half?": "in the first half",
     "When does the star move up, in the first half or in the second half?": "in the first half",
@@ -66,7 +66,7 @@ ANSWERS = {
 
 
 @pytest.fixture(scope="module")
-def drawn():
+def sampled():
     """Scenes and references of 600 clips."""
     return [sample_clip(SynthConfig(clips=600, seed=2), index=index) for index in range(600)]
 
@@ -92,19 +92,19 @@ def test_events_are_the_canonical_clauses():
     assert [event.modality for event in write_events(STORY)].count("audio") == 2
 
 
-def test_captions_tell_every_happening_in_order():
+def test_captions_describe_every_event_in_order():
     captions = {write_caption(STORY, random.Random(seed)) for seed in range(300)}
     assert len(captions) > 295
     for caption in captions:
-        told = clauses(caption)
-        assert len(told) == len(STORY), caption
-        for clause, sign, event in zip(told, SIGNS, STORY, strict=True):
+        described = clauses(caption)
+        assert len(described) == len(STORY), caption
+        for clause, sign, event in zip(described, SIGNS, STORY, strict=True):
             assert re.search(rf"\b({sign})\b", clause), (clause, caption)
             if event.shape:
                 assert re.search(rf"\b({event.colour} {event.shape}|it|It)\b", clause), (clause, caption)
 
 
-def test_it_stands_only_for_the_subject_of_the_clause_before():
+def test_it_refers_to_the_subject_of_the_clause_before():
     # In STORY no two neighbours share a subject; the star's own story has nothing else.
     star = [event for event in STORY if event.shape == "star"]
     for seed in range(100):
@@ -127,8 +127,8 @@ def test_while_and_meanwhile_join_only_what_overlaps():
     assert not any(together[:100]) and 20 < sum(together[100:]) < 80
 
 
-def test_visual_and_audio_captions_tell_only_their_own(drawn):
-    for scene, reference in drawn:
+def test_visual_and_audio_captions_describe_one_modality(sampled):
+    for scene, reference in sampled:
         number = sum(event.kind != "sound" for event in scene.events)
         assert len(clauses(reference.visual_caption)) == number
         assert len(clauses(reference.audio_caption)) == len(scene.events) - number
@@ -136,16 +136,16 @@ def test_visual_and_audio_captions_tell_only_their_own(drawn):
         assert not re.search(rf"\b({'|'.join((*COLOURS, *SHAPES))})\b", reference.audio_caption)
 
 
-def test_hasty_captions_leave_out_a_third(drawn):
-    told = sum(len(clauses(reference.human_caption)) for _, reference in drawn)
-    # Inventions and repetitions add 0.2 + 0.05 = 0.25 clauses a caption.
-    share = (told - 0.25 * len(drawn)) / sum(len(scene.events) for scene, _ in drawn)
+def test_hasty_captions_omit_a_third(sampled):
+    described = sum(len(clauses(reference.human_caption)) for _, reference in sampled)
+    # Hallucinations and repetitions add 0.2 + 0.05 = 0.25 clauses per caption.
+    share = (described - 0.25 * len(sampled)) / sum(len(scene.events) for scene, _ in sampled)
     assert share == pytest.approx(2 / 3, abs=0.03)
-    assert all(reference.human_caption for _, reference in drawn)
+    assert all(reference.human_caption for _, reference in sampled)
 
 
-def test_hasty_captions_err_as_often_as_promised():
-    """Facts that STORY lacks come by invention (20 %) or mistake (10 %), and a repetition is the same clause again."""
+def test_error_rates_of_hasty_captions():
+    """Facts that are not in STORY are hallucinations (20 %) or mistakes (10 %); a repetition repeats a clause."""
     foreign = [colour for colour in COLOURS if colour not in ("orange", "white", "blue")]
     foreign += [
         "circle",
@@ -177,7 +177,7 @@ def test_hasty_captions_err_as_often_as_promised():
 
 
 @pytest.mark.parametrize(
-    "deed, true, habit, told",
+    "action, true, habit, described",
     [
         (SceneEvent("blink", 2.7, 4.2, "star", "orange"), "blinks|flashes|flickers", SIGNS[-1], 0.7),
         (
@@ -187,14 +187,14 @@ def test_hasty_captions_err_as_often_as_promised():
             0.8,
         ),
     ],
-    ids=["blinking taken for leaving", "a change of colour taken for another shape"],
+    ids=["a blink misread as a disappearance", "a change of colour misread as another shape"],
 )
-def test_hasty_captions_have_habits(deed, true, habit, told):
-    """Of the times that the deed is told, 70 % are by habit."""
-    captions = [write_human_caption((STORY[0], deed), random.Random(seed)) for seed in range(3000)]
+def test_hasty_captions_have_systematic_errors(action, true, habit, described):
+    """70 % of the descriptions of an action are misreadings."""
+    captions = [write_human_caption((STORY[0], action), random.Random(seed)) for seed in range(3000)]
     share_true, share_habit = (sum(bool(re.search(sign, text)) for text in captions) / 3000 for sign in (true, habit))
-    assert share_habit == pytest.approx(0.7 * told, abs=0.06)
-    assert share_true == pytest.approx(0.3 * told, abs=0.06)
+    assert share_habit == pytest.approx(0.7 * described, abs=0.06)
+    assert share_true == pytest.approx(0.3 * described, abs=0.06)
 
 
 def test_at_least_one_event_remains():
@@ -205,7 +205,7 @@ def test_at_least_one_event_remains():
     )
 
 
-def test_answers_are_right_for_a_scene_made_by_hand():
+def test_answers_for_a_scene_made_by_hand():
     seen = {}
     for seed in range(300):
         for question in write_questions(SCENE, random.Random(seed), index=seed):
@@ -213,23 +213,23 @@ def test_answers_are_right_for_a_scene_made_by_hand():
     assert seen == ANSWERS
 
 
-def test_kinds_of_questions_rotate(drawn):
-    for index, (scene, reference) in enumerate(drawn):
+def test_kinds_of_questions_rotate(sampled):
+    for index, (scene, reference) in enumerate(sampled):
         rotated = [QUESTION_KINDS[(3 * index + step) % 7] for step in range(7)]
         if all(event.kind != "move" for event in scene.events):
             rotated.remove("direction")
         assert [question.kind for question in reference.questions] == rotated[:3]
 
 
-def test_no_constant_answers_most_questions_of_a_kind(drawn):
+def test_no_answer_is_right_for_most_questions_of_a_kind(sampled):
     answers = defaultdict(Counter)
-    for _, reference in drawn:
+    for _, reference in sampled:
         for question in reference.questions:
             answers[question.kind][question.answer] += 1
     assert all(max(counts.values()) < 0.6 * counts.total() for counts in answers.values())
 
 
-def test_the_way_of_each_move():
+def test_directions_of_moves():
     moves = [replace(STORY[2], start_seconds=second, value=value) for second, value in ((1, "left"), (3, "down"))]
     scene = Scene(7.0, (STORY[0], STORY[1], *moves))
     asked = {}
@@ -255,17 +255,17 @@ def test_the_nine_places():
     ]  # fmt: skip
 
 
-def test_a_kind_that_cannot_be_asked_gives_way():
-    # One event over the middle: "when" has no clear answer.
+def test_a_kind_without_questions_is_replaced():
+    # One event across the middle: "when" has no clear answer.
     scene = Scene(7.0, (STORY[0], SceneEvent("sound", 3.0, 4.0, value="noise")))
     for index in range(5):
         kinds = [question.kind for question in write_questions(scene, random.Random(0), index=index)]
         assert len(kinds) == 3 and "when" not in kinds
 
 
-def test_the_vocabulary_is_small(drawn):
+def test_the_vocabulary_is_small(sampled):
     words = Counter()
-    for _, reference in drawn:
+    for _, reference in sampled:
         texts = [reference.caption, reference.human_caption, reference.visual_caption, reference.audio_caption]
         words.update(re.findall(r"[a-z-]+", " ".join(texts).lower()))
     assert {*COLOURS, *SHAPES, "it"} <= set(words)

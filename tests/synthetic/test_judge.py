@@ -1,4 +1,4 @@
-"""The rule judge against judgements made by hand, and against everything that the synthetic world can say."""
+"""The rule judge against judgements made by hand, and the parser against all phrasings of the synthetic world."""
 
 import random
 import time
@@ -24,7 +24,7 @@ EVENTS = (
     Event("a series of beeps is heard", "audio", 4.0, 5.0),
     Event("the blue circle disappears", "visual", 4.5, 5.0),
 )
-TELLS_ALL = (
+COMPLETE = (
     "A red circle appears. A low tone is heard. The red circle moves to the left. The red circle turns blue. "
     "A series of beeps is heard. The blue circle disappears."
 )
@@ -72,12 +72,12 @@ def read(text: str) -> list[tuple[str, ...]]:
 
 
 def references(count: int, config: SynthConfig | None = None) -> list[Reference]:
-    drawn = []
+    sampled = []
     for index in range(count):
         rng = random.Random(index)
         scene = sample_scene(rng, config=config or SynthConfig())
-        drawn.append(write_reference(scene, rng, video=f"{index}.mp4", index=index))
-    return drawn
+        sampled.append(write_reference(scene, rng, video=f"{index}.mp4", index=index))
+    return sampled
 
 
 def misread(clause: str, claim: tuple[str, ...]) -> list[tuple[str, list[tuple[str, ...]]]]:
@@ -172,13 +172,13 @@ def test_parses_every_sound_phrasing_with_every_connective():
         ("A tone rises in pitch.", [("sound", "rising sweep")]),
         ("A low and a high tone are heard.", [("sound", "low tone"), ("sound", "high tone")]),
         ("A red star appears with white noise.", [("appear", "red", "star"), ("sound", "noise")]),
-        # order of telling is not order of time
+        # order of description is not order of time
         ("The red star blinks after the blue cross vanishes.", [("leave", "blue", "cross"), ("blink", "red", "star")]),
         (
             "Before the red star blinks, the blue cross vanishes.",
             [("leave", "blue", "cross"), ("blink", "red", "star")],
         ),
-        # nothing is told, or nothing that can be read
+        # nothing is described, or nothing readable
         ("", []),
         ("Then nothing else happens. The clip ends.", []),
         ("The red star does not move and no sound is heard.", []),
@@ -208,19 +208,19 @@ def test_claims_of_one_clause_and_of_two_that_read_alike():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (TELLS_ALL, 0),
+        (COMPLETE, 0),
         # the same event in other words, 4 of them
-        (f"{TELLS_ALL} A low-pitched tone plays, too.", 4),
-        (f"{TELLS_ALL} The blue circle vanishes and beeps are heard.", 7),
+        (f"{COMPLETE} A low-pitched tone plays, too.", 4),
+        (f"{COMPLETE} The blue circle vanishes and beeps are heard.", 7),
         # word for word, where the word that leads in counts as well
-        (f"{TELLS_ALL} Then a low tone is heard.", 6),
-        # what did not happen, told twice: once invented, once repeated
+        (f"{COMPLETE} Then a low tone is heard.", 6),
+        # hallucinated twice: once hallucinated, once repeated
         ("A green star blinks. A green star flashes.", 4),
         # half of the clause is new
         ("A red circle appears. There is a red circle that blinks.", 0),
         # of a detail that is wrong nothing is repeated
         ("A red circle appears. A green circle appears.", 0),
-        # that a sound stops is not told before
+        # that a sound stops is not described before
         ("A low tone is heard. The low tone stops.", 0),
         ("A low tone is heard. It stops. A low tone is heard again.", 6),
         # "the end" is a time, and what fades in begins
@@ -236,26 +236,26 @@ def test_repetition_in_other_words(text, expected):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (TELLS_ALL, (0, 0, 0)),
+        (COMPLETE, (0, 0, 0)),
         ("", (6, 0, 0)),
         ("Lorem ipsum dolor sit amet.", (6, 0, 1)),
         ("Lorem ipsum. Dolor sit. Lorem ipsum.", (6, 0, 2)),
-        (TELLS_ALL.replace("moves to the left", "moves to the right"), (0, 1, 0)),
-        (TELLS_ALL.replace("A red circle appears", "A green circle appears"), (0, 1, 0)),
-        (TELLS_ALL.replace("A red circle appears", "A green star appears"), (1, 0, 1)),  # two details wrong
-        (TELLS_ALL.replace("A low tone", "A shrill tone"), (0, 1, 0)),
-        (TELLS_ALL.replace("turns blue", "turns green"), (0, 1, 0)),
-        (TELLS_ALL + " A green star blinks.", (0, 0, 1)),
-        (TELLS_ALL + " A green star blinks. The green star flickers.", (0, 0, 1)),  # the second is repetition
-        (TELLS_ALL + " " + TELLS_ALL, (0, 0, 0)),  # repetition is measured apart
-        ("A circle appears.", (5, 1, 0)),  # vague: the colour is not told
+        (COMPLETE.replace("moves to the left", "moves to the right"), (0, 1, 0)),
+        (COMPLETE.replace("A red circle appears", "A green circle appears"), (0, 1, 0)),
+        (COMPLETE.replace("A red circle appears", "A green star appears"), (1, 0, 1)),  # two details wrong
+        (COMPLETE.replace("A low tone", "A shrill tone"), (0, 1, 0)),
+        (COMPLETE.replace("turns blue", "turns green"), (0, 1, 0)),
+        (COMPLETE + " A green star blinks.", (0, 0, 1)),
+        (COMPLETE + " A green star blinks. The green star flickers.", (0, 0, 1)),  # the second is repetition
+        (COMPLETE + " " + COMPLETE, (0, 0, 0)),  # repetition is measured apart
+        ("A circle appears.", (5, 1, 0)),  # vague: without the colour
     ],
 )
 def test_classes_of_errors(text, expected):
     assert errors(text) == expected
 
 
-def test_names_what_it_counts():
+def test_scores_list_what_they_count():
     score = judge("A red circle appears. The red circle turns green. A dog barks.")
     assert score.missed == tuple(EVENTS[index].text for index in (1, 2, 4, 5))
     assert score.incorrect_events == (EVENTS[3].text,)
@@ -270,11 +270,11 @@ def test_order_of_time():
     assert [one.reason for one in judge(". ".join(late)).mentions if not one.is_correct] == ["out of order"]
     assert errors(". ".join(clauses[index] for index in (1, 4, 0, 2, 3, 5))) == (0, 0, 0)  # sounds first: free
     assert errors(". ".join([clauses[4], clauses[1]]), (EVENTS[1], EVENTS[4])) == (0, 1, 0)  # sound against sound
-    # of two that clash the one told last is wrong
+    # of two in the wrong order, the last described is incorrect
     assert judge(f"{clauses[3]}. {clauses[2]}", EVENTS[2:4]).incorrect_events == (clauses[2],)
     visual = tuple(event for event in EVENTS if event.modality == "visual")
     backwards = ". ".join(event.text for event in reversed(visual))
-    assert errors(backwards, visual) == (0, 3, 0)  # of four told backwards one stays in order
+    assert errors(backwards, visual) == (0, 3, 0)  # of four described backwards, one is in order
 
 
 def test_overlapping_or_untimed_events_may_come_in_any_order():
@@ -286,14 +286,14 @@ def test_overlapping_or_untimed_events_may_come_in_any_order():
     assert errors(f"{second}. {first}", events) == (0, 1, 0)
 
 
-def test_an_event_that_comes_twice():
+def test_an_event_that_occurs_twice():
     twice = (
         Event("the red star blinks", "visual", 0, 1),
         Event("the red star moves up", "visual", 2, 3),
         Event("the red star blinks", "visual", 4, 5),
     )
     assert errors("The red star blinks, moves up and blinks.", twice) == (0, 0, 0)
-    assert errors("The red star moves up and blinks.", twice) == (1, 0, 0)  # the second blink, told in order
+    assert errors("The red star moves up and blinks.", twice) == (1, 0, 0)  # the second blink, described in order
     assert errors("The red star blinks. It blinks. It blinks.", twice) == (1, 0, 0)
     assert errors("The red star blinks, moves up, and blinks.", twice[1:]) == (0, 0, 0)  # the first repeats the last
 
@@ -312,7 +312,7 @@ def test_a_wrong_detail_goes_to_the_nearest_event():
     assert (score.missed, score.incorrect_events) == ((events[0].text,), (events[2].text,))
 
 
-def test_refuses_what_it_cannot_judge():
+def test_rejects_unreadable_references():
     with pytest.raises(ValueError, match=r"v\.mp4 has no event list"):
         judge("A red star appears.", ())
     with pytest.raises(ValueError, match="a dog barks"):
@@ -329,7 +329,7 @@ def test_a_part_in_which_nothing_happens():
 
 def test_score_captions_counts_every_reference(caplog):
     known = {"v.mp4": Reference("v.mp4", EVENTS), "w.mp4": Reference("w.mp4", EVENTS[:2])}
-    scores = score_captions(known, [Caption("v.mp4", TELLS_ALL, sample=3)], RuleJudge())
+    scores = score_captions(known, [Caption("v.mp4", COMPLETE, sample=3)], RuleJudge())
     assert [(score.video, score.sample, score.missing, score.num_events) for score in scores] == [
         ("v.mp4", 3, 0, 6),
         ("w.mp4", 0, 2, 2),
@@ -337,22 +337,24 @@ def test_score_captions_counts_every_reference(caplog):
     assert "1 of 2 references have no caption" in caplog.text
     with pytest.raises(ValueError, match=r"x\.mp4; the first reference is for v\.mp4"):
         score_captions(known, [Caption("x.mp4", "")], RuleJudge())
-    more = score_captions(known, [Caption("v.mp4", TELLS_ALL), Caption("w.mp4", ""), Caption("x.mp4", "")], RuleJudge())
+    more = score_captions(known, [Caption("v.mp4", COMPLETE), Caption("w.mp4", ""), Caption("x.mp4", "")], RuleJudge())
     assert [score.video for score in more] == ["v.mp4", "w.mp4"]
     assert "1 captioned videos have no reference, first x.mp4; they are skipped" in caplog.text
 
 
-def test_reference_captions_have_no_error_and_hasty_ones_lie_between():
-    drawn = references(300)
-    known = {reference.video: reference for reference in drawn}
-    perfect = score_captions(known, [Caption(one.video, one.caption) for one in drawn], RuleJudge())
+def test_reference_captions_have_no_errors_and_hasty_ones_some():
+    sampled = references(300)
+    known = {reference.video: reference for reference in sampled}
+    perfect = score_captions(known, [Caption(one.video, one.caption) for one in sampled], RuleJudge())
     assert [score for score in perfect if score.total or score.repetition] == []
     for modality in ("visual", "audio"):
-        captions = [Caption(one.video, getattr(one, f"{modality}_caption")) for one in drawn]
+        captions = [Caption(one.video, getattr(one, f"{modality}_caption")) for one in sampled]
         for score in score_captions(known, captions, RuleJudge()):
             others = [event for event in known[score.video].events if event.modality != modality]
             assert (score.missing, score.incorrect, score.hallucinated) == (len(others), 0, 0)
-    hasty = compute_rates(score_captions(known, [Caption(one.video, one.human_caption) for one in drawn], RuleJudge()))
+    hasty = compute_rates(
+        score_captions(known, [Caption(one.video, one.human_caption) for one in sampled], RuleJudge())
+    )
     assert 0.35 < hasty.missing < 0.45  # a third of the events is left out, some more are taken for others
     assert 0.07 < hasty.hallucination < 0.15  # 0.3 slips and about 0.6 habits over about 8 events
     assert hasty.repetition > 0
@@ -366,15 +368,15 @@ POOL = references(40, SynthConfig(min_visual=3))
 def test_dropped_events_are_missing_and_modalities_mix_freely(data):
     events = data.draw(st.sampled_from(POOL)).events
     kept = data.draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events)))
-    told = [event for event, keep in zip(events, kept, strict=True) if keep]
+    described = [event for event, keep in zip(events, kept, strict=True) if keep]
     queues = {
-        modality: [event.text for event in told if event.modality == modality] for modality in ("visual", "audio")
+        modality: [event.text for event in described if event.modality == modality] for modality in ("visual", "audio")
     }
-    order = data.draw(st.permutations([event.modality for event in told]))
+    order = data.draw(st.permutations([event.modality for event in described]))
     text = data.draw(st.sampled_from([". ", ", and ", " while ", "; "])).join(
         queues[modality].pop(0) for modality in order
     )
-    assert errors(text, events) == (len(events) - len(told), 0, 0)
+    assert errors(text, events) == (len(events) - len(described), 0, 0)
 
 
 WORDS = (
@@ -395,10 +397,12 @@ def test_any_text_is_judged(text):
 
 
 def test_judges_three_thousand_captions_in_three_seconds():
-    drawn = references(300)
-    known = {one.video: one for one in drawn}
+    sampled = references(300)
+    known = {one.video: one for one in sampled}
     # numbers are fillers, so each text is new to the cache of whole texts
-    captions = [Caption(one.video, f"{one.human_caption} {turn}.", sample=turn) for turn in range(10) for one in drawn]
+    captions = [
+        Caption(one.video, f"{one.human_caption} {turn}.", sample=turn) for turn in range(10) for one in sampled
+    ]
     start = time.process_time()
     score_captions(known, captions, RuleJudge())
     assert time.process_time() - start < 3

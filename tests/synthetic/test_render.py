@@ -1,4 +1,4 @@
-"""Synthetic clips: the decoded picture and sound are what the annotation says, and runs repeat, resume and refuse."""
+"""Synthetic clips: decoded video and audio match the annotation; runs are reproducible and resumable."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from salmonn.synthetic.render import make_clips, render_audio, render_frames, sa
 from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig, objects_at
 
 CONFIG = SynthConfig(clips=3, seed=5)
-# Of each kind of event one, by hand: the frames and sounds that must come of it are plain to see.
+# One event of each kind, so that the expected frames and sounds are obvious.
 SCENE = Scene(
     8.0,
     (
@@ -36,7 +36,7 @@ SCENE = Scene(
 
 
 def decode(path):
-    """Frames (F, height, width, 3) and sound (samples,), which must begin at zero."""
+    """Frames (F, height, width, 3) and audio (samples,), which must start at zero."""
     with av.open(str(path)) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     with av.open(str(path)) as container:
@@ -46,7 +46,7 @@ def decode(path):
 
 
 @pytest.fixture(scope="module")
-def filmed(tmp_path_factory):
+def rendered(tmp_path_factory):
     """The hand-made scene after encoding and decoding."""
     path = tmp_path_factory.mktemp("scene") / "scene.mp4"
     frames, sound = render_frames(SCENE, config=CONFIG), render_audio(SCENE, np.random.default_rng(0), config=CONFIG)
@@ -94,34 +94,34 @@ def colour_at(frames, *, seconds, x, y):
         (7.9, 70, 70, "green"),
     ],
 )
-def test_frames_show_each_colour_at_its_place_and_time(filmed, seconds, x, y, colour):
-    assert filmed[0].shape == (80, 96, 96, 3)
-    assert colour_at(filmed[0], seconds=seconds, x=x, y=y) == colour
+def test_frames_show_each_colour_at_its_place_and_time(rendered, seconds, x, y, colour):
+    assert rendered[0].shape == (80, 96, 96, 3)
+    assert colour_at(rendered[0], seconds=seconds, x=x, y=y) == colour
 
 
 @pytest.mark.parametrize(("start", "end", "hertz"), [(1.0, 2.0, 250), (2.5, 3.5, 1800), (5.5, 6.5, 1000)])
-def test_a_tone_has_its_pitch_in_its_span(filmed, start, end, hertz):
-    part = filmed[1][round(start * 16_000) : round(end * 16_000)]
+def test_a_tone_has_its_pitch_in_its_span(rendered, start, end, hertz):
+    part = rendered[1][round(start * 16_000) : round(end * 16_000)]
     assert np.abs(np.fft.rfft(part)).argmax() / (end - start) == pytest.approx(hertz, rel=0.03)
 
 
-def test_a_rising_sweep_rises_from_300_to_2500_hz(filmed):
+def test_a_rising_sweep_rises_from_300_to_2500_hz(rendered):
     pitches = [
-        np.abs(np.fft.rfft(filmed[1][start : start + 1600])).argmax() * 10 for start in range(64_000, 80_000, 1600)
+        np.abs(np.fft.rfft(rendered[1][start : start + 1600])).argmax() * 10 for start in range(64_000, 80_000, 1600)
     ]
     assert pitches == sorted(pitches)
     assert pitches[0] < 400 and pitches[-1] > 2000
 
 
-def test_noise_is_loud_and_fills_the_spectrum(filmed):
-    power = np.abs(np.fft.rfft(filmed[1][round(7.1 * 16_000) : round(7.8 * 16_000)])) ** 2
+def test_noise_is_loud_and_fills_the_spectrum(rendered):
+    power = np.abs(np.fft.rfft(rendered[1][round(7.1 * 16_000) : round(7.8 * 16_000)])) ** 2
     assert power.max() < 0.02 * power.sum()
-    assert np.abs(filmed[1][round(7.1 * 16_000) : round(7.8 * 16_000)]).max() > 0.3
+    assert np.abs(rendered[1][round(7.1 * 16_000) : round(7.8 * 16_000)]).max() > 0.3
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.95), (2.05, 2.45), (3.55, 3.95), (5.05, 5.45), (6.55, 6.95)])
-def test_outside_the_sounds_is_silence(filmed, start, end):
-    assert np.abs(filmed[1][round(start * 16_000) : round(end * 16_000)]).max() < 0.01
+def test_outside_the_sounds_is_silence(rendered, start, end):
+    assert np.abs(rendered[1][round(start * 16_000) : round(end * 16_000)]).max() < 0.01
 
 
 @pytest.mark.parametrize("kind", SOUNDS)
@@ -131,7 +131,7 @@ def test_every_sound_is_clearly_heard_at_the_lowest_level(kind):
     assert sound[8000:20_800].std() > 5 * sound[:8000].std()
 
 
-def test_beeps_and_clicks_come_in_the_promised_number():
+def test_number_of_beeps_and_clicks():
     counts = {}
     for kind, length in itertools.product(("beeps", "clicks"), (0.8, 1.0, 1.6)):
         scene = Scene(2.0, (SceneEvent("sound", 0.2, 0.2 + length, value=kind, amplitude=0.5),))
@@ -162,7 +162,7 @@ def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
                 assert max(abs(a - b) for a, b in zip(one.position, other.position, strict=True)) >= scene.diameter
 
 
-def test_frames_at_2_per_second_see_every_blink():
+def test_frames_at_2_per_second_show_every_blink():
     moments = [2.5 + step / 10 + 1e-6 for step in range(40)]
     blink = [item.visible for moment in moments for item in objects_at(SCENE, moment) if item.shape == "square"]
     for offset in range(5):
@@ -192,7 +192,7 @@ def test_annotation_on_disk_is_what_is_returned(made):
 
 def test_same_seed_same_bytes_and_a_longer_set_begins_like_a_shorter(made, tmp_path):
     folder, _ = made
-    # 17 clips are two chunks, so that two processes film them.
+    # 17 clips are two chunks, so that two processes render them.
     make_clips(tmp_path, replace(CONFIG, clips=17), workers=2)
     lines = (tmp_path / "clips.jsonl").read_bytes().splitlines()
     assert len(lines) == 17 and lines[:3] == (folder / "clips.jsonl").read_bytes().splitlines()
@@ -206,12 +206,12 @@ def test_another_seed_gives_other_clips(made):
     assert all(one.events != another.events for one, another in zip(made[1], other, strict=True))
 
 
-def test_resuming_films_only_what_is_absent(tmp_path):
+def test_resuming_renders_only_missing_clips(tmp_path):
     counts = []
     make_clips(tmp_path, CONFIG, indices=[0, 2], workers=1, progress=counts.append)
     before = (tmp_path / "videos/clip_00002.mp4").stat().st_mtime_ns
     references = make_clips(tmp_path, CONFIG, workers=1, progress=counts.append)
-    assert counts == [2, 2, 1]  # two filmed; two found; one filmed
+    assert counts == [2, 2, 1]  # two rendered; two found; one rendered
     assert (tmp_path / "videos/clip_00002.mp4").stat().st_mtime_ns == before
     assert len(references) == len(list((tmp_path / "videos").iterdir())) == 3
 
@@ -244,7 +244,7 @@ def test_an_index_beyond_the_set_is_refused(tmp_path):
         {"kinds": ()},
     ],
 )
-def test_impossible_configs_are_refused(wrong):
+def test_impossible_configs_are_rejected(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SynthConfig(**wrong)
 
@@ -252,9 +252,9 @@ def test_impossible_configs_are_refused(wrong):
 def test_one_shape_does_all_that_happens():
     config = SynthConfig(max_shapes=1, min_visual=3, max_visual=3)
     for index in range(50):
-        events = [deed for deed in sample_clip(config, index=index)[0].events if deed.kind != "sound"]
-        assert len(events) == 3 and len({deed.shape for deed in events}) == 1
-        assert [deed.kind == "appear" for deed in events] == [True, False, False]
+        events = [event for event in sample_clip(config, index=index)[0].events if event.kind != "sound"]
+        assert len(events) == 3 and len({event.shape for event in events}) == 1
+        assert [event.kind == "appear" for event in events] == [True, False, False]
 
 
 def test_kinds_of_events_and_number_of_questions():
