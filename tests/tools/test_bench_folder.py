@@ -66,6 +66,7 @@ def test_the_ratio_of_tokens_is_as_told(folder):
     assert 420 / folder.MID_NEW_TOKENS == 20
 
 
+@pytest.mark.slow
 def test_rows(folder, monkeypatch):
     """Two clips and four times as many; the memory of one side is measured for real."""
     asked, real = [], folder.measure_isolated

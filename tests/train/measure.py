@@ -1,9 +1,9 @@
-"""Run by test_budget.py in a process of its own: the peak memory of one real guided-DPO step, or of one caption.
+"""Measure the peak memory of one guided-DPO step or one caption, for test_dry_run.py.
 
     python tests/train/measure.py SMALL MODEL training|captioning [checkpointed]
 
-SMALL and MODEL are folders with config.json and tokenizer; weights are drawn here. SMALL goes first, so that what
-libraries need in any case is not counted. Prints two numbers of bytes: estimated and measured.
+SMALL and MODEL are folders with config.json and tokenizer; their weights are random. SMALL runs first, so that the
+memory of the libraries is not counted. Prints two numbers of bytes: the estimate and the measurement.
 """
 
 import gc
@@ -34,13 +34,13 @@ ANSWER = "a red star appears and a low tone is heard " * 12
 
 
 def process_bytes(kind: str) -> int:
-    """Bytes of memory that this process holds (VmRSS) or has held at most (VmHWM), as Linux counts."""
+    """Return the resident memory (VmRSS) or its peak (VmHWM) of this process in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 
 
 def read(processor: Processor) -> ClipInputs:
-    """A clip of noise of the shape, as the model's rules take it."""
+    """Return the inputs of a clip of noise that is sampled by the model's rule."""
     count = round(SHAPE.seconds * SHAPE.frames_per_second)
     sampler = processor.family.frame_sampler
     taken = len(sampler.sample_times(0.0, SHAPE.seconds, count))
@@ -53,7 +53,7 @@ def read(processor: Processor) -> ClipInputs:
 
 
 def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
-    """One real step of guided DPO on one clip, in a folder of its own, or it would be done already."""
+    """Train for one step of guided DPO on one clip, in a new folder."""
     work = Path(mkdtemp(dir=folder))
     media = read(captioner.processor)
     blocks = dict(zip(["noise"], captioner.encode([media]), strict=True))
@@ -71,7 +71,7 @@ def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
 
 
 def run(folder: str, mode: str, fit_config: FitConfig) -> None:
-    """Do it for real."""
+    """Run the step or the caption."""
     torch.manual_seed(0)
     config = load_config(folder)
     captioner = Captioner(Network(config).eval(), Processor.load(folder, config=config))
@@ -83,7 +83,7 @@ def run(folder: str, mode: str, fit_config: FitConfig) -> None:
 
 
 def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
-    """Estimate, then do it and measure."""
+    """Print the estimate and the measurement."""
     placement = Placement(dtype="float32")
     config = load_config(folder)
     processor = Processor.load(folder, config=config)

@@ -1,10 +1,10 @@
-"""Guided DPO on a random model under one engine, as the tests start it with torchrun.
+"""Train with guided DPO on a random model under one strategy; test_parallel.py starts this script.
 
-    engines.py ENGINE MODEL CLIPS OUT float32|bfloat16 [spoilt]
+    train_worker.py STRATEGY MODEL CLIPS OUT float32|bfloat16 [spoilt]
 
-Spoilt, a clip of the last process has no finite loss in step 3.
-With bfloat16 the base is kept in it, layers are checkpointed, and it is what is computed in. Writes OUT/steps.jsonl,
-checkpoints/, adapter/ and merged/; goes on from what is in OUT/checkpoints/.
+With `spoilt`, a pair of the last process has a loss that is not finite in step 3. With bfloat16, the base weights and
+the computation are in bfloat16 and layers are checkpointed. Writes OUT/steps.jsonl, checkpoints/, adapter/ and merged/;
+resumes from OUT/checkpoints/.
 """
 
 import sys
@@ -85,7 +85,9 @@ def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *opt
     """Train and merge; nothing may hold the network that the training used up."""
     dist.setup(threads=1)
     placement = Placement(dtype=precision, attention="sdpa")
-    config = replace(FIT, precision=precision, gradient_checkpointing=precision == "bfloat16")
+    config = FIT
+    if precision == "bfloat16":  # in smaller steps, since the rounding of a step is carried to the next ones
+        config = replace(FIT, precision=precision, gradient_checkpointing=True, learning_rate=4e-4)
     captioner = Captioner.load(model, placement=placement)
     used_up = weakref.ref(captioner.network)
     clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
