@@ -94,7 +94,7 @@ def test_blocks_of_an_actor_are_captioned_as_without_ray(folder, random_model, t
         out = tmp_path / f"{name}.jsonl"
         args = ("caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 4, "--workers", 1)
         code, _, err = call(*args, *more)
-        assert code == 1 and "1 videos failed" in err and "29.mp4" in err  # the broken file
+        assert code == 1 and "1 video failed" in err and "29.mp4" in err  # the broken file
         results.append({caption.video: caption for caption in read_records(out, Caption)})
     assert results[0] == results[1] and len(results[0]) == 29
 
