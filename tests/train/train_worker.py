@@ -85,9 +85,7 @@ def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *opt
     """Train and merge; nothing may hold the network that the training used up."""
     dist.setup(threads=1)
     placement = Placement(dtype=precision, attention="sdpa")
-    config = FIT
-    if precision == "bfloat16":  # in smaller steps, since the rounding of a step is carried to the next ones
-        config = replace(FIT, precision=precision, gradient_checkpointing=True, learning_rate=4e-4)
+    config = replace(FIT, precision=precision, gradient_checkpointing=precision == "bfloat16")
     captioner = Captioner.load(model, placement=placement)
     used_up = weakref.ref(captioner.network)
     clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
