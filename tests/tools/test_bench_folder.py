@@ -22,7 +22,7 @@ def paths(folder, tmp_path_factory):
 
 @pytest.fixture
 def bench(folder, paths):
-    return folder.Bench("720p", paths, quick=True)
+    return folder.FolderBench("720p", paths, quick=True)
 
 
 def test_clips_are_of_the_size_and_length_told(paths, folder, tmp_path):

@@ -22,12 +22,12 @@ def small(sampling):
 
 @pytest.fixture(scope="module")
 def bench(sampling, small):
-    return sampling.Bench(small)
+    return sampling.SamplingBench(small)
 
 
 @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
 def test_greedy_answers_are_the_same(sampling, small, family):
-    sampling.check(sampling.Bench(replace(small, family=family)), exact=True)
+    sampling.check(sampling.SamplingBench(replace(small, family=family)), exact=True)
 
 
 def test_as_many_answers_of_as_many_words(sampling, bench):

@@ -24,7 +24,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def bench(step, small):
-    made = step.Bench(small)
+    made = step.StepBench(small)
     made.compute_reference_logps()
     return made
 
@@ -69,7 +69,7 @@ def test_sides_do_the_work_that_is_told_of_them(step, bench):
 @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
 def test_sides_are_the_same(step, small, family):
     config = replace(small, family=family)
-    step.check(step.Bench(config), config)
+    step.check(step.StepBench(config), config)
 
 
 def test_a_side_that_computes_something_else_is_found_out(step, small, bench, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_side_that_computes_something_else_is_found_out(step, small, bench, mo
         return loss
 
     for side in (other_gradient, lambda bench: bench.ours() * 1.001):
-        monkeypatch.setattr(step, "SIDES", {"ours": step.Bench.ours, "wrong": side})
+        monkeypatch.setattr(step, "SIDES", {"ours": step.StepBench.ours, "wrong": side})
         with pytest.raises(ValueError, match=r"wrong: .*does not compute the same"):
             step.check(bench, small)
 
@@ -164,9 +164,9 @@ def test_growth_measures_what_it_says(small, monkeypatch):
     # A frame of 112 pixels is 4 x 5 tokens; the 60 of a chunk of sound are made 64 to be dealt out to 8 frames.
     assert growth.measure_step(small, 8)["size"] == 8 * 20 + 64
     seen = []
-    train_step = growth.Bench.train_step
+    train_step = growth.StepBench.train_step
     monkeypatch.setattr(
-        growth.Bench, "learn", lambda bench, batch: (seen.append(batch.clips), train_step(bench, batch))[1]
+        growth.StepBench, "train_step", lambda bench, batch: (seen.append(batch.clips), train_step(bench, batch))[1]
     )
     growth_rows = growth.measure_round(small, 8)
     assert growth_rows["size"] == 8 and growth_rows["seconds"] > 0

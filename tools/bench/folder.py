@@ -53,7 +53,7 @@ class FolderConfig:
     quick: bool = False
 
 
-class Bench:
+class FolderBench:
     """A model, a folder and the ways of captioning it.
 
     Args:
@@ -135,7 +135,7 @@ def make_folder(kind: Kind, root: Path, config: FolderConfig) -> list[Path]:
     return paths
 
 
-def check(bench: Bench) -> None:
+def check(bench: FolderBench) -> None:
     """Check that all sides give the same captions, and that captions differ between clips.
 
     Raises:
@@ -158,7 +158,7 @@ def run(config: FolderConfig) -> list[BenchRow]:
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds:
             paths = make_folder(kind, Path(folder) / kind, config)
-            bench = Bench(kind, paths, quick=config.quick)
+            bench = FolderBench(kind, paths, quick=config.quick)
             check(bench)
             timings = interleave(bench.sides, repeats=config.repeats)
             memory = {side: measure_isolated(config, kind, side, paths) for side in bench.sides}
@@ -180,7 +180,7 @@ def run(config: FolderConfig) -> list[BenchRow]:
     return rows
 
 
-def stage_rows(bench: Bench, kind: Kind, *, repeats: int) -> list[BenchRow]:
+def stage_rows(bench: FolderBench, kind: Kind, *, repeats: int) -> list[BenchRow]:
     """Measure each stage in batches against one clip at a time."""
     rows = []
     for name, (batched, single) in bench.parts().items():
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, nargs="*", default=[], help="internal: for --memory_of")
     values = parser.parse_args()
     if values.memory_of:
-        bench = Bench(values.kind, values.videos, quick=values.quick)
+        bench = FolderBench(values.kind, values.videos, quick=values.quick)
         emit_json(peak_mib(bench.sides[values.memory_of]))
         return
     config = FolderConfig(values.clips, values.seconds, values.repeats)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from model import BenchConfig, make_pair, parse
 from rows import BenchRow, Timing, emit_json, exponent, interleave, peak_mib, report_rows, run_isolated
-from step import Bench
+from step import StepBench
 
 from salmonn.model.layout import ClipFeatures
 from salmonn.train.preference import PreferenceBatches
@@ -66,10 +66,10 @@ def measure_isolated(config: BenchConfig, kind: str, count: int) -> BenchRow:
 
 def measure_step(config: BenchConfig, num_frames: int) -> BenchRow:
     """Measure one step on a clip with `num_frames` frames."""
-    warm = Bench(replace(config, shape="small"))
+    warm = StepBench(replace(config, shape="small"))
     warm.compute_reference_logps()
     warm.ours()
-    bench = Bench(config, num_frames=num_frames)
+    bench = StepBench(config, num_frames=num_frames)
     bench.batches.reference_logps = [(0.0, 0.0)]
     memory = peak_mib(bench.ours)
     seconds = interleave({"ours": bench.ours}, repeats=config.repeats)["ours"].seconds
@@ -78,7 +78,7 @@ def measure_step(config: BenchConfig, num_frames: int) -> BenchRow:
 
 def measure_round(config: BenchConfig, num_clips: int) -> BenchRow:
     """Measure the reference policy pass and one epoch over `num_clips` clips with cached features."""
-    bench = Bench(config)
+    bench = StepBench(config)
     bench.compute_reference_logps()
     bench.ours()
     clip_features = bench.features["noise"]
@@ -92,7 +92,7 @@ def measure_round(config: BenchConfig, num_clips: int) -> BenchRow:
     return memory | {"size": num_clips, "seconds": round(timings["round"].seconds, 3)}
 
 
-def epoch(bench: Bench) -> None:
+def epoch(bench: StepBench) -> None:
     """Run the reference policy on each pair, then train on each pair once."""
     bench.compute_reference_logps()
     for step in range(len(bench.batches.pairs) // BATCH_SIZE):

@@ -26,7 +26,7 @@ NUM_CLIPS = 2  # in the larger batch
 NEW_TOKENS = {"small": 5, "mid": 200, "7b": 900}
 
 
-class Bench:
+class SamplingBench:
     """A model, clips of different lengths, and both ways of captioning them.
 
     Args:
@@ -71,7 +71,7 @@ class Bench:
         ]
 
 
-def check(bench: Bench, *, exact: bool) -> None:
+def check(bench: SamplingBench, *, exact: bool) -> None:
     """Check that both sides give the same greedy answers and that no answer ends early.
 
     Raises:
@@ -89,7 +89,7 @@ def check(bench: Bench, *, exact: bool) -> None:
 
 def run(config: BenchConfig) -> list[BenchRow]:
     """Measure one clip and several clips per batch."""
-    bench = Bench(config)
+    bench = SamplingBench(config)
     check(bench, exact=config.dtype == "float32")
     sides = {
         (side.__name__, count): partial(side, num_clips=count)
@@ -122,8 +122,8 @@ def measure_isolated(config: BenchConfig, side: str, num_clips: int) -> BenchRow
 
 def report_memory(config: BenchConfig, side: str, num_clips: int) -> None:
     """Measure the peak memory of a side in this process and write it as JSON."""
-    warm = Bench(replace(config, shape="small"))
-    bench = Bench(config)
+    warm = SamplingBench(replace(config, shape="small"))
+    bench = SamplingBench(config)
     if side == "ours":
         warm.ours(num_clips=num_clips)
         emit_json(peak_mib(partial(bench.ours, num_clips=num_clips)))

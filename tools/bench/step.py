@@ -32,7 +32,7 @@ BF16_TOLERANCE = 0.1  # of both in 16 bits, where the sides round at different p
 PEAK_FLOPS = 989e12  # of an H100 or H200 in bfloat16
 
 
-class Bench:
+class StepBench:
     """A model with its adapter, a pair, and variants of a training step on it.
 
     Each variant is a method that leaves gradients behind and returns the loss. The learning rate is 0, so that the
@@ -157,18 +157,18 @@ class AllLabels(nn.Module):
         return self.network(replace(inputs, labels=labels)) * is_label[:, 1:]
 
 
-SIDES: dict[str, Callable[[Bench], float]] = {
-    "ours": Bench.ours,
-    "naive": Bench.naive,
-    "no shared prefix": Bench.without_sharing,
-    "reference policy in each step": Bench.with_reference,
-    "encoders in each step": Bench.with_towers,
-    "logits of all positions": Bench.with_all_logits,
-    "layers checkpointed": Bench.checkpointed,
+SIDES: dict[str, Callable[[StepBench], float]] = {
+    "ours": StepBench.ours,
+    "naive": StepBench.naive,
+    "no shared prefix": StepBench.without_sharing,
+    "reference policy in each step": StepBench.with_reference,
+    "encoders in each step": StepBench.with_towers,
+    "logits of all positions": StepBench.with_all_logits,
+    "layers checkpointed": StepBench.checkpointed,
 }
 
 
-def check(bench: Bench, config: BenchConfig) -> None:
+def check(bench: StepBench, config: BenchConfig) -> None:
     """Check that all sides give our loss and gradients.
 
     Raises:
@@ -200,7 +200,7 @@ def require_equal(
 
 def run(config: BenchConfig) -> list[BenchRow]:
     """Measure time and memory of all sides."""
-    bench = Bench(config)
+    bench = StepBench(config)
     check(bench, config)
     sides: dict[str, Callable[[], object]] = {name: lambda side=side: side(bench) for name, side in SIDES.items()}  # type: ignore[misc]
     timings = interleave(sides | {"reference": bench.compute_reference_logps}, repeats=config.repeats)
@@ -229,7 +229,7 @@ def compare_memory(ours: BenchRow, other: BenchRow) -> BenchRow:
     }
 
 
-def _utilization(bench: Bench, ours: Timing) -> BenchRow:
+def _utilization(bench: StepBench, ours: Timing) -> BenchRow:
     """Compute the model FLOPs utilization (MFU) on a GPU, counted with and without gradients of frozen weights.
 
     A pass is the forward pass, the backward pass to the inputs, or the backward pass to the weights, which a LoRA step
@@ -275,10 +275,10 @@ def measure_isolated(config: BenchConfig, side: str) -> BenchRow:
 def report_memory(config: BenchConfig, side: str) -> None:
     """Measure the peak memory of a side in this process and write it as JSON."""
     # A small step first, so that what libraries allocate once is not counted.
-    warm = Bench(replace(config, shape="small"))
+    warm = StepBench(replace(config, shape="small"))
     warm.compute_reference_logps()
     SIDES[side](warm)
-    bench = Bench(config)
+    bench = StepBench(config)
     # Its values do not change the memory; running the reference policy at full size would leave freed memory for reuse.
     bench.batches.reference_logps = [(0.0, 0.0)]
     emit_json(peak_mib(lambda: SIDES[side](bench)))
