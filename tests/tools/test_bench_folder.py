@@ -46,7 +46,7 @@ def test_all_sides_say_the_same(folder, bench):
 def test_a_side_that_says_otherwise_is_found_out(folder, bench, side):
     plain = bench.sides[side]
     bench.sides[side] = lambda: [*plain()[:2], "something else"]
-    with pytest.raises(ValueError, match=rf"'{side[:8]}.* captions 002\.mp4 differently .*something else"):
+    with pytest.raises(ValueError, match=rf"'{side[:8]}.* captions 002\.mp4 differently: .*something else"):
         folder.check(bench)
 
 
@@ -75,7 +75,7 @@ def test_rows(folder, monkeypatch):
         asked.append((kind, side))
         return real(config, kind, side, paths) if len(asked) == 1 else {"process_mib": len(asked)}
 
-    monkeypatch.setattr(folder, "measured", measure_isolated)
+    monkeypatch.setattr(folder, "measure_isolated", measure_isolated)
     every = folder.run(folder.FolderConfig(clips=2, seconds=1, repeats=1, quick=True))
     rows = [row for row in every if row["part"] == "folder captioning"]
     assert [row["name"] for row in rows] == [

@@ -48,13 +48,13 @@ def test_memory_in_a_process_of_its_own(rows, tmp_path):
     lines = [
         f"import sys; sys.path.insert(0, {str(BENCH)!r})",
         "import numpy as np",
-        "from rows import peak_mib, tell",
+        "from rows import emit_json, peak_mib",
         "print('something else', np.ones(48 << 20, np.float32).sum())",
-        "tell(peak_mib(lambda: np.ones(24 << 20, np.float32).sum()))",
+        "emit_json(peak_mib(lambda: np.ones(24 << 20, np.float32).sum()))",
     ]
     (tmp_path / "one.py").write_text("\n".join(lines))
-    growth_rows = rows.run_isolated(str(tmp_path / "one.py"))
-    assert 92 <= growth_rows["step_mib"] <= 110 and growth_rows["process_mib"] > growth_rows["step_mib"]
+    measured = rows.run_isolated(str(tmp_path / "one.py"))
+    assert 92 <= measured["step_mib"] <= 110 and measured["process_mib"] > measured["step_mib"]
 
 
 def test_a_process_that_fails_ends_the_bench(rows, tmp_path):
@@ -96,9 +96,9 @@ def test_the_table_goes_between_its_marks(rows, tmp_path):
 def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
     collector = importlib.import_module("all")
     monkeypatch.setattr(collector, "HERE", tmp_path)
-    growth_rows = json.dumps([ROW | {"part": "step: mid"}, {"name": "bare"}])
+    measured = json.dumps([ROW | {"part": "step: mid"}, {"name": "bare"}])
     write = "import os, pathlib, sys; assert sys.argv[3:] == ['--quick'] and os.environ['OMP_NUM_THREADS']\n"
-    (tmp_path / "step.py").write_text(write + f"pathlib.Path(sys.argv[2]).write_text({growth_rows!r})")
+    (tmp_path / "step.py").write_text(write + f"pathlib.Path(sys.argv[2]).write_text({measured!r})")
     (tmp_path / "trl_step.py").write_text(write + "pathlib.Path(sys.argv[2]).write_text('[]')")
     (tmp_path / "growth.py").write_text("raise SystemExit(1)")
     page, out = tmp_path / "web_ui.md", tmp_path / "bench.json"

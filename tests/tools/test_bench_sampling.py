@@ -77,7 +77,7 @@ def test_rows(sampling, monkeypatch, tmp_path):
         asked.append((side, num_clips))
         return {"step_mib": 10 if side == "ours" else 30}
 
-    monkeypatch.setattr(sampling, "measured", measure_isolated)
+    monkeypatch.setattr(sampling, "measure_isolated", measure_isolated)
     out = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["sampling.py", "--quick", f"--out={out}"])
     sampling.main()

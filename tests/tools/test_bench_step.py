@@ -111,7 +111,7 @@ def test_flops(step):
 
 def test_rows(step, small, monkeypatch, tmp_path):
     memory = {"ours": {"step_mib": 10, "process_mib": 100}, "naive": {"step_mib": 30, "process_mib": 120}}
-    monkeypatch.setattr(step, "measured", lambda config, side: memory[side])
+    monkeypatch.setattr(step, "measure_isolated", lambda config, side: memory[side])
     out = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["step.py", "--quick", f"--out={out}"])
     load("model").start(step.__doc__, step.run, step.report_memory)
@@ -126,8 +126,8 @@ def test_rows(step, small, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_measured_in_another_process(step, small):
-    growth_rows = step.measure_isolated(small, "naive")
-    assert 0 <= growth_rows["step_mib"] < 200 < growth_rows["process_mib"] < 3000
+    measured = step.measure_isolated(small, "naive")
+    assert 0 <= measured["step_mib"] < 200 < measured["process_mib"] < 3000
 
 
 def test_without_trl_there_is_no_row(small, monkeypatch, capsys):
@@ -168,8 +168,8 @@ def test_growth_measures_what_it_says(small, monkeypatch):
     monkeypatch.setattr(
         growth.StepBench, "train_step", lambda bench, batch: (seen.append(batch.clips), train_step(bench, batch))[1]
     )
-    growth_rows = growth.measure_round(small, 8)
-    assert growth_rows["size"] == 8 and growth_rows["seconds"] > 0
+    measured = growth.measure_round(small, 8)
+    assert measured["size"] == 8 and growth_rows["seconds"] > 0
     # One step on the clip of noise to warm up, then 8 pairs, 4 a step, each once.
     assert seen[0] == ("noise",) and sorted(seen[1] + seen[2]) == [f"clip {number}" for number in range(8)]
     assert len(seen) == 3 and len(seen[1]) == 4
