@@ -169,7 +169,7 @@ def test_growth_measures_what_it_says(small, monkeypatch):
         growth.StepBench, "train_step", lambda bench, batch: (seen.append(batch.clips), train_step(bench, batch))[1]
     )
     measured = growth.measure_round(small, 8)
-    assert measured["size"] == 8 and growth_rows["seconds"] > 0
+    assert measured["size"] == 8 and measured["seconds"] > 0
     # One step on the clip of noise to warm up, then 8 pairs, 4 a step, each once.
     assert seen[0] == ("noise",) and sorted(seen[1] + seen[2]) == [f"clip {number}" for number in range(8)]
     assert len(seen) == 3 and len(seen[1]) == 4
