@@ -1,72 +1,58 @@
-"""Guided DPO on preference pairs that are there already, in the format of the published models.
+"""Guided DPO on existing preference pairs: mrDPO's own, votes, or published conversations.
 
     torchrun recipes/dpo.py --preferences data/published_dpo.json --model FOLDER --out run/dpo
 
-One round: a fresh LoRA is trained on chosen against rejected answers, with the ground truth beside them; the reference
-is the same weights without it; then it is merged. Where pairs are to be made first, of the model's own captions,
-`mrdpo.py` is the recipe. Killed, the same command goes on from the last checkpoint.
+One round: a fresh LoRA is trained on chosen against rejected answers with cross-entropy on the ground truth; the
+reference policy is the same weights without it. Then it is merged. To sample and rate captions first, use `mrdpo.py`.
+Run the same command again to resume a killed run.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from salmonn import dist
-from salmonn.caption.captioner import Captioner
 from salmonn.config import run_recipe
-from salmonn.conversations import Conversation, read_conversations
-from salmonn.model.layout import ClipFeatures
-from salmonn.model.loading import Placement, load_config
+from salmonn.conversations import Conversation, is_conversation_file, read_conversations
+from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.records import Comparison
+from salmonn.preference.losses import LossConfig, make_loss
+from salmonn.records import Comparison, read_records
 from salmonn.train.checkpoint import checkpointed
-from salmonn.train.data import Example, conversation_examples
+from salmonn.train.data import ClipSource, require_files
 from salmonn.train.dry_run import print_adapter_plan
-from salmonn.train.evaluate import encode_examples
-from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
-from salmonn.train.loop import FitConfig, FitContext, autocast, fit, require_processes
-from salmonn.train.parallel import StrategyName
-from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
-from salmonn.train.run_folder import is_complete, merge_trained, open_run
+from salmonn.train.evaluate import encode_clips
+from salmonn.train.feature_cache import open_feature_cache
+from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes, fit
+from salmonn.train.preference import (
+    PreferenceBatches,
+    PreferenceBatchLoss,
+    PreferenceExample,
+    compute_reference_logps,
+)
+from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
 
 log = logging.getLogger("dpo")
 
 
-@dataclass(frozen=True)
-class OfflineDpoConfig:
-    """Guided DPO on given pairs.
+@dataclass(frozen=True, kw_only=True)
+class OfflineDpoConfig(RunConfig):
+    """Guided DPO on existing preference pairs.
 
     Args:
-        preferences: .json or .jsonl of published conversations with preferences (docs/data.md).
-        model: folder or hub id of the model to start from.
-        out: folder for adapter, merged model and the log of steps.
-        engine: how training is spread over processes; it may change when a run goes on.
-        placement: device and type of its weights.
-        frames: values of the model's frame rule that are other in training, such as `min_frames`.
-        feature_cache: where the clips' tokens are kept.
-        dpo: the loss.
-        lora: the adapter.
-        fit: optimisation.
-        seed: of adapter, order and dropout.
-        dry_run: print what it would need of memory, from no weights, and do nothing.
+        preferences: JSONL of comparisons (pairs.jsonl of a round, or of votes), or .json or .jsonl of published
+            conversations with preferences (docs/data.md).
+        root: folder that the paths of the videos start from; by default the folder of `preferences`.
+        loss: loss.
+        lora: adapter.
+        fit: optimization.
     """
 
     preferences: Path
-    model: str
-    out: Path
-    strategy: StrategyName = "ddp"
-    placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
-    frames: dict[str, int | float] | None = None
-    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
-    dpo: DpoConfig = field(default_factory=DpoConfig)
+    root: Path | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
-    seed: int = 0
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        self.placement.require_trainable()
 
 
 def main(config: OfflineDpoConfig) -> None:
@@ -83,80 +69,97 @@ def main(config: OfflineDpoConfig) -> None:
         )
         return
     dist.setup()
-    require_processes(config.strategy, config.fit)
-    load_config(config.model)  # a wrong folder is told first
-    examples, pairs = read_preferences(config)
-    # What results do not follow from may change in a run that goes on.
-    open_run(config.out, replace(config, strategy="ddp", feature_cache=FeatureCacheConfig()), name="dpo")
+    check_processes(config.strategy, config.fit)
+    load_config(config.model)  # fails for a wrong folder before anything is read
+    comparisons = load_comparisons(config)
+    open_run(config.out, config, name="dpo")
     if is_complete(config.out):
-        log.info("%s is trained already", config.out)
+        log.info("%s is already trained", config.out)
         return
-    captioner = Captioner.load(config.model, placement=config.placement, frames=config.frames)
-    blocks = encode(captioner, examples, config.feature_cache)
+
+    # Load. The frozen encoders run once on each clip.
+    captioner = config.load_model(config.model)
+    cache = open_feature_cache(config.feature_cache, captioner)
+    features = encode_clips(captioner, [clip for _, clip in comparisons], name="clips", cache=cache)
+    examples = [PreferenceExample(comparison, features[clip]) for comparison, clip in comparisons]
+
+    # Train.
     attach_lora(captioner.network, config.lora, seed=config.seed)
+    loss = make_loss(config.loss)
+    with autocast(config.fit.precision):
+        reference_logps = compute_reference_logps(
+            captioner.network,
+            examples,
+            captioner.processor,
+            roles=loss.reference_roles,
+            batch_size=config.fit.micro_batch_size,
+            folder=config.out,
+        )
     batches = PreferenceBatches(
-        pairs,
-        blocks,
+        examples,
+        reference_logps,
         captioner.processor,
+        roles=loss.roles,
         batch_size=config.fit.batch_size,
         seed=config.seed,
         gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
     )
-    with autocast(config.fit.precision):
-        batches.compute_reference_logps(captioner.network, folder=config.out)
-    with checkpointed(config.out) as checkpoints:
-        done = fit(
-            captioner.network,
-            batches,
-            PreferenceLoss(config.dpo),
-            config.fit.resolve(len(pairs)),
-            stage=FitContext("guided DPO", config.out, checkpoints, config.seed, config.strategy),
-        )
-        merge_trained(
-            captioner, config.out, done, base=config.model, lora=config.lora, placement=config.placement, adapter=True
-        )
+    context = FitContext("guided DPO", config.out, config.seed, config.strategy)
+    fit_config = config.fit.resolve(len(examples))
+    with checkpointed(config.out):
+        checkpoint = fit(captioner.network, batches, PreferenceBatchLoss(loss), fit_config, context=context)
+
+        # Merge and save. Free the network first: merging loads the model again, and a GPU may hold only one.
+        del captioner, batches
+        merge_checkpoint(checkpoint, base=config.model, lora=config.lora, config=config, folder=config.out)
 
 
-def read_preferences(config: OfflineDpoConfig) -> tuple[list[Example], list[Comparison]]:
-    """The clips of the preferences and their pairs, one beside the other.
+def load_comparisons(config: OfflineDpoConfig) -> list[tuple[Comparison, ClipSource]]:
+    """Read comparisons or published preferences, each with its clip.
 
     Raises:
-        ValueError: there is none, or it lacks the ground truth that the loss asks for.
+        FileNotFoundError: the file or one of its videos does not exist.
+        ValueError: there are no preferences, or they lack the ground truth that the loss needs.
     """
-    root = config.preferences.parent
-    every = read_conversations(config.preferences)
-    given = [one for one in every if one.preference]
-    if left := len(every) - len(given):
-        log.info("%d conversations without a preference are left to recipes/sft.py", left)
-    if not given:
-        raise ValueError(f"{config.preferences} holds no preference: an item needs a chosen and a rejected answer")
-    pairs = [to_pair(one, name=str(number)) for number, one in enumerate(given)]
-    if config.dpo.ce_weight and (bare := sum(not pair.ground_truth for pair in pairs)):
+    path, root = config.preferences, config.root or config.preferences.parent
+    if is_conversation_file(path):
+        conversations = read_conversations(path)
+        preferences = [one for one in conversations if one.preference]
+        if num_others := len(conversations) - len(preferences):
+            log.info("skipped %d conversations without a preference; recipes/sft.py uses them", num_others)
+        pairs = [(to_comparison(one), ClipSource.of_conversation(one, root=root)) for one in preferences]
+    else:
+        records = read_records(path, Comparison)
+        pairs = [(record, ClipSource.of_comparison(record, root=root)) for record in records]
+    if not pairs:
+        raise ValueError(f"{path} has no preference; an item needs a chosen and a rejected answer")
+    require_files([clip for _, clip in pairs], root=root)
+    num_without = sum(not comparison.ground_truth for comparison, _ in pairs)
+    if config.loss.ce_weight and num_without:
         raise ValueError(
-            f"{bare} preferences of {config.preferences} have no ground truth for the cross-entropy: "
-            "add it, or leave the cross-entropy out with --dpo.ce_weight 0"
+            f"{num_without} preferences of {path} have no ground truth for the cross-entropy; add it, or set "
+            "--loss.ce_weight 0"
         )
-    return conversation_examples(given, root=root), pairs
+    return pairs
 
 
-def to_pair(conversation: Conversation, *, name: str) -> Comparison:
-    """A conversation's preference as a pair about the clip of this name."""
+def to_comparison(conversation: Conversation) -> Comparison:
+    """Convert the preference of a published conversation to a comparison."""
     preference = conversation.preference
-    assert preference is not None, "only preferences are paired"
+    assert preference is not None, "the conversation has a preference"
     return Comparison(
-        video=name,
+        video=conversation.video or conversation.image or conversation.audio or "",
         prompt=preference.prompt,
         chosen=preference.chosen,
         rejected=preference.rejected,
         ground_truth=preference.ground_truth,
+        source="published",
         history=preference.history,
+        modality=conversation.modality,
+        audio=conversation.audio if conversation.video or conversation.image else None,
+        start_seconds=conversation.start_seconds,
+        end_seconds=conversation.end_seconds,
     )
-
-
-def encode(captioner: Captioner, examples: Sequence[Example], tokens: FeatureCacheConfig) -> dict[str, ClipFeatures]:
-    """The examples' clips by number, each as the frozen towers give it once."""
-    blocks = encode_examples(captioner, examples, name="clips", store=open_feature_cache(tokens, captioner))
-    return {str(number): blocks[example.clip] for number, example in enumerate(examples)}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: pre-training of the towers, audio alignment, audio-visual SFT; a stage is a YAML.
+"""Supervised fine-tuning: pre-training of the encoders, audio alignment, audio-visual SFT; each stage is a YAML file.
 
-    torchrun recipes/sft.py --config recipes/configs/pretrain.yaml
+    torchrun recipes/sft.py --config recipes/configs/pretrain_1_objects.yaml
 
-Reads references (or renders synthetic clips), trains what `trainable` and `lora` name, writes the model to `out`, and
-measures it on held-out clips. Killed, the same command goes on from the last checkpoint.
+Reads references (or renders synthetic clips), trains the parts that `trainable` and `lora` name, writes the model to
+`out`, and evaluates it on held-out clips. Run the same command again to resume a killed run.
 """
 
 import gc
@@ -17,7 +17,6 @@ import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
 from salmonn.config import run_recipe
@@ -26,60 +25,63 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.families import get_family
 from salmonn.model.families.tiny import tiny_config
 from salmonn.model.layout import ClipFeatures, ClipInputs
-from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, offline_config
+from salmonn.model.loading import CONFIG_NAME, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.model.network import Network
 from salmonn.records import Modality, write_json
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig, sample_clip
 from salmonn.train.checkpoint import checkpointed, load_trained
-from salmonn.train.data import ClipCache, Example, SftBatches, SftTask, conversation_examples, make_examples, sft_loss
+from salmonn.train.data import (
+    ClipCache,
+    ClipSet,
+    ClipSource,
+    SftBatches,
+    SftTask,
+    TrainingExample,
+    all_texts,
+    conversation_examples,
+    heldout_config,
+    make_examples,
+    read_clips,
+    render_clips,
+    sft_loss,
+)
 from salmonn.train.dry_run import MemoryPlan, Workload, build_on_meta, clips_per_micro_batch, print_plan
-from salmonn.train.evaluate import encode_clips, encode_examples, evaluate, write_evaluation
+from salmonn.train.evaluate import SampleConfig, cache_features, encode_clips, evaluate, write_evaluation
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
-from salmonn.train.loop import FitConfig, FitContext, fit, require_processes
-from salmonn.train.parallel import StrategyName
-from salmonn.train.references import ClipSet, all_texts, heldout_config, read_clips, render_clips
-from salmonn.train.run_folder import is_missing, open_run, save_merged
+from salmonn.train.loop import FitConfig, FitContext, check_processes, fit
+from salmonn.train.run_folder import RunConfig, is_missing, open_run, save_model
+from salmonn.train.run_log import SUMMARY_NAME
 
 log = logging.getLogger("sft")
 TINY = "tiny"
 NUM_TOKENIZER_SCENES = 1000
 
 
-@dataclass(frozen=True)
-class SftConfig:
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(RunConfig):
     """One stage of supervised fine-tuning.
 
     Args:
-        out: folder for the trained model and its figures.
-        model: folder or hub id of the model to start from; "tiny" starts the toy model from nothing.
-        engine: how training is spread over processes; it may change when a run goes on.
-        placement: device and type of its weights.
-        frames: values of the model's frame rule that are other in training, such as `min_frames`.
-        references: JSONL of references to one's own videos, or a file of conversations about them in the format of the
-            published models (docs/data.md), of which `tasks` choose nothing; none renders clips as `synth` says.
-        clips_dir: where synthetic clips are kept.
-        synth: training clips.
-        heldout_clips: synthetic clips to measure on, of a seed of their own; 0 measures nothing.
-        feature_cache: in a folder, frozen towers run once on each clip, before the first step, and without dropout; by
-            default they run in each step. It pays where a clip comes up more than once.
-        tasks: what is learnt of each clip.
-        single_modality_every: of so many clips one is learnt by its picture alone and its sound alone too, if `tasks`
-            say so; more trains more on clips as a whole.
-        trainable: parts of the network that are trained, by the start of their names; "all" for everything.
-        lora: adapter of the language model, merged at the end; none trains without one.
-        fit: optimisation.
-        vocab_size: of the tokenizer that is made for a model from nothing.
-        seed: of weights, order and dropout.
-        dry_run: print what the stage would need of a GPU, and do nothing.
+        model: folder or hub id of the model to start from; "tiny" for a toy model with random weights.
+        references: JSONL of references to training videos, or a file of published conversations (docs/data.md), to
+            which `tasks` does not apply; none renders synthetic clips.
+        clips_dir: folder of synthetic clips.
+        synth: synthetic training clips.
+        heldout_clips: number of synthetic held-out clips, from a different seed; 0 to evaluate nothing.
+        feature_cache: with a folder, the frozen encoders run once on each clip, before the first step and without
+            dropout, which pays if clips are repeated; by default they run in each step.
+        tasks: what is learned of each clip.
+        single_modality_every: learn every n-th clip also from its frames alone and its audio alone, if `tasks` has
+            tasks for them; the clips between are learned as a whole.
+        trainable: prefixes of the names of the trained parts; "all" for everything.
+        lora: adapter of the language model, merged at the end; none to train without one.
+        fit: optimization.
+        vocab_size: vocabulary size of the tokenizer of a model with random weights.
     """
 
-    out: Path
     model: str = TINY
-    strategy: StrategyName = "ddp"
-    placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
-    frames: dict[str, int | float] | None = None
     references: Path | None = None
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
@@ -91,19 +93,6 @@ class SftConfig:
     lora: LoraConfig | None = None
     fit: FitConfig = field(default_factory=FitConfig)
     vocab_size: int = 640
-    seed: int = 0
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        self.placement.require_trainable()
-
-    @property
-    def resume_key(self) -> "SftConfig":
-        """What results follow from; the rest, by its default here, may be changed in a run that goes on."""
-        folder = (
-            self.feature_cache.folder and FeatureCacheConfig.folder
-        )  # with tokens from disk, towers have no dropout
-        return replace(self, strategy="ddp", feature_cache=FeatureCacheConfig(folder))
 
 
 def main(config: SftConfig) -> None:
@@ -112,46 +101,51 @@ def main(config: SftConfig) -> None:
         print_memory_plan(config)
         return
     dist.setup()
-    require_processes(config.strategy, config.fit)
+    check_processes(config.strategy, config.fit)
     if config.model != TINY:
-        load_config(config.model)  # a wrong folder is told before anything is rendered
-    clips = read_data(config)
-    open_run(config.out, config.resume_key, name="sft")
+        load_config(config.model)  # fails for a wrong folder before anything is rendered
+    data = load_data(config)
+    open_run(config.out, config, name="sft")
     if not is_missing(config.out / CONFIG_NAME):
-        log.info("%s is trained already", config.out)
-        with checkpointed(config.out):  # clears what a kill has left
+        log.info("%s is already trained", config.out)
+        with checkpointed(config.out):  # deletes checkpoints that a killed process left
             return
-    captioner = load_model(config, clips)
+
+    # Load.
+    captioner = load_model(config, data)
     choose_trainable(captioner.network, config)
-    examples = to_examples(clips, captioner, config)
+    examples = to_examples(data, captioner, config)
     if config.strategy != "ddp":
-        examples = whole_clips(examples, strategy=config.strategy)
+        examples = require_one_modality(examples, strategy=config.strategy)
+
+    # Train.
     batches = SftBatches(
         examples,
         captioner.processor,
-        find_clips(captioner, examples, config.feature_cache),
+        clip_reader(captioner, examples, config.feature_cache),
         batch_size=config.fit.batch_size,
         seed=config.seed,
         gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
     )
-    with checkpointed(config.out) as checkpoints:
-        stage = FitContext(config.out.name, config.out, checkpoints, config.seed, config.strategy)
-        done = fit(captioner.network, batches, sft_loss, config.fit.resolve(len(examples)), stage=stage)
-        # Training uses the network up: what it has learnt goes into another that is made in the same way.
+    context = FitContext(config.out.name, config.out, config.seed, config.strategy)
+    with checkpointed(config.out):
+        checkpoint = fit(captioner.network, batches, sft_loss, config.fit.resolve(len(examples)), context=context)
+
+        # Merge, evaluate and save. Training took the network apart, so the weights go into a new one.
         del captioner.network
         gc.collect()
-        captioner.network = start_network(config, captioner.processor)
+        captioner.network = initial_network(config, captioner.processor)
         choose_trainable(captioner.network, config)
-        load_trained(captioner.network, done)
+        load_trained(captioner.network, checkpoint)
         if config.lora:
             merge_adapter(captioner.network)
         captioner.network.requires_grad_(False).eval()
         measure(captioner, config)
-        save_merged(captioner, config.out)
+        save_model(captioner, config.out)
 
 
 def print_memory_plan(config: SftConfig) -> None:
-    """Print what the stage would need of memory."""
+    """Print the memory that the stage would need."""
     sizes = tiny_config(vocab_size=config.vocab_size, eos_token_id=2, pad_token_id=0)
     if config.model != TINY:
         sizes = offline_config(config.model)
@@ -159,156 +153,160 @@ def print_memory_plan(config: SftConfig) -> None:
     network = build_on_meta(sizes)
     with torch.device("meta"):
         choose_trainable(network, config)
-    # What is learnt of the whole clip stands together, if anything is.
-    uses: list[Modality] = [
+    # Tasks about both modalities form one example, if there are any.
+    modalities: list[Modality] = [
         modality for modality in ("visual", "audio") if any(task.startswith(modality) for task in config.tasks)
     ]
-    whole = sum(not task.startswith(("visual_", "audio_")) for task in config.tasks)
-    work = Workload(
+    num_both = sum(not task.startswith(("visual_", "audio_")) for task in config.tasks)
+    workload = Workload(
         clips=clips_per_micro_batch(config.fit),
-        answers=max(whole, 1),
-        modality="both" if whole or not uses else uses[0],
+        answers=max(num_both, 1),
+        modality="both" if num_both or not modalities else modalities[0],
     )
-    print_plan(
-        MemoryPlan(network, sizes, placement=config.placement, fit=config.fit, work=work),
-        title=f"SFT of {config.model}",
-    )
+    plan = MemoryPlan(network, sizes, placement=config.placement, fit=config.fit, work=workload)
+    print_plan(plan, title=f"SFT of {config.model}")
 
 
 @dataclass(frozen=True)
-class Conversations:
+class ConversationSet:
     """Published conversations, and the folder that their paths start from."""
 
-    items: list[Conversation]
+    conversations: list[Conversation]
     root: Path
 
 
-def read_data(config: SftConfig) -> ClipSet | Conversations:
-    """What is to be learnt: the clips' references, or conversations about them as the published models had them."""
+def load_data(config: SftConfig) -> ClipSet | ConversationSet:
+    """Read references or published conversations, or render synthetic clips."""
     path = config.references
     if path is None:
         return render_clips(config.clips_dir, config.synth)
     if is_conversation_file(path):
-        return Conversations(read_conversations(path), path.parent)
+        return ConversationSet(read_conversations(path), path.parent)
     return read_clips(path)
 
 
-def to_examples(clips: ClipSet | Conversations, captioner: Captioner, config: SftConfig) -> list[Example]:
-    """One epoch of examples."""
-    if isinstance(clips, Conversations):
-        told = [item for item in clips.items if item.turns]
-        if left := len(clips.items) - len(told):
-            log.info("%d preferences among the conversations are left to recipes/dpo.py", left)
-        return conversation_examples(told, root=clips.root)
+def to_examples(data: ClipSet | ConversationSet, captioner: Captioner, config: SftConfig) -> list[TrainingExample]:
+    """Return one epoch of examples."""
+    if isinstance(data, ConversationSet):
+        with_turns = [one for one in data.conversations if one.turns]
+        if num_preferences := len(data.conversations) - len(with_turns):
+            log.info("skipped %d preferences among the conversations; recipes/dpo.py uses them", num_preferences)
+        return conversation_examples(with_turns, root=data.root)
     return make_examples(
-        clips.references,
+        data,
         config.tasks,
-        root=clips.root,
         prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
         single_modality_every=config.single_modality_every,
     )
 
 
-def load_model(config: SftConfig, clips: ClipSet | Conversations) -> Captioner:
-    """The model to start from."""
+def load_model(config: SftConfig, data: ClipSet | ConversationSet) -> Captioner:
+    """Load the model to start from, or create a toy model with a tokenizer for this data."""
     if config.model != TINY:
-        return Captioner.load(config.model, placement=config.placement, frames=config.frames)
-    # Whole scenes besides the stage's own clips, so that a stage of few words leaves no word of later ones in pieces.
+        return config.load_model(config.model)
+    # Full scenes besides this stage's clips, so that words of later stages are not split into single characters.
     world = [sample_clip(SynthConfig(seed=config.seed), index=index)[1] for index in range(NUM_TOKENIZER_SCENES)]
-    if isinstance(clips, Conversations):
-        told = [text for item in clips.items for turn in item.turns for text in (turn.prompt, turn.answer)]
+    if isinstance(data, ConversationSet):
+        texts = [text for one in data.conversations for turn in one.turns for text in (turn.prompt, turn.answer)]
     else:
-        told = all_texts(clips.references)
-    texts = [*told, *all_texts(world), *PLAIN_PROMPTS.values(), LIST_EVENTS]
+        texts = all_texts(data.references)
+    texts = [*texts, *all_texts(world), *PLAIN_PROMPTS.values(), LIST_EVENTS]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size)
     sizes = tiny_config(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     processor = Processor(tokenizer, config=get_family(sizes).with_frames(config.frames))
-    return Captioner(start_network(config, processor), processor)
+    return Captioner(initial_network(config, processor), processor)
 
 
-def whole_clips(examples: Sequence[Example], *, strategy: str) -> list[Example]:
-    """Examples for an engine that splits the training: all processes must use the same parts of the model in each step.
+def require_one_modality(examples: Sequence[TrainingExample], *, strategy: str) -> list[TrainingExample]:
+    """Return examples for a strategy that shards the model: all processes must use the same parts in each step.
+
+    A clip without the video or audio that its example needs then stops the run when it is read.
 
     Raises:
-        ValueError: the engine gathers the towers' weights part by part, and they run as often as a process has clips;
-            or some examples are of the whole clip, others of picture or sound alone. A clip that lacks what it is
-            meant for ends the run when it is read.
+        ValueError: the strategy cannot train the encoders, or the examples use different modalities.
     """
     if strategy == "zero3":
-        raise ValueError("strategy zero3 does not take towers into training: choose fsdp2, which splits weights too")
-    uses = sorted({example.modality for example in examples})
-    if len(uses) > 1:
+        raise ValueError("strategy zero3 cannot train the encoders; use fsdp2, which shards weights too")
+    modalities = sorted({example.clip.modality for example in examples})
+    if len(modalities) > 1:
         raise ValueError(
-            f"the {len(examples)} examples are of {' and of '.join(uses)}, and with strategy {strategy} all processes "
-            "must use the same parts of the model in each step: choose tasks of one kind, or strategy ddp"
+            f"the {len(examples)} examples use the modalities {' and '.join(modalities)}, but with strategy {strategy} "
+            "all processes must use the same parts of the model in each step; choose tasks of one modality, or "
+            "strategy ddp"
         )
-    return [replace(example, needs_both=example.modality == "both") for example in examples]
+    return [
+        replace(example, clip=replace(example.clip, needs_both=example.clip.modality == "both")) for example in examples
+    ]
 
 
-def start_network(config: SftConfig, processor: Processor) -> Network:
-    """The weights to start from."""
+def initial_network(config: SftConfig, processor: Processor) -> Network:
+    """Load the weights to start from, or initialize those of a toy model."""
     if config.model != TINY:
         return load_network(config.model, placement=config.placement)
     torch.manual_seed(config.seed)
     network = Network(processor.config)
-    # Fresh positions are a tenth of what fresh patches give, and where a shape stands would not be learnt for hundreds
-    # of steps.
+    # Initial position embeddings are a tenth of the patch embeddings; without scaling, positions of shapes would not be
+    # learned for hundreds of steps.
     network.get_parameter("vision.encoder.embeddings.position_embedding.weight").data.mul_(8)
     return network.to(dist.device())
 
 
 def choose_trainable(network: Network, config: SftConfig) -> None:
-    """Let gradients through to the chosen parts and the adapter alone."""
+    """Make the chosen parts and the adapter require gradients, and nothing else.
+
+    Raises:
+        ValueError: no parameter has a name with one of the prefixes.
+    """
     network.requires_grad_("all" in config.trainable)
     for prefix in config.trainable:
         parameters = [value for name, value in network.named_parameters() if name.startswith(prefix)]
         if not parameters and prefix != "all":
-            raise ValueError(f"no part of the network is named {prefix}: it has vision., audio. and lm.")
+            raise ValueError(f"no part of the network is named {prefix!r}; names start with vision., audio. or lm.")
         for parameter in parameters:
             parameter.requires_grad = True
     if config.lora:
         chosen = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        attach_lora(network, config.lora, seed=config.seed)  # freezes all but the adapter
+        attach_lora(network, config.lora, seed=config.seed)  # freezes everything but the adapter
         for parameter in chosen:
             parameter.requires_grad = True
 
 
-def find_clips(
-    captioner: Captioner, examples: Sequence[Example], tokens: FeatureCacheConfig
-) -> Callable[[Example], ClipInputs | ClipFeatures]:
-    """Gives an example's clip: as it is read, or as the frozen towers encoded it before.
+def clip_reader(
+    captioner: Captioner, examples: Sequence[TrainingExample], cache: FeatureCacheConfig
+) -> Callable[[ClipSource], ClipInputs | ClipFeatures]:
+    """Return a function that reads clips from files, or that returns their cached features if the cache has a folder.
 
     Raises:
-        ValueError: tokens are to be kept, and what gives them is trained.
+        ValueError: features would be cached, but the encoders or the embeddings are trained.
     """
-    if tokens.folder is None:
+    if cache.folder is None:
         return ClipCache(captioner.processor)
     embeddings = captioner.network.lm.get_input_embeddings().weight
-    towers = [*captioner.network.vision.parameters(), *captioner.network.audio.parameters()]
-    if any(value.requires_grad for value in (*towers, embeddings)):
+    encoders = [*captioner.network.vision.parameters(), *captioner.network.audio.parameters()]
+    if any(value.requires_grad for value in (*encoders, embeddings)):
         raise ValueError(
-            "tokens are kept where towers and embeddings are frozen, and trainable names some of them: leave "
-            "feature_cache.folder out, or train a LoRA alone"
+            "features can be cached only if encoders and embeddings are frozen, but trainable names some of them; omit "
+            "feature_cache.folder, or train only a LoRA"
         )
-    blocks = encode_examples(captioner, examples, name="training clips", store=open_feature_cache(tokens, captioner))
-    return lambda example: blocks[example.clip]
+    clips = [example.clip for example in examples]
+    features = encode_clips(captioner, clips, name="training clips", cache=open_feature_cache(cache, captioner))
+    return features.__getitem__
 
 
 def measure(captioner: Captioner, config: SftConfig) -> None:
-    """Score the model on the held-out clips and write captions, scores and summary."""
+    """Evaluate the model on the held-out clips, and write captions, scores and summary."""
     if not config.heldout_clips:
         return
     clips = render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
-    (blocks,) = encode_clips(
-        captioner, clips, name="held-out clips", store=open_feature_cache(config.feature_cache, captioner)
-    )
+    cache = open_feature_cache(config.feature_cache, captioner)
+    (clips,) = cache_features(captioner, clips, name="held-out clips", cache=cache)
     judge = RuleJudge()
-    result = evaluate(captioner, clips.references, blocks, judge=judge, sampling=Sampling(), name="held-out")
+    result = evaluate(captioner, clips, judge=judge, sampling=SampleConfig(), name="held-out")
     if dist.is_main():
         write_evaluation(config.out, result, judge=judge)
-        write_json(config.out / "summary.json", asdict(result.rates))
+        write_json(config.out / SUMMARY_NAME, asdict(result.rates))
         log.info("held-out: %s", json.dumps(asdict(result.rates)))
 
 

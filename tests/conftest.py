@@ -24,7 +24,7 @@ from salmonn.model.families.base import AUDIO_PAD, VIDEO_PAD
 from salmonn.model.families.tiny import tiny_config
 from salmonn.model.network import Network
 from salmonn.synthetic.render import SynthConfig, make_clips
-from salmonn.train.references import ClipSet, all_texts
+from salmonn.train.data import ClipSet, all_texts
 from tests.score.fake_llm_server import FakeLLMServer
 
 torch.set_num_threads(1)

@@ -28,8 +28,8 @@ FLAGS = {
     "out": "run", "clips_dir": "clips", "feature_cache.folder": "tokens", "synth.clips": 4, "synth.seed": 5,
     "synth.min_seconds": 3, "synth.max_seconds": 3, "synth.min_visual": 1, "synth.max_visual": 2,
     "synth.min_sounds": 1, "synth.max_sounds": 1,
-    "heldout_clips": 2, "rounds": 1, "pairs.num_samples": 3, "pairs.sampling.temperature": 0.9,
-    "pairs.sampling.max_new_tokens": 24, "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 2,
+    "heldout_clips": 2, "rounds": 1, "sampling.num_samples": 3, "sampling.temperature": 0.9,
+    "sampling.max_new_tokens": 24, "selection.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 2,
     "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 2, "early_stopping.min_margin": "null",
     "early_stopping.max_worsening": 1,
 }  # fmt: skip

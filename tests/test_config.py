@@ -116,7 +116,7 @@ def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp
     # What toy stages start from is not there before the stages before them have run.
     toy = ["--model", str(random_model)] if path.parent.name == "configs" and path.stem != "pretrain_1_objects" else []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipe.Captioner, "load", None)
+    monkeypatch.setattr("salmonn.caption.captioner.Captioner.load", None)
     run_recipe(recipe.main, of, description="A recipe.", args=["--config", str(path), "--dry-run", *toy])
     told = capsys.readouterr().out
     assert all(words in told for words in ("language model", "A clip of 51 s", "peak", "fits 80 GiB"))

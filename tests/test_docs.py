@@ -54,9 +54,9 @@ FORKED = """#!/usr/bin/env bash
 exec {} "$@"
 """
 SMALL = (
-    "--rounds 1 --pairs.num_samples 4 --pairs.sampling.temperature 0.9 --pairs.sampling.max_new_tokens 30 "
-    "--pairs.min_gap 0.0001 --fit.steps 2 --rebirth.fit.steps 2 --synth.clips 8 --heldout_clips 3 "
-    "--early_stopping.max_worsening 9 --early_stopping.min_pairs 1 --early_stopping.min_margin null --kl_clips 2"
+    "--rounds 1 --sampling.num_samples 4 --sampling.temperature 0.9 --sampling.max_new_tokens 30 "
+    "--selection.min_gap 0.0001 --fit.steps 2 --rebirth.fit.steps 2 --synth.clips 8 --heldout_clips 3 "
+    "--early_stopping.max_worsening 9 --early_stopping.min_pairs 1 --early_stopping.min_margin null --kl.num_clips 2"
 )
 # Run by tests of their own, with files that they need.
 ELSEWHERE = {

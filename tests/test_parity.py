@@ -22,7 +22,7 @@ from salmonn.model.layout import Layout, ModelInputs, text_positions
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, set_adapter_weights
 from salmonn.model.network import Network
-from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
+from salmonn.preference.losses import RoleLogps, guided_dpo_loss
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
 FOLDERS = sorted(PARITY_DIR.glob("*/cases.json")) if PARITY_DIR.is_dir() else []
@@ -248,16 +248,11 @@ class TestPreference:
 
     def test_losses(self, folder, logps):
         facts = json.loads((folder / "cases.json").read_text())["preference"]
-        truth = logps["policy_logps.ground_truth"]
-        loss = guided_dpo_loss(
-            policy_chosen=sequence_logps(logps["policy_logps.chosen"]),
-            policy_rejected=sequence_logps(logps["policy_logps.rejected"]),
-            reference_chosen=sequence_logps(logps["reference_logps.chosen"]),
-            reference_rejected=sequence_logps(logps["reference_logps.rejected"]),
-            ground_truth_cross_entropy=mean_cross_entropy(truth, torch.tensor([truth.shape[1]])),
-            beta=facts["beta"],
-            ce_weight=facts["ce_weight"],
-        )
-        assert loss.dpo.item() == pytest.approx(facts["dpo_loss"], abs=1e-5)
-        assert loss.cross_entropy.item() == pytest.approx(facts["ce_loss"], abs=1e-5)
+        by_role = {}
+        for role in ("chosen", "rejected", "ground_truth"):
+            policy, reference = (logps[f"{name}.{role}"] for name in ("policy_logps", "reference_logps"))
+            by_role[role] = RoleLogps(policy.sum(-1), torch.tensor([policy.shape[1]]), reference.sum(-1))
+        loss = guided_dpo_loss(by_role, beta=facts["beta"], ce_weight=facts["ce_weight"])
+        assert loss.parts["dpo"].item() == pytest.approx(facts["dpo_loss"], abs=1e-5)
+        assert loss.parts["ce"].item() == pytest.approx(facts["ce_loss"], abs=1e-5)
         assert loss.loss.item() == pytest.approx(facts["gdpo_loss"], abs=1e-5)

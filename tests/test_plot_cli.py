@@ -35,7 +35,7 @@ def test_plot_elsewhere(call, run_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(None, "holds no run"), ("{", "is no summary of a run"), ('{"rates": 1}', "unknown field rates")],
+    [(None, "holds no run"), ("{", "is not the summary of a run"), ('{"rates": 1}', "unknown field rates")],
 )
 def test_wrong_usage_of_plot(call, tmp_path, text, words):
     if text:

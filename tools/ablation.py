@@ -34,7 +34,7 @@ from salmonn.records import Caption, Reference, Score, atomic_folder, read_json,
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import qa_accuracy
 from salmonn.score.stats import MEASURES, Interval
-from salmonn.train.references import CLIPS_NAME, HELDOUT_SEED_OFFSET
+from salmonn.train.data import CLIPS_NAME, HELDOUT_SEED_OFFSET
 
 ROOT = Path(__file__).parent.parent
 NUM_RESAMPLES = 10_000
@@ -76,8 +76,8 @@ BASE = "mrdpo"
 # With a fresh LoRA the start of a round is its reference policy, so the first round of several variants is the same.
 VARIANTS = {
     BASE: Variant({}, ()),
-    "no_ce": Variant(NO_REBIRTH | {"dpo.ce_weight": 0.0}, FIRST_PAIRS),
-    "long_dpo": Variant(NO_REBIRTH | {"dpo.ce_weight": 0.0}, FIRST_PAIRS, one_round=True),
+    "no_ce": Variant(NO_REBIRTH | {"loss.ce_weight": 0.0}, FIRST_PAIRS),
+    "long_dpo": Variant(NO_REBIRTH | {"loss.ce_weight": 0.0}, FIRST_PAIRS, one_round=True),
     "long_gdpo": Variant(NO_REBIRTH, FIRST_PAIRS, one_round=True),
     "fixed_reference": Variant(FIXED_PAIRS | {"reference_policy": "run_start"}, ("sft", "round_1")),
     "fixed_pairs": Variant(FIXED_PAIRS, ("sft", "round_1")),

@@ -34,8 +34,8 @@ SIZES = {
     "out": "run", "clips_dir": "clips", "feature_cache.folder": "null", "synth.clips": 6, "synth.seed": 5,
     "synth.min_seconds": 3, "synth.max_seconds": 3, "synth.min_visual": 1, "synth.max_visual": 2,
     "synth.min_sounds": 1, "synth.max_sounds": 1,
-    "heldout_clips": 3, "rounds": ROUNDS, "qa_fraction": 0.25, "side_by_side": 8, "pairs.num_samples": 4,
-    "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30, "pairs.min_gap": 0.0001, "fit.steps": 10,
+    "heldout_clips": 3, "rounds": ROUNDS, "qa_fraction": 0.25, "sampling.batch_size": 8, "sampling.num_samples": 4,
+    "sampling.temperature": 0.9, "sampling.max_new_tokens": 30, "selection.min_gap": 0.0001, "fit.steps": 10,
     "fit.batch_size": 4, "fit.checkpoint_every": 2, "rebirth.fit.steps": 10, "rebirth.fit.batch_size": 4,
     "rebirth.fit.checkpoint_every": 2, "early_stopping.min_margin": "null", "early_stopping.max_worsening": 1,
 }  # fmt: skip

@@ -22,7 +22,7 @@ def plot_parser() -> FlagParser:
 def run_plot(values: Namespace) -> int:
     """Print the table of stages; write the plot and the report."""
     from salmonn.train.plots import plot_curves, write_page
-    from salmonn.train.run_log import print_table, read_run
+    from salmonn.train.run_log import print_summary, read_run
 
     record = read_run(values.run)
     out = values.out or values.run
@@ -30,6 +30,6 @@ def run_plot(values: Namespace) -> int:
     plot_curves(record, out / "curves.png")
     write_page(record, out / "run.html")
     if record.summary:
-        print_table(record.summary)
+        print_summary(record.summary)
     sys.stderr.write(f"wrote {out / 'curves.png'} and {out / 'run.html'}\n")
     return 0

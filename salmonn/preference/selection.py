@@ -1,17 +1,220 @@
-"""Preference pairs: of several captions of one video, a good one against a bad one. Needs records only, no torch."""
+"""Selection of preference pairs from the rated captions of a clip. Imports no torch.
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+To add a strategy, implement `Selector` in a file beside this one and name it in `SelectionConfig.kind` and
+`make_selector`.
+"""
 
-from salmonn.records import Caption, Comparison, Reference, Score
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
-# Gaps are differences of fractions: 0.5 - 0.4 must pass a min_gap of 0.1.
+from salmonn.preference.reward import Rating
+from salmonn.records import Caption, Comparison, Reference
+
+# Margins are differences of fractions: 0.5 - 0.4 must pass a min_gap of 0.1.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class PairReport:
-    """What a set of pairs teaches besides content: mean lengths in words, and the mean margin. Zeros if empty."""
+class RatedCaption:
+    """A caption with its rating."""
+
+    caption: Caption
+    rating: Rating
+
+    @property
+    def num_words(self) -> int:
+        """Length in words."""
+        return len(self.caption.text.split())
+
+
+Pair = tuple[RatedCaption, RatedCaption]  # chosen, rejected
+
+
+class Selector(Protocol):
+    """Selects preference pairs from the captions of one clip."""
+
+    def select(self, captions: Sequence[RatedCaption]) -> tuple[list[Pair], str]:
+        """Return (chosen, rejected) pairs and, if there are none, the reason."""
+        ...
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Selection of preference pairs.
+
+    Args:
+        kind: "best_worst" pairs the best caption of a clip with the worst, the second best with the second worst, and
+            so on.
+        min_gap: smallest difference between chosen and rejected in the main part of the rating; Total for a judge.
+        max_pairs_per_video: number of pairs of a clip at most; each caption is used once.
+        max_length_ratio: largest ratio of their lengths in words, either way; none for no limit.
+    """
+
+    kind: Literal["best_worst"] = "best_worst"
+    min_gap: float = 0.1
+    max_pairs_per_video: int = 2
+    max_length_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_gap <= 0 or self.max_pairs_per_video < 1:
+            raise ValueError(
+                "min_gap must be above 0 and max_pairs_per_video at least 1, got "
+                f"{self.min_gap} and {self.max_pairs_per_video}"
+            )
+        if self.max_length_ratio is not None and self.max_length_ratio < 1:
+            raise ValueError(
+                f"max_length_ratio is longer / shorter and must be at least 1, got {self.max_length_ratio}"
+            )
+
+
+class BestWorstSelector:
+    """Pairs the best caption of a clip with the worst.
+
+    The chosen caption is the best one that has a partner. Its partner is the worst caption whose rating is lower,
+    whose main part is lower by at least `min_gap`, whose text differs, and whose length is within `max_length_ratio`.
+    Further pairs of a clip use other captions.
+
+    Empty captions and captions cut off at the token limit are never chosen: they would teach the model to be silent or
+    not to stop. DPO tends to change the length of answers (in trials the best of 8 was shorter than the worst, and
+    training shortened the captions), so ties counteract that: among equally good captions the longest is chosen, among
+    equally bad ones the one closest to it in length is rejected. Remaining ties go to the lower sample number.
+    """
+
+    def __init__(self, config: SelectionConfig) -> None:
+        self.config = config
+
+    def select(self, captions: Sequence[RatedCaption]) -> tuple[list[Pair], str]:
+        """Return (chosen, rejected) pairs and, if there are none, the reason."""
+        remaining, pairs = list(captions), list[Pair]()
+        while len(pairs) < self.config.max_pairs_per_video and (pair := self._best_pair(remaining)):
+            pairs.append(pair)
+            remaining = [one for one in remaining if one not in pair]
+        if pairs:
+            return pairs, ""
+        if len(captions) < 2:
+            return [], "fewer than two rated captions"
+        if not any(one.num_words and one.caption.finished for one in captions):
+            return [], "every caption is empty or cut off"
+        return [], "no two captions differ enough"
+
+    def _best_pair(self, captions: Sequence[RatedCaption]) -> Pair | None:
+        best_first = sorted(captions, key=lambda one: (-one.rating.value, -one.num_words, one.caption.sample))
+        for chosen in best_first:
+            if not chosen.num_words or not chosen.caption.finished:
+                continue
+            # The worst rating first, then the closest length, then the lower sample number.
+            partners = [
+                (one.rating.value, abs(one.num_words - chosen.num_words), one.caption.sample, index)
+                for index, one in enumerate(captions)
+                if self._is_partner(one, chosen)
+            ]
+            if partners:
+                *_, index = min(partners)
+                return chosen, captions[index]
+        return None
+
+    def _is_partner(self, one: RatedCaption, chosen: RatedCaption) -> bool:
+        shorter, longer = sorted((one.num_words, chosen.num_words))
+        limit = self.config.max_length_ratio
+        return (
+            one.rating.value < chosen.rating.value
+            and chosen.rating.main - one.rating.main >= self.config.min_gap - _ROUNDING
+            and one.caption.text.split() != chosen.caption.text.split()
+            and (limit is None or longer / max(shorter, 1) <= limit)
+        )
+
+
+def make_selector(config: SelectionConfig) -> Selector:
+    """Build the selector that the configuration names."""
+    return BestWorstSelector(config)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Selected pairs of all clips, and an account of what was not selected.
+
+    Args:
+        pairs: the pairs, clip by clip.
+        num_videos: number of clips with captions.
+        without_pair: reason -> number of clips without a pair.
+    """
+
+    pairs: list[Comparison]
+    num_videos: int
+    without_pair: Mapping[str, int] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Return the account as text: number, margins and lengths of the pairs, and why clips have none."""
+        summary = summarize_pairs(self.pairs)
+        num_without = sum(self.without_pair.values())
+        text = (
+            f"{summary.num_pairs} pairs from {self.num_videos - num_without} of {self.num_videos} videos; "
+            f"mean margin {summary.mean_margin:.3f}; mean words {summary.mean_words_chosen:.1f} chosen, "
+            f"{summary.mean_words_rejected:.1f} rejected"
+        )
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in sorted(self.without_pair.items()))
+        return f"{text}; without a pair: {reasons}" if reasons else text
+
+
+def select_pairs(
+    captions: Sequence[Caption],
+    ratings: Sequence[Rating],
+    references: Mapping[str, Reference],
+    *,
+    selector: Selector,
+    source: str,
+) -> Selection:
+    """Select preference pairs of all clips.
+
+    Args:
+        captions: sampled captions, several of each clip; those without a rating are left out.
+        ratings: ratings of these captions, matched by video and sample.
+        references: video -> reference annotation, whose caption becomes the ground truth.
+        selector: strategy that pairs the captions of one clip.
+        source: name of the reward, for the records.
+
+    Raises:
+        ValueError: a video has no reference, or its captions have different prompts or equal sample numbers.
+    """
+    rating_of = {(rating.video, rating.sample): rating for rating in ratings}
+    by_video: dict[str, list[Caption]] = {}
+    for caption in captions:
+        by_video.setdefault(caption.video, []).append(caption)
+    pairs: list[Comparison] = []
+    without_pair = Counter[str]()
+    for video, group in by_video.items():
+        if video not in references:
+            raise ValueError(f"no reference for {video}; use the references that its captions were rated against")
+        samples = [caption.sample for caption in group]
+        if len(set(samples)) < len(samples) or len({caption.prompt for caption in group}) > 1:
+            raise ValueError(f"captions of {video} must have one prompt and different sample numbers, got {samples}")
+        rated = [RatedCaption(one, rating_of[video, one.sample]) for one in group if (video, one.sample) in rating_of]
+        selected, reason = selector.select(rated)
+        pairs += [to_comparison(*pair, reference=references[video], source=source) for pair in selected]
+        without_pair.update([reason] if reason else [])
+    return Selection(pairs, len(by_video), dict(without_pair))
+
+
+def to_comparison(chosen: RatedCaption, rejected: RatedCaption, *, reference: Reference, source: str) -> Comparison:
+    """Convert a selected pair to a record."""
+    return Comparison(
+        video=chosen.caption.video,
+        prompt=chosen.caption.prompt,
+        chosen=chosen.caption.text,
+        rejected=rejected.caption.text,
+        ground_truth=reference.caption,
+        margin=chosen.rating.main - rejected.rating.main,
+        source=source,
+        chosen_finished=chosen.caption.finished,
+        rejected_finished=rejected.caption.finished,
+    )
+
+
+@dataclass(frozen=True)
+class PairSummary:
+    """Number of pairs, mean margin of those with one, and mean lengths in words; zeros if there are none."""
 
     num_pairs: int
     mean_margin: float
@@ -19,151 +222,13 @@ class PairReport:
     mean_words_rejected: float
 
 
-def choose_pairs(
-    captions_by_video: Mapping[str, Sequence[Caption]],
-    scores: Iterable[Score],
-    references: Mapping[str, Reference],
-    *,
-    min_gap: float = 0.1,
-    max_pairs_per_video: int = 1,
-    repetition_weight: float = 1.0,
-    max_length_ratio: float | None = None,
-) -> list[Comparison]:
-    """Pair the best caption of each video with the worst, by badness = Total + repetition_weight * repetition.
-
-    Scores belong to captions by (video, sample). The chosen one is the best for which there is a partner, its partner
-    the worst that is worse in badness, at least `min_gap` worse in Total, of another text, and where
-    `max_length_ratio` is given, within that ratio of words either way. Further pairs of a video use other captions.
-
-    An empty caption and one that ran into its token limit are never chosen: they would teach silence, or not to stop.
-    DPO tends to change the length of answers (in trials the best of 8 was shorter than the worst, and training
-    shortened the captions), so ties lean against that: of equally good captions the longer is chosen, of equally bad
-    ones the one nearest to it in length is rejected. Then the lower sample number decides.
-
-    Raises:
-        ValueError: a caption without score or two of one sample number, a video without reference, captions of one
-            video on different prompts, or an option out of range.
-    """
-    _check(
-        min_gap=min_gap,
-        max_pairs_per_video=max_pairs_per_video,
-        repetition_weight=repetition_weight,
-        max_length_ratio=max_length_ratio,
-    )
-    score_of = {(score.video, score.sample): score for score in scores}
-    pairs = []
-    for video, captions in captions_by_video.items():
-        if video not in references:
-            raise ValueError(f"no reference for {video}: give the references that its captions were scored against")
-        rated = _rate(video, captions, score_of=score_of, repetition_weight=repetition_weight)
-        for _ in range(max_pairs_per_video):
-            pair = _best_pair(rated, min_gap=min_gap, max_length_ratio=max_length_ratio)
-            if pair is None:
-                break
-            pairs.append(_to_pair(*pair, reference=references[video]))
-            rated = [one for one in rated if one not in pair]
-    return pairs
-
-
-def summarise_pairs(pairs: Sequence[Comparison]) -> PairReport:
-    """Count, mean gap and mean lengths; look at the lengths before training on the pairs."""
+def summarize_pairs(pairs: Sequence[Comparison]) -> PairSummary:
+    """Return number, mean margin and mean lengths of pairs; a difference in length is learned too."""
     count = max(len(pairs), 1)
     margins = [pair.margin for pair in pairs if pair.margin is not None]
-    return PairReport(
+    return PairSummary(
         num_pairs=len(pairs),
         mean_margin=sum(margins) / max(len(margins), 1),
         mean_words_chosen=sum(len(pair.chosen.split()) for pair in pairs) / count,
         mean_words_rejected=sum(len(pair.rejected.split()) for pair in pairs) / count,
-    )
-
-
-def _check(
-    *,
-    min_gap: float,
-    max_pairs_per_video: int,
-    repetition_weight: float,
-    max_length_ratio: float | None,
-) -> None:
-    if min_gap <= 0 or max_pairs_per_video < 1 or repetition_weight < 0:
-        raise ValueError(
-            "min_gap must be > 0, max_pairs_per_video >= 1 and repetition_weight >= 0, got "
-            f"{min_gap}, {max_pairs_per_video} and {repetition_weight}"
-        )
-    if max_length_ratio is not None and max_length_ratio < 1:
-        raise ValueError(f"max_length_ratio is longer / shorter and must be at least 1, got {max_length_ratio}")
-
-
-@dataclass(frozen=True)
-class _Rated:
-    caption: Caption
-    total: float
-    badness: float
-    num_words: int
-
-
-def _rate(
-    video: str,
-    captions: Sequence[Caption],
-    *,
-    score_of: Mapping[tuple[str, int], Score],
-    repetition_weight: float,
-) -> list[_Rated]:
-    samples = [caption.sample for caption in captions]
-    if len(set(samples)) < len(samples) or len({caption.prompt for caption in captions}) > 1:
-        raise ValueError(f"the captions of {video} must have one prompt and different sample numbers, got {samples}")
-    rated = []
-    for caption in captions:
-        score = score_of.get((video, caption.sample))
-        if score is None or caption.video != video:
-            raise ValueError(f"no score for sample {caption.sample} of {caption.video}, listed under {video}")
-        badness = score.total + repetition_weight * score.repetition
-        rated.append(_Rated(caption, score.total, badness, len(caption.text.split())))
-    return rated
-
-
-def _best_pair(
-    rated: Sequence[_Rated],
-    *,
-    min_gap: float,
-    max_length_ratio: float | None,
-) -> tuple[_Rated, _Rated] | None:
-    best_first = sorted(rated, key=lambda one: (one.badness, -one.num_words, one.caption.sample))
-    for chosen in best_first:
-        if not chosen.num_words or not chosen.caption.finished:
-            continue
-        partners = [
-            one
-            for one in rated
-            if one.badness > chosen.badness
-            and one.total - chosen.total >= min_gap - _ROUNDING
-            and one.caption.text.split() != chosen.caption.text.split()
-            and (max_length_ratio is None or _length_ratio(one, chosen) <= max_length_ratio)
-        ]
-        if partners:
-            return chosen, min(
-                partners,
-                key=lambda one, best=chosen: (  # type: ignore[misc]
-                    -one.badness,
-                    abs(one.num_words - best.num_words),
-                    one.caption.sample,
-                ),
-            )
-    return None
-
-
-def _length_ratio(one: _Rated, other: _Rated) -> float:
-    shorter, longer = sorted((one.num_words, other.num_words))
-    return longer / max(shorter, 1)
-
-
-def _to_pair(chosen: _Rated, rejected: _Rated, *, reference: Reference) -> Comparison:
-    return Comparison(
-        video=chosen.caption.video,
-        prompt=chosen.caption.prompt,
-        chosen=chosen.caption.text,
-        rejected=rejected.caption.text,
-        ground_truth=reference.caption,
-        margin=rejected.total - chosen.total,
-        chosen_finished=chosen.caption.finished,
-        rejected_finished=rejected.caption.finished,
     )

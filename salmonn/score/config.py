@@ -1,9 +1,11 @@
 """Judge and language model settings, read by command lines and recipes before anything slow is imported."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
+
+from salmonn.config import MAY_CHANGE
 
 JudgeKind = Literal["rule", "openai"]
 ProtocolName = Literal["salmonn", "published"]
@@ -32,15 +34,15 @@ class LLMConfig:
 
     model: str = ""
     base_url: str | None = None
-    concurrency: int = 8
+    concurrency: int = field(default=8, metadata=MAY_CHANGE)
     temperature: float | None = 0.0
     max_reply_tokens: int | None = None
     structured: Literal["auto", "always", "never"] = "auto"
-    timeout_seconds: float = 120.0
-    retry_seconds: float = 600.0
-    max_requests: int | None = None
-    max_tokens: int | None = None
-    cache: Path = Path("~/.cache/salmonn/replies.sqlite")
+    timeout_seconds: float = field(default=120.0, metadata=MAY_CHANGE)
+    retry_seconds: float = field(default=600.0, metadata=MAY_CHANGE)
+    max_requests: int | None = field(default=None, metadata=MAY_CHANGE)
+    max_tokens: int | None = field(default=None, metadata=MAY_CHANGE)
+    cache: Path = field(default=Path("~/.cache/salmonn/replies.sqlite"), metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or min(self.timeout_seconds, self.retry_seconds) <= 0:
@@ -89,17 +91,3 @@ class JudgeConfig(LLMConfig):
             )
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1, got {self.attempts}")
-
-    @property
-    def resume_key(self) -> "JudgeConfig":
-        """Return the settings that scores depend on, with defaults for all that may change when a run is resumed."""
-        defaults = JudgeConfig()
-        return replace(
-            self,
-            concurrency=defaults.concurrency,
-            timeout_seconds=defaults.timeout_seconds,
-            retry_seconds=defaults.retry_seconds,
-            max_requests=None,
-            max_tokens=None,
-            cache=defaults.cache,
-        )

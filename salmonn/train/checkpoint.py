@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 MAX_CHECKPOINTS = 2
 SPACE_MARGIN = 1.02  # of the size to be written, for file system overhead
 GIB = 1 << 30
+CHECKPOINTS_DIR = "checkpoints"  # in the folder of a stage
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Checkpoints:
 @contextmanager
 def checkpointed(folder: Path) -> Iterator[Checkpoints]:
     """Yield a stage's checkpoints; delete them when the stage completes without an exception."""
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / CHECKPOINTS_DIR)
     yield checkpoints
     dist.barrier()
     if dist.is_main():

@@ -1,14 +1,19 @@
-"""What is trained on: clips with prompts and answers, kept in memory, dealt out in a seeded order."""
+"""Training data: sets of clips, supervised examples, and their batches in a seeded order.
+
+`ClipSet` holds the reference annotations of clips with the features that the frozen encoders computed once. A recipe
+reads one from references of its own videos or renders synthetic clips. `SftBatches` turns examples into micro-batches.
+"""
 
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
@@ -17,7 +22,8 @@ from salmonn.conversations import Conversation, Turn
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
-from salmonn.records import Modality, Reference
+from salmonn.records import Comparison, Modality, Reference, read_records
+from salmonn.synthetic.render import SynthConfig, make_clips
 
 SftTask = Literal[
     "caption",
@@ -30,167 +36,273 @@ SftTask = Literal[
     "audio_events",
     "visual_questions",
 ]
-VISUAL_KINDS = ("colour", "order", "where", "direction")  # of questions that the picture alone answers
-Item = TypeVar("Item")
+VISUAL_KINDS = ("colour", "order", "where", "direction")  # kinds of questions that the frames alone answer
+CLIPS_NAME = "clips.jsonl"
+HELDOUT_SEED_OFFSET = 1_000_000  # between the seeds of training and held-out clips
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Example:
-    """One clip, whole or its picture or sound alone, with turns about it that do not see one another.
-
-    Turns on the same clip stand together so that the towers run once for all of them.
+class ClipSource:
+    """Files and span that a clip is read from; equal sources have the same features.
 
     Args:
-        video: file with the picture, or the sound where there is no picture.
-        turns: what is learnt of it.
-        use: picture, sound or both.
-        sound: file that the sound is in, where it is not in the video.
-        start_seconds, end_seconds: the part of the video that is meant; none for the whole.
-        needs_both: a clip without picture or without sound is refused where both are meant.
+        video: file with the video, or the audio or image alone.
+        modality: what of the clip is used.
+        audio: file with the audio track where it is not in the video.
+        start_seconds, end_seconds: span of the clip; None for an open end.
+        needs_both: refuse a clip without video or without audio if both are used.
     """
 
     video: Path
-    turns: tuple[Turn, ...]
     modality: Modality = "both"
-    sound: Path | None = None
+    audio: Path | None = None
     start_seconds: float | None = None
     end_seconds: float | None = None
     needs_both: bool = False
 
+    @classmethod
+    def of_conversation(cls, conversation: Conversation, *, root: Path) -> "ClipSource":
+        """Return the clip of a published conversation, whose paths start from `root`."""
+        resolved = conversation.resolve(root)
+        video, audio = resolved.video or resolved.image, resolved.audio
+        return cls(
+            video=Path(video or audio or ""),
+            modality=resolved.modality,
+            audio=Path(audio) if video and audio else None,
+            start_seconds=resolved.start_seconds,
+            end_seconds=resolved.end_seconds,
+            needs_both=True,
+        )
+
+    @classmethod
+    def of_comparison(cls, comparison: Comparison, *, root: Path) -> "ClipSource":
+        """Return the clip of a comparison, whose paths start from `root`."""
+        return cls(
+            video=root / comparison.video,
+            modality=comparison.modality,
+            audio=root / comparison.audio if comparison.audio else None,
+            start_seconds=comparison.start_seconds,
+            end_seconds=comparison.end_seconds,
+        )
+
+
+def require_files(sources: Sequence[ClipSource], *, root: Path) -> None:
+    """Raise FileNotFoundError if a file of the clips does not exist; `root` is named as the folder of the paths."""
+    files = [file for source in sources for file in (source.video, source.audio) if file]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{len(missing)} files do not exist, first {missing[0]}; relative paths start from {root.resolve()}"
+        )
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Clips with their reference annotations.
+
+    Args:
+        references: annotations, one for each clip.
+        root: folder that the references' video paths start from.
+        features: clip -> output of the frozen encoders; empty until `salmonn.train.evaluate.cache_features`.
+    """
+
+    references: list[Reference]
+    root: Path
+    features: Mapping[ClipSource, ClipFeatures] = field(default_factory=dict)
+
     @property
-    def clip(self) -> tuple[Any, ...]:
-        """What it is about; examples of one clip share its tokens."""
-        return (self.video, self.sound, self.modality, self.start_seconds, self.end_seconds)
+    def by_video(self) -> dict[str, Reference]:
+        """Annotations by video."""
+        return {reference.video: reference for reference in self.references}
+
+    def source(self, reference: Reference) -> ClipSource:
+        """Return the whole clip of a reference."""
+        return ClipSource(self.root / reference.video)
+
+    def features_of(self, reference: Reference) -> ClipFeatures:
+        """Return the features of a reference's clip."""
+        return self.features[self.source(reference)]
+
+    def head(self, count: int) -> "ClipSet":
+        """Return the first clips."""
+        return replace(self, references=self.references[:count])
+
+
+def heldout_config(synth: SynthConfig, *, clips: int) -> SynthConfig:
+    """Return the config of held-out clips: like the training clips, from a different seed derived from theirs."""
+    return replace(synth, clips=clips, seed=synth.seed + HELDOUT_SEED_OFFSET)
+
+
+def render_clips(clips_dir: Path, synth: SynthConfig) -> ClipSet:
+    """Return the synthetic clips of a config; rank 0 renders missing ones.
+
+    Raises:
+        ValueError: the folder holds clips of another config.
+    """
+    folder = clips_dir / f"seed{synth.seed}-{synth.clips}"
+    if dist.is_main():
+        with tqdm(total=synth.clips, desc=f"rendering {folder}", unit="clip") as bar:
+            make_clips(folder, synth, progress=bar.update)
+    dist.barrier()
+    return ClipSet(read_records(folder / CLIPS_NAME, Reference), folder)
+
+
+def read_clips(path: Path) -> ClipSet:
+    """Read references of existing videos, whose paths start from the folder of the file.
+
+    Raises:
+        FileNotFoundError: the file or one of its videos does not exist.
+        ValueError: the file holds no reference.
+    """
+    clips = ClipSet(read_records(path, Reference), path.parent)
+    if not clips.references:
+        raise ValueError(f"{path} holds no reference; write one JSON line for each video")
+    require_files([clips.source(reference) for reference in clips.references], root=clips.root)
+    return clips
+
+
+def load_clips(path: Path | None, *, clips_dir: Path, synth: SynthConfig) -> ClipSet:
+    """Read references from a file, or render synthetic clips if no file is given."""
+    return read_clips(path) if path else render_clips(clips_dir, synth)
+
+
+def all_texts(references: Sequence[Reference]) -> list[str]:
+    """Return all texts that a tokenizer trained for these references should cover."""
+    captions = [
+        text
+        for reference in references
+        for text in (reference.caption, reference.human_caption, reference.visual_caption, reference.audio_caption)
+    ]
+    return captions + [
+        text for reference in references for item in reference.questions for text in (item.question, item.answer)
+    ]
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """A clip with turns to learn, none of which attends to another.
+
+    All turns on a clip are one example, so that its encoders and its prefix are computed once.
+
+    Args:
+        clip: what is read.
+        turns: prompts with the answers to learn.
+    """
+
+    clip: ClipSource
+    turns: tuple[Turn, ...]
 
 
 def make_examples(
-    references: Sequence[Reference],
+    clips: ClipSet,
     tasks: Sequence[SftTask],
     *,
-    root: Path,
     prompts: Mapping[Modality, str] = PLAIN_PROMPTS,
     single_modality_every: int = 1,
-) -> list[Example]:
-    """The examples that references give in one epoch.
-
-    Whatever is learnt of the whole clip stands together, what is learnt of its picture alone, and of its sound alone.
+) -> list[TrainingExample]:
+    """Return one epoch of examples: for each clip those with both modalities, the frames alone and the audio alone.
 
     Args:
-        references: of any videos; one that lacks what a task needs gives no example of it.
-        tasks: what is learnt.
-        root: folder that the references' video paths start from.
-        prompts: what asks for a caption of each use.
-        single_modality_every: of so many clips one is learnt by its picture alone and by its sound alone too.
+        clips: annotated clips; one that lacks what a task needs gives no example of it.
+        tasks: what is learned.
+        prompts: modality -> prompt for a caption.
+        single_modality_every: learn every n-th clip also from its frames alone and its audio alone.
 
     Raises:
         ValueError: `single_modality_every` is less than 1.
     """
     if single_modality_every < 1:
-        raise ValueError(f"single_modality_every counts clips and must be at least 1, got {single_modality_every}")
+        raise ValueError(f"single_modality_every must be at least 1, got {single_modality_every}")
     examples = []
-    for index, reference in enumerate(references):
-        video = root / reference.video
-        uses: tuple[Modality, ...] = ("both",) if index % single_modality_every else ("both", "visual", "audio")
-        for modality in uses:
-            if turns := _turns(reference, tasks, modality=modality, describe=prompts[modality]):
-                examples.append(Example(video, turns, modality=modality))
+    for index, reference in enumerate(clips.references):
+        both_only = index % single_modality_every
+        modalities: tuple[Modality, ...] = ("both",) if both_only else ("both", "visual", "audio")
+        for modality in modalities:
+            if turns := _turns(reference, tasks, modality=modality, caption_prompt=prompts[modality]):
+                examples.append(TrainingExample(replace(clips.source(reference), modality=modality), turns))
     return examples
 
 
-def _turns(reference: Reference, tasks: Sequence[SftTask], *, modality: Modality, describe: str) -> tuple[Turn, ...]:
-    """The turns of one use of the clip: its captions, its events (in canonical words, which do not vary), questions."""
+def _turns(
+    reference: Reference, tasks: Sequence[SftTask], *, modality: Modality, caption_prompt: str
+) -> tuple[Turn, ...]:
+    """Return the turns on a clip in one modality: captions, events in canonical wording, questions."""
     prefix = "" if modality == "both" else f"{modality}_"
-    wanted = ("caption", "human_caption") if modality == "both" else (f"{prefix}caption",)
-    turns = [Turn(describe, getattr(reference, task)) for task in tasks if task in wanted]
+    captions = ("caption", "human_caption") if modality == "both" else (f"{prefix}caption",)
+    turns = [Turn(caption_prompt, getattr(reference, task)) for task in tasks if task in captions]
     if f"{prefix}events" in tasks:
         events = [
             event.text for event in reference.events if modality == "both" or event.is_audible == (modality == "audio")
         ]
         turns.append(Turn(LIST_EVENTS, ", ".join(events)))
     if f"{prefix}questions" in tasks:
-        asked = [item for item in reference.questions if modality == "both" or item.kind in VISUAL_KINDS]
-        turns += [Turn(item.question, item.answer) for item in asked]
+        questions = [item for item in reference.questions if modality == "both" or item.kind in VISUAL_KINDS]
+        turns += [Turn(item.question, item.answer) for item in questions]
     return tuple(turn for turn in turns if turn.answer)
 
 
-def conversation_examples(conversations: Sequence[Conversation], *, root: Path) -> list[Example]:
-    """The examples of published conversations, each a clip of its own; those of preferences have no turns.
-
-    Args:
-        conversations: as `salmonn.conversations` reads them.
-        root: folder that their paths start from.
+def conversation_examples(conversations: Sequence[Conversation], *, root: Path) -> list[TrainingExample]:
+    """Return the examples of published conversations, whose paths start from `root`.
 
     Raises:
-        FileNotFoundError: a file that they name is not there.
+        FileNotFoundError: a file that they name does not exist.
     """
-    examples = []
-    for conversation in (one.resolve(root) for one in conversations):
-        picture = conversation.video or conversation.image
-        sound = Path(conversation.audio) if conversation.audio else None
-        examples.append(
-            Example(
-                video=Path(picture) if picture else sound,  # type: ignore[arg-type]  # a conversation has one of them
-                turns=conversation.turns,
-                modality=conversation.modality,
-                sound=sound if picture else None,
-                start_seconds=conversation.start_seconds,
-                end_seconds=conversation.end_seconds,
-                needs_both=True,
-            )
-        )
-    files = [file for example in examples for file in (example.video, example.sound) if file]
-    if absent := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{len(absent)} files of the conversations are not there, {absent[0]} first: "
-            f"paths are taken from {root.resolve()}"
-        )
+    examples = [TrainingExample(ClipSource.of_conversation(one, root=root), one.turns) for one in conversations]
+    require_files([example.clip for example in examples], root=root)
     return examples
 
 
 class ClipCache:
-    """Reads clips once and keeps them in memory up to a number of bytes.
+    """Reads each clip once and keeps it in memory, up to a number of bytes.
 
     Args:
-        processor: that reads them.
-        max_bytes: beyond this, clips are read again each time.
+        processor: processor of the model.
+        max_bytes: size of the cache; clips beyond it are read again each time.
     """
 
     def __init__(self, processor: Processor, *, max_bytes: int = 8 << 30) -> None:
         self.processor = processor
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.clips: dict[tuple[Any, ...], ClipInputs] = {}
+        self.clips: dict[ClipSource, ClipInputs] = {}
 
-    def __call__(self, example: Example) -> ClipInputs:
-        """The clip that an example is about, read from its files the first time.
+    def __call__(self, source: ClipSource) -> ClipInputs:
+        """Read a clip, or return it from memory.
 
         Raises:
-            ClipError: it cannot be read, or lacks the picture or the sound that is learnt from.
+            ClipError: the clip cannot be read, or lacks the video or audio that is needed.
         """
-        if example.clip in self.clips:
-            return self.clips[example.clip]
-        media = self.processor.read(
-            example.video,
-            sound=example.sound,
-            modality=example.modality,
-            start_seconds=example.start_seconds,
-            end_seconds=example.end_seconds,
+        if source in self.clips:
+            return self.clips[source]
+        inputs = self.processor.read(
+            source.video,
+            sound=source.audio,
+            modality=source.modality,
+            start_seconds=source.start_seconds,
+            end_seconds=source.end_seconds,
         )
-        if example.needs_both and example.modality == "both" and not (media.num_frames and len(media.mel)):
+        if source.needs_both and source.modality == "both" and not (inputs.num_frames and len(inputs.mel)):
+            missing = "audio" if inputs.num_frames else "video"
             raise ClipError(
-                f"{example.video} has no {'sound' if media.num_frames else 'picture'}, and what is to be learnt of it "
-                "asks for both: say use_audio false, or leave the item out"
+                f"{source.video} has no {missing}, but its answers are about both; set use_audio to false, or remove "
+                "the item"
             )
-        size = media.pixels.nbytes + media.mel.nbytes
+        size = inputs.pixels.nbytes + inputs.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:
-            self.clips[example.clip] = media
+            self.clips[source] = inputs
             self.num_bytes += size
-        return media
+        return inputs
 
 
 @dataclass(frozen=True)
 class SftBatch:
-    """Inputs of some of this rank's rows; `mean_num_tokens` counts the step's answer tokens of an average rank."""
+    """A micro-batch of answers to learn.
+
+    Args:
+        inputs: inputs of the model.
+        mean_num_tokens: number of answer tokens of the whole step, divided by the number of ranks.
+        clips: names of its clips, for error messages.
+    """
 
     inputs: ModelInputs
     mean_num_tokens: float
@@ -198,28 +310,28 @@ class SftBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Of text and clips, that go through the decoder."""
+        """Number of tokens that pass through the decoder."""
         return self.inputs.num_tokens
 
 
 class SftBatches:
-    """Deals out examples in a new seeded order each epoch.
+    """Batches of examples, in a new seeded order each epoch.
 
     Args:
-        examples: all of them, the same on every rank.
-        processor: of the model.
-        clip_of: gives an example's clip, as media or as the block that the frozen towers made of it.
-        batch_size: examples a step over all ranks.
-        seed: of the order.
-        gradient_accumulation_steps: pieces that a rank's part is split into, if it has so many examples.
-        first_rank: rank that takes the first example of each step.
+        examples: all examples, the same on every rank.
+        processor: processor of the model.
+        read_clip: returns a clip's inputs, or its features if the encoders are frozen.
+        batch_size: examples per step over all ranks.
+        seed: seed of the order.
+        gradient_accumulation_steps: number of micro-batches of a rank, at most its number of examples.
+        first_rank: rank that gets the first example of each step.
     """
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[TrainingExample],
         processor: Processor,
-        clip_of: Callable[[Example], ClipInputs | ClipFeatures],
+        read_clip: Callable[[ClipSource], ClipInputs | ClipFeatures],
         *,
         batch_size: int,
         seed: int,
@@ -227,46 +339,43 @@ class SftBatches:
         first_rank: int = 0,
     ) -> None:
         if not examples:
-            raise ValueError("there is nothing to train on: the references give no example of the chosen tasks")
+            raise ValueError("no training examples: the references have nothing for the chosen tasks")
         self.examples = examples
         self.processor = processor
-        self.clip_of = clip_of
+        self.read_clip = read_clip
         self.batch_size = batch_size
         self.seed = seed
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.first_rank = first_rank
 
-    def __call__(self, step: int) -> list[SftBatch]:
-        """This rank's batch of a step, in pieces."""
-        chosen = batch_at(self.examples, step, batch_size=self.batch_size, seed=self.seed)
+    def micro_batches(self, step: int) -> list[SftBatch]:
+        """Return this rank's micro-batches of a step."""
+        batch = batch_at(self.examples, step, batch_size=self.batch_size, seed=self.seed)
         tokenizer = self.processor.tokenizer
-        num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in chosen for turn in example.turns)
-        mine = dist.shard(chosen, first=self.first_rank)
-        return [
-            self._piece(part, num_tokens / dist.world_size()) for part in split(mine, self.gradient_accumulation_steps)
-        ]
-
-    def _piece(self, examples: Sequence[Example], mean_num_tokens: float) -> SftBatch:
-        clips = [self.clip_of(example) for example in examples]
-        rows = [
-            PromptRow(index, turn.prompt, turn.answer, turn.history)
-            for index, example in enumerate(examples)
-            for turn in example.turns
-        ]
-        names = tuple(str(example.video) for example in examples)
-        return SftBatch(self.processor.collate(rows, clips), mean_num_tokens, names)
+        num_tokens = sum(len(answer_ids(tokenizer, turn.answer)) for example in batch for turn in example.turns)
+        mean_num_tokens = num_tokens / dist.world_size()
+        micro_batches = []
+        for part in split_evenly(dist.shard(batch, first=self.first_rank), self.gradient_accumulation_steps):
+            rows = [
+                PromptRow(index, turn.prompt, turn.answer, turn.history)
+                for index, example in enumerate(part)
+                for turn in example.turns
+            ]
+            inputs = self.processor.collate(rows, [self.read_clip(example.clip) for example in part])
+            micro_batches.append(SftBatch(inputs, mean_num_tokens, tuple(str(one.clip.video) for one in part)))
+        return micro_batches
 
 
-def batch_at(items: Sequence[Item], step: int, *, batch_size: int, seed: int) -> list[Item]:
-    """The items of a step's batch over all ranks: every epoch deals all of them in an order of its own."""
-    places = (divmod(index, len(items)) for index in range(step * batch_size, (step + 1) * batch_size))
-    return [items[_shuffled(len(items), seed, epoch)[place]] for epoch, place in places]
+def sft_loss(model: nn.Module, batch: SftBatch) -> tuple[Tensor, Mapping[str, float]]:
+    """Compute the cross-entropy, averaged over all answer tokens of the step's batch on all ranks."""
+    inputs = batch.inputs.to(dist.device())
+    return -model(inputs).sum() / batch.mean_num_tokens, {}
 
 
-def split(items: Sequence[Item], count: int) -> list[Sequence[Item]]:
-    """Items in order in `count` parts of sizes as even as can be; none of them is empty."""
-    cuts = [len(items) * number // count for number in range(count + 1)]
-    return [items[start:end] for start, end in pairwise(cuts) if start < end]
+def batch_at(items: Sequence[T], step: int, *, batch_size: int, seed: int) -> list[T]:
+    """Return the batch of a step over all ranks; each epoch has every item once, in its own order."""
+    positions = (divmod(index, len(items)) for index in range(step * batch_size, (step + 1) * batch_size))
+    return [items[_shuffled(len(items), seed, epoch)[position]] for epoch, position in positions]
 
 
 @functools.lru_cache(maxsize=4)
@@ -276,7 +385,7 @@ def _shuffled(length: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def sft_loss(model: nn.Module, batch: SftBatch) -> tuple[Tensor, Mapping[str, float]]:
-    """Cross-entropy, the mean over all answer tokens of the step's batch on all ranks."""
-    inputs = batch.inputs.to(dist.device())
-    return -model(inputs).sum() / batch.mean_num_tokens, {}
+def split_evenly(items: Sequence[T], count: int) -> list[Sequence[T]]:
+    """Split items, in order, into at most `count` non-empty parts whose sizes differ by at most 1."""
+    ends = [len(items) * number // count for number in range(count + 1)]
+    return [items[start:end] for start, end in pairwise(ends) if start < end]

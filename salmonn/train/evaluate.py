@@ -1,13 +1,13 @@
-"""Measuring a model on held-out clips: captions judged against events, questions against answers, on all ranks.
+"""Encoding, sampling, question answering and judging of clips on all ranks, and evaluation on held-out clips.
 
-What is encoded, captioned and answered goes through the model in batches of like length, which are spread over the
-ranks by what they cost. Batches and their seeds follow from the clips alone: any number of processes makes the same.
+Work is cut into batches of similar length, which are balanced over the ranks by cost. Batches and their seeds depend on
+the clips alone, so any number of processes gives the same results.
 """
 
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,31 +24,47 @@ from salmonn.score.formats import write_scores
 from salmonn.score.judge import Judge, ScoringTask
 from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
 from salmonn.score.scoring import make_judge_info
-from salmonn.train.data import ClipCache, Example
+from salmonn.train.data import ClipCache, ClipSet, ClipSource
 from salmonn.train.feature_cache import FeatureCache
-from salmonn.train.references import ClipSet
+from salmonn.train.run_folder import load_or_create
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
+T = TypeVar("T")
 
-SIDE_BY_SIDE = 128  # sequences that a toy model generates at once
-ANSWER_TOKENS = 16  # of the answer to a question
-REQUEST_NAME = "parts.json"
+MAX_ANSWER_TOKENS = 16  # for the answer to a question
+CAPTIONS_NAME = "captions.jsonl"
+PARTIAL_NAME = "captions.parts"  # folder of finished batches while captions are sampled
+REQUEST_NAME = "parts.json"  # file in it that says what they are batches of
 RATES_NAME = "rates.json"
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """What is drawn of each clip: so many captions, how, and from which seed."""
+class SampleConfig(Sampling):
+    """Sampling of captions.
 
-    sampling: Sampling
-    seed: int = 0
-    num_samples: int = 1
+    Args:
+        temperature: 0 for greedy decoding.
+        top_p: nucleus sampling threshold.
+        max_new_tokens: limit of a caption's length.
+        repetition_penalty: factor above 1 that makes tokens of the prompt or the answer less likely; none for the
+            model's own.
+        num_samples: captions of each clip.
+        batch_size: captions generated at once; fewer need less memory.
+    """
+
+    temperature: float = 0.8
+    top_p: float = 0.95
+    num_samples: int = 8
+    batch_size: int = 128
+
+    def greedy(self) -> "SampleConfig":
+        """Return the same limits for the most likely caption of each clip."""
+        return replace(self, temperature=0.0, num_samples=1)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's captions of clips and answers to their questions, what the judge said, and the rates over it all."""
+    """Captions of held-out clips with their scores, answers to the clips' questions, and the rates of both."""
 
     captions: list[Caption]
     answers: list[Caption]
@@ -56,278 +72,287 @@ class Evaluation:
     rates: Rates
 
 
-def cut(lengths: Sequence[float], *, size: int) -> list[list[int]]:
-    """Places of a list in even batches of at most `size` (at least 1) and of like length, the longest first."""
+def make_batches(lengths: Sequence[float], *, size: int) -> list[list[int]]:
+    """Group indices into batches of at most `size` (at least 1) and of similar length, the longest first."""
     return length_buckets([-length for length in lengths], size=max(1, size))
 
 
-def _spread_out(
-    make: Callable[[int], list[Item]], batches: Sequence[Sequence[int]], costs: Sequence[float], *, name: str, unit: str
-) -> list[Item]:
-    """What `make` gives of all batches, one item a place, in the order of places; each rank makes its share."""
+def map_batches(
+    compute: Callable[[int], list[T]], batches: Sequence[Sequence[int]], costs: Sequence[float], *, name: str, unit: str
+) -> list[T]:
+    """Compute all batches, balanced over the ranks, and return their items on every rank.
+
+    Args:
+        compute: number of a batch -> one item for each of its indices.
+        batches: indices of the items.
+        costs: estimated cost of each batch.
+        name: title of the progress bar.
+        unit: unit of the progress bar.
+
+    Returns:
+        Items in the order of their indices.
+    """
     shares = dist.balance(costs)
-    mine, made = shares[dist.rank()], []
+    mine, computed = shares[dist.rank()], []
     total = sum(len(batches[number]) for number in mine)
     with tqdm(total=total, desc=name, unit=unit, disable=not dist.is_main()) as bar:
         for number in mine:
-            made.append(make(number))
+            computed.append(compute(number))
             bar.update(len(batches[number]))
-    placed = {
-        place: item
-        for places, items in zip(batches, dist.gather_balanced(made, shares), strict=True)
-        for place, item in zip(places, items, strict=True)
+    items = {
+        index: item
+        for indices, part in zip(batches, dist.gather_balanced(computed, shares), strict=True)
+        for index, item in zip(indices, part, strict=True)
     }
-    return [placed[place] for place in range(len(placed))]
+    return [items[index] for index in range(len(items))]
+
+
+def cache_features(captioner: Captioner, *sets: ClipSet, name: str, cache: FeatureCache | None = None) -> list[ClipSet]:
+    """Return sets of clips with the features of their clips; see `encode_clips`."""
+    sources = [clips.source(reference) for clips in sets for reference in clips.references]
+    features = encode_clips(captioner, sources, name=name, cache=cache)
+    return [replace(clips, features=features) for clips in sets]
 
 
 def encode_clips(
-    captioner: Captioner, *sets: ClipSet, name: str, store: FeatureCache | None = None
-) -> list[list[ClipFeatures]]:
-    """The blocks of each set's clips from the frozen towers; see `encode_examples`."""
-    examples = [[Example(clips.root / reference.video, ()) for reference in clips.references] for clips in sets]
-    blocks = encode_examples(captioner, [one for each in examples for one in each], name=name, store=store)
-    return [[blocks[example.clip] for example in each] for each in examples]
+    captioner: Captioner, sources: Sequence[ClipSource], *, name: str, cache: FeatureCache | None = None
+) -> dict[ClipSource, ClipFeatures]:
+    """Compute the features of clips with the frozen encoders, each distinct clip once.
 
-
-def encode_examples(
-    captioner: Captioner, examples: Sequence[Example], *, name: str, store: FeatureCache | None = None
-) -> dict[tuple[Any, ...], ClipFeatures]:
-    """The block of each clip that examples are about, from the frozen towers, which it goes through alone.
-
-    So its tokens do not depend on what other clips there are, to the last bit. Most of the time goes into reading: what
-    a clip costs is how many seconds its file says that it lasts.
+    A clip is encoded alone, so that its features do not depend on other clips to the last bit. Reading takes most of
+    the time, so the cost of a clip is the duration that its file declares.
 
     Args:
-        captioner: the model.
-        examples: whose clips are meant.
-        name: of the clips, for the progress bar.
-        store: has the blocks of clips that were encoded before, and takes the others; without, all stay in memory.
+        captioner: model with frozen encoders.
+        sources: clips.
+        name: what the clips are, for the progress bar.
+        cache: feature cache on disk; none to keep all features in memory.
 
     Raises:
-        ClipError: a clip cannot be read, or lacks what is learnt from.
-        ValueError: a process does not see the store's files.
+        ClipError: a clip cannot be read, or lacks the video or audio that is needed.
+        ValueError: a process does not see the files of the cache.
     """
-    clips = list({example.clip: example for example in examples}.values())
-    keys = store.keys(clips) if store else [""] * len(clips)
-    found = store.find_complete(keys) if store else set()
-    seconds = dist.gather(
-        [_to_read(clip, key in found) for clip, key in dist.shard(list(zip(clips, keys, strict=True)))]
-    )
-    batches, read = cut(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
+    clips = list(dict.fromkeys(sources))
+    keys = cache.keys(clips) if cache else [""] * len(clips)
+    found = cache.find_complete(keys) if cache else set()
+    # 1 second for opening a file, whose length may be unknown.
+    mine = dist.shard(list(zip(clips, keys, strict=True)))
+    seconds = dist.gather([0.0 if key in found else 1 + declared_seconds(clip.video) for clip, key in mine])
+    batches, read = make_batches(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
 
     def encode(number: int) -> list[ClipFeatures | None]:
-        """None where the block is in the store."""
-        (place,) = batches[number]
-        if keys[place] in found:
+        """Return the features of one clip, or None if the cache holds them."""
+        (index,) = batches[number]
+        if keys[index] in found:
             return [None]
-        (block,) = captioner.encode([read(clips[place])])
-        return [None if store and store.save(keys[place], block) else block]
+        (features,) = captioner.encode([read(clips[index])])
+        return [None if cache and cache.save(keys[index], features) else features]
 
-    costs = [seconds[place] for (place,) in batches]
-    made = _spread_out(encode, batches, costs, name=f"reading {name}", unit="clip")
-    blocks = store.load_missing(keys, made, name=name) if store else [block for block in made if block is not None]
-    return {clip.clip: block for clip, block in zip(clips, blocks, strict=True)}
-
-
-def _to_read(example: Example, is_found: bool) -> float:
-    """Seconds of a clip that is to be read, and one for opening it: all that is known of one that states no length."""
-    return 0.0 if is_found else 1 + declared_seconds(example.video)
+    costs = [seconds[index] for (index,) in batches]
+    computed = map_batches(encode, batches, costs, name=f"encoding {name}", unit="clip")
+    if cache:
+        return dict(zip(clips, cache.load_missing(keys, computed, name=name), strict=True))
+    return dict(zip(clips, (features for features in computed if features is not None), strict=True))
 
 
 def sample_captions(
     captioner: Captioner,
-    references: Sequence[Reference],
-    blocks: Sequence[ClipFeatures],
+    clips: ClipSet,
+    config: SampleConfig,
     *,
-    draw: SampleConfig,
     name: str,
-    side_by_side: int = SIDE_BY_SIDE,
-    parts: Path | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
 ) -> list[Caption]:
-    """Captions of clips, a clip's captions one after the other.
+    """Sample captions of clips; all captions of a clip are consecutive.
 
     Args:
         captioner: the model.
-        references: of the clips.
-        blocks: of the clips, as `encode_clips` gives them.
-        draw: what is drawn; each clip's seed follows from its seed and the clip's place.
-        name: for the progress bar.
-        side_by_side: captions that are generated at once.
-        parts: folder that takes each batch's captions as soon as they are made, so that a killed run goes on from
-            there; `clear_parts` removes it once the whole is written.
+        clips: clips with their features.
+        config: sampling parameters.
+        name: title of the progress bar.
+        seed: random seed; each clip's own seed is derived from it and the clip's index.
+        folder: folder that gets captions.jsonl, and each batch as soon as it is finished, so that a killed run resumes
+            from there; none to keep the captions in memory.
     """
-    lengths = [len(block) for block in blocks]
-    batches = cut(lengths, size=side_by_side // draw.num_samples)
-    videos = [reference.video for reference in references]
-    request = _to_request(captioner, draw, [[videos[place] for place in places] for places in batches])
-    done = _find_parts(parts, request) if parts else {}
-
-    def caption(number: int) -> list[list[Caption]]:
-        if number in done:
-            captions = read_records(done[number], Caption)
-        else:
-            places = batches[number]
-            chosen = [videos[place] for place in places], [blocks[place] for place in places]
-            seeds = [draw.seed * 1_000_003 + place for place in places]
-            captions = _caption_batch(captioner, *chosen, draw=draw, seeds=seeds)
-            if parts:
-                write_records(_part(parts, number), captions)
-        return [captions[start : start + draw.num_samples] for start in range(0, len(captions), draw.num_samples)]
-
-    generated = draw.num_samples * draw.sampling.max_new_tokens
-    costs = [
-        0 if number in done else sum(lengths[place] + generated for place in places)
-        for number, places in enumerate(batches)
-    ]
-    groups = _spread_out(caption, batches, costs, name=name, unit="clip")
-    return [caption for group in groups for caption in group]
+    if folder is None:
+        return _sample(captioner, clips, config, name=name, seed=seed)
+    partial = folder / PARTIAL_NAME
+    captions = load_or_create(
+        folder / CAPTIONS_NAME,
+        Caption,
+        lambda: _sample(captioner, clips, config, name=name, seed=seed, partial=partial),
+    )
+    if dist.is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+    return captions
 
 
-def _caption_batch(
-    captioner: Captioner,
-    videos: Sequence[str],
-    blocks: Sequence[ClipFeatures],
-    *,
-    draw: SampleConfig,
-    seeds: Sequence[int],
+def _sample(
+    captioner: Captioner, clips: ClipSet, config: SampleConfig, *, name: str, seed: int, partial: Path | None = None
 ) -> list[Caption]:
-    requests = [
-        CaptionRequest(Path(video), sampling=draw.sampling, seed=seed, num_samples=draw.num_samples)
-        for video, seed in zip(videos, seeds, strict=True)
+    references = clips.references
+    lengths = [len(clips.features_of(reference)) for reference in references]
+    batches = make_batches(lengths, size=config.batch_size // config.num_samples)
+    request = {
+        "model": captioner.name,
+        "prompt": captioner.default_prompt(),
+        "sampling": asdict(config),
+        "seed": seed,
+        "batches": [[references[index].video for index in indices] for indices in batches],
+    }
+    finished = _find_finished(partial, request) if partial else {}
+
+    def sample(number: int) -> list[list[Caption]]:
+        if number in finished:
+            captions = read_records(finished[number], Caption)
+        else:
+            requests = [
+                CaptionRequest(
+                    Path(references[index].video),
+                    sampling=config,
+                    seed=seed * 1_000_003 + index,
+                    num_samples=config.num_samples,
+                )
+                for index in batches[number]
+            ]
+            features = [clips.features_of(references[index]) for index in batches[number]]
+            samples = captioner.generate(requests, clips=features, batch_size=len(requests) * config.num_samples)
+            captions = [one for group in samples for one in group]
+            if partial:
+                write_records(_partial_path(partial, number), captions)
+        return [captions[start : start + config.num_samples] for start in range(0, len(captions), config.num_samples)]
+
+    num_generated = config.num_samples * config.max_new_tokens
+    costs = [
+        0 if number in finished else sum(lengths[index] + num_generated for index in indices)
+        for number, indices in enumerate(batches)
     ]
-    samples = captioner.generate(requests, clips=blocks, batch_size=len(blocks) * draw.num_samples)
-    return [caption for captions in samples for caption in captions]
+    return [one for group in map_batches(sample, batches, costs, name=name, unit="clip") for one in group]
 
 
-def _to_request(captioner: Captioner, draw: SampleConfig, batches: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What the parts are parts of."""
-    return {"model": captioner.name, "prompt": captioner.default_prompt(), "draw": asdict(draw), "batches": batches}
+def _partial_path(partial: Path, number: int) -> Path:
+    return partial / f"part_{number:05d}.jsonl"
 
 
-def _part(parts: Path, number: int) -> Path:
-    return parts / f"part_{number:05d}.jsonl"
-
-
-def _find_parts(parts: Path, request: Mapping[str, Any]) -> dict[int, Path]:
-    """The parts of a request that a run before finished, as rank 0 finds them: others may see a shared disk later."""
-    found: list[int] = []
+def _find_finished(partial: Path, request: Mapping[str, Any]) -> dict[int, Path]:
+    """Return the batches of this request that a killed run finished; only rank 0 looks, as NFS shows files late."""
+    finished: list[int] = []
     if dist.is_main():
-        path = parts / REQUEST_NAME
-        if parts.is_dir() and not (path.is_file() and read_json(path) == request):
-            log.warning("%s holds captions of other clips, of another model or draw: they are made anew", parts)
-            shutil.rmtree(parts)
+        path = partial / REQUEST_NAME
+        if partial.is_dir() and not (path.is_file() and read_json(path) == request):
+            log.warning("%s holds captions of other clips, or by another model or config; sampling again", partial)
+            shutil.rmtree(partial)
         write_json(path, request)
-        found = [number for number in range(len(request["batches"])) if _part(parts, number).is_file()]
-    return {number: _part(parts, number) for number in dist.gather([found])[0]}
-
-
-def clear_parts(parts: Path) -> None:
-    """Remove the parts of captions that are written as a whole, or that were never begun."""
-    if dist.is_main():
-        shutil.rmtree(parts, ignore_errors=True)
+        finished = [number for number in range(len(request["batches"])) if _partial_path(partial, number).is_file()]
+    return {number: _partial_path(partial, number) for number in dist.gather([finished])[0]}
 
 
 def judge_captions(
-    captions: Sequence[Caption], references: Mapping[str, Reference], *, judge: Judge
-) -> list[Score | Unscored]:
-    """What the judge says, in the captions' order.
+    captions: Sequence[Caption],
+    references: Mapping[str, Reference],
+    *,
+    judge: Callable[[Sequence[ScoringTask]], Sequence[T]],
+) -> list[T]:
+    """Judge captions on all ranks; results in the order of the captions.
 
-    The clips are spread over the ranks by the words that the judge reads; equal captions of one are asked about once.
+    The clips are balanced over the ranks by the number of words to read. All captions of a clip are judged by one rank,
+    so that equal ones are judged once.
+
+    Args:
+        captions: captions of any clips.
+        references: annotations by video.
+        judge: tasks -> a result for each; a judge's or a reward's method.
     """
     by_video: dict[str, list[int]] = {}
-    for place, caption in enumerate(captions):
-        by_video.setdefault(caption.video, []).append(place)
+    for index, caption in enumerate(captions):
+        by_video.setdefault(caption.video, []).append(index)
     groups = list(by_video.values())
-    shares = dist.balance([_count_words([captions[place] for place in group], references) for group in groups])
+
+    def count_words(index: int) -> int:
+        """Return the words that a judge reads: the caption, and the events with it."""
+        events = references[captions[index].video].events
+        return sum(len(text.split()) for text in (captions[index].text, *(event.text for event in events)))
+
+    shares = dist.balance([sum(map(count_words, group)) for group in groups])
     mine = [groups[number] for number in shares[dist.rank()]]
-    tasks = [ScoringTask(references[captions[place].video], captions[place]) for group in mine for place in group]
-    results = iter(judge.judge(tasks))
+    tasks = [ScoringTask(references[captions[index].video], captions[index]) for group in mine for index in group]
+    results = iter(judge(tasks))
     judged = dist.gather_balanced([[next(results) for _ in group] for group in mine], shares)
-    placed = {
-        place: result
+    by_index = {
+        index: result
         for group, part in zip(groups, judged, strict=True)
-        for place, result in zip(group, part, strict=True)
+        for index, result in zip(group, part, strict=True)
     }
-    return [placed[place] for place in range(len(captions))]
+    return [by_index[index] for index in range(len(captions))]
 
 
-def _count_words(captions: Sequence[Caption], references: Mapping[str, Reference]) -> int:
-    """Words that a judge reads: of the captions, and with each of them those of the events."""
-    texts = [
-        text for caption in captions for text in (caption.text, *(e.text for e in references[caption.video].events))
-    ]
-    return sum(len(text.split()) for text in texts)
-
-
-def require_scores(results: Sequence[Score | Unscored], *, name: str) -> list[Score]:
-    """The scores among the results; what could not be scored is told, and left out.
+def drop_unscored(results: Sequence[T | Unscored], *, name: str) -> list[T]:
+    """Return the results other than `Unscored`, and log how many captions are unscored and why.
 
     Raises:
-        ValueError: there is no score.
+        ValueError: all captions are unscored.
     """
     unscored = [result for result in results if isinstance(result, Unscored)]
     if unscored:
         first = unscored[0]
-        words = f"{name}: {len(unscored)} of {len(results)} captions are unscored, first {first.video}: {first.reason}"
+        text = f"{name}: {len(unscored)} of {len(results)} captions are unscored, first {first.video}: {first.reason}"
         if len(unscored) == len(results):
-            raise ValueError(words)
-        log.warning(words)
-    return [result for result in results if isinstance(result, Score)]
+            raise ValueError(text)
+        log.warning(text)
+    return [result for result in results if not isinstance(result, Unscored)]
 
 
-def answer_questions(
-    captioner: Captioner,
-    references: Sequence[Reference],
-    blocks: Sequence[ClipFeatures],
-    *,
-    name: str,
-    side_by_side: int = 2 * SIDE_BY_SIDE,
-) -> list[Caption]:
-    """The model's answers to all the references' questions, each with its question as prompt."""
-    asked = [
-        (reference.video, item.question, block)
-        for reference, block in zip(references, blocks, strict=True)
-        for item in reference.questions
-    ]
-    lengths = [len(block) for _, _, block in asked]
-    batches = cut(lengths, size=side_by_side)
+def answer_questions(captioner: Captioner, clips: ClipSet, *, name: str, batch_size: int = 256) -> list[Caption]:
+    """Answer all questions about clips; the prompt of each answer is its question.
+
+    Args:
+        captioner: the model.
+        clips: clips with their features.
+        name: title of the progress bar.
+        batch_size: answers generated at once.
+    """
+    questions = [(reference, item.question) for reference in clips.references for item in reference.questions]
+    lengths = [len(clips.features_of(reference)) for reference, _ in questions]
+    batches = make_batches(lengths, size=batch_size)
 
     def answer(number: int) -> list[Caption]:
-        batch = [asked[place] for place in batches[number]]
-        sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
-        requests = [CaptionRequest(Path(video), question, sampling) for video, question, _ in batch]
-        answers = captioner.generate(requests, clips=[block for _, _, block in batch], batch_size=len(batch))
-        return [answer for (answer,) in answers]
+        batch = [questions[index] for index in batches[number]]
+        sampling = Sampling(max_new_tokens=MAX_ANSWER_TOKENS)
+        requests = [CaptionRequest(Path(reference.video), question, sampling) for reference, question in batch]
+        features = [clips.features_of(reference) for reference, _ in batch]
+        answers = captioner.generate(requests, clips=features, batch_size=len(batch))
+        return [one for (one,) in answers]
 
-    costs = [sum(lengths[place] + ANSWER_TOKENS for place in places) for places in batches]
-    return _spread_out(answer, batches, costs, name=name, unit="question")
+    costs = [sum(lengths[index] + MAX_ANSWER_TOKENS for index in indices) for indices in batches]
+    return map_batches(answer, batches, costs, name=name, unit="question")
+
+
+def evaluate(captioner: Captioner, clips: ClipSet, *, judge: Judge, sampling: SampleConfig, name: str) -> Evaluation:
+    """Evaluate a model on clips: one caption of each, judged, and answers to the clips' questions.
+
+    Args:
+        captioner: the model.
+        clips: held-out clips with their features.
+        judge: judge of the captions.
+        sampling: sampling parameters; used greedily.
+        name: title of the progress bars.
+
+    Raises:
+        ValueError: no caption could be judged.
+    """
+    captions = sample_captions(captioner, clips, sampling.greedy(), name=f"{name}: captions")
+    answers = answer_questions(captioner, clips, name=f"{name}: questions", batch_size=sampling.batch_size)
+    results = judge_captions(captions, clips.by_video, judge=judge.judge)
+    scores: list[Score] = drop_unscored(results, name=name)
+    has_questions = any(reference.questions for reference in clips.references)
+    accuracy = qa_accuracy(clips.by_video, answers) if has_questions else None
+    return Evaluation(captions, answers, results, compute_rates(scores, qa_accuracy=accuracy))
 
 
 def write_evaluation(folder: Path, result: Evaluation, *, judge: Judge) -> None:
-    """Write captions.jsonl, answers.jsonl, scores.jsonl and, last of all, rates.json. Rank 0 alone calls it."""
-    write_records(folder / "captions.jsonl", result.captions)
+    """Write captions.jsonl, answers.jsonl, scores.jsonl and, last of all, rates.json; only rank 0 calls it."""
+    write_records(folder / CAPTIONS_NAME, result.captions)
     write_records(folder / "answers.jsonl", result.answers)
     write_scores(folder / "scores.jsonl", make_judge_info(judge, totals=[result.rates.total]), result.results)
     write_json(folder / RATES_NAME, asdict(result.rates))
-
-
-def evaluate(
-    captioner: Captioner,
-    references: Sequence[Reference],
-    blocks: Sequence[ClipFeatures],
-    *,
-    judge: Judge,
-    sampling: Sampling,
-    name: str,
-    side_by_side: int = SIDE_BY_SIDE,
-) -> Evaluation:
-    """Captions (one a clip), their scores and rates, and the accuracy of answers to the clips' questions, if any."""
-    captions = sample_captions(
-        captioner, references, blocks, draw=SampleConfig(sampling), name=f"{name}: captions", side_by_side=side_by_side
-    )
-    answers = answer_questions(captioner, references, blocks, name=f"{name}: questions", side_by_side=side_by_side)
-    by_video = {reference.video: reference for reference in references}
-    results = judge_captions(captions, by_video, judge=judge)
-    scores = require_scores(results, name=name)
-    accuracy = qa_accuracy(by_video, answers) if any(reference.questions for reference in references) else None
-    return Evaluation(captions, answers, results, compute_rates(scores, qa_accuracy=accuracy))

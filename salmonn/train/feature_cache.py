@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from torch import Tensor
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
+from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE
 from salmonn.model.layout import ClipFeatures, Layout
 from salmonn.model.network import Network
-from salmonn.train.data import Example
+from salmonn.train.data import ClipSource
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -68,8 +69,8 @@ class FeatureCacheConfig:
             fit stay in memory.
     """
 
-    folder: Path | None = Path("run/features")
-    max_gib: float = 20.0
+    folder: Path | None = field(default=Path("run/features"), metadata=MAY_CHANGE_BUT_NOT_TO_NONE)
+    max_gib: float = field(default=20.0, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         if self.max_gib <= 0:
@@ -92,18 +93,18 @@ class FeatureCache:
         self._in_use: set[str] = set()
         self._allowance = 0.0  # bytes that this process may write before it rescans the folder
 
-    def keys(self, examples: Sequence[Example]) -> list[str]:
-        """Return the cache key of each example's clip, on every rank."""
-        return dist.gather([self._key(example) for example in dist.shard(examples)])
+    def keys(self, clips: Sequence[ClipSource]) -> list[str]:
+        """Return the cache key of each clip, on every rank."""
+        return dist.gather([self._key(clip) for clip in dist.shard(clips)])
 
-    def _key(self, example: Example) -> str:
+    def _key(self, clip: ClipSource) -> str:
         files = []
-        for file in (example.video, example.sound):
+        for file in (clip.video, clip.audio):
             if file:
                 stat = file.stat()
                 files.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
-        span = [example.start_seconds, example.end_seconds]
-        return hash_values(FORMAT, self.model, files, bool(example.sound), example.modality, span, example.needs_both)
+        span = [clip.start_seconds, clip.end_seconds]
+        return hash_values(FORMAT, self.model, files, bool(clip.audio), clip.modality, span, clip.needs_both)
 
     def find_complete(self, keys: Sequence[str]) -> set[str]:
         """Return the keys that have an intact file; ranks share the reading.

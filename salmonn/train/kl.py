@@ -5,17 +5,17 @@ so far. The divergence is summed over the whole vocabulary, not estimated from s
 nats per token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
-from salmonn.model.layout import ClipFeatures, ModelInputs
+from salmonn.model.layout import ModelInputs
 from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import Network
-from salmonn.records import Reference
+from salmonn.train.data import ClipSet
 
 # Positions compared at a time: with a vocabulary of 152,000, 40 MB for each term of the sum.
 _POSITIONS = 64
@@ -41,8 +41,7 @@ class KLProbe:
     Every rank calls the models equally often, since a call is collective where weights are sharded.
 
     Args:
-        references: references with captions; the same on every rank.
-        features: features of the clips, one per reference.
+        clips: clips with features, the same on every rank; those without a reference caption are left out.
         processor: processor of the model.
         prompt: prompt that asks for a caption.
         batch_size: captions per forward pass; each takes tokens * vocabulary * 16 bytes.
@@ -51,20 +50,12 @@ class KLProbe:
         ValueError: no reference has a caption.
     """
 
-    def __init__(
-        self,
-        references: Sequence[Reference],
-        features: Sequence[ClipFeatures],
-        processor: Processor,
-        *,
-        prompt: str,
-        batch_size: int = 4,
-    ) -> None:
-        captioned = [(one.caption, clip) for one, clip in zip(references, features, strict=True) if one.caption]
+    def __init__(self, clips: ClipSet, processor: Processor, *, prompt: str, batch_size: int = 4) -> None:
+        captioned = [(one.caption, clips.features_of(one)) for one in clips.references if one.caption]
         if not captioned:
             raise ValueError(
-                f"none of {len(references)} references has a caption to measure the divergence on: "
-                "add captions, or set kl_clips to 0"
+                f"none of {len(clips.references)} references has a caption to measure the divergence on: "
+                "add captions, or set kl.num_clips to 0"
             )
         # Shares are padded to equal length; the padding is computed but not counted.
         num_captions = -(-len(captioned) // dist.world_size())

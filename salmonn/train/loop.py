@@ -1,4 +1,4 @@
-"""The training loop: one plain loop for every stage and engine; a stage brings its batches and its loss."""
+"""The training loop of every stage and strategy; a stage supplies its batches and its loss."""
 
 import logging
 import math
@@ -18,36 +18,43 @@ from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.model.network import Network
-from salmonn.train.checkpoint import Checkpoint, Checkpoints, load_trained
-from salmonn.train.log import StepLog
-from salmonn.train.parallel import StrategyName, TrainingStrategy, check_strategy, make_strategy, trainable_parameters
+from salmonn.train.checkpoint import CHECKPOINTS_DIR, Checkpoint, Checkpoints, load_trained
+from salmonn.train.parallel import (
+    StrategyName,
+    TrainingStrategy,
+    check_strategy,
+    make_strategy,
+    trainable_parameters,
+)
+from salmonn.train.run_log import StepLog
 
 log = logging.getLogger(__name__)
 Precision = Literal["float32", "bfloat16"]
-SHOWN = ("loss", "ce", "margin", "accuracy", "kl")  # of the figures, on the terminal
-TOLD_TIMES = 10  # that a stage's figures are told in a log that is no terminal
+SHOWN_METRICS = ("loss", "ce", "margin", "accuracy", "kl")  # in the terminal
+NUM_LOG_LINES = 10  # per stage, if the output is not a terminal
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Optimisation of one stage.
+    """Optimization of one stage.
 
     Args:
-        learning_rate: its peak, after warm-up; then it falls along a cosine.
-        min_lr_ratio: share of the peak at the cosine's end.
-        steps: optimiser steps; none where `epochs` says how long.
-        epochs: how often every example is seen; none where `steps` says how long.
-        batch_size: examples a step, over all ranks.
+        learning_rate: peak learning rate, after warm-up; a cosine decays it from there.
+        min_lr_ratio: fraction of the peak at the end of the cosine.
+        steps: number of optimizer steps; none if `epochs` is given.
+        epochs: number of passes over the examples; none if `steps` is given.
+        batch_size: examples per step, over all ranks.
         gradient_accumulation_steps: number of micro-batches that a rank's part of the batch is split into, to save
             memory; the gradient is that of the whole batch.
-        warmup_ratio: share of the steps over which the rate rises from 0.
-        weight_decay: of matrices; vectors have none.
-        betas: of Adam.
-        max_grad_norm: gradients are clipped to this norm.
-        precision: what the model computes in; bfloat16 is automatic mixed precision (under ZeRO all weights are
-            bfloat16 in products). Trained weights, their gradients' sums and Adam's moments are float32 in any case.
-        gradient_checkpointing: keep each layer's input alone and compute the rest again for the gradient.
-        checkpoint_every: steps between checkpoints, from which a killed stage goes on.
+        warmup_ratio: fraction of the steps over which the learning rate rises from 0.
+        weight_decay: weight decay of matrices; vectors have none.
+        betas: betas of Adam.
+        max_grad_norm: norm that gradients are clipped to.
+        precision: data type of the computation; bfloat16 is automatic mixed precision (under ZeRO all weights are
+            bfloat16 in products). Trained weights, their accumulated gradients and Adam's moments are float32 in any
+            case.
+        gradient_checkpointing: keep only each layer's input, and recompute the rest for the gradient.
+        checkpoint_every: steps between checkpoints, from which a killed stage resumes.
     """
 
     learning_rate: float = 1e-3
@@ -67,40 +74,38 @@ class FitConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"a stage lasts so many steps or so many epochs: one of them must be given and the other null, "
-                f"got steps {self.steps} and epochs {self.epochs}"
+                f"set either steps or epochs, and the other to null, got steps {self.steps} and epochs {self.epochs}"
             )
         if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio is a share of the steps from 0 to 1, got {self.warmup_ratio}")
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}")
-        if self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every counts steps and must be at least 1, got {self.checkpoint_every}")
+            raise ValueError(f"warmup_ratio is a fraction of the steps from 0 to 1, got {self.warmup_ratio}")
+        for name in ("gradient_accumulation_steps", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def resolve(self, num_examples: int) -> "FitConfig":
-        """The same in steps, where it is told in epochs of so many examples."""
+        """Return the config with epochs converted to steps."""
         if self.epochs is None:
             return self
         return replace(self, steps=max(1, round(self.epochs * num_examples / self.batch_size)), epochs=None)
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of a config that counts them."""
-        assert self.steps is not None, "resolve() turns epochs into steps"
+        """Number of optimizer steps of a resolved config."""
+        assert self.steps is not None, "resolve() converts epochs to steps"
         return self.steps
 
     @property
-    def num_warmup_steps(self) -> int:
-        """Steps over which the rate rises."""
-        return round(self.warmup_ratio * self.num_steps)
+    def micro_batch_size(self) -> int:
+        """Examples that pass through the model at once on each rank, rounded down."""
+        return max(1, self.batch_size // (self.gradient_accumulation_steps * dist.world_size()))
 
 
 class MicroBatch(Protocol):
-    """A part of a step's batch, which goes through the model alone.
+    """Part of a step's batch that passes through the model at once.
 
     Args:
-        clips: names of the clips that it is about, for messages.
-        num_tokens: of text and clips, that go through the decoder.
+        clips: names of its clips, for error messages.
+        num_tokens: number of tokens of text and clips that pass through the decoder.
     """
 
     @property
@@ -116,19 +121,18 @@ Batch_contra = TypeVar("Batch_contra", bound=MicroBatch, contravariant=True)
 
 
 class Batches(Protocol, Generic[Batch_co]):
-    """Gives this rank's part of the batch of any step, so that a resumed stage sees what an unbroken one does.
+    """Source of batches. A batch depends only on its step, so a resumed stage sees the same batches."""
 
-    It comes in pieces, each to go through the model alone.
-    """
+    def micro_batches(self, step: int) -> Sequence[Batch_co]:
+        """Return this rank's micro-batches of a step."""
+        ...
 
-    def __call__(self, step: int) -> Sequence[Batch_co]: ...
 
+class BatchLoss(Protocol, Generic[Batch_contra]):
+    """Computes a micro-batch's loss and its parts for the log, with one call of the model.
 
-class Loss(Protocol, Generic[Batch_contra]):
-    """Computes a piece's loss and figures for the log, by one call of the model.
-
-    Those of a rank's pieces are added up, and the sums averaged over ranks: a mean over the step's examples must
-    divide by how many an average rank has, whatever the piece.
+    The values of a rank's micro-batches are summed, and the sums averaged over ranks. To get a mean over the step's
+    examples, each micro-batch must divide by the number of examples of an average rank.
     """
 
     def __call__(self, model: nn.Module, batch: Batch_contra) -> tuple[Tensor, Mapping[str, float]]: ...
@@ -136,10 +140,10 @@ class Loss(Protocol, Generic[Batch_contra]):
 
 @dataclass(frozen=True)
 class Callback:
-    """Something else to be measured while training goes on.
+    """Additional metrics during training.
 
     Args:
-        measure: of the model; all ranks call it, and get the same.
+        measure: model -> metrics; called by all ranks, with the same result.
         every: steps between two measurements.
     """
 
@@ -149,74 +153,74 @@ class Callback:
 
 @dataclass(frozen=True)
 class FitContext:
-    """What a training is called, and where it keeps its things.
+    """Name, folder and environment of a training stage.
 
     Args:
-        name: for the terminal.
-        folder: that steps.jsonl is written to.
-        checkpoints: where it goes on from, and where the trained weights are found at its end.
-        seed: of dropout.
-        engine: that spreads it over processes.
-        watch: what is measured now and then.
+        name: name in the terminal.
+        folder: folder of steps.jsonl and of `checkpoints/`, from which a killed stage resumes.
+        seed: seed of dropout.
+        strategy: distribution over processes.
+        callback: additional metrics.
     """
 
     name: str
     folder: Path
-    checkpoints: Checkpoints
     seed: int = 0
     strategy: StrategyName = "ddp"
     callback: Callback | None = None
 
 
 def learning_rate_at(step: int, config: FitConfig) -> float:
-    """Linear warm-up, then a cosine down to the final share of the peak."""
-    warmup = config.num_warmup_steps
+    """Return the learning rate of a step: linear warm-up, then a cosine down to `min_lr_ratio` of the peak."""
+    warmup = round(config.warmup_ratio * config.num_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(config.num_steps - warmup, 1)
-    falling = (1 - config.min_lr_ratio) / 2 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.learning_rate * (config.min_lr_ratio + falling)
+    decaying = (1 - config.min_lr_ratio) / 2 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return config.learning_rate * (config.min_lr_ratio + decaying)
 
 
 def autocast(precision: Precision) -> torch.autocast:
-    """Within this context a model computes as it does in training of this precision."""
+    """Return the context in which a model computes as in training of this precision."""
     return torch.autocast(dist.device().type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def require_processes(strategy: StrategyName, *configs: FitConfig) -> None:
-    """Raise ValueError where these processes cannot train so; told before anything is sampled."""
+def check_processes(strategy: StrategyName, *configs: FitConfig) -> None:
+    """Raise ValueError if the strategy or a batch size does not suit the number of processes."""
     check_strategy(strategy)
-    if small := [config.batch_size for config in configs if config.batch_size < dist.world_size()]:
-        raise ValueError(
-            f"a batch of {small[0]} examples does not reach for {dist.world_size()} processes: raise batch_size (of "
-            "fit and rebirth.fit), or start fewer"
-        )
+    for config in configs:
+        if config.batch_size < dist.world_size():
+            raise ValueError(
+                f"batch_size {config.batch_size} is smaller than the number of processes ({dist.world_size()}); "
+                "increase it (fit.batch_size, rebirth.fit.batch_size) or use fewer processes"
+            )
 
 
 def fit(
-    network: nn.Module, batches: Batches[Batch], loss: Loss[Batch], config: FitConfig, *, stage: FitContext
+    network: nn.Module, batches: Batches[Batch], loss: BatchLoss[Batch], config: FitConfig, *, context: FitContext
 ) -> Checkpoint:
-    """Train what requires gradients, and write it down.
+    """Train the parameters that require gradients; resume from the latest checkpoint if there is one.
 
-    The network is used up: engines leave it in pieces. What was learnt is in the checkpoint of the last step, whose
-    weights `load_trained` puts into a network like the one that came in.
+    Strategies take the network apart, so it must not be used afterwards. The trained weights are in the checkpoint of
+    the last step: `load_trained` loads them into a network like the one that was passed.
 
     Args:
-        network: whatever in it requires gradients is trained.
-        batches: step -> this rank's batch, in pieces.
-        loss: (model, batch) -> loss and figures.
-        config: optimisation, in steps.
-        stage: names, places and engine.
+        network: model; its parameters that require gradients are trained.
+        batches: source of this rank's micro-batches.
+        loss: (model, micro-batch) -> loss and its parts.
+        config: optimization, with the number of steps resolved.
+        context: name, folder, seed, strategy and callback.
 
     Returns:
         The last checkpoint.
 
     Raises:
-        FloatingPointError: the loss or a gradient is not finite; the last checkpoint is sound.
+        FloatingPointError: the loss or a gradient is not finite; the last checkpoint is valid.
         ValueError: the config does not suit the model or the number of processes, or the disk is full.
     """
-    require_processes(stage.strategy, config)
-    last = stage.checkpoints.latest()
+    check_processes(context.strategy, config)
+    checkpoints = Checkpoints(context.folder / CHECKPOINTS_DIR)
+    last = checkpoints.latest()
     if last and last.step >= config.num_steps:
         return last
     _to_master_weights(network, config)
@@ -225,116 +229,51 @@ def fit(
         network.checkpoint_layers(True)
     stored = load_trained(network, last) if last else None
     strategy = make_strategy(
-        stage.strategy,
+        context.strategy,
         network,
         make_optimizer(network, config),
         max_grad_norm=config.max_grad_norm,
         bf16=config.precision == "bfloat16",
     )
+    first = 0
     if stored is not None and last:
         strategy.restore(stored)
-        log.info("%s goes on from step %d", stage.name, last.step)
+        first = last.step
+        log.info("%s: resuming from step %d", context.name, first)
     strategy.model.train()
-    _run(strategy, batches, loss, config, stage=stage, first=last.step if last else 0)
+    steps = StepLog(context.folder, first_step=first) if dist.is_main() else None
+    with ProgressBar(context.name, first=first, num_steps=config.num_steps) as bar:
+        for step, micro_batches, waited in _prefetch(batches, first, config.num_steps):
+            started = time.monotonic()
+            is_last = step + 1 == config.num_steps
+            torch.manual_seed(context.seed * 1_000_003 + step * 131 + dist.rank())
+            metrics = _train_step(strategy, loss, micro_batches, config=config, step=step)
+            if context.callback and (is_last or step % context.callback.every == 0):
+                metrics |= context.callback.measure(strategy.model)
+            metrics |= _speed_metrics(micro_batches, seconds=waited + time.monotonic() - started, waited=waited)
+            bar.show(step, metrics)
+            if steps:
+                steps(step, metrics)
+            if is_last or (step + 1) % config.checkpoint_every == 0:
+                _save(strategy, checkpoints, step=step + 1)
+    if steps:
+        steps.close()
     strategy.close()
-    done = stage.checkpoints.latest()
-    assert done is not None, "the last step ends in a checkpoint"
+    done = checkpoints.latest()
+    assert done is not None, "the last step writes a checkpoint"
     return done
 
 
-def _run(
-    strategy: TrainingStrategy,
-    batches: Batches[Batch],
-    loss: Loss[Batch],
-    config: FitConfig,
-    *,
-    stage: FitContext,
-    first: int,
-) -> None:
-    """All steps from the first on, with log and checkpoints."""
-    steps = StepLog(stage.folder) if dist.is_main() else None
-    if steps:
-        steps.resume(first)
-    with Bar(stage.name, first=first, num_steps=config.num_steps) as bar:
-        for step, micro_batches, waited in _prefetch(batches, first, config.num_steps):
-            began = time.monotonic()
-            torch.manual_seed(stage.seed * 1_000_003 + step * 131 + dist.rank())
-            figures = _step(strategy, loss, micro_batches, config=config, step=step)
-            if stage.callback and (step % stage.callback.every == 0 or step + 1 == config.num_steps):
-                figures |= stage.callback.measure(strategy.model)
-            seconds = waited + time.monotonic() - began
-            figures |= _costs(micro_batches, seconds=seconds, waited=waited)
-            bar.show(step, figures)
-            if steps:
-                steps(step, figures)
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.num_steps:
-                _save(strategy, stage.checkpoints, step=step + 1)
-    if steps:
-        steps.close()
-
-
 def _save(strategy: TrainingStrategy, checkpoints: Checkpoints, *, step: int) -> None:
-    # Taking a split weight together needs all ranks; rank 0 alone keeps what it gets.
-    whole = {key: tensor.cpu().contiguous() for key, tensor in strategy.state() if dist.is_main()}
+    # Gathering a sharded weight needs all ranks; only rank 0 keeps the result.
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in strategy.state() if dist.is_main()}
     if dist.is_main():
-        checkpoints.save(whole, step=step)
+        checkpoints.save(tensors, step=step)
     dist.barrier()
 
 
-class Bar:
-    """How far a stage is: a bar on a terminal, else a line now and then. Rank 0 alone shows it.
-
-    Args:
-        name: of the stage.
-        first: steps that were done before.
-        num_steps: of the whole stage.
-    """
-
-    def __init__(self, name: str, *, first: int, num_steps: int) -> None:
-        self.name = name
-        self.num_steps = num_steps
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[told]}"),
-        )
-        self.progress = Progress(
-            *columns, console=Console(stderr=True), disable=not dist.is_main(), refresh_per_second=2
-        )
-        self.task = self.progress.add_task(name, total=num_steps, completed=first, told="")
-
-    def __enter__(self) -> "Bar":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, step: int, figures: Mapping[str, float]) -> None:
-        """Tell a step's figures."""
-        told = " ".join(f"{name} {figures[name]:.3f}" for name in SHOWN if name in figures)
-        self.progress.update(self.task, completed=step + 1, told=told)
-        # A file shows no bar while it grows.
-        if not self.progress.console.is_terminal and (step + 1) % max(1, self.num_steps // TOLD_TIMES) == 0:
-            log.info("%s: step %d of %d: %s", self.name, step + 1, self.num_steps, told)
-
-
-def _to_master_weights(network: nn.Module, config: FitConfig) -> None:
-    """Weights to be trained are float32 within: in 16 bits small steps would be rounded away."""
-    bf16 = [parameter for _, parameter in trainable_parameters(network) if parameter.dtype != torch.float32]
-    if bf16 and config.precision == "float32":
-        raise ValueError(
-            f"the weights to be trained are in {str(bf16[0].dtype).removeprefix('torch.')}: compute in it too "
-            "(fit.precision bfloat16), or load them as placement.dtype float32"
-        )
-    for parameter in bf16:
-        parameter.data = parameter.data.float()
-
-
 def make_optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimizer:
-    """AdamW on what requires gradients; matrices decay, vectors do not."""
+    """Create AdamW for the parameters that require gradients; matrices have weight decay, vectors do not."""
     parameters = [parameter for _, parameter in trainable_parameters(network)]
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": config.weight_decay},
@@ -344,23 +283,37 @@ def make_optimizer(network: nn.Module, config: FitConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
-def _step(
-    strategy: TrainingStrategy, loss: Loss[Batch], micro_batches: Sequence[Batch], *, config: FitConfig, step: int
+def _to_master_weights(network: nn.Module, config: FitConfig) -> None:
+    """Convert weights in training to float32: in 16 bits small updates would be rounded away."""
+    low_precision = [parameter for _, parameter in trainable_parameters(network) if parameter.dtype != torch.float32]
+    if low_precision and config.precision == "float32":
+        dtype = str(low_precision[0].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the weights to train are {dtype}, but fit.precision is float32; set fit.precision bfloat16, or load them "
+            "with placement.dtype float32"
+        )
+    for parameter in low_precision:
+        parameter.data = parameter.data.float()
+
+
+def _train_step(
+    strategy: TrainingStrategy, loss: BatchLoss[Batch], micro_batches: Sequence[Batch], *, config: FitConfig, step: int
 ) -> dict[str, float]:
-    """One step of the optimiser; the figures are those of all ranks."""
-    total, figures = 0.0, Counter[str]()
-    for number, (piece, counts) in enumerate(padded := _padded(strategy, micro_batches), start=1):
+    """Take one optimizer step; returns the metrics of all ranks."""
+    total, metrics = 0.0, Counter[str]()
+    padded = _pad_micro_batches(strategy, micro_batches)
+    for number, (batch, counts) in enumerate(padded, start=1):
         with strategy.micro_batch(last=number == len(padded)):
             with autocast(config.precision):
-                value, figures_of_piece = loss(strategy.model, piece)
+                value, parts = loss(strategy.model, batch)
             strategy.backward(value if counts else 0 * value)
         if counts:
             total += value.item()
-            figures.update(figures_of_piece)
+            metrics.update(parts)
     norm = strategy.clip()
-    ranks = dist.gather([{"loss": total, **figures}])
+    ranks = dist.gather([{"loss": total, **metrics}])
     if not math.isfinite(norm) or not all(math.isfinite(one["loss"]) for one in ranks):
-        _refuse(micro_batches, total, norm=norm, step=step)
+        _raise_not_finite(micro_batches, total, norm=norm, step=step)
     learning_rate = learning_rate_at(step, config)
     strategy.step(learning_rate)
     summed = Counter[str]()
@@ -370,28 +323,32 @@ def _step(
     return means | {"grad_norm": norm, "learning_rate": learning_rate}
 
 
-def _padded(strategy: TrainingStrategy, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
-    """The pieces, each with whether it counts: where all ranks must call the model alike, the last is done again."""
+def _pad_micro_batches(strategy: TrainingStrategy, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
+    """Return micro-batches, and whether each counts.
+
+    Where all ranks must call the model equally often, the last micro-batch is repeated without counting.
+    """
+    counted = [(batch, True) for batch in micro_batches]
     if not strategy.requires_equal_calls:
-        return [(piece, True) for piece in micro_batches]
+        return counted
     most = max(dist.gather([len(micro_batches)]))
-    return [(piece, True) for piece in micro_batches] + [(micro_batches[-1], False)] * (most - len(micro_batches))
+    return counted + [(micro_batches[-1], False)] * (most - len(micro_batches))
 
 
-def _refuse(micro_batches: Sequence[Batch], total: float, *, norm: float, step: int) -> None:
-    """End before the step; the clips are those of the ranks whose loss is not finite, or all if none's is."""
-    ranks = dist.gather([(total, [clip for piece in micro_batches for clip in piece.clips])])
+def _raise_not_finite(micro_batches: Sequence[Batch], total: float, *, norm: float, step: int) -> None:
+    """Raise before the weights are updated, with the clips of the ranks whose loss is not finite, or of all ranks."""
+    ranks = dist.gather([(total, [clip for batch in micro_batches for clip in batch.clips])])
     bad = [one for one in ranks if not math.isfinite(one[0])] or ranks
     clips = sorted({clip for _, names in bad for clip in names})
     raise FloatingPointError(
-        f"step {step}: loss {bad[0][0]}, gradient norm {norm}, on {', '.join(clips)}: look at these, or lower the "
-        "learning rate. The weights were not moved; the last checkpoint is sound"
+        f"step {step}: loss {bad[0][0]}, gradient norm {norm}, on {', '.join(clips)}: check these clips, or lower the "
+        "learning rate. The step was skipped; the last checkpoint is valid"
     )
 
 
-def _costs(micro_batches: Sequence[Batch], *, seconds: float, waited: float) -> dict[str, float]:
-    """Tokens a second of all ranks, the most memory of this one so far, and where the time went."""
-    tokens = dist.all_reduce_sum(sum(piece.num_tokens for piece in micro_batches))
+def _speed_metrics(micro_batches: Sequence[Batch], *, seconds: float, waited: float) -> dict[str, float]:
+    """Return tokens per second of all ranks, the peak memory of this rank, and the time of the step in seconds."""
+    tokens = dist.all_reduce_sum(sum(batch.num_tokens for batch in micro_batches))
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     else:
@@ -405,13 +362,53 @@ def _costs(micro_batches: Sequence[Batch], *, seconds: float, waited: float) -> 
 
 
 def _prefetch(batches: Batches[Batch], first: int, last: int) -> Iterator[tuple[int, Sequence[Batch], float]]:
-    """Make the next batch in a thread while the current one is trained on; tells how many seconds it was waited for."""
+    """Yield (step, micro-batches, seconds waited for them); a thread prepares the next step during the current one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        following = pool.submit(batches, first) if first < last else None
+        following = pool.submit(batches.micro_batches, first) if first < last else None
         for step in range(first, last):
             assert following is not None
-            began = time.monotonic()
+            started = time.monotonic()
             micro_batches = following.result()
-            waited = time.monotonic() - began
-            following = pool.submit(batches, step + 1) if step + 1 < last else None
+            waited = time.monotonic() - started
+            following = pool.submit(batches.micro_batches, step + 1) if step + 1 < last else None
             yield step, micro_batches, waited
+
+
+class ProgressBar:
+    """Progress of a stage: a bar in a terminal, else a line now and then; only rank 0 shows it.
+
+    Args:
+        name: name of the stage.
+        first: number of steps that were finished before.
+        num_steps: number of steps of the whole stage.
+    """
+
+    def __init__(self, name: str, *, first: int, num_steps: int) -> None:
+        self.name = name
+        self.num_steps = num_steps
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[metrics]}"),
+        )
+        self.progress = Progress(
+            *columns, console=Console(stderr=True), disable=not dist.is_main(), refresh_per_second=2
+        )
+        self.task = self.progress.add_task(name, total=num_steps, completed=first, metrics="")
+
+    def __enter__(self) -> "ProgressBar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a step's metrics."""
+        text = " ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics)
+        self.progress.update(self.task, completed=step + 1, metrics=text)
+        # A log file would not show the bar.
+        if not self.progress.console.is_terminal and (step + 1) % max(1, self.num_steps // NUM_LOG_LINES) == 0:
+            log.info("%s: step %d of %d: %s", self.name, step + 1, self.num_steps, text)

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 from salmonn.records import write_text
 from salmonn.templates import load_template
-from salmonn.train.run_log import COLUMNS, RunRecord, RunSummary, StageLog, column_titles, format_figure
+from salmonn.train.run_log import COLUMNS, RunRecord, RunSummary, StageRecord, column_titles, format_figure
 
 _MAX_POINTS = 1000  # per line over all stages: more than a panel has pixels
 
@@ -130,13 +130,13 @@ def _draw_rates(summary: RunSummary, axes: Any, palette: _Palette) -> None:
     )
 
 
-def _panels_of(stages: Sequence[StageLog]) -> list[Panel]:
+def _panels_of(stages: Sequence[StageRecord]) -> list[Panel]:
     """Return the panels for which the run has values."""
     known = {key for stage in stages for figures in stage.steps for key in figures}
     return [panel for panel in PANELS if known & set(panel.lines)]
 
 
-def _draw_panel(panel: Panel, stages: Sequence[StageLog], axes: Any, palette: _Palette) -> None:
+def _draw_panel(panel: Panel, stages: Sequence[StageRecord], axes: Any, palette: _Palette) -> None:
     """Plot all stages one after the other, with a marker at the start of each."""
     trained = [stage for stage in stages if stage.steps]
     lengths = [int(stage.steps[-1]["step"]) + 1 for stage in trained]

@@ -1,4 +1,8 @@
-"""Training on preference pairs: their batches, the reference policy's log-probabilities, and the guided-DPO loss."""
+"""Preference training: batches of comparisons, log-probabilities of the reference policy, and the loss of a batch.
+
+All answers about a clip share its prefix: the clip's tokens pass through the decoder once, the answers of every role
+behind them. Which rows of a batch belong to which role is written in the batch (`PreferenceBatch.rows`).
+"""
 
 import itertools
 import logging
@@ -16,300 +20,325 @@ from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import Network
-from salmonn.preference.losses import guided_dpo_loss, mean_cross_entropy, sequence_logps
+from salmonn.preference.losses import PreferenceLoss, Role, RoleLogps
 from salmonn.records import Comparison, read_json, write_json
-from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split
+from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split_evenly
 from salmonn.train.feature_cache import hash_features, hash_tokenizer, hash_values, hash_weights
 
 log = logging.getLogger(__name__)
 REFERENCE_LOGPS_NAME = "reference_logps.json"
+REFERENCE_LOGPS_FORMAT = 1
+Logps = Mapping[Role, float]  # of one comparison's answers
 
 
 @dataclass(frozen=True)
-class DpoConfig:
-    """Guided DPO (arXiv 2410.06682).
+class PreferenceExample:
+    """A comparison with the features of its clip; examples about the same clip hold the same features object."""
 
-    Args:
-        beta: strength of the tie to the reference policy.
-        ce_weight: weight of the cross-entropy on the ground-truth caption; 0 is plain DPO.
-        kl_every: steps between two measurements of how far the policy has moved.
-    """
+    comparison: Comparison
+    features: ClipFeatures
 
-    beta: float = 0.1
-    ce_weight: float = 0.1
-    kl_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.kl_every < 1:
-            raise ValueError(f"kl_every counts steps and must be at least 1, got {self.kl_every}")
+    def answer(self, role: Role) -> str:
+        """Return the answer of a role."""
+        answer: str = getattr(self.comparison, role)
+        return answer
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """P pairs: `inputs` holds 3 P rows (all chosen, all rejected, all ground truths), references are (P,) each.
+    """A micro-batch of B comparisons.
 
-    `mean_num_pairs` counts the step's pairs of an average rank, `clips` names those of these pairs.
+    Args:
+        inputs: inputs of the model, one row for each answer.
+        rows: role -> its B rows of the inputs, in the order of the comparisons.
+        reference_logps: role -> (B,) log-probabilities by the reference policy.
+        mean_num_examples: number of comparisons of the whole step, divided by the number of ranks.
+        clips: names of its clips, for error messages.
     """
 
     inputs: ModelInputs
-    reference_chosen: Tensor
-    reference_rejected: Tensor
-    mean_num_pairs: float
+    rows: Mapping[Role, slice]
+    reference_logps: Mapping[Role, Tensor]
+    mean_num_examples: float
     clips: tuple[str, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Of text and clips, that go through the decoder."""
+        """Number of tokens that pass through the decoder."""
         return self.inputs.num_tokens
 
 
 class PreferenceBatches:
-    """Deals out pairs with what the reference policy says of them.
+    """Batches of comparisons with their reference log-probabilities, in a new seeded order each epoch.
 
     Args:
-        pairs: all of them, the same on every rank.
-        blocks: video -> its clip's block.
-        processor: of the model.
-        batch_size: pairs a step over all ranks.
-        seed: of the order.
-        gradient_accumulation_steps: pieces that a rank's part is split into, if it has so many pairs.
-
-    `reference_logps` has the reference policy's log-probabilities of each pair's chosen and rejected answer.
+        examples: all comparisons, the same on every rank.
+        reference_logps: log-probabilities of their answers, as `compute_reference_logps` returns them.
+        processor: processor of the model.
+        roles: answers of a comparison that the loss needs.
+        batch_size: comparisons per step over all ranks.
+        seed: seed of the order.
+        gradient_accumulation_steps: number of micro-batches of a rank, at most its number of comparisons.
     """
 
     def __init__(
         self,
-        pairs: Sequence[Comparison],
-        blocks: Mapping[str, ClipFeatures],
+        examples: Sequence[PreferenceExample],
+        reference_logps: Sequence[Logps],
         processor: Processor,
         *,
+        roles: Sequence[Role],
         batch_size: int,
         seed: int,
         gradient_accumulation_steps: int = 1,
     ) -> None:
-        self.pairs = pairs
-        self.blocks = blocks
+        self.examples = list(zip(examples, reference_logps, strict=True))
         self.processor = processor
+        self.roles = roles
         self.batch_size = batch_size
         self.seed = seed
         self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.reference_logps: list[tuple[float, float]] = []
 
-    def compute_reference_logps(self, network: Network, *, folder: Path | None = None) -> None:
-        """Ask the reference policy, the network with its adapter off, once for every pair; shared over ranks.
+    def micro_batches(self, step: int) -> list[PreferenceBatch]:
+        """Return this rank's micro-batches of a step."""
+        mine = dist.shard(batch_at(self.examples, step, batch_size=self.batch_size, seed=self.seed))
+        micro_batches = []
+        for part in split_evenly(mine, self.gradient_accumulation_steps):
+            examples = [example for example, _ in part]
+            inputs, rows = collate_roles(examples, self.roles, self.processor)
+            reference = {role: torch.tensor([logps[role] for _, logps in part]) for role in part[0][1]}
+            clips = tuple(example.comparison.video for example in examples)
+            mean_num_examples = self.batch_size / dist.world_size()
+            micro_batches.append(PreferenceBatch(inputs, rows, reference, mean_num_examples, clips))
+        return micro_batches
 
-        Args:
-            network: as it is for all of the training.
-            folder: takes reference_logps.json. What is there is used again if all that it depends on
-                is as it was and each rank's first batch gives the same once more.
-        """
-        groups = self._by_clip()
-        costs = [len(self.blocks[self.pairs[group[0]].video]) + self._count_words(group) for group in groups]
-        shares = dist.balance(costs)
-        mine = [place for number in shares[dist.rank()] for place in groups[number]]
-        made_of = self._describe(network) if folder else ""
-        if (
-            folder
-            and (kept := _read_kept(folder / REFERENCE_LOGPS_NAME, made_of))
-            and self._says_again(network, mine, kept)
-        ):
-            self.reference_logps = kept
-            return
-        said = dict(zip(mine, self._ask(network, mine), strict=True))
-        parts = dist.gather_balanced(
-            [[said[place][:2] for place in groups[number]] for number in shares[dist.rank()]], shares
-        )
-        placed = dict(zip(itertools.chain(*groups), itertools.chain(*parts), strict=True))
-        self.reference_logps = [placed[place] for place in range(len(self.pairs))]
-        if folder and dist.is_main():
-            write_json(folder / REFERENCE_LOGPS_NAME, {"made_of": made_of, "logps": self.reference_logps})
 
-    def _by_clip(self) -> list[list[int]]:
-        """Places of the pairs, those on one clip together: they share its way through the decoder."""
-        groups: dict[str, list[int]] = {}
-        for place, pair in enumerate(self.pairs):
-            groups.setdefault(pair.video, []).append(place)
-        return list(groups.values())
+def collate_roles(
+    examples: Sequence[PreferenceExample], roles: Sequence[Role], processor: Processor
+) -> tuple[ModelInputs, dict[Role, slice]]:
+    """Collate the answers of B comparisons; returns the inputs and, for each role, its B rows."""
+    clips = {id(example.features): example.features for example in examples}
+    index_of = {key: index for index, key in enumerate(clips)}
+    rows, slices = [], {}
+    for number, role in enumerate(roles):
+        slices[role] = slice(number * len(examples), (number + 1) * len(examples))
+        for example in examples:
+            one = example.comparison
+            rows.append(PromptRow(index_of[id(example.features)], one.prompt, example.answer(role), one.history))
+    return processor.collate(rows, list(clips.values())), slices
 
-    def _count_words(self, places: Sequence[int]) -> int:
-        return sum(len(f"{self.pairs[place].chosen} {self.pairs[place].rejected}".split()) for place in places)
 
-    @property
-    def _size(self) -> int:
-        """Pairs that a process asks the reference about at once: as many as go through it at once in training."""
-        return max(1, self.batch_size // (self.gradient_accumulation_steps * dist.world_size()))
+def compute_reference_logps(
+    network: Network,
+    examples: Sequence[PreferenceExample],
+    processor: Processor,
+    *,
+    roles: Sequence[Role],
+    batch_size: int,
+    folder: Path | None = None,
+) -> list[dict[Role, float]]:
+    """Compute the log-probabilities of answers by the reference policy: the network with its adapter disabled.
 
-    def _ask(self, network: Network, places: Sequence[int]) -> list[tuple[float, float, int]]:
-        """Log-probabilities of pairs' chosen and rejected answers, and how many tokens both have."""
-        said: list[tuple[float, float, int]] = []
+    Comparisons are balanced over ranks. With a folder, results are written to reference_logps.json; a later call uses
+    them again if everything that they depend on is unchanged and each rank reproduces its first batch.
+
+    Args:
+        network: model with an adapter.
+        examples: comparisons, the same on every rank.
+        processor: processor of the model.
+        roles: answers that the loss compares with the reference policy.
+        batch_size: comparisons of a forward pass.
+        folder: folder of the cached file; none to compute without a cache.
+
+    Returns:
+        For each comparison the summed log-probability of each role's answer.
+    """
+    groups: dict[int, list[int]] = {}  # comparisons about the same clip, whose prefix they share
+    for index, example in enumerate(examples):
+        groups.setdefault(id(example.features), []).append(index)
+    by_clip = list(groups.values())
+    costs = [
+        len(examples[group[0]].features)
+        + sum(len(examples[index].answer(role).split()) for index in group for role in roles)
+        for group in by_clip
+    ]
+    shares = dist.balance(costs)
+    mine = [index for number in shares[dist.rank()] for index in by_clip[number]]
+
+    def compute(indices: Sequence[int]) -> list[tuple[dict[Role, float], int]]:
+        """Return log-probabilities, and the number of tokens of all roles' answers."""
+        results = []
         with adapter_disabled(network), torch.no_grad():
-            for start in tqdm(range(0, len(places), self._size), desc="reference", disable=not dist.is_main()):
-                part = [self.pairs[place] for place in places[start : start + self._size]]
-                videos = list(dict.fromkeys(pair.video for pair in part))
-                clips = [videos.index(pair.video) for pair in part]
-                rows = [
-                    PromptRow(clip, pair.prompt, text, pair.history)
-                    for texts in ([pair.chosen for pair in part], [pair.rejected for pair in part])
-                    for clip, pair, text in zip(clips, part, texts, strict=True)
-                ]
-                inputs = self.processor.collate(rows, [self.blocks[video] for video in videos])
-                logps = sequence_logps(network(inputs.to(network.device))).cpu().chunk(2)
-                counts = (inputs.labels != -100).sum(-1).reshape(2, -1).sum(0)
-                said += zip(*(column.tolist() for column in (*logps, counts)), strict=True)
-        return said
+            starts = range(0, len(indices), batch_size)
+            for start in tqdm(starts, desc="reference log-probabilities", disable=not dist.is_main()):
+                part = [examples[index] for index in indices[start : start + batch_size]]
+                inputs, rows = collate_roles(part, roles, processor)
+                logps = role_logps(network(inputs.to(network.device)).cpu(), inputs.labels, rows)
+                for number in range(len(part)):
+                    values = {role: one.policy[number].item() for role, one in logps.items()}
+                    results.append((values, sum(int(one.num_tokens[number]) for one in logps.values())))
+        return results
 
-    def _describe(self, network: Network) -> str:
-        """A hash of all that the reference's log-probabilities depend on."""
-        videos = list(dict.fromkeys(pair.video for pair in self.pairs))
-        digests = dist.gather([hash_features(self.blocks[video]) for video in dist.shard(videos)])
-        weights = ((name, value) for name, value in network.named_parameters() if ".lora_" not in name)
-        # All ranks have the same weights.
-        mark = dist.gather([hash_weights(weights) if dist.is_main() else ""])[0]
-        pairs = [(pair.video, pair.prompt, pair.chosen, pair.rejected, pair.history) for pair in self.pairs]
-        attention = network.config._attn_implementation
-        words = hash_tokenizer(self.processor)
-        return hash_values(
-            mark, dict(zip(videos, digests, strict=True)), pairs, words, attention, _computed_in(network)
+    fingerprint = ""
+    if folder:
+        fingerprint = _fingerprint(network, examples, by_clip, processor, roles=roles)
+        cached = _read_cached(folder / REFERENCE_LOGPS_NAME, fingerprint)
+        if cached and _matches_cached(
+            compute(mine[:batch_size]), [cached[index] for index in mine[:batch_size]], network
+        ):
+            return cached
+    computed = dict(zip(mine, compute(mine), strict=True))
+    shards = [[computed[index][0] for index in by_clip[number]] for number in shares[dist.rank()]]
+    results = dict(zip(itertools.chain(*by_clip), itertools.chain(*dist.gather_balanced(shards, shares)), strict=True))
+    logps = [results[index] for index in range(len(examples))]
+    if folder and dist.is_main():
+        values = {"format": REFERENCE_LOGPS_FORMAT, "fingerprint": fingerprint, "logps": logps}
+        write_json(folder / REFERENCE_LOGPS_NAME, values)
+    return logps
+
+
+def role_logps(
+    token_logps: Tensor,
+    labels: Tensor,
+    rows: Mapping[Role, slice],
+    reference_logps: Mapping[Role, Tensor] | None = None,
+) -> dict[Role, RoleLogps]:
+    """Sum log-probabilities over the tokens of each answer (arXiv 2305.18290).
+
+    Args:
+        token_logps: (R, L - 1) log-probabilities of the answers' tokens, 0 elsewhere.
+        labels: (R, L) ids of the answers' tokens, -100 elsewhere.
+        rows: role -> its B rows.
+        reference_logps: role -> (B,) log-probabilities by the reference policy, if any.
+    """
+    num_tokens = (labels[:, 1:] != -100).sum(-1)
+    reference = {role: logps.to(token_logps.device) for role, logps in (reference_logps or {}).items()}
+    return {
+        role: RoleLogps(token_logps[part].sum(-1), num_tokens[part], reference.get(role)) for role, part in rows.items()
+    }
+
+
+def _fingerprint(
+    network: Network,
+    examples: Sequence[PreferenceExample],
+    by_clip: Sequence[Sequence[int]],
+    processor: Processor,
+    *,
+    roles: Sequence[Role],
+) -> str:
+    """Hash everything that the reference log-probabilities depend on."""
+    hashes = dist.gather([hash_features(examples[group[0]].features) for group in dist.shard(by_clip)])
+    weights = ((name, value) for name, value in network.named_parameters() if ".lora_" not in name)
+    # All ranks have the same weights.
+    weights_hash = dist.gather([hash_weights(weights) if dist.is_main() else ""])[0]
+    prompts = [
+        (
+            one.comparison.video,
+            one.comparison.prompt,
+            one.comparison.history,
+            {role: one.answer(role) for role in roles},
         )
-
-    def _says_again(self, network: Network, mine: Sequence[int], kept: Sequence[tuple[float, float]]) -> bool:
-        """Whether each rank's first batch gives what was kept, but for roundings of another device or other batches."""
-        gaps = []
-        for place, (*said, count) in zip(mine, self._ask(network, mine[: self._size]), strict=False):
-            allowed = _allowed(said, count, computed_in=_computed_in(network))
-            gaps += [abs(now - before) / allowed for now, before in zip(said, kept[place], strict=True)]
-        said_again = all(gap <= 1 for gap in dist.gather(gaps))  # false of what is no number, too
-        if not said_again and dist.is_main():
-            log.warning("what is kept of the reference policy is off by more than rounding may do: it is asked again")
-        return said_again
-
-    def __call__(self, step: int) -> list[PreferenceBatch]:
-        """This rank's batch of a step, in pieces."""
-        assert len(self.reference_logps) == len(self.pairs), "compute_reference_logps() comes before the first batch"
-        numbered = list(enumerate(self.pairs))
-        mine = dist.shard(batch_at(numbered, step, batch_size=self.batch_size, seed=self.seed))
-        return [self._piece(part) for part in split(mine, self.gradient_accumulation_steps)]
-
-    def _piece(self, numbered: Sequence[tuple[int, Comparison]]) -> PreferenceBatch:
-        part = [pair for _, pair in numbered]
-        rows = [
-            PromptRow(index, pair.prompt, text, pair.history)
-            for texts in zip(*((pair.chosen, pair.rejected, pair.ground_truth) for pair in part), strict=True)
-            for index, (pair, text) in enumerate(zip(part, texts, strict=True))
-        ]
-        reference = torch.tensor([self.reference_logps[number] for number, _ in numbered])
-        mean_num_pairs = self.batch_size / dist.world_size()
-        names = tuple(pair.video for pair in part)
-        return PreferenceBatch(self._inputs(part, rows), reference[:, 0], reference[:, 1], mean_num_pairs, names)
-
-    def _inputs(self, pairs: Sequence[Comparison], rows: Sequence[PromptRow]) -> ModelInputs:
-        return self.processor.collate(rows, [self.blocks[pair.video] for pair in pairs])
+        for one in examples
+    ]
+    attention = network.config._attn_implementation
+    clips = list(zip(hashes, by_clip, strict=True))
+    return hash_values(weights_hash, clips, prompts, hash_tokenizer(processor), attention, _compute_dtype(network))
 
 
-def _read_kept(path: Path, made_of: str) -> list[tuple[float, float]] | None:
-    """What the file holds, if it was made of the same; rank 0 alone reads: others may see a shared disk later."""
-    kept = None
+def _read_cached(path: Path, fingerprint: str) -> list[dict[Role, float]] | None:
+    """Return cached log-probabilities if they are current; only rank 0 reads, as NFS shows new files late."""
+    cached = None
     if dist.is_main() and path.is_file():
         try:
             values = read_json(path)
-            if values["made_of"] == made_of:
-                kept = [(chosen, rejected) for chosen, rejected in values["logps"]]
+            if values["format"] == REFERENCE_LOGPS_FORMAT and values["fingerprint"] == fingerprint:
+                cached = [dict(logps) for logps in values["logps"]]
             else:
-                log.warning("%s is of other weights, clips, pairs or words: the reference policy is asked again", path)
+                log.warning("%s is from different weights, clips, comparisons or tokens; recomputing", path)
         except (ValueError, KeyError, TypeError):
-            log.warning("%s cannot be read: the reference policy is asked again", path)
-    return dist.gather([kept])[0]
+            log.warning("%s cannot be read; recomputing", path)
+    return dist.gather([cached])[0]
 
 
-def _computed_in(network: Network) -> str:
-    """The type that products are computed in."""
+def _matches_cached(computed: Sequence[tuple[Logps, int]], cached: Sequence[Logps], network: Network) -> bool:
+    """Compare each rank's first batch with the cached values, up to rounding on another device or in other batches."""
+    errors = []
+    for (logps, num_tokens), before in zip(computed, cached, strict=True):
+        allowed = _rounding_error(list(logps.values()), num_tokens, dtype=_compute_dtype(network))
+        errors += [abs(value - before[role]) / allowed for role, value in logps.items()]
+    matches = all(error <= 1 for error in dist.gather(errors))  # NaN does not match
+    if not matches and dist.is_main():
+        log.warning("cached reference log-probabilities differ by more than rounding error; recomputing")
+    return matches
+
+
+def _compute_dtype(network: Network) -> str:
     kind = network.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else network.dtype
     return str(dtype).removeprefix("torch.")
 
 
-def _allowed(logps: Sequence[float], num_tokens: int, *, computed_in: str) -> float:
-    """How far the same log-probability may be off where other batches round otherwise, in nats.
+def _rounding_error(logps: Sequence[float], num_tokens: int, *, dtype: str) -> float:
+    """Return the largest difference, in nats, that other batches' rounding explains for the same answers.
 
-    A token's error is a few units of the type that is computed in (in tests up to 0.3 in bfloat16, 0.4 in float32), up
-    as often as down, so that they add up by the square root of their number; the sums themselves are in float32.
+    A token's error is a few units of the data type (in tests up to 0.3 in bfloat16, 0.4 in float32). Errors have either
+    sign, so they grow with the square root of the number of tokens; the sums themselves are float32.
     """
-    unit, exact = torch.finfo(getattr(torch, computed_in)).eps, torch.finfo(torch.float32).eps
+    unit, exact = torch.finfo(getattr(torch, dtype)).eps, torch.finfo(torch.float32).eps
     return 8 * unit * math.sqrt(num_tokens) + 8 * exact * (num_tokens - sum(logps))
 
 
-class PreferenceLoss:
-    """The guided-DPO loss of a piece: its part of the mean over the step's pairs.
+class PreferenceBatchLoss:
+    """Computes a preference loss on micro-batches: their share of the mean over the step's comparisons.
 
     Args:
-        config: beta and the weight of the cross-entropy.
+        loss: loss and its roles.
     """
 
-    def __init__(self, config: DpoConfig) -> None:
-        self.config = config
+    def __init__(self, loss: PreferenceLoss) -> None:
+        self.loss = loss
 
     def __call__(self, model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Mapping[str, float]]:
-        """Loss and the figures of the log: its parts, mean rewards and their margin, how often the chosen one is
-        preferred, and how far the answers' log-probabilities have moved from the reference, in nats."""
+        """Return the loss, and its parts for the log."""
         inputs = batch.inputs.to(dist.device())
-        chosen, rejected, truth = model(inputs).chunk(3)
-        num_tokens = (inputs.labels.chunk(3)[2][:, 1:] != -100).sum(-1)
-        result = guided_dpo_loss(
-            policy_chosen=sequence_logps(chosen),
-            policy_rejected=sequence_logps(rejected),
-            reference_chosen=batch.reference_chosen.to(chosen.device),
-            reference_rejected=batch.reference_rejected.to(chosen.device),
-            ground_truth_cross_entropy=mean_cross_entropy(truth, num_tokens),
-            beta=self.config.beta,
-            ce_weight=self.config.ce_weight,
-        )
-        parts = {
-            "dpo": result.dpo,
-            "ce": result.cross_entropy,
-            "chosen": result.chosen_reward,
-            "rejected": result.rejected_reward,
-            "margin": result.chosen_reward - result.rejected_reward,
-            "accuracy": (result.chosen_reward > result.rejected_reward).float(),
-            "chosen_drift": result.chosen_reward / self.config.beta,
-            "rejected_drift": result.rejected_reward / self.config.beta,
-        }
-        count = batch.mean_num_pairs
-        return result.loss.sum() / count, {name: part.sum().item() / count for name, part in parts.items()}
+        output = self.loss.compute(role_logps(model(inputs), inputs.labels, batch.rows, batch.reference_logps))
+        count = batch.mean_num_examples
+        return output.loss.sum() / count, {name: part.sum().item() / count for name, part in output.parts.items()}
 
 
 class MixedBatches:
-    """Pairs, and among them questions to be answered.
+    """Batches of comparisons with questions among them.
 
     Args:
-        pairs: deals out the pairs of each step.
-        questions: deals out its questions, from the rank on that follows the last pair's.
+        preferences: batches of comparisons.
+        questions: batches of questions, from the rank that follows the last comparison's.
     """
 
-    def __init__(self, pairs: PreferenceBatches, questions: SftBatches) -> None:
-        self.pairs = pairs
+    def __init__(self, preferences: PreferenceBatches, questions: SftBatches) -> None:
+        self.preferences = preferences
         self.questions = questions
 
-    def __call__(self, step: int) -> list[PreferenceBatch | SftBatch]:
-        """This rank's batch of a step, in pieces."""
-        return [*self.pairs(step), *self.questions(step)]
+    def micro_batches(self, step: int) -> list[PreferenceBatch | SftBatch]:
+        """Return this rank's micro-batches of a step."""
+        return [*self.preferences.micro_batches(step), *self.questions.micro_batches(step)]
 
 
-class MixedLoss:
-    """Guided DPO on pairs and cross-entropy on answers to questions, each by its share of the step's examples.
+class MixedBatchLoss:
+    """Computes a preference loss on comparisons and cross-entropy on questions, each weighted by its share.
 
     Args:
-        config: beta and the weight of the ground truth's cross-entropy.
-        qa_fraction: share of the examples that are questions.
+        loss: loss of the comparisons.
+        qa_fraction: fraction of the examples that are questions.
     """
 
-    def __init__(self, config: DpoConfig, *, qa_fraction: float) -> None:
-        self.preference = PreferenceLoss(config)
+    def __init__(self, loss: PreferenceLoss, *, qa_fraction: float) -> None:
+        self.preference = PreferenceBatchLoss(loss)
         self.qa_fraction = qa_fraction
 
     def __call__(self, model: nn.Module, batch: PreferenceBatch | SftBatch) -> tuple[Tensor, Mapping[str, float]]:
-        """Loss, and the figures of the log: those of the pairs, or the cross-entropy `qa`."""
+        """Return the loss, and for the log the parts of the preference loss or the cross-entropy `qa`."""
         if isinstance(batch, SftBatch):
             value, _ = sft_loss(model, batch)
             return self.qa_fraction * value, {"qa": value.item()}
-        value, figures = self.preference(model, batch)
-        return (1 - self.qa_fraction) * value, figures
+        value, parts = self.preference(model, batch)
+        return (1 - self.qa_fraction) * value, parts

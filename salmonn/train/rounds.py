@@ -1,121 +1,135 @@
-"""From a model to its preference pairs: captions of the training clips are sampled, judged and paired.
-
-Each step's records are kept in the round's folder; a run that goes on reads what is there.
-"""
+"""Steps of a round of mrDPO that run on all ranks, and the rules that stop the rounds early."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from salmonn import dist
-from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import Sampling
-from salmonn.model.layout import ClipFeatures
-from salmonn.preference.selection import choose_pairs, summarise_pairs
-from salmonn.records import Caption, Comparison, Reference, Score
-from salmonn.score.formats import read_scores, write_scores
-from salmonn.score.judge import Judge
-from salmonn.score.scoring import make_judge_info
-from salmonn.train.evaluate import SIDE_BY_SIDE, SampleConfig, judge_captions, require_scores, sample_captions
-from salmonn.train.run_folder import is_missing, load_or_create, load_or_create_captions
+from salmonn.preference.reward import Rating, Reward
+from salmonn.preference.selection import Selector, select_pairs
+from salmonn.records import Caption, Comparison
+from salmonn.train.data import ClipSet
+from salmonn.train.evaluate import drop_unscored, judge_captions
+from salmonn.train.run_folder import is_missing, load_or_create
+from salmonn.train.run_log import STEPS_NAME, RunSummary, read_steps
 
 log = logging.getLogger(__name__)
+PAIRS_NAME = "pairs.jsonl"
 
 
 @dataclass(frozen=True)
-class PairConfig:
-    """Choice of preference pairs.
+class EarlyStopConfig:
+    """Early stopping. A first round that fails ends the run; after a later one the best model so far is kept.
 
     Args:
-        num_samples: captions sampled of each training clip.
-        sampling: how they are drawn.
-        min_gap: least difference in Total between chosen and rejected.
-        max_pairs_per_video: best with worst, second best with second worst, and so on.
-        repetition_weight: what repetition counts against a caption, beside Total.
-        max_length_ratio: pairs whose lengths differ by more are left out; none keeps them.
+        min_pairs: smallest number of pairs of a round; none for the number in one step.
+        min_margin: value that the reward margin, averaged over the last quarter of a round, must exceed: a round below
+            it has not learned to prefer the chosen answers. None to accept any margin.
+        max_worsening: largest increase of the held-out Total over the best so far, as a fraction.
     """
 
-    num_samples: int = 8
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.8, top_p=0.95))
-    min_gap: float = 0.1
-    max_pairs_per_video: int = 2
-    repetition_weight: float = 1.0
-    max_length_ratio: float | None = None
+    min_pairs: int | None = None
+    min_margin: float | None = 0.0
+    max_worsening: float = 0.05
 
 
-def make_pairs(
-    captioner: Captioner,
-    references: Sequence[Reference],
-    blocks: Sequence[ClipFeatures],
-    *,
-    judge: Judge,
-    config: PairConfig,
-    folder: Path,
-    seed: int,
-    side_by_side: int = SIDE_BY_SIDE,
-) -> list[Comparison]:
-    """Sample, judge and pair captions of clips; shared over ranks.
+class RoundFailedError(ValueError):
+    """A round that cannot improve the model."""
+
+
+def rate_captions(captions: Sequence[Caption], clips: ClipSet, *, reward: Reward, folder: Path) -> list[Rating]:
+    """Rate captions on all ranks, or load the ratings of an earlier run; unscored captions are left out.
 
     Args:
-        captioner: the policy.
-        references: of the clips.
-        blocks: of the clips, as `encode_clips` gives them.
-        judge: of the captions.
-        config: of sampling and choice.
-        folder: of the round: captions.jsonl, scores.jsonl and pairs.jsonl are written there.
-        seed: of sampling.
-        side_by_side: captions that are generated at once.
+        captions: sampled captions.
+        clips: annotated clips.
+        reward: rates them.
+        folder: folder of the round, which gets the reward's file.
+
+    Raises:
+        ValueError: all captions are unscored.
     """
-    draw = SampleConfig(config.sampling, seed=seed, num_samples=config.num_samples)
-    sample = partial(sample_captions, captioner, references, blocks, draw=draw, name=f"{folder.name}: sampling")
-    captions = load_or_create_captions(folder, partial(sample, side_by_side=side_by_side))
-    by_video = {reference.video: reference for reference in references}
-    scores = _judged(folder / "scores.jsonl", captions, by_video, judge=judge)
-    pairs = load_or_create(
-        folder / "pairs.jsonl", Comparison, lambda: pair_captions(captions, scores, by_video, config=config)
-    )
-    report = summarise_pairs(pairs)
-    log.info(
-        "%s: %d pairs, mean gap %.3f; mean words %.1f chosen, %.1f rejected",
-        folder.name,
-        report.num_pairs,
-        report.mean_margin,
-        report.mean_words_chosen,
-        report.mean_words_rejected,
-    )
-    return pairs
-
-
-def _judged(
-    path: Path, captions: Sequence[Caption], references: Mapping[str, Reference], *, judge: Judge
-) -> list[Score]:
-    """Scores of captions, from the score file where a run before wrote it; the unscored ones stay in it."""
+    path = folder / reward.file_name
     if is_missing(path):
-        results = judge_captions(captions, references, judge=judge)
-        require_scores(results, name=path.parent.name)  # before it is written: a run without any score is no result
+        results = judge_captions(captions, clips.by_video, judge=reward.rate)
+        drop_unscored(results, name=folder.name)  # before the file is written: a file without scores is no result
         if dist.is_main():
-            write_scores(path, make_judge_info(judge), results)
+            reward.save(path, results)
         dist.barrier()
-    return read_scores(path).scores
+    return reward.load(path)
 
 
-def pair_captions(
-    captions: Sequence[Caption], scores: Sequence[Score], references: Mapping[str, Reference], *, config: PairConfig
+def load_or_select(
+    captions: Sequence[Caption],
+    ratings: Sequence[Rating],
+    clips: ClipSet,
+    *,
+    selector: Selector,
+    source: str,
+    folder: Path,
 ) -> list[Comparison]:
-    """Best against worst, clip by clip, of the captions that have a score."""
-    scored = {(score.video, score.sample) for score in scores}
-    by_video: dict[str, list[Caption]] = {}
-    for caption in captions:
-        if (caption.video, caption.sample) in scored:
-            by_video.setdefault(caption.video, []).append(caption)
-    return choose_pairs(
-        by_video,
-        scores,
-        references,
-        min_gap=config.min_gap,
-        max_pairs_per_video=config.max_pairs_per_video,
-        repetition_weight=config.repetition_weight,
-        max_length_ratio=config.max_length_ratio,
+    """Select preference pairs and log what was kept and why, or load the pairs of an earlier run.
+
+    Args:
+        captions: sampled captions.
+        ratings: their ratings.
+        clips: annotated clips.
+        selector: pairs the captions of a clip.
+        source: name of the reward.
+        folder: folder of the round, which gets pairs.jsonl.
+    """
+
+    def select() -> list[Comparison]:
+        selection = select_pairs(captions, ratings, clips.by_video, selector=selector, source=source)
+        log.info("%s: %s", folder.name, selection.describe())
+        return selection.pairs
+
+    return load_or_create(folder / PAIRS_NAME, Comparison, select)
+
+
+def require_pairs(pairs: Sequence[Comparison], early_stopping: EarlyStopConfig, *, batch_size: int, name: str) -> None:
+    """Raise RoundFailedError if a round has too few pairs."""
+    required = max(1, batch_size if early_stopping.min_pairs is None else early_stopping.min_pairs)
+    if len(pairs) < required:
+        raise RoundFailedError(
+            f"{name} has {len(pairs)} pairs of captions that differ enough, fewer than {required} "
+            "(early_stopping.min_pairs): sample more captions (sampling.num_samples) or at a higher temperature, or "
+            "accept a smaller gap (selection.min_gap)"
+        )
+
+
+def require_margin(folder: Path, early_stopping: EarlyStopConfig) -> None:
+    """Raise RoundFailedError if a trained round does not prefer the chosen answers, by its log of steps."""
+    if early_stopping.min_margin is None:
+        return
+    margins = [step["margin"] for step in read_steps(folder / STEPS_NAME)]
+    last_quarter = margins[-max(1, len(margins) // 4) :]
+    if (margin := sum(last_quarter) / len(last_quarter)) <= early_stopping.min_margin:
+        raise RoundFailedError(
+            f"{folder.name} has not learned to prefer the chosen captions: the reward margin is {margin:.4f} at its "
+            f"end, and early_stopping.min_margin is {early_stopping.min_margin}; check {folder / PAIRS_NAME}, or use "
+            "more steps or a higher learning rate"
+        )
+
+
+def stop_reason(summary: RunSummary, early_stopping: EarlyStopConfig) -> str | None:
+    """Return why the rounds stop if the last one is too much worse than the best before it."""
+    *before, last = [summary.sft.total, *(rates.total for rates in summary.rounds)]
+    if last <= min(before) + early_stopping.max_worsening:
+        return None
+    return (
+        f"after round {len(summary.rounds)} the held-out Total is {last:.3f}, up from {min(before):.3f}: more than "
+        f"early_stopping.max_worsening {early_stopping.max_worsening}"
     )
+
+
+def best_round(summary: RunSummary) -> int | None:
+    """Return the number of the round with the lowest held-out Total.
+
+    None if the rounds stopped early and no round is better than the start.
+    """
+    totals = [rates.total for rates in summary.rounds]
+    if summary.stopped and min(totals) >= summary.sft.total:
+        return None
+    return totals.index(min(totals)) + 1

@@ -1,104 +1,146 @@
-"""The edges of a stage: the run's folder, what of a stage is there already, and what it leaves to the next."""
+"""Run folders: claim one for a config, resume from its files, and merge what a stage has trained.
 
+Every stage writes its results to a folder of the run. A file appears whole or not at all, so a restarted run uses what
+exists and computes the rest.
+"""
+
+import gc
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.config import claim_folder
+from salmonn.config import MAY_CHANGE, claim_folder
 from salmonn.model.loading import CONFIG_NAME, Placement
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
-from salmonn.records import Caption, read_records, write_records
+from salmonn.records import read_records, write_records
 from salmonn.train.checkpoint import Checkpoint, checkpointed, load_trained, require_free_space
-from salmonn.train.evaluate import clear_parts
+from salmonn.train.feature_cache import FeatureCacheConfig
+from salmonn.train.parallel import StrategyName
 
 Record = TypeVar("Record")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings shared by all recipes.
+
+    Args:
+        out: folder for all results.
+        model: folder or hub id of the model to start from.
+        strategy: how training is distributed over processes; may change when a run is resumed.
+        placement: device and data type of the weights.
+        frames: values of the model's frame sampler to override in training, such as `min_frames`.
+        feature_cache: where the outputs of the frozen encoders are stored; may change when a run is resumed.
+        seed: random seed.
+        dry_run: print the memory that the run would need, and exit.
+    """
+
+    out: Path
+    model: str
+    strategy: StrategyName = field(default="ddp", metadata=MAY_CHANGE)
+    placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
+    frames: dict[str, int | float] | None = None
+    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig, metadata=MAY_CHANGE)
+    seed: int = 0
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        self.placement.require_trainable()
+
+    def load_model(self, path: Path | str) -> Captioner:
+        """Load a model with this run's placement and frame sampler."""
+        return Captioner.load(path, placement=self.placement, frames=self.frames)
+
+
 def open_run(folder: Path, config: Any, *, name: str) -> None:
-    """Claim a run's folder for a config, and clear what a killed process left half written.
+    """Claim a run's folder for a config, and delete the temporary files of a killed process.
 
     Raises:
-        ValueError: the folder holds results of another config, or a machine of this run does not see it.
+        ValueError: the folder holds results of another config, or a machine of this run does not see the folder.
     """
     if dist.is_main():
         claim_folder(folder, config, name=name)
-        # Other runs may have their folders in this one: only what is a stage's own is looked at.
+        # Other runs may have their folders inside this one, so only this run's stages are searched.
         stages = (path for name in ("sft", "round_*", "rebirth") for path in folder.glob(name))
-        for half in sorted({*folder.glob(".*.tmp"), *(path for stage in stages for path in stage.rglob(".*.tmp"))}):
-            if half.is_dir():
-                shutil.rmtree(half)
+        temporary = {*folder.glob(".*.tmp"), *(path for stage in stages for path in stage.rglob(".*.tmp"))}
+        for path in sorted(temporary):
+            if path.is_dir():
+                shutil.rmtree(path)
             else:
-                half.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
     dist.barrier()
     if not (folder / f"{name}.yaml").is_file():
         raise ValueError(
-            f"process {dist.rank()} does not see {folder.resolve()}, which process 0 writes to: all machines of a run "
+            f"process {dist.rank()} does not see {folder.resolve()}, which process 0 writes to; all machines of a run "
             "must share that folder"
         )
 
 
 def is_missing(path: Path) -> bool:
-    """Whether a file is still to be made. Rank 0 alone looks: others' disks would remember that it was not there."""
+    """Return whether a file does not exist, on all ranks; only rank 0 looks, since NFS caches that a file is absent."""
     return dist.gather([dist.is_main() and not path.is_file()])[0]
 
 
-def load_or_create(path: Path, record_type: type[Record], make: Callable[[], Sequence[Record]]) -> list[Record]:
-    """Records of a stage: read where a run before made them, else made and written."""
+def is_complete(folder: Path) -> bool:
+    """Return whether a stage has written its merged model; deletes checkpoints left by a kill just after that."""
+    if is_missing(folder / "merged" / CONFIG_NAME):
+        return False
+    with checkpointed(folder):
+        return True
+
+
+def load_or_create(path: Path, record_type: type[Record], create: Callable[[], Sequence[Record]]) -> list[Record]:
+    """Read the records of a stage, or create and write them if the file is missing."""
     if is_missing(path):
-        records = make()
+        records = create()
         if dist.is_main():
             write_records(path, records)
         dist.barrier()
     return read_records(path, record_type)
 
 
-def load_or_create_captions(folder: Path, draw: Callable[..., list[Caption]]) -> list[Caption]:
-    """Captions of a stage, likewise in captions.jsonl; `draw` takes the folder that it may keep its parts in."""
-    parts = folder / "captions.parts"
-    captions = load_or_create(folder / "captions.jsonl", Caption, lambda: draw(parts=parts))
-    clear_parts(parts)
-    return captions
+def merge_checkpoint(
+    checkpoint: Checkpoint, *, base: Path | str, lora: LoraConfig, config: RunConfig, folder: Path
+) -> Path:
+    """Merge a trained adapter into the model that it was trained on, and write both.
 
-
-def merge_trained(
-    captioner: Captioner,
-    folder: Path,
-    done: Checkpoint,
-    *,
-    base: Path | str,
-    lora: LoraConfig,
-    placement: Placement,
-    adapter: bool = False,
-) -> None:
-    """Put what a stage has learnt on the weights that it started from, read anew, and write the merged model.
+    The base is loaded again, because training strategies take a network apart. The caller must have deleted its own
+    network: a GPU may hold only one.
 
     Args:
-        captioner: whose network the training has used up; it becomes the merged model, and goes by its folder.
-        folder: of the stage: `merged/` is written there.
-        done: the stage's last checkpoint.
-        base: model that the adapter was trained on.
-        lora: the adapter.
-        placement: of the weights.
-        adapter: whether `adapter/` is written too.
+        checkpoint: the stage's last checkpoint, with the adapter.
+        base: folder or hub id of the model that the adapter was trained on.
+        lora: configuration of the adapter.
+        config: placement and frame sampler.
+        folder: folder of the stage, which gets `adapter/` and `merged/`.
+
+    Returns:
+        Folder of the merged model.
 
     Raises:
-        ValueError: the disk has no room for the model.
+        ValueError: the disk has too little free space for the model.
     """
-    captioner.reload(base, placement=placement)
+    gc.collect()  # a network that was wrapped for training is part of reference cycles
+    captioner = config.load_model(base)
     attach_lora(captioner.network, lora, seed=0)
-    load_trained(captioner.network, done)
-    if adapter and dist.is_main():
+    load_trained(captioner.network, checkpoint)
+    if dist.is_main():
         save_adapter(captioner.network, folder / "adapter")
     merge_adapter(captioner.network)
-    save_merged(captioner, folder / "merged")
+    save_model(captioner, folder / "merged")
+    return folder / "merged"
 
 
-def save_merged(captioner: Captioner, folder: Path) -> None:
-    """Write a model, which goes by its folder from now on."""
-    captioner.name = str(folder)
+def save_model(captioner: Captioner, folder: Path) -> None:
+    """Write a model; rank 0 writes, and all ranks wait for it.
+
+    Raises:
+        ValueError: the disk has too little free space.
+    """
     if dist.is_main():
         require_free_space(folder.parent, num_bytes(captioner), what=f"the model {folder}")
         captioner.save(folder)
@@ -106,13 +148,5 @@ def save_merged(captioner: Captioner, folder: Path) -> None:
 
 
 def num_bytes(captioner: Captioner) -> int:
-    """Size of a model's weights on disk."""
+    """Return the size of a model's weights."""
     return sum(parameter.nbytes for parameter in captioner.network.parameters())
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a stage has come to its end; checkpoints that a kill just after it has left are then cleared."""
-    if is_missing(folder / "merged" / CONFIG_NAME):
-        return False
-    with checkpointed(folder):
-        return True

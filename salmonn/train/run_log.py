@@ -1,18 +1,24 @@
-"""A run looked back on: its stages in a table, and what its folder holds. Needs no torch."""
+"""Logs of a run: each step's metrics, the rates of every stage, and reading both back from a run folder.
+
+Imports torch only to write TensorBoard events, so that `salmonn plot` starts without it.
+"""
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
-from salmonn.preference.selection import PairReport, summarise_pairs
-from salmonn.records import Comparison, parse_record, read_json, read_records
+from salmonn.preference.selection import PairSummary, summarize_pairs
+from salmonn.records import Comparison, parse_record, read_json, read_records, write_text
 from salmonn.score.metrics import Rates
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 COLUMNS = {
     "missing": "Missing",
@@ -23,6 +29,8 @@ COLUMNS = {
 }
 KL = "KL"
 STEPS_NAME = "steps.jsonl"
+ROUNDS_NAME = "rounds.jsonl"
+SUMMARY_NAME = "summary.json"
 
 
 @dataclass
@@ -30,10 +38,10 @@ class RunSummary:
     """Rates of every stage of a run.
 
     Args:
-        sft, rounds, rebirth: held-out rates of the start, of each round, and of the end.
-        kl: name of a stage, as in `stages` -> how far its model is from the start, in nats a token.
-        best: folder of the stage that is taken for the best.
-        stopped: why the rounds ended before their number, in a sentence.
+        sft, rounds, rebirth: held-out rates of the start, of each round, and of rebirth.
+        kl: name of a stage, as in `stages` -> KL divergence of its model from the start, in nats per token.
+        best: folder of the best round.
+        stopped: why the rounds stopped early; None if they did not.
     """
 
     sft: Rates
@@ -45,10 +53,10 @@ class RunSummary:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "RunSummary":
-        """What `to_json` gave, or the rates alone of a run that has one stage.
+        """Parse the result of `to_json`, or the bare rates of a run with one stage.
 
         Raises:
-            ValueError: the values are not those of rates.
+            ValueError: the values are not rates.
         """
         if "sft" not in value:
             return cls(parse_record(value, Rates))
@@ -62,19 +70,19 @@ class RunSummary:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """`{"sft": {...}, "rounds": [{...}], "rebirth": {...}, "kl": {...}, "best": ..., "stopped": ...}`."""
+        """Return `{"sft": {...}, "rounds": [{...}], "rebirth": {...}, "kl": {...}, "best": ..., "stopped": ...}`."""
         return asdict(self)
 
     @property
     def stages(self) -> Mapping[str, Rates]:
-        """Name -> rates, in the order of time."""
+        """Name of a stage -> rates, in the order of the run."""
         named = {"SFT": self.sft}
         named |= {f"round {number}": rates for number, rates in enumerate(self.rounds, start=1)}
         return named | ({"rebirth": self.rebirth} if self.rebirth else {})
 
     @property
     def figures(self) -> Mapping[str, Mapping[str, float | None]]:
-        """Name of a stage -> column of the table -> fraction, or nats a token of KL; None where it was not measured."""
+        """Name of a stage -> column of the table -> fraction, or KL in nats per token; None if it was not measured."""
         return {
             stage: {title: getattr(rates, key) for key, title in COLUMNS.items()} | {KL: self.kl.get(stage)}
             for stage, rates in self.stages.items()
@@ -83,11 +91,16 @@ class RunSummary:
     @property
     def best_stage(self) -> str | None:
         """Name of the best stage, as in `stages`."""
-        return _stage_name(self.best) if self.best else None
+        return stage_name(self.best) if self.best else None
 
 
-def print_table(summary: RunSummary) -> None:
-    """Print the stages as a table, in percent; and why the rounds stopped."""
+def stage_name(folder_name: str) -> str:
+    """Return the name of the stage in a folder of a run: "round 2" for round_2."""
+    return "SFT" if folder_name == "sft" else folder_name.replace("_", " ")
+
+
+def print_summary(summary: RunSummary) -> None:
+    """Print the stages as a table, in percent, and why the rounds stopped."""
     table = Table(title=f"{summary.sft.clips} held-out clips")
     table.add_column("stage")
     for title in column_titles():
@@ -103,78 +116,75 @@ def print_table(summary: RunSummary) -> None:
 
 
 def column_titles() -> list[str]:
-    """Of the table's columns of figures."""
-    return [*(f"{title} %" for title in COLUMNS.values()), f"{KL} nats a token"]
+    """Return the titles of the table's columns, with units."""
+    return [*(f"{title} %" for title in COLUMNS.values()), f"{KL}, nats per token"]
 
 
 def format_figure(column: str, value: float | None) -> str:
-    """A figure as its column shows it: in percent, or nats; "-" where it was not measured."""
+    """Format a value of a column: in percent, or in nats; "-" if it was not measured."""
     if value is None:
         return "-"
     return f"{value:.3f}" if column == KL else f"{100 * value:.1f}"
 
 
-@dataclass(frozen=True)
-class StageLog:
-    """What one stage of training wrote.
+class StepLog:
+    """Metrics of each step, in steps.jsonl and in TensorBoard events beside it; only rank 0 creates one.
+
+    Opening the log drops what a killed run wrote for this step and later ones, since these steps are repeated: from the
+    file at once, from TensorBoard by a purge mark that its reader obeys.
 
     Args:
-        name: "round 2", "rebirth", or the run's own name where there is one stage.
-        steps: the figures of each step, with its number as "step".
-        pairs: what it was trained on; None of a stage without pairs of its own.
+        folder: folder of the stage.
+        first_step: first step that will be logged.
     """
 
-    name: str
-    steps: Sequence[Mapping[str, float]]
-    pairs: PairReport | None = None
+    def __init__(self, folder: Path, *, first_step: int) -> None:
+        path = folder / STEPS_NAME
+        finished = [figures for figures in read_steps(path) if figures["step"] < first_step]
+        write_text(path, "".join(json.dumps(figures) + "\n" for figures in finished))
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._events = open_events(folder, first_step=first_step)
+
+    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
+        """Write the metrics of one step and flush them."""
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        self._events.close()
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """A run's folder, read.
+def open_events(folder: Path, *, first_step: int) -> "SummaryWriter":
+    """Open TensorBoard events of a folder; events of `first_step` and later in earlier files become void."""
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - imports torch
 
-    Args:
-        name: of the folder.
-        summary: None where no stage is measured.
-        is_whole: whether it wrote its summary, at the end.
-        stages: in the order of time.
-        config: the resolved config as YAML, "" where there is none.
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def log_summary(folder: Path, summary: RunSummary) -> None:
+    """Write the rates of all stages: a line each to rounds.jsonl, and to TensorBoard with the stage's number as step.
+
+    Rates are fractions, KL is in nats per token, the number of SFT is 0. Earlier contents are replaced or become void,
+    so this may be called after every stage.
     """
-
-    name: str
-    summary: RunSummary | None
-    is_whole: bool
-    stages: Sequence[StageLog]
-    config: str = ""
-
-
-def read_run(folder: Path) -> RunRecord:
-    """Read what a recipe wrote, or has written so far.
-
-    Raises:
-        ValueError: the folder holds no run, or a file of it is not what its name says.
-    """
-    whole = folder / "summary.json"
-    summary = _read_summary(whole) if whole.is_file() else _measured_so_far(folder)
-    stages = list(_read_stages(folder))
-    if not stages and summary is None:
-        raise ValueError(
-            f"{folder} holds no run: give the folder that a recipe wrote to, with summary.json, {STEPS_NAME} or round_1"
-        )
-    configs = sorted(folder.glob("*.yaml"))
-    return RunRecord(
-        name=folder.resolve().name,
-        summary=summary,
-        is_whole=whole.is_file(),
-        stages=stages,
-        config=configs[0].read_text(encoding="utf-8") if configs else "",
-    )
+    lines = ({"stage": name, **asdict(rates), "kl": summary.kl.get(name)} for name, rates in summary.stages.items())
+    write_text(folder / ROUNDS_NAME, "".join(json.dumps(line) + "\n" for line in lines))
+    with open_events(folder, first_step=0) as events:
+        for number, figures in enumerate(summary.figures.values()):
+            for title, value in figures.items():
+                if value is not None:
+                    events.add_scalar(title, value, number)
 
 
 def read_steps(path: Path) -> list[dict[str, float]]:
-    """The figures of all steps, with their numbers as "step"; none where there is no file.
+    """Read the metrics of all steps, with their numbers as "step"; none if there is no file.
 
-    A line that is not whole, as a kill or a full disk leaves it, is passed over.
+    Incomplete lines, as a kill or a full disk leaves them, are skipped.
     """
     if not path.is_file():
         return []
@@ -189,41 +199,94 @@ def read_steps(path: Path) -> list[dict[str, float]]:
     return steps
 
 
+@dataclass(frozen=True)
+class StageRecord:
+    """Files of one stage of training.
+
+    Args:
+        name: "round 2", "rebirth", or the name of a run with one stage.
+        steps: metrics of each step, with its number as "step".
+        pairs: summary of its preference pairs; None for a stage without pairs of its own.
+    """
+
+    name: str
+    steps: Sequence[Mapping[str, float]]
+    pairs: PairSummary | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Contents of a run folder.
+
+    Args:
+        name: name of the folder.
+        summary: rates of the stages; None if none was measured.
+        is_complete: whether the run wrote its summary, at its end.
+        stages: stages in the order of the run.
+        config: resolved config as YAML; "" if there is none.
+    """
+
+    name: str
+    summary: RunSummary | None
+    is_complete: bool
+    stages: Sequence[StageRecord]
+    config: str = ""
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read what a recipe has written so far.
+
+    Raises:
+        ValueError: the folder holds no run, or a file in it is malformed.
+    """
+    path = folder / SUMMARY_NAME
+    summary = _read_summary(path) if path.is_file() else _summary_so_far(folder)
+    stages = list(_read_stages(folder))
+    if not stages and summary is None:
+        raise ValueError(
+            f"{folder} holds no run; pass the folder that a recipe wrote to, with summary.json, {STEPS_NAME} or round_1"
+        )
+    configs = sorted(folder.glob("*.yaml"))
+    return RunRecord(
+        name=folder.resolve().name,
+        summary=summary,
+        is_complete=path.is_file(),
+        stages=stages,
+        config=configs[0].read_text(encoding="utf-8") if configs else "",
+    )
+
+
 def _read_summary(path: Path) -> RunSummary:
     try:
         return RunSummary.from_json(read_json(path))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no summary of a run: {error}") from error
+        raise ValueError(f"{path} is not the summary of a run: {error}") from error
 
 
-def _measured_so_far(folder: Path) -> RunSummary | None:
-    """From what each stage has measured: of a run that is going on, or was killed."""
-    found = {path.parents[1].name: parse_record(read_json(path), Rates) for path in folder.glob("*/heldout/rates.json")}
-    if "sft" not in found:
+def _summary_so_far(folder: Path) -> RunSummary | None:
+    """Return the rates that the stages of an unfinished run have written."""
+    rates = {path.parents[1].name: parse_record(read_json(path), Rates) for path in folder.glob("*/heldout/rates.json")}
+    if "sft" not in rates:
         return None
-    rounds = sorted((name for name in found if name.startswith("round_")), key=_place)
-    # Of several, on other numbers of clips, the latest counts.
+    rounds = sorted((name for name in rates if name.startswith("round_")), key=_stage_order)
+    # The latest of several measurements, which differ in the number of clips.
     measured = sorted(folder.glob("*/heldout/kl_*.json"), key=lambda path: path.stat().st_mtime_ns)
-    kl = {_stage_name(path.parents[1].name): read_json(path) for path in measured}
-    return RunSummary(found["sft"], [found[name] for name in rounds], found.get("rebirth"), kl)
+    kl = {stage_name(path.parents[1].name): read_json(path) for path in measured}
+    return RunSummary(rates["sft"], [rates[name] for name in rounds], rates.get("rebirth"), kl)
 
 
-def _read_stages(folder: Path) -> Iterator[StageLog]:
-    if own := read_steps(folder / STEPS_NAME):
-        yield StageLog(folder.resolve().name, own)
-    for name in sorted({path.parent.name for path in folder.glob("*/*.jsonl")}, key=_place):
-        steps, pairs = read_steps(folder / name / STEPS_NAME), folder / name / "pairs.jsonl"
-        report = summarise_pairs(read_records(pairs, Comparison)) if pairs.is_file() else None
-        if steps or report:
-            yield StageLog(_stage_name(name), steps, report)
+def _read_stages(folder: Path) -> Iterator[StageRecord]:
+    if steps := read_steps(folder / STEPS_NAME):
+        yield StageRecord(folder.resolve().name, steps)
+    for name in sorted({path.parent.name for path in folder.glob("*/*.jsonl")}, key=_stage_order):
+        steps, path = read_steps(folder / name / STEPS_NAME), folder / name / "pairs.jsonl"
+        pairs = summarize_pairs(read_records(path, Comparison)) if path.is_file() else None
+        if steps or pairs:
+            yield StageRecord(stage_name(name), steps, pairs)
 
 
-def _place(folder_name: str) -> tuple[int, int, str]:
-    """Folders in the order of time: what is before the rounds, rounds by number, rebirth."""
+def _stage_order(folder_name: str) -> tuple[int, int, str]:
+    """Sort key of folders: stages before the rounds, rounds by number, rebirth."""
     if numbered := re.fullmatch(r"round_(\d+)", folder_name):
         return 1, int(numbered[1]), ""
     return (2 if folder_name == "rebirth" else 0), 0, folder_name
-
-
-def _stage_name(folder_name: str) -> str:
-    return "SFT" if folder_name == "sft" else folder_name.replace("_", " ")

@@ -63,8 +63,8 @@ def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, media, load_recipe, tm
     assert (store.folder / "videos" / saved.pair).read_bytes() == b"pictures"
     dpo = load_recipe("dpo")
     config = dpo.OfflineDpoConfig(preferences=store.folder / "pairs.jsonl", model="none", out=tmp_path / "out")
-    examples, pairs = dpo.read_preferences(config)
-    assert (len(examples), pairs[0].chosen) == (1, RIGHT.text)
+    ((comparison, clip),) = dpo.load_comparisons(config)
+    assert comparison.chosen == RIGHT.text and clip.video == store.folder / "videos" / saved.pair
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import torch
 
 from salmonn.caption import captioner
 from salmonn.model import lora
-from salmonn.train import checkpoint, evaluate, feature_cache, preference, rounds, run_folder
+from salmonn.preference import reward
+from salmonn.train import checkpoint, evaluate, feature_cache, preference, run_folder
 
 
 def kill() -> None:
@@ -67,10 +68,10 @@ def named(name: str) -> Callable[..., bool]:
 
 POINTS: dict[str, Callable[[], None]] = {
     "tokens": lambda: half_written(feature_cache, "save_file"),
-    # The second batch of captions has been sampled but not written.
+    # The second batch of captions is sampled but not written, the first one is.
     "sampling": lambda: before(evaluate, "write_records", when=lambda path, _: "parts" in str(path), calls=2),
     "captions": lambda: before(run_folder, "write_records", when=named("captions.jsonl")),
-    "judging": lambda: before(rounds, "write_scores"),
+    "judging": lambda: before(reward, "write_scores"),
     "pairing": lambda: before(run_folder, "write_records", when=named("pairs.jsonl")),
     "reference": lambda: before(preference, "write_json"),
     "step": lambda: before(torch.optim.AdamW, "step", calls=2),

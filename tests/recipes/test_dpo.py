@@ -8,9 +8,8 @@ import torch
 
 from salmonn.conversations import parse_conversation
 from salmonn.model.loading import load_network
-from salmonn.records import Reference, read_json, read_records
-from salmonn.train.data import Example
-from salmonn.train.feature_cache import FeatureCacheConfig
+from salmonn.records import Comparison, Reference, read_json, read_records, write_records
+from salmonn.train.data import ClipSource
 
 ASKED = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}
 
@@ -74,7 +73,7 @@ def test_given_preferences(start, launch, preferences, tmp_path):
     assert len(list((tmp_path / "tokens").iterdir())) == 8  # clips
     assert len(read_json(tmp_path / "dpo" / "reference_logps.json")["logps"]) == 8  # pairs
     again = launch("dpo", **flags)
-    assert again.returncode == 0 and "trained already" in again.stderr + again.stdout
+    assert again.returncode == 0 and "already trained" in again.stderr + again.stdout
 
 
 def test_what_preferences_lack_is_told(load_recipe, preferences, tmp_path):
@@ -83,30 +82,61 @@ def test_what_preferences_lack_is_told(load_recipe, preferences, tmp_path):
     first = [part for part in items[0]["conversations"] if part["from"] != "gpt"]
     preferences.write_text(json.dumps([items[0] | {"conversations": first}, *items[1:]]))
     config = dpo.OfflineDpoConfig(preferences=preferences, model="none", out=tmp_path)
-    with pytest.raises(ValueError, match=r"1 preferences of .* have no ground truth .* --dpo.ce_weight 0"):
-        dpo.read_preferences(config)
+    with pytest.raises(ValueError, match=r"1 preferences of .* have no ground truth .* --loss\.ce_weight 0"):
+        dpo.load_comparisons(config)
     plain = [item | {"conversations": item["conversations"][:2]} for item in items]
     preferences.write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match="holds no preference"):
-        dpo.read_preferences(config)
+    with pytest.raises(ValueError, match="has no preference"):
+        dpo.load_comparisons(config)
 
 
-def test_a_clip_of_several_preferences_is_encoded_once(load_recipe, captioner, videos, monkeypatch):
-    one, part, other = Example(videos[0], ()), Example(videos[0], (), end_seconds=2.0), Example(videos[1], ())
-    encoded, encode = [], captioner.encode
-    monkeypatch.setattr(captioner, "encode", lambda media: encoded.append(media) or encode(media))
-    blocks = load_recipe("dpo").encode(captioner, [one, part, one, other], FeatureCacheConfig(folder=None))
-    assert len(encoded) == 3 and list(blocks) == ["0", "1", "2", "3"] and blocks["0"] is blocks["2"]
-    alone = [encode([captioner.processor.read(videos[0], end_seconds=end)])[0].tokens for end in (None, 2.0)]
-    assert all(torch.equal(blocks[key].tokens, tokens) for key, tokens in zip("01", alone, strict=True))
+def test_comparisons_name_the_same_clip_once(load_recipe, references, tmp_path):
+    """A recorded comparison and a published preference about the same part of a clip, with paths from `root`."""
+    dpo, video = load_recipe("dpo"), Path(references[0].video)
+    records = [
+        Comparison(video.name, "p", "a", "b", "c", margin=0.5, source="vote", end_seconds=2.0),
+        Comparison(video.name, "p", "a", "b", "c", chosen_finished=False),
+        Comparison(video.name, "q", "b", "a", "c", end_seconds=2.0),
+    ]
+    write_records(tmp_path / "pairs.jsonl", records)
+    config = dpo.OfflineDpoConfig(
+        preferences=tmp_path / "pairs.jsonl", root=video.parent, model="none", out=tmp_path / "out"
+    )
+    loaded = dpo.load_comparisons(config)
+    part, whole = ClipSource(video, end_seconds=2.0), ClipSource(video)
+    assert loaded == list(zip(records, [part, whole, part], strict=True))
+    with pytest.raises(FileNotFoundError, match="3 files do not exist"):
+        dpo.load_comparisons(dpo.OfflineDpoConfig(preferences=tmp_path / "pairs.jsonl", model="none", out=tmp_path))
 
 
-def test_a_preference_keeps_what_was_said_before(load_recipe):
+def test_pairs_of_mrdpo(taught, references, launch, tmp_path):
+    """The pairs.jsonl of a round, whose videos are those of its training clips."""
+    (folder,) = (taught / "clips").glob("seed5-8")
+    pairs = [
+        Comparison(
+            str(Path(one.video).relative_to(folder)), "Describe.", one.caption, "a star", one.caption, margin=0.5
+        )
+        for one in references
+    ]
+    write_records(tmp_path / "round_1" / "pairs.jsonl", pairs)
+    result = launch(
+        "dpo",
+        **{"preferences": tmp_path / "round_1" / "pairs.jsonl", "root": folder, "model": taught / "model"},
+        **{"out": tmp_path / "dpo", "feature_cache.folder": "null", "fit.steps": 2, "fit.batch_size": 4},
+    )
+    assert result.returncode == 0, result.stderr
+    steps = [json.loads(line) for line in (tmp_path / "dpo" / "steps.jsonl").read_text().splitlines()]
+    assert len(steps) == 2 and steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_a_published_preference_becomes_a_comparison(load_recipe):
     said = [ASKED, {"from": "gpt", "value": "a"}, {"from": "human", "value": "And?"}]
     answers = [{"from": "chosen", "value": "b"}, {"from": "reject", "value": "c"}, {"from": "gpt", "value": "d"}]
-    pair = load_recipe("dpo").to_pair(parse_conversation({"video": "v.mp4", "conversations": said + answers}), name="7")
-    assert (pair.video, pair.prompt, pair.chosen, pair.rejected, pair.ground_truth) == ("7", "And?", "b", "c", "d")
-    assert pair.history == (("Describe the video and its sounds in detail.", "a"),)
+    conversation = parse_conversation({"video": "v.mp4", "timestamps": [1, 3], "conversations": said + answers})
+    assert load_recipe("dpo").to_comparison(conversation) == Comparison(
+        "v.mp4", "And?", "b", "c", "d", source="published", modality="visual", start_seconds=1.0, end_seconds=3.0,
+        history=(("Describe the video and its sounds in detail.", "a"),),
+    )  # fmt: skip
 
 
 def test_sft_on_conversations(start, launch, references, tmp_path):

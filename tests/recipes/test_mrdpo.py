@@ -6,7 +6,6 @@ import sqlite3
 import subprocess
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,11 @@ from tests.launch import forked
 from tests.score.fake_llm_server import honest
 
 ROUND = {
-    "rounds": 1, "pairs.num_samples": 4, "pairs.sampling.temperature": 0.9, "pairs.sampling.max_new_tokens": 30,
-    "pairs.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup_ratio": 0.5, "fit.learning_rate": 0.002,
-    "fit.checkpoint_every": 1, "rebirth.fit.checkpoint_every": 1, "side_by_side": 16,
+    "rounds": 1, "sampling.num_samples": 4, "sampling.temperature": 0.9, "sampling.max_new_tokens": 30,
+    "selection.min_gap": 0.0001, "fit.steps": 2, "fit.batch_size": 4, "fit.warmup_ratio": 0.5,
+    "fit.learning_rate": 0.002, "fit.checkpoint_every": 1, "rebirth.fit.checkpoint_every": 1, "sampling.batch_size": 16,
     "early_stopping.max_worsening": 9, "early_stopping.min_pairs": 1, "early_stopping.min_margin": "null",
-    "kl_clips": 2, "dpo.kl_every": 1,
+    "kl.num_clips": 2, "kl.every": 1,
     "rebirth.fit.steps": 2, "rebirth.fit.batch_size": 4, "rebirth.fit.warmup_ratio": 0.5,
 }  # fmt: skip
 RATES = {
@@ -117,6 +116,7 @@ def test_records_of_a_round_fit_together(finished):
     for pair in pairs:
         gap = said[pair.video, pair.rejected].total - said[pair.video, pair.chosen].total
         assert pair.margin == pytest.approx(gap) and gap > 0 and pair.chosen_finished and pair.ground_truth
+        assert pair.source == "rule"
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
     # The first step's policy is its reference: log 2.
     assert [step["step"] for step in steps] == [0, 1] and steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
@@ -242,39 +242,39 @@ def rates(total: float) -> Rates:
         ([0.5, 0.4, 0.42], "round_2", None),
         ([0.62, 0.61, 0.6], "round_3", None),
         ([0.5, 0.4, 0.46], "round_2", "after round 3"),
-        ([0.5, 0.4, "round_3 found 2 pairs"], "round_2", "found 2 pairs"),
+        ([0.5, 0.4, "round_3 has 2 pairs"], "round_2", "has 2 pairs"),
         ([0.7, 0.1, 0.1], None, "after round 1"),
     ],
 )
 def test_rounds_end_early_with_the_best_model(load_recipe, monkeypatch, tmp_path, totals, best, stopped):
     """The start has 0.6; a Total more than 0.05 above the best, or a round without pairs, ends them."""
-    recipe, loaded = load_recipe("mrdpo"), []
+    recipe, policies = load_recipe("mrdpo"), []
 
-    class Model:
-        def reload(self, path, *, placement):
-            loaded.append(path)
-
-    def play(captioner, run, number, folder, *, config):
+    def run_round(number, policy, run):
+        policies.append(policy)
         if isinstance(totals[number - 1], str):
             raise recipe.RoundFailedError(totals[number - 1])
+        return tmp_path / f"round_{number}" / "merged"
 
-    monkeypatch.setattr(recipe, "run_round", play)
-    monkeypatch.setattr(recipe, "measure", lambda _, __, folder, **___: rates(totals[int(folder.name[-1]) - 1]))
-    config, summary = recipe.MrDpoConfig(out=tmp_path, rounds=3), recipe.RunSummary(sft=rates(0.6))
-    recipe.run_rounds(Model(), None, summary, config=config)
+    monkeypatch.setattr(recipe, "run_round", run_round)
+    monkeypatch.setattr(recipe, "measure", lambda _, folder, *__: rates(totals[int(folder.name[-1]) - 1]))
+    config, summary = recipe.MrDpoConfig(out=tmp_path, rounds=3, model="start"), recipe.RunSummary(sft=rates(0.6))
+    found = recipe.run_rounds(recipe.Run(config, None, None, None, None), summary)
     assert summary.best == best and (stopped in summary.stopped if stopped else summary.stopped is None)
-    assert loaded == ([tmp_path / best / "merged"] if best else [])
+    assert found == (tmp_path / best / "merged" if best else None)
+    assert policies == ["start", tmp_path / "round_1" / "merged", tmp_path / "round_2" / "merged"][: len(policies)]
 
 
 def test_a_first_round_that_fails_ends_the_run(load_recipe, monkeypatch, tmp_path):
     recipe = load_recipe("mrdpo")
 
-    def play(*_, **__):
-        raise recipe.RoundFailedError("round_1 found 0 pairs")
+    def run_round(*_):
+        raise recipe.RoundFailedError("round_1 has 0 pairs")
 
-    monkeypatch.setattr(recipe, "run_round", play)
-    with pytest.raises(ValueError, match="round_1 found 0 pairs"):
-        recipe.run_rounds(None, None, recipe.RunSummary(sft=rates(0.6)), config=recipe.MrDpoConfig(out=tmp_path))
+    monkeypatch.setattr(recipe, "run_round", run_round)
+    run = recipe.Run(recipe.MrDpoConfig(out=tmp_path), None, None, None, None)
+    with pytest.raises(ValueError, match="round_1 has 0 pairs"):
+        recipe.run_rounds(run, recipe.RunSummary(sft=rates(0.6)))
 
 
 def test_the_reference_is_the_rounds_start_or_the_runs(load_recipe, captioner, random_model):
@@ -283,10 +283,11 @@ def test_the_reference_is_the_rounds_start_or_the_runs(load_recipe, captioner, r
     moved = captioner.network.get_parameter(name)
     with torch.no_grad():
         moved.add_(1.0)
-    of = partial(recipe.load_reference_policy, captioner)
-    renewed, start = (recipe.MrDpoConfig(model=str(random_model), reference=kind) for kind in ("renewed", "start"))
-    assert of(config=renewed, number=2) is captioner.network and of(config=start, number=1) is captioner.network
-    assert torch.allclose(of(config=start, number=2).get_parameter(name), moved - 1.0, atol=1e-6)
+    kinds = ("round_start", "run_start")
+    round_start, run_start = (recipe.MrDpoConfig(model=str(random_model), reference_policy=kind) for kind in kinds)
+    load = recipe.load_reference_policy
+    assert load(2, captioner, round_start) is captioner.network and load(1, captioner, run_start) is captioner.network
+    assert torch.allclose(load(2, captioner, run_start).get_parameter(name), moved - 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.model.loading import load_network
 from salmonn.records import Caption, read_records
 from salmonn.score.formats import read_scores
-from salmonn.train.data import Example
+from salmonn.train.data import ClipSource, TrainingExample
 from salmonn.train.feature_cache import FeatureCacheConfig
 from tests.launch import forked
 
@@ -63,7 +63,7 @@ def test_a_trained_folder_is_left_alone(taught, launch, taught_flags):
     before = path.stat().st_mtime_ns
     result = launch("sft", out=taught / "model", clips_dir=taught / "clips", **taught_flags)
     assert result.returncode == 0 and path.stat().st_mtime_ns == before
-    assert "trained already" in result.stderr + result.stdout
+    assert "already trained" in result.stderr + result.stdout
 
 
 @pytest.mark.parametrize(
@@ -84,18 +84,19 @@ def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
 
 def test_frozen_towers_run_once_where_tokens_are_kept(load_recipe, captioner, videos, tmp_path):
     sft, tokens = load_recipe("sft"), FeatureCacheConfig(tmp_path / "tokens")
-    examples = [Example(video, (), modality=modality) for video in videos[:2] for modality in ("both", "audio")]
+    clips = [ClipSource(video, modality) for video in videos[:2] for modality in ("both", "audio")]
+    examples = [TrainingExample(clip, ()) for clip in clips]
     sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=()))
-    media = [sft.find_clips(captioner, [], FeatureCacheConfig(folder=None))(example) for example in examples]
-    blocks = [sft.find_clips(captioner, examples, tokens)(example) for example in examples]
+    media = [sft.clip_reader(captioner, [], FeatureCacheConfig(folder=None))(clip) for clip in clips]
+    blocks = [sft.clip_reader(captioner, examples, tokens)(clip) for clip in clips]
     for block, alone in zip(blocks, captioner.encode(media, batch_size=1), strict=True):
         assert torch.equal(block.tokens, alone.tokens)
     assert len(list(tokens.folder.iterdir())) == 4
     for part in ("vision.newline", "audio", "lm.model.embed"):
         config = sft.SftConfig(out=tmp_path, trainable=(part,))
         sft.choose_trainable(captioner.network, config)
-        with pytest.raises(ValueError, match=r"leave feature_cache.folder out"):
-            sft.find_clips(captioner, examples, tokens)
+        with pytest.raises(ValueError, match=r"omit feature_cache\.folder"):
+            sft.clip_reader(captioner, examples, tokens)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_a_file_that_is_not_there_claims_no_folder(
 
 def test_an_unknown_part_is_named(load_recipe, captioner, tmp_path):
     sft = load_recipe("sft")
-    with pytest.raises(ValueError, match="named ears"):
+    with pytest.raises(ValueError, match="named 'ears'"):
         sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=("ears",)))
 
 
@@ -163,7 +164,7 @@ def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, t
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (point, result.stderr)
     assert (tmp_path / "tuned" / "checkpoints").is_dir()
     result = launch("sft", out=tmp_path / "tuned", **flags)
-    assert result.returncode == 0 and "trained already" in result.stdout + result.stderr
+    assert result.returncode == 0 and "already trained" in result.stdout + result.stderr
     names = {path.name for path in alone.iterdir() if not path.name.startswith("events")}
     assert {path.name for path in (tmp_path / "tuned").iterdir() if not path.name.startswith("events")} == names
     for name in names - {"steps.jsonl", "sft.yaml"}:
@@ -172,13 +173,16 @@ def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, t
 
 @pytest.mark.parametrize("uses", [("both", "both"), ("audio", "audio")])
 def test_examples_of_one_kind_for_engines_that_split(load_recipe, uses):
-    examples = [Example(Path("a.mp4"), (), modality=modality) for modality in uses]
-    assert {one.needs_both for one in load_recipe("sft").whole_clips(examples, strategy="zero2")} == {uses[0] == "both"}
+    examples = [TrainingExample(ClipSource(Path("a.mp4"), modality), ()) for modality in uses]
+    checked = load_recipe("sft").require_one_modality(examples, strategy="zero2")
+    assert {one.clip.needs_both for one in checked} == {uses[0] == "both"}
 
 
 def test_examples_of_two_kinds_are_refused_by_engines_that_split(load_recipe):
-    examples = [Example(Path("a.mp4"), (), modality=modality) for modality in ("both", "visual", "both")]
-    with pytest.raises(ValueError, match="the 3 examples are of both and of visual, and with strategy fsdp2"):
-        load_recipe("sft").whole_clips(examples, strategy="fsdp2")
-    with pytest.raises(ValueError, match="zero3 does not take towers into training: choose fsdp2"):
-        load_recipe("sft").whole_clips(examples[:1], strategy="zero3")
+    modalities = ("both", "visual", "both")
+    examples = [TrainingExample(ClipSource(Path("a.mp4"), modality), ()) for modality in modalities]
+    check = load_recipe("sft").require_one_modality
+    with pytest.raises(ValueError, match="the 3 examples use the modalities both and visual, but with strategy fsdp2"):
+        check(examples, strategy="fsdp2")
+    with pytest.raises(ValueError, match="zero3 cannot train the encoders; use fsdp2"):
+        check(examples[:1], strategy="zero3")

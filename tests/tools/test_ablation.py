@@ -17,8 +17,8 @@ from tests.launch import forked
 # Three seconds with one or two things to see and one to hear, and few steps: the shipped model's captions differ.
 SMALLEST = {
     "synth.clips": 8, "synth.min_seconds": 3, "synth.max_seconds": 3, "synth.min_visual": 1, "synth.max_visual": 2,
-    "synth.min_sounds": 1, "synth.max_sounds": 1, "heldout_clips": 3, "kl_clips": 2, "pairs.num_samples": 4,
-    "pairs.sampling.temperature": 1.2, "pairs.min_gap": 0.0001, "fit.batch_size": 4, "rebirth": "null",
+    "synth.min_sounds": 1, "synth.max_sounds": 1, "heldout_clips": 3, "kl.num_clips": 2, "sampling.num_samples": 4,
+    "sampling.temperature": 1.2, "selection.min_gap": 0.0001, "fit.batch_size": 4, "rebirth": "null",
 }  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def count_calls(bench, side):
 
 
 def test_sides_do_the_work_that_is_told_of_them(step, bench):
-    inputs = bench.batches(0)[0].inputs
+    inputs = bench.batches.micro_batches(0)[0].inputs
     lengths = inputs.attention_mask.sum(1).tolist()
     shared = (inputs.input_ids == inputs.input_ids[:1]).all(0).long().cumprod(0).sum().item()
     # One pass over what the three rows begin with alike and over each row's own part; two encoder passes and five rows.
@@ -98,7 +98,7 @@ def test_all_positions_are_asked_once(step, bench):
             self.labels = inputs.labels
             return torch.ones(inputs.labels[:, 1:].shape)
 
-    inputs, network = bench.batches(0)[0].inputs, Asked()
+    inputs, network = bench.batches.micro_batches(0)[0].inputs, Asked()
     given = step.AllLabels(network)(inputs)
     assert (network.labels[0] >= 0).all() and torch.equal(network.labels[1:], inputs.labels[1:])
     assert torch.equal(given, (inputs.labels[:, 1:] != -100).float())

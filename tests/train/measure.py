@@ -22,11 +22,16 @@ from salmonn.model.layout import ClipInputs
 from salmonn.model.loading import Placement, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
+from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.records import Comparison
-from salmonn.train.checkpoint import Checkpoints
 from salmonn.train.dry_run import ClipShape, MemoryPlan, Workload, build_on_meta
 from salmonn.train.loop import FitConfig, FitContext, fit
-from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from salmonn.train.preference import (
+    PreferenceBatches,
+    PreferenceBatchLoss,
+    PreferenceExample,
+    compute_reference_logps,
+)
 
 SHAPE = ClipShape(seconds=24.0, width=320, height=180, frames_per_second=10.0)
 LORA = LoraConfig(rank=32, alpha=64, dropout=0.0)
@@ -56,18 +61,13 @@ def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
     """Train for one step of guided DPO on one clip, in a new folder."""
     work = Path(mkdtemp(dir=folder))
     media = read(captioner.processor)
-    blocks = dict(zip(["noise"], captioner.encode([media]), strict=True))
+    (features,) = captioner.encode([media])
     attach_lora(captioner.network, LORA, seed=0)
     pair = Comparison("noise", "Tell.", ANSWER, f"two {ANSWER}", f"three {ANSWER}")
-    batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
-    batches.compute_reference_logps(captioner.network)
-    fit(
-        captioner.network,
-        batches,
-        PreferenceLoss(DpoConfig()),
-        fit_config,
-        stage=FitContext("step", work, Checkpoints(work / "checkpoints")),
-    )
+    examples, loss, processor = [PreferenceExample(pair, features)], make_loss(LossConfig()), captioner.processor
+    logps = compute_reference_logps(captioner.network, examples, processor, roles=loss.reference_roles, batch_size=1)
+    batches = PreferenceBatches(examples, logps, processor, roles=loss.roles, batch_size=1, seed=0)
+    fit(captioner.network, batches, PreferenceBatchLoss(loss), fit_config, context=FitContext("step", work))
 
 
 def run(folder: str, mode: str, fit_config: FitConfig) -> None:

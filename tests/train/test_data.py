@@ -1,5 +1,6 @@
-"""Which examples references give, in which order they are dealt, and what a batch counts."""
+"""Sets of clips, the examples that they give, the order of batches, and the loss of a batch."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +11,24 @@ import torch
 from salmonn.conversations import Turn, parse_conversation
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
-from salmonn.model.families.salmonn2_plus import interleave_by_time
-from salmonn.model.layout import ClipFeatures
-from salmonn.records import Question, Reference
-from salmonn.train.data import ClipCache, Example, SftBatches, batch_at, conversation_examples, make_examples, sft_loss
+from salmonn.model.layout import ClipFeatures, interleave_by_time
+from salmonn.records import Comparison, Question, Reference, write_records
+from salmonn.synthetic.render import SynthConfig
+from salmonn.train.data import (
+    ClipCache,
+    ClipSet,
+    ClipSource,
+    SftBatches,
+    TrainingExample,
+    all_texts,
+    batch_at,
+    conversation_examples,
+    heldout_config,
+    make_examples,
+    read_clips,
+    render_clips,
+    sft_loss,
+)
 
 DESCRIBE, DESCRIBE_VISUAL, DESCRIBE_AUDIO = PLAIN_PROMPTS["both"], PLAIN_PROMPTS["visual"], PLAIN_PROMPTS["audio"]
 
@@ -27,34 +42,43 @@ FULL = Reference(
 )
 A, ALL, SOME = Path("root/a.mp4"), Turn(DESCRIBE, "all"), Turn(DESCRIBE, "some")
 TWO, STAR = Turn("How many?", "two"), Turn("Which?", "the star")
-SEEN = Example(A, (Turn(DESCRIBE_VISUAL, "seen"),), "visual")
-HEARD = Example(A, (Turn(DESCRIBE_AUDIO, "heard"),), "audio")
+SEEN = TrainingExample(ClipSource(A, "visual"), (Turn(DESCRIBE_VISUAL, "seen"),))
+HEARD = TrainingExample(ClipSource(A, "audio"), (Turn(DESCRIBE_AUDIO, "heard"),))
+
+
+def example(*turns: Turn) -> TrainingExample:
+    """Turns on the whole clip."""
+    return TrainingExample(ClipSource(A), turns)
+
+
+def clip_set(*references: Reference) -> ClipSet:
+    return ClipSet(list(references), Path("root"))
 
 
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [
-        (["caption"], [Example(A, (ALL,))]),
-        (["human_caption"], [Example(A, (SOME,))]),
-        (["questions"], [Example(A, (TWO, STAR))]),
-        (["caption", "questions"], [Example(A, (ALL, TWO, STAR))]),
-        (["human_caption", "questions"], [Example(A, (SOME, TWO, STAR))]),
+        (["caption"], [example(ALL)]),
+        (["human_caption"], [example(SOME)]),
+        (["questions"], [example(TWO, STAR)]),
+        (["caption", "questions"], [example(ALL, TWO, STAR)]),
+        (["human_caption", "questions"], [example(SOME, TWO, STAR)]),
         (["visual_caption"], [SEEN]),
-        (["audio_caption", "caption"], [Example(A, (ALL,)), HEARD]),
+        (["audio_caption", "caption"], [example(ALL), HEARD]),
         (
             ["caption", "questions", "visual_caption", "audio_caption"],
-            [Example(A, (ALL, TWO, STAR)), SEEN, HEARD],
+            [example(ALL, TWO, STAR), SEEN, HEARD],
         ),
     ],
 )
 def test_examples_of_tasks(tasks, expected):
-    assert make_examples([FULL], tasks, root=Path("root")) == expected
+    assert make_examples(clip_set(FULL), tasks) == expected
 
 
 def test_one_modality_of_some_clips_alone():
     tasks = ["caption", "visual_caption", "audio_caption"]
-    examples = make_examples([FULL] * 5, tasks, root=Path("root"), single_modality_every=3)
-    assert [example.modality for example in examples] == [
+    examples = make_examples(clip_set(*[FULL] * 5), tasks, single_modality_every=3)
+    assert [one.clip.modality for one in examples] == [
         "both",
         "visual",
         "audio",
@@ -66,14 +90,14 @@ def test_one_modality_of_some_clips_alone():
         "both",
     ]
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        make_examples([FULL], tasks, root=Path("root"), single_modality_every=0)
+        make_examples(clip_set(FULL), tasks, single_modality_every=0)
 
 
 def test_what_a_reference_lacks_gives_no_example():
     bare = Reference("a.mp4", caption="all")
     tasks = ["caption", "human_caption", "questions", "visual_caption", "audio_caption"]
-    assert make_examples([bare], tasks, root=Path("root")) == [Example(A, (ALL,))]
-    assert make_examples([Reference("a.mp4")], tasks, root=Path("root")) == []
+    assert make_examples(clip_set(bare), tasks) == [example(ALL)]
+    assert make_examples(clip_set(Reference("a.mp4")), tasks) == []
 
 
 @pytest.mark.parametrize(("count", "batch_size", "steps"), [(5, 3, 5), (4, 4, 3), (3, 7, 3)])
@@ -96,7 +120,7 @@ def test_deals_depend_on_the_seed_alone():
 
 @pytest.fixture
 def examples(clips):
-    return make_examples(clips.references, ("caption", "questions"), root=clips.root)
+    return make_examples(clips, ("caption", "questions"))
 
 
 def rows_of(batch) -> Counter:
@@ -109,12 +133,12 @@ def rows_of(batch) -> Counter:
 
 def test_ranks_share_a_batch(examples, processor, monkeypatch):
     batches = SftBatches(examples, processor, ClipCache(processor), batch_size=4, seed=0)
-    (whole,) = batches(2)
+    (whole,) = batches.micro_batches(2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     parts = []
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        parts += batches(2)
+        parts += batches.micro_batches(2)
     assert rows_of(parts[0]) + rows_of(parts[1]) == rows_of(whole) and sum(rows_of(whole).values()) == 16
     # Both ranks divide by half of all tokens, so that the mean of their losses is the loss of the whole.
     assert parts[0].mean_num_tokens == parts[1].mean_num_tokens == whole.mean_num_tokens / 2
@@ -124,7 +148,7 @@ def test_ranks_share_a_batch(examples, processor, monkeypatch):
 def test_loss_is_the_mean_over_all_answer_tokens(captioner, examples):
     processor = captioner.processor
     batches = SftBatches(examples, processor, ClipCache(processor), batch_size=3, seed=0)
-    (batch,) = batches(0)
+    (batch,) = batches.micro_batches(0)
     labels = batch.inputs.labels
     assert batch.mean_num_tokens == (labels != -100).sum()
     logps = captioner.network(batch.inputs)
@@ -134,7 +158,7 @@ def test_loss_is_the_mean_over_all_answer_tokens(captioner, examples):
 
 
 def test_turns_on_a_clip_share_it(examples, processor):
-    (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)(0)
+    (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0).micro_batches(0)
     assert batch.inputs.clip_index == (0, 0, 0, 0, 1, 1, 1, 1)
     assert len(batch.inputs.clip_inputs) == 2
 
@@ -142,14 +166,14 @@ def test_turns_on_a_clip_share_it(examples, processor):
 def test_blocks_in_place_of_clips(examples, plus):
     processor = plus.processor
     block = ClipFeatures(torch.zeros(7, 128), interleave_by_time((1, 1, 4), num_audio=3, second_per_grid=1.0))
-    (batch,) = SftBatches(examples, processor, lambda _: block, batch_size=2, seed=0)(0)
+    (batch,) = SftBatches(examples, processor, lambda _: block, batch_size=2, seed=0).micro_batches(0)
     assert batch.inputs.clip_inputs == () and len(batch.inputs.clip_features) == 2
     for placeholder, count in zip(processor.config.placeholder_ids, (4, 3), strict=True):
         assert (batch.inputs.input_ids == placeholder).sum(1).eq(count).all()
 
 
 def test_nothing_to_train_on_is_refused(processor):
-    with pytest.raises(ValueError, match="nothing to train on"):
+    with pytest.raises(ValueError, match="no training examples"):
         SftBatches([], processor, ClipCache(processor), batch_size=2, seed=0)
 
 
@@ -162,13 +186,14 @@ def test_the_cache_reads_once_what_is_used(examples, processor, monkeypatch):
         type(processor), "read", lambda self, path, **span: read.append(path) or plain(self, path, **span)
     )
     cache = ClipCache(processor)
-    both = cache(examples[0])
-    assert cache(examples[0]) is both and len(read) == 1
-    seen = cache(replace(examples[0], modality="visual"))
+    clip = examples[0].clip
+    both = cache(clip)
+    assert cache(clip) is both and len(read) == 1
+    seen = cache(replace(clip, modality="visual"))
     assert len(read) == 2 and torch.equal(both.pixels, seen.pixels) and len(seen.mel) == 0
     small = ClipCache(processor, max_bytes=10)
-    assert torch.equal(small(examples[0]).pixels, both.pixels)
-    small(examples[0])
+    assert torch.equal(small(clip).pixels, both.pixels)
+    small(clip)
     assert len(read) == 4 and not small.clips
 
 
@@ -184,14 +209,15 @@ def test_conversations_become_examples_of_their_own(clips, processor):
     ]
     conversations = [parse_conversation(item) for item in items]
     both, part, heard, dubbed = conversation_examples(conversations, root=clips.root)
-    assert both == Example(
-        clips.root / name, (Turn("First?", "one"), Turn("Second?", "two", (("First?", "one"),))), needs_both=True
+    assert both == TrainingExample(
+        ClipSource(clips.root / name, needs_both=True),
+        (Turn("First?", "one"), Turn("Second?", "two", (("First?", "one"),))),
     )
-    assert (part.modality, part.start_seconds, part.end_seconds) == ("visual", 1.0, 3.0)
-    assert (heard.video, heard.modality, heard.sound) == (clips.root / name, "audio", None)
-    assert dubbed.sound == clips.root / clips.references[1].video
+    assert (part.clip.modality, part.clip.start_seconds, part.clip.end_seconds) == ("visual", 1.0, 3.0)
+    assert (heard.clip.video, heard.clip.modality, heard.clip.audio) == (clips.root / name, "audio", None)
+    assert dubbed.clip.audio == clips.root / clips.references[1].video
     cache = ClipCache(processor)
-    media = [cache(example) for example in (both, part, heard, dubbed)]
+    media = [cache(one.clip) for one in (both, part, heard, dubbed)]
     assert [(one.seconds > 0, len(one.mel) > 0) for one in media] == [
         (True, True),
         (True, False),
@@ -201,7 +227,7 @@ def test_conversations_become_examples_of_their_own(clips, processor):
     assert media[1].seconds == 2.0
     assert torch.equal(media[3].pixels, media[0].pixels) and not torch.equal(media[3].mel, media[0].mel)
     # The second turn's prompt holds the first, and its answer alone is learnt.
-    (batch,) = SftBatches([both], processor, cache, batch_size=1, seed=0)(0)
+    (batch,) = SftBatches([both], processor, cache, batch_size=1, seed=0).micro_batches(0)
     texts = [processor.tokenizer.decode(ids[ids >= 0]) for ids in batch.inputs.input_ids]  # placeholders are below 0
     assert texts[1].count("one<|im_end|>\n<|im_start|>user\nSecond?<|im_end|>") == 1
     learnt = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch.inputs.labels]
@@ -210,7 +236,7 @@ def test_conversations_become_examples_of_their_own(clips, processor):
 
 def test_absent_files_of_conversations_are_told(tmp_path):
     said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
-    with pytest.raises(FileNotFoundError, match=r"1 files of the conversations are not there.*gone\.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"1 files do not exist, first .*gone\.mp4"):
         conversation_examples([parse_conversation({"video": "gone.mp4", "conversations": said})], root=tmp_path)
 
 
@@ -225,9 +251,66 @@ def test_a_conversation_about_sound_that_is_not_there_is_refused(processor, tmp_
     said = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
     for item, refused in (({"use_audio": True}, True), ({}, False)):
         conversation = parse_conversation({"video": "silent.mp4", "conversations": said, **item})
-        (example,) = conversation_examples([conversation], root=tmp_path)
+        (one,) = conversation_examples([conversation], root=tmp_path)
         if refused:
-            with pytest.raises(ClipError, match=r"silent\.mp4 has no sound, .*: say use_audio false"):
-                ClipCache(processor)(example)
+            with pytest.raises(ClipError, match=r"silent\.mp4 has no audio, .*; set use_audio to false"):
+                ClipCache(processor)(one.clip)
         else:
-            assert ClipCache(processor)(example).num_frames
+            assert ClipCache(processor)(one.clip).num_frames
+
+
+ONE = SynthConfig(
+    clips=1, seed=4, min_seconds=3.0, max_seconds=3.0, min_visual=1, max_visual=1, max_sounds=1, min_sounds=1
+)
+
+
+def test_a_comparison_names_its_clip():
+    comparison = Comparison(
+        "v.mp4", "p", "a", "b", modality="visual", audio="a.wav", start_seconds=1.0, end_seconds=2.0
+    )
+    expected = ClipSource(Path("root/v.mp4"), "visual", Path("root/a.wav"), 1.0, 2.0)
+    assert ClipSource.of_comparison(comparison, root=Path("root")) == expected
+    whole = ClipSource.of_comparison(Comparison("a.mp4", "p", "a", "b"), root=Path("root"))
+    assert whole == clip_set(FULL).source(FULL)  # a pair of mrDPO uses the features of its training clip
+
+
+def test_heldout_clips_are_of_the_same_kind_but_another_seed():
+    held = heldout_config(ONE, clips=7)
+    assert (held.clips, held.max_seconds, held.max_visual) == (7, 3.0, 1)
+    assert held.seed != ONE.seed and held != heldout_config(SynthConfig(seed=5), clips=7)
+
+
+def test_rendered_clips_are_kept_by_seed_and_number(tmp_path):
+    first = render_clips(tmp_path, ONE)
+    assert first.root == tmp_path / "seed4-1" and (first.root / first.references[0].video).is_file()
+    made = (first.root / first.references[0].video).stat().st_mtime_ns
+    assert render_clips(tmp_path, ONE) == first
+    assert (first.root / first.references[0].video).stat().st_mtime_ns == made
+
+
+def test_own_references(clips, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    shutil.copy(clips.root / clips.references[0].video, folder / "mine.mp4")
+    write_records(folder / "refs.jsonl", [Reference("mine.mp4", caption="a star")])
+    held = read_clips(folder / "refs.jsonl")
+    assert held.references == [Reference("mine.mp4", caption="a star")] and held.root == folder
+
+
+def test_mistakes_in_own_references(tmp_path):
+    path = tmp_path / "refs.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"refs\.jsonl"):
+        read_clips(path)
+    write_records(path, [])
+    with pytest.raises(ValueError, match="holds no reference"):
+        read_clips(path)
+    write_records(path, [Reference("gone.mp4"), Reference("lost.mp4")])
+    with pytest.raises(FileNotFoundError, match=r"2 files do not exist, first .*gone\.mp4"):
+        read_clips(path)
+
+
+def test_all_texts():
+    reference = Reference(
+        "a", caption="c", human_caption="h", visual_caption="v", audio_caption="s", questions=(Question("q", "a"),)
+    )
+    assert sorted(filter(None, all_texts([reference, Reference("b")]))) == ["a", "c", "h", "q", "s", "v"]

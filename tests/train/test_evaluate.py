@@ -1,7 +1,8 @@
-"""Sampling, answering and judging in batches: the same on any number of processes, and gone on with after a kill."""
+"""Encoding, sampling, answering and judging in batches: equal on any number of processes, resumed after a kill."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,45 +14,44 @@ import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import Sampling
+from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, Event, Reference, read_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.evaluate import (
     SampleConfig,
     answer_questions,
-    clear_parts,
-    cut,
-    encode_clips,
+    cache_features,
+    evaluate,
     judge_captions,
+    make_batches,
     sample_captions,
 )
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from tests.launch import forked
 
-DRAW = SampleConfig(Sampling(temperature=1.0, max_new_tokens=12), seed=7, num_samples=2)
+SAMPLING = SampleConfig(temperature=1.0, top_p=0.9, max_new_tokens=12, num_samples=2, batch_size=4)
+SEED = 7
 
 
 def test_batches_are_of_like_length():
-    assert cut([3, 9, 9, 1, 5], size=2) == [[1], [2, 4], [0, 3]]
-    assert cut([3, 9], size=0) == [[1], [0]]  # more samples of one clip than are generated at once
-    assert cut([], size=4) == []
+    assert make_batches([3, 9, 9, 1, 5], size=2) == [[1], [2, 4], [0, 3]]
+    assert make_batches([3, 9], size=0) == [[1], [0]]  # more samples of one clip than are generated at once
+    assert make_batches([], size=4) == []
 
 
 def work(captioner, clips, folder, name="work") -> dict[str, list]:
     """All that is spread over ranks; the folder takes the clips' tokens."""
-    (blocks,) = encode_clips(captioner, clips, name=name)
+    (uncached,) = cache_features(captioner, clips, name=name)
     for _ in ("cold", "warm"):
-        (stored,) = encode_clips(
-            captioner, clips, name=name, store=open_feature_cache(FeatureCacheConfig(folder), captioner)
-        )
-        assert all(torch.equal(one.tokens, two.tokens) for one, two in zip(blocks, stored, strict=True))
-    captions = sample_captions(captioner, clips.references, blocks, draw=DRAW, name=name, side_by_side=4)
-    by_video = {reference.video: reference for reference in clips.references}
-    answers = answer_questions(captioner, clips.references, blocks, name=name, side_by_side=3)
-    scores = judge_captions(captions, by_video, judge=RuleJudge())
-    assert judge_captions(captions[::-1], by_video, judge=RuleJudge()) == scores[::-1]
+        cache = open_feature_cache(FeatureCacheConfig(folder), captioner)
+        (clips,) = cache_features(captioner, clips, name=name, cache=cache)
+        assert all(torch.equal(one.tokens, clips.features[clip].tokens) for clip, one in uncached.features.items())
+    captions = sample_captions(captioner, clips, SAMPLING, name=name, seed=SEED)
+    answers = answer_questions(captioner, clips, name=name, batch_size=3)
+    scores = judge_captions(captions, clips.by_video, judge=RuleJudge().judge)
+    assert judge_captions(captions[::-1], clips.by_video, judge=RuleJudge().judge) == scores[::-1]
     return {
-        "tokens": [block.tokens.tolist() for block in blocks],
+        "tokens": [clips.features_of(reference).tokens.tolist() for reference in clips.references],
         "captions": [asdict(caption) for caption in captions],
         "answers": [asdict(answer) for answer in answers],
         "scores": [asdict(score) for score in scores],
@@ -64,7 +64,7 @@ from pathlib import Path
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.records import Reference, read_records
-from salmonn.train.references import ClipSet
+from salmonn.train.data import ClipSet
 from tests.train.test_evaluate import work
 
 out, model, root = map(Path, sys.argv[1:])
@@ -94,11 +94,11 @@ def costs(monkeypatch):
     """What the pieces of work cost that were last spread, in this one process."""
     told = []
 
-    def spread(given):
+    def balance(given):
         told[:] = given
         return [list(range(len(given)))]
 
-    monkeypatch.setattr(dist, "spread", spread)
+    monkeypatch.setattr(dist, "balance", balance)
     return told
 
 
@@ -122,49 +122,65 @@ def calls(monkeypatch):
     return counted
 
 
-def test_a_killed_draw_goes_on_from_its_parts(captioner, clips, calls, costs, tmp_path, caplog):
-    (blocks,) = encode_clips(captioner, clips, name="clips")
-    parts = tmp_path / "round_1" / "captions.parts"
+def test_killed_sampling_resumes_from_its_finished_batches(
+    captioner, clips, calls, costs, tmp_path, monkeypatch, caplog
+):
+    (clips,) = cache_features(captioner, clips, name="clips")
+    folder = tmp_path / "round_1"
+    partial = folder / "captions.parts"
 
-    def draw(drawn: SampleConfig = DRAW, **given) -> list[Caption]:
-        return sample_captions(captioner, clips.references, blocks, draw=drawn, name="draw", side_by_side=4, **given)
+    def sample(**given) -> list[Caption]:
+        return sample_captions(captioner, clips, SAMPLING, name="sampling", **{"seed": SEED} | given)
 
-    unbroken = draw()
+    unbroken = sample()
     assert calls["answered"] == 3  # 5 clips, 2 captions of each, 4 at once
     calls["fatal"] = 5
     with pytest.raises(Killed):
-        draw(parts=parts)
-    assert sorted(path.name for path in parts.iterdir()) == ["part_00000.jsonl", "part_00001.jsonl", "parts.json"]
+        sample(folder=folder)
+    assert sorted(path.name for path in partial.iterdir()) == ["part_00000.jsonl", "part_00001.jsonl", "parts.json"]
     calls.update(answered=-5, fatal=1000)
-    assert draw(parts=parts) == unbroken and calls["answered"] == 1
-    # What is there costs nothing; the last batch is of the two shortest clips, two captions of 12 tokens of each.
-    assert costs == [0, 0, sum(sorted(map(len, blocks))[:2]) + 2 * 24]
-    assert draw(parts=parts) == unbroken and calls["answered"] == 1  # killed before the whole was written
+
+    def killed(path, records):
+        raise Killed
+
+    with monkeypatch.context() as patch:  # killed before the whole file is written
+        patch.setattr("salmonn.train.run_folder.write_records", killed)
+        with pytest.raises(Killed):
+            sample(folder=folder)
+    assert calls["answered"] == 1
+    # Finished batches cost nothing; the last one has the two shortest clips, two captions of 12 tokens of each.
+    lengths = sorted(len(features) for features in clips.features.values())
+    assert costs == [0, 0, sum(lengths[:2]) + 2 * 24]
+    paths = [partial / f"part_{number:05d}.jsonl" for number in range(3)]
+    assert sorted((one for path in paths for one in read_records(path, Caption)), key=unbroken.index) == unbroken
     assert not caplog.records
-    kept = [caption for number in range(3) for caption in read_records(parts / f"part_{number:05d}.jsonl", Caption)]
-    assert sorted(kept, key=unbroken.index) == unbroken
+    saved = tmp_path / "saved"
+    shutil.copytree(partial, saved)
+    assert sample(folder=folder) == unbroken and calls["answered"] == 1
+    assert [path.name for path in folder.iterdir()] == ["captions.jsonl"]
 
-    other = draw(replace(DRAW, seed=8), parts=parts)
+    (folder / "captions.jsonl").unlink()
+    shutil.copytree(saved, partial)  # batches with another seed are sampled again
+    other = sample(folder=folder, seed=8)
     assert other != unbroken and calls["answered"] == 4
-    assert "made anew" in caplog.text
-    clear_parts(parts)
-    clear_parts(parts)
-    assert not parts.exists() and parts.parent.is_dir()
+    assert "sampling again" in caplog.text
+    shutil.copytree(saved, partial)  # a kill just after the whole file was written
+    assert sample(folder=folder, seed=8) == other and calls["answered"] == 4 and not partial.exists()
 
 
-def test_batches_draw_from_seeds_of_their_own(captioner, clips):
-    """The same clip again and again: were two batches' seeds the same, so would be their captions."""
-    block = encode_clips(captioner, clips, name="clips")[0][0]
+def test_batches_have_different_seeds(captioner, clips):
+    """The same clip several times: with equal seeds, two batches would have equal captions."""
+    (clips,) = cache_features(captioner, clips.head(1), name="clips")
+    (features,) = clips.features.values()
     references = [replace(clips.references[0], video=f"{number}.mp4") for number in range(3)]
-    texts = [
-        caption.text
-        for caption in sample_captions(captioner, references, [block] * 3, draw=DRAW, name="draw", side_by_side=2)
-    ]
+    copies = replace(clips, references=references, features={clips.source(one): features for one in references})
+    captions = sample_captions(captioner, copies, replace(SAMPLING, batch_size=2), name="sampling", seed=SEED)
+    texts = [caption.text for caption in captions]
     assert len({tuple(texts[:2]), tuple(texts[2:4]), tuple(texts[4:])}) == 3
 
 
 def test_reading_costs_what_the_files_last(captioner, clips, costs):
-    encode_clips(captioner, clips, name="clips")
+    cache_features(captioner, clips, name="clips")
     lasting = sorted((reference.duration_seconds for reference in clips.references), reverse=True)
     assert costs == pytest.approx([1 + seconds for seconds in lasting], abs=0.2)
 
@@ -182,7 +198,53 @@ def test_judging_costs_words(costs):
         "b": Reference("b", events=(Event("it rains", "visual"),)),
     }
     captions = [Caption("b", "one"), Caption("a", "one two"), Caption("a", ""), Caption("b", "two")]
-    said = judge_captions(captions, references, judge=Echo())
+    said = judge_captions(captions, references, judge=Echo().judge)
     assert said == [("b", "one"), ("a", "one two"), ("a", ""), ("b", "two")]
     # The events of b, two words, are read with each of its captions of one; those of a, five words, likewise.
     assert costs == [2 * (2 + 1), 2 + 5 + 0 + 5]
+
+
+@torch.no_grad()
+def test_captions_of_clips(captioner, clips, media):
+    (clips,) = cache_features(captioner, clips, name="clips")
+    for reference, alone in zip(clips.references, captioner.encode(media), strict=True):
+        assert torch.allclose(clips.features_of(reference).tokens, alone.tokens, atol=1e-5)
+    config = replace(SAMPLING, max_new_tokens=6)
+    captions = sample_captions(captioner, clips, config, name="sampling", seed=1)
+    assert [(caption.video, caption.sample) for caption in captions] == [
+        (reference.video, sample) for reference in clips.references for sample in (0, 1)
+    ]
+    assert {caption.prompt for caption in captions} == {PLAIN_PROMPTS["both"]}
+    assert {caption.model for caption in captions} == {captioner.name}
+    assert not any(
+        caption.finished and len(captioner.processor.tokenizer.encode(caption.text)) > 6 for caption in captions
+    )
+
+
+def test_evaluation(captioner, clips, monkeypatch):
+    """A model that answers all questions and repeats the reference captions makes no error."""
+    (clips,) = cache_features(captioner, clips, name="clips")
+    right = {clips.features_of(reference).tokens.data_ptr(): reference for reference in clips.references}
+
+    def generate(requests, *, clips, **_):
+        captions = []
+        for request, features in zip(requests, clips, strict=True):
+            reference = right[features.tokens.data_ptr()]
+            answers = {item.question: item.answer for item in reference.questions} | {None: reference.caption}
+            prompt = request.prompt or PLAIN_PROMPTS["both"]
+            captions.append([Caption(str(request.path), answers[request.prompt], prompt=prompt)])
+        return captions
+
+    monkeypatch.setattr(captioner, "generate", generate)
+    result = evaluate(captioner, clips, judge=RuleJudge(), sampling=SampleConfig(), name="perfect")
+    assert (result.rates.total, result.rates.qa_accuracy, result.rates.clips) == (0.0, 1.0, 5)
+    assert len(result.answers) == sum(len(reference.questions) for reference in clips.references)
+    assert [score.video for score in result.results] == [reference.video for reference in clips.references]
+
+
+def test_clips_without_questions_are_evaluated_by_their_captions(captioner, clips):
+    bare = [replace(reference, questions=()) for reference in clips.references[:2]]
+    (clips,) = cache_features(captioner, replace(clips, references=bare), name="clips")
+    sampling = SampleConfig(max_new_tokens=4)
+    result = evaluate(captioner, clips, judge=RuleJudge(), sampling=sampling, name="bare")
+    assert result.rates.qa_accuracy is None and not result.answers and len(result.results) == 2

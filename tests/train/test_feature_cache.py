@@ -13,8 +13,8 @@ import torch
 from salmonn.caption.captioner import Captioner
 from salmonn.model.layout import ClipFeatures, Layout
 from salmonn.train import feature_cache as tokens
-from salmonn.train.data import Example
-from salmonn.train.evaluate import encode_clips, encode_examples
+from salmonn.train.data import ClipSource
+from salmonn.train.evaluate import cache_features, encode_clips
 from salmonn.train.feature_cache import (
     FeatureCache,
     FeatureCacheConfig,
@@ -22,7 +22,6 @@ from salmonn.train.feature_cache import (
     hash_features,
     open_feature_cache,
 )
-from salmonn.train.references import ClipSet
 
 MIB = 1 << 20
 
@@ -207,39 +206,41 @@ def test_a_full_disk_is_a_full_folder(tmp_path, monkeypatch):
     assert not store_of(tmp_path).save("a", make_block(256, 1024))
 
 
+def features_of(model, clips, cache=None) -> list[ClipFeatures]:
+    """Features of a set's clips, in order."""
+    (cached,) = cache_features(model, clips, name="clips", cache=cache)
+    return [cached.features_of(reference) for reference in cached.references]
+
+
 @pytest.mark.parametrize("family", ["captioner", "plus"])
 def test_the_same_with_and_without_a_store(request, family, clips, tmp_path, monkeypatch):
     """Off, cold and warm, to the last bit; what is there is neither read nor encoded again."""
     model = request.getfixturevalue(family)
-    (off,) = encode_clips(model, clips, name="clips")
+    off = features_of(model, clips)
     store = open_feature_cache(FeatureCacheConfig(tmp_path), model)
-    (cold,) = encode_clips(model, clips, name="clips", store=store)
+    cold = features_of(model, clips, store)
     assert len(names(tmp_path)) == 5 * 64
     again = open_feature_cache(FeatureCacheConfig(tmp_path), model)
     monkeypatch.setattr(model.processor, "read", None)
-    (warm,) = encode_clips(model, clips, name="clips", store=again)
+    warm = features_of(model, clips, again)
     assert all(same(one, two) and same(one, three) for one, two, three in zip(off, cold, warm, strict=True))
     assert len({hash_features(block) for block in off}) == 5
 
 
 def test_a_clip_goes_through_the_towers_alone(captioner, clips, tmp_path):
     """Its tokens and its file do not depend on what others there are."""
-    few = ClipSet(clips.references[3:4], clips.root)
-    ((alone,),) = encode_clips(
-        captioner, few, name="clips", store=open_feature_cache(FeatureCacheConfig(tmp_path), captioner)
-    )
+    few = replace(clips, references=clips.references[3:4])
+    (alone,) = features_of(captioner, few, open_feature_cache(FeatureCacheConfig(tmp_path), captioner))
     (before,) = tmp_path.iterdir()
-    (all_five,) = encode_clips(
-        captioner, clips, name="clips", store=open_feature_cache(FeatureCacheConfig(tmp_path), captioner)
-    )
+    all_five = features_of(captioner, clips, open_feature_cache(FeatureCacheConfig(tmp_path), captioner))
     assert same(all_five[3], alone) and len(list(tmp_path.iterdir())) == 5 and before.is_file()
 
 
 def test_what_does_not_fit_stays_in_memory(captioner, clips, tmp_path, caplog):
-    (off,) = encode_clips(captioner, clips, name="clips")
+    off = features_of(captioner, clips)
     largest = max(block.tokens.nbytes + 32 * len(block) for block in off)
     config = FeatureCacheConfig(tmp_path, max_gib=2.5 * largest / (1 << 30))
-    (blocks,) = encode_clips(captioner, clips, name="clips", store=open_feature_cache(config, captioner))
+    blocks = features_of(captioner, clips, open_feature_cache(config, captioner))
     kept = len(list(tmp_path.iterdir()))
     assert kept in (2, 3) and all(same(one, two) for one, two in zip(off, blocks, strict=True))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2.5 * largest
@@ -251,13 +252,13 @@ def test_what_does_not_fit_stays_in_memory(captioner, clips, tmp_path, caplog):
 
 def test_one_damaged_file_among_good_ones(captioner, clips, tmp_path, monkeypatch):
     config = FeatureCacheConfig(tmp_path)
-    (given,) = encode_clips(captioner, clips, name="clips", store=open_feature_cache(config, captioner))
+    given = features_of(captioner, clips, open_feature_cache(config, captioner))
     first = [hash_features(block) for block in given]
     del given  # which the file is mapped to
     flip(min(tmp_path.iterdir()))
     read, encode = [], captioner.processor.read
     monkeypatch.setattr(captioner.processor, "read", lambda *args, **given: read.append(args) or encode(*args, **given))
-    (second,) = encode_clips(captioner, clips, name="clips", store=open_feature_cache(config, captioner))
+    second = features_of(captioner, clips, open_feature_cache(config, captioner))
     assert len(read) == 1 and [hash_features(block) for block in second] == first
 
 
@@ -278,19 +279,19 @@ def test_a_key_tells_clips_apart(videos, tmp_path):
     video, elsewhere, sound = tmp_path / "a.mp4", tmp_path / "b.mp4", tmp_path / "c.wav"
     for path in (video, elsewhere, sound):
         shutil.copy2(videos[0], path)
-    store, one = store_of(tmp_path / "tokens"), Example(video, ())
+    store, one = store_of(tmp_path / "tokens"), ClipSource(video)
     kinds = [
         one,
         replace(one, video=elsewhere),
         replace(one, modality="audio"),
         replace(one, start_seconds=1.0),
         replace(one, end_seconds=1.0),
-        replace(one, sound=sound),
+        replace(one, audio=sound),
         replace(one, needs_both=True),
     ]
     keys = store.keys(kinds)
     assert len(set(keys)) == 7
-    assert store.keys([Example(Path(os.path.relpath(video)), ())]) == keys[:1]  # by whichever path it is named
+    assert store.keys([ClipSource(Path(os.path.relpath(video)))]) == keys[:1]  # by whichever path it is named
     touch(video)
     touched = store.keys(kinds)
     lengthen(video)
@@ -324,10 +325,10 @@ def test_a_model_is_told_by_what_gives_the_tokens(random_model, captioner, monke
 def test_a_clip_is_encoded_once_for_all_that_is_asked_of_it(captioner, videos, monkeypatch):
     encoded, encode = [], captioner.encode
     monkeypatch.setattr(captioner, "encode", lambda media: encoded.append(media) or encode(media))
-    one, part = Example(videos[0], ()), Example(videos[0], (), end_seconds=2.0)
-    blocks = encode_examples(captioner, [one, part, one], name="clips")
-    assert len(encoded) == 2 and set(blocks) == {one.clip, part.clip}
-    assert len(blocks[part.clip]) < len(blocks[one.clip])
+    one, part = ClipSource(videos[0]), ClipSource(videos[0], end_seconds=2.0)
+    blocks = encode_clips(captioner, [one, part, one], name="clips")
+    assert len(encoded) == 2 and set(blocks) == {one, part}
+    assert len(blocks[part]) < len(blocks[one])
 
 
 def test_a_folder_that_a_process_does_not_see_ends_the_run(captioner, tmp_path, monkeypatch):

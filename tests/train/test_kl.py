@@ -1,6 +1,7 @@
 """The divergence from a reference: by hand, on a network from its logits, shared over ranks; it leaves no trace."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,21 +10,22 @@ from salmonn.caption.processor import PromptRow
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, merge_adapter
 from salmonn.records import Reference
-from salmonn.train.evaluate import encode_clips
+from salmonn.train.evaluate import cache_features
 from salmonn.train.kl import KLProbe, token_kl
 
 
 @pytest.fixture(scope="module")
-def blocks(random_model, clips):
+def encoded(random_model, clips):
+    """The five clips with their features."""
     from salmonn.caption.captioner import Captioner
 
-    return encode_clips(Captioner.load(random_model), clips, name="clips")[0]
+    return cache_features(Captioner.load(random_model), clips, name="clips")[0]
 
 
 @pytest.fixture
-def drift(captioner, clips, blocks):
+def drift(captioner, encoded):
     """Captions of the five clips, two at once."""
-    return KLProbe(clips.references, blocks, captioner.processor, prompt=captioner.default_prompt(), batch_size=2)
+    return KLProbe(encoded, captioner.processor, prompt=captioner.default_prompt(), batch_size=2)
 
 
 @pytest.fixture
@@ -76,10 +78,11 @@ def test_distributions_are_the_softmax_at_each_label(captioner, media):
 
 
 @torch.no_grad()
-def expected_kl(captioner, clips, blocks, *, reversed_roles=False) -> float:
+def expected_kl(captioner, clips, *, reversed_roles=False) -> float:
     """One caption at a time, one token at a time, in double precision, from the decoder's logits."""
     network, nats = captioner.network, []
-    for reference, block in zip(clips.references, blocks, strict=True):
+    for reference in clips.references:
+        block = clips.features_of(reference)
         inputs = captioner.processor.collate([PromptRow(0, captioner.default_prompt(), reference.caption)], [block])
 
         def logits(inputs=inputs):
@@ -98,12 +101,12 @@ def expected_kl(captioner, clips, blocks, *, reversed_roles=False) -> float:
     return sum(nats) / len(nats)
 
 
-def test_a_network_with_and_without_its_adapter(adapted, drift, clips, blocks):
-    expected = expected_kl(adapted, clips, blocks)
+def test_a_network_with_and_without_its_adapter(adapted, drift, encoded):
+    expected = expected_kl(adapted, encoded)
     assert expected > 0.01
     assert drift.kl_from_reference_policy(adapted.network, adapted.network) == pytest.approx(expected, rel=1e-4)
     # It is no distance.
-    assert abs(expected_kl(adapted, clips, blocks, reversed_roles=True) / expected - 1) > 0.01
+    assert abs(expected_kl(adapted, encoded, reversed_roles=True) / expected - 1) > 0.01
 
 
 def test_two_networks(adapted, drift, random_model):
@@ -136,7 +139,7 @@ def test_nothing_is_left_changed(adapted, drift):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, world_size):
+def test_ranks_share_the_captions(adapted, drift, encoded, monkeypatch, world_size):
     """Five captions on 2 and 4 ranks: every rank calls the model as often, and what fills up is not counted."""
     whole = drift.kl_from_reference_policy(adapted.network, adapted.network)
     num_tokens = sum(count for _, count in drift.micro_batches)
@@ -144,7 +147,7 @@ def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, wo
     sums, calls = [], []
     for rank in range(world_size):
         monkeypatch.setenv("RANK", str(rank))
-        mine = KLProbe(clips.references, blocks, adapted.processor, prompt=adapted.default_prompt(), batch_size=2)
+        mine = KLProbe(encoded, adapted.processor, prompt=adapted.default_prompt(), batch_size=2)
         told = []
         with monkeypatch.context() as patched:  # the ranks' sums are added up below
             patched.setattr("salmonn.train.kl.dist.all_reduce_sum", lambda value, told=told: told.append(value) or 1.0)
@@ -156,11 +159,11 @@ def test_ranks_share_the_captions(adapted, drift, clips, blocks, monkeypatch, wo
     assert tokens == num_tokens and nats / tokens == pytest.approx(whole, rel=1e-5)
 
 
-def test_references_without_captions(captioner, clips, blocks):
+def test_references_without_captions(captioner, encoded):
     options = dict(prompt=captioner.default_prompt())
-    told = [Reference(clips.references[0].video), *clips.references[1:3]]
-    mixed = KLProbe(told, blocks[:3], captioner.processor, **options)
-    alone = KLProbe(told[1:], blocks[1:3], captioner.processor, **options)
+    references = [Reference(encoded.references[0].video), *encoded.references[1:3]]
+    mixed = KLProbe(replace(encoded, references=references), captioner.processor, **options)
+    alone = KLProbe(replace(encoded, references=references[1:]), captioner.processor, **options)
     assert [count for _, count in mixed.micro_batches] == [count for _, count in alone.micro_batches]
-    with pytest.raises(ValueError, match=r"none of 1 references has a caption.*kl_clips to 0"):
-        KLProbe(told[:1], blocks[:1], captioner.processor, **options)
+    with pytest.raises(ValueError, match=r"none of 1 references has a caption.*kl.num_clips to 0"):
+        KLProbe(replace(encoded, references=references[:1]), captioner.processor, **options)

@@ -14,11 +14,17 @@ import torch
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
+from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.records import Comparison
-from salmonn.train.checkpoint import Checkpoints, load_trained
-from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split
+from salmonn.train.checkpoint import load_trained
+from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss, split_evenly
 from salmonn.train.loop import Callback, FitConfig, FitContext, fit, learning_rate_at
-from salmonn.train.preference import DpoConfig, PreferenceBatches, PreferenceLoss
+from salmonn.train.preference import (
+    PreferenceBatches,
+    PreferenceBatchLoss,
+    PreferenceExample,
+    compute_reference_logps,
+)
 from tests.launch import forked
 
 STEADY = LoraConfig(rank=4, dropout=0.0)
@@ -26,8 +32,15 @@ TIMED = ("tokens_per_second", "memory_gib", "wait_seconds", "seconds")
 HEARING = ("audio.qformer.", "audio.projector.")
 
 
-def stage_in(folder, *, seed=0) -> FitContext:
-    return FitContext("options", folder, Checkpoints(folder / "checkpoints"), seed)
+class Source:
+    """Batches by a function of the step."""
+
+    def __init__(self, micro_batches) -> None:
+        self.micro_batches = micro_batches
+
+
+def context_in(folder, *, seed=0) -> FitContext:
+    return FitContext("options", folder, seed)
 
 
 def steps_of(folder) -> list[dict]:
@@ -39,7 +52,7 @@ def steps_of(folder) -> list[dict]:
 def test_epochs_become_steps():
     config = FitConfig(steps=None, epochs=2.5, batch_size=8, warmup_ratio=0.1)
     assert config.resolve(64) == FitConfig(steps=20, batch_size=8, warmup_ratio=0.1)
-    assert config.resolve(64).num_warmup_steps == 2 and config.resolve(1).num_steps == 1
+    assert config.resolve(1).num_steps == 1
     steps = FitConfig(steps=7)
     assert steps.resolve(64) is steps
 
@@ -69,19 +82,19 @@ def test_a_cosine_that_ends_at_nothing():
     [(5, 2, [[0, 1], [2, 3, 4]]), (2, 3, [[0], [1]]), (3, 1, [[0, 1, 2]]), (0, 2, [])],
 )
 def test_parts_are_even_and_never_empty(count, parts, expected):
-    assert [list(part) for part in split(range(count), parts)] == expected
+    assert [list(part) for part in split_evenly(range(count), parts)] == expected
 
 
 def test_a_batch_that_does_not_reach_for_all_ranks_is_refused(captioner, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="1 examples does not reach for 2 processes"):
-        fit_network(captioner.network, lambda _: [], tmp_path, loss=sft_loss, batch_size=1)
+    with pytest.raises(ValueError, match=r"batch_size 1 is smaller than the number of processes \(2\)"):
+        fit_network(captioner.network, Source(lambda _: []), tmp_path, loss=sft_loss, batch_size=1)
 
 
 def fit_network(network, batches, folder, *, loss, **options) -> dict[str, torch.Tensor]:
     """Trained weights after a few steps."""
     config = FitConfig(**{"learning_rate": 1e-3, "steps": 1, "warmup_ratio": 1.0} | options)
-    fit(network, batches, loss, config, stage=stage_in(folder))
+    fit(network, batches, loss, config, context=context_in(folder))
     return {name: value.clone() for name, value in network.named_parameters() if value.requires_grad}
 
 
@@ -96,7 +109,7 @@ def learn(random_model, clips, tmp_path):
             if name.startswith(HEARING):
                 parameter.requires_grad = True
         processor = Captioner.load(random_model).processor
-        examples = make_examples(clips.references[:4], ("caption", "questions"), root=clips.root)
+        examples = make_examples(clips.head(4), ("caption", "questions"))
         batches = SftBatches(
             examples,
             processor,
@@ -120,7 +133,7 @@ def gradients(network, batches, folder, *, loss, **options):
             lambda parameter, name=name: grads.__setitem__(name, parameter.grad.clone())
         )
     config = FitConfig(**{"steps": 1, "warmup_ratio": 1.0, "max_grad_norm": 1e9} | options)
-    fit(network, batches, loss, config, stage=stage_in(folder))
+    fit(network, batches, loss, config, context=context_in(folder))
     return grads, steps_of(folder)[0]
 
 
@@ -143,8 +156,8 @@ def test_checkpointed_layers_keep_less(captioner, clips):
     """Or else the option would be a word: what the forward pass keeps for the gradient."""
     processor = captioner.processor
     attach_lora(captioner.network, STEADY, seed=0)
-    examples = make_examples(clips.references[:1], ("caption",), root=clips.root)
-    (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=1, seed=0)(0)
+    examples = make_examples(clips.head(1), ("caption",))
+    (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=1, seed=0).micro_batches(0)
     captioner.network.train()
     kept = {}
     for on in (False, True):
@@ -173,21 +186,28 @@ def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
         # A trained model, since a random one of large weights makes much of rounding.
         captioner = Captioner.load(SHIPPED_MODEL)
         media = [captioner.processor.read(clips.root / reference.video) for reference in clips.references[:3]]
-        blocks = dict(zip([r.video for r in clips.references], captioner.encode(media), strict=False))
-        pairs = [Comparison(video, "Tell.", "a red star", f"{video} a tone", "the truth") for video in blocks]
+        features = zip(clips.references, captioner.encode(media), strict=False)
+        examples = [
+            PreferenceExample(Comparison(one.video, "Tell.", "a red star", f"{one.video} a tone", "the truth"), clip)
+            for one, clip in features
+        ]
         attach_lora(captioner.network, STEADY, seed=0)
+        loss = make_loss(LossConfig())
+        logps = compute_reference_logps(
+            captioner.network, examples, captioner.processor, roles=loss.reference_roles, batch_size=1
+        )
         batches = PreferenceBatches(
-            pairs,
-            blocks,
+            examples,
+            logps,
             captioner.processor,
+            roles=loss.roles,
             batch_size=3,
             seed=0,
             gradient_accumulation_steps=gradient_accumulation_steps,
         )
-        batches.compute_reference_logps(captioner.network)
         fill_adapter(captioner.network)
-        assert len(batches(0)) == gradient_accumulation_steps
-        results.append(gradients(captioner.network, batches, tmp_path, loss=PreferenceLoss(DpoConfig())))
+        assert len(batches.micro_batches(0)) == gradient_accumulation_steps
+        results.append(gradients(captioner.network, batches, tmp_path, loss=PreferenceBatchLoss(loss)))
     (whole, figures), (pieces, same) = results
     assert same == pytest.approx(figures, rel=1e-4) and distance(pieces, whole) < 1e-5
 
@@ -206,7 +226,7 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
         return network
 
     network = prepare(captioner.network)
-    examples = make_examples(clips.references[:2], ("audio_caption",), root=clips.root)
+    examples = make_examples(clips.head(2), ("audio_caption",))
     batches = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)
     dtypes = []
 
@@ -217,8 +237,8 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
     config = FitConfig(
         learning_rate=4e-3, steps=18, warmup_ratio=0.2, precision="bfloat16", gradient_checkpointing=True
     )
-    stage = replace(stage_in(tmp_path), callback=Callback(look, every=1))
-    done = fit(network, batches, sft_loss, config, stage=stage)
+    context = replace(context_in(tmp_path), callback=Callback(look, every=1))
+    done = fit(network, batches, sft_loss, config, context=context)
     losses = [step["loss"] for step in steps_of(tmp_path)]
     assert set.union(*dtypes) == {(True, torch.float32), (False, torch.bfloat16)}
     assert losses[-1] < 0.8 * losses[0]
@@ -237,8 +257,8 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
 def test_16_bits_trained_as_a_whole_need_16_bit_precision(random_model, tmp_path):
     network = Captioner.load(random_model, placement=Placement(dtype="bfloat16")).network
     network.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"are in bfloat16: .*fit\.precision bfloat16"):
-        fit_network(network, lambda _: [], tmp_path, loss=sft_loss)
+    with pytest.raises(ValueError, match=r"weights to train are bfloat16, .*fit\.precision bfloat16"):
+        fit_network(network, Source(lambda _: []), tmp_path, loss=sft_loss)
 
 
 class Killed(Exception):
@@ -253,7 +273,7 @@ def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
         attach_lora(captioner.network, LoraConfig(rank=2, dropout=0.5), seed=0)
         for parameter in captioner.network.audio.projector.parameters():
             parameter.requires_grad = True
-        examples = make_examples(clips.references[:4], ("caption",), root=clips.root)
+        examples = make_examples(clips.head(4), ("caption",))
         cache = ClipCache(captioner.processor)
         batches = SftBatches(examples, captioner.processor, cache, batch_size=4, seed=0, gradient_accumulation_steps=2)
         config = FitConfig(
@@ -268,13 +288,17 @@ def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
             **{"min_lr_ratio": 0.0, "precision": "bfloat16", "gradient_checkpointing": True, "checkpoint_every": 3},
         )
 
-        def deal(step):
+        def micro_batches(step):
             if step == killed_at:
                 raise Killed
-            return batches(step)
+            return batches.micro_batches(step)
 
         return fit(
-            captioner.network, deal, sft_loss, config.resolve(len(examples)), stage=stage_in(tmp_path / name, seed=1)
+            captioner.network,
+            Source(micro_batches),
+            sft_loss,
+            config.resolve(len(examples)),
+            context=context_in(tmp_path / name, seed=1),
         )
 
     unbroken = run("unbroken")
@@ -294,8 +318,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Reference, read_records
-from salmonn.train.data import ClipCache, SftBatches, make_examples, sft_loss
-from salmonn.train.checkpoint import Checkpoints
+from salmonn.train.data import ClipCache, ClipSet, SftBatches, make_examples, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, fit
 
 model, clips, out = sys.argv[1:]
@@ -305,14 +328,13 @@ attach_lora(captioner.network, LoraConfig(rank=2, dropout=0.0), seed=0)
 trained = [value for value in captioner.network.parameters() if value.requires_grad]
 start = torch.cat([value.detach().flatten() for value in trained])
 references = read_records(Path(clips) / "clips.jsonl", Reference)
-examples = make_examples(references[:5], ("caption", "visual_caption"), root=Path(clips))
+examples = make_examples(ClipSet(references[:5], Path(clips)), ("caption", "visual_caption"))
 batches = SftBatches(
     examples, captioner.processor, ClipCache(captioner.processor), batch_size=5, seed=0, gradient_accumulation_steps=2
 )
 config = FitConfig(steps=2, warmup_ratio=0.5, batch_size=5, gradient_accumulation_steps=2, gradient_checkpointing=True)
 folder = Path(out) / f"of_{dist.world_size()}"
-context = FitContext("ranks", folder, Checkpoints(folder / "checkpoints"))
-fit(captioner.network, batches, sft_loss, config, stage=context)
+fit(captioner.network, batches, sft_loss, config, context=FitContext("ranks", folder))
 moved = torch.cat([value.detach().flatten() for value in trained]) - start
 (Path(out) / f"{dist.world_size()}-{dist.rank()}.json").write_text(json.dumps(moved.tolist()))
 """

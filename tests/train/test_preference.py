@@ -9,21 +9,48 @@ import pytest
 import torch
 
 from salmonn.caption.processor import PromptRow
+from salmonn.conversations import Turn
 from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.records import Comparison, read_json, write_json
-from salmonn.train.checkpoint import Checkpoints
-from salmonn.train.data import Example, SftBatches, Turn, sft_loss
+from salmonn.train.data import ClipSource, SftBatches, TrainingExample, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import (
     REFERENCE_LOGPS_NAME,
-    DpoConfig,
     MixedBatches,
-    MixedLoss,
+    MixedBatchLoss,
     PreferenceBatches,
-    PreferenceLoss,
+    PreferenceBatchLoss,
+    PreferenceExample,
+    compute_reference_logps,
 )
 
 LORA = LoraConfig(rank=4, dropout=0.0)
+LOSS = make_loss(LossConfig())
+
+
+def to_examples(pairs, blocks) -> list[PreferenceExample]:
+    return [PreferenceExample(pair, blocks[pair.video]) for pair in pairs]
+
+
+def compute(captioner, examples, *, batch_size=2, **options) -> list[tuple[float, float]]:
+    """Reference log-probabilities (chosen, rejected) of each pair."""
+    logps = compute_reference_logps(
+        captioner.network,
+        examples,
+        captioner.processor,
+        roles=LOSS.reference_roles,
+        batch_size=batch_size,
+        **options,
+    )
+    return [(one["chosen"], one["rejected"]) for one in logps]
+
+
+def make_batches(captioner, examples, *, reference=None, batch_size, **options) -> PreferenceBatches:
+    reference = compute(captioner, examples) if reference is None else reference
+    logps = [dict(zip(("chosen", "rejected"), values, strict=True)) for values in reference]
+    options = {"roles": LOSS.roles, "seed": 0} | options
+    return PreferenceBatches(examples, logps, captioner.processor, batch_size=batch_size, **options)
 
 
 @pytest.fixture
@@ -57,10 +84,9 @@ def test_reference_is_the_network_without_adapter(captioner, fill_adapter, pairs
     attach_lora(captioner.network, LORA, seed=0)
     fill_adapter(captioner.network)
     captioner.network.eval()
-    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=2, seed=0)
-    batches.compute_reference_logps(captioner.network)
-    assert len(batches.reference_logps) == 3
-    for pair, reference, by_hand in zip(pairs, batches.reference_logps, expected, strict=True):
+    computed = compute(captioner, to_examples(pairs, blocks))
+    assert len(computed) == 3
+    for pair, reference, by_hand in zip(pairs, computed, expected, strict=True):
         assert reference == pytest.approx(by_hand, rel=1e-5)
         assert answer_logp(captioner, pair, pair.chosen, blocks[pair.video]) != pytest.approx(by_hand[0], rel=1e-3)
 
@@ -73,11 +99,11 @@ def test_pairs_on_one_clip_are_asked_about_together(captioner, pairs, blocks, mo
         for pair in both
     ]
     attach_lora(captioner.network, LORA, seed=0)
-    batches, asked = PreferenceBatches(both, blocks, captioner.processor, batch_size=9, seed=0), []
+    asked: list = []
     forward = captioner.network.forward
     monkeypatch.setattr(captioner.network, "forward", lambda inputs: asked.append(inputs) or forward(inputs))
-    batches.compute_reference_logps(captioner.network)
-    assert [pair for said in batches.reference_logps for pair in said] == pytest.approx(
+    computed = compute(captioner, to_examples(both, blocks), batch_size=9)
+    assert [logp for values in computed for logp in values] == pytest.approx(
         [one for two in expected for one in two], rel=1e-5
     )
     (inputs,) = asked
@@ -95,9 +121,8 @@ def asked(captioner, fill_adapter, pairs, blocks, tmp_path, monkeypatch):
 
     def ask(given=None, clips=None, *, size=1):
         runs.clear()
-        batches = PreferenceBatches(given or pairs, clips or blocks, captioner.processor, batch_size=size, seed=0)
-        batches.compute_reference_logps(captioner.network, folder=tmp_path)
-        return batches.reference_logps, len(runs)
+        computed = compute(captioner, to_examples(given or pairs, clips or blocks), batch_size=size, folder=tmp_path)
+        return computed, len(runs)
 
     return ask
 
@@ -166,7 +191,7 @@ def test_what_the_reference_depends_on_makes_it_anew(captioner, asked, pairs, bl
     change(captioner, pairs, blocks)
     now, runs = asked()
     assert runs == 3 and now != said
-    assert "is of other weights, clips, pairs or words" in caplog.text
+    assert "is from different weights, clips, comparisons or tokens" in caplog.text
     assert asked() == (now, 1)
 
 
@@ -175,18 +200,18 @@ def test_a_sample_that_differs_makes_it_anew(asked, tmp_path, caplog):
     path = tmp_path / REFERENCE_LOGPS_NAME
     said, _ = asked()
     values = read_json(path)
-    write_json(path, values | {"logps": [[chosen + 0.01, rejected] for chosen, rejected in said]})
+    write_json(path, values | {"logps": [{"chosen": chosen + 0.01, "rejected": rejected} for chosen, rejected in said]})
     again, runs = asked()
-    assert again == said and runs == 1 + 3 and "more than rounding may do" in caplog.text
+    assert again == said and runs == 1 + 3 and "more than rounding error" in caplog.text
     assert read_json(path) == values
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"made_of": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 0, "fingerprint": "", "logps": []}'])
 def test_a_reference_that_cannot_be_read_is_made_anew(asked, tmp_path, caplog, text):
     said, _ = asked()
     (tmp_path / REFERENCE_LOGPS_NAME).write_text(text)
     again, runs = asked()
-    assert again == said and runs == 3 and "asked again" in caplog.text
+    assert again == said and runs == 3 and "recomputing" in caplog.text
 
 
 def test_another_type_is_another_reference(asked):
@@ -198,36 +223,34 @@ def test_another_type_is_another_reference(asked):
     assert asked() == (said, 3)
 
 
-def test_rows_are_chosen_then_rejected_then_truths(captioner, pairs, blocks):
-    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0)
-    batches.reference_logps = [(-1.0, -10.0), (-2.0, -20.0), (-3.0, -30.0)]
-    (batch,) = batches(0)
+@pytest.mark.parametrize("roles", [("chosen", "rejected", "ground_truth"), ("ground_truth", "chosen"), ("rejected",)])
+def test_rows_of_each_role_hold_its_answers(captioner, pairs, blocks, roles):
+    reference = [(-1.0, -10.0), (-2.0, -20.0), (-3.0, -30.0)]
+    batches = make_batches(captioner, to_examples(pairs, blocks), reference=reference, batch_size=3, roles=roles)
+    (batch,) = batches.micro_batches(0)
     tokenizer = captioner.processor.tokenizer
     answers = [tokenizer.decode(labels[labels != -100], skip_special_tokens=True) for labels in batch.inputs.labels]
-    order = [int(-value) - 1 for value in batch.reference_chosen]
-    assert sorted(order) == [0, 1, 2]
-    assert answers == [
-        getattr(pairs[number], kind) for kind in ("chosen", "rejected", "ground_truth") for number in order
-    ]
-    assert batch.reference_rejected.tolist() == [-10.0 * (number + 1) for number in order]
     prompts = [tokenizer.decode(ids[ids >= 0]) for ids in batch.inputs.input_ids]  # placeholders are below 0
-    assert all(
-        pairs[number].prompt in prompts[place + 3 * kind] for kind in range(3) for place, number in enumerate(order)
-    )
-    assert batch.inputs.clip_index == (0, 1, 2) * 3
+    order = [int(-value) - 1 for value in batch.reference_logps["chosen"]]
+    assert sorted(order) == [0, 1, 2] and tuple(batch.rows) == roles and len(answers) == 3 * len(roles)
+    assert batch.reference_logps["rejected"].tolist() == [-10.0 * (number + 1) for number in order]
+    for role, rows in batch.rows.items():
+        assert answers[rows] == [getattr(pairs[number], role) for number in order]
+        assert all(pairs[number].prompt in prompt for number, prompt in zip(order, prompts[rows], strict=True))
+        assert batch.inputs.clip_index[rows] == (0, 1, 2)
     for place, number in enumerate(order):
         assert torch.equal(batch.inputs.clip_features[place], blocks[pairs[number].video].tokens)
 
 
 def test_ranks_share_the_pairs(captioner, pairs, blocks, monkeypatch):
-    batches = PreferenceBatches(pairs[:2], blocks, captioner.processor, batch_size=2, seed=0)
-    batches.reference_logps = [(-1.0, -10.0), (-2.0, -20.0)]
-    (whole,) = batches(0)
+    reference = [(-1.0, -10.0), (-2.0, -20.0)]
+    batches = make_batches(captioner, to_examples(pairs[:2], blocks), reference=reference, batch_size=2)
+    (whole,) = batches.micro_batches(0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        (part,) = batches(0)
-        assert part.reference_chosen.tolist() == [whole.reference_chosen[rank].item()]
+        (part,) = batches.micro_batches(0)
+        assert part.reference_logps["chosen"].tolist() == [whole.reference_logps["chosen"][rank].item()]
         assert len(part.inputs.input_ids) == 3
 
 
@@ -239,9 +262,9 @@ def test_loss_of_a_fresh_adapter(captioner, pairs, blocks):
         for pair in pairs
     ]
     attach_lora(captioner.network, LORA, seed=0)
-    batches = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, seed=0)
-    batches.compute_reference_logps(captioner.network)
-    loss, figures = PreferenceLoss(DpoConfig(beta=0.1, ce_weight=0.25))(captioner.network, *batches(0))
+    batches = make_batches(captioner, to_examples(pairs, blocks), batch_size=3)
+    batch_loss = PreferenceBatchLoss(make_loss(LossConfig(beta=0.1, ce_weight=0.25)))
+    loss, figures = batch_loss(captioner.network, *batches.micro_batches(0))
     cross_entropy = sum(expected) / 3
     assert loss.item() == pytest.approx(math.log(2) + 0.25 * cross_entropy, rel=1e-5)
     assert figures["ce"] == pytest.approx(cross_entropy, rel=1e-5)
@@ -251,15 +274,17 @@ def test_loss_of_a_fresh_adapter(captioner, pairs, blocks):
 
 def test_figures_of_a_moved_policy(captioner, fill_adapter, pairs, blocks):
     attach_lora(captioner.network, LORA, seed=0)
-    batches = PreferenceBatches(pairs[:1], blocks, captioner.processor, batch_size=1, seed=0)
-    batches.compute_reference_logps(captioner.network)
+    examples = to_examples(pairs[:1], blocks)
+    (before,) = reference = compute(captioner, examples)
+    batches = make_batches(captioner, examples, reference=reference, batch_size=1)
     fill_adapter(captioner.network)
     captioner.network.eval()
-    loss, figures = PreferenceLoss(DpoConfig(beta=0.5, ce_weight=0.0))(captioner.network, *batches(0))
+    batch_loss = PreferenceBatchLoss(make_loss(LossConfig(beta=0.5, ce_weight=0.0)))
+    loss, figures = batch_loss(captioner.network, *batches.micro_batches(0))
     pair, block = pairs[0], blocks[pairs[0].video]
     rewards = [
         0.5 * (answer_logp(captioner, pair, text, block) - reference)
-        for text, reference in zip((pair.chosen, pair.rejected), batches.reference_logps[0], strict=True)
+        for text, reference in zip((pair.chosen, pair.rejected), before, strict=True)
     ]
     assert [figures["chosen"], figures["rejected"]] == pytest.approx(rewards, rel=1e-3)
     assert loss.item() == pytest.approx(math.log1p(math.exp(rewards[1] - rewards[0])), rel=1e-3)
@@ -273,20 +298,19 @@ def test_a_few_steps_prefer_the_chosen_one(captioner, pairs, blocks, tmp_path, t
     if turned:
         pair = Comparison(pair.video, pair.prompt, pair.rejected, pair.chosen, pair.ground_truth)
     attach_lora(captioner.network, LORA, seed=0)
-    batches = PreferenceBatches([pair], blocks, captioner.processor, batch_size=1, seed=0)
-    batches.compute_reference_logps(captioner.network)
+    examples = to_examples([pair], blocks)
+    (before,) = reference = compute(captioner, examples)
     fit(
         captioner.network,
-        batches,
-        PreferenceLoss(DpoConfig(ce_weight=0.0)),
+        make_batches(captioner, examples, reference=reference, batch_size=1),
+        PreferenceBatchLoss(make_loss(LossConfig(ce_weight=0.0))),
         FitConfig(learning_rate=3e-3, steps=8, warmup_ratio=0.125, batch_size=1),
-        stage=FitContext("one pair", tmp_path, Checkpoints(tmp_path / "checkpoints")),
+        context=FitContext("one pair", tmp_path),
     )
     figures = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     assert figures[-1]["chosen"] > figures[-1]["rejected"] + 0.1
     assert figures[-1]["loss"] < figures[0]["loss"] and figures[-1]["accuracy"] == 1.0
     now = [answer_logp(captioner, pair, text, blocks[pair.video]) for text in (pair.chosen, pair.rejected)]
-    before = batches.reference_logps[0]
     assert now[0] - before[0] > now[1] - before[1]
 
 
@@ -295,36 +319,35 @@ def mixed(captioner, pairs, blocks):
     """Three pairs and two clips with two questions each a step, one by one."""
     attach_lora(captioner.network, LORA, seed=0)
     options = {"seed": 0, "gradient_accumulation_steps": 9}
-    some = PreferenceBatches(pairs, blocks, captioner.processor, batch_size=3, **options)
-    some.compute_reference_logps(captioner.network)
+    preferences = make_batches(captioner, to_examples(pairs, blocks), batch_size=3, **options)
     turns = (Turn("How many?", "two"), Turn("Which?", "the star"))
-    examples = [Example(Path(pair.video), turns) for pair in pairs[:2]]
-    block_of = lambda example: blocks[str(example.video)]  # noqa: E731
-    questions = SftBatches(examples, captioner.processor, block_of, batch_size=2, first_rank=3, **options)
-    return MixedBatches(some, questions)
+    examples = [TrainingExample(ClipSource(Path(pair.video)), turns) for pair in pairs[:2]]
+    features = {example.clip: blocks[str(example.clip.video)] for example in examples}
+    questions = SftBatches(examples, captioner.processor, features.__getitem__, batch_size=2, first_rank=3, **options)
+    return MixedBatches(preferences, questions)
 
 
 def test_questions_among_pairs_count_by_their_share(captioner, fill_adapter, mixed):
     fill_adapter(captioner.network)
-    network, loss = captioner.network.eval(), MixedLoss(DpoConfig(), qa_fraction=0.4)
-    micro_batches = mixed(0)
+    network, loss = captioner.network.eval(), MixedBatchLoss(LOSS, qa_fraction=0.4)
+    micro_batches = mixed.micro_batches(0)
     assert len(micro_batches) == 5
     total = sum(loss(network, piece)[0].item() for piece in micro_batches)
-    alone = sum(PreferenceLoss(DpoConfig())(network, piece)[0].item() for piece in mixed.pairs(0))
-    asked = sum(sft_loss(network, piece)[0].item() for piece in mixed.questions(0))
+    alone = sum(PreferenceBatchLoss(LOSS)(network, piece)[0].item() for piece in mixed.preferences.micro_batches(0))
+    asked = sum(sft_loss(network, piece)[0].item() for piece in mixed.questions.micro_batches(0))
     assert total == pytest.approx(0.6 * alone + 0.4 * asked, rel=1e-5) and alone > 0 and asked > 0
     figures = [loss(network, piece)[1] for piece in micro_batches]
     assert sum(each.get("qa", 0.0) for each in figures) == pytest.approx(asked, rel=1e-5)
-    whole, _ = MixedLoss(DpoConfig(), qa_fraction=0.0)(network, micro_batches[0])
-    assert torch.equal(whole, PreferenceLoss(DpoConfig())(network, micro_batches[0])[0])
+    whole, _ = MixedBatchLoss(LOSS, qa_fraction=0.0)(network, micro_batches[0])
+    assert torch.equal(whole, PreferenceBatchLoss(LOSS)(network, micro_batches[0])[0])
 
 
 @pytest.mark.parametrize("size", [2, 5])
 def test_ranks_share_pairs_and_questions_evenly(mixed, monkeypatch, size):
-    whole = mixed(0)
+    whole = mixed.micro_batches(0)
     monkeypatch.setenv("WORLD_SIZE", str(size))
     counts = []
     for rank in range(size):
         monkeypatch.setenv("RANK", str(rank))
-        counts.append(len(mixed(0)))
+        counts.append(len(mixed.micro_batches(0)))
     assert sum(counts) == len(whole) and max(counts) - min(counts) <= 1

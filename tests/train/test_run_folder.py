@@ -1,4 +1,4 @@
-"""The edges of a stage: the run's folder, leftovers of killed processes, records that are kept."""
+"""Run folders: leftovers of killed processes, records that are created once, merging of a trained adapter."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,10 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Caption
 from salmonn.train.checkpoint import Checkpoints, checkpointed
-from salmonn.train.run_folder import (
-    is_complete,
-    load_or_create,
-    load_or_create_captions,
-    merge_trained,
-    num_bytes,
-    open_run,
-)
+from salmonn.train.run_folder import RunConfig, is_complete, load_or_create, merge_checkpoint, num_bytes, open_run
 
 
 @dataclass(frozen=True)
@@ -57,18 +49,6 @@ def test_records_are_made_once(tmp_path):
     assert made == [1]
 
 
-def test_parts_are_cleared_once_the_whole_is_written(tmp_path):
-    def draw(*, parts):
-        parts.mkdir()
-        return [Caption("a.mp4", "a star")]
-
-    assert load_or_create_captions(tmp_path, draw) == [Caption("a.mp4", "a star")]
-    assert [path.name for path in tmp_path.iterdir()] == ["captions.jsonl"]
-    (tmp_path / "captions.parts").mkdir()  # a kill just after the whole was written
-    load_or_create_captions(tmp_path, draw)
-    assert [path.name for path in tmp_path.iterdir()] == ["captions.jsonl"]
-
-
 def test_checkpoints_that_outlive_their_stage_are_cleared(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     assert not is_complete(tmp_path) and (tmp_path / "checkpoints").is_dir()
@@ -99,13 +79,12 @@ def test_what_was_learnt_is_put_on_the_weights_on_disk(captioner, random_model, 
     with torch.no_grad():
         for parameter in captioner.network.parameters():
             parameter.fill_(7.0)
-    placement = Placement(dtype="float32", attention="sdpa")
-    merge_trained(
-        captioner, tmp_path, checkpoints.latest(), base=random_model, lora=lora, placement=placement, adapter=True
-    )
+    config = RunConfig(out=tmp_path, model=str(random_model))
+    merged = merge_checkpoint(checkpoints.latest(), base=random_model, lora=lora, config=config, folder=tmp_path)
     # alpha / r * B A = 3 * sum over 2 ranks of 0.1 * 0.1 = 0.06 everywhere.
-    for network in (captioner.network, Captioner.load(tmp_path / "merged").network):
-        assert torch.allclose(network.get_parameter(name), before + 0.06, atol=1e-6)
-    assert captioner.name == str(tmp_path / "merged") and (tmp_path / "adapter" / "adapter_config.json").is_file()
+    result = Captioner.load(merged)
+    assert merged == tmp_path / "merged" and result.name == str(merged)
+    assert torch.allclose(result.network.get_parameter(name), before + 0.06, atol=1e-6)
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     size = (tmp_path / "merged" / "model.safetensors").stat().st_size
-    assert 0 <= size - num_bytes(captioner) < 100_000
+    assert 0 <= size - num_bytes(result) < 100_000

@@ -1,19 +1,23 @@
-"""A run looked back on: summary.json's shape, the table, what is read of a folder, the curves and the page."""
+"""Logs and summaries of a run: summary.json, the table, run folders, curves, the page, step logs after kills."""
 
 import json
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from salmonn.records import Comparison, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
 from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
-from salmonn.train.run_log import RunSummary, print_table, read_run
+from salmonn.train.run_log import RunSummary, StepLog, log_summary, print_summary, read_run, read_steps
 from tests.score.browser import Watched, needs_browser, start_browser
 
 SFT = Rates(missing=0.5, hallucination=0.25, total=0.75, repetition=0.125, qa_accuracy=0.4, clips=20)
@@ -74,7 +78,7 @@ def test_stages_in_the_order_of_time():
 
 
 def test_table_in_percent(capsys):
-    print_table(
+    print_summary(
         RunSummary(SFT, ROUNDS[:1], Rates(0.3, 0.1, 0.4, 0.0, None, 20), {"rebirth": 0.0625}, "round_1", STOPPED)
     )
     rows, out = {}, capsys.readouterr().out
@@ -84,7 +88,7 @@ def test_table_in_percent(capsys):
     assert rows["SFT"] == ["50.0", "25.0", "75.0", "12.5", "40.0", "-"]
     assert rows["round 1, best"] == ["37.5", "25.0", "62.5", "6.2", "50.0", "-"]
     assert rows["rebirth"] == ["30.0", "10.0", "40.0", "0.0", "-", "0.062"]
-    column_titles = ["Missing %", "Hallucination %", "Total %", "Repetition %", "QA accuracy %", "KL nats a token"]
+    column_titles = ["Missing %", "Hallucination %", "Total %", "Repetition %", "QA accuracy %", "KL, nats per token"]
     assert rows["stage"] == column_titles
     assert f"stopped: {STOPPED}" in out
 
@@ -98,7 +102,7 @@ def test_plot_writes_a_png(tmp_path, rebirth):
 
 def test_a_whole_run(run_folder):
     record = read_run(run_folder)
-    assert record.summary == WHOLE and record.is_whole and record.config.startswith("model:")
+    assert record.summary == WHOLE and record.is_complete and record.config.startswith("model:")
     assert [(stage.name, len(stage.steps)) for stage in record.stages] == [
         ("round 1", 4),
         ("round 2", 4),
@@ -120,7 +124,7 @@ def test_a_run_that_is_going_on(run_folder):
         write_json(run_folder / name / "heldout" / "rates.json", asdict(rates))
     write_json(run_folder / "round_2" / "heldout" / "kl_16.json", 0.5)
     record = read_run(run_folder)
-    assert record.summary == RunSummary(SFT, ROUNDS, kl={"round 2": 0.5}) and not record.is_whole
+    assert record.summary == RunSummary(SFT, ROUNDS, kl={"round 2": 0.5}) and not record.is_complete
     assert [stage.name for stage in record.stages] == ["round 1", "round 2", "round 10", "rebirth"]
 
 
@@ -136,13 +140,13 @@ def test_a_run_of_one_stage(tmp_path):
 @pytest.mark.parametrize("text", ['{"sft": {"missing": 1}}', '{"sft": null, "rounds": [], "rebirth": null}', "[]", "{"])
 def test_summaries_that_are_none(tmp_path, text):
     write_text(tmp_path / "summary.json", text)
-    with pytest.raises(ValueError, match=r"summary\.json is no summary of a run"):
+    with pytest.raises(ValueError, match=r"summary\.json is not the summary of a run"):
         read_run(tmp_path)
 
 
 def test_folders_that_hold_no_run(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ValueError, match=r"holds no run: give the folder that a recipe wrote to"):
+        with pytest.raises(ValueError, match=r"holds no run; pass the folder that a recipe wrote to"):
             read_run(folder)
     write_records(tmp_path / "round_1" / "pairs.jsonl", [Comparison("v", "p", "c", "r", "g")])
     with pytest.raises(ValueError, match="no steps and no rates yet"):
@@ -236,3 +240,87 @@ def test_page_in_a_browser(page_text, run_folder):
             colours[scheme] = set(found)
             assert page.locator("figure svg").count() == 5
     assert "rgb(11, 105, 168)" in colours["light"] and "rgb(86, 169, 224)" in colours["dark"]
+
+
+def seen(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard shows them now."""
+    accumulator.Reload()
+    return [(event.step, pytest.approx(event.value)) for event in accumulator.Scalars(tag)]
+
+
+@pytest.fixture
+def event_seconds(monkeypatch):
+    """Event files are made a second apart, as they are in earnest: TensorBoard takes them in the order of names."""
+    now = count(int(time.time()))
+    clock = SimpleNamespace(time=lambda: next(now))
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time", clock)
+
+
+@pytest.fixture
+def stage(tmp_path, event_seconds):
+    """A folder in which a run was killed while it wrote its fourth step, and what TensorBoard has read of it."""
+    log = StepLog(tmp_path / "round_1", first_step=0)
+    for step in range(3):
+        log(step, {"loss": step + 0.5, "grad_norm": 10.0 * step})
+    with (tmp_path / "round_1" / "steps.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    accumulator = EventAccumulator(str(tmp_path / "round_1"))
+    accumulator.Reload()
+    yield tmp_path / "round_1", accumulator
+    log.close()
+
+
+def test_what_is_logged_is_on_disk_before_the_end(stage):
+    folder, accumulator = stage
+    lines = (folder / "steps.jsonl").read_text().splitlines()
+    assert lines[:2] == [
+        '{"step": 0, "loss": 0.5, "grad_norm": 0.0}',
+        '{"step": 1, "loss": 1.5, "grad_norm": 10.0}',
+    ]
+    assert seen(accumulator, "loss") == [(0, 0.5), (1, 1.5), (2, 2.5)]
+    assert seen(accumulator, "grad_norm") == [(0, 0.0), (1, 10.0), (2, 20.0)]
+
+
+@pytest.mark.parametrize(("first", "kept"), [(0, []), (2, [0.5, 1.5]), (3, [0.5, 1.5, 2.5])])
+def test_a_resumed_log_has_every_step_once(stage, first, kept):
+    """Steps from `first` on are done again, with 100 in place of what they gave before."""
+    folder, before = stage
+    path = folder / "steps.jsonl"
+    log = StepLog(folder, first_step=first)
+    assert [figures["loss"] for figures in read_steps(path)] == kept
+    for step in range(first, 5):
+        log(step, {"loss": 100.0})
+    log.close()
+    expected = list(enumerate(kept + [100.0] * (5 - first)))
+    assert [(figures["step"], figures["loss"]) for figures in read_steps(path)] == expected
+    assert len((folder / "steps.jsonl").read_text().splitlines()) == 5
+    assert seen(EventAccumulator(str(folder)), "loss") == expected == seen(before, "loss")
+
+
+def test_lines_that_are_not_whole_are_passed_over(tmp_path):
+    """A full disk cuts a line off in the middle of the file, and the next one is glued to it."""
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(
+        b'{"step": 0, "loss": 1.0}\n{"step": 1, "l{"step": 2, "loss": 3.0}\n\n7\n\xff\n{"step": 3, "kl": 0}\n'
+    )
+    assert read_steps(path) == [{"step": 0, "loss": 1.0}, {"step": 3, "kl": 0}]
+    assert read_steps(tmp_path / "absent.jsonl") == []
+
+
+def test_rounds_against_their_numbers(tmp_path, event_seconds):
+    start, better = Rates(0.5, 0.25, 0.75, 0.125), Rates(0.25, 0.25, 0.5, 0.0, qa_accuracy=0.625)
+    watching = EventAccumulator(str(tmp_path))
+    log_summary(tmp_path, RunSummary(start))
+    assert seen(watching, "Total") == [(0, 0.75)]
+    for summary in (RunSummary(start, [better]), RunSummary(start, [better], better, kl={"round 1": 0.375})):
+        log_summary(tmp_path, summary)
+    for accumulator in (EventAccumulator(str(tmp_path)), watching):
+        assert seen(accumulator, "Total") == [(0, 0.75), (1, 0.5), (2, 0.5)]
+        assert seen(accumulator, "Hallucination") == [(0, 0.25), (1, 0.25), (2, 0.25)]
+        assert seen(accumulator, "Repetition") == [(0, 0.125), (1, 0.0), (2, 0.0)]
+        assert seen(accumulator, "QA accuracy") == [(1, 0.625), (2, 0.625)]
+        assert seen(accumulator, "KL") == [(1, 0.375)]
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["total"], line["kl"]) for line in lines] == [
+        ("SFT", 0.75, None), ("round 1", 0.5, 0.375), ("rebirth", 0.5, None)
+    ]  # fmt: skip

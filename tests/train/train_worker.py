@@ -19,14 +19,21 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.model.loading import Placement
 from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.records import Comparison, Reference, read_records
-from salmonn.train.checkpoint import Checkpoint, Checkpoints
-from salmonn.train.evaluate import encode_clips
+from salmonn.train.checkpoint import Checkpoint
+from salmonn.train.data import CLIPS_NAME, ClipSet
+from salmonn.train.evaluate import cache_features
 from salmonn.train.kl import KLProbe
 from salmonn.train.loop import Callback, FitConfig, FitContext, autocast, fit
-from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
-from salmonn.train.references import CLIPS_NAME, ClipSet
-from salmonn.train.run_folder import merge_trained
+from salmonn.train.preference import (
+    PreferenceBatch,
+    PreferenceBatches,
+    PreferenceBatchLoss,
+    PreferenceExample,
+    compute_reference_logps,
+)
+from salmonn.train.run_folder import RunConfig, merge_checkpoint
 
 # No dropout: ranks draw their own, and losses are to be those of one process.
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
@@ -39,11 +46,15 @@ FIT = FitConfig(
 class Spoilt(PreferenceBatches):
     """Deals out pairs with a reference that is no number, once and on one rank."""
 
-    def __call__(self, step: int) -> list[PreferenceBatch]:
-        pieces = super().__call__(step)
+    def micro_batches(self, step: int) -> list[PreferenceBatch]:
+        batches = super().micro_batches(step)
         if step != 3 or dist.rank() + 1 < dist.world_size():
-            return pieces
-        return [replace(piece, reference_chosen=piece.reference_chosen * float("nan")) for piece in pieces]
+            return batches
+        nan = float("nan")
+        return [
+            replace(one, reference_logps={role: logps * nan for role, logps in one.reference_logps.items()})
+            for one in batches
+        ]
 
 
 def train(
@@ -51,34 +62,36 @@ def train(
 ) -> Checkpoint:
     """Train on three pairs, a right and a wrong caption of each clip."""
     network, references, prompt = captioner.network, clips.references, captioner.default_prompt()
-    network.max_logit_bytes = 4 * 400 * 20  # a few positions at a time: processes have different numbers of chunks
-    (blocks,) = encode_clips(captioner, clips, name="clips")
-    pairs = [
-        Comparison(one.video, prompt, one.caption, other.caption, one.caption, margin=0.5)
+    (clips,) = cache_features(captioner, clips, name="clips")
+    examples = [
+        PreferenceExample(
+            Comparison(one.video, prompt, one.caption, other.caption, one.caption, margin=0.5), clips.features_of(one)
+        )
         for one, other in zip(references, references[1:] + references[:1], strict=True)
     ]
     attach_lora(network, LORA, seed=0)
-    by_video = {one.video: block for one, block in zip(references, blocks, strict=True)}
+    loss = make_loss(LossConfig())
+    with autocast(config.precision):
+        logps = compute_reference_logps(
+            network, examples, captioner.processor, roles=loss.reference_roles, batch_size=config.micro_batch_size
+        )
     batches = deal(
-        pairs,
-        by_video,
+        examples,
+        logps,
         captioner.processor,
+        roles=loss.roles,
         batch_size=config.batch_size,
         seed=0,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
-    with autocast(config.precision):
-        batches.compute_reference_logps(network)
-    fixed = KLProbe(references[:1], blocks[:1], captioner.processor, prompt=prompt)
+    fixed = KLProbe(clips.head(1), captioner.processor, prompt=prompt)
 
     def measure(wrapped: nn.Module) -> dict[str, float]:
         with autocast(config.precision):
             return {"kl": fixed.kl_from_reference_policy(wrapped, network)}
 
-    stage = FitContext(
-        strategy, out, Checkpoints(out / "checkpoints"), strategy=strategy, callback=Callback(measure, every=5)
-    )
-    return fit(network, batches, PreferenceLoss(DpoConfig()), config, stage=stage)
+    context = FitContext(strategy, out, strategy=strategy, callback=Callback(measure, every=5))
+    return fit(network, batches, PreferenceBatchLoss(loss), config, context=context)
 
 
 def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:
@@ -90,7 +103,9 @@ def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *opt
     used_up = weakref.ref(captioner.network)
     clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
     done = train(captioner, strategy, clips, out, config=config, deal=Spoilt if options else PreferenceBatches)
-    merge_trained(captioner, out, done, base=model, lora=LORA, placement=placement, adapter=True)
+    run_config = RunConfig(out=out, model=str(model), placement=placement)
+    del captioner
+    merge_checkpoint(done, base=model, lora=LORA, config=run_config, folder=out)
     left = used_up()
     assert left is None or not any(parameter.nbytes for parameter in left.parameters()), "a GPU has no room for two"
     dist.barrier()

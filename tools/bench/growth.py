@@ -15,7 +15,7 @@ from rows import BenchRow, Timing, emit_json, exponent, interleave, peak_mib, re
 from step import StepBench
 
 from salmonn.model.layout import ClipFeatures
-from salmonn.train.preference import PreferenceBatches
+from salmonn.train.preference import PreferenceExample
 
 FRAMES = (11, 22, 44, 88)  # 182 tokens each: prefixes of 2,000 to 16,000 tokens
 CLIPS = (100, 300, 1000)
@@ -70,7 +70,6 @@ def measure_step(config: BenchConfig, num_frames: int) -> BenchRow:
     warm.compute_reference_logps()
     warm.ours()
     bench = StepBench(config, num_frames=num_frames)
-    bench.batches.reference_logps = [(0.0, 0.0)]
     memory = peak_mib(bench.ours)
     seconds = interleave({"ours": bench.ours}, repeats=config.repeats)["ours"].seconds
     return memory | {"size": bench.prefix_tokens, "seconds": round(seconds, 3)}
@@ -81,12 +80,16 @@ def measure_round(config: BenchConfig, num_clips: int) -> BenchRow:
     bench = StepBench(config)
     bench.compute_reference_logps()
     bench.ours()
-    clip_features = bench.features["noise"]
     torch.manual_seed(0)
     names = [f"clip {number}" for number in range(num_clips)]
-    features = {name: ClipFeatures(torch.randn_like(clip_features.tokens), clip_features.layout) for name in names}
-    pairs = [make_pair(config.sizes, video=name, seed=number) for number, name in enumerate(names)]
-    bench.batches = PreferenceBatches(pairs, features, bench.processor, batch_size=BATCH_SIZE, seed=0)
+    bench.examples = [
+        PreferenceExample(
+            make_pair(config.sizes, video=name, seed=number),
+            ClipFeatures(torch.randn_like(bench.features.tokens), bench.features.layout),
+        )
+        for number, name in enumerate(names)
+    ]
+    bench.batch_size = BATCH_SIZE
     timings: dict[str, Timing] = {}
     memory = peak_mib(lambda: timings.update(interleave({"round": lambda: epoch(bench)}, repeats=1)))
     return memory | {"size": num_clips, "seconds": round(timings["round"].seconds, 3)}
@@ -95,8 +98,8 @@ def measure_round(config: BenchConfig, num_clips: int) -> BenchRow:
 def epoch(bench: StepBench) -> None:
     """Run the reference policy on each pair, then train on each pair once."""
     bench.compute_reference_logps()
-    for step in range(len(bench.batches.pairs) // BATCH_SIZE):
-        bench.train_step(bench.batches(step)[0])
+    for step in range(len(bench.examples) // BATCH_SIZE):
+        bench.train_step(bench.batches.micro_batches(step)[0])
 
 
 def main() -> None:

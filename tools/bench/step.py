@@ -8,7 +8,7 @@ any is timed. Memory is the peak above the model and batch, measured in a separa
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,16 @@ from torch import Tensor, nn
 
 from salmonn.model.layout import ClipInputs, ModelInputs
 from salmonn.model.network import Network
+from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.train.loop import autocast
-from salmonn.train.preference import DpoConfig, PreferenceBatch, PreferenceBatches, PreferenceLoss
+from salmonn.train.preference import (
+    Logps,
+    PreferenceBatch,
+    PreferenceBatches,
+    PreferenceBatchLoss,
+    PreferenceExample,
+    compute_reference_logps,
+)
 
 PART = "step"
 SMALL_SIDES = ("ours", "naive")  # memory is measured for these at small sizes
@@ -52,21 +60,41 @@ class StepBench:
         frames = num_frames or shape.num_frames
         self.media: ClipInputs = make_clip(self.processor, num_frames=frames, side=shape.side)
         self.pair = make_pair(shape)
-        self.features = dict(zip(["noise"], captioner.encode([self.media]), strict=True))
+        (self.features,) = captioner.encode([self.media])
+        self.examples = [PreferenceExample(self.pair, self.features)]
+        self.batch_size = 1
         attach_adapter(self.network)
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.0)
-        self.loss = PreferenceLoss(DpoConfig())
-        self.batches = PreferenceBatches([self.pair], self.features, self.processor, batch_size=1, seed=0)
+        self.preference_loss = make_loss(LossConfig())
+        self.loss = PreferenceBatchLoss(self.preference_loss)
+        self.batches = self._make_batches([dict.fromkeys(self.preference_loss.reference_roles, 0.0)])
+
+    def _make_batches(self, reference_logps: Sequence[Logps]) -> PreferenceBatches:
+        return PreferenceBatches(
+            self.examples,
+            reference_logps,
+            self.processor,
+            roles=self.preference_loss.roles,
+            batch_size=self.batch_size,
+            seed=0,
+        )
 
     def ours(self) -> float:
         """Run the library's step, with cached reference log-probabilities and features."""
-        return self.train_step(self.batches(0)[0])
+        return self.train_step(self.batches.micro_batches(0)[0])
 
     def compute_reference_logps(self) -> None:
         """Run the reference policy, which is done once per round and pair."""
         with autocast(self.precision):
-            self.batches.compute_reference_logps(self.network)
+            logps = compute_reference_logps(
+                self.network,
+                self.examples,
+                self.processor,
+                roles=self.preference_loss.reference_roles,
+                batch_size=self.batch_size,
+            )
+        self.batches = self._make_batches(logps)
 
     def with_reference(self) -> float:
         """Run the reference policy in each step."""
@@ -75,7 +103,7 @@ class StepBench:
 
     def without_sharing(self) -> float:
         """Give each row its own copy of the clip, without a shared prefix."""
-        batch = self.batches(0)[0]
+        batch = self.batches.micro_batches(0)[0]
         inputs = replace(
             batch.inputs,
             clip_index=(0, 1, 2),
@@ -86,14 +114,14 @@ class StepBench:
 
     def with_towers(self) -> float:
         """Encode the clip in each step."""
-        batch = self.batches(0)[0]
+        batch = self.batches.micro_batches(0)[0]
         return self.train_step(
             replace(batch, inputs=replace(batch.inputs, clip_features=(), clip_inputs=(self.media,)))
         )
 
     def with_all_logits(self) -> float:
         """Compute logits at all positions, including the prefix."""
-        return self.train_step(self.batches(0)[0], model=AllLabels(self.network))
+        return self.train_step(self.batches.micro_batches(0)[0], model=AllLabels(self.network))
 
     def checkpointed(self) -> float:
         """Use gradient checkpointing, which saves memory and costs time."""
@@ -130,12 +158,12 @@ class StepBench:
     @property
     def num_tokens(self) -> int:
         """Number of tokens in the packed sequence."""
-        return self.batches(0)[0].num_tokens
+        return self.batches.micro_batches(0)[0].num_tokens
 
     @property
     def prefix_tokens(self) -> int:
         """Number of tokens of the clip."""
-        return len(self.features["noise"])
+        return len(self.features)
 
 
 class AllLabels(nn.Module):
@@ -185,7 +213,7 @@ def require_equal(
 ) -> None:
     """Raise ValueError if a loss and its gradients differ from the expected ones."""
     nats = 2 * config.sizes.answer_tokens * math.log(config.sizes.vocab_size)
-    apart = abs(found[0] - expected[0]) / (DpoConfig().beta * nats)
+    apart = abs(found[0] - expected[0]) / (LossConfig().beta * nats)
     off = float((found[1] - expected[1]).abs().max() / expected[1].abs().max())
     exact = config.dtype == "float32"
     if not (
@@ -279,8 +307,7 @@ def report_memory(config: BenchConfig, side: str) -> None:
     warm.compute_reference_logps()
     SIDES[side](warm)
     bench = StepBench(config)
-    # Its values do not change the memory; running the reference policy at full size would leave freed memory for reuse.
-    bench.batches.reference_logps = [(0.0, 0.0)]
+    # Reference log-probabilities stay 0: running the reference policy at full size would leave freed memory for reuse.
     emit_json(peak_mib(lambda: SIDES[side](bench)))
 
 

@@ -26,7 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from salmonn.model.families.salmonn2 import Salmonn2
 from salmonn.model.layout import Layout, ModelInputs
 from salmonn.model.lora import adapter_disabled
-from salmonn.preference.losses import guided_dpo_loss, sequence_logps
+from salmonn.preference.losses import Role, RoleLogps, guided_dpo_loss
 from salmonn.train.loop import autocast
 
 PART = "step against TRL"
@@ -78,23 +78,18 @@ class Ours:
     def compute_reference_logps(self) -> None:
         """Run the reference policy, which is done once per round and pair."""
         with torch.no_grad(), adapter_disabled(self.network), autocast(self.precision):
-            self.reference = sequence_logps(self.network(self.inputs))
+            self.reference = self.network(self.inputs).sum(-1)
 
     def step(self) -> float:
         """Run one step of plain DPO."""
         self.optimizer.zero_grad()
         with autocast(self.precision):
-            chosen, rejected = sequence_logps(self.network(self.inputs)).chunk(2)
-        nothing = torch.zeros_like(chosen)
-        loss = guided_dpo_loss(
-            policy_chosen=chosen,
-            policy_rejected=rejected,
-            reference_chosen=self.reference[:1],
-            reference_rejected=self.reference[1:],
-            ground_truth_cross_entropy=nothing,
-            beta=BETA,
-            ce_weight=0.0,
-        ).loss.sum()
+            policy = self.network(self.inputs).sum(-1)
+        num_tokens = (self.inputs.labels != -100).sum(-1)
+        rows: dict[Role, slice] = {"chosen": slice(0, 1), "rejected": slice(1, 2)}
+        logps = {role: RoleLogps(policy[row], num_tokens[row], self.reference[row]) for role, row in rows.items()}
+        ground_truth = RoleLogps(torch.zeros_like(policy[:1]), num_tokens[:1])  # without weight
+        loss = guided_dpo_loss(logps | {"ground_truth": ground_truth}, beta=BETA, ce_weight=0.0).loss.sum()
         loss.backward()
         self.optimizer.step()
         return loss.item()

@@ -1,4 +1,4 @@
-"""When rounds end: by pairs, by margin, by the held-out score."""
+"""Rules that stop the rounds early: by pairs, by margin, by the held-out score."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 
 from salmonn.records import Comparison
 from salmonn.score.metrics import Rates
-from salmonn.train.guards import (
+from salmonn.train.rounds import (
     EarlyStopConfig,
     RoundFailedError,
     best_round,
@@ -30,7 +30,7 @@ def rates(total: float) -> Rates:
 def test_too_few_pairs(least, batch_size, asked):
     guards = EarlyStopConfig(min_pairs=least)
     if asked > len(PAIRS):
-        words = rf"round_2 found 3 pairs .*, and {asked} are asked for .*pairs\.num_samples.*pairs\.min_gap"
+        words = rf"round_2 has 3 pairs .*, fewer than {asked} .*sampling\.num_samples.*selection\.min_gap"
         with pytest.raises(RoundFailedError, match=words):
             require_pairs(PAIRS, guards, batch_size=batch_size, name="round_2")
     else:
@@ -38,7 +38,7 @@ def test_too_few_pairs(least, batch_size, asked):
 
 
 def test_no_pair_at_all_is_never_enough():
-    with pytest.raises(RoundFailedError, match="found 0 pairs"):
+    with pytest.raises(RoundFailedError, match="has 0 pairs"):
         require_pairs([], EarlyStopConfig(min_pairs=0), batch_size=1, name="round_1")
 
 
@@ -54,9 +54,9 @@ def test_the_last_quarter_of_a_round_must_tell_chosen_from_rejected(tmp_path):
     folder = tmp_path / "round_1"
     require_margin(steps(folder, [-9.0] * 6 + [0.3, -0.1]), EarlyStopConfig())
     require_margin(folder, EarlyStopConfig(min_margin=0.09))
-    with pytest.raises(RoundFailedError, match=r"round_1 has not learnt .* differ by 0\.1000 .*min_margin is 0\.2"):
+    with pytest.raises(RoundFailedError, match=r"round_1 has not learned .* margin is 0\.1000 .*min_margin is 0\.2"):
         require_margin(folder, EarlyStopConfig(min_margin=0.2))
-    with pytest.raises(RoundFailedError, match=r"differ by -0\.1000"):
+    with pytest.raises(RoundFailedError, match=r"margin is -0\.1000"):
         require_margin(steps(folder, [9.0] * 6 + [-0.3, 0.1]), EarlyStopConfig())
     require_margin(folder, EarlyStopConfig(min_margin=None))
 
@@ -76,7 +76,7 @@ def test_a_worse_score_ends_the_rounds_and_the_best_is_kept():
     summary.rounds.append(rates(0.56))
     summary.stopped = stop_reason(summary, guards)
     assert summary.stopped == (
-        "after round 3 the held-out Total is 0.560, and was 0.500: more than early_stopping.max_worsening 0.05 worse"
+        "after round 3 the held-out Total is 0.560, up from 0.500: more than early_stopping.max_worsening 0.05"
     )
     summary.rounds.append(rates(0.4))
     assert best_round(summary) == 4
