@@ -2,8 +2,9 @@
 
     python tools/bench/all.py [--out bench.json] [--document docs/performance.md] [--parts step sampling] [--quick]
 
-Nothing else should run on the machine meanwhile. Parts that fail are listed at the end and do not affect the others. Rows
-of parts that were not run, or failed, keep their old values in the file with the machine and commit they were measured on.
+Nothing else should run on the machine meanwhile. Parts that fail are listed at the end and do not affect the others.
+Rows of parts that were not run, or failed, keep their old values in the file with the machine and commit they were
+measured on.
 """
 
 import json

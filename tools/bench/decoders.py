@@ -2,9 +2,9 @@
 
     python tools/bench/decoders.py [--out bench.json] [--quick] [--repeats 3]
 
-decord and torchcodec are measured where they are installed. The clips show two textures panning over each other at 30 fps,
-with a tone. Each reader returns frames of 384 x 384 and 16 kHz audio; decord uses the audio of our reader, since its own is
-out of sync. Before a row counts, its frames are compared with ours.
+decord and torchcodec are measured where they are installed. The clips show two textures panning over each other at 30
+fps, with a tone. Each reader returns frames of 384 x 384 and 16 kHz audio; decord uses the audio of our reader, since
+its own is out of sync. Before a row counts, its frames are compared with ours.
 """
 
 import importlib

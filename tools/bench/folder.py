@@ -3,8 +3,8 @@
     python tools/bench/folder.py [--clips 24] [--seconds 5] [--repeats 3] [--out bench.json] [--quick]
 
 Two folders: 1280 x 720 clips with a random model of 88 million parameters (prefix and answer about 20 : 1, so that
-arithmetic dominates), and small synthetic clips with the toy model. The other sides are `Captioner.caption` on each file
-in turn, and the same with transformers' generate(). All use all cores and load the model once.
+arithmetic dominates), and small synthetic clips with the toy model. The other sides are `Captioner.caption` on each
+file in turn, and the same with transformers' generate(). All use all cores and load the model once.
 """
 
 import tempfile

@@ -2,8 +2,8 @@
 
     python tools/bench/growth.py [--out bench.json] [--quick] [--repeats 3]
 
-Each size is measured in a separate process. The last row of each part gives the exponent p of the fit cost = c * size ** p:
-1 is linear, attention alone would be 2.
+Each size is measured in a separate process. The last row of each part gives the exponent p of the fit cost = c * size
+** p: 1 is linear, attention alone would be 2.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,8 @@
     python tools/bench/step.py [--out bench.json] [--quick] [--family salmonn2-plus] [--repeats 3]
     python tools/bench/step.py --device cuda --dtype bfloat16 --shape 7b
 
-One pair about one clip, prefix : answer about 20 : 1. All sides must give the same loss and the same adapter gradients before
-any is timed. Memory is the peak above the model and batch, measured in a separate process per side.
+One pair about one clip, prefix : answer about 20 : 1. All sides must give the same loss and the same adapter
+gradients before any is timed. Memory is the peak above the model and batch, measured in a separate process per side.
 """
 
 import math

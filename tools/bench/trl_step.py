@@ -2,10 +2,10 @@
 
     python tools/bench/trl_step.py [--out bench.json] [--quick] [--repeats 3]
 
-TRL does not support precomputed reference log-probabilities with vision, so both sides get text only: the decoder of the
-benchmark model with the same adapter, a prompt as long as the clip, and no cross-entropy, which TRL's DPO lacks. Both must
-give the same loss and adapter gradients before any is timed. Without trl 1.16 (pip install "trl>=1.16,<1.17"), which the
-project itself does not need, a message is printed and no row is written.
+TRL does not support precomputed reference log-probabilities with vision, so both sides get text only: the decoder of
+the benchmark model with the same adapter, a prompt as long as the clip, and no cross-entropy, which TRL's DPO lacks.
+Both must give the same loss and adapter gradients before any is timed. Without trl 1.16 (pip install
+"trl>=1.16,<1.17"), which the project itself does not need, a message is printed and no row is written.
 """
 
 import importlib.util
