@@ -11,7 +11,8 @@ import torch
 from salmonn.conversations import Turn, parse_conversation
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
-from salmonn.model.layout import ClipFeatures, interleave_by_time
+from salmonn.model.families.salmonn2_plus import interleave_by_time
+from salmonn.model.layout import ClipFeatures
 from salmonn.records import Comparison, Question, Reference, write_records
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import (
