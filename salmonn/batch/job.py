@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -21,9 +21,9 @@ from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import CaptionRequest, Sampling, Span
+from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
-from salmonn.records import Caption, Failure, Modality
+from salmonn.records import Caption, Failure
 
 IndexedVideo = tuple[int, VideoFile]  # a video with its number among the pending ones
 
@@ -37,22 +37,15 @@ class JobConfig:
     """How each video of a job is captioned.
 
     Args:
-        prompt: question for the model; None asks for a full description.
-        sampling: how tokens are sampled.
-        max_new_tokens: token limit of a caption, in place of the one in `sampling`; None: the model's default.
-        span: part of each video.
-        modality: video, audio or both.
-        seed: random seed; a number derived from its path is added for each video, so the order does not matter.
+        request: template of each video's request. Its path is replaced, and a number derived from the path is added to
+            the seed, so that samples do not depend on the order of videos.
+        max_new_tokens: token limit of a caption, in place of the one in the request; None: the model's default.
         segment_seconds: see `Captioner.caption_batches`.
         batch_size: clips per batch; None: the model's default.
     """
 
-    prompt: str | None = None
-    sampling: Sampling = field(default_factory=Sampling)
+    request: CaptionRequest
     max_new_tokens: int | None = None
-    span: Span = field(default_factory=Span)
-    modality: Modality = "both"
-    seed: int = 0
     segment_seconds: float | None = None
     batch_size: int | None = None
 
@@ -109,13 +102,13 @@ def caption_videos(
     parts: dict[int, list[Caption | Failure]] = {}
 
     limit = captioner.default_sampling().max_new_tokens if config.max_new_tokens is None else config.max_new_tokens
-    sampling = replace(config.sampling, max_new_tokens=limit)
+    sampling = replace(config.request.sampling or Sampling(), max_new_tokens=limit)
 
     def requests() -> Iterator[CaptionRequest]:
         for number, (index, video) in enumerate(videos):
             started[number] = (index, video)
-            seed = config.seed + path_number(video.path)
-            yield CaptionRequest(Path(video.path), config.prompt, sampling, config.span, config.modality, seed)
+            seed = config.request.seed + path_number(video.path)
+            yield replace(config.request, path=Path(video.path), sampling=sampling, seed=seed)
 
     batches = captioner.caption_batches(
         requests(), segment_seconds=config.segment_seconds, batch_size=config.batch_size, reader=reader

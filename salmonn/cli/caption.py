@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from jsonargparse import Namespace
 from tqdm import tqdm
 
+from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.cli.options import SOME_FAILED, add_model_options, load_captioner, plural
 from salmonn.config import FlagParser
 from salmonn.records import Modality
@@ -30,6 +31,7 @@ JOB_SETTINGS = (
     "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
     "repetition_penalty", "max_new_tokens", "seed", "published_positions", "dtype", "bits",
 )  # fmt: skip
+SAMPLING_FLAGS = ("temperature", "top_p", "repetition_penalty")
 MODEL_FILES, ADAPTER_FILES = "model_files", "adapter_files"
 
 
@@ -70,15 +72,11 @@ def _add_generation_options(parser: FlagParser) -> None:
     group.add_argument(
         "--segment_seconds", type=float | None, default=None, help="caption every N seconds of a video separately"
     )
-    group.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
-    group.add_argument("--top_p", type=float, default=0.9, help="nucleus sampling threshold")
-    group.add_argument(
-        "--repetition_penalty", type=float | None, default=None, help="1: none (default: the model's own)"
-    )
     group.add_argument(
         "--max_new_tokens", type=int | None, default=None, help="token limit of a caption (default: the model's own)"
     )
     group.add_argument("--seed", type=int, default=0, help="random seed (combined with each video's path)")
+    parser.add_class_arguments(Sampling, skip={"max_new_tokens"})
 
 
 def _add_output_options(parser: FlagParser) -> None:
@@ -250,21 +248,21 @@ def _listing(values: Namespace) -> "VideoListing":
 
 def _job_config(values: Namespace) -> "JobConfig":
     from salmonn.batch.job import JobConfig
-    from salmonn.caption.generator import Sampling, Span
 
     limit = {} if values.max_new_tokens is None else {"max_new_tokens": values.max_new_tokens}
-    sampling = Sampling(
-        temperature=values.temperature, top_p=values.top_p, repetition_penalty=values.repetition_penalty, **limit
-    )
+    sampling = Sampling(**{name: values[name] for name in SAMPLING_FLAGS}, **limit)
     # Subtitles need end times; an infinite segment is the whole video with its end.
     needs_ends = {"srt", "vtt"} & set(values.export)
     return JobConfig(
-        prompt=values.prompt,
-        sampling=sampling,
+        CaptionRequest(
+            Path(),
+            values.prompt,
+            sampling,
+            Span(values.start, values.end),
+            modality=values.modality,
+            seed=values.seed,
+        ),
         max_new_tokens=values.max_new_tokens,
-        span=Span(values.start, values.end),
-        modality=values.modality,
-        seed=values.seed,
         segment_seconds=math.inf if needs_ends and values.segment_seconds is None else values.segment_seconds,
         batch_size=values.batch_size,
     )

@@ -309,7 +309,9 @@ class Scripted:
 def test_a_video_is_yielded_when_its_last_segment_is_done():
     captioner = Scripted()
     with ClipReader(workers=0) as reader:
-        config = JobConfig(prompt="Say.", seed=3, segment_seconds=2.0, batch_size=4, sampling=Sampling(temperature=1.0))
+        config = JobConfig(
+            CaptionRequest(Path(), "Say.", Sampling(temperature=1.0), seed=3), segment_seconds=2.0, batch_size=4
+        )
         groups = list(caption_videos(captioner, [(7, video(0)), (9, video(1))], config=config, reader=reader))
     assert [(one.index, one.video) for one in groups] == [(7, video(0)), (9, video(1))]
     assert [[result.start_seconds for result in one.results] for one in groups] == [[0.0, 2.0], [0.0, 2.0]]
