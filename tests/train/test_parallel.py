@@ -137,25 +137,31 @@ def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(strategy, rand
 
 
 @pytest.fixture(scope="module")
-def alone_in_16_bits(random_model, clips, shared):
-    """The folder of one process's training in bfloat16."""
+def ddp_in_16_bits(random_model, clips, shared):
+    """Folders of trainings in bfloat16 by one process and by two with DDP."""
 
-    def make(out):
-        train("ddp", random_model, clips.root, out, processes=1, precision="bfloat16")
+    def train_once(processes):
+        return shared(
+            f"strategy_{processes}_bfloat16",
+            lambda out: train("ddp", random_model, clips.root, out, processes=processes, precision="bfloat16"),
+        )
 
-    return shared("strategy_alone_bfloat16", make)
+    return [train_once(processes) for processes in (1, 2)]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
-def test_in_16_bits(strategy, alone_in_16_bits, random_model, clips, tmp_path):
+def test_in_16_bits(strategy, ddp_in_16_bits, random_model, clips, tmp_path):
     """As the published settings have it: base and products in bfloat16, adapter in float32, layers checkpointed.
 
-    Losses of about 2 have steps of 2^-7 = 0.008 there; ranks round apart.
+    Losses of about 2 have steps of 2^-7 = 0.008. Sums of one and of two processes are rounded differently, and where the
+    loss falls fast their losses differ by more than that: each step is between the two, up to two such steps.
     """
     train(strategy, random_model, clips.root, tmp_path, processes=2, precision="bfloat16")
-    theirs, mine = ([step["loss"] for step in steps_of(folder)] for folder in (alone_in_16_bits, tmp_path))
-    assert mine == pytest.approx(theirs, abs=0.03) and mine[-1] < mine[0] - 0.3
-    for folder in (alone_in_16_bits, tmp_path):
+    one, two, mine = ([step["loss"] for step in steps_of(folder)] for folder in (*ddp_in_16_bits, tmp_path))
+    assert len(mine) == 10 and mine[-1] < mine[0] - 0.3
+    for loss, *ends in zip(mine, one, two, strict=True):
+        assert min(ends) - 2 * 2**-7 < loss < max(ends) + 2 * 2**-7, (mine, one, two)
+    for folder in (*ddp_in_16_bits, tmp_path):
         learnt = load_file(folder / "adapter" / "adapter_model.safetensors").values()
         assert {tensor.dtype for tensor in learnt} == {torch.float32}
         assert {tensor.dtype for tensor in merged(folder).values()} == {torch.bfloat16}
