@@ -153,8 +153,8 @@ def ddp_in_16_bits(random_model, clips, shared):
 def test_in_16_bits(strategy, ddp_in_16_bits, random_model, clips, tmp_path):
     """As the published settings have it: base and products in bfloat16, adapter in float32, layers checkpointed.
 
-    Losses of about 2 have steps of 2^-7 = 0.008. Sums of one and of two processes are rounded differently, and where the
-    loss falls fast their losses differ by more than that: each step is between the two, up to two such steps.
+    Losses of about 2 have steps of 2^-7 = 0.008. Sums of one and of two processes are rounded differently, and where
+    the loss falls fast their losses differ by more than that: each step is between the two, up to two such steps.
     """
     train(strategy, random_model, clips.root, tmp_path, processes=2, precision="bfloat16")
     one, two, mine = ([step["loss"] for step in steps_of(folder)] for folder in (*ddp_in_16_bits, tmp_path))
