@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -141,21 +142,24 @@ def test_a_forged_remote_file_is_not_fetched(demo):
         demo.proxy.accept()
 
 
-def send_half_a_file(address):
-    """Start an upload and disconnect."""
+@contextmanager
+def half_an_upload(address):
+    """Start an upload; disconnect at the end of the context."""
     where = httpx.URL(address)
     head = b"POST /gradio_api/upload HTTP/1.1\r\nHost: page\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
     with socket.create_connection((where.host, where.port)) as client:
         client.sendall(head + b"Content-Length: 500000\r\n\r\n" + part + b"x" * 100_000)
+        yield
 
 
 def test_unused_uploads_are_deleted(tmp_path):
     """With files of at most 1 MiB, the total limit is 4 MiB."""
     demo = start_demo(tmp_path / "demo", "--max_upload_mib", 1, command=[sys.executable, "-c", FREQUENT_CLEANUP])
     try:
-        send_half_a_file(demo.address)
-        wait_until(lambda: len(demo.uploads()) == 1)
+        # A server that sees the end of the connection first drops the data.
+        with half_an_upload(demo.address):
+            wait_until(lambda: len(demo.uploads()) == 1)
         with httpx.Client(base_url=f"{demo.address}gradio_api", timeout=30) as client:
 
             def send(letter, size=MIB):
