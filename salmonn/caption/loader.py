@@ -32,7 +32,7 @@ import numpy as np
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import Clip, read_clip
-from salmonn.media.container import ClipError, declared_seconds, measured_seconds, open_source
+from salmonn.media.container import ClipError, declared_seconds, measured_seconds, open_media
 from salmonn.media.frame_sampling import FrameSampler
 
 Result = TypeVar("Result")
@@ -88,7 +88,7 @@ class LimitedReadSpec(ReadSpec):
     def read(self, path: Path | str) -> Clip:
         """Read a file; raises what `read_clip` raises, and a ClipError if the span is too long."""
         with ExitStack() as stack:
-            source = open_source(path, stack, video=self.video, audio=self.audio)
+            source = open_media(path, stack, video=self.video, audio=self.audio)
             self._check(path, self.span_seconds(source.declared_end))
         # A file may state less than it holds, or nothing: reading stops a second after the limit.
         limit = (self.start_seconds or 0.0) + self.max_seconds + 1
@@ -137,7 +137,7 @@ class ProbeSpec(ReadSpec):
     def read(self, path: Path | str) -> Clip:
         """Open a file and return one black frame if it has video, and empty audio if it has audio."""
         with ExitStack() as stack:
-            source = open_source(path, stack, video=True, audio=True)
+            source = open_media(path, stack, video=True, audio=True)
             return Clip(
                 path=str(path),
                 frames=np.zeros((int(source.video is not None), 1, 1, 3), np.uint8),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from salmonn.media.audio import SAMPLE_RATE_HZ
-from salmonn.media.container import ClipError, open_source
+from salmonn.media.container import ClipError, open_media
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import StreamIndex, index_streams
 from salmonn.media.video import decode_frames, target_times
@@ -104,7 +104,7 @@ def read_clip(
         raise ValueError("video and audio are both False, which leaves nothing to read; set one to True")
     start, end = start_seconds or 0.0, math.inf if end_seconds is None else end_seconds
     with ExitStack() as stack:
-        file = open_source(path, stack, video=video, audio=audio)
+        file = open_media(path, stack, video=video, audio=audio)
         index = index_streams(file, stack, start=start, end=end)
         targets = target_times(index, sampler, start=start, end=end)
         frames = decode_frames(index, targets, sampler=sampler, stack=stack) if len(targets) else []

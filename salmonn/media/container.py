@@ -71,10 +71,10 @@ class MediaFile:
 
     def reopen(self, stack: ExitStack) -> "MediaFile":
         """Open the same file again, to read it from its start."""
-        return open_source(self.path, stack, video=self.video is not None, audio=self.audio is not None)
+        return open_media(self.path, stack, video=self.video is not None, audio=self.audio is not None)
 
 
-def open_source(path: str | os.PathLike[str], stack: ExitStack, *, video: bool, audio: bool) -> MediaFile:
+def open_media(path: str | os.PathLike[str], stack: ExitStack, *, video: bool, audio: bool) -> MediaFile:
     """Open a local file and select its streams.
 
     Args:
@@ -155,7 +155,7 @@ def declared_seconds(path: str | os.PathLike[str]) -> float:
         ClipError: the file cannot be opened, or has neither video nor audio.
     """
     with ExitStack() as stack:
-        return open_source(path, stack, video=True, audio=True).declared_end
+        return open_media(path, stack, video=True, audio=True).declared_end
 
 
 def measured_seconds(path: str | os.PathLike[str]) -> float:
@@ -168,7 +168,7 @@ def measured_seconds(path: str | os.PathLike[str]) -> float:
     """
     end = 0.0
     with ExitStack() as stack:
-        file = open_source(path, stack, video=True, audio=True)
+        file = open_media(path, stack, video=True, audio=True)
         streams = [stream for stream in (file.video, file.audio) if stream is not None]
         try:
             for packet in file.container.demux(streams):
