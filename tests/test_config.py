@@ -1,4 +1,4 @@
-"""Every shipped YAML fits its recipe; mistakes end with exit code 2 and words; a run's folder knows its config."""
+"""Shipped YAML files match their recipes; mistakes end with a message and exit code 2; run folders keep theirs."""
 
 import dataclasses
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ NAMES = [str(path.relative_to(RECIPES / "configs")) for path in YAMLS]
 
 @pytest.fixture
 def config_type(load_recipe):
-    """YAML or recipe -> the config dataclass."""
+    """Return the config dataclass of a YAML file or recipe."""
 
     def find(name: str) -> type:
         recipe = RECIPE_OF.get(name, "sft")
@@ -76,21 +76,21 @@ def parse(*args: str, of: type = Outer):
 
 
 def flat(value, prefix=""):
-    """Nested keys as dotted ones."""
+    """Flatten nested keys to dotted ones."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {key: item for name, inner in value.items() for key, item in flat(inner, f"{prefix}.{name}").items()}
 
 
 def at(config, key: str):
-    """Value of a dotted key; None where a part of it is None."""
+    """Return the value of a dotted key; None if a part of it is None."""
     for name in key.strip(".").split("."):
         config = config.get(name) if isinstance(config, dict) else None if config is None else getattr(config, name)
     return config
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=NAMES)
-def test_shipped_yaml_fits_its_recipe(config_type, path):
+def test_shipped_yaml_matches_its_recipe(config_type, path):
     config = parse("--config", str(path), of=config_type(path.name))
     for key, value in flat(yaml.safe_load(path.read_text())).items():
         held = at(config, key)
@@ -110,7 +110,7 @@ def test_shipped_yaml_states_only_what_differs(config_type, path):
 
 @pytest.mark.parametrize("path", YAMLS, ids=NAMES)
 def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp_path, monkeypatch, capsys):
-    """Each tells what it would need, loads no weights and leaves nothing behind."""
+    """Each prints what it would need, loads no weights and writes no files."""
     of = config_type(path.name)
     recipe = load_recipe(RECIPE_OF.get(path.name, "sft"))
     # What toy stages start from is not there before the stages before them have run.
@@ -129,7 +129,7 @@ def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_of_a_model_that_is_not_there(load_recipe, config_type, capsys):
+def test_a_dry_run_of_a_missing_model(load_recipe, config_type, capsys):
     args = ["--config", str(RECIPES / "configs" / "align_audio.yaml"), "--dry_run", "--model", "no/such"]
     with pytest.raises(SystemExit) as caught:
         run_recipe(load_recipe("sft").main, config_type("sft"), description="A recipe.", args=args)
@@ -148,11 +148,11 @@ def test_a_dry_run_of_a_model_that_is_not_there(load_recipe, config_type, capsys
         ([], False),
     ],
 )
-def test_a_switch_may_stand_alone(args, expected):
+def test_a_bare_switch_means_true(args, expected):
     assert parse(*args).bare is expected
 
 
-def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("steps: 7\ninner:\n  rate: 0.25\nnames: [x]\n")
     config = parse("--config", str(path), "--steps", "9", "--out", "there")
@@ -196,7 +196,7 @@ def test_mistakes_in_a_yaml(capsys, tmp_path, text, words):
 
 
 @pytest.mark.parametrize("error", [ValueError("clips do not fit"), FileNotFoundError("no file there")])
-def test_a_users_mistake_within_a_recipe_ends_with_words(capsys, error):
+def test_a_users_mistake_within_a_recipe_ends_with_a_message(capsys, error):
     def main(_):
         raise error
 
@@ -206,7 +206,7 @@ def test_a_users_mistake_within_a_recipe_ends_with_words(capsys, error):
     assert capsys.readouterr().err == f"error: {error}\n"
 
 
-def test_a_defect_within_a_recipe_keeps_its_traceback():
+def test_a_bug_within_a_recipe_keeps_its_traceback():
     def main(_):
         raise AssertionError("a defect")
 
@@ -214,7 +214,7 @@ def test_a_defect_within_a_recipe_keeps_its_traceback():
         run_recipe(main, Outer, description="A recipe.", args=[])
 
 
-def test_a_folder_takes_the_same_config_again(tmp_path):
+def test_a_folder_accepts_the_same_config_again(tmp_path):
     claim_folder(tmp_path, Outer(maybe=Inner(1.0)), name="run")
     claim_folder(tmp_path, Outer(maybe=Inner(1.0)), name="run")
 
@@ -238,7 +238,7 @@ def test_a_folder_refuses_another_config(tmp_path, changed):
     assert (tmp_path / "run.yaml").read_text() == before
 
 
-def test_a_refusal_names_what_changed(tmp_path):
+def test_the_message_names_what_changed(tmp_path):
     claim_folder(tmp_path, Outer(), name="run")
     with pytest.raises(ValueError) as caught:
         claim_folder(tmp_path, Outer(steps=4), name="run")
@@ -260,7 +260,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class Resumable:
-    """A config of which some fields may change.
+    """A config with fields that may change on resume.
 
     Args:
         seed: a number.

@@ -1,4 +1,4 @@
-"""Published conversations become what they say; mistakes in a file are named by file and line."""
+"""Parsing of published conversations; mistakes are reported with file and line."""
 
 import json
 import re
@@ -27,12 +27,12 @@ ITEM = {"video": "a.mp4", "conversations": [HUMAN, GPT]}
 TURN = Turn("What?", "This.")
 
 
-def says(speaker, words="words"):
+def turn(speaker, words="words"):
     return {"from": speaker, "value": words}
 
 
 def item(*turns, **keys):
-    """An item about a video with these turns; a key that is None is left out."""
+    """Build an item about a video with these turns; keys with the value None are omitted."""
     whole = {"video": "a.mp4", "conversations": list(turns) or [HUMAN, GPT], **keys}
     return {key: value for key, value in whole.items() if value is not None}
 
@@ -70,7 +70,7 @@ def test_clips(keys, expected):
     assert parse_conversation(item(**keys)) == expected
 
 
-def test_null_is_as_good_as_absent():
+def test_null_counts_as_absent():
     nothing = dict.fromkeys(("audio", "image", "use_audio", "timestamps", "ce_only", "should_use", "id"))
     assert parse_conversation(ITEM | nothing) == Conversation("a.mp4", modality="visual", turns=(TURN,))
 
@@ -90,15 +90,15 @@ def test_null_is_as_good_as_absent():
         ("<b>\nTell me.", {}, "<b>\nTell me."),
     ],
 )
-def test_the_tag_is_taken_out(prompt, keys, expected):
-    assert parse_conversation(item(says("human", prompt), GPT, **keys)).turns == (Turn(expected, "This."),)
+def test_the_tag_is_removed(prompt, keys, expected):
+    assert parse_conversation(item(turn("human", prompt), GPT, **keys)).turns == (Turn(expected, "This."),)
 
 
 @pytest.mark.parametrize(
     ("turns", "expected"),
     [
         (
-            [HUMAN, GPT, says("human", "Why?"), says("gpt", "So."), says("human", "When?"), says("gpt", "Now.")],
+            [HUMAN, GPT, turn("human", "Why?"), turn("gpt", "So."), turn("human", "When?"), turn("gpt", "Now.")],
             (
                 TURN,
                 Turn("Why?", "So.", (("What?", "This."),)),
@@ -106,11 +106,11 @@ def test_the_tag_is_taken_out(prompt, keys, expected):
             ),
         ),
         (
-            [HUMAN, says("history_gpt", "That."), says("human", "Why?"), says("gpt", "So.")],
+            [HUMAN, turn("history_gpt", "That."), turn("human", "Why?"), turn("gpt", "So.")],
             (Turn("Why?", "So.", (("What?", "That."),)),),
         ),
-        ([says("system", "Be kind."), HUMAN, GPT], (TURN,)),
-        ([says("gpt", "Hello!"), HUMAN, GPT], (TURN,)),
+        ([turn("system", "Be kind."), HUMAN, GPT], (TURN,)),
+        ([turn("gpt", "Hello!"), HUMAN, GPT], (TURN,)),
         ([{"role": "human", "content": "What?"}, {"role": "gpt", "content": "This.", "prefix": "Th"}], (TURN,)),
     ],
 )
@@ -122,22 +122,22 @@ def test_turns(turns, expected):
     ("turns", "expected"),
     [
         (
-            [HUMAN, says("gpt", "good"), says("reject_gpt", "bad"), says("gt", "true")],
+            [HUMAN, turn("gpt", "good"), turn("reject_gpt", "bad"), turn("gt", "true")],
             Preference("What?", "good", "bad", "true"),
         ),
         (
-            [HUMAN, says("gpt", "true"), says("chosen", "good"), says("reject", "bad")],
+            [HUMAN, turn("gpt", "true"), turn("chosen", "good"), turn("reject", "bad")],
             Preference("What?", "good", "bad", "true"),
         ),
-        ([HUMAN, says("gt", "true"), says("reject_gpt", "bad"), GPT], Preference("What?", "This.", "bad", "true")),
-        ([HUMAN, says("gpt", "good"), says("reject_gpt", "bad")], Preference("What?", "good", "bad", "")),
-        ([HUMAN, says("chosen", "good"), says("reject", "bad")], Preference("What?", "good", "bad", "")),
+        ([HUMAN, turn("gt", "true"), turn("reject_gpt", "bad"), GPT], Preference("What?", "This.", "bad", "true")),
+        ([HUMAN, turn("gpt", "good"), turn("reject_gpt", "bad")], Preference("What?", "good", "bad", "")),
+        ([HUMAN, turn("chosen", "good"), turn("reject", "bad")], Preference("What?", "good", "bad", "")),
         (
-            [HUMAN, says("history_gpt", "a"), says("human", "Why?"), says("gpt", "good"), says("reject_gpt", "bad")],
+            [HUMAN, turn("history_gpt", "a"), turn("human", "Why?"), turn("gpt", "good"), turn("reject_gpt", "bad")],
             Preference("Why?", "good", "bad", "", (("What?", "a"),)),
         ),
         (
-            [HUMAN, GPT, says("human", "Why?"), says("gpt", "true"), says("chosen", "good"), says("reject", "bad")],
+            [HUMAN, GPT, turn("human", "Why?"), turn("gpt", "true"), turn("chosen", "good"), turn("reject", "bad")],
             Preference("Why?", "good", "bad", "true", (("What?", "This."),)),
         ),
     ],
@@ -149,8 +149,8 @@ def test_preferences(turns, expected):
 @pytest.mark.parametrize(
     "answers",
     [
-        [says("gpt", "good"), says("reject_gpt", "bad"), says("gt", "true")],
-        [says("gpt", "true"), says("chosen", "good"), says("reject", "bad")],
+        [turn("gpt", "good"), turn("reject_gpt", "bad"), turn("gt", "true")],
+        [turn("gpt", "true"), turn("chosen", "good"), turn("reject", "bad")],
     ],
 )
 def test_ce_only_learns_the_ground_truth(answers):
@@ -186,7 +186,7 @@ MISTAKES = [
     (item(conversations=[]), "conversations has no human turn"),
     (item(GPT), "conversations has no human turn"),
     (item(GPT, GPT, HUMAN), "conversations must start with a human turn, not gpt"),
-    (item(says("gt"), HUMAN, GPT), "conversations must start with a human turn, not gt"),
+    (item(turn("gt"), HUMAN, GPT), "conversations must start with a human turn, not gt"),
     (item(HUMAN, "This."), "turn 2 must be a JSON object, got str"),
     (item(HUMAN, {"from": "gpt"}), "turn 2 must have from and value (or role and content), got from"),
     (
@@ -194,43 +194,43 @@ MISTAKES = [
         "turn 2 must have from and value (or role and content), got from, c",
     ),
     (item(HUMAN, GPT | {"loss": 0}), "turn 2 must have from and value (or role and content), got from, value, loss"),
-    (item(HUMAN, says("assistant")), "turn 2 has an unknown speaker 'assistant'; known are system, human, gpt"),
-    (item(says([1]), GPT), "turn 1 has an unknown speaker [1]"),
-    (item(HUMAN, says("gpt", None)), "turn 2 must be text, got None"),
-    (item(HUMAN, says("gpt", " \n")), "turn 2 (gpt) is empty"),
-    (item(says("human", "<image>\n "), GPT), "the first prompt has only the tag <image>"),
-    (item(says("human", "<image><image>\nx"), GPT), "the first prompt has 2 tags (<image>, <image>)"),
-    (item(says("human", "<video>\n<audio>\nx"), GPT), "the first prompt has 2 tags (<video>, <audio>)"),
-    (item(says("human", "<audio>\nx"), GPT), "the first prompt has the tag <audio>, but the clip is video: write <v"),
-    (item(says("human", "<video>\nx"), GPT, video=None, audio="a.wav"), "tag <video>, but the clip is audio"),
-    (item(HUMAN, GPT, says("human", "<image>\nx"), GPT), "a later turn (human) has a tag"),
-    (item(HUMAN, says("gpt", "a <video> b")), "a later turn (gpt) has a tag"),
-    (item(HUMAN, says("system"), GPT), "a system turn may only come first"),
+    (item(HUMAN, turn("assistant")), "turn 2 has an unknown speaker 'assistant'; known are system, human, gpt"),
+    (item(turn([1]), GPT), "turn 1 has an unknown speaker [1]"),
+    (item(HUMAN, turn("gpt", None)), "turn 2 must be text, got None"),
+    (item(HUMAN, turn("gpt", " \n")), "turn 2 (gpt) is empty"),
+    (item(turn("human", "<image>\n "), GPT), "the first prompt has only the tag <image>"),
+    (item(turn("human", "<image><image>\nx"), GPT), "the first prompt has 2 tags (<image>, <image>)"),
+    (item(turn("human", "<video>\n<audio>\nx"), GPT), "the first prompt has 2 tags (<video>, <audio>)"),
+    (item(turn("human", "<audio>\nx"), GPT), "the first prompt has the tag <audio>, but the clip is video: write <v"),
+    (item(turn("human", "<video>\nx"), GPT, video=None, audio="a.wav"), "tag <video>, but the clip is audio"),
+    (item(HUMAN, GPT, turn("human", "<image>\nx"), GPT), "a later turn (human) has a tag"),
+    (item(HUMAN, turn("gpt", "a <video> b")), "a later turn (gpt) has a tag"),
+    (item(HUMAN, turn("system"), GPT), "a system turn may only come first"),
     (item(HUMAN), "the prompt 'What?' needs one answer, gpt or history_gpt; it has none"),
-    (item(HUMAN, GPT, says("human", "Why?")), "the prompt 'Why?' needs one answer, gpt or history_gpt; it has none"),
+    (item(HUMAN, GPT, turn("human", "Why?")), "the prompt 'Why?' needs one answer, gpt or history_gpt; it has none"),
     (item(HUMAN, HUMAN | {"value": "b"}, GPT), "the prompt 'What?' needs one answer"),
     (item(HUMAN, GPT, GPT), "needs one answer, gpt or history_gpt; it has gpt, gpt"),
-    (item(HUMAN, says("history_gpt")), "there is no gpt turn"),
-    (item(HUMAN, GPT, says("reject_gpt"), says("chosen")), "reject_gpt of the salmonn2 format together with chosen of"),
-    (item(HUMAN, GPT, says("gt"), says("reject")), "gt of the salmonn2 format together with reject of the 2+ format"),
-    (item(HUMAN, GPT, says("gt")), "a preference needs reject_gpt after the last prompt"),
-    (item(HUMAN, says("reject_gpt")), "a preference needs gpt after the last prompt"),
-    (item(HUMAN, GPT, says("chosen")), "a preference needs reject after the last prompt"),
-    (item(HUMAN, says("reject")), "a preference needs chosen after the last prompt"),
-    (item(HUMAN, GPT, says("reject_gpt"), says("reject_gpt")), "reject_gpt answers the last prompt twice"),
+    (item(HUMAN, turn("history_gpt")), "there is no gpt turn"),
+    (item(HUMAN, GPT, turn("reject_gpt"), turn("chosen")), "reject_gpt of the salmonn2 format together with chosen of"),
+    (item(HUMAN, GPT, turn("gt"), turn("reject")), "gt of the salmonn2 format together with reject of the 2+ format"),
+    (item(HUMAN, GPT, turn("gt")), "a preference needs reject_gpt after the last prompt"),
+    (item(HUMAN, turn("reject_gpt")), "a preference needs gpt after the last prompt"),
+    (item(HUMAN, GPT, turn("chosen")), "a preference needs reject after the last prompt"),
+    (item(HUMAN, turn("reject")), "a preference needs chosen after the last prompt"),
+    (item(HUMAN, GPT, turn("reject_gpt"), turn("reject_gpt")), "reject_gpt answers the last prompt twice"),
     (
-        item(HUMAN, says("history_gpt"), says("chosen"), says("reject")),
+        item(HUMAN, turn("history_gpt"), turn("chosen"), turn("reject")),
         "history_gpt may not answer the last prompt of a pr",
     ),
     (
-        item(HUMAN, says("chosen"), says("reject"), says("human", "b"), says("chosen"), says("reject")),
+        item(HUMAN, turn("chosen"), turn("reject"), turn("human", "b"), turn("chosen"), turn("reject")),
         "the prompt 'What?' needs one answer, gpt or history_gpt; it has chosen, reject",
     ),
     (
-        item(HUMAN, says("chosen"), says("reject"), ce_only=True),
+        item(HUMAN, turn("chosen"), turn("reject"), ce_only=True),
         "ce_only learns the ground truth, which is missing: a",
     ),
-    (item(HUMAN, GPT, says("reject_gpt"), ce_only=True), "which is missing: add gt"),
+    (item(HUMAN, GPT, turn("reject_gpt"), ce_only=True), "which is missing: add gt"),
 ]
 
 
@@ -302,8 +302,8 @@ def test_no_file(tmp_path):
 
 
 @given(data=st.data(), gaps=st.lists(st.text(" \t\n\r", max_size=6), min_size=4, max_size=20), indent=st.booleans())
-def test_the_line_is_where_the_item_begins(tmp_path_factory, data, gaps, indent):
-    """Whatever white space stands between items, and line breaks and brackets in strings, the line is the right one."""
+def test_the_line_is_where_the_item_starts(tmp_path_factory, data, gaps, indent):
+    """The line is right with any white space between items, and with line breaks and brackets in strings."""
     bad = data.draw(st.integers(0, len(gaps) - 4))
     path = tmp_path_factory.mktemp("lines") / "data.json"
     text = f"{gaps[0]}[{gaps[1]}"
@@ -314,7 +314,7 @@ def test_the_line_is_where_the_item_begins(tmp_path_factory, data, gaps, indent)
         words = data.draw(st.text('a]},"\\\n{[', max_size=5))
         if place == bad:
             expected = text.count("\n") + 1
-        one = item(HUMAN, says("gpt", words + "x"), **({"typo": 1} if place == bad else {}))
+        one = item(HUMAN, turn("gpt", words + "x"), **({"typo": 1} if place == bad else {}))
         text += json.dumps(one, indent=2 if indent else None) + gaps[2]
     path.write_bytes(f"{text}]".encode())
     with pytest.raises(ValueError, match=f"line {expected}: unknown key typo"):
@@ -329,7 +329,7 @@ def test_both_file_kinds_keep_the_order(tmp_path, name):
 
 
 class CountingText(str):
-    """A text that adds up how many characters are searched for line breaks."""
+    """Text that adds up the number of characters searched for line breaks."""
 
     searched = 0
 
@@ -384,7 +384,7 @@ def test_paths_start_from_the_folder():
         ("a.jsonl", "5", False),
     ],
 )
-def test_conversations_are_told_from_references(tmp_path, name, text, expected):
+def test_conversations_are_distinguished_from_references(tmp_path, name, text, expected):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     assert is_conversation_file(path) is expected

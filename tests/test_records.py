@@ -1,4 +1,4 @@
-"""Records survive the disk; mistakes in a file are named by file, line and field."""
+"""Round trips of records; mistakes in a file are reported with file, line and field."""
 
 import json
 import os
@@ -66,10 +66,10 @@ def test_round_trip(tmp_path, record):
 
 
 def test_score_rates():
-    # 1 missing, 2 wrong, 1 invented of 8 events; 3 of 12 words said again.
+    # 1 missing, 2 incorrect, 1 hallucinated of 8 events; 3 of 12 words repeated.
     score = Score("a.mp4", 8, 1, 2, 1, num_words=12, num_repeated_words=3)
     assert (score.total, score.repetition) == (0.5, 0.25)
-    # Nothing to tell and nothing said, but two things invented.
+    # No events and no words, but two hallucinations.
     assert (Score("a.mp4", 0, 0, 0, 2).total, Score("a.mp4", 0, 0, 0, 2).repetition) == (2.0, 0.0)
 
 
@@ -82,7 +82,7 @@ def test_bytes_of_a_file(tmp_path):
         read_records(path, Reference)
 
 
-def test_whole_numbers_are_floats_and_blank_lines_nothing(tmp_path):
+def test_integers_become_floats_and_blank_lines_are_skipped(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"video": "a.mp4", "duration_seconds": 2}\n\n{"video": "b.mp4"}\n')
     first, second = read_records(path, Reference)
@@ -178,7 +178,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert read_records(path, Caption) == [Caption("a.mp4", "old")]
 
 
-def test_a_write_replaces_the_file_whole(tmp_path):
+def test_a_write_replaces_the_whole_file(tmp_path):
     path = tmp_path / "value.json"
     write_json(path, {"a": list(range(100))})
     write_json(path, {"ü": 1})
@@ -188,7 +188,7 @@ def test_a_write_replaces_the_file_whole(tmp_path):
     assert path.read_text() == "short"
 
 
-def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     path = tmp_path / "model"
     with pytest.raises(RuntimeError), atomic_folder(path) as folder:
         (folder / "half").write_text("half")
@@ -204,7 +204,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     assert (path / "inner" / "whole").read_text() == "whole"
 
 
-def test_a_new_folder_replaces_nothing(tmp_path):
+def test_an_existing_folder_is_not_replaced(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match=f"{path} exists and is not empty"), atomic_folder(path):
