@@ -213,9 +213,9 @@ def parse_conversation(item: Any) -> Conversation:
     paths = {key: _parse_path(item[key], key) for key in MEDIA if item.get(key) is not None}
     modality = _parse_modality(paths, item.get("use_audio"))
     start, end = _parse_timestamps(item.get("timestamps"), paths)
-    spoken = _parse_spoken(item.get("conversations"))
-    spoken[0] = ("human", _take_out_tag(spoken[0][1], paths))
-    turns, preference = _parse_exchanges(_group(spoken), ce_only=bool(item.get("ce_only")))
+    messages = _parse_messages(item.get("conversations"))
+    messages[0] = ("human", _remove_tag(messages[0][1], paths))
+    turns, preference = _parse_exchanges(_group_by_prompt(messages), ce_only=bool(item.get("ce_only")))
     return Conversation(
         **paths, modality=modality, start_seconds=start, end_seconds=end, turns=turns, preference=preference
     )
@@ -261,25 +261,25 @@ def _parse_timestamps(value: Any, paths: dict[str, str]) -> tuple[float | None, 
     return float(start), float(end)
 
 
-def _parse_spoken(value: Any) -> list[tuple[str, str]]:
+def _parse_messages(value: Any) -> list[tuple[str, str]]:
     """Return (speaker, text) of each turn, from the first prompt on."""
     if value is None:
         raise ValueError('conversations is missing: add a list of {"from": "human", "value": ...} and answers')
     if not isinstance(value, list):
         raise ValueError(f"conversations must be a list of turns, got {type(value).__name__}")
-    spoken = [_parse_turn(turn, place) for place, turn in enumerate(value, start=1)]
+    messages = [_parse_message(turn, place) for place, turn in enumerate(value, start=1)]
     # The code of both published models drops a first turn that is a system prompt or a greeting, and starts with a
     # system prompt of its own.
-    if spoken and spoken[0][0] in ("system", "gpt"):
-        spoken = spoken[1:]
-    if all(speaker != "human" for speaker, _ in spoken):
+    if messages and messages[0][0] in ("system", "gpt"):
+        messages = messages[1:]
+    if all(speaker != "human" for speaker, _ in messages):
         raise ValueError("conversations has no human turn: write the prompt as one")
-    if spoken[0][0] != "human":
-        raise ValueError(f"conversations must start with a human turn, not {spoken[0][0]}")
-    return spoken
+    if messages[0][0] != "human":
+        raise ValueError(f"conversations must start with a human turn, not {messages[0][0]}")
+    return messages
 
 
-def _parse_turn(turn: Any, place: int) -> tuple[str, str]:
+def _parse_message(turn: Any, place: int) -> tuple[str, str]:
     """Return speaker and text of one turn. `prefix` (start of the answer in published tests) is ignored."""
     if not isinstance(turn, dict):
         raise ValueError(f"turn {place} must be a JSON object, got {type(turn).__name__}")
@@ -296,7 +296,7 @@ def _parse_turn(turn: Any, place: int) -> tuple[str, str]:
     return speaker, text
 
 
-def _take_out_tag(prompt: str, paths: dict[str, str]) -> str:
+def _remove_tag(prompt: str, paths: dict[str, str]) -> str:
     """Return the first prompt without the placeholder of the clip, which always comes before the prompt.
 
     For a tag within the text, this is also what salmonn2 does; 2+ leaves the clip within the text.
@@ -318,10 +318,10 @@ def _take_out_tag(prompt: str, paths: dict[str, str]) -> str:
     return without
 
 
-def _group(spoken: Sequence[tuple[str, str]]) -> list[Exchange]:
+def _group_by_prompt(messages: Sequence[tuple[str, str]]) -> list[Exchange]:
     """Group each prompt with its answers."""
     exchanges: list[Exchange] = []
-    for place, (speaker, text) in enumerate(spoken):
+    for place, (speaker, text) in enumerate(messages):
         if place and TAG.search(text):
             raise ValueError(f"a later turn ({speaker}) has a tag: only the first prompt may have one")
         if speaker == "system":
@@ -343,8 +343,8 @@ def _parse_exchanges(exchanges: list[Exchange], *, ce_only: bool) -> tuple[tuple
             "use gpt, reject_gpt, gt or chosen, reject, gpt"
         )
     if not (salmonn2 or plus):
-        return _learn_turns(exchanges), None
-    preference = _learn_preference(exchanges, SALMONN2_FIELDS if salmonn2 else PLUS_FIELDS)
+        return _to_turns(exchanges), None
+    preference = _to_preference(exchanges, SALMONN2_FIELDS if salmonn2 else PLUS_FIELDS)
     if not ce_only:
         return (), preference
     # Published DPO learns only the ground truth of such an item.
@@ -353,7 +353,7 @@ def _parse_exchanges(exchanges: list[Exchange], *, ce_only: bool) -> tuple[tuple
     return (Turn(preference.prompt, preference.ground_truth, preference.history),), None
 
 
-def _learn_turns(exchanges: Sequence[Exchange]) -> tuple[Turn, ...]:
+def _to_turns(exchanges: Sequence[Exchange]) -> tuple[Turn, ...]:
     history = _to_history(exchanges)
     turns = tuple(
         Turn(prompt, answer, history[:place])
@@ -365,7 +365,7 @@ def _learn_turns(exchanges: Sequence[Exchange]) -> tuple[Turn, ...]:
     return turns
 
 
-def _learn_preference(exchanges: Sequence[Exchange], fields: dict[str, str]) -> Preference:
+def _to_preference(exchanges: Sequence[Exchange], fields: dict[str, str]) -> Preference:
     *earlier, (prompt, answers) = exchanges
     found: dict[str, str] = {}
     for speaker, text in answers:
