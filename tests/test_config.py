@@ -1,15 +1,16 @@
 """Shipped YAML files match their recipes; mistakes end with a message and exit code 2; run folders keep theirs."""
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 
-from salmonn.caption.generator import Sampling
 from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE, claim_folder, parse_config, resume_values, run_recipe
 from salmonn.model.lora import LoraConfig
+from salmonn.preference.selection import SelectionConfig
+from salmonn.train.evaluate import SampleConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE_OF = {
@@ -332,7 +333,8 @@ def test_the_written_yaml_reads_back(config_type, tmp_path):
     odd = mrdpo(
         out=tmp_path,
         references=tmp_path / "own.jsonl",
-        pairs=replace(plain.pairs, sampling=Sampling(temperature=1.25, max_new_tokens=7), max_length_ratio=2.0),
+        sampling=SampleConfig(temperature=1.25, max_new_tokens=7, batch_size=3),
+        selection=SelectionConfig(max_length_ratio=2.0),
         lora=LoraConfig(rank=4, targets=("v_proj",)),
         rebirth=None,
     )
