@@ -106,14 +106,14 @@ def test_checkpoints_move_between_one_process_and_an_engine(
     folder = train_split(strategy)
     there, back = tmp_path / "there", tmp_path / "back"
     take_first_eight(alone, there)
-    assert "goes on from step 8" in train(strategy, random_model, clips.root, there, processes=2)
+    assert "resuming from step 8" in train(strategy, random_model, clips.root, there, processes=2)
     assert furthest(merged(there), merged(alone)) < 1e-5
     # Moments too are what one process wrote.
     mine, theirs = (load_file(run / "checkpoints" / "step_000010.safetensors") for run in (there, alone))
     assert furthest(mine, theirs) < 1e-4
 
     take_first_eight(folder, back)
-    assert "goes on from step 8" in train("ddp", random_model, clips.root, back, processes=1)
+    assert "resuming from step 8" in train("ddp", random_model, clips.root, back, processes=1)
     assert furthest(merged(back), merged(alone)) < 1e-4
 
 
