@@ -132,7 +132,7 @@ def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(strategy, rand
     """Rank 1 has the second of a step's three pairs."""
     result = launch(strategy, random_model, clips.root, tmp_path, processes=2, options=["float32", "spoilt"])
     assert result.returncode != 0
-    assert re.search(r"step 3: loss nan, gradient norm (nan|inf), on [\w/]+\.mp4: look at these", result.stderr)
+    assert re.search(r"step 3: loss nan, gradient norm (nan|inf), on [\w/]+\.mp4: check these clips", result.stderr)
     assert [step["step"] for step in steps_of(tmp_path)] == [0, 1, 2] and not (tmp_path / "merged").exists()
 
 
@@ -169,7 +169,7 @@ def test_in_16_bits(strategy, ddp_in_16_bits, random_model, clips, tmp_path):
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
 def test_one_process_has_nothing_to_split(strategy):
-    with pytest.raises(ValueError, match=rf"strategy {strategy} splits.*torchrun"):
+    with pytest.raises(ValueError, match=rf"strategy {strategy} needs several processes.*torchrun"):
         check_strategy(strategy)
 
 
