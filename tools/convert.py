@@ -52,8 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = FlagParser(description="Convert pickled weights to safetensors; pickles with code are refused.")
     parser.add_argument("source", type=Path, help="model or adapter folder, or a .bin, .pt or .pth file")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the converted model")
-    parser.add_argument("--shard-gb", type=float, default=5.0, help="maximum size of a weights file, in 10^9 bytes")
-    parser.add_argument("--lora-alpha", type=int, help="scale of an adapter without an adapter_config.json")
+    parser.add_argument("--shard_gb", type=float, default=5.0, help="maximum size of a weights file, in 10^9 bytes")
+    parser.add_argument("--lora_alpha", type=int, help="scale of an adapter without an adapter_config.json")
     values = parser.parse_args(args)
     try:
         convert(values.source, out=values.out, shard_gb=values.shard_gb, lora_alpha=values.lora_alpha)
