@@ -138,8 +138,9 @@ def resume_values(config: Any) -> Namespace:
     values = Namespace()
     for field in dataclasses.fields(config):
         value, resume = getattr(config, field.name), field.metadata.get("resume")
-        may_change = resume == "may_change" or (resume == "may_change_but_not_to_none" and value is not None)
-        if not may_change:
+        if resume == "may_change_but_not_to_none" and value is not None:
+            value = field.default  # stands for any value, so that the YAML reads back as one that is not None
+        if resume != "may_change":
             values[field.name] = resume_values(value) if dataclasses.is_dataclass(value) else value
     return values
 
