@@ -138,7 +138,7 @@ def load_comparisons(config: OfflineDpoConfig) -> list[tuple[Comparison, ClipSou
     if config.loss.ce_weight and num_without:
         raise ValueError(
             f"{num_without} preferences of {path} have no ground truth for the cross-entropy; add it, or set "
-            "--loss.ce_weight 0"
+            "--loss.ce-weight 0"
         )
     return pairs
 
