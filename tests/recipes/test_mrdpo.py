@@ -198,7 +198,7 @@ import signal, sys, time
 from pathlib import Path
 from salmonn import dist
 from salmonn.records import Caption
-from salmonn.train.run_folder import kept
+from salmonn.train.run_folder import load_or_create
 
 dist.setup(threads=1)
 dist.barrier()
