@@ -311,7 +311,7 @@ def test_a_language_model_judges_and_its_cap_may_be_raised(serve, launch, flags,
     assert stopped.returncode != 0 and "requests is reached" in stopped.stderr
     num_asked = len(server.requests)
     with closing(sqlite3.connect(tmp_path / "c.sqlite")) as cache:
-        ((num_cached,),) = cache.execute("SELECT count(*) FROM replies")
+        ((num_cached,),) = cache.execute("SELECT count(*) FROM responses")
     assert 0 < num_cached <= num_asked <= 8
     result = launch("mrdpo", processes=2, **options)
     assert result.returncode == 0, result.stderr
