@@ -3,7 +3,7 @@
 A folder of votes holds
 
 - votes.jsonl: every vote (`Vote`);
-- pairs.jsonl: the votes that can be used for training, as published conversations of 2+ (data/README.md), which
+- pairs.jsonl: the votes that can be used for training, as records (`Comparison`), which
   `recipes/dpo.py --preferences pairs.jsonl` reads;
 - videos/: the videos of these pairs, named by the hash of their content;
 - log.jsonl: votes, copies and edits in order (`LogEntry`).
@@ -11,7 +11,6 @@ A folder of votes holds
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -24,9 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from salmonn.caption.loader import MediaInfo
-from salmonn.conversations import parse_conversation
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
-from salmonn.records import Modality, append_record, read_records
+from salmonn.records import Comparison, Modality, append_record, read_records
 from salmonn.score.stats import Interval, wilson_interval
 
 logger = logging.getLogger(__name__)
@@ -165,7 +163,7 @@ class VoteStore:
             vote, pair = self._make_pair(vote, media)
             append_record(self.folder / "votes.jsonl", vote)
             if pair:
-                append_json(self.folder / "pairs.jsonl", pair)
+                append_record(self.folder / "pairs.jsonl", pair)
             self._log("vote", vote.video, vote.chosen.model if vote.chosen else "", vote.choice)
             if vote.edit:
                 self._log("edit", vote.video, "", vote.edit)
@@ -215,7 +213,7 @@ class VoteStore:
     def _log(self, action: Action, video: str, model: str, text: str) -> None:
         append_record(self.folder / "log.jsonl", LogEntry(utc_now(), action, video, model, text))
 
-    def _make_pair(self, vote: Vote, media: VoteMedia) -> tuple[Vote, dict[str, Any] | None]:
+    def _make_pair(self, vote: Vote, media: VoteMedia) -> tuple[Vote, Comparison | None]:
         """Keep the video of a vote that is used for training; return the vote as it is saved, and its pair."""
         if reason := find_unused_reason(vote, media):
             return replace(vote, unused_reason=reason), None
@@ -224,11 +222,7 @@ class VoteStore:
             name = keep_video(media.path, self.folder / "videos")
         except FileNotFoundError:  # the session ended, which deletes its uploads
             return replace(vote, unused_reason="the video has been deleted"), None
-        pair = to_conversation(vote, f"videos/{name}", media.info, ground_truth=text)
-        try:
-            parse_conversation(pair)  # as the recipe does: a line that it refuses would make the file unreadable
-        except ValueError as error:
-            return replace(vote, unused_reason=f"it is not a valid training pair ({error})"), None
+        pair = to_comparison(vote, f"videos/{name}", media.info, ground_truth=text)
         return replace(vote, ground_truth=source, pair=name), pair
 
 
@@ -239,7 +233,6 @@ def find_unused_reason(vote: Vote, media: VoteMedia) -> str:
     if not media.may_keep:
         return "you did not agree to keep the video"
     if not (vote.chosen.finished and vote.rejected.finished):
-        # The format of the pairs has no such flag, and training would teach to stop in mid-sentence.
         return "one of the captions was cut off at the token limit"
     if not vote.chosen.text.strip() or not vote.rejected.text.strip():
         return "one of the captions is empty"
@@ -259,26 +252,30 @@ def choose_ground_truth(vote: Vote, reference: str) -> tuple[GroundTruthSource, 
     return "chosen", vote.chosen.text
 
 
-def to_conversation(vote: Vote, video: str, info: MediaInfo, *, ground_truth: str) -> dict[str, Any]:
-    """Return a vote as a published conversation of 2+, whose `gpt` answer is the ground truth.
+def to_comparison(vote: Vote, video: str, info: MediaInfo, *, ground_truth: str) -> Comparison:
+    """Return a vote as a training pair.
 
     Args:
         vote: vote for A or B.
         video: path of the video, relative to the folder of votes.
-        info: duration and streams of the video: a pair may not use a stream that does not exist.
+        info: duration and streams of the video: a pair only uses streams that exist.
         ground_truth: text of the ground truth.
     """
-    chosen, rejected = vote.chosen, vote.rejected
+    chosen, rejected, modality = vote.chosen, vote.rejected, vote.modality
     assert chosen and rejected
-    uses_video, uses_audio = vote.modality != "audio" and info.has_video, vote.modality != "visual" and info.has_audio
-    kind = "video" if uses_video else "audio"
-    item: dict[str, Any] = {kind: video} | ({"use_audio": True} if uses_video and uses_audio else {})
-    if vote.start_seconds is not None or vote.end_seconds is not None:
-        end = info.seconds if vote.end_seconds is None else vote.end_seconds
-        item["timestamps"] = [vote.start_seconds or 0.0, end]
-    answers = {"gpt": ground_truth, "chosen": chosen.text, "reject": rejected.text}
-    turns = [{"from": "human", "value": f"<{kind}>\n{chosen.prompt}"}]
-    return item | {"conversations": turns + [{"from": name, "value": text} for name, text in answers.items()]}
+    if modality == "both" and not (info.has_video and info.has_audio):
+        modality = "visual" if info.has_video else "audio"
+    return Comparison(
+        video=video,
+        prompt=chosen.prompt,
+        chosen=chosen.text,
+        rejected=rejected.text,
+        ground_truth=ground_truth,
+        source="vote",
+        modality=modality,
+        start_seconds=vote.start_seconds,
+        end_seconds=vote.end_seconds,
+    )
 
 
 def keep_video(path: Path, folder: Path) -> str:
@@ -294,14 +291,6 @@ def keep_video(path: Path, folder: Path) -> str:
             os.fsync(written.fileno())
         temporary.replace(kept)
     return kept.name
-
-
-def append_json(path: Path, value: Any) -> None:
-    """Append a JSON value to a JSONL file and flush it to disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def truncate_partial_line(path: Path) -> None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 
 from salmonn.caption.loader import MediaInfo
-from salmonn.conversations import read_conversations
 from salmonn.preference.votes import (
     Candidate,
     LogEntry,
@@ -24,7 +23,7 @@ from salmonn.preference.votes import (
     keep_video,
     summarize_votes,
 )  # fmt: skip
-from salmonn.train.data import conversation_examples
+from salmonn.records import Comparison, read_records
 
 LEFT = Candidate("one", "A dog barks.", "Describe it.", temperature=0.8, seed=3, total=0.25)
 RIGHT = Candidate("two", "A cat sleeps.", "Tell it.", seed=4, total=0.75)
@@ -44,27 +43,26 @@ def media(tmp_path):
 
 
 def read_pairs(store):
-    """The file of pairs as `recipes/dpo.py` reads it; the files that it names are there."""
-    pairs = read_conversations(store.folder / "pairs.jsonl")
-    conversation_examples(pairs, root=store.folder)
+    """The training pairs, whose videos exist."""
+    pairs = read_records(store.folder / "pairs.jsonl", Comparison)
+    assert all((store.folder / pair.video).is_file() for pair in pairs)
     return pairs
 
 
 def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, media, load_recipe, tmp_path):
     saved = store.add(VOTE, media)
-    # The first 24 digits of sha256("pictures"), and the ending in small letters.
+    # The first 24 digits of sha256("pictures"), and the suffix in lower case.
     assert saved.pair == "752f502ee3ac574467c34d28.mp4"
     assert (saved.ground_truth, saved.unused_reason) == ("chosen", "")
     assert store.read() == [saved]
     (pair,) = read_pairs(store)
-    assert (pair.video, pair.modality, pair.preference.prompt) == (f"videos/{saved.pair}", "both", "Tell it.")
-    assert (pair.preference.chosen, pair.preference.rejected) == (RIGHT.text, LEFT.text)
-    assert pair.preference.ground_truth == RIGHT.text
+    video = f"videos/{saved.pair}"
+    assert pair == Comparison(video, "Tell it.", RIGHT.text, LEFT.text, ground_truth=RIGHT.text, source="vote")
     assert (store.folder / "videos" / saved.pair).read_bytes() == b"pictures"
     dpo = load_recipe("dpo")
     config = dpo.OfflineDpoConfig(preferences=store.folder / "pairs.jsonl", model="none", out=tmp_path / "out")
     ((comparison, clip),) = dpo.load_comparisons(config)
-    assert comparison.chosen == RIGHT.text and clip.video == store.folder / "videos" / saved.pair
+    assert comparison == pair and (clip.video, clip.modality) == (store.folder / video, "both")
 
 
 @pytest.mark.parametrize(
@@ -72,11 +70,11 @@ def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, media, load_recipe, tm
     [
         ({}, MediaInfo(9.0), {"modality": "both"}),
         ({}, MediaInfo(9.0, has_audio=False), {"modality": "visual"}),
-        ({}, MediaInfo(9.0, has_video=False), {"modality": "audio", "video": None}),
+        ({}, MediaInfo(9.0, has_video=False), {"modality": "audio"}),
         ({"modality": "visual"}, MediaInfo(9.0), {"modality": "visual"}),
-        ({"modality": "audio"}, MediaInfo(9.0), {"modality": "audio", "video": None}),
-        ({"start_seconds": 2.0}, MediaInfo(9.0), {"start_seconds": 2.0, "end_seconds": 9.0}),
-        ({"end_seconds": 3.5}, MediaInfo(9.0), {"start_seconds": 0.0, "end_seconds": 3.5}),
+        ({"modality": "audio"}, MediaInfo(9.0), {"modality": "audio"}),
+        ({"start_seconds": 2.0}, MediaInfo(9.0), {"start_seconds": 2.0, "end_seconds": None}),
+        ({"end_seconds": 3.5}, MediaInfo(9.0), {"start_seconds": None, "end_seconds": 3.5}),
     ],
 )
 def test_a_pair_asks_for_what_is_there(store, media, changes, info, expected):
@@ -97,7 +95,7 @@ def test_a_pair_asks_for_what_is_there(store, media, changes, info, expected):
 def test_whose_words_are_the_truth(store, media, changes, reference, expected):
     saved = store.add(replace(VOTE, **changes), replace(media, reference=reference))
     (pair,) = read_pairs(store)
-    assert (saved.ground_truth, pair.preference.ground_truth) == expected
+    assert (saved.ground_truth, pair.ground_truth) == expected
 
 
 @pytest.mark.parametrize(
@@ -121,10 +119,10 @@ def test_votes_that_are_not_trained_on(store, media, changes, may_keep, reason):
     assert not list((store.folder / "videos").iterdir())
 
 
-def test_words_that_the_recipe_would_refuse_spoil_no_file(store, media):
+def test_tags_of_published_conversations_are_plain_text(store, media):
     saved = store.add(replace(VOTE, edit="As <video> shows."), media)
-    assert "it is not a valid training pair" in saved.unused_reason and "tag" in saved.unused_reason
-    assert store.read() == [saved] and not (store.folder / "pairs.jsonl").exists()
+    (pair,) = read_pairs(store)
+    assert saved.unused_reason == "" and pair.ground_truth == "As <video> shows."
 
 
 def test_the_log(store, media):

@@ -7,9 +7,8 @@ import pytest
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generator import Sampling, Span
-from salmonn.conversations import read_conversations
 from salmonn.preference.votes import Vote
-from salmonn.records import read_records
+from salmonn.records import Comparison, read_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.scorer import CaptionScorer
 from salmonn.webui.session import EXAMPLES, make_example_clips
@@ -250,8 +249,8 @@ def test_a_blind_vote_becomes_a_pair(visit, demo):
     assert (vote.choice, vote.edit, vote.ground_truth) == ("second", "A star appears.", "edit")
     assert [vote.first.text, vote.second.text] == texts and vote.first.total is not None
     assert abs(vote.first.seed - vote.second.seed) == 1 and 0 <= min(vote.first.seed, vote.second.seed) < 1 << 31
-    pair = read_conversations(demo.votes / "pairs.jsonl")[-1]
-    assert (pair.preference.chosen, pair.preference.rejected) == (texts[1], texts[0])
+    pair = read_records(demo.votes / "pairs.jsonl", Comparison)[-1]
+    assert (pair.chosen, pair.rejected, pair.ground_truth) == (texts[1], texts[0], "A star appears.")
     assert (demo.votes / pair.video).is_file()
 
 
