@@ -275,14 +275,14 @@ def test_memory_for_uploads_is_limited(start, videos):
     try:
         for connection in connections:
             connection.sendall(f"{HEAD}Content-Length: {size + 1}\r\n\r\n".encode() + b" " * size)
-        wait_until(lambda: running.service.body_memory.now == 2 * size)
+        wait_until(lambda: running.service.body_memory.used_bytes == 2 * size)
         with pytest.raises(openai.RateLimitError, match="other uploads take up all memory"):
             ask(running.client(), "data:;base64," + "A" * (1 << 17))
         assert ask(running.client(), videos[0].name, user="me" * 10_000).choices  # 20 KB, where 7 are left
     finally:
         for connection in connections:
             connection.close()
-    wait_until(lambda: running.service.body_memory.now == 0)
+    wait_until(lambda: running.service.body_memory.used_bytes == 0)
     assert ask(running.client(), data_url(videos[0])).choices
 
 
