@@ -223,23 +223,8 @@ def fit(
     last = checkpoints.latest()
     if last and last.step >= config.num_steps:
         return last
-    _to_master_weights(network, config)
-    if config.gradient_checkpointing:
-        assert isinstance(network, Network)
-        network.checkpoint_layers(True)
-    stored = load_trained(network, last) if last else None
-    strategy = make_strategy(
-        context.strategy,
-        network,
-        make_optimizer(network, config),
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.precision == "bfloat16",
-    )
-    first = 0
-    if stored is not None and last:
-        strategy.restore(stored)
-        first = last.step
-        log.info("%s: resuming from step %d", context.name, first)
+    strategy = _start_strategy(network, last, config, context=context)
+    first = last.step if last else 0
     strategy.model.train()
     steps = StepLog(context.folder, first_step=first) if dist.is_main() else None
     with ProgressBar(context.name, first=first, num_steps=config.num_steps) as bar:
@@ -262,6 +247,28 @@ def fit(
     done = checkpoints.latest()
     assert done is not None, "the last step writes a checkpoint"
     return done
+
+
+def _start_strategy(
+    network: nn.Module, last: Checkpoint | None, config: FitConfig, *, context: FitContext
+) -> TrainingStrategy:
+    """Distribute the network, and restore weights and optimizer from the last checkpoint if there is one."""
+    _to_master_weights(network, config)
+    if config.gradient_checkpointing:
+        assert isinstance(network, Network)
+        network.checkpoint_layers(True)
+    stored = load_trained(network, last) if last else None
+    strategy = make_strategy(
+        context.strategy,
+        network,
+        make_optimizer(network, config),
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.precision == "bfloat16",
+    )
+    if stored is not None and last:
+        strategy.restore(stored)
+        log.info("%s: resuming from step %d", context.name, last.step)
+    return strategy
 
 
 def _save(strategy: TrainingStrategy, checkpoints: Checkpoints, *, step: int) -> None:

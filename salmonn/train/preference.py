@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -164,30 +165,17 @@ def compute_reference_logps(
     ]
     shares = dist.balance(costs)
     mine = [index for number in shares[dist.rank()] for index in by_clip[number]]
-
-    def compute(indices: Sequence[int]) -> list[tuple[dict[Role, float], int]]:
-        """Return log-probabilities, and the number of tokens of all roles' answers."""
-        results = []
-        with adapter_disabled(network), torch.no_grad():
-            starts = range(0, len(indices), batch_size)
-            for start in tqdm(starts, desc="reference log-probabilities", disable=not dist.is_main()):
-                part = [examples[index] for index in indices[start : start + batch_size]]
-                inputs, rows = collate_roles(part, roles, processor)
-                logps = role_logps(network(inputs.to(network.device)).cpu(), inputs.labels, rows)
-                for number in range(len(part)):
-                    values = {role: one.policy[number].item() for role, one in logps.items()}
-                    results.append((values, sum(int(one.num_tokens[number]) for one in logps.values())))
-        return results
-
+    score = partial(_score_roles, network, processor=processor, roles=roles, batch_size=batch_size)
     fingerprint = ""
     if folder:
         fingerprint = _fingerprint(network, examples, by_clip, processor, roles=roles)
         cached = _read_cached(folder / REFERENCE_LOGPS_NAME, fingerprint)
+        probe = mine[:batch_size]
         if cached and _matches_cached(
-            compute(mine[:batch_size]), [cached[index] for index in mine[:batch_size]], network
+            score([examples[index] for index in probe]), [cached[index] for index in probe], network
         ):
             return cached
-    computed = dict(zip(mine, compute(mine), strict=True))
+    computed = dict(zip(mine, score([examples[index] for index in mine]), strict=True))
     shards = [[computed[index][0] for index in by_clip[number]] for number in shares[dist.rank()]]
     results = dict(zip(itertools.chain(*by_clip), itertools.chain(*dist.gather_balanced(shards, shares)), strict=True))
     logps = [results[index] for index in range(len(examples))]
@@ -195,6 +183,28 @@ def compute_reference_logps(
         values = {"format": REFERENCE_LOGPS_FORMAT, "fingerprint": fingerprint, "logps": logps}
         write_json(folder / REFERENCE_LOGPS_NAME, values)
     return logps
+
+
+def _score_roles(
+    network: Network,
+    examples: Sequence[PreferenceExample],
+    *,
+    processor: Processor,
+    roles: Sequence[Role],
+    batch_size: int,
+) -> list[tuple[dict[Role, float], int]]:
+    """Return the reference policy's log-probability of each role's answer, and the tokens of all roles' answers."""
+    results = []
+    with adapter_disabled(network), torch.no_grad():
+        starts = range(0, len(examples), batch_size)
+        for start in tqdm(starts, desc="reference log-probabilities", disable=not dist.is_main()):
+            part = examples[start : start + batch_size]
+            inputs, rows = collate_roles(part, roles, processor)
+            logps = role_logps(network(inputs.to(network.device)).cpu(), inputs.labels, rows)
+            for number in range(len(part)):
+                values = {role: one.policy[number].item() for role, one in logps.items()}
+                results.append((values, sum(int(one.num_tokens[number]) for one in logps.values())))
+    return results
 
 
 def role_logps(
