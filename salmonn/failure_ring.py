@@ -26,7 +26,7 @@ ERROR_DELAY_SECONDS = 5.0  # after a connection error, for the message with its 
 REPORT_SECONDS = 0.5  # for torchrun to notice the process that failed first, so that it reports that one
 EXIT_SECONDS = 10.0  # for the previous rank's last message at the end of the run
 MESSAGE_BYTES = 2000
-MESSAGE_TAG = 1  # tells these messages from others between the ranks
+MESSAGE_TAG = 1  # separates these messages from others between the ranks
 LOST_CONNECTION = (
     "process {} of this run ended without a message (killed, or out of memory?): "
     "torchrun's report below shows its signal. Run the same command again to resume."

@@ -63,7 +63,7 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def holds(self, path: str) -> bool:
-        """Tell whether a video belongs to this shard."""
+        """Return whether a video belongs to this shard."""
         return path_number(path) % self.count == self.number - 1
 
 
@@ -198,12 +198,12 @@ def _kind_of(entry: "os.DirEntry[str]") -> EntryKind:
 
 
 def is_media(name: str) -> bool:
-    """Tell whether a file name has a suffix of video or audio."""
+    """Return whether a file name has a suffix of video or audio."""
     return os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES  # noqa: PTH122 - millions of names, no Path for each
 
 
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Tell whether a path inside a folder matches a glob, both split at their slashes.
+    """Return whether a path inside a folder matches a glob, both split at their slashes.
 
     `**` stands for any number of folders. A glob without a slash applies to the file name in any folder: `*.mp4` is
     passed to this function as `**/*.mp4`.

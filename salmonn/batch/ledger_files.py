@@ -158,7 +158,7 @@ class LedgerFiles:
 
 
 def is_full(path: Path) -> bool:
-    """Tell by its name whether a captions file is full: it is no longer appended to or renamed."""
+    """Return by its name whether a captions file is full: it is no longer appended to or renamed."""
     return re.search(rf"{_NUMBER}$", path.stem) is not None
 
 
@@ -255,7 +255,7 @@ class GroupReader:
 
 
 def _continues(group: SegmentGroup, values: dict[str, Any]) -> bool:
-    """Tell whether a line continues a group: it is a later segment of the same version of the video."""
+    """Return whether a line continues a group: it is a later segment of the same version of the video."""
     names = ("video", "size_bytes", "modified_ns", "num_segments", "num_failed_segments")
     last = group[-1]
     return values.get("segment", 0) > last.get("segment", 0) and all(

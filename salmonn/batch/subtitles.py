@@ -171,7 +171,7 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
 
 
 def _shares_stem(video: Path) -> bool:
-    """Tell whether another file comes first among those with the same stem; also True if the folder is gone."""
+    """Return whether another file comes first among those with the same stem; also True if the folder is gone."""
     try:
         return video.name in _later_names(video.parent)
     except OSError:

@@ -76,7 +76,7 @@ def add_server_options(parser: FlagParser, *, port: int, read_seconds: float) ->
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address can be reached from this machine only."""
+    """Return whether an address can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
