@@ -236,4 +236,4 @@ def test_the_site_is_made_without_warnings(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     index = (tmp_path / "site" / "index.html").read_text()
-    assert "fonts.googleapis" not in index and "Start here" in index
+    assert "fonts.googleapis" not in index and "Getting started" in index

@@ -72,10 +72,10 @@ def test_two_processes_train_as_one_does(strategy, train_split, alone, random_mo
     mine, theirs = steps_of(folder), steps_of(alone)
     assert len(mine) == len(theirs) == 10 and theirs[-1]["loss"] < theirs[0]["loss"] - 0.3
     for name in ("loss", "dpo", "ce", "learning_rate"):
-        assert [step[name] for step in mine] == pytest.approx([step[name] for step in theirs], abs=1e-4), name
-    # Small gradients later on carry the rounding of the steps before.
-    assert [step["grad_norm"] for step in mine[:3]] == pytest.approx(
-        [step["grad_norm"] for step in theirs[:3]], rel=1e-4
+        assert [step[name] for step in mine] == pytest.approx([step[name] for step in theirs], abs=2e-5), name
+    # Adam amplifies rounding differences of small gradients, which dominate from the third step on.
+    assert [step["grad_norm"] for step in mine[:2]] == pytest.approx(
+        [step["grad_norm"] for step in theirs[:2]], rel=1e-5
     )
     for name in ("margin", "chosen_drift", "rejected_drift", "kl"):
         both = [[step[name] for step in steps if name in step] for steps in (mine, theirs)]
