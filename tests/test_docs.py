@@ -187,7 +187,7 @@ def test_the_python_page(stage):
     """Its blocks build on one another."""
     result = python(stage, "\n".join(blocks(ROOT / "docs" / "python_api.md", "python")))
     assert result.returncode == 0, result.stderr
-    assert "Total 0." in result.stdout and "What is heard? -> " in result.stdout
+    assert "Total 0." in result.stdout and "What can be heard? -> " in result.stdout
 
 
 @pytest.mark.parametrize("name", SERVERS)

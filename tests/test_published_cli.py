@@ -230,8 +230,8 @@ def test_what_a_file_lacks_is_told(capsys, random_model, tmp_path, modality, fai
     assert code == 1
     captions = read_records(out, Caption)
     assert {Path(caption.video).name for caption in captions} == EVERY_FILE - failed
-    lacking = {"visual": "picture", "audio": "sound"}[modality]
-    assert all(f"{name}: holds no {lacking} that can be decoded" in err for name in failed)
+    lacking = {"visual": "video", "audio": "audio"}[modality]
+    assert all(f"{name}: has no {lacking} stream that can be decoded" in err for name in failed)
 
 
 def test_a_span_and_a_question(capsys, published, tmp_path):
