@@ -197,7 +197,7 @@ def test_reads_pairs(tmp_path):
     with pytest.raises(ValueError, match=r"has no pairs: generate some with tools/judge_pairs\.py"):
         read_labelled_pairs(path)
     path.write_text('{"events": [], "first": "a", "second": "b", "better": "tie", "gap": 1}\n')
-    with pytest.raises(ValueError, match="line 1: gap must be at least 0, and 0 for a tie, got 1"):
+    with pytest.raises(ValueError, match="line 1: LabelledPair: gap must be at least 0, and 0 for a tie, got 1"):
         read_labelled_pairs(path)
 
 
