@@ -27,6 +27,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -210,6 +211,7 @@ def execute(line: list[str], environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # read TMPDIR again
     os.cpu_count = lambda: 1  # recipes start a thread for each core, while tests run beside one another
     if threads := environment.get("OMP_NUM_THREADS"):
         importlib.import_module("torch").set_num_threads(int(threads))
