@@ -132,12 +132,12 @@ def load_comparisons(config: OfflineDpoConfig) -> list[tuple[Comparison, ClipSou
         records = read_records(path, Comparison)
         pairs = [(record, ClipSource.of_comparison(record, root=root)) for record in records]
     if not pairs:
-        raise ValueError(f"{path} has no preference; an item needs a chosen and a rejected answer")
+        raise ValueError(f"{path} has no preference pairs; each needs a chosen and a rejected answer")
     require_files([clip for _, clip in pairs], root=root)
     num_without = sum(not comparison.ground_truth for comparison, _ in pairs)
     if config.loss.ce_weight and num_without:
         raise ValueError(
-            f"{num_without} preferences of {path} have no ground truth for the cross-entropy; add it, or set "
+            f"{num_without} preferences of {path} have no ground truth, which the cross-entropy needs; add it, or set "
             "--loss.ce-weight 0"
         )
     return pairs

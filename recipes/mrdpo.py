@@ -24,7 +24,8 @@ from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig, make_loss
-from salmonn.preference.reward import Reward, RewardConfig, make_judge, make_reward
+from salmonn.preference.rating import Reward
+from salmonn.preference.reward import RewardConfig, make_judge, make_reward
 from salmonn.preference.selection import SelectionConfig, make_selector
 from salmonn.records import Comparison, read_json, read_records, write_json
 from salmonn.score.config import JudgeConfig
@@ -280,7 +281,7 @@ def run_rounds(run: Run, summary: RunSummary) -> Path | None:
         log.warning("stopped early: %s", summary.stopped)
     best = best_round(summary)
     if best is None:
-        log.warning("no round improved on the start; skipping rebirth")
+        log.warning("no round improved on the initial model; skipping rebirth")
         return None
     summary.best = f"round_{best}"
     return config.out / summary.best / "merged"

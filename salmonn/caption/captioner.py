@@ -24,7 +24,7 @@ from salmonn.records import Caption, Failure, FailureStage, Modality, atomic_fol
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
 OUT_OF_MEMORY = (
-    "does not fit into GPU memory beside the model: use a smaller batch_size, a part of the clip (start, end), or put "
+    "does not fit into GPU memory with the model: use a smaller batch_size, a part of the clip (start, end), or put "
     "less of the model on this GPU (bits 8 or 4, device_map auto)"
 )
 

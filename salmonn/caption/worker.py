@@ -146,7 +146,7 @@ class Worker:
         if not self._poll(self._limits.seconds + KILL_TIMEOUT_SECONDS):
             raise WorkerDied(
                 f"reading it took more than {self._limits.seconds:g} s, and the worker process cannot be killed: the "
-                "disk or the server that the file is on may be gone"
+                "disk or the server that the file is on may be unavailable"
             )
         # A process may also stop in the middle of its reply, which may be large.
         timer = threading.Timer(self._limits.seconds + KILL_TIMEOUT_SECONDS, self.kill)

@@ -58,7 +58,7 @@ def _add_input_options(parser: FlagParser) -> None:
     globs = "in folders, only files matching one of these patterns, such as '*.mp4' or 'train/**/*.mp4'"
     group.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
     group.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
-    group.add_argument("--retry_failed", action="store_true", help="retry what failed in earlier runs, nothing else")
+    group.add_argument("--retry_failed", action="store_true", help="only retry videos that failed in earlier runs")
     group.add_argument("--max_failures", type=int, default=20, help="stop after this many failures in a row (0: never)")
 
 
@@ -67,8 +67,8 @@ def _add_generation_options(parser: FlagParser) -> None:
     group.add_argument("--prompt", type=str | None, default=None, help="question (default: ask for a full description)")
     modalities = "what the model is given: " + ", ".join(get_args(Modality))
     group.add_argument("--modality", type=Modality, default="both", help=modalities)
-    group.add_argument("--start", type=float | None, default=None, help="start of the clip, in seconds")
-    group.add_argument("--end", type=float | None, default=None, help="end of the clip, in seconds")
+    group.add_argument("--start", type=float | None, default=None, help="start of the part to caption, in seconds")
+    group.add_argument("--end", type=float | None, default=None, help="end of the part to caption, in seconds")
     group.add_argument(
         "--segment_seconds", type=float | None, default=None, help="caption every N seconds of a video separately"
     )

@@ -44,7 +44,9 @@ def demo_parser() -> FlagParser:
     group.add_argument("--no_auth", action="store_true", help="require no password, even from other machines")
     group.add_argument("--max_seconds", type=float, default=600.0, help="maximum duration of a clip")
     group.add_argument("--max_upload_mib", type=int, default=512, help="maximum upload size")
-    group.add_argument("--max_waiting", type=int, default=32, help="maximum number of queued answers")
+    group.add_argument(
+        "--max_waiting", type=int, default=32, help="maximum number of answers queued or being generated"
+    )
     add_model_options(parser)
     parser.add_class_arguments(JudgeConfig, "judge")
     return parser

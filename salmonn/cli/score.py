@@ -169,7 +169,7 @@ def _list_unscored(scored: "ScoredSet") -> None:
         sys.stderr.write(f"... and {len(scored.unscored) - MAX_LISTED} more; --out lists all of them\n")
     if scored.unscored:
         number = plural(len(scored.unscored), "caption")
-        rest = "excluded from all metrics" if scored.scores else "there are no others, so nothing else is written"
+        rest = "excluded from all metrics" if scored.scores else "no caption was scored, so no metrics were written"
         sys.stderr.write(f"unscored: {number}; {rest}\n")
 
 

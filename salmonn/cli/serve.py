@@ -63,7 +63,12 @@ def _add_limit_options(parser: FlagParser) -> None:
     group.add_argument(
         "--max_seconds", type=float, default=3600.0, help="maximum duration of a clip, or of its requested part"
     )
-    group.add_argument("--max_waiting", type=int, default=64, help="maximum number of queued answers (above: HTTP 429)")
+    group.add_argument(
+        "--max_waiting",
+        type=int,
+        default=64,
+        help="maximum number of answers queued or being generated (above: HTTP 429)",
+    )
     group.add_argument("--max_answer_tokens", type=int, default=4096, help="maximum tokens per answer")
     group.add_argument("--request_seconds", type=float, default=600.0, help="time limit per request")
     group.add_argument("--fetch_seconds", type=float, default=300.0, help="time limit for fetching a file")

@@ -127,7 +127,7 @@ def _check_file(path: Path) -> None:
     except FileNotFoundError as error:
         raise ClipError(f"{path}: there is no such file; check the path") from error
     except PermissionError as error:
-        raise ClipError(f"{path}: permission denied; give this user the right to read it") from error
+        raise ClipError(f"{path}: permission denied; grant this user read permission") from error
     except OSError as error:
         raise ClipError(f"{path}: cannot be opened ({error.strerror}); check path and disk") from error
     if empty:

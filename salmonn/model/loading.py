@@ -62,7 +62,7 @@ class Placement:
         """Raise a ValueError if training does not support this placement."""
         if self.bits:
             raise ValueError(
-                f"bits {self.bits} is not supported in training, which merges its adapter into the weights; remove it"
+                f"training does not support quantized weights, as it merges adapters into them; remove bits {self.bits}"
             )
         if self.device or self.device_map:
             raise ValueError(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from salmonn.preference.reward import Rating
+from salmonn.preference.rating import Rating
 from salmonn.records import Caption, Comparison, Reference
 
 # Margins are differences of fractions: 0.5 - 0.4 must pass a min_gap of 0.1.

@@ -86,7 +86,7 @@ def write_report(path: Path, report: Report) -> None:
         ValueError: there are no scores.
     """
     if not report.scores:
-        raise ValueError("there is no scored caption to report: the score file has the reasons")
+        raise ValueError("no caption was scored, so there is nothing to report; the score file has the reasons")
     scale = max([1e-9, *(high for _, high in report.intervals.values())])
     clips = _worst_clips(report, path)
     script = (_FOLDER / "report.js").read_text(encoding="utf-8")

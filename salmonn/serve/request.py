@@ -39,7 +39,7 @@ class BodyMemory:
     def add(self, num_bytes: int) -> None:
         """Count more bytes; raises Overloaded if that exceeds the maximum."""
         if self.used_bytes + num_bytes > self.max_bytes:
-            raise Overloaded("other uploads take up all memory for uploads; try again later")
+            raise Overloaded("the memory for uploads is full; try again later")
         self.used_bytes += num_bytes
 
 

@@ -200,7 +200,7 @@ def parse_chat_request(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[
         RequestError: the body is malformed, or asks for something unsupported.
     """
     if sum(body.count(char) for char in (b",", b"[", b"{")) > _MAX_VALUES:
-        raise RequestError(f"the body has more than {_MAX_VALUES:,} values; a message with a clip has a dozen")
+        raise RequestError(f"the body has more than {_MAX_VALUES:,} JSON values; send fewer messages")
     try:
         chat = _ChatCompletion.model_validate_json(body)
     except ValidationError as error:
@@ -241,7 +241,7 @@ def _split_messages(messages: Sequence[_Message]) -> tuple[str | None, Sequence[
         system, messages = messages[0].text, messages[1:]
     if [message.role for message in messages] != [_ROLES[number % 2] for number in range(len(messages) | 1)]:
         raise RequestError(
-            "messages must be an optional system message, then alternate user/assistant, ending with user",
+            "messages must start (after an optional system message) and end with user, and alternate user/assistant",
             param="messages",
         )
     return system, messages

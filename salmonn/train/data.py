@@ -284,8 +284,8 @@ class ClipCache:
         if source.needs_both and source.modality == "both" and not (inputs.num_frames and len(inputs.mel)):
             missing = "audio" if inputs.num_frames else "video"
             raise ClipError(
-                f"{source.video} has no {missing}, but its answers are about both; set use_audio to false, or remove "
-                "the item"
+                f"{source.video} has no {missing}, but this example needs video and audio; remove it, or change "
+                "its modality"
             )
         size = inputs.pixels.nbytes + inputs.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:
@@ -339,7 +339,9 @@ class SftBatches:
         first_rank: int = 0,
     ) -> None:
         if not examples:
-            raise ValueError("no training examples: the references have nothing for the chosen tasks")
+            raise ValueError(
+                "no training examples: the data has none for the chosen tasks, or only preferences (see recipes/dpo.py)"
+            )
         self.examples = examples
         self.processor = processor
         self.read_clip = read_clip

@@ -241,7 +241,7 @@ def _find_finished(partial: Path, request: Mapping[str, Any]) -> dict[int, Path]
     if dist.is_main():
         path = partial / REQUEST_NAME
         if partial.is_dir() and not (path.is_file() and read_json(path) == request):
-            log.warning("%s holds captions of other clips, or by another model or config; sampling again", partial)
+            log.warning("%s contains captions of other clips, or from another model or config; sampling again", partial)
             shutil.rmtree(partial)
         write_json(path, request)
         finished = [number for number in range(len(request["batches"])) if _partial_path(partial, number).is_file()]

@@ -77,7 +77,7 @@ def check_strategy(name: StrategyName) -> None:
             "or use strategy ddp"
         )
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        raise ValueError(f"strategy {name} needs DeepSpeed: pip install salmonn[deepspeed]")
+        raise ValueError(f"strategy {name} needs DeepSpeed: pip install 'salmonn[deepspeed]'")
 
 
 def make_strategy(

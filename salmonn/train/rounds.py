@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salmonn import dist
-from salmonn.preference.reward import Rating, Reward
+from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.selection import Selector, select_pairs
 from salmonn.records import Caption, Comparison
 from salmonn.train.data import ClipSet
@@ -95,7 +95,7 @@ def require_pairs(pairs: Sequence[Comparison], early_stopping: EarlyStopConfig, 
         raise RoundFailedError(
             f"{name} has {len(pairs)} pairs of captions that differ enough, fewer than {required} "
             "(early_stopping.min_pairs): sample more captions (sampling.num_samples) or at a higher temperature, or "
-            "accept a smaller gap (selection.min_gap)"
+            "accept a smaller gap (selection.min_gap), with a new --out"
         )
 
 
@@ -103,13 +103,16 @@ def require_margin(folder: Path, early_stopping: EarlyStopConfig) -> None:
     """Raise RoundFailedError if a trained round does not prefer the chosen answers, by its log of steps."""
     if early_stopping.min_margin is None:
         return
-    margins = [step["margin"] for step in read_steps(folder / STEPS_NAME)]
+    margins = [step["margin"] for step in read_steps(folder / STEPS_NAME) if "margin" in step]
+    if not margins:  # the loss has no such part
+        return
     last_quarter = margins[-max(1, len(margins) // 4) :]
     if (margin := sum(last_quarter) / len(last_quarter)) <= early_stopping.min_margin:
         raise RoundFailedError(
-            f"{folder.name} has not learned to prefer the chosen captions: the reward margin is {margin:.4f} at its "
-            f"end, and early_stopping.min_margin is {early_stopping.min_margin}; check {folder / PAIRS_NAME}, or use "
-            "more steps or a higher learning rate"
+            f"{folder.name} has not learned to prefer the chosen captions: the reward margin averages "
+            f"{margin:.4f} over the last quarter of its steps, and early_stopping.min_margin is "
+            f"{early_stopping.min_margin}; check {folder / PAIRS_NAME}, or use more steps or a higher learning rate, "
+            "with a new --out"
         )
 
 

@@ -441,7 +441,7 @@ def test_file_without_permission(whole, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(ClipError, match=r"whole\.mp4: permission denied; give"):
+    with pytest.raises(ClipError, match=r"whole\.mp4: permission denied; grant"):
         read(whole)
 
 

@@ -98,7 +98,7 @@ def test_flash_attention_in_32_bits_is_refused(random_model):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"bits": 4}, "bits 4 is not supported in training.*remove it"),
+        ({"bits": 4}, "does not support quantized weights.*remove bits 4"),
         ({"device": "cpu"}, "device and device_map are not supported in training.*remove them"),
         ({"device_map": "auto"}, "device and device_map are not supported in training.*remove them"),
     ],

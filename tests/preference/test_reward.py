@@ -2,7 +2,8 @@
 
 import pytest
 
-from salmonn.preference.reward import RewardConfig, make_reward, rate_by_comparison
+from salmonn.preference.rating import rate_by_comparison
+from salmonn.preference.reward import RewardConfig, make_reward
 from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge

@@ -2,7 +2,7 @@
 
 import pytest
 
-from salmonn.preference.reward import Rating
+from salmonn.preference.rating import Rating
 from salmonn.preference.selection import (
     PairSummary,
     SelectionConfig,

@@ -276,7 +276,7 @@ def test_memory_for_uploads_is_limited(start, videos):
         for connection in connections:
             connection.sendall(f"{HEAD}Content-Length: {size + 1}\r\n\r\n".encode() + b" " * size)
         wait_until(lambda: running.service.body_memory.used_bytes == 2 * size)
-        with pytest.raises(openai.RateLimitError, match="other uploads take up all memory"):
+        with pytest.raises(openai.RateLimitError, match="the memory for uploads is full"):
             ask(running.client(), "data:;base64," + "A" * (1 << 17))
         assert ask(running.client(), videos[0].name, user="me" * 10_000).choices  # 20 KB, where 7 are left
     finally:

@@ -176,7 +176,7 @@ def test_one_process_has_nothing_to_split(strategy):
 def test_an_engine_that_is_not_installed_is_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install salmonn\[deepspeed\]"):
+    with pytest.raises(ValueError, match=r"pip install 'salmonn\[deepspeed\]'"):
         check_strategy("zero3")
     check_strategy("fsdp2")
     check_strategy("ddp")
