@@ -285,7 +285,7 @@ class ClipCache:
             missing = "audio" if inputs.num_frames else "video"
             raise ClipError(
                 f"{source.video} has no {missing}, but this example needs video and audio; remove it, or change "
-                "its modality"
+                "its modality (use_audio in a conversation)"
             )
         size = inputs.pixels.nbytes + inputs.mel.nbytes
         if self.num_bytes + size <= self.max_bytes:

@@ -254,7 +254,7 @@ def test_a_conversation_about_sound_that_is_not_there_is_refused(processor, tmp_
         conversation = parse_conversation({"video": "silent.mp4", "conversations": said, **item})
         (one,) = conversation_examples([conversation], root=tmp_path)
         if refused:
-            with pytest.raises(ClipError, match=r"silent\.mp4 has no audio, .*; set use_audio to false"):
+            with pytest.raises(ClipError, match=r"silent\.mp4 has no audio, .*change its modality"):
                 ClipCache(processor)(one.clip)
         else:
             assert ClipCache(processor)(one.clip).num_frames
