@@ -46,9 +46,9 @@ class Odd(ReadSpec):
 """
 
 
-def reader_processes() -> list[psutil.Process]:
-    """Return the child processes that read files: other tests may have left a browser or a fork server."""
-    return [child for child in psutil.Process().children() if "salmonn.caption.worker" in " ".join(child.cmdline())]
+def child_processes() -> set[psutil.Process]:
+    """Return the child processes; other tests may have left some."""
+    return set(psutil.Process().children())
 
 
 @pytest.fixture
@@ -179,9 +179,10 @@ def test_a_dead_worker_fails_its_file_alone(odd, end, words):
 
 
 def test_a_worker_killed_while_idle_is_replaced(odd):
+    before = child_processes()
     with ClipReader(workers=1) as reader:
         assert list(batches_of(reader, ["a"], odd, size=1, finish=str)) == [[(0, "a")]]
-        (worker,) = reader_processes()
+        (worker,) = child_processes() - before
         worker.kill()
         assert list(batches_of(reader, ["b"], odd, size=1, finish=str)) == [[(0, "b")]]
 
@@ -226,12 +227,12 @@ def test_cancel(odd):
 
 
 def test_closing_kills_reading_workers(odd):
+    before, begun = child_processes(), time.monotonic()
     reader = ClipReader(workers=2)
-    begun = time.monotonic()
     batches = batches_of(reader, ["a", "sleep", "sleep", "b"], odd, size=1, finish=str)
     assert next(batches) == [(0, "a")]
     reader.close()
-    assert not reader_processes() and time.monotonic() - begun < 300
+    assert child_processes() <= before and time.monotonic() - begun < 300
     with pytest.raises(RuntimeError, match="shutdown"):
         next(batches_of(reader, ["a"], odd, size=1, finish=str))
 

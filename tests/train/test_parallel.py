@@ -71,11 +71,11 @@ def test_two_processes_train_as_one_does(strategy, train_split, alone, random_mo
     # The same losses and figures, ten steps of the same pairs.
     mine, theirs = steps_of(folder), steps_of(alone)
     assert len(mine) == len(theirs) == 10 and theirs[-1]["loss"] < theirs[0]["loss"] - 0.3
-    for name in ("loss", "dpo", "ce", "learning_rate"):
-        assert [step[name] for step in mine] == pytest.approx([step[name] for step in theirs], abs=2e-5), name
+    for name, tolerance in (("loss", 2e-5), ("dpo", 2e-5), ("ce", 1e-4), ("learning_rate", 1e-9)):
+        assert [step[name] for step in mine] == pytest.approx([step[name] for step in theirs], abs=tolerance), name
     # Adam amplifies rounding differences of small gradients, which dominate from the third step on.
     assert [step["grad_norm"] for step in mine[:2]] == pytest.approx(
-        [step["grad_norm"] for step in theirs[:2]], rel=1e-5
+        [step["grad_norm"] for step in theirs[:2]], rel=1e-4
     )
     for name in ("margin", "chosen_drift", "rejected_drift", "kl"):
         both = [[step[name] for step in steps if name in step] for steps in (mine, theirs)]
