@@ -54,9 +54,11 @@ def test_the_last_quarter_of_a_round_must_tell_chosen_from_rejected(tmp_path):
     folder = tmp_path / "round_1"
     require_margin(steps(folder, [-9.0] * 6 + [0.3, -0.1]), EarlyStopConfig())
     require_margin(folder, EarlyStopConfig(min_margin=0.09))
-    with pytest.raises(RoundFailedError, match=r"round_1 has not learned .* margin is 0\.1000 .*min_margin is 0\.2"):
+    with pytest.raises(
+        RoundFailedError, match=r"round_1 has not learned .* margin averages 0\.1000 .*min_margin is 0\.2"
+    ):
         require_margin(folder, EarlyStopConfig(min_margin=0.2))
-    with pytest.raises(RoundFailedError, match=r"margin is -0\.1000"):
+    with pytest.raises(RoundFailedError, match=r"margin averages -0\.1000"):
         require_margin(steps(folder, [9.0] * 6 + [-0.3, 0.1]), EarlyStopConfig())
     require_margin(folder, EarlyStopConfig(min_margin=None))
 
