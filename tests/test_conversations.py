@@ -358,10 +358,12 @@ def test_the_time_grows_with_the_number_of_items(tmp_path, name, between):
         path = tmp_path / f"{count}_{name}"
         path.write_text(f"[{text}]" if between[0] == "," else text, encoding="utf-8")
         gc.disable()  # a collection takes longer the more objects other tests have left
-        start = time.process_time()
-        assert len(read_conversations(path)) == count
-        seconds.append(time.process_time() - start)
-        gc.enable()
+        try:
+            start = time.process_time()
+            assert len(read_conversations(path)) == count
+            seconds.append(time.process_time() - start)
+        finally:
+            gc.enable()
     # Ten times the items: decoding the rest of the file for each of them would take a hundred times the time.
     assert seconds[1] < 30 * max(seconds[0], 0.01), seconds
 

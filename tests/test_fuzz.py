@@ -23,7 +23,7 @@ from salmonn.records import Caption, Failure, read_records
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
 SEED = 8
 MAX_NEW_TOKENS = 6
-# Every so many files, one is intact.
+# One in several files is intact.
 GOOD_EVERY = 20
 
 

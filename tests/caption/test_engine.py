@@ -35,14 +35,14 @@ def say(engine, query):
 
 
 def make_steps(model, count):
-    """Let the model, behind its closed gate, go on by so many steps."""
+    """Let the blocked model run a number of steps."""
     model.stops_after = model.num_steps + count
     model.gate.set()
     wait_until(lambda: not model.gate.is_set())
 
 
 class Told(list):
-    """Collects what is told of a query."""
+    """Collects the events of a request."""
 
     def __call__(self, sample, piece):
         self.append((sample, piece))
@@ -135,7 +135,7 @@ def test_a_failing_prefill_does_not_affect_the_batch(engine, model, videos):
     wait_until(lambda: engine.num_waiting == 1)
     make_steps(model, 2)
     assert isinstance(failed[0][1], ModelFailedError) and "IndexError" in str(failed[0][1])
-    assert not told.texts() and engine.failure == "IndexError"  # that others go on does not mend it
+    assert not told.texts() and engine.failure == "IndexError"  # requests that continue do not clear it
     model.gate.set()
     wait_until(told.texts)
     assert told.texts() == {0: model.caption(videos[0], sampling=long).text} and engine.failure == "IndexError"

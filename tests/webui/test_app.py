@@ -31,7 +31,7 @@ def examples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long_video(clips, tmp_path_factory):
-    """A clip with content of its own, which nobody has uploaded yet."""
+    """A clip with unique content that has not been uploaded yet."""
     path = tmp_path_factory.mktemp("own") / "my holiday.mp4"
     path.write_bytes((clips.root / clips.references[0].video).read_bytes() + b"\0\0\0\x08free")
     return path
