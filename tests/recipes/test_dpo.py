@@ -82,7 +82,7 @@ def test_what_preferences_lack_is_told(load_recipe, preferences, tmp_path):
     first = [part for part in items[0]["conversations"] if part["from"] != "gpt"]
     preferences.write_text(json.dumps([items[0] | {"conversations": first}, *items[1:]]))
     config = dpo.OfflineDpoConfig(preferences=preferences, model="none", out=tmp_path)
-    with pytest.raises(ValueError, match=r"1 preferences of .* have no ground truth .* --loss\.ce-weight 0"):
+    with pytest.raises(ValueError, match=r"1 preferences of .* have no ground truth, .* --loss\.ce-weight 0"):
         dpo.load_comparisons(config)
     plain = [item | {"conversations": item["conversations"][:2]} for item in items]
     preferences.write_text(json.dumps(plain))

@@ -77,7 +77,7 @@ def test_file_contents_are_escaped(page_text):
 
 
 def test_nothing_to_report(clips, tmp_path):
-    with pytest.raises(ValueError, match="no scored caption"):
+    with pytest.raises(ValueError, match="no caption was scored"):
         write_report(tmp_path / "report.html", make_report(clips, scores=[]))
 
 
