@@ -45,6 +45,8 @@ class Clip:
         start_seconds: start of the span, from the start of the file.
         video_seconds: duration of the video within the span; 0 without video.
         duration_seconds: time from the start of the span to the later end of video and audio within it.
+        warnings: what was lost or had to be guessed, one sentence each without the file's name.
+        is_complete: False if a part of the span is missing, because the file is damaged or truncated.
     """
 
     path: str
@@ -54,6 +56,8 @@ class Clip:
     start_seconds: float
     video_seconds: float
     duration_seconds: float
+    warnings: tuple[str, ...] = ()
+    is_complete: bool = True
 
     @property
     def has_video(self) -> bool:
