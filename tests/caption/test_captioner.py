@@ -32,26 +32,26 @@ def test_one_caption(captioner, videos, media, random_model):
 
 
 def test_a_partly_saved_model_has_no_config(captioner, media, tmp_path, monkeypatch):
-    """Recipes take a folder with a config.json for a complete model, so a kill while saving must not leave one."""
+    """Recipes treat a folder with a config.json as a complete model, so an interrupted save must not write one."""
 
-    def killed(_, path):
+    def interrupt(_, path):
         (path / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("salmonn.caption.captioner.save_network", killed)
+        patch.setattr("salmonn.caption.captioner.save_network", interrupt)
         with pytest.raises(KeyboardInterrupt):
             captioner.save(tmp_path / "model")
     assert not (tmp_path / "model" / "config.json").exists()
     (tmp_path / "model" / ".half").mkdir(exist_ok=True)
-    (tmp_path / "model" / ".half" / "left.json").touch()  # where it was killed while files took their places
+    (tmp_path / "model" / ".half" / "stale.json").touch()  # as if it was killed while it moved files into place
     captioner.save(tmp_path / "model")
-    again = Captioner.load(tmp_path / "model")
-    assert complete(again, media[:1], ["Tell."], sampling=SHORT) == complete(
+    reloaded = Captioner.load(tmp_path / "model")
+    assert complete(reloaded, media[:1], ["Tell."], sampling=SHORT) == complete(
         captioner, media[:1], ["Tell."], sampling=SHORT
     )
-    left = {path.name for path in (tmp_path / "model").iterdir()}
-    assert {"config.json", "model.safetensors"} < left and not left & {".half", "left.json"}
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "model.safetensors"} < names and not names & {".half", "stale.json"}
 
 
 def test_a_caption_at_the_token_limit_is_unfinished(captioner, media):
@@ -60,11 +60,11 @@ def test_a_caption_at_the_token_limit_is_unfinished(captioner, media):
 
 
 def test_a_caption_with_a_stop_token_is_finished(captioner, media, monkeypatch):
-    """The ids are given: "a" and stop, "a" without stop, stop alone."""
+    """Generated ids: "a" and a stop token, "a" without one, and only a stop token."""
     tokenizer = captioner.processor.tokenizer
     a = tokenizer.encode("a")
-    given = [[*a, tokenizer.eos_token_id], a, [tokenizer.eos_token_id]]
-    monkeypatch.setattr("salmonn.caption.captioner.generate", lambda *_, **__: given)
+    generated = [[*a, tokenizer.eos_token_id], a, [tokenizer.eos_token_id]]
+    monkeypatch.setattr("salmonn.caption.captioner.generate", lambda *_, **__: generated)
     answers = complete(captioner, media[:1], ["Tell."], sampling=Sampling(temperature=1.0), num_samples=3)
     assert [(answer.text, answer.finished) for answer in answers] == [("a", True), ("a", False), ("", True)]
 
@@ -83,9 +83,9 @@ def test_a_broken_file_does_not_affect_others(captioner, videos, tmp_path, batch
         str(path) for path in (broken, videos[0], videos[1], empty, videos[2])
     ]
     assert str(broken) in results[0].reason and str(empty) in results[3].reason
-    alone = [captioner.caption(video, sampling=SHORT) for video in videos[:3]]
-    assert [result for result in results if isinstance(result, Caption)] == alone
-    assert len({caption.text for caption in alone}) == 3
+    expected = [captioner.caption(video, sampling=SHORT) for video in videos[:3]]
+    assert [result for result in results if isinstance(result, Caption)] == expected
+    assert len({caption.text for caption in expected}) == 3
 
 
 def test_only_broken_files(captioner, tmp_path):
@@ -128,8 +128,8 @@ def test_modalities(captioner, videos, media):
         for modality in ("both", "visual", "audio")
     }
     assert len(set(texts.values())) == 3
-    heard = captioner.processor.read(videos[0], modality="audio")
-    assert texts["audio"] == complete(captioner, [heard], [PLAIN_PROMPTS["audio"]], sampling=SHORT)[0].text
+    audio_inputs = captioner.processor.read(videos[0], modality="audio")
+    assert texts["audio"] == complete(captioner, [audio_inputs], [PLAIN_PROMPTS["audio"]], sampling=SHORT)[0].text
 
 
 def test_a_missing_modality_is_rejected(captioner, tmp_path):
@@ -145,15 +145,15 @@ def test_a_missing_modality_is_rejected(captioner, tmp_path):
         captioner.caption(path, sampling=SHORT, modality="visual")
 
 
-def test_out_of_memory_is_a_failure_of_its_clip_alone(captioner, videos, monkeypatch):
-    plain = captioner.generate
+def test_out_of_memory_is_a_failure_of_only_its_clip(captioner, videos, monkeypatch):
+    generate = captioner.generate
 
-    def crowded(batch, **named):
+    def fail_third(batch, **options):
         if [request.path for request in batch] == [videos[2]]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-        return plain(batch, **named)
+        return generate(batch, **options)
 
-    monkeypatch.setattr(captioner, "generate", crowded)
+    monkeypatch.setattr(captioner, "generate", fail_third)
     results = list(captioner.caption_many(requests(videos[:4]), batch_size=1))
     assert [isinstance(result, Failure) for result in results] == [False, False, True, False]
     assert "does not fit into GPU memory" in results[2].reason and "batch_size" in results[2].reason
@@ -161,32 +161,32 @@ def test_out_of_memory_is_a_failure_of_its_clip_alone(captioner, videos, monkeyp
 
 
 def test_clips_are_batched_by_length(captioner, videos, monkeypatch):
-    """In the order of the paths their lengths are short, long, short, long, short: two batches, of 2 and 3."""
-    plain, sizes = captioner.generate, []
+    """The files are short, long, short, long, short: two batches, of 2 and 3."""
+    generate, sizes = captioner.generate, []
 
-    def watched(batch, *, clips, **named):
+    def record_lengths(batch, *, clips, **options):
         sizes.append([round(clip.seconds) for clip in clips])
-        return plain(batch, clips=clips, **named)
+        return generate(batch, clips=clips, **options)
 
-    monkeypatch.setattr(captioner, "generate", watched)
+    monkeypatch.setattr(captioner, "generate", record_lengths)
     seconds = {video: read_clip(video, captioner.processor.family.frame_sampler).video_seconds for video in videos}
     short, long = min(videos, key=seconds.get), max(videos, key=seconds.get)
     assert round(seconds[short]) < round(seconds[long])
     results = list(captioner.caption_many(requests([short, long, short, long, short]), batch_size=3))
-    # Of the three short ones two are alone, and the last goes with the long ones, in the order of the paths.
+    # Two of the short ones form a batch, the third joins the long ones; within a batch, paths stay in order.
     assert sizes == [[round(seconds[short])] * 2, [*[round(seconds[long])] * 2, round(seconds[short])]]
     assert [result.video for result in results] == [str(path) for path in (short, long, short, long, short)]
     assert results[0] == results[2] == results[4] != results[1] == results[3]
 
 
-def test_a_sample_depends_on_its_seed_alone(captioner, videos):
-    drawn = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
-    alone = [captioner.caption(video, sampling=drawn, seed=5 + place) for place, video in enumerate(videos)]
-    assert len({caption.text for caption in alone}) == 5
+def test_a_sample_depends_only_on_its_seed(captioner, videos):
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    separate = [captioner.caption(video, sampling=sampling, seed=5 + index) for index, video in enumerate(videos)]
+    assert len({caption.text for caption in separate}) == 5
     with ClipReader(workers=2) as reader:
         for batch_size in (1, 3, 8):
-            seeded = [CaptionRequest(video, sampling=drawn, seed=5 + number) for number, video in enumerate(videos)]
-            assert list(captioner.caption_many(seeded, batch_size=batch_size, reader=reader)) == alone
+            seeded = [CaptionRequest(video, sampling=sampling, seed=5 + index) for index, video in enumerate(videos)]
+            assert list(captioner.caption_many(seeded, batch_size=batch_size, reader=reader)) == separate
         assert reader.waited_seconds > 0
 
 
@@ -209,23 +209,25 @@ def test_a_file_that_kills_its_worker_is_a_failure(captioner, videos, tmp_path, 
 
 
 def test_samples_of_a_clip_are_adjacent(captioner, media):
-    drawn = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
-    done = []
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    num_done = []
     answers = complete(
         captioner,
         media[:3],
         ["Tell."] * 3,
-        sampling=drawn,
+        sampling=sampling,
         num_samples=2,
         seeds=[1, 2, 3],
         batch_size=4,
-        on_progress=done.append,
+        on_progress=num_done.append,
     )
-    assert len(answers) == 6 and done == [2, 1]  # 4 sequences side by side are 2 clips
-    # What a clip's samples draw depends on its own seed, wherever it stands.
-    for place, seed in enumerate([1, 2, 3]):
-        alone = complete(captioner, media[place : place + 1], ["Tell."], sampling=drawn, num_samples=2, seeds=[seed])
-        assert answers[2 * place : 2 * place + 2] == alone
+    assert len(answers) == 6 and num_done == [2, 1]  # batches of 4 sequences are 2 clips
+    # A clip's samples depend only on its own seed, not on its position.
+    for index, seed in enumerate([1, 2, 3]):
+        separate = complete(
+            captioner, media[index : index + 1], ["Tell."], sampling=sampling, num_samples=2, seeds=[seed]
+        )
+        assert answers[2 * index : 2 * index + 2] == separate
 
 
 def test_a_prompt_with_a_special_token_is_rejected(captioner, videos):

@@ -1,4 +1,4 @@
-"""Answers: with the cache as without, the same for the same seed, and never past their limit."""
+"""Generation: cached equals uncached, seeds, sampling parameters, stop tokens and limits."""
 
 from dataclasses import replace
 
@@ -13,10 +13,10 @@ from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import PromptRow
 from tests.completions import complete
 
-DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
+SAMPLED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
 
 
-def ids_of(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, seed=0) -> list[list[int]]:
+def token_ids(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, seed=0) -> list[list[int]]:
     rows = rows or [PromptRow(0, "Tell.")]
     return generate(
         captioner.network,
@@ -29,91 +29,93 @@ def ids_of(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, se
 
 
 @torch.no_grad()
-def manual(captioner, clip, *, steps: int) -> list[int]:
-    """The most likely token, again and again, the whole text anew each time."""
+def decode_greedily(captioner, clip, *, steps: int) -> list[int]:
+    """Decode greedily without a cache: the whole text is recomputed for each token."""
     network, ids = captioner.network, []
     inputs = captioner.processor.collate([PromptRow(0, "Tell.")], [clip])
-    embeds, places = network.embed(inputs), inputs.position_ids
+    embeds, positions = network.embed(inputs), inputs.position_ids
     while len(ids) < steps and captioner.processor.tokenizer.eos_token_id not in ids:
-        output = network.lm(inputs_embeds=embeds, position_ids=network.family.rotary_positions(places), use_cache=False)
+        output = network.lm(
+            inputs_embeds=embeds, position_ids=network.family.rotary_positions(positions), use_cache=False
+        )
         ids.append(int(output.logits[0, -1].argmax()))
-        places = torch.cat([places, places[..., -1:] + 1], dim=-1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
         embeds = torch.cat([embeds, network.lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
     return ids
 
 
 def test_greedy_is_argmax_without_cache(captioner, media):
-    answers = [manual(captioner, clip, steps=15) for clip in media[:3]]
+    answers = [decode_greedily(captioner, clip, steps=15) for clip in media[:3]]
     rows = [PromptRow(number, "Tell.") for number in range(3)]
-    assert ids_of(captioner, media[:3], sampling=Sampling(max_new_tokens=15), rows=rows) == answers
+    assert token_ids(captioner, media[:3], sampling=Sampling(max_new_tokens=15), rows=rows) == answers
     assert len({tuple(ids) for ids in answers}) == 3
 
 
-def test_an_answer_stops_at_the_end_of_the_turn(captioner, media):
-    """The third token of the first answer is called the end: that answer stops there, the other goes its own way."""
+def test_an_answer_ends_at_a_stop_token(captioner, media):
+    """The third token of the first answer is made the stop token; the other answer is independent of it."""
     rows = [PromptRow(0, "Tell."), PromptRow(1, "Tell.")]
     inputs = captioner.processor.collate(rows, media[:2])
 
-    def answers(end: int) -> list[list[int]]:
-        return generate(captioner.network, inputs, sampling=Sampling(max_new_tokens=6), stop_ids=[end])
+    def answers(stop_id: int) -> list[list[int]]:
+        return generate(captioner.network, inputs, sampling=Sampling(max_new_tokens=6), stop_ids=[stop_id])
 
-    endless = answers(999)  # no token of this model
-    end = endless[0][2]
-    expected = [ids[: ids.index(end) + 1] if end in ids else ids for ids in endless]
-    assert len(expected[0]) <= 3 < len(endless[0]) == 6
-    assert answers(end) == expected
+    unstopped = answers(999)  # not a token of this model
+    stop_id = unstopped[0][2]
+    expected = [ids[: ids.index(stop_id) + 1] if stop_id in ids else ids for ids in unstopped]
+    assert len(expected[0]) <= 3 < len(unstopped[0]) == 6
+    assert answers(stop_id) == expected
 
 
 def test_same_seed_same_answers(captioner, media):
-    drawn = [ids_of(captioner, media[:1], sampling=DRAWN, num_samples=4, seed=seed) for seed in (3, 3, 4)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len({tuple(ids) for ids in drawn[0]}) == 4  # samples of one clip differ
+    answers = [token_ids(captioner, media[:1], sampling=SAMPLED, num_samples=4, seed=seed) for seed in (3, 3, 4)]
+    assert answers[0] == answers[1] != answers[2]
+    assert len({tuple(ids) for ids in answers[0]}) == 4  # samples of one clip differ
 
 
-def test_draws_leave_the_random_state_alone(captioner, media):
+def test_sampling_does_not_change_the_random_state(captioner, media):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    ids_of(captioner, media[:1], sampling=DRAWN)
+    token_ids(captioner, media[:1], sampling=SAMPLED)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_tiny_nucleus_is_greedy(captioner, media):
     narrow = Sampling(temperature=1.0, top_p=1e-6, max_new_tokens=8)
     greedy = Sampling(max_new_tokens=8)
-    assert ids_of(captioner, media[:1], sampling=narrow) == ids_of(captioner, media[:1], sampling=greedy)
+    assert token_ids(captioner, media[:1], sampling=narrow) == token_ids(captioner, media[:1], sampling=greedy)
 
 
-def test_draws_by_hand():
-    """Probabilities 0.1, 0.5, 0.4. A nucleus of 0.8 is ids 1 and 2, a mass of 0.9: id 2 from 5 / 9 on."""
+def test_sampled_tokens_by_hand():
+    """Probabilities 0.1, 0.5, 0.4: a nucleus of 0.8 is ids 1 and 2 with a mass of 0.9, so id 2 starts at 5 / 9."""
     logits = torch.tensor([0.1, 0.5, 0.4]).log().expand(6, 3)
-    chance = torch.tensor([0.0, 0.55, 0.56, 0.88, 0.91, 0.999])
+    uniforms = torch.tensor([0.0, 0.55, 0.56, 0.88, 0.91, 0.999])
 
     def ids(**values) -> list[int]:
-        return sample_tokens(logits, chance, sampling=Sampling(**values)).tolist()
+        return sample_tokens(logits, uniforms, sampling=Sampling(**values)).tolist()
 
     assert ids(temperature=1.0, top_p=0.8) == [1, 1, 2, 2, 2, 2]
-    assert ids(temperature=1.0, top_p=1.0) == [1, 2, 2, 2, 0, 0]  # up to 0.5, 0.9, 1
-    assert ids(temperature=1.0, top_p=0.49) == [1] * 6  # the first reaches it alone
+    assert ids(temperature=1.0, top_p=1.0) == [1, 2, 2, 2, 0, 0]  # cumulative: 0.5, 0.9, 1
+    assert ids(temperature=1.0, top_p=0.49) == [1] * 6  # the most likely token suffices
     assert ids() == [1] * 6
-    # At temperature 1 / 2 the probabilities are as 0.01, 0.25, 0.16: up to 0.595, 0.976, 1.
+    # At temperature 1 / 2 the probabilities are proportional to 0.01, 0.25, 0.16; cumulative: 0.595, 0.976, 1.
     assert ids(temperature=0.5, top_p=1.0) == [1, 1, 1, 2, 2, 0]
 
 
-def test_the_nucleus_is_that_of_transformers():
-    """Every token that can be drawn, and by what share of 4,000 even chances."""
+def test_the_nucleus_equals_that_of_transformers():
+    """Compare the frequency of each token at 4,000 evenly spaced uniform values."""
     logits = torch.linspace(0, 3, 50)[torch.randperm(50)]
-    kept = TopPLogitsWarper(0.7)(None, TemperatureLogitsWarper(0.6)(None, logits[None]))[0].softmax(-1)
-    chance = (torch.arange(4000) + 0.5) / 4000
-    drawn = sample_tokens(logits.expand(4000, -1), chance, sampling=Sampling(temperature=0.6, top_p=0.7)).bincount(
+    expected = TopPLogitsWarper(0.7)(None, TemperatureLogitsWarper(0.6)(None, logits[None]))[0].softmax(-1)
+    uniforms = (torch.arange(4000) + 0.5) / 4000
+    counts = sample_tokens(logits.expand(4000, -1), uniforms, sampling=Sampling(temperature=0.6, top_p=0.7)).bincount(
         minlength=50
     )
-    assert ((drawn > 0) == (kept > 0)).all() and 3 < (kept > 0).sum() < 50
-    assert torch.allclose(drawn / 4000, kept, atol=1 / 4000 + 1e-6)
+    assert ((counts > 0) == (expected > 0)).all() and 3 < (expected > 0).sum() < 50
+    assert torch.allclose(counts / 4000, expected, atol=1 / 4000 + 1e-6)
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"temperature": -0.1}, "temperature must be .* got -0.1"),
         ({"temperature": 1e-300}, "temperature must be .* got 1e-300"),
@@ -125,16 +127,16 @@ def test_the_nucleus_is_that_of_transformers():
         ({"max_new_tokens": 0}, "max_new_tokens must be .* got 0"),
     ],
 )
-def test_bad_values_are_refused(values, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_values_are_rejected(values, message):
+    with pytest.raises(ValueError, match=message):
         Sampling(**values)
 
 
 @pytest.mark.parametrize("model", ["captioner", "plus"])
-def test_the_penalty_is_that_of_transformers(request, videos, model):
-    """By hand: logits of ids that were said are divided where positive, else multiplied; below 1 that favours them.
+def test_the_repetition_penalty_by_hand(request, videos, model):
+    """Logits of earlier tokens are divided by the penalty if positive, else multiplied; below 1 that favours them.
 
-    2+ counts the prompt among them.
+    salmonn2-plus also penalizes tokens of the prompt.
     """
     captioner = request.getfixturevalue(model)
     network, processor = captioner.network, captioner.processor
@@ -146,53 +148,52 @@ def test_the_penalty_is_that_of_transformers(request, videos, model):
     assert answers != generate(network, inputs, sampling=Sampling(max_new_tokens=5), stop_ids=[2])
     for row, clip, answer in zip(rows, media, answers, strict=False):
         prompt = processor.collate([replace(row, clip=0)], [clip]).input_ids[0].tolist()
-        counted = prompt if model == "plus" else []
-        told = by_hand(captioner, replace(row, clip=0), clip, counted, steps=len(answer))
-        assert told == answer
+        penalized = prompt if model == "plus" else []
+        assert decode_with_penalty(captioner, replace(row, clip=0), clip, penalized, steps=len(answer)) == answer
 
 
 @torch.no_grad()
-def by_hand(captioner, row, clip, counted: list[int], *, steps: int) -> list[int]:
+def decode_with_penalty(captioner, row, clip, penalized: list[int], *, steps: int) -> list[int]:
     network, ids = captioner.network, []
     for _ in range(steps):
         inputs = captioner.processor.collate([row], [clip])
         embeds = network.embed(inputs)
-        said = network.lm.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
+        answer_embeds = network.lm.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
         positions = inputs.position_ids
-        later = positions[..., -1:] + 1 + torch.arange(len(ids))
+        answer_positions = positions[..., -1:] + 1 + torch.arange(len(ids))
         logits = network.lm(
-            inputs_embeds=torch.cat([embeds, said], dim=1),
-            position_ids=network.family.rotary_positions(torch.cat([positions, later], dim=-1)),
+            inputs_embeds=torch.cat([embeds, answer_embeds], dim=1),
+            position_ids=network.family.rotary_positions(torch.cat([positions, answer_positions], dim=-1)),
         ).logits[0, -1]
-        seen = sorted({*counted, *ids})
-        logits[seen] = torch.where(logits[seen] > 0, logits[seen] / 0.2, logits[seen] * 0.2)
+        earlier = sorted({*penalized, *ids})
+        logits[earlier] = torch.where(logits[earlier] > 0, logits[earlier] / 0.2, logits[earlier] * 0.2)
         ids.append(int(logits.argmax()))
     return ids
 
 
-def test_earlier_tokens_are_kept_whatever_the_config_says(captioner, media, monkeypatch):
-    """Training leaves use_cache false in a checkpoint's config; each token would go through the whole clip anew."""
+def test_the_kv_cache_is_used_whatever_the_config_says(captioner, media, monkeypatch):
+    """Training sets use_cache to false in a checkpoint's config; the clip would be recomputed for each token."""
     lengths = []
     captioner.network.lm.config.use_cache = captioner.network.lm.generation_config.use_cache = False
     layer = captioner.network.lm.get_decoder().layers[0]
     layer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    ids_of(captioner, media[:1], sampling=Sampling(max_new_tokens=4))
+    token_ids(captioner, media[:1], sampling=Sampling(max_new_tokens=4))
     assert lengths[0] > 100 and lengths[1:] == [1] * (len(lengths) - 1) and len(lengths) > 1
 
 
-def test_without_a_penalty_of_its_own_the_models_counts(captioner, media):
+def test_the_repetition_penalty_defaults_to_the_models(captioner, media):
     def answers(penalty: float | None) -> list[list[int]]:
-        return ids_of(captioner, media[:1], sampling=Sampling(max_new_tokens=6, repetition_penalty=penalty))
+        return token_ids(captioner, media[:1], sampling=Sampling(max_new_tokens=6, repetition_penalty=penalty))
 
-    none, some = answers(1.0), answers(0.2)
-    assert none != some and answers(None) == none
+    without, with_penalty = answers(1.0), answers(0.2)
+    assert without != with_penalty and answers(None) == without
     captioner.network.config.repetition_penalty = 0.2
-    assert answers(None) == some and answers(1.0) == none
+    assert answers(None) == with_penalty and answers(1.0) == without
 
 
 @pytest.mark.parametrize("family", [None, "salmonn2", "salmonn2-plus"])
 def test_samples_share_their_prompt(captioner, published, videos, family):
-    """One pass over each prompt, whatever its length; what is drawn is what rows computed anew each time draw."""
+    """One pass over each prompt, whatever its length; the samples equal those of rows computed without a cache."""
     captioner = Captioner.load(published(family)) if family else captioner
     captioner.network.prefill_chunk_tokens = 10**6
     media = [captioner.processor.read(videos[0]), captioner.processor.read(videos[1], end_seconds=3)]
@@ -200,112 +201,115 @@ def test_samples_share_their_prompt(captioner, published, videos, family):
     shapes = []
     layer = captioner.network.lm.get_decoder().layers[0]
     hook = layer.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape[:2]))
-    shared = ids_of(captioner, media, sampling=DRAWN, rows=rows, num_samples=3, seed=5)
+    shared = token_ids(captioner, media, sampling=SAMPLED, rows=rows, num_samples=3, seed=5)
     hook.remove()
     widths = captioner.processor.collate(rows, media).attention_mask.sum(1)
-    # Both prompts but for their last tokens, which each of the 6 samples has for itself; then a token each.
+    # Both prompts except for their last tokens, which each of the 6 samples computes itself; then a token each.
     assert shapes[0] == (1, widths.sum() - 2 + 6) and set(shapes[1:]) == {(6, 1)}
-    chances = [
+    uniforms = [
         [torch.from_numpy(np.random.default_rng([seed, sample]).random(10, dtype=np.float32)) for sample in range(3)]
         for seed in (5, 6)
     ]
-    anew = [
-        drawn_anew(captioner, replace(row, clip=0), clip, chance=chance)
-        for row, clip, of_row in zip(rows, media, chances, strict=True)
-        for chance in of_row
+    expected = [
+        sample_without_cache(captioner, replace(row, clip=0), clip, uniforms=values)
+        for row, clip, row_uniforms in zip(rows, media, uniforms, strict=True)
+        for values in row_uniforms
     ]
-    assert shared == anew and len({tuple(ids) for ids in shared}) > 4
+    assert shared == expected and len({tuple(ids) for ids in shared}) > 4
 
 
 @torch.no_grad()
-def drawn_anew(captioner, row, clip, *, chance) -> list[int]:
-    """The whole text goes through transformers' own model for each token."""
+def sample_without_cache(captioner, row, clip, *, uniforms) -> list[int]:
+    """Sample with transformers' model, which recomputes the whole text for each token."""
     network, ids = captioner.network, []
     inputs = captioner.processor.collate([row], [clip])
-    embeds, places = network.embed(inputs), inputs.position_ids
-    for one in chance:
+    embeds, positions = network.embed(inputs), inputs.position_ids
+    for value in uniforms:
         logits = network.lm(
-            inputs_embeds=embeds, position_ids=network.family.rotary_positions(places), use_cache=False
+            inputs_embeds=embeds, position_ids=network.family.rotary_positions(positions), use_cache=False
         ).logits[:, -1]
-        ids.append(int(sample_tokens(logits, one[None], sampling=DRAWN)))
+        ids.append(int(sample_tokens(logits, value[None], sampling=SAMPLED)))
         if ids[-1] == captioner.processor.tokenizer.eos_token_id:
             break
-        places = torch.cat([places, places[..., -1:] + 1], dim=-1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
         embeds = torch.cat([embeds, network.lm.get_input_embeddings()(torch.tensor([[ids[-1]]]))], dim=1)
     return ids
 
 
-def test_answers_that_have_ended_leave(captioner, media):
-    """Of 16 samples those that ended leave as soon as they are an eighth; the others say what they say alone."""
+def test_finished_rows_are_removed(captioner, media):
+    """Finished rows are removed once they are an eighth of the 16 rows; the other answers do not change."""
     rows, network = [PromptRow(0, "Tell."), PromptRow(1, "Tell.")], captioner.network
     inputs, sizes = captioner.processor.collate(rows, media[:2]), []
 
     def answers(stop_ids: list[int]) -> list[list[int]]:
-        hot = replace(DRAWN, temperature=20.0)
+        hot = replace(SAMPLED, temperature=20.0)
         return generate(network, inputs, sampling=hot, stop_ids=stop_ids, num_samples=8, seeds=[3, 4])
 
-    endless = answers([-1])
-    often = sorted(range(400), key=lambda token: -sum(token in ids for ids in endless))[:12]  # call these the end
+    unstopped = answers([-1])
+    most_frequent = sorted(range(400), key=lambda token: -sum(token in ids for ids in unstopped))
+    stop_ids = most_frequent[:12]
     hook = network.lm.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    ended = answers(often)
+    ended = answers(stop_ids)
     hook.remove()
-    places = [next((place for place, token in enumerate(ids) if token in often), len(ids)) for ids in endless]
-    assert ended == [ids[: place + 1] for ids, place in zip(endless, places, strict=True)]
-    left = [sum(place >= step for place in places) for step in range(1, len(sizes))]  # rows that reach each step
+    lengths = [next((index for index, token in enumerate(ids) if token in stop_ids), len(ids)) for ids in unstopped]
+    assert ended == [ids[: length + 1] for ids, length in zip(unstopped, lengths, strict=True)]
+    num_active = [sum(length >= step for length in lengths) for step in range(1, len(sizes))]  # at each step
     assert len(set(sizes[1:])) > 2
-    assert all(reach <= size < 8 / 7 * reach + 1 for reach, size in zip(left, sizes[1:], strict=True))
+    assert all(active <= size < 8 / 7 * active + 1 for active, size in zip(num_active, sizes[1:], strict=True))
 
 
-def test_questions_on_one_clip_read_it_once(captioner, media):
-    seen = []
-    captioner.network.lm.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+def test_questions_on_one_clip_share_its_prefill(captioner, media):
+    shapes = []
+    captioner.network.lm.get_decoder().layers[0].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     prompts = ["What can be seen?", "Which colour?", "Tell."]
     sampling = Sampling(max_new_tokens=6)
-    (block,) = captioner.encode(media[:1])
-    together = complete(captioner, [block] * 3, prompts, sampling=sampling)
-    assert len(block) < seen[0][1] < len(block) + 60
-    assert together == [complete(captioner, [block], [prompt], sampling=sampling)[0] for prompt in prompts]
+    (features,) = captioner.encode(media[:1])
+    together = complete(captioner, [features] * 3, prompts, sampling=sampling)
+    assert len(features) < shapes[0][1] < len(features) + 60
+    assert together == [complete(captioner, [features], [prompt], sampling=sampling)[0] for prompt in prompts]
 
 
-def test_samples_depend_on_their_own_seed_alone(captioner, media):
-    """Not on what stands beside them, nor on how many of them there are."""
-    blocks = captioner.encode(media[:3])
-    every = complete(captioner, blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9])
-    alone = complete(captioner, blocks[1:2], ["Tell."], sampling=DRAWN, num_samples=2, seeds=[8])
+def test_samples_depend_only_on_their_own_seed(captioner, media):
+    """They depend neither on the other rows of the batch nor on the number of samples."""
+    features = captioner.encode(media[:3])
+    every = complete(captioner, features, ["Tell."] * 3, sampling=SAMPLED, num_samples=4, seeds=[7, 8, 9])
+    alone = complete(captioner, features[1:2], ["Tell."], sampling=SAMPLED, num_samples=2, seeds=[8])
     assert every[4:6] == alone and every[:4] != every[4:8]
     short = complete(
-        captioner, blocks[:1], ["Tell."], sampling=replace(DRAWN, max_new_tokens=3), num_samples=4, seeds=[7]
+        captioner, features[:1], ["Tell."], sampling=replace(SAMPLED, max_new_tokens=3), num_samples=4, seeds=[7]
     )
-    assert all(whole.text.startswith(cut.text[:-1]) for whole, cut in zip(every, short, strict=False))
-    in_turn = complete(captioner, blocks, ["Tell."] * 3, sampling=DRAWN, num_samples=4, seeds=[7, 8, 9], batch_size=4)
-    assert in_turn == every
+    assert all(full.text.startswith(cut.text[:-1]) for full, cut in zip(every, short, strict=False))
+    smaller_batches = complete(
+        captioner, features, ["Tell."] * 3, sampling=SAMPLED, num_samples=4, seeds=[7, 8, 9], batch_size=4
+    )
+    assert smaller_batches == every
 
 
-def test_numbers_gone_wrong_draw_a_token_of_the_row():
-    """Of logits that are not numbers no nucleus can be made; one row's must not end what stands beside it."""
+def test_nan_logits_do_not_affect_other_rows():
+    """NaN logits have no nucleus; in one row they must not affect the other rows."""
     logits = torch.tensor([[float("nan")] * 4, [0.0, 9.0, 0.0, 0.0]])
     tokens = sample_tokens(logits, torch.tensor([0.5, 0.5]), sampling=Sampling(temperature=1.0, top_p=0.5))
     assert 0 <= tokens[0] < 4 and tokens[1] == 1
 
 
 @pytest.mark.parametrize("model", ["captioner", "plus"])
-def test_prompts_may_be_read_clip_by_clip(request, videos, monkeypatch, model):
-    """Three clips with two questions each, all at once, two clips together, and one by one."""
+def test_chunked_prefill_equals_one_pass(request, videos, monkeypatch, model):
+    """Three clips with two questions each: prefilled in one pass, two clips at a time, and one by one."""
     captioner = request.getfixturevalue(model)
     network, processor = captioner.network, captioner.processor
     media = [processor.read(video) for video in videos[:3]]
     inputs = processor.collate(
-        [PromptRow(clip, words) for words in ("Tell.", "What is heard?") for clip in range(3)], media
+        [PromptRow(clip, prompt) for prompt in ("Tell.", "What is heard?") for clip in range(3)], media
     )
     two_clips = int(inputs.attention_mask[:2].sum()) + 30
     passes = []
     decode = network._run_decoder
     monkeypatch.setattr(network, "_run_decoder", lambda *args: passes.append(args[0].shape[:2]) or decode(*args))
-    given = []
-    for at_once in (10**6, two_clips, 1):
-        monkeypatch.setattr(network, "prefill_chunk_tokens", at_once)
+    answers, num_prefills = [], []
+    for chunk_tokens in (10**6, two_clips, 1):
+        monkeypatch.setattr(network, "prefill_chunk_tokens", chunk_tokens)
         passes.clear()
-        given.append(generate(network, inputs, sampling=Sampling(max_new_tokens=8), stop_ids=[2]))
-        given.append(len([shape for shape in passes if shape[0] == 1 and shape[1] > 6]))
-    assert given[0] == given[2] == given[4]
-    assert given[1::2] == [1, 2, 3]
+        answers.append(generate(network, inputs, sampling=Sampling(max_new_tokens=8), stop_ids=[2]))
+        num_prefills.append(len([shape for shape in passes if shape[0] == 1 and shape[1] > 6]))
+    assert answers[0] == answers[1] == answers[2]
+    assert num_prefills == [1, 2, 3]

@@ -50,7 +50,7 @@ def test_mixed_requests_are_answered_in_order(captioner, videos):
         CaptionRequest(videos[2], "Tell.", sampling=SAMPLING, seed=2),
     ]
     requests[1] = dataclasses.replace(requests[1], sampling=Sampling(max_new_tokens=5))
-    alone = [captioner.generate([request])[0] for request in requests]
+    separate = [captioner.generate([request])[0] for request in requests]
     num_done: list[int] = []
-    assert captioner.generate(requests, on_progress=num_done.append) == alone and num_done == [1, 1, 1]
+    assert captioner.generate(requests, on_progress=num_done.append) == separate and num_done == [1, 1, 1]
     assert captioner.generate([]) == []

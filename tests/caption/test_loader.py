@@ -19,12 +19,12 @@ from salmonn.media.clip import read_clip
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
 
-# What a worker does at a file's name; a module of its own, since a worker imports what it is sent.
-ODD = """
+# A worker's behaviour depends on the file's name. A module of its own, since workers import the class they receive.
+SCRIPTED_MODULE = """
 import logging, os, signal, sys, time
 from salmonn.caption.loader import ReadSpec
 
-class Odd(ReadSpec):
+class ScriptedReadSpec(ReadSpec):
     def read(self, path):
         if path.name in signal.Signals.__members__:
             os.kill(os.getpid(), signal.Signals[path.name])
@@ -47,46 +47,46 @@ class Odd(ReadSpec):
 
 
 def child_processes() -> set[psutil.Process]:
-    """Return the child processes; other tests may have left some."""
+    """Return the child processes; other tests may have started some."""
     return set(psutil.Process().children())
 
 
 @pytest.fixture
-def odd(tmp_path, monkeypatch):
-    (tmp_path / "odd.py").write_text(ODD)
+def scripted(tmp_path, monkeypatch):
+    (tmp_path / "scripted.py").write_text(SCRIPTED_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    import odd
+    import scripted
 
-    yield odd.Odd(FixedRateSampler())
-    del sys.modules["odd"]
+    yield scripted.ScriptedReadSpec(FixedRateSampler())
+    del sys.modules["scripted"]
 
 
-class Listed:
-    """Files that are no more than their lengths, and the order in which they are read."""
+class FakeReadSpec:
+    """Reads files whose names are their lengths in seconds, and records the order."""
 
     def __init__(self, *, pause: float = 0.0) -> None:
         self.pause = pause
-        self.read_so_far: list[int] = []
+        self.read_order: list[int] = []
 
     def seconds(self, path: Path) -> float:
         return float(path.name)
 
     def read(self, path: Path) -> int:
         time.sleep(self.pause)
-        self.read_so_far.append(int(path.name))
+        self.read_order.append(int(path.name))
         return int(path.name)
 
 
-def batches_of(reader, names, read_spec, *, size, finish=lambda clip: clip, **named):
-    """Batches of (place, clip)."""
-    asked = (ClipJob(place, CaptionRequest(Path(name)), read_spec) for place, name in enumerate(names))
-    for batch in reader.batches(asked, size=size, finish=finish, **named):
-        yield [(job.index, read) for job, read in batch]
+def read_batches(reader, names, read_spec, *, size, finish=lambda clip: clip, **options):
+    """Yield batches of (index, clip)."""
+    jobs = (ClipJob(index, CaptionRequest(Path(name)), read_spec) for index, name in enumerate(names))
+    for batch in reader.batches(jobs, size=size, finish=finish, **options):
+        yield [(job.index, clip) for job, clip in batch]
 
 
 def read_all(names, read_spec, *, workers, size=2):
     with ClipReader(workers=workers) as reader:
-        return list(batches_of(reader, names, read_spec, size=size))
+        return list(read_batches(reader, names, read_spec, size=size))
 
 
 def wait_until(done, *, seconds=120.0):
@@ -97,46 +97,46 @@ def wait_until(done, *, seconds=120.0):
 
 
 def test_length_buckets():
-    # In order 1 2 3 4 5 are the places 1 3 0 4 2; five in batches of two are three batches: 1, 2, 2.
+    # Sorted by length, the indices are 1 3 0 4 2; five files in batches of up to two are three batches: 1, 2, 2.
     assert length_buckets([3, 1, 5, 2, 4], size=2) == [[1], [0, 3], [2, 4]]
     assert length_buckets([1, 1, 1], size=8) == [[0, 1, 2]]
 
 
 def test_files_are_batched_by_length_within_a_bucket():
-    """A bucket is 8 batches of 2: the first 16 lengths form pairs of equal length, the rest is one more pair."""
+    """A bucket is 8 batches of 2: the first 16 files form pairs of equal length, the other three a second bucket."""
     lengths = [*range(8, 0, -1), *range(1, 9), 3, 90, 4]
-    batches = read_all(map(str, lengths), Listed(), workers=0)
-    places = [[place for place, _ in batch] for batch in batches]
-    # Length n stands at 8 - n and 7 + n; the batch with the first path comes first. Of 3, 90, 4 the least goes alone.
-    assert places == [*([8 - n, 7 + n] for n in range(8, 0, -1)), [16], [17, 18]]
-    assert all(clip == lengths[place] for batch in batches for place, clip in batch)
+    batches = read_all(map(str, lengths), FakeReadSpec(), workers=0)
+    indices = [[index for index, _ in batch] for batch in batches]
+    # Length n is at 8 - n and 7 + n; the batch with the first path comes first. Of 3, 90, 4 the shortest is alone.
+    assert indices == [*([8 - n, 7 + n] for n in range(8, 0, -1)), [16], [17, 18]]
+    assert all(clip == lengths[index] for batch in batches for index, clip in batch)
 
 
 def test_lengths_are_not_measured_for_single_clips():
-    # These names are no numbers, so asking would raise.
-    class Unasked(Listed):
+    # These names are not numbers, so `seconds` would raise.
+    class UnmeasuredReadSpec(FakeReadSpec):
         def read(self, path):
             return path.name
 
-    assert read_all("cab", Unasked(), workers=0, size=1) == [[(0, "c")], [(1, "a")], [(2, "b")]]
+    assert read_all("cab", UnmeasuredReadSpec(), workers=0, size=1) == [[(0, "c")], [(1, "a")], [(2, "b")]]
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, 3), (2, 6), (3, 9)])
 def test_two_batches_are_read_ahead(size, expected):
-    """With the batch that was taken: 3 * size clips."""
-    read_spec = Listed()
+    """Together with the consumed batch: 3 * size clips."""
+    read_spec = FakeReadSpec()
     with ClipReader(workers=0) as reader:
-        batches = batches_of(reader, ["1"] * 18, read_spec, size=size)
+        batches = read_batches(reader, ["1"] * 18, read_spec, size=size)
         next(batches)
-        wait_until(lambda: len(read_spec.read_so_far) == expected)
+        wait_until(lambda: len(read_spec.read_order) == expected)
         time.sleep(0.1)
-        assert len(read_spec.read_so_far) == expected
+        assert len(read_spec.read_order) == expected
 
 
 def test_waiting_time_is_measured():
     """Three clips of 0.2 s each; the last is read while the consumer is busy for 0.5 s."""
     with ClipReader(workers=0) as reader:
-        batches = batches_of(reader, ["1"] * 3, Listed(pause=0.2), size=1)
+        batches = read_batches(reader, ["1"] * 3, FakeReadSpec(pause=0.2), size=1)
         next(batches)
         next(batches)
         assert 0.35 < reader.waited_seconds < 1
@@ -150,48 +150,48 @@ def test_waiting_time_is_measured():
 def test_clips_equal_read_clip(videos, tmp_path, workers):
     paths = [*videos[:3], tmp_path / "none.mp4"]
     read_spec = ReadSpec(FixedRateSampler(side=48), start_seconds=1.0, end_seconds=3.0)
-    read = dict(chain(*read_all(paths, read_spec, workers=workers)))
-    assert sorted(read) == [0, 1, 2, 3]
-    for place, path in enumerate(videos[:3]):
+    clips = dict(chain(*read_all(paths, read_spec, workers=workers)))
+    assert sorted(clips) == [0, 1, 2, 3]
+    for index, path in enumerate(videos[:3]):
         clip = read_clip(path, FixedRateSampler(side=48), start_seconds=1.0, end_seconds=3.0)
-        assert np.array_equal(read[place].frames, clip.frames) and len(clip.frames) == 2
-        assert np.array_equal(read[place].waveform, clip.waveform) and len(clip.waveform) == 32_000
-        assert read[place].path == str(path)
-    assert isinstance(read[3], ValueError) and str(paths[3]) in str(read[3])
+        assert np.array_equal(clips[index].frames, clip.frames) and len(clip.frames) == 2
+        assert np.array_equal(clips[index].waveform, clip.waveform) and len(clip.waveform) == 32_000
+        assert clips[index].path == str(path)
+    assert isinstance(clips[3], ValueError) and str(paths[3]) in str(clips[3])
 
 
 def test_span_seconds(videos):
-    whole = ReadSpec(FixedRateSampler()).seconds(videos[0])
-    assert whole > 4
-    assert ReadSpec(FixedRateSampler(), start_seconds=1.0).seconds(videos[0]) == whole - 1
+    full = ReadSpec(FixedRateSampler()).seconds(videos[0])
+    assert full > 4
+    assert ReadSpec(FixedRateSampler(), start_seconds=1.0).seconds(videos[0]) == full - 1
     assert ReadSpec(FixedRateSampler(), start_seconds=1.0, end_seconds=3.5).seconds(videos[0]) == 2.5
-    assert ReadSpec(FixedRateSampler(), end_seconds=100.0).seconds(videos[0]) == whole
+    assert ReadSpec(FixedRateSampler(), end_seconds=100.0).seconds(videos[0]) == full
     assert ReadSpec(FixedRateSampler()).seconds(videos[0].parent) == 0
 
 
-@pytest.mark.parametrize(("end", "words"), [("SIGKILL", "memory"), ("SIGSEGV", "SIGSEGV"), ("exit", "exit code 3")])
-def test_a_dead_worker_fails_its_file_alone(odd, end, words):
-    read = dict(chain(*read_all(["a", "b", end, "c", "d", end, "e"], odd, workers=2, size=3)))
-    assert [read[place] for place in (0, 1, 3, 4, 6)] == ["a", "b", "c", "d", "e"]
-    for place in (2, 5):
-        assert isinstance(read[place], ValueError) and str(read[place]).startswith(f"{end}: the worker process")
-        assert words in str(read[place])
+@pytest.mark.parametrize(("end", "message"), [("SIGKILL", "memory"), ("SIGSEGV", "SIGSEGV"), ("exit", "exit code 3")])
+def test_a_dead_worker_fails_only_its_file(scripted, end, message):
+    clips = dict(chain(*read_all(["a", "b", end, "c", "d", end, "e"], scripted, workers=2, size=3)))
+    assert [clips[index] for index in (0, 1, 3, 4, 6)] == ["a", "b", "c", "d", "e"]
+    for index in (2, 5):
+        assert isinstance(clips[index], ValueError) and str(clips[index]).startswith(f"{end}: the worker process")
+        assert message in str(clips[index])
 
 
-def test_a_worker_killed_while_idle_is_replaced(odd):
+def test_a_worker_killed_while_idle_is_replaced(scripted):
     before = child_processes()
     with ClipReader(workers=1) as reader:
-        assert list(batches_of(reader, ["a"], odd, size=1, finish=str)) == [[(0, "a")]]
+        assert list(read_batches(reader, ["a"], scripted, size=1, finish=str)) == [[(0, "a")]]
         (worker,) = child_processes() - before
         worker.kill()
-        assert list(batches_of(reader, ["b"], odd, size=1, finish=str)) == [[(0, "b")]]
+        assert list(read_batches(reader, ["b"], scripted, size=1, finish=str)) == [[(0, "b")]]
 
 
-def test_output_and_logs_of_workers(odd, caplog, capfd):
-    assert read_all(["print", "warn", "torch"], odd, workers=1, size=1) == [
+def test_output_and_logs_of_workers(scripted, caplog, capfd):
+    assert read_all(["print", "warn", "torch"], scripted, workers=1, size=1) == [
         [(0, "print")],
         [(1, "warn")],
-        [(2, False)],  # so it starts at once, and is small
+        [(2, False)],  # a worker without torch starts fast and is small
     ]
     assert [(record.name, record.getMessage()) for record in caplog.records] == [
         ("salmonn.media.clip", "warn: damaged")
@@ -200,53 +200,53 @@ def test_output_and_logs_of_workers(odd, caplog, capfd):
     caplog.clear()
     logging.getLogger("salmonn.media.clip").setLevel(logging.ERROR)
     try:
-        read_all(["warn"], odd, workers=1)
+        read_all(["warn"], scripted, workers=1)
     finally:
         logging.getLogger("salmonn.media.clip").setLevel(logging.NOTSET)
     assert not caplog.records
 
 
-def test_cancel(odd):
+def test_cancel(scripted):
     """A file that is being read and one that is waiting are cancelled; others are read."""
     with ClipReader(workers=1) as reader:
-        sleeping = reader.submit(Path("sleep"), odd, str)
-        waiting = reader.submit(Path("a"), odd, str)
+        sleeping = reader.submit(Path("sleep"), scripted, str)
+        waiting = reader.submit(Path("a"), scripted, str)
         wait_until(lambda: [task for task in reader._running.values() if task.worker])
-        begun = time.monotonic()
+        started = time.monotonic()
         reader.cancel(waiting)
         reader.cancel(sleeping)
         with pytest.raises(ClipError, match="was killed because it did not finish"):
             sleeping.result(120)
-        assert waiting.cancelled() and reader.submit(Path("b"), odd, str).result(120) == "b"
-        assert time.monotonic() - begun < 300
-        done = reader.submit(Path("c"), odd, str)
+        assert waiting.cancelled() and reader.submit(Path("b"), scripted, str).result(120) == "b"
+        assert time.monotonic() - started < 300
+        done = reader.submit(Path("c"), scripted, str)
         assert done.result(120) == "c"
-        reader.cancel(done)  # which changes nothing
-        assert reader.submit(Path("d"), odd, str).result(120) == "d"
+        reader.cancel(done)  # no effect
+        assert reader.submit(Path("d"), scripted, str).result(120) == "d"
         wait_until(lambda: not reader._running)
 
 
-def test_closing_kills_reading_workers(odd):
-    before, begun = child_processes(), time.monotonic()
+def test_closing_kills_reading_workers(scripted):
+    before, started = child_processes(), time.monotonic()
     reader = ClipReader(workers=2)
-    batches = batches_of(reader, ["a", "sleep", "sleep", "b"], odd, size=1, finish=str)
+    batches = read_batches(reader, ["a", "sleep", "sleep", "b"], scripted, size=1, finish=str)
     assert next(batches) == [(0, "a")]
     reader.close()
-    assert child_processes() <= before and time.monotonic() - begun < 300
+    assert child_processes() <= before and time.monotonic() - started < 300
     with pytest.raises(RuntimeError, match="shutdown"):
-        next(batches_of(reader, ["a"], odd, size=1, finish=str))
+        next(read_batches(reader, ["a"], scripted, size=1, finish=str))
 
 
-SLEEPER = """
+SLEEPING_READER = """
 import sys
 from pathlib import Path
 from salmonn.caption.loader import ClipJob, ClipReader
 from salmonn.caption.generator import CaptionRequest
 from salmonn.media.frame_sampling import FixedRateSampler
-from odd import Odd
+from scripted import ScriptedReadSpec
 
 with ClipReader(workers=2) as reader:
-    read = Odd(FixedRateSampler())
+    read = ScriptedReadSpec(FixedRateSampler())
     names = ("a", "b", "sleep", "sleep")
     jobs = [ClipJob(index, CaptionRequest(Path(name)), read) for index, name in enumerate(names)]
     batches = reader.batches(jobs, size=1, finish=str)
@@ -257,10 +257,10 @@ with ClipReader(workers=2) as reader:
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_worker_outlives_its_parent(odd, tmp_path, end):
-    """However the parent ends, while its workers read for ten minutes."""
+def test_no_worker_outlives_its_parent(scripted, tmp_path, end):
+    """The parent is killed while its workers read for ten minutes."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER],
+        [sys.executable, "-c", SLEEPING_READER],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

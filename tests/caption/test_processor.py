@@ -1,4 +1,4 @@
-"""Model inputs of clips made of known arrays."""
+"""Model inputs of clips with known pixels and samples."""
 
 import copy
 from dataclasses import replace
@@ -17,11 +17,11 @@ SAMPLE_HZ = 16_000
 
 
 def make_clip(*, frames: int = 3, samples: int | None = 24_000, start: float = 0.0, size: int = 48) -> Clip:
-    """Frames of rising brightness at half a second each, and a tone; 24 000 samples are 1.5 s."""
+    """Make frames of 0.5 s with increasing brightness, and a tone; 24 000 samples are 1.5 s."""
     wave = None if samples is None else np.sin(np.arange(samples) * 0.2).astype(np.float32)
-    pictures = np.zeros((frames, size, size, 3), np.uint8)
-    pictures += 10 * np.arange(1, frames + 1, dtype=np.uint8).reshape(-1, 1, 1, 1)
-    return Clip("made.mp4", pictures, start + 0.25 + 0.5 * np.arange(frames), wave, start, 0.5 * frames, 1.5)
+    pixels = np.zeros((frames, size, size, 3), np.uint8)
+    pixels += 10 * np.arange(1, frames + 1, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    return Clip("clip.mp4", pixels, start + 0.25 + 0.5 * np.arange(frames), wave, start, 0.5 * frames, 1.5)
 
 
 def test_inputs_of_a_clip(processor):
@@ -34,7 +34,7 @@ def test_inputs_of_a_clip(processor):
 
 def test_inputs_of_a_clip_in_2_plus(plus):
     media = plus.processor.clip_inputs(make_clip(start=4.0))
-    # Three frames are two steps, the last frame doubled; 48 / 8 = 6 patches a side.
+    # Three frames are two steps (the last frame is repeated); 48 / 8 = 6 patches a side.
     assert media.grid == (2, 6, 6) and (media.num_frames, media.seconds) == (3, 1.5)
     assert media.pixels.shape == (72, 3 * 2 * 8 * 8) and media.pixels.dtype == torch.uint8
     assert media.pixels[:36].unique().tolist() == [10, 20] and media.pixels[36:].unique().tolist() == [30]
@@ -62,24 +62,24 @@ def test_audio_of_any_duration(captioner, samples):
     layout = captioner.processor.make_layout(media)
     assert media.mel.shape == (1, 40, 800) and len(layout) == 3 * (12 + 6)
     assert len(captioner.network.encode([media], [layout])[0]) == len(layout)
-    longest = captioner.processor.clip_inputs(make_clip(samples=320_000)).mel
-    cut = captioner.processor.clip_inputs(make_clip(samples=24_000)).mel
-    assert torch.equal(longest, cut)
+    long_mel = captioner.processor.clip_inputs(make_clip(samples=320_000)).mel
+    short_mel = captioner.processor.clip_inputs(make_clip(samples=24_000)).mel
+    assert torch.equal(long_mel, short_mel)
 
 
 def test_each_chunk_has_its_own_audio(plus):
     long = make_clip(samples=160_000)  # 10 s: 8 + 2
     mel = plus.processor.clip_inputs(long).mel
-    alone = replace(long, waveform=long.waveform[128_000:])
-    assert torch.equal(plus.processor.clip_inputs(alone).mel[0], mel[1]) and not torch.equal(mel[0], mel[1])
+    second = replace(long, waveform=long.waveform[128_000:])
+    assert torch.equal(plus.processor.clip_inputs(second).mel[0], mel[1]) and not torch.equal(mel[0], mel[1])
 
 
-@pytest.mark.parametrize(("model", "seen"), [("processor", 3 * 12), ("plus", 2 * 4)])
-def test_audio_only_and_video_only(request, model, seen):
+@pytest.mark.parametrize(("model", "num_visual"), [("processor", 3 * 12), ("plus", 2 * 4)])
+def test_audio_only_and_video_only(request, model, num_visual):
     processor = request.getfixturevalue(model)
     processor = getattr(processor, "processor", processor)
     silent = processor.clip_inputs(make_clip(samples=None))
-    assert silent.mel.shape == (0, 40, 800) and processor.make_layout(silent).is_visual.tolist() == [True] * seen
+    assert silent.mel.shape == (0, 40, 800) and processor.make_layout(silent).is_visual.tolist() == [True] * num_visual
     audible = processor.clip_inputs(make_clip(frames=0))
     assert (audible.num_frames, len(audible.pixels)) == (0, 0)
     assert processor.make_layout(audible).is_visual.tolist() == [False] * 16
@@ -90,9 +90,12 @@ def test_layout_of_the_tokens(processor):
     inputs = processor.collate([PromptRow(0, "Tell.", "a tone")], [media])
     ids, labels = inputs.input_ids[0], inputs.labels[0].tolist()
     num_clip_tokens = 3 * (12 + 6)
-    where = (ids == -200).nonzero().flatten().tolist()
-    assert where == list(range(where[0], where[0] + num_clip_tokens))
-    text = processor.tokenizer.decode(ids[: where[0]]), processor.tokenizer.decode(ids[where[-1] + 1 :])
+    clip_positions = (ids == -200).nonzero().flatten().tolist()
+    assert clip_positions == list(range(clip_positions[0], clip_positions[0] + num_clip_tokens))
+    text = (
+        processor.tokenizer.decode(ids[: clip_positions[0]]),
+        processor.tokenizer.decode(ids[clip_positions[-1] + 1 :]),
+    )
     assert text == ("<|im_start|>user\n", "\n\nTell.<|im_end|>\n<|im_start|>assistant\na tone<|im_end|>")
     answer = [*processor.tokenizer.encode("a tone"), processor.tokenizer.eos_token_id]
     assert labels == [-100] * (len(ids) - len(answer)) + answer
@@ -156,12 +159,12 @@ class CharTokenizer:
         return [ord(char) - 96 for char in plain]
 
 
-def test_a_tokenizer_without_placeholders_is_refused(plus):
+def test_a_tokenizer_without_placeholders_is_rejected(plus):
     """Before anything is loaded; otherwise the first clip with audio would fail."""
-    bare = CharTokenizer()
-    bare.special = {token: number for token, number in CharTokenizer.special.items() if number < 90}
+    tokenizer = CharTokenizer()
+    tokenizer.special = {token: number for token, number in CharTokenizer.special.items() if number < 90}
     with pytest.raises(ValueError, match=r"the tokenizer lacks <\|video_pad\|>, <\|audio_pad\|>"):
-        type(plus.processor)(bare, config=plus.processor.config)
+        type(plus.processor)(tokenizer, config=plus.processor.config)
 
 
 @pytest.fixture
@@ -203,11 +206,11 @@ def test_prompts_without_answers_for_generation(chars):
 
 def test_select_modality(processor):
     both = processor.clip_inputs(make_clip())
-    seen, heard = select_modality(both, "visual"), select_modality(both, "audio")
-    assert torch.equal(seen.pixels, both.pixels) and len(seen.mel) == 0 and seen.grid == both.grid
-    assert torch.equal(heard.mel, both.mel) and (heard.num_frames, len(heard.pixels)) == (0, 0)
-    whole = select_modality(both, "both")
-    assert torch.equal(whole.pixels, both.pixels) and torch.equal(whole.mel, both.mel)
+    visual, audio = select_modality(both, "visual"), select_modality(both, "audio")
+    assert torch.equal(visual.pixels, both.pixels) and len(visual.mel) == 0 and visual.grid == both.grid
+    assert torch.equal(audio.mel, both.mel) and (audio.num_frames, len(audio.pixels)) == (0, 0)
+    unchanged = select_modality(both, "both")
+    assert torch.equal(unchanged.pixels, both.pixels) and torch.equal(unchanged.mel, both.mel)
 
 
 @pytest.mark.parametrize(("present", "requested"), [("visual", "audio"), ("audio", "visual")])
@@ -218,13 +221,13 @@ def test_a_modality_that_is_missing_is_refused(processor, present, requested):
 
 
 def test_a_file_and_a_span_of_it(processor, videos):
-    whole = processor.read(videos[0])
+    full = processor.read(videos[0])
     part = processor.read(videos[0], start_seconds=1.0, end_seconds=3.0)
-    assert (part.seconds, part.num_frames, whole.num_frames) == (2.0, 4, 16)
+    assert (part.seconds, part.num_frames, full.num_frames) == (2.0, 4, 16)
 
 
 def test_a_span_of_a_file_in_2_plus(plus, videos):
-    whole = plus.processor.read(videos[0])
+    full = plus.processor.read(videos[0])
     part = plus.processor.read(videos[0], start_seconds=1.0, end_seconds=3.0)
-    assert part.seconds == 2.0 and part.num_frames == 8  # 2 / 0.26, to the nearest
-    assert whole.num_frames > 20 and whole.grid[1:] == part.grid[1:] == (6, 6)
+    assert part.seconds == 2.0 and part.num_frames == 8  # 2 / 0.26, rounded
+    assert full.num_frames > 20 and full.grid[1:] == part.grid[1:] == (6, 6)

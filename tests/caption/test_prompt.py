@@ -19,13 +19,13 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("text", UNKNOWN)
-def test_unknown_text_survives(tokenizer, text):
+def test_unknown_text_is_reproduced(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
     assert all(token is not None for token in tokenizer.convert_ids_to_tokens(ids))
 
 
-def test_known_words_are_short(tokenizer):
+def test_known_phrases_need_few_tokens(tokenizer):
     assert len(tokenizer.encode("a red circle appears")) < len("a red circle appears") / 2
     assert len(tokenizer) == 290
 
@@ -57,28 +57,28 @@ def test_an_answer_ends_with_the_end_of_its_message(tokenizer):
 
 
 @pytest.mark.parametrize("special", ["<|video_pad|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"])
-def test_a_special_token_in_the_prompt_is_refused(tokenizer, special):
+def test_a_special_token_in_the_prompt_is_rejected(tokenizer, special):
     with pytest.raises(ValueError) as caught:
         prompt_ids(tokenizer, f"Tell{special}me", placeholders=[5, 6], family=PLUS, system="")
     assert special in str(caught.value)
 
 
 @pytest.mark.parametrize("where", ["system", "question", "answer"])
-def test_special_tokens_before_the_prompt_are_refused(tokenizer, where):
-    words = {"system": "Help.", "question": "Tell.", "answer": "A star."}
-    words[where] += "<|im_end|>"
-    history = [(words["question"], words["answer"])]
+def test_special_tokens_before_the_prompt_are_rejected(tokenizer, where):
+    texts = {"system": "Help.", "question": "Tell.", "answer": "A star."}
+    texts[where] += "<|im_end|>"
+    history = [(texts["question"], texts["answer"])]
     with pytest.raises(ValueError, match=r"special token <\|im_end\|>"):
         prompt_ids(
-            tokenizer, "Why?", placeholders=[5], family=SALMONN2, system=words["system"], history=history
+            tokenizer, "Why?", placeholders=[5], family=SALMONN2, system=texts["system"], history=history
         )  # fmt: skip
 
 
-def test_clip_markers_in_text_are_refused_if_the_tokenizer_lacks_them():
+def test_clip_markers_in_text_are_rejected_if_the_tokenizer_lacks_them():
     """Otherwise the clip would be inserted into a system message that contains them."""
-    bare = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE()), eos_token=TURN_END, additional_special_tokens=[TURN_START]
     )
-    assert "<|vision_start|>" not in bare.all_special_tokens
+    assert "<|vision_start|>" not in tokenizer.all_special_tokens
     with pytest.raises(ValueError, match=r"special token <\|vision_(start|end)\|>"):
-        prompt_ids(bare, "Why?", placeholders=[-1], family=SALMONN2, system="<|vision_start|><|vision_end|>")
+        prompt_ids(tokenizer, "Why?", placeholders=[-1], family=SALMONN2, system="<|vision_start|><|vision_end|>")

@@ -1,6 +1,7 @@
 """Streaming, several samples and several questions: all equal what `caption` returns."""
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 
@@ -13,15 +14,15 @@ from salmonn.records import Caption, Failure
 from tests.completions import complete
 
 SHORT = Sampling(max_new_tokens=12)
-DRAWN = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12)
+SAMPLED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=12)
 
 
-@pytest.mark.parametrize("sampling", [SHORT, DRAWN])
+@pytest.mark.parametrize("sampling", [SHORT, SAMPLED])
 def test_streamed_text_is_the_caption(captioner, videos, sampling):
     for seed, video in enumerate(videos[:3]):
-        pieces = list(captioner.stream(video, sampling=sampling, seed=seed))
-        assert "".join(pieces) == captioner.caption(video, sampling=sampling, seed=seed).text
-        assert len(pieces) > 3 and all(pieces[:-1])
+        deltas = list(captioner.stream(video, sampling=sampling, seed=seed))
+        assert "".join(deltas) == captioner.caption(video, sampling=sampling, seed=seed).text
+        assert len(deltas) > 3 and all(deltas[:-1])
 
 
 @pytest.mark.parametrize("model", ["captioner", "plus"])
@@ -31,65 +32,65 @@ def test_added_requests_equal_those_in_one_batch(request, videos, model):
     media = [captioner.processor.read(video) for video in videos[:4]]
     clips, prompts = media[:3], ["Tell.", "Tell me more.", "List the events."]
     long = Sampling(max_new_tokens=30, repetition_penalty=1.2)
-    texts, whole = [""] * 5, [None] * 5
-    answers = captioner.streaming_generator()
-    assert list(answers.add(clips, prompts, sampling=DRAWN, seeds=[4, 5, 6])) == [0, 1, 2]
+    texts, completions = [""] * 5, [None] * 5
+    generator = captioner.streaming_generator()
+    assert list(generator.add(clips, prompts, sampling=SAMPLED, seeds=[4, 5, 6])) == [0, 1, 2]
     for step in range(100):
         if step == 2:
-            assert list(answers.add(media[3:], ["Tell."], sampling=long, seeds=[7])) == [3]
+            assert list(generator.add(media[3:], ["Tell."], sampling=long, seeds=[7])) == [3]
         if step == 14:
-            assert whole[0] and whole[1] and whole[2] and not whole[3]
-            assert list(answers.add(media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8])) == [4]
-        if not answers:
+            assert completions[0] and completions[1] and completions[2] and not completions[3]
+            assert list(generator.add(media[:1], ["What is heard?"], sampling=SAMPLED, seeds=[8])) == [4]
+        if not generator:
             break
-        for number, piece in answers.step().items():
-            assert whole[number] is None
-            texts[number] += piece.text
-            whole[number] = piece.completion
+        for number, delta in generator.step().items():
+            assert completions[number] is None
+            texts[number] += delta.text
+            completions[number] = delta.completion
     expected = [
-        *complete(captioner, clips, prompts, sampling=DRAWN, seeds=[4, 5, 6]),
+        *complete(captioner, clips, prompts, sampling=SAMPLED, seeds=[4, 5, 6]),
         *complete(captioner, media[3:], ["Tell."], sampling=long, seeds=[7]),
-        *complete(captioner, media[:1], ["What is heard?"], sampling=DRAWN, seeds=[8]),
+        *complete(captioner, media[:1], ["What is heard?"], sampling=SAMPLED, seeds=[8]),
     ]
-    assert whole == expected and texts == [answer.text for answer in expected]
+    assert completions == expected and texts == [answer.text for answer in expected]
     assert len(set(texts)) == 5
 
 
 def test_a_cancelled_row_ends_and_the_others_continue(captioner, media):
     inputs = captioner.processor.collate([PromptRow(number, "Tell.") for number in range(3)], media[:3])
-    named = dict(sampling=Sampling(max_new_tokens=10), stop_ids=[999])  # no token of this model
-    whole = generate(captioner.network, inputs, **named)
-    generation, told = DecodeBatch(captioner.network, stop_ids=named["stop_ids"]), [[], [], []]
-    generation.add(inputs, sampling=named["sampling"])
+    options = dict(sampling=Sampling(max_new_tokens=10), stop_ids=[999])  # not a token of this model
+    expected = generate(captioner.network, inputs, **options)
+    generation, tokens = DecodeBatch(captioner.network, stop_ids=options["stop_ids"]), [[], [], []]
+    generation.add(inputs, sampling=options["sampling"])
     passes = []
     hook = captioner.network.lm.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
     for number in range(1, 8):
         for row, token in generation.step({4: {1}, 7: {0, 2}}.get(number, set())).items():
-            told[row].append(token)
+            tokens[row].append(token)
     hook.remove()
-    # Dropped after the third token, the answer has three; with all of them dropped nothing more is computed.
-    assert told == [whole[0][:6], whole[1][:3], whole[2][:6]]
+    # A row cancelled after three tokens has three; with all rows cancelled nothing more is computed.
+    assert tokens == [expected[0][:6], expected[1][:3], expected[2][:6]]
     assert len(passes) == 5 and not generation
 
 
-def test_text_is_streamed_in_whole_characters_and_stripped(captioner):
+def test_text_is_streamed_in_complete_characters_and_stripped(captioner):
     """A character of three bytes is three tokens; whitespace is held back until text follows."""
     tokenizer = captioner.processor.tokenizer
     text = " a € b  "
     ids = tokenizer.encode(text)
     stream = IncrementalDetokenizer(tokenizer)
-    pieces = [stream.add(token) for token in ids]
-    assert tokenizer.decode(ids) == text and "".join(pieces) == "a € b"
-    assert not any("\ufffd" in piece for piece in pieces) and stream.finalize("a € b") == ""
-    half = IncrementalDetokenizer(tokenizer)
-    told = "".join(half.add(token) for token in tokenizer.encode("a €")[:-1])
-    assert told == "a" and half.finalize("a \ufffd") == " \ufffd"
+    deltas = [stream.add(token) for token in ids]
+    assert tokenizer.decode(ids) == text and "".join(deltas) == "a € b"
+    assert not any("\ufffd" in delta for delta in deltas) and stream.finalize("a € b") == ""
+    incomplete = IncrementalDetokenizer(tokenizer)
+    streamed = "".join(incomplete.add(token) for token in tokenizer.encode("a €")[:-1])
+    assert streamed == "a" and incomplete.finalize("a \ufffd") == " \ufffd"
 
 
 def test_samples_read_a_video_once(captioner, videos):
-    (captions,) = captioner.generate([CaptionRequest(videos[0], sampling=DRAWN, seed=7, num_samples=3)])
+    (captions,) = captioner.generate([CaptionRequest(videos[0], sampling=SAMPLED, seed=7, num_samples=3)])
     assert [caption.sample for caption in captions] == [0, 1, 2]
-    assert captions[0] == captioner.caption(videos[0], sampling=DRAWN, seed=7)
+    assert captions[0] == captioner.caption(videos[0], sampling=SAMPLED, seed=7)
     assert len({caption.text for caption in captions}) == 3
 
 
@@ -98,23 +99,23 @@ def test_questions_read_a_video_once(captioner, videos, monkeypatch):
     read = captioner.processor.clip_inputs
     monkeypatch.setattr(captioner.processor, "clip_inputs", lambda clip: reads.append(clip.path) or read(clip))
     requests = [CaptionRequest(videos[0], prompt, SHORT, Span(1.0, 3.0)) for prompt in ("Tell.", "List the events.")]
-    asked = [caption for (caption,) in captioner.generate(requests)]
+    captions = [caption for (caption,) in captioner.generate(requests)]
     assert reads == [str(videos[0])]
-    alone = [
+    separate = [
         captioner.caption(videos[0], prompt=prompt, sampling=SHORT, span=Span(1.0, 3.0))
         for prompt in ("Tell.", "List the events.")
     ]
-    assert asked == alone
-    # The reading is shared by batches too, and not with another span.
+    assert captions == separate
+    # Batches share a clip that was read, but not one with another span.
     reads.clear()
     assert captioner.generate([*requests, replace(requests[0], span=Span())], batch_size=1)[:2] == [
-        [one] for one in asked
+        [caption] for caption in captions
     ]
     assert len(reads) == 2
 
 
 def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
-    """Clips last 5 s or more: segments of 2 s; a broken file is one failure."""
+    """Clips of 5 s or more in segments of 2 s; a broken file is segment failure."""
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     with ClipReader(workers=1) as reader:
@@ -125,22 +126,22 @@ def test_segments_are_captions_of_their_spans(captioner, videos, tmp_path):
         ]
         batches = list(captioner.caption_batches(requests, segment_seconds=2.0, batch_size=2, reader=reader))
     assert all(len(batch) <= 2 for batch in batches)
-    done = {0: [], 1: [], 2: []}
-    for one in (one for batch in batches for one in batch):
-        done[one.index].append(one)
-    (failure,) = done[1]
+    segments = {0: [], 1: [], 2: []}
+    for segment in chain.from_iterable(batches):
+        segments[segment.index].append(segment)
+    (failure,) = segments[1]
     assert isinstance(failure.result, Failure) and failure.result.stage == "read" and failure.num_segments == 1
-    # 3.5 s in steps of 2 s: a rest of 1.5 s is a segment of its own.
-    spans = [(one.result.start_seconds, one.result.end_seconds) for one in done[2]]
-    assert sorted(spans) == [(1.0, 3.0), (3.0, 4.5)] and all(one.num_segments == 2 for one in done[2])
-    assert len(done[0]) == done[0][0].num_segments >= 2
-    for one in done[0] + done[2]:
-        assert isinstance(one.result, Caption)
-        span = Span(one.result.start_seconds, one.result.end_seconds)
-        assert one.result == captioner.caption(one.result.video, sampling=SHORT, span=span)
+    # 3.5 s in steps of 2 s: the remaining 1.5 s are a separate segment.
+    spans = [(segment.result.start_seconds, segment.result.end_seconds) for segment in segments[2]]
+    assert sorted(spans) == [(1.0, 3.0), (3.0, 4.5)] and all(segment.num_segments == 2 for segment in segments[2])
+    assert len(segments[0]) == segments[0][0].num_segments >= 2
+    for segment in segments[0] + segments[2]:
+        assert isinstance(segment.result, Caption)
+        span = Span(segment.result.start_seconds, segment.result.end_seconds)
+        assert segment.result == captioner.caption(segment.result.video, sampling=SHORT, span=span)
 
 
-def test_an_infinite_segment_is_the_whole_with_a_known_end(captioner, videos):
+def test_an_infinite_segment_is_the_whole_video_with_a_known_end(captioner, videos):
     (batch,) = captioner.caption_batches([CaptionRequest(videos[0], sampling=SHORT)], segment_seconds=float("inf"))
     caption = batch[0].result
     assert caption.start_seconds == 0.0 and caption.end_seconds > 4
@@ -148,7 +149,7 @@ def test_an_infinite_segment_is_the_whole_with_a_known_end(captioner, videos):
 
 
 @pytest.mark.parametrize(
-    ("named", "words"),
+    ("options", "message"),
     [
         ({"segment_seconds": 0.0}, "segment_seconds must be above 0"),
         ({"batch_size": 0}, "batch_size"),
@@ -157,23 +158,23 @@ def test_an_infinite_segment_is_the_whole_with_a_known_end(captioner, videos):
         ({"prompt": "Tell \ud800."}, "unpaired surrogate"),
     ],
 )
-def test_invalid_requests_fail_before_reading(captioner, tmp_path, named, words):
-    with pytest.raises(ValueError, match=words):
-        prompt = named.pop("prompt", None)
-        next(captioner.caption_batches([CaptionRequest(tmp_path / "none.mp4", prompt)], **named))
+def test_invalid_requests_fail_before_reading(captioner, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        prompt = options.pop("prompt", None)
+        next(captioner.caption_batches([CaptionRequest(tmp_path / "none.mp4", prompt)], **options))
 
 
 def test_endless_requests(captioner, videos):
-    """They are taken a few batches at a time."""
-    taken = []
+    """Requests are consumed a few batches at a time."""
+    consumed = []
 
     def endless():
         while True:
-            taken.append(1)
+            consumed.append(1)
             yield CaptionRequest(videos[0], sampling=replace(SHORT, max_new_tokens=1), span=Span(0.0, 1.0))
 
-    given = captioner.caption_batches(endless(), batch_size=1)
-    assert [len(next(given)) for _ in range(3)] == [1, 1, 1]
-    given.close()
-    # Three were done, and two batches ahead of the next were begun.
-    assert len(taken) == 5
+    batches = captioner.caption_batches(endless(), batch_size=1)
+    assert [len(next(batches)) for _ in range(3)] == [1, 1, 1]
+    batches.close()
+    # Three are done, and two more batches were read ahead.
+    assert len(consumed) == 5

@@ -1,4 +1,4 @@
-"""Limits of a worker: a file that takes too much time or memory kills its worker, and fails alone."""
+"""Limits of a worker: a file that needs too much time or memory fails without affecting others."""
 
 import re
 import struct
@@ -14,114 +14,114 @@ from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, split_into_seg
 from salmonn.caption.worker import WorkerLimits
 from salmonn.media.frame_sampling import FixedRateSampler
 
-GREEDY = """
+SCRIPTED_MODULE = """
 import fcntl, os, signal, stat, time
 from contextlib import suppress
 import numpy as np
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.loader import ReadSpec
 
-def say(what):
+def write_reply(data):
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
     for fd in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # what lists them is gone
+        with suppress(OSError):  # the descriptor of the listing is closed
             is_pipe = stat.S_ISFIFO(os.fstat(fd).st_mode)
             if fd > 2 and is_pipe and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY:
-                os.write(fd, what)  # the one that replies go to
+                os.write(fd, data)  # the pipe for replies
 
-class Evil:
+class CodeOnUnpickling:
     def __reduce__(self):
         import os
         return os.system, ("touch " + os.environ["TOUCHED"],)
 
-class Greedy(ReadSpec):
+class ScriptedReadSpec(ReadSpec):
     def read(self, path):
         if path.name == "slow":
             time.sleep(600)
         if path.name == "busy":
-            while True:  # without a pause in which Python would look for signals
+            while True:  # Python handles no signals meanwhile
                 sum(range(10**8))
         if path.name == "large":
             return np.ones(1 << 28, np.uint8).nbytes
         if path.name == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if path.name == "dribble":  # as one does that a file has taken over
-            say(b"\\x80")
+        if path.name == "partial":  # like a worker that a file has compromised
+            write_reply(b"\\x80")
             time.sleep(600)
         if path.name == "garbage":
-            say(b"cnowhere\\nnothing\\n.")
+            write_reply(b"cnowhere\\nnothing\\n.")
             time.sleep(600)
-        if path.name == "mute":
-            say(b"")
+        if path.name == "closed":
+            write_reply(b"")
             for fd in range(3, 9):
                 with suppress(OSError):
                     os.close(fd)
             time.sleep(600)
-        if path.name == "evil":
-            return Evil()
+        if path.name == "pickle":
+            return CodeOnUnpickling()
         return path.name
 """
 
 
 @pytest.fixture
-def greedy(tmp_path, monkeypatch):
-    (tmp_path / "greedy.py").write_text(GREEDY)
+def scripted(tmp_path, monkeypatch):
+    (tmp_path / "scripted.py").write_text(SCRIPTED_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    import greedy
+    import scripted
 
-    yield greedy.Greedy(FixedRateSampler())
-    del sys.modules["greedy"]
+    yield scripted.ScriptedReadSpec(FixedRateSampler())
+    del sys.modules["scripted"]
 
 
 def read_all(names, read_spec, limits):
     with ClipReader(workers=1, limits=limits) as reader:
-        parts = [ClipJob(place, CaptionRequest(Path(name)), read_spec) for place, name in enumerate(names)]
-        return [str(read) for batch in reader.batches(parts, size=1, finish=str) for _, read in batch]
+        jobs = [ClipJob(index, CaptionRequest(Path(name)), read_spec) for index, name in enumerate(names)]
+        return [str(clip) for batch in reader.batches(jobs, size=1, finish=str) for _, clip in batch]
 
 
 @pytest.mark.parametrize("name", ["slow", "busy"])
-def test_a_slow_file_fails_alone(greedy, name):
-    before, late, after = read_all(["a", name, "b"], greedy, WorkerLimits(seconds=1.0))
+def test_only_the_slow_file_fails(scripted, name):
+    before, slow, after = read_all(["a", name, "b"], scripted, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
-    assert late.startswith(f"{name}: reading it took more than 1 s") and "read_seconds" in late
+    assert slow.startswith(f"{name}: reading it took more than 1 s") and "read_seconds" in slow
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
-        ("dribble", "killed because it did not finish"),
-        ("mute", "because it did not finish"),
+        ("partial", "killed because it did not finish"),
+        ("closed", "because it did not finish"),
         ("garbage", "do not trust the file"),
     ],
 )
-def test_a_worker_that_breaks_the_protocol(greedy, monkeypatch, name, words):
+def test_a_worker_that_breaks_the_protocol(scripted, monkeypatch, name, message):
     monkeypatch.setattr("salmonn.caption.worker.KILL_TIMEOUT_SECONDS", 3.0)
-    before, bad, after = read_all(["a", name, "b"], greedy, WorkerLimits(seconds=1.0))
+    before, failed, after = read_all(["a", name, "b"], scripted, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
-    assert bad.startswith(f"{name}: ") and re.search(words, bad)
+    assert failed.startswith(f"{name}: ") and re.search(message, failed)
 
 
-def test_a_worker_that_cannot_be_killed_is_abandoned(greedy, monkeypatch):
+def test_a_worker_that_cannot_be_killed_is_abandoned(scripted, monkeypatch):
     """A stopped process ignores its timer, like one that is blocked on a lost disk."""
     monkeypatch.setattr("salmonn.caption.worker.KILL_TIMEOUT_SECONDS", 0.5)
-    before, late, after = read_all(["a", "stopped", "b"], greedy, WorkerLimits(seconds=1.0))
+    before, stopped, after = read_all(["a", "stopped", "b"], scripted, WorkerLimits(seconds=1.0))
     assert (before, after) == ("a", "b")
-    assert late.startswith("stopped: reading it took more than 1 s, and the worker process") and "disk" in late
+    assert stopped.startswith("stopped: reading it took more than 1 s, and the worker process") and "disk" in stopped
 
 
-def test_a_large_file_fails_alone(greedy):
-    # An array of 256 MiB, where 128 MiB beside what a worker holds are allowed, and where 1 GiB is.
-    before, large, after = read_all(["a", "large", "b"], greedy, WorkerLimits(memory_gib=0.125))
+def test_only_the_large_file_fails(scripted):
+    # An array of 256 MiB, with a limit of 128 MiB above a worker's own memory, and with one of 1 GiB.
+    before, large, after = read_all(["a", "large", "b"], scripted, WorkerLimits(memory_gib=0.125))
     assert (before, after) == ("a", "b")
     assert large.startswith("large: the clip needs more than 0.125 GiB") and "read_gib" in large
-    assert read_all(["large"], greedy, WorkerLimits(memory_gib=1.0)) == [str(1 << 28)]
+    assert read_all(["large"], scripted, WorkerLimits(memory_gib=1.0)) == [str(1 << 28)]
 
 
-def test_a_compromised_worker_cannot_run_code_in_its_parent(greedy, tmp_path, monkeypatch):
+def test_a_compromised_worker_cannot_run_code_in_its_parent(scripted, tmp_path, monkeypatch):
     monkeypatch.setenv("TOUCHED", str(tmp_path / "touched"))
-    before, evil, after = read_all(["a", "evil", "b"], greedy, WorkerLimits())
+    before, failed, after = read_all(["a", "pickle", "b"], scripted, WorkerLimits())
     assert (before, after) == ("a", "b")
-    assert "system, which no worker does: do not trust the file" in evil and not (tmp_path / "touched").exists()
+    assert "system, which no worker does: do not trust the file" in failed and not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("values", [{"seconds": 0}, {"memory_gib": -1}, {"seconds": float("nan")}])
@@ -134,39 +134,36 @@ def test_limits_are_positive(values):
     ("start", "seconds", "length", "expected"),
     [
         (None, 20.0, 10.0, [(0, 10), (10, 20)]),
-        (None, 20.9, 10.0, [(0, 10), (10, 20.9)]),  # a rest of up to a second stays with the last
+        (None, 20.9, 10.0, [(0, 10), (10, 20.9)]),  # a remainder of up to a second extends the last segment
         (None, 21.5, 10.0, [(0, 10), (10, 20), (20, 21.5)]),
         (2.0, 5.0, 2.0, [(2, 4), (4, 7)]),
-        (None, 3.0, 1.0, [(0, 1), (1, 2), (2, 3)]),  # of half a segment, where that is less
+        (None, 3.0, 1.0, [(0, 1), (1, 2), (2, 3)]),  # or up to half a segment, whichever is shorter
         (None, 0.3, 10.0, [(0, 0.3)]),
         (4.0, 6.0, float("inf"), [(4, 10)]),
     ],
 )
 def test_segments(start, seconds, length, expected):
-    part = ClipJob(
+    job = ClipJob(
         3, CaptionRequest(Path("a.mp4"), seed=9), ReadSpec(FixedRateSampler(), start_seconds=start, audio=False)
     )
-    cut = split_into_segments(part, seconds, length)
-    assert [(one.read_spec.start_seconds, one.read_spec.end_seconds) for one, _ in cut] == expected
-    assert [length for _, length in cut] == pytest.approx([end - begin for begin, end in expected])
-    for number, (one, _) in enumerate(cut):
-        assert (one.index, one.request.seed, one.num_segments) == (
-            3,
-            9 + number,
-            len(expected),
-        ) and not one.read_spec.audio
+    segments = split_into_segments(job, seconds, length)
+    assert [(segment.read_spec.start_seconds, segment.read_spec.end_seconds) for segment, _ in segments] == expected
+    assert [length for _, length in segments] == pytest.approx([end - start for start, end in expected])
+    for number, (segment, _) in enumerate(segments):
+        assert (segment.index, segment.request.seed) == (3, 9 + number)
+        assert segment.num_segments == len(expected) and not segment.read_spec.audio
 
 
 def test_a_file_of_unknown_length_cannot_be_split(videos):
-    part = ClipJob(0, CaptionRequest(videos[0]), ReadSpec(FixedRateSampler(side=48)))
-    ((endless, seconds),) = split_into_segments(part, 0.0, 2.0)
+    job = ClipJob(0, CaptionRequest(videos[0]), ReadSpec(FixedRateSampler(side=48)))
+    ((segment, seconds),) = split_into_segments(job, 0.0, 2.0)
     assert seconds == 0
     with pytest.raises(ValueError, match=r"does not state its length.*its data ends at \d+\.\d\d s"):
-        endless.read_spec.read(videos[0])
+        segment.read_spec.read(videos[0])
 
 
 def write_matroska(path, *, seconds, declared):
-    """Silence in PCM whose head says that it lasts otherwise: its duration, a float of 8 bytes, is overwritten."""
+    """Write PCM silence whose header declares another duration: the field, a float of 8 bytes, is overwritten."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream("pcm_s16le", rate=8000, layout="mono")
         for _ in range(10 * seconds):
@@ -175,8 +172,8 @@ def write_matroska(path, *, seconds, declared):
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     data = path.read_bytes()
-    place = data.index(b"\x44\x89\x88") + 3  # Duration, of 8 bytes, in milliseconds
-    path.write_bytes(data[:place] + struct.pack(">d", 1000.0 * declared) + data[place + 8 :])
+    offset = data.index(b"\x44\x89\x88") + 3  # Duration, of 8 bytes, in milliseconds
+    path.write_bytes(data[:offset] + struct.pack(">d", 1000.0 * declared) + data[offset + 8 :])
     return path
 
 
@@ -193,7 +190,7 @@ def test_segments_follow_the_data_and_not_the_header(tmp_path):
                     [ClipJob(0, CaptionRequest(path), read_spec)], size=8, finish=lambda clip: clip, segment_seconds=5
                 )
             )
-        read = [one for batch in batches for one in batch]
-        assert [part.read_spec.end_seconds for part, _ in read] == pytest.approx(ends, abs=0.01)
-        heard = sum(len(clip.waveform) for _, clip in read)
-        assert heard == pytest.approx(16_000 * seconds, rel=0.001)
+        segments = [segment for batch in batches for segment in batch]
+        assert [job.read_spec.end_seconds for job, _ in segments] == pytest.approx(ends, abs=0.01)
+        num_samples = sum(len(clip.waveform) for _, clip in segments)
+        assert num_samples == pytest.approx(16_000 * seconds, rel=0.001)

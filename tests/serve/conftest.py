@@ -12,30 +12,30 @@ from salmonn.serve.api import ServerConfig, Service
 from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.schema import ChatLimits
 from salmonn.serve.sources import MediaSources
-from tests.serve.running import Gated, Running, wait_until
+from tests.serve.running import GatedCaptioner, RunningServer, wait_until
 
 
 @pytest.fixture(scope="session")
-def shared(random_model) -> Gated:
+def shared(random_model) -> GatedCaptioner:
     """The random model, behind a gate."""
-    return Gated(Captioner.load(random_model))
+    return GatedCaptioner(Captioner.load(random_model))
 
 
 @pytest.fixture
-def model(shared) -> Iterator[Gated]:
+def model(shared) -> Iterator[GatedCaptioner]:
     """The shared model, its gate open before and after the test."""
     shared.gate.set()
-    shared.fail = shared.fail_to_read = lambda size: None
+    shared.step_error = shared.prefill_error = lambda size: None
     shared.batches.clear()
-    shared.num_steps = shared.most = 0
-    shared.stops_after = -1
+    shared.num_steps = shared.largest_batch = 0
+    shared.close_gate_at = -1
     yield shared
     shared.gate.set()
 
 
 @pytest.fixture(scope="module")
 def shared_engine(shared) -> Iterator[Engine]:
-    """Its workers end with the tests of a file: others count the processes that are left."""
+    """An engine for each test file: tests elsewhere count child processes, so its workers must end."""
     with ClipReader(workers=2) as reader:
         engine = Engine(shared, reader, max_waiting=12, max_seconds=60)
         yield engine
@@ -44,7 +44,7 @@ def shared_engine(shared) -> Iterator[Engine]:
 
 @pytest.fixture
 def engine(shared_engine, model) -> Iterator[Engine]:
-    """An engine that nobody asks before or after the test."""
+    """The shared engine, without requests before and after the test."""
     yield shared_engine
     model.gate.set()
     wait_until(lambda: not shared_engine.num_active)
@@ -52,7 +52,7 @@ def engine(shared_engine, model) -> Iterator[Engine]:
 
 @pytest.fixture
 def own_engine(model) -> Iterator[Engine]:
-    """An engine that a test may end."""
+    """An engine that the test may close."""
     with ClipReader(workers=1) as reader:
         engine = Engine(model, reader)
         yield engine
@@ -60,11 +60,11 @@ def own_engine(model) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def start(engine, videos, tmp_path) -> Iterator[Callable[..., Running]]:
-    """Starts servers; in the end nothing of what was sent may be left."""
+def start(engine, videos, tmp_path) -> Iterator[Callable[..., RunningServer]]:
+    """Start servers; after the test, no upload may be left."""
     uploads = tmp_path / "uploads"
     uploads.mkdir()
-    running: list[Running] = []
+    running: list[RunningServer] = []
     settings = ServerConfig(
         name="toy",
         sources=MediaSources((videos[0].parent,), FetchPolicy(max_bytes=4 << 20)),
@@ -72,14 +72,14 @@ def start(engine, videos, tmp_path) -> Iterator[Callable[..., Running]]:
         request_seconds=120,
     )
 
-    def start_(answering: Engine = engine, *, grace_seconds: float = 5.0, **changes) -> Running:
-        service = Service(answering, replace(settings, **changes), uploads)
-        running.append(Running(service, grace_seconds=grace_seconds))
+    def start_server(engine: Engine = engine, *, grace_seconds: float = 5.0, **changes) -> RunningServer:
+        service = Service(engine, replace(settings, **changes), uploads)
+        running.append(RunningServer(service, grace_seconds=grace_seconds))
         return running[-1]
 
-    yield start_
+    yield start_server
     engine.captioner.gate.set()
-    for one in running:
-        wait_until(lambda one=one: not one.service.num_requests)
-        one.stop()
+    for server in running:
+        wait_until(lambda server=server: not server.service.num_requests)
+        server.stop()
     assert not list(uploads.iterdir())

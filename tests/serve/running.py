@@ -1,4 +1,4 @@
-"""Real servers in a thread of the test, requests to them, a model that waits for the test, and a web server."""
+"""Servers in a thread, a client's requests to them, a model whose steps a test controls, and a web server."""
 
 import base64
 import socket
@@ -22,60 +22,59 @@ from salmonn.serve.api import Server, Service
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
-class Gated(Captioner):
-    """A model that reads prompts, and makes each step, when its gate is open.
+class GatedCaptioner(Captioner):
+    """A model that prefills prompts and makes decode steps only while its gate is open.
 
-    `fail` is what it raises at its next step, by how many are side by side, `fail_to_read` what it raises in place of
-    reading, by how many would be.
+    `step_error` and `prefill_error` map the row of rows in the batch to the error that a step or a prefill raises.
     """
 
     def __init__(self, captioner: Captioner) -> None:
         super().__init__(captioner.network, captioner.processor, name=captioner.name)
         self.gate = threading.Event()
         self.gate.set()
-        self.fail: Callable[[int], Exception | None] = lambda size: None
-        self.fail_to_read: Callable[[int], Exception | None] = lambda size: None
+        self.step_error: Callable[[int], Exception | None] = lambda size: None
+        self.prefill_error: Callable[[int], Exception | None] = lambda size: None
         self.batches: list[int] = []
         self.num_steps = 0
-        self.most = 0  # side by side so far
-        self.stops_after = -1  # steps, after which it closes its gate itself
+        self.largest_batch = 0  # rows
+        self.close_gate_at = -1  # row of steps
 
     def streaming_generator(self) -> StreamingGenerator:
-        return GatedAnswers(self)
+        return GatedStreamingGenerator(self)
 
 
-class GatedAnswers(StreamingGenerator):
-    """See `Gated`."""
+class GatedStreamingGenerator(StreamingGenerator):
+    """See `GatedCaptioner`."""
 
-    def __init__(self, model: Gated) -> None:
+    def __init__(self, model: GatedCaptioner) -> None:
         super().__init__(model.network, model.processor)
         self.model = model
-        self.present: set[int] = set()
+        self.active_rows: set[int] = set()
 
-    def add(self, clips: Any, prompts: Any, **named: Any) -> range:
+    def add(self, clips: Any, prompts: Any, **options: Any) -> range:
         self.model.batches.append(len(clips))
         self.model.gate.wait(120)
-        if error := self.model.fail_to_read(len(self.present) + len(clips)):
+        if error := self.model.prefill_error(len(self.active_rows) + len(clips)):
             raise error
-        numbers = super().add(clips, prompts, **named)
-        self.present |= set(numbers)
-        return numbers
+        rows = super().add(clips, prompts, **options)
+        self.active_rows |= set(rows)
+        return rows
 
     def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:
         self.model.gate.wait(120)
-        self.present -= {number for number in self.present if number in cancelled}
-        pieces = super().step(cancelled)
-        if error := self.model.fail(len(self.present)):
+        self.active_rows -= {row for row in self.active_rows if row in cancelled}
+        deltas = super().step(cancelled)
+        if error := self.model.step_error(len(self.active_rows)):
             raise error
         self.model.num_steps += 1
-        if self.model.num_steps == self.model.stops_after:
+        if self.model.num_steps == self.model.close_gate_at:
             self.model.gate.clear()
-        self.model.most = max(self.model.most, len(self.present))
-        self.present -= {number for number, piece in pieces.items() if piece.completion}
-        return pieces
+        self.model.largest_batch = max(self.model.largest_batch, len(self.active_rows))
+        self.active_rows -= {row for row, delta in deltas.items() if delta.completion}
+        return deltas
 
 
-class Running:
+class RunningServer:
     """A server in a thread, on a free port."""
 
     def __init__(self, service: Service, *, grace_seconds: float) -> None:
@@ -90,7 +89,7 @@ class Running:
         wait_until(lambda: self.server.started)
 
     def client(self, *, key: str = "none", timeout: float = 60.0) -> openai.OpenAI:
-        """OpenAI's own, which asks once."""
+        """Return OpenAI's client, without retries."""
         return openai.OpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=timeout)
 
     def stop(self) -> None:
@@ -108,16 +107,16 @@ def wait_until(done: Callable[[], object], *, seconds: float = 120.0) -> None:
 
 @contextmanager
 def web_server(
-    answer: Callable[[BaseHTTPRequestHandler], None], *, tls: ssl.SSLContext | None = None
+    respond: Callable[[BaseHTTPRequestHandler], None], *, tls: ssl.SSLContext | None = None
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """A web server; gives its host:port, and the (Host, path) that it was asked for so far."""
-    asked: list[tuple[str, str]] = []
+    """Run a web server; yield its host:port, and the (Host, path) of each request so far."""
+    requests: list[tuple[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append((self.headers["Host"], self.path))
-            with suppress(BrokenPipeError, ConnectionResetError):  # whoever asked has heard enough
-                answer(self)
+            requests.append((self.headers["Host"], self.path))
+            with suppress(BrokenPipeError, ConnectionResetError):  # the client has closed the connection
+                respond(self)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -129,7 +128,7 @@ def web_server(
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
-        yield f"127.0.0.1:{server.server_address[1]}", asked
+        yield f"127.0.0.1:{server.server_address[1]}", requests
     finally:
         server.shutdown()
         server.server_close()
@@ -140,19 +139,19 @@ def data_url(path: Path, kind: str = "video/mp4") -> str:
     return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def about(url: str, words: str | None = None, *, kind: str = "video_url") -> list[dict]:
+def user_message(url: str, prompt: str | None = None, *, kind: str = "video_url") -> list[dict]:
     parts: list[dict] = [{"type": kind, kind: {"url": url}}]
-    return [{"role": "user", "content": parts + ([{"type": "text", "text": words}] if words else [])}]
+    return [{"role": "user", "content": parts + ([{"type": "text", "text": prompt}] if prompt else [])}]
 
 
-def ask(client, url, words=None, **named):
+def chat(client, url, prompt=None, **options):
     return client.chat.completions.create(
-        model="", messages=about(url, words), **({"max_completion_tokens": 12} | named)
+        model="", messages=user_message(url, prompt), **({"max_completion_tokens": 12} | options)
     )
 
 
-def counts(running: Running) -> dict[str, float]:
-    """The metrics, by name and what tells them apart."""
+def read_metrics(running: RunningServer) -> dict[str, float]:
+    """Return the value of each metric, keyed by its name followed by its label values."""
     text = httpx2.get(f"{running.url}/metrics", trust_env=False).text
     return {
         "".join([sample.name, *sample.labels.values()]): sample.value

@@ -19,13 +19,13 @@ from salmonn.caption.prompt import Prompt
 from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.sources import MediaSources
 from tests.completions import complete
-from tests.serve.running import HEAD, about, ask, counts, data_url, wait_until, web_server
+from tests.serve.running import HEAD, chat, data_url, read_metrics, user_message, wait_until, web_server
 
 SHORT = Sampling(max_new_tokens=12)
 
 
 def gather(chunks):
-    """Texts and reasons of a stream by choice, and the last chunk."""
+    """Return the text and the finish reason of each choice of a stream, and the last chunk."""
     texts: dict[int, str] = {}
     reasons: dict[int, str] = {}
     chunk = None
@@ -40,7 +40,7 @@ def gather(chunks):
 
 def test_an_answer_equals_the_captioners(start, model, videos):
     client = start().client()
-    answer = ask(client, data_url(videos[0]))
+    answer = chat(client, data_url(videos[0]))
     expected = model.caption(videos[0], sampling=SHORT)
     assert answer.choices[0].message.content == expected.text and answer.choices[0].message.role == "assistant"
     assert answer.choices[0].finish_reason == ("stop" if expected.finished else "length")
@@ -52,7 +52,7 @@ def test_an_answer_equals_the_captioners(start, model, videos):
 def test_all_parameters_reach_the_model(start, model, videos):
     """Prompt, span, modality and sampling; a path below an allowed folder."""
     sampling = Sampling(temperature=0.8, top_p=0.7, max_new_tokens=20, repetition_penalty=1.2)
-    answer = ask(
+    answer = chat(
         start().client(),
         videos[1].name,
         "What is heard?",
@@ -70,51 +70,51 @@ def test_all_parameters_reach_the_model(start, model, videos):
 
 def test_a_stream_equals_the_whole_answer(start, model, videos):
     client = start().client()
-    whole = ask(client, f"file://{videos[2]}")
-    with ask(client, str(videos[2]), stream=True, stream_options={"include_usage": True}) as chunks:
+    complete = chat(client, f"file://{videos[2]}")
+    with chat(client, str(videos[2]), stream=True, stream_options={"include_usage": True}) as chunks:
         texts, reasons, last = gather(chunks)
-    assert texts == {0: whole.choices[0].message.content} and reasons == {0: whole.choices[0].finish_reason}
-    assert last.usage == whole.usage and not last.choices
-    with ask(client, str(videos[2]), stream=True) as chunks:
+    assert texts == {0: complete.choices[0].message.content} and reasons == {0: complete.choices[0].finish_reason}
+    assert last.usage == complete.usage and not last.choices
+    with chat(client, str(videos[2]), stream=True) as chunks:
         assert gather(chunks)[2].usage is None
 
 
 def test_choices_have_consecutive_seeds(start, model, videos):
     client = start().client()
-    named = dict(temperature=1, top_p=0.9, seed=5, n=3)
-    answer = ask(client, videos[0].name, **named)
+    options = dict(temperature=1, top_p=0.9, seed=5, n=3)
+    answer = chat(client, videos[0].name, **options)
     sampling = Sampling(temperature=1, top_p=0.9, max_new_tokens=12)
     expected = [model.caption(videos[0], sampling=sampling, seed=5 + number).text for number in range(3)]
     assert [choice.message.content for choice in answer.choices] == expected and len(set(expected)) > 1
-    with ask(client, videos[0].name, stream=True, **named) as chunks:
+    with chat(client, videos[0].name, stream=True, **options) as chunks:
         assert gather(chunks)[0] == dict(enumerate(expected))
     assert 3 in model.batches
 
 
 def test_without_a_seed_answers_differ(start, videos):
     client = start().client()
-    answers = {ask(client, videos[0].name, temperature=1.5).choices[0].message.content for _ in range(3)}
+    answers = {chat(client, videos[0].name, temperature=1.5).choices[0].message.content for _ in range(3)}
     assert len(answers) > 1
 
 
 def test_a_conversation_continues(start, model, videos):
-    """A question after an answer, as clients send it back, with a system message."""
-    client, usual = start().client(), model.default_prompt()
-    messages = about(videos[0].name)
+    """The answer is sent back, followed by another question, with and without a system message."""
+    client, default_prompt = start().client(), model.default_prompt()
+    messages = user_message(videos[0].name)
     first = client.chat.completions.create(model="", messages=messages, max_completion_tokens=12).choices[0].message
     messages += [first.model_dump(), {"role": "user", "content": "What is heard?"}]
     media = model.processor.read(videos[0])
 
-    def expect(system):
-        prompt = Prompt("What is heard?", ((usual, first.content),), system)
+    def expected(system):
+        prompt = Prompt("What is heard?", ((default_prompt, first.content),), system)
         return complete(model, [media], [prompt], sampling=SHORT)[0].text
 
     answers = []
     for system in (None, "Be brief.", ""):
-        before = [] if system is None else [{"role": "system", "content": system}]
-        answer = client.chat.completions.create(model="", messages=[*before, *messages], max_completion_tokens=12)
+        prefix = [] if system is None else [{"role": "system", "content": system}]
+        answer = client.chat.completions.create(model="", messages=[*prefix, *messages], max_completion_tokens=12)
         answers.append(answer.choices[0].message.content)
-        assert answers[-1] == expect(system)
+        assert answers[-1] == expected(system)
     assert answers[0] != first.content and answers[1] not in (answers[0], answers[2])
     with pytest.raises(openai.BadRequestError, match="special token"):
         client.chat.completions.create(
@@ -123,44 +123,44 @@ def test_a_conversation_continues(start, model, videos):
 
 
 def test_concurrent_requests_are_batched(start, model, videos, monkeypatch):
-    """While one is prefilled, eight arrive and are prefilled together; each gets the answer that it gets alone."""
+    """While one is prefilled, eight arrive and are prefilled together, with the same answers as alone."""
     monkeypatch.setattr(model.network, "prefill_chunk_tokens", 8192)
     running = start()
     model.gate.clear()
     with ThreadPoolExecutor(9) as pool:
-        first = pool.submit(ask, running.client(), videos[0].name)
+        first = pool.submit(chat, running.client(), videos[0].name)
         wait_until(lambda: model.batches == [1])
-        others = [pool.submit(ask, running.client(), videos[place % 5].name) for place in range(8)]
-        wait_until(lambda: counts(running)["salmonn_waiting"] == 8)
+        others = [pool.submit(chat, running.client(), videos[index % 5].name) for index in range(8)]
+        wait_until(lambda: read_metrics(running)["salmonn_waiting"] == 8)
         model.gate.set()
-        answers = [one.result(120).choices[0].message.content for one in [first, *others]]
-    assert model.batches == [1, 8] and model.most == 9
-    alone = [model.caption(video, sampling=SHORT).text for video in videos]
-    assert answers == [alone[0], *(alone[place % 5] for place in range(8))]
+        answers = [future.result(120).choices[0].message.content for future in [first, *others]]
+    assert model.batches == [1, 8] and model.largest_batch == 9
+    expected = [model.caption(video, sampling=SHORT).text for video in videos]
+    assert answers == [expected[0], *(expected[index % 5] for index in range(8))]
 
 
 def test_images_and_audio(start, model, videos, tmp_path):
     running = start()
-    with av.open(str(tmp_path / "still.png"), "w", format="image2") as target:
+    with av.open(str(tmp_path / "image.png"), "w", format="image2") as target:
         stream = target.add_stream("png", rate=1)
         stream.width = stream.height = 64
         stream.pix_fmt = "rgb24"
-        picture = np.zeros((64, 64, 3), np.uint8)
-        picture[20:40, 20:40] = [255, 0, 0]
-        target.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        pixels = np.zeros((64, 64, 3), np.uint8)
+        pixels[20:40, 20:40] = [255, 0, 0]
+        target.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         target.mux(stream.encode())
-    with av.open(str(videos[0])) as source, av.open(str(tmp_path / "sound.wav"), "w") as target:
+    with av.open(str(videos[0])) as source, av.open(str(tmp_path / "audio.wav"), "w") as target:
         stream = target.add_stream("pcm_s16le", rate=16000, layout="mono")
         for frame in source.decode(audio=0):
             target.mux(stream.encode(frame))
         target.mux(stream.encode())
-    messages = about(data_url(tmp_path / "still.png", "image/png"), kind="image_url")
+    messages = user_message(data_url(tmp_path / "image.png", "image/png"), kind="image_url")
     answer = running.client().chat.completions.create(model="toy", messages=messages, max_tokens=12)
-    assert answer.choices[0].message.content == model.caption(tmp_path / "still.png", sampling=SHORT).text
-    sound = {"data": base64.b64encode((tmp_path / "sound.wav").read_bytes()).decode(), "format": "wav"}
-    messages = [{"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}]
+    assert answer.choices[0].message.content == model.caption(tmp_path / "image.png", sampling=SHORT).text
+    audio = {"data": base64.b64encode((tmp_path / "audio.wav").read_bytes()).decode(), "format": "wav"}
+    messages = [{"role": "user", "content": [{"type": "input_audio", "input_audio": audio}]}]
     answer = running.client().chat.completions.create(model="salmonn", messages=messages, max_tokens=12)
-    assert answer.choices[0].message.content == model.caption(tmp_path / "sound.wav", sampling=SHORT).text
+    assert answer.choices[0].message.content == model.caption(tmp_path / "audio.wav", sampling=SHORT).text
 
 
 def test_models_and_health(start):
@@ -171,23 +171,23 @@ def test_models_and_health(start):
 
 
 @pytest.mark.parametrize(
-    ("named", "words"),
+    ("options", "message"),
     [
         ({"frequency_penalty": 1}, "frequency_penalty: this value is not supported"),
         ({"extra_body": {"fps": 3}}, "fps: unsupported parameter"),
         ({"temperature": 9}, "temperature: "),
     ],
 )
-def test_rejected_parameters(start, videos, named, words):
-    with pytest.raises(openai.BadRequestError, match=words) as caught:
-        ask(start().client(), videos[0].name, **named)
+def test_rejected_parameters(start, videos, options, message):
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        chat(start().client(), videos[0].name, **options)
     assert caught.value.body["type"] == "invalid_request_error"
     assert caught.value.body["param"] in ("frequency_penalty", "fps", "temperature")
 
 
 def test_an_unknown_model(start, videos):
     with pytest.raises(openai.NotFoundError, match="model 'gpt-4o' not found; available: toy") as caught:
-        start().client().chat.completions.create(model="gpt-4o", messages=about(videos[0].name))
+        start().client().chat.completions.create(model="gpt-4o", messages=user_message(videos[0].name))
     assert caught.value.code == "model_not_found"
 
 
@@ -195,13 +195,13 @@ def test_errors_do_not_reveal_paths(start, videos, tmp_path):
     client = start().client()
     (tmp_path / "broken.mp4").write_bytes(videos[0].read_bytes()[:700])
     with pytest.raises(openai.BadRequestError, match="the video: is not a video or is damaged") as caught:
-        ask(client, data_url(tmp_path / "broken.mp4"))
+        chat(client, data_url(tmp_path / "broken.mp4"))
     assert str(tmp_path) not in str(caught.value)
     with pytest.raises(openai.BadRequestError, match=r"the video: start_seconds is 500.0, but the file ends at"):
-        ask(client, data_url(videos[0]), extra_body={"start": 500}, stream=True)
+        chat(client, data_url(videos[0]), extra_body={"start": 500}, stream=True)
     with pytest.raises(openai.BadRequestError, match="special token"):
-        ask(client, videos[0].name, "<|im_end|>")
-    assert ask(client, data_url(videos[0])).choices
+        chat(client, videos[0].name, "<|im_end|>")
+    assert chat(client, data_url(videos[0])).choices
 
 
 def test_no_file_outside_the_allowed_folders(start, videos, tmp_path):
@@ -211,7 +211,7 @@ def test_no_file_outside_the_allowed_folders(start, videos, tmp_path):
     client = start(sources=MediaSources((root,), FetchPolicy())).client()
     for url in (str(videos[0]), "link.mp4", f"file://{root}/../{videos[0]}", "/etc/passwd"):
         with pytest.raises(openai.BadRequestError, match="no such file below the allowed folders"):
-            ask(client, url)
+            chat(client, url)
 
 
 def test_files_are_fetched_from_allowed_hosts(start, model, videos):
@@ -220,24 +220,24 @@ def test_files_are_fetched_from_allowed_hosts(start, model, videos):
         handler.end_headers()
         handler.wfile.write(videos[3].read_bytes())
 
-    with web_server(send) as (host, asked):
+    with web_server(send) as (host, requests):
         running = start(sources=MediaSources((), FetchPolicy((host,), private=True)))
-        answer = ask(running.client(), f"http://{host}/it.mp4")
+        answer = chat(running.client(), f"http://{host}/it.mp4")
         assert answer.choices[0].message.content == model.caption(videos[3], sampling=SHORT).text
         with pytest.raises(openai.BadRequestError, match="not public"):
-            ask(start(sources=MediaSources((), FetchPolicy((host,)))).client(), f"http://{host}/it.mp4")
-        assert asked == [(host, "/it.mp4")]
-        assert counts(running)["salmonn_received_bytes_totalfetched"] == videos[3].stat().st_size
+            chat(start(sources=MediaSources((), FetchPolicy((host,)))).client(), f"http://{host}/it.mp4")
+        assert requests == [(host, "/it.mp4")]
+        assert read_metrics(running)["salmonn_received_bytes_totalfetched"] == videos[3].stat().st_size
 
 
 def test_large_uploads_are_rejected(start, videos):
     """The limit is 8 KiB: 11 KiB of base64, and a MiB for the rest of the request."""
     running = start(sources=MediaSources((), FetchPolicy(max_bytes=8 << 10)))
     with pytest.raises(openai.APIStatusError, match=r"the file is larger than the maximum of 0.0078125 MiB") as caught:
-        ask(running.client(), data_url(videos[0]))
+        chat(running.client(), data_url(videos[0]))
     assert caught.value.status_code == 413
     with pytest.raises(openai.APIStatusError, match="the request is larger than the maximum of 1 MiB") as caught:
-        ask(running.client(), "data:;base64," + "A" * (2 << 20))
+        chat(running.client(), "data:;base64," + "A" * (2 << 20))
     assert caught.value.status_code == 413
 
 
@@ -264,11 +264,11 @@ def test_a_large_upload_is_rejected_while_it_arrives(start):
         except (BrokenPipeError, ConnectionResetError):
             pass
         assert sent < 40 << 20 or b"413" in connection.recv(100)
-    wait_until(lambda: counts(running).get("salmonn_requests_totaltoo_large") == 1)
+    wait_until(lambda: read_metrics(running).get("salmonn_requests_totaltoo_large") == 1)
 
 
 def test_memory_for_uploads_is_limited(start, videos):
-    """A request may have 2.33 MiB (1 MiB of file in base64, and one more), all together 4.67: two have 2.33 each."""
+    """The limits are 2.33 MiB a request (1 MiB of file in base64, and 1 MiB) and twice that in total."""
     running = start(sources=MediaSources((videos[0].parent,), FetchPolicy(max_bytes=1 << 20)))
     size = int(2.33 * (1 << 20))
     connections = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
@@ -277,80 +277,82 @@ def test_memory_for_uploads_is_limited(start, videos):
             connection.sendall(f"{HEAD}Content-Length: {size + 1}\r\n\r\n".encode() + b" " * size)
         wait_until(lambda: running.service.body_memory.used_bytes == 2 * size)
         with pytest.raises(openai.RateLimitError, match="the memory for uploads is full"):
-            ask(running.client(), "data:;base64," + "A" * (1 << 17))
-        assert ask(running.client(), videos[0].name, user="me" * 10_000).choices  # 20 KB, where 7 are left
+            chat(running.client(), "data:;base64," + "A" * (1 << 17))
+        assert chat(
+            running.client(), videos[0].name, user="me" * 10_000
+        ).choices  # 20 KB, more than the 7 KB that remain
     finally:
         for connection in connections:
             connection.close()
     wait_until(lambda: running.service.body_memory.used_bytes == 0)
-    assert ask(running.client(), data_url(videos[0])).choices
+    assert chat(running.client(), data_url(videos[0])).choices
 
 
 def test_rate_limit(start, model, videos):
-    """At most 12 answers can be active."""
+    """At largest_batch 12 answers can be active."""
     running = start()
     model.gate.clear()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(ask, running.client(), videos[0].name, temperature=1, n=12)
+        first = pool.submit(chat, running.client(), videos[0].name, temperature=1, n=12)
         wait_until(lambda: model.batches == [12])
         with pytest.raises(openai.RateLimitError, match="12 answers are queued") as caught:
-            ask(running.client(), videos[1].name)
+            chat(running.client(), videos[1].name)
         assert int(caught.value.response.headers["Retry-After"]) > 0
         model.gate.set()
         assert len(first.result(120).choices) == 12
 
 
-def test_a_disconnect_cancels_the_request_alone(start, engine, model, videos):
-    """One client leaves during its stream, one while it waits for its whole answer."""
+def test_a_disconnect_cancels_only_its_request(start, engine, model, videos):
+    """One client disconnects during its stream, one while it waits for its answer."""
     running = start()
-    dropped = engine.num_cancelled
+    num_cancelled_before = engine.num_cancelled
     model.gate.clear()
     with ThreadPoolExecutor(3) as pool:
-        ahead = pool.submit(ask, running.client(), videos[4].name)
+        first = pool.submit(chat, running.client(), videos[4].name)
         wait_until(lambda: model.batches == [1])
-        going = pool.submit(ask, running.client(), videos[0].name, stream=True, max_completion_tokens=150)
-        staying = pool.submit(ask, running.client(), videos[1].name, max_completion_tokens=150)
+        streaming = pool.submit(chat, running.client(), videos[0].name, stream=True, max_completion_tokens=150)
+        other = pool.submit(chat, running.client(), videos[1].name, max_completion_tokens=150)
         wait_until(lambda: engine.num_waiting == 2)
         with pytest.raises(openai.APITimeoutError):
-            ask(running.client(timeout=2.0), videos[2].name)
-        wait_until(lambda: engine.num_cancelled == dropped + 1)
+            chat(running.client(timeout=2.0), videos[2].name)
+        wait_until(lambda: engine.num_cancelled == num_cancelled_before + 1)
         model.gate.set()
-        stream = going.result(120)
+        stream = streaming.result(120)
         next(stream)
         model.gate.clear()
         stream.close()
-        wait_until(lambda: engine.num_cancelled == dropped + 2)
+        wait_until(lambda: engine.num_cancelled == num_cancelled_before + 2)
         model.gate.set()
-        assert ahead.result(120).choices
+        assert first.result(120).choices
         long = Sampling(max_new_tokens=150)
-        answer = staying.result(60).choices[0]
+        answer = other.result(60).choices[0]
         assert answer.message.content == model.caption(videos[1], sampling=long).text
-    wait_until(lambda: counts(running)["salmonn_requests_totalcancelled"] == 2)
+    wait_until(lambda: read_metrics(running)["salmonn_requests_totalcancelled"] == 2)
 
 
 def test_a_failing_model(start, model, videos):
-    """The error has a status before the first text, is an event after it; health is bad until the model recovers."""
+    """The error is a status before the first text and an event after it; /health fails until the model recovers."""
     running = start()
     client = running.client()
-    model.fail = lambda size: IndexError("out of range")
+    model.step_error = lambda size: IndexError("out of range")
     for stream in (False, True):
         with pytest.raises(openai.InternalServerError, match="the model failed"):
-            ask(client, videos[0].name, stream=stream)
+            chat(client, videos[0].name, stream=stream)
     health = httpx2.get(f"{running.url}/health", trust_env=False)
     assert health.status_code == 503 and health.json()["status"] == "failing"
-    model.fail = lambda size: None
+    model.step_error = lambda size: None
     model.gate.clear()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(ask, client, videos[0].name, stream=True)
+        streaming = pool.submit(chat, client, videos[0].name, stream=True)
         wait_until(lambda: model.batches[-1] == 1 and len(model.batches) == 3)
         steps = iter([None, None, None, IndexError("out of range")])
-        model.fail = lambda size: next(steps)
+        model.step_error = lambda size: next(steps)
         model.gate.set()
-        with pytest.raises(openai.APIError, match="the model failed") as caught, coming.result(120) as chunks:
+        with pytest.raises(openai.APIError, match="the model failed") as caught, streaming.result(120) as chunks:
             gather(chunks)
     assert not isinstance(caught.value, openai.APIStatusError)
-    model.fail = lambda size: None
-    assert ask(client, videos[0].name).choices
+    model.step_error = lambda size: None
+    assert chat(client, videos[0].name).choices
     assert httpx2.get(f"{running.url}/health", trust_env=False).status_code == 200
 
 
@@ -358,14 +360,14 @@ def test_request_timeout(start, engine, model, videos):
     running = start(request_seconds=1.0)
     model.gate.clear()
     with pytest.raises(openai.InternalServerError, match=r"took more than 1 s: use a part") as caught:
-        ask(running.client(), videos[0].name)
+        chat(running.client(), videos[0].name)
     assert caught.value.status_code == 504
-    begun = time.monotonic()
+    started = time.monotonic()
     with socket.create_connection(("127.0.0.1", running.port)) as connection:
         connection.settimeout(120)
         connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
         assert b"504" in connection.recv(100)
-    assert 0.5 < time.monotonic() - begun < 100
+    assert 0.5 < time.monotonic() - started < 100
     model.gate.set()
     wait_until(lambda: not engine.num_active)
 
@@ -376,62 +378,62 @@ def test_shutdown_ends_active_requests_after_the_grace_period(start, own_engine,
     client = running.client()
     model.gate.clear()
     with ThreadPoolExecutor(2) as pool:
-        coming = pool.submit(ask, client, videos[0].name, stream=True, max_completion_tokens=500)
+        streaming = pool.submit(chat, client, videos[0].name, stream=True, max_completion_tokens=500)
         wait_until(lambda: model.batches == [1])
-        waiting = pool.submit(ask, client, videos[1].name)
+        queued = pool.submit(chat, client, videos[1].name)
         wait_until(lambda: own_engine.num_waiting == 1)
         model.gate.set()
-        with coming.result(120) as chunks:
+        with streaming.result(120) as chunks:
             next(chunks)
             model.gate.clear()
-            sending = socket.create_connection(("127.0.0.1", running.port))
-            sending.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
+            uploading = socket.create_connection(("127.0.0.1", running.port))
+            uploading.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
             wait_until(lambda: running.service.num_requests == 3)
             running.service.is_closing = True
             assert httpx2.get(f"{running.url}/health", trust_env=False).json()["status"] == "closing"
             with pytest.raises(openai.InternalServerError, match="shutting down"):
-                ask(client, videos[2].name)
+                chat(client, videos[2].name)
             wait_until(own_engine._is_aborted.is_set)
             model.gate.set()
             with pytest.raises(openai.APIError, match="the server is shutting down; try again later"):
                 gather(chunks)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
-            waiting.result(120)
-    with sending:
-        sending.settimeout(120)
-        assert b"503" in sending.recv(100)
+            queued.result(120)
+    with uploading:
+        uploading.settimeout(120)
+        assert b"503" in uploading.recv(100)
     running.thread.join(120)
     assert not running.thread.is_alive()
 
 
 def test_a_full_disk_is_reported(start, videos, monkeypatch):
-    """As if the upload folder were on it."""
+    """Creating a file's folder fails with ENOSPC."""
     running = start()
 
-    def refuse(*_, **named):
+    def fail(*_, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("salmonn.serve.request.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("salmonn.serve.request.tempfile.mkdtemp", fail)
     with pytest.raises(openai.InternalServerError, match=r"cannot store the file \(No space left") as caught:
-        ask(running.client(), data_url(videos[0]))
+        chat(running.client(), data_url(videos[0]))
     assert caught.value.status_code == 507
 
 
 def test_keys(start, videos):
     running = start(keys=("first key of two", "second key of two"))
-    assert ask(running.client(key="second key of two"), videos[0].name).choices
+    assert chat(running.client(key="second key of two"), videos[0].name).choices
     for key in ("none", "first key of tw"):
         with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
-            ask(running.client(key=key), videos[0].name)
+            chat(running.client(key=key), videos[0].name)
     for path, status in {"/v1/models": 401, "/metrics": 401, "/health": 200}.items():
         assert httpx2.get(running.url + path, trust_env=False).status_code == status
-    refused = httpx2.post(f"{running.url}/v1/chat/completions", content=b"x" * 1000, trust_env=False)
-    assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
-    assert "Bearer KEY" in refused.json()["error"]["message"]
+    response = httpx2.post(f"{running.url}/v1/chat/completions", content=b"x" * 1000, trust_env=False)
+    assert response.status_code == 401 and response.headers["WWW-Authenticate"] == "Bearer"
+    assert "Bearer KEY" in response.json()["error"]["message"]
 
 
 def test_other_web_pages_cannot_use_the_server(start, videos):
-    """Neither by DNS rebinding, nor by cross-origin requests."""
+    """DNS rebinding and cross-origin requests are rejected."""
     running = start(hosts=("caption.example",))
     for host, status in {
         "localhost": 200,
@@ -442,25 +444,25 @@ def test_other_web_pages_cannot_use_the_server(start, videos):
         "": 403,
         "[": 403,
     }.items():
-        answer = httpx2.get(f"{running.url}/health", headers={"Host": host}, trust_env=False)
-        assert (host, answer.status_code) == (host, status)
-    body = json.dumps({"messages": about(videos[0].name)})
-    for kind in ("text/plain", "application/x-www-form-urlencoded"):
-        answer = httpx2.post(
-            f"{running.url}/v1/chat/completions", content=body, headers={"Content-Type": kind}, trust_env=False
+        response = httpx2.get(f"{running.url}/health", headers={"Host": host}, trust_env=False)
+        assert (host, response.status_code) == (host, status)
+    body = json.dumps({"messages": user_message(videos[0].name)})
+    for content_type in ("text/plain", "application/x-www-form-urlencoded"):
+        response = httpx2.post(
+            f"{running.url}/v1/chat/completions", content=body, headers={"Content-Type": content_type}, trust_env=False
         )
-        assert answer.status_code == 415
-    asked = httpx2.options(
+        assert response.status_code == 415
+    preflight = httpx2.options(
         f"{running.url}/v1/chat/completions",
         headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"},
         trust_env=False,
     )
-    assert asked.status_code == 405 and "access-control-allow-origin" not in asked.headers
+    assert preflight.status_code == 405 and "access-control-allow-origin" not in preflight.headers
 
 
 def test_unknown_paths_are_errors(start):
-    answer = httpx2.get(f"{start().url}/v1/embeddings", trust_env=False)
-    assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
+    response = httpx2.get(f"{start().url}/v1/embeddings", trust_env=False)
+    assert response.status_code == 404 and response.json()["error"]["type"] == "not_found_error"
 
 
 def test_metrics_and_log(start, videos, caplog):
@@ -468,17 +470,17 @@ def test_metrics_and_log(start, videos, caplog):
     running = start()
     client = running.client()
     with caplog.at_level(logging.INFO, logger="salmonn.serve"):
-        answers = [ask(client, data_url(videos[0]), "A secret?"), ask(client, videos[1].name)]
+        answers = [chat(client, data_url(videos[0]), "A secret?"), chat(client, videos[1].name)]
         with pytest.raises(openai.BadRequestError):
-            ask(client, "data:;base64,AAAA", "A secret?")
+            chat(client, "data:;base64,AAAA", "A secret?")
         wait_until(lambda: running.service.num_requests == 0)
-    told = counts(running)
-    assert told["salmonn_requests_totalanswered"] == 2 and told["salmonn_requests_totalrejected"] == 1
-    assert told["salmonn_tokens_totalprompt"] == sum(answer.usage.prompt_tokens for answer in answers)
-    assert told["salmonn_tokens_totalcompletion"] == sum(answer.usage.completion_tokens for answer in answers)
-    assert told["salmonn_received_bytes_totalupload"] == videos[0].stat().st_size + 3
-    assert told["salmonn_time_to_first_token_seconds_count"] == 2 and told["salmonn_request_seconds_count"] == 3
-    assert told["salmonn_reading_seconds_count"] == 3 and told["salmonn_requests_active"] == 0
+    metrics = read_metrics(running)
+    assert metrics["salmonn_requests_totalanswered"] == 2 and metrics["salmonn_requests_totalrejected"] == 1
+    assert metrics["salmonn_tokens_totalprompt"] == sum(answer.usage.prompt_tokens for answer in answers)
+    assert metrics["salmonn_tokens_totalcompletion"] == sum(answer.usage.completion_tokens for answer in answers)
+    assert metrics["salmonn_received_bytes_totalupload"] == videos[0].stat().st_size + 3
+    assert metrics["salmonn_time_to_first_token_seconds_count"] == 2 and metrics["salmonn_request_seconds_count"] == 3
+    assert metrics["salmonn_reading_seconds_count"] == 3 and metrics["salmonn_requests_active"] == 0
     lines = [record.getMessage() for record in caplog.records if record.name == "salmonn.serve.request"]
     assert [line.split()[1] for line in lines] == ["answered", "answered", "rejected"]
     assert [line.split()[0] for line in lines[:2]] == [answer.id for answer in answers]
@@ -486,15 +488,15 @@ def test_metrics_and_log(start, videos, caplog):
     assert not any("secret" in line or videos[1].name in line for line in lines)
 
 
-def test_uploads_are_removed_when_the_answer_begins(start, model, videos):
-    """Not when it ends, which may be much later."""
+def test_uploads_are_removed_when_the_answer_starts(start, model, videos):
+    """It may end much later."""
     running = start()
     model.gate.clear()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(ask, running.client(), data_url(videos[0]), stream=True)
+        streaming = pool.submit(chat, running.client(), data_url(videos[0]), stream=True)
         wait_until(lambda: model.batches == [1])
         assert [file.stat().st_size for file in running.service.uploads.rglob("file")] == [videos[0].stat().st_size]
         model.gate.set()
-        with coming.result(120) as chunks:
+        with streaming.result(120) as chunks:
             next(chunks)
             assert not list(running.service.uploads.iterdir())

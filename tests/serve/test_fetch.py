@@ -17,34 +17,36 @@ BODY = b"a video, say " * 1000
 
 
 def reply(handler, body=b"", *, status=200, **headers):
-    """Answers; a header that is None is left out."""
+    """Respond with the given headers; None omits a header."""
     handler.send_response(status)
-    told = {"Content-Length": str(len(body))} | {name.replace("_", "-"): value for name, value in headers.items()}
-    for name, value in told.items():
+    all_headers = {"Content-Length": str(len(body))} | {
+        name.replace("_", "-"): value for name, value in headers.items()
+    }
+    for name, value in all_headers.items():
         if value is not None:
             handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(body)
 
 
-def endless(handler):
+def reply_endlessly(handler):
     reply(handler, Content_Length=None)
     while True:
         handler.wfile.write(b"x" * 65536)
 
 
-def slow(handler):
+def reply_slowly(handler):
     reply(handler, Content_Length="1000")
     for _ in range(1000):
         handler.wfile.write(b"x")
         time.sleep(0.1)
 
 
-def play(handler):
+def handle_request(handler):
     path = handler.path.split("?")[0]
     if path.startswith("/hop/"):
-        left = int(path[5:])
-        reply(handler, status=302, Location=f"/hop/{left - 1}" if left > 1 else "/video")
+        hops = int(path[5:])
+        reply(handler, status=302, Location=f"/hop/{hops - 1}" if hops > 1 else "/video")
     elif path == "/to":
         reply(handler, status=307, Location=handler.path.split("?", 1)[1])
     elif path == "/cookie":
@@ -54,8 +56,8 @@ def play(handler):
     else:
         answers = {
             "/video": lambda: reply(handler, BODY),
-            "/endless": lambda: endless(handler),
-            "/slow": lambda: slow(handler),
+            "/endless": lambda: reply_endlessly(handler),
+            "/slow": lambda: reply_slowly(handler),
             "/large": lambda: reply(handler, Content_Length=str(1 << 40)),
             "/packed": lambda: reply(handler, b"x", Content_Encoding="gzip"),
             "/short": lambda: reply(handler, b"x", Content_Length="1000"),
@@ -66,47 +68,47 @@ def play(handler):
 
 @pytest.fixture
 def web():
-    with web_server(play) as served:
+    with web_server(handle_request) as served:
         yield served
 
 
 @pytest.fixture
 def get(web, tmp_path):
-    """Fetches from the web server: what came."""
+    """Fetch a path from the web server and return the body."""
 
-    def get_(path, **changes):
+    def get_path(path, **changes):
         policy = replace(FetchPolicy((web[0],), private=True, max_bytes=1 << 20, seconds=60), **changes)
         url = path if path.startswith("http") else f"http://{web[0]}{path}"
-        size = asyncio.run(fetch(url, tmp_path / "got", policy=policy))
-        got = (tmp_path / "got").read_bytes()
-        assert len(got) == size
-        return got
+        size = asyncio.run(fetch(url, tmp_path / "received", policy=policy))
+        received = (tmp_path / "received").read_bytes()
+        assert len(received) == size
+        return received
 
-    return get_
+    return get_path
 
 
 @pytest.fixture
 def names(monkeypatch):
-    """Names that this test knows, and how often each was asked for."""
-    known: dict[str, list[str]] = {}
-    asked: list[str] = []
-    real = socket.getaddrinfo
+    """Host names and their addresses, and a list of the look-ups so far."""
+    addresses: dict[str, list[str]] = {}
+    lookups: list[str] = []
+    getaddrinfo = socket.getaddrinfo
 
-    def look_up(host, port, *args, **named):
-        if host not in known:
-            return real(host, port, *args, **named)
-        asked.append(host)
+    def resolve(host, port, *args, **kwargs):
+        if host not in addresses:
+            return getaddrinfo(host, port, *args, **kwargs)
+        lookups.append(host)
         return [
             (socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))
-            for address in known[host]
+            for address in addresses[host]
         ]
 
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    return known, asked
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return addresses, lookups
 
 
 def test_a_file_is_fetched(get, web, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # where nothing listens
     assert get("/video?token=1#part") == BODY
     assert web[1] == [(web[0], "/video?token=1")]
     assert get("/encoding") == b"identity"
@@ -120,10 +122,10 @@ def test_redirects_are_limited(get, web):
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("http://elsewhere.example/video", "fetching from elsewhere.example is not allowed"),
-        ("http://127.0.0.1/video", "fetching from 127.0.0.1 is"),  # not that port
+        ("http://127.0.0.1/video", "fetching from 127.0.0.1 is"),  # another port
         ("https://{}/video", "could not be fetched"),  # no TLS there
         ("http://me:secret@{}/video", "user name or password"),
         ("http:///video", "must be http or https"),
@@ -134,8 +136,8 @@ def test_redirects_are_limited(get, web):
         ("http://{}/short", "could not be fetched"),
     ],
 )
-def test_rejected_or_failed_fetches(get, web, url, words):
-    with pytest.raises(SourceError, match=words) as caught:
+def test_rejected_or_failed_fetches(get, web, url, message):
+    with pytest.raises(SourceError, match=message) as caught:
         get(url.format(web[0]))
     assert "secret" not in str(caught.value)
 
@@ -146,11 +148,11 @@ def test_nothing_is_fetched_without_an_allow_list(get):
 
 
 @pytest.mark.parametrize(
-    "after", ["http://elsewhere.example/", "//elsewhere.example/", "file:///etc/hostname", "http://["]
+    "location", ["http://elsewhere.example/", "//elsewhere.example/", "file:///etc/hostname", "http://["]
 )
-def test_redirects_are_checked(get, web, after):
+def test_redirects_are_checked(get, web, location):
     with pytest.raises(SourceError, match=r"fetching from .* is not allowed|must be http or https|invalid URL"):
-        get(f"/to?{after}")
+        get(f"/to?{location}")
     assert len(web[1]) == 1
 
 
@@ -166,14 +168,14 @@ def test_a_redirect_to_a_private_address_is_rejected(get, web, names):
 
 
 def test_limits_apply_during_the_download(get):
-    begun = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(TooLargeError, match="larger than the maximum of 1 MiB"):
         get("/endless")
     with pytest.raises(TooLargeError, match="larger than the maximum of 1 MiB"):
         get("/large")
     with pytest.raises(SourceError, match=r"took more than 0.5 s"):
         get("/slow", seconds=0.5)
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - started < 60
 
 
 def test_loopback_needs_permission(get, web, names):
@@ -200,20 +202,20 @@ def test_all_addresses_are_checked_and_tried(get, web, names):
     names[0]["files.example"] = ["127.0.0.1", "0.0.0.0"]
     with pytest.raises(SourceError, match="not public"):
         get(f"http://files.example:{port}/video", hosts=hosts)
-    names[0]["files.example"] = ["127.0.0.2", "::1", "127.0.0.1"]  # nobody listens at the first two
+    names[0]["files.example"] = ["127.0.0.2", "::1", "127.0.0.1"]  # nothing listens at the first two
     assert get(f"http://files.example:{port}/video", hosts=hosts) == BODY
 
 
 @pytest.fixture
 def secure(tmp_path):
-    """A web server with TLS, whose certificate is its own and for files.example; host:port and certificate."""
+    """Run a TLS web server with a self-signed certificate for files.example; yield its port and the certificate."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
-    names_it = ["-addext", "subjectAltName=DNS:files.example", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*line.split(), *names_it], check=True, capture_output=True)
+    arguments = ["-addext", "subjectAltName=DNS:files.example", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*line.split(), *arguments], check=True, capture_output=True)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
-    with web_server(play, tls=tls) as (host, _):
+    with web_server(handle_request, tls=tls) as (host, _):
         yield host.split(":")[1], certificate
 
 
@@ -233,8 +235,8 @@ def test_certificates_are_checked(get, secure, names):
         FetchPolicy(ca_file=certificate.with_name("key.pem"))
 
 
-# What is special by the registries of IANA, and forms that hide an IPv4 address in an IPv6 one.
-NEVER = [
+# Special-purpose addresses of the IANA registries, and IPv6 addresses that embed such an IPv4 address.
+SPECIAL = [
     "0.0.0.0",
     "169.254.169.254",
     "100.100.100.200",
@@ -253,10 +255,12 @@ NEVER = [
     "64:ff9b:1::1",
     "2001:0:4136:e378:8000:63bf:3fff:fdd2",
 ]
-INSIDE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "::1", "fd12::1", "::ffff:10.0.0.1", "2002:7f00:1::"]
+PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "::1", "fd12::1", "::ffff:10.0.0.1", "2002:7f00:1::"]
 
 
-@pytest.mark.parametrize(("address", "private"), [*((one, True) for one in NEVER), *((one, False) for one in INSIDE)])
+@pytest.mark.parametrize(
+    ("address", "private"), [*((address, True) for address in SPECIAL), *((address, False) for address in PRIVATE)]
+)
 def test_blocked_addresses(get, names, address, private):
     names[0]["files.example"] = ["93.184.215.14", address]
     with pytest.raises(SourceError, match="not public"):

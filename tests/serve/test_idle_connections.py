@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 import pytest
 
 from salmonn.serve import api
-from tests.serve.running import HEAD, about, ask, counts, wait_until
+from tests.serve.running import HEAD, chat, read_metrics, user_message, wait_until
 
 
 def connect(running) -> socket.socket:
@@ -17,24 +17,24 @@ def connect(running) -> socket.socket:
 
 
 def is_closed(connection) -> bool:
-    """Whether the server ends the connection; waits for it."""
+    """Wait for the server to close the connection; return False if it sends something instead."""
     try:
         return not connection.recv(100)
     except ConnectionResetError:
         return True
 
 
-def is_well(connection) -> bool:
-    """Whether the server is well, asked on a connection that is kept."""
+def is_healthy(connection) -> bool:
+    """Request /health on a keep-alive connection and return whether the status is 200."""
     connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    told = connection.recv(1000)
-    while not told.endswith(b"}"):  # head and body may come apart
-        told += connection.recv(1000)
-    return told.startswith(b"HTTP/1.1 200 ")
+    response = connection.recv(1000)
+    while not response.endswith(b"}"):  # head and body may arrive separately
+        response += connection.recv(1000)
+    return response.startswith(b"HTTP/1.1 200 ")
 
 
 class Clock:
-    """A clock for a server, which stands still until a test sets it."""
+    """A clock for a server; it moves only when a test sets it."""
 
     def __init__(self, running) -> None:
         self.now = 1000.0
@@ -50,7 +50,7 @@ class Clock:
         self.num_ticks += 1
 
     def wait_for_tick(self) -> None:
-        """Wait until the server has looked at all connections; a look may be under way already."""
+        """Wait until the server has checked all connections; the first of two checks may have started already."""
         before = self.num_ticks
         wait_until(lambda: self.num_ticks >= before + 2)
 
@@ -60,14 +60,14 @@ def test_connections_without_a_complete_request_are_closed(start):
     running = start()
     clock = Clock(running)
     with connect(running) as silent, connect(running) as slow, connect(running) as second:
-        assert is_well(second)
+        assert is_healthy(second)
         for connection in (slow, second):
             connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
         wait_until(lambda: len(running.server.server_state.connections) == 3)
         clock.wait_for_tick()
         clock.now += 0.9 * api._IDLE_SECONDS
         for connection in (slow, second):
-            connection.sendall(b"and so on, ")  # no sign of an end
+            connection.sendall(b"and so on, ")  # the head never ends
         clock.wait_for_tick()
         assert len(running.server.server_state.connections) == 3
         clock.now += 0.2 * api._IDLE_SECONDS
@@ -80,12 +80,12 @@ def test_active_connections_are_not_idle(start, model, videos):
     running = start()
     clock = Clock(running)
     model.gate.clear()
-    body = json.dumps({"messages": about(videos[0].name), "max_tokens": 5}).encode()
+    body = json.dumps({"messages": user_message(videos[0].name), "max_tokens": 5}).encode()
     with connect(running) as waiting, connect(running) as busy:
         waiting.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         wait_until(lambda: running.service.num_requests == 1)
         for _ in range(6):
-            assert is_well(busy)
+            assert is_healthy(busy)
             clock.wait_for_tick()
             clock.now += 0.9 * api._IDLE_SECONDS
             clock.wait_for_tick()
@@ -93,8 +93,8 @@ def test_active_connections_are_not_idle(start, model, videos):
         assert waiting.recv(1000).startswith(b"HTTP/1.1 200 ")
 
 
-def test_idle_connections_do_not_shut_others_out(start, videos, monkeypatch):
-    """Of 20 places 19 are taken by idle connections: they have less time where it is crowded."""
+def test_idle_connections_do_not_block_others(start, videos, monkeypatch):
+    """19 of 20 allowed connections are idle; near the limit their timeout is shorter."""
     monkeypatch.setattr(api, "_MAX_CONNECTIONS", 20)
     running = start()
     clock = Clock(running)
@@ -105,17 +105,17 @@ def test_idle_connections_do_not_shut_others_out(start, videos, monkeypatch):
         clock.wait_for_tick()
         clock.now += 2 * api._IDLE_SECONDS_CROWDED
         wait_until(lambda: not running.server.server_state.connections)
-        assert ask(running.client(), videos[0].name).choices
+        assert chat(running.client(), videos[0].name).choices
 
 
 @pytest.mark.parametrize("is_closing", [False, True])
 def test_a_stream_that_is_not_read_times_out(start, own_engine, videos, monkeypatch, is_closing):
-    """Each event has 100 KB, more than all buffers on the way hold."""
+    """Each event has 100 KB, more than all buffers between server and client hold."""
     monkeypatch.setattr(api, "_IDLE_SECONDS", 0.5)
     monkeypatch.setattr("salmonn.serve.schema.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
     running = start(own_engine, request_seconds=6.0, grace_seconds=60.0)
-    asked = {"messages": about(videos[0].name), "max_tokens": 500, "stream": True, "temperature": 1, "n": 2}
-    body = json.dumps(asked).encode()
+    request = {"messages": user_message(videos[0].name), "max_tokens": 500, "stream": True, "temperature": 1, "n": 2}
+    body = json.dumps(request).encode()
     with closing(connect(running)) as connection:
         connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert connection.recv(100).startswith(b"HTTP/1.1 200 ")
@@ -123,9 +123,9 @@ def test_a_stream_that_is_not_read_times_out(start, own_engine, videos, monkeypa
         running.service.is_closing = is_closing
         wait_until(lambda: not running.service.num_requests)
         if is_closing:
-            running.thread.join(120)  # long before the grace ends
+            running.thread.join(120)  # long before the grace period ends
             assert not running.thread.is_alive()
         else:
             wait_until(lambda: not running.server.server_state.connections)
-            assert counts(running)["salmonn_requests_totaltimed_out"] == 1
+            assert read_metrics(running)["salmonn_requests_totaltimed_out"] == 1
     wait_until(lambda: not own_engine.num_active)

@@ -1,4 +1,4 @@
-"""Chat requests: what is parsed, what is rejected, and the responses."""
+"""Parsing and rejection of chat requests, and the responses."""
 
 import json
 from pathlib import Path
@@ -13,15 +13,15 @@ LIMITS = ChatLimits(100, max_tokens=200, max_choices=4, max_prompt_chars=50, max
 VIDEO = {"type": "video_url", "video_url": {"url": "data:,"}}
 
 
-def text(words):
-    return {"type": "text", "text": words}
+def text_part(text):
+    return {"type": "text", "text": text}
 
 
-def talk(*contents):
-    """Messages of the user and the assistant in turn; the words, or the one part, of each."""
+def alternating_messages(*contents):
+    """Return alternating user and assistant messages with the given texts or content parts."""
     return [
-        {"role": ("user", "assistant")[place % 2], "content": [content] if isinstance(content, dict) else content}
-        for place, content in enumerate(contents)
+        {"role": ("user", "assistant")[index % 2], "content": [content] if isinstance(content, dict) else content}
+        for index, content in enumerate(contents)
     ]
 
 
@@ -45,8 +45,12 @@ def test_a_minimal_request():
 
 
 def test_all_parameters():
-    ask, url = parse(
-        [text("What is"), {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, text("heard?")],
+    chat, url = parse(
+        [
+            text_part("What is"),
+            {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+            text_part("heard?"),
+        ],
         model="m",
         temperature=1,
         top_p=0.5,
@@ -70,31 +74,32 @@ def test_all_parameters():
     assert url == "data:audio/wav;base64,AAAA"
     sampling = Sampling(temperature=1, top_p=0.5, max_new_tokens=7, repetition_penalty=1.1)
     request = CaptionRequest(Path(), "What is\nheard?", sampling, Span(1, 2.5), "audio", seed=-4, num_samples=3)
-    assert ask == ChatRequest("audio", "m", request, stream=True, include_usage=True)
+    assert chat == ChatRequest("audio", "m", request, stream=True, include_usage=True)
 
 
 def test_a_conversation():
     """Answers as clients send them back, with empty fields."""
-    system = {"role": "developer", "content": [text("Be brief.")], "name": None}
-    first, answer, last = talk(VIDEO, " A star. ", [text("What"), text("else?")])
-    ask, url = parse(messages=[system, first, answer | {"refusal": None, "annotations": []}, last])
-    assert (ask.request.system, ask.request.history, ask.request.prompt) == (
+    system = {"role": "developer", "content": [text_part("Be brief.")], "name": None}
+    first, answer, last = alternating_messages(VIDEO, " A star. ", [text_part("What"), text_part("else?")])
+    chat, url = parse(messages=[system, first, answer | {"refusal": None, "annotations": []}, last])
+    assert (chat.request.system, chat.request.history, chat.request.prompt) == (
         "Be brief.",
         (("", "A star."),),
         "What\nelse?",
     )
     assert url == "data:,"
     assert parse(messages=[{"role": "system", "content": ""}, first])[0].request.system == ""
-    assert parse(messages=talk(VIDEO, "", "Why?"))[0].request.history == (("", ""),)  # it may have said nothing
+    with_empty_answer = parse(messages=alternating_messages(VIDEO, "", "Why?"))[0]
+    assert with_empty_answer.request.history == (("", ""),)
 
 
 def test_an_image():
-    ask, url = parse([{"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}])
-    assert (ask.kind, url) == ("image", "a.png")
+    chat, url = parse([{"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}])
+    assert (chat.kind, url) == ("image", "a.png")
 
 
 @pytest.mark.parametrize(
-    ("parameters", "words"),
+    ("parameters", "message"),
     [
         ({"frequency_penalty": 0.5}, "frequency_penalty: this value is not supported"),
         ({"presence_penalty": -1}, "presence_penalty"),
@@ -122,52 +127,61 @@ def test_an_image():
         ({"messages": [{"role": "user", "content": "a"}] * 65}, "messages: .* at most 64 items"),
         ({"metadata": {"a": [{}] * 25_000}}, "the body has more than 50,000 JSON values"),
         ({"messages": [{"role": "system", "content": "Be brief."}]}, "and end with user, and alternate"),
-        ({"messages": talk("a", "b")}, "alternate user/assistant"),
-        ({"messages": [*talk("a"), *talk("b")]}, "alternate user/assistant"),
-        ({"messages": talk(VIDEO, "b", "c", "d", "")}, "the user's message 3 has no text"),
-        ({"messages": talk("a", "b", VIDEO)}, "belongs in the user's first message"),
-        ({"messages": talk(VIDEO, "b", VIDEO)}, "the messages have 2 clips"),
-        ({"messages": talk("a", "b", "c")}, "the messages have no clips"),
-        ({"messages": talk("a", VIDEO, "c")}, "belongs in the user's first message"),
-        ({"messages": [{"role": "system", "content": [VIDEO]}, *talk(VIDEO)]}, "belongs in the user's first message"),
+        ({"messages": alternating_messages("a", "b")}, "alternate user/assistant"),
+        ({"messages": [*alternating_messages("a"), *alternating_messages("b")]}, "alternate user/assistant"),
+        ({"messages": alternating_messages(VIDEO, "b", "c", "d", "")}, "the user's message 3 has no text"),
+        ({"messages": alternating_messages("a", "b", VIDEO)}, "belongs in the user's first message"),
+        ({"messages": alternating_messages(VIDEO, "b", VIDEO)}, "the messages have 2 clips"),
+        ({"messages": alternating_messages("a", "b", "c")}, "the messages have no clips"),
+        ({"messages": alternating_messages("a", VIDEO, "c")}, "belongs in the user's first message"),
+        (
+            {"messages": [{"role": "system", "content": [VIDEO]}, *alternating_messages(VIDEO)]},
+            "belongs in the user's first message",
+        ),
         ({"messages": [{"role": "tool", "content": "a"}]}, r"messages.0.role"),
         (
-            {"messages": [*talk(VIDEO), {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+            {"messages": [*alternating_messages(VIDEO), {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
             "tool_calls is not supported",
         ),
-        ({"messages": talk(VIDEO, "x" * 90, "y" * 11)}, "the messages have 101 characters; .*: drop the oldest"),
-        ({"messages": talk(VIDEO, "x", "y" * 51)}, "a message has 51 characters; the maximum is 50"),
-        ({"messages": [{"role": "system", "content": "x" * 51}, *talk(VIDEO)]}, "a message has 51 characters"),
+        (
+            {"messages": alternating_messages(VIDEO, "x" * 90, "y" * 11)},
+            "the messages have 101 characters; .*: drop the oldest",
+        ),
+        ({"messages": alternating_messages(VIDEO, "x", "y" * 51)}, "a message has 51 characters; the maximum is 50"),
+        (
+            {"messages": [{"role": "system", "content": "x" * 51}, *alternating_messages(VIDEO)]},
+            "a message has 51 characters",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "x" * 5000}]}]}, r"^messages[^\n]{,600}$"),
         ({"messages": [{"role": "user", "content": [VIDEO | {"x" * 5000: 1}]}]}, r"^messages[^\n]{,600}$"),
     ],
 )
-def test_unsupported_values_are_rejected(parameters, words):
-    with pytest.raises(RequestError, match=words):
+def test_unsupported_values_are_rejected(parameters, message):
+    with pytest.raises(RequestError, match=message):
         parse(**parameters)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("Describe it.", "the messages have no clips: give exactly one video_url, image_url or input_audio"),
-        ([text("Describe it.")], "the messages have no clips"),
+        ([text_part("Describe it.")], "the messages have no clips"),
         ([VIDEO, VIDEO], "the messages have 2 clips"),
         (
             [VIDEO, {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}],
             "the audio of a video is read from the video",
         ),
-        ([VIDEO, *[text("x")] * 64], "at most 64 items"),
+        ([VIDEO, *[text_part("x")] * 64], "at most 64 items"),
         ([1] * 60_000, "the body has more than 50,000 JSON values"),
-        ([VIDEO, text("x" * 51)], "a message has 51 characters; the maximum is 50"),
+        ([VIDEO, text_part("x" * 51)], "a message has 51 characters; the maximum is 50"),
         ([{"type": "file", "file": {}}], "messages.0.content"),
         ([{"type": "image_url", "image_url": {"url": "a", "detail": "high"}}], "detail"),
         ([{"type": "input_audio", "input_audio": {"data": "", "format": "ogg"}}], "format"),
         ([VIDEO | {"fps": 2}], "fps"),
     ],
 )
-def test_unsupported_messages_are_rejected(content, words):
-    with pytest.raises(RequestError, match=words):
+def test_unsupported_messages_are_rejected(content, message):
+    with pytest.raises(RequestError, match=message):
         parse(content)
 
 
@@ -187,9 +201,9 @@ def test_errors_do_not_repeat_the_file():
 
 def test_responses():
     builder = ResponseBuilder("chatcmpl-1", "toy", 1234)
-    told = builder.response([Completion("a", True), Completion("b", False)], usage=Usage(10, 3))
-    assert told["usage"] == {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
-    assert [(one["index"], one["message"]["content"], one["finish_reason"]) for one in told["choices"]] == [
+    response = builder.response([Completion("a", True), Completion("b", False)], usage=Usage(10, 3))
+    assert response["usage"] == {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+    assert [(one["index"], one["message"]["content"], one["finish_reason"]) for one in response["choices"]] == [
         (0, "a", "stop"),
         (1, "b", "length"),
     ]

@@ -1,4 +1,4 @@
-"""`salmonn serve` as a process: flags, signals, and the files that it leaves behind."""
+"""`salmonn serve` as a process: flags, signals, and removal of temporary files."""
 
 import base64
 import os
@@ -20,19 +20,19 @@ from tests.serve.running import wait_until
 KEY = "0123456789abcdef"
 
 
-class Process:
-    """A server in a process of its own; its temporary files are in a folder of the test."""
+class ServerProcess:
+    """A server in a separate process, with its temporary files in a temp_dir of the test."""
 
     def __init__(self, folder: Path, *flags: object) -> None:
-        self.folder = folder / "temporary"
-        self.folder.mkdir(exist_ok=True)
+        self.temp_dir = folder / "temporary"
+        self.temp_dir.mkdir(exist_ok=True)
         self.log_path = folder / "log"
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
                 [Path(sys.executable).with_name("salmonn"), "serve", "--port", "0", "--workers", "1", *map(str, flags)],
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                env=os.environ | {"TMPDIR": str(self.temp_dir), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )
         wait_until(lambda: self.process.poll() is not None or self.is_up(), seconds=300)
         assert self.process.poll() is None, self.log
@@ -60,27 +60,27 @@ class Process:
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=60)
 
-    def end(self) -> int:
-        """Wait until it has ended: its exit code. Nothing of it may be left."""
+    def wait(self) -> int:
+        """Wait for the process and return its exit code; no worker or temporary folder may be left."""
         code = self.process.wait(120)
         _, alive = psutil.wait_procs(self.workers, timeout=60)
-        assert not alive and not list(self.folder.glob("salmonn-*")), self.log
+        assert not alive and not list(self.temp_dir.glob("salmonn-*")), self.log
         return code
 
 
 @pytest.fixture
 def run(tmp_path, random_model):
-    """Starts a server with the random model."""
+    """Start servers of the random model."""
     processes = []
 
-    def run_(*flags: object) -> Process:
-        processes.append(Process(tmp_path, "--model", random_model, *flags))
+    def start_server(*flags: object) -> ServerProcess:
+        processes.append(ServerProcess(tmp_path, "--model", random_model, *flags))
         return processes[-1]
 
-    yield run_
-    for one in processes:
-        one.process.kill()
-        one.process.wait()
+    yield start_server
+    for server in processes:
+        server.process.kill()
+        server.process.wait()
 
 
 def stream(client, video, *, tokens):
@@ -90,7 +90,7 @@ def stream(client, video, *, tokens):
 
 
 def test_graceful_shutdown_during_a_stream(run, model, videos, tmp_path):
-    """The stream is finished, new requests are rejected, health is bad, and the exit code is 0."""
+    """The stream is finished, new requests are rejected, /health fails, and the exit code is 0."""
     (tmp_path / "keys").write_text(f"{KEY}\n\nanother key of it\n")
     server = run("--name", "mine", "--api-key-file", tmp_path / "keys")
     client = server.client(KEY)
@@ -105,7 +105,7 @@ def test_graceful_shutdown_during_a_stream(run, model, videos, tmp_path):
     assert caught.value.status_code == 503
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert text == model.caption(videos[0], sampling=Sampling(max_new_tokens=250)).text
-    assert server.end() == 0
+    assert server.wait() == 0
     assert "answered in" in server.log and "Traceback" not in server.log
 
 
@@ -118,29 +118,31 @@ def test_a_second_signal_ends_the_grace_period(run, videos):
     server.process.send_signal(signal.SIGTERM)
     with pytest.raises(openai.APIError, match="the server is shutting down; try again later"):
         list(chunks)
-    assert server.end() == 0 and "shutting_down in" in server.log and "Traceback" not in server.log
+    assert server.wait() == 0 and "shutting_down in" in server.log and "Traceback" not in server.log
 
 
-def refused(call, *flags):
+def usage_error(call, *flags):
     code, _, err = call("serve", "--port", 0, *flags)
     assert code == 2
     return err
 
 
-def test_invalid_flags_are_refused_before_the_model_is_loaded(call, tmp_path):
-    none = ("--model", tmp_path / "none")
-    assert "require a key with --api-key-file FILE" in refused(call, "--host", "0.0.0.0", *none)
+def test_invalid_flags_are_rejected_before_the_model_is_loaded(call, tmp_path):
+    missing_model = ("--model", tmp_path / "none")
+    assert "require a key with --api-key-file FILE" in usage_error(call, "--host", "0.0.0.0", *missing_model)
     (tmp_path / "keys").write_text("short\n")
-    assert "must contain keys of at least 16 characters" in refused(call, "--api-key-file", tmp_path / "keys", *none)
-    assert "--max-seconds must be greater than 0" in refused(call, "--max-seconds", 0, *none)
-    assert "--allowed-dirs" in refused(call, "--allowed-dirs", tmp_path / "nowhere", *none)
-    assert "is not a host" in refused(call, "--allow-hosts", "https://example.org", *none)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert f"cannot listen on 127.0.0.1, port {port}" in refused(call, "--port", port, *none)
+    assert "must contain keys of at least 16 characters" in usage_error(
+        call, "--api-key-file", tmp_path / "keys", *missing_model
+    )
+    assert "--max-seconds must be greater than 0" in usage_error(call, "--max-seconds", 0, *missing_model)
+    assert "--allowed-dirs" in usage_error(call, "--allowed-dirs", tmp_path / "nowhere", *missing_model)
+    assert "is not a host" in usage_error(call, "--allow-hosts", "https://example.org", *missing_model)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1, port {port}" in usage_error(call, "--port", port, *missing_model)
 
 
 def test_a_missing_extra_is_named(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     monkeypatch.delitem(sys.modules, "salmonn.serve.api", raising=False)
-    assert "pip install 'salmonn[serve]'" in refused(call)
+    assert "pip install 'salmonn[serve]'" in usage_error(call)

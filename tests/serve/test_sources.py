@@ -16,16 +16,16 @@ HELLO = base64.b64encode(b"hello").decode()  # aGVsbG8=
 
 
 def test_data_becomes_a_file(tmp_path):
-    size = write_data(f"data:video/mp4;base64,{HELLO}", tmp_path / "it", max_bytes=5)
-    assert (tmp_path / "it").read_bytes() == b"hello" and size == 5
-    large = bytes(range(256)) * 40_000  # more than one block of letters
+    size = write_data(f"data:video/mp4;base64,{HELLO}", tmp_path / "file", max_bytes=5)
+    assert (tmp_path / "file").read_bytes() == b"hello" and size == 5
+    large = bytes(range(256)) * 40_000  # more than one block of characters
     url = "DATA:;Base64," + base64.b64encode(large).decode()
-    assert write_data(url, tmp_path / "it", max_bytes=1 << 30) == 10_240_000
-    assert (tmp_path / "it").read_bytes() == large
+    assert write_data(url, tmp_path / "file", max_bytes=1 << 30) == 10_240_000
+    assert (tmp_path / "file").read_bytes() == large
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("data:video/mp4,hello", "with the file in base64"),
         ("data:video/mp4;base64", "with the file in base64"),
@@ -35,34 +35,34 @@ def test_data_becomes_a_file(tmp_path):
         ("data:;base64,aGVsbG8", "is not valid base64"),
     ],
 )
-def test_invalid_data_urls(tmp_path, url, words):
-    with pytest.raises(SourceError, match=words):
-        write_data(url, tmp_path / "it", max_bytes=100)
+def test_invalid_data_urls(tmp_path, url, message):
+    with pytest.raises(SourceError, match=message):
+        write_data(url, tmp_path / "file", max_bytes=100)
 
 
 def test_data_that_is_too_large(tmp_path):
     """Rejected before anything is written."""
     url = "data:;base64," + base64.b64encode(bytes((1 << 20) + 4)).decode()
     with pytest.raises(TooLargeError, match="larger than the maximum of 1 MiB"):
-        write_data(url, tmp_path / "it", max_bytes=1 << 20)
-    assert not (tmp_path / "it").exists()
+        write_data(url, tmp_path / "file", max_bytes=1 << 20)
+    assert not (tmp_path / "file").exists()
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Two roots with files, beside a file that is nobody's business."""
+    """Two allowed folders, and files outside them."""
     for name in ("root/in.mp4", "root/sub/a b.mp4", "other/o.mp4", "secret.mp4", "root-2/no.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "root/out.mp4").symlink_to(tmp_path / "secret.mp4")
     (tmp_path / "root/up").symlink_to(tmp_path)
     (tmp_path / "root/to_sub.mp4").symlink_to("sub/a b.mp4")
-    (tmp_path / "root/round.mp4").symlink_to("round.mp4")
+    (tmp_path / "root/loop.mp4").symlink_to("loop.mp4")
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("named", "found"),
+    ("path", "expected"),
     [
         ("{}/root/in.mp4", "root/in.mp4"),
         ("in.mp4", "root/in.mp4"),
@@ -76,15 +76,15 @@ def tree(tmp_path):
         ("root/sub/a b.mp4", "root/sub/a b.mp4"),
     ],
 )
-def test_paths_below_an_allowed_folder(tree, named, found, monkeypatch):
+def test_paths_below_an_allowed_folder(tree, path, expected, monkeypatch):
     """Absolute, relative to an allowed folder, or relative to the working directory."""
     monkeypatch.chdir(tree)
-    path = find_local(named.format(tree), (tree / "root", tree / "other"))
-    assert path.read_text() == found and path == (tree / found).resolve()
+    found = find_local(path.format(tree), (tree / "root", tree / "other"))
+    assert found.read_text() == expected and found == (tree / expected).resolve()
 
 
 @pytest.mark.parametrize(
-    "named",
+    "path",
     [
         "{}/secret.mp4",
         "../secret.mp4",
@@ -95,7 +95,7 @@ def test_paths_below_an_allowed_folder(tree, named, found, monkeypatch):
         "file:root/../secret.mp4",
         "out.mp4",
         "up/secret.mp4",
-        "round.mp4",
+        "loop.mp4",
         "{}/root-2/no.mp4",
         "{}/root",
         "",
@@ -106,10 +106,10 @@ def test_paths_below_an_allowed_folder(tree, named, found, monkeypatch):
         "/dev/zero",
     ],
 )
-def test_paths_outside_are_rejected_without_details(tree, named, monkeypatch):
+def test_paths_outside_are_rejected_without_details(tree, path, monkeypatch):
     monkeypatch.chdir(tree)
     with pytest.raises(SourceError, match=r"^no such file below the allowed folders of this server$"):
-        find_local(named.format(tree), (tree / "root", tree / "other"))
+        find_local(path.format(tree), (tree / "root", tree / "other"))
 
 
 def test_an_allowed_folder_may_be_a_link(tree):
@@ -118,7 +118,7 @@ def test_an_allowed_folder_may_be_a_link(tree):
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("in.mp4", "start the server with --allowed-dirs"),
         ("file://server/in.mp4", "--allowed-dirs"),
@@ -127,8 +127,8 @@ def test_an_allowed_folder_may_be_a_link(tree):
         ("https://example.org/in.mp4", "start the server with --allow-hosts"),
     ],
 )
-def test_rejected_urls(tmp_path, url, words):
-    with pytest.raises(SourceError, match=words):
+def test_rejected_urls(tmp_path, url, message):
+    with pytest.raises(SourceError, match=message):
         asyncio.run(resolve_media(url, tmp_path, sources=MediaSources()))
 
 
@@ -158,7 +158,7 @@ with upload_folder(Path(sys.argv[1])) as folder:
 
 
 def test_upload_folders_of_killed_servers_are_removed(tmp_path):
-    """One server was killed, one runs, and a link has such a name."""
+    """One server was killed, one is running, and a link has the name of an upload folder."""
     processes = [
         subprocess.Popen([sys.executable, "-c", SERVER, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
