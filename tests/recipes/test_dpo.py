@@ -51,14 +51,15 @@ def start(request):
     return request.getfixturevalue("random_plus")
 
 
-def test_given_preferences(start, launch, preferences, tmp_path):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "torchrun"])
+def test_given_preferences(start, launch, preferences, tmp_path, fresh):
     flags = {
         "preferences": preferences, "model": start, "out": tmp_path / "dpo",
         "feature_cache.folder": tmp_path / "tokens",
         "lora.rank": 8, "lora.alpha": 16,
         "fit.steps": 8, "fit.batch_size": 4, "fit.learning_rate": 0.003, "fit.gradient_accumulation_steps": 2,
     }  # fmt: skip
-    result = launch("dpo", fresh=start.name == "model", processes=1, **flags)
+    result = launch("dpo", fresh=fresh, processes=1, **flags)
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "dpo" / "steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(8))

@@ -39,11 +39,12 @@ def test_from_nothing(taught):
     assert Captioner.load(out).processor.config.family == "salmonn2"
 
 
-def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "torchrun"])
+def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes, fresh):
     result = launch(
         "sft",
         processes=1,
-        fresh=True,
+        fresh=fresh,
         **sizes | {"heldout_clips": 0},
         **{"out": tmp_path / "tuned", "model": taught / "model", "clips_dir": taught / "clips"},
         **{"tasks": "[human_caption]", "trainable": "[]", "lora.rank": 4, "fit.steps": 2, "fit.batch_size": 4},

@@ -29,6 +29,7 @@ from salmonn.train.dry_run import (
 )
 from salmonn.train.loop import FitConfig
 from salmonn.train.memory import NumberSizes, Stack, TrainedParts
+from tests.launch import forked
 
 LORA = LoraConfig(rank=128, alpha=256)
 # As the cards of Qwen2, Qwen2.5 and Qwen2.5-VL have them: decoder, vision tower with merger.
@@ -225,11 +226,9 @@ def middling(random_plus, tmp_path_factory):
 @pytest.mark.parametrize("work", ["training", "training checkpointed", "captioning"])
 def test_memory_of_a_real_process(random_plus, middling, work, capsys):
     """One step of guided DPO and one caption: the estimate is within 30 % of what the process grows by."""
-    script = Path(__file__).with_name("measure.py")
-    line = [sys.executable, str(script), str(random_plus), str(middling), *work.split()]
-    # Freed memory goes back at once, or else the peak would count it.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = subprocess.run(line, capture_output=True, text=True, timeout=300, env=env, check=False)
+    line = [sys.executable, Path(__file__).with_name("measure.py"), random_plus, middling, *work.split()]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(forked(*line), capture_output=True, text=True, timeout=300, env=env, check=False)
     assert result.returncode == 0, result.stderr
     estimated, measured = map(int, result.stdout.split())
     with capsys.disabled():

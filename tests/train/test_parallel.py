@@ -55,19 +55,21 @@ def alone(random_model, clips, shared):
 
 @pytest.fixture(scope="module")
 def train_split(random_model, clips, shared):
-    """Train by two processes of a real torchrun, once for each strategy; return the folder."""
+    """Train by two processes, once for each strategy, in forks or by a real torchrun; return the folder."""
 
-    def once(strategy):
+    def once(strategy, *, fresh=False):
         return shared(
-            f"strategy_{strategy}", lambda out: train(strategy, random_model, clips.root, out, processes=2, fresh=True)
+            f"strategy_{strategy}{'_fresh' * fresh}",
+            lambda out: train(strategy, random_model, clips.root, out, processes=2, fresh=fresh),
         )
 
     return once
 
 
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=SLOW)], ids=["forked", "torchrun"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_train_as_one_does(strategy, train_split, alone, random_model):
-    folder = train_split(strategy)
+def test_two_processes_train_as_one_does(strategy, fresh, train_split, alone, random_model):
+    folder = train_split(strategy, fresh=fresh)
     # The same losses and figures, ten steps of the same pairs.
     mine, theirs = steps_of(folder), steps_of(alone)
     assert len(mine) == len(theirs) == 10 and theirs[-1]["loss"] < theirs[0]["loss"] - 0.3
@@ -158,7 +160,7 @@ def test_in_16_bits(strategy, ddp_in_16_bits, random_model, clips, tmp_path):
     """
     train(strategy, random_model, clips.root, tmp_path, processes=2, precision="bfloat16")
     one, two, mine = ([step["loss"] for step in steps_of(folder)] for folder in (*ddp_in_16_bits, tmp_path))
-    assert len(mine) == 10 and mine[-1] < mine[0] - 0.3
+    assert len(mine) == 5 and mine[-1] < mine[0] - 0.3
     for loss, *ends in zip(mine, one, two, strict=True):
         assert min(ends) - 2 * 2**-7 < loss < max(ends) + 2 * 2**-7, (mine, one, two)
     for folder in (*ddp_in_16_bits, tmp_path):
