@@ -26,7 +26,7 @@ from salmonn.records import Caption, Reference, read_records, write_json, write_
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.render import SynthConfig, make_clips
 from tests.launch import forked
-from tests.score.fake_llm_server import honest
+from tests.score.fake_llm_server import rule_judge_script
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -104,7 +104,7 @@ def stage(known, random_plus, serve, tmp_path):
         write_json(tmp_path / name / "summary.json", asdict(Rates(0.5, 0.25, 0.75, 0.125, clips=3)))
     for video in sorted((known / "videos").glob("*.mp4"))[:2]:
         shutil.copy(video, tmp_path / "home" / "Videos")
-    judge = serve(honest)
+    judge = serve(rule_judge_script)
     programs = {name: SHIM for name in FOREIGN} | {"torchrun": TORCHRUN}
     programs |= {name: FORKED.format(shlex.join(forked(BIN / name))) for name in ("python", "salmonn")}
     for name, text in programs.items():

@@ -16,7 +16,7 @@ from salmonn.records import Caption, Event, Reference, read_json, read_records, 
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.judge import RULES_VERSION
 from salmonn.synthetic.render import SynthConfig, sample_clip
-from tests.score.fake_llm_server import Answer, honest
+from tests.score.fake_llm_server import Answer, rule_judge_script
 
 SALMONN = Path(sys.executable).with_name("salmonn")
 
@@ -134,7 +134,7 @@ def test_killed_halfway_it_sends_no_request_twice_and_ends_with_the_same_scores(
     def script(request, number):
         if number >= 60:  # 8 requests are in flight when it is killed
             killed.wait(timeout=300)
-        return honest(request, number)
+        return rule_judge_script(request, number)
 
     server = serve(script)
     command = [SALMONN, *openai_args(hasty, server)]
@@ -175,7 +175,7 @@ def few(folder: Path, count: int) -> None:
 
 def test_a_spend_cap_stops_and_the_same_command_resumes(call, hasty, serve):
     few(hasty, 10)
-    server = serve(honest)
+    server = serve(rule_judge_script)
     args = openai_args(hasty, server)
     code, _, err = call(*args, "--max-requests", 6)
     assert code == 2 and "the cap of 6 requests is reached" in err and len(server.requests) == 6
@@ -190,7 +190,7 @@ def test_unscored_captions_are_listed_and_counted(call, hasty, serve):
 
     def script(request, number):
         is_first = json.loads(request["messages"][1]["content"])["description"] == captions[0].text
-        return Answer("I cannot judge this.") if is_first else honest(request, number)
+        return Answer("I cannot judge this.") if is_first else rule_judge_script(request, number)
 
     code, out, err = call(*openai_args(hasty, serve(script)), "--report", hasty / "r.html")
     assert code == 1
@@ -207,7 +207,7 @@ def test_passes_show_their_spread(call, hasty, serve):
     few(hasty, 30)
 
     def script(request, number):
-        reply = json.loads(honest(request, number).text)
+        reply = json.loads(rule_judge_script(request, number).text)
         drop = {2024: 1, 2124: 3, 2224: 2}[request["seed"]]
         words = json.loads(request["messages"][1]["content"])["description"].split()
         for place, entry in enumerate([entry for entry in reply["events"] if entry["class"] == "missed"][:drop]):

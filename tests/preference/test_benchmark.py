@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 EVENTS = tuple(Event(f"event {number}") for number in range(4))
 
 
-class Scripted:
+class ScriptedJudge:
     """A judge that reads a caption's errors and repeated words from its first two words; "?" is unscored."""
 
     name = "scripted"
@@ -62,7 +62,7 @@ def pair(first: str, second: str, better: str = "first", **fields) -> LabelledPa
 
 
 def decide(*pairs: LabelledPair) -> module.BenchmarkResult:
-    return run_benchmark(pairs, Scripted())
+    return run_benchmark(pairs, ScriptedJudge())
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_accuracy_and_its_interval():
     assert decide(*[pair("1 0", "0 0")] * 4).total.interval == pytest.approx((0, 0.489891), abs=1e-6)
 
 
-def test_the_gap_is_counted_in_events_for_the_labelled_better():
+def test_the_gap_is_the_difference_in_errors():
     pairs = [
-        pair("0 0", "3 0", gap=2),  # 3 where 2 is right: 1 off
-        pair("1 0", "0 0", gap=1),  # -1 where 1 is right: 2 off
-        pair("2 0", "0 0", "second", gap=2),  # 2, as it should
+        pair("0 0", "3 0", gap=2),  # 3 instead of 2: an error of 1
+        pair("1 0", "0 0", gap=1),  # -1 instead of 1: an error of 2
+        pair("2 0", "0 0", "second", gap=2),  # 2, which is correct
         pair("0 1", "3 0"),  # without a labelled gap it does not count
         pair("? 0", "0 0", gap=2),  # not scored: does not count either
     ]
@@ -113,17 +113,17 @@ def test_the_gap_is_counted_in_events_for_the_labelled_better():
 
 
 def test_unscored_pairs_are_counted_and_reported():
-    judge, done = Scripted(), []
+    judge, done = ScriptedJudge(), []
     pairs = [pair("0 0", "1 0"), pair("0 0", "?"), pair("0 0", "1 0", events=()), pair("0 0", "1 0")]
     result = run_benchmark(pairs, judge, seed=5, progress=done.append)
     assert result.unscored == (Unscored("pair 3", "pair 3 has no events"), Unscored("pair 2", "no answer", 1))
     total = result.total
     assert (total.right, total.unscored, total.accuracy, total.scored_accuracy) == (2, 2, 0.5, 1.0)
-    # one call for all captions except the two of the refused pair; progress of all eight
+    # one call for all captions except the two of the rejected pair; progress of all eight
     assert judge.calls == [(6, 5)] and sum(done) == 8
 
 
-def test_a_judge_that_can_judge_nothing():
+def test_only_unscored_pairs():
     result = decide(pair("0 0", "1 0", events=()))
     assert result.total.scored_accuracy is None and result.total.accuracy == 0
     assert result.position_bias is None and result.length["longer"].interval is None
@@ -136,25 +136,25 @@ def test_biases_compare_within_a_kind():
     kind_a = [pair(*good), pair(*good), pair(*reversed(good), "second"), pair(*reversed(bad), "second")]
     kind_b = [pair(*bad, kind="b"), *[pair(*reversed(good), "second", kind="b")] * 3]
     # neither kinds with only one side nor unscored pairs count
-    beside = [pair(*good, kind="c"), pair("?", "0 0", "second"), pair(*good, "tie")]
-    result = decide(*kind_a, *kind_b, *beside)
+    ignored = [pair(*good, kind="c"), pair("?", "0 0", "second"), pair(*good, "tie")]
+    result = decide(*kind_a, *kind_b, *ignored)
     assert [(tally.pairs, tally.right) for tally in result.position.values()] == [(4, 3), (6, 4)]
     # a: 2 of 2 against 1 of 2, difference 0.5, weight 2 * 2 / 4 = 1; b: 0 of 1 against 3 of 3, -1, 1 * 3 / 4 = 0.75
     # together (0.5 - 0.75) / 1.75; variance: of a alone 1 * 0.5 * 0.5 / 2 = 0.125, of b none
-    reach = 1.959964 * 0.125**0.5 / 1.75
+    half_width = 1.959964 * 0.125**0.5 / 1.75
     assert result.position_bias.difference == pytest.approx(-1 / 7)
-    assert result.position_bias.interval == pytest.approx((-1 / 7 - reach, -1 / 7 + reach))
+    assert result.position_bias.interval == pytest.approx((-1 / 7 - half_width, -1 / 7 + half_width))
     assert benchmark_notes(result)[0].endswith("-14.3 (-53.9 to +25.3)")
 
 
 def test_length():
     pairs = [
         pair("0 0 a", "1 0"),  # the better is longer
-        pair("1 0 a", "0 0"),  # the better is longer, the shorter wins
-        pair("1 0", "0 0 a"),  # the better is shorter, the longer wins
+        pair("1 0 a", "0 0"),  # the better is longer, the shorter is preferred
+        pair("1 0", "0 0 a"),  # the better is shorter, the longer is preferred
         pair("1 0", "0 0 a b", kind="padding"),  # the same
-        pair("1 0", "1 0 a"),  # a tie is wrong, yet for neither
-        pair("1 0", "0 0"),  # as long
+        pair("1 0", "1 0 a"),  # a tie is wrong, without a preference
+        pair("1 0", "0 0"),  # equal lengths
         pair("1 0 a", "0 0", "tie"),  # neither is better
     ]
     result = decide(*pairs)
@@ -177,7 +177,7 @@ def test_groups():
     assert value["total"]["interval"] == pytest.approx(result.total.interval) and value["judge"] == "scripted"
 
 
-def test_prints_every_row(monkeypatch):
+def test_every_row_is_printed(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr("salmonn.cli.judge_benchmark.Console", lambda **options: Console(file=out, **options))
     result = decide(pair("0 0", "1 0", kind="order", gap=1), pair("1 0 a", "0 0", kind="colour", gap=1))
@@ -188,7 +188,7 @@ def test_prints_every_row(monkeypatch):
     assert all(note in out.getvalue() for note in benchmark_notes(result))
 
 
-def test_reads_pairs(tmp_path):
+def test_pairs_are_read(tmp_path):
     path = tmp_path / "pairs.jsonl"
     pairs = [pair("a", "b", gap=1, where="end", seed=1, index=2), pair("a", "b", "tie")]
     write_records(path, pairs)
@@ -201,7 +201,7 @@ def test_reads_pairs(tmp_path):
         read_labelled_pairs(path)
 
 
-def test_the_documented_figures_are_those_of_the_rule_judge():
+def test_the_documented_figures():
     page = (ROOT / "docs" / "judge_benchmark.md").read_text(encoding="utf-8")
     result = run_benchmark(read_labelled_pairs(ROOT / "data" / "judge_pairs.jsonl"), RuleJudge())
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]

@@ -9,7 +9,7 @@ from salmonn.preference.losses import LossConfig, RoleLogps, guided_dpo_loss, ma
 
 
 def by_role(chosen, rejected, ground_truth, *, reference=(-12.0, -17.0)):
-    """Log-probabilities of a batch by role; ground truths have 4 tokens, whose number the other roles do not use."""
+    """Log-probabilities of a batch by role; all roles have 4 tokens, which only the ground truth uses."""
     count = torch.full((len(chosen),), 4)
     return {
         "chosen": RoleLogps(chosen, count, torch.full((len(chosen),), reference[0])),
@@ -36,7 +36,7 @@ def test_by_hand():
     assert result.loss.item() == pytest.approx(0.6740770)
 
 
-def test_the_wrong_one_preferred_by_hand():
+def test_a_wrong_preference_by_hand():
     # beta 0.5: chosen 0.5 * -2 = -1, rejected 0.5 * 2 = 1, margin -2: log(1 + e^2) = log 8.3890561 = 2.1269280
     assert loss(-14.0, -15.0, beta=0.5, ce_weight=0.0).loss.item() == pytest.approx(2.1269280)
 

@@ -38,7 +38,7 @@ def store(tmp_path):
 @pytest.fixture
 def media(tmp_path):
     path = tmp_path / "a visitor's [1].MP4"
-    path.write_bytes(b"pictures")
+    path.write_bytes(b"frames")
     return VoteMedia(path, MediaInfo(12.5), may_keep=True)
 
 
@@ -51,14 +51,14 @@ def read_pairs(store):
 
 def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, media, load_recipe, tmp_path):
     saved = store.add(VOTE, media)
-    # The first 24 digits of sha256("pictures"), and the suffix in lower case.
-    assert saved.pair == "752f502ee3ac574467c34d28.mp4"
+    # The first 24 digits of sha256("frames"), and the suffix in lower case.
+    assert saved.pair == "594cfd2607d4f09e1ce62412.mp4"
     assert (saved.ground_truth, saved.unused_reason) == ("chosen", "")
     assert store.read() == [saved]
     (pair,) = read_pairs(store)
     video = f"videos/{saved.pair}"
     assert pair == Comparison(video, "Tell it.", RIGHT.text, LEFT.text, ground_truth=RIGHT.text, source="vote")
-    assert (store.folder / "videos" / saved.pair).read_bytes() == b"pictures"
+    assert (store.folder / "videos" / saved.pair).read_bytes() == b"frames"
     dpo = load_recipe("dpo")
     config = dpo.OfflineDpoConfig(preferences=store.folder / "pairs.jsonl", model="none", out=tmp_path / "out")
     ((comparison, clip),) = dpo.load_comparisons(config)
@@ -77,7 +77,7 @@ def test_a_vote_becomes_a_pair_that_a_recipe_reads(store, media, load_recipe, tm
         ({"end_seconds": 3.5}, MediaInfo(9.0), {"start_seconds": None, "end_seconds": 3.5}),
     ],
 )
-def test_a_pair_asks_for_what_is_there(store, media, changes, info, expected):
+def test_modality_and_span_of_a_pair(store, media, changes, info, expected):
     store.add(replace(VOTE, **changes), replace(media, info=info))
     (pair,) = read_pairs(store)
     assert {name: getattr(pair, name) for name in expected} == expected
@@ -92,7 +92,7 @@ def test_a_pair_asks_for_what_is_there(store, media, changes, info, expected):
         ({}, " ", ("chosen", RIGHT.text)),
     ],
 )
-def test_whose_words_are_the_truth(store, media, changes, reference, expected):
+def test_the_source_of_the_ground_truth(store, media, changes, reference, expected):
     saved = store.add(replace(VOTE, **changes), replace(media, reference=reference))
     (pair,) = read_pairs(store)
     assert (saved.ground_truth, pair.ground_truth) == expected
@@ -109,7 +109,7 @@ def test_whose_words_are_the_truth(store, media, changes, reference, expected):
         ({"first": replace(LEFT, text="A cat  sleeps.")}, True, "both captions are equal"),
     ],
 )
-def test_votes_that_are_not_trained_on(store, media, changes, may_keep, reason):
+def test_unused_votes(store, media, changes, may_keep, reason):
     media = replace(media, may_keep=may_keep)
     vote = replace(VOTE, **changes)
     assert find_unused_reason(vote, media) == reason
@@ -129,8 +129,8 @@ def test_the_log(store, media):
     store.log_copy(video="holiday.mp4", model="one", text="A dog barks.")
     store.add(replace(VOTE, edit="A dog yawns."), media)
     store.add(replace(VOTE, choice="tie"), media)
-    told = [(entry.action, entry.video, entry.model, entry.text) for entry in store.read_log()]
-    assert told == [
+    entries = [(entry.action, entry.video, entry.model, entry.text) for entry in store.read_log()]
+    assert entries == [
         ("copy", "holiday.mp4", "one", "A dog barks."),
         ("vote", "holiday.mp4", "two", "second"),
         ("edit", "holiday.mp4", "", "A dog yawns."),
@@ -138,39 +138,39 @@ def test_the_log(store, media):
     ]
 
 
-def test_a_torn_line_is_cut_off_and_the_rest_goes_on(store, media, caplog):
+def test_a_partial_line_is_removed(store, media, caplog):
     first = store.add(VOTE, media)
     with (store.folder / "votes.jsonl").open("a") as file:
         file.write('{"date": "2026-11')
-    again = VoteStore(store.folder)
+    reopened = VoteStore(store.folder)
     assert "votes.jsonl ends with a partial line" in caplog.text
-    second = again.add(replace(VOTE, choice="first"), media)
-    assert again.read() == [first, second]
+    second = reopened.add(replace(VOTE, choice="first"), media)
+    assert reopened.read() == [first, second]
 
 
 @pytest.mark.parametrize("name", ["votes.jsonl", "pairs.jsonl", "log.jsonl"])
-def test_a_full_disk_keeps_all_of_a_vote_or_nothing(store, media, name):
-    """No file may grow longer than `name` is already and half a line: the others are made to be shorter."""
+def test_a_vote_is_written_completely_or_not_at_all(store, media, name):
+    """The file-size limit is the size of `name` plus half a line; the other files are shorter."""
     first = store.add(VOTE, media)
     before = {path.name: path.read_text() for path in store.folder.glob("*.jsonl")}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    lengthy = store.folder / name
-    blank = " " * 10_000 + "\n"
-    lengthy.write_text(before[name] + blank)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (lengthy.stat().st_size + 20, limits[1]))
+    full = store.folder / name
+    padding = " " * 10_000 + "\n"
+    full.write_text(before[name] + padding)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full.stat().st_size + 20, limits[1]))
     try:
         with pytest.raises(OSError):
             store.add(VOTE, media)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert lengthy.read_text() == before[name] + blank
-    lengthy.write_text(before[name])
+    assert full.read_text() == before[name] + padding
+    full.write_text(before[name])
     assert {path.name: path.read_text() for path in store.folder.glob("*.jsonl")} == before
     second = store.add(replace(VOTE, choice="first"), media)
     assert store.read() == [first, second] and len(read_pairs(store)) == 2
 
 
-def test_a_first_vote_that_is_not_written_leaves_nothing(store, media, monkeypatch):
+def test_a_first_vote_that_cannot_be_written_leaves_no_records(store, media, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -181,15 +181,15 @@ def test_a_first_vote_that_is_not_written_leaves_nothing(store, media, monkeypat
     assert store.read() == [] and store.read_log() == []
 
 
-def test_a_vote_counts_though_the_video_is_gone(store, media):
+def test_a_vote_on_a_deleted_video_counts(store, media):
     media.path.unlink()
     saved = store.add(VOTE, media)
     assert (saved.unused_reason, saved.pair) == ("the video has been deleted", "")
     assert store.read() == [saved] and not (store.folder / "pairs.jsonl").exists()
 
 
-def test_two_pages_write_one_after_the_other(store, media):
-    """A lock of another process, as a second page holds it while it writes."""
+def test_two_servers_write_one_after_the_other(store, media):
+    """Another process has the lock, like a second server that is writing."""
     folder = os.open(store.folder, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     voter = threading.Thread(target=store.add, args=[VOTE, media])
@@ -201,7 +201,7 @@ def test_two_pages_write_one_after_the_other(store, media):
     assert len(store.read()) == 1
 
 
-def test_votes_of_many_at_once_are_whole(store, media):
+def test_concurrent_votes_are_complete(store, media):
     voters = [threading.Thread(target=store.add, args=[VOTE, media]) for _ in range(16)]
     for voter in voters:
         voter.start()
@@ -211,7 +211,7 @@ def test_votes_of_many_at_once_are_whole(store, media):
     assert len(list((store.folder / "videos").iterdir())) == 1  # the same bytes
 
 
-def test_names_of_kept_videos_are_ours(tmp_path):
+def test_kept_videos_are_renamed(tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()
     names = set()
@@ -219,7 +219,7 @@ def test_names_of_kept_videos_are_ours(tmp_path):
         (tmp_path / name).write_bytes(b"same")
         names.add(keep_video(tmp_path / name, folder))
     stems = {name.split(".")[0] for name in names}
-    assert len(stems) == 1 and all(letter in "0123456789abcdef" for letter in stems.pop())
+    assert len(stems) == 1 and all(char in "0123456789abcdef" for char in stems.pop())
     assert {name.split(".")[1] for name in names} == {"mp4", "webm"}
 
 
@@ -229,11 +229,11 @@ def test_records_are_plain_json(store, media):
     assert json.loads(line)["first"]["model"] == "one"
 
 
-SAMPLED = replace(LEFT, model="one", temperature=0.8)
+ONE_SAMPLED = replace(LEFT, model="one", temperature=0.8)
 
 
 @pytest.mark.parametrize(
-    ("count", "of", "low", "high"),
+    ("count", "total", "low", "high"),
     [
         # z = 1.96: z^2 / n = 0.38415; (0.8 + 0.19207 -+ 1.96 * sqrt(0.16 / 10 + 0.0096036)) / 1.38415.
         (8, 10, 0.4902, 0.9433),
@@ -243,8 +243,8 @@ SAMPLED = replace(LEFT, model="one", temperature=0.8)
         (0, 0, 0.0, 1.0),
     ],
 )
-def test_wilson_interval(count, of, low, high):
-    interval = Proportion(count, of).interval
+def test_wilson_interval(count, total, low, high):
+    interval = Proportion(count, total).interval
     assert interval.low == pytest.approx(low, abs=5e-5) and interval.high == pytest.approx(high, abs=5e-5)
 
 
@@ -257,7 +257,9 @@ def test_summary_of_votes():
         replace(VOTE, choice="tie"),
         replace(VOTE, choice="both bad"),
         replace(VOTE, choice="first", first=replace(LEFT, total=0.75)),  # one wins, of equal Totals
-        replace(VOTE, choice="first", first=SAMPLED, second=replace(SAMPLED, total=None)),  # two samples of one model
+        replace(
+            VOTE, choice="first", first=ONE_SAMPLED, second=replace(ONE_SAMPLED, total=None)
+        ),  # two samples of one model
     ]
     log = [LogEntry("", action, "v", "", "") for action in ("vote", "edit", "copy", "copy")]
     summary = summarize_votes(votes, log)

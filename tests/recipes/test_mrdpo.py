@@ -17,7 +17,7 @@ from salmonn.records import Caption, Comparison, read_records
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
 from tests.launch import forked
-from tests.score.fake_llm_server import honest
+from tests.score.fake_llm_server import rule_judge_script
 
 ROUND = {
     "rounds": 1, "sampling.num_samples": 4, "sampling.temperature": 0.9, "sampling.max_new_tokens": 30,
@@ -302,7 +302,7 @@ def test_mistakes_end_with_words(launch, flags, tmp_path, changed, words):
 
 def test_a_language_model_judges_and_its_cap_may_be_raised(serve, launch, flags, tmp_path):
     """Two processes share a scripted judge: stopped by its cap, the run goes on and asks nothing twice."""
-    server = serve(honest)
+    server = serve(rule_judge_script)
     judge = {
         "judge.kind": "openai", "judge.model": "m", "judge.base_url": server.url, "judge.cache": tmp_path / "c.sqlite",
     }  # fmt: skip

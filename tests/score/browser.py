@@ -30,12 +30,12 @@ def start_browser() -> Iterator[Browser]:
         browser.close()
 
 
-class Watched:
+class MonitoredPage:
     """A page opened from its file, with a log of its requests and errors.
 
     Args:
         page: the page.
-        requested: all addresses that it requested; those that are neither files nor embedded were refused.
+        requested: URLs of all its requests; all but files and embedded data were blocked.
         errors: messages of the browser's console.
     """
 

@@ -23,7 +23,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     drip_seconds: float = 0.0  # between two bytes
-    is_broken_off: bool = False  # the connection is closed in the middle of the body
+    is_truncated: bool = False  # the connection is closed in the middle of the body
     finish_reason: str = "stop"
     usage: Any = field(default_factory=lambda: {"total_tokens": 10})
 
@@ -42,16 +42,16 @@ Script = Callable[[dict[str, Any], int], Answer]  # (request, number of requests
 
 
 class FakeLLMServer:
-    """A server on a free port; `requests` are the received bodies, `most_at_once` the most concurrent requests."""
+    """A server on a free port; `requests` are the received bodies, `max_concurrent` the most concurrent requests."""
 
     def __init__(self, script: Script) -> None:
         self.requests: list[dict[str, Any]] = []
-        self.most_at_once = 0
-        self._at_once = 0
+        self.max_concurrent = 0
+        self._concurrent = 0
         self._lock = threading.Lock()
         scripted = self
 
-        def play(request: dict[str, Any], number: int) -> Answer:
+        def run_script(request: dict[str, Any], number: int) -> Answer:
             try:
                 return script(request, number)
             # Status 400, so that the client does not retry: the test ends with the reason.
@@ -64,15 +64,15 @@ class FakeLLMServer:
                 with scripted._lock:
                     number = len(scripted.requests)
                     scripted.requests.append(request)
-                    scripted._at_once += 1
-                    scripted.most_at_once = max(scripted.most_at_once, scripted._at_once)
+                    scripted._concurrent += 1
+                    scripted.max_concurrent = max(scripted.max_concurrent, scripted._concurrent)
                 try:
-                    self._send(play(request, number))
+                    self._send(run_script(request, number))
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # the client closed the connection
                 finally:
                     with scripted._lock:
-                        scripted._at_once -= 1
+                        scripted._concurrent -= 1
 
             def _send(self, answer: Answer) -> None:
                 time.sleep(answer.delay_seconds)
@@ -86,7 +86,7 @@ class FakeLLMServer:
                     self.wfile.write(bytes([byte]))
                     time.sleep(answer.drip_seconds)
                 if not answer.drip_seconds:
-                    self.wfile.write(body[: len(body) // 2] if answer.is_broken_off else body)
+                    self.wfile.write(body[: len(body) // 2] if answer.is_truncated else body)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -103,24 +103,24 @@ class FakeLLMServer:
         self._server.server_close()
 
 
-def asked_about(request: dict[str, Any]) -> tuple[tuple[Event, ...], str]:
+def request_contents(request: dict[str, Any]) -> tuple[tuple[Event, ...], str]:
     """Return events and caption of a judge's request."""
     data = json.loads(request["messages"][1]["content"])
     events = tuple(Event(item["event"], item["kind"], *item.get("seconds", ())) for item in data["events"])
     return events, data["description"]
 
 
-def honest_reply(request: dict[str, Any]) -> dict[str, Any]:
+def rule_judge_reply(request: dict[str, Any]) -> dict[str, Any]:
     """Return the rule judge's judgement in the requested format."""
-    events, text = asked_about(request)
+    events, text = request_contents(request)
     score = RuleJudge().judge_one(ScoringTask(Reference("v", events), Caption("v", text)))
-    told = list(score.mentions)
+    mentions = list(score.mentions)
     entries = []
     for number, event in enumerate(events, start=1):
-        here = next((one for one in told if one.event == event), None)
-        if here is not None:
-            told.remove(here)
-        entries.append({"number": number, "class": _class_of(here), "quote": here.quote if here else ""})
+        mention = next((mention for mention in mentions if mention.event == event), None)
+        if mention is not None:
+            mentions.remove(mention)
+        entries.append({"number": number, "class": _class_of(mention), "quote": mention.quote if mention else ""})
     counts = {"correct": len(score.mentions) - score.incorrect, "incorrect": score.incorrect, "missed": score.missing}
     return {
         "events": entries,
@@ -129,12 +129,12 @@ def honest_reply(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _class_of(told: Mention | None) -> str:
-    if told is None:
+def _class_of(mention: Mention | None) -> str:
+    if mention is None:
         return "missed"
-    return "correct" if told.is_correct else "incorrect"
+    return "correct" if mention.is_correct else "incorrect"
 
 
-def honest(request: dict[str, Any], number: int) -> Answer:
+def rule_judge_script(request: dict[str, Any], number: int) -> Answer:
     """Script that always judges like the rule judge."""
-    return Answer(json.dumps(honest_reply(request)))
+    return Answer(json.dumps(rule_judge_reply(request)))

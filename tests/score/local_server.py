@@ -1,6 +1,6 @@
 """A real language model server on this machine: `transformers serve` with a tiny chat model of random weights.
 
-To try it by hand: make_chat_model(folder), then `transformers serve FOLDER --device cpu`.
+To try it manually: make_chat_model(folder), then `transformers serve FOLDER --device cpu`.
 """
 
 import http.client
@@ -19,8 +19,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salmonn.caption.prompt import train_tokenizer
 
-# Importing transformers takes most of it: 7 s with two free cores.
-_LONGEST_START_SECONDS = 300.0
+# Mostly for importing transformers, which takes 7 s with two free cores.
+_START_TIMEOUT_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class LocalServer:
     """A running server.
 
     Args:
-        base_url: its address, as clients of OpenAI's interface take it.
-        model: folder of the model, by which it is also named in requests.
+        base_url: address for OpenAI clients.
+        model: folder of the model, and its name in requests.
         log_path: file of the server's output.
     """
 
@@ -72,17 +72,17 @@ def make_chat_model(folder: Path) -> None:
 
 @contextmanager
 def serve_locally(model: Path, *, log_path: Path) -> Iterator[LocalServer]:
-    """Start the server on a free port, offline, on the CPU; it is stopped at the end.
+    """Start the server on a free port, offline, on the CPU, and stop it at the end.
 
     Raises:
-        RuntimeError: it ends or does not respond; with its output.
+        RuntimeError: the server ends or does not respond; the message has its output.
     """
     port = _free_port()
-    line = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
-    line += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with log_path.open("w") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=log, env=os.environ | settings)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | env)
     try:
         _wait_until_healthy(process, port=port, log_path=log_path)
         yield LocalServer(f"http://127.0.0.1:{port}/v1", str(model), log_path)
@@ -97,9 +97,9 @@ def _free_port() -> int:
 
 
 def _wait_until_healthy(process: subprocess.Popen, *, port: int, log_path: Path) -> None:
-    until = time.monotonic() + _LONGEST_START_SECONDS
+    deadline = time.monotonic() + _START_TIMEOUT_SECONDS
     while not _is_healthy(port):
-        if process.poll() is not None or time.monotonic() > until:
+        if process.poll() is not None or time.monotonic() > deadline:
             state = "did not answer in time" if process.poll() is None else f"ended with {process.returncode}"
             raise RuntimeError(f"transformers serve {state}:\n{log_path.read_text()}")
         time.sleep(0.2)

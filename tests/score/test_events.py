@@ -46,7 +46,7 @@ def test_parses_events():
 
 
 @pytest.mark.parametrize(
-    ("entries", "words"),
+    ("entries", "message"),
     [
         ([], "no list of"),
         (["a dog runs"], "event 1 has no text"),
@@ -63,8 +63,8 @@ def test_parses_events():
         ([DOG, BARK, DOG], "occurs twice"),
     ],
 )
-def test_reports_errors_of_a_reply(entries, words):
-    with pytest.raises(InvalidReplyError, match=words):
+def test_reports_errors_of_a_reply(entries, message):
+    with pytest.raises(InvalidReplyError, match=message):
         parse_events(reply(*entries), REFERENCE)
 
 
@@ -101,10 +101,10 @@ def test_rules_find_the_events_of_synthetic_captions():
     for index in range(200):
         rng = random.Random(index)
         scene = sample_scene(rng, config=SynthConfig())
-        known = write_reference(scene, rng, video="v", index=index)
-        (found,), _ = list_events([Reference("v", caption=known.caption)], client=None, rules=split_caption)
-        assert [(event.text, event.modality) for event in found.events] == [
-            (event.text, event.modality) for event in known.events
+        expected = write_reference(scene, rng, video="v", index=index)
+        (parsed,), _ = list_events([Reference("v", caption=expected.caption)], client=None, rules=split_caption)
+        assert [(event.text, event.modality) for event in parsed.events] == [
+            (event.text, event.modality) for event in expected.events
         ]
 
 

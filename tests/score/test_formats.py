@@ -8,7 +8,7 @@ from salmonn.records import Caption, Event, JudgeInfo, Mention, Reference, Score
 from salmonn.score.formats import match_video_names, read_captions, read_references, read_scores, write_scores
 
 DATE = "2026-11-22T10:00:00+00:00"
-JUDGING = JudgeInfo("m at OpenAI", "0123456789ab", "published", DATE, "0.1.0", (1, 2), (0.5, 0.4), 1)
+JUDGE_INFO = JudgeInfo("m at OpenAI", "0123456789ab", "published", DATE, "0.1.0", (1, 2), (0.5, 0.4), 1)
 RESULTS = [
     Score(
         "a", 3, 1, 1, 1, missed=("x\u2028y\x85z",), mentions=(Mention(Event("e", "speech", 1.0), "q", False),), sample=2
@@ -20,13 +20,13 @@ RESULTS = [
 
 def test_round_trip(tmp_path):
     path = tmp_path / "scores.jsonl"
-    write_scores(path, JUDGING, RESULTS)
+    write_scores(path, JUDGE_INFO, RESULTS)
     read = read_scores(path)
-    assert (read.judge_info, read.scores, read.unscored) == (JUDGING, [RESULTS[0], RESULTS[2]], [RESULTS[1]])
+    assert (read.judge_info, read.scores, read.unscored) == (JUDGE_INFO, [RESULTS[0], RESULTS[2]], [RESULTS[1]])
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("", "line 1"),
         ('{"video": "a"}\n', "line 1: a score file starts with"),
@@ -36,16 +36,16 @@ def test_round_trip(tmp_path):
             "line 1: score file of format 9, .* score the captions again",
         ),
         ('{"format": 1, "judge_info": {"judge": "rule"}}\n', "line 1: JudgeInfo.prompt_hash is missing"),
-        ("JUDGING\n[]\n", "line 2: Score must be a JSON object"),
-        ("JUDGING\n5\n", "line 2: Score must be a JSON object"),
-        ('JUDGING\n{"video": "a", "num_events": "3"}\n', "line 2: Score"),
+        ("JUDGE_INFO\n[]\n", "line 2: Score must be a JSON object"),
+        ("JUDGE_INFO\n5\n", "line 2: Score must be a JSON object"),
+        ('JUDGE_INFO\n{"video": "a", "num_events": "3"}\n', "line 2: Score"),
     ],
 )
-def test_rejects_other_files_as_score_file(tmp_path, text, words):
+def test_rejects_other_files_as_score_file(tmp_path, text, message):
     path = tmp_path / "scores.jsonl"
-    write_scores(path, JUDGING, [])
-    path.write_text(text.replace("JUDGING", path.read_text().strip()))
-    with pytest.raises(ValueError, match=words):
+    write_scores(path, JUDGE_INFO, [])
+    path.write_text(text.replace("JUDGE_INFO", path.read_text().strip()))
+    with pytest.raises(ValueError, match=message):
         read_scores(path)
     with pytest.raises(FileNotFoundError, match="salmonn score --out"):
         read_scores(tmp_path / "none")
@@ -61,7 +61,7 @@ def test_references_of_both_formats(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("{}", "JSON list of objects"),
         ('["a"]', "item 1: expected a JSON object, got str"),
@@ -71,9 +71,9 @@ def test_references_of_both_formats(tmp_path):
         ('[{"video": "a", "events": []}, {"video": "a", "events": []}]', "two references of a"),
     ],
 )
-def test_rejects_invalid_references(tmp_path, text, words):
+def test_rejects_invalid_references(tmp_path, text, message):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         read_references(tmp_path / "r.json")
     with pytest.raises(FileNotFoundError):
         read_references(tmp_path / "none.json")
@@ -100,5 +100,5 @@ def test_matches_video_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     references = {"clips/a.mp4": Reference("clips/a.mp4")}
     captions = [Caption("clips/a.mp4", "1"), Caption("data/clips/a.mp4", "2"), Caption("b.mp4", "3")]
-    named = match_video_names(captions, references, tmp_path / "data" / "refs.jsonl")
-    assert [caption.video for caption in named] == ["clips/a.mp4", "clips/a.mp4", "b.mp4"]
+    matched = match_video_names(captions, references, tmp_path / "data" / "refs.jsonl")
+    assert [caption.video for caption in matched] == ["clips/a.mp4", "clips/a.mp4", "b.mp4"]

@@ -14,7 +14,7 @@ def score(**lists) -> Score:
     return Score("v", num_events=2, missing=0, incorrect=0, hallucinated=0, **lists)
 
 
-def test_highlights_each_kind_at_its_place():
+def test_each_kind_is_highlighted_at_its_position():
     text = "First, a RED\n circle appears; a  dog-like beep. Rain! Then it rains."
     scored = score(
         mentions=(Mention(CIRCLE, "A red circle appears."), Mention(BEEP, "a dog like beep", is_correct=False)),
@@ -34,7 +34,7 @@ def test_highlights_each_kind_at_its_place():
     ]
 
 
-def test_quotes_take_the_earliest_free_place_and_repetition_the_latest():
+def test_quotes_use_the_earliest_free_span_and_repetition_the_latest():
     text = "It blinks, it blinks, it blinks, and it blinks."
     #       0          11         22              37
     scored = score(
@@ -43,7 +43,7 @@ def test_quotes_take_the_earliest_free_place_and_repetition_the_latest():
     assert [quote.span for quote in locate_quotes(text, scored)[:4]] == [(0, 9), (11, 20), (37, 46), (22, 31)]
 
 
-def test_the_same_words_can_mention_two_events():
+def test_the_same_text_can_mention_two_events():
     text = "A circle and a beep."
     scored = score(
         mentions=(Mention(CIRCLE, "a circle and a beep"), Mention(BEEP, "a circle and a beep", is_correct=False))
@@ -79,15 +79,15 @@ def test_a_quote_that_is_not_in_the_caption_has_no_span():
     assert highlight_caption("", scored) == []
 
 
-LETTERS = "aB ,.\u00e9\u4e00\n-"
-WORDS = st.lists(st.text(LETTERS, max_size=12), max_size=4)
+CHARS = "aB ,.\u00e9\u4e00\n-"
+QUOTES = st.lists(st.text(CHARS, max_size=12), max_size=4)
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(LETTERS, max_size=60), told=WORDS, other=WORDS)
-def test_joined_highlights_are_the_caption(text, told, other):
+@given(text=st.text(CHARS, max_size=60), quotes=QUOTES, other=QUOTES)
+def test_joined_highlights_are_the_caption(text, quotes, other):
     scored = score(
-        mentions=tuple(Mention(CIRCLE, quote) for quote in told), hallucinations=tuple(other), repeated=tuple(told)
+        mentions=tuple(Mention(CIRCLE, quote) for quote in quotes), hallucinations=tuple(other), repeated=tuple(quotes)
     )
     highlights = highlight_caption(text, scored)
     assert "".join(part.text for part in highlights) == text

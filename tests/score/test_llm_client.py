@@ -47,8 +47,8 @@ def clock(monkeypatch) -> FakeClock:
     return clock
 
 
-def ask(client: LLMClient, words: str = "hello", seed: int = 0) -> LLMResponse:
-    return client.complete([{"role": "user", "content": words}], schema=SCHEMA, seed=seed)
+def complete(client: LLMClient, message: str = "hello", seed: int = 0) -> LLMResponse:
+    return client.complete([{"role": "user", "content": message}], schema=SCHEMA, seed=seed)
 
 
 def text_of(request: dict) -> str:
@@ -58,18 +58,18 @@ def text_of(request: dict) -> str:
 def test_a_request_is_sent_once(serve, open_client):
     server = serve(lambda request, number: Answer(f"{text_of(request)} {number}"))
     client = open_client(server)
-    assert ask(client) == ask(client) == LLMResponse("hello 0", False, 10)
-    assert ask(open_client(server)).text == "hello 0"  # a new process finds it too
-    assert ask(client, "other").text == "other 1"
-    assert ask(client, seed=1).text == "hello 2"
-    assert ask(open_client(server, temperature=0.5)).text == "hello 3"
+    assert complete(client) == complete(client) == LLMResponse("hello 0", False, 10)
+    assert complete(open_client(server)).text == "hello 0"  # a new process finds it too
+    assert complete(client, "other").text == "other 1"
+    assert complete(client, seed=1).text == "hello 2"
+    assert complete(open_client(server, temperature=0.5)).text == "hello 3"
     assert (client.num_requests, client.num_tokens) == (3, 30)
 
 
 def test_request_body(serve, open_client):
     server = serve(lambda request, number: Answer("x"))
-    ask(open_client(server, max_reply_tokens=99), seed=7)
-    ask(open_client(server, structured="never", temperature=None))
+    complete(open_client(server, max_reply_tokens=99), seed=7)
+    complete(open_client(server, structured="never", temperature=None))
     full, bare = server.requests
     assert full == {
         "model": "m",
@@ -90,7 +90,7 @@ def test_request_body(serve, open_client):
 def test_reports_the_server_s_error_message(serve, open_client, body):
     server = serve(lambda request, number: Answer(status=400, body=body))
     with pytest.raises(LLMRejectedError, match="pinned to another"):
-        ask(open_client(server))
+        complete(open_client(server))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_reports_the_server_s_error_message(serve, open_client, body):
         Answer("conflict", status=409),
         Answer("request time-out", status=408),
         Answer("late", delay_seconds=30.0),  # longer than the timeout
-        Answer("half", is_broken_off=True),
+        Answer("half", is_truncated=True),
         Answer(body=b"<html>proxy error</html>"),
         Answer(body=b'{"choices": []}'),
         Answer(body=b"null"),
@@ -117,50 +117,50 @@ def test_transient_failures_are_retried(serve, open_client, fault, caplog):
     server = serve(lambda request, number: Answer("good") if number else fault)
     is_slow = fault.delay_seconds or fault.drip_seconds
     client = open_client(server, timeout_seconds=2.0 if is_slow else 120.0)
-    assert ask(client).text == "good"
+    assert complete(client).text == "good"
     assert len(server.requests) == client.num_requests == 2
     assert "retrying in" in caplog.text
 
 
 def test_respects_retry_after(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=200 if number else 429, headers={"Retry-After": "1.6"}))
-    ask(open_client(server))
-    assert clock.delays == [1.6]  # by itself it would wait for at most a second
+    complete(open_client(server))
+    assert clock.delays == [1.6]  # the default delay is at most a second
 
 
 def test_retry_after_beyond_the_time_limit(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=429, headers={"Retry-After": "60"}))
     with pytest.raises(LLMStoppedError, match=r"is unavailable: .*429"):
-        ask(open_client(server, retry_seconds=30.0))
+        complete(open_client(server, retry_seconds=30.0))
     assert clock.delays == [] and len(server.requests) == 2  # the request, then a trivial one
 
 
-def test_gives_up_at_the_time_limit_and_keeps_replies(serve, open_client, clock):
+def test_stops_at_the_time_limit_and_caches_replies(serve, open_client, clock):
     server = serve(lambda request, number: Answer("x", status=500 if number else 200))
     client = open_client(server, retry_seconds=2.0)
-    ask(client, "first")
+    complete(client, "first")
     with pytest.raises(LLMStoppedError, match=r"is unavailable: .*500.*run the same command again"):
-        ask(client, "second")
-    # delays of 0.5 to 1, then 1 to 2 seconds, the last cut short at the limit: 3 or 4 tries, then one trivial request
+        complete(client, "second")
+    # delays of 0.5 to 1, then 1 to 2 seconds, the last one shortened to the limit: 3 or 4 tries, then a trivial request
     assert sum(clock.delays) == pytest.approx(2.0, abs=1e-3)
     assert 0.5 <= clock.delays[0] <= 1 <= clock.delays[0] + clock.delays[1] <= 2.001
-    asked = [text_of(request) for request in server.requests]
-    assert 3 <= asked.count("second") <= 4 and asked[-1] == "Reply with the word yes."
-    assert ask(open_client(server), "first").text == "x"
+    texts = [text_of(request) for request in server.requests]
+    assert 3 <= texts.count("second") <= 4 and texts[-1] == "Reply with the word yes."
+    assert complete(open_client(server), "first").text == "x"
 
 
 def test_no_server_at_all(open_client, serve, clock):
     """A server that was never reached gets 10 seconds, one that has replied before all of --retry-seconds."""
     server = serve(lambda request, number: Answer())
     known, client = open_client(server, retry_seconds=25.0), open_client(server)
-    ask(known)
+    complete(known)
     server.close()
     with pytest.raises(LLMStoppedError, match=r"refused.*is the server running") as caught:
-        ask(client, "other")
+        complete(client, "other")
     assert sum(clock.delays) == pytest.approx(10.0, abs=1e-3) and "saved" not in str(caught.value)
     clock.delays.clear()
     with pytest.raises(LLMStoppedError, match="Replies so far are saved"):
-        ask(known, "other")
+        complete(known, "other")
     assert sum(clock.delays) == pytest.approx(25.0, abs=1e-3)
 
 
@@ -169,20 +169,20 @@ def test_a_server_that_rejects_everything(serve, open_client):
     client = open_client(server, structured="never")
     for number in range(19):
         with pytest.raises(LLMRejectedError):
-            ask(client, str(number))
+            complete(client, str(number))
     with pytest.raises(LLMStoppedError, match="no such option"):
-        ask(client, "19")
+        complete(client, "19")
 
 
 def test_a_cap_does_not_hide_the_real_problem(serve, open_client):
     server = serve(lambda request, number: Answer("bad key", status=401, delay_seconds=0.3))
     client = open_client(server, concurrency=4, max_requests=2)
     with pytest.raises(LLMStoppedError, match="bad key"):
-        client.map_concurrent(lambda text: ask(client, text), list("abcdefgh"))
+        client.map_concurrent(lambda text: complete(client, text), list("abcdefgh"))
 
 
 @pytest.mark.parametrize(
-    ("status", "words"),
+    ("status", "message"),
     [
         (401, "bad key"),
         (402, "no money"),
@@ -193,10 +193,10 @@ def test_a_cap_does_not_hide_the_real_problem(serve, open_client):
         (451, "not here"),
     ],
 )
-def test_permanent_failures_stop_at_once(serve, open_client, status, words):
-    server = serve(lambda request, number: Answer(words, status=status))
-    with pytest.raises(LLMStoppedError, match=words):
-        ask(open_client(server))
+def test_permanent_failures_stop_at_once(serve, open_client, status, message):
+    server = serve(lambda request, number: Answer(message, status=status))
+    with pytest.raises(LLMStoppedError, match=message):
+        complete(open_client(server))
     assert len(server.requests) == 1
 
 
@@ -206,104 +206,104 @@ def test_a_server_without_schemas(serve, open_client, caplog):
 
     server = serve(script)
     client = open_client(server)
-    assert [ask(client, words).text for words in ("a", "b", "c")] == ["fine"] * 3
+    assert [complete(client, message).text for message in ("a", "b", "c")] == ["fine"] * 3
     assert ["response_format" in request for request in server.requests] == [True, False, False, False]
     assert "does not accept a JSON schema" in caplog.text and "no response_format" in caplog.text
     with pytest.raises(LLMRejectedError, match="no response_format"):
-        ask(open_client(server, structured="always"), "d")
+        complete(open_client(server, structured="always"), "d")
 
 
 def test_a_rejected_request_is_not_a_rejected_schema(serve, open_client):
     server = serve(lambda request, number: Answer("too long", status=400 if text_of(request) == "long" else 200))
     client = open_client(server)
     with pytest.raises(LLMRejectedError, match="too long"):
-        ask(client, "long")
-    ask(client, "short")
+        complete(client, "long")
+    complete(client, "short")
     assert "response_format" in server.requests[-1]
 
 
-def test_a_request_on_which_the_server_fails_stops_no_other(serve, open_client):
+def test_a_request_on_which_the_server_fails_does_not_affect_others(serve, open_client):
     server = serve(lambda request, number: Answer("x", status=500 if text_of(request) == "bad" else 200))
     client = open_client(server, retry_seconds=2.0, concurrency=2)
 
-    def try_ask(text: str) -> str:
+    def complete_or_error(text: str) -> str:
         try:
-            return ask(client, text).text
+            return complete(client, text).text
         except LLMRejectedError as error:
             return str(error)
 
-    replies = client.map_concurrent(try_ask, ["bad", "a", "b"])
+    replies = client.map_concurrent(complete_or_error, ["bad", "a", "b"])
     assert "the server fails on this request but not on others" in replies[0] and replies[1:] == ["x", "x"]
 
 
 def test_an_unpaired_surrogate_is_replaced(serve, open_client):
     server = serve(lambda request, number: Answer(body=Answer("ab").to_bytes().replace(b"ab", b"a\\ud83d")))
-    assert ask(open_client(server)).text == ask(open_client(server)).text == "a?"
+    assert complete(open_client(server)).text == complete(open_client(server)).text == "a?"
     assert len(server.requests) == 1
 
 
 def test_cap_of_requests(serve, open_client):
     server = serve(lambda request, number: Answer(text_of(request)))
     client = open_client(server, max_requests=2)
-    ask(client, "a"), ask(client, "b"), ask(client, "a")  # the third is cached
+    complete(client, "a"), complete(client, "b"), complete(client, "a")  # the third is cached
     with pytest.raises(LLMStoppedError, match=r"the cap of 2 requests is reached \(2 requests, 20 tokens in"):
-        ask(client, "c")
+        complete(client, "c")
     assert len(server.requests) == 2
-    again = open_client(server, max_requests=1)
-    assert [ask(again, words).text for words in "abc"] == ["a", "b", "c"]
+    limited = open_client(server, max_requests=1)
+    assert [complete(limited, message).text for message in "abc"] == ["a", "b", "c"]
     assert len(server.requests) == 3
 
 
 def test_retries_count_against_the_cap(serve, open_client):
     server = serve(lambda request, number: Answer("x", status=500))
     with pytest.raises(LLMStoppedError, match="the cap of 2 requests"):
-        ask(open_client(server, max_requests=2))
+        complete(open_client(server, max_requests=2))
     assert len(server.requests) == 2
 
 
 def test_cap_of_tokens(serve, open_client):
     server = serve(lambda request, number: Answer("x"))
     client = open_client(server, max_tokens=15)
-    ask(client, "a"), ask(client, "b")  # 10 of 15 are spent before the second, which may start
+    complete(client, "a"), complete(client, "b")  # 10 of 15 are spent before the second, which may start
     with pytest.raises(LLMStoppedError, match="the cap of 15 tokens"):
-        ask(client, "c")
+        complete(client, "c")
     silent = serve(lambda request, number: Answer("x", usage=None))
     with pytest.raises(LLMStoppedError, match="does not report token usage"):
-        ask(open_client(silent, max_tokens=15))
-    assert ask(open_client(silent)).num_tokens is None
+        complete(open_client(silent, max_tokens=15))
+    assert complete(open_client(silent)).num_tokens is None
 
 
 def test_map_concurrent(serve, open_client):
-    together = threading.Barrier(3)  # each request waits for two others: fewer at once would never finish
+    barrier = threading.Barrier(3)  # each request waits for two others: fewer at once would never finish
 
     def script(request, number):
-        together.wait(timeout=60)
+        barrier.wait(timeout=60)
         return Answer(text_of(request))
 
     server = serve(script)
     client = open_client(server, concurrency=3)
-    done = []
+    completed = []
     texts = [str(number) for number in range(12)]
-    replies = client.map_concurrent(lambda text: ask(client, text).text, texts, progress=done.append)
-    assert replies == texts and sorted(done) == sorted(texts)
-    assert server.most_at_once == 3
+    replies = client.map_concurrent(lambda text: complete(client, text).text, texts, progress=completed.append)
+    assert replies == texts and sorted(completed) == sorted(texts)
+    assert server.max_concurrent == 3
 
 
 def test_the_first_error_stops_all(serve, open_client):
     def script(request, number):
         if number:
-            client._stop.wait(timeout=120)  # the replies after the first come when the client has stopped
+            client._stop.wait(timeout=120)  # later replies are sent after the client has stopped
         return Answer("no", status=401)
 
     server = serve(script)
     client = open_client(server, concurrency=2)
     with pytest.raises(LLMStoppedError, match="no"):
-        client.map_concurrent(lambda text: ask(client, text), [str(number) for number in range(50)])
+        client.map_concurrent(lambda text: complete(client, text), [str(number) for number in range(50)])
     assert len(server.requests) <= 3
 
 
-class Held:
-    """A script that holds every reply back until `release` is called; the text of a reply is that of its request."""
+class HeldReplies:
+    """A script that delays every reply until `release` is called, and repeats the text of its request."""
 
     def __init__(self):
         self._released = threading.Event()
@@ -348,35 +348,35 @@ def wait_for_line(text: str, process: subprocess.Popen) -> None:
         assert lines[-1], f"it ended without {text!r}: {''.join(lines)}"
 
 
-def test_ctrl_c_keeps_replies_in_flight(serve, open_client, start_process, tmp_path):
-    held = Held()
-    server = serve(held)
+def test_ctrl_c_caches_replies_in_flight(serve, open_client, start_process, tmp_path):
+    script = HeldReplies()
+    server = serve(script)
     code = textwrap.dedent(f"""
         from pathlib import Path
         from salmonn.score.llm_client import LLMClient
         from salmonn.score.config import LLMConfig
         cache = Path({str(tmp_path / "replies.sqlite")!r})
         client = LLMClient(LLMConfig("m", {server.url!r}, concurrency=2, cache=cache))
-        ask = lambda text: client.complete([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
-        client.map_concurrent(ask, [str(number) for number in range(20)])
+        complete = lambda text: client.complete([{{"role": "user", "content": text}}], schema={SCHEMA!r}, seed=0)
+        client.map_concurrent(complete, [str(number) for number in range(20)])
     """)
     process = start_process([sys.executable, "-c", code])
     wait_for(lambda: len(server.requests) == 2, process)
     process.send_signal(signal.SIGINT)
     wait_for_line("waiting for replies in flight", process)
-    held.release()
+    script.release()
     process.communicate()
     assert process.returncode != 0
-    asked = [text_of(request) for request in server.requests]
-    assert sorted(asked) == ["0", "1"]
+    texts = [text_of(request) for request in server.requests]
+    assert sorted(texts) == ["0", "1"]
     client = open_client(server)
-    assert [ask(client, text).text for text in asked] == asked
+    assert [complete(client, text).text for text in texts] == texts
     assert len(server.requests) == 2
 
 
 def test_a_second_ctrl_c_does_not_wait(serve, start_process, tmp_path):
-    held = Held()
-    server = serve(held)
+    script = HeldReplies()
+    server = serve(script)
     write_records(tmp_path / "r.jsonl", [Reference("v", (Event("a dog runs"),))])
     write_records(tmp_path / "c.jsonl", [Caption("v", "A dog runs.")])
     command = [SALMONN, "score", tmp_path / "c.jsonl", "--references", tmp_path / "r.jsonl", "--judge", "openai"]
@@ -386,10 +386,10 @@ def test_a_second_ctrl_c_does_not_wait(serve, start_process, tmp_path):
     wait_for(lambda: server.requests, process)
     process.send_signal(signal.SIGINT)
     wait_for_line("waiting for replies in flight", process)
-    assert process.poll() is None  # it waits for the reply, which does not come
+    assert process.poll() is None  # it waits for a reply that is never sent
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
-    held.release()
+    script.release()
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
 
 
@@ -400,7 +400,7 @@ def test_requires_an_api_key(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"max_reply_tokens": 0}, "max_reply_tokens"),
         ({"concurrency": 0}, "concurrency"),
@@ -410,8 +410,8 @@ def test_requires_an_api_key(monkeypatch, tmp_path):
         ({"base_url": "http://user:secret@host/v1"}, "OPENAI_API_KEY"),
     ],
 )
-def test_options_out_of_range(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
         LLMConfig("m", **options)
 
 
@@ -434,5 +434,5 @@ def test_a_file_that_is_not_a_cache(tmp_path):
 
 def test_logs_nothing_without_problems(serve, open_client, caplog):
     caplog.set_level(logging.WARNING)
-    ask(open_client(serve(lambda request, number: Answer("x"))))
+    complete(open_client(serve(lambda request, number: Answer("x"))))
     assert not caplog.records

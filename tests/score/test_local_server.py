@@ -29,12 +29,12 @@ CAPTIONS = [Caption("one.mp4", "A red circle appears."), Caption("two.mp4", "A l
 def server(tmp_path_factory) -> LocalServer:
     folder = tmp_path_factory.mktemp("server")
     make_chat_model(folder / "model")
-    with serve_locally(folder / "model", log_path=folder / "log") as running:
-        yield running
+    with serve_locally(folder / "model", log_path=folder / "log") as local_server:
+        yield local_server
 
 
 @pytest.fixture
-def ask(server):
+def complete(server):
     """Send requests with OpenAI's own client."""
     with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=300) as client:
 
@@ -45,8 +45,8 @@ def ask(server):
         yield create
 
 
-def test_reply_is_counted_and_cut_at_the_limit(ask):
-    completion = ask("hi", max_tokens=5, temperature=0)
+def test_token_counts_and_the_token_limit(complete):
+    completion = complete("hi", max_tokens=5, temperature=0)
     # Turn start, "user\nhi", turn end, "\n", turn start, "assistant\n"; a character is a token: 1 + 7 + 1 + 1 + 1 + 10.
     assert completion.usage.prompt_tokens == 21
     assert completion.usage.completion_tokens == 5 and completion.usage.total_tokens == 26
@@ -54,37 +54,37 @@ def test_reply_is_counted_and_cut_at_the_limit(ask):
     assert completion.choices[0].message.content
 
 
-def test_seed_and_temperature_reach_the_model(ask):
+def test_seed_and_temperature_reach_the_model(complete):
     def answer(**options) -> str:
-        return ask("hi", max_tokens=20, **options).choices[0].message.content
+        return complete("hi", max_tokens=20, **options).choices[0].message.content
 
     assert answer(seed=1) == answer(seed=1) != answer(seed=2)
     assert answer(seed=1, temperature=0) == answer(seed=2, temperature=0)
 
 
-def test_concurrent_requests_get_their_own_replies(ask):
+def test_concurrent_requests_get_their_own_replies(complete):
     def answer(text: str) -> str:
-        return ask(text, max_tokens=20, temperature=0).choices[0].message.content
+        return complete(text, max_tokens=20, temperature=0).choices[0].message.content
 
     texts = ["one", "two", "three", "four"]
-    alone = [answer(text) for text in texts]
-    assert len(set(alone)) == 4
+    expected = [answer(text) for text in texts]
+    assert len(set(expected)) == 4
     with ThreadPoolExecutor(4) as executor:
-        assert list(executor.map(answer, texts)) == alone
+        assert list(executor.map(answer, texts)) == expected
 
 
-def test_schema_is_accepted_and_ignored(ask):
+def test_schema_is_accepted_and_ignored(complete):
     # This is why replies are parsed strictly even if the server accepts the schema.
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     form = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": schema}}
-    text = ask("hi", max_tokens=5, temperature=0, response_format=form).choices[0].message.content
+    text = complete("hi", max_tokens=5, temperature=0, response_format=form).choices[0].message.content
     with pytest.raises(json.JSONDecodeError):
         json.loads(text)
 
 
-def test_rejects_fields_that_are_not_openais(ask):
+def test_rejects_fields_that_are_not_openais(complete):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
-        ask("hi", max_tokens=1, extra_body={"top_k": 1})
+        complete("hi", max_tokens=1, extra_body={"top_k": 1})
     assert "top_k" in caught.value.body["detail"]
 
 
@@ -93,14 +93,14 @@ def score(server, tmp_path):
     """Run `salmonn score` with the server as judge: exit code, stderr, and contents of the score file."""
     write_records(tmp_path / "refs.jsonl", REFERENCES)
     write_records(tmp_path / "captions.jsonl", CAPTIONS)
-    line = [str(Path(sys.executable).with_name("salmonn")), "score", str(tmp_path / "captions.jsonl")]
-    line += ["--references", str(tmp_path / "refs.jsonl"), "--cache", str(tmp_path / "replies.sqlite")]
-    line += ["--judge", "openai", "--base-url", server.base_url, "--model", server.model]
-    line += ["--max-reply-tokens", "30", "--attempts", "2"]
+    command = [str(Path(sys.executable).with_name("salmonn")), "score", str(tmp_path / "captions.jsonl")]
+    command += ["--references", str(tmp_path / "refs.jsonl"), "--cache", str(tmp_path / "replies.sqlite")]
+    command += ["--judge", "openai", "--base-url", server.base_url, "--model", server.model]
+    command += ["--max-reply-tokens", "30", "--attempts", "2"]
 
     def run() -> tuple[int, str, list[Score | Unscored]]:
         out = tmp_path / "scores.jsonl"
-        result = subprocess.run([*line, "--out", str(out)], capture_output=True, text=True, timeout=600, check=False)
+        result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=600, check=False)
         scores = read_scores(out)
         return result.returncode, result.stderr, [*scores.scores, *scores.unscored]
 
@@ -112,19 +112,19 @@ def test_useless_replies_leave_captions_unscored_and_are_cached(server, score):
     code, err, results = score()
     assert code == SOME_FAILED and "Traceback" not in err
     # The video without a caption needs no request, the others two each.
-    assert [(type(one), one.video) for one in results] == [
+    assert [(type(result), result.video) for result in results] == [
         (Score, "three.mp4"),
         (Unscored, "one.mp4"),
         (Unscored, "two.mp4"),
     ]
-    assert all("no usable reply in 2 attempts" in one.reason for one in results[1:])
+    assert all("no usable reply in 2 attempts" in result.reason for result in results[1:])
     assert server.num_requests - before == 4
 
     assert score()[2] == results
     assert server.num_requests - before == 4
 
 
-def test_tokens_are_counted_as_the_server_counts_them(server, tmp_path):
+def test_tokens_are_counted_like_the_server_does(server, tmp_path):
     config = JudgeConfig(
         kind="openai",
         model=server.model,
@@ -136,4 +136,4 @@ def test_tokens_are_counted_as_the_server_counts_them(server, tmp_path):
     messages = [{"role": "user", "content": "hi"}]
     reply = client.complete(messages, schema={"type": "object"}, seed=0)
     assert reply.is_truncated
-    assert client.num_tokens == reply.num_tokens == 21 + 30  # of the prompt, as above, and of the reply
+    assert client.num_tokens == reply.num_tokens == 21 + 30  # tokens of the prompt, as above, and of the reply

@@ -76,7 +76,7 @@ def test_audio_share_is_over_the_events_of_all_captions():
         ([mentioning((1, 3), (2, 4), (5, 6)), mentioning((5, 6), (2, 4))], 1 / 3),
         # pooled: 3 in order and 1 discordant; a mean over captions would give (1 - 1) / 2
         ([mentioning((0, 1), (1, 2), (2, 3)), mentioning((1, 2), (0, 1))], 0.5),
-        # overlapping, starting together, without times, alone
+        # overlapping, starting together, without times, a single event
         (
             [
                 mentioning((0, 2), (1, 3)),
@@ -117,7 +117,7 @@ def test_worked_example():
     }
     rows = dict(re.findall(r"^\| (\w+\.mp4) \| .* \| (.*) \|$", DOCS, re.MULTILINE))
     captions = [Caption(video, text, finished=video != "b.mp4") for video, text in rows.items()]
-    found = compute_rates(
+    rates = compute_rates(
         [
             score
             for score in RuleJudge().judge(match_references(references, captions, RuleJudge()))
@@ -125,23 +125,23 @@ def test_worked_example():
         ]
     )
     values = {
-        "Missing": found.missing,
-        "Incorrect": found.incorrect,
-        "Hallucinated": found.hallucinated,
-        "Hallucination": found.hallucination,
-        "Total": found.total,
-        "Repetition": found.repetition,
-        "Cut off": found.cut_off,
-        "Audio share": found.audio_share,
-        "Order": found.order,
+        "Missing": rates.missing,
+        "Incorrect": rates.incorrect,
+        "Hallucinated": rates.hallucinated,
+        "Hallucination": rates.hallucination,
+        "Total": rates.total,
+        "Repetition": rates.repetition,
+        "Cut off": rates.cut_off,
+        "Audio share": rates.audio_share,
+        "Order": rates.order,
     }
     assert values == pytest.approx(
         dict(zip(values, (2 / 8, 1 / 8, 1 / 8, 2 / 8, 4 / 8, 4 / 38, 1 / 2, 2 / 6, 3 / 5), strict=True))
     )
-    assert found.words == 19
-    written = {name: f"{100 * value:.1f} %" for name, value in values.items()}
-    written |= {"Order": f"{found.order:.2f}", "Words": f"{found.words:.1f}"}
-    assert dict(re.findall(r"^\| ([A-Z][a-z ]+) \| [^|]+ \| ([\d.]+(?: %)?) \|$", DOCS, re.MULTILINE)) == written
+    assert rates.words == 19
+    documented = {name: f"{100 * value:.1f} %" for name, value in values.items()}
+    documented |= {"Order": f"{rates.order:.2f}", "Words": f"{rates.words:.1f}"}
+    assert dict(re.findall(r"^\| ([A-Z][a-z ]+) \| [^|]+ \| ([\d.]+(?: %)?) \|$", DOCS, re.MULTILINE)) == documented
 
 
 QUESTIONS = (Question("What colour is the circle?", "red", "colour"), Question("What is heard?", "a low tone", "sound"))
@@ -158,7 +158,7 @@ def test_qa_accuracy():
     assert qa_accuracy(REFERENCES, answers[:1]) == pytest.approx(1 / 3)  # unanswered questions are wrong
 
 
-def test_qa_accuracy_refuses():
+def test_qa_accuracy_rejects_invalid_answers():
     with pytest.raises(ValueError, match="no questions"):
         qa_accuracy({"v": Reference("v")}, [])
     with pytest.raises(ValueError, match="not in the references"):

@@ -13,7 +13,7 @@ from salmonn.score.multiple_choice import MultipleChoiceQuestion, parse_choice, 
 from salmonn.score.stats import Interval
 
 FRUIT = ("Apples.", "Candles.", "Berries.", "The three kinds are of the same number.")
-DEEDS = ("A dog runs.", "A man walks.", "Vitamin A", "Plan B")
+AMBIGUOUS = ("A dog runs.", "A man walks.", "Vitamin A", "Plan B")
 DOCS = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
@@ -87,15 +87,15 @@ def test_choice(response, letter):
     ("response", "options", "letter"),
     [
         # an option that looks like letters
-        ("A man walks", DEEDS, "B"),
-        ("Answer: A man walks", DEEDS, "B"),
-        ("C. Vitamin A.", DEEDS, "C"),
-        ("Vitamin A", DEEDS, "C"),
-        ("Plan B", DEEDS, "D"),
+        ("A man walks", AMBIGUOUS, "B"),
+        ("Answer: A man walks", AMBIGUOUS, "B"),
+        ("C. Vitamin A.", AMBIGUOUS, "C"),
+        ("Vitamin A", AMBIGUOUS, "C"),
+        ("Plan B", AMBIGUOUS, "D"),
         ("A 4", ("4.", "9."), "A"),
         # a single letter is a letter, even if it is an option's text
         ("B", ("B", "A"), "B"),
-        # two options alike
+        # two equal options
         ("red", ("Red", "red."), None),
         # as many letters as options; A to H if they are unknown
         ("E", (*FRUIT, "None"), "E"),
@@ -122,13 +122,13 @@ EXAMPLE = [
 
 
 def test_worked_example():
-    found = score_questions(EXAMPLE)
-    assert (found.accuracy, found.num_questions, found.unanswered, found.unreadable) == (0.5, 4, 1, 1)
+    result = score_questions(EXAMPLE)
+    assert (result.accuracy, result.num_questions, result.unanswered, result.unreadable) == (0.5, 4, 1, 1)
     # the sampled videos are aa, ab, ba or bb: 4/4, 2/4 or 0/4
-    assert found.interval == Interval(0.0, 1.0)
-    assert found.by_group == {"duration": {"short": (pytest.approx(2 / 3), 3)}, "domain": {"Life": (0.0, 1)}}
-    written = re.findall(r"^\| ([ab]) \| ([A-D]) \| (.*?) ?\| .+ \|$", DOCS, re.MULTILINE)
-    assert written == [(choice.video, choice.answer, choice.response or "") for choice in EXAMPLE]
+    assert result.interval == Interval(0.0, 1.0)
+    assert result.by_group == {"duration": {"short": (pytest.approx(2 / 3), 3)}, "domain": {"Life": (0.0, 1)}}
+    documented = re.findall(r"^\| ([ab]) \| ([A-D]) \| (.*?) ?\| .+ \|$", DOCS, re.MULTILINE)
+    assert documented == [(choice.video, choice.answer, choice.response or "") for choice in EXAMPLE]
 
 
 def test_questions_of_a_video_are_sampled_together_and_of_unknown_ones_separately():
@@ -167,7 +167,7 @@ VIDEO = {
 
 def test_reads_video_mme(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps([VIDEO]))
-    of_video = {"duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History"}
+    groups = {"duration": "short", "domain": "Knowledge", "sub_category": "Humanity & History"}
     assert read_questions(tmp_path / "r.json") == [
         MultipleChoiceQuestion(
             "Which?",
@@ -175,9 +175,9 @@ def test_reads_video_mme(tmp_path):
             "B",
             "B. Candles.",
             "001",
-            of_video | {"task_type": "Counting Problem"},
+            groups | {"task_type": "Counting Problem"},
         ),
-        MultipleChoiceQuestion("Who?", ("I.", "You."), "A", None, "001", of_video | {"domain": "Film"}),
+        MultipleChoiceQuestion("Who?", ("I.", "You."), "A", None, "001", groups | {"domain": "Film"}),
     ]
 
 
@@ -213,7 +213,7 @@ GOOD = VIDEO["questions"][0]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "message"),
     [
         ("r.json", "{", "r.json: Expecting"),
         ("r.json", "{}", "JSON list of objects; JSON lines"),
@@ -228,9 +228,9 @@ GOOD = VIDEO["questions"][0]
         ("r.json", json.dumps([VIDEO | {"questions": [1]}]), "item 1: questions must be a list of objects"),
     ],
 )
-def test_reports_errors_in_files(tmp_path, name, text, words):
+def test_reports_errors_in_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         read_questions(tmp_path / name)
 
 

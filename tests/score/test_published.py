@@ -18,7 +18,7 @@ TASK = ScoringTask(
 )
 
 
-def counts(score: Score) -> tuple[int, int, int]:
+def error_counts(score: Score) -> tuple[int, int, int]:
     return score.missing, score.incorrect, score.hallucinated
 
 
@@ -46,7 +46,7 @@ def counts(score: Score) -> tuple[int, int, int]:
     ],
 )
 def test_parses_lists_as_the_published_scorer(text, expected):
-    assert counts(ListPrompt().parse(text, TASK)) == expected
+    assert error_counts(ListPrompt().parse(text, TASK)) == expected
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_parses_lists_as_the_published_scorer(text, expected):
         '"Hallucination Event": ["a } brace"]}',
     ],
 )
-def test_rejects_what_it_cannot_parse(text):
+def test_rejects_unparsable_lists(text):
     with pytest.raises(InvalidReplyError):
         ListPrompt().parse(text, TASK)
 
 
 def test_counts_must_add_up():
     text = '{"Missed": 1, "Correct": %d, "Incorrect": 0, "Hallucination": 4}'
-    assert counts(CountPrompt().parse(text % 2, TASK)) == (1, 0, 4)
+    assert error_counts(CountPrompt().parse(text % 2, TASK)) == (1, 0, 4)
     with pytest.raises(InvalidReplyError, match=r"1 \+ 1 \+ 0 events do not add up to 3"):
         CountPrompt().parse(text % 1, TASK)
 
@@ -108,8 +108,8 @@ def test_rates_with_and_without_unscored_videos():
     # 1 missed, 2 incorrect, 2 hallucinated of 7 events
     assert (rates.missing, rates.incorrect, rates.hallucination, rates.total) == (1 / 7, 2 / 7, 2 / 7, 5 / 7)
     assert rates.num_videos == 2
-    whole = published_rates(scores, [TASK.reference])  # 3 more events, all missed
-    assert (whole.missing, whole.total, whole.num_videos) == (4 / 10, 8 / 10, 3)
+    all_videos = published_rates(scores, [TASK.reference])  # 3 more events, all missed
+    assert (all_videos.missing, all_videos.total, all_videos.num_videos) == (4 / 10, 8 / 10, 3)
     with pytest.raises(ValueError, match="no video"):
         published_rates([])
 
@@ -136,27 +136,29 @@ def test_requests_lists_nine_times_then_counts(serve, tmp_path):
     (result,) = make_judge(config(server, tmp_path), published=True).judge([TASK], seed=5)
     assert isinstance(result, Unscored) and "12 attempts" in result.reason
     assert [request["seed"] for request in server.requests] == list(range(5, 17))
-    asks_lists = ["Missed Event" in request["messages"][0]["content"] for request in server.requests]
-    assert asks_lists == [True] * 9 + [False] * 3
+    has_lists = ["Missed Event" in request["messages"][0]["content"] for request in server.requests]
+    assert has_lists == [True] * 9 + [False] * 3
 
 
-def test_a_further_pass_keeps_scores_that_it_cannot_parse_again(serve, tmp_path):
+def test_a_later_pass_keeps_scores_that_it_cannot_parse(serve, tmp_path):
     """Pass 1: w invalid once, then 1; pass 2: v 3, w is invalid and keeps 1; pass 3: v 2, w 0."""
-    script = {"v": ["0", "3", "2"], "w": ["no", "1", "no", "0"]}
+    replies = {"v": ["0", "3", "2"], "w": ["no", "1", "no", "0"]}
 
-    def play(request, number):
+    def script_reply(request, number):
         caption = request["messages"][1]["content"].rsplit("Description:\n", 1)[1].strip()
-        said = script[json.loads(caption)].pop(0)
-        return Answer(reply(int(said)) if said.isdigit() else said)
+        reply_text = replies[json.loads(caption)].pop(0)
+        return Answer(reply(int(reply_text)) if reply_text.isdigit() else reply_text)
 
     tasks = [ScoringTask(TASK.reference, Caption("v", "v")), ScoringTask(TASK.reference, Caption("w", "w"))]
-    judge, once = (
-        make_judge(config(serve(play), tmp_path), published=True),
-        make_judge(config(serve(play), tmp_path), published=True),
+    judge, single_attempt = (
+        make_judge(config(serve(script_reply), tmp_path), published=True),
+        make_judge(config(serve(script_reply), tmp_path), published=True),
     )
-    once.templates = once.templates[:1]
-    outcome = judge_passes(tasks, judge, total=lambda s: published_rates(s).total, passes=3, seed=2024, rejudge=once)
+    single_attempt.templates = single_attempt.templates[:1]
+    outcome = judge_passes(
+        tasks, judge, total=lambda s: published_rates(s).total, passes=3, seed=2024, rejudge=single_attempt
+    )
     # (0 + 1) / 6, (3 + 1) / 6, (2 + 0) / 6: the median is the third
     assert outcome.totals == (1 / 6, 4 / 6, 2 / 6) and outcome.reported_pass == 2
     assert [result.missing for result in outcome.results] == [2, 0]
-    assert outcome.seeds == (2024, 2124, 2224) and script == {"v": [], "w": []}
+    assert outcome.seeds == (2024, 2124, 2224) and replies == {"v": [], "w": []}

@@ -38,7 +38,7 @@ def test_count_repeated_words(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("text", "marked"),
+    ("text", "expected"),
     [
         ("A dog runs. A cat sleeps.", []),
         ("A dog runs. Then, the dog runs!", ["Then, the dog runs"]),
@@ -50,5 +50,5 @@ def test_count_repeated_words(text, expected):
         ),
     ],
 )
-def test_find_repeated_spans(text, marked):
-    assert [text[start:end] for start, end in find_repeated_spans(text)] == marked
+def test_find_repeated_spans(text, expected):
+    assert [text[start:end] for start, end in find_repeated_spans(text)] == expected

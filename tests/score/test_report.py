@@ -8,7 +8,7 @@ import pytest
 from salmonn.records import Caption, Event, JudgeInfo, Mention, Reference, Score, Unscored
 from salmonn.score.metrics import compute_rates
 from salmonn.score.report import Report, write_report
-from tests.score.browser import Watched, needs_browser, start_browser
+from tests.score.browser import MonitoredPage, needs_browser, start_browser
 
 CIRCLE = Event("a red circle appears", "visual", 1.0, 2.0)
 DOG = Event("a grey dog barks", "audio", 2.5, 3.5)
@@ -16,7 +16,7 @@ RAIN = Event("rain & <b>thunder</b> are heard", "audio", 3.0, 4.2)
 HELLO = Event('a man says "hello"', "speech")
 SHAPES = tuple(Event(f"shape {number} appears", "visual", float(number), number + 1.0) for number in range(4))
 HOSTILE = "</script><script>window.hacked = 1</script><img src='http://example.com/x.png' onerror='window.hacked = 1'>"
-# No file has this name, and it must not become an address.
+# No file has this name, and it must not become a link.
 NOWHERE = "javascript:window.hacked=1"
 PLAIN = ("The red circle appears.", "A blue dog barks twice.", "Bells ring softly.", "The red circle appears.")
 TEXT = f"{PLAIN[0]} {PLAIN[1]} {PLAIN[2]} {HOSTILE}. {PLAIN[3]}"
@@ -24,8 +24,8 @@ TEXT = f"{PLAIN[0]} {PLAIN[1]} {PLAIN[2]} {HOSTILE}. {PLAIN[3]}"
 
 def three_scores(first: str, second: str) -> dict[str, Score]:
     """4 + 4 + 2 events: 2 + 0 + 2 missed, 1 incorrect, 1 + 1 hallucinated; Totals 4/4, 1/4, 2/2."""
-    told = (Mention(CIRCLE, "the red circle appears"), Mention(DOG, "a blue dog barks", is_correct=False))
-    lists = {"missed": (RAIN.text, HELLO.text), "mentions": told, "hallucinations": ("bells ring softly",)}
+    mentions = (Mention(CIRCLE, "the red circle appears"), Mention(DOG, "a blue dog barks", is_correct=False))
+    lists = {"missed": (RAIN.text, HELLO.text), "mentions": mentions, "hallucinations": ("bells ring softly",)}
     right = tuple(Mention(event, "four shapes appear") for event in SHAPES)
     return {
         "first": Score(first, 4, 2, 1, 1, num_words=20, num_repeated_words=4, finished=False, **lists),
@@ -35,7 +35,7 @@ def three_scores(first: str, second: str) -> dict[str, Score]:
 
 
 def two_videos(clips) -> tuple[Reference, Reference]:
-    """Return the worse video first, which is last by name."""
+    """Return the video with the higher Total, which is last by name, and the other one."""
     return clips.references[1], clips.references[0]
 
 
@@ -43,8 +43,8 @@ def make_report(clips, **changes) -> Report:
     """Return a report on two real videos and one that does not exist."""
     first, second = (reference.video for reference in two_videos(clips))
     scores = list(three_scores(first, second).values())
-    lasting = {reference.video: reference.duration_seconds for reference in clips.references}
-    known = {first: (CIRCLE, DOG, RAIN, HELLO), second: SHAPES, NOWHERE: SHAPES[:2]}
+    durations = {reference.video: reference.duration_seconds for reference in clips.references}
+    events = {first: (CIRCLE, DOG, RAIN, HELLO), second: SHAPES, NOWHERE: SHAPES[:2]}
     fields = {
         "title": "Hasty <i>captions</i>",
         "judge_info": JudgeInfo(
@@ -56,7 +56,9 @@ def make_report(clips, **changes) -> Report:
         "captions": [Caption(second, "Four shapes appear. " + "x" * 300), Caption(first, TEXT, finished=False)],
         "media_dir": clips.root,
         "intervals": {"total": (0.5, 0.85)},
-        "references": {video: Reference(video, known[video], duration_seconds=lasting.get(video)) for video in known},
+        "references": {
+            video: Reference(video, events[video], duration_seconds=durations.get(video)) for video in events
+        },
         "published": {"missing": 0.25},
         "notes": ["1 of 3 references has no caption & counts as all missing."],
     }
@@ -150,36 +152,36 @@ def report_file(clips, tmp_path_factory):
 
 
 @pytest.fixture
-def watched(browser, report_file):
-    """Open the page in a laptop's window; it may request nothing else, and the browser may report no errors."""
+def monitored(browser, report_file):
+    """Open the page in a laptop's window; it must not request anything else or cause errors."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
-    watched = Watched(context.new_page())
-    watched.page.goto(report_file.as_uri())
-    yield watched
-    assert {url.split(":")[0] for url in watched.requested} <= {"file", "data"}
-    assert watched.page.evaluate("window.hacked") is None
-    assert watched.errors == []
+    monitored = MonitoredPage(context.new_page())
+    monitored.page.goto(report_file.as_uri())
+    yield monitored
+    assert {url.split(":")[0] for url in monitored.requested} <= {"file", "data"}
+    assert monitored.page.evaluate("window.hacked") is None
+    assert monitored.errors == []
     context.close()
 
 
-def cells(page, row: str) -> list[str]:
+def cell_texts(page, row: str) -> list[str]:
     return [text.strip() for text in page.locator(f"#measure-{row} td.number").all_text_contents()]
 
 
-def shown(page) -> list[str]:
+def visible_videos(page) -> list[str]:
     return page.locator("article:visible").evaluate_all("cards => cards.map(card => card.dataset.name)")
 
 
 @needs_browser
-def test_rates_and_charts(watched, clips):
-    page = watched.page
+def test_rates_and_charts(monitored, clips):
+    page = monitored.page
     # (2 + 0 + 2) / 10, 1 / 10, (1 + 1) / 10; repeated 4 of 25 words; cut off 1 of 3
-    assert cells(page, "missing") == ["40.0 %", "", "25.0 %"]
-    assert cells(page, "incorrect") == ["10.0 %", "", ""]
-    assert cells(page, "hallucinated") == ["20.0 %", "", ""]
-    assert cells(page, "total") == ["70.0 %", "50.0 \N{EN DASH} 85.0 %", ""]
-    assert cells(page, "repetition") == ["16.0 %", "", ""]
-    assert cells(page, "cut_off") == ["33.3 %", "", ""]
+    assert cell_texts(page, "missing") == ["40.0 %", "", "25.0 %"]
+    assert cell_texts(page, "incorrect") == ["10.0 %", "", ""]
+    assert cell_texts(page, "hallucinated") == ["20.0 %", "", ""]
+    assert cell_texts(page, "total") == ["70.0 %", "50.0 \N{EN DASH} 85.0 %", ""]
+    assert cell_texts(page, "repetition") == ["16.0 %", "", ""]
+    assert cell_texts(page, "cut_off") == ["33.3 %", "", ""]
     assert page.locator("#split .figure").all_inner_texts() == ["40.0 %", "10.0 %", "20.0 %"]
     # visual: 2 of 7 missed; audio: the rain missed, the dog incorrect; speech: 1 of 1 missed
     assert [" ".join(text.split()) for text in page.locator("#modalities .figure").all_inner_texts()] == [
@@ -199,12 +201,12 @@ def test_rates_and_charts(watched, clips):
 
 
 @needs_browser
-def test_highlights(watched, clips):
-    card = watched.page.locator(f"article[data-name='{two_videos(clips)[0].video}']")
+def test_highlights(monitored, clips):
+    card = monitored.page.locator(f"article[data-name='{two_videos(clips)[0].video}']")
     assert card.locator(".caption").text_content() == TEXT
     kinds = ("correct", "incorrect", "hallucinated")
-    marked = {kind: card.locator(f"mark.{kind}").all_text_contents() for kind in kinds}
-    assert marked == {
+    highlighted = {kind: card.locator(f"mark.{kind}").all_text_contents() for kind in kinds}
+    assert highlighted == {
         "correct": ["The red circle appears"],
         "incorrect": ["A blue dog barks"],
         "hallucinated": ["Bells ring softly"],
@@ -214,7 +216,7 @@ def test_highlights(watched, clips):
         "marks => marks.map(mark => [mark.className, getComputedStyle(mark).textDecorationLine + ' ' + "
         "getComputedStyle(mark).textDecorationStyle])"
     )
-    # a cue other than colour
+    # the kinds differ not only in colour
     assert dict(lines) | {"incorrect": "underline wavy", "repeated": "line-through solid"} == dict(lines)
     assert len({dict(lines)[kind] for kind in (*kinds, "repeated")}) == 4
     missed = [" ".join(text.split()) for text in card.locator("ul.missed li").all_text_contents()]
@@ -222,16 +224,16 @@ def test_highlights(watched, clips):
     assert "described as a blue dog barks" in " ".join(card.locator("ul.incorrect li").inner_text().split()).replace(
         '"', ""
     )
-    assert "a whale hallucinated" in " ".join(watched.page.locator("ul.unlocated").inner_text().split()).replace(
+    assert "a whale hallucinated" in " ".join(monitored.page.locator("ul.unlocated").inner_text().split()).replace(
         '"', ""
     )
 
 
 @needs_browser
-def test_filter_and_order(watched, clips):
-    page = watched.page
+def test_filter_and_order(monitored, clips):
+    page = monitored.page
     first, second = (reference.video for reference in two_videos(clips))
-    assert shown(page) == [NOWHERE, first, second]  # equal Totals by name
+    assert visible_videos(page) == [NOWHERE, first, second]  # equal Totals by name
     for kind, videos in {
         "missed": [NOWHERE, first],
         "incorrect": [first],
@@ -240,34 +242,34 @@ def test_filter_and_order(watched, clips):
         "all": [NOWHERE, first, second],
     }.items():
         page.get_by_role("radio", name=re.compile(f"^{kind}")).click()
-        assert shown(page) == videos
+        assert visible_videos(page) == videos
         assert f"{len(videos)} of 3 shown" == page.locator("#shown").inner_text()
     page.keyboard.press("ArrowRight")  # the filter has the focus
-    assert shown(page) == [NOWHERE, first]
+    assert visible_videos(page) == [NOWHERE, first]
     page.get_by_role("radio", name=re.compile("^all")).click()
     page.select_option("#sort select", "name")
-    assert shown(page) == [NOWHERE, second, first]
+    assert visible_videos(page) == [NOWHERE, second, first]
     page.select_option("#sort select", "total")
-    assert shown(page) == [NOWHERE, first, second]
+    assert visible_videos(page) == [NOWHERE, first, second]
 
 
 @needs_browser
-def test_the_video_plays_and_events_seek(watched, clips):
-    page = watched.page
+def test_the_video_plays_and_events_seek(monitored, clips):
+    page = monitored.page
     reference = two_videos(clips)[0]
     first = page.locator(f"article[data-name='{reference.video}']")
     video = first.locator("video")
     page.wait_for_function("video => video.readyState >= 1", arg=video.element_handle())
     assert video.evaluate("video => video.duration") == pytest.approx(reference.duration_seconds, abs=0.2)
-    place = "video => video.currentTime"
+    current_time = "video => video.currentTime"
     first.locator("ul.missed .when").click()
-    assert video.evaluate(place) == RAIN.start_seconds
-    first.locator("mark.incorrect").click(position={"x": 9, "y": 9})  # on its words
-    assert video.evaluate(place) == DOG.start_seconds
+    assert video.evaluate(current_time) == RAIN.start_seconds
+    first.locator("mark.incorrect").click(position={"x": 9, "y": 9})  # on its text
+    assert video.evaluate(current_time) == DOG.start_seconds
     first.locator("mark.correct").press("Enter")
-    assert video.evaluate(place) == CIRCLE.start_seconds
+    assert video.evaluate(current_time) == CIRCLE.start_seconds
     first.locator(".time .missed").click()
-    assert video.evaluate(place) == RAIN.start_seconds
+    assert video.evaluate(current_time) == RAIN.start_seconds
     video.evaluate("video => { video.currentTime = 0; video.muted = true; return video.play(); }")
     page.wait_for_function("video => video.currentTime > 0.2", arg=video.element_handle())
     assert page.locator(f"article[data-name='{NOWHERE}'] video").count() == 0
@@ -276,39 +278,39 @@ def test_the_video_plays_and_events_seek(watched, clips):
 
 @needs_browser
 def test_a_large_video_is_read_from_its_file(browser, clips, tmp_path):
-    # Over 4 MiB by a box of zeros that players skip; a name that has to be quoted in an address.
+    # A box of zeros, which players skip, makes it exceed 4 MiB; the name must be quoted in a URL.
     name, size = "odd #1 50%?.mp4", 4 * 2**20 + 8
     content = (clips.root / clips.references[0].video).read_bytes()
     (tmp_path / name).write_bytes(content + size.to_bytes(4) + b"free" + bytes(size - 8))
     changes = {"scores": [Score(name, 1, 1, 0, 0, missed=("a beep",))], "captions": [Caption(name, "Nothing.")]}
     write_report(tmp_path / "report.html", make_report(clips, media_dir=tmp_path, **changes))
-    watched = Watched(browser.new_page())
-    watched.page.goto((tmp_path / "report.html").as_uri())
-    video = watched.page.locator("video").element_handle()
-    watched.page.wait_for_function("video => video.readyState >= 1", arg=video)
-    assert watched.page.get_by_text("read from its file").is_visible()
+    monitored = MonitoredPage(browser.new_page())
+    monitored.page.goto((tmp_path / "report.html").as_uri())
+    video = monitored.page.locator("video").element_handle()
+    monitored.page.wait_for_function("video => video.readyState >= 1", arg=video)
+    assert monitored.page.get_by_text("read from its file").is_visible()
     assert (tmp_path / "report.html").stat().st_size < 100_000
-    assert watched.errors == []
+    assert monitored.errors == []
 
 
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
-def test_it_fits_the_window_in_both_colour_schemes(browser, report_file, width):
-    grounds = []
+def test_the_page_fits_the_window_in_both_colour_schemes(browser, report_file, width):
+    background_colours = []
     for scheme in ("light", "dark"):
         context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        watched = Watched(context.new_page())
-        watched.page.goto(report_file.as_uri())
-        assert watched.width() <= width
-        grounds.append(watched.page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        monitored = MonitoredPage(context.new_page())
+        monitored.page.goto(report_file.as_uri())
+        assert monitored.width() <= width
+        background_colours.append(monitored.page.evaluate("getComputedStyle(document.body).backgroundColor"))
         context.close()
-    assert grounds == ["rgb(250, 248, 245)", "rgb(22, 20, 19)"]
+    assert background_colours == ["rgb(250, 248, 245)", "rgb(22, 20, 19)"]
 
 
 @needs_browser
 def test_without_script_everything_is_shown_without_controls(browser, report_file):
     context = browser.new_context(java_script_enabled=False)
-    page = Watched(context.new_page()).page
+    page = MonitoredPage(context.new_page()).page
     page.goto(report_file.as_uri())
     assert page.locator("article:visible").count() == 3
     assert page.locator("#filter:visible, #sort:visible").count() == 0

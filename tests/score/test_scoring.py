@@ -11,7 +11,7 @@ from salmonn.synthetic.judge import RuleJudge
 TASKS = [ScoringTask(Reference(name), Caption(name, "")) for name in "ab"]
 
 
-class Scripted:
+class ScriptedJudge:
     """A judge that misses the given number of each caption's 4 events, pass by pass; None: unscored."""
 
     name, prompt_hash, is_deterministic = "scripted", "0", False
@@ -30,14 +30,14 @@ class Scripted:
         ]
 
 
-def run(*passes):
+def judge(*passes):
     return judge_passes(
-        TASKS, Scripted(*passes), total=lambda scores: compute_rates(scores).total, passes=len(passes), seed=7
+        TASKS, ScriptedJudge(*passes), total=lambda scores: compute_rates(scores).total, passes=len(passes), seed=7
     )
 
 
 def test_reports_the_median_pass():
-    outcome = run((4, 4), (0, 0), (2, 2), (1, 1))
+    outcome = judge((4, 4), (0, 0), (2, 2), (1, 1))
     # 1, 0, 0.5, 0.25: of four the lower middle one
     assert (outcome.totals, outcome.reported_pass, outcome.seeds) == ((1.0, 0.0, 0.5, 0.25), 3, (7, 107, 207, 307))
     assert [result.missing for result in outcome.results] == [1, 1]
@@ -45,18 +45,18 @@ def test_reports_the_median_pass():
 
 def test_totals_are_over_captions_that_all_passes_scored():
     # over both captions pass 2 would have 0 of 4, and be the lowest
-    outcome = run((0, 4), (0, None), (1, 4))
+    outcome = judge((0, 4), (0, None), (1, 4))
     assert outcome.totals == (0.0, 0.0, 0.25) and outcome.reported_pass == 1
 
 
 def test_a_pass_without_scores_is_never_reported():
-    outcome = run((None, None), (4, 4), (2, 2))
+    outcome = judge((None, None), (4, 4), (2, 2))
     assert outcome.totals == (None, 1.0, 0.5) and outcome.reported_pass == 2
-    nothing = run((None, None))
-    assert all(isinstance(result, Unscored) for result in nothing.results) and nothing.reported_pass == 0
+    unscored = judge((None, None))
+    assert all(isinstance(result, Unscored) for result in unscored.results) and unscored.reported_pass == 0
 
 
-@pytest.mark.parametrize(("judge", "passes", "words"), [(RuleJudge(), 2, "omit"), (Scripted(), 0, "at least 1")])
-def test_rejects_invalid_numbers_of_passes(judge, passes, words):
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize(("judge", "passes", "message"), [(RuleJudge(), 2, "omit"), (ScriptedJudge(), 0, "at least 1")])
+def test_rejects_invalid_numbers_of_passes(judge, passes, message):
+    with pytest.raises(ValueError, match=message):
         judge_passes(TASKS, judge, total=len, passes=passes)

@@ -1,4 +1,4 @@
-"""Benches import one another by their file names, as scripts in one folder do; so do their tests."""
+"""Benchmarks import one another by file name, as scripts in one folder do; their tests import them the same way."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
 
 def load(name: str) -> ModuleType:
-    """A bench by its file name."""
+    """Import a benchmark by its file name."""
     if str(BENCH) not in sys.path:
         sys.path.insert(0, str(BENCH))
     return importlib.import_module(name)

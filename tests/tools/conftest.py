@@ -1,4 +1,4 @@
-"""Tools are no package: tests import them by their file."""
+"""Tools are not a package: tests import them by file."""
 
 import importlib.util
 import sys

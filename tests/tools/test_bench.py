@@ -1,4 +1,4 @@
-"""The bench runs, and what it prints is of the process that it started."""
+"""The caption benchmark runs, and its figures are those of the process that it starts."""
 
 import re
 
@@ -13,11 +13,11 @@ def test_one_second(capsys, monkeypatch):
     bench = load("caption")
     monkeypatch.setattr("sys.argv", ["caption.py", "--seconds", "1"])
     bench.main()
-    seconds, wall, processor, memory = map(float, re.findall(r"[\d.]+", capsys.readouterr().out.splitlines()[-2]))
-    assert seconds == 1 and 1 < processor < 600 and wall > 1 and 100 < memory < 4000
+    seconds, wall, cpu, memory = map(float, re.findall(r"[\d.]+", capsys.readouterr().out.splitlines()[-2]))
+    assert seconds == 1 and 1 < cpu < 600 and wall > 1 and 100 < memory < 4000
 
 
-def test_the_clip_is_as_long_as_asked(tmp_path):
+def test_the_clip_has_the_requested_length(tmp_path):
     load("caption").render(tmp_path / "2.mp4", seconds=2)
     with av.open(str(tmp_path / "2.mp4")) as container:
         video, audio = container.streams

@@ -1,4 +1,4 @@
-"""The bench of readers runs on two small clips; its checks see frames and sound that differ."""
+"""The decoder benchmark runs on two small clips; its checks detect wrong frames and audio."""
 
 import json
 import subprocess
@@ -21,74 +21,74 @@ def bench():
 def test_quick(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, str(BENCH / "decoders.py"), "--quick", "--repeats", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = json.loads(out.read_text())
-    plain = [row for row in rows if row["name"].endswith(": PyAV sequential")]
-    assert [row["name"].split(",")[0] for row in plain] == ["h264 240p 10 s", "mpeg4 240p 10 s"]
-    for row in plain:
+    sequential = [row for row in rows if row["name"].endswith(": PyAV sequential")]
+    assert [row["name"].split(",")[0] for row in sequential] == ["h264 240p 10 s", "mpeg4 240p 10 s"]
+    for row in sequential:
         assert row["ratio"] == pytest.approx(row["other_seconds"] / row["ours_seconds"], rel=0.05)
         assert "note" not in row and row["part"] == "decoders" and row["machine"]
-    assert 0 < plain[-1]["ours_mib"] < 500 and 0 < plain[-1]["other_mib"] < 500
-    assert "h264 240p" in done.stdout
-    named = " ".join(row["name"] for row in rows)
-    assert "decord" in named and "torchcodec" in named  # measured, or said to be missing
+    assert 0 < sequential[-1]["ours_mib"] < 500 and 0 < sequential[-1]["other_mib"] < 500
+    assert "h264 240p" in result.stdout
+    names = " ".join(row["name"] for row in rows)
+    assert "decord" in names and "torchcodec" in names  # measured, or reported as missing
 
 
-def test_wanted_frames_by_number(bench):
-    # 120 s at one a second are more than 110: evenly from 0 to 3599, rounded down.
+def test_expected_frame_numbers(bench):
+    # 120 s at one a second would be more than 110 frames: evenly from 0 to 3599, rounded down.
     numbers = bench.Case("h264", 240, 1, 120).numbers
     assert (len(numbers), numbers[0], numbers[1], numbers[-1]) == (110, 0, 33, 3599)  # 3599 / 109 = 33.02
     assert bench.Case("h264", 240, 1, 10).numbers == list(range(0, 300, 30))
     assert bench.Case("h264", 240, 1, 10, 4).numbers == [0, 99, 199, 299]
 
 
-def test_a_piece_is_repeated_with_its_keyframes(bench, tmp_path):
+def test_a_segment_is_repeated_with_its_keyframes(bench, tmp_path):
     case = bench.Case("av1", 240, 10, 20)
-    bench.encode_segment(tmp_path / "piece.mp4", case)
-    bench.write_clip(tmp_path / "clip.mp4", tmp_path / "piece.mp4", seconds=20)
+    bench.encode_segment(tmp_path / "segment.mp4", case)
+    bench.write_clip(tmp_path / "clip.mp4", tmp_path / "segment.mp4", seconds=20)
     with av.open(str(tmp_path / "clip.mp4")) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         assert [float(p.pts * p.time_base) for p in packets if p.is_keyframe] == [0, 10]
     with av.open(str(tmp_path / "clip.mp4")) as container:
-        pictures = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
-        assert len(pictures) == 600 and pictures[0].shape == (240, 320)
-        np.testing.assert_array_equal(pictures[7], pictures[307])
-        assert np.abs(pictures[7].astype(int) - pictures[8]).mean() > bench.MAX_LEVEL_DIFFERENCE
+        frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+        assert len(frames) == 600 and frames[0].shape == (240, 320)
+        np.testing.assert_array_equal(frames[7], frames[307])
+        assert np.abs(frames[7].astype(int) - frames[8]).mean() > bench.MAX_LEVEL_DIFFERENCE
     with av.open(str(tmp_path / "clip.mp4")) as container:
         assert abs(sum(frame.samples for frame in container.decode(audio=0)) / 44_100 - 20) < 0.1
 
 
-def test_differences_are_told(bench):
+def test_differences_are_reported(bench):
     frames = np.full((3, 4, 4, 3), 100, np.uint8)
-    sound = (0.5 * np.sin(np.arange(16_000))).astype(np.float32)
-    ours = frames, sound
-    assert bench.differences((frames + 2, sound[:-100]), ours) == ""
-    late = frames.copy()
-    late[1] += 5
-    assert bench.differences((late, sound), ours) == "wrong frames: up to 5.0 levels away"
-    assert bench.differences((frames[:2], sound), ours) == "2 frames for 3"
-    assert bench.differences((frames, sound[:8000]), ours) == "sound of 0.50 s for 1.00 s"
-    assert bench.differences((frames, sound * 1.5), ours) == "other sound, 1.50 times as loud"
+    audio = (0.5 * np.sin(np.arange(16_000))).astype(np.float32)
+    ours = frames, audio
+    assert bench.differences((frames + 2, audio[:-100]), ours) == ""
+    wrong = frames.copy()
+    wrong[1] += 5
+    assert bench.differences((wrong, audio), ours) == "wrong frames: up to 5.0 levels away"
+    assert bench.differences((frames[:2], audio), ours) == "2 frames for 3"
+    assert bench.differences((frames, audio[:8000]), ours) == "sound of 0.50 s for 1.00 s"
+    assert bench.differences((frames, audio * 1.5), ours) == "other sound, 1.50 times as loud"
 
 
-def test_a_reader_that_cannot_read_has_no_time(bench, monkeypatch):
-    def refuse(path, case):
+def test_an_unsupported_format_has_a_note_and_no_time(bench, monkeypatch):
+    def fail(path, case):
         raise bench.Unreadable("decord cannot read h264")
 
-    read = np.zeros((1, 4, 4, 3), np.uint8), np.zeros(16_000, np.float32)
-    readers = {"ours": lambda *asked: read, "PyAV sequential": lambda *asked: read, "decord": refuse}
+    result = np.zeros((1, 4, 4, 3), np.uint8), np.zeros(16_000, np.float32)
+    readers = {"ours": lambda *_: result, "PyAV sequential": lambda *_: result, "decord": fail}
     monkeypatch.setattr(bench, "READERS", readers)
     case = bench.Case("h264", 240, 1, 10)
-    plain, decord = bench.measure(case, Path("clip.mp4"), list(readers), repeats=1)
-    assert plain["ratio"] > 0 and "note" not in plain
+    sequential, decord = bench.measure(case, Path("clip.mp4"), list(readers), repeats=1)
+    assert sequential["ratio"] > 0 and "note" not in sequential
     assert decord["note"] == "decord cannot read h264" and "ratio" not in decord
 
 
-def test_ours_must_agree_with_the_plain_reading(bench, monkeypatch):
+def test_ours_must_agree_with_sequential_decoding(bench, monkeypatch):
     silent = np.zeros(16_000, np.float32)
     readers = {
-        "ours": lambda *asked: (np.zeros((1, 4, 4, 3), np.uint8), silent),
-        "PyAV sequential": lambda *asked: (np.full((1, 4, 4, 3), 9, np.uint8), silent),
+        "ours": lambda *_: (np.zeros((1, 4, 4, 3), np.uint8), silent),
+        "PyAV sequential": lambda *_: (np.full((1, 4, 4, 3), 9, np.uint8), silent),
     }
     monkeypatch.setattr(bench, "READERS", readers)
     with pytest.raises(SystemExit, match="wrong frames: up to 9"):

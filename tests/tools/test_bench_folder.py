@@ -1,4 +1,4 @@
-"""The bench of folders: all its sides say the same, a side that does not is found out, and rows are what was timed."""
+"""The folder benchmark: all sides give the same captions, one that does not is detected, and rows are as timed."""
 
 import importlib
 from dataclasses import replace
@@ -25,7 +25,7 @@ def bench(folder, paths):
     return folder.FolderBench("720p", paths, quick=True)
 
 
-def test_clips_are_of_the_size_and_length_told(paths, folder, tmp_path):
+def test_size_and_length_of_the_clips(paths, folder, tmp_path):
     with av.open(str(paths[0])) as container:
         video, audio = container.streams
         assert (video.width, video.height) == (1280, 720) and len(list(container.decode(video))) == 30
@@ -36,29 +36,29 @@ def test_clips_are_of_the_size_and_length_told(paths, folder, tmp_path):
     assert one == same != other
 
 
-def test_all_sides_say_the_same(folder, bench):
+def test_all_sides_give_the_same_captions(folder, bench):
     folder.check(bench)
     assert len(bench.ours()) == 3 and all(len(text.split()) == folder.QUICK_NEW_TOKENS for text in bench.ours())
     assert bench.waited > 0
 
 
 @pytest.mark.parametrize("side", ["one at a time", "generate() one at a time"])
-def test_a_side_that_says_otherwise_is_found_out(folder, bench, side):
-    plain = bench.sides[side]
-    bench.sides[side] = lambda: [*plain()[:2], "something else"]
+def test_a_side_with_other_captions_is_detected(folder, bench, side):
+    original = bench.sides[side]
+    bench.sides[side] = lambda: [*original()[:2], "something else"]
     with pytest.raises(ValueError, match=rf"'{side[:8]}.* captions 002\.mp4 differently: .*something else"):
         folder.check(bench)
 
 
-def test_captions_that_are_all_alike_show_nothing(folder, bench):
+def test_identical_captions_are_rejected(folder, bench):
     with torch.no_grad():
         bench.captioner.network.lm.get_output_embeddings().weight.zero_()
     with pytest.raises(ValueError, match="same caption"):
         folder.check(bench)
 
 
-def test_the_ratio_of_tokens_is_as_told(folder):
-    """A clip of 5 s at 224 pixels: 5 frames of 8 rows of 8 tokens and one more, 60 tokens of sound: 420."""
+def test_the_ratio_of_prompt_and_answer_tokens(folder):
+    """A clip of 5 s at 224 pixels: 5 frames of 8 rows of 9 tokens, and 60 audio tokens: 420."""
     model = importlib.import_module("model")
     captioner = model.make_captioner(replace(folder.MID, layers=1))
     clip = model.make_clip(captioner.processor, num_frames=5, side=224)
@@ -69,11 +69,11 @@ def test_the_ratio_of_tokens_is_as_told(folder):
 @pytest.mark.slow
 def test_rows(folder, monkeypatch):
     """Two clips and four times as many; the memory of one side is measured for real."""
-    asked, real = [], folder.measure_isolated
+    measured, measure = [], folder.measure_isolated
 
     def measure_isolated(config, kind, side, paths):
-        asked.append((kind, side))
-        return real(config, kind, side, paths) if len(asked) == 1 else {"process_mib": len(asked)}
+        measured.append((kind, side))
+        return measure(config, kind, side, paths) if len(measured) == 1 else {"process_mib": len(measured)}
 
     monkeypatch.setattr(folder, "measure_isolated", measure_isolated)
     every = folder.run(folder.FolderConfig(clips=2, seconds=1, repeats=1, quick=True))
@@ -86,7 +86,7 @@ def test_rows(folder, monkeypatch):
     parts = [row["name"] for row in every if row not in rows]
     what = ("reading", "encoders", "prefill and first token", "prefill and all tokens")
     assert parts == [f"{kind}: {name}" for kind in ("2 clips, 720p", "8 clips, synthetic") for name in what]
-    assert asked == [
+    assert measured == [
         (kind, side) for kind in ("720p", "synthetic") for side in ("ours", "one at a time", "generate() one at a time")
     ]
     assert 100 < rows[0]["ours_mib"] < 4000 and [row["other_mib"] for row in rows] == [2, 3, 5, 6]

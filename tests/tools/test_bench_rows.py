@@ -1,4 +1,4 @@
-"""What the benches share: medians of interleaved repeats, rows, their tables, and the parts taken together."""
+"""Shared parts of the benchmarks: medians of interleaved repeats, rows, tables, and merged results."""
 
 import importlib
 import json
@@ -16,26 +16,26 @@ def rows():
     return load("rows")
 
 
-def test_sides_take_turns_and_medians_are_told(rows, monkeypatch):
-    turns = []
-    taken = iter([(1.0, 0.5), (10.0, 5.0), (3.0, 1.5), (30.0, 15.0), (2.0, 1.0), (90.0, 45.0)])
-    monkeypatch.setattr(rows, "_clock", lambda run: (run(), next(taken))[1])
-    timings = rows.interleave({"ours": lambda: turns.append("ours"), "other": lambda: turns.append("other")}, repeats=3)
-    assert turns == ["ours", "other"] * 3
+def test_medians_of_interleaved_repeats(rows, monkeypatch):
+    calls = []
+    times = iter([(1.0, 0.5), (10.0, 5.0), (3.0, 1.5), (30.0, 15.0), (2.0, 1.0), (90.0, 45.0)])
+    monkeypatch.setattr(rows, "_clock", lambda run: (run(), next(times))[1])
+    timings = rows.interleave({"ours": lambda: calls.append("ours"), "other": lambda: calls.append("other")}, repeats=3)
+    assert calls == ["ours", "other"] * 3
     # Of 1, 3, 2 the median is 2; of 10, 30, 90 it is 30.
     assert timings == {"ours": rows.Timing(2.0, 1.0), "other": rows.Timing(30.0, 15.0)}
 
 
-def test_the_clock_is_of_what_runs(rows):
+def test_wall_clock_and_cpu_time(rows):
     wall, cpu = rows._clock(lambda: sum(range(3_000_000)))
     assert 0.01 < cpu < 10 and 0.01 < wall < 60
 
 
 def test_a_row(rows):
-    # 3 / 1.5 by the clock, 2.5 / 1.25 of the processor.
+    # 3 / 1.5 of wall-clock time, 2.5 / 1.25 of CPU time.
     row = rows.compare("naive", rows.Timing(1.0, 0.75) + rows.Timing(0.5, 0.5), rows.Timing(3.0, 2.5), ours_mib=7)
-    wanted = {"ours_seconds": 1.5, "other_seconds": 3.0, "ratio": 2.0, "cpu_ratio": 2.0, "ours_mib": 7}
-    assert row == {"name": "naive"} | wanted
+    expected = {"ours_seconds": 1.5, "other_seconds": 3.0, "ratio": 2.0, "cpu_ratio": 2.0, "ours_mib": 7}
+    assert row == {"name": "naive"} | expected
 
 
 @pytest.mark.parametrize(("power", "costs"), [(1, [3, 6, 12]), (2, [3, 12, 48]), (0, [3, 3, 3])])
@@ -43,8 +43,8 @@ def test_the_exponent_of_growth(rows, power, costs):
     assert rows.exponent([1, 2, 4], costs) == pytest.approx(power, abs=1e-9)
 
 
-def test_memory_in_a_process_of_its_own(rows, tmp_path):
-    # 96 MiB of float32 ones, touched so that they are resident; a peak before, of 192 MiB, is not counted.
+def test_memory_is_measured_in_a_separate_process(rows, tmp_path):
+    # 96 MiB of float32 ones, which are resident; an earlier peak of 192 MiB does not count.
     lines = [
         f"import sys; sys.path.insert(0, {str(BENCH)!r})",
         "import numpy as np",
@@ -57,7 +57,7 @@ def test_memory_in_a_process_of_its_own(rows, tmp_path):
     assert 92 <= measured["step_mib"] <= 110 and measured["process_mib"] > measured["step_mib"]
 
 
-def test_a_process_that_fails_ends_the_bench(rows, tmp_path):
+def test_a_failing_process_stops_the_benchmark(rows, tmp_path):
     (tmp_path / "one.py").write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match=r"one\.py --side failed"):
         rows.run_isolated(str(tmp_path / "one.py"), "--side")
@@ -82,7 +82,7 @@ def test_the_table(rows):
     ]
 
 
-def test_the_table_goes_between_its_marks(rows, tmp_path):
+def test_the_table_is_written_between_its_markers(rows, tmp_path):
     page = tmp_path / "web_ui.md"
     page.write_text(f"before\n{rows.TABLE_START}\nold\n{rows.TABLE_END}\nafter\n")
     for _ in range(2):
@@ -93,7 +93,7 @@ def test_the_table_goes_between_its_marks(rows, tmp_path):
         rows.replace_table(page, "new\n")
 
 
-def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
+def test_results_of_the_parts_are_merged(rows, tmp_path, monkeypatch, capsys):
     collector = importlib.import_module("all")
     monkeypatch.setattr(collector, "HERE", tmp_path)
     measured = json.dumps([ROW | {"part": "step: mid"}, {"name": "bare"}])
@@ -101,39 +101,39 @@ def test_parts_are_taken_together(rows, tmp_path, monkeypatch, capsys):
     (tmp_path / "step.py").write_text(write + f"pathlib.Path(sys.argv[2]).write_text({measured!r})")
     (tmp_path / "trl_step.py").write_text(write + "pathlib.Path(sys.argv[2]).write_text('[]')")
     (tmp_path / "growth.py").write_text("raise SystemExit(1)")
-    page, out = tmp_path / "web_ui.md", tmp_path / "bench.json"
-    page.write_text(f"{rows.TABLE_START}\n{rows.TABLE_END}\n")
-    command = ["all.py", "--quick", f"--out={out}", f"--document={page}", "--parts", "step", "trl_step", "growth"]
+    document, out = tmp_path / "web_ui.md", tmp_path / "bench.json"
+    document.write_text(f"{rows.TABLE_START}\n{rows.TABLE_END}\n")
+    command = ["all.py", "--quick", f"--out={out}", f"--document={document}", "--parts", "step", "trl_step", "growth"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit) as end:
         collector.main()
-    # No rows are no failure (TRL may not be installed); a part that broke is.
+    # A part without rows is not a failure (TRL may not be installed); an exit code is.
     assert end.value.code == 1 and capsys.readouterr().err == "growth failed, see the output above\n"
     first, second = json.loads(out.read_text())
     assert first == ROW | {"part": "step: mid", "bench": "step"}
     assert (second["name"], second["part"]) == ("bare", "step") and "torch" in second["machine"]
-    assert "**step: mid**" in page.read_text() and "| bare |" in page.read_text()
+    assert "**step: mid**" in document.read_text() and "| bare |" in document.read_text()
 
 
-def test_what_is_not_measured_anew_stays(rows):
-    """With the machine that it was measured on; titles tell sizes, which may be others now."""
+def test_results_that_are_not_measured_again_are_kept(rows):
+    """Older results keep the machine on which they were measured; titles may have changed with the sizes."""
     collector = importlib.import_module("all")
     before = [
         ROW | {"bench": bench, "part": part}
         for bench, part in (("step", "step"), ("folder", "24 clips"), ("folder", "its parts"), ("growth", "growth"))
     ]
-    anew = [
+    new = [
         ROW | {"bench": "decoders", "part": "readers"},
         ROW | {"bench": "folder", "part": "9 clips", "machine": "two cores"},
     ]
-    renewed = collector.merge_rows(before, anew)
-    assert renewed == [before[0], anew[1], anew[0], before[3]]
-    heads = [line for line in rows.to_markdown(renewed).splitlines() if line.startswith("**")]
+    merged = collector.merge_rows(before, new)
+    assert merged == [before[0], new[1], new[0], before[3]]
+    heads = [line for line in rows.to_markdown(merged).splitlines() if line.startswith("**")]
     assert heads == ["**step**", "**9 clips** (measured on two cores)", "**readers**", "**growth**"]
-    assert collector.merge_rows([], anew) == [anew[1], anew[0]]
+    assert collector.merge_rows([], new) == [new[1], new[0]]
 
 
-def test_no_such_part(rows, monkeypatch, capsys):
+def test_an_unknown_part_is_rejected(rows, monkeypatch, capsys):
     collector = importlib.import_module("all")
     monkeypatch.setattr(sys, "argv", ["all.py", "--parts", "stepp"])
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Captions of both sides are the same words, as many as told, and answers that differ are found out."""
+"""Both sides give the same captions, with the expected number of tokens, and differing ones are detected."""
 
 import json
 import sys
@@ -30,39 +30,39 @@ def test_greedy_answers_are_the_same(sampling, small, family):
     sampling.check(sampling.SamplingBench(replace(small, family=family)), exact=True)
 
 
-def test_as_many_answers_of_as_many_words(sampling, bench):
+def test_number_and_length_of_the_answers(sampling, bench):
     for side in (bench.ours, bench.other):
         answers = side(num_clips=2)
-        assert [len(ids) for ids in answers] == [5] * 8  # 4 each of 2 clips, of 5 tokens
-        assert len({tuple(ids) for ids in answers}) > 4  # drawn: not all alike
-        assert all(7 <= token < 512 for ids in answers for token in ids)  # words, after 7 special tokens
+        assert [len(ids) for ids in answers] == [5] * 8  # 4 answers for each of 2 clips, of 5 tokens
+        assert len({tuple(ids) for ids in answers}) > 4  # sampled, so not all are equal
+        assert all(7 <= token < 512 for ids in answers for token in ids)  # text tokens follow 7 special tokens
 
 
-def test_other_answers_are_found_out(sampling, bench, monkeypatch):
+def test_differing_answers_are_detected(sampling, bench, monkeypatch):
     right = bench.ours(num_clips=2, num_samples=1, temperature=0)
     wrong = [right[0], [*right[1][:-1], 7]]
-    monkeypatch.setattr(bench, "other", lambda **asked: wrong)
+    monkeypatch.setattr(bench, "other", lambda **_: wrong)
     with pytest.raises(ValueError, match="greedy answers differ"):
         sampling.check(bench, exact=True)
     short = [right[0], right[1][:-1]]
-    monkeypatch.setattr(bench, "other", lambda **asked: short)
+    monkeypatch.setattr(bench, "other", lambda **_: short)
     with pytest.raises(ValueError, match=r"ended early, after \[4, 5"):
         sampling.check(bench, exact=False)
 
 
-def test_each_answer_of_the_naive_side_reads_the_clip_again(bench):
+def test_the_naive_side_encodes_the_clip_for_each_answer(bench):
     calls = {"vision": 0, "prefixes": 0}
-    longest = bench.captioner.network
+    network = bench.captioner.network
 
-    def saw(*_):
+    def count_vision(*_):
         calls["vision"] += 1
 
-    def read(module, args, kwargs, output):
+    def count_prefixes(module, args, kwargs, output):
         calls["prefixes"] += kwargs["inputs_embeds"].shape[1] > 100 if kwargs.get("inputs_embeds") is not None else 0
 
     handles = [
-        longest.vision.register_forward_hook(saw),
-        longest.lm.get_decoder().register_forward_hook(read, with_kwargs=True),
+        network.vision.register_forward_hook(count_vision),
+        network.lm.get_decoder().register_forward_hook(count_prefixes, with_kwargs=True),
     ]
     bench.other(num_clips=1)
     for handle in handles:
@@ -71,10 +71,10 @@ def test_each_answer_of_the_naive_side_reads_the_clip_again(bench):
 
 
 def test_rows(sampling, monkeypatch, tmp_path):
-    asked = []
+    measured = []
 
     def measure_isolated(config, side, num_clips):
-        asked.append((side, num_clips))
+        measured.append((side, num_clips))
         return {"step_mib": 10 if side == "ours" else 30}
 
     monkeypatch.setattr(sampling, "measure_isolated", measure_isolated)
@@ -83,7 +83,7 @@ def test_rows(sampling, monkeypatch, tmp_path):
     sampling.main()
     one, several = json.loads(out.read_text())
     assert one["name"] == "4 captions of one clip" and several["name"] == "4 captions of each of 2 clips"
-    assert (one["ours_mib"], one["other_mib"]) == (10, 30) and len(asked) == 4
+    assert (one["ours_mib"], one["other_mib"]) == (10, 30) and len(measured) == 4
     assert one["note"] == "against 4 generate() calls" and several["note"] == "against 8 generate() calls"
-    # Rounded to 4 digits in the row, and half of them a clip.
+    # Rounded to 4 digits; there are two clips.
     assert several["ours_seconds_per_clip"] == pytest.approx(several["ours_seconds"] / 2, abs=1e-3)

@@ -1,4 +1,4 @@
-"""The bench's sides compute the same, do the work that they are said to do, and a side that does not is found out."""
+"""The step benchmark: all sides compute the same with the expected work, and a side that does not is detected."""
 
 import json
 import sys
@@ -24,16 +24,16 @@ def small():
 
 @pytest.fixture(scope="module")
 def bench(step, small):
-    made = step.StepBench(small)
-    made.compute_reference_logps()
-    return made
+    step_bench = step.StepBench(small)
+    step_bench.compute_reference_logps()
+    return step_bench
 
 
 def count_calls(bench, side):
-    """How often a side calls the vision tower, the audio tower and the decoder, and with how many tokens in all."""
+    """Return a side's number of calls of the vision tower, audio tower and decoder, and the decoder's tokens."""
     calls = {"vision": 0, "audio": 0, "decoder": 0, "tokens": 0}
 
-    def counted(name):
+    def count(name):
         def hook(module, args, kwargs, output):
             calls[name] += 1
             calls["tokens"] += kwargs["inputs_embeds"].shape[:2].numel() if name == "decoder" else 0
@@ -42,37 +42,37 @@ def count_calls(bench, side):
 
     network = bench.network
     parts = {"vision": network.vision, "audio": network.audio, "decoder": network.lm.get_decoder()}
-    handles = [part.register_forward_hook(counted(name), with_kwargs=True) for name, part in parts.items()]
+    handles = [part.register_forward_hook(count(name), with_kwargs=True) for name, part in parts.items()]
     side(bench)
     for handle in handles:
         handle.remove()
     return calls
 
 
-def test_sides_do_the_work_that_is_told_of_them(step, bench):
+def test_work_of_each_side(step, bench):
     inputs = bench.batches.micro_batches(0)[0].inputs
     lengths = inputs.attention_mask.sum(1).tolist()
     shared = (inputs.input_ids == inputs.input_ids[:1]).all(0).long().cumprod(0).sum().item()
-    # One pass over what the three rows begin with alike and over each row's own part; two encoder passes and five rows.
-    once = shared + sum(length - shared for length in lengths)
+    # One pass over the shared prefix of the three rows and the rest of each row; naively, five rows in separate passes.
+    shared_pass = shared + sum(length - shared for length in lengths)
     chosen, rejected, truth = lengths
-    works = {name: count_calls(bench, side) for name, side in step.SIDES.items()}
-    assert works["ours"] == {"vision": 0, "audio": 0, "decoder": 1, "tokens": once}
-    assert works["logits of all positions"] == works["ours"]
-    assert works["naive"] == {"vision": 2, "audio": 2, "decoder": 5, "tokens": 2 * chosen + 2 * rejected + truth}
-    assert works["no shared prefix"]["tokens"] == sum(lengths)
-    assert works["encoders in each step"] == works["ours"] | {"vision": 1, "audio": 1}
-    assert works["reference policy in each step"]["decoder"] == 2
+    work = {name: count_calls(bench, side) for name, side in step.SIDES.items()}
+    assert work["ours"] == {"vision": 0, "audio": 0, "decoder": 1, "tokens": shared_pass}
+    assert work["logits of all positions"] == work["ours"]
+    assert work["naive"] == {"vision": 2, "audio": 2, "decoder": 5, "tokens": 2 * chosen + 2 * rejected + truth}
+    assert work["no shared prefix"]["tokens"] == sum(lengths)
+    assert work["encoders in each step"] == work["ours"] | {"vision": 1, "audio": 1}
+    assert work["reference policy in each step"]["decoder"] == 2
     assert bench.prefix_tokens / bench.pair.chosen.count("w") > 20
 
 
 @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
-def test_sides_are_the_same(step, small, family):
+def test_all_sides_compute_the_same(step, small, family):
     config = replace(small, family=family)
     step.check(step.StepBench(config), config)
 
 
-def test_a_side_that_computes_something_else_is_found_out(step, small, bench, monkeypatch):
+def test_a_side_with_another_gradient_or_loss_is_detected(step, small, bench, monkeypatch):
     def other_gradient(bench):
         loss = bench.ours()
         for parameter in bench.network.parameters():
@@ -86,22 +86,22 @@ def test_a_side_that_computes_something_else_is_found_out(step, small, bench, mo
             step.check(bench, small)
 
 
-def test_not_a_number_is_found_out(step, small, bench):
+def test_nan_is_detected(step, small, bench):
     gradients = torch.ones(3)
     with pytest.raises(ValueError, match="loss nan"):
         step.require_equal("broken", (float("nan"), gradients), (1.0, gradients), config=small)
 
 
-def test_all_positions_are_asked_once(step, bench):
-    class Asked(nn.Module):
+def test_all_positions_are_computed_once(step, bench):
+    class RecordingNetwork(nn.Module):
         def forward(self, inputs):
             self.labels = inputs.labels
             return torch.ones(inputs.labels[:, 1:].shape)
 
-    inputs, network = bench.batches.micro_batches(0)[0].inputs, Asked()
-    given = step.AllLabels(network)(inputs)
+    inputs, network = bench.batches.micro_batches(0)[0].inputs, RecordingNetwork()
+    logits = step.AllLabels(network)(inputs)
     assert (network.labels[0] >= 0).all() and torch.equal(network.labels[1:], inputs.labels[1:])
-    assert torch.equal(given, (inputs.labels[:, 1:] != -100).float())
+    assert torch.equal(logits, (inputs.labels[:, 1:] != -100).float())
 
 
 def test_flops(step):
@@ -125,7 +125,7 @@ def test_rows(step, small, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_is_measured_in_another_process(step, small):
+def test_memory_is_measured_in_a_separate_process(step, small):
     measured = step.measure_isolated(small, "naive")
     assert 0 <= measured["step_mib"] < 200 < measured["process_mib"] < 3000
 
@@ -154,22 +154,22 @@ def test_growth():
         "{} clips",
         "part",
     )
-    # 2 s a hundred are 20 a thousand; twice the size takes 4 times as long and twice the memory.
+    # 2 s per 100 are 20 s per 1,000; twice the size takes 4 times as long and twice the memory.
     assert one["name"] == "100 clips" and one["note"] == "20 s per 1,000" and two["ours_mib"] == 10
     assert (fit["time_exponent"], fit["memory_exponent"]) == (2.0, 1.0)
 
 
-def test_growth_measures_what_it_says(small, monkeypatch):
+def test_sizes_that_growth_measures(small, monkeypatch):
     growth = load("growth")
-    # A frame of 112 pixels is 4 x 5 tokens; the 60 of a chunk of sound are made 64 to be dealt out to 8 frames.
+    # A frame of 112 pixels is 4 x 5 tokens; the 60 tokens of an audio chunk are stretched to 64 for 8 frames.
     assert growth.measure_step(small, 8)["size"] == 8 * 20 + 64
-    seen = []
+    batches = []
     train_step = growth.StepBench.train_step
     monkeypatch.setattr(
-        growth.StepBench, "train_step", lambda bench, batch: (seen.append(batch.clips), train_step(bench, batch))[1]
+        growth.StepBench, "train_step", lambda bench, batch: (batches.append(batch.clips), train_step(bench, batch))[1]
     )
     measured = growth.measure_round(small, 8)
     assert measured["size"] == 8 and measured["seconds"] > 0
-    # One step on the clip of noise to warm up, then 8 pairs, 4 a step, each once.
-    assert seen[0] == ("noise",) and sorted(seen[1] + seen[2]) == [f"clip {number}" for number in range(8)]
-    assert len(seen) == 3 and len(seen[1]) == 4
+    # One warm-up step on the clip of noise, then 8 pairs, 4 a step, each once.
+    assert batches[0] == ("noise",) and sorted(batches[1] + batches[2]) == [f"clip {number}" for number in range(8)]
+    assert len(batches) == 3 and len(batches[1]) == 4

@@ -1,4 +1,4 @@
-"""A model and its adapter become one folder."""
+"""Merging a model and its adapter into one model folder."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def test_the_merged_model_equals_model_and_adapter(tool, captioner, random_model
     network = load_network(tmp_path / "merged")
     expected = dict(captioner.network.named_parameters())
     assert all(torch.equal(value, expected[name]) for name, value in network.named_parameters())
-    again = type(captioner).load(tmp_path / "merged")
-    assert again.caption(videos[0]).text == captioner.caption(videos[0]).text
+    reloaded = type(captioner).load(tmp_path / "merged")
+    assert reloaded.caption(videos[0]).text == captioner.caption(videos[0]).text
 
 
 def test_the_default_is_16_bits_and_a_failure_leaves_nothing(tool, random_model, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The kill test, on a stand-in for a run: where it strikes, and what it finds wrong."""
+"""The kill test on a fake run: when it kills, and which faults it detects."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ import pytest
 
 from salmonn.config import parse_config
 
-# Writes a run's files in their order, a step each, and goes on where it was. With a flaw it is not what it was before:
-# "forgets" writes a weight by how often it was started, "litters" leaves a file.
-STAND_IN = """
+# Writes a run's files in order, one per step, and resumes after the last one. With a fault, the resumed run differs:
+# "nondeterministic" writes weights that depend on the number of starts, "extra_file" leaves another file.
+FAKE_RUN = """
 import json, sys, time
 from pathlib import Path
 
-flaw, *paths = sys.argv[1:]
+fault, *paths = sys.argv[1:]
 starts = Path("README.md")  # not compared
 starts.write_text(starts.read_text() + "." if starts.exists() else ".")
 for path in map(Path, paths):
@@ -35,9 +35,9 @@ for path in map(Path, paths):
         saved.rmdir()
     time.sleep(0.02)
     half = path.with_name(f".{path.name}.tmp")
-    half.write_text(path.name + (starts.read_text() if flaw == "forgets" else ""))
+    half.write_text(path.name + (starts.read_text() if fault == "nondeterministic" else ""))
     half.replace(path)
-    if flaw == "litters" and len(starts.read_text()) > 1:
+    if fault == "extra_file" and len(starts.read_text()) > 1:
         path.with_name("more").touch()
 """
 
@@ -48,30 +48,30 @@ def tool(load_tool):
 
 
 @pytest.fixture
-def stand_in(tool, tmp_path):
-    """The command line of a stand-in with a flaw, or with none."""
+def fake_run(tool, tmp_path):
+    """Return the command line of a fake run with a fault, or "none"."""
 
-    def line(flaw: str) -> list[str]:
-        (tmp_path / "stand_in.py").write_text(STAND_IN)
+    def command(fault: str) -> list[str]:
+        (tmp_path / "fake_run.py").write_text(FAKE_RUN)
         paths = dict.fromkeys(stage.ends for stage in tool.list_stages(tool.ROUNDS))
-        return [sys.executable, str(tmp_path / "stand_in.py"), flaw, *paths]
+        return [sys.executable, str(tmp_path / "fake_run.py"), fault, *paths]
 
-    return line
+    return command
 
 
-def test_each_stage_is_hit_before_any_is_hit_again(tool):
+def test_each_stage_is_killed_once_before_any_twice(tool):
     stages = tool.list_stages(1)
     # 2 at the start, 7 in the round, 5 in rebirth, 1 at the end
     assert len(stages) == 15
     few, many = (tool.sample_kills(stages, num_kills=kills, seed=1) for kills in (15, 20))
     assert [kill.stage for kill in few] == stages
-    places = [stages.index(kill.stage) for kill in many]
-    assert places == sorted(places) and set(places) == set(range(15)) and len(places) == 20
+    indices = [stages.index(kill.stage) for kill in many]
+    assert indices == sorted(indices) and set(indices) == set(range(15)) and len(indices) == 20
     assert all(0 <= kill.fraction < 1 and 1 <= kill.count <= 3 for kill in many)
     assert tool.sample_kills(stages, num_kills=20, seed=1) == many != tool.sample_kills(stages, num_kills=20, seed=2)
 
 
-def test_each_stage_begins_where_one_before_ends(tool):
+def test_each_stage_starts_where_an_earlier_one_ends(tool):
     ends = [""]
     for stage in tool.list_stages(2):
         assert stage.begins in ends
@@ -79,62 +79,66 @@ def test_each_stage_begins_where_one_before_ends(tool):
     assert ends[-1] == "run/summary.json"
 
 
-def test_a_sound_run_is_found_sound(tool, stand_in, tmp_path):
-    result = tool.run_test(stand_in("none"), tmp_path, name="1", num_kills=6, seed=3)
+def test_a_correct_run_is_identical(tool, fake_run, tmp_path):
+    result = tool.run_test(fake_run("none"), tmp_path, name="1", num_kills=6, seed=3)
     assert tool.is_identical(result) and len(result["kills"]) == 6
     assert {"run/summary.json", "run/round_1/adapter", "run/round_2/steps.jsonl"} <= set(result["files"])
     assert not any(name.startswith(("README", "log_")) for name in result["files"])
-    aimed, found = ([kill[key] for kill in result["kills"]] for key in ("target", "stage"))
+    targets, hits = ([kill[key] for kill in result["kills"]] for key in ("target", "stage"))
     stages = [stage.name for stage in tool.list_stages(tool.ROUNDS) if not stage.checkpoints]
-    for wanted, seen in zip(aimed, found, strict=True):
-        if wanted in stages:  # at its end the next may have begun
-            assert stages.index(seen) - stages.index(wanted) in (0, 1)
+    for target, hit in zip(targets, hits, strict=True):
+        if target in stages:  # at its end the next stage may have started
+            assert stages.index(hit) - stages.index(target) in (0, 1)
     assert all(kill["resumed with"] and not kill["ended"] for kill in result["kills"])
     tool.report({"1": result})
 
 
-def test_a_checkpoint_is_hit_while_it_is_written(tool, stand_in, tmp_path):
+def test_a_run_is_killed_while_it_writes_a_checkpoint(tool, fake_run, tmp_path):
     stages = {stage.name: stage for stage in tool.list_stages(tool.ROUNDS)}
-    trial = tool.Trial(stand_in("none"), tmp_path / "trial")
+    trial = tool.Trial(fake_run("none"), tmp_path / "trial")
     kill = tool.Kill(stages["round 2: saving a checkpoint"], fraction=0.0, count=3)
-    moment = trial.kill_at(kill, dict.fromkeys(stages, 0.02))
-    # Two are whole, the third is half written, or whole by the time that it is hit.
+    state = trial.kill_at(kill, dict.fromkeys(stages, 0.02))
+    # Two are complete; the third is partial, or was completed just before the kill.
     folder = "run/round_2/checkpoints"
-    assert moment["temporary"][-2:] == [f"{folder}/step_0", f"{folder}/step_1"]
-    assert [name.count("step_2") for name in moment["temporary"]].count(1) == 1 and not moment["ended"]
+    assert state["temporary"][-2:] == [f"{folder}/step_0", f"{folder}/step_1"]
+    assert [name.count("step_2") for name in state["temporary"]].count(1) == 1 and not state["ended"]
 
 
-@pytest.mark.parametrize(("flaw", "verdict"), [("forgets", "differs"), ("litters", "unexpected")])
-def test_a_flaw_is_found(tool, stand_in, tmp_path, flaw, verdict):
-    result = tool.run_test(stand_in(flaw), tmp_path, name="1", num_kills=2, seed=0)
+@pytest.mark.parametrize(("fault", "verdict"), [("nondeterministic", "differs"), ("extra_file", "unexpected")])
+def test_a_fault_is_detected(tool, fake_run, tmp_path, fault, verdict):
+    result = tool.run_test(fake_run(fault), tmp_path, name="1", num_kills=2, seed=0)
     assert not tool.is_identical(result) and verdict in result["files"].values()
 
 
-def test_times_and_temporary_files_harm_nothing(tool, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    (whole / "run").mkdir(parents=True)
-    (whole / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.5, "seconds": 1.0}) + "\n")
-    (whole / "run" / "scores.jsonl").write_text(json.dumps({"judge_info": {"judge": "rule", "date": "today"}}) + "\n")
-    shutil.copytree(whole, broken)
-    (broken / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.5, "seconds": 2.0}) + "\n")
-    (broken / "run" / "scores.jsonl").write_text(json.dumps({"judge_info": {"judge": "rule", "date": "later"}}) + "\n")
-    (broken / "run" / ".scores.jsonl.7.tmp").touch()
-    (broken / "run" / "events.out.tfevents.1").touch()
-    verdicts = tool.compare(whole, broken)
+def test_times_and_temporary_files_are_ignored(tool, tmp_path):
+    complete, interrupted = tmp_path / "complete", tmp_path / "interrupted"
+    (complete / "run").mkdir(parents=True)
+    (complete / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.5, "seconds": 1.0}) + "\n")
+    (complete / "run" / "scores.jsonl").write_text(
+        json.dumps({"judge_info": {"judge": "rule", "date": "today"}}) + "\n"
+    )
+    shutil.copytree(complete, interrupted)
+    (interrupted / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.5, "seconds": 2.0}) + "\n")
+    (interrupted / "run" / "scores.jsonl").write_text(
+        json.dumps({"judge_info": {"judge": "rule", "date": "later"}}) + "\n"
+    )
+    (interrupted / "run" / ".scores.jsonl.7.tmp").touch()
+    (interrupted / "run" / "events.out.tfevents.1").touch()
+    verdicts = tool.compare(complete, interrupted)
     assert verdicts == {
         "run/.scores.jsonl.7.tmp": "left over", "run/scores.jsonl": "identical", "run/steps.jsonl": "identical",
     }  # fmt: skip
     assert tool.is_identical({"files": verdicts})
-    (broken / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.6, "seconds": 1.0}) + "\n")
-    (broken / "run" / "scores.jsonl").unlink()
-    (broken / "run" / "checkpoints").mkdir()
-    (broken / "run" / "checkpoints" / "step_1").touch()
-    verdicts = tool.compare(whole, broken)
+    (interrupted / "run" / "steps.jsonl").write_text(json.dumps({"step": 0, "loss": 0.6, "seconds": 1.0}) + "\n")
+    (interrupted / "run" / "scores.jsonl").unlink()
+    (interrupted / "run" / "checkpoints").mkdir()
+    (interrupted / "run" / "checkpoints" / "step_1").touch()
+    verdicts = tool.compare(complete, interrupted)
     assert verdicts["run/steps.jsonl"] == "differs" and verdicts["run/scores.jsonl"] == "missing"
     assert verdicts["run/checkpoints/step_1"] == "unexpected" and not tool.is_identical({"files": verdicts})
 
 
-def test_a_run_that_fails_is_told(tool, tmp_path):
+def test_a_failing_run_is_reported(tool, tmp_path):
     trial = tool.Trial([sys.executable, "-c", "raise SystemExit('no such clip')"], tmp_path / "trial")
     with pytest.raises(RuntimeError, match="no such clip"):
         trial.finish()
@@ -144,10 +148,10 @@ def test_a_run_that_fails_is_told(tool, tmp_path):
 
 
 def test_the_smallest_run_has_all_stages(tool, load_recipe):
-    """The flags are the recipe's, and the folder within a trial is where the stages look."""
-    line = tool.command(2, ["--strategy", "zero3"])
-    assert "--nproc_per_node=2" in line and line[-2:] == ["--strategy", "zero3"]
-    flags = [part for part in line if part.startswith("--") and "nproc" not in part and part != "--standalone"]
+    """The recipe accepts the flags, and writes to the folder that the stages expect."""
+    command = tool.command(2, ["--strategy", "zero3"])
+    assert "--nproc_per_node=2" in command and command[-2:] == ["--strategy", "zero3"]
+    flags = [part for part in command if part.startswith("--") and "nproc" not in part and part != "--standalone"]
     recipe = load_recipe("mrdpo")
     config = parse_config(recipe.MrDpoConfig, description="", args=flags[:-1])
     assert (str(config.out), config.rounds, config.num_questions) == ("run", tool.ROUNDS, 1)

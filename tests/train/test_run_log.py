@@ -18,7 +18,7 @@ from salmonn.records import Comparison, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
 from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
 from salmonn.train.run_log import RunSummary, StepLog, log_summary, print_summary, read_run, read_steps
-from tests.score.browser import Watched, needs_browser, start_browser
+from tests.score.browser import MonitoredPage, needs_browser, start_browser
 
 SFT = Rates(missing=0.5, hallucination=0.25, total=0.75, repetition=0.125, qa_accuracy=0.4, clips=20)
 ROUNDS = [Rates(0.375, 0.25, 0.625, 0.0625, 0.5, 20), Rates(0.25, 0.125, 0.375, 0.03125, 0.6, 20)]
@@ -231,10 +231,10 @@ def test_page_in_a_browser(page_text, run_folder):
     with start_browser() as browser:
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
-            watched = Watched(page)
+            monitored = MonitoredPage(page)
             page.goto((run_folder / "run.html").as_uri())
-            assert watched.width() <= 390 and not watched.errors
-            assert all(url.startswith(("file:", "data:")) for url in watched.requested)
+            assert monitored.width() <= 390 and not monitored.errors
+            assert all(url.startswith(("file:", "data:")) for url in monitored.requested)
             lines = page.locator("figure:has-text('Rewards') svg path")
             found = lines.evaluate_all("paths => paths.map(path => getComputedStyle(path).stroke)")
             colours[scheme] = set(found)
