@@ -32,8 +32,9 @@ import numpy as np
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import Clip, read_clip
-from salmonn.media.container import ClipError, declared_seconds, measured_seconds, open_media
+from salmonn.media.container import ClipError, declared_seconds, open_media
 from salmonn.media.frame_sampling import FrameSampler
+from salmonn.media.index import measured_seconds
 
 Result = TypeVar("Result")
 

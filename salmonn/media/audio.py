@@ -66,17 +66,18 @@ class AudioBuffer:
 
     def waveform(self, *, start: float, end: float) -> np.ndarray | None:
         """Return (S,) float32 from `start` to `end` or the end of the audio, gaps as silence; None if there is none."""
-        segments = [
-            (round((time - start) * SAMPLE_RATE_HZ), np.concatenate(parts)) for time, parts in self._segments if parts
-        ]
-        last = max((offset + len(samples) for offset, samples in segments), default=0)
+        offsets = [round((time - start) * SAMPLE_RATE_HZ) for time, _ in self._segments]
+        lengths = [sum(map(len, parts)) for _, parts in self._segments]
+        last = max((offset + length for offset, length in zip(offsets, lengths, strict=True) if length), default=0)
         length = last if end == math.inf else min(last, round((end - start) * SAMPLE_RATE_HZ))
         if length <= 0:
             return None
         waveform = np.zeros(length, np.float32)
-        for offset, samples in segments:
-            inside = samples[max(0, -offset) : max(0, length - offset)]
-            waveform[max(0, offset) : max(0, offset) + len(inside)] = inside
+        for offset, (_, parts) in zip(offsets, self._segments, strict=True):
+            for samples in parts:
+                inside = samples[max(0, -offset) : max(0, length - offset)]
+                waveform[max(0, offset) : max(0, offset) + len(inside)] = inside
+                offset += len(samples)  # noqa: PLW2901
         return waveform
 
     def _resample(self) -> None:

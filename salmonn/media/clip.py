@@ -81,8 +81,9 @@ def read_clip(
 ) -> Clip:
     """Read frames and audio of a video, or of the span between two times.
 
-    Of a damaged file, what precedes the damage is returned, with a warning in the log. Damage in a part that is
-    skipped by seeking is not noticed, nor is damage that leaves no trace (bits without a checksum).
+    What libav decodes is returned. Where it is damaged, reading resumes at what decodes next; what was lost is told in
+    `warnings`. Damage in a part that is skipped by seeking is not noticed, nor is damage that leaves no trace (bits
+    without a checksum). A clock that restarts or jumps, as in joined recordings, is continued.
 
     Args:
         path: a local video or audio file.
@@ -94,7 +95,8 @@ def read_clip(
         A `Clip`; times are measured from the earliest of the file's streams.
 
     Raises:
-        ClipError: the file cannot be read, has nothing of what was requested, or ends before `start_seconds`.
+        ClipError: the file cannot be read, has nothing of what was requested, ends before `start_seconds`, or has video
+            of which no frame decodes.
         ValueError: an argument is invalid.
     """
     # The conditions are false for NaN, which compares false with everything.
@@ -118,49 +120,76 @@ def read_clip(
 def _make_clip(
     index: StreamIndex, targets: np.ndarray, frames: list[np.ndarray | None], start: float, end: float
 ) -> Clip:
+    path = index.file.path
     waveform = index.audio.waveform(start=start, end=end)
-    decoded = [(time, frame) for time, frame in zip(targets, frames, strict=False) if frame is not None]
-    if not decoded and waveform is None:
-        raise ClipError(_explain_empty(index, start))
-    _warn_of_losses(index, len(targets) - len(decoded), end)
+    decoded = [(time, frame) for time, frame in zip(targets, frames, strict=True) if frame is not None]
+    if not decoded and (waveform is None or len(targets)):
+        raise ClipError(f"{path}: {_explain_empty(index, start, has_audio=waveform is not None)}")
+    warnings = _describe_losses(index, start, end)
+    if warnings:
+        logger.warning("%s: %s", path, "; ".join(warnings))
     video_end = min(index.video_end, end)
     audio_seconds = 0.0 if waveform is None else len(waveform) / SAMPLE_RATE_HZ
     return Clip(
-        path=index.file.path,
+        path=path,
         frames=np.stack([frame for _, frame in decoded]) if decoded else np.zeros((0, 0, 0, 3), np.uint8),
         frame_times=np.array([time for time, _ in decoded], np.float64),
         waveform=waveform,
         start_seconds=start,
         video_seconds=video_end - max(start, index.frame_times[0]) if decoded else 0.0,
         duration_seconds=max(video_end - start, audio_seconds),
+        warnings=tuple(warnings),
+        is_complete=not warnings,
     )
 
 
-def _explain_empty(index: StreamIndex, start: float) -> str:
-    path = index.file.path
-    if index.damage is not None:
-        return f"{path}: is damaged and nothing decodes ({index.damage}); copy or download it again"
+def _explain_empty(index: StreamIndex, start: float, *, has_audio: bool) -> str:
+    """Return why there is nothing to return, and what to do."""
+    if index.is_encrypted:
+        return "is encrypted (DRM), so nothing of it can be decoded; pass a file without copy protection"
+    if index.file.container.format.name.startswith("webp"):
+        return "is a WebP image that libav cannot decode, such as an animation; convert it to GIF or MP4"
+    if has_audio:
+        reason = f" ({index.error})" if index.error else ""
+        return f"none of its video frames decodes{reason}; convert it, or caption its sound alone (--use audio)"
+    if index.error is not None:
+        return f"is damaged and nothing decodes ({index.error}); copy or download it again"
     if 0 < index.end <= start:
-        return f"{path}: start_seconds is {start}, but the file ends at {index.end:.2f} s; start earlier"
-    return f"{path}: nothing with a timestamp decodes in the span; check that it plays there, or convert it"
+        return f"start_seconds is {start}, but the file ends at {index.end:.2f} s; start earlier"
+    return "nothing decodes in the span; check that it plays there, or convert it"
 
 
-def _warn_of_losses(index: StreamIndex, num_lost: int, end: float) -> None:
-    path = index.file.path
-    if index.damage is not None or num_lost:
-        logger.warning(
-            "%s: damaged (%s); %d frames lost, video kept up to %.2f s and audio up to %.2f s",
-            path,
-            index.damage or "some frames do not decode",
-            num_lost,
-            index.video_end,
-            index.audio.end,
-        )
+def _describe_losses(index: StreamIndex, start: float, end: float) -> list[str]:
+    """Return what of the span is lost, one sentence each."""
+    warnings = []
+    for seconds, duration in _merge(index.missing, start, end):
+        warnings.append(f"{duration:.2f} s are missing at {seconds:.1f} s, where the container is damaged")
+    frames = [seconds for seconds, _ in index.video_damage if start <= seconds < end]
+    if frames:
+        place = f"at {frames[0]:.1f} s" if frames[-1] - frames[0] < 1 else f"from {frames[0]:.1f} to {frames[-1]:.1f} s"
+        warnings.append(f"{len(frames)} damaged video frame{'s' if len(frames) > 1 else ''} {place}")
+    # The last packet of a truncated file is incomplete.
+    losses = _merge(index.audio_damage[: -1 if index.is_truncated else None], start, end)
+    if losses:
+        places = "" if len(losses) == 1 else f" in {len(losses)} places, the first"
+        lost = sum(duration for _, duration in losses)
+        warnings.append(f"lost {lost:.2f} s of audio{places} at {losses[0][0]:.1f} s")
+    if index.file.audio is not None and index.error is not None and index.audio.end == 0:
+        warnings.append(f"none of the audio decodes ({index.error})")
     if index.is_truncated:
-        logger.warning(
-            "%s: file is truncated: read %.2f s of video and %.2f s of audio out of %.2f s",
-            path,
-            index.video_end,
-            index.audio.end,
-            min(end, index.file.declared_end),
-        )
+        declared = min(end, index.file.declared_end)
+        reason = f" ({index.error})" if index.error else ""
+        warnings.append(f"the file is truncated: it ends at {index.file_end:.1f} s of {declared:.1f} s{reason}")
+    return warnings
+
+
+def _merge(losses: list[tuple[float, float]], start: float, end: float) -> list[tuple[float, float]]:
+    """Merge the (time, duration) of losses in the span that follow each other."""
+    merged: list[tuple[float, float]] = []
+    for seconds, duration in losses:
+        if start - duration <= seconds < end:
+            if merged and seconds - sum(merged[-1]) < 0.01:
+                merged[-1] = (merged[-1][0], seconds + duration - merged[-1][0])
+            else:
+                merged.append((seconds, duration))
+    return merged

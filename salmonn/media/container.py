@@ -1,6 +1,5 @@
 """Access to a video or audio file: choice of streams, timestamps in seconds, decoding of packets."""
 
-import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -8,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import av
+from av.bitstream import BitStreamFilterContext
 from av.container import InputContainer
+from av.format import Flags
 from av.stream import Disposition
 
 # Starting decoder threads costs more than they save up to about this many pixels a frame.
 _SINGLE_THREAD_PIXELS = 160 * 120
 # Playlists open other files, which the sender of an upload may not be allowed to read.
 _PLAYLIST_FORMATS = frozenset(["concat", "dash", "hls", "imf", "sdp"])
+# These state the time at which they end, not their duration; both differ where timestamps do not start at 0.
+_END_TIME_FORMATS = frozenset(["matroska", "flv"])
+# NAL units of supplemental information: they do not affect the decoded frames, and many cameras write bad ones.
+_SEI_TYPES = {"h264": "6", "hevc": "39-40"}
+_MARKED = "a frame is marked as damaged"
 
 
 class ClipError(ValueError):
@@ -22,11 +28,7 @@ class ClipError(ValueError):
 
 
 class DecodeError(Exception):
-    """A stream cannot be decoded from `seconds` on. Used inside `salmonn.media` only; `read_clip` catches it."""
-
-    def __init__(self, cause: str, seconds: float = math.inf) -> None:
-        super().__init__(cause)
-        self.seconds = seconds
+    """A stream cannot be decoded. Used inside `salmonn.media` only; `read_clip` catches it."""
 
 
 @dataclass(frozen=True)
@@ -49,38 +51,47 @@ class MediaFile:
     tick_seconds: tuple[float, ...]
 
     @property
-    def counts_frames(self) -> bool:
-        """Whether frames are identified by counting from the first, because their timestamps cannot be trusted."""
-        # AVI holds no presentation times, and libav's guesses come out of order where there are B-frames.
-        return self.container.format.name == "avi"
+    def _flags(self) -> Flags:
+        return Flags(self.container.format.flags)
 
     @property
-    def skips_damage(self) -> bool:
-        """Whether libav silently skips what it cannot read; a gap in all streams reveals it."""
-        streams = self.container.streams
-        return "matroska" in self.container.format.name and bool(streams.video and streams.audio)
+    def counts_frames(self) -> bool:
+        """Whether frames are identified by counting from the first, because their timestamps cannot be trusted."""
+        # AVI holds no presentation times, and libav's guesses come out of order where there are B-frames. Raw streams
+        # hold no times at all.
+        return self.container.format.name == "avi" or bool(self._flags & Flags.no_timestamps)
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether the clock of this format may restart or jump within a file, as in joined MPEG-TS or chained Ogg."""
+        return bool(self._flags & Flags.ts_discont)
 
     @property
     def declared_end(self) -> float:
         """End of the file according to its header, in seconds from its start; 0 if the header has none."""
-        return (self.container.duration or 0) / av.time_base
+        seconds = (self.container.duration or 0) / av.time_base
+        states_end = not _END_TIME_FORMATS.isdisjoint(self.container.format.name.split(","))
+        return seconds - self.origin if states_end and seconds > self.origin else seconds
 
     def seconds(self, pts: int, stream: Any) -> float:
         """Convert a timestamp of a stream to seconds from the start of the file."""
         return pts * self.tick_seconds[stream.index] - self.origin
 
-    def reopen(self, stack: ExitStack) -> "MediaFile":
+    def reopen(self, stack: ExitStack, *, strict: bool = True) -> "MediaFile":
         """Open the same file again, to read it from its start."""
-        return open_media(self.path, stack, video=self.video is not None, audio=self.audio is not None)
+        return open_media(self.path, stack, video=self.video is not None, audio=self.audio is not None, strict=strict)
 
 
-def open_media(path: str | os.PathLike[str], stack: ExitStack, *, video: bool, audio: bool) -> MediaFile:
+def open_media(
+    path: str | os.PathLike[str], stack: ExitStack, *, video: bool, audio: bool, strict: bool = True
+) -> MediaFile:
     """Open a local file and select its streams.
 
     Args:
         path: a local video or audio file.
         stack: context that closes the file.
         video, audio: whether to select a video and an audio stream.
+        strict: make the video decoder report damage that it would otherwise conceal.
 
     Raises:
         ClipError: the file cannot be opened, or has none of the requested streams.
@@ -101,18 +112,38 @@ def open_media(path: str | os.PathLike[str], stack: ExitStack, *, video: bool, a
         raise ClipError(f"{path}: is a text file; pass a video or audio file")
     if _PLAYLIST_FORMATS & set(container.format.name.split(",")):
         raise ClipError(f"{path}: is a playlist; pass a video or audio file")
-    file = MediaFile(
+    video_stream = _select_stream(container, "video") if video else None
+    audio_stream = _select_stream(container, "audio", related=video_stream) if audio else None
+    if video_stream is not None:
+        _configure_video(video_stream.codec_context, strict=strict)
+    if video and video_stream is None and _candidates(container, "video"):
+        raise ClipError(
+            f"{path}: there is no decoder for its video; convert it to H.264, or caption its sound alone (--use audio)"
+        )
+    if video_stream is None and audio_stream is None:
+        raise ClipError(f"{path}: {_explain_missing(container, video=video, audio=audio)}")
+    return MediaFile(
         path=str(path),
         container=container,
-        video=_select_stream(container, "video") if video else None,
-        audio=_select_stream(container, "audio") if audio else None,
+        video=video_stream,
+        audio=audio_stream,
         origin=(container.start_time or 0) / av.time_base,
         tick_seconds=tuple(float(stream.time_base or 0) for stream in container.streams),
     )
-    if file.video is None and file.audio is None:
-        requested = " or ".join([name for name, on in (("video", video), ("audio", audio)) if on])
-        raise ClipError(f"{path}: has no {requested} stream that can be decoded; check that it plays, or convert it")
-    return file
+
+
+def _explain_missing(container: InputContainer, *, video: bool, audio: bool) -> str:
+    """Return why none of the requested streams can be decoded, and what to do."""
+    if _candidates(container, "audio") and audio:
+        return "there is no decoder for its audio; convert it to AAC"
+    if _candidates(container, "audio") or _candidates(container, "video"):
+        kind, other = ("video", "audio") if video else ("audio", "visual")
+        return f"has no {kind}; caption the rest of it (--use {other})"
+    if container.streams.video:
+        return "has no video or audio but a cover image; pass a video or audio file"
+    if container.streams.subtitles:
+        return "has no video or audio but subtitles; pass the video that they belong to"
+    return "has no video or audio stream; check that it plays, or convert it"
 
 
 def _check_file(path: Path) -> None:
@@ -134,18 +165,30 @@ def _check_file(path: Path) -> None:
         raise ClipError(f"{path}: the file is empty; copy or download it again")
 
 
-def _select_stream(container: InputContainer, kind: Any) -> Any:
-    """Return the stream of this kind that a player would choose, ready to decode, or None."""
-    stream: Any = container.streams.best(kind)
-    if stream is None or stream.codec_context is None or stream.disposition & Disposition.attached_pic:
-        return None
-    if kind == "video":
-        codec = stream.codec_context
-        # Without this, some damaged frames are concealed with pixels of their neighbours and not marked as corrupt.
+def _candidates(container: InputContainer, kind: Any) -> list[Any]:
+    """Return the streams of this kind that are to be played, which excludes cover images."""
+    streams = getattr(container.streams, kind)
+    return [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+
+
+def _select_stream(container: InputContainer, kind: Any, *, related: Any = None) -> Any:
+    """Return the stream of this kind that a player would choose among those with a decoder, or None.
+
+    Args:
+        container: an open file.
+        kind: video or audio.
+        related: a stream whose program is preferred, so that video and audio are of the same one.
+    """
+    decodable = [stream for stream in _candidates(container, kind) if stream.codec_context is not None]
+    best = container.streams.best(kind, related=related)
+    return best if best in decodable else next(iter(decodable), None)
+
+
+def _configure_video(codec: Any, *, strict: bool) -> None:
+    if strict:
         codec.options = {"err_detect": "explode"}
-        codec.thread_type = "AUTO"
-        codec.thread_count = 1 if codec.width * codec.height <= _SINGLE_THREAD_PIXELS else 0
-    return stream
+    codec.thread_type = "AUTO" if strict else "SLICE"  # frame threads report errors late
+    codec.thread_count = 1 if codec.width * codec.height <= _SINGLE_THREAD_PIXELS else 0
 
 
 def declared_seconds(path: str | os.PathLike[str]) -> float:
@@ -158,68 +201,115 @@ def declared_seconds(path: str | os.PathLike[str]) -> float:
         return open_media(path, stack, video=True, audio=True).declared_end
 
 
-def measured_seconds(path: str | os.PathLike[str]) -> float:
-    """Return a file's duration by the timestamps of all its packets, without decoding them; 0 if they have none.
-
-    The header may hold an estimate from the bit rate, or the duration before the file was truncated.
-
-    Raises:
-        ClipError: as `declared_seconds`.
-    """
-    end = 0.0
-    with ExitStack() as stack:
-        file = open_media(path, stack, video=True, audio=True)
-        streams = [stream for stream in (file.video, file.audio) if stream is not None]
-        try:
-            for packet in file.container.demux(streams):
-                if packet.pts is not None:
-                    end = max(end, file.seconds(packet.pts + (packet.duration or 0), packet.stream))
-        except av.error.FFmpegError:
-            pass  # damaged from here on, which `read_clip` reports
-    return end
-
-
 def cause_of(error: Exception) -> str:
     """Return an error's message without libav's number and file name."""
     return getattr(error, "strerror", None) or str(error)
 
 
 class Decoder:
-    """Decoder of one stream's packets up to the first damage.
+    """Decoder of one stream's packets, which resumes after damage or, if it is strict, reports it.
 
-    Args:
-        max_leading_errors: number of errors that are ignored before the first frame.
+    A strict decoder is for video streams that were opened as strict: it raises errors that libav would only log. Some
+    of them do not matter, so they only decide whether to read again with a decoder that is not strict. That one returns
+    whatever libav decodes and, on the side, finds out which packets are damaged.
+
+    Attributes:
+        damage: (time, duration) of the damaged packets, in seconds. Packets at the start of a recording that depend on
+            earlier ones are not damaged.
+        cause: message of the latest error.
+        has_started: whether a frame has been decoded.
     """
 
-    def __init__(self, *, max_leading_errors: int = 0) -> None:
-        self._ignorable_errors = max_leading_errors
+    def __init__(self, file: MediaFile, stream: Any, *, strict: bool = False) -> None:
+        self.damage: list[tuple[float, float]] = []
+        self.cause: str | None = None
+        self.has_started = False
+        self._file = file
+        self._stream = stream
+        self._strict = strict
+        self.restart()
+
+    def restart(self) -> None:
+        """Prepare for packets from another part of the file, after a seek."""
+        self._first_pts: int | None = None
+        self._verifier = None if self._strict or self._stream.type != "video" else _Verifier(self._stream)
 
     def decode(self, packet: Any) -> list[Any]:
         """Return the frames that a packet makes available, in presentation order.
 
         Raises:
-            DecodeError: the packet or a frame is damaged.
+            DecodeError: the decoder is strict, and the packet or a frame is damaged.
         """
-        return self._decode(packet.stream, packet)
-
-    def drain(self, stream: Any) -> list[Any]:
-        """Return the frames that the decoder still holds; it accepts packets again after a seek. Raises as `decode`."""
-        return self._decode(stream, None)
-
-    def _decode(self, stream: Any, packet: Any) -> list[Any]:
-        try:
-            if packet is not None and packet.is_corrupt:
-                raise av.error.InvalidDataError(0, "the container marks this part as damaged")
-            frames = stream.decode(packet)
-        except av.error.EOFError:
-            return []
-        except av.error.FFmpegError as error:
-            if self._ignorable_errors == 0:
-                raise DecodeError(cause_of(error)) from error
-            self._ignorable_errors -= 1
-            return []
-        if any(frame.is_corrupt for frame in frames):
-            raise DecodeError("a frame is marked as damaged")
-        if frames:
-            self._ignorable_errors = 0
+        if packet.size == 0 and packet.pts is not None:
+            return []  # repeats the frame before it, as in Theora; libav would take it for the end of the stream
+        if self._first_pts is None:
+            self._first_pts = packet.pts
+        frames, error = self._frames(packet)
+        if self._verifier is not None:
+            error = self._verifier.find_error(packet) or error
+        self.has_started = self.has_started or bool(frames)
+        if error is not None:
+            self.cause = error
+            if not self._is_expected(packet, error):
+                if self._strict:
+                    raise DecodeError(error)
+                if packet.pts is not None:
+                    duration = (packet.duration or 0) * self._file.tick_seconds[self._stream.index]
+                    self.damage.append((self._file.seconds(packet.pts, self._stream), duration))
         return frames
+
+    def drain(self) -> list[Any]:
+        """Return the frames that the decoder still holds; it accepts packets again after a seek. Raises as `decode`."""
+        frames, error = self._frames(None)
+        if error is not None and self._strict:
+            raise DecodeError(error)
+        return frames
+
+    def _is_expected(self, packet: Any, error: str) -> bool:
+        """Return whether an intact file may give this error."""
+        if self._stream.type == "audio":
+            # Recordings start amid a packet; joined MP3 files have tags between them.
+            return not self.has_started or bytes(packet)[:3] in (b"ID3", b"TAG")
+        if error == _MARKED and not self.has_started:
+            return True  # intra refresh: frames are damaged until all of it has been refreshed
+        # The frames of an open GOP that precede its keyframe in time refer to frames before it.
+        return packet.pts is not None and self._first_pts is not None and packet.pts < self._first_pts
+
+    def _frames(self, packet: Any) -> tuple[list[Any], str | None]:
+        try:
+            frames = self._stream.decode(packet)
+        except av.error.EOFError:
+            return [], None
+        except av.error.FFmpegError as error:
+            return [], cause_of(error)
+        intact = [frame for frame in frames if not frame.is_corrupt]
+        return intact, None if len(intact) == len(frames) else _MARKED
+
+
+class _Verifier:
+    """A second, strict decoder that is fed the same packets without supplemental information."""
+
+    def __init__(self, stream: Any) -> None:
+        source = stream.codec_context
+        self._codec: Any = av.CodecContext.create(source.codec, "r")
+        self._codec.extradata = source.extradata
+        self._codec.width, self._codec.height = source.width, source.height
+        self._codec.options = {"err_detect": "explode"}
+        self._codec.thread_count = 1
+        types = _SEI_TYPES.get(source.name)
+        remove = f"filter_units=remove_types={types}"
+        self._filter = None if types is None else BitStreamFilterContext(remove, stream)
+
+    def find_error(self, packet: Any) -> str | None:
+        """Return the cause if a packet is damaged."""
+        if packet.size == 0:
+            return None
+        copy = av.Packet(bytes(packet))  # the filter takes what it is given
+        copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+        copy.is_keyframe = packet.is_keyframe
+        try:
+            for part in [copy] if self._filter is None else self._filter.filter(copy):
+                self._codec.decode(part)
+        except av.error.FFmpegError as error:
+            return cause_of(error)
+        return None

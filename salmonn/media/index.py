@@ -1,29 +1,33 @@
 """First pass over a file: decode the audio, and index when each video frame is due and which frames are keyframes."""
 
 import math
+import os
 from bisect import bisect_right
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import av
 import numpy as np
 
 from salmonn.media.audio import AudioBuffer
-from salmonn.media.container import DecodeError, Decoder, MediaFile, cause_of
+from salmonn.media.container import DecodeError, Decoder, MediaFile, cause_of, open_media
+from salmonn.media.timeline import Timeline
 
 # Times are compared as floats; a frame this little after the target time counts as due at that time.
 SLACK_SECONDS = 1e-6
 # Audio decoders need some packets after a seek (Opus 80 ms), and files interleave their streams loosely.
 _PREROLL_SECONDS = 2.0
-# Audio and video do not both pause for longer than this.
-_GAP_SECONDS = 0.5
+# Where libav finds nothing that it can read in a Matroska file, it skips ahead without a word. More bytes than headers
+# take, left out together with some time in all streams, reveal it.
+_SKIPPED_BYTES, _SKIPPED_SECONDS = 4096, 0.5
 # A file that ends this much before the end that it declares is truncated.
 _SHORTFALL_SECONDS = 0.25
 # As many frames as H.264 and HEVC allow a decoder to hold back.
-_REORDER_FRAMES = 16
-# An audio stream cut in mid-packet gives some errors before it can be decoded; more than this is damage.
-_LEADING_AUDIO_ERRORS = 50
+REORDER_FRAMES = 16
+# Headers of these formats declare no duration; libav estimates it from the bit rate or the last timestamps.
+_ESTIMATED_FORMATS = frozenset(["aac", "ac3", "amr", "dts", "eac3", "h264", "hevc", "m4v", "mp3", "mpeg", "mpegvideo"])
 
 
 @dataclass
@@ -36,10 +40,17 @@ class StreamIndex:
         frame_times: presentation times of the video frames, rising.
         keyframes: (presentation time, timestamp to seek to) of the keyframes, rising.
         video_end: end of the last video frame.
+        audio_end: end of the latest packet of audio.
         file_end: end of the latest packet of any stream.
         complete_until: time up to which no frame can be missing from `frame_times`.
+        is_continuous: whether the file has a single clock, so that seeking leads where its timestamps say.
+        is_encrypted: whether packets are encrypted.
+        audio_damage, video_damage: (time, duration) of the damaged packets, in order.
+        missing: (time, duration) of what libav skipped in the container.
         is_truncated: whether the file breaks off.
-        damage: error that stopped the reading, if any.
+        error: error that stopped the reading or kept a stream from being decoded, if any.
+        num_leading: number of frames stored before the first keyframe.
+        last_duration: duration of the video packet stored last.
     """
 
     file: MediaFile
@@ -47,10 +58,23 @@ class StreamIndex:
     frame_times: list[float] = field(default_factory=list)
     keyframes: list[tuple[float, int]] = field(default_factory=list)
     video_end: float = 0.0
+    audio_end: float = 0.0
     file_end: float = 0.0
     complete_until: float = 0.0
+    is_continuous: bool = True
+    is_encrypted: bool = False
+    audio_damage: list[tuple[float, float]] = field(default_factory=list)
+    video_damage: list[tuple[float, float]] = field(default_factory=list)
+    missing: list[tuple[float, float]] = field(default_factory=list)
     is_truncated: bool = False
-    damage: str | None = None
+    error: str | None = None
+    num_leading: int = 0
+    last_duration: float = 0.0
+
+    @property
+    def default_interval(self) -> float:
+        """Time between two frames by the stream's nominal frame rate, for frames of unknown time or duration."""
+        return 1 / float(self.file.video.guessed_rate or self.file.video.average_rate or 25)
 
     @property
     def end(self) -> float:
@@ -68,131 +92,212 @@ def index_streams(file: MediaFile, stack: ExitStack, *, start: float, end: float
     Returns:
         A `StreamIndex`; its `file` differs from the one passed if that had to be reopened.
     """
-    # Audio is fast to decode, and seeks in audio files are often estimates.
-    if file.video is not None and not file.counts_frames and start > _PREROLL_SECONDS:
+    # Demuxing audio is fast, and seeks in audio files are often estimates.
+    if file.video is not None and not file.counts_frames and start > _PREROLL_SECONDS and _has_one_clock(file):
         index = _index_from(file, start, end, seek_seconds=start - _PREROLL_SECONDS)
         if index.frame_times and index.frame_times[0] <= start:
             return index
         file = file.reopen(stack)
-    return _index_from(file, start, end, seek_seconds=None)
+    index = _index_from(file, start, end, seek_seconds=None)
+    if index.keyframes and index.frame_times and index.frame_times[0] < index.keyframes[0][0] - SLACK_SECONDS:
+        _drop_undecodable_start(index, stack)
+    return index
+
+
+def measured_seconds(path: str | os.PathLike[str]) -> float:
+    """Return a file's duration by the timestamps of all its packets, without decoding them; 0 if they have none.
+
+    The header may hold an estimate from the bit rate, or the duration before the file was truncated.
+
+    Raises:
+        ClipError: the file cannot be opened, or has neither video nor audio.
+    """
+    with ExitStack() as stack:
+        index = _index_from(open_media(path, stack, video=True, audio=True), math.inf, math.inf, seek_seconds=None)
+        return max(index.video_end, index.audio_end)
+
+
+def _has_one_clock(file: MediaFile) -> bool:
+    """Return whether no timestamp of a file has to be changed, for which all of it is read where that is uncertain."""
+    if not file.may_restart:
+        return True
+    status = os.stat(file.path)  # noqa: PTH116
+    return _is_continuous(file.path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _is_continuous(path: str, size_bytes: int, modified_ns: int) -> bool:
+    with ExitStack() as stack:
+        timeline = Timeline(open_media(path, stack, video=True, audio=True))
+        try:
+            for _ in timeline.packets():
+                pass
+        except av.error.FFmpegError:
+            pass  # damaged from here on, which the reader of the span reports
+        return timeline.is_continuous
 
 
 def _index_from(file: MediaFile, start: float, end: float, *, seek_seconds: float | None) -> StreamIndex:
     index = StreamIndex(file)
+    timeline = Timeline(file)
     try:
         if seek_seconds is not None:
             file.container.seek(round((seek_seconds + file.origin) * av.time_base))
-        _index_packets(index, start, end)
-    except (av.error.FFmpegError, DecodeError) as error:
-        index.damage, index.is_truncated = cause_of(error), True
-    try:
+        _index_packets(index, timeline, start, end)
         index.audio.flush()
-    except DecodeError as error:
-        index.damage = str(error)
+    except (av.error.FFmpegError, DecodeError) as error:
+        index.error, index.is_truncated = cause_of(error), True
+    index.is_continuous = timeline.is_continuous
     _finalize_video(index, end)
     return index
 
 
-def _index_packets(index: StreamIndex, start: float, end: float) -> None:
+def _index_packets(index: StreamIndex, timeline: Timeline, start: float, end: float) -> None:
     file = index.file
     open_streams = {stream.index for stream in (file.video, file.audio) if stream is not None}
-    decoder = Decoder(max_leading_errors=_LEADING_AUDIO_ERRORS)
-    last_is_complete = True
+    decoder = None if file.audio is None else Decoder(file, file.audio)
+    position = None  # in the file, after the packet before
     # All streams, since the end of any of them reveals where a truncated file ends.
-    for packet in file.container.demux():
+    for packet in timeline.packets():
         number = packet.stream.index
         if packet.size:
-            last_is_complete = not packet.is_corrupt
+            position = _note_skipped(index, packet, position)
             if _update_file_end(index, packet) > end:
                 open_streams.discard(number)
         if file.video is not None and number == file.video.index:
             _index_video_packet(index, packet)
-        elif file.audio is not None and number in open_streams and number == file.audio.index:
-            try:
-                for frame in decoder.decode(packet):
-                    # A frame without a timestamp follows the one before it.
-                    seconds = index.audio.end if frame.pts is None else frame.time - file.origin
-                    # Of long audio before the span a little is kept, to fill the resampler's filter.
-                    if seconds > start - _PREROLL_SECONDS / 2:
-                        index.audio.add(frame, seconds)
-            except DecodeError as error:
-                open_streams.discard(number)
-                index.damage = str(error)
+        elif decoder is not None and number == file.audio.index and (number in open_streams or not packet.size):
+            _decode_audio(index, decoder, packet, start)
         if not open_streams:
+            break
+    if decoder is not None:
+        index.audio_damage = decoder.damage
+        if decoder.cause is not None and not decoder.has_started:
+            index.error = decoder.cause
+
+
+def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: float) -> None:
+    # Of long audio before the span a little is decoded, and less is kept, to fill the filters of decoder and resampler.
+    if packet.pts is not None:
+        index.audio_end = index.file.seconds(packet.pts + (packet.duration or 0), packet.stream)
+        if index.audio_end < start - _PREROLL_SECONDS:
             return
-    index.is_truncated = index.is_truncated or not last_is_complete
+    for frame in decoder.decode(packet):
+        # A frame without a timestamp follows the one before it.
+        seconds = index.audio.end if frame.pts is None else frame.time - index.file.origin
+        if seconds > start - _PREROLL_SECONDS / 2:
+            index.audio.add(frame, seconds)
+
+
+def _note_skipped(index: StreamIndex, packet: Any, position: int | None) -> int | None:
+    """Note what libav skipped before a packet of Matroska; return the position in the file after this packet."""
+    if "matroska" not in index.file.container.format.name or packet.pos is None or packet.pos < 0:
+        return None
+    if position is not None and packet.pos - position > _SKIPPED_BYTES and packet.dts is not None:
+        seconds = index.file.seconds(packet.dts, packet.stream) - index.file_end
+        if seconds > _SKIPPED_SECONDS:
+            index.missing.append((index.file_end, seconds))
+    return int(packet.pos + packet.size)
 
 
 def _update_file_end(index: StreamIndex, packet: Any) -> float:
-    """Note the end of a packet; return the time before which no later packet of its stream is presented.
-
-    Raises:
-        DecodeError: between this packet and all those before it, a part of the file is missing.
-    """
+    """Note the end of a packet; return the time before which no later packet of its stream is presented."""
     file = index.file
     timestamp = packet.dts if packet.pts is None else packet.pts
     if timestamp is not None:
-        seconds = file.seconds(timestamp, packet.stream)
-        missing = seconds - index.file_end
-        if index.file_end and missing > _GAP_SECONDS and file.skips_damage:
-            raise DecodeError(f"{missing:.2f} s are missing after {index.file_end:.2f} s")
         duration = (packet.duration or 0) * file.tick_seconds[packet.stream.index]
-        index.file_end = max(index.file_end, seconds + duration)
+        index.file_end = max(index.file_end, file.seconds(timestamp, packet.stream) + duration)
+    index.is_encrypted = index.is_encrypted or packet.has_sidedata("encryption_info")
     return -math.inf if packet.dts is None else file.seconds(packet.dts, packet.stream)
 
 
 def _index_video_packet(index: StreamIndex, packet: Any) -> None:
     file = index.file
     pts = packet.dts if file.counts_frames else packet.pts
-    index.is_truncated = index.is_truncated or (packet.is_corrupt and bool(index.keyframes))
-    if pts is None or index.is_truncated:
+    if pts is None and not (file.counts_frames and packet.size):
         return
-    seconds = file.seconds(pts, file.video)
+    tick = file.tick_seconds[file.video.index]
+    # Raw streams have no timestamps at all; their frames follow each other at the stream's rate.
+    seconds = len(index.frame_times) * index.default_interval if pts is None else file.seconds(pts, file.video)
+    index.last_duration = (packet.duration or 0) * tick
+    if packet.size == 0:  # repeats the frame before it
+        index.video_end = max(index.video_end, seconds + index.last_duration)
+        return
     if packet.dts is not None:
         index.complete_until = file.seconds(packet.dts, file.video)
     if packet.is_keyframe:
         # libav seeks by decoding time in MPEG-TS, by presentation time elsewhere.
         by_dts = file.container.format.name == "mpegts" and packet.dts is not None
-        index.keyframes.append((seconds, packet.dts if by_dts else pts))
-    # A file may start with frames that depend on earlier ones: the first to be shown is a keyframe.
+        index.keyframes.append((seconds, packet.dts if by_dts else pts or 0))
     # Discarded packets lie outside the file's edit list: they are decoded but never shown.
-    if index.keyframes and not packet.is_discard:
+    if not packet.is_discard:
+        index.num_leading += not index.keyframes
         index.frame_times.append(seconds)
-        duration = (packet.duration or 0) * file.tick_seconds[file.video.index]
-        index.video_end = max(index.video_end, seconds + duration)
 
 
 def _finalize_video(index: StreamIndex, end: float) -> None:
     """Sort the frames by time and, if the file is truncated, drop those that are uncertain."""
-    index.frame_times.sort()
-    index.keyframes.sort()
     times = index.frame_times
-    interval = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    if times and index.video_end <= times[-1]:
-        # No durations in the file: the last frame is shown as long as is usual.
-        index.video_end = times[-1] + interval
-    index.is_truncated = index.is_truncated or _breaks_off(index, interval, end)
+    if index.keyframes:  # frames before the first keyframe depend on others that the file does not have
+        del times[: index.num_leading]
+    times.sort()
+    index.keyframes.sort()
+    if times:
+        # Where frames are reordered, packets state the time to the one stored next, not to the one presented next:
+        # only the packet stored last states the duration of a frame that is shown last.
+        duration = 0.0 if index.file.counts_frames else index.last_duration
+        if not duration:
+            duration = float(np.median(np.diff(times))) if len(times) > 1 else index.default_interval
+        index.video_end = max(index.video_end, times[-1] + duration)
+    index.is_truncated = index.is_truncated or _breaks_off(index, end)
     if index.is_truncated and times:
         # Frames are stored in decoding order: of those due after the last one's decoding time, some may be missing.
         # Frames identified by counting are certain only before all that a decoder may hold back.
-        certain = times[max(0, len(times) - _REORDER_FRAMES)] if index.file.counts_frames else index.complete_until
+        certain = times[max(0, len(times) - REORDER_FRAMES)] if index.file.counts_frames else index.complete_until
         index.frame_times = times[: index.count_due(certain)]
         index.video_end = min(index.video_end, certain)
 
 
-def _breaks_off(index: StreamIndex, interval: float, end: float) -> bool:
-    """Return whether the file ends before it should; `interval` is the usual time between two frames."""
-    file = index.file
-    if min(end, file.declared_end) - index.file_end > _SHORTFALL_SECONDS:
-        return True
-    if not index.frame_times or index.complete_until > end:
-        return False
-    if file.video.duration is not None:
-        first = file.seconds(file.video.start_time or 0, file.video)
-        declared = min(end, first + file.video.duration * file.tick_seconds[file.video.index])
-        if declared - index.video_end > (interval / 2 if file.counts_frames else _SHORTFALL_SECONDS):
+def _breaks_off(index: StreamIndex, end: float) -> bool:
+    """Return whether the file ends before the end that its header declares."""
+    file, times = index.file, np.array(index.frame_times)
+    intervals = np.diff(times)
+    name = file.container.format.name
+    if index.is_continuous and not file.may_restart and name not in _ESTIMATED_FORMATS:
+        # The last frame may be shown as long as any other, without a packet that says so.
+        slack = max(_SHORTFALL_SECONDS, 1.5 * intervals.max(initial=0.0))
+        if min(end, file.declared_end) - index.file_end > slack:
             return True
-    # MPEG-TS and others declare no duration, but frames stored last fill the gaps between those due last.
-    last = index.count_due(index.complete_until)
-    has_table = "mp4" in file.container.format.name
-    return not has_table and bool(np.any(np.diff(index.frame_times[max(0, last - 1) :]) > 1.5 * interval))
+    if "mp4" in name:  # which declares the end of each stream
+        for stream, stream_end in ((file.video, index.video_end), (file.audio, index.audio_end)):
+            if stream is not None and stream.duration is not None and stream_end:
+                first = file.seconds(stream.start_time or 0, stream)
+                declared = first + stream.duration * file.tick_seconds[stream.index]
+                if min(end, declared) - stream_end > _SHORTFALL_SECONDS:
+                    return True
+        return False
+    # Where nothing is declared: frames stored last fill the gaps between those due last, if frames are evenly spaced.
+    num_certain = index.count_due(index.complete_until)
+    before, after = intervals[: max(num_certain - 1, 0)], intervals[max(num_certain - 1, 0) :]
+    if index.complete_until > end or len(before) == 0 or file.counts_frames:
+        return False
+    usual = float(np.median(before))
+    return bool(before.max() < 1.5 * usual < after.max(initial=0.0) <= REORDER_FRAMES * usual)
+
+
+def _drop_undecodable_start(index: StreamIndex, stack: ExitStack) -> None:
+    """Drop the frames that precede the first keyframe in time and refer to frames that the file does not have."""
+    file = index.file.reopen(stack, strict=False)
+    has_started = False
+    try:
+        for packet in Timeline(file).packets():
+            if packet.stream.index != file.video.index or not packet.size:
+                continue
+            has_started = has_started or packet.is_keyframe
+            frames = file.video.decode(packet) if has_started else []
+            if frames and frames[0].pts is not None:
+                first = file.seconds(frames[0].pts, file.video)
+                index.frame_times = [time for time in index.frame_times if time >= first - SLACK_SECONDS]
+                return
+    except av.error.FFmpegError:
+        pass  # reported by the second pass

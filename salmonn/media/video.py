@@ -2,7 +2,8 @@
 
 Three ways to read, from the fastest to the most tolerant; each later one is used where the one before fails:
 `_frames_by_index` trusts the index and skips frames that no other refers to, `_frames_on_screen` with keyframes decodes
-everything from a keyframe on, and without keyframes it decodes the whole file.
+everything from a keyframe on, and without keyframes it decodes the whole file. Each is tried with a strict decoder; if
+that finds damage, the file is read again with one that returns whatever libav decodes.
 """
 
 import logging
@@ -21,7 +22,8 @@ from PIL import Image
 
 from salmonn.media.container import DecodeError, Decoder, MediaFile, cause_of
 from salmonn.media.frame_sampling import FrameSampler
-from salmonn.media.index import SLACK_SECONDS, StreamIndex
+from salmonn.media.index import REORDER_FRAMES, SLACK_SECONDS, StreamIndex
+from salmonn.media.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,10 @@ _INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolat
 
 # Threads that convert and scale; as many decoded frames are converted at a time, and one more waits.
 _CONVERTERS = 2
+# Frames are evenly spaced if none is further than this many intervals from its place among as many that are.
+_MAX_UNEVENNESS = 0.6
+# Muxers round times (Matroska to 1 ms): a frame due this little after a target time is meant by it.
+_ROUNDING_SECONDS = 0.0015
 # Number of frames that a seek must save: at each, the decoder's threads run empty.
 _MIN_FRAMES_SAVED = 4
 
@@ -49,6 +55,10 @@ class _SeekError(Exception):
 def target_times(index: StreamIndex, sampler: FrameSampler, *, start: float, end: float) -> np.ndarray:
     """Return the times of the frames to decode.
 
+    The published rules count frames and suppose that they are evenly spaced. Where they are not (slides, screen
+    recordings), a video is sampled as if each frame were repeated for as long as it is on screen: a frame has as many
+    chances to be seen as it has time.
+
     Args:
         index: result of the first pass.
         sampler: rule that selects the times.
@@ -63,8 +73,21 @@ def target_times(index: StreamIndex, sampler: FrameSampler, *, start: float, end
     duration = min(end, index.video_end) - first
     if duration <= 0:
         return np.zeros(0)
-    num_frames = bisect_left(index.frame_times, first + duration) - bisect_left(index.frame_times, first)
-    return sampler.sample_times(first, duration, max(num_frames, 1))
+    inside = index.frame_times[bisect_left(index.frame_times, first) : bisect_left(index.frame_times, first + duration)]
+    num_frames = max(len(inside), 1)
+    interval = duration / num_frames
+    if (
+        len(inside) > 1
+        and np.abs(np.array(inside) - first - interval * np.arange(num_frames)).max() > _MAX_UNEVENNESS * interval
+    ):
+        intervals = np.diff([*inside, first + duration])
+        # The mean of the short intervals, but for the shortest, which may be an accident.
+        short = np.quantile(intervals[intervals > 0], 0.1, method="lower")
+        interval = float(intervals[(short <= intervals) & (intervals <= 1.5 * short)].mean())
+        num_frames = max(round(duration / interval), 1)
+    times = np.array(sampler.sample_times(first, num_frames * interval, num_frames))
+    following = np.array([*index.frame_times, math.inf])[[index.count_due(time) for time in times]]
+    return np.where(following - times <= min(_ROUNDING_SECONDS, interval / 4), following, times)
 
 
 def decode_frames(
@@ -79,46 +102,133 @@ def decode_frames(
         stack: context that closes the file if it has to be reopened.
 
     Returns:
-        (H, W, 3) uint8 frames, None where undecodable; fewer than F if the rest is damaged.
+        F images of (H, W, 3) uint8. In place of a damaged frame the one before stays on screen; None before the first
+        frame that decodes, and after the last one if many are lost there.
     """
-    file = index.file
-    attempts = [_frames_by_index(index, targets), _frames_on_screen(file, index, targets, index.keyframes)]
-    for frames in [] if file.counts_frames else attempts:
+    file, keyframes = index.file, index.keyframes
+    ways: list[Callable[[_FrameSource], Iterator[Any]]] = [
+        lambda source: _frames_by_index(source, targets),
+        lambda source: _frames_on_screen(source, targets, keyframes),
+        lambda source: _frames_on_screen(source, targets, []),
+    ]
+    # Frames that are counted, or whose times have been changed, cannot be sought.
+    way = 2 if file.counts_frames or not index.is_continuous or not keyframes else 0
+    strict = True
+    while True:
+        source = _FrameSource(file, index, strict=strict)
         try:
-            images, damage = _convert_frames(frames, sampler, len(targets))
+            images = _convert_frames(ways[way](source), sampler, len(targets))
         except _SeekError as error:
             logger.debug("%s: reading again, because a seek failed (%s)", file.path, error)
-            continue
-        if damage is None:
+            way += 1
+        except DecodeError as error:
+            logger.debug("%s: reading again, because it seems damaged (%s)", file.path, error)
+            strict = False
+        else:
+            index.video_damage = sorted(source.decoder.damage)
+            index.error = index.error if any(image is not None for image in images) else source.decoder.cause
             return images
-        # Some files are only hard to seek in: damage is confirmed by reading straight through.
-        logger.debug("%s: reading straight through, because it seems damaged (%s)", file.path, damage)
-        break
-    file = file.reopen(stack)
-    images, damage = _convert_frames(_frames_on_screen(file, index, targets, []), sampler, len(targets))
-    if damage is not None:
-        index.damage = str(damage)
-        index.video_end = min(index.video_end, damage.seconds)
-    return images
+        file = file.reopen(stack, strict=strict)
 
 
-def _frames_by_index(index: StreamIndex, targets: np.ndarray) -> Iterator[Any]:
+class _FrameSource:
+    """The decoded frames of a file's video, in presentation order with their times.
+
+    Args:
+        file: the open file.
+        index: its index.
+        strict: raise a DecodeError at the first damage.
+    """
+
+    def __init__(self, file: MediaFile, index: StreamIndex, *, strict: bool) -> None:
+        self.file = file
+        self.index = index
+        self.strict = strict
+        self.decoder = Decoder(file, file.video, strict=strict)
+        self._is_non_reference = non_reference_test(file.video.codec_context)
+
+    def frames(self, keyframe: int | None, due: set[float] | None = None) -> Iterator[tuple[float, Any]]:
+        """Yield (seconds, frame).
+
+        Args:
+            keyframe: timestamp to seek to; None reads on from the current position.
+            due: times of the frames that are needed: others are skipped if no frame refers to them, and reading ends
+                after the last; None yields all frames.
+
+        Raises:
+            DecodeError: the source is strict, and the file is damaged.
+        """
+        try:
+            if keyframe is not None:
+                self.file.container.seek(keyframe, stream=self.file.video)
+                self.decoder.restart()
+            yield from self._all_frames() if due is None else self._due_frames(due)
+        except av.error.FFmpegError as error:
+            if self.strict:
+                raise DecodeError(cause_of(error)) from error
+            self.decoder.cause = cause_of(error)
+
+    def _packets(self) -> Iterator[Any]:
+        if self.index.is_continuous:
+            return self.file.container.demux(self.file.video)
+        return (packet for packet in Timeline(self.file).packets() if packet.stream.index == self.file.video.index)
+
+    def _all_frames(self) -> Iterator[tuple[float, Any]]:
+        count, has_started = 0, not self.index.keyframes
+        for packet in self._packets():
+            has_started = has_started or packet.is_keyframe
+            for frame in self.decoder.decode(packet) if has_started else []:
+                number = count + len(self.decoder.damage)  # frames that do not decode count, too
+                count += 1
+                if not self.file.counts_frames and frame.pts is not None:
+                    yield self.file.seconds(frame.pts, self.file.video), frame
+                elif self.file.counts_frames and number < len(self.index.frame_times):
+                    yield self.index.frame_times[number], frame
+
+    def _due_frames(self, due: set[float]) -> Iterator[tuple[float, Any]]:
+        stream = self.file.video
+        remaining, has_started = set(due), False
+        for packet in self._packets():
+            has_started = has_started or packet.is_keyframe
+            seconds = math.nan if packet.pts is None else self.file.seconds(packet.pts, stream)
+            if has_started and (seconds in due or not self._is_non_reference(packet)):
+                for frame in self.decoder.decode(packet):
+                    if frame.pts is not None:
+                        yield self.file.seconds(frame.pts, stream), frame
+            remaining.discard(seconds)
+            if not remaining:
+                break
+        # Decoders hold frames back, to reorder them and for their threads; draining needs no later packets.
+        for frame in self.decoder.drain():
+            if frame.pts is not None:
+                yield self.file.seconds(frame.pts, stream), frame
+
+
+def _frames_by_index(source: _FrameSource, targets: np.ndarray) -> Iterator[Any]:
     """Yield the decoded frame that is due at each target time by the index, with the least decoding.
 
     Raises:
         _SeekError: a frame does not come where the index says, so the index cannot be used.
     """
+    index = source.index
     if len(set(index.frame_times)) < len(index.frame_times):
         raise _SeekError("two frames have the same time")
     due = [index.frame_times[max(index.count_due(time), 1) - 1] for time in targets]
+    shown = None
     for keyframe, run in _plan_seeks(index, due):
         num_found = 0
-        for seconds, frame in _decode_due(index.file, keyframe, set(run)):
+        for seconds, frame in source.frames(keyframe, set(run)):
+            while num_found < len(run) and seconds > run[num_found] and source.decoder.damage:
+                yield shown
+                num_found += 1
             while num_found < len(run) and seconds == run[num_found]:
                 yield frame
                 num_found += 1
-        if num_found < len(run):
+            shown = frame
+        if num_found < len(run) and not source.decoder.damage:
             raise _SeekError(f"no frame at {run[num_found]:.3f} s")
+        for _ in run[num_found:]:
+            yield shown
 
 
 def _plan_seeks(index: StreamIndex, due: list[float]) -> Iterator[tuple[int, list[float]]]:
@@ -134,73 +244,49 @@ def _plan_seeks(index: StreamIndex, due: list[float]) -> Iterator[tuple[int, lis
         first = place
 
 
-def _decode_due(file: MediaFile, keyframe: int, due: set[float]) -> Iterator[tuple[float, Any]]:
-    """Yield (seconds, frame) up to the last due time, skipping other frames that no frame refers to."""
-    stream = file.video
-    decoder, is_non_reference = Decoder(), non_reference_test(stream.codec_context)
-    remaining, has_started = set(due), False
-    try:
-        file.container.seek(keyframe, stream=stream)
-        for packet in file.container.demux(stream):
-            has_started = has_started or packet.is_keyframe
-            seconds = math.nan if packet.pts is None else file.seconds(packet.pts, stream)
-            if has_started and (seconds in due or not is_non_reference(packet)):
-                for frame in decoder.decode(packet):
-                    if frame.pts is not None:
-                        yield file.seconds(frame.pts, stream), frame
-            remaining.discard(seconds)
-            if not remaining:
-                break
-        # Decoders hold frames back, to reorder them and for their threads; draining needs no later packets.
-        for frame in decoder.drain(stream):
-            if frame.pts is not None:
-                yield file.seconds(frame.pts, stream), frame
-    except av.error.FFmpegError as error:
-        raise DecodeError(cause_of(error)) from error
-
-
-def _frames_on_screen(
-    file: MediaFile, index: StreamIndex, targets: np.ndarray, keyframes: list[tuple[float, int]]
-) -> Iterator[Any]:
+def _frames_on_screen(source: _FrameSource, targets: np.ndarray, keyframes: list[tuple[float, int]]) -> Iterator[Any]:
     """Yield the decoded frame that is on screen at each target time, seeking to `keyframes`; without them, no seeks."""
     num_found = 0
     while num_found < len(targets):
         number = _keyframe_before(keyframes, targets[num_found])
-        frames = _decode_all(file, index, keyframes[number][1] if keyframes else None)
-        for frame in _match_targets(frames, index, targets[num_found:], keyframes[number:]):
+        frames = source.frames(keyframes[number][1] if keyframes else None)
+        for frame in _match_targets(source, frames, targets[num_found:], keyframes[number:]):
             yield frame
             num_found += 1
 
 
 def _match_targets(
-    frames: Iterator[tuple[float, Any]], index: StreamIndex, targets: np.ndarray, keyframes: list[tuple[float, int]]
+    source: _FrameSource,
+    frames: Iterator[tuple[float, Any]],
+    targets: np.ndarray,
+    keyframes: list[tuple[float, int]],
 ) -> Iterator[Any]:
     """Yield the frames on screen at the targets, until the next is better reached from a later keyframe."""
+    index = source.index
     num_found = 0
     shown, shown_seconds = None, index.frame_times[0] - 1.0
-    reason = "the video ends before the end that the file declares"
-    try:
-        for seconds, frame in frames:
-            while seconds > targets[num_found] + SLACK_SECONDS:
-                if shown is None and keyframes:
-                    raise _SeekError(f"no frame at {targets[num_found]:.3f} s")
-                yield shown
-                num_found += 1
-                if num_found == len(targets):
-                    return
-            number = _keyframe_before(keyframes, targets[num_found])
-            if number > 0 and keyframes[number][0] > seconds:
+    for seconds, frame in frames:
+        while seconds > targets[num_found] + SLACK_SECONDS:
+            if shown is None and keyframes:
+                raise _SeekError(f"no frame at {targets[num_found]:.3f} s")
+            yield shown
+            num_found += 1
+            if num_found == len(targets):
                 return
-            shown, shown_seconds = frame, seconds
-    except DecodeError as error:
-        reason = str(error)
-    # The last frame stays on screen, but only until another was due.
-    next_due = index.count_due(shown_seconds)
-    limit = index.frame_times[next_due] if next_due < len(index.frame_times) else math.inf
+        number = _keyframe_before(keyframes, targets[num_found])
+        if number > 0 and keyframes[number][0] > seconds:
+            return
+        shown, shown_seconds = frame, seconds
+    # The last frame stays on screen. If many more were due, they are lost.
+    num_lost = len(index.frame_times) - index.count_due(shown_seconds)
+    if num_lost and source.strict:
+        raise DecodeError("the video ends before the end that the file declares")
+    limit = index.frame_times[-num_lost] if num_lost > REORDER_FRAMES else math.inf
+    if limit < math.inf:
+        source.decoder.damage.append((limit, index.video_end - limit))
+        index.video_end = limit
     for time in targets[num_found:]:
-        if time + SLACK_SECONDS >= limit:
-            raise DecodeError(reason, limit)
-        yield shown
+        yield shown if time + SLACK_SECONDS < limit else None
 
 
 def _keyframe_before(keyframes: list[tuple[float, int]], seconds: float) -> int:
@@ -208,53 +294,28 @@ def _keyframe_before(keyframes: list[tuple[float, int]], seconds: float) -> int:
     return max(0, bisect_right(keyframes, seconds + SLACK_SECONDS, key=lambda keyframe: keyframe[0]) - 1)
 
 
-def _decode_all(file: MediaFile, index: StreamIndex, keyframe: int | None) -> Iterator[tuple[float, Any]]:
-    """Yield (seconds, frame) in presentation order, from a keyframe's timestamp or from the current position."""
-    stream = file.video
-    decoder = Decoder()
-    count, has_started = 0, False
-    try:
-        if keyframe is not None:
-            file.container.seek(keyframe, stream=stream)
-        for packet in file.container.demux(stream):
-            has_started = has_started or packet.is_keyframe
-            for frame in decoder.decode(packet) if has_started else []:
-                if file.counts_frames and count < len(index.frame_times):
-                    yield index.frame_times[count], frame
-                elif frame.pts is not None and not file.counts_frames:
-                    yield file.seconds(frame.pts, stream), frame
-                count += 1
-    except av.error.FFmpegError as error:
-        raise DecodeError(cause_of(error)) from error
-
-
-def _convert_frames(
-    frames: Iterator[Any], sampler: FrameSampler, num_targets: int
-) -> tuple[list[np.ndarray | None], DecodeError | None]:
-    """Convert decoded frames to (H, W, 3) uint8 upright images, up to the damage, if any.
+def _convert_frames(frames: Iterator[Any], sampler: FrameSampler, num_targets: int) -> list[np.ndarray | None]:
+    """Convert decoded frames to (H, W, 3) uint8 upright images.
 
     A frame that stays on screen is converted once. Other threads convert while this one decodes; few full-size frames
     wait for them.
     """
     images: list[Future[np.ndarray] | None] = []
     waiting: deque[Future[np.ndarray]] = deque()
-    previous, damage, size = None, None, None
+    previous, size = None, None
     with ThreadPoolExecutor(_CONVERTERS) as pool:
-        try:
-            for frame in frames:
-                if frame is not None and frame is not previous:
-                    if size is None:  # a stream may change its size; all images of a clip get that of the first
-                        is_sideways = round(frame.rotation / 90) % 2 == 1
-                        upright = (frame.width, frame.height) if is_sideways else (frame.height, frame.width)
-                        size = sampler.frame_size(*upright, num_targets)
-                    waiting.append(pool.submit(_to_image, frame, *size))
-                    if len(waiting) > _CONVERTERS:
-                        wait([waiting.popleft()])
-                previous = frame
-                images.append(None if frame is None else waiting[-1])
-        except DecodeError as error:
-            damage = error
-    return [None if image is None else image.result() for image in images], damage
+        for frame in frames:
+            if frame is not None and frame is not previous:
+                if size is None:  # a stream may change its size; all images of a clip get that of the first
+                    is_sideways = round(frame.rotation / 90) % 2 == 1
+                    upright = (frame.width, frame.height) if is_sideways else (frame.height, frame.width)
+                    size = sampler.frame_size(*upright, num_targets)
+                waiting.append(pool.submit(_to_image, frame, *size))
+                if len(waiting) > _CONVERTERS:
+                    wait([waiting.popleft()])
+            previous = frame
+            images.append(None if frame is None else waiting[-1])
+    return [None if image is None else image.result() for image in images]
 
 
 def _to_image(frame: Any, height: int, width: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import pytest
 
 from salmonn.media import video as video_module
 from salmonn.media.clip import read_clip
-from salmonn.media.container import DecodeError, Decoder
+from salmonn.media.container import Decoder
 from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.media.index import StreamIndex
 
@@ -93,12 +93,12 @@ def test_a_short_gap_is_decoded_rather_than_skipped():
     assert list(video_module._plan_seeks(index, [0.5, 3.5])) == [(0, [0.5]), (30, [3.5])]
 
 
-@pytest.mark.parametrize("broken", ["_decode_due", "_plan_seeks"])
+@pytest.mark.parametrize("broken", ["_due_frames", "_plan_seeks"])
 def test_frames_that_do_not_match_the_index_are_read_without_shortcuts(tmp_path, monkeypatch, caplog, broken):
     path = write_moving(tmp_path / "moving.mp4", gop=10)
     expected = read(path, FixedRateSampler(side=SIDE)).frames
-    if broken == "_decode_due":
-        monkeypatch.setattr(video_module, "_decode_due", lambda *arguments: iter(()))
+    if broken == "_due_frames":
+        monkeypatch.setattr(video_module._FrameSource, "_due_frames", lambda *arguments: iter(()))
     else:
         real = video_module._plan_seeks
         # Sought to the last keyframe, frames before it never come.
@@ -110,17 +110,6 @@ def test_frames_that_do_not_match_the_index_are_read_without_shortcuts(tmp_path,
     with caplog.at_level(logging.DEBUG):
         np.testing.assert_array_equal(read(path, FixedRateSampler(side=SIDE)).frames, expected)
     assert "reading again, because a seek failed (no frame at 0.000 s)" in caplog.text
-
-
-def test_frames_before_damage_are_kept(monkeypatch):
-    def frames():
-        for level in (10, 20, 30, 40):
-            yield av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), level, np.uint8), format="rgb24")
-        raise DecodeError("a hole", 0.4)
-
-    painted, damage = video_module._convert_frames(frames(), FixedRateSampler(side=SIDE), 9)
-    assert [picture.mean() for picture in painted] == [10, 20, 30, 40]
-    assert str(damage) == "a hole" and damage.seconds == 0.4
 
 
 def test_few_decoded_frames_are_alive_at_a_time(monkeypatch):
@@ -140,6 +129,6 @@ def test_few_decoded_frames_are_alive_at_a_time(monkeypatch):
             yield frame
 
     monkeypatch.setattr(video_module, "_to_image", paint)
-    painted, _ = video_module._convert_frames(frames(), FixedRateSampler(side=SIDE), 40)
+    painted = video_module._convert_frames(frames(), FixedRateSampler(side=SIDE), 40)
     # Two are painted, one waits, one has just come.
     assert len(painted) == 40 and most <= 4
