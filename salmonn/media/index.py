@@ -19,6 +19,10 @@ from salmonn.media.timeline import Timeline
 SLACK_SECONDS = 1e-6
 # Audio decoders need some packets after a seek (Opus 80 ms), and files interleave their streams loosely.
 _PREROLL_SECONDS = 2.0
+# Muxers round timestamps; a longer gap is one.
+_ROUNDING_SECONDS = 0.005
+# libav marks a packet of MPEG-TS up to two packets before what is missing.
+_SUSPECT_PACKETS = 3
 # Where libav finds nothing that it can read in a Matroska file, it skips ahead without a word. More bytes than headers
 # take, left out together with some time in all streams, reveal it.
 _SKIPPED_BYTES, _SKIPPED_SECONDS = 4096, 0.5
@@ -49,6 +53,9 @@ class StreamIndex:
         missing: (time, duration) of what libav skipped in the container.
         is_truncated: whether the file breaks off.
         error: error that stopped the reading or kept a stream from being decoded, if any.
+        is_audio_suspect: whether the container marked an audio packet as damaged since the latest frame of audio.
+        num_suspect: number of further video packets before which some may be missing.
+        suspect_gaps: (decoding time, time since the packet before) of video packets at such a mark.
         num_leading: number of frames stored before the first keyframe.
         last_duration: duration of the video packet stored last.
     """
@@ -68,6 +75,9 @@ class StreamIndex:
     missing: list[tuple[float, float]] = field(default_factory=list)
     is_truncated: bool = False
     error: str | None = None
+    is_audio_suspect: bool = False
+    num_suspect: int = 0
+    suspect_gaps: list[tuple[float, float]] = field(default_factory=list)
     num_leading: int = 0
     last_duration: float = 0.0
 
@@ -177,6 +187,8 @@ def _index_packets(index: StreamIndex, timeline: Timeline, start: float, end: fl
 
 
 def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: float) -> None:
+    if packet.is_corrupt:  # part of it, or what precedes it, may be missing; a gap before the next frame shows it
+        index.is_audio_suspect = True
     # Of long audio before the span a little is decoded, and less is kept, to fill the filters of decoder and resampler.
     if packet.pts is not None:
         index.audio_end = index.file.seconds(packet.pts + (packet.duration or 0), packet.stream)
@@ -185,6 +197,10 @@ def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: floa
     for frame in decoder.decode(packet):
         # A frame without a timestamp follows the one before it.
         seconds = index.audio.end if frame.pts is None else frame.time - index.file.origin
+        gap = seconds - index.audio.end
+        if index.is_audio_suspect and index.audio.end and gap > _ROUNDING_SECONDS:
+            decoder.damage.append((index.audio.end, gap))
+        index.is_audio_suspect = False
         if seconds > start - _PREROLL_SECONDS / 2:
             index.audio.add(frame, seconds)
 
@@ -224,7 +240,11 @@ def _index_video_packet(index: StreamIndex, packet: Any) -> None:
         index.video_end = max(index.video_end, seconds + index.last_duration)
         return
     if packet.dts is not None:
-        index.complete_until = file.seconds(packet.dts, file.video)
+        decoded_at = file.seconds(packet.dts, file.video)
+        index.num_suspect = _SUSPECT_PACKETS if packet.is_corrupt else index.num_suspect - 1
+        if index.num_suspect > 0 and index.frame_times:
+            index.suspect_gaps.append((index.complete_until, decoded_at - index.complete_until))
+        index.complete_until = decoded_at
     if packet.is_keyframe:
         # libav seeks by decoding time in MPEG-TS, by presentation time elsewhere.
         by_dts = file.container.format.name == "mpegts" and packet.dts is not None
@@ -249,6 +269,9 @@ def _finalize_video(index: StreamIndex, end: float) -> None:
         if not duration:
             duration = float(np.median(np.diff(times))) if len(times) > 1 else index.default_interval
         index.video_end = max(index.video_end, times[-1] + duration)
+    # Lost packets may leave no trace but a gap where the container marks damage.
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else math.inf
+    index.video_damage = [(seconds + interval, gap) for seconds, gap in index.suspect_gaps if gap > 1.5 * interval]
     index.is_truncated = index.is_truncated or _breaks_off(index, end)
     if index.is_truncated and times:
         # Frames are stored in decoding order: of those due after the last one's decoding time, some may be missing.

@@ -19,7 +19,8 @@ _MAX_STEP_AHEAD_SECONDS = {True: 10.0, False: 30 * 3600.0}
 # A step ahead of this length is a single bad stamp if the stream's next packet is back in place.
 _SUSPECT_STEP_SECONDS = 10.0
 _MAX_PACKETS_AHEAD = 2000
-# What follows a joint goes on where its stream ended, unless that was long before the others did.
+# Streams end together but for this long. What follows a joint goes on where its own stream ended, unless that was
+# longer before the others did.
 _MAX_STREAM_LAG_SECONDS = 0.5
 
 
@@ -45,7 +46,8 @@ class Timeline:
         self._newest_offset = 0.0
         self._offsets: dict[int, float] = {}  # by stream
         self._latest: dict[int, float] = {}  # decoding time of each stream's latest packet
-        self._stream_ends: dict[int, float] = {}
+        self._stream_ends: dict[int, float] = {}  # latest end of a packet of each stream, in presentation time
+        self._discarded_from: dict[int, float] = {}  # start of a run of packets to be discarded, by stream
         self._end = 0.0  # latest of them
         self._ahead: deque[Any] = deque()
 
@@ -53,38 +55,47 @@ class Timeline:
         """Yield the packets of all streams; those of the selected ones have their timestamps on the time line."""
         source = self._file.container.demux()
         while (packet := self._ahead.popleft() if self._ahead else next(source, None)) is not None:
-            if packet.stream.index in self._numbers and packet.dts is not None:
-                self._place(packet, source)
-            elif self._newest_offset and packet.stream.index in self._numbers and packet.pts is not None:
-                self._shift(packet, self._offsets.get(packet.stream.index, self._newest_offset))
+            if packet.stream.index in self._numbers and packet.pts is not None:
+                # In Matroska the packets at the start have no decoding time, which is early for a keyframe.
+                if packet.dts is not None or (packet.is_keyframe and packet.size):
+                    self._place(packet, source)
+                else:
+                    self._shift(packet, self._offsets.get(packet.stream.index, self._newest_offset))
             yield packet
 
     def _place(self, packet: Any, source: Iterator[Any]) -> None:
         number = packet.stream.index
-        raw = self._file.seconds(packet.dts, packet.stream)
-        # While streams change to a new clock one by one, a packet's own clock is the one that fits in with the others.
-        candidates = (self._offsets.get(number, self._newest_offset), self._newest_offset)
-        offset = min(candidates, key=lambda candidate: abs(raw + candidate - self._end))
+        start = self._file.seconds(packet.pts, packet.stream)
+        raw = start if packet.dts is None else self._file.seconds(packet.dts, packet.stream)
         previous = self._latest.get(number)
-        duration = (packet.duration or 0) * self._file.tick_seconds[number]
+        offset = self._offsets.get(number, self._newest_offset)
+        if previous is not None and not -self._max_back <= raw + offset - previous <= _MAX_STREAM_LAG_SECONDS:
+            # While streams change to a new clock one by one, a packet's clock is the one that fits in with the others.
+            offset = min(offset, self._newest_offset, key=lambda candidate: abs(raw + candidate - self._end))
         # A packet to be discarded leads up to an edit: it may lie before the one that precedes it.
-        if previous is not None and not packet.is_discard:
+        if previous is None or packet.is_discard:
+            if packet.is_discard:
+                self._discarded_from.setdefault(number, start)
+            self._shift(packet, offset)
+        else:
+            start = min(start, self._discarded_from.pop(number, start))
             ahead = raw + offset - max(self._end, previous)
             is_back = raw + offset < previous - self._max_back
             if (is_back or ahead > _SUSPECT_STEP_SECONDS) and self._is_single(packet, source, offset, previous):
                 self._shift(packet, self._stream_ends[number] - raw)
-                self._stream_ends[number] += duration
                 return
             if is_back or ahead > self._max_ahead:
                 stream_end = self._stream_ends[number]
                 is_sparse = self._end - stream_end > _MAX_STREAM_LAG_SECONDS
-                offset = self._newest_offset = (self._end if is_sparse else stream_end) - raw
-        self._offsets[number] = offset
-        if offset:
+                offset = self._newest_offset = (self._end if is_sparse else stream_end) - start
             self._shift(packet, offset)
-        self._latest[number] = raw + offset
-        self._stream_ends[number] = raw + offset + duration
-        self._end = max(self._end, self._stream_ends[number])
+        if previous is None or not packet.is_discard:
+            step = 0.0 if previous is None else raw + offset - previous
+            duration = (packet.duration or 0) * self._file.tick_seconds[number] or min(max(step, 0.0), 1.0)
+            self._offsets[number] = offset
+            self._latest[number] = raw + offset
+            self._stream_ends[number] = max(self._stream_ends.get(number, 0.0), start + offset + duration)
+            self._end = max(self._end, self._stream_ends[number])
 
     def _is_single(self, packet: Any, source: Iterator[Any], offset: float, previous: float) -> bool:
         """Return whether the stream's next packet fits in with the `previous` one: then only this one is bad."""

@@ -125,7 +125,7 @@ def decode_frames(
             logger.debug("%s: reading again, because it seems damaged (%s)", file.path, error)
             strict = False
         else:
-            index.video_damage = sorted(source.decoder.damage)
+            index.video_damage = sorted(index.video_damage + source.decoder.damage)
             index.error = index.error if any(image is not None for image in images) else source.decoder.cause
             return images
         file = file.reopen(stack, strict=strict)
