@@ -26,7 +26,7 @@ class OtherFamily(Salmonn2):
     """A backbone that differs from its parent in each way that needs no other network."""
 
     name = "other"
-    title = "a model of a test (other_type)"
+    title = "a test model (other_type)"
     published_configs: ClassVar = {}
     penalizes_prompt = True
 
@@ -54,7 +54,7 @@ def other(monkeypatch, random_model, tmp_path):
 
 
 def test_a_backbone_is_added_by_one_class(other, videos):
-    """Its timestamps, clip markers and penalty are used; nothing else has to know it."""
+    """Its timestamps, clip markers and penalty are used without changes elsewhere."""
     clip = other.processor.read(videos[0])
     layout = other.processor.make_layout(clip)
     timestamps = other.processor.tokenizer.decode(list(layout.timestamp_ids))
@@ -81,7 +81,7 @@ def test_published_configs_are_read_by_one_family_each(name):
     assert isinstance(family, readers[0]) and family.config.default_prompt("audio") == readers[0].prompts["audio"]
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones():
+def test_an_unknown_family_is_rejected_with_a_list_of_families():
     with pytest.raises(ValueError, match="unknown family 'salmonn3'; known families are salmonn2, salmonn2-plus"):
         get_family(SalmonnConfig(family="salmonn3"))
     with pytest.raises(

@@ -73,9 +73,9 @@ def test_positions_in_the_text():
 
 
 def test_text_without_a_clip_counts_up():
-    nothing = Layout(torch.zeros(0, dtype=torch.long), torch.zeros(3, 0, dtype=torch.long), 0)
+    no_tokens = Layout(torch.zeros(0, dtype=torch.long), torch.zeros(3, 0, dtype=torch.long), 0)
     mask = torch.tensor([[0, 1, 1]])
-    assert text_positions(torch.zeros(1, 3).bool(), mask, [nothing]).tolist() == [[[0, 0, 1]]] * 3
+    assert text_positions(torch.zeros(1, 3).bool(), mask, [no_tokens]).tolist() == [[[0, 0, 1]]] * 3
 
 
 def test_positions_name_both_counts():
@@ -88,12 +88,12 @@ def test_insert_clip_tokens_fills_row_by_row():
     embeds = torch.arange(12.0).reshape(2, 3, 2)
     mask = torch.tensor([[False, True, True], [True, False, False]])
     tokens = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]])
-    placed = insert_clip_tokens(embeds, mask, tokens)
-    assert placed.tolist() == [[[0, 1], [-1, -2], [-3, -4]], [[-5, -6], [8, 9], [10, 11]]]
-    assert embeds[0, 1].tolist() == [2, 3]  # the text's own embeddings stay as they were
+    inserted = insert_clip_tokens(embeds, mask, tokens)
+    assert inserted.tolist() == [[[0, 1], [-1, -2], [-3, -4]], [[-5, -6], [8, 9], [10, 11]]]
+    assert embeds[0, 1].tolist() == [2, 3]  # the text's own embeddings are unchanged
 
 
-def test_insert_clip_tokens_lets_gradients_through():
+def test_insert_clip_tokens_propagates_gradients():
     tokens = torch.ones(1, 2, requires_grad=True)
     insert_clip_tokens(torch.zeros(1, 2, 2), torch.tensor([[False, True]]), tokens).sum().backward()
     assert tokens.grad.tolist() == [[1, 1]]
@@ -107,11 +107,11 @@ def test_insert_clip_tokens_names_both_counts(count):
 
 @pytest.mark.parametrize("seconds", [46, 54, 69, 92, 108])
 def test_audio_is_stretched_with_the_published_rounding(seconds):
-    """It interpolates embeddings in float32, which rounds some indices differently from float64."""
+    """The published code interpolates in float32, which rounds some indices differently from float64."""
     num_audio = -(-seconds // 30) * 60
     layout = interleave_by_frame(seconds, 1, num_audio=num_audio, num_during_video=seconds * 50)
     per_frame = -(-num_audio // seconds)
-    heard = torch.arange(num_audio, dtype=torch.float32)[None, None]
-    published = torch.nn.functional.interpolate(heard, size=per_frame * seconds, mode="nearest")[0, 0].long()
+    indices = torch.arange(num_audio, dtype=torch.float32)[None, None]
+    published = torch.nn.functional.interpolate(indices, size=per_frame * seconds, mode="nearest")[0, 0].long()
     ours = layout.order.reshape(seconds, 1 + per_frame)[:, 1:] - seconds
     assert torch.equal(ours.flatten(), published)

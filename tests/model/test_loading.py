@@ -1,4 +1,4 @@
-"""Model folders: saving and loading are inverse, and damaged or foreign folders are refused with a clear message."""
+"""Model folders: saving and loading are inverse, and damaged or other folders are rejected."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_size_of_the_tiny_model():
 
 @torch.no_grad()
 def test_a_fresh_audio_tower_outputs_more_than_its_positions():
-    """Audio that is far smaller than Whisper's fixed positions is learned slowly: with std 0.02 its share is 0.01."""
+    """Audio features far smaller than Whisper's fixed positions slow down learning; with std 0.02 they are 1 %."""
     torch.manual_seed(0)
     encoder = tiny_network().audio.encoder
     mel = -0.5 + 0.4 * torch.randn(2, 40, 800)  # mean and deviation of the synthetic clips' features
@@ -44,24 +44,24 @@ def test_a_fresh_audio_tower_outputs_more_than_its_positions():
 
 def test_round_trip_is_bit_equal(random_model, tmp_path):
     network = load_network(random_model)
-    save_network(network, tmp_path / "again")
-    again = load_network(tmp_path / "again")
-    assert again.config.to_diff_dict() == network.config.to_diff_dict() and not again.training
-    before, after = network.state_dict(), again.state_dict()
+    save_network(network, tmp_path / "saved")
+    reloaded = load_network(tmp_path / "saved")
+    assert reloaded.config.to_diff_dict() == network.config.to_diff_dict() and not reloaded.training
+    before, after = network.state_dict(), reloaded.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    # Input and output embeddings are one tensor before and after.
-    assert again.lm.get_input_embeddings().weight is again.lm.get_output_embeddings().weight
+    # Input and output embeddings are tied before and after.
+    assert reloaded.lm.get_input_embeddings().weight is reloaded.lm.get_output_embeddings().weight
 
 
 def test_captioner_round_trip(random_model, tmp_path):
     first = Captioner.load(random_model)
-    first.save(tmp_path / "again")
-    second = Captioner.load(tmp_path / "again")
+    first.save(tmp_path / "saved")
+    second = Captioner.load(tmp_path / "saved")
     assert second.processor.config.to_diff_dict() == first.processor.config.to_diff_dict()
     text = "A red circle, <|video_pad|> und ein Ton."
     assert second.processor.tokenizer.encode(text) == first.processor.tokenizer.encode(text)
     assert second.processor.tokenizer.chat_template == first.processor.tokenizer.chat_template
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == sorted(
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == sorted(
         path.name for path in random_model.iterdir()
     )
 
@@ -102,7 +102,7 @@ def test_pickled_weights_are_not_opened(folder):
         load_network(folder)
 
 
-def test_weights_of_another_size_are_refused(folder):
+def test_weights_of_another_size_are_rejected(folder):
     values = json.loads((folder / "config.json").read_text())
     values["lm"]["intermediate_size"] = 200
     (folder / "config.json").write_text(json.dumps(values))
@@ -110,7 +110,7 @@ def test_weights_of_another_size_are_refused(folder):
         load_network(folder)
 
 
-def test_damaged_weights_are_refused(folder):
+def test_damaged_weights_are_rejected(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match="missing or damaged"):
@@ -128,12 +128,14 @@ def test_a_folder_without_config(tmp_path):
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("found", [None, 0, 2])
-def test_a_config_of_another_format(folder, found):
+@pytest.mark.parametrize("format_number", [None, 0, 2])
+def test_a_config_of_another_format(folder, format_number):
     values = json.loads((folder / "config.json").read_text())
     assert values.pop("format") == 1
-    (folder / "config.json").write_text(json.dumps(values if found is None else values | {"format": found}))
-    with pytest.raises(ValueError, match=rf"has format {found}, but this version of salmonn reads format 1"):
+    (folder / "config.json").write_text(
+        json.dumps(values if format_number is None else values | {"format": format_number})
+    )
+    with pytest.raises(ValueError, match=rf"has format {format_number}, but this version of salmonn reads format 1"):
         load_config(folder)
 
 
@@ -145,11 +147,11 @@ def test_a_config_of_another_family(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [({"model_type": "qwen2"}, "model type 'qwen2' is not supported"), ({"lm": None}, "no lm section")],
 )
-def test_a_config_of_another_model_type(folder, change, words):
+def test_a_config_of_another_model_type(folder, change, message):
     values = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         load_config(folder)

@@ -18,7 +18,7 @@ def inputs(captioner, media):
     return captioner.processor.collate([PromptRow(0, "Tell.", "a red circle appears")], [media[0]])
 
 
-def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
+def test_only_the_attention_of_the_decoder_is_trained(captioner):
     attach_lora(captioner.network, CONFIG, seed=0)
     trainable = {name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad}
     assert trainable == {
@@ -29,7 +29,7 @@ def test_exactly_the_attention_of_the_decoder_is_trained(captioner):
     }
 
 
-def test_targets_are_those_named(captioner):
+def test_only_the_configured_targets_are_trained(captioner):
     attach_lora(captioner.network, LoraConfig(rank=2, targets=("v_proj",)), seed=0)
     trainable = [name for name, parameter in captioner.network.named_parameters() if parameter.requires_grad]
     assert len(trainable) == 12 and all(".v_proj.lora_" in name for name in trainable)
@@ -42,25 +42,25 @@ def test_a_fresh_adapter_changes_nothing(captioner, inputs):
     assert torch.equal(captioner.network.eval()(inputs), before)
 
 
-def test_the_seed_determines_the_adapter_and_no_other_random_numbers(random_model):
-    drawn = []
+def test_the_seed_affects_only_the_adapter(random_model):
+    results = []
     for seed in (5, 5, 6):
         network = load_network(random_model)
         torch.manual_seed(0)
         attach_lora(network, CONFIG, seed=seed)
         state = {name: value for name, value in network.state_dict().items() if "lora_A" in name}
-        drawn.append((torch.cat([value.flatten() for value in state.values()]), torch.rand(3)))
-    assert torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][0], drawn[2][0])
+        results.append((torch.cat([value.flatten() for value in state.values()]), torch.rand(3)))
+    assert torch.equal(results[0][0], results[1][0]) and not torch.equal(results[0][0], results[2][0])
     torch.manual_seed(0)
-    unbroken = torch.rand(3)
-    assert all(torch.equal(after, unbroken) for _, after in drawn)
+    expected = torch.rand(3)
+    assert all(torch.equal(after, expected) for _, after in results)
 
 
 @torch.no_grad()
 def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
     network = captioner.network
     base = network.lm.model.layers[2].self_attn.k_proj.weight.clone()
-    untouched = network.lm.model.layers[2].self_attn.o_proj.weight.clone()
+    base_o_proj = network.lm.model.layers[2].self_attn.o_proj.weight.clone()
     plain = network(inputs)
     attach_lora(network, CONFIG, seed=0)
     fill_adapter(network)
@@ -70,7 +70,7 @@ def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
     merge_adapter(network)
     merged = network.lm.model.layers[2].self_attn
     assert torch.allclose(merged.k_proj.weight, base + 2.0 * product, atol=1e-6)  # alpha / rank = 8 / 4
-    assert torch.equal(merged.o_proj.weight, untouched)
+    assert torch.equal(merged.o_proj.weight, base_o_proj)
     assert torch.allclose(network(inputs), with_adapter, atol=1e-4, rtol=1e-5)
     assert (with_adapter - plain).abs().max() > 1e-2
     assert not any(parameter.requires_grad for parameter in network.parameters())
@@ -90,7 +90,7 @@ def test_adapter_disabled_is_the_reference_policy(captioner, inputs, fill_adapte
     assert torch.equal(network(inputs), policy) and not torch.equal(policy, plain)
 
 
-def test_a_second_adapter_is_refused_until_the_first_is_merged(captioner):
+def test_a_second_adapter_is_rejected_until_the_first_is_merged(captioner):
     attach_lora(captioner.network, CONFIG, seed=0)
     with pytest.raises(ValueError, match="already has an adapter; merge it"):
         attach_lora(captioner.network, CONFIG, seed=0)

@@ -1,4 +1,4 @@
-"""Log-probabilities and answers do not depend on what else is in the batch, and are those of transformers."""
+"""Log-probabilities and answers are independent of the rest of the batch, and equal those of transformers."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ ROWS = [
     PromptRow(0, "Tell.", "A red circle appears and then a low tone is heard."),
     PromptRow(1, "What can be seen?", "a star"),
     PromptRow(2, "What can be heard in this?", "beeps, then noise"),
-    PromptRow(0, "Which?", "two"),  # a second turn on the first clip
+    PromptRow(0, "Which?", "two"),  # a second question about the first clip
 ]
 
 
@@ -26,33 +26,33 @@ def mixed(media, processor, videos):
 
 
 @pytest.fixture(params=["captioner", "plus"])
-def either(request, videos):
+def mixed_clips(request, videos):
     """A model of each family, and its inputs for clips of different kinds and lengths."""
     model = request.getfixturevalue(request.param)
     read = model.processor.read
-    both, seen = read(videos[0]), read(videos[1], modality="visual")
-    return model, [both, seen, read(videos[2], modality="audio", start_seconds=1.0, end_seconds=3.2)]
+    both, visual = read(videos[0]), read(videos[1], modality="visual")
+    return model, [both, visual, read(videos[2], modality="audio", start_seconds=1.0, end_seconds=3.2)]
 
 
 @torch.no_grad()
-def test_a_batch_of_mixed_kinds_equals_rows_alone(either):
-    captioner, mixed = either
+def test_a_batch_of_mixed_kinds_equals_separate_rows(mixed_clips):
+    captioner, mixed = mixed_clips
     network, processor = captioner.network, captioner.processor
-    together = network(processor.collate(ROWS, mixed))
-    counted = 0
+    batched = network(processor.collate(ROWS, mixed))
+    num_answer_tokens = 0
     for number, row in enumerate(ROWS):
-        alone = network(processor.collate([PromptRow(0, row.prompt, row.answer)], [mixed[row.clip]]))[0]
-        width = len(alone)
-        assert torch.allclose(together[number, :width], alone, atol=1e-5, rtol=1e-5)
-        assert together[number, width:].eq(0).all()
-        counted += int((alone != 0).sum())
-    lengths = [len(processor.tokenizer.encode(row.answer)) + 1 for row in ROWS]  # with the end of the turn
-    assert counted == sum(lengths) and together.min() < -1
+        separate = network(processor.collate([PromptRow(0, row.prompt, row.answer)], [mixed[row.clip]]))[0]
+        width = len(separate)
+        assert torch.allclose(batched[number, :width], separate, atol=1e-5, rtol=1e-5)
+        assert batched[number, width:].eq(0).all()
+        num_answer_tokens += int((separate != 0).sum())
+    lengths = [len(processor.tokenizer.encode(row.answer)) + 1 for row in ROWS]  # with the stop token
+    assert num_answer_tokens == sum(lengths) and batched.min() < -1
 
 
 @torch.no_grad()
-def test_log_probabilities_are_those_of_transformers(either):
-    captioner, mixed = either
+def test_log_probabilities_equal_those_of_transformers(mixed_clips):
+    captioner, mixed = mixed_clips
     network = captioner.network
     inputs = captioner.processor.collate(ROWS, mixed)
     logits = network.lm(
@@ -62,22 +62,22 @@ def test_log_probabilities_are_those_of_transformers(either):
     ).logits
     expected = torch.zeros(inputs.labels.shape[0], inputs.labels.shape[1] - 1)
     for row, labels in enumerate(inputs.labels.tolist()):
-        for place, label in enumerate(labels):
-            if label != -100:  # predicted from the place before
-                expected[row, place - 1] = logits[row, place - 1].log_softmax(-1)[label]
+        for index, label in enumerate(labels):
+            if label != -100:  # predicted by the previous token
+                expected[row, index - 1] = logits[row, index - 1].log_softmax(-1)[label]
     assert torch.allclose(network(inputs), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_greedy_answers_equal_those_alone(captioner, mixed):
+def test_batched_greedy_answers_equal_separate_ones(captioner, mixed):
     sampling = Sampling(max_new_tokens=12)
     clips = [*mixed, mixed[0]]
     prompts = ["Tell.", "What can be seen in the whole of this?", "?", "Which?"]
-    together = complete(captioner, clips, prompts, sampling=sampling)
-    alone = [
+    batched = complete(captioner, clips, prompts, sampling=sampling)
+    separate = [
         complete(captioner, [clip], [prompt], sampling=sampling)[0] for clip, prompt in zip(clips, prompts, strict=True)
     ]
-    assert together == alone
-    assert len({answer.text for answer in together}) > 2  # the answers do depend on clip and prompt
+    assert batched == separate
+    assert len({answer.text for answer in batched}) > 2  # the answers do depend on clip and prompt
 
 
 @torch.no_grad()
@@ -86,43 +86,43 @@ def test_features_give_the_same_as_clip_inputs(captioner, mixed):
     features = captioner.encode(mixed)
     assert [len(clip_features) for clip_features in features] == [len(processor.make_layout(clip)) for clip in mixed]
     assert torch.equal(network(processor.collate(ROWS, features)), network(processor.collate(ROWS, mixed)))
-    settings = dict(sampling=Sampling(max_new_tokens=8), stop_ids=[2])
+    options = dict(sampling=Sampling(max_new_tokens=8), stop_ids=[2])
     questions = [PromptRow(row.clip, row.prompt) for row in ROWS]
-    assert generate(network, processor.collate(questions, features), **settings) == generate(
-        network, processor.collate(questions, mixed), **settings
+    assert generate(network, processor.collate(questions, features), **options) == generate(
+        network, processor.collate(questions, mixed), **options
     )
 
 
 @torch.no_grad()
 def test_encoding_in_batches_changes_nothing(captioner, mixed):
-    done = []
-    one_by_one = captioner.encode(mixed, batch_size=1, on_progress=done.append)
-    assert done == [1, 1, 1]
-    for clip_features, alone in zip(captioner.encode(mixed), one_by_one, strict=True):
-        assert torch.allclose(clip_features.tokens, alone.tokens, atol=1e-5)
+    num_done = []
+    one_by_one = captioner.encode(mixed, batch_size=1, on_progress=num_done.append)
+    assert num_done == [1, 1, 1]
+    for clip_features, separate in zip(captioner.encode(mixed), one_by_one, strict=True):
+        assert torch.allclose(clip_features.tokens, separate.tokens, atol=1e-5)
 
 
 @torch.no_grad()
-def test_tokens_are_in_the_order_of_time(captioner, media):
+def test_tokens_are_in_temporal_order(captioner, media):
     """8 s are 16 frames and 16 windows of audio: frame, window, frame, window, ..."""
     network, clip = captioner.network, media[0]
-    (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
+    (visual,), (audio,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
     (tokens,) = network.encode([clip], [captioner.processor.make_layout(clip)])
-    assert clip.num_frames == 16 and len(seen) == 16 * 12 and len(heard) == 16
-    by_frame = torch.cat([seen.unflatten(0, (16, 12)), heard[:, None]], dim=1)
+    assert clip.num_frames == 16 and len(visual) == 16 * 12 and len(audio) == 16
+    by_frame = torch.cat([visual.unflatten(0, (16, 12)), audio[:, None]], dim=1)
     assert torch.allclose(tokens, by_frame.flatten(0, 1), atol=1e-5)
 
 
 @torch.no_grad()
-def test_tokens_of_2_plus_are_in_the_order_of_time(plus, videos):
+def test_tokens_of_2_plus_are_in_temporal_order(plus, videos):
     """Steps of a little more than half a second among windows of half a second: step, window, step, window, ..."""
     network, clip = plus.network, plus.processor.read(videos[0])
-    (seen,), (heard,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
+    (visual,), (audio,) = network.vision([clip.pixels], [clip.grid]), network.audio([clip.mel])
     (tokens,) = network.encode([clip], [plus.processor.make_layout(clip)])
-    for step in range(3):  # step 3 begins in the window after next at the earliest
-        assert torch.allclose(tokens[5 * step : 5 * step + 4], seen[4 * step : 4 * step + 4], atol=1e-5)
-        assert torch.allclose(tokens[5 * step + 4], heard[step], atol=1e-5)
-    assert len(tokens) == len(seen) + len(heard)
+    for step in range(3):  # later steps may start a window later
+        assert torch.allclose(tokens[5 * step : 5 * step + 4], visual[4 * step : 4 * step + 4], atol=1e-5)
+        assert torch.allclose(tokens[5 * step + 4], audio[step], atol=1e-5)
+    assert len(tokens) == len(visual) + len(audio)
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def test_long_audio_is_encoded_in_chunks(captioner, media):
 
 
 @torch.no_grad()
-def test_a_wrong_number_of_placeholders_is_refused(captioner, media):
+def test_a_wrong_number_of_placeholders_is_rejected(captioner, media):
     inputs = captioner.processor.collate([PromptRow(0, "Tell.", "x")], [media[0]])
     ids = inputs.input_ids.clone()
     place = (ids[0] == captioner.network.config.placeholder_ids[0]).nonzero()[0]
@@ -168,7 +168,7 @@ def test_gradients_do_not_depend_on_the_order_of_threads(captioner, media):
 
 
 def test_logits_are_computed_in_chunks(captioner, media):
-    """Chunks of seven positions equal a single pass, forward and backward, and never more than seven are held."""
+    """Chunks of seven positions equal a single pass, forward and backward, with at most seven positions in memory."""
     network = captioner.network
     inputs = captioner.processor.collate(ROWS, captioner.encode(media[:3]))
     network.requires_grad_(False)
@@ -182,14 +182,14 @@ def test_logits_are_computed_in_chunks(captioner, media):
         (logps.sum(1) * torch.tensor([1.0, -1.0, 2.0, 0.5])).sum().backward()
         return logps.detach(), weight.grad
 
-    whole, gradient = value_and_gradient()
-    count = int((whole != 0).sum())
+    one_pass, gradient = value_and_gradient()
+    count = int((one_pass != 0).sum())
     assert sizes == [count] and count > 21
     vocabulary = captioner.processor.config.lm["vocab_size"]
     network.max_logit_bytes = 7 * 4 * vocabulary
     sizes.clear()
-    parts, gradient_of_parts = value_and_gradient()
+    chunked, chunked_gradient = value_and_gradient()
     # Once forward and once more for the gradient.
     assert sorted(sizes) == sorted(2 * ([7] * (count // 7) + [count % 7]))
-    assert torch.allclose(parts, whole, atol=1e-5)
-    assert torch.allclose(gradient_of_parts, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max())
+    assert torch.allclose(chunked, one_pass, atol=1e-5)
+    assert torch.allclose(chunked_gradient, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max())

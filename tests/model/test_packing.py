@@ -1,4 +1,4 @@
-"""The common prefix of a clip's rows goes through the decoder once, and nothing else changes."""
+"""The common prefix of a clip's rows is computed once, and results do not change."""
 
 import torch
 
@@ -21,7 +21,7 @@ def test_layout():
     assert torch.equal(tokens[packed.destination][MASK.bool()], IDS[MASK.bool()])
 
 
-def test_rows_can_keep_their_last_token():
+def test_a_minimum_suffix():
     """For decoding, each row has a suffix of at least one token, also if rows are equal or there is only one."""
     packed = pack(IDS[[1, 1, 0]], MASK[[1, 1, 0]], (4, 4, 5), min_suffix=1)
     assert packed.groups == (PrefixGroup(4, (0, 1), 2, (1, 1)), PrefixGroup(5, (2,), 4, (1,)))
@@ -30,7 +30,7 @@ def test_rows_can_keep_their_last_token():
     assert same.source.tolist() == [0, 1, 2] and same.groups == (PrefixGroup(4, (0, 1), 3, (0, 0)),)
 
 
-def test_chunks_are_whole_groups():
+def test_chunks_are_complete_groups():
     """Group 0 has 6 tokens (prefix 3, suffixes 2 + 1), group 1 has 3 (prefix 2, suffix 1): 9 in all."""
     packed = pack(IDS, MASK, (0, 1, 0), min_suffix=1)
     assert [group.num_tokens for group in packed.groups] == [6, 3]
@@ -40,14 +40,14 @@ def test_chunks_are_whole_groups():
         assert torch.equal(torch.cat([chunk.source for chunk in chunks]), packed.source)
     first, second = packed.chunks(1)
     # Rows 0 and 2 end at 4 and 5 of the first chunk, row 1 at 2 of the second; at 4, 5, 8 of the whole sequence.
-    assert [one.row_ends.tolist() for one in (first, second, packed)] == [[4, 5], [2], [4, 5, 8]]
+    assert [batch.row_ends.tolist() for batch in (first, second, packed)] == [[4, 5], [2], [4, 5, 8]]
     assert second.destination[1, :3].tolist() == [0, 1, 2]
 
 
-def test_gradients_are_those_of_the_rows_alone(captioner, media):
+def test_gradients_equal_those_of_separate_rows(captioner, media):
     network, processor = captioner.network, captioner.processor
     for parameter in network.parameters():
-        parameter.data.div_(6)  # the large random weights would drown the comparison in rounding
+        parameter.data.div_(6)  # with the large random weights, rounding errors would dominate
     rows = [
         PromptRow(0, "Tell.", "a red circle appears and blinks"),
         PromptRow(1, "Tell.", "beeps"),
@@ -65,27 +65,29 @@ def test_gradients_are_those_of_the_rows_alone(captioner, media):
 
     media = [*media[:2], *(select_modality(clip, "audio") for clip in media[2:])]
     inputs = processor.collate(rows, media)
-    together = gradients(lambda: [(network(inputs).sum(1) * weights).sum()])
-    alone = gradients(
+    packed = gradients(lambda: [(network(inputs).sum(1) * weights).sum()])
+    separate = gradients(
         lambda: (
             network(processor.collate([PromptRow(0, row.prompt, row.answer)], [media[row.clip]])).sum() * weight
             for row, weight in zip(rows, weights, strict=True)
         )
     )
-    assert together.keys() == alone.keys()
-    largest = max(value.abs().max() for value in alone.values())
+    assert packed.keys() == separate.keys()
+    largest = max(value.abs().max() for value in separate.values())
     assert largest > 1e-2
-    for name in alone:
-        assert (together[name] - alone[name]).abs().max() < 1e-5 * largest, name
+    for name in separate:
+        assert (packed[name] - separate[name]).abs().max() < 1e-5 * largest, name
 
 
-def test_a_clip_goes_through_the_decoder_once(captioner, media):
+def test_the_decoder_processes_a_clip_once(captioner, media):
     network, processor = captioner.network, captioner.processor
-    seen = []
-    network.lm.get_decoder().layers[0].mlp.register_forward_hook(lambda _, args, output: seen.append(output.shape[:2]))
+    shapes = []
+    network.lm.get_decoder().layers[0].mlp.register_forward_hook(
+        lambda _, args, output: shapes.append(output.shape[:2])
+    )
     rows = [PromptRow(0, "Tell.", text) for text in ("a red circle", "a blue star", "a low tone is heard")]
     inputs = processor.collate(rows, media[:1])
     network(inputs)
     clip_tokens = len(processor.make_layout(media[0]))
-    assert seen[0][0] == 1 and clip_tokens < seen[0][1] < clip_tokens + 60
+    assert shapes[0][0] == 1 and clip_tokens < shapes[0][1] < clip_tokens + 60
     assert inputs.input_ids.numel() > 3 * clip_tokens

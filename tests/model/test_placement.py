@@ -19,12 +19,12 @@ from salmonn.model.loading import Placement, load_network, save_network
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 from salmonn.model.network import Network
 
-WORDS = "a red circle appears"
+ANSWER = "a red circle appears"
 
 
 @torch.no_grad()
 def logps(network: Network, captioner: Captioner, media) -> torch.Tensor:
-    rows = [PromptRow(0, "Tell.", WORDS), PromptRow(0, "What?", "a tone")]  # packed in one sequence
+    rows = [PromptRow(0, "Tell.", ANSWER), PromptRow(0, "What?", "a tone")]  # packed in one sequence
     return network(captioner.processor.collate(rows, [media[0]]))
 
 
@@ -36,18 +36,18 @@ def test_the_default_on_a_cpu(random_model):
 
 
 def attention_of(network: Network) -> set[str]:
-    """Of the towers; the language model's is ours."""
+    """Return the attention implementations of the towers; the language model's is ours."""
     assert network.lm.get_decoder().config._attn_implementation == "salmonn"
     return {part.encoder.config._attn_implementation for part in (network.vision, network.audio)}
 
 
 def test_types_and_attention(random_model, captioner, media):
-    whole = logps(captioner.network, captioner, media)
-    half = load_network(random_model, placement=Placement(dtype="bfloat16", attention="eager"))
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert attention_of(half) == {"eager"}
+    expected = logps(captioner.network, captioner, media)
+    bf16 = load_network(random_model, placement=Placement(dtype="bfloat16", attention="eager"))
+    assert {parameter.dtype for parameter in bf16.parameters()} == {torch.bfloat16}
+    assert attention_of(bf16) == {"eager"}
     eager = load_network(random_model, placement=Placement(attention="eager"))
-    assert torch.allclose(logps(eager, captioner, media), whole, atol=1e-2)  # of some -30
+    assert torch.allclose(logps(eager, captioner, media), expected, atol=1e-2)  # values are about -30
 
 
 def test_a_model_split_over_devices(random_model, captioner, media):
@@ -58,9 +58,9 @@ def test_a_model_split_over_devices(random_model, captioner, media):
 def test_a_part_that_does_not_fit_is_offloaded(random_model, captioner, media, videos, tmp_path):
     """The towers on one device, the decoder's layers on another (here the disk): captions are the same."""
     config = captioner.network.config
-    places = {"vision": "cpu", "audio": "cpu", "lm": "disk"}
+    device_map = {"vision": "cpu", "audio": "cpu", "lm": "disk"}
     network = Network.from_pretrained(
-        str(random_model), config=config, device_map=places, offload_folder=str(tmp_path), dtype=torch.float32
+        str(random_model), config=config, device_map=device_map, offload_folder=str(tmp_path), dtype=torch.float32
     ).eval()
     assert next(network.lm.model.layers[0].parameters()).device.type == "meta"
     answer = Captioner(network, captioner.processor).caption(videos[0])
@@ -82,74 +82,74 @@ def test_quantized(random_model, captioner, media, bits, kind):
 
 
 def test_the_package_that_bits_need_is_named(random_model, monkeypatch):
-    def refuse(*_, **__):
+    def fail(*_, **__):
         raise ImportError("Using `bitsandbytes` quantization requires bitsandbytes")
 
-    monkeypatch.setattr(Network, "from_pretrained", refuse)
+    monkeypatch.setattr(Network, "from_pretrained", fail)
     with pytest.raises(ValueError, match=r"needs a package that is not installed: Using `bitsandbytes`"):
         load_network(random_model, placement=Placement(bits=8))
 
 
-def test_flash_attention_in_32_bits_is_refused(random_model):
+def test_flash_attention_in_32_bits_is_rejected(random_model):
     with pytest.raises(ValueError, match="needs 16-bit weights; use dtype bfloat16"):
         load_network(random_model, placement=Placement(dtype="float32", attention="flash_attention_2"))
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"bits": 4}, "does not support quantized weights.*remove bits 4"),
         ({"device": "cpu"}, "device and device_map are not supported in training.*remove them"),
         ({"device_map": "auto"}, "device and device_map are not supported in training.*remove them"),
     ],
 )
-def test_placements_that_training_does_not_support(load_recipe, values, words):
+def test_placements_that_training_does_not_support(load_recipe, values, message):
     placement = {"dtype": "bfloat16", "attention": "sdpa"} | values
     for recipe, config in (("sft", "SftConfig"), ("mrdpo", "MrDpoConfig")):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             getattr(load_recipe(recipe), config)(out="run", placement=Placement(**placement))
 
 
 @pytest.mark.parametrize(
-    ("device", "words"),
+    ("device", "message"),
     [
         ("gpu", "unknown device gpu; use cpu"),
         ("cuda:99", "no device cuda:99: torch finds 0 GPUs; use another one, or cpu"),
     ],
 )
-def test_a_device_that_does_not_exist(device, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_device_that_does_not_exist(device, message):
+    with pytest.raises(ValueError, match=message):
         Placement(device=device)
 
 
-def test_one_device_or_a_map():
+def test_device_and_device_map_exclude_each_other():
     with pytest.raises(ValueError, match="use only one of them"):
         Placement(device="cpu", device_map="auto")
 
 
 @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
 def test_captions_in_16_bits(published, videos, family):
-    """The default of a GPU, here on the CPU."""
+    """The default dtype on a GPU, here on the CPU."""
     sampling = Sampling(max_new_tokens=4)
-    half = Captioner.load(published(family), placement=Placement(dtype="bfloat16"))
-    assert {parameter.dtype for parameter in half.network.parameters()} == {torch.bfloat16}
+    bf16 = Captioner.load(published(family), placement=Placement(dtype="bfloat16"))
+    assert {parameter.dtype for parameter in bf16.network.parameters()} == {torch.bfloat16}
     for modality in ("both", "visual", "audio"):
-        said = half.caption(videos[0], modality=modality, sampling=sampling, span=Span(0, 1))
-        assert len(half.processor.tokenizer.encode(said.text)) > 0
-    full = Captioner.load(published(family))
-    media = full.processor.read(videos[0], start_seconds=0, end_seconds=1)
-    exact, rounded = (model.encode([media])[0].tokens.float() for model in (full, half))
+        caption = bf16.caption(videos[0], modality=modality, sampling=sampling, span=Span(0, 1))
+        assert len(bf16.processor.tokenizer.encode(caption.text)) > 0
+    float32 = Captioner.load(published(family))
+    media = float32.processor.read(videos[0], start_seconds=0, end_seconds=1)
+    exact, rounded = (model.encode([media])[0].tokens.float() for model in (float32, bf16))
     assert (exact - rounded).norm() < 0.05 * exact.norm()
 
 
-def test_an_unknown_device_map_is_refused(random_model):
+def test_an_unknown_device_map_is_rejected(random_model):
     with pytest.raises(ValueError, match="device_map"):
         load_network(random_model, placement=Placement(device_map="everywhere"))
 
 
 @pytest.mark.parametrize(("dtype", "copies"), [("float32", 0), ("bfloat16", 0.5)])
 def test_no_second_copy_in_memory(tmp_path, dtype, copies):
-    """On a CPU float32 weights stay mapped from the file; those of another type are made once, not twice."""
+    """On a CPU, float32 weights stay memory-mapped; weights of another dtype are allocated once, not twice."""
     config = tiny_config(vocab_size=32000, eos_token_id=2, pad_token_id=0)
     config.lm |= dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
     save_network(Network(config), tmp_path)
@@ -177,21 +177,21 @@ print(peak - before)
 
 
 class TestAdapter:
-    """Saved adapters: our own, and those of published models."""
+    """Adapters saved by this project, and those of published models."""
 
     @pytest.fixture
     def saved(self, captioner, fill_adapter, tmp_path):
-        """Our own adapter, and the model with it merged."""
+        """An adapter saved by this project, and the model with the adapter merged."""
         attach_lora(captioner.network, LoraConfig(rank=4, alpha=8), seed=0)
         fill_adapter(captioner.network)
         with torch.no_grad():
             for name, parameter in captioner.network.named_parameters():
-                parameter.mul_(8 if "lora_B" in name else 1)  # large beside what rounding to 8 bits does
+                parameter.mul_(8 if "lora_B" in name else 1)  # large compared with 8-bit rounding errors
         save_adapter(captioner.network, tmp_path / "adapter")
         merge_adapter(captioner.network)
         return tmp_path / "adapter", captioner
 
-    def test_our_own_adapter_is_merged(self, saved, random_model, media):
+    def test_an_adapter_is_merged(self, saved, random_model, media):
         folder, merged = saved
         network = load_network(random_model, adapter=folder)
         assert "lora" not in str(network.state_dict().keys())
@@ -206,8 +206,8 @@ class TestAdapter:
             model.lm.get_decoder().layers[2].self_attn.v_proj
             for model in (network, load_network(random_model, placement=Placement(bits=8)), merged.network)
         ]
-        with_it, without, truth = (projection(values) for projection in projections)
-        assert (with_it - truth).norm() < 0.1 * (without - truth).norm()
+        with_it, without, expected = (projection(values) for projection in projections)
+        assert (with_it - expected).norm() < 0.1 * (without - expected).norm()
 
     @pytest.mark.parametrize("family", ["salmonn2", "salmonn2-plus"])
     def test_a_published_adapter(self, published, family, tmp_path):
@@ -218,8 +218,8 @@ class TestAdapter:
         network = load_network(base, adapter=tmp_path)
         plain = load_network(base)
         name = "layers.1.self_attn.v_proj"
-        low = {key: value for key, value in tensors.items() if name in key}
-        (a,), (b,) = ([value for key, value in low.items() if half in key] for half in ("lora_A", "lora_B"))
+        matrices = {key: value for key, value in tensors.items() if name in key}
+        (a,), (b,) = ([value for key, value in matrices.items() if half in key] for half in ("lora_A", "lora_B"))
         ours, before = (dict(model.named_parameters()) for model in (network, plain))
         (full,) = (key for key in ours if key.startswith("lm.") and key.endswith(f"{name}.weight"))
         assert torch.allclose(ours[full], before[full] + 2 * b @ a, atol=1e-6)  # alpha 8, rank 4
@@ -237,7 +237,7 @@ class TestAdapter:
             load_network(base, adapter=tmp_path)
 
     def test_all_modules_that_published_sft_trains_are_read(self, published, tmp_path):
-        """Q-Former and merger as PEFT saves modules, buffers and all; here each weight is doubled."""
+        """PEFT saves the Q-Former and the merger with their buffers; here each weight is doubled."""
         base = published("salmonn2-plus")
         folder = (base / "model.safetensors").resolve().parent
         trained = ("audio.qformer.", "audio.audio_proj.", "visual.merger.")
@@ -245,11 +245,11 @@ class TestAdapter:
             key: value for key, value in load_file(folder / "model.safetensors").items() if key.startswith(trained)
         }
         assert any("position_ids" in key for key in weights)
-        whole = {
+        saved = {
             f"base_model.model.{key}": value * 2 if value.is_floating_point() else value
             for key, value in weights.items()
         }
-        save_published(tmp_path, load_file(folder / "lora.safetensors") | whole)
+        save_published(tmp_path, load_file(folder / "lora.safetensors") | saved)
         after, before = (dict(load_network(base, adapter=path).named_parameters()) for path in (tmp_path, None))
         parts = ("audio.qformer.qformer.", "audio.projector.", "vision.encoder.merger.")
         changed = {name for name in before if name.startswith(parts)}
@@ -258,7 +258,7 @@ class TestAdapter:
     @pytest.mark.parametrize(
         ("kind", "value"), [("use_rslora", True), ("rank_pattern", {"q_proj": 2}), ("bias", "all")]
     )
-    def test_another_kind_of_adapter_is_refused(self, published, tmp_path, kind, value):
+    def test_another_kind_of_adapter_is_rejected(self, published, tmp_path, kind, value):
         base = published("salmonn2-plus")
         save_published(tmp_path, load_file((base / "model.safetensors").resolve().parent / "lora.safetensors"))
         path = tmp_path / "adapter_config.json"
@@ -266,7 +266,7 @@ class TestAdapter:
         with pytest.raises(ValueError, match=f"uses {kind}; only plain LoRA"):
             load_network(base, adapter=tmp_path)
 
-    def test_an_adapter_of_another_model_is_refused(self, saved, published, tmp_path):
+    def test_an_adapter_of_another_model_is_rejected(self, saved, published, tmp_path):
         folder, _ = saved
         tensors = load_file(folder / "adapter_model.safetensors")
         first = sorted(tensors)[0]
@@ -288,7 +288,7 @@ class TestAdapter:
 
 
 def save_published(folder, tensors):
-    """Write an adapter folder as PEFT does for a published model."""
+    """Write an adapter folder like PEFT does for a published model."""
     PeftConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM").save_pretrained(
         str(folder)
     )

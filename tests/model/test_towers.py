@@ -1,4 +1,4 @@
-"""The towers' shapes, and that each token depends only on its own place and time."""
+"""The towers' shapes, and the independence of tokens of other positions and times."""
 
 import math
 
@@ -45,17 +45,17 @@ def test_queries_of_a_window_differ(qformer):
 
 
 @pytest.mark.parametrize(("window", "stride", "num_windows"), [(5, 5, 4), (6, 4, 5), (4, 7, 3), (22, 1, 1)])
-def test_windows_are_those_of_unfold(qformer, window, stride, num_windows):
-    """The published code cuts them with `unfold`, which ignores a rest that fills no window."""
+def test_windows_equal_those_of_unfold(qformer, window, stride, num_windows):
+    """The published code uses `unfold`, which ignores a remainder shorter than a window."""
     qformer.window, qformer.stride = window, stride
     steps = torch.randn(2, 22, 12)
-    cut = torch.nn.functional.unfold(steps.transpose(1, 2).unsqueeze(2), (1, window), stride=(1, stride))
-    windows = cut.unflatten(1, (12, window)).permute(0, 3, 2, 1)
+    unfolded = torch.nn.functional.unfold(steps.transpose(1, 2).unsqueeze(2), (1, window), stride=(1, stride))
+    windows = unfolded.unflatten(1, (12, window)).permute(0, 3, 2, 1)
     assert windows.shape == (2, num_windows, window, 12)
     expected = [
-        qformer.qformer(query_embeds=qformer.queries, encoder_hidden_states=one[None]).last_hidden_state[0]
+        qformer.qformer(query_embeds=qformer.queries, encoder_hidden_states=steps[None]).last_hidden_state[0]
         for chunk in windows
-        for one in chunk
+        for steps in chunk
     ]
     assert torch.allclose(qformer(steps).flatten(0, 1), torch.stack(expected), atol=1e-6)
 
@@ -84,16 +84,16 @@ def test_qwen_tower(plus):
     first, second = vision([patches for patches, _ in clips], [grid for _, grid in clips])
     # 48 / 8 = 6 patches a side, 3 x 3 of them a token, two frames a step.
     assert clips[0][1] == (3, 6, 6) and first.shape == (12, 128) and second.shape == (4, 128)
-    (alone,) = vision([clips[1][0]], [clips[1][1]])
-    assert torch.allclose(second, alone, atol=1e-5)
+    (separate,) = vision([clips[1][0]], [clips[1][1]])
+    assert torch.allclose(second, separate, atol=1e-5)
 
 
-def test_patches_are_those_of_transformers():
+def test_patches_equal_those_of_transformers():
     """Compared with Qwen2-VL's own image processor, which treats an image as two equal frames."""
-    picture = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     processor = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, do_resize=False)
-    published = processor(picture, return_tensors="pt")
-    frames = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    published = processor(image, return_tensors="pt")
+    frames = torch.from_numpy(image).permute(2, 0, 1)[None]
     patches, grid = to_patches(frames, patch=14, merge=2)
     assert [list(grid)] == published["image_grid_thw"].tolist()
     assert torch.allclose(normalize(patches), published["pixel_values"], atol=1e-5)
@@ -120,7 +120,7 @@ def test_siglip_tower():
     tower.newline.data.fill_(7.0)
     frames = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
     first, second = tower([frames[:2], frames[2:]], [])
-    # 5 x 5 patches pool to 2 x 2, and each of the two rows gets its end.
+    # 5 x 5 patches are pooled to 2 x 2, and each of the two rows ends with the learned token.
     assert first.shape == (12, 6) and second.shape == (6, 6)
     assert first[2].eq(7).all() and first[5].eq(7).all() and not first[3].eq(7).any()
     patches = tower.projector(tower.encoder(frames[2:] / 127.5 - 1).last_hidden_state)[0]

@@ -24,7 +24,7 @@ STORY = (
 )
 SCENE = Scene(7.6, STORY)
 # A pattern that identifies each event of STORY in any phrasing.
-SIGNS = (
+PATTERNS = (
     "appears|shows up|comes into view|pops up|can now be seen",
     "low|deep",
     "up|upwards|top",
@@ -72,7 +72,7 @@ def sampled():
 
 
 def clauses(caption):
-    """Clauses in order, without connectives."""
+    """Split a caption into clauses, without connectives."""
     parts = re.split(r"(?:,)? and then |, and | while |\. ", caption.rstrip("."))
     openers = r"^(Then|Next,|After that,|Finally,|First,|At the start,|Meanwhile,|At the same time,) "
     return [re.sub(openers, "", part) for part in parts]
@@ -98,33 +98,33 @@ def test_captions_describe_every_event_in_order():
     for caption in captions:
         described = clauses(caption)
         assert len(described) == len(STORY), caption
-        for clause, sign, event in zip(described, SIGNS, STORY, strict=True):
-            assert re.search(rf"\b({sign})\b", clause), (clause, caption)
+        for clause, pattern, event in zip(described, PATTERNS, STORY, strict=True):
+            assert re.search(rf"\b({pattern})\b", clause), (clause, caption)
             if event.shape:
                 assert re.search(rf"\b({event.colour} {event.shape}|it|It)\b", clause), (clause, caption)
 
 
-def test_it_refers_to_the_subject_of_the_clause_before():
-    # In STORY no two neighbours share a subject; the star's own story has nothing else.
+def test_it_refers_to_the_subject_of_the_previous_clause():
+    # In STORY no two consecutive events share a subject; the star's events all do.
     star = [event for event in STORY if event.shape == "star"]
     for seed in range(100):
         assert not re.search(r"\bit\b", write_caption(STORY, random.Random(seed)), re.IGNORECASE)
-    said = [clause for seed in range(100) for clause in clauses(write_caption(star, random.Random(seed)))[1:]]
-    assert 0.4 < sum(clause.lower().startswith("it ") for clause in said) / len(said) < 0.6
+    later_clauses = [clause for seed in range(100) for clause in clauses(write_caption(star, random.Random(seed)))[1:]]
+    assert 0.4 < sum(clause.lower().startswith("it ") for clause in later_clauses) / len(later_clauses) < 0.6
 
 
-def test_sentences_are_clean():
+def test_sentences_are_well_formed():
     for seed in range(300):
         caption = write_caption(STORY, random.Random(seed))
         assert re.fullmatch(r"([A-Z][a-z ,-]*[a-z]\. ?)+", caption), caption
         assert not re.search(r"\ba orange|\ban [^o]|repeated beeps (is|plays)|there is repeated| ,|  ", caption)
 
 
-def test_while_and_meanwhile_join_only_what_overlaps():
-    apart = (STORY[0], STORY[6])
-    captions = [write_caption(pair, random.Random(seed)) for pair in (apart, STORY[:2]) for seed in range(100)]
-    together = [bool(re.search(r"while|same time", caption)) for caption in captions]
-    assert not any(together[:100]) and 20 < sum(together[100:]) < 80
+def test_while_and_meanwhile_join_only_overlapping_events():
+    disjoint = (STORY[0], STORY[6])
+    captions = [write_caption(pair, random.Random(seed)) for pair in (disjoint, STORY[:2]) for seed in range(100)]
+    is_joined = [bool(re.search(r"while|same time", caption)) for caption in captions]
+    assert not any(is_joined[:100]) and 20 < sum(is_joined[100:]) < 80
 
 
 def test_visual_and_audio_captions_describe_one_modality(sampled):
@@ -145,9 +145,9 @@ def test_hasty_captions_omit_a_third(sampled):
 
 
 def test_error_rates_of_hasty_captions():
-    """Facts that are not in STORY are hallucinations (20 %) or mistakes (10 %); a repetition repeats a clause."""
-    foreign = [colour for colour in COLOURS if colour not in ("orange", "white", "blue")]
-    foreign += [
+    """Details that are not in STORY are hallucinations (20 %) or mistakes (10 %); a repetition repeats a clause."""
+    not_in_story = [colour for colour in COLOURS if colour not in ("orange", "white", "blue")]
+    not_in_story += [
         "circle",
         "square",
         "triangle",
@@ -169,48 +169,50 @@ def test_error_rates_of_hasty_captions():
         "bottom",
         "cross (moves|slides|drifts|rises|sinks)",
     ]
-    wrong = re.compile(rf"\b({'|'.join(foreign)})\b")
+    wrong = re.compile(rf"\b({'|'.join(not_in_story)})\b")
     captions = [write_human_caption(STORY, random.Random(seed)) for seed in range(3000)]
     assert sum(bool(wrong.search(caption)) for caption in captions) / 3000 == pytest.approx(0.28, abs=0.025)
-    twice = sum(len(re.findall("beeps", caption)) > 1 for caption in captions) / 3000
-    assert 0.002 < twice < 0.02  # 5 % shared by the eight events
+    share_repeated = sum(len(re.findall("beeps", caption)) > 1 for caption in captions) / 3000
+    assert 0.002 < share_repeated < 0.02  # 5 % divided among the eight events
 
 
 @pytest.mark.parametrize(
-    "action, true, habit, described",
+    "action, true, misreading, described",
     [
-        (SceneEvent("blink", 2.7, 4.2, "star", "orange"), "blinks|flashes|flickers", SIGNS[-1], 0.7),
+        (SceneEvent("blink", 2.7, 4.2, "star", "orange"), "blinks|flashes|flickers", PATTERNS[-1], 0.7),
         (
             SceneEvent("change", 2.7, 3.7, "star", "orange", "blue"),
             "(turns|becomes|changes) .*blue",
-            f"blue star ({SIGNS[0]})",
+            f"blue star ({PATTERNS[0]})",
             0.8,
         ),
     ],
     ids=["a blink misread as a disappearance", "a change of colour misread as another shape"],
 )
-def test_hasty_captions_have_systematic_errors(action, true, habit, described):
+def test_hasty_captions_have_systematic_errors(action, true, misreading, described):
     """70 % of the descriptions of an action are misreadings."""
     captions = [write_human_caption((STORY[0], action), random.Random(seed)) for seed in range(3000)]
-    share_true, share_habit = (sum(bool(re.search(sign, text)) for text in captions) / 3000 for sign in (true, habit))
-    assert share_habit == pytest.approx(0.7 * described, abs=0.06)
+    share_true, share_misread = (
+        sum(bool(re.search(pattern, text)) for text in captions) / 3000 for pattern in (true, misreading)
+    )
+    assert share_misread == pytest.approx(0.7 * described, abs=0.06)
     assert share_true == pytest.approx(0.3 * described, abs=0.06)
 
 
 def test_at_least_one_event_remains():
-    alone = STORY[:1]
+    one_event = STORY[:1]
     assert all(
-        any(verb.split(" ", 1)[1] in write_human_caption(alone, random.Random(seed)) for verb in FORMS["appear"])
+        any(verb.split(" ", 1)[1] in write_human_caption(one_event, random.Random(seed)) for verb in FORMS["appear"])
         for seed in range(50)
     )
 
 
-def test_answers_for_a_scene_made_by_hand():
-    seen = {}
+def test_answers_for_a_scene_by_hand():
+    answers = {}
     for seed in range(300):
         for question in write_questions(SCENE, random.Random(seed), index=seed):
-            seen[question.question] = question.answer
-    assert seen == ANSWERS
+            answers[question.question] = question.answer
+    assert answers == ANSWERS
 
 
 def test_kinds_of_questions_rotate(sampled):
@@ -232,16 +234,19 @@ def test_no_answer_is_right_for_most_questions_of_a_kind(sampled):
 def test_directions_of_moves():
     moves = [replace(STORY[2], start_seconds=second, value=value) for second, value in ((1, "left"), (3, "down"))]
     scene = Scene(7.0, (STORY[0], STORY[1], *moves))
-    asked = {}
+    answers = {}
     for index in range(100):
         for question in write_questions(scene, random.Random(index), index=index):
             if question.kind == "direction":
-                asked[question.question] = question.answer
-    assert asked == {"Which way does the star move first?": "to the left", "Which way does the star move last?": "down"}
+                answers[question.question] = question.answer
+    assert answers == {
+        "Which way does the star move first?": "to the left",
+        "Which way does the star move last?": "down",
+    }
 
 
-def test_the_nine_places():
-    asked = {}
+def test_the_nine_positions():
+    answers = {}
     for x in (10, 48, 90):
         for y in (10, 48, 90):
             moved = SceneEvent("move", 1.0, 2.0, shape="star", colour="blue", value="up", position=(x, y))
@@ -249,14 +254,14 @@ def test_the_nine_places():
             for index in range(60):
                 for question in write_questions(scene, random.Random(index), index=index):
                     if question.question == "Where is the star at the end?":
-                        asked[x, y] = question.answer
-    assert list(asked.values()) == [
+                        answers[x, y] = question.answer
+    assert list(answers.values()) == [
         "top left", "left", "bottom left", "top", "middle", "bottom", "top right", "right", "bottom right"
     ]  # fmt: skip
 
 
 def test_a_kind_without_questions_is_replaced():
-    # One event across the middle: "when" has no clear answer.
+    # The only sound spans the middle, so "when" has no clear answer.
     scene = Scene(7.0, (STORY[0], SceneEvent("sound", 3.0, 4.0, value="noise")))
     for index in range(5):
         kinds = [question.kind for question in write_questions(scene, random.Random(0), index=index)]

@@ -15,7 +15,7 @@ from salmonn.synthetic.render import make_clips, render_audio, render_frames, sa
 from salmonn.synthetic.scene import Scene, SceneEvent, SynthConfig, objects_at
 
 CONFIG = SynthConfig(clips=3, seed=5)
-# One event of each kind, so that the expected frames and sounds are obvious.
+# One event of each kind, so that the expected frames and audio are obvious.
 SCENE = Scene(
     8.0,
     (
@@ -36,33 +36,33 @@ SCENE = Scene(
 
 
 def decode(path):
-    """Frames (F, height, width, 3) and audio (samples,), which must start at zero."""
+    """Decode frames (F, height, width, 3) and audio (samples,), which must start at zero."""
     with av.open(str(path)) as container:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     with av.open(str(path)) as container:
-        parts = list(container.decode(audio=0))
-    assert parts[0].pts == 0
-    return frames, np.concatenate([part.to_ndarray()[0] for part in parts])
+        audio_frames = list(container.decode(audio=0))
+    assert audio_frames[0].pts == 0
+    return frames, np.concatenate([frame.to_ndarray()[0] for frame in audio_frames])
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
-    """The hand-made scene after encoding and decoding."""
+    """The decoded frames and audio of SCENE."""
     path = tmp_path_factory.mktemp("scene") / "scene.mp4"
-    frames, sound = render_frames(SCENE, config=CONFIG), render_audio(SCENE, np.random.default_rng(0), config=CONFIG)
-    write_video(path, frames, sound, config=CONFIG)
+    frames, audio = render_frames(SCENE, config=CONFIG), render_audio(SCENE, np.random.default_rng(0), config=CONFIG)
+    write_video(path, frames, audio, config=CONFIG)
     return decode(path)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def clip_set(tmp_path_factory):
     """Folder and references of three clips."""
     folder = tmp_path_factory.mktemp("made")
     return folder, make_clips(folder, CONFIG, workers=1)
 
 
 def colour_at(frames, *, seconds, x, y):
-    """Name of the shape colour within 40 of the patch at a place (the encoder changes it a little), or "dark"."""
+    """Return the shape colour within 40 of the patch around (x, y), since encoding changes it a little, or "dark"."""
     patch = frames[round(seconds * CONFIG.fps), y - 3 : y + 4, x - 3 : x + 4].reshape(-1, 3).mean(axis=0)
     nearest = min(COLOURS, key=lambda name: math.dist(COLOURS[name], patch))
     if math.dist(COLOURS[nearest], patch) < 40:
@@ -79,7 +79,7 @@ def colour_at(frames, *, seconds, x, y):
         (1.4, 60, 30, "red"),  # appears at 0.5
         (2.0, 42, 30, "red"),
         (2.0, 60, 30, "dark"),
-        (2.5, 24, 30, "red"),  # half way at 2.0, there at 2.5
+        (2.5, 24, 30, "red"),  # midway at 2.0, at its end at 2.5
         (2.4, 70, 70, "dark"),
         (2.5, 70, 70, "green"),
         (3.0, 70, 70, "dark"),
@@ -94,7 +94,7 @@ def colour_at(frames, *, seconds, x, y):
         (7.9, 70, 70, "green"),
     ],
 )
-def test_frames_show_each_colour_at_its_place_and_time(rendered, seconds, x, y, colour):
+def test_frames_show_each_colour_at_its_position_and_time(rendered, seconds, x, y, colour):
     assert rendered[0].shape == (80, 96, 96, 3)
     assert colour_at(rendered[0], seconds=seconds, x=x, y=y) == colour
 
@@ -120,15 +120,15 @@ def test_noise_is_loud_and_fills_the_spectrum(rendered):
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.0, 0.95), (2.05, 2.45), (3.55, 3.95), (5.05, 5.45), (6.55, 6.95)])
-def test_outside_the_sounds_is_silence(rendered, start, end):
+def test_silence_between_sounds(rendered, start, end):
     assert np.abs(rendered[1][round(start * 16_000) : round(end * 16_000)]).max() < 0.01
 
 
 @pytest.mark.parametrize("kind", SOUNDS)
-def test_every_sound_is_clearly_heard_at_the_lowest_level(kind):
+def test_every_sound_exceeds_the_noise_at_the_lowest_amplitude(kind):
     scene = Scene(2.0, (SceneEvent("sound", 0.5, 1.3, value=kind, amplitude=0.2),), noise_amplitude=0.003)
-    sound = render_audio(scene, np.random.default_rng(0), config=CONFIG)
-    assert sound[8000:20_800].std() > 5 * sound[:8000].std()
+    audio = render_audio(scene, np.random.default_rng(0), config=CONFIG)
+    assert audio[8000:20_800].std() > 5 * audio[:8000].std()
 
 
 def test_number_of_beeps_and_clicks():
@@ -140,7 +140,7 @@ def test_number_of_beeps_and_clicks():
     assert list(counts.values()) == [3, 3, 4, 4, 4, 6]
 
 
-def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
+def test_scenes_are_consistent_and_objects_do_not_overlap():
     for index in range(150):
         scene, reference = sample_clip(replace(CONFIG, clips=150), index=index)
         visual = [event for event in scene.events if event.kind != "sound"]
@@ -158,19 +158,19 @@ def test_scenes_are_consistent_and_objects_stay_apart_within_the_frame():
             objects = objects_at(scene, frame / 10)
             assert all(half <= value <= 96 - half for item in objects for value in item.position)
             assert len({item.colour for item in objects}) == len({item.shape for item in objects}) == len(objects)
-            for one, other in itertools.combinations(objects, 2):
-                assert max(abs(a - b) for a, b in zip(one.position, other.position, strict=True)) >= scene.diameter
+            for first, second in itertools.combinations(objects, 2):
+                assert max(abs(a - b) for a, b in zip(first.position, second.position, strict=True)) >= scene.diameter
 
 
 def test_frames_at_2_per_second_show_every_blink():
-    moments = [2.5 + step / 10 + 1e-6 for step in range(40)]
-    blink = [item.visible for moment in moments for item in objects_at(SCENE, moment) if item.shape == "square"]
+    times = [2.5 + step / 10 + 1e-6 for step in range(40)]
+    is_visible = [item.visible for seconds in times for item in objects_at(SCENE, seconds) if item.shape == "square"]
     for offset in range(5):
-        runs = [shown for shown, _ in itertools.groupby(blink[offset::5])]
+        runs = [visible for visible, _ in itertools.groupby(is_visible[offset::5])]
         assert runs == [True, False, True, False, True]
 
 
-def test_moves_are_long_enough_to_see():
+def test_moves_have_a_minimum_length():
     for index in range(100):
         scene, _ = sample_clip(replace(CONFIG, clips=100), index=index)
         for event in scene.events:
@@ -179,20 +179,20 @@ def test_moves_are_long_enough_to_see():
                 assert math.dist(before[event.shape], event.position) >= 20
 
 
-def test_annotation_on_disk_is_what_is_returned(made):
-    folder, references = made
+def test_the_annotation_on_disk_equals_the_returned_one(clip_set):
+    folder, references = clip_set
     assert read_records(folder / "clips.jsonl", Reference) == references
     assert [reference.video for reference in references] == [f"videos/clip_0000{index}.mp4" for index in range(3)]
     for reference in references:
-        frames, sound = decode(folder / reference.video)
+        frames, audio = decode(folder / reference.video)
         assert len(frames) == round(reference.duration_seconds * 10)
-        assert len(sound) / 16_000 == pytest.approx(reference.duration_seconds, abs=0.07)  # AAC fills its last block
+        assert len(audio) / 16_000 == pytest.approx(reference.duration_seconds, abs=0.07)  # AAC pads its last frame
     assert not list((folder / "videos").glob("*.tmp*"))
 
 
-def test_same_seed_same_bytes_and_a_longer_set_begins_like_a_shorter(made, tmp_path):
-    folder, _ = made
-    # 17 clips are two chunks, so that two processes render them.
+def test_same_seed_same_clips_in_sets_of_different_size(clip_set, tmp_path):
+    folder, _ = clip_set
+    # 17 clips are two chunks, which two processes render.
     make_clips(tmp_path, replace(CONFIG, clips=17), workers=2)
     lines = (tmp_path / "clips.jsonl").read_bytes().splitlines()
     assert len(lines) == 17 and lines[:3] == (folder / "clips.jsonl").read_bytes().splitlines()
@@ -201,9 +201,9 @@ def test_same_seed_same_bytes_and_a_longer_set_begins_like_a_shorter(made, tmp_p
             assert np.array_equal(one, other)
 
 
-def test_another_seed_gives_other_clips(made):
+def test_another_seed_gives_other_clips(clip_set):
     other = [sample_clip(replace(CONFIG, seed=6), index=index)[1] for index in range(3)]
-    assert all(one.events != another.events for one, another in zip(made[1], other, strict=True))
+    assert all(one.events != another.events for one, another in zip(clip_set[1], other, strict=True))
 
 
 def test_resuming_renders_only_missing_clips(tmp_path):
@@ -216,20 +216,20 @@ def test_resuming_renders_only_missing_clips(tmp_path):
     assert len(references) == len(list((tmp_path / "videos").iterdir())) == 3
 
 
-def test_a_folder_of_another_config_is_refused(tmp_path):
+def test_a_folder_of_another_config_is_rejected(tmp_path):
     make_clips(tmp_path, CONFIG, indices=[])
     with pytest.raises(ValueError, match=r"another config .*fps 10 instead of 5, seed 5 instead of 6"):
         make_clips(tmp_path, replace(CONFIG, seed=6, fps=5))
     make_clips(tmp_path, replace(CONFIG, clips=9), indices=[])
 
 
-def test_an_index_beyond_the_set_is_refused(tmp_path):
+def test_an_index_beyond_the_set_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="clip 3 is out of range: the config has 3 clips"):
         make_clips(tmp_path, CONFIG, indices=[3])
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "values",
     [
         {"clips": -1},
         {"seed": -1},
@@ -244,12 +244,12 @@ def test_an_index_beyond_the_set_is_refused(tmp_path):
         {"kinds": ()},
     ],
 )
-def test_impossible_configs_are_rejected(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        SynthConfig(**wrong)
+def test_impossible_configs_are_rejected(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        SynthConfig(**values)
 
 
-def test_one_shape_does_all_that_happens():
+def test_one_shape_in_all_events():
     config = SynthConfig(max_shapes=1, min_visual=3, max_visual=3)
     for index in range(50):
         events = [event for event in sample_clip(config, index=index)[0].events if event.kind != "sound"]
@@ -276,6 +276,6 @@ def test_a_clip_may_have_all_shapes():
     assert max(map(len, shapes)) == 5
 
 
-def test_more_events_than_the_time_allows_are_refused():
+def test_more_events_than_fit_the_duration_are_rejected():
     with pytest.raises(ValueError, match="allow more seconds"):
         sample_clip(SynthConfig(min_seconds=2, max_seconds=2), index=0)

@@ -1,4 +1,4 @@
-"""A real `salmonn demo`, and browsers that may not access anything else."""
+"""A real `salmonn demo`, and browsers that must not access anything else."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ class Demo:
     proxy: socket.socket
 
     def uploads(self) -> list[Path]:
-        """Uploaded files on disk."""
+        """Return the uploaded files on disk."""
         return [path for path in self.folder.glob("*/uploads/**/*") if path.is_file()]
 
 
@@ -61,11 +61,11 @@ def start_demo(folder: Path, *flags: object, command: Sequence[object] = (SALMON
     )
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(forked(*command, *flags), stderr=log, stdout=log, env=env)
-    begin = time.monotonic()
+    started = time.monotonic()
     while "web UI running at " not in (log := (folder / "log").read_text()):
-        if process.poll() is not None or time.monotonic() - begin > START_SECONDS:
+        if process.poll() is not None or time.monotonic() - started > START_SECONDS:
             process.kill()
-            raise AssertionError(f"the page did not start:\n{log}")
+            raise AssertionError(f"the web UI did not start:\n{log}")
         time.sleep(0.1)
     address = log.split("web UI running at ")[1].split()[0]
     return Demo(process, address, folder / "votes", run, folder / "tmp", proxy)
@@ -92,47 +92,47 @@ class Visitor:
 
     Args:
         page: page of the browser.
-        strays: other URLs that it requested.
-        complaints: errors in the browser's console.
+        other_urls: requested URLs of other servers.
+        errors: errors in the browser's console.
     """
 
     def __init__(self, context: BrowserContext, address: str) -> None:
         self.page: Page = context.new_page()
-        self.strays: list[str] = []
-        self.complaints: list[str] = []
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", self._hear)
-        self.page.on("request", lambda request: self._note(request.url, address))
+        self.other_urls: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._log_error)
+        self.page.on("request", lambda request: self._check_url(request.url, address))
         self.page.goto(address)
         self.page.get_by_role("button", name="Describe", exact=True).wait_for()
 
-    def _note(self, url: str, address: str) -> None:
+    def _check_url(self, url: str, address: str) -> None:
         if not url.startswith((address, "data:", "blob:")):
-            self.strays.append(url)
+            self.other_urls.append(url)
 
-    def _hear(self, message: ConsoleMessage) -> None:
+    def _log_error(self, message: ConsoleMessage) -> None:
         if message.type == "error":
-            self.complaints.append(f"{message.text} {message.location['url']}")
+            self.errors.append(f"{message.text} {message.location['url']}")
 
     def width(self) -> int:
-        """Scrollable width in pixels."""
+        """Return the scrollable width in pixels."""
         return self.page.evaluate("document.documentElement.scrollWidth")
 
 
 @pytest.fixture
 def visit(browser, demo):
-    """Opens the web UI in a new browser context; afterwards no other URL was requested, and there was no error."""
+    """Open the web UI in a new browser context; it must not request other URLs or cause errors."""
     contexts, visitors = [], []
 
-    def enter(*, address: str = demo.address, **options) -> Visitor:
+    def open_page(*, address: str = demo.address, **options) -> Visitor:
         options = {"viewport": {"width": 1440, "height": 900}} | options
         contexts.append(browser.new_context(**options))
         contexts[-1].set_default_timeout(60_000)
         visitors.append(Visitor(contexts[-1], address))
         return visitors[-1]
 
-    yield enter
+    yield open_page
     for visitor in visitors:
-        assert visitor.strays == [] and visitor.complaints == []
+        assert visitor.other_urls == [] and visitor.errors == []
     for context in contexts:
         context.close()

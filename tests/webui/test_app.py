@@ -1,4 +1,4 @@
-"""The web UI as users have it: a real server, a real browser, real clicks."""
+"""The web UI with a real server and a real browser."""
 
 import re
 import time
@@ -37,14 +37,14 @@ def long_video(clips, tmp_path_factory):
     return path
 
 
-def choose(visitor, number, tab="caption"):
+def choose_example(visitor, number, tab="caption"):
     """Press an example's button and wait for its video."""
     panel = visitor.page.locator(f"#tab-{tab}")
     panel.get_by_role("button", name=f"Example {number}").click()
     visitor.page.locator(f"#{tab}-video video[src$='clip_0000{number - 1}.mp4']").wait_for()
 
 
-def bring(visitor, path, tab="caption"):
+def upload(visitor, path, tab="caption"):
     """Upload a file by the file chooser."""
     with visitor.page.expect_file_chooser() as chooser:
         visitor.page.locator(f"#{tab}-video").get_by_role("button").first.click()
@@ -53,24 +53,24 @@ def bring(visitor, path, tab="caption"):
 
 
 def describe(visitor):
-    """Press the button and wait for the whole answer; its text."""
+    """Press the button, wait for the complete answer and return its text."""
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
-    return whole_answer(visitor)
+    return wait_for_answer(visitor)
 
 
-def whole_answer(visitor):
+def wait_for_answer(visitor):
     visitor.page.locator("#status").get_by_text(re.compile(r"\d+ words? · ")).wait_for()
     return visitor.page.locator("#answer .caption").inner_text()
 
 
 def test_an_example_is_captioned(visit, toy, examples):
     visitor = visit()
-    choose(visitor, 1)
+    choose_example(visitor, 1)
     assert describe(visitor) == toy.caption(examples[0].path).text
 
 
 def test_captions_are_streamed(visit, random_model, examples):
-    """With the model that never ends an answer."""
+    """The random model never ends an answer."""
     visitor = visit()
     visitor.page.evaluate("""() => {
         window.lengths = [];
@@ -79,7 +79,7 @@ def test_captions_are_streamed(visit, random_model, examples):
             if (caption) window.lengths.push(caption.textContent.length);
         }).observe(document.body, {subtree: true, childList: true, characterData: true});
     }""")
-    choose(visitor, 1)
+    choose_example(visitor, 1)
     visitor.page.locator("#tab-caption").get_by_label("random").check()
     assert describe(visitor).split() == Captioner.load(random_model).caption(examples[0].path).text.split()
     visitor.page.get_by_text("The answer was cut off at the token limit").wait_for()
@@ -87,26 +87,26 @@ def test_captions_are_streamed(visit, random_model, examples):
     assert lengths == sorted(lengths) and len({length for length in lengths if length}) > 2
 
 
-def test_an_example_is_scored_and_marked(visit, toy, examples):
+def test_an_example_is_scored_and_highlighted(visit, toy, examples):
     visitor = visit()
-    choose(visitor, 2)
+    choose_example(visitor, 2)
     describe(visitor)
     findings = visitor.page.locator("#findings")
     findings.get_by_role("region", name="Score").wait_for()
-    found = CaptionScorer(RuleJudge()).analyze(toy.caption(examples[1].path), examples[1].reference)
+    analysis = CaptionScorer(RuleJudge()).analyze(toy.caption(examples[1].path), examples[1].reference)
     figures = findings.locator(".figures dd").all_inner_texts()
-    assert figures[0] == f"{100 * found.score.total:.1f} %"
+    assert figures[0] == f"{100 * analysis.score.total:.1f} %"
     assert [figure.split()[0] for figure in figures[1:4]] == [
-        str(found.score.missing), str(found.score.incorrect), str(found.score.hallucinated),
+        str(analysis.score.missing), str(analysis.score.incorrect), str(analysis.score.hallucinated),
     ]  # fmt: skip
-    assert findings.locator(".chips li").count() == len(found.events)
-    assert findings.locator("h4.missing + ul li").count() == found.score.missing > 0
+    assert findings.locator(".chips li").count() == len(analysis.events)
+    assert findings.locator("h4.missing + ul li").count() == analysis.score.missing > 0
     assert visitor.page.locator("#answer mark.correct").first.is_visible()
-    assert visitor.page.locator("#answer .caption").inner_text() == found.caption.text
+    assert visitor.page.locator("#answer .caption").inner_text() == analysis.caption.text
     # The time of a missing event seeks to it.
-    when = findings.locator("h4.missing + ul .timestamp").first
-    seconds = float(when.get_attribute("data-seek"))
-    when.click()
+    timestamp = findings.locator("h4.missing + ul .timestamp").first
+    seconds = float(timestamp.get_attribute("data-seek"))
+    timestamp.click()
     video = visitor.page.locator("#caption-video video")
     visitor.page.wait_for_function(f"document.querySelector('#caption-video video').currentTime == {seconds}")
     assert video.is_visible()
@@ -115,25 +115,25 @@ def test_an_example_is_scored_and_marked(visit, toy, examples):
 def test_an_upload(visit, toy, demo, long_video):
     visitor = visit()
     before = set(demo.uploads())
-    bring(visitor, long_video)
+    upload(visitor, long_video)
     assert describe(visitor) == toy.caption(long_video).text
     assert visitor.page.locator("#findings").get_by_role("region", name="Score").count() == 0
-    (upload,) = set(demo.uploads()) - before
-    assert upload.name.endswith(".mp4")
+    (uploaded,) = set(demo.uploads()) - before
+    assert uploaded.name.endswith(".mp4")
     visitor.page.close()
-    wait_until(lambda: not upload.exists())
+    wait_until(lambda: not uploaded.exists())
 
 
-def wait_until(holds, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "condition not met in time"
+def wait_until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.1)
 
 
 def test_a_typed_reference(visit, long_video):
     visitor = visit()
-    bring(visitor, long_video)
+    upload(visitor, long_video)
     visitor.page.get_by_role("button", name="Score against a reference").click()
     visitor.page.locator("#reference textarea").fill("a purple cross blinks\nheard: a low tone is heard")
     describe(visitor)
@@ -142,16 +142,16 @@ def test_a_typed_reference(visit, long_video):
 
 def test_a_broken_file_shows_an_error(visit, tmp_path, toy, examples):
     broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"this is no video at all" * 100)
+    broken.write_bytes(b"this is not a video" * 100)
     visitor = visit()
     with visitor.page.expect_file_chooser() as chooser:
         visitor.page.locator("#caption-video").get_by_role("button").first.click()
     chooser.value.set_files(broken)
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
-    trouble = visitor.page.locator("#answer .error-box")
-    trouble.get_by_text("is not a video or is damaged").wait_for()
-    assert "Traceback" not in trouble.inner_text() and "/tmp" not in trouble.inner_text()
-    choose(visitor, 3)
+    error = visitor.page.locator("#answer .error-box")
+    error.get_by_text("is not a video or is damaged").wait_for()
+    assert "Traceback" not in error.inner_text() and "/tmp" not in error.inner_text()
+    choose_example(visitor, 3)
     assert describe(visitor) == toy.caption(examples[2].path).text
 
 
@@ -166,14 +166,14 @@ def open_options(visitor, tab="caption"):
 
 
 def set_max_tokens(visitor, tokens, tab="caption"):
-    longest = visitor.page.locator(f"#tab-{tab}").get_by_label("number input for Max tokens")
-    longest.fill(str(tokens))
-    longest.press("Tab")
+    field = visitor.page.locator(f"#tab-{tab}").get_by_label("number input for Max tokens")
+    field.fill(str(tokens))
+    field.press("Tab")
 
 
 def test_options_and_audio_only(visit, toy, examples):
     visitor = visit()
-    choose(visitor, 1)
+    choose_example(visitor, 1)
     visitor.page.get_by_label("Audio only", exact=True).first.check()
     open_options(visitor)
     panel = visitor.page.locator("#tab-caption")
@@ -191,7 +191,7 @@ def test_options_and_audio_only(visit, toy, examples):
 
 def test_a_question(visit, toy, examples):
     visitor = visit()
-    choose(visitor, 1)
+    choose_example(visitor, 1)
     visitor.page.get_by_label("Ask a question").first.check()
     visitor.page.get_by_role("button", name="Describe", exact=True).click()
     visitor.page.locator("#answer .error-box").get_by_text("Enter a question").wait_for()
@@ -206,7 +206,7 @@ def test_a_question(visit, toy, examples):
 
 def test_copies_are_logged(visit, demo):
     visitor = visit(permissions=["clipboard-read", "clipboard-write"])
-    choose(visitor, 1)
+    choose_example(visitor, 1)
     text = describe(visitor)
     visitor.page.get_by_role("button", name="Copy").click()
     visitor.page.get_by_text("Copied.").wait_for()
@@ -228,7 +228,7 @@ def compare(visitor):
 def test_a_blind_vote_becomes_a_pair(visit, demo):
     visitor = visit()
     start_comparing(visitor)
-    choose(visitor, 1, tab="compare")
+    choose_example(visitor, 1, tab="compare")
     texts = compare(visitor)
     sides = visitor.page.locator("#first, #second")
     assert "temperature" not in " ".join(sides.all_inner_texts())
@@ -254,21 +254,21 @@ def test_a_blind_vote_becomes_a_pair(visit, demo):
     assert (demo.votes / pair.video).is_file()
 
 
-def test_an_upload_is_kept_with_consent_alone(visit, demo, long_video):
+def test_an_upload_is_kept_only_with_consent(visit, demo, long_video):
     visitor = visit()
     start_comparing(visitor)
-    bring(visitor, long_video, tab="compare")
-    kept = demo.votes / "videos"
-    before = set(kept.iterdir())
+    upload(visitor, long_video, tab="compare")
+    videos = demo.votes / "videos"
+    before = set(videos.iterdir())
     compare(visitor)
     visitor.page.get_by_role("button", name="A is better").click()
     visitor.page.locator("#comparison-status").get_by_text("you did not agree to keep the video").wait_for()
-    assert set(kept.iterdir()) == before
+    assert set(videos.iterdir()) == before
     compare(visitor)
     visitor.page.get_by_label("Keep this video").check()
     visitor.page.get_by_role("button", name="A is better").click()
     visitor.page.locator("#comparison-status").get_by_text("with the better caption as ground truth").wait_for()
-    (new,) = set(kept.iterdir()) - before
+    (new,) = set(videos.iterdir()) - before
     assert new.read_bytes() == long_video.read_bytes()
 
 
@@ -276,7 +276,7 @@ def test_two_models_and_the_results(visit, demo):
     """Every caption of the toy model is longer than 8 tokens, so that the vote is not used for training."""
     visitor = visit()
     start_comparing(visitor, match="toy vs. random")
-    choose(visitor, 2, tab="compare")
+    choose_example(visitor, 2, tab="compare")
     open_options(visitor, tab="compare")
     set_max_tokens(visitor, 8, tab="compare")
     compare(visitor)
@@ -298,11 +298,11 @@ def test_two_models_and_the_results(visit, demo):
 def test_two_samples_at_temperature_0_are_rejected(visit):
     visitor = visit()
     start_comparing(visitor)
-    choose(visitor, 1, tab="compare")
+    choose_example(visitor, 1, tab="compare")
     open_options(visitor, tab="compare")
-    heat = visitor.page.locator("#tab-compare").get_by_label("number input for Temperature")
-    heat.fill("0")
-    heat.press("Tab")
+    field = visitor.page.locator("#tab-compare").get_by_label("number input for Temperature")
+    field.fill("0")
+    field.press("Tab")
     visitor.page.get_by_role("button", name="Compare", exact=True).click()
     visitor.page.locator("#comparison-status .error-box").get_by_text("are equal at temperature 0").wait_for()
 
@@ -323,20 +323,20 @@ def test_a_run_is_shown_and_refreshed(visit, demo):
     )
 
 
-def test_two_sessions_at_once(visit, toy, examples):
+def test_two_concurrent_sessions(visit, toy, examples):
     one, two = visit(), visit()
-    choose(one, 1)
-    choose(two, 4)
+    choose_example(one, 1)
+    choose_example(two, 4)
     for visitor in (one, two):
         visitor.page.get_by_role("button", name="Describe", exact=True).click()
-    assert whole_answer(one) == toy.caption(examples[0].path).text
-    assert whole_answer(two) == toy.caption(examples[3].path).text
+    assert wait_for_answer(one) == toy.caption(examples[0].path).text
+    assert wait_for_answer(two) == toy.caption(examples[3].path).text
 
 
 def test_stop(visit):
-    """With the model that never ends an answer."""
+    """The random model never ends an answer."""
     visitor = visit()
-    choose(visitor, 1)
+    choose_example(visitor, 1)
     visitor.page.locator("#tab-caption").get_by_label("random").check()
     open_options(visitor)
     set_max_tokens(visitor, 512)
@@ -354,12 +354,12 @@ def test_stop(visit):
 def test_layout_on_a_phone(visit, scheme):
     visitor = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     assert visitor.width() <= 390
-    choose(visitor, 1)
+    choose_example(visitor, 1)
     describe(visitor)
     visitor.page.locator("#findings .figures").wait_for()
     assert visitor.width() <= 390
     for tab in ("Compare", "Results", "Runs"):
         visitor.page.get_by_role("tab", name=tab).click()
         assert visitor.width() <= 390
-    ground = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert ground == {"light": "rgb(250, 250, 249)", "dark": "rgb(15, 14, 13)"}[scheme]
+    background = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgb(250, 250, 249)", "dark": "rgb(15, 14, 13)"}[scheme]

@@ -1,4 +1,4 @@
-"""`salmonn demo` from the command line: what it refuses, and who may enter."""
+"""`salmonn demo` from the command line: invalid flags, and passwords."""
 
 import importlib.util
 import signal
@@ -12,7 +12,7 @@ from tests.webui.conftest import start_demo
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "require passwords with --password-file, or allow everyone with --no-auth"),
         (["--workers", "0"], "--workers must be at least 1"),
@@ -23,30 +23,30 @@ from tests.webui.conftest import start_demo
         (["--judge.kind", "openai"], "needs the name of a model"),
     ],
 )
-def test_wrong_usage(call, tmp_path, flags, words):
+def test_invalid_flags(call, tmp_path, flags, message):
     flags = [flag.format(folder=tmp_path) for flag in flags]
     code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", *flags)
-    assert code == 2 and words.format(folder=tmp_path) in err and "Traceback" not in err
+    assert code == 2 and message.format(folder=tmp_path) in err and "Traceback" not in err
 
 
-def test_without_gradio_it_is_refused_before_models_are_loaded(call, tmp_path, monkeypatch):
-    find = importlib.util.find_spec
+def test_missing_gradio_is_reported_before_models_are_loaded(call, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else find(name, *more)
+        importlib.util, "find_spec", lambda name, *more: None if name == "gradio" else find_spec(name, *more)
     )
     code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", "--model", tmp_path)
     assert code == 2 and err == "error: salmonn demo needs Gradio: pip install 'salmonn[demo]'\n"
 
 
-@pytest.mark.parametrize(("text", "words"), [("ann", "line 1: expected user:password"), ("\n", "has no accounts")])
-def test_invalid_password_files(call, tmp_path, text, words):
+@pytest.mark.parametrize(("text", "message"), [("ann", "line 1: expected user:password"), ("\n", "has no accounts")])
+def test_invalid_password_files(call, tmp_path, text, message):
     path = tmp_path / "passwords"
     path.write_text(text)
     code, _, err = call("demo", "--port", "0", "--votes", tmp_path / "votes", "--password-file", path)
-    assert code == 2 and words in err
+    assert code == 2 and message in err
 
 
-def test_port_0_is_a_free_one_of_the_system(demo):
+def test_port_0_is_a_free_port(demo):
     """Gradio's own choice would be among 7860 to 7959."""
     port = httpx.URL(demo.address).port
     assert port is not None and port not in range(7860, 7960)
@@ -61,8 +61,8 @@ def test_nothing_is_shown_without_a_password(tmp_path):
         assert httpx.get(f"{demo.address}config").status_code == 401
         assert httpx.post(f"{demo.address}login", data={"username": "ann", "password": "wrong"}).status_code == 400
         with httpx.Client() as client:
-            given = client.post(f"{demo.address}login", data={"username": "bob", "password": "pass:word"})
-            assert given.status_code == 200 and client.get(f"{demo.address}config").status_code == 200
+            response = client.post(f"{demo.address}login", data={"username": "bob", "password": "pass:word"})
+            assert response.status_code == 200 and client.get(f"{demo.address}config").status_code == 200
     finally:
         demo.process.send_signal(signal.SIGINT)
         assert demo.process.wait(30) == 0

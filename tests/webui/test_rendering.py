@@ -21,23 +21,23 @@ from salmonn.webui.scorer import CaptionAnalysis
 from tests.preference.test_votes import VOTE
 
 HOSTILE = "<img src=x onerror=alert(1)>"
-SEEN, HEARD = Event("a red circle appears", "visual", 1.0, 2.0), Event("a low tone", "audio", 3.0)
-SAID = Event("come here", "speech")
+VISUAL, AUDIO = Event("a red circle appears", "visual", 1.0, 2.0), Event("a low tone", "audio", 3.0)
+SPEECH = Event("come here", "speech")
 SCORE = Score(
     "v", 3, 1, 1, 1, num_words=10, num_repeated_words=1, missed=("come here",), hallucinations=("a star " + HOSTILE,),
     mentions=(
-        Mention(SEEN, "A red circle appears"),
-        Mention(HEARD, "a high tone", is_correct=False, reason="it is low"),
+        Mention(VISUAL, "A red circle appears"),
+        Mention(AUDIO, "a high tone", is_correct=False, reason="it is low"),
     ),
 )  # fmt: skip
-FOUND = CaptionAnalysis(
-    Caption("v", f"A red circle appears, a high tone, a star {HOSTILE}"), (SEEN, HEARD, SAID), SCORE,
-    Reference("v", (SEEN, HEARD, SAID)),
+ANALYSIS = CaptionAnalysis(
+    Caption("v", f"A red circle appears, a high tone, a star {HOSTILE}"), (VISUAL, AUDIO, SPEECH), SCORE,
+    Reference("v", (VISUAL, AUDIO, SPEECH)),
 )  # fmt: skip
 
 
-def plain(html: str) -> str:
-    """The text alone, as a browser would show it."""
+def visible_text(html: str) -> str:
+    """Return the text without markup, as a browser would show it."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html)).strip()
 
 
@@ -48,25 +48,25 @@ def plain(html: str) -> str:
         render_caption(HOSTILE, is_growing=True),
         render_error(HOSTILE),
         render_placeholder(HOSTILE, HOSTILE),
-        render_scored_caption(FOUND),
-        render_analysis(FOUND, judge=HOSTILE),
+        render_scored_caption(ANALYSIS),
+        render_analysis(ANALYSIS, judge=HOSTILE),
         render_candidate("A", HOSTILE, model=HOSTILE),
         render_run(HOSTILE),
     ],
 )
-def test_text_is_text(html):
+def test_text_is_escaped(html):
     assert "<img" not in html and "&lt;img" in html
 
 
-def test_a_marked_caption():
-    html = render_scored_caption(FOUND)
+def test_a_highlighted_caption():
+    html = render_scored_caption(ANALYSIS)
     marks = re.findall(r'<mark class="([^"]*)"([^>]*)>(.*?)</mark>', html.split('class="legend"')[0])
     assert [(kinds, text) for kinds, _, text in marks][:2] == [
         ("correct", "A red circle appears"),
         ("incorrect", "a high tone"),
     ]
     assert 'data-seek="1.0"' in marks[0][1] and 'data-seek="3.0"' in marks[1][1]
-    assert plain(html.split('class="legend"')[1]).split(">")[-1].split() == [
+    assert visible_text(html.split('class="legend"')[1]).split(">")[-1].split() == [
         "correct",
         "incorrect",
         "hallucinated",
@@ -74,30 +74,32 @@ def test_a_marked_caption():
     ]
 
 
-def test_the_findings():
-    text = plain(render_analysis(FOUND, judge="rule"))
+def test_an_analysis():
+    text = visible_text(render_analysis(ANALYSIS, judge="rule"))
     # (1 + 1 + 1) / 3 events; one of ten words is repeated.
     assert "100.0 % Total" in text.replace("Total 100.0 %", "100.0 % Total") and "10.0 %" in text
-    for words in (
+    for expected in (
         "against 3 reference events, by the rule-based judge",
         "Missing said come here",
         "described as a high tone ; it is low",
         "Hallucinated a star",
     ):
-        assert words in text
+        assert expected in text
     assert "Events found 3" in text
 
 
-def test_findings_without_a_score_are_events_and_notes():
-    text = plain(render_analysis(CaptionAnalysis(FOUND.caption, (SEEN,), notes=("No score: why.",)), judge="rule"))
+def test_an_analysis_without_a_score():
+    text = visible_text(
+        render_analysis(CaptionAnalysis(ANALYSIS.caption, (VISUAL,), notes=("No score: why.",)), judge="rule")
+    )
     assert text.startswith("No score: why.") and "Events found 1" in text and "Total" not in text
 
 
-def test_missed_events_have_their_times_and_two_of_a_text_are_two():
-    again = Event("a beep", "audio", 5.0, 6.0)
+def test_missing_events_with_equal_texts():
+    second = Event("a beep", "audio", 5.0, 6.0)
     first = Event("a beep", "audio", 1.0, 2.0)
     score = Score("v", 3, 2, 0, 0, missed=("a beep", "unlisted"), mentions=(Mention(first),))
-    assert missing_events([first, again], score) == [again, Event("unlisted")]
+    assert missing_events([first, second], score) == [second, Event("unlisted")]
 
 
 def test_a_caption_that_was_cut_off():
@@ -107,15 +109,15 @@ def test_a_caption_that_was_cut_off():
 
 
 def test_candidates_are_anonymous_before_the_vote():
-    assert plain(render_candidate("A", "A dog.")) == "A A dog."
-    revealed = plain(render_candidate("B", "A dog.", model="toy", score=SCORE, is_choice=True))
+    assert visible_text(render_candidate("A", "A dog.")) == "A A dog."
+    revealed = visible_text(render_candidate("B", "A dog.", model="toy", score=SCORE, is_choice=True))
     assert "toy" in revealed and "your choice" in revealed and "Total" in revealed
 
 
 def test_results(tmp_path):
     html = render_results(summarize_votes([VOTE], []), folder=tmp_path / "votes")
     assert "<code>votes</code>" in html and str(tmp_path) not in html
-    text = plain(html)
+    text = visible_text(html)
     # One of one: Wilson's interval reaches from 1 / (1 + z^2) = 20.7 % to 100 %.
     assert "one (temperature 0.8) wins 0.0 %" in text and "0 of 1" in text
     assert "0.0 % to 79.3 %" in text and "0 to 1; 0 ties, 0 both bad" in text

@@ -1,4 +1,4 @@
-"""The events and the score of a caption, and references as users type them."""
+"""The events and the score of a caption, and references that users type."""
 
 import pytest
 
@@ -12,10 +12,12 @@ from salmonn.webui.scorer import (
     restrict_to_modality,
 )
 
-SEEN = Event("a red circle appears", "visual", 1.0, 2.0)
-HEARD = Event("a low tone is heard", "audio", 3.0, 4.0)
-LEFT = Event("the red circle disappears", "visual", 5.0, 6.0)
-REFERENCE = Reference("clip.mp4", (SEEN, HEARD, LEFT), caption="Both.", visual_caption="Seen.", audio_caption="Heard.")
+APPEARS = Event("a red circle appears", "visual", 1.0, 2.0)
+TONE = Event("a low tone is heard", "audio", 3.0, 4.0)
+DISAPPEARS = Event("the red circle disappears", "visual", 5.0, 6.0)
+REFERENCE = Reference(
+    "clip.mp4", (APPEARS, TONE, DISAPPEARS), caption="Both.", visual_caption="Seen.", audio_caption="Heard."
+)
 TEXT = "A red circle appears. A high tone is heard. A blue star appears."
 
 
@@ -26,45 +28,45 @@ def scorer():
 
 def test_events_and_score(scorer):
     """The circle is correct, the low tone is described as high, leaving is missing, the star is hallucinated."""
-    found = scorer.analyze(Caption("upload.mp4", TEXT), REFERENCE)
-    assert [(event.text, event.modality) for event in found.events] == [
+    analysis = scorer.analyze(Caption("upload.mp4", TEXT), REFERENCE)
+    assert [(event.text, event.modality) for event in analysis.events] == [
         ("a red circle appears", "visual"),
         ("a high tone is heard", "audio"),
         ("a blue star appears", "visual"),
     ]
-    score = found.score
+    score = analysis.score
     assert (score.num_events, score.missing, score.incorrect, score.hallucinated) == (3, 1, 1, 1)
     assert (
-        score.missed == (LEFT.text,)
-        and score.incorrect_events == (HEARD.text,)
+        score.missed == (DISAPPEARS.text,)
+        and score.incorrect_events == (TONE.text,)
         and score.hallucinations == ("A blue star appears",)
     )
-    assert found.notes == ()
+    assert analysis.notes == ()
 
 
 def test_without_a_reference_there_is_no_score(scorer):
-    found = scorer.analyze(Caption("upload.mp4", TEXT), None)
-    assert len(found.events) == 3 and found.score is None and found.reference is None
+    analysis = scorer.analyze(Caption("upload.mp4", TEXT), None)
+    assert len(analysis.events) == 3 and analysis.score is None and analysis.reference is None
 
 
 @pytest.mark.parametrize(("modality", "num_events"), [("visual", 2), ("audio", 1)])
 def test_a_modality_is_scored_against_its_events(scorer, modality, num_events):
-    found = scorer.analyze(Caption("upload.mp4", TEXT), REFERENCE, modality=modality)
-    assert found.score.num_events == num_events == len(found.reference.events)
+    analysis = scorer.analyze(Caption("upload.mp4", TEXT), REFERENCE, modality=modality)
+    assert analysis.score.num_events == num_events == len(analysis.reference.events)
 
 
 def test_a_part_is_scored_against_its_events(scorer):
-    found = scorer.analyze(Caption("upload.mp4", TEXT, start_seconds=4.5), REFERENCE)
-    assert found.reference.events == (LEFT,) and found.score.missing == 1
+    analysis = scorer.analyze(Caption("upload.mp4", TEXT, start_seconds=4.5), REFERENCE)
+    assert analysis.reference.events == (DISAPPEARS,) and analysis.score.missing == 1
 
 
 def test_a_reference_without_events_is_split(scorer):
-    found = scorer.analyze(Caption("upload.mp4", TEXT), Reference("clip.mp4", caption="A red circle appears."))
-    assert found.score.num_events == 1 and found.score.missing == 0
+    analysis = scorer.analyze(Caption("upload.mp4", TEXT), Reference("clip.mp4", caption="A red circle appears."))
+    assert analysis.score.num_events == 1 and analysis.score.missing == 0
 
 
 @pytest.mark.parametrize(
-    ("text", "reference", "words"),
+    ("text", "reference", "expected"),
     [
         ("  ", None, ["caption is empty"]),
         ("Seagulls quarrel.", None, ["No list of events", "only know synthetic clips"]),
@@ -72,14 +74,14 @@ def test_a_reference_without_events_is_split(scorer):
         (TEXT, Reference("clip.mp4", (Event("a dog barks"),), caption="x"), ["No score"]),
     ],
 )
-def test_failures_are_noted(scorer, text, reference, words):
-    found = scorer.analyze(Caption("upload.mp4", text), reference)
-    assert found.score is None and all(word in " ".join(found.notes) for word in words)
+def test_failures_are_noted(scorer, text, reference, expected):
+    analysis = scorer.analyze(Caption("upload.mp4", text), reference)
+    assert analysis.score is None and all(word in " ".join(analysis.notes) for word in expected)
 
 
 def test_no_event_in_the_part_is_noted(scorer):
-    found = scorer.analyze(Caption("upload.mp4", TEXT, start_seconds=9.0), REFERENCE)
-    assert found.score is None and "no events for this part" in found.notes[0] and len(found.events) == 3
+    analysis = scorer.analyze(Caption("upload.mp4", TEXT, start_seconds=9.0), REFERENCE)
+    assert analysis.score is None and "no events for this part" in analysis.notes[0] and len(analysis.events) == 3
 
 
 @pytest.mark.parametrize(
@@ -101,12 +103,12 @@ def test_no_event_in_the_part_is_noted(scorer):
         ('{"video": "other.mp4", "caption": "A dog."}', Reference("v", caption="A dog.")),
     ],
 )
-def test_references_as_they_are_typed(text, expected):
+def test_parse_reference(text, expected):
     assert parse_reference(text, video="v") == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         ('{"events": [', "not valid JSON"),
         ('{"evens": []}', "unknown field evens"),
@@ -115,17 +117,17 @@ def test_references_as_they_are_typed(text, expected):
         ("[3]", "must be a JSON object, got 3"),
     ],
 )
-def test_invalid_references(text, words):
-    with pytest.raises(ValueError, match=words) as caught:
+def test_invalid_references(text, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
         parse_reference(text, video="v")
     assert "one event per line" in str(caught.value)
 
 
 def test_restricted_to_a_modality():
     assert restrict_to_modality(REFERENCE, "both") == REFERENCE
-    assert restrict_to_modality(REFERENCE, "visual").events == (SEEN, LEFT) and restrict_to_modality(
+    assert restrict_to_modality(REFERENCE, "visual").events == (APPEARS, DISAPPEARS) and restrict_to_modality(
         REFERENCE, "audio"
-    ).events == (HEARD,)
+    ).events == (TONE,)
     assert [reference_caption(REFERENCE, modality) for modality in ("both", "visual", "audio")] == [
         "Both.",
         "Seen.",
@@ -133,6 +135,6 @@ def test_restricted_to_a_modality():
     ]
 
 
-def test_ambiguous_file_names_are_left_out():
+def test_ambiguous_file_names_are_omitted():
     one, two, three = (Reference(video) for video in ("a/clip.mp4", "b/clip.mp4", "b/other.mp4"))
     assert references_by_file_name([one, two, three]) == {"other.mp4": three}

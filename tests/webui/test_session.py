@@ -1,4 +1,4 @@
-"""What sessions share: uploads, which are deleted after use, examples, and answers of models."""
+"""State that sessions share: uploads, which are deleted after use, examples, and answers of models."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ from salmonn.webui.uploads import UploadStore
 
 
 def upload(root, name, content="x"):
-    """A file as Gradio puts it: in a folder of all that have its content, named by the hash of that."""
+    """Store a file like Gradio does: in a folder named by the hash of its content."""
     path = root / f"hash-of-{content}" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
@@ -39,7 +39,7 @@ def test_an_upload_is_deleted_with_its_last_session(tmp_path):
     uploads.retain("ann", "caption", None)
     uploads.end_session("ann")
     assert path.exists()
-    uploads.retain("bob", "caption", upload(tmp_path, "b.mp4", "y"))  # another in its place
+    uploads.retain("bob", "caption", upload(tmp_path, "b.mp4", "y"))  # replaces the other one
     assert not path.parent.exists() and len(list(tmp_path.iterdir())) == 1
     uploads.end_session("bob")
     uploads.end_session("bob")
@@ -54,11 +54,11 @@ def test_a_file_retained_twice_stays(tmp_path):
 
 
 def test_equal_content_under_another_name_stays(tmp_path):
-    uploads, ones, others = UploadStore(tmp_path), upload(tmp_path, "a.mp4"), upload(tmp_path, "b.mp4")
-    uploads.retain("ann", "caption", ones)
-    uploads.retain("bob", "caption", others)
+    uploads, first, second = UploadStore(tmp_path), upload(tmp_path, "a.mp4"), upload(tmp_path, "b.mp4")
+    uploads.retain("ann", "caption", first)
+    uploads.retain("bob", "caption", second)
     uploads.end_session("ann")
-    assert not ones.exists() and others.exists()
+    assert not first.exists() and second.exists()
     uploads.end_session("bob")
     assert not list(tmp_path.iterdir())
 
@@ -77,25 +77,25 @@ def age(path, seconds=16 * 60):
     os.utime(path, (time.time() - seconds,) * 2)
 
 
-def test_unused_files_are_deleted_after_a_while(tmp_path):
+def test_unused_files_are_deleted_after_some_time(tmp_path):
     uploads = UploadStore(tmp_path / "uploads")
-    half, new, held, old = uploads.root / "tmpab12", *(upload(uploads.root, name, name) for name in "abc")
-    half.write_bytes(b"of an upload")
+    partial, new, retained, old = uploads.root / "tmpab12", *(upload(uploads.root, name, name) for name in "abc")
+    partial.write_bytes(b"partial")
     outside = upload(tmp_path, "d")
-    uploads.retain("ann", "caption", held)
-    for path in (half, held, old, outside):
+    uploads.retain("ann", "caption", retained)
+    for path in (partial, retained, old, outside):
         age(path)
     age(new, 14 * 60)
     uploads.delete_unused()
-    assert sorted(uploads.root.iterdir()) == sorted([new.parent, held.parent]) and outside.exists()
-    assert new.exists() and held.exists()
+    assert sorted(uploads.root.iterdir()) == sorted([new.parent, retained.parent]) and outside.exists()
+    assert new.exists() and retained.exists()
 
 
 def test_no_file_outside_the_uploads_is_deleted(tmp_path):
     uploads = UploadStore(tmp_path / "uploads")
     example = upload(tmp_path, "example.mp4")
-    sneaky = tmp_path / "uploads" / ".." / "hash-of-x" / "example.mp4"
-    for path in (example, sneaky):
+    traversal = tmp_path / "uploads" / ".." / "hash-of-x" / "example.mp4"
+    for path in (example, traversal):
         uploads.retain("ann", "caption", path)
         uploads.end_session("ann")
     assert example.exists()
@@ -126,23 +126,23 @@ def test_probe_media(examples, videos, tmp_path):
 
 
 @dataclass
-class Scripted:
+class ScriptedEngine:
     """A fake engine: sends the deltas of an answer when allowed to, and records its calls."""
 
-    words: str
-    go: threading.Event = field(default_factory=threading.Event)
-    asked: list = field(default_factory=list)
+    text: str
+    may_answer: threading.Event = field(default_factory=threading.Event)
+    requests: list = field(default_factory=list)
     cancelled: int = 0
-    heard: list = field(default_factory=list)
+    calls: list = field(default_factory=list)
 
     def submit(self, request, *, on_event):
-        self.asked.append((request.seed, request.num_samples))
+        self.requests.append((request.seed, request.num_samples))
 
         def answer():
-            self.go.wait()
+            self.may_answer.wait()
             for sample in range(request.num_samples):
-                on_event(sample, TextDelta(self.words))
-                on_event(sample, TextDelta("", Completion(f"{self.words}{sample}", True)))
+                on_event(sample, TextDelta(self.text))
+                on_event(sample, TextDelta("", Completion(f"{self.text}{sample}", True)))
 
         threading.Thread(target=answer, daemon=True).start()
         return self
@@ -151,10 +151,10 @@ class Scripted:
         self.cancelled += 1
 
     def stop(self):
-        self.heard.append("stop")
+        self.calls.append("stop")
 
     def close(self, *, grace_seconds):
-        self.heard.append("close")
+        self.calls.append("close")
 
 
 def make_state(tmp_path, **engines):
@@ -162,47 +162,47 @@ def make_state(tmp_path, **engines):
 
 
 def test_two_samples_of_one_model_are_one_request(tmp_path):
-    one = Scripted("a")
-    one.go.set()
+    one = ScriptedEngine("a")
+    one.may_answer.set()
     state = make_state(tmp_path, one=one)
-    query = CaptionRequest(tmp_path / "v.mp4", seed=5)
-    received = [item for item in state.stream_answers(query, ["one", "one"]) if item]
-    assert one.asked == [(5, 2)] and one.cancelled == 1
-    assert [(place, piece.completion.text) for place, piece in received if piece.completion] == [(0, "a0"), (1, "a1")]
+    request = CaptionRequest(tmp_path / "v.mp4", seed=5)
+    received = [item for item in state.stream_answers(request, ["one", "one"]) if item]
+    assert one.requests == [(5, 2)] and one.cancelled == 1
+    assert [(index, delta.completion.text) for index, delta in received if delta.completion] == [(0, "a0"), (1, "a1")]
 
 
-def test_two_models_answer_at_once_and_closing_cancels_both(tmp_path):
-    one, two = Scripted("a"), Scripted("b")
-    two.go.set()
+def test_two_models_answer_concurrently_and_closing_cancels_both(tmp_path):
+    one, two = ScriptedEngine("a"), ScriptedEngine("b")
+    two.may_answer.set()
     state = make_state(tmp_path, one=one, two=two)
     events = state.stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"])
     received = [next(events), next(events)]
-    assert [(place, piece.text) for place, piece in received] == [(1, "b"), (1, "")]
-    assert next(events) is None  # no text of the first yet
+    assert [(index, delta.text) for index, delta in received] == [(1, "b"), (1, "")]
+    assert next(events) is None  # no text of the first model yet
     events.close()
     assert (one.cancelled, two.cancelled) == (1, 1)
 
 
 def test_an_error_of_one_model_cancels_both(tmp_path):
-    class Broken(Scripted):
+    class Broken(ScriptedEngine):
         def submit(self, request, *, on_event):
             on_event(0, ClipError("v.mp4: is not a video"))
             return self
 
-    one, two = Scripted("a"), Broken("b")
+    one, two = ScriptedEngine("a"), Broken("b")
     with pytest.raises(ClipError, match="is not a video"):
         list(make_state(tmp_path, one=one, two=two).stream_answers(CaptionRequest(tmp_path / "v.mp4"), ["one", "two"]))
     assert (one.cancelled, two.cancelled) == (1, 1)
 
 
 def test_all_engines_stop_before_any_closes(tmp_path):
-    heard = []
-    make_state(tmp_path, one=Scripted("a", heard=heard), two=Scripted("b", heard=heard)).close()
-    assert heard == ["stop", "stop", "close", "close"]
+    calls = []
+    make_state(tmp_path, one=ScriptedEngine("a", calls=calls), two=ScriptedEngine("b", calls=calls)).close()
+    assert calls == ["stop", "stop", "close", "close"]
 
 
 def test_active_requests():
-    """A session's next request cancels the one before; so does another video, but not the same one."""
+    """A session's next request cancels the previous one; so does another video, but not the same one."""
     requests, one, two = ActiveRequests(), Path("one.mp4"), Path("two.mp4")
     first = requests.start("ann", one)
     assert not requests.switch_video("ann", "one.mp4") and not first.is_cancelled
@@ -221,8 +221,8 @@ def test_active_requests():
 
 def test_error_messages_contain_no_paths(tmp_path):
     path = tmp_path / "holiday.mp4"
-    told = error_message(ClipError(f"{path}: is not a video ({path} ends)"), path)
-    assert told == "is not a video (holiday.mp4 ends)"
+    message = error_message(ClipError(f"{path}: is not a video ({path} ends)"), path)
+    assert message == "is not a video (holiday.mp4 ends)"
 
 
 def test_error_messages_of_the_system_contain_no_details(tmp_path, caplog):
@@ -231,8 +231,8 @@ def test_error_messages_of_the_system_contain_no_details(tmp_path, caplog):
         OSError(errno.ENOSPC, "No space left on device", str(path)), path
     )
     for error in (OSError(f"{tmp_path}/secret"), RuntimeError(f"{tmp_path}/secret of the model")):
-        told = error_message(error, path)
-        assert type(error).__name__ in told and "secret" not in told and str(tmp_path) not in told
+        message = error_message(error, path)
+        assert type(error).__name__ in message and "secret" not in message and str(tmp_path) not in message
     assert "secret of the model" in caplog.text
 
 

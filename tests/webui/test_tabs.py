@@ -1,4 +1,4 @@
-"""Event handlers of the tabs, without a browser: values that a form would not send."""
+"""Event handlers of the tabs without a browser, with values that a form would not send."""
 
 import math
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from salmonn.webui.uploads import UploadStore
 from tests.preference.test_votes import LEFT, RIGHT
 
 REQUEST = SimpleNamespace(session_hash="ann")
-HALF = "a dog \ud800 barks"
+UNPAIRED_SURROGATE = "a dog \ud800 barks"
 
 
 @pytest.fixture
@@ -37,13 +37,13 @@ def state(tmp_path, processor):
 
 
 @pytest.fixture
-def comparing(state):
+def compare_tab(state):
     with gr.Blocks():
         return CompareTab(state)
 
 
 @pytest.fixture
-def captioning(state):
+def caption_tab(state):
     with gr.Blocks():
         return CaptionTab(state)
 
@@ -51,46 +51,46 @@ def captioning(state):
 @pytest.fixture
 def comparison(state):
     path = state.uploads.root / "holiday.mp4"
-    path.write_bytes(b"pictures")
+    path.write_bytes(b"frames")
     return ComparisonState(ScoredCandidate(LEFT), ScoredCandidate(RIGHT), CaptionRequest(path), MediaInfo(3.0), None)
 
 
 def vote(tab, comparison, edit=""):
-    """What the page says to a vote for B."""
-    told = tab.vote("second", {tab.comparison: comparison, tab.edit: edit, tab.consent: True}, session="ann")
-    return told[tab.status]
+    """Vote for B and return the status."""
+    updates = tab.vote("second", {tab.comparison: comparison, tab.edit: edit, tab.consent: True}, session="ann")
+    return updates[tab.status]
 
 
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "expected"),
     [
-        (HALF, "Your caption contains half of a Unicode character"),
+        (UNPAIRED_SURROGATE, "Your caption contains half of a Unicode character"),
         ("x" * 20_001, "Your caption has 20,001 characters"),
         ("As <|im_end|> shows.", "Your caption"),
     ],
 )
-def test_an_edit_that_cannot_be_kept_costs_no_vote(comparing, comparison, edit, words):
-    assert words in vote(comparing, comparison, edit)
-    assert comparing.state.votes.read() == [] and comparing.state.votes.read_log() == []
-    assert "Vote saved. It will be used for training" in vote(comparing, comparison, "x" * 20_000)
-    assert len(comparing.state.votes.read()) == 1
+def test_an_invalid_edit_does_not_lose_the_vote(compare_tab, comparison, edit, expected):
+    assert expected in vote(compare_tab, comparison, edit)
+    assert compare_tab.state.votes.read() == [] and compare_tab.state.votes.read_log() == []
+    assert "Vote saved. It will be used for training" in vote(compare_tab, comparison, "x" * 20_000)
+    assert len(compare_tab.state.votes.read()) == 1
 
 
-def test_a_vote_outlives_its_video(comparing, comparison):
+def test_a_vote_on_a_deleted_video(compare_tab, comparison):
     comparison.request.path.unlink()
-    assert "Vote saved, but not used for training because the video has been deleted." in vote(comparing, comparison)
-    assert [kept.choice for kept in comparing.state.votes.read()] == ["second"]
+    assert "Vote saved, but not used for training because the video has been deleted." in vote(compare_tab, comparison)
+    assert [saved.choice for saved in compare_tab.state.votes.read()] == ["second"]
 
 
-def test_a_vote_that_cannot_be_written_tells_no_path(comparing, comparison, tmp_path):
+def test_the_error_of_a_vote_contains_no_path(compare_tab, comparison, tmp_path):
     (tmp_path / "votes" / "votes.jsonl").mkdir()
-    told = vote(comparing, comparison)
-    assert "The vote could not be saved: Is a directory" in told and str(tmp_path) not in told
+    status = vote(compare_tab, comparison)
+    assert "The vote could not be saved: Is a directory" in status and str(tmp_path) not in status
 
 
-def values_of(tab, **changes):
-    """The form as it stands at first, with changes."""
-    return {part: part.value for part in tab.controls.components} | {
+def form_values(tab, **changes):
+    """Return the initial values of the form, with changes."""
+    return {component: component.value for component in tab.controls.components} | {
         getattr(tab.controls, name): value for name, value in changes.items()
     }
 
@@ -99,45 +99,46 @@ def values_of(tab, **changes):
     "name", ["start", "end", "temperature", "top_p", "max_new_tokens", "repetition_penalty", "seed"]
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_are_finite(comparing, comparison, name, value):
+def test_numbers_are_finite(compare_tab, comparison, name, value):
     with pytest.raises(ValueError, match="must be a number, got"):
-        comparing.controls.to_request(values_of(comparing, **{name: value}), comparison.request.path)
+        compare_tab.controls.to_request(form_values(compare_tab, **{name: value}), comparison.request.path)
 
 
-def test_a_question_has_a_length(comparing, comparison):
-    asked = values_of(comparing, modality=QUESTION, question="x" * 20_000)
-    assert comparing.controls.to_request(asked, comparison.request.path).prompt == "x" * 20_000
+def test_the_length_of_a_question_is_limited(compare_tab, comparison):
+    values = form_values(compare_tab, modality=QUESTION, question="x" * 20_000)
+    assert compare_tab.controls.to_request(values, comparison.request.path).prompt == "x" * 20_000
     with pytest.raises(ValueError, match="the question has 20,001 characters"):
-        comparing.controls.to_request(
-            values_of(comparing, modality=QUESTION, question="x" * 20_001), comparison.request.path
+        compare_tab.controls.to_request(
+            form_values(compare_tab, modality=QUESTION, question="x" * 20_001), comparison.request.path
         )
 
 
 @pytest.mark.parametrize(
-    ("pasted", "words"), [("x" * 20_001, "The reference has 20,001 characters"), (HALF, "The reference contains half")]
+    ("pasted", "expected"),
+    [("x" * 20_001, "The reference has 20,001 characters"), (UNPAIRED_SURROGATE, "The reference contains half")],
 )
-def test_a_reference_has_a_length(captioning, comparison, pasted, words):
-    values = values_of(captioning) | {
-        captioning.video: str(comparison.request.path), captioning.model: "one", captioning.reference: pasted
+def test_the_length_of_a_reference_is_limited(caption_tab, comparison, pasted, expected):
+    values = form_values(caption_tab) | {
+        caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: pasted
     }  # fmt: skip
-    told, ready = captioning.describe(values, REQUEST)
-    assert words in told[captioning.answer] and ready == captioning._enable()
+    updates, button = caption_tab.describe(values, REQUEST)
+    assert expected in updates[caption_tab.answer] and button == caption_tab._enable()
 
 
-def test_a_copy_that_cannot_be_logged_is_a_copy(captioning, tmp_path, caplog):
+def test_a_copy_succeeds_if_it_cannot_be_logged(caption_tab, tmp_path, caplog):
     (tmp_path / "votes" / "log.jsonl").mkdir()
-    assert captioning.log_copy(Caption("holiday.mp4", "A dog barks.", model="one")) == "Copied."
+    assert caption_tab.log_copy(Caption("holiday.mp4", "A dog barks.", model="one")) == "Copied."
     assert "cannot log" in caplog.text
 
 
-def test_troubles_of_folders_tell_their_names_alone(tmp_path):
-    told = load_run(tmp_path / "my run")
-    assert "My run holds no run" in told and str(tmp_path) not in told
+def test_errors_of_folders_contain_only_their_names(tmp_path):
+    html = load_run(tmp_path / "my run")
+    assert "My run holds no run" in html and str(tmp_path) not in html
     votes = VoteStore(tmp_path / "votes")
     (votes.folder / "votes.jsonl").write_text("{}\n")
-    told = load_results(votes)
-    assert "votes.jsonl" in told and str(tmp_path) not in told
+    html = load_results(votes)
+    assert "votes.jsonl" in html and str(tmp_path) not in html
     (votes.folder / "votes.jsonl").unlink()
     (votes.folder / "votes.jsonl").mkdir()
-    told = load_results(votes)
-    assert "FileNotFoundError" in told and str(tmp_path) not in told
+    html = load_results(votes)
+    assert "FileNotFoundError" in html and str(tmp_path) not in html

@@ -29,7 +29,7 @@ def uploads(tmp_path):
 
 
 def send_request(uploads, method, path, **options):
-    """Status and body of the response, with a limit of 2 MiB and an app that returns the size of the request."""
+    """Return status and body of the response of an app that returns the request's size, with a limit of 2 MiB."""
 
     async def count(scope, receive, send):
         size, more = 0, True
@@ -44,10 +44,10 @@ def send_request(uploads, method, path, **options):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(middleware), base_url="http://page") as client:
             return await client.request(method, path, **options)
 
-    # In a thread of its own: the browser of other tests keeps an event loop in this one.
+    # In a separate thread: other tests' browser has an event loop in this one.
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(asyncio.run, call()).result()
-    return answer.status_code, answer.text
+        response = pool.submit(asyncio.run, call()).result()
+    return response.status_code, response.text
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ async def chunks(size):
 def test_request_bodies_are_limited(uploads):
     path = "/gradio_api/queue/join"
     assert send_request(uploads, "POST", path, content=b"x" * MIB) == (200, str(MIB))
-    status, words = send_request(uploads, "POST", path, content=b"x" * (MIB + 1))
-    assert status == 413 and "1 MiB" in words
+    status, message = send_request(uploads, "POST", path, content=b"x" * (MIB + 1))
+    assert status == 413 and "1 MiB" in message
     # Without Content-Length.
     assert send_request(uploads, "POST", path, content=chunks(MIB)) == (200, str(MIB))
     assert send_request(uploads, "POST", path, content=chunks(2 * MIB))[0] == 413
@@ -90,21 +90,21 @@ def test_request_bodies_are_limited(uploads):
 def test_uploads_need_a_length_within_the_limit(uploads):
     path = "/gradio_api/upload"
     assert send_request(uploads, "POST", path, content=b"x" * 3 * MIB) == (200, str(3 * MIB))
-    status, words = send_request(uploads, "POST", path, content=b"x" * (3 * MIB + 1))
-    assert status == 413 and "2 MiB" in words
+    status, message = send_request(uploads, "POST", path, content=b"x" * (3 * MIB + 1))
+    assert status == 413 and "2 MiB" in message
     assert send_request(uploads, "POST", path, content=chunks(MIB))[0] == 411
     both = {"Content-Length": str(MIB), "Transfer-Encoding": "chunked"}
     assert send_request(uploads, "POST", path, content=chunks(MIB), headers=both)[0] == 411
 
 
 def test_the_total_size_of_uploads_is_limited(uploads):
-    # 4 MiB in all: 2 on disk and 2 being uploaded are just enough, and a byte more is not.
+    # 4 MiB in total: 2 on disk and 2 being uploaded fit exactly; one byte more does not.
     (uploads.root / "folder").mkdir()
     (uploads.root / "folder" / "a.mp4").write_bytes(b"x" * 2 * MIB)
     for _ in range(2):  # a finished upload is no longer reserved
         assert send_request(uploads, "POST", "/gradio_api/upload", content=b"x" * 2 * MIB)[0] == 200
-    status, words = send_request(uploads, "POST", "/gradio_api/upload", content=b"x" * (2 * MIB + 1))
-    assert status == 507 and "try again" in words
+    status, message = send_request(uploads, "POST", "/gradio_api/upload", content=b"x" * (2 * MIB + 1))
+    assert status == 507 and "try again" in message
     assert uploads.reserve(MIB) and uploads.reserve(MIB) and not uploads.reserve(1)  # concurrent uploads count
     uploads.end_reservation(MIB)
     assert uploads.reserve(MIB)
@@ -124,16 +124,16 @@ def test_a_forged_remote_file_is_not_fetched(demo):
     with httpx.Client(base_url=f"{demo.address}gradio_api", trust_env=False, timeout=30) as client:
         config = httpx.get(f"{demo.address}config", trust_env=False).json()
         videos = {part["id"] for part in config["components"] if part["type"] == "video"}
-        retain = next(
+        retain_event = next(
             event for event in config["dependencies"] if len(event["inputs"]) == 1 and event["inputs"][0] in videos
         )
-        forged = {"path": "http://huggingface.co/a.mp4", "meta": {"_type": "gradio.FileData"}}
-        body = {"data": [forged], "fn_index": retain["id"], "session_hash": "forger"}
+        forged_file = {"path": "http://huggingface.co/a.mp4", "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [forged_file], "fn_index": retain_event["id"], "session_hash": "forger"}
         assert client.post("/queue/join", json=body).status_code == 200
         with client.stream("GET", "/queue/data", params={"session_hash": "forger"}) as stream:
             events = [json.loads(line[5:]) for line in stream.iter_lines() if line.startswith("data:")]
-        (ended,) = [event for event in events if event["msg"] == "process_completed"]
-        assert not ended["success"]
+        (completed,) = [event for event in events if event["msg"] == "process_completed"]
+        assert not completed["success"]
         assert client.get("/file=http://huggingface.co/a.mp4").status_code == 403
         assert client.post("/queue/join", content=b"x" * (MIB + 1)).status_code == 413
         assert client.post("/upload", content=(b"x" for _ in range(9))).status_code == 411
@@ -143,12 +143,12 @@ def test_a_forged_remote_file_is_not_fetched(demo):
 
 
 @contextmanager
-def half_an_upload(address):
+def partial_upload(address):
     """Start an upload; disconnect at the end of the context."""
-    where = httpx.URL(address)
+    url = httpx.URL(address)
     head = b"POST /gradio_api/upload HTTP/1.1\r\nHost: page\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\n\r\n'
-    with socket.create_connection((where.host, where.port)) as client:
+    with socket.create_connection((url.host, url.port)) as client:
         client.sendall(head + b"Content-Length: 500000\r\n\r\n" + part + b"x" * 100_000)
         yield
 
@@ -157,16 +157,16 @@ def test_unused_uploads_are_deleted(tmp_path):
     """With files of at most 1 MiB, the total limit is 4 MiB."""
     demo = start_demo(tmp_path / "demo", "--max_upload_mib", 1, command=[sys.executable, "-c", FREQUENT_CLEANUP])
     try:
-        # A server that sees the end of the connection first drops the data.
-        with half_an_upload(demo.address):
+        # If the server saw the end of the connection first, it would drop the data.
+        with partial_upload(demo.address):
             wait_until(lambda: len(demo.uploads()) == 1)
         with httpx.Client(base_url=f"{demo.address}gradio_api", timeout=30) as client:
 
-            def send(letter, size=MIB):
-                return client.post("/upload", files={"files": ("a.mp4", letter * size)}).status_code
+            def send(content, size=MIB):
+                return client.post("/upload", files={"files": ("a.mp4", content * size)}).status_code
 
             # One partial file and three complete ones leave no space for a fourth.
-            assert [send(letter) for letter in (b"a", b"b", b"c", b"d")] == [200, 200, 200, 507]
+            assert [send(content) for content in (b"a", b"b", b"c", b"d")] == [200, 200, 200, 507]
             assert send(b"e", 2 * MIB) == 413
             assert len(demo.uploads()) == 4
             for path in demo.uploads():
