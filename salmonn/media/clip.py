@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from salmonn.media.audio import SAMPLE_RATE_HZ
-from salmonn.media.container import ClipError, open_media
+from salmonn.media.container import ClipError, is_encrypted, open_media
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import StreamIndex, index_streams
 from salmonn.media.video import decode_frames, target_times
@@ -145,9 +145,9 @@ def _make_clip(
 
 def _explain_empty(index: StreamIndex, start: float, *, has_audio: bool) -> str:
     """Return why there is nothing to return, and what to do."""
-    if index.is_encrypted:
+    if is_encrypted(index.file.path):
         return "is encrypted (DRM), so nothing of it can be decoded; pass a file without copy protection"
-    if index.file.container.format.name.startswith("webp"):
+    if index.file.format_name.startswith("webp"):
         return "is a WebP image that libav cannot decode, such as an animation; convert it to GIF or MP4"
     if has_audio:
         reason = f" ({index.error})" if index.error else ""

@@ -41,6 +41,12 @@ class MediaFile:
         video, audio: the streams to read; None for those that are absent or not requested.
         origin: the container's time at the start of the file, in seconds.
         tick_seconds: length of one timestamp tick, for each stream of the file.
+        format_name: libav's name of the format, or several names separated by commas.
+        counts_frames: whether frames are identified by counting from the first, because their timestamps cannot be
+            trusted (AVI holds no presentation times, and libav's guesses come out of order where there are B-frames),
+            or do not exist (raw streams).
+        may_restart: whether the clock of this format may restart or jump within a file, as in joined MPEG-TS or chained
+            Ogg.
     """
 
     path: str
@@ -49,28 +55,15 @@ class MediaFile:
     audio: Any
     origin: float
     tick_seconds: tuple[float, ...]
-
-    @property
-    def _flags(self) -> Flags:
-        return Flags(self.container.format.flags)
-
-    @property
-    def counts_frames(self) -> bool:
-        """Whether frames are identified by counting from the first, because their timestamps cannot be trusted."""
-        # AVI holds no presentation times, and libav's guesses come out of order where there are B-frames. Raw streams
-        # hold no times at all.
-        return self.container.format.name == "avi" or bool(self._flags & Flags.no_timestamps)
-
-    @property
-    def may_restart(self) -> bool:
-        """Whether the clock of this format may restart or jump within a file, as in joined MPEG-TS or chained Ogg."""
-        return bool(self._flags & Flags.ts_discont)
+    format_name: str
+    counts_frames: bool
+    may_restart: bool
 
     @property
     def declared_end(self) -> float:
         """End of the file according to its header, in seconds from its start; 0 if the header has none."""
         seconds = (self.container.duration or 0) / av.time_base
-        states_end = not _END_TIME_FORMATS.isdisjoint(self.container.format.name.split(","))
+        states_end = not _END_TIME_FORMATS.isdisjoint(self.format_name.split(","))
         return seconds - self.origin if states_end and seconds > self.origin else seconds
 
     def seconds(self, pts: int, stream: Any) -> float:
@@ -122,6 +115,7 @@ def open_media(
         )
     if video_stream is None and audio_stream is None:
         raise ClipError(f"{path}: {_explain_missing(container, video=video, audio=audio)}")
+    flags = Flags(container.format.flags)
     return MediaFile(
         path=str(path),
         container=container,
@@ -129,6 +123,9 @@ def open_media(
         audio=audio_stream,
         origin=(container.start_time or 0) / av.time_base,
         tick_seconds=tuple(float(stream.time_base or 0) for stream in container.streams),
+        format_name=container.format.name,
+        counts_frames=container.format.name == "avi" or Flags.no_timestamps in flags,
+        may_restart=Flags.ts_discont in flags,
     )
 
 
@@ -199,6 +196,16 @@ def declared_seconds(path: str | os.PathLike[str]) -> float:
     """
     with ExitStack() as stack:
         return open_media(path, stack, video=True, audio=True).declared_end
+
+
+def is_encrypted(path: str) -> bool:
+    """Return whether a file that cannot be decoded has encrypted packets."""
+    with ExitStack() as stack:
+        container = open_media(path, stack, video=True, audio=True).container
+        try:
+            return any(packet.has_sidedata("encryption_info") for packet in container.demux())
+        except av.error.FFmpegError:
+            return False
 
 
 def cause_of(error: Exception) -> str:
@@ -304,7 +311,8 @@ class _Verifier:
         """Return the cause if a packet is damaged."""
         if packet.size == 0:
             return None
-        copy = av.Packet(bytes(packet))  # the filter takes what it is given
+        copy = av.Packet(packet.size)  # the filter takes what it is given; made of bytes, it would lack libav's padding
+        copy.update(bytes(packet))
         copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
         copy.is_keyframe = packet.is_keyframe
         try:

@@ -48,7 +48,6 @@ class StreamIndex:
         file_end: end of the latest packet of any stream.
         complete_until: time up to which no frame can be missing from `frame_times`.
         is_continuous: whether the file has a single clock, so that seeking leads where its timestamps say.
-        is_encrypted: whether packets are encrypted.
         audio_damage, video_damage: (time, duration) of the damaged packets, in order.
         missing: (time, duration) of what libav skipped in the container.
         is_truncated: whether the file breaks off.
@@ -69,7 +68,6 @@ class StreamIndex:
     file_end: float = 0.0
     complete_until: float = 0.0
     is_continuous: bool = True
-    is_encrypted: bool = False
     audio_damage: list[tuple[float, float]] = field(default_factory=list)
     video_damage: list[tuple[float, float]] = field(default_factory=list)
     missing: list[tuple[float, float]] = field(default_factory=list)
@@ -207,7 +205,7 @@ def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: floa
 
 def _note_skipped(index: StreamIndex, packet: Any, position: int | None) -> int | None:
     """Note what libav skipped before a packet of Matroska; return the position in the file after this packet."""
-    if "matroska" not in index.file.container.format.name or packet.pos is None or packet.pos < 0:
+    if "matroska" not in index.file.format_name or packet.pos is None or packet.pos < 0:
         return None
     if position is not None and packet.pos - position > _SKIPPED_BYTES and packet.dts is not None:
         seconds = index.file.seconds(packet.dts, packet.stream) - index.file_end
@@ -223,7 +221,6 @@ def _update_file_end(index: StreamIndex, packet: Any) -> float:
     if timestamp is not None:
         duration = (packet.duration or 0) * file.tick_seconds[packet.stream.index]
         index.file_end = max(index.file_end, file.seconds(timestamp, packet.stream) + duration)
-    index.is_encrypted = index.is_encrypted or packet.has_sidedata("encryption_info")
     return -math.inf if packet.dts is None else file.seconds(packet.dts, packet.stream)
 
 
@@ -247,7 +244,7 @@ def _index_video_packet(index: StreamIndex, packet: Any) -> None:
         index.complete_until = decoded_at
     if packet.is_keyframe:
         # libav seeks by decoding time in MPEG-TS, by presentation time elsewhere.
-        by_dts = file.container.format.name == "mpegts" and packet.dts is not None
+        by_dts = file.format_name == "mpegts" and packet.dts is not None
         index.keyframes.append((seconds, packet.dts if by_dts else pts or 0))
     # Discarded packets lie outside the file's edit list: they are decoded but never shown.
     if not packet.is_discard:
@@ -285,7 +282,7 @@ def _breaks_off(index: StreamIndex, end: float) -> bool:
     """Return whether the file ends before the end that its header declares."""
     file, times = index.file, np.array(index.frame_times)
     intervals = np.diff(times)
-    name = file.container.format.name
+    name = file.format_name
     if index.is_continuous and not file.may_restart and name not in _ESTIMATED_FORMATS:
         # The last frame may be shown as long as any other, without a packet that says so.
         slack = max(_SHORTFALL_SECONDS, 1.5 * intervals.max(initial=0.0))

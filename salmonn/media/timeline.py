@@ -55,47 +55,52 @@ class Timeline:
         """Yield the packets of all streams; those of the selected ones have their timestamps on the time line."""
         source = self._file.container.demux()
         while (packet := self._ahead.popleft() if self._ahead else next(source, None)) is not None:
-            if packet.stream.index in self._numbers and packet.pts is not None:
+            if packet.stream_index in self._numbers and packet.pts is not None:
                 # In Matroska the packets at the start have no decoding time, which is early for a keyframe.
                 if packet.dts is not None or (packet.is_keyframe and packet.size):
                     self._place(packet, source)
                 else:
-                    self._shift(packet, self._offsets.get(packet.stream.index, self._newest_offset))
+                    self._shift(packet, self._offsets.get(packet.stream_index, self._newest_offset))
             yield packet
 
     def _place(self, packet: Any, source: Iterator[Any]) -> None:
-        number = packet.stream.index
-        start = self._file.seconds(packet.pts, packet.stream)
-        raw = start if packet.dts is None else self._file.seconds(packet.dts, packet.stream)
-        previous = self._latest.get(number)
+        number, is_discard = packet.stream_index, packet.is_discard
+        tick, origin = self._file.tick_seconds[number], self._file.origin
+        start = packet.pts * tick - origin
+        raw = start if packet.dts is None else packet.dts * tick - origin
         offset = self._offsets.get(number, self._newest_offset)
-        if previous is not None and not -self._max_back <= raw + offset - previous <= _MAX_STREAM_LAG_SECONDS:
+        previous = self._latest.get(number)
+        step = 0.0 if previous is None else raw + offset - previous
+        if previous is not None and not -self._max_back <= step <= _MAX_STREAM_LAG_SECONDS:
             # While streams change to a new clock one by one, a packet's clock is the one that fits in with the others.
             offset = min(offset, self._newest_offset, key=lambda candidate: abs(raw + candidate - self._end))
-        # A packet to be discarded leads up to an edit: it may lie before the one that precedes it.
-        if previous is None or packet.is_discard:
-            if packet.is_discard:
-                self._discarded_from.setdefault(number, start)
+            # A packet to be discarded leads up to an edit: it may lie before the one that precedes it.
+            if not is_discard:
+                is_back = raw + offset < previous - self._max_back
+                ahead = raw + offset - max(self._end, previous)
+                if (is_back or ahead > _SUSPECT_STEP_SECONDS) and self._is_single(packet, source, offset, previous):
+                    self._shift(packet, self._stream_ends[number] - raw)
+                    return
+                if is_back or ahead > self._max_ahead:
+                    stream_end = self._stream_ends[number]
+                    is_sparse = self._end - stream_end > _MAX_STREAM_LAG_SECONDS
+                    begin = min(start, self._discarded_from.get(number, start))
+                    offset = self._newest_offset = (self._end if is_sparse else stream_end) - begin
+            step = raw + offset - previous
+        if offset:
             self._shift(packet, offset)
-        else:
-            start = min(start, self._discarded_from.pop(number, start))
-            ahead = raw + offset - max(self._end, previous)
-            is_back = raw + offset < previous - self._max_back
-            if (is_back or ahead > _SUSPECT_STEP_SECONDS) and self._is_single(packet, source, offset, previous):
-                self._shift(packet, self._stream_ends[number] - raw)
+        if is_discard:
+            self._discarded_from.setdefault(number, start)
+            if previous is not None:
                 return
-            if is_back or ahead > self._max_ahead:
-                stream_end = self._stream_ends[number]
-                is_sparse = self._end - stream_end > _MAX_STREAM_LAG_SECONDS
-                offset = self._newest_offset = (self._end if is_sparse else stream_end) - start
-            self._shift(packet, offset)
-        if previous is None or not packet.is_discard:
-            step = 0.0 if previous is None else raw + offset - previous
-            duration = (packet.duration or 0) * self._file.tick_seconds[number] or min(max(step, 0.0), 1.0)
-            self._offsets[number] = offset
-            self._latest[number] = raw + offset
-            self._stream_ends[number] = max(self._stream_ends.get(number, 0.0), start + offset + duration)
-            self._end = max(self._end, self._stream_ends[number])
+        else:
+            self._discarded_from.pop(number, None)
+        self._offsets[number] = offset
+        self._latest[number] = raw + offset
+        duration = (packet.duration or 0) * tick or min(max(step, 0.0), 1.0)
+        end = max(self._stream_ends.get(number, 0.0), start + offset + duration)
+        self._stream_ends[number] = end
+        self._end = max(self._end, end)
 
     def _is_single(self, packet: Any, source: Iterator[Any], offset: float, previous: float) -> bool:
         """Return whether the stream's next packet fits in with the `previous` one: then only this one is bad."""
@@ -105,13 +110,13 @@ class Timeline:
                     return False
                 self._ahead.append(following)
             following = self._ahead[position]
-            if following.stream.index == packet.stream.index and following.dts is not None:
+            if following.stream_index == packet.stream_index and following.dts is not None:
                 seconds = self._file.seconds(following.dts, following.stream) + offset
                 return previous - self._max_back <= seconds <= previous + _SUSPECT_STEP_SECONDS
         return False
 
     def _shift(self, packet: Any, seconds: float) -> None:
-        ticks = round(seconds / self._file.tick_seconds[packet.stream.index])
+        ticks = round(seconds / self._file.tick_seconds[packet.stream_index])
         if ticks:
             self.is_continuous = False
         packet.dts = None if packet.dts is None else packet.dts + ticks

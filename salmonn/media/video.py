@@ -113,6 +113,8 @@ def decode_frames(
     ]
     # Frames that are counted, or whose times have been changed, cannot be sought.
     way = 2 if file.counts_frames or not index.is_continuous or not keyframes else 0
+    if way == 2:
+        file = file.reopen(stack)
     strict = True
     while True:
         source = _FrameSource(file, index, strict=strict)
