@@ -1,12 +1,7 @@
-"""Ratings of captions, and the interfaces of everything that rates them; needs no torch.
-
-A reward either rates captions one by one (`Reward`) or compares two of a clip (`PairwiseReward`), which
-`rate_by_comparison` turns into ratings.
-"""
+"""Ratings of captions, and the interface of everything that rates them; needs no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Protocol
 
@@ -45,7 +40,7 @@ class Rating:
 
 
 class Reward(Protocol):
-    """Rates captions one by one."""
+    """Rates captions."""
 
     @property
     def name(self) -> str:
@@ -62,7 +57,10 @@ class Reward(Protocol):
         ...
 
     def rate(self, tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
-        """Rate captions; results in the order of the tasks."""
+        """Rate captions; results in the order of the tasks.
+
+        A call has all captions of its clips, so that a reward can also compare them with one another.
+        """
         ...
 
     def save(self, path: Path, ratings: Sequence[Rating | Unscored]) -> None:
@@ -72,33 +70,3 @@ class Reward(Protocol):
     def load(self, path: Path) -> list[Rating]:
         """Read the ratings that `save` wrote, without the unscored captions."""
         ...
-
-
-class PairwiseReward(Protocol):
-    """Compares two captions of a clip."""
-
-    def compare(self, first: ScoringTask, second: ScoringTask) -> float:
-        """Return the probability that the first caption is better than the second."""
-        ...
-
-
-def rate_by_comparison(reward: PairwiseReward, tasks: Sequence[ScoringTask]) -> list[Rating]:
-    """Rate each caption by its mean probability of being better than the other captions of its clip.
-
-    Every two captions of a clip are compared once; a caption without competitors is rated 0.5.
-    """
-    by_video: dict[str, list[int]] = {}
-    for index, task in enumerate(tasks):
-        by_video.setdefault(task.caption.video, []).append(index)
-    wins = [0.0] * len(tasks)
-    for indices in by_video.values():
-        for first, second in combinations(indices, 2):
-            probability = reward.compare(tasks[first], tasks[second])
-            wins[first] += probability
-            wins[second] += 1 - probability
-    ratings = []
-    for task, won in zip(tasks, wins, strict=True):
-        num_others = len(by_video[task.caption.video]) - 1
-        parts = {"win_rate": won / num_others if num_others else 0.5}
-        ratings.append(Rating(task.caption.video, parts, {"win_rate": 1.0}, sample=task.caption.sample))
-    return ratings

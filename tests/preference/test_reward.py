@@ -1,8 +1,7 @@
-"""Rewards: the judge's rating by hand, its file, and ratings from comparisons."""
+"""Rewards: the judge's rating by hand, and its file."""
 
 import pytest
 
-from salmonn.preference.rating import rate_by_comparison
 from salmonn.preference.reward import RewardConfig, make_reward
 from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.judge import ScoringTask
@@ -10,7 +9,7 @@ from salmonn.synthetic.judge import RuleJudge
 
 
 class FixedJudge:
-    """Returns given results."""
+    """Returns the given results."""
 
     name, prompt_hash, is_exact = "fixed", "0", True
 
@@ -27,10 +26,10 @@ class FixedJudge:
 def test_judge_reward_by_hand(tmp_path):
     # Total 3 / 10, repetition 2 / 8: -(0.3 + 4 * 0.25) = -1.3.
     score = Score("v", 10, 1, 1, 1, num_words=8, num_repeated_words=2, sample=3)
-    lost = Unscored("v", "no reply", sample=4)
-    reward = make_reward(RewardConfig(repetition_weight=4.0), judge=FixedJudge([score, lost]))
+    missing = Unscored("v", "no reply", sample=4)
+    reward = make_reward(RewardConfig(repetition_weight=4.0), judge=FixedJudge([score, missing]))
     rating, unscored = reward.rate([])
-    assert rating.value == pytest.approx(-1.3) and rating.main == pytest.approx(-0.3) and unscored is lost
+    assert rating.value == pytest.approx(-1.3) and rating.main == pytest.approx(-0.3) and unscored is missing
     assert (rating.video, rating.sample, rating.score) == ("v", 3, score)
     reward.save(tmp_path / reward.file_name, [rating, unscored])
     assert reward.file_name == "scores.jsonl" and reward.load(tmp_path / "scores.jsonl") == [rating]
@@ -45,20 +44,3 @@ def test_rule_judge_prefers_the_complete_caption():
     tasks = [ScoringTask(reference, Caption("v", text)) for text in ("A red circle moves to the left.", "")]
     better, worse = make_reward(RewardConfig(), judge=RuleJudge()).rate(tasks)
     assert (better.value, worse.value) == (0.0, -1.0)
-
-
-class Longer:
-    """Prefers the longer caption with a probability of 0.75."""
-
-    def compare(self, first, second):
-        lengths = [len(task.caption.text) for task in (first, second)]
-        return 0.5 if lengths[0] == lengths[1] else 0.75 if lengths[0] > lengths[1] else 0.25
-
-
-def test_ratings_from_comparisons_by_hand():
-    """Of lengths 1, 2, 3: (0.25 + 0.25) / 2, (0.75 + 0.25) / 2, (0.75 + 0.75) / 2; a clip with one caption has 0.5."""
-    captions = [Caption("v", "a" * length, sample=length) for length in (1, 2, 3)] + [Caption("w", "a")]
-    tasks = [ScoringTask(Reference(caption.video), caption) for caption in captions]
-    ratings = rate_by_comparison(Longer(), tasks)
-    assert [rating.value for rating in ratings] == [0.25, 0.5, 0.75, 0.5]
-    assert [(rating.video, rating.sample) for rating in ratings] == [("v", 1), ("v", 2), ("v", 3), ("w", 0)]
