@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generator import CaptionRequest, Sampling
+from salmonn.caption.generator import CachedGenerator, CaptionRequest, Sampling
 from salmonn.caption.loader import length_buckets
 from salmonn.media.container import declared_seconds
 from salmonn.model.layout import ClipFeatures
@@ -202,6 +202,7 @@ def _sample(
         "batches": [[references[index].video for index in indices] for indices in batches],
     }
     finished = _find_finished(partial, request) if partial else {}
+    generator = _make_generator(captioner, clips, batch_size=max(config.batch_size, config.num_samples))
 
     def sample(number: int) -> list[list[Caption]]:
         if number in finished:
@@ -216,9 +217,7 @@ def _sample(
                 )
                 for index in batches[number]
             ]
-            features = [clips.features_of(references[index]) for index in batches[number]]
-            samples = captioner.generate(requests, clips=features, batch_size=len(requests) * config.num_samples)
-            captions = [one for group in samples for one in group]
+            captions = [one for group in generator.generate(requests) for one in group]
             if partial:
                 write_records(_partial_path(partial, number), captions)
         return [captions[start : start + config.num_samples] for start in range(0, len(captions), config.num_samples)]
@@ -229,6 +228,11 @@ def _sample(
         for number, indices in enumerate(batches)
     ]
     return [one for group in map_batches(sample, batches, costs, name=name, unit="clip") for one in group]
+
+
+def _make_generator(captioner: Captioner, clips: ClipSet, *, batch_size: int) -> CachedGenerator:
+    features = {Path(reference.video): clips.features_of(reference) for reference in clips.references}
+    return CachedGenerator(captioner, features, batch_size=batch_size)
 
 
 def _partial_path(partial: Path, number: int) -> Path:
@@ -315,14 +319,13 @@ def answer_questions(captioner: Captioner, clips: ClipSet, *, name: str, batch_s
     questions = [(reference, item.question) for reference in clips.references for item in reference.questions]
     lengths = [len(clips.features_of(reference)) for reference, _ in questions]
     batches = make_batches(lengths, size=batch_size)
+    generator = _make_generator(captioner, clips, batch_size=batch_size)
 
     def answer(number: int) -> list[Caption]:
         batch = [questions[index] for index in batches[number]]
         sampling = Sampling(max_new_tokens=MAX_ANSWER_TOKENS)
         requests = [CaptionRequest(Path(reference.video), question, sampling) for reference, question in batch]
-        features = [clips.features_of(reference) for reference, _ in batch]
-        answers = captioner.generate(requests, clips=features, batch_size=len(batch))
-        return [one for (one,) in answers]
+        return [caption for (caption,) in generator.generate(requests)]
 
     costs = [sum(lengths[index] + MAX_ANSWER_TOKENS for index in indices) for indices in batches]
     return map_batches(answer, batches, costs, name=name, unit="question")
