@@ -32,28 +32,28 @@ def command(recipe: str, *, processes: int = 0, **options: object) -> list[str]:
 
 def kill(process: subprocess.Popen) -> None:
     """Send SIGKILL to a launcher and all its processes, which have sessions of their own."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family, timeout=300)
+    processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in processes:
+        each.kill()
+    psutil.wait_procs(processes, timeout=300)
     process.wait(timeout=300)
 
 
-def execute(line: list[str], *, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+def execute(command: list[str], *, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Run a command line to its end; kill all its processes after the timeout."""
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         kill(process)
         raise
-    return subprocess.CompletedProcess(line, process.returncode, out, err)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def run(recipe: str, *, processes: int = 0, fresh: bool = False, **options: object) -> subprocess.CompletedProcess[str]:
     """Run a recipe to its end, in forks of a process that has imported torch, or in fresh processes."""
-    line = command(recipe, processes=processes, **options)
-    return execute(line if fresh else forked(*line))
+    args = command(recipe, processes=processes, **options)
+    return execute(args if fresh else forked(*args))
 
 
 @pytest.fixture(scope="session")
@@ -64,28 +64,28 @@ def launch() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def command_of() -> Callable[..., list[str]]:
-    """`command`, for tests that start it in another way."""
+    """`command`, for tests that start the process themselves."""
     return command
 
 
 @pytest.fixture(scope="session")
-def taught(shared) -> Path:
+def trained_model(shared) -> Path:
     """Folder with `model/`, trained from scratch for 28 steps on captions and questions, and its `clips/`."""
 
     def make(folder: Path) -> None:
         result = run("sft", processes=1, out=folder / "model", clips_dir=folder / "clips", **SFT)
         assert result.returncode == 0, result.stderr
 
-    return shared("taught", make)
+    return shared("trained_model", make)
 
 
 @pytest.fixture(scope="session")
-def taught_flags() -> dict[str, object]:
-    """Flags that the model was trained with."""
+def trained_model_flags() -> dict[str, object]:
+    """Flags with which the model was trained."""
     return SFT
 
 
 @pytest.fixture(scope="session")
 def sizes() -> dict[str, object]:
-    """Flags of the clips that the model was trained on."""
+    """Flags of the clips on which the model was trained."""
     return SIZES

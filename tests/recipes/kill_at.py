@@ -29,12 +29,12 @@ def kill() -> None:
 
 def before(module: Any, name: str, *, when: Callable[..., bool] = lambda *_, **__: True, calls: int = 1) -> None:
     """Kill before the `calls`-th call for which `when` is true."""
-    original, seen = getattr(module, name), []
+    original, matching_calls = getattr(module, name), []
 
     def wrapped(*args: Any, **options: Any) -> Any:
         if when(*args, **options):
-            seen.append(1)
-            if len(seen) == calls:
+            matching_calls.append(1)
+            if len(matching_calls) == calls:
                 kill()
         return original(*args, **options)
 
@@ -52,35 +52,35 @@ def after(module: Any, name: str) -> None:
     setattr(module, name, wrapped)
 
 
-def half_written(module: Any, name: str) -> None:
-    """Kill when a file is half written."""
+def while_writing(module: Any, name: str) -> None:
+    """Kill after half of a file is written."""
 
     def wrapped(_: Any, path: str, **__: Any) -> None:
-        Path(path).write_bytes(b"half of it")
+        Path(path).write_bytes(b"partial")
         kill()
 
     setattr(module, name, wrapped)
 
 
-def named(name: str) -> Callable[..., bool]:
+def has_name(name: str) -> Callable[..., bool]:
     return lambda path, *_, **__: Path(path).name == name
 
 
 POINTS: dict[str, Callable[[], None]] = {
-    "tokens": lambda: half_written(feature_cache, "save_file"),
+    "features": lambda: while_writing(feature_cache, "save_file"),
     # The second batch of captions is sampled but not written, the first one is.
     "sampling": lambda: before(evaluate, "write_records", when=lambda path, _: "parts" in str(path), calls=2),
-    "captions": lambda: before(run_folder, "write_records", when=named("captions.jsonl")),
+    "captions": lambda: before(run_folder, "write_records", when=has_name("captions.jsonl")),
     "judging": lambda: before(reward, "write_scores"),
-    "pairing": lambda: before(run_folder, "write_records", when=named("pairs.jsonl")),
+    "pairing": lambda: before(run_folder, "write_records", when=has_name("pairs.jsonl")),
     "reference": lambda: before(preference, "write_json"),
     "step": lambda: before(torch.optim.AdamW, "step", calls=2),
-    "checkpoint": lambda: half_written(checkpoint, "save_file"),
-    "mark": lambda: before(checkpoint, "write_json"),
+    "checkpoint": lambda: while_writing(checkpoint, "save_file"),
+    "checkpoint_json": lambda: before(checkpoint, "write_json"),
     "adapter": lambda: before(lora, "write_json"),
     "merge": lambda: after(captioner, "save_network"),
     "merged": lambda: before(checkpoint.Checkpoints, "clear"),
-    "measuring": lambda: before(evaluate, "write_json", when=named("rates.json")),
+    "measuring": lambda: before(evaluate, "write_json", when=has_name("rates.json")),
 }
 
 

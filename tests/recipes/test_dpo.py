@@ -11,32 +11,32 @@ from salmonn.model.loading import load_network
 from salmonn.records import Comparison, Reference, read_json, read_records, write_records
 from salmonn.train.data import ClipSource
 
-ASKED = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}
+QUESTION = {"from": "human", "value": "<video>\nDescribe the video and its sounds in detail."}
 
 
 @pytest.fixture
-def references(taught) -> list[Reference]:
-    """The clips that the model was taught on, with paths that are absolute."""
-    (file,) = (taught / "clips").glob("seed5-*/clips.jsonl")
+def references(trained_model) -> list[Reference]:
+    """The clips on which the model was trained, with absolute paths."""
+    (file,) = (trained_model / "clips").glob("seed5-*/clips.jsonl")
     records = read_records(file, Reference)
-    return [Reference(**vars(one) | {"video": str(file.parent / one.video)}) for one in records]
+    return [Reference(**vars(record) | {"video": str(file.parent / record.video)}) for record in records]
 
 
 @pytest.fixture
 def preferences(references, tmp_path) -> Path:
-    """What is in a clip against the same words from end to beginning, in the format of 2+."""
+    """Reference captions, each preferred to its words in reverse order, in the format of 2+."""
     items = [
         {
-            "video": one.video,
+            "video": reference.video,
             "use_audio": True,
             "conversations": [
-                ASKED,
-                {"from": "gpt", "value": one.caption},
-                {"from": "chosen", "value": one.caption},
-                {"from": "reject", "value": " ".join(reversed(one.caption.split()))},
+                QUESTION,
+                {"from": "gpt", "value": reference.caption},
+                {"from": "chosen", "value": reference.caption},
+                {"from": "reject", "value": " ".join(reversed(reference.caption.split()))},
             ],
         }
-        for one in references
+        for reference in references
     ]
     path = tmp_path / "preferences.json"
     path.write_text(json.dumps(items))
@@ -47,7 +47,7 @@ def preferences(references, tmp_path) -> Path:
 def start(request):
     """A model of each family to train."""
     if request.param == "salmonn2":
-        return request.getfixturevalue("taught") / "model"
+        return request.getfixturevalue("trained_model") / "model"
     return request.getfixturevalue("random_plus")
 
 
@@ -63,7 +63,7 @@ def test_given_preferences(start, launch, preferences, tmp_path, fresh):
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "dpo" / "steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(8))
-    # The reference is the policy before its first step: no reward yet, and a loss of ln 2 for the preference.
+    # Before the first step the policy equals its reference: rewards are 0, and the loss is ln 2.
     assert steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
     assert steps[-1]["dpo"] < steps[0]["dpo"] - 0.02 and steps[-1]["chosen"] > steps[-1]["rejected"]
     before, after = (load_network(path).state_dict() for path in (start, tmp_path / "dpo" / "merged"))
@@ -73,11 +73,11 @@ def test_given_preferences(start, launch, preferences, tmp_path, fresh):
     assert not (tmp_path / "dpo" / "checkpoint.safetensors").exists()
     assert len(list((tmp_path / "tokens").iterdir())) == 8  # clips
     assert len(read_json(tmp_path / "dpo" / "reference_logps.json")["logps"]) == 8  # pairs
-    again = launch("dpo", **flags)
-    assert again.returncode == 0 and "already trained" in again.stderr + again.stdout
+    repeated = launch("dpo", **flags)
+    assert repeated.returncode == 0 and "already trained" in repeated.stderr + repeated.stdout
 
 
-def test_what_preferences_lack_is_told(load_recipe, preferences, tmp_path):
+def test_incomplete_preferences_are_rejected(load_recipe, preferences, tmp_path):
     dpo = load_recipe("dpo")
     items = json.loads(preferences.read_text())
     first = [part for part in items[0]["conversations"] if part["from"] != "gpt"]
@@ -91,7 +91,7 @@ def test_what_preferences_lack_is_told(load_recipe, preferences, tmp_path):
         dpo.load_comparisons(config)
 
 
-def test_comparisons_name_the_same_clip_once(load_recipe, references, tmp_path):
+def test_comparisons_share_their_clip(load_recipe, references, tmp_path):
     """A recorded comparison and a published preference about the same part of a clip, with paths from `root`."""
     dpo, video = load_recipe("dpo"), Path(references[0].video)
     records = [
@@ -104,25 +104,30 @@ def test_comparisons_name_the_same_clip_once(load_recipe, references, tmp_path):
         preferences=tmp_path / "pairs.jsonl", root=video.parent, model="none", out=tmp_path / "out"
     )
     loaded = dpo.load_comparisons(config)
-    part, whole = ClipSource(video, end_seconds=2.0), ClipSource(video)
-    assert loaded == list(zip(records, [part, whole, part], strict=True))
+    part, full = ClipSource(video, end_seconds=2.0), ClipSource(video)
+    assert loaded == list(zip(records, [part, full, part], strict=True))
     with pytest.raises(FileNotFoundError, match="3 files do not exist"):
         dpo.load_comparisons(dpo.OfflineDpoConfig(preferences=tmp_path / "pairs.jsonl", model="none", out=tmp_path))
 
 
-def test_pairs_of_mrdpo(taught, references, launch, tmp_path):
+def test_pairs_of_mrdpo(trained_model, references, launch, tmp_path):
     """The pairs.jsonl of a round, whose videos are those of its training clips."""
-    (folder,) = (taught / "clips").glob("seed5-8")
+    (folder,) = (trained_model / "clips").glob("seed5-8")
     pairs = [
         Comparison(
-            str(Path(one.video).relative_to(folder)), "Describe.", one.caption, "a star", one.caption, margin=0.5
+            str(Path(reference.video).relative_to(folder)),
+            "Describe.",
+            reference.caption,
+            "a star",
+            reference.caption,
+            margin=0.5,
         )
-        for one in references
+        for reference in references
     ]
     write_records(tmp_path / "round_1" / "pairs.jsonl", pairs)
     result = launch(
         "dpo",
-        **{"preferences": tmp_path / "round_1" / "pairs.jsonl", "root": folder, "model": taught / "model"},
+        **{"preferences": tmp_path / "round_1" / "pairs.jsonl", "root": folder, "model": trained_model / "model"},
         **{"out": tmp_path / "dpo", "feature_cache.folder": "null", "fit.steps": 2, "fit.batch_size": 4},
     )
     assert result.returncode == 0, result.stderr
@@ -131,9 +136,9 @@ def test_pairs_of_mrdpo(taught, references, launch, tmp_path):
 
 
 def test_a_published_preference_becomes_a_comparison(load_recipe):
-    said = [ASKED, {"from": "gpt", "value": "a"}, {"from": "human", "value": "And?"}]
+    messages = [QUESTION, {"from": "gpt", "value": "a"}, {"from": "human", "value": "And?"}]
     answers = [{"from": "chosen", "value": "b"}, {"from": "reject", "value": "c"}, {"from": "gpt", "value": "d"}]
-    conversation = parse_conversation({"video": "v.mp4", "timestamps": [1, 3], "conversations": said + answers})
+    conversation = parse_conversation({"video": "v.mp4", "timestamps": [1, 3], "conversations": messages + answers})
     assert load_recipe("dpo").to_comparison(conversation) == Comparison(
         "v.mp4", "And?", "b", "c", "d", source="published", modality="visual", start_seconds=1.0, end_seconds=3.0,
         history=(("Describe the video and its sounds in detail.", "a"),),
@@ -141,10 +146,14 @@ def test_a_published_preference_becomes_a_comparison(load_recipe):
 
 
 def test_sft_on_conversations(start, launch, references, tmp_path):
-    """In the format of salmonn2, the sound in a file of its own; a preference among them is left to DPO."""
-    said = [ASKED | {"value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a circle"}]
-    items = [{"video": one.video, "audio": one.video, "conversations": said} for one in references[:3]]
-    items.append({"video": references[0].video, "conversations": [*said, {"from": "reject_gpt", "value": "a star"}]})
+    """The format of salmonn2, with audio in a separate file; SFT ignores preferences."""
+    messages = [QUESTION | {"value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a circle"}]
+    items = [
+        {"video": reference.video, "audio": reference.video, "conversations": messages} for reference in references[:3]
+    ]
+    items.append(
+        {"video": references[0].video, "conversations": [*messages, {"from": "reject_gpt", "value": "a star"}]}
+    )
     path = tmp_path / "conversations.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     flags = {
@@ -156,5 +165,5 @@ def test_sft_on_conversations(start, launch, references, tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "tuned" / "steps.jsonl").read_text().splitlines()]
     assert len(losses) == 4 and losses[-1] < losses[0]  # three examples, three a step
     path.write_text(path.read_text() + '{"video": "gone.mp4", "conversations": []}\n')
-    refused = launch("sft", **flags | {"out": tmp_path / "other"})
-    assert refused.returncode == 2 and f"{path}, line 5: " in refused.stderr and "Traceback" not in refused.stderr
+    rejected = launch("sft", **flags | {"out": tmp_path / "other"})
+    assert rejected.returncode == 2 and f"{path}, line 5: " in rejected.stderr and "Traceback" not in rejected.stderr

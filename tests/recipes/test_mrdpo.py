@@ -1,4 +1,4 @@
-"""The whole loop, run for real: what it leaves on disk, killed and started again, on two processes, and refusals."""
+"""Real runs of mrDPO: its files, resuming after kills, two processes, and rejected configurations."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ RATES = {
 }  # fmt: skip
 MODEL = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 MEASURED = [f"heldout/{name}" for name in ("answers.jsonl", "captions.jsonl", "rates.json", "scores.jsonl")]
-PROMISED = {
+EXPECTED_FILES = {
     "mrdpo.yaml",
     "rounds.jsonl",
     "summary.json",
@@ -54,14 +54,18 @@ PROMISED = {
 
 
 @pytest.fixture(scope="session")
-def flags(taught, sizes):
-    """The same for all runs here, but `out`, and tokens on disk where a test has them there."""
-    return sizes | ROUND | {"model": taught / "model", "clips_dir": taught / "clips", "feature_cache.folder": "null"}
+def flags(trained_model, sizes):
+    """Flags of all runs here, except for `out` and for features on disk in some tests."""
+    return (
+        sizes
+        | ROUND
+        | {"model": trained_model / "model", "clips_dir": trained_model / "clips", "feature_cache.folder": "null"}
+    )
 
 
 @pytest.fixture(scope="session")
 def finished(shared, launch, flags):
-    """The folder of an unbroken run of one process."""
+    """The folder of an uninterrupted run of one process."""
 
     def make(folder):
         result = launch("mrdpo", processes=1, out=folder, **flags)
@@ -72,12 +76,12 @@ def finished(shared, launch, flags):
 
 
 def files_of(folder) -> set[str]:
-    """All files but TensorBoard's, whose names hold time and machine, and what PEFT writes about an adapter."""
-    apart = ("events.out", "README.md")
+    """Return all files except TensorBoard's, whose names contain time and machine, and PEFT's model card."""
+    excluded = ("events.out", "README.md")
     return {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith(apart)
+        if path.is_file() and not path.name.startswith(excluded)
     }
 
 
@@ -85,8 +89,8 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_network(folder).state_dict()
 
 
-def test_everything_promised_is_there(finished):
-    assert files_of(finished) == PROMISED
+def test_files_and_summary(finished):
+    assert files_of(finished) == EXPECTED_FILES
     summary = json.loads((finished / "summary.json").read_text())
     assert set(summary) == {"sft", "rounds", "rebirth", "kl", "best", "stopped"} and len(summary["rounds"]) == 1
     assert set(summary["kl"]) == {"round 1", "rebirth"} and min(summary["kl"].values()) > 0
@@ -97,11 +101,11 @@ def test_everything_promised_is_there(finished):
     for stage in (summary["sft"], *summary["rounds"], summary["rebirth"]):
         assert set(stage) == RATES and stage["clips"] == 3 and 0 <= stage["qa_accuracy"] <= 1
     assert (finished / "summary.png").read_bytes().startswith(b"\x89PNG")
-    said = finished.with_suffix(".out").read_text()
-    assert all(word in said for word in ("SFT", "round 1", "rebirth", "Missing %"))
+    output = finished.with_suffix(".out").read_text()
+    assert all(word in output for word in ("SFT", "round 1", "rebirth", "Missing %"))
 
 
-def test_records_of_a_round_fit_together(finished):
+def test_records_of_a_round_are_consistent(finished):
     folder = finished / "round_1"
     captions, scored = read_records(folder / "captions.jsonl", Caption), read_scores(folder / "scores.jsonl")
     scores = scored.scores
@@ -110,11 +114,11 @@ def test_records_of_a_round_fit_together(finished):
     assert [(caption.video, caption.sample) for caption in captions] == [
         (score.video, score.sample) for score in scores
     ]
-    said = {(caption.video, caption.text): score for caption, score in zip(captions, scores, strict=True)}
+    score_of = {(caption.video, caption.text): score for caption, score in zip(captions, scores, strict=True)}
     pairs = read_records(folder / "pairs.jsonl", Comparison)
     assert pairs
     for pair in pairs:
-        gap = said[pair.video, pair.rejected].total - said[pair.video, pair.chosen].total
+        gap = score_of[pair.video, pair.rejected].total - score_of[pair.video, pair.chosen].total
         assert pair.margin == pytest.approx(gap) and gap > 0 and pair.chosen_finished and pair.ground_truth
         assert pair.source == "rule"
     steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
@@ -122,8 +126,8 @@ def test_records_of_a_round_fit_together(finished):
     assert [step["step"] for step in steps] == [0, 1] and steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_a_round_moves_the_attention_and_rebirth_starts_anew(finished, taught):
-    start, after = weights(taught / "model"), weights(finished / "round_1" / "merged")
+def test_a_round_and_rebirth_change_only_attention(finished, trained_model):
+    start, after = weights(trained_model / "model"), weights(finished / "round_1" / "merged")
     reborn = weights(finished / "rebirth" / "merged")
     attention = {f"lm.model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(6) for part in "qkv"}
     assert {name for name in start if not torch.equal(start[name], after[name])} == attention
@@ -131,15 +135,15 @@ def test_a_round_moves_the_attention_and_rebirth_starts_anew(finished, taught):
     assert any(not torch.equal(after[name], reborn[name]) for name in attention)
 
 
-# In the order of a run. Most of them are followed by the same point of rebirth.
+# In the order of a run; the points of rebirth follow those of the round.
 POINTS = (
-    "tokens", "sampling", "judging", "pairing", "reference", "step", "checkpoint", "mark", "adapter", "merge",
-    "merged", "measuring", "captions", "step", "mark", "merge", "measuring",
+    "features", "sampling", "judging", "pairing", "reference", "step", "checkpoint", "checkpoint_json", "adapter",
+    "merge", "merged", "measuring", "captions", "step", "checkpoint_json", "merge", "measuring",
 )  # fmt: skip
 
 
 def content(root: Path, name: str) -> object:
-    """A file of a run as it is compared: without the times that it tells, and the folder that the run is in."""
+    """Return the content of a run's file without times and the run's folder."""
     path = root / name
     if path.name == "steps.jsonl":
         timed = ("seconds", "wait_seconds", "tokens_per_second", "memory_gib")
@@ -153,29 +157,29 @@ def content(root: Path, name: str) -> object:
     return path.read_bytes().replace(str(root).encode(), b"")
 
 
-def test_killed_at_every_stage_and_started_again(finished, command_of, launch, flags, tmp_path):
-    """Each start gets to its point and is killed there; the last one ends as an unbroken run does, byte for byte.
+def test_killed_at_every_stage_and_resumed(finished, command_of, launch, flags, tmp_path):
+    """Each start is killed at its point; after the last one, all files equal those of an uninterrupted run.
 
-    That one has the clips' tokens in memory, these on disk.
+    That run has the clips' features in memory, these on disk.
     """
-    out, kept = tmp_path / "mrdpo", {"feature_cache.folder": tmp_path / "tokens"}
-    python, recipe, *options = command_of("mrdpo", out=out, **flags | kept)
+    out, cache_flags = tmp_path / "mrdpo", {"feature_cache.folder": tmp_path / "tokens"}
+    python, recipe, *options = command_of("mrdpo", out=out, **flags | cache_flags)
     for number, point in enumerate(POINTS):
-        line = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
-        result = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
+        command = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (number, point, result.stderr)
-    result = launch("mrdpo", out=out, **flags | kept)
+    result = launch("mrdpo", out=out, **flags | cache_flags)
     assert result.returncode == 0, result.stderr
-    assert len(list((tmp_path / "tokens").glob("*.safetensors"))) == 11  # 8 clips to train on, 3 to measure on
+    assert len(list((tmp_path / "tokens").glob("*.safetensors"))) == 11  # 8 training clips and 3 held-out ones
     assert files_of(out) == files_of(finished)
     for name in sorted(files_of(out)):
         assert content(out, name) == content(finished, name), name
 
 
 def test_two_processes(finished, launch, flags, tmp_path):
-    # Half of each step's examples are questions, which other runs here have none of.
-    kept = {"feature_cache.folder": tmp_path.with_name(f"{tmp_path.name}_tokens")}
-    result = launch("mrdpo", processes=2, fresh=True, out=tmp_path, **flags | kept, qa_fraction=0.5)
+    # Half of each step's examples are questions, unlike in the other runs here.
+    cache_flags = {"feature_cache.folder": tmp_path.with_name(f"{tmp_path.name}_tokens")}
+    result = launch("mrdpo", processes=2, fresh=True, out=tmp_path, **flags | cache_flags, qa_fraction=0.5)
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "round_1" / "steps.jsonl").read_text().splitlines()]
     assert all(step["qa"] > 0 and step["dpo"] > 0 for step in steps)
@@ -183,8 +187,8 @@ def test_two_processes(finished, launch, flags, tmp_path):
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in (finished, tmp_path))
     assert two["sft"] == one["sft"]
     for name in ("captions", "answers"):
-        alone, shared = ((f / "sft" / "heldout" / f"{name}.jsonl").read_text() for f in (finished, tmp_path))
-        assert alone == shared
+        expected, shared = ((f / "sft" / "heldout" / f"{name}.jsonl").read_text() for f in (finished, tmp_path))
+        assert expected == shared
     first, second = (read_scores(f / "sft" / "heldout" / "scores.jsonl") for f in (finished, tmp_path))
     assert first.scores == second.scores and first.judge_info.totals == second.judge_info.totals
     sampled = read_records(tmp_path / "round_1" / "captions.jsonl", Caption)
@@ -193,7 +197,7 @@ def test_two_processes(finished, launch, flags, tmp_path):
     ]
 
 
-LATE = """
+LATE_RANK = """
 import signal, sys, time
 from pathlib import Path
 from salmonn import dist
@@ -202,7 +206,7 @@ from salmonn.train.run_folder import load_or_create
 
 dist.setup(threads=1)
 dist.barrier()
-signal.alarm(600)  # ranks that wait for each other in different places would do so for hours
+signal.alarm(600)  # ranks that wait in different collectives would do so for hours
 if dist.rank() == 1:
     time.sleep(2)
 assert load_or_create(Path(sys.argv[1]), Caption, lambda: [Caption("a.mp4", "a star")]) == [Caption("a.mp4", "a star")]
@@ -211,16 +215,16 @@ dist.barrier()
 """
 
 
-# Pairs are chosen without a word between ranks: a real run hung there now and then.
-def test_a_rank_that_comes_late_to_a_stage_hangs_no_run(command_of, tmp_path):
-    (tmp_path / "late.py").write_text(LATE)
+# Pairs are selected without communication between ranks, where real runs sometimes hung.
+def test_a_slow_rank_does_not_hang_the_run(command_of, tmp_path):
+    (tmp_path / "late.py").write_text(LATE_RANK)
     *launcher, _ = command_of("mrdpo", processes=2)
-    line = forked(*launcher, tmp_path / "late.py", tmp_path / "pairs.jsonl")
-    result = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
+    command = forked(*launcher, tmp_path / "late.py", tmp_path / "pairs.jsonl")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
 
 
-def test_another_config_in_the_same_folder_is_refused(finished, launch, flags):
+def test_another_config_in_the_same_folder_is_rejected(finished, launch, flags):
     before = (finished / "mrdpo.yaml").read_text()
     result = launch("mrdpo", out=finished, **flags | {"fit.steps": 3})
     assert result.returncode == 2
@@ -246,8 +250,8 @@ def rates(total: float) -> Rates:
         ([0.7, 0.1, 0.1], None, "after round 1"),
     ],
 )
-def test_rounds_end_early_with_the_best_model(load_recipe, monkeypatch, tmp_path, totals, best, stopped):
-    """The start has 0.6; a Total more than 0.05 above the best, or a round without pairs, ends them."""
+def test_rounds_stop_early_with_the_best_model(load_recipe, monkeypatch, tmp_path, totals, best, stopped):
+    """The SFT model has a Total of 0.6; a Total more than 0.05 above the best, or a round without pairs, stops."""
     recipe, policies = load_recipe("mrdpo"), []
 
     def run_round(number, policy, run):
@@ -259,9 +263,9 @@ def test_rounds_end_early_with_the_best_model(load_recipe, monkeypatch, tmp_path
     monkeypatch.setattr(recipe, "run_round", run_round)
     monkeypatch.setattr(recipe, "measure", lambda _, folder, *__: rates(totals[int(folder.name[-1]) - 1]))
     config, summary = recipe.MrDpoConfig(out=tmp_path, rounds=3, model="start"), recipe.RunSummary(sft=rates(0.6))
-    found = recipe.run_rounds(recipe.Run(config, None, None, None, None), summary)
+    best_path = recipe.run_rounds(recipe.Run(config, None, None, None, None), summary)
     assert summary.best == best and (stopped in summary.stopped if stopped else summary.stopped is None)
-    assert found == (tmp_path / best / "merged" if best else None)
+    assert best_path == (tmp_path / best / "merged" if best else None)
     assert policies == ["start", tmp_path / "round_1" / "merged", tmp_path / "round_2" / "merged"][: len(policies)]
 
 
@@ -277,31 +281,31 @@ def test_a_first_round_that_fails_ends_the_run(load_recipe, monkeypatch, tmp_pat
         recipe.run_rounds(run, recipe.RunSummary(sft=rates(0.6)))
 
 
-def test_the_reference_is_the_rounds_start_or_the_runs(load_recipe, captioner, random_model):
+def test_the_reference_policy_is_the_start_of_the_round_or_run(load_recipe, captioner, random_model):
     recipe, name = load_recipe("mrdpo"), "lm.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     attach_lora(captioner.network, LoraConfig(rank=2), seed=0)
-    moved = captioner.network.get_parameter(name)
+    weight = captioner.network.get_parameter(name)
     with torch.no_grad():
-        moved.add_(1.0)
+        weight.add_(1.0)
     kinds = ("round_start", "run_start")
     round_start, run_start = (recipe.MrDpoConfig(model=str(random_model), reference_policy=kind) for kind in kinds)
     load = recipe.load_reference_policy
     assert load(2, captioner, round_start) is captioner.network and load(1, captioner, run_start) is captioner.network
-    assert torch.allclose(load(2, captioner, run_start).get_parameter(name), moved - 1.0, atol=1e-6)
+    assert torch.allclose(load(2, captioner, run_start).get_parameter(name), weight - 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("changed", "words"),
+    ("changed", "message"),
     [({"model": "/nowhere"}, "no model in /nowhere"), ({"references": "/nowhere/refs.jsonl"}, "/nowhere/refs.jsonl")],
 )
-def test_mistakes_end_with_words(launch, flags, tmp_path, changed, words):
+def test_missing_files_are_reported(launch, flags, tmp_path, changed, message):
     result = launch("mrdpo", out=tmp_path / "out", **flags | changed)
     assert result.returncode == 2
-    assert words in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
 
 
-def test_a_language_model_judges_and_its_cap_may_be_raised(serve, launch, flags, tmp_path):
-    """Two processes share a scripted judge: stopped by its cap, the run goes on and asks nothing twice."""
+def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
+    """Two processes share a scripted judge: after the cap stopped the run, it resumes without repeated requests."""
     server = serve(rule_judge_script)
     judge = {
         "judge.kind": "openai", "judge.model": "m", "judge.base_url": server.url, "judge.cache": tmp_path / "c.sqlite",
@@ -309,15 +313,15 @@ def test_a_language_model_judges_and_its_cap_may_be_raised(serve, launch, flags,
     options = flags | judge | {"out": tmp_path / "run"}
     stopped = launch("mrdpo", processes=2, **options, **{"judge.max_requests": 8})
     assert stopped.returncode != 0 and "requests is reached" in stopped.stderr
-    num_asked = len(server.requests)
+    num_before = len(server.requests)
     with closing(sqlite3.connect(tmp_path / "c.sqlite")) as cache:
         ((num_cached,),) = cache.execute("SELECT count(*) FROM responses")
-    assert 0 < num_cached <= num_asked <= 8
+    assert 0 < num_cached <= num_before <= 8
     result = launch("mrdpo", processes=2, **options)
     assert result.returncode == 0, result.stderr
-    asked = [request["messages"][1]["content"] for request in server.requests]
-    # A request that was under way when the run stopped has no reply in the cache.
-    assert len(asked) - num_asked == len(set(asked)) - num_cached
+    requests = [request["messages"][1]["content"] for request in server.requests]
+    # A request in flight when the run stopped has no reply in the cache.
+    assert len(requests) - num_before == len(set(requests)) - num_cached
     scored = read_scores(tmp_path / "run" / "round_1" / "scores.jsonl")
     assert scored.judge_info.judge == f"m at {server.url}" and len(scored.scores) == 32
     pairs = read_records(tmp_path / "run" / "round_1" / "pairs.jsonl", Comparison)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning from nothing, and with an adapter on a model that is there."""
+"""Supervised fine-tuning from scratch, and of an existing model with an adapter."""
 
 import json
 import signal
@@ -21,9 +21,9 @@ def weights(path) -> dict[str, torch.Tensor]:
     return load_network(path).state_dict()
 
 
-def test_from_nothing(taught):
-    """`taught` is the recipe's own run: everything promised is there, and it learnt."""
-    out = taught / "model"
+def test_from_scratch(trained_model):
+    """`trained_model` is a run of the recipe: all files exist, and the loss decreased."""
+    out = trained_model / "model"
     captions, scores = read_records(out / "captions.jsonl", Caption), read_scores(out / "scores.jsonl").scores
     assert len(captions) == len(scores) == 3  # held-out clips
     summary = json.loads((out / "summary.json").read_text())
@@ -40,29 +40,29 @@ def test_from_nothing(taught):
 
 
 @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "torchrun"])
-def test_an_adapter_changes_attention_alone(taught, launch, tmp_path, sizes, fresh):
+def test_an_adapter_changes_only_attention(trained_model, launch, tmp_path, sizes, fresh):
     result = launch(
         "sft",
         processes=1,
         fresh=fresh,
         **sizes | {"heldout_clips": 0},
-        **{"out": tmp_path / "tuned", "model": taught / "model", "clips_dir": taught / "clips"},
+        **{"out": tmp_path / "tuned", "model": trained_model / "model", "clips_dir": trained_model / "clips"},
         **{"tasks": "[human_caption]", "trainable": "[]", "lora.rank": 4, "fit.steps": 2, "fit.batch_size": 4},
         **{"feature_cache.folder": tmp_path / "tokens"},
     )
     assert result.returncode == 0, result.stderr
-    before, after = weights(taught / "model"), weights(tmp_path / "tuned")
+    before, after = weights(trained_model / "model"), weights(tmp_path / "tuned")
     assert before.keys() == after.keys()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         f"lm.model.layers.{layer}.self_attn.{part}_proj.weight" for layer in range(6) for part in "qkv"
     }
-    assert not (tmp_path / "tuned" / "summary.json").exists()  # nothing was measured
+    assert not (tmp_path / "tuned" / "summary.json").exists()  # without held-out clips
 
 
-def test_a_trained_folder_is_left_alone(taught, launch, taught_flags):
-    path = taught / "model" / "model.safetensors"
+def test_a_trained_folder_is_not_changed(trained_model, launch, trained_model_flags):
+    path = trained_model / "model" / "model.safetensors"
     before = path.stat().st_mtime_ns
-    result = launch("sft", out=taught / "model", clips_dir=taught / "clips", **taught_flags)
+    result = launch("sft", out=trained_model / "model", clips_dir=trained_model / "clips", **trained_model_flags)
     assert result.returncode == 0 and path.stat().st_mtime_ns == before
     assert "already trained" in result.stderr + result.stdout
 
@@ -79,107 +79,105 @@ def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
     sft = load_recipe("sft")
     sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=trainable))
     parameters = dict(captioner.network.named_parameters())
-    wanted = {name for name in parameters if name.startswith(prefixes)}
-    assert {name for name, parameter in parameters.items() if parameter.requires_grad} == wanted and wanted
+    expected = {name for name in parameters if name.startswith(prefixes)}
+    assert {name for name, parameter in parameters.items() if parameter.requires_grad} == expected and expected
 
 
-def test_frozen_towers_run_once_where_tokens_are_kept(load_recipe, captioner, videos, tmp_path):
-    sft, tokens = load_recipe("sft"), FeatureCacheConfig(tmp_path / "tokens")
+def test_features_of_frozen_towers_are_cached(load_recipe, captioner, videos, tmp_path):
+    sft, cache_config = load_recipe("sft"), FeatureCacheConfig(tmp_path / "features")
     clips = [ClipSource(video, modality) for video in videos[:2] for modality in ("both", "audio")]
     examples = [TrainingExample(clip, ()) for clip in clips]
     sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=()))
     media = [sft.clip_reader(captioner, [], FeatureCacheConfig(folder=None))(clip) for clip in clips]
-    blocks = [sft.clip_reader(captioner, examples, tokens)(clip) for clip in clips]
-    for block, alone in zip(blocks, captioner.encode(media, batch_size=1), strict=True):
-        assert torch.equal(block.tokens, alone.tokens)
-    assert len(list(tokens.folder.iterdir())) == 4
+    cached = [sft.clip_reader(captioner, examples, cache_config)(clip) for clip in clips]
+    for features, expected in zip(cached, captioner.encode(media, batch_size=1), strict=True):
+        assert torch.equal(features.tokens, expected.tokens)
+    assert len(list(cache_config.folder.iterdir())) == 4
     for part in ("vision.newline", "audio", "lm.model.embed"):
         config = sft.SftConfig(out=tmp_path, trainable=(part,))
         sft.choose_trainable(captioner.network, config)
         with pytest.raises(ValueError, match=r"omit feature_cache\.folder"):
-            sft.clip_reader(captioner, examples, tokens)
+            sft.clip_reader(captioner, examples, cache_config)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "config", "given"),
+    ("recipe", "config", "options"),
     [
         ("sft", "SftConfig", ("references",)),
         ("mrdpo", "MrDpoConfig", ("references", "heldout_references")),
         ("dpo", "OfflineDpoConfig", ("preferences",)),
     ],
 )
-def test_a_file_that_is_not_there_claims_no_folder(
-    load_recipe, random_model, tmp_path, monkeypatch, recipe, config, given
-):
-    """Or the mended command would be refused as another run."""
+def test_a_missing_file_creates_no_folder(load_recipe, random_model, tmp_path, monkeypatch, recipe, config, options):
+    """Otherwise the corrected command would be rejected as another run."""
     module = load_recipe(recipe)
-    monkeypatch.setattr(module.dist, "setup", lambda: None)  # threads and log of the tests stay theirs
-    files = dict.fromkeys(given, tmp_path / "gone.jsonl")
+    monkeypatch.setattr(module.dist, "setup", lambda: None)  # keep the tests' threads and logging
+    files = dict.fromkeys(options, tmp_path / "gone.jsonl")
     with pytest.raises(FileNotFoundError, match="gone"):
         module.main(getattr(module, config)(out=tmp_path / "out", model=str(random_model), **files))
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_part_is_named(load_recipe, captioner, tmp_path):
+def test_an_unknown_part_is_rejected(load_recipe, captioner, tmp_path):
     sft = load_recipe("sft")
     with pytest.raises(ValueError, match="named 'ears'"):
         sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=("ears",)))
 
 
-# From the taught model, all of it trained, on three steps of the same clips.
+# All weights of the trained model, in three steps on the same clips.
 ALL = {"heldout_clips": 0, "tasks": "[caption]", "fit.steps": 3, "fit.batch_size": 3, "fit.checkpoint_every": 1}
 
 
 @pytest.fixture(scope="module")
-def whole(taught, launch, sizes, tmp_path_factory):
-    """Flags of a run of one process, and its folder."""
-    flags = sizes | ALL | {"model": taught / "model", "clips_dir": taught / "clips"}
-    out = tmp_path_factory.mktemp("whole") / "tuned"
+def single_process(trained_model, launch, sizes, tmp_path_factory):
+    """Flags and folder of a run of one process."""
+    flags = sizes | ALL | {"model": trained_model / "model", "clips_dir": trained_model / "clips"}
+    out = tmp_path_factory.mktemp("single_process") / "tuned"
     result = launch("sft", out=out, **flags)
     assert result.returncode == 0, result.stderr
     return flags, out
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
-def test_towers_in_training_on_engines_that_split(whole, launch, tmp_path, strategy):
-    flags, alone = whole
+def test_sharded_training_of_the_towers(single_process, launch, tmp_path, strategy):
+    flags, expected_folder = single_process
     result = launch("sft", processes=2, out=tmp_path / "tuned", strategy=strategy, **flags)
     assert result.returncode == 0, result.stderr
-    mine, theirs = (
+    losses, expected_losses = (
         [json.loads(line)["loss"] for line in (folder / "steps.jsonl").read_text().splitlines()]
-        for folder in (tmp_path / "tuned", alone)
+        for folder in (tmp_path / "tuned", expected_folder)
     )
-    assert mine == pytest.approx(theirs, abs=1e-4) and len(mine) == 3
-    before, after = weights(alone), weights(tmp_path / "tuned")
-    # Adam's first steps go by gradients' signs, of which those that are all but 0 are rounding.
+    assert losses == pytest.approx(expected_losses, abs=1e-4) and len(losses) == 3
+    before, after = weights(expected_folder), weights(tmp_path / "tuned")
+    # Adam's first steps depend on the signs of gradients, which are rounding errors where gradients are almost 0.
     near = [torch.isclose(before[name], after[name], atol=1e-5).float().mean() for name in before]
     assert min(near) > 0.9 and before.keys() == after.keys()
 
 
-def test_killed_in_a_step_in_saving_and_in_clearing(whole, command_of, launch, tmp_path):
-    flags, alone = whole
+def test_killed_while_training_saving_and_cleaning_up(single_process, command_of, launch, tmp_path):
+    flags, expected_folder = single_process
     python, recipe, *options = command_of("sft", out=tmp_path / "tuned", **flags)
-    for point in ("step", "mark", "merge", "merged"):
-        line = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
-        result = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
+    for point in ("step", "checkpoint_json", "merge", "merged"):
+        command = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (point, result.stderr)
     assert (tmp_path / "tuned" / "checkpoints").is_dir()
     result = launch("sft", out=tmp_path / "tuned", **flags)
     assert result.returncode == 0 and "already trained" in result.stdout + result.stderr
-    names = {path.name for path in alone.iterdir() if not path.name.startswith("events")}
+    names = {path.name for path in expected_folder.iterdir() if not path.name.startswith("events")}
     assert {path.name for path in (tmp_path / "tuned").iterdir() if not path.name.startswith("events")} == names
     for name in names - {"steps.jsonl", "sft.yaml"}:
-        assert (tmp_path / "tuned" / name).read_bytes() == (alone / name).read_bytes(), name
+        assert (tmp_path / "tuned" / name).read_bytes() == (expected_folder / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("uses", [("both", "both"), ("audio", "audio")])
-def test_examples_of_one_kind_for_engines_that_split(load_recipe, uses):
+def test_sharded_training_needs_one_modality(load_recipe, uses):
     examples = [TrainingExample(ClipSource(Path("a.mp4"), modality), ()) for modality in uses]
     checked = load_recipe("sft").require_one_modality(examples, strategy="zero2")
-    assert {one.clip.needs_both for one in checked} == {uses[0] == "both"}
+    assert {example.clip.needs_both for example in checked} == {uses[0] == "both"}
 
 
-def test_examples_of_two_kinds_are_refused_by_engines_that_split(load_recipe):
+def test_sharded_training_rejects_several_modalities(load_recipe):
     modalities = ("both", "visual", "both")
     examples = [TrainingExample(ClipSource(Path("a.mp4"), modality), ()) for modality in modalities]
     check = load_recipe("sft").require_one_modality

@@ -46,23 +46,23 @@ def process_bytes(kind: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def read(processor: Processor) -> ClipInputs:
+def make_inputs(processor: Processor) -> ClipInputs:
     """Return the inputs of a clip of noise that is sampled by the model's rule."""
-    count = round(SHAPE.seconds * SHAPE.frames_per_second)
+    num_source_frames = round(SHAPE.seconds * SHAPE.frames_per_second)
     sampler = processor.family.frame_sampler
-    taken = len(sampler.sample_times(0.0, SHAPE.seconds, count))
-    rows, columns = sampler.frame_size(SHAPE.height, SHAPE.width, taken)
-    draw = np.random.default_rng(0)
-    frames = draw.integers(0, 256, (taken, rows, columns, 3), np.uint8)
-    wave = draw.normal(size=round(SHAPE.seconds * 16_000)).astype(np.float32)
-    times = np.arange(taken) * SHAPE.seconds / taken
+    num_frames = len(sampler.sample_times(0.0, SHAPE.seconds, num_source_frames))
+    rows, columns = sampler.frame_size(SHAPE.height, SHAPE.width, num_frames)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (num_frames, rows, columns, 3), np.uint8)
+    wave = rng.normal(size=round(SHAPE.seconds * 16_000)).astype(np.float32)
+    times = np.arange(num_frames) * SHAPE.seconds / num_frames
     return processor.clip_inputs(Clip("noise", frames, times, wave, 0.0, SHAPE.seconds, SHAPE.seconds))
 
 
-def step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
+def train_step(captioner: Captioner, fit_config: FitConfig, folder: str) -> None:
     """Train for one step of guided DPO on one clip, in a new folder."""
     work = Path(mkdtemp(dir=folder))
-    media = read(captioner.processor)
+    media = make_inputs(captioner.processor)
     (features,) = captioner.encode([media])
     attach_lora(captioner.network, LORA, seed=0)
     pair = Comparison("noise", "Tell.", ANSWER, f"two {ANSWER}", f"three {ANSWER}")
@@ -78,13 +78,13 @@ def run(folder: str, mode: str, fit_config: FitConfig) -> None:
     config = load_config(folder)
     captioner = Captioner(Network(config).eval(), Processor.load(folder, config=config))
     if mode == "training":
-        step(captioner, fit_config, folder)
+        train_step(captioner, fit_config, folder)
     else:
         request = CaptionRequest(Path("clip"), "Tell.", Sampling(max_new_tokens=16))
-        captioner.generate([request], clips=[read(captioner.processor)])
+        captioner.generate([request], clips=[make_inputs(captioner.processor)])
 
 
-def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
+def main(warm_up_folder: str, folder: str, mode: str, checkpointed: bool) -> None:
     """Print the estimate and the measurement."""
     # Freed memory goes back at once, or else the peak would count it.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
@@ -100,7 +100,7 @@ def main(warm: str, folder: str, mode: str, checkpointed: bool) -> None:
     work = Workload(clips=1, answers=3, answer_tokens=tokens, prompt_tokens=40, cached_features=True)
     budget = MemoryPlan(network, config, placement=placement, fit=fit_config, work=work, shape=SHAPE)
     memory = budget.training(checkpointed=checkpointed) if mode == "training" else budget.captioning(max_new_tokens=16)
-    run(warm, mode, fit_config)
+    run(warm_up_folder, mode, fit_config)
     gc.collect()
     before = process_bytes("VmRSS")
     run(folder, mode, fit_config)

@@ -1,4 +1,4 @@
-"""What a dry run says of parameters, tokens and memory, against what networks, clips and processes really have."""
+"""A dry run's estimates of parameters, tokens and memory, compared with real networks, clips and processes."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from salmonn.caption.processor import Processor
 from salmonn.model.families import PUBLISHED_CONFIGS, get_family
 from salmonn.model.loading import Placement, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.train import memory as budget
+from salmonn.train import memory as memory_plan
 from salmonn.train.dry_run import (
     ClipShape,
     MemoryEstimate,
@@ -32,7 +32,7 @@ from salmonn.train.memory import NumberSizes, Stack, TrainedParts
 from tests.launch import forked
 
 LORA = LoraConfig(rank=128, alpha=256)
-# As the cards of Qwen2, Qwen2.5 and Qwen2.5-VL have them: decoder, vision tower with merger.
+# From the model cards of Qwen2, Qwen2.5 and Qwen2.5-VL: decoder, vision tower with merger.
 PARAMETERS = {
     "tsinghua-ee/video-SALMONN-2": (7_615_616_512, None),
     "3B": (3_085_938_688, 668_684_288),
@@ -54,10 +54,10 @@ def test_parameters_of_the_published_models(model):
     config = offline_config(model)
     network = adapted(config)
     counts = count_parameters(network)
-    decoder, vision = next(of for size, of in PARAMETERS.items() if size == model or f"plus_{size}_" in model)
+    decoder, vision = next(counts for size, counts in PARAMETERS.items() if size == model or f"plus_{size}_" in model)
     assert counts["language model"].total == decoder and counts["language model"].trained == 0
-    whole = sum(value.numel() for value in network.vision.parameters())
-    assert vision in (None, whole)
+    num_vision = sum(value.numel() for value in network.vision.parameters())
+    assert vision in (None, num_vision)
     norm = 2 * 1280 if config.family == "salmonn2" else 0
     assert counts["audio encoder"].total == WHISPER_LARGE_ENCODER + norm
     # r (in + out) for queries, keys and values of each layer.
@@ -70,7 +70,7 @@ def test_parameters_of_the_published_models(model):
 
 
 def test_parameters_of_a_real_network(random_model):
-    """The network that is never filled has what the one in the folder has, part by part."""
+    """The network on the meta device has the same parts as the one in the folder."""
     real = load_network(random_model)
     attach_lora(real, LORA, seed=0)
     assert count_parameters(real) == count_parameters(adapted(load_config(random_model)))
@@ -81,46 +81,46 @@ def test_parameters_of_a_real_network(random_model):
     assert weights_bytes(real, Placement(dtype="bfloat16")) == (persistent - adapter) // 2 + adapter
 
 
-def test_an_unknown_model_is_named():
+def test_an_unknown_model_is_rejected():
     with pytest.raises(ValueError, match=r"unknown model no/such.*video-SALMONN2_plus_7B_full"):
         offline_config("no/such")
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory):
-    """51 s of 320x180 at 12 frames a second, with sound, and its shape."""
+def video_file(tmp_path_factory):
+    """51 s of 320x180 video at 12 frames a second, with audio, and its shape."""
     shape = ClipShape(seconds=51.0, width=320, height=180, frames_per_second=12.0)
-    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
     with av.open(str(path), "w") as file:
-        picture = file.add_stream("mpeg4", rate=12)
-        picture.width, picture.height, picture.pix_fmt = shape.width, shape.height, "yuv420p"
-        sound = file.add_stream("aac", rate=16_000, layout="mono")
+        video = file.add_stream("mpeg4", rate=12)
+        video.width, video.height, video.pix_fmt = shape.width, shape.height, "yuv420p"
+        audio = file.add_stream("aac", rate=16_000, layout="mono")
         for number in range(51 * 12):
             array = np.full((shape.height, shape.width, 3), number % 256, np.uint8)
-            file.mux(picture.encode(av.VideoFrame.from_ndarray(array)))
+            file.mux(video.encode(av.VideoFrame.from_ndarray(array)))
         wave = np.sin(np.arange(51 * 16_000) * 0.2).astype(np.float32)
         for start in range(0, len(wave), 1024):
             part = av.AudioFrame.from_ndarray(wave[None, start : start + 1024], format="fltp", layout="mono")
             part.sample_rate, part.pts, part.time_base = 16_000, start, Fraction(1, 16_000)
-            file.mux(sound.encode(part))
-        file.mux(picture.encode(None))
-        file.mux(sound.encode(None))
+            file.mux(audio.encode(part))
+        file.mux(video.encode(None))
+        file.mux(audio.encode(None))
     return path, shape
 
 
 @pytest.mark.parametrize("model", ["tsinghua-ee/video-SALMONN-2", "tsinghua-ee/video-SALMONN2_plus_7B_full"])
-def test_tokens_of_a_real_clip(film, processor, model):
-    path, shape = film
+def test_tokens_of_a_real_clip(video_file, processor, model):
+    path, shape = video_file
     config = offline_config(model)
     real = Processor(processor.tokenizer, config=config)
-    media, imagined = real.read(path), placeholder_inputs(config, shape)
-    assert (media.num_frames, media.grid) == (imagined.num_frames, imagined.grid)
-    assert media.pixels.shape == imagined.pixels.shape and media.mel.shape == imagined.mel.shape
-    assert torch.equal(real.make_layout(media).positions, get_family(config).layout(imagined).positions)
+    media, placeholder = real.read(path), placeholder_inputs(config, shape)
+    assert (media.num_frames, media.grid) == (placeholder.num_frames, placeholder.grid)
+    assert media.pixels.shape == placeholder.pixels.shape and media.mel.shape == placeholder.mel.shape
+    assert torch.equal(real.make_layout(media).positions, get_family(config).layout(placeholder).positions)
 
 
-def test_times_are_counted_where_they_are_told():
-    """video-SALMONN 2 tells each frame's time where nothing is heard: "1.0" to "51.0", as long as the longest."""
+def test_timestamp_tokens_are_counted():
+    """Without audio, video-SALMONN 2 has a timestamp after each frame; each counts as many tokens as the longest."""
     config = offline_config("tsinghua-ee/video-SALMONN-2")
     network = build_on_meta(config)
     placement, fit = Placement(dtype="bfloat16"), FitConfig()
@@ -136,7 +136,7 @@ def test_times_are_counted_where_they_are_told():
 
 
 def test_tokens_by_hand():
-    """51 s at 1 fps: 51 frames of 13 x 14 tokens, each with 3 of the 120 tokens heard. In 2+ 510 frames, two a step."""
+    """51 s at 1 fps: 51 frames of 13 x 14 tokens, each with 3 of the 120 audio tokens. In 2+ 510 frames, two a step."""
     configs = {model: offline_config(model) for model in PUBLISHED_CONFIGS}
     tokens = {
         model: len(get_family(config).layout(placeholder_inputs(config, ClipShape())))
@@ -158,22 +158,22 @@ HALF = NumberSizes(stored=2, computed=2)
 
 def test_formulas_by_hand():
     # Norms 2 * 4 * 8, attention 2 * (8 + 4 + 4 + 8) and 4 * 4, inner part 3 * 2 * 32.
-    assert budget.saved_per_layer(STACK, HALF, TrainedParts(), rows=1) == 64 + 48 + 16 + 192
+    assert memory_plan.saved_per_layer(STACK, HALF, TrainedParts(), rows=1) == 64 + 48 + 16 + 192
     # Three more of keys and values, 16 bytes each; three adapters of 8 numbers and 8 of dropout's.
-    assert budget.saved_per_layer(STACK, HALF, TrainedParts(adapted=3), rows=3) == 64 + 96 + 16 + 192 + 3 * 24
-    kept = {"tokens": 10, "rows": 1}
-    assert budget.saved_by_stack(STACK, HALF, TrainedParts(), **kept, checkpointed=False) == 3 * 10 * 320
-    assert budget.saved_by_stack(STACK, HALF, TrainedParts(), **kept, checkpointed=True) == 3 * 10 * 8 * 2
-    assert budget.kv_cache_bytes(STACK, HALF, tokens=10) == 2 * 3 * 2 * 2 * 10 * 2
-    assert budget.logits_bytes(100, HALF, tokens=10) == 10 * 100 * 18
-    assert budget.logits_bytes(100, NumberSizes(4, 4), tokens=10) == 10 * 100 * 16
+    assert memory_plan.saved_per_layer(STACK, HALF, TrainedParts(adapted=3), rows=3) == 64 + 96 + 16 + 192 + 3 * 24
+    sizes = {"tokens": 10, "rows": 1}
+    assert memory_plan.saved_by_stack(STACK, HALF, TrainedParts(), **sizes, checkpointed=False) == 3 * 10 * 320
+    assert memory_plan.saved_by_stack(STACK, HALF, TrainedParts(), **sizes, checkpointed=True) == 3 * 10 * 8 * 2
+    assert memory_plan.kv_cache_bytes(STACK, HALF, tokens=10) == 2 * 3 * 2 * 2 * 10 * 2
+    assert memory_plan.logits_bytes(100, HALF, tokens=10) == 10 * 100 * 18
+    assert memory_plan.logits_bytes(100, NumberSizes(4, 4), tokens=10) == 10 * 100 * 16
     assert MemoryEstimate({"a": 3, "b": 4}, {"c": 5, "d": 2}).peak == 12
 
 
 @pytest.mark.parametrize(
     ("batch", "gradient_accumulation_steps", "ranks", "expected"), [(8, 8, 8, 1), (8, 8, 1, 1), (128, 8, 8, 2)]
 )
-def test_clips_at_once(monkeypatch, batch, gradient_accumulation_steps, ranks, expected):
+def test_clips_per_micro_batch(monkeypatch, batch, gradient_accumulation_steps, ranks, expected):
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     assert (
         clips_per_micro_batch(FitConfig(batch_size=batch, gradient_accumulation_steps=gradient_accumulation_steps))
@@ -181,7 +181,7 @@ def test_clips_at_once(monkeypatch, batch, gradient_accumulation_steps, ranks, e
     )
 
 
-def test_quantised_weights_and_checkpointed_layers_need_less():
+def test_quantized_weights_and_checkpointed_layers_need_less():
     config = offline_config("tsinghua-ee/video-SALMONN2_plus_7B_full")
     network = adapted(config)
     plan = {
@@ -194,7 +194,7 @@ def test_quantised_weights_and_checkpointed_layers_need_less():
         )
         for bits in (None, 8, 4)
     }
-    weights = {bits: each.captioning(max_new_tokens=1024).persistent["weights"] for bits, each in plan.items()}
+    weights = {bits: memory.captioning(max_new_tokens=1024).persistent["weights"] for bits, memory in plan.items()}
     matrices = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     assert weights[None] - weights[8] == matrices
     assert weights[8] - weights[4] == matrices * 7 // 16
@@ -205,30 +205,30 @@ def test_quantised_weights_and_checkpointed_layers_need_less():
 
 
 @pytest.fixture(scope="module")
-def middling(random_plus, tmp_path_factory):
+def medium(random_plus, tmp_path_factory):
     """Folder of config and tokenizer of a model large enough that its tensors are most of a process's memory."""
-    folder = tmp_path_factory.mktemp("middling")
+    folder = tmp_path_factory.mktemp("medium")
     config = load_config(random_plus)
     Processor.load(random_plus, config=config).save(folder)
     rope = dict(rope_type="default", rope_theta=10_000.0, mrope_section=[16, 8, 8])
     sizes = dict(vocab_size=16_000, hidden_size=512, intermediate_size=1536, num_hidden_layers=4)
     text = {key: value for key, value in config.lm["text_config"].items() if key != "layer_types"}
     text |= sizes | dict(num_attention_heads=8, num_key_value_heads=2, rope_parameters=rope)
-    seeing = dict(depth=2, hidden_size=256, intermediate_size=768, num_heads=4, patch_size=14, spatial_merge_size=2)
-    seeing |= dict(window_size=112, fullatt_block_indexes=[1], out_hidden_size=512)
-    config.lm = config.lm | dict(text_config=text, vision_config=config.lm["vision_config"] | seeing)
+    vision = dict(depth=2, hidden_size=256, intermediate_size=768, num_heads=4, patch_size=14, spatial_merge_size=2)
+    vision |= dict(window_size=112, fullatt_block_indexes=[1], out_hidden_size=512)
+    config.lm = config.lm | dict(text_config=text, vision_config=config.lm["vision_config"] | vision)
     config.frames = dict(interval_seconds=0.5, min_frames=16, max_frames=64, factor=28)
     config.save_pretrained(folder)
     return folder
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is measured as Linux counts it")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is measured in /proc")
 @pytest.mark.parametrize("work", ["training", "training checkpointed", "captioning"])
-def test_memory_of_a_real_process(random_plus, middling, work, capsys):
+def test_memory_of_a_real_process(random_plus, medium, work, capsys):
     """One step of guided DPO and one caption: the estimate is within 30 % of what the process grows by."""
-    line = [sys.executable, Path(__file__).with_name("measure.py"), random_plus, middling, *work.split()]
+    command = [sys.executable, Path(__file__).with_name("measure.py"), random_plus, medium, *work.split()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(forked(*line), capture_output=True, text=True, timeout=300, env=env, check=False)
+    result = subprocess.run(forked(*command), capture_output=True, text=True, timeout=300, env=env, check=False)
     assert result.returncode == 0, result.stderr
     estimated, measured = map(int, result.stdout.split())
     with capsys.disabled():

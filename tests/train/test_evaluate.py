@@ -1,4 +1,4 @@
-"""Encoding, sampling, answering and judging in batches: equal on any number of processes, resumed after a kill."""
+"""Encoding, sampling, answering and judging in batches: equal on any number of processes, and resumable."""
 
 import json
 import os
@@ -33,19 +33,21 @@ SAMPLING = SampleConfig(temperature=1.0, top_p=0.9, max_new_tokens=12, num_sampl
 SEED = 7
 
 
-def test_batches_are_of_like_length():
+def test_batches_have_similar_lengths():
     assert make_batches([3, 9, 9, 1, 5], size=2) == [[1], [2, 4], [0, 3]]
-    assert make_batches([3, 9], size=0) == [[1], [0]]  # more samples of one clip than are generated at once
+    assert make_batches([3, 9], size=0) == [[1], [0]]  # more samples of one clip than the batch size
     assert make_batches([], size=4) == []
 
 
-def work(captioner, clips, folder, name="work") -> dict[str, list]:
-    """All that is spread over ranks; the folder takes the clips' tokens."""
+def run_all_work(captioner, clips, folder, name="work") -> dict[str, list]:
+    """Run all work that is distributed over ranks; features are cached in the folder."""
     (uncached,) = cache_features(captioner, clips, name=name)
     for _ in ("cold", "warm"):
         cache = open_feature_cache(FeatureCacheConfig(folder), captioner)
         (clips,) = cache_features(captioner, clips, name=name, cache=cache)
-        assert all(torch.equal(one.tokens, clips.features[clip].tokens) for clip, one in uncached.features.items())
+        assert all(
+            torch.equal(features.tokens, clips.features[clip].tokens) for clip, features in uncached.features.items()
+        )
     captions = sample_captions(captioner, clips, SAMPLING, name=name, seed=SEED)
     answers = answer_questions(captioner, clips, name=name, batch_size=3)
     scores = judge_captions(captions, clips.by_video, judge=RuleJudge().judge)
@@ -65,61 +67,61 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.records import Reference, read_records
 from salmonn.train.data import ClipSet
-from tests.train.test_evaluate import work
+from tests.train.test_evaluate import run_all_work
 
 out, model, root = map(Path, sys.argv[1:])
 dist.setup(threads=1)
 clips = ClipSet(read_records(root / "clips.jsonl", Reference), root)
-(out / f"{dist.rank()}.json").write_text(json.dumps(work(Captioner.load(model), clips, out / "tokens")))
+(out / f"{dist.rank()}.json").write_text(json.dumps(run_all_work(Captioner.load(model), clips, out / "tokens")))
 """
 
 
-def test_two_processes_make_the_same(captioner, clips, random_model, tmp_path):
+def test_two_processes_give_the_same_results(captioner, clips, random_model, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     launcher = Path(sys.executable).with_name("torchrun")
     arguments = [tmp_path / "script.py", tmp_path, random_model, clips.root]
-    line = forked(launcher, "--standalone", "--nproc_per_node=2", *arguments)
+    command = forked(launcher, "--standalone", "--nproc_per_node=2", *arguments)
     root = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False, env=root)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=root)
     assert result.returncode == 0, result.stderr
-    alone = json.loads(json.dumps(work(captioner, clips, tmp_path / "tokens")))
-    assert len(alone["captions"]) == 10 and len(alone["answers"]) > 3
-    assert len(list((tmp_path / "tokens").iterdir())) == 5  # one process found those of two
+    expected = json.loads(json.dumps(run_all_work(captioner, clips, tmp_path / "tokens")))
+    assert len(expected["captions"]) == 10 and len(expected["answers"]) > 3
+    assert len(list((tmp_path / "tokens").iterdir())) == 5  # one process found the features of two
     for rank in (0, 1):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
 
 
 @pytest.fixture
 def costs(monkeypatch):
-    """What the pieces of work cost that were last spread, in this one process."""
-    told = []
+    """The costs of the items that were last distributed; all go to this process."""
+    last_costs = []
 
-    def balance(given):
-        told[:] = given
-        return [list(range(len(given)))]
+    def balance(item_costs):
+        last_costs[:] = item_costs
+        return [list(range(len(item_costs)))]
 
     monkeypatch.setattr(dist, "balance", balance)
-    return told
+    return last_costs
 
 
 class Killed(Exception):
-    """Stands for the end of a process."""
+    """Raised where the process would be killed."""
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the batches that a model answers; from the number `fatal` on, it is killed there."""
-    counted = Counter(answered=0, fatal=1000)
+    """Count the generated batches; the process is killed at batch number `fatal`."""
+    counts = Counter(answered=0, fatal=1000)
     generate = Captioner.generate
 
-    def counting(*args, **given):
-        if counted["answered"] == counted["fatal"]:
+    def generate_counted(*args, **kwargs):
+        if counts["answered"] == counts["fatal"]:
             raise Killed
-        counted["answered"] += 1
-        return generate(*args, **given)
+        counts["answered"] += 1
+        return generate(*args, **kwargs)
 
-    monkeypatch.setattr(Captioner, "generate", counting)
-    return counted
+    monkeypatch.setattr(Captioner, "generate", generate_counted)
+    return counts
 
 
 def test_killed_sampling_resumes_from_its_finished_batches(
@@ -129,42 +131,44 @@ def test_killed_sampling_resumes_from_its_finished_batches(
     folder = tmp_path / "round_1"
     partial = folder / "captions.parts"
 
-    def sample(**given) -> list[Caption]:
-        return sample_captions(captioner, clips, SAMPLING, name="sampling", **{"seed": SEED} | given)
+    def sample(**options) -> list[Caption]:
+        return sample_captions(captioner, clips, SAMPLING, name="sampling", **{"seed": SEED} | options)
 
-    unbroken = sample()
-    assert calls["answered"] == 3  # 5 clips, 2 captions of each, 4 at once
+    expected = sample()
+    assert calls["answered"] == 3  # 5 clips with 2 captions each, in batches of 4
     calls["fatal"] = 5
     with pytest.raises(Killed):
         sample(folder=folder)
     assert sorted(path.name for path in partial.iterdir()) == ["part_00000.jsonl", "part_00001.jsonl", "parts.json"]
     calls.update(answered=-5, fatal=1000)
 
-    def killed(path, records):
+    def raise_killed(path, records):
         raise Killed
 
-    with monkeypatch.context() as patch:  # killed before the whole file is written
-        patch.setattr("salmonn.train.run_folder.write_records", killed)
+    with monkeypatch.context() as patch:  # killed before the complete file is written
+        patch.setattr("salmonn.train.run_folder.write_records", raise_killed)
         with pytest.raises(Killed):
             sample(folder=folder)
     assert calls["answered"] == 1
-    # Finished batches cost nothing; the last one has the two shortest clips, two captions of 12 tokens of each.
+    # Finished batches have no cost; the last one has the two shortest clips, two captions of 12 tokens of each.
     lengths = sorted(len(features) for features in clips.features.values())
     assert costs == [0, 0, sum(lengths[:2]) + 2 * 24]
     paths = [partial / f"part_{number:05d}.jsonl" for number in range(3)]
-    assert sorted((one for path in paths for one in read_records(path, Caption)), key=unbroken.index) == unbroken
+    assert (
+        sorted((caption for path in paths for caption in read_records(path, Caption)), key=expected.index) == expected
+    )
     assert not caplog.records
     saved = tmp_path / "saved"
     shutil.copytree(partial, saved)
-    assert sample(folder=folder) == unbroken and calls["answered"] == 1
+    assert sample(folder=folder) == expected and calls["answered"] == 1
     assert [path.name for path in folder.iterdir()] == ["captions.jsonl"]
 
     (folder / "captions.jsonl").unlink()
     shutil.copytree(saved, partial)  # batches with another seed are sampled again
     other = sample(folder=folder, seed=8)
-    assert other != unbroken and calls["answered"] == 4
+    assert other != expected and calls["answered"] == 4
     assert "sampling again" in caplog.text
-    shutil.copytree(saved, partial)  # a kill just after the whole file was written
+    shutil.copytree(saved, partial)  # killed just after the complete file was written
     assert sample(folder=folder, seed=8) == other and calls["answered"] == 4 and not partial.exists()
 
 
@@ -173,42 +177,44 @@ def test_batches_have_different_seeds(captioner, clips):
     (clips,) = cache_features(captioner, clips.head(1), name="clips")
     (features,) = clips.features.values()
     references = [replace(clips.references[0], video=f"{number}.mp4") for number in range(3)]
-    copies = replace(clips, references=references, features={clips.source(one): features for one in references})
+    copies = replace(
+        clips, references=references, features={clips.source(reference): features for reference in references}
+    )
     captions = sample_captions(captioner, copies, replace(SAMPLING, batch_size=2), name="sampling", seed=SEED)
     texts = [caption.text for caption in captions]
     assert len({tuple(texts[:2]), tuple(texts[2:4]), tuple(texts[4:])}) == 3
 
 
-def test_reading_costs_what_the_files_last(captioner, clips, costs):
+def test_the_cost_of_reading_is_the_duration(captioner, clips, costs):
     cache_features(captioner, clips, name="clips")
-    lasting = sorted((reference.duration_seconds for reference in clips.references), reverse=True)
-    assert costs == pytest.approx([1 + seconds for seconds in lasting], abs=0.2)
+    durations = sorted((reference.duration_seconds for reference in clips.references), reverse=True)
+    assert costs == pytest.approx([1 + seconds for seconds in durations], abs=0.2)
 
 
-class Echo:
-    """Judges nothing, and says what it was given."""
+class EchoJudge:
+    """Returns the video and text of each caption instead of a score."""
 
     def judge(self, tasks):
         return [(task.reference.video, task.caption.text) for task in tasks]
 
 
-def test_judging_costs_words(costs):
+def test_the_cost_of_judging_is_the_number_of_words(costs):
     references = {
         "a": Reference("a", events=(Event("a star moves", "visual"), Event("a bell", "audio"))),
         "b": Reference("b", events=(Event("it rains", "visual"),)),
     }
     captions = [Caption("b", "one"), Caption("a", "one two"), Caption("a", ""), Caption("b", "two")]
-    said = judge_captions(captions, references, judge=Echo().judge)
-    assert said == [("b", "one"), ("a", "one two"), ("a", ""), ("b", "two")]
-    # The events of b, two words, are read with each of its captions of one; those of a, five words, likewise.
+    results = judge_captions(captions, references, judge=EchoJudge().judge)
+    assert results == [("b", "one"), ("a", "one two"), ("a", ""), ("b", "two")]
+    # The events of b have two words, its captions one each; the events of a have five, its captions two and none.
     assert costs == [2 * (2 + 1), 2 + 5 + 0 + 5]
 
 
 @torch.no_grad()
 def test_captions_of_clips(captioner, clips, media):
     (clips,) = cache_features(captioner, clips, name="clips")
-    for reference, alone in zip(clips.references, captioner.encode(media), strict=True):
-        assert torch.allclose(clips.features_of(reference).tokens, alone.tokens, atol=1e-5)
+    for reference, expected in zip(clips.references, captioner.encode(media), strict=True):
+        assert torch.allclose(clips.features_of(reference).tokens, expected.tokens, atol=1e-5)
     config = replace(SAMPLING, max_new_tokens=6)
     captions = sample_captions(captioner, clips, config, name="sampling", seed=1)
     assert [(caption.video, caption.sample) for caption in captions] == [
@@ -224,12 +230,12 @@ def test_captions_of_clips(captioner, clips, media):
 def test_evaluation(captioner, clips, monkeypatch):
     """A model that answers all questions and repeats the reference captions makes no error."""
     (clips,) = cache_features(captioner, clips, name="clips")
-    right = {clips.features_of(reference).tokens.data_ptr(): reference for reference in clips.references}
+    reference_of = {clips.features_of(reference).tokens.data_ptr(): reference for reference in clips.references}
 
     def generate(requests, *, clips, **_):
         captions = []
         for request, features in zip(requests, clips, strict=True):
-            reference = right[features.tokens.data_ptr()]
+            reference = reference_of[features.tokens.data_ptr()]
             answers = {item.question: item.answer for item in reference.questions} | {None: reference.caption}
             prompt = request.prompt or PLAIN_PROMPTS["both"]
             captions.append([Caption(str(request.path), answers[request.prompt], prompt=prompt)])
@@ -243,8 +249,8 @@ def test_evaluation(captioner, clips, monkeypatch):
 
 
 def test_clips_without_questions_are_evaluated_by_their_captions(captioner, clips):
-    bare = [replace(reference, questions=()) for reference in clips.references[:2]]
-    (clips,) = cache_features(captioner, replace(clips, references=bare), name="clips")
+    references = [replace(reference, questions=()) for reference in clips.references[:2]]
+    (clips,) = cache_features(captioner, replace(clips, references=references), name="clips")
     sampling = SampleConfig(max_new_tokens=4)
-    result = evaluate(captioner, clips, judge=RuleJudge(), sampling=sampling, name="bare")
+    result = evaluate(captioner, clips, judge=RuleJudge(), sampling=sampling, name="clips")
     assert result.rates.qa_accuracy is None and not result.answers and len(result.results) == 2

@@ -1,4 +1,4 @@
-"""Options of the loop for full size: epochs, pieces, checkpointed layers, 16 bits; what is learnt stays the same."""
+"""Options of the loop: epochs, gradient accumulation, checkpointing and 16 bits give the same gradients."""
 
 import json
 import os
@@ -27,14 +27,14 @@ from salmonn.train.preference import (
 )
 from tests.launch import forked
 
-STEADY = LoraConfig(rank=4, dropout=0.0)
+NO_DROPOUT = LoraConfig(rank=4, dropout=0.0)
 TIMED = ("tokens_per_second", "memory_gib", "wait_seconds", "seconds")
-HEARING = ("audio.qformer.", "audio.projector.")
+AUDIO_PREFIXES = ("audio.qformer.", "audio.projector.")
 FEW_FRAMES = {"max_frames": 4}  # for bfloat16: many CPUs take 40 times as long for a product as in float32
 
 
 class Source:
-    """Batches by a function of the step."""
+    """Batches from a function of the step."""
 
     def __init__(self, micro_batches) -> None:
         self.micro_batches = micro_batches
@@ -45,7 +45,7 @@ def context_in(folder, *, seed=0) -> FitContext:
 
 
 def steps_of(folder) -> list[dict]:
-    """The figures of the log but those of time and memory."""
+    """Return the logged figures, except for times and memory."""
     steps = map(json.loads, (folder / "steps.jsonl").read_text().splitlines())
     return [{name: value for name, value in step.items() if name not in TIMED} for step in steps]
 
@@ -59,7 +59,7 @@ def test_epochs_become_steps():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ({"epochs": 1.0}, "got steps 1000 and epochs 1.0"),
         ({"steps": None}, "got steps None and epochs None"),
@@ -67,12 +67,12 @@ def test_epochs_become_steps():
         ({"gradient_accumulation_steps": 0}, "at least 1, got 0"),
     ],
 )
-def test_options_that_make_no_sense(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_options(options, message):
+    with pytest.raises(ValueError, match=message):
         FitConfig(**options)
 
 
-def test_a_cosine_that_ends_at_nothing():
+def test_a_cosine_that_ends_at_zero():
     config = FitConfig(learning_rate=2.0, min_lr_ratio=0.0, steps=10, warmup_ratio=0.2)
     assert [learning_rate_at(step, config) for step in (0, 1, 2, 6)] == pytest.approx([1.0, 2.0, 2.0, 1.0])
     assert learning_rate_at(10, config) == pytest.approx(0.0)
@@ -86,28 +86,28 @@ def test_parts_are_even_and_never_empty(count, parts, expected):
     assert [list(part) for part in split_evenly(range(count), parts)] == expected
 
 
-def test_a_batch_that_does_not_reach_for_all_ranks_is_refused(captioner, monkeypatch, tmp_path):
+def test_a_batch_smaller_than_the_number_of_ranks_is_rejected(captioner, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"batch_size 1 is smaller than the number of processes \(2\)"):
         fit_network(captioner.network, Source(lambda _: []), tmp_path, loss=sft_loss, batch_size=1)
 
 
 def fit_network(network, batches, folder, *, loss, **options) -> dict[str, torch.Tensor]:
-    """Trained weights after a few steps."""
+    """Train for a few steps and return the trained weights."""
     config = FitConfig(**{"learning_rate": 1e-3, "steps": 1, "warmup_ratio": 1.0} | options)
     fit(network, batches, loss, config, context=context_in(folder))
     return {name: value.clone() for name, value in network.named_parameters() if value.requires_grad}
 
 
 @pytest.fixture
-def learn(random_model, clips, tmp_path):
-    """Gradients of one SFT step of adapter and Q-Former on four clips, and its loss."""
+def sft_gradients(random_model, clips, tmp_path):
+    """Return the gradients of adapter and Q-Former in one SFT step on four clips, and the logged figures."""
 
     def run(*, gradient_accumulation_steps=1, **options):
         network = Captioner.load(random_model).network
-        attach_lora(network, STEADY, seed=0)
+        attach_lora(network, NO_DROPOUT, seed=0)
         for name, parameter in network.named_parameters():
-            if name.startswith(HEARING):
+            if name.startswith(AUDIO_PREFIXES):
                 parameter.requires_grad = True
         processor = Captioner.load(random_model).processor
         examples = make_examples(clips.head(4), ("caption", "questions"))
@@ -125,10 +125,10 @@ def learn(random_model, clips, tmp_path):
 
 
 def gradients(network, batches, folder, *, loss, **options):
-    """What the first step's optimiser sees: its gradients before clipping, and the figures of the log."""
-    grads, folder = {}, Path(mkdtemp(dir=folder))  # a run in the folder of another would go on from its end
+    """Return the gradients of the first step before clipping, and the logged figures."""
+    grads, folder = {}, Path(mkdtemp(dir=folder))  # a run in the folder of another would resume it
     names = {parameter: name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    # The hook hears of a weight's gradient once all pieces have added to it, since steps overwrite the earlier.
+    # Later micro-batches overwrite the recorded gradient, so the last one includes all of them.
     for parameter, name in names.items():
         parameter.register_post_accumulate_grad_hook(
             lambda parameter, name=name: grads.__setitem__(name, parameter.grad.clone())
@@ -139,60 +139,62 @@ def gradients(network, batches, folder, *, loss, **options):
 
 
 def distance(ours: dict, theirs: dict) -> float:
-    """Greatest difference of two sets of gradients, in parts of the greatest gradient."""
+    """Return the largest difference of two sets of gradients, relative to the largest gradient."""
     assert ours.keys() == theirs.keys() and ours
-    greatest = max(value.abs().max() for value in theirs.values())
-    return max(float((ours[name] - theirs[name]).abs().max() / greatest) for name in theirs)
+    largest = max(value.abs().max() for value in theirs.values())
+    return max(float((ours[name] - theirs[name]).abs().max() / largest) for name in theirs)
 
 
-def test_checkpointed_layers_give_the_same_gradients(learn):
-    plain, figures = learn()
-    again, same = learn(gradient_checkpointing=True)
-    assert same == pytest.approx(figures, abs=1e-6) and distance(again, plain) < 1e-6
-    assert any("lora_A" in name for name in again) and any("qformer" in name for name in again)
-    assert any(value.abs().max() > 0 for name, value in again.items() if "qformer" in name)
+def test_checkpointed_layers_give_the_same_gradients(sft_gradients):
+    plain, figures = sft_gradients()
+    checkpointed, checkpointed_figures = sft_gradients(gradient_checkpointing=True)
+    assert checkpointed_figures == pytest.approx(figures, abs=1e-6) and distance(checkpointed, plain) < 1e-6
+    assert any("lora_A" in name for name in checkpointed) and any("qformer" in name for name in checkpointed)
+    assert any(value.abs().max() > 0 for name, value in checkpointed.items() if "qformer" in name)
 
 
-def test_checkpointed_layers_keep_less(captioner, clips):
-    """Or else the option would be a word: what the forward pass keeps for the gradient."""
+def test_checkpointed_layers_save_less(captioner, clips):
+    """Compare the tensors that the forward pass saves for the backward pass."""
     processor = captioner.processor
-    attach_lora(captioner.network, STEADY, seed=0)
+    attach_lora(captioner.network, NO_DROPOUT, seed=0)
     examples = make_examples(clips.head(1), ("caption",))
     (batch,) = SftBatches(examples, processor, ClipCache(processor), batch_size=1, seed=0).micro_batches(0)
     captioner.network.train()
-    kept = {}
-    for on in (False, True):
-        captioner.network.checkpoint_layers(on)
+    saved_bytes = {}
+    for checkpointed in (False, True):
+        captioner.network.checkpoint_layers(checkpointed)
         sizes = {}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t, sizes=sizes: (sizes.__setitem__(t.untyped_storage().data_ptr(), t.nbytes), t)[1], lambda t: t
         ):
             sft_loss(captioner.network, batch)
-        kept[on] = sum(sizes.values())
-    assert kept[True] < 0.6 * kept[False]
+        saved_bytes[checkpointed] = sum(sizes.values())
+    assert saved_bytes[True] < 0.6 * saved_bytes[False]
 
 
 @pytest.mark.parametrize("gradient_accumulation_steps", [2, 3, 9])
-def test_pieces_give_the_gradient_of_the_whole(learn, gradient_accumulation_steps):
-    whole, figures = learn()
-    pieces, same = learn(gradient_accumulation_steps=gradient_accumulation_steps)
-    # Sums in another order round otherwise, by some 1e-5 here; a piece of a wrong weight would be parts of a hundred.
-    assert same == pytest.approx(figures, rel=1e-5) and distance(pieces, whole) < 5e-5
+def test_accumulated_gradients_equal_those_of_the_batch(sft_gradients, gradient_accumulation_steps):
+    full, figures = sft_gradients()
+    accumulated, accumulated_figures = sft_gradients(gradient_accumulation_steps=gradient_accumulation_steps)
+    # Another order of sums changes rounding by about 1e-5; a wrong weight of a micro-batch would change about 1e-2.
+    assert accumulated_figures == pytest.approx(figures, rel=1e-5) and distance(accumulated, full) < 5e-5
 
 
-def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
-    """Guided DPO on three pairs, together and one by one; every figure of the log is the same."""
+def test_accumulated_gradients_of_pairs(clips, tmp_path, fill_adapter):
+    """Guided DPO on three pairs in one micro-batch and in three; all logged figures are the same."""
     results = []
     for gradient_accumulation_steps in (1, 3):
-        # A trained model, since a random one of large weights makes much of rounding.
+        # A trained model: with large random weights, rounding errors would dominate.
         captioner = Captioner.load(SHIPPED_MODEL)
         media = [captioner.processor.read(clips.root / reference.video) for reference in clips.references[:3]]
         features = zip(clips.references, captioner.encode(media), strict=False)
         examples = [
-            PreferenceExample(Comparison(one.video, "Tell.", "a red star", f"{one.video} a tone", "the truth"), clip)
-            for one, clip in features
+            PreferenceExample(
+                Comparison(reference.video, "Tell.", "a red star", f"{reference.video} a tone", "the truth"), clip
+            )
+            for reference, clip in features
         ]
-        attach_lora(captioner.network, STEADY, seed=0)
+        attach_lora(captioner.network, NO_DROPOUT, seed=0)
         loss = make_loss(LossConfig())
         logps = compute_reference_logps(
             captioner.network, examples, captioner.processor, roles=loss.reference_roles, batch_size=1
@@ -209,20 +211,20 @@ def test_pieces_of_pairs(clips, tmp_path, fill_adapter):
         fill_adapter(captioner.network)
         assert len(batches.micro_batches(0)) == gradient_accumulation_steps
         results.append(gradients(captioner.network, batches, tmp_path, loss=PreferenceBatchLoss(loss)))
-    (whole, figures), (pieces, same) = results
-    assert same == pytest.approx(figures, rel=1e-4) and distance(pieces, whole) < 1e-5
+    (full, figures), (accumulated, accumulated_figures) = results
+    assert accumulated_figures == pytest.approx(figures, rel=1e-4) and distance(accumulated, full) < 1e-5
 
 
-def test_16_bits_train_in_32(random_model, clips, tmp_path):
-    """Adapter and Q-Former are float32 while they are trained, the rest stays in bfloat16; the result is all of it."""
+def test_16_bit_weights_are_trained_in_32_bits(random_model, clips, tmp_path):
+    """Adapter and Q-Former are float32 in training, the rest is bfloat16; the result is all bfloat16."""
     captioner = Captioner.load(random_model, placement=Placement(dtype="bfloat16"), frames=FEW_FRAMES)
     processor = captioner.processor
     before = {name: value.clone() for name, value in captioner.network.named_parameters()}
 
     def prepare(network):
-        attach_lora(network, STEADY, seed=0)
+        attach_lora(network, NO_DROPOUT, seed=0)
         for name, parameter in network.named_parameters():
-            if name.startswith(HEARING):
+            if name.startswith(AUDIO_PREFIXES):
                 parameter.requires_grad = True
         return network
 
@@ -231,45 +233,47 @@ def test_16_bits_train_in_32(random_model, clips, tmp_path):
     batches = SftBatches(examples, processor, ClipCache(processor), batch_size=2, seed=0)
     dtypes = []
 
-    def look(model):
+    def record_dtypes(model):
         dtypes.append({(value.requires_grad, value.dtype) for value in model.parameters()})
         return {}
 
     config = FitConfig(
         learning_rate=6e-3, steps=12, warmup_ratio=0.2, precision="bfloat16", gradient_checkpointing=True
     )
-    context = replace(context_in(tmp_path), callback=Callback(look, every=1))
-    done = fit(network, batches, sft_loss, config, context=context)
+    context = replace(context_in(tmp_path), callback=Callback(record_dtypes, every=1))
+    checkpoint = fit(network, batches, sft_loss, config, context=context)
     losses = [step["loss"] for step in steps_of(tmp_path)]
     assert set.union(*dtypes) == {(True, torch.float32), (False, torch.bfloat16)}
     assert losses[-1] < 0.8 * losses[0]
     captioner.reload(random_model, placement=Placement(dtype="bfloat16"))
     network = prepare(captioner.network)
-    load_trained(network, done)
+    load_trained(network, checkpoint)
     merge_adapter(network)
     after = dict(network.named_parameters())
     assert after.keys() == before.keys() and {value.dtype for value in after.values()} == {torch.bfloat16}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any(name.startswith(HEARING) for name in changed) and any("q_proj" in name for name in changed)
-    assert all(name.startswith(HEARING) or name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in changed)
-    captioner.encode([processor.read(clips.root / clips.references[0].video)])  # of one type again
+    assert any(name.startswith(AUDIO_PREFIXES) for name in changed) and any("q_proj" in name for name in changed)
+    assert all(
+        name.startswith(AUDIO_PREFIXES) or name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in changed
+    )
+    captioner.encode([processor.read(clips.root / clips.references[0].video)])  # all weights have one dtype again
 
 
-def test_16_bits_trained_as_a_whole_need_16_bit_precision(random_model, tmp_path):
+def test_full_training_of_16_bit_weights_needs_16_bit_precision(random_model, tmp_path):
     network = Captioner.load(random_model, placement=Placement(dtype="bfloat16")).network
     network.requires_grad_(True)
     with pytest.raises(ValueError, match=r"weights to train are bfloat16, .*fit\.precision bfloat16"):
         fit_network(network, Source(lambda _: []), tmp_path, loss=sft_loss)
 
 
-class Killed(Exception):
-    """What ends a run in the middle."""
+class Interrupted(Exception):
+    """Raised to interrupt a run."""
 
 
 def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
-    """Float32 masters of bfloat16 weights come back from the checkpoint whole."""
+    """Float32 master weights of bfloat16 weights are restored exactly from the checkpoint."""
 
-    def run(name, *, killed_at=None):
+    def run(name, *, interrupted_at=None):
         captioner = Captioner.load(random_model, placement=Placement(dtype="bfloat16"), frames=FEW_FRAMES)
         attach_lora(captioner.network, LoraConfig(rank=2, dropout=0.5), seed=0)
         for parameter in captioner.network.audio.projector.parameters():
@@ -290,8 +294,8 @@ def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
         )
 
         def micro_batches(step):
-            if step == killed_at:
-                raise Killed
+            if step == interrupted_at:
+                raise Interrupted
             return batches.micro_batches(step)
 
         return fit(
@@ -302,13 +306,13 @@ def test_a_run_with_all_options_resumes(random_model, clips, tmp_path):
             context=context_in(tmp_path / name, seed=1),
         )
 
-    unbroken = run("unbroken")
-    with pytest.raises(Killed):
-        run("broken", killed_at=3)
-    assert len(steps_of(tmp_path / "broken")) == 3  # the checkpoint is of 2
-    resumed = run("broken")
-    assert steps_of(tmp_path / "broken") == steps_of(tmp_path / "unbroken") and resumed.step == 4
-    assert resumed.path.read_bytes() == unbroken.path.read_bytes()
+    uninterrupted = run("uninterrupted")
+    with pytest.raises(Interrupted):
+        run("interrupted", interrupted_at=3)
+    assert len(steps_of(tmp_path / "interrupted")) == 3  # the checkpoint has 2 steps
+    resumed = run("interrupted")
+    assert steps_of(tmp_path / "interrupted") == steps_of(tmp_path / "uninterrupted") and resumed.step == 4
+    assert resumed.path.read_bytes() == uninterrupted.path.read_bytes()
 
 
 RANKS = """
@@ -341,8 +345,8 @@ moved = torch.cat([value.detach().flatten() for value in trained]) - start
 """
 
 
-def test_pieces_on_two_processes(clips, tmp_path):
-    """Three examples in two pieces on one rank, two on the other: both move the weights as one process does."""
+def test_gradient_accumulation_on_two_processes(clips, tmp_path):
+    """Three examples in two micro-batches on one rank, two on the other: the same update as of one process."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     arguments = [script, SHIPPED_MODEL, clips.root, tmp_path]
@@ -351,8 +355,8 @@ def test_pieces_on_two_processes(clips, tmp_path):
         subprocess.run(
             forked(*launcher, *arguments), check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
-    alone, first, second = (
+    single, first, second = (
         torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("1-0", "2-0", "2-1")
     )
-    assert torch.equal(first, second) and alone.abs().max() > 1e-3
-    assert (alone - first).abs().max() < 0.02 * 1e-3  # a hundredth of what a step moves a weight
+    assert torch.equal(first, second) and single.abs().max() > 1e-3
+    assert (single - first).abs().max() < 0.02 * 1e-3  # 2 % of a step's change of a weight

@@ -1,4 +1,4 @@
-"""Engines, two real processes each: the losses of one process, whole checkpoints, right merges; and refusals."""
+"""Strategies on two real processes: losses, checkpoints and merged weights of one process; rejected settings."""
 
 import json
 import os
@@ -22,8 +22,8 @@ SLOW = pytest.mark.slow
 
 def launch(strategy, model, clips, out, *, processes, options=("float32",), fresh=False):
     launcher = [Path(sys.executable).with_name("torchrun"), "--standalone", f"--nproc_per_node={processes}"]
-    line = [*(launcher if processes > 1 else [sys.executable]), SCRIPT, strategy, model, clips, out, *options]
-    command = list(map(str, line)) if fresh else forked(*line)
+    args = [*(launcher if processes > 1 else [sys.executable]), SCRIPT, strategy, model, clips, out, *options]
+    command = list(map(str, args)) if fresh else forked(*args)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
 
@@ -42,15 +42,15 @@ def merged(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "merged" / "model.safetensors")
 
 
-def furthest(one, other) -> float:
+def max_difference(one, other) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.fixture(scope="module")
-def alone(random_model, clips, shared):
+def single_process(random_model, clips, shared):
     """The folder of one process's training."""
-    return shared("strategy_alone", lambda out: train("ddp", random_model, clips.root, out, processes=1))
+    return shared("strategy_single_process", lambda out: train("ddp", random_model, clips.root, out, processes=1))
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +68,26 @@ def train_split(random_model, clips, shared):
 
 @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=SLOW)], ids=["forked", "torchrun"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_processes_train_as_one_does(strategy, fresh, train_split, alone, random_model):
+def test_two_processes_train_like_one(strategy, fresh, train_split, single_process, random_model):
     folder = train_split(strategy, fresh=fresh)
     # The same losses and figures, ten steps of the same pairs.
-    mine, theirs = steps_of(folder), steps_of(alone)
-    assert len(mine) == len(theirs) == 10 and theirs[-1]["loss"] < theirs[0]["loss"] - 0.3
+    steps, expected = steps_of(folder), steps_of(single_process)
+    assert len(steps) == len(expected) == 10 and expected[-1]["loss"] < expected[0]["loss"] - 0.3
     for name, tolerance in (("loss", 2e-5), ("dpo", 2e-5), ("ce", 1e-4), ("learning_rate", 1e-9)):
-        assert [step[name] for step in mine] == pytest.approx([step[name] for step in theirs], abs=tolerance), name
+        assert [step[name] for step in steps] == pytest.approx([step[name] for step in expected], abs=tolerance), name
     # Adam amplifies rounding differences of small gradients, which dominate from the third step on.
-    assert [step["grad_norm"] for step in mine[:2]] == pytest.approx(
-        [step["grad_norm"] for step in theirs[:2]], rel=1e-4
+    assert [step["grad_norm"] for step in steps[:2]] == pytest.approx(
+        [step["grad_norm"] for step in expected[:2]], rel=1e-4
     )
     for name in ("margin", "chosen_drift", "rejected_drift", "kl"):
-        both = [[step[name] for step in steps if name in step] for steps in (mine, theirs)]
-        assert both[0] == pytest.approx(both[1], rel=1e-3, abs=1e-3), name
-    assert [step["step"] for step in mine if "kl" in step] == [0, 5, 9] and mine[-1]["kl"] > mine[0]["kl"] > 0
+        values = [[step[name] for step in log if name in step] for log in (steps, expected)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3), name
+    assert [step["step"] for step in steps if "kl" in step] == [0, 5, 9] and steps[-1]["kl"] > steps[0]["kl"] > 0
 
-    # merged = base + alpha / r * B A, in the attention's projections and nowhere else.
+    # merged = base + alpha / r * B A in the attention's projections; other weights are unchanged.
     base, after = load_file(random_model / "model.safetensors"), merged(folder)
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
-    moved = set()
+    changed = set()
     for name, weight in base.items():
         key = f"base_model.model.{name.removeprefix('lm.').removesuffix('.weight')}"
         if f"{key}.lora_A.weight" not in adapter:
@@ -95,32 +95,32 @@ def test_two_processes_train_as_one_does(strategy, fresh, train_split, alone, ra
             continue
         change = 2 * adapter[f"{key}.lora_B.weight"] @ adapter[f"{key}.lora_A.weight"]
         assert torch.allclose(after[name], weight + change, atol=1e-6) and change.abs().max() > 1e-3
-        moved.add(name)
-    assert len(moved) == len(adapter) / 2 == 18
-    assert furthest(after, merged(alone)) < 1e-4
+        changed.add(name)
+    assert len(changed) == len(adapter) / 2 == 18
+    assert max_difference(after, merged(single_process)) < 1e-4
 
 
 @pytest.mark.parametrize("strategy", [*(pytest.param(name, marks=SLOW) for name in ("ddp", "zero2")), "zero3", "fsdp2"])
-def test_checkpoints_move_between_one_process_and_an_engine(
-    strategy, train_split, alone, random_model, clips, tmp_path
+def test_checkpoints_of_one_process_and_of_a_strategy_are_interchangeable(
+    strategy, train_split, single_process, random_model, clips, tmp_path
 ):
     """Eight steps of one and two of the other are as ten of one process."""
     folder = train_split(strategy)
     there, back = tmp_path / "there", tmp_path / "back"
-    take_first_eight(alone, there)
+    copy_first_eight_steps(single_process, there)
     assert "resuming from step 8" in train(strategy, random_model, clips.root, there, processes=2)
-    assert furthest(merged(there), merged(alone)) < 1e-5
-    # Moments too are what one process wrote.
-    mine, theirs = (load_file(run / "checkpoints" / "step_000010.safetensors") for run in (there, alone))
-    assert furthest(mine, theirs) < 1e-4
+    assert max_difference(merged(there), merged(single_process)) < 1e-5
+    # The optimizer's moments are the same too.
+    resumed, expected = (load_file(run / "checkpoints" / "step_000010.safetensors") for run in (there, single_process))
+    assert max_difference(resumed, expected) < 1e-4
 
-    take_first_eight(folder, back)
+    copy_first_eight_steps(folder, back)
     assert "resuming from step 8" in train("ddp", random_model, clips.root, back, processes=1)
-    assert furthest(merged(back), merged(alone)) < 1e-4
+    assert max_difference(merged(back), merged(single_process)) < 1e-4
 
 
-def take_first_eight(source, folder) -> None:
-    """A run that was killed after its checkpoint of eight steps."""
+def copy_first_eight_steps(source, folder) -> None:
+    """Create the folder of a run that was killed after its checkpoint of eight steps."""
     (folder / "checkpoints").mkdir(parents=True)
     for path in (source / "checkpoints").glob("step_000008.*"):
         shutil.copy(path, folder / "checkpoints")
@@ -130,9 +130,9 @@ def take_first_eight(source, folder) -> None:
 @pytest.mark.parametrize(
     "strategy", ["ddp", pytest.param("zero2", marks=SLOW), "zero3", pytest.param("fsdp2", marks=SLOW)]
 )
-def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(strategy, random_model, clips, tmp_path):
+def test_nan_on_one_rank_stops_all_ranks_before_the_step(strategy, random_model, clips, tmp_path):
     """Rank 1 has the second of a step's three pairs."""
-    result = launch(strategy, random_model, clips.root, tmp_path, processes=2, options=["float32", "spoilt"])
+    result = launch(strategy, random_model, clips.root, tmp_path, processes=2, options=["float32", "nan"])
     assert result.returncode != 0
     assert re.search(r"step 3: loss nan, gradient norm (nan|inf), on [\w/]+\.mp4: check these clips", result.stderr)
     assert [step["step"] for step in steps_of(tmp_path)] == [0, 1, 2] and not (tmp_path / "merged").exists()
@@ -153,29 +153,29 @@ def ddp_in_16_bits(random_model, clips, shared):
 
 @pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=SLOW), "zero3", pytest.param("fsdp2", marks=SLOW)])
 def test_in_16_bits(strategy, ddp_in_16_bits, random_model, clips, tmp_path):
-    """As the published settings have it: base and products in bfloat16, adapter in float32, layers checkpointed.
+    """The published settings: base and products in bfloat16, adapter in float32, layers checkpointed.
 
     Losses of about 2 have steps of 2^-7 = 0.008. Sums of one and of two processes are rounded differently, and where
     the loss falls fast their losses differ by more than that: each step is between the two, up to two such steps.
     """
     train(strategy, random_model, clips.root, tmp_path, processes=2, precision="bfloat16")
-    one, two, mine = ([step["loss"] for step in steps_of(folder)] for folder in (*ddp_in_16_bits, tmp_path))
-    assert len(mine) == 5 and mine[-1] < mine[0] - 0.3
-    for loss, *ends in zip(mine, one, two, strict=True):
-        assert min(ends) - 2 * 2**-7 < loss < max(ends) + 2 * 2**-7, (mine, one, two)
+    one, two, losses = ([step["loss"] for step in steps_of(folder)] for folder in (*ddp_in_16_bits, tmp_path))
+    assert len(losses) == 5 and losses[-1] < losses[0] - 0.3
+    for loss, *ends in zip(losses, one, two, strict=True):
+        assert min(ends) - 2 * 2**-7 < loss < max(ends) + 2 * 2**-7, (losses, one, two)
     for folder in (*ddp_in_16_bits, tmp_path):
-        learnt = load_file(folder / "adapter" / "adapter_model.safetensors").values()
-        assert {tensor.dtype for tensor in learnt} == {torch.float32}
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors").values()
+        assert {tensor.dtype for tensor in weights} == {torch.float32}
         assert {tensor.dtype for tensor in merged(folder).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
-def test_one_process_has_nothing_to_split(strategy):
+def test_sharding_strategies_need_several_processes(strategy):
     with pytest.raises(ValueError, match=rf"strategy {strategy} needs several processes.*torchrun"):
         check_strategy(strategy)
 
 
-def test_an_engine_that_is_not_installed_is_told(monkeypatch):
+def test_a_missing_package_is_reported(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'salmonn\[deepspeed\]'"):

@@ -26,57 +26,57 @@ def rates(total: float) -> Rates:
     )
 
 
-@pytest.mark.parametrize(("least", "batch_size", "asked"), [(None, 4, 4), (5, 2, 5), (0, 2, 0)])
-def test_too_few_pairs(least, batch_size, asked):
-    guards = EarlyStopConfig(min_pairs=least)
-    if asked > len(PAIRS):
-        words = rf"round_2 has 3 pairs .*, fewer than {asked} .*sampling\.num_samples.*selection\.min_gap"
-        with pytest.raises(RoundFailedError, match=words):
-            require_pairs(PAIRS, guards, batch_size=batch_size, name="round_2")
+@pytest.mark.parametrize(("min_pairs", "batch_size", "required"), [(None, 4, 4), (5, 2, 5), (0, 2, 0)])
+def test_too_few_pairs(min_pairs, batch_size, required):
+    config = EarlyStopConfig(min_pairs=min_pairs)
+    if required > len(PAIRS):
+        message = rf"round_2 has 3 pairs .*, fewer than {required} .*sampling\.num_samples.*selection\.min_gap"
+        with pytest.raises(RoundFailedError, match=message):
+            require_pairs(PAIRS, config, batch_size=batch_size, name="round_2")
     else:
-        require_pairs(PAIRS, guards, batch_size=batch_size, name="round_2")
+        require_pairs(PAIRS, config, batch_size=batch_size, name="round_2")
 
 
-def test_no_pair_at_all_is_never_enough():
+def test_zero_pairs_are_never_enough():
     with pytest.raises(RoundFailedError, match="has 0 pairs"):
         require_pairs([], EarlyStopConfig(min_pairs=0), batch_size=1, name="round_1")
 
 
-def steps(folder, margins):
+def write_steps(folder, margins):
     folder.mkdir(exist_ok=True)
     lines = (json.dumps({"step": step, "margin": margin}) for step, margin in enumerate(margins))
     (folder / "steps.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
-def test_the_last_quarter_of_a_round_must_tell_chosen_from_rejected(tmp_path):
-    """Of 8 steps the last two count: 0.3 and -0.1 make 0.1, -0.3 and 0.1 make -0.1."""
+def test_the_last_quarter_of_a_round_must_have_a_margin(tmp_path):
+    """The last two of 8 steps count: the mean of 0.3 and -0.1 is 0.1, of -0.3 and 0.1 it is -0.1."""
     folder = tmp_path / "round_1"
-    require_margin(steps(folder, [-9.0] * 6 + [0.3, -0.1]), EarlyStopConfig())
+    require_margin(write_steps(folder, [-9.0] * 6 + [0.3, -0.1]), EarlyStopConfig())
     require_margin(folder, EarlyStopConfig(min_margin=0.09))
     with pytest.raises(
         RoundFailedError, match=r"round_1 has not learned .* margin averages 0\.1000 .*min_margin is 0\.2"
     ):
         require_margin(folder, EarlyStopConfig(min_margin=0.2))
     with pytest.raises(RoundFailedError, match=r"margin averages -0\.1000"):
-        require_margin(steps(folder, [9.0] * 6 + [-0.3, 0.1]), EarlyStopConfig())
+        require_margin(write_steps(folder, [9.0] * 6 + [-0.3, 0.1]), EarlyStopConfig())
     require_margin(folder, EarlyStopConfig(min_margin=None))
 
 
-def test_a_vanished_gap_is_no_gap(tmp_path):
+def test_a_margin_of_zero_is_rejected(tmp_path):
     with pytest.raises(RoundFailedError):
-        require_margin(steps(tmp_path, [0.5, 0.5, 0.5, 0.0]), EarlyStopConfig())
+        require_margin(write_steps(tmp_path, [0.5, 0.5, 0.5, 0.0]), EarlyStopConfig())
 
 
-def test_a_worse_score_ends_the_rounds_and_the_best_is_kept():
+def test_a_worse_score_stops_the_rounds():
     """0.6, then 0.5, 0.53 (3 points worse than the best), 0.56 (6 points)."""
-    summary, guards = RunSummary(sft=rates(0.6)), EarlyStopConfig(max_worsening=0.05)
+    summary, config = RunSummary(sft=rates(0.6)), EarlyStopConfig(max_worsening=0.05)
     for total in (0.5, 0.53):
         summary.rounds.append(rates(total))
-        assert stop_reason(summary, guards) is None
+        assert stop_reason(summary, config) is None
     assert best_round(summary) == 1
     summary.rounds.append(rates(0.56))
-    summary.stopped = stop_reason(summary, guards)
+    summary.stopped = stop_reason(summary, config)
     assert summary.stopped == (
         "after round 3 the held-out Total is 0.560, up from 0.500: more than early_stopping.max_worsening 0.05"
     )
@@ -84,10 +84,10 @@ def test_a_worse_score_ends_the_rounds_and_the_best_is_kept():
     assert best_round(summary) == 4
 
 
-def test_the_start_counts_among_the_best():
+def test_the_sft_model_can_be_the_best():
     summary = RunSummary(sft=rates(0.4), rounds=[rates(0.46)])
     assert best_round(summary) == 1
-    assert best_round(replace(summary, stopped="by a guard")) is None
-    assert best_round(RunSummary(sft=rates(0.4), rounds=[rates(0.4)], stopped="by a guard")) is None
+    assert best_round(replace(summary, stopped="early")) is None
+    assert best_round(RunSummary(sft=rates(0.4), rounds=[rates(0.4)], stopped="early")) is None
     assert stop_reason(summary, EarlyStopConfig(max_worsening=0.05))
     assert not stop_reason(replace(summary, sft=rates(0.42)), EarlyStopConfig(max_worsening=0.05))

@@ -1,4 +1,4 @@
-"""Logs and summaries of a run: summary.json, the table, run folders, curves, the page, step logs after kills."""
+"""Logs and summaries of a run: summary.json, the table, run folders, curves, the page, and step logs after kills."""
 
 import json
 import re
@@ -24,11 +24,11 @@ SFT = Rates(missing=0.5, hallucination=0.25, total=0.75, repetition=0.125, qa_ac
 ROUNDS = [Rates(0.375, 0.25, 0.625, 0.0625, 0.5, 20), Rates(0.25, 0.125, 0.375, 0.03125, 0.6, 20)]
 REBIRTH = Rates(0.3, 0.1, 0.4, 0.0, 0.7, 20)
 STOPPED = "Total went from 37.5 to <b>62.5</b> %"
-WHOLE = RunSummary(SFT, ROUNDS, REBIRTH, {"round 1": 0.0125, "rebirth": 0.25}, "round_2", STOPPED)
+SUMMARY = RunSummary(SFT, ROUNDS, REBIRTH, {"round 1": 0.0125, "rebirth": 0.25}, "round_2", STOPPED)
 
 
 def as_json(*values):
-    """The keys of summary.json, in words; those that are not given are as by default."""
+    """Return an entry of summary.json, with defaults for the other keys."""
     names = ("missing", "hallucination", "total", "repetition", "qa_accuracy", "clips")
     rest = {"incorrect": 0, "hallucinated": 0, "words": 0, "cut_off": 0, "captions": 0}
     return dict(zip(names, values, strict=True)) | rest | {"audio_share": None, "order": None}
@@ -50,13 +50,13 @@ def run_folder(tmp_path):
     write_records(
         folder / "round_1" / "pairs.jsonl", [pair, replace(pair, chosen="one two three four five", margin=0.25)]
     )
-    write_json(folder / "summary.json", WHOLE.to_json())
+    write_json(folder / "summary.json", SUMMARY.to_json())
     write_text(folder / "mrdpo.yaml", "model: <script>alert(1)</script>\n")
     return folder
 
 
 def test_summary_json(tmp_path):
-    write_json(tmp_path / "summary.json", WHOLE.to_json())
+    write_json(tmp_path / "summary.json", SUMMARY.to_json())
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written == {
         "sft": as_json(0.5, 0.25, 0.75, 0.125, 0.4, 20),
@@ -66,15 +66,19 @@ def test_summary_json(tmp_path):
         "best": "round_2",
         "stopped": STOPPED,
     }
-    assert RunSummary.from_json(written) == WHOLE
-    before = {name: written[name] for name in ("sft", "rounds", "rebirth")}  # as older runs have it
-    assert RunSummary.from_json(before) == RunSummary(SFT, ROUNDS, REBIRTH)
+    assert RunSummary.from_json(written) == SUMMARY
+    old = {name: written[name] for name in ("sft", "rounds", "rebirth")}  # the format of older runs
+    assert RunSummary.from_json(old) == RunSummary(SFT, ROUNDS, REBIRTH)
 
 
-def test_stages_in_the_order_of_time():
-    assert list(WHOLE.stages) == ["SFT", "round 1", "round 2", "rebirth"]
+def test_stages_are_in_temporal_order():
+    assert list(SUMMARY.stages) == ["SFT", "round 1", "round 2", "rebirth"]
     assert list(RunSummary(SFT).stages) == ["SFT"]
-    assert WHOLE.stages["round 2"] == ROUNDS[1] and WHOLE.best_stage == "round 2" and RunSummary(SFT).best_stage is None
+    assert (
+        SUMMARY.stages["round 2"] == ROUNDS[1]
+        and SUMMARY.best_stage == "round 2"
+        and RunSummary(SFT).best_stage is None
+    )
 
 
 def test_table_in_percent(capsys):
@@ -97,12 +101,12 @@ def test_table_in_percent(capsys):
 def test_plot_writes_a_png(tmp_path, rebirth):
     plot_summary(RunSummary(SFT, ROUNDS, rebirth), tmp_path / "summary.png")
     data = (tmp_path / "summary.png").read_bytes()
-    assert data.startswith(b"\x89PNG") and len(data) > 10_000  # a drawing, no empty sheet
+    assert data.startswith(b"\x89PNG") and len(data) > 10_000  # not an empty image
 
 
-def test_a_whole_run(run_folder):
+def test_a_complete_run(run_folder):
     record = read_run(run_folder)
-    assert record.summary == WHOLE and record.is_complete and record.config.startswith("model:")
+    assert record.summary == SUMMARY and record.is_complete and record.config.startswith("model:")
     assert [(stage.name, len(stage.steps)) for stage in record.stages] == [
         ("round 1", 4),
         ("round 2", 4),
@@ -114,8 +118,8 @@ def test_a_whole_run(run_folder):
     assert record.stages[1].pairs is None
 
 
-def test_a_run_that_is_going_on(run_folder):
-    """Ten rounds are there, the last measured one is the tenth, which comes after the second."""
+def test_an_unfinished_run(run_folder):
+    """Round 10 is the last one, and its number sorts after round 2."""
     (run_folder / "summary.json").unlink()
     assert read_run(run_folder).summary is None
     write_steps(run_folder / "round_10", [{"loss": 1.0}])
@@ -129,7 +133,7 @@ def test_a_run_that_is_going_on(run_folder):
 
 
 def test_a_run_of_one_stage(tmp_path):
-    """sft.py writes its rates alone, dpo.py none."""
+    """sft.py writes only its rates, dpo.py writes none."""
     write_steps(tmp_path, [{"loss": 1.0}])
     record = read_run(tmp_path)
     assert record.summary is None and [stage.name for stage in record.stages] == [tmp_path.name]
@@ -138,13 +142,13 @@ def test_a_run_of_one_stage(tmp_path):
 
 
 @pytest.mark.parametrize("text", ['{"sft": {"missing": 1}}', '{"sft": null, "rounds": [], "rebirth": null}', "[]", "{"])
-def test_summaries_that_are_none(tmp_path, text):
+def test_invalid_summaries(tmp_path, text):
     write_text(tmp_path / "summary.json", text)
     with pytest.raises(ValueError, match=r"summary\.json is not the summary of a run"):
         read_run(tmp_path)
 
 
-def test_folders_that_hold_no_run(tmp_path):
+def test_folders_without_a_run(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match=r"holds no run; pass the folder that a recipe wrote to"):
             read_run(folder)
@@ -156,41 +160,41 @@ def test_folders_that_hold_no_run(tmp_path):
 def test_points_of_a_figure():
     steps = [{"step": 0, "kl": 0.0}, {"step": 1}, {"step": 2, "kl": 3.0}]
     assert points_of(steps, "kl", start=10) == [(10, 0.0), (12, 3.0)]
-    # Of five points by two: (0, 10) and (1, 20), (2, 30) and (3, 50), (4, 70) alone.
+    # Five points in groups of two: (0, 10) and (1, 20), (2, 30) and (3, 50), and (4, 70).
     assert thin([(0, 10), (1, 20), (2, 30), (3, 50), (4, 70)], size=2) == [(0.5, 15), (2.5, 40), (4, 70)]
 
 
 def test_smoothing_is_a_mean_of_neighbours():
-    # Of four values one on either side: (0 + 3) / 2, (0 + 3 + 6) / 3, (3 + 6 + 0) / 3, (6 + 0) / 2.
+    # For four values, one neighbour on either side: (0 + 3) / 2, (0 + 3 + 6) / 3, (3 + 6 + 0) / 3, (6 + 0) / 2.
     assert smooth([0.0, 3.0, 6.0, 0.0]) == [1.5, 3.0, 3.0, 3.0]
-    # Of 40 two on either side, so that a single 5 is spread over five.
+    # For 40, two on either side, so a single 5 is averaged over five.
     assert smooth([0.0] * 20 + [5.0] + [0.0] * 19) == [0.0] * 18 + [1.0] * 5 + [0.0] * 17
     assert smooth([]) == []
 
 
-def test_curves_stand_one_stage_after_the_other(run_folder, tmp_path, monkeypatch):
+def test_curves_of_consecutive_stages(run_folder, tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     plot_curves(read_run(run_folder), tmp_path / "curves.png")
-    drawn = {axes.get_title(): axes for axes in figures[0].axes if axes.get_title()}
-    assert list(drawn) == ["Held-out rates, %", "Loss", "Rewards", "Gradient norm", "Learning rate"]
-    loss = drawn["Loss"]
-    # Of each stage the steps and the mean over them, then the line where the next stage begins: at 4 and at 8.
-    places = [list(line.get_xdata()) for line in loss.lines]
+    axes_by_title = {axes.get_title(): axes for axes in figures[0].axes if axes.get_title()}
+    assert list(axes_by_title) == ["Held-out rates, %", "Loss", "Rewards", "Gradient norm", "Learning rate"]
+    loss = axes_by_title["Loss"]
+    # Each stage has its steps, their mean, and a line where the next stage starts: at 4 and at 8.
+    xs = [list(line.get_xdata()) for line in loss.lines]
     first, second, third = [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11, 12, 13]
-    assert [place for place in places if len(place) > 2] == [first, first, second, second, third, third]
-    assert [place for place in places if len(place) == 2] == [[4, 4], [8, 8]]
+    assert [values for values in xs if len(values) > 2] == [first, first, second, second, third, third]
+    assert [values for values in xs if len(values) == 2] == [[4, 4], [8, 8]]
     assert loss.lines[0].get_ydata() == pytest.approx([0.7, 0.6, 0.5, 0.4])
     assert loss.lines[1].get_ydata() == pytest.approx([0.65, 0.6, 0.5, 0.45])
     assert [text.get_text() for text in loss.texts] == ["round 1", "2", "rebirth"]
-    assert [text.get_text() for text in drawn["Rewards"].get_legend().get_texts()] == ["chosen", "rejected"]
+    assert [text.get_text() for text in axes_by_title["Rewards"].get_legend().get_texts()] == ["chosen", "rejected"]
     assert loss.get_legend() is None and loss.get_xlim() == (0, 13)
 
 
-def test_the_picture_has_the_colours_of_both_rewards(run_folder, tmp_path):
+def test_the_plot_has_the_colours_of_both_rewards(run_folder, tmp_path):
     plot_curves(read_run(run_folder), tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        colours = dict((colour, count) for count, colour in picture.convert("RGB").getcolors(1 << 24))
+    with Image.open(tmp_path / "curves.png") as image:
+        colours = dict((colour, count) for count, colour in image.convert("RGB").getcolors(1 << 24))
     assert colours[(0x0B, 0x69, 0xA8)] > 500 and colours[(0xD9, 0x8A, 0x00)] > 500
 
 
@@ -217,7 +221,7 @@ def test_page(page_text):
     assert "no summary" not in page_text
 
 
-def test_page_of_a_run_that_is_going_on(run_folder):
+def test_page_of_an_unfinished_run(run_folder):
     (run_folder / "summary.json").unlink()
     write_page(read_run(run_folder), run_folder / "run.html")
     text = (run_folder / "run.html").read_text()
@@ -226,7 +230,7 @@ def test_page_of_a_run_that_is_going_on(run_folder):
 
 @needs_browser
 def test_page_in_a_browser(page_text, run_folder):
-    """Nothing is asked of a network, nothing stands over the edge of a phone, and lines follow the dark set."""
+    """The page makes no requests, fits a phone, and has other line colours in dark mode."""
     colours = {}
     with start_browser() as browser:
         for scheme in ("light", "dark"):
@@ -236,21 +240,21 @@ def test_page_in_a_browser(page_text, run_folder):
             assert monitored.width() <= 390 and not monitored.errors
             assert all(url.startswith(("file:", "data:")) for url in monitored.requested)
             lines = page.locator("figure:has-text('Rewards') svg path")
-            found = lines.evaluate_all("paths => paths.map(path => getComputedStyle(path).stroke)")
-            colours[scheme] = set(found)
+            strokes = lines.evaluate_all("paths => paths.map(path => getComputedStyle(path).stroke)")
+            colours[scheme] = set(strokes)
             assert page.locator("figure svg").count() == 5
     assert "rgb(11, 105, 168)" in colours["light"] and "rgb(86, 169, 224)" in colours["dark"]
 
 
-def seen(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
-    """(step, value) as TensorBoard shows them now."""
+def shown_values(accumulator: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+    """Return (step, value) as TensorBoard shows them."""
     accumulator.Reload()
     return [(event.step, pytest.approx(event.value)) for event in accumulator.Scalars(tag)]
 
 
 @pytest.fixture
 def event_seconds(monkeypatch):
-    """Event files are made a second apart, as they are in earnest: TensorBoard takes them in the order of names."""
+    """Create event files a second apart, as in a real run: TensorBoard sorts them by name."""
     now = count(int(time.time()))
     clock = SimpleNamespace(time=lambda: next(now))
     monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time", clock)
@@ -258,7 +262,7 @@ def event_seconds(monkeypatch):
 
 @pytest.fixture
 def stage(tmp_path, event_seconds):
-    """A folder in which a run was killed while it wrote its fourth step, and what TensorBoard has read of it."""
+    """The folder of a run that was killed while it wrote its fourth step, and TensorBoard's reader of it."""
     log = StepLog(tmp_path / "round_1", first_step=0)
     for step in range(3):
         log(step, {"loss": step + 0.5, "grad_norm": 10.0 * step})
@@ -270,35 +274,35 @@ def stage(tmp_path, event_seconds):
     log.close()
 
 
-def test_what_is_logged_is_on_disk_before_the_end(stage):
+def test_logged_values_are_written_at_once(stage):
     folder, accumulator = stage
     lines = (folder / "steps.jsonl").read_text().splitlines()
     assert lines[:2] == [
         '{"step": 0, "loss": 0.5, "grad_norm": 0.0}',
         '{"step": 1, "loss": 1.5, "grad_norm": 10.0}',
     ]
-    assert seen(accumulator, "loss") == [(0, 0.5), (1, 1.5), (2, 2.5)]
-    assert seen(accumulator, "grad_norm") == [(0, 0.0), (1, 10.0), (2, 20.0)]
+    assert shown_values(accumulator, "loss") == [(0, 0.5), (1, 1.5), (2, 2.5)]
+    assert shown_values(accumulator, "grad_norm") == [(0, 0.0), (1, 10.0), (2, 20.0)]
 
 
-@pytest.mark.parametrize(("first", "kept"), [(0, []), (2, [0.5, 1.5]), (3, [0.5, 1.5, 2.5])])
-def test_a_resumed_log_has_every_step_once(stage, first, kept):
-    """Steps from `first` on are done again, with 100 in place of what they gave before."""
-    folder, before = stage
+@pytest.mark.parametrize(("first_step", "kept_values"), [(0, []), (2, [0.5, 1.5]), (3, [0.5, 1.5, 2.5])])
+def test_a_resumed_log_has_every_step_once(stage, first_step, kept_values):
+    """Steps from `first_step` on are repeated, with the value 100 instead of the earlier one."""
+    folder, reader = stage
     path = folder / "steps.jsonl"
-    log = StepLog(folder, first_step=first)
-    assert [figures["loss"] for figures in read_steps(path)] == kept
-    for step in range(first, 5):
+    log = StepLog(folder, first_step=first_step)
+    assert [figures["loss"] for figures in read_steps(path)] == kept_values
+    for step in range(first_step, 5):
         log(step, {"loss": 100.0})
     log.close()
-    expected = list(enumerate(kept + [100.0] * (5 - first)))
+    expected = list(enumerate(kept_values + [100.0] * (5 - first_step)))
     assert [(figures["step"], figures["loss"]) for figures in read_steps(path)] == expected
     assert len((folder / "steps.jsonl").read_text().splitlines()) == 5
-    assert seen(EventAccumulator(str(folder)), "loss") == expected == seen(before, "loss")
+    assert shown_values(EventAccumulator(str(folder)), "loss") == expected == shown_values(reader, "loss")
 
 
-def test_lines_that_are_not_whole_are_passed_over(tmp_path):
-    """A full disk cuts a line off in the middle of the file, and the next one is glued to it."""
+def test_partial_lines_are_skipped(tmp_path):
+    """A full disk truncates a line in the middle of the file, and the next one is appended to it."""
     path = tmp_path / "steps.jsonl"
     path.write_bytes(
         b'{"step": 0, "loss": 1.0}\n{"step": 1, "l{"step": 2, "loss": 3.0}\n\n7\n\xff\n{"step": 3, "kl": 0}\n'
@@ -307,19 +311,19 @@ def test_lines_that_are_not_whole_are_passed_over(tmp_path):
     assert read_steps(tmp_path / "absent.jsonl") == []
 
 
-def test_rounds_against_their_numbers(tmp_path, event_seconds):
+def test_rounds_are_logged_by_number(tmp_path, event_seconds):
     start, better = Rates(0.5, 0.25, 0.75, 0.125), Rates(0.25, 0.25, 0.5, 0.0, qa_accuracy=0.625)
-    watching = EventAccumulator(str(tmp_path))
+    reader = EventAccumulator(str(tmp_path))
     log_summary(tmp_path, RunSummary(start))
-    assert seen(watching, "Total") == [(0, 0.75)]
+    assert shown_values(reader, "Total") == [(0, 0.75)]
     for summary in (RunSummary(start, [better]), RunSummary(start, [better], better, kl={"round 1": 0.375})):
         log_summary(tmp_path, summary)
-    for accumulator in (EventAccumulator(str(tmp_path)), watching):
-        assert seen(accumulator, "Total") == [(0, 0.75), (1, 0.5), (2, 0.5)]
-        assert seen(accumulator, "Hallucination") == [(0, 0.25), (1, 0.25), (2, 0.25)]
-        assert seen(accumulator, "Repetition") == [(0, 0.125), (1, 0.0), (2, 0.0)]
-        assert seen(accumulator, "QA accuracy") == [(1, 0.625), (2, 0.625)]
-        assert seen(accumulator, "KL") == [(1, 0.375)]
+    for accumulator in (EventAccumulator(str(tmp_path)), reader):
+        assert shown_values(accumulator, "Total") == [(0, 0.75), (1, 0.5), (2, 0.5)]
+        assert shown_values(accumulator, "Hallucination") == [(0, 0.25), (1, 0.25), (2, 0.25)]
+        assert shown_values(accumulator, "Repetition") == [(0, 0.125), (1, 0.0), (2, 0.0)]
+        assert shown_values(accumulator, "QA accuracy") == [(1, 0.625), (2, 0.625)]
+        assert shown_values(accumulator, "KL") == [(1, 0.375)]
     lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["total"], line["kl"]) for line in lines] == [
         ("SFT", 0.75, None), ("round 1", 0.5, 0.375), ("rebirth", 0.5, None)

@@ -1,8 +1,8 @@
 """Train with guided DPO on a random model under one strategy; test_parallel.py starts this script.
 
-    train_worker.py STRATEGY MODEL CLIPS OUT float32|bfloat16 [spoilt]
+    train_worker.py STRATEGY MODEL CLIPS OUT float32|bfloat16 [nan]
 
-With `spoilt`, a pair of the last process has a loss that is not finite in step 3. With bfloat16, the base weights and
+With `nan`, the last process has a NaN loss in step 3. With bfloat16, the base weights and
 the computation are in bfloat16 and layers are checkpointed. Writes OUT/steps.jsonl, checkpoints/, adapter/ and merged/;
 resumes from OUT/checkpoints/.
 """
@@ -35,16 +35,16 @@ from salmonn.train.preference import (
 )
 from salmonn.train.run_folder import RunConfig, merge_checkpoint
 
-# No dropout: ranks draw their own, and losses are to be those of one process.
+# No dropout: its masks differ between ranks, but losses must equal those of one process.
 LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
-# All pairs in each step; three make ranks differ in how many pieces they have.
+# All pairs in each step; with three pairs, ranks have different numbers of micro-batches.
 FIT = FitConfig(
     steps=10, learning_rate=1e-3, warmup_ratio=0.2, batch_size=3, gradient_accumulation_steps=2, checkpoint_every=4
 )
 
 
-class Spoilt(PreferenceBatches):
-    """Deals out pairs with a reference that is no number, once and on one rank."""
+class NanReferences(PreferenceBatches):
+    """Preference batches with NaN reference log-probabilities in step 3 on the last rank."""
 
     def micro_batches(self, step: int) -> list[PreferenceBatch]:
         batches = super().micro_batches(step)
@@ -52,22 +52,29 @@ class Spoilt(PreferenceBatches):
             return batches
         nan = float("nan")
         return [
-            replace(one, reference_logps={role: logps * nan for role, logps in one.reference_logps.items()})
-            for one in batches
+            replace(batch, reference_logps={role: logps * nan for role, logps in batch.reference_logps.items()})
+            for batch in batches
         ]
 
 
 def train(
-    captioner: Captioner, strategy: Any, clips: ClipSet, out: Path, *, config: FitConfig, deal: type[PreferenceBatches]
+    captioner: Captioner,
+    strategy: Any,
+    clips: ClipSet,
+    out: Path,
+    *,
+    config: FitConfig,
+    batches_class: type[PreferenceBatches],
 ) -> Checkpoint:
-    """Train on three pairs, a right and a wrong caption of each clip."""
+    """Train on three pairs: the reference caption of each clip, and that of another clip."""
     network, references, prompt = captioner.network, clips.references, captioner.default_prompt()
     (clips,) = cache_features(captioner, clips, name="clips")
     examples = [
         PreferenceExample(
-            Comparison(one.video, prompt, one.caption, other.caption, one.caption, margin=0.5), clips.features_of(one)
+            Comparison(reference.video, prompt, reference.caption, other.caption, reference.caption, margin=0.5),
+            clips.features_of(reference),
         )
-        for one, other in zip(references, references[1:] + references[:1], strict=True)
+        for reference, other in zip(references, references[1:] + references[:1], strict=True)
     ]
     attach_lora(network, LORA, seed=0)
     loss = make_loss(LossConfig())
@@ -75,7 +82,7 @@ def train(
         logps = compute_reference_logps(
             network, examples, captioner.processor, roles=loss.reference_roles, batch_size=config.micro_batch_size
         )
-    batches = deal(
+    batches = batches_class(
         examples,
         logps,
         captioner.processor,
@@ -84,32 +91,36 @@ def train(
         seed=0,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
-    fixed = KLProbe(clips.head(1), captioner.processor, prompt=prompt)
+    kl_probe = KLProbe(clips.head(1), captioner.processor, prompt=prompt)
 
     def measure(wrapped: nn.Module) -> dict[str, float]:
         with autocast(config.precision):
-            return {"kl": fixed.kl_from_reference_policy(wrapped, network)}
+            return {"kl": kl_probe.kl_from_reference_policy(wrapped, network)}
 
     context = FitContext(strategy, out, strategy=strategy, callback=Callback(measure, every=5))
     return fit(network, batches, PreferenceBatchLoss(loss), config, context=context)
 
 
 def main(strategy: str, model: Path, root: Path, out: Path, precision: Any, *options: str) -> None:
-    """Train and merge; nothing may hold the network that the training used up."""
+    """Train and merge; the trained network must have been freed before merging."""
     dist.setup(threads=1)
     placement = Placement(dtype=precision, attention="sdpa")
     config = FIT
     if precision == "bfloat16":  # few steps: many CPUs take 40 times as long for a product as in float32
         config = replace(FIT, steps=5, learning_rate=2e-3, precision=precision, gradient_checkpointing=True)
     captioner = Captioner.load(model, placement=placement, frames={"max_frames": 4})
-    used_up = weakref.ref(captioner.network)
+    network_ref = weakref.ref(captioner.network)
     clips = ClipSet(read_records(root / CLIPS_NAME, Reference)[:3], root)
-    done = train(captioner, strategy, clips, out, config=config, deal=Spoilt if options else PreferenceBatches)
+    checkpoint = train(
+        captioner, strategy, clips, out, config=config, batches_class=NanReferences if options else PreferenceBatches
+    )
     run_config = RunConfig(out=out, model=str(model), placement=placement)
     del captioner
-    merge_checkpoint(done, base=model, lora=LORA, config=run_config, folder=out)
-    left = used_up()
-    assert left is None or not any(parameter.nbytes for parameter in left.parameters()), "a GPU has no room for two"
+    merge_checkpoint(checkpoint, base=model, lora=LORA, config=run_config, folder=out)
+    network = network_ref()
+    assert network is None or not any(parameter.nbytes for parameter in network.parameters()), (
+        "a GPU has no memory for two networks"
+    )
     dist.barrier()
 
 
