@@ -44,7 +44,7 @@ class StreamIndex:
         frame_times: presentation times of the video frames, rising.
         keyframes: (presentation time, timestamp to seek to) of the keyframes, rising.
         video_end: end of the last video frame.
-        audio_end: end of the latest packet of audio.
+        audio_begin, audio_end: start of the first packet of audio, and end of the latest.
         file_end: end of the latest packet of any stream.
         complete_until: time up to which no frame can be missing from `frame_times`.
         is_continuous: whether the file has a single clock, so that seeking leads where its timestamps say.
@@ -64,6 +64,7 @@ class StreamIndex:
     frame_times: list[float] = field(default_factory=list)
     keyframes: list[tuple[float, int]] = field(default_factory=list)
     video_end: float = 0.0
+    audio_begin: float = math.inf
     audio_end: float = 0.0
     file_end: float = 0.0
     complete_until: float = 0.0
@@ -100,10 +101,11 @@ def index_streams(file: MediaFile, stack: ExitStack, *, start: float, end: float
     Returns:
         A `StreamIndex`; its `file` differs from the one passed if that had to be reopened.
     """
-    # Demuxing audio is fast, and seeks in audio files are often estimates.
-    if file.video is not None and not file.counts_frames and start > _PREROLL_SECONDS and _has_one_clock(file):
+    can_seek = not file.counts_frames and file.format_name not in _ESTIMATED_FORMATS
+    if can_seek and start > _PREROLL_SECONDS and _has_one_clock(file):
         index = _index_from(file, start, end, seek_seconds=start - _PREROLL_SECONDS)
-        if index.frame_times and index.frame_times[0] <= start:
+        first = index.audio_begin if file.video is None else next(iter(index.frame_times), math.inf)
+        if first <= start:
             return index
         file = file.reopen(stack)
     index = _index_from(file, start, end, seek_seconds=None)
@@ -189,6 +191,7 @@ def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: floa
         index.is_audio_suspect = True
     # Of long audio before the span a little is decoded, and less is kept, to fill the filters of decoder and resampler.
     if packet.pts is not None:
+        index.audio_begin = min(index.audio_begin, index.file.seconds(packet.pts, packet.stream))
         index.audio_end = index.file.seconds(packet.pts + (packet.duration or 0), packet.stream)
         if index.audio_end < start - _PREROLL_SECONDS:
             return
