@@ -13,22 +13,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
-from PIL import Image
 
 from salmonn.media.container import DecodeError, Decoder, MediaFile, cause_of
+from salmonn.media.display import display_size, to_rgb
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import REORDER_FRAMES, SLACK_SECONDS, StreamIndex
 from salmonn.media.timeline import Timeline
 
 logger = logging.getLogger(__name__)
-
-# Without the last two flags, libswscale's colours come out 0.5 (full size) to 1.8 (scaled) levels too dark.
-_INTERPOLATION = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 # Threads that convert and scale; as many decoded frames are converted at a time, and one more waits.
 _CONVERTERS = 2
@@ -119,7 +116,7 @@ def decode_frames(
     while True:
         source = _FrameSource(file, index, strict=strict)
         try:
-            images = _convert_frames(ways[way](source), sampler, len(targets))
+            images = _convert_frames(ways[way](source), sampler, len(targets), file.video.sample_aspect_ratio)
         except _SeekError as error:
             logger.debug("%s: reading again, because a seek failed (%s)", file.path, error)
             way += 1
@@ -296,8 +293,10 @@ def _keyframe_before(keyframes: list[tuple[float, int]], seconds: float) -> int:
     return max(0, bisect_right(keyframes, seconds + SLACK_SECONDS, key=lambda keyframe: keyframe[0]) - 1)
 
 
-def _convert_frames(frames: Iterator[Any], sampler: FrameSampler, num_targets: int) -> list[np.ndarray | None]:
-    """Convert decoded frames to (H, W, 3) uint8 upright images.
+def _convert_frames(
+    frames: Iterator[Any], sampler: FrameSampler, num_targets: int, sample_aspect_ratio: Fraction | None = None
+) -> list[np.ndarray | None]:
+    """Convert decoded frames to (H, W, 3) uint8 images as they are displayed.
 
     A frame that stays on screen is converted once. Other threads convert while this one decodes; few full-size frames
     wait for them.
@@ -309,27 +308,13 @@ def _convert_frames(frames: Iterator[Any], sampler: FrameSampler, num_targets: i
         for frame in frames:
             if frame is not None and frame is not previous:
                 if size is None:  # a stream may change its size; all images of a clip get that of the first
-                    is_sideways = round(frame.rotation / 90) % 2 == 1
-                    upright = (frame.width, frame.height) if is_sideways else (frame.height, frame.width)
-                    size = sampler.frame_size(*upright, num_targets)
-                waiting.append(pool.submit(_to_image, frame, *size))
+                    size = sampler.frame_size(*display_size(frame, sample_aspect_ratio), num_targets)
+                waiting.append(pool.submit(to_rgb, frame, *size))
                 if len(waiting) > _CONVERTERS:
                     wait([waiting.popleft()])
             previous = frame
             images.append(None if frame is None else waiting[-1])
     return [None if image is None else image.result() for image in images]
-
-
-def _to_image(frame: Any, height: int, width: int) -> np.ndarray:
-    """Convert a decoded frame to upright RGB of this size.
-
-    Bicubic with antialiasing, as the processors of the published models scale.
-    """
-    full = VideoReformatter().reformat(frame, format="rgb24", interpolation=_INTERPOLATION, threads=1).to_ndarray()
-    image = np.rot90(full, round(frame.rotation / 90))
-    if image.shape[:2] == (height, width):
-        return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def non_reference_test(codec: Any) -> Callable[[Any], bool]:
