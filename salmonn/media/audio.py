@@ -14,6 +14,12 @@ SAMPLE_RATE_HZ = 16_000
 _GAP_SECONDS = 0.05
 # The resampler costs more per call than per sample, so frames are joined to about this many samples first.
 _RESAMPLE_SAMPLES = 1 << 17
+# Gains of channels in a mono mix; others (surround, height) have `_SURROUND_GAIN`. Speech in the center is as loud as
+# the same speech in a mono file. The others are as if mixed down to stereo by BT.775, whose channels are averaged.
+_GAINS = {"FL": 0.5, "FR": 0.5, "FC": 1.0, "FLC": 0.5, "FRC": 0.5, "LFE": 0.0, "LFE2": 0.0}
+_SURROUND_GAIN = math.sqrt(0.5) / 2
+# Files may leave channels unnamed; these numbers of channels are then taken for these layouts, as by libav.
+_UNNAMED_LAYOUTS = {6: "5.1", 8: "7.1"}
 
 
 class AudioBuffer:
@@ -27,7 +33,8 @@ class AudioBuffer:
         self.end = 0.0
         self._segments: list[tuple[float, list[np.ndarray]]] = []
         self._format: tuple[str, str, int] | None = None  # sample format, layout and rate of the last segment
-        self._resampler = av.AudioResampler()
+        self._gains: np.ndarray | None = None
+        self._packer = self._resampler = av.AudioResampler()
         self._pending: list[np.ndarray] = []
         self._pending_samples = 0
         self._segment_samples = 0
@@ -42,15 +49,16 @@ class AudioBuffer:
         if frame_format != self._format or abs(seconds - self.end) > _GAP_SECONDS:
             self.flush()
             self._format, self._segment_samples = frame_format, 0
+            self._gains, self._packer = mono_gains(frame.layout), av.AudioResampler(format="flt")
             # By default float audio is mixed down unscaled: equal channels would come out 1.41 times louder.
             self._resampler = av.AudioResampler(
                 format="flt", layout="mono", rate=SAMPLE_RATE_HZ, options={"rematrix_maxval": "1.0"}
             )
             self._segments.append((seconds, []))
         try:
-            self._pending.append(frame.to_ndarray())
-        except ValueError as error:
-            raise DecodeError(f"its audio cannot be read: {error}") from error
+            self._pending.extend([frame.to_ndarray()] if self._gains is None else self._mix_down(frame, self._gains))
+        except (av.error.FFmpegError, ValueError) as error:
+            raise DecodeError(f"audio of {frame.layout.name} cannot be mixed down: {cause_of(error)}") from error
         self._pending_samples += frame.samples
         self._segment_samples += frame.samples
         self.end = self._segments[-1][0] + self._segment_samples / frame.sample_rate
@@ -80,10 +88,18 @@ class AudioBuffer:
                 offset += len(samples)  # noqa: PLW2901
         return waveform
 
+    def _mix_down(self, frame: Any, gains: np.ndarray) -> list[np.ndarray]:
+        """Return (1, S) float32 mono, in parts."""
+        # Interleaved first: PyAV 18 reads beyond the channels of planar frames that have eight or more.
+        packed = [part.to_ndarray().reshape(-1, len(gains)) for part in self._packer.resample(frame)]
+        return [(part @ gains)[None] for part in packed]
+
     def _resample(self) -> None:
         if not self._pending or self._format is None:
             return
         name, layout, rate = self._format
+        if self._gains is not None:
+            name, layout = "flt", "mono"
         try:
             joined = av.AudioFrame.from_ndarray(np.concatenate(self._pending, axis=1), format=name, layout=layout)
             joined.sample_rate = rate
@@ -92,3 +108,20 @@ class AudioBuffer:
             raise DecodeError(f"audio of {layout} in {name} cannot be mixed down: {cause_of(error)}") from error
         finally:
             self._pending, self._pending_samples = [], 0
+
+
+def mono_gains(layout: av.AudioLayout) -> np.ndarray | None:
+    """Return the gains of a layout's channels in a mono mix.
+
+    Samples of the mix may exceed 1, which Whisper's features have no limit for, so it is neither clipped nor scaled.
+
+    Returns:
+        (C,) float32, or None for mono and stereo, which libswresample mixes. Channels without names are averaged.
+    """
+    if layout.nb_channels <= 2:
+        return None
+    if all(channel.name == "NONE" for channel in layout.channels):
+        if layout.nb_channels not in _UNNAMED_LAYOUTS:
+            return np.full(layout.nb_channels, 1 / layout.nb_channels, np.float32)
+        layout = av.AudioLayout(_UNNAMED_LAYOUTS[layout.nb_channels])
+    return np.array([_GAINS.get(channel.name, _SURROUND_GAIN) for channel in layout.channels], np.float32)

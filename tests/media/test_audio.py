@@ -26,14 +26,77 @@ def test_gap_in_the_audio_is_silence():
     assert audio.waveform(start=1.5, end=math.inf) is None
 
 
-def test_audio_that_cannot_be_mixed_down_is_reported(tmp_path):
-    with wave.open(str(tmp_path / "nine.wav"), "wb") as out:
-        out.setnchannels(9)
+def write_wav(path, samples):
+    """Write (C, S) samples, without names of the channels."""
+    with wave.open(str(path), "wb") as out:
+        out.setnchannels(len(samples))
         out.setsampwidth(2)
         out.setframerate(16000)
-        out.writeframes(bytes(18 * 1600))
-    with pytest.raises(ClipError, match=r"nine\.wav: .*9 channels.*cannot be mixed down"):
-        read_clip(tmp_path / "nine.wav", FixedRateSampler())
+        out.writeframes(np.round(samples.T * 32767).astype("<i2").tobytes())
+    return path
+
+
+def test_audio_that_cannot_be_mixed_down_is_reported(tmp_path):
+    path = write_wav(tmp_path / "hundred.wav", np.zeros((100, 1600)))
+    with pytest.raises(ClipError, match=r"hundred\.wav: .*100 channels.*cannot be mixed down"):
+        read_clip(path, FixedRateSampler())
+
+
+SIDE = math.sqrt(0.5) / 2
+LEVELS = {
+    "mono": {"FC": 1},
+    "stereo": {"FL": 0.5, "FR": 0.5},
+    "3.0": {"FL": 0.5, "FR": 0.5, "FC": 1},
+    "quad": {"FL": 0.5, "FR": 0.5, "BL": SIDE, "BR": SIDE},
+    "5.1": {"FL": 0.5, "FR": 0.5, "FC": 1, "LFE": 0, "BL": SIDE, "BR": SIDE},
+    "5.1(side)": {"FL": 0.5, "FR": 0.5, "FC": 1, "LFE": 0, "SL": SIDE, "SR": SIDE},
+    "7.1": {"FL": 0.5, "FR": 0.5, "FC": 1, "LFE": 0, "BL": SIDE, "BR": SIDE, "SL": SIDE, "SR": SIDE},
+}
+
+
+@pytest.mark.parametrize("sample_format", ["s16", "s32", "flt", "fltp"])
+@pytest.mark.parametrize("layout", LEVELS)
+def test_each_channel_has_its_level_in_the_mix(layout, sample_format):
+    names = [channel.name for channel in av.AudioLayout(layout).channels]
+    assert names == list(LEVELS[layout])
+    # A second of each channel alone, then one of all.
+    values = np.concatenate([np.eye(len(names)), np.ones((len(names), 1))], axis=1) * 0.25
+    samples = values.repeat(16000, axis=1).astype(np.float32)
+    packed = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1), format="flt", layout=layout)
+    packed.sample_rate = 16000
+    (frame,) = av.AudioResampler(format=sample_format).resample(packed)
+    audio = AudioBuffer()
+    audio.add(frame, 0.0)
+    audio.flush()
+    levels = audio.waveform(start=0.0, end=math.inf).reshape(-1, 16000)[:, 8000] / 0.25
+    expected = list(LEVELS[layout].values())
+    np.testing.assert_allclose(levels, [*expected, sum(expected)], atol=2e-4)
+
+
+@pytest.mark.parametrize("suffix", ["m4a", "opus"])
+def test_planar_audio_of_eight_channels_is_read(tmp_path, suffix):
+    tone = 0.25 * np.sin(np.arange(48000) * 0.05).astype(np.float32)
+    samples = np.zeros((48000, 8), np.float32)
+    samples[:, 2] = tone  # center
+    with av.open(str(tmp_path / f"surround.{suffix}"), "w") as out:
+        codec, options = ("aac", {}) if suffix == "m4a" else ("libopus", {"mapping_family": "1"})
+        stream = out.add_stream(codec, rate=48000, layout="7.1", options=options)
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout="7.1")
+        frame.sample_rate, frame.pts = 48000, 0
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    waveform = read_clip(tmp_path / f"surround.{suffix}", FixedRateSampler()).waveform
+    assert waveform[2000:14000].std() == pytest.approx(tone.std(), rel=0.05)
+
+
+@pytest.mark.parametrize("num_channels", [3, 4, 6, 8, 9, 12, 16, 24, 60, 64])
+def test_unnamed_channels_are_mixed(tmp_path, num_channels):
+    samples = np.full((num_channels, 8000), 0.25)
+    samples[2] = 0.5
+    waveform = read_clip(write_wav(tmp_path / "many.wav", samples), FixedRateSampler()).waveform
+    # Six are taken for 5.1 and eight for 7.1, whose third channel is the center; others are averaged.
+    surround = {6: 0.25 * (1 + 2 * SIDE) + 0.5, 8: 0.25 * (1 + 4 * SIDE) + 0.5}
+    assert waveform[4000] == pytest.approx(surround.get(num_channels, 0.25 + 0.25 / num_channels), abs=1e-3)
 
 
 @pytest.mark.parametrize(
