@@ -125,7 +125,8 @@ def _make_clip(
     decoded = [(time, frame) for time, frame in zip(targets, frames, strict=True) if frame is not None]
     if not decoded and (waveform is None or len(targets)):
         raise ClipError(f"{path}: {_explain_empty(index, start, has_audio=waveform is not None)}")
-    warnings = _describe_losses(index, start, end)
+    losses = _describe_losses(index, start, end)
+    warnings = losses + ([index.display_warning] if index.display_warning else [])
     if warnings:
         logger.warning("%s: %s", path, "; ".join(warnings))
     video_end = min(index.video_end, end)
@@ -139,7 +140,7 @@ def _make_clip(
         video_seconds=video_end - max(start, index.frame_times[0]) if decoded else 0.0,
         duration_seconds=max(video_end - start, audio_seconds),
         warnings=tuple(warnings),
-        is_complete=not warnings,
+        is_complete=not losses,
     )
 
 

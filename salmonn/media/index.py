@@ -51,6 +51,7 @@ class StreamIndex:
         audio_damage, video_damage: (time, duration) of the damaged packets, in order.
         missing: (time, duration) of what libav skipped in the container.
         is_truncated: whether the file breaks off.
+        display_warning: why the frames do not look as they should, if so.
         error: error that stopped the reading or kept a stream from being decoded, if any.
         is_audio_suspect: whether the container marked an audio packet as damaged since the latest frame of audio.
         num_suspect: number of further video packets before which some may be missing.
@@ -73,6 +74,7 @@ class StreamIndex:
     video_damage: list[tuple[float, float]] = field(default_factory=list)
     missing: list[tuple[float, float]] = field(default_factory=list)
     is_truncated: bool = False
+    display_warning: str | None = None
     error: str | None = None
     is_audio_suspect: bool = False
     num_suspect: int = 0

@@ -20,7 +20,7 @@ import av
 import numpy as np
 
 from salmonn.media.container import DecodeError, Decoder, MediaFile, cause_of
-from salmonn.media.display import display_size, to_rgb
+from salmonn.media.display import display_size, display_warning, to_rgb
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import REORDER_FRAMES, SLACK_SECONDS, StreamIndex
 from salmonn.media.timeline import Timeline
@@ -116,7 +116,8 @@ def decode_frames(
     while True:
         source = _FrameSource(file, index, strict=strict)
         try:
-            images = _convert_frames(ways[way](source), sampler, len(targets), file.video.sample_aspect_ratio)
+            aspect_ratio = file.video.sample_aspect_ratio
+            images, warning = _convert_frames(ways[way](source), sampler, len(targets), aspect_ratio)
         except _SeekError as error:
             logger.debug("%s: reading again, because a seek failed (%s)", file.path, error)
             way += 1
@@ -125,6 +126,7 @@ def decode_frames(
             strict = False
         else:
             index.video_damage = sorted(index.video_damage + source.decoder.damage)
+            index.display_warning = warning
             index.error = index.error if any(image is not None for image in images) else source.decoder.cause
             return images
         file = file.reopen(stack, strict=strict)
@@ -295,26 +297,27 @@ def _keyframe_before(keyframes: list[tuple[float, int]], seconds: float) -> int:
 
 def _convert_frames(
     frames: Iterator[Any], sampler: FrameSampler, num_targets: int, sample_aspect_ratio: Fraction | None = None
-) -> list[np.ndarray | None]:
-    """Convert decoded frames to (H, W, 3) uint8 images as they are displayed.
+) -> tuple[list[np.ndarray | None], str | None]:
+    """Convert decoded frames to (H, W, 3) uint8 images as they are displayed; also return the first one's warning.
 
     A frame that stays on screen is converted once. Other threads convert while this one decodes; few full-size frames
     wait for them.
     """
     images: list[Future[np.ndarray] | None] = []
     waiting: deque[Future[np.ndarray]] = deque()
-    previous, size = None, None
+    previous, size, warning = None, None, None
     with ThreadPoolExecutor(_CONVERTERS) as pool:
         for frame in frames:
             if frame is not None and frame is not previous:
                 if size is None:  # a stream may change its size; all images of a clip get that of the first
                     size = sampler.frame_size(*display_size(frame, sample_aspect_ratio), num_targets)
+                    warning = display_warning(frame)
                 waiting.append(pool.submit(to_rgb, frame, *size))
                 if len(waiting) > _CONVERTERS:
                     wait([waiting.popleft()])
             previous = frame
             images.append(None if frame is None else waiting[-1])
-    return [None if image is None else image.result() for image in images]
+    return [None if image is None else image.result() for image in images], warning
 
 
 def non_reference_test(codec: Any) -> Callable[[Any], bool]:

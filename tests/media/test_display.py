@@ -367,3 +367,5 @@ def test_dolby_vision_without_a_base_layer_is_reported(tmp_path, is_tagged):
                 out.mux(copy)
     warning = display_warning(first_frame(tmp_path / "dolby.mp4"))
     assert warning is None if is_tagged else "Dolby Vision profile 5" in warning
+    clip = read_clip(tmp_path / "dolby.mp4", UniformSampler())
+    assert clip.warnings == (() if is_tagged else (warning,)) and clip.is_complete

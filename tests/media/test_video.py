@@ -129,6 +129,6 @@ def test_few_decoded_frames_are_alive_at_a_time(monkeypatch):
             yield frame
 
     monkeypatch.setattr(video_module, "to_rgb", paint)
-    painted = video_module._convert_frames(frames(), FixedRateSampler(side=SIDE), 40)
+    painted, _ = video_module._convert_frames(frames(), FixedRateSampler(side=SIDE), 40)
     # Two are painted, one waits, one has just come.
     assert len(painted) == 40 and most <= 4
