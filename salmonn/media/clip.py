@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from salmonn.media.audio import SAMPLE_RATE_HZ
-from salmonn.media.container import ClipError, is_encrypted, open_media
+from salmonn.media.container import ClipError, open_media
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import StreamIndex, index_streams
 from salmonn.media.video import decode_frames, target_times
@@ -146,8 +146,6 @@ def _make_clip(
 
 def _explain_empty(index: StreamIndex, start: float, *, has_audio: bool) -> str:
     """Return why there is nothing to return, and what to do."""
-    if is_encrypted(index.file.path):
-        return "is encrypted (DRM), so nothing of it can be decoded; pass a file without copy protection"
     if index.file.format_name.startswith("webp"):
         return "is a WebP image that libav cannot decode, such as an animation; convert it to GIF or MP4"
     if has_audio:
@@ -177,6 +175,10 @@ def _describe_losses(index: StreamIndex, start: float, end: float) -> list[str]:
         warnings.append(f"lost {lost:.2f} s of audio{places} at {losses[0][0]:.1f} s")
     if index.file.audio is not None and index.error is not None and index.audio.end == 0:
         warnings.append(f"none of the audio decodes ({index.error})")
+    if index.new_streams_from is not None and index.new_streams_from < end:
+        warnings.append(
+            f"other streams take over at {index.new_streams_from:.1f} s, which are not read; split the file"
+        )
     if index.is_truncated:
         declared = min(end, index.file.declared_end)
         reason = f" ({index.error})" if index.error else ""

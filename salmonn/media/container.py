@@ -12,14 +12,20 @@ from av.container import InputContainer
 from av.format import Flags
 from av.stream import Disposition
 
+from salmonn.media.nal_units import is_recovery_point
+
 # Starting decoder threads costs more than they save up to about this many pixels a frame.
 _SINGLE_THREAD_PIXELS = 160 * 120
 # Playlists open other files, which the sender of an upload may not be allowed to read.
 _PLAYLIST_FORMATS = frozenset(["concat", "dash", "hls", "imf", "sdp"])
 # These state the time at which they end, not their duration; both differ where timestamps do not start at 0.
 _END_TIME_FORMATS = frozenset(["matroska", "flv"])
-# NAL units of supplemental information: they do not affect the decoded frames, and many cameras write bad ones.
+# NAL units of supplemental information: many cameras write bad ones.
 _SEI_TYPES = {"h264": "6", "hevc": "39-40"}
+# As many frames as H.264 and HEVC allow a decoder to hold back.
+REORDER_FRAMES = 16
+# These can be decoded from packets and extradata alone, and libav conceals damage in them.
+_VERIFIABLE_CODECS = frozenset(["h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9"])
 _MARKED = "a frame is marked as damaged"
 
 
@@ -198,16 +204,6 @@ def declared_seconds(path: str | os.PathLike[str]) -> float:
         return open_media(path, stack, video=True, audio=True).declared_end
 
 
-def is_encrypted(path: str) -> bool:
-    """Return whether a file that cannot be decoded has encrypted packets."""
-    with ExitStack() as stack:
-        container = open_media(path, stack, video=True, audio=True).container
-        try:
-            return any(packet.has_sidedata("encryption_info") for packet in container.demux())
-        except av.error.FFmpegError:
-            return False
-
-
 def cause_of(error: Exception) -> str:
     """Return an error's message without libav's number and file name."""
     return getattr(error, "strerror", None) or str(error)
@@ -238,8 +234,9 @@ class Decoder:
 
     def restart(self) -> None:
         """Prepare for packets from another part of the file, after a seek."""
-        self._first_pts: int | None = None
-        self._verifier = None if self._strict or self._stream.type != "video" else _Verifier(self._stream)
+        self._num_packets, self._enters_open_gop = 0, False
+        is_verified = not self._strict and self._stream.codec_context.name in _VERIFIABLE_CODECS
+        self._verifier = _Verifier(self._stream) if is_verified else None
 
     def decode(self, packet: Any) -> list[Any]:
         """Return the frames that a packet makes available, in presentation order.
@@ -249,8 +246,11 @@ class Decoder:
         """
         if packet.size == 0 and packet.pts is not None:
             return []  # repeats the frame before it, as in Theora; libav would take it for the end of the stream
-        if self._first_pts is None:
-            self._first_pts = packet.pts
+        self._num_packets += 1
+        if self._num_packets == 1:
+            self._enters_open_gop = self._stream.type == "video" and is_recovery_point(
+                packet, self._stream.codec_context
+            )
         frames, error = self._frames(packet)
         if self._verifier is not None:
             error = self._verifier.find_error(packet) or error
@@ -279,8 +279,9 @@ class Decoder:
             return not self.has_started or bytes(packet)[:3] in (b"ID3", b"TAG")
         if error == _MARKED and not self.has_started:
             return True  # intra refresh: frames are damaged until all of it has been refreshed
-        # The frames of an open GOP that precede its keyframe in time refer to frames before it.
-        return packet.pts is not None and self._first_pts is not None and packet.pts < self._first_pts
+        # The frames of an open GOP that precede its keyframe in time refer to frames before it, and frame numbers have
+        # a gap there.
+        return self._enters_open_gop and self._num_packets <= REORDER_FRAMES
 
     def _frames(self, packet: Any) -> tuple[list[Any], str | None]:
         try:
@@ -294,30 +295,48 @@ class Decoder:
 
 
 class _Verifier:
-    """A second, strict decoder that is fed the same packets without supplemental information."""
+    """Strict decoders on the side that are fed the same packets, one of them without supplemental information (SEI).
+
+    SEI may be malformed in intact video, but may also be needed: it marks where an open GOP can be entered. A packet is
+    damaged if both decoders say so.
+    """
 
     def __init__(self, stream: Any) -> None:
         source = stream.codec_context
-        self._codec: Any = av.CodecContext.create(source.codec, "r")
-        self._codec.extradata = source.extradata
-        self._codec.width, self._codec.height = source.width, source.height
-        self._codec.options = {"err_detect": "explode"}
-        self._codec.thread_count = 1
-        types = _SEI_TYPES.get(source.name)
-        remove = f"filter_units=remove_types={types}"
-        self._filter = None if types is None else BitStreamFilterContext(remove, stream)
+        sei_types = _SEI_TYPES.get(source.name)
+        self._codecs = []
+        for _ in range(1 if sei_types is None else 2):
+            codec: Any = av.CodecContext.create(source.codec, "r")
+            codec.extradata = source.extradata
+            codec.width, codec.height = source.width, source.height
+            codec.options = {"err_detect": "explode"}
+            codec.thread_count = 1
+            self._codecs.append(codec)
+        remove = f"filter_units=remove_types={sei_types}"
+        self._filter = None if sei_types is None else BitStreamFilterContext(remove, stream)
 
     def find_error(self, packet: Any) -> str | None:
         """Return the cause if a packet is damaged."""
         if packet.size == 0:
             return None
-        copy = av.Packet(packet.size)  # the filter takes what it is given; made of bytes, it would lack libav's padding
-        copy.update(bytes(packet))
-        copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
-        copy.is_keyframe = packet.is_keyframe
-        try:
-            for part in [copy] if self._filter is None else self._filter.filter(copy):
-                self._codec.decode(part)
-        except av.error.FFmpegError as error:
-            return cause_of(error)
-        return None
+        errors = [_decoding_error(self._codecs[0], packet)]
+        if self._filter is not None:
+            copy = av.Packet(packet.size)  # the filter takes what it is given; made of bytes, it would lack padding
+            copy.update(bytes(packet))
+            copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+            copy.is_keyframe = packet.is_keyframe
+            try:
+                filtered = self._filter.filter(copy)
+            except av.error.FFmpegError as error:
+                errors.append(cause_of(error))
+            else:
+                errors += [_decoding_error(self._codecs[1], part) for part in filtered]
+        return errors[-1] if None not in errors else None
+
+
+def _decoding_error(codec: Any, packet: Any) -> str | None:
+    try:
+        codec.decode(packet)
+    except av.error.FFmpegError as error:
+        return cause_of(error)
+    return None

@@ -12,7 +12,15 @@ import av
 import numpy as np
 
 from salmonn.media.audio import AudioBuffer
-from salmonn.media.container import DecodeError, Decoder, MediaFile, cause_of, open_media
+from salmonn.media.container import (
+    REORDER_FRAMES,
+    ClipError,
+    DecodeError,
+    Decoder,
+    MediaFile,
+    cause_of,
+    open_media,
+)
 from salmonn.media.timeline import Timeline
 
 # Times are compared as floats; a frame this little after the target time counts as due at that time.
@@ -23,13 +31,13 @@ _PREROLL_SECONDS = 2.0
 _ROUNDING_SECONDS = 0.005
 # libav marks a packet of MPEG-TS up to two packets before what is missing.
 _SUSPECT_PACKETS = 3
+# Packets that are checked for encryption, besides keyframes: parts of a file may be in the clear.
+_CHECKED_PACKETS = 50
 # Where libav finds nothing that it can read in a Matroska file, it skips ahead without a word. More bytes than headers
 # take, left out together with some time in all streams, reveal it.
 _SKIPPED_BYTES, _SKIPPED_SECONDS = 4096, 0.5
 # A file that ends this much before the end that it declares is truncated.
 _SHORTFALL_SECONDS = 0.25
-# As many frames as H.264 and HEVC allow a decoder to hold back.
-REORDER_FRAMES = 16
 # Headers of these formats declare no duration; libav estimates it from the bit rate or the last timestamps.
 _ESTIMATED_FORMATS = frozenset(["aac", "ac3", "amr", "dts", "eac3", "h264", "hevc", "m4v", "mp3", "mpeg", "mpegvideo"])
 
@@ -53,8 +61,9 @@ class StreamIndex:
         is_truncated: whether the file breaks off.
         display_warning: why the frames do not look as they should, if so.
         error: error that stopped the reading or kept a stream from being decoded, if any.
-        is_audio_suspect: whether the container marked an audio packet as damaged since the latest frame of audio.
+        is_audio_suspect: whether the container marked a packet as damaged since the latest frame of audio.
         num_suspect: number of further video packets before which some may be missing.
+        new_streams_from: see `Timeline`.
         suspect_gaps: (decoding time, time since the packet before) of video packets at such a mark.
         num_leading: number of frames stored before the first keyframe.
         last_duration: duration of the video packet stored last.
@@ -78,6 +87,7 @@ class StreamIndex:
     error: str | None = None
     is_audio_suspect: bool = False
     num_suspect: int = 0
+    new_streams_from: float | None = None
     suspect_gaps: list[tuple[float, float]] = field(default_factory=list)
     num_leading: int = 0
     last_duration: float = 0.0
@@ -131,7 +141,7 @@ def measured_seconds(path: str | os.PathLike[str]) -> float:
 
 def _has_one_clock(file: MediaFile) -> bool:
     """Return whether no timestamp of a file has to be changed, for which all of it is read where that is uncertain."""
-    if not file.may_restart:
+    if not (file.may_restart or file.format_name == "flv"):
         return True
     status = os.stat(file.path)  # noqa: PTH116
     return _is_continuous(file.path, status.st_size, status.st_mtime_ns)
@@ -159,7 +169,7 @@ def _index_from(file: MediaFile, start: float, end: float, *, seek_seconds: floa
         index.audio.flush()
     except (av.error.FFmpegError, DecodeError) as error:
         index.error, index.is_truncated = cause_of(error), True
-    index.is_continuous = timeline.is_continuous
+    index.is_continuous, index.new_streams_from = timeline.is_continuous, timeline.new_streams_from
     _finalize_video(index, end)
     return index
 
@@ -170,15 +180,18 @@ def _index_packets(index: StreamIndex, timeline: Timeline, start: float, end: fl
     decoder = None if file.audio is None else Decoder(file, file.audio)
     position = None  # in the file, after the packet before
     # All streams, since the end of any of them reveals where a truncated file ends.
-    for packet in timeline.packets():
-        number = packet.stream.index
+    for num_packets, packet in enumerate(timeline.packets()):
+        number = packet.stream_index
+        if (num_packets < _CHECKED_PACKETS or packet.is_keyframe) and packet.has_sidedata("encryption_info"):
+            raise ClipError(f"{file.path}: is encrypted (DRM) and cannot be decoded; pass a file without encryption")
         if packet.size:
             position = _note_skipped(index, packet, position)
             if _update_file_end(index, packet) > end:
                 open_streams.discard(number)
         if file.video is not None and number == file.video.index:
-            _index_video_packet(index, packet)
+            _index_video_packet(index, packet, is_joint=timeline.is_joint)
         elif decoder is not None and number == file.audio.index and (number in open_streams or not packet.size):
+            index.is_audio_suspect = (index.is_audio_suspect or packet.is_corrupt) and not timeline.is_joint
             _decode_audio(index, decoder, packet, start)
         if not open_streams:
             break
@@ -189,8 +202,6 @@ def _index_packets(index: StreamIndex, timeline: Timeline, start: float, end: fl
 
 
 def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: float) -> None:
-    if packet.is_corrupt:  # part of it, or what precedes it, may be missing; a gap before the next frame shows it
-        index.is_audio_suspect = True
     # Of long audio before the span a little is decoded, and less is kept, to fill the filters of decoder and resampler.
     if packet.pts is not None:
         index.audio_begin = min(index.audio_begin, index.file.seconds(packet.pts, packet.stream))
@@ -200,6 +211,7 @@ def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: floa
     for frame in decoder.decode(packet):
         # A frame without a timestamp follows the one before it.
         seconds = index.audio.end if frame.pts is None else frame.time - index.file.origin
+        # Where the container marks damage, a gap is a loss.
         gap = seconds - index.audio.end
         if index.is_audio_suspect and index.audio.end and gap > _ROUNDING_SECONDS:
             decoder.damage.append((index.audio.end, gap))
@@ -229,7 +241,7 @@ def _update_file_end(index: StreamIndex, packet: Any) -> float:
     return -math.inf if packet.dts is None else file.seconds(packet.dts, packet.stream)
 
 
-def _index_video_packet(index: StreamIndex, packet: Any) -> None:
+def _index_video_packet(index: StreamIndex, packet: Any, *, is_joint: bool) -> None:
     file = index.file
     pts = packet.dts if file.counts_frames else packet.pts
     if pts is None and not (file.counts_frames and packet.size):
@@ -244,7 +256,7 @@ def _index_video_packet(index: StreamIndex, packet: Any) -> None:
     if packet.dts is not None:
         decoded_at = file.seconds(packet.dts, file.video)
         index.num_suspect = _SUSPECT_PACKETS if packet.is_corrupt else index.num_suspect - 1
-        if index.num_suspect > 0 and index.frame_times:
+        if index.num_suspect > 0 and index.frame_times and not is_joint:
             index.suspect_gaps.append((index.complete_until, decoded_at - index.complete_until))
         index.complete_until = decoded_at
     if packet.is_keyframe:
@@ -267,7 +279,7 @@ def _finalize_video(index: StreamIndex, end: float) -> None:
     if times:
         # Where frames are reordered, packets state the time to the one stored next, not to the one presented next:
         # only the packet stored last states the duration of a frame that is shown last.
-        duration = 0.0 if index.file.counts_frames else index.last_duration
+        duration = index.default_interval if index.file.counts_frames else index.last_duration
         if not duration:
             duration = float(np.median(np.diff(times))) if len(times) > 1 else index.default_interval
         index.video_end = max(index.video_end, times[-1] + duration)
@@ -285,26 +297,30 @@ def _finalize_video(index: StreamIndex, end: float) -> None:
 
 def _breaks_off(index: StreamIndex, end: float) -> bool:
     """Return whether the file ends before the end that its header declares."""
-    file, times = index.file, np.array(index.frame_times)
-    intervals = np.diff(times)
-    name = file.format_name
-    if index.is_continuous and not file.may_restart and name not in _ESTIMATED_FORMATS:
+    file = index.file
+    intervals = np.diff(index.frame_times)
+    if (
+        file.declared_end
+        and index.is_continuous
+        and not file.may_restart
+        and file.format_name not in _ESTIMATED_FORMATS
+    ):
         # The last frame may be shown as long as any other, without a packet that says so.
         slack = max(_SHORTFALL_SECONDS, 1.5 * intervals.max(initial=0.0))
         if min(end, file.declared_end) - index.file_end > slack:
             return True
-    if "mp4" in name:  # which declares the end of each stream
-        for stream, stream_end in ((file.video, index.video_end), (file.audio, index.audio_end)):
-            if stream is not None and stream.duration is not None and stream_end:
+        streams = ((file.video, index.video_end), (file.audio, index.audio_end)) if "mp4" in file.format_name else ()
+        for stream, stream_end in streams:  # MP4 declares the end of each
+            if stream is not None and stream.duration is not None and stream_end > 0:
                 first = file.seconds(stream.start_time or 0, stream)
                 declared = first + stream.duration * file.tick_seconds[stream.index]
                 if min(end, declared) - stream_end > _SHORTFALL_SECONDS:
                     return True
         return False
     # Where nothing is declared: frames stored last fill the gaps between those due last, if frames are evenly spaced.
-    num_certain = index.count_due(index.complete_until)
-    before, after = intervals[: max(num_certain - 1, 0)], intervals[max(num_certain - 1, 0) :]
-    if index.complete_until > end or len(before) == 0 or file.counts_frames:
+    num_certain = max(index.count_due(index.complete_until) - 1, 0)
+    before, after = intervals[:num_certain], intervals[num_certain:]
+    if index.complete_until > end or file.counts_frames or len(before) < REORDER_FRAMES:
         return False
     usual = float(np.median(before))
     return bool(before.max() < 1.5 * usual < after.max(initial=0.0) <= REORDER_FRAMES * usual)

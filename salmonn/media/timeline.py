@@ -13,9 +13,9 @@ from salmonn.media.container import MediaFile
 
 # Within a stream, decoding times rise. Muxers round them; in some formats they are guessed.
 _MAX_STEP_BACK_SECONDS = {True: 0.1, False: 1.0}  # by `MediaFile.may_restart`
-# A longer step ahead of all streams is a change of clock where clocks may restart (ffmpeg's limit). Other formats are
-# believed up to ffmpeg's limit for those: a recorder may have been paused.
-_MAX_STEP_AHEAD_SECONDS = {True: 10.0, False: 30 * 3600.0}
+# A longer step ahead of all streams is a change of clock where clocks may restart (ffmpeg's limit). In other formats a
+# recorder may have been paused, but hours of silence help nobody.
+_MAX_STEP_AHEAD_SECONDS = {True: 10.0, False: 3600.0}
 # A step ahead of this length is a single bad stamp if the stream's next packet is back in place.
 _SUSPECT_STEP_SECONDS = 10.0
 _MAX_PACKETS_AHEAD = 2000
@@ -35,10 +35,15 @@ class Timeline:
 
     Attributes:
         is_continuous: whether no timestamp has been changed so far.
+        is_joint: whether the latest packet is the first one of its stream with another clock.
+        new_streams_from: time from which on the file has streams that it did not have when it was opened, if any;
+            their packets are not among those that are yielded.
     """
 
     def __init__(self, file: MediaFile) -> None:
         self.is_continuous = True
+        self.is_joint = False
+        self.new_streams_from: float | None = None
         self._file = file
         self._max_back = _MAX_STEP_BACK_SECONDS[file.may_restart]
         self._max_ahead = _MAX_STEP_AHEAD_SECONDS[file.may_restart]
@@ -55,6 +60,11 @@ class Timeline:
         """Yield the packets of all streams; those of the selected ones have their timestamps on the time line."""
         source = self._file.container.demux()
         while (packet := self._ahead.popleft() if self._ahead else next(source, None)) is not None:
+            if packet.stream_index >= len(self._file.tick_seconds):
+                if self.new_streams_from is None and packet.stream.type in ("video", "audio"):
+                    self.new_streams_from = self._end
+                continue
+            self.is_joint = False
             if packet.stream_index in self._numbers and packet.pts is not None:
                 # In Matroska the packets at the start have no decoding time, which is early for a keyframe.
                 if packet.dts is not None or (packet.is_keyframe and packet.size):
@@ -95,6 +105,7 @@ class Timeline:
                 return
         else:
             self._discarded_from.pop(number, None)
+        self.is_joint = offset != self._offsets.get(number, offset)
         self._offsets[number] = offset
         self._latest[number] = raw + offset
         duration = (packet.duration or 0) * tick or min(max(step, 0.0), 1.0)

@@ -19,10 +19,11 @@ from typing import Any
 import av
 import numpy as np
 
-from salmonn.media.container import DecodeError, Decoder, MediaFile, cause_of
+from salmonn.media.container import REORDER_FRAMES, DecodeError, Decoder, MediaFile, cause_of
 from salmonn.media.display import display_size, display_warning, to_rgb
 from salmonn.media.frame_sampling import FrameSampler
-from salmonn.media.index import REORDER_FRAMES, SLACK_SECONDS, StreamIndex
+from salmonn.media.index import SLACK_SECONDS, StreamIndex
+from salmonn.media.nal_units import non_reference_test
 from salmonn.media.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,6 @@ _MAX_UNEVENNESS = 0.6
 _ROUNDING_SECONDS = 0.0015
 # Number of frames that a seek must save: at each, the decoder's threads run empty.
 _MIN_FRAMES_SAVED = 4
-
-# NAL unit types by their header. H.264, first byte: a slice of a non-reference frame; SEI, delimiter and filler, which
-# change no frame. HEVC, first two bytes, in the lowest temporal layer: TRAIL_N, TSA_N, STSA_N, RADL_N and RASL_N;
-# delimiter, filler and SEI.
-_H264_SLICES = frozenset([0x01])
-_H264_OTHERS = frozenset([0x06, 0x09, 0x0C])
-_HEVC_SLICES = frozenset([0x0001, 0x0401, 0x0801, 0x0C01, 0x1001])
-_HEVC_OTHERS = frozenset([0x4601, 0x4C01, 0x4E01, 0x5001])
 
 
 class _SeekError(Exception):
@@ -108,8 +101,9 @@ def decode_frames(
         lambda source: _frames_on_screen(source, targets, keyframes),
         lambda source: _frames_on_screen(source, targets, []),
     ]
-    # Frames that are counted, or whose times have been changed, cannot be sought.
-    way = 2 if file.counts_frames or not index.is_continuous or not keyframes else 0
+    # Frames that are counted, whose times have been changed, or whose palette is in the first packet cannot be sought.
+    is_readable_only_from_start = file.counts_frames or not index.is_continuous or file.video.pix_fmt == "pal8"
+    way = 2 if is_readable_only_from_start or not keyframes else 0
     if way == 2:
         file = file.reopen(stack)
     strict = True
@@ -157,12 +151,16 @@ class _FrameSource:
                 after the last; None yields all frames.
 
         Raises:
+            _SeekError: the file cannot be sought in.
             DecodeError: the source is strict, and the file is damaged.
         """
-        try:
-            if keyframe is not None:
+        if keyframe is not None:
+            try:
                 self.file.container.seek(keyframe, stream=self.file.video)
-                self.decoder.restart()
+            except av.error.FFmpegError as error:
+                raise _SeekError(cause_of(error)) from error
+            self.decoder.restart()
+        try:
             yield from self._all_frames() if due is None else self._due_frames(due)
         except av.error.FFmpegError as error:
             if self.strict:
@@ -278,6 +276,8 @@ def _match_targets(
         if number > 0 and keyframes[number][0] > seconds:
             return
         shown, shown_seconds = frame, seconds
+    if shown is None and keyframes:
+        raise _SeekError(f"no frame at {targets[num_found]:.3f} s or later")
     # The last frame stays on screen. If many more were due, they are lost.
     num_lost = len(index.frame_times) - index.count_due(shown_seconds)
     if num_lost and source.strict:
@@ -318,34 +318,3 @@ def _convert_frames(
             previous = frame
             images.append(None if frame is None else waiting[-1])
     return [None if image is None else image.result() for image in images], warning
-
-
-def non_reference_test(codec: Any) -> Callable[[Any], bool]:
-    """Return a test of packets: whether a packet holds nothing but a frame that no other frame refers to.
-
-    Such frames need not be decoded. The test reads the headers of NAL units in H.264 and HEVC streams of MP4, MOV and
-    Matroska, where units are stored with their lengths. It is false whenever that is not certain, so that damaged
-    packets are decoded and noticed.
-
-    Args:
-        codec: the codec context of a stream.
-    """
-    setup = codec.extradata or b""  # avcC or hvcC
-    if codec.name == "h264" and len(setup) > 4 and setup[0] == 1:
-        length_byte, header_bytes, slices, others = setup[4], 1, _H264_SLICES, _H264_OTHERS
-    # In HEVC, "not referred to" holds within a temporal layer only, so there must be only one.
-    elif codec.name == "hevc" and len(setup) > 21 and setup[0] == 1 and setup[21] >> 3 & 7 == 1:
-        length_byte, header_bytes, slices, others = setup[21], 2, _HEVC_SLICES, _HEVC_OTHERS
-    else:
-        return lambda packet: False
-    length_bytes = (length_byte & 3) + 1
-
-    def is_non_reference(packet: Any) -> bool:
-        data, position, headers = memoryview(packet), 0, set[int]()
-        while position < len(data):
-            start = position + length_bytes
-            headers.add(int.from_bytes(data[start : start + header_bytes]))
-            position = start + int.from_bytes(data[position:start])
-        return not headers.isdisjoint(slices) and headers <= slices | others
-
-    return is_non_reference

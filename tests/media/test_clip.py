@@ -293,7 +293,7 @@ def test_seeking_and_reading_straight_through_give_identical_frames(tmp_path, mo
     np.testing.assert_array_equal(sought.frames, straight.frames)
 
 
-def _index_by_pts(index, packet):
+def _index_by_pts(index, packet, is_joint):
     if packet.pts is not None:
         index.frame_times.append(index.file.seconds(packet.pts, index.file.video))
         index.video_end = max(index.video_end, index.frame_times[-1] + 0.1)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from salmonn.media.video import non_reference_test
+from salmonn.media.nal_units import non_reference_test
 
 # avcC and hvcC with lengths of 4 bytes (the last two bits are 3); hvcC's byte 21 tells of one temporal layer.
 AVCC = bytes([1, 100, 0, 31, 0xFF, 0xE1])
