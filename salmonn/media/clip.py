@@ -179,10 +179,11 @@ def _describe_losses(index: StreamIndex, start: float, end: float) -> list[str]:
         warnings.append(
             f"other streams take over at {index.new_streams_from:.1f} s, which are not read; split the file"
         )
-    if index.is_truncated:
-        declared = min(end, index.file.declared_end)
-        reason = f" ({index.error})" if index.error else ""
-        warnings.append(f"the file is truncated: it ends at {index.file_end:.1f} s of {declared:.1f} s{reason}")
+    if index.is_truncated and index.error:
+        warnings.append(f"reading stopped at {index.file_end:.1f} s ({index.error})")
+    elif index.is_truncated:
+        declared = max(min(end, index.file.declared_end), index.file_end)
+        warnings.append(f"the file is truncated: it ends at {index.file_end:.1f} s of {declared:.1f} s")
     return warnings
 
 

@@ -20,8 +20,12 @@ _SINGLE_THREAD_PIXELS = 160 * 120
 _PLAYLIST_FORMATS = frozenset(["concat", "dash", "hls", "imf", "sdp"])
 # These state the time at which they end, not their duration; both differ where timestamps do not start at 0.
 _END_TIME_FORMATS = frozenset(["matroska", "flv"])
-# NAL units of supplemental information: many cameras write bad ones.
-_SEI_TYPES = {"h264": "6", "hevc": "39-40"}
+# These remove supplemental information, of which many cameras write bad one. They return NAL units after start codes,
+# which a decoder of H.264 accepts in any case; HEVC's parameter sets must come that way then, too.
+_SEI_FILTERS = {
+    "h264": "filter_units=remove_types=6",
+    "hevc": "hevc_mp4toannexb,filter_units=remove_types=39-40",
+}
 # As many frames as H.264 and HEVC allow a decoder to hold back.
 REORDER_FRAMES = 16
 # These can be decoded from packets and extradata alone, and libav conceals damage in them.
@@ -303,17 +307,17 @@ class _Verifier:
 
     def __init__(self, stream: Any) -> None:
         source = stream.codec_context
-        sei_types = _SEI_TYPES.get(source.name)
+        name = _SEI_FILTERS.get(source.name)
+        self._filter = None if name is None else BitStreamFilterContext(name, stream)
         self._codecs = []
-        for _ in range(1 if sei_types is None else 2):
+        for number in range(1 if name is None else 2):
             codec: Any = av.CodecContext.create(source.codec, "r")
-            codec.extradata = source.extradata
+            if not (number == 1 and source.name == "hevc"):
+                codec.extradata = source.extradata
             codec.width, codec.height = source.width, source.height
             codec.options = {"err_detect": "explode"}
             codec.thread_count = 1
             self._codecs.append(codec)
-        remove = f"filter_units=remove_types={sei_types}"
-        self._filter = None if sei_types is None else BitStreamFilterContext(remove, stream)
 
     def find_error(self, packet: Any) -> str | None:
         """Return the cause if a packet is damaged."""

@@ -52,6 +52,7 @@ class StreamIndex:
         frame_times: presentation times of the video frames, rising.
         keyframes: (presentation time, timestamp to seek to) of the keyframes, rising.
         video_end: end of the last video frame.
+        audio_lag: by how much the times of audio packets are ahead.
         audio_begin, audio_end: start of the first packet of audio, and end of the latest.
         file_end: end of the latest packet of any stream.
         complete_until: time up to which no frame can be missing from `frame_times`.
@@ -74,6 +75,7 @@ class StreamIndex:
     frame_times: list[float] = field(default_factory=list)
     keyframes: list[tuple[float, int]] = field(default_factory=list)
     video_end: float = 0.0
+    audio_lag: float = 0.0
     audio_begin: float = math.inf
     audio_end: float = 0.0
     file_end: float = 0.0
@@ -192,7 +194,7 @@ def _index_packets(index: StreamIndex, timeline: Timeline, start: float, end: fl
             _index_video_packet(index, packet, is_joint=timeline.is_joint)
         elif decoder is not None and number == file.audio.index and (number in open_streams or not packet.size):
             index.is_audio_suspect = (index.is_audio_suspect or packet.is_corrupt) and not timeline.is_joint
-            _decode_audio(index, decoder, packet, start)
+            _decode_audio(index, decoder, packet, start, is_joint=timeline.is_joint)
         if not open_streams:
             break
     if decoder is not None:
@@ -201,7 +203,7 @@ def _index_packets(index: StreamIndex, timeline: Timeline, start: float, end: fl
             index.error = decoder.cause
 
 
-def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: float) -> None:
+def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: float, *, is_joint: bool) -> None:
     # Of long audio before the span a little is decoded, and less is kept, to fill the filters of decoder and resampler.
     if packet.pts is not None:
         index.audio_begin = min(index.audio_begin, index.file.seconds(packet.pts, packet.stream))
@@ -211,9 +213,16 @@ def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: floa
     for frame in decoder.decode(packet):
         # A frame without a timestamp follows the one before it.
         seconds = index.audio.end if frame.pts is None else frame.time - index.file.origin
-        # Where the container marks damage, a gap is a loss.
-        gap = seconds - index.audio.end
-        if index.is_audio_suspect and index.audio.end and gap > _ROUNDING_SECONDS:
+        seconds -= index.audio_lag
+        gap = seconds - index.audio.end if index.audio.end else 0.0
+        frame_seconds = frame.samples / frame.sample_rate
+        if index.file.format_name in _ESTIMATED_FORMATS and abs(gap) < frame_seconds:
+            # Times are counted in packets, wrongly where the sample rate changes: the frames follow each other.
+            index.audio_lag += gap
+            seconds, gap = index.audio.end, 0.0
+        # Where the container marks damage, a gap is a loss; in MPEG-TS, so is one of a few whole frames without a mark.
+        is_loss = index.file.format_name == "mpegts" and 0.9 * frame_seconds < gap < 4 * frame_seconds
+        if (index.is_audio_suspect and gap > _ROUNDING_SECONDS) or (is_loss and not is_joint):
             decoder.damage.append((index.audio.end, gap))
         index.is_audio_suspect = False
         if seconds > start - _PREROLL_SECONDS / 2:
