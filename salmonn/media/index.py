@@ -52,6 +52,7 @@ class StreamIndex:
         frame_times: presentation times of the video frames, rising.
         keyframes: (presentation time, timestamp to seek to) of the keyframes, rising.
         video_end: end of the last video frame.
+        audio_rate_hz: sample rate of the first frame of audio; 0 before it.
         audio_lag: by how much the times of audio packets are ahead.
         audio_begin, audio_end: start of the first packet of audio, and end of the latest.
         file_end: end of the latest packet of any stream.
@@ -75,6 +76,7 @@ class StreamIndex:
     frame_times: list[float] = field(default_factory=list)
     keyframes: list[tuple[float, int]] = field(default_factory=list)
     video_end: float = 0.0
+    audio_rate_hz: int = 0
     audio_lag: float = 0.0
     audio_begin: float = math.inf
     audio_end: float = 0.0
@@ -216,8 +218,10 @@ def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: floa
         seconds -= index.audio_lag
         gap = seconds - index.audio.end if index.audio.end else 0.0
         frame_seconds = frame.samples / frame.sample_rate
-        if index.file.format_name in _ESTIMATED_FORMATS and abs(gap) < frame_seconds:
-            # Times are counted in packets, wrongly where the sample rate changes: the frames follow each other.
+        index.audio_rate_hz = index.audio_rate_hz or frame.sample_rate
+        has_new_rate = index.file.format_name in _ESTIMATED_FORMATS and frame.sample_rate != index.audio_rate_hz
+        if has_new_rate and abs(gap) < frame_seconds:
+            # Times are counted in packets of the first sample rate; the frames follow each other.
             index.audio_lag += gap
             seconds, gap = index.audio.end, 0.0
         # Where the container marks damage, a gap is a loss; in MPEG-TS, so is one of a few whole frames without a mark.
