@@ -28,7 +28,7 @@ from salmonn.train.data import ClipSet, all_texts
 from tests.score.fake_llm_server import FakeLLMServer
 
 torch.set_num_threads(1)
-# Files that take longest: they start first, so that none of them is left for one worker at the end.
+# The slowest files run first, so that no worker has one of them at the end.
 LONGEST = (
     "tests/recipes/test_mrdpo.py", "tests/test_docs.py", "tests/train/test_parallel.py", "tests/recipes/test_sft.py",
     "tests/recipes/test_dpo.py", "tests/test_published_cli.py", "tests/tools/test_ablation.py", "tests/test_dist.py",
@@ -37,7 +37,7 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the longest files to the front."""
-    order = {name: place for place, name in enumerate(LONGEST)}
+    order = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
@@ -142,9 +142,9 @@ def shared(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
         base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
         with (base / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (base / f"{name}.made").exists():
+            if not (base / f"{name}.complete").exists():
                 make(base / name)
-                (base / f"{name}.made").touch()
+                (base / f"{name}.complete").touch()
         return base / name
 
     return make_once
@@ -212,10 +212,10 @@ PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shar
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> Callable[[str], Path]:
     """Folders of the parity fixtures: models in the published layout, with a byte-level tokenizer."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def make(family: str) -> Path:
-        if family not in made:
+        if family not in folders:
             source = PARITY_DIR / family
             if not source.is_dir():
                 pytest.skip(f"no parity fixtures in {PARITY_DIR}: set PARITY_DIR")
@@ -225,11 +225,11 @@ def published(tmp_path_factory) -> Callable[[str], Path]:
             tokenizer = train_tokenizer(["a"], vocab_size=263)
             tokenizer.save_pretrained(str(folder))
             config = json.loads((source / "config.json").read_text())
-            seen, heard = tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD])
-            known = {"video_token_id": seen, "audio_token_id": heard}
-            config |= {key: token for key, token in known.items() if key in config}
+            video_token, audio_token = tokenizer.convert_tokens_to_ids([VIDEO_PAD, AUDIO_PAD])
+            token_ids = {"video_token_id": video_token, "audio_token_id": audio_token}
+            config |= {key: token for key, token in token_ids.items() if key in config}
             (folder / "config.json").write_text(json.dumps(config))
-            made[family] = folder
-        return made[family]
+            folders[family] = folder
+        return folders[family]
 
     return make

@@ -1,4 +1,4 @@
-"""Command lines, run for real: what they write, and that mistakes end with a sentence and an exit code."""
+"""Real command lines: their files, and one-sentence error messages with exit codes."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ SALMONN = Path(sys.executable).with_name("salmonn")
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
-    """The installed command, in a process of its own."""
+    """Run the installed command in a separate process."""
     return subprocess.run(
         [SALMONN, *map(str, args)],
         capture_output=True,
@@ -100,7 +100,7 @@ def test_help_of_recipes_shows_flags_in_the_same_spelling(load_recipe, capsys):
 
 @pytest.mark.parametrize("flag", ["--max-new-tokens", "--max_new_tokens", "--max_new-tokens"])
 def test_both_spellings_of_a_flag_are_accepted(call, flag):
-    """And its value is left alone; an error shows the one spelling."""
+    """The value is not changed; errors show one spelling."""
     values = build_parser().parse_args(["caption", "a_b--c_d.mp4", "--out", "o_p", flag, "7"])
     assert values.caption.max_new_tokens == 7 and values.caption.out == Path("o_p")
     assert values.caption.paths == ["a_b--c_d.mp4"]
@@ -133,7 +133,7 @@ def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
         str(folder / "b.mp4") in result.stderr and "2 captions" in result.stderr and "1 video failed" in result.stderr
     )
     found = re.search(r"; ([\d.]+) clips per minute \((\d+)% of the time waiting for files\)", result.stderr)
-    # Three files in less than what the whole process took.
+    # Three files in less than the process's total time.
     assert found and float(found[1]) > 60 * 3 / seconds and 0 <= int(found[2]) <= 100
 
 
@@ -173,8 +173,8 @@ def test_captions_are_those_of_the_captioner(call, captioner, videos, random_mod
     assert [(one.size_bytes, one.modified_ns) for one in found] == [(one.st_size, one.st_mtime_ns) for one in stats]
 
 
-def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
-    """And even then it is moved aside."""
+def test_out_is_replaced_only_on_request(call, videos, random_model, tmp_path):
+    """Even then it is renamed, not deleted."""
     out = tmp_path / "captions.jsonl"
     out.write_text("precious")
     args = ("caption", videos[0], "--out", out, "--model", random_model, "--max-new-tokens", 4)
@@ -186,7 +186,7 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (["/nowhere/none.mp4"], "/nowhere/none.mp4"),
         (["{empty}"], "no video or audio file"),
@@ -205,22 +205,22 @@ def test_out_is_replaced_only_where_asked(call, videos, random_model, tmp_path):
         (["{video}", "--workers", "-1"], "workers must be"),
     ],
 )
-def test_wrong_usage_of_caption(call, videos, random_model, tmp_path, args, words):
+def test_wrong_usage_of_caption(call, videos, random_model, tmp_path, args, message):
     (tmp_path / "empty").mkdir()
     args = [arg.format(video=videos[0], empty=tmp_path / "empty") for arg in args]
     model = [] if "--model" in args else ["--model", random_model]
     code, _, err = call("caption", *args, *model, "--out", tmp_path / "out.jsonl")
-    assert code == 2 and words in err and "Traceback" not in err
+    assert code == 2 and message in err and "Traceback" not in err
 
 
-def test_a_mistake_leaves_no_empty_file_behind(call, videos, random_model, tmp_path):
+def test_an_error_leaves_no_empty_file(call, videos, random_model, tmp_path):
     out = tmp_path / "out.jsonl"
     assert call("caption", videos[0], "--out", out, "--model", random_model, "--prompt", "<|video_pad|>")[0] == 2
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         ([], "subcommand"),
         (["describe"], "describe"),
@@ -230,14 +230,14 @@ def test_a_mistake_leaves_no_empty_file_behind(call, videos, random_model, tmp_p
         (["synth", "--out", "x", "--clips", "many"], "clips"),
     ],
 )
-def test_wrong_usage(call, tmp_path, monkeypatch, args, words):
+def test_wrong_usage(call, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = call(*args)
-    assert code == 2 and words in err and "Traceback" not in err
+    assert code == 2 and message in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
-def test_mistakes_reach_the_shell_as_a_sentence(tmp_path):
+def test_error_messages_are_one_sentence(tmp_path):
     result = run("caption", tmp_path, "--out", tmp_path / "out.jsonl")
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
@@ -248,7 +248,7 @@ SHORT = ("--seed", 9, "--min-seconds", 3, "--max-seconds", 3, "--min-visual", 1,
 
 
 def test_synth_twice_gives_the_same_bytes(call, tmp_path, monkeypatch):
-    """The second time in a process whose fresh memory is full of other bytes."""
+    """The second run gets uninitialized memory with other contents."""
     assert call("synth", "--out", tmp_path / "one", "--clips", 2, *SHORT)[0] == 0
     monkeypatch.setenv("MALLOC_PERTURB_", "85")
     assert run("synth", "--out", tmp_path / "two", "--clips", 2, *SHORT).returncode == 0
@@ -261,7 +261,7 @@ def test_synth_twice_gives_the_same_bytes(call, tmp_path, monkeypatch):
     assert one == two
 
 
-def test_synth_refuses_a_folder_of_other_clips(call, tmp_path):
+def test_synth_rejects_a_folder_of_other_clips(call, tmp_path):
     assert call("synth", "--out", tmp_path, "--clips", 1, *SHORT)[0] == 0
     code, _, err = call("synth", "--out", tmp_path, "--clips", 1, *SHORT, "--seed", 10)
     assert code == 2 and "another config" in err

@@ -1,4 +1,4 @@
-"""Several machines: two torchrun agents on this one, a stand-in for SLURM, and the commands of docs/scaling.md."""
+"""Several machines: two torchrun agents on this one, a fake SLURM, and the commands of docs/scaling.md."""
 
 import math
 import os
@@ -53,13 +53,13 @@ def run_all(lines: Sequence[Sequence[object]], folder: Path, **variables: object
     """Run commands side by side to their good ends, on machines of one core each: sums of two threads may differ."""
     (folder / "cores").mkdir()
     (folder / "cores" / "sitecustomize.py").write_text("import os\nos.cpu_count = lambda: 1\n")
-    named = {"OMP_NUM_THREADS": 1, "PYTHONPATH": f"{ROOT}:{folder / 'cores'}"} | variables
-    named = {name: str(value) for name, value in named.items()}
+    env = {"OMP_NUM_THREADS": 1, "PYTHONPATH": f"{ROOT}:{folder / 'cores'}"} | variables
+    env = {name: str(value) for name, value in env.items()}
     processes = []
     for number, line in enumerate(lines):
         with (folder / f"log_{number}").open("w") as log:
             processes.append(
-                subprocess.Popen(list(map(str, line)), cwd=folder, stdout=log, stderr=log, env=os.environ | named)
+                subprocess.Popen(list(map(str, line)), cwd=folder, stdout=log, stderr=log, env=os.environ | env)
             )
     try:
         for number, process in enumerate(processes):
@@ -92,7 +92,7 @@ def free_port() -> int:
 
 
 def run_under_slurm(folder: Path, job_id: int, **programs: str) -> None:
-    """Run the script for SLURM on two machines, under a stand-in for SLURM and for further programs."""
+    """Run the SLURM script on two machines, with fakes of SLURM's programs and of others."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
     (folder / "bin").mkdir()
     for name, content in ({"srun": SRUN, "scontrol": SCONTROL} | programs).items():
@@ -104,7 +104,7 @@ def run_under_slurm(folder: Path, job_id: int, **programs: str) -> None:
 
 
 def resume_without_slurm(folder: Path) -> None:
-    """Resume on machines that are started by hand with their ranks."""
+    """Resume on machines that are started manually with their ranks."""
     agent = [BIN / "torchrun", "--nnodes=2", "--nproc_per_node=1", "--master_addr=localhost"]
     agent.append(f"--master_port={free_port()}")
     run_all([[*agent, f"--node_rank={node}", ROOT / "recipes" / "mrdpo.py", *MRDPO] for node in range(2)], folder)
@@ -135,60 +135,60 @@ def test_one_machine_starts_a_process_for_each_gpu(tmp_path):
 
 # One test, so that workers of pytest-xdist do not each make the run of one machine.
 @pytest.mark.slow
-def test_two_machines_end_as_one_does(tmp_path):
-    """Under SLURM from the start, and without it where one machine was cut off in rebirth."""
-    alone, slurm, late = (tmp_path / name for name in ("alone", "slurm", "late"))
-    alone.mkdir()
-    run_all([[CLUSTER / "one_machine.sh", "mrdpo", *MRDPO]], alone, PROCESSES=2)
-    expected = results(alone)
+def test_two_machines_give_the_same_files_as_one(tmp_path):
+    """Under SLURM from the start, and resumed without SLURM after rebirth was interrupted."""
+    one_machine, slurm, resumed = (tmp_path / name for name in ("one_machine", "slurm", "resumed"))
+    one_machine.mkdir()
+    run_all([[CLUSTER / "one_machine.sh", "mrdpo", *MRDPO]], one_machine, PROCESSES=2)
+    expected = results(one_machine)
     assert "run/rebirth/merged/model.safetensors" in expected
 
-    shutil.copytree(alone / "clips", slurm / "clips")
+    shutil.copytree(one_machine / "clips", slurm / "clips")
     run_under_slurm(slurm, free_port())
     assert different(expected, results(slurm)) == []
 
     for folder in ("clips", "run"):
-        shutil.copytree(alone / folder, late / folder)
-    for left_out in ("merged", "heldout"):
-        shutil.rmtree(late / "run" / "rebirth" / left_out)
-    (late / "run" / "summary.json").unlink()
-    resume_without_slurm(late)
-    assert different(expected, results(late)) == []
+        shutil.copytree(one_machine / folder, resumed / folder)
+    for missing in ("merged", "heldout"):
+        shutil.rmtree(resumed / "run" / "rebirth" / missing)
+    (resumed / "run" / "summary.json").unlink()
+    resume_without_slurm(resumed)
+    assert different(expected, results(resumed)) == []
 
 
-def different(expected: dict[str, bytes], seen: dict[str, bytes]) -> list[str]:
-    """Files that are not the same in both."""
-    return [name for name in expected | seen if expected.get(name) != seen.get(name)]
+def different(expected: dict[str, bytes], actual: dict[str, bytes]) -> list[str]:
+    """Return the names of files that differ."""
+    return [name for name in expected | actual if expected.get(name) != actual.get(name)]
 
 
 def documented_commands() -> list[list[str]]:
-    """The words of every line of shell in docs/scaling.md."""
+    """Return the arguments of every shell command in docs/scaling.md."""
     blocks = re.findall(r"```bash\n(.*?)```", SCALE, re.DOTALL)
     lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [args for line in lines if (args := shlex.split(line, comments=True))]
 
 
-def read_recipe(words: list[str]) -> tuple[str, list[str], int] | None:
-    """Recipe, its flags and the number of processes, of a command that starts one."""
-    for place, word in enumerate(words):
-        if found := re.fullmatch(r"recipes/(\w+)\.py", word):
-            before = dict(part.split("=") for part in words[:place] if "=" in part)
+def read_recipe(args: list[str]) -> tuple[str, list[str], int] | None:
+    """Return the recipe of a command, its flags and the number of processes; None for other commands."""
+    for index, arg in enumerate(args):
+        if match := re.fullmatch(r"recipes/(\w+)\.py", arg):
+            before = dict(part.split("=") for part in args[:index] if "=" in part)
             return (
-                found[1],
-                words[place + 1 :],
-                math.prod(int(before.get(f"--{of}", 1)) for of in ("nnodes", "nproc_per_node")),
+                match[1],
+                args[index + 1 :],
+                math.prod(int(before.get(f"--{flag}", 1)) for flag in ("nnodes", "nproc_per_node")),
             )
-        if word.startswith("recipes/cluster/"):
-            sizes = re.findall(r"^#SBATCH --(?:nodes|gpus-per-node)=(\d+)", (ROOT / word).read_text(), re.MULTILINE)
-            return words[place + 1], words[place + 2 :], math.prod(map(int, sizes)) if sizes else 8
+        if arg.startswith("recipes/cluster/"):
+            sizes = re.findall(r"^#SBATCH --(?:nodes|gpus-per-node)=(\d+)", (ROOT / arg).read_text(), re.MULTILINE)
+            return args[index + 1], args[index + 2 :], math.prod(map(int, sizes)) if sizes else 8
     return None
 
 
-def test_the_recipes_of_the_guide_start_as_it_says(load_recipe, monkeypatch):
+def test_documented_recipe_commands_are_valid(load_recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = [recipe for words in documented_commands() if (recipe := read_recipe(words))]
-    assert [processes for _, _, processes in found] == [1, 8, 8, 32, 32, 32]
-    for name, flags, processes in found:
+    recipes = [recipe for args in documented_commands() if (recipe := read_recipe(args))]
+    assert [processes for _, _, processes in recipes] == [1, 8, 8, 32, 32, 32]
+    for name, flags, processes in recipes:
         config_type = getattr(
             load_recipe(name), {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "OfflineDpoConfig"}[name]
         )
@@ -197,19 +197,19 @@ def test_the_recipes_of_the_guide_start_as_it_says(load_recipe, monkeypatch):
         assert config.dry_run or min(config.fit.batch_size, config.rebirth.fit.batch_size) >= processes
 
 
-def test_other_commands_of_the_guide_are_there(call):
-    names = {words[0] for words in documented_commands() if not read_recipe(words)}
+def test_other_documented_commands_exist(call):
+    names = {args[0] for args in documented_commands() if not read_recipe(args)}
     assert names == {"pip", "salmonn", "tensorboard", "vllm"}
-    code, said, _ = call("plot", "--help")
-    assert code == 0 and "run" in said
+    code, out, _ = call("plot", "--help")
+    assert code == 0 and "run" in out
 
 
-def test_settings_engines_and_files_of_the_guide_are_there(load_recipe):
+def test_documented_settings_strategies_and_files_exist(load_recipe):
     config = load_recipe("mrdpo").MrDpoConfig()
     dotted = set(re.findall(r"`(?:--)?((?:early[_-]stopping|fit|judge|rebirth)\.[\w-]+)", SCALE))
     assert len(dotted) > 8
     for name in dotted:
-        attrgetter(name.replace("-", "_"))(config)  # AttributeError: the guide names a setting that is not there
+        attrgetter(name.replace("-", "_"))(config)  # AttributeError for an unknown setting
     assert {name for name in re.findall(r"^\| `(\w+)` \|", SCALE, re.MULTILINE)} >= set(get_args(StrategyName))
     files = set(re.findall(r"\b(?:recipes|tools|docs|tests)/[\w/.]+\.\w+", SCALE))
     files |= {f"docs/{target}" for target in re.findall(r"\]\(([^)#:]+)\)", SCALE)}

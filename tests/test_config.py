@@ -1,4 +1,4 @@
-"""Shipped YAML files match their recipes; mistakes end with a message and exit code 2; run folders keep theirs."""
+"""Shipped YAML files match their recipes; errors have a message and exit code 2; run folders keep their config."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -94,12 +94,13 @@ def at(config, key: str):
 def test_shipped_yaml_matches_its_recipe(config_type, path):
     config = parse("--config", str(path), of=config_type(path.name))
     for key, value in flat(yaml.safe_load(path.read_text())).items():
-        held = at(config, key)
-        assert (list(held) if isinstance(held, tuple) else str(held) if isinstance(held, Path) else held) == value
+        value_read = at(config, key)
+        value_read = list(value_read) if isinstance(value_read, tuple) else value_read
+        assert (str(value_read) if isinstance(value_read, Path) else value_read) == value
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=NAMES)
-def test_shipped_yaml_states_only_what_differs(config_type, path):
+def test_shipped_yaml_repeats_no_defaults(config_type, path):
     of = config_type(path.name)
     required = {f.name for f in dataclasses.fields(of) if f.default is f.default_factory is dataclasses.MISSING}
     default = of(**{name: Path() for name in required})
@@ -111,22 +112,22 @@ def test_shipped_yaml_states_only_what_differs(config_type, path):
 
 @pytest.mark.parametrize("path", YAMLS, ids=NAMES)
 def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp_path, monkeypatch, capsys):
-    """Each prints what it would need, loads no weights and writes no files."""
+    """A dry run prints its requirements, loads no weights and writes no files."""
     of = config_type(path.name)
     recipe = load_recipe(RECIPE_OF.get(path.name, "sft"))
-    # What toy stages start from is not there before the stages before them have run.
+    # The toy stages start from the models of earlier stages, which do not exist here.
     toy = ["--model", str(random_model)] if path.parent.name == "configs" and path.stem != "pretrain_1_objects" else []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("salmonn.caption.captioner.Captioner.load", None)
     run_recipe(recipe.main, of, description="A recipe.", args=["--config", str(path), "--dry-run", *toy])
-    told = capsys.readouterr().out
-    assert all(words in told for words in ("language model", "A clip of 51 s", "peak", "fits 80 GiB"))
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("language model", "A clip of 51 s", "peak", "fits 80 GiB"))
     stages = {
         "mrdpo": ["guided DPO of", "rebirth of"],
         "ablation": ["guided DPO of", "rebirth of"],
         "dpo": ["guided DPO of"],
     }.get(path.stem, ["SFT of"])
-    assert [stage for stage in ("SFT of", "guided DPO of", "rebirth of") if stage in told] == stages
+    assert [stage for stage in ("SFT of", "guided DPO of", "rebirth of") if stage in out] == stages
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,7 +162,7 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (["--stepz", "3"], "stepz"),
         (["--inner.raet", "3"], "raet"),
@@ -172,15 +173,15 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
         (["--inner.rate", "-1"], "rate must be 0 or above, got -1"),
     ],
 )
-def test_mistakes_on_the_command_line(capsys, args, words):
+def test_errors_on_the_command_line(capsys, args, message):
     with pytest.raises(SystemExit) as caught:
         parse(*args)
     assert caught.value.code == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("stepz: 3\n", "stepz"),
         ("inner:\n  raet: 3\n", "raet"),
@@ -188,16 +189,16 @@ def test_mistakes_on_the_command_line(capsys, args, words):
         ("steps: [1\n", "Problems parsing config"),
     ],
 )
-def test_mistakes_in_a_yaml(capsys, tmp_path, text, words):
+def test_errors_in_a_yaml(capsys, tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(SystemExit) as caught:
         parse("--config", str(tmp_path / "c.yaml"))
     assert caught.value.code == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError("clips do not fit"), FileNotFoundError("no file there")])
-def test_a_users_mistake_within_a_recipe_ends_with_a_message(capsys, error):
+def test_a_users_error_within_a_recipe_has_a_message(capsys, error):
     def main(_):
         raise error
 
@@ -231,7 +232,7 @@ def test_a_folder_accepts_the_same_config_again(tmp_path):
         Outer(names=("b", "a")),
     ],
 )
-def test_a_folder_refuses_another_config(tmp_path, changed):
+def test_a_folder_rejects_another_config(tmp_path, changed):
     claim_folder(tmp_path, Outer(), name="run")
     before = (tmp_path / "run.yaml").read_text()
     with pytest.raises(ValueError, match="another configuration"):
@@ -239,7 +240,7 @@ def test_a_folder_refuses_another_config(tmp_path, changed):
     assert (tmp_path / "run.yaml").read_text() == before
 
 
-def test_the_message_names_what_changed(tmp_path):
+def test_the_message_names_the_changed_values(tmp_path):
     claim_folder(tmp_path, Outer(), name="run")
     with pytest.raises(ValueError) as caught:
         claim_folder(tmp_path, Outer(steps=4), name="run")
@@ -276,7 +277,7 @@ class Resumable:
     judge: Inner | None = field(default_factory=Inner, metadata=MAY_CHANGE)
 
 
-def test_resume_values_leave_out_what_may_change():
+def test_resume_values_omit_changeable_fields():
     assert resume_values(Resumable(seed=3)).as_dict() == {"seed": 3, "cache": {"folder": Path("cache")}}
     assert resume_values(Resumable(cache=Cache(None))).as_dict() == {"seed": 0, "cache": {"folder": None}}
     assert resume_values(Outer(maybe=Inner(1.0))).as_dict() == dataclasses.asdict(Outer(maybe=Inner(1.0)))
@@ -310,7 +311,7 @@ def test_a_resumed_run_may_change_no_other_field(tmp_path, changed):
             claim_folder(folder, second, name="run")
 
 
-def test_a_run_in_another_format_is_refused(tmp_path):
+def test_a_run_in_another_format_is_rejected(tmp_path):
     claim_folder(tmp_path, Outer(), name="run")
     path = tmp_path / "run.yaml"
     text = path.read_text()

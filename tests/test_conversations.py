@@ -28,14 +28,14 @@ ITEM = {"video": "a.mp4", "conversations": [HUMAN, GPT]}
 TURN = Turn("What?", "This.")
 
 
-def turn(speaker, words="words"):
-    return {"from": speaker, "value": words}
+def turn(speaker, text="words"):
+    return {"from": speaker, "value": text}
 
 
 def item(*turns, **keys):
     """Build an item about a video with these turns; keys with the value None are omitted."""
-    whole = {"video": "a.mp4", "conversations": list(turns) or [HUMAN, GPT], **keys}
-    return {key: value for key, value in whole.items() if value is not None}
+    values = {"video": "a.mp4", "conversations": list(turns) or [HUMAN, GPT], **keys}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def write(path, items):
@@ -83,7 +83,7 @@ def test_null_counts_as_absent():
         ("<image>\nTell me.", {}, "Tell me."),
         ("<video>\nTell me.", {}, "Tell me."),
         ("<video>Tell me.", {}, "Tell me."),
-        ("<video>\n\nTell me. ", {}, "\nTell me. "),  # one line break belongs to the tag, the rest are words
+        ("<video>\n\nTell me. ", {}, "\nTell me. "),  # one line break belongs to the tag, the rest is text
         ("Tell me.\n<video>", {}, "Tell me."),
         ("In <image> tell me.", {}, "In  tell me."),
         ("<audio>\nTell me.", {"video": None, "audio": "a.wav"}, "Tell me."),
@@ -235,21 +235,21 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=range(len(MISTAKES)))
+@pytest.mark.parametrize(("invalid_item", "message"), MISTAKES, ids=range(len(MISTAKES)))
 @pytest.mark.parametrize(("name", "line"), [("data.json", 15), ("data.jsonl", 2)])
-def test_mistakes_are_named(tmp_path, name, line, mistake, words):
+def test_errors_have_file_and_line(tmp_path, name, line, invalid_item, message):
     # Indented, the list's first item takes lines 2 to 14.
-    path = write(tmp_path / name, [ITEM, mistake, ITEM])
+    path = write(tmp_path / name, [ITEM, invalid_item, ITEM])
     with pytest.raises(ValueError) as caught:
         read_conversations(path)
-    assert str(caught.value).startswith(f"{path}, line {line}: ") and words in str(caught.value)
+    assert str(caught.value).startswith(f"{path}, line {line}: ") and message in str(caught.value)
 
 
 GOOD = json.dumps(ITEM)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "message"),
     [
         ("a.json", "", "line 1: expected a list of items: put [ ] around them"),
         ("a.json", f"\n\n{GOOD}\n", "line 3: expected a list of items"),
@@ -276,12 +276,12 @@ GOOD = json.dumps(ITEM)
         ("a.txt", GOOD, " must be named .json (a list of items) or .jsonl"),
     ],
 )
-def test_malformed_files(tmp_path, name, text, words):
+def test_malformed_files(tmp_path, name, text, message):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         read_conversations(path)
-    assert re.match(rf"{re.escape(str(path))}(, )?{re.escape(words)}", str(caught.value)), caught.value
+    assert re.match(rf"{re.escape(str(path))}(, )?{re.escape(message)}", str(caught.value)), caught.value
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.json", f"[{GOOD},\n\n{GOOD}]"), ("a.jsonl", f"{GOOD}\n\n{GOOD}\n")])
@@ -305,18 +305,18 @@ def test_no_file(tmp_path):
 @given(data=st.data(), gaps=st.lists(st.text(" \t\n\r", max_size=6), min_size=4, max_size=20), indent=st.booleans())
 def test_the_line_is_where_the_item_starts(tmp_path_factory, data, gaps, indent):
     """The line is right with any white space between items, and with line breaks and brackets in strings."""
-    bad = data.draw(st.integers(0, len(gaps) - 4))
+    invalid = data.draw(st.integers(0, len(gaps) - 4))
     path = tmp_path_factory.mktemp("lines") / "data.json"
     text = f"{gaps[0]}[{gaps[1]}"
     expected = 0
-    for place, gap in enumerate(gaps[3:]):
-        if place:
+    for index, gap in enumerate(gaps[3:]):
+        if index:
             text += "," + gap
-        words = data.draw(st.text('a]},"\\\n{[', max_size=5))
-        if place == bad:
+        text_part = data.draw(st.text('a]},"\\\n{[', max_size=5))
+        if index == invalid:
             expected = text.count("\n") + 1
-        one = item(HUMAN, turn("gpt", words + "x"), **({"typo": 1} if place == bad else {}))
-        text += json.dumps(one, indent=2 if indent else None) + gaps[2]
+        entry = item(HUMAN, turn("gpt", text_part + "x"), **({"typo": 1} if index == invalid else {}))
+        text += json.dumps(entry, indent=2 if indent else None) + gaps[2]
     path.write_bytes(f"{text}]".encode())
     with pytest.raises(ValueError, match=f"line {expected}: unknown key typo"):
         read_conversations(path)
@@ -324,9 +324,9 @@ def test_the_line_is_where_the_item_starts(tmp_path_factory, data, gaps, indent)
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_both_file_kinds_keep_the_order(tmp_path, name):
-    items = [item(video=f"{place}.mp4", should_use=place != 1) for place in range(4)]
+    items = [item(video=f"{index}.mp4", should_use=index != 1) for index in range(4)]
     read = read_conversations(str(write(tmp_path / name, items)))
-    assert read == [Conversation(f"{place}.mp4", modality="visual", turns=(TURN,)) for place in (0, 2, 3)]
+    assert read == [Conversation(f"{index}.mp4", modality="visual", turns=(TURN,)) for index in (0, 2, 3)]
 
 
 class CountingText(str):
@@ -357,7 +357,7 @@ def test_the_time_grows_with_the_number_of_items(tmp_path, name, between):
         text = between.join([GOOD] * count)
         path = tmp_path / f"{count}_{name}"
         path.write_text(f"[{text}]" if between[0] == "," else text, encoding="utf-8")
-        gc.disable()  # a collection takes longer the more objects other tests have left
+        gc.disable()  # a collection takes longer with more objects of other tests
         try:
             start = time.process_time()
             assert len(read_conversations(path)) == count
@@ -369,9 +369,9 @@ def test_the_time_grows_with_the_number_of_items(tmp_path, name, between):
 
 
 def test_paths_start_from_the_folder():
-    whole = Conversation("a.mp4", "sound/a.wav", turns=(TURN,), start_seconds=1.0, end_seconds=2.0)
+    relative = Conversation("a.mp4", "sound/a.wav", turns=(TURN,), start_seconds=1.0, end_seconds=2.0)
     expected = Conversation("/data/a.mp4", "/data/sound/a.wav", turns=(TURN,), start_seconds=1.0, end_seconds=2.0)
-    assert whole.resolve(Path("/data")) == expected
+    assert relative.resolve(Path("/data")) == expected
     assert Conversation(image="/else/a.png").resolve(Path("/data")) == Conversation(image="/else/a.png")
 
 
@@ -382,7 +382,7 @@ def test_paths_start_from_the_folder():
         ("a.json", "[]", True),
         ("a.jsonl", f"\n{GOOD}\n", True),
         ("a.jsonl", '{"video": "a.mp4", "caption": "conversations"}\n' + GOOD, False),
-        ("a.json", '{"video": "a.mp4"}\n', False),  # references may be so named
+        ("a.json", '{"video": "a.mp4"}\n', False),  # references may have this name
         ("a.json", '{\n"conversations": []}', True),
         ("a.jsonl", '{"video": "a.mp4\n', False),
         ("a.jsonl", "", False),

@@ -10,7 +10,7 @@ from salmonn.synthetic.render import SynthConfig, sample_clip
 SAMPLE = Path(__file__).parents[1] / "data" / "sample.jsonl"
 
 
-def test_sample_is_what_the_generator_writes():
+def test_the_sample_equals_the_generators_output():
     references = read_records(SAMPLE, Reference)
     assert len(references) == 3
     for index, reference in enumerate(references):

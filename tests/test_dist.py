@@ -36,12 +36,12 @@ for count in (0, 1, 4, 5):
 result["text"] = dist.gather([f"of {dist.rank()}"])
 for costs in ([], [1], [2, 9, 4, 4]):
     shares = dist.balance(costs)
-    mine = [f"{place} of {dist.rank()}" for place in shares[dist.rank()]]
+    mine = [f"{index} of {dist.rank()}" for index in shares[dist.rank()]]
     result[f"collected {len(costs)}"] = dist.gather_balanced(mine, shares)
 Path(sys.argv[1], f"{dist.rank()}.json").write_text(json.dumps(result))
 """
 
-# Processes that end in one way while others wait in another.
+# A process fails while the others wait.
 ENDS = """
 import os, signal, sys, time
 from dataclasses import dataclass
@@ -51,22 +51,22 @@ from salmonn.config import run_recipe
 
 @dataclass(frozen=True)
 class Config:
-    '''How it goes.
+    '''What each rank does.
 
     Args:
-        who: rank that fails.
-        end: how.
-        wait: what the others do meanwhile.
+        failing_rank: rank that fails.
+        end: how it fails.
+        wait: what the other ranks do meanwhile.
     '''
 
-    who: int
+    failing_rank: int
     end: str
     wait: str
 
 def main(config):
     dist.setup(threads=1)
     dist.barrier()
-    if dist.rank() == config.who:
+    if dist.rank() == config.failing_rank:
         {"mistake": mistake, "bug": bug, "kill": kill}[config.end]()
     waits = {"gather": lambda: dist.gather([1]), "train": lambda: torch.distributed.all_reduce(torch.ones(1))}
     (waits | {"judge": lambda: time.sleep(1000)})[config.wait]()
@@ -98,17 +98,17 @@ def script(tmp_path):
     return write
 
 
-def torchrun(*line: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+def torchrun(*options: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a script in two processes: forks, or fresh ones of a real torchrun."""
     launcher = Path(sys.executable).with_name("torchrun")
-    words = [str(part) for part in (launcher, "--standalone", "--nproc_per_node=2", *line)]
+    args = [str(part) for part in (launcher, "--standalone", "--nproc_per_node=2", *options)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = words if fresh else forked(*words)
+    command = args if fresh else forked(*args)
     return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
 
 
-def start_alone(*line: object, size: int) -> list[tuple[int, str]]:
-    """Exit code and words of each of several processes that no launcher looks after."""
+def start_without_launcher(*options: object, size: int) -> list[tuple[int, str]]:
+    """Start processes without a launcher; return the exit code and stderr of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -116,11 +116,11 @@ def start_alone(*line: object, size: int) -> list[tuple[int, str]]:
     processes = []
     for rank in range(size):
         env = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        command = forked(sys.executable, *line)
+        command = forked(sys.executable, *options)
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env))
     try:
-        said = [process.communicate(timeout=900)[1] for process in processes]
-        return [(process.returncode, words) for process, words in zip(processes, said, strict=True)]
+        outputs = [process.communicate(timeout=900)[1] for process in processes]
+        return [(process.returncode, stderr) for process, stderr in zip(processes, outputs, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -138,14 +138,14 @@ def test_two_processes_share_and_gather(script, tmp_path):
         assert result["all 0"] == [] and result["all 1"] == [0]
         assert result["all 4"] == [0, 10, 20, 30] and result["all 5"] == [0, 10, 20, 30, 40]
         assert result["text"] == ["of 0", "of 1"] and result["total"] == 4.0  # 1.5 + 2.5
-        # The 9 is as much as all the others, which come to 4 + 4 + 2.
+        # The 9 is about as much as the others: 4 + 4 + 2.
         assert result["collected 4"] == ["0 of 1", "1 of 0", "2 of 1", "3 of 1"]
         assert result["collected 0"] == [] and result["collected 1"] == ["0 of 0"]
 
 
-# What another does meanwhile; the reason goes round, past ranks that are not in touch with the one that failed.
+# The reason is broadcast also to ranks that do not communicate with the failed one.
 @pytest.mark.parametrize(
-    ("size", "who", "end", "wait", "code", "own", "others"),
+    ("size", "failing_rank", "end", "wait", "code", "own", "others"),
     [
         (2, 0, "mistake", "gather", 2, f"error: {MISTAKE}\n", f"process 0 of this run failed: {MISTAKE}"),
         (2, 1, "bug", "train", 1, BUG, f"process 1 of this run failed: {BUG}"),
@@ -154,21 +154,21 @@ def test_two_processes_share_and_gather(script, tmp_path):
         (2, 0, "kill", "judge", -signal.SIGKILL, "", f"process 0 of this run {LOST}"),
     ],
 )
-def test_a_process_that_fails_ends_the_others(script, size, who, end, wait, code, own, others):
-    line = (script(ENDS), "--who", who, "--end", end, "--wait", wait)
-    ended = start_alone(*line, size=size)
-    assert ended[who][0] == code and own in ended[who][1]
-    assert ("Traceback" in ended[who][1]) == (end == "bug")
-    for rank, (exit_code, said) in enumerate(ended):
-        if rank != who:
-            assert exit_code == 1 and said.startswith(f"error: {others}") and said.count("\n") == 1, said
+def test_a_failing_process_stops_the_others(script, size, failing_rank, end, wait, code, own, others):
+    args = (script(ENDS), "--failing_rank", failing_rank, "--end", end, "--wait", wait)
+    ended = start_without_launcher(*args, size=size)
+    assert ended[failing_rank][0] == code and own in ended[failing_rank][1]
+    assert ("Traceback" in ended[failing_rank][1]) == (end == "bug")
+    for rank, (exit_code, stderr) in enumerate(ended):
+        if rank != failing_rank:
+            assert exit_code == 1 and stderr.startswith(f"error: {others}") and stderr.count("\n") == 1, stderr
 
 
-@pytest.mark.parametrize(("end", "told"), [("mistake", f"error: {MISTAKE}\n"), ("kill", "Signal 9 (SIGKILL)")])
-def test_torchrun_tells_why_a_run_ended(script, end, told):
-    result = torchrun(script(ENDS), "--who", 1, "--end", end, "--wait", "gather", fresh=True)
+@pytest.mark.parametrize(("end", "message"), [("mistake", f"error: {MISTAKE}\n"), ("kill", "Signal 9 (SIGKILL)")])
+def test_torchrun_reports_why_a_run_ended(script, end, message):
+    result = torchrun(script(ENDS), "--failing_rank", 1, "--end", end, "--wait", "gather", fresh=True)
     root = result.stderr.partition("Root Cause")[2]
-    assert result.returncode == 1 and told in result.stderr
+    assert result.returncode == 1 and message in result.stderr
     assert "rank      : 1 " in root and ("exitcode  : 2 " if end == "mistake" else "exitcode  : -9 ") in root
 
 
@@ -191,11 +191,11 @@ def test_shares_of_three(monkeypatch, rank, expected):
     assert dist.shard("abcde") == expected
 
 
-def test_work_is_spread_by_what_it_costs(monkeypatch):
+def test_work_is_balanced_by_cost(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     # 7 to rank 0 and 6 to rank 1; 5 and then 4 to rank 2, as 5 is the least; 3 to rank 1 and 2 to rank 0: 9 each.
     assert dist.balance([2, 3, 4, 5, 6, 7]) == [[5, 0], [4, 1], [3, 2]]
-    # By the number of pieces the long one would have company.
+    # Balanced by number, the long item would share a rank.
     assert dist.balance([1, 1, 1, 1, 60]) == [[4], [0, 2], [1, 3]]
-    # Those of unknown cost go round.
+    # Items of unknown cost are assigned in turn.
     assert dist.balance([0, 0, 0, 0]) == [[0, 3], [1], [2]]

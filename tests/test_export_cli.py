@@ -10,9 +10,9 @@ from salmonn.batch.ledger_files import append_records
 from salmonn.records import Caption, read_records
 
 
-def halves(words: str) -> list[Caption]:
-    """Of a video of two seconds."""
-    return [Caption("b.mp4", f"{words} {start}", start_seconds=start, end_seconds=start + 1) for start in (0.0, 1.0)]
+def halves(text: str) -> list[Caption]:
+    """Return captions of the two halves of a video of two seconds."""
+    return [Caption("b.mp4", f"{text} {start}", start_seconds=start, end_seconds=start + 1) for start in (0.0, 1.0)]
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def captions(tmp_path, monkeypatch):
 
 
 def test_tables(call, captions, tmp_path):
-    """All files that a glob finds; the later words on a.mp4 count, whatever the files' names."""
+    """All files of a glob are read; the later caption of a.mp4 counts, whatever the files' names."""
     code, _, err = call("export", *captions, "--to", "all.csv", "all.parquet", "new/all.jsonl")
     assert code == 0 and "3 captions written to all.csv" in err and "3 captions written to new/all.jsonl" in err
     assert [one.text for one in read_records("new/all.jsonl", Caption)] == ["at 0.0", "at 1.0", "new"]
@@ -59,7 +59,7 @@ def test_texts_beside_the_videos(call, captions):
 
 
 def test_unnamed_files_of_the_same_run_are_reported(call, captions, tmp_path):
-    """If a run has full files, its last file is only a part of its captions; naming all of them is no problem."""
+    """A run with full files has only a part of its captions in the last file; all of them can be given."""
     append_records(Path("captions.00001.jsonl"), [Caption("c.mp4", "full", end_seconds=2.0)])
     Path("other.jsonl").write_bytes(Path("captions.jsonl").read_bytes())
     code, _, err = call("export", "captions.jsonl", "--to", "all.csv")
@@ -75,7 +75,7 @@ def test_unnamed_files_of_the_same_run_are_reported(call, captions, tmp_path):
 
 
 def test_full_files_count_in_the_order_of_their_numbers(call, captions):
-    """Whatever copying did to their times: the file without a number is the last."""
+    """The file without a number is the last, whatever the modification times."""
     append_records(Path("captions.00001.jsonl"), [Caption("a.mp4", "older", end_seconds=2.0)])
     os.utime("captions.jsonl", ns=(1, 1))
     assert call("export", "captions.jsonl", "captions.00001.jsonl", "--to", "all.jsonl")[0] == 0
@@ -91,7 +91,7 @@ def test_subtitles_of_captions_without_ends(call, videos, captions):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "message"),
     [
         (["captions.jsonl", "--to", "all.xlsx"], ".csv, .parquet, .jsonl"),
         (["captions.jsonl", "--to", "doc"], "txt, srt, vtt"),
@@ -102,9 +102,9 @@ def test_subtitles_of_captions_without_ends(call, videos, captions):
         (["a.txt", "--to", "all.csv"], "a line is not valid JSON"),
     ],
 )
-def test_mistakes(call, captions, args, words):
+def test_invalid_arguments(call, captions, args, message):
     Path("a.txt").write_text("text\n")
     before = Path("captions.jsonl").read_bytes()
     code, _, err = call("export", *args)
-    assert code == 2 and words in err and "Traceback" not in err
+    assert code == 2 and message in err and "Traceback" not in err
     assert Path("captions.jsonl").read_bytes() == before and not Path("all.csv").exists()

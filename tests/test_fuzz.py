@@ -33,19 +33,19 @@ def truncate(data, random):
 
 def flip_bits(data, random):
     broken = np.frombuffer(data, np.uint8).copy()
-    places = random.integers(len(broken), size=int(2 ** random.integers(0, 10)))
-    broken[places] ^= (1 << random.integers(8, size=len(places))).astype(np.uint8)
+    offsets = random.integers(len(broken), size=int(2 ** random.integers(0, 10)))
+    broken[offsets] ^= (1 << random.integers(8, size=len(offsets))).astype(np.uint8)
     return broken.tobytes()
 
 
 def flip_head(data, random):
-    """Where the sizes and counts stand."""
+    """Flip bits in the header, which has sizes and counts."""
     head = min(len(data), 2000)
     return flip_bits(data[:head], random) + data[head:]
 
 
 def overwrite(data, random):
-    """Numbers that are as large as they can be, or nothing."""
+    """Overwrite a part with all ones or zeros."""
     start, length = random.integers(len(data)), int(2 ** random.integers(2, 13))
     return data[:start] + bytes([random.choice([0, 255])]) * length + data[start + length :]
 
@@ -53,8 +53,8 @@ def overwrite(data, random):
 def swap(data, random):
     first, second = sorted(random.integers(len(data), size=2))
     length = min(4096, second - first)
-    pieces = data[first : first + length], data[second : second + length]
-    return data[:first] + pieces[1] + data[first + length : second] + pieces[0] + data[second + length :]
+    parts = data[first : first + length], data[second : second + length]
+    return data[:first] + parts[1] + data[first + length : second] + parts[0] + data[second + length :]
 
 
 def repeat(data, random):
@@ -104,7 +104,7 @@ def write_pointers(folder, secret):
 
 
 def watch(process, workers):
-    """Note the processes that a process starts, as long as it runs."""
+    """Collect the child processes of a process while it runs."""
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
             workers.update(psutil.Process(process.pid).children(recursive=True))
@@ -121,7 +121,7 @@ def test_hostile_files_do_no_harm(count, sources, videos, tmp_path):
     for path, video in good.items():
         path.write_bytes(video.read_bytes())
     out = tmp_path / "captions.jsonl"
-    begun = time.monotonic()
+    started = time.monotonic()
     # fmt: off
     process = subprocess.Popen(
         [
@@ -136,7 +136,7 @@ def test_hostile_files_do_no_harm(count, sources, videos, tmp_path):
     watcher.start()
     _, err = process.communicate(timeout=60 + 20 * count)
     watcher.join()
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - started
     captions = read_records(out, Caption)
     failures = read_records(tmp_path / "captions.failed.jsonl", Failure)
     reasons = Counter(re.sub(r"[\d.]+", "N", failure.reason.split(": ", 1)[-1])[:70] for failure in failures)

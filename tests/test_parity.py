@@ -40,8 +40,8 @@ class Case:
     network: Network
     tensors: dict[str, Tensor]
     inputs: ModelInputs
-    seen: Tensor
-    heard: Tensor
+    visual: Tensor
+    audio: Tensor
     facts: dict
 
 
@@ -55,22 +55,22 @@ def make_case(network: Network, folder: Path, name: str) -> Case:
     facts = json.loads((folder / "cases.json").read_text())[name]
     every = load_file(folder / "cases.safetensors")
     tensors = {key.removeprefix(f"{name}."): value for key, value in every.items() if key.startswith(f"{name}.")}
-    nothing = network.lm.get_input_embeddings().weight.new_zeros(0, network.lm.get_input_embeddings().embedding_dim)
-    seen = heard = nothing
+    no_features = network.lm.get_input_embeddings().weight.new_zeros(0, network.lm.get_input_embeddings().embedding_dim)
+    visual = audio = no_features
     if "audio_feature" in tensors:
-        (heard,) = network.audio([tensors["audio_feature"]])
+        (audio,) = network.audio([tensors["audio_feature"]])
     ids = tensors["input_ids"]
     if network.config.family == "salmonn2":
         if "frames_uint8" in tensors:
-            (seen,) = network.vision([tensors["frames_uint8"]], [])
-        layout = layout_of_salmonn2(facts, num_visual=len(seen), num_audio=len(heard))
-        place = int((ids[0] == -200).nonzero())
-        ids = torch.cat([ids[:, :place], torch.full((1, len(layout)), -200), ids[:, place + 1 :]], dim=1)
+            (visual,) = network.vision([tensors["frames_uint8"]], [])
+        layout = layout_of_salmonn2(facts, num_visual=len(visual), num_audio=len(audio))
+        index = int((ids[0] == -200).nonzero())
+        ids = torch.cat([ids[:, :index], torch.full((1, len(layout)), -200), ids[:, index + 1 :]], dim=1)
     else:
         if "pixel_values_videos" in tensors:
-            seen = network.vision.encode(tensors["pixel_values_videos"], tensors["video_grid_thw"].tolist())
-        layout = layout_of_plus(network, facts, tensors, num_audio=len(heard))
-    return Case(network, tensors, make_inputs(network, ids, layout, seen=seen, heard=heard), seen, heard, facts)
+            visual = network.vision.encode(tensors["pixel_values_videos"], tensors["video_grid_thw"].tolist())
+        layout = layout_of_plus(network, facts, tensors, num_audio=len(audio))
+    return Case(network, tensors, make_inputs(network, ids, layout, visual=visual, audio=audio), visual, audio, facts)
 
 
 def layout_of_salmonn2(facts: dict, *, num_visual: int, num_audio: int) -> Layout:
@@ -98,7 +98,7 @@ def layout_of_plus(
     )
 
 
-def make_inputs(network: Network, ids: Tensor, layout: Layout, *, seen: Tensor, heard: Tensor) -> ModelInputs:
+def make_inputs(network: Network, ids: Tensor, layout: Layout, *, visual: Tensor, audio: Tensor) -> ModelInputs:
     mask = torch.ones_like(ids)
     is_clip = torch.isin(ids, torch.tensor(network.config.placeholder_ids))
     return ModelInputs(
@@ -108,7 +108,7 @@ def make_inputs(network: Network, ids: Tensor, layout: Layout, *, seen: Tensor, 
         labels=torch.full_like(ids, -100),
         clip_index=(0,),
         layouts=(layout,),
-        clip_features=network.arrange_features([seen], [heard], [layout]),
+        clip_features=network.arrange_features([visual], [audio], [layout]),
     )
 
 
@@ -119,28 +119,28 @@ def close(ours: Tensor, published: Tensor, *, tolerance: float = TOLERANCE) -> b
 @torch.no_grad()
 def test_visual_features(case):
     if "video_embeds" in case.tensors:
-        assert close(case.seen, case.tensors["video_embeds"])
+        assert close(case.visual, case.tensors["video_embeds"])
     elif "frame_tokens" in case.tensors:
         frames, tokens, width = case.tensors["frame_tokens"].shape
         side = int(tokens**0.5)
-        rows = case.seen.reshape(frames, side, side + 1, width)
+        rows = case.visual.reshape(frames, side, side + 1, width)
         assert close(rows[:, :, :side].flatten(1, 2), case.tensors["frame_tokens"])
         assert (rows[:, :, side] == case.network.vision.newline).all()
         # The fixture keeps what the tower itself gives for the first frame.
         pixels = case.tensors["frames_uint8"][:1] / 127.5 - 1
         assert close(case.network.vision.encoder(pixels).last_hidden_state, case.tensors["vision_tower"])
     else:
-        assert len(case.seen) == 0
+        assert len(case.visual) == 0
 
 
 def test_audio_features(case):
     if "audio_embeds" in case.tensors:
-        assert close(case.heard, case.tensors["audio_embeds"])
+        assert close(case.audio, case.tensors["audio_embeds"])
     elif "audio_tokens" in case.tensors:
         published = case.tensors["audio_tokens"]
-        assert close(case.heard[: published.shape[1]], published[0])  # nothing is added to the first chunk
+        assert close(case.audio[: published.shape[1]], published[0])  # nothing is added to the first chunk
     else:
-        assert len(case.heard) == 0
+        assert len(case.audio) == 0
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def test_published_positions(case):
     if "position_ids_released_generate" not in case.tensors:
         pytest.skip("the published code computes no others of this case")
     network, ids = case.network, case.inputs.input_ids
-    layout = layout_of_plus(network, case.facts, case.tensors, num_audio=len(case.heard), published_positions=True)
+    layout = layout_of_plus(network, case.facts, case.tensors, num_audio=len(case.audio), published_positions=True)
     is_clip = torch.isin(ids, torch.tensor(network.config.placeholder_ids))
     positions = text_positions(is_clip, torch.ones_like(ids), [layout])
     assert torch.equal(positions, case.tensors["position_ids_released_generate"])
@@ -232,7 +232,7 @@ class TestPreference:
         for name in ("chosen", "rejected", "ground_truth"):
             answer = every[f"response.{name}"]
             ids = torch.cat([case.inputs.input_ids, answer], dim=1)
-            inputs = make_inputs(network, ids, case.inputs.layouts[0], seen=case.seen, heard=case.heard)
+            inputs = make_inputs(network, ids, case.inputs.layouts[0], visual=case.visual, audio=case.audio)
             inputs.labels[:, -answer.shape[1] :] = answer
             with torch.no_grad():
                 found[f"policy_logps.{name}"] = network(inputs)[:, -answer.shape[1] :]

@@ -34,14 +34,14 @@ def test_plot_elsewhere(call, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [(None, "holds no run"), ("{", "is not the summary of a run"), ('{"rates": 1}', "unknown field rates")],
 )
-def test_wrong_usage_of_plot(call, tmp_path, text, words):
+def test_wrong_usage_of_plot(call, tmp_path, text, message):
     if text:
         write_text(tmp_path / "summary.json", text)
     code, out, err = call("plot", tmp_path)
-    assert code == 2 and err.startswith("error: ") and words in err and not out
+    assert code == 2 and err.startswith("error: ") and message in err and not out
     assert err.count("\n") == 1 and not list(tmp_path.glob("*.html"))
 
 

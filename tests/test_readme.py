@@ -1,4 +1,4 @@
-"""README and docs name only files that exist, their links resolve, and every module says what it is for."""
+"""Files in README and docs exist, links resolve, and every module has a docstring."""
 
 import ast
 import re
@@ -16,13 +16,13 @@ DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 
 
 def test_named_files_exist():
-    named = {
+    paths = {
         (page.name, path)
         for page in PAGES
         for path in re.findall(r"\b(?:salmonn|recipes|demo|tools|tests|docs)/[\w/]+\.\w+\b", page.read_text("utf-8"))
     }
-    assert len(named) > 25
-    assert not [(page, path) for page, path in sorted(named) if not (ROOT / path).exists()]
+    assert len(paths) > 25
+    assert not [(page, path) for page, path in sorted(paths) if not (ROOT / path).exists()]
 
 
 def test_links_resolve():

@@ -91,7 +91,7 @@ def test_integers_become_floats_and_blank_lines_are_skipped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("{not json", "line 2"),
         ("[1]", "Caption must be a JSON object, got [1]"),
@@ -115,16 +115,16 @@ def test_integers_become_floats_and_blank_lines_are_skipped(tmp_path):
         ('{"video": "a.mp4", "text": "t\\ud83d"}', "(half of a Unicode character, which cannot be written)"),
     ],
 )
-def test_mistakes_are_named(tmp_path, line, words):
+def test_errors_have_file_and_line(tmp_path, line, message):
     path = tmp_path / "captions.jsonl"
     path.write_text('{"video": "a.mp4", "text": "good"}\n' + line + "\n")
     with pytest.raises(ValueError) as caught:
         read_records(path, Caption)
-    assert f"{path}, line 2: " in str(caught.value) and words in str(caught.value)
+    assert f"{path}, line 2: " in str(caught.value) and message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
         ("events", {"text": "x"}, "Reference.events must be a valid array"),
         (
@@ -144,12 +144,12 @@ def test_mistakes_are_named(tmp_path, line, words):
         ("questions", [{"question": "x", "reply": "y"}], "unknown field reply in Reference.questions[0]"),
     ],
 )
-def test_mistakes_within_nested_records(tmp_path, field, value, words):
+def test_errors_within_nested_records(tmp_path, field, value, message):
     path = tmp_path / "references.jsonl"
     path.write_text(json.dumps({"video": "a.mp4", field: value}) + "\n")
     with pytest.raises(ValueError) as caught:
         read_records(path, Reference)
-    assert f"{path}, line 1: " in str(caught.value) and words in str(caught.value)
+    assert f"{path}, line 1: " in str(caught.value) and message in str(caught.value)
 
 
 def test_no_file(tmp_path):
@@ -157,7 +157,7 @@ def test_no_file(tmp_path):
         read_records(tmp_path / "none.jsonl", Caption)
 
 
-def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "captions.jsonl"
     write_records(path, [Caption("a.mp4", "old")])
 
@@ -198,10 +198,10 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path):
     path.mkdir()  # an empty one is no hindrance
     with atomic_folder(path) as folder:
         (folder / "inner").mkdir()
-        (folder / "inner" / "whole").write_text("whole")
+        (folder / "inner" / "file").write_text("content")
         assert not list(path.iterdir())
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
-    assert (path / "inner" / "whole").read_text() == "whole"
+    assert (path / "inner" / "file").read_text() == "content"
 
 
 def test_an_existing_folder_is_not_replaced(tmp_path):

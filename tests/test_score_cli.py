@@ -58,7 +58,7 @@ def test_score_by_hand(call, clips, tmp_path):
     assert rows["Total"][1] == f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f}"
 
 
-def test_score_finds_videos_named_from_elsewhere(call, clips, tmp_path, monkeypatch):
+def test_score_matches_paths_from_another_folder(call, clips, tmp_path, monkeypatch):
     """`salmonn caption` writes paths as given on the command line."""
     monkeypatch.chdir(clips.root)
     reference = clips.references[0]
@@ -68,22 +68,22 @@ def test_score_finds_videos_named_from_elsewhere(call, clips, tmp_path, monkeypa
     assert code == 0 and shown(out)["Total"][0] == "0.00"
 
 
-def test_a_caption_of_a_part_is_scored_by_its_part(call, clips, tmp_path):
+def test_a_caption_of_a_span_is_scored_against_its_events(call, clips, tmp_path):
     reference = clips.references[0]
     half = reference.duration_seconds / 2
     early = [event for event in reference.events if event.lies_within(None, half)]
     assert 0 < len(early) < len(reference.events)
-    told = ". ".join(event.text for event in early)
+    text = ". ".join(event.text for event in early)
     write_records(tmp_path / "refs.jsonl", [reference])
     for end, missing in ((half, 0), (None, len(reference.events) - len(early))):
-        write_records(tmp_path / "c.jsonl", [Caption(reference.video, told, end_seconds=end)])
+        write_records(tmp_path / "c.jsonl", [Caption(reference.video, text, end_seconds=end)])
         args = ("--references", tmp_path / "refs.jsonl", "--out", tmp_path / "s.jsonl")
         assert call("score", tmp_path / "c.jsonl", *args)[0] == 0
         assert read_scores(tmp_path / "s.jsonl").scores[0].missing == missing
 
 
 @pytest.mark.parametrize(
-    ("captions", "more", "words"),
+    ("captions", "more", "message"),
     [
         (Caption("stranger.mp4", "a star"), [], "stranger.mp4"),
         (Caption("videos/clip_00000.mp4", "a star"), ["--judge", "oracle"], "oracle"),
@@ -102,13 +102,13 @@ def test_a_caption_of_a_part_is_scored_by_its_part(call, clips, tmp_path):
         (Reference("videos/clip_00000.mp4"), [], "captions.jsonl, line 1"),
     ],
 )
-def test_wrong_usage_of_score(call, clips, tmp_path, captions, more, words):
+def test_wrong_usage_of_score(call, clips, tmp_path, captions, more, message):
     path = tmp_path / "captions.jsonl"
     write_records(path, [captions] if captions else [])
     before = path.read_bytes()
     more = [flag.format(folder=tmp_path, captions=path) for flag in more]
     code, _, err = call("score", path, "--references", clips.root / "clips.jsonl", *more)
-    assert path.read_bytes() == before and code == 2 and words in err and "Traceback" not in err
+    assert path.read_bytes() == before and code == 2 and message in err and "Traceback" not in err
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def openai_args(folder: Path, server, *, cache: str = "replies.sqlite", out: str
     return ["score", *map(str, paths), "--judge", "openai", "--model", "m", "--base-url", server.url]
 
 
-def test_killed_halfway_it_sends_no_request_twice_and_ends_with_the_same_scores(hasty, serve):
+def test_a_killed_command_resumes_without_repeated_requests(hasty, serve):
     """120 captions, kill -9 with half of the requests answered, and the same command again."""
     killed = threading.Event()
 
@@ -149,23 +149,25 @@ def test_killed_halfway_it_sends_no_request_twice_and_ends_with_the_same_scores(
     num_before = len(server.requests)
     assert num_before == 68 and not (hasty / "scores.jsonl").exists()
     with sqlite3.connect(hasty / "replies.sqlite") as cache:
-        kept = {json.loads(row[0])["messages"][1]["content"] for row in cache.execute("SELECT request FROM responses")}
-    assert len(kept) == 60
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert again.returncode == 0, again.stderr
+        cached = {
+            json.loads(row[0])["messages"][1]["content"] for row in cache.execute("SELECT request FROM responses")
+        }
+    assert len(cached) == 60
+    resumed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert resumed.returncode == 0, resumed.stderr
     sent = [request["messages"][1]["content"] for request in server.requests]
     assert len(set(sent)) == 120
-    # The 8 in flight when it was killed have no finished reply and are sent again; no other is.
+    # Only the 8 requests in flight at the kill are sent again.
     sent_again = [content for content in sent[num_before:] if content in sent[:num_before]]
-    assert len(sent_again) == 8 and not kept & set(sent_again) and len(sent) == 128
+    assert len(sent_again) == 8 and not cached & set(sent_again) and len(sent) == 128
     third = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert third.returncode == 0 and len(server.requests) == len(sent)
 
-    unbroken = [SALMONN, *openai_args(hasty, server, cache="other.sqlite", out="unbroken.jsonl")]
-    assert subprocess.run(unbroken, capture_output=True, env=environment, check=False).returncode == 0
-    broken, whole = read_scores(hasty / "scores.jsonl"), read_scores(hasty / "unbroken.jsonl")
-    assert broken.scores == whole.scores and len(whole.scores) == 120
-    assert broken.judge_info.totals == whole.judge_info.totals
+    uninterrupted_command = [SALMONN, *openai_args(hasty, server, cache="other.sqlite", out="uninterrupted.jsonl")]
+    assert subprocess.run(uninterrupted_command, capture_output=True, env=environment, check=False).returncode == 0
+    interrupted, uninterrupted = read_scores(hasty / "scores.jsonl"), read_scores(hasty / "uninterrupted.jsonl")
+    assert interrupted.scores == uninterrupted.scores and len(uninterrupted.scores) == 120
+    assert interrupted.judge_info.totals == uninterrupted.judge_info.totals
 
 
 def few(folder: Path, count: int) -> None:
@@ -203,15 +205,15 @@ def test_unscored_captions_are_listed_and_counted(call, hasty, serve):
 
 
 def test_passes_show_their_spread(call, hasty, serve):
-    """A judge that takes 1, 3 or 2 missed events of a caption for mentioned: the middle pass is reported."""
+    """A judge that counts 1, 3 or 2 missed events of a caption as mentioned: the middle pass is reported."""
     few(hasty, 30)
 
     def script(request, number):
         reply = json.loads(rule_judge_script(request, number).text)
         drop = {2024: 1, 2124: 3, 2224: 2}[request["seed"]]
-        words = json.loads(request["messages"][1]["content"])["description"].split()
-        for place, entry in enumerate([entry for entry in reply["events"] if entry["class"] == "missed"][:drop]):
-            entry |= {"class": "correct", "quote": " ".join(words[place : place + 3])}
+        caption_words = json.loads(request["messages"][1]["content"])["description"].split()
+        for index, entry in enumerate([entry for entry in reply["events"] if entry["class"] == "missed"][:drop]):
+            entry |= {"class": "correct", "quote": " ".join(caption_words[index : index + 3])}
             reply["counts"]["missed"] -= 1
             reply["counts"]["correct"] += 1
         return Answer(json.dumps(reply))
