@@ -52,23 +52,15 @@ class StreamIndex:
         frame_times: presentation times of the video frames, rising.
         keyframes: (presentation time, timestamp to seek to) of the keyframes, rising.
         video_end: end of the last video frame.
-        audio_rate_hz: sample rate of the first frame of audio; 0 before it.
-        audio_lag: by how much the times of audio packets are ahead.
         audio_begin, audio_end: start of the first packet of audio, and end of the latest.
         file_end: end of the latest packet of any stream.
-        complete_until: time up to which no frame can be missing from `frame_times`.
         is_continuous: whether the file has a single clock, so that seeking leads where its timestamps say.
+        new_streams_from: see `Timeline`.
         audio_damage, video_damage: (time, duration) of the damaged packets, in order.
         missing: (time, duration) of what libav skipped in the container.
         is_truncated: whether the file breaks off.
-        display_warning: why the frames do not look as they should, if so.
         error: error that stopped the reading or kept a stream from being decoded, if any.
-        is_audio_suspect: whether the container marked a packet as damaged since the latest frame of audio.
-        num_suspect: number of further video packets before which some may be missing.
-        new_streams_from: see `Timeline`.
-        suspect_gaps: (decoding time, time since the packet before) of video packets at such a mark.
-        num_leading: number of frames stored before the first keyframe.
-        last_duration: duration of the video packet stored last.
+        display_warning: why the frames do not look as they should, if so.
     """
 
     file: MediaFile
@@ -76,30 +68,17 @@ class StreamIndex:
     frame_times: list[float] = field(default_factory=list)
     keyframes: list[tuple[float, int]] = field(default_factory=list)
     video_end: float = 0.0
-    audio_rate_hz: int = 0
-    audio_lag: float = 0.0
     audio_begin: float = math.inf
     audio_end: float = 0.0
     file_end: float = 0.0
-    complete_until: float = 0.0
     is_continuous: bool = True
+    new_streams_from: float | None = None
     audio_damage: list[tuple[float, float]] = field(default_factory=list)
     video_damage: list[tuple[float, float]] = field(default_factory=list)
     missing: list[tuple[float, float]] = field(default_factory=list)
     is_truncated: bool = False
-    display_warning: str | None = None
     error: str | None = None
-    is_audio_suspect: bool = False
-    num_suspect: int = 0
-    new_streams_from: float | None = None
-    suspect_gaps: list[tuple[float, float]] = field(default_factory=list)
-    num_leading: int = 0
-    last_duration: float = 0.0
-
-    @property
-    def default_interval(self) -> float:
-        """Time between two frames by the stream's nominal frame rate, for frames of unknown time or duration."""
-        return 1 / float(self.file.video.guessed_rate or self.file.video.average_rate or 25)
+    display_warning: str | None = None
 
     @property
     def end(self) -> float:
@@ -166,22 +145,30 @@ def _is_continuous(path: str, size_bytes: int, modified_ns: int) -> bool:
 def _index_from(file: MediaFile, start: float, end: float, *, seek_seconds: float | None) -> StreamIndex:
     index = StreamIndex(file)
     timeline = Timeline(file)
+    audio = None if file.audio is None else _AudioPass(index, start)
+    video = None if file.video is None else _VideoPass(index)
     try:
         if seek_seconds is not None:
             file.container.seek(round((seek_seconds + file.origin) * av.time_base))
-        _index_packets(index, timeline, start, end)
+        _index_packets(index, timeline, audio, video, end)
         index.audio.flush()
     except (av.error.FFmpegError, DecodeError) as error:
         index.error, index.is_truncated = cause_of(error), True
     index.is_continuous, index.new_streams_from = timeline.is_continuous, timeline.new_streams_from
-    _finalize_video(index, end)
+    if audio is not None:
+        audio.finish()
+    if video is not None:
+        video.finish(end)
+    index.is_truncated = index.is_truncated or _misses_declared_end(index, end)
     return index
 
 
-def _index_packets(index: StreamIndex, timeline: Timeline, start: float, end: float) -> None:
+def _index_packets(
+    index: StreamIndex, timeline: Timeline, audio: "_AudioPass | None", video: "_VideoPass | None", end: float
+) -> None:
     file = index.file
-    open_streams = {stream.index for stream in (file.video, file.audio) if stream is not None}
-    decoder = None if file.audio is None else Decoder(file, file.audio)
+    passes = {stream.index: one for stream, one in ((file.audio, audio), (file.video, video)) if one is not None}
+    open_streams = set(passes)
     position = None  # in the file, after the packet before
     # All streams, since the end of any of them reveals where a truncated file ends.
     for num_packets, packet in enumerate(timeline.packets()):
@@ -192,45 +179,10 @@ def _index_packets(index: StreamIndex, timeline: Timeline, start: float, end: fl
             position = _note_skipped(index, packet, position)
             if _update_file_end(index, packet) > end:
                 open_streams.discard(number)
-        if file.video is not None and number == file.video.index:
-            _index_video_packet(index, packet, is_joint=timeline.is_joint)
-        elif decoder is not None and number == file.audio.index and (number in open_streams or not packet.size):
-            index.is_audio_suspect = (index.is_audio_suspect or packet.is_corrupt) and not timeline.is_joint
-            _decode_audio(index, decoder, packet, start, is_joint=timeline.is_joint)
+        if number in open_streams or (not packet.size and number in passes):
+            passes[number].add(packet, is_joint=timeline.is_joint)
         if not open_streams:
             break
-    if decoder is not None:
-        index.audio_damage = decoder.damage
-        if decoder.cause is not None and not decoder.has_started:
-            index.error = decoder.cause
-
-
-def _decode_audio(index: StreamIndex, decoder: Decoder, packet: Any, start: float, *, is_joint: bool) -> None:
-    # Of long audio before the span a little is decoded, and less is kept, to fill the filters of decoder and resampler.
-    if packet.pts is not None:
-        index.audio_begin = min(index.audio_begin, index.file.seconds(packet.pts, packet.stream))
-        index.audio_end = index.file.seconds(packet.pts + (packet.duration or 0), packet.stream)
-        if index.audio_end < start - _PREROLL_SECONDS:
-            return
-    for frame in decoder.decode(packet):
-        # A frame without a timestamp follows the one before it.
-        seconds = index.audio.end if frame.pts is None else frame.time - index.file.origin
-        seconds -= index.audio_lag
-        gap = seconds - index.audio.end if index.audio.end else 0.0
-        frame_seconds = frame.samples / frame.sample_rate
-        index.audio_rate_hz = index.audio_rate_hz or frame.sample_rate
-        has_new_rate = index.file.format_name in _ESTIMATED_FORMATS and frame.sample_rate != index.audio_rate_hz
-        if has_new_rate and abs(gap) < frame_seconds:
-            # Times are counted in packets of the first sample rate; the frames follow each other.
-            index.audio_lag += gap
-            seconds, gap = index.audio.end, 0.0
-        # Where the container marks damage, a gap is a loss; in MPEG-TS, so is one of a few whole frames without a mark.
-        is_loss = index.file.format_name == "mpegts" and 0.9 * frame_seconds < gap < 4 * frame_seconds
-        if (index.is_audio_suspect and gap > _ROUNDING_SECONDS) or (is_loss and not is_joint):
-            decoder.damage.append((index.audio.end, gap))
-        index.is_audio_suspect = False
-        if seconds > start - _PREROLL_SECONDS / 2:
-            index.audio.add(frame, seconds)
 
 
 def _note_skipped(index: StreamIndex, packet: Any, position: int | None) -> int | None:
@@ -254,89 +206,157 @@ def _update_file_end(index: StreamIndex, packet: Any) -> float:
     return -math.inf if packet.dts is None else file.seconds(packet.dts, packet.stream)
 
 
-def _index_video_packet(index: StreamIndex, packet: Any, *, is_joint: bool) -> None:
-    file = index.file
-    pts = packet.dts if file.counts_frames else packet.pts
-    if pts is None and not (file.counts_frames and packet.size):
-        return
-    tick = file.tick_seconds[file.video.index]
-    # Raw streams have no timestamps at all; their frames follow each other at the stream's rate.
-    seconds = len(index.frame_times) * index.default_interval if pts is None else file.seconds(pts, file.video)
-    index.last_duration = (packet.duration or 0) * tick
-    if packet.size == 0:  # repeats the frame before it
-        index.video_end = max(index.video_end, seconds + index.last_duration)
-        return
-    if packet.dts is not None:
-        decoded_at = file.seconds(packet.dts, file.video)
-        index.num_suspect = _SUSPECT_PACKETS if packet.is_corrupt else index.num_suspect - 1
-        if index.num_suspect > 0 and index.frame_times and not is_joint:
-            index.suspect_gaps.append((index.complete_until, decoded_at - index.complete_until))
-        index.complete_until = decoded_at
-    if packet.is_keyframe:
-        # libav seeks by decoding time in MPEG-TS, by presentation time elsewhere.
-        by_dts = file.format_name == "mpegts" and packet.dts is not None
-        index.keyframes.append((seconds, packet.dts if by_dts else pts or 0))
-    # Discarded packets lie outside the file's edit list: they are decoded but never shown.
-    if not packet.is_discard:
-        index.num_leading += not index.keyframes
-        index.frame_times.append(seconds)
+class _AudioPass:
+    """Decoding of the audio near the span, with account of what is lost."""
+
+    def __init__(self, index: StreamIndex, start: float) -> None:
+        self._index = index
+        self._start = start
+        self._decoder = Decoder(index.file, index.file.audio)
+        self._is_suspect = False  # whether the container marked damage since the latest frame
+        self._rate_hz = 0  # of the first frame
+        self._lag = 0.0  # by how much packets' times are ahead
+
+    def add(self, packet: Any, *, is_joint: bool) -> None:
+        """Decode a packet."""
+        index, file = self._index, self._index.file
+        self._is_suspect = (self._is_suspect or packet.is_corrupt) and not is_joint
+        # Of long audio before the span a little is decoded, and less is kept, to fill the filters of decoder and
+        # resampler.
+        if packet.pts is not None:
+            index.audio_begin = min(index.audio_begin, file.seconds(packet.pts, packet.stream))
+            index.audio_end = file.seconds(packet.pts + (packet.duration or 0), packet.stream)
+            if index.audio_end < self._start - _PREROLL_SECONDS:
+                return
+        for frame in self._decoder.decode(packet):
+            # A frame without a timestamp follows the one before it.
+            seconds = index.audio.end if frame.pts is None else frame.time - file.origin - self._lag
+            gap = seconds - index.audio.end if index.audio.end else 0.0
+            frame_seconds = frame.samples / frame.sample_rate
+            self._rate_hz = self._rate_hz or frame.sample_rate
+            has_new_rate = file.format_name in _ESTIMATED_FORMATS and frame.sample_rate != self._rate_hz
+            if has_new_rate and abs(gap) < frame_seconds:
+                # Times are counted in packets of the first sample rate; the frames follow each other.
+                self._lag += gap
+                seconds, gap = index.audio.end, 0.0
+            # Where the container marks damage, a gap is a loss; in MPEG-TS, so is one of a few frames without a mark.
+            is_loss = file.format_name == "mpegts" and 0.9 * frame_seconds < gap < 4 * frame_seconds and not is_joint
+            if is_loss or (self._is_suspect and gap > _ROUNDING_SECONDS):
+                self._decoder.damage.append((index.audio.end, gap))
+            self._is_suspect = False
+            if seconds > self._start - _PREROLL_SECONDS / 2:
+                index.audio.add(frame, seconds)
+
+    def finish(self) -> None:
+        """Note in the index what was lost."""
+        self._index.audio_damage = self._decoder.damage
+        if self._decoder.cause is not None and not self._decoder.has_started:
+            self._index.error = self._decoder.cause
 
 
-def _finalize_video(index: StreamIndex, end: float) -> None:
-    """Sort the frames by time and, if the file is truncated, drop those that are uncertain."""
-    times = index.frame_times
-    if index.keyframes:  # frames before the first keyframe depend on others that the file does not have
-        del times[: index.num_leading]
-    times.sort()
-    index.keyframes.sort()
-    if times:
+class _VideoPass:
+    """Collection of the times of frames and keyframes from packets, without decoding them."""
+
+    def __init__(self, index: StreamIndex) -> None:
+        self._index = index
+        self._stream = index.file.video
+        # Time between two frames by the stream's nominal frame rate, for frames of unknown time or duration.
+        self._interval = 1 / float(self._stream.guessed_rate or self._stream.average_rate or 25)
+        self._decoding_time = 0.0  # of the latest packet: no frame due before it can be missing
+        self._last_duration = 0.0  # of the packet stored last
+        self._num_leading = 0  # frames stored before the first keyframe
+        self._num_suspect = 0  # further packets before which some may be missing
+        self._suspect_gaps: list[tuple[float, float]] = []  # (decoding time, time to the next) there
+
+    def add(self, packet: Any, *, is_joint: bool) -> None:
+        """Note when the frame of a packet is due."""
+        index, file, stream = self._index, self._index.file, self._stream
+        pts = packet.dts if file.counts_frames else packet.pts
+        if pts is None and not (file.counts_frames and packet.size):
+            return
+        # Raw streams have no timestamps at all; their frames follow each other at the stream's rate.
+        seconds = len(index.frame_times) * self._interval if pts is None else file.seconds(pts, stream)
+        self._last_duration = (packet.duration or 0) * file.tick_seconds[stream.index]
+        if packet.size == 0:  # repeats the frame before it
+            index.video_end = max(index.video_end, seconds + self._last_duration)
+            return
+        if packet.dts is not None:
+            decoding_time = file.seconds(packet.dts, stream)
+            self._num_suspect = _SUSPECT_PACKETS if packet.is_corrupt else self._num_suspect - 1
+            if self._num_suspect > 0 and index.frame_times and not is_joint:
+                self._suspect_gaps.append((self._decoding_time, decoding_time - self._decoding_time))
+            self._decoding_time = decoding_time
+        if packet.is_keyframe:
+            # libav seeks by decoding time in MPEG-TS, by presentation time elsewhere.
+            by_dts = file.format_name == "mpegts" and packet.dts is not None
+            index.keyframes.append((seconds, packet.dts if by_dts else pts or 0))
+        # Discarded packets lie outside the file's edit list: they are decoded but never shown.
+        if not packet.is_discard:
+            self._num_leading += not index.keyframes
+            index.frame_times.append(seconds)
+
+    def finish(self, end: float) -> None:
+        """Sort the frames by time; if the file breaks off, drop those that are uncertain."""
+        index, times = self._index, self._index.frame_times
+        if index.keyframes:  # frames before the first keyframe depend on others that the file does not have
+            del times[: self._num_leading]
+        times.sort()
+        index.keyframes.sort()
+        if not times:
+            return
+        interval = float(np.median(np.diff(times))) if len(times) > 1 else self._interval
         # Where frames are reordered, packets state the time to the one stored next, not to the one presented next:
         # only the packet stored last states the duration of a frame that is shown last.
-        duration = index.default_interval if index.file.counts_frames else index.last_duration
-        if not duration:
-            duration = float(np.median(np.diff(times))) if len(times) > 1 else index.default_interval
+        duration = self._interval if index.file.counts_frames else self._last_duration or interval
         index.video_end = max(index.video_end, times[-1] + duration)
-    # Lost packets may leave no trace but a gap where the container marks damage.
-    interval = float(np.median(np.diff(times))) if len(times) > 1 else math.inf
-    index.video_damage = [(seconds + interval, gap) for seconds, gap in index.suspect_gaps if gap > 1.5 * interval]
-    index.is_truncated = index.is_truncated or _breaks_off(index, end)
-    if index.is_truncated and times:
-        # Frames are stored in decoding order: of those due after the last one's decoding time, some may be missing.
-        # Frames identified by counting are certain only before all that a decoder may hold back.
-        certain = times[max(0, len(times) - REORDER_FRAMES)] if index.file.counts_frames else index.complete_until
-        index.frame_times = times[: index.count_due(certain)]
-        index.video_end = min(index.video_end, certain)
+        # Lost packets may leave no trace but a gap where the container marks damage.
+        index.video_damage = [(time + interval, gap) for time, gap in self._suspect_gaps if gap > 1.5 * interval]
+        index.is_truncated = index.is_truncated or _misses_declared_end(index, end) or self._lacks_frames(end)
+        if index.is_truncated:
+            # Frames are stored in decoding order: of those due after the last one's decoding time, some may be missing.
+            # Frames identified by counting are certain only before all that a decoder may hold back.
+            certain = times[max(0, len(times) - REORDER_FRAMES)] if index.file.counts_frames else self._decoding_time
+            index.frame_times = times[: index.count_due(certain)]
+            index.video_end = min(index.video_end, certain)
+
+    def _lacks_frames(self, end: float) -> bool:
+        """Return whether the frames stored last leave gaps between those due last, which evenly spaced frames fill.
+
+        For files that do not declare where they end.
+        """
+        index = self._index
+        intervals = np.diff(index.frame_times)
+        num_certain = max(index.count_due(self._decoding_time) - 1, 0)
+        before, after = intervals[:num_certain], intervals[num_certain:]
+        is_evident = not _declares_end(index.file) and not index.file.counts_frames and len(before) >= REORDER_FRAMES
+        if not is_evident or self._decoding_time > end:
+            return False
+        usual = float(np.median(before))
+        return bool(before.max() < 1.5 * usual < after.max(initial=0.0) <= REORDER_FRAMES * usual)
 
 
-def _breaks_off(index: StreamIndex, end: float) -> bool:
-    """Return whether the file ends before the end that its header declares."""
+def _declares_end(file: MediaFile) -> bool:
+    return bool(file.declared_end) and not file.may_restart and file.format_name not in _ESTIMATED_FORMATS
+
+
+def _misses_declared_end(index: StreamIndex, end: float) -> bool:
+    """Return whether the file, or one of the streams, ends before the end that the header declares."""
     file = index.file
-    intervals = np.diff(index.frame_times)
-    if (
-        file.declared_end
-        and index.is_continuous
-        and not file.may_restart
-        and file.format_name not in _ESTIMATED_FORMATS
-    ):
-        # The last frame may be shown as long as any other, without a packet that says so.
-        slack = max(_SHORTFALL_SECONDS, 1.5 * intervals.max(initial=0.0))
-        if min(end, file.declared_end) - index.file_end > slack:
-            return True
-        streams = ((file.video, index.video_end), (file.audio, index.audio_end)) if "mp4" in file.format_name else ()
-        for stream, stream_end in streams:  # MP4 declares the end of each
-            if stream is not None and stream.duration is not None and stream_end > 0:
-                first = file.seconds(stream.start_time or 0, stream)
-                declared = first + stream.duration * file.tick_seconds[stream.index]
-                if min(end, declared) - stream_end > _SHORTFALL_SECONDS:
-                    return True
+    if not index.is_continuous or not _declares_end(file):
         return False
-    # Where nothing is declared: frames stored last fill the gaps between those due last, if frames are evenly spaced.
-    num_certain = max(index.count_due(index.complete_until) - 1, 0)
-    before, after = intervals[:num_certain], intervals[num_certain:]
-    if index.complete_until > end or file.counts_frames or len(before) < REORDER_FRAMES:
+    # The last frame may be shown as long as any other, without a packet that says so.
+    slack = max(_SHORTFALL_SECONDS, 1.5 * np.diff(index.frame_times).max(initial=0.0))
+    if min(end, file.declared_end) - index.file_end > slack:
+        return True
+    if "mp4" not in file.format_name:
         return False
-    usual = float(np.median(before))
-    return bool(before.max() < 1.5 * usual < after.max(initial=0.0) <= REORDER_FRAMES * usual)
+    for stream, stream_end in ((file.video, index.video_end), (file.audio, index.audio_end)):
+        if stream is not None and stream.duration is not None and stream_end > 0:
+            first = file.seconds(stream.start_time or 0, stream)
+            declared = first + stream.duration * file.tick_seconds[stream.index]
+            if min(end, declared) - stream_end > _SHORTFALL_SECONDS:
+                return True
+    return False
 
 
 def _drop_undecodable_start(index: StreamIndex, stack: ExitStack) -> None:

@@ -287,16 +287,16 @@ def test_seeking_and_reading_straight_through_give_identical_frames(tmp_path, mo
     sought = read(path, frames_per_second=rate, max_frames=99, audio=False)
     # Counted frames are read without seeking.
     monkeypatch.setattr(container_module, "MediaFile", lambda **fields: MediaFile(**fields | {"counts_frames": True}))
-    monkeypatch.setattr(index_module, "_index_video_packet", _index_by_pts)
+    monkeypatch.setattr(index_module._VideoPass, "add", _index_by_pts)
     straight = read(path, frames_per_second=rate, max_frames=99, audio=False)
     np.testing.assert_array_equal(sought.frame_times, straight.frame_times)
     np.testing.assert_array_equal(sought.frames, straight.frames)
 
 
-def _index_by_pts(index, packet, is_joint):
+def _index_by_pts(self, packet, is_joint):
     if packet.pts is not None:
-        index.frame_times.append(index.file.seconds(packet.pts, index.file.video))
-        index.video_end = max(index.video_end, index.frame_times[-1] + 0.1)
+        self._index.frame_times.append(self._index.file.seconds(packet.pts, self._index.file.video))
+        self._index.video_end = max(self._index.video_end, self._index.frame_times[-1] + 0.1)
 
 
 def test_parts_without_target_times_are_not_decoded(tmp_path, monkeypatch):
