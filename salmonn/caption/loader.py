@@ -90,8 +90,10 @@ class LimitedReadSpec(ReadSpec):
         """Read a file; raises what `read_clip` raises, and a ClipError if the span is too long."""
         with ExitStack() as stack:
             source = open_media(path, stack, video=self.video, audio=self.audio)
-            self._check(path, self.span_seconds(source.declared_end))
-        # A file may state less than it holds, or nothing: reading stops a second after the limit.
+            declared = self.span_seconds(source.declared_end)
+        if declared > self.max_seconds:  # the header may be wrong
+            self._check(path, self.span_seconds(measured_seconds(path)))
+        # A file may also state less than it holds, or nothing: reading stops a second after the limit.
         limit = (self.start_seconds or 0.0) + self.max_seconds + 1
         clip = ReadSpec.read(replace(self, end_seconds=min(limit, self.end_seconds or limit)), path)
         self._check(path, clip.duration_seconds)
@@ -405,7 +407,8 @@ def split_into_segments(job: ClipJob, seconds: float, segment_seconds: float) ->
     """Return the segments of a file with their lengths.
 
     A remainder of up to a second, or half a segment, is joined to the last segment. Each segment has its own seed, so
-    that segments that look alike need not have the same caption.
+    that segments that look alike need not have the same caption. The last segment is read to the end of the file, or of
+    the span: a file that breaks off is only recognized as truncated by what it lacks there.
 
     Args:
         job: file, or a span of it.
@@ -420,6 +423,7 @@ def split_into_segments(job: ClipJob, seconds: float, segment_seconds: float) ->
     segments = []
     for number, (first, last) in enumerate(pairwise([*starts, start + seconds])):
         request = replace(job.request, span=Span(first, last), seed=job.request.seed + number)
-        read_spec = replace(job.read_spec, start_seconds=first, end_seconds=last)
+        end = last if number < count - 1 else job.read_spec.end_seconds
+        read_spec = replace(job.read_spec, start_seconds=first, end_seconds=end)
         segments.append((ClipJob(job.index, request, read_spec, count), last - first))
     return segments

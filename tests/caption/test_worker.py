@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, split_into_segments
+from salmonn.caption.generator import CaptionRequest, Span
+from salmonn.caption.loader import ClipJob, ClipReader, LimitedReadSpec, ReadSpec, split_into_segments
 from salmonn.caption.worker import WorkerLimits
 from salmonn.media.frame_sampling import FixedRateSampler
 
@@ -147,11 +147,30 @@ def test_segments(start, seconds, length, expected):
         3, CaptionRequest(Path("a.mp4"), seed=9), ReadSpec(FixedRateSampler(), start_seconds=start, audio=False)
     )
     segments = split_into_segments(job, seconds, length)
-    assert [(segment.read_spec.start_seconds, segment.read_spec.end_seconds) for segment, _ in segments] == expected
+    spans = [segment.request.span for segment, _ in segments]
+    assert [(span.start_seconds or 0, span.end_seconds) for span in spans] == expected
+    read_spans = [(segment.read_spec.start_seconds, segment.read_spec.end_seconds) for segment, _ in segments]
+    assert read_spans == [*expected[:-1], (expected[-1][0], None)]  # the last one, to the end of the file
     assert [length for _, length in segments] == pytest.approx([end - start for start, end in expected])
     for number, (segment, _) in enumerate(segments):
         assert (segment.index, segment.request.seed) == (3, 9 + number)
         assert segment.num_segments == len(expected) and not segment.read_spec.audio
+
+
+def test_the_last_segment_ends_with_the_span():
+    read_spec = ReadSpec(FixedRateSampler(), start_seconds=2.0, end_seconds=9.0)
+    cut = split_into_segments(ClipJob(0, CaptionRequest(Path("a.mp4")), read_spec), 6.5, 3.0)
+    assert [one.request.span for one, _ in cut] == [Span(2.0, 5.0), Span(5.0, 8.5)]
+    assert [one.read_spec.end_seconds for one, _ in cut] == [5.0, 9.0]
+
+
+def test_a_header_that_states_too_much_does_not_refuse_a_short_file(tmp_path):
+    """6 s whose header states 100 s."""
+    path = write_matroska(tmp_path / "a.mka", seconds=6, declared=100)
+    clip = LimitedReadSpec(FixedRateSampler(), max_seconds=10).read(path)
+    assert clip.duration_seconds == pytest.approx(6, abs=0.01)
+    with pytest.raises(ValueError, match=r"has 6 s or more, and the maximum is 5 s"):
+        LimitedReadSpec(FixedRateSampler(), max_seconds=5).read(path)
 
 
 def test_a_file_of_unknown_length_cannot_be_split(videos):
@@ -191,6 +210,6 @@ def test_segments_follow_the_data_and_not_the_header(tmp_path):
                 )
             )
         segments = [segment for batch in batches for segment in batch]
-        assert [job.read_spec.end_seconds for job, _ in segments] == pytest.approx(ends, abs=0.01)
+        assert [job.request.span.end_seconds for job, _ in segments] == pytest.approx(ends, abs=0.01)
         num_samples = sum(len(clip.waveform) for _, clip in segments)
         assert num_samples == pytest.approx(16_000 * seconds, rel=0.001)
