@@ -1,4 +1,4 @@
-"""A set of ten million keys: what it holds, what it costs, and that it grows."""
+"""`HashSet`: a set of up to ten million keys, its memory and its speed."""
 
 import time
 import tracemalloc
@@ -7,7 +7,7 @@ from salmonn.batch.ledger_files import KEY_BYTES, HashSet, hash_key
 
 
 def test_a_key_depends_on_its_values():
-    """The same in each process; a text is no number, and parts do not run together."""
+    """Types and boundaries of the values count."""
     keys = {
         hash_key("a", 1),
         hash_key("a", "1"),
@@ -20,8 +20,8 @@ def test_a_key_depends_on_its_values():
     assert hash_key("a", 1) == hash_key("a", 1)
 
 
-def test_zeros_at_the_end_are_no_padding():
-    """numpy drops them: one key in 256 ends in one."""
+def test_zeros_at_the_end_of_a_key_count():
+    """numpy drops them, and one key in 256 ends with one."""
     some = [b"\1" * 15 + b"\0", b"\1" * 14 + b"\0\0", b"\0" * 16, b"\0" * 15 + b"\1"]
     digests = HashSet(b"".join(some))
     assert all(key in digests for key in some)
@@ -30,7 +30,7 @@ def test_zeros_at_the_end_are_no_padding():
 
 
 def test_a_million_keys():
-    """16 MB, and none is lost; ten million are ten times that."""
+    """They take 16 MB."""
     keys = bytearray(b"".join(hash_key(number) for number in range(1_000_000)))
     tracemalloc.start()
     begin = time.perf_counter()
@@ -42,11 +42,11 @@ def test_a_million_keys():
     assert not any(hash_key(number) in digests for number in range(1_000_000, 1_010_000))
 
 
-def test_what_is_added_is_found_and_goes_into_the_array():
+def test_added_keys_are_merged_into_the_array():
     digests = HashSet(hash_key("first"))
     for number in range(200_000):
         digests.add(hash_key(number))
     assert hash_key("first") in digests and hash_key(-1) not in digests
     assert all(hash_key(number) in digests for number in range(200_000))
-    # 65537 at a time, three times; the rest waits.
+    # Three times 65,537 keys have been merged.
     assert len(digests._recent) == 200_000 - 3 * 65_537

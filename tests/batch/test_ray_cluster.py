@@ -55,13 +55,13 @@ def folder(videos, tmp_path):
 
 
 def actors_of(driver: int) -> list[psutil.Process]:
-    """The processes that Ray runs our class in, of this driver alone."""
+    """Return the actor processes of a driver."""
     children = psutil.Process(driver).children(recursive=True)
     return [child for child in children if "ray::MapWorker" in " ".join(child.cmdline())]
 
 
 class FakeDataset:
-    """As much of ray.data as the work needs, in this process."""
+    """The part of ray.data that is needed, in this process."""
 
     def __init__(self, tables):
         self.tables = tables
