@@ -2,7 +2,7 @@
 
     for video in VideoListing(paths=["clips/"], globs=["*.mp4"]).videos(): ...
 
-Only the names in the folder being walked are held in memory.
+Only the names of the videos in the folder being walked are held in memory; other files are counted by their suffix.
 """
 
 import codecs
@@ -11,8 +11,9 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from pathlib import Path
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 EntryKind = Literal["folder", "link", "media", "other"]
 STDIN = "-"
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | AUDIO_SUFFIXES
+_MAX_SUFFIXES = 1000  # counted separately
+_MAX_SUFFIX_CHARS = 10  # what follows the last dot of a longer one is part of the name
+_SHOWN_SUFFIXES = 8
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,38 @@ class Shard:
         return path_number(path) % self.count == self.number - 1
 
 
+class SkippedFiles:
+    """Counts files in folders that are skipped because their suffix is neither of video nor of audio."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._num_others = 0
+
+    @property
+    def total(self) -> int:
+        """Number of files."""
+        return self._counts.total() + self._num_others
+
+    def add(self, path: str) -> None:
+        """Count a file."""
+        suffix = _suffix(path)
+        is_known = suffix in self._counts or (
+            len(suffix) <= _MAX_SUFFIX_CHARS and suffix.isprintable() and len(self._counts) < _MAX_SUFFIXES
+        )
+        if is_known:
+            self._counts[suffix] += 1
+        else:
+            self._num_others += 1
+
+    def __str__(self) -> str:
+        """The counts, such as "12 .jpg, 3 .txt, 1 without suffix"; rare suffixes are summed up."""
+        most = sorted(self._counts.items(), key=lambda item: (-item[1], item[0]))[:_SHOWN_SUFFIXES]
+        parts = [f"{count:,} {suffix or 'without suffix'}" for suffix, count in most]
+        if num_others := self.total - sum(count for _, count in most):
+            parts.append(f"{num_others:,} with other suffixes")
+        return ", ".join(parts)
+
+
 @dataclass(frozen=True)
 class VideoListing:
     """The videos to caption.
@@ -76,12 +112,16 @@ class VideoListing:
         list_path: file with one such path per line; "-" is stdin, which can be read only once.
         globs: patterns; a file in a folder has to match one of them, see `matches`.
         shard: part of these videos to list.
+
+    Attributes:
+        skipped: files in folders that `videos` has skipped because of their suffix, of this shard and matching a glob.
     """
 
     paths: Sequence[str] = ()
     list_path: str | None = None
     globs: Sequence[str] = ()
     shard: Shard = Shard()
+    skipped: SkippedFiles = field(default_factory=SkippedFiles, init=False, compare=False)
 
     @property
     def is_read_once(self) -> bool:
@@ -103,18 +143,24 @@ class VideoListing:
         existing = [path for path in self.paths if os.path.exists(path)]  # noqa: PTH110 - as in `walk_paths`
         if not existing:
             raise ClipError(f"{self.paths[0]}: there is no such file or folder; check the path")
-        if next(walk_paths(existing, self.globs, quiet=True), None) is None:
-            known = " ".join(sorted(MEDIA_SUFFIXES))
+        others = SkippedFiles()
+        if next(walk_paths(existing, self.globs, quiet=True, on_skip=others.add), None) is None:
             matching = f" matching {' or '.join(self.globs)}" if self.globs else ""
-            raise ClipError(f"{existing[0]}: no video or audio file{matching} in this folder; known suffixes: {known}")
+            found = f", only {others}; name a file itself to caption it whatever its suffix" if others.total else ""
+            raise ClipError(f"{existing[0]}: no video or audio file{matching} in this folder{found}")
 
     def videos(self, *, quiet: bool = False) -> Iterator[VideoFile | Failure]:
         """List this shard's videos in order, folders sorted by name; a folder that cannot be listed is a `Failure`.
 
         Args:
-            quiet: log no warnings, for listing a second time.
+            quiet: log no warnings and count nothing, for listing a second time.
         """
-        for found in walk_paths(self._named(), self.globs, quiet=quiet):
+
+        def skip(path: str) -> None:
+            if not quiet and self.shard.holds(path):
+                self.skipped.add(path)
+
+        for found in walk_paths(self._named(), self.globs, quiet=quiet, on_skip=skip):
             if isinstance(found, Failure):
                 if self.shard.holds(found.video):
                     yield found
@@ -152,40 +198,60 @@ def path_number(path: str) -> int:
     return int.from_bytes(blake2b(os.fsencode(path), digest_size=4).digest())
 
 
-def walk_paths(paths: Iterable[str], globs: Sequence[str], *, quiet: bool = False) -> Iterator[str | Failure]:
+def walk_paths(
+    paths: Iterable[str],
+    globs: Sequence[str],
+    *,
+    quiet: bool = False,
+    on_skip: Callable[[str], object] = lambda path: None,
+) -> Iterator[str | Failure]:
     """Yield files as they are named, and the files in folders sorted by name.
 
     Args:
         paths: files and folders.
         globs: see `VideoListing`.
-        quiet: log no warning about what is skipped.
+        quiet: log no warning about links to folders.
+        on_skip: called with each file in a folder that matches a glob but has no suffix of video or audio.
     """
     patterns = [tuple(glob.split("/")) if "/" in glob else ("**", glob) for glob in globs]
     for path in paths:
         if os.path.isdir(path):  # noqa: PTH112 - False for a name that is too long, where a Path raises
-            yield from _walk_folder(Path(path), (), patterns, quiet)
+            yield from _walk_folder(Path(path), (), patterns, quiet, on_skip)
         else:
             yield str(Path(path))
 
 
 def _walk_folder(
-    folder: Path, inside: tuple[str, ...], patterns: Sequence[tuple[str, ...]], quiet: bool
+    folder: Path,
+    inside: tuple[str, ...],
+    patterns: Sequence[tuple[str, ...]],
+    quiet: bool,
+    on_skip: Callable[[str], object],
 ) -> Iterator[str | Failure]:
+    found: list[tuple[str, EntryKind]] = []
     try:
         with os.scandir(folder) as entries:
-            kinds = ((entry.name, _kind_of(entry)) for entry in entries if not entry.name.startswith("."))
-            found = sorted((name, kind) for name, kind in kinds if kind != "other")
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                kind, parts = _kind_of(entry), (*inside, entry.name)
+                if kind in ("media", "other") and patterns and not any(matches(parts, one) for one in patterns):
+                    continue
+                if kind == "other":
+                    on_skip(entry.path)
+                else:
+                    found.append((entry.name, kind))
     except OSError as error:
         reason = f"{folder}: this folder cannot be listed ({error.strerror}); check its permissions and the disk"
         yield Failure(str(folder), reason)
         return
-    for name, kind in found:
-        path, parts = folder / name, (*inside, name)
+    for name, kind in sorted(found):
+        path = folder / name
         if kind == "folder":
-            yield from _walk_folder(path, parts, patterns, quiet)
+            yield from _walk_folder(path, (*inside, name), patterns, quiet, on_skip)
         elif kind == "link" and not quiet:
             logger.warning("%s: links to folders are not followed; name the link to caption its videos", path)
-        elif kind == "media" and (not patterns or any(matches(parts, pattern) for pattern in patterns)):
+        elif kind == "media":
             yield str(path)
 
 
@@ -199,7 +265,11 @@ def _kind_of(entry: "os.DirEntry[str]") -> EntryKind:
 
 def is_media(name: str) -> bool:
     """Return whether a file name has a suffix of video or audio."""
-    return os.path.splitext(name)[1].lower() in MEDIA_SUFFIXES  # noqa: PTH122 - millions of names, no Path for each
+    return _suffix(name) in MEDIA_SUFFIXES
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()  # noqa: PTH122 - millions of names, no Path for each
 
 
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -176,7 +176,7 @@ def _caption(values: Namespace) -> int:
             latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
             for suffix in tables:
                 export_table(latest, files.captions.with_suffix(suffix))
-    _report_results(job.stats, files, speed)
+    _report_results(job.stats, listing, files, speed)
     return job.stats.failed + job.stats.failed_before
 
 
@@ -304,7 +304,7 @@ def _report_state(ledger: "Ledger") -> None:
         )
 
 
-def _report_results(stats: "RunStats", files: "LedgerFiles", speed: str) -> None:
+def _report_results(stats: "RunStats", listing: "VideoListing", files: "LedgerFiles", speed: str) -> None:
     captions, failed = plural(stats.captions, "caption"), plural(stats.failed, "video")
     sys.stderr.write(f"{captions} written to {files.captions}, {failed} failed{speed}\n")
     if stats.done_before:
@@ -314,3 +314,5 @@ def _report_results(stats: "RunStats", files: "LedgerFiles", speed: str) -> None
             f"{plural(stats.failed_before, 'video')} skipped: failed in earlier runs, at least in part; see "
             f"{files.failed}, and retry with --retry-failed\n"
         )
+    if listing.skipped.total:
+        sys.stderr.write(f"{plural(listing.skipped.total, 'file')} skipped because of the suffix: {listing.skipped}\n")

@@ -24,11 +24,20 @@ from salmonn.media.video import decode_frames, target_times
 
 logger = logging.getLogger(__name__)
 
+# Suffixes by which files are found in folders; a file that is named itself is read whatever its suffix. GIF and APNG
+# are mostly animated. Pictures are left out, also WebP (libav reads no animated ones), AVIF and HEIC.
 VIDEO_SUFFIXES = frozenset([
-    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
-    ".wmv",
+    ".264", ".265", ".3g2", ".3gp", ".3gpp", ".amv", ".apng", ".asf", ".avc", ".avi", ".dav", ".divx", ".dv", ".dvr-ms",
+    ".f4v", ".flv", ".gif", ".h264", ".h265", ".hevc", ".ismv", ".ivf", ".m1v", ".m2p", ".m2t", ".m2ts", ".m2v", ".m4v",
+    ".mjpeg", ".mjpg", ".mk3d", ".mkv", ".mod", ".mov", ".mp4", ".mp4v", ".mpe", ".mpeg", ".mpeg4", ".mpg", ".mpv",
+    ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".ogx", ".qt", ".rm", ".rmvb", ".tod", ".trp", ".ts", ".vob", ".webm",
+    ".wmv", ".wtv", ".y4m",
 ])  # fmt: skip
-AUDIO_SUFFIXES = frozenset([".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav", ".wma"])
+AUDIO_SUFFIXES = frozenset([
+    ".aac", ".ac3", ".adts", ".aif", ".aifc", ".aiff", ".amr", ".ape", ".au", ".awb", ".bwf", ".caf", ".dts", ".eac3",
+    ".ec3", ".f4a", ".flac", ".m2a", ".m4a", ".m4b", ".m4r", ".mka", ".mp2", ".mp3", ".mpa", ".mpc", ".mpga", ".oga",
+    ".ogg", ".opus", ".ra", ".rf64", ".snd", ".spx", ".tta", ".voc", ".w64", ".wav", ".weba", ".wma", ".wv",
+])  # fmt: skip
 
 
 @dataclass(frozen=True)
