@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -319,11 +320,16 @@ def read_json(path: Path | str) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
+def temporary_path(path: Path) -> Path:
+    """Return a hidden name beside `path` for this process, short even if the name of `path` has the maximum length."""
+    return path.with_name(f".{blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}.{os.getpid()}.tmp")
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file atomically, through a temporary name, so that a kill leaves the old or the new file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -341,7 +347,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is not empty: choose another folder, or delete that one")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same id
     temporary.mkdir(parents=True)
     try:

@@ -23,7 +23,7 @@ import numpy as np
 
 from salmonn.batch.ledger_files import GroupReader, LedgerError, cannot_write, hash_key, is_full, keys_to_array
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.records import Caption, Failure, parse_record
+from salmonn.records import Caption, Failure, parse_record, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +209,7 @@ TABLES: dict[str, Callable[[LatestCaptions, Path], None]] = {
 @contextmanager
 def _atomic_file(path: Path) -> Iterator[Path]:
     """Provide a temporary file that is renamed to `path` on success."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with temporary.open("rb") as file:

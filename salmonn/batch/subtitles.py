@@ -119,7 +119,9 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
             except OSError as error:
                 if error.errno in _DISK_ERRORS:
                     raise LedgerError(cannot_write(path, error)) from error
-                reason = f"{path} cannot be written ({error.strerror}); choose another folder with --subtitle-dir"
+                is_too_long = error.errno == errno.ENAMETOOLONG
+                remedy = "rename the video" if is_too_long else "choose another folder with --subtitle-dir"
+                reason = f"{path} cannot be written ({error.strerror}); {remedy}"
             version = dict(size_bytes=captions[0].size_bytes, modified_ns=captions[0].modified_ns)
             failures.append(Failure(captions[0].video, reason, "write", **version))
         return failures
@@ -157,7 +159,8 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
                 )
         if self._folder is not None:  # a video's own folder exists, or is gone with the video
             path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")  # the next run overwrites it if this one is killed
+        # Short, since the file's own name may have the maximum length; the same in the next run if this one is killed.
+        temporary = path.with_name(f".{hash_key(path.name).hex()}.tmp")
         try:
             temporary.write_bytes(text.encode())
             written = temporary.stat()

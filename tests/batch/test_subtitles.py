@@ -30,7 +30,7 @@ def captions(tmp_path):
 
 @pytest.fixture
 def make(tmp_path):
-    """A new run's writer, which knows of the runs before."""
+    """Make the writer of a new run, which knows the log of earlier runs."""
 
     def make(*formats, **options) -> SubtitleWriter:
         log = tmp_path / "log" / "captions.subtitles.jsonl"
@@ -46,7 +46,7 @@ def unknown(video: str) -> float:
 
 
 def cues(path: Path) -> list[tuple[float, float, str]]:
-    """Start, end and text of each cue, as libav takes them."""
+    """Return start, end and text of each cue as libav reads them."""
     with av.open(str(path)) as container:
         stream = container.streams.subtitles[0]
         found = []
@@ -58,7 +58,7 @@ def cues(path: Path) -> list[tuple[float, float, str]]:
 
 
 def test_srt(captions, make):
-    """2.5 s is 00:00:02,500; 3725.25 s is 1 h, 2 min, 5.25 s; an empty cue is none, nor is an empty line in one."""
+    """2.5 s is 00:00:02,500; 3725.25 s is 1 h, 2 min, 5.25 s; empty cues and empty lines are left out."""
     assert make("srt").write(captions) == []
     path = Path(captions[0].video).with_suffix(".srt")
     assert path.read_text() == (
@@ -70,7 +70,7 @@ def test_srt(captions, make):
 
 
 def test_vtt(captions, make):
-    """Characters that would be markup are escaped."""
+    """Markup characters are escaped."""
     assert make("vtt").write(captions) == []
     path = Path(captions[0].video).with_suffix(".vtt")
     escaped = "A tone &amp; a &lt;b&gt;blue&lt;/b&gt; star --&gt; gone.\nThen\nrain."
@@ -81,27 +81,26 @@ def test_vtt(captions, make):
 
 
 def test_txt(captions):
-    """One text stands alone; several have their times."""
+    """The text of one caption; several captions have their times."""
     assert format_text([captions[1]], "txt", seconds_of=unknown) == captions[1].text + "\n"
     assert format_text(captions[:2], "txt", seconds_of=unknown) == (
         "[00:00:00.000] A red circle.\n[00:00:02.500] A tone & a <b>blue</b> star --> gone. Then rain.\n"
     )
 
 
-def test_no_text_at_all(captions, make):
+def test_empty_captions(captions, make):
     texts = [format_text(captions[2:], name, seconds_of=unknown) for name in ("srt", "vtt")]
     assert texts == ["\n", "WEBVTT\n"]
 
 
-def test_times_are_rounded_and_a_cue_has_a_length(captions):
-    """59.9996 s is a minute, not 59.1000; a cue without length gets a thousandth."""
+def test_times_are_rounded_and_no_cue_is_empty(captions):
+    """59.9996 s is a minute, not 59.1000; a cue lasts at least a millisecond."""
     captions = [replace(captions[0], start_seconds=59.9996, end_seconds=59.9996)]
     text = format_text(captions, "srt", seconds_of=unknown)
     assert "00:01:00,000 --> 00:01:00,001" in text
 
 
-def test_an_open_end_is_the_videos_own(videos, tmp_path):
-    """As the file declares it; without one that is said."""
+def test_an_open_end_is_the_declared_end_of_the_video(videos, tmp_path):
     with av.open(str(videos[0])) as container:
         seconds = container.duration / 1e6
     text = format_text([Caption(str(videos[0]), "words")], "srt", seconds_of=declared_seconds)
@@ -109,8 +108,8 @@ def test_an_open_end_is_the_videos_own(videos, tmp_path):
     assert (hours, minutes) == ("00", "00") and abs(float(rest) - seconds) < 0.002
 
 
-def test_a_video_without_a_length(make, tmp_path, videos):
-    """As one that was recorded while it was sent."""
+def test_a_video_that_declares_no_duration(make, tmp_path, videos):
+    """Such as a recorded live stream."""
     live = tmp_path / "a.mkv"
     with av.open(str(videos[0])) as source, av.open(str(live), "w", options={"live": "1"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -126,7 +125,7 @@ def test_a_video_without_a_length(make, tmp_path, videos):
 
 
 def test_durations_are_read_in_a_process_with_limits(make, videos, monkeypatch):
-    """A file that takes too long is a failure, and another process reads the next one."""
+    """A file that takes too long is a failure, and a new process reads the next one."""
     film, good = ([Caption(str(video), "words")] for video in videos[:2])
     monkeypatch.setattr("salmonn.batch.subtitles.declared_seconds", time.sleep)
     with make("srt", limits=WorkerLimits(seconds=0.5)) as subtitles, monkeypatch.context() as patched:
@@ -140,8 +139,8 @@ def test_durations_are_read_in_a_process_with_limits(make, videos, monkeypatch):
     Path(good[0].video).with_suffix(".srt").unlink()
 
 
-def test_a_log_that_another_process_is_writing(captions, make, tmp_path):
-    """Or that it left torn: what is whole of it counts."""
+def test_a_torn_log_of_another_process(captions, make, tmp_path):
+    """It is writing the log, or was killed: the complete lines count."""
     path = Path(captions[0].video).with_suffix(".txt")
     assert make("txt").write(captions[:1]) == []
     log = tmp_path / "log" / "captions.subtitles.jsonl"
@@ -153,7 +152,7 @@ def test_a_log_that_another_process_is_writing(captions, make, tmp_path):
     assert path.read_text() == "Something else.\n" and not torn.read_bytes().endswith(b"\n")
 
 
-def test_an_arrow_in_a_text_makes_no_cue(captions, make):
+def test_an_arrow_in_a_text_is_no_timing_line(captions, make):
     """SRT has no escape sequence for it."""
     text = "a ---> b ----> c --> d -> e"
     assert make("srt").write([replace(captions[0], text=text)]) == []
@@ -162,7 +161,7 @@ def test_an_arrow_in_a_text_makes_no_cue(captions, make):
     assert cues(path) == [(0.0, 2.5, "a -> b -> c -> d -> e")]
 
 
-def test_a_users_own_file_is_not_touched(captions, make):
+def test_a_file_of_the_user_is_not_overwritten(captions, make):
     own = Path(captions[0].video).with_suffix(".srt")
     own.write_text("mine")
     (failure,) = make("srt").write(captions)
@@ -171,7 +170,7 @@ def test_a_users_own_file_is_not_touched(captions, make):
     assert make("srt", replace=True).write(captions) == [] and own.read_text().startswith("1\n")
 
 
-def test_our_files_are_replaced_until_somebody_edits_them(captions, make):
+def test_our_own_files_are_overwritten_unless_edited(captions, make):
     path = Path(captions[0].video).with_suffix(".txt")
     other = [replace(captions[0], text="Something else.")]
     assert make("txt").write(captions[:1]) == []
@@ -180,16 +179,34 @@ def test_our_files_are_replaced_until_somebody_edits_them(captions, make):
     assert len(make("txt").write(captions[:1])) == 1 and path.read_text() == "Something better.\n"
 
 
-def test_a_kill_before_a_subtitle_file_is_logged_does_no_harm(captions, make, tmp_path):
-    """The same text is there, by whomever."""
+def test_a_file_with_the_same_text_is_no_conflict(captions, make, tmp_path):
+    """Although the log does not have it: the run was killed."""
     make("txt").write(captions[:1])
     log = tmp_path / "log" / "captions.subtitles.jsonl"
     log.write_bytes(log.read_bytes()[:-9])
     assert make("txt").write(captions[:1]) == []
-    assert log.read_bytes().count(b"\n") == 1  # what was cut off is gone
+    assert log.read_bytes().count(b"\n") == 1  # the torn line was cut off
 
 
-def test_only_those_that_are_missing(captions, make):
+@pytest.mark.parametrize("stem", ["x" * 251, "é" * 125 + "x"])
+def test_a_video_with_a_name_of_255_bytes(make, tmp_path, stem):
+    """Its subtitle file has a name of the same length, and the temporary one is shorter."""
+    (tmp_path / f"{stem}.mp4").touch()
+    assert make("txt").write([Caption(str(tmp_path / f"{stem}.mp4"), "words")]) == []
+    assert (tmp_path / f"{stem}.txt").read_text() == "words\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([f"{stem}.mp4", f"{stem}.txt", "log"])
+
+
+def test_a_subtitle_name_that_is_too_long_is_a_failure(make, tmp_path):
+    """256 bytes, since the suffix of the video is shorter; the name is not changed."""
+    video = tmp_path / f"{'x' * 252}.ts"
+    video.touch()
+    (failure,) = make("txt").write([Caption(str(video), "words")])
+    assert failure.reason == f"{video.with_suffix('.txt')} cannot be written (File name too long); rename the video"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", video.name]
+
+
+def test_only_missing_files_are_written(captions, make):
     own = Path(captions[0].video).with_suffix(".srt")
     own.write_text("mine")
     assert make("srt", "vtt").write(captions, only_missing=True) == []
@@ -197,7 +214,7 @@ def test_only_those_that_are_missing(captions, make):
 
 
 def test_videos_that_share_a_stem(make, tmp_path):
-    """Pictures come before sound, then by name; those of another stem are apart."""
+    """The first one, by name and video before audio, has the short name."""
     for name in ("film.mp4", "film.mov", "film.flac", "film.extra.mp4", "film.srt", "other.wav"):
         (tmp_path / name).touch()
     paths = {name: make().path_of(str(tmp_path / name), "srt").name
@@ -211,14 +228,14 @@ def test_videos_that_share_a_stem(make, tmp_path):
     }
 
 
-def test_another_folder_mirrors_the_paths(make, tmp_path, monkeypatch):
+def test_a_subtitle_folder_mirrors_the_paths(make, tmp_path, monkeypatch):
     clips = tmp_path / "deep" / "clips"
     clips.mkdir(parents=True)
     (clips / "a.mp4").touch()
     monkeypatch.chdir(tmp_path / "deep")
     subtitles = make("txt", folder=Path("subs"))
     assert subtitles.path_of("clips/a.mp4", "txt") == Path("subs/clips/a.txt")
-    # What lies elsewhere stands there under its whole path, and nothing leaves the folder.
+    # Files outside the working folder go there under their absolute path.
     assert subtitles.path_of("../deep/clips/a.mp4", "txt") == Path(f"subs{clips}/a.txt")
     assert subtitles.path_of(str(clips / "a.mp4"), "txt") == Path(f"subs{clips}/a.txt")
     assert subtitles.write([Caption("clips/a.mp4", "words")]) == []
@@ -233,7 +250,7 @@ def test_a_deleted_folder_is_not_created_again(make, tmp_path):
     assert (tmp_path / "subs" / str(tmp_path).lstrip("/") / "gone" / "a.mp4.txt").read_text() == "words\n"
 
 
-def test_a_folder_that_takes_no_files(captions, make, tmp_path, monkeypatch):
+def test_write_errors(captions, make, tmp_path, monkeypatch):
     def refuse(number):
         def write_bytes(path, data):
             raise OSError(number, os.strerror(number))
@@ -244,8 +261,6 @@ def test_a_folder_that_takes_no_files(captions, make, tmp_path, monkeypatch):
     (failure,) = make("srt").write(captions)
     assert "cannot be written (Permission denied)" in failure.reason and "--subtitle-dir" in failure.reason
     monkeypatch.setattr(Path, "write_bytes", refuse(errno.ENOSPC))
-    with pytest.raises(
-        LedgerError, match=r"No space left.*Finished work is saved"
-    ):  # which every other one would meet, too
+    with pytest.raises(LedgerError, match=r"No space left.*Finished work is saved"):  # every other file would fail, too
         make("srt").write(captions)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "log"]
