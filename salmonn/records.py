@@ -120,6 +120,10 @@ class Caption:
             by which a changed file is recognised; None if not recorded.
         segment, num_segments: index of the captioned segment, and number of segments that the video was split into.
         num_failed_segments: number of segments that could not be captioned.
+        complete: False if a part of the video, or of the part that was to be read, is missing: the file is damaged.
+        modality: what the model was given: frames and audio ("both"), or what the file has of them ("visual", "audio");
+            None if not recorded.
+        warnings: what was lost or had to be guessed when the file was read, one sentence each.
     """
 
     video: str
@@ -135,6 +139,9 @@ class Caption:
     segment: int = 0
     num_segments: int = 1
     num_failed_segments: int = 0
+    complete: bool = True
+    modality: Modality | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

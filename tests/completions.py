@@ -8,6 +8,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import Completion
+from salmonn.model.layout import ClipInfo
 
 
 def complete(
@@ -30,4 +31,8 @@ def complete(
         for prompt, seed in zip(prompts, range(len(prompts)) if seeds is None else seeds, strict=True)
     ]
     samples = captioner.generate(requests, clips=clips, **options)
-    return [Completion(caption.text, caption.finished) for captions in samples for caption in captions]
+    return [
+        Completion(caption.text, caption.finished, ClipInfo(caption.modality, caption.complete, caption.warnings))
+        for captions in samples
+        for caption in captions
+    ]

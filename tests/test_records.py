@@ -38,6 +38,7 @@ REFERENCE = Reference(
         REFERENCE,
         Reference("bare.mp4"),
         Caption("a.mp4", "text", prompt="Tell.", model="m", sample=3, finished=False),
+        Caption("a.mp4", "text", complete=False, modality="visual", warnings=("lost 0.1 s of audio at 2.0 s", "é")),
         Score(
             "a.mp4",
             4,
@@ -63,6 +64,13 @@ def test_round_trip(tmp_path, record):
     append_record(path, record)
     assert read_records(path, type(record)) == [record] * 3
     assert path.read_text(encoding="utf-8").count("\n") == 3
+
+
+def test_captions_without_the_latest_fields_can_be_read(tmp_path):
+    (tmp_path / "old.jsonl").write_text('{"video": "a.mp4", "text": "words", "finished": true}\n')
+    assert read_records(tmp_path / "old.jsonl", Caption) == [
+        Caption("a.mp4", "words", complete=True, modality=None, warnings=())
+    ]
 
 
 def test_score_rates():
@@ -176,6 +184,16 @@ def test_a_failing_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_records(path, [Caption("a.mp4", "new")])
     assert read_records(path, Caption) == [Caption("a.mp4", "old")]
+
+
+def test_a_file_and_a_folder_with_names_of_255_bytes(tmp_path):
+    """The temporary name beside them must not be longer."""
+    name = "é" * 126 + "abc"
+    write_text(tmp_path / name, "words")
+    assert (tmp_path / name).read_text() == "words"
+    with atomic_folder(tmp_path / name.replace("abc", "xyz")) as folder:
+        (folder / "a").touch()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_write_replaces_the_whole_file(tmp_path):

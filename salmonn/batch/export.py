@@ -23,7 +23,7 @@ import numpy as np
 
 from salmonn.batch.ledger_files import GroupReader, LedgerError, cannot_write, hash_key, is_full, keys_to_array
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.records import Caption, Failure, parse_record, temporary_path
+from salmonn.records import Caption, Failure, Modality, parse_record, temporary_path
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,8 @@ def _write_csv(captions: LatestCaptions, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(map(asdict, captions))
+        for caption in captions:
+            writer.writerow(asdict(caption) | {"warnings": "\n".join(caption.warnings)})
 
 
 def _write_jsonl(captions: LatestCaptions, path: Path) -> None:
@@ -191,6 +192,8 @@ def _write_parquet(captions: LatestCaptions, path: Path) -> None:
         int: pyarrow.int64(),
         int | None: pyarrow.int64(),
         float | None: pyarrow.float64(),
+        Modality | None: pyarrow.string(),
+        tuple[str, ...]: pyarrow.list_(pyarrow.string()),
     }
     schema = pyarrow.schema([(field.name, types[field.type]) for field in fields(Caption)])
     rows = map(asdict, captions)

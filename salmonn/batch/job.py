@@ -75,12 +75,14 @@ class RunStats:
 
     Args:
         captions: captions written.
+        incomplete: those of them whose video, or segment, could not be read completely.
         videos: videos finished, with or without success.
         failed: videos that failed, at least in part: a segment or a subtitle file counts, too.
         done_before, failed_before: videos skipped because an earlier run finished them; the latter with a failure.
     """
 
     captions: int = 0
+    incomplete: int = 0
     videos: int = 0
     failed: int = 0
     done_before: int = 0
@@ -209,6 +211,7 @@ class CaptionJob:
             self._ledger.write(captions)
         self._fail(failures)
         self.stats.captions += len(captions)
+        self.stats.incomplete += sum(not caption.complete for caption in captions)
         self.stats.failed += bool(failures or unwritten)
         self.stats.videos += 1
         self._streak.add(result.index, None if captions else failures[0].reason)

@@ -205,10 +205,13 @@ class Captioner:
             num_samples=num_samples,
             seeds=[request.seed for request in requests],
         )
-        completions = iter([to_completion(self.processor, row) for row in ids])
+        rows = iter(ids)
         return [
-            [self.to_caption(request, next(completions), sample=sample) for sample in range(num_samples)]
-            for request in requests
+            [
+                self.to_caption(request, to_completion(self.processor, next(rows), clip.info), sample=sample)
+                for sample in range(num_samples)
+            ]
+            for request, clip in zip(requests, clips, strict=True)
         ]
 
     def caption_many(
@@ -322,7 +325,10 @@ class Captioner:
             batch = [clip.to(self.network.device) for clip in clips[start : start + batch_size]]
             layouts = [self.processor.make_layout(clip) for clip in batch]
             tokens = self.network.encode(batch, layouts)
-            features += [ClipFeatures(one.cpu(), layout) for one, layout in zip(tokens, layouts, strict=True)]
+            features += [
+                ClipFeatures(one.cpu(), layout, clip.info)
+                for one, layout, clip in zip(tokens, layouts, batch, strict=True)
+            ]
             if on_progress:
                 on_progress(len(batch))
         return features
@@ -361,6 +367,9 @@ class Captioner:
             model=self.name,
             sample=sample,
             finished=completion.finished,
+            complete=completion.clip.is_complete,
+            modality=completion.clip.modality,
+            warnings=completion.clip.warnings,
             start_seconds=request.span.start_seconds,
             end_seconds=request.span.end_seconds,
         )

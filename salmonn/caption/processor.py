@@ -17,7 +17,7 @@ from salmonn.media.clip import Clip
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
 from salmonn.model.families.base import AUDIO_PAD, PAD, TURN_END, VIDEO_PAD
-from salmonn.model.layout import ClipFeatures, ClipInputs, Layout, ModelInputs, text_positions
+from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs, Layout, ModelInputs, text_positions
 from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)
@@ -118,8 +118,12 @@ class Processor:
         if not spec.video:
             return self.clip_inputs(spec.read(sound))
         clip = replace(spec, audio=False).read(path)
-        waveform = replace(spec, video=False).read(sound).waveform if spec.audio else None
-        return self.clip_inputs(replace(clip, waveform=waveform))
+        if not spec.audio:
+            return self.clip_inputs(clip)
+        audio = replace(spec, video=False).read(sound)
+        warnings = (*clip.warnings, *audio.warnings)
+        is_complete = clip.is_complete and audio.is_complete
+        return self.clip_inputs(replace(clip, waveform=audio.waveform, warnings=warnings, is_complete=is_complete))
 
     def read_spec(
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None
@@ -146,11 +150,14 @@ class Processor:
     def clip_inputs(self, clip: Clip) -> ClipInputs:
         """Convert a clip, which was read with `read_spec`, to the towers' inputs."""
         mel = self._log_mel(clip)
-        if not len(clip.frames):
-            return ClipInputs(torch.zeros(0, dtype=torch.uint8), mel)
+        modality: Modality = "audio" if not clip.has_video else "both" if clip.has_audio else "visual"
+        info = ClipInfo(modality, clip.is_complete, clip.warnings)
+        if not clip.has_video:
+            return ClipInputs(torch.zeros(0, dtype=torch.uint8), mel, info=info)
         # Rounded, since positions of a grid step of 0.4999999 s would be half a second too low.
         seconds = round(clip.video_seconds, 6)
-        return self.family.clip_inputs(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
+        inputs = self.family.clip_inputs(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
+        return replace(inputs, info=info)
 
     def _log_mel(self, clip: Clip) -> Tensor:
         """Compute log-mel chunks (C, M, T) of the audio, cut to the family's maximum duration."""
@@ -241,9 +248,9 @@ def select_modality(clip: ClipInputs, modality: Modality) -> ClipInputs:
         ValueError: nothing would remain.
     """
     if modality == "visual":
-        clip = replace(clip, mel=clip.mel[:0])
+        clip = replace(clip, mel=clip.mel[:0], info=replace(clip.info, modality=modality))
     elif modality == "audio":
-        clip = ClipInputs(clip.pixels[:0], clip.mel)
+        clip = ClipInputs(clip.pixels[:0], clip.mel, info=replace(clip.info, modality=modality))
     if not clip.num_frames and not len(clip.mel):
         raise ValueError(f"modality '{modality}' is not available: the clip has no such stream")
     return clip

@@ -7,16 +7,23 @@ from salmonn.caption.generate import DecodeBatch
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.caption.prompt import IncrementalDetokenizer, Prompt
-from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
+from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs, ModelInputs
 from salmonn.model.network import Network
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A generated text; `finished` is False if it was cut off at the token limit."""
+    """A generated text.
+
+    Args:
+        text: the text.
+        finished: False if it was cut off at the token limit.
+        clip: what is known about the clip that it is about.
+    """
 
     text: str
     finished: bool
+    clip: ClipInfo = field(default_factory=ClipInfo)
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,9 @@ class StreamingGenerator:
         """
         inputs = collate(self._processor, clips, prompts).to(self._device)
         rows = self._batch.add(inputs, sampling=sampling, seeds=seeds)
-        for row in rows:
+        for row, clip in zip(rows, clips, strict=True):
             detokenizer = IncrementalDetokenizer(self._processor.tokenizer)
-            self._texts[row] = _PartialText(detokenizer, sampling.max_new_tokens)
+            self._texts[row] = _PartialText(detokenizer, sampling.max_new_tokens, clip.info)
         return rows
 
     def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:
@@ -86,7 +93,7 @@ class StreamingGenerator:
             text = self._texts[row]
             text.ids.append(token)
             has_ended = token in self._processor.stop_ids or len(text.ids) == text.max_new_tokens
-            completion = to_completion(self._processor, text.ids) if has_ended else None
+            completion = to_completion(self._processor, text.ids, text.clip) if has_ended else None
             added = text.detokenizer.finalize(completion.text) if completion else text.detokenizer.add(token)
             if added or completion:
                 deltas[row] = TextDelta(added, completion)
@@ -99,6 +106,7 @@ class _PartialText:
 
     detokenizer: IncrementalDetokenizer
     max_new_tokens: int
+    clip: ClipInfo
     ids: list[int] = field(default_factory=list)
 
 
@@ -115,7 +123,7 @@ def collate(
     return processor.collate(rows, list(unique.values()))
 
 
-def to_completion(processor: Processor, ids: Sequence[int]) -> Completion:
+def to_completion(processor: Processor, ids: Sequence[int], clip: ClipInfo) -> Completion:
     """Decode the token ids of a completion."""
     text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Completion(text, finished=ids[-1] in processor.stop_ids)
+    return Completion(text, finished=ids[-1] in processor.stop_ids, clip=clip)

@@ -307,6 +307,8 @@ def _report_state(ledger: "Ledger") -> None:
 def _report_results(stats: "RunStats", listing: "VideoListing", files: "LedgerFiles", speed: str) -> None:
     captions, failed = plural(stats.captions, "caption"), plural(stats.failed, "video")
     sys.stderr.write(f"{captions} written to {files.captions}, {failed} failed{speed}\n")
+    if stats.incomplete:
+        sys.stderr.write(f"{plural(stats.incomplete, 'caption')} of damaged or truncated files (complete: false)\n")
     if stats.done_before:
         sys.stderr.write(f"{plural(stats.done_before, 'video')} already done, skipped\n")
     if stats.failed_before:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from salmonn.records import Modality
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -49,6 +51,20 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class ClipInfo:
+    """What is known about the source of a clip's inputs; it goes into each caption.
+
+    Args:
+        modality: what the clip has: frames, audio or both; None if not recorded.
+        is_complete, warnings: as in `salmonn.media.clip.Clip`.
+    """
+
+    modality: Modality | None = None
+    is_complete: bool = True
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ClipInputs:
     """The towers' inputs for one clip.
 
@@ -58,6 +74,7 @@ class ClipInputs:
         num_frames: F.
         seconds: duration of the video.
         grid: numbers of steps T, patch rows h and patch columns w; zeros where frames are not cut into patches.
+        info: what is known about the source.
     """
 
     pixels: Tensor
@@ -65,6 +82,7 @@ class ClipInputs:
     num_frames: int = 0
     seconds: float = 0.0
     grid: tuple[int, int, int] = (0, 0, 0)
+    info: ClipInfo = ClipInfo()
 
     def to(self, device: torch.device | str) -> "ClipInputs":
         """Copy the tensors to a device."""
@@ -73,10 +91,11 @@ class ClipInputs:
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """Encoded clip: tokens (N, D) in their final order, and their layout."""
+    """Encoded clip: tokens (N, D) in their final order, their layout, and what is known about the source."""
 
     tokens: Tensor
     layout: Layout
+    info: ClipInfo = ClipInfo()
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.processor import MAX_CONVERSATION_CHARS, MAX_PROMPT_CHARS
 from salmonn.caption.streaming import Completion, TextDelta
+from salmonn.model.layout import ClipInfo
 from salmonn.records import Modality
 
 # Parameters of OpenAI's API that have no effect at these values; other values are rejected.
@@ -362,7 +363,8 @@ class ResponseBuilder:
             }
             for index, completion in enumerate(completions)
         ]
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage.to_json()}
+        clip = {"clip": _clip_to_json(completions[0].clip)}
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage.to_json(), **clip}
 
     def start(self, index: int) -> str:
         """Return the event that starts choice `index` of a stream."""
@@ -372,17 +374,18 @@ class ResponseBuilder:
         """Return the events for a text delta: one with its text, if any, and one that ends the choice."""
         events = [self._chunk(index, {"content": delta.text}, None)] if delta.text else []
         if delta.completion is not None:
-            events.append(self._chunk(index, {}, _finish_reason(delta.completion)))
+            clip = {"clip": _clip_to_json(delta.completion.clip)}
+            events.append(self._chunk(index, {}, _finish_reason(delta.completion), **clip))
         return events
 
     def usage(self, usage: Usage) -> str:
         """Return the event with the usage."""
         return to_event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage.to_json()})
 
-    def _chunk(self, index: int, delta: dict[str, str], finish_reason: str | None) -> str:
+    def _chunk(self, index: int, delta: dict[str, str], finish_reason: str | None, **extra: object) -> str:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         usage = {"usage": None} if self.include_usage else {}
-        return to_event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
+        return to_event({**self._head("chat.completion.chunk"), "choices": [choice], **usage, **extra})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.request_id, "object": kind, "created": self.created, "model": self.model}
@@ -390,6 +393,11 @@ class ResponseBuilder:
 
 def _finish_reason(completion: Completion) -> str:
     return "stop" if completion.finished else "length"
+
+
+def _clip_to_json(clip: ClipInfo) -> dict[str, Any]:
+    """Return what is known about the clip, in the words of a caption record; OpenAI's API has no such field."""
+    return {"complete": clip.is_complete, "modality": clip.modality, "warnings": clip.warnings}
 
 
 def to_event(value: dict[str, Any]) -> str:

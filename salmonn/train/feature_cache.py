@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,16 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE
-from salmonn.model.layout import ClipFeatures, Layout
+from salmonn.model.layout import ClipFeatures, ClipInfo, Layout
 from salmonn.model.network import Network
+from salmonn.records import parse_json
 from salmonn.train.data import ClipSource
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
-FORMAT = 1  # of the files; part of each key, so that files of another format are never read
+FORMAT = 2  # of the files; part of each key, so that files of another format are never read
 SUFFIX = ".safetensors"
-HEADER_BYTES = 4096  # upper bound of a file's size beyond its tensors and timestamp ids
-TIMESTAMP_ID_BYTES = 12  # upper bound of one timestamp id in the metadata
+HEADER_BYTES = 4096  # upper bound of a file's size beyond its tensors and metadata
 RESCAN_SHARE = 0.01  # share of the size limit that all processes together may write before they rescan the folder
 STALE_SECONDS = 3600.0  # age from which a temporary file counts as abandoned
 # Packages whose code determines the features.
@@ -143,13 +143,14 @@ class FeatureCache:
             "positions": layout.positions.contiguous(),
         }
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if not self._make_room(size + HEADER_BYTES + TIMESTAMP_ID_BYTES * len(layout.timestamp_ids)):
-            return False
         metadata = {
             "digest": hash_features(features),
             "num_visual": str(layout.num_visual),
             "timestamp_ids": json.dumps(layout.timestamp_ids),
+            "info": json.dumps(asdict(features.info)),
         }
+        if not self._make_room(size + HEADER_BYTES + 2 * sum(map(len, metadata.values()))):  # quotes are escaped
+            return False
         temporary = self.folder / f".{key}.{uuid.uuid4().hex}.tmp"
         try:
             save_file(tensors, str(temporary), metadata=metadata)
@@ -333,4 +334,4 @@ def _read(path: Path) -> tuple[ClipFeatures, str]:
         metadata = file.metadata()
         tokens, order, positions = (file.get_tensor(name) for name in ("tokens", "order", "positions"))
     layout = Layout(order, positions, int(metadata["num_visual"]), tuple(json.loads(metadata["timestamp_ids"])))
-    return ClipFeatures(tokens, layout), metadata["digest"]
+    return ClipFeatures(tokens, layout, parse_json(metadata["info"], ClipInfo)), metadata["digest"]

@@ -19,6 +19,7 @@ from salmonn.webui.rendering import (
     render_analysis,
     render_caption,
     render_error,
+    render_file_notice,
     render_placeholder,
     render_scored_caption,
 )
@@ -108,7 +109,7 @@ class CaptionTab:
                 analysis = scorer.analyze(caption, reference, modality=caption_request.modality)
                 if not active.is_cancelled:
                     yield {
-                        self.answer: render_scored_caption(analysis),
+                        self.answer: render_scored_caption(analysis) + render_file_notice(caption),
                         self.findings: render_analysis(analysis, judge=scorer.judge.name),
                     }
         except (ValueError, Overloaded, RuntimeError) as error:
@@ -149,7 +150,8 @@ class CaptionTab:
         num_words = len(caption.text.split())
         status = [f"{num_words} word{'s' * (num_words != 1)}", escape(model), *([] if answer else ["stopped"])]
         yield {
-            self.answer: render_caption(caption.text, finished=caption.finished or answer is None),
+            self.answer: render_caption(caption.text, finished=caption.finished or answer is None)
+            + render_file_notice(caption),
             self.status: " · ".join([*status, f"{seconds:.1f} s"]),
             self.shown: caption,
             self.copy: gr.update(visible=bool(caption.text)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from salmonn.preference.votes import VoteSummary
-from salmonn.records import Event, Score
+from salmonn.records import Caption, Event, Score
 from salmonn.score.highlight import highlight_caption
 from salmonn.templates import load_template
 from salmonn.webui.scorer import CaptionAnalysis
@@ -31,6 +31,11 @@ def render_error(message: str) -> str:
 def render_caption(text: str, *, is_growing: bool = False, finished: bool = True) -> str:
     """Render a caption, or the part of it that has arrived."""
     return str(_macros().caption(text, is_growing, not (finished or is_growing)))
+
+
+def render_file_notice(caption: Caption) -> str:
+    """Render what was lost or guessed when the caption's file was read; "" if nothing was."""
+    return str(_macros().file_notice(caption.complete, caption.warnings))
 
 
 def render_scored_caption(analysis: CaptionAnalysis) -> str:

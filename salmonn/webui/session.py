@@ -216,6 +216,9 @@ def to_caption(request: CaptionRequest, answer: Completion, model: str) -> Capti
         prompt=request.prompt or "",
         model=model,
         finished=answer.finished,
+        complete=answer.clip.is_complete,
+        modality=answer.clip.modality,
+        warnings=answer.clip.warnings,
         start_seconds=span.start_seconds,
         end_seconds=span.end_seconds,
     )

@@ -18,6 +18,7 @@ from jsonargparse import Namespace
 from salmonn.batch.discovery import Shard
 from salmonn.records import Caption, Failure, read_records
 from tests.launch import forked, kill
+from tests.truncated import write_truncated
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -36,7 +37,7 @@ def folder(videos, tmp_path):
 
 @pytest.fixture
 def caption(call, random_model, tmp_path):
-    """The command, over the same --out; gives exit code and stderr."""
+    """Run the command and return exit code and stderr."""
 
     def caption(*args: object, out: str = "captions.jsonl") -> tuple[int, str]:
         model = ("--model", random_model, "--max-new-tokens", 6, "--workers", 1)
@@ -53,7 +54,7 @@ def names(out: Path, kind: type = Caption) -> list[str]:
 EACH_ONCE = sorted(f"{room}/{number}.mp4" for room in ("clips", "more") for number in range(5))
 
 
-def test_killed_and_resumed(folder, random_model, videos, tmp_path, caption):
+def test_a_killed_run_is_resumed(folder, random_model, videos, tmp_path, caption):
     """After kill -9, all written captions are kept, and each video is captioned once."""
     for number in range(30):
         os.link(videos[0], folder / f"x{number:02d}.mp4")
@@ -63,7 +64,7 @@ def test_killed_and_resumed(folder, random_model, videos, tmp_path, caption):
         forked(BIN / "salmonn", *args, "--batch-size", "1"), stderr=subprocess.DEVNULL, env=ENVIRONMENT
     )
     while not (out.exists() and out.stat().st_size > 3000):
-        assert process.poll() is None, "it came to its end before it could be killed"
+        assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     kill(process)
     before = out.read_bytes()
@@ -74,7 +75,7 @@ def test_killed_and_resumed(folder, random_model, videos, tmp_path, caption):
     captions = read_records(out, Caption)
     assert len(captions) == 40 == len({one.video for one in captions})
     assert f"{before.count(bytes([10]))} videos already done, skipped" in err
-    # And it is the same as without a kill.
+    # The captions are those of an unbroken run.
     assert caption(folder, out="unbroken.jsonl")[0] == 0
     unbroken = {one.video: one for one in read_records(tmp_path / "unbroken.jsonl", Caption)}
     assert {one.video: one for one in captions} == unbroken
@@ -90,7 +91,7 @@ def test_a_torn_line_is_cut_off_and_reported(folder, caption, tmp_path):
     assert sorted(out.read_text().splitlines()) == whole
 
 
-def test_nothing_to_do_needs_no_model(folder, caption, tmp_path, call):
+def test_without_pending_videos_no_model_is_loaded(folder, caption, tmp_path, call):
     assert caption(folder)[0] == 0
     before = (tmp_path / "captions.jsonl").read_bytes()
     code, err = caption(folder, folder / "1.mp4")
@@ -118,11 +119,11 @@ def assert_captioned_by_shard(folder, out):
         assert (names(file) if videos else []) == sorted("/".join(path.parts[-2:]) for path in videos)
 
 
-def test_shards_together_are_all(folder, caption, tmp_path):
+def test_shards_caption_all_videos(folder, caption, tmp_path):
     for shard in ("1/2", "2/2"):
         assert caption(folder, "--shard", shard)[0] == 0
     assert_captioned_by_shard(folder, tmp_path)
-    # Whatever their number is the next time, there is nothing left to do.
+    # With another number of shards, nothing is left to do.
     for more in ((), ("--shard", "1/3")):
         code, err = caption(folder, *more)
         assert code == 0 and "0 captions" in err and "already done, skipped" in err
@@ -130,7 +131,7 @@ def test_shards_together_are_all(folder, caption, tmp_path):
 
 
 def test_shards_write_subtitles_of_what_one_process_captioned(folder, caption):
-    """Each of its own videos."""
+    """Each shard for its videos."""
     assert caption(folder)[0] == 0
     counts = []
     for shard in ("1/2", "2/2"):
@@ -140,7 +141,7 @@ def test_shards_write_subtitles_of_what_one_process_captioned(folder, caption):
     assert 0 < counts[0] < counts[1] == 10
 
 
-def test_shards_beside_a_process_without(folder, caption, tmp_path):
+def test_a_shard_and_a_process_without_shards(folder, caption, tmp_path):
     """It would caption the same videos, and --overwrite would rename files that the shard is writing."""
     from salmonn.batch.discovery import Shard
     from salmonn.batch.ledger import Ledger
@@ -154,7 +155,7 @@ def test_shards_beside_a_process_without(folder, caption, tmp_path):
 
 
 def test_each_torchrun_process_takes_a_shard(folder, random_model, tmp_path):
-    """Two processes, one with a broken file; both end, and with the same code."""
+    """One of two processes has a broken file; both exit with the same code."""
     (folder / "broken.mp4").write_bytes((folder / "0.mp4").read_bytes()[:2000])
     out = tmp_path / "captions.jsonl"
     args = ["caption", folder, "--out", out, "--model", random_model, "--max-new-tokens", 6, "--workers", 1]
@@ -178,8 +179,8 @@ def test_a_list_from_stdin(folder, caption, tmp_path, monkeypatch):
     assert "there is no such file" in failure.reason
 
 
-def test_one_bad_line_of_a_list_is_one_failure(folder, caption, tmp_path):
-    """A name that no file can have, and a link to itself: the others are captioned, and it is tried again."""
+def test_each_bad_path_is_one_failure(folder, caption, tmp_path):
+    """A name that is too long, and a link to itself; the other videos are captioned."""
     (folder / "loop.mp4").symlink_to("loop.mp4")
     (tmp_path / "list.txt").write_text(f"{'x' * 5000}.mp4\n{folder}\n")
     code, err = caption("--list", tmp_path / "list.txt")
@@ -199,12 +200,47 @@ def test_a_name_that_is_not_utf8_keeps_its_reason(folder, caption, tmp_path):
         assert failure.video == f"{folder}/caf\\xe9.mp4" and "is not valid UTF-8" in failure.reason
 
 
+def test_files_that_are_skipped_are_counted_in_the_summary(folder, caption, videos):
+    """Also the subtitle files that were written; nothing is logged for each of them."""
+    for name in ("a.jpg", "b.jpg", "notes.txt"):
+        (folder / name).touch()
+    code, err = caption(folder, "--glob", "more/*", "*.jpg", "*.txt", "--export", "srt")
+    assert code == 0 and "5 captions" in err and "3 files skipped because of the suffix: 2 .jpg, 1 .txt\n" in err
+    assert err.count(".jpg") == 1
+    code, err = caption(folder)
+    assert "8 files skipped because of the suffix: 5 .srt, 2 .jpg, 1 .txt\n" in err
+    code, err = caption(folder / "0.mp4")
+    assert "because of the suffix" not in err
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_captions_of_damaged_files_are_marked_and_counted(folder, caption, videos, tmp_path, segments):
+    """A truncated file, whole or in segments; in segments, only the last one lacks a part."""
+    write_truncated(videos[0], folder / "truncated.mkv")
+    options = ["--segment-seconds", 2] if segments else []
+    code, err = caption(folder, "--export", "csv", *options)
+    assert code == 0 and "0 videos failed" in err and "\n1 caption of damaged or truncated files" in err
+    captions = read_records(tmp_path / "captions.jsonl", Caption)
+    (damaged,) = [one for one in captions if not one.complete]
+    assert damaged.video == str(folder / "truncated.mkv") and damaged.segment == damaged.num_segments - 1
+    assert "truncated" in "".join(damaged.warnings) and {one.modality for one in captions} == {"both"}
+    assert (tmp_path / "captions.csv").read_text().count("truncated: it ends") == 1
+
+
+def test_names_of_255_bytes_with_subtitles(folder, caption, tmp_path):
+    long = folder / f"{'x' * 251}.mp4"
+    os.link(folder / "0.mp4", long)
+    code, err = caption(long, "--export", "txt", "srt")
+    assert code == 0 and "1 caption written" in err and "0 videos failed" in err
+    assert long.with_suffix(".txt").exists() and long.with_suffix(".srt").exists()
+
+
 def test_globs(folder, caption, tmp_path):
     assert caption(folder, "--glob", "more/[01].mp4", "4.*")[0] == 0
     assert names(tmp_path / "captions.jsonl") == ["clips/4.mp4", "more/0.mp4", "more/1.mp4", "more/4.mp4"]
 
 
-def test_failed_fixed_and_retried(folder, caption, videos, tmp_path):
+def test_failed_files_are_fixed_and_retried(folder, caption, videos, tmp_path):
     for name in ("bad.mp4", "worse.mp4"):
         (folder / name).write_bytes(videos[0].read_bytes()[:2000])
     failed = tmp_path / "captions.failed.jsonl"
@@ -219,7 +255,7 @@ def test_failed_fixed_and_retried(folder, caption, videos, tmp_path):
         and "--retry-failed" in err
     )
     (folder / "bad.mp4").write_bytes(videos[0].read_bytes())
-    # What else is there now is not looked at.
+    # A retry does not list the folder.
     (folder / "new.mp4").write_bytes(videos[0].read_bytes())
     code, err = caption("--retry-failed")
     assert code == 1 and "1 caption written" in err and "1 video failed" in err
@@ -231,7 +267,7 @@ def test_failed_fixed_and_retried(folder, caption, videos, tmp_path):
     assert caption("--retry-failed")[0] == 0
 
 
-def test_a_dead_disk_stops_it(folder, caption, tmp_path):
+def test_many_failures_in_a_row_stop_the_run(folder, caption, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"/gone/{number}.mp4\n" for number in range(500)))
     code, err = caption(folder / "0.mp4", "--list", listed, "--max-failures", 5)
@@ -241,8 +277,8 @@ def test_a_dead_disk_stops_it(folder, caption, tmp_path):
     assert names(tmp_path / "captions.jsonl") == ["clips/0.mp4"]
 
 
-def test_many_broken_files_among_good_ones(folder, caption, videos):
-    """Every second file, which batches of like length bring together."""
+def test_broken_files_among_good_ones_do_not_stop_the_run(folder, caption, videos):
+    """Batches of similar length bring them together."""
     for number in range(5):
         (folder / f"{number}_broken.mp4").write_bytes(videos[0].read_bytes()[:1000])
     code, err = caption(folder, "--max-failures", 2)
@@ -269,7 +305,7 @@ def test_overwrite(folder, caption, tmp_path):
 
 
 def test_samples_depend_on_the_path_alone(folder, caption, tmp_path):
-    """Not on the order, nor on what is there already."""
+    """Not on the order, or on existing captions."""
     hot = ("--temperature", 1, "--seed", 5)
     assert caption(folder, *hot, out="one.jsonl")[0] == 0
     assert caption(folder / "more", *hot, out="two.jsonl")[0] == 0
@@ -282,7 +318,7 @@ def test_samples_depend_on_the_path_alone(folder, caption, tmp_path):
 
 
 def test_segments_with_subtitles_and_tables(folder, caption, tmp_path):
-    """A cue for each segment, whose bounds are the caption's; the folder of the subtitle files mirrors the clips'."""
+    """Each segment is a cue; the subtitle folder mirrors the folder of the videos."""
     code, _ = caption(folder / "0.mp4", "--segment-seconds", 2, "--export", "srt", "vtt", "txt", "csv", "parquet",
                       "--subtitle-dir", tmp_path / "subs")  # fmt: skip
     captions = read_records(tmp_path / "captions.jsonl", Caption)
@@ -297,7 +333,7 @@ def test_segments_with_subtitles_and_tables(folder, caption, tmp_path):
 
 
 def test_subtitles_beside_the_videos(folder, caption, tmp_path):
-    """Of whole videos, with their ends; a user's own file is left as it is, and that is a failure with words."""
+    """Cues of whole videos have an end; a file of the user is not overwritten and counts as a failure."""
     (folder / "1.srt").write_text("mine")
     code, err = caption(folder, "--glob", "[01].mp4", "--export", "srt")
     assert code == 1 and (folder / "1.srt").read_text() == "mine" and "--replace-subtitles" in err
@@ -357,7 +393,7 @@ def test_a_full_disk(folder, caption, tmp_path):
         (["--engine", "ray", "--ray-actors", "0"], "--ray-actors"),
     ],
 )
-def test_mistakes(folder, caption, tmp_path, args, words):
+def test_usage_errors(folder, caption, tmp_path, args, words):
     code, err = caption(folder, *args)
     assert code == 2 and words in err and "Traceback" not in err
     assert not [path for path in tmp_path.iterdir() if path.suffix in {".jsonl", ".json"}]
@@ -365,15 +401,15 @@ def test_mistakes(folder, caption, tmp_path, args, words):
 
 def test_the_settings_are_saved(folder, caption, tmp_path, random_model):
     assert caption(folder / "0.mp4", "--modality", "visual", "--prompt", "Say.")[0] == 0
-    signed = json.loads((tmp_path / "captions.job.json").read_text())
-    assert (signed["model"], signed["modality"], signed["prompt"]) == (str(random_model), "visual", "Say.")
-    nothing = {name for name, value in signed.items() if value is None}
-    assert nothing == {"adapter", "start", "end", "segment_seconds", "repetition_penalty", "bits"}
-    assert signed["max_new_tokens"] == 6
+    settings = json.loads((tmp_path / "captions.job.json").read_text())
+    assert (settings["model"], settings["modality"], settings["prompt"]) == (str(random_model), "visual", "Say.")
+    unset = {name for name, value in settings.items() if value is None}
+    assert unset == {"adapter", "start", "end", "segment_seconds", "repetition_penalty", "bits"}
+    assert settings["max_new_tokens"] == 6
 
 
-def test_a_model_that_was_trained_further_is_another_one(folder, random_model, tmp_path, call):
-    """Its weights, by their size and time, or its config, in the folder where it was; the name is the same."""
+def test_a_model_that_was_trained_further_is_rejected(folder, random_model, tmp_path, call):
+    """Recognized by size and time of its weights, or by its config."""
     model = tmp_path / "model"
     shutil.copytree(random_model, model)
     args = ("caption", folder / "0.mp4", "--out", tmp_path / "captions.jsonl", "--model", model, "--workers", 1)
@@ -391,13 +427,13 @@ def test_a_model_that_was_trained_further_is_another_one(folder, random_model, t
 
 
 def test_the_fingerprint_of_the_shipped_model(folder, call, tmp_path):
-    """By its config alone: its files' times follow from the installation. An adapter has files, too."""
+    """The times of the shipped model's files depend on the installation, so its config alone counts."""
     from salmonn.caption.captioner import SHIPPED_MODEL
     from salmonn.cli.caption import fingerprint_model
 
     digest = hashlib.blake2b((SHIPPED_MODEL / "config.json").read_bytes(), digest_size=16).hexdigest()
-    signed = {"model": "built-in toy model", "model_files": digest}
-    assert fingerprint_model(Namespace(model=None, adapter=None)) == signed
+    settings = {"model": "built-in toy model", "model_files": digest}
+    assert fingerprint_model(Namespace(model=None, adapter=None)) == settings
     assert fingerprint_model(Namespace(model="hub/id", adapter=None)) == {"model": "hub/id"}
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1")
     one = fingerprint_model(Namespace(model=None, adapter=str(tmp_path)))

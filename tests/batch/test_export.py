@@ -19,6 +19,9 @@ from salmonn.records import Caption, read_records
 ODD = 'Two "lines",\nof text; 漢字 & <b>'
 
 
+LOST = ("lost 0.5 s of audio at 2.0 s", 'no "end" is declared, so it was guessed')
+
+
 def caption(video, text, *, start=None, end=None, size=5) -> Caption:
     return Caption(video, text, "Say.", "toy", 0, False, start, end, size_bytes=size, modified_ns=7)
 
@@ -31,35 +34,36 @@ def segments(video, text, *starts, size=5) -> list[Caption]:
 
 @pytest.fixture
 def ledger(tmp_path):
-    """Three videos; b changed, and has a segment less since; c was tried again."""
+    """Captions of three videos; b changed and has fewer segments since, c was retried."""
     path = tmp_path / "captions.jsonl"
     append_records(path, [caption("a.mp4", ODD)])
     append_records(path, segments("b.mp4", "old", 0.0, 2.0, 4.0))
     append_records(path, [caption("c.mp4", "first", start=0.0, end=2.0)])
     append_records(path, segments("b.mp4", "new", 0.0, 2.0, size=6))
-    append_records(path, segments("c.mp4", "then", 0.0, 2.0))
+    damaged = dict(complete=False, modality="visual", warnings=LOST)
+    append_records(path, [replace(one, **damaged) for one in segments("c.mp4", "then", 0.0, 2.0)])
     return path
 
 
 LATEST = [ODD, "new 0.0", "new 2.0", "then 0.0", "then 2.0"]
 
 
-def test_the_latest_counts(ledger):
+def test_only_the_latest_captions_count(ledger):
     latest = LatestCaptions([ledger])
     assert [one.text for one in latest] == LATEST and len(latest) == 5
     assert [[one.text for one in group] for group in latest.by_video()] == [LATEST[:1], LATEST[1:3], LATEST[3:]]
     assert list(LatestCaptions([])) == [] == list(LatestCaptions([]).by_video())
 
 
-def test_the_latest_of_several_files(ledger, tmp_path):
+def test_the_latest_captions_of_several_files(ledger, tmp_path):
     """In the order given: a.mp4 was captioned again in the second file."""
     append_records(tmp_path / "captions-1-of-2.jsonl", [caption("a.mp4", "again")])
     assert [one.text for one in LatestCaptions([ledger, tmp_path / "captions-1-of-2.jsonl"])] == [*LATEST[1:], "again"]
 
 
-def test_an_incomplete_group_is_left_out_and_reported(ledger, caplog):
+def test_an_unfinished_video_is_left_out_and_reported(ledger, caplog):
     os.truncate(ledger, ledger.stat().st_size - 20)
-    # The second group of c is gone, and the first one counts.
+    # The later captions of c are incomplete, so the earlier one counts.
     assert [one.text for one in LatestCaptions([ledger])] == [LATEST[0], "first", *LATEST[1:3]]
     assert "skipping the last video" in caplog.text and caplog.text.count("captions.jsonl") == 1
 
@@ -69,25 +73,31 @@ def test_tables(ledger, tmp_path):
     expected = [asdict(one) for one in latest]
     for name in ("all.csv", "all.parquet", "new/all.jsonl"):
         export_table(latest, tmp_path / name)
-    assert pyarrow.parquet.read_table(tmp_path / "all.parquet").to_pylist() == expected
+    rows = pyarrow.parquet.read_table(tmp_path / "all.parquet").to_pylist()
+    assert [row | {"warnings": tuple(row["warnings"])} for row in rows] == expected
     assert [asdict(one) for one in read_records(tmp_path / "new" / "all.jsonl", Caption)] == expected
     with (tmp_path / "all.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
+    for row in expected:
+        row["warnings"] = "\n".join(row["warnings"])  # one per line
     assert rows == [{name: "" if value is None else str(value) for name, value in row.items()} for row in expected]
+    assert [row["complete"] for row in rows] == ["True"] * 3 + ["False"] * 2
+    assert rows[-1]["warnings"] == "\n".join(LOST) and rows[0]["warnings"] == ""
     kinds = {field.name: str(field.type) for field in pyarrow.parquet.read_schema(tmp_path / "all.parquet")}
     assert kinds["sample"] == kinds["size_bytes"] == kinds["modified_ns"] == "int64"
     assert kinds["start_seconds"] == "double" and kinds["finished"] == "bool" and kinds["text"] == "string"
+    assert kinds["complete"] == "bool" and kinds["modality"] == "string" and kinds["warnings"].startswith("list<")
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_table_of_nothing(tmp_path):
+def test_a_table_without_rows(tmp_path):
     for name in ("all.csv", "all.parquet", "all.jsonl"):
         export_table(LatestCaptions([]), tmp_path / name)
     assert pyarrow.parquet.read_table(tmp_path / "all.parquet").num_rows == 0
     assert (tmp_path / "all.csv").read_text().startswith("video,text,prompt,model,sample,finished,start_seconds,")
 
 
-def test_what_cannot_be_a_table(ledger, tmp_path):
+def test_errors_of_tables(ledger, tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.csv, \.parquet, \.jsonl"):
         export_table(LatestCaptions([ledger]), tmp_path / "all.xlsx")
     with pytest.raises(ValueError, match="one of the captions files"):
@@ -107,7 +117,7 @@ def test_subtitles_of_each_video(ledger, tmp_path, monkeypatch):
 
 
 def test_captions_that_are_not_consecutive_are_gathered(ledger, tmp_path, monkeypatch):
-    """As after two retries that each added a segment."""
+    """For example after two retries that each added a segment."""
     monkeypatch.chdir(tmp_path)
     append_records(ledger, [caption("d.mp4", "d")])
     append_records(ledger, [caption("c.mp4", "at last", start=4.0, end=5.0)])
@@ -119,8 +129,8 @@ def test_captions_that_are_not_consecutive_are_gathered(ledger, tmp_path, monkey
     assert Path("c.txt").read_text().count("\n") == 3
 
 
-def test_a_file_that_becomes_full_between_the_passes(ledger, tmp_path):
-    """What was read once is read again, whatever has its name by now."""
+def test_a_file_that_is_renamed_between_the_passes(ledger, tmp_path):
+    """The same file is read again, even if another one has its name by now."""
     latest = LatestCaptions([ledger])
     append_records(ledger, [caption("f.mp4", "later")])
     ledger.rename(tmp_path / "captions.00001.jsonl")
@@ -130,7 +140,7 @@ def test_a_file_that_becomes_full_between_the_passes(ledger, tmp_path):
 
 
 def test_full_files_are_not_held_open(tmp_path):
-    """Of ten million captions there may be more of them than a process may have open."""
+    """There may be more than a process may open."""
     paths = [tmp_path / f"captions.{number:05d}.jsonl" for number in range(200)]
     for number, path in enumerate(paths):
         append_records(path, [caption(f"{number}.mp4", "words")])
@@ -153,7 +163,7 @@ print(len(latest), peak() - before)
 
 
 @pytest.mark.parametrize("name", ["all.csv", "all.parquet"])
-def test_many_captions_are_not_held(tmp_path, name):
+def test_many_captions_take_little_memory(tmp_path, name):
     """100,000 lines of 700 characters are 70 MB; 48 bytes per line, and sorting them, take 10 to 15 MB."""
     path = tmp_path / "captions.jsonl"
     line = json.dumps(asdict(caption("NUMBER", "A red circle moves. " * 25)))

@@ -17,17 +17,11 @@ from salmonn.batch.job import (
     show_progress,
 )
 from salmonn.batch.ledger import Ledger
-from salmonn.batch.ledger_files import LedgerFiles
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.caption.captioner import SegmentResult
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure, read_records
-
-
-@pytest.fixture
-def files(tmp_path):
-    return LedgerFiles(tmp_path / "captions.jsonl")
 
 
 def opened(files) -> Ledger:
@@ -38,27 +32,27 @@ def video(number: int) -> VideoFile:
     return VideoFile(f"/data/{number}.mp4", 5, 7)
 
 
-def group(number: int, *results: str, place: int | None = None) -> VideoResult:
-    """One result for each segment: "ok", or the reason of a failure."""
+def video_result(number: int, *results: str, index: int | None = None) -> VideoResult:
+    """A result for each segment: "ok", or the reason of a failure."""
     made = tuple(
         Caption(video(number).path, "ok", start_seconds=float(start), size_bytes=5, modified_ns=7)
         if words == "ok"
         else Failure(video(number).path, words, "read", start_seconds=float(start), size_bytes=5, modified_ns=7)
         for start, words in enumerate(results)
     )
-    return VideoResult(number if place is None else place, video(number), made)
+    return VideoResult(number if index is None else index, video(number), made)
 
 
 def run_all(job: CaptionJob, results: dict[int, tuple[str, ...]], *, order=None) -> None:
-    """List videos 0, 1, ..., and let them end in some order."""
-    placed = dict(job.pending([video(number) for number in range(len(results))]))
-    numbers = {int(Path(one.path).stem): place for place, one in placed.items()}
-    for number in order or sorted(numbers):
-        job.save(group(number, *results[number], place=numbers[number]))
+    """List videos 0, 1, ... and save their results in some order."""
+    pending = job.pending([video(number) for number in range(len(results))])
+    indices = {int(Path(one.path).stem): index for index, one in pending}
+    for number in order or sorted(indices):
+        job.save(video_result(number, *results[number], index=indices[number]))
 
 
-def test_each_video_is_done_once(files):
-    """Also where it is named twice, and where another run did it or failed at it."""
+def test_each_video_is_captioned_once(files):
+    """Also if it is named twice, or was captioned or failed in an earlier run."""
     with opened(files) as ledger:
         run_all(CaptionJob(ledger), {0: ("ok",), 1: ("broken",)})
     with opened(files) as ledger:
@@ -78,8 +72,8 @@ def test_each_video_is_done_once(files):
         assert job.stats.failed_before == 1  # the folder
 
 
-def test_results_of_segments(files):
-    """Captions of some segments and failures of others: the video counts as captioned and as failed."""
+def test_a_video_with_a_failed_segment_counts_as_failed(files):
+    """Its other segments are captioned."""
     reasons = []
     with opened(files) as ledger:
         job = CaptionJob(ledger, on_failure=reasons.append)
@@ -90,8 +84,21 @@ def test_results_of_segments(files):
     assert reasons == ["broken"]
 
 
-def test_what_failed_in_part_is_reported_by_the_next_run(files, tmp_path):
-    """A segment that failed, or a subtitle file: the video is skipped, and not as one that is whole."""
+def test_captions_of_incomplete_files_are_counted(files):
+    """Three of five: a whole video, and two segments of another one."""
+    complete = {0: (False,), 1: (True, False, False), 2: (True,)}
+    with opened(files) as ledger:
+        job = CaptionJob(ledger)
+        for index, one in job.pending(map(video, complete)):
+            results = video_result(index, *["ok"] * len(complete[index])).results
+            marked = [replace(result, complete=value) for result, value in zip(results, complete[index], strict=True)]
+            job.save(VideoResult(index, one, tuple(marked)))
+        assert (job.stats.captions, job.stats.incomplete, job.stats.failed) == (5, 3, 0)
+    assert [one.complete for one in read_records(files.captions, Caption)] == [False, True, False, False, True]
+
+
+def test_partial_failures_are_reported_by_the_next_run(files, tmp_path):
+    """A failed segment or subtitle file: the video is skipped, and counted as failed before."""
     with opened(files) as ledger:
         run_all(CaptionJob(ledger), {0: ("ok", "broken"), 1: ("ok", "ok"), 2: ("broken", "ok")})
         ledger.fail([Failure(video(1).path, "mine", "write", size_bytes=5, modified_ns=7)])
@@ -101,7 +108,7 @@ def test_what_failed_in_part_is_reported_by_the_next_run(files, tmp_path):
         assert (job.stats.done_before, job.stats.failed_before) == (0, 3)
         # Another version of the file has not failed.
         assert ledger.status(replace(video(0), size_bytes=6)) == "pending"
-    with opened(files) as ledger:  # a retry brings what was missing
+    with opened(files) as ledger:  # a retry captions the rest
         job = CaptionJob(ledger, is_retry=True)
         run_all(job, {0: ("ok", "ok"), 1: ("ok", "ok"), 2: ("ok", "ok")})
     with opened(files) as ledger:
@@ -124,33 +131,34 @@ def test_a_kill_between_captions_and_failures_loses_nothing(files, monkeypatch, 
         monkeypatch.undo()
     with opened(files) as ledger:
         job = CaptionJob(ledger)
-        assert list(ledger.to_retry()) == []  # nothing that only a retry would find
+        assert list(ledger.to_retry()) == []  # nothing is left to a retry alone
         run_all(job, {0: results})
         assert (job.stats.captions, job.stats.failed) == (2, 1)
     assert len({one.start_seconds for one in read_records(files.captions, Caption)}) == 2
-    with opened(files) as ledger:  # and then it is skipped
+    with opened(files) as ledger:  # then it is skipped
         job = CaptionJob(ledger)
         assert list(job.pending([video(0)])) == [] and job.stats.failed_before == 1
         run_all(CaptionJob(ledger, is_retry=True), {0: ("ok",) * 3})
         ledger.replace_failures([])
-    with opened(files) as ledger:  # complete, although its list of failures is gone
+    with opened(files) as ledger:  # complete, without a list of failures
         job = CaptionJob(ledger)
         assert list(job.pending([video(0)])) == [] and job.stats.done_before == 1
 
 
-def test_a_block_that_a_cluster_captioned_twice_counts_once(files):
+def test_a_result_that_is_saved_twice_counts_once(files):
+    """A cluster may caption a block twice."""
     with opened(files) as ledger:
         job = CaptionJob(ledger)
-        places = [place for place, _ in job.pending([video(0), video(1)])]
+        indices = [index for index, _ in job.pending([video(0), video(1)])]
         for number in (0, 1, 0, 1):
-            job.save(group(number, "ok", place=places[number]))
+            job.save(video_result(number, "ok", index=indices[number]))
     assert len(read_records(files.captions, Caption)) == 2
 
 
 BAD, OK = ("broken",), ("ok",)
 
 
-def test_it_stops_after_too_many_failures_in_a_row(files):
+def test_too_many_failures_in_a_row_stop_the_run(files):
     with opened(files) as ledger:
         job = CaptionJob(ledger, max_failures=3)
         with pytest.raises(TooManyFailures, match=r"3 videos failed in a row, the last with: broken\..*--retry-failed"):
@@ -159,8 +167,8 @@ def test_it_stops_after_too_many_failures_in_a_row(files):
     assert len(read_records(files.failed, Failure)) == 5
 
 
-def test_broken_files_among_good_ones_do_not_stop_it(files):
-    """Of 40 every second is broken, and those end first, since batches are of like length."""
+def test_broken_files_among_good_ones_do_not_stop_the_run(files):
+    """Every second of 40 is broken, and these finish first, since batches have clips of similar length."""
     results = {number: (OK if number % 2 else BAD) for number in range(40)}
     order = [*range(0, 40, 2), *range(1, 40, 2)]
     with opened(files) as ledger:
@@ -169,14 +177,14 @@ def test_broken_files_among_good_ones_do_not_stop_it(files):
     assert job.stats.failed == 20 == len(read_records(files.captions, Caption))
 
 
-def test_a_file_counts_once_and_only_without_any_caption(files):
+def test_a_video_counts_as_one_failure_in_a_row_and_only_without_captions(files):
     with opened(files) as ledger:
         run_all(
             CaptionJob(ledger, max_failures=3), {0: ("broken",) * 9, 1: ("broken", "ok"), 2: ("broken",) * 9, 3: BAD}
         )
 
 
-def test_a_limit_of_zero_is_none_and_a_retry_has_none(files):
+def test_zero_and_a_retry_have_no_limit_of_failures(files):
     many = {number: BAD for number in range(30)}
     with opened(files) as ledger:
         run_all(CaptionJob(ledger, max_failures=0), many)
@@ -188,32 +196,32 @@ def test_a_limit_of_zero_is_none_and_a_retry_has_none(files):
         CaptionJob(ledger, max_failures=-1)
 
 
-def test_unreadable_folders_count_in_the_row(files):
+def test_folders_that_cannot_be_listed_count_as_failures_in_a_row(files):
     with opened(files) as ledger, pytest.raises(TooManyFailures):
         list(CaptionJob(ledger, max_failures=2).pending([Failure("/a", "gone"), Failure("/b", "gone"), video(0)]))
 
 
 def test_a_retry_replaces_the_list_of_failures(files, tmp_path):
-    """The one comes out; the other fails again, for another reason; a kill before the end changes nothing."""
+    """One file succeeds, the other fails again, for another reason; a kill before the end leaves the old list."""
     paths = [tmp_path / f"{name}.mp4" for name in ("good", "bad")]
     for path in paths:
         path.write_bytes(b"12345")
     now = [stat_video(str(path)) for path in paths]
     with opened(files) as ledger:
         job = CaptionJob(ledger)
-        for place, one in job.pending(now):
-            job.save(VideoResult(place, one, (Failure(one.path, "broken", size_bytes=5, modified_ns=one.modified_ns),)))
+        for index, one in job.pending(now):
+            job.save(VideoResult(index, one, (Failure(one.path, "broken", size_bytes=5, modified_ns=one.modified_ns),)))
     for is_killed in (True, False):
         with opened(files) as ledger:
             job = CaptionJob(ledger, is_retry=True)
             listed = list(ledger.to_retry())
             assert listed == (now if is_killed else now[1:])
-            for place, one in job.pending(listed):
+            for index, one in job.pending(listed):
                 known = dict(size_bytes=5, modified_ns=one.modified_ns)
                 good = one.path == str(paths[0])
                 job.save(
                     VideoResult(
-                        place, one, (Caption(one.path, "ok", **known) if good else Failure(one.path, "still", **known),)
+                        index, one, (Caption(one.path, "ok", **known) if good else Failure(one.path, "still", **known),)
                     )
                 )
             if not is_killed:
@@ -230,11 +238,11 @@ def films(tmp_path):
 
 
 def run_with_subtitles(ledger, films, **options) -> CaptionJob:
-    """A run that captions what is to be done, and then catches up."""
+    """Caption the pending videos, then write missing subtitle files."""
     log = ledger.files.subtitles
     job = CaptionJob(ledger, subtitles=SubtitleWriter(["txt"], log=log, logs=[log] if log.exists() else []), **options)
-    for place, one in job.pending(ledger.to_retry() if options else films):
-        job.save(VideoResult(place, one, (Caption(one.path, "ok", size_bytes=5, modified_ns=one.modified_ns),)))
+    for index, one in job.pending(ledger.to_retry() if options else films):
+        job.save(VideoResult(index, one, (Caption(one.path, "ok", size_bytes=5, modified_ns=one.modified_ns),)))
     job.finish()
     return job
 
@@ -242,8 +250,8 @@ def run_with_subtitles(ledger, films, **options) -> CaptionJob:
 def test_missing_subtitles_of_earlier_runs_are_written(files, films, tmp_path):
     with opened(files) as ledger:
         job = CaptionJob(ledger)
-        for place, one in job.pending(films[:1]):
-            job.save(VideoResult(place, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
+        for index, one in job.pending(films[:1]):
+            job.save(VideoResult(index, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
     with opened(files) as ledger:
         run_with_subtitles(ledger, films)
     assert (tmp_path / "a.txt").read_text() == "before\n" and (tmp_path / "b.txt").read_text() == "ok\n"
@@ -254,16 +262,16 @@ def test_each_shard_writes_missing_subtitles_of_its_videos(files, films, tmp_pat
     """Whichever process captioned the videos."""
     with opened(files) as ledger:
         job = CaptionJob(ledger)
-        for place, one in job.pending(films):
-            job.save(VideoResult(place, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
+        for index, one in job.pending(films):
+            job.save(VideoResult(index, one, (Caption(one.path, "before", size_bytes=5, modified_ns=one.modified_ns),)))
     with opened(replace(files, shard=shard)) as ledger:
         run_with_subtitles(ledger, [one for one in films if shard.holds(one.path)])
     for film in films:
         assert Path(film.path).with_suffix(".txt").exists() == shard.holds(film.path)
 
 
-def test_a_subtitle_file_that_could_not_be_written(files, films, tmp_path):
-    """Its captions are kept; it is tried again in a retry alone, and the list is then without it."""
+def test_a_failed_subtitle_file_is_retried_only_by_a_retry(files, films, tmp_path):
+    """Its captions are kept, and on success it is removed from the list of failures."""
     (tmp_path / "a.txt").write_text("mine")
     with opened(files) as ledger:
         job = run_with_subtitles(ledger, films)
@@ -286,7 +294,7 @@ def test_a_subtitle_file_that_could_not_be_written(files, films, tmp_path):
 
 
 class Scripted:
-    """In place of a captioner: segments come in any order, those of several videos among each other."""
+    """A fake captioner that interleaves the segments of two videos."""
 
     def __init__(self) -> None:
         self.requests: list[CaptionRequest] = []
@@ -323,8 +331,8 @@ def test_a_video_is_yielded_when_its_last_segment_is_done():
     assert captioner.options["segment_seconds"] == 2.0 and captioner.options["batch_size"] == 4
 
 
-def run_progress(capsys, count) -> str:
-    """Three videos in 0.3 s; the second one fails."""
+def show_three_videos(capsys, count) -> str:
+    """Show the progress of three videos in 0.3 s, of which the second one fails."""
     stats = RunStats()
     with show_progress(stats, count=count) as update:
         for number in range(3):
@@ -335,22 +343,22 @@ def run_progress(capsys, count) -> str:
     return capsys.readouterr().err
 
 
-def test_total_rate_and_failures(capsys):
-    """Three in 0.3 s are 600 a minute at most; what was counted meanwhile is the total."""
-    err = run_progress(capsys, lambda: iter("abcde"))
+def test_progress_with_total_rate_and_failures(capsys):
+    """Three in 0.3 s are 600 per minute at most."""
+    err = show_three_videos(capsys, lambda: iter("abcde"))
     last = err.rstrip().splitlines()[-1]
     assert "3/5" in last and " 60%" in last and "1 failed" in last
     rate = float(last.partition(" clips/min")[0].rpartition(" ")[2])
     assert 200 < rate <= 600
 
 
-def test_without_a_total(capsys):
-    last = run_progress(capsys, None).rstrip().splitlines()[-1]
+def test_progress_without_a_total(capsys):
+    last = show_three_videos(capsys, None).rstrip().splitlines()[-1]
     assert "3 videos" in last and "%" not in last and "1 failed" in last
 
 
-def test_counting_ends_with_the_run(capsys):
-    """Of a disk without end."""
+def test_counting_videos_ends_with_the_run(capsys):
+    """The listing is endless."""
     listed = []
 
     def endless():
@@ -358,14 +366,14 @@ def test_counting_ends_with_the_run(capsys):
             listed.append(1)
             yield time.sleep(0.001)
 
-    run_progress(capsys, endless)
+    show_three_videos(capsys, endless)
     time.sleep(0.1)
     count = len(listed)
     time.sleep(0.2)
     assert len(listed) == count > 100
 
 
-def test_other_processes_show_none(capsys):
+def test_only_one_process_shows_progress(capsys):
     with show_progress(RunStats(videos=1), count=None, is_shown=False) as update:
         update()
     assert capsys.readouterr().err == ""

@@ -1,5 +1,7 @@
 """The captioner: one video, many videos, broken files, spans and modalities."""
 
+from dataclasses import replace
+
 import av
 import numpy as np
 import pytest
@@ -26,7 +28,12 @@ def test_one_caption(captioner, videos, media, random_model):
     caption = captioner.caption(videos[0], sampling=SHORT)
     (answer,) = complete(captioner, [media[0]], [DESCRIBE], sampling=SHORT)
     assert caption == Caption(
-        str(videos[0]), answer.text, prompt=DESCRIBE, model=str(random_model), finished=answer.finished
+        str(videos[0]),
+        answer.text,
+        prompt=DESCRIBE,
+        model=str(random_model),
+        finished=answer.finished,
+        modality="both",
     )
     assert caption.text
 
@@ -132,6 +139,59 @@ def test_modalities(captioner, videos, media):
     assert texts["audio"] == complete(captioner, [audio_inputs], [PLAIN_PROMPTS["audio"]], sampling=SHORT)[0].text
 
 
+DAMAGE = ("lost 0.5 s of audio at 2.0 s", "2 frames do not decode")
+
+
+@pytest.fixture
+def damaged(videos, monkeypatch):
+    """Path of the second clip, of which only the first 2 s are complete."""
+
+    def read(path, sampler, *, end_seconds=None, **options):
+        clip = read_clip(path, sampler, end_seconds=end_seconds, **options)
+        if path != videos[1] or (end_seconds is not None and end_seconds <= 2):
+            return clip
+        return replace(clip, warnings=DAMAGE, is_complete=False)
+
+    monkeypatch.setattr("salmonn.caption.loader.read_clip", read)
+    return videos[1]
+
+
+def test_captions_of_a_damaged_file_are_marked(captioner, videos, damaged):
+    expected = [(True, ()), (False, DAMAGE), (True, ())]
+    batches = captioner.generate(
+        [CaptionRequest(path, sampling=SHORT, num_samples=2) for path in (videos[0], damaged, videos[2])]
+    )
+    for sample in (0, 1):
+        assert [(one[sample].complete, one[sample].warnings) for one in batches] == expected
+    many = list(captioner.caption_many(requests([videos[0], damaged, videos[2]])))
+    assert [(one.complete, one.warnings) for one in many] == expected
+    assert captioner.caption(damaged, sampling=SHORT) == many[1]
+    (features,) = captioner.encode([captioner.processor.read(damaged)])
+    ((caption,),) = captioner.generate(requests([damaged]), clips=[features])
+    assert caption == many[1]
+
+
+def test_only_segments_with_damage_are_marked(captioner, damaged):
+    (results,) = captioner.caption_batches(requests([damaged]), segment_seconds=2.0, batch_size=8)
+    assert len(results) >= 3
+    assert [one.result.complete for one in results] == [True] + [False] * (len(results) - 1)
+    assert [one.result.warnings for one in results] == [()] + [DAMAGE] * (len(results) - 1)
+
+
+def test_captions_tell_what_the_model_was_given(captioner, videos, tmp_path):
+    """The file has no more, or no more was asked for."""
+    silent = tmp_path / "silent.mp4"
+    with av.open(str(videos[0])) as source, av.open(str(silent), "w") as out:
+        stream = out.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                out.mux(packet)
+    assert captioner.caption(silent, sampling=SHORT).modality == "visual"
+    for modality in ("both", "visual", "audio"):
+        assert captioner.caption(videos[0], sampling=SHORT, modality=modality).modality == modality
+
+
 def test_a_missing_modality_is_rejected(captioner, tmp_path):
     path = tmp_path / "tone.wav"
     with av.open(str(path), "w") as out:
@@ -141,7 +201,7 @@ def test_a_missing_modality_is_rejected(captioner, tmp_path):
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     assert captioner.caption(path, sampling=SHORT).video == str(path)
-    with pytest.raises(ValueError, match=r"tone\.wav: has no video stream"):
+    with pytest.raises(ValueError, match=r"tone\.wav: has no video"):
         captioner.caption(path, sampling=SHORT, modality="visual")
 
 

@@ -11,6 +11,7 @@ from salmonn.caption.generate import generate
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ReadSpec
 from salmonn.caption.processor import PromptRow
+from salmonn.model.layout import ClipInfo
 from tests.caption.engine_client import EventRecorder, make_steps, stream_text
 from tests.serve.running import wait_until
 
@@ -30,6 +31,7 @@ def test_stream_equals_caption(engine, model, videos):
     *deltas, last = engine.stream(request)
     caption = model.caption(videos[0], sampling=SHORT)
     assert last.completion.text == caption.text and last.completion.finished == caption.finished
+    assert last.completion.clip == ClipInfo("both")
     assert "".join(delta.text for delta in [*deltas, last]) == caption.text
     span = Span(1.0, 3.0)
     options = dict(prompt="What is heard?", sampling=FREE, span=span, modality="audio", seed=7)

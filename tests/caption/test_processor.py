@@ -11,7 +11,7 @@ import torch
 from salmonn.caption.processor import PromptRow, select_modality
 from salmonn.media.clip import Clip
 from salmonn.model.families.salmonn2_plus import interleave_by_time
-from salmonn.model.layout import ClipFeatures
+from salmonn.model.layout import ClipFeatures, ClipInfo
 
 SAMPLE_HZ = 16_000
 
@@ -30,6 +30,32 @@ def test_inputs_of_a_clip(processor):
     assert media.pixels.shape == (3, 3, 48, 48) and media.pixels.dtype == torch.uint8
     assert [frame.unique().tolist() for frame in media.pixels] == [[10], [20], [30]]
     assert media.mel.shape == (1, 40, 800)
+
+
+@pytest.mark.parametrize(
+    ("frames", "samples", "modality"), [(3, 24_000, "both"), (3, None, "visual"), (0, 160, "audio")]
+)
+@pytest.mark.parametrize("model", ["processor", "plus"])
+def test_inputs_keep_what_is_known_about_the_file(request, model, frames, samples, modality):
+    processor = request.getfixturevalue(model)
+    processor = getattr(processor, "processor", processor)
+    clip = replace(make_clip(frames=frames, samples=samples), warnings=("lost 1 s of audio",), is_complete=False)
+    inputs = processor.clip_inputs(clip)
+    assert inputs.info == ClipInfo(modality, is_complete=False, warnings=("lost 1 s of audio",))
+    assert inputs.to("cpu").info == inputs.info
+
+
+def test_inputs_from_two_files_keep_what_is_known_about_both(processor, monkeypatch):
+    clips = {
+        "a.mp4": replace(make_clip(samples=None), warnings=("lost a frame",)),
+        "a.wav": replace(make_clip(frames=0), warnings=("lost 1 s of audio",), is_complete=False),
+    }
+    monkeypatch.setattr("salmonn.caption.loader.read_clip", lambda path, *_, **__: clips[path])
+    info = ClipInfo("both", is_complete=False, warnings=("lost a frame", "lost 1 s of audio"))
+    assert processor.read("a.mp4", sound="a.wav").info == info
+    assert processor.read("a.mp4", sound="a.wav", modality="visual").info == ClipInfo(
+        "visual", warnings=("lost a frame",)
+    )
 
 
 def test_inputs_of_a_clip_in_2_plus(plus):
@@ -211,6 +237,7 @@ def test_select_modality(processor):
     assert torch.equal(audio.mel, both.mel) and (audio.num_frames, len(audio.pixels)) == (0, 0)
     unchanged = select_modality(both, "both")
     assert torch.equal(unchanged.pixels, both.pixels) and torch.equal(unchanged.mel, both.mel)
+    assert [one.info.modality for one in (visual, audio, unchanged)] == ["visual", "audio", "both"]
 
 
 @pytest.mark.parametrize(("present", "requested"), [("visual", "audio"), ("audio", "visual")])

@@ -20,6 +20,7 @@ from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.sources import MediaSources
 from tests.completions import complete
 from tests.serve.running import HEAD, chat, data_url, read_metrics, user_message, wait_until, web_server
+from tests.truncated import write_truncated
 
 SHORT = Sampling(max_new_tokens=12)
 
@@ -77,6 +78,17 @@ def test_a_stream_equals_the_whole_answer(start, model, videos):
     assert last.usage == complete.usage and not last.choices
     with chat(client, str(videos[2]), stream=True) as chunks:
         assert gather(chunks)[2].usage is None
+
+
+def test_answers_tell_what_is_missing_of_a_damaged_file(start, videos, tmp_path):
+    client, url = start().client(), data_url(write_truncated(videos[0], tmp_path / "a.mkv"))
+    clip = chat(client, url).clip
+    assert (clip["complete"], clip["modality"], len(clip["warnings"])) == (False, "both", 1)
+    assert "truncated" in clip["warnings"][0] and str(tmp_path) not in clip["warnings"][0]
+    with chat(client, url, stream=True) as chunks:
+        *_, last = chunks
+    assert last.clip == clip and last.choices[0].finish_reason
+    assert chat(client, str(videos[0])).clip == {"complete": True, "modality": "both", "warnings": []}
 
 
 def test_choices_have_consecutive_seeds(start, model, videos):

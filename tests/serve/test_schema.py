@@ -7,6 +7,7 @@ import pytest
 
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.streaming import Completion, TextDelta
+from salmonn.model.layout import ClipInfo
 from salmonn.serve.schema import ChatLimits, ChatRequest, RequestError, ResponseBuilder, Usage, parse_chat_request
 
 LIMITS = ChatLimits(100, max_tokens=200, max_choices=4, max_prompt_chars=50, max_conversation_chars=100)
@@ -197,6 +198,16 @@ def test_errors_do_not_repeat_the_file():
     with pytest.raises(RequestError) as caught:
         parse([{"type": "video_url", "video_url": {"url": ["AAAABBBB"]}}])
     assert "AAAABBBB" not in str(caught.value) and "url" in caught.value.param
+
+
+def test_responses_tell_what_was_lost_of_the_clip():
+    """Beside OpenAI's fields; in a stream, in the chunk that ends a choice."""
+    builder = ResponseBuilder("chatcmpl-1", "toy", 1234)
+    completion = Completion("a", True, ClipInfo("visual", is_complete=False, warnings=("lost 1 s of video",)))
+    clip = {"complete": False, "modality": "visual", "warnings": ["lost 1 s of video"]}
+    assert json.loads(json.dumps(builder.response([completion], usage=Usage(10, 3))["clip"])) == clip
+    text, end = (json.loads(event.removeprefix("data: ")) for event in builder.deltas(0, TextDelta("a", completion)))
+    assert "clip" not in text and end["clip"] == clip and end["choices"][0]["finish_reason"] == "stop"
 
 
 def test_responses():

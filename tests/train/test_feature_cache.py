@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import Captioner
-from salmonn.model.layout import ClipFeatures, Layout
+from salmonn.model.layout import ClipFeatures, ClipInfo, Layout
 from salmonn.train import feature_cache as tokens
 from salmonn.train.data import ClipSource
 from salmonn.train.evaluate import cache_features, encode_clips
@@ -30,7 +30,8 @@ def make_features(rows: int = 3, columns: int = 4, *, dtype: torch.dtype = torch
     """Make features with distinct values, in a layout that uses all fields."""
     positions = torch.arange(rows).expand(3, -1)
     layout = Layout(torch.arange(rows).flip(0), positions, num_visual=rows - 1, timestamp_ids=(7, 11))
-    return ClipFeatures(torch.arange(rows * columns, dtype=dtype).reshape(rows, columns), layout)
+    info = ClipInfo("visual", is_complete=False, warnings=('lost "é"', "2 damaged video frames at 1.0 s"))
+    return ClipFeatures(torch.arange(rows * columns, dtype=dtype).reshape(rows, columns), layout, info)
 
 
 def is_same(first: ClipFeatures, second: ClipFeatures) -> bool:
@@ -42,6 +43,7 @@ def is_same(first: ClipFeatures, second: ClipFeatures) -> bool:
         and torch.equal(first_layout.positions, second_layout.positions)
         and (first_layout.num_visual, first_layout.timestamp_ids)
         == (second_layout.num_visual, second_layout.timestamp_ids)
+        and first.info == second.info
     )
 
 

@@ -12,6 +12,7 @@ from salmonn.webui.rendering import (
     render_candidate,
     render_caption,
     render_error,
+    render_file_notice,
     render_placeholder,
     render_results,
     render_run,
@@ -106,6 +107,18 @@ def test_a_caption_that_was_cut_off():
     assert "cut off at the token limit" in render_caption("A", finished=False)
     assert "cut off at the token limit" not in render_caption("A", is_growing=True, finished=False)
     assert "cut off at the token limit" not in render_caption("A")
+
+
+def test_a_notice_of_what_was_lost():
+    assert render_file_notice(Caption("v", "A dog.")) == ""
+    damaged = Caption("v", "A dog.", complete=False, warnings=("lost 0.1 s of audio at 2.0 s", HOSTILE))
+    html = render_file_notice(damaged)
+    assert visible_text(html).startswith(
+        "The file is damaged or incomplete: the caption covers only what could be read. Lost 0.1 s of audio at 2.0 s"
+    )
+    assert "<img" not in html
+    guessed = Caption("v", "A dog.", warnings=("timestamps are guessed",))
+    assert visible_text(render_file_notice(guessed)) == "The file was read with assumptions. Timestamps are guessed"
 
 
 def test_candidates_are_anonymous_before_the_vote():

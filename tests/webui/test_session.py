@@ -14,6 +14,7 @@ from salmonn.caption.loader import ClipReader, MediaInfo, probe_media
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
+from salmonn.model.layout import ClipInfo
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
@@ -237,7 +238,14 @@ def test_error_messages_of_the_system_contain_no_details(tmp_path, caplog):
 
 
 def test_an_answer_as_a_caption(tmp_path):
-    assert to_caption(CaptionRequest(tmp_path / "v.mp4"), Completion("A.", False), "toy") == Caption(
-        "v.mp4", "A.", model="toy", finished=False
+    answer = Completion("A.", False, ClipInfo("audio", is_complete=False, warnings=("lost 1 s of audio",)))
+    assert to_caption(CaptionRequest(tmp_path / "v.mp4"), answer, "toy") == Caption(
+        "v.mp4",
+        "A.",
+        model="toy",
+        finished=False,
+        complete=False,
+        modality="audio",
+        warnings=("lost 1 s of audio",),
     )
     assert MediaInfo(3.0) == MediaInfo(3.0, True, True)
