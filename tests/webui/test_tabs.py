@@ -8,6 +8,8 @@ import pytest
 
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import MediaInfo
+from salmonn.caption.streaming import Completion, TextDelta
+from salmonn.model.layout import ClipInfo
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
@@ -123,6 +125,23 @@ def test_the_length_of_a_reference_is_limited(caption_tab, comparison, pasted, e
     }  # fmt: skip
     updates, button = caption_tab.describe(values, REQUEST)
     assert expected in updates[caption_tab.answer] and button == caption_tab._enable()
+
+
+def test_a_caption_of_a_damaged_file_has_a_notice(caption_tab, comparison, monkeypatch):
+    """Below the caption as it is when it ends, and once it has a score."""
+
+    def stream_answers(*_):
+        clip = ClipInfo("visual", is_complete=False, warnings=("lost 1 s of video",))
+        yield 0, TextDelta("A red circle appears.", Completion("A red circle appears.", True, clip))
+
+    monkeypatch.setattr(AppState, "stream_answers", stream_answers)
+    values = form_values(caption_tab) | {
+        caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: ""
+    }  # fmt: skip
+    updates = list(caption_tab.describe(values, REQUEST))
+    answers = [update[caption_tab.answer] for update in updates if caption_tab.answer in update]
+    assert len(answers) == 3 and "Lost 1 s of video" not in answers[0]
+    assert all("Lost 1 s of video" in answer for answer in answers[1:])
 
 
 def test_a_copy_succeeds_if_it_cannot_be_logged(caption_tab, tmp_path, caplog):
