@@ -184,10 +184,8 @@ def _describe_losses(index: StreamIndex, start: float, end: float) -> list[str]:
         warnings.append(f"lost {lost:.2f} s of audio{places} at {losses[0][0]:.1f} s")
     if index.file.audio is not None and index.error is not None and index.audio.end == 0:
         warnings.append(f"none of the audio decodes ({index.error})")
-    if index.new_streams_from is not None and index.new_streams_from < end:
-        warnings.append(
-            f"other streams take over at {index.new_streams_from:.1f} s, which are not read; split the file"
-        )
+    if index.has_new_streams:
+        warnings.append(f"after {index.file_end:.1f} s it goes on in new streams, which are not read; split it there")
     if index.is_truncated and index.error:
         warnings.append(f"reading stopped at {index.file_end:.1f} s ({index.error})")
     elif index.is_truncated:

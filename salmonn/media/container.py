@@ -1,7 +1,8 @@
 """Access to a video or audio file: choice of streams, timestamps in seconds, decoding of packets."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,13 @@ def declared_seconds(path: str | os.PathLike[str]) -> float:
     """
     with ExitStack() as stack:
         return open_media(path, stack, video=True, audio=True).declared_end
+
+
+def demux(file: MediaFile, *streams: Any) -> Iterator[Any]:
+    """Yield the packets of a file, of all its streams or of some, and a packet without data for each at the end."""
+    # At the end, PyAV 18 looks in its list for streams that the file did not have when it was opened.
+    with suppress(IndexError):
+        yield from file.container.demux(*streams)
 
 
 def cause_of(error: Exception) -> str:

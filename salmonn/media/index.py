@@ -29,6 +29,8 @@ SLACK_SECONDS = 1e-6
 _PREROLL_SECONDS = 2.0
 # Muxers round timestamps; a longer gap is one.
 _ROUNDING_SECONDS = 0.005
+# Gaps of up to so many frames of audio are lost packets.
+_LOSS_FRAMES = {"mpegts": 4.0, "ogg": math.inf}
 # libav marks a packet of MPEG-TS up to two packets before what is missing.
 _SUSPECT_PACKETS = 3
 # Packets that are checked for encryption, besides keyframes: parts of a file may be in the clear.
@@ -36,6 +38,8 @@ _CHECKED_PACKETS = 50
 # Where libav finds nothing that it can read in a Matroska file, it skips ahead without a word. More bytes than headers
 # take, left out together with some time in all streams, reveal it.
 _SKIPPED_BYTES, _SKIPPED_SECONDS = 4096, 0.5
+# What follows the last packet, if more than both of these (bytes, and share of what precedes), is in other streams.
+_UNREAD_BYTES, _UNREAD_SHARE = 1 << 16, 0.05
 # A file that ends this much before the end that it declares is truncated.
 _SHORTFALL_SECONDS = 0.25
 # Headers of these formats declare no duration; libav estimates it from the bit rate or the last timestamps.
@@ -55,7 +59,7 @@ class StreamIndex:
         audio_begin, audio_end: start of the first packet of audio, and end of the latest.
         file_end: end of the latest packet of any stream.
         is_continuous: whether the file has a single clock, so that seeking leads where its timestamps say.
-        new_streams_from: see `Timeline`.
+        has_new_streams: whether the file goes on in streams that it does not have at its start, which are not read.
         audio_damage, video_damage: (time, duration) of the damaged packets, in order.
         missing: (time, duration) of what libav skipped in the container.
         is_truncated: whether the file breaks off.
@@ -72,7 +76,7 @@ class StreamIndex:
     audio_end: float = 0.0
     file_end: float = 0.0
     is_continuous: bool = True
-    new_streams_from: float | None = None
+    has_new_streams: bool = False
     audio_damage: list[tuple[float, float]] = field(default_factory=list)
     video_damage: list[tuple[float, float]] = field(default_factory=list)
     missing: list[tuple[float, float]] = field(default_factory=list)
@@ -154,7 +158,7 @@ def _index_from(file: MediaFile, start: float, end: float, *, seek_seconds: floa
         index.audio.flush()
     except (av.error.FFmpegError, DecodeError) as error:
         index.error, index.is_truncated = cause_of(error), True
-    index.is_continuous, index.new_streams_from = timeline.is_continuous, timeline.new_streams_from
+    index.is_continuous = timeline.is_continuous
     if audio is not None:
         audio.finish()
     if video is not None:
@@ -170,6 +174,7 @@ def _index_packets(
     passes = {stream.index: one for stream, one in ((file.audio, audio), (file.video, video)) if one is not None}
     open_streams = set(passes)
     position = None  # in the file, after the packet before
+    last_position = 0
     # All streams, since the end of any of them reveals where a truncated file ends.
     for num_packets, packet in enumerate(timeline.packets()):
         number = packet.stream_index
@@ -177,12 +182,16 @@ def _index_packets(
             raise ClipError(f"{file.path}: is encrypted (DRM) and cannot be decoded; pass a file without encryption")
         if packet.size:
             position = _note_skipped(index, packet, position)
+            last_position = max(packet.pos or 0, last_position)
             if _update_file_end(index, packet) > end:
                 open_streams.discard(number)
         if number in open_streams or (not packet.size and number in passes):
             passes[number].add(packet, is_joint=timeline.is_joint)
         if not open_streams:
-            break
+            return
+    # PyAV leaves out packets of streams that appear later, as where recordings of different stations are joined.
+    unread = file.container.size - last_position
+    index.has_new_streams = file.format_name == "mpegts" and unread > max(_UNREAD_BYTES, _UNREAD_SHARE * last_position)
 
 
 def _note_skipped(index: StreamIndex, packet: Any, position: int | None) -> int | None:
@@ -239,8 +248,10 @@ class _AudioPass:
                 # Times are counted in packets of the first sample rate; the frames follow each other.
                 self._lag += gap
                 seconds, gap = index.audio.end, 0.0
-            # Where the container marks damage, a gap is a loss; in MPEG-TS, so is one of a few frames without a mark.
-            is_loss = file.format_name == "mpegts" and 0.9 * frame_seconds < gap < 4 * frame_seconds and not is_joint
+            # Where the container marks damage, a gap is a loss. Without a mark, so is one of some frames in MPEG-TS,
+            # and any in Ogg, which knows no pauses.
+            limit = _LOSS_FRAMES.get(file.format_name, 0.0) * frame_seconds
+            is_loss = 0.9 * frame_seconds < gap < limit and not is_joint
             if is_loss or (self._is_suspect and gap > _ROUNDING_SECONDS):
                 self._decoder.damage.append((index.audio.end, gap))
             self._is_suspect = False
@@ -348,7 +359,7 @@ def _misses_declared_end(index: StreamIndex, end: float) -> bool:
     slack = max(_SHORTFALL_SECONDS, 1.5 * np.diff(index.frame_times).max(initial=0.0))
     if min(end, file.declared_end) - index.file_end > slack:
         return True
-    if "mp4" not in file.format_name:
+    if not ("mp4" in file.format_name or file.format_name == "avi"):
         return False
     for stream, stream_end in ((file.video, index.video_end), (file.audio, index.audio_end)):
         if stream is not None and stream.duration is not None and stream_end > 0:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from salmonn.media.container import MediaFile
+from salmonn.media.container import MediaFile, demux
 
 # Within a stream, decoding times rise. Muxers round them; in some formats they are guessed.
 _MAX_STEP_BACK_SECONDS = {True: 0.1, False: 1.0}  # by `MediaFile.may_restart`
@@ -36,14 +36,11 @@ class Timeline:
     Attributes:
         is_continuous: whether no timestamp has been changed so far.
         is_joint: whether the latest packet is the first one of its stream with another clock.
-        new_streams_from: time from which on the file has streams that it did not have when it was opened, if any;
-            their packets are not among those that are yielded.
     """
 
     def __init__(self, file: MediaFile) -> None:
         self.is_continuous = True
         self.is_joint = False
-        self.new_streams_from: float | None = None
         self._file = file
         self._max_back = _MAX_STEP_BACK_SECONDS[file.may_restart]
         self._max_ahead = _MAX_STEP_AHEAD_SECONDS[file.may_restart]
@@ -58,12 +55,8 @@ class Timeline:
 
     def packets(self) -> Iterator[Any]:
         """Yield the packets of all streams; those of the selected ones have their timestamps on the time line."""
-        source = self._file.container.demux()
+        source = demux(self._file)
         while (packet := self._ahead.popleft() if self._ahead else next(source, None)) is not None:
-            if packet.stream_index >= len(self._file.tick_seconds):
-                if self.new_streams_from is None and packet.stream.type in ("video", "audio"):
-                    self.new_streams_from = self._end
-                continue
             self.is_joint = False
             if packet.stream_index in self._numbers and packet.pts is not None:
                 # In Matroska the packets at the start have no decoding time, which is early for a keyframe.

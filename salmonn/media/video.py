@@ -19,7 +19,7 @@ from typing import Any
 import av
 import numpy as np
 
-from salmonn.media.container import REORDER_FRAMES, DecodeError, Decoder, MediaFile, cause_of
+from salmonn.media.container import REORDER_FRAMES, DecodeError, Decoder, MediaFile, cause_of, demux
 from salmonn.media.display import display_size, display_warning, to_rgb
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import SLACK_SECONDS, StreamIndex
@@ -169,7 +169,7 @@ class _FrameSource:
 
     def _packets(self) -> Iterator[Any]:
         if self.index.is_continuous:
-            return self.file.container.demux(self.file.video)
+            return demux(self.file, self.file.video)
         return (packet for packet in Timeline(self.file).packets() if packet.stream.index == self.file.video.index)
 
     def _all_frames(self) -> Iterator[tuple[float, Any]]:
