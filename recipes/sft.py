@@ -23,7 +23,7 @@ from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.families import get_family
-from salmonn.model.families.tiny import tiny_config
+from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter

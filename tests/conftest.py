@@ -21,7 +21,7 @@ from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.families.base import AUDIO_PAD, VIDEO_PAD
-from salmonn.model.families.tiny import tiny_config
+from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.network import Network
 from salmonn.synthetic.render import SynthConfig, make_clips
 from salmonn.train.data import ClipSet, all_texts

@@ -20,7 +20,7 @@ from salmonn.model.families.salmonn2 import interleave_by_frame
 from salmonn.model.families.salmonn2_plus import interleave_by_time
 from salmonn.model.layout import Layout, ModelInputs, text_positions
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, set_adapter_weights
+from salmonn.model.lora import LoraConfig, attach_lora, set_adapter_weights
 from salmonn.model.network import Network
 from salmonn.preference.losses import RoleLogps, guided_dpo_loss
 
@@ -236,7 +236,7 @@ class TestPreference:
             inputs.labels[:, -answer.shape[1] :] = answer
             with torch.no_grad():
                 found[f"policy_logps.{name}"] = network(inputs)[:, -answer.shape[1] :]
-                with adapter_disabled(network):
+                with network.lm.disable_adapter():
                     found[f"reference_logps.{name}"] = network(inputs)[:, -answer.shape[1] :]
         return found
 

@@ -31,7 +31,6 @@ from transformers import (
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
-from salmonn.model.audio import AudioTower
 from salmonn.model.config import STEPS_PER_SECOND, SalmonnConfig
 from salmonn.model.families import from_published
 from salmonn.model.families.base import (
@@ -43,6 +42,7 @@ from salmonn.model.families.base import (
     WHISPER_LARGE_V3,
 )
 from salmonn.model.network import Network
+from salmonn.model.towers import AudioTower
 from salmonn.records import atomic_folder
 
 WINDOW_SECONDS = 0.5

@@ -179,18 +179,17 @@ def load_network(path: Path | str, *, placement: Placement | None = None, adapte
         raise ValueError(f"this placement needs a package that is not installed: {error}") from error
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
-        details = ", ".join(f"{kind} {_list_keys(keys)}" for kind, keys in wrong.items())
+        details = ", ".join(
+            f"{kind} {keys[:MAX_NAMED_KEYS] or 'none'}"
+            + (f" and {len(keys) - MAX_NAMED_KEYS} more" if len(keys) > MAX_NAMED_KEYS else "")
+            for kind, keys in wrong.items()
+        )
         raise ValueError(f"the weights in {path} do not match its {CONFIG_NAME}: {details} (converted names)")
     if adapter is not None:
         load_adapter(network, adapter)
         if not placement.bits:
             merge_adapter(network)
     return network.eval()
-
-
-def _list_keys(keys: list[str]) -> str:
-    rest = len(keys) - MAX_NAMED_KEYS
-    return f"{keys[:MAX_NAMED_KEYS] or 'none'}" + (f" and {rest} more" if rest > 0 else "")
 
 
 def _read_config_file(path: Path | str) -> dict[str, Any]:

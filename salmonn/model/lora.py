@@ -1,9 +1,11 @@
-"""LoRA on the language model. The reference policy is the same network with the adapter disabled."""
+"""LoRA on the language model.
+
+The reference policy is the same network with the adapter disabled: `with network.lm.disable_adapter(): ...`.
+"""
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +58,6 @@ def merge_adapter(network: Network) -> None:
     """Add the adapter to the weights in place and remove it (merged = base + alpha / rank * B A)."""
     network.lm = network.lm.merge_and_unload(safe_merge=True)
     network.requires_grad_(False)
-
-
-@contextmanager
-def adapter_disabled(network: Network) -> Iterator[None]:
-    """Disable the adapter within a context, in which the network is the reference policy."""
-    with network.lm.disable_adapter():
-        yield
 
 
 def load_adapter(network: Network, path: Path | str) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.layout import ModelInputs
-from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import Network
 from salmonn.train.data import ClipSet
 
@@ -79,7 +78,7 @@ class KLProbe:
         """
 
         def without_adapter(inputs: ModelInputs) -> Tensor:
-            with adapter_disabled(network):
+            with network.lm.disable_adapter():
                 return model(inputs, distributions=True)
 
         # Dropout would count as a difference.

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.layout import ClipFeatures, ModelInputs
-from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import Network
 from salmonn.preference.losses import PreferenceLoss, Role, RoleLogps
 from salmonn.records import Comparison, read_json, write_json
@@ -195,7 +194,7 @@ def _score_roles(
 ) -> list[tuple[dict[Role, float], int]]:
     """Return the reference policy's log-probability of each role's answer, and the tokens of all roles' answers."""
     results = []
-    with adapter_disabled(network), torch.no_grad():
+    with network.lm.disable_adapter(), torch.no_grad():
         starts = range(0, len(examples), batch_size)
         for start in tqdm(starts, desc="reference log-probabilities", disable=not dist.is_main()):
             part = examples[start : start + batch_size]

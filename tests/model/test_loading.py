@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu
 
 from salmonn.caption.captioner import Captioner
-from salmonn.model.families.tiny import tiny_config
+from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.loading import load_config, load_network, save_network
 from salmonn.model.network import Network
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from salmonn.caption.processor import PromptRow
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, merge_adapter, save_adapter
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 
 CONFIG = LoraConfig(rank=4, alpha=8)
 
@@ -78,14 +78,14 @@ def test_merged_is_base_plus_scaled_product(captioner, inputs, fill_adapter):
 
 
 @torch.no_grad()
-def test_adapter_disabled_is_the_reference_policy(captioner, inputs, fill_adapter):
+def test_the_disabled_adapter_is_the_reference_policy(captioner, inputs, fill_adapter):
     network = captioner.network
     plain = network(inputs)
     attach_lora(network, CONFIG, seed=0)
     fill_adapter(network)
     network.eval()
     policy = network(inputs)
-    with adapter_disabled(network):
+    with network.lm.disable_adapter():
         assert torch.equal(network(inputs), plain)
     assert torch.equal(network(inputs), policy) and not torch.equal(policy, plain)
 

@@ -14,7 +14,7 @@ from torch import nn
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import Sampling, Span
 from salmonn.caption.processor import PromptRow
-from salmonn.model.families.tiny import tiny_config
+from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.loading import Placement, load_network, save_network
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 from salmonn.model.network import Network

@@ -8,8 +8,7 @@ import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from salmonn.model.audio import WindowQFormer, chunk_positions
-from salmonn.model.vision import SiglipTower, normalize, to_patches
+from salmonn.model.towers import SiglipTower, WindowQFormer, chunk_positions, normalize, to_patches
 
 
 @pytest.fixture(scope="module")

@@ -69,13 +69,14 @@ def test_the_ratio_of_prompt_and_answer_tokens(folder):
 @pytest.mark.slow
 def test_rows(folder, monkeypatch):
     """Two clips and four times as many; the memory of one side is measured for real."""
-    measured, measure = [], folder.measure_isolated
+    measured, measure = [], folder.run_isolated
 
-    def measure_isolated(config, kind, side, paths):
-        measured.append((kind, side))
-        return measure(config, kind, side, paths) if len(measured) == 1 else {"process_mib": len(measured)}
+    def run_isolated(script, *arguments, kind, memory_of):
+        measured.append((kind, memory_of))
+        first = measure(script, *arguments, kind=kind, memory_of=memory_of) if len(measured) == 1 else {}
+        return first or {"process_mib": len(measured)}
 
-    monkeypatch.setattr(folder, "measure_isolated", measure_isolated)
+    monkeypatch.setattr(folder, "run_isolated", run_isolated)
     every = folder.run(folder.FolderConfig(clips=2, seconds=1, repeats=1, quick=True))
     rows = [row for row in every if row["part"] == "folder captioning"]
     assert [row["name"] for row in rows] == [

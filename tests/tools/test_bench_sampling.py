@@ -73,17 +73,18 @@ def test_the_naive_side_encodes_the_clip_for_each_answer(bench):
 def test_rows(sampling, monkeypatch, tmp_path):
     measured = []
 
-    def measure_isolated(config, side, num_clips):
-        measured.append((side, num_clips))
-        return {"step_mib": 10 if side == "ours" else 30}
+    def run_isolated(script, *, shape, memory_of, num_clips, **others):
+        measured.append((shape, memory_of, num_clips))
+        return {"step_mib": 10 if memory_of == "ours" else 30}
 
-    monkeypatch.setattr(sampling, "measure_isolated", measure_isolated)
+    monkeypatch.setattr(sampling, "run_isolated", run_isolated)
     out = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["sampling.py", "--quick", f"--out={out}"])
     sampling.main()
     one, several = json.loads(out.read_text())
     assert one["name"] == "4 captions of one clip" and several["name"] == "4 captions of each of 2 clips"
-    assert (one["ours_mib"], one["other_mib"]) == (10, 30) and len(measured) == 4
+    assert (one["ours_mib"], one["other_mib"]) == (10, 30)
+    assert measured == [("small", side, count) for count in (1, 2) for side in ("ours", "other")]
     assert one["note"] == "against 4 generate() calls" and several["note"] == "against 8 generate() calls"
     # Rounded to 4 digits; there are two clips.
     assert several["ours_seconds_per_clip"] == pytest.approx(several["ours_seconds"] / 2, abs=1e-3)

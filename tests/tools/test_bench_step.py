@@ -111,7 +111,7 @@ def test_flops(step):
 
 def test_rows(step, small, monkeypatch, tmp_path):
     memory = {"ours": {"step_mib": 10, "process_mib": 100}, "naive": {"step_mib": 30, "process_mib": 120}}
-    monkeypatch.setattr(step, "measure_isolated", lambda config, side: memory[side])
+    monkeypatch.setattr(step, "run_isolated", lambda script, *, memory_of, **config: memory[memory_of])
     out = tmp_path / "rows.json"
     monkeypatch.setattr(sys, "argv", ["step.py", "--quick", f"--out={out}"])
     load("model").start(step.__doc__, step.run, step.report_memory)
@@ -126,7 +126,7 @@ def test_rows(step, small, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_separate_process(step, small):
-    measured = step.measure_isolated(small, "naive")
+    measured = step.run_isolated(step.__file__, **vars(small), memory_of="naive")
     assert 0 <= measured["step_mib"] < 200 < measured["process_mib"] < 3000
 
 

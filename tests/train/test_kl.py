@@ -8,7 +8,7 @@ import torch
 
 from salmonn.caption.processor import PromptRow
 from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, adapter_disabled, attach_lora, merge_adapter
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.records import Reference
 from salmonn.train.evaluate import cache_features
 from salmonn.train.kl import KLProbe, token_kl
@@ -93,7 +93,7 @@ def expected_kl(captioner, clips, *, reversed_roles=False) -> float:
             ).logits[0]
 
         with_adapter = logits()
-        with adapter_disabled(network):
+        with network.lm.disable_adapter():
             without_adapter = logits()
         for index in inputs.labels[0].ne(-100).nonzero().flatten().tolist():
             p, q = (

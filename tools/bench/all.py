@@ -35,12 +35,6 @@ def run_part(name: str, *, quick: bool) -> list[BenchRow] | None:
     return [{"part": name, "machine": machine()} | row | {"bench": name} for row in rows]
 
 
-def collect(parts: Sequence[str], *, quick: bool) -> tuple[list[BenchRow], list[str]]:
-    """Run several benchmarks; return their rows and the names of those that failed."""
-    rows = {name: run_part(name, quick=quick) for name in parts}
-    return [row for each in rows.values() for row in each or []], [name for name, each in rows.items() if each is None]
-
-
 def merge_rows(before: Sequence[BenchRow], rows: Sequence[BenchRow]) -> list[BenchRow]:
     """Return old and new rows in the order of PARTS; new rows replace all old rows of the same benchmark."""
     measured_now = {row["bench"] for row in rows}
@@ -60,12 +54,12 @@ def main() -> None:
         parser.error(f"unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     is_update = values.out.exists() and not values.quick  # rows of --quick runs are not mixed with others
     before: list[BenchRow] = json.loads(values.out.read_text(encoding="utf-8")) if is_update else []
-    rows, failed = collect(values.parts, quick=values.quick)
-    rows = merge_rows(before, rows)
+    by_part = {name: run_part(name, quick=values.quick) for name in values.parts}
+    rows = merge_rows(before, [row for part in by_part.values() for row in part or []])
     write_rows(values.out, rows)
     if values.document and rows:
         replace_table(values.document, to_markdown(rows))
-    if failed:
+    if failed := [name for name, part in by_part.items() if part is None]:
         sys.stderr.write(f"{', '.join(failed)} failed, see the output above\n")
         raise SystemExit(1)
 

@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -288,13 +288,6 @@ def measure(case: Case, path: Path, names: list[str], *, repeats: int) -> list[B
     return rows
 
 
-def memory(case: Case, path: Path, name: str) -> int:
-    """Measure the memory of a reader in MiB in a separate process."""
-    requested: Mapping[str, Any] = asdict(case) | {"path": str(path), "reader": name}
-    answer: BenchRow = run_isolated(__file__, f"--memory={json.dumps(requested)}")
-    return int(answer["step_mib"])
-
-
 def run(cases: list[Case], folder: Path, *, repeats: int) -> list[BenchRow]:
     """Measure all cases, and the memory of the last one."""
     names, missing = installed()
@@ -307,7 +300,10 @@ def run(cases: list[Case], folder: Path, *, repeats: int) -> list[BenchRow]:
         if not clip.exists():
             write_clip(clip, segment, seconds=case.seconds)
         rows += measure(case, clip, names, repeats=repeats)
-    mib = {name: memory(case, clip, name) for name in names}
+    mib = {
+        name: run_isolated(__file__, memory=json.dumps(asdict(case) | {"path": str(clip), "reader": name}))["step_mib"]
+        for name in names
+    }
     for row, name in zip(rows[-len(names) + 1 :], names[1:], strict=True):
         row.update(ours_mib=mib["ours"], other_mib=mib[name])
     return rows

@@ -8,13 +8,15 @@ file in turn, and the same with transformers' generate(). All use all cores and 
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from clips import render
+import av
+import numpy as np
 from jsonargparse import ArgumentParser
 from model import SHAPES, Shape, make_captioner
 from naive import naive_answers
@@ -34,6 +36,8 @@ MID = Shape(
 )  # fmt: skip
 MID_NEW_TOKENS = 21
 QUICK_NEW_TOKENS = 5
+FPS = 30
+SOUND_HZ = 44_100
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,38 @@ def make_folder(kind: Kind, root: Path, config: FolderConfig) -> list[Path]:
     return paths
 
 
+def render(path: Path, *, seconds: int, width: int = 1280, height: int = 720, seed: int = 0) -> None:
+    """Write an H.264/AAC clip that pans over a texture, which compresses badly; the seed sets colour and pitch."""
+    rng = np.random.default_rng(seed)
+    brightest, pitch_hz = rng.integers(32, 256, 3), int(rng.integers(110, 1760))
+    features = rng.integers(0, brightest, (height // 4, width // 4, 3), dtype=np.uint8)
+    texture = features.repeat(8, axis=0).repeat(8, axis=1)
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        audio = container.add_stream("aac", rate=SOUND_HZ, layout="mono")
+        sounds = _tone(seconds, pitch_hz)
+        for number in range(seconds * FPS):
+            top, left = 2 * number % height, 3 * number % width
+            picture = np.ascontiguousarray(texture[top : top + height, left : left + width])
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            container.mux(video.encode(frame))
+            if number % FPS == 0:
+                container.mux(audio.encode(next(sounds)))
+        for stream in (video, audio):
+            container.mux(stream.encode(None))
+
+
+def _tone(seconds: int, pitch_hz: int) -> Iterator[av.AudioFrame]:
+    """Yield the tone one second at a time."""
+    wave = (8000 * np.sin(2 * np.pi * pitch_hz * np.arange(SOUND_HZ) / SOUND_HZ)).astype(np.int16)
+    for second in range(seconds):
+        sound = av.AudioFrame.from_ndarray(wave[None], format="s16", layout="mono")
+        sound.sample_rate, sound.time_base, sound.pts = SOUND_HZ, Fraction(1, SOUND_HZ), second * SOUND_HZ
+        yield sound
+
+
 def check(bench: FolderBench) -> None:
     """Check that all sides give the same captions, and that captions differ between clips.
 
@@ -161,7 +197,9 @@ def run(config: FolderConfig) -> list[BenchRow]:
             bench = FolderBench(kind, paths, quick=config.quick)
             check(bench)
             timings = interleave(bench.sides, repeats=config.repeats)
-            memory = {side: measure_isolated(config, kind, side, paths) for side in bench.sides}
+            # Of the first 8 clips; workers add 50 MiB each.
+            arguments = [*(["--quick"] if config.quick else []), "--videos", *map(str, paths[:8])]
+            memory = {side: run_isolated(__file__, *arguments, memory_of=side, kind=kind) for side in bench.sides}
             speed = {side: f"{60 * len(paths) / timing.seconds:.0f}" for side, timing in timings.items()}
             waited = f"the model waited {bench.waited / timings['ours'].seconds:.0%} of the time"
             for side in list(bench.sides)[1:]:
@@ -190,21 +228,10 @@ def stage_rows(bench: FolderBench, kind: Kind, *, repeats: int) -> list[BenchRow
     return rows
 
 
-def measure_isolated(config: FolderConfig, kind: Kind, side: str, paths: Sequence[Path]) -> BenchRow:
-    """Measure the peak memory of a side on the first 8 clips in a separate process; workers add 50 MiB each."""
-    flags = [f"--memory_of={side}", f"--kind={kind}", "--videos", *map(str, paths[:8])]
-    answer: BenchRow = run_isolated(__file__, *flags, *(["--quick"] if config.quick else []))
-    return answer
-
-
 def main() -> None:
     """Parse flags, run, report."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--clips", type=int, default=24, help="number of 720p clips; the other folder has four times as many"
-    )
-    parser.add_argument("--seconds", type=int, default=5, help="length of each 720p clip")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    parser.add_class_arguments(FolderConfig, None, skip={"quick"})
     parser.add_argument("--quick", action="store_true", help="small sizes, for testing")
     parser.add_argument("--out", type=Path | None, default=None, help="file of rows in JSON")
     parser.add_argument(

@@ -24,13 +24,11 @@ BATCH_SIZE = 4  # pairs per step of a round
 
 def run(config: BenchConfig, *, frames: Sequence[int] = FRAMES, clips: Sequence[int] = CLIPS) -> list[BenchRow]:
     """Measure both kinds of growth."""
-    rows = []
-    lengths = [measure_isolated(config, "num_frames", count) for count in frames]
-    rows += growth_rows(
-        lengths, "prefix of {} tokens", f"growth with the prefix: one step on one pair, {config.family}"
-    )
+    lengths = [run_isolated(__file__, **vars(config), num_frames=count) for count in frames]
+    rows = growth_rows(lengths, "prefix of {} tokens", f"growth with the prefix: one step on one pair, {config.family}")
     # A small model, since the arithmetic is not of interest here.
-    rounds = [measure_isolated(replace(config, shape="small"), "num_clips", count) for count in clips]
+    small = replace(config, shape="small")
+    rounds = [run_isolated(__file__, **vars(small), num_clips=count) for count in clips]
     rows += growth_rows(rounds, "{} clips", "growth with the clips: reference and one epoch, small model")
     return rows
 
@@ -55,13 +53,6 @@ def growth_rows(measures: Sequence[Mapping[str, float]], name: str, part: str) -
     fit: BenchRow = {"name": "fit", "part": part, "ours_seconds": None, "other_seconds": None, "ratio": None}
     fit |= {"time_exponent": round(time, 2), "memory_exponent": round(memory, 2)}
     return [*rows, fit | {"note": f"time grows as size ** {time:.2f}, memory as size ** {memory:.2f}"}]
-
-
-def measure_isolated(config: BenchConfig, kind: str, count: int) -> BenchRow:
-    """Measure one size in a separate process."""
-    flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: BenchRow = run_isolated(__file__, *flags, f"--{kind}={count}")
-    return answer
 
 
 def measure_step(config: BenchConfig, num_frames: int) -> BenchRow:

@@ -20,7 +20,7 @@ from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families.base import AUDIO_PAD, CLIP_END, CLIP_START, PAD, TURN_END, TURN_START, VIDEO_PAD
-from salmonn.model.families.tiny import tiny_config
+from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.layout import ClipInputs
 from salmonn.model.loading import offline_config
 from salmonn.model.lora import LoraConfig, attach_lora

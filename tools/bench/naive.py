@@ -14,7 +14,6 @@ from torch import Tensor
 
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.layout import ClipInputs, ModelInputs
-from salmonn.model.lora import adapter_disabled
 from salmonn.model.network import Network
 from salmonn.records import Comparison
 
@@ -41,20 +40,21 @@ class NaiveStep:
         """Compute the guided-DPO loss; the autograd graph holds three rows."""
         pair = self.pair
         texts = {"chosen": pair.chosen, "rejected": pair.rejected, "truth": pair.ground_truth}
-        rows = {name: self._row(text) for name, text in texts.items()}
+        rows = {
+            name: self.processor.collate([PromptRow(0, pair.prompt, text, pair.history)], [self.media]).to(
+                self.network.device
+            )
+            for name, text in texts.items()
+        }
         features = self._encode(rows["chosen"])
         policy = {name: self._logps(row, features) for name, row in rows.items()}
-        with torch.no_grad(), adapter_disabled(self.network):
+        with torch.no_grad(), self.network.lm.disable_adapter():
             features = self._encode(rows["chosen"])
             reference = {name: self._logps(rows[name], features).sum() for name in ("chosen", "rejected")}
         chosen = policy["chosen"].sum() - reference["chosen"]
         rejected = policy["rejected"].sum() - reference["rejected"]
         cross_entropy = -policy["truth"].sum() / (rows["truth"].labels[:, 1:] != -100).sum()
         return -F.logsigmoid(BETA * (chosen - rejected)) + CE_WEIGHT * cross_entropy
-
-    def _row(self, text: str) -> ModelInputs:
-        inputs = self.processor.collate([PromptRow(0, self.pair.prompt, text, self.pair.history)], [self.media])
-        return inputs.to(self.network.device)
 
     def _encode(self, row: ModelInputs) -> tuple[Tensor, ...]:
         with torch.no_grad():

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,17 +63,13 @@ def interleave(sides: Mapping[str, Callable[[], object]], *, repeats: int) -> di
 
 def _clock(run: Callable[[], object]) -> tuple[float, float]:
     """Return wall seconds and user CPU seconds of one run."""
-    _synchronize()
+    # The kernels of a GPU run asynchronously.
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     run()
-    _synchronize()
+    synchronize()
     return time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
-
-
-def _synchronize() -> None:
-    """Wait for the GPU, whose kernels run asynchronously."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def compare(name: str, ours: Timing, other: Timing, **more: object) -> BenchRow:
@@ -120,13 +116,14 @@ def peak_mib(run: Callable[[], object]) -> BenchRow:
     return {"step_mib": round(most_mib - before_mib), "process_mib": round(most_mib)}
 
 
-def run_isolated(script: str, *arguments: str) -> Any:
+def run_isolated(script: str, *arguments: str, **flags: object) -> BenchRow:
     """Run a benchmark script in a separate process and return the JSON of its last line."""
-    command = [sys.executable, script, *arguments]
+    command = [sys.executable, script, *arguments, *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed, see the output above")
-    return json.loads(done.stdout.splitlines()[-1])
+    row: BenchRow = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 def emit_json(value: object) -> None:
@@ -140,16 +137,13 @@ def machine() -> str:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, stdout=subprocess.PIPE, text=True, check=False
     ).stdout.strip()
-    models = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in cpu_info if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (models or [platform.machine()])[0]
     return (
         f"{device}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, {torch.get_num_threads()} threads,"
         f" commit {commit or 'unknown'}, {datetime.now(UTC):%Y-%m-%d}"
     )
-
-
-def _cpu_info() -> list[str]:
-    return Path("/proc/cpuinfo").read_text().splitlines()
 
 
 def write_rows(path: Path | str, rows: Sequence[BenchRow]) -> None:
@@ -161,19 +155,13 @@ def write_rows(path: Path | str, rows: Sequence[BenchRow]) -> None:
 def report_rows(rows: Sequence[BenchRow], *, out: Path | None) -> None:
     """Print the rows of a benchmark with the machine, and write them to `out` if given."""
     signed = [row | {"machine": machine()} for row in rows]
-    for part in dict.fromkeys(row["part"] for row in signed):
-        print_rows([row for row in signed if row["part"] == part], title=part)
+    for part, _, columns, cells in _tables(signed):
+        table = Table(*(COLUMNS[column] for column in columns), title=part)
+        for row in cells:
+            table.add_row(*row)
+        Console().print(table)
     if out:
         write_rows(out, signed)
-
-
-def print_rows(rows: Sequence[BenchRow], *, title: str) -> None:
-    """Print rows as a table."""
-    columns = [column for column in COLUMNS if any(column in row for row in rows)]
-    table = Table(*(COLUMNS[column] for column in columns), title=title)
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    Console().print(table)
 
 
 COLUMNS = {
@@ -187,23 +175,29 @@ COLUMNS = {
 }
 
 
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value}"
+def _tables(rows: Sequence[BenchRow]) -> Iterator[tuple[str, str, list[str], list[list[str]]]]:
+    """Yield each part, its machine, the columns that it has, and the cells of its rows."""
+
+    def cell(value: object) -> str:
+        if value is None:
+            return ""
+        return f"{value:.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value}"
+
+    for part in dict.fromkeys(row["part"] for row in rows):
+        mine = [row for row in rows if row["part"] == part]
+        columns = [column for column in COLUMNS if any(column in row for row in mine)]
+        yield part, mine[0]["machine"], columns, [[cell(row.get(column)) for column in columns] for row in mine]
 
 
 def to_markdown(rows: Sequence[BenchRow]) -> str:
     """Format rows as Markdown: the machine, and one table per part."""
     text = f"Measured on {rows[0]['machine']}.\n"
-    for part in dict.fromkeys(row["part"] for row in rows):
-        mine = [row for row in rows if row["part"] == part]
-        columns = [column for column in COLUMNS if any(column in row for row in mine)]
-        elsewhere = "" if mine[0]["machine"] == rows[0]["machine"] else f" (measured on {mine[0]['machine']})"
+    for part, measured_on, columns, cells in _tables(rows):
+        elsewhere = "" if measured_on == rows[0]["machine"] else f" (measured on {measured_on})"
         text += f"\n**{part}**{elsewhere}\n\n| {' | '.join(COLUMNS[column] for column in columns)} |\n"
         text += f"|{'|'.join(' --- ' if column in ('name', 'note') else ' ---: ' for column in columns)}|\n"
-        for row in mine:
-            text += f"| {' | '.join(_cell(row.get(column)) for column in columns)} |\n"
+        for row in cells:
+            text += f"| {' | '.join(row)} |\n"
     return text
 
 

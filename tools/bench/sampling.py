@@ -99,7 +99,9 @@ def run(config: BenchConfig) -> list[BenchRow]:
     timings = interleave({f"{name} {count}": side for (name, count), side in sides.items()}, repeats=config.repeats)
     rows = []
     for count in (1, NUM_CLIPS):
-        memory = {side: measure_isolated(config, side, count) for side in ("ours", "other")}
+        memory = {
+            side: run_isolated(__file__, **vars(config), memory_of=side, num_clips=count) for side in ("ours", "other")
+        }
         row = compare(
             f"{NUM_SAMPLES} captions of {'one clip' if count == 1 else f'each of {count} clips'}",
             timings[f"ours {count}"],
@@ -111,13 +113,6 @@ def run(config: BenchConfig) -> list[BenchRow]:
         rows.append(row | {"ours_seconds_per_clip": round(timings[f"ours {count}"].seconds / count, 3)})
     part = f"sampling: {config.family}, {bench.new_tokens} new tokens each"
     return [row | {"part": part} for row in rows]
-
-
-def measure_isolated(config: BenchConfig, side: str, num_clips: int) -> BenchRow:
-    """Measure the peak memory of a side in a separate process."""
-    flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: BenchRow = run_isolated(__file__, *flags, f"--memory_of={side}", f"--num_clips={num_clips}")
-    return answer
 
 
 def report_memory(config: BenchConfig, side: str, num_clips: int) -> None:

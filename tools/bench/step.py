@@ -232,19 +232,22 @@ def run(config: BenchConfig) -> list[BenchRow]:
     check(bench, config)
     sides: dict[str, Callable[[], object]] = {name: lambda side=side: side(bench) for name, side in SIDES.items()}  # type: ignore[misc]
     timings = interleave(sides | {"reference": bench.compute_reference_logps}, repeats=config.repeats)
-    memory = {name: measure_isolated(config, name) for name in (SIDES if config.shape != "small" else SMALL_SIDES)}
-    rows = [_comparison_row(name, timings, memory) for name in SIDES if name != "ours"]
+    memory = {
+        name: run_isolated(__file__, **vars(config), memory_of=name)
+        for name in (SIDES if config.shape != "small" else SMALL_SIDES)
+    }
+    rows = [
+        compare(name, timings["ours"], timings[name])
+        | (compare_memory(memory["ours"], memory[name]) if name in memory else {})
+        for name in SIDES
+        if name != "ours"
+    ]
     counted = timings["ours"] + timings["reference"]
     rows.insert(1, compare("naive, our reference pass counted in", counted, timings["naive"]))
     if config.device == "cuda":
         rows += [_utilization(bench, timings["ours"])]
     about = f"{config.family}, {bench.prefix_tokens} tokens of clip, {config.sizes.answer_tokens} of each answer"
     return [row | {"part": f"{PART}: {about}"} for row in rows]
-
-
-def _comparison_row(name: str, timings: dict[str, Timing], memory: dict[str, BenchRow]) -> BenchRow:
-    row = compare(name, timings["ours"], timings[name])
-    return row | compare_memory(memory["ours"], memory[name]) if name in memory else row
 
 
 def compare_memory(ours: BenchRow, other: BenchRow) -> BenchRow:
@@ -291,13 +294,6 @@ def flops(count: int, tokens: int, *, width: int, layers: int, passes: int) -> f
     once, backward twice), halved by causality.
     """
     return 2 * passes * count * tokens + 3 * 4 * layers * width * tokens**2 / 2
-
-
-def measure_isolated(config: BenchConfig, side: str) -> BenchRow:
-    """Measure the peak memory of a side in a separate process."""
-    flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: BenchRow = run_isolated(__file__, *flags, f"--memory_of={side}")
-    return answer
 
 
 def report_memory(config: BenchConfig, side: str) -> None:

@@ -25,7 +25,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salmonn.model.families.salmonn2 import Salmonn2
 from salmonn.model.layout import Layout, ModelInputs
-from salmonn.model.lora import adapter_disabled
 from salmonn.preference.losses import Role, RoleLogps, guided_dpo_loss
 from salmonn.train.loop import autocast
 
@@ -77,7 +76,7 @@ class Ours:
 
     def compute_reference_logps(self) -> None:
         """Run the reference policy, which is done once per round and pair."""
-        with torch.no_grad(), adapter_disabled(self.network), autocast(self.precision):
+        with torch.no_grad(), self.network.lm.disable_adapter(), autocast(self.precision):
             self.reference = self.network(self.inputs).sum(-1)
 
     def step(self) -> float:
@@ -93,15 +92,6 @@ class Ours:
         loss.backward()
         self.optimizer.step()
         return loss.item()
-
-    def gradients(self) -> Tensor:
-        """Return all gradients of the adapter, concatenated in the order of PEFT's names."""
-        return _gradients(self.network.lm)
-
-
-def _gradients(model: Any) -> Tensor:
-    named = sorted((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return torch.cat([grad.flatten().float().cpu() for _, grad in named])
 
 
 class Theirs:
@@ -155,10 +145,6 @@ class Theirs:
         self.optimizer.step()
         return float(loss)
 
-    def gradients(self) -> Tensor:
-        """Return all gradients of the adapter, concatenated in the order of PEFT's names."""
-        return _gradients(self.model)
-
 
 def check(ours: Ours, theirs: Theirs, *, name: str, config: BenchConfig) -> None:
     """Check that tokens, losses and gradients of both sides are equal.
@@ -168,8 +154,15 @@ def check(ours: Ours, theirs: Theirs, *, name: str, config: BenchConfig) -> None
     """
     if not torch.equal(theirs.batch["input_ids"].cpu(), ours.inputs.input_ids.cpu()):
         raise ValueError(f"{name} got other tokens than ours")
+
+    def gradients(model: Any) -> Tensor:
+        """Return all gradients of the adapter, concatenated in the order of PEFT's names."""
+        named = sorted((name, one.grad) for name, one in model.named_parameters() if one.requires_grad)
+        return torch.cat([grad.flatten().float().cpu() for _, grad in named])
+
     ours.compute_reference_logps()
-    require_equal(name, (theirs.step(), theirs.gradients()), (ours.step(), ours.gradients()), config=config)
+    found, expected = (theirs.step(), gradients(theirs.model)), (ours.step(), gradients(ours.network.lm))
+    require_equal(name, found, expected, config=config)
 
 
 THEIRS = {"TRL": False, "TRL, precomputed reference": True}
@@ -188,7 +181,7 @@ def run(config: BenchConfig) -> list[BenchRow]:
             check(ours, theirs, name=name, config=config)
             sides[name] = theirs.step
         timings = interleave(sides, repeats=config.repeats)
-    memory = {name: measure_isolated(config, name) for name in ("ours", *THEIRS)}
+    memory = {name: run_isolated(__file__, **vars(config), memory_of=name) for name in ("ours", *THEIRS)}
     rows = [
         compare(name, timings["ours"], timings[name]) | compare_memory(memory["ours"], memory[name]) for name in THEIRS
     ]
@@ -200,13 +193,6 @@ def run(config: BenchConfig) -> list[BenchRow]:
         f"{PART}: text alone, {length} tokens of prompt, {config.sizes.answer_tokens} of each answer, no cross-entropy"
     )
     return [row | {"part": part} for row in rows]
-
-
-def measure_isolated(config: BenchConfig, side: str) -> BenchRow:
-    """Measure the peak memory of a side in a separate process."""
-    flags = [f"--{name}={value}" for name, value in vars(config).items()]
-    answer: BenchRow = run_isolated(__file__, *flags, f"--memory_of={side}")
-    return answer
 
 
 def report_memory(config: BenchConfig, side: str) -> None:

@@ -18,9 +18,9 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from salmonn.media.frame_sampling import FrameSampler
-from salmonn.model.audio import AudioTower, WindowQFormer
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.layout import ClipInputs, Layout
+from salmonn.model.towers import AudioTower, WindowQFormer
 from salmonn.records import Modality
 
 # The chat format of Qwen2, with the names that Qwen2.5-VL and video-SALMONN 2+ give to the tokens of a clip.

@@ -19,7 +19,7 @@ from salmonn.model.families.base import (
     convert_qformer_config,
 )
 from salmonn.model.layout import ClipInputs, Layout
-from salmonn.model.vision import SiglipTower
+from salmonn.model.towers import SiglipTower
 from salmonn.records import Modality
 
 SIGLIP_SO400M: dict[str, Any] = dict(
@@ -73,12 +73,10 @@ class Salmonn2(Family):
 
     @classmethod
     def can_read(cls, values: Mapping[str, Any]) -> bool:
-        """See `Family`."""
         return bool(values.get("config", values).get("model_type") == "video_salmonn_2")
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> SalmonnConfig:
-        """See `Family`."""
         flat = values.get("config", values)
         # The published code keeps its command line in the config.
         audio = values.get("audio_config") or flat.get("model_args") or {}
@@ -110,7 +108,6 @@ class Salmonn2(Family):
         )
 
     def build_parts(self, *, attn_implementation: str | None) -> NetworkParts:
-        """See `Family`."""
         config = self.config
         lm = Qwen2ForCausalLM(Qwen2Config(**config.lm, attn_implementation=attn_implementation))
         width = lm.config.hidden_size
@@ -123,7 +120,6 @@ class Salmonn2(Family):
         return NetworkParts(vision, audio, lm)
 
     def clip_inputs(self, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
-        """See `Family`."""
         return ClipInputs(frames.contiguous(), mel, num_frames=len(frames), seconds=seconds)
 
     def max_audio_seconds(self, video_seconds: float) -> float | None:
@@ -142,7 +138,6 @@ class Salmonn2(Family):
     def layout(
         self, clip: ClipInputs, *, timestamp_ids: Sequence[Sequence[int]] = (), published_positions: bool = False
     ) -> Layout:
-        """See `Family`."""
         assert not published_positions
         return interleave_by_frame(
             clip.num_frames,
@@ -168,7 +163,6 @@ class Salmonn2(Family):
         return position_ids[0]
 
     def count_patches(self, clip: ClipInputs) -> int:
-        """See `Family`."""
         per_side: int = self.config.vision["image_size"] // self.config.vision["patch_size"]
         return clip.num_frames * per_side**2
 
@@ -212,8 +206,11 @@ def interleave_by_frame(
     if num_frames:
         front = min(num_during_video, num_audio)
         per_frame = -(-front // num_frames)
-        shares = _stretch(audio[:front], per_frame * num_frames).reshape(num_frames, per_frame)
-        columns = [visual, shares]
+        shares = audio[:front]
+        if front:  # stretched by the nearest, rounding in float32 as the published code does
+            wide = F.interpolate(shares[None, None].float(), size=per_frame * num_frames, mode="nearest")
+            shares = wide[0, 0].long()
+        columns = [visual, shares.reshape(num_frames, per_frame)]
         if timestamp_ids:
             start = visual.numel() + num_audio
             lengths = [len(ids) for ids in timestamp_ids]
@@ -227,8 +224,46 @@ def interleave_by_frame(
     return Layout(order, torch.arange(len(order)).expand(3, -1), visual.numel(), flat_ids)
 
 
-def _stretch(tokens: Tensor, length: int) -> Tensor:
-    """Repeat the nearest tokens to a greater length, rounding in float32 as the published code does."""
-    if not length:
-        return tokens
-    return F.interpolate(tokens[None, None].float(), size=length, mode="nearest")[0, 0].long()
+def tiny_config(*, vocab_size: int, eos_token_id: int, pad_token_id: int) -> SalmonnConfig:
+    """Return the config of the shipped toy model: about 2 million parameters, clips of 8 s at 2 frames per second.
+
+    It is a video-SALMONN 2, the same code at a thousandth of the size.
+
+    Fresh weights have a standard deviation of about 1 / sqrt(width). The published 0.02 suits widths of thousands: at
+    this size, Whisper's convolutions would output a hundredth of its fixed position embeddings, and the pitch would be
+    lost.
+    """
+    std = 0.09
+    # Whisper's decoder is never built, but transformers validates its config.
+    whisper_decoder = dict(
+        decoder_layers=1, vocab_size=vocab_size, decoder_start_token_id=pad_token_id, pad_token_id=pad_token_id,
+        bos_token_id=pad_token_id, eos_token_id=eos_token_id,
+    )  # fmt: skip
+    return SalmonnConfig(
+        family=Salmonn2.name,
+        lm=dict(
+            vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=4096, initializer_range=std, tie_word_embeddings=True,
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, bos_token_id=None,
+        ),
+        vision=dict(
+            image_size=48, patch_size=16, hidden_size=96, intermediate_size=288, num_hidden_layers=3,
+            num_attention_heads=4, vision_use_head=False,
+        ),
+        whisper=dict(
+            num_mel_bins=40, max_source_positions=400, d_model=96, encoder_layers=2, encoder_attention_heads=4,
+            encoder_ffn_dim=288, init_std=0.1, **whisper_decoder,
+        ),
+        qformer=dict(
+            hidden_size=96, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
+            cross_attention_frequency=1, initializer_range=0.1, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, encoder_hidden_size=96,
+        ),
+        pool=1,
+        frames=dict(frames_per_second=2.0, max_frames=16, side=48),
+        timestamp_tokens=False,
+        system_prompt="",
+        batch_size=32,  # a decode step of 32 clips takes little longer than of one
+        initializer_range=std,
+        tie_word_embeddings=True,
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from salmonn.model.families.base import (
     convert_qformer_config,
 )
 from salmonn.model.layout import ClipInputs, Layout
-from salmonn.model.vision import QwenTower, to_patches
+from salmonn.model.towers import QwenTower, to_patches
 from salmonn.records import Modality
 
 # A published config.json holds only what differs from its own classes' defaults, which are not those of transformers.
@@ -97,14 +97,12 @@ class Salmonn2Plus(Family):
 
     @classmethod
     def can_read(cls, values: Mapping[str, Any]) -> bool:
-        """See `Family`."""
         has_audio = "audio_config" in values or "audio_token_id" in values
         is_qwen = values.get("config", values).get("model_type") == "qwen2_5_vl"
         return is_qwen and (has_audio or "SALMONN" in str(values.get("architectures")))
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> SalmonnConfig:
-        """See `Family`."""
         values = DEFAULTS | values
         audio = WHISPER_LARGE_V3 | values.get("audio_config", {})
         qformer = QFORMER_DEFAULTS | audio.get("qformer_config", {})
@@ -137,7 +135,6 @@ class Salmonn2Plus(Family):
         return NetworkParts(vision, self.build_audio_tower(width=width, attn_implementation=attn_implementation), lm)
 
     def clip_inputs(self, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
-        """See `Family`."""
         vision = self.config.lm["vision_config"]
         pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
         return ClipInputs(pixels, mel, num_frames=len(frames), seconds=seconds, grid=grid)
@@ -145,7 +142,6 @@ class Salmonn2Plus(Family):
     def layout(
         self, clip: ClipInputs, *, timestamp_ids: Sequence[Sequence[int]] = (), published_positions: bool = False
     ) -> Layout:
-        """See `Family`."""
         steps, rows, columns = clip.grid
         merge = self.config.lm["vision_config"]["spatial_merge_size"]
         return interleave_by_time(
@@ -164,7 +160,6 @@ class Salmonn2Plus(Family):
         return position_ids
 
     def count_patches(self, clip: ClipInputs) -> int:
-        """See `Family`."""
         return len(clip.pixels)
 
     def vision_peak_bytes(self, clip: ClipInputs, *, patch_bytes: int, weight_bytes: int, matmul_bytes: int) -> int:
