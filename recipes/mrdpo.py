@@ -10,7 +10,7 @@ to a folder of `out`; run the same command again to resume a killed run.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +39,9 @@ from salmonn.train.data import (
     SftBatch,
     SftBatches,
     heldout_config,
-    load_clips,
     make_examples,
+    read_clips,
+    render_clips,
     sft_loss,
 )
 from salmonn.train.dry_run import print_adapter_plan
@@ -210,7 +211,7 @@ def main(config: MrDpoConfig) -> None:
         summary.rebirth = measure(reborn, config.out / "rebirth", run, summary)
         report(run, summary)
     if dist.is_main():
-        write_json(config.out / SUMMARY_NAME, summary.to_json())
+        write_json(config.out / SUMMARY_NAME, asdict(summary))
         plot_summary(summary, config.out / "summary.png")
         log.info("wrote %s and summary.png", config.out / SUMMARY_NAME)
     dist.barrier()
@@ -243,8 +244,10 @@ def load_data(config: MrDpoConfig, reward: Reward) -> tuple[ClipSet, ClipSet]:
         ValueError: captions of them cannot be rated, or they lack the questions or captions that the run needs.
     """
     heldout_synth = heldout_config(config.synth, clips=config.heldout_clips)
-    train = load_clips(config.references, clips_dir=config.clips_dir, synth=config.synth)
-    heldout = load_clips(config.heldout_references, clips_dir=config.clips_dir, synth=heldout_synth)
+    train, heldout = (
+        read_clips(path) if path else render_clips(config.clips_dir, synth)
+        for path, synth in ((config.references, config.synth), (config.heldout_references, heldout_synth))
+    )
     for reference in (*train.references, *heldout.references):
         reward.check(reference)
     if config.num_questions and not any(reference.questions for reference in train.references):

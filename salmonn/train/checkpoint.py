@@ -122,10 +122,6 @@ class Checkpoints:
                 return Checkpoint(path, int(path.stem.removeprefix("step_")))
         return None
 
-    def clear(self) -> None:
-        """Delete all checkpoints."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
 
 @contextmanager
 def checkpointed(folder: Path) -> Iterator[Checkpoints]:
@@ -134,7 +130,7 @@ def checkpointed(folder: Path) -> Iterator[Checkpoints]:
     yield checkpoints
     dist.barrier()
     if dist.is_main():
-        checkpoints.clear()
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
 
 
 def load_trained(network: nn.Module, checkpoint: Checkpoint) -> LazyTensors:

@@ -161,11 +161,6 @@ def read_clips(path: Path) -> ClipSet:
     return clips
 
 
-def load_clips(path: Path | None, *, clips_dir: Path, synth: SynthConfig) -> ClipSet:
-    """Read references from a file, or render synthetic clips if no file is given."""
-    return read_clips(path) if path else render_clips(clips_dir, synth)
-
-
 def all_texts(references: Sequence[Reference]) -> list[str]:
     """Return all texts that a tokenizer trained for these references should cover."""
     captions = [

@@ -119,22 +119,12 @@ def count_parameters(network: Network) -> dict[str, ParameterCount]:
     """Count parameters by part, the adapter last."""
     counts = {name: [0, 0] for name in [*PARTS, "LoRA"]}
     for name, parameter in network.named_parameters():
-        part = "LoRA" if ".lora_" in name else _part_of(name)
+        # The merger is part of the vision encoder: the longest prefix decides.
+        matching = {start: part for part, starts in PARTS.items() for start in starts if name.startswith(start)}
+        part = "LoRA" if ".lora_" in name else matching[max(matching, key=len)]
         counts[part][0] += parameter.numel()
         counts[part][1] += parameter.numel() * parameter.requires_grad
     return {name: ParameterCount(*both) for name, both in counts.items()}
-
-
-def _part_of(name: str) -> str:
-    # The merger is part of the vision encoder: the longest prefix decides.
-    matching = {start: part for part, starts in PARTS.items() for start in starts if name.startswith(start)}
-    return matching[max(matching, key=len)]
-
-
-def number_sizes(placement: Placement, fit: FitConfig) -> NumberSizes:
-    """Return the bytes per number; dtype `auto` is assumed to be bfloat16."""
-    stored = 4 if placement.dtype == "float32" else 2
-    return NumberSizes(stored, 2 if fit.precision == "bfloat16" else stored)
 
 
 def weights_bytes(network: Network, placement: Placement, *, merged: bool = False) -> int:
@@ -193,7 +183,8 @@ class MemoryPlan:
         self.fit = fit
         self.work = work
         self.shape = shape
-        self.numbers = number_sizes(placement, fit)
+        stored = 4 if placement.dtype == "float32" else 2  # `auto` is assumed to be bfloat16
+        self.numbers = NumberSizes(stored, 2 if fit.precision == "bfloat16" else stored)
         self.media = select_modality(placeholder_inputs(config, shape), work.modality)
         # The published tokenizer encodes each digit and the decimal point as a token.
         timestamps = [[0] * len(text) for text in self.family.timestamps(self.media)]
@@ -223,11 +214,6 @@ class MemoryPlan:
         """Number of trained parameters."""
         return sum(part.trained for part in self.parameters.values())
 
-    @property
-    def feature_bytes(self) -> int:
-        """Bytes of a clip's features in the feature cache."""
-        return self.clip_tokens * self.decoder.width * self.numbers.stored
-
     def training(self, *, checkpointed: bool) -> MemoryEstimate:
         """Estimate the memory of a training step on one device."""
         work, decoder, numbers = self.work, self.decoder, self.numbers
@@ -235,7 +221,9 @@ class MemoryPlan:
         tokens, rows = work.clips * length, work.answers
         adapted = self.network.lm.peft_config["default"].target_modules if self.parameters["LoRA"].total else ()
         tuning = TrainedParts(len(adapted), whole=self._is_trained("lm."))
-        layers = 1 if checkpointed else decoder.layers
+        # Autocast copies the float32 weights of the layers in use.
+        is_cast = numbers.computed != numbers.stored
+        cast = numbers.computed * self.parameters["language model"].total if is_cast else 0
         layer = tokens * estimate.workspace(decoder, numbers)
         if checkpointed:
             layer += tokens * estimate.saved_per_layer(decoder, numbers, tuning, rows=rows)
@@ -244,7 +232,8 @@ class MemoryPlan:
         answers = min(work.clips * work.answers * work.answer_tokens, MAX_LOGIT_BYTES // (FLOAT32 * vocabulary))
         return MemoryEstimate(
             persistent={
-                "weights": weights_bytes(self.network, self.placement) + self._casts(layers),
+                "weights": weights_bytes(self.network, self.placement)
+                + (cast // decoder.layers if checkpointed else cast),
                 "gradients": FLOAT32 * self.trained,
                 "Adam's moments": 2 * FLOAT32 * self.trained,
                 "inputs": estimate.embedded(decoder, numbers, tokens=tokens),
@@ -281,7 +270,9 @@ class MemoryPlan:
             weight_bytes=numbers.stored,
             matmul_bytes=numbers.computed,
         )
-        return max(estimate.chunks_workspace(self.audio, numbers, steps=self.steps), visual)
+        # Whisper's convolutions, at twice the steps, or a layer's temporaries.
+        per_step = max(2 * 2 * numbers.computed * self.audio.width, estimate.workspace(self.audio, numbers))
+        return max(self.steps * per_step, visual)
 
     def _encoder_saved(self, *, checkpointed: bool) -> int:
         """Return the bytes that trained parts of the encoders save for the backward pass."""
@@ -295,11 +286,11 @@ class MemoryPlan:
                 qformer, numbers, steps=self.steps, queries=queries, audio_width=self.audio.width
             )
         if self._is_trained("vision.encoder.merger."):
-            saved += estimate.merger_saved(self.vision.width, numbers, patches=self.patches)
+            # Qwen2.5-VL's: its input, normed input, and its activation's input and output.
+            saved += self.patches * self.vision.width * (FLOAT32 + 3 * numbers.computed)
         if self._is_trained("vision.projector."):
-            saved += estimate.projector_saved(
-                self.vision.width, numbers, patches=self.patches, width=self.decoder.width
-            )
+            # SigLIP's: its input, and its activation's input and output.
+            saved += self.patches * numbers.computed * (self.vision.width + 2 * self.decoder.width)
         for start, stack, tokens in (
             ("vision.encoder.", self.vision, self.patches),
             ("audio.encoder.", self.audio, self.steps),
@@ -315,12 +306,6 @@ class MemoryPlan:
         names = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
         inner = ".merger." if start == "vision.encoder." else ".lora_"
         return any(name.startswith(start) and inner not in name for name in names)
-
-    def _casts(self, layers: int) -> int:
-        """Return the bytes of autocast copies of float32 weights of some layers."""
-        if self.numbers.computed == self.numbers.stored:
-            return 0
-        return self.numbers.computed * self.parameters["language model"].total * layers // self.decoder.layers
 
 
 def print_plan(plan: MemoryPlan, *, title: str, batch_size: int = 1) -> None:
@@ -362,7 +347,8 @@ def summarize_clip(plan: MemoryPlan) -> str:
         f"and {work.answers} answers of {work.answer_tokens} (assumed); clips per micro-batch: {work.clips}.",
     ]
     if work.cached_features:
-        sentences.append(f"Feature cache: {plan.feature_bytes / GIB:.2f} GiB per clip.")
+        feature_bytes = plan.clip_tokens * plan.decoder.width * plan.numbers.stored
+        sentences.append(f"Feature cache: {feature_bytes / GIB:.2f} GiB per clip.")
     return "\n".join(sentences)
 
 
@@ -387,19 +373,19 @@ def _memory_table(plan: MemoryPlan, memories: Mapping[str, MemoryEstimate]) -> T
         "": [memory.persistent for memory in memories.values()],
         "workspace: ": [memory.workspace for memory in memories.values()],
     }
+
+    def gib(num_bytes: int) -> str:
+        return f"{num_bytes / GIB:.2f}" if num_bytes else "-"
+
     for prefix, columns in parts.items():
         for row in dict.fromkeys(row for column in columns for row in column):
-            table.add_row(prefix + row, *(_gib(column.get(row, 0)) for column in columns))
+            table.add_row(prefix + row, *(gib(column.get(row, 0)) for column in columns))
         table.add_section()
-    table.add_row("peak", *(_gib(memory.peak) for memory in memories.values()))
+    table.add_row("peak", *(gib(memory.peak) for memory in memories.values()))
     for size in GPUS:
         fits = ["yes" if memory.peak + RESERVE <= size * GIB else "no" for memory in memories.values()]
         table.add_row(f"fits {size} GiB", *fits)
     return table
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f}" if num_bytes else "-"
 
 
 def print_adapter_plan(

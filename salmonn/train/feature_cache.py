@@ -31,7 +31,6 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE
 from salmonn.model.layout import ClipFeatures, ClipInfo, Layout
-from salmonn.model.network import Network
 from salmonn.records import parse_json
 from salmonn.train.data import ClipSource
 
@@ -273,6 +272,8 @@ def remove_stale(folder: Path) -> None:
 def hash_encoders(captioner: Captioner) -> str:
     """Hash everything that clip features depend on except the clip: weights, sizes, sampling, tokenizer, numerics."""
     network, processor = captioner.network, captioner.processor
+    device, on_gpu = network.device, network.device.type == "cuda"
+    chip = torch.cuda.get_device_name(device) if on_gpu else f"{torch.get_num_threads()} threads"
     embeddings = network.lm.get_input_embeddings().weight
     towers = [(name, value) for name, value in network.named_parameters() if name.startswith(("vision.", "audio."))]
     config = processor.config.to_dict()
@@ -283,7 +284,7 @@ def hash_encoders(captioner: Captioner) -> str:
         str(processor.family.frame_sampler),
         processor.published_positions,
         hash_tokenizer(processor),
-        numerics_key(network),
+        [device.type, chip, network.config._attn_implementation, str(network.dtype)],  # rounding depends on these
         [importlib.metadata.version(package) for package in PACKAGES],
     )
 
@@ -292,13 +293,6 @@ def hash_tokenizer(processor: Processor) -> str:
     """Hash everything that determines token ids: the tokenizer, the system prompt and the placeholders."""
     config = processor.config
     return hash_values(processor.tokenizer.backend_tokenizer.to_str(), config.system_prompt, config.placeholder_ids)
-
-
-def numerics_key(network: Network) -> list[Any]:
-    """Return what rounding depends on: device, threads, attention implementation and dtype."""
-    on_gpu = network.device.type == "cuda"
-    processor = torch.cuda.get_device_name(network.device) if on_gpu else f"{torch.get_num_threads()} threads"
-    return [network.device.type, processor, network.config._attn_implementation, str(network.dtype)]
 
 
 def hash_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:

@@ -6,6 +6,7 @@ nats per token.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,15 +85,13 @@ class KLProbe:
         # Dropout would count as a difference.
         training = model.training
         model.eval()
-        kl = self._mean(lambda inputs: model(inputs, distributions=True), without_adapter)
+        kl = self._mean(partial(model, distributions=True), without_adapter)
         model.train(training)
         return kl
 
-    def kl_between(self, policy: Network, start: Network) -> float:
+    def kl_between(self, policy: nn.Module, start: nn.Module) -> float:
         """Return the KL of one network from another, both in evaluation mode, in nats per token."""
-        return self._mean(
-            lambda inputs: policy(inputs, distributions=True), lambda inputs: start(inputs, distributions=True)
-        )
+        return self._mean(partial(policy, distributions=True), partial(start, distributions=True))
 
     @torch.no_grad()
     def _mean(self, policy: LogProbs, reference: LogProbs) -> float:

@@ -137,21 +137,6 @@ def kv_cache_bytes(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
     return 2 * stack.layers * stack.kv_heads * stack.head_width * tokens * numbers.stored
 
 
-def projector_saved(vision_width: int, numbers: NumberSizes, *, patches: int, width: int) -> int:
-    """Return the bytes that SigLIP's trained projector saves: its input, and its activation's input and output."""
-    return patches * numbers.computed * (vision_width + 2 * width)
-
-
-def merger_saved(width: int, numbers: NumberSizes, *, patches: int) -> int:
-    """Return the bytes that Qwen2.5-VL's trained merger saves: input, normed input, activation input and output."""
-    return patches * width * (FLOAT32 + 3 * numbers.computed)
-
-
-def chunks_workspace(stack: Stack, numbers: NumberSizes, *, steps: int) -> int:
-    """Return the workspace of Whisper's encoder: convolutions at twice the steps, or a layer's temporaries."""
-    return steps * max(2 * 2 * numbers.computed * stack.width, workspace(stack, numbers))
-
-
 def windows_saved(stack: Stack, numbers: NumberSizes, *, steps: int, queries: int, audio_width: int) -> int:
     """Return the bytes that a trained Q-Former saves.
 

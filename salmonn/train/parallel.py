@@ -14,7 +14,7 @@ State is saved and restored as whole tensors by parameter name, so a run may res
 
 import importlib.util
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol
 
@@ -105,7 +105,7 @@ def trainable_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter
 
 
 class TorchStrategy:
-    """Common part of DDP and FSDP2: torch's own optimizer and gradient clipping."""
+    """Common part of DDP and FSDP2 as `TrainingStrategy`: torch's own optimizer and gradient clipping."""
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> None:
         self.network = network
@@ -114,39 +114,38 @@ class TorchStrategy:
         self.max_grad_norm = max_grad_norm
 
     def backward(self, loss: Tensor) -> None:
-        """See `TrainingStrategy`."""
         loss.backward()
 
     def clip(self) -> float:
-        """See `TrainingStrategy`."""
         norm = torch.nn.utils.clip_grad_norm_(
             (value for _, value in trainable_parameters(self.network)), self.max_grad_norm
         )
         return float(_full_tensor(norm))
 
     def step(self, learning_rate: float) -> None:
-        """See `TrainingStrategy`."""
         _set_learning_rate(self.optimizer, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """See `TrainingStrategy`. A parameter that no batch has used yet has no Adam state."""
         for name, parameter in trainable_parameters(self.network):
             yield f"model.{name}", _full_tensor(parameter.detach())
+            # A parameter that no batch has used yet has no Adam state.
             for key, value in self.optimizer.state[parameter].items():
                 yield f"{key}.{name}", _full_tensor(value)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `TrainingStrategy`."""
         for name, parameter in trainable_parameters(self.network):
             if f"step.{name}" in tensors:
-                moments = {key: _shard_like(parameter, tensors[f"{key}.{name}"]) for key in MOMENTS}
+                moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
+                if isinstance(parameter, DTensor):
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    moments = {key: distribute_tensor(value, mesh, placements) for key, value in moments.items()}
                 # Adam keeps its step count on the CPU and its moments on the device of the weights.
                 self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **moments}
 
     def close(self) -> None:
-        """See `TrainingStrategy`; nothing to release."""
+        """Do nothing: there is nothing to release."""
 
 
 class DdpStrategy(TorchStrategy):
@@ -161,7 +160,6 @@ class DdpStrategy(TorchStrategy):
             self.model = DistributedDataParallel(network, find_unused_parameters=True)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
-        """See `TrainingStrategy`."""
         if last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
         return self.model.no_sync()
@@ -177,8 +175,10 @@ class FsdpStrategy(TorchStrategy):
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> None:
         named = dict(trainable_parameters(network))
-        for module in _decoder_layers(network):
-            fully_shard(module)
+        for name, layers in network.named_modules():
+            if name.startswith("lm.") and name.endswith(".layers"):
+                for layer in layers.children():
+                    fully_shard(layer)
         fully_shard(network)
         assert isinstance(network, FSDPModule)
         new = dict(network.named_parameters())
@@ -189,14 +189,13 @@ class FsdpStrategy(TorchStrategy):
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """See `TrainingStrategy`."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last)
         yield
 
 
 class ZeroStrategy:
-    """DeepSpeed ZeRO. A weight that no batch uses gets a zero gradient, while the other strategies skip it.
+    """DeepSpeed ZeRO as `TrainingStrategy`. A weight that no batch uses gets a zero gradient; other strategies skip it.
 
     Stage 3 gathers weights in each call, stage 2 reduces gradients after each.
     """
@@ -231,27 +230,23 @@ class ZeroStrategy:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """See `TrainingStrategy`."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """See `TrainingStrategy`."""
         self.model.backward(loss)
 
     def clip(self) -> float:
-        """See `TrainingStrategy`; DeepSpeed itself clips in `step`."""
+        # DeepSpeed itself clips in `step`.
         groups = self._zero._get_norm_groups() if self.stage == 3 else [self._zero.scaled_global_norm()]
         # DeepSpeed reports -1 for a norm that is not finite.
         return math.hypot(*(float(group) if group >= 0 else math.nan for group in groups))
 
     def step(self, learning_rate: float) -> None:
-        """See `TrainingStrategy`."""
         _set_learning_rate(self._zero, learning_rate)
         self.model.step()
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """See `TrainingStrategy`."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # noqa: PLC0415
 
         count = next(state["step"] for state in self._adam.state.values())
@@ -262,7 +257,6 @@ class ZeroStrategy:
             yield f"step.{name}", count.clone()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """See `TrainingStrategy`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state  # noqa: PLC0415
 
         for state in self._adam.state.values():
@@ -276,11 +270,13 @@ class ZeroStrategy:
 
     def _create_adam_state(self) -> None:
         """Create Adam's state now: if created at step one, DeepSpeed links only the first group to its weights."""
-        for flat in self._flat:
+        zero = self._zero
+        # Flat partitions of the weights that this process updates.
+        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
             moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
             self._adam.state[flat] = {"step": torch.tensor(0.0), **moments}
         if self.stage == 2:
-            self._zero._lazy_init_hp_params_optimizer_state()
+            zero._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers and empty the network.
@@ -308,18 +304,6 @@ class ZeroStrategy:
         assert isinstance(adam, torch.optim.Optimizer)
         return adam
 
-    @property
-    def _flat(self) -> Iterable[Tensor]:
-        """Flat partitions of the weights that this process updates."""
-        zero = self._zero
-        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
-
-
-def _decoder_layers(network: nn.Module) -> list[nn.Module]:
-    """Return the decoder layers of the language model in order."""
-    lists = [module for name, module in network.named_modules() if name.startswith("lm.") and name.endswith(".layers")]
-    return [layer for layers in lists for layer in layers.children()]
-
 
 def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
     for group in optimizer.param_groups:
@@ -328,9 +312,3 @@ def _set_learning_rate(optimizer: Any, learning_rate: float) -> None:
 
 def _full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return whole.to(parameter.device)

@@ -53,25 +53,12 @@ class RunSummary:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "RunSummary":
-        """Parse the result of `to_json`, or the bare rates of a run with one stage.
+        """Parse a summary as `dataclasses.asdict` returns it, or the bare rates of a run with one stage.
 
         Raises:
             ValueError: the values are not rates.
         """
-        if "sft" not in value:
-            return cls(parse_record(value, Rates))
-        return cls(
-            sft=parse_record(value["sft"], Rates),
-            rounds=[parse_record(rates, Rates) for rates in value["rounds"]],
-            rebirth=parse_record(value["rebirth"], Rates) if value["rebirth"] else None,
-            kl=value.get("kl", {}),
-            best=value.get("best"),
-            stopped=value.get("stopped"),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return `{"sft": {...}, "rounds": [{...}], "rebirth": {...}, "kl": {...}, "best": ..., "stopped": ...}`."""
-        return asdict(self)
+        return parse_record(value if "sft" in value else {"sft": value}, cls)
 
     @property
     def stages(self) -> Mapping[str, Rates]:
@@ -240,7 +227,13 @@ def read_run(folder: Path) -> RunRecord:
         ValueError: the folder holds no run, or a file in it is malformed.
     """
     path = folder / SUMMARY_NAME
-    summary = _read_summary(path) if path.is_file() else _summary_so_far(folder)
+    if path.is_file():
+        try:
+            summary: RunSummary | None = RunSummary.from_json(read_json(path))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not the summary of a run: {error}") from error
+    else:
+        summary = _summary_so_far(folder)
     stages = list(_read_stages(folder))
     if not stages and summary is None:
         raise ValueError(
@@ -254,13 +247,6 @@ def read_run(folder: Path) -> RunRecord:
         stages=stages,
         config=configs[0].read_text(encoding="utf-8") if configs else "",
     )
-
-
-def _read_summary(path: Path) -> RunSummary:
-    try:
-        return RunSummary.from_json(read_json(path))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not the summary of a run: {error}") from error
 
 
 def _summary_so_far(folder: Path) -> RunSummary | None:

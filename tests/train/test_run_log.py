@@ -50,13 +50,13 @@ def run_folder(tmp_path):
     write_records(
         folder / "round_1" / "pairs.jsonl", [pair, replace(pair, chosen="one two three four five", margin=0.25)]
     )
-    write_json(folder / "summary.json", SUMMARY.to_json())
+    write_json(folder / "summary.json", asdict(SUMMARY))
     write_text(folder / "mrdpo.yaml", "model: <script>alert(1)</script>\n")
     return folder
 
 
 def test_summary_json(tmp_path):
-    write_json(tmp_path / "summary.json", SUMMARY.to_json())
+    write_json(tmp_path / "summary.json", asdict(SUMMARY))
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written == {
         "sft": as_json(0.5, 0.25, 0.75, 0.125, 0.4, 20),
