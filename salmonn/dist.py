@@ -132,12 +132,20 @@ def gather_balanced(items: Sequence[Item], shares: Sequence[Sequence[int]]) -> l
         shares: return value of `balance`.
     """
     assert len(items) == len(shares[rank()]), "one result for each task of the share"
-    results = {
-        place: item
-        for share, part in zip(shares, _all_gather(items), strict=True)
-        for place, item in zip(share, part, strict=True)
+    return ungroup(_all_gather(items), shares)
+
+
+def ungroup(parts: Sequence[Sequence[Item]], groups: Sequence[Sequence[int]]) -> list[Item]:
+    """Return the items of all groups in the order of their indices.
+
+    Args:
+        parts: items of each group.
+        groups: indices of these items, which are 0, 1, ... in some order.
+    """
+    items = {
+        index: item for group, part in zip(groups, parts, strict=True) for index, item in zip(group, part, strict=True)
     }
-    return [results[place] for place in range(len(results))]
+    return [items[index] for index in range(len(items))]
 
 
 def _all_gather(items: Sequence[Item]) -> list[list[Item]]:

@@ -1,4 +1,4 @@
-"""The `salmonn` command line: a parser with one subcommand per task.
+"""The `salmonn` command line: a parser with one subcommand per task, and the smallest commands, `plot` and `synth`.
 
 Commands import heavy modules when they run, so that `--help` and scoring start at once and without torch.
 """
@@ -7,28 +7,79 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from jsonargparse import Namespace
+from tqdm import tqdm
 
 from salmonn.cli.caption import caption_parser, run_caption
 from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.export import export_parser, run_export
-from salmonn.cli.judge_benchmark import benchmark_parser, run_judge_benchmark
 from salmonn.cli.options import WRONG_USAGE
-from salmonn.cli.plot import plot_parser, run_plot
 from salmonn.cli.score import (
+    benchmark_parser,
     compare_parser,
     events_parser,
     qa_parser,
     run_compare,
     run_events,
+    run_judge_benchmark,
     run_qa,
     run_score,
     score_parser,
 )
 from salmonn.cli.serve import run_serve, serve_parser
-from salmonn.cli.synth import run_synth, synth_parser
 from salmonn.config import FlagParser
+from salmonn.synthetic.render import SynthConfig, make_clips
+
+
+def plot_parser() -> FlagParser:
+    """Return the arguments of `salmonn plot`."""
+    parser = FlagParser(
+        description="Plot the curves of a training run (curves.png) and list its stages in a table and an HTML report "
+        "that works offline (run.html). Works for finished, running and interrupted runs."
+    )
+    parser.add_argument("run", type=Path, help="output folder of a recipe")
+    parser.add_argument("--out", type=Path | None, default=None, help="folder for both files (default: the run folder)")
+    return parser
+
+
+def run_plot(values: Namespace) -> int:
+    """Print the table of stages; write the plot and the report."""
+    from salmonn.train.plots import plot_curves, write_page
+    from salmonn.train.run_log import print_summary, read_run
+
+    record = read_run(values.run)
+    out = values.out or values.run
+    out.mkdir(parents=True, exist_ok=True)
+    plot_curves(record, out / "curves.png")
+    write_page(record, out / "run.html")
+    if record.summary:
+        print_summary(record.summary)
+    sys.stderr.write(f"wrote {out / 'curves.png'} and {out / 'run.html'}\n")
+    return 0
+
+
+def synth_parser() -> FlagParser:
+    """Return the arguments of `salmonn synth`."""
+    parser = FlagParser(
+        description="Render synthetic MP4 clips (H.264 and AAC); clips.jsonl lists their events, captions and "
+        "questions. The same seed gives the same clips. After an interruption, run the same command to resume."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the clips")
+    parser.add_class_arguments(SynthConfig)
+    return parser
+
+
+def run_synth(values: Namespace) -> int:
+    """Render synthetic clips."""
+    names = set(asdict(SynthConfig()))
+    config = SynthConfig(**{name: value for name, value in vars(values).items() if name in names})
+    with tqdm(total=config.clips, desc="rendering", unit="clip") as bar:
+        make_clips(values.out, config, progress=bar.update)
+    return 0
+
 
 Command = tuple[Callable[[], FlagParser], Callable[[Namespace], int], str]
 

@@ -9,7 +9,7 @@ list of `{"id": [video], "pred": text}`, where a text with `<|im_end|>` is compl
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 END_OF_ANSWER = "<|im_end|>"
 SCORE_FORMAT = 1
-_PUBLISHED = "a JSON list in the format of the published test set"
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,7 @@ def read_references(path: Path) -> dict[str, Reference]:
         FileNotFoundError: there is no such file.
         ValueError: a line or item is invalid, or a video has two references.
     """
-    if path.suffix == ".json":
-        items = [_published_reference(item, where=where) for item, where in read_objects(path, expected=_PUBLISHED)]
-    else:
-        items = read_records(path, Reference)
+    items = _read_published(path, _published_reference) if path.suffix == ".json" else read_records(path, Reference)
     references = {reference.video: reference for reference in items}
     if len(references) < len(items):
         videos = [reference.video for reference in items]
@@ -115,7 +111,7 @@ def read_captions(path: Path) -> list[Caption]:
     """
     if path.suffix != ".json":
         return read_records(path, Caption)
-    items = [_published_prediction(item, where=where) for item, where in read_objects(path, expected=_PUBLISHED)]
+    items = _read_published(path, _published_prediction)
     captions = {caption.video: caption for caption in items}
     if len(captions) < len(items):
         num_duplicates = len(items) - len(captions)
@@ -174,27 +170,30 @@ def _parse_json(content: bytes, *, where: str) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _published_reference(item: dict[str, Any], *, where: str) -> Reference:
+def _read_published(path: Path, parse: Callable[[dict[str, Any]], Record]) -> list[Record]:
+    records = []
+    for item, where in read_objects(path, expected="a JSON list in the format of the published test set"):
+        try:
+            records.append(parse(item))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return records
+
+
+def _published_reference(item: dict[str, Any]) -> Reference:
     video, events = item.get("video"), item.get("events")
     if not isinstance(video, str) or not isinstance(events, list) or not all(isinstance(text, str) for text in events):
-        raise ValueError(f'{where}: expected {{"video": text, "events": [text, ...]}}, got the keys {", ".join(item)}')
+        raise ValueError(f'expected {{"video": text, "events": [text, ...]}}, got the keys {", ".join(item)}')
     caption = item.get("caption")
     record = {"video": video, "events": [{"text": text} for text in events]}
-    return _parse_at(record | ({"caption": caption} if isinstance(caption, str) else {}), Reference, where=where)
+    return parse_record(record | ({"caption": caption} if isinstance(caption, str) else {}), Reference)
 
 
-def _published_prediction(item: dict[str, Any], *, where: str) -> Caption:
+def _published_prediction(item: dict[str, Any]) -> Caption:
     video, text = (
         value[0] if isinstance(value, list) and value else value for value in (item.get("id"), item.get("pred"))
     )
     if not isinstance(video, str) or not isinstance(text, str):
-        raise ValueError(f'{where}: expected {{"id": [video], "pred": text}}, got the keys {", ".join(item)}')
+        raise ValueError(f'expected {{"id": [video], "pred": text}}, got the keys {", ".join(item)}')
     record = {"video": video, "text": text.replace(END_OF_ANSWER, ""), "finished": END_OF_ANSWER in text}
-    return _parse_at(record, Caption, where=where)
-
-
-def _parse_at(value: dict[str, Any], record_type: type[Record], *, where: str) -> Record:
-    try:
-        return parse_record(value, record_type)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    return parse_record(record, Caption)

@@ -1,6 +1,6 @@
 """Caption highlighting: text that mentions an event correctly or not, is hallucinated, or is repeated."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -70,6 +70,26 @@ def locate_quotes(text: str, score: Score) -> list[Quote]:
             taken[slice(*span)] = b"\1" * (span[1] - span[0])
         quotes.append(Quote(quote.kind, quote.text, quote.event, span))
     return quotes + [Quote("repeated", text[start:end], None, (start, end)) for start, end in find_repeated_spans(text)]
+
+
+def find_missed_events(score: Score, events: Sequence[Event]) -> list[tuple[str, Event | None]]:
+    """Return the texts of missed events, each with its event among those that are not mentioned, if there is one.
+
+    Args:
+        score: score, which has only the texts of the missed events.
+        events: events of the reference.
+    """
+    remaining = list(events)
+    for mention in score.mentions:
+        if mention.event in remaining:
+            remaining.remove(mention.event)
+    missed: list[tuple[str, Event | None]] = []
+    for text in score.missed:
+        event = next((event for event in remaining if event.text == text), None)
+        if event:
+            remaining.remove(event)
+        missed.append((text, event))
+    return missed
 
 
 def _list_quotes(score: Score) -> Iterator[Quote]:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from salmonn.records import Caption, Event, EventModality, JudgeInfo, Reference, Score, Unscored, write_text
-from salmonn.score.highlight import Highlight, Quote, highlight_caption, locate_quotes
+from salmonn.score.highlight import Highlight, Quote, find_missed_events, highlight_caption, locate_quotes
 from salmonn.score.judge import restrict_to_span
 from salmonn.score.metrics import Rates
 from salmonn.templates import load_template
@@ -219,19 +219,8 @@ def _with_captions(report: Report) -> list[tuple[Score, Caption | None]]:
 
 
 def _missed_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event | None]]:
-    """Return texts of missed events, each with the reference's unmentioned event of that text, if there is one."""
     reference = report.references.get(score.video, Reference(score.video))
-    events = list((restrict_to_span(reference, caption) if caption else reference).events)
-    for mention in score.mentions:
-        if mention.event in events:
-            events.remove(mention.event)
-    missed: list[tuple[str, Event | None]] = []
-    for text in score.missed:
-        event = next((event for event in events if event.text == text), None)
-        if event:
-            events.remove(event)
-        missed.append((text, event))
-    return missed
+    return find_missed_events(score, (restrict_to_span(reference, caption) if caption else reference).events)
 
 
 def _classified_events(report: Report, score: Score, caption: Caption | None) -> list[tuple[str, Event]]:

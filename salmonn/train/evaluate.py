@@ -99,12 +99,7 @@ def map_batches(
         for number in mine:
             computed.append(compute(number))
             bar.update(len(batches[number]))
-    items = {
-        index: item
-        for indices, part in zip(batches, dist.gather_balanced(computed, shares), strict=True)
-        for index, item in zip(indices, part, strict=True)
-    }
-    return [items[index] for index in range(len(items))]
+    return dist.ungroup(dist.gather_balanced(computed, shares), batches)
 
 
 def cache_features(captioner: Captioner, *sets: ClipSet, name: str, cache: FeatureCache | None = None) -> list[ClipSet]:
@@ -282,13 +277,7 @@ def judge_captions(
     mine = [groups[number] for number in shares[dist.rank()]]
     tasks = [ScoringTask(references[captions[index].video], captions[index]) for group in mine for index in group]
     results = iter(judge(tasks))
-    judged = dist.gather_balanced([[next(results) for _ in group] for group in mine], shares)
-    by_index = {
-        index: result
-        for group, part in zip(groups, judged, strict=True)
-        for index, result in zip(group, part, strict=True)
-    }
-    return [by_index[index] for index in range(len(captions))]
+    return dist.ungroup(dist.gather_balanced([[next(results) for _ in group] for group in mine], shares), groups)
 
 
 def drop_unscored(results: Sequence[T | Unscored], *, name: str) -> list[T]:

@@ -4,7 +4,6 @@ All answers about a clip share its prefix: the clip's tokens pass through the de
 behind them. Which rows of a batch belong to which role is written in the batch (`PreferenceBatch.rows`).
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -176,8 +175,7 @@ def compute_reference_logps(
             return cached
     computed = dict(zip(mine, score([examples[index] for index in mine]), strict=True))
     shards = [[computed[index][0] for index in by_clip[number]] for number in shares[dist.rank()]]
-    results = dict(zip(itertools.chain(*by_clip), itertools.chain(*dist.gather_balanced(shards, shares)), strict=True))
-    logps = [results[index] for index in range(len(examples))]
+    logps = dist.ungroup(dist.gather_balanced(shards, shares), by_clip)
     if folder and dist.is_main():
         values = {"format": REFERENCE_LOGPS_FORMAT, "fingerprint": fingerprint, "logps": logps}
         write_json(folder / REFERENCE_LOGPS_NAME, values)

@@ -1,6 +1,9 @@
-"""The web UI: its tabs, its theme and its launch options."""
+"""The web UI: its tabs, of which Results and Runs are built here, its theme and its launch options."""
 
-from collections.abc import Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -8,10 +11,14 @@ from typing import Any
 import gradio as gr
 from gradio import processing_utils
 
+from salmonn.preference.votes import VoteStore, summarize_votes
+from salmonn.train.plots import write_page
+from salmonn.train.run_log import read_run
 from salmonn.webui.caption_tab import CaptionTab
 from salmonn.webui.compare_tab import CompareTab
-from salmonn.webui.results_tab import add_results, add_run
-from salmonn.webui.session import AppState
+from salmonn.webui.controls import QUIET
+from salmonn.webui.rendering import render_error, render_placeholder, render_results, render_run
+from salmonn.webui.session import AppState, error_message
 from salmonn.webui.uploads import BlockedTransport
 
 HERE = Path(__file__).parent
@@ -20,6 +27,11 @@ SUBTITLE = "Captions of what is seen, heard and said in a video, and how far the
 # System fonts, so that none are downloaded.
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "monospace")
+NO_RUN = render_placeholder(
+    "No training run", "Start the web UI with --run and the output folder of a recipe: salmonn demo --run run"
+)
+NO_VOTES = render_placeholder("No votes yet", "Vote for the better of two captions under Compare; results appear here.")
+_plot_lock = threading.Lock()  # matplotlib's settings are global
 
 
 def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] = ()) -> gr.Blocks:
@@ -40,9 +52,12 @@ def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] 
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
                 compare_tab = CompareTab(state)
             with gr.Tab("Results", id="results") as results:
-                add_results(results, state.votes)
+                _add_refreshed(results, partial(load_results, state.votes), name="results", initial=NO_VOTES)
             with gr.Tab("Runs", id="runs") as runs:
-                add_run(runs, run)
+                if run is None:
+                    gr.HTML(NO_RUN)
+                else:
+                    _add_refreshed(runs, partial(load_run, run), name="run", initial="")
 
         def end_session(request: gr.Request) -> None:
             session = str(request.session_hash)
@@ -52,6 +67,34 @@ def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] 
 
         app.unload(end_session)
     return app
+
+
+def load_run(run: Path) -> str:
+    """Return a training run, as `salmonn plot` shows it, as HTML."""
+    try:
+        with _plot_lock, tempfile.TemporaryDirectory() as folder:
+            page = Path(folder) / "run.html"
+            write_page(read_run(run), page)
+            return render_run(page.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        return render_error(f"{error_message(error, run)}. Press Refresh once the run has written results")
+
+
+def load_results(store: VoteStore) -> str:
+    """Return the summary of the votes as HTML."""
+    try:
+        votes = store.read()
+        return render_results(summarize_votes(votes, store.read_log()), folder=store.folder) if votes else NO_VOTES
+    except (ValueError, OSError) as error:
+        return render_error(f"the votes cannot be read: {error_message(error, store.folder)}")
+
+
+def _add_refreshed(tab: gr.Tab, load: Callable[[], str], *, name: str, initial: str) -> None:
+    """Add HTML that is loaded when the tab is selected, and a button to refresh it."""
+    refresh = gr.Button("Refresh", size="sm", elem_id=f"refresh-{name}", elem_classes=["refresh"])
+    content = gr.HTML(initial, elem_id=name)
+    for event in (refresh.click, tab.select):
+        event(load, None, content, **QUIET | {"show_progress": "minimal"})
 
 
 def launch_options() -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Render records as HTML. All text of models and users is escaped."""
 
-from collections.abc import Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from salmonn.preference.votes import VoteSummary
 from salmonn.records import Caption, Event, Score
-from salmonn.score.highlight import highlight_caption
+from salmonn.score.highlight import find_missed_events, highlight_caption
 from salmonn.templates import load_template
 from salmonn.webui.scorer import CaptionAnalysis
 
@@ -50,26 +49,13 @@ def render_analysis(analysis: CaptionAnalysis, *, judge: str) -> str:
     """Render the score and the events of a caption, and the notes on what is missing."""
     parts = [_macros().notes(analysis.notes)]
     if analysis.score and analysis.reference:
-        missing = missing_events(analysis.reference.events, analysis.score)
+        missing = [
+            event or Event(text) for text, event in find_missed_events(analysis.score, analysis.reference.events)
+        ]
         parts.append(_macros().scored(analysis.score, missing, judge))
     if analysis.events:
         parts.append(_macros().events(analysis.events))
     return "".join(map(str, parts))
-
-
-def missing_events(events: Sequence[Event], score: Score) -> list[Event]:
-    """Find the missing events of a score, which lists only their texts, among the events of the reference."""
-    remaining = list(events)
-    for mention in score.mentions:
-        if mention.event in remaining:
-            remaining.remove(mention.event)
-    missing = []
-    for text in score.missed:
-        event = next((event for event in remaining if event.text == text), Event(text))
-        if event in remaining:
-            remaining.remove(event)
-        missing.append(event)
-    return missing
 
 
 def render_candidate(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from salmonn.cli.judge_benchmark import print_benchmark
+from salmonn.cli.score import print_benchmark
 from salmonn.preference import benchmark as module
 from salmonn.preference.benchmark import (
     LabelledPair,
@@ -179,7 +179,7 @@ def test_groups():
 
 def test_every_row_is_printed(monkeypatch):
     out = io.StringIO()
-    monkeypatch.setattr("salmonn.cli.judge_benchmark.Console", lambda **options: Console(file=out, **options))
+    monkeypatch.setattr("salmonn.cli.score.Console", lambda **options: Console(file=out, **options))
     result = decide(pair("0 0", "1 0", kind="order", gap=1), pair("1 0 a", "0 0", kind="colour", gap=1))
     print_benchmark(result)
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from salmonn.records import Event, Mention, Score
-from salmonn.score.highlight import Highlight, Quote, highlight_caption, locate_quotes
+from salmonn.score.highlight import Highlight, Quote, find_missed_events, highlight_caption, locate_quotes
 
 CIRCLE = Event("a red circle appears", "visual", 1.0, 2.0)
 BEEP = Event("a beep is heard", "audio", 2.0, 3.0)
@@ -92,3 +92,10 @@ def test_joined_highlights_are_the_caption(text, quotes, other):
     highlights = highlight_caption(text, scored)
     assert "".join(part.text for part in highlights) == text
     assert all(part.text for part in highlights)
+
+
+def test_missed_events_with_equal_texts():
+    second = Event("a beep", "audio", 5.0, 6.0)
+    first = Event("a beep", "audio", 1.0, 2.0)
+    score = Score("v", 3, 2, 0, 0, missed=("a beep", "unlisted"), mentions=(Mention(first),))
+    assert find_missed_events(score, [first, second]) == [("a beep", second), ("unlisted", None)]

@@ -7,7 +7,6 @@ import pytest
 from salmonn.preference.votes import summarize_votes
 from salmonn.records import Caption, Event, Mention, Reference, Score
 from salmonn.webui.rendering import (
-    missing_events,
     render_analysis,
     render_candidate,
     render_caption,
@@ -94,13 +93,6 @@ def test_an_analysis_without_a_score():
         render_analysis(CaptionAnalysis(ANALYSIS.caption, (VISUAL,), notes=("No score: why.",)), judge="rule")
     )
     assert text.startswith("No score: why.") and "Events found 1" in text and "Total" not in text
-
-
-def test_missing_events_with_equal_texts():
-    second = Event("a beep", "audio", 5.0, 6.0)
-    first = Event("a beep", "audio", 1.0, 2.0)
-    score = Score("v", 3, 2, 0, 0, missed=("a beep", "unlisted"), mentions=(Mention(first),))
-    assert missing_events([first, second], score) == [second, Event("unlisted")]
 
 
 def test_a_caption_that_was_cut_off():

@@ -13,10 +13,10 @@ from salmonn.model.layout import ClipInfo
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
+from salmonn.webui.app import load_results, load_run
 from salmonn.webui.caption_tab import CaptionTab
 from salmonn.webui.compare_tab import CompareTab, ComparisonState, ScoredCandidate
 from salmonn.webui.controls import QUESTION
-from salmonn.webui.results_tab import load_results, load_run
 from salmonn.webui.scorer import CaptionScorer
 from salmonn.webui.session import AppState
 from salmonn.webui.uploads import UploadStore
