@@ -299,7 +299,7 @@ def _miscount(outline: Outline, rng: random.Random) -> Draft:
     if is_sound:
         place = rng.choice(counted)
         sound = outline.mentioned[place]
-        number = count_pulses(sound)
+        number = sound.num_pulses
         endings = (f"{sound.value} are heard", f"{sound.value} can be heard")
         index = outline.scene_events.index(sound)
         events[index] = replace(events[index], text=f"{NUMBERS[number]} {endings[0]}")
@@ -318,14 +318,6 @@ def _miscount(outline: Outline, rng: random.Random) -> Draft:
         else:
             clauses.insert(place, CaptionClause(wordings, is_sentence=True))
     return Draft(better, worse, 1, [place], tuple(events))
-
-
-def count_pulses(sound: SceneEvent) -> int:
-    """Return the number of beeps or clicks that `salmonn.synthetic.render` renders."""
-    seconds = sound.end_seconds - sound.start_seconds
-    if sound.value == "beeps":
-        return 3 if seconds < 1.2 else 4
-    return min(max(round(seconds / 0.25), 4), 6)
 
 
 def _invent(outline: Outline, rng: random.Random) -> Draft | None:

@@ -146,12 +146,7 @@ def measure_stages(stages: Sequence[Stage], folder: Path, *, launched: float) ->
 
 
 class Trial:
-    """A command that is started several times in one folder.
-
-    Args:
-        line: command line.
-        folder: working directory, which is emptied first.
-    """
+    """A command that is started several times in one folder, which is emptied first."""
 
     def __init__(self, line: Sequence[str], folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)

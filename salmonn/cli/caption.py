@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from tqdm import tqdm
 
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
-from salmonn.cli.options import SOME_FAILED, add_model_options, load_captioner, plural
+from salmonn.cli.options import SOME_FAILED, add_model_options, add_subtitle_options, load_captioner, plural
 from salmonn.config import FlagParser
 from salmonn.records import Modality
 
@@ -86,11 +86,7 @@ def _add_output_options(parser: FlagParser) -> None:
         "--export", nargs="+", type=formats, default=[], help="csv, parquet: a table beside --out, written at the end; "
         "txt, srt, vtt: a file beside each video, written with its caption"
     )  # fmt: skip
-    group.add_argument(
-        "--subtitle_dir", type=Path | None, default=None, help="folder for txt, srt and vtt files (default: beside "
-        "each video)"
-    )  # fmt: skip
-    group.add_argument("--replace_subtitles", action="store_true", help="overwrite existing subtitle files, too")
+    add_subtitle_options(group)
     group.add_argument(
         "--lines_per_file", type=int | None, default=None, help="split the output: captions.00001.jsonl, ..."
     )

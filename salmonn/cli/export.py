@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from salmonn.cli.options import SOME_FAILED, plural
+from salmonn.cli.options import SOME_FAILED, add_subtitle_options, plural
 from salmonn.config import FlagParser
 
 
@@ -20,11 +20,7 @@ def export_parser() -> FlagParser:
         "--to", nargs="+", type=str, required=True, help="file names that end in .csv (in a spreadsheet, import as "
         "text), .parquet or .jsonl; or txt, srt, vtt for subtitle files"
     )  # fmt: skip
-    parser.add_argument(
-        "--subtitle_dir", type=Path | None, default=None, help="folder for txt, srt and vtt files (default: beside "
-        "each video)"
-    )  # fmt: skip
-    parser.add_argument("--replace_subtitles", action="store_true", help="overwrite existing subtitle files, too")
+    add_subtitle_options(parser)
     return parser
 
 

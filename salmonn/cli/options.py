@@ -3,7 +3,8 @@
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jsonargparse import Namespace
 from rich.table import Table
@@ -73,6 +74,15 @@ def add_server_options(parser: FlagParser, *, port: int, read_seconds: float) ->
     parser.add_argument("--workers", type=int, default=2, help="processes that decode files, at least 1")
     parser.add_argument("--read_seconds", type=float, default=read_seconds, help="time limit for decoding a file")
     parser.add_argument("--read_gib", type=float, default=4.0, help="memory limit for decoding a file")
+
+
+def add_subtitle_options(parser: Any) -> None:
+    """Add the folder of subtitle files, and whether they may overwrite existing ones, to a parser or group."""
+    parser.add_argument(
+        "--subtitle_dir", type=Path | None, default=None, help="folder for txt, srt and vtt files (default: beside "
+        "each video)"
+    )  # fmt: skip
+    parser.add_argument("--replace_subtitles", action="store_true", help="overwrite existing subtitle files, too")
 
 
 def is_loopback(host: str) -> bool:

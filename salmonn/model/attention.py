@@ -77,11 +77,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class PackedAttention:
-    """Attention of a whole packed batch: each prefix to itself, then each suffix to its prefix and itself.
-
-    Args:
-        packed: the batch.
-    """
+    """Attention of a whole packed batch: each prefix to itself, then each suffix to its prefix and itself."""
 
     def __init__(self, packed: PackedBatch) -> None:
         self.packed = packed
@@ -124,12 +120,7 @@ class PackedAttention:
 
 
 class PrefillAttention(PackedAttention):
-    """Packed attention that also stores keys and values in a cache for the decode steps that follow.
-
-    Args:
-        packed: the batch, or a chunk of it.
-        cache: the KV cache.
-    """
+    """Packed attention that also stores keys and values in a cache for the decode steps that follow."""
 
     def __init__(self, packed: PackedBatch, cache: KVCache) -> None:
         super().__init__(packed)

@@ -140,11 +140,7 @@ class VoteMedia:
 
 
 class VoteStore:
-    """A folder of votes, which several threads and processes may use.
-
-    Args:
-        folder: the folder; created if necessary.
-    """
+    """A folder of votes, which several threads and processes may use."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

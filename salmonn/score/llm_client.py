@@ -141,9 +141,6 @@ class ResponseCache:
 class LLMClient:
     """Sends requests to a language model, many of them concurrently.
 
-    Args:
-        config: model, server, limits and cache.
-
     Raises:
         ValueError: no API key is set for OpenAI's own server, or the cache file cannot be used.
     """

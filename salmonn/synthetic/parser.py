@@ -13,16 +13,6 @@ from functools import lru_cache
 from salmonn.records import Event, EventModality, Reference
 from salmonn.synthetic.lexicon import FILLER_WORDS, LEXICON, SOUNDS, canonical_clause, replace_idioms
 
-# Contents of `Claim.details` by kind; "" stands for a detail that the text does not give.
-DETAILS = {
-    "appear": ("colour", "shape"),
-    "leave": ("colour", "shape"),
-    "blink": ("colour", "shape"),
-    "move": ("colour", "shape", "direction"),
-    "change": ("colour", "shape", "to_colour"),
-    "sound": ("sound",),
-    "unreadable": ("words",),
-}
 # A clause with more unknown words than this makes an "unreadable" claim besides those that were read.
 MAX_UNKNOWN_WORDS = 4
 
@@ -47,7 +37,8 @@ class Claim:
 
     Args:
         kind: appear, leave, blink, move, change, sound, or unreadable.
-        details: details as in `DETAILS`; for an unreadable claim, the words of the clause.
+        details: colour and shape, with the direction of a move or the new colour of a change; the kind of a sound; the
+            words of an unreadable clause. "" stands for a detail that the text does not give.
         modality: audio for sounds, visual for all others.
         clause: words of the text that state the fact.
         clause_number: number of the clause in the text, which distinguishes clauses with equal words.

@@ -209,12 +209,12 @@ def _wave(event: SceneEvent, rng: np.random.Generator, *, seconds: Floats) -> Fl
     """Synthesize a sound at full amplitude; `seconds` (samples,) is the time since its start."""
     kind, length = event.value, event.end_seconds - event.start_seconds
     if kind == "clicks":
-        period = length / min(max(round(length / 0.25), 4), 6)
+        period = length / event.num_pulses
         return rng.uniform(-1, 1, len(seconds)) * np.exp(-(seconds % period) / 0.015)
     if kind == "noise":
         wave = rng.uniform(-1, 1, len(seconds))
     elif kind == "beeps":
-        period = length / (3 if length < 1.2 else 4)
+        period = length / event.num_pulses
         wave = np.sin(2 * np.pi * BEEP_HZ * seconds) * np.clip((0.55 * period - seconds % period) / 0.01, 0, 1)
     elif kind.endswith("sweep"):
         start, end = SWEEP_HZ if kind == "rising sweep" else SWEEP_HZ[::-1]

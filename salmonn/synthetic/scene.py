@@ -119,6 +119,14 @@ class SceneEvent:
     amplitude: float = 0.4
     pitch: float = 1.0
 
+    @property
+    def num_pulses(self) -> int:
+        """Number of beeps or clicks."""
+        seconds = self.end_seconds - self.start_seconds
+        if self.value == "beeps":
+            return 3 if seconds < 1.2 else 4
+        return min(max(round(seconds / 0.25), 4), 6)
+
     def overlap_seconds(self, other: "SceneEvent") -> float:
         """Return the overlap with another event in seconds; a negative value is the gap between them."""
         return min(self.end_seconds, other.end_seconds) - max(self.start_seconds, other.start_seconds)

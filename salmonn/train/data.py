@@ -7,7 +7,7 @@ reads one from references of its own videos or renders synthetic clips. `SftBatc
 import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -309,6 +309,7 @@ class SftBatch:
         return self.inputs.num_tokens
 
 
+@dataclass(frozen=True)
 class SftBatches:
     """Batches of examples, in a new seeded order each epoch.
 
@@ -322,28 +323,20 @@ class SftBatches:
         first_rank: rank that gets the first example of each step.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[TrainingExample],
-        processor: Processor,
-        read_clip: Callable[[ClipSource], ClipInputs | ClipFeatures],
-        *,
-        batch_size: int,
-        seed: int,
-        gradient_accumulation_steps: int = 1,
-        first_rank: int = 0,
-    ) -> None:
-        if not examples:
+    examples: Sequence[TrainingExample]
+    processor: Processor
+    read_clip: Callable[[ClipSource], ClipInputs | ClipFeatures]
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    gradient_accumulation_steps: int = 1
+    first_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.examples:
             raise ValueError(
                 "no training examples: the data has none for the chosen tasks, or only preferences (see recipes/dpo.py)"
             )
-        self.examples = examples
-        self.processor = processor
-        self.read_clip = read_clip
-        self.batch_size = batch_size
-        self.seed = seed
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.first_rank = first_rank
 
     def micro_batches(self, step: int) -> list[SftBatch]:
         """Return this rank's micro-batches of a step."""

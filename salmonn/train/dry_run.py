@@ -6,7 +6,7 @@ audio chunking and token layout, and `salmonn.train.memory` does the arithmetic.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from rich.console import Console
@@ -154,6 +154,7 @@ def clips_per_micro_batch(fit: FitConfig) -> int:
     return math.ceil(share / min(fit.gradient_accumulation_steps, share))
 
 
+@dataclass
 class MemoryPlan:
     """Memory estimate for one network, clip shape and workload.
 
@@ -166,33 +167,26 @@ class MemoryPlan:
         shape: length and format of the clips.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        config: SalmonnConfig,
-        *,
-        placement: Placement,
-        fit: FitConfig,
-        work: Workload,
-        shape: ClipShape = DEFAULT_SHAPE,
-    ) -> None:
-        self.network = network
-        self.config = config
-        self.family = get_family(config)
-        self.placement = placement
-        self.fit = fit
-        self.work = work
-        self.shape = shape
-        stored = 4 if placement.dtype == "float32" else 2  # `auto` is assumed to be bfloat16
-        self.numbers = NumberSizes(stored, 2 if fit.precision == "bfloat16" else stored)
-        self.media = select_modality(placeholder_inputs(config, shape), work.modality)
+    network: Network
+    config: SalmonnConfig
+    _: KW_ONLY
+    placement: Placement
+    fit: FitConfig
+    work: Workload
+    shape: ClipShape = DEFAULT_SHAPE
+
+    def __post_init__(self) -> None:
+        self.family = get_family(self.config)
+        stored = 4 if self.placement.dtype == "float32" else 2  # `auto` is assumed to be bfloat16
+        self.numbers = NumberSizes(stored, 2 if self.fit.precision == "bfloat16" else stored)
+        self.media = select_modality(placeholder_inputs(self.config, self.shape), self.work.modality)
         # The published tokenizer encodes each digit and the decimal point as a token.
         timestamps = [[0] * len(text) for text in self.family.timestamps(self.media)]
         self.layout = self.family.layout(self.media, timestamp_ids=timestamps)
-        self.parameters = count_parameters(network)
-        self.decoder = Stack.of(network.lm.config.get_text_config())
-        self.vision = Stack.of(network.get_submodule("vision.encoder").config)
-        self.audio = Stack.of(network.get_submodule("audio.encoder").config)
+        self.parameters = count_parameters(self.network)
+        self.decoder = Stack.of(self.network.lm.config.get_text_config())
+        self.vision = Stack.of(self.network.get_submodule("vision.encoder").config)
+        self.audio = Stack.of(self.network.get_submodule("audio.encoder").config)
 
     @property
     def clip_tokens(self) -> int:
@@ -280,11 +274,12 @@ class MemoryPlan:
             return 0
         numbers, whole, saved = self.numbers, TrainedParts(whole=True), 0
         if self._is_trained("audio.qformer."):
-            queries = len(self.media.mel) * self.config.tokens_per_chunk
+            # The audio steps in float32, their keys and values in each layer (2 b D), and for the few queries what a
+            # layer with two attentions saves.
             qformer = Stack.of(self.network.get_submodule("audio.qformer.qformer").config)
-            saved += estimate.windows_saved(
-                qformer, numbers, steps=self.steps, queries=queries, audio_width=self.audio.width
-            )
+            of_step = FLOAT32 * self.audio.width + qformer.layers * 2 * numbers.computed * qformer.width
+            of_query = 2 * qformer.layers * estimate.saved_per_layer(qformer, numbers, whole, rows=1)
+            saved += self.steps * of_step + len(self.media.mel) * self.config.tokens_per_chunk * of_query
         if self._is_trained("vision.encoder.merger."):
             # Qwen2.5-VL's: its input, normed input, and its activation's input and output.
             saved += self.patches * self.vision.width * (FLOAT32 + 3 * numbers.computed)

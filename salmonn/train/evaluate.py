@@ -297,14 +297,7 @@ def drop_unscored(results: Sequence[T | Unscored], *, name: str) -> list[T]:
 
 
 def answer_questions(captioner: Captioner, clips: ClipSet, *, name: str, batch_size: int = 256) -> list[Caption]:
-    """Answer all questions about clips; the prompt of each answer is its question.
-
-    Args:
-        captioner: the model.
-        clips: clips with their features.
-        name: title of the progress bar.
-        batch_size: answers generated at once.
-    """
+    """Answer all questions about clips; the prompt of each answer is its question."""
     questions = [(reference, item.question) for reference in clips.references for item in reference.questions]
     lengths = [len(clips.features_of(reference)) for reference, _ in questions]
     batches = make_batches(lengths, size=batch_size)

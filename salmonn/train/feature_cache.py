@@ -241,10 +241,6 @@ class FeatureCache:
 def open_feature_cache(config: FeatureCacheConfig, captioner: Captioner) -> FeatureCache | None:
     """Open the feature cache of a run on all ranks; None if features are kept in memory.
 
-    Args:
-        config: location and size.
-        captioner: model whose encoders compute the features.
-
     Raises:
         ValueError: a machine of this run cannot see the folder.
     """

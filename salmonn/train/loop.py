@@ -382,13 +382,7 @@ def _prefetch(batches: Batches[Batch], first: int, last: int) -> Iterator[tuple[
 
 
 class ProgressBar:
-    """Progress of a stage: a bar in a terminal, else a line now and then; only rank 0 shows it.
-
-    Args:
-        name: name of the stage.
-        first: number of steps that were finished before.
-        num_steps: number of steps of the whole stage.
-    """
+    """Progress of a stage: a bar in a terminal, else a line now and then; only rank 0 shows it."""
 
     def __init__(self, name: str, *, first: int, num_steps: int) -> None:
         self.name = name

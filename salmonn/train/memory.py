@@ -135,14 +135,3 @@ def logits_bytes(vocabulary: int, numbers: NumberSizes, *, tokens: int) -> int:
 def kv_cache_bytes(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:
     """Return the bytes of the KV cache: 2 r per token, layer, key/value head and head dimension."""
     return 2 * stack.layers * stack.kv_heads * stack.head_width * tokens * numbers.stored
-
-
-def windows_saved(stack: Stack, numbers: NumberSizes, *, steps: int, queries: int, audio_width: int) -> int:
-    """Return the bytes that a trained Q-Former saves.
-
-    The audio steps in float32, their keys and values in each layer (2 b D), and for its few queries what a layer with
-    two attentions saves.
-    """
-    per_query = saved_per_layer(stack, numbers, TrainedParts(whole=True), rows=1)
-    audio = FLOAT32 * audio_width + stack.layers * 2 * numbers.computed * stack.width
-    return steps * audio + 2 * stack.layers * queries * per_query

@@ -7,7 +7,7 @@ behind them. Which rows of a batch belong to which role is written in the batch 
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -67,6 +67,7 @@ class PreferenceBatch:
         return self.inputs.num_tokens
 
 
+@dataclass
 class PreferenceBatches:
     """Batches of comparisons with their reference log-probabilities, in a new seeded order each epoch.
 
@@ -80,27 +81,21 @@ class PreferenceBatches:
         gradient_accumulation_steps: number of micro-batches of a rank, at most its number of comparisons.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[PreferenceExample],
-        reference_logps: Sequence[Logps],
-        processor: Processor,
-        *,
-        roles: Sequence[Role],
-        batch_size: int,
-        seed: int,
-        gradient_accumulation_steps: int = 1,
-    ) -> None:
-        self.examples = list(zip(examples, reference_logps, strict=True))
-        self.processor = processor
-        self.roles = roles
-        self.batch_size = batch_size
-        self.seed = seed
-        self.gradient_accumulation_steps = gradient_accumulation_steps
+    examples: Sequence[PreferenceExample]
+    reference_logps: Sequence[Logps]
+    processor: Processor
+    _: KW_ONLY
+    roles: Sequence[Role]
+    batch_size: int
+    seed: int
+    gradient_accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        self._scored = list(zip(self.examples, self.reference_logps, strict=True))
 
     def micro_batches(self, step: int) -> list[PreferenceBatch]:
         """Return this rank's micro-batches of a step."""
-        mine = dist.shard(batch_at(self.examples, step, batch_size=self.batch_size, seed=self.seed))
+        mine = dist.shard(batch_at(self._scored, step, batch_size=self.batch_size, seed=self.seed))
         micro_batches = []
         for part in split_evenly(mine, self.gradient_accumulation_steps):
             examples = [example for example, _ in part]
@@ -295,15 +290,11 @@ def _rounding_error(logps: Sequence[float], num_tokens: int, *, dtype: str) -> f
     return 8 * unit * math.sqrt(num_tokens) + 8 * exact * (num_tokens - sum(logps))
 
 
+@dataclass(frozen=True)
 class PreferenceBatchLoss:
-    """Computes a preference loss on micro-batches: their share of the mean over the step's comparisons.
+    """Computes a preference loss on micro-batches: their share of the mean over the step's comparisons."""
 
-    Args:
-        loss: loss and its roles.
-    """
-
-    def __init__(self, loss: PreferenceLoss) -> None:
-        self.loss = loss
+    loss: PreferenceLoss
 
     def __call__(self, model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss, and its parts for the log."""
@@ -313,6 +304,7 @@ class PreferenceBatchLoss:
         return output.loss.sum() / count, {name: part.sum().item() / count for name, part in output.parts.items()}
 
 
+@dataclass(frozen=True)
 class MixedBatches:
     """Batches of comparisons with questions among them.
 
@@ -321,31 +313,25 @@ class MixedBatches:
         questions: batches of questions, from the rank that follows the last comparison's.
     """
 
-    def __init__(self, preferences: PreferenceBatches, questions: SftBatches) -> None:
-        self.preferences = preferences
-        self.questions = questions
+    preferences: PreferenceBatches
+    questions: SftBatches
 
     def micro_batches(self, step: int) -> list[PreferenceBatch | SftBatch]:
         """Return this rank's micro-batches of a step."""
         return [*self.preferences.micro_batches(step), *self.questions.micro_batches(step)]
 
 
+@dataclass(frozen=True)
 class MixedBatchLoss:
-    """Computes a preference loss on comparisons and cross-entropy on questions, each weighted by its share.
+    """Computes a preference loss on comparisons and cross-entropy on questions, each weighted by its share."""
 
-    Args:
-        loss: loss of the comparisons.
-        qa_fraction: fraction of the examples that are questions.
-    """
-
-    def __init__(self, loss: PreferenceLoss, *, qa_fraction: float) -> None:
-        self.preference = PreferenceBatchLoss(loss)
-        self.qa_fraction = qa_fraction
+    loss: PreferenceLoss
+    qa_fraction: float
 
     def __call__(self, model: nn.Module, batch: PreferenceBatch | SftBatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss, and for the log the parts of the preference loss or the cross-entropy `qa`."""
         if isinstance(batch, SftBatch):
             value, _ = sft_loss(model, batch)
             return self.qa_fraction * value, {"qa": value.item()}
-        value, parts = self.preference(model, batch)
+        value, parts = PreferenceBatchLoss(self.loss)(model, batch)
         return (1 - self.qa_fraction) * value, parts

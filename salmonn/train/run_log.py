@@ -119,10 +119,6 @@ class StepLog:
 
     Opening the log drops what a killed run wrote for this step and later ones, since these steps are repeated: from the
     file at once, from TensorBoard by a purge mark that its reader obeys.
-
-    Args:
-        folder: folder of the stage.
-        first_step: first step that will be logged.
     """
 
     def __init__(self, folder: Path, *, first_step: int) -> None:

@@ -66,11 +66,7 @@ class ComparisonState:
 
 
 class CompareTab:
-    """Lays out the tab and handles its events.
-
-    Args:
-        state: the shared state.
-    """
+    """Lays out the tab and handles its events."""
 
     def __init__(self, state: AppState) -> None:
         self.state = state

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class CaptionAnalysis:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
 class CaptionScorer:
     """Lists events and scores captions.
 
@@ -45,18 +46,11 @@ class CaptionScorer:
         references: references of known videos, by file name.
     """
 
-    def __init__(
-        self,
-        judge: Judge,
-        *,
-        client: LLMClient | None = None,
-        attempts: int = 3,
-        references: Mapping[str, Reference] | None = None,
-    ) -> None:
-        self.judge = judge
-        self.references = references or {}
-        self._client = client
-        self._attempts = attempts
+    judge: Judge
+    _: KW_ONLY
+    client: LLMClient | None = None
+    attempts: int = 3
+    references: Mapping[str, Reference] = field(default_factory=dict)
 
     def analyze(self, caption: Caption, reference: Reference | None, *, modality: Modality = "both") -> CaptionAnalysis:
         """List the events of a caption, and score it if there is a reference."""
@@ -94,7 +88,7 @@ class CaptionScorer:
 
     def _add_events(self, reference: Reference) -> Reference:
         """Split the caption of a reference into events."""
-        (split,), failed = list_events([reference], client=self._client, rules=split_caption, attempts=self._attempts)
+        (split,), failed = list_events([reference], client=self.client, rules=split_caption, attempts=self.attempts)
         if failed:
             raise ValueError(failed[0].reason)
         return split

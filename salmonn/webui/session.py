@@ -29,13 +29,7 @@ EXAMPLES = SynthConfig(clips=4, seed=20_270, size_pixels=288)
 
 @dataclass(frozen=True)
 class ExampleClip:
-    """A clip that comes with the web UI.
-
-    Args:
-        path: video file.
-        still: image file with a frame of it.
-        reference: its complete annotation.
-    """
+    """A clip that comes with the web UI: the video, a frame of it as an image file, and its complete annotation."""
 
     path: Path
     still: Path

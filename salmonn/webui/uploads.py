@@ -105,13 +105,7 @@ class UploadStore:
 
 
 class UploadLimitMiddleware:
-    """ASGI middleware that limits request bodies and rejects requests for remote files.
-
-    Args:
-        app: the wrapped application.
-        uploads: store that limits the total size.
-        max_upload_bytes: maximum size of a file.
-    """
+    """ASGI middleware that limits request bodies and rejects requests for remote files."""
 
     def __init__(self, app: ASGIApp, *, uploads: UploadStore, max_upload_bytes: int) -> None:
         self.app = app

@@ -58,13 +58,7 @@ class FolderConfig:
 
 
 class FolderBench:
-    """A model, a folder and the ways of captioning it.
-
-    Args:
-        kind: kind of clips, which determines the model.
-        paths: paths of the clips.
-        quick: whether to use a small model.
-    """
+    """A model, a folder and the ways of captioning it."""
 
     def __init__(self, kind: Kind, paths: Sequence[Path], *, quick: bool) -> None:
         self.paths = paths

@@ -22,14 +22,7 @@ BETA, CE_WEIGHT = 0.1, 0.1  # defaults of DpoConfig
 
 @dataclass(frozen=True)
 class NaiveStep:
-    """One step on one pair without any cached intermediate.
-
-    Args:
-        network: network with its adapter.
-        processor: processor of the model.
-        media: the clip.
-        pair: a preference pair about the clip.
-    """
+    """One step on one pair without any cached intermediate."""
 
     network: Network
     processor: Processor
@@ -84,16 +77,7 @@ def naive_answers(
     num_samples: int,
     generation: dict[str, Any],
 ) -> list[list[int]]:
-    """Generate several answers to one prompt, each by a separate generate() call that encodes and prefills again.
-
-    Args:
-        network: network in evaluation mode, without an adapter.
-        processor: processor of the model.
-        clip: the clip.
-        prompt: prompt about it.
-        num_samples: number of answers.
-        generation: arguments of generate().
-    """
+    """Generate several answers to one prompt, each by a separate generate() call that encodes and prefills again."""
     answers = []
     for _ in range(num_samples):
         inputs = processor.collate([PromptRow(0, prompt)], [clip]).to(network.device)

@@ -27,11 +27,7 @@ NEW_TOKENS = {"small": 5, "mid": 200, "7b": 900}
 
 
 class SamplingBench:
-    """A model, clips of different lengths, and both ways of captioning them.
-
-    Args:
-        config: settings of the benchmark.
-    """
+    """A model, clips of different lengths, and both ways of captioning them."""
 
     def __init__(self, config: BenchConfig) -> None:
         self.captioner: Captioner = make_captioner(

@@ -95,14 +95,7 @@ class Ours:
 
 
 class Theirs:
-    """TRL's trainer with the same decoder, adapter and tokens.
-
-    Args:
-        ours: source of the decoder, adapter and texts.
-        config: settings of the benchmark.
-        precomputed: whether to use precomputed reference log-probabilities.
-        folder: folder for its output.
-    """
+    """TRL's trainer with the same decoder, adapter and tokens."""
 
     def __init__(self, ours: Ours, config: BenchConfig, *, precomputed: bool, folder: str) -> None:
         from datasets import Dataset  # noqa: PLC0415  (with trl, only where it is installed)
