@@ -101,8 +101,22 @@ def read_questions(path: Path | str) -> list[MultipleChoiceQuestion]:
         FileNotFoundError: there is no such file.
         ValueError: an item is invalid; the message has the file and item.
     """
-    items = read_objects(Path(path), expected="multiple-choice questions with responses")
-    return [question for item, where in items for question in _parse_item(item, where=where)]
+    found = []
+    for item, where in read_objects(Path(path), expected="multiple-choice questions with responses"):
+        if "questions" in item:
+            questions = item["questions"]
+            if not isinstance(questions, list) or not all(isinstance(question, dict) for question in questions):
+                raise ValueError(f"{where}: questions must be a list of objects")
+            # Keys of a question override those of its video.
+            found += [
+                _parse_flat({**item, **question}, where=f"{where}, question {number}")
+                for number, question in enumerate(questions, start=1)
+            ]
+        elif "ref" in item and "pred" in item:
+            found.append(_parse_published(item, where=where))
+        else:
+            found.append(_parse_flat(item, where=where))
+    return found
 
 
 def parse_choice(response: str, options: Sequence[str]) -> str | None:
@@ -199,20 +213,6 @@ def _listed_letters(match: re.Match[str]) -> Iterator[str]:
     more = _MORE.match(match.string, match.end())
     if more:
         yield more["letter"]
-
-
-def _parse_item(item: Mapping[str, Any], *, where: str) -> Iterator[MultipleChoiceQuestion]:
-    if "questions" in item:
-        questions = item["questions"]
-        if not isinstance(questions, list) or not all(isinstance(question, dict) for question in questions):
-            raise ValueError(f"{where}: questions must be a list of objects")
-        for number, question in enumerate(questions, start=1):
-            # Keys of a question override those of its video.
-            yield _parse_flat({**item, **question}, where=f"{where}, question {number}")
-    elif "ref" in item and "pred" in item:
-        yield _parse_published(item, where=where)
-    else:
-        yield _parse_flat(item, where=where)
 
 
 def _parse_flat(item: Mapping[str, Any], *, where: str) -> MultipleChoiceQuestion:

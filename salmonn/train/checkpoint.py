@@ -111,16 +111,14 @@ class Checkpoints:
 
     def latest(self) -> Checkpoint | None:
         """Return the last complete checkpoint on every rank; skip damaged ones with a warning."""
-        found = self._find_latest() if dist.is_main() else None
-        return dist.gather([found])[0]
-
-    def _find_latest(self) -> Checkpoint | None:
-        for path in sorted(self.folder.glob("step_*.safetensors"), reverse=True):
+        found = None
+        for path in sorted(self.folder.glob("step_*.safetensors"), reverse=True) if dist.is_main() else []:
             if reason := _damage(path):
                 log.warning("skipping checkpoint %s: %s", path, reason)
             else:
-                return Checkpoint(path, int(path.stem.removeprefix("step_")))
-        return None
+                found = Checkpoint(path, int(path.stem.removeprefix("step_")))
+                break
+        return dist.gather([found])[0]
 
 
 @contextmanager

@@ -226,7 +226,14 @@ class ZeroStrategy:
         self.model, *_ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self._create_adam_state()
+        # Created at step one, Adam's state would be linked to the weights of the first group only.
+        zero = self._zero
+        # Flat partitions of the weights that this process updates.
+        for flat in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
+            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
+            self._adam.state[flat] = {"step": torch.tensor(0.0), **moments}
+        if stage == 2:
+            zero._lazy_init_hp_params_optimizer_state()
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -267,16 +274,6 @@ class ZeroStrategy:
             for key in MOMENTS:
                 if f"{key}.{name}" in tensors:
                     safe_set_full_optimizer_state(parameter, tensors[f"{key}.{name}"].to(self.model.device), key)
-
-    def _create_adam_state(self) -> None:
-        """Create Adam's state now: if created at step one, DeepSpeed links only the first group to its weights."""
-        zero = self._zero
-        # Flat partitions of the weights that this process updates.
-        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-            self._adam.state[flat] = {"step": torch.tensor(0.0), **moments}
-        if self.stage == 2:
-            zero._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers and empty the network.

@@ -70,7 +70,10 @@ class CompareTab:
 
     def __init__(self, state: AppState) -> None:
         self.state = state
-        self.matchups = list_matchups(list(state.engines))
+        models = list(state.engines)
+        # Label -> models of both captions.
+        self.matchups = {f"{models[0]} vs. {models[1]}": (models[0], models[1])} if len(models) == 2 else {}
+        self.matchups |= {f"{model} vs. itself (two samples)": (model, model) for model in models}
         self.requests = ActiveRequests()
         with gr.Row(elem_classes=["columns"], equal_height=False):
             with gr.Column(scale=5, min_width=320):
@@ -276,12 +279,6 @@ class CompareTab:
             self.start: gr.update(value="Compare", interactive=True),
             self.edit: "",
         }
-
-
-def list_matchups(models: list[str]) -> dict[str, tuple[str, str]]:
-    """Map the labels of possible comparisons to the models of both captions."""
-    matchups = {f"{models[0]} vs. {models[1]}": (models[0], models[1])} if len(models) == 2 else {}
-    return matchups | {f"{model} vs. itself (two samples)": (model, model) for model in models}
 
 
 def vote_message(vote: Vote) -> str:
