@@ -11,8 +11,6 @@ from salmonn.cli.options import add_model_options, add_server_options, is_loopba
 from salmonn.config import FlagParser
 
 if TYPE_CHECKING:
-    import socket
-
     from salmonn.caption.captioner import Captioner
     from salmonn.serve.api import ServerConfig
     from salmonn.serve.sources import MediaSources
@@ -106,17 +104,14 @@ def run_serve(values: Namespace) -> int:
         try:
             with upload_folder() as uploads:
                 server = Server(Service(engine, settings, uploads), grace_seconds=values.grace_seconds)
-                sys.stderr.write(f"serving {settings.name} at {_address(listener)}\n")
+                host, port = listener.getsockname()[:2]
+                host = f"[{host}]" if ":" in host else host
+                sys.stderr.write(f"serving {settings.name} at http://{host}:{port}/v1\n")
                 sys.stderr.flush()
                 server.run(sockets=[listener])
         finally:
             engine.close(grace_seconds=0)
     return 0
-
-
-def _address(listener: "socket.socket") -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 def _sources(values: Namespace) -> "MediaSources":

@@ -165,7 +165,12 @@ def _match_close(claims: Sequence[Claim], events: Sequence[Claim], *, exact: Map
     candidates: dict[int, list[int]] = {}
     for index, claim in enumerate(claims):
         if index not in exact and not _is_repeat(claims, index, exact=exact):
-            near = [event for event in free if _is_close(claim, events[event])]
+            near = [
+                event
+                for event in free
+                if claim.kind == events[event].kind
+                and sum(a != b for a, b in zip(claim.details, events[event].details, strict=True)) == 1
+            ]
             candidates[index] = sorted(near, key=lambda event: (abs(event - index), event))
     holders: dict[int, int] = {}  # event -> claim
 
@@ -182,10 +187,6 @@ def _match_close(claims: Sequence[Claim], events: Sequence[Claim], *, exact: Map
     for index in candidates:
         augment(index, set())
     return {index: event for event, index in holders.items()}
-
-
-def _is_close(claim: Claim, event: Claim) -> bool:
-    return claim.kind == event.kind and sum(a != b for a, b in zip(claim.details, event.details, strict=True)) == 1
 
 
 def _find_out_of_order(events: Sequence[Event], claims: Sequence[Claim], *, order: Sequence[int]) -> set[int]:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.model.network import Network
@@ -227,7 +226,9 @@ def fit(
     first = last.step if last else 0
     strategy.model.train()
     steps = StepLog(context.folder, first_step=first) if dist.is_main() else None
-    with ProgressBar(context.name, first=first, num_steps=config.num_steps) as bar:
+    # None: only in a terminal.
+    disable = None if dist.is_main() else True
+    with tqdm(total=config.num_steps, initial=first, desc=context.name, unit="step", disable=disable) as bar:
         for step, micro_batches, waited in _prefetch(batches, first, config.num_steps):
             started = time.monotonic()
             is_last = step + 1 == config.num_steps
@@ -236,7 +237,7 @@ def fit(
             if context.callback and (is_last or step % context.callback.every == 0):
                 metrics |= context.callback.measure(strategy.model)
             metrics |= _speed_metrics(micro_batches, seconds=waited + time.monotonic() - started, waited=waited)
-            bar.show(step, metrics)
+            _show_step(bar, step, config.num_steps, metrics, name=context.name)
             if steps:
                 steps(step, metrics)
             if is_last or (step + 1) % config.checkpoint_every == 0:
@@ -381,35 +382,10 @@ def _prefetch(batches: Batches[Batch], first: int, last: int) -> Iterator[tuple[
             yield step, micro_batches, waited
 
 
-class ProgressBar:
-    """Progress of a stage: a bar in a terminal, else a line now and then; only rank 0 shows it."""
-
-    def __init__(self, name: str, *, first: int, num_steps: int) -> None:
-        self.name = name
-        self.num_steps = num_steps
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[metrics]}"),
-        )
-        self.progress = Progress(
-            *columns, console=Console(stderr=True), disable=not dist.is_main(), refresh_per_second=2
-        )
-        self.task = self.progress.add_task(name, total=num_steps, completed=first, metrics="")
-
-    def __enter__(self) -> "ProgressBar":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show a step's metrics."""
-        text = " ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN_METRICS if name in metrics)
-        self.progress.update(self.task, completed=step + 1, metrics=text)
-        # A log file would not show the bar.
-        if not self.progress.console.is_terminal and (step + 1) % max(1, self.num_steps // NUM_LOG_LINES) == 0:
-            log.info("%s: step %d of %d: %s", self.name, step + 1, self.num_steps, text)
+def _show_step(bar: tqdm, step: int, num_steps: int, metrics: Mapping[str, float], *, name: str) -> None:
+    """Show a step's metrics in the bar of a terminal, else in the log now and then: a file would not show the bar."""
+    text = " ".join(f"{metric} {metrics[metric]:.3f}" for metric in SHOWN_METRICS if metric in metrics)
+    bar.set_postfix_str(text, refresh=False)
+    bar.update()
+    if bar.disable and (step + 1) % max(1, num_steps // NUM_LOG_LINES) == 0:
+        log.info("%s: step %d of %d: %s", name, step + 1, num_steps, text)

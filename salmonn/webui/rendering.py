@@ -14,7 +14,8 @@ from salmonn.webui.scorer import CaptionAnalysis
 
 @cache
 def _macros() -> Any:
-    return load_template(Path(__file__).with_name("rendering.html.jinja"), percent=_percent, span=_span).module
+    path = Path(__file__).with_name("rendering.html.jinja")
+    return load_template(path, percent=lambda value: f"{100 * value:.1f} %", span=_span).module
 
 
 def render_placeholder(title: str, text: str) -> str:
@@ -76,10 +77,6 @@ def render_run(page: str) -> str:
         f'<iframe class="run" title="Training run" sandbox="allow-same-origin" loading="eager" '
         f'srcdoc="{escape(page, quote=True)}"></iframe>'
     )
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _span(event: Event) -> str:
