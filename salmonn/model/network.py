@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,10 +44,8 @@ class Network(PreTrainedModel):
     def __init__(self, config: SalmonnConfig) -> None:
         super().__init__(config)
         self.family = get_family(config)
-        parts = self.family.build_parts(attn_implementation=config._attn_implementation)
-        self.vision = parts.vision
-        self.audio = parts.audio
-        self.lm: Any = parts.lm  # a transformers model, or PEFT's wrapper while an adapter is attached
+        # The language model is that of transformers, or PEFT's wrapper while an adapter is attached.
+        self.vision, self.audio, self.lm = self.family.build_parts(attn_implementation=config._attn_implementation)
         self.max_logit_bytes: int | None = MAX_LOGIT_BYTES
         self._prefill_chunk_tokens: int | None = None
         # Layers that device_map "auto" keeps whole; transformers adds those of the language model.

@@ -110,34 +110,32 @@ def write_report(path: Path, report: Report) -> None:
     write_text(path, page)
 
 
-@dataclass(frozen=True)
-class _MeasureRow:
-    """A row of the table; `place` is the low end of the interval, the value and the high end, relative to the axis."""
+def _measure_rows(report: Report, *, scale: float) -> list[dict[str, Any]]:
+    """Return the rows of the rates that are known.
 
-    key: str
-    title: str
-    meaning: str
-    value: str
-    published: str
-    interval: str = ""
-    place: tuple[float, float, float] | None = None
-
-
-def _measure_rows(report: Report, *, scale: float) -> list[_MeasureRow]:
-    """Return the rows of the rates that are known; `scale` is the end of the axis of intervals."""
+    `place` is the low end of the interval, the value and the high end, relative to the end `scale` of the axis.
+    """
     rows = []
     for key, (title, meaning) in _MEASURES.items():
-        value = getattr(report.rates, key)
+        value, published = getattr(report.rates, key), (report.published or {}).get(key)
         if value is None:
             continue
-        published = (report.published or {}).get(key)
-        cells = (key, title, meaning, _format(key, value), "" if published is None else _format(key, published))
+        interval, place = "", None
         if key in report.intervals:
             low, high = report.intervals[key]
             interval = f"{_format(key, low).removesuffix(' %')} {_DASH} {_format(key, high)}"
-            rows.append(_MeasureRow(*cells, interval, (low / scale, value / scale, high / scale)))
-        else:
-            rows.append(_MeasureRow(*cells))
+            place = (low / scale, value / scale, high / scale)
+        rows.append(
+            {
+                "key": key,
+                "title": title,
+                "meaning": meaning,
+                "value": _format(key, value),
+                "published": "" if published is None else _format(key, published),
+                "interval": interval,
+                "place": place,
+            }
+        )
     return rows
 
 
@@ -238,16 +236,6 @@ class _VideoSource:
 
 
 @dataclass(frozen=True)
-class _Tick:
-    """An event on the timeline below a video; `left` and `width` are fractions of the video's duration."""
-
-    kind: str
-    event: Event
-    left: float
-    width: float
-
-
-@dataclass(frozen=True)
 class _CaptionCard:
     """A caption as shown; `unlocated` are quotes that are not in the caption, `shares` the parts of its Total."""
 
@@ -256,7 +244,7 @@ class _CaptionCard:
     highlights: list[Highlight]
     unlocated: list[Quote]
     missed: list[tuple[str, Event | None]]
-    ticks: list[_Tick]
+    ticks: list[dict[str, Any]]
     media: _VideoSource
     shares: dict[str, float]
     kinds: list[str]  # of errors, to filter by
@@ -289,8 +277,8 @@ def _worst_clips(report: Report, path: Path) -> list[_CaptionCard]:
     return clips
 
 
-def _place_ticks(report: Report, score: Score, caption: Caption | None) -> list[_Tick]:
-    """Return the events that have a time, placed on the video's duration (or the last known time)."""
+def _place_ticks(report: Report, score: Score, caption: Caption | None) -> list[dict[str, Any]]:
+    """Return the events that have a time, placed in fractions of the video's duration (or of the last known time)."""
     timed = [
         (kind, event, event.start_seconds, event.start_seconds if event.end_seconds is None else event.end_seconds)
         for kind, event in _classified_events(report, score, caption)
@@ -300,7 +288,10 @@ def _place_ticks(report: Report, score: Score, caption: Caption | None) -> list[
     duration = max([reference.duration_seconds or 0.0, *(end for _, _, _, end in timed)])
     if not duration:
         return []
-    return [_Tick(kind, event, start / duration, max(end - start, 0) / duration) for kind, event, start, end in timed]
+    return [
+        {"kind": kind, "event": event, "left": start / duration, "width": max(end - start, 0) / duration}
+        for kind, event, start, end in timed
+    ]
 
 
 def _embed_or_link(video: Path, *, page: Path, room: int) -> tuple[_VideoSource, int]:

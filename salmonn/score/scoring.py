@@ -9,7 +9,7 @@ Total is reported, as in the published protocol, which uses 7.
 """
 
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -24,23 +24,6 @@ from salmonn.score.repetition import count_repeated_words
 SEEDS_PER_PASS = 100  # so that each attempt within a pass can have its own seed
 
 Results = list[Score | Unscored]
-
-
-@dataclass(frozen=True)
-class JudgingPasses:
-    """Results of several passes over the same captions.
-
-    Args:
-        results: results of the reported pass, in the order of the captions.
-        totals: Total of each pass; None for a pass in which nothing could be scored.
-        reported_pass: index of the reported pass.
-        seeds: seed of each pass.
-    """
-
-    results: Results
-    totals: tuple[float | None, ...]
-    reported_pass: int
-    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -100,33 +83,22 @@ def score_set(
         if protocol == "published":
             rejudge = LLMJudge(judge.client, templates=judge.templates[:1], as_published=True)
     tasks = match_references(references, captions, judge)
-    total: Callable[[Sequence[Score]], float]
-    if protocol == "published":
-        judged_tasks, total = [collapse_task(task) for task in tasks], lambda scores: published_rates(scores).total
-    else:
+    if protocol == "salmonn":
         tasks += empty_caption_tasks(references, captions, judge)
-        judged_tasks, total = tasks, lambda scores: compute_rates(scores).total
-    outcome = judge_passes(
-        judged_tasks, judge, total=total, passes=passes, seed=seed, rejudge=rejudge, progress=progress
+        return judge_passes(tasks, judge, passes=passes, seed=seed, progress=progress)
+    collapsed = [collapse_task(task) for task in tasks]
+    scored = judge_passes(
+        collapsed, judge, protocol=protocol, passes=passes, seed=seed, rejudge=rejudge, progress=progress
     )
-    judge_info = make_judge_info(
-        judge,
-        protocol=protocol,
-        seeds=outcome.seeds,
-        totals=outcome.totals,
-        reported_pass=outcome.reported_pass,
-    )
-    if protocol == "published":
-        return _add_published_rates(judge_info, tasks, outcome.results, references)
-    return ScoredSet(judge_info, outcome.results)
+    return _add_published_rates(scored, tasks, references)
 
 
 def _add_published_rates(
-    judge_info: JudgeInfo, tasks: Sequence[ScoringTask], results: Results, references: Mapping[str, Reference]
+    scored: ScoredSet, tasks: Sequence[ScoringTask], references: Mapping[str, Reference]
 ) -> ScoredSet:
     """Return results with the published rates, and with all references that have no prediction as unscored."""
     judged: Results = []
-    for result, task in zip(results, tasks, strict=True):
+    for result, task in zip(scored.results, tasks, strict=True):
         if isinstance(result, Score):
             # Repetition is measured in the original caption, not in the collapsed one.
             num_repeated, num_words = count_repeated_words(task.caption.text)
@@ -139,7 +111,7 @@ def _add_published_rates(
     absent = [reference for video, reference in references.items() if video not in predicted]
     has_events = any(score.num_events for score in scores)
     return ScoredSet(
-        judge_info,
+        scored.judge_info,
         [*judged, *(Unscored(reference.video, "it has no prediction") for reference in absent)],
         as_published=published_rates(scores) if has_events else None,
         with_all=published_rates(scores, [*failed, *absent]) if has_events else None,
@@ -150,18 +122,18 @@ def judge_passes(
     tasks: Sequence[ScoringTask],
     judge: Judge,
     *,
-    total: Callable[[Sequence[Score]], float],
+    protocol: ProtocolName = "salmonn",
     passes: int = 1,
     seed: int = 0,
     rejudge: Judge | None = None,
     progress: ProgressCallback | None = None,
-) -> JudgingPasses:
-    """Judge all captions `passes` times and report the pass with the median Total.
+) -> ScoredSet:
+    """Judge all captions `passes` times; return the pass with the median Total, in the order of the captions.
 
     Args:
         tasks: captions with their references.
         judge: judge of the first pass.
-        total: function that returns a pass's Total from its scores.
+        protocol: protocol that defines Total.
         passes: number of passes; of an even number the lower middle one is reported.
         seed: seed of the first pass; each further pass adds `SEEDS_PER_PASS`.
         rejudge: judge of captions that have a score from an earlier pass; if it fails, that score is kept. With None
@@ -191,15 +163,14 @@ def judge_passes(
                 if isinstance(result, Score) or isinstance(results[place], Unscored):
                     results[place] = result
         rounds.append(results)
-    totals = _pass_totals(rounds, total, in_common=rejudge is None)
+    totals = _pass_totals(rounds, protocol, in_common=rejudge is None)
     ranked = sorted((value, number) for number, value in enumerate(totals) if value is not None)
     reported = ranked[(len(ranked) - 1) // 2][1] if ranked else 0
-    return JudgingPasses(rounds[reported], tuple(totals), reported, seeds)
+    judge_info = make_judge_info(judge, protocol=protocol, seeds=seeds, totals=totals, reported_pass=reported)
+    return ScoredSet(judge_info, rounds[reported])
 
 
-def _pass_totals(
-    rounds: Sequence[Results], total: Callable[[Sequence[Score]], float], *, in_common: bool
-) -> list[float | None]:
+def _pass_totals(rounds: Sequence[Results], protocol: ProtocolName, *, in_common: bool) -> list[float | None]:
     """Return the Total of each pass, over the captions that all passes scored if `in_common` and there are any."""
     used = [results for results in rounds if any(isinstance(result, Score) for result in results)]
     common = {place for place in range(len(rounds[0])) if all(isinstance(results[place], Score) for results in used)}
@@ -210,7 +181,8 @@ def _pass_totals(
             for place, result in enumerate(results)
             if isinstance(result, Score) and (place in common or not (in_common and common))
         ]
-        totals.append(total(scores) if scores else None)
+        rates = published_rates if protocol == "published" else compute_rates
+        totals.append(rates(scores).total if scores else None)
     return totals
 
 

@@ -155,10 +155,8 @@ def test_a_later_pass_keeps_scores_that_it_cannot_parse(serve, tmp_path):
         make_judge(config(serve(script_reply), tmp_path), published=True),
     )
     single_attempt.templates = single_attempt.templates[:1]
-    outcome = judge_passes(
-        tasks, judge, total=lambda s: published_rates(s).total, passes=3, seed=2024, rejudge=single_attempt
-    )
+    scored = judge_passes(tasks, judge, protocol="published", passes=3, seed=2024, rejudge=single_attempt)
     # (0 + 1) / 6, (3 + 1) / 6, (2 + 0) / 6: the median is the third
-    assert outcome.totals == (1 / 6, 4 / 6, 2 / 6) and outcome.reported_pass == 2
-    assert [result.missing for result in outcome.results] == [2, 0]
-    assert outcome.seeds == (2024, 2124, 2224) and replies == {"v": [], "w": []}
+    assert scored.judge_info.totals == (1 / 6, 4 / 6, 2 / 6) and scored.judge_info.reported_pass == 2
+    assert [result.missing for result in scored.results] == [2, 0]
+    assert scored.judge_info.seeds == (2024, 2124, 2224) and replies == {"v": [], "w": []}

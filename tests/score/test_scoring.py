@@ -4,7 +4,6 @@ import pytest
 
 from salmonn.records import Caption, Reference, Score, Unscored
 from salmonn.score.judge import ScoringTask
-from salmonn.score.metrics import compute_rates
 from salmonn.score.scoring import judge_passes
 from salmonn.synthetic.judge import RuleJudge
 
@@ -31,32 +30,31 @@ class ScriptedJudge:
 
 
 def judge(*passes):
-    return judge_passes(
-        TASKS, ScriptedJudge(*passes), total=lambda scores: compute_rates(scores).total, passes=len(passes), seed=7
-    )
+    scored = judge_passes(TASKS, ScriptedJudge(*passes), passes=len(passes), seed=7)
+    return scored.results, scored.judge_info
 
 
 def test_reports_the_median_pass():
-    outcome = judge((4, 4), (0, 0), (2, 2), (1, 1))
+    results, info = judge((4, 4), (0, 0), (2, 2), (1, 1))
     # 1, 0, 0.5, 0.25: of four the lower middle one
-    assert (outcome.totals, outcome.reported_pass, outcome.seeds) == ((1.0, 0.0, 0.5, 0.25), 3, (7, 107, 207, 307))
-    assert [result.missing for result in outcome.results] == [1, 1]
+    assert (info.totals, info.reported_pass, info.seeds) == ((1.0, 0.0, 0.5, 0.25), 3, (7, 107, 207, 307))
+    assert [result.missing for result in results] == [1, 1]
 
 
 def test_totals_are_over_captions_that_all_passes_scored():
     # over both captions pass 2 would have 0 of 4, and be the lowest
-    outcome = judge((0, 4), (0, None), (1, 4))
-    assert outcome.totals == (0.0, 0.0, 0.25) and outcome.reported_pass == 1
+    _, info = judge((0, 4), (0, None), (1, 4))
+    assert info.totals == (0.0, 0.0, 0.25) and info.reported_pass == 1
 
 
 def test_a_pass_without_scores_is_never_reported():
-    outcome = judge((None, None), (4, 4), (2, 2))
-    assert outcome.totals == (None, 1.0, 0.5) and outcome.reported_pass == 2
-    unscored = judge((None, None))
-    assert all(isinstance(result, Unscored) for result in unscored.results) and unscored.reported_pass == 0
+    _, info = judge((None, None), (4, 4), (2, 2))
+    assert info.totals == (None, 1.0, 0.5) and info.reported_pass == 2
+    results, info = judge((None, None))
+    assert all(isinstance(result, Unscored) for result in results) and info.reported_pass == 0
 
 
 @pytest.mark.parametrize(("judge", "passes", "message"), [(RuleJudge(), 2, "omit"), (ScriptedJudge(), 0, "at least 1")])
 def test_rejects_invalid_numbers_of_passes(judge, passes, message):
     with pytest.raises(ValueError, match=message):
-        judge_passes(TASKS, judge, total=len, passes=passes)
+        judge_passes(TASKS, judge, passes=passes)

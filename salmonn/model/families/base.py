@@ -10,7 +10,6 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -54,15 +53,6 @@ QFORMER_WEIGHT_NAMES = {
         r"audio.qformer.qformer.encoder.layer.\1."
     ),
 }
-
-
-@dataclass(frozen=True)
-class NetworkParts:
-    """Towers and language model of one network; both towers output the language model's width."""
-
-    vision: nn.Module
-    audio: AudioTower
-    lm: Any
 
 
 class Family(ABC):
@@ -115,8 +105,8 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def build_parts(self, *, attn_implementation: str | None) -> NetworkParts:
-        """Build towers and language model with fresh weights.
+    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, AudioTower, Any]:
+        """Build vision tower, audio tower and language model, whose width both towers output, with fresh weights.
 
         Args:
             attn_implementation: attention of the towers, as transformers names it.

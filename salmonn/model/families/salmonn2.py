@@ -15,11 +15,10 @@ from salmonn.model.families.base import (
     QFORMER_WEIGHT_NAMES,
     WHISPER_LARGE_V3,
     Family,
-    NetworkParts,
     convert_qformer_config,
 )
 from salmonn.model.layout import ClipInputs, Layout
-from salmonn.model.towers import SiglipTower
+from salmonn.model.towers import AudioTower, SiglipTower
 from salmonn.records import Modality
 
 SIGLIP_SO400M: dict[str, Any] = dict(
@@ -107,7 +106,7 @@ class Salmonn2(Family):
             tie_word_embeddings=flat.get("tie_word_embeddings", False),
         )
 
-    def build_parts(self, *, attn_implementation: str | None) -> NetworkParts:
+    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, AudioTower, Any]:
         config = self.config
         lm = Qwen2ForCausalLM(Qwen2Config(**config.lm, attn_implementation=attn_implementation))
         width = lm.config.hidden_size
@@ -117,7 +116,7 @@ class Salmonn2(Family):
         audio.norm = nn.LayerNorm(audio.encoder.config.d_model)
         audio.projector = nn.Sequential(audio.projector, *_mlp(width, width))
         audio.adds_chunk_positions = True
-        return NetworkParts(vision, audio, lm)
+        return vision, audio, lm
 
     def clip_inputs(self, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
         return ClipInputs(frames.contiguous(), mel, num_frames=len(frames), seconds=seconds)

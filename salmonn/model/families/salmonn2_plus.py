@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from salmonn.media.frame_sampling import UniformSampler
@@ -16,11 +16,10 @@ from salmonn.model.families.base import (
     QFORMER_WEIGHT_NAMES,
     WHISPER_LARGE_V3,
     Family,
-    NetworkParts,
     convert_qformer_config,
 )
 from salmonn.model.layout import ClipInputs, Layout
-from salmonn.model.towers import QwenTower, to_patches
+from salmonn.model.towers import AudioTower, QwenTower, to_patches
 from salmonn.records import Modality
 
 # A published config.json holds only what differs from its own classes' defaults, which are not those of transformers.
@@ -125,14 +124,14 @@ class Salmonn2Plus(Family):
             tie_word_embeddings=values.get("tie_word_embeddings", False),
         )
 
-    def build_parts(self, *, attn_implementation: str | None) -> NetworkParts:
-        """See `Family`. The vision tower moves out of the language model, which receives embeddings."""
+    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, AudioTower, Any]:
+        # The vision tower moves out of the language model, which receives embeddings.
         lm = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(**self.config.lm, attn_implementation=attn_implementation)
         )
         vision, lm.model.visual = QwenTower(lm.model.visual), None
         width = lm.get_input_embeddings().embedding_dim
-        return NetworkParts(vision, self.build_audio_tower(width=width, attn_implementation=attn_implementation), lm)
+        return vision, self.build_audio_tower(width=width, attn_implementation=attn_implementation), lm
 
     def clip_inputs(self, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
         vision = self.config.lm["vision_config"]
