@@ -32,8 +32,8 @@ from scipy import stats
 
 from salmonn.records import Caption, Reference, Score, atomic_folder, read_json, read_records, write_text
 from salmonn.score.formats import read_scores
-from salmonn.score.metrics import qa_accuracy
-from salmonn.score.stats import MEASURES, Interval
+from salmonn.score.metrics import MEASURES, qa_accuracy
+from salmonn.score.stats import Interval
 from salmonn.train.data import CLIPS_NAME, HELDOUT_SEED_OFFSET
 
 ROOT = Path(__file__).parent.parent

@@ -4,12 +4,22 @@ Rates are micro-averages: counts are summed over all captions before dividing (a
 the formulas with a worked example.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from salmonn.records import Caption, Reference, Score
 from salmonn.score.text_spans import ARTICLES, WORD
+
+# Numerator and denominator of each measure, to be summed over captions. Lower is better for all of them.
+MEASURES: Mapping[str, tuple[Callable[[Score], int], Callable[[Score], int]]] = {
+    "missing": (lambda score: score.missing, lambda score: score.num_events),
+    "hallucination": (lambda score: score.incorrect + score.hallucinated, lambda score: score.num_events),
+    "incorrect": (lambda score: score.incorrect, lambda score: score.num_events),
+    "hallucinated": (lambda score: score.hallucinated, lambda score: score.num_events),
+    "total": (lambda score: score.missing + score.incorrect + score.hallucinated, lambda score: score.num_events),
+    "repetition": (lambda score: score.num_repeated_words, lambda score: score.num_words),
+}
 
 
 @dataclass(frozen=True)
@@ -53,25 +63,26 @@ def compute_rates(scores: Sequence[Score], *, qa_accuracy: float | None = None) 
     """
     if not scores:
         raise ValueError("no scores: rates need at least one scored caption")
-    num_events = max(sum(score.num_events for score in scores), 1)
-    num_words = sum(score.num_words for score in scores)
-    missing = sum(score.missing for score in scores) / num_events
-    hallucination = sum(score.incorrect + score.hallucinated for score in scores) / num_events
+    measures = compute_measures(scores)
+    measures["total"] = measures["missing"] + measures["hallucination"]  # exactly the sum of what is shown
     return Rates(
-        missing=missing,
-        hallucination=hallucination,
-        total=missing + hallucination,
-        repetition=sum(score.num_repeated_words for score in scores) / max(num_words, 1),
+        **measures,
         qa_accuracy=qa_accuracy,
         clips=len({score.video for score in scores}),
-        incorrect=sum(score.incorrect for score in scores) / num_events,
-        hallucinated=sum(score.hallucinated for score in scores) / num_events,
-        words=num_words / len(scores),
+        words=sum(score.num_words for score in scores) / len(scores),
         cut_off=sum(not score.finished for score in scores) / len(scores),
         audio_share=audio_share(scores),
         order=temporal_order_tau(scores),
         captions=len(scores),
     )
+
+
+def compute_measures(scores: Sequence[Score]) -> dict[str, float]:
+    """Return each of the `MEASURES`: the sum of its numerators / the sum of its denominators, at least 1."""
+    return {
+        name: sum(map(numerator, scores)) / max(sum(map(denominator, scores)), 1)
+        for name, (numerator, denominator) in MEASURES.items()
+    }
 
 
 def audio_share(scores: Sequence[Score]) -> float | None:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from salmonn.records import Caption, Event, EventModality, JudgeInfo, Reference, Score, Unscored, write_text
 from salmonn.score.highlight import Highlight, Quote, find_missed_events, highlight_caption, locate_quotes
 from salmonn.score.judge import restrict_to_span
-from salmonn.score.metrics import Rates
+from salmonn.score.metrics import Rates, compute_measures
 from salmonn.templates import load_template
 
 MODALITIES: tuple[EventModality, ...] = ("visual", "audio", "speech")
@@ -164,12 +164,8 @@ def _format_span(record: Event | Caption) -> str:
 
 def _split_total(scores: Sequence[Score]) -> dict[str, float]:
     """Return the errors of each kind per event; their sum is Total."""
-    num_events = max(sum(score.num_events for score in scores), 1)
-    return {
-        "missed": sum(score.missing for score in scores) / num_events,
-        "incorrect": sum(score.incorrect for score in scores) / num_events,
-        "hallucinated": sum(score.hallucinated for score in scores) / num_events,
-    }
+    measures = compute_measures(scores)
+    return {"missed": measures["missing"]} | {kind: measures[kind] for kind in ("incorrect", "hallucinated")}
 
 
 def _modality_rows(report: Report) -> list[dict[str, Any]]:

@@ -5,28 +5,19 @@ chapter 13): clips are resampled with replacement, and the rates are recomputed 
 captions of a video are resampled together, because they share their events.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from salmonn.records import JudgeInfo, Score
+from salmonn.score.metrics import MEASURES
 
 RESAMPLES = 10_000
 _CHUNK_SIZE = 2**20  # sampled clips in memory at once: 8 bytes each, three times
 
 Counts = NDArray[np.float64]
-
-# Numerator and denominator of each measure, to be summed over captions. Lower is better for all of them.
-MEASURES: Mapping[str, tuple[Callable[[Score], int], Callable[[Score], int]]] = {
-    "missing": (lambda score: score.missing, lambda score: score.num_events),
-    "hallucination": (lambda score: score.incorrect + score.hallucinated, lambda score: score.num_events),
-    "incorrect": (lambda score: score.incorrect, lambda score: score.num_events),
-    "hallucinated": (lambda score: score.hallucinated, lambda score: score.num_events),
-    "total": (lambda score: score.missing + score.incorrect + score.hallucinated, lambda score: score.num_events),
-    "repetition": (lambda score: score.num_repeated_words, lambda score: score.num_words),
-}
 
 
 @dataclass(frozen=True)

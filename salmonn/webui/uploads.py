@@ -19,9 +19,8 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MIB = 1 << 20
-UNUSED_SECONDS = (
-    15 * 60.0
-)  # before an unused file is deleted: the session that uploaded it may not have retained it yet
+# Before an unused file is deleted: the session that uploaded it may not have retained it yet.
+UNUSED_SECONDS = 15 * 60.0
 _REMOTE_FILE = re.compile(r"/(file|proxy)[=/]\s*https?:", re.IGNORECASE)
 
 
