@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ class Conversation:
     """Training example about one clip: answers to learn (`turns`) or a preference, never both.
 
     Args:
-        video, audio, image: paths as in the file; see `resolve`. At least one of them is given. An audio file next to
-            a video replaces the video's own audio.
+        video, audio, image: paths as in the file, from whose folder relative ones start. At least one of them is given.
+            An audio file next to a video replaces the video's own audio.
         modality: what of the clip is input. "both" without `audio` uses the audio in the video file.
         start_seconds, end_seconds: the part of the clip that is input; None for an open end.
         turns: answers to learn, each with all earlier turns as its history; empty if there is a preference.
@@ -74,11 +74,6 @@ class Conversation:
     end_seconds: float | None = None
     turns: tuple[Turn, ...] = ()
     preference: Preference | None = None
-
-    def resolve(self, root: Path) -> "Conversation":
-        """Return a copy with paths relative to `root`, the folder of the file, made absolute."""
-        video, audio, image = (path and str(root / path) for path in (self.video, self.audio, self.image))
-        return replace(self, video=video, audio=audio, image=image)
 
 
 def is_conversation_file(path: Path | str) -> bool:

@@ -368,13 +368,6 @@ def test_the_time_grows_with_the_number_of_items(tmp_path, name, between):
     assert seconds[1] < 30 * max(seconds[0], 0.01), seconds
 
 
-def test_paths_start_from_the_folder():
-    relative = Conversation("a.mp4", "sound/a.wav", turns=(TURN,), start_seconds=1.0, end_seconds=2.0)
-    expected = Conversation("/data/a.mp4", "/data/sound/a.wav", turns=(TURN,), start_seconds=1.0, end_seconds=2.0)
-    assert relative.resolve(Path("/data")) == expected
-    assert Conversation(image="/else/a.png").resolve(Path("/data")) == Conversation(image="/else/a.png")
-
-
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [

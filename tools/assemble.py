@@ -215,10 +215,7 @@ def init_weights(audio: AudioTower, *, seed: int, dtype: torch.dtype) -> list[Te
 def check_sources(network: Network, *, shapes: Mapping[str, torch.Size], sources: Mapping[str, list[Tensor]]) -> str:
     """Check that every weight comes from exactly one source, and that every weight of the sources is used.
 
-    Args:
-        network: the assembled network.
-        shapes: shapes of the weights that its config describes.
-        sources: weights by their source.
+    Its shape must be that in `shapes`, which the config describes.
 
     Returns:
         The number of weights from each source, as a sentence.

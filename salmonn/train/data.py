@@ -64,14 +64,13 @@ class ClipSource:
     @classmethod
     def of_conversation(cls, conversation: Conversation, *, root: Path) -> "ClipSource":
         """Return the clip of a published conversation, whose paths start from `root`."""
-        resolved = conversation.resolve(root)
-        video, audio = resolved.video or resolved.image, resolved.audio
+        video, audio = conversation.video or conversation.image, conversation.audio
         return cls(
-            video=Path(video or audio or ""),
-            modality=resolved.modality,
-            audio=Path(audio) if video and audio else None,
-            start_seconds=resolved.start_seconds,
-            end_seconds=resolved.end_seconds,
+            video=root / (video or audio or ""),
+            modality=conversation.modality,
+            audio=root / audio if video and audio else None,
+            start_seconds=conversation.start_seconds,
+            end_seconds=conversation.end_seconds,
             needs_both=True,
         )
 

@@ -314,14 +314,7 @@ def answer_questions(captioner: Captioner, clips: ClipSet, *, name: str, batch_s
 
 
 def evaluate(captioner: Captioner, clips: ClipSet, *, judge: Judge, sampling: SampleConfig, name: str) -> Evaluation:
-    """Evaluate a model on clips: one caption of each, judged, and answers to the clips' questions.
-
-    Args:
-        captioner: the model.
-        clips: held-out clips with their features.
-        judge: judge of the captions.
-        sampling: sampling parameters; used greedily.
-        name: title of the progress bars.
+    """Evaluate a model on held-out clips: one greedy caption of each, judged, and answers to the clips' questions.
 
     Raises:
         ValueError: no caption could be judged.

@@ -39,13 +39,9 @@ class RoundFailedError(ValueError):
 
 
 def rate_captions(captions: Sequence[Caption], clips: ClipSet, *, reward: Reward, folder: Path) -> list[Rating]:
-    """Rate captions on all ranks, or load the ratings of an earlier run; unscored captions are left out.
+    """Rate captions on all ranks, or load the ratings that an earlier run wrote to the folder of the round.
 
-    Args:
-        captions: sampled captions.
-        clips: annotated clips.
-        reward: rates them.
-        folder: folder of the round, which gets the reward's file.
+    Unscored captions are left out.
 
     Raises:
         ValueError: all captions are unscored.
@@ -69,15 +65,9 @@ def load_or_select(
     source: str,
     folder: Path,
 ) -> list[Comparison]:
-    """Select preference pairs and log what was kept and why, or load the pairs of an earlier run.
+    """Select preference pairs and log what was kept and why, or load the pairs.jsonl of an earlier run.
 
-    Args:
-        captions: sampled captions.
-        ratings: their ratings.
-        clips: annotated clips.
-        selector: pairs the captions of a clip.
-        source: name of the reward.
-        folder: folder of the round, which gets pairs.jsonl.
+    `source` is the name of the reward; `folder` is that of the round.
     """
 
     def select() -> list[Comparison]:

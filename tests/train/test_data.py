@@ -8,7 +8,7 @@ import av
 import pytest
 import torch
 
-from salmonn.conversations import Turn, parse_conversation
+from salmonn.conversations import Conversation, Turn, parse_conversation
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.families.salmonn2_plus import interleave_by_time
@@ -263,6 +263,14 @@ def test_a_conversation_about_sound_that_is_not_there_is_refused(processor, tmp_
 ONE = SynthConfig(
     clips=1, seed=4, min_seconds=3.0, max_seconds=3.0, min_visual=1, max_visual=1, max_sounds=1, min_sounds=1
 )
+
+
+def test_paths_of_a_conversation_start_from_its_folder():
+    video = Conversation("a.mp4", "sound/a.wav", start_seconds=1.0, end_seconds=2.0)
+    expected = ClipSource(Path("/data/a.mp4"), "both", Path("/data/sound/a.wav"), 1.0, 2.0, needs_both=True)
+    assert ClipSource.of_conversation(video, root=Path("/data")) == expected
+    image = Conversation(image="/else/a.png")
+    assert ClipSource.of_conversation(image, root=Path("/data")).video == Path("/else/a.png")
 
 
 def test_a_comparison_names_its_clip():
