@@ -153,27 +153,21 @@ class AudioTower(nn.Module):
 
     Args:
         encoder: Whisper's encoder; all chunks have the length that it was built for.
-        norm: layer between encoder and Q-Former: a LayerNorm in video-SALMONN 2, the identity in 2+.
         qformer: the window Q-Former.
         projector: projection D_q -> D to the language model's width.
-        adds_chunk_positions: whether the position of a chunk in the clip is added to its tokens (video-SALMONN 2).
+
+    Attributes:
+        norm: layer between encoder and Q-Former, the identity unless a family replaces it.
+        adds_chunk_positions: whether the position of a chunk in the clip is added to its tokens.
     """
 
-    def __init__(
-        self,
-        encoder: WhisperEncoder,
-        norm: nn.Module,
-        qformer: WindowQFormer,
-        projector: nn.Module,
-        *,
-        adds_chunk_positions: bool = False,
-    ) -> None:
+    def __init__(self, encoder: WhisperEncoder, qformer: WindowQFormer, projector: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        self.norm = norm
+        self.norm: nn.Module = nn.Identity()
         self.qformer = qformer
         self.projector = projector
-        self.adds_chunk_positions = adds_chunk_positions
+        self.adds_chunk_positions = False
 
     def forward(self, mels: Sequence[Tensor]) -> list[Tensor]:
         """Encode each clip's log-mel chunks (C_i, M, T) to (C_i * W * Q, D)."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from salmonn.score.formats import END_OF_ANSWER, read_objects
-from salmonn.score.stats import RESAMPLES, Interval, bootstrap_ratios
+from salmonn.score.stats import Interval, bootstrap_ratios
 
 GROUPS = ("duration", "domain", "sub_category", "task_type")  # accuracy is also reported by these keys
 
@@ -141,9 +141,7 @@ def parse_choice(response: str, options: Sequence[str]) -> str | None:
     return None
 
 
-def score_questions(
-    questions: Sequence[MultipleChoiceQuestion], *, resamples: int = RESAMPLES, seed: int = 0
-) -> MultipleChoiceRates:
+def score_questions(questions: Sequence[MultipleChoiceQuestion]) -> MultipleChoiceRates:
     """Return the accuracy over questions, overall and by group.
 
     Raises:
@@ -171,7 +169,7 @@ def score_questions(
             members.setdefault(key, {}).setdefault(group, []).append(is_correct)
     return MultipleChoiceRates(
         accuracy=sum(correct) / len(correct),
-        interval=bootstrap_ratios(numerators, denominators, resamples=resamples, seed=seed)[0],
+        interval=bootstrap_ratios(numerators, denominators)[0],
         num_questions=len(correct),
         unanswered=num_unanswered,
         unreadable=chosen.count(None) - num_unanswered,

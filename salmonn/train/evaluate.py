@@ -40,14 +40,9 @@ RATES_NAME = "rates.json"
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling):
-    """Sampling of captions.
+    """Sampling of several captions of each clip.
 
     Args:
-        temperature: 0 for greedy decoding.
-        top_p: nucleus sampling threshold.
-        max_new_tokens: limit of a caption's length.
-        repetition_penalty: factor above 1 that makes tokens of the prompt or the answer less likely; none for the
-            model's own.
         num_samples: captions of each clip.
         batch_size: captions generated at once; fewer need less memory.
     """

@@ -215,7 +215,7 @@ class Family(ABC):
         window = WindowQFormer(
             qformer, num_queries=config.num_queries, window=config.window_steps, stride=config.stride_steps
         )
-        return AudioTower(encoder, nn.Identity(), window, nn.Linear(qformer.config.hidden_size, width))
+        return AudioTower(encoder, window, nn.Linear(qformer.config.hidden_size, width))
 
 
 def convert_qformer_config(bert: Mapping[str, Any], *, encoder_width: int) -> dict[str, Any]:
