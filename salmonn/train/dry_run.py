@@ -183,30 +183,14 @@ class MemoryPlan:
         # The published tokenizer encodes each digit and the decimal point as a token.
         timestamps = [[0] * len(text) for text in self.family.timestamps(self.media)]
         self.layout = self.family.layout(self.media, timestamp_ids=timestamps)
+        self.clip_tokens = len(self.layout)
+        self.patches = self.family.count_patches(self.media)  # in the vision encoder's layers
+        self.steps = len(self.media.mel) * self.config.chunk_seconds * 50  # in the audio encoder's layers
         self.parameters = count_parameters(self.network)
+        self.trained = sum(part.trained for part in self.parameters.values())
         self.decoder = Stack.of(self.network.lm.config.get_text_config())
         self.vision = Stack.of(self.network.get_submodule("vision.encoder").config)
         self.audio = Stack.of(self.network.get_submodule("audio.encoder").config)
-
-    @property
-    def clip_tokens(self) -> int:
-        """Number of tokens of the clip."""
-        return len(self.layout)
-
-    @property
-    def patches(self) -> int:
-        """Number of patches in the vision encoder's layers."""
-        return self.family.count_patches(self.media)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps in the audio encoder's layers."""
-        return len(self.media.mel) * self.config.chunk_seconds * 50
-
-    @property
-    def trained(self) -> int:
-        """Number of trained parameters."""
-        return sum(part.trained for part in self.parameters.values())
 
     def training(self, *, checkpointed: bool) -> MemoryEstimate:
         """Estimate the memory of a training step on one device."""

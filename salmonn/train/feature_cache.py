@@ -227,11 +227,9 @@ class FeatureCache:
 
     def _files(self) -> dict[Path, os.stat_result]:
         files = {}
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):  # just evicted by another process
-                    if entry.name.endswith(SUFFIX):
-                        files[Path(entry.path)] = entry.stat()
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            with suppress(FileNotFoundError):  # just evicted by another process
+                files[path] = path.stat()
         return files
 
     def _path(self, key: str) -> Path:
