@@ -29,7 +29,6 @@ from salmonn.records import Caption
 from salmonn.synthetic.render import SynthConfig, make_clips
 
 Kind = Literal["720p", "synthetic"]
-Side = Literal["ours", "one at a time", "generate() one at a time"]
 # A clip of 5 s is 420 tokens with its prompt.
 MID = Shape(
     width=768, layers=8, heads=12, kv_heads=4, intermediate=3072, tower_width=192, tower_layers=4, side=224
