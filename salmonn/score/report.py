@@ -224,14 +224,6 @@ def _classified_events(report: Report, score: Score, caption: Caption | None) ->
 
 
 @dataclass(frozen=True)
-class _VideoSource:
-    """Address of a video, "" if there is no file, and whether the address contains the video itself."""
-
-    address: str = ""
-    is_embedded: bool = False
-
-
-@dataclass(frozen=True)
 class _CaptionCard:
     """A caption as shown; `unlocated` are quotes that are not in the caption, `shares` the parts of its Total."""
 
@@ -241,7 +233,8 @@ class _CaptionCard:
     unlocated: list[Quote]
     missed: list[tuple[str, Event | None]]
     ticks: list[dict[str, Any]]
-    media: _VideoSource
+    address: str  # of the video; "" if there is no file
+    is_linked: bool  # the address does not contain the video itself
     shares: dict[str, float]
     kinds: list[str]  # of errors, to filter by
 
@@ -254,7 +247,7 @@ def _worst_clips(report: Report, path: Path) -> list[_CaptionCard]:
     room = _ALL_EMBEDDED_BYTES
     for score, caption in ranked:
         text = caption.text if caption else ""
-        media, used = _embed_or_link(report.media_dir / score.video, page=path, room=room)
+        address, used = _embed_or_link(report.media_dir / score.video, page=path, room=room)
         room -= used
         counts = (score.missing, score.incorrect, score.hallucinated, score.num_repeated_words)
         clips.append(
@@ -265,7 +258,8 @@ def _worst_clips(report: Report, path: Path) -> list[_CaptionCard]:
                 unlocated=[quote for quote in locate_quotes(text, score) if not quote.span],
                 missed=_missed_events(report, score, caption),
                 ticks=_place_ticks(report, score, caption),
-                media=media,
+                address=address,
+                is_linked=bool(address) and not address.startswith("data:"),
                 shares=_split_total([score]),
                 kinds=[kind for kind, count in zip(_FILTERS, counts, strict=True) if count],
             )
@@ -290,20 +284,20 @@ def _place_ticks(report: Report, score: Score, caption: Caption | None) -> list[
     ]
 
 
-def _embed_or_link(video: Path, *, page: Path, room: int) -> tuple[_VideoSource, int]:
-    """Embed a small video if it fits into `room` bytes, else link it; return the bytes used as well.
+def _embed_or_link(video: Path, *, page: Path, room: int) -> tuple[str, int]:
+    """Embed a small video if it fits into `room` bytes, else link it; return its address and the bytes used.
 
     Links to videos below the page's folder are relative, so that the folder can be moved.
     """
     if not video.is_file():
-        return _VideoSource(), 0
+        return "", 0
     size = video.stat().st_size
     if size <= min(room, _EMBEDDED_BYTES):
         kind = mimetypes.guess_type(video.name)[0] or "video/mp4"
         data = base64.b64encode(video.read_bytes()).decode()
-        return _VideoSource(f"data:{kind};base64,{data}", is_embedded=True), size
+        return f"data:{kind};base64,{data}", size
     video, folder = video.resolve(), page.resolve().parent
     if video.is_relative_to(folder):
         # ":" is quoted too, so that no name looks like a URL scheme.
-        return _VideoSource(quote(os.path.relpath(video, folder).replace(os.sep, "/"))), 0
-    return _VideoSource(video.as_uri()), 0
+        return quote(os.path.relpath(video, folder).replace(os.sep, "/")), 0
+    return video.as_uri(), 0
