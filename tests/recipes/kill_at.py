@@ -79,7 +79,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "checkpoint_json": lambda: before(checkpoint, "write_json"),
     "adapter": lambda: before(lora, "write_json"),
     "merge": lambda: after(captioner, "save_network"),
-    "merged": lambda: before(checkpoint.Checkpoints, "clear"),
+    "merged": lambda: before(checkpoint.shutil, "rmtree", when=has_name("checkpoints")),
     "measuring": lambda: before(evaluate, "write_json", when=has_name("rates.json")),
 }
 
