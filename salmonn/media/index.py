@@ -40,6 +40,8 @@ _CHECKED_PACKETS = 50
 _SKIPPED_BYTES, _SKIPPED_SECONDS = 4096, 0.5
 # What follows the last packet, if more than both of these (bytes, and share of what precedes), is in other streams.
 _UNREAD_BYTES, _UNREAD_SHARE = 1 << 16, 0.05
+# Frames this far apart are slides, each shown until the next, or until the sound ends.
+_SPARSE_SECONDS = 0.5
 # A file that ends this much before the end that it declares is truncated.
 _SHORTFALL_SECONDS = 0.25
 # Headers of these formats declare no duration; libav estimates it from the bit rate or the last timestamps.
@@ -164,7 +166,15 @@ def _index_from(file: MediaFile, start: float, end: float, *, seek_seconds: floa
     if video is not None:
         video.finish(end)
     index.is_truncated = index.is_truncated or _misses_declared_end(index, end)
+    if index.frame_times and _is_sparse(index) and not index.is_truncated and "mp4" not in file.format_name:
+        # A picture with sound, or slides: nothing but MP4 states for how long the last frame is shown.
+        index.video_end = max(index.video_end, index.audio_end)
     return index
+
+
+def _is_sparse(index: StreamIndex) -> bool:
+    times = index.frame_times
+    return len(times) == 1 or float(np.median(np.diff(times))) > _SPARSE_SECONDS
 
 
 def _index_packets(
