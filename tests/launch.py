@@ -1,9 +1,11 @@
 """Command lines of tests, run by a fork server: real processes without the seconds of importing torch."""
 
 import atexit
+import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,15 +15,17 @@ from tests.fork_server import KILL
 SERVER = Path(__file__).with_name("fork_server.py")
 
 
-def forked(*line: object) -> list[str]:
+def forked(*line: object, imported_with: Mapping[str, str] | None = None) -> list[str]:
     """Return a command line that runs `line` in a fork of a process that has imported torch and salmonn.
 
     It can be given to subprocess, with any working directory, environment and streams. To kill it, call `kill`.
 
     Args:
         line: python or a script of the virtual environment with its arguments, or torchrun --standalone with those.
+        imported_with: environment variables that libraries read when they are imported; their fork server is another.
     """
-    return [sys.executable, "-ISE", str(SERVER), "run", str(socket_path()), *map(str, line)]
+    path = socket_path(*sorted((imported_with or {}).items()))
+    return [sys.executable, "-ISE", str(SERVER), "run", str(path), *map(str, line)]
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -31,8 +35,8 @@ def kill(process: subprocess.Popen) -> None:
 
 
 @cache
-def socket_path() -> Path:
-    """Start this test session's fork server; return the path of its socket."""
+def socket_path(*variables: tuple[str, str]) -> Path:
+    """Start this test session's fork server for these environment variables; return the path of its socket."""
     folder = TemporaryDirectory(prefix="fork_")
     path = Path(folder.name) / "socket"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -41,7 +45,7 @@ def socket_path() -> Path:
         command = [sys.executable, str(SERVER), "serve", str(listener.fileno())]
         server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[listener.fileno()],
-            start_new_session=True,
+            start_new_session=True, env=os.environ | dict(variables),
         )  # fmt: skip
 
     def stop() -> None:

@@ -15,24 +15,21 @@ import pytest
 from salmonn.cli.main import COMMANDS, build_parser
 from salmonn.config import parse_config
 from salmonn.records import Caption, Reference, read_records
+from tests.launch import forked
 
 SALMONN = Path(sys.executable).with_name("salmonn")
 
 
-def run(*args: object) -> subprocess.CompletedProcess[str]:
-    """Run the installed command in a separate process."""
-    return subprocess.run(
-        [SALMONN, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def run(*args: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the installed command in a fork of a process that has imported torch, or in a fresh process."""
+    line = [str(SALMONN), *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = line if fresh else forked(*line)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
 
 
 def test_help_starts_without_torch():
-    result = run("--help")
+    result = run("--help", fresh=True)
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("caption", "score", "events", "synth"))
     code = "import sys\ntry:\n from salmonn.cli import main; main(['caption', '--help'])\nexcept SystemExit as end:\n"
@@ -251,7 +248,7 @@ def test_synth_twice_gives_the_same_bytes(call, tmp_path, monkeypatch):
     """The second run gets uninitialized memory with other contents."""
     assert call("synth", "--out", tmp_path / "one", "--clips", 2, *SHORT)[0] == 0
     monkeypatch.setenv("MALLOC_PERTURB_", "85")
-    assert run("synth", "--out", tmp_path / "two", "--clips", 2, *SHORT).returncode == 0
+    assert run("synth", "--out", tmp_path / "two", "--clips", 2, *SHORT, fresh=True).returncode == 0
     one, two = (
         {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).digest() for path in root.rglob("*.*")}
         for root in (tmp_path / "one", tmp_path / "two")

@@ -55,7 +55,8 @@ exec {} "$@"
 """
 SMALL = (
     "--rounds 1 --sampling.num_samples 4 --sampling.temperature 0.9 --sampling.max_new_tokens 30 "
-    "--selection.min_gap 0.0001 --fit.steps 2 --rebirth.fit.steps 2 --synth.clips 8 --heldout_clips 3 "
+    "--selection.min_gap 0.0001 --fit.steps 2 --fit.batch_size 2 --rebirth.fit.steps 2 --rebirth.fit.batch_size 2 "
+    "--synth.clips 4 --heldout_clips 2 "
     "--early_stopping.max_worsening 9 --early_stopping.min_pairs 1 --early_stopping.min_margin null --kl.num_clips 2"
 )
 # Run by tests of their own, with files that they need.
@@ -78,9 +79,9 @@ COMMANDED = [page for page in PAGES if blocks(page, "bash")]
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory):
-    """Six synthetic clips with their references."""
+    """Three synthetic clips with their references."""
     folder = tmp_path_factory.mktemp("known")
-    make_clips(folder, SynthConfig(clips=6, seed=7), workers=1)
+    make_clips(folder, SynthConfig(clips=3, seed=7), workers=1)
     return folder
 
 
@@ -88,7 +89,7 @@ def known(tmp_path_factory):
 def stage(known, random_plus, serve, tmp_path):
     """A folder that has what the pages speak of, and the programs that they call; returns what runs a script there."""
     shutil.copytree(known, tmp_path / "clips")
-    for name in ("recipes", "data", "tools", "docs", "pyproject.toml", "Makefile", "salmonn"):
+    for name in ("recipes", "tools", "docs", "pyproject.toml", "Makefile", "salmonn"):
         (tmp_path / name).symlink_to(ROOT / name)
     references = read_records(known / "clips.jsonl", Reference)
     beside = [replace(one, video=f"clips/{one.video}") for one in references]
@@ -104,6 +105,8 @@ def stage(known, random_plus, serve, tmp_path):
         write_json(tmp_path / name / "summary.json", asdict(Rates(0.5, 0.25, 0.75, 0.125, clips=3)))
     for video in sorted((known / "videos").glob("*.mp4"))[:2]:
         shutil.copy(video, tmp_path / "home" / "Videos")
+    pairs = (ROOT / "data" / "judge_pairs.jsonl").read_text().splitlines(keepends=True)
+    write_text(tmp_path / "data" / "judge_pairs.jsonl", "".join(pairs[::40]))
     judge = serve(rule_judge_script)
     programs = {name: SHIM for name in FOREIGN} | {"torchrun": TORCHRUN}
     programs |= {name: FORKED.format(shlex.join(forked(BIN / name))) for name in ("python", "salmonn")}

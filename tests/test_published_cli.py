@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.model.families import salmonn2_plus
 from salmonn.records import Caption, read_records
+from tests.launch import forked
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
 pytestmark = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no media in {MEDIA}")
@@ -75,9 +77,29 @@ class HubHandler(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(scope="module")
+def port():
+    """The port that this file's hubs listen on, one after another, as one fork server serves all tests."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def hub(published, tmp_path):
-    """Address of a hub that has the 2+ fixture in two shards, and the paths requested from it."""
+def home(port, cache_dir):
+    """Environment of a process that uses the hub and has nothing on disk."""
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(cache_dir)}
+    shutil.rmtree(cache_dir)
+
+
+@pytest.fixture
+def requested(published, port, tmp_path):
+    """Paths requested from a hub that has the 2+ fixture in two shards."""
     folder = tmp_path / "repository"
     folder.mkdir()
     source = published("salmonn2-plus")
@@ -93,52 +115,52 @@ def hub(published, tmp_path):
             )
     index = {name: f"model-0000{number}-of-00002.safetensors" for number, part in enumerate(shards, 1) for name in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    with serve(folder) as (address, requested):
-        yield address, requested
+    with serve(folder, port) as requested:
+        yield requested
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """A hub that has this folder as someone/video-salmonn: its address, and the paths requested from it."""
+def serve(folder: Path, port: int) -> Iterator[list[str]]:
+    """A hub that has this folder as someone/video-salmonn; gives the paths requested from it."""
     requested: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(HubHandler, folder, requested))
+    server = ThreadingHTTPServer(("127.0.0.1", port), functools.partial(HubHandler, folder, requested))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", requested
+    yield requested
     server.shutdown()
     server.server_close()
 
 
-def caption(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [SALMONN, "caption", *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
+def run(*line: object, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=600, check=False, env=env)
 
 
-def test_a_hub_id_is_all_that_is_needed(capsys, hub, published, tmp_path):
-    address, requested = hub
-    home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+def caption(*args: object, home: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run `salmonn caption` in a fork of a process that has imported huggingface_hub with this home."""
+    return run(*forked(SALMONN, "caption", *args, imported_with=home), environment=home)
+
+
+def test_a_hub_id_is_all_that_is_needed(capsys, requested, home, published, tmp_path):
     args = (MEDIA / "h265_video.mp4", "--max-new-tokens", 4, "--model", "someone/video-salmonn")
-    result = caption(*args, "--out", tmp_path / "a.jsonl", **home)
+    result = caption(*args, "--out", tmp_path / "a.jsonl", home=home)
     assert result.returncode == 0, result.stderr
     assert any("model-00002-of-00002" in path for path in requested)
     (from_hub,) = read_records(tmp_path / "a.jsonl", Caption)
     assert from_hub.prompt == salmonn2_plus.Salmonn2Plus.prompts["both"]
     assert from_hub.model == "someone/video-salmonn"
     # The second time it is on disk, and nothing is requested.
-    offline = caption(*args, "--out", tmp_path / "b.jsonl", HF_HUB_OFFLINE="1", **home)
+    num_requested = len(requested)
+    line = (SALMONN, "caption", *args, "--out", tmp_path / "b.jsonl")
+    offline = run(*line, environment=home | {"HF_HUB_OFFLINE": "1"})
     assert offline.returncode == 0, offline.stderr
+    assert len(requested) == num_requested
     (again,) = read_records(tmp_path / "b.jsonl", Caption)
     assert call(capsys, *args[:3], "--model", published("salmonn2-plus"), "--out", tmp_path / "c.jsonl")[0] == 0
     (from_folder,) = read_records(tmp_path / "c.jsonl", Caption)
     assert from_hub.text == again.text == from_folder.text
 
 
-def test_an_adapter_on_the_hub(published, tmp_path):
+def test_an_adapter_on_the_hub(published, port, home, tmp_path):
     """By its id; from disk if the hub is unreachable; with an error if it is used as a model."""
     base = published("salmonn2-plus")
     folder = tmp_path / "adapter"
@@ -149,22 +171,20 @@ def test_an_adapter_on_the_hub(published, tmp_path):
     PeftConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj"]).save_pretrained(str(folder))
     args = (MEDIA / "h265_video.mp4", "--max-new-tokens", 4, "--end", 1)
     both = (*args, "--model", base, "--adapter", "someone/video-salmonn")
-    with serve(folder) as (address, _):
-        home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
-        result = caption(*both, "--out", tmp_path / "a.jsonl", **home)
+    with serve(folder, port):
+        result = caption(*both, "--out", tmp_path / "a.jsonl", home=home)
         assert result.returncode == 0, result.stderr
-        alone = caption(*args, "--model", "someone/video-salmonn", "--out", tmp_path / "b.jsonl", **home)
+        alone = caption(*args, "--model", "someone/video-salmonn", "--out", tmp_path / "b.jsonl", home=home)
     assert alone.returncode == 2 and "is an adapter, not a model; pass it with --adapter" in alone.stderr
-    away = caption(*both, "--out", tmp_path / "c.jsonl", **home)
+    away = caption(*both, "--out", tmp_path / "c.jsonl", home=home)
     assert away.returncode == 0, away.stderr
     (first,), (again,) = (read_records(tmp_path / f"{name}.jsonl", Caption) for name in "ac")
     assert first.text == again.text
 
 
-def test_a_model_that_the_hub_lacks(hub, tmp_path):
-    address, _ = hub
-    home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
-    result = caption(MEDIA / "h265_video.mp4", "--model", "someone/other", "--out", tmp_path / "a.jsonl", **home)
+@pytest.mark.usefixtures("requested")
+def test_a_model_that_the_hub_lacks(home, tmp_path):
+    result = caption(MEDIA / "h265_video.mp4", "--model", "someone/other", "--out", tmp_path / "a.jsonl", home=home)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "no model someone/other: there is no such folder, and it cannot be fetched from the hub" in result.stderr
     assert not (tmp_path / "a.jsonl").exists()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from salmonn.records import Caption, Event, Reference, read_json, read_records, 
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.judge import RULES_VERSION
 from salmonn.synthetic.render import SynthConfig, sample_clip
+from tests.launch import forked, kill
 from tests.score.fake_llm_server import Answer, rule_judge_script
 
 SALMONN = Path(sys.executable).with_name("salmonn")
@@ -137,14 +137,13 @@ def test_a_killed_command_resumes_without_repeated_requests(hasty, serve):
         return rule_judge_script(request, number)
 
     server = serve(script)
-    command = [SALMONN, *openai_args(hasty, server)]
+    command = forked(SALMONN, *openai_args(hasty, server))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     while len(server.requests) < 68:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(process)
     killed.set()
     num_before = len(server.requests)
     assert num_before == 68 and not (hasty / "scores.jsonl").exists()
@@ -163,7 +162,9 @@ def test_a_killed_command_resumes_without_repeated_requests(hasty, serve):
     third = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert third.returncode == 0 and len(server.requests) == len(sent)
 
-    uninterrupted_command = [SALMONN, *openai_args(hasty, server, cache="other.sqlite", out="uninterrupted.jsonl")]
+    uninterrupted_command = forked(
+        SALMONN, *openai_args(hasty, server, cache="other.sqlite", out="uninterrupted.jsonl")
+    )
     assert subprocess.run(uninterrupted_command, capture_output=True, env=environment, check=False).returncode == 0
     interrupted, uninterrupted = read_scores(hasty / "scores.jsonl"), read_scores(hasty / "uninterrupted.jsonl")
     assert interrupted.scores == uninterrupted.scores and len(uninterrupted.scores) == 120

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file, is_flash_attn_2_available
@@ -240,5 +239,5 @@ def _is_ours(values: dict[str, Any]) -> bool:
 
 def save_network(network: Network, path: Path | str) -> None:
     """Write config.json and safetensors to a folder; no adapter may be attached."""
-    assert not isinstance(network.lm, PeftModel), "merge the adapter before saving the network"
+    assert not hasattr(network.lm, "peft_config"), "merge the adapter before saving the network"
     network.save_pretrained(str(path), save_original_format=False)
