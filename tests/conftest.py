@@ -25,6 +25,7 @@ from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.network import Network
 from salmonn.synthetic.render import SynthConfig, make_clips
 from salmonn.train.data import ClipSet, all_texts
+from tests.launch import SHARED_SOCKET, socket_path
 from tests.score.fake_llm_server import FakeLLMServer
 
 torch.set_num_threads(1)
@@ -33,6 +34,12 @@ LONGEST = (
     "tests/recipes/test_mrdpo.py", "tests/test_docs.py", "tests/train/test_parallel.py", "tests/recipes/test_sft.py",
     "tests/recipes/test_dpo.py", "tests/test_published_cli.py", "tests/tools/test_ablation.py", "tests/test_dist.py",
 )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the fork server of all workers of pytest-xdist."""
+    if config.getoption("numprocesses", None):
+        os.environ[SHARED_SOCKET] = str(socket_path())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

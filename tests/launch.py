@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from tests.fork_server import KILL
 
+SHARED_SOCKET = "FORK_SERVER_SOCKET"  # environment variable
 SERVER = Path(__file__).with_name("fork_server.py")
 
 
@@ -36,7 +37,12 @@ def kill(process: subprocess.Popen) -> None:
 
 @cache
 def socket_path(*variables: tuple[str, str]) -> Path:
-    """Start this test session's fork server for these environment variables; return the path of its socket."""
+    """Start this test session's fork server for these environment variables; return the path of its socket.
+
+    The workers of pytest-xdist share the one that their controller has started.
+    """
+    if not variables and SHARED_SOCKET in os.environ:
+        return Path(os.environ[SHARED_SOCKET])
     folder = TemporaryDirectory(prefix="fork_")
     path = Path(folder.name) / "socket"
     with socket.socket(socket.AF_UNIX) as listener:

@@ -21,8 +21,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from salmonn import dist
 
 dist.setup(threads=1)
-_set_pg_timeout(timedelta(seconds=1))  # of training: others wait longer for a judge
-late = 1.5 * dist.rank()
+_set_pg_timeout(timedelta(seconds=0.3))  # of training: others wait longer for a judge
+late = 0.6 * dist.rank()
 time.sleep(late)
 dist.barrier()
 result = {"rank": dist.rank(), "size": dist.world_size(), "main": dist.is_main()}

@@ -134,16 +134,16 @@ def test_two_batches_are_read_ahead(size, expected):
 
 
 def test_waiting_time_is_measured():
-    """Three clips of 0.2 s each; the last is read while the consumer is busy for 0.5 s."""
+    """Two clips of 0.4 s: the consumer waits for the first one, and the other has been read when it asks for it."""
+    read_spec = FakeReadSpec(pause=0.4)
     with ClipReader(workers=0) as reader:
-        batches = read_batches(reader, ["1"] * 3, FakeReadSpec(pause=0.2), size=1)
+        batches, begin = read_batches(reader, ["1"] * 2, read_spec, size=1), time.perf_counter()
         next(batches)
-        next(batches)
-        assert 0.35 < reader.waited_seconds < 1
-        time.sleep(0.5)
+        assert 0.2 < reader.waited_seconds <= time.perf_counter() - begin
+        wait_until(lambda: len(read_spec.read_so_far) == 2)
         before = reader.waited_seconds
         next(batches)
-        assert reader.waited_seconds - before < 0.1
+        assert reader.waited_seconds - before < 0.2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -238,13 +238,14 @@ def test_closing_kills_reading_workers(scripted):
 
 
 SLEEPING_READER = """
-import sys
+import signal, sys
 from pathlib import Path
 from salmonn.caption.loader import ClipJob, ClipReader
 from salmonn.caption.generator import CaptionRequest
 from salmonn.media.frame_sampling import FixedRateSampler
 from scripted import ScriptedReadSpec
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if pytest runs in the background of a script
 with ClipReader(workers=2) as reader:
     read = ScriptedReadSpec(FixedRateSampler())
     names = ("a", "b", "sleep", "sleep")
