@@ -164,13 +164,16 @@ def test_commands_run(stage, page):
     for script in blocks(page, "python"):
         result = python(stage, script)
         assert result.returncode == 0, f"{page.name}:\n{script}\n{result.stderr[-4000:]}"
-    for line in re.sub(r"\\\n", " ", "\n".join(blocks(page, "bash"))).splitlines():
+    lines = re.sub(r"\\\n", " ", "\n".join(blocks(page, "bash"))).splitlines()
+    for line in lines:
         if "salmonn caption" in line and "--shard" not in line:  # each share has a file of its own
             out = stage.folder / re.search(r"--out (\S+)", line)[1]
             assert read_records(out, Caption), f"{page.name}: {line}: no captions"
     calls = (stage.folder / "calls").read_text().splitlines() if (stage.folder / "calls").exists() else []
     targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    foreign = {line.split()[0] for line in lines if line.strip()} & set(FOREIGN)
+    assert foreign <= {call.split()[0] for call in calls}, "a real program was started"
     for program, *args in map(str.split, calls):
         if program == "make":
             assert args[0] in targets

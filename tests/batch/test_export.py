@@ -15,6 +15,7 @@ from salmonn.batch.export import LatestCaptions, export_subtitles, export_table
 from salmonn.batch.ledger_files import LedgerError, append_records
 from salmonn.batch.subtitles import SubtitleWriter
 from salmonn.records import Caption, read_records
+from tests.launch import forked
 
 ODD = 'Two "lines",\nof text; 漢字 & <b>'
 
@@ -150,11 +151,11 @@ def test_full_files_are_not_held_open(tmp_path):
 
 
 MANY = """
-import resource, sys, time
+import sys
 from pathlib import Path
 import pyarrow.parquet
 from salmonn.batch.export import LatestCaptions, export_table
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 before = peak()
 latest = LatestCaptions([Path(sys.argv[1])])
 export_table(latest, Path(sys.argv[2]))
@@ -169,9 +170,8 @@ def test_many_captions_take_little_memory(tmp_path, name):
     line = json.dumps(asdict(caption("NUMBER", "A red circle moves. " * 25)))
     with path.open("w") as file:
         file.writelines(line.replace("NUMBER", f"/data/{number % 50_000:07d}.mp4") + "\n" for number in range(100_000))
-    result = subprocess.run(
-        [sys.executable, "-c", MANY, str(path), str(tmp_path / name)], capture_output=True, text=True, check=True
-    )
+    command = forked(sys.executable, "-c", MANY, path, tmp_path / name)
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     count, more = map(int, result.stdout.split())
     assert count == 50_000 and more < 60e6
 

@@ -154,7 +154,9 @@ def test_gradients_do_not_depend_on_the_order_of_threads(captioner, media):
     rows = [PromptRow(0, "Tell.", f"{number} red stars appear and a tone is heard") for number in range(64)]
     inputs = captioner.processor.collate(rows, captioner.encode(media[:1]))
     network.requires_grad_(False)
-    weight = network.lm.get_decoder().norm.weight.requires_grad_(True)
+    decoder = network.lm.get_decoder()
+    decoder.layers = decoder.layers[:1]  # rows are gathered after the layers
+    weight = decoder.norm.weight.requires_grad_(True)
     torch.set_num_threads(2)
     try:
         sums = set()
