@@ -94,7 +94,7 @@ def cache_dir(tmp_path_factory):
 def home(port, cache_dir):
     """Environment of a process that uses the hub and has nothing on disk."""
     yield {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(cache_dir)}
-    shutil.rmtree(cache_dir)
+    shutil.rmtree(cache_dir, ignore_errors=True)  # a hub that lacks the model leaves nothing
 
 
 @pytest.fixture
