@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from tests.launch import forked
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
 pytestmark = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no media in {MEDIA}")
 SHARD = "model-{:05d}-of-00002.safetensors"
+DAMAGED = r"corrupted\.mp4: \d+ damaged video frames? "
 SALMONN = Path(sys.executable).with_name("salmonn")
 
 
@@ -221,7 +223,7 @@ def test_every_real_file_is_captioned(capsys, caplog, published, random_model, t
     captions = read_records(out, Caption)
     assert {Path(caption.video).name for caption in captions} == EVERY_FILE
     # The damaged one is captioned as far as it decodes, with a warning; its first second is intact.
-    assert ("corrupted.mp4: damaged" in caplog.text) is not bool(span)
+    assert bool(re.search(DAMAGED, caplog.text)) is not bool(span)
 
 
 def test_every_real_file_whole_by_2_plus(published, caplog):
@@ -232,7 +234,7 @@ def test_every_real_file_whole_by_2_plus(published, caplog):
         CaptionRequest(path, sampling=Sampling(max_new_tokens=2)) for path in sorted(MEDIA.iterdir())
     )
     assert {Path(result.video).name for result in results if isinstance(result, Caption)} == EVERY_FILE
-    assert "corrupted.mp4: damaged" in caplog.text
+    assert re.search(DAMAGED, caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_what_a_file_lacks_is_told(capsys, random_model, tmp_path, modality, fai
     captions = read_records(out, Caption)
     assert {Path(caption.video).name for caption in captions} == EVERY_FILE - failed
     lacking = {"visual": "video", "audio": "audio"}[modality]
-    assert all(f"{name}: has no {lacking} stream that can be decoded" in err for name in failed)
+    assert all(f"{name}: has no {lacking}; caption the rest of it" in err for name in failed)
 
 
 def test_a_span_and_a_question(capsys, published, tmp_path):

@@ -147,9 +147,7 @@ print(peak() - before)
 
 def test_long_sequences_need_no_full_mask():
     """20,600 tokens: a boolean mask would need 424 MB, a float mask 1,697; the suffixes' mask needs 16."""
-    result = subprocess.run(
-        forked(sys.executable, "-c", MEASURE_MEMORY), capture_output=True, text=True, check=True
-    )
+    result = subprocess.run(forked(sys.executable, "-c", MEASURE_MEMORY), capture_output=True, text=True, check=True)
     assert int(result.stdout) < 150e6
 
 
