@@ -33,7 +33,8 @@ torch.set_num_threads(1)
 LONGEST = (
     "tests/recipes/test_mrdpo.py", "tests/test_docs.py", "tests/train/test_parallel.py",
     "tests/batch/test_caption_cli.py", "tests/test_published_cli.py", "tests/recipes/test_sft.py",
-    "tests/serve/test_serve_cli.py", "tests/train/test_options.py", "tests/tools/test_ablation.py", "tests/test_dist.py",
+    "tests/serve/test_serve_cli.py", "tests/train/test_options.py", "tests/tools/test_ablation.py",
+    "tests/test_dist.py",
 )  # fmt: skip
 
 
