@@ -163,9 +163,9 @@ print(len(latest), peak() - before)
 """
 
 
-@pytest.mark.parametrize("name", ["all.csv", "all.parquet"])
-def test_many_captions_take_little_memory(tmp_path, name):
-    """100,000 lines of 700 characters are 70 MB; 48 bytes per line, and sorting them, take 10 to 15 MB."""
+@pytest.mark.parametrize(("name", "limit"), [("all.csv", 40e6), ("all.parquet", 150e6)])
+def test_many_captions_take_little_memory(tmp_path, name, limit):
+    """Of 100,000 lines the index takes 12 to 19 MB, a row group of Parquet 100; the 50,000 captions would take 50."""
     path = tmp_path / "captions.jsonl"
     line = json.dumps(asdict(caption("NUMBER", "A red circle moves. " * 25)))
     with path.open("w") as file:
@@ -173,7 +173,7 @@ def test_many_captions_take_little_memory(tmp_path, name):
     command = forked(sys.executable, "-c", MANY, path, tmp_path / name)
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     count, more = map(int, result.stdout.split())
-    assert count == 50_000 and more < 60e6
+    assert count == 50_000 and more < limit
 
 
 def test_samples_of_one_video_all_count(tmp_path):
