@@ -1,6 +1,8 @@
 """Shared fixtures: synthetic clips, and small models with random weights."""
 
+# ruff: noqa: E402
 import fcntl
+import gc
 import importlib.util
 import json
 import os
@@ -10,6 +12,8 @@ from pathlib import Path
 
 # Bitwise comparisons need one device and one order of sums: tests run on one CPU thread.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Collecting garbage is a quarter of the time of importing, and afterwards each collection would visit what is imported.
+gc.disable()
 
 import pytest
 import torch
@@ -28,6 +32,8 @@ from salmonn.train.data import ClipSet, all_texts
 from tests.launch import SHARED_SOCKET, socket_path
 from tests.score.fake_llm_server import FakeLLMServer
 
+gc.freeze()
+gc.enable()
 torch.set_num_threads(1)
 # The slowest files run first, so that no worker has one of them at the end.
 LONGEST = (
@@ -48,6 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the longest files to the front."""
     order = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the test modules have imported from garbage collection, too."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

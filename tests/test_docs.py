@@ -121,8 +121,8 @@ def stage(known, random_plus, serve, tmp_path):
 
     def run(script, *, timeout=900):
         for said, meant in {
+            ". .venv/bin/activate": "true",  # before the next one, or the tests' own environment would be activated
             ".venv/bin/": "",
-            ". .venv/bin/activate": "true",
             "python -m venv .venv": "true",
             "http://localhost:8000/v1": judge.url,
             "--base-url URL": f"--base-url {judge.url}",
