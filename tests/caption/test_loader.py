@@ -140,7 +140,7 @@ def test_waiting_time_is_measured():
         batches, begin = read_batches(reader, ["1"] * 2, read_spec, size=1), time.perf_counter()
         next(batches)
         assert 0.2 < reader.waited_seconds <= time.perf_counter() - begin
-        wait_until(lambda: len(read_spec.read_so_far) == 2)
+        wait_until(lambda: len(read_spec.read_order) == 2)
         before = reader.waited_seconds
         next(batches)
         assert reader.waited_seconds - before < 0.2
