@@ -61,8 +61,8 @@ def target_times(index: StreamIndex, sampler: FrameSampler, *, start: float, end
         return np.zeros(0)
     first = max(start, index.frame_times[0])
     duration = min(end, index.video_end) - first
-    if duration <= 0:
-        return np.zeros(0)
+    if duration <= 0:  # a frame may be stated to last for no time
+        return np.array([first]) if start <= index.frame_times[0] < end else np.zeros(0)
     inside = index.frame_times[bisect_left(index.frame_times, first) : bisect_left(index.frame_times, first + duration)]
     num_frames = max(len(inside), 1)
     interval = duration / num_frames
@@ -119,11 +119,24 @@ def decode_frames(
             logger.debug("%s: reading again, because it seems damaged (%s)", file.path, error)
             strict = False
         else:
+            _cut_lost_end(index, targets, images, source)
             index.video_damage = sorted(index.video_damage + source.decoder.damage)
             index.display_warning = warning
             index.error = index.error if any(image is not None for image in images) else source.decoder.cause
             return images
         file = file.reopen(stack, strict=strict)
+
+
+def _cut_lost_end(
+    index: StreamIndex, targets: np.ndarray, images: list[np.ndarray | None], source: "_FrameSource"
+) -> None:
+    """Let the video end where its last frames are lost, if they are more than a decoder may lack at the end."""
+    next_frame = index.count_due(source.latest_seconds)
+    if index.count_due(targets[-1]) - next_frame > REORDER_FRAMES:
+        limit = index.frame_times[next_frame]
+        source.decoder.damage.append((limit, index.video_end - limit))
+        index.video_end = limit
+        images[:] = [image if time < limit else None for image, time in zip(images, targets, strict=True)]
 
 
 class _FrameSource:
@@ -133,6 +146,10 @@ class _FrameSource:
         file: the open file.
         index: its index.
         strict: raise a DecodeError at the first damage.
+
+    Attributes:
+        decoder: the decoder, which knows of damage.
+        latest_seconds: time of the latest frame.
     """
 
     def __init__(self, file: MediaFile, index: StreamIndex, *, strict: bool) -> None:
@@ -140,6 +157,7 @@ class _FrameSource:
         self.index = index
         self.strict = strict
         self.decoder = Decoder(file, file.video, strict=strict)
+        self.latest_seconds = -math.inf
         self._is_non_reference = non_reference_test(file.video.codec_context)
 
     def frames(self, keyframe: int | None, due: set[float] | None = None) -> Iterator[tuple[float, Any]]:
@@ -161,7 +179,9 @@ class _FrameSource:
                 raise _SeekError(cause_of(error)) from error
             self.decoder.restart()
         try:
-            yield from self._all_frames() if due is None else self._due_frames(due)
+            for seconds, frame in self._all_frames() if due is None else self._due_frames(due):
+                self.latest_seconds = seconds
+                yield seconds, frame
         except av.error.FFmpegError as error:
             if self.strict:
                 raise DecodeError(cause_of(error)) from error
@@ -278,16 +298,10 @@ def _match_targets(
         shown, shown_seconds = frame, seconds
     if shown is None and keyframes:
         raise _SeekError(f"no frame at {targets[num_found]:.3f} s or later")
-    # The last frame stays on screen. If many more were due, they are lost.
-    num_lost = len(index.frame_times) - index.count_due(shown_seconds)
-    if num_lost and source.strict:
+    if source.strict and index.count_due(shown_seconds) < len(index.frame_times):
         raise DecodeError("the video ends before the end that the file declares")
-    limit = index.frame_times[-num_lost] if num_lost > REORDER_FRAMES else math.inf
-    if limit < math.inf:
-        source.decoder.damage.append((limit, index.video_end - limit))
-        index.video_end = limit
-    for time in targets[num_found:]:
-        yield shown if time + SLACK_SECONDS < limit else None
+    for _ in targets[num_found:]:  # the last frame stays on screen
+        yield shown
 
 
 def _keyframe_before(keyframes: list[tuple[float, int]], seconds: float) -> int:
