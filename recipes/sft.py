@@ -215,7 +215,7 @@ def load_model(config: SftConfig, data: ClipSet | ConversationSet) -> Captioner:
     sizes = tiny_config(
         vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    processor = Processor(tokenizer, config=get_family(sizes).with_frames(config.frames))
+    processor = Processor(tokenizer, config=get_family(sizes).with_frames(config.frames), reader=config.reader)
     return Captioner(initial_network(config, processor), processor)
 
 

@@ -4,7 +4,7 @@ import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -83,6 +83,7 @@ class Captioner:
         adapter: Path | str | None = None,
         published_positions: bool = False,
         frames: Mapping[str, float] | None = None,
+        reader: str = "pyav",
     ) -> "Captioner":
         """Load a model from a folder or the hub: one of this project's, or a published video-SALMONN 2 or 2+.
 
@@ -92,13 +93,14 @@ class Captioner:
             adapter: folder or hub id of a PEFT adapter to apply.
             published_positions: see `Processor`.
             frames: overrides of the model's frame sampling; a saved model keeps its own values.
+            reader: decoder of video frames, see `read_clip`.
 
         Raises:
-            ValueError: the path holds no such model, or an incomplete one.
+            ValueError: the path holds no such model, or an incomplete one, or the reader is not installed.
         """
         config = load_config(path, frames=frames)
         # The processor first: loading the weights may take minutes, and a tokenizer that does not fit fails at once.
-        processor = Processor.load(path, config=config, published_positions=published_positions)
+        processor = Processor.load(path, config=config, published_positions=published_positions, reader=reader)
         network = load_network(path, placement=placement, adapter=adapter)
         return cls(network, processor, name=str(path))
 
@@ -349,10 +351,13 @@ class Captioner:
 
     def read_spec(self, request: CaptionRequest) -> ReadSpec:
         """Return what this model reads of a request's file."""
-        span = request.span
-        return self.processor.read_spec(
+        span, device = request.span, self.network.device
+        spec = self.processor.read_spec(
             request.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds
         )
+        # A worker process would decode on the first GPU instead of the model's.
+        is_on_gpu = spec.reader.endswith(":cuda") and device.index is not None
+        return replace(spec, reader=f"{spec.reader}:{device.index}") if is_on_gpu else spec
 
     def streaming_generator(self) -> StreamingGenerator:
         """Start an empty streaming batch; add requests with its `add`."""

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -52,11 +52,11 @@ class ReadSpec:
     end_seconds: float | None = None
     video: bool = True
     audio: bool = True
+    reader: str = "pyav"
 
     def read(self, path: Path | str) -> Clip:
         """Read a file; raises what `read_clip` raises."""
-        span: dict[str, Any] = dict(start_seconds=self.start_seconds, end_seconds=self.end_seconds)
-        return read_clip(path, self.sampler, **span, video=self.video, audio=self.audio)
+        return read_clip(path, **{field.name: getattr(self, field.name) for field in fields(ReadSpec)})
 
     def seconds(self, path: Path, *, exact: bool = False) -> float:
         """Return the length of the span; 0 or less if the file does not state it or cannot be read.

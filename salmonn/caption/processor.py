@@ -14,6 +14,7 @@ from salmonn.caption.loader import ReadSpec
 from salmonn.caption.prompt import Prompt, answer_ids, prompt_ids, refuse_special_tokens
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import Clip
+from salmonn.media.readers import load_reader
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
 from salmonn.model.families.base import AUDIO_PAD, PAD, TURN_END, VIDEO_PAD
@@ -52,18 +53,28 @@ class Processor:
         config: config of the network.
         published_positions: number positions as the published inference code does, to compare scores with published
             ones.
+        reader: decoder of video frames, see `read_clip`.
 
     Raises:
-        ValueError: the tokenizer lacks a token of the chat format, or the family has no published positions.
+        ValueError: the tokenizer lacks a token of the chat format, the family has no published positions, or the
+            reader is not installed.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, config: SalmonnConfig, published_positions: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        config: SalmonnConfig,
+        published_positions: bool = False,
+        reader: str = "pyav",
     ) -> None:
+        if reader != "pyav":
+            load_reader(reader)
         self.tokenizer = tokenizer
         self.config = config
         self.family = get_family(config)
         self.published_positions = published_positions
+        self.reader = reader
         if published_positions and not self.family.has_published_positions:
             raise ValueError(f"published positions are not defined for a {config.family} model; use the default ones")
         needed = [*self.family.required_tokens, *([VIDEO_PAD, AUDIO_PAD] if config.placeholder_ids[1] >= 0 else [])]
@@ -76,7 +87,9 @@ class Processor:
         )
 
     @classmethod
-    def load(cls, path: Path | str, *, config: SalmonnConfig, published_positions: bool = False) -> "Processor":
+    def load(
+        cls, path: Path | str, *, config: SalmonnConfig, published_positions: bool = False, reader: str = "pyav"
+    ) -> "Processor":
         """Read the tokenizer of a model folder or of a model on the hub.
 
         Raises:
@@ -86,7 +99,7 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} has no readable tokenizer: {error}") from error
-        return cls(tokenizer, config=config, published_positions=published_positions)
+        return cls(tokenizer, config=config, published_positions=published_positions, reader=reader)
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to a model folder."""
@@ -129,8 +142,14 @@ class Processor:
         self, modality: Modality, *, start_seconds: float | None = None, end_seconds: float | None = None
     ) -> ReadSpec:
         """Return what this model reads of a file, or of a span of it."""
-        sampler = self.family.frame_sampler
-        return ReadSpec(sampler, start_seconds, end_seconds, video=modality != "audio", audio=modality != "visual")
+        return ReadSpec(
+            self.family.frame_sampler,
+            start_seconds,
+            end_seconds,
+            video=modality != "audio",
+            audio=modality != "visual",
+            reader=self.reader,
+        )
 
     def check_prompt(self, prompt: str | Prompt) -> None:
         """Raise a ValueError if a prompt is too long or contains forbidden characters or tokens."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Settings that the captions depend on; a run with other ones does not resume it.
 JOB_SETTINGS = (
     "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
-    "repetition_penalty", "max_new_tokens", "seed", "published_positions", "dtype", "bits",
+    "repetition_penalty", "max_new_tokens", "seed", "published_positions", "dtype", "bits", "reader",
 )  # fmt: skip
 SAMPLING_FLAGS = ("temperature", "top_p", "repetition_penalty")
 MODEL_FILES, ADAPTER_FILES = "model_files", "adapter_files"

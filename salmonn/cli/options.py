@@ -38,6 +38,8 @@ def add_model_options(parser: FlagParser) -> None:
         default="auto",
         help="attention of the encoders (auto: flash if installed)",
     )
+    readers = "decoder of video frames: pyav, decord or torchcodec, the latter two also on a GPU (torchcodec:cuda)"
+    group.add_argument("--reader", type=str, default="pyav", help=readers)
     group.add_argument("--bits", type=Literal[4, 8] | None, default=None, help="quantize the language model")
 
 
@@ -51,6 +53,7 @@ def load_captioner(values: Namespace) -> "Captioner":
         placement=Placement(**{field.name: values[field.name] for field in fields(Placement)}),
         adapter=values.adapter,
         published_positions=values.published_positions,
+        reader=values.reader,
     )
 
 

@@ -87,6 +87,7 @@ def read_clip(
     end_seconds: float | None = None,
     video: bool = True,
     audio: bool = True,
+    reader: str = "pyav",
 ) -> Clip:
     """Read frames and audio of a video, or of the span between two times.
 
@@ -99,6 +100,8 @@ def read_clip(
         sampler: rule that selects the frames and their size.
         start_seconds, end_seconds: the span, from the start of the file; None for the file's own start or end.
         video, audio: whether to read video and audio. With both, a file that has one of them is read as well.
+        reader: decoder of the frames: pyav, decord or torchcodec, the latter two with :cuda for a GPU. Whatever it
+            is, PyAV decodes the audio and the files that the others read wrongly, and checks the first frame.
 
     Returns:
         A `Clip`; times are measured from the earliest of the file's streams.
@@ -122,7 +125,9 @@ def read_clip(
         file = open_media(path, stack, video=video, audio=audio)
         index = index_streams(file, stack, start=start, end=end)
         targets = target_times(index, sampler, start=start, end=end)
-        frames = decode_frames(index, targets, sampler=sampler, stack=stack) if len(targets) else []
+        frames: list[np.ndarray | None] = []
+        if len(targets):
+            frames = decode_frames(index, targets, sampler=sampler, stack=stack, reader=reader)
         return _make_clip(index, targets, frames, start, end)
 
 

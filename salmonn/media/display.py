@@ -69,6 +69,11 @@ def to_rgb(frame: Any, height: int, width: int) -> np.ndarray:
     return image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
 
 
+def is_untagged_hd(frame: Any) -> bool:
+    """Return whether a frame states no colour encoding and is taken for BT.709 because of its size."""
+    return frame.colorspace == _UNSPECIFIED and (frame.width > _MAX_SD_WIDTH or frame.height > _MAX_SD_HEIGHT)
+
+
 def display_warning(frame: Any) -> str | None:
     """Return a sentence on what `to_rgb` cannot display rightly, None if there is nothing."""
     # In profile 5 the frames are in a colour space of Dolby's own, which only the metadata describes, so they have no
@@ -134,13 +139,12 @@ def _full_size(frame: Any) -> np.ndarray:
     """Convert a frame to (H, W, 3) uint8 RGB of its own size, on black where transparent."""
     # Palettes may hold alpha.
     has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
-    is_untagged_hd = frame.colorspace == _UNSPECIFIED and (frame.width > _MAX_SD_WIDTH or frame.height > _MAX_SD_HEIGHT)
     image = (
         VideoReformatter()
         .reformat(
             frame,
             format="rgba" if has_alpha else "rgb24",
-            src_colorspace=Colorspace.ITU709 if is_untagged_hd else None,
+            src_colorspace=Colorspace.ITU709 if is_untagged_hd(frame) else None,
             interpolation=_INTERPOLATION,
             threads=1,
         )

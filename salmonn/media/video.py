@@ -24,6 +24,7 @@ from salmonn.media.display import display_size, display_warning, to_rgb
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import SLACK_SECONDS, StreamIndex
 from salmonn.media.nal_units import non_reference_test
+from salmonn.media.readers import ReaderError, find_frame_obstacle, find_obstacle, read_images
 from salmonn.media.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def target_times(index: StreamIndex, sampler: FrameSampler, *, start: float, end
 
 
 def decode_frames(
-    index: StreamIndex, targets: np.ndarray, *, sampler: FrameSampler, stack: ExitStack
+    index: StreamIndex, targets: np.ndarray, *, sampler: FrameSampler, stack: ExitStack, reader: str = "pyav"
 ) -> list[np.ndarray | None]:
     """Decode the frames that are on screen at the target times; note damage in the index.
 
@@ -90,12 +91,15 @@ def decode_frames(
         targets: (F,) times, rising; at least one.
         sampler: rule that gives the size that frames are scaled to.
         stack: context that closes the file if it has to be reopened.
+        reader: decoder of the frames, see `read_clip`.
 
     Returns:
         F images of (H, W, 3) uint8. In place of a damaged frame the one before stays on screen; None before the first
         frame that decodes, and after the last one if many are lost there.
     """
     file, keyframes = index.file, index.keyframes
+    if reader != "pyav" and (others := _frames_by_reader(reader, index, targets, sampler)):
+        return others
     ways: list[Callable[[_FrameSource], Iterator[Any]]] = [
         lambda source: _frames_by_index(source, targets),
         lambda source: _frames_on_screen(source, targets, keyframes),
@@ -223,6 +227,34 @@ class _FrameSource:
                 yield self.file.seconds(frame.pts, stream), frame
 
 
+def _frames_by_reader(
+    reader: str, index: StreamIndex, targets: np.ndarray, sampler: FrameSampler
+) -> list[np.ndarray | None]:
+    """Decode the due frames with another reader; return nothing, with a line in the log, where only PyAV can."""
+    path = index.file.path
+    if (obstacle := find_obstacle(index, reader)) is None:
+        try:
+            frame = next(_frames_by_index(_FrameSource(index.file, index, strict=True), targets[:1]))
+        except (_SeekError, DecodeError) as error:
+            obstacle = str(error)
+        else:
+            obstacle = find_frame_obstacle(frame)
+    if obstacle is not None:
+        logger.debug("%s: decoding with PyAV instead of %s because of %s", path, reader, obstacle)
+        return []
+    size = sampler.frame_size(frame.height, frame.width, len(targets))
+    try:
+        return [*read_images(reader, index, _due_times(index, targets), size=size, first_frame=frame)]
+    except ReaderError as error:
+        logger.warning("%s: decoding with PyAV, because %s cannot (%s)", path, reader, error)
+        return []
+
+
+def _due_times(index: StreamIndex, targets: np.ndarray) -> list[float]:
+    """Return the presentation times of the frames that are on screen at the target times."""
+    return [index.frame_times[max(index.count_due(time), 1) - 1] for time in targets]
+
+
 def _frames_by_index(source: _FrameSource, targets: np.ndarray) -> Iterator[Any]:
     """Yield the decoded frame that is due at each target time by the index, with the least decoding.
 
@@ -232,7 +264,7 @@ def _frames_by_index(source: _FrameSource, targets: np.ndarray) -> Iterator[Any]
     index = source.index
     if len(set(index.frame_times)) < len(index.frame_times):
         raise _SeekError("two frames have the same time")
-    due = [index.frame_times[max(index.count_due(time), 1) - 1] for time in targets]
+    due = _due_times(index, targets)
     shown = None
     for keyframe, run in _plan_seeks(index, due):
         num_found = 0

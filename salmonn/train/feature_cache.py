@@ -277,6 +277,7 @@ def hash_encoders(captioner: Captioner) -> str:
         config["lm"].get("vision_config"),
         str(processor.family.frame_sampler),
         processor.published_positions,
+        processor.reader,
         hash_tokenizer(processor),
         [device.type, chip, network.config._attn_implementation, str(network.dtype)],  # rounding depends on these
         [importlib.metadata.version(package) for package in PACKAGES],

@@ -34,6 +34,7 @@ class RunConfig:
         strategy: how training is distributed over processes; may change when a run is resumed.
         placement: device and data type of the weights.
         frames: values of the model's frame sampler to override in training, such as `min_frames`.
+        reader: decoder of video frames, see `read_clip`.
         feature_cache: where the outputs of the frozen encoders are stored; may change when a run is resumed.
         seed: random seed.
         dry_run: print the memory that the run would need, and exit.
@@ -44,6 +45,7 @@ class RunConfig:
     strategy: StrategyName = field(default="ddp", metadata=MAY_CHANGE)
     placement: Placement = field(default_factory=lambda: Placement(dtype="float32", attention="sdpa"))
     frames: dict[str, int | float] | None = None
+    reader: str = "pyav"
     feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig, metadata=MAY_CHANGE)
     seed: int = 0
     dry_run: bool = False
@@ -53,7 +55,7 @@ class RunConfig:
 
     def load_model(self, path: Path | str) -> Captioner:
         """Load a model with this run's placement and frame sampler."""
-        return Captioner.load(path, placement=self.placement, frames=self.frames)
+        return Captioner.load(path, placement=self.placement, frames=self.frames, reader=self.reader)
 
 
 def open_run(folder: Path, config: Any, *, name: str) -> None:

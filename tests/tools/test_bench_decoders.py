@@ -93,3 +93,10 @@ def test_ours_must_agree_with_sequential_decoding(bench, monkeypatch):
     monkeypatch.setattr(bench, "READERS", readers)
     with pytest.raises(SystemExit, match="wrong frames: up to 9"):
         bench.measure(bench.Case("h264", 240, 1, 10), Path("clip.mp4"), list(readers), repeats=1)
+
+
+def test_a_reader_that_leaves_a_clip_to_pyav_has_not_read_it(bench, tmp_path):
+    case = bench.Case("h264", 240, 1, 10)
+    bench.encode_segment(tmp_path / "clip.ts", case)
+    with pytest.raises(bench.Unreadable, match="decord cannot read h264"):
+        bench.read_with("decord", tmp_path / "clip.ts", case)

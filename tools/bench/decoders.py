@@ -1,15 +1,20 @@
-"""Benchmark reading sparse frames and audio: ours against decord, torchcodec and sequential PyAV decoding.
+"""Benchmark reading sparse frames and audio: ours against its other readers and sequential PyAV decoding.
 
-    python tools/bench/decoders.py [--out bench.json] [--quick] [--repeats 3]
+    python tools/bench/decoders.py [--out bench.json] [--quick] [--repeats 3] [--other_decord DIR]
 
-decord and torchcodec are measured where they are installed. The clips show two textures panning over each other at 30
-fps, with a tone. Each reader returns frames of 384 x 384 and 16 kHz audio; decord uses the audio of our reader, since
-its own is out of sync. Before a row counts, its frames are compared with ours.
+The readers are those of `--reader`: decord and torchcodec where they are installed, and both also on a GPU where there
+is one. decord 0.6.0 and decord2 have the same name in Python; to measure the one that is not installed as well, install
+it into a folder: pip install --no-deps --target DIR decord==0.6.0
+
+The clips show two textures panning over each other at 30 fps, with a tone. Each reader returns frames of 384 x 384 and
+16 kHz audio, which PyAV decodes for all. Before a row counts, its frames are compared with ours.
 """
 
-import importlib
+import importlib.util
 import json
+import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +25,8 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
+from av.video.reformatter import Colorspace
 from jsonargparse import ArgumentParser
 from PIL import Image
 from rows import BenchRow, compare, emit_json, interleave, peak_mib, report_rows, run_isolated
@@ -116,6 +123,8 @@ def encode_segment(path: Path, case: Case) -> None:
         video: Any = out.add_stream(encoder, rate=FPS, options=options)
         video.width, video.height, video.pix_fmt = case.width, case.height, "yuv420p"
         video.codec_context.gop_size = interval
+        if case.height > 576:  # the readers take HD of unknown colour space for SD
+            video.codec_context.colorspace = Colorspace.ITU709
         for number in range(SEGMENT_SECONDS * FPS):
             top, left = 2 * number % case.height, 3 * number % case.width
             front = texture[top : top + case.height, left : left + case.width]
@@ -189,50 +198,55 @@ def read_sequentially(path: Path, case: Case) -> Read:
     return scaled(iter(frames)), np.concatenate(sound)
 
 
-def read_decord(path: Path, case: Case) -> Read:
-    """Read frames with decord's get_batch, audio with our reader."""
-    decord = importlib.import_module("decord")
+class _FallbackHandler(logging.Handler):
+    """Raises an error where our reader would report that it decodes with PyAV instead of the requested reader."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise Unreadable(record.getMessage().partition(": ")[2])
+
+
+def read_with(reader: str, path: Path, case: Case) -> Read:
+    """Read with another reader than PyAV, without falling back to it."""
+    logger, handler = logging.getLogger("salmonn.media.video"), _FallbackHandler(logging.DEBUG)
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
     try:
-        frames = decord.VideoReader(str(path)).get_batch(case.numbers).asnumpy()
-    except decord.DECORDError as error:
-        raise Unreadable(f"decord cannot read {case.codec}") from error
-    waveform = read_clip(path, case.sampler, video=False).waveform
-    assert waveform is not None
-    return scaled(frames), waveform
+        clip = read_clip(path, case.sampler, reader=reader)
+    except Unreadable as error:
+        raise Unreadable(f"{reader} cannot read {case.codec}") from error
+    except ValueError as error:
+        raise Unreadable(str(error).partition(";")[0]) from error
+    finally:
+        logger.removeHandler(handler)
+    assert clip.waveform is not None
+    return clip.frames, clip.waveform
 
 
-def read_torchcodec(path: Path, case: Case) -> Read:
-    """Read frames and audio with torchcodec, with one thread per core."""
-    decoders = importlib.import_module("torchcodec.decoders")
-    try:
-        video = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=0)
-        frames = video.get_frames_at(indices=case.numbers).data.numpy()
-        sound = decoders.AudioDecoder(str(path), sample_rate=SAMPLE_RATE_HZ, num_channels=1).get_all_samples()
-    except RuntimeError as error:
-        raise Unreadable(f"torchcodec cannot read {case.codec}") from error
-    return scaled(frames), sound.data[0].numpy()
-
-
+OTHERS = ("decord", "torchcodec", "decord:cuda", "torchcodec:cuda")
 READERS: dict[str, Callable[[Path, Case], Read]] = {
     "ours": read_ours,
     "PyAV sequential": read_sequentially,
-    "decord": read_decord,
-    "torchcodec": read_torchcodec,
+    **{name: partial(read_with, name) for name in OTHERS},
 }
 
 
 def installed() -> tuple[list[str], list[str]]:
-    """Return the names of readers that can be measured here, and reasons for those that cannot."""
-    found, missing = ["ours", "PyAV sequential"], []
-    for name in ("decord", "torchcodec"):
-        try:
-            importlib.import_module("torchcodec.decoders" if name == "torchcodec" else name)
-            found.append(name)
-        except ImportError:
+    """Return the other readers that can be measured here, and reasons for those that cannot."""
+    found, missing = [], []
+    for name in OTHERS:
+        if importlib.util.find_spec(name.partition(":")[0]) is None:
             missing.append(f"{name} is not installed")
-        except (OSError, RuntimeError):
-            missing.append(f"{name} cannot load FFmpeg")
+        elif name.endswith(":cuda") and not torch.cuda.is_available():
+            missing.append(f"{name} needs a GPU")
+        else:
+            found.append(name)
     return found, missing
+
+
+def label(name: str) -> str:
+    """Return the name of a reader for the table: decord with its version, since there are two packages of that name."""
+    decord = sys.modules.get("decord")
+    return name if decord is None else name.replace("decord", f"decord {decord.__version__}")
 
 
 def differences(read: Read, ours: Read) -> str:
@@ -270,16 +284,14 @@ def measure(case: Case, path: Path, names: list[str], *, repeats: int) -> list[B
             notes[name] = differences(last[name], last["ours"])
         except Unreadable as error:
             notes[name] = str(error)
-    if notes["PyAV sequential"]:
-        raise SystemExit(
-            f"{case.name}: PyAV sequential and ours differ ({notes['PyAV sequential']}); one of them is wrong"
-        )
+    if note := notes.get("PyAV sequential"):
+        raise SystemExit(f"{case.name}: PyAV sequential and ours differ ({note}); one of them is wrong")
     timings = interleave({name: partial(read, name) for name in last}, repeats=repeats)
     rows = []
     for name in names[1:]:
         row: BenchRow = {
             "part": "decoders",
-            "name": f"{case.name}: {name}",
+            "name": f"{case.name}: {label(name)}",
             "ours_seconds": round(timings["ours"].seconds, 4),
         }
         if name in timings:
@@ -288,9 +300,18 @@ def measure(case: Case, path: Path, names: list[str], *, repeats: int) -> list[B
     return rows
 
 
-def run(cases: list[Case], folder: Path, *, repeats: int) -> list[BenchRow]:
+def measure_isolated(
+    case: Case, path: Path, name: str, *, repeats: int, package_dir: Path | str = ""
+) -> list[BenchRow]:
+    """Measure one of the other readers in a process of its own, since decord and torchcodec crash in the same one."""
+    requested = asdict(case) | {"path": str(path), "reader": name, "repeats": repeats, "package_dir": str(package_dir)}
+    rows: list[BenchRow] = run_isolated(__file__, only=json.dumps(requested))["rows"]
+    return rows
+
+
+def run(cases: list[Case], folder: Path, *, repeats: int, other_decord: Path | None = None) -> list[BenchRow]:
     """Measure all cases, and the memory of the last one."""
-    names, missing = installed()
+    others, missing = installed()
     rows: list[BenchRow] = [{"part": "decoders", "name": reason, "note": "not measured"} for reason in missing]
     for case in cases:
         segment = folder / f"{case.codec}_{case.height}_{case.key_seconds}.mp4"
@@ -299,12 +320,18 @@ def run(cases: list[Case], folder: Path, *, repeats: int) -> list[BenchRow]:
             encode_segment(segment, case)
         if not clip.exists():
             write_clip(clip, segment, seconds=case.seconds)
-        rows += measure(case, clip, names, repeats=repeats)
+        if other_decord:
+            rows += measure_isolated(case, clip, "decord", repeats=repeats, package_dir=other_decord)
+        rows += measure(case, clip, ["ours", "PyAV sequential"], repeats=repeats)
+        for name in others:
+            rows += measure_isolated(case, clip, name, repeats=repeats)
+    names = ("PyAV sequential", *others)
+    measured = {name: row for name, row in zip(names, rows[-len(names) :], strict=True) if "ratio" in row}
     mib = {
         name: run_isolated(__file__, memory=json.dumps(asdict(case) | {"path": str(clip), "reader": name}))["step_mib"]
-        for name in names
+        for name in ("ours", *measured)
     }
-    for row, name in zip(rows[-len(names) + 1 :], names[1:], strict=True):
+    for name, row in measured.items():
         row.update(ours_mib=mib["ours"], other_mib=mib[name])
     return rows
 
@@ -318,15 +345,23 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=str | None, default=None, help="internal: measure the memory of one reader in this process"
     )
+    parser.add_argument("--other_decord", type=Path | None, default=None, help="folder with another decord package")
+    parser.add_argument("--only", type=str | None, default=None, help="internal: rows of one reader on one clip")
     values = parser.parse_args()
     if values.memory:
         requested = json.loads(values.memory)
         path, name = Path(requested.pop("path")), requested.pop("reader")
-        installed()
         emit_json(peak_mib(lambda: READERS[name](path, Case(**requested))))
         return
+    if values.only:
+        requested = json.loads(values.only)
+        path, name, repeats = Path(requested.pop("path")), requested.pop("reader"), requested.pop("repeats")
+        sys.path.insert(0, requested.pop("package_dir"))
+        emit_json({"rows": measure(Case(**requested), path, ["ours", name], repeats=repeats)})
+        return
+    cases = QUICK if values.quick else CASES
     with tempfile.TemporaryDirectory() as folder:
-        report_rows(run(QUICK if values.quick else CASES, Path(folder), repeats=values.repeats), out=values.out)
+        report_rows(run(cases, Path(folder), repeats=values.repeats, other_decord=values.other_decord), out=values.out)
 
 
 if __name__ == "__main__":
