@@ -273,8 +273,8 @@ def test_samples_depend_only_on_their_own_seed(captioner, media):
     """They depend neither on the other rows of the batch nor on the number of samples."""
     features = captioner.encode(media[:3])
     every = complete(captioner, features, ["Tell."] * 3, sampling=SAMPLED, num_samples=4, seeds=[7, 8, 9])
-    alone = complete(captioner, features[1:2], ["Tell."], sampling=SAMPLED, num_samples=2, seeds=[8])
-    assert every[4:6] == alone and every[:4] != every[4:8]
+    separate = complete(captioner, features[1:2], ["Tell."], sampling=SAMPLED, num_samples=2, seeds=[8])
+    assert every[4:6] == separate and every[:4] != every[4:8]
     short = complete(
         captioner, features[:1], ["Tell."], sampling=replace(SAMPLED, max_new_tokens=3), num_samples=4, seeds=[7]
     )

@@ -241,7 +241,7 @@ def test_select_modality(processor):
 
 
 @pytest.mark.parametrize(("present", "requested"), [("visual", "audio"), ("audio", "visual")])
-def test_a_modality_that_is_missing_is_refused(processor, present, requested):
+def test_a_missing_modality_is_rejected(processor, present, requested):
     media = select_modality(processor.clip_inputs(make_clip()), present)
     with pytest.raises(ValueError, match=f"modality '{requested}' is not available"):
         select_modality(media, requested)

@@ -141,8 +141,8 @@ def test_long_audio_is_encoded_in_chunks(captioner, media):
 def test_a_wrong_number_of_placeholders_is_rejected(captioner, media):
     inputs = captioner.processor.collate([PromptRow(0, "Tell.", "x")], [media[0]])
     ids = inputs.input_ids.clone()
-    place = (ids[0] == captioner.network.config.placeholder_ids[0]).nonzero()[0]
-    ids[0, place] = 7
+    position = (ids[0] == captioner.network.config.placeholder_ids[0]).nonzero()[0]
+    ids[0, position] = 7
     count = len(captioner.processor.make_layout(media[0]))
     with pytest.raises(ValueError, match=f"{count - 1} placeholders.*{count} tokens"):
         captioner.network(type(inputs)(**{**vars(inputs), "input_ids": ids}))

@@ -171,7 +171,7 @@ def test_groups():
         "order": (2, 2),
         "colour": (1, 0),
     }
-    assert {place: tally.pairs for place, tally in result.where.items()} == {"start": 0, "middle": 0, "end": 2}
+    assert {position: tally.pairs for position, tally in result.where.items()} == {"start": 0, "middle": 0, "end": 2}
     value = json.loads(json.dumps(result.to_json()))
     assert value["kinds"]["order"]["accuracy"] == 1 and value["where"]["end"]["right"] == 1
     assert value["total"]["interval"] == pytest.approx(result.total.interval) and value["judge"] == "scripted"

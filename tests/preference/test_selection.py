@@ -26,7 +26,7 @@ def select(captions, ratings, **options):
 
 
 def choose(*sampled: tuple, weight=1.0, **options) -> list[tuple[str, str]]:
-    """Pairs of texts from (text, errors of 10 events, repeated words of 10, finished)."""
+    """Select pairs of texts from (text, errors in 10 events, repeated words of 10, finished)."""
     captions = [
         Caption("v", text, "Tell.", sample=sample, finished=finished)
         for sample, (text, _, _, finished) in enumerate(sampled)
@@ -88,13 +88,13 @@ def test_more_pairs_use_other_captions():
     assert choose(*sampled, max_pairs_per_video=9) == [("a", "d"), ("b", "c")]
 
 
-def test_each_video_by_itself():
+def test_videos_are_independent():
     captions = [Caption(video, text, sample=sample) for video in "vw" for sample, text in enumerate("ab")]
     ratings = [rate("v", 0, 0.0), rate("v", 1, 0.5), rate("w", 0, 0.9), rate("w", 1, 0.8)]
     assert [(pair.video, pair.chosen) for pair in select(captions, ratings).pairs] == [("v", "a"), ("w", "b")]
 
 
-def test_the_account_says_what_was_kept_and_why():
+def test_the_summary_of_a_selection():
     """v gives a pair; w has one caption with a rating, x two that are cut off, y two that are equally good."""
     references = {video: Reference(video) for video in "vwxy"}
     captions = [

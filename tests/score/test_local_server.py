@@ -107,7 +107,7 @@ def score(server, tmp_path):
     return run
 
 
-def test_useless_replies_leave_captions_unscored_and_are_cached(server, score):
+def test_invalid_replies_are_cached_and_their_captions_unscored(server, score):
     before = server.num_requests
     code, err, results = score()
     assert code == SOME_FAILED and "Traceback" not in err

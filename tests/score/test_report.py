@@ -193,8 +193,8 @@ def test_rates_and_charts(monitored, clips):
     assert bars[1] == pytest.approx(bars[2] / 2, abs=1) and bars[2] > 50
     assert page.locator(".passes .kept").inner_text().split() == ["70.0", "%", "seed", "5"]
     head = page.locator("body > header").inner_text()
-    for words in ("Hasty <i>captions</i>", "a/judge", "abc123", "2026-11-22 10:00:00 UTC", "no caption & counts"):
-        assert words in head
+    for text in ("Hasty <i>captions</i>", "a/judge", "abc123", "2026-11-22 10:00:00 UTC", "no caption & counts"):
+        assert text in head
     assert not page.get_by_text("no usable <reply> in 3 attempts").is_visible()
     page.get_by_text("1 caption the judge could not judge").click()
     assert page.get_by_text("no usable <reply> in 3 attempts").is_visible()

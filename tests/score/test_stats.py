@@ -148,7 +148,7 @@ def test_resamples_are_seeded_and_independent_of_chunks(monkeypatch):
 
 
 def test_captions_are_matched_by_sample_and_part():
-    """Of a's two samples and two parts one each are in both sets: 1 and 2 errors of 4 against 0 and 1."""
+    """One sample and one part of a are in both sets: 1 and 2 errors of 4 against 0 and 1."""
     first = [Score("a", 4, 1, 0, 0), Score("a", 4, 4, 0, 0, sample=1), Score("a", 4, 2, 0, 0, end_seconds=3.0)]
     second = [Score("a", 4, 0, 0, 0), Score("a", 4, 1, 0, 0, end_seconds=3.0), Score("a", 9, 9, 0, 0, end_seconds=5.0)]
     result = compare_sets(first, second)

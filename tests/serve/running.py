@@ -150,6 +150,20 @@ def chat(client, url, prompt=None, **options):
     )
 
 
+def gather(chunks):
+    """Return the text and the finish reason of each choice of a stream, and the last chunk."""
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    chunk = None
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            if choice.finish_reason:
+                assert choice.index not in reasons
+                reasons[choice.index] = choice.finish_reason
+    return texts, reasons, chunk
+
+
 def read_metrics(running: RunningServer) -> dict[str, float]:
     """Return the value of each metric, keyed by its name followed by its label values."""
     text = httpx2.get(f"{running.url}/metrics", trust_env=False).text

@@ -260,7 +260,7 @@ def test_classes_of_errors(text, expected):
     assert error_counts(text) == expected
 
 
-def test_scores_list_what_they_count():
+def test_scores_list_the_counted_items():
     score = judge("A red circle appears. The red circle turns green. A dog barks.")
     assert score.missed == tuple(EVENTS[index].text for index in (1, 2, 4, 5))
     assert score.incorrect_events == (EVENTS[3].text,)
@@ -270,7 +270,7 @@ def test_scores_list_what_they_count():
 
 def test_temporal_order():
     clauses = [event.text for event in EVENTS]
-    late = [*clauses[1:], clauses[0]]  # the appearance comes last: it alone is wrong
+    late = [*clauses[1:], clauses[0]]  # the appearance comes last: only it is wrong
     assert judge(". ".join(late)).incorrect_events == (EVENTS[0].text,)
     assert [mention.reason for mention in judge(". ".join(late)).mentions if not mention.is_correct] == ["out of order"]
     assert error_counts(". ".join(clauses[index] for index in (1, 4, 0, 2, 3, 5))) == (0, 0, 0)  # sounds may come first

@@ -331,7 +331,7 @@ class TestRejectedSources:
         (folder / "model.safetensors").unlink()
         assert f"the weights of {folder} are missing or damaged" in rejection(**{part: folder})
 
-    def test_a_whisper_whose_chunk_is_not_whole_windows(self, rejection, tmp_path):
+    def test_a_whisper_with_partial_windows(self, rejection, tmp_path):
         folder = save_whisper(tmp_path / "other_whisper", steps=410)
         assert "410 steps per chunk, not a multiple of the window of 25 steps" in rejection(whisper=folder)
 
@@ -353,7 +353,7 @@ class TestCheck:
             sources[origin].append(tensor)
         return shapes, sources
 
-    def test_no_mistake(self, tool, network, parts):
+    def test_complete_sources(self, tool, network, parts):
         shapes, sources = parts
         summary = tool.check_sources(network, shapes=shapes, sources=sources)
         lm = len({id(tensor) for tensor in sources["lm"]})
@@ -362,7 +362,7 @@ class TestCheck:
         )
 
     @pytest.mark.parametrize("mistake", ["none", "two", "unused", "shape", "unset"])
-    def test_a_mistake(self, tool, network, parts, mistake):
+    def test_inconsistent_sources(self, tool, network, parts, mistake):
         shapes, sources = parts
         messages = {
             "none": "come from one source",

@@ -101,7 +101,7 @@ def tool(load_tool):
     return load_tool("judge_pairs")
 
 
-def test_the_shipped_file_is_what_the_generator_writes(tool, tmp_path, monkeypatch):
+def test_the_shipped_file_equals_the_generators_output(tool, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["judge_pairs.py", "--out", str(tmp_path / "pairs.jsonl")])
     tool.main()
     assert (tmp_path / "pairs.jsonl").read_bytes() == FILE.read_bytes()

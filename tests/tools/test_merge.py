@@ -28,7 +28,7 @@ def test_the_merged_model_equals_model_and_adapter(tool, captioner, random_model
     assert reloaded.caption(videos[0]).text == captioner.caption(videos[0]).text
 
 
-def test_the_default_is_16_bits_and_a_failure_leaves_nothing(tool, random_model, tmp_path, capsys):
+def test_the_default_is_16_bits_and_a_failure_leaves_no_files(tool, random_model, tmp_path, capsys):
     flags = ["--model", str(random_model), "--adapter", str(tmp_path), "--out", str(tmp_path / "merged")]
     with pytest.raises(SystemExit) as caught:
         run_recipe(tool.main, tool.MergeConfig, description="", args=flags)
