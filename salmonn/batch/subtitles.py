@@ -27,7 +27,8 @@ from salmonn.batch.ledger_files import (
 )
 from salmonn.caption.worker import Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import AUDIO_SUFFIXES
-from salmonn.media.container import ClipError, declared_seconds
+from salmonn.media.container import ClipError
+from salmonn.media.index import measured_seconds
 from salmonn.records import Caption, Failure
 
 SubtitleFormat = Literal["txt", "srt", "vtt"]
@@ -112,7 +113,7 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
             if only_missing and os.path.exists(path):  # noqa: PTH110 - False for a name that is too long
                 continue
             try:
-                self._write(path, format_text(captions, name, seconds_of=self._declared_seconds), captions[0])
+                self._write(path, format_text(captions, name, seconds_of=self._measured_seconds), captions[0])
                 continue
             except ClipError as error:
                 reason = str(error)
@@ -137,11 +138,11 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
             inside = str(path.parent.absolute().resolve()).lstrip("/")
         return self._folder / inside / f"{name}.{suffix}"
 
-    def _declared_seconds(self, video: str) -> float:
-        """Return `declared_seconds` of a video, read in a process with limits; raises ClipError."""
+    def _measured_seconds(self, video: str) -> float:
+        """Return `measured_seconds` of a video, read in a process with limits; raises ClipError."""
         self._worker = self._worker or Worker(self._limits)
         try:
-            self._worker.start_job(partial(declared_seconds, video))
+            self._worker.start_job(partial(measured_seconds, video))
             return float(self._worker.result())
         except WorkerDied as error:
             self._worker.close()

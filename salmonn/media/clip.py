@@ -164,7 +164,7 @@ def _explain_empty(index: StreamIndex, start: float, *, has_audio: bool) -> str:
         return "is a WebP image that libav cannot decode, such as an animation; convert it to GIF or MP4"
     if has_audio:
         reason = f" ({index.error})" if index.error else ""
-        return f"none of its video frames decodes{reason}; convert it, or caption its sound alone (--use audio)"
+        return f"none of its video frames decodes{reason}; convert it, or caption its audio (--modality audio)"
     if index.error is not None:
         return f"is damaged and nothing decodes ({index.error}); copy or download it again"
     if 0 < index.end <= start:

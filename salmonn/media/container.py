@@ -122,7 +122,7 @@ def open_media(
         _configure_video(video_stream.codec_context, strict=strict)
     if video and video_stream is None and _candidates(container, "video"):
         raise ClipError(
-            f"{path}: there is no decoder for its video; convert it to H.264, or caption its sound alone (--use audio)"
+            f"{path}: there is no decoder for its video; convert it to H.264, or caption its audio (--modality audio)"
         )
     if video_stream is None and audio_stream is None:
         raise ClipError(f"{path}: {_explain_missing(container, video=video, audio=audio)}")

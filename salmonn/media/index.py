@@ -105,8 +105,9 @@ def index_streams(file: MediaFile, stack: ExitStack, *, start: float, end: float
     can_seek = not file.counts_frames and file.format_name not in _ESTIMATED_FORMATS
     if can_seek and start > _PREROLL_SECONDS and _has_one_clock(file):
         index = _index_from(file, start, end, seek_seconds=start - _PREROLL_SECONDS)
-        first = index.audio_begin if file.video is None else next(iter(index.frame_times), math.inf)
-        if first <= start:
+        begins = [] if file.video is None else [next(iter(index.frame_times), math.inf)]
+        begins += [] if file.audio is None else [index.audio_begin]
+        if max(begins) <= start:
             return index
         file = file.reopen(stack)
     index = _index_from(file, start, end, seek_seconds=None)

@@ -13,7 +13,7 @@ import pytest
 from salmonn.batch.ledger_files import LedgerError
 from salmonn.batch.subtitles import SubtitleWriter, format_text
 from salmonn.caption.worker import WorkerLimits
-from salmonn.media.container import declared_seconds
+from salmonn.media.index import measured_seconds
 from salmonn.records import Caption
 
 SPANS = [(0.0, 2.5, "A red circle."), (2.5, 3725.25, "A tone & a <b>blue</b> star --> gone.\n\n\r\nThen\u2028rain."),
@@ -103,7 +103,7 @@ def test_times_are_rounded_and_no_cue_is_empty(captions):
 def test_an_open_end_is_the_declared_end_of_the_video(videos, tmp_path):
     with av.open(str(videos[0])) as container:
         seconds = container.duration / 1e6
-    text = format_text([Caption(str(videos[0]), "words")], "srt", seconds_of=declared_seconds)
+    text = format_text([Caption(str(videos[0]), "words")], "srt", seconds_of=measured_seconds)
     hours, minutes, rest = text.split(" --> ")[1].split("\n")[0].replace(",", ".").split(":")
     assert (hours, minutes) == ("00", "00") and abs(float(rest) - seconds) < 0.002
 
@@ -127,13 +127,13 @@ def test_a_video_that_declares_no_duration(make, tmp_path, videos):
 def test_durations_are_read_in_a_process_with_limits(make, videos, monkeypatch):
     """A file that takes too long is a failure, and a new process reads the next one."""
     film, good = ([Caption(str(video), "words")] for video in videos[:2])
-    monkeypatch.setattr("salmonn.batch.subtitles.declared_seconds", time.sleep)
+    monkeypatch.setattr("salmonn.batch.subtitles.measured_seconds", time.sleep)
     with make("srt", limits=WorkerLimits(seconds=0.5)) as subtitles, monkeypatch.context() as patched:
         patched.setattr("salmonn.batch.subtitles.partial", lambda job, video: partial(job, 60))
         (failure,) = subtitles.write(film)
         assert failure.stage == "write" and "took more than 0.5 s" in failure.reason
         patched.undo()
-        monkeypatch.setattr("salmonn.batch.subtitles.declared_seconds", declared_seconds)
+        monkeypatch.setattr("salmonn.batch.subtitles.measured_seconds", measured_seconds)
         assert subtitles.write(good) == []
     # The clips are shared with other tests.
     Path(good[0].video).with_suffix(".srt").unlink()

@@ -235,7 +235,7 @@ def test_video_without_audio_and_audio_without_video(tmp_path):
     heard = read(write_clip(tmp_path / "heard.m4a", sound_seconds=1.5, container="mp4"))
     assert len(heard.frames) == len(heard.frame_times) == 0 and not heard.has_video
     assert abs(heard.duration_seconds - 1.5) < 0.03
-    with pytest.raises(ClipError, match=r"silent\.mp4: has no audio; caption the rest of it \(--use visual\)"):
+    with pytest.raises(ClipError, match=r"silent\.mp4: has no audio; caption the rest of it \(--modality visual\)"):
         read(silent, video=False)
 
 
