@@ -195,8 +195,9 @@ def _select_stream(container: InputContainer, kind: Any, *, related: Any = None)
 def _configure_video(codec: Any, *, strict: bool) -> None:
     if strict:
         codec.options = {"err_detect": "explode"}
-    codec.thread_type = "AUTO" if strict else "SLICE"  # frame threads report errors late
-    codec.thread_count = 1 if codec.width * codec.height <= _SINGLE_THREAD_PIXELS else 0
+    codec.thread_type = "AUTO"
+    # Threads report errors late, and conceal damage differently from one time to the next.
+    codec.thread_count = 1 if not strict or codec.width * codec.height <= _SINGLE_THREAD_PIXELS else 0
 
 
 def declared_seconds(path: str | os.PathLike[str]) -> float:

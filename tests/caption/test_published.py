@@ -169,7 +169,7 @@ EXPECTED_SIZES = {
         "h265_video.mp4": (1, (0, 0, 0), 0, 185),
         "jfk.flac": (0, (0, 0, 0), 1, 60),
         "video_90.mov": (1, (0, 0, 0), 0, 185),
-        "corrupted.mp4": (3, (0, 0, 0), 0, 3 * 185),  # decodes for 2.8 of 5 s
+        "corrupted.mp4": (5, (0, 0, 0), 0, 5 * 185),  # damaged at 3 s
     },
     "salmonn2-plus": {
         "flipping_a_pancake.mkv": (103, (52, 18, 30), 1, 52 * 9 * 15 + 60),
@@ -179,7 +179,7 @@ EXPECTED_SIZES = {
         "jfk.flac": (0, (0, 0, 0), 1, 60),
         "video_0.mov": (3, (2, 22, 40), 0, 2 * 11 * 20),
         "video_90.mov": (3, (2, 40, 22), 0, 2 * 11 * 20),
-        "corrupted.mp4": (28, (14, 50, 90), 0, 14 * 25 * 45),
+        "corrupted.mp4": (50, (25, 50, 90), 0, 25 * 25 * 45),
     },
 }
 
