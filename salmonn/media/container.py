@@ -146,7 +146,7 @@ def _explain_missing(container: InputContainer, *, video: bool, audio: bool) -> 
         return "there is no decoder for its audio; convert it to AAC"
     if _candidates(container, "audio") or _candidates(container, "video"):
         kind, other = ("video", "audio") if video else ("audio", "visual")
-        return f"has no {kind}; caption the rest of it (--use {other})"
+        return f"has no {kind}; caption the rest of it (--modality {other})"
     if container.streams.video:
         return "has no video or audio but a cover image; pass a video or audio file"
     if container.streams.subtitles:
