@@ -123,7 +123,7 @@ class Caption:
         complete: False if a part of the video, or of the part that was to be read, is missing: the file is damaged.
         modality: what the model was given: frames and audio ("both"), or what the file has of them ("visual", "audio");
             None if not recorded.
-        warnings: what was lost or had to be guessed when the file was read, one sentence each.
+        warnings: what was lost, ignored or guessed when the file was read, one sentence each.
     """
 
     video: str

@@ -168,9 +168,9 @@ class Processor:
 
     def clip_inputs(self, clip: Clip) -> ClipInputs:
         """Convert a clip, which was read with `read_spec`, to the towers' inputs."""
-        mel = self._log_mel(clip)
+        mel, notices = self._log_mel(clip)
         modality: Modality = "audio" if not clip.has_video else "both" if clip.has_audio else "visual"
-        info = ClipInfo(modality, clip.is_complete, clip.warnings)
+        info = ClipInfo(modality, clip.is_complete, (*clip.warnings, *notices))
         if not clip.has_video:
             return ClipInputs(torch.zeros(0, dtype=torch.uint8), mel, info=info)
         # Rounded, since positions of a grid step of 0.4999999 s would be half a second too low.
@@ -178,19 +178,21 @@ class Processor:
         inputs = self.family.clip_inputs(torch.from_numpy(clip.frames).permute(0, 3, 1, 2), mel, seconds=seconds)
         return replace(inputs, info=info)
 
-    def _log_mel(self, clip: Clip) -> Tensor:
-        """Compute log-mel chunks (C, M, T) of the audio, cut to the family's maximum duration."""
+    def _log_mel(self, clip: Clip) -> tuple[Tensor, list[str]]:
+        """Compute log-mel chunks (C, M, T) of the audio, cut to the family's maximum duration; also say what is cut."""
+        notices: list[str] = []
         if clip.waveform is None:
-            return torch.zeros(0, self.mel.feature_size, self.mel.nb_max_frames)
+            return torch.zeros(0, self.mel.feature_size, self.mel.nb_max_frames), notices
         waveform = clip.waveform
         if (limit := self.family.max_audio_seconds(clip.video_seconds)) is not None:
             waveform = waveform[: max(round(limit * SAMPLE_RATE_HZ), 1)]
             if (lost := (len(clip.waveform) - len(waveform)) / SAMPLE_RATE_HZ) >= 1:
-                logger.warning("%s: ignoring the last %.1f s of audio; this model takes %.1f s", clip.path, lost, limit)
+                notices.append(f"ignoring the last {lost:.1f} s of audio; this model takes {limit:.1f} s")
+                logger.warning("%s: %s", clip.path, notices[0])
         chunk = self.config.chunk_seconds * SAMPLE_RATE_HZ
         num_chunks = self.family.count_chunks(len(waveform) / SAMPLE_RATE_HZ)
         chunks = [waveform[number * chunk : (number + 1) * chunk] for number in range(num_chunks)]
-        return self.mel(chunks, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features
+        return self.mel(chunks, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features, notices
 
     def make_layout(self, clip: ClipInputs) -> Layout:
         """Return order and positions of a clip's tokens."""

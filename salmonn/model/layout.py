@@ -56,7 +56,7 @@ class ClipInfo:
 
     Args:
         modality: what the clip has: frames, audio or both; None if not recorded.
-        is_complete, warnings: as in `salmonn.media.clip.Clip`.
+        is_complete, warnings: as in `salmonn.media.clip.Clip`; also a warning of audio that the model cannot take.
     """
 
     modality: Modality | None = None

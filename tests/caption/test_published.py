@@ -146,7 +146,8 @@ class TestSalmonn2:
     def test_audio_ends_with_the_video(self, processor, caplog):
         longer = processor.clip_inputs(make_clip(frames=2, seconds=2.0, audio_seconds=45.0, side=384))
         assert len(longer.mel) == 1
-        assert "ignoring the last 43.0 s of audio; this model takes 2.0 s" in caplog.text
+        notice = "ignoring the last 43.0 s of audio; this model takes 2.0 s"
+        assert notice in caplog.text and longer.info.warnings == (notice,) and longer.info.is_complete
         shorter = processor.clip_inputs(make_clip(frames=40, seconds=40.0, audio_seconds=3.0, side=384))
         # Its 60 tokens are fewer than two a frame, so they are stretched to 80.
         assert len(processor.make_layout(shorter)) == 182 * 40 + 80
