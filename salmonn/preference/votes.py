@@ -152,9 +152,14 @@ class VoteStore:
     def add(self, vote: Vote, media: VoteMedia) -> Vote:
         """Save a vote, its log entries and, if possible, its training pair; return the vote as saved.
 
+        An edit that equals one of the captions, except for white space, is not saved: it would become the ground truth
+        even if the person prefers the other caption.
+
         Raises:
             OSError: the disk is full or fails; nothing is saved.
         """
+        if vote.edit.split() in (vote.first.text.split(), vote.second.text.split()):
+            vote = replace(vote, edit="")
         with self._locked(), self._all_or_nothing():
             vote, pair = self._make_pair(vote, media)
             append_record(self.folder / "votes.jsonl", vote)

@@ -11,7 +11,7 @@ from salmonn.caption.loader import MediaInfo
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.model.layout import ClipInfo
 from salmonn.preference.votes import VoteStore
-from salmonn.records import Caption
+from salmonn.records import Caption, Comparison, read_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.app import load_results, load_run
 from salmonn.webui.caption_tab import CaptionTab
@@ -76,6 +76,18 @@ def test_an_invalid_edit_does_not_lose_the_vote(compare_tab, comparison, edit, e
     assert compare_tab.state.votes.read() == [] and compare_tab.state.votes.read_log() == []
     assert "Vote saved. It will be used for training" in vote(compare_tab, comparison, "x" * 20_000)
     assert len(compare_tab.state.votes.read()) == 1
+
+
+@pytest.mark.parametrize("caption", [LEFT, RIGHT])
+def test_an_unedited_caption_is_not_the_ground_truth(compare_tab, comparison, caption):
+    """The text box after "Start from A" or "Start from B", whichever caption the vote is for."""
+    status = vote(compare_tab, comparison, "  " + caption.text.replace(" ", "\n", 1))
+    assert "with the better caption as ground truth" in status
+    (saved,) = compare_tab.state.votes.read()
+    assert (saved.edit, saved.ground_truth) == ("", "chosen")
+    (pair,) = read_records(compare_tab.state.votes.folder / "pairs.jsonl", Comparison)
+    assert pair.chosen == pair.ground_truth == RIGHT.text
+    assert [entry.action for entry in compare_tab.state.votes.read_log()] == ["vote"]
 
 
 def test_a_vote_on_a_deleted_video(compare_tab, comparison):
