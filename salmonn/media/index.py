@@ -29,8 +29,8 @@ SLACK_SECONDS = 1e-6
 _PREROLL_SECONDS = 2.0
 # Muxers round timestamps; a longer gap is one.
 _ROUNDING_SECONDS = 0.005
-# Gaps of up to so many frames of audio are lost packets.
-_LOSS_FRAMES = {"mpegts": 4.0, "ogg": math.inf}
+# Gaps of more, and less, than so many frames of audio are lost packets. In Ogg, whole pages are lost.
+_LOSS_FRAMES = {"mpegts": (0.9, 4.0), "ogg": (3.0, math.inf)}
 # libav marks a packet of MPEG-TS up to two packets before what is missing.
 _SUSPECT_PACKETS = 3
 # Packets that are checked for encryption, besides keyframes: parts of a file may be in the clear.
@@ -42,6 +42,7 @@ _SKIPPED_BYTES, _SKIPPED_SECONDS = 4096, 0.5
 _UNREAD_BYTES, _UNREAD_SHARE = 1 << 16, 0.05
 # Frames this far apart are slides, each shown until the next, or until the sound ends.
 _SPARSE_SECONDS = 0.5
+_UNSEEKABLE_CODECS = ("adpcm", "speex")
 # A file that ends this much before the end that it declares is truncated.
 _SHORTFALL_SECONDS = 0.25
 # Headers of these formats declare no duration; libav estimates it from the bit rate or the last timestamps.
@@ -102,7 +103,9 @@ def index_streams(file: MediaFile, stack: ExitStack, *, start: float, end: float
     Returns:
         A `StreamIndex`; its `file` differs from the one passed if that had to be reopened.
     """
-    can_seek = not file.counts_frames and file.format_name not in _ESTIMATED_FORMATS
+    # Some audio is found by an average bit rate, or is decoded by all that precedes.
+    is_exact = file.video is not None or not file.audio.codec_context.name.startswith(_UNSEEKABLE_CODECS)
+    can_seek = is_exact and not file.counts_frames and file.format_name not in _ESTIMATED_FORMATS
     if can_seek and start > _PREROLL_SECONDS and _has_one_clock(file):
         index = _index_from(file, start, end, seek_seconds=start - _PREROLL_SECONDS)
         begins = [] if file.video is None else [next(iter(index.frame_times), math.inf)]
@@ -191,13 +194,14 @@ def _index_packets(
         number = packet.stream_index
         if (num_packets < _CHECKED_PACKETS or packet.is_keyframe) and packet.has_sidedata("encryption_info"):
             raise ClipError(f"{file.path}: is encrypted (DRM) and cannot be decoded; pass a file without encryption")
+        # The first packet after the end counts, too: it shows that none before it is missing.
+        if number in open_streams or (not packet.size and number in passes):
+            passes[number].add(packet, is_joint=timeline.is_joint)
         if packet.size:
             position = _note_skipped(index, packet, position)
             last_position = max(packet.pos or 0, last_position)
             if _update_file_end(index, packet) > end:
                 open_streams.discard(number)
-        if number in open_streams or (not packet.size and number in passes):
-            passes[number].add(packet, is_joint=timeline.is_joint)
         if not open_streams:
             return
     # PyAV leaves out packets of streams that appear later, as where recordings of different stations are joined.
@@ -261,8 +265,8 @@ class _AudioPass:
                 seconds, gap = index.audio.end, 0.0
             # Where the container marks damage, a gap is a loss. Without a mark, so is one of some frames in MPEG-TS,
             # and any in Ogg, which knows no pauses.
-            limit = _LOSS_FRAMES.get(file.format_name, 0.0) * frame_seconds
-            is_loss = 0.9 * frame_seconds < gap < limit and not is_joint
+            least, most = _LOSS_FRAMES.get(file.format_name, (0.0, 0.0))
+            is_loss = least * frame_seconds < gap < most * frame_seconds and not is_joint
             if is_loss or (self._is_suspect and gap > _ROUNDING_SECONDS):
                 self._decoder.damage.append((index.audio.end, gap))
             self._is_suspect = False

@@ -34,10 +34,7 @@ def write_chain(tmp_path, codec, bounds, rates):
     return concatenate(tmp_path / "chain.ogg", parts)
 
 
-PRE_SKIP = pytest.mark.xfail(strict=True, reason="the pre-skip of a link is taken for a loss")
-
-
-@pytest.mark.parametrize("codec", ["vorbis", pytest.param("libopus", marks=PRE_SKIP), "flac"])
+@pytest.mark.parametrize("codec", ["vorbis", "libopus", "flac"])
 @pytest.mark.parametrize("bounds", [(0, 3, 6), (0, 2, 4, 6)])
 def test_chained_ogg(tmp_path, codec, bounds):
     path = write_chain(tmp_path, codec, bounds, [48_000] * 3)
@@ -77,9 +74,6 @@ def test_joined_audio_files(tmp_path, suffix, codec, rates):
     assert 5.95 < clip.duration_seconds < 6.2
     assert_tones(clip, shift=0.05)
     assert_whole(clip)
-
-
-SEEKS_BY_BYTES = pytest.mark.xfail(strict=True, reason="libav seeks by the byte rate of the header, which may be wrong")
 
 
 @pytest.mark.parametrize(
