@@ -17,6 +17,7 @@ from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import Completion, StreamingGenerator, collate, to_completion
+from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_network, save_network
 from salmonn.model.network import Network
@@ -39,6 +40,7 @@ class RequestOptions(TypedDict, total=False):
     seed: int
     history: History
     system: str | None
+    frames: FrameOptions | None
 
 
 @dataclass(frozen=True)
@@ -350,11 +352,13 @@ class Captioner:
         return Prompt(request.prompt or default, history, request.system)
 
     def read_spec(self, request: CaptionRequest) -> ReadSpec:
-        """Return what this model reads of a request's file."""
+        """Return what this model reads of a request's file; raises a ValueError if it cannot take such frames."""
         span, device = request.span, self.network.device
         spec = self.processor.read_spec(
             request.modality, start_seconds=span.start_seconds, end_seconds=span.end_seconds
         )
+        if request.frames:
+            spec = replace(spec, sampler=spec.sampler.with_options(request.frames))
         # A worker process would decode on the first GPU instead of the model's.
         is_on_gpu = spec.reader.endswith(":cuda") and device.index is not None
         return replace(spec, reader=f"{spec.reader}:{device.index}") if is_on_gpu else spec

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from salmonn.media.frame_sampling import FrameOptions
 from salmonn.records import Caption, Modality
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class CaptionRequest:
         num_samples: number N of captions; the file is read and prefilled once for all of them.
         history: earlier (prompt, answer) turns about the same file; an empty prompt asks for a full description too.
         system: system prompt; None uses the model's own.
+        frames: which frames to look at; None uses the model's own rule.
     """
 
     path: Path
@@ -87,6 +89,7 @@ class CaptionRequest:
     num_samples: int = 1
     history: History = ()
     system: str | None = None
+    frames: FrameOptions | None = None
 
 
 class Generator(Protocol):

@@ -5,14 +5,50 @@ frame rate is handled correctly.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 
+@dataclass(frozen=True)
+class FrameOptions:
+    """A request's own choice of frames, within the model's limits; None leaves the model's value.
+
+    Args:
+        frames_per_second: rate; above the model's maximum number of frames, that number is spread over the clip.
+        num_frames: number of frames, spread over the clip; a clip with fewer gives all it has.
+        max_pixels: maximum area of a frame.
+
+    Raises:
+        ValueError: a value is out of range, or both rate and number are given.
+    """
+
+    frames_per_second: float | None = None
+    num_frames: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        # Written so that NaN, which compares false with everything, is rejected too.
+        if self.frames_per_second is not None and not 0.01 <= self.frames_per_second <= 1000:
+            raise ValueError(f"fps must be from 0.01 to 1000, got {self.frames_per_second}")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
+        if self.frames_per_second is not None and self.num_frames is not None:
+            raise ValueError("fps and num_frames exclude each other: give one")
+
+    def check(self, *, max_frames: int) -> None:
+        """Raise a ValueError if more frames are asked for than the model takes."""
+        if (self.num_frames or 0) > max_frames:
+            raise ValueError(f"num_frames is {self.num_frames}; the maximum of this model is {max_frames}")
+
+
 class FrameSampler(Protocol):
     """Rule that selects the frames of a clip."""
+
+    def with_options(self, options: FrameOptions) -> "FrameSampler":
+        """Return this rule with a request's options; raises a ValueError if it cannot follow them."""
+        ...
 
     def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
         """Return the times of the frames to sample.
@@ -54,6 +90,15 @@ class FixedRateSampler:
         """Duration of the longest video that is sampled at the full rate."""
         return self.max_frames / self.frames_per_second
 
+    def with_options(self, options: FrameOptions) -> "FixedRateSampler":
+        """See `FrameSampler`."""
+        options.check(max_frames=self.max_frames)
+        if options.max_pixels is not None:
+            raise ValueError(f"max_pixels cannot be set: this model scales all frames to {self.side} x {self.side}")
+        if options.num_frames is not None:  # every frame, of which num_frames are sampled evenly
+            return replace(self, frames_per_second=math.inf, max_frames=options.num_frames)
+        return replace(self, frames_per_second=options.frames_per_second or self.frames_per_second)
+
     def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
         """See `FrameSampler`."""
         step = max(round(num_frames / seconds / self.frames_per_second), 1)
@@ -79,6 +124,7 @@ class UniformSampler:
             budget_fraction * max_frames / num_sampled * max_pixels; 0 keeps `max_pixels`. A single frame is taken for
             a photograph and limited to `max_pixels`.
         factor: divisor of height and width: patch size times merge size.
+        frame_pixels: maximum area of a frame however few there are; None for no such maximum.
     """
 
     interval_seconds: float = 0.1
@@ -88,6 +134,21 @@ class UniformSampler:
     max_pixels: int = 61_250
     budget_fraction: float = 0.95
     factor: int = 28
+    frame_pixels: int | None = None
+
+    def with_options(self, options: FrameOptions) -> "UniformSampler":
+        """See `FrameSampler`."""
+        options.check(max_frames=self.max_frames)
+        changed = self
+        if options.max_pixels is not None:
+            if options.max_pixels < self.min_pixels:
+                raise ValueError(f"max_pixels is {options.max_pixels}; the minimum of this model is {self.min_pixels}")
+            changed = replace(changed, frame_pixels=options.max_pixels)
+        if options.frames_per_second is not None:
+            return replace(changed, interval_seconds=1 / options.frames_per_second, min_frames=1)
+        if options.num_frames is not None:  # with an infinite interval, the minimum decides
+            return replace(changed, interval_seconds=math.inf, min_frames=options.num_frames)
+        return changed
 
     def sample_times(self, first: float, seconds: float, num_frames: int) -> np.ndarray:
         """See `FrameSampler`."""
@@ -100,6 +161,7 @@ class UniformSampler:
         max_pixels = float(self.max_pixels)
         if self.budget_fraction and 1 < num_sampled < self.max_frames:
             max_pixels = self.budget_fraction * self.max_frames / num_sampled * self.max_pixels
+        max_pixels = min(max_pixels, self.frame_pixels or math.inf)
         rows, columns = (max(round(side / self.factor), 1) * self.factor for side in (height, width))
         # Two divisions in a row, as there: one division would round differently where a side comes out whole.
         if rows * columns > max_pixels:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from salmonn.media.frame_sampling import FixedRateSampler, UniformSampler
+from salmonn.media.frame_sampling import FixedRateSampler, FrameOptions, UniformSampler
 
 
 def published_fixed_rate(num_frames: int, rate: float, *, max_frames: int = 110) -> list[int]:
@@ -48,3 +48,59 @@ def test_sizes_are_those_of_qwens_processor(size, num_sampled):
 
 def test_salmonn2_scales_to_squares():
     assert FixedRateSampler().frame_size(720, 1280, 9) == (384, 384)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (FrameOptions(), [0, 1, 2, 3]),
+        (FrameOptions(frames_per_second=2), [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]),
+        (FrameOptions(frames_per_second=0.5), [0, 2]),
+        (FrameOptions(num_frames=3), [0, 1.9, 3.9]),
+        (FrameOptions(num_frames=100), np.arange(40) / 10),
+        (FrameOptions(num_frames=1), [0]),
+    ],
+)
+def test_options_choose_the_frames_of_salmonn2(options, expected):
+    """Four seconds at ten frames per second."""
+    assert FixedRateSampler().with_options(options).sample_times(0, 4, 40) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (FrameOptions(frames_per_second=1), [0, 1.3, 2.6, 3.9]),
+        (FrameOptions(frames_per_second=0.25), [0]),
+        (FrameOptions(num_frames=3), [0, 1.9, 3.9]),
+        (FrameOptions(num_frames=100), np.arange(40) / 10),
+    ],
+)
+def test_options_choose_the_frames_of_salmonn2_plus(options, expected):
+    """`min_frames` is for the model's own choice."""
+    assert UniformSampler().with_options(options).sample_times(0, 4, 40) == pytest.approx(expected)
+
+
+def test_max_pixels_limits_each_frame():
+    sampler = UniformSampler().with_options(FrameOptions(max_pixels=28 * 28 * 12))
+    for num_sampled in (1, 16, 768):
+        assert sampler.frame_size(720, 960, num_sampled) == (3 * 28, 4 * 28)
+    assert UniformSampler().with_options(FrameOptions(max_pixels=10**9)).frame_size(720, 960, 768) == (
+        UniformSampler().frame_size(720, 960, 768)
+    )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "message"),
+    [
+        (FixedRateSampler(), {"num_frames": 111}, "num_frames is 111; the maximum of this model is 110"),
+        (UniformSampler(), {"num_frames": 769}, "the maximum of this model is 768"),
+        (FixedRateSampler(), {"max_pixels": 10**6}, "this model scales all frames to 384 x 384"),
+        (UniformSampler(), {"max_pixels": 783}, "the minimum of this model is 784"),
+        (UniformSampler(), {"frames_per_second": float("nan")}, "fps must be from 0.01 to 1000, got nan"),
+        (UniformSampler(), {"num_frames": 0}, "num_frames must be at least 1"),
+        (UniformSampler(), {"num_frames": 2, "frames_per_second": 1}, "exclude each other"),
+    ],
+)
+def test_impossible_options_are_refused(sampler, options, message):
+    with pytest.raises(ValueError, match=message):
+        sampler.with_options(FrameOptions(**options))
