@@ -1,5 +1,5 @@
 "use strict";
-// Actions in the browser: seek, copy, and fit frames to their content.
+// Actions in the browser: choose an example, play, seek, copy, and fit frames to their content.
 window.salmonn = {
   // Without https, browsers only offer the old way to copy.
   copy(selector) {
@@ -17,10 +17,34 @@ window.salmonn = {
     area.remove();
   },
   seek(target) {
-    const video = target.closest(".columns")?.querySelector("video");
-    if (!video) return;
-    video.currentTime = Number(target.dataset.seek);
-    video.scrollIntoView({ block: "nearest", behavior: "smooth" });
+    const media = target.closest(".columns")?.querySelector(".player :is(video, audio)");
+    if (!media) return;
+    media.currentTime = Number(target.dataset.seek);
+    media.play().catch(() => {});  // a format that the browser cannot play
+    media.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  },
+  // Return an example as the value of a file component.
+  example(path, still, size) {
+    const address = (file) => `${window.gradio_config.root}${window.gradio_config.api_prefix}/file=${encodeURI(file)}`;
+    const url = address(path);
+    this.posters[url] = address(still);
+    return { path, url, size, orig_name: path.split("/").pop(), mime_type: "video/mp4", meta: { _type: "gradio.FileData" } };
+  },
+  posters: {},
+  // Return a player for a file as HTML, and mark the example that it is.
+  player(tab, file) {
+    const poster = this.posters[file?.url];
+    document.querySelectorAll(`#tab-${tab} .examples button`).forEach((button) => {
+      const still = button.querySelector("img")?.getAttribute("src");
+      button.setAttribute("aria-pressed", Boolean(poster) && still.split("/").pop() === poster.split("/").pop());
+    });
+    document.querySelector(`#${tab}-video .player`).classList.remove("unplayable");
+    if (!file) return "";
+    const media = document.createElement(file.mime_type?.startsWith("audio/") ? "audio" : "video");
+    Object.assign(media, { controls: true, preload: "metadata", src: file.url });
+    if (poster) media.poster = poster;
+    media.setAttribute("playsinline", "");
+    return `${media.outerHTML}<p class="note">Your browser can't play this format; it can still be captioned.</p>`;
   },
   // On a phone the answer is below the button.
   reveal(selector) {
@@ -43,5 +67,8 @@ document.addEventListener("keydown", (event) => {
 // "load" does not bubble, but can be captured.
 document.addEventListener("load", (event) => {
   if (event.target.matches?.("iframe.run")) window.salmonn.fit(event.target);
+}, true);
+document.addEventListener("error", (event) => {
+  event.target.closest?.(".player")?.classList.add("unplayable");
 }, true);
 addEventListener("resize", () => document.querySelectorAll("iframe.run").forEach(window.salmonn.fit));

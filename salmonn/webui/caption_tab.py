@@ -14,7 +14,16 @@ from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import Completion
 from salmonn.records import Caption
-from salmonn.webui.controls import GENERATE, NO_VIDEO, QUIET, check_text, option_inputs, prompt_inputs, video_input
+from salmonn.webui.controls import (
+    GENERATE,
+    NO_VIDEO,
+    QUIET,
+    WITH_TIME,
+    check_text,
+    media_input,
+    option_inputs,
+    prompt_inputs,
+)
 from salmonn.webui.rendering import (
     render_analysis,
     render_caption,
@@ -31,13 +40,13 @@ READING, WRITING = "Watching and listening", "Writing"
 UPDATE_SECONDS = 0.05  # between two updates of a growing caption
 PLACEHOLDER = render_placeholder(
     "No caption yet",
-    "Choose an example or drop a video of your own, then press Describe. Formats your browser can't play still work.",
+    "Choose an example, or drop a video or sound file, then press Describe. Formats your browser can't play work too.",
 )
 REFERENCE_INFO = (
     "What happens in the video, one event per line; a line may begin with “seen:”, “heard:” or “said:”. Or a reference "
     "as JSON."
 )
-REVEAL = "(...inputs) => { window.salmonn.reveal('.card'); return inputs; }"
+REVEAL = f"(...inputs) => {{ window.salmonn.reveal('.card'); return {WITH_TIME}; }}"
 COPY = "(shown) => { window.salmonn.copy('#answer .caption'); return [shown]; }"
 
 Update = dict[Any, Any]
@@ -64,11 +73,12 @@ class CaptionTab:
                         self.copy = gr.Button("Copy", elem_id="copy", size="sm", visible=False, scale=0, min_width=90)
                 self.findings = gr.HTML("", elem_id="findings")
         self.shown = gr.State(None)
+        self.time = gr.Number(visible=False)  # of an event in the browser
         self._connect()
 
     def _add_inputs(self) -> None:
         state = self.state
-        self.video = video_input(state, tab="caption")
+        self.video = media_input(state, tab="caption")
         self.model = gr.Radio(
             list(state.engines), value=state.default_model, label="Model", visible=len(state.engines) > 1,
             elem_classes=["pills"],
@@ -84,11 +94,13 @@ class CaptionTab:
             )
 
     def _connect(self) -> None:
-        inputs = {self.video, self.model, self.reference, *self.controls.components}
+        inputs = {self.video, self.model, self.reference, *self.controls.components, self.time}
         outputs = [self.answer, self.status, self.findings, self.start, self.stop, self.copy, self.shown]
         self.start.click(self.describe, inputs, outputs, js=REVEAL, **GENERATE)
         self.stop.click(self.stop_request, None, None, **QUIET)
-        self.video.change(self.reset, self.video, outputs, **QUIET)
+        self.video.change(
+            self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}(inputs)", **QUIET
+        )
         self.copy.click(self.log_copy, self.shown, self.status, js=COPY, **QUIET)
 
     def describe(self, values: Mapping[Any, Any], request: gr.Request) -> Iterator[Update]:
@@ -97,7 +109,7 @@ class CaptionTab:
             yield self._show_error(NO_VIDEO)
             return
         path, model = Path(values[self.video]), values[self.model]
-        active = self.requests.start(str(request.session_hash), path)
+        active = self.requests.start(str(request.session_hash), path, clicked=values[self.time])
         try:
             caption_request = self.controls.to_request(values, path)
             pasted = check_text(values[self.reference] or "", name="the reference")
@@ -168,9 +180,9 @@ class CaptionTab:
         """Stop the session's request; the text so far is kept."""
         self.requests.stop(str(request.session_hash))
 
-    def reset(self, path: str | None, request: gr.Request) -> Update:
-        """Clear the results after a change of the video."""
-        if not self.requests.switch_video(str(request.session_hash), path):
+    def reset(self, path: str | None, changed: float | None, request: gr.Request) -> Update:
+        """Clear the results after a change of the video, at the given time in the browser."""
+        if not self.requests.switch_video(str(request.session_hash), path, changed=changed):
             return {self.status: gr.skip()}
         return {
             self.answer: PLACEHOLDER, self.status: "", self.findings: "", self.shown: None,

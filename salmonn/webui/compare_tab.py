@@ -18,12 +18,23 @@ from salmonn.caption.loader import MediaInfo
 from salmonn.caption.streaming import Completion
 from salmonn.preference.votes import Candidate, Choice, Vote, VoteMedia, utc_now
 from salmonn.records import Reference, Score
-from salmonn.webui.controls import GENERATE, NO_VIDEO, QUIET, check_text, option_inputs, prompt_inputs, video_input
+from salmonn.webui.controls import (
+    GENERATE,
+    NO_VIDEO,
+    QUIET,
+    WITH_TIME,
+    check_text,
+    media_input,
+    option_inputs,
+    prompt_inputs,
+)
 from salmonn.webui.rendering import render_candidate, render_error, render_placeholder
 from salmonn.webui.scorer import reference_caption
 from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, error_message, to_caption
 
-PLACEHOLDER = render_placeholder("Two captions, side by side", "Choose an example or drop a video, then press Compare.")
+PLACEHOLDER = render_placeholder(
+    "Two captions, side by side", "Choose an example, or drop a video or sound file, then press Compare."
+)
 CHOICES: Mapping[Choice, str] = {
     "first": "A is better",
     "second": "B is better",
@@ -33,6 +44,7 @@ CHOICES: Mapping[Choice, str] = {
 QUESTION = '<p class="lead">Which caption describes the video better? Models are revealed after you vote.</p>'
 READING = '<p class="lead busy">Reading the video</p>'
 WRITING = '<p class="lead busy">Writing two captions</p>'
+REVEAL = f"(...inputs) => {{ window.salmonn.reveal('#comparison'); return {WITH_TIME}; }}"
 CONSENT = "Keep this video on the server, so that my vote can be used for training"
 
 Update = dict[Any, Any]
@@ -77,7 +89,7 @@ class CompareTab:
         self.requests = ActiveRequests()
         with gr.Row(elem_classes=["columns"], equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                self.video = video_input(state, tab="compare")
+                self.video = media_input(state, tab="compare")
                 self.matchup = gr.Radio(
                     list(self.matchups), value=next(iter(self.matchups)), label="Compare",
                     visible=len(self.matchups) > 1, elem_classes=["pills"],
@@ -86,9 +98,10 @@ class CompareTab:
                 self.start = gr.Button("Compare", variant="primary", elem_id="compare")
                 captioner = state.engines[state.default_model].captioner
                 self.controls = option_inputs(prompt, captioner, temperature=0.8, has_seed=False)
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(scale=6, min_width=320, elem_id="comparison"):
                 self._add_voting()
         self.comparison = gr.State(None)
+        self.time = gr.Number(visible=False)  # of an event in the browser
         self._connect()
 
     def _add_voting(self) -> None:
@@ -112,10 +125,12 @@ class CompareTab:
                 }
 
     def _connect(self) -> None:
-        inputs = {self.video, self.matchup, *self.controls.components}
+        inputs = {self.video, self.matchup, *self.controls.components, self.time}
         outputs = [self.status, self.first, self.second, self.voting, self.comparison, self.start, self.edit]
-        self.start.click(self.compare, inputs, [*outputs, self.consent], **GENERATE)
-        self.video.change(self.reset, self.video, outputs, **QUIET)
+        self.start.click(self.compare, inputs, [*outputs, self.consent], js=REVEAL, **GENERATE)
+        self.video.change(
+            self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}(inputs)", **QUIET
+        )
         for choice, button in self.votes.items():
             button.click(self._on_vote(choice), {self.comparison, self.edit, self.consent}, outputs, **GENERATE)
         for button, side in ((self.from_first, "first"), (self.from_second, "second")):
@@ -127,7 +142,7 @@ class CompareTab:
             yield self._show_error(NO_VIDEO)
             return
         path, session = Path(values[self.video]), str(request.session_hash)
-        active = self.requests.start(session, path)
+        active = self.requests.start(session, path, clicked=values[self.time])
         comparison = None
         try:
             models = self.matchups[values[self.matchup]]
@@ -264,9 +279,9 @@ class CompareTab:
     def _show_error(self, message: str) -> Update:
         return self._clear() | {self.status: render_error(message)}
 
-    def reset(self, path: str | None, request: gr.Request) -> Update:
-        """Clear the comparison after a change of the video."""
-        is_other = self.requests.switch_video(str(request.session_hash), path)
+    def reset(self, path: str | None, changed: float | None, request: gr.Request) -> Update:
+        """Clear the comparison after a change of the video, at the given time in the browser."""
+        is_other = self.requests.switch_video(str(request.session_hash), path, changed=changed)
         return self._clear() if is_other else {self.status: gr.skip()}
 
     def _clear(self) -> Update:

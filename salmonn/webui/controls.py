@@ -1,5 +1,6 @@
-"""The input components that the tabs share: video, prompt and options."""
+"""The input components that the tabs share: file, prompt and options."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import gradio as gr
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
+from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.records import Modality
 from salmonn.webui.session import AppState
 
@@ -17,12 +19,15 @@ QUESTION = "Ask a question"
 MODALITIES: Mapping[str, Modality] = {"Video and audio": "both", "Video only": "visual", "Audio only": "audio"}
 MAX_TEXT_CHARS = 20_000
 MAX_NEW_TOKENS = 4096
-NO_VIDEO = "choose an example, or drop a video of your own first"
+NO_VIDEO = "choose an example, or drop a video or sound file of your own first"
 
 # Options of event listeners that only update the page: no progress bar, and no public API endpoint.
 QUIET: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 # Options of event listeners that generate text: any number may run at once, as the engine queues them.
 GENERATE: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+
+# JavaScript: the inputs of an event, with its time as the last one, since events may arrive in another order.
+WITH_TIME = "[...inputs.slice(0, -1), performance.now()]"
 
 
 @dataclass(frozen=True)
@@ -76,27 +81,39 @@ class Controls:
         )
 
 
-def video_input(state: AppState, *, tab: str) -> gr.Video:
-    """Add a video player for uploads, with the examples below it.
+def media_input(state: AppState, *, tab: str) -> gr.File:
+    """Add a component for uploads, with a player and the examples below it.
+
+    The browser itself chooses examples and shows the player, so that neither needs to wait for the server.
 
     Args:
         state: the shared state.
         tab: name of the tab; a session uses one file per tab.
     """
-    video = gr.Video(
-        sources=["upload"], label="Video", elem_id=f"{tab}-video", elem_classes=["video-input"], height=300,
-        show_label=False,
-    )  # fmt: skip
+    with gr.Column(elem_id=f"{tab}-video", elem_classes=["media-input"]):
+        file = gr.File(
+            file_types=["video", "audio", *sorted(VIDEO_SUFFIXES | AUDIO_SUFFIXES)], height=220, show_label=False,
+            label="Video or sound file",
+        )  # fmt: skip
+        # Its own method creates a temporary file whenever the value is read.
+        file.preprocess = _file_path  # type: ignore[method-assign]
+        player = gr.HTML("", elem_classes=["player"], padding=False)
     with gr.Row(elem_classes=["examples"]):
         for number, example in enumerate(state.examples, start=1):
             button = gr.Button(f"Example {number}", icon=str(example.still), size="sm", min_width=64)
-            button.click(lambda path=str(example.path): path, None, video, **QUIET)
+            choice = json.dumps([str(example.path), str(example.still), example.path.stat().st_size])
+            button.click(None, None, file, js=f"() => window.salmonn.example(...{choice})", **QUIET)
 
     def retain(path: str | None, request: gr.Request) -> None:
         state.uploads.retain(str(request.session_hash), tab, Path(path) if path else None)
 
-    video.change(retain, video, None, **QUIET)
-    return video
+    file.change(None, file, player, js=f"(file) => window.salmonn.player('{tab}', file)", **QUIET)
+    file.change(retain, file, None, **QUIET)
+    return file
+
+
+def _file_path(payload: Any) -> str | None:
+    return payload.path if payload else None
 
 
 def prompt_inputs() -> tuple[gr.Radio, gr.Textbox]:

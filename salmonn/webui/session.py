@@ -56,11 +56,13 @@ class ActiveRequest:
 
     Args:
         path: video file.
+        clicked: time of the click in the browser, in milliseconds.
         is_stopped: whether the user pressed Stop; the text so far is kept.
         is_cancelled: whether the session ended or switched to another video; nothing more is shown.
     """
 
     path: Path
+    clicked: float = 0.0
     is_stopped: bool = False
     is_cancelled: bool = False
 
@@ -71,10 +73,10 @@ class ActiveRequests:
     def __init__(self) -> None:
         self._latest: dict[str, ActiveRequest] = {}
 
-    def start(self, session: str, path: Path) -> ActiveRequest:
-        """Start a request."""
+    def start(self, session: str, path: Path, *, clicked: float | None = None) -> ActiveRequest:
+        """Start a request; `clicked` is the time of the click in the browser."""
         self.cancel(session)
-        active = self._latest[session] = ActiveRequest(path)
+        active = self._latest[session] = ActiveRequest(path, clicked or 0.0)
         return active
 
     def stop(self, session: str) -> None:
@@ -87,13 +89,14 @@ class ActiveRequests:
         if active := self._latest.pop(session, None):
             active.is_cancelled = True
 
-    def switch_video(self, session: str, path: str | None) -> bool:
+    def switch_video(self, session: str, path: str | None, *, changed: float | None = None) -> bool:
         """Cancel the session's request unless it is about the video now shown; return whether it was cancelled.
 
-        The click on a button can arrive before the change event of the video.
+        The click on a button can arrive before change events of the video: of the one before, too, which `changed`, the
+        time of the change in the browser, tells apart.
         """
         active = self._latest.get(session)
-        if active and path and active.path == Path(path):
+        if active and ((path and active.path == Path(path)) or (changed is not None and changed < active.clicked)):
             return False
         self.cancel(session)
         return True

@@ -2,11 +2,15 @@
 
 import re
 import time
+import wave
 
 import pytest
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generator import Sampling, Span
+from salmonn.media.audio import SAMPLE_RATE_HZ
+from salmonn.media.clip import read_clip
+from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.preference.votes import Vote
 from salmonn.records import Comparison, read_records
 from salmonn.synthetic.judge import RuleJudge
@@ -37,6 +41,19 @@ def long_video(clips, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def sound_file(clips, tmp_path_factory):
+    """The audio of a clip, as a WAV file."""
+    path = tmp_path_factory.mktemp("sound") / "a song.wav"
+    waveform = read_clip(clips.root / clips.references[0].video, FixedRateSampler(frames_per_second=1.0)).waveform
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE_HZ)
+        file.writeframes((waveform * 32767).astype("<i2").tobytes())
+    return path
+
+
 def choose_example(visitor, number, tab="caption"):
     """Press an example's button and wait for its video."""
     panel = visitor.page.locator(f"#tab-{tab}")
@@ -49,7 +66,7 @@ def upload(visitor, path, tab="caption"):
     with visitor.page.expect_file_chooser() as chooser:
         visitor.page.locator(f"#{tab}-video").get_by_role("button").first.click()
     chooser.value.set_files(path)
-    visitor.page.locator(f"#{tab}-video video").wait_for()
+    visitor.page.locator(f"#{tab}-video :is(video, audio)").wait_for()
 
 
 def describe(visitor):
@@ -67,6 +84,30 @@ def test_an_example_is_captioned(visit, toy, examples):
     visitor = visit()
     choose_example(visitor, 1)
     assert describe(visitor) == toy.caption(examples[0].path).text
+
+
+def test_a_slow_line(visit, toy, examples):
+    """Describe, pressed as soon as an example is, waits for no other event, and none that arrives later clears it."""
+    visitor, held = visit(), []
+    visitor.page.route("**/gradio_api/run/**", lambda route: held.append(route))  # noqa: PLW0108 - not a builtin
+    panel = visitor.page.locator("#tab-caption")
+    for number in (1, 2):
+        panel.get_by_role("button", name=f"Example {number}").click()
+    assert describe(visitor) == toy.caption(examples[1].path).text
+    assert held
+    for route in held:
+        route.continue_()
+    visitor.page.wait_for_timeout(500)
+    assert visitor.page.locator("#answer .caption").inner_text() == toy.caption(examples[1].path).text
+    pressed = panel.locator(".examples button[aria-pressed=true]")
+    assert pressed.inner_text() == "Example 2"
+
+
+def test_a_sound_file(visit, toy, sound_file):
+    visitor = visit()
+    upload(visitor, sound_file)
+    assert describe(visitor) == toy.caption(sound_file).text
+    assert visitor.page.evaluate("document.querySelector('#caption-video audio').duration") > 1
 
 
 def test_captions_are_streamed(visit, random_model, examples):

@@ -220,6 +220,16 @@ def test_active_requests():
     assert third.is_cancelled and not third.is_stopped
 
 
+def test_late_changes_do_not_cancel_a_request():
+    """A user chose "two", then "one", and pressed the button; both changes arrive after the click."""
+    requests = ActiveRequests()
+    active = requests.start("ann", Path("one.mp4"), clicked=30.0)
+    assert not requests.switch_video("ann", "two.mp4", changed=10.0)
+    assert not requests.switch_video("ann", "one.mp4", changed=40.0)  # the browser may raise it after the click
+    assert not active.is_cancelled
+    assert requests.switch_video("ann", "two.mp4", changed=50.0) and active.is_cancelled
+
+
 def test_error_messages_contain_no_paths(tmp_path):
     path = tmp_path / "holiday.mp4"
     message = error_message(ClipError(f"{path}: is not a video ({path} ends)"), path)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from gradio.data_classes import FileData
 
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import MediaInfo
@@ -133,7 +134,8 @@ def test_the_length_of_a_question_is_limited(compare_tab, comparison):
 )
 def test_the_length_of_a_reference_is_limited(caption_tab, comparison, pasted, expected):
     values = form_values(caption_tab) | {
-        caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: pasted
+        caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: pasted,
+        caption_tab.time: 0.0,
     }  # fmt: skip
     updates, button = caption_tab.describe(values, REQUEST)
     assert expected in updates[caption_tab.answer] and button == caption_tab._enable()
@@ -148,12 +150,21 @@ def test_a_caption_of_a_damaged_file_has_a_notice(caption_tab, comparison, monke
 
     monkeypatch.setattr(AppState, "stream_answers", stream_answers)
     values = form_values(caption_tab) | {
-        caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: ""
+        caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: "",
+        caption_tab.time: 0.0,
     }  # fmt: skip
     updates = list(caption_tab.describe(values, REQUEST))
     answers = [update[caption_tab.answer] for update in updates if caption_tab.answer in update]
     assert len(answers) == 3 and "Lost 1 s of video" not in answers[0]
     assert all("Lost 1 s of video" in answer for answer in answers[1:])
+
+
+def test_sound_files_are_accepted(caption_tab, tmp_path):
+    """Those that the command line finds in folders, and no temporary file is created."""
+    assert set(caption_tab.video.file_types) >= {"video", "audio", ".flac", ".opus", ".mkv", ".ts"}
+    before = list(tmp_path.rglob("*"))
+    assert caption_tab.video.preprocess(FileData(path="talk.flac")) == "talk.flac"
+    assert caption_tab.video.preprocess(None) is None and list(tmp_path.rglob("*")) == before
 
 
 def test_a_copy_succeeds_if_it_cannot_be_logged(caption_tab, tmp_path, caplog):

@@ -123,9 +123,11 @@ def test_a_forged_remote_file_is_not_fetched(demo):
     """The server could only reach the network through its proxy, which receives no connection."""
     with httpx.Client(base_url=f"{demo.address}gradio_api", trust_env=False, timeout=30) as client:
         config = httpx.get(f"{demo.address}config", trust_env=False).json()
-        videos = {part["id"] for part in config["components"] if part["type"] == "video"}
+        files = {part["id"] for part in config["components"] if part["type"] == "file"}
         retain_event = next(
-            event for event in config["dependencies"] if len(event["inputs"]) == 1 and event["inputs"][0] in videos
+            event
+            for event in config["dependencies"]
+            if event["backend_fn"] and len(event["inputs"]) == 1 and event["inputs"][0] in files
         )
         forged_file = {"path": "http://huggingface.co/a.mp4", "meta": {"_type": "gradio.FileData"}}
         body = {"data": [forged_file], "fn_index": retain_event["id"], "session_hash": "forger"}
