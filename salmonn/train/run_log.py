@@ -260,7 +260,9 @@ def _summary_so_far(folder: Path) -> RunSummary | None:
 def _read_stages(folder: Path) -> Iterator[StageRecord]:
     if steps := read_steps(folder / STEPS_NAME):
         yield StageRecord(folder.resolve().name, steps)
-    for name in sorted({path.parent.name for path in folder.glob("*/*.jsonl")}, key=_stage_order):
+    # A run folder also holds folders that are no stages, such as votes, which have a pairs.jsonl of their own.
+    names = {path.parent.name for path in (*folder.glob(f"*/{STEPS_NAME}"), *folder.glob("round_*/pairs.jsonl"))}
+    for name in sorted(names, key=_stage_order):
         steps, path = read_steps(folder / name / STEPS_NAME), folder / name / "pairs.jsonl"
         pairs = summarize_pairs(read_records(path, Comparison)) if path.is_file() else None
         if steps or pairs:

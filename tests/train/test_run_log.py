@@ -132,6 +132,15 @@ def test_an_unfinished_run(run_folder):
     assert [stage.name for stage in record.stages] == ["round 1", "round 2", "round 10", "rebirth"]
 
 
+def test_folders_that_are_no_stages_are_left_out(run_folder):
+    """Votes are written to `votes` inside the run folder by default; their pairs are not those of a round."""
+    stages = [stage.name for stage in read_run(run_folder).stages]
+    pair = Comparison("v", "p", chosen="a red star", rejected="a star", ground_truth="", margin=None)
+    write_records(run_folder / "votes" / "pairs.jsonl", [pair])
+    write_text(run_folder / "notes" / "pairs.jsonl", "of another program\n")
+    assert [stage.name for stage in read_run(run_folder).stages] == stages
+
+
 def test_a_run_of_one_stage(tmp_path):
     """sft.py writes only its rates, dpo.py writes none."""
     write_steps(tmp_path, [{"loss": 1.0}])
