@@ -205,6 +205,14 @@ def test_unscored_captions_are_listed_and_counted(call, hasty, serve):
     assert "no usable reply in 3 attempts" in page and captions[0].video in page
 
 
+def test_flags_omit_optional_parameters(call, hasty, serve):
+    few(hasty, 2)
+    server = serve(rule_judge_script)
+    omit = ("--seed", "null", "--temperature", "null", "--max-reply-tokens", "null", "--structured", "never")
+    code, _, _ = call(*openai_args(hasty, server), *omit)
+    assert code == 0 and [set(request) for request in server.requests] == [{"model", "messages"}] * 2
+
+
 def test_passes_show_their_spread(call, hasty, serve):
     """A judge that counts 1, 3 or 2 missed events of a caption as mentioned: the middle pass is reported."""
     few(hasty, 30)

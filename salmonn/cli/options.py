@@ -57,17 +57,23 @@ def load_captioner(values: Namespace) -> "Captioner":
     )
 
 
-def add_judge_options(parser: FlagParser) -> None:
-    """Add --judge and the settings of an LLM judge."""
+def add_judge_options(parser: FlagParser, *, seed: int) -> None:
+    """Add --judge and the settings of an LLM judge; `seed` is the default of --seed."""
     kinds = ", ".join(get_args(JudgeKind))
     parser.add_argument("--judge", type=JudgeKind, default="rule", help=f"judge of the captions: {kinds}")
-    parser.add_class_arguments(JudgeConfig, skip={"kind"})
+    parser.add_argument(
+        "--seed", type=int | None, default=seed, help="random seed of the judge, in its first pass; null sends no seeds"
+    )
+    parser.add_class_arguments(JudgeConfig, skip={"kind", "seed"})
 
 
 def judge_config(values: Namespace) -> JudgeConfig:
-    """Return the judge that the flags describe."""
-    names = {field.name for field in fields(JudgeConfig)} - {"kind"}
-    return JudgeConfig(kind=values.judge, **{name: values[name] for name in names})
+    """Return the judge that the flags describe; commands add `values.seed` to their requests themselves."""
+    if values.seed is not None and not 0 <= values.seed < 2**31:
+        raise ValueError(f"--seed must be from 0 to {2**31 - 1}, or null, got {values.seed}")
+    names = {field.name for field in fields(JudgeConfig)} - {"kind", "seed"}
+    seed = None if values.seed is None else 0
+    return JudgeConfig(kind=values.judge, seed=seed, **{name: values[name] for name in names})
 
 
 def add_server_options(parser: FlagParser, *, port: int, read_seconds: float) -> None:

@@ -59,17 +59,15 @@ def score_parser() -> FlagParser:
     parser.add_argument(
         "--passes", type=int, default=1, help="judging passes; the pass with the median Total is reported"
     )
-    parser.add_argument("--seed", type=int, default=2024, help="random seed of the first judging pass")
-    add_judge_options(parser)
+    add_judge_options(parser, seed=2024)
     return parser
 
 
 def run_score(values: Namespace) -> int:
     """Print the metrics of captions with confidence intervals; write the requested files."""
-    if values.num_worst < 1 or not 0 <= values.seed < 2**31:
-        raise ValueError(
-            f"--num-worst must be at least 1 and --seed 0 or more, got {values.num_worst} and {values.seed}"
-        )
+    if values.num_worst < 1:
+        raise ValueError(f"--num-worst must be at least 1, got {values.num_worst}")
+    config = judge_config(values)
     _require_outputs(values)
     from salmonn.preference.reward import make_judge
     from salmonn.score.formats import match_video_names, read_captions, read_references, write_scores
@@ -81,7 +79,7 @@ def run_score(values: Namespace) -> int:
     captions = match_video_names(read_captions(values.captions), references, values.references)
     if not captions:
         raise ValueError(f"{values.captions} holds no captions")
-    judge = make_judge(judge_config(values), published=values.protocol == "published")
+    judge = make_judge(config, published=values.protocol == "published")
     total = len(captions) * values.passes
     with tqdm(total=total, desc="judging", unit=" captions", disable=judge.is_deterministic) as bar:
         scored = score_set(
@@ -90,7 +88,7 @@ def run_score(values: Namespace) -> int:
             judge,
             protocol=values.protocol,
             passes=values.passes,
-            seed=values.seed,
+            seed=values.seed or 0,
             progress=bar.update,
         )
     if values.out:
@@ -294,7 +292,7 @@ def events_parser() -> FlagParser:
     )
     parser.add_argument("references", type=Path, help="JSONL of references with captions")
     parser.add_argument("--out", type=Path, required=True, help="JSONL file for the references with their events")
-    add_judge_options(parser)
+    add_judge_options(parser, seed=0)
     return parser
 
 
@@ -322,6 +320,7 @@ def run_events(values: Namespace) -> int:
             client=make_llm_client(config) if config.kind == "openai" else None,
             rules=split_caption,
             attempts=config.attempts,
+            seed=values.seed or 0,
             progress=bar.update,
         )
     write_records(values.out, found)
@@ -373,8 +372,7 @@ def benchmark_parser() -> FlagParser:
     )
     parser.add_argument("pairs", type=Path, help="JSONL of labelled pairs")
     parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the results")
-    parser.add_argument("--seed", type=int, default=2024, help="random seed of the judge")
-    add_judge_options(parser)
+    add_judge_options(parser, seed=2024)
     return parser
 
 
@@ -386,7 +384,7 @@ def run_judge_benchmark(values: Namespace) -> int:
     judge = make_judge(judge_config(values))
     pairs = read_labelled_pairs(values.pairs)
     with tqdm(total=2 * len(pairs), desc="judging", unit=" captions") as bar:
-        result = run_benchmark(pairs, judge, seed=values.seed, progress=bar.update)
+        result = run_benchmark(pairs, judge, seed=values.seed or 0, progress=bar.update)
     if values.out:
         write_json(values.out, result.to_json())
     print_benchmark(result)

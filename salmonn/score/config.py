@@ -20,10 +20,12 @@ class LLMConfig:
         base_url: address of the server, such as http://localhost:8000/v1; OpenAI's own by default. The API key is
             read from the environment variable OPENAI_API_KEY.
         concurrency: number of concurrent requests.
+        seed: added to the seed of each request; null sends no seeds.
         temperature: sampling temperature; null uses the server's default, which some models require.
-        max_reply_tokens: token limit per reply; 4096 by default, and none on OpenAI's own server, whose newer models
-            reject one.
-        structured: whether requests include a JSON schema for the reply; auto stops if the server rejects it.
+        max_reply_tokens: token limit per reply; null sends none, and auto sends 4096, or none to OpenAI's own server,
+            whose newer models reject one.
+        structured: whether requests include a JSON schema for the reply; auto asks for any JSON object, then for
+            nothing, if the server rejects it.
         timeout_seconds: time limit per request.
         retry_seconds: how long a request is retried while the server is busy, failing or unreachable.
         max_requests: spend cap: maximum number of requests in a run, retries included.
@@ -35,8 +37,9 @@ class LLMConfig:
     model: str = ""
     base_url: str | None = None
     concurrency: int = field(default=8, metadata=MAY_CHANGE)
+    seed: int | None = 0
     temperature: float | None = 0.0
-    max_reply_tokens: int | None = None
+    max_reply_tokens: int | Literal["auto"] | None = "auto"
     structured: Literal["auto", "always", "never"] = "auto"
     timeout_seconds: float = field(default=120.0, metadata=MAY_CHANGE)
     retry_seconds: float = field(default=600.0, metadata=MAY_CHANGE)
@@ -52,7 +55,10 @@ class LLMConfig:
             )
         if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if any(cap is not None and cap < 1 for cap in (self.max_requests, self.max_tokens, self.max_reply_tokens)):
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, or null, got {self.seed}")
+        caps = (self.max_requests, self.max_tokens, self.max_reply_tokens)
+        if any(isinstance(cap, int) and cap < 1 for cap in caps):
             raise ValueError("max_requests, max_tokens and max_reply_tokens must be at least 1 if given")
         address = urlsplit(self.base_url or "https://localhost")
         if address.scheme not in ("http", "https") or not address.hostname or address.username:
@@ -64,7 +70,9 @@ class LLMConfig:
     @property
     def reply_token_limit(self) -> int | None:
         """Return the token limit per reply. Local servers stop at 1,024 tokens by default, or never."""
-        return self.max_reply_tokens or (4096 if self.base_url else None)
+        if self.max_reply_tokens == "auto":
+            return 4096 if self.base_url else None
+        return self.max_reply_tokens
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ An event is one fact: one thing that is seen, heard or said. Each event that a m
 reply with a quote that is not in the caption is rejected and requested again.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -61,6 +62,7 @@ def list_events(
     client: LLMClient | None,
     rules: Callable[[Reference], tuple[Event, ...]] | None = None,
     attempts: int = 3,
+    seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> tuple[list[Reference], list[Unscored]]:
     """Split the captions of references into events; references that have events are not changed.
@@ -70,6 +72,7 @@ def list_events(
         client: language model that splits the captions; None applies `rules`.
         rules: function that splits a caption without a language model.
         attempts: maximum number of requests per caption.
+        seed: random seed of the language model.
         progress: called with the number of captions just split.
 
     Returns:
@@ -90,7 +93,7 @@ def list_events(
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": data}]
         attempt = Attempt(messages, SCHEMA, lambda text: parse_events(text, reference))
         try:
-            return ask_with_retries(client, [attempt] * attempts, seed=0)
+            return ask_with_retries(client, [attempt] * attempts, seed=seed)
         except (InvalidReplyError, LLMRejectedError) as error:
             return Unscored(reference.video, str(error))
 
@@ -123,11 +126,11 @@ def parse_events(text: str, reference: Reference) -> tuple[Event, ...]:
         InvalidReplyError: with up to `MAX_REPORTED_ERRORS` errors: no events, wrong format, a quote that is not in the
             caption, a time span that ends before it starts or is outside the video, a duplicate event.
     """
-    entries = parse_object(text).get("events")
+    entries = parse_object(text, SCHEMA["required"]).get("events")
     if not isinstance(entries, list) or not entries:
         raise InvalidReplyError('it has no list of "events"')
     errors, events = [], []
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(map(_normalize, entries), start=1):
         error = _entry_error(entry, reference)
         if error:
             errors.append(f"event {number} {error}")
@@ -137,6 +140,20 @@ def parse_events(text: str, reference: Reference) -> tuple[Event, ...]:
     if errors:
         raise InvalidReplyError("; ".join(errors[:MAX_REPORTED_ERRORS]))
     return tuple(events)
+
+
+def _normalize(entry: Any) -> Any:
+    """Read what can mean only one thing: "Visual" as visual, and the time "2.5" as 2.5."""
+    if not isinstance(entry, dict):
+        return entry
+    entry = dict(entry)
+    if isinstance(entry.get("kind"), str):
+        entry["kind"] = entry["kind"].strip().lower()
+    for name in ("start_seconds", "end_seconds"):
+        if isinstance(entry.get(name), str):
+            with contextlib.suppress(ValueError):
+                entry[name] = float(entry[name])
+    return entry
 
 
 def _entry_error(entry: Any, reference: Reference) -> str:

@@ -15,14 +15,26 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import openai
 import tenacity
 
 from salmonn.score.config import LLMConfig
+from salmonn.score.llm_protocol import (
+    ALL_OPTIONS,
+    ErrorBody,
+    LLMResponse,
+    RequestOptions,
+    read_completion,
+    refused_option,
+    request_parameters,
+    retry_after_seconds,
+    suspected_option,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +42,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 ChatMessage = dict[str, str]
 
-# An invalid completion is transient too: it usually comes from a failing proxy.
-_TRANSIENT = (
-    openai.APIConnectionError,
-    openai.RateLimitError,
-    openai.InternalServerError,
-    openai.ConflictError,
-    openai.APIResponseValidationError,
-)
 _PROBE = [{"role": "user", "content": "Reply with the word yes."}]
 _REJECTED_STATUS = (400, 413, 422)  # bad request, too large, unprocessable: another request may succeed
 _MAX_DELAY_SECONDS = 60.0
@@ -60,21 +64,6 @@ class LLMRejectedError(ValueError):
 
 class LLMFailedError(LLMRejectedError):
     """The server fails on this request, but not on others."""
-
-
-@dataclass(frozen=True)
-class LLMResponse:
-    """A reply of a language model.
-
-    Args:
-        text: text of the reply.
-        is_truncated: whether it reached its token limit.
-        num_tokens: tokens of prompt and reply by the server's count; None if the server sends no usage.
-    """
-
-    text: str
-    is_truncated: bool = False
-    num_tokens: int | None = None
 
 
 class ResponseCache:
@@ -150,11 +139,12 @@ class LLMClient:
         self.name = f"{config.model} at {(config.base_url or 'OpenAI').rstrip('/')}"
         self.num_requests = self.num_tokens = self._num_rejected = 0
         self._has_replied = False
-        self._last_warning = -1.0
+        self._last_warning = self._resume_at = -1.0
         self._cache = ResponseCache(config.cache.expanduser())
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._accepts_schema = config.structured != "never"
+        self._options = _initial_options(config)
+        self._accepted_formats: set[str] = set()  # response formats with which the server has replied
         key = os.environ.get("OPENAI_API_KEY") or ("none" if config.base_url else None)
         if key is None:
             raise ValueError(
@@ -163,7 +153,14 @@ class LLMClient:
             )
         # Retries are handled here, so that they count against the spend cap and end after a set time.
         self._client = openai.OpenAI(
-            api_key=key, base_url=config.base_url, timeout=config.timeout_seconds, max_retries=0
+            api_key=key,
+            base_url=config.base_url,
+            timeout=config.timeout_seconds,
+            max_retries=0,
+            # A proxy in the environment cannot reach a server on this machine.
+            http_client=openai.DefaultHttpxClient(mounts=dict.fromkeys(("all://", "http://", "https://")))
+            if _is_loopback(config.base_url)
+            else None,
         )
 
     def complete(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> LLMResponse:
@@ -172,12 +169,13 @@ class LLMClient:
         Args:
             messages: messages as `{"role", "content"}`.
             schema: JSON schema of the reply, for servers with structured outputs.
-            seed: sampling seed; another seed makes another request.
+            seed: sampling seed, to which the configured one is added; another seed makes another request.
 
         Raises:
             LLMRejectedError: the server rejects this request (for example because it is too long).
             LLMStoppedError: no further request is possible.
         """
+        seed += self.config.seed or 0
         request = {"messages": list(messages), "seed": seed}
         request |= {"temperature": self.config.temperature, "max_reply_tokens": self.config.reply_token_limit}
         text = json.dumps([self.name, schema, request], sort_keys=True, ensure_ascii=False)
@@ -228,25 +226,60 @@ class LLMClient:
         return [future.result() for future in futures]
 
     def _complete_uncached(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> LLMResponse:
-        sends_schema = self._accepts_schema
-        try:
-            return self._request_with_retries(messages, schema=schema if sends_schema else None, seed=seed)
-        except LLMRejectedError as error:
-            if not sends_schema or self.config.structured == "always" or isinstance(error, LLMFailedError):
-                raise
-            rejection = error
-        # Without the schema the request succeeds only if the schema was the problem.
-        response = self._request_with_retries(messages, schema=None, seed=seed)
-        if self._accepts_schema:
-            self._accepts_schema = False
-            logger.warning("%s does not accept a JSON schema (%s); requests are sent without one", self.name, rejection)
-        return response
+        """Send a request; if the server refuses an optional part of it, send it without, and all further ones too."""
+        options = self._options
+        reasons: dict[str, str] = {}  # errors by the option that they made us change
+        empty: LLMResponse | None = None
+        while True:
+            try:
+                response = self._request_with_retries(messages, options, schema, seed)
+            except openai.APIError as error:
+                if empty:
+                    return empty
+                name, reason = self._next_change(options, error), _summarize(error)
+                if not name:
+                    raise self._classify_failure(error) from error
+            else:
+                if response.text or response.is_truncated:
+                    self._keep(options, reasons)
+                    return response
+                empty = empty or response
+                name, reason = suspected_option(options, 200, self._accepted_formats), "empty reply"
+                if not name:
+                    self._accepted_formats.update(self._options["response_format"])  # they are not the cause
+                    return empty
+            reasons.setdefault(name, reason)
+            options = {**options, name: options[name][1:]}
+
+    def _next_change(self, options: RequestOptions, error: openai.APIError) -> str:
+        """Return the name of the option to change after an error, or "" if none can have caused it."""
+        status = _status_of(error)
+        if name := refused_option(options, _describe(error), status):
+            return name
+        name = suspected_option(options, status, self._accepted_formats) if status >= 400 else ""
+        return name if status < 500 or self._is_alive() else ""
+
+    def _keep(self, options: RequestOptions, reasons: dict[str, str]) -> None:
+        """Send all further requests with options that have just succeeded."""
+        with self._lock:
+            self._accepted_formats.add(options["response_format"][0])
+            for name, reason in reasons.items():
+                if len(options[name]) < len(self._options[name]):
+                    old, new = self._options[name][0], options[name][0]
+                    self._options = {**self._options, name: options[name]}
+                    logger.warning(
+                        "%s does not accept %s (%s); requests are sent %s",
+                        self.name,
+                        old or f"requests without {new}",
+                        reason,
+                        f"with {new}" if new else "without it",
+                    )
 
     def _request_with_retries(
-        self, messages: Sequence[ChatMessage], *, schema: dict[str, Any] | None, seed: int
+        self, messages: Sequence[ChatMessage], options: RequestOptions, schema: dict[str, Any], seed: int
     ) -> LLMResponse:
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_is_transient),
+            retry=self._should_retry,
             wait=self._delay,
             stop=lambda state: (
                 self._stop.is_set()
@@ -257,79 +290,92 @@ class LLMClient:
             before_sleep=self._log_retry,
             reraise=True,
         )
-        try:
-            return retrying(self._request, messages, schema, seed)
-        except openai.APIError as error:
-            raise self._classify_failure(error) from error
+        return retrying(self._request, messages, options, schema, seed)
+
+    def _should_retry(self, state: tenacity.RetryCallState) -> bool:
+        error, options = _error_of(state), state.args[1]
+        if not _is_transient(error) or refused_option(options, _describe(error), _status_of(error)):
+            return False
+        # Some servers break on a response format that they do not know, and on nothing else.
+        is_suspect = state.attempt_number >= 3 and _status_of(error) == 500 and not self._stop.is_set()
+        return not (is_suspect and suspected_option(options, 500, self._accepted_formats) and self._is_alive())
 
     def _classify_failure(self, error: openai.APIError) -> LLMStoppedError | LLMRejectedError:
         """Decide whether a request's final failure concerns this request only, or all of them."""
-        if getattr(error, "status_code", 0) in _REJECTED_STATUS:
+        after = _retry_after(error)
+        if _status_of(error) in _REJECTED_STATUS:
             self._num_rejected += 1
             # A wrong model or option is rejected for every caption, a long caption only by itself.
             if self._has_replied or self._num_rejected < _MAX_REJECTED:
                 return LLMRejectedError(f"the server rejects the request: {_summarize(error)}")
-        elif _is_transient(error) and self._is_alive():
+        elif _is_transient(error) and not after and self._is_alive():
             return LLMFailedError(f"the server fails on this request but not on others: {_summarize(error)}")
         message = f"{self.name} is unavailable: {_summarize(error)}"
+        if after:
+            message += (
+                f"; the server asks to wait {after:.0f} s, and --retry-seconds is {self.config.retry_seconds:.0f}"
+            )
         if isinstance(error, openai.APIConnectionError) and not self._has_replied:
-            message += "; is the server running, and is the address right?"
-        if isinstance(error, openai.NotFoundError):
+            message += f"; is the server running, and is the address right?{self._proxy_note()}"
+        if _status_of(error) == 404:
             message += "; is the address complete (most end in /v1), and the model's name the one the server uses?"
         if self._has_replied:
             message += f". Replies so far are saved in {self.config.cache}; run the same command again to resume"
         return LLMStoppedError(message)
 
+    def _proxy_note(self) -> str:
+        """Return a sentence about the proxy between us and the server, if there is one."""
+        address = self._client.base_url
+        proxy = getproxies().get(address.scheme) or getproxies().get("all")
+        if not proxy or _is_loopback(self.config.base_url) or proxy_bypass(address.host):
+            return ""
+        return f" Requests go through the proxy {proxy.rpartition('@')[2]} of the environment; NO_PROXY excludes hosts."
+
     def _is_alive(self) -> bool:
         """Return whether the server replies to a trivial request."""
         try:
-            self._request(_PROBE, None, 0)
+            self._request(_PROBE, {**self._options, "response_format": ("",)}, None, 0)
         except openai.APIError:
             return False
         return True
 
-    def _request(self, messages: Sequence[ChatMessage], schema: dict[str, Any] | None, seed: int) -> LLMResponse:
+    def _request(
+        self, messages: Sequence[ChatMessage], options: RequestOptions, schema: dict[str, Any] | None, seed: int
+    ) -> LLMResponse:
+        while (seconds := self._resume_at - time.monotonic()) > 0 and not self._stop.wait(seconds):
+            pass
         self._count_request()
-        options: dict[str, Any] = {"seed": seed}
-        if self.config.temperature is not None:
-            options["temperature"] = self.config.temperature
-        if self.config.reply_token_limit is not None:
-            options["max_tokens"] = self.config.reply_token_limit
-        if schema is not None:
-            options["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "reply", "strict": True, "schema": schema},
-            }
+        parameters = request_parameters(
+            options,
+            schema=schema,
+            seed=seed,
+            temperature=self.config.temperature,
+            token_limit=self.config.reply_token_limit,
+        )
         deadline = time.monotonic() + self.config.timeout_seconds
         with self._client.chat.completions.with_streaming_response.create(
             model=self.config.model,
             messages=list(messages),  # type: ignore[arg-type]
-            **options,
+            **parameters,
         ) as answer:
-            return self._parse(_read_body(answer, deadline=deadline), response=answer.http_response)
-
-    def _parse(self, body: bytes, *, response: Any) -> LLMResponse:
-        try:
-            value = json.loads(body)
-            choice = value["choices"][0]
-            text, is_truncated = choice["message"]["content"], choice.get("finish_reason") == "length"
-            num_tokens = (value.get("usage") or {}).get("total_tokens")
-            if not isinstance(text, str | None) or not isinstance(num_tokens, int | None):
-                raise TypeError("content or total_tokens has the wrong type")
-        except (TypeError, LookupError, ValueError, AttributeError, RecursionError) as error:
-            message = f"the response is not a completion ({error})"
-            raise openai.APIResponseValidationError(response, None, message=message) from error
-        # An unpaired surrogate, which a model can write, can be neither saved nor sent.
-        text = (text or "").encode("utf-8", "replace").decode()
-        if num_tokens is None and self.config.max_tokens is not None:
+            body = _read_body(answer, deadline=deadline)
+            try:
+                response = read_completion(body)
+            except ValueError as error:
+                invalid = openai.APIResponseValidationError(
+                    answer.http_response, getattr(error, "details", None), message=str(error)
+                )
+                invalid.status_code = error.status if isinstance(error, ErrorBody) else 200
+                raise invalid from error
+        if response.num_tokens is None and self.config.max_tokens is not None:
             raise LLMStoppedError(
                 f"{self.name} does not report token usage, which --max-tokens needs: cap the requests with "
                 "--max-requests instead"
             )
         with self._lock:
-            self.num_tokens += num_tokens or 0
+            self.num_tokens += response.num_tokens or 0
             self._has_replied = True
-        return LLMResponse(text, is_truncated, num_tokens)
+        return response
 
     def _count_request(self) -> None:
         """Count a request; raise LLMStoppedError at a spend cap or after a stop."""
@@ -359,15 +405,16 @@ class LLMClient:
         return limit - (state.seconds_since_start or 0.0)
 
     def _delay(self, state: tenacity.RetryCallState) -> float:
-        """Return the seconds until the next attempt: exponential backoff with jitter, at least the Retry-After header.
+        """Return the seconds until the next attempt: exponential backoff with jitter, or what the server asks.
 
         The last delay ends at the time limit, so that a server that has recovered by then gets one more attempt.
         """
         longest = min(2.0 ** (state.attempt_number - 1), _MAX_DELAY_SECONDS)
         delay = min(random.uniform(longest / 2, longest), max(self._seconds_left(state), 0.0))
-        error = _error_of(state)
-        after = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
-        return max(delay, float(after)) if after.replace(".", "", 1).isdigit() else delay
+        after = _retry_after(_error_of(state))
+        if 0 < after <= self._seconds_left(state):  # other requests wait for the server as well
+            self._resume_at = max(self._resume_at, time.monotonic() + after)
+        return max(delay, after)
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
         with self._lock:  # one line for all threads that wait for the same server
@@ -394,21 +441,58 @@ def _read_body(answer: openai.APIResponse[Any], *, deadline: float) -> bytes:
     return body
 
 
-def _is_transient(error: BaseException) -> bool:
+def _initial_options(config: LLMConfig) -> RequestOptions:
+    """Return what requests include before the server has refused anything."""
+    omit = ("",)
+    return {
+        **ALL_OPTIONS,
+        "response_format": {"auto": ALL_OPTIONS["response_format"], "always": ("json_schema",), "never": omit}[
+            config.structured
+        ],
+        "seed": omit if config.seed is None else ALL_OPTIONS["seed"],
+        "temperature": omit if config.temperature is None else ALL_OPTIONS["temperature"],
+        "token limit": omit if config.reply_token_limit is None else ALL_OPTIONS["token limit"],
+    }
+
+
+def _is_loopback(address: str | None) -> bool:
+    host = urlsplit(address or "").hostname or ""
+    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
+
+
+def _is_transient(error: BaseException | None) -> bool:
     # An account without quota gets 429 like a busy server, but waiting does not help.
-    is_out_of_quota = "insufficient_quota" in (getattr(error, "code", None), getattr(error, "type", None))
-    return (isinstance(error, _TRANSIENT) or getattr(error, "status_code", 0) == 408) and not is_out_of_quota
+    if "insufficient_quota" in (getattr(error, "code", None), getattr(error, "type", None)):
+        return False
+    status = _status_of(error)
+    # An invalid body with status 200 is transient too: it usually comes from a failing proxy.
+    return isinstance(error, openai.APIConnectionError) or status in (200, 408, 409, 429) or status >= 500
+
+
+def _status_of(error: BaseException | None) -> int:
+    """Return the HTTP status of an error, that of an error in a body with status 200 included; 0 without one."""
+    return int(getattr(error, "status_code", 0))
+
+
+def _retry_after(error: BaseException | None) -> float:
+    response = getattr(error, "response", None)
+    return 0.0 if response is None else retry_after_seconds(response.headers)
 
 
 def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
 
 
-def _summarize(error: BaseException | None) -> str:
-    """Return what went wrong in one line of limited length."""
+def _describe(error: BaseException | None) -> str:
+    """Return what went wrong in one line."""
     # Servers give the reason in the body, not always in the field that the client's message is taken from.
     reason = f" {error.response.text}" if isinstance(error, openai.APIStatusError) else ""
     if isinstance(error, openai.APIConnectionError) and error.__cause__:
         reason = f" ({error.__cause__})"
-    text = " ".join(f"{error}{reason}".split()) or type(error).__name__
+    return " ".join(f"{error}{reason}".split()) or type(error).__name__
+
+
+def _summarize(error: BaseException | None) -> str:
+    """Return what went wrong in one line of limited length."""
+    text = _describe(error)
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -8,7 +8,8 @@ caption is unscored.
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from salmonn.records import Mention, Reference, Score, Unscored
 from salmonn.score.judge import ProgressCallback, ScoringTask, make_score
 from salmonn.score.llm_client import ChatMessage, LLMClient, LLMRejectedError
+from salmonn.score.llm_protocol import read_integer
 from salmonn.score.text_spans import count_words, find_all_quotes, find_quote, overlap
 
 Result = TypeVar("Result")
@@ -23,6 +25,8 @@ Result = TypeVar("Result")
 CLASSES = ("correct", "incorrect", "missed")
 MAX_REPORTED_ERRORS = 5  # per reply; a model corrects a few better than many
 _MAX_ECHO_CHARS = 4000  # of a bad reply that is shown to the model again
+_MAX_EXCERPT = 120  # characters of a bad reply in its error
+_REASONING_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final.*?<\|message\|>")
 
 SYSTEM = """\
 You check a description of a video against the list of events that are known to happen in it.
@@ -120,30 +124,48 @@ def _escape_chat_markup(text: str) -> str:
     return text.replace("<", "\\u003c").replace("[INST", "\\u005bINST").replace("[/INST", "\\u005b/INST")
 
 
-def parse_object(text: str) -> dict[str, Any]:
-    """Parse a reply that is one JSON object, after a reasoning block (`<think>...</think>`) and Markdown fences.
+def parse_object(text: str, keys: Collection[str]) -> dict[str, Any]:
+    """Return the JSON object in a reply, with or without words, Markdown fences or reasoning around it.
+
+    Args:
+        text: reply. Reasoning (up to `</think>`, or to Harmony's final channel) is ignored, unless nothing follows it.
+        keys: keys of the object; one without all of them counts only if it is the only object.
 
     Raises:
-        InvalidReplyError: the reply is not exactly one JSON object, has a duplicate key, or an unpaired surrogate.
+        InvalidReplyError: there is no object, or several different ones with the keys; one has a duplicate key or an
+            unpaired surrogate.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            raise ValueError("duplicate key")
+            raise InvalidReplyError("a JSON object in it has a duplicate key")
         return value
 
-    text = text.rpartition("</think>")[2].strip()
-    if text.startswith("```") and text.endswith("```") and "\n" in text:
-        text = text[text.index("\n") : -3]
-    try:
-        value = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise InvalidReplyError(f"it is not exactly one JSON object ({error})") from error
-    if not isinstance(value, dict):
-        raise InvalidReplyError("it is not a JSON object")
-    require_valid_unicode(json.dumps(value, ensure_ascii=False))
-    return value
+    if not text.lstrip().startswith("{"):  # an object may quote a caption that has such a tag
+        text = next((part for part in reversed(_REASONING_END.split(text)) if part.strip()), "")
+    decoder = json.JSONDecoder(object_pairs_hook=unique, strict=False)
+    objects: list[dict[str, Any]] = []
+    start = text.find("{")
+    while start >= 0:
+        try:
+            value, end = decoder.raw_decode(text, start)
+            objects += [value] if value not in objects else []
+        except json.JSONDecodeError:
+            end = start + 1
+        except RecursionError as error:
+            raise InvalidReplyError("its JSON is nested too deeply") from error
+        start = text.find("{", end)
+    complete = [value for value in objects if value.keys() >= set(keys)]
+    if not complete and len(objects) == 1:
+        complete = objects
+    if not text:
+        raise InvalidReplyError("it is empty")
+    if len(complete) != 1:
+        found = f"{len(complete)} different JSON objects" if complete else f"no JSON object with {', '.join(keys)}"
+        raise InvalidReplyError(f"it has {found} and should have one; it begins with {text.strip()[:_MAX_EXCERPT]!r}")
+    require_valid_unicode(json.dumps(complete[0], ensure_ascii=False))
+    return complete[0]
 
 
 def require_valid_unicode(text: str) -> None:
@@ -207,7 +229,7 @@ class EventPrompt:
         Raises:
             InvalidReplyError: the reply is inconsistent; the message has up to `MAX_REPORTED_ERRORS` errors.
         """
-        value = parse_object(reply)
+        value = _normalize(parse_object(reply, self.schema["required"]))
         # A reply with the wrong structure is not checked any further.
         errors = _structure_errors(value) or [
             *_count_errors(value, num_events=len(task.reference.events)),
@@ -225,6 +247,29 @@ class EventPrompt:
             mentions=sorted(mentions, key=lambda mention: find_quote(mention.quote, task.caption.text) or (0, 0)),
             hallucinations=value["hallucinated"],
         )
+
+
+def _normalize(reply: dict[str, Any]) -> dict[str, Any]:
+    """Read what can mean only one thing: "1" and 1.0 as 1, "Correct" as correct, null as a missed event's quote."""
+
+    def integer(value: object) -> object:
+        number = read_integer(value)
+        return value if number is None else number
+
+    def entry(value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        kind, quote = value.get("class"), value.get("quote")
+        kind = kind.strip().lower() if isinstance(kind, str) else kind
+        quote = "" if quote is None and kind == "missed" else quote
+        return {"number": integer(value.get("number")), "class": kind, "quote": quote}
+
+    events, counts = reply.get("events"), reply.get("counts")
+    return {
+        "events": [entry(value) for value in events] if isinstance(events, list) else events,
+        "hallucinated": reply.get("hallucinated"),
+        "counts": {name: integer(count) for name, count in counts.items()} if isinstance(counts, dict) else counts,
+    }
 
 
 def _structure_errors(reply: dict[str, Any]) -> list[str]:

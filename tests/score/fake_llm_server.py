@@ -77,7 +77,7 @@ class FakeLLMServer:
             def _send(self, answer: Answer) -> None:
                 time.sleep(answer.delay_seconds)
                 body = answer.to_bytes()
-                self.send_response(answer.status)
+                self.send_response_only(answer.status)  # without a Date
                 for name, value in {"Content-Type": "application/json", **answer.headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))

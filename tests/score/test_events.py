@@ -45,6 +45,13 @@ def test_parses_events():
     )
 
 
+def test_reads_types_that_mean_the_same():
+    entry = DOG | {"kind": "Visual", "start_seconds": "2", "end_seconds": "3.5"}
+    assert parse_events(f"The events:\n{reply(entry)}", REFERENCE) == (
+        Event("a brown dog runs in", "visual", 2.0, 3.5),
+    )
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -79,7 +86,7 @@ def test_splits_only_references_without_events(serve, open_client):
     (first, second), failed = list_events([REFERENCE, edited], client=open_client(server))
     assert first.events == (Event("a brown dog runs in", "visual", 2.0),) and first.caption == CAPTION
     assert second is edited and not failed
-    assert len(server.requests) == 2 and "not exactly one JSON object" in server.requests[1]["messages"][-1]["content"]
+    assert len(server.requests) == 2 and "no JSON object with events" in server.requests[1]["messages"][-1]["content"]
     assert json.loads(server.requests[0]["messages"][1]["content"]) == {"description": CAPTION}
 
 

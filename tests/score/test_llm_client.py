@@ -1,5 +1,6 @@
 """The client against a misbehaving server: retries, errors that stop the run, spend caps and cached replies."""
 
+import json
 import logging
 import signal
 import sqlite3
@@ -14,8 +15,10 @@ import pytest
 import tenacity
 
 from salmonn.records import Caption, Event, Reference, write_records
+from salmonn.score import llm_client
 from salmonn.score.config import LLMConfig
-from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMResponse, LLMStoppedError, ResponseCache
+from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMStoppedError, ResponseCache
+from salmonn.score.llm_protocol import LLMResponse
 from tests.score.fake_llm_server import Answer
 
 SALMONN = Path(sys.executable).with_name("salmonn")
@@ -83,6 +86,8 @@ def test_request_body(serve, open_client):
         },
     }
     assert bare == {"model": "m", "messages": HELLO, "seed": 0, "max_tokens": 4096}
+    complete(open_client(server, structured="never", temperature=None, seed=None, max_reply_tokens=None), "other")
+    assert server.requests[-1] == {"model": "m", "messages": [{"role": "user", "content": "other"}]}
     assert LLMConfig("m").reply_token_limit is None
 
 
@@ -107,9 +112,11 @@ def test_reports_the_server_s_error_message(serve, open_client, body):
         Answer(body=b'{"choices": []}'),
         Answer(body=b"null"),
         Answer(body=b"\xff\xfe"),
-        Answer(body=b'{"choices": [{"message": {"content": ["parts"]}}]}'),
-        Answer(usage={"total_tokens": "12"}),
-        Answer(usage=[1]),
+        Answer(body=b'{"choices": [{"message": {"content": 7}}]}'),
+        Answer(body=b'{"error": {"message": "upstream", "code": 502}}'),
+        Answer(body=b'{"error": {"message": "busy", "code": "rate_limit_exceeded"}}'),
+        Answer(body=b'{"choices": [{"message": {}, "error": {"message": "upstream", "code": 502}}]}'),
+        Answer(body=b'data: {"choices": [{"delta": {"content": "half"}}]}'),
         Answer("drips", drip_seconds=0.1),
     ],
 )
@@ -122,17 +129,58 @@ def test_transient_failures_are_retried(serve, open_client, fault, caplog):
     assert "retrying in" in caplog.text
 
 
-def test_respects_retry_after(serve, open_client, clock):
-    server = serve(lambda request, number: Answer("x", status=200 if number else 429, headers={"Retry-After": "1.6"}))
+DATE = "Mon, 30 Nov 2026 10:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("headers", "delay"),
+    [
+        ({"Retry-After": "1.6"}, 1.6),
+        ({"retry-after-ms": "4000", "Retry-After": "5"}, 4.0),
+        ({"Retry-After": "Mon, 30 Nov 2026 10:00:05 GMT", "Date": DATE}, 5.0),
+    ],
+)
+def test_respects_retry_after(serve, open_client, clock, monkeypatch, headers, delay):
+    monkeypatch.setattr(llm_client, "time", clock)
+    server = serve(lambda request, number: Answer("x", status=200 if number else 429, headers=headers))
     complete(open_client(server))
-    assert clock.delays == [1.6]  # the default delay is at most a second
+    assert clock.delays == [delay]  # the default delay is at most a second
+
+
+def test_retry_after_holds_for_all_requests(serve, open_client, monkeypatch):
+    monkeypatch.undo()  # real time
+    times = []
+
+    def script(request, number):
+        times.append(time.monotonic())
+        return Answer("x", status=200 if number else 429, headers={"retry-after-ms": "1200"})
+
+    client = open_client(serve(script))
+    first = threading.Thread(target=complete, args=(client,))
+    first.start()
+    while client._resume_at < 0:
+        time.sleep(0.01)
+    complete(client, "other")
+    first.join()
+    assert min(times[1:]) >= times[0] + 1.2
+
+
+def test_a_past_or_invalid_retry_after_is_ignored(serve, open_client, clock):
+    values = ["Mon, 30 Nov 2026 09:00:00 GMT", "soon", "-3"]
+    server = serve(
+        lambda request, number: Answer(
+            "x", status=429 if number < 3 else 200, headers={"Date": DATE, "Retry-After": values[min(number, 2)]}
+        )
+    )
+    complete(open_client(server))
+    assert [0.5 <= delay / 2**number <= 1 for number, delay in enumerate(clock.delays)] == [True] * 3
 
 
 def test_retry_after_beyond_the_time_limit(serve, open_client, clock):
-    server = serve(lambda request, number: Answer("x", status=429, headers={"Retry-After": "60"}))
-    with pytest.raises(LLMStoppedError, match=r"is unavailable: .*429"):
+    server = serve(lambda request, number: Answer("x", status=429, headers={"Retry-After": "3600"}))
+    with pytest.raises(LLMStoppedError, match=r"is unavailable: .*429.*asks to wait 3600 s"):
         complete(open_client(server, retry_seconds=30.0))
-    assert clock.delays == [] and len(server.requests) == 2  # the request, then a trivial one
+    assert clock.delays == [] and len(server.requests) == 1
 
 
 def test_stops_at_the_time_limit_and_caches_replies(serve, open_client, clock):
@@ -200,17 +248,93 @@ def test_permanent_failures_stop_at_once(serve, open_client, status, message):
     assert len(server.requests) == 1
 
 
-def test_a_server_without_schemas(serve, open_client, caplog):
+def refuse(*names: str, message: str, status: int = 400):
+    """Script that refuses requests with any of these parameters, or values of response_format's type."""
+
     def script(request, number):
-        return Answer("no response_format", status=400) if "response_format" in request else Answer("fine")
+        sent = {*request, request.get("response_format", {}).get("type")}
+        return Answer(message, status=status) if sent & set(names) else Answer(text_of(request))
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("names", "status", "message", "learned"),
+    [
+        (["json_schema"], 400, "This response_format type is unavailable now", {"type": "json_object"}),
+        (["response_format"], 400, "bad request", None),
+        (["response_format"], 404, "No endpoints found that support the requested parameters: response_format", None),
+        (["response_format"], 422, "extra fields", None),
+        (["response_format"], 500, "Internal Server Error", None),  # on response_format only
+        (["response_format"], 503, "unknown response_format", None),
+    ],
+)
+def test_falls_back_to_weaker_response_formats(serve, open_client, caplog, names, status, message, learned):
+    server = serve(refuse(*names, message=message, status=status))
+    client = open_client(server)
+    assert [complete(client, text).text for text in "abc"] == list("abc")
+    assert [request.get("response_format") for request in server.requests[-3:]] == [learned] * 3
+    assert [record.getMessage() for record in caplog.records if "does not accept" in record.getMessage()] == [
+        f"m at {server.url} does not accept json_schema ({caplog.records[-1].args[2]}); requests are sent "
+        + ("with json_object" if learned else "without it")
+    ]
+    assert message in caplog.text
+    with pytest.raises((LLMRejectedError, LLMStoppedError), match=message):
+        complete(open_client(server, structured="always", retry_seconds=1.0), "d")
+
+
+def test_a_server_that_replies_with_nothing_to_a_schema(serve, open_client, caplog):
+    server = serve(lambda request, number: Answer("" if "response_format" in request else "x"))
+    client = open_client(server)
+    assert [complete(client, text).text for text in "ab"] == ["x", "x"]
+    assert len(server.requests) == 4 and caplog.text.count("does not accept json_schema (empty reply)") == 1
+    silent = serve(lambda request, number: Answer(""))
+    client = open_client(silent)
+    assert complete(client).text == complete(client, "other").text == "" and len(silent.requests) == 4
+    assert "response_format" in silent.requests[-1] and caplog.text.count("does not accept") == 1
+
+
+def test_a_passing_failure_does_not_cost_the_schema(serve, open_client, caplog):
+    server = serve(lambda request, number: Answer("down", status=500 if number < 6 else 200))
+    complete(open_client(server))
+    assert all("response_format" in request for request in server.requests if text_of(request) == "hello")
+    assert "does not accept" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message", "learned"),
+    [
+        ("seed", 422, "extra_forbidden: body, seed", None),
+        ("temperature", 400, "Unsupported value: 'temperature' does not support 0 with this model.", None),
+        ("max_tokens", 400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", 99),
+    ],
+)
+def test_omits_what_the_server_refuses(serve, open_client, caplog, name, status, message, learned):
+    server = serve(refuse(name, message=message, status=status))
+    client = open_client(server, max_reply_tokens=99)
+    assert [complete(client, text).text for text in "abc"] == list("abc")
+    assert [name in request for request in server.requests] == [True, False, False, False]
+    assert server.requests[-1].get("max_completion_tokens") == learned
+    assert {"response_format", "seed", "temperature", "max_tokens"} - {name} <= {*server.requests[-1]}
+    assert caplog.text.count(f"does not accept {name}") == 1
+
+
+def test_a_server_that_refuses_several_parameters(serve, open_client):
+    def script(request, number):
+        refused = [name for name in ("temperature", "max_tokens", "max_completion_tokens", "seed") if name in request]
+        return Answer(f"unknown parameter {refused[0]}", status=400) if refused else Answer("x")
 
     server = serve(script)
-    client = open_client(server)
-    assert [complete(client, message).text for message in ("a", "b", "c")] == ["fine"] * 3
-    assert ["response_format" in request for request in server.requests] == [True, False, False, False]
-    assert "does not accept a JSON schema" in caplog.text and "no response_format" in caplog.text
-    with pytest.raises(LLMRejectedError, match="no response_format"):
-        complete(open_client(server, structured="always"), "d")
+    client = open_client(server, concurrency=8)
+    client.map_concurrent(lambda text: complete(client, text), [str(number) for number in range(30)])
+    assert {*server.requests[-1]} == {"model", "messages", "response_format"}
+
+
+def test_a_conversation_that_is_too_long_does_not_cost_the_token_limit(serve, open_client):
+    message = "max_tokens is too large: 4096. This model's maximum context length is 4096 tokens"
+    server = serve(lambda request, number: Answer(message, status=400 if "max_tokens" in request else 200))
+    with pytest.raises(LLMRejectedError, match="too large"):
+        complete(open_client(server))
 
 
 def test_a_rejected_request_is_not_a_rejected_schema(serve, open_client):
@@ -234,6 +358,97 @@ def test_a_request_on_which_the_server_fails_does_not_affect_others(serve, open_
 
     replies = client.map_concurrent(complete_or_error, ["bad", "a", "b"])
     assert "the server fails on this request but not on others" in replies[0] and replies[1:] == ["x", "x"]
+
+
+def completion(message: dict, *, finish_reason: str = "stop", **extra) -> bytes:
+    return json.dumps({"choices": [{"message": message, "finish_reason": finish_reason}]} | extra).encode()
+
+
+CHUNKS = [{"content": "a\u2028"}, {"content": "b", "role": "assistant"}, {}]
+
+
+@pytest.mark.parametrize(
+    ("body", "reply"),
+    [
+        (completion({"content": [{"type": "text", "text": "a"}, "b"]}), LLMResponse("ab")),
+        (completion({"content": [{"type": "thinking", "thinking": [{"text": "x"}]}, {"text": "a"}]}), LLMResponse("a")),
+        (completion({"content": None, "reasoning_content": "a"}), LLMResponse("a")),
+        (completion({"content": None, "reasoning": "a"}), LLMResponse("a")),
+        (completion({"content": "a", "reasoning_content": "b"}), LLMResponse("a")),
+        (completion({"tool_calls": [{"function": {"name": "reply", "arguments": "a"}}]}), LLMResponse("a")),
+        (completion({"content": None, "refusal": "I'm sorry."}), LLMResponse("(refusal) I'm sorry.")),
+        (
+            completion({"content": ""}, finish_reason="content_filter"),
+            LLMResponse("(the server's content filter withheld the reply)"),
+        ),
+        (completion({"content": "a"}, finish_reason="length"), LLMResponse("a", True)),
+        (completion({"content": "a"}, usage={"total_tokens": 20.0}), LLMResponse("a", False, 20)),
+        (completion({"content": "a"}, usage={"total_tokens": "20"}), LLMResponse("a", False, 20)),
+        (completion({"content": "a"}, usage={"total_tokens": "many"}), LLMResponse("a")),
+        (completion({"content": "a"}, usage=[1]), LLMResponse("a")),
+        (b"\xef\xbb\xbf\n " + completion({"content": "a"}), LLMResponse("a")),
+        (
+            b"".join(
+                b"data: " + json.dumps({"choices": [{"delta": delta}]}, ensure_ascii=False).encode() + b"\r\n\r\n"
+                for delta in CHUNKS
+            )
+            + b'data: {"choices": [], "usage": {"total_tokens": 5}}\n\ndata: [DONE]\n\n',
+            LLMResponse("a\u2028b", False, 5),
+        ),
+    ],
+)
+def test_reads_replies_of_many_servers_once(serve, open_client, body, reply):
+    server = serve(lambda request, number: Answer(body=body))
+    assert complete(open_client(server)) == complete(open_client(server)) == reply
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_only_streams(serve, open_client):
+    def script(request, number):
+        if not request.get("stream"):
+            return Answer("this model only supports stream=True", status=400)
+        return Answer(body=b'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n')
+
+    server = serve(script)
+    client = open_client(server)
+    assert complete(client).text == complete(client, "other").text == "a" and len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "words", "num_requests"),
+    [
+        (b'{"error": {"message": "Invalid API key", "code": 401}}', "Invalid API key", 1),
+        (b'{"error": {"message": "Invalid API key", "type": "authentication_error"}}', "Invalid API key", 1),
+        (b'{"error": {"message": "pay first", "code": "insufficient_quota"}}', "pay first", 1),
+        (b'{"error": "no such model", "code": 5}', "no such model", None),
+        (b'{"error": {"message": "Rate limit exceeded"}}', "Rate limit exceeded", None),
+        (b"<!DOCTYPE html><style>a {b}</style><p>Log in <b>here</b></p>", "not a completion: 'Log in here'", None),
+        (b'{"detail": "moved"}', "moved", None),
+        (b"", "it is empty", None),
+    ],
+)
+def test_reports_the_words_of_a_body_without_a_reply(serve, open_client, body, words, num_requests):
+    server = serve(lambda request, number: Answer(body=body))
+    with pytest.raises(LLMStoppedError, match=words):
+        complete(open_client(server, retry_seconds=2.0))
+    assert len(server.requests) == num_requests if num_requests else len(server.requests) > 2
+
+
+def test_a_proxy_is_not_used_for_this_machine(serve, open_client, monkeypatch):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")  # nothing listens there
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert complete(open_client(serve(lambda request, number: Answer("x")))).text == "x"
+
+
+def test_names_the_proxy_of_an_unreachable_server(tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    client = LLMClient(LLMConfig("m", "http://judge.example/v1", cache=tmp_path / "c", retry_seconds=1.0))
+    with pytest.raises(LLMStoppedError, match=r"through the proxy 127\.0\.0\.1:9 of the environment"):
+        complete(client)
 
 
 def test_an_unpaired_surrogate_is_replaced(serve, open_client):

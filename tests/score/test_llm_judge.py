@@ -94,30 +94,62 @@ def test_text_that_occurs_twice_can_mention_an_event_that_happens_twice():
         "\n {} \n",
         "```json\n{}\n```",
         "```\n{}```",
+        "```json {} ```",
+        "Here is the JSON object:\n\n```json\n{}\n```\nI hope this helps!",
+        "{}\n\nNote: event 2 is not mentioned.",
+        "{0}\nOnce more: {0}",  # the same object twice
+        'Of 3 events {{as listed}}, with {{"events": 3}}: {}',
+        "[{}]",
         "<think>Event 1 ... {{}} is mentioned.</think>\n{}",
+        '<think>First {{"events": [], "hallucinated": [], "counts": {{}}}}.</think>\nThe verdict:\n```json\n{}\n```',
+        "Let me see ...</think>{}",
+        "<thinking>Let me see.</thinking>\n{}",
+        "<think>All of it is {}</think>\n",
+        "<|channel|>analysis<|message|>{{}}<|end|><|start|>assistant<|channel|>final<|message|>{}",
+        "\ufeff{}",
     ],
 )
-def test_accepts_fences_and_reasoning(wrapped):
+def test_takes_the_object_wherever_it_is(wrapped):
     assert EventPrompt().parse(wrapped.format(json.dumps(VALID_REPLY)), TASK).missing == 1
+
+
+def test_a_quote_may_contain_a_reasoning_tag():
+    reply = json.dumps(changed(events__0__quote="brown </think> dog"))
+    task = ScoringTask(TASK.reference, Caption("v", TEXT.replace("brown dog", "brown </think> dog")))
+    assert EventPrompt().parse(reply, task).missing == 1
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("The caption is good.", "not exactly one JSON object"),
-        ("", "not exactly one JSON object"),
-        ("[]", "not a JSON object"),
-        ("Here it is: " + json.dumps(VALID_REPLY), "not exactly one JSON object"),
-        (json.dumps(VALID_REPLY)[:-20], "not exactly one JSON object"),
-        ("{'events': [], 'hallucinated': []}", "not exactly one JSON object"),
+        ("The caption is good.", "no JSON object with events.*begins with 'The caption is good"),
+        ("", "it is empty"),
+        ("[]", "no JSON object"),
+        (json.dumps(VALID_REPLY)[:-20], "no JSON object"),
+        ("{'events': [], 'hallucinated': []}", "no JSON object"),
+        ('{"events": []} or {"events": [1]}', "2 different JSON objects"),
         ('{"events": [], "events": [], "hallucinated": [], "counts": {}}', "duplicate key"),
-        ("[" * 100_000, "not exactly one JSON object"),
-        ("__import__('os').system('touch /tmp/owned')", "not exactly one JSON object"),
+        ("[" * 100_000, "no JSON object"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("__import__('os').system('touch /tmp/owned')", "no JSON object"),
     ],
 )
-def test_rejects_anything_but_an_object(text, message):
+def test_rejects_anything_but_one_object(text, message):
     with pytest.raises(InvalidReplyError, match=message):
-        parse_object(text)
+        parse_object(text, ("events",))
+
+
+def test_reads_types_that_mean_the_same():
+    reply = changed(
+        events__0__number="1",
+        events__1__number=2.0,
+        events__0__class="Correct",
+        events__1__class="MISSED",
+        events__1__quote=None,
+        counts__correct="1",
+        counts__missed=1.0,
+    )
+    assert EventPrompt().parse(json.dumps(reply), TASK) == EventPrompt().parse(json.dumps(VALID_REPLY), TASK)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +160,13 @@ def test_rejects_anything_but_an_object(text, message):
         (changed(counts=[1]), 'no "counts"'),
         (changed(events__0="dog"), "entry 1"),
         (changed(events__0__number=True), "entry 1"),
-        (changed(events__0__number=1.0), "entry 1"),
+        (changed(events__0__number=1.5), "entry 1"),
+        (changed(events__0__number="one"), "entry 1"),
         (changed(events__1__class="unsure"), "entry 2"),
         (changed(events__2__quote=None), "entry 3"),
         (changed(hallucinated=[{"quote": "A cat meows"}]), "items that are not quotes"),
-        (changed(counts__missed="1"), "no integer for missed"),
+        (changed(counts__missed="1 or 2"), "no integer for missed"),
+        (changed(counts__missed=float("nan")), "no integer for missed"),
         # counts that do not match the lists
         (changed(counts__missed=0), '"counts" says 0 missed, but 1 are listed'),
         (changed(counts__hallucinated=0), '"counts" says 0 hallucinated, but 1 are listed'),
