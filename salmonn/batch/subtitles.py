@@ -226,10 +226,7 @@ def _cues(captions: Sequence[Caption], seconds_of: Callable[[str], float]) -> It
             start = caption.start_seconds or 0.0
             end = seconds_of(caption.video) if caption.end_seconds is None else caption.end_seconds
             if end <= 0:
-                raise ClipError(
-                    f"{caption.video}: the file declares no duration, so its subtitle has no end; use "
-                    "--segment-seconds or --end"
-                )
+                raise ClipError(f"{caption.video}: the file has no timestamps, so its subtitle has no end; use --end")
             yield start, max(end, start + 0.001), text
 
 

@@ -100,7 +100,7 @@ def test_times_are_rounded_and_no_cue_is_empty(captions):
     assert "00:01:00,000 --> 00:01:00,001" in text
 
 
-def test_an_open_end_is_the_declared_end_of_the_video(videos, tmp_path):
+def test_an_open_end_is_the_end_of_the_video(videos, tmp_path):
     with av.open(str(videos[0])) as container:
         seconds = container.duration / 1e6
     text = format_text([Caption(str(videos[0]), "words")], "srt", seconds_of=measured_seconds)
@@ -108,7 +108,7 @@ def test_an_open_end_is_the_declared_end_of_the_video(videos, tmp_path):
     assert (hours, minutes) == ("00", "00") and abs(float(rest) - seconds) < 0.002
 
 
-def test_a_video_that_declares_no_duration(make, tmp_path, videos):
+def test_an_open_end_of_a_live_recording(make, tmp_path, videos):
     """Such as a recorded live stream."""
     live = tmp_path / "a.mkv"
     with av.open(str(videos[0])) as source, av.open(str(live), "w", options={"live": "1"}) as target:
@@ -117,11 +117,22 @@ def test_a_video_that_declares_no_duration(make, tmp_path, videos):
             if packet.dts is not None:
                 packet.stream = stream
                 target.mux(packet)
+    with make("srt") as subtitles:
+        assert subtitles.write([Caption(str(live), "words")]) == []
+    assert (tmp_path / "a.srt").read_text() == format_text(
+        [Caption(str(videos[0]), "words")], "srt", seconds_of=lambda video: measured_seconds(live)
+    )
+    assert measured_seconds(live) > 1
+
+
+def test_a_video_of_unknown_duration(make, captions, tmp_path, monkeypatch):
+    monkeypatch.setattr("salmonn.batch.subtitles.measured_seconds", os.path.isdir)  # returns 0
+    video = captions[0].video
     with make("srt", "txt") as subtitles:
-        (failure,) = subtitles.write([Caption(str(live), "words", size_bytes=5, modified_ns=7)])
-    assert failure.stage == "write" and "declares no duration" in failure.reason
+        (failure,) = subtitles.write([Caption(video, "words", size_bytes=5, modified_ns=7)])
+    assert failure.stage == "write" and "has no timestamps" in failure.reason
     assert (failure.size_bytes, failure.modified_ns) == (5, 7)
-    assert (tmp_path / "a.txt").read_text() == "words\n" and not (tmp_path / "a.srt").exists()
+    assert Path(video).with_suffix(".txt").read_text() == "words\n" and not Path(video).with_suffix(".srt").exists()
 
 
 def test_durations_are_read_in_a_process_with_limits(make, videos, monkeypatch):
