@@ -90,10 +90,11 @@ def _serve(values: Namespace, state: "AppState", accounts: list[tuple[str, str]]
     import gradio as gr
     from starlette.middleware import Middleware
 
-    from salmonn.webui.app import build_app, disable_remote_fetch, launch_options
+    from salmonn.webui.app import build_app, disable_remote_fetch, launch_options, set_link_preview
     from salmonn.webui.uploads import UploadLimitMiddleware
 
     disable_remote_fetch()
+    set_link_preview()
     max_bytes = values.max_upload_mib << 20
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -168,7 +168,7 @@ def _explain_empty(index: StreamIndex, start: float, *, has_audio: bool) -> str:
     if index.error is not None:
         return f"is damaged and nothing decodes ({index.error}); copy or download it again"
     if 0 < index.end <= start:
-        return f"start_seconds is {start}, but the file ends at {index.end:.2f} s; start earlier"
+        return f"the start is at {start} s, but the file ends at {index.end:.2f} s; start earlier"
     return "nothing decodes in the span; check that it plays there, or convert it"
 
 

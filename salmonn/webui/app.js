@@ -24,11 +24,15 @@ window.salmonn = {
     media.scrollIntoView({ block: "nearest", behavior: "smooth" });
   },
   // Return an example as the value of a file component.
-  example(path, still, size) {
+  example([path, still, size]) {
     const address = (file) => `${window.gradio_config.root}${window.gradio_config.api_prefix}/file=${encodeURI(file)}`;
     const url = address(path);
     this.posters[url] = address(still);
     return { path, url, size, orig_name: path.split("/").pop(), mime_type: "video/mp4", meta: { _type: "gradio.FileData" } };
+  },
+  nextExample(file, examples) {
+    const index = examples.findIndex(([path]) => path === file?.path);
+    return this.example(examples[(index + 1) % examples.length]);
   },
   posters: {},
   // Return a player for a file as HTML, and mark the example that it is.
@@ -39,6 +43,7 @@ window.salmonn = {
       button.setAttribute("aria-pressed", Boolean(poster) && still.split("/").pop() === poster.split("/").pop());
     });
     document.querySelector(`#${tab}-video .player`).classList.remove("unplayable");
+    document.querySelector(`#${tab}-video .too-large`)?.remove();
     if (!file) return "";
     const media = document.createElement(file.mime_type?.startsWith("audio/") ? "audio" : "video");
     Object.assign(media, { controls: true, preload: "metadata", src: file.url });
@@ -53,6 +58,7 @@ window.salmonn = {
     }
   },
   fit(frame) {
+    frame.style.height = "auto";  // else the content is at least as high as the frame
     const height = frame.contentDocument?.documentElement?.scrollHeight;
     if (height) frame.style.height = `${height}px`;
   },
@@ -61,6 +67,32 @@ document.addEventListener("click", (event) => {
   const target = event.target.closest("[data-seek]");
   if (target) window.salmonn.seek(target);
 });
+// Keys for voters: the vote buttons are named by theirs, and the right arrow shows the next pair.
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
+  if (event.target.closest("input:not([type=radio], [type=checkbox]), textarea, select, video, audio")) return;
+  const id = event.key === "ArrowRight" ? "next-pair" : `vote-${event.key.toLowerCase()}`;
+  const button = document.getElementById(id);
+  if (button?.offsetParent) button.click();
+});
+// Gradio would show an error without the limit's reason in place of the drop zone.
+for (const type of ["change", "drop"]) {
+  document.addEventListener(type, (event) => {
+    const zone = event.target.closest?.(".media-input");
+    const limit = window.gradio_config?.max_file_size;
+    const [file] = (type === "drop" ? event.dataTransfer : event.target).files ?? [];
+    zone?.querySelector(".too-large")?.remove();
+    if (!zone || !file || !limit || file.size <= limit) return;
+    event.stopImmediatePropagation();
+    event.preventDefault();
+    const message = document.createElement("p");
+    message.className = "error-box too-large";
+    message.setAttribute("role", "alert");
+    message.textContent = `“${file.name}” has ${(file.size / 2 ** 20).toFixed(1)} MiB; the limit is ${limit / 2 ** 20} MiB. Shorten it or reduce its resolution.`;
+    zone.append(message);
+    event.target.value = "";
+  }, true);
+}
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.target.matches("mark[data-seek]")) window.salmonn.seek(event.target);
 });

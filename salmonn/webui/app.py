@@ -1,5 +1,6 @@
 """The web UI: its tabs, of which Results and Runs are built here, its theme and its launch options."""
 
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import gradio.routes
+import jinja2
 from gradio import processing_utils
 
 from salmonn.preference.votes import VoteStore, summarize_votes
@@ -118,9 +121,23 @@ def launch_options() -> dict[str, Any]:
         ),
         # Gradio rewrites the selectors of its css option, and loses rules for narrow windows.
         "head": f"<style>{style}</style><script>{script}</script>",
+        "favicon_path": str(HERE / "favicon.svg"),
         "footer_links": [],
         "run_history": False,  # which browsers would store
     }
+
+
+def set_link_preview() -> None:
+    """Make the HTML of Gradio, in this process, name salmonn in previews of a link, and load no picture."""
+    name = "frontend/index.html"
+    environment = gradio.routes.templates.env
+    assert environment.loader is not None
+    source, _, _ = environment.loader.get_source(environment, name)
+    source = re.sub(r'<meta\s+(?:property|name)="(?:og|twitter):[^>]*>', "", source)
+    tags = {"og:type": "website", "og:title": TITLE, "og:description": SUBTITLE, "description": SUBTITLE}
+    preview = "".join(f'<meta property="{key}" name="{key}" content="{escape(text)}" />' for key, text in tags.items())
+    changed = jinja2.DictLoader({name: source.replace("<head>", f"<head>{preview}", 1)})
+    environment.loader = jinja2.ChoiceLoader([changed, environment.loader])
 
 
 def disable_remote_fetch() -> None:

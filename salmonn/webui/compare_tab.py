@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from salmonn.webui.controls import (
     QUIET,
     WITH_TIME,
     check_text,
+    examples_as_json,
     media_input,
     option_inputs,
     prompt_inputs,
@@ -35,6 +37,8 @@ from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, error
 PLACEHOLDER = render_placeholder(
     "Two captions, side by side", "Choose an example, or drop a video or sound file, then press Compare."
 )
+# Each has a key of the keyboard, as app.js and app.css know by the ids of the buttons.
+KEYS: Mapping[Choice, str] = {"first": "a", "second": "b", "tie": "t", "both bad": "n"}
 CHOICES: Mapping[Choice, str] = {
     "first": "A is better",
     "second": "B is better",
@@ -42,8 +46,8 @@ CHOICES: Mapping[Choice, str] = {
     "both bad": "Both bad",
 }
 QUESTION = '<p class="lead">Which caption describes the video better? Models are revealed after you vote.</p>'
-READING = '<p class="lead busy">Reading the video</p>'
-WRITING = '<p class="lead busy">Writing two captions</p>'
+READING = '<p class="lead busy">Watching and listening</p>'
+STOPPED = render_placeholder("Stopped", "Press Compare to start again.")
 REVEAL = f"(...inputs) => {{ window.salmonn.reveal('#comparison'); return {WITH_TIME}; }}"
 CONSENT = "Keep this video on the server, so that my vote can be used for training"
 
@@ -95,7 +99,9 @@ class CompareTab:
                     visible=len(self.matchups) > 1, elem_classes=["pills"],
                 )  # fmt: skip
                 prompt = prompt_inputs()
-                self.start = gr.Button("Compare", variant="primary", elem_id="compare")
+                with gr.Row(elem_classes=["actions"]):
+                    self.start = gr.Button("Compare", variant="primary", elem_id="compare", scale=3)
+                    self.stop = gr.Button("Stop", elem_id="stop-comparing", visible=False, scale=1)
                 captioner = state.engines[state.default_model].captioner
                 self.controls = option_inputs(prompt, captioner, temperature=0.8, has_seed=False)
             with gr.Column(scale=6, min_width=320, elem_id="comparison"):
@@ -121,13 +127,25 @@ class CompareTab:
             self.consent = gr.Checkbox(False, label=CONSENT, elem_id="consent", visible=False)
             with gr.Row(elem_classes=["votes"]):
                 self.votes = {
-                    choice: gr.Button(label, elem_classes=["vote"], min_width=120) for choice, label in CHOICES.items()
+                    choice: gr.Button(label, elem_id=f"vote-{KEYS[choice]}", min_width=120)
+                    for choice, label in CHOICES.items()
                 }
+        self.next = gr.Button("Next pair", elem_id="next-pair", visible=False)
 
     def _connect(self) -> None:
         inputs = {self.video, self.matchup, *self.controls.components, self.time}
-        outputs = [self.status, self.first, self.second, self.voting, self.comparison, self.start, self.edit]
-        self.start.click(self.compare, inputs, [*outputs, self.consent], js=REVEAL, **GENERATE)
+        outputs = [
+            self.status, self.first, self.second, self.voting, self.comparison, self.start, self.stop, self.next,
+            self.edit,
+        ]  # fmt: skip
+        started = self.start.click(self.compare, inputs, [*outputs, self.consent], js=REVEAL, **GENERATE)
+        self.stop.click(self.stop_request, None, None, **QUIET)
+        choose_next = f"(file) => window.salmonn.nextExample(file, {examples_as_json(self.state)})"
+        continued = self.next.click(None, self.video, self.video, js=choose_next, **QUIET).then(
+            self.compare, inputs, [*outputs, self.consent], js=REVEAL, **GENERATE
+        )
+        for event in (started, continued):  # before the captions are there, the page may be too short to scroll
+            event.then(None, None, None, js="() => window.salmonn.reveal('#comparison')", **QUIET)
         self.video.change(
             self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}(inputs)", **QUIET
         )
@@ -150,7 +168,11 @@ class CompareTab:
             caption_request = replace(self.controls.to_request(values, path), seed=seed)
             if models[0] == models[1] and caption_request.sampling and not caption_request.sampling.temperature:
                 raise ValueError("two samples of one model are equal at temperature 0: increase it under Options")
-            yield self._clear() | {self.status: READING, self.start: gr.update(interactive=False)}
+            yield self._clear() | {
+                self.status: READING,
+                self.start: gr.update(interactive=False),
+                self.stop: gr.update(visible=True),
+            }
             comparison = yield from self._generate(caption_request, models, active)
         except (ValueError, Overloaded, RuntimeError) as error:
             if not active.is_cancelled:
@@ -165,23 +187,29 @@ class CompareTab:
                 self.voting: gr.update(visible=True),
                 self.consent: gr.update(visible=self.state.example_of(path) is None, value=False),
                 self.comparison: comparison,
-                self.start: gr.update(interactive=True),
             }
+        elif active.is_stopped and not active.is_cancelled:
+            yield {self.status: STOPPED}
         # In an update of its own, so that it happens in any case.
-        yield {self.start: gr.update(interactive=True)}
+        yield {self.start: gr.update(interactive=True), self.stop: gr.update(visible=False)}
 
     def _generate(
         self, caption_request: CaptionRequest, models: tuple[str, str], active: ActiveRequest
     ) -> Generator[Update, None, ComparisonState | None]:
-        """Show the progress; return the comparison, or None if it was cancelled."""
+        """Show the progress; return the comparison, or None if it was stopped or cancelled."""
         answers: dict[int, Completion] = {}
+        begin, num_words = time.monotonic(), 0
         with closing(self.state.stream_answers(caption_request, models)) as events:
             for event in events:
-                if active.is_cancelled:
+                if active.is_cancelled or active.is_stopped:
                     return None
                 if event is None:
-                    yield {self.status: WRITING}
-                elif event[1].completion is not None:
+                    # The number of words of both: that of each would tell which model wrote which caption.
+                    progress = f"Writing two captions, {num_words} words" if num_words else "Watching and listening"
+                    yield {self.status: f'<p class="lead busy">{progress}, {time.monotonic() - begin:.0f} s</p>'}
+                    continue
+                num_words += len(event[1].text.split())
+                if event[1].completion is not None:
                     answers[event[0]] = event[1].completion
         media = self.state.probe_media(caption_request.path, model=models[0])
         reference = None if caption_request.prompt else self.state.reference_of(caption_request.path)
@@ -215,6 +243,10 @@ class CompareTab:
         except ValueError:  # votes do not need scores
             return ScoredCandidate(candidate)
         return ScoredCandidate(replace(candidate, total=score.total), score)
+
+    def stop_request(self, request: gr.Request) -> None:
+        """Stop the session's request. Incomplete captions are not shown, since votes on them could not be used."""
+        self.requests.stop(str(request.session_hash))
 
     def _on_vote(self, choice: Choice) -> Callable[..., Update]:
         # Gradio passes the request only to functions with such a parameter, and does not find it in a partial.
@@ -266,6 +298,7 @@ class CompareTab:
             self.voting: gr.update(visible=False),
             self.comparison: None,
             self.start: gr.update(value="Compare again", interactive=True),
+            self.next: gr.update(visible=bool(self.state.examples)),
             self.edit: "",
         }
         for letter, side, component in (("A", "first", self.first), ("B", "second", self.second)):
@@ -292,6 +325,8 @@ class CompareTab:
             self.voting: gr.update(visible=False),
             self.comparison: None,
             self.start: gr.update(value="Compare", interactive=True),
+            self.stop: gr.update(visible=False),
+            self.next: gr.update(visible=False),
             self.edit: "",
         }
 

@@ -99,10 +99,10 @@ def media_input(state: AppState, *, tab: str) -> gr.File:
         file.preprocess = _file_path  # type: ignore[method-assign]
         player = gr.HTML("", elem_classes=["player"], padding=False)
     with gr.Row(elem_classes=["examples"]):
-        for number, example in enumerate(state.examples, start=1):
-            button = gr.Button(f"Example {number}", icon=str(example.still), size="sm", min_width=64)
-            choice = json.dumps([str(example.path), str(example.still), example.path.stat().st_size])
-            button.click(None, None, file, js=f"() => window.salmonn.example(...{choice})", **QUIET)
+        for index, example in enumerate(state.examples):
+            button = gr.Button(f"Example {index + 1}", icon=str(example.still), size="sm", min_width=64)
+            choose = f"() => window.salmonn.example({examples_as_json(state)}[{index}])"
+            button.click(None, None, file, js=choose, **QUIET)
 
     def retain(path: str | None, request: gr.Request) -> None:
         state.uploads.retain(str(request.session_hash), tab, Path(path) if path else None)
@@ -110,6 +110,11 @@ def media_input(state: AppState, *, tab: str) -> gr.File:
     file.change(None, file, player, js=f"(file) => window.salmonn.player('{tab}', file)", **QUIET)
     file.change(retain, file, None, **QUIET)
     return file
+
+
+def examples_as_json(state: AppState) -> str:
+    """Return path, still and size in bytes of the examples, as a JSON list for app.js."""
+    return json.dumps([[str(one.path), str(one.still), one.path.stat().st_size] for one in state.examples])
 
 
 def _file_path(payload: Any) -> str | None:

@@ -23,8 +23,8 @@ from salmonn.webui.uploads import UploadStore
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.25  # between keep-alive messages while no text arrives
 # Example clips: larger than training clips, so that they look good in a video player, and rendered from a seed that no
-# training config uses. The toy model's captions of them show every kind of error.
-EXAMPLES = SynthConfig(clips=4, seed=20_270, size_pixels=288)
+# training config uses. The toy model describes the first one well; its captions of the others show every kind of error.
+EXAMPLES = SynthConfig(clips=4, seed=20_330, size_pixels=288)
 
 
 @dataclass(frozen=True)

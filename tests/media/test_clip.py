@@ -470,7 +470,7 @@ def test_a_name_like_a_url(whole, tmp_path, monkeypatch):
         ({"start_seconds": -1}, "start_seconds is -1"),
         ({"start_seconds": math.nan}, "start_seconds is nan"),
         ({"start_seconds": 2, "end_seconds": 2}, "end_seconds is 2; it must be greater"),
-        ({"start_seconds": 9.0}, r"start_seconds is 9\.0, but the file ends at 4\.0"),
+        ({"start_seconds": 9.0}, r"the start is at 9\.0 s, but the file ends at 4\.0"),
         ({"video": False, "audio": False}, "leaves nothing to read"),
     ],
 )

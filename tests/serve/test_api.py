@@ -191,7 +191,7 @@ def test_errors_do_not_reveal_paths(start, videos, tmp_path):
     with pytest.raises(openai.BadRequestError, match="the video: is not a video or is damaged") as caught:
         chat(client, data_url(tmp_path / "broken.mp4"))
     assert str(tmp_path) not in str(caught.value)
-    with pytest.raises(openai.BadRequestError, match=r"the video: start_seconds is 500.0, but the file ends at"):
+    with pytest.raises(openai.BadRequestError, match=r"the video: the start is at 500.0 s, but the file ends at"):
         chat(client, data_url(videos[0]), extra_body={"start": 500}, stream=True)
     with pytest.raises(openai.BadRequestError, match="special token"):
         chat(client, videos[0].name, "<|im_end|>")

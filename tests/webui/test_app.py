@@ -4,6 +4,7 @@ import re
 import time
 import wave
 
+import httpx
 import pytest
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
@@ -103,6 +104,13 @@ def test_a_slow_line(visit, toy, examples):
     assert pressed.inner_text() == "Example 2"
 
 
+def test_link_previews_name_salmonn(demo):
+    with httpx.Client(base_url=demo.address, trust_env=False, timeout=30) as client:
+        head = client.get("/").text.partition("<script")[0]
+        assert 'content="salmonn"' in head and "Captions of what is seen" in head and "radio" not in head
+        assert client.get("/favicon.ico").text.startswith("<svg") and "9a3412" in client.get("/favicon.ico").text
+
+
 def test_a_sound_file(visit, toy, sound_file):
     visitor = visit()
     upload(visitor, sound_file)
@@ -192,7 +200,14 @@ def test_a_broken_file_shows_an_error(visit, tmp_path, toy, examples):
     error = visitor.page.locator("#answer .error-box")
     error.get_by_text("is not a video or is damaged").wait_for()
     assert "Traceback" not in error.inner_text() and "/tmp" not in error.inner_text()
+    visitor.page.evaluate("window.gradio_config.max_file_size = 1000")
+    visitor.page.locator("#caption-video").get_by_role("button", name="Clear").click()
+    with visitor.page.expect_file_chooser() as chooser:
+        visitor.page.locator("#caption-video").get_by_role("button").first.click()
+    chooser.value.set_files(broken)
+    visitor.page.locator("#caption-video").get_by_text("“broken.mp4” has 0.0 MiB; the limit is").wait_for()
     choose_example(visitor, 3)
+    assert visitor.page.locator(".too-large").count() == 0
     assert describe(visitor) == toy.caption(examples[2].path).text
 
 
@@ -295,6 +310,31 @@ def test_a_blind_vote_becomes_a_pair(visit, demo):
     assert (demo.votes / pair.video).is_file()
 
 
+def test_votes_by_keyboard(visit, demo):
+    visitor = visit()
+    start_comparing(visitor)
+    page = visitor.page
+    page.locator("#tab-compare").get_by_role("button", name="Example 4").click()
+    compare(visitor)
+    heights = [page.locator(f"#{side} .candidate").bounding_box()["height"] for side in ("first", "second")]
+    assert heights[0] == heights[1]
+    page.get_by_role("button", name="Write a correct caption").click()
+    page.locator("#edit textarea").press_sequentially("n")  # text is no vote
+    page.locator("#edit textarea").fill("")
+    page.locator("#edit textarea").blur()
+    page.keyboard.press("t")
+    page.get_by_role("button", name="Next pair").wait_for()
+    vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
+    assert (vote.choice, vote.video) == ("tie", "clip_00003.mp4")
+    page.keyboard.press("ArrowRight")
+    page.locator("#compare-video video[src$='clip_00000.mp4']").wait_for()
+    page.get_by_role("button", name="Both bad").wait_for()
+    page.keyboard.press("n")
+    page.get_by_role("button", name="Next pair").wait_for()
+    vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
+    assert (vote.choice, vote.video) == ("both bad", "clip_00000.mp4")
+
+
 def test_an_upload_is_kept_only_with_consent(visit, demo, long_video):
     visitor = visit()
     start_comparing(visitor)
@@ -362,6 +402,12 @@ def test_a_run_is_shown_and_refreshed(visit, demo):
         "document.querySelector('iframe.run').offsetHeight >= "
         "document.querySelector('iframe.run').contentDocument.documentElement.scrollHeight"
     )
+    # On a narrow screen the frame is higher; back on the wide one it is as before.
+    height = visitor.page.locator("iframe.run").bounding_box()["height"]
+    visitor.page.set_viewport_size({"width": 390, "height": 900})
+    visitor.page.wait_for_function(f"document.querySelector('iframe.run').offsetHeight > {height} + 50")
+    visitor.page.set_viewport_size({"width": 1440, "height": 900})
+    visitor.page.wait_for_function(f"document.querySelector('iframe.run').offsetHeight < {height} + 50")
 
 
 def test_two_concurrent_sessions(visit, toy, examples):
@@ -401,6 +447,11 @@ def test_layout_on_a_phone(visit, scheme):
     assert visitor.width() <= 390
     for tab in ("Compare", "Results", "Runs"):
         visitor.page.get_by_role("tab", name=tab).click()
+        if tab == "Compare":
+            choose_example(visitor, 2, tab="compare")
+            compare(visitor)
+            # The captions have been scrolled into view.
+            visitor.page.wait_for_function("document.querySelector('#comparison').getBoundingClientRect().top < 400")
         assert visitor.width() <= 390
     background = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(250, 250, 249)", "dark": "rgb(15, 14, 13)"}[scheme]

@@ -103,6 +103,28 @@ def test_the_error_of_a_vote_contains_no_path(compare_tab, comparison, tmp_path)
     assert "The vote could not be saved: Is a directory" in status and str(tmp_path) not in status
 
 
+def test_comparing_can_be_stopped(compare_tab, comparison, monkeypatch):
+    """The progress counts the words of both captions: separate counts would tell which model wrote which one."""
+
+    def stream_answers(*_):
+        yield 0, TextDelta("A red circle ")
+        yield 1, TextDelta("A dog")
+        yield None
+        compare_tab.stop_request(REQUEST)
+        yield None
+
+    monkeypatch.setattr(AppState, "stream_answers", stream_answers)
+    values = form_values(compare_tab) | {
+        compare_tab.video: str(comparison.request.path), compare_tab.matchup: "one vs. itself (two samples)",
+        compare_tab.time: 0.0,
+    }  # fmt: skip
+    reading, progress, stopped, end = compare_tab.compare(values, REQUEST)
+    assert reading[compare_tab.stop]["visible"] and not reading[compare_tab.start]["interactive"]
+    assert "Writing two captions, 5 words" in progress[compare_tab.status]
+    assert "Stopped" in stopped[compare_tab.status]
+    assert end[compare_tab.start]["interactive"] and not end[compare_tab.stop]["visible"]
+
+
 def form_values(tab, **changes):
     """Return the initial values of the form, with changes."""
     return {component: component.value for component in tab.controls.components} | {
