@@ -8,19 +8,22 @@ Run the same command again to resume a killed run.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from salmonn import dist
+from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.losses import LossConfig, make_loss
-from salmonn.records import Comparison, read_records
+from salmonn.records import Comparison, iter_numbered_records
 from salmonn.train.checkpoint import checkpointed
-from salmonn.train.data import ClipSource, require_files
-from salmonn.train.dry_run import print_adapter_plan
+from salmonn.train.data import ClipSource, check_texts, require_files
+from salmonn.train.dry_run import check_adapters, print_adapter_plan
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes, fit
@@ -70,8 +73,11 @@ def main(config: OfflineDpoConfig) -> None:
         return
     dist.setup()
     check_processes(config.strategy, config.fit)
-    load_config(config.model)  # fails for a wrong folder before anything is read
-    comparisons = load_comparisons(config)
+    # What can be wrong is found before the folder is claimed.
+    sizes = load_config(config.model, frames=config.frames)
+    check_adapters(sizes, config.lora)
+    processor = Processor.load(config.model, config=sizes)
+    comparisons = load_comparisons(config, check=partial(check_texts, processor=processor))
     open_run(config.out, config, name="dpo")
     if is_complete(config.out):
         log.info("%s is already trained", config.out)
@@ -114,8 +120,14 @@ def main(config: OfflineDpoConfig) -> None:
         merge_checkpoint(checkpoint, base=config.model, lora=config.lora, config=config, folder=config.out)
 
 
-def load_comparisons(config: OfflineDpoConfig) -> list[tuple[Comparison, ClipSource]]:
-    """Read comparisons or published preferences, each with its clip.
+def load_comparisons(
+    config: OfflineDpoConfig, *, check: Callable[[Comparison | Conversation], None] | None = None
+) -> list[tuple[Comparison, ClipSource]]:
+    """Read comparisons or published preferences, each with its clip; those of two equal answers are left out.
+
+    Args:
+        config: file, folder and loss.
+        check: raises a ValueError for texts that the model cannot learn; the message gets file and line.
 
     Raises:
         FileNotFoundError: the file or one of its videos does not exist.
@@ -123,18 +135,22 @@ def load_comparisons(config: OfflineDpoConfig) -> list[tuple[Comparison, ClipSou
     """
     path, root = config.preferences, config.root or config.preferences.parent
     if is_conversation_file(path):
-        conversations = read_conversations(path)
+        conversations = read_conversations(path, check=check)
         preferences = [one for one in conversations if one.preference]
         if num_others := len(conversations) - len(preferences):
             log.info("skipped %d conversations without a preference; recipes/sft.py uses them", num_others)
         pairs = [(to_comparison(one), ClipSource.of_conversation(one, root=root)) for one in preferences]
     else:
-        records = read_records(path, Comparison)
+        records = (record for _, record in iter_numbered_records(path, Comparison, check=check))
         pairs = [(record, ClipSource.of_comparison(record, root=root)) for record in records]
+    num_read = len(pairs)
+    pairs = [(one, clip) for one, clip in pairs if one.chosen.split() != one.rejected.split()]
+    if num_equal := num_read - len(pairs):
+        log.warning("left out %d of %d preferences: the chosen answer equals the rejected one", num_equal, num_read)
     if not pairs:
-        raise ValueError(f"{path} has no preference pairs; each needs a chosen and a rejected answer")
+        raise ValueError(f"{path} has no preference pairs; each needs a chosen and a rejected answer that differ")
     require_files([clip for _, clip in pairs], root=root)
-    num_without = sum(not comparison.ground_truth for comparison, _ in pairs)
+    num_without = sum(not comparison.ground_truth.strip() for comparison, _ in pairs)
     if config.loss.ce_weight and num_without:
         raise ValueError(
             f"{num_without} preferences of {path} have no ground truth, which the cross-entropy needs; add it, or set "

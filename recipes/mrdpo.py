@@ -18,6 +18,7 @@ from torch import nn
 
 from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE, run_recipe
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
@@ -27,7 +28,7 @@ from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import RewardConfig, make_judge, make_reward
 from salmonn.preference.selection import SelectionConfig, make_selector
-from salmonn.records import Comparison, read_json, read_records, write_json
+from salmonn.records import Comparison, Reference, read_json, read_records, write_json
 from salmonn.score.config import JudgeConfig
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
@@ -38,13 +39,14 @@ from salmonn.train.data import (
     ClipSource,
     SftBatch,
     SftBatches,
+    check_texts,
     heldout_config,
     make_examples,
     read_clips,
     render_clips,
     sft_loss,
 )
-from salmonn.train.dry_run import print_adapter_plan
+from salmonn.train.dry_run import check_adapters, print_adapter_plan
 from salmonn.train.evaluate import RATES_NAME, SampleConfig, cache_features, evaluate, sample_captions, write_evaluation
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.kl import KLProbe
@@ -163,6 +165,17 @@ class MrDpoConfig(RunConfig):
         super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if self.references and not self.heldout_references:
+            raise ValueError(
+                "references are given without heldout_references, so synthetic clips would decide which round is best; "
+                "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
+                "--heldout-references"
+            )
+        if self.sampling.num_samples < 2 or not self.sampling.temperature:
+            raise ValueError(
+                "pairs need different captions of a clip: sampling.num_samples must be at least 2 and "
+                f"sampling.temperature above 0, got {self.sampling.num_samples} and {self.sampling.temperature}"
+            )
         if not 0 <= self.qa_fraction < 1 or (self.qa_fraction and not 0 < self.num_questions < self.fit.batch_size):
             raise ValueError(
                 f"qa_fraction {self.qa_fraction} of batch_size {self.fit.batch_size} leaves no question or no pair in "
@@ -193,10 +206,13 @@ def main(config: MrDpoConfig) -> None:
         return
     dist.setup()
     check_processes(config.strategy, config.fit, *([config.rebirth.fit] if config.rebirth else []))
-    load_config(config.model)  # fails for a wrong folder before anything is rendered
+    # What can be wrong is found before anything is rendered, and before the folder is claimed.
+    sizes = load_config(config.model, frames=config.frames)
+    check_adapters(sizes, config.lora, *([config.rebirth.lora] if config.rebirth else []))
+    processor = Processor.load(config.model, config=sizes)
     judge = make_judge(config.judge, processes=dist.world_size())
     reward = make_reward(config.reward, judge=judge)
-    train, heldout = load_data(config, reward)
+    train, heldout = load_data(config, reward, processor)
     open_run(config.out, config, name="mrdpo")
     captioner = config.load_model(config.model)
     # Both sets at once, so that the cache does not evict the features of one for those of the other.
@@ -237,25 +253,40 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         )
 
 
-def load_data(config: MrDpoConfig, reward: Reward) -> tuple[ClipSet, ClipSet]:
+def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tuple[ClipSet, ClipSet]:
     """Load or render the training and the held-out clips.
 
     Raises:
-        ValueError: captions of them cannot be rated, or they lack the questions or captions that the run needs.
+        ValueError: captions of them cannot be rated, they lack the questions or captions that the run needs, or a text
+            contains a special token.
     """
+
+    def check(reference: Reference) -> None:
+        reward.check(reference)
+        check_texts(reference, processor)
+
+    def check_train(reference: Reference) -> None:
+        if config.loss.ce_weight and not reference.caption.strip():
+            raise ValueError(
+                f"{reference.video} has no caption, which is the ground truth of guided DPO; add it, or set "
+                "--loss.ce-weight 0"
+            )
+        check(reference)
+
     heldout_synth = heldout_config(config.synth, clips=config.heldout_clips)
     train, heldout = (
-        read_clips(path) if path else render_clips(config.clips_dir, synth)
-        for path, synth in ((config.references, config.synth), (config.heldout_references, heldout_synth))
+        read_clips(path, check=check_one) if path else render_clips(config.clips_dir, synth)
+        for path, synth, check_one in (
+            (config.references, config.synth, check_train),
+            (config.heldout_references, heldout_synth, check),
+        )
     )
-    for reference in (*train.references, *heldout.references):
-        reward.check(reference)
     if config.num_questions and not any(reference.questions for reference in train.references):
         raise ValueError(
             f"qa_fraction is {config.qa_fraction}, but the references have no questions; add some, or set 0"
         )
     num_clips = config.kl.num_clips
-    if num_clips and not any(reference.caption for reference in heldout.head(num_clips).references):
+    if num_clips and not any(reference.caption.strip() for reference in heldout.head(num_clips).references):
         raise ValueError(
             f"the first {num_clips} held-out references have no caption to measure the KL divergence on; add captions, "
             "or set kl.num_clips 0"

@@ -21,14 +21,14 @@ from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
-from salmonn.model.config import PLAIN_PROMPTS
+from salmonn.model.config import PLAIN_PROMPTS, SalmonnConfig
 from salmonn.model.families import get_family
 from salmonn.model.families.salmonn2 import tiny_config
 from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.model.network import Network
-from salmonn.records import Modality, write_json
+from salmonn.records import Modality, Reference, write_json
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.render import SynthConfig, sample_clip
 from salmonn.train.checkpoint import checkpointed, load_trained
@@ -40,6 +40,7 @@ from salmonn.train.data import (
     SftTask,
     TrainingExample,
     all_texts,
+    check_texts,
     conversation_examples,
     heldout_config,
     make_examples,
@@ -102,8 +103,8 @@ def main(config: SftConfig) -> None:
         return
     dist.setup()
     check_processes(config.strategy, config.fit)
-    if config.model != TINY:
-        load_config(config.model)  # fails for a wrong folder before anything is rendered
+    # What can be wrong is found before anything is rendered, and before the folder is claimed.
+    choose_trainable(build_on_meta(model_sizes(config)), config)
     data = load_data(config)
     open_run(config.out, config, name="sft")
     if not is_missing(config.out / CONFIG_NAME):
@@ -144,12 +145,18 @@ def main(config: SftConfig) -> None:
         save_model(captioner, config.out)
 
 
-def print_memory_plan(config: SftConfig) -> None:
-    """Print the memory that the stage would need."""
+def model_sizes(config: SftConfig) -> SalmonnConfig:
+    """Return the config of the model to start from."""
     sizes = tiny_config(vocab_size=config.vocab_size, eos_token_id=2, pad_token_id=0)
     if config.model != TINY:
-        sizes = offline_config(config.model)
-    sizes = get_family(sizes).with_frames(config.frames)
+        # A dry run needs no download.
+        sizes = offline_config(config.model) if config.dry_run else load_config(config.model)
+    return get_family(sizes).with_frames(config.frames)
+
+
+def print_memory_plan(config: SftConfig) -> None:
+    """Print the memory that the stage would need."""
+    sizes = model_sizes(config)
     network = build_on_meta(sizes)
     with torch.device("meta"):
         choose_trainable(network, config)
@@ -176,13 +183,30 @@ class ConversationSet:
 
 
 def load_data(config: SftConfig) -> ClipSet | ConversationSet:
-    """Read references or published conversations, or render synthetic clips."""
+    """Read references or published conversations, or render synthetic clips.
+
+    Raises:
+        ValueError: a reference lacks a caption that is learned, or a text contains a special token.
+    """
     path = config.references
     if path is None:
         return render_clips(config.clips_dir, config.synth)
+    # A toy model gets a tokenizer for these texts.
+    processor = None if config.model == TINY else Processor.load(config.model, config=model_sizes(config))
+
+    def check(record: Reference | Conversation) -> None:
+        if processor:
+            check_texts(record, processor)
+
+    def check_reference(reference: Reference) -> None:
+        for task in ("caption", "human_caption"):
+            if task in config.tasks and not getattr(reference, task).strip():
+                raise ValueError(f"{reference.video} has no {task}; add it, or remove {task} from tasks")
+        check(reference)
+
     if is_conversation_file(path):
-        return ConversationSet(read_conversations(path), path.parent)
-    return read_clips(path)
+        return ConversationSet(read_conversations(path, check=check), path.parent)
+    return read_clips(path, check=check_reference)
 
 
 def to_examples(data: ClipSet | ConversationSet, captioner: Captioner, config: SftConfig) -> list[TrainingExample]:

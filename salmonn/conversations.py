@@ -8,9 +8,9 @@ item that fails by a random other one, so that it is unknown what they trained o
 """
 
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ SALMONN2_FIELDS = {"gpt": "chosen", "reject_gpt": "rejected", "gt": "ground_trut
 PLUS_FIELDS = {"chosen": "chosen", "reject": "rejected", "gpt": "ground_truth"}
 TAG = re.compile("<(?:image|video|audio)>")
 SPACE = re.compile(r"[ \t\r\n]*")
+UNREADABLE = "not readable JSON: brackets are nested too deeply, or a number has thousands of digits"
 
 Exchange = tuple[str, list[tuple[str, str]]]  # a prompt, and its answers as (speaker, text)
 
@@ -89,15 +90,19 @@ def is_conversation_file(path: Path | str) -> bool:
         return True  # references are JSON lines, never a list
     try:
         item = json.loads(first)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return path.suffix == ".json"
     return isinstance(item, dict) and "conversations" in item
 
 
-def read_conversations(path: Path | str) -> list[Conversation]:
+def read_conversations(path: Path | str, *, check: Callable[[Conversation], None] | None = None) -> list[Conversation]:
     """Read a .json or .jsonl file of published conversations.
 
     Items with `should_use: false` are skipped: the published script that splits test sets pads shards with such copies.
+
+    Args:
+        path: the file.
+        check: raises a ValueError for a conversation that cannot be used; the message gets file and line.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -113,6 +118,8 @@ def read_conversations(path: Path | str) -> list[Conversation]:
     for line, value in _list_items(path) if path.suffix == ".json" else _line_items(path):
         try:
             conversation = parse_conversation(value)
+            if check and value.get("should_use") is not False:
+                check(conversation)
         except ValueError as error:
             raise ValueError(f"{path}, line {line}: {error}") from error
         if value.get("should_use") is not False:
@@ -136,6 +143,8 @@ def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
                 raise ValueError(f"{path}, line {number}: {fault}") from error
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8 text: save the file as UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {UNREADABLE}") from error
             yield number, value
 
 
@@ -166,6 +175,8 @@ def _list_items(path: Path) -> Iterator[tuple[int, Any]]:
             value, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {error.lineno}: not JSON at column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {line}: {UNREADABLE}") from error
         yield line, value
         end = _skip_space(text, position)
         separator = text[end : end + 1]
@@ -251,8 +262,8 @@ def _parse_timestamps(value: Any, paths: dict[str, str]) -> tuple[float | None, 
     if not isinstance(value, list) or len(value) != 2 or any(type(time) not in (int, float) for time in value):
         raise ValueError(f"timestamps must be [start, end] in seconds, got {value!r}")
     start, end = value
-    if not 0 <= start < end or math.isinf(end):
-        raise ValueError(f"timestamps must start at 0 or later and end after their start, got {value!r}")
+    if not 0 <= start < end <= sys.float_info.max:
+        raise ValueError(f"timestamps must start at 0 or later and end after their start, got {value!r:.80}")
     return float(start), float(end)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -380,6 +380,19 @@ def read_records(path: Path | str, record_type: type[Record]) -> list[Record]:
 
 def iter_records(path: Path | str, record_type: type[Record]) -> Iterator[Record]:
     """Yield the records of a JSONL file; see `read_records`. Blank lines are skipped."""
+    return (record for _, record in iter_numbered_records(path, record_type))
+
+
+def iter_numbered_records(
+    path: Path | str, record_type: type[Record], *, check: Callable[[Record], None] | None = None
+) -> Iterator[tuple[int, Record]]:
+    """Yield (line number, record) of a JSONL file; see `read_records`.
+
+    Args:
+        path: the file.
+        record_type: dataclass of its lines.
+        check: raises a ValueError for a record that cannot be used; the message gets file and line.
+    """
     path = Path(path)
     if not path.is_file():
         problem = "is a folder" if path.is_dir() else "does not exist"
@@ -390,9 +403,12 @@ def iter_records(path: Path | str, record_type: type[Record]) -> Iterator[Record
                 continue
             try:
                 # Some tools start a file with a byte order mark.
-                yield parse_json(line.decode("utf-8-sig").rstrip(), record_type)
+                record = parse_json(line.decode("utf-8-sig").rstrip(), record_type)
+                if check:
+                    check(record)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
+            yield number, record
 
 
 def parse_record(value: Any, record_type: type[Record]) -> Record:

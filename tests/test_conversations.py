@@ -434,3 +434,22 @@ def test_the_examples_on_the_page(tmp_path):
         == Preference("What happens?", "A dog barks.", "A dog sleeps.", "A dog barks at a cat.")
     )
     assert (learnt[6].start_seconds, learnt[6].end_seconds, len(learnt[6].turns)) == (12.0, 20.5, 2)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "brackets are nested too deeply"),
+        ("1" + "0" * 5000, "a number has thousands of digits"),
+        (f"[0, 1{'0' * 400}]", r"timestamps must start at 0 or later and end after their start, got \[0, 1000"),
+    ],
+)
+def test_values_that_python_cannot_hold(tmp_path, name, value, message):
+    path, good = tmp_path / name, json.dumps(item())
+    bad = good.replace("{", f'{{"timestamps": {value}, ', 1)
+    path.write_text(f"[{good},\n{bad}]" if name == "data.json" else f"{good}\n{bad}\n")
+    with pytest.raises(ValueError, match=f"data.jsonl?, line 2: .*{message}"):
+        read_conversations(path)
+    path.write_text(bad)
+    assert is_conversation_file(path) == (name == "data.json" or "timestamps" in message)

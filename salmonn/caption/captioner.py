@@ -103,6 +103,7 @@ class Captioner:
         config = load_config(path, frames=frames)
         # The processor first: loading the weights may take minutes, and a tokenizer that does not fit fails at once.
         processor = Processor.load(path, config=config, published_positions=published_positions, reader=reader)
+        processor.is_shipped_toy = Path(path).resolve() == SHIPPED_MODEL.resolve()
         network = load_network(path, placement=placement, adapter=adapter)
         return cls(network, processor, name=str(path))
 

@@ -22,6 +22,7 @@ from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs, Layout, Mod
 from salmonn.records import Modality
 
 logger = logging.getLogger(__name__)
+SYNTHETIC_CONFIG = "synth.json"  # beside the folder of synthetic clips
 MAX_PROMPT_CHARS = 20_000  # some thousand tokens, next to a clip's tens of thousands
 MAX_CONVERSATION_CHARS = 200_000  # with all earlier messages
 
@@ -36,6 +37,7 @@ class PromptRow:
         answer: the answer, if known.
         history: earlier prompts and answers.
         system: system message, "" for none; None for the model's default.
+        finished: False for an answer that was cut off at the token limit, which has no end token.
     """
 
     clip: int
@@ -43,6 +45,7 @@ class PromptRow:
     answer: str | None = None
     history: History = ()
     system: str | None = None
+    finished: bool = True
 
 
 class Processor:
@@ -74,6 +77,7 @@ class Processor:
         self.config = config
         self.family = get_family(config)
         self.published_positions = published_positions
+        self.is_shipped_toy = False  # the built-in model, which warns once about a file that is no synthetic clip
         self.reader = reader
         if published_positions and not self.family.has_published_positions:
             raise ValueError(f"published positions are not defined for a {config.family} model; use the default ones")
@@ -168,6 +172,13 @@ class Processor:
 
     def clip_inputs(self, clip: Clip) -> ClipInputs:
         """Convert a clip, which was read with `read_spec`, to the towers' inputs."""
+        if self.is_shipped_toy and not (Path(clip.path).parent.parent / SYNTHETIC_CONFIG).is_file():
+            self.is_shipped_toy = False
+            logger.warning(
+                "%s: the built-in toy model only knows synthetic clips of coloured shapes and tones; for other videos, "
+                "choose a model with --model",
+                clip.path,
+            )
         mel, notices = self._log_mel(clip)
         modality: Modality = "audio" if not clip.has_video else "both" if clip.has_audio else "visual"
         info = ClipInfo(modality, clip.is_complete, (*clip.warnings, *notices))
@@ -231,7 +242,7 @@ class Processor:
         for row in rows:
             prompt = Prompt(row.prompt, history=row.history, system=row.system)
             ids = self._prompt_ids(prompt, placeholders[row.clip])
-            answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer)
+            answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer, finished=row.finished)
             input_ids.append(ids + answer)
             labels.append([-100] * len(ids) + answer)
         longest = max(map(len, input_ids))

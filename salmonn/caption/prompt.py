@@ -86,14 +86,15 @@ def prompt_ids(
     return [*head, *placeholders, *(token for ids in tail for token in ids)]
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Tokenize an answer and the end of its message.
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str, *, finished: bool = True) -> list[int]:
+    """Tokenize an answer and, if it is finished, the end of its message.
 
     Raises:
         ValueError: the answer contains a special token.
     """
     refuse_special_tokens(tokenizer, [answer], what="answer")
-    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.convert_tokens_to_ids(TURN_END)]
+    end = [tokenizer.convert_tokens_to_ids(TURN_END)] if finished else []
+    return [*tokenizer.encode(answer, add_special_tokens=False), *end]
 
 
 def refuse_special_tokens(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from salmonn.model.network import Network
@@ -36,6 +36,14 @@ class LoraConfig:
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"lora.rank must be at least 1 and lora.alpha above 0, got {self.rank} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be at least 0 and below 1, got {self.dropout}")
+        if not self.targets:
+            raise ValueError("lora.targets names no module; name some, such as q_proj")
+
     def to_peft(self) -> "PeftLoraConfig":
         """Convert to PEFT's config."""
         from peft import LoraConfig as PeftLoraConfig  # noqa: PLC0415
@@ -50,15 +58,28 @@ class LoraConfig:
 
 
 def attach_lora(network: Network, config: LoraConfig, *, seed: int) -> None:
-    """Attach a fresh adapter to the language model in place, and freeze all other weights."""
+    """Attach a fresh adapter to the language model in place, and freeze all other weights.
+
+    Raises:
+        ValueError: the model already has an adapter, or a target is not a module of it.
+    """
     from peft import get_peft_model  # noqa: PLC0415
 
     if hasattr(network.lm, "peft_config"):
         raise ValueError("the model already has an adapter; merge it before attaching another")
+    check_targets(network, config)
     network.requires_grad_(False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network.lm = get_peft_model(network.lm, config.to_peft())
+
+
+def check_targets(network: Network, config: LoraConfig) -> None:
+    """Raise a ValueError if a target is not a projection of the language model; PEFT does only if none is."""
+    names = [f".{name}" for name, module in network.lm.named_modules() if isinstance(module, nn.Linear)]
+    if unknown := [target for target in config.targets if not any(name.endswith(f".{target}") for name in names)]:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        raise ValueError(f"lora.targets: the language model has no projection {', '.join(unknown)}; it has {known}")
 
 
 def merge_adapter(network: Network) -> None:

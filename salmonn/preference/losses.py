@@ -4,6 +4,7 @@ A role is a field of `salmonn.records.Comparison` that holds an answer: chosen, 
 write a function of `{role: RoleLogps}`, and name it in `LossConfig.kind` and `make_loss`, with the roles that it needs.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,6 +67,12 @@ class LossConfig:
     kind: Literal["guided_dpo"] = "guided_dpo"
     beta: float = 0.1
     ce_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (0 < self.beta < math.inf and 0 <= self.ce_weight < math.inf):
+            raise ValueError(
+                f"loss.beta must be above 0 and loss.ce_weight at least 0, got {self.beta} and {self.ce_weight}"
+            )
 
 
 def make_loss(config: LossConfig) -> PreferenceLoss:

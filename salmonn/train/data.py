@@ -8,7 +8,7 @@ import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
-from salmonn.caption.prompt import LIST_EVENTS, answer_ids
+from salmonn.caption.prompt import LIST_EVENTS, answer_ids, refuse_special_tokens
 from salmonn.conversations import Conversation, Turn
 from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.layout import ClipFeatures, ClipInputs, ModelInputs
-from salmonn.records import Comparison, Modality, Reference, read_records
+from salmonn.records import Comparison, Modality, Reference, iter_numbered_records, read_records
 from salmonn.synthetic.render import SynthConfig, make_clips
 
 SftTask = Literal[
@@ -146,18 +146,41 @@ def render_clips(clips_dir: Path, synth: SynthConfig) -> ClipSet:
     return ClipSet(read_records(folder / CLIPS_NAME, Reference), folder)
 
 
-def read_clips(path: Path) -> ClipSet:
+def read_clips(path: Path, *, check: Callable[[Reference], None] | None = None) -> ClipSet:
     """Read references of existing videos, whose paths start from the folder of the file.
+
+    Args:
+        path: JSONL of references.
+        check: raises a ValueError for a reference that the run cannot use; the message gets file and line.
 
     Raises:
         FileNotFoundError: the file or one of its videos does not exist.
-        ValueError: the file holds no reference.
+        ValueError: the file holds no reference, two of one video, or one that does not pass the check.
     """
-    clips = ClipSet(read_records(path, Reference), path.parent)
-    if not clips.references:
+    references, lines = list[Reference](), dict[Path, int]()
+    for number, reference in iter_numbered_records(path, Reference, check=check):
+        first = lines.setdefault(path.parent / reference.video, number)
+        if first != number:
+            raise ValueError(f"{path}, line {number}: {reference.video} has a reference in line {first}; remove one")
+        references.append(reference)
+    if not references:
         raise ValueError(f"{path} holds no reference; write one JSON line for each video")
-    require_files([clips.source(reference) for reference in clips.references], root=clips.root)
+    clips = ClipSet(references, path.parent)
+    require_files([clips.source(reference) for reference in references], root=clips.root)
     return clips
+
+
+def check_texts(record: Reference | Comparison | Conversation, processor: Processor) -> None:
+    """Raise a ValueError if a text to learn or to ask contains a special token of the model."""
+    if isinstance(record, Reference):
+        texts = [*all_texts([record]), *(event.text for event in record.events)]
+    elif isinstance(record, Comparison):
+        texts = [record.prompt, record.chosen, record.rejected, record.ground_truth, *chain(*record.history)]
+    else:
+        texts = [text for turn in record.turns for text in (turn.prompt, turn.answer, *chain(*turn.history))]
+        if one := record.preference:
+            texts += [one.prompt, one.chosen, one.rejected, one.ground_truth, *chain(*one.history)]
+    refuse_special_tokens(processor.tokenizer, texts, what="text", placeholders=processor.config.placeholder_ids)
 
 
 def all_texts(references: Sequence[Reference]) -> list[str]:
@@ -232,7 +255,7 @@ def _turns(
     if f"{prefix}questions" in tasks:
         questions = [item for item in reference.questions if modality == "both" or item.kind in VISUAL_KINDS]
         turns += [Turn(item.question, item.answer) for item in questions]
-    return tuple(turn for turn in turns if turn.answer)
+    return tuple(turn for turn in turns if turn.answer.strip())
 
 
 def conversation_examples(conversations: Sequence[Conversation], *, root: Path) -> list[TrainingExample]:

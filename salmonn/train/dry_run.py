@@ -18,7 +18,7 @@ from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
 from salmonn.model.layout import ClipInputs
 from salmonn.model.loading import Placement, offline_config
-from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.lora import LoraConfig, attach_lora, check_targets
 from salmonn.model.network import MAX_LOGIT_BYTES, PREFILL_CHUNK_TOKENS, Network
 from salmonn.records import Modality
 from salmonn.train import memory as estimate
@@ -99,6 +99,13 @@ def build_on_meta(config: SalmonnConfig) -> Network:
     """Build the network without allocating its weights."""
     with torch.device("meta"):
         return Network(config)
+
+
+def check_adapters(config: SalmonnConfig, *adapters: LoraConfig) -> None:
+    """Raise a ValueError if an adapter names projections that the model does not have; no weights are loaded."""
+    network = build_on_meta(config)
+    for adapter in adapters:
+        check_targets(network, adapter)
 
 
 def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:

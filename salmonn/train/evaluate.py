@@ -52,6 +52,13 @@ class SampleConfig(Sampling):
     num_samples: int = 8
     batch_size: int = 128
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"num_samples and batch_size must be at least 1, got {self.num_samples} and {self.batch_size}"
+            )
+
     def greedy(self) -> "SampleConfig":
         """Return the same limits for the most likely caption of each clip."""
         return replace(self, temperature=0.0, num_samples=1)

@@ -77,9 +77,17 @@ class FitConfig:
             )
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is a fraction of the steps from 0 to 1, got {self.warmup_ratio}")
-        for name in ("gradient_accumulation_steps", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "checkpoint_every"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        for name in ("learning_rate", "max_grad_norm", "epochs"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if not 0 <= self.min_lr_ratio <= 1 or self.weight_decay < 0 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                "min_lr_ratio must be from 0 to 1, weight_decay at least 0 and both betas from 0 to below 1, got "
+                f"{self.min_lr_ratio}, {self.weight_decay} and {self.betas}"
+            )
 
     def resolve(self, num_examples: int) -> "FitConfig":
         """Return the config with epochs converted to steps."""

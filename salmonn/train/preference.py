@@ -42,6 +42,10 @@ class PreferenceExample:
         answer: str = getattr(self.comparison, role)
         return answer
 
+    def is_finished(self, role: Role) -> bool:
+        """Return whether the answer of a role has an end, and was not cut off at the token limit."""
+        return bool(getattr(self.comparison, f"{role}_finished", True))  # a ground truth always has
+
 
 @dataclass(frozen=True)
 class PreferenceBatch:
@@ -118,7 +122,8 @@ def collate_roles(
         slices[role] = slice(number * len(examples), (number + 1) * len(examples))
         for example in examples:
             one = example.comparison
-            rows.append(PromptRow(index_of[id(example.features)], one.prompt, example.answer(role), one.history))
+            clip, is_finished = index_of[id(example.features)], example.is_finished(role)
+            rows.append(PromptRow(clip, one.prompt, example.answer(role), one.history, finished=is_finished))
     return processor.collate(rows, list(clips.values())), slices
 
 
@@ -238,7 +243,7 @@ def _fingerprint(
             one.comparison.video,
             one.comparison.prompt,
             one.comparison.history,
-            {role: one.answer(role) for role in roles},
+            {role: [one.answer(role), one.is_finished(role)] for role in roles},
         )
         for one in examples
     ]

@@ -1,5 +1,6 @@
 """The captioner: one video, many videos, broken files, spans and modalities."""
 
+import shutil
 from dataclasses import replace
 
 import av
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from salmonn.caption.captioner import Captioner
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
 from salmonn.media.clip import read_clip
@@ -298,3 +299,16 @@ def test_a_prompt_with_a_special_token_is_rejected(captioner, videos):
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(ValueError, match="no model in"):
         Captioner.load(tmp_path)
+
+
+def test_the_toy_model_warns_once_about_other_files(videos, tmp_path, caplog):
+    toy = Captioner.load(SHIPPED_MODEL).processor
+    toy.read(videos[0])
+    assert not caplog.records
+    for name in ("holiday.mp4", "other.mp4"):
+        shutil.copy(videos[0], tmp_path / name)
+        toy.read(tmp_path / name)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/holiday.mp4: the built-in toy model only knows synthetic clips of coloured shapes and tones; for "
+        "other videos, choose a model with --model"
+    ]

@@ -117,3 +117,9 @@ def test_a_merged_model_is_saved_and_loaded_like_any_other(captioner, inputs, fi
     captioner.save(tmp_path)
     with torch.no_grad():
         assert torch.equal(Captioner.load(tmp_path).network(inputs), captioner.network.eval()(inputs))
+
+
+def test_every_target_must_be_a_projection(captioner):
+    with pytest.raises(ValueError, match=r"no projection q_prj, norm; it has .*down_proj.*q_proj"):
+        attach_lora(captioner.network, LoraConfig(targets=("q_prj", "v_proj", "norm")), seed=0)
+    assert not hasattr(captioner.network.lm, "peft_config")

@@ -1,6 +1,7 @@
 """Training on data in the published formats: guided DPO on given preferences, and SFT on conversations."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from salmonn.conversations import parse_conversation
 from salmonn.model.loading import load_network
+from salmonn.model.lora import LoraConfig
 from salmonn.records import Comparison, Reference, read_json, read_records, write_records
 from salmonn.train.data import ClipSource
 
@@ -167,3 +169,38 @@ def test_sft_on_conversations(start, launch, references, tmp_path):
     path.write_text(path.read_text() + '{"video": "gone.mp4", "conversations": []}\n')
     rejected = launch("sft", **flags | {"out": tmp_path / "other"})
     assert rejected.returncode == 2 and f"{path}, line 5: " in rejected.stderr and "Traceback" not in rejected.stderr
+
+
+def test_equal_answers_are_left_out(load_recipe, references, tmp_path, caplog):
+    dpo, video = load_recipe("dpo"), Path(references[0].video)
+    records = [
+        Comparison(video.name, "p", "a star appears", answer, "c")
+        for answer in ("a star appears", " a  star\nappears", "a star")
+    ]
+    path = tmp_path / "pairs.jsonl"
+    write_records(path, records)
+    config = dpo.OfflineDpoConfig(preferences=path, root=video.parent, model="none", out=tmp_path / "out")
+    with caplog.at_level("WARNING"):
+        assert [one for one, _ in dpo.load_comparisons(config)] == records[2:]
+    assert "left out 2 of 3 preferences" in caplog.text
+    write_records(path, records[:2])
+    with pytest.raises(ValueError, match="no preference pairs"):
+        dpo.load_comparisons(config)
+
+
+def test_special_tokens_are_rejected_with_their_line(load_recipe, random_model, preferences, tmp_path, monkeypatch):
+    """In both formats, and before the folder is claimed; likewise a misspelt target."""
+    dpo = load_recipe("dpo")
+    monkeypatch.setattr(dpo.dist, "setup", lambda: None)  # keep the tests' threads and logging
+    items = json.loads(preferences.read_text())
+    items[1]["conversations"][3]["value"] = "stop <|im_end|>"
+    preferences.write_text("[" + ",\n".join(map(json.dumps, items)) + "]")
+    pairs = tmp_path / "pairs.jsonl"
+    write_records(pairs, [Comparison("a.mp4", "p", "a", "b"), Comparison("a.mp4", "p", "a", "b <|im_end|>")])
+    for path in (preferences, pairs):
+        config = dpo.OfflineDpoConfig(preferences=path, model=str(random_model), out=tmp_path / "out")
+        with pytest.raises(ValueError, match=r"line 2: .*special token <\|im_end\|>"):
+            dpo.main(config)
+        with pytest.raises(ValueError, match="no projection q_prj"):
+            dpo.main(replace(config, lora=LoraConfig(targets=("q_prj", "v_proj"))))
+    assert not (tmp_path / "out").exists()

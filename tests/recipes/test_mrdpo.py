@@ -1,19 +1,21 @@
 """Real runs of mrDPO: its files, resuming after kills, two processes, and rejected configurations."""
 
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora
-from salmonn.records import Caption, Comparison, read_records
+from salmonn.records import Caption, Comparison, Question, Reference, append_record, read_records, write_records
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
 from tests.launch import forked
@@ -296,7 +298,10 @@ def test_the_reference_policy_is_the_start_of_the_round_or_run(load_recipe, capt
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"model": "/nowhere"}, "no model in /nowhere"), ({"references": "/nowhere/refs.jsonl"}, "/nowhere/refs.jsonl")],
+    [
+        ({"model": "/nowhere"}, "no model in /nowhere"),
+        ({"references": "/nowhere/refs.jsonl", "heldout_references": "/nowhere/refs.jsonl"}, "/nowhere/refs.jsonl"),
+    ],
 )
 def test_missing_files_are_reported(launch, flags, tmp_path, changed, message):
     result = launch("mrdpo", out=tmp_path / "out", **flags | changed)
@@ -326,3 +331,88 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
     assert scored.judge_info.judge == f"m at {server.url}" and len(scored.scores) == 32
     pairs = read_records(tmp_path / "run" / "round_1" / "pairs.jsonl", Comparison)
     assert pairs and all(pair.margin > 0 for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"references": Path("a.jsonl")}, "without heldout_references"),
+        ({"sampling": {"num_samples": 1}}, "num_samples must be at least 2"),
+        ({"sampling": {"temperature": 0.0}}, "temperature above 0"),
+        ({"sampling": {"batch_size": 0}}, "batch_size must be at least 1"),
+        ({"selection": {"min_gap": 0.0}}, "min_gap must be above 0"),
+        ({"selection": {"max_length_ratio": 0.5}}, "must be at least 1"),
+        ({"loss": {"beta": 0.0}}, "loss.beta must be above 0"),
+        ({"loss": {"beta": -0.1}}, "loss.beta must be above 0"),
+        ({"loss": {"ce_weight": -1.0}}, "loss.ce_weight at least 0"),
+        ({"lora": {"rank": 0}}, "lora.rank must be at least 1"),
+        ({"lora": {"dropout": 2.0}}, "lora.dropout must be at least 0 and below 1"),
+        ({"lora": {"targets": ()}}, "lora.targets names no module"),
+        ({"fit": {"steps": 0}}, "steps must be at least 1"),
+        ({"fit": {"learning_rate": -1e-3}}, "learning_rate must be above 0"),
+        ({"fit": {"weight_decay": -1.0}}, "weight_decay at least 0"),
+    ],
+)
+def test_impossible_values_are_rejected_with_the_configuration(load_recipe, options, message):
+    recipe = load_recipe("mrdpo")
+    types = {
+        "sampling": recipe.SampleConfig, "selection": recipe.SelectionConfig, "loss": recipe.LossConfig,
+        "lora": recipe.LoraConfig, "fit": recipe.FitConfig,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        recipe.MrDpoConfig(
+            **{name: types[name](**value) if name in types else value for name, value in options.items()}
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (Reference("b.mp4"), "b.mp4 has no caption"),
+        (Reference("b.mp4", caption=" \n"), "b.mp4 has no caption"),
+        (Reference("./a.mp4", caption="a star"), "a.mp4 has a reference in line 1"),
+        (Reference("b.mp4", caption="A sign says <|im_end|>."), r"special token <\|im_end\|>"),
+        (
+            Reference("b.mp4", caption="a", questions=(Question("Who?", "<|im_start|>"),)),
+            r"special token <\|im_start\|>",
+        ),
+    ],
+)
+def test_unusable_references_are_rejected_before_anything_is_written(
+    load_recipe, random_model, videos, tmp_path, monkeypatch, line, message
+):
+    recipe = load_recipe("mrdpo")
+    monkeypatch.setattr(recipe.dist, "setup", lambda: None)  # keep the tests' threads and logging
+    monkeypatch.setattr(recipe, "make_reward", lambda *_, **__: SimpleNamespace(check=lambda _: None))
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(videos[0], tmp_path / name)
+    references, heldout = tmp_path / "references.jsonl", tmp_path / "heldout.jsonl"
+    good = Reference("a.mp4", caption="a star appears")
+    write_records(references, [good])
+    references.write_text(references.read_text() + "\n")  # a blank line counts
+    append_record(references, line)
+    write_records(heldout, [good])
+    config = recipe.MrDpoConfig(
+        model=str(random_model), out=tmp_path / "out", references=references, heldout_references=heldout
+    )
+    with pytest.raises(ValueError, match=rf"references\.jsonl, line 3: .*{message}"):
+        recipe.main(config)
+    write_records(references, [good])
+    if "no caption" not in message:  # which held-out videos need not have
+        append_record(heldout, line)
+        with pytest.raises(ValueError, match=rf"heldout\.jsonl, line 2: .*{message}"):
+            recipe.main(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_target_is_rejected_before_anything_is_rendered(load_recipe, random_model, tmp_path, monkeypatch):
+    recipe = load_recipe("mrdpo")
+    monkeypatch.setattr(recipe.dist, "setup", lambda: None)
+    wrong = LoraConfig(targets=("q_prj", "v_proj"))
+    for options in ({"lora": wrong}, {"rebirth": recipe.RebirthConfig(lora=wrong)}):
+        config = recipe.MrDpoConfig(
+            model=str(random_model), out=tmp_path / "out", clips_dir=tmp_path / "clips", **options
+        )
+        with pytest.raises(ValueError, match=r"no projection q_prj; it has .*q_proj"):
+            recipe.main(config)
+    assert not list(tmp_path.iterdir())

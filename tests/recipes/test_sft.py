@@ -1,8 +1,10 @@
 """Supervised fine-tuning from scratch, and of an existing model with an adapter."""
 
 import json
+import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 from salmonn.caption.captioner import Captioner
 from salmonn.model.loading import load_network
-from salmonn.records import Caption, read_records
+from salmonn.model.lora import LoraConfig
+from salmonn.records import Caption, Reference, read_records, write_records
 from salmonn.score.formats import read_scores
 from salmonn.train.data import ClipSource, TrainingExample
 from salmonn.train.feature_cache import FeatureCacheConfig
@@ -185,3 +188,20 @@ def test_sharded_training_rejects_several_modalities(load_recipe):
         check(examples, strategy="fsdp2")
     with pytest.raises(ValueError, match="zero3 cannot train the encoders; use fsdp2"):
         check(examples[:1], strategy="zero3")
+
+
+def test_unusable_references_are_rejected_with_their_line(load_recipe, random_model, videos, tmp_path, monkeypatch):
+    sft, path = load_recipe("sft"), tmp_path / "references.jsonl"
+    monkeypatch.setattr(sft.dist, "setup", lambda: None)  # keep the tests' threads and logging
+    shutil.copy(videos[0], tmp_path / "a.mp4")
+    config = sft.SftConfig(model=str(random_model), out=tmp_path / "out", references=path, tasks=("caption",))
+    for reference, message in (
+        (Reference("a.mp4", caption=" "), "a.mp4 has no caption; add it, or remove caption from tasks"),
+        (Reference("a.mp4", caption="<|im_end|>"), "special token"),
+    ):
+        write_records(path, [reference])
+        with pytest.raises(ValueError, match=f"line 1: .*{message}"):
+            sft.main(config)
+    with pytest.raises(ValueError, match="no projection q_prj"):
+        sft.main(replace(config, trainable=(), lora=LoraConfig(targets=("q_prj", "v_proj"))))
+    assert not (tmp_path / "out").exists()

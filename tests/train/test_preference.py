@@ -364,3 +364,23 @@ def test_ranks_share_pairs_and_questions_evenly(mixed, monkeypatch, size):
         monkeypatch.setenv("RANK", str(rank))
         counts.append(len(mixed.micro_batches(0)))
     assert sum(counts) == len(all_batches) and max(counts) - min(counts) <= 1
+
+
+def test_an_unfinished_answer_has_no_end(captioner, pairs, features_by_video):
+    """Otherwise DPO would teach that the end of a message is unlikely in the middle of a sentence."""
+    processor = captioner.processor
+    cut_off = [replace(pair, rejected_finished=False) for pair in pairs]
+    batches = make_batches(captioner, to_examples(cut_off, features_by_video), reference=[(0, 0)] * 3, batch_size=3)
+    (batch,) = batches.micro_batches(0)
+    for role, rows in batch.rows.items():
+        last = [labels[labels != -100][-1].item() for labels in batch.inputs.labels[rows]]
+        assert all((token == processor.stop_ids[0]) == (role != "rejected") for token in last), role
+
+
+def test_an_end_changes_the_reference(run_reference, pairs, caplog):
+    """Cached log-probabilities of finished answers are not those of unfinished ones."""
+    finished, _ = run_reference()
+    unfinished, runs = run_reference([replace(pair, rejected_finished=False) for pair in pairs])
+    assert runs == 3 and "different" in caplog.text
+    for cut, whole in zip(unfinished, finished, strict=True):
+        assert cut[0] == pytest.approx(whole[0], rel=1e-5) and cut[1] > whole[1] + 1
