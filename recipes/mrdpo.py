@@ -387,7 +387,16 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
 
         # Merge and save. Free the network first: merging loads the policy again, and a GPU may hold only one.
         del captioner, preferences, batches, context
-        return merge_checkpoint(checkpoint, base=policy, lora=config.lora, config=config, folder=folder)
+        # All rounds are added to the start, and their sum is rounded once.
+        earlier = adapters_of_rounds(number - 1, config)
+        return merge_checkpoint(
+            checkpoint, base=config.model, earlier=earlier, lora=config.lora, config=config, folder=folder
+        )
+
+
+def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:
+    """Return the folders of the adapters of the first rounds, which the merged model of the last one consists of."""
+    return [config.out / f"round_{number}" / "adapter" for number in range(1, last + 1)]
 
 
 def load_reference_policy(number: int, captioner: Captioner, config: MrDpoConfig) -> Network:
@@ -471,7 +480,15 @@ def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
     with checkpointed(folder):
         checkpoint = fit(captioner.network, batches, sft_loss, rebirth.fit.resolve(len(examples)), context=context)
         del captioner, batches
-        return merge_checkpoint(checkpoint, base=base, lora=rebirth.lora, config=config, folder=folder)
+        last = 0 if rebirth.start == "start" else int(best.parent.name.removeprefix("round_"))
+        return merge_checkpoint(
+            checkpoint,
+            base=config.model,
+            earlier=adapters_of_rounds(last, config),
+            lora=rebirth.lora,
+            config=config,
+            folder=folder,
+        )
 
 
 def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None = None) -> Rates:

@@ -5,22 +5,27 @@ exists and computes the rest.
 """
 
 import gc
+import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.config import MAY_CHANGE, claim_folder
 from salmonn.model.loading import CONFIG_NAME, Placement
-from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
-from salmonn.records import read_records, write_records
+from salmonn.model.lora import LoraConfig, attach_lora, merge_in_float32, save_adapter
+from salmonn.records import read_records, write_json, write_records
 from salmonn.train.checkpoint import Checkpoint, checkpointed, load_trained, require_free_space
 from salmonn.train.feature_cache import FeatureCacheConfig
 from salmonn.train.parallel import StrategyName
+from salmonn.train.run_log import ROUNDING_NAME
 
+log = logging.getLogger(__name__)
 Record = TypeVar("Record")
 
 
@@ -106,19 +111,27 @@ def load_or_create(path: Path, record_type: type[Record], create: Callable[[], S
 
 
 def merge_checkpoint(
-    checkpoint: Checkpoint, *, base: Path | str, lora: LoraConfig, config: RunConfig, folder: Path
+    checkpoint: Checkpoint,
+    *,
+    base: Path | str,
+    lora: LoraConfig,
+    config: RunConfig,
+    folder: Path,
+    earlier: Sequence[Path] = (),
 ) -> Path:
-    """Merge a trained adapter into the model that it was trained on, and write both.
+    """Merge a trained adapter, and the adapters of earlier rounds, into the model that they start from, and write both.
 
     The base is loaded again, because training strategies take a network apart. The caller must have deleted its own
-    network: a GPU may hold only one.
+    network: a GPU may hold only one. The sum is rounded once (`merge_in_float32`); how much of the adapter's update
+    remains in 16-bit weights goes to `rounding.json`.
 
     Args:
         checkpoint: the stage's last checkpoint, with the adapter.
-        base: folder or hub id of the model that the adapter was trained on.
+        base: folder or hub id of the model that the first adapter was trained on.
         lora: configuration of the adapter.
         config: placement and frame sampler.
         folder: folder of the stage, which gets `adapter/` and `merged/`.
+        earlier: folders of the adapters that were merged before, in their order.
 
     Returns:
         Folder of the merged model.
@@ -127,13 +140,24 @@ def merge_checkpoint(
         ValueError: the disk has too little free space for the model.
     """
     gc.collect()  # a network that was wrapped for training is part of reference cycles
-    captioner = config.load_model(base)
-    attach_lora(captioner.network, lora, seed=0)
-    load_trained(captioner.network, checkpoint)
     if dist.is_main():
+        captioner = config.load_model(base)
+        attach_lora(captioner.network, lora, seed=0)
+        load_trained(captioner.network, checkpoint)
         save_adapter(captioner.network, folder / "adapter")
-    merge_adapter(captioner.network)
-    save_model(captioner, folder / "merged")
+        captioner.network.lm = captioner.network.lm.unload()
+        rounding = merge_in_float32(captioner.network, [*earlier, folder / "adapter"])
+        if captioner.network.lm.dtype != torch.float32:
+            log.info(
+                "%s: rounding to %s keeps %.0f %% of the update, with an error of %.0f %% of its norm",
+                folder.name,
+                str(captioner.network.lm.dtype).removeprefix("torch."),
+                100 * rounding.kept,
+                100 * rounding.error,
+            )
+            write_json(folder / ROUNDING_NAME, asdict(rounding))
+        write_model(captioner, folder / "merged")
+    dist.barrier()
     return folder / "merged"
 
 
@@ -144,9 +168,18 @@ def save_model(captioner: Captioner, folder: Path) -> None:
         ValueError: the disk has too little free space.
     """
     if dist.is_main():
-        require_free_space(folder.parent, num_bytes(captioner), what=f"the model {folder}")
-        captioner.save(folder)
+        write_model(captioner, folder)
     dist.barrier()
+
+
+def write_model(captioner: Captioner, folder: Path) -> None:
+    """Write a model; only rank 0 calls it.
+
+    Raises:
+        ValueError: the disk has too little free space.
+    """
+    require_free_space(folder.parent, num_bytes(captioner), what=f"the model {folder}")
+    captioner.save(folder)
 
 
 def num_bytes(captioner: Captioner) -> int:

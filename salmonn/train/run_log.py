@@ -30,6 +30,7 @@ COLUMNS = {
 KL = "KL"
 STEPS_NAME = "steps.jsonl"
 ROUNDS_NAME = "rounds.jsonl"
+ROUNDING_NAME = "rounding.json"  # of a stage whose merged weights have 16 bits
 SUMMARY_NAME = "summary.json"
 
 
@@ -152,10 +153,15 @@ def open_events(folder: Path, *, first_step: int) -> "SummaryWriter":
 def log_summary(folder: Path, summary: RunSummary) -> None:
     """Write the rates of all stages: a line each to rounds.jsonl, and to TensorBoard with the stage's number as step.
 
-    Rates are fractions, KL is in nats per token, the number of SFT is 0. Earlier contents are replaced or become void,
+    Rates are fractions, KL is in nats per token, the number of SFT is 0. A stage that was merged into 16-bit weights
+    has "rounding": how much of its update remained. Earlier contents are replaced or become void,
     so this may be called after every stage.
     """
-    lines = ({"stage": name, **asdict(rates), "kl": summary.kl.get(name)} for name, rates in summary.stages.items())
+    lines: list[dict[str, Any]] = []
+    for name, rates in summary.stages.items():
+        lines.append({"stage": name, **asdict(rates), "kl": summary.kl.get(name)})
+        if (path := folder / name.replace(" ", "_") / ROUNDING_NAME).is_file():
+            lines[-1]["rounding"] = read_json(path)
     write_text(folder / ROUNDS_NAME, "".join(json.dumps(line) + "\n" for line in lines))
     with open_events(folder, first_step=0) as events:
         for number, figures in enumerate(summary.figures.values()):

@@ -7,8 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from salmonn.caption.processor import PromptRow
-from salmonn.model.loading import load_network
-from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
+from salmonn.model.loading import Placement, load_network
+from salmonn.model.lora import (
+    LoraConfig,
+    MergeRounding,
+    attach_lora,
+    merge_adapter,
+    merge_in_float32,
+    save_adapter,
+)
 
 CONFIG = LoraConfig(rank=4, alpha=8)
 
@@ -123,3 +130,50 @@ def test_every_target_must_be_a_projection(captioner):
     with pytest.raises(ValueError, match=r"no projection q_prj, norm; it has .*down_proj.*q_proj"):
         attach_lora(captioner.network, LoraConfig(targets=("q_prj", "v_proj", "norm")), seed=0)
     assert not hasattr(captioner.network.lm, "peft_config")
+
+
+@torch.no_grad()
+def test_rounds_are_summed_in_float32_and_rounded_once(random_model, tmp_path):
+    """A weight of 1 in bfloat16 has steps of 2^-7 = 0.0078: an update of 0.003 is lost, two of them are a step."""
+    name = "lm.model.layers.0.self_attn.q_proj.weight"
+
+    def load():
+        network = load_network(random_model, placement=Placement(dtype="bfloat16", attention="sdpa"))
+        network.get_parameter(name).fill_(1.0)
+        return network
+
+    for number in (1, 2):
+        network = load()
+        attach_lora(network, LoraConfig(rank=1, alpha=3, targets=("q_proj",)), seed=0)
+        for key, value in network.lm.named_parameters():
+            if ".lora_" in key:
+                value.fill_(1.0 if "lora_A" in key else 0.001 * ("layers.0." in key))
+        save_adapter(network, tmp_path / f"adapter_{number}")
+    folders = [tmp_path / "adapter_1", tmp_path / "adapter_2"]
+    one, two = load(), load()
+    first, second = merge_in_float32(one, folders[:1]), merge_in_float32(two, folders)
+    assert (one.get_parameter(name) == 1.0).all() and first == MergeRounding(kept=0.0, error=1.0)
+    assert (two.get_parameter(name) == 1.0 + 2**-7).all()
+    assert second.kept == pytest.approx(2**-7 / 0.003, rel=1e-5)
+    assert second.error == pytest.approx(2**-7 / 0.003 - 1, rel=1e-5)
+    other = "lm.model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(two.get_parameter(other), load().get_parameter(other))
+
+
+@torch.no_grad()
+def test_float32_rounds_equal_peft_merging_one_by_one(random_model, fill_adapter, tmp_path):
+    """Bit for bit; the second adapter has another rank and other targets."""
+    network, folders = load_network(random_model), [tmp_path / "first", tmp_path / "second"]
+    for folder, config in zip(
+        folders, (CONFIG, LoraConfig(rank=2, alpha=3, targets=("v_proj", "o_proj"))), strict=True
+    ):
+        attach_lora(network, config, seed=1)
+        fill_adapter(network)
+        save_adapter(network, folder)
+        merge_adapter(network)
+    summed = load_network(random_model)
+    rounding = merge_in_float32(summed, folders)
+    assert rounding.kept == pytest.approx(1, abs=1e-4) and rounding.error < 1e-4
+    expected = network.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in summed.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in summed.parameters())
