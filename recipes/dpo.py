@@ -15,7 +15,7 @@ from pathlib import Path
 
 from salmonn import dist
 from salmonn.caption.processor import Processor
-from salmonn.config import run_recipe
+from salmonn.config import MAY_CHANGE, run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora
@@ -46,6 +46,7 @@ class OfflineDpoConfig(RunConfig):
         preferences: JSONL of comparisons (pairs.jsonl of a round, or of votes), or .json or .jsonl of published
             conversations with preferences (docs/data.md).
         root: folder that the paths of the videos start from; by default the folder of `preferences`.
+        max_failures: number of clips that may be unreadable; they are listed and their preferences left out.
         loss: loss.
         lora: adapter.
         fit: optimization.
@@ -53,6 +54,7 @@ class OfflineDpoConfig(RunConfig):
 
     preferences: Path
     root: Path | None = None
+    max_failures: int = field(default=0, metadata=MAY_CHANGE)
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
@@ -86,8 +88,9 @@ def main(config: OfflineDpoConfig) -> None:
     # Load. The frozen encoders run once on each clip.
     captioner = config.load_model(config.model)
     cache = open_feature_cache(config.feature_cache, captioner)
-    features = encode_clips(captioner, [clip for _, clip in comparisons], name="clips", cache=cache)
-    examples = [PreferenceExample(comparison, features[clip]) for comparison, clip in comparisons]
+    clips = [clip for _, clip in comparisons]
+    features = encode_clips(captioner, clips, name="clips", cache=cache, max_failures=config.max_failures)
+    examples = [PreferenceExample(one, features[clip]) for one, clip in comparisons if clip in features]
 
     # Train.
     attach_lora(captioner.network, config.lora, seed=config.seed)

@@ -121,6 +121,7 @@ class MrDpoConfig(RunConfig):
         clips_dir: folder of synthetic clips.
         synth: synthetic training clips; held-out clips are like them, from a different seed.
         heldout_clips: number of synthetic held-out clips.
+        max_failures: number of clips that may be unreadable; they are listed and left out, before anything is sampled.
         kl: measurement of the KL divergence; may change when a run is resumed.
         rounds: number of rounds of DPO.
         fresh_pairs: sample and pair captions in each round; otherwise all rounds train on the first round's pairs.
@@ -144,6 +145,7 @@ class MrDpoConfig(RunConfig):
     clips_dir: Path = Path("run/clips")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
     heldout_clips: int = 200
+    max_failures: int = field(default=0, metadata=MAY_CHANGE)
     kl: KLConfig = field(default_factory=KLConfig, metadata=MAY_CHANGE)
     rounds: int = 3
     fresh_pairs: bool = True
@@ -217,7 +219,11 @@ def main(config: MrDpoConfig) -> None:
     captioner = config.load_model(config.model)
     # Both sets at once, so that the cache does not evict the features of one for those of the other.
     cache = open_feature_cache(config.feature_cache, captioner)
-    train, heldout = cache_features(captioner, train, heldout, name="clips", cache=cache)
+    train, heldout = cache_features(
+        captioner, train, heldout, name="clips", cache=cache, max_failures=config.max_failures
+    )
+    if not (train.references and heldout.references):
+        raise ValueError("no training clip or no held-out clip can be read; replace the files that are listed above")
     del captioner
     run = Run(config, train, heldout, judge, reward)
     summary = RunSummary(sft=measure(config.model, config.out / "sft", run))

@@ -17,7 +17,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CachedGenerator, CaptionRequest, Sampling
 from salmonn.caption.loader import length_buckets
-from salmonn.media.container import declared_seconds
+from salmonn.media.container import ClipError, declared_seconds
 from salmonn.model.layout import ClipFeatures
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
 from salmonn.score.formats import write_scores
@@ -104,15 +104,25 @@ def map_batches(
     return dist.ungroup(dist.gather_balanced(computed, shares), batches)
 
 
-def cache_features(captioner: Captioner, *sets: ClipSet, name: str, cache: FeatureCache | None = None) -> list[ClipSet]:
-    """Return sets of clips with the features of their clips; see `encode_clips`."""
+def cache_features(
+    captioner: Captioner, *sets: ClipSet, name: str, cache: FeatureCache | None = None, max_failures: int = 0
+) -> list[ClipSet]:
+    """Return sets of clips with the features of their clips, without clips that cannot be read; see `encode_clips`."""
     sources = [clips.source(reference) for clips in sets for reference in clips.references]
-    features = encode_clips(captioner, sources, name=name, cache=cache)
-    return [replace(clips, features=features) for clips in sets]
+    features = encode_clips(captioner, sources, name=name, cache=cache, max_failures=max_failures)
+    return [
+        replace(clips, features=features, references=[one for one in clips.references if clips.source(one) in features])
+        for clips in sets
+    ]
 
 
 def encode_clips(
-    captioner: Captioner, sources: Sequence[ClipSource], *, name: str, cache: FeatureCache | None = None
+    captioner: Captioner,
+    sources: Sequence[ClipSource],
+    *,
+    name: str,
+    cache: FeatureCache | None = None,
+    max_failures: int = 0,
 ) -> dict[ClipSource, ClipFeatures]:
     """Compute the features of clips with the frozen encoders, each distinct clip once.
 
@@ -124,32 +134,56 @@ def encode_clips(
         sources: clips.
         name: what the clips are, for the progress bar.
         cache: feature cache on disk; none to keep all features in memory.
+        max_failures: clips that may fail; they are logged and left out of the result. With 0 the first one raises.
 
     Raises:
         ClipError: a clip cannot be read, or lacks the video or audio that is needed.
-        ValueError: a process does not see the files of the cache.
+        ValueError: more clips fail than may, or a process does not see the files of the cache.
     """
     clips = list(dict.fromkeys(sources))
     keys = cache.keys(clips) if cache else [""] * len(clips)
     found = cache.find_complete(keys) if cache else set()
-    # 1 second for opening a file, whose length may be unknown.
+
+    def cost(clip: ClipSource) -> float:
+        """Return the declared seconds, and 1 for opening the file, whose duration may be unknown."""
+        try:
+            return 1 + declared_seconds(clip.video)
+        except ClipError:
+            if not max_failures:
+                raise
+            return 1.0  # it fails again when it is read
+
     mine = dist.shard(list(zip(clips, keys, strict=True)))
-    seconds = dist.gather([0.0 if key in found else 1 + declared_seconds(clip.video) for clip, key in mine])
+    seconds = dist.gather([0.0 if key in found else cost(clip) for clip, key in mine])
     batches, read = make_batches(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
 
-    def encode(number: int) -> list[ClipFeatures | None]:
-        """Return the features of one clip, or None if the cache holds them."""
+    def encode(number: int) -> list[ClipFeatures | str | None]:
+        """Return the features of one clip, None if the cache holds them, or why it cannot be read."""
         (index,) = batches[number]
         if keys[index] in found:
             return [None]
-        (features,) = captioner.encode([read(clips[index])])
+        try:
+            (features,) = captioner.encode([read(clips[index])])
+        except ClipError as error:
+            if not max_failures:
+                raise
+            return [str(error)]
         return [None if cache and cache.save(keys[index], features) else features]
 
     costs = [seconds[index] for (index,) in batches]
     computed = map_batches(encode, batches, costs, name=f"encoding {name}", unit="clip")
+    reasons = [one for one in computed if isinstance(one, str)]
+    if reasons:
+        text = f"{len(reasons)} of {len(clips)} {name} cannot be read: " + "; ".join(reasons)
+        if len(reasons) > max_failures or len(reasons) == len(clips):
+            raise ValueError(f"{text}. Replace them, or allow more with --max-failures ({max_failures})")
+        log.warning("%s. They are left out", text)
+    readable = [clip for clip, one in zip(clips, computed, strict=True) if not isinstance(one, str)]
+    features = [one for one in computed if not isinstance(one, str)]
     if cache:
-        return dict(zip(clips, cache.load_missing(keys, computed, name=name), strict=True))
-    return dict(zip(clips, (features for features in computed if features is not None), strict=True))
+        kept = [key for key, one in zip(keys, computed, strict=True) if not isinstance(one, str)]
+        return dict(zip(readable, cache.load_missing(kept, features, name=name), strict=True))
+    return dict(zip(readable, (one for one in features if one is not None), strict=True))
 
 
 def sample_captions(

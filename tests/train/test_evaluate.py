@@ -14,9 +14,11 @@ import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
+from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, Event, Reference, read_records
 from salmonn.synthetic.judge import RuleJudge
+from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import (
     SampleConfig,
     answer_questions,
@@ -254,3 +256,26 @@ def test_clips_without_questions_are_evaluated_by_their_captions(captioner, clip
     sampling = SampleConfig(max_new_tokens=4)
     result = evaluate(captioner, clips, judge=RuleJudge(), sampling=sampling, name="clips")
     assert result.rates.qa_accuracy is None and not result.answers and len(result.results) == 2
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_few_unreadable_clips_are_left_out(captioner, clips, tmp_path, caplog, on_disk):
+    root = tmp_path / "clips"
+    shutil.copytree(clips.root, root)
+    for reference in (clips.references[1], clips.references[3]):
+        (root / reference.video).write_bytes(b"no video")
+    train, heldout = (ClipSet(part, root) for part in (clips.references[:3], clips.references[3:]))
+    cache = open_feature_cache(FeatureCacheConfig(tmp_path / "features" if on_disk else None), captioner)
+
+    def encode(max_failures):
+        return cache_features(captioner, train, heldout, name="clips", cache=cache, max_failures=max_failures)
+
+    with pytest.raises(ClipError, match="clip_0000"):
+        encode(0)
+    with pytest.raises(ValueError, match=r"2 of 5 clips .*clip_00001.*clip_00003.*--max-failures \(1\)"):
+        encode(1)
+    train, heldout = encode(2)
+    assert train.references == [clips.references[0], clips.references[2]] and heldout.references == clips.references[4:]
+    (expected,) = captioner.encode([captioner.processor.read(root / clips.references[4].video)])
+    assert torch.equal(heldout.features_of(clips.references[4]).tokens, expected.tokens)
+    assert "2 of 5 clips cannot be read" in caplog.text and "They are left out" in caplog.text

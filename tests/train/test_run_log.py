@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from salmonn.records import Comparison, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
 from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
-from salmonn.train.run_log import RunSummary, StepLog, log_summary, print_summary, read_run, read_steps
+from salmonn.train.run_log import ROUNDING_NAME, RunSummary, StepLog, log_summary, print_summary, read_run, read_steps
 from tests.score.browser import MonitoredPage, needs_browser, start_browser
 
 SFT = Rates(missing=0.5, hallucination=0.25, total=0.75, repetition=0.125, qa_accuracy=0.4, clips=20)
@@ -337,3 +337,12 @@ def test_rounds_are_logged_by_number(tmp_path, event_seconds):
     assert [(line["stage"], line["total"], line["kl"]) for line in lines] == [
         ("SFT", 0.75, None), ("round 1", 0.5, 0.375), ("rebirth", 0.5, None)
     ]  # fmt: skip
+
+
+def test_rounding_of_16_bit_stages_is_logged(tmp_path):
+    write_json(tmp_path / "round_2" / ROUNDING_NAME, {"kept": 0.5, "error": 0.75})
+    log_summary(tmp_path, SUMMARY)
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert {line["stage"]: line.get("rounding") for line in lines} == {
+        "SFT": None, "round 1": None, "round 2": {"kept": 0.5, "error": 0.75}, "rebirth": None
+    }  # fmt: skip
