@@ -91,6 +91,7 @@ def stage(known, random_plus, serve, tmp_path):
     shutil.copytree(known, tmp_path / "clips")
     for name in ("recipes", "tools", "docs", "pyproject.toml", "Makefile", "salmonn"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "FOLDER").symlink_to(ROOT / "salmonn" / "tiny")  # any model
     references = read_records(known / "clips.jsonl", Reference)
     beside = [replace(one, video=f"clips/{one.video}") for one in references]
     for name in ("references.jsonl", "heldout.jsonl", "events.jsonl"):

@@ -143,18 +143,10 @@ def encode_clips(
     clips = list(dict.fromkeys(sources))
     keys = cache.keys(clips) if cache else [""] * len(clips)
     found = cache.find_complete(keys) if cache else set()
-
-    def cost(clip: ClipSource) -> float:
-        """Return the declared seconds, and 1 for opening the file, whose duration may be unknown."""
-        try:
-            return 1 + declared_seconds(clip.video)
-        except ClipError:
-            if not max_failures:
-                raise
-            return 1.0  # it fails again when it is read
-
     mine = dist.shard(list(zip(clips, keys, strict=True)))
-    seconds = dist.gather([0.0 if key in found else cost(clip) for clip, key in mine])
+    seconds = dist.gather(
+        [0.0 if key in found else _reading_cost(clip, may_fail=max_failures > 0) for clip, key in mine]
+    )
     batches, read = make_batches(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
 
     def encode(number: int) -> list[ClipFeatures | str | None]:
@@ -172,18 +164,33 @@ def encode_clips(
 
     costs = [seconds[index] for (index,) in batches]
     computed = map_batches(encode, batches, costs, name=f"encoding {name}", unit="clip")
-    reasons = [one for one in computed if isinstance(one, str)]
-    if reasons:
-        text = f"{len(reasons)} of {len(clips)} {name} cannot be read: " + "; ".join(reasons)
-        if len(reasons) > max_failures or len(reasons) == len(clips):
-            raise ValueError(f"{text}. Replace them, or allow more with --max-failures ({max_failures})")
-        log.warning("%s. They are left out", text)
+    _report_unreadable([one for one in computed if isinstance(one, str)], len(clips), name, max_failures=max_failures)
     readable = [clip for clip, one in zip(clips, computed, strict=True) if not isinstance(one, str)]
     features = [one for one in computed if not isinstance(one, str)]
     if cache:
         kept = [key for key, one in zip(keys, computed, strict=True) if not isinstance(one, str)]
         return dict(zip(readable, cache.load_missing(kept, features, name=name), strict=True))
     return dict(zip(readable, (one for one in features if one is not None), strict=True))
+
+
+def _reading_cost(clip: ClipSource, *, may_fail: bool) -> float:
+    """Return the declared seconds, and 1 for opening the file, whose duration may be unknown."""
+    try:
+        return 1 + declared_seconds(clip.video)
+    except ClipError:
+        if may_fail:  # it fails again when it is read
+            return 1.0
+        raise
+
+
+def _report_unreadable(reasons: Sequence[str], num_clips: int, name: str, *, max_failures: int) -> None:
+    """Log why clips cannot be read; raise ValueError if they are more than may be, or all."""
+    if not reasons:
+        return
+    text = f"{len(reasons)} of {num_clips} {name} cannot be read: " + "; ".join(reasons)
+    if len(reasons) > max_failures or len(reasons) == num_clips:
+        raise ValueError(f"{text}. Replace them, or allow more with --max-failures ({max_failures})")
+    log.warning("%s. They are left out", text)
 
 
 def sample_captions(
