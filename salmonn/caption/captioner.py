@@ -41,6 +41,7 @@ class RequestOptions(TypedDict, total=False):
     history: History
     system: str | None
     frames: FrameOptions | None
+    clip_turn: int
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,11 @@ class Captioner:
             ClipError: a file cannot be read, or lacks the video or audio that the modality needs.
         """
         captions: list[list[Caption]] = []
-        read: dict[tuple[Path, Span, Modality], ClipInputs] = {}
+        read: dict[tuple[Path, Span, Modality, FrameOptions | None], ClipInputs] = {}
         for start, end in _batch_bounds(requests, batch_size):
             batch = requests[start:end]
             if clips is None:
-                keys = [(request.path, request.span, request.modality) for request in batch]
+                keys = [(request.path, request.span, request.modality, request.frames) for request in batch]
                 # A file whose requests continue into the next batch is kept; the others are freed.
                 read = {
                     key: read[key] if key in read else self._read(request)
@@ -202,10 +203,11 @@ class Captioner:
         """Answer requests with equal sampling parameters in one batch."""
         num_samples = requests[0].num_samples
         prompts = [self.resolve_prompt(request) for request in requests]
+        sampling = requests[0].sampling or self.default_sampling()
         ids = generate(
             self.network,
             collate(self.processor, clips, prompts).to(self.network.device),
-            sampling=requests[0].sampling or self.default_sampling(),
+            sampling=sampling,
             stop_ids=self.processor.stop_ids,
             num_samples=num_samples,
             seeds=[request.seed for request in requests],
@@ -213,7 +215,9 @@ class Captioner:
         rows = iter(ids)
         return [
             [
-                self.to_caption(request, to_completion(self.processor, next(rows), clip.info), sample=sample)
+                self.to_caption(
+                    request, to_completion(self.processor, next(rows), clip.info, stop=sampling.stop), sample=sample
+                )
                 for sample in range(num_samples)
             ]
             for request, clip in zip(requests, clips, strict=True)
@@ -350,7 +354,7 @@ class Captioner:
         """Return the conversation of a request, with the default prompt in place of empty ones."""
         default = self.default_prompt(request.modality)
         history = [(prompt or default, answer) for prompt, answer in request.history]
-        return Prompt(request.prompt or default, history, request.system)
+        return Prompt(request.prompt or default, history, request.system, request.clip_turn)
 
     def read_spec(self, request: CaptionRequest) -> ReadSpec:
         """Return what this model reads of a request's file; raises a ValueError if it cannot take such frames."""

@@ -44,12 +44,14 @@ class Sampling:
         max_new_tokens: maximum length of an answer.
         repetition_penalty: factor by which tokens that already occur in the answer (salmonn2-plus: or in the prompt)
             are made less likely, as in transformers; 1 has no effect, None uses the model's own value.
+        stop: strings that end an answer; the answer is cut off before the first of them.
     """
 
     temperature: float = 0.0
     top_p: float = 0.9
     max_new_tokens: int = 160
     repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Written so that NaN, which compares false with everything, is rejected too.
@@ -78,6 +80,7 @@ class CaptionRequest:
         history: earlier (prompt, answer) turns about the same file; an empty prompt asks for a full description too.
         system: system prompt; None uses the model's own.
         frames: which frames to look at; None uses the model's own rule.
+        clip_turn: number of the prompt, counted over history and prompt, that shows the file.
     """
 
     path: Path
@@ -90,6 +93,7 @@ class CaptionRequest:
     history: History = ()
     system: str | None = None
     frames: FrameOptions | None = None
+    clip_turn: int = 0
 
 
 class Generator(Protocol):

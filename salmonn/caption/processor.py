@@ -38,6 +38,7 @@ class PromptRow:
         history: earlier prompts and answers.
         system: system message, "" for none; None for the model's default.
         finished: False for an answer that was cut off at the token limit, which has no end token.
+        clip_turn: number of the prompt that shows the clip.
     """
 
     clip: int
@@ -46,6 +47,7 @@ class PromptRow:
     history: History = ()
     system: str | None = None
     finished: bool = True
+    clip_turn: int = 0
 
 
 class Processor:
@@ -226,6 +228,7 @@ class Processor:
             family=self.family,
             system=self.config.system_prompt if prompt.system is None else prompt.system,
             history=prompt.history,
+            clip_turn=prompt.clip_turn,
         )
 
     def collate(self, rows: Sequence[PromptRow], clips: Sequence[ClipInputs | ClipFeatures]) -> ModelInputs:
@@ -240,7 +243,7 @@ class Processor:
         placeholders = [torch.where(layout.is_visual, visual_id, audio_id).tolist() for layout in layouts]
         input_ids, labels = [], []
         for row in rows:
-            prompt = Prompt(row.prompt, history=row.history, system=row.system)
+            prompt = Prompt(row.prompt, row.history, row.system, row.clip_turn)
             ids = self._prompt_ids(prompt, placeholders[row.clip])
             answer = [] if row.answer is None else answer_ids(self.tokenizer, row.answer, finished=row.finished)
             input_ids.append(ids + answer)

@@ -35,11 +35,13 @@ class Prompt:
         text: the user message.
         history: earlier prompts and answers about the same clip.
         system: system message, "" for none; None for the model's default.
+        clip_turn: number of the user message, from 0, that shows the clip.
     """
 
     text: str
     history: History = ()
     system: str | None = None
+    clip_turn: int = 0
 
     @property
     def texts(self) -> list[str]:
@@ -55,6 +57,7 @@ def prompt_ids(
     family: Family,
     system: str,
     history: History = (),
+    clip_turn: int = 0,
 ) -> list[int]:
     """Tokenize a conversation about one clip, up to the start of the next answer.
 
@@ -65,6 +68,7 @@ def prompt_ids(
         family: the model's family, which puts markers around the clip.
         system: system message; "" for none.
         history: earlier prompts and answers.
+        clip_turn: see `Prompt`.
 
     Raises:
         ValueError: a text contains a special token, which would be taken for a clip or the end of a message.
@@ -75,7 +79,7 @@ def prompt_ids(
     clip = f"{CLIP_START}{CLIP_END}"
     messages = [{"role": "system", "content": system}] if system else []
     for number, text in enumerate(prompts):
-        messages.append({"role": "user", "content": f"{clip}\n{text}" if number == 0 else text})
+        messages.append({"role": "user", "content": f"{clip}\n{text}" if number == clip_turn else text})
         messages += [{"role": "assistant", "content": answer} for answer in answers[number : number + 1]]
     # The published template. A tokenizer's own may add tools or expect structured content.
     chat = tokenizer.apply_chat_template(
@@ -134,25 +138,43 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first of some stop strings begins in a text."""
+    found = [start for one in stop if (start := text.find(one)) >= 0]
+    return min(found, default=None)
+
+
 class IncrementalDetokenizer:
     """Detokenizer of one answer while it is generated; its parts concatenate to the stripped answer.
 
     Args:
         tokenizer: tokenizer of the model.
+        stop: strings that end the answer.
+
+    Attributes:
+        is_stopped: whether a stop string has ended the answer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop: Sequence[str] = ()) -> None:
+        self.is_stopped = False
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
         self._emitted = ""
-        self._held_back = ""  # whitespace, which is dropped at the end of the answer
+        # Whitespace, which is dropped at the end of the answer, and what may be the beginning of a stop string.
+        self._held_back = ""
 
     def add(self, token: int) -> str:
         """Return the text that a token completes, "" after an incomplete character."""
         text = self._held_back + (self._stream.step(self._tokenizer, token) or "")
         if not self._emitted:
             text = text.lstrip()
-        new = text.rstrip()
+        end = find_stop(text, self._stop)
+        self.is_stopped = end is not None
+        if end is None:
+            beginnings = [one[:length] for one in self._stop for length in range(1, len(one))]
+            end = len(text) - max((len(one) for one in beginnings if text.endswith(one)), default=0)
+        new = text[:end].rstrip()
         self._held_back = text[len(new) :]
         self._emitted += new
         return new

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from salmonn.caption.generate import DecodeBatch
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor, PromptRow
-from salmonn.caption.prompt import IncrementalDetokenizer, Prompt
+from salmonn.caption.prompt import IncrementalDetokenizer, Prompt, find_stop
 from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs, ModelInputs
 from salmonn.model.network import Network
 
@@ -47,6 +47,7 @@ class StreamingGenerator:
         self._device = network.device
         self._batch = DecodeBatch(network, stop_ids=processor.stop_ids)
         self._texts: dict[int, _PartialText] = {}
+        self._stopped: set[int] = set()  # rows to end before the next step
 
     def __bool__(self) -> bool:
         return bool(self._batch)
@@ -73,8 +74,8 @@ class StreamingGenerator:
         inputs = collate(self._processor, clips, prompts).to(self._device)
         rows = self._batch.add(inputs, sampling=sampling, seeds=seeds)
         for row, clip in zip(rows, clips, strict=True):
-            detokenizer = IncrementalDetokenizer(self._processor.tokenizer)
-            self._texts[row] = _PartialText(detokenizer, sampling.max_new_tokens, clip.info)
+            detokenizer = IncrementalDetokenizer(self._processor.tokenizer, stop=sampling.stop)
+            self._texts[row] = _PartialText(detokenizer, sampling, clip.info)
         return rows
 
     def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:
@@ -86,15 +87,22 @@ class StreamingGenerator:
         Returns:
             The deltas by row number; a row whose new token does not complete a character has none.
         """
-        tokens = self._batch.step(cancelled)
+        tokens = self._batch.step({*cancelled, *self._stopped})
+        self._stopped = set()
         self._texts = {row: text for row, text in self._texts.items() if row in tokens}
         deltas = {}
         for row, token in tokens.items():
             text = self._texts[row]
             text.ids.append(token)
-            has_ended = token in self._processor.stop_ids or len(text.ids) == text.max_new_tokens
-            completion = to_completion(self._processor, text.ids, text.clip) if has_ended else None
-            added = text.detokenizer.finalize(completion.text) if completion else text.detokenizer.add(token)
+            has_ended = token in self._processor.stop_ids or len(text.ids) == text.sampling.max_new_tokens
+            added = "" if has_ended else text.detokenizer.add(token)
+            if text.detokenizer.is_stopped:
+                self._stopped.add(row)
+                has_ended = True
+            completion = None
+            if has_ended:
+                completion = to_completion(self._processor, text.ids, text.clip, stop=text.sampling.stop)
+                added += text.detokenizer.finalize(completion.text)
             if added or completion:
                 deltas[row] = TextDelta(added, completion)
         return deltas
@@ -105,7 +113,7 @@ class _PartialText:
     """A row's tokens so far, and their conversion to text."""
 
     detokenizer: IncrementalDetokenizer
-    max_new_tokens: int
+    sampling: Sampling
     clip: ClipInfo
     ids: list[int] = field(default_factory=list)
 
@@ -119,11 +127,16 @@ def collate(
     rows = []
     for clip, given in zip(clips, prompts, strict=True):
         prompt = Prompt(given) if isinstance(given, str) else given
-        rows.append(PromptRow(index[id(clip)], prompt.text, history=prompt.history, system=prompt.system))
+        rows.append(
+            PromptRow(
+                index[id(clip)], prompt.text, history=prompt.history, system=prompt.system, clip_turn=prompt.clip_turn
+            )
+        )
     return processor.collate(rows, list(unique.values()))
 
 
-def to_completion(processor: Processor, ids: Sequence[int], clip: ClipInfo) -> Completion:
-    """Decode the token ids of a completion."""
+def to_completion(processor: Processor, ids: Sequence[int], clip: ClipInfo, *, stop: Sequence[str] = ()) -> Completion:
+    """Decode the token ids of a completion, up to the first stop string."""
     text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return Completion(text, finished=ids[-1] in processor.stop_ids, clip=clip)
+    end = find_stop(text, stop)
+    return Completion(text[:end].rstrip(), finished=end is not None or ids[-1] in processor.stop_ids, clip=clip)

@@ -24,14 +24,13 @@ from starlette.types import Receive, Scope, Send
 from salmonn import __version__
 from salmonn.caption.engine import SHUTTING_DOWN, Engine, Overloaded
 from salmonn.caption.streaming import TextDelta
-from salmonn.serve.errors import EXPECTED_ERRORS, ApiError, to_api_error
+from salmonn.serve.errors import EXPECTED_ERRORS, ApiError, RequestError, to_api_error
 from salmonn.serve.metrics import Metrics
 from salmonn.serve.request import BodyMemory, RequestContext, race, until_disconnect
 from salmonn.serve.schema import (
     DONE,
     ChatLimits,
     ChatRequest,
-    RequestError,
     ResponseBuilder,
     parse_chat_request,
     to_event,
@@ -89,7 +88,9 @@ class Service:
         self.config = config
         self.uploads = uploads
         self.metrics = Metrics(engine)
-        self.max_body_bytes = config.sources.fetch_policy.max_bytes * 4 // 3 + _EXTRA_BODY_BYTES  # base64
+        self.max_body_bytes = (
+            config.sources.fetch_policy.max_bytes * 10 // 7 + _EXTRA_BODY_BYTES
+        )  # base64, with line breaks
         self.body_memory = BodyMemory(self.max_body_bytes * _MAX_BODIES)
         self.is_closing = False
         self.num_requests = 0

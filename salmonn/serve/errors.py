@@ -9,7 +9,6 @@ from starlette.requests import ClientDisconnect
 
 from salmonn.caption.engine import SHUTTING_DOWN, ModelFailedError, OutOfMemoryDuringBatch, Overloaded
 from salmonn.serve.fetch import TooLargeError
-from salmonn.serve.schema import RequestError
 
 logger = logging.getLogger(__name__)
 _RETRY_AFTER_SECONDS = 5
@@ -24,6 +23,23 @@ _STATUSES: dict[type[Exception], tuple[int, str]] = {  # HTTP status, outcome in
 }
 # Errors that a request can end with; any other is a bug in this program.
 EXPECTED_ERRORS: tuple[type[Exception], ...] = (Overloaded, *_STATUSES)
+
+
+class RequestError(ValueError):
+    """A request that cannot be answered; the message is for the client.
+
+    Args:
+        message: what is wrong, and what to do.
+        param: name of the parameter at fault, if any.
+        status: HTTP status.
+        code: machine-readable code, if any.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.code = code
 
 
 @dataclass(frozen=True)

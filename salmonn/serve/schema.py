@@ -1,7 +1,6 @@
 """OpenAI's chat completions, as far as they fit a captioner: parse requests, build responses.
 
-A request is a conversation about one clip, which its first user message contains. Unsupported parameters are rejected,
-never ignored.
+A request is a conversation about one clip. Unsupported parameters are rejected, never ignored.
 """
 
 import json
@@ -11,22 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.processor import MAX_CONVERSATION_CHARS, MAX_PROMPT_CHARS
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.model.layout import ClipInfo
 from salmonn.records import Modality
+from salmonn.serve.content import MAX_PARTS, ClipPart, check_processor_fields, parse_content, to_frame_options
+from salmonn.serve.errors import RequestError
 
-# Parameters of OpenAI's API that have no effect at these values; other values are rejected.
+# Parameters of OpenAI's and vLLM's APIs that have no effect at these values; other values are rejected.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "stop": ([],),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -36,100 +36,75 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
+    # vLLM's
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+}
+_REASONS = {
+    "response_format": 'only {"type": "text"} is supported; ask for JSON in the prompt and check the answer',
+    "logprobs": "log-probabilities are not available; leave it out",
+    "best_of": "only 1 is supported; ask for n choices",
 }
 # Parameters that describe the caller, and change no answer.
 _CALLER_PARAMETERS = frozenset(["user", "metadata", "safety_identifier", "prompt_cache_key"])
-_MIN_TEMPERATURE = 0.01  # float32 overflows below
-_MAX_PARTS = 64  # parts of a message, and messages
+_MIN_TEMPERATURE = 0.01  # float32 overflows below, where the most likely token is sampled anyway
+_MAX_STOPS, _MAX_STOP_CHARS = 16, 200
 # Each value costs kilobytes once it is parsed, however short it is. Base64 contains none of the characters counted.
 _MAX_VALUES = 50_000
-_ROLES = ("user", "assistant")
-_CLIP_KINDS = {"video_url": "video", "image_url": "image", "input_audio": "audio"}
 
 
-class RequestError(ValueError):
-    """A request that cannot be answered; the message is for the client.
+def _to_int(value: Any) -> Any:
+    """Return a whole number as an int: some clients write 32.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
-    Args:
-        message: what is wrong, and what to do.
-        param: name of the parameter at fault, if any.
-        status: HTTP status.
-        code: machine-readable code, if any.
-    """
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-        self.status = status
-        self.code = code
+_Int = Annotated[int, BeforeValidator(_to_int)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
-class _Url(_Model):
-    url: str
-
-
-class _ImageUrl(_Url):
-    detail: Literal["auto"] | None = None
-
-
-class _Audio(_Model):
-    data: str
-    format: Literal["wav", "mp3"]
-
-
-class _VideoPart(_Model):
-    type: Literal["video_url"]
-    video_url: _Url
-
-
-class _ImagePart(_Model):
-    type: Literal["image_url"]
-    image_url: _ImageUrl
-
-
-class _AudioPart(_Model):
-    type: Literal["input_audio"]
-    input_audio: _Audio
-
-
-class _TextPart(_Model):
-    type: Literal["text"]
-    text: str
-
-
-_Clip = _VideoPart | _ImagePart | _AudioPart
-_Part = Annotated[_Clip | _TextPart, Field(discriminator="type")]
-
-
 class _Message(_Model):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[_Part], Field(max_length=_MAX_PARTS)]
+    content: Any
     name: str | None = None
 
-    @model_validator(mode="after")
-    def check(self) -> "_Message":
-        """Reject unknown fields, unless they are empty, as in answers that clients send back unchanged."""
-        if unknown := [name for name, value in (self.model_extra or {}).items() if value not in (None, [])]:
-            raise ValueError(f"{unknown[0][:60]} is not supported")
-        if self.role != "user" and any(not isinstance(part, _TextPart) for part in self.parts):
-            raise ValueError("the clip belongs in the user's first message")
-        return self
 
-    @property
-    def parts(self) -> list[_Part]:
-        """The content as a list of parts."""
-        return [_TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+@dataclass(frozen=True)
+class _Turn:
+    """A message, or several of the user in a row.
+
+    Args:
+        role: system, user or assistant.
+        parts: texts and clips.
+    """
+
+    role: str
+    parts: list[str | ClipPart]
 
     @property
     def text(self) -> str:
-        """The text of all parts."""
-        return "\n".join(part.text for part in self.parts if isinstance(part, _TextPart)).strip()
+        return "\n".join(part for part in self.parts if isinstance(part, str)).strip()
+
+    @property
+    def clips(self) -> list[ClipPart]:
+        return [part for part in self.parts if isinstance(part, ClipPart)]
 
 
 class _StreamOptions(_Model):
@@ -140,14 +115,16 @@ class _StreamOptions(_Model):
 class _ChatCompletion(_Model):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
-    messages: list[_Message] = Field(min_length=1, max_length=_MAX_PARTS)
+    messages: list[_Message] = Field(min_length=1, max_length=MAX_PARTS)
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    n: int | None = Field(None, ge=1)
-    seed: int | None = None
+    max_tokens: Annotated[_Int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[_Int, Field(ge=1)] | None = None
+    n: Annotated[_Int, Field(ge=1)] | None = None
+    seed: _Int | None = None
+    stop: Any = None
+    mm_processor_kwargs: Any = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     start: float | None = Field(None, ge=0)
@@ -180,7 +157,7 @@ class ChatRequest:
     """A parsed request, without its file.
 
     Args:
-        kind: kind of the file: video, image or audio.
+        kind: kind of the file: video, image, audio or file.
         model: name of the model in the request, possibly empty.
         request: caption request; its path is to be set.
         stream: whether to send the answer as a stream of events.
@@ -205,21 +182,18 @@ def parse_chat_request(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[
     try:
         chat = _ChatCompletion.model_validate_json(body)
     except ValidationError as error:
-        # Content may be a string or a list; of the errors for each, the deepest is about the one that was meant. The
-        # invalid value is not repeated, since it may be a video; names and kinds may be as long as one.
-        deepest = max(error.errors(), key=lambda one: (len(one["loc"]), one["type"] == "too_long"))
-        where = ".".join(str(part) for part in deepest["loc"])[:200]
-        raise RequestError(f"{where or 'the body'}: {deepest['msg'][:400]}", param=where or None) from error
-    for name, value in (chat.model_extra or {}).items():
-        if value is not None and name not in _CALLER_PARAMETERS and value not in _NEUTRAL_VALUES.get(name, ()):
-            reason = "this value is not supported" if name in _NEUTRAL_VALUES else "unsupported parameter"
-            raise RequestError(f"{name[:60]}: {reason}", param=name[:60])
-    system, messages = _split_messages(chat.messages)
-    clip = _only_clip(messages)
-    *before, prompt = [message.text for message in messages]
+        # The invalid value is not repeated, since it may be a video; names may be as long as one.
+        first = error.errors()[0]
+        where = _to_path(first["loc"])
+        raise RequestError(f"{where or 'the body'}: {first['msg'][:400]}", param=where or None) from error
+    _check_parameters(chat)
+    system, turns = _to_turns(chat.messages)
+    clip_turn, clip = _only_clip(turns)
+    *before, prompt = [turn.text for turn in turns]
     _check_lengths([system or "", *before[::2], prompt], before[1::2], limits)
     if chat.stream_options is not None and not chat.stream:
         raise RequestError("stream_options requires stream: true", param="stream_options")
+    frames = {**check_processor_fields(chat.mm_processor_kwargs or {}), **clip.frames}
     request = CaptionRequest(
         Path(),
         prompt=prompt or None,
@@ -230,51 +204,69 @@ def parse_chat_request(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[
         num_samples=chat.n or 1,
         history=tuple(zip(before[::2], before[1::2], strict=True)),
         system=system,
+        frames=to_frame_options(frames, "messages" if clip.frames else "mm_processor_kwargs"),
+        clip_turn=clip_turn,
     )
     include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-    return ChatRequest(_CLIP_KINDS[clip.type], chat.model or "", request, bool(chat.stream), include_usage), _url(clip)
+    return ChatRequest(clip.kind, chat.model or "", request, bool(chat.stream), include_usage), clip.url
 
 
-def _split_messages(messages: Sequence[_Message]) -> tuple[str | None, Sequence[_Message]]:
-    """Return the system prompt, if any, and the alternating messages of user and assistant."""
-    system = None
-    if messages[0].role in ("system", "developer"):
-        system, messages = messages[0].text, messages[1:]
-    if [message.role for message in messages] != [_ROLES[number % 2] for number in range(len(messages) | 1)]:
+def _to_path(location: Sequence[str | int]) -> str:
+    """Return a location as clients write it, such as messages[0].role."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:60]}" for part in location)
+    return path.removeprefix(".")[:200]
+
+
+def _check_parameters(chat: _ChatCompletion) -> None:
+    for name, value in (chat.model_extra or {}).items():
+        if value is not None and name not in _CALLER_PARAMETERS and value not in _NEUTRAL_VALUES.get(name, ()):
+            reason = "this value is not supported; leave it out" if name in _NEUTRAL_VALUES else "unsupported parameter"
+            raise RequestError(f"{name[:60]}: {_REASONS.get(name, reason)}", param=name[:60])
+
+
+def _to_turns(messages: Sequence[_Message]) -> tuple[str | None, list[_Turn]]:
+    """Return the system prompt, if any, and the alternating turns of user and assistant."""
+    turns: list[_Turn] = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        # Unknown fields may be empty, as in answers that clients send back unchanged.
+        if unknown := [name for name, value in (message.model_extra or {}).items() if value not in (None, [])]:
+            param = f"{where}.{unknown[0][:60]}"
+            raise RequestError(f"{param} is not supported", param=param)
+        turn = _Turn(message.role, parse_content(message.content, f"{where}.content"))
+        if message.role != "user" and turn.clips:
+            raise RequestError(f"{where}: a clip belongs in a message of the user", param=f"{where}.content")
+        if turns and message.role == turns[-1].role == "user":
+            turns[-1] = _Turn("user", turns[-1].parts + turn.parts)
+        else:
+            turns.append(turn)
+    system = turns.pop(0).text if turns[0].role in ("system", "developer") else None
+    if [turn.role for turn in turns] != [("user", "assistant")[number % 2] for number in range(len(turns) | 1)]:
         raise RequestError(
             "messages must start (after an optional system message) and end with user, and alternate user/assistant",
             param="messages",
         )
-    return system, messages
+    return system, turns
 
 
-def _only_clip(messages: Sequence[_Message]) -> _Clip:
-    """Return the one clip of a conversation, which must be in the first message; later ones of the user need text."""
-    clips = [
-        (number, part)
-        for number, message in enumerate(messages)
-        for part in message.parts
-        if not isinstance(part, _TextPart)
-    ]
+def _only_clip(turns: Sequence[_Turn]) -> tuple[int, ClipPart]:
+    """Return the one clip of a conversation and the number of the question that it belongs to.
+
+    The user's other messages need text.
+    """
+    clips = [(number // 2, clip) for number, turn in enumerate(turns) for clip in turn.clips]
     if len(clips) != 1:
         raise RequestError(
-            f"the messages have {len(clips) or 'no'} clips: give exactly one video_url, image_url or input_audio"
-            + (" (the audio of a video is read from the video)" if clips else ""),
+            f"the messages have {len(clips) or 'no'} clips; this model takes exactly one video, image or audio file"
+            + (" (the audio of a video is read from the video)" if clips else ", such as a video_url"),
             param="messages",
         )
-    ((number, clip),) = clips
-    if number:
-        raise RequestError("the clip belongs in the user's first message", param="messages")
-    for number, message in list(enumerate(messages))[2::2]:
-        if not message.text:
-            raise RequestError(f"the user's message {number // 2 + 1} has no text", param="messages")
-    return clip
-
-
-def _url(clip: _Clip) -> str:
-    if isinstance(clip, _AudioPart):
-        return f"data:audio/{clip.input_audio.format};base64,{clip.input_audio.data}"
-    return clip.video_url.url if isinstance(clip, _VideoPart) else clip.image_url.url
+    for number, turn in enumerate(turns[::2]):
+        if not turn.text and number not in (0, clips[0][0]):
+            raise RequestError(f"the user's message {number + 1} has no text", param="messages")
+    if clips[0][0] and not turns[0].text:
+        raise RequestError("the user's message 1 has neither a clip nor text", param="messages")
+    return clips[0]
 
 
 def _check_lengths(prompts: Sequence[str], answers: Sequence[str], limits: ChatLimits) -> None:
@@ -299,13 +291,9 @@ def _to_span(chat: _ChatCompletion) -> Span:
 
 
 def _to_sampling(chat: _ChatCompletion, limits: ChatLimits) -> Sampling:
-    temperature, num_choices = chat.temperature or 0.0, chat.n or 1
-    if 0 < temperature < _MIN_TEMPERATURE:
-        raise RequestError(f"temperature must be 0, or {_MIN_TEMPERATURE} and above", param="temperature")
-    if num_choices > limits.max_choices:
+    temperature = chat.temperature or 0.0
+    if (chat.n or 1) > limits.max_choices:
         raise RequestError(f"n: the maximum is {limits.max_choices}", param="n")
-    if num_choices > 1 and not temperature:
-        raise RequestError("n: at temperature 0 all choices are the same; set a temperature", param="n")
     older, newer = chat.max_tokens, chat.max_completion_tokens  # two names of the same parameter
     if older is not None and newer is not None and older != newer:
         raise RequestError("max_tokens and max_completion_tokens differ: give one", param="max_tokens")
@@ -313,11 +301,23 @@ def _to_sampling(chat: _ChatCompletion, limits: ChatLimits) -> Sampling:
     if max_tokens is not None and max_tokens > limits.max_tokens:
         raise RequestError(f"max_tokens: the maximum is {limits.max_tokens}", param="max_tokens")
     return Sampling(
-        temperature=temperature,
+        temperature=temperature if temperature >= _MIN_TEMPERATURE else 0.0,
         top_p=chat.top_p or Sampling.top_p,
         max_new_tokens=limits.default_tokens if max_tokens is None else max_tokens,
         repetition_penalty=chat.repetition_penalty,
+        stop=_to_stop(chat.stop),
     )
+
+
+def _to_stop(value: Any) -> tuple[str, ...]:
+    stop = [value] if isinstance(value, str) else value or []
+    is_valid = isinstance(stop, list) and all(isinstance(one, str) and 0 < len(one) <= _MAX_STOP_CHARS for one in stop)
+    if not is_valid or len(stop) > _MAX_STOPS:
+        raise RequestError(
+            f"stop must be a string or a list of up to {_MAX_STOPS}, each of 1 to {_MAX_STOP_CHARS} characters",
+            param="stop",
+        )
+    return tuple(stop)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError, fetch
 _PREFIX, _NEW_PREFIX = "salmonn-uploads-", "salmonn-new-"
 _CHUNK_CHARS = 4 << 20  # characters of base64 to decode at a time; a multiple of 4
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_DATA_URL = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+_DATA_URL = re.compile(r"data:.{0,200}?;base64,", re.IGNORECASE)  # quoted parameters may contain commas
+# Line breaks are dropped. A space is an error: it may be a plus sign that was taken for one of a form.
+_BASE64_SPELLING = {ord("-"): "+", ord("_"): "/", **dict.fromkeys(map(ord, "\r\n\t"))}
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,37 @@ async def resolve_media(url: str, folder: Path, *, sources: MediaSources) -> Res
 
 
 def write_data(url: str, path: Path, *, max_bytes: int) -> int:
-    """Write the contents of a data: URL to a file and return their size in bytes; raises what `resolve_media` does."""
+    """Write the contents of a data: URL to a file and return their size in bytes; raises what `resolve_media` does.
+
+    The base64 may have line breaks, the alphabet for URLs, percent-encoded characters, and no padding.
+    """
     match = _DATA_URL.match(url)
     if match is None:
         raise SourceError("a data: URL must have the form data:video/mp4;base64,... with the file in base64")
-    start = match.end()
-    if (len(url) - start) // 4 * 3 > max_bytes + 2:
+    size, rest = 0, ""
+    try:
+        with path.open("wb") as file:
+            for first in range(match.end(), len(url), _CHUNK_CHARS):
+                text = rest + url[first : first + _CHUNK_CHARS]
+                # A percent-encoded character at the end may be incomplete.
+                end = max(text.rfind("%", -2), 0) or len(text)
+                text, cut = _spell_base64(text[:end]), text[end:]
+                whole = len(text) // 4 * 4
+                size += file.write(base64.b64decode(text[:whole], validate=True))
+                rest = text[whole:] + cut
+                if size > max_bytes:
+                    break
+            rest = _spell_base64(rest)
+            size += file.write(base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise SourceError(f"the file's data is not valid base64: {error}") from error
+    if size > max_bytes:
         raise TooLargeError(f"the file is larger than the maximum of {max_bytes / (1 << 20):g} MiB")
-    size = 0
-    with path.open("wb") as file:
-        for first in range(start, len(url), _CHUNK_CHARS):
-            try:
-                size += file.write(base64.b64decode(url[first : first + _CHUNK_CHARS], validate=True))
-            except (binascii.Error, ValueError) as error:
-                raise SourceError(f"the file's data is not valid base64: {error}") from error
     return size
+
+
+def _spell_base64(text: str) -> str:
+    return (unquote(text) if "%" in text else text).translate(_BASE64_SPELLING)
 
 
 def find_local(url: str, allowed_dirs: tuple[Path, ...]) -> Path:

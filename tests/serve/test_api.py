@@ -3,6 +3,7 @@
 import base64
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import av
 import httpx2
@@ -12,7 +13,8 @@ import pytest
 
 from salmonn.caption.generator import Sampling, Span
 from salmonn.caption.prompt import Prompt
-from salmonn.serve.fetch import FetchPolicy
+from salmonn.serve import sources
+from salmonn.serve.fetch import FetchPolicy, TooLargeError
 from salmonn.serve.sources import MediaSources
 from tests.completions import complete
 from tests.serve.running import chat, data_url, gather, read_metrics, user_message, wait_until, web_server
@@ -168,7 +170,7 @@ def test_models_and_health(start):
     ("options", "message"),
     [
         ({"frequency_penalty": 1}, "frequency_penalty: this value is not supported"),
-        ({"extra_body": {"fps": 3}}, "fps: unsupported parameter"),
+        ({"extra_body": {"rate": 3}}, "rate: unsupported parameter"),
         ({"temperature": 9}, "temperature: "),
     ],
 )
@@ -176,7 +178,7 @@ def test_rejected_parameters(start, videos, options, message):
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         chat(start().client(), videos[0].name, **options)
     assert caught.value.body["type"] == "invalid_request_error"
-    assert caught.value.body["param"] in ("frequency_penalty", "fps", "temperature")
+    assert caught.value.body["param"] in ("frequency_penalty", "rate", "temperature")
 
 
 def test_an_unknown_model(start, videos):
@@ -280,3 +282,107 @@ def test_uploads_are_removed_when_the_answer_starts(start, model, videos):
         with streaming.result(120) as chunks:
             next(chunks)
             assert not list(running.service.uploads.iterdir())
+
+
+def test_spellings_of_base64(start, model, videos):
+    """Line breaks, a final newline, the alphabet for URLs, percent-encoding, a comma in the media type, no padding."""
+    client, data = start().client(), videos[0].read_bytes()
+    expected = model.caption(videos[0], sampling=SHORT).text
+    plain = base64.b64encode(data).decode()
+    assert "+" in plain and "/" in plain
+    for url in (
+        f"data:video/mp4;base64,{base64.encodebytes(data).decode()}",
+        f"data:video/mp4;base64,{plain}\r\n",
+        f"data:video/mp4;base64,{base64.urlsafe_b64encode(data).decode()}",
+        f"data:video/mp4;base64,{quote(plain, safe='')}",
+        f"data:video/mp4;base64,{plain.rstrip('=')}",
+        f'data:video/mp4;codecs="avc1, mp4a";base64,{plain}',
+    ):
+        assert chat(client, url).choices[0].message.content == expected
+    for broken in (plain.replace("+", " "), plain + "%", plain + "A=", "data:" + plain):
+        with pytest.raises(openai.BadRequestError, match="is not valid base64"):
+            chat(client, f"data:video/mp4;base64,{broken}")
+
+
+def test_base64_is_decoded_across_chunks(videos, tmp_path, monkeypatch):
+    """Chunks cut percent-encoded characters and groups of four at every place."""
+    monkeypatch.setattr(sources, "_CHUNK_CHARS", 7)
+    data = videos[0].read_bytes()[:500]
+    for text in (quote(base64.b64encode(data), safe=""), base64.encodebytes(data).decode()):
+        assert sources.write_data(f"data:;base64,{text}", tmp_path / "a", max_bytes=500) == 500
+        assert (tmp_path / "a").read_bytes() == data
+        with pytest.raises(TooLargeError):
+            sources.write_data(f"data:;base64,{text}", tmp_path / "a", max_bytes=499)
+
+
+def test_stop_strings_end_the_answer(start, model, videos):
+    """Nothing of a stop string is sent, and the row leaves the batch."""
+    client = start().client()
+    whole = chat(client, videos[0].name, max_completion_tokens=200).choices[0].message.content
+    stop = whole[len(whole) // 2 :][:7]
+    expected = whole[: whole.index(stop)].rstrip()
+    options = dict(max_completion_tokens=200, stop=["no such text", stop])
+    before = model.num_steps
+    answer = chat(client, videos[0].name, **options)
+    assert answer.choices[0].message.content == expected and answer.choices[0].finish_reason == "stop"
+    assert 0 < answer.usage.completion_tokens == model.num_steps - before < 200
+    with chat(client, videos[0].name, stream=True, **options) as chunks:
+        texts, reasons, _ = gather(chunks)
+    assert (texts, reasons) == ({0: expected}, {0: "stop"})
+    sampling = Sampling(max_new_tokens=200, stop=(stop,))
+    assert model.caption(videos[0], sampling=sampling).text == expected
+    assert "".join(model.stream(videos[0], sampling=sampling)) == expected
+
+
+def test_a_stop_string_ends_one_of_several_answers(start, videos):
+    client = start().client()
+    options = dict(temperature=1.2, seed=3, n=4, max_completion_tokens=60)
+    whole = [choice.message.content for choice in chat(client, videos[0].name, **options).choices]
+    stop = whole[1][10:16]
+    with chat(client, videos[0].name, stream=True, stop=stop, **options) as chunks:
+        texts = gather(chunks)[0]
+    assert [texts[number] for number in range(4)] == [text.split(stop)[0].rstrip() for text in whole]
+
+
+def test_the_number_of_frames_reaches_the_model(start, model, videos):
+    client = start().client()
+    counts, original = [], model.processor.clip_inputs
+
+    def count(clip):
+        counts.append(len(clip.frames))
+        return original(clip)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.processor, "clip_inputs", count)
+        chat(client, videos[0].name)
+        chat(client, videos[0].name, extra_body={"mm_processor_kwargs": {"num_frames": 3}})
+        chat(client, videos[0].name, extra_body={"mm_processor_kwargs": {"fps": 0.5}})
+    assert counts[0] > counts[1] == 3 and counts[2] < counts[0]
+    with pytest.raises(openai.BadRequestError, match="num_frames is 1000; the maximum of this model is 16"):
+        chat(client, videos[0].name, extra_body={"mm_processor_kwargs": {"num_frames": 1000}})
+    with pytest.raises(openai.BadRequestError, match="max_pixels cannot be set"):
+        chat(client, videos[0].name, extra_body={"mm_processor_kwargs": {"max_pixels": 1000}})
+
+
+def test_a_clip_may_follow_a_conversation(start, model, videos):
+    messages = [
+        {"role": "user", "content": "I will send a video."},
+        {"role": "assistant", "content": "Please do."},
+        {"role": "user", "content": "Here it is."},
+        *user_message(videos[0].name, "What is heard?"),
+    ]
+    answer = start().client().chat.completions.create(model="", messages=messages, max_completion_tokens=12)
+    history = (("I will send a video.", "Please do."),)
+    expected, otherwise = (
+        model.caption(
+            videos[0], prompt="Here it is.\nWhat is heard?", sampling=SHORT, history=history, clip_turn=turn
+        ).text
+        for turn in (1, 0)
+    )
+    assert expected != otherwise
+    assert answer.choices[0].message.content == expected
+
+
+def test_greedy_choices_are_equal(start, videos):
+    first, second = chat(start().client(), videos[0].name, n=2).choices
+    assert first.message.content == second.message.content != ""

@@ -7,8 +7,10 @@ import pytest
 
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.streaming import Completion, TextDelta
+from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipInfo
-from salmonn.serve.schema import ChatLimits, ChatRequest, RequestError, ResponseBuilder, Usage, parse_chat_request
+from salmonn.serve.errors import RequestError
+from salmonn.serve.schema import ChatLimits, ChatRequest, ResponseBuilder, Usage, parse_chat_request
 
 LIMITS = ChatLimits(100, max_tokens=200, max_choices=4, max_prompt_chars=50, max_conversation_chars=100)
 VIDEO = {"type": "video_url", "video_url": {"url": "data:,"}}
@@ -72,7 +74,7 @@ def test_all_parameters():
         user="me",
         metadata={"a": "b"},
     )
-    assert url == "data:audio/wav;base64,AAAA"
+    assert url == "data:;base64,AAAA"
     sampling = Sampling(temperature=1, top_p=0.5, max_new_tokens=7, repetition_penalty=1.1)
     request = CaptionRequest(Path(), "What is\nheard?", sampling, Span(1, 2.5), "audio", seed=-4, num_samples=3)
     assert chat == ChatRequest("audio", "m", request, stream=True, include_usage=True)
@@ -94,9 +96,76 @@ def test_a_conversation():
     assert with_empty_answer.request.history == (("", ""),)
 
 
-def test_an_image():
-    chat, url = parse([{"type": "image_url", "image_url": {"url": "a.png", "detail": "auto"}}])
-    assert (chat.kind, url) == ("image", "a.png")
+@pytest.mark.parametrize(
+    ("part", "kind", "url"),
+    [
+        ({"type": "image_url", "image_url": {"url": "a.png", "detail": "high"}}, "image", "a.png"),
+        ({"type": "image", "image": "a.png"}, "image", "a.png"),
+        ({"type": "video_url", "video_url": "a.mp4", "uuid": "x"}, "video", "a.mp4"),
+        ({"type": "video", "video": "file:///a.mp4"}, "video", "file:///a.mp4"),
+        ({"type": "audio_url", "audio_url": {"url": "https://a/b"}}, "audio", "https://a/b"),
+        ({"type": "audio", "audio": "a.ogg"}, "audio", "a.ogg"),
+        ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "flac"}}, "audio", "data:;base64,AAAA"),
+        (
+            {"type": "input_audio", "input_audio": {"data": "data:audio/wav;base64,AA"}},
+            "audio",
+            "data:audio/wav;base64,AA",
+        ),
+        ({"type": "input_audio", "input_audio": "AAAA"}, "audio", "data:;base64,AAAA"),
+        ({"type": "file", "file": {"file_data": "data:;base64,AA", "filename": "a"}}, "file", "data:;base64,AA"),
+        ({"type": "file", "file": {"file_data": "AAAA"}}, "file", "data:;base64,AAAA"),
+    ],
+)
+def test_spellings_of_a_clip(part, kind, url):
+    chat, parsed = parse([part])
+    assert (chat.kind, parsed, chat.request.frames) == (kind, url, None)
+
+
+def test_frames_can_be_chosen():
+    def frames(part=VIDEO, **parameters):
+        return parse([part], **parameters)[0].request.frames
+
+    assert frames(VIDEO | {"fps": 2, "max_pixels": 50_000}) == FrameOptions(2, max_pixels=50_000)
+    assert frames({"type": "video_url", "video_url": {"url": "a", "num_frames": 8.0}}) == FrameOptions(num_frames=8)
+    assert frames(mm_processor_kwargs={"fps": 0.5}) == FrameOptions(0.5)
+    assert frames(VIDEO | {"fps": 2}, mm_processor_kwargs={"fps": 0.5}) == FrameOptions(2)  # the nearer one
+    assert frames(mm_processor_kwargs={}) is None
+
+
+def test_neutral_values_pass():
+    neutral = dict(top_k=-1, min_p=0.0, best_of=1, echo=False, skip_special_tokens=True, ignore_eos=False)
+    neutral |= dict(length_penalty=1.0, presence_penalty=0.0, frequency_penalty=0, chat_template_kwargs={})
+    chat, _ = parse(**neutral, reasoning_effort="none", max_tokens=32.0, temperature=1e-6, n=2, seed=3.0)
+    assert chat.request.sampling == Sampling(temperature=0, max_new_tokens=32)
+    assert (chat.request.num_samples, chat.request.seed) == (2, 3)
+    assert parse(top_k=0, stop=[])[0].request.sampling.stop == ()
+
+
+def test_stop_strings():
+    assert parse(stop="\n")[0].request.sampling.stop == ("\n",)
+    assert parse(stop=["a", "b c"])[0].request.sampling.stop == ("a", "b c")
+
+
+def test_a_clip_in_a_later_message():
+    request = parse(messages=alternating_messages("Hello.", "Hi.", VIDEO))[0].request
+    assert (request.history, request.prompt, request.clip_turn) == ((("Hello.", "Hi."),), None, 1)
+
+
+def test_messages_of_the_user_in_a_row_are_one():
+    messages = [*alternating_messages(VIDEO), *alternating_messages("What is", "A star.", "Where?")]
+    request = parse(messages=messages)[0].request
+    assert (request.history, request.prompt, request.clip_turn) == ((("What is", "A star."),), "Where?", 0)
+
+
+def test_errors_have_the_path_of_the_parameter():
+    with pytest.raises(RequestError) as caught:
+        parse([text_part("a"), {"type": "movie"}])
+    assert caught.value.param == "messages[0].content[1].type"
+    assert str(caught.value).startswith("messages[0].content[1].type must be one of text, video_url, ")
+    assert str(caught.value).endswith("; got 'movie'")
+    with pytest.raises(RequestError, match=r"stream_options\.include_usage: ") as caught:
+        parse(stream_options={"include_usage": "x"}, stream=True)
+    assert caught.value.param == "stream_options.include_usage"
 
 
 @pytest.mark.parametrize(
@@ -105,17 +174,28 @@ def test_an_image():
         ({"frequency_penalty": 0.5}, "frequency_penalty: this value is not supported"),
         ({"presence_penalty": -1}, "presence_penalty"),
         ({"logprobs": True}, "logprobs"),
-        ({"stop": "."}, "stop"),
+        ({"stop": [""]}, "stop must be a string or a list of up to 16, each of 1 to 200 characters"),
+        ({"stop": ["a"] * 17}, "stop must be"),
+        ({"stop": 3}, "stop must be"),
         ({"tools": [{}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"top_k": 4}, "top_k: unsupported parameter"),
+        ({"top_k": 4}, "top_k: this value is not supported; leave it out"),
+        ({"colour": 4}, "colour: unsupported parameter"),
+        ({"response_format": {"type": "json_schema"}}, 'response_format: only {"type": "text"} is supported'),
+        ({"ignore_eos": True}, "ignore_eos: this value"),
+        ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs: this value"),
+        ({"reasoning_effort": "high"}, "reasoning_effort: this value"),
+        ({"best_of": 2}, "best_of: only 1 is supported"),
+        ({"mm_processor_kwargs": {"size": 3}}, "mm_processor_kwargs.size: unsupported field"),
+        ({"mm_processor_kwargs": {"fps": 1e9}}, "fps must be from 0.01 to 1000"),
+        ({"mm_processor_kwargs": {"num_frames": True}}, "mm_processor_kwargs.num_frames must be a whole number"),
+        ({"mm_processor_kwargs": {"fps": 1, "num_frames": 1}}, "exclude each other"),
+        ({"max_tokens": 32.5}, "max_tokens: "),
         ({"temperature": 2.5}, "temperature: .*less than or equal to 2"),
-        ({"temperature": 1e-9}, "temperature must be 0, or 0.01 and above"),
         ({"temperature": "1"}, "temperature: "),
         ({"top_p": 0}, "top_p: .*greater than 0"),
         ({"n": 0}, "n: "),
         ({"n": 5, "temperature": 1}, "n: the maximum is 4"),
-        ({"n": 2}, "n: at temperature 0 all choices are the same"),
         ({"n": True}, "n: "),
         ({"max_tokens": 201}, "max_tokens: the maximum is 200"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "differ: give one"),
@@ -129,20 +209,23 @@ def test_an_image():
         ({"metadata": {"a": [{}] * 25_000}}, "the body has more than 50,000 JSON values"),
         ({"messages": [{"role": "system", "content": "Be brief."}]}, "and end with user, and alternate"),
         ({"messages": alternating_messages("a", "b")}, "alternate user/assistant"),
-        ({"messages": [*alternating_messages("a"), *alternating_messages("b")]}, "alternate user/assistant"),
+        ({"messages": [*alternating_messages(VIDEO, "b"), *alternating_messages("a", "b")[1:]]}, "alternate user/assi"),
         ({"messages": alternating_messages(VIDEO, "b", "c", "d", "")}, "the user's message 3 has no text"),
-        ({"messages": alternating_messages("a", "b", VIDEO)}, "belongs in the user's first message"),
+        ({"messages": alternating_messages("", "b", VIDEO)}, "the user's message 1 has neither a clip nor text"),
         ({"messages": alternating_messages(VIDEO, "b", VIDEO)}, "the messages have 2 clips"),
         ({"messages": alternating_messages("a", "b", "c")}, "the messages have no clips"),
-        ({"messages": alternating_messages("a", VIDEO, "c")}, "belongs in the user's first message"),
+        (
+            {"messages": alternating_messages("a", VIDEO, "c")},
+            r"messages\[1\]: a clip belongs in a message of the user",
+        ),
         (
             {"messages": [{"role": "system", "content": [VIDEO]}, *alternating_messages(VIDEO)]},
-            "belongs in the user's first message",
+            r"messages\[0\]: a clip belongs in a message of the user",
         ),
-        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages.0.role"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages\[0\].role: "),
         (
             {"messages": [*alternating_messages(VIDEO), {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
-            "tool_calls is not supported",
+            r"messages\[1\].tool_calls is not supported",
         ),
         (
             {"messages": alternating_messages(VIDEO, "x" * 90, "y" * 11)},
@@ -165,20 +248,29 @@ def test_unsupported_values_are_rejected(parameters, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("Describe it.", "the messages have no clips: give exactly one video_url, image_url or input_audio"),
+        (
+            "Describe it.",
+            "the messages have no clips; this model takes exactly one .*, such as a video_url",
+        ),
         ([text_part("Describe it.")], "the messages have no clips"),
         ([VIDEO, VIDEO], "the messages have 2 clips"),
         (
             [VIDEO, {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}],
             "the audio of a video is read from the video",
         ),
-        ([VIDEO, *[text_part("x")] * 64], "at most 64 items"),
+        ([VIDEO, *[text_part("x")] * 64], r"messages\[0\].content has 65 parts; the maximum is 64"),
         ([1] * 60_000, "the body has more than 50,000 JSON values"),
         ([VIDEO, text_part("x" * 51)], "a message has 51 characters; the maximum is 50"),
-        ([{"type": "file", "file": {}}], "messages.0.content"),
-        ([{"type": "image_url", "image_url": {"url": "a", "detail": "high"}}], "detail"),
-        ([{"type": "input_audio", "input_audio": {"data": "", "format": "ogg"}}], "format"),
-        ([VIDEO | {"fps": 2}], "fps"),
+        ([{"type": "file", "file": {}}], r"messages\[0\].content\[0\].file.file_data must be given"),
+        ([{"type": "file", "file": {"file_id": "a"}}], r"content\[0\].file.file_id: unsupported field"),
+        ([{"type": "video", "video": ["1.png", "2.png"]}], r"content\[0\].video: a list of frames is not supported"),
+        ([{"type": "video_url", "video_url": {"url": 3}}], r"content\[0\].video_url.url must be a string"),
+        ([VIDEO | {"colour": 1}], r"content\[0\].colour: unsupported field"),
+        ([VIDEO | {"fps": "2"}], r"content\[0\].fps must be a number"),
+        ([VIDEO | {"num_frames": 0}], "num_frames must be at least 1"),
+        ([text_part(None)], r"content\[0\].text must be a string"),
+        (["a"], r"content\[0\] must be an object with a type"),
+        (None, r"content must be a string or a list of parts"),
     ],
 )
 def test_unsupported_messages_are_rejected(content, message):
