@@ -108,6 +108,8 @@ def launch_options() -> dict[str, Any]:
     )
     return {
         "theme": theme.set(
+            # The login page, which app.css does not reach, has the background of body and panels in turn.
+            background_fill_primary="*neutral_50",
             body_background_fill="*neutral_50",
             body_background_fill_dark="*neutral_950",
             body_text_color_subdued="*neutral_500",

@@ -1,18 +1,22 @@
 """The tab Caption: a video beside its caption, which is streamed, with its events and its score."""
 
+import json
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from salmonn.batch.subtitles import SUBTITLE_FORMATS, format_text
 from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import Completion
+from salmonn.media.container import ClipError
 from salmonn.records import Caption
 from salmonn.webui.controls import (
     GENERATE,
@@ -27,6 +31,7 @@ from salmonn.webui.controls import (
 from salmonn.webui.rendering import (
     render_analysis,
     render_caption,
+    render_downloads,
     render_error,
     render_file_notice,
     render_placeholder,
@@ -71,6 +76,7 @@ class CaptionTab:
                     with gr.Row(elem_classes=["card-footer"]):
                         self.status = gr.HTML("", elem_id="status")
                         self.copy = gr.Button("Copy", elem_id="copy", size="sm", visible=False, scale=0, min_width=90)
+                    self.downloads = gr.HTML("", elem_id="downloads")
                 self.findings = gr.HTML("", elem_id="findings")
         self.shown = gr.State(None)
         self.time = gr.Number(visible=False)  # of an event in the browser
@@ -95,7 +101,9 @@ class CaptionTab:
 
     def _connect(self) -> None:
         inputs = {self.video, self.model, self.reference, *self.controls.components, self.time}
-        outputs = [self.answer, self.status, self.findings, self.start, self.stop, self.copy, self.shown]
+        outputs = [
+            self.answer, self.status, self.findings, self.start, self.stop, self.copy, self.downloads, self.shown,
+        ]  # fmt: skip
         self.start.click(self.describe, inputs, outputs, js=REVEAL, **GENERATE)
         self.stop.click(self.stop_request, None, None, **QUIET)
         self.video.change(
@@ -115,6 +123,8 @@ class CaptionTab:
             pasted = check_text(values[self.reference] or "", name="the reference")
             reference = parse_reference(pasted, video=path.name) or self.state.reference_of(path)
             caption = yield from self._stream(caption_request, model, active)
+            if caption and caption.text:
+                yield {self.downloads: self._render_downloads(caption, path)}
             # Answers to questions are not descriptions of events.
             if caption and not active.is_stopped and caption_request.prompt is None:
                 scorer = self.state.scorer
@@ -139,6 +149,7 @@ class CaptionTab:
             self.answer: render_caption("", is_growing=True),
             self.status: _busy(READING),
             self.findings: "",
+            self.downloads: "",
             self.start: gr.update(interactive=False),
             self.stop: gr.update(visible=True),
             self.copy: gr.update(visible=False),
@@ -170,11 +181,26 @@ class CaptionTab:
         } | self._enable()
         return caption
 
+    def _render_downloads(self, caption: Caption, path: Path) -> str:
+        """Render links to the caption as files; without subtitles if the duration of the video is unknown."""
+        files = {"json": json.dumps(asdict(caption), ensure_ascii=False, indent=2) + "\n"}
+        try:
+            for name in SUBTITLE_FORMATS:
+                files[name] = format_text([caption], name, seconds_of=lambda _: self._seconds(path, caption.model))
+        except ClipError as error:
+            logger.warning("no subtitles of a caption: %s", error)
+        return render_downloads(files, stem=path.stem)
+
+    def _seconds(self, path: Path, model: str) -> float:
+        return self.state.probe_media(path, model=model).seconds
+
     def _enable(self) -> Update:
         return {self.start: gr.update(interactive=True), self.stop: gr.update(visible=False)}
 
     def _show_error(self, message: str) -> Update:
-        return {self.answer: render_error(message), self.status: "", self.findings: ""} | self._enable()
+        return {
+            self.answer: render_error(message), self.status: "", self.findings: "", self.downloads: "",
+        } | self._enable()  # fmt: skip
 
     def stop_request(self, request: gr.Request) -> None:
         """Stop the session's request; the text so far is kept."""
@@ -185,7 +211,7 @@ class CaptionTab:
         if not self.requests.switch_video(str(request.session_hash), path, changed=changed):
             return {self.status: gr.skip()}
         return {
-            self.answer: PLACEHOLDER, self.status: "", self.findings: "", self.shown: None,
+            self.answer: PLACEHOLDER, self.status: "", self.findings: "", self.downloads: "", self.shown: None,
             self.copy: gr.update(visible=False),
         } | self._enable()  # fmt: skip
 

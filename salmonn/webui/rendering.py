@@ -1,9 +1,11 @@
 """Render records as HTML. All text of models and users is escaped."""
 
+from collections.abc import Mapping
 from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from salmonn.preference.votes import VoteSummary
 from salmonn.records import Caption, Event, Score
@@ -36,6 +38,17 @@ def render_caption(text: str, *, is_growing: bool = False, finished: bool = True
 def render_file_notice(caption: Caption) -> str:
     """Render what was lost or guessed when the caption's file was read; "" if nothing was."""
     return str(_macros().file_notice(caption.complete, caption.warnings))
+
+
+def render_downloads(files: Mapping[str, str], *, stem: str) -> str:
+    """Render links to files that the page itself contains.
+
+    Args:
+        files: contents by suffix.
+        stem: name of the files without suffix.
+    """
+    links = {suffix: f"data:text/plain;charset=utf-8,{quote(text)}" for suffix, text in sorted(files.items())}
+    return str(_macros().downloads(links, stem))
 
 
 def render_scored_caption(analysis: CaptionAnalysis) -> str:

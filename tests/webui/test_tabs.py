@@ -1,7 +1,11 @@
 """Event handlers of the tabs without a browser, with values that a form would not send."""
 
+import json
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import gradio as gr
 import pytest
@@ -14,7 +18,7 @@ from salmonn.model.layout import ClipInfo
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption, Comparison, read_records
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.webui.app import load_results, load_run
+from salmonn.webui.app import launch_options, load_results, load_run
 from salmonn.webui.caption_tab import CaptionTab
 from salmonn.webui.compare_tab import CompareTab, ComparisonState, ScoredCandidate
 from salmonn.webui.controls import QUESTION
@@ -175,10 +179,26 @@ def test_a_caption_of_a_damaged_file_has_a_notice(caption_tab, comparison, monke
         caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: "",
         caption_tab.time: 0.0,
     }  # fmt: skip
+    monkeypatch.setattr(AppState, "probe_media", lambda *_, **__: MediaInfo(3.0))
     updates = list(caption_tab.describe(values, REQUEST))
     answers = [update[caption_tab.answer] for update in updates if caption_tab.answer in update]
     assert len(answers) == 3 and "Lost 1 s of video" not in answers[0]
     assert all("Lost 1 s of video" in answer for answer in answers[1:])
+
+
+@pytest.mark.parametrize("seconds", [3.0, 0.0])
+def test_downloads(caption_tab, monkeypatch, seconds):
+    """A file of unknown duration has no subtitles."""
+    monkeypatch.setattr(AppState, "probe_media", lambda *_, **__: MediaInfo(seconds))
+    html = caption_tab._render_downloads(Caption("a.mp4", "A & B <c> 50 %", model="one"), Path('my "a".mp4'))
+    links = {name: unquote(url) for url, name in re.findall(r'href="data:[^,]*,([^"]*)" download="([^"]*)"', html)}
+    stem = "my &#34;a&#34;"
+    assert json.loads(links[f"{stem}.json"])["text"] == "A & B <c> 50 %"
+    assert links[f"{stem}.txt"] == "A & B <c> 50 %\n"
+    assert len(links) == (4 if seconds else 2)
+    if seconds:
+        assert links[f"{stem}.srt"] == "1\n00:00:00,000 --> 00:00:03,000\nA & B <c> 50 %\n"
+        assert "A &amp; B &lt;c&gt;" in links[f"{stem}.vtt"]
 
 
 def test_sound_files_are_accepted(caption_tab, tmp_path):
@@ -193,6 +213,13 @@ def test_a_copy_succeeds_if_it_cannot_be_logged(caption_tab, tmp_path, caplog):
     (tmp_path / "votes" / "log.jsonl").mkdir()
     assert caption_tab.log_copy(Caption("holiday.mp4", "A dog barks.", model="one")) == "Copied."
     assert "cannot log" in caplog.text
+
+
+def test_the_login_page_has_one_background():
+    """It has no style sheet of ours, only the theme; its wide column is of this colour, the page around it of that."""
+    theme = launch_options()["theme"]
+    assert theme.background_fill_primary == theme.body_background_fill == "*neutral_50"
+    assert theme.background_fill_primary_dark == theme.body_background_fill_dark == "*neutral_950"
 
 
 def test_errors_of_folders_contain_only_their_names(tmp_path):
