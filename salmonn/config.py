@@ -6,6 +6,7 @@ A field that does not affect the results is marked:
     strategy: StrategyName = field(default="ddp", metadata=MAY_CHANGE)
 """
 
+import argparse
 import dataclasses
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from salmonn.records import write_text
 
@@ -27,12 +28,30 @@ MAY_CHANGE = {"resume": "may_change"}
 MAY_CHANGE_BUT_NOT_TO_NONE = {"resume": "may_change_but_not_to_none"}
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """Formatter that shows choices and defaults as a reader needs them, without Python's names of types."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        is_shown = isinstance(action.default, (int, float, str, Path)) and action.default is not False
+        if "default" in text or "%" in text or not is_shown or action.default == argparse.SUPPRESS:
+            return text
+        return f"{text} (default: %(default)s)"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        choices = re.fullmatch(r"(?:\w+\[)*Literal\[([^]]*)\](?:, null| \| None)?\]*", str(self._get_type_str(action)))
+        return f"{{{choices[1].replace(chr(39), '').replace(', ', ',')}}}" if choices else action.dest.upper()
+
+
 class FlagParser(ArgumentParser):
     """Argument parser that shows flags in kebab-case, in help, usage and errors, and accepts `--like_this` as well.
 
     In code, flags are registered under the names of the dataclass fields that they set, which are also the keys of YAML
     files: `add_argument("--batch_size")`.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": HelpFormatter, **options})
 
     def parse_args(self, args: Sequence[str] | None = None, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line (default: the process's own)."""
@@ -47,11 +66,15 @@ class FlagParser(ArgumentParser):
         return _to_kebab_case(super().format_help(*args))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print usage and error message, and exit with code 2."""
+        """Print one sentence, and exit with code 2."""
         if "config" not in {action.dest for action in self._actions}:  # with YAML, the key is what a user has to find
             message = re.sub(r'Parser key "([\w.]+)"', r"--\1", message)
             message = re.sub(r"(?<=are required: )[\w.-]+(, [\w.-]+)*", self._name_required, message)
-        super().error(_to_kebab_case(message), ex)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        command = getattr(ex, "subcommand_parser", None) or self
+        prog = command.prog.replace(" [options]", "")
+        self.exit(2, f"error: {_to_kebab_case(_describe_types(message))} (see {prog} --help)\n")
 
     def _name_required(self, missing: re.Match[str]) -> str:
         """Return the missing arguments of a subcommand, known as `command.name`, as a user writes them."""
@@ -61,6 +84,22 @@ class FlagParser(ArgumentParser):
             parser = self._subcommands_action.choices[command] if command else self  # type: ignore[union-attr]
             names.append(f"--{name}" if f"--{name}" in parser._option_string_actions else name)
         return ", ".join(names)
+
+
+def _describe_types(message: str) -> str:
+    """Rewrite jsonargparse's message about a value of a wrong type: without Python's names of types, on one line."""
+    found = re.search(
+        r"(?s)^(?P<flag>.*?):\s*\n.*?Expected an? (?P<type>[^\n]*?)(\. Got value: |\n.*Given value: )", message
+    )
+    if not found:
+        return " ".join(message.split())
+    expected, value = found["type"], message[found.end() :].strip()
+    if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
+        expected = f"one of {choices[1].replace(chr(39), '')}"
+    else:
+        name = re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", expected)
+        expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(name, name)
+    return f"{found['flag'].strip()}: must be {expected}, got {value}"
 
 
 def _to_kebab_case(text: str) -> str:

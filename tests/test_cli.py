@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from salmonn import __version__
 from salmonn.cli.main import COMMANDS, build_parser
 from salmonn.config import parse_config
 from salmonn.records import Caption, Reference, read_records
@@ -81,7 +82,7 @@ def test_help_of_commands(call, command, options):
 FLAG = r"(?<![\w/.-])--[a-z][\w.-]*"
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"completion"}))  # which has no flags
 def test_help_shows_flags_in_one_spelling(call, command):
     code, out, _ = call(command, "--help")
     flags = re.findall(FLAG, out)
@@ -106,7 +107,83 @@ def test_both_spellings_of_a_flag_are_accepted(call, flag):
 
 
 def test_missing_arguments_are_named_as_they_are_written(call):
-    assert "required: captions, --to\n" in call("export")[2]
+    assert "required: captions, --to (see salmonn --help)\n" in call("export")[2]
+    assert "required: --out (see" in call("caption", "a.mp4")[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--temperature", "hot"], "--temperature: must be a number, got hot"),
+        (["--workers", "x"], "--workers: must be a whole number, got x"),
+        (["--bits", "5"], "--bits: must be one of 4, 8, got 5"),
+        (["--modality", "smell"], "--modality: must be one of both, visual, audio, got smell"),
+        (["--export", "json"], "--export element 1: must be one of csv, parquet, txt, srt, vtt, got json"),
+        (["--nope", "1"], "unrecognized arguments: --nope 1"),
+    ],
+)
+def test_wrong_values_are_described_in_one_sentence(call, args, message):
+    """Without the usage of forty flags and Python's names of types."""
+    code, out, err = call("caption", "a.mp4", "--out", "x.jsonl", *args)
+    assert (code, out, err) == (2, "", f"error: {message} (see salmonn caption --help)\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["caption", "/nowhere", "--out", "x.jsonl"], "no such file or folder"),
+        (
+            ["caption", "tests", "--out", "x.txt"],
+            "--out x.txt must end in .jsonl, .csv or .parquet, or be -",
+        ),
+        (
+            ["caption", "tests", "--out", "x.jsonl", "--segment-seconds", "0"],
+            "--segment-seconds must be above 0",
+        ),
+        (["caption", "tests", "--out", "x.jsonl", "--limit", "0"], "--limit must be at least 1"),
+        (["caption", "tests", "--out", "x.jsonl", "--frames", "0"], "num_frames must be at least 1"),
+        (["caption", "tests", "--out", "-", "--lines-per-file", "9"], "--lines-per-file needs a file"),
+    ],
+)
+def test_wrong_usage_is_reported_before_torch_is_imported(args, message):
+    code = f"import sys\ntry:\n from salmonn.cli import main; main({args!r})\nexcept SystemExit as end:\n"
+    code += " assert end.code == 2\nassert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0 and result.stderr.startswith("error: ") and message in result.stderr
+
+
+def test_version_help_and_module(call):
+    assert call("--version")[:2] == (0, f"salmonn {__version__}\n")
+    assert call("help", "export")[1] == call("export", "--help")[1]
+    assert "caption" in call("help")[1]
+    command = [sys.executable, "-m", "salmonn", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.stdout == f"salmonn {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["sal", "cap"], ["caption"]),
+        (["salmonn", "caption", "--max-n"], ["--max-new-tokens"]),
+        (["salmonn", "plot", "--o"], ["--out"]),
+        (["salmonn", "plot", "fold"], []),
+    ],
+)
+def test_completion(call, words, expected):
+    code, script, _ = call("completion", "bash")
+    script += f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _salmonn; echo ${{COMPREPLY[@]}}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert code == 0 and result.stdout.split() == expected and not result.stderr
+    assert call("completion", "zsh")[1].startswith("autoload -U bashcompinit")
+
+
+def test_help_is_grouped_and_names_no_types(call):
+    _, out, _ = call("caption", "--help")
+    headings = re.findall(r"^(\w[^\n]*):$", out, re.MULTILINE)
+    assert headings == ["options", "Input", "Prompt and sampling", "Output", "Speed and limits", "Model"]
+    assert "type: " not in out and "null" not in out and "Literal" not in out
+    assert "{csv,parquet,txt,srt,vtt}" in out and "(default: 20)" in out and "default: False" not in out
 
 
 def test_a_folder_with_one_broken_file(videos, random_model, tmp_path):
@@ -198,8 +275,8 @@ def test_out_is_replaced_only_on_request(call, videos, random_model, tmp_path):
         (["{video}", "--model", "{empty}"], "no model in"),
         (["{video}", "--prompt", "<|video_pad|>"], "special token"),
         ([], "paths"),
-        (["{video}", "--batch-size", "-1"], "batch_size"),
-        (["{video}", "--workers", "-1"], "workers must be"),
+        (["{video}", "--batch-size", "-1"], "--batch-size must be at least 1"),
+        (["{video}", "--workers", "-1"], "--workers must be"),
     ],
 )
 def test_wrong_usage_of_caption(call, videos, random_model, tmp_path, args, message):

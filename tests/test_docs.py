@@ -98,7 +98,8 @@ def stage(known, random_plus, serve, tmp_path):
         write_records(tmp_path / name, beside)
     for name in ("videos", "votes", "home/Videos", "bin"):
         (tmp_path / name).mkdir(parents=True)
-    shutil.copytree(tmp_path / "clips", tmp_path / "try")
+    for name in ("try", "my_videos"):
+        shutil.copytree(tmp_path / "clips", tmp_path / name)
     texts = [Caption(one.video, one.caption) for one in beside]
     write_records(tmp_path / "captions.given", texts)
     for name in ("run", "run/mrdpo"):

@@ -192,6 +192,12 @@ def test_a_model_that_the_hub_lacks(home, tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
 
 
+def test_an_unknown_model_without_a_connection_fails_at_once(home, tmp_path):
+    result = caption(MEDIA / "h265_video.mp4", "--model", "someone/other", "--out", tmp_path / "a.jsonl", home=home)
+    assert result.returncode == 2 and "Retrying" not in result.stderr
+    assert result.stderr.startswith("error: no model someone/other: ") and result.stderr.count("\n") == 1
+
+
 def call(capsys, *args: object) -> tuple[int, str]:
     with pytest.raises(SystemExit) as caught:
         cli.main(["caption", *map(str, args)])

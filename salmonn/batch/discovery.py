@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from hashlib import blake2b
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal, cast
 
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from salmonn.media.container import ClipError
@@ -31,6 +32,7 @@ MEDIA_SUFFIXES = VIDEO_SUFFIXES | AUDIO_SUFFIXES
 _MAX_SUFFIXES = 1000  # counted separately
 _MAX_SUFFIX_CHARS = 10  # what follows the last dot of a longer one is part of the name
 _SHOWN_SUFFIXES = 8
+_READ_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class VideoListing:
 
     Args:
         paths: files, and folders that are searched for known suffixes; hidden files and folders are skipped.
-        list_path: file with one such path per line; "-" is stdin, which can be read only once.
+        list_path: file of such paths, separated by newlines or NUL bytes; "-" is stdin, which can be read only once.
         globs: patterns; a file in a folder has to match one of them, see `matches`.
         shard: part of these videos to list.
 
@@ -170,7 +172,7 @@ class VideoListing:
     def _named(self) -> Iterator[str]:
         yield from self.paths
         if self.list_path == STDIN:
-            yield from _read_list(sys.stdin.buffer)
+            yield from _read_list(cast(BufferedIOBase, sys.stdin.buffer))
         elif self.list_path is not None:
             with Path(self.list_path).open("rb") as file:
                 yield from _read_list(file)
@@ -285,9 +287,21 @@ def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
-def _read_list(file: BinaryIO) -> Iterator[str]:
-    """Yield the lines of a list except for empty ones; some tools put a byte order mark at its start."""
-    for number, line in enumerate(file):
-        path = os.fsdecode(line.removeprefix(codecs.BOM_UTF8) if number == 0 else line).rstrip("\r\n")
-        if path:
-            yield path
+def _read_list(file: BufferedIOBase) -> Iterator[str]:
+    """Yield the lines of a list except for empty ones; some tools put a byte order mark at its start.
+
+    A list with a NUL byte, as `find -print0` writes it, is separated by those instead: names may contain line breaks.
+    """
+    separator, rest = b"", b""
+    while chunk := file.read1(_READ_BYTES):
+        if not separator:
+            chunk = chunk.removeprefix(codecs.BOM_UTF8)
+            separator = b"\0" if b"\0" in chunk else b"\n"
+        *lines, rest = (rest + chunk).split(separator)
+        yield from _to_paths(lines, separator)
+    yield from _to_paths([rest], separator)
+
+
+def _to_paths(lines: Sequence[bytes], separator: bytes) -> Iterator[str]:
+    paths = (line if separator == b"\0" else line.rstrip(b"\r") for line in lines)
+    return (os.fsdecode(path) for path in paths if path)

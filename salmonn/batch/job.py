@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -20,10 +21,12 @@ from salmonn.batch.export import LatestCaptions
 from salmonn.batch.ledger import Ledger
 from salmonn.batch.ledger_files import HashSet, hash_key
 from salmonn.batch.subtitles import SubtitleWriter
-from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader
 from salmonn.records import Caption, Failure
+
+if TYPE_CHECKING:
+    from salmonn.caption.captioner import Captioner
 
 IndexedVideo = tuple[int, VideoFile]  # a video with its number among the pending ones
 
@@ -48,6 +51,12 @@ class JobConfig:
     max_new_tokens: int | None = None
     segment_seconds: float | None = None
     batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.segment_seconds is not None and not self.segment_seconds > 0:
+            raise ValueError(f"--segment-seconds must be above 0, got {self.segment_seconds}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"--batch-size must be at least 1, got {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class RunStats:
 
 
 def caption_videos(
-    captioner: Captioner, videos: Iterable[IndexedVideo], *, config: JobConfig, reader: ClipReader
+    captioner: "Captioner", videos: Iterable[IndexedVideo], *, config: JobConfig, reader: ClipReader
 ) -> Generator[VideoResult]:
     """Caption videos, and yield each once its last segment is done.
 
@@ -136,6 +145,7 @@ class CaptionJob:
         max_failures: number of videos failing in a row at which the run stops; 0: never.
         subtitles: writes subtitle files for each video.
         on_failure: called with the reason of each failure.
+        on_captions: called with the captions of each video once they are written.
 
     Attributes:
         stats: counts so far.
@@ -150,6 +160,7 @@ class CaptionJob:
         max_failures: int = 20,
         subtitles: SubtitleWriter | None = None,
         on_failure: Callable[[str], object] = lambda reason: None,
+        on_captions: Callable[[list[Caption]], object] = lambda captions: None,
     ) -> None:
         if max_failures < 0:
             raise ValueError(f"--max-failures must be 0 (no limit) or more, got {max_failures}")
@@ -160,6 +171,7 @@ class CaptionJob:
         self._streak = _FailureStreak(0 if is_retry else max_failures)
         self._subtitles = subtitles
         self._on_failure = on_failure
+        self._on_captions = on_captions
         self._seen = HashSet()
         self._indices = itertools.count()
 
@@ -209,6 +221,7 @@ class CaptionJob:
         self._fail(unwritten)
         if captions:
             self._ledger.write(captions)
+            self._on_captions(captions)
         self._fail(failures)
         self.stats.captions += len(captions)
         self.stats.incomplete += sum(not caption.complete for caption in captions)

@@ -59,6 +59,7 @@ class Ledger:
         start_seconds: start of the first segment of each video.
         lines_per_file: number of lines after which another captions file is begun, never within a video.
         overwrite: start over; existing files are renamed to backups.
+        read_only: only look up what earlier runs did: nothing is locked, repaired, renamed or written.
 
     Attributes:
         moved: backups of existing files.
@@ -73,6 +74,7 @@ class Ledger:
         start_seconds: float | None = None,
         lines_per_file: int | None = None,
         overwrite: bool = False,
+        read_only: bool = False,
     ) -> None:
         if lines_per_file is not None and lines_per_file < 1:
             raise ValueError(f"--lines-per-file must be at least 1, got {lines_per_file}")
@@ -82,6 +84,7 @@ class Ledger:
         self.num_cut_bytes = 0
         self.moved: list[Path] = []
         self._overwrite = overwrite
+        self._read_only = read_only
         self._job = {"format": FORMAT, **job}
         self._start_seconds = float(start_seconds or 0.0)
         self._lines_per_file = lines_per_file
@@ -97,6 +100,10 @@ class Ledger:
             _require_same_job(files, self._job)
 
     def __enter__(self) -> "Ledger":
+        if self._read_only:
+            if not self._overwrite:
+                self._read_all()
+            return self
         self.files.out.parent.mkdir(parents=True, exist_ok=True)
         with self._stack:
             self._lock()
@@ -235,7 +242,8 @@ class Ledger:
                 (self._partial.add if is_partial else self._partial.discard)(version)
         if path == self.files.captions:
             self._num_lines = reader.num_lines
-            self.num_cut_bytes = repair(path, reader.end)
+            if not self._read_only:
+                self.num_cut_bytes = repair(path, reader.end)
 
     def _lock(self) -> None:
         path = self.files.lock

@@ -12,17 +12,19 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salmonn.batch.discovery import VideoFile
 from salmonn.batch.job import IndexedVideo, JobConfig, VideoResult, caption_videos
 from salmonn.batch.ledger_files import LedgerError
-from salmonn.caption.captioner import Captioner
 from salmonn.caption.loader import ClipReader, default_num_workers
 from salmonn.caption.worker import WorkerLimits
 from salmonn.records import Caption, Failure, parse_record
 
-LoadModel = Callable[[], Captioner]
+if TYPE_CHECKING:
+    from salmonn.caption.captioner import Captioner
+
+LoadModel = Callable[[], "Captioner"]
 
 ROUND_VIDEOS = 200_000  # paths that the driver holds at a time; actors are restarted for the next round
 BLOCK_VIDEOS = 64  # videos that an actor takes at a time, and that are captioned again if it dies

@@ -119,7 +119,8 @@ class SubtitleWriter(AbstractContextManager["SubtitleWriter"]):
                 reason = str(error)
             except OSError as error:
                 if error.errno in _DISK_ERRORS:
-                    raise LedgerError(cannot_write(path, error)) from error
+                    hint = ", or write subtitles to another folder with --subtitle-dir"
+                    raise LedgerError(cannot_write(path, error) + hint) from error
                 is_too_long = error.errno == errno.ENAMETOOLONG
                 remedy = "rename the video" if is_too_long else "choose another folder with --subtitle-dir"
                 reason = f"{path} cannot be written ({error.strerror}); {remedy}"

@@ -12,7 +12,13 @@ from typing import TypedDict, Unpack
 import torch
 
 from salmonn.caption.generate import generate
-from salmonn.caption.generator import CaptionRequest, History, Sampling, Span
+from salmonn.caption.generator import (
+    SHIPPED_MODEL,
+    CaptionRequest,
+    History,
+    Sampling,
+    Span,
+)
 from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import Prompt
@@ -23,7 +29,6 @@ from salmonn.model.loading import CONFIG_NAME, Placement, load_config, load_netw
 from salmonn.model.network import Network
 from salmonn.records import Caption, Failure, FailureStage, Modality, atomic_folder
 
-SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
 OUT_OF_MEMORY = (
     "does not fit into GPU memory with the model: use a smaller batch_size, a part of the clip (start, end), or put "
     "less of the model on this GPU (bits 8 or 4, device_map auto)"

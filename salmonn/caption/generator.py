@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from salmonn.caption.captioner import Captioner
     from salmonn.model.layout import ClipFeatures, ClipInputs
 
+SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
 History = Sequence[tuple[str, str]]
 
 

@@ -1,23 +1,36 @@
 """`salmonn caption`: caption videos, or ask a question about each."""
 
+import json
+import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from functools import partial
 from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal, TextIO, get_args
 
 from jsonargparse import Namespace
 from tqdm import tqdm
 
-from salmonn.caption.generator import CaptionRequest, Sampling, Span
-from salmonn.cli.options import SOME_FAILED, add_model_options, add_subtitle_options, load_captioner, plural
+from salmonn.caption.generator import SHIPPED_MODEL, CaptionRequest, Sampling, Span
+from salmonn.cli.options import (
+    SOME_FAILED,
+    add_model_options,
+    add_subtitle_options,
+    garbage_kept,
+    load_captioner,
+    plural,
+)
 from salmonn.config import FlagParser
-from salmonn.records import Modality
+from salmonn.media.frame_sampling import FrameOptions
+from salmonn.records import Caption, Modality
 
 if TYPE_CHECKING:
     from salmonn.batch.discovery import VideoListing
@@ -29,8 +42,10 @@ if TYPE_CHECKING:
 # Settings that the captions depend on; a run with other ones does not resume it.
 JOB_SETTINGS = (
     "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
-    "repetition_penalty", "max_new_tokens", "seed", "published_positions", "dtype", "bits", "reader",
+    "repetition_penalty", "max_new_tokens", "seed", "published_positions", "dtype", "bits", "reader", "frames",
 )  # fmt: skip
+STDOUT = "-"
+TABLE_SUFFIXES = (".csv", ".parquet")  # of --out: a table is written at the end, from the JSONL file beside it
 SAMPLING_FLAGS = ("temperature", "top_p", "repetition_penalty")
 MODEL_FILES, ADAPTER_FILES = "model_files", "adapter_files"
 
@@ -42,8 +57,6 @@ def caption_parser() -> FlagParser:
         "that are already in --out are skipped: after an interruption, run the same command to resume. A file that "
         "cannot be captioned is listed in captions.failed.jsonl and does not stop the run; the exit code is then 1."
     )
-    parser.add_argument("paths", nargs="*", type=str, help="video or audio files, or folders of them")
-    parser.add_argument("--out", type=Path, required=True, help="JSONL file for the captions")
     _add_input_options(parser)
     _add_generation_options(parser)
     _add_output_options(parser)
@@ -53,17 +66,21 @@ def caption_parser() -> FlagParser:
 
 
 def _add_input_options(parser: FlagParser) -> None:
-    group = parser.add_argument_group("Which videos")
-    group.add_argument("--list", type=str | None, default=None, help="file with one path per line (-: stdin)")
+    group = parser.add_argument_group("Input")
+    group.add_argument("paths", nargs="*", type=str, help="video or audio files, or folders of them")
+    listed = "file with one path per line, or separated by NUL bytes as by find -print0 (-: stdin)"
+    group.add_argument("--list", type=str | None, default=None, help=listed)
     globs = "in folders, only files matching one of these patterns, such as '*.mp4' or 'train/**/*.mp4'"
     group.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
     group.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
+    group.add_argument("--limit", type=int | None, default=None, help="caption at most N videos in this run")
+    group.add_argument("--dry_run", action="store_true", help="only count the videos that would be captioned")
     group.add_argument("--retry_failed", action="store_true", help="only retry videos that failed in earlier runs")
     group.add_argument("--max_failures", type=int, default=20, help="stop after this many failures in a row (0: never)")
 
 
 def _add_generation_options(parser: FlagParser) -> None:
-    group = parser.add_argument_group("Prompt and generation")
+    group = parser.add_argument_group("Prompt and sampling")
     group.add_argument("--prompt", type=str | None, default=None, help="question (default: ask for a full description)")
     modalities = "what the model is given: " + ", ".join(get_args(Modality))
     group.add_argument("--modality", type=Modality, default="both", help=modalities)
@@ -75,13 +92,17 @@ def _add_generation_options(parser: FlagParser) -> None:
     group.add_argument(
         "--max_new_tokens", type=int | None, default=None, help="token limit of a caption (default: the model's own)"
     )
+    frames = "sample this many frames, evenly over the video (default: by the model's own frame rate)"
+    group.add_argument("--frames", type=int | None, default=None, help=frames)
     group.add_argument("--seed", type=int, default=0, help="random seed (combined with each video's path)")
-    parser.add_class_arguments(Sampling, skip={"max_new_tokens"})
+    group.add_class_arguments(Sampling, as_group=False, skip={"max_new_tokens"})
 
 
 def _add_output_options(parser: FlagParser) -> None:
     formats = Literal["csv", "parquet", "txt", "srt", "vtt"]
     group = parser.add_argument_group("Output")
+    outs = "file for the captions: .jsonl; .csv or .parquet, written at the end from the .jsonl beside it; -: stdout"
+    group.add_argument("--out", type=Path, required=True, help=outs)
     group.add_argument(
         "--export", nargs="+", type=formats, default=[], help="csv, parquet: a table beside --out, written at the end; "
         "txt, srt, vtt: a file beside each video, written with its caption"
@@ -91,10 +112,11 @@ def _add_output_options(parser: FlagParser) -> None:
         "--lines_per_file", type=int | None, default=None, help="split the output: captions.00001.jsonl, ..."
     )
     group.add_argument("--overwrite", action="store_true", help="start over; old files get the suffix .old")
+    group.add_argument("--quiet", action="store_true", help="print only errors")
 
 
 def _add_processing_options(parser: FlagParser) -> None:
-    group = parser.add_argument_group("Processing")
+    group = parser.add_argument_group("Speed and limits")
     group.add_argument("--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)")
     group.add_argument(
         "--workers", type=int | None, default=None, help="processes that decode files (0: decode in this process)"
@@ -109,12 +131,24 @@ def _add_processing_options(parser: FlagParser) -> None:
 
 def run_caption(values: Namespace) -> int:
     """Caption videos into JSONL files."""
-    from salmonn import dist
+    _check(values)  # before torch is imported, which takes seconds
+    if values.dry_run:
+        return _dry_run(values)
+    with garbage_kept():
+        from salmonn import dist
 
     if dist.world_size() > 1:
         dist.setup()
     try:
-        num_failed = _caption(values)
+        with ExitStack() as stack:
+            if values.quiet:
+                root = logging.getLogger()
+                stack.callback(root.setLevel, root.level)
+                root.setLevel(logging.ERROR)
+            to_stdout = str(values.out) == STDOUT
+            if to_stdout:  # the run's other files are of no use once it has ended
+                values.out = Path(stack.enter_context(TemporaryDirectory())) / "captions.jsonl"
+            num_failed = _caption(values, to_stdout=to_stdout)
     except (ValueError, OSError) as error:
         if dist.world_size() > 1:
             sys.stderr.write(f"error: {error}\n")
@@ -124,27 +158,86 @@ def run_caption(values: Namespace) -> int:
     return SOME_FAILED if dist.all_reduce_sum(num_failed) else 0
 
 
-def _caption(values: Namespace) -> int:
+def _check(values: Namespace) -> None:
+    """Raise a ValueError for values that make no sense, and complete those that follow from others."""
+    from salmonn.batch.discovery import Shard, VideoListing
+
+    if str(values.out) == STDOUT:
+        needs_file = {"--retry-failed": values.retry_failed, "--lines-per-file": values.lines_per_file}
+        needs_file |= {f"--export {name}": name in values.export for name in ("csv", "parquet")}
+        if wrong := [flag for flag, is_set in needs_file.items() if is_set]:
+            raise ValueError(f"{wrong[0]} needs a file; use --out captions.jsonl instead of --out -")
+    elif values.out.suffix in TABLE_SUFFIXES:
+        values.export = [*values.export, values.out.suffix.removeprefix(".")]
+        values.out = values.out.with_suffix(".jsonl")
+    elif values.out.suffix != ".jsonl" and not values.out.is_dir():
+        raise ValueError(
+            f"--out {values.out} must end in .jsonl, .csv or .parquet, or be - for stdout (for subtitles, use --export)"
+        )
+    if values.limit is not None and values.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {values.limit}")
+    if values.limit is not None and values.retry_failed:
+        raise ValueError("--retry-failed retries all failed videos; use it without --limit")
+    if values.workers is not None and values.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {values.workers}")
+    _job_config(values)
+    shard = Shard.parse(values.shard) if values.shard else Shard()
+    if not values.retry_failed:
+        VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard).require_any()
+    folder = next(parent for parent in (values.out.parent, *values.out.absolute().parents) if parent.exists())
+    if str(values.out) != STDOUT and not values.dry_run and not os.access(folder, os.W_OK):
+        raise ValueError(f"the folder {folder} is read-only; choose another one for the captions with --out")
+
+
+def _dry_run(values: Namespace) -> int:
+    """Print how many videos a run would caption; nothing is written and no model is loaded."""
+    from salmonn.batch.job import CaptionJob
+    from salmonn.batch.ledger_files import LedgerFiles
+
+    listing = _listing(values)
+    with _open_ledger(values, LedgerFiles(values.out, listing.shard), read_only=True) as ledger:
+        # Without a limit on failures: folders that cannot be listed are counted as they are in a run.
+        job = CaptionJob(ledger, is_retry=values.retry_failed, max_failures=0)
+        found = ledger.to_retry(globs=values.glob) if values.retry_failed else listing.videos()
+        sizes = [video.size_bytes or 0 for _, video in job.pending(found)]
+    chosen = sizes[: values.limit]
+    videos, gib = plural(len(chosen), "video"), sum(chosen) / (1 << 30)
+    total = len(sizes) + job.stats.done_before + job.stats.failed_before + job.stats.failed
+    sys.stdout.write(f"would caption {videos} ({gib:.2f} GiB) of {total}\n")
+    _report_skipped(job.stats, listing, LedgerFiles(values.out, listing.shard), sys.stdout)
+    return 0
+
+
+def _open_ledger(values: Namespace, files: "LedgerFiles", *, read_only: bool = False) -> "Ledger":
+    from salmonn.batch.ledger import Ledger
+
+    return Ledger(
+        files,
+        job={name: values[name] for name in JOB_SETTINGS} | fingerprint_model(values),
+        start_seconds=values.start,
+        lines_per_file=values.lines_per_file,
+        overwrite=values.overwrite,
+        read_only=read_only,
+    )
+
+
+def _print_captions(captions: Sequence[Caption]) -> None:
+    sys.stdout.writelines(json.dumps(asdict(caption), ensure_ascii=False) + "\n" for caption in captions)
+    sys.stdout.flush()
+
+
+def _caption(values: Namespace, *, to_stdout: bool) -> int:
     """Run this process's share; return the number of videos without a caption, or with a failed part."""
     from salmonn.batch.export import TABLES, LatestCaptions, export_table
     from salmonn.batch.job import CaptionJob
-    from salmonn.batch.ledger import Ledger
     from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerFiles
     from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
     from salmonn.caption.worker import WorkerLimits
 
     listing = _listing(values)
     files = LedgerFiles(values.out, listing.shard)
-    ledger = Ledger(
-        files,
-        job={name: values[name] for name in JOB_SETTINGS} | fingerprint_model(values),
-        start_seconds=values.start,
-        lines_per_file=values.lines_per_file,
-        overwrite=values.overwrite,
-    )
+    ledger = _open_ledger(values, files)
     config, limits = _job_config(values), WorkerLimits(values.read_seconds, values.read_gib)
-    if not values.retry_failed:
-        listing.require_any()
     with ledger, ExitStack() as stack:
         _report_state(ledger)
         subtitles = None
@@ -165,6 +258,7 @@ def _caption(values: Namespace) -> int:
             max_failures=values.max_failures,
             subtitles=subtitles,
             on_failure=lambda reason: tqdm.write(f"failed: {reason}", file=sys.stderr),
+            on_captions=_print_captions if to_stdout else lambda captions: None,
         )
         speed = _run(job, ledger, listing, values=values, config=config, limits=limits)
         job.finish()
@@ -172,7 +266,11 @@ def _caption(values: Namespace) -> int:
             latest = LatestCaptions(files.own_captions() if files.shard.count > 1 else files.all_captions())
             for suffix in tables:
                 export_table(latest, files.captions.with_suffix(suffix))
-    _report_results(job.stats, listing, files, speed)
+                if not values.quiet:
+                    sys.stderr.write(f"wrote {files.captions.with_suffix(suffix)}\n")
+    if not values.quiet:
+        _report_results(job.stats, "stdout" if to_stdout else str(files.captions), speed, may_export=values.export)
+        _report_skipped(job.stats, listing, files, sys.stderr)
     return job.stats.failed + job.stats.failed_before
 
 
@@ -188,10 +286,10 @@ def _run(
     """Caption the pending videos; return the speed, as it goes into the summary."""
     from salmonn import dist
     from salmonn.batch.job import caption_videos, show_progress
-    from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
     from salmonn.caption.loader import MAX_WORKERS, ClipReader, default_num_workers
 
     pending = job.pending(ledger.to_retry(globs=values.glob) if values.retry_failed else listing.videos())
+    pending = islice(pending, values.limit)
     # Before anything is started: without pending videos, no model is needed.
     first = list(islice(pending, MAX_WORKERS))
     if not first:
@@ -200,11 +298,14 @@ def _run(
     if values.retry_failed:
         count = ledger.to_retry
     elif not listing.is_read_once:
-        count = lambda: (one for one in listing.videos(quiet=True) if ledger.status(one) == "pending")  # noqa: E731
+        listed = (one for one in listing.videos(quiet=True) if ledger.status(one) == "pending")
+        count = lambda: islice(listed, values.limit)  # noqa: E731
     reader = None
     results: Generator[VideoResult]
     with ExitStack() as stack:
         if values.engine == "ray":
+            from salmonn.batch.ray_cluster import RayConfig, caption_on_cluster
+
             ray_config = RayConfig(values.ray_actors, values.workers, limits)
             load = partial(load_captioner, values)
             results = caption_on_cluster(chain(first, pending), load=load, config=config, ray_config=ray_config)
@@ -213,7 +314,9 @@ def _run(
             reader = stack.enter_context(ClipReader(workers=workers, limits=limits))  # they start while the model loads
             results = caption_videos(load_captioner(values), chain(first, pending), config=config, reader=reader)
         stack.enter_context(closing(results))
-        update = stack.enter_context(show_progress(job.stats, count=count, is_shown=dist.is_main()))
+        update = stack.enter_context(
+            show_progress(job.stats, count=count, is_shown=dist.is_main() and not values.quiet)
+        )
         start = time.perf_counter()
         for result in results:
             job.save(result)
@@ -257,6 +360,7 @@ def _job_config(values: Namespace) -> "JobConfig":
             Span(values.start, values.end),
             modality=values.modality,
             seed=values.seed,
+            frames=None if values.frames is None else FrameOptions(num_frames=values.frames),
         ),
         max_new_tokens=values.max_new_tokens,
         segment_seconds=math.inf if needs_ends and values.segment_seconds is None else values.segment_seconds,
@@ -266,8 +370,6 @@ def _job_config(values: Namespace) -> "JobConfig":
 
 def fingerprint_model(values: Namespace) -> dict[str, str]:
     """Identify a model and its adapter by name and files: a folder may hold other weights after further training."""
-    from salmonn.caption.captioner import SHIPPED_MODEL
-
     if values.model is None:  # by its config alone: the times of its files depend on the installation
         config = (SHIPPED_MODEL / "config.json").read_bytes()
         found = {"model": "built-in toy model", MODEL_FILES: blake2b(config, digest_size=16).hexdigest()}
@@ -300,17 +402,23 @@ def _report_state(ledger: "Ledger") -> None:
         )
 
 
-def _report_results(stats: "RunStats", listing: "VideoListing", files: "LedgerFiles", speed: str) -> None:
+def _report_results(stats: "RunStats", out: str, speed: str, *, may_export: Sequence[str]) -> None:
     captions, failed = plural(stats.captions, "caption"), plural(stats.failed, "video")
-    sys.stderr.write(f"{captions} written to {files.captions}, {failed} failed{speed}\n")
+    if stats.videos or stats.failed:
+        sys.stderr.write(f"{captions} written to {out}, {failed} failed{speed}\n")
+    else:
+        sys.stderr.write(("" if may_export else "nothing to do: ") + "no videos left to caption\n")
     if stats.incomplete:
         sys.stderr.write(f"{plural(stats.incomplete, 'caption')} of damaged or truncated files (complete: false)\n")
+
+
+def _report_skipped(stats: "RunStats", listing: "VideoListing", files: "LedgerFiles", stream: TextIO) -> None:
     if stats.done_before:
-        sys.stderr.write(f"{plural(stats.done_before, 'video')} already done, skipped\n")
+        stream.write(f"{plural(stats.done_before, 'video')} already done, skipped\n")
     if stats.failed_before:
-        sys.stderr.write(
+        stream.write(
             f"{plural(stats.failed_before, 'video')} skipped: failed in earlier runs, at least in part; see "
             f"{files.failed}, and retry with --retry-failed\n"
         )
     if listing.skipped.total:
-        sys.stderr.write(f"{plural(listing.skipped.total, 'file')} skipped because of the suffix: {listing.skipped}\n")
+        stream.write(f"{plural(listing.skipped.total, 'file')} skipped because of the suffix: {listing.skipped}\n")

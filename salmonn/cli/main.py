@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import Namespace
 from tqdm import tqdm
 
+from salmonn import __version__
 from salmonn.cli.caption import caption_parser, run_caption
 from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.export import export_parser, run_export
@@ -81,6 +83,39 @@ def run_synth(values: Namespace) -> int:
     return 0
 
 
+def completion_parser() -> FlagParser:
+    """Return the arguments of `salmonn completion`."""
+    parser = FlagParser(
+        description="Print a script that completes commands and flags with Tab. To use it, add this line to ~/.bashrc: "
+        "source <(salmonn completion bash); or to ~/.zshrc, with zsh, after compinit."
+    )
+    parser.add_argument("shell", type=Literal["bash", "zsh"], help="bash or zsh")
+    return parser
+
+
+def run_completion(values: Namespace) -> int:
+    """Print the script; zsh runs the one for bash."""
+    cases = []
+    for name, (make_parser, _, _) in COMMANDS.items():
+        flags = [flag for action in make_parser()._actions for flag in action.option_strings if flag.startswith("--")]
+        cases.append(f"    {name}) words='{' '.join(flags).replace('_', '-')}' ;;\n")
+    sys.stdout.write("autoload -U bashcompinit && bashcompinit\n" if values.shell == "zsh" else "")
+    sys.stdout.write(COMPLETION.format(cases="".join(cases), commands=" ".join([*COMMANDS, "help"])))
+    return 0
+
+
+# Names of files are completed by the shell wherever no word fits.
+COMPLETION = """\
+_salmonn() {{
+  local cur=${{COMP_WORDS[COMP_CWORD]}} words=
+  case ${{COMP_WORDS[1]}} in
+{cases}  esac
+  if [ "$COMP_CWORD" = 1 ]; then words='{commands} --help --version'; elif [[ $cur != -* ]]; then words=; fi
+  COMPREPLY=($(compgen -W "$words" -- "$cur"))
+}}
+complete -o default -F _salmonn salmonn
+"""
+
 Command = tuple[Callable[[], FlagParser], Callable[[Namespace], int], str]
 
 COMMANDS: dict[str, Command] = {
@@ -95,12 +130,16 @@ COMMANDS: dict[str, Command] = {
     "plot": (plot_parser, run_plot, "plot a training run and list its stages"),
     "serve": (serve_parser, run_serve, "start an HTTP server with an OpenAI-compatible API"),
     "synth": (synth_parser, run_synth, "render synthetic clips whose events are known exactly"),
+    "completion": (completion_parser, run_completion, "print a script that completes commands in bash or zsh"),
 }
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    args = sys.argv[1:] if args is None else args
+    if args and args[0] == "help":
+        args = [*args[1:2], "--help"]
     values = build_parser().parse_args(args)
     _, command, _ = COMMANDS[values.subcommand]
     try:
@@ -116,7 +155,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def build_parser() -> FlagParser:
     """Return the parser of all commands."""
-    parser = FlagParser(prog="salmonn", description="Audio-visual video captioning with self-improvement.")
+    parser = FlagParser(
+        prog="salmonn", description="Audio-visual video captioning with self-improvement.", version=__version__
+    )
     commands = parser.add_subcommands(dest="subcommand")
     for name, (make_parser, _, summary) in COMMANDS.items():
         commands.add_subcommand(name, make_parser(), help=summary)

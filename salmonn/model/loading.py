@@ -3,14 +3,19 @@
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
 
 from salmonn import dist
 from salmonn.model.config import CONFIG_FORMAT, SalmonnConfig
@@ -93,6 +98,12 @@ class Placement:
                 llm_int8_skip_modules=["vision", "audio", "lm_head"],
             )
         return arguments
+
+
+def hide_progress() -> None:
+    """Show no progress bars of downloads and of loading weights in this process."""
+    disable_progress_bars()
+    disable_progress_bar()
 
 
 def load_config(path: Path | str, *, frames: Mapping[str, float] | None = None) -> SalmonnConfig:
@@ -218,8 +229,12 @@ def _fetch_config(path: Path | str) -> Path:
             "tsinghua-ee/video-SALMONN2_plus_7B_full"
         )
     try:
+        # A download retries for half a minute if there is no connection; this request fails at once.
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+            with suppress(EntryNotFoundError):
+                get_hf_file_metadata(hf_hub_url(name, CONFIG_NAME))
         file = cached_file(name, CONFIG_NAME)
-    except OSError as error:
+    except Exception as error:  # of the HTTP client, which depends on the version of huggingface_hub, or an OSError
         raise ValueError(
             f"no model {name}: there is no such folder, and it cannot be fetched from the hub: {error}"
         ) from error

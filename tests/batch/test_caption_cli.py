@@ -44,6 +44,7 @@ def caption(call, random_model, tmp_path):
         code, _, err = call("caption", *args, "--out", tmp_path / out, *model)
         return code, err
 
+    caption.model = ("--model", random_model, "--max-new-tokens", 6)
     return caption
 
 
@@ -95,7 +96,7 @@ def test_without_pending_videos_no_model_is_loaded(folder, caption, tmp_path, ca
     assert caption(folder)[0] == 0
     before = (tmp_path / "captions.jsonl").read_bytes()
     code, err = caption(folder, folder / "1.mp4")
-    assert code == 0 and "10 videos already done, skipped" in err and "clips per minute" not in err
+    assert code == 0 and err == "nothing to do: no videos left to caption\n10 videos already done, skipped\n"
     assert (tmp_path / "captions.jsonl").read_bytes() == before
 
 
@@ -126,7 +127,7 @@ def test_shards_caption_all_videos(folder, caption, tmp_path):
     # With another number of shards, nothing is left to do.
     for more in ((), ("--shard", "1/3")):
         code, err = caption(folder, *more)
-        assert code == 0 and "0 captions" in err and "already done, skipped" in err
+        assert code == 0 and "nothing to do: no videos left to caption\n" in err and "already done, skipped" in err
     assert not (tmp_path / "captions.jsonl").exists()
 
 
@@ -136,7 +137,7 @@ def test_shards_write_subtitles_of_what_one_process_captioned(folder, caption):
     counts = []
     for shard in ("1/2", "2/2"):
         code, err = caption(folder, "--shard", shard, "--export", "txt")
-        assert code == 0 and "0 captions" in err
+        assert code == 0 and err.startswith("no videos left to caption\n")
         counts.append(len(list(folder.rglob("*.txt"))))
     assert 0 < counts[0] < counts[1] == 10
 
@@ -235,6 +236,97 @@ def test_names_of_255_bytes_with_subtitles(folder, caption, tmp_path):
     assert long.with_suffix(".txt").exists() and long.with_suffix(".srt").exists()
 
 
+@pytest.mark.parametrize("name", ["csv", "parquet"])
+def test_out_may_name_a_table(folder, caption, tmp_path, name):
+    """It is written at the end from the JSONL file beside it, from which the same command resumes."""
+    code, err = caption(folder, out=f"captions.{name}")
+    assert (
+        code == 0 and f"wrote {tmp_path}/captions.{name}\n" in err and names(tmp_path / "captions.jsonl") == EACH_ONCE
+    )
+    table = (tmp_path / f"captions.{name}").read_bytes()
+    assert table.startswith({"csv": b"video,text,", "parquet": b"PAR1"}[name])
+    code, err = caption(folder, out=f"captions.{name}")
+    assert code == 0 and "10 videos already done" in err and (tmp_path / f"captions.{name}").read_bytes() == table
+
+
+def test_captions_on_stdout(folder, call, random_model, tmp_path, monkeypatch):
+    """They are those of a file, and no file is left; failures are printed."""
+    monkeypatch.chdir(tmp_path)
+    (folder / "bad.mp4").write_bytes(b"12345")
+    args = ("caption", folder, "--model", random_model, "--max-new-tokens", 6, "--workers", 1, "--quiet")
+    code, out, err = call(*args, "--out", "-")
+    assert code == 1 and err.startswith("failed: ") and err.count("\n") == 1 and "bad.mp4" in err
+    assert list(tmp_path.iterdir()) == [folder]
+    assert call(*args, "--out", "captions.jsonl")[1] == ""
+    assert out == (tmp_path / "captions.jsonl").read_text() and out.count("\n") == 10
+
+
+def test_quiet(folder, caption):
+    assert caption(folder, "--quiet", "--export", "csv") == (0, "")
+
+
+def test_limit(folder, caption, tmp_path):
+    """Each run captions so many more."""
+    for expected in (4, 8, 10):
+        assert caption(folder, "--limit", 4)[0] == 0
+        assert len(names(tmp_path / "captions.jsonl")) == expected
+    code, err = caption("--retry-failed", "--limit", 4)
+    assert code == 2 and "without --limit" in err
+
+
+def test_a_dry_run_counts_and_writes_nothing(folder, call, caption, tmp_path):
+    (folder / "notes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    args = ("caption", folder, "--out", tmp_path / "new" / "captions.jsonl", "--dry-run")
+    code, out, err = call(*args)
+    assert code == 0 and not err and sorted(tmp_path.rglob("*")) == before
+    assert out == "would caption 10 videos (0.00 GiB) of 10\n1 file skipped because of the suffix: 1 .txt\n"
+    assert call(*args, "--limit", 3)[1].startswith("would caption 3 videos")
+    assert caption(folder, "--limit", 4)[0] == 0
+    code, out, _ = call(
+        "caption",
+        folder,
+        "--out",
+        tmp_path / "captions.jsonl",
+        "--dry-run",
+        *caption.model,  # the same settings
+    )
+    assert code == 0 and "would caption 6 videos" in out and "of 10\n4 videos already done, skipped\n" in out
+    os.truncate(tmp_path / "captions.jsonl", (tmp_path / "captions.jsonl").stat().st_size - 5)
+    torn = (tmp_path / "captions.jsonl").read_bytes()
+    out = call("caption", folder, "--out", tmp_path / "captions.jsonl", "--dry-run", *caption.model)[1]
+    assert "would caption 7 videos" in out and (tmp_path / "captions.jsonl").read_bytes() == torn
+
+
+def test_frames(folder, caption, tmp_path):
+    """A change of them changes the captions, so a run with other ones does not resume."""
+    assert caption(folder / "0.mp4")[0] == 0
+    code, err = caption(folder / "0.mp4", "--frames", 2)
+    assert code == 2 and "frames null (now 2)" in err
+    assert caption(folder / "0.mp4", "--frames", 2, out="two.jsonl")[0] == 0
+    (usual,), (two,) = (read_records(tmp_path / name, Caption) for name in ("captions.jsonl", "two.jsonl"))
+    assert usual.text != two.text
+
+
+def test_a_list_separated_by_nul(folder, caption, tmp_path, monkeypatch):
+    """As `find -print0` writes it; names may have line breaks."""
+    os.link(folder / "0.mp4", folder / "two\nlines.mp4")
+    lines = f"{folder}/two\nlines.mp4\0{folder}/1.mp4\0"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert caption("--list", "-")[0] == 0
+    assert names(tmp_path / "captions.jsonl") == ["clips/1.mp4", "clips/two\nlines.mp4"]
+
+
+def test_a_read_only_folder(folder, caption, tmp_path, monkeypatch):
+    """Root may write to any folder, so the answer of the system is replaced."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    code, err = caption(folder / "0.mp4")
+    assert (
+        code == 2
+        and err == f"error: the folder {tmp_path} is read-only; choose another one for the captions with --out\n"
+    )
+
+
 def test_globs(folder, caption, tmp_path):
     assert caption(folder, "--glob", "more/[01].mp4", "4.*")[0] == 0
     assert names(tmp_path / "captions.jsonl") == ["clips/4.mp4", "more/0.mp4", "more/1.mp4", "more/4.mp4"]
@@ -250,7 +342,7 @@ def test_failed_files_are_fixed_and_retried(folder, caption, videos, tmp_path):
     code, err = caption(folder)
     assert (
         code == 1
-        and "0 captions" in err
+        and "nothing to do: no videos left to caption\n" in err
         and "2 videos skipped: failed in earlier runs" in err
         and "--retry-failed" in err
     )
@@ -387,7 +479,7 @@ def test_a_full_disk(folder, caption, tmp_path):
         (["--max-failures", "-1"], "--max-failures"),
         (["--lines-per-file", "0"], "--lines-per-file"),
         (["--list", "/nowhere.txt"], "/nowhere.txt"),
-        (["--segment-seconds", "0"], "segment_seconds"),
+        (["--segment-seconds", "0"], "--segment-seconds must be above 0"),
         (["--read-seconds", "0"], "limits must be above 0"),
         (["--export", "docx"], "docx"),
         (["--engine", "ray", "--ray-actors", "0"], "--ray-actors"),
@@ -404,7 +496,7 @@ def test_the_settings_are_saved(folder, caption, tmp_path, random_model):
     settings = json.loads((tmp_path / "captions.job.json").read_text())
     assert (settings["model"], settings["modality"], settings["prompt"]) == (str(random_model), "visual", "Say.")
     unset = {name for name, value in settings.items() if value is None}
-    assert unset == {"adapter", "start", "end", "segment_seconds", "repetition_penalty", "bits"}
+    assert unset == {"adapter", "start", "end", "segment_seconds", "repetition_penalty", "bits", "frames"}
     assert settings["max_new_tokens"] == 6
 
 

@@ -274,4 +274,7 @@ def test_write_errors(captions, make, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_bytes", refuse(errno.ENOSPC))
     with pytest.raises(LedgerError, match=r"No space left.*Finished work is saved"):  # every other file would fail, too
         make("srt").write(captions)
+    monkeypatch.setattr(Path, "write_bytes", refuse(errno.EROFS))
+    with pytest.raises(LedgerError, match=r"Read-only file system.*another folder with --subtitle-dir"):
+        make("srt").write(captions)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "log"]
