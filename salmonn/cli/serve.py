@@ -1,6 +1,7 @@
 """`salmonn serve`: serve a model over HTTP with an OpenAI-compatible API."""
 
 import logging
+import ssl
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,11 @@ def serve_parser() -> FlagParser:
     """Return the arguments of `salmonn serve`."""
     parser = FlagParser(
         description="Answer chat completions about clips with an OpenAI-compatible API: POST /v1/chat/completions with "
-        "a video_url, image_url or input_audio; GET /v1/models, /health and /metrics. SIGTERM or Ctrl-C stops the "
+        "a video, image or audio file; GET /v1/models, /health and /metrics. SIGTERM or Ctrl-C stops the "
         "server once pending requests are answered; a second one stops it at once."
     )
-    parser.add_argument("--name", type=str | None, default=None, help="model name in the API (default: its own)")
+    names = "model name in the API (default: its own)"
+    parser.add_argument("--name", "--served_model_name", type=str | None, default=None, help=names)
     add_server_options(parser, port=8000, read_seconds=300.0)
     _add_access_options(parser)
     _add_limit_options(parser)
@@ -39,6 +41,10 @@ def _add_access_options(parser: FlagParser) -> None:
     group.add_argument("--no_auth", action="store_true", help="accept requests without a key, even from other machines")
     names = "further host names under which clients reach this server"
     group.add_argument("--server_names", nargs="+", type=str, default=[], help=names)
+    origins = "origins of web pages that may use this server (CORS), such as https://example.org; * allows all"
+    group.add_argument("--allowed_origins", nargs="+", type=str, default=[], help=origins)
+    group.add_argument("--ssl_certfile", type=Path | None, default=None, help="PEM file of a certificate: serves HTTPS")
+    group.add_argument("--ssl_keyfile", type=Path | None, default=None, help="PEM file of its private key")
     group.add_argument(
         "--allowed_dirs", nargs="+", type=Path, default=[], help="folders whose files requests may refer to"
     )
@@ -87,6 +93,7 @@ def run_serve(values: Namespace) -> int:
         raise ValueError("salmonn serve needs a web server: pip install 'salmonn[serve]'") from error
 
     _check_values(values)
+    certificate = (values.ssl_certfile, values.ssl_keyfile) if values.ssl_certfile else None
     keys, sources = _read_keys(values), _sources(values)
     logging.getLogger("salmonn.serve").setLevel(logging.INFO)
     limits = WorkerLimits(values.read_seconds, values.read_gib)
@@ -103,10 +110,13 @@ def run_serve(values: Namespace) -> int:
         )
         try:
             with upload_folder() as uploads:
-                server = Server(Service(engine, settings, uploads), grace_seconds=values.grace_seconds)
+                server = Server(
+                    Service(engine, settings, uploads), grace_seconds=values.grace_seconds, certificate=certificate
+                )
                 host, port = listener.getsockname()[:2]
                 host = f"[{host}]" if ":" in host else host
-                sys.stderr.write(f"serving {settings.name} at http://{host}:{port}/v1\n")
+                scheme = "https" if certificate else "http"
+                sys.stderr.write(f"serving {settings.name} at {scheme}://{host}:{port}/v1\n")
                 sys.stderr.flush()
                 server.run(sockets=[listener])
         finally:
@@ -147,6 +157,7 @@ def _settings(
         request_seconds=values.request_seconds,
         keys=keys,
         hosts=tuple(host.lower() for host in (values.host, *values.server_names)),
+        origins=tuple(values.allowed_origins),
     )
 
 
@@ -157,11 +168,24 @@ def _check_values(values: Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {values[name]}")
     if values.batch_size is not None and values.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {values.batch_size}")
+    _check_certificate(values.ssl_certfile, values.ssl_keyfile)
     if not (is_loopback(values.host) or values.api_key_file or values.no_auth):
         raise ValueError(
             f"other machines can reach this server at {values.host}; require a key with --api-key-file FILE, or allow "
             "everyone with --no-auth"
         )
+
+
+def _check_certificate(certfile: Path | None, keyfile: Path | None) -> None:
+    """Raise a ValueError if the files are not a certificate and its key: uvicorn would fail after the model loads."""
+    if certfile is None:
+        if keyfile is not None:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(f"--ssl-certfile {certfile} and its key cannot be used ({error})") from error
 
 
 def _read_keys(values: Namespace) -> tuple[str, ...]:

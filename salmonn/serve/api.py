@@ -1,6 +1,7 @@
 """The HTTP API: OpenAI's chat completions about clips, health and metrics, and a server with graceful shutdown.
 
-POST /v1/chat/completions   GET /v1/models   GET /health   GET /metrics
+POST /v1/chat/completions   GET /v1/models   GET /v1/models/NAME   GET /health, /ping   GET /metrics   GET /version
+GET /openapi.json
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from salmonn import __version__
@@ -29,6 +31,7 @@ from salmonn.serve.metrics import Metrics
 from salmonn.serve.request import BodyMemory, RequestContext, race, until_disconnect
 from salmonn.serve.schema import (
     DONE,
+    ChatCompletion,
     ChatLimits,
     ChatRequest,
     ResponseBuilder,
@@ -60,6 +63,7 @@ class ServerConfig:
         keys: accepted API keys; none disables the check.
         hosts: names by which clients may address the server, besides localhost and IP addresses. This protects against
             DNS rebinding: a web page whose own name resolves to this server cannot use it from a visitor's browser.
+        origins: origins of web pages that may use the server from a visitor's browser (CORS); "*" allows all.
     """
 
     name: str
@@ -68,6 +72,7 @@ class ServerConfig:
     request_seconds: float = 600.0
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
 
 
 class Service:
@@ -107,7 +112,7 @@ class Service:
         host = _host(request)
         if not (host in ("localhost", *self.config.hosts) or _is_ip_address(host)):
             raise HTTPException(403, f"host {host[:100]!r} is not allowed; add it with --server-names")
-        if not self.config.keys or request.url.path == "/health":
+        if not self.config.keys or request.url.path in ("/health", "/ping"):
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         # All keys are compared, in constant time, so that the duration reveals nothing about them.
@@ -183,12 +188,7 @@ class Service:
         async with asyncio.timeout_at(context.deadline):
             chat, url = await asyncio.to_thread(parse_chat_request, body, limits=self.config.limits)
             if chat.model not in (*_ANY_MODEL, self.config.name):
-                raise RequestError(
-                    f"model {chat.model[:100]!r} not found; available: {self.config.name}",
-                    param="model",
-                    status=404,
-                    code="model_not_found",
-                )
+                raise self._model_not_found(chat.model)
             body.clear()  # it may be as large as a video, as may the URL, which is freed on return
             media = await resolve_media(url, context.make_folder(), sources=self.config.sources)
         context.num_bytes, context.source = media.num_bytes, media.source
@@ -234,8 +234,24 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """Return the list of models, which has one entry."""
-        model = {"id": self.config.name, "object": "model", "created": self._created, "owned_by": "salmonn"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [self._model_json()]}
+
+    def model(self, name: str) -> Response:
+        """Return the model of a name."""
+        if name != self.config.name:
+            return self._to_error(self._model_not_found(name)).to_response()
+        return JSONResponse(self._model_json())
+
+    def _model_json(self) -> dict[str, Any]:
+        return {"id": self.config.name, "object": "model", "created": self._created, "owned_by": "salmonn"}
+
+    def _model_not_found(self, name: str) -> RequestError:
+        return RequestError(
+            f"model {name[:100]!r} not found; available: {self.config.name}",
+            param="model",
+            status=404,
+            code="model_not_found",
+        )
 
 
 class _EventStream(StreamingResponse):
@@ -284,18 +300,7 @@ def _is_ip_address(host: str) -> bool:
     return True
 
 
-def make_app(service: Service) -> FastAPI:
-    """Return the ASGI application of a service."""
-    app = FastAPI(
-        title="salmonn",
-        version=__version__,
-        # Their pages load scripts from other hosts, and cannot describe bodies that are parsed by hand.
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        dependencies=[Depends(service.check_access)],
-    )
-
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def handle_http_error(_: Request, error: HTTPException) -> Response:
         return ApiError(error.status_code, str(error.detail), "rejected").to_response()
@@ -305,7 +310,31 @@ def make_app(service: Service) -> FastAPI:
         message = f"internal server error ({type(error).__name__}); see the server's log"
         return ApiError(500, message, "failed").to_response()
 
-    @app.post("/v1/chat/completions")
+
+def make_app(service: Service) -> FastAPI:
+    """Return the ASGI application of a service."""
+    app = FastAPI(
+        title="salmonn",
+        version=__version__,
+        # Their pages load scripts from other hosts. FastAPI's own route of the schema would not check access.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        dependencies=[Depends(service.check_access)],
+    )
+    if service.config.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.config.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+
+    _add_error_handlers(app)
+    body = {"required": True, "content": {"application/json": {"schema": ChatCompletion.model_json_schema()}}}
+
+    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
     async def complete(request: Request) -> Response:
         return await service.complete(request)
 
@@ -313,9 +342,23 @@ def make_app(service: Service) -> FastAPI:
     async def models() -> dict[str, Any]:
         return service.models()
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        return service.model(name)
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
+    @app.get("/ping", include_in_schema=False)
     async def health() -> Response:
         return service.health()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def schema() -> dict[str, Any]:
+        return app.openapi()
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -332,12 +375,16 @@ class Server(uvicorn.Server):
     Args:
         service: service.
         grace_seconds: maximum time to finish active requests.
+        certificate: PEM files of a certificate and its private key, to serve HTTPS.
 
     Attributes:
         clock: source of the time in seconds.
     """
 
-    def __init__(self, service: Service, *, grace_seconds: float) -> None:
+    def __init__(
+        self, service: Service, *, grace_seconds: float, certificate: tuple[Path, Path | None] | None = None
+    ) -> None:
+        certfile, keyfile = certificate or (None, None)
         config = uvicorn.Config(
             make_app(service),
             lifespan="off",
@@ -348,6 +395,8 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             limit_concurrency=_MAX_CONNECTIONS,
             timeout_graceful_shutdown=_CLOSE_SECONDS,
+            ssl_certfile=certfile,
+            ssl_keyfile=keyfile,
         )
         super().__init__(config)
         self.service = service

@@ -112,7 +112,9 @@ class _StreamOptions(_Model):
     include_obfuscation: Literal[False] | None = None
 
 
-class _ChatCompletion(_Model):
+class ChatCompletion(_Model):
+    """The body of a chat completion request, whose `model_extra` are the parameters that need neutral values."""
+
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
     messages: list[_Message] = Field(min_length=1, max_length=MAX_PARTS)
@@ -180,7 +182,7 @@ def parse_chat_request(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[
     if sum(body.count(char) for char in (b",", b"[", b"{")) > _MAX_VALUES:
         raise RequestError(f"the body has more than {_MAX_VALUES:,} JSON values; send fewer messages")
     try:
-        chat = _ChatCompletion.model_validate_json(body)
+        chat = ChatCompletion.model_validate_json(body)
     except ValidationError as error:
         # The invalid value is not repeated, since it may be a video; names may be as long as one.
         first = error.errors()[0]
@@ -217,7 +219,7 @@ def _to_path(location: Sequence[str | int]) -> str:
     return path.removeprefix(".")[:200]
 
 
-def _check_parameters(chat: _ChatCompletion) -> None:
+def _check_parameters(chat: ChatCompletion) -> None:
     for name, value in (chat.model_extra or {}).items():
         if value is not None and name not in _CALLER_PARAMETERS and value not in _NEUTRAL_VALUES.get(name, ()):
             reason = "this value is not supported; leave it out" if name in _NEUTRAL_VALUES else "unsupported parameter"
@@ -283,14 +285,14 @@ def _check_lengths(prompts: Sequence[str], answers: Sequence[str], limits: ChatL
         )
 
 
-def _to_span(chat: _ChatCompletion) -> Span:
+def _to_span(chat: ChatCompletion) -> Span:
     try:
         return Span(chat.start, chat.end)
     except ValueError as error:
         raise RequestError(str(error), param="end") from error
 
 
-def _to_sampling(chat: _ChatCompletion, limits: ChatLimits) -> Sampling:
+def _to_sampling(chat: ChatCompletion, limits: ChatLimits) -> Sampling:
     temperature = chat.temperature or 0.0
     if (chat.n or 1) > limits.max_choices:
         raise RequestError(f"n: the maximum is {limits.max_choices}", param="n")

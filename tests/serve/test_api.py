@@ -11,6 +11,7 @@ import numpy as np
 import openai
 import pytest
 
+from salmonn import __version__
 from salmonn.caption.generator import Sampling, Span
 from salmonn.caption.prompt import Prompt
 from salmonn.serve import sources
@@ -164,6 +165,41 @@ def test_models_and_health(start):
     assert [model.id for model in running.client().models.list()] == ["toy"]
     health = httpx2.get(f"{running.url}/health", trust_env=False)
     assert health.status_code == 200 and health.json()["status"] == "ok" and health.json()["model"] == "toy"
+    assert httpx2.head(f"{running.url}/health", trust_env=False).status_code == 200
+    assert httpx2.get(f"{running.url}/ping", trust_env=False).json() == health.json()
+    assert httpx2.get(f"{running.url}/version", trust_env=False).json() == {"version": __version__}
+
+
+def test_a_model_is_looked_up_by_name(start):
+    client = start(name="team/toy").client()
+    assert client.models.retrieve("team/toy").id == "team/toy"
+    with pytest.raises(openai.NotFoundError, match="model 'other' not found; available: team/toy") as caught:
+        client.models.retrieve("other")
+    assert caught.value.code == "model_not_found"
+
+
+def test_the_openapi_schema_describes_the_parameters(start):
+    schema = httpx2.get(f"{start().url}/openapi.json", trust_env=False).json()
+    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["messages"] and {"temperature", "stop", "modality"} <= body["properties"].keys()
+    url = start(keys=("a key of 16 chars",)).url
+    assert httpx2.get(f"{url}/openapi.json", trust_env=False).status_code == 401
+
+
+def test_pages_of_allowed_origins_may_use_the_server(start):
+    url = start(origins=("https://page.example",), keys=("a key of 16 chars",)).url
+
+    def preflight(origin):
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        headers["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+        return httpx2.options(f"{url}/v1/chat/completions", headers=headers, trust_env=False)
+
+    allowed = preflight("https://page.example")
+    assert allowed.status_code == 200 and allowed.headers["access-control-allow-origin"] == "https://page.example"
+    refused = preflight("https://evil.example")
+    assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+    answer = httpx2.get(f"{url}/v1/models", headers={"Origin": "https://page.example"}, trust_env=False)
+    assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == "https://page.example"
 
 
 @pytest.mark.parametrize(

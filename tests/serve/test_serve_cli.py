@@ -110,7 +110,7 @@ def test_graceful_shutdown_during_a_stream(run, model, videos, tmp_path):
 
 
 def test_a_second_signal_ends_the_grace_period(run, videos):
-    server = run("--name", "mine", "--grace-seconds", 60)
+    server = run("--served-model-name", "mine", "--grace-seconds", 60)
     chunks = stream(server.client(), videos[0], tokens=4000)
     next(chunks)
     server.process.send_signal(signal.SIGINT)
@@ -137,6 +137,8 @@ def test_invalid_flags_are_rejected_before_the_model_is_loaded(call, tmp_path):
     assert "--max-seconds must be greater than 0" in usage_error(call, "--max-seconds", 0, *missing_model)
     assert "--allowed-dirs" in usage_error(call, "--allowed-dirs", tmp_path / "nowhere", *missing_model)
     assert "is not a host" in usage_error(call, "--allow-hosts", "https://example.org", *missing_model)
+    assert "--ssl-keyfile needs --ssl-certfile" in usage_error(call, "--ssl-keyfile", tmp_path / "keys", *missing_model)
+    assert "and its key cannot be used" in usage_error(call, "--ssl-certfile", tmp_path / "keys", *missing_model)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         assert f"cannot listen on 127.0.0.1, port {port}" in usage_error(call, "--port", port, *missing_model)
