@@ -72,9 +72,11 @@ def start(engine, videos, tmp_path) -> Iterator[Callable[..., RunningServer]]:
         request_seconds=120,
     )
 
-    def start_server(engine: Engine = engine, *, grace_seconds: float = 5.0, **changes) -> RunningServer:
+    def start_server(
+        engine: Engine = engine, *, grace_seconds: float = 5.0, certificate=None, **changes
+    ) -> RunningServer:
         service = Service(engine, replace(settings, **changes), uploads)
-        running.append(RunningServer(service, grace_seconds=grace_seconds))
+        running.append(RunningServer(service, grace_seconds=grace_seconds, certificate=certificate))
         return running[-1]
 
     yield start_server

@@ -77,9 +77,9 @@ class GatedStreamingGenerator(StreamingGenerator):
 class RunningServer:
     """A server in a thread, on a free port."""
 
-    def __init__(self, service: Service, *, grace_seconds: float) -> None:
+    def __init__(self, service: Service, **options: Any) -> None:
         self.service = service
-        self.server = Server(service, grace_seconds=grace_seconds)
+        self.server = Server(service, **options)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]

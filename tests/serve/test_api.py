@@ -2,6 +2,8 @@
 
 import base64
 import logging
+import ssl
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
@@ -422,3 +424,13 @@ def test_a_clip_may_follow_a_conversation(start, model, videos):
 def test_greedy_choices_are_equal(start, videos):
     first, second = chat(start().client(), videos[0].name, n=2).choices
     assert first.message.content == second.message.content != ""
+
+
+def test_https(start, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=test"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*line.split(), *names], check=True, capture_output=True)
+    url = f"https://127.0.0.1:{start(certificate=(certificate, key)).port}/health"
+    tls = ssl.create_default_context(cafile=certificate)
+    assert httpx2.get(url, verify=tls, trust_env=False).json()["status"] == "ok"
