@@ -334,6 +334,7 @@ def test_the_written_yaml_reads_back(config_type, tmp_path):
     odd = mrdpo(
         out=tmp_path,
         references=tmp_path / "own.jsonl",
+        heldout_references=tmp_path / "heldout.jsonl",
         sampling=SampleConfig(temperature=1.25, max_new_tokens=7, batch_size=3),
         selection=SelectionConfig(max_length_ratio=2.0),
         lora=LoraConfig(rank=4, targets=("v_proj",)),

@@ -102,8 +102,10 @@ def write_data(url: str, path: Path, *, max_bytes: int) -> int:
             rest = _spell_base64(rest)
             size += file.write(base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True))
     except (binascii.Error, ValueError) as error:
+        path.unlink()
         raise SourceError(f"the file's data is not valid base64: {error}") from error
     if size > max_bytes:
+        path.unlink()
         raise TooLargeError(f"the file is larger than the maximum of {max_bytes / (1 << 20):g} MiB")
     return size
 

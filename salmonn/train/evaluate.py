@@ -4,6 +4,7 @@ Work is cut into batches of similar length, which are balanced over the ranks by
 the clips alone, so any number of processes gives the same results.
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -282,6 +283,7 @@ def _find_finished(partial: Path, request: Mapping[str, Any]) -> dict[int, Path]
     finished: list[int] = []
     if dist.is_main():
         path = partial / REQUEST_NAME
+        request = json.loads(json.dumps(request))  # with lists for tuples, as in the file
         if partial.is_dir() and not (path.is_file() and read_json(path) == request):
             log.warning("%s contains captions of other clips, or from another model or config; sampling again", partial)
             shutil.rmtree(partial)

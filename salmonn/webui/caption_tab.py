@@ -106,9 +106,7 @@ class CaptionTab:
         ]  # fmt: skip
         self.start.click(self.describe, inputs, outputs, js=REVEAL, **GENERATE)
         self.stop.click(self.stop_request, None, None, **QUIET)
-        self.video.change(
-            self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}(inputs)", **QUIET
-        )
+        self.video.change(self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}", **QUIET)
         self.copy.click(self.log_copy, self.shown, self.status, js=COPY, **QUIET)
 
     def describe(self, values: Mapping[Any, Any], request: gr.Request) -> Iterator[Update]:

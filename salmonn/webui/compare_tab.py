@@ -146,9 +146,7 @@ class CompareTab:
         )
         for event in (started, continued):  # before the captions are there, the page may be too short to scroll
             event.then(None, None, None, js="() => window.salmonn.reveal('#comparison')", **QUIET)
-        self.video.change(
-            self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}(inputs)", **QUIET
-        )
+        self.video.change(self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}", **QUIET)
         for choice, button in self.votes.items():
             button.click(self._on_vote(choice), {self.comparison, self.edit, self.consent}, outputs, **GENERATE)
         for button, side in ((self.from_first, "first"), (self.from_second, "second")):

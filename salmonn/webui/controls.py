@@ -126,7 +126,9 @@ def prompt_inputs() -> tuple[gr.Radio, gr.Textbox]:
     choices = [*MODALITIES, QUESTION]
     modality = gr.Radio(choices, value=choices[0], label="Describe", elem_classes=["pills"])
     question = gr.Textbox(label="Your question", placeholder="What is heard at the end?", lines=2, visible=False)
-    modality.change(lambda choice: gr.update(visible=choice == QUESTION), modality, question, **QUIET)
+    # In the browser: an answer of the server may arrive while the user types, and Gradio then drops what is typed.
+    show = f"(choice) => ({{__type__: 'update', visible: choice === {json.dumps(QUESTION)}}})"
+    modality.change(None, modality, question, js=show, **QUIET)
     return modality, question
 
 

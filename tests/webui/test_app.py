@@ -219,6 +219,8 @@ def test_a_missing_video_shows_an_error(visit):
 
 def open_options(visitor, tab="caption"):
     visitor.page.locator(f"#tab-{tab}").get_by_role("button", name="Options").click()
+    # Gradio mounts the fields now, and would drop what is typed meanwhile.
+    visitor.page.wait_for_timeout(500)
 
 
 def set_max_tokens(visitor, tokens, tab="caption"):
@@ -235,6 +237,7 @@ def test_options_and_audio_only(visit, toy, examples):
     panel = visitor.page.locator("#tab-caption")
     for label, value in (("Start (seconds)", "2"), ("End (seconds)", "6"), ("Random seed", "9")):
         panel.get_by_label(label).fill(value)
+        panel.get_by_label(label).press("Tab")
     panel.get_by_label("number input for Temperature").fill("1")
     panel.get_by_label("number input for Temperature").press("Tab")
     sampling = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=toy.default_sampling().max_new_tokens)
