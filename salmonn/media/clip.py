@@ -14,10 +14,11 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import av
 import numpy as np
 
 from salmonn.media.audio import SAMPLE_RATE_HZ
-from salmonn.media.container import ClipError, open_media
+from salmonn.media.container import ClipError, cause_of, open_media
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import StreamIndex, index_streams
 from salmonn.media.video import decode_frames, target_times
@@ -123,11 +124,14 @@ def read_clip(
     start, end = start_seconds or 0.0, math.inf if end_seconds is None else end_seconds
     with ExitStack() as stack:
         file = open_media(path, stack, video=video, audio=audio)
-        index = index_streams(file, stack, start=start, end=end)
-        targets = target_times(index, sampler, start=start, end=end)
-        frames: list[np.ndarray | None] = []
-        if len(targets):
-            frames = decode_frames(index, targets, sampler=sampler, stack=stack, reader=reader)
+        try:
+            index = index_streams(file, stack, start=start, end=end)
+            targets = target_times(index, sampler, start=start, end=end)
+            frames: list[np.ndarray | None] = []
+            if len(targets):
+                frames = decode_frames(index, targets, sampler=sampler, stack=stack, reader=reader)
+        except av.error.FFmpegError as error:  # of a file that misleads libav
+            raise ClipError(f"{path}: is damaged ({cause_of(error)}); copy or download it again") from error
         return _make_clip(index, targets, frames, start, end)
 
 

@@ -317,9 +317,12 @@ class _Verifier:
     def __init__(self, stream: Any) -> None:
         source = stream.codec_context
         name = _SEI_FILTERS.get(source.name)
-        self._filter = None if name is None else BitStreamFilterContext(name, stream)
+        self._filter = None
+        # The filter refuses damaged parameter sets.
+        with suppress(av.error.FFmpegError):
+            self._filter = None if name is None else BitStreamFilterContext(name, stream)
         self._codecs = []
-        for number in range(1 if name is None else 2):
+        for number in range(1 if self._filter is None else 2):
             codec: Any = av.CodecContext.create(source.codec, "r")
             if not (number == 1 and source.name == "hevc"):
                 codec.extradata = source.extradata
