@@ -92,9 +92,9 @@ def read_clip(
 ) -> Clip:
     """Read frames and audio of a video, or of the span between two times.
 
-    What libav decodes is returned. Where it is damaged, reading resumes at what decodes next; what was lost is told in
-    `warnings`. Damage in a part that is skipped by seeking is not noticed, nor is damage that leaves no trace (bits
-    without a checksum). A clock that restarts or jumps, as in joined recordings, is continued.
+    What libav decodes is returned. After damage, reading resumes at the next frame that decodes; `warnings` report what
+    was lost. Damage in a part that is skipped by seeking is not noticed, nor is damage that leaves no trace (bits
+    without a checksum). Where the clock restarts or jumps, as in joined recordings, times continue.
 
     Args:
         path: a local video or audio file.
@@ -109,7 +109,7 @@ def read_clip(
 
     Raises:
         ClipError: the file cannot be read, has nothing of what was requested, ends before `start_seconds`, or has video
-            of which no frame decodes.
+            without a frame that decodes.
         ValueError: an argument is invalid.
     """
     # The conditions are false for NaN, which compares false with everything.
@@ -194,7 +194,7 @@ def _describe_losses(index: StreamIndex, start: float, end: float) -> list[str]:
     if index.file.audio is not None and index.error is not None and index.audio.end == 0:
         warnings.append(f"none of the audio decodes ({index.error})")
     if index.has_new_streams:
-        warnings.append(f"after {index.file_end:.1f} s it goes on in new streams, which are not read; split it there")
+        warnings.append(f"after {index.file_end:.1f} s, the file continues in new streams; split it there to read them")
     if index.is_truncated and index.error:
         warnings.append(f"reading stopped at {index.file_end:.1f} s ({index.error})")
     elif index.is_truncated:

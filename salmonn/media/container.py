@@ -21,8 +21,8 @@ _SINGLE_THREAD_PIXELS = 160 * 120
 _PLAYLIST_FORMATS = frozenset(["concat", "dash", "hls", "imf", "sdp"])
 # These state the time at which they end, not their duration; both differ where timestamps do not start at 0.
 _END_TIME_FORMATS = frozenset(["matroska", "flv"])
-# These remove supplemental information, of which many cameras write bad one. They return NAL units after start codes,
-# which a decoder of H.264 accepts in any case; HEVC's parameter sets must come that way then, too.
+# These remove supplemental information (SEI), which many cameras write incorrectly. Their output has start codes: a
+# decoder of H.264 accepts these with any extradata, a decoder of HEVC only if the parameter sets have them, too.
 _SEI_FILTERS = {
     "h264": "filter_units=remove_types=6",
     "hevc": "hevc_mp4toannexb,filter_units=remove_types=39-40",
@@ -227,7 +227,7 @@ class Decoder:
 
     A strict decoder is for video streams that were opened as strict: it raises errors that libav would only log. Some
     of them do not matter, so they only decide whether to read again with a decoder that is not strict. That one returns
-    whatever libav decodes and, on the side, finds out which packets are damaged.
+    whatever libav decodes, and verifies each packet with additional decoders.
 
     Attributes:
         damage: (time, duration) of the damaged packets, in seconds. Packets at the start of a recording that depend on
@@ -288,7 +288,7 @@ class Decoder:
     def _is_expected(self, packet: Any, error: str) -> bool:
         """Return whether an intact file may give this error."""
         if self._stream.type == "audio":
-            # Recordings start amid a packet; joined MP3 files have tags between them.
+            # A recording may start in the middle of a packet; joined MP3 files have tags between them.
             return not self.has_started or bytes(packet)[:3] in (b"ID3", b"TAG")
         if error == _MARKED and not self.has_started:
             return True  # intra refresh: frames are damaged until all of it has been refreshed
@@ -308,10 +308,10 @@ class Decoder:
 
 
 class _Verifier:
-    """Strict decoders on the side that are fed the same packets, one of them without supplemental information (SEI).
+    """Additional strict decoders of the same packets, one of them without supplemental information (SEI).
 
     SEI may be malformed in intact video, but may also be needed: it marks where an open GOP can be entered. A packet is
-    damaged if both decoders say so.
+    damaged if both decoders fail on it.
     """
 
     def __init__(self, stream: Any) -> None:

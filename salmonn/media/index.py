@@ -29,7 +29,7 @@ SLACK_SECONDS = 1e-6
 _PREROLL_SECONDS = 2.0
 # Muxers round timestamps; a longer gap is one.
 _ROUNDING_SECONDS = 0.005
-# Gaps of more, and less, than so many frames of audio are lost packets. In Ogg, whole pages are lost.
+# Gaps longer than the first and shorter than the second number of audio frames are lost packets; Ogg loses whole pages.
 _LOSS_FRAMES = {"mpegts": (0.9, 4.0), "ogg": (3.0, math.inf)}
 # libav marks a packet of MPEG-TS up to two packets before what is missing.
 _SUSPECT_PACKETS = 3
@@ -62,7 +62,7 @@ class StreamIndex:
         audio_begin, audio_end: start of the first packet of audio, and end of the latest.
         file_end: end of the latest packet of any stream.
         is_continuous: whether the file has a single clock, so that seeking leads where its timestamps say.
-        has_new_streams: whether the file goes on in streams that it does not have at its start, which are not read.
+        has_new_streams: whether the file continues in streams that are absent at its start, which are not read.
         audio_damage, video_damage: (time, duration) of the damaged packets, in order.
         missing: (time, duration) of what libav skipped in the container.
         is_truncated: whether the file breaks off.

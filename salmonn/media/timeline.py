@@ -2,7 +2,7 @@
 
     for packet in Timeline(file).packets(): ...
 
-Pauses, sparse frames and late starts are ordinary and kept. The file's own clock is left only where it cannot be meant.
+Pauses, sparse frames and late starts are ordinary and kept. Timestamps are changed only where they are implausible.
 """
 
 from collections import deque
@@ -14,18 +14,17 @@ from salmonn.media.container import MediaFile, demux
 # Within a stream, decoding times rise. Muxers round them; in some formats they are guessed.
 _MAX_STEP_BACK_SECONDS = {True: 0.1, False: 1.0}  # by `MediaFile.may_restart`
 # A longer step ahead of all streams is a change of clock where clocks may restart (ffmpeg's limit). In other formats a
-# recorder may have been paused, but hours of silence help nobody.
+# recorder may have been paused, but hours of silence are useless.
 _MAX_STEP_AHEAD_SECONDS = {True: 10.0, False: 3600.0}
 # A step ahead of this length is a single bad stamp if the stream's next packet is back in place.
 _SUSPECT_STEP_SECONDS = 10.0
 _MAX_PACKETS_AHEAD = 2000
-# Streams end together but for this long. What follows a joint goes on where its own stream ended, unless that was
-# longer before the others did.
+# After a joint, a stream continues where it ended, or where the file ended if that is later by more than this.
 _MAX_STREAM_LAG_SECONDS = 0.5
 
 
 class Timeline:
-    """Packets of a file with timestamps that go on where its clock restarts or jumps.
+    """Packets of a file with timestamps that continue where its clock restarts or jumps.
 
     Each stretch of the file with one clock has an offset that is added to its timestamps, the same for all streams, so
     that they stay in sync. At a joint the streams change to the next clock one by one, since files interleave loosely.
