@@ -266,7 +266,7 @@ def test_quiet(folder, caption):
 
 
 def test_limit(folder, caption, tmp_path):
-    """Each run captions so many more."""
+    """Each run captions at most N more."""
     for expected in (4, 8, 10):
         assert caption(folder, "--limit", 4)[0] == 0
         assert len(names(tmp_path / "captions.jsonl")) == expected

@@ -114,7 +114,7 @@ def _encode_audio(out: Any, audio: tuple[float, float], tones: Mapping, codec: s
     times = np.arange(round(audio[0] * sample_rate), round(audio[1] * sample_rate)) / sample_rate
     starts = sorted(tones)
     frequencies = np.array([tones[start] for start in starts])[np.searchsorted(starts, times, "right") - 1]
-    # The phase goes on where the frequency changes.
+    # The phase continues where the frequency changes.
     samples = (0.5 * np.sin(2 * np.pi * np.cumsum(frequencies) / sample_rate)).astype(np.float32)
     channels = 1 if layout == "mono" else 2
     frame = av.AudioFrame.from_ndarray(np.repeat(samples[None], channels, axis=0), format="fltp", layout=layout)

@@ -117,7 +117,7 @@ def write_parts(tmp_path, bounds, suffix="ts", shifts=None, **options):
 @pytest.mark.parametrize("bounds", [range(7), (0, 3, 6), (0, 2.4, 6)])
 @pytest.mark.parametrize("codec_options", [None, B_FRAMES])
 def test_joined_segments_of_a_transport_stream(tmp_path, bounds, codec_options):
-    # Continuity counters begin again at each joint; times go on.
+    # Continuity counters begin again at each joint; timestamps continue.
     path = write_parts(tmp_path, bounds, codec_options=codec_options)
     clip = read(path)
     assert_colours(clip)
