@@ -5,6 +5,7 @@ failing or unreachable) are retried with growing delays for a limited time. Perm
 cap) stop the run with an error message.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,8 +15,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -204,17 +206,23 @@ class LLMClient:
             progress: called with each result when it is ready.
         """
         executor = ThreadPoolExecutor(self.config.concurrency)
+        completed: SimpleQueue[Future[Result]] = SimpleQueue()
         futures = [executor.submit(function, item) for item in items]
+        for future in futures:
+            future.add_done_callback(completed.put)
         try:
-            for future in as_completed(futures):
-                result = future.result()
+            for _ in futures:
+                result = _get_interruptibly(completed).result()
                 if progress:
                     progress(result)
         except BaseException as error:
             self._stop.set()
             if isinstance(error, KeyboardInterrupt):
                 logger.warning("waiting for replies in flight, which will be saved (press Ctrl-C again to drop them)")
-            executor.shutdown(cancel_futures=True)  # not in `finally`, which would wait again after a second Ctrl-C
+            executor.shutdown(wait=False, cancel_futures=True)
+            # Not `shutdown(wait=True)`: like every wait without a timeout, it can miss a second Ctrl-C.
+            while not all(future.done() for future in futures):
+                time.sleep(0.05)
             if isinstance(error, SpendCapError):
                 # A request in flight may show that the cap is not the real problem.
                 for future in futures:
@@ -453,6 +461,13 @@ def _initial_options(config: LLMConfig) -> RequestOptions:
         "temperature": omit if config.temperature is None else ALL_OPTIONS["temperature"],
         "token limit": omit if config.reply_token_limit is None else ALL_OPTIONS["token limit"],
     }
+
+
+def _get_interruptibly(queue: SimpleQueue[Item]) -> Item:
+    """Return the next item; waits without a timeout can miss a Ctrl-C that comes just before they begin."""
+    while True:
+        with contextlib.suppress(Empty):
+            return queue.get(timeout=0.5)
 
 
 def _is_loopback(address: str | None) -> bool:
