@@ -21,7 +21,7 @@ from salmonn.caption.generator import (
 )
 from salmonn.caption.loader import ClipJob, ClipReader, ReadResult, ReadSpec
 from salmonn.caption.processor import Processor
-from salmonn.caption.prompt import Prompt
+from salmonn.caption.prompt import Prompt, StopStrings
 from salmonn.caption.streaming import Completion, StreamingGenerator, collate, to_completion
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipFeatures, ClipInputs
@@ -209,6 +209,7 @@ class Captioner:
         num_samples = requests[0].num_samples
         prompts = [self.resolve_prompt(request) for request in requests]
         sampling = requests[0].sampling or self.default_sampling()
+        stops = StopStrings(self.processor.tokenizer, sampling.stop) if sampling.stop else None
         ids = generate(
             self.network,
             collate(self.processor, clips, prompts).to(self.network.device),
@@ -216,6 +217,7 @@ class Captioner:
             stop_ids=self.processor.stop_ids,
             num_samples=num_samples,
             seeds=[request.seed for request in requests],
+            has_ended=stops.has_ended if stops else None,
         )
         rows = iter(ids)
         return [

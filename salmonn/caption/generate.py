@@ -4,7 +4,7 @@ A clip is prefilled once for all its samples and questions, which share its KV c
 its own, so that it does not depend on the other rows of the batch, which may come and go at any time.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import compress
 
@@ -31,19 +31,26 @@ def generate(
     stop_ids: Sequence[int],
     num_samples: int = 1,
     seeds: Sequence[int] | None = None,
+    has_ended: Callable[[int, int], bool] | None = None,
 ) -> list[list[int]]:
     """Generate N samples for each of B prompts; takes the arguments of `DecodeBatch` and its `add`.
 
+    Args:
+        has_ended: called with the number of a row and each of its tokens; the row ends when it returns True.
+
     Returns:
         B * N lists of token ids, the samples of a prompt in succession; the last id is a stop id unless the token limit
-        was reached.
+        was reached, or `has_ended` returned True.
     """
     batch = DecodeBatch(network, stop_ids=stop_ids)
     rows = batch.add(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds)
     generated: list[list[int]] = [[] for _ in rows]
+    ended: set[int] = set()
     while batch:
-        for row, token in batch.step().items():
+        tokens = batch.step(ended)
+        for row, token in tokens.items():
             generated[row].append(token)
+        ended = {row for row, token in tokens.items() if has_ended(row, token)} if has_ended else set()
     return generated
 
 

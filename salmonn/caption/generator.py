@@ -64,6 +64,8 @@ class Sampling:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}")
+        if "" in self.stop:
+            raise ValueError("stop must not contain an empty string, which would end every answer at once")
 
 
 @dataclass(frozen=True)

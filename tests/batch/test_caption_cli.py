@@ -491,6 +491,15 @@ def test_usage_errors(folder, caption, tmp_path, args, words):
     assert not [path for path in tmp_path.iterdir() if path.suffix in {".jsonl", ".json"}]
 
 
+def test_stop_strings_end_captions(folder, caption, tmp_path):
+    assert caption(folder / "0.mp4", out="whole.jsonl")[0] == 0
+    (whole,) = read_records(tmp_path / "whole.jsonl", Caption)
+    stop = whole.text[2:5]
+    assert caption(folder / "0.mp4", "--stop", "no such text", stop)[0] == 0
+    (stopped,) = read_records(tmp_path / "captions.jsonl", Caption)
+    assert stopped.finished and stopped.text == whole.text[: whole.text.index(stop)].rstrip()
+
+
 def test_the_settings_are_saved(folder, caption, tmp_path, random_model):
     assert caption(folder / "0.mp4", "--modality", "visual", "--prompt", "Say.")[0] == 0
     settings = json.loads((tmp_path / "captions.job.json").read_text())

@@ -125,6 +125,7 @@ def test_the_nucleus_equals_that_of_transformers():
         ({"top_p": 0.0}, "top_p must be .* got 0.0"),
         ({"top_p": 1.01}, "top_p must be .* got 1.01"),
         ({"max_new_tokens": 0}, "max_new_tokens must be .* got 0"),
+        ({"stop": ("a", "")}, "stop must not contain an empty string"),
     ],
 )
 def test_invalid_values_are_rejected(values, message):
@@ -256,6 +257,24 @@ def test_finished_rows_are_removed(captioner, media):
     num_active = [sum(length >= step for length in lengths) for step in range(1, len(sizes))]  # at each step
     assert len(set(sizes[1:])) > 2
     assert all(active <= size < 8 / 7 * active + 1 for active, size in zip(num_active, sizes[1:], strict=True))
+
+
+def test_rows_end_at_their_stop_strings(captioner, media):
+    """The batch ends with the last row that has one; without it would take 100 steps."""
+    hot, sizes = Sampling(temperature=1.5, max_new_tokens=100), []
+    whole = complete(captioner, media[:1], ["Tell."], sampling=hot, num_samples=4)
+    stops = tuple(one.text[10 + number :][:4] for number, one in enumerate(whole))
+    hook = (
+        captioner.network.lm.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    )
+    stopped = complete(captioner, media[:1], ["Tell."], sampling=replace(hot, stop=stops), num_samples=4)
+    hook.remove()
+    for one, full in zip(stopped, whole, strict=True):
+        end = min(full.text.index(stop) for stop in stops if stop in full.text)
+        assert one.finished and one.text == full.text[:end].rstrip()
+    assert len(sizes) < 50 and len(set(sizes[1:])) > 1
 
 
 def test_questions_on_one_clip_share_its_prefill(captioner, media):
