@@ -10,47 +10,41 @@ to a folder of `out`; run the same command again to resume a killed run.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
 from salmonn import dist
-from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
-from salmonn.config import MAY_CHANGE, run_recipe
+from salmonn.config import run_recipe
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
-from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.lora import attach_lora
 from salmonn.model.network import Network
-from salmonn.preference.losses import LossConfig, make_loss
+from salmonn.preference.losses import make_loss
 from salmonn.preference.rating import Reward
-from salmonn.preference.reward import RewardConfig, make_judge, make_reward
-from salmonn.preference.selection import SelectionConfig, make_selector
-from salmonn.records import Comparison, Reference, read_json, read_records, write_json
-from salmonn.score.config import JudgeConfig
+from salmonn.preference.reward import make_judge, make_reward
+from salmonn.preference.selection import make_selector
+from salmonn.records import Comparison, read_json, read_records, write_json
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
-from salmonn.synthetic.render import SynthConfig
 from salmonn.train.checkpoint import checkpointed, require_free_space
 from salmonn.train.data import (
     ClipSet,
     ClipSource,
     SftBatch,
     SftBatches,
-    check_texts,
-    heldout_config,
     make_examples,
-    read_clips,
-    render_clips,
     sft_loss,
 )
 from salmonn.train.dry_run import check_adapters, print_adapter_plan
-from salmonn.train.evaluate import RATES_NAME, SampleConfig, cache_features, evaluate, sample_captions, write_evaluation
+from salmonn.train.evaluate import RATES_NAME, cache_features, evaluate, sample_captions, write_evaluation
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.kl import KLProbe
-from salmonn.train.loop import Batches, Callback, FitConfig, FitContext, autocast, check_processes, fit
+from salmonn.train.loop import Batches, Callback, FitContext, autocast, check_processes, fit
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
     MixedBatches,
@@ -62,7 +56,6 @@ from salmonn.train.preference import (
 )
 from salmonn.train.rounds import (
     PAIRS_NAME,
-    EarlyStopConfig,
     RoundFailedError,
     best_round,
     load_or_select,
@@ -71,123 +64,11 @@ from salmonn.train.rounds import (
     require_pairs,
     stop_reason,
 )
-from salmonn.train.run_folder import RunConfig, is_complete, is_missing, merge_checkpoint, num_bytes, open_run
+from salmonn.train.run_folder import is_complete, is_missing, merge_checkpoint, num_bytes, open_run
 from salmonn.train.run_log import SUMMARY_NAME, RunSummary, log_summary, print_summary, stage_name
 
 log = logging.getLogger("mrdpo")
 ModelPath = Path | str  # folder or hub id
-
-
-@dataclass(frozen=True)
-class KLConfig:
-    """Measurement of the KL divergence from the start of a round, on held-out reference captions.
-
-    Args:
-        num_clips: number of held-out clips; 0 to measure nothing.
-        every: steps between two measurements.
-    """
-
-    num_clips: int = 16
-    every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"kl.every must be at least 1, got {self.every}")
-
-
-@dataclass(frozen=True)
-class RebirthConfig:
-    """Fine-tuning on the best model's captions of the training clips, and on questions.
-
-    Args:
-        start: model to fine-tune: the run's start, or the best round's model.
-        lora: adapter, merged at the end.
-        fit: optimization.
-    """
-
-    start: Literal["start", "best"] = "start"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup_ratio=0.1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MrDpoConfig(RunConfig):
-    """A run of mrDPO.
-
-    Args:
-        model: folder or hub id of the model to start from; the built-in toy model by default.
-        references: JSONL of references (events, caption, questions) to training videos; none renders synthetic clips.
-        heldout_references: references to held-out videos; none renders synthetic clips.
-        clips_dir: folder of synthetic clips.
-        synth: synthetic training clips; held-out clips are like them, from a different seed.
-        heldout_clips: number of synthetic held-out clips.
-        max_failures: number of clips that may be unreadable; they are listed and left out, before anything is sampled.
-        kl: measurement of the KL divergence; may change when a run is resumed.
-        rounds: number of rounds of DPO.
-        fresh_pairs: sample and pair captions in each round; otherwise all rounds train on the first round's pairs.
-        reference_policy: policy that rewards are relative to: the start of the round, or the start of the run.
-        qa_fraction: fraction of the last round's examples that are questions on the training clips.
-        sampling: sampling of captions.
-        judge: judge of captions.
-        reward: reward that captions are rated by.
-        selection: selection of preference pairs.
-        loss: loss of the rounds.
-        lora: fresh adapter of each round.
-        fit: optimization of each round.
-        early_stopping: rules that stop the rounds early.
-        rebirth: the last stage; none to skip it.
-    """
-
-    out: Path = Path("run")
-    model: str = str(SHIPPED_MODEL)
-    references: Path | None = None
-    heldout_references: Path | None = None
-    clips_dir: Path = Path("run/clips")
-    synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
-    heldout_clips: int = 200
-    max_failures: int = field(default=0, metadata=MAY_CHANGE)
-    kl: KLConfig = field(default_factory=KLConfig, metadata=MAY_CHANGE)
-    rounds: int = 3
-    fresh_pairs: bool = True
-    reference_policy: Literal["round_start", "run_start"] = "round_start"
-    qa_fraction: float = 0.0
-    sampling: SampleConfig = field(default_factory=SampleConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    selection: SelectionConfig = field(default_factory=SelectionConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    fit: FitConfig = field(
-        default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_ratio=0.1, batch_size=16)
-    )
-    early_stopping: EarlyStopConfig = field(default_factory=EarlyStopConfig)
-    rebirth: RebirthConfig | None = field(default_factory=RebirthConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
-        if self.references and not self.heldout_references:
-            raise ValueError(
-                "references are given without heldout_references, so synthetic clips would decide which round is best; "
-                "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
-                "--heldout-references"
-            )
-        if self.sampling.num_samples < 2 or not self.sampling.temperature:
-            raise ValueError(
-                "pairs need different captions of a clip: sampling.num_samples must be at least 2 and "
-                f"sampling.temperature above 0, got {self.sampling.num_samples} and {self.sampling.temperature}"
-            )
-        if not 0 <= self.qa_fraction < 1 or (self.qa_fraction and not 0 < self.num_questions < self.fit.batch_size):
-            raise ValueError(
-                f"qa_fraction {self.qa_fraction} of batch_size {self.fit.batch_size} leaves no question or no pair in "
-                "a step; choose a fraction from 0 to 1 that leaves both, or 0"
-            )
-
-    @property
-    def num_questions(self) -> int:
-        """Number of questions in each step of the last round."""
-        return round(self.qa_fraction * self.fit.batch_size)
 
 
 @dataclass(frozen=True)
@@ -199,6 +80,14 @@ class Run:
     heldout: ClipSet
     judge: Judge
     reward: Reward
+
+    def folder(self, number: int) -> Path:
+        """Return the folder of a round."""
+        return self.config.out / f"round_{number}"
+
+    def seed(self, number: int) -> int:
+        """Return the seed of a round."""
+        return self.config.seed * 1000 + number
 
 
 def main(config: MrDpoConfig) -> None:
@@ -259,47 +148,6 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         )
 
 
-def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tuple[ClipSet, ClipSet]:
-    """Load or render the training and the held-out clips.
-
-    Raises:
-        ValueError: captions of them cannot be rated, they lack the questions or captions that the run needs, or a text
-            contains a special token.
-    """
-
-    def check(reference: Reference) -> None:
-        reward.check(reference)
-        check_texts(reference, processor)
-
-    def check_train(reference: Reference) -> None:
-        if config.loss.ce_weight and not reference.caption.strip():
-            raise ValueError(
-                f"{reference.video} has no caption, which is the ground truth of guided DPO; add it, or set "
-                "--loss.ce-weight 0"
-            )
-        check(reference)
-
-    heldout_synth = heldout_config(config.synth, clips=config.heldout_clips)
-    train, heldout = (
-        read_clips(path, check=check_one) if path else render_clips(config.clips_dir, synth)
-        for path, synth, check_one in (
-            (config.references, config.synth, check_train),
-            (config.heldout_references, heldout_synth, check),
-        )
-    )
-    if config.num_questions and not any(reference.questions for reference in train.references):
-        raise ValueError(
-            f"qa_fraction is {config.qa_fraction}, but the references have no questions; add some, or set 0"
-        )
-    num_clips = config.kl.num_clips
-    if num_clips and not any(reference.caption.strip() for reference in heldout.head(num_clips).references):
-        raise ValueError(
-            f"the first {num_clips} held-out references have no caption to measure the KL divergence on; add captions, "
-            "or set kl.num_clips 0"
-        )
-    return train, heldout
-
-
 def run_rounds(run: Run, summary: RunSummary) -> Path | None:
     """Run all rounds and fill the summary; returns the best model, if a round improved on the start."""
     config = run.config
@@ -335,25 +183,15 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     Raises:
         RoundFailedError: there are too few pairs, or the model has not learned to prefer the chosen captions.
     """
-    config, folder = run.config, run.config.out / f"round_{number}"
-    seed = config.seed * 1000 + number
+    config, folder, seed = run.config, run.folder(number), run.seed(number)
     if is_complete(folder):
         return folder / "merged"
 
     # Load.
     captioner = config.load_model(policy)
 
-    # Sample, rate and select. Only the first round does if all rounds train on its pairs.
-    if config.fresh_pairs or number == 1:
-        require_free_space(config.out, num_bytes(captioner), what=f"the model of {folder.name}")  # before hours of work
-        captions = sample_captions(
-            captioner, run.train, config.sampling, name=f"{folder.name}: sampling", seed=seed, folder=folder
-        )
-        ratings = rate_captions(captions, run.train, reward=run.reward, folder=folder)
-        selector = make_selector(config.selection)
-        pairs = load_or_select(captions, ratings, run.train, selector=selector, source=run.reward.name, folder=folder)
-    else:
-        pairs = read_records(config.out / "round_1" / PAIRS_NAME, Comparison)
+    # Sample, rate and select.
+    pairs = make_pairs(number, captioner, run)
     require_pairs(pairs, config.early_stopping, batch_size=config.fit.batch_size, name=folder.name)
 
     # Train a fresh LoRA. Rewards are relative to the reference policy, which scores each pair once, in advance.
@@ -398,6 +236,20 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
         return merge_checkpoint(
             checkpoint, base=config.model, earlier=earlier, lora=config.lora, config=config, folder=folder
         )
+
+
+def make_pairs(number: int, captioner: Captioner, run: Run) -> list[Comparison]:
+    """Sample captions of the training clips, rate them and select preference pairs, or load those of an earlier run."""
+    config, folder = run.config, run.folder(number)
+    if number > 1 and not config.fresh_pairs:
+        return read_records(run.folder(1) / PAIRS_NAME, Comparison)
+    require_free_space(config.out, num_bytes(captioner), what=f"the model of {folder.name}")  # before hours of work
+    captions = sample_captions(
+        captioner, run.train, config.sampling, name=f"{folder.name}: sampling", seed=run.seed(number), folder=folder
+    )
+    ratings = rate_captions(captions, run.train, reward=run.reward, folder=folder)
+    selector = make_selector(config.selection)
+    return load_or_select(captions, ratings, run.train, selector=selector, source=run.reward.name, folder=folder)
 
 
 def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:

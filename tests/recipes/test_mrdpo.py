@@ -15,9 +15,14 @@ import torch
 
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.preference.losses import LossConfig
+from salmonn.preference.selection import SelectionConfig
 from salmonn.records import Caption, Comparison, Question, Reference, append_record, read_records, write_records
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
+from salmonn.train.evaluate import SampleConfig
+from salmonn.train.loop import FitConfig
+from salmonn.train.mrdpo import RebirthConfig
 from tests.launch import forked
 from tests.score.fake_llm_server import rule_judge_script
 
@@ -356,8 +361,8 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
 def test_impossible_values_are_rejected_with_the_configuration(load_recipe, options, message):
     recipe = load_recipe("mrdpo")
     types = {
-        "sampling": recipe.SampleConfig, "selection": recipe.SelectionConfig, "loss": recipe.LossConfig,
-        "lora": recipe.LoraConfig, "fit": recipe.FitConfig,
+        "sampling": SampleConfig, "selection": SelectionConfig, "loss": LossConfig, "lora": LoraConfig,
+        "fit": FitConfig,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         recipe.MrDpoConfig(
@@ -409,7 +414,7 @@ def test_a_misspelt_target_is_rejected_before_anything_is_rendered(load_recipe, 
     recipe = load_recipe("mrdpo")
     monkeypatch.setattr(recipe.dist, "setup", lambda: None)
     wrong = LoraConfig(targets=("q_prj", "v_proj"))
-    for options in ({"lora": wrong}, {"rebirth": recipe.RebirthConfig(lora=wrong)}):
+    for options in ({"lora": wrong}, {"rebirth": RebirthConfig(lora=wrong)}):
         config = recipe.MrDpoConfig(
             model=str(random_model), out=tmp_path / "out", clips_dir=tmp_path / "clips", **options
         )

@@ -1,0 +1,175 @@
+"""Settings of an mrDPO run, and the clips it trains and evaluates on; recipes/mrdpo.py is the run itself."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from salmonn.caption.captioner import SHIPPED_MODEL
+from salmonn.caption.processor import Processor
+from salmonn.config import MAY_CHANGE
+from salmonn.model.lora import LoraConfig
+from salmonn.preference.losses import LossConfig
+from salmonn.preference.rating import Reward
+from salmonn.preference.reward import RewardConfig
+from salmonn.preference.selection import SelectionConfig
+from salmonn.records import Reference
+from salmonn.score.config import JudgeConfig
+from salmonn.synthetic.render import SynthConfig
+from salmonn.train.data import ClipSet, check_texts, heldout_config, read_clips, render_clips
+from salmonn.train.evaluate import SampleConfig
+from salmonn.train.loop import FitConfig
+from salmonn.train.rounds import EarlyStopConfig
+from salmonn.train.run_folder import RunConfig
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """Measurement of the KL divergence from the start of a round, on held-out reference captions.
+
+    Args:
+        num_clips: number of held-out clips; 0 to measure nothing.
+        every: steps between two measurements.
+    """
+
+    num_clips: int = 16
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"kl.every must be at least 1, got {self.every}")
+
+
+@dataclass(frozen=True)
+class RebirthConfig:
+    """Fine-tuning on the best model's captions of the training clips, and on questions.
+
+    Args:
+        start: model to fine-tune: the run's start, or the best round's model.
+        lora: adapter, merged at the end.
+        fit: optimization.
+    """
+
+    start: Literal["start", "best"] = "start"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup_ratio=0.1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MrDpoConfig(RunConfig):
+    """A run of mrDPO.
+
+    Args:
+        model: folder or hub id of the model to start from; the built-in toy model by default.
+        references: JSONL of references (events, caption, questions) to training videos; none renders synthetic clips.
+        heldout_references: references to held-out videos; none renders synthetic clips.
+        clips_dir: folder of synthetic clips.
+        synth: synthetic training clips; held-out clips are like them, from a different seed.
+        heldout_clips: number of synthetic held-out clips.
+        max_failures: number of clips that may be unreadable; they are listed and left out, before anything is sampled.
+        kl: measurement of the KL divergence; may change when a run is resumed.
+        rounds: number of rounds of DPO.
+        fresh_pairs: sample and pair captions in each round; otherwise all rounds train on the first round's pairs.
+        reference_policy: policy that rewards are relative to: the start of the round, or the start of the run.
+        qa_fraction: fraction of the last round's examples that are questions on the training clips.
+        sampling: sampling of captions.
+        judge: judge of captions.
+        reward: reward that captions are rated by.
+        selection: selection of preference pairs.
+        loss: loss of the rounds.
+        lora: fresh adapter of each round.
+        fit: optimization of each round.
+        early_stopping: rules that stop the rounds early.
+        rebirth: the last stage; none to skip it.
+    """
+
+    out: Path = Path("run")
+    model: str = str(SHIPPED_MODEL)
+    references: Path | None = None
+    heldout_references: Path | None = None
+    clips_dir: Path = Path("run/clips")
+    synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
+    heldout_clips: int = 200
+    max_failures: int = field(default=0, metadata=MAY_CHANGE)
+    kl: KLConfig = field(default_factory=KLConfig, metadata=MAY_CHANGE)
+    rounds: int = 3
+    fresh_pairs: bool = True
+    reference_policy: Literal["round_start", "run_start"] = "round_start"
+    qa_fraction: float = 0.0
+    sampling: SampleConfig = field(default_factory=SampleConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(steps=60, learning_rate=2e-4, warmup_ratio=0.1, batch_size=16)
+    )
+    early_stopping: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    rebirth: RebirthConfig | None = field(default_factory=RebirthConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if self.references and not self.heldout_references:
+            raise ValueError(
+                "references are given without heldout_references, so synthetic clips would decide which round is best; "
+                "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
+                "--heldout-references"
+            )
+        if self.sampling.num_samples < 2 or not self.sampling.temperature:
+            raise ValueError(
+                "pairs need different captions of a clip: sampling.num_samples must be at least 2 and "
+                f"sampling.temperature above 0, got {self.sampling.num_samples} and {self.sampling.temperature}"
+            )
+        if not 0 <= self.qa_fraction < 1 or (self.qa_fraction and not 0 < self.num_questions < self.fit.batch_size):
+            raise ValueError(
+                f"qa_fraction {self.qa_fraction} of batch_size {self.fit.batch_size} leaves no question or no pair in "
+                "a step; choose a fraction from 0 to 1 that leaves both, or 0"
+            )
+
+    @property
+    def num_questions(self) -> int:
+        """Number of questions in each step of the last round."""
+        return round(self.qa_fraction * self.fit.batch_size)
+
+
+def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tuple[ClipSet, ClipSet]:
+    """Load or render the training and the held-out clips.
+
+    Raises:
+        ValueError: captions of them cannot be rated, they lack the questions or captions that the run needs, or a text
+            contains a special token.
+    """
+
+    def check(reference: Reference) -> None:
+        reward.check(reference)
+        check_texts(reference, processor)
+
+    def check_train(reference: Reference) -> None:
+        if config.loss.ce_weight and not reference.caption.strip():
+            raise ValueError(
+                f"{reference.video} has no caption, which is the ground truth of guided DPO; add it, or set "
+                "--loss.ce-weight 0"
+            )
+        check(reference)
+
+    heldout_synth = heldout_config(config.synth, clips=config.heldout_clips)
+    train, heldout = (
+        read_clips(path, check=check_one) if path else render_clips(config.clips_dir, synth)
+        for path, synth, check_one in (
+            (config.references, config.synth, check_train),
+            (config.heldout_references, heldout_synth, check),
+        )
+    )
+    if config.num_questions and not any(reference.questions for reference in train.references):
+        raise ValueError(
+            f"qa_fraction is {config.qa_fraction}, but the references have no questions; add some, or set 0"
+        )
+    num_clips = config.kl.num_clips
+    if num_clips and not any(reference.caption.strip() for reference in heldout.head(num_clips).references):
+        raise ValueError(
+            f"the first {num_clips} held-out references have no caption to measure the KL divergence on; add captions, "
+            "or set kl.num_clips 0"
+        )
+    return train, heldout
