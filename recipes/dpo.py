@@ -30,8 +30,8 @@ from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes,
 from salmonn.train.preference import (
     PreferenceBatches,
     PreferenceBatchLoss,
-    PreferenceExample,
     compute_reference_logps,
+    make_preference_examples,
 )
 from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
 
@@ -90,11 +90,13 @@ def main(config: OfflineDpoConfig) -> None:
     cache = open_feature_cache(config.feature_cache, captioner)
     clips = [clip for _, clip in comparisons]
     features = encode_clips(captioner, clips, name="clips", cache=cache, max_failures=config.max_failures)
-    examples = [PreferenceExample(one, features[clip]) for one, clip in comparisons if clip in features]
+    loss = make_loss(config.loss)
+    examples = make_preference_examples(
+        [(one, features[clip]) for one, clip in comparisons if clip in features], loss.roles
+    )
 
     # Train.
     attach_lora(captioner.network, config.lora, seed=config.seed)
-    loss = make_loss(config.loss)
     with autocast(config.fit.precision):
         reference_logps = compute_reference_logps(
             captioner.network,

@@ -51,8 +51,8 @@ from salmonn.train.preference import (
     MixedBatchLoss,
     PreferenceBatch,
     PreferenceBatches,
-    PreferenceExample,
     compute_reference_logps,
+    make_preference_examples,
 )
 from salmonn.train.rounds import (
     PAIRS_NAME,
@@ -197,10 +197,9 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     # Train a fresh LoRA. Rewards are relative to the reference policy, which scores each pair once, in advance.
     attach_lora(captioner.network, config.lora, seed=seed)
     loss = make_loss(config.loss)
-    examples = [
-        PreferenceExample(pair, run.train.features[ClipSource.of_comparison(pair, root=run.train.root)])
-        for pair in pairs
-    ]
+    examples = make_preference_examples(
+        [(pair, run.train.features[ClipSource.of_comparison(pair, root=run.train.root)]) for pair in pairs], loss.roles
+    )
     with autocast(config.fit.precision):
         reference_logps = compute_reference_logps(
             load_reference_policy(number, captioner, config),

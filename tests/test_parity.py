@@ -22,7 +22,7 @@ from salmonn.model.layout import Layout, ModelInputs, text_positions
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora, set_adapter_weights
 from salmonn.model.network import Network
-from salmonn.preference.losses import RoleLogps, guided_dpo_loss
+from salmonn.preference.losses import LossConfig, RoleLogps, guided_loss
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parents[2] / "shared" / "parity"))
 FOLDERS = sorted(PARITY_DIR.glob("*/cases.json")) if PARITY_DIR.is_dir() else []
@@ -252,7 +252,7 @@ class TestPreference:
         for role in ("chosen", "rejected", "ground_truth"):
             policy, reference = (logps[f"{name}.{role}"] for name in ("policy_logps", "reference_logps"))
             by_role[role] = RoleLogps(policy.sum(-1), torch.tensor([policy.shape[1]]), reference.sum(-1))
-        loss = guided_dpo_loss(by_role, beta=facts["beta"], ce_weight=facts["ce_weight"])
+        loss = guided_loss(by_role, LossConfig(beta=facts["beta"], ce_weight=facts["ce_weight"]))
         assert loss.parts["dpo"].item() == pytest.approx(facts["dpo_loss"], abs=1e-5)
         assert loss.parts["ce"].item() == pytest.approx(facts["ce_loss"], abs=1e-5)
         assert loss.loss.item() == pytest.approx(facts["gdpo_loss"], abs=1e-5)

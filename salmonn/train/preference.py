@@ -32,19 +32,54 @@ Logps = Mapping[Role, float]  # of one comparison's answers
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """A comparison with the features of its clip; examples about the same clip hold the same features object."""
+    """A comparison with the features of its clip; examples about the same clip hold the same features object.
+
+    Args:
+        comparison: the comparison.
+        features: features of its clip.
+        other: a comparison about another clip, whose chosen caption is the mismatched answer.
+    """
 
     comparison: Comparison
     features: ClipFeatures
+    other: Comparison | None = None
 
     def answer(self, role: Role) -> str:
         """Return the answer of a role."""
-        answer: str = getattr(self.comparison, role)
+        one, name = self._source(role)
+        answer: str = getattr(one, name)
         return answer
 
     def is_finished(self, role: Role) -> bool:
         """Return whether the answer of a role has an end, and was not cut off at the token limit."""
-        return bool(getattr(self.comparison, f"{role}_finished", True))  # a ground truth always has
+        one, name = self._source(role)
+        return bool(getattr(one, f"{name}_finished", True))  # a ground truth always has
+
+    def _source(self, role: Role) -> tuple[Comparison, str]:
+        if role != "mismatched":
+            return self.comparison, role
+        assert self.other is not None, "make_preference_examples adds another clip's comparison where a loss needs it"
+        return self.other, "chosen"
+
+
+def make_preference_examples(
+    comparisons: Sequence[tuple[Comparison, ClipFeatures]], roles: Sequence[Role]
+) -> list[PreferenceExample]:
+    """Join comparisons with what a loss's roles need; the mismatched answer is that of the next other clip.
+
+    Raises:
+        ValueError: a loss needs captions of other clips, and there is only one clip.
+    """
+    if "mismatched" not in roles:
+        return [PreferenceExample(one, features) for one, features in comparisons]
+    examples = []
+    for index, (one, features) in enumerate(comparisons):
+        following = (other for other, _ in [*comparisons[index + 1 :], *comparisons[:index]])
+        other = next((other for other in following if other.video != one.video), None)
+        if other is None:
+            raise ValueError("loss.kind kto estimates the KL divergence from captions of other clips; give two or more")
+        examples.append(PreferenceExample(one, features, other))
+    return examples
 
 
 @dataclass(frozen=True)

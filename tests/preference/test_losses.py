@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from salmonn.preference.losses import LossConfig, RoleLogps, guided_dpo_loss, make_loss
+from salmonn.preference.losses import PAIR_LOSSES, LogRatios, LossConfig, RoleLogps, guided_loss, make_loss
 
 
 def by_role(chosen, rejected, ground_truth, *, reference=(-12.0, -17.0)):
@@ -21,7 +21,7 @@ def by_role(chosen, rejected, ground_truth, *, reference=(-12.0, -17.0)):
 def loss(chosen, rejected, *, reference=(-12.0, -17.0), ground_truth=-8.0, **options):
     """One pair's loss from plain numbers; a ground truth of -8 nats has a cross-entropy of 8 / 4 = 2."""
     values = (torch.tensor([value]) for value in (chosen, rejected, ground_truth))
-    return guided_dpo_loss(by_role(*values, reference=reference), **options)
+    return guided_loss(by_role(*values, reference=reference), LossConfig(**options))
 
 
 def test_by_hand():
@@ -56,7 +56,7 @@ def test_weight_of_the_cross_entropy(ce_weight, expected):
 def test_gradients():
     # d/dm -log sigmoid(m) = -sigmoid(-m) = -1 / (1 + e^0.5) = -0.3775407; times beta 0.1 for the log-probabilities.
     leaves = [torch.tensor([value], requires_grad=True) for value in (-10.0, -20.0, -8.0)]
-    guided_dpo_loss(by_role(*leaves)).loss.sum().backward()
+    guided_loss(by_role(*leaves), LossConfig()).loss.sum().backward()
     assert leaves[0].grad.item() == pytest.approx(-0.03775407)  # a step down the gradient raises the chosen one
     assert leaves[1].grad.item() == pytest.approx(0.03775407)
     assert leaves[2].grad.item() == pytest.approx(-0.1 / 4)  # ce_weight over the number of tokens
@@ -64,7 +64,7 @@ def test_gradients():
 
 def test_figures_carry_no_gradient():
     leaf = torch.tensor([-10.0], requires_grad=True)
-    result = guided_dpo_loss(by_role(leaf, leaf * 2, leaf))
+    result = guided_loss(by_role(leaf, leaf * 2, leaf), LossConfig())
     assert result.loss.requires_grad
     assert len(result.parts) == 8 and not any(part.requires_grad for part in result.parts.values())
 
@@ -76,8 +76,8 @@ def test_far_margins_stay_finite():
 
 
 def test_pairs_of_a_batch_do_not_mix():
-    result = guided_dpo_loss(
-        by_role(torch.tensor([-10.0, -14.0]), torch.tensor([-20.0, -15.0]), torch.tensor([-8.0, 0.0]))
+    result = guided_loss(
+        by_role(torch.tensor([-10.0, -14.0]), torch.tensor([-20.0, -15.0]), torch.tensor([-8.0, 0.0])), LossConfig()
     )
     # second: margin 0.1 * (-2 - 2) = -0.4: log(1 + e^0.4) = log 2.4918247 = 0.9130153
     assert result.loss.tolist() == pytest.approx([0.6740770, 0.9130153])
@@ -85,7 +85,80 @@ def test_pairs_of_a_batch_do_not_mix():
 
 def test_a_configured_loss_names_its_roles():
     configured = make_loss(LossConfig(beta=0.5, ce_weight=0.0))
-    assert configured.roles == ("chosen", "rejected", "ground_truth")
-    assert configured.reference_roles == ("chosen", "rejected")
+    assert configured.roles == configured.reference_roles == ("chosen", "rejected")
+    assert make_loss(LossConfig()).roles == ("chosen", "rejected", "ground_truth")
     values = (torch.tensor([value]) for value in (-14.0, -15.0, -8.0))
     assert configured.compute(by_role(*values)).loss.item() == pytest.approx(2.1269280)  # as by hand above
+
+
+# Two captions of 5 and 4 tokens with log-ratios of 2 and -1, at beta 0.1: rewards 0.2 and -0.1, margin 0.3.
+# Sigmoids: s(0.3) = 0.5744425, s(0.2) = 0.5498340, s(-0.1) = 0.4750208.
+# Logarithms: log s(0.3) = -0.5543552, log s(-0.3) = -0.8543552, log s(0.2) = -0.5981389, log s(-0.2) = -0.7981389,
+# log s(0.1) = -0.6443967.
+BY_HAND = {  # name: loss, derivative by the chosen and by the rejected log-ratio, options
+    # d/dc = -beta s(-0.3)
+    "sigmoid": (0.5543552, -0.0425557, 0.0425557, {}),
+    # 2/5 - -1/4 = 0.65; (0.65 - 5)^2; d/dc = 2 (0.65 - 5) / 5, d/dr = -2 (0.65 - 5) / 4
+    "ipo": (18.9225, -1.74, 2.175, {}),
+    # (0.9 * 0.5543552 - 0.1 * 0.8543552) / 0.8; d/dc = beta (-0.9 s(-0.3) - 0.1 s(0.3)) / 0.8
+    "robust": (0.5168552, -0.0550557, 0.0550557, {"label_smoothing": 0.1}),
+    # 0.5981389 + 0.5 * 0.7981389 + 0.5 * 0.6443967; d/dc = beta (-s(-0.2) + 0.5 s(0.2)), d/dr = 0.5 beta s(-0.1)
+    "nca_pair": (1.3194067, -0.0175249, 0.0237510, {}),
+    # 0.5981389 + 0.6443967; d/dc = -beta s(-0.2), d/dr = beta s(-0.1)
+    "bco_pair": (1.2425356, -0.0450166, 0.0475021, {}),
+    # (2 - 5)^2 + (-1 + 5)^2
+    "sppo_hard": (25.0, -6.0, 8.0, {}),
+    # 1 - s(0.2) + s(-0.1); d/dc = -beta s(0.2) s(-0.2), d/dr = beta s(-0.1) s(0.1)
+    "apo_zero": (0.9251868, -0.0247517, 0.0249376, {}),
+    # The KL estimate is 0.5: 2 - s(0.15) - s(0.15), with s(0.15) = 0.5374298; d/dc = -beta s(0.15) s(-0.15) = -d/dr
+    "kto": (0.9251403, -0.0248599, 0.0248599, {}),
+}
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_each_loss_by_hand(name):
+    expected, chosen_slope, rejected_slope, options = BY_HAND[name]
+    chosen, rejected = (torch.tensor([value], requires_grad=True, dtype=torch.float64) for value in (2.0, -1.0))
+    mismatched = torch.tensor([0.7, 0.3], dtype=torch.float64, requires_grad=True)  # of two clips: mean 0.5
+    ratios = LogRatios(chosen, rejected, torch.tensor([5]), torch.tensor([4]), mismatched)
+    value = PAIR_LOSSES[name](ratios, LossConfig(name, **options))
+    value.sum().backward()
+    assert value.item() == pytest.approx(expected, abs=1e-7)
+    assert chosen.grad.item() == pytest.approx(chosen_slope, abs=1e-7)
+    assert rejected.grad.item() == pytest.approx(rejected_slope, abs=1e-7)
+    assert mismatched.grad is None
+
+
+def test_label_smoothing_of_dpo_by_hand():
+    # Margin 0.5: 0.9 * log(1 + e^-0.5) + 0.1 * log(1 + e^0.5) = 0.9 * 0.4740770 + 0.1 * 0.9740770
+    assert loss(-10.0, -20.0, ce_weight=0.0, label_smoothing=0.1).loss.item() == pytest.approx(0.5240770)
+
+
+def test_robust_loss_is_unbiased_under_flips():
+    """Its mean over labels of which a tenth is flipped is DPO's loss on the true labels."""
+
+    def robust(margin):
+        ratios = LogRatios(torch.tensor([margin / 0.1]), torch.zeros(1), torch.ones(1), torch.ones(1))
+        return PAIR_LOSSES["robust"](ratios, LossConfig("robust", label_smoothing=0.1)).item()
+
+    assert 0.9 * robust(0.7) + 0.1 * robust(-0.7) == pytest.approx(math.log1p(math.exp(-0.7)))
+
+
+def test_a_negative_kl_estimate_counts_as_zero():
+    ratios = LogRatios(torch.tensor([2.0]), torch.tensor([-1.0]), torch.ones(1), torch.ones(1), torch.tensor([-3.0]))
+    # 2 - s(0.2) - s(0.1) = 2 - 0.5498340 - 0.5249792
+    assert PAIR_LOSSES["kto"](ratios, LossConfig("kto")).item() == pytest.approx(0.9251868)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "orpo"}, "loss.kind must be one of sigmoid, ipo"),
+        ({"label_smoothing": 0.5}, "below 0.5, got 0.5"),
+        ({"kind": "ipo", "label_smoothing": 0.1}, "loss.kind ipo has no label_smoothing"),
+        ({"kind": "robust"}, "loss.kind robust needs loss.label_smoothing"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**options)

@@ -23,6 +23,7 @@ from salmonn.train.preference import (
     PreferenceBatchLoss,
     PreferenceExample,
     compute_reference_logps,
+    make_preference_examples,
 )
 
 LORA = LoraConfig(rank=4, dropout=0.0)
@@ -253,6 +254,28 @@ def test_rows_of_each_role_contain_its_answers(captioner, pairs, features_by_vid
         assert batch.inputs.clip_index[rows] == (0, 1, 2)
     for index, number in enumerate(order):
         assert torch.equal(batch.inputs.clip_features[index], features_by_video[pairs[number].video].tokens)
+
+
+def test_a_mismatched_answer_is_another_clips_chosen_caption(captioner, pairs, features_by_video):
+    loss = make_loss(LossConfig("kto", ce_weight=0.0))
+    pairs = [pairs[0], replace(pairs[0], chosen="again", chosen_finished=False), pairs[1], pairs[2]]
+    examples = make_preference_examples([(pair, features_by_video[pair.video]) for pair in pairs], loss.roles)
+    others = [pairs[2], pairs[2], pairs[3], pairs[0]]  # the next of another clip
+    expected = [
+        answer_logp(captioner, pair, other.chosen, features_by_video[pair.video])
+        for pair, other in zip(pairs, others, strict=True)
+    ]
+    attach_lora(captioner.network, LORA, seed=0)
+    logps = compute_reference_logps(
+        captioner.network, examples, captioner.processor, roles=loss.reference_roles, batch_size=2
+    )
+    assert [values["mismatched"] for values in logps] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="captions of other clips; give two or more"):
+        make_preference_examples([(pairs[0], features_by_video[pairs[0].video])] * 2, loss.roles)
+    # A fresh adapter equals its reference: 2 - s(0) - s(0).
+    batches = PreferenceBatches(examples, logps, captioner.processor, roles=loss.roles, batch_size=4, seed=0)
+    value, parts = PreferenceBatchLoss(loss)(captioner.network, *batches.micro_batches(0))
+    assert value.item() == pytest.approx(1.0, abs=1e-4) and "ce" not in parts
 
 
 def test_ranks_share_the_pairs(captioner, pairs, features_by_video, monkeypatch):

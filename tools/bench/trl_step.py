@@ -25,7 +25,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from salmonn.model.families.salmonn2 import Salmonn2
 from salmonn.model.layout import Layout, ModelInputs
-from salmonn.preference.losses import Role, RoleLogps, guided_dpo_loss
+from salmonn.preference.losses import LossConfig, Role, RoleLogps, guided_loss
 from salmonn.train.loop import autocast
 
 PART = "step against TRL"
@@ -88,7 +88,7 @@ class Ours:
         rows: dict[Role, slice] = {"chosen": slice(0, 1), "rejected": slice(1, 2)}
         logps = {role: RoleLogps(policy[row], num_tokens[row], self.reference[row]) for role, row in rows.items()}
         ground_truth = RoleLogps(torch.zeros_like(policy[:1]), num_tokens[:1])  # without weight
-        loss = guided_dpo_loss(logps | {"ground_truth": ground_truth}, beta=BETA, ce_weight=0.0).loss.sum()
+        loss = guided_loss(logps | {"ground_truth": ground_truth}, LossConfig(beta=BETA, ce_weight=0.0)).loss.sum()
         loss.backward()
         self.optimizer.step()
         return loss.item()
