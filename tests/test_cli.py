@@ -69,7 +69,7 @@ def test_help_starts_without_torch():
         ("compare", ["first", "second", "--force"]),
         ("events", ["references", "--out", "--judge"]),
         ("qa", ["answers"]),
-        ("judge-benchmark", ["pairs", "--judge"]),
+        ("reward-benchmark", ["files", "--judge", "--model"]),
         ("plot", ["run", "--out"]),
         ("synth", ["--out", "--clips", "--seed", "--min-seconds"]),
     ],

@@ -5,6 +5,7 @@ where it would need GPUs. Other people's programs (vllm, tensorboard, sbatch ...
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -85,6 +86,15 @@ def known(tmp_path_factory):
     return folder
 
 
+def write_benchmark_data(folder):
+    """Write some rows of the reward benchmark's data, and one in the format of RAG-RewardBench."""
+    for name in ("reward_pairs", "reward_best_of_4"):
+        rows = (ROOT / "data" / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        write_text(folder / "data" / f"{name}.jsonl", "".join(rows[::50]))
+    row = {"prompt": "Documents: ... Question: Who?", "chosen": "A.", "reject": "B.", "subset": "musique"}
+    write_text(folder / "RAG-RewardBench" / "reason.jsonl", json.dumps(row) + "\n")
+
+
 @pytest.fixture
 def stage(known, random_plus, serve, tmp_path):
     """A folder that has what the pages speak of, and the programs that they call; returns what runs a script there."""
@@ -107,8 +117,7 @@ def stage(known, random_plus, serve, tmp_path):
         write_json(tmp_path / name / "summary.json", asdict(Rates(0.5, 0.25, 0.75, 0.125, clips=3)))
     for video in sorted((known / "videos").glob("*.mp4"))[:2]:
         shutil.copy(video, tmp_path / "home" / "Videos")
-    pairs = (ROOT / "data" / "judge_pairs.jsonl").read_text().splitlines(keepends=True)
-    write_text(tmp_path / "data" / "judge_pairs.jsonl", "".join(pairs[::40]))
+    write_benchmark_data(tmp_path)
     judge = serve(rule_judge_script)
     programs = {name: SHIM for name in FOREIGN} | {"torchrun": TORCHRUN}
     programs |= {name: FORKED.format(shlex.join(forked(BIN / name))) for name in ("python", "salmonn")}

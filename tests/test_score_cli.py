@@ -363,29 +363,3 @@ def test_qa(call, tmp_path):
     code, out, _ = call("qa", tmp_path / "qa.json", "--summary", tmp_path / "s.json")
     assert code == 0 and shown(out)["all"][0] == "50.00" and "unparsable: 1" in out
     assert read_json(tmp_path / "s.json")["accuracy"] == 0.5
-
-
-def test_judge_benchmark(call, tmp_path):
-    lines = (Path(__file__).parents[1] / "data" / "judge_pairs.jsonl").read_text().splitlines()[::20]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    code, out, err = call("judge-benchmark", tmp_path / "pairs.jsonl", "--out", tmp_path / "b.json")
-    kinds = [json.loads(line)["kind"] for line in lines]
-    rows = shown(out)
-    # What the rule judge can parse it judges right, and it cannot parse sources.
-    assert code == 0 and rows["left_out"][:2] == [str(kinds.count("left_out")), "100.0"]
-    assert (
-        rows["source"][4] == str(kinds.count("source"))
-        and f"{kinds.count('source')} pairs unscored, the first one pair" in err
-        and "the rule judge cannot read" in err
-    )
-    assert read_json(tmp_path / "b.json")
-
-
-def test_judge_benchmark_counts_a_pair_once(call, tmp_path, serve):
-    """A judge with useless replies leaves both captions of a pair unscored."""
-    lines = (Path(__file__).parents[1] / "data" / "judge_pairs.jsonl").read_text().splitlines()[:3]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
-    server = serve(lambda request, number: Answer("no"))
-    args = ["judge-benchmark", tmp_path / "pairs.jsonl", "--judge", "openai", "--model", "m", "--base-url", server.url]
-    _, out, err = call(*args, "--cache", tmp_path / "c.sqlite", "--attempts", 1)
-    assert shown(out)["all"][4] == "3" and "3 pairs unscored, the first one pair 1: no usable reply" in err

@@ -19,14 +19,13 @@ from salmonn.cli.caption import caption_parser, run_caption
 from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.export import export_parser, run_export
 from salmonn.cli.options import WRONG_USAGE
+from salmonn.cli.reward_benchmark import benchmark_parser, run_benchmark
 from salmonn.cli.score import (
-    benchmark_parser,
     compare_parser,
     events_parser,
     qa_parser,
     run_compare,
     run_events,
-    run_judge_benchmark,
     run_qa,
     run_score,
     score_parser,
@@ -125,7 +124,7 @@ COMMANDS: dict[str, Command] = {
     "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
     "events": (events_parser, run_events, "split reference captions into atomic events"),
     "qa": (qa_parser, run_qa, "compute the accuracy of answers to multiple-choice questions"),
-    "judge-benchmark": (benchmark_parser, run_judge_benchmark, "measure a judge on labelled pairs of captions"),
+    "reward-benchmark": (benchmark_parser, run_benchmark, "measure a judge or reward model on labelled pairs"),
     "demo": (demo_parser, run_demo, "start the web UI: caption, compare and vote, inspect training runs"),
     "plot": (plot_parser, run_plot, "plot a training run and list its stages"),
     "serve": (serve_parser, run_serve, "start an HTTP server with an OpenAI-compatible API"),

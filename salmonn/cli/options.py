@@ -73,14 +73,25 @@ def load_captioner(values: Namespace) -> "Captioner":
         )
 
 
-def add_judge_options(parser: FlagParser, *, seed: int) -> None:
-    """Add --judge and the settings of an LLM judge; `seed` is the default of --seed."""
+def add_judge_options(
+    parser: FlagParser, *, seed: int, judge: JudgeKind | None = "rule", model_help: str | None = None
+) -> None:
+    """Add --judge and the settings of an LLM judge.
+
+    Args:
+        parser: parser of the command.
+        seed: default of --seed.
+        judge: default of --judge; None where another flag can take its place.
+        model_help: help of --model, if it has another use, too.
+    """
     kinds = ", ".join(get_args(JudgeKind))
-    parser.add_argument("--judge", type=JudgeKind, default="rule", help=f"judge of the captions: {kinds}")
+    parser.add_argument("--judge", type=JudgeKind | None, default=judge, help=f"judge of the captions: {kinds}")
     parser.add_argument(
         "--seed", type=int | None, default=seed, help="random seed of the judge, in its first pass; null sends no seeds"
     )
-    parser.add_class_arguments(JudgeConfig, skip={"kind", "seed"})
+    if model_help:
+        parser.add_argument("--model", type=str, default="", help=model_help)
+    parser.add_class_arguments(JudgeConfig, skip={"kind", "seed", *(["model"] if model_help else [])})
 
 
 def judge_config(values: Namespace) -> JudgeConfig:
@@ -89,7 +100,7 @@ def judge_config(values: Namespace) -> JudgeConfig:
         raise ValueError(f"--seed must be from 0 to {2**31 - 1}, or null, got {values.seed}")
     names = {field.name for field in fields(JudgeConfig)} - {"kind", "seed"}
     seed = None if values.seed is None else 0
-    return JudgeConfig(kind=values.judge, seed=seed, **{name: values[name] for name in names})
+    return JudgeConfig(kind=values.judge or "rule", seed=seed, **{name: values[name] for name in names})
 
 
 def add_server_options(parser: FlagParser, *, port: int, read_seconds: float) -> None:

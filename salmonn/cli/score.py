@@ -1,4 +1,4 @@
-"""`salmonn score`, `compare`, `events`, `qa` and `judge-benchmark`: metrics of captions, answers and judges."""
+"""`salmonn score`, `compare`, `events` and `qa`: metrics of captions and answers."""
 
 import statistics
 import sys
@@ -17,7 +17,6 @@ from salmonn.records import Caption, Reference, read_records, write_json, write_
 from salmonn.score.config import ProtocolName
 
 if TYPE_CHECKING:
-    from salmonn.preference.benchmark import BenchmarkResult
     from salmonn.score.metrics import Rates
     from salmonn.score.scoring import ScoredSet
     from salmonn.score.stats import Interval
@@ -362,48 +361,3 @@ def run_qa(values: Namespace) -> int:
     console.print(table)
     console.print(f"unanswered: {result.unanswered}, unparsable: {result.unreadable}; both count as wrong")
     return 0
-
-
-def benchmark_parser() -> FlagParser:
-    """Return the arguments of `salmonn judge-benchmark`."""
-    parser = FlagParser(
-        description="Measure the accuracy of a judge on labelled pairs of captions, by kind of error, and its bias for "
-        "position and length. data/judge_pairs.jsonl is such a set."
-    )
-    parser.add_argument("pairs", type=Path, help="JSONL of labelled pairs")
-    parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the results")
-    add_judge_options(parser, seed=2024)
-    return parser
-
-
-def run_judge_benchmark(values: Namespace) -> int:
-    """Print the results, and write them to --out."""
-    from salmonn.preference.benchmark import read_labelled_pairs, run_benchmark
-    from salmonn.preference.reward import make_judge
-
-    judge = make_judge(judge_config(values))
-    pairs = read_labelled_pairs(values.pairs)
-    with tqdm(total=2 * len(pairs), desc="judging", unit=" captions") as bar:
-        result = run_benchmark(pairs, judge, seed=values.seed or 0, progress=bar.update)
-    if values.out:
-        write_json(values.out, result.to_json())
-    print_benchmark(result)
-    if result.unscored:
-        first = result.unscored[0]
-        number = plural(result.total.unscored, "pair")
-        sys.stderr.write(f"{number} unscored, the first one {first.video}: {first.reason}\n")
-    return 0
-
-
-def print_benchmark(result: "BenchmarkResult") -> None:
-    """Print a table of accuracies in percent, and the biases."""
-    from salmonn.preference.benchmark import COLUMNS, benchmark_notes, benchmark_rows
-
-    table = new_table(f"judge {result.judge}", COLUMNS[1:])
-    for group in benchmark_rows(result):
-        for row in group:
-            table.add_row(*row, end_section=row == group[-1])
-    console = Console(width=110)
-    console.print(table)
-    for line in benchmark_notes(result):
-        console.print(line, highlight=False)

@@ -1,321 +1,370 @@
-"""Benchmark of a judge on labelled pairs of captions: `salmonn judge-benchmark PAIRS`.
+"""Reward benchmark: how often a reward prefers the correct answer, by scenario: `salmonn reward-benchmark FILES`.
 
-    result = run_benchmark(read_labelled_pairs("data/judge_pairs.jsonl"), RuleJudge())
-    benchmark_rows(result)
+    items = read_items([Path("data/reward_pairs.jsonl")])
+    outcomes = rate_items(items, JudgeReward(RuleJudge(), repetition_weight=1.0))
+    result = summarize(items, outcomes, name="rule")
 
-Each caption is judged by itself, as in scoring and in mrDPO; the one with the lower Total is preferred, or with equal
-Totals the one with less repetition. `docs/judge_benchmark.md` describes the shipped pairs and the rule judge's results.
+A reward rates each answer by itself, or compares two of them, in both orders (`pairwise.py`). Its accuracy stands
+beside three controls that see no clip: preferring the longer answer, the shorter one, and the reward itself with the
+features of another clip ("blind"). `docs/reward_benchmark.md` describes the data, the counting and results.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
 
-from salmonn.records import Caption, Event, Reference, Score, Unscored, read_records
-from salmonn.score.judge import Judge, ProgressCallback, ScoringTask
-from salmonn.score.stats import wilson_interval
+from salmonn.preference.benchmark_items import TIES, BenchmarkItem, SyntheticClip
+from salmonn.preference.rating import Rating, Reward
+from salmonn.preference.ties import ties_score
+from salmonn.records import Caption, Reference, Unscored
+from salmonn.score.judge import ProgressCallback, ScoringTask
+from salmonn.score.stats import Interval, wilson_interval
 
-Better = Literal["first", "second", "tie"]
-FaultPosition = Literal["", "start", "middle", "end"]
-
-_TIE_ACCEPTED = "padding"  # kind of fault that need not cost anything, as long as it is not rewarded
+FORMAT = 1  # of the JSON file
+COLUMNS = ("", "pairs", "right %", "95 %", "ties %", "unscored", "longer %", "shorter %", "blind %")
+ALL = "all"
 _Z = 1.959964  # standard deviations of a 95 % interval
-COLUMNS = ("", "pairs", "right %", "95 %", "ties %", "unscored", "right of scored %", "gap off by")
 
 
 @dataclass(frozen=True)
-class LabelledPair:
-    """Two captions of a clip, and which one is better.
+class Outcome:
+    """How a reward values the answers of an item; higher is better.
 
     Args:
-        events: events of the clip, in order of time.
-        first, second: captions.
-        better: which caption is better, or tie.
-        gap: number of additional errors in the worse caption.
-        kind: kind of fault; for "padding" a tie is right, too.
-        where: third of the caption that contains the fault; "" if unknown.
-        seed, index: seed and index of the synthetic clip; None for other clips.
+        chosen: values of the correct answers.
+        rejected: values of the wrong ones.
+        reason: why they are missing; both are empty then.
     """
 
-    events: tuple[Event, ...]
-    first: str
-    second: str
-    better: Better
-    gap: int = 0
-    kind: str = "other"
-    where: FaultPosition = ""
-    seed: int | None = None
-    index: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.gap < 0 or (self.gap and self.better == "tie"):
-            raise ValueError(
-                f"gap must be at least 0, and 0 for a tie, got {self.gap}: name the better caption in `better`"
-            )
+    chosen: tuple[float, ...] = ()
+    rejected: tuple[float, ...] = ()
+    reason: str = ""
 
     @property
-    def longer_or_shorter(self) -> str:
-        """Return whether the better caption is "longer" or "shorter" in words; "" for equal length or a tie."""
-        first, second = len(self.first.split()), len(self.second.split())
-        if first == second or self.better == "tie":
-            return ""
-        return "longer" if (first > second) == (self.better == "first") else "shorter"
+    def credit(self) -> float:
+        """Share of correct answers among those with the highest value: 1 is right, 0 is wrong.
+
+        With one correct answer this is 1/n if n answers share the highest value, as in RewardBench 2; 0 if unscored.
+        """
+        if not self.chosen:
+            return 0.0
+        best = max(self.chosen + self.rejected)
+        return self.chosen.count(best) / (self.chosen + self.rejected).count(best)
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether a correct and a wrong answer share the highest value."""
+        return 0 < self.credit < 1
 
 
 @dataclass(frozen=True)
-class DecisionCounts:
-    """Counts of a judge's decisions on some pairs, and shares of them (None without pairs).
+class Row:
+    """Accuracy on a group of items.
 
     Args:
-        pairs: number of pairs.
-        right: number decided as labelled.
-        ties: number without a preference.
-        unscored: number with a caption or reference that could not be judged; none of them is right.
-        gap_error: mean |judge's gap - labelled gap| in events, over scored pairs with a gap; None if there are none.
-        accuracy: share of right decisions on all pairs.
-        interval: 95 % Wilson interval of `accuracy`.
-        scored_accuracy: share of right decisions on scored pairs.
+        items: number of items.
+        accuracy: mean credit; of the subset Ties its own score.
+        interval: 95 % Wilson interval of the mean credit; None where the accuracy is another figure.
+        ties: number of items without a preference.
+        unscored: number of items that the reward could not value; they count as wrong.
+        longer, shorter: accuracy of preferring the answer with more words, or fewer.
+        blind: accuracy of the same reward with the features of another clip; None if it has not been measured.
     """
 
-    pairs: int
-    right: int
+    items: int
+    accuracy: float
+    interval: Interval | None
     ties: int
     unscored: int
-    gap_error: float | None
-    accuracy: float | None
-    interval: tuple[float, float] | None
-    scored_accuracy: float | None
+    longer: float
+    shorter: float
+    blind: float | None = None
+
+    @property
+    def is_void(self) -> bool:
+        """Whether the blind reward is as accurate, so that the accuracy owes nothing to the clip."""
+        return self.blind is not None and self.blind >= self.accuracy
 
 
 @dataclass(frozen=True)
 class Bias:
-    """Difference in accuracy between two groups of scored pairs, with its 95 % interval.
+    """Difference in accuracy between pairs whose better answer is longer, and shorter, with its 95 % interval.
 
-    Faults change the length: omissions make a caption shorter, hallucinations longer. So groups are compared within
-    each kind of fault, and kinds are weighted by n m / (n + m) for n and m pairs (Mantel-Haenszel risk difference;
-    variance: Greenland and Robins 1985).
+    Faults change the length: omissions make an answer shorter, hallucinations longer. So pairs are compared within each
+    subset, and subsets are weighted by n m / (n + m) for n and m pairs (Mantel-Haenszel risk difference; variance:
+    Greenland and Robins 1985). A tie counts one half.
     """
 
     difference: float
-    interval: tuple[float, float]
+    interval: Interval
 
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """Results of a judge.
+    """Results of a reward.
 
     Args:
-        judge, prompt_hash: name of the judge, and hash of its prompts or version of its rules.
-        total: counts over all pairs.
-        kinds: counts by kind of fault.
-        position: counts by the position of the better caption: "first", "second".
-        length: counts by whether the better caption is "longer" or "shorter" than the other, in words.
-        where: counts by the third of the caption that contains the fault.
-        position_bias: accuracy with the better caption first minus accuracy with it second; None if no kind of fault
-            has both.
-        length_bias: accuracy with the better caption longer minus accuracy with it shorter; None as above.
-        reversed: number of decisions for the worse of two captions that differ in length.
-        reversed_longer: number of those that prefer the longer caption.
-        unscored: pairs that could not be judged ("pair 3", counted from 1), with the reason.
+        reward: name of the reward.
+        subsets: rows by subset.
+        scenarios: rows by scenario, over all its items (micro average).
+        total: row over all items (micro average).
+        macro: mean accuracy of the scenarios.
+        macro_blind: the same of the blind reward.
+        length_bias: None if no subset has pairs of both kinds.
+        first_share: share of verdicts for the answer that was shown first; None if answers were valued alone.
+        inconsistent: number of pairs whose verdict changed with the order; None as above.
+        credits: credit of each item, in the order of the items.
+        blind_credits: credits of the blind reward.
+        unscored: ids of the items that could not be valued, with the reason.
+        format: version of the file.
     """
 
-    judge: str
-    prompt_hash: str
-    total: DecisionCounts
-    kinds: dict[str, DecisionCounts]
-    position: dict[str, DecisionCounts]
-    length: dict[str, DecisionCounts]
-    where: dict[str, DecisionCounts]
-    position_bias: Bias | None
+    reward: str
+    subsets: dict[str, Row]
+    scenarios: dict[str, Row]
+    total: Row
+    macro: float
+    macro_blind: float | None
     length_bias: Bias | None
-    reversed: int
-    reversed_longer: int
+    first_share: float | None
+    inconsistent: int | None
+    credits: dict[str, float]
+    blind_credits: dict[str, float]
     unscored: tuple[Unscored, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all results for a JSON file."""
-        return asdict(self)
+    format: int = FORMAT
 
 
-def read_labelled_pairs(path: Path | str) -> list[LabelledPair]:
-    """Read labelled pairs from JSONL.
+def rate_items(
+    items: Sequence[BenchmarkItem],
+    reward: Reward,
+    *,
+    clips: Sequence[BenchmarkItem] | None = None,
+    batch_size: int = 1,
+    progress: ProgressCallback | None = None,
+) -> list[Outcome]:
+    """Let a reward rate the answers of all items.
+
+    Args:
+        items: items with events, or with clips, as the reward needs.
+        reward: rates captions. Their `video` is what `clip_name` returns.
+        clips: for each item the item whose clip is shown; by default itself.
+        batch_size: number of items in a call of the reward. A reward that compares the captions of a clip with one
+            another needs 1, because several items may be about the same clip.
+        progress: called with the number of items just rated.
+    """
+    shown = items if clips is None else clips
+    outcomes = []
+    for start in range(0, len(items), batch_size):
+        batch = items[start : start + batch_size]
+        tasks = [_make_tasks(item, clip) for item, clip in zip(batch, shown[start : start + batch_size], strict=True)]
+        reasons = [_check(reward, own[0].reference) for own in tasks]
+        rated = [task for own, reason in zip(tasks, reasons, strict=True) if not reason for task in own]
+        results = iter(reward.rate(rated) if rated else [])
+        for item, reason in zip(batch, reasons, strict=True):
+            own = [] if reason else [next(results) for _ in item.answers]
+            outcomes.append(_to_outcome(item, own, reason))
+        if progress:
+            progress(len(batch))
+    return outcomes
+
+
+def clip_name(item: BenchmarkItem) -> str:
+    """Return the name of an item's clip in captions and references; the item's id if it has none."""
+    if isinstance(item.clip, SyntheticClip):
+        return f"seed {item.clip.seed} clip {item.clip.index}"
+    return str(item.clip or item.id)
+
+
+def _make_tasks(item: BenchmarkItem, shown: BenchmarkItem) -> list[ScoringTask]:
+    reference = Reference(clip_name(shown), item.events)
+    return [
+        ScoringTask(reference, Caption(reference.video, text, item.prompt, sample=sample, modality=shown.use))
+        for sample, text in enumerate(item.answers)
+    ]
+
+
+def _check(reward: Reward, reference: Reference) -> str:
+    """Return why a reward cannot rate captions against a reference; "" if it can."""
+    try:
+        reward.check(reference)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _to_outcome(item: BenchmarkItem, results: Sequence[Rating | Unscored], reason: str) -> Outcome:
+    failed = [result.reason for result in results if isinstance(result, Unscored)]
+    if reason or failed:
+        return Outcome(reason=reason or failed[0])
+    values = tuple(result.value for result in results if isinstance(result, Rating))
+    return Outcome(values[: len(item.chosen)], values[len(item.chosen) :])
+
+
+def choose_other_clips(items: Sequence[BenchmarkItem]) -> list[BenchmarkItem]:
+    """Return for each item another one of its subset, with another clip; its clip is shown to the blind reward.
+
+    Where an item withholds the sound or the picture, the other clip is shown with both: what has to be noticed there is
+    that something is missing.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is invalid, or the file is empty.
+        ValueError: a subset has one clip only.
     """
-    pairs = read_records(path, LabelledPair)
-    if not pairs:
-        raise ValueError(f"{path} has no pairs: generate some with tools/judge_pairs.py")
-    return pairs
+    by_subset: dict[str, list[BenchmarkItem]] = {}
+    for item in items:
+        by_subset.setdefault(item.subset, []).append(item)
+    others = {}
+    for subset, members in by_subset.items():
+        for place, item in enumerate(members):
+            rotated = members[place + 1 :] + members[:place]
+            other = next((one for one in rotated if one.clip != item.clip), None)
+            if other is None:
+                raise ValueError(f"all items of {subset} are about the same clip: the blind control needs another one")
+            others[id(item)] = BenchmarkItem(
+                other.id, other.subset, other.prompt, other.chosen, other.rejected, clip=other.clip
+            )
+    return [others[id(item)] for item in items]
 
 
-def run_benchmark(
-    pairs: Sequence[LabelledPair], judge: Judge, *, seed: int = 0, progress: ProgressCallback | None = None
+def summarize(
+    items: Sequence[BenchmarkItem],
+    outcomes: Sequence[Outcome],
+    *,
+    name: str,
+    blind: Sequence[Outcome] | None = None,
+    orders: Sequence[tuple[float, float]] | None = None,
 ) -> BenchmarkResult:
-    """Let a judge decide all pairs.
+    """Return the results of a reward.
 
     Args:
-        pairs: labelled pairs.
-        judge: judge; it gets all captions at once and may judge them concurrently.
-        seed: random seed of the judge.
-        progress: called with the number of captions just finished, of two per pair.
+        items: the items.
+        outcomes: how the reward values their answers.
+        name: name of the reward.
+        blind: the same with other clips.
+        orders: of a pairwise reward, the share of each verdict for the answer shown first, in both orders.
     """
-    tasks, judged, rejected = [], [], {}
-    for number, pair in enumerate(pairs):
-        reference = Reference(f"pair {number + 1}", pair.events)
-        try:
-            judge.check(reference)
-        except ValueError as error:
-            rejected[number] = Unscored(reference.video, str(error))
-        else:
-            judged.append(number)
-            tasks += [
-                ScoringTask(reference, Caption(reference.video, text, sample=sample))
-                for sample, text in enumerate((pair.first, pair.second))
-            ]
-    if progress and rejected:
-        progress(2 * len(rejected))
-    results = judge.judge(tasks, seed=seed, progress=progress)
-    by_pair = dict(zip(judged, zip(results[::2], results[1::2], strict=True), strict=True))
-    decisions = [_decide(pair, *by_pair.get(number, ())) for number, pair in enumerate(pairs)]
-    failed = [result for result in results if isinstance(result, Unscored)]
+    groups: dict[str, dict[str, list[int]]] = {"subset": {}, "scenario": {}}
+    for place, item in enumerate(items):
+        groups["subset"].setdefault(item.subset, []).append(place)
+        groups["scenario"].setdefault(item.scenario or item.subset, []).append(place)
 
-    turned = [decision.pair for decision in decisions if decision.is_reversed and decision.pair.longer_or_shorter]
+    def row(places: Sequence[int], *, is_ties: bool = False) -> Row:
+        own = [items[place] for place in places]
+        chosen = [outcomes[place] for place in places]
+        shown = None if blind is None else [blind[place] for place in places]
+        return _make_row(own, chosen, shown, is_ties=is_ties)
+
+    subsets = {subset: row(places, is_ties=subset == TIES) for subset, places in groups["subset"].items()}
+    scenarios = {scenario: row(places, is_ties=scenario == TIES) for scenario, places in groups["scenario"].items()}
+    blinds = [one.blind for one in scenarios.values() if one.blind is not None]
+    verdicts = [share for pair in orders or () for share in pair]
+    keys = [f"{item.subset}/{item.id}" for item in items]
     return BenchmarkResult(
-        judge=judge.name,
-        prompt_hash=judge.prompt_hash,
-        total=_count(decisions),
-        kinds=_count_groups(decisions, lambda decision: decision.pair.kind),
-        position=_count_groups(decisions, lambda decision: decision.pair.better, names=("first", "second")),
-        length=_count_groups(decisions, lambda decision: decision.pair.longer_or_shorter, names=("longer", "shorter")),
-        where=_count_groups(decisions, lambda decision: decision.pair.where, names=("start", "middle", "end")),
-        position_bias=_bias(decisions, lambda decision: decision.pair.better, names=("first", "second")),
-        length_bias=_bias(decisions, lambda decision: decision.pair.longer_or_shorter, names=("longer", "shorter")),
-        reversed=len(turned),
-        reversed_longer=sum(pair.longer_or_shorter == "shorter" for pair in turned),
-        unscored=(*rejected.values(), *failed),
+        reward=name,
+        subsets=subsets,
+        scenarios=scenarios,
+        total=row(range(len(items))),
+        macro=mean(one.accuracy for one in scenarios.values()),
+        macro_blind=mean(blinds) if blinds else None,
+        length_bias=_length_bias(items, outcomes),
+        first_share=mean(verdicts) if verdicts else None,
+        inconsistent=None if orders is None else sum(first + second != 1 for first, second in orders),
+        credits={key: one.credit for key, one in zip(keys, outcomes, strict=True)},
+        blind_credits={key: one.credit for key, one in zip(keys, blind, strict=True)} if blind else {},
+        unscored=tuple(Unscored(key, one.reason) for key, one in zip(keys, outcomes, strict=True) if one.reason),
     )
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """The caption that a judge prefers (None: unscored), and by how many events it favours the labelled one."""
+def _make_row(
+    items: Sequence[BenchmarkItem], outcomes: Sequence[Outcome], blind: Sequence[Outcome] | None, *, is_ties: bool
+) -> Row:
+    longer = [_by_length(item) for item in items]
+    shorter = [_by_length(item, sign=-1) for item in items]
 
-    pair: LabelledPair
-    preferred: Better | None = None
-    gap: int = 0
+    def accuracy(values: Sequence[Outcome]) -> float:
+        if is_ties:
+            return ties_score([(item.id, one.chosen, one.rejected) for item, one in zip(items, values, strict=True)])
+        return mean(one.credit for one in values)
 
-    @property
-    def is_right(self) -> bool:
-        return self.preferred == self.pair.better or (self.preferred == "tie" and self.pair.kind == _TIE_ACCEPTED)
-
-    @property
-    def is_reversed(self) -> bool:
-        return not self.is_right and self.preferred in ("first", "second") and self.pair.better != "tie"
-
-
-def _decide(pair: LabelledPair, *results: Score | Unscored) -> _Decision:
-    scores = [result for result in results if isinstance(result, Score)]
-    if len(scores) < 2:
-        return _Decision(pair)
-    first, second = ((score.total, score.repetition) for score in scores)
-    preferred: Better = "tie" if first == second else "first" if first < second else "second"
-    errors = [score.missing + score.incorrect + score.hallucinated for score in scores]
-    return _Decision(pair, preferred, (errors[1] - errors[0]) * (-1 if pair.better == "second" else 1))
-
-
-def _count_groups(
-    decisions: Sequence[_Decision], group: Callable[[_Decision], str], *, names: Sequence[str] | None = None
-) -> dict[str, DecisionCounts]:
-    """Return counts by group; without names, all groups in order of occurrence."""
-    names = list(dict.fromkeys(map(group, decisions))) if names is None else names
-    return {name: _count([decision for decision in decisions if group(decision) == name]) for name in names}
-
-
-def _count(decisions: Sequence[_Decision]) -> DecisionCounts:
-    num_pairs, scored = len(decisions), [decision for decision in decisions if decision.preferred]
-    num_right = sum(decision.is_right for decision in decisions)
-    errors = [abs(decision.gap - decision.pair.gap) for decision in scored if decision.pair.gap]
-    interval = wilson_interval(num_right, num_pairs)
-    return DecisionCounts(
-        pairs=num_pairs,
-        right=num_right,
-        ties=sum(decision.preferred == "tie" for decision in decisions),
-        unscored=num_pairs - len(scored),
-        gap_error=sum(errors) / len(errors) if errors else None,
-        accuracy=num_right / num_pairs if num_pairs else None,
-        interval=(interval.low, interval.high) if num_pairs else None,
-        scored_accuracy=num_right / len(scored) if scored else None,
+    return Row(
+        items=len(items),
+        accuracy=accuracy(outcomes),
+        interval=None if is_ties else wilson_interval(sum(one.credit for one in outcomes), len(items)),
+        ties=sum(one.is_tie for one in outcomes),
+        unscored=sum(not one.chosen for one in outcomes),
+        longer=accuracy(longer),
+        shorter=accuracy(shorter),
+        blind=None if blind is None else accuracy(blind),
     )
 
 
-def _bias(decisions: Sequence[_Decision], group: Callable[[_Decision], str], *, names: tuple[str, str]) -> Bias | None:
-    """Return the bias for the first group against the second; None if no kind of fault has both."""
-    by_kind: dict[str, list[_Decision]] = {}
-    for decision in decisions:
-        if decision.preferred:
-            by_kind.setdefault(decision.pair.kind, []).append(decision)
+def _by_length(item: BenchmarkItem, *, sign: int = 1) -> Outcome:
+    """Return the outcome of preferring the longer answer, or the shorter one, in words."""
+    lengths = tuple(float(sign * len(text.split())) for text in item.answers)
+    return Outcome(lengths[: len(item.chosen)], lengths[len(item.chosen) :])
+
+
+def _length_bias(items: Sequence[BenchmarkItem], outcomes: Sequence[Outcome]) -> Bias | None:
+    """Return the bias over scored pairs; None if no subset has pairs of both kinds."""
+    groups: dict[str, tuple[list[float], list[float]]] = {}
+    for item, outcome in zip(items, outcomes, strict=True):
+        preferred = _by_length(item).credit
+        if len(item.answers) == 2 and outcome.chosen and preferred != 0.5:
+            groups.setdefault(item.subset, ([], []))[0 if preferred else 1].append(outcome.credit)
     weighted = variance = weights = 0.0
-    for same_kind in by_kind.values():
-        one, other = _count_groups(same_kind, group, names=names).values()
-        if one.accuracy is not None and other.accuracy is not None:
-            weight = one.pairs * other.pairs / (one.pairs + other.pairs)
+    for longer, shorter in groups.values():
+        if longer and shorter:
+            weight = len(longer) * len(shorter) / (len(longer) + len(shorter))
             weights += weight
-            weighted += weight * (one.accuracy - other.accuracy)
-            spread = sum(counts.right * (counts.pairs - counts.right) / counts.pairs**3 for counts in (one, other))
-            variance += weight**2 * spread
+            weighted += weight * (mean(longer) - mean(shorter))
+            variance += weight**2 * sum(mean(one) * (1 - mean(one)) / len(one) for one in (longer, shorter))
     if not weights:
         return None
     difference, reach = weighted / weights, _Z * math.sqrt(variance) / weights
-    return Bias(difference, (difference - reach, difference + reach))
+    return Bias(difference, Interval(difference - reach, difference + reach))
 
 
-def benchmark_rows(result: BenchmarkResult) -> list[list[tuple[str, ...]]]:
+def table_rows(result: BenchmarkResult) -> list[list[tuple[str, ...]]]:
     """Return the table as groups of rows with the cells that `COLUMNS` names."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
 
-    groups = [
-        {"all": result.total},
-        result.kinds,
-        {f"better comes {name}": counts for name, counts in result.position.items()},
-        {f"better is {name}": counts for name, counts in result.length.items()},
-        {f"fault at {name}": counts for name, counts in result.where.items()},
+    def cells(name: str, row: Row) -> tuple[str, ...]:
+        interval = f"{percent(row.interval.low)} - {percent(row.interval.high)}" if row.interval else "-"
+        scored = row.items - row.unscored
+        ties = percent(row.ties / scored if scored else None)
+        figures = (percent(row.longer), percent(row.shorter), percent(row.blind))
+        return (name, str(row.items), percent(row.accuracy), interval, ties, str(row.unscored), *figures)
+
+    groups = [[cells(name, row) for name, row in result.subsets.items()]]
+    if result.scenarios.keys() != result.subsets.keys():
+        rows = result.scenarios.items()
+        groups.append([cells(f"{name} (void)" if row.is_void else name, row) for name, row in rows])
+    number = str(len(result.credits))
+    macro = ("mean of scenarios", number, percent(result.macro), *["-"] * 5, percent(result.macro_blind))
+    groups.append([cells(f"{ALL} (void)" if result.total.is_void else ALL, result.total), macro])
+    return groups
+
+
+def table_notes(result: BenchmarkResult) -> list[str]:
+    """Return lines about void scenarios and biases."""
+    notes = [
+        f"{name} is void: with the clip the reward is right in {100 * row.accuracy:.1f} %, with another clip in "
+        f"{100 * (row.blind or 0):.1f} %, so it does not use the clip there"
+        for name, row in [*result.scenarios.items(), (ALL, result.total)]
+        if row.is_void
     ]
-    return [
-        [
-            (
-                name,
-                str(counts.pairs),
-                percent(counts.accuracy),
-                " - ".join(map(percent, counts.interval)) if counts.interval else "-",
-                percent(None if counts.scored_accuracy is None else counts.ties / (counts.pairs - counts.unscored)),
-                str(counts.unscored),
-                percent(counts.scored_accuracy),
-                "-" if counts.gap_error is None else f"{counts.gap_error:.2f}",
-            )
-            for name, counts in group.items()
-        ]
-        for group in groups
-    ]
-
-
-def benchmark_notes(result: BenchmarkResult) -> list[str]:
-    """Return lines with the biases, which are not in the table."""
-
-    def points(bias: Bias | None) -> str:
-        if bias is None:
-            return "-"
+    if result.length_bias:
         # Adding 0 turns -0.0 into 0.0.
-        point, low, high = (round(100 * value, 1) + 0.0 for value in (bias.difference, *bias.interval))
-        return f"{point:+.1f} ({low:+.1f} to {high:+.1f})"
-
-    return [
-        f"position bias, points for the first caption: {points(result.position_bias)}",
-        f"length bias, points for the longer caption: {points(result.length_bias)}",
-        f"decisions for the worse one: {result.reversed}, for the longer one of the two: {result.reversed_longer}",
-    ]
+        bias = result.length_bias
+        point, low, high = (
+            round(100 * value, 1) + 0.0 for value in (bias.difference, bias.interval.low, bias.interval.high)
+        )
+        notes.append(f"length bias, points for the longer answer: {point:+.1f} ({low:+.1f} to {high:+.1f})")
+    if result.first_share is not None:
+        notes.append(
+            f"verdicts for the answer shown first: {100 * result.first_share:.1f} %; verdicts that changed with the "
+            f"order: {result.inconsistent}"
+        )
+    return notes

@@ -1,34 +1,35 @@
-"""The judge benchmark with a scripted judge and results derived by hand; and the documented results."""
+"""The reward benchmark with scripted rewards and results derived by hand; and the documented results."""
 
-import io
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from salmonn.cli.score import print_benchmark
-from salmonn.preference import benchmark as module
 from salmonn.preference.benchmark import (
-    LabelledPair,
-    benchmark_notes,
-    benchmark_rows,
-    read_labelled_pairs,
-    run_benchmark,
+    Outcome,
+    choose_other_clips,
+    clip_name,
+    rate_items,
+    summarize,
+    table_notes,
+    table_rows,
 )
-from salmonn.records import Event, Score, Unscored, write_records
+from salmonn.preference.benchmark_items import BenchmarkItem, SyntheticClip, read_items
+from salmonn.preference.rating import Rating
+from salmonn.preference.reward import JudgeReward
+from salmonn.preference.ties import ties_score
+from salmonn.records import Event, Unscored
 from salmonn.synthetic.judge import RuleJudge
 
 ROOT = Path(__file__).parents[2]
-EVENTS = tuple(Event(f"event {number}") for number in range(4))
+RIGHT, TIE, WRONG = Outcome((1.0,), (0.0,)), Outcome((0.5,), (0.5,)), Outcome((0.0,), (1.0,))
 
 
-class ScriptedJudge:
-    """A judge that reads a caption's errors and repeated words from its first two words; "?" is unscored."""
+class ScriptedReward:
+    """A reward that reads its rating from a caption's first word; "?" is unscored, and references need events."""
 
     name = "scripted"
-    prompt_hash = "0"
-    is_deterministic = True
 
     def __init__(self):
         self.calls = []
@@ -37,175 +38,190 @@ class ScriptedJudge:
         if not reference.events:
             raise ValueError(f"{reference.video} has no events")
 
-    def judge(self, tasks, *, seed=0, progress=None):
-        self.calls.append((len(tasks), seed))
-        if progress:
-            progress(len(tasks))
-        return [self._one(task) for task in tasks]
-
-    def _one(self, task):
-        caption = task.caption
-        if caption.text.startswith("?"):
-            return Unscored(caption.video, "no answer", caption.sample)
-        errors, repeated, *_ = map(int, caption.text.split()[:2])
-        # Spread over the three classes, so that omitting one is noticed.
-        missing, incorrect = min(errors, 1), max(min(errors - 1, 1), 0)
-        counts = {"missing": missing, "incorrect": incorrect, "hallucinated": errors - missing - incorrect}
-        words = len(caption.text.split())
-        return Score(
-            caption.video, len(EVENTS), num_words=words, num_repeated_words=repeated, sample=caption.sample, **counts
-        )
+    def rate(self, tasks):
+        self.calls.append([(task.caption.video, task.caption.modality, task.caption.prompt) for task in tasks])
+        return [
+            Unscored(task.caption.video, "no answer", task.caption.sample)
+            if task.caption.text.startswith("?")
+            else Rating(task.caption.video, {"reward": float(task.caption.text.split()[0])}, {"reward": 1.0})
+            for task in tasks
+        ]
 
 
-def pair(first: str, second: str, better: str = "first", **fields) -> LabelledPair:
-    return LabelledPair(fields.pop("events", EVENTS), first, second, better, **fields)
-
-
-def decide(*pairs: LabelledPair) -> module.BenchmarkResult:
-    return run_benchmark(pairs, ScriptedJudge())
+def item(chosen="1", rejected="0", *, subset="a", **fields) -> BenchmarkItem:
+    texts = {"chosen": chosen, "rejected": rejected}
+    answers = {name: (text,) if isinstance(text, str) else tuple(text) for name, text in texts.items()}
+    return BenchmarkItem(fields.pop("id", "0"), subset, "Tell.", **answers, **fields)
 
 
 @pytest.mark.parametrize(
-    ("labelled", "right", "ties"),
+    ("chosen", "rejected", "credit"),
     [
-        (pair("0 0", "1 0"), 1, 0),
-        (pair("1 0", "0 0"), 0, 0),
-        (pair("1 0", "0 0", "second"), 1, 0),
-        # all three classes of errors count: 3 are one each
-        (pair("2 0", "3 0"), 1, 0),
-        # errors take precedence over repetition
-        (pair("0 2", "1 0"), 1, 0),
-        # equal errors: the share of repeated words decides, 1 of 4 against 1 of 2
-        (pair("1 1 a b", "1 1"), 1, 0),
-        (pair("1 1", "1 1"), 0, 1),
-        (pair("1 1", "1 1", "tie"), 1, 1),
-        (pair("0 0", "1 0", "tie"), 0, 0),
-        # only padding accepts a tie, but not a preference for the padded one
-        (pair("1 0", "1 0 a b", kind="padding"), 1, 1),
-        (pair("1 0", "0 0 a b", kind="padding"), 0, 0),
+        ((1.0,), (0.0,), 1),
+        ((0.0,), (1.0,), 0),
+        ((1.0,), (1.0,), 1 / 2),
+        # one of four, three of which share the highest value
+        ((2.0,), (2.0, 2.0, 1.0), 1 / 3),
+        ((1.0,), (2.0, 0.0, 0.0), 0),
+        # two correct answers, one of them as high as a wrong one
+        ((2.0, 0.0), (2.0,), 1 / 2),
+        ((), (), 0),
     ],
 )
-def test_one_decision(labelled, right, ties):
-    total = decide(labelled).total
-    assert (total.pairs, total.right, total.ties, total.unscored) == (1, right, ties, 0)
+def test_credit(chosen, rejected, credit):
+    outcome = Outcome(chosen, rejected)
+    assert outcome.credit == pytest.approx(credit) and outcome.is_tie == (0 < credit < 1)
 
 
-def test_accuracy_and_its_interval():
-    total = decide(*[pair("0 0", "1 0")] * 3, pair("1 0", "0 0")).total
-    # Wilson, 3 of 4: z z / n = 3.84146 / 4 = 0.960365; (0.75 + 0.480182 -+ 1.959964 sqrt((0.1875 + 0.240091) / 4))
-    # / 1.960365 = (1.230182 -+ 0.640814) / 1.960365
-    assert total.accuracy == 0.75 and total.interval == pytest.approx((0.300642, 0.954412), abs=1e-6)
-    # 4 of 4: the lower limit is 1 / 1.960365, 0 of 4: the upper limit is 0.960365 / 1.960365
-    assert decide(*[pair("0 0", "1 0")] * 4).total.interval == pytest.approx((0.510109, 1), abs=1e-6)
-    assert decide(*[pair("1 0", "0 0")] * 4).total.interval == pytest.approx((0, 0.489891), abs=1e-6)
-
-
-def test_the_gap_is_the_difference_in_errors():
-    pairs = [
-        pair("0 0", "3 0", gap=2),  # 3 instead of 2: an error of 1
-        pair("1 0", "0 0", gap=1),  # -1 instead of 1: an error of 2
-        pair("2 0", "0 0", "second", gap=2),  # 2, which is correct
-        pair("0 1", "3 0"),  # without a labelled gap it does not count
-        pair("? 0", "0 0", gap=2),  # not scored: does not count either
+def test_a_reward_rates_each_answer_with_its_clip_and_prompt():
+    events = (Event("a low tone is heard", "audio"),)
+    items = [
+        item("3", ["1", "2"], clip=SyntheticClip(4, 7), use="audio", events=events),
+        item("? 1", "0", events=events, id="x"),
+        item(id="y"),
+        item("1", "1", clip=Path("a.mp4"), events=events),
     ]
-    assert decide(*pairs).total.gap_error == pytest.approx((1 + 2 + 0) / 3)
-    assert decide(pairs[3]).total.gap_error is None
+    reward, done = ScriptedReward(), []
+    outcomes = rate_items(items, reward, batch_size=2, progress=done.append)
+    assert outcomes == [
+        Outcome((3.0,), (1.0, 2.0)),
+        Outcome(reason="no answer"),
+        Outcome(reason="y has no events"),
+        Outcome((1.0,), (1.0,)),
+    ]
+    # two items a call, without the refused one
+    first = [("seed 4 clip 7", "audio", "Tell.")] * 3 + [("x", "both", "Tell.")] * 2
+    assert reward.calls == [first, [("a.mp4", "both", "Tell.")] * 2] and done == [2, 2]
 
 
-def test_unscored_pairs_are_counted_and_reported():
-    judge, done = ScriptedJudge(), []
-    pairs = [pair("0 0", "1 0"), pair("0 0", "?"), pair("0 0", "1 0", events=()), pair("0 0", "1 0")]
-    result = run_benchmark(pairs, judge, seed=5, progress=done.append)
-    assert result.unscored == (Unscored("pair 3", "pair 3 has no events"), Unscored("pair 2", "no answer", 1))
-    total = result.total
-    assert (total.right, total.unscored, total.accuracy, total.scored_accuracy) == (2, 2, 0.5, 1.0)
-    # one call for all captions except the two of the rejected pair; progress of all eight
-    assert judge.calls == [(6, 5)] and sum(done) == 8
+def test_the_blind_reward_is_shown_another_clip_of_the_subset():
+    items = [item(clip=SyntheticClip(1, index), use="visual") for index in (0, 0, 1)]
+    items += [item(subset="b", clip=Path(name)) for name in ("a.mp4", "b.mp4")]
+    others = choose_other_clips(items)
+    assert [clip_name(one) for one in others] == [
+        "seed 1 clip 1", "seed 1 clip 1", "seed 1 clip 0", "b.mp4", "a.mp4",
+    ]  # fmt: skip
+    # with all of it: that something is missing has to be noticed
+    assert {one.use for one in others} == {"both"}
+    reward = ScriptedReward()
+    rate_items([replace(items[0], events=(Event("e"),))], reward, clips=others[:1])
+    assert reward.calls == [[("seed 1 clip 1", "both", "Tell.")] * 2]
+    with pytest.raises(ValueError, match="all items of a are about the same clip: the blind control needs another"):
+        choose_other_clips(items[:2])
 
 
-def test_only_unscored_pairs():
-    result = decide(pair("0 0", "1 0", events=()))
-    assert result.total.scored_accuracy is None and result.total.accuracy == 0
-    assert result.position_bias is None and result.length["longer"].interval is None
-    assert benchmark_rows(result)[0] == [("all", "1", "0.0", "0.0 - 79.3", "-", "1", "-", "-")]
-    assert benchmark_notes(result)[0].endswith(": -")
+def test_rows_by_hand():
+    """Three scenarios: x has the subsets a (2 items) and b (1), y has c, and d belongs to none."""
+    items = [
+        item(subset="a", scenario="x", id="0"),
+        item("1 a", "0", subset="a", scenario="x", id="1"),
+        item("1 a", "0", subset="b", scenario="x"),
+        item("1", "0 a", subset="c", scenario="y"),
+        item(subset="d"),
+    ]
+    outcomes = [RIGHT, TIE, WRONG, RIGHT, Outcome(reason="no answer")]
+    result = summarize(items, outcomes, name="r", blind=[WRONG, RIGHT, RIGHT, RIGHT, TIE])
+    assert {name: (row.items, row.accuracy, row.blind) for name, row in result.subsets.items()} == {
+        "a": (2, 0.75, 0.5),
+        "b": (1, 0.0, 1.0),
+        "c": (1, 1.0, 1.0),
+        "d": (1, 0.0, 0.5),
+    }
+    # of scenario x: (1 + 0.5 + 0) / 3, blind (0 + 1 + 1) / 3, so it is void
+    x = result.scenarios["x"]
+    assert (x.accuracy, x.blind) == (pytest.approx(0.5), pytest.approx(2 / 3)) and x.is_void
+    assert (x.ties, x.unscored, result.total.unscored) == (1, 0, 1)
+    # lengths of x: equal, better is longer, better is longer
+    assert (x.longer, x.shorter) == (pytest.approx((0.5 + 1 + 1) / 3), pytest.approx((0.5 + 0 + 0) / 3))
+    assert result.total.accuracy == pytest.approx(2.5 / 5) and result.total.blind == pytest.approx(3.5 / 5)
+    assert result.macro == pytest.approx((0.5 + 1 + 0) / 3)
+    assert result.macro_blind == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
+    assert result.credits == {"a/0": 1, "a/1": 0.5, "b/0": 0, "c/0": 1, "d/0": 0}
+    assert result.unscored == (Unscored("d/0", "no answer"),)
+    groups = table_rows(result)
+    assert [len(group) for group in groups] == [4, 3, 2]
+    assert groups[0][0][:3] == ("a", "2", "75.0") and groups[0][3][4:6] == ("-", "1")
+    assert groups[1][0][0] == "x (void)" and groups[1][1] == (
+        "y (void)", "1", "100.0", "20.7 - 100.0", "0.0", "0", "0.0", "100.0", "100.0",
+    )  # fmt: skip
+    assert groups[2][1] == ("mean of scenarios", "5", "50.0", *["-"] * 5, "72.2")
+    assert table_notes(result)[0] == (
+        "x is void: with the clip the reward is right in 50.0 %, with another clip in 66.7 %, so it does not use the "
+        "clip there"
+    )
+    value = json.loads(json.dumps(asdict(result)))
+    assert value["format"] == 1 and value["scenarios"]["x"]["interval"]["low"] == pytest.approx(x.interval.low)
 
 
-def test_biases_compare_within_a_kind():
-    good, bad = ("0 0", "1 0"), ("1 0", "0 0")
-    kind_a = [pair(*good), pair(*good), pair(*reversed(good), "second"), pair(*reversed(bad), "second")]
-    kind_b = [pair(*bad, kind="b"), *[pair(*reversed(good), "second", kind="b")] * 3]
-    # neither kinds with only one side nor unscored pairs count
-    ignored = [pair(*good, kind="c"), pair("?", "0 0", "second"), pair(*good, "tie")]
-    result = decide(*kind_a, *kind_b, *ignored)
-    assert [(tally.pairs, tally.right) for tally in result.position.values()] == [(4, 3), (6, 4)]
+def test_the_interval_counts_ties_as_half():
+    row = summarize([item(id=str(n)) for n in range(4)], [RIGHT, RIGHT, TIE, TIE], name="r").total
+    # Wilson, 3 of 4: z z / n = 3.84146 / 4 = 0.960365; (0.75 + 0.480182 -+ 1.959964 sqrt((0.1875 + 0.240091) / 4))
+    # / 1.960365
+    assert (row.interval.low, row.interval.high) == pytest.approx((0.300642, 0.954412), abs=1e-6)
+    assert row.blind is None and not row.is_void
+
+
+def test_length_bias_compares_within_a_subset():
+    long, short = {"chosen": "1 a", "rejected": "0"}, {"chosen": "1", "rejected": "0 a"}
+    a = [(long, RIGHT), (long, RIGHT), (short, RIGHT), (short, WRONG)]
+    b = [(long, WRONG), (short, RIGHT), (short, RIGHT), (short, RIGHT)]
+    ignored = [({"chosen": "1", "rejected": "0"}, WRONG), (long, Outcome(reason="?"))]
+    cases = [(case, "a") for case in a] + [(case, "b") for case in b] + [(case, "c") for case in ignored]
+    items = [item(subset=subset, **texts) for (texts, _), subset in cases]
+    result = summarize(items, [outcome for (_, outcome), _ in cases], name="r")
     # a: 2 of 2 against 1 of 2, difference 0.5, weight 2 * 2 / 4 = 1; b: 0 of 1 against 3 of 3, -1, 1 * 3 / 4 = 0.75
     # together (0.5 - 0.75) / 1.75; variance: of a alone 1 * 0.5 * 0.5 / 2 = 0.125, of b none
-    half_width = 1.959964 * 0.125**0.5 / 1.75
-    assert result.position_bias.difference == pytest.approx(-1 / 7)
-    assert result.position_bias.interval == pytest.approx((-1 / 7 - half_width, -1 / 7 + half_width))
-    assert benchmark_notes(result)[0].endswith("-14.3 (-53.9 to +25.3)")
+    reach = 1.959964 * 0.125**0.5 / 1.75
+    bias = result.length_bias
+    assert bias.difference == pytest.approx(-1 / 7)
+    assert (bias.interval.low, bias.interval.high) == pytest.approx((-1 / 7 - reach, -1 / 7 + reach))
+    assert table_notes(result) == ["length bias, points for the longer answer: -14.3 (-53.9 to +25.3)"]
+    assert summarize(items[:1], [RIGHT], name="r").length_bias is None
 
 
-def test_length():
-    pairs = [
-        pair("0 0 a", "1 0"),  # the better is longer
-        pair("1 0 a", "0 0"),  # the better is longer, the shorter is preferred
-        pair("1 0", "0 0 a"),  # the better is shorter, the longer is preferred
-        pair("1 0", "0 0 a b", kind="padding"),  # the same
-        pair("1 0", "1 0 a"),  # a tie is wrong, without a preference
-        pair("1 0", "0 0"),  # equal lengths
-        pair("1 0 a", "0 0", "tie"),  # neither is better
+def test_ties_by_hand():
+    """Prompt 1: margins 3 - 2 = 1 of tied, 4 of ref, spread 0.5. Prompt 2: 0.5 of tied, 0.2 of ref, spread 1."""
+    items = [
+        ("tied:1", (3.5, 3.0), (2.0, 1.0)),
+        ("ref:1", (5.0,), (1.0, 0.0)),
+        ("tied:2", (3.0, 2.0), (1.5,)),
+        ("ref:2", (1.2,), (1.0,)),
     ]
-    result = decide(*pairs)
-    assert [(tally.pairs, tally.right) for tally in result.length.values()] == [(2, 1), (3, 0)]
-    assert (result.reversed, result.reversed_longer) == (3, 2)
-    # of the kind "other" 1 of 2 against 0 of 2; padding has one side only
-    assert result.length_bias.difference == pytest.approx(0.5)
+    # accuracies 1 and 1; margin above the spread in 1 of 2 prompts, also with ref's margin;
+    # tanh(1 / 0.5 - 1) = 0.761594 and tanh(0.2 / 1 - 1) = -0.664037
+    expected = 0.3 + 0.3 + 0.2 / 2 + 0.2 / 2 + 0.01 * (0.761594 - 0.664037) / 2
+    assert ties_score(items) == pytest.approx(expected, abs=1e-6)
+    # a ref margin between 0 and the spread fails the second criterion only: min(1, 0.2) < 0.5
+    hard = [items[0], ("ref:1", (1.2,), (1.0,))]
+    assert ties_score(hard) == pytest.approx(0.3 + 0.3 + 0.2 + 0.01 * -0.537050, abs=1e-6)
+    # a wrong answer above one of two correct ones: tied is inaccurate, and the margin is negative
+    assert ties_score([("tied:1", (3.0, 1.0), (2.0,)), items[1]]) == pytest.approx(0.3 - 0.01 * 0.905148, abs=1e-6)
+    # unscored
+    assert ties_score([("tied:1", (), ()), items[1]]) == pytest.approx(0.3 - 0.01)
+    # equal correct answers: the spread is 0, so the tie break is at its limit
+    assert ties_score([("tied:1", (3.0, 3.0), (2.0,)), items[1]]) == pytest.approx(1.01)
+    with pytest.raises(ValueError, match="an item of Ties must have an id such as tied:3 or ref:3, got '7'"):
+        ties_score([("7", (1.0,), (0.0,))])
 
 
-def test_groups():
-    pairs = [pair("0 0", "1 0", kind="order", where="end"), pair("1 0", "0 0", kind="colour", where="end")]
-    result = decide(*pairs, pair("0 0", "1 0", kind="order"))
-    assert {kind: (tally.pairs, tally.right) for kind, tally in result.kinds.items()} == {
-        "order": (2, 2),
-        "colour": (1, 0),
-    }
-    assert {position: tally.pairs for position, tally in result.where.items()} == {"start": 0, "middle": 0, "end": 2}
-    value = json.loads(json.dumps(result.to_json()))
-    assert value["kinds"]["order"]["accuracy"] == 1 and value["where"]["end"]["right"] == 1
-    assert value["total"]["interval"] == pytest.approx(result.total.interval) and value["judge"] == "scripted"
-
-
-def test_every_row_is_printed(monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr("salmonn.cli.score.Console", lambda **options: Console(file=out, **options))
-    result = decide(pair("0 0", "1 0", kind="order", gap=1), pair("1 0 a", "0 0", kind="colour", gap=1))
-    print_benchmark(result)
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.getvalue().splitlines()]
-    assert [row for row in cells if row] == [list(row) for group in benchmark_rows(result) for row in group]
-    assert ["colour", "1", "0.0", "0.0 - 79.3", "0.0", "0", "0.0", "2.00"] in cells
-    assert all(note in out.getvalue() for note in benchmark_notes(result))
-
-
-def test_pairs_are_read(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    pairs = [pair("a", "b", gap=1, where="end", seed=1, index=2), pair("a", "b", "tie")]
-    write_records(path, pairs)
-    assert read_labelled_pairs(path) == pairs
-    path.write_text("")
-    with pytest.raises(ValueError, match=r"has no pairs: generate some with tools/judge_pairs\.py"):
-        read_labelled_pairs(path)
-    path.write_text('{"events": [], "first": "a", "second": "b", "better": "tie", "gap": 1}\n')
-    with pytest.raises(ValueError, match="line 1: LabelledPair: gap must be at least 0, and 0 for a tie, got 1"):
-        read_labelled_pairs(path)
+def test_the_ties_subset_has_its_own_score():
+    """Its row has no interval, and the mean of scenarios includes it."""
+    items = [
+        item(["4", "4"], ["1"], subset="Ties", id="tied:1"),
+        item("4", "1", subset="Ties", id="ref:1"),
+        item(subset="Math"),
+    ]
+    result = summarize(items, [Outcome((4.0, 4.0), (1.0,)), Outcome((4.0,), (1.0,)), TIE], name="r")
+    assert result.subsets["Ties"].accuracy == pytest.approx(1.01) and result.subsets["Ties"].interval is None
+    assert result.macro == pytest.approx((1.01 + 0.5) / 2) and result.total.accuracy == pytest.approx(2.5 / 3)
 
 
 def test_the_documented_figures():
-    page = (ROOT / "docs" / "judge_benchmark.md").read_text(encoding="utf-8")
-    result = run_benchmark(read_labelled_pairs(ROOT / "data" / "judge_pairs.jsonl"), RuleJudge())
+    page = (ROOT / "docs" / "reward_benchmark.md").read_text(encoding="utf-8")
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    for row in [row for group in benchmark_rows(result) for row in group]:
-        assert list(row) in table
-    for note in benchmark_notes(result):
-        assert note in page
+    reward = JudgeReward(RuleJudge(), repetition_weight=1.0)
+    for name in ("reward_pairs", "reward_best_of_4"):
+        items = read_items([ROOT / "data" / f"{name}.jsonl"])
+        result = summarize(items, rate_items(items, reward, batch_size=len(items)), name="rule")
+        for row in (row for group in table_rows(result)[:2] for row in group):
+            assert list(row) in table, row

@@ -136,5 +136,7 @@ def _class_of(mention: Mention | None) -> str:
 
 
 def rule_judge_script(request: dict[str, Any], number: int) -> Answer:
-    """Script that always judges like the rule judge."""
+    """Script that judges like the rule judge, and prefers the first one of two answers."""
+    if "answer_1" in json.loads(request["messages"][1]["content"]):
+        return Answer('{"better": "1"}')
     return Answer(json.dumps(rule_judge_reply(request)))

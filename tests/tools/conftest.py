@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 def load_tool():
     """Import a tool by its file."""
 
+    sys.path.append(str(ROOT / "tools"))  # a tool may import another one beside it
+
     def load(name: str):
         module = f"tool_{name}"
         if module not in sys.modules:
