@@ -173,11 +173,25 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, scale:
     Returns:
         (B, K, Q, d) and (B, K, Q, 1).
     """
-    scores = (query @ keys.transpose(-1, -2)).float() * scale
+    scores = _float32_product(query, keys) * scale
     # Not minus infinity: without any filled column the result must be a number, which then has no weight.
     scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     total = scores.logsumexp(-1, keepdim=True)
     return ((scores - total).exp().to(values.dtype) @ values).float(), total
+
+
+def _float32_product(query: Tensor, keys: Tensor) -> Tensor:
+    """Return query @ keys^T, (B, K, Q, S), accumulated and kept in float32.
+
+    The keys of Qwen2 have biases of several hundred. Products rounded to 16 bits then differ by whole units, and the
+    softmax by several percent.
+    """
+    if query.dtype in (torch.float32, torch.float64):
+        return query @ keys.transpose(-1, -2)
+    if query.device.type == "cuda":  # converted keys would be a copy of the cache
+        product = torch.bmm(query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32)
+        return product.unflatten(0, query.shape[:2])
+    return query.float() @ keys.float().transpose(-1, -2)
 
 
 def _length_mask(lengths: Sequence[int], *, device: torch.device) -> Tensor:

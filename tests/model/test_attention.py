@@ -176,6 +176,29 @@ def test_types_of_autocast_and_16_bits(monkeypatch):
         assert (packed_output[:, :, indices].double() - expected).abs().max() < 0.02 * value.abs().max()
 
 
+def test_large_key_biases_in_16_bits():
+    """The keys of Qwen2's first and last layers share a component of several hundred (norms of 605 and 921).
+
+    Scores are some thousands then, where bfloat16 has steps of 16; their differences, which decide, are of order 1.
+    """
+    query, key, value = (random_heads(15, num_heads=number, seed=seed) for seed, number in enumerate((4, 2, 2)))
+    bias = torch.zeros(8, dtype=torch.float64)
+    bias[3] = 640.0
+    query[..., 3] = 8.0  # exactly representable, as is the sum of bias and key
+    key = (key + bias).bfloat16().double()
+    query, value = query.bfloat16().double(), value.bfloat16().double()
+    rows = [ROWS[number] for number in (0, 2, 1)]  # by clip, as in the cache
+    cache = prefill(query.bfloat16(), key.bfloat16(), value.bfloat16())
+    cache.advance()
+    last = [indices[-1] for indices in rows]
+    step = (tensor[0, :, last].transpose(0, 1).unsqueeze(2).bfloat16() for tensor in (query, key, value))
+    output = cache.attend(0, *step, scale=SCALE)
+    for indices, found in zip(rows, output[:, :, 0].double(), strict=True):
+        repeated = [*indices, indices[-1]]  # the token of the decode step equals the last one
+        expected = attend_one_row(*(tensor[:, :, repeated] for tensor in (query, key, value)))[0, :, -1]
+        assert (found - expected).abs().max() < 0.01 * value.abs().max()
+
+
 def test_long_caches_do_not_overflow_in_16_bits():
     """20,000 values near 4 with equal weights: their sum, 80,000, exceeds the range of float16; their mean is 4."""
     length = 20_000
