@@ -20,6 +20,7 @@ from salmonn.conversations import Conversation, is_conversation_file, read_conve
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.losses import LossConfig, make_loss
+from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Comparison, iter_numbered_records
 from salmonn.train.checkpoint import checkpointed
 from salmonn.train.data import ClipSource, check_texts, require_files
@@ -33,6 +34,7 @@ from salmonn.train.preference import (
     compute_reference_logps,
     make_preference_examples,
 )
+from salmonn.train.rounds import keep_subset
 from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
 
 log = logging.getLogger("dpo")
@@ -47,6 +49,7 @@ class OfflineDpoConfig(RunConfig):
             conversations with preferences (docs/data.md).
         root: folder that the paths of the videos start from; by default the folder of `preferences`.
         max_failures: number of clips that may be unreadable; they are listed and their preferences left out.
+        subset: subset of the preferences that is trained on.
         loss: loss.
         lora: adapter.
         fit: optimization.
@@ -55,6 +58,7 @@ class OfflineDpoConfig(RunConfig):
     preferences: Path
     root: Path | None = None
     max_failures: int = field(default=0, metadata=MAY_CHANGE)
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
@@ -84,6 +88,8 @@ def main(config: OfflineDpoConfig) -> None:
     if is_complete(config.out):
         log.info("%s is already trained", config.out)
         return
+    kept = {id(one) for one in keep_subset([one for one, _ in comparisons], config.subset, folder=config.out)}
+    comparisons = [(one, clip) for one, clip in comparisons if id(one) in kept]
 
     # Load. The frozen encoders run once on each clip.
     captioner = config.load_model(config.model)

@@ -247,8 +247,15 @@ def make_pairs(number: int, captioner: Captioner, run: Run) -> list[Comparison]:
         captioner, run.train, config.sampling, name=f"{folder.name}: sampling", seed=run.seed(number), folder=folder
     )
     ratings = rate_captions(captions, run.train, reward=run.reward, folder=folder)
-    selector = make_selector(config.selection)
-    return load_or_select(captions, ratings, run.train, selector=selector, source=run.reward.name, folder=folder)
+    return load_or_select(
+        captions,
+        ratings,
+        run.train,
+        selector=make_selector(config.selection),
+        subset=config.subset,
+        source=run.reward.name,
+        folder=folder,
+    )
 
 
 def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:

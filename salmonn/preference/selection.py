@@ -28,6 +28,12 @@ class RatedCaption:
         """Length in words."""
         return len(self.caption.text.split())
 
+    @property
+    def quality(self) -> float | None:
+        """-(repetition + hallucinated events / N), by a judge's score; None without one."""
+        score = self.rating.score
+        return -(score.repetition + score.hallucinated / max(score.num_events, 1)) if score else None
+
 
 Pair = tuple[RatedCaption, RatedCaption]  # chosen, rejected
 
@@ -137,12 +143,15 @@ class Selection:
 
     Args:
         pairs: the pairs, clip by clip.
+        qualities: quality of each pair's chosen caption, -(repetition + share of hallucinated events); None where no
+            judge scored it.
         num_videos: number of clips with captions.
         without_pair: reason -> number of clips without a pair.
     """
 
     pairs: list[Comparison]
     num_videos: int
+    qualities: list[float] | None = None
     without_pair: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> str:
@@ -183,6 +192,7 @@ def select_pairs(
     for caption in captions:
         by_video.setdefault(caption.video, []).append(caption)
     pairs: list[Comparison] = []
+    qualities: list[float | None] = []
     without_pair = Counter[str]()
     for video, group in by_video.items():
         if video not in references:
@@ -193,8 +203,10 @@ def select_pairs(
         rated = [RatedCaption(one, rating_of[video, one.sample]) for one in group if (video, one.sample) in rating_of]
         selected, reason = selector.select(rated)
         pairs += [to_comparison(*pair, reference=references[video], source=source) for pair in selected]
+        qualities += [chosen.quality for chosen, _ in selected]
         without_pair.update([reason] if reason else [])
-    return Selection(pairs, len(by_video), dict(without_pair))
+    known = [quality for quality in qualities if quality is not None]
+    return Selection(pairs, len(by_video), known if len(known) == len(pairs) else None, dict(without_pair))
 
 
 def to_comparison(chosen: RatedCaption, rejected: RatedCaption, *, reference: Reference, source: str) -> Comparison:

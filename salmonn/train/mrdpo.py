@@ -12,6 +12,7 @@ from salmonn.preference.losses import LossConfig
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import RewardConfig
 from salmonn.preference.selection import SelectionConfig
+from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Reference
 from salmonn.score.config import JudgeConfig
 from salmonn.synthetic.render import SynthConfig
@@ -75,6 +76,7 @@ class MrDpoConfig(RunConfig):
         judge: judge of captions.
         reward: reward that captions are rated by.
         selection: selection of preference pairs.
+        subset: subset of these pairs that is trained on.
         loss: loss of the rounds.
         lora: fresh adapter of each round.
         fit: optimization of each round.
@@ -99,6 +101,7 @@ class MrDpoConfig(RunConfig):
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    subset: SubsetConfig = field(default_factory=SubsetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     fit: FitConfig = field(

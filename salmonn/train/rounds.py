@@ -7,8 +7,9 @@ from pathlib import Path
 
 from salmonn import dist
 from salmonn.preference.rating import Rating, Reward
-from salmonn.preference.selection import Selector, select_pairs
-from salmonn.records import Caption, Comparison
+from salmonn.preference.selection import Selector, select_pairs, summarize_pairs
+from salmonn.preference.subset import SubsetConfig, keep_pairs, rank_pairs
+from salmonn.records import Caption, Comparison, write_records
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import drop_unscored, judge_captions
 from salmonn.train.run_folder import is_missing, load_or_create
@@ -16,6 +17,7 @@ from salmonn.train.run_log import STEPS_NAME, RunSummary, read_steps
 
 log = logging.getLogger(__name__)
 PAIRS_NAME = "pairs.jsonl"
+IMPORTANCE_NAME = "importance.jsonl"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def load_or_select(
     clips: ClipSet,
     *,
     selector: Selector,
+    subset: SubsetConfig,
     source: str,
     folder: Path,
 ) -> list[Comparison]:
@@ -73,9 +76,34 @@ def load_or_select(
     def select() -> list[Comparison]:
         selection = select_pairs(captions, ratings, clips.by_video, selector=selector, source=source)
         log.info("%s: %s", folder.name, selection.describe())
-        return selection.pairs
+        return keep_subset(selection.pairs, subset, qualities=selection.qualities, folder=folder)
 
     return load_or_create(folder / PAIRS_NAME, Comparison, select)
+
+
+def keep_subset(
+    pairs: Sequence[Comparison], config: SubsetConfig, *, folder: Path, qualities: Sequence[float] | None = None
+) -> list[Comparison]:
+    """Keep the most important pairs, log what they are, and write why each pair was kept or not to importance.jsonl."""
+    if config.keep is None:
+        return list(pairs)
+    importances = rank_pairs(pairs, config, qualities=qualities)
+    kept = keep_pairs(pairs, importances)
+    if dist.is_main():
+        write_records(folder / IMPORTANCE_NAME, importances)
+    before, after = summarize_pairs(pairs), summarize_pairs(kept)
+    log.info(
+        "%s: kept %d of %d pairs from %d videos; mean margin %.3f (%.3f before), mean words %.1f chosen, %.1f rejected",
+        folder.name,
+        after.num_pairs,
+        before.num_pairs,
+        len({pair.video for pair in kept}),
+        after.mean_margin,
+        before.mean_margin,
+        after.mean_words_chosen,
+        after.mean_words_rejected,
+    )
+    return kept
 
 
 def require_pairs(pairs: Sequence[Comparison], early_stopping: EarlyStopConfig, *, batch_size: int, name: str) -> None:

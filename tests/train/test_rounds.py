@@ -1,16 +1,19 @@
 """Rules that stop the rounds early: by pairs, by margin, by the held-out score."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
 
+from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Comparison
 from salmonn.score.metrics import Rates
 from salmonn.train.rounds import (
     EarlyStopConfig,
     RoundFailedError,
     best_round,
+    keep_subset,
     require_margin,
     require_pairs,
     stop_reason,
@@ -91,3 +94,20 @@ def test_the_sft_model_can_be_the_best():
     assert best_round(RunSummary(sft=rates(0.4), rounds=[rates(0.4)], stopped="early")) is None
     assert stop_reason(summary, EarlyStopConfig(max_worsening=0.05))
     assert not stop_reason(replace(summary, sft=rates(0.42)), EarlyStopConfig(max_worsening=0.05))
+
+
+def test_a_subset_of_pairs_is_kept_with_its_account(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    pairs = [
+        Comparison(f"{number}.mp4", "describe", "one two three", f"word {number}", margin=number / 10)
+        for number in range(4)
+    ]
+    assert keep_subset(pairs, SubsetConfig(), folder=tmp_path) == pairs and not list(tmp_path.iterdir())
+    kept = keep_subset(pairs, SubsetConfig(keep=0.5), folder=tmp_path)
+    assert kept == pairs[2:]
+    lines = [json.loads(line) for line in (tmp_path / "importance.jsonl").read_text().splitlines()]
+    assert [(line["video"], line["rank"]) for line in lines] == [
+        ("0.mp4", None), ("1.mp4", None), ("2.mp4", 2), ("3.mp4", 1),
+    ]  # fmt: skip
+    assert "kept 2 of 4 pairs from 2 videos; mean margin 0.250 (0.150 before)" in caplog.text
+    assert "mean words 3.0 chosen, 2.0 rejected" in caplog.text
