@@ -285,6 +285,7 @@ class Comparison:
         modality: what of the video the answers are about.
         audio: path of the audio track where it is a file of its own.
         start_seconds, end_seconds: the part of the video that the answers are about; None for an open end.
+        rater: id of the person who compared them, as in a vote; "" if unknown, or if it was no person.
     """
 
     video: str
@@ -301,6 +302,7 @@ class Comparison:
     audio: str | None = None
     start_seconds: float | None = None
     end_seconds: float | None = None
+    rater: str = ""
 
 
 def write_records(path: Path | str, records: Iterable[Any]) -> None:

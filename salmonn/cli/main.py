@@ -31,6 +31,7 @@ from salmonn.cli.score import (
     score_parser,
 )
 from salmonn.cli.serve import run_serve, serve_parser
+from salmonn.cli.votes import run_votes, votes_parser
 from salmonn.config import FlagParser
 from salmonn.synthetic.render import SynthConfig, make_clips
 
@@ -126,6 +127,7 @@ COMMANDS: dict[str, Command] = {
     "qa": (qa_parser, run_qa, "compute the accuracy of answers to multiple-choice questions"),
     "reward-benchmark": (benchmark_parser, run_benchmark, "measure a judge or reward model on labelled pairs"),
     "demo": (demo_parser, run_demo, "start the web UI: caption, compare and vote, inspect training runs"),
+    "votes": (votes_parser, run_votes, "summarize votes by rater, or delete those of one"),
     "plot": (plot_parser, run_plot, "plot a training run and list its stages"),
     "serve": (serve_parser, run_serve, "start an HTTP server with an OpenAI-compatible API"),
     "synth": (synth_parser, run_synth, "render synthetic clips whose events are known exactly"),

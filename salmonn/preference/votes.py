@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from salmonn.caption.loader import MediaInfo
 from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
-from salmonn.records import Comparison, Modality, append_record, read_records
+from salmonn.records import Comparison, Modality, append_record, read_records, write_records
 from salmonn.score.stats import Interval, wilson_interval
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class Vote:
         ground_truth: source of the training pair's ground truth; "" without a pair.
         pair: file in videos/ of the training pair; "" without a pair.
         unused_reason: why there is no training pair; "" if there is one.
+        rater: random id that the person's browser made and keeps, never an address; "" if it has none.
     """
 
     date: str
@@ -91,6 +92,7 @@ class Vote:
     ground_truth: GroundTruthSource = ""
     pair: str = ""
     unused_reason: str = ""
+    rater: str = ""
 
     @property
     def chosen(self) -> Candidate | None:
@@ -113,6 +115,7 @@ class LogEntry:
         video: name of the file.
         model: model of the copied or chosen caption; "" if there is none.
         text: the copied caption, the person's caption, or the choice.
+        rater: id of the person who voted or wrote the caption, as in the vote.
     """
 
     date: str
@@ -120,6 +123,7 @@ class LogEntry:
     video: str
     model: str
     text: str
+    rater: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,15 +169,16 @@ class VoteStore:
             append_record(self.folder / "votes.jsonl", vote)
             if pair:
                 append_record(self.folder / "pairs.jsonl", pair)
-            self._log("vote", vote.video, vote.chosen.model if vote.chosen else "", vote.choice)
+            model = vote.chosen.model if vote.chosen else ""
+            self._log(LogEntry(utc_now(), "vote", vote.video, model, vote.choice, vote.rater))
             if vote.edit:
-                self._log("edit", vote.video, "", vote.edit)
+                self._log(LogEntry(utc_now(), "edit", vote.video, "", vote.edit, vote.rater))
         return vote
 
     def log_copy(self, *, video: str, model: str, text: str) -> None:
         """Log that a caption was copied; raises OSError as `add` does."""
         with self._locked(), self._all_or_nothing():
-            self._log("copy", video, model, text)
+            self._log(LogEntry(utc_now(), "copy", video, model, text))
 
     def read(self) -> list[Vote]:
         """Read all votes, in order."""
@@ -183,10 +188,40 @@ class VoteStore:
         """Read all log entries, in order."""
         return self._read("log.jsonl", LogEntry)
 
+    def forget(self, rater: str) -> int:
+        """Delete all votes of a rater, with their pairs, log entries and videos that no other vote uses.
+
+        The votes go last, so that the same call completes what a killed one began.
+
+        Returns:
+            Number of votes deleted.
+
+        Raises:
+            ValueError: there are no votes of this rater, or the id is empty.
+        """
+        with self._locked():
+            votes = self._read_unlocked("votes.jsonl", Vote)
+            kept = [vote for vote in votes if vote.rater != rater]
+            if not rater or len(kept) == len(votes):
+                raise ValueError(
+                    f"{self.folder} has no votes of the rater {rater!r}: `salmonn votes` lists the ids of all raters"
+                )
+            for name, record_type in (("log.jsonl", LogEntry), ("pairs.jsonl", Comparison)):
+                records = self._read_unlocked(name, record_type)
+                if any(one.rater == rater for one in records):
+                    write_records(self.folder / name, [one for one in records if one.rater != rater])
+            for name in {vote.pair for vote in votes} - {vote.pair for vote in kept}:
+                (self.folder / "videos" / name).unlink(missing_ok=True)
+            write_records(self.folder / "votes.jsonl", kept)
+        return len(votes) - len(kept)
+
     def _read(self, name: str, record_type: type[Any]) -> list[Any]:
-        path = self.folder / name
         with self._locked():  # another process may be writing a line
-            return read_records(path, record_type) if path.exists() else []
+            return self._read_unlocked(name, record_type)
+
+    def _read_unlocked(self, name: str, record_type: type[Any]) -> list[Any]:
+        path = self.folder / name
+        return read_records(path, record_type) if path.exists() else []
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -211,8 +246,8 @@ class VoteStore:
                     os.truncate(path, size or 0)
             raise
 
-    def _log(self, action: Action, video: str, model: str, text: str) -> None:
-        append_record(self.folder / "log.jsonl", LogEntry(utc_now(), action, video, model, text))
+    def _log(self, entry: LogEntry) -> None:
+        append_record(self.folder / "log.jsonl", entry)
 
     def _make_pair(self, vote: Vote, media: VoteMedia) -> tuple[Vote, Comparison | None]:
         """Keep the video of a vote that is used for training; return the vote as it is saved, and its pair."""
@@ -276,6 +311,7 @@ def to_comparison(vote: Vote, video: str, info: MediaInfo, *, ground_truth: str)
         modality=modality,
         start_seconds=vote.start_seconds,
         end_seconds=vote.end_seconds,
+        rater=vote.rater,
     )
 
 

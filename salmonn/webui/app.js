@@ -34,6 +34,19 @@ window.salmonn = {
     const index = examples.findIndex(([path]) => path === file?.path);
     return this.example(examples[(index + 1) % examples.length]);
   },
+  // Return the random id under which this browser's votes are saved, made at the first vote; "" if it stores nothing.
+  rater() {
+    try {
+      const stored = localStorage.getItem("salmonn-rater");
+      if (/^[0-9a-f]{32}$/.test(stored)) return stored;
+      const bytes = crypto.getRandomValues(new Uint8Array(16));
+      const id = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+      localStorage.setItem("salmonn-rater", id);
+      return id;
+    } catch {
+      return "";
+    }
+  },
   posters: {},
   // Return a player for a file as HTML, and mark the example that it is.
   player(tab, file) {

@@ -1,6 +1,7 @@
 """The tab Compare: two captions of one clip, without their models; votes become training data."""
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -49,7 +50,14 @@ QUESTION = '<p class="lead">Which caption describes the video better? Models are
 READING = '<p class="lead busy">Watching and listening</p>'
 STOPPED = render_placeholder("Stopped", "Press Compare to start again.")
 REVEAL = f"(...inputs) => {{ window.salmonn.reveal('#comparison'); return {WITH_TIME}; }}"
-CONSENT = "Keep this video on the server, so that my vote can be used for training"
+CONSENT = "Keep this video on the server, so that my vote, under this browser's random id, can be used for training"
+PRIVACY = (
+    "Votes are saved under a random id that this browser makes at its first vote and keeps, so that the votes of one "
+    "person are known to belong together. No name and no address is saved. Deleting the data of this site ends the id."
+)
+# JavaScript: the inputs of a vote, with the browser's id as the last one.
+WITH_RATER = "(...inputs) => [...inputs.slice(0, -1), window.salmonn.rater()]"
+RATER_ID = re.compile("[0-9a-f]{32}")
 
 Update = dict[Any, Any]
 
@@ -108,6 +116,7 @@ class CompareTab:
                 self._add_voting()
         self.comparison = gr.State(None)
         self.time = gr.Number(visible=False)  # of an event in the browser
+        self.rater = gr.Textbox(visible=False)  # the browser's id
         self._connect()
 
     def _add_voting(self) -> None:
@@ -130,6 +139,7 @@ class CompareTab:
                     choice: gr.Button(label, elem_id=f"vote-{KEYS[choice]}", min_width=120)
                     for choice, label in CHOICES.items()
                 }
+            gr.HTML(f'<p class="note">{PRIVACY}</p>')
         self.next = gr.Button("Next pair", elem_id="next-pair", visible=False)
 
     def _connect(self) -> None:
@@ -148,7 +158,8 @@ class CompareTab:
             event.then(None, None, None, js="() => window.salmonn.reveal('#comparison')", **QUIET)
         self.video.change(self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}", **QUIET)
         for choice, button in self.votes.items():
-            button.click(self._on_vote(choice), {self.comparison, self.edit, self.consent}, outputs, **GENERATE)
+            given = {self.comparison, self.edit, self.consent, self.rater}
+            button.click(self._on_vote(choice), given, outputs, js=WITH_RATER, **GENERATE)
         for button, side in ((self.from_first, "first"), (self.from_second, "second")):
             button.click(partial(_candidate_text, side), self.comparison, self.edit, **QUIET)
 
@@ -264,6 +275,11 @@ class CompareTab:
                 engine.captioner.processor.check_prompt(edit)  # no model may be trained on special tokens
         except ValueError as error:
             return {self.status: render_error(str(error).replace("the prompt", "your caption"))}
+        rater = values[self.rater] or ""  # browsers that store nothing have none
+        if rater and not RATER_ID.fullmatch(rater):
+            return {
+                self.status: render_error("the id of this browser is damaged: delete the site's data and vote again")
+            }
         if not comparison.claim():
             return {self.status: '<p class="lead">You have already voted.</p>'}
         caption_request, reference = comparison.request, comparison.reference
@@ -278,6 +294,7 @@ class CompareTab:
             start_seconds=span.start_seconds if span else None,
             end_seconds=span.end_seconds if span else None,
             edit=edit,
+            rater=rater,
         )
         may_keep = bool(values[self.consent]) or self.state.example_of(path) is not None
         truth = reference_caption(reference, caption_request.modality) if reference else ""
@@ -291,8 +308,14 @@ class CompareTab:
 
     def _reveal(self, comparison: ComparisonState, vote: Vote) -> Update:
         """Show the models, the scores and what became of the vote."""
+        saved = f'<p class="verdict">{escape(vote_message(vote))}</p>'
+        if vote.rater:
+            saved += (
+                f'<p class="note">To have your votes deleted, give this id to whoever runs this page: '
+                f"<code>{vote.rater}</code></p>"
+            )
         update: Update = {
-            self.status: f'<p class="verdict">{escape(vote_message(vote))}</p>',
+            self.status: saved,
             self.voting: gr.update(visible=False),
             self.comparison: None,
             self.start: gr.update(value="Compare again", interactive=True),

@@ -311,6 +311,8 @@ def test_a_blind_vote_becomes_a_pair(visit, demo):
     pair = read_records(demo.votes / "pairs.jsonl", Comparison)[-1]
     assert (pair.chosen, pair.rejected, pair.ground_truth) == (texts[1], texts[0], "A star appears.")
     assert (demo.votes / pair.video).is_file()
+    assert re.fullmatch("[0-9a-f]{32}", vote.rater) and pair.rater == vote.rater
+    assert visitor.page.evaluate("localStorage.getItem('salmonn-rater')") == vote.rater
 
 
 def test_votes_by_keyboard(visit, demo):
@@ -334,8 +336,9 @@ def test_votes_by_keyboard(visit, demo):
     page.get_by_role("button", name="Both bad").wait_for()
     page.keyboard.press("n")
     page.get_by_role("button", name="Next pair").wait_for()
-    vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
+    before, vote = read_records(demo.votes / "votes.jsonl", Vote)[-2:]
     assert (vote.choice, vote.video) == ("both bad", "clip_00000.mp4")
+    assert vote.rater == before.rater != ""  # one person's votes have one id
 
 
 def test_an_upload_is_kept_only_with_consent(visit, demo, long_video):

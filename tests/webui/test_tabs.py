@@ -62,10 +62,10 @@ def comparison(state):
     return ComparisonState(ScoredCandidate(LEFT), ScoredCandidate(RIGHT), CaptionRequest(path), MediaInfo(3.0), None)
 
 
-def vote(tab, comparison, edit=""):
+def vote(tab, comparison, edit="", rater=""):
     """Vote for B and return the status."""
-    updates = tab.vote("second", {tab.comparison: comparison, tab.edit: edit, tab.consent: True}, session="ann")
-    return updates[tab.status]
+    values = {tab.comparison: comparison, tab.edit: edit, tab.consent: True, tab.rater: rater}
+    return tab.vote("second", values, session="ann")[tab.status]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,15 @@ def test_an_invalid_edit_does_not_lose_the_vote(compare_tab, comparison, edit, e
     assert compare_tab.state.votes.read() == [] and compare_tab.state.votes.read_log() == []
     assert "Vote saved. It will be used for training" in vote(compare_tab, comparison, "x" * 20_000)
     assert len(compare_tab.state.votes.read()) == 1
+
+
+@pytest.mark.parametrize("rater", ["10.0.0.7", "A" * 32, "a" * 33, "a" * 31 + "\n"])
+def test_only_random_ids_are_saved(compare_tab, comparison, rater):
+    """The vote is not lost: the same comparison takes one with a valid id."""
+    assert "The id of this browser is damaged" in vote(compare_tab, comparison, rater=rater)
+    assert compare_tab.state.votes.read() == []
+    assert f"<code>{'a0' * 16}</code>" in vote(compare_tab, comparison, rater="a0" * 16)
+    assert [saved.rater for saved in compare_tab.state.votes.read()] == ["a0" * 16]
 
 
 @pytest.mark.parametrize("caption", [LEFT, RIGHT])
