@@ -158,7 +158,7 @@ class CompareTab:
             event.then(None, None, None, js="() => window.salmonn.reveal('#comparison')", **QUIET)
         self.video.change(self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}", **QUIET)
         for choice, button in self.votes.items():
-            given = {self.comparison, self.edit, self.consent, self.rater}
+            given: set[Any] = {self.comparison, self.edit, self.consent, self.rater}
             button.click(self._on_vote(choice), given, outputs, js=WITH_RATER, **GENERATE)
         for button, side in ((self.from_first, "first"), (self.from_second, "second")):
             button.click(partial(_candidate_text, side), self.comparison, self.edit, **QUIET)

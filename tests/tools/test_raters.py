@@ -1,0 +1,50 @@
+"""tools/raters.py: votes of simulated raters in the format of the web UI."""
+
+from pathlib import Path
+
+import pytest
+
+from salmonn.preference.raters import summarize_raters
+from salmonn.preference.votes import VoteStore
+from salmonn.records import Caption, Comparison, Reference, read_records, write_records
+from salmonn.synthetic.render import SynthConfig, make_clips
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Three captions of each of two clips: the reference, its first sentence, and the reference again."""
+    references = make_clips(tmp_path / "clips", SynthConfig(clips=2, seed=7), workers=1)
+    texts = [(one.video, (one.caption, one.caption.split(".")[0] + ".", one.caption + " ")) for one in references]
+    path = tmp_path / "captions.jsonl"
+    write_records(
+        path, [Caption(video, text, "Describe it.", sample=n) for video, all_ in texts for n, text in enumerate(all_)]
+    )
+    return path
+
+
+def test_votes_are_like_those_of_people(captions, load_tool, tmp_path, capsys):
+    tool = load_tool("raters")
+    flags = ["--references", str(tmp_path / "clips/clips.jsonl"), "--raters", "4", "--votes", "30", "--noise", "clean"]
+    tool.main([str(captions), *flags, "--groups", "complete", "short", "--out", str(tmp_path / "one")])
+    tool.main([str(captions), *flags, "--groups", "complete", "short", "--out", str(tmp_path / "two")])
+    one, two = (
+        {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("one", "two")
+    )
+    assert one == two and "120 votes of 4 raters" in capsys.readouterr().err
+    votes = VoteStore(tmp_path / "one").read()
+    whole = {one.caption for one in read_records(tmp_path / "clips/clips.jsonl", Reference)}
+    for vote in votes:
+        assert vote.first.text.split() != vote.second.text.split()
+        assert (vote.chosen.text in whole) == vote.rater.startswith("complete")  # the others want it brief
+    pairs = read_records(tmp_path / "one/pairs.jsonl", Comparison)
+    assert [(pair.rater, pair.chosen) for pair in pairs] == [(vote.rater, vote.chosen.text) for vote in votes]
+    assert all((tmp_path / "one" / pair.video).is_file() for pair in pairs)
+    summary = summarize_raters(votes)
+    assert [one.num_votes for one in summary.raters] == [30] * 4
+    with pytest.raises(SystemExit, match="exists and is not empty"):
+        tool.main([str(captions), *flags, "--out", str(tmp_path / "one")])
+    write_records(captions, [Caption("other.mp4", "A dog barks.")])
+    with pytest.raises(SystemExit, match=r"error: other\.mp4 has no reference"):
+        tool.main([str(captions), *flags, "--out", str(tmp_path / "three")])
+    assert not Path(tmp_path / "three").exists()
