@@ -19,6 +19,7 @@ from salmonn.config import MAY_CHANGE, run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.preference.comparisons import conversation_to_comparison
 from salmonn.preference.losses import LossConfig, make_loss
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Comparison, iter_numbered_records
@@ -150,7 +151,7 @@ def load_comparisons(
         preferences = [one for one in conversations if one.preference]
         if num_others := len(conversations) - len(preferences):
             log.info("skipped %d conversations without a preference; recipes/sft.py uses them", num_others)
-        pairs = [(to_comparison(one), ClipSource.of_conversation(one, root=root)) for one in preferences]
+        pairs = [(conversation_to_comparison(one), ClipSource.of_conversation(one, root=root)) for one in preferences]
     else:
         records = (record for _, record in iter_numbered_records(path, Comparison, check=check))
         pairs = [(record, ClipSource.of_comparison(record, root=root)) for record in records]
@@ -168,25 +169,6 @@ def load_comparisons(
             "--loss.ce-weight 0"
         )
     return pairs
-
-
-def to_comparison(conversation: Conversation) -> Comparison:
-    """Convert the preference of a published conversation to a comparison."""
-    preference = conversation.preference
-    assert preference is not None, "the conversation has a preference"
-    return Comparison(
-        video=conversation.video or conversation.image or conversation.audio or "",
-        prompt=preference.prompt,
-        chosen=preference.chosen,
-        rejected=preference.rejected,
-        ground_truth=preference.ground_truth,
-        source="published",
-        history=preference.history,
-        modality=conversation.modality,
-        audio=conversation.audio if conversation.video or conversation.image else None,
-        start_seconds=conversation.start_seconds,
-        end_seconds=conversation.end_seconds,
-    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,6 +16,7 @@ from salmonn.model.families import get_family
 from salmonn.model.kv_cache import BatchedKVCache, KVCache
 from salmonn.model.layout import ClipInputs, Layout, ModelInputs, insert_clip_tokens
 from salmonn.model.packing import PackedBatch, pack
+from salmonn.model.pooling import AnswerStates, Pooling, pool_last, pool_mean, pool_rich, upper_layers
 
 MAX_LOGIT_BYTES = 256 << 20
 # More tokens are no faster and take memory. On a CPU they are slower by a sixth, since the allocator returns tensors of
@@ -32,6 +33,8 @@ class Network(PreTrainedModel):
     Attributes:
         max_logit_bytes: size of the logits that are held at once in training; None for no limit.
         prefill_chunk_tokens: number of prompt tokens that go through the decoder together, unless one clip has more.
+        head: head of a reward model, which reads `AnswerStates`; None for a captioner. As a part of the network it is
+            trained, sharded and checkpointed with it.
     """
 
     config_class = SalmonnConfig
@@ -48,6 +51,7 @@ class Network(PreTrainedModel):
         self.vision, self.audio, self.lm = self.family.build_parts(attn_implementation=config._attn_implementation)
         self.max_logit_bytes: int | None = MAX_LOGIT_BYTES
         self._prefill_chunk_tokens: int | None = None
+        self.head: nn.Module | None = None
         # Layers that device_map "auto" keeps whole; transformers adds those of the language model.
         layers = (name for tower in (self.vision, self.audio) for name in tower.encoder._no_split_modules or ())  # type: ignore[union-attr]
         self._no_split_modules = ["Blip2QFormerLayer", *layers]
@@ -125,8 +129,10 @@ class Network(PreTrainedModel):
         # In a model that is split over devices, the embeddings may be on another device than the ids.
         return insert_clip_tokens(embeds, is_clip.to(embeds.device), tokens)
 
-    def forward(self, inputs: ModelInputs, *, distributions: bool = False) -> Tensor:
-        """Compute the log-probability of every label; rows are padded on the right.
+    def forward(
+        self, inputs: ModelInputs, *, distributions: bool = False, pooling: Pooling | None = None
+    ) -> Tensor | AnswerStates:
+        """Compute the log-probability of every label, or the states of the answers; rows are padded on the right.
 
         The common prefix of a clip's rows, above all the clip's tokens, goes through the decoder once. Logits are
         computed only for positions with a label, a few at a time.
@@ -135,12 +141,17 @@ class Network(PreTrainedModel):
             inputs: the batch.
             distributions: return the log-probabilities of the whole vocabulary for each label. An argument of `forward`
                 and not another method, since wrappers for several GPUs act when the network is called.
+            pooling: return the states of the answers, which are the labels, or what the head computes from them.
 
         Returns:
             (B, L - 1): at [b, i] log p(labels[b, i + 1] | tokens before it), 0 where there is no label; or
-            (N, V): for each of the N labels, row by row, log p(token | tokens before the label).
+            (N, V): for each of the N labels, row by row, log p(token | tokens before the label); or
+            `AnswerStates` of the rows, or the head's output.
         """
         packed = pack(inputs.input_ids, inputs.attention_mask, inputs.clip_index)
+        if pooling:
+            states = self._answer_states(inputs, packed, pooling)
+            return states if self.head is None else self.head(states)
         hidden = self._run_packed(inputs, packed, PackedAttention(packed))
         # In a model that is split over devices, the output is on the last of them.
         targets = inputs.labels[:, 1:].to(hidden.device)
@@ -152,6 +163,42 @@ class Network(PreTrainedModel):
             return self._logits(predicting).log_softmax(-1)
         logps = self._label_logps(predicting, targets[has_label])
         return logps.new_zeros(targets.shape).masked_scatter(has_label, logps)
+
+    def _answer_states(self, inputs: ModelInputs, packed: PackedBatch, pooling: Pooling) -> AnswerStates:
+        """Pool the hidden states of each row's answer. They are found by their places, not by looking for padding."""
+        backend = PackedAttention(packed)
+        if pooling == "rich":
+            layers = self._run_packed_layers(inputs, packed, backend)
+        else:
+            layers = [self._run_packed(inputs, packed, backend)]
+        hidden = layers[-1]
+        is_answer = (inputs.labels != -100).to(hidden.device)
+        lengths = is_answer.sum(1).tolist()
+        if not all(lengths):
+            raise ValueError("a row has no answer, whose states could be pooled; give each row one")
+        destination = packed.destination.to(hidden.device)
+        is_before = torch.cat([is_answer[:, 1:], torch.zeros_like(is_answer[:, :1])], dim=1)
+        first = is_before.int().argmax(1)  # column of the last token of each prompt
+        prompt = hidden.index_select(0, destination.gather(1, first.unsqueeze(1)).squeeze(1)).float()
+        places = destination[is_answer]
+        states = hidden.index_select(0, places).float()
+        if pooling != "rich":
+            return AnswerStates(prompt, (pool_last if pooling == "last" else pool_mean)(states, lengths))
+        predicting = hidden.index_select(0, destination[is_before])
+        figures = self._logp_figures(predicting, inputs.labels.to(hidden.device)[is_answer])
+        upper = [layers[number].index_select(0, places).float() for number in upper_layers(len(layers) - 1)]
+        return AnswerStates(prompt, pool_rich(states, upper, *figures, lengths=lengths))
+
+    def _logp_figures(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities of targets (N,) after hidden states (N, D), and the entropies there, (N,) each."""
+        limit, row_bytes = self.max_logit_bytes, 4 * self.lm.get_output_embeddings().out_features
+        size = max(1, len(targets)) if limit is None else max(1, limit // row_bytes)
+        logps, entropies = [], []
+        for part, ids in zip(hidden.split(size), targets.split(size), strict=True):
+            distribution = self._logits(part).log_softmax(-1)
+            logps.append(distribution.gather(-1, ids.unsqueeze(-1)).squeeze(-1))
+            entropies.append(-(distribution.exp() * distribution).sum(-1))
+        return torch.cat(logps), torch.cat(entropies)
 
     def prefill(self, inputs: ModelInputs) -> tuple[Tensor, KVCache, list[int]]:
         """Run prompts through the decoder.
@@ -180,22 +227,33 @@ class Network(PreTrainedModel):
 
     def _run_packed(self, inputs: ModelInputs, packed: PackedBatch, backend: AttentionBackend) -> Tensor:
         """Return the hidden states of a packed sequence, (T, D)."""
+        return self._run_decoder(*self._embed_packed(inputs, packed), backend)[0]
+
+    def _run_packed_layers(self, inputs: ModelInputs, packed: PackedBatch, backend: AttentionBackend) -> list[Tensor]:
+        """Return the embeddings of a packed sequence and the output of each layer, (T, D) each; the last is normed."""
+        output = self._decode(*self._embed_packed(inputs, packed), backend, output_hidden_states=True)
+        return [layer[0] for layer in output.hidden_states]
+
+    def _embed_packed(self, inputs: ModelInputs, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Return the embeddings (1, T, D) and the positions (3, 1, T) of a packed sequence."""
         ids = inputs.input_ids.flatten()[packed.source].unsqueeze(0)
         embeds = self._embed(inputs, ids, [group.clip for group in packed.groups])
-        position_ids = inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1)
-        return self._run_decoder(embeds, position_ids, backend)[0]
+        return embeds, inputs.position_ids.flatten(1)[:, packed.source].unsqueeze(1)
 
     def _run_decoder(self, embeds: Tensor, position_ids: Tensor, backend: AttentionBackend) -> Tensor:
         """Run embedded tokens (B, L, D) at positions (3, B, L) through the decoder, (B, L, D)."""
-        output = self.lm.get_decoder()(
+        hidden: Tensor = self._decode(embeds, position_ids, backend).last_hidden_state
+        return hidden
+
+    def _decode(self, embeds: Tensor, position_ids: Tensor, backend: AttentionBackend, **options: bool) -> Any:
+        return self.lm.get_decoder()(
             inputs_embeds=embeds,
             attention_mask={"full_attention": None},  # so that transformers makes none
             position_ids=self.family.rotary_positions(position_ids),
             use_cache=False,
             backend=backend,
+            **options,
         )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.lm.get_output_embeddings()(hidden).float()

@@ -1,4 +1,4 @@
-"""Losses of preference training: pure functions of the log-probabilities of answers, by role.
+"""Losses of preference training: pure functions of the log-probabilities of answers, by role, or of their rewards.
 
 A role is an answer that a comparison is trained on: a field of `salmonn.records.Comparison` (chosen, rejected,
 ground_truth), or the chosen caption of another clip (mismatched). To add a loss of pairs, write a function of
@@ -228,4 +228,27 @@ def guided_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutp
         "chosen_drift": chosen / config.beta,
         "rejected_drift": rejected / config.beta,
     }
+    return LossOutput(loss, {name: part.detach() for name, part in parts.items()})
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, center_weight: float = 0.01) -> LossOutput:
+    """Compute the loss of a reward model on N comparisons (Bradley and Terry 1952, arXiv 2405.07863).
+
+    -log sigmoid(r(chosen) - r(rejected)) + center_weight * (r(chosen) + r(rejected))^2
+
+    Comparisons leave the sum of rewards open; the second term (arXiv 2312.09244) keeps it near 0, so that rewards of
+    different rounds can be compared.
+
+    Args:
+        chosen, rejected: (N,) rewards.
+        center_weight: weight of the second term.
+    """
+    difference = chosen - rejected
+    ranking = -F.logsigmoid(difference)
+    parts = {
+        "margin": difference,
+        "accuracy": (difference > 0).to(chosen.dtype),
+        "mean_reward": (chosen + rejected) / 2,
+    }
+    loss = ranking + center_weight * (chosen + rejected).square()
     return LossOutput(loss, {name: part.detach() for name, part in parts.items()})

@@ -15,21 +15,20 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE
+from salmonn.model.fingerprint import hash_values, hash_weights, update_hash
 from salmonn.model.layout import ClipFeatures, ClipInfo, Layout
 from salmonn.records import parse_json
 from salmonn.train.data import ClipSource
@@ -290,31 +289,13 @@ def hash_tokenizer(processor: Processor) -> str:
     return hash_values(processor.tokenizer.backend_tokenizer.to_str(), config.system_prompt, config.placeholder_ids)
 
 
-def hash_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash names, types, shapes and bytes of named weights."""
-    sha = hashlib.sha256()
-    for name, value in parameters:
-        _update(sha, name, value)
-    return sha.hexdigest()
-
-
 def hash_features(features: ClipFeatures) -> str:
     """Hash the tokens of a clip and their layout."""
     sha, layout = hashlib.sha256(), features.layout
     for name, value in (("tokens", features.tokens), ("order", layout.order), ("positions", layout.positions)):
-        _update(sha, name, value)
+        update_hash(sha, name, value)
     sha.update(json.dumps([layout.num_visual, layout.timestamp_ids]).encode())
     return sha.hexdigest()
-
-
-def _update(sha: Any, name: str, value: Tensor) -> None:
-    sha.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-    sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def hash_values(*values: Any) -> str:
-    """Hash values by their JSON form."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read(path: Path) -> tuple[ClipFeatures, str]:

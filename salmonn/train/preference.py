@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from salmonn import dist
 from salmonn.caption.processor import Processor, PromptRow
+from salmonn.model.fingerprint import hash_values, hash_weights
 from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.network import Network
 from salmonn.preference.losses import PreferenceLoss, Role, RoleLogps
 from salmonn.records import Comparison, read_json, write_json
 from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split_evenly
-from salmonn.train.feature_cache import hash_features, hash_tokenizer, hash_values, hash_weights
+from salmonn.train.feature_cache import hash_features, hash_tokenizer
 
 log = logging.getLogger(__name__)
 REFERENCE_LOGPS_NAME = "reference_logps.json"

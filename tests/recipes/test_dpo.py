@@ -10,6 +10,7 @@ import torch
 from salmonn.conversations import parse_conversation
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig
+from salmonn.preference.comparisons import conversation_to_comparison
 from salmonn.records import Comparison, Reference, read_json, read_records, write_records
 from salmonn.train.data import ClipSource
 
@@ -141,7 +142,7 @@ def test_a_published_preference_becomes_a_comparison(load_recipe):
     messages = [QUESTION, {"from": "gpt", "value": "a"}, {"from": "human", "value": "And?"}]
     answers = [{"from": "chosen", "value": "b"}, {"from": "reject", "value": "c"}, {"from": "gpt", "value": "d"}]
     conversation = parse_conversation({"video": "v.mp4", "timestamps": [1, 3], "conversations": messages + answers})
-    assert load_recipe("dpo").to_comparison(conversation) == Comparison(
+    assert conversation_to_comparison(conversation) == Comparison(
         "v.mp4", "And?", "b", "c", "d", source="published", modality="visual", start_seconds=1.0, end_seconds=3.0,
         history=(("Describe the video and its sounds in detail.", "a"),),
     )  # fmt: skip

@@ -1,0 +1,339 @@
+"""Comparisons for training and testing reward models: read from any source, grouped by clip and prompt.
+
+Sources: judged captions of a round, comparisons (pairs.jsonl), votes, published conversations with preferences, and
+rows of TRL or RewardBench. All become `Comparison` records; those that cannot be used are left out and counted.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from salmonn.conversations import Conversation, is_conversation_file, read_conversations
+from salmonn.preference.rating import Rating
+from salmonn.preference.reward import JudgeReward
+from salmonn.preference.votes import Vote
+from salmonn.records import Caption, Comparison, iter_numbered_records, parse_record, read_records
+from salmonn.score.formats import read_scores
+from salmonn.synthetic.judge import RuleJudge
+
+log = logging.getLogger(__name__)
+Check = Callable[[Comparison], None]
+
+CAPTIONS_NAME, SCORES_NAME, VOTES_NAME = "captions.jsonl", "scores.jsonl", "votes.jsonl"
+EQUAL, NO_VIDEO, TIE = "equal answers", "no video", "votes without a better caption"
+_ROUNDING = 1e-9  # margins are differences of fractions: 0.5 - 0.4 must pass a gap of 0.1
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Comparisons of a source.
+
+    Args:
+        comparisons: comparisons of answers that differ, about videos that exist.
+        root: folder that the paths of the videos start from.
+        left_out: reason -> number of comparisons that cannot be used.
+    """
+
+    comparisons: list[Comparison]
+    root: Path
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        """Return the numbers as a sentence."""
+        num_videos = len({comparison.video for comparison in self.comparisons})
+        text = f"{len(self.comparisons)} comparisons of captions of {num_videos} videos"
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in self.left_out.items())
+        return f"{text}; left out: {reasons}" if reasons else text
+
+
+@dataclass(frozen=True)
+class AnswerGroup:
+    """Answers to one prompt about one clip, and which is better than which: one forward pass scores them all.
+
+    Args:
+        example: one of the comparisons, for what all of them share: clip, prompt and history.
+        answers: (text, finished) of each distinct answer.
+        pairs: indices of the better and the worse answer of each comparison.
+        margins: how much better, in units of the source's rating; None where it is unknown.
+    """
+
+    example: Comparison
+    answers: tuple[tuple[str, bool], ...]
+    pairs: tuple[tuple[int, int], ...]
+    margins: tuple[float | None, ...]
+
+    def to_pairwise(self) -> "AnswerGroup":
+        """Return the group for a model that reads two captions at once.
+
+        Each unordered pair becomes two rows, (a, b) and (b, a); the one with the better caption first must get the
+        higher value h. P(a over b) = sigmoid(h(a, b) - h(b, a)), so no position can be preferred.
+        """
+        answers, pairs = list[tuple[str, bool]](), []
+        for better, worse in self.pairs:
+            first, second = self.answers[better], self.answers[worse]
+            answers += [join_pair(first, second), join_pair(second, first)]
+            pairs.append((len(answers) - 2, len(answers) - 1))
+        return replace(self, answers=tuple(answers), pairs=tuple(pairs))
+
+
+def join_pair(first: tuple[str, bool], second: tuple[str, bool]) -> tuple[str, bool]:
+    """Return the answer that holds two captions, in this order, for a pairwise model."""
+    return f"A: {first[0]} B: {second[0]}", True
+
+
+def group_comparisons(comparisons: Sequence[Comparison]) -> list[AnswerGroup]:
+    """Group comparisons by clip, prompt and history, in the order of the clips' names."""
+    groups: dict[tuple[Any, ...], list[Comparison]] = {}
+    for one in comparisons:
+        span = (one.start_seconds or 0.0, one.end_seconds or float("inf"))
+        groups.setdefault((one.video, *span, one.modality, one.audio or "", one.prompt, one.history), []).append(one)
+    return [_make_group(groups[key]) for key in sorted(groups)]
+
+
+def _make_group(comparisons: Sequence[Comparison]) -> AnswerGroup:
+    index: dict[tuple[str, bool], int] = {}
+    pairs = [
+        (
+            index.setdefault((one.chosen, one.chosen_finished), len(index)),
+            index.setdefault((one.rejected, one.rejected_finished), len(index)),
+        )
+        for one in comparisons
+    ]
+    return AnswerGroup(comparisons[0], tuple(index), tuple(pairs), tuple(one.margin for one in comparisons))
+
+
+def compare_ratings(
+    captions: Sequence[Caption], ratings: Sequence[Rating], *, min_gap: float, source: str
+) -> list[Comparison]:
+    """Return all pairs of captions of a clip whose ratings differ by at least `min_gap`.
+
+    Args:
+        captions: captions, several of each clip.
+        ratings: ratings of these captions, matched by video and sample; captions without one are left out.
+        min_gap: smallest difference of the ratings' values.
+        source: name of what rated them.
+    """
+    rating_of = {(rating.video, rating.sample): rating.value for rating in ratings}
+    by_clip: dict[tuple[str, str], list[Caption]] = {}
+    for caption in captions:
+        if (caption.video, caption.sample) in rating_of:
+            by_clip.setdefault((caption.video, caption.prompt), []).append(caption)
+    comparisons = []
+    for group in by_clip.values():
+        for one, other in combinations(group, 2):
+            gap = rating_of[one.video, one.sample] - rating_of[other.video, other.sample]
+            if abs(gap) < min_gap - _ROUNDING or one.text.split() == other.text.split():
+                continue
+            better, worse = (one, other) if gap > 0 else (other, one)
+            comparisons.append(
+                Comparison(
+                    video=one.video,
+                    prompt=one.prompt,
+                    chosen=better.text,
+                    rejected=worse.text,
+                    margin=abs(gap),
+                    source=source,
+                    chosen_finished=better.finished,
+                    rejected_finished=worse.finished,
+                    start_seconds=one.start_seconds,
+                    end_seconds=one.end_seconds,
+                )
+            )
+    return comparisons
+
+
+def read_preferences(
+    path: Path,
+    *,
+    root: Path | None = None,
+    min_gap: float = 0.1,
+    repetition_weight: float = 1.0,
+    check: Check | None = None,
+) -> Preferences:
+    """Read comparisons from any source.
+
+    Args:
+        path: folder with captions.jsonl and scores.jsonl, or with votes.jsonl; or a file of comparisons, of votes, of
+            published conversations, or of rows with `prompt`, `chosen`, `rejected` and `video`.
+        root: folder that the paths of the videos start from; by default that of the file.
+        min_gap, repetition_weight: for judged captions: smallest difference of -(Total + repetition_weight *
+            repetition) of a pair.
+        check: raises a ValueError for texts that the model cannot read.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a line is invalid, or no comparison can be used.
+    """
+    if path.is_dir() and (path / SCORES_NAME).is_file():
+        read, left_out = _read_judged(path, min_gap=min_gap, repetition_weight=repetition_weight), Counter[str]()
+    else:
+        file = path / VOTES_NAME if path.is_dir() else path
+        if path.is_dir() and not file.is_file():
+            raise FileNotFoundError(
+                f"{path} holds no preferences: expected {CAPTIONS_NAME} with {SCORES_NAME}, or {VOTES_NAME}"
+            )
+        path = file
+        read, left_out = _read_file(file)
+    root = root or (path if path.is_dir() else path.parent)
+    comparisons = []
+    for number, one in enumerate(read, start=1):
+        if one.chosen.split() == one.rejected.split():
+            left_out[EQUAL] += 1
+        elif not one.video or not (root / one.video).is_file():
+            left_out[NO_VIDEO] += 1
+        else:
+            _check(one, check, where=f"{path}, comparison {number}")
+            comparisons.append(one)
+    preferences = Preferences(comparisons, root, dict(left_out))
+    if not comparisons:
+        raise ValueError(
+            f"{path} has no comparisons that can be used: {preferences.describe()}; paths of videos start from "
+            f"{root.resolve()}, which root changes"
+        )
+    return preferences
+
+
+def _check(comparison: Comparison, check: Check | None, *, where: str) -> None:
+    try:
+        if check:
+            check(comparison)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _read_judged(folder: Path, *, min_gap: float, repetition_weight: float) -> list[Comparison]:
+    captions, scores = read_records(folder / CAPTIONS_NAME, Caption), read_scores(folder / SCORES_NAME)
+    # The conversion of scores is the same for every judge.
+    reward = JudgeReward(RuleJudge(), repetition_weight=repetition_weight)
+    ratings = [reward.to_rating(score) for score in scores.scores]
+    return compare_ratings(captions, ratings, min_gap=min_gap, source=scores.judge_info.judge)
+
+
+def _read_file(path: Path) -> tuple[list[Comparison], Counter[str]]:
+    """Return the comparisons of a file of any format, and reason -> number of those that cannot be used."""
+    if path.is_file() and is_conversation_file(path):
+        return [conversation_to_comparison(one) for one in read_conversations(path) if one.preference], Counter()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a file or a folder with preferences")
+    kind = _guess_kind(path)
+    if kind == "votes":
+        votes = read_records(path, Vote)
+        decided = [vote for vote in votes if vote.chosen and vote.rejected]
+        return [_vote_to_comparison(vote) for vote in decided], +Counter({TIE: len(votes) - len(decided)})
+    if kind == "comparisons":
+        return [record for _, record in iter_numbered_records(path, Comparison)], Counter()
+    return _read_rows(path), Counter()
+
+
+def _guess_kind(path: Path) -> str:
+    """Return the format of a JSONL file by its first line."""
+    with path.open(encoding="utf-8-sig") as file:
+        first = next((line for line in file if line.strip()), "{}")
+    try:
+        row = json.loads(first)
+    except ValueError as error:
+        raise ValueError(f"{path}, line 1: not JSON ({error})") from error
+    names = set(row) if isinstance(row, dict) else set()
+    if {"first", "second", "choice"} <= names:
+        return "votes"
+    is_plain = all(isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected"))
+    return "comparisons" if is_plain and names <= {one.name for one in fields(Comparison)} else "rows"
+
+
+def _vote_to_comparison(vote: Vote) -> Comparison:
+    assert vote.chosen and vote.rejected
+    return Comparison(
+        video=f"videos/{vote.pair}" if vote.pair else "",  # a video that may not be kept cannot be learned from
+        prompt=vote.chosen.prompt,
+        chosen=vote.chosen.text,
+        rejected=vote.rejected.text,
+        source="vote",
+        chosen_finished=vote.chosen.finished,
+        rejected_finished=vote.rejected.finished,
+        modality=vote.modality,
+        start_seconds=vote.start_seconds,
+        end_seconds=vote.end_seconds,
+    )
+
+
+def _read_rows(path: Path) -> list[Comparison]:
+    """Read rows of TRL (explicit prompt) or RewardBench: texts or lists of messages; other columns are ignored."""
+    comparisons = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                comparisons += _row_to_comparisons(json.loads(line))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return comparisons
+
+
+def _row_to_comparisons(row: Any) -> list[Comparison]:
+    """Return the comparisons of a row; RewardBench 2 has several rejected answers in one."""
+    if not isinstance(row, dict):
+        raise ValueError("expected a JSON object with prompt, chosen and rejected")
+    chosen, rejected = _read_answers(row, "chosen"), _read_answers(row, "reject" if "reject" in row else "rejected")
+    history, prompt = _split_prompt(row.get("prompt", row.get("question", "")))
+    known = {name: row[name] for name in ("margin", "modality", "start_seconds", "end_seconds", "audio") if name in row}
+    shared = {"video": row.get("video") or "", "prompt": prompt, "source": "given", "history": history}
+    return [
+        parse_record(shared | known | {"chosen": better, "rejected": worse}, Comparison)
+        for better in chosen
+        for worse in rejected
+    ]
+
+
+def _read_answers(row: dict[str, Any], name: str) -> list[str]:
+    """Return the answers in a column: a text, a conversation that ends with it, or a list of texts."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} must be a text or a list of messages, got {value!r:.80}")
+    return value if all(isinstance(one, str) for one in value) else [_text_of(value[-1])]
+
+
+def _split_prompt(value: Any) -> tuple[list[tuple[str, str]], str]:
+    """Return earlier (prompt, answer) turns and the last prompt, of a text or a list of messages."""
+    if isinstance(value, str):
+        return [], value
+    texts = [(message.get("role"), _text_of(message)) for message in value if message.get("role") != "system"]
+    if [role for role, _ in texts] != ["user", "assistant"] * (len(texts) // 2) + ["user"]:
+        raise ValueError("messages of prompt must alternate between user and assistant and end with user")
+    turns = [(texts[place][1], texts[place + 1][1]) for place in range(0, len(texts) - 1, 2)]
+    return turns, texts[-1][1]
+
+
+def _text_of(message: Any) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+    if not isinstance(content, str):
+        raise ValueError(f"a message has no text: {message!r:.80}")
+    return content
+
+
+def conversation_to_comparison(conversation: Conversation) -> Comparison:
+    """Convert the preference of a published conversation to a comparison."""
+    preference = conversation.preference
+    assert preference is not None, "the conversation has a preference"
+    return Comparison(
+        video=conversation.video or conversation.image or conversation.audio or "",
+        prompt=preference.prompt,
+        chosen=preference.chosen,
+        rejected=preference.rejected,
+        ground_truth=preference.ground_truth,
+        source="published",
+        history=preference.history,
+        modality=conversation.modality,
+        audio=conversation.audio if conversation.video or conversation.image else None,
+        start_seconds=conversation.start_seconds,
+        end_seconds=conversation.end_seconds,
+    )

@@ -1,0 +1,84 @@
+"""Heads of reward models: from the pooled states of answers to rewards, and the exact fit of a linear one."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from salmonn.model.pooling import AnswerStates
+from salmonn.preference.losses import bradley_terry_loss
+
+LBFGS_STEPS = 200
+Pair = tuple[int, int]  # indices of the better and the worse row
+
+
+class ScalarHead(nn.Module):
+    """Linear map of an answer's state to its reward; `score.weight` (1, P) without bias, as in published models.
+
+    Args:
+        width: size P of the states.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(width, 1, bias=False)
+        nn.init.normal_(self.score.weight, std=1 / (width + 1) ** 0.5)
+
+    def forward(self, states: AnswerStates) -> Tensor:
+        """Return the rewards (B,). Not in the 16 bits of autocast, whose steps are as large as many differences."""
+        with torch.autocast(states.answer.device.type, enabled=False):
+            rewards: Tensor = self.score(states.answer.to(self.score.weight.dtype)).squeeze(-1)
+        return rewards
+
+
+def fit_scalar_head(
+    states: Tensor, pairs: Sequence[Pair], weights: Tensor, *, l2: float, center_weight: float = 0.01
+) -> Tensor:
+    """Fit a linear head to comparisons by LBFGS in float64; the loss is convex, so the result needs no seed.
+
+    States are standardized for the fit, and the scale is folded into the weights afterwards.
+
+    Args:
+        states: (R, P) states of answers.
+        pairs: N indices of the better and the worse answer.
+        weights: (N,) weight of each pair; they sum to 1.
+        l2: weight of the squared norm of the standardized weights.
+        center_weight: see `bradley_terry_loss`.
+
+    Returns:
+        (P,) weights, float64.
+    """
+    states = states.double()
+    std, mean = torch.std_mean(states, dim=0)
+    scale = torch.where(std > 0, std, 1.0)
+    standardized = (states - mean) / scale
+    better, worse = torch.tensor(pairs).T
+    weight = torch.zeros(states.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=LBFGS_STEPS, tolerance_grad=1e-9, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        rewards = standardized @ weight
+        ranking = bradley_terry_loss(rewards[better], rewards[worse], center_weight=center_weight)
+        loss = (weights.double() * ranking.loss).sum() + l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach() / scale
+
+
+def fit_temperature(margins: Tensor) -> float:
+    """Return the temperature T in [0.05, 20] for which sigmoid(margin / T) is the most likely.
+
+    A linear head that fits its training pairs well is too sure of others: its margins must be divided by T > 1.
+
+    Args:
+        margins: (N,) rewards of better answers minus those of worse ones, on clips that the head was not fitted to.
+    """
+    temperatures = torch.logspace(-1.3, 1.3, 521, dtype=torch.float64)
+    losses = F.softplus(-margins.double() / temperatures.unsqueeze(1)).mean(1)
+    return float(temperatures[losses.argmin()])

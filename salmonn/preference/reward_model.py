@@ -1,0 +1,350 @@
+"""Reward models: a captioner whose decoder's states are read by a head that rates captions without knowing the events.
+
+    model = RewardModel.load("run/reward")
+    model.rewards([PromptRow(0, prompt, "A red circle ...")], [clip])
+
+A folder holds reward.json, head.safetensors and, if the decoder was adapted, a PEFT adapter; the base model is loaded
+from where it was trained, and must have the same weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import permutations
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.processor import PromptRow
+from salmonn.model.fingerprint import hash_model
+from salmonn.model.layout import ClipFeatures, ClipInputs
+from salmonn.model.loading import Placement
+from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
+from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
+from salmonn.preference.comparisons import join_pair
+from salmonn.preference.heads import ScalarHead
+from salmonn.preference.rating import Rating
+from salmonn.records import (
+    Caption,
+    Reference,
+    Unscored,
+    parse_json,
+    read_records,
+    temporary_path,
+    write_json,
+    write_records,
+)
+from salmonn.score.judge import ScoringTask
+
+RewardKind = Literal["bradley-terry", "pairwise"]
+Clip = ClipInputs | ClipFeatures
+
+INFO_NAME, HEAD_NAME, ADAPTER_DIR = "reward.json", "head.safetensors", "adapter"
+REWARD_FORMAT = 1
+MAX_ROWS = 64  # captions of a clip in one forward pass
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Share of held-out comparisons that are ordered as by their source, beside controls.
+
+    Args:
+        num_comparisons, num_clips: size of the held-out set.
+        accuracy, low, high: share ordered alike, with its 95 % Wilson interval.
+        blind: the same of a reward model that was trained and asked with the features of other clips; None if there
+            is none. What is above it comes from looking.
+        longest: the same of preferring the caption with more words; ties count one half.
+    """
+
+    num_comparisons: int
+    num_clips: int
+    accuracy: float
+    low: float
+    high: float
+    longest: float
+    blind: float | None = None
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """Contents of reward.json.
+
+    Args:
+        kind: "bradley-terry" gives each caption a reward; "pairwise" reads two captions at once.
+        pooling: states that the head reads.
+        base: folder or hub id of the captioner.
+        base_fingerprint: hash of its weights.
+        mean, std: of the rewards of the training clips' captions, by which rewards are standardized.
+        temperature: P(a over b) = sigmoid((r(a) - r(b)) / temperature), of rewards before standardization.
+        source: what the comparisons are from.
+        num_comparisons, num_clips: size of the training set.
+        agreement: measured on held-out clips.
+        format: version of the folder's format.
+    """
+
+    kind: RewardKind
+    pooling: Pooling
+    base: str
+    base_fingerprint: str
+    mean: float = 0.0
+    std: float = 1.0
+    temperature: float = 1.0
+    source: str = ""
+    num_comparisons: int = 0
+    num_clips: int = 0
+    agreement: Agreement | None = None
+    format: int = REWARD_FORMAT
+
+
+class RewardModel:
+    """A captioner with a head.
+
+    Args:
+        captioner: base model, with the reward model's adapter merged or attached.
+        head: head that fits the pooling.
+        info: kind, pooling and scale.
+        name: folder of the model.
+    """
+
+    def __init__(self, captioner: Captioner, head: ScalarHead, info: RewardInfo, *, name: str = "") -> None:
+        self.captioner = captioner
+        self.head = head.cpu().double()
+        self.info = info
+        self.name = name
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        base: str | None = None,
+        placement: Placement | None = None,
+        reader: str = "pyav",
+        kind: RewardKind | None = None,
+    ) -> "RewardModel":
+        """Load a reward model and its base.
+
+        Args:
+            folder: folder of the reward model.
+            base: folder or hub id of the base, if it is not where it was in training.
+            placement, reader: see `Captioner.load`.
+            kind: kind that the caller needs; None for any.
+
+        Raises:
+            ValueError: the folder holds no complete reward model, or one of another kind, format or base.
+        """
+        folder = Path(folder)
+        info = read_info(folder, kind=kind)
+        captioner = Captioner.load(base or info.base, placement=placement, reader=reader)
+        if hash_model(captioner.network) != info.base_fingerprint:
+            raise ValueError(
+                f"{folder} was trained on {info.base} with other weights than those of {captioner.name}; its rewards "
+                "would be meaningless. Name the model that it was trained on as its base, or train it again"
+            )
+        if (folder / ADAPTER_DIR / ADAPTER_CONFIG_NAME).is_file():
+            load_adapter(captioner.network, folder / ADAPTER_DIR)
+            merge_adapter(captioner.network)
+        return cls(captioner, read_head(folder, head_width(captioner, info.pooling)), info, name=str(folder))
+
+    def rewards(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[float]:
+        """Return the standardized reward of each row's answer; a pairwise model reads the rows of a clip in pairs.
+
+        Args:
+            rows: prompts with answers.
+            clips: clips that the rows are about, as inputs or as features of this base.
+        """
+        is_pairwise = self.info.kind == "pairwise"
+        values = self._round_robin(rows, clips) if is_pairwise else self._values(rows, clips).tolist()
+        return [(value - self.info.mean) / self.info.std for value in values]
+
+    def compare(self, first: PromptRow, second: PromptRow, clips: Sequence[Clip]) -> float:
+        """Return the probability that the first row's answer is better; exchanging both gives 1 minus it."""
+        rows = [first, second]
+        if self.info.kind == "pairwise":
+            rows = [_join(first, second), _join(second, first)]
+        a, b = self._values(rows, clips).tolist()
+        return float(torch.sigmoid(torch.tensor((a - b) / self.info.temperature, dtype=torch.float64)))
+
+    def probability(self, margin: float) -> float:
+        """Return the probability that belongs to a difference of standardized rewards."""
+        scaled = margin * self.info.std / self.info.temperature
+        return float(torch.sigmoid(torch.tensor(scaled, dtype=torch.float64)))
+
+    def _round_robin(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[float]:
+        """Return each row's mean log-odds against the other rows with its clip and prompt; 0 if there is none."""
+        groups: dict[tuple[int, str], list[int]] = {}
+        for index, row in enumerate(rows):
+            groups.setdefault((row.clip, row.prompt), []).append(index)
+        games = [pair for group in groups.values() for pair in permutations(group, 2)]
+        values = [0.0] * len(rows)
+        if not games:
+            return values
+        joined = self._values([_join(rows[first], rows[second]) for first, second in games], clips).tolist()
+        for (first, second), value in zip(games, joined, strict=True):
+            num_others = len(groups[rows[first].clip, rows[first].prompt]) - 1
+            values[first] += value / num_others
+            values[second] -= value / num_others
+        return values
+
+    def _values(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> Tensor:
+        """Return what the head gives for each row, (B,) float64 on the CPU."""
+        with torch.no_grad():
+            values: Tensor = self.head(answer_states(self.captioner, rows, clips, pooling=self.info.pooling))
+        return values
+
+    def rate(self, captions: Sequence[Caption], features: Callable[[Caption], Clip]) -> list[Rating]:
+        """Rate captions by their standardized reward; results in the order of the captions."""
+        by_clip: dict[int, tuple[int, Clip]] = {}
+        rows = []
+        for caption in captions:
+            clip = features(caption)
+            index, _ = by_clip.setdefault(id(clip), (len(by_clip), clip))
+            prompt = caption.prompt or self.captioner.default_prompt(caption.modality or "both")
+            rows.append(caption_row(caption, clip=index, prompt=prompt))
+        values = self.rewards(rows, [clip for _, clip in by_clip.values()])
+        return [
+            Rating(caption.video, {"reward": value}, {"reward": 1.0}, caption.sample)
+            for caption, value in zip(captions, values, strict=True)
+        ]
+
+
+def save_reward_model(folder: Path | str, head: ScalarHead, info: RewardInfo) -> None:
+    """Write head and, last, reward.json; the adapter, if there is one, must be in the folder already."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.float().contiguous() for key, value in head.state_dict().items()}
+    temporary = temporary_path(folder / HEAD_NAME)
+    save_file(weights, str(temporary))
+    temporary.replace(folder / HEAD_NAME)
+    write_json(folder / INFO_NAME, asdict(info))
+
+
+def read_info(folder: Path, *, kind: RewardKind | None = None) -> RewardInfo:
+    """Read reward.json.
+
+    Raises:
+        ValueError: the folder holds no complete reward model, or one of another kind or format.
+    """
+    if not (folder / INFO_NAME).is_file():
+        raise ValueError(f"{folder} is no reward model: it has no {INFO_NAME}; recipes/reward.py trains one")
+    if not (folder / HEAD_NAME).is_file():
+        raise ValueError(
+            f"{folder} has no {HEAD_NAME}: without the trained head its rewards would be random; copy that file, or "
+            "train the model again"
+        )
+    try:
+        info = parse_json((folder / INFO_NAME).read_text(encoding="utf-8"), RewardInfo)
+    except ValueError as error:
+        raise ValueError(f"{folder / INFO_NAME}: {error}; another version of salmonn may have written it") from error
+    if info.format != REWARD_FORMAT:
+        raise ValueError(f"{folder} has format {info.format}, but this version of salmonn reads {REWARD_FORMAT}")
+    if kind and info.kind != kind:
+        raise ValueError(f"{folder} is a {info.kind} reward model, but a {kind} one is needed")
+    return info
+
+
+def read_head(folder: Path, width: int) -> ScalarHead:
+    """Read head.safetensors; raises ValueError if its weights do not fit."""
+    head = ScalarHead(width)
+    tensors = load_file(folder / HEAD_NAME)
+    shapes = {key: list(value.shape) for key, value in tensors.items()}
+    expected = {key: list(value.shape) for key, value in head.state_dict().items()}
+    if shapes != expected:
+        raise ValueError(f"{folder / HEAD_NAME} does not fit its {INFO_NAME}: it has {shapes}, expected {expected}")
+    head.load_state_dict(tensors)
+    return head
+
+
+def head_width(captioner: Captioner, pooling: Pooling) -> int:
+    """Return the width of the states of a captioner."""
+    config = captioner.network.lm.get_decoder().config
+    return pooled_width(pooling, width=config.hidden_size, num_layers=config.num_hidden_layers)
+
+
+def caption_row(caption: Caption, *, clip: int, prompt: str) -> PromptRow:
+    """Return the row of a caption; an empty one that was cut off counts as finished, for it needs a token."""
+    return PromptRow(clip, prompt, caption.text, finished=caption.finished or not caption.text)
+
+
+def _join(first: PromptRow, second: PromptRow) -> PromptRow:
+    text, finished = join_pair((first.answer or "", first.finished), (second.answer or "", second.finished))
+    return replace(first, answer=text, finished=finished)
+
+
+@torch.no_grad()
+def answer_states(
+    captioner: Captioner, rows: Sequence[PromptRow], clips: Sequence[Clip], *, pooling: Pooling
+) -> AnswerStates:
+    """Compute the states of rows (B) on the CPU, clip by clip: a row's states do not depend on which other clips occur.
+
+    Args:
+        captioner: model whose states are read.
+        rows: prompts with answers; the clip and the prompt of several rows go through the decoder once.
+        clips: clips that the rows are about.
+        pooling: see `salmonn.model.pooling`.
+    """
+    network, by_clip = captioner.network, dict[int, list[int]]()
+    for index, row in enumerate(rows):
+        by_clip.setdefault(row.clip, []).append(index)
+    order, prompt, answer = list[int](), list[Tensor](), list[Tensor]()
+    for clip, indices in by_clip.items():
+        for start in range(0, len(indices), MAX_ROWS):
+            part = indices[start : start + MAX_ROWS]
+            inputs = captioner.processor.collate([replace(rows[index], clip=0) for index in part], [clips[clip]])
+            states = network(inputs.to(network.device), pooling=pooling)
+            prompt.append(states.prompt.cpu())
+            answer.append(states.answer.cpu())
+            order += part
+    inverse = torch.tensor(order).argsort()
+    return AnswerStates(torch.cat(prompt)[inverse], torch.cat(answer)[inverse])
+
+
+class ModelReward:
+    """A reward model as the reward of a recipe; it needs no events.
+
+    Args:
+        model: the reward model.
+        features: caption -> features of its clip by the model's base.
+        length_penalty: subtracted from the reward for each character of a caption, in standard deviations.
+    """
+
+    file_name = "ratings.jsonl"
+
+    def __init__(self, model: RewardModel, features: Callable[[Caption], Clip], *, length_penalty: float = 0.0) -> None:
+        self.model = model
+        self.features = features
+        self.length_penalty = length_penalty
+
+    @property
+    def name(self) -> str:
+        """Folder of the model."""
+        return self.model.name
+
+    def check(self, reference: Reference) -> None:
+        """Accept any reference: none is used."""
+
+    def rate(self, tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
+        """Rate captions."""
+        captions = [task.caption for task in tasks]
+        ratings = self.model.rate(captions, self.features)
+        if not self.length_penalty:
+            return list(ratings)
+        return [
+            replace(
+                rating,
+                parts={**rating.parts, "characters": float(len(caption.text))},
+                weights={**rating.weights, "characters": -self.length_penalty},
+            )
+            for rating, caption in zip(ratings, captions, strict=True)
+        ]
+
+    def save(self, path: Path, ratings: Sequence[Rating | Unscored]) -> None:
+        """Write the ratings as JSONL."""
+        write_records(path, [rating for rating in ratings if isinstance(rating, Rating)])
+
+    def load(self, path: Path) -> list[Rating]:
+        """Read the ratings."""
+        return read_records(path, Rating)

@@ -1,0 +1,497 @@
+"""Training of reward models: states of all answers, the exact fit of a linear head, then LoRA and head together.
+
+A linear head on the captioner's frozen states is a convex problem and takes seconds. Fine-tuning starts from it, so
+that a random head does not disturb the decoder first (arXiv 2202.10054). Some clips are held out; they give the
+agreement with the source, and the temperature.
+
+Text alone orders most pairs: better captions claim other things. So a *blind* twin is trained and asked with the
+features of other clips, and only what the reward model achieves beyond it comes from looking.
+"""
+
+import gc
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from salmonn import dist
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.processor import Processor, PromptRow
+from salmonn.model.fingerprint import hash_model, hash_values
+from salmonn.model.layout import ClipFeatures, ModelInputs
+from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
+from salmonn.model.pooling import AnswerStates, Pooling
+from salmonn.preference.comparisons import AnswerGroup
+from salmonn.preference.heads import ScalarHead, fit_scalar_head, fit_temperature
+from salmonn.preference.losses import bradley_terry_loss
+from salmonn.preference.reward_model import (
+    ADAPTER_DIR,
+    Agreement,
+    RewardInfo,
+    RewardKind,
+    answer_states,
+    head_width,
+    save_reward_model,
+)
+from salmonn.records import temporary_path
+from salmonn.score.stats import wilson_interval
+from salmonn.train.checkpoint import checkpointed, load_trained
+from salmonn.train.data import ClipSource, batch_at, split_evenly
+from salmonn.train.evaluate import map_batches
+from salmonn.train.feature_cache import hash_features, hash_tokenizer
+from salmonn.train.loop import FitConfig, FitContext, fit
+from salmonn.train.parallel import StrategyName
+
+log = logging.getLogger(__name__)
+STATES_NAME, BLIND_DIR = "states.safetensors", "blind"
+MIN_LOOKING = 0.03  # accuracy above the blind twin below which a warning says that the model hardly looks
+
+
+@dataclass(frozen=True)
+class RewardTrainingConfig:
+    """Training of a reward model.
+
+    Args:
+        kind: "bradley-terry" gives each caption a reward; "pairwise" reads two captions at once.
+        pooling: states that the head reads (docs/reward.md).
+        l2: weight of the squared norm of the linear head's standardized weights.
+        center_weight: weight of the term that keeps rewards near 0.
+        lora: adapter to train together with the head; none keeps the captioner frozen.
+        fit: optimization of adapter and head; its batches are clips with all their captions.
+        heldout_fraction: fraction of the clips that are held out.
+        blind: also train the blind twin, which costs as much again.
+    """
+
+    kind: RewardKind = "bradley-terry"
+    pooling: Pooling = "rich"
+    l2: float = 3e-3
+    center_weight: float = 0.01
+    lora: LoraConfig | None = None
+    fit: FitConfig = field(
+        default_factory=lambda: FitConfig(learning_rate=2e-4, steps=None, epochs=1.0, batch_size=8, weight_decay=0.0)
+    )
+    heldout_fraction: float = 0.2
+    blind: bool = True
+
+    def __post_init__(self) -> None:
+        if self.l2 <= 0 or self.center_weight < 0:
+            raise ValueError(f"l2 must be above 0 and center_weight at least 0, got {self.l2} and {self.center_weight}")
+        if not 0 < self.heldout_fraction < 1:
+            raise ValueError(f"heldout_fraction must be between 0 and 1, got {self.heldout_fraction}")
+
+
+@dataclass(frozen=True)
+class RewardExample:
+    """Answers about a clip, with the features that are read with them."""
+
+    group: AnswerGroup
+    features: ClipFeatures
+
+    def rows(self, *, clip: int = 0) -> list[PromptRow]:
+        """Return a row for each answer."""
+        one = self.group.example
+        return [
+            PromptRow(clip, one.prompt, text, one.history, finished=finished or not text)
+            for text, finished in self.group.answers
+        ]
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """A micro-batch of clips with all their answers.
+
+    Args:
+        inputs: inputs of the model, one row for each answer.
+        pairs: (N, 2) rows of the better and the worse answer.
+        weights: (N,) weight of each pair: those of a clip sum to 1.
+        mean_num_examples: number of clips of the whole step, divided by the number of ranks.
+        clips: names of the clips, for error messages.
+    """
+
+    inputs: ModelInputs
+    pairs: Tensor
+    weights: Tensor
+    mean_num_examples: float
+    clips: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that pass through the decoder."""
+        return self.inputs.num_tokens
+
+
+@dataclass(frozen=True)
+class RewardBatches:
+    """Batches of clips with all their answers, in a new seeded order each epoch."""
+
+    examples: Sequence[RewardExample]
+    processor: Processor
+    config: FitConfig
+    seed: int
+
+    def micro_batches(self, step: int) -> list[RewardBatch]:
+        """Return this rank's micro-batches of a step."""
+        batch = batch_at(self.examples, step, batch_size=self.config.batch_size, seed=self.seed)
+        micro_batches = []
+        for part in split_evenly(dist.shard(batch), self.config.gradient_accumulation_steps):
+            rows = [row for clip, example in enumerate(part) for row in example.rows(clip=clip)]
+            inputs = self.processor.collate(rows, [example.features for example in part])
+            pairs, weights = join_pairs([example.group for example in part])
+            names = tuple(example.group.example.video for example in part)
+            micro_batches.append(RewardBatch(inputs, pairs, weights, len(batch) / dist.world_size(), names))
+        return micro_batches
+
+
+@dataclass(frozen=True)
+class RewardBatchLoss:
+    """Bradley-Terry loss on micro-batches: their share of the mean over the step's clips."""
+
+    pooling: Pooling
+    center_weight: float
+
+    def __call__(self, model: nn.Module, batch: RewardBatch) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the loss, and its parts for the log."""
+        rewards = model(batch.inputs.to(dist.device()), pooling=self.pooling)
+        better, worse = rewards[batch.pairs.to(rewards.device)].unbind(1)
+        output = bradley_terry_loss(better, worse, center_weight=self.center_weight)
+        weights = batch.weights.to(rewards.device) / batch.mean_num_examples
+        parts = {name: float((weights * part).sum()) for name, part in output.parts.items()}
+        return (weights * output.loss).sum(), parts
+
+
+def join_pairs(groups: Sequence[AnswerGroup]) -> tuple[Tensor, Tensor]:
+    """Return the pairs (N, 2) of groups whose rows follow each other, and their weights: 1 for each group in sum."""
+    pairs, weights, start = [], [], 0
+    for group in groups:
+        pairs += [(start + better, start + worse) for better, worse in group.pairs]
+        weights += [1 / len(group.pairs)] * len(group.pairs)
+        start += len(group.answers)
+    return torch.tensor(pairs), torch.tensor(weights, dtype=torch.float64)
+
+
+def split_groups(
+    groups: Sequence[AnswerGroup], *, fraction: float, seed: int
+) -> tuple[list[AnswerGroup], list[AnswerGroup]]:
+    """Split groups into those to learn from and held-out ones; all groups of a video are on one side.
+
+    Raises:
+        ValueError: there are fewer than two videos.
+    """
+    videos = sorted({group.example.video for group in groups})
+    if len(videos) < 2:
+        raise ValueError(
+            f"a reward model needs comparisons of at least 2 videos, got {len(videos)}: agreement is measured on "
+            "videos that it does not learn from"
+        )
+    random.Random(seed).shuffle(videos)
+    heldout = set(videos[: min(max(1, round(fraction * len(videos))), len(videos) - 1)])
+    return (
+        [group for group in groups if group.example.video not in heldout],
+        [group for group in groups if group.example.video in heldout],
+    )
+
+
+def rotate_features(features: Mapping[ClipSource, ClipFeatures]) -> dict[ClipSource, ClipFeatures]:
+    """Return for each clip the features of the next one by name, for the blind twin."""
+    clips = sorted(features, key=str)
+    return {clip: features[other] for clip, other in zip(clips, [*clips[1:], *clips[:1]], strict=True)}
+
+
+def compute_states(
+    captioner: Captioner, examples: Sequence[RewardExample], *, pooling: Pooling, name: str, path: Path | None = None
+) -> list[AnswerStates]:
+    """Compute the states of all answers on all ranks, clip by clip.
+
+    Args:
+        captioner: model whose states are read.
+        examples: clips with their answers.
+        pooling: see `salmonn.model.pooling`.
+        name: title of the progress bar.
+        path: file that keeps the states; a later call with equal weights, clips and answers reads it.
+    """
+    fingerprint = _states_fingerprint(captioner, examples, pooling) if path else ""
+    if path and (kept := _read_states(path, fingerprint)) is not None:
+        return kept
+
+    def compute(number: int) -> list[AnswerStates]:
+        example = examples[number]
+        return [answer_states(captioner, example.rows(), [example.features], pooling=pooling)]
+
+    costs = [
+        len(example.features) + sum(len(text.split()) for text, _ in example.group.answers) for example in examples
+    ]
+    states = map_batches(compute, [[index] for index in range(len(examples))], costs, name=name, unit="clip")
+    if path and dist.is_main():
+        _write_states(path, states, fingerprint)
+    dist.barrier()
+    return states
+
+
+def _states_fingerprint(captioner: Captioner, examples: Sequence[RewardExample], pooling: Pooling) -> str:
+    """Hash everything that states depend on."""
+    model = dist.gather([hash_model(captioner.network) if dist.is_main() else ""])[0]
+    clips = dist.gather([hash_features(example.features) for example in dist.shard(examples)])
+    rows = [[(row.prompt, row.answer, row.history, row.finished) for row in example.rows()] for example in examples]
+    return hash_values(model, clips, rows, pooling, hash_tokenizer(captioner.processor), captioner.network.dtype)
+
+
+def _write_states(path: Path, states: Sequence[AnswerStates], fingerprint: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        "prompt": torch.cat([one.prompt for one in states]),
+        "answer": torch.cat([one.answer for one in states]),
+        "lengths": torch.tensor([len(one.answer) for one in states]),
+    }
+    temporary = temporary_path(path)
+    save_file(tensors, str(temporary), metadata={"fingerprint": fingerprint})
+    temporary.replace(path)
+
+
+def _read_states(path: Path, fingerprint: str) -> list[AnswerStates] | None:
+    """Return kept states on all ranks if they are current; only rank 0 reads, as NFS shows new files late."""
+    states = None
+    if dist.is_main() and path.is_file():
+        with safe_open(str(path), framework="pt") as file:
+            if file.metadata().get("fingerprint") == fingerprint:
+                lengths = file.get_tensor("lengths").tolist()
+                parts = (file.get_tensor(name).split(lengths) for name in ("prompt", "answer"))
+                states = [AnswerStates(*one) for one in zip(*parts, strict=True)]
+    return dist.gather([states])[0]
+
+
+def fit_head(states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: RewardTrainingConfig) -> ScalarHead:
+    """Fit a linear head to the comparisons of groups, each of which weighs the same."""
+    answers = torch.cat([one.answer for one in states])
+    pairs, weights = join_pairs(groups)
+    weight = fit_scalar_head(
+        answers,
+        [(int(better), int(worse)) for better, worse in pairs],
+        weights / len(groups),
+        l2=config.l2,
+        center_weight=config.center_weight,
+    )
+    head = ScalarHead(answers.shape[1])
+    with torch.no_grad():
+        head.score.weight.copy_(weight.unsqueeze(0))
+    return head
+
+
+@dataclass(frozen=True)
+class FittedReward:
+    """A trained head with the rewards (R,) that it gives the answers of each clip, learned and held-out ones."""
+
+    head: ScalarHead
+    train: list[Tensor]
+    heldout: list[Tensor]
+
+
+@dataclass(frozen=True)
+class RewardTrainer:
+    """Trains a reward model and its blind twin.
+
+    Args:
+        load: loads the base model.
+        config: kind and optimization.
+        folder: folder of states, steps, checkpoints and adapter.
+        seed: random seed.
+        strategy: distribution over processes.
+    """
+
+    load: Callable[[], Captioner]
+    config: RewardTrainingConfig
+    folder: Path
+    seed: int = 0
+    strategy: StrategyName = "ddp"
+
+    def train(
+        self, groups: Sequence[AnswerGroup], features: Mapping[ClipSource, ClipFeatures], *, root: Path
+    ) -> RewardInfo:
+        """Train, measure and save a reward model; returns what reward.json holds.
+
+        Args:
+            groups: comparisons, grouped by clip.
+            features: features of their clips.
+            root: folder that the paths of the videos start from.
+
+        Raises:
+            ValueError: the comparisons are of one video only.
+        """
+        train, heldout = split_groups(groups, fraction=self.config.heldout_fraction, seed=self.seed)
+        info, fitted = self._fit(train, heldout, features, root=root, folder=self.folder)
+        blind = None
+        if self.config.blind:
+            others = rotate_features(features)
+            blind = self._fit(train, heldout, others, root=root, folder=self.folder / BLIND_DIR)[1]
+        margins = _margins(fitted.heldout, self._arrange(heldout))
+        mean, std = self._scale(fitted.train, train)
+        info = replace(
+            info,
+            mean=mean,
+            std=std,
+            temperature=fit_temperature(margins),
+            source=", ".join(sorted({group.example.source for group in groups})),
+            num_comparisons=sum(len(group.pairs) for group in train),
+            num_clips=len(train),
+            agreement=measure_agreement(
+                heldout, margins, _margins(blind.heldout, self._arrange(heldout)) if blind else None
+            ),
+        )
+        if dist.is_main():
+            save_reward_model(self.folder, fitted.head, info)
+        dist.barrier()
+        return info
+
+    def _arrange(self, groups: Sequence[AnswerGroup]) -> list[AnswerGroup]:
+        """Return groups as the kind of model reads them."""
+        return [group.to_pairwise() for group in groups] if self.config.kind == "pairwise" else list(groups)
+
+    def _fit(
+        self,
+        train: Sequence[AnswerGroup],
+        heldout: Sequence[AnswerGroup],
+        features: Mapping[ClipSource, ClipFeatures],
+        *,
+        root: Path,
+        folder: Path,
+    ) -> tuple[RewardInfo, FittedReward]:
+        """Fit a head to frozen states, then fine-tune it with an adapter if there is one."""
+        groups = self._arrange([*train, *heldout])
+        examples = [
+            RewardExample(group, features[ClipSource.of_comparison(group.example, root=root)]) for group in groups
+        ]
+        captioner, config = self.load(), self.config
+        name, base, count = folder.name, captioner.name, len(train)
+        fingerprint = dist.gather([hash_model(captioner.network) if dist.is_main() else ""])[0]
+        states = compute_states(
+            captioner, examples, pooling=config.pooling, name=f"{name}: states", path=folder / STATES_NAME
+        )
+        head = fit_head(states[:count], groups[:count], config)
+        if config.lora:
+            captioner = self._tune(captioner, head, examples[:count], folder=folder)
+            states = compute_states(captioner, examples, pooling=config.pooling, name=f"{name}: tuned states")
+        head = head.double()
+        with torch.no_grad():
+            rewards = [head(one) for one in states]
+        info = RewardInfo(config.kind, config.pooling, base, fingerprint)
+        return info, FittedReward(head, rewards[:count], rewards[count:])
+
+    def _tune(
+        self,
+        captioner: Captioner,
+        head: ScalarHead,
+        examples: Sequence[RewardExample],
+        *,
+        folder: Path,
+    ) -> Captioner:
+        """Train adapter and head; the head is changed in place. Returns the model with the adapter merged."""
+        config, lora = self.config, self.config.lora
+        assert lora is not None
+
+        def attach(model: Captioner) -> None:
+            attach_lora(model.network, lora, seed=self.seed)
+            model.network.head = head.to(model.network.device)
+
+        attach(captioner)
+        batches = RewardBatches(examples, captioner.processor, config.fit, self.seed)
+        context = FitContext(f"{folder.name}: reward model", folder, self.seed, self.strategy)
+        with checkpointed(folder):
+            checkpoint = fit(
+                captioner.network,
+                batches,
+                RewardBatchLoss(config.pooling, config.center_weight),
+                config.fit.resolve(len(examples)),
+                context=context,
+            )
+            del captioner, batches
+            gc.collect()  # a network that was wrapped for training is part of reference cycles
+            tuned = self.load()
+            # The strategy may have emptied the head's weights.
+            head.score = nn.Linear(head_width(tuned, config.pooling), 1, bias=False)
+            attach(tuned)
+            load_trained(tuned.network, checkpoint)
+            if dist.is_main():
+                save_adapter(tuned.network, folder / ADAPTER_DIR)
+            dist.barrier()
+        tuned.network.head = None
+        head.cpu().requires_grad_(False)
+        merge_adapter(tuned.network)
+        return tuned
+
+    def _scale(self, rewards: Sequence[Tensor], groups: Sequence[AnswerGroup]) -> tuple[float, float]:
+        """Return mean and standard deviation of the rewards of the training clips' captions."""
+        if self.config.kind == "pairwise":
+            rewards = [_mean_log_odds(one, group) for one, group in zip(rewards, groups, strict=True)]
+        std, mean = torch.std_mean(torch.cat(list(rewards)))
+        return (0.0 if self.config.kind == "pairwise" else float(mean)), max(float(std), 1e-6)
+
+
+def _mean_log_odds(values: Tensor, group: AnswerGroup) -> Tensor:
+    """Return the mean log-odds of each answer against those that it was compared with, from a pairwise model's rows."""
+    sums, counts = torch.zeros(len(group.answers)), torch.zeros(len(group.answers))
+    for number, (better, worse) in enumerate(group.pairs):
+        log_odds = values[2 * number] - values[2 * number + 1]
+        for answer, sign in ((better, 1), (worse, -1)):
+            sums[answer] += sign * float(log_odds)
+            counts[answer] += 1
+    return sums / counts
+
+
+def _margins(rewards: Sequence[Tensor], groups: Sequence[AnswerGroup]) -> Tensor:
+    """Return the reward of the better answer minus that of the worse, of all comparisons of groups, (N,)."""
+    pairs, _ = join_pairs(groups)
+    better, worse = torch.cat(list(rewards))[pairs].unbind(1)
+    return better - worse
+
+
+def measure_agreement(groups: Sequence[AnswerGroup], margins: Tensor, blind: Tensor | None) -> Agreement:
+    """Return the share of comparisons with a positive margin, beside the blind twin's and that of longer captions."""
+    words = torch.tensor(
+        [
+            len(group.answers[better][0].split()) - len(group.answers[worse][0].split())
+            for group in groups
+            for better, worse in group.pairs
+        ]
+    )
+    accuracy = share_positive(margins)
+    interval = wilson_interval(round(accuracy * len(margins)), len(margins))
+    return Agreement(
+        num_comparisons=len(margins),
+        num_clips=len(groups),
+        accuracy=accuracy,
+        low=interval.low,
+        high=interval.high,
+        longest=share_positive(words),
+        blind=None if blind is None else share_positive(blind),
+    )
+
+
+def share_positive(margins: Tensor) -> float:
+    """Return the share of positive values; zeros count one half."""
+    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
+
+
+def describe_agreement(agreement: Agreement) -> str:
+    """Return the agreement as a sentence."""
+    blind = "" if agreement.blind is None else f"; blind {100 * agreement.blind:.1f} %"
+    return (
+        f"agrees with {100 * agreement.accuracy:.1f} % ({100 * agreement.low:.1f} to {100 * agreement.high:.1f}) of "
+        f"{agreement.num_comparisons} held-out comparisons of {agreement.num_clips} clips{blind}; "
+        f"the longer caption {100 * agreement.longest:.1f} %"
+    )
+
+
+def looking_warning(agreement: Agreement) -> str | None:
+    """Return a warning if a reward model is hardly better than its blind twin."""
+    if agreement.blind is None or agreement.accuracy - agreement.blind >= MIN_LOOKING:
+        return None
+    return (
+        f"the reward model is {100 * (agreement.accuracy - agreement.blind):+.1f} points from its blind twin, which is "
+        "asked with other clips' features: it hardly looks at the clip, and training on its ratings would mainly teach "
+        "to claim more. Use more labelled clips, pooling rich, or an adapter"
+    )

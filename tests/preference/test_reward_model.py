@@ -1,0 +1,152 @@
+"""Reward models: loss and fits by hand, folders, and ratings that swapping, batching and packing do not change."""
+
+import math
+
+import pytest
+import torch
+
+from salmonn.caption.processor import PromptRow
+from salmonn.model.fingerprint import hash_model
+from salmonn.model.lora import LoraConfig, attach_lora, save_adapter
+from salmonn.model.pooling import AnswerStates
+from salmonn.preference.heads import ScalarHead, fit_scalar_head, fit_temperature
+from salmonn.preference.losses import bradley_terry_loss
+from salmonn.preference.reward_model import ModelReward, RewardInfo, RewardModel, head_width, save_reward_model
+from salmonn.records import Caption, Reference, read_json, write_json
+from salmonn.score.judge import ScoringTask
+
+ROWS = [PromptRow(0, "Tell.", text) for text in ("A red circle blinks.", "A low tone.", "A star leaves.")]
+
+
+def test_bradley_terry_by_hand():
+    # r+ - r- = 2: log(1 + e^-2) = 0.1269280; (0.5 - 1.5)^2 = 1, times 0.01
+    output = bradley_terry_loss(torch.tensor([0.5, 0.0]), torch.tensor([-1.5, 0.0]))
+    assert output.loss.tolist() == pytest.approx([0.1269280 + 0.01, math.log(2)], abs=1e-6)
+    assert output.parts["margin"].tolist() == [2.0, 0.0] and output.parts["accuracy"].tolist() == [1.0, 0.0]
+    assert bradley_terry_loss(torch.tensor([1.0]), torch.tensor([0.0]), center_weight=0).loss.item() == pytest.approx(
+        0.3132617
+    )
+
+
+def test_the_fit_of_a_head_solves_its_equation():
+    """States -1 and 1 have a standard deviation of sqrt(2), so standardized the pair differs by sqrt(2).
+
+    Without centring the optimum w fulfils sqrt(2) * sigmoid(-sqrt(2) w) = 2 * l2 * w.
+    """
+    states = torch.tensor([[1.0, 5.0], [-1.0, 5.0]])  # the second figure is constant
+    fitted = fit_scalar_head(states, [(0, 1)], torch.ones(1), l2=0.1, center_weight=0.0)
+    weight = fitted[0].item() * math.sqrt(2)
+    assert math.sqrt(2) / (1 + math.exp(math.sqrt(2) * weight)) == pytest.approx(0.2 * weight, abs=1e-6)
+    assert fitted[1].item() == 0
+
+
+def test_temperature_by_hand():
+    """Three of four equal margins are right: sigmoid(2 / T) = 3 / 4, so T = 2 / log 3."""
+    margins = torch.tensor([2.0, 2.0, 2.0, -2.0])
+    assert fit_temperature(margins) == pytest.approx(2 / math.log(3), rel=0.01)
+
+
+@pytest.fixture
+def make_model(captioner):
+    """Make a reward model with a random head on the random captioner."""
+
+    def make(kind="bradley-terry", pooling="rich") -> RewardModel:
+        torch.manual_seed(3)
+        head = ScalarHead(head_width(captioner, pooling))
+        info = RewardInfo(kind, pooling, captioner.name, hash_model(captioner.network), mean=0.2, std=2.0)
+        return RewardModel(captioner, head, info, name="made")
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["bradley-terry", "pairwise"])
+def test_swapping_captions_swaps_their_probabilities(make_model, media, kind):
+    model = make_model(kind)
+    for one, other in ((0, 1), (1, 2)):
+        first, second = (model.compare(ROWS[a], ROWS[b], media) for a, b in ((one, other), (other, one)))
+        assert first + second == pytest.approx(1, abs=1e-12) and abs(first - 0.5) > 1e-3
+    assert model.compare(ROWS[0], ROWS[0], media) == pytest.approx(0.5, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["bradley-terry", "pairwise"])
+def test_rewards_do_not_depend_on_other_clips_or_the_order(make_model, media, kind):
+    model = make_model(kind)
+    expected = model.rewards(ROWS, media)
+    assert len({round(value, 4) for value in expected}) == 3
+    others = [PromptRow(1, "Tell.", "beeps"), PromptRow(1, "Tell.", "noise")]
+    mixed = model.rewards([ROWS[2], others[0], ROWS[0], others[1], ROWS[1]], media)
+    assert [mixed[2], mixed[4], mixed[0]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_reward_and_its_probability(make_model, media):
+    """The reward is standardized by mean 0.2 and deviation 2, and the probability undoes it."""
+    model = make_model()
+    rewards = model.rewards(ROWS[:2], media)
+    raw = [reward * 2.0 + 0.2 for reward in rewards]
+    assert model.compare(*ROWS[:2], media) == pytest.approx(1 / (1 + math.exp(raw[1] - raw[0])), abs=1e-6)
+    assert model.probability(rewards[0] - rewards[1]) == pytest.approx(model.compare(*ROWS[:2], media), abs=1e-6)
+
+
+def test_save_and_load(make_model, media, tmp_path, fill_adapter):
+    """A loaded model gives the same rewards, also with an adapter; keys are those of Hugging Face's models."""
+    model = make_model()
+    expected = model.rewards(ROWS, media)
+    save_reward_model(tmp_path / "frozen", model.head, model.info)
+    loaded = RewardModel.load(tmp_path / "frozen")
+    assert loaded.rewards(ROWS, media) == pytest.approx(expected, abs=1e-6)
+    assert list(ScalarHead(3).state_dict()) == ["score.weight"]
+    attach_lora(model.captioner.network, LoraConfig(rank=2, alpha=4, dropout=0.0), seed=0)
+    fill_adapter(model.captioner.network)
+    save_adapter(model.captioner.network, tmp_path / "adapted" / "adapter")
+    adapted = model.rewards(ROWS, media)
+    save_reward_model(tmp_path / "adapted", model.head, model.info)
+    again = RewardModel.load(tmp_path / "adapted").rewards(ROWS, media)
+    assert again == pytest.approx(adapted, abs=1e-3) and abs(adapted[0] - expected[0]) > 0.01
+
+
+def test_folders_that_are_refused(make_model, tmp_path, random_plus):
+    with pytest.raises(ValueError, match="is no reward model"):
+        RewardModel.load(tmp_path)
+    model = make_model()
+    save_reward_model(tmp_path / "good", model.head, model.info)
+    with pytest.raises(ValueError, match="is a bradley-terry reward model, but a pairwise one is needed"):
+        RewardModel.load(tmp_path / "good", kind="pairwise")
+    with pytest.raises(ValueError, match="with other weights than those of"):
+        RewardModel.load(tmp_path / "good", base=str(random_plus))
+    values = read_json(tmp_path / "good" / "reward.json")
+    write_json(tmp_path / "good" / "reward.json", values | {"format": 0})
+    with pytest.raises(ValueError, match="has format 0"):
+        RewardModel.load(tmp_path / "good")
+    write_json(tmp_path / "good" / "reward.json", values | {"pooling": "last"})
+    with pytest.raises(ValueError, match=r"does not fit its reward\.json"):
+        RewardModel.load(tmp_path / "good")
+    (tmp_path / "good" / "head.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no head\.safetensors: without the trained head its rewards"):
+        RewardModel.load(tmp_path / "good")
+
+
+def test_a_reward_of_a_recipe(make_model, media, tmp_path):
+    """Captions are rated in their order, whatever their clip, and longer ones less with a length penalty."""
+    model = make_model()
+    texts = [("a.mp4", 0, "A red circle blinks."), ("b.mp4", 0, "beeps"), ("a.mp4", 1, "A low tone.")]
+    captions = [Caption(video, text, "Tell.", sample=sample, finished=True) for video, sample, text in texts]
+    clips = {"a.mp4": media[0], "b.mp4": media[1]}
+    reward = ModelReward(model, lambda caption: clips[caption.video], length_penalty=0.01)
+    ratings = reward.rate([ScoringTask(Reference(caption.video), caption) for caption in captions])
+    first = model.rewards([ROWS[0], ROWS[1]], media)
+    assert [rating.main for rating in (ratings[0], ratings[2])] == pytest.approx(first, abs=1e-5)
+    assert ratings[0].value == pytest.approx(first[0] - 0.01 * len("A red circle blinks."), abs=1e-5)
+    assert [(rating.video, rating.sample) for rating in ratings] == [(video, sample) for video, sample, _ in texts]
+    reward.save(tmp_path / "ratings.jsonl", ratings)
+    assert reward.load(tmp_path / "ratings.jsonl") == ratings
+
+
+def test_the_head_ignores_autocast():
+    """In bfloat16, whose step is 0.03 at 5, two rewards that differ by 0.01 would be equal."""
+    head = ScalarHead(1)
+    with torch.no_grad():
+        head.score.weight.fill_(1.0)
+    states = torch.tensor([[5.0], [5.01]])
+    with torch.autocast("cpu", torch.bfloat16):
+        one, other = head(AnswerStates(states, states))
+    assert other > one
