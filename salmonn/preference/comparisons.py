@@ -60,12 +60,14 @@ class AnswerGroup:
         answers: (text, finished) of each distinct answer.
         pairs: indices of the better and the worse answer of each comparison.
         margins: how much better, in units of the source's rating; None where it is unknown.
+        raters: id of the person who compared each pair; "" if unknown.
     """
 
     example: Comparison
     answers: tuple[tuple[str, bool], ...]
     pairs: tuple[tuple[int, int], ...]
     margins: tuple[float | None, ...]
+    raters: tuple[str, ...] = ()
 
     def to_pairwise(self) -> "AnswerGroup":
         """Return the group for a model that reads two captions at once.
@@ -104,7 +106,8 @@ def _make_group(comparisons: Sequence[Comparison]) -> AnswerGroup:
         )
         for one in comparisons
     ]
-    return AnswerGroup(comparisons[0], tuple(index), tuple(pairs), tuple(one.margin for one in comparisons))
+    margins, raters = (tuple(getattr(one, name) for one in comparisons) for name in ("margin", "rater"))
+    return AnswerGroup(comparisons[0], tuple(index), tuple(pairs), margins, raters)
 
 
 def compare_ratings(
@@ -258,6 +261,7 @@ def _vote_to_comparison(vote: Vote) -> Comparison:
         modality=vote.modality,
         start_seconds=vote.start_seconds,
         end_seconds=vote.end_seconds,
+        rater=vote.rater,
     )
 
 

@@ -155,7 +155,8 @@ class IdealPointHead(nn.Module):
 
     def prototype_rewards(self, encoded: Encoded) -> Tensor:
         """Return the reward of each caption for each prototype alone, (B, K)."""
-        return torch.stack([self.reward(encoded, one) for one in torch.eye(self.num_prototypes)], dim=-1)
+        alone = torch.eye(self.num_prototypes).to(encoded.points)
+        return torch.stack([self.reward(encoded, weights) for weights in alone], dim=-1)
 
 
 def _network(size: int, outputs: int, config: IdealPointConfig) -> nn.Sequential:

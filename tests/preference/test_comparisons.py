@@ -47,7 +47,7 @@ def test_groups_score_each_answer_once():
     comparisons = [
         Comparison("b.mp4", "Tell.", "x", "y", margin=0.2),
         Comparison("a.mp4", "Tell.", "p", "q"),
-        Comparison("b.mp4", "Tell.", "x", "z"),
+        Comparison("b.mp4", "Tell.", "x", "z", rater="ann"),
         Comparison("b.mp4", "Tell.", "y", "z", rejected_finished=False),
         Comparison("b.mp4", "Sounds?", "x", "y"),
     ]
@@ -56,6 +56,7 @@ def test_groups_score_each_answer_once():
     # The unfinished z is another answer than the finished one.
     assert third.answers == (("x", True), ("y", True), ("z", True), ("z", False))
     assert third.pairs == ((0, 1), (0, 2), (1, 3)) and third.margins == (0.2, None, None)
+    assert third.raters == ("", "ann", "")
     pairwise = second.to_pairwise()
     assert pairwise.answers == (("A: x B: y", True), ("A: y B: x", True)) and pairwise.pairs == ((0, 1),)
 
@@ -98,14 +99,14 @@ def test_votes(folder):
     (folder / "videos" / "v.mp4").touch()
     first, second = Candidate("m", "one", "Tell."), Candidate("n", "two", "Tell.", finished=False)
     votes = [
-        Vote("d", "v", first, second, choice, pair=pair)
+        Vote("d", "v", first, second, choice, pair=pair, rater="ann")
         for choice, pair in (("second", "v.mp4"), ("tie", "v.mp4"), ("both bad", ""), ("first", ""))
     ]
     write_records(folder / "votes.jsonl", votes)
     for path in (folder, folder / "votes.jsonl"):
         read = read_preferences(path)
         assert read.comparisons == [
-            Comparison("videos/v.mp4", "Tell.", "two", "one", source="vote", chosen_finished=False)
+            Comparison("videos/v.mp4", "Tell.", "two", "one", source="vote", chosen_finished=False, rater="ann")
         ]
         assert read.left_out == {"votes without a better caption": 2, "no video": 1}
 
