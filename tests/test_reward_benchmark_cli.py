@@ -4,7 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.model.fingerprint import hash_model
+from salmonn.preference.heads import ScalarHead
+from salmonn.preference.reward_model import RewardInfo, head_width, save_reward_model
 from salmonn.records import read_json
 from tests.score.fake_llm_server import Answer, rule_judge_script
 from tests.test_score_cli import shown
@@ -65,3 +70,44 @@ def test_bad_input(call, write, tmp_path):
     assert code == 2 and "item 7 of s has no events, which the rule judge needs: pass --judge openai" in err
     code, _, err = call("reward-benchmark", tmp_path / "absent.jsonl")
     assert code == 2 and "absent.jsonl" in err
+
+
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory):
+    """A reward model that sees nothing: its reward is the negative number of an answer's tokens."""
+    captioner = Captioner.load(SHIPPED_MODEL)
+    head = ScalarHead(head_width(captioner, "rich"))
+    with torch.no_grad():
+        head.score.weight.zero_()
+        head.score.weight[0, -2] = -1.0  # the last figures are the numbers of tokens and of unlikely ones
+    folder = tmp_path_factory.mktemp("short")
+    info = RewardInfo("bradley-terry", "rich", str(SHIPPED_MODEL), hash_model(captioner.network))
+    save_reward_model(folder, head, info)
+    return folder
+
+
+def test_reward_model(call, write, tmp_path, monkeypatch, short_model):
+    """It is as accurate with other clips, so each scenario is void; the clips are kept for the next model."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in (*PAIRS[100:102], *PAIRS[1000:1002])]
+    answers = [
+        {"chosen": "A red circle.", "rejected": "A red circle appears."},
+        {"chosen": "A low tone.", "rejected": "A."},
+    ]
+    lines = [json.dumps(row | texts) for row, texts in zip(rows, answers * 2, strict=True)]
+    code, out, _ = call("reward-benchmark", write(lines), "--model", short_model, "--out", "b.json")
+    table = shown(out)
+    assert code == 0 and table["colour"][1] == table["silent"][1] == "50.0"
+    assert table["helpful (void)"][7] == "50.0" and table["all (void)"][7] == "50.0"
+    assert "abstain is void: with the clip the reward is right in 50.0 %, with another clip in 50.0 %" in out
+    written = read_json(tmp_path / "b.json")
+    assert written["credits"] == written["blind_credits"]
+    assert list(written["credits"].values()) == [1, 0, 1, 0]
+    assert len(list((tmp_path / "run" / "benchmark" / "seed_4" / "videos").iterdir())) == 2
+    assert len(list((tmp_path / "run" / "features").iterdir())) == 2 + 2  # both, and the picture alone
+
+
+def test_a_reward_model_needs_clips(call, write, short_model):
+    row = {"prompt": "Who?", "chosen": "A.", "rejected": "B.", "id": 7, "subset": "s"}
+    code, _, err = call("reward-benchmark", write([json.dumps(row)]), "--model", short_model)
+    assert code == 2 and "item 7 of s has no clip, which a reward model needs" in err

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from salmonn.preference.benchmark_items import TIES, BenchmarkItem, SyntheticClip
+from salmonn.preference.benchmark_items import TIES, BenchmarkItem, clip_name
 from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.ties import ties_score
 from salmonn.records import Caption, Reference, Unscored
@@ -169,13 +169,6 @@ def rate_items(
     return outcomes
 
 
-def clip_name(item: BenchmarkItem) -> str:
-    """Return the name of an item's clip in captions and references; the item's id if it has none."""
-    if isinstance(item.clip, SyntheticClip):
-        return f"seed {item.clip.seed} clip {item.clip.index}"
-    return str(item.clip or item.id)
-
-
 def _make_tasks(item: BenchmarkItem, shown: BenchmarkItem) -> list[ScoringTask]:
     reference = Reference(clip_name(shown), item.events)
     return [
@@ -208,10 +201,15 @@ def choose_other_clips(items: Sequence[BenchmarkItem]) -> list[BenchmarkItem]:
     that something is missing.
 
     Raises:
-        ValueError: a subset has one clip only.
+        ValueError: an item has no clip, or a subset has one clip only.
     """
     by_subset: dict[str, list[BenchmarkItem]] = {}
     for item in items:
+        if item.clip is None:
+            raise ValueError(
+                f"item {item.id} of {item.subset} has no clip, which a reward model needs: compare its answers by a "
+                "language model, with --judge openai"
+            )
         by_subset.setdefault(item.subset, []).append(item)
     others = {}
     for subset, members in by_subset.items():

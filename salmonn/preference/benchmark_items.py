@@ -99,6 +99,13 @@ class BenchmarkItem:
         return self.chosen + self.rejected
 
 
+def clip_name(item: BenchmarkItem) -> str:
+    """Return the name of an item's clip in captions and references; the item's id if it has none."""
+    if isinstance(item.clip, SyntheticClip):
+        return f"seed {item.clip.seed} clip {item.clip.index}"
+    return str(item.clip or item.id)
+
+
 def read_items(paths: Sequence[Path]) -> list[BenchmarkItem]:
     """Read the items of all files.
 

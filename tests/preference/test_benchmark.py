@@ -9,13 +9,12 @@ import pytest
 from salmonn.preference.benchmark import (
     Outcome,
     choose_other_clips,
-    clip_name,
     rate_items,
     summarize,
     table_notes,
     table_rows,
 )
-from salmonn.preference.benchmark_items import BenchmarkItem, SyntheticClip, read_items
+from salmonn.preference.benchmark_items import BenchmarkItem, SyntheticClip, clip_name, read_items
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
 from salmonn.preference.ties import ties_score
