@@ -124,6 +124,9 @@ class Caption:
         modality: what the model was given: frames and audio ("both"), or what the file has of them ("visual", "audio");
             None if not recorded.
         warnings: what was lost, ignored or guessed when the file was read, one sentence each.
+        logprob: natural logarithm of the answer's probability under the model: the sum over its tokens, the end token
+            included; None if not recorded.
+        num_tokens: number of these tokens; None if not recorded.
     """
 
     video: str
@@ -142,6 +145,8 @@ class Caption:
     complete: bool = True
     modality: Modality | None = None
     warnings: tuple[str, ...] = ()
+    logprob: float | None = None
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ class Captioner:
         prompts = [self.resolve_prompt(request) for request in requests]
         sampling = requests[0].sampling or self.default_sampling()
         stops = StopStrings(self.processor.tokenizer, sampling.stop) if sampling.stop else None
-        ids = generate(
+        generated = generate(
             self.network,
             collate(self.processor, clips, prompts).to(self.network.device),
             sampling=sampling,
@@ -218,12 +218,13 @@ class Captioner:
             num_samples=num_samples,
             seeds=[request.seed for request in requests],
             has_ended=stops.has_ended if stops else None,
+            grammars=self.processor.json_grammars if sampling.json_schema is not None else None,
         )
-        rows = iter(ids)
+        rows = iter(generated)
         return [
             [
                 self.to_caption(
-                    request, to_completion(self.processor, next(rows), clip.info, stop=sampling.stop), sample=sample
+                    request, to_completion(self.processor, next(rows), clip.info, sampling=sampling), sample=sample
                 )
                 for sample in range(num_samples)
             ]
@@ -391,6 +392,8 @@ class Captioner:
             complete=completion.clip.is_complete,
             modality=completion.clip.modality,
             warnings=completion.clip.warnings,
+            logprob=sum(token.logprob or 0.0 for token in completion.tokens) if completion.tokens else None,
+            num_tokens=len(completion.tokens) or None,
             start_seconds=request.span.start_seconds,
             end_seconds=request.span.end_seconds,
         )

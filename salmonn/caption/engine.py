@@ -192,10 +192,12 @@ class Engine:
 
         Raises:
             Overloaded: too many requests are active.
-            ValueError: the prompt contains a special token, or is too long.
+            ValueError: the prompt contains a special token, or is too long; or the JSON schema cannot be used.
         """
         prompt = self.captioner.resolve_prompt(request)
         self.captioner.processor.check_prompt(prompt)
+        if request.sampling and request.sampling.json_schema is not None:
+            self.captioner.processor.json_grammars.check(request.sampling.json_schema)
         read_spec = self._limit_duration(self.captioner.read_spec(request))
         handle = GenerationHandle(self, num_samples=request.num_samples, on_event=on_event)
         with self._changed:

@@ -6,13 +6,15 @@ its own, so that it does not depend on the other rows of the batch, which may co
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
-from itertools import compress
+from itertools import compress, starmap
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from salmonn.caption.constraint import Constraints, JsonGrammars
 from salmonn.caption.generator import Sampling
 from salmonn.model.kv_cache import KVCache
 from salmonn.model.layout import ModelInputs
@@ -21,6 +23,21 @@ from salmonn.model.network import Network
 # Finished rows stay in the batch until they are this fraction of their group: evicting them copies the KV cache of the
 # others, which costs more than computing a few dead rows.
 EVICT_FRACTION = 1 / 8
+
+
+class SampledToken(NamedTuple):
+    """A generated token.
+
+    Args:
+        id: token id.
+        logprob: natural logarithm of its probability under the model, before temperature, nucleus, repetition
+            penalty and JSON schema; None unless `Sampling.logprobs` asks for it.
+        top: (token id, log-probability) of the most likely tokens, in descending order.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 def generate(
@@ -32,25 +49,27 @@ def generate(
     num_samples: int = 1,
     seeds: Sequence[int] | None = None,
     has_ended: Callable[[int, int], bool] | None = None,
-) -> list[list[int]]:
+    grammars: JsonGrammars | None = None,
+) -> list[list[SampledToken]]:
     """Generate N samples for each of B prompts; takes the arguments of `DecodeBatch` and its `add`.
 
     Args:
-        has_ended: called with the number of a row and each of its tokens; the row ends when it returns True.
+        grammars: compiler of JSON schemas, for sampling parameters that have one.
+        has_ended: called with the number of a row and each of its token ids; the row ends when it returns True.
 
     Returns:
-        B * N lists of token ids, the samples of a prompt in succession; the last id is a stop id unless the token limit
-        was reached, or `has_ended` returned True.
+        B * N lists of tokens, the samples of a prompt in succession; the last one is a stop token unless the token
+        limit was reached, or `has_ended` returned True.
     """
-    batch = DecodeBatch(network, stop_ids=stop_ids)
+    batch = DecodeBatch(network, stop_ids=stop_ids, grammars=grammars)
     rows = batch.add(inputs, sampling=sampling, num_samples=num_samples, seeds=seeds)
-    generated: list[list[int]] = [[] for _ in rows]
+    generated: list[list[SampledToken]] = [[] for _ in rows]
     ended: set[int] = set()
     while batch:
         tokens = batch.step(ended)
         for row, token in tokens.items():
             generated[row].append(token)
-        ended = {row for row, token in tokens.items() if has_ended(row, token)} if has_ended else set()
+        ended = {row for row, token in tokens.items() if has_ended(row, token.id)} if has_ended else set()
     return generated
 
 
@@ -60,11 +79,13 @@ class DecodeBatch:
     Args:
         network: network in evaluation mode.
         stop_ids: token ids that end a row.
+        grammars: compiler of JSON schemas, for sampling parameters that have one.
     """
 
-    def __init__(self, network: Network, *, stop_ids: Sequence[int]) -> None:
+    def __init__(self, network: Network, *, stop_ids: Sequence[int], grammars: JsonGrammars | None = None) -> None:
         self.network = network
         self.stop_ids = stop_ids
+        self.grammars = grammars
         self._num_added = 0
         self._groups: list[_PrefillGroup] = []
 
@@ -94,6 +115,7 @@ class DecodeBatch:
             labels=inputs.labels.repeat_interleave(num_samples, dim=0),
             clip_index=tuple(clip for clip in inputs.clip_index for _ in range(num_samples)),
         )
+        constraints = self._constraints(len(inputs.input_ids), sampling)
         logits, cache, order = self.network.prefill(inputs)
         uniforms = _uniform_numbers(seeds, num_samples=num_samples, num_rows=len(order), sampling=sampling)[order]
         rows = range(self._num_added, self._num_added + len(order))
@@ -106,20 +128,27 @@ class DecodeBatch:
                 uniforms=uniforms.to(logits.device),
                 sampling=sampling,
                 stop_ids=self.stop_ids,
+                constraints=constraints,
             )
         )
         self._num_added = rows.stop
         return rows
 
+    def _constraints(self, num_rows: int, sampling: Sampling) -> Constraints | None:
+        if sampling.json_schema is None:
+            return None
+        assert self.grammars is not None
+        return Constraints([self.grammars.matcher(sampling.json_schema) for _ in range(num_rows)])
+
     @torch.no_grad()
-    def step(self, cancelled: Collection[int] = ()) -> dict[int, int]:
+    def step(self, cancelled: Collection[int] = ()) -> dict[int, SampledToken]:
         """Generate one token for each active row.
 
         Args:
             cancelled: numbers of rows to end without a further token.
 
         Returns:
-            The token id of each active row, by row number.
+            The token of each active row, by row number.
         """
         if cancelled:
             for group in self._groups:
@@ -151,6 +180,7 @@ class _PrefillGroup:
         uniforms: (R, L) uniform random numbers, one per token.
         sampling: sampling parameters.
         stop_ids: token ids that end a row.
+        constraints: constraints of the R rows, if any.
     """
 
     def __init__(
@@ -163,6 +193,7 @@ class _PrefillGroup:
         uniforms: Tensor,
         sampling: Sampling,
         stop_ids: Sequence[int],
+        constraints: Constraints | None = None,
     ) -> None:
         self.cache = cache
         self.logits = logits
@@ -173,6 +204,7 @@ class _PrefillGroup:
         self._uniforms = uniforms
         self._sampling = sampling
         self._stop_ids = frozenset(stop_ids)
+        self._constraints = constraints
         self._active = [True] * len(rows)  # on the host: reading it from the device would wait for the device
 
     @property
@@ -195,17 +227,27 @@ class _PrefillGroup:
             self.cache.evict(active)
             self._penalty.history = self._penalty.history[active.to(self._penalty.history.device)]
             self.tokens, self._uniforms = self.tokens[active], self._uniforms[active]
+            if self._constraints is not None:
+                self._constraints.evict(self._active)
             self._rows = list(compress(self._rows, self._active))
             self._active = [True] * len(self._rows)
 
-    def sample(self) -> dict[int, int]:
+    def sample(self) -> dict[int, SampledToken]:
         """Sample the next token of all rows and return those of the active ones."""
         uniforms = self._uniforms[:, self.num_sampled]
-        self.tokens = sample_tokens(self._penalty(self.logits), uniforms, sampling=self._sampling)
+        logits = self._penalty(self.logits)
+        if self._constraints is not None:
+            logits = self._constraints.mask(logits, self._active)
+        self.tokens = sample_tokens(logits, uniforms, sampling=self._sampling)
         self.num_sampled += 1
-        sampled = self.tokens.tolist()
+        if self._sampling.logprobs is None:
+            sampled = [SampledToken(token) for token in self.tokens.tolist()]
+        else:
+            sampled = with_logprobs(self.tokens, self.logits, num_top=self._sampling.logprobs)
+        if self._constraints is not None:
+            self._constraints.advance([token.id for token in sampled], self._active)
         returned = dict(compress(zip(self._rows, sampled, strict=True), self._active))
-        self._end(token in self._stop_ids for token in sampled)
+        self._end(token.id in self._stop_ids for token in sampled)
         return returned
 
     def _end(self, ended: Iterable[bool]) -> None:
@@ -233,6 +275,21 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, *, sampling: Sampling) -> Te
     nucleus = cumulative.gather(-1, sizes - 1)
     index = torch.searchsorted(cumulative, uniforms[:, None] * nucleus, right=True)
     return ids.gather(-1, index.minimum(sizes - 1)).squeeze(-1)
+
+
+def with_logprobs(tokens: Tensor, logits: Tensor, *, num_top: int) -> list[SampledToken]:
+    """Return sampled tokens with log-probabilities, computed in float32.
+
+    Args:
+        tokens: (R,) token ids.
+        logits: (R, V) logits of the model.
+        num_top: number of the most likely tokens to add.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    top_logprobs, top_ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+    tops = [tuple(zip(*row, strict=True)) for row in zip(top_ids.tolist(), top_logprobs.tolist(), strict=True)]
+    chosen = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+    return list(starmap(SampledToken, zip(tokens.tolist(), chosen.tolist(), tops, strict=True)))
 
 
 class _RepetitionPenalty:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from salmonn.model.layout import ClipFeatures, ClipInputs
 
 SHIPPED_MODEL = Path(__file__).parent.parent / "tiny"
+MAX_TOP_LOGPROBS = 20
 History = Sequence[tuple[str, str]]
 
 
@@ -46,6 +47,9 @@ class Sampling:
         repetition_penalty: factor by which tokens that already occur in the answer (salmonn2-plus: or in the prompt)
             are made less likely, as in transformers; 1 has no effect, None uses the model's own value.
         stop: strings that end an answer; the answer is cut off before the first of them.
+        logprobs: None for no log-probabilities; K for those of each generated token and of the K tokens that were most
+            likely in its place, from 0 to 20.
+        json_schema: JSON schema, as text, that an answer follows; None for free text. It needs the extra `json`.
     """
 
     temperature: float = 0.0
@@ -53,6 +57,8 @@ class Sampling:
     max_new_tokens: int = 160
     repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         # Written so that NaN, which compares false with everything, is rejected too.
@@ -64,6 +70,8 @@ class Sampling:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0 (1 is none), got {self.repetition_penalty}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(f"logprobs must be from 0 to {MAX_TOP_LOGPROBS}, or None, got {self.logprobs}")
         if "" in self.stop:
             raise ValueError("stop must not contain an empty string, which would end every answer at once")
 

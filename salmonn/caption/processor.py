@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
 
+from salmonn.caption.constraint import JsonGrammars
 from salmonn.caption.generator import History
 from salmonn.caption.loader import ReadSpec
 from salmonn.caption.prompt import Prompt, answer_ids, prompt_ids, refuse_special_tokens
@@ -110,6 +112,11 @@ class Processor:
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to a model folder."""
         self.tokenizer.save_pretrained(str(path))
+
+    @cached_property
+    def json_grammars(self) -> JsonGrammars:
+        """Compiler of JSON schemas; raises a ValueError if the package that it needs is not installed."""
+        return JsonGrammars(self.tokenizer, end_id=self.stop_ids[0])
 
     def read(
         self,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from salmonn.caption.generator import History
 from salmonn.model.families.base import (
@@ -26,6 +27,7 @@ from salmonn.model.families.base import (
 )
 
 LIST_EVENTS = "List the events."
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,14 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         additional_special_tokens=[TURN_START, CLIP_START, CLIP_END, VIDEO_PAD, AUDIO_PAD],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """Return the bytes that a token of a byte-level BPE stands for; a character may be cut between two tokens."""
+    text = tokenizer.convert_ids_to_tokens(token) or ""  # a model may have more ids than its tokenizer
+    if token in tokenizer.added_tokens_decoder:
+        return text.encode()
+    return bytes(_BYTES[character] for character in text)
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -3,7 +3,8 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from salmonn.caption.generate import DecodeBatch
+from salmonn.caption.constraint import is_json
+from salmonn.caption.generate import DecodeBatch, SampledToken
 from salmonn.caption.generator import Sampling
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.caption.prompt import IncrementalDetokenizer, Prompt, find_stop
@@ -19,19 +20,28 @@ class Completion:
         text: the text.
         finished: False if it was cut off at the token limit.
         clip: what is known about the clip that it is about.
+        tokens: all generated tokens, the end token included, if `Sampling.logprobs` asks for log-probabilities.
     """
 
     text: str
     finished: bool
     clip: ClipInfo = field(default_factory=ClipInfo)
+    tokens: tuple[SampledToken, ...] = ()
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The text that was added since the last delta; `completion` is the whole text, in the last delta only."""
+    """The text that was added since the last delta.
+
+    Args:
+        text: the text.
+        completion: the whole text, in the last delta only.
+        tokens: the tokens since the last delta, if `Sampling.logprobs` asks for log-probabilities.
+    """
 
     text: str
     completion: Completion | None = None
+    tokens: tuple[SampledToken, ...] = ()
 
 
 class StreamingGenerator:
@@ -71,6 +81,8 @@ class StreamingGenerator:
         Returns:
             B row numbers, which `step` uses.
         """
+        if sampling.json_schema is not None:
+            self._batch.grammars = self._processor.json_grammars
         inputs = collate(self._processor, clips, prompts).to(self._device)
         rows = self._batch.add(inputs, sampling=sampling, seeds=seeds)
         for row, clip in zip(rows, clips, strict=True):
@@ -93,18 +105,18 @@ class StreamingGenerator:
         deltas = {}
         for row, token in tokens.items():
             text = self._texts[row]
-            text.ids.append(token)
-            has_ended = token in self._processor.stop_ids or len(text.ids) == text.sampling.max_new_tokens
-            added = "" if has_ended else text.detokenizer.add(token)
+            text.tokens.append(token)
+            has_ended = token.id in self._processor.stop_ids or len(text.tokens) == text.sampling.max_new_tokens
+            added = "" if has_ended else text.detokenizer.add(token.id)
             if text.detokenizer.is_stopped:
                 self._stopped.add(row)
                 has_ended = True
             completion = None
             if has_ended:
-                completion = to_completion(self._processor, text.ids, text.clip, stop=text.sampling.stop)
+                completion = to_completion(self._processor, text.tokens, text.clip, sampling=text.sampling)
                 added += text.detokenizer.finalize(completion.text)
             if added or completion:
-                deltas[row] = TextDelta(added, completion)
+                deltas[row] = TextDelta(added, completion, text.take_tokens())
         return deltas
 
 
@@ -115,7 +127,14 @@ class _PartialText:
     detokenizer: IncrementalDetokenizer
     sampling: Sampling
     clip: ClipInfo
-    ids: list[int] = field(default_factory=list)
+    tokens: list[SampledToken] = field(default_factory=list)
+    num_taken: int = 0
+
+    def take_tokens(self) -> tuple[SampledToken, ...]:
+        """Return the tokens since the last call, if they have log-probabilities."""
+        taken = tuple(self.tokens[self.num_taken :])
+        self.num_taken = len(self.tokens)
+        return taken if self.sampling.logprobs is not None else ()
 
 
 def collate(
@@ -135,8 +154,13 @@ def collate(
     return processor.collate(rows, list(unique.values()))
 
 
-def to_completion(processor: Processor, ids: Sequence[int], clip: ClipInfo, *, stop: Sequence[str] = ()) -> Completion:
-    """Decode the token ids of a completion, up to the first stop string."""
-    text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    end = find_stop(text, stop)
-    return Completion(text[:end].rstrip(), finished=end is not None or ids[-1] in processor.stop_ids, clip=clip)
+def to_completion(
+    processor: Processor, tokens: Sequence[SampledToken], clip: ClipInfo, *, sampling: Sampling
+) -> Completion:
+    """Decode the tokens of a completion, up to the first stop string."""
+    text = processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True).strip()
+    end = find_stop(text, sampling.stop)
+    finished = end is not None or tokens[-1].id in processor.stop_ids
+    if end is None and sampling.json_schema is not None:
+        finished = is_json(text)  # a grammar that is too complex may have ended it early
+    return Completion(text[:end].rstrip(), finished, clip, () if sampling.logprobs is None else tuple(tokens))

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 # Settings that the captions depend on; a run with other ones does not resume it.
 JOB_SETTINGS = (
     "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
-    "repetition_penalty", "stop", "max_new_tokens", "seed", "published_positions", "dtype", "bits", "reader", "frames",
+    "repetition_penalty", "stop", "logprobs", "max_new_tokens", "seed", "published_positions",
+    "dtype", "bits", "reader", "frames",
 )  # fmt: skip
 STDOUT = "-"
 TABLE_SUFFIXES = (".csv", ".parquet")  # of --out: a table is written at the end, from the JSONL file beside it
@@ -95,8 +96,10 @@ def _add_generation_options(parser: FlagParser) -> None:
     frames = "sample this many frames, evenly over the video (default: by the model's own frame rate)"
     group.add_argument("--frames", type=int | None, default=None, help=frames)
     group.add_argument("--seed", type=int, default=0, help="random seed (combined with each video's path)")
-    group.add_class_arguments(Sampling, as_group=False, skip={"max_new_tokens", "stop"})
+    group.add_class_arguments(Sampling, as_group=False, skip={"max_new_tokens", "stop", "logprobs", "json_schema"})
     stops = "strings that end a caption; it is cut off before the first of them"
+    logprobs = "record the log-probability of each caption (logprob, and num_tokens to divide it by)"
+    group.add_argument("--logprobs", action="store_true", help=logprobs)
     group.add_argument("--stop", nargs="+", type=str, default=[], help=stops)
 
 
@@ -351,7 +354,12 @@ def _job_config(values: Namespace) -> "JobConfig":
     from salmonn.batch.job import JobConfig
 
     limit = {} if values.max_new_tokens is None else {"max_new_tokens": values.max_new_tokens}
-    sampling = Sampling(**{name: values[name] for name in SAMPLING_FLAGS}, stop=tuple(values.stop), **limit)
+    sampling = Sampling(
+        **{name: values[name] for name in SAMPLING_FLAGS},
+        stop=tuple(values.stop),
+        logprobs=0 if values.logprobs else None,
+        **limit,
+    )
     # Subtitles need end times; an infinite segment is the whole video with its end.
     needs_ends = {"srt", "vtt"} & set(values.export)
     return JobConfig(

@@ -64,6 +64,8 @@ def _add_access_options(parser: FlagParser) -> None:
 def _add_limit_options(parser: FlagParser) -> None:
     group = parser.add_argument_group("Limits")
     group.add_argument("--max_upload_mib", type=float, default=512.0, help="maximum size of a sent or fetched file")
+    group.add_argument("--max_files_gib", type=float, default=4.0, help="maximum size of all files of /v1/files")
+    group.add_argument("--file_hours", type=float, default=24.0, help="time after which such a file is deleted")
     group.add_argument(
         "--max_seconds", type=float, default=3600.0, help="maximum duration of a clip, or of its requested part"
     )
@@ -87,7 +89,8 @@ def run_serve(values: Namespace) -> int:
     from salmonn.caption.worker import WorkerLimits
 
     try:
-        from salmonn.serve.api import Server, Service, bind
+        from salmonn.serve.api import Service
+        from salmonn.serve.server import Server, bind
         from salmonn.serve.sources import upload_folder
     except ImportError as error:
         raise ValueError("salmonn serve needs a web server: pip install 'salmonn[serve]'") from error
@@ -142,6 +145,7 @@ def _settings(
     values: Namespace, captioner: "Captioner", *, sources: "MediaSources", keys: tuple[str, ...]
 ) -> "ServerConfig":
     from salmonn.serve.api import ServerConfig
+    from salmonn.serve.files import FileLimits
     from salmonn.serve.schema import ChatLimits
 
     name, usual = captioner.name, ChatLimits(captioner.default_sampling().max_new_tokens)
@@ -154,6 +158,9 @@ def _settings(
             max_tokens=values.max_answer_tokens,
             max_choices=min(usual.max_choices, values.max_waiting),
         ),
+        files=FileLimits(
+            sources.fetch_policy.max_bytes, round(values.max_files_gib * (1 << 30)), 3600 * values.file_hours
+        ),
         request_seconds=values.request_seconds,
         keys=keys,
         hosts=tuple(host.lower() for host in (values.host, *values.server_names)),
@@ -163,7 +170,8 @@ def _settings(
 
 def _check_values(values: Namespace) -> None:
     """Raise a ValueError if the value of a flag makes no sense."""
-    for name in ("max_upload_mib", "max_seconds", "max_waiting", "max_answer_tokens", "request_seconds", "workers"):
+    positive = ["max_upload_mib", "max_files_gib", "file_hours", "max_seconds", "max_waiting", "max_answer_tokens"]
+    for name in (*positive, "request_seconds", "workers"):
         if not values[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {values[name]}")
     if values.batch_size is not None and values.batch_size < 1:

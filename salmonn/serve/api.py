@@ -1,24 +1,22 @@
-"""The HTTP API: OpenAI's chat completions about clips, health and metrics, and a server with graceful shutdown.
+"""The HTTP API: OpenAI's chat completions about clips, uploaded files, health and metrics.
 
 POST /v1/chat/completions   GET /v1/models   GET /v1/models/NAME   GET /health, /ping   GET /metrics   GET /version
-GET /openapi.json
+GET /docs, /openapi.json   POST, GET, DELETE /v1/files (see `files.py`)
 """
 
 import asyncio
 import hmac
 import ipaddress
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
-import uvicorn
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
@@ -26,11 +24,18 @@ from starlette.types import Receive, Scope, Send
 from salmonn import __version__
 from salmonn.caption.engine import SHUTTING_DOWN, Engine, Overloaded
 from salmonn.caption.streaming import TextDelta
+from salmonn.serve.body import Body
+from salmonn.serve.content import ClipPart
+from salmonn.serve.docs import render_docs
 from salmonn.serve.errors import EXPECTED_ERRORS, ApiError, RequestError, to_api_error
+from salmonn.serve.fetch import SourceError, TooLargeError
+from salmonn.serve.files import FileLimits, FileStore, file_routes
+from salmonn.serve.logprobs import LogprobsFormat
 from salmonn.serve.metrics import Metrics
-from salmonn.serve.request import BodyMemory, RequestContext, race, until_disconnect
+from salmonn.serve.request import RequestContext, UploadSpace, race, until_disconnect
 from salmonn.serve.schema import (
     DONE,
+    JSON_SCHEMA_PARAM,
     ChatCompletion,
     ChatLimits,
     ChatRequest,
@@ -38,17 +43,22 @@ from salmonn.serve.schema import (
     parse_chat_request,
     to_event,
 )
-from salmonn.serve.sources import MediaSources, resolve_media
+from salmonn.serve.sources import MediaSources, ResolvedMedia, resolve_media
 
 _ANY_MODEL = ("", "salmonn")
+_OPEN_PATHS = ("/health", "/ping", "/docs", "/openapi.json")  # for which no key is needed
+_DESCRIPTION = """Captions of videos, audio files and images, and answers about them, with OpenAI's API.
+
+Clients send `Authorization: Bearer KEY` if the server was started with keys. Errors have the form `{"error": \
+{"message": "...", "type": "...", "param": "messages[0].content[0].type", "code": null}}`."""
+_COMPLETION = """A message of the user has the clip, as a part such as `{"type": "video_url", "video_url": \
+{"url": "data:video/mp4;base64,..."}}` or `{"type": "file", "file": {"file_id": "..."}}`, and text. With \
+`stream: true`, the answer is sent as server-sent events while it is generated."""
+_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:"}
 _EXTRA_BODY_BYTES = 1 << 20  # for the parts of a request beside its file
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies forward each event at once
-_MAX_BODIES = 2  # number of bodies of the maximum size that fit into memory at a time
+_MAX_BODIES = 4  # number of bodies of the maximum size that are stored at a time
 _FINAL_EVENT_SECONDS = 1.0  # beyond a request's time limit, to send the event that reports it
-_MAX_CONNECTIONS = 1000
-_IDLE_SECONDS = 20.0  # for a connection without a complete request
-_IDLE_SECONDS_CROWDED = 1.0  # the same, once half of the connections are taken
-_CLOSE_SECONDS = 5  # for data that is still to be sent when the grace period is over
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class ServerConfig:
         name: name of the model in `/v1/models`.
         sources: where files may come from.
         limits: limits of a chat request.
+        files: limits of uploaded files.
         request_seconds: time limit of a request.
         keys: accepted API keys; none disables the check.
         hosts: names by which clients may address the server, besides localhost and IP addresses. This protects against
@@ -69,6 +80,7 @@ class ServerConfig:
     name: str
     sources: MediaSources
     limits: ChatLimits
+    files: FileLimits = field(default_factory=FileLimits)
     request_seconds: float = 600.0
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
@@ -96,10 +108,12 @@ class Service:
         self.max_body_bytes = (
             config.sources.fetch_policy.max_bytes * 10 // 7 + _EXTRA_BODY_BYTES
         )  # base64, with line breaks
-        self.body_memory = BodyMemory(self.max_body_bytes * _MAX_BODIES)
+        self.upload_space = UploadSpace(self.max_body_bytes * _MAX_BODIES)
         self.is_closing = False
         self.num_requests = 0
+        self.files = FileStore(uploads / "files", config.files)
         self._created = int(time.time())
+        self._logprobs = LogprobsFormat(engine.captioner.processor)
         self._aborted = asyncio.Event()
 
     async def abort(self) -> None:
@@ -112,13 +126,15 @@ class Service:
         host = _host(request)
         if not (host in ("localhost", *self.config.hosts) or _is_ip_address(host)):
             raise HTTPException(403, f"host {host[:100]!r} is not allowed; add it with --server-names")
-        if not self.config.keys or request.url.path in ("/health", "/ping"):
+        request.state.owner = ""
+        if not self.config.keys or request.url.path in _OPEN_PATHS:
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         # All keys are compared, in constant time, so that the duration reveals nothing about them.
         matches = [hmac.compare_digest(key.strip().encode(), known.encode()) for known in self.config.keys]
         if kind.lower() != "bearer" or not any(matches):
             raise HTTPException(401, "the API key is missing or wrong; send Authorization: Bearer KEY")
+        request.state.owner = str(matches.index(True))
 
     async def complete(self, request: Request) -> Response:
         """Answer a chat completion request."""
@@ -127,8 +143,9 @@ class Service:
         context = RequestContext(
             self.engine,
             self.metrics,
+            owner=request.state.owner,
             uploads=self.uploads,
-            body_memory=self.body_memory,
+            upload_space=self.upload_space,
             seconds=self.config.request_seconds,
         )
         self.num_requests += 1
@@ -159,9 +176,13 @@ class Service:
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise RequestError("the Content-Type must be application/json", status=415)
         async with asyncio.timeout_at(context.deadline):
-            body = await context.read_body(request, max_bytes=self.max_body_bytes)
+            body = await context.read_body(
+                request, max_bytes=self.max_body_bytes, max_file_bytes=self.config.sources.fetch_policy.max_bytes
+            )
         chat, events = await until_disconnect(request, self._submit(body, context))
-        builder = ResponseBuilder(context.id, self.config.name, int(time.time()), chat.include_usage)
+        builder = ResponseBuilder(
+            context.id, self.config.name, int(time.time()), self._logprobs, include_usage=chat.include_usage
+        )
         if not chat.stream:
 
             async def gather() -> dict[str, Any]:
@@ -182,21 +203,46 @@ class Service:
         return _EventStream(stream, context=context, close=lambda: self._close(context))
 
     async def _submit(
-        self, body: bytearray, context: RequestContext
+        self, body: Body, context: RequestContext
     ) -> tuple[ChatRequest, AsyncIterator[tuple[int, TextDelta]]]:
         """Parse a request, get its file, and submit it to the engine."""
         async with asyncio.timeout_at(context.deadline):
-            chat, url = await asyncio.to_thread(parse_chat_request, body, limits=self.config.limits)
-            if chat.model not in (*_ANY_MODEL, self.config.name):
-                raise self._model_not_found(chat.model)
-            body.clear()  # it may be as large as a video, as may the URL, which is freed on return
-            media = await resolve_media(url, context.make_folder(), sources=self.config.sources)
+            chat = await asyncio.to_thread(self._parse, body)
+            media = await self._resolve(chat.clip, body, context)
         context.num_bytes, context.source = media.num_bytes, media.source
-        context.release_body()
         events = context.submit(replace(chat.request, path=media.path))
         # Errors name the file as the client knows it, and not by its path on this machine.
-        name = url if media.source == "local" else f"the {chat.kind}"
+        name = chat.clip.url if media.source == "local" else f"the {chat.clip.kind}"
         return chat, _replace_in_errors(events, str(media.path), name)
+
+    def _parse(self, body: Body) -> ChatRequest:
+        chat = parse_chat_request(body.text, limits=self.config.limits)
+        body.check_references(chat.clip.url)
+        if chat.model not in (*_ANY_MODEL, self.config.name):
+            raise self._model_not_found(chat.model)
+        schema = chat.request.sampling.json_schema if chat.request.sampling else None
+        if schema is not None:  # here, and not in the event loop: compiling it may take a second
+            try:
+                self.engine.captioner.processor.json_grammars.check(schema)
+            except ValueError as error:
+                raise RequestError(str(error), param=JSON_SCHEMA_PARAM) from error
+        return chat
+
+    async def _resolve(self, clip: ClipPart, body: Body, context: RequestContext) -> ResolvedMedia:
+        """Return the file of a clip; errors name its place in the request."""
+        try:
+            if clip.is_uploaded:
+                return ResolvedMedia(self.files.link(clip.url, context.owner, context.make_folder()), "file")
+            if (found := body.files.get(clip.url)) is None:
+                return await resolve_media(clip.url, context.make_folder(), sources=self.config.sources)
+            if found.error is not None:
+                raise found.error
+            return ResolvedMedia(found.path, "upload", found.num_bytes)
+        except TooLargeError:
+            raise
+        except (SourceError, RequestError) as error:
+            status = error.status if isinstance(error, RequestError) else 400
+            raise RequestError(f"{clip.where}: {error}", param=clip.where, status=status) from error
 
     async def _stream(
         self,
@@ -300,7 +346,20 @@ def _is_ip_address(host: str) -> bool:
     return True
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, *, seconds: float) -> None:
+    @app.exception_handler(RequestError)
+    @app.exception_handler(TooLargeError)
+    @app.exception_handler(TimeoutError)
+    @app.exception_handler(OSError)
+    async def handle_expected_error(_: Request, error: Exception) -> Response:
+        return to_api_error(error, seconds=seconds).to_response()
+
+    @app.exception_handler(RequestValidationError)
+    async def handle_wrong_parameter(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        return ApiError(400, f"{name}: {first['msg']}", "rejected", name).to_response()
+
     @app.exception_handler(HTTPException)
     async def handle_http_error(_: Request, error: HTTPException) -> Response:
         return ApiError(error.status_code, str(error.detail), "rejected").to_response()
@@ -315,8 +374,9 @@ def make_app(service: Service) -> FastAPI:
     """Return the ASGI application of a service."""
     app = FastAPI(
         title="salmonn",
+        description=_DESCRIPTION,
         version=__version__,
-        # Their pages load scripts from other hosts. FastAPI's own route of the schema would not check access.
+        # FastAPI's pages load scripts from other hosts, and its routes would not check the Host header.
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
@@ -326,135 +386,56 @@ def make_app(service: Service) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.config.origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
 
-    _add_error_handlers(app)
-    body = {"required": True, "content": {"application/json": {"schema": ChatCompletion.model_json_schema()}}}
+    _add_error_handlers(app, seconds=service.config.request_seconds)
+    app.include_router(file_routes(service.files, service.metrics, seconds=service.config.request_seconds))
+    body_schema = ChatCompletion.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = body_schema.pop("$defs")
+    body = {"required": True, "content": {"application/json": {"schema": body_schema}}}
 
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
+    @app.post(
+        "/v1/chat/completions",
+        openapi_extra={"requestBody": body},
+        summary="Describe a clip, or answer a question about it",
+        description=_COMPLETION,
+    )
     async def complete(request: Request) -> Response:
         return await service.complete(request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", summary="List the models, of which there is one")
     async def models() -> dict[str, Any]:
         return service.models()
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", summary="Describe the model")
     async def model(name: str) -> Response:
         return service.model(name)
 
     @app.head("/health", include_in_schema=False)
-    @app.get("/health")
+    @app.get("/health", summary="Report whether requests are being answered")
     @app.get("/ping", include_in_schema=False)
     async def health() -> Response:
         return service.health()
 
-    @app.get("/version")
+    @app.get("/version", summary="Report the version")
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
     @app.get("/openapi.json", include_in_schema=False)
     async def schema() -> dict[str, Any]:
-        return app.openapi()
+        found = app.openapi()
+        found.setdefault("components", {}).setdefault("schemas", {}).update(definitions)
+        return found
 
-    @app.get("/metrics")
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(render_docs(await schema()), headers=_PAGE_HEADERS)
+
+    @app.get("/metrics", summary="Export Prometheus metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
-
-
-class Server(uvicorn.Server):
-    """A web server with graceful shutdown: at SIGTERM or SIGINT it rejects new requests and finishes the active ones.
-
-    A second signal ends the grace period.
-
-    Args:
-        service: service.
-        grace_seconds: maximum time to finish active requests.
-        certificate: PEM files of a certificate and its private key, to serve HTTPS.
-
-    Attributes:
-        clock: source of the time in seconds.
-    """
-
-    def __init__(
-        self, service: Service, *, grace_seconds: float, certificate: tuple[Path, Path | None] | None = None
-    ) -> None:
-        certfile, keyfile = certificate or (None, None)
-        config = uvicorn.Config(
-            make_app(service),
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=_MAX_CONNECTIONS,
-            timeout_graceful_shutdown=_CLOSE_SECONDS,
-            ssl_certfile=certfile,
-            ssl_keyfile=keyfile,
-        )
-        super().__init__(config)
-        self.service = service
-        self.grace_seconds = grace_seconds
-        self.clock = time.monotonic
-        self._closing_since: float | None = None
-        self._idle_since: dict[tuple[Any, Any], float] = {}
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Record a signal, and do nothing else: it may interrupt any code."""
-        if self.service.is_closing:
-            self.grace_seconds = 0.0
-        self.service.is_closing = True
-
-    async def on_tick(self, counter: int) -> bool:
-        """Shut down and close idle connections if it is time; uvicorn calls this ten times a second."""
-        if self.service.is_closing and not self.should_exit:
-            self._closing_since = self._closing_since or self.clock()
-            if not self.service.num_requests or self.clock() - self._closing_since >= self.grace_seconds:
-                await self.service.abort()
-                self.should_exit = True
-        self._close_idle_connections()
-        return await super().on_tick(counter)
-
-    def _close_idle_connections(self) -> None:
-        """Close connections that have not sent a complete request for a while.
-
-        uvicorn itself waits without limit for the head of a request, and for the client to read a response.
-        """
-        connections: set[Any] = set(self.server_state.connections)
-        is_crowded = len(connections) > _MAX_CONNECTIONS // 2
-        limit = _IDLE_SECONDS_CROWDED if is_crowded else _IDLE_SECONDS
-        now = self.clock()
-        # The last request is a part of the key: another may arrive and be answered between two ticks.
-        idle = [
-            (connection, connection.cycle)
-            for connection in connections
-            if connection.cycle is None or connection.cycle.response_complete or connection.transport.is_closing()
-        ]
-        self._idle_since = {key: self._idle_since.get(key, now) for key in idle}
-        for (connection, _), since in self._idle_since.items():
-            if now - since >= limit:
-                connection.transport.abort()
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound to an address; call it before loading the model, so that errors appear at once.
-
-    Raises:
-        ValueError: the address is in use, or does not belong to this machine.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, proto)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host}, port {port} ({error.strerror}): choose another --host or --port"
-        ) from error
-    return bound

@@ -4,6 +4,7 @@
 {"type": "video_url", "video_url": "..."}               also with fps, num_frames or max_pixels beside the URL
 {"type": "input_audio", "input_audio": {"data": "..."}}
 {"type": "file", "file": {"file_data": "..."}}
+{"type": "file", "file": {"file_id": "..."}}            also {"type": "video_url", "video_url": {"file_id": "..."}}
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ _CLIP_KINDS = {
     "input_audio": "audio",
     "file": "file",
 }
-_SOURCES = ("url", "data", "file_data")  # fields that may hold the clip
+_SOURCES = ("url", "data", "file_data", "file_id")  # fields that may hold the clip
 # Content decides the format, and every image is scaled as the model needs it.
 _IGNORED = frozenset(["format", "filename", "detail", "uuid"])
 _FRAME_FIELDS = {"fps": "frames_per_second", "num_frames": "num_frames", "max_pixels": "max_pixels"}
@@ -36,13 +37,17 @@ class ClipPart:
 
     Args:
         kind: video, image, audio or file.
-        url: data:, http:, https: or file: URL, or a path.
+        url: data:, http:, https: or file: URL, or a path; or the reference of a long string of the body.
+        where: path of the URL in the request, for error messages.
         frames: values of `FrameOptions` that the part gives, by field name.
+        is_uploaded: whether the URL is the id of an uploaded file.
     """
 
     kind: str
     url: str
+    where: str
     frames: Mapping[str, Any]
+    is_uploaded: bool = False
 
 
 def parse_content(content: Any, where: str) -> list[str | ClipPart]:
@@ -83,14 +88,17 @@ def _parse_part(part: Any, where: str) -> str | ClipPart:
     _check_fields(fields, at, known=(*_SOURCES, *_FRAME_FIELDS))
     given_sources = [name for name in _SOURCES if fields.get(name) is not None]
     if len(given_sources) != 1:
-        expected = {"input_audio": "data", "file": "file_data"}.get(kind, "url")
+        expected = {"input_audio": "data", "file": "file_data or file_id"}.get(kind, "url")
         param = f"{at}.{expected}" if isinstance(value, dict) else at
         raise RequestError(f"{param} must be given, as the clip's only source", param=param)
     (source,) = given_sources
-    url = _string(fields[source], f"{at}.{source}" if isinstance(value, dict) else at)
-    if (source != "url" or kind == "input_audio") and ":" not in url[:20]:  # base64 has no colon
+    at_source = f"{at}.{source}" if isinstance(value, dict) else at
+    url = _string(fields[source], at_source)
+    is_data = source in ("data", "file_data") or (source == "url" and kind == "input_audio")
+    if is_data and ":" not in url[:20]:  # base64 has no colon
         url = f"data:;base64,{url}"
-    return ClipPart(_CLIP_KINDS[kind], url, {**frame_fields(part, where), **frame_fields(fields, at)})
+    frames = {**frame_fields(part, where), **frame_fields(fields, at)}
+    return ClipPart(_CLIP_KINDS[kind], url, at_source, frames, is_uploaded=source == "file_id")
 
 
 def frame_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from salmonn.caption.engine import Engine, GenerationHandle, Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import TextDelta
+from salmonn.serve.body import Body, BodyScanner
 from salmonn.serve.fetch import TooLargeError
 from salmonn.serve.metrics import Metrics
 from salmonn.serve.schema import Usage
@@ -23,10 +24,11 @@ from salmonn.serve.schema import Usage
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _SMALL_BYTES = 64 << 10  # bodies up to this size are not counted: stalled large uploads block only large ones
+_BLOCK_BYTES = 1 << 20  # of a body, to decode at a time
 
 
-class BodyMemory:
-    """The memory that the large request bodies of all requests take together.
+class UploadSpace:
+    """The space that the large bodies of all requests take together, almost all of it on disk.
 
     Args:
         max_bytes: maximum total size.
@@ -39,7 +41,7 @@ class BodyMemory:
     def add(self, num_bytes: int) -> None:
         """Count more bytes; raises Overloaded if that exceeds the maximum."""
         if self.used_bytes + num_bytes > self.max_bytes:
-            raise Overloaded("the memory for uploads is full; try again later")
+            raise Overloaded("the space for uploads is full; try again later")
         self.used_bytes += num_bytes
 
 
@@ -49,8 +51,9 @@ class RequestContext:
     Args:
         engine: engine that answers it.
         metrics: metrics in which its end is counted.
+        owner: who sends it; only their uploaded files can be used.
         uploads: folder in which it may have a folder of its own.
-        body_memory: memory that is shared by all request bodies.
+        upload_space: space that is shared by all request bodies.
         seconds: time limit.
 
     Attributes:
@@ -60,8 +63,16 @@ class RequestContext:
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, *, uploads: Path, body_memory: BodyMemory, seconds: float
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        owner: str,
+        uploads: Path,
+        upload_space: UploadSpace,
+        seconds: float,
     ) -> None:
+        self.owner = owner
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.started_at = time.monotonic()
         self.deadline = asyncio.get_running_loop().time() + seconds
@@ -72,40 +83,47 @@ class RequestContext:
         self._folder: Path | None = None
         self._engine = engine
         self._metrics = metrics
-        self._body_memory = body_memory
+        self._upload_space = upload_space
         self._body_bytes = 0
         self._handle: GenerationHandle | None = None
         metrics.active.inc()
 
-    async def read_body(self, request: Request, *, max_bytes: int) -> bytearray:
+    async def read_body(self, request: Request, *, max_bytes: int, max_file_bytes: int) -> Body:
         """Return the request's body, which is rejected as soon as it is too large.
 
+        Args:
+            request: the request.
+            max_bytes: maximum size of the body.
+            max_file_bytes: maximum size of a file in it.
+
         Raises:
-            TooLargeError: the body is larger than `max_bytes`.
-            Overloaded: the bodies of other requests take up all memory.
+            TooLargeError: the body, or a file in it, is too large.
+            Overloaded: the bodies of other requests take up all space.
             ClientDisconnect: the client has closed the connection.
+            OSError: a file cannot be written.
         """
+        scanner = BodyScanner(self.make_folder, max_bytes=max_file_bytes)
+        size, block = 0, bytearray()
         declared = request.headers.get("content-length", "")
-        body = bytearray()
         if declared.isdecimal():
             _check_size(int(declared), max_bytes)
         async for chunk in request.stream():
-            size = len(body) + len(chunk)
+            size += len(chunk)
             _check_size(size, max_bytes)
             if size > _SMALL_BYTES:
-                self._body_memory.add(size - self._body_bytes)
+                self._upload_space.add(size - self._body_bytes)
                 self._body_bytes = size
-            body += chunk
-        return body
-
-    def release_body(self) -> None:
-        """Return the memory of the body, which has been freed."""
-        self._body_memory.used_bytes -= self._body_bytes
-        self._body_bytes = 0
+            block += chunk
+            if len(block) >= _BLOCK_BYTES:
+                await asyncio.to_thread(scanner.feed, bytes(block))
+                block.clear()
+        scanner.feed(bytes(block))
+        return scanner.finish()
 
     def make_folder(self) -> Path:
-        """Create a folder for a file that comes over the network; raises an OSError if the disk is full."""
-        self._folder = Path(tempfile.mkdtemp(dir=self._uploads))
+        """Return the folder for files that come over the network; raises an OSError if the disk is full."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(dir=self._uploads))
         return self._folder
 
     def submit(self, request: CaptionRequest) -> AsyncIterator[tuple[int, TextDelta]]:
@@ -153,7 +171,6 @@ class RequestContext:
             if self._handle.reading_seconds:
                 self._metrics.reading.observe(self._handle.reading_seconds)
         self._remove_files()
-        self.release_body()
         metrics = self._metrics
         metrics.active.dec()
         metrics.requests.labels(self.outcome).inc()
@@ -175,6 +192,8 @@ class RequestContext:
     def _remove_files(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+        self._upload_space.used_bytes -= self._body_bytes
+        self._body_bytes = 0
 
 
 def _check_size(size: int, max_bytes: int) -> None:

@@ -12,26 +12,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from salmonn.caption.generator import CaptionRequest, Sampling, Span
+from salmonn.caption.generator import MAX_TOP_LOGPROBS, CaptionRequest, Sampling, Span
 from salmonn.caption.processor import MAX_CONVERSATION_CHARS, MAX_PROMPT_CHARS
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.model.layout import ClipInfo
 from salmonn.records import Modality
 from salmonn.serve.content import MAX_PARTS, ClipPart, check_processor_fields, parse_content, to_frame_options
 from salmonn.serve.errors import RequestError
+from salmonn.serve.logprobs import LogprobsFormat
 
 # Parameters of OpenAI's and vLLM's APIs that have no effect at these values; other values are rejected.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -54,14 +52,14 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
 }
 _REASONS = {
-    "response_format": 'only {"type": "text"} is supported; ask for JSON in the prompt and check the answer',
-    "logprobs": "log-probabilities are not available; leave it out",
     "best_of": "only 1 is supported; ask for n choices",
 }
 # Parameters that describe the caller, and change no answer.
 _CALLER_PARAMETERS = frozenset(["user", "metadata", "safety_identifier", "prompt_cache_key"])
 _MIN_TEMPERATURE = 0.01  # float32 overflows below, where the most likely token is sampled anyway
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 200
+_MAX_SCHEMA_CHARS = 20_000
+JSON_SCHEMA_PARAM = "response_format.json_schema.schema"
 # Each value costs kilobytes once it is parsed, however short it is. Base64 contains none of the characters counted.
 _MAX_VALUES = 50_000
 
@@ -126,6 +124,9 @@ class ChatCompletion(_Model):
     n: Annotated[_Int, Field(ge=1)] | None = None
     seed: _Int | None = None
     stop: Any = None
+    response_format: Any = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[_Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     mm_processor_kwargs: Any = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
@@ -159,22 +160,22 @@ class ChatRequest:
     """A parsed request, without its file.
 
     Args:
-        kind: kind of the file: video, image, audio or file.
+        clip: the part of a message that has the clip.
         model: name of the model in the request, possibly empty.
         request: caption request; its path is to be set.
         stream: whether to send the answer as a stream of events.
         include_usage: whether to end the stream with the usage.
     """
 
-    kind: str
+    clip: ClipPart
     model: str
     request: CaptionRequest
     stream: bool
     include_usage: bool
 
 
-def parse_chat_request(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[ChatRequest, str]:
-    """Parse the body of a request; returns the request and the URL of its file.
+def parse_chat_request(body: bytes, *, limits: ChatLimits) -> ChatRequest:
+    """Parse the body of a request.
 
     Raises:
         RequestError: the body is malformed, or asks for something unsupported.
@@ -210,7 +211,7 @@ def parse_chat_request(body: bytes | bytearray, *, limits: ChatLimits) -> tuple[
         clip_turn=clip_turn,
     )
     include_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-    return ChatRequest(clip.kind, chat.model or "", request, bool(chat.stream), include_usage), clip.url
+    return ChatRequest(clip, chat.model or "", request, bool(chat.stream), include_usage)
 
 
 def _to_path(location: Sequence[str | int]) -> str:
@@ -257,11 +258,16 @@ def _only_clip(turns: Sequence[_Turn]) -> tuple[int, ClipPart]:
     The user's other messages need text.
     """
     clips = [(number // 2, clip) for number, turn in enumerate(turns) for clip in turn.clips]
-    if len(clips) != 1:
+    if not clips:
         raise RequestError(
-            f"the messages have {len(clips) or 'no'} clips; this model takes exactly one video, image or audio file"
-            + (" (the audio of a video is read from the video)" if clips else ", such as a video_url"),
-            param="messages",
+            "the messages have no clip; send one video, image or audio file, such as a video_url", param="messages"
+        )
+    if len(clips) > 1:
+        where = clips[1][1].where
+        raise RequestError(
+            f"{where}: the messages have {len(clips)} clips, and the model takes one: ask about each in a request "
+            "of its own, or join them to one video (the audio of a video is read from the video)",
+            param=where,
         )
     for number, turn in enumerate(turns[::2]):
         if not turn.text and number not in (0, clips[0][0]):
@@ -302,13 +308,38 @@ def _to_sampling(chat: ChatCompletion, limits: ChatLimits) -> Sampling:
     max_tokens = older if newer is None else newer
     if max_tokens is not None and max_tokens > limits.max_tokens:
         raise RequestError(f"max_tokens: the maximum is {limits.max_tokens}", param="max_tokens")
+    if chat.top_logprobs and not chat.logprobs:
+        raise RequestError("top_logprobs requires logprobs: true", param="top_logprobs")
     return Sampling(
         temperature=temperature if temperature >= _MIN_TEMPERATURE else 0.0,
         top_p=chat.top_p or Sampling.top_p,
         max_new_tokens=limits.default_tokens if max_tokens is None else max_tokens,
         repetition_penalty=chat.repetition_penalty,
         stop=_to_stop(chat.stop),
+        logprobs=chat.top_logprobs or 0 if chat.logprobs else None,
+        json_schema=_to_json_schema(chat.response_format),
     )
+
+
+def _to_json_schema(value: Any) -> str | None:
+    """Return the JSON schema that an answer has to follow, None for free text."""
+    where = "response_format"
+    kind = value.get("type") if isinstance(value, dict) else value
+    if kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return '{"type": "object"}'
+    if kind != "json_schema":
+        raise RequestError(f"{where}.type must be text, json_object or json_schema", param=f"{where}.type")
+    inner = value.get("json_schema")
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if not isinstance(schema, dict):
+        raise RequestError(f"{JSON_SCHEMA_PARAM} must be an object", param=JSON_SCHEMA_PARAM)
+    text = json.dumps(schema)  # in the order of the request, which is the order of properties in the answer
+    if len(text) > _MAX_SCHEMA_CHARS:
+        limit = f"the maximum is {_MAX_SCHEMA_CHARS:,} characters"
+        raise RequestError(f"{JSON_SCHEMA_PARAM} is too long; {limit}", param=JSON_SCHEMA_PARAM)
+    return text
 
 
 def _to_stop(value: Any) -> tuple[str, ...]:
@@ -346,12 +377,14 @@ class ResponseBuilder:
         request_id: id of the request.
         model: name of the model.
         created: time in seconds since 1970.
+        logprobs: format of log-probabilities.
         include_usage: whether each chunk of a stream has a `usage` field.
     """
 
     request_id: str
     model: str
     created: int
+    logprobs: LogprobsFormat
     include_usage: bool = False
 
     def response(self, completions: Sequence[Completion], *, usage: Usage) -> dict[str, Any]:
@@ -360,7 +393,7 @@ class ResponseBuilder:
             {
                 "index": index,
                 "message": {"role": "assistant", "content": completion.text, "refusal": None},
-                "logprobs": None,
+                "logprobs": self.logprobs.to_json(completion.tokens),
                 "finish_reason": _finish_reason(completion),
             }
             for index, completion in enumerate(completions)
@@ -373,8 +406,10 @@ class ResponseBuilder:
         return self._chunk(index, {"role": "assistant", "content": ""}, None)
 
     def deltas(self, index: int, delta: TextDelta) -> list[str]:
-        """Return the events for a text delta: one with its text, if any, and one that ends the choice."""
-        events = [self._chunk(index, {"content": delta.text}, None)] if delta.text else []
+        """Return the events for a text delta: one with its text or log-probabilities, and one that ends the choice."""
+        logprobs = self.logprobs.to_json(delta.tokens)
+        has_content = delta.text or logprobs
+        events = [self._chunk(index, {"content": delta.text}, None, logprobs=logprobs)] if has_content else []
         if delta.completion is not None:
             clip = {"clip": _clip_to_json(delta.completion.clip)}
             events.append(self._chunk(index, {}, _finish_reason(delta.completion), **clip))
@@ -384,8 +419,16 @@ class ResponseBuilder:
         """Return the event with the usage."""
         return to_event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage.to_json()})
 
-    def _chunk(self, index: int, delta: dict[str, str], finish_reason: str | None, **extra: object) -> str:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        finish_reason: str | None,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        **extra: object,
+    ) -> str:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self.include_usage else {}
         return to_event({**self._head("chat.completion.chunk"), "choices": [choice], **usage, **extra})
 

@@ -5,7 +5,6 @@ Uploaded and fetched files are kept in a private folder and removed after use.
 
 import asyncio
 import base64
-import binascii
 import fcntl
 import os
 import re
@@ -20,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError, fetch
 
 _PREFIX, _NEW_PREFIX = "salmonn-uploads-", "salmonn-new-"
-_CHUNK_CHARS = 4 << 20  # characters of base64 to decode at a time; a multiple of 4
+_CHUNK_CHARS = 1 << 20  # characters of base64 to decode at a time
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _DATA_URL = re.compile(r"data:.{0,200}?;base64,", re.IGNORECASE)  # quoted parameters may contain commas
 # Line breaks are dropped. A space is an error: it may be a plus sign that was taken for one of a form.
@@ -78,40 +77,77 @@ async def resolve_media(url: str, folder: Path, *, sources: MediaSources) -> Res
     raise SourceError(f"{scheme[:20]}: unsupported URL scheme; use data:, https:, http: or file:")
 
 
-def write_data(url: str, path: Path, *, max_bytes: int) -> int:
-    """Write the contents of a data: URL to a file and return their size in bytes; raises what `resolve_media` does.
+class Base64File:
+    """A new file whose content arrives as parts of a data: URL, or of base64 without one.
 
-    The base64 may have line breaks, the alphabet for URLs, percent-encoded characters, and no padding.
+    The base64 may have line breaks, the alphabet for URLs, percent-encoded characters, and no padding. After an error,
+    the file is gone.
+
+    Args:
+        path: path of the file.
+        max_bytes: maximum size of the file.
+
+    Attributes:
+        num_bytes: size of the file so far.
     """
-    match = _DATA_URL.match(url)
+
+    def __init__(self, path: Path, *, max_bytes: int) -> None:
+        self.path = path
+        self.num_bytes = 0
+        self._max_bytes = max_bytes
+        self._rest = ""  # characters that are no complete group of four yet
+        self._file = path.open("wb")
+
+    def write(self, text: str, *, is_last: bool = False) -> None:
+        """Decode the next part, and close the file after the last one.
+
+        Raises:
+            SourceError: the text is not valid base64.
+            TooLargeError: the file is larger than the maximum.
+        """
+        text = self._rest + text
+        # A percent-encoded character at the end may be incomplete.
+        cut = text.rfind("%", max(len(text) - 2, 0))
+        end = len(text) if is_last or cut < 0 else cut
+        plain = (unquote(text[:end]) if "%" in text else text[:end]).translate(_BASE64_SPELLING)
+        whole = len(plain) // 4 * 4
+        if is_last:
+            plain += "=" * (-len(plain) % 4)
+            whole = len(plain)
+        self._rest = plain[whole:] + text[end:]
+        try:
+            self.num_bytes += self._file.write(base64.b64decode(plain[:whole], validate=True))
+        except ValueError as error:  # binascii.Error is one
+            self.remove()
+            raise SourceError(f"the file's data is not valid base64: {error}") from error
+        if self.num_bytes > self._max_bytes:
+            self.remove()
+            raise TooLargeError(f"the file is larger than the maximum of {self._max_bytes / (1 << 20):g} MiB")
+        if is_last:
+            self._file.close()
+
+    def remove(self) -> None:
+        """Close and remove the file."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+
+def split_data_url(text: str) -> str:
+    """Return the base64 of a data: URL, or of its beginning; raises a SourceError if it has another form."""
+    match = _DATA_URL.match(text)
     if match is None:
         raise SourceError("a data: URL must have the form data:video/mp4;base64,... with the file in base64")
-    size, rest = 0, ""
-    try:
-        with path.open("wb") as file:
-            for first in range(match.end(), len(url), _CHUNK_CHARS):
-                text = rest + url[first : first + _CHUNK_CHARS]
-                # A percent-encoded character at the end may be incomplete.
-                end = max(text.rfind("%", -2), 0) or len(text)
-                text, cut = _spell_base64(text[:end]), text[end:]
-                whole = len(text) // 4 * 4
-                size += file.write(base64.b64decode(text[:whole], validate=True))
-                rest = text[whole:] + cut
-                if size > max_bytes:
-                    break
-            rest = _spell_base64(rest)
-            size += file.write(base64.b64decode(rest + "=" * (-len(rest) % 4), validate=True))
-    except (binascii.Error, ValueError) as error:
-        path.unlink()
-        raise SourceError(f"the file's data is not valid base64: {error}") from error
-    if size > max_bytes:
-        path.unlink()
-        raise TooLargeError(f"the file is larger than the maximum of {max_bytes / (1 << 20):g} MiB")
-    return size
+    return text[match.end() :]
 
 
-def _spell_base64(text: str) -> str:
-    return (unquote(text) if "%" in text else text).translate(_BASE64_SPELLING)
+def write_data(url: str, path: Path, *, max_bytes: int) -> int:
+    """Write the contents of a data: URL to a file and return their size in bytes; raises what `resolve_media` does."""
+    text = split_data_url(url)
+    file = Base64File(path, max_bytes=max_bytes)
+    for first in range(0, len(text), _CHUNK_CHARS):
+        file.write(text[first : first + _CHUNK_CHARS])
+    file.write("", is_last=True)
+    return file.num_bytes
 
 
 def find_local(url: str, allowed_dirs: tuple[Path, ...]) -> Path:

@@ -495,8 +495,9 @@ def test_stop_strings_end_captions(folder, caption, tmp_path):
     assert caption(folder / "0.mp4", out="whole.jsonl")[0] == 0
     (whole,) = read_records(tmp_path / "whole.jsonl", Caption)
     stop = whole.text[2:5]
-    assert caption(folder / "0.mp4", "--stop", "no such text", stop)[0] == 0
+    assert caption(folder / "0.mp4", "--stop", "no such text", stop, "--logprobs")[0] == 0
     (stopped,) = read_records(tmp_path / "captions.jsonl", Caption)
+    assert stopped.logprob < 0 and stopped.num_tokens > 0 and whole.logprob is None
     assert stopped.finished and stopped.text == whole.text[: whole.text.index(stop)].rstrip()
 
 

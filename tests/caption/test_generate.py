@@ -1,5 +1,6 @@
 """Generation: cached equals uncached, seeds, sampling parameters, stop tokens and limits."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from salmonn.caption.captioner import Captioner
-from salmonn.caption.generate import generate, sample_tokens
-from salmonn.caption.generator import Sampling
+from salmonn.caption.generate import generate, sample_tokens, with_logprobs
+from salmonn.caption.generator import SHIPPED_MODEL, Sampling
 from salmonn.caption.processor import PromptRow
 from tests.completions import complete
 
@@ -18,7 +19,7 @@ SAMPLED = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=10)
 
 def token_ids(captioner, media, *, sampling: Sampling, rows=None, num_samples=1, seed=0) -> list[list[int]]:
     rows = rows or [PromptRow(0, "Tell.")]
-    return generate(
+    return generated_ids(
         captioner.network,
         captioner.processor.collate(rows, media),
         sampling=sampling,
@@ -26,6 +27,10 @@ def token_ids(captioner, media, *, sampling: Sampling, rows=None, num_samples=1,
         num_samples=num_samples,
         seeds=range(seed, seed + len(rows)),
     )
+
+
+def generated_ids(*args, **options) -> list[list[int]]:
+    return [[token.id for token in row] for row in generate(*args, **options)]
 
 
 @torch.no_grad()
@@ -57,7 +62,7 @@ def test_an_answer_ends_at_a_stop_token(captioner, media):
     inputs = captioner.processor.collate(rows, media[:2])
 
     def answers(stop_id: int) -> list[list[int]]:
-        return generate(captioner.network, inputs, sampling=Sampling(max_new_tokens=6), stop_ids=[stop_id])
+        return generated_ids(captioner.network, inputs, sampling=Sampling(max_new_tokens=6), stop_ids=[stop_id])
 
     unstopped = answers(999)  # not a token of this model
     stop_id = unstopped[0][2]
@@ -145,8 +150,8 @@ def test_the_repetition_penalty_by_hand(request, videos, model):
     rows = [PromptRow(0, "Tell."), PromptRow(1, "Tell me more of it.")]
     inputs = processor.collate(rows, media)
     sampling = Sampling(max_new_tokens=5, repetition_penalty=0.2)
-    answers = generate(network, inputs, sampling=sampling, stop_ids=[2])
-    assert answers != generate(network, inputs, sampling=Sampling(max_new_tokens=5), stop_ids=[2])
+    answers = generated_ids(network, inputs, sampling=sampling, stop_ids=[2])
+    assert answers != generated_ids(network, inputs, sampling=Sampling(max_new_tokens=5), stop_ids=[2])
     for row, clip, answer in zip(rows, media, answers, strict=False):
         prompt = processor.collate([replace(row, clip=0)], [clip]).input_ids[0].tolist()
         penalized = prompt if model == "plus" else []
@@ -244,7 +249,7 @@ def test_finished_rows_are_removed(captioner, media):
 
     def answers(stop_ids: list[int]) -> list[list[int]]:
         hot = replace(SAMPLED, temperature=20.0)
-        return generate(network, inputs, sampling=hot, stop_ids=stop_ids, num_samples=8, seeds=[3, 4])
+        return generated_ids(network, inputs, sampling=hot, stop_ids=stop_ids, num_samples=8, seeds=[3, 4])
 
     unstopped = answers([-1])
     most_frequent = sorted(range(400), key=lambda token: -sum(token in ids for ids in unstopped))
@@ -302,6 +307,51 @@ def test_samples_depend_only_on_their_own_seed(captioner, media):
         captioner, features, ["Tell."] * 3, sampling=SAMPLED, num_samples=4, seeds=[7, 8, 9], batch_size=4
     )
     assert smaller_batches == every
+
+
+def test_log_probabilities_by_hand():
+    """Logits of 0.1, 0.5 and 0.4 times e: the softmax is these numbers."""
+    logits = torch.tensor([0.1, 0.5, 0.4]).log().expand(2, 3) + 1
+    first, second = with_logprobs(torch.tensor([0, 2]), logits.double(), num_top=2)
+    assert (first.id, second.id) == (0, 2)
+    assert (first.logprob, second.logprob) == pytest.approx((math.log(0.1), math.log(0.4)))
+    assert [token for token, _ in first.top] == [1, 2]
+    assert [logprob for _, logprob in first.top] == pytest.approx([math.log(0.5), math.log(0.4)])
+    assert with_logprobs(torch.tensor([0, 2]), logits, num_top=0)[0].top == ()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["shipped", "plus"])
+def test_log_probabilities_equal_those_of_the_training_pass(request, videos, model):
+    """Temperature, nucleus and repetition penalty change the samples, and not the probabilities.
+
+    The shipped model in place of the random one, whose large weights amplify rounding errors.
+    """
+    captioner = Captioner.load(SHIPPED_MODEL) if model == "shipped" else request.getfixturevalue(model)
+    network, processor = captioner.network, captioner.processor
+    media = [processor.read(video) for video in videos[:2]]
+    prompts = [PromptRow(0, "Tell."), PromptRow(1, "Tell me more of it.")]
+    sampling = Sampling(temperature=1.5, top_p=0.9, max_new_tokens=12, repetition_penalty=1.3, logprobs=3)
+    inputs = processor.collate(prompts, media)
+    rows = generate(network, inputs, sampling=sampling, stop_ids=[2], num_samples=2, seeds=[1, 2])
+    for number, row in enumerate(rows):
+        prompt = processor.collate([replace(prompts[number // 2], clip=0)], [media[number // 2]])
+        answer = torch.tensor([[token.id for token in row]])
+        positions = prompt.position_ids[..., -1:] + 1 + torch.arange(len(row))
+        whole = replace(
+            prompt,
+            input_ids=torch.cat([prompt.input_ids, answer], 1),
+            attention_mask=torch.ones(1, prompt.input_ids.shape[1] + len(row), dtype=torch.long),
+            position_ids=torch.cat([prompt.position_ids, positions], -1),
+            labels=torch.cat([torch.full_like(prompt.input_ids, -100), answer], 1),
+        )
+        (expected,) = network(whole)
+        expected = expected[-len(row) :].tolist()
+        assert [token.logprob for token in row] == pytest.approx(expected, abs=1e-4)
+        for token in row:
+            assert (
+                len(token.top) == 3 and token.top[0][1] >= token.top[2][1] and token.top[0][1] >= token.logprob - 1e-6
+            )
 
 
 def test_nan_logits_do_not_affect_other_rows():

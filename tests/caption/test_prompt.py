@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from salmonn.caption.prompt import answer_ids, prompt_ids, train_tokenizer
+from salmonn.caption.prompt import answer_ids, prompt_ids, token_bytes, train_tokenizer
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
 from salmonn.model.families.base import TURN_END, TURN_START
@@ -82,3 +82,13 @@ def test_clip_markers_in_text_are_rejected_if_the_tokenizer_lacks_them():
     assert "<|vision_start|>" not in tokenizer.all_special_tokens
     with pytest.raises(ValueError, match=r"special token <\|vision_(start|end)\|>"):
         prompt_ids(tokenizer, "Why?", placeholders=[-1], family=SALMONN2, system="<|vision_start|><|vision_end|>")
+
+
+def test_bytes_of_tokens(captioner):
+    """Together those of the text, with characters of several tokens."""
+    tokenizer = captioner.processor.tokenizer
+    text = "a € é <b>\n"
+    ids = tokenizer.encode(text)
+    assert b"".join(token_bytes(tokenizer, token) for token in ids) == text.encode()
+    assert token_bytes(tokenizer, tokenizer.eos_token_id) == b"<|im_end|>"
+    assert token_bytes(tokenizer, 10**6) == b""

@@ -178,3 +178,30 @@ def test_endless_requests(captioner, videos):
     batches.close()
     # Three are done, and two more batches were read ahead.
     assert len(consumed) == 5
+
+
+def test_streamed_tokens_are_those_of_the_completion(captioner, media):
+    """With log-probabilities, each token is in one delta; also those after which no text is added."""
+    sampling = replace(SAMPLED, logprobs=2, stop=("no such text",))
+    generator = captioner.streaming_generator()
+    generator.add(media[:1], ["Tell."], sampling=sampling, seeds=[4])
+    deltas = []
+    while generator:
+        deltas += generator.step().values()
+    completion = deltas[-1].completion
+    assert tuple(token for delta in deltas for token in delta.tokens) == completion.tokens
+    assert all(token.logprob < 0 and len(token.top) == 2 for token in completion.tokens)
+    assert len(completion.tokens) == 12 > len(deltas)
+
+
+def test_captions_have_their_log_probability(captioner, videos):
+    """The sum over the tokens of the same completion, streamed."""
+    sampling = replace(SAMPLED, logprobs=0)
+    (captions,) = captioner.generate([CaptionRequest(videos[0], sampling=sampling, seed=4, num_samples=2)])
+    assert captions[0].num_tokens == 12 and captions[0].logprob != captions[1].logprob
+    generator = captioner.streaming_generator()
+    generator.add([captioner.processor.read(videos[0])], [captioner.default_prompt()], sampling=sampling, seeds=[4])
+    tokens = [token for _ in range(12) for delta in generator.step().values() for token in delta.tokens]
+    assert captions[0].logprob == pytest.approx(sum(token.logprob for token in tokens), abs=1e-4)
+    plain = captioner.caption(videos[0], sampling=SAMPLED, seed=4)
+    assert (plain.text, plain.logprob, plain.num_tokens) == (captions[0].text, None, None)

@@ -84,4 +84,4 @@ def start(engine, videos, tmp_path) -> Iterator[Callable[..., RunningServer]]:
     for server in running:
         wait_until(lambda server=server: not server.service.num_requests)
         server.stop()
-    assert not list(uploads.iterdir())
+    assert not [path for path in uploads.rglob("*") if path != uploads / "files"]

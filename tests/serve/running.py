@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.streaming import StreamingGenerator, TextDelta
-from salmonn.serve.api import Server, Service
+from salmonn.serve.api import Service
+from salmonn.serve.server import Server
 
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 

@@ -1,10 +1,13 @@
 """The HTTP API as clients use it, with a real server and the OpenAI client: answers, streams, errors and metrics."""
 
 import base64
+import json
 import logging
 import ssl
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 import av
@@ -12,6 +15,8 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from openai.lib._parsing import type_to_response_format_param
+from pydantic import BaseModel, Field
 
 from salmonn import __version__
 from salmonn.caption.generator import Sampling, Span
@@ -20,6 +25,7 @@ from salmonn.serve import sources
 from salmonn.serve.fetch import FetchPolicy, TooLargeError
 from salmonn.serve.sources import MediaSources
 from tests.completions import complete
+from tests.score.browser import start_browser
 from tests.serve.running import chat, data_url, gather, read_metrics, user_message, wait_until, web_server
 from tests.truncated import write_truncated
 
@@ -184,8 +190,27 @@ def test_the_openapi_schema_describes_the_parameters(start):
     schema = httpx2.get(f"{start().url}/openapi.json", trust_env=False).json()
     body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["required"] == ["messages"] and {"temperature", "stop", "modality"} <= body["properties"].keys()
-    url = start(keys=("a key of 16 chars",)).url
-    assert httpx2.get(f"{url}/openapi.json", trust_env=False).status_code == 401
+    names = json.dumps(schema).split("#/components/schemas/")[1:]
+    assert {name.split('"')[0] for name in names} <= schema["components"]["schemas"].keys()
+
+
+def test_the_reference_asks_the_network_for_nothing(start):
+    """In Chromium: one request, no error, every path, and the parameters of a completion; no key is needed."""
+    running = start(keys=("a key of 16 chars",))
+    requests, errors = [], []
+    with start_browser() as browser:
+        page = browser.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"{running.url}/docs")
+        text = page.inner_text("body")
+        font = page.evaluate("getComputedStyle(document.body).fontFamily")
+    assert requests == [f"{running.url}/docs"] and not errors
+    schema = httpx2.get(f"{running.url}/openapi.json", trust_env=False).json()
+    assert all(f"{path}\n" in text for path in schema["paths"]) and "/v1/files/{file_id}" in text
+    assert "repetition_penalty" in text and "number, at least 0.1, at most 10" in text
+    assert "system-ui" in font  # the policy of the page allows its style
 
 
 def test_pages_of_allowed_origins_may_use_the_server(start):
@@ -419,6 +444,50 @@ def test_a_clip_may_follow_a_conversation(start, model, videos):
     )
     assert expected != otherwise
     assert answer.choices[0].message.content == expected
+
+
+def test_log_probabilities(start, model, videos):
+    """With and without a stream; the tokens are the text, and the most likely one is the greedy one."""
+    client = start().client()
+    choice = chat(client, videos[0].name, logprobs=True, top_logprobs=3).choices[0]
+    content = choice.logprobs.content
+    text = b"".join(bytes(token.bytes) for token in content).decode(errors="replace")
+    assert text.strip() == choice.message.content and len(content) == 12
+    assert all(token.logprob == token.top_logprobs[0].logprob and len(token.top_logprobs) == 3 for token in content)
+    expected = model.caption(videos[0], sampling=replace(SHORT, logprobs=0))
+    assert sum(token.logprob for token in content) == pytest.approx(expected.logprob, abs=1e-4)
+    with chat(client, videos[0].name, logprobs=True, top_logprobs=3, stream=True) as chunks:
+        parts = [chunk.choices[0].logprobs for chunk in chunks]
+    streamed = [token for part in parts if part for token in part.content]
+    assert [token.token for token in streamed] == [token.token for token in content]
+    assert [token.logprob for token in streamed] == pytest.approx([token.logprob for token in content], abs=1e-4)
+    assert chat(client, videos[0].name).choices[0].logprobs is None
+    assert chat(client, videos[0].name, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+
+
+class Scene(BaseModel):
+    sound: bool
+    shapes: Annotated[list[Literal["circle", "star"]], Field(min_length=1, max_length=2)]
+
+
+def test_answers_in_json(start, videos):
+    """A pydantic model, as OpenAI's client sends it; any object, and a schema that cannot be used."""
+    client = start().client()
+    messages = user_message(videos[0].name, "What is seen?")
+    options = dict(model="", messages=messages, temperature=1.5, max_tokens=100)
+    answer = client.chat.completions.parse(response_format=Scene, n=3, seed=1, **options)
+    assert all(isinstance(choice.message.parsed, Scene) for choice in answer.choices)
+    with client.chat.completions.create(
+        response_format=type_to_response_format_param(Scene), stream=True, **options
+    ) as chunks:
+        texts, reasons, _ = gather(chunks)
+    assert Scene.model_validate_json(texts[0]) and reasons == {0: "stop"}
+    anything = client.chat.completions.create(response_format={"type": "json_object"}, **options).choices[0]
+    assert anything.message.content.startswith("{")
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strange"}}}
+    with pytest.raises(openai.BadRequestError, match="cannot be used: Invalid type: strange") as caught:
+        client.chat.completions.create(response_format=wrong, **options)
+    assert caught.value.param == "response_format.json_schema.schema"
 
 
 def test_greedy_choices_are_equal(start, videos):

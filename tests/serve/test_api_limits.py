@@ -1,5 +1,6 @@
 """The HTTP API under load and attack: upload limits, time limits, disconnects, shutdown, keys and other web pages."""
 
+import base64
 import errno
 import json
 import socket
@@ -37,6 +38,31 @@ def test_large_uploads_are_rejected(start, videos):
     assert caught.value.status_code == 413
 
 
+def test_large_files_are_decoded_while_they_arrive(start, videos, model):
+    """A long string is a file, wherever a clip may be; other long strings, and files that are too large, are errors."""
+    running = start(sources=MediaSources((), FetchPolicy(max_bytes=4 << 20)))
+    client, data = running.client(), videos[0].read_bytes()
+    padded = data + (8 + 2_999_992).to_bytes(4, "big") + b"free" + bytes(2_999_992)  # a box that players skip
+    encoded = base64.b64encode(padded).decode()
+    expected = model.caption(videos[0], sampling=Sampling(max_new_tokens=12)).text
+    assert chat(client, f"data:video/mp4;base64,{encoded}").choices[0].message.content == expected
+    audio = [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": encoded}}]}]
+    answer = client.chat.completions.create(model="", messages=audio, max_tokens=12)
+    assert answer.choices[0].message.content == expected
+    with pytest.raises(
+        openai.BadRequestError, match=r"messages\[0\].content\[0\].video_url.url: .* not valid base64"
+    ) as e:
+        chat(client, f"data:video/mp4;base64,{encoded}!")
+    assert e.value.param == "messages[0].content[0].video_url.url"
+    with pytest.raises(openai.APIStatusError, match="the file is larger than the maximum of 4 MiB"):
+        chat(client, f"data:video/mp4;base64,{encoded}{'A' * (2 << 20)}")
+    with pytest.raises(openai.APIStatusError, match=r"messages\[0\].content\[1\].text: the string is too long"):
+        chat(client, data_url(videos[0]), "x" * 3_000_000)
+    with pytest.raises(openai.APIStatusError, match="more than 4,800,000 bytes beside its file"):
+        chat(client, data_url(videos[0]), ["x" * 1_000_000] * 5)
+    assert read_metrics(running)["salmonn_received_bytes_totalupload"] == 2 * len(padded)
+
+
 def test_a_declared_large_upload_is_rejected_at_once(start):
     """Before any of it is sent."""
     running = start()
@@ -63,24 +89,24 @@ def test_a_large_upload_is_rejected_while_it_arrives(start):
     wait_until(lambda: read_metrics(running).get("salmonn_requests_totaltoo_large") == 1)
 
 
-def test_memory_for_uploads_is_limited(start, videos):
-    """The limits are 2.43 MiB a request (10 / 7 for 1 MiB of file in base64, and 1 MiB), and twice that in total."""
+def test_space_for_uploads_is_limited(start, videos):
+    """The limits are 2.43 MiB a request (10 / 7 for 1 MiB of file in base64, and 1 MiB), and 4 times that in total."""
     running = start(sources=MediaSources((videos[0].parent,), FetchPolicy(max_bytes=1 << 20)))
     size = int(2.425 * (1 << 20))
-    connections = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(2)]
+    connections = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(4)]
     try:
         for connection in connections:
             connection.sendall(f"{HEAD}Content-Length: {size + 1}\r\n\r\n".encode() + b" " * size)
-        wait_until(lambda: running.service.body_memory.used_bytes == 2 * size)
-        with pytest.raises(openai.RateLimitError, match="the memory for uploads is full"):
+        wait_until(lambda: running.service.upload_space.used_bytes == 4 * size)
+        with pytest.raises(openai.RateLimitError, match="the space for uploads is full"):
             chat(running.client(), "data:;base64," + "A" * (1 << 17))
         assert chat(
             running.client(), videos[0].name, user="me" * 10_000
-        ).choices  # 20 KB, more than the 7 KB that remain
+        ).choices  # 20 KB, more than the 15 KB that remain
     finally:
         for connection in connections:
             connection.close()
-    wait_until(lambda: running.service.body_memory.used_bytes == 0)
+    wait_until(lambda: running.service.upload_space.used_bytes == 0)
     assert chat(running.client(), data_url(videos[0])).choices
 
 

@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from salmonn.serve import api
+from salmonn.serve import server
 from tests.serve.running import HEAD, chat, read_metrics, user_message, wait_until
 
 
@@ -65,12 +65,12 @@ def test_connections_without_a_complete_request_are_closed(start):
             connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
         wait_until(lambda: len(running.server.server_state.connections) == 3)
         clock.wait_for_tick()
-        clock.now += 0.9 * api._IDLE_SECONDS
+        clock.now += 0.9 * server._IDLE_SECONDS
         for connection in (slow, second):
             connection.sendall(b"and so on, ")  # the head never ends
         clock.wait_for_tick()
         assert len(running.server.server_state.connections) == 3
-        clock.now += 0.2 * api._IDLE_SECONDS
+        clock.now += 0.2 * server._IDLE_SECONDS
         assert all(map(is_closed, (silent, slow, second)))
     wait_until(lambda: not running.server.server_state.connections)
 
@@ -87,7 +87,7 @@ def test_active_connections_are_not_idle(start, model, videos):
         for _ in range(6):
             assert is_healthy(busy)
             clock.wait_for_tick()
-            clock.now += 0.9 * api._IDLE_SECONDS
+            clock.now += 0.9 * server._IDLE_SECONDS
             clock.wait_for_tick()
         model.gate.set()
         assert waiting.recv(1000).startswith(b"HTTP/1.1 200 ")
@@ -95,7 +95,7 @@ def test_active_connections_are_not_idle(start, model, videos):
 
 def test_idle_connections_do_not_block_others(start, videos, monkeypatch):
     """19 of 20 allowed connections are idle; near the limit their timeout is shorter."""
-    monkeypatch.setattr(api, "_MAX_CONNECTIONS", 20)
+    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 20)
     running = start()
     clock = Clock(running)
     with ExitStack() as stack:
@@ -103,7 +103,7 @@ def test_idle_connections_do_not_block_others(start, videos, monkeypatch):
             stack.enter_context(connect(running))
         wait_until(lambda: len(running.server.server_state.connections) == 19)
         clock.wait_for_tick()
-        clock.now += 2 * api._IDLE_SECONDS_CROWDED
+        clock.now += 2 * server._IDLE_SECONDS_CROWDED
         wait_until(lambda: not running.server.server_state.connections)
         assert chat(running.client(), videos[0].name).choices
 
@@ -111,7 +111,7 @@ def test_idle_connections_do_not_block_others(start, videos, monkeypatch):
 @pytest.mark.parametrize("is_closing", [False, True])
 def test_a_stream_that_is_not_read_times_out(start, own_engine, videos, monkeypatch, is_closing):
     """Each event has 100 KB, more than all buffers between server and client hold."""
-    monkeypatch.setattr(api, "_IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(server, "_IDLE_SECONDS", 0.5)
     monkeypatch.setattr("salmonn.serve.schema.to_event", lambda value: f"data: {' ' * 100_000}{json.dumps(value)}\n\n")
     running = start(own_engine, request_seconds=6.0, grace_seconds=60.0)
     request = {"messages": user_message(videos[0].name), "max_tokens": 500, "stream": True, "temperature": 1, "n": 2}

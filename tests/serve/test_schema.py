@@ -9,7 +9,9 @@ from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.media.frame_sampling import FrameOptions
 from salmonn.model.layout import ClipInfo
+from salmonn.serve.content import ClipPart
 from salmonn.serve.errors import RequestError
+from salmonn.serve.logprobs import LogprobsFormat
 from salmonn.serve.schema import ChatLimits, ChatRequest, ResponseBuilder, Usage, parse_chat_request
 
 LIMITS = ChatLimits(100, max_tokens=200, max_choices=4, max_prompt_chars=50, max_conversation_chars=100)
@@ -34,21 +36,18 @@ def parse(content=(VIDEO,), **parameters):
 
 
 def test_a_minimal_request():
-    assert parse(seed=7) == (
-        ChatRequest(
-            kind="video",
-            model="",
-            request=CaptionRequest(Path(), sampling=Sampling(max_new_tokens=100), seed=7),
-            stream=False,
-            include_usage=False,
-        ),
-        "data:,",
+    assert parse(seed=7) == ChatRequest(
+        clip=ClipPart("video", "data:,", "messages[0].content[0].video_url.url", {}),
+        model="",
+        request=CaptionRequest(Path(), sampling=Sampling(max_new_tokens=100), seed=7),
+        stream=False,
+        include_usage=False,
     )
-    assert parse()[0].request.seed != parse()[0].request.seed  # a random one
+    assert parse().request.seed != parse().request.seed  # a random one
 
 
 def test_all_parameters():
-    chat, url = parse(
+    chat = parse(
         [
             text_part("What is"),
             {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
@@ -74,25 +73,25 @@ def test_all_parameters():
         user="me",
         metadata={"a": "b"},
     )
-    assert url == "data:;base64,AAAA"
+    clip = ClipPart("audio", "data:;base64,AAAA", "messages[0].content[1].input_audio.data", {})
     sampling = Sampling(temperature=1, top_p=0.5, max_new_tokens=7, repetition_penalty=1.1)
     request = CaptionRequest(Path(), "What is\nheard?", sampling, Span(1, 2.5), "audio", seed=-4, num_samples=3)
-    assert chat == ChatRequest("audio", "m", request, stream=True, include_usage=True)
+    assert chat == ChatRequest(clip, "m", request, stream=True, include_usage=True)
 
 
 def test_a_conversation():
     """Answers as clients send them back, with empty fields."""
     system = {"role": "developer", "content": [text_part("Be brief.")], "name": None}
     first, answer, last = alternating_messages(VIDEO, " A star. ", [text_part("What"), text_part("else?")])
-    chat, url = parse(messages=[system, first, answer | {"refusal": None, "annotations": []}, last])
+    chat = parse(messages=[system, first, answer | {"refusal": None, "annotations": []}, last])
     assert (chat.request.system, chat.request.history, chat.request.prompt) == (
         "Be brief.",
         (("", "A star."),),
         "What\nelse?",
     )
-    assert url == "data:,"
-    assert parse(messages=[{"role": "system", "content": ""}, first])[0].request.system == ""
-    with_empty_answer = parse(messages=alternating_messages(VIDEO, "", "Why?"))[0]
+    assert chat.clip.url == "data:,"
+    assert parse(messages=[{"role": "system", "content": ""}, first]).request.system == ""
+    with_empty_answer = parse(messages=alternating_messages(VIDEO, "", "Why?"))
     assert with_empty_answer.request.history == (("", ""),)
 
 
@@ -117,13 +116,13 @@ def test_a_conversation():
     ],
 )
 def test_spellings_of_a_clip(part, kind, url):
-    chat, parsed = parse([part])
-    assert (chat.kind, parsed, chat.request.frames) == (kind, url, None)
+    chat = parse([part])
+    assert (chat.clip.kind, chat.clip.url, chat.request.frames) == (kind, url, None)
 
 
 def test_frames_can_be_chosen():
     def frames(part=VIDEO, **parameters):
-        return parse([part], **parameters)[0].request.frames
+        return parse([part], **parameters).request.frames
 
     assert frames(VIDEO | {"fps": 2, "max_pixels": 50_000}) == FrameOptions(2, max_pixels=50_000)
     assert frames({"type": "video_url", "video_url": {"url": "a", "num_frames": 8.0}}) == FrameOptions(num_frames=8)
@@ -135,25 +134,35 @@ def test_frames_can_be_chosen():
 def test_neutral_values_pass():
     neutral = dict(top_k=-1, min_p=0.0, best_of=1, echo=False, skip_special_tokens=True, ignore_eos=False)
     neutral |= dict(length_penalty=1.0, presence_penalty=0.0, frequency_penalty=0, chat_template_kwargs={})
-    chat, _ = parse(**neutral, reasoning_effort="none", max_tokens=32.0, temperature=1e-6, n=2, seed=3.0)
+    chat = parse(**neutral, reasoning_effort="none", max_tokens=32.0, temperature=1e-6, n=2, seed=3.0)
     assert chat.request.sampling == Sampling(temperature=0, max_new_tokens=32)
     assert (chat.request.num_samples, chat.request.seed) == (2, 3)
-    assert parse(top_k=0, stop=[])[0].request.sampling.stop == ()
+    assert parse(top_k=0, stop=[]).request.sampling.stop == ()
 
 
 def test_stop_strings():
-    assert parse(stop="\n")[0].request.sampling.stop == ("\n",)
-    assert parse(stop=["a", "b c"])[0].request.sampling.stop == ("a", "b c")
+    assert parse(stop="\n").request.sampling.stop == ("\n",)
+    assert parse(stop=["a", "b c"]).request.sampling.stop == ("a", "b c")
+
+
+def test_response_formats():
+    def schema(value):
+        return parse(response_format=value).request.sampling.json_schema
+
+    assert schema({"type": "text"}) is None and schema({"type": "json_object"}) == '{"type": "object"}'
+    given = {"type": "object", "properties": {"b": {}, "a": {}}}
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": given, "strict": True}}
+    assert schema(named) == json.dumps(given)  # properties stay in order
 
 
 def test_a_clip_in_a_later_message():
-    request = parse(messages=alternating_messages("Hello.", "Hi.", VIDEO))[0].request
+    request = parse(messages=alternating_messages("Hello.", "Hi.", VIDEO)).request
     assert (request.history, request.prompt, request.clip_turn) == ((("Hello.", "Hi."),), None, 1)
 
 
 def test_messages_of_the_user_in_a_row_are_one():
     messages = [*alternating_messages(VIDEO), *alternating_messages("What is", "A star.", "Where?")]
-    request = parse(messages=messages)[0].request
+    request = parse(messages=messages).request
     assert (request.history, request.prompt, request.clip_turn) == ((("What is", "A star."),), "Where?", 0)
 
 
@@ -173,15 +182,21 @@ def test_errors_have_the_path_of_the_parameter():
     [
         ({"frequency_penalty": 0.5}, "frequency_penalty: this value is not supported"),
         ({"presence_penalty": -1}, "presence_penalty"),
-        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs requires logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: .*less than or equal to 20"),
         ({"stop": [""]}, "stop must be a string or a list of up to 16, each of 1 to 200 characters"),
         ({"stop": ["a"] * 17}, "stop must be"),
         ({"stop": 3}, "stop must be"),
         ({"tools": [{}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type must be text, json_object or json_schema"),
+        ({"response_format": 3}, "response_format.type must be"),
         ({"top_k": 4}, "top_k: this value is not supported; leave it out"),
         ({"colour": 4}, "colour: unsupported parameter"),
-        ({"response_format": {"type": "json_schema"}}, 'response_format: only {"type": "text"} is supported'),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema must be an object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"title": "x" * 20_000}}}},
+            "is too long; the maximum is 20,000 characters",
+        ),
         ({"ignore_eos": True}, "ignore_eos: this value"),
         ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs: this value"),
         ({"reasoning_effort": "high"}, "reasoning_effort: this value"),
@@ -213,7 +228,7 @@ def test_errors_have_the_path_of_the_parameter():
         ({"messages": alternating_messages(VIDEO, "b", "c", "d", "")}, "the user's message 3 has no text"),
         ({"messages": alternating_messages("", "b", VIDEO)}, "the user's message 1 has neither a clip nor text"),
         ({"messages": alternating_messages(VIDEO, "b", VIDEO)}, "the messages have 2 clips"),
-        ({"messages": alternating_messages("a", "b", "c")}, "the messages have no clips"),
+        ({"messages": alternating_messages("a", "b", "c")}, "the messages have no clip"),
         (
             {"messages": alternating_messages("a", VIDEO, "c")},
             r"messages\[1\]: a clip belongs in a message of the user",
@@ -250,10 +265,13 @@ def test_unsupported_values_are_rejected(parameters, message):
     [
         (
             "Describe it.",
-            "the messages have no clips; this model takes exactly one .*, such as a video_url",
+            "the messages have no clip; send one .*, such as a video_url",
         ),
-        ([text_part("Describe it.")], "the messages have no clips"),
-        ([VIDEO, VIDEO], "the messages have 2 clips"),
+        ([text_part("Describe it.")], "the messages have no clip"),
+        (
+            [VIDEO, VIDEO],
+            r"^messages\[0\].content\[1\].video_url.url: the messages have 2 clips, and the model takes one",
+        ),
         (
             [VIDEO, {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}],
             "the audio of a video is read from the video",
@@ -261,8 +279,11 @@ def test_unsupported_values_are_rejected(parameters, message):
         ([VIDEO, *[text_part("x")] * 64], r"messages\[0\].content has 65 parts; the maximum is 64"),
         ([1] * 60_000, "the body has more than 50,000 JSON values"),
         ([VIDEO, text_part("x" * 51)], "a message has 51 characters; the maximum is 50"),
-        ([{"type": "file", "file": {}}], r"messages\[0\].content\[0\].file.file_data must be given"),
-        ([{"type": "file", "file": {"file_id": "a"}}], r"content\[0\].file.file_id: unsupported field"),
+        ([{"type": "file", "file": {}}], r"messages\[0\].content\[0\].file.file_data or file_id must be given"),
+        (
+            [{"type": "file", "file": {"file_id": "a", "file_data": "AAAA"}}],
+            "file_data or file_id must be given, as the clip's only source",
+        ),
         ([{"type": "video", "video": ["1.png", "2.png"]}], r"content\[0\].video: a list of frames is not supported"),
         ([{"type": "video_url", "video_url": {"url": 3}}], r"content\[0\].video_url.url must be a string"),
         ([VIDEO | {"colour": 1}], r"content\[0\].colour: unsupported field"),
@@ -292,9 +313,9 @@ def test_errors_do_not_repeat_the_file():
     assert "AAAABBBB" not in str(caught.value) and "url" in caught.value.param
 
 
-def test_responses_tell_what_was_lost_of_the_clip():
+def test_responses_tell_what_was_lost_of_the_clip(captioner):
     """Beside OpenAI's fields; in a stream, in the chunk that ends a choice."""
-    builder = ResponseBuilder("chatcmpl-1", "toy", 1234)
+    builder = ResponseBuilder("chatcmpl-1", "toy", 1234, LogprobsFormat(captioner.processor))
     completion = Completion("a", True, ClipInfo("visual", is_complete=False, warnings=("lost 1 s of video",)))
     clip = {"complete": False, "modality": "visual", "warnings": ["lost 1 s of video"]}
     assert json.loads(json.dumps(builder.response([completion], usage=Usage(10, 3))["clip"])) == clip
@@ -302,8 +323,8 @@ def test_responses_tell_what_was_lost_of_the_clip():
     assert "clip" not in text and end["clip"] == clip and end["choices"][0]["finish_reason"] == "stop"
 
 
-def test_responses():
-    builder = ResponseBuilder("chatcmpl-1", "toy", 1234)
+def test_responses(captioner):
+    builder = ResponseBuilder("chatcmpl-1", "toy", 1234, LogprobsFormat(captioner.processor))
     response = builder.response([Completion("a", True), Completion("b", False)], usage=Usage(10, 3))
     assert response["usage"] == {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
     assert [(one["index"], one["message"]["content"], one["finish_reason"]) for one in response["choices"]] == [

@@ -146,5 +146,5 @@ def test_invalid_flags_are_rejected_before_the_model_is_loaded(call, tmp_path):
 
 def test_a_missing_extra_is_named(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "salmonn.serve.api", raising=False)
+    monkeypatch.delitem(sys.modules, "salmonn.serve.server", raising=False)
     assert "pip install 'salmonn[serve]'" in usage_error(call)
