@@ -23,8 +23,8 @@ def serve_parser() -> FlagParser:
     """Return the arguments of `salmonn serve`."""
     parser = FlagParser(
         description="Answer chat completions about clips with an OpenAI-compatible API: POST /v1/chat/completions with "
-        "a video, image or audio file; GET /v1/models, /health and /metrics. SIGTERM or Ctrl-C stops the "
-        "server once pending requests are answered; a second one stops it at once."
+        "a video, image or audio file; POST /v1/files; GET /v1/models, /health, /metrics, and /docs, which lists all. "
+        "SIGTERM or Ctrl-C stops the server once pending requests are answered; a second one stops it at once."
     )
     names = "model name in the API (default: its own)"
     parser.add_argument("--name", "--served_model_name", type=str | None, default=None, help=names)

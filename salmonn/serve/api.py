@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from salmonn import __version__
@@ -351,6 +352,7 @@ def _add_error_handlers(app: FastAPI, *, seconds: float) -> None:
     @app.exception_handler(TooLargeError)
     @app.exception_handler(TimeoutError)
     @app.exception_handler(OSError)
+    @app.exception_handler(ClientDisconnect)
     async def handle_expected_error(_: Request, error: Exception) -> Response:
         return to_api_error(error, seconds=seconds).to_response()
 
