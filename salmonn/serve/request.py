@@ -117,7 +117,10 @@ class RequestContext:
             if len(block) >= _BLOCK_BYTES:
                 await asyncio.to_thread(scanner.feed, bytes(block))
                 block.clear()
-        scanner.feed(bytes(block))
+        if len(block) > _SMALL_BYTES:
+            await asyncio.to_thread(scanner.feed, bytes(block))
+        else:
+            scanner.feed(bytes(block))
         return scanner.finish()
 
     def make_folder(self) -> Path:
