@@ -394,7 +394,6 @@ def make_app(service: Service) -> FastAPI:
         )
 
     _add_error_handlers(app, seconds=service.config.request_seconds)
-    app.include_router(file_routes(service.files, service.metrics, seconds=service.config.request_seconds))
     body_schema = ChatCompletion.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = body_schema.pop("$defs")
     body = {"required": True, "content": {"application/json": {"schema": body_schema}}}
@@ -407,6 +406,8 @@ def make_app(service: Service) -> FastAPI:
     )
     async def complete(request: Request) -> Response:
         return await service.complete(request)
+
+    app.include_router(file_routes(service.files, service.metrics, seconds=service.config.request_seconds))
 
     @app.get("/v1/models", summary="List the models, of which there is one")
     async def models() -> dict[str, Any]:

@@ -16,10 +16,11 @@ _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at mo
 
 @dataclass(frozen=True)
 class Field:
-    """A parameter of a path, a query or a body."""
+    """A parameter of a path, a query or a body; `kind` is the type of its value in words."""
 
     name: str
     kind: str
+    description: str
     required: bool
     where: str
 
@@ -59,14 +60,14 @@ def render_docs(schema: dict[str, Any]) -> str:
 
 def _to_operation(method: str, path: str, operation: dict[str, Any], schema: dict[str, Any]) -> Operation:
     fields = [
-        Field(one["name"], _kind(one["schema"], schema), one.get("required", False), one["in"])
+        Field(one["name"], _kind(one["schema"], schema), "", one.get("required", False), one["in"])
         for one in operation.get("parameters", [])
     ]
     contents: dict[str, Any] = operation.get("requestBody", {}).get("content", {})
     media_type = next(iter(contents), "")
     inner: dict[str, Any] = contents[media_type]["schema"] if contents else {}
     fields += [
-        Field(name, _kind(one, schema), name in inner.get("required", ()), "body")
+        Field(name, _kind(one, schema), one.get("description", ""), name in inner.get("required", ()), "body")
         for name, one in inner.get("properties", {}).items()
     ]
     description = operation.get("description", "")
@@ -87,7 +88,7 @@ def _kind(one: dict[str, Any], root: dict[str, Any]) -> str:
     if one.get("type") == "array":
         return f"list of: {_kind(one.get('items', {}), root)}"
     limits = ", ".join(f"{words} {one[name]:g}" for name, words in _LIMITS.items() if name in one)
-    return one.get("type", "see the description") + (f", {limits}" if limits else "")
+    return one.get("type", "") + (f", {limits}" if limits else "")
 
 
 def _code(text: str) -> Markup:

@@ -59,6 +59,9 @@ _CALLER_PARAMETERS = frozenset(["user", "metadata", "safety_identifier", "prompt
 _MIN_TEMPERATURE = 0.01  # float32 overflows below, where the most likely token is sampled anyway
 _MAX_STOPS, _MAX_STOP_CHARS = 16, 200
 _MAX_SCHEMA_CHARS = 20_000
+_FORMATS = (
+    """`{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {"schema": {...}}}`"""
+)
 JSON_SCHEMA_PARAM = "response_format.json_schema.schema"
 # Each value costs kilobytes once it is parsed, however short it is. Base64 contains none of the characters counted.
 _MAX_VALUES = 50_000
@@ -123,16 +126,16 @@ class ChatCompletion(_Model):
     max_completion_tokens: Annotated[_Int, Field(ge=1)] | None = None
     n: Annotated[_Int, Field(ge=1)] | None = None
     seed: _Int | None = None
-    stop: Any = None
-    response_format: Any = None
+    stop: Any = Field(None, description=f"a string that ends the answer, or a list of up to {_MAX_STOPS}")
+    response_format: Any = Field(None, description=_FORMATS)
     logprobs: bool | None = None
     top_logprobs: Annotated[_Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    mm_processor_kwargs: Any = None
+    mm_processor_kwargs: Any = Field(None, description="`num_frames` or `fps`, and `max_pixels`, of the clip")
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    start: float | None = Field(None, ge=0)
-    end: float | None = Field(None, gt=0)
-    modality: Modality | None = None
+    start: float | None = Field(None, ge=0, description="start of the part of the clip, in seconds")
+    end: float | None = Field(None, gt=0, description="its end, in seconds")
+    modality: Modality | None = Field(None, description="what the model is given of the clip")
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
 
 
