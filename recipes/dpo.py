@@ -8,16 +8,16 @@ Run the same command again to resume a killed run.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from salmonn import dist
 from salmonn.caption.processor import Processor
-from salmonn.config import MAY_CHANGE, run_recipe
+from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
-from salmonn.model.loading import load_config
+from salmonn.model.loading import CONFIG_NAME, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.comparisons import conversation_to_comparison
 from salmonn.preference.losses import LossConfig, make_loss
@@ -28,6 +28,7 @@ from salmonn.train.data import ClipSource, check_texts, require_files
 from salmonn.train.dry_run import check_adapters, print_adapter_plan
 from salmonn.train.evaluate import encode_clips
 from salmonn.train.feature_cache import open_feature_cache
+from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes, fit
 from salmonn.train.preference import (
     PreferenceBatches,
@@ -37,6 +38,7 @@ from salmonn.train.preference import (
 )
 from salmonn.train.rounds import keep_subset
 from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
+from salmonn.train.run_steps import MERGED_FILES, Step, fingerprint, flat_settings
 
 log = logging.getLogger("dpo")
 
@@ -49,7 +51,6 @@ class OfflineDpoConfig(RunConfig):
         preferences: JSONL of comparisons (pairs.jsonl of a round, or of votes), or .json or .jsonl of published
             conversations with preferences (docs/data.md).
         root: folder that the paths of the videos start from; by default the folder of `preferences`.
-        max_failures: number of clips that may be unreadable; they are listed and their preferences left out.
         subset: subset of the preferences that is trained on.
         loss: loss.
         lora: adapter.
@@ -58,7 +59,6 @@ class OfflineDpoConfig(RunConfig):
 
     preferences: Path
     root: Path | None = None
-    max_failures: int = field(default=0, metadata=MAY_CHANGE)
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
@@ -85,7 +85,9 @@ def main(config: OfflineDpoConfig) -> None:
     check_adapters(sizes, config.lora)
     processor = Processor.load(config.model, config=sizes)
     comparisons = load_comparisons(config, check=partial(check_texts, processor=processor))
-    open_run(config.out, config, name="dpo")
+    left_out = LeftOut(config.out, max_failures=config.max_failures)
+    comparisons = [(one, clip) for one, clip in comparisons if clip not in left_out.sources]
+    open_run(config, plan_steps(config, comparisons), name="dpo")
     if is_complete(config.out):
         log.info("%s is already trained", config.out)
         return
@@ -96,11 +98,11 @@ def main(config: OfflineDpoConfig) -> None:
     captioner = config.load_model(config.model)
     cache = open_feature_cache(config.feature_cache, captioner)
     clips = [clip for _, clip in comparisons]
-    features = encode_clips(captioner, clips, name="clips", cache=cache, max_failures=config.max_failures)
+    features = encode_clips(captioner, clips, name="clips", cache=cache, left_out=left_out)
+    comparisons = [(one, clip) for one, clip in comparisons if clip in features]
+    open_run(config, plan_steps(config, comparisons), name="dpo")  # a checkpoint must not be of other comparisons
     loss = make_loss(config.loss)
-    examples = make_preference_examples(
-        [(one, features[clip]) for one, clip in comparisons if clip in features], loss.roles
-    )
+    examples = make_preference_examples([(one, features[clip]) for one, clip in comparisons], loss.roles)
 
     # Train.
     attach_lora(captioner.network, config.lora, seed=config.seed)
@@ -169,6 +171,13 @@ def load_comparisons(
             "--loss.ce-weight 0"
         )
     return pairs
+
+
+def plan_steps(config: OfflineDpoConfig, comparisons: Sequence[tuple[Comparison, ClipSource]]) -> list[Step]:
+    """Return the only step of a run; comparisons are compared by content, since their files may move."""
+    settings = flat_settings(config) | {"preferences": fingerprint(one for one, _ in comparisons)}
+    settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
+    return [Step("model", settings, MERGED_FILES, f"merged/{CONFIG_NAME}")]
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ from salmonn.train.dry_run import check_adapters, print_adapter_plan
 from salmonn.train.evaluate import RATES_NAME, cache_features, evaluate, sample_captions, write_evaluation
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.kl import KLProbe
+from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import Batches, Callback, FitContext, autocast, check_processes, fit
-from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data, plan_steps
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
     MixedBatches,
@@ -104,15 +105,17 @@ def main(config: MrDpoConfig) -> None:
     judge = make_judge(config.judge, processes=dist.world_size())
     reward = make_reward(config.reward, judge=judge)
     train, heldout = load_data(config, reward, processor)
-    open_run(config.out, config, name="mrdpo")
+    left_out = LeftOut(config.out, max_failures=config.max_failures)
+    train, heldout = left_out.remove_from(train), left_out.remove_from(heldout)
+    open_run(config, plan_steps(config, train, heldout, rating_file=reward.file_name), name="mrdpo")
     captioner = config.load_model(config.model)
     # Both sets at once, so that the cache does not evict the features of one for those of the other.
     cache = open_feature_cache(config.feature_cache, captioner)
-    train, heldout = cache_features(
-        captioner, train, heldout, name="clips", cache=cache, max_failures=config.max_failures
-    )
+    train, heldout = cache_features(captioner, train, heldout, name="clips", cache=cache, left_out=left_out)
     if not (train.references and heldout.references):
         raise ValueError("no training clip or no held-out clip can be read; replace the files that are listed above")
+    # Clips that became unreadable must not be part of existing results.
+    open_run(config, plan_steps(config, train, heldout, rating_file=reward.file_name), name="mrdpo")
     del captioner
     run = Run(config, train, heldout, judge, reward)
     summary = RunSummary(sft=measure(config.model, config.out / "sft", run))

@@ -19,7 +19,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.caption.prompt import LIST_EVENTS, train_tokenizer
-from salmonn.config import run_recipe
+from salmonn.config import MAY_CHANGE, run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
 from salmonn.model.config import PLAIN_PROMPTS, SalmonnConfig
 from salmonn.model.families import get_family
@@ -28,8 +28,10 @@ from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import CONFIG_NAME, load_config, load_network, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter
 from salmonn.model.network import Network
+from salmonn.preference.reward import make_judge
 from salmonn.records import Modality, Reference, write_json
-from salmonn.synthetic.judge import RuleJudge
+from salmonn.score.config import JudgeConfig
+from salmonn.score.judge import Judge
 from salmonn.synthetic.render import SynthConfig, sample_clip
 from salmonn.train.checkpoint import checkpointed, load_trained
 from salmonn.train.data import (
@@ -49,15 +51,30 @@ from salmonn.train.data import (
     sft_loss,
 )
 from salmonn.train.dry_run import MemoryPlan, Workload, build_on_meta, clips_per_micro_batch, print_plan
-from salmonn.train.evaluate import SampleConfig, cache_features, encode_clips, evaluate, write_evaluation
+from salmonn.train.evaluate import (
+    ANSWERS_NAME,
+    CAPTIONS_NAME,
+    RATES_NAME,
+    SCORES_NAME,
+    SampleConfig,
+    cache_features,
+    encode_clips,
+    evaluate,
+    write_evaluation,
+)
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
+from salmonn.train.left_out import LeftOut, leave_out_unreadable
 from salmonn.train.loop import FitConfig, FitContext, check_processes, fit
 from salmonn.train.run_folder import RunConfig, is_missing, open_run, save_model
 from salmonn.train.run_log import SUMMARY_NAME
+from salmonn.train.run_steps import TRAINING_FILES, Step, choose_settings, fingerprint, flat_settings
 
 log = logging.getLogger("sft")
 TINY = "tiny"
 NUM_TOKENIZER_SCENES = 1000
+NOT_TRAINED_WITH = {"out", "heldout_clips", "heldout_references"}
+MODEL_FILES = (CONFIG_NAME, "*.safetensors", "model.safetensors.index.json", "tokenizer*.json", "chat_template.jinja")
+EVALUATION_FILES = (CAPTIONS_NAME, ANSWERS_NAME, SCORES_NAME, RATES_NAME, SUMMARY_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +87,9 @@ class SftConfig(RunConfig):
             which `tasks` does not apply; none renders synthetic clips.
         clips_dir: folder of synthetic clips.
         synth: synthetic training clips.
+        heldout_references: references to held-out videos; none renders synthetic clips.
         heldout_clips: number of synthetic held-out clips, from a different seed; 0 to evaluate nothing.
+        judge: judge of the captions of held-out clips.
         feature_cache: with a folder, the frozen encoders run once on each clip, before the first step and without
             dropout, which pays if clips are repeated; by default they run in each step.
         tasks: what is learned of each clip.
@@ -84,9 +103,11 @@ class SftConfig(RunConfig):
 
     model: str = TINY
     references: Path | None = None
-    clips_dir: Path = Path("run/clips")
+    heldout_references: Path | None = None
+    clips_dir: Path = field(default=Path("run/clips"), metadata=MAY_CHANGE)
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=8000, seed=1))
     heldout_clips: int = 200
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     feature_cache: FeatureCacheConfig = field(default_factory=lambda: FeatureCacheConfig(folder=None))
     tasks: tuple[SftTask, ...] = ("caption", "questions", "visual_caption", "audio_caption")
     single_modality_every: int = 1
@@ -94,6 +115,38 @@ class SftConfig(RunConfig):
     lora: LoraConfig | None = None
     fit: FitConfig = field(default_factory=FitConfig)
     vocab_size: int = 640
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.references and self.heldout_clips and not self.heldout_references:
+            raise ValueError(
+                "references are given without heldout_references, so the model would be evaluated on synthetic clips; "
+                "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
+                "--heldout-references, or pass --heldout-clips 0 to evaluate nothing"
+            )
+
+
+@dataclass(frozen=True)
+class ConversationSet:
+    """Published conversations, and the folder that their paths start from."""
+
+    conversations: list[Conversation]
+    root: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """What training and evaluation share; `heldout` is None if nothing is evaluated."""
+
+    config: SftConfig
+    data: ClipSet | ConversationSet
+    heldout: ClipSet | None
+    judge: Judge
+    left_out: LeftOut
+
+    def open(self) -> None:
+        """Open the run's folder, or raise ValueError if it holds results of other settings or clips."""
+        open_run(self.config, plan_steps(self), name="sft")
 
 
 def main(config: SftConfig) -> None:
@@ -105,25 +158,38 @@ def main(config: SftConfig) -> None:
     check_processes(config.strategy, config.fit)
     # What can be wrong is found before anything is rendered, and before the folder is claimed.
     choose_trainable(build_on_meta(model_sizes(config)), config)
-    data = load_data(config)
-    open_run(config.out, config, name="sft")
-    if not is_missing(config.out / CONFIG_NAME):
+    judge = make_judge(config.judge, processes=dist.world_size())
+    left_out = LeftOut(config.out, max_failures=config.max_failures)
+    run = Run(config, load_data(config), load_heldout(config, judge), judge, left_out)
+    run.open()
+    if is_missing(config.out / CONFIG_NAME):
+        captioner = train(run)
+    else:
         log.info("%s is already trained", config.out)
         with checkpointed(config.out):  # deletes checkpoints that a killed process left
-            return
+            captioner = None
+    if run.heldout and is_missing(config.out / SUMMARY_NAME):
+        measure(captioner or config.load_model(config.out), run.heldout, run)
 
+
+def train(run: Run) -> Captioner:
+    """Train, merge and save the model."""
     # Load.
-    captioner = load_model(config, data)
+    config, left_out = run.config, run.left_out
+    captioner = load_model(config, run.data)
     choose_trainable(captioner.network, config)
-    examples = to_examples(data, captioner, config)
+    examples = to_examples(run.data, captioner, config)
     if config.strategy != "ddp":
         examples = require_one_modality(examples, strategy=config.strategy)
+    read_clip = clip_reader(captioner, examples, config.feature_cache, left_out)
+    examples = [example for example in examples if example.clip not in left_out.sources]
+    run.open()  # a checkpoint must not be of other clips
 
     # Train.
     batches = SftBatches(
         examples,
         captioner.processor,
-        clip_reader(captioner, examples, config.feature_cache),
+        read_clip,
         batch_size=config.fit.batch_size,
         seed=config.seed,
         gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
@@ -132,7 +198,7 @@ def main(config: SftConfig) -> None:
     with checkpointed(config.out):
         checkpoint = fit(captioner.network, batches, sft_loss, config.fit.resolve(len(examples)), context=context)
 
-        # Merge, evaluate and save. Training took the network apart, so the weights go into a new one.
+        # Merge and save. Training took the network apart, so the weights go into a new one.
         del captioner.network
         gc.collect()
         captioner.network = initial_network(config, captioner.processor)
@@ -141,8 +207,28 @@ def main(config: SftConfig) -> None:
         if config.lora:
             merge_adapter(captioner.network)
         captioner.network.requires_grad_(False).eval()
-        measure(captioner, config)
         save_model(captioner, config.out)
+    return captioner
+
+
+def plan_steps(run: Run) -> list[Step]:
+    """Return the two steps of a stage, each with the settings that its results depend on."""
+    config, settings = run.config, flat_settings(run.config)
+    heldout = {run.heldout.source(one) for one in run.heldout.references} if run.heldout else set()
+    evaluation = choose_settings(settings, "judge")
+    if run.heldout:
+        evaluation["heldout_references"] = fingerprint(run.heldout.references)
+    # Clips are compared by content: their files may move.
+    training = {name: value for name, value in settings.items() if name not in NOT_TRAINED_WITH | evaluation.keys()}
+    training["left_out"] = fingerprint(clip for clip in run.left_out.clips if clip.source not in heldout)
+    if config.references:
+        records = run.data.references if isinstance(run.data, ClipSet) else run.data.conversations
+        training = {name: value for name, value in training.items() if not name.startswith("synth.")}
+        training["references"] = fingerprint(records)
+    return [
+        Step("model", training, (*MODEL_FILES, *TRAINING_FILES), CONFIG_NAME),
+        Step("heldout", evaluation, EVALUATION_FILES, SUMMARY_NAME, needs=("model",)),
+    ]
 
 
 def model_sizes(config: SftConfig) -> SalmonnConfig:
@@ -174,14 +260,6 @@ def print_memory_plan(config: SftConfig) -> None:
     print_plan(plan, title=f"SFT of {config.model}")
 
 
-@dataclass(frozen=True)
-class ConversationSet:
-    """Published conversations, and the folder that their paths start from."""
-
-    conversations: list[Conversation]
-    root: Path
-
-
 def load_data(config: SftConfig) -> ClipSet | ConversationSet:
     """Read references or published conversations, or render synthetic clips.
 
@@ -207,6 +285,19 @@ def load_data(config: SftConfig) -> ClipSet | ConversationSet:
     if is_conversation_file(path):
         return ConversationSet(read_conversations(path, check=check), path.parent)
     return read_clips(path, check=check_reference)
+
+
+def load_heldout(config: SftConfig, judge: Judge) -> ClipSet | None:
+    """Read or render the held-out clips; None if the model is not to be evaluated.
+
+    Raises:
+        ValueError: the judge cannot use a reference.
+    """
+    if config.heldout_references:
+        return read_clips(config.heldout_references, check=judge.check)
+    if config.heldout_clips:
+        return render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
+    return None
 
 
 def to_examples(data: ClipSet | ConversationSet, captioner: Captioner, config: SftConfig) -> list[TrainingExample]:
@@ -298,15 +389,21 @@ def choose_trainable(network: Network, config: SftConfig) -> None:
 
 
 def clip_reader(
-    captioner: Captioner, examples: Sequence[TrainingExample], cache: FeatureCacheConfig
+    captioner: Captioner, examples: Sequence[TrainingExample], cache: FeatureCacheConfig, left_out: LeftOut
 ) -> Callable[[ClipSource], ClipInputs | ClipFeatures]:
     """Return a function that reads clips from files, or that returns their cached features if the cache has a folder.
+
+    If some clips may be unreadable, or features are cached, all clips are read first.
 
     Raises:
         ValueError: features would be cached, but the encoders or the embeddings are trained.
     """
+    clips = [example.clip for example in examples]
     if cache.folder is None:
-        return ClipCache(captioner.processor)
+        read = ClipCache(captioner.processor)
+        if left_out.max_failures:
+            leave_out_unreadable(clips, read, left_out, name="training clips")
+        return read
     embeddings = captioner.network.lm.get_input_embeddings().weight
     encoders = [*captioner.network.vision.parameters(), *captioner.network.audio.parameters()]
     if any(value.requires_grad for value in (*encoders, embeddings)):
@@ -314,22 +411,19 @@ def clip_reader(
             "features can be cached only if encoders and embeddings are frozen, but trainable names some of them; omit "
             "feature_cache.folder, or train only a LoRA"
         )
-    clips = [example.clip for example in examples]
-    features = encode_clips(captioner, clips, name="training clips", cache=open_feature_cache(cache, captioner))
+    cache_on_disk = open_feature_cache(cache, captioner)
+    features = encode_clips(captioner, clips, name="training clips", cache=cache_on_disk, left_out=left_out)
     return features.__getitem__
 
 
-def measure(captioner: Captioner, config: SftConfig) -> None:
+def measure(captioner: Captioner, heldout: ClipSet, run: Run) -> None:
     """Evaluate the model on the held-out clips, and write captions, scores and summary."""
-    if not config.heldout_clips:
-        return
-    clips = render_clips(config.clips_dir, heldout_config(config.synth, clips=config.heldout_clips))
+    config = run.config
     cache = open_feature_cache(config.feature_cache, captioner)
-    (clips,) = cache_features(captioner, clips, name="held-out clips", cache=cache)
-    judge = RuleJudge()
-    result = evaluate(captioner, clips, judge=judge, sampling=SampleConfig(), name="held-out")
+    (clips,) = cache_features(captioner, heldout, name="held-out clips", cache=cache, left_out=run.left_out)
+    result = evaluate(captioner, clips, judge=run.judge, sampling=SampleConfig(), name="held-out")
     if dist.is_main():
-        write_evaluation(config.out, result, judge=judge)
+        write_evaluation(config.out, result, judge=run.judge)
         write_json(config.out / SUMMARY_NAME, asdict(result.rates))
         log.info("held-out: %s", json.dumps(asdict(result.rates)))
 

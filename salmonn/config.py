@@ -1,7 +1,7 @@
 """Typed configuration: dataclass defaults, overridden by YAML, overridden by dotted flags; checked before any loading.
 
-What a run's results follow from is written to its folder, and a resumed run must agree with it (`claim_folder`).
-A field that does not affect the results is marked:
+A run's config is written to its folder (`write_config`); `salmonn.train.run_steps` compares the values that results
+follow from when a run is resumed. A field that does not affect the results is marked:
 
     strategy: StrategyName = field(default="ddp", metadata=MAY_CHANGE)
 """
@@ -20,7 +20,7 @@ from salmonn.records import write_text
 
 Config = TypeVar("Config")
 
-RUN_FORMAT = 1  # of the YAML in a run's folder, stated in its first line
+RUN_FORMAT = 2  # of the YAML in a run's folder, stated in its first line
 
 # Metadata of dataclass fields that a resumed run may change. With the second, results follow only from whether the
 # value is None, and the field's default must be another.
@@ -184,31 +184,24 @@ def resume_values(config: Any) -> Namespace:
     return values
 
 
-def claim_folder(folder: Path, config: Any, *, name: str) -> None:
-    """Write a run's config to its folder, or check that the folder was claimed with the same one.
-
-    The file is YAML that `--config` reads back. It holds `resume_values`; other fields get their defaults.
+def write_config(folder: Path, config: Any, *, name: str) -> None:
+    """Write a run's config to its folder, as YAML that `--config` reads back.
 
     Raises:
-        ValueError: the folder holds results of another config, which a resumed run would mix with its own.
+        ValueError: another version of salmonn wrote the file that is there.
     """
     parser = ArgumentParser()
     parser.add_class_arguments(type(config))
     header = f"# run config, format {RUN_FORMAT}"
-    text = f"{header}\n{parser.dump(resume_values(config), skip_unset=False)}"
     path = folder / f"{name}.yaml"
-    if path.is_file():
-        before, now = path.read_text(encoding="utf-8").splitlines(), text.splitlines()
-        if before[:1] != now[:1]:
-            raise ValueError(
-                f"{path} does not start with {header!r}: another version of salmonn wrote it; "
-                "resume the run with that version, or choose another --out"
-            )
-        if before != now:
-            changes = [f"now {line.strip()}" for line in now if line not in before]
-            changes += [f"before {line.strip()}" for line in before if line not in now]
-            raise ValueError(
-                f"{folder} holds a run with another configuration ({', '.join(changes) or 'a list in another order'}): "
-                "choose another --out, or delete that folder to start over"
-            )
-    write_text(path, text)
+    if path.is_file() and path.read_text(encoding="utf-8").splitlines()[:1] != [header]:
+        raise ValueError(
+            f"{path} does not start with {header!r}: another version of salmonn wrote it; "
+            "resume the run with that version, or choose another --out"
+        )
+    write_text(path, f"{header}\n{parser.dump(_to_namespace(config), skip_unset=False)}")
+
+
+def _to_namespace(config: Any) -> Namespace:
+    values = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return Namespace(**{name: _to_namespace(one) if dataclasses.is_dataclass(one) else one for name, one in values})

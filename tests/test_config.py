@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE, claim_folder, parse_config, resume_values, run_recipe
+from salmonn.config import MAY_CHANGE, MAY_CHANGE_BUT_NOT_TO_NONE, parse_config, resume_values, run_recipe, write_config
 from salmonn.model.lora import LoraConfig
 from salmonn.preference.selection import SelectionConfig
 from salmonn.train.evaluate import SampleConfig
@@ -216,37 +216,6 @@ def test_a_bug_within_a_recipe_keeps_its_traceback():
         run_recipe(main, Outer, description="A recipe.", args=[])
 
 
-def test_a_folder_accepts_the_same_config_again(tmp_path):
-    claim_folder(tmp_path, Outer(maybe=Inner(1.0)), name="run")
-    claim_folder(tmp_path, Outer(maybe=Inner(1.0)), name="run")
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        Outer(steps=4),
-        Outer(inner=Inner(0.75)),
-        Outer(maybe=Inner()),
-        Outer(names=("a", "b", "c")),
-        Outer(names=("a",)),
-        Outer(names=("b", "a")),
-    ],
-)
-def test_a_folder_rejects_another_config(tmp_path, changed):
-    claim_folder(tmp_path, Outer(), name="run")
-    before = (tmp_path / "run.yaml").read_text()
-    with pytest.raises(ValueError, match="another configuration"):
-        claim_folder(tmp_path, changed, name="run")
-    assert (tmp_path / "run.yaml").read_text() == before
-
-
-def test_the_message_names_the_changed_values(tmp_path):
-    claim_folder(tmp_path, Outer(), name="run")
-    with pytest.raises(ValueError) as caught:
-        claim_folder(tmp_path, Outer(steps=4), name="run")
-    assert str(tmp_path) in str(caught.value) and "steps: 4" in str(caught.value)
-
-
 @dataclass(frozen=True)
 class Cache:
     """A cache.
@@ -283,49 +252,15 @@ def test_resume_values_omit_changeable_fields():
     assert resume_values(Outer(maybe=Inner(1.0))).as_dict() == dataclasses.asdict(Outer(maybe=Inner(1.0)))
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        Resumable(strategy="zero3"),
-        Resumable(cache=Cache(Path("other"))),
-        Resumable(cache=Cache(max_gib=1.0)),
-        Resumable(judge=Inner(2.0)),
-        Resumable(judge=None),
-    ],
-)
-def test_a_resumed_run_may_change_marked_fields(tmp_path, changed):
-    for first, second in [(Resumable(), changed), (changed, Resumable())]:
-        folder = tmp_path / str(first == changed)
-        claim_folder(folder, first, name="run")
-        before = (folder / "run.yaml").read_text()
-        claim_folder(folder, second, name="run")
-        assert (folder / "run.yaml").read_text() == before
-
-
-@pytest.mark.parametrize("changed", [Resumable(seed=1), Resumable(cache=Cache(None))])
-def test_a_resumed_run_may_change_no_other_field(tmp_path, changed):
-    for first, second in [(Resumable(), changed), (changed, Resumable())]:
-        folder = tmp_path / str(first == changed)
-        claim_folder(folder, first, name="run")
-        with pytest.raises(ValueError, match="another configuration"):
-            claim_folder(folder, second, name="run")
-
-
 def test_a_run_in_another_format_is_rejected(tmp_path):
-    claim_folder(tmp_path, Outer(), name="run")
+    write_config(tmp_path, Outer(), name="run")
     path = tmp_path / "run.yaml"
     text = path.read_text()
-    assert text.startswith("# run config, format 1\n")
-    for other in (text.replace("format 1", "format 2"), text.partition("\n")[2], ""):
+    assert text.startswith("# run config, format 2\n")
+    for other in (text.replace("format 2", "format 1"), text.partition("\n")[2], ""):
         path.write_text(other)
         with pytest.raises(ValueError, match=r"run\.yaml does not start with .*another version of salmonn"):
-            claim_folder(tmp_path, Outer(), name="run")
-
-
-def test_two_recipes_may_share_a_folder(tmp_path):
-    claim_folder(tmp_path, Outer(), name="one")
-    claim_folder(tmp_path, Outer(steps=4), name="two")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.yaml", "two.yaml"]
+            write_config(tmp_path, Outer(), name="run")
 
 
 def test_the_written_yaml_reads_back(config_type, tmp_path):
@@ -342,5 +277,5 @@ def test_the_written_yaml_reads_back(config_type, tmp_path):
     )
     tuned = sft(out=tmp_path, lora=LoraConfig(rank=2), trainable=(), tasks=("questions", "caption"))
     for number, config in enumerate([plain, odd, tuned, sft(out=tmp_path)]):
-        claim_folder(tmp_path, config, name=str(number))
+        write_config(tmp_path, config, name=str(number))
         assert parse("--config", str(tmp_path / f"{number}.yaml"), of=type(config)) == config

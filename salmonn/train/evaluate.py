@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CachedGenerator, CaptionRequest, Sampling
 from salmonn.caption.loader import length_buckets
+from salmonn.config import MAY_CHANGE
 from salmonn.media.container import ClipError, declared_seconds
 from salmonn.model.layout import ClipFeatures
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
@@ -27,6 +28,7 @@ from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
 from salmonn.score.scoring import make_judge_info
 from salmonn.train.data import ClipCache, ClipSet, ClipSource
 from salmonn.train.feature_cache import FeatureCache
+from salmonn.train.left_out import LeftOut
 from salmonn.train.run_folder import load_or_create
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ MAX_ANSWER_TOKENS = 16  # for the answer to a question
 CAPTIONS_NAME = "captions.jsonl"
 PARTIAL_NAME = "captions.parts"  # folder of finished batches while captions are sampled
 REQUEST_NAME = "parts.json"  # file in it that says what they are batches of
+ANSWERS_NAME = "answers.jsonl"
+SCORES_NAME = "scores.jsonl"
 RATES_NAME = "rates.json"
 
 
@@ -51,7 +55,7 @@ class SampleConfig(Sampling):
     temperature: float = 0.8
     top_p: float = 0.95
     num_samples: int = 8
-    batch_size: int = 128
+    batch_size: int = field(default=128, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,11 +110,11 @@ def map_batches(
 
 
 def cache_features(
-    captioner: Captioner, *sets: ClipSet, name: str, cache: FeatureCache | None = None, max_failures: int = 0
+    captioner: Captioner, *sets: ClipSet, name: str, cache: FeatureCache | None = None, left_out: LeftOut | None = None
 ) -> list[ClipSet]:
     """Return sets of clips with the features of their clips, without clips that cannot be read; see `encode_clips`."""
     sources = [clips.source(reference) for clips in sets for reference in clips.references]
-    features = encode_clips(captioner, sources, name=name, cache=cache, max_failures=max_failures)
+    features = encode_clips(captioner, sources, name=name, cache=cache, left_out=left_out)
     return [
         replace(clips, features=features, references=[one for one in clips.references if clips.source(one) in features])
         for clips in sets
@@ -123,7 +127,7 @@ def encode_clips(
     *,
     name: str,
     cache: FeatureCache | None = None,
-    max_failures: int = 0,
+    left_out: LeftOut | None = None,
 ) -> dict[ClipSource, ClipFeatures]:
     """Compute the features of clips with the frozen encoders, each distinct clip once.
 
@@ -135,13 +139,16 @@ def encode_clips(
         sources: clips.
         name: what the clips are, for the progress bar.
         cache: feature cache on disk; none to keep all features in memory.
-        max_failures: clips that may fail; they are logged and left out of the result. With 0 the first one raises.
+        left_out: clips that are left out of the result, and how many more may be; by default, the first clip that
+            cannot be read raises an error.
 
     Raises:
         ClipError: a clip cannot be read, or lacks the video or audio that is needed.
         ValueError: more clips fail than may, or a process does not see the files of the cache.
     """
-    clips = list(dict.fromkeys(sources))
+    left_out = left_out or LeftOut(None, max_failures=0)
+    left_out_sources, max_failures = left_out.sources, left_out.max_failures
+    clips = [clip for clip in dict.fromkeys(sources) if clip not in left_out_sources]
     keys = cache.keys(clips) if cache else [""] * len(clips)
     found = cache.find_complete(keys) if cache else set()
     mine = dist.shard(list(zip(clips, keys, strict=True)))
@@ -165,8 +172,9 @@ def encode_clips(
 
     costs = [seconds[index] for (index,) in batches]
     computed = map_batches(encode, batches, costs, name=f"encoding {name}", unit="clip")
-    _report_unreadable([one for one in computed if isinstance(one, str)], len(clips), name, max_failures=max_failures)
-    readable = [clip for clip, one in zip(clips, computed, strict=True) if not isinstance(one, str)]
+    unreadable = {clip: one for clip, one in zip(clips, computed, strict=True) if isinstance(one, str)}
+    left_out.add(unreadable, num_clips=len(clips), name=name)
+    readable = [clip for clip in clips if clip not in unreadable]
     features = [one for one in computed if not isinstance(one, str)]
     if cache:
         kept = [key for key, one in zip(keys, computed, strict=True) if not isinstance(one, str)]
@@ -182,16 +190,6 @@ def _reading_cost(clip: ClipSource, *, may_fail: bool) -> float:
         if may_fail:  # it fails again when it is read
             return 1.0
         raise
-
-
-def _report_unreadable(reasons: Sequence[str], num_clips: int, name: str, *, max_failures: int) -> None:
-    """Log why clips cannot be read; raise ValueError if they are more than may be, or all."""
-    if not reasons:
-        return
-    text = f"{len(reasons)} of {num_clips} {name} cannot be read: " + "; ".join(reasons)
-    if len(reasons) > max_failures or len(reasons) == num_clips:
-        raise ValueError(f"{text}. Replace them, or allow more with --max-failures ({max_failures})")
-    log.warning("%s. They are left out", text)
 
 
 def sample_captions(
@@ -376,6 +374,6 @@ def evaluate(captioner: Captioner, clips: ClipSet, *, judge: Judge, sampling: Sa
 def write_evaluation(folder: Path, result: Evaluation, *, judge: Judge) -> None:
     """Write captions.jsonl, answers.jsonl, scores.jsonl and, last of all, rates.json; only rank 0 calls it."""
     write_records(folder / CAPTIONS_NAME, result.captions)
-    write_records(folder / "answers.jsonl", result.answers)
-    write_scores(folder / "scores.jsonl", make_judge_info(judge, totals=[result.rates.total]), result.results)
+    write_records(folder / ANSWERS_NAME, result.answers)
+    write_scores(folder / SCORES_NAME, make_judge_info(judge, totals=[result.rates.total]), result.results)
     write_json(folder / RATES_NAME, asdict(result.rates))

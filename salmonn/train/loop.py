@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from salmonn import dist
+from salmonn.config import MAY_CHANGE
 from salmonn.model.network import Network
 from salmonn.train.checkpoint import CHECKPOINTS_DIR, Checkpoint, Checkpoints, load_trained
 from salmonn.train.parallel import (
@@ -61,14 +62,14 @@ class FitConfig:
     steps: int | None = 1000
     epochs: float | None = None
     batch_size: int = 32
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(default=1, metadata=MAY_CHANGE)
     warmup_ratio: float = 0.05
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
     precision: Precision = "float32"
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = 100
+    gradient_checkpointing: bool = field(default=False, metadata=MAY_CHANGE)
+    checkpoint_every: int = field(default=100, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -1,12 +1,14 @@
 """Settings of an mrDPO run, and the clips it trains and evaluates on; recipes/mrdpo.py is the run itself."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from salmonn.caption.captioner import SHIPPED_MODEL
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE
+from salmonn.model.loading import CONFIG_NAME
 from salmonn.model.lora import LoraConfig
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.rating import Reward
@@ -17,10 +19,17 @@ from salmonn.records import Reference
 from salmonn.score.config import JudgeConfig
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, check_texts, heldout_config, read_clips, render_clips
-from salmonn.train.evaluate import SampleConfig
+from salmonn.train.evaluate import CAPTIONS_NAME, PARTIAL_NAME, RATES_NAME, SampleConfig
 from salmonn.train.loop import FitConfig
-from salmonn.train.rounds import EarlyStopConfig
+from salmonn.train.rounds import PAIRS_NAME, EarlyStopConfig
 from salmonn.train.run_folder import RunConfig
+from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
+
+# Settings, or groups of them, that results depend on.
+LOADING = ("model", "placement", "frames", "reader")
+GREEDY = ("sampling.max_new_tokens", "sampling.repetition_penalty", "sampling.stop")
+EVALUATION = ("heldout_references", "synth", "judge", *GREEDY)
+RATING_FILES = ("scores.jsonl", "ratings.jsonl")  # of any kind of reward
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,6 @@ class MrDpoConfig(RunConfig):
         clips_dir: folder of synthetic clips.
         synth: synthetic training clips; held-out clips are like them, from a different seed.
         heldout_clips: number of synthetic held-out clips.
-        max_failures: number of clips that may be unreadable; they are listed and left out, before anything is sampled.
         kl: measurement of the KL divergence; may change when a run is resumed.
         rounds: number of rounds of DPO.
         fresh_pairs: sample and pair captions in each round; otherwise all rounds train on the first round's pairs.
@@ -88,10 +96,9 @@ class MrDpoConfig(RunConfig):
     model: str = str(SHIPPED_MODEL)
     references: Path | None = None
     heldout_references: Path | None = None
-    clips_dir: Path = Path("run/clips")
+    clips_dir: Path = field(default=Path("run/clips"), metadata=MAY_CHANGE)
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=320, seed=11))
     heldout_clips: int = 200
-    max_failures: int = field(default=0, metadata=MAY_CHANGE)
     kl: KLConfig = field(default_factory=KLConfig, metadata=MAY_CHANGE)
     rounds: int = 3
     fresh_pairs: bool = True
@@ -176,3 +183,68 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
             "or set kl.num_clips 0"
         )
     return train, heldout
+
+
+def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_file: str) -> list[Step]:
+    """Return all steps of a run, each with the settings and the earlier steps that its results depend on."""
+    # Clips are compared by content: their files may move.
+    settings = flat_settings(config) | {
+        "training_videos": fingerprint(reference.video for reference in train.references),
+        "references": fingerprint(train.references),
+        "heldout_references": fingerprint(heldout.references),
+    }
+    if config.references:
+        settings = {name: value for name, value in settings.items() if not name.startswith("synth.")}
+    choose = partial(choose_settings, settings)
+    evaluation = choose(*EVALUATION)
+    steps, policy = [_evaluation_step("sft", choose(*LOADING) | evaluation)], tuple[str, ...]()
+    for number in range(1, config.rounds + 1):
+        folder = f"round_{number}"
+        if number == 1 or config.fresh_pairs:
+            steps += [
+                _captions_step(folder, choose(*LOADING, "training_videos", "synth", "sampling", "seed"), needs=policy),
+                Step(
+                    f"{folder}/ratings",
+                    choose("references", "judge", "reward"),
+                    files=tuple(f"{folder}/{name}" for name in RATING_FILES),
+                    result=f"{folder}/{rating_file}",
+                    needs=(f"{folder}/captions",),
+                ),
+                Step(
+                    f"{folder}/pairs",
+                    choose("selection"),
+                    files=(f"{folder}/{PAIRS_NAME}",),
+                    result=f"{folder}/{PAIRS_NAME}",
+                    needs=(f"{folder}/ratings",),
+                ),
+            ]
+            pairs = f"{folder}/pairs"
+        training = choose("loss", "lora", "fit", "seed")
+        training |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
+        training |= {"num_questions": config.num_questions if number == config.rounds else 0}
+        steps += _training_steps(folder, training, evaluation, needs=(pairs, *policy))
+        policy = (f"{folder}/model",)
+    if config.rebirth:
+        # The best round depends on all evaluations.
+        rated = tuple(step.name for step in steps if step.name.endswith(("/model", "/heldout")))
+        choice = choose("rounds", "early_stopping", "training_videos", "synth", "seed", *GREEDY)
+        steps.append(_captions_step("rebirth", choice, needs=rated))
+        training = choose("rebirth", "references", "seed")
+        steps += _training_steps("rebirth", training, evaluation, needs=("rebirth/captions",))
+    return steps
+
+
+def _captions_step(folder: str, settings: Settings, *, needs: tuple[str, ...]) -> Step:
+    result = f"{folder}/{CAPTIONS_NAME}"
+    return Step(f"{folder}/captions", settings, (result, f"{folder}/{PARTIAL_NAME}"), result, needs)
+
+
+def _training_steps(folder: str, settings: Settings, evaluation: Settings, *, needs: tuple[str, ...]) -> list[Step]:
+    """Return the step that trains and merges a stage's model, and its evaluation."""
+    files = tuple(f"{folder}/{name}" for name in MERGED_FILES)
+    training = Step(f"{folder}/model", settings, files, f"{folder}/merged/{CONFIG_NAME}", needs)
+    return [training, _evaluation_step(folder, evaluation, needs=(training.name,))]
+
+
+def _evaluation_step(folder: str, settings: Settings, *, needs: tuple[str, ...] = ()) -> Step:
+    return Step(f"{folder}/heldout", settings, (f"{folder}/heldout",), f"{folder}/heldout/{RATES_NAME}", needs)

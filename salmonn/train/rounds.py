@@ -112,8 +112,9 @@ def require_pairs(pairs: Sequence[Comparison], early_stopping: EarlyStopConfig, 
     if len(pairs) < required:
         raise RoundFailedError(
             f"{name} has {len(pairs)} pairs of captions that differ enough, fewer than {required} "
-            "(early_stopping.min_pairs): sample more captions (sampling.num_samples) or at a higher temperature, or "
-            "accept a smaller gap (selection.min_gap), with a new --out"
+            "(early_stopping.min_pairs, by default fit.batch_size): accept a smaller gap (selection.min_gap) with "
+            f"--redo-from {name}/pairs, or sample more captions (sampling.num_samples) or at a higher temperature with "
+            f"--redo-from {name}/captions"
         )
 
 
@@ -129,8 +130,8 @@ def require_margin(folder: Path, early_stopping: EarlyStopConfig) -> None:
         raise RoundFailedError(
             f"{folder.name} has not learned to prefer the chosen captions: the reward margin averages "
             f"{margin:.4f} over the last quarter of its steps, and early_stopping.min_margin is "
-            f"{early_stopping.min_margin}; check {folder / PAIRS_NAME}, or use more steps or a higher learning rate, "
-            "with a new --out"
+            f"{early_stopping.min_margin}; check {folder / PAIRS_NAME}, or use more steps or a higher learning rate "
+            f"with --redo-from {folder.name}/model"
         )
 
 

@@ -1,7 +1,7 @@
 """Run folders: claim one for a config, resume from its files, and merge what a stage has trained.
 
 Every stage writes its results to a folder of the run. A file appears whole or not at all, so a restarted run uses what
-exists and computes the rest.
+exists and computes the rest. The settings that results were made with are compared in `run_steps.py`.
 """
 
 import gc
@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
-from salmonn.config import MAY_CHANGE, claim_folder
+from salmonn.config import MAY_CHANGE, write_config
 from salmonn.model.loading import CONFIG_NAME, Placement
 from salmonn.model.lora import LoraConfig, attach_lora, merge_in_float32, save_adapter
 from salmonn.records import read_records, write_json, write_records
@@ -24,6 +24,7 @@ from salmonn.train.checkpoint import Checkpoint, checkpointed, load_trained, req
 from salmonn.train.feature_cache import FeatureCacheConfig
 from salmonn.train.parallel import StrategyName
 from salmonn.train.run_log import ROUNDING_NAME
+from salmonn.train.run_steps import Step, open_steps
 
 log = logging.getLogger(__name__)
 Record = TypeVar("Record")
@@ -42,6 +43,9 @@ class RunConfig:
         reader: decoder of video frames, see `read_clip`.
         feature_cache: where the outputs of the frozen encoders are stored; may change when a run is resumed.
         seed: random seed.
+        max_failures: number of clips that may be unreadable; they are listed in `left_out.jsonl` and left out.
+        redo_from: step, such as round_2/pairs, from which a resumed run makes results again where their settings have
+            changed; results of earlier steps are kept with the settings that they were made with.
         dry_run: print the memory that the run would need, and exit.
     """
 
@@ -53,24 +57,35 @@ class RunConfig:
     reader: str = "pyav"
     feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig, metadata=MAY_CHANGE)
     seed: int = 0
-    dry_run: bool = False
+    max_failures: int = field(default=0, metadata=MAY_CHANGE)
+    redo_from: str | None = field(default=None, metadata=MAY_CHANGE)
+    dry_run: bool = field(default=False, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         self.placement.require_trainable()
+        if self.max_failures < 0:
+            raise ValueError(f"max_failures must be at least 0, got {self.max_failures}")
 
     def load_model(self, path: Path | str) -> Captioner:
         """Load a model with this run's placement and frame sampler."""
         return Captioner.load(path, placement=self.placement, frames=self.frames, reader=self.reader)
 
 
-def open_run(folder: Path, config: Any, *, name: str) -> None:
-    """Claim a run's folder for a config, and delete the temporary files of a killed process.
+def open_run(config: RunConfig, steps: Sequence[Step], *, name: str) -> None:
+    """Open a run's folder for a config, and delete the temporary files of a killed process.
+
+    Args:
+        config: configuration of the run; written to `<name>.yaml`.
+        steps: all steps of the run, see `salmonn.train.run_steps`.
+        name: name of the recipe.
 
     Raises:
-        ValueError: the folder holds results of another config, or a machine of this run does not see the folder.
+        ValueError: the folder holds results of other settings, or a machine of this run does not see the folder.
     """
+    folder = config.out
     if dist.is_main():
-        claim_folder(folder, config, name=name)
+        open_steps(folder, steps, redo_from=config.redo_from)
+        write_config(folder, config, name=name)
         # Other runs may have their folders inside this one, so only this run's stages are searched.
         stages = (path for name in ("sft", "round_*", "rebirth") for path in folder.glob(name))
         temporary = {*folder.glob(".*.tmp"), *(path for stage in stages for path in stage.rglob(".*.tmp"))}

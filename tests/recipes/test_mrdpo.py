@@ -16,13 +16,17 @@ import torch
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.losses import LossConfig
+from salmonn.preference.reward import RewardConfig
 from salmonn.preference.selection import SelectionConfig
 from salmonn.records import Caption, Comparison, Question, Reference, append_record, read_records, write_records
+from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
+from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import SampleConfig
 from salmonn.train.loop import FitConfig
-from salmonn.train.mrdpo import RebirthConfig
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig
+from salmonn.train.rounds import EarlyStopConfig
 from tests.launch import forked
 from tests.score.fake_llm_server import rule_judge_script
 
@@ -42,6 +46,7 @@ MODEL = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.j
 MEASURED = [f"heldout/{name}" for name in ("answers.jsonl", "captions.jsonl", "rates.json", "scores.jsonl")]
 EXPECTED_FILES = {
     "mrdpo.yaml",
+    "settings.json",
     "rounds.jsonl",
     "summary.json",
     "summary.png",
@@ -160,7 +165,7 @@ def content(root: Path, name: str) -> object:
         scored = read_scores(path)
         return scored.scores, replace(scored.judge_info, date="")
     if path.name == "mrdpo.yaml":
-        return [line for line in path.read_text().splitlines() if not line.startswith("out: ")]
+        return [line for line in path.read_text().splitlines() if not line.startswith(("out: ", "  folder: "))]
     return path.read_bytes().replace(str(root).encode(), b"")
 
 
@@ -231,13 +236,67 @@ def test_a_slow_rank_does_not_hang_the_run(command_of, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def test_another_config_in_the_same_folder_is_rejected(finished, launch, flags):
-    before = (finished / "mrdpo.yaml").read_text()
-    result = launch("mrdpo", out=finished, **flags | {"fit.steps": 3})
-    assert result.returncode == 2
-    assert "error: " in result.stderr and "another configuration" in result.stderr and "steps: 3" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert (finished / "mrdpo.yaml").read_text() == before
+def test_changed_settings_redo_only_what_depends_on_them(finished, launch, flags, tmp_path):
+    out = tmp_path / "mrdpo"
+    shutil.copytree(finished, out)
+    files = {name: (out / name).stat().st_mtime_ns for name in files_of(out)}
+    changed = flags | {"fit.learning_rate": 0.001, "fit.checkpoint_every": 2, "early_stopping.max_worsening": 8}
+    result = launch("mrdpo", out=out, **changed)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    message = (
+        f"error: {out}/round_1/model was made with another configuration: fit.learning_rate 0.002 (now 0.001). Set it "
+        "back, choose another --out, or pass --redo-from round_1/model to redo that and what depends on it\n"
+    )
+    assert message in result.stderr
+    assert files == {name: (out / name).stat().st_mtime_ns for name in files_of(out)}  # nothing was touched
+    # Twice: the flag may stay in the command that resumes a run.
+    for _ in range(2):
+        result = launch("mrdpo", out=out, **changed, redo_from="round_1/model")
+        assert result.returncode == 0, result.stderr
+    after = {name: (out / name).stat().st_mtime_ns for name in files_of(out)}
+    kept = {name for name in files if files[name] == after[name]}
+    assert kept == {
+        *(f"sft/{name}" for name in MEASURED),
+        *(f"round_1/{n}.jsonl" for n in ("captions", "scores", "pairs")),
+    }
+    steps = [json.loads(line) for line in (out / "round_1" / "steps.jsonl").read_text().splitlines()]
+    assert steps[0]["learning_rate"] == pytest.approx(0.001)
+
+
+def test_steps_of_a_run_depend_on_their_own_settings(load_recipe):
+    """For every setting, the first step that it changes; what other steps are made with stays as it is."""
+    clips = ClipSet([Reference("a.mp4", caption="a star")], Path("clips"))
+    recipe, base = load_recipe("mrdpo"), MrDpoConfig(rounds=2)
+
+    def steps_of(config, train=clips, heldout=clips):
+        return {s.name: s for s in recipe.plan_steps(config, train, heldout, rating_file="scores.jsonl")}
+
+    def changed(config, **sets):
+        before, after = steps_of(base), steps_of(config, **sets)
+        return [name for name, step in before.items() if name in after and after[name].settings != step.settings]
+
+    sampling, fit = base.sampling, base.fit
+    assert changed(replace(base, clips_dir=Path("moved"), max_failures=3, strategy="zero2", out=Path("b"))) == []
+    assert changed(replace(base, sampling=replace(sampling, batch_size=8))) == []
+    assert changed(replace(base, fit=replace(fit, gradient_accumulation_steps=2, checkpoint_every=7))) == []
+    assert changed(replace(base, sampling=replace(sampling, temperature=1.0))) == [
+        "round_1/captions",
+        "round_2/captions",
+    ]
+    assert changed(replace(base, reward=RewardConfig(repetition_weight=2.0))) == ["round_1/ratings", "round_2/ratings"]
+    assert changed(replace(base, selection=SelectionConfig(min_gap=0.2))) == ["round_1/pairs", "round_2/pairs"]
+    assert changed(replace(base, fit=replace(fit, steps=7))) == ["round_1/model", "round_2/model"]
+    assert changed(replace(base, reference_policy="run_start")) == ["round_2/model"]
+    assert changed(replace(base, qa_fraction=0.5)) == ["round_2/model"]  # only the last round has questions
+    assert changed(replace(base, early_stopping=EarlyStopConfig(max_worsening=1.0))) == ["rebirth/captions"]
+    assert changed(replace(base, rounds=3)) == ["rebirth/captions"]
+    assert changed(replace(base, rebirth=RebirthConfig(start="best"))) == ["rebirth/model"]
+    other = ClipSet([Reference("b.mp4", caption="a star")], Path("clips"))
+    heldout_steps = ["sft/heldout", "round_1/heldout", "round_2/heldout", "rebirth/heldout"]
+    assert changed(base, heldout=other) == heldout_steps
+    assert changed(base, heldout=ClipSet(clips.references, Path("moved"))) == []
+    judge = JudgeConfig(kind="openai", model="m", base_url="http://127.0.0.1:1/v1", concurrency=3)
+    assert set(changed(replace(base, judge=judge))) == {*heldout_steps, "round_1/ratings", "round_2/ratings"}
 
 
 def rates(total: float) -> Rates:

@@ -15,8 +15,10 @@ from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig
 from salmonn.records import Caption, Reference, read_records, write_records
 from salmonn.score.formats import read_scores
-from salmonn.train.data import ClipSource, TrainingExample
+from salmonn.train.data import ClipSet, ClipSource, TrainingExample
 from salmonn.train.feature_cache import FeatureCacheConfig
+from salmonn.train.left_out import LeftOut
+from salmonn.train.loop import FitConfig
 from tests.launch import forked
 
 
@@ -70,6 +72,42 @@ def test_a_trained_folder_is_not_changed(trained_model, launch, trained_model_fl
     assert "already trained" in result.stderr + result.stdout
 
 
+def test_a_trained_model_that_was_not_evaluated_is_evaluated(trained_model, launch, tmp_path, trained_model_flags):
+    out = tmp_path / "model"
+    shutil.copytree(trained_model / "model", out)
+    expected = (out / "summary.json").read_bytes()
+    (out / "summary.json").unlink()
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    result = launch("sft", out=out, clips_dir=trained_model / "clips", **trained_model_flags)
+    assert result.returncode == 0, result.stderr
+    assert (out / "summary.json").read_bytes() == expected and (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_own_references_need_held_out_ones(load_recipe, tmp_path):
+    sft = load_recipe("sft")
+    with pytest.raises(ValueError, match=r"on synthetic clips; .*--heldout-references, or pass --heldout-clips 0"):
+        sft.SftConfig(out=tmp_path, references=tmp_path / "own.jsonl")
+    for options in ({"heldout_clips": 0}, {"heldout_references": tmp_path / "heldout.jsonl"}):
+        sft.SftConfig(out=tmp_path, references=tmp_path / "own.jsonl", **options)
+
+
+def test_a_changed_evaluation_keeps_the_model(load_recipe, tmp_path):
+    sft = load_recipe("sft")
+
+    def steps(heldout, **options):
+        run = sft.Run(sft.SftConfig(out=tmp_path, **options), data, heldout, None, LeftOut(None, max_failures=0))
+        return [step.settings for step in sft.plan_steps(run)]
+
+    data = ClipSet([Reference("a.mp4", caption="a star")], tmp_path)
+    heldout = ClipSet([Reference("b.mp4", caption="a star")], tmp_path)
+    model, evaluation = steps(heldout)
+    assert steps(heldout, heldout_clips=7, max_failures=2, clips_dir=tmp_path) == [model, evaluation]
+    assert steps(data)[0] == model and steps(data)[1] != evaluation
+    assert (
+        steps(heldout, fit=FitConfig(steps=7))[0] != model and steps(heldout, fit=FitConfig(steps=7))[1] == evaluation
+    )
+
+
 @pytest.mark.parametrize(
     ("trainable", "prefixes"),
     [
@@ -88,11 +126,12 @@ def test_trainable_parts(load_recipe, captioner, tmp_path, trainable, prefixes):
 
 def test_features_of_frozen_towers_are_cached(load_recipe, captioner, videos, tmp_path):
     sft, cache_config = load_recipe("sft"), FeatureCacheConfig(tmp_path / "features")
+    left_out = LeftOut(None, max_failures=0)
     clips = [ClipSource(video, modality) for video in videos[:2] for modality in ("both", "audio")]
     examples = [TrainingExample(clip, ()) for clip in clips]
     sft.choose_trainable(captioner.network, sft.SftConfig(out=tmp_path, trainable=()))
-    media = [sft.clip_reader(captioner, [], FeatureCacheConfig(folder=None))(clip) for clip in clips]
-    cached = [sft.clip_reader(captioner, examples, cache_config)(clip) for clip in clips]
+    media = [sft.clip_reader(captioner, [], FeatureCacheConfig(folder=None), left_out)(clip) for clip in clips]
+    cached = [sft.clip_reader(captioner, examples, cache_config, left_out)(clip) for clip in clips]
     for features, expected in zip(cached, captioner.encode(media, batch_size=1), strict=True):
         assert torch.equal(features.tokens, expected.tokens)
     assert len(list(cache_config.folder.iterdir())) == 4
@@ -100,13 +139,13 @@ def test_features_of_frozen_towers_are_cached(load_recipe, captioner, videos, tm
         config = sft.SftConfig(out=tmp_path, trainable=(part,))
         sft.choose_trainable(captioner.network, config)
         with pytest.raises(ValueError, match=r"omit feature_cache\.folder"):
-            sft.clip_reader(captioner, examples, cache_config)
+            sft.clip_reader(captioner, examples, cache_config, left_out)
 
 
 @pytest.mark.parametrize(
     ("recipe", "config", "options"),
     [
-        ("sft", "SftConfig", ("references",)),
+        ("sft", "SftConfig", ("references", "heldout_references")),
         ("mrdpo", "MrDpoConfig", ("references", "heldout_references")),
         ("dpo", "OfflineDpoConfig", ("preferences",)),
     ],
@@ -194,7 +233,9 @@ def test_unusable_references_are_rejected_with_their_line(load_recipe, random_mo
     sft, path = load_recipe("sft"), tmp_path / "references.jsonl"
     monkeypatch.setattr(sft.dist, "setup", lambda: None)  # keep the tests' threads and logging
     shutil.copy(videos[0], tmp_path / "a.mp4")
-    config = sft.SftConfig(model=str(random_model), out=tmp_path / "out", references=path, tasks=("caption",))
+    config = sft.SftConfig(
+        model=str(random_model), out=tmp_path / "out", references=path, heldout_clips=0, tasks=("caption",)
+    )
     for reference, message in (
         (Reference("a.mp4", caption=" "), "a.mp4 has no caption; add it, or remove caption from tasks"),
         (Reference("a.mp4", caption="<|im_end|>"), "special token"),

@@ -29,6 +29,7 @@ from salmonn.train.evaluate import (
     sample_captions,
 )
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
+from salmonn.train.left_out import LeftOut
 from tests.launch import forked
 
 SAMPLING = SampleConfig(temperature=1.0, top_p=0.9, max_new_tokens=12, num_samples=2, batch_size=4)
@@ -268,7 +269,8 @@ def test_a_few_unreadable_clips_are_left_out(captioner, clips, tmp_path, caplog,
     cache = open_feature_cache(FeatureCacheConfig(tmp_path / "features" if on_disk else None), captioner)
 
     def encode(max_failures):
-        return cache_features(captioner, train, heldout, name="clips", cache=cache, max_failures=max_failures)
+        left_out = LeftOut(tmp_path, max_failures=max_failures)
+        return cache_features(captioner, train, heldout, name="clips", cache=cache, left_out=left_out)
 
     with pytest.raises(ClipError, match="clip_0000"):
         encode(0)
@@ -279,3 +281,10 @@ def test_a_few_unreadable_clips_are_left_out(captioner, clips, tmp_path, caplog,
     (expected,) = captioner.encode([captioner.processor.read(root / clips.references[4].video)])
     assert torch.equal(heldout.features_of(clips.references[4]).tokens, expected.tokens)
     assert "2 of 5 clips cannot be read" in caplog.text and "They are left out" in caplog.text
+    # A resumed run leaves out the same ones, even if they can be read by now.
+    for reference in (clips.references[1], clips.references[3]):
+        shutil.copy(clips.root / reference.video, root / reference.video)
+    train, heldout = ClipSet(clips.references[:3], root), ClipSet(clips.references[3:], root)
+    train, heldout = encode(0)
+    assert train.references == [clips.references[0], clips.references[2]] and heldout.references == clips.references[4:]
+    assert "leaving out 2 clips as before, first" in caplog.text and "left_out.jsonl to try them again" in caplog.text

@@ -33,7 +33,7 @@ def rates(total: float) -> Rates:
 def test_too_few_pairs(min_pairs, batch_size, required):
     config = EarlyStopConfig(min_pairs=min_pairs)
     if required > len(PAIRS):
-        message = rf"round_2 has 3 pairs .*, fewer than {required} .*sampling\.num_samples.*selection\.min_gap"
+        message = rf"round_2 has 3 pairs .*, fewer than {required} .*min_gap.*--redo-from round_2/pairs, .*/captions"
         with pytest.raises(RoundFailedError, match=message):
             require_pairs(PAIRS, config, batch_size=batch_size, name="round_2")
     else:

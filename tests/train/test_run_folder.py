@@ -1,7 +1,5 @@
 """Run folders: partial files of killed processes, records that are created once, and merged adapters."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
@@ -10,11 +8,7 @@ from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.records import Caption
 from salmonn.train.checkpoint import Checkpoints, checkpointed
 from salmonn.train.run_folder import RunConfig, is_complete, load_or_create, merge_checkpoint, num_bytes, open_run
-
-
-@dataclass(frozen=True)
-class Config:
-    steps: int = 3
+from salmonn.train.run_steps import Step
 
 
 def test_partial_files_of_killed_processes_are_removed(tmp_path):
@@ -23,18 +17,15 @@ def test_partial_files_of_killed_processes_are_removed(tmp_path):
     (run / "round_1" / ".adapter.77.tmp" / "half").touch()
     (run / ".pairs.jsonl.77.tmp").touch()
     (run / "round_1" / "captions.jsonl").touch()
-    open_run(run, Config(), name="recipe")
+    open_run(RunConfig(out=run, model="tiny"), [Step("model", {"seed": 0}, ("*.jsonl",), "x.jsonl")], name="recipe")
     names = sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
-    assert names == ["recipe.yaml", "round_1/captions.jsonl"]
-    open_run(run, Config(), name="recipe")
-    with pytest.raises(ValueError, match="another configuration"):
-        open_run(run, Config(steps=4), name="recipe")
+    assert names == ["recipe.yaml", "round_1/captions.jsonl", "settings.json"]
 
 
 def test_a_machine_that_cannot_see_the_folder_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr("salmonn.train.run_folder.dist.is_main", lambda: False)
     with pytest.raises(ValueError, match=r"does not see .*all machines of a run must share that folder"):
-        open_run(tmp_path / "elsewhere", Config(), name="recipe")
+        open_run(RunConfig(out=tmp_path / "elsewhere", model="tiny"), [], name="recipe")
 
 
 def test_records_are_created_once(tmp_path):
