@@ -10,6 +10,7 @@ import json
 import operator
 import re
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -27,6 +28,13 @@ MAX_REPORTED_ERRORS = 5  # per reply; a model corrects a few better than many
 _MAX_ECHO_CHARS = 4000  # of a bad reply that is shown to the model again
 _MAX_EXCERPT = 120  # characters of a bad reply in its error
 _REASONING_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final.*?<\|message\|>")
+# Strings are matched first, so that nothing inside them is changed.
+_LENIENT_TOKEN = re.compile(
+    r"""
+    "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | ,(?=\s*[}\]]) | \b(?:True|False|None)\b
+    """,
+    re.DOTALL | re.VERBOSE,
+)
 
 SYSTEM = """\
 You check a description of a video against the list of events that are known to happen in it.
@@ -127,6 +135,8 @@ def _escape_chat_markup(text: str) -> str:
 def parse_object(text: str, keys: Collection[str]) -> dict[str, Any]:
     """Return the JSON object in a reply, with or without words, Markdown fences or reasoning around it.
 
+    An object between the first and the last brace may also have trailing commas, or be written as Python prints it.
+
     Args:
         text: reply. Reasoning (up to `</think>`, or to Harmony's final channel) is ignored, unless nothing follows it.
         keys: keys of the object; one without all of them counts only if it is the only object.
@@ -145,18 +155,14 @@ def parse_object(text: str, keys: Collection[str]) -> dict[str, Any]:
     if not text.lstrip().startswith("{"):  # an object may quote a caption that has such a tag
         text = next((part for part in reversed(_REASONING_END.split(text)) if part.strip()), "")
     decoder = json.JSONDecoder(object_pairs_hook=unique, strict=False)
-    objects: list[dict[str, Any]] = []
-    start = text.find("{")
-    while start >= 0:
-        try:
-            value, end = decoder.raw_decode(text, start)
-            objects += [value] if value not in objects else []
-        except json.JSONDecodeError:
-            end = start + 1
-        except RecursionError as error:
-            raise InvalidReplyError("its JSON is nested too deeply") from error
-        start = text.find("{", end)
-    complete = [value for value in objects if value.keys() >= set(keys)]
+    try:
+        objects = _find_objects(text, decoder)
+        complete = [value for value in objects if value.keys() >= set(keys)]
+        if not complete:
+            with suppress(json.JSONDecodeError):
+                complete = [decoder.decode(_to_strict_json(text[text.find("{") : text.rfind("}") + 1]))]
+    except RecursionError as error:
+        raise InvalidReplyError("its JSON is nested too deeply") from error
     if not complete and len(objects) == 1:
         complete = objects
     if not text:
@@ -166,6 +172,32 @@ def parse_object(text: str, keys: Collection[str]) -> dict[str, Any]:
         raise InvalidReplyError(f"it has {found} and should have one; it begins with {text.strip()[:_MAX_EXCERPT]!r}")
     require_valid_unicode(json.dumps(complete[0], ensure_ascii=False))
     return complete[0]
+
+
+def _find_objects(text: str, decoder: json.JSONDecoder) -> list[dict[str, Any]]:
+    """Return the different JSON objects in a text; those inside others are not listed."""
+    objects: list[dict[str, Any]] = []
+    start = text.find("{")
+    while start >= 0:
+        try:
+            value, end = decoder.raw_decode(text, start)
+            objects += [value] if value not in objects else []
+        except json.JSONDecodeError:
+            end = start + 1
+        start = text.find("{", end)
+    return objects
+
+
+def _to_strict_json(text: str) -> str:
+    """Rewrite what small models write in place of JSON: trailing commas, 'single quotes', True, False and None."""
+
+    def to_json(token: re.Match[str]) -> str:
+        if token[0].startswith("'"):
+            escapes = {"\\'": "'", '"': '\\"'}
+            return '"' + re.sub(r"\\.|\"", lambda part: escapes.get(part[0], part[0]), token[0][1:-1]) + '"'
+        return {",": "", "True": "true", "False": "false", "None": "null"}.get(token[0], token[0])
+
+    return _LENIENT_TOKEN.sub(to_json, text)
 
 
 def require_valid_unicode(text: str) -> None:

@@ -113,6 +113,24 @@ def test_takes_the_object_wherever_it_is(wrapped):
     assert EventPrompt().parse(wrapped.format(json.dumps(VALID_REPLY)), TASK).missing == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"events": [1, 2,], "x": {"a": 1,\n},}', {"events": [1, 2], "x": {"a": 1}}),
+        ("{'events': [True, False, None], 'quote': 'a dog'}", {"events": [True, False, None], "quote": "a dog"}),
+        ("Verdict:\n```python\n{'events': [],}\n```", {"events": []}),
+        (
+            """{'events': "a dog's bark, ]", 'b': 'it\\'s \"here\"'}""",
+            {"events": "a dog's bark, ]", "b": 'it\'s "here"'},
+        ),
+        ('{"events": ["None, True,]"],}', {"events": ["None, True,]"]}),
+        (r"{'events': 'a\nb \u00e9 \\'}", {"events": "a\nb \u00e9 \\"}),
+    ],
+)
+def test_reads_trailing_commas_and_python(text, expected):
+    assert parse_object(text, ("events",)) == expected
+
+
 def test_a_quote_may_contain_a_reasoning_tag():
     reply = json.dumps(changed(events__0__quote="brown </think> dog"))
     task = ScoringTask(TASK.reference, Caption("v", TEXT.replace("brown dog", "brown </think> dog")))
@@ -126,7 +144,11 @@ def test_a_quote_may_contain_a_reasoning_tag():
         ("", "it is empty"),
         ("[]", "no JSON object"),
         (json.dumps(VALID_REPLY)[:-20], "no JSON object"),
-        ("{'events': [], 'hallucinated': []}", "no JSON object"),
+        ("{'events': [], 'hallucinated': []", "no JSON object"),
+        ("{'events': [], 'events': []}", "duplicate key"),
+        ("{'events': set()}", "no JSON object"),
+        ("{'events': 'it's here'}", "no JSON object"),
+        ("{" * 5000 + "'" * 5001, "no JSON object"),
         ('{"events": []} or {"events": [1]}', "2 different JSON objects"),
         ('{"events": [], "events": [], "hallucinated": [], "counts": {}}', "duplicate key"),
         ("[" * 100_000, "no JSON object"),
