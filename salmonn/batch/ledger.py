@@ -18,7 +18,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,16 +247,22 @@ class Ledger:
 
     def _lock(self) -> None:
         path = self.files.lock
-        file = self._stack.enter_context(path.open("a"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _LOCKED:
-                raise LedgerError(
-                    f"{self.files.captions}: another process is writing this file; wait until it ends or choose "
-                    "another --out"
-                ) from error
-            logger.warning("%s cannot be locked (%s); make sure that no other process writes there", path, error)
+        while True:
+            file = self._stack.enter_context(path.open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _LOCKED:
+                    raise LedgerError(
+                        f"{self.files.captions}: another process is writing this file; wait until it ends or choose "
+                        "another --out"
+                    ) from error
+                logger.warning("%s cannot be locked (%s); make sure that no other process writes there", path, error)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    break
+            # The process that held the lock has deleted the file between our opening and locking it.
+        self._stack.callback(path.unlink, missing_ok=True)  # while the lock is still held
         # After taking our own lock: of two processes that start at once, at least one sees the other.
         for other in self.files.other_locks():
             if _is_held(other):
@@ -269,11 +275,11 @@ class Ledger:
 
 
 def _is_held(lock: Path) -> bool:
-    with lock.open() as file:
-        try:
+    try:
+        with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in _LOCKED
+    except OSError as error:  # one that has just been deleted is not held
+        return error.errno in _LOCKED
     return False
 
 

@@ -169,7 +169,8 @@ def _index_from(file: MediaFile, start: float, end: float, *, seek_seconds: floa
         audio.finish()
     if video is not None:
         video.finish(end)
-    index.is_truncated = index.is_truncated or _misses_declared_end(index, end)
+    else:
+        index.is_truncated = index.is_truncated or _misses_declared_end(index, end)
     if index.frame_times and _is_sparse(index) and not index.is_truncated and "mp4" not in file.format_name:
         # A picture with sound, or slides: nothing but MP4 states for how long the last frame is shown.
         index.video_end = max(index.video_end, index.audio_end)

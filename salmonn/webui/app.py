@@ -80,7 +80,9 @@ def load_run(run: Path) -> str:
             write_page(read_run(run), page)
             return render_run(page.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        return render_error(f"{error_message(error, run)}. Press Refresh once the run has written results")
+        return render_error(
+            f"the run cannot be shown: {error_message(error, run)}. Press Refresh once the run has written results"
+        )
 
 
 def load_results(store: VoteStore) -> str:

@@ -26,8 +26,9 @@ def render_placeholder(title: str, text: str) -> str:
 
 
 def render_error(message: str) -> str:
-    """Render an error message."""
-    return str(_macros().error(message[:1].upper() + message[1:]))
+    """Render an error message as a sentence; a first word that is a name (run/votes, clip.mp4) is not capitalized."""
+    is_word = message.partition(" ")[0].isalpha()
+    return str(_macros().error(message[:1].upper() + message[1:] if is_word else message))
 
 
 def render_caption(text: str, *, is_growing: bool = False, finished: bool = True) -> str:

@@ -1,5 +1,6 @@
 """The files of a run: shards, full files, locks, and files of other runs in the same folder."""
 
+import fcntl
 import os
 from dataclasses import replace
 
@@ -87,9 +88,38 @@ def test_another_number_of_shards_at_the_same_time_is_rejected(files, one, other
         with pytest.raises(LedgerError, match="same number of shards"), opened(late, overwrite=overwrite):
             pass
         assert held.captions.exists()
-    # The lock file stays, and no process holds it.
     with opened(late) as ledger:
         assert is_done(ledger, VideoFile("a.mp4", 5, 7))
+
+
+def test_no_lock_file_is_left(files):
+    with opened(files):
+        assert files.lock.exists()
+        with pytest.raises(LedgerError), opened(files):
+            pass
+        assert files.lock.exists()  # it belongs to the first process
+    assert not files.lock.exists()
+    files.lock.touch()  # as a killed process leaves it
+    with opened(files):
+        pass
+    assert not files.lock.exists()
+
+
+def test_a_lock_that_another_process_deletes_is_taken_anew(files, monkeypatch):
+    """Between our opening and locking the file, its holder ends: we must not hold a deleted file."""
+    flock, calls = fcntl.flock, []
+
+    def late_flock(file, operation):
+        if not calls:
+            files.lock.unlink()
+        calls.append(operation)
+        flock(file, operation)
+
+    monkeypatch.setattr("salmonn.batch.ledger.fcntl.flock", late_flock)
+    with opened(files):
+        assert len(calls) == 2 and files.lock.exists()
+        with pytest.raises(LedgerError, match="another process is writing"), opened(files):
+            pass
 
 
 def test_files_of_another_run_are_ignored(files):

@@ -42,6 +42,20 @@ def visible_text(html: str) -> str:
 
 
 @pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("choose an example", "Choose an example"),
+        ("clip.mp4 is damaged", "clip.mp4 is damaged"),
+        ("run/votes/pairs.jsonl, line 1: unknown field", "run/votes/pairs.jsonl, line 1: unknown field"),
+        ("LLM judges need a model", "LLM judges need a model"),
+        ("", ""),
+    ],
+)
+def test_errors_are_sentences_and_names_stay_as_they_are(message, shown):
+    assert visible_text(render_error(message)) == f"That did not work. {shown}".strip()
+
+
+@pytest.mark.parametrize(
     "html",
     [
         render_caption(HOSTILE),

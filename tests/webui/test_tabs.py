@@ -233,7 +233,7 @@ def test_the_login_page_has_one_background():
 
 def test_errors_of_folders_contain_only_their_names(tmp_path):
     html = load_run(tmp_path / "my run")
-    assert "My run holds no run" in html and str(tmp_path) not in html
+    assert "The run cannot be shown: my run holds no run" in html and str(tmp_path) not in html
     votes = VoteStore(tmp_path / "votes")
     (votes.folder / "votes.jsonl").write_text("{}\n")
     html = load_results(votes)
