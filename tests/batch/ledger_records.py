@@ -1,10 +1,11 @@
 """Records for tests of the ledger, and short forms of its questions."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger import Ledger
-from salmonn.records import Caption, Failure
+from salmonn.records import Caption, Failure, read_records
 
 JOB = {"model": "toy", "temperature": 0.0}
 
@@ -43,3 +44,12 @@ def write(files, *groups, **options) -> None:
     with opened(files, **options) as ledger:
         for group in groups:
             ledger.write(group)
+
+
+def names(out: Path, kind: type = Caption) -> list[str]:
+    """Return folder and name of the videos in a file, sorted."""
+    return sorted("/".join(Path(one.video).parts[-2:]) for one in read_records(out, kind))
+
+
+# Of the videos of the fixture `folder`.
+EACH_ONCE = sorted(f"{room}/{number}.mp4" for room in ("clips", "more") for number in range(5))

@@ -1,9 +1,11 @@
 """Fixtures of the scoring tests."""
 
 import pytest
+import tenacity
 
 from salmonn.score.config import LLMConfig
 from salmonn.score.llm_client import LLMClient
+from tests.score.completions import FakeClock
 from tests.score.fake_llm_server import FakeLLMServer
 
 
@@ -16,3 +18,12 @@ def open_client(tmp_path):
         return LLMClient(LLMConfig(model="m", base_url=server.url, cache=cache, **options))
 
     return open_
+
+
+@pytest.fixture
+def clock(monkeypatch) -> FakeClock:
+    """Let retries take no real time, and record their exact delays."""
+    clock = FakeClock()
+    monkeypatch.setattr(tenacity, "time", clock)
+    monkeypatch.setattr(tenacity, "sleep_using_event", lambda event: clock.sleep)
+    return clock
