@@ -73,6 +73,11 @@ class Placement:
                 "device and device_map are not supported in training, where each process has the whole model on a GPU "
                 "of its own, or on the CPU without GPUs; remove them (CUDA_VISIBLE_DEVICES selects GPUs)"
             )
+        if self.dtype == "float16":
+            raise ValueError(
+                "training does not support dtype float16, in which small gradients become 0; use dtype bfloat16, or "
+                "float32"
+            )
 
     def to_transformers(self) -> dict[str, Any]:
         """Convert to arguments of from_pretrained."""

@@ -103,6 +103,7 @@ def test_flash_attention_in_32_bits_is_rejected(random_model):
         ({"bits": 4}, "does not support quantized weights.*remove bits 4"),
         ({"device": "cpu"}, "device and device_map are not supported in training.*remove them"),
         ({"device_map": "auto"}, "device and device_map are not supported in training.*remove them"),
+        ({"dtype": "float16"}, "does not support dtype float16, .*use dtype bfloat16"),
     ],
 )
 def test_placements_that_training_does_not_support(load_recipe, values, message):
