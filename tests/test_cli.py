@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from salmonn import __version__
-from salmonn.cli.main import COMMANDS, build_parser
+from salmonn.cli.caption import caption_parser
+from salmonn.cli.main import COMMANDS, build_parser, name_flags
 from salmonn.config import parse_config
 from salmonn.records import Caption, Reference, read_records
 from tests.launch import forked
@@ -141,7 +142,7 @@ def test_wrong_values_are_described_in_one_sentence(call, args, message):
             "--segment-seconds must be above 0",
         ),
         (["caption", "tests", "--out", "x.jsonl", "--limit", "0"], "--limit must be at least 1"),
-        (["caption", "tests", "--out", "x.jsonl", "--frames", "0"], "num_frames must be at least 1"),
+        (["caption", "tests", "--out", "x.jsonl", "--frames", "0"], "error: --frames must be at least 1, got 0"),
         (["caption", "tests", "--out", "-", "--lines-per-file", "9"], "--lines-per-file needs a file"),
     ],
 )
@@ -150,6 +151,21 @@ def test_wrong_usage_is_reported_before_torch_is_imported(args, message):
     code += " assert end.code == 2\nassert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0 and result.stderr.startswith("error: ") and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("max_new_tokens must be above 0", "--max-new-tokens must be above 0"),
+        ("fps and num_frames exclude each other", "fps and --frames exclude each other"),
+        ("clip.mp4: start_seconds is 9.0, after its end.", "clip.mp4: --start is 9.0, after its end."),
+        ("top_p.", "--top-p."),
+        ("/data/top_p/top_p.mp4 top_p.x batch_size=3 --top_p", "/data/top_p/top_p.mp4 top_p.x batch_size=3 --top_p"),
+        ("min_gap is no flag of this command", "min_gap is no flag of this command"),
+    ],
+)
+def test_errors_name_flags_where_a_user_typed_them(message, named):
+    assert name_flags(message, caption_parser()) == named
 
 
 def test_version_help_and_module(call):
@@ -267,9 +283,9 @@ def test_out_is_replaced_only_on_request(call, videos, random_model, tmp_path):
         (["{video}", "--modle", "x"], "modle"),
         (["{video}", "--temperature", "hot"], "temperature"),
         (["{video}", "--temperature", "-1"], "temperature must be"),
-        (["{video}", "--top-p", "2"], "top_p must be"),
+        (["{video}", "--top-p", "2"], "error: --top-p must be"),
         (["{video}", "--max-new-tokens", "2.5"], "--max-new-tokens"),
-        (["{video}", "--max-new-tokens", "0"], "max_new_tokens must be"),
+        (["{video}", "--max-new-tokens", "0"], "error: --max-new-tokens must be"),
         (["{video}", "--modality", "smell"], "smell"),
         (["{video}", "--start", "5", "--end", "2"], "span"),
         (["{video}", "--model", "{empty}"], "no model in"),

@@ -5,6 +5,7 @@ Commands import heavy modules when they run, so that `--help` and scoring start 
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -116,6 +117,7 @@ _salmonn() {{
 complete -o default -F _salmonn salmonn
 """
 
+FLAG_OF = {"num_frames": "frames", "start_seconds": "start", "end_seconds": "end"}  # where they differ
 Command = tuple[Callable[[], FlagParser], Callable[[Namespace], int], str]
 
 COMMANDS: dict[str, Command] = {
@@ -146,12 +148,23 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         sys.exit(command(values[values.subcommand]))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {name_flags(str(error), COMMANDS[values.subcommand][0]())}\n")
         sys.exit(WRONG_USAGE)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; finished work is saved. Run the same command to resume.\n")
         sys.stderr.flush()
         os._exit(130)  # a normal exit would wait for pending requests, even after a second Ctrl-C
+
+
+def name_flags(message: str, parser: FlagParser) -> str:
+    """Write the settings that a message names as a user types them: --max-new-tokens for max_new_tokens."""
+    flags = {action.dest for action in parser._actions}
+
+    def to_flag(name: re.Match[str]) -> str:
+        flag = FLAG_OF.get(name[0], name[0])
+        return f"--{flag.replace('_', '-')}" if flag in flags else name[0]
+
+    return re.sub(r"(?<![\w./-])[a-z]+(_[a-z]+)+(?![\w/=]|\.\w)", to_flag, message)
 
 
 def build_parser() -> FlagParser:
