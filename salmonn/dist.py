@@ -42,6 +42,7 @@ def setup(*, threads: int | None = None) -> None:
     level = logging.INFO if is_main() else logging.WARNING
     handler = RichHandler(show_path=False, show_level=False, markup=False)
     logging.basicConfig(level=level, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # logs each request to a judge
 
 
 @cache

@@ -69,9 +69,8 @@ class LeftOut:
         self.clips = dist.gather(known)
         if self.clips:
             log.warning(
-                "leaving out %d clips as before, first %s; delete %s to try them again",
-                len(self.clips),
-                self.clips[0].video,
+                "left out as before: %s; delete %s to read them again",
+                ", ".join(clip.video for clip in self.clips),
                 self.path,
             )
 
