@@ -35,6 +35,7 @@ from salmonn.score.formats import read_scores
 from salmonn.score.metrics import MEASURES, qa_accuracy
 from salmonn.score.stats import Interval
 from salmonn.train.data import CLIPS_NAME, HELDOUT_SEED_OFFSET
+from salmonn.train.run_steps import MERGED_FILES, SETTINGS_NAME
 
 ROOT = Path(__file__).parent.parent
 NUM_RESAMPLES = 10_000
@@ -259,7 +260,8 @@ def copy_shared(variant: str, folder: Path, base: Path) -> None:
     if folder.exists():
         return
     with atomic_folder(folder) as temporary:
-        for pattern in VARIANTS[variant].copied:
+        # With its settings, so that the run checks that it has them too.
+        for pattern in (SETTINGS_NAME, *VARIANTS[variant].copied):
             for source in sorted(base.glob(pattern)):
                 target = temporary / source.relative_to(base)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -269,8 +271,8 @@ def copy_shared(variant: str, folder: Path, base: Path) -> None:
                     shutil.copyfile(source, target)
         if VARIANTS[variant].retrain_last:
             last = max(temporary.glob("round_*"), key=lambda path: int(path.name.removeprefix("round_")))
-            for name in ("adapter", "merged", "heldout"):
-                shutil.rmtree(last / name)
+            for file in (path for name in (*MERGED_FILES, "heldout") for path in last.glob(name)):
+                (shutil.rmtree if file.is_dir() else Path.unlink)(file)
 
 
 @dataclass(frozen=True)
