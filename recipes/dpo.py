@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from salmonn import dist
+from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
 from salmonn.model.loading import CONFIG_NAME, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.comparisons import conversation_to_comparison
-from salmonn.preference.losses import LossConfig, make_loss
+from salmonn.preference.losses import LossConfig, Role, make_loss
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Comparison, iter_numbered_records
 from salmonn.train.checkpoint import checkpointed
@@ -33,14 +34,16 @@ from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes,
 from salmonn.train.preference import (
     PreferenceBatches,
     PreferenceBatchLoss,
+    PreferenceExample,
     compute_reference_logps,
     make_preference_examples,
 )
-from salmonn.train.rounds import keep_subset
+from salmonn.train.rounds import IMPORTANCE_NAME, keep_subset
 from salmonn.train.run_folder import RunConfig, is_complete, merge_checkpoint, open_run
 from salmonn.train.run_steps import MERGED_FILES, Step, fingerprint, flat_settings
 
 log = logging.getLogger("dpo")
+ClipComparison = tuple[Comparison, ClipSource]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,23 +89,15 @@ def main(config: OfflineDpoConfig) -> None:
     processor = Processor.load(config.model, config=sizes)
     comparisons = load_comparisons(config, check=partial(check_texts, processor=processor))
     left_out = LeftOut(config.out, max_failures=config.max_failures)
-    comparisons = [(one, clip) for one, clip in comparisons if clip not in left_out.sources]
-    open_run(config, plan_steps(config, comparisons), name="dpo")
+    open_run(config, plan_steps(config, comparisons, left_out), name="dpo")
     if is_complete(config.out):
         log.info("%s is already trained", config.out)
         return
-    kept = {id(one) for one in keep_subset([one for one, _ in comparisons], config.subset, folder=config.out)}
-    comparisons = [(one, clip) for one, clip in comparisons if id(one) in kept]
 
     # Load. The frozen encoders run once on each clip.
     captioner = config.load_model(config.model)
-    cache = open_feature_cache(config.feature_cache, captioner)
-    clips = [clip for _, clip in comparisons]
-    features = encode_clips(captioner, clips, name="clips", cache=cache, left_out=left_out)
-    comparisons = [(one, clip) for one, clip in comparisons if clip in features]
-    open_run(config, plan_steps(config, comparisons), name="dpo")  # a checkpoint must not be of other comparisons
     loss = make_loss(config.loss)
-    examples = make_preference_examples([(one, features[clip]) for one, clip in comparisons], loss.roles)
+    examples = load_examples(comparisons, captioner, config, left_out=left_out, roles=loss.roles)
 
     # Train.
     attach_lora(captioner.network, config.lora, seed=config.seed)
@@ -136,7 +131,7 @@ def main(config: OfflineDpoConfig) -> None:
 
 def load_comparisons(
     config: OfflineDpoConfig, *, check: Callable[[Comparison | Conversation], None] | None = None
-) -> list[tuple[Comparison, ClipSource]]:
+) -> list[ClipComparison]:
     """Read comparisons or published preferences, each with its clip; those of two equal answers are left out.
 
     Args:
@@ -173,11 +168,39 @@ def load_comparisons(
     return pairs
 
 
-def plan_steps(config: OfflineDpoConfig, comparisons: Sequence[tuple[Comparison, ClipSource]]) -> list[Step]:
+def load_examples(
+    comparisons: Sequence[ClipComparison],
+    captioner: Captioner,
+    config: OfflineDpoConfig,
+    *,
+    left_out: LeftOut,
+    roles: Sequence[Role],
+) -> list[PreferenceExample]:
+    """Return the subset of the comparisons to train on, with the features of their clips.
+
+    Raises:
+        ValueError: too many clips cannot be read.
+    """
+    cache = open_feature_cache(config.feature_cache, captioner)
+    while True:
+        readable = [(one, clip) for one, clip in comparisons if clip not in left_out.sources]
+        kept = {id(one) for one in keep_subset([one for one, _ in readable], config.subset, folder=config.out)}
+        readable = [(one, clip) for one, clip in readable if id(one) in kept]
+        clips = [clip for _, clip in readable]
+        features = encode_clips(captioner, clips, name="clips", cache=cache, left_out=left_out)
+        if all(clip in features for clip in clips):
+            break
+        # Others take the place of comparisons whose clip cannot be read, as in a run that is resumed.
+    open_run(config, plan_steps(config, comparisons, left_out), name="dpo")  # a checkpoint must be of the same ones
+    return make_preference_examples([(one, features[clip]) for one, clip in readable], roles)
+
+
+def plan_steps(config: OfflineDpoConfig, comparisons: Sequence[ClipComparison], left_out: LeftOut) -> list[Step]:
     """Return the only step of a run; comparisons are compared by content, since their files may move."""
-    settings = flat_settings(config) | {"preferences": fingerprint(one for one, _ in comparisons)}
+    read = fingerprint(one for one, clip in comparisons if clip not in left_out.sources)
+    settings = flat_settings(config) | {"preferences": read}
     settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
-    return [Step("model", settings, MERGED_FILES, f"merged/{CONFIG_NAME}")]
+    return [Step("model", settings, (*MERGED_FILES, IMPORTANCE_NAME), f"merged/{CONFIG_NAME}")]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, check_texts, heldout_config, read_clips, render_clips
 from salmonn.train.evaluate import CAPTIONS_NAME, PARTIAL_NAME, RATES_NAME, SampleConfig
 from salmonn.train.loop import FitConfig
-from salmonn.train.rounds import PAIRS_NAME, EarlyStopConfig
+from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME, EarlyStopConfig
 from salmonn.train.run_folder import RunConfig
 from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
 
@@ -212,8 +212,8 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
                 ),
                 Step(
                     f"{folder}/pairs",
-                    choose("selection"),
-                    files=(f"{folder}/{PAIRS_NAME}",),
+                    choose("selection", "subset"),
+                    files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
                     result=f"{folder}/{PAIRS_NAME}",
                     needs=(f"{folder}/ratings",),
                 ),
