@@ -151,10 +151,10 @@ def parse_config(config_type: type[Config], *, description: str, args: Sequence[
     parser.add_class_arguments(config_type)
     try:
         built = parser.instantiate(parser.parse_args(flags))
+        return config_type(**{field.name: getattr(built, field.name) for field in fields if field.name in built})
     except ValueError as error:  # raised by a dataclass
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    return config_type(**{field.name: getattr(built, field.name) for field in fields if field.name in built})
 
 
 def normalize_flags(args: Sequence[str] | None) -> list[str]:

@@ -413,8 +413,11 @@ def iter_numbered_records(
                 record = parse_json(line.decode("utf-8-sig").rstrip(), record_type)
                 if check:
                     check(record)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8 text: save the file as UTF-8") from error
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                hint = "; write one object per line, not a list" if line.lstrip().startswith(b"[") else ""
+                raise ValueError(f"{path}, line {number}: {error}{hint}") from error
             yield number, record
 
 

@@ -71,6 +71,10 @@ class Outer:
     steps: int = 3
     bare: bool = False
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
 
 def parse(*args: str, of: type = Outer):
     return parse_config(of, description="A recipe.", args=args)
@@ -170,7 +174,8 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
         (["--steps", "2.5"], "steps"),
         (["--inner.rate", "fast"], "rate"),
         (["--config", "/nowhere/none.yaml"], "/nowhere/none.yaml"),
-        (["--inner.rate", "-1"], "rate must be 0 or above, got -1"),
+        (["--inner.rate", "-1"], "error: rate must be 0 or above, got -1"),
+        (["--steps", "0"], "error: steps must be at least 1, got 0"),
     ],
 )
 def test_errors_on_the_command_line(capsys, args, message):

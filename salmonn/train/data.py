@@ -91,7 +91,8 @@ def require_files(sources: Sequence[ClipSource], *, root: Path) -> None:
     files = [file for source in sources for file in (source.video, source.audio) if file]
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(
-            f"{len(missing)} files do not exist, first {missing[0]}; relative paths start from {root.resolve()}"
+            f"{len(missing)} of {len(files)} files do not exist, first {missing[0]}; relative paths start from "
+            f"{root.resolve()}, and ~ is not expanded"
         )
 
 

@@ -109,7 +109,7 @@ def test_comparisons_share_their_clip(load_recipe, references, tmp_path):
     loaded = dpo.load_comparisons(config)
     part, full = ClipSource(video, end_seconds=2.0), ClipSource(video)
     assert loaded == list(zip(records, [part, full, part], strict=True))
-    with pytest.raises(FileNotFoundError, match="3 files do not exist"):
+    with pytest.raises(FileNotFoundError, match=r"3 of \d files do not exist"):
         dpo.load_comparisons(dpo.OfflineDpoConfig(preferences=tmp_path / "pairs.jsonl", model="none", out=tmp_path))
 
 

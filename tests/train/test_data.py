@@ -237,7 +237,7 @@ def test_examples_of_conversations(clips, processor):
 
 def test_missing_files_of_conversations_are_reported(tmp_path):
     messages = [{"from": "human", "value": "<video>\nFirst?"}, {"from": "gpt", "value": "one"}]
-    with pytest.raises(FileNotFoundError, match=r"1 files do not exist, first .*gone\.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"1 of \d files do not exist, first .*gone\.mp4"):
         conversation_examples([parse_conversation({"video": "gone.mp4", "conversations": messages})], root=tmp_path)
 
 
@@ -314,7 +314,7 @@ def test_invalid_reference_files(tmp_path):
     with pytest.raises(ValueError, match="holds no reference"):
         read_clips(path)
     write_records(path, [Reference("gone.mp4"), Reference("lost.mp4")])
-    with pytest.raises(FileNotFoundError, match=r"2 files do not exist, first .*gone\.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"2 of \d files do not exist, first .*gone\.mp4"):
         read_clips(path)
 
 
