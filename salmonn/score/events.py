@@ -85,7 +85,7 @@ def list_events(
     without_events = [reference for reference in references if not reference.events]
     captioned = [reference for reference in without_events if reference.caption.strip()]
 
-    def split(reference: Reference) -> tuple[Event, ...] | Unscored:
+    def split_one(reference: Reference) -> tuple[Event, ...] | Unscored:
         if client is None:
             assert rules is not None, "either a language model or rules are needed"
             return rules(reference)
@@ -98,22 +98,18 @@ def list_events(
             return Unscored(reference.video, str(error))
 
     if client is None:
-        outcomes = [split(reference) for reference in captioned]
+        outcomes = [split_one(reference) for reference in captioned]
     else:
-        outcomes = client.map_concurrent(split, captioned, progress=lambda _: progress(1) if progress else None)
+        outcomes = client.map_concurrent(split_one, captioned, progress=lambda _: progress(1) if progress else None)
     failed = [
         Unscored(reference.video, "it has neither events nor a caption to split")
         for reference in without_events
         if not reference.caption.strip()
     ]
     failed += [outcome for outcome in outcomes if isinstance(outcome, Unscored)]
-    events = {
-        reference.video: outcome
-        for reference, outcome in zip(captioned, outcomes, strict=True)
-        if not isinstance(outcome, Unscored)
-    }
+    split = {reference.video: outcome for reference, outcome in zip(captioned, outcomes, strict=True)}
     updated = [
-        replace(reference, events=events[reference.video]) if reference.video in events else reference
+        replace(reference, events=events) if isinstance(events := split.get(reference.video), tuple) else reference
         for reference in references
     ]
     return updated, failed
