@@ -11,12 +11,10 @@ import json
 import logging
 import os
 import random
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -37,6 +35,7 @@ from salmonn.score.llm_protocol import (
     retry_after_seconds,
     suspected_option,
 )
+from salmonn.score.response_cache import ResponseCache
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,6 @@ _REJECTED_STATUS = (400, 413, 422)  # bad request, too large, unprocessable: ano
 _MAX_DELAY_SECONDS = 60.0
 _FIRST_CONTACT_SECONDS = 10.0
 _MAX_REJECTED = 20  # before the first reply
-_CACHE_FORMAT = 1
 
 
 class LLMStoppedError(ValueError):
@@ -66,67 +64,6 @@ class LLMRejectedError(ValueError):
 
 class LLMFailedError(LLMRejectedError):
     """The server fails on this request, but not on others."""
-
-
-class ResponseCache:
-    """Replies by request hash in an SQLite file. Threads and processes may share it; a kill loses no finished reply.
-
-    Args:
-        path: SQLite file, created if missing.
-
-    Raises:
-        ValueError: the file is not a cache of this format.
-    """
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._path = path
-        # The default rollback journal, because write-ahead logs do not work on network file systems.
-        self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
-        if self._format() != _CACHE_FORMAT:
-            self._execute("BEGIN IMMEDIATE")  # other processes may be creating the same file
-            if self._format() != _CACHE_FORMAT and self._execute("SELECT 1 FROM sqlite_master").fetchone():
-                self._connection.close()
-                raise ValueError(f"{path} is not a reply cache of format {_CACHE_FORMAT}: pass another file as --cache")
-            self._execute(
-                "CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, model TEXT, request TEXT, reply TEXT, "
-                "is_truncated INTEGER, num_tokens INTEGER, date TEXT DEFAULT CURRENT_TIMESTAMP)"
-            )
-            self._execute(f"PRAGMA user_version = {_CACHE_FORMAT}")
-            self._execute("COMMIT")
-
-    def get(self, key: str) -> LLMResponse | None:
-        """Return the reply to a request, or None if it is not cached."""
-        row = self._execute("SELECT reply, is_truncated, num_tokens FROM responses WHERE key = ?", (key,)).fetchone()
-        return LLMResponse(row[0], bool(row[1]), row[2]) if row else None
-
-    def put(self, key: str, response: LLMResponse, *, model: str, request: object) -> None:
-        """Store a reply; model and request are stored for people who read the file."""
-        self._execute(
-            "INSERT OR REPLACE INTO responses (key, model, request, reply, is_truncated, num_tokens) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
-            (
-                key,
-                model,
-                json.dumps(request, ensure_ascii=False),
-                response.text,
-                response.is_truncated,
-                response.num_tokens,
-            ),
-        )
-
-    def _format(self) -> int:
-        return int(self._execute("PRAGMA user_version").fetchone()[0])
-
-    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> sqlite3.Cursor:
-        try:
-            with self._lock:
-                return self._connection.execute(statement, values)
-        except sqlite3.Error as error:
-            raise ValueError(
-                f"{self._path} cannot be used as reply cache ({error}): pass another file as --cache"
-            ) from error
 
 
 class LLMClient:

@@ -15,8 +15,9 @@ import pytest
 from salmonn.records import Caption, Event, Reference, write_records
 from salmonn.score import llm_client
 from salmonn.score.config import LLMConfig
-from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMStoppedError, ResponseCache
+from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMStoppedError
 from salmonn.score.llm_protocol import LLMResponse
+from salmonn.score.response_cache import ResponseCache
 from tests.score.completions import SCHEMA, complete, text_of
 from tests.score.fake_llm_server import Answer
 
