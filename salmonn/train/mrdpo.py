@@ -27,8 +27,7 @@ from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_setting
 
 # Settings, or groups of them, that results depend on.
 LOADING = ("model", "placement", "frames", "reader")
-GREEDY = ("sampling.max_new_tokens", "sampling.repetition_penalty", "sampling.stop")
-EVALUATION = ("heldout_references", "synth", "judge", *GREEDY)
+SAMPLED = {"sampling.temperature", "sampling.top_p", "sampling.num_samples"}  # without effect on greedy captions
 RATING_FILES = ("scores.jsonl", "ratings.jsonl")  # of any kind of reward
 
 
@@ -196,7 +195,8 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
     if config.references:
         settings = {name: value for name, value in settings.items() if not name.startswith("synth.")}
     choose = partial(choose_settings, settings)
-    evaluation = choose(*EVALUATION)
+    greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
+    evaluation = choose("heldout_references", "synth", "judge") | greedy
     steps, policy = [_evaluation_step("sft", choose(*LOADING) | evaluation)], tuple[str, ...]()
     for number in range(1, config.rounds + 1):
         folder = f"round_{number}"
@@ -227,7 +227,7 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
     if config.rebirth:
         # The best round depends on all evaluations.
         rated = tuple(step.name for step in steps if step.name.endswith(("/model", "/heldout")))
-        choice = choose("rounds", "early_stopping", "training_videos", "synth", "seed", *GREEDY)
+        choice = choose("rounds", "early_stopping", "training_videos", "synth", "seed") | greedy
         steps.append(_captions_step("rebirth", choice, needs=rated))
         training = choose("rebirth", "references", "seed")
         steps += _training_steps("rebirth", training, evaluation, needs=("rebirth/captions",))
