@@ -1,7 +1,8 @@
 """Inference engine with continuous batching: any number of requests share one model.
 
 The life of a request:
-1. `submit` checks it, counts it as active, and hands its file to the worker processes of the reader.
+1. `submit` checks it, counts it as active, and hands its file to the worker processes of the reader, unless the
+   features of that clip are cached.
 2. Once the file is read, one sequence for each sample of the request enters the queue.
 3. The model thread admits sequences from the queue and prefills their prompts, which adds them to the batch.
 4. Each decode step generates one token for every sequence of the batch. New text goes to the request's callback;
@@ -18,17 +19,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from salmonn.caption.captioner import OUT_OF_MEMORY, Captioner
+from salmonn.caption.clip_cache import ClipCache, ClipKey
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.loader import ClipReader, LimitedReadSpec, ReadSpec
 from salmonn.caption.prompt import Prompt
 from salmonn.caption.streaming import TextDelta
 from salmonn.media.clip import Clip
-from salmonn.model.layout import ClipInputs
+from salmonn.model.layout import ClipFeatures, ClipInputs
 
 logger = logging.getLogger(__name__)
 SHUTTING_DOWN = "the server is shutting down; try again later"
@@ -65,7 +68,8 @@ class GenerationHandle:
         self.num_prompt_tokens = self.num_completion_tokens = 0
         self.reading_seconds = 0.0
         self.is_cancelled = False
-        self.reading: Future[tuple[ClipInputs, int]] | None = None
+        self.reading: Future[tuple[ClipInputs | ClipFeatures, int]] | None = None
+        self.cache_key: ClipKey | None = None
         self.submitted_at = time.monotonic()
         self._engine = engine
         self._on_event = on_event
@@ -91,7 +95,7 @@ class _Sequence:
 
     handle: GenerationHandle
     sample: int
-    clip: ClipInputs
+    clip: ClipInputs | ClipFeatures
     prompt: Prompt
     sampling: Sampling
     seed: int
@@ -110,6 +114,7 @@ class Engine:
         max_waiting: maximum number of active samples; further requests raise `Overloaded`.
         batch_size: maximum number of sequences in the batch, at least 1 (default: the model's).
         max_seconds: maximum length of a clip (default: unlimited).
+        feature_cache_bytes: maximum size of the features of earlier clips that are kept for further requests.
 
     Attributes:
         num_answered, num_failed, num_cancelled: numbers of requests so far.
@@ -125,6 +130,7 @@ class Engine:
         max_waiting: int = 64,
         batch_size: int | None = None,
         max_seconds: float | None = None,
+        feature_cache_bytes: int = 0,
     ) -> None:
         self.captioner = captioner
         self.reader = reader
@@ -133,6 +139,7 @@ class Engine:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.max_seconds = max_seconds
+        self._cache = ClipCache(feature_cache_bytes)
         self.num_answered = self.num_failed = self.num_cancelled = self.num_prefills = 0
         self.failure: str | None = None
         self._changed = threading.Condition()  # guards the three below
@@ -209,19 +216,32 @@ class Engine:
                 )
             self._active.add(handle)
 
-        def prepare(clip: Clip) -> tuple[ClipInputs, int]:
-            inputs = self.captioner.processor.clip_inputs(clip)
-            return inputs, self.captioner.processor.count_tokens(inputs, prompt)
-
+        handle.cache_key = self._cache.key(request.path, read_spec)
         try:
             # Not under our lock: the reader has a lock of its own, and calls back when another engine closes it.
-            handle.reading = self.reader.submit(request.path, read_spec, prepare)
+            handle.reading = self._read(request.path, read_spec, prompt, cached=self._cache.get(handle.cache_key))
         except RuntimeError as error:  # the reader was closed in the meantime
             with self._changed:
                 self._remove(handle)
             raise Overloaded(SHUTTING_DOWN) from error
         handle.reading.add_done_callback(partial(self._enqueue, handle, request, prompt))
         return handle
+
+    def _read(
+        self, path: Path, read_spec: ReadSpec, prompt: Prompt, *, cached: ClipFeatures | None
+    ) -> Future[tuple[ClipInputs | ClipFeatures, int]]:
+        """Start reading a clip and counting the tokens of clip and prompt; a cached clip need not be read."""
+        processor = self.captioner.processor
+
+        def prepare(clip: Clip) -> tuple[ClipInputs | ClipFeatures, int]:
+            inputs = processor.clip_inputs(clip)
+            return inputs, processor.count_tokens(inputs, prompt)
+
+        if cached is None:
+            return self.reader.submit(path, read_spec, prepare)
+        reading: Future[tuple[ClipInputs | ClipFeatures, int]] = Future()
+        reading.set_result((cached, processor.count_tokens(cached, prompt)))
+        return reading
 
     def _limit_duration(self, read_spec: ReadSpec) -> ReadSpec:
         return (
@@ -264,7 +284,7 @@ class Engine:
         handle: GenerationHandle,
         request: CaptionRequest,
         prompt: Prompt,
-        reading: "Future[tuple[ClipInputs, int]]",
+        reading: "Future[tuple[ClipInputs | ClipFeatures, int]]",
     ) -> None:
         """Put the sequences of a request whose file is read into the queue."""
         handle.reading_seconds = time.monotonic() - handle.submitted_at
@@ -364,6 +384,7 @@ class Engine:
         """Prefill the prompts of sequences and add them to the batch."""
 
         def prefill() -> None:
+            self._encode(admitted)
             rows = self._batch.add(
                 [sequence.clip for sequence in admitted],
                 [sequence.prompt for sequence in admitted],
@@ -378,6 +399,17 @@ class Engine:
         is_alone = len(admitted) == 1 and not self._running
         if self._attempt(prefill, admitted) == "out of memory":
             self._retry_one_by_one(admitted, is_alone=is_alone)
+
+    def _encode(self, admitted: Sequence[_Sequence]) -> None:
+        """Encode the clips of sequences and cache their features; without a cache, prefilling encodes them."""
+        unread = {id(one.clip): one.clip for one in admitted if isinstance(one.clip, ClipInputs)}
+        if not self._cache.max_bytes or not unread:
+            return
+        features = dict(zip(unread, self.captioner.encode(list(unread.values())), strict=True))
+        for sequence in admitted:
+            sequence.clip = features.get(id(sequence.clip), sequence.clip)
+            if sequence.handle.cache_key and isinstance(sequence.clip, ClipFeatures):
+                self._cache.put(sequence.handle.cache_key, sequence.clip)
 
     def _decode_step(self) -> None:
         """Evict cancelled sequences, generate one token for each of the others, and deliver the new text."""

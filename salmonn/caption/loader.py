@@ -251,6 +251,10 @@ class ClipReader:
         future.add_done_callback(self._running.pop)
         return future
 
+    def measure_seconds(self, path: Path, read_spec: ReadSpec) -> float:
+        """Return the length of the span that is read of a file, measured from all packets by a worker; 0 if unknown."""
+        return self._threads.submit(self._run, partial(read_spec.seconds, path, exact=True)).result()
+
     def cancel(self, future: "Future[Any]") -> None:
         """Stop a job that `submit` started, even while the file is being read: its worker is replaced."""
         if future.cancel():

@@ -223,9 +223,10 @@ class Processor:
             published_positions=self.published_positions,
         )
 
-    def count_tokens(self, clip: ClipInputs, prompt: Prompt) -> int:
+    def count_tokens(self, clip: ClipInputs | ClipFeatures, prompt: Prompt) -> int:
         """Return the number of tokens of a clip and a prompt together."""
-        return len(self._prompt_ids(prompt, [-1] * len(self.make_layout(clip))))
+        layout = clip.layout if isinstance(clip, ClipFeatures) else self.make_layout(clip)
+        return len(self._prompt_ids(prompt, [-1] * len(layout)))
 
     def _prompt_ids(self, prompt: Prompt, placeholders: Sequence[int]) -> list[int]:
         return prompt_ids(
