@@ -1,4 +1,4 @@
-"""Features of the most recently used clips, in memory, so that a further question about a clip does not read it again."""
+"""Features of the most recently used clips, in memory: a further question about a clip need not read it again."""
 
 import os
 import threading

@@ -92,19 +92,21 @@ class LimitedReadSpec(ReadSpec):
             source = open_media(path, stack, video=self.video, audio=self.audio)
             declared = self.span_seconds(source.declared_end)
         if declared > self.max_seconds:  # the header may be wrong
-            self._check(path, self.span_seconds(measured_seconds(path)))
+            check_duration(path, self.span_seconds(measured_seconds(path)), max_seconds=self.max_seconds)
         # A file may also state less than it holds, or nothing: reading stops a second after the limit.
         limit = (self.start_seconds or 0.0) + self.max_seconds + 1
         clip = ReadSpec.read(replace(self, end_seconds=min(limit, self.end_seconds or limit)), path)
-        self._check(path, clip.duration_seconds)
+        check_duration(path, clip.duration_seconds, max_seconds=self.max_seconds)
         return clip
 
-    def _check(self, path: Path | str, seconds: float) -> None:
-        if seconds > self.max_seconds:
-            raise ClipError(
-                f"{path}: the clip has {seconds:.0f} s or more, and the maximum is {self.max_seconds:g} s: choose a "
-                "part of it with start and end"
-            )
+
+def check_duration(path: Path | str, seconds: float, *, max_seconds: float) -> None:
+    """Raise a ClipError if a clip is too long."""
+    if seconds > max_seconds:
+        raise ClipError(
+            f"{path}: the clip has {seconds:.0f} s or more, and the maximum is {max_seconds:g} s: choose a part of it "
+            "with start and end"
+        )
 
 
 @dataclass(frozen=True)

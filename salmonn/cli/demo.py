@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TOY_NOTE = "This is the built-in toy model: it only knows coloured shapes and tones."
 MAX_LARGE_UPLOADS = 4  # uploads of the maximum size that all sessions together may store
 CLEANUP_SECONDS = 60.0
+FEATURE_CACHE_BYTES = 512 << 20  # of each model, for further questions about a clip
 
 
 def demo_parser() -> FlagParser:
@@ -150,7 +151,13 @@ def _open_engine(model: str | None, reader: "ClipReader", values: Namespace) -> 
     flags = values.clone()
     # The adapter belongs to --model.
     flags.model, flags.adapter = model, values.adapter if model == values.model else None
-    return Engine(load_captioner(flags), reader, max_waiting=values.max_waiting, max_seconds=values.max_seconds)
+    return Engine(
+        load_captioner(flags),
+        reader,
+        max_waiting=values.max_waiting,
+        max_seconds=values.max_seconds,
+        feature_cache_bytes=FEATURE_CACHE_BYTES,
+    )
 
 
 def _open_scorer(values: Namespace) -> "CaptionScorer":

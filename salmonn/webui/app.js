@@ -1,9 +1,13 @@
 "use strict";
-// Actions in the browser: choose an example, play, seek, copy, and fit frames to their content.
+// Actions in the browser: choose an example, play, seek, record, copy, remember, and fit frames to their content.
 window.salmonn = {
   // Without https, browsers only offer the old way to copy.
   copy(selector) {
-    const text = document.querySelector(selector)?.textContent.trim() ?? "";
+    const lines = [...document.querySelectorAll(`${selector} .caption`)].map((caption) => {
+      const time = caption.closest(".segments li")?.querySelector(".timestamp");
+      return (time ? `${time.textContent} ` : "") + caption.textContent.trim();
+    });
+    const text = lines.join("\n");
     if (navigator.clipboard && window.isSecureContext) {
       navigator.clipboard.writeText(text);
       return;
@@ -17,8 +21,10 @@ window.salmonn = {
     area.remove();
   },
   seek(target) {
-    const media = target.closest(".columns")?.querySelector(".player :is(video, audio)");
-    if (!media) return;
+    const columns = target.closest(".columns") ?? document.querySelector("#tab-caption .columns");
+    const media = columns?.querySelector(".player :is(video, audio)");
+    const entry = target.closest("[data-clip]");
+    if (!media || (entry && entry.dataset.clip !== media.getAttribute("src"))) return;
     media.currentTime = Number(target.dataset.seek);
     media.play().catch(() => {});  // a format that the browser cannot play
     media.scrollIntoView({ block: "nearest", behavior: "smooth" });
@@ -56,13 +62,30 @@ window.salmonn = {
       button.setAttribute("aria-pressed", Boolean(poster) && still.split("/").pop() === poster.split("/").pop());
     });
     document.querySelector(`#${tab}-video .player`).classList.remove("unplayable");
-    document.querySelector(`#${tab}-video .too-large`)?.remove();
+    document.querySelectorAll(`#${tab}-video :is(.too-large, .recorder)`).forEach((element) => element.remove());
+    if (tab === "caption") this.markEntries(file?.url);
     if (!file) return "";
     const media = document.createElement(file.mime_type?.startsWith("audio/") ? "audio" : "video");
     Object.assign(media, { controls: true, preload: "metadata", src: file.url });
     if (poster) media.poster = poster;
     media.setAttribute("playsinline", "");
     return `${media.outerHTML}<p class="note">Your browser can't play this format; it can still be captioned.</p>`;
+  },
+  // Mark the segment that is played.
+  followSegments(media) {
+    const lines = media.closest(".columns")?.querySelectorAll(".segments li") ?? [];
+    for (const line of lines) {
+      const isPlayed = Number(line.dataset.start) <= media.currentTime && media.currentTime < Number(line.dataset.end);
+      line.toggleAttribute("data-played", isPlayed && media.currentTime > 0);
+    }
+  },
+  showError(zone, text) {
+    zone.querySelector(".too-large")?.remove();
+    const message = document.createElement("p");
+    message.className = "error-box too-large";
+    message.setAttribute("role", "alert");
+    message.textContent = text;
+    zone.append(message);
   },
   // On a phone the answer is below the button.
   reveal(selector) {
@@ -98,11 +121,7 @@ for (const type of ["change", "drop"]) {
     if (!zone || !file || !limit || file.size <= limit) return;
     event.stopImmediatePropagation();
     event.preventDefault();
-    const message = document.createElement("p");
-    message.className = "error-box too-large";
-    message.setAttribute("role", "alert");
-    message.textContent = `“${file.name}” has ${(file.size / 2 ** 20).toFixed(1)} MiB; the limit is ${limit / 2 ** 20} MiB. Shorten it or reduce its resolution.`;
-    zone.append(message);
+    window.salmonn.showError(zone, `“${file.name}” has ${(file.size / 2 ** 20).toFixed(1)} MiB; the limit is ${limit / 2 ** 20} MiB. Shorten it or reduce its resolution.`);
     event.target.value = "";
   }, true);
 }
@@ -117,3 +136,13 @@ document.addEventListener("error", (event) => {
   event.target.closest?.(".player")?.classList.add("unplayable");
 }, true);
 addEventListener("resize", () => document.querySelectorAll("iframe.run").forEach(window.salmonn.fit));
+// Recordings declare no duration; a browser finds it when it seeks to the end.
+document.addEventListener("loadedmetadata", (event) => {
+  const media = event.target;
+  if (!media.closest?.(".player") || media.duration !== Infinity) return;
+  media.addEventListener("durationchange", () => { media.currentTime = 0; }, { once: true });
+  media.currentTime = Number.MAX_SAFE_INTEGER;
+}, true);
+document.addEventListener("timeupdate", (event) => {
+  if (event.target.closest?.(".player")) window.salmonn.followSegments(event.target);
+}, true);

@@ -17,7 +17,7 @@ from gradio import processing_utils
 from salmonn.preference.votes import VoteStore, summarize_votes
 from salmonn.train.plots import write_page
 from salmonn.train.run_log import read_run
-from salmonn.webui.caption_tab import CaptionTab
+from salmonn.webui.caption_tab import HISTORY, CaptionTab
 from salmonn.webui.compare_tab import CompareTab
 from salmonn.webui.controls import QUIET
 from salmonn.webui.rendering import render_error, render_placeholder, render_results, render_run
@@ -68,6 +68,7 @@ def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] 
             compare_tab.requests.cancel(session)
             state.uploads.end_session(session)
 
+        app.load(None, None, caption_tab.history, js=HISTORY, **QUIET)
         app.unload(end_session)
     return app
 
@@ -104,7 +105,9 @@ def _add_refreshed(tab: gr.Tab, load: Callable[[], str], *, name: str, initial: 
 
 def launch_options() -> dict[str, Any]:
     """Return the options of `launch` that define the looks."""
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("app.css", "app.js"))
+    style, *scripts = (
+        (HERE / name).read_text(encoding="utf-8") for name in ("app.css", "app.js", "recorder.js", "history.js")
+    )
     theme = gr.themes.Base(
         primary_hue="orange", neutral_hue="stone", radius_size=gr.themes.sizes.radius_lg, font=SANS, font_mono=MONO
     )
@@ -124,7 +127,7 @@ def launch_options() -> dict[str, Any]:
             button_primary_text_color="white",
         ),
         # Gradio rewrites the selectors of its css option, and loses rules for narrow windows.
-        "head": f"<style>{style}</style><script>{script}</script>",
+        "head": f"<style>{style}</style>" + "".join(f"<script>{script}</script>" for script in scripts),
         "favicon_path": str(HERE / "favicon.svg"),
         "footer_links": [],
         "run_history": False,  # which browsers would store

@@ -1,9 +1,9 @@
-"""The tab Caption: a video beside its caption, which is streamed, with its events and its score."""
+"""The tab Caption: a video beside its caption, which is streamed, with its events, its score and further questions."""
 
 import json
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from html import escape
@@ -17,7 +17,8 @@ from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import Completion
 from salmonn.media.container import ClipError
-from salmonn.records import Caption
+from salmonn.records import Caption, Reference
+from salmonn.webui.chat import REMEMBER, ChatPanel, Conversation
 from salmonn.webui.controls import (
     GENERATE,
     NO_VIDEO,
@@ -34,25 +35,32 @@ from salmonn.webui.rendering import (
     render_downloads,
     render_error,
     render_file_notice,
+    render_note,
     render_placeholder,
     render_scored_caption,
+    render_segments,
 )
 from salmonn.webui.scorer import parse_reference
+from salmonn.webui.segments import SegmentList, join_captions, to_segment
 from salmonn.webui.session import ActiveRequest, ActiveRequests, AppState, error_message, to_caption
 
 logger = logging.getLogger(__name__)
 READING, WRITING = "Watching and listening", "Writing"
-UPDATE_SECONDS = 0.05  # between two updates of a growing caption
+SEGMENT_UPDATE_SECONDS = 0.2  # between two updates of a list of segments, which may be long
 PLACEHOLDER = render_placeholder(
     "No caption yet",
-    "Choose an example, or drop a video or sound file, then press Describe. Formats your browser can't play work too.",
+    "Choose an example, or drop or record a video or sound, then press Describe. Formats your browser can't play work "
+    "too.",
 )
 REFERENCE_INFO = (
     "What happens in the video, one event per line; a line may begin with “seen:”, “heard:” or “said:”. Or a reference "
     "as JSON."
 )
+NOT_SCORED = "Captions by segment are not scored: choose the whole clip under Options."
 REVEAL = f"(...inputs) => {{ window.salmonn.reveal('.card'); return {WITH_TIME}; }}"
-COPY = "(shown) => { window.salmonn.copy('#answer .caption'); return [shown]; }"
+COPY = "(shown) => { window.salmonn.copy('#answer'); return [shown]; }"
+HISTORY = "() => window.salmonn.renderHistory()"
+FORGET = "() => window.salmonn.forget()"
 
 Update = dict[Any, Any]
 
@@ -77,9 +85,14 @@ class CaptionTab:
                         self.status = gr.HTML("", elem_id="status")
                         self.copy = gr.Button("Copy", elem_id="copy", size="sm", visible=False, scale=0, min_width=90)
                     self.downloads = gr.HTML("", elem_id="downloads")
+                    self.chat = ChatPanel(state, self.requests)
                 self.findings = gr.HTML("", elem_id="findings")
+        with gr.Column(elem_id="earlier"):
+            self.history = gr.HTML("", elem_id="history")
+            self.forget = gr.Button("Clear history", size="sm", elem_id="clear-history")
         self.shown = gr.State(None)
-        self.time = gr.Number(visible=False)  # of an event in the browser
+        # Of an event in the browser. Gradio sorts inputs by their creation, and `WITH_TIME` expects this one last.
+        self.time = gr.Number(visible=False)
         self._connect()
 
     def _add_inputs(self) -> None:
@@ -103,11 +116,15 @@ class CaptionTab:
         inputs = {self.video, self.model, self.reference, *self.controls.components, self.time}
         outputs = [
             self.answer, self.status, self.findings, self.start, self.stop, self.copy, self.downloads, self.shown,
+            *self.chat.outputs,
         ]  # fmt: skip
-        self.start.click(self.describe, inputs, outputs, js=REVEAL, **GENERATE)
+        described = self.start.click(self.describe, inputs, outputs, js=REVEAL, **GENERATE)
+        described.then(None, self.chat.entry, self.history, js=REMEMBER, **QUIET)
         self.stop.click(self.stop_request, None, None, **QUIET)
         self.video.change(self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}", **QUIET)
         self.copy.click(self.log_copy, self.shown, self.status, js=COPY, **QUIET)
+        self.chat.connect(time=self.time, history=self.history)
+        self.forget.click(None, None, self.history, js=FORGET, **QUIET)
 
     def describe(self, values: Mapping[Any, Any], request: gr.Request) -> Iterator[Update]:
         """Stream a caption, then show its events and its score."""
@@ -118,32 +135,25 @@ class CaptionTab:
         active = self.requests.start(str(request.session_hash), path, clicked=values[self.time])
         try:
             caption_request = self.controls.to_request(values, path)
+            segment_seconds = self.controls.segment_seconds(values)
             pasted = check_text(values[self.reference] or "", name="the reference")
             reference = parse_reference(pasted, video=path.name) or self.state.reference_of(path)
-            caption = yield from self._stream(caption_request, model, active)
-            if caption and caption.text:
-                yield {self.downloads: self._render_downloads(caption, path)}
-            # Answers to questions are not descriptions of events.
-            if caption and not active.is_stopped and caption_request.prompt is None:
-                scorer = self.state.scorer
-                analysis = scorer.analyze(caption, reference, modality=caption_request.modality)
-                if not active.is_cancelled:
-                    yield {
-                        self.answer: render_scored_caption(analysis) + render_file_notice(caption),
-                        self.findings: render_analysis(analysis, judge=scorer.judge.name),
-                    }
+            yield self._clear_answer()
+            if segment_seconds is None:
+                captions = yield from self._stream(caption_request, model, active)
+            else:
+                captions = yield from self._stream_segments(caption_request, segment_seconds, model, active)
+            if captions and captions[0].text:
+                yield from self._complete(captions, caption_request, reference, active)
         except (ValueError, Overloaded, RuntimeError) as error:
             if not active.is_cancelled:
                 yield self._show_error(error_message(error, path))
         # In an update of its own, so that it happens in any case.
         yield self._enable()
 
-    def _stream(
-        self, caption_request: CaptionRequest, model: str, active: ActiveRequest
-    ) -> Generator[Update, None, Caption | None]:
-        """Show the growing caption; return the caption, incomplete if it was stopped, or None if it was cancelled."""
-        text, answer, updated, seconds, begin = "", None, 0.0, 0.0, time.monotonic()
-        yield {
+    def _clear_answer(self) -> Update:
+        """Show that a request has begun."""
+        return {
             self.answer: render_caption("", is_growing=True),
             self.status: _busy(READING),
             self.findings: "",
@@ -152,24 +162,24 @@ class CaptionTab:
             self.stop: gr.update(visible=True),
             self.copy: gr.update(visible=False),
             self.shown: None,
-        }
-        with closing(self.state.stream_answers(caption_request, [model])) as events:
-            for event in events:
-                seconds = time.monotonic() - begin
-                if active.is_stopped or active.is_cancelled:
-                    break
-                if event is None:
-                    yield {self.status: _busy(f"{WRITING if text else READING}, {seconds:.0f} s")}
-                    continue
-                text, answer = text + event[1].text, event[1].completion
-                if answer is None and seconds - updated > UPDATE_SECONDS:
-                    updated = seconds
-                    yield {self.answer: render_caption(text, is_growing=True), self.status: _busy(WRITING)}
+        } | self.chat.close()
+
+    def _stream(
+        self, caption_request: CaptionRequest, model: str, active: ActiveRequest
+    ) -> Generator[Update, None, list[Caption]]:
+        """Show the growing caption; return it, incomplete if it was stopped, or nothing if it was cancelled."""
+        text, answer, seconds = "", None, 0.0
+        for progress in self.state.stream_progress(caption_request, model, active):
+            has_grown, text = progress.text != text, progress.text
+            answer, seconds = progress.completion, progress.seconds
+            if answer is None and not (active.is_stopped or active.is_cancelled):
+                working = WRITING if has_grown else f"{WRITING if text else READING}, {seconds:.0f} s"
+                grown = {self.answer: render_caption(text, is_growing=True)} if has_grown else {}
+                yield grown | {self.status: _busy(working)}
         if active.is_cancelled:
-            return None
+            return []
         caption = to_caption(caption_request, answer or Completion(text.strip(), finished=False), model)
-        num_words = len(caption.text.split())
-        status = [f"{num_words} word{'s' * (num_words != 1)}", escape(model), *([] if answer else ["stopped"])]
+        status = [_count(len(caption.text.split()), "word"), escape(model), *([] if answer else ["stopped"])]
         yield {
             self.answer: render_caption(caption.text, finished=caption.finished or answer is None)
             + render_file_notice(caption),
@@ -177,20 +187,92 @@ class CaptionTab:
             self.shown: caption,
             self.copy: gr.update(visible=bool(caption.text)),
         } | self._enable()
-        return caption
+        return [caption]
 
-    def _render_downloads(self, caption: Caption, path: Path) -> str:
-        """Render links to the caption as files; without subtitles if the duration of the video is unknown."""
-        files = {"json": json.dumps(asdict(caption), ensure_ascii=False, indent=2) + "\n"}
+    def _stream_segments(
+        self, caption_request: CaptionRequest, segment_seconds: float, model: str, active: ActiveRequest
+    ) -> Generator[Update, None, list[Caption]]:
+        """Show the captions of segments as they grow; return them, without those that a stop or error left empty."""
+        begin, updated = time.monotonic(), 0.0
+        jobs = self.state.split_clip(caption_request, segment_seconds, model=model)
+        listed = SegmentList(jobs, model)
+        with closing(self.state.stream_segments(jobs, model=model)) as events:
+            for event in events:
+                seconds = time.monotonic() - begin
+                if active.is_stopped or active.is_cancelled:
+                    break
+                if event is not None:
+                    listed.add(*event)
+                if event is None or seconds - updated > SEGMENT_UPDATE_SECONDS:
+                    updated = seconds
+                    progress = f"{listed.num_done} of {_count(len(jobs), 'segment')}, {seconds:.0f} s"
+                    yield {
+                        self.answer: render_segments(listed.segments, path=caption_request.path),
+                        self.status: _busy(f"{WRITING if listed.segments else READING}, {progress}"),
+                    }
+        if active.is_cancelled:
+            return []
+        listed.stop()
+        captions = listed.captions()
+        joined = join_captions(captions) if captions else None
+        num_words = len(joined.text.split()) if joined else 0
+        status = [_count(num_words, "word"), _count(len(captions), "segment"), escape(model)]
+        status += ["stopped"] * active.is_stopped + [f"{time.monotonic() - begin:.1f} s"]
+        is_cut = joined is not None and not joined.finished and not active.is_stopped
+        yield {
+            self.answer: render_segments(listed.segments, path=caption_request.path, is_cut=is_cut)
+            + (render_file_notice(joined) if joined else ""),
+            self.status: " · ".join(status),
+            self.shown: joined,
+            self.copy: gr.update(visible=bool(captions)),
+        } | self._enable()
+        return captions
+
+    def _complete(
+        self,
+        captions: Sequence[Caption],
+        caption_request: CaptionRequest,
+        reference: Reference | None,
+        active: ActiveRequest,
+    ) -> Iterator[Update]:
+        """Offer downloads, show events and score, then open the conversation."""
+        path, joined = caption_request.path, join_captions(captions)
+        downloads = self._render_downloads(captions, path)
+        yield {self.downloads: downloads}
+        update: Update = {}
+        # Answers to questions are not descriptions of events.
+        if captions[0].num_segments > 1:
+            answer = render_segments([to_segment(one) for one in captions], path=path)
+            if reference and caption_request.prompt is None:
+                update[self.findings] = render_note(NOT_SCORED)
+        elif active.is_stopped or caption_request.prompt is not None:
+            answer = render_caption(joined.text)
+        else:
+            scorer = self.state.scorer
+            analysis = scorer.analyze(joined, reference, modality=caption_request.modality)
+            answer = render_scored_caption(analysis)
+            update |= {
+                self.answer: answer + render_file_notice(joined),
+                self.findings: render_analysis(analysis, judge=scorer.judge.name),
+            }
+        if not active.is_cancelled:
+            conversation = Conversation(caption_request, joined.model, joined.text, answer + downloads)
+            yield update | self.chat.open(conversation)
+
+    def _render_downloads(self, captions: Sequence[Caption], path: Path) -> str:
+        """Render links to the captions as files; without subtitles if the duration of the video is unknown."""
+        records = [asdict(caption) for caption in captions]
+        content = records if captions[0].num_segments > 1 else records[0]
+        files = {"json": json.dumps(content, ensure_ascii=False, indent=2) + "\n"}
         try:
             for name in SUBTITLE_FORMATS:
-                files[name] = format_text([caption], name, seconds_of=lambda _: self._seconds(path, caption.model))
+                files[name] = format_text(captions, name, seconds_of=lambda _: self._seconds(path, captions[0].model))
         except ClipError as error:
             logger.warning("no subtitles of a caption: %s", error)
         return render_downloads(files, stem=path.stem)
 
     def _seconds(self, path: Path, model: str) -> float:
-        return self.state.probe_media(path, model=model).seconds
+        return self.state.measure_seconds(path, model=model)
 
     def _enable(self) -> Update:
         return {self.start: gr.update(interactive=True), self.stop: gr.update(visible=False)}
@@ -198,7 +280,7 @@ class CaptionTab:
     def _show_error(self, message: str) -> Update:
         return {
             self.answer: render_error(message), self.status: "", self.findings: "", self.downloads: "",
-        } | self._enable()  # fmt: skip
+        } | self._enable() | self.chat.close()  # fmt: skip
 
     def stop_request(self, request: gr.Request) -> None:
         """Stop the session's request; the text so far is kept."""
@@ -211,7 +293,7 @@ class CaptionTab:
         return {
             self.answer: PLACEHOLDER, self.status: "", self.findings: "", self.downloads: "", self.shown: None,
             self.copy: gr.update(visible=False),
-        } | self._enable()  # fmt: skip
+        } | self._enable() | self.chat.close()  # fmt: skip
 
     def log_copy(self, shown: Caption | None) -> str:
         """Log that the caption was copied."""
@@ -226,3 +308,7 @@ class CaptionTab:
 
 def _busy(text: str) -> str:
     return f'<span class="busy">{text}</span>'
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

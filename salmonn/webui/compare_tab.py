@@ -111,7 +111,7 @@ class CompareTab:
                     self.start = gr.Button("Compare", variant="primary", elem_id="compare", scale=3)
                     self.stop = gr.Button("Stop", elem_id="stop-comparing", visible=False, scale=1)
                 captioner = state.engines[state.default_model].captioner
-                self.controls = option_inputs(prompt, captioner, temperature=0.8, has_seed=False)
+                self.controls = option_inputs(prompt, captioner, temperature=0.8, is_comparison=True)
             with gr.Column(scale=6, min_width=320, elem_id="comparison"):
                 self._add_voting()
         self.comparison = gr.State(None)

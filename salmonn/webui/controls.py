@@ -17,8 +17,12 @@ from salmonn.webui.session import AppState
 
 QUESTION = "Ask a question"
 MODALITIES: Mapping[str, Modality] = {"Video and audio": "both", "Video only": "visual", "Audio only": "audio"}
+WHOLE_CLIP = "Whole clip"
+SEGMENTS: Mapping[str, float] = {"5 s": 5.0, "10 s": 10.0, "30 s": 30.0}
 MAX_TEXT_CHARS = 20_000
 MAX_NEW_TOKENS = 4096
+RECORDINGS = {"camera": "Record video", "microphone": "Record sound"}
+MAX_RECORDING_SECONDS = 600.0  # if clips may have any duration
 NO_VIDEO = "choose an example, or drop a video or sound file of your own first"
 
 # Options of event listeners that only update the page: no progress bar, and no public API endpoint.
@@ -36,6 +40,7 @@ class Controls:
 
     modality: gr.Radio
     question: gr.Textbox
+    segments: gr.Radio
     start: gr.Number
     end: gr.Number
     temperature: gr.Slider
@@ -48,6 +53,10 @@ class Controls:
     def components(self) -> set[Any]:
         """All components, as inputs of an event listener."""
         return set(vars(self).values())
+
+    def segment_seconds(self, values: Mapping[Any, Any]) -> float | None:
+        """Return the length of the segments to caption separately; None for one caption of the clip."""
+        return SEGMENTS.get(values[self.segments])
 
     def to_request(self, values: Mapping[Any, Any], path: Path) -> CaptionRequest:
         """Build a request from the components' values.
@@ -84,12 +93,13 @@ class Controls:
 def media_input(state: AppState, *, tab: str) -> gr.File:
     """Add a component for uploads, with a player and the examples below it.
 
-    The browser itself chooses examples and shows the player, so that neither needs to wait for the server.
+    The browser itself chooses examples, shows the player and records, so that none of these waits for the server.
 
     Args:
         state: the shared state.
         tab: name of the tab; a session uses one file per tab.
     """
+    max_seconds = state.engines[state.default_model].max_seconds or MAX_RECORDING_SECONDS
     with gr.Column(elem_id=f"{tab}-video", elem_classes=["media-input"]):
         file = gr.File(
             file_types=["video", "audio", *sorted(VIDEO_SUFFIXES | AUDIO_SUFFIXES)], height=220, show_label=False,
@@ -98,6 +108,11 @@ def media_input(state: AppState, *, tab: str) -> gr.File:
         # Its own method creates a temporary file whenever the value is read.
         file.preprocess = _file_path  # type: ignore[method-assign]
         player = gr.HTML("", elem_classes=["player"], padding=False)
+        with gr.Row(elem_classes=["recording"]):
+            for kind, label in RECORDINGS.items():
+                button = gr.Button(label, size="sm", elem_classes=[kind])
+                record = f"(file) => window.salmonn.record('{tab}', '{kind}', {max_seconds:g}, file)"
+                button.click(None, file, file, js=record, **QUIET)
     with gr.Row(elem_classes=["examples"]):
         for index, example in enumerate(state.examples):
             button = gr.Button(f"Example {index + 1}", icon=str(example.still), size="sm", min_width=64)
@@ -133,7 +148,7 @@ def prompt_inputs() -> tuple[gr.Radio, gr.Textbox]:
 
 
 def option_inputs(
-    prompt: tuple[gr.Radio, gr.Textbox], captioner: Captioner, *, temperature: float, has_seed: bool = True
+    prompt: tuple[gr.Radio, gr.Textbox], captioner: Captioner, *, temperature: float, is_comparison: bool = False
 ) -> Controls:
     """Add the other options, in a closed accordion.
 
@@ -141,10 +156,14 @@ def option_inputs(
         prompt: the components of `prompt_inputs`.
         captioner: model whose default length is the initial value.
         temperature: initial temperature.
-        has_seed: whether users choose the seed.
+        is_comparison: whether two captions are generated: of the whole clip, with a random seed.
     """
     tokens = captioner.default_sampling().max_new_tokens
     with gr.Accordion("Options", open=False, elem_classes=["fold"]):
+        segments = gr.Radio(
+            [WHOLE_CLIP, *SEGMENTS], value=WHOLE_CLIP, label="One caption for each", visible=not is_comparison,
+            elem_classes=["pills"],
+        )  # fmt: skip
         with gr.Row():
             start = gr.Number(0, label="Start (seconds)", minimum=0, min_width=110)
             end = gr.Number(0, label="End (seconds)", info="0 = end of the video", minimum=0, min_width=110)
@@ -155,8 +174,8 @@ def option_inputs(
             length = gr.Slider(8, max(512, tokens), tokens, step=8, label="Max tokens", info="length limit of answers")
         with gr.Row():
             penalty = gr.Number(0, label="Repetition penalty", info="0 = model default", minimum=0, min_width=110)
-            seed = gr.Number(0, label="Random seed", precision=0, min_width=110, visible=has_seed)
-    return Controls(*prompt, start, end, heat, top_p, length, penalty, seed)
+            seed = gr.Number(0, label="Random seed", precision=0, min_width=110, visible=not is_comparison)
+    return Controls(*prompt, segments, start, end, heat, top_p, length, penalty, seed)
 
 
 def check_text(text: str, *, name: str) -> str:

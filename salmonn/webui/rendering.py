@@ -1,6 +1,6 @@
 """Render records as HTML. All text of models and users is escaped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -12,12 +12,14 @@ from salmonn.records import Caption, Event, Score
 from salmonn.score.highlight import find_missed_events, highlight_caption
 from salmonn.templates import load_template
 from salmonn.webui.scorer import CaptionAnalysis
+from salmonn.webui.segments import Segment
+from salmonn.webui.session import error_message
 
 
 @cache
 def _macros() -> Any:
     path = Path(__file__).with_name("rendering.html.jinja")
-    return load_template(path, percent=lambda value: f"{100 * value:.1f} %", span=_span).module
+    return load_template(path, percent=lambda value: f"{100 * value:.1f} %", span=_span, clock=_clock).module
 
 
 def render_placeholder(title: str, text: str) -> str:
@@ -39,6 +41,28 @@ def render_caption(text: str, *, is_growing: bool = False, finished: bool = True
 def render_file_notice(caption: Caption) -> str:
     """Render what was lost or guessed when the caption's file was read; "" if nothing was."""
     return str(_macros().file_notice(caption.complete, caption.warnings))
+
+
+def render_segments(segments: Sequence[Segment], *, path: Path, is_cut: bool = False) -> str:
+    """Render captions of segments, with times to play from.
+
+    Args:
+        segments: segments in order of time; of errors, only what users may see is shown.
+        path: path of the video, which errors name.
+        is_cut: whether captions were cut off at the token limit.
+    """
+    errors = [error_message(ValueError(one.error), path) for one in segments]
+    return str(_macros().segments(list(zip(segments, errors, strict=True)), is_cut))
+
+
+def render_thread(turns: Sequence[tuple[str, str]], *, is_growing: bool = False) -> str:
+    """Render questions and answers; the last answer may be growing."""
+    return str(_macros().thread(turns, is_growing)) if turns else ""
+
+
+def render_note(sentence: str) -> str:
+    """Render a sentence in small print."""
+    return str(_macros().notes([sentence]))
 
 
 def render_downloads(files: Mapping[str, str], *, stem: str) -> str:
@@ -99,3 +123,9 @@ def _span(event: Event) -> str:
     if event.end_seconds is None or event.end_seconds <= event.start_seconds:
         return f"{event.start_seconds:.1f} s"
     return f"{event.start_seconds:.1f}\N{EN DASH}{event.end_seconds:.1f} s"
+
+
+def _clock(seconds: float) -> str:
+    """Format a time like video players, in whole seconds: "1:05"."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

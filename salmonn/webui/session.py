@@ -1,17 +1,21 @@
 """What all sessions share (models, scorer, votes, examples, uploads), and the requests in progress."""
 
 import logging
+import math
 import queue
+import time
+from collections import deque
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from salmonn.caption.engine import Engine
-from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import MediaInfo, probe_media
+from salmonn.caption.engine import Engine, GenerationHandle, Overloaded
+from salmonn.caption.generator import CaptionRequest, Span
+from salmonn.caption.loader import ClipJob, MediaInfo, check_duration, probe_media, split_into_segments
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption, Reference
@@ -22,6 +26,8 @@ from salmonn.webui.uploads import UploadStore
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.25  # between keep-alive messages while no text arrives
+UPDATE_SECONDS = 0.05  # between two updates of a growing answer
+SEGMENTS_AT_ONCE = 4  # of one user, so that others are not kept waiting
 # Example clips: larger than training clips, so that they look good in a video player, and rendered from a seed that no
 # training config uses. The toy model describes the first one well; its captions of the others show every kind of error.
 EXAMPLES = SynthConfig(clips=4, seed=20_330, size_pixels=288)
@@ -103,6 +109,15 @@ class ActiveRequests:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """The text of an answer so far, and the time since the request; `completion` is the whole answer, once it is."""
+
+    text: str = ""
+    completion: Completion | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class AppState:
     """What the tabs share.
 
@@ -178,6 +193,96 @@ class AppState:
         finally:
             for handle in handles:
                 handle.cancel()
+
+    def stream_progress(
+        self, request: CaptionRequest, model: str, active: ActiveRequest
+    ) -> Generator[Progress, None, None]:
+        """Stream an answer as its text so far, at intervals; ends early if the request is stopped or cancelled.
+
+        Raises:
+            Overloaded, ClipError, ValueError, RuntimeError: see `stream_answers`.
+        """
+        progress, shown, begin = Progress(), 0.0, time.monotonic()
+        with closing(self.stream_answers(request, [model])) as events:
+            for event in events:
+                seconds = time.monotonic() - begin
+                if active.is_stopped or active.is_cancelled:
+                    # What arrived since the last interval is not lost.
+                    yield replace(progress, seconds=seconds)
+                    return
+                text, completion = (event[1].text, event[1].completion) if event else ("", None)
+                progress = Progress(progress.text + text, completion, seconds)
+                if event is None or completion or seconds - shown > UPDATE_SECONDS:
+                    shown = seconds
+                    yield progress
+
+    def split_clip(self, request: CaptionRequest, segment_seconds: float, *, model: str) -> list[ClipJob]:
+        """Split a request into one for each segment of its clip, as batch captioning does.
+
+        Raises:
+            ClipError: the file cannot be read, is too long, or has no timestamps.
+        """
+        engine = self.engines[model]
+        engine.captioner.processor.check_prompt(engine.captioner.resolve_prompt(request))
+        job = ClipJob(0, request, engine.captioner.read_spec(request))
+        seconds = engine.reader.measure_seconds(request.path, job.read_spec)
+        check_duration(request.path, seconds, max_seconds=engine.max_seconds or math.inf)
+        jobs = [part for part, _ in split_into_segments(job, seconds, segment_seconds)]
+        if seconds <= 0:  # reading it reports the reason
+            engine.reader.submit(request.path, jobs[0].read_spec, lambda clip: clip).result()
+        return jobs
+
+    def stream_segments(
+        self, jobs: Sequence[ClipJob], *, model: str
+    ) -> Generator[tuple[int, TextDelta | ValueError] | None, None, None]:
+        """Send the requests for the segments of a clip to a model, and stream their answers. Closing cancels them.
+
+        Yields:
+            (index of the segment, text delta, or the reason why it cannot be captioned); None while no text arrives.
+
+        Raises:
+            Overloaded: the queue is full.
+            RuntimeError: the model failed.
+        """
+        events: queue.SimpleQueue[tuple[int, TextDelta | Exception]] = queue.SimpleQueue()
+        waiting, handles = deque(enumerate(jobs)), dict[int, GenerationHandle]()
+
+        def on_event(index: int, _: int, event: TextDelta | Exception) -> None:
+            events.put((index, event))
+
+        try:
+            while waiting or handles:
+                while waiting and len(handles) < SEGMENTS_AT_ONCE:
+                    index, job = waiting[0]
+                    # The last one has an open end: a file that breaks off is recognized by what it lacks there.
+                    span = Span(job.read_spec.start_seconds, job.read_spec.end_seconds)
+                    try:
+                        handles[index] = self.engines[model].submit(
+                            replace(job.request, span=span), on_event=partial(on_event, index)
+                        )
+                    except Overloaded:
+                        if not handles:
+                            raise
+                        break
+                    waiting.popleft()
+                try:
+                    index, event = events.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    yield None
+                    continue
+                if isinstance(event, Exception) and not isinstance(event, ValueError):
+                    raise event
+                if isinstance(event, ValueError) or event.completion is not None:
+                    del handles[index]
+                yield index, event
+        finally:
+            for handle in handles.values():
+                handle.cancel()
+
+    def measure_seconds(self, path: Path, *, model: str) -> float:
+        """Return the duration of a file by its packets, since recordings declare none; 0 if it is unknown."""
+        engine = self.engines[model]
+        return engine.reader.measure_seconds(path, engine.captioner.processor.read_spec("both"))
 
     def probe_media(self, path: Path, *, model: str) -> MediaInfo:
         """Return duration and streams of a file; raises ClipError if it is no video or audio file."""

@@ -20,11 +20,11 @@ _OPTIONS = (
 
 
 @contextmanager
-def start_browser() -> Iterator[Browser]:
-    """Start the browser."""
+def start_browser(*options: str) -> Iterator[Browser]:
+    """Start the browser, with further options of its command line."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=BROWSER, args=_OPTIONS.split(), timeout=1000 * STEP_SECONDS
+            executable_path=BROWSER, args=[*_OPTIONS.split(), *options], timeout=1000 * STEP_SECONDS
         )
         yield browser
         browser.close()

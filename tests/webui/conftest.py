@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
 
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.records import write_json, write_text
 from salmonn.score.metrics import Rates
+from salmonn.webui.session import EXAMPLES, ExampleClip, make_example_clips
 from tests.launch import forked
 from tests.score.browser import start_browser
 
@@ -83,8 +85,21 @@ def demo(tmp_path_factory, random_model) -> Iterator[Demo]:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    with start_browser() as browser:
+    # With a camera and a microphone that need no permission.
+    with start_browser("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream") as browser:
         yield browser
+
+
+@pytest.fixture(scope="package")
+def toy() -> Captioner:
+    """The default model of the web UI."""
+    return Captioner.load(SHIPPED_MODEL)
+
+
+@pytest.fixture(scope="package")
+def examples(tmp_path_factory) -> list[ExampleClip]:
+    """The example clips, rendered again."""
+    return make_example_clips(tmp_path_factory.mktemp("examples"), EXAMPLES)
 
 
 class Visitor:

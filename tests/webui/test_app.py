@@ -7,7 +7,7 @@ import wave
 import httpx
 import pytest
 
-from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import Sampling, Span
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import read_clip
@@ -16,22 +16,9 @@ from salmonn.preference.votes import Vote
 from salmonn.records import Comparison, read_records
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.scorer import CaptionScorer
-from salmonn.webui.session import EXAMPLES, make_example_clips
 from tests.score.browser import needs_browser
 
 pytestmark = needs_browser
-
-
-@pytest.fixture(scope="module")
-def toy():
-    """The default model of the web UI."""
-    return Captioner.load(SHIPPED_MODEL)
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory):
-    """The example clips, rendered again."""
-    return make_example_clips(tmp_path_factory.mktemp("examples"), EXAMPLES)
 
 
 @pytest.fixture(scope="module")

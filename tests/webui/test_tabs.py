@@ -33,7 +33,7 @@ UNPAIRED_SURROGATE = "a dog \ud800 barks"
 
 @pytest.fixture
 def state(tmp_path, processor):
-    engine = SimpleNamespace(captioner=SimpleNamespace(processor=processor, default_sampling=Sampling))
+    engine = SimpleNamespace(captioner=SimpleNamespace(processor=processor, default_sampling=Sampling), max_seconds=60.0)
     return AppState(
         {"one": engine},
         CaptionScorer(RuleJudge()),
@@ -188,7 +188,7 @@ def test_a_caption_of_a_damaged_file_has_a_notice(caption_tab, comparison, monke
         caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: "",
         caption_tab.time: 0.0,
     }  # fmt: skip
-    monkeypatch.setattr(AppState, "probe_media", lambda *_, **__: MediaInfo(3.0))
+    monkeypatch.setattr(AppState, "measure_seconds", lambda *_, **__: 3.0)
     updates = list(caption_tab.describe(values, REQUEST))
     answers = [update[caption_tab.answer] for update in updates if caption_tab.answer in update]
     assert len(answers) == 3 and "Lost 1 s of video" not in answers[0]
@@ -198,8 +198,8 @@ def test_a_caption_of_a_damaged_file_has_a_notice(caption_tab, comparison, monke
 @pytest.mark.parametrize("seconds", [3.0, 0.0])
 def test_downloads(caption_tab, monkeypatch, seconds):
     """A file of unknown duration has no subtitles."""
-    monkeypatch.setattr(AppState, "probe_media", lambda *_, **__: MediaInfo(seconds))
-    html = caption_tab._render_downloads(Caption("a.mp4", "A & B <c> 50 %", model="one"), Path('my "a".mp4'))
+    monkeypatch.setattr(AppState, "measure_seconds", lambda *_, **__: seconds)
+    html = caption_tab._render_downloads([Caption("a.mp4", "A & B <c> 50 %", model="one")], Path('my "a".mp4'))
     links = {name: unquote(url) for url, name in re.findall(r'href="data:[^,]*,([^"]*)" download="([^"]*)"', html)}
     stem = "my &#34;a&#34;"
     assert json.loads(links[f"{stem}.json"])["text"] == "A & B <c> 50 %"

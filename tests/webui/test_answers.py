@@ -1,0 +1,145 @@
+"""What a real browser does with answers: segments, further questions, recordings and the history."""
+
+import re
+from urllib.parse import unquote
+
+import pytest
+
+from salmonn.caption.generator import CaptionRequest
+from salmonn.webui.rendering import render_thread
+from tests.score.browser import needs_browser
+from tests.webui.test_app import choose_example, describe, open_options
+
+pytestmark = needs_browser
+TIME = "document.querySelector('#caption-video video').currentTime"
+
+
+def download(visitor, suffix):
+    """Return the contents of a download."""
+    link = visitor.page.locator(f"#downloads a[download$='.{suffix}']")
+    return unquote(link.get_attribute("href").partition(",")[2])
+
+
+def test_captions_by_segment(visit, toy, examples):
+    """Their times play the video, also by keyboard, and are those of the subtitles."""
+    visitor = visit()
+    page = visitor.page
+    choose_example(visitor, 1)
+    open_options(visitor)
+    page.get_by_label("5 s", exact=True).first.check()
+    page.get_by_role("button", name="Describe", exact=True).click()
+    page.locator("#status").get_by_text("2 segments").wait_for()
+    page.locator("#downloads a").first.wait_for()
+    request = CaptionRequest(examples[0].path)
+    (results,) = toy.caption_batches([request], segment_seconds=5.0)
+    expected = [one.result for one in results]
+    assert page.locator("#answer .caption").all_inner_texts() == [expected[0].text, expected[1].text]
+    times = page.locator("#answer .segments .timestamp")
+    assert times.all_inner_texts() == ["0:00\N{EN DASH}0:05", "0:05\N{EN DASH}0:07"]
+    cues = re.findall(r"(\S+) --> (\S+)\n(.+)", download(visitor, "srt"))
+    end = f"00:00:{expected[1].end_seconds:06.3f}".replace(".", ",")
+    assert cues == [
+        ("00:00:00,000", "00:00:05,000", expected[0].text), ("00:00:05,000", end, expected[1].text),
+    ]  # fmt: skip
+    assert download(visitor, "vtt").startswith("WEBVTT\n\n00:00:00.000 --> 00:00:05.000\n")
+    times.nth(1).focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"{TIME} > 5.05")
+    page.locator("#answer .segments li[data-played]").get_by_text(expected[1].text).wait_for()
+    times.nth(0).click()
+    page.wait_for_function(f"{TIME} < 4")
+
+
+def ask(visitor, question):
+    """Ask a further question and return the answer."""
+    before = visitor.page.locator("#thread .reply").count()
+    visitor.page.locator("#follow-up textarea").fill(question)
+    visitor.page.locator("#follow-up textarea").press("Enter")
+    visitor.page.wait_for_function(
+        f"document.querySelectorAll('#thread .reply').length === {before + 1} && "
+        "!document.querySelector('#thread .caret') && document.querySelector('#follow-up .submit-button')"
+    )
+    return visitor.page.locator("#thread .reply").last.inner_text()
+
+
+def test_further_questions(visit, toy, examples):
+    """Each is asked in the light of all that is shown, until a new conversation is begun."""
+    visitor = visit()
+    page = visitor.page
+    choose_example(visitor, 2)
+    assert not page.locator("#follow-up").is_visible()
+    history = [("", describe(visitor))]
+    page.locator("#follow-up textarea").wait_for()
+    for question in ("What colour is the cross?", "What is heard?"):
+        answer = ask(visitor, question)
+        assert answer == toy.caption(examples[1].path, prompt=question, history=history).text
+        history.append((question, answer))
+    assert page.locator("#thread .question").all_inner_texts() == [question for question, _ in history[1:]]
+    page.locator("#follow-up textarea").fill("What <|im_end|> is it?")
+    page.locator("#follow-up textarea").press("Enter")
+    page.locator("#thread .error-box").get_by_text("The question contains the special token").wait_for()
+    assert page.locator("#follow-up textarea").input_value() == "What <|im_end|> is it?"
+    page.get_by_role("button", name="New conversation").click()
+    page.wait_for_function("!document.querySelector('#thread .reply')")
+    assert (
+        ask(visitor, "What is heard?")
+        == toy.caption(examples[1].path, prompt="What is heard?", history=history[:1]).text
+    )
+    choose_example(visitor, 3)
+    page.locator("#follow-up").wait_for(state="hidden")
+
+
+def test_recordings(visit):
+    """Of two to three seconds; their files declare no duration."""
+    visitor = visit()
+    page = visitor.page
+    for name, kind in (("Record video", "video"), ("Record sound", "audio")):
+        page.locator("#caption-video").get_by_role("button", name=name).click()
+        page.locator(".recorder .elapsed").get_by_text("0:02").wait_for()
+        page.get_by_role("button", name="Use recording").click()
+        page.locator(f"#caption-video .player {kind}[src$='.webm']").wait_for()
+        page.wait_for_function(f"document.querySelector('#caption-video {kind}').duration < 20")
+        assert describe(visitor)
+        page.locator("#downloads a").first.wait_for()
+        (end,) = re.findall(r"--> 00:00:(\d\d),", download(visitor, "srt"))
+        assert 2 <= int(end) <= 10
+    page.locator("#caption-video").get_by_role("button", name="Record sound").click()
+    page.get_by_role("button", name="Cancel").click()
+    page.locator("#caption-video audio").wait_for()
+    page.evaluate("Object.defineProperty(navigator, 'mediaDevices', { value: undefined })")
+    page.locator("#caption-video").get_by_role("button", name="Record sound").click()
+    page.locator("#caption-video [role=alert]").get_by_text("Browsers only record on a secure page").wait_for()
+
+
+def test_the_history_stays_in_its_browser_tab(visit):
+    visitor = visit()
+    page, texts = visitor.page, []
+    for number in (1, 2):
+        choose_example(visitor, number)
+        texts.append(describe(visitor))
+        page.locator(".entry").nth(number - 1).wait_for()
+    page.locator(".entry .excerpt").first.get_by_text(texts[1]).wait_for()
+    answer = ask(visitor, "What is heard?")
+    page.reload()
+    page.locator(".entry").nth(1).wait_for()
+    assert page.locator(".entry").count() == 2
+    first = page.locator(".entry").first
+    first.locator("summary").click()
+    assert first.locator(".caption").inner_text() == texts[1]
+    assert first.locator(".thread .reply").inner_text() == answer
+    assert first.locator("summary b").inner_text() == "Example 2"
+    assert first.locator("img").get_attribute("src").startswith("data:image/jpeg")
+    assert page.evaluate("JSON.stringify(sessionStorage).length") < 100_000
+    assert visit().page.locator(".entry").count() == 0
+    # Another user logs in.
+    assert page.evaluate("window.gradio_config.username = 'bob', window.salmonn.renderHistory()") == ""
+    page.evaluate("window.gradio_config.username = null")
+    assert page.evaluate("window.salmonn.renderHistory()") == ""
+    page.get_by_role("button", name="Clear history").click()
+    page.locator("#clear-history").wait_for(state="hidden")
+
+
+@pytest.mark.parametrize("text", ["<b>bold</b>", "a\nb"])
+def test_threads_are_escaped(text):
+    html = render_thread([(text, text)])
+    assert "<b>" not in html and html.count(text.replace("<", "&lt;").replace(">", "&gt;")) == 2
