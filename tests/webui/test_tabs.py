@@ -33,7 +33,9 @@ UNPAIRED_SURROGATE = "a dog \ud800 barks"
 
 @pytest.fixture
 def state(tmp_path, processor):
-    engine = SimpleNamespace(captioner=SimpleNamespace(processor=processor, default_sampling=Sampling), max_seconds=60.0)
+    engine = SimpleNamespace(
+        captioner=SimpleNamespace(processor=processor, default_sampling=Sampling), max_seconds=60.0
+    )
     return AppState(
         {"one": engine},
         CaptionScorer(RuleJudge()),
