@@ -111,8 +111,8 @@ def media_input(state: AppState, *, tab: str) -> gr.File:
         with gr.Row(elem_classes=["recording"]):
             for kind, label in RECORDINGS.items():
                 button = gr.Button(label, size="sm", elem_classes=[kind])
-                record = f"(file) => window.salmonn.record('{tab}', '{kind}', {max_seconds:g}, file)"
-                button.click(None, file, file, js=record, **QUIET)
+                record = f"() => window.salmonn.record('{tab}', '{kind}', {max_seconds:g})"
+                button.click(None, None, file, js=record, **QUIET)
     with gr.Row(elem_classes=["examples"]):
         for index, example in enumerate(state.examples):
             button = gr.Button(f"Example {index + 1}", icon=str(example.still), size="sm", min_width=64)

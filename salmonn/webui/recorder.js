@@ -96,8 +96,10 @@
     };
   }
 
-  // Return a recording as the value of a file component; if there is none, the file before.
-  window.salmonn.record = async (tab, kind, maxSeconds, before) => {
+  const UNCHANGED = { __type__: "update" };
+
+  // Return a recording as the value of a file component; if there is none, nothing changes.
+  window.salmonn.record = async (tab, kind, maxSeconds) => {
     const zone = document.querySelector(`#${tab}-video`);
     zone.querySelectorAll(":is(.recorder, .too-large)").forEach((element) => element.remove());
     let stream, panel;
@@ -105,10 +107,10 @@
       stream = await openDevices(kind);
       panel = addPanel(zone, kind, stream);
       const blob = await recordStream(stream, panel, kind, maxSeconds);
-      return blob ? await upload(blob, kind) : before;
+      return blob ? await upload(blob, kind) : UNCHANGED;
     } catch (error) {
       window.salmonn.showError(zone, REASONS[error.name] ?? error.message);
-      return before;
+      return UNCHANGED;
     } finally {
       stream?.getTracks().forEach((track) => track.stop());
       panel?.remove();
