@@ -118,7 +118,7 @@ def test_captions_are_streamed(visit, random_model, examples):
     choose_example(visitor, 1)
     visitor.page.locator("#tab-caption").get_by_label("random").check()
     assert describe(visitor).split() == Captioner.load(random_model).caption(examples[0].path).text.split()
-    visitor.page.get_by_text("The answer was cut off at the token limit").wait_for()
+    visitor.page.locator("#answer").get_by_text("The answer was cut off at the token limit").wait_for()
     lengths = visitor.page.evaluate("window.lengths")
     assert lengths == sorted(lengths) and len({length for length in lengths if length}) > 2
 
