@@ -256,6 +256,7 @@ def make_pairs(number: int, captioner: Captioner, run: Run) -> list[Comparison]:
         run.train,
         selector=make_selector(config.selection),
         subset=config.subset,
+        repetition_fraction=config.selection.repetition_fraction,
         source=run.reward.name,
         folder=folder,
     )

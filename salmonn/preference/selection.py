@@ -29,6 +29,11 @@ class RatedCaption:
         return len(self.caption.text.split())
 
     @property
+    def repetition(self) -> float:
+        """Fraction of the words that are in repeated clauses, by a judge's score; 0 without one."""
+        return self.rating.score.repetition if self.rating.score else 0.0
+
+    @property
     def quality(self) -> float | None:
         """-(repetition + hallucinated events / N), by a judge's score; None without one."""
         score = self.rating.score
@@ -56,12 +61,15 @@ class SelectionConfig:
         min_gap: smallest difference between chosen and rejected in the main part of the rating; Total for a judge.
         max_pairs_per_video: number of pairs of a clip at most; each caption is used once.
         max_length_ratio: largest ratio of their lengths in words, either way; none for no limit.
+        repetition_fraction: largest fraction of a round's pairs that are added to these to teach nothing but not to
+            repeat: a caption that repeats itself is rejected for the same without the repeated clauses.
     """
 
     kind: Literal["best_worst"] = "best_worst"
     min_gap: float = 0.1
     max_pairs_per_video: int = 2
     max_length_ratio: float | None = None
+    repetition_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         if self.min_gap <= 0 or self.max_pairs_per_video < 1:
@@ -69,6 +77,8 @@ class SelectionConfig:
                 "min_gap must be above 0 and max_pairs_per_video at least 1, got "
                 f"{self.min_gap} and {self.max_pairs_per_video}"
             )
+        if not 0 <= self.repetition_fraction < 1:
+            raise ValueError(f"repetition_fraction must be from 0 to below 1, got {self.repetition_fraction}")
         if self.max_length_ratio is not None and self.max_length_ratio < 1:
             raise ValueError(
                 f"max_length_ratio is longer / shorter and must be at least 1, got {self.max_length_ratio}"

@@ -1,7 +1,7 @@
 """Repetition inside a caption, found by rules: `count_repeated_words` and `find_repeated_spans`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from salmonn.score.text_spans import ARTICLES, WORD, CharSpan
@@ -51,12 +51,53 @@ def find_repeated_spans(text: str) -> list[CharSpan]:
         if is_repeated:
             spans.append((clause.start, clause.end))
         else:
-            places = [word.span() for word in WORD.finditer(text, clause.start, clause.end)]
-            places = places[len(places) - len(clause.words.split()) :]  # without the words that introduce the clause
+            places = _own_words(clause, text)
             for loop in _LOOP.finditer(clause.words):
                 first, last = (len(clause.words[:end].split()) for end in (loop.end(1), loop.end()))
                 spans.append((places[first][0], places[last - 1][1]))
     return spans
+
+
+def remove_clauses(text: str, spans: Sequence[CharSpan]) -> str:
+    """Remove the clauses whose own words all lie in the given places, and the conjunctions that introduce them.
+
+    "A star appears, and a low tone is heard. Then a low tone is heard while the star moves." without its second tone is
+    "A star appears, and a low tone is heard. The star moves." Clauses that another one depends on are kept: those
+    before a pronoun ("it moves up") or a verb without a subject.
+    """
+    clauses = _split_clauses(text)
+    places = [_own_words(clause, text) for clause in clauses]
+    removed = [
+        bool(words) and all(any(start <= word[0] and word[1] <= end for start, end in spans) for word in words)
+        for words in places
+    ]
+    # From the right, so that a chain of dependent clauses is kept or removed as a whole.
+    for index in range(len(clauses) - 2, -1, -1):
+        removed[index] &= removed[index + 1] or not clauses[index + 1].is_dependent
+    kept, sentences = "", list(_split(_SENTENCE_END, text, 0, len(text)))
+    for number, (start, end) in enumerate(sentences):
+        after = sentences[number + 1][0] if number + 1 < len(sentences) else len(text)
+        sentence, was_removed = "", False
+        for index, clause in enumerate(clauses):
+            if not start <= clause.start < end:
+                continue
+            if removed[index]:
+                was_removed = True
+            elif sentence:
+                sentence += text[clauses[index - 1].end : clause.start] + text[clause.start : clause.end]
+            elif was_removed:
+                first = places[index][0][0] if places[index] else clause.start
+                sentence = text[first].upper() + text[first + 1 : clause.end]
+            else:
+                sentence = text[start : clause.end]
+        kept += sentence + text[end:after] if sentence else ""
+    return kept.strip()
+
+
+def _own_words(clause: "_ClauseSpan", text: str) -> list[CharSpan]:
+    """Return the places of a clause's words without those that introduce it."""
+    places = [word.span() for word in WORD.finditer(text, clause.start, clause.end)]
+    return places[len(places) - len(clause.words.split()) :]
 
 
 @dataclass(frozen=True)
@@ -68,6 +109,7 @@ class _ClauseSpan:
     end: int
     is_sentence: bool = False  # a whole sentence
     is_long: bool = False
+    is_dependent: bool = False  # shares the subject of the clause before
 
 
 def _mark_repeated(clauses: list[_ClauseSpan], text: str) -> Iterator[tuple[_ClauseSpan, bool]]:
@@ -109,7 +151,9 @@ def _split_clauses(text: str) -> list[_ClauseSpan]:
             subject = subject if shares_subject else own
             is_long = is_pronoun or own.count(" ") + 1 >= _MIN_WORDS
             key = (subject, own) if shares_subject else (own,)
-            clauses.append(_ClauseSpan(key, " ".join(words), num_words, clause_start, end, is_sentence, is_long))
+            clauses.append(
+                _ClauseSpan(key, " ".join(words), num_words, clause_start, end, is_sentence, is_long, shares_subject)
+            )
             num_words, is_first = 0, False
     if num_words:
         clauses.append(_ClauseSpan(("",), "", num_words, clause_start, len(text)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from salmonn import dist
 from salmonn.preference.rating import Rating, Reward
+from salmonn.preference.repetition_pairs import max_repetition_pairs, select_repetition_pairs
 from salmonn.preference.selection import Selector, select_pairs, summarize_pairs
 from salmonn.preference.subset import SubsetConfig, keep_pairs, rank_pairs
 from salmonn.records import Caption, Comparison, write_records
@@ -65,18 +66,25 @@ def load_or_select(
     *,
     selector: Selector,
     subset: SubsetConfig,
+    repetition_fraction: float,
     source: str,
     folder: Path,
 ) -> list[Comparison]:
     """Select preference pairs and log what was kept and why, or load the pairs.jsonl of an earlier run.
 
-    `source` is the name of the reward; `folder` is that of the round.
+    `source` is the name of the reward; `folder` is that of the round. Pairs that differ in repetition only are added
+    last, as they have no margin that a subset could be chosen by.
     """
 
     def select() -> list[Comparison]:
         selection = select_pairs(captions, ratings, clips.by_video, selector=selector, source=source)
         log.info("%s: %s", folder.name, selection.describe())
-        return keep_subset(selection.pairs, subset, qualities=selection.qualities, folder=folder)
+        pairs = keep_subset(selection.pairs, subset, qualities=selection.qualities, folder=folder)
+        if not (max_added := max_repetition_pairs(len(pairs), repetition_fraction)):
+            return pairs
+        added = select_repetition_pairs(captions, ratings, clips.by_video, max_pairs=max_added, source=source)
+        log.info("%s: added %d pairs that differ in repetition only", folder.name, len(added))
+        return pairs + added
 
     return load_or_create(folder / PAIRS_NAME, Comparison, select)
 

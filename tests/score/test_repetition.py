@@ -2,7 +2,7 @@
 
 import pytest
 
-from salmonn.score.repetition import count_repeated_words, find_repeated_spans
+from salmonn.score.repetition import count_repeated_words, find_repeated_spans, remove_clauses
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,46 @@ def test_count_repeated_words(text, expected):
 )
 def test_find_repeated_spans(text, expected):
     assert [text[start:end] for start, end in find_repeated_spans(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A dog runs. A cat sleeps.", "A dog runs. A cat sleeps."),
+        # whole sentences, and the conjunctions and commas of clauses
+        ("A dog runs. Then, the dog runs! A cat sleeps.", "A dog runs. A cat sleeps."),
+        ("A big dog runs, and a cat sleeps, and then a big dog runs.", "A big dog runs, and a cat sleeps."),
+        (
+            "A low tone plays. A cat sleeps, a low tone plays and a dog barks.",
+            "A low tone plays. A cat sleeps and a dog barks.",
+        ),
+        # the clause after it starts the sentence
+        ("A big dog runs. Meanwhile, the big dog runs while a cat sleeps.", "A big dog runs. A cat sleeps."),
+        (
+            "A big dog runs. The big dog runs, and finally the cat sleeps, and it dreams.",
+            "A big dog runs. The cat sleeps, and it dreams.",
+        ),
+        # "it" would be another dog
+        (
+            "A red dog runs. A blue dog sits. A red dog runs, and it barks.",
+            "A red dog runs. A blue dog sits. A red dog runs, and it barks.",
+        ),
+        (
+            "A big dog sits, and it barks loudly. A cat sleeps. The big dog sits, and it barks loudly. A cat sleeps.",
+            "A big dog sits, and it barks loudly. A cat sleeps.",
+        ),
+        # the end of a caption that was cut off
+        ("A red star blinks. It moves up, and then the red star blinks. A red st", "A red star blinks. It moves up."),
+    ],
+)
+def test_remove_repeated_clauses(text, expected):
+    assert remove_clauses(text, find_repeated_spans(text)) == expected
+
+
+def test_remove_clauses_that_lie_in_the_places():
+    text = "A dog runs, and a low tone plays."
+    start = text.index("a low")
+    assert remove_clauses(text, [(start, len(text) - 1)]) == "A dog runs."
+    assert remove_clauses(text, [(start, start + 5), (start + 6, len(text) - 1)]) == "A dog runs."
+    assert remove_clauses(text, [(start, start + 5)]) == text  # a part of the clause
+    assert remove_clauses(text, [(0, len(text))]) == ""
