@@ -54,6 +54,7 @@ class BenchmarkLabConfig:
         out: folder for captions, scores and results.
         model: folder or hub id of the captioner.
         clips_dir: folder of the clips.
+        benchmark_dir: folder of the benchmark's clips, as of `salmonn reward-benchmark`.
         synth: training clips; held-out clips are like them, from a different seed.
         heldout_clips: number of held-out clips.
         sampling: sampling of the captions.
@@ -67,6 +68,7 @@ class BenchmarkLabConfig:
     out: Path = Path("run/lab/reward_benchmark")
     model: str = str(SHIPPED_MODEL)
     clips_dir: Path = Path("run/clips")
+    benchmark_dir: Path = Path("run/benchmark")
     synth: SynthConfig = field(default_factory=lambda: SynthConfig(clips=400, seed=11, questions=7))
     heldout_clips: int = 100
     sampling: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.8, num_samples=8))
@@ -127,7 +129,7 @@ def main(config: BenchmarkLabConfig) -> None:
     learned = Judged.of(captioner, train, config, folder=config.out / "train")
     chosen = Judged.of(captioner, heldout, config, folder=config.out / "heldout")
     items = read_items([config.pairs])
-    features = encode_benchmark_clips(captioner, items, clips_dir=config.clips_dir / "benchmark", cache=cache)
+    features = encode_benchmark_clips(captioner, items, clips_dir=config.benchmark_dir, cache=cache)
     benchmark = benchmark_texts(items, features)
 
     results = measure(config, captioner, learned, chosen, items, benchmark)
