@@ -64,6 +64,8 @@ SMALL = (
 ELSEWHERE = {
     "python tools/convert.py": "tests/tools/test_convert.py",
     "python tools/merge.py": "tests/tools/test_merge.py",
+    "python tools/raters.py": "tests/tools/test_raters.py",
+    "salmonn votes run/votes": "tests/preference/test_raters.py",
     "python tools/assemble.py": "tests/tools/test_assemble.py",
     ".venv/bin/salmonn reward-benchmark data/reward_pairs.jsonl --model run": "tests/test_reward_benchmark_cli.py",
     ".venv/bin/salmonn score predictions.json": "tests/test_score_cli.py",  # a judge that answers as the published one

@@ -5,7 +5,7 @@
 Raters of four groups (salmonn/synthetic/raters.py) vote on captions of training clips. Accuracy is measured without
 noise on pairs of captions of held-out clips whose utilities differ by more than 0.1, as the mean of the groups.
 Controls: raters who all want the same, for whom one prototype must be chosen, and votes with shuffled ids, which must
-gain nothing. Captions, scores and states of a seed are computed once and kept.
+gain nothing. Captions and states are computed once and kept: other seeds of votes and fits then take a minute.
 """
 
 import json
@@ -77,7 +77,8 @@ class RaterLabConfig:
         controls: measure the controls, too.
         fit: model of the raters.
         sampling: sampling of the captions.
-        seed: seed of clips, captions, votes and fits.
+        clips_seed: seed of clips and captions.
+        seed: seed of votes and fits.
     """
 
     out: Path = Path("run/lab/raters")
@@ -96,6 +97,7 @@ class RaterLabConfig:
     controls: bool = True
     fit: IdealPointConfig = field(default_factory=IdealPointConfig)
     sampling: SampleConfig = field(default_factory=lambda: SampleConfig(temperature=0.8, num_samples=8))
+    clips_seed: int = 2
     seed: int = 2
 
 
@@ -130,25 +132,26 @@ def main(config: RaterLabConfig) -> None:
     dist.setup()
     train, heldout = prepare(config)
     results = measure(config, train, heldout)
+    log.info("%s", json.dumps(results, indent=1))
     if config.controls:
         results["controls"] = measure_controls(config, train, heldout)
+        log.info("%s", json.dumps(results["controls"], indent=1))
     name = f"results_{config.num_votes}_{config.noise}{'_mixed' if config.mixed else ''}_{config.fit.form}.json"
-    write_json(config.out / f"seed_{config.seed}" / name, results)
-    log.info("%s", json.dumps(results, indent=1))
+    write_json(config.out / f"clips_{config.clips_seed}" / f"seed_{config.seed}" / name, results)
 
 
 def prepare(config: RaterLabConfig) -> tuple[JudgedCaptions, JudgedCaptions]:
     """Sample, judge and encode captions of training and held-out clips, or load what is there."""
     captioner = Captioner.load(config.model)
     cache = open_feature_cache(FeatureCacheConfig(), captioner)
-    synth = SynthConfig(clips=config.num_clips, seed=100 + config.seed)
+    synth = SynthConfig(clips=config.num_clips, seed=100 + config.clips_seed)
     judged = []
     for name, one in (("train", synth), ("heldout", heldout_config(synth, clips=config.num_heldout))):
         (clips,) = cache_features(captioner, render_clips(config.clips_dir, one), name=name, cache=cache)
-        folder = config.out / f"seed_{config.seed}" / name
+        folder = config.out / f"clips_{config.clips_seed}" / name
         folder.mkdir(parents=True, exist_ok=True)
         captions = sample_captions(
-            captioner, clips, config.sampling, name=f"{name}: sampling", seed=config.seed, folder=folder
+            captioner, clips, config.sampling, name=f"{name}: sampling", seed=config.clips_seed, folder=folder
         )
         texts: list[dict[str, CaptionTraits]] = [{} for _ in clips.references]
         rows: list[list[PromptRow]] = [[] for _ in clips.references]
@@ -192,13 +195,14 @@ def measure(config: RaterLabConfig, train: JudgedCaptions, heldout: JudgedCaptio
 
 
 def measure_controls(config: RaterLabConfig, train: JudgedCaptions, heldout: JudgedCaptions) -> dict[str, Any]:
-    """Choose K for raters of one group, and for votes whose ids are shuffled."""
+    """Choose one or two prototypes for raters of one group, and for votes whose ids are shuffled."""
     alike = make_raters(config.num_raters, groups=("complete",), noise=config.noise)
     same = collect_votes(alike, train, number=config.num_votes, seed=config.seed)
     raters = make_raters(config.num_raters, groups=config.groups, noise=config.noise)
     votes = collect_votes(raters, train, number=config.num_votes, seed=config.seed)
     order = torch.randperm(len(votes), generator=torch.Generator().manual_seed(config.seed))
     shuffled = replace(votes, rater=votes.rater[order])
+    config = replace(config, num_prototypes=(1, 2))
     results: dict[str, Any] = {}
     for name, given, people in (("alike", same, alike), ("shuffled", shuffled, raters)):
         if config.num_folds:
