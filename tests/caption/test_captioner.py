@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.generate import SampledToken
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
 from salmonn.media.clip import read_clip
@@ -71,7 +72,8 @@ def test_a_caption_with_a_stop_token_is_finished(captioner, media, monkeypatch):
     """Generated ids: "a" and a stop token, "a" without one, and only a stop token."""
     tokenizer = captioner.processor.tokenizer
     a = tokenizer.encode("a")
-    generated = [[*a, tokenizer.eos_token_id], a, [tokenizer.eos_token_id]]
+    ids = [[*a, tokenizer.eos_token_id], a, [tokenizer.eos_token_id]]
+    generated = [[SampledToken(token) for token in row] for row in ids]
     monkeypatch.setattr("salmonn.caption.captioner.generate", lambda *_, **__: generated)
     answers = complete(captioner, media[:1], ["Tell."], sampling=Sampling(temperature=1.0), num_samples=3)
     assert [(answer.text, answer.finished) for answer in answers] == [("a", True), ("a", False), ("", True)]
