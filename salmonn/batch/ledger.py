@@ -299,7 +299,7 @@ def _require_same_job(files: LedgerFiles, job: Mapping[str, Any]) -> None:
         else f"{name} {json.dumps(before.get(name), ensure_ascii=False)} "
         f"(now {json.dumps(job.get(name), ensure_ascii=False)})"
         for name in sorted({*before, *job})
-        if before.get(name) != job.get(name)
+        if (before.get(name) or None) != (job.get(name) or None)  # an older version may lack one, and then it was off
     ]
     if differing:
         raise LedgerError(f"{files.out} was made with {', '.join(differing)}: use the same settings, {remedy}")

@@ -128,7 +128,8 @@ class Service:
         if not (host in ("localhost", *self.config.hosts) or _is_ip_address(host)):
             raise HTTPException(403, f"host {host[:100]!r} is not allowed; add it with --server-names")
         request.state.owner = ""
-        if not self.config.keys or request.url.path in _OPEN_PATHS:
+        # Not the path of `request.url`, which older versions of Starlette parse from the Host header and the path.
+        if not self.config.keys or request.scope["path"] in _OPEN_PATHS:
             return
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         # All keys are compared, in constant time, so that the duration reveals nothing about them.
@@ -136,6 +137,14 @@ class Service:
         if kind.lower() != "bearer" or not any(matches):
             raise HTTPException(401, "the API key is missing or wrong; send Authorization: Bearer KEY")
         request.state.owner = str(matches.index(True))
+
+    async def check_origin(self, request: Request) -> None:
+        """Raise an HTTPException for a web page of another origin: browsers send its forms without asking (CORS)."""
+        origin = request.headers.get("origin")
+        if origin is None or origin.partition("://")[2] == request.headers.get("host"):
+            return
+        if not {"*", origin} & set(self.config.origins):
+            raise HTTPException(403, f"pages of {origin[:100]!r} are not allowed; add them with --allowed-origins")
 
     async def complete(self, request: Request) -> Response:
         """Answer a chat completion request."""
@@ -332,9 +341,12 @@ async def _replace_in_errors(
 
 
 def _host(request: Request) -> str:
-    """Return the name or IP address of the Host header, without the port."""
+    """Return the name or IP address of the Host header, without the port; "" if it has anything else."""
+    header = request.headers.get("host", "")
+    if set(header) & set("/?#@\\"):
+        return ""
     try:
-        return (urlsplit(f"//{request.headers.get('host', '')}").hostname or "").lower()
+        return (urlsplit(f"//{header}").hostname or "").lower()
     except ValueError:
         return ""
 
@@ -407,7 +419,10 @@ def make_app(service: Service) -> FastAPI:
     async def complete(request: Request) -> Response:
         return await service.complete(request)
 
-    app.include_router(file_routes(service.files, service.metrics, seconds=service.config.request_seconds))
+    app.include_router(
+        file_routes(service.files, service.metrics, seconds=service.config.request_seconds),
+        dependencies=[Depends(service.check_origin)],
+    )
 
     @app.get("/v1/models", summary="List the models, of which there is one")
     async def models() -> dict[str, Any]:

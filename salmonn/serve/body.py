@@ -19,8 +19,9 @@ from salmonn.serve.sources import Base64File, split_data_url
 # Longer than any text that is accepted: a character takes up to 12 bytes, as two escape sequences.
 LONG_STRING_BYTES = 12 * MAX_CONVERSATION_CHARS
 MAX_TEXT_BYTES = 2 * LONG_STRING_BYTES  # of a body without its long strings
-# A part of a string: up to its end, or up to an escape sequence that is incomplete.
-_STRING_PART = re.compile(rb'[^"\\]*+(?:\\(?:u[^"]{4}|[^u])[^"\\]*+)*+')
+# A part of a string: up to its end, or up to an escape sequence that is incomplete. One that its string's end cuts off
+# is wrong, and not incomplete: the rest of the body would otherwise be kept in memory as the start of its end.
+_STRING_PART = re.compile(rb'[^"\\]*+(?:\\(?:u[^"]{4}|u(?=[^"]{0,3}")|[^u])[^"\\]*+)*+')
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,8 @@ class FileStore:
             form.path.unlink(missing_ok=True)
             raise
         finally:
-            form.file.close()
             self._receiving_bytes -= num_received
+            form.file.close()  # which fails on a full disk
         self._files[file_id] = file
         self._stored_bytes += file.num_bytes
         return file
@@ -208,7 +208,6 @@ class _Form:
 
     def __init__(self, path: Path, boundary: bytes, *, max_bytes: int) -> None:
         self.path = path
-        self.file = path.open("xb")
         self.name: str | None = None
         self.num_bytes = 0
         self.fields: dict[str, bytes] = {}
@@ -226,7 +225,11 @@ class _Form:
             "on_part_data": self._add_data,
             "on_end": self._end,
         }
-        self._parser = MultipartParser(boundary, callbacks)
+        try:
+            self._parser = MultipartParser(boundary, callbacks)
+        except ValueError as error:
+            raise RequestError(f"the form is malformed: {error}") from error
+        self.file = path.open("xb")
 
     def feed(self, data: bytes, *, is_last: bool = False) -> None:
         """Add the next part of the body; raises what `FileStore.receive` does."""

@@ -121,6 +121,14 @@ def test_other_settings_are_rejected(files):
     assert json.loads(files.job.read_text()) == {"format": 1, **JOB}
 
 
+def test_settings_that_an_older_version_lacks(files):
+    """They resume its job as long as they are off."""
+    write(files, [caption()])
+    opened(files, job=JOB | {"stop": [], "logprobs": False})
+    with pytest.raises(LedgerError, match=r'stop null \(now \["\."\]\)'):
+        opened(files, job=JOB | {"stop": ["."]})
+
+
 def test_a_file_without_its_settings_is_not_changed(files):
     files.out.write_text("precious")
     with pytest.raises(LedgerError, match=r"captions\.job\.json, .* is missing: choose another --out"):

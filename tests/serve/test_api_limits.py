@@ -237,6 +237,8 @@ def test_other_web_pages_cannot_use_the_server(start, videos):
         "[::1]": 200,
         "caption.example:8000": 200,
         "evil.example": 403,
+        "localhost/docs?": 403,
+        "evil@localhost": 403,
         "": 403,
         "[": 403,
     }.items():
@@ -254,3 +256,13 @@ def test_other_web_pages_cannot_use_the_server(start, videos):
         trust_env=False,
     )
     assert preflight.status_code == 405 and "access-control-allow-origin" not in preflight.headers
+    # Browsers send a form without asking.
+    form = {"files": {"file": ("a", b"abc")}, "data": {"purpose": "vision"}, "trust_env": False}
+    for origin in ("https://evil.example", "null"):
+        response = httpx2.post(f"{running.url}/v1/files", headers={"Origin": origin}, **form)
+        assert response.status_code == 403 and "--allowed-origins" in response.text
+    allowed = start(origins=("https://page.example",))
+    for server, origin in ((running, running.url), (allowed, "https://page.example")):
+        response = httpx2.post(f"{server.url}/v1/files", headers={"Origin": origin}, **form)
+        assert response.status_code == 200
+        server.client().files.delete(response.json()["id"])

@@ -77,6 +77,17 @@ def test_strings_that_are_no_base64(tmp_path, string):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_wrong_escape_sequence_ends(tmp_path):
+    """What follows it is decoded to disk all the same, and not kept in memory."""
+    scanner = BodyScanner(lambda: tmp_path, max_bytes=10**6)
+    for part in (b'{"a": "\\u12', b'", "b": "', ENCODED.encode(), b'"}'):
+        scanner.feed(part)
+    body = scanner.finish()
+    (reference,) = body.files
+    assert body.text == b'{"a": "\\u12", "b": "%b"}' % reference.encode()
+    assert body.files[reference].path.read_bytes() == DATA
+
+
 def test_limits(tmp_path):
     with pytest.raises(TooLargeError, match="the file is larger than the maximum"):
         scan(json.dumps([ENCODED]), tmp_path, max_bytes=2999)

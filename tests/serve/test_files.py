@@ -1,13 +1,16 @@
 """Uploaded files with OpenAI's client: stored, named in requests, limited, and deleted."""
 
 import asyncio
+import resource
 import socket
 
 import httpx2
 import openai
 import pytest
+from starlette.requests import ClientDisconnect
 
 from salmonn.caption.generator import Sampling
+from salmonn.serve import files as files_module
 from salmonn.serve.files import FileLimits, FileStore
 from tests.serve.running import read_metrics, wait_until
 
@@ -140,6 +143,37 @@ def test_other_bodies_are_no_forms(start):
     for kind in ("application/json", "multipart/form-data"):
         response = httpx2.post(f"{start().url}/v1/files", content=FORM, headers={"Content-Type": kind}, trust_env=False)
         assert response.status_code == 415
+
+
+def test_a_boundary_that_is_too_long(start):
+    running = start()
+    headers = {"Content-Type": f"multipart/form-data; boundary={'x' * 300}"}
+    response = httpx2.post(f"{running.url}/v1/files", content=FORM, headers=headers, trust_env=False)
+    assert (response.status_code, "Boundary" in response.text) == (400, True)
+    assert not list((running.service.uploads / "files").iterdir())
+
+
+def test_a_full_disk_takes_no_space(tmp_path, monkeypatch):
+    """Of a client that leaves, nothing is counted, even if its last bytes cannot be written."""
+
+    async def parts():
+        yield FORM[:-9]
+        raise ClientDisconnect
+
+    monkeypatch.setattr(files_module, "_BLOCK_BYTES", 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    store = FileStore(tmp_path / "files", FileLimits(max_bytes=len(FORM)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            asyncio.run(store.receive(MULTIPART["Content-Type"], parts(), owner=""))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    async def complete():
+        yield FORM
+
+    assert asyncio.run(store.receive(MULTIPART["Content-Type"], complete(), owner="")).num_bytes == 3
 
 
 def test_a_file_of_a_client_that_leaves_is_deleted(start):
