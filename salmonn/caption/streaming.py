@@ -158,7 +158,8 @@ def to_completion(
     processor: Processor, tokens: Sequence[SampledToken], clip: ClipInfo, *, sampling: Sampling
 ) -> Completion:
     """Decode the tokens of a completion, up to the first stop string."""
-    text = processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True).strip()
+    # White space at the end is kept until the search: it may belong to a stop string.
+    text = processor.tokenizer.decode([token.id for token in tokens], skip_special_tokens=True).lstrip()
     end = find_stop(text, sampling.stop)
     finished = end is not None or tokens[-1].id in processor.stop_ids
     if end is None and sampling.json_schema is not None:

@@ -185,7 +185,11 @@ class FileStore:
         if fields.get("purpose") not in PURPOSES:
             raise RequestError(f"purpose must be one of {', '.join(PURPOSES)}", param="purpose")
         seconds = fields.get(_SECONDS, "")
-        if fields.get(_ANCHOR, "created_at") != "created_at" or not (seconds or "1").isdecimal() or seconds == "0":
+        if (
+            fields.get(_ANCHOR, "created_at") != "created_at"
+            or not (seconds or "1").isdecimal()
+            or not int(seconds or 1)
+        ):
             raise RequestError("expires_after needs the anchor created_at, and seconds", param="expires_after")
         now = self._clock()
         expires_at = now + min(self.limits.seconds, float(seconds or self.limits.seconds))

@@ -5,11 +5,13 @@ from itertools import chain
 
 import pytest
 
-from salmonn.caption.generate import DecodeBatch, generate
+from salmonn.caption.generate import DecodeBatch, SampledToken, generate
 from salmonn.caption.generator import CaptionRequest, Sampling, Span
 from salmonn.caption.loader import ClipReader
 from salmonn.caption.processor import PromptRow
 from salmonn.caption.prompt import IncrementalDetokenizer
+from salmonn.caption.streaming import to_completion
+from salmonn.model.layout import ClipInfo
 from salmonn.records import Caption, Failure
 from tests.completions import complete
 
@@ -205,3 +207,16 @@ def test_captions_have_their_log_probability(captioner, videos):
     assert captions[0].logprob == pytest.approx(sum(token.logprob for token in tokens), abs=1e-4)
     plain = captioner.caption(videos[0], sampling=SAMPLED, seed=4)
     assert (plain.text, plain.logprob, plain.num_tokens) == (captions[0].text, None, None)
+
+
+@pytest.mark.parametrize(("stop", "expected"), [("\n", "A red circle."), (".\n", "A red circle"), (". \n", None)])
+def test_stop_strings_that_end_in_white_space(captioner, stop, expected):
+    """They are found although white space is dropped at the end of an answer."""
+    processor, sampling = captioner.processor, Sampling(stop=(stop,))
+    tokens = [SampledToken(token) for token in processor.tokenizer.encode(" A red circle.\n")]
+    detokenizer = IncrementalDetokenizer(processor.tokenizer, stop=sampling.stop)
+    streamed = "".join(detokenizer.add(token.id) for token in tokens)
+    completion = to_completion(processor, tokens, ClipInfo(), sampling=sampling)
+    assert (completion.text, completion.finished) == (expected or "A red circle.", expected is not None)
+    assert streamed + detokenizer.finalize(completion.text) == completion.text
+    assert detokenizer.is_stopped == completion.finished

@@ -123,6 +123,10 @@ def test_a_file_may_expire_earlier(tmp_path):
         (FORM.replace(b"user_data", b"batch"), "purpose must be one of user_data"),
         (FORM.replace(b'name="purpose"', b'name="colour"'), "colour: unsupported field"),
         (FORM.replace(b"abc", b""), "file: it is empty"),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="expires_after[seconds]"\r\n\r\n00\r\n' + FORM,
+            "needs the anchor",
+        ),
         (FORM[: FORM.index(b"--x", 3)] + b"--x--\r\n", "file: the form has no such part"),
         (FORM[:-6], "its end is missing"),
         (FORM.replace(b"--x--\r\n", FORM[FORM.rindex(b"--x\r\n") :]), "send one file in each request"),
