@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,10 +115,10 @@ class RequestContext:
                 self._body_bytes = size
             block += chunk
             if len(block) >= _BLOCK_BYTES:
-                await asyncio.to_thread(scanner.feed, bytes(block))
+                await _run_to_end(scanner.feed, bytes(block))
                 block.clear()
         if len(block) > _SMALL_BYTES:
-            await asyncio.to_thread(scanner.feed, bytes(block))
+            await _run_to_end(scanner.feed, bytes(block))
         else:
             scanner.feed(bytes(block))
         return scanner.finish()
@@ -202,6 +202,16 @@ class RequestContext:
 def _check_size(size: int, max_bytes: int) -> None:
     if size > max_bytes:
         raise TooLargeError(f"the request is larger than the maximum of {max_bytes / (1 << 20):.0f} MiB")
+
+
+async def _run_to_end(work: Callable[[bytes], None], data: bytes) -> None:
+    """Run work in a thread; a cancellation waits for its end, after which no more files are created."""
+    task = asyncio.create_task(asyncio.to_thread(work, data))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -4,6 +4,8 @@ import base64
 import errno
 import json
 import socket
+import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -213,6 +215,23 @@ def test_a_full_disk_is_reported(start, videos, monkeypatch):
     with pytest.raises(openai.InternalServerError, match=r"cannot store the file \(No space left") as caught:
         chat(running.client(), data_url(videos[0]))
     assert caught.value.status_code == 507
+
+
+def test_a_timeout_during_decoding_leaves_no_file(start, monkeypatch):
+    """On a slow disk, the folder is created after the time limit."""
+    running, made, mkdtemp = start(request_seconds=0.3), threading.Event(), tempfile.mkdtemp
+
+    def make_slowly(**options):
+        time.sleep(0.8)
+        folder = mkdtemp(**options)
+        made.set()
+        return folder
+
+    monkeypatch.setattr("salmonn.serve.request.tempfile.mkdtemp", make_slowly)
+    with pytest.raises(openai.InternalServerError, match="took more than") as caught:
+        chat(running.client(), "data:;base64," + "A" * (3 << 20))
+    assert caught.value.status_code == 504 and made.wait(5)
+    assert not list(running.service.uploads.glob("tmp*"))
 
 
 def test_keys(start, videos):
