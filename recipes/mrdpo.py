@@ -11,6 +11,7 @@ to a folder of `out`; run the same command again to resume a killed run.
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -24,8 +25,8 @@ from salmonn.model.loading import load_config
 from salmonn.model.lora import attach_lora
 from salmonn.model.network import Network
 from salmonn.preference.losses import make_loss
-from salmonn.preference.rating import Reward
-from salmonn.preference.reward import make_judge, make_reward
+from salmonn.preference.reward import JudgeReward, make_judge, make_reward
+from salmonn.preference.reward_model import ModelReward
 from salmonn.preference.selection import make_selector
 from salmonn.records import Comparison, read_json, read_records, write_json
 from salmonn.score.judge import Judge
@@ -55,18 +56,28 @@ from salmonn.train.preference import (
     compute_reference_logps,
     make_preference_examples,
 )
+from salmonn.train.reward_rounds import RewardRounds, require_labels
 from salmonn.train.rounds import (
     PAIRS_NAME,
     RoundFailedError,
     best_round,
     load_or_select,
+    over_optimization,
     rate_captions,
     require_margin,
     require_pairs,
     stop_reason,
 )
 from salmonn.train.run_folder import is_complete, is_missing, merge_checkpoint, num_bytes, open_run
-from salmonn.train.run_log import SUMMARY_NAME, RunSummary, log_summary, print_summary, stage_name
+from salmonn.train.run_log import (
+    REWARD_ROUND_NAME,
+    SUMMARY_NAME,
+    RewardRound,
+    RunSummary,
+    log_summary,
+    print_summary,
+    stage_name,
+)
 
 log = logging.getLogger("mrdpo")
 ModelPath = Path | str  # folder or hub id
@@ -80,7 +91,7 @@ class Run:
     train: ClipSet
     heldout: ClipSet
     judge: Judge
-    reward: Reward
+    reward: JudgeReward
 
     def folder(self, number: int) -> Path:
         """Return the folder of a round."""
@@ -104,18 +115,21 @@ def main(config: MrDpoConfig) -> None:
     processor = Processor.load(config.model, config=sizes)
     judge = make_judge(config.judge, processes=dist.world_size())
     reward = make_reward(config.reward, judge=judge)
+    rating_file = ModelReward.file_name if config.reward.kind == "model" else reward.file_name
     train, heldout = load_data(config, reward, processor)
     left_out = LeftOut(config.out, max_failures=config.max_failures)
     train, heldout = left_out.remove_from(train), left_out.remove_from(heldout)
-    open_run(config, plan_steps(config, train, heldout, rating_file=reward.file_name), name="mrdpo")
+    open_run(config, plan_steps(config, train, heldout, rating_file=rating_file), name="mrdpo")
     captioner = config.load_model(config.model)
     # Both sets at once, so that the cache does not evict the features of one for those of the other.
     cache = open_feature_cache(config.feature_cache, captioner)
     train, heldout = cache_features(captioner, train, heldout, name="clips", cache=cache, left_out=left_out)
+    if config.reward.kind == "model":
+        require_labels(train.references, reward, config.reward)
     if not (train.references and heldout.references):
         raise ValueError("no training clip or no held-out clip can be read; replace the files that are listed above")
     # Clips that became unreadable must not be part of existing results.
-    open_run(config, plan_steps(config, train, heldout, rating_file=reward.file_name), name="mrdpo")
+    open_run(config, plan_steps(config, train, heldout, rating_file=rating_file), name="mrdpo")
     del captioner
     run = Run(config, train, heldout, judge, reward)
     summary = RunSummary(sft=measure(config.model, config.out / "sft", run))
@@ -163,9 +177,11 @@ def run_rounds(run: Run, summary: RunSummary) -> Path | None:
                 raise
             summary.stopped = str(error)
             break
-        summary.rounds.append(measure(policy, config.out / f"round_{number}", run, summary))
+        summary.rounds.append(measure(policy, run.folder(number), run, summary))
+        if not is_missing(run.folder(number) / REWARD_ROUND_NAME):
+            summary.reward.append(RewardRound(**read_json(run.folder(number) / REWARD_ROUND_NAME)))
         report(run, summary)
-        if reason := stop_reason(summary, config.early_stopping):
+        if reason := stop_reason(summary, config.early_stopping) or over_optimization(summary):
             summary.stopped = reason
             break
     if summary.stopped:
@@ -190,12 +206,10 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     if is_complete(folder):
         return folder / "merged"
 
-    # Load.
-    captioner = config.load_model(policy)
-
     # Sample, rate and select.
-    pairs = make_pairs(number, captioner, run)
+    pairs = make_pairs(number, policy, run)
     require_pairs(pairs, config.early_stopping, batch_size=config.fit.batch_size, name=folder.name)
+    captioner = config.load_model(policy)
 
     # Train a fresh LoRA. Rewards are relative to the reference policy, which scores each pair once, in advance.
     attach_lora(captioner.network, config.lora, seed=seed)
@@ -240,25 +254,48 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
         )
 
 
-def make_pairs(number: int, captioner: Captioner, run: Run) -> list[Comparison]:
+def make_pairs(number: int, policy: ModelPath, run: Run) -> list[Comparison]:
     """Sample captions of the training clips, rate them and select preference pairs, or load those of an earlier run."""
     config, folder = run.config, run.folder(number)
     if number > 1 and not config.fresh_pairs:
         return read_records(run.folder(1) / PAIRS_NAME, Comparison)
+    captioner = config.load_model(policy)
     require_free_space(config.out, num_bytes(captioner), what=f"the model of {folder.name}")  # before hours of work
     captions = sample_captions(
         captioner, run.train, config.sampling, name=f"{folder.name}: sampling", seed=run.seed(number), folder=folder
     )
-    ratings = rate_captions(captions, run.train, reward=run.reward, folder=folder)
+    del captioner  # a reward model is another network, and a GPU may hold only one
+    selection, source = config.selection, run.reward.name
+    if config.reward.kind == "model":
+        ratings, info = reward_rounds(run).rate(number, captions)
+        selection = replace(selection, min_gap=max(selection.min_gap, info.margin(config.reward.min_confidence)))
+        source = "reward model"
+    else:
+        ratings = rate_captions(captions, run.train, reward=run.reward, folder=folder)
     return load_or_select(
         captions,
         ratings,
         run.train,
-        selector=make_selector(config.selection),
+        selector=make_selector(selection),
         subset=config.subset,
         repetition_fraction=config.selection.repetition_fraction,
-        source=run.reward.name,
+        source=source,
         folder=folder,
+    )
+
+
+def reward_rounds(run: Run) -> RewardRounds:
+    """Return the labels and reward models of a run whose reward is a model."""
+    config = run.config
+    return RewardRounds(
+        config.reward,
+        config.reward_training,
+        run.reward,
+        run.train,
+        config.out,
+        partial(config.load_model, config.model),
+        config.seed,
+        config.strategy,
     )
 
 

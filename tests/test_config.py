@@ -19,8 +19,9 @@ RECIPE_OF = {
     "mrdpo": "mrdpo",
     "dpo.yaml": "dpo",
     "dpo": "dpo",
+    "reward.yaml": "reward",
 }  # every other YAML is a stage of sft
-CONFIG_OF = {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "OfflineDpoConfig"}
+CONFIG_OF = {"mrdpo": "MrDpoConfig", "sft": "SftConfig", "dpo": "OfflineDpoConfig", "reward": "RewardRecipeConfig"}
 YAMLS = sorted((RECIPES / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(RECIPES / "configs")) for path in YAMLS]
 
@@ -130,8 +131,9 @@ def test_shipped_yaml_runs_dry(load_recipe, config_type, random_model, path, tmp
         "mrdpo": ["guided DPO of", "rebirth of"],
         "ablation": ["guided DPO of", "rebirth of"],
         "dpo": ["guided DPO of"],
+        "reward": ["reward model of"],
     }.get(path.stem, ["SFT of"])
-    assert [stage for stage in ("SFT of", "guided DPO of", "rebirth of") if stage in out] == stages
+    assert [stage for stage in ("SFT of", "guided DPO of", "rebirth of", "reward model of") if stage in out] == stages
     assert list(tmp_path.iterdir()) == []
 
 

@@ -68,6 +68,9 @@ ELSEWHERE = {
     "salmonn votes run/votes": "tests/preference/test_raters.py",
     "python tools/assemble.py": "tests/tools/test_assemble.py",
     ".venv/bin/salmonn reward-benchmark data/reward_pairs.jsonl --model run": "tests/test_reward_benchmark_cli.py",
+    "torchrun recipes/reward.py": "tests/recipes/test_reward.py",
+    "torchrun recipes/mrdpo.py --reward.kind model": "tests/recipes/test_reward.py",
+    "salmonn reward captions.jsonl": "tests/test_reward_cli.py",
     ".venv/bin/salmonn score predictions.json": "tests/test_score_cli.py",  # a judge that answers as the published one
 }
 

@@ -20,6 +20,7 @@ from salmonn.cli.caption import caption_parser, run_caption
 from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.export import export_parser, run_export
 from salmonn.cli.options import WRONG_USAGE
+from salmonn.cli.reward import reward_parser, run_reward
 from salmonn.cli.reward_benchmark import benchmark_parser, run_benchmark
 from salmonn.cli.score import (
     compare_parser,
@@ -127,6 +128,7 @@ COMMANDS: dict[str, Command] = {
     "compare": (compare_parser, run_compare, "compare two scored sets of captions, clip by clip"),
     "events": (events_parser, run_events, "split reference captions into atomic events"),
     "qa": (qa_parser, run_qa, "compute the accuracy of answers to multiple-choice questions"),
+    "reward": (reward_parser, run_reward, "rate captions with a reward model"),
     "reward-benchmark": (benchmark_parser, run_benchmark, "measure a judge or reward model on labelled pairs"),
     "demo": (demo_parser, run_demo, "start the web UI: caption, compare and vote, inspect training runs"),
     "votes": (votes_parser, run_votes, "summarize votes by rater, or delete those of one"),

@@ -61,6 +61,7 @@ class AnswerGroup:
         pairs: indices of the better and the worse answer of each comparison.
         margins: how much better, in units of the source's rating; None where it is unknown.
         raters: id of the person who compared each pair; "" if unknown.
+        objectives: values of `salmonn.preference.objectives.OBJECTIVES` for each answer; empty if they are unknown.
     """
 
     example: Comparison
@@ -68,6 +69,7 @@ class AnswerGroup:
     pairs: tuple[tuple[int, int], ...]
     margins: tuple[float | None, ...]
     raters: tuple[str, ...] = ()
+    objectives: tuple[tuple[float | None, ...], ...] = ()
 
     def to_pairwise(self) -> "AnswerGroup":
         """Return the group for a model that reads two captions at once.
@@ -256,12 +258,12 @@ def _vote_to_comparison(vote: Vote) -> Comparison:
         chosen=vote.chosen.text,
         rejected=vote.rejected.text,
         source="vote",
+        rater=vote.rater,
         chosen_finished=vote.chosen.finished,
         rejected_finished=vote.rejected.finished,
         modality=vote.modality,
         start_seconds=vote.start_seconds,
         end_seconds=vote.end_seconds,
-        rater=vote.rater,
     )
 
 

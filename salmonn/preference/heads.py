@@ -1,12 +1,14 @@
 """Heads of reward models: from the pooled states of answers to rewards, and the exact fit of a linear one."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from salmonn.model.pooling import AnswerStates
+from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.losses import bradley_terry_loss
 
 LBFGS_STEPS = 200
@@ -30,6 +32,76 @@ class ScalarHead(nn.Module):
         with torch.autocast(states.answer.device.type, enabled=False):
             rewards: Tensor = self.score(states.answer.to(self.score.weight.dtype)).squeeze(-1)
         return rewards
+
+
+class GatingNetwork(nn.Module):
+    """Weights of k objectives from the state of the prompt, which has seen the clip and the request.
+
+    Args:
+        widths: sizes of the layers: the state's D, hidden ones, and k. One entry makes constant weights.
+    """
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, following) for size, following in pairwise(widths))
+        self.constant = nn.Parameter(torch.zeros(widths[-1])) if len(widths) == 1 else None
+
+    def forward(self, prompt: Tensor) -> Tensor:
+        """Return weights (B, k) for prompt states (B, D); those of a row sum to 1 over the objectives."""
+        if self.constant is not None:
+            return self.constant.softmax(-1).expand(len(prompt), -1)
+        hidden = prompt
+        for number, layer in enumerate(self.layers):
+            hidden = layer(torch.relu(hidden) if number else hidden)
+        return hidden.softmax(-1)
+
+
+class ObjectiveHead(nn.Module):
+    """Named objectives, and which of them count: reward = sum of weight * objective (arXiv 2406.12845).
+
+    Names of weights are those of ArmoRM. Unlike its training code, the weights are normalized over the objectives, the
+    corrected objectives are used in training too, and the regression has an intercept.
+
+    Args:
+        width: size P of an answer's state.
+        gate_widths: see `GatingNetwork`.
+    """
+
+    def __init__(self, width: int, gate_widths: Sequence[int]) -> None:
+        super().__init__()
+        count = gate_widths[-1]
+        self.gate_widths = tuple(gate_widths)
+        self.regression_layer = nn.Linear(width, count)
+        self.gating = GatingNetwork(gate_widths)
+        self.reward_transform_matrix: Tensor
+        self.register_buffer("reward_transform_matrix", torch.eye(count))
+
+    def objectives(self, states: AnswerStates) -> Tensor:
+        """Return the objectives (B, k), corrected for length."""
+        values: Tensor = self.regression_layer(states.answer.to(self.regression_layer.weight.dtype))
+        return values @ self.reward_transform_matrix
+
+    def weights(self, states: AnswerStates) -> Tensor:
+        """Return the weights (B, k) of the objectives."""
+        weights: Tensor = self.gating(states.prompt.to(self.regression_layer.weight.dtype))
+        return weights
+
+    def forward(self, states: AnswerStates) -> Tensor:
+        """Return the rewards (B,)."""
+        return (self.weights(states) * self.objectives(states)).sum(-1)
+
+
+Head = ScalarHead | ObjectiveHead
+
+
+def join_pairs(groups: Sequence[AnswerGroup]) -> tuple[Tensor, Tensor]:
+    """Return the pairs (N, 2) of groups whose rows follow each other, and their weights: 1 for each group in sum."""
+    pairs, weights, start = [], [], 0
+    for group in groups:
+        pairs += [(start + better, start + worse) for better, worse in group.pairs]
+        weights += [1 / len(group.pairs)] * len(group.pairs)
+        start += len(group.answers)
+    return torch.tensor(pairs), torch.tensor(weights, dtype=torch.float64)
 
 
 def fit_scalar_head(

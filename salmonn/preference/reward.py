@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from salmonn.preference.rating import Rating, Reward
+from salmonn.preference.rating import Rating
 from salmonn.records import Reference, Score, Unscored
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores, write_scores
@@ -26,16 +26,45 @@ class RewardConfig:
     """Reward that captions are rated by.
 
     Args:
-        kind: "judge" rates by the judge's event counts, as -(Total + repetition_weight * repetition).
+        kind: "judge" rates by the judge's event counts, as -(Total + repetition_weight * repetition); "model" lets the
+            judge label a few clips and rates all captions by a reward model trained on them (docs/reward.md).
         repetition_weight: penalty for a caption that consists of repeated clauses alone.
+        model: folder of a reward model for the first round; none trains one on labels. Only with kind "model", as all
+            of the following.
+        seed_clips: clips whose captions the judge labels in the first round.
+        refresh_clips: further clips that it labels in each later round; 0 keeps the first model.
+        audit_clips, audit_samples: clips, and captions of each, on which every later round compares model and judge.
+        min_agreement: agreement with the judge below which a warning asks for more labels.
+        min_confidence: smallest probability, by the model, that the chosen caption of a pair is better.
+        length_penalty: subtracted from the reward for each character, in standard deviations.
     """
 
-    kind: Literal["judge"] = "judge"
+    kind: Literal["judge", "model"] = "judge"
     repetition_weight: float = 1.0
+    model: Path | None = None
+    seed_clips: int = 100
+    refresh_clips: int = 40
+    audit_clips: int = 24
+    audit_samples: int = 4
+    min_agreement: float = 0.65
+    min_confidence: float = 0.7
+    length_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if self.repetition_weight < 0:
             raise ValueError(f"repetition_weight must be at least 0, got {self.repetition_weight}")
+        if self.model and self.kind != "model":
+            raise ValueError(f"reward.model {self.model} is only used with --reward.kind model")
+        if self.seed_clips < 2 or self.refresh_clips < 0 or self.audit_clips < 1 or self.audit_samples < 2:
+            raise ValueError(
+                "seed_clips and audit_samples must be at least 2, audit_clips at least 1 and refresh_clips at least 0, "
+                f"got {self.seed_clips}, {self.audit_samples}, {self.audit_clips} and {self.refresh_clips}"
+            )
+        if not (0.5 <= self.min_confidence < 1 and 0 <= self.min_agreement <= 1 and self.length_penalty >= 0):
+            raise ValueError(
+                "min_confidence must be from 0.5 to below 1, min_agreement from 0 to 1 and length_penalty at least 0, "
+                f"got {self.min_confidence}, {self.min_agreement} and {self.length_penalty}"
+            )
 
 
 class JudgeReward:
@@ -81,8 +110,8 @@ class JudgeReward:
         )
 
 
-def make_reward(config: RewardConfig, *, judge: Judge) -> Reward:
-    """Build the reward that the configuration names.
+def make_reward(config: RewardConfig, *, judge: Judge) -> JudgeReward:
+    """Build the reward by the judge; with kind "model" it labels the clips that the model learns from.
 
     Args:
         config: kind and weights.

@@ -7,6 +7,7 @@ A folder holds reward.json, head.safetensors and, if the decoder was adapted, a 
 from where it was trained, and must have the same weights.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import permutations
@@ -24,8 +25,9 @@ from salmonn.model.layout import ClipFeatures, ClipInputs
 from salmonn.model.loading import Placement
 from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
 from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
+from salmonn.preference.agreement import Agreement
 from salmonn.preference.comparisons import join_pair
-from salmonn.preference.heads import ScalarHead
+from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
 from salmonn.preference.rating import Rating
 from salmonn.records import (
     Caption,
@@ -39,7 +41,7 @@ from salmonn.records import (
 )
 from salmonn.score.judge import ScoringTask
 
-RewardKind = Literal["bradley-terry", "pairwise"]
+RewardKind = Literal["bradley-terry", "pairwise", "objectives"]
 Clip = ClipInputs | ClipFeatures
 
 INFO_NAME, HEAD_NAME, ADAPTER_DIR = "reward.json", "head.safetensors", "adapter"
@@ -48,32 +50,12 @@ MAX_ROWS = 64  # captions of a clip in one forward pass
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """Share of held-out comparisons that are ordered as by their source, beside controls.
-
-    Args:
-        num_comparisons, num_clips: size of the held-out set.
-        accuracy, low, high: share ordered alike, with its 95 % Wilson interval.
-        blind: the same of a reward model that was trained and asked with the features of other clips; None if there
-            is none. What is above it comes from looking.
-        longest: the same of preferring the caption with more words; ties count one half.
-    """
-
-    num_comparisons: int
-    num_clips: int
-    accuracy: float
-    low: float
-    high: float
-    longest: float
-    blind: float | None = None
-
-
-@dataclass(frozen=True)
 class RewardInfo:
     """Contents of reward.json.
 
     Args:
-        kind: "bradley-terry" gives each caption a reward; "pairwise" reads two captions at once.
+        kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, and "objectives"
+            weighs named objectives.
         pooling: states that the head reads.
         base: folder or hub id of the captioner.
         base_fingerprint: hash of its weights.
@@ -82,6 +64,8 @@ class RewardInfo:
         source: what the comparisons are from.
         num_comparisons, num_clips: size of the training set.
         agreement: measured on held-out clips.
+        gate_widths: widths of the network that weighs the objectives; empty for other kinds.
+        objectives: their names, in the order of the weights.
         format: version of the folder's format.
     """
 
@@ -96,7 +80,26 @@ class RewardInfo:
     num_comparisons: int = 0
     num_clips: int = 0
     agreement: Agreement | None = None
+    gate_widths: tuple[int, ...] = ()
+    objectives: tuple[str, ...] = ()
     format: int = REWARD_FORMAT
+
+    def probability(self, margin: float) -> float:
+        """Return the probability that belongs to a difference of standardized rewards."""
+        return 1 / (1 + math.exp(-margin * self.std / self.temperature))
+
+    def margin(self, probability: float) -> float:
+        """Return the difference of standardized rewards that belongs to a probability."""
+        return math.log(probability / (1 - probability)) * self.temperature / self.std
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What an objective contributes to a reward: `weight` * `value`, both of this caption."""
+
+    objective: str
+    value: float
+    weight: float
 
 
 class RewardModel:
@@ -109,7 +112,7 @@ class RewardModel:
         name: folder of the model.
     """
 
-    def __init__(self, captioner: Captioner, head: ScalarHead, info: RewardInfo, *, name: str = "") -> None:
+    def __init__(self, captioner: Captioner, head: Head, info: RewardInfo, *, name: str = "") -> None:
         self.captioner = captioner
         self.head = head.cpu().double()
         self.info = info
@@ -121,6 +124,7 @@ class RewardModel:
         folder: Path | str,
         *,
         base: str | None = None,
+        captioner: Captioner | None = None,
         placement: Placement | None = None,
         reader: str = "pyav",
         kind: RewardKind | None = None,
@@ -130,6 +134,7 @@ class RewardModel:
         Args:
             folder: folder of the reward model.
             base: folder or hub id of the base, if it is not where it was in training.
+            captioner: the base itself, if it has been loaded; it is changed.
             placement, reader: see `Captioner.load`.
             kind: kind that the caller needs; None for any.
 
@@ -138,7 +143,7 @@ class RewardModel:
         """
         folder = Path(folder)
         info = read_info(folder, kind=kind)
-        captioner = Captioner.load(base or info.base, placement=placement, reader=reader)
+        captioner = captioner or Captioner.load(base or info.base, placement=placement, reader=reader)
         if hash_model(captioner.network) != info.base_fingerprint:
             raise ValueError(
                 f"{folder} was trained on {info.base} with other weights than those of {captioner.name}; its rewards "
@@ -147,7 +152,9 @@ class RewardModel:
         if (folder / ADAPTER_DIR / ADAPTER_CONFIG_NAME).is_file():
             load_adapter(captioner.network, folder / ADAPTER_DIR)
             merge_adapter(captioner.network)
-        return cls(captioner, read_head(folder, head_width(captioner, info.pooling)), info, name=str(folder))
+        return cls(
+            captioner, read_head(folder, info, width=head_width(captioner, info.pooling)), info, name=str(folder)
+        )
 
     def rewards(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[float]:
         """Return the standardized reward of each row's answer; a pairwise model reads the rows of a clip in pairs.
@@ -167,11 +174,6 @@ class RewardModel:
             rows = [_join(first, second), _join(second, first)]
         a, b = self._values(rows, clips).tolist()
         return float(torch.sigmoid(torch.tensor((a - b) / self.info.temperature, dtype=torch.float64)))
-
-    def probability(self, margin: float) -> float:
-        """Return the probability that belongs to a difference of standardized rewards."""
-        scaled = margin * self.info.std / self.info.temperature
-        return float(torch.sigmoid(torch.tensor(scaled, dtype=torch.float64)))
 
     def _round_robin(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[float]:
         """Return each row's mean log-odds against the other rows with its clip and prompt; 0 if there is none."""
@@ -195,8 +197,29 @@ class RewardModel:
             values: Tensor = self.head(answer_states(self.captioner, rows, clips, pooling=self.info.pooling))
         return values
 
-    def rate(self, captions: Sequence[Caption], features: Callable[[Caption], Clip]) -> list[Rating]:
-        """Rate captions by their standardized reward; results in the order of the captions."""
+    def explain(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[list[Contribution]]:
+        """Return the contributions of all objectives to each row's reward.
+
+        Raises:
+            ValueError: this kind of model has no objectives.
+        """
+        if not isinstance(self.head, ObjectiveHead):
+            raise ValueError(
+                f"{self.name} is a {self.info.kind} reward model, which has no objectives; train one with --kind "
+                "objectives"
+            )
+        with torch.no_grad():
+            states = answer_states(self.captioner, rows, clips, pooling=self.info.pooling)
+            values, weights = self.head.objectives(states).tolist(), self.head.weights(states).tolist()
+        return [
+            [Contribution(*one) for one in zip(self.info.objectives, *row, strict=True)]
+            for row in zip(values, weights, strict=True)
+        ]
+
+    def rows_of(
+        self, captions: Sequence[Caption], features: Callable[[Caption], Clip]
+    ) -> tuple[list[PromptRow], list[Clip]]:
+        """Return the rows of captions, and their clips."""
         by_clip: dict[int, tuple[int, Clip]] = {}
         rows = []
         for caption in captions:
@@ -204,14 +227,18 @@ class RewardModel:
             index, _ = by_clip.setdefault(id(clip), (len(by_clip), clip))
             prompt = caption.prompt or self.captioner.default_prompt(caption.modality or "both")
             rows.append(caption_row(caption, clip=index, prompt=prompt))
-        values = self.rewards(rows, [clip for _, clip in by_clip.values()])
+        return rows, [clip for _, clip in by_clip.values()]
+
+    def rate(self, captions: Sequence[Caption], features: Callable[[Caption], Clip]) -> list[Rating]:
+        """Rate captions by their standardized reward; results in the order of the captions."""
+        values = self.rewards(*self.rows_of(captions, features))
         return [
             Rating(caption.video, {"reward": value}, {"reward": 1.0}, caption.sample)
             for caption, value in zip(captions, values, strict=True)
         ]
 
 
-def save_reward_model(folder: Path | str, head: ScalarHead, info: RewardInfo) -> None:
+def save_reward_model(folder: Path | str, head: Head, info: RewardInfo) -> None:
     """Write head and, last, reward.json; the adapter, if there is one, must be in the folder already."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -246,9 +273,9 @@ def read_info(folder: Path, *, kind: RewardKind | None = None) -> RewardInfo:
     return info
 
 
-def read_head(folder: Path, width: int) -> ScalarHead:
+def read_head(folder: Path, info: RewardInfo, *, width: int) -> Head:
     """Read head.safetensors; raises ValueError if its weights do not fit."""
-    head = ScalarHead(width)
+    head: Head = ObjectiveHead(width, info.gate_widths) if info.kind == "objectives" else ScalarHead(width)
     tensors = load_file(folder / HEAD_NAME)
     shapes = {key: list(value.shape) for key, value in tensors.items()}
     expected = {key: list(value.shape) for key, value in head.state_dict().items()}

@@ -378,7 +378,7 @@ def print_adapter_plan(
     model: str,
     *,
     frames: Mapping[str, int | float] | None,
-    lora: LoraConfig,
+    lora: LoraConfig | None,
     placement: Placement,
     fit: FitConfig,
     answers: int,
@@ -389,15 +389,17 @@ def print_adapter_plan(
 
     Args:
         model: folder, or id of a published model.
-        frames, lora, placement, fit: settings of the run.
+        frames, lora, placement, fit: settings of the run; without `lora` nothing is trained.
         answers: caption-length answers per clip: three in guided DPO (chosen, rejected, ground truth).
         title: name of the stage; the model's name is added.
         batch_size: captions that the run generates at a time.
     """
     sizes = offline_config(model, frames=frames)
     network = build_on_meta(sizes)
-    with torch.device("meta"):
-        attach_lora(network, lora, seed=0)
+    network.requires_grad_(False)
+    if lora:
+        with torch.device("meta"):
+            attach_lora(network, lora, seed=0)
     work = Workload(clips=clips_per_micro_batch(fit), answers=answers, cached_features=True)
     plan = MemoryPlan(network, sizes, placement=placement, fit=fit, work=work)
     print_plan(plan, title=f"{title} of {model}", batch_size=batch_size)

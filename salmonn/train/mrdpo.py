@@ -21,6 +21,8 @@ from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, check_texts, heldout_config, read_clips, render_clips
 from salmonn.train.evaluate import CAPTIONS_NAME, PARTIAL_NAME, RATES_NAME, SampleConfig
 from salmonn.train.loop import FitConfig
+from salmonn.train.reward import RewardTrainingConfig
+from salmonn.train.reward_rounds import LABEL_FILES
 from salmonn.train.rounds import IMPORTANCE_NAME, PAIRS_NAME, EarlyStopConfig
 from salmonn.train.run_folder import RunConfig
 from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_settings, fingerprint, flat_settings
@@ -82,6 +84,7 @@ class MrDpoConfig(RunConfig):
         sampling: sampling of captions.
         judge: judge of captions.
         reward: reward that captions are rated by.
+        reward_training: training of the reward model, for reward.kind "model".
         selection: selection of preference pairs.
         subset: subset of these pairs that is trained on.
         loss: loss of the rounds.
@@ -106,6 +109,7 @@ class MrDpoConfig(RunConfig):
     sampling: SampleConfig = field(default_factory=SampleConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    reward_training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -161,7 +165,9 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
                 f"{reference.video} has no caption, which is the ground truth of guided DPO; add it, or set "
                 "--loss.ce-weight 0"
             )
-        check(reference)
+        if config.reward.kind == "judge":
+            reward.check(reference)
+        check_texts(reference, processor)
 
     heldout_synth = heldout_config(config.synth, clips=config.heldout_clips)
     train, heldout = (
@@ -197,6 +203,7 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
     choose = partial(choose_settings, settings)
     greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
     evaluation = choose("heldout_references", "synth", "judge") | greedy
+    is_model = config.reward.kind == "model"
     steps, policy = [_evaluation_step("sft", choose(*LOADING) | evaluation)], tuple[str, ...]()
     for number in range(1, config.rounds + 1):
         folder = f"round_{number}"
@@ -205,10 +212,13 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
                 _captions_step(folder, choose(*LOADING, "training_videos", "synth", "sampling", "seed"), needs=policy),
                 Step(
                     f"{folder}/ratings",
-                    choose("references", "judge", "reward"),
-                    files=tuple(f"{folder}/{name}" for name in RATING_FILES),
+                    choose("references", "judge", "reward", *(("reward_training",) if is_model else ())),
+                    files=tuple(f"{folder}/{name}" for name in (*RATING_FILES, *LABEL_FILES)),
                     result=f"{folder}/{rating_file}",
-                    needs=(f"{folder}/captions",),
+                    needs=(
+                        f"{folder}/captions",
+                        *((f"round_{number - 1}/ratings",) if is_model and number > 1 else ()),
+                    ),
                 ),
                 Step(
                     f"{folder}/pairs",

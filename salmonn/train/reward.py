@@ -27,30 +27,29 @@ from salmonn.model.fingerprint import hash_model, hash_values
 from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
 from salmonn.model.pooling import AnswerStates, Pooling
+from salmonn.preference.agreement import measure_agreement
 from salmonn.preference.comparisons import AnswerGroup
-from salmonn.preference.heads import ScalarHead, fit_scalar_head, fit_temperature
+from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead, fit_scalar_head, fit_temperature, join_pairs
 from salmonn.preference.losses import bradley_terry_loss
+from salmonn.preference.objectives import OBJECTIVES
 from salmonn.preference.reward_model import (
     ADAPTER_DIR,
-    Agreement,
     RewardInfo,
     RewardKind,
     answer_states,
-    head_width,
     save_reward_model,
 )
 from salmonn.records import temporary_path
-from salmonn.score.stats import wilson_interval
 from salmonn.train.checkpoint import checkpointed, load_trained
 from salmonn.train.data import ClipSource, batch_at, split_evenly
 from salmonn.train.evaluate import map_batches
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
 from salmonn.train.loop import FitConfig, FitContext, fit
+from salmonn.train.objectives import ObjectiveConfig, fit_objective_head
 from salmonn.train.parallel import StrategyName
 
 log = logging.getLogger(__name__)
 STATES_NAME, BLIND_DIR = "states.safetensors", "blind"
-MIN_LOOKING = 0.03  # accuracy above the blind twin below which a warning says that the model hardly looks
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,10 @@ class RewardTrainingConfig:
     """Training of a reward model.
 
     Args:
-        kind: "bradley-terry" gives each caption a reward; "pairwise" reads two captions at once.
+        kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, and "objectives"
+            predicts named objectives and weighs them.
         pooling: states that the head reads (docs/reward.md).
+        objectives: objectives and their weights, for that kind.
         l2: weight of the squared norm of the linear head's standardized weights.
         center_weight: weight of the term that keeps rewards near 0.
         lora: adapter to train together with the head; none keeps the captioner frozen.
@@ -70,6 +71,7 @@ class RewardTrainingConfig:
 
     kind: RewardKind = "bradley-terry"
     pooling: Pooling = "rich"
+    objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     l2: float = 3e-3
     center_weight: float = 0.01
     lora: LoraConfig | None = None
@@ -82,6 +84,8 @@ class RewardTrainingConfig:
     def __post_init__(self) -> None:
         if self.l2 <= 0 or self.center_weight < 0:
             raise ValueError(f"l2 must be above 0 and center_weight at least 0, got {self.l2} and {self.center_weight}")
+        if self.kind == "objectives" and self.lora:
+            raise ValueError("kind objectives is fitted to frozen states; remove lora, or use kind bradley-terry")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"heldout_fraction must be between 0 and 1, got {self.heldout_fraction}")
 
@@ -150,29 +154,25 @@ class RewardBatches:
 
 @dataclass(frozen=True)
 class RewardBatchLoss:
-    """Bradley-Terry loss on micro-batches: their share of the mean over the step's clips."""
+    """Bradley-Terry loss on micro-batches: their share of the mean over the step's clips.
+
+    Args:
+        pooling, center_weight: see `RewardTrainingConfig`.
+        center: reward that the rewards are kept near: the mean at the start, since a head has no bias.
+    """
 
     pooling: Pooling
     center_weight: float
+    center: float = 0.0
 
     def __call__(self, model: nn.Module, batch: RewardBatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss, and its parts for the log."""
-        rewards = model(batch.inputs.to(dist.device()), pooling=self.pooling)
+        rewards = model(batch.inputs.to(dist.device()), pooling=self.pooling).float() - self.center
         better, worse = rewards[batch.pairs.to(rewards.device)].unbind(1)
         output = bradley_terry_loss(better, worse, center_weight=self.center_weight)
-        weights = batch.weights.to(rewards.device) / batch.mean_num_examples
+        weights = batch.weights.to(rewards) / batch.mean_num_examples
         parts = {name: float((weights * part).sum()) for name, part in output.parts.items()}
         return (weights * output.loss).sum(), parts
-
-
-def join_pairs(groups: Sequence[AnswerGroup]) -> tuple[Tensor, Tensor]:
-    """Return the pairs (N, 2) of groups whose rows follow each other, and their weights: 1 for each group in sum."""
-    pairs, weights, start = [], [], 0
-    for group in groups:
-        pairs += [(start + better, start + worse) for better, worse in group.pairs]
-        weights += [1 / len(group.pairs)] * len(group.pairs)
-        start += len(group.answers)
-    return torch.tensor(pairs), torch.tensor(weights, dtype=torch.float64)
 
 
 def split_groups(
@@ -286,7 +286,7 @@ def fit_head(states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], conf
 class FittedReward:
     """A trained head with the rewards (R,) that it gives the answers of each clip, learned and held-out ones."""
 
-    head: ScalarHead
+    head: Head
     train: list[Tensor]
     heldout: list[Tensor]
 
@@ -371,57 +371,53 @@ class RewardTrainer:
         states = compute_states(
             captioner, examples, pooling=config.pooling, name=f"{name}: states", path=folder / STATES_NAME
         )
-        head = fit_head(states[:count], groups[:count], config)
-        if config.lora:
-            captioner = self._tune(captioner, head, examples[:count], folder=folder)
-            states = compute_states(captioner, examples, pooling=config.pooling, name=f"{name}: tuned states")
+        head: Head
+        if config.kind == "objectives":
+            head = fit_objective_head(states[:count], groups[:count], config.objectives, seed=self.seed)
+        else:
+            head = fit_head(states[:count], groups[:count], config)
+            if config.lora:
+                with torch.no_grad():
+                    center = float(torch.cat([head(one) for one in states[:count]]).mean())
+                captioner, head = self._tune(captioner, head, examples[:count], center=center, folder=folder)
+                states = compute_states(captioner, examples, pooling=config.pooling, name=f"{name}: tuned states")
         head = head.double()
         with torch.no_grad():
             rewards = [head(one) for one in states]
-        info = RewardInfo(config.kind, config.pooling, base, fingerprint)
+        widths = head.gate_widths if isinstance(head, ObjectiveHead) else ()
+        names = OBJECTIVES if widths else ()
+        info = RewardInfo(config.kind, config.pooling, base, fingerprint, gate_widths=widths, objectives=names)
         return info, FittedReward(head, rewards[:count], rewards[count:])
 
     def _tune(
-        self,
-        captioner: Captioner,
-        head: ScalarHead,
-        examples: Sequence[RewardExample],
-        *,
-        folder: Path,
-    ) -> Captioner:
-        """Train adapter and head; the head is changed in place. Returns the model with the adapter merged."""
+        self, captioner: Captioner, head: ScalarHead, examples: Sequence[RewardExample], *, center: float, folder: Path
+    ) -> tuple[Captioner, ScalarHead]:
+        """Train an adapter and the head; returns the model with the adapter merged, and the trained head."""
         config, lora = self.config, self.config.lora
         assert lora is not None
 
-        def attach(model: Captioner) -> None:
+        def attach(model: Captioner, own: ScalarHead) -> None:
             attach_lora(model.network, lora, seed=self.seed)
-            model.network.head = head.to(model.network.device)
+            model.network.head = own.to(model.network.device)
 
-        attach(captioner)
+        attach(captioner, head)
         batches = RewardBatches(examples, captioner.processor, config.fit, self.seed)
+        loss = RewardBatchLoss(config.pooling, config.center_weight, center)
         context = FitContext(f"{folder.name}: reward model", folder, self.seed, self.strategy)
         with checkpointed(folder):
-            checkpoint = fit(
-                captioner.network,
-                batches,
-                RewardBatchLoss(config.pooling, config.center_weight),
-                config.fit.resolve(len(examples)),
-                context=context,
-            )
-            del captioner, batches
-            gc.collect()  # a network that was wrapped for training is part of reference cycles
-            tuned = self.load()
-            # The strategy may have emptied the head's weights.
-            head.score = nn.Linear(head_width(tuned, config.pooling), 1, bias=False)
-            attach(tuned)
+            checkpoint = fit(captioner.network, batches, loss, config.fit.resolve(len(examples)), context=context)
+            # The strategy has taken the network apart, and a GPU may hold only one.
+            del captioner.network, batches
+            gc.collect()  # it is part of reference cycles
+            tuned, trained = self.load(), ScalarHead(head.score.in_features)
+            attach(tuned, trained)
             load_trained(tuned.network, checkpoint)
             if dist.is_main():
                 save_adapter(tuned.network, folder / ADAPTER_DIR)
             dist.barrier()
         tuned.network.head = None
-        head.cpu().requires_grad_(False)
         merge_adapter(tuned.network)
-        return tuned
+        return tuned, trained.cpu().requires_grad_(False)
 
     def _scale(self, rewards: Sequence[Tensor], groups: Sequence[AnswerGroup]) -> tuple[float, float]:
         """Return mean and standard deviation of the rewards of the training clips' captions."""
@@ -447,51 +443,3 @@ def _margins(rewards: Sequence[Tensor], groups: Sequence[AnswerGroup]) -> Tensor
     pairs, _ = join_pairs(groups)
     better, worse = torch.cat(list(rewards))[pairs].unbind(1)
     return better - worse
-
-
-def measure_agreement(groups: Sequence[AnswerGroup], margins: Tensor, blind: Tensor | None) -> Agreement:
-    """Return the share of comparisons with a positive margin, beside the blind twin's and that of longer captions."""
-    words = torch.tensor(
-        [
-            len(group.answers[better][0].split()) - len(group.answers[worse][0].split())
-            for group in groups
-            for better, worse in group.pairs
-        ]
-    )
-    accuracy = share_positive(margins)
-    interval = wilson_interval(round(accuracy * len(margins)), len(margins))
-    return Agreement(
-        num_comparisons=len(margins),
-        num_clips=len(groups),
-        accuracy=accuracy,
-        low=interval.low,
-        high=interval.high,
-        longest=share_positive(words),
-        blind=None if blind is None else share_positive(blind),
-    )
-
-
-def share_positive(margins: Tensor) -> float:
-    """Return the share of positive values; zeros count one half."""
-    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
-
-
-def describe_agreement(agreement: Agreement) -> str:
-    """Return the agreement as a sentence."""
-    blind = "" if agreement.blind is None else f"; blind {100 * agreement.blind:.1f} %"
-    return (
-        f"agrees with {100 * agreement.accuracy:.1f} % ({100 * agreement.low:.1f} to {100 * agreement.high:.1f}) of "
-        f"{agreement.num_comparisons} held-out comparisons of {agreement.num_clips} clips{blind}; "
-        f"the longer caption {100 * agreement.longest:.1f} %"
-    )
-
-
-def looking_warning(agreement: Agreement) -> str | None:
-    """Return a warning if a reward model is hardly better than its blind twin."""
-    if agreement.blind is None or agreement.accuracy - agreement.blind >= MIN_LOOKING:
-        return None
-    return (
-        f"the reward model is {100 * (agreement.accuracy - agreement.blind):+.1f} points from its blind twin, which is "
-        "asked with other clips' features: it hardly looks at the clip, and training on its ratings would mainly teach "
-        "to claim more. Use more labelled clips, pooling rich, or an adapter"
-    )

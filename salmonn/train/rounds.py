@@ -154,6 +154,36 @@ def stop_reason(summary: RunSummary, early_stopping: EarlyStopConfig) -> str | N
     )
 
 
+def over_optimization(summary: RunSummary) -> str | None:
+    """Return why the rounds stop if the policy exploits its reward model; None without one.
+
+    Past some distance from the start, the reward goes on rising while what it stands for falls (arXiv 2210.10760): here
+    it rises twice by a standard deviation while the judge's Total falls by less than a point, or captions are 1.5 times
+    as long as at the start and miss as much.
+    """
+    totals = [summary.sft.total, *(rates.total for rates in summary.rounds)]
+    hollow = [
+        number
+        for number, one in enumerate(summary.reward, start=1)
+        if (one.proxy_gain or 0) >= 1 and totals[number - 1] - totals[number] < 0.01
+    ]
+    remedy = "let the judge label more clips each round (reward.refresh_clips), or take fewer steps (fit.steps)"
+    if len(hollow) >= 2:
+        return (
+            f"the reward rose by a standard deviation in rounds {hollow[0]} and {hollow[-1]}, but the held-out Total "
+            f"did not fall by a point: the policy exploits its reward model; {remedy}"
+        )
+    if not summary.reward or not summary.rounds:
+        return None
+    start, last = summary.sft, summary.rounds[-1]
+    if last.words > 1.5 * start.words and last.missing >= start.missing:
+        return (
+            f"captions have {last.words:.0f} words, up from {start.words:.0f}, and miss as much as at the start: the "
+            f"policy exploits its reward model's liking for length; {remedy}, or set reward.length_penalty"
+        )
+    return None
+
+
 def best_round(summary: RunSummary) -> int | None:
     """Return the number of the round with the lowest held-out Total.
 

@@ -32,6 +32,32 @@ STEPS_NAME = "steps.jsonl"
 ROUNDS_NAME = "rounds.jsonl"
 ROUNDING_NAME = "rounding.json"  # of a stage whose merged weights have 16 bits
 SUMMARY_NAME = "summary.json"
+REWARD_ROUND_NAME = "reward_round.json"  # of a round whose captions a reward model has rated
+
+
+@dataclass(frozen=True)
+class RewardRound:
+    """A reward model in one round of mrDPO.
+
+    Args:
+        agreement, low, high: share of the judge's comparisons of new captions that the last round's model orders alike,
+            with its 95 % interval; None if there was no audit.
+        audited_pairs: number of these comparisons.
+        heldout_accuracy, blind_accuracy: accuracy of this round's model on held-out clips, and that of its blind twin.
+        proxy_gain: mean reward of the new captions minus that of the round before, in standard deviations.
+        num_judged: captions that the judge has rated.
+        num_captions: all captions of the round.
+    """
+
+    agreement: float | None
+    low: float | None
+    high: float | None
+    audited_pairs: int
+    heldout_accuracy: float | None
+    blind_accuracy: float | None
+    proxy_gain: float | None
+    num_judged: int
+    num_captions: int
 
 
 @dataclass
@@ -43,6 +69,7 @@ class RunSummary:
         kl: name of a stage, as in `stages` -> KL divergence of its model from the start, in nats per token.
         best: folder of the best round.
         stopped: why the rounds stopped early; None if they did not.
+        reward: the reward model in each round; empty if the judge rated all captions.
     """
 
     sft: Rates
@@ -51,6 +78,7 @@ class RunSummary:
     kl: dict[str, float] = field(default_factory=dict)
     best: str | None = None
     stopped: str | None = None
+    reward: list[RewardRound] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "RunSummary":
@@ -101,6 +129,17 @@ def print_summary(summary: RunSummary) -> None:
     console.print(table)
     if summary.stopped:
         console.print(f"stopped: {summary.stopped}", highlight=False, markup=False, soft_wrap=True)
+    if summary.reward:
+        judged, captions = (
+            sum(getattr(one, name) for one in summary.reward) for name in ("num_judged", "num_captions")
+        )
+        agreements = ", ".join("-" if one.agreement is None else f"{100 * one.agreement:.0f}" for one in summary.reward)
+        console.print(
+            f"reward model: the judge rated {judged} of {captions} captions ({captions - judged} calls saved); "
+            f"agreement on new captions by round, %: {agreements}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def column_titles() -> list[str]:

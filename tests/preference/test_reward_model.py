@@ -84,7 +84,9 @@ def test_a_reward_and_its_probability(make_model, media):
     rewards = model.rewards(ROWS[:2], media)
     raw = [reward * 2.0 + 0.2 for reward in rewards]
     assert model.compare(*ROWS[:2], media) == pytest.approx(1 / (1 + math.exp(raw[1] - raw[0])), abs=1e-6)
-    assert model.probability(rewards[0] - rewards[1]) == pytest.approx(model.compare(*ROWS[:2], media), abs=1e-6)
+    margin = rewards[0] - rewards[1]
+    assert model.info.margin(model.info.probability(margin)) == pytest.approx(margin)
+    assert model.info.probability(margin) == pytest.approx(model.compare(*ROWS[:2], media), abs=1e-6)
 
 
 def test_save_and_load(make_model, media, tmp_path, fill_adapter):

@@ -17,7 +17,7 @@ import torch
 
 from salmonn.caption import captioner
 from salmonn.model import lora
-from salmonn.preference import reward
+from salmonn.preference import reward, reward_model
 from salmonn.train import checkpoint, evaluate, feature_cache, preference, run_folder
 
 
@@ -80,6 +80,9 @@ POINTS: dict[str, Callable[[], None]] = {
     "adapter": lambda: before(lora, "write_json"),
     "merge": lambda: after(captioner, "save_network"),
     "merged": lambda: before(checkpoint.shutil, "rmtree", when=has_name("checkpoints")),
+    "reward": lambda: before(reward_model, "write_json", when=has_name("reward.json")),
+    "rating": lambda: before(reward_model, "write_records", when=has_name("ratings.jsonl")),
+    "audit": lambda: before(reward, "write_scores", when=lambda path, *_: Path(path).parent.name == "audit"),
     "measuring": lambda: before(evaluate, "write_json", when=has_name("rates.json")),
 }
 

@@ -104,7 +104,8 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_files_and_summary(finished):
     assert files_of(finished) == EXPECTED_FILES
     summary = json.loads((finished / "summary.json").read_text())
-    assert set(summary) == {"sft", "rounds", "rebirth", "kl", "best", "stopped"} and len(summary["rounds"]) == 1
+    names = {"sft", "rounds", "rebirth", "kl", "best", "stopped", "reward"}
+    assert set(summary) == names and len(summary["rounds"]) == 1 and summary["reward"] == []
     assert set(summary["kl"]) == {"round 1", "rebirth"} and min(summary["kl"].values()) > 0
     lines = [json.loads(line) for line in (finished / "rounds.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in lines] == ["SFT", "round 1", "rebirth"]

@@ -65,6 +65,7 @@ def test_summary_json(tmp_path):
         "kl": {"round 1": 0.0125, "rebirth": 0.25},
         "best": "round_2",
         "stopped": STOPPED,
+        "reward": [],
     }
     assert RunSummary.from_json(written) == SUMMARY
     old = {name: written[name] for name in ("sft", "rounds", "rebirth")}  # the format of older runs

@@ -1,0 +1,178 @@
+"""Train a reward model: it rates captions by looking at the clip, and needs no events.
+
+    torchrun recipes/reward.py --preferences run/round_1 --root run/clips/seed11-400 --out run/reward
+
+The captioner itself is the reward model: a head reads the decoder's states of a caption, alone or with an adapter. The
+preferences are judged captions of a round, pairs, votes, published conversations, or rows of TRL or RewardBench
+(docs/reward.md). Run the same command again to resume a killed run.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from salmonn import dist
+from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
+from salmonn.caption.processor import Processor
+from salmonn.config import run_recipe
+from salmonn.model.loading import load_config
+from salmonn.preference.agreement import describe_agreement, looking_warning
+from salmonn.preference.comparisons import (
+    CAPTIONS_NAME,
+    SCORES_NAME,
+    AnswerGroup,
+    Preferences,
+    group_comparisons,
+    read_preferences,
+)
+from salmonn.preference.objectives import attach_objectives
+from salmonn.preference.reward_model import HEAD_NAME, INFO_NAME, read_info
+from salmonn.records import Caption, Reference, read_records, write_records
+from salmonn.score.formats import read_scores
+from salmonn.train.data import ClipSource, check_texts
+from salmonn.train.dry_run import check_adapters, print_adapter_plan
+from salmonn.train.evaluate import encode_clips
+from salmonn.train.feature_cache import open_feature_cache
+from salmonn.train.left_out import LeftOut
+from salmonn.train.loop import check_processes
+from salmonn.train.reward import BLIND_DIR, STATES_NAME, RewardTrainer, RewardTrainingConfig
+from salmonn.train.run_folder import RunConfig, is_missing, open_run
+from salmonn.train.run_steps import TRAINING_FILES, Step, fingerprint, flat_settings
+
+log = logging.getLogger("reward")
+ANSWERS_IN_PLAN = 8  # captions of a clip that pass through the model together
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
+    """Training of a reward model.
+
+    Args:
+        model: folder or hub id of the captioner: the model that the runs start from which the reward model will rate.
+        preferences: folder of a round (captions.jsonl and scores.jsonl) or of votes; or a file of comparisons, votes,
+            published conversations, or rows with `prompt`, `chosen`, `rejected` and `video`.
+        root: folder that the paths of the videos start from; by default that of the preferences.
+        references: JSONL of the references that the captions were judged against, for kind "objectives".
+        min_gap: of judged captions: smallest difference in Total + repetition_weight * repetition of a comparison.
+        repetition_weight: of judged captions: weight of repetition beside Total.
+    """
+
+    out: Path = Path("run/reward")
+    model: str = str(SHIPPED_MODEL)
+    preferences: Path
+    root: Path | None = None
+    references: Path | None = None
+    min_gap: float = 0.1
+    repetition_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        RewardTrainingConfig.__post_init__(self)
+        if (self.kind == "objectives") != (self.references is not None):
+            raise ValueError(
+                "kind objectives needs the references that the captions were judged against, and no other kind does; "
+                f"got kind {self.kind} and references {self.references}"
+            )
+        if self.min_gap <= 0 or self.repetition_weight < 0:
+            raise ValueError(
+                "min_gap must be above 0 and repetition_weight at least 0, got "
+                f"{self.min_gap} and {self.repetition_weight}"
+            )
+
+
+def main(config: RewardRecipeConfig) -> None:
+    """Read the preferences, train the reward model and its blind twin, and report how far it agrees."""
+    if config.dry_run:
+        print_memory_plan(config)
+        return
+    dist.setup()
+    check_processes(config.strategy, *([config.fit] if config.lora else []))
+    # What can be wrong is found before the folder is claimed.
+    sizes = load_config(config.model, frames=config.frames)
+    if config.lora:
+        check_adapters(sizes, config.lora)
+    processor = Processor.load(config.model, config=sizes)
+    preferences = read_preferences(
+        config.preferences,
+        root=config.root,
+        min_gap=config.min_gap,
+        repetition_weight=config.repetition_weight,
+        check=partial(check_texts, processor=processor),
+    )
+    log.info("%s", preferences.describe())
+    left_out = LeftOut(config.out, max_failures=config.max_failures)
+    open_run(config, [training_step(preferences, config)], name="reward")
+    if not is_missing(config.out / INFO_NAME):
+        log.info("%s is already trained", config.out)
+    else:
+        train(preferences, config, left_out=left_out)
+    agreement = read_info(config.out).agreement
+    assert agreement is not None, "training measures it"
+    log.info("%s %s", config.out, describe_agreement(agreement))
+    if warning := looking_warning(agreement):
+        log.warning("%s", warning)
+
+
+def training_step(preferences: Preferences, config: RewardRecipeConfig) -> Step:
+    """Return the only step of a run. Comparisons are compared by content, as their file may have moved."""
+    settings = flat_settings(config) | {"preferences": fingerprint(preferences.comparisons)}
+    settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
+    files = (*TRAINING_FILES, "adapter", STATES_NAME, BLIND_DIR, HEAD_NAME, INFO_NAME, "comparisons.jsonl")
+    return Step("model", settings, files, INFO_NAME)
+
+
+def train(preferences: Preferences, config: RewardRecipeConfig, *, left_out: LeftOut) -> None:
+    """Encode the clips and train."""
+    groups = group_comparisons(preferences.comparisons)
+    if config.references:
+        groups = with_objectives(groups, config)
+    captioner = config.load_model(config.model)
+    groups = [with_prompt(group, captioner) for group in groups]
+    cache = open_feature_cache(config.feature_cache, captioner)
+    sources = [ClipSource.of_comparison(group.example, root=preferences.root) for group in groups]
+    features = encode_clips(captioner, sources, name="clips", cache=cache, left_out=left_out)
+    del captioner
+    readable = [group for group, source in zip(groups, sources, strict=True) if source in features]
+    if dist.is_main():
+        write_records(config.out / "comparisons.jsonl", preferences.comparisons)
+    make_trainer(config).train(readable, features, root=preferences.root)
+
+
+def with_objectives(groups: list[AnswerGroup], config: RewardRecipeConfig) -> list[AnswerGroup]:
+    """Return the groups with the objectives of their captions, from the judge's scores and the references."""
+    assert config.references is not None
+    folder = config.preferences
+    if not (folder / SCORES_NAME).is_file():
+        raise ValueError(f"kind objectives needs a folder with {CAPTIONS_NAME} and {SCORES_NAME}; {folder} is none")
+    captions, scores = read_records(folder / CAPTIONS_NAME, Caption), read_scores(folder / SCORES_NAME).scores
+    references = {one.video: one for one in read_records(config.references, Reference)}
+    return attach_objectives(groups, captions, scores, references)
+
+
+def with_prompt(group: AnswerGroup, captioner: Captioner) -> AnswerGroup:
+    """Return the group with the default prompt in place of an empty one."""
+    one = group.example
+    return group if one.prompt else replace(group, example=replace(one, prompt=captioner.default_prompt(one.modality)))
+
+
+def make_trainer(config: RewardRecipeConfig) -> RewardTrainer:
+    """Return the trainer of this run."""
+    return RewardTrainer(partial(config.load_model, config.model), config, config.out, config.seed, config.strategy)
+
+
+def print_memory_plan(config: RewardRecipeConfig) -> None:
+    """Print the memory that fine-tuning would need; without an adapter, states are computed and nothing is trained."""
+    print_adapter_plan(
+        config.model,
+        frames=config.frames,
+        lora=config.lora,
+        placement=config.placement,
+        fit=config.fit,
+        answers=ANSWERS_IN_PLAN,
+        title="reward model",
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(main, RewardRecipeConfig, description=__doc__, on_error=dist.abort)

@@ -1,0 +1,128 @@
+"""`salmonn reward`: rate captions with a reward model, and choose the best caption of each video."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import Namespace
+from tqdm import tqdm
+
+from salmonn.cli.options import SOME_FAILED, garbage_kept, plural
+from salmonn.config import FlagParser
+from salmonn.records import Caption, read_records, write_records
+
+if TYPE_CHECKING:
+    from salmonn.preference.rating import Rating
+    from salmonn.preference.reward_model import RewardModel
+
+
+def reward_parser() -> FlagParser:
+    """Return the arguments of `salmonn reward`."""
+    dtypes = Literal["auto", "float32", "bfloat16", "float16"]
+    parser = FlagParser(
+        description="Rate captions with a reward model, which sees the video and needs no events. Rewards are in "
+        "standard deviations above the mean of its training captions. docs/reward.md explains how to train one."
+    )
+    parser.add_argument("captions", type=Path, help="JSONL from `salmonn caption`")
+    parser.add_argument("--model", type=Path, required=True, help="folder of a reward model, from recipes/reward.py")
+    parser.add_argument("--base", type=str | None, default=None, help="captioner that it was trained on, if it moved")
+    parser.add_argument("--root", type=Path, default=Path(), help="folder that the paths of the videos start from")
+    parser.add_argument("--out", type=Path | None, default=None, help="file for the ratings (default: stdout)")
+    parser.add_argument("--best", type=Path | None, default=None, help="file for the best caption of each video")
+    parser.add_argument(
+        "--objectives", action="store_true", help="print what each objective contributes, for a model of that kind"
+    )
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda if available)")
+    parser.add_argument("--dtype", type=dtypes, default="auto", help="dtype of the weights (auto: bfloat16 on a GPU)")
+    parser.add_argument("--reader", type=str, default="pyav", help="decoder of video frames: pyav, decord, torchcodec")
+    return parser
+
+
+def run_reward(values: Namespace) -> int:
+    """Rate captions; write the ratings, and the best caption of each video if asked."""
+    outputs = [path.resolve() for path in (values.captions, values.out, values.best) if path]
+    if len(set(outputs)) < len(outputs):
+        raise ValueError("--out and --best must be different files, and other ones than the captions")
+    captions = read_records(values.captions, Caption)
+    if not captions:
+        raise ValueError(f"{values.captions} holds no captions")
+    with garbage_kept():
+        from salmonn.model.loading import Placement, hide_progress
+        from salmonn.preference.reward_model import RewardModel
+
+        hide_progress()
+        placement = Placement(device=values.device, dtype=values.dtype)
+        model = RewardModel.load(values.model, base=values.base, placement=placement, reader=values.reader)
+    ratings, num_failed = rate_files(model, captions, root=values.root, explain=values.objectives)
+    rated = [rating for rating in ratings if rating]
+    if values.out:
+        write_records(values.out, rated)
+    else:
+        sys.stdout.writelines(json.dumps(asdict(rating), ensure_ascii=False) + "\n" for rating in rated)
+    if values.best:
+        write_records(values.best, best_captions(captions, ratings))
+    if num_failed:
+        sys.stderr.write(f"{plural(num_failed, 'video')} could not be read; the captions of the others are rated\n")
+    return SOME_FAILED if num_failed else 0
+
+
+def rate_files(
+    model: "RewardModel", captions: Sequence[Caption], *, root: Path, explain: bool = False
+) -> tuple[list["Rating | None"], int]:
+    """Rate captions clip by clip.
+
+    Returns:
+        Ratings in the order of the captions, None for those of files that cannot be read; and the number of such clips.
+    """
+    from salmonn.media.container import ClipError
+
+    by_clip: dict[tuple[object, ...], list[int]] = {}
+    for index, one in enumerate(captions):
+        by_clip.setdefault((one.video, one.start_seconds, one.end_seconds, one.modality), []).append(index)
+    ratings: list[Rating | None] = [None] * len(captions)
+    num_failed = 0
+    for indices in tqdm(by_clip.values(), desc="rating", unit="clip"):
+        try:
+            rated = rate_clip(model, [captions[index] for index in indices], root=root, explain=explain)
+        except ClipError as error:
+            sys.stderr.write(f"{error}\n")
+            num_failed += 1
+            continue
+        for index, rating in zip(indices, rated, strict=True):
+            ratings[index] = rating
+    return ratings, num_failed
+
+
+def rate_clip(model: "RewardModel", captions: Sequence[Caption], *, root: Path, explain: bool) -> list["Rating"]:
+    """Read the clip of captions that describe the same part of a video, and rate them; raises ClipError.
+
+    With `explain`, also print a line for each caption: what each objective contributes, as weight x value.
+    """
+    one = captions[0]
+    clip = model.captioner.processor.read(
+        root / one.video,
+        modality=one.modality or "both",
+        start_seconds=one.start_seconds,
+        end_seconds=one.end_seconds,
+    )
+    if explain:
+        explained = model.explain(*model.rows_of(captions, lambda _: clip))
+        for caption, contributions in zip(captions, explained, strict=True):
+            parts = ", ".join(f"{one.objective} {one.weight:.2f} x {one.value:.2f}" for one in contributions)
+            sys.stderr.write(f"{caption.video} (sample {caption.sample}): {parts}\n")
+    return model.rate(captions, lambda _: clip)
+
+
+def best_captions(captions: Sequence[Caption], ratings: Sequence["Rating | None"]) -> list[Caption]:
+    """Return the caption of each clip with the highest rating, the first of equal ones; an empty one only if alone."""
+    best: dict[tuple[object, ...], tuple[tuple[bool, float], Caption]] = {}
+    for caption, rating in zip(captions, ratings, strict=True):
+        if rating:
+            key = (caption.video, caption.prompt, caption.start_seconds, caption.end_seconds)
+            rank = (bool(caption.text.strip()), rating.value)
+            if key not in best or rank > best[key][0]:
+                best[key] = (rank, caption)
+    return [caption for _, caption in best.values()]

@@ -1,0 +1,81 @@
+"""Agreement of a reward model with the source of its comparisons, beside controls that need no clip."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from salmonn.preference.comparisons import AnswerGroup
+from salmonn.score.stats import wilson_interval
+
+MIN_LOOKING = 0.03  # accuracy above the blind twin below which a warning says that the model hardly looks
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Share of held-out comparisons that are ordered as by their source, beside controls.
+
+    Args:
+        num_comparisons, num_clips: size of the held-out set.
+        accuracy, low, high: share ordered alike, with its 95 % Wilson interval.
+        blind: the same of a reward model that was trained and asked with the features of other clips; None if there
+            is none. What is above it comes from looking.
+        longest: the same of preferring the caption with more words; ties count one half.
+    """
+
+    num_comparisons: int
+    num_clips: int
+    accuracy: float
+    low: float
+    high: float
+    longest: float
+    blind: float | None = None
+
+
+def measure_agreement(groups: Sequence[AnswerGroup], margins: Tensor, blind: Tensor | None) -> Agreement:
+    """Return the share of comparisons with a positive margin, beside the blind twin's and that of longer captions."""
+    words = torch.tensor(
+        [
+            len(group.answers[better][0].split()) - len(group.answers[worse][0].split())
+            for group in groups
+            for better, worse in group.pairs
+        ]
+    )
+    accuracy = share_positive(margins)
+    interval = wilson_interval(round(accuracy * len(margins)), len(margins))
+    return Agreement(
+        num_comparisons=len(margins),
+        num_clips=len(groups),
+        accuracy=accuracy,
+        low=interval.low,
+        high=interval.high,
+        longest=share_positive(words),
+        blind=None if blind is None else share_positive(blind),
+    )
+
+
+def share_positive(margins: Tensor) -> float:
+    """Return the share of positive values; zeros count one half."""
+    return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
+
+
+def describe_agreement(agreement: Agreement) -> str:
+    """Return the agreement as a sentence."""
+    blind = "" if agreement.blind is None else f"; blind {100 * agreement.blind:.1f} %"
+    return (
+        f"agrees with {100 * agreement.accuracy:.1f} % ({100 * agreement.low:.1f} to {100 * agreement.high:.1f}) of "
+        f"{agreement.num_comparisons} held-out comparisons of {agreement.num_clips} clips{blind}; "
+        f"the longer caption {100 * agreement.longest:.1f} %"
+    )
+
+
+def looking_warning(agreement: Agreement) -> str | None:
+    """Return a warning if a reward model is hardly better than its blind twin."""
+    if agreement.blind is None or agreement.accuracy - agreement.blind >= MIN_LOOKING:
+        return None
+    return (
+        f"the reward model is {100 * (agreement.accuracy - agreement.blind):+.1f} points from its blind twin, which is "
+        "asked with other clips' features: it hardly looks at the clip, and training on its ratings would mainly teach "
+        "to claim more. Use more labelled clips, pooling rich, or an adapter"
+    )

@@ -1,0 +1,92 @@
+"""Named objectives of captions in [0, 1], from a judge's score: what a reward is made of, in words. Imports no torch.
+
+    seen, heard   share of the visual events, and of the audible ones, that the caption mentions correctly
+    correct       1 - incorrect mentions / mentions
+    faithful      1 - hallucinations / claims
+    ordered       share of pairs of mentions, within picture or sound, that follow each other in the order of time
+    unrepeated    1 - share of words in repeated clauses
+    length        words, up to 60 of them: not a virtue, but what the others are corrected for
+
+After ArmoRM (arXiv 2406.12845), whose objectives are ratings of people and models. Where an objective is not defined
+(no audible event, fewer than two mentions with times), it is None.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Literal
+
+from salmonn.preference.comparisons import AnswerGroup
+from salmonn.records import Caption, Reference, Score
+
+Debias = Literal["gold", "published", "none"]
+OBJECTIVES = ("seen", "heard", "correct", "faithful", "ordered", "unrepeated", "length")
+MAX_WORDS = 60
+
+
+def objectives_of(score: Score, reference: Reference) -> tuple[float | None, ...]:
+    """Return the values of `OBJECTIVES` for a judged caption.
+
+    Args:
+        score: the judge's score.
+        reference: reference with the events that it was judged against.
+    """
+    right = [mention.event for mention in score.mentions if mention.is_correct]
+    num_told, num_claims = len(score.mentions), len(score.mentions) + score.hallucinated
+    return (
+        _share(sum(not event.is_audible for event in right), sum(not event.is_audible for event in reference.events)),
+        _share(sum(event.is_audible for event in right), sum(event.is_audible for event in reference.events)),
+        1 - score.incorrect / max(num_told, 1),
+        1 - score.hallucinated / max(num_claims, 1),
+        _order(score),
+        1 - score.repetition,
+        min(score.num_words / MAX_WORDS, 1.0),
+    )
+
+
+def _share(part: int, whole: int) -> float | None:
+    return min(part / whole, 1.0) if whole else None
+
+
+def _order(score: Score) -> float | None:
+    """Return the share of pairs of mentions in the order of time; events that overlap have none."""
+    events = [mention.event for mention in score.mentions]
+    pairs = [(one, other) for one, other in combinations(events, 2) if one.is_audible == other.is_audible]
+    in_order = sum(one.precedes(other) for one, other in pairs)
+    reversed_ = sum(other.precedes(one) for one, other in pairs)
+    return _share(in_order, in_order + reversed_)
+
+
+def attach_objectives(
+    groups: Sequence[AnswerGroup],
+    captions: Sequence[Caption],
+    scores: Sequence[Score],
+    references: Mapping[str, Reference],
+) -> list[AnswerGroup]:
+    """Return groups of judged captions with the objectives of each answer.
+
+    Args:
+        groups: comparisons of these captions.
+        captions, scores: judged captions, matched by video and sample.
+        references: references by video.
+
+    Raises:
+        ValueError: a video has no reference.
+    """
+    text_of = {(one.video, one.sample): (one.text, one.finished) for one in captions}
+    if missing := sorted({score.video for score in scores} - set(references)):
+        raise ValueError(
+            f"{len(missing)} judged videos have no reference, first {missing[0]}; pass the references "
+            "that their captions were judged against"
+        )
+    values = {
+        (score.video, *text_of[score.video, score.sample]): objectives_of(score, references[score.video])
+        for score in scores
+        if (score.video, score.sample) in text_of
+    }
+    return [
+        replace(
+            group, objectives=tuple(values[group.example.video, text, finished] for text, finished in group.answers)
+        )
+        for group in groups
+    ]

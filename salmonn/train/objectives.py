@@ -1,0 +1,194 @@
+"""Fit of a head of named objectives: ridge regression of each objective, correction for length, then the gate.
+
+After ArmoRM (arXiv 2406.12845), in two stages on frozen states. Its correction drives the rank correlation of every
+objective with length to zero. In captions length is partly earned, since who tells more events needs more words; so by
+default the correlation becomes that of the judge's own values ("gold").
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from salmonn.model.pooling import AnswerStates
+from salmonn.preference.comparisons import AnswerGroup
+from salmonn.preference.heads import ObjectiveHead, join_pairs
+from salmonn.preference.objectives import OBJECTIVES, Debias
+
+ALPHAS = (1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)
+LENGTH = OBJECTIVES.index("length")
+MAX_CORRELATION = 0.03  # with length that the published correction leaves
+LAMBDAS = torch.linspace(0, 0.95, 20, dtype=torch.float64)
+VALIDATION_EVERY = 5  # every fifth clip chooses the strength of the ridge
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Head of named objectives.
+
+    Args:
+        gate: weigh the objectives by clip and request; otherwise all captions have the same weights.
+        hidden: size of the gate's hidden layer.
+        steps, learning_rate: optimization of the weights, on all comparisons at once.
+        debias: correlation with length after the correction: that of the judge's values, none, or uncorrected.
+    """
+
+    gate: bool = True
+    hidden: int = 64
+    steps: int = 300
+    learning_rate: float = 1e-2
+    debias: Debias = "gold"
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or self.steps < 1 or self.learning_rate <= 0:
+            raise ValueError(
+                "objectives.hidden and steps must be at least 1 and learning_rate above 0, got "
+                f"{self.hidden}, {self.steps} and {self.learning_rate}"
+            )
+
+
+def fit_objective_head(
+    states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: ObjectiveConfig, *, seed: int
+) -> ObjectiveHead:
+    """Fit a head to judged captions and their comparisons.
+
+    Args:
+        states: states of the answers of each group.
+        groups: clips with the objectives of their answers.
+        config: gate and correction.
+        seed: seed of the gate's first weights.
+
+    Raises:
+        ValueError: the objectives are unknown.
+    """
+    if not all(group.objectives for group in groups):
+        raise ValueError("named objectives need judged captions with their references; pass --references")
+    answers = torch.cat([one.answer for one in states]).double()
+    labels = torch.tensor(
+        [[float("nan") if value is None else value for value in row] for group in groups for row in group.objectives],
+        dtype=torch.float64,
+    )
+    clip = torch.cat([torch.full((len(one.answer),), number) for number, one in enumerate(states)])
+    weight, bias = fit_ridge(answers, labels, validation=clip % VALIDATION_EVERY == 0)
+    width, count = answers.shape[1], len(OBJECTIVES)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = ObjectiveHead(width, (states[0].prompt.shape[1], config.hidden, count) if config.gate else (count,))
+    head = head.double()
+    with torch.no_grad():
+        head.regression_layer.weight.copy_(weight)
+        head.regression_layer.bias.copy_(bias)
+        predicted = answers @ weight.T + bias
+        head.reward_transform_matrix.copy_(correct_for_length(predicted, labels, debias=config.debias))
+    _fit_gate(head, states, groups, config)
+    return head.requires_grad_(False)
+
+
+def fit_ridge(states: Tensor, labels: Tensor, *, validation: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit a ridge regression with intercept to each objective, on the rows where it is known.
+
+    Args:
+        states: (R, P) states of answers.
+        labels: (R, k) values, NaN where unknown.
+        validation: (R,) rows by whose squared error each objective's strength is chosen; it is then fitted to all.
+
+    Returns:
+        (k, P) weights and (k,) intercepts.
+    """
+    std, mean = torch.std_mean(states, dim=0)
+    scale = torch.where(std > 0, std, 1.0)
+    standardized = (states - mean) / scale
+    weights, biases = [], []
+    for values in labels.T:
+        known = ~values.isnan()
+        learned, tested = known & ~validation, known & validation
+        strength = ALPHAS[-1]
+        if learned.any() and tested.any():
+            errors = []
+            for alpha in ALPHAS:
+                weight, bias = _ridge(standardized[learned], values[learned], alpha)
+                errors.append(float((standardized[tested] @ weight + bias - values[tested]).square().mean()))
+            strength = ALPHAS[errors.index(min(errors))]
+        weight, bias = (
+            _ridge(standardized[known], values[known], strength) if known.any() else (0 * std, std.new_zeros(()))
+        )
+        weights.append(weight / scale)
+        biases.append(bias - (weight / scale * mean).sum())
+    return torch.stack(weights), torch.stack(biases)
+
+
+def _ridge(states: Tensor, values: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    center, mean = states.mean(0), values.mean()
+    centered = states - center
+    gram = centered.T @ centered + alpha * torch.eye(states.shape[1], dtype=states.dtype)
+    weight = torch.linalg.solve(gram, centered.T @ (values - mean))
+    return weight, mean - weight @ center
+
+
+def correct_for_length(predicted: Tensor, labels: Tensor, *, debias: Debias) -> Tensor:
+    """Return the matrix (k, k) that subtracts lambda * length from each objective.
+
+    lambda is the smallest one on a grid from 0 to 0.95 whose rank correlation with length is at most the target: that
+    of the labels ("gold"), or 0.03 ("published"); the last one if none is. Length itself is not corrected.
+
+    Args:
+        predicted, labels: (R, k) predicted and true objectives; NaN where unknown.
+        debias: target.
+    """
+    matrix = torch.eye(predicted.shape[1], dtype=torch.float64)
+    if debias == "none":
+        return matrix
+    length = labels[:, LENGTH]
+    for index in range(predicted.shape[1]):
+        known = ~labels[:, index].isnan()
+        if index == LENGTH or int(known.sum()) < 3:
+            continue
+        gold = _rank_correlation(labels[known, index], length[known])
+        target = MAX_CORRELATION if debias == "published" else max(gold, MAX_CORRELATION)
+        chosen = LAMBDAS[-1]
+        for candidate in LAMBDAS:
+            corrected = predicted[known, index] - candidate * predicted[known, LENGTH]
+            if _rank_correlation(corrected, length[known]) <= target:
+                chosen = candidate
+                break
+        matrix[LENGTH, index] = -chosen
+    return matrix
+
+
+def _rank_correlation(one: Tensor, other: Tensor) -> float:
+    if one.std() == 0 or other.std() == 0:
+        return 0.0
+    return float(spearmanr(one.numpy(), other.numpy()).statistic)
+
+
+def _fit_gate(
+    head: ObjectiveHead, states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: ObjectiveConfig
+) -> None:
+    """Train the weights of the objectives on comparisons, each clip weighing the same; a scale is learned with them."""
+    together = AnswerStates(
+        torch.cat([one.prompt for one in states]).double(), torch.cat([one.answer for one in states]).double()
+    )
+    pairs, weights = join_pairs(groups)
+    with torch.no_grad():
+        objectives = head.objectives(together)
+    # The gate is trained on standardized states, whose scale is folded into its first layer afterwards.
+    std, mean = torch.std_mean(together.prompt, dim=0)
+    scale = torch.where(std > 0, std, 1.0)
+    prompts = (together.prompt - mean) / scale
+    log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([*head.gating.parameters(), log_scale], lr=config.learning_rate, weight_decay=0.0)
+    for _ in range(config.steps):
+        rewards = log_scale.exp() * (head.gating(prompts) * objectives).sum(-1)
+        better, worse = rewards[pairs].unbind(1)
+        loss = (weights / len(groups) * F.softplus(worse - better)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for first in list(head.gating.layers)[:1]:
+        assert isinstance(first, nn.Linear)
+        with torch.no_grad():
+            first.weight.div_(scale)
+            first.bias.sub_(first.weight @ mean)

@@ -1,0 +1,291 @@
+"""A reward model in the rounds of mrDPO: the judge labels a few clips, the model rates all.
+
+    round 1      the judge labels `seed_clips` -> the reward model is trained on their captions and rates all captions
+    later        the judge audits some of the new captions -> agreement with the model; then it labels `refresh_clips`
+                 further clips, and the model is trained again on all labels so far and rates all captions
+
+The policy's captions get better and longer each round, and the model of an earlier round has not seen such captions:
+hence audit and refresh (arXiv 2405.07863, section 3.3). The base of every reward model is the run's start, whose
+features all rounds share. Held-out clips stay with the judge.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from salmonn import dist
+from salmonn.caption.captioner import Captioner
+from salmonn.model.layout import ClipFeatures
+from salmonn.preference.agreement import describe_agreement, looking_warning, share_positive
+from salmonn.preference.comparisons import compare_ratings, group_comparisons
+from salmonn.preference.rating import Rating
+from salmonn.preference.reward import JudgeReward, RewardConfig
+from salmonn.preference.reward_model import INFO_NAME, ModelReward, RewardInfo, RewardModel, read_info
+from salmonn.records import Caption, Comparison, Reference, read_records, write_json
+from salmonn.score.stats import wilson_interval
+from salmonn.train.data import ClipSet, ClipSource
+from salmonn.train.evaluate import CAPTIONS_NAME
+from salmonn.train.parallel import StrategyName
+from salmonn.train.reward import RewardTrainer, RewardTrainingConfig
+from salmonn.train.rounds import rate_captions
+from salmonn.train.run_folder import is_missing
+from salmonn.train.run_log import REWARD_ROUND_NAME, RewardRound
+
+log = logging.getLogger(__name__)
+REWARD_DIR, LABELS_DIR, AUDIT_DIR = "reward", "labels", "audit"
+LABEL_FILES = (LABELS_DIR, AUDIT_DIR, REWARD_DIR, REWARD_ROUND_NAME)  # of a round, besides its ratings
+MIN_GAP = 0.1  # difference of the judge's ratings from which a comparison counts
+
+
+@dataclass(frozen=True)
+class RewardRounds:
+    """Labels, reward models and ratings of all rounds of a run.
+
+    Args:
+        config: shares of labelled clips, and weights.
+        training: training of the reward model.
+        judge: rates the labelled captions.
+        clips: training clips with features.
+        out: folder of the run.
+        load: loads the run's start model.
+        seed: random seed.
+        strategy: distribution over processes.
+    """
+
+    config: RewardConfig
+    training: RewardTrainingConfig
+    judge: JudgeReward
+    clips: ClipSet
+    out: Path
+    load: Callable[[], Captioner]
+    seed: int = 0
+    strategy: StrategyName = "ddp"
+
+    def rate(self, number: int, captions: Sequence[Caption]) -> tuple[list[Rating], RewardInfo]:
+        """Rate the captions of a round, after audit, labelling and training as far as these are due.
+
+        Every step writes its files to the folder of the round, and a restarted run loads them.
+
+        Returns:
+            Ratings by the reward model, and what is known of it.
+        """
+        folder = self.folder(number)
+        audit = self._audit(number, captions) if number > 1 or self.config.model else None
+        labelled = self._label(number, captions) if self._is_trained_in(number) else []
+        if self._is_trained_in(number) and is_missing(folder / REWARD_DIR / INFO_NAME):
+            self._train(number)
+        model = self._model_folder(number)
+        ratings = self._rate_by(model, captions, folder)
+        info = read_info(model)
+        if is_missing(folder / REWARD_ROUND_NAME):
+            self._report(number, captions, info, audit or Audit(), num_labelled=len(labelled))
+        return ratings, info
+
+    def folder(self, number: int) -> Path:
+        """Return the folder of a round."""
+        return self.out / f"round_{number}"
+
+    def _is_trained_in(self, number: int) -> bool:
+        """Return whether a round labels clips and trains a reward model."""
+        return self.config.model is None if number == 1 else self.config.refresh_clips > 0
+
+    def _model_folder(self, number: int) -> Path:
+        """Return the folder of the reward model that rates a round's captions: the last one that was trained."""
+        trained = [one for one in range(1, number + 1) if self._is_trained_in(one)]
+        if trained:
+            return self.folder(trained[-1]) / REWARD_DIR
+        assert self.config.model is not None, "the first round trains a model unless one is given"
+        return self.config.model
+
+    def labelled_videos(self, number: int) -> list[str]:
+        """Return the videos whose captions the judge labels in a round; no video is labelled in two rounds."""
+        usable = usable_videos(self.clips.references, self.judge)
+        random.Random(f"{self.seed}-labels").shuffle(usable)
+        counts = [self._num_labelled(one) for one in range(1, number + 1)]
+        return usable[sum(counts[:-1]) : sum(counts)]
+
+    def _num_labelled(self, number: int) -> int:
+        if not self._is_trained_in(number):
+            return 0
+        return self.config.seed_clips if number == 1 else self.config.refresh_clips
+
+    def _label(self, number: int, captions: Sequence[Caption]) -> list[Rating]:
+        """Let the judge rate all captions of the clips that are labelled in a round."""
+        videos = set(self.labelled_videos(number))
+        labelled = [caption for caption in captions if caption.video in videos]
+        if not labelled:  # all clips were labelled in earlier rounds
+            return []
+        return rate_captions(labelled, self.clips, reward=self.judge, folder=self.folder(number) / LABELS_DIR)
+
+    def _train(self, number: int) -> None:
+        """Train a reward model on the labels of all rounds so far.
+
+        Raises:
+            ValueError: no two captions of a labelled clip differ in the judge's rating.
+        """
+        comparisons: list[Comparison] = []
+        for one in range(1, number + 1):
+            path = self.folder(one) / LABELS_DIR / self.judge.file_name
+            if not is_missing(path):
+                captions = read_records(self.folder(one) / CAPTIONS_NAME, Caption)
+                ratings = self.judge.load(path)
+                comparisons += compare_ratings(captions, ratings, min_gap=MIN_GAP, source=self.judge.name)
+        if not comparisons:
+            raise ValueError(
+                f"no two captions of a labelled clip differ by {MIN_GAP} in the judge's rating: label more clips "
+                "(reward.seed_clips), or sample at a higher temperature"
+            )
+        folder = self.folder(number) / REWARD_DIR
+        trainer = RewardTrainer(self.load, self.training, folder, self.seed, self.strategy)
+        info = trainer.train(group_comparisons(comparisons), self.clips.features, root=self.clips.root)
+        if info.agreement and dist.is_main():
+            log.info("%s: the reward model %s", self.folder(number).name, describe_agreement(info.agreement))
+            if warning := looking_warning(info.agreement):
+                log.warning("%s", warning)
+
+    def _rate_by(self, model: Path, captions: Sequence[Caption], folder: Path) -> list[Rating]:
+        """Rate captions with a reward model on all ranks, or load the ratings of an earlier run."""
+        if not is_missing(folder / ModelReward.file_name):
+            return read_records(folder / ModelReward.file_name, Rating)
+        loaded = RewardModel.load(model, captioner=self.load())
+        reward = ModelReward(loaded, self._features, length_penalty=self.config.length_penalty)
+        return rate_captions(captions, self.clips, reward=reward, folder=folder)
+
+    def _features(self, caption: Caption) -> ClipFeatures:
+        return self.clips.features[ClipSource(self.clips.root / caption.video)]
+
+    def _audit(self, number: int, captions: Sequence[Caption]) -> "Audit":
+        """Compare the last reward model with the judge on some of the new captions."""
+        folder, rng = self.folder(number) / AUDIT_DIR, random.Random(f"{self.seed}-audit-{number}")
+        usable = set(usable_videos(self.clips.references, self.judge))
+        by_video: dict[str, list[Caption]] = {}
+        for caption in captions:
+            if caption.video in usable:
+                by_video.setdefault(caption.video, []).append(caption)
+        videos = rng.sample(sorted(by_video), min(self.config.audit_clips, len(by_video)))
+        drawn = [
+            caption
+            for video in videos
+            for caption in rng.sample(by_video[video], min(self.config.audit_samples, len(by_video[video])))
+        ]
+        gold = rate_captions(drawn, self.clips, reward=self.judge, folder=folder)
+        model = self._model_folder(number - 1) if number > 1 else self._model_folder(1)
+        rated = self._rate_by(model, drawn, folder)
+        before = [] if number == 1 else read_records(self.folder(number - 1) / ModelReward.file_name, Rating)
+        return compare_with_judge(drawn, gold, rated, before=[one for one in before if one.video in set(videos)])
+
+    def _report(
+        self, number: int, captions: Sequence[Caption], info: RewardInfo, audit: "Audit", *, num_labelled: int
+    ) -> None:
+        """Write and log how the reward model agrees, and how many captions the judge was spared."""
+        agreement = info.agreement
+        reported = RewardRound(
+            agreement=audit.agreement,
+            low=audit.low,
+            high=audit.high,
+            audited_pairs=audit.num_pairs,
+            heldout_accuracy=agreement.accuracy if agreement else None,
+            blind_accuracy=agreement.blind if agreement else None,
+            proxy_gain=audit.proxy_gain,
+            num_judged=num_labelled + audit.num_captions,
+            num_captions=len(captions),
+        )
+        if not dist.is_main():
+            return
+        write_json(self.folder(number) / REWARD_ROUND_NAME, asdict(reported))
+        name = self.folder(number).name
+        log.info(
+            "%s: the judge rated %d of %d captions, %d calls saved",
+            name,
+            reported.num_judged,
+            len(captions),
+            len(captions) - reported.num_judged,
+        )
+        if audit.agreement is None:
+            return
+        log.info("%s: agreement with the judge on new captions %.1f %%", name, 100 * audit.agreement)
+        if audit.agreement < self.config.min_agreement and not self._is_trained_in(number):
+            log.warning(
+                "%s: the reward model agrees with %.0f %% of the judge's comparisons of new captions, below "
+                "reward.min_agreement %.2f; let the judge label further clips (reward.refresh_clips)",
+                name,
+                100 * audit.agreement,
+                self.config.min_agreement,
+            )
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Agreement of a reward model with the judge on new captions.
+
+    Args:
+        num_captions: captions that the judge rated.
+        num_pairs: pairs of captions of a clip that differ in the judge's rating.
+        agreement, low, high: share of them that the model orders alike, with its 95 % Wilson interval; None without
+            pairs.
+        proxy_gain: mean reward of the captions minus that of the round before on the same clips, by the same model, in
+            standard deviations; None in the first round.
+    """
+
+    num_captions: int = 0
+    num_pairs: int = 0
+    agreement: float | None = None
+    low: float | None = None
+    high: float | None = None
+    proxy_gain: float | None = None
+
+
+def compare_with_judge(
+    captions: Sequence[Caption], gold: Sequence[Rating], rated: Sequence[Rating], *, before: Sequence[Rating]
+) -> Audit:
+    """Compare a reward model's ratings of captions with the judge's.
+
+    Args:
+        captions: audited captions.
+        gold, rated: ratings of these captions by the judge and by the model.
+        before: the model's ratings of the round before on the same clips.
+    """
+    groups = group_comparisons(compare_ratings(captions, gold, min_gap=MIN_GAP, source=""))
+    text_of = {(caption.video, caption.sample): caption.text for caption in captions}
+    value_of = {(one.video, text_of[one.video, one.sample]): one.value for one in rated}
+    margins = torch.tensor(
+        [
+            value_of[group.example.video, group.answers[better][0]]
+            - value_of[group.example.video, group.answers[worse][0]]
+            for group in groups
+            for better, worse in group.pairs
+        ]
+    )
+    gain = fmean(one.main for one in rated) - fmean(one.main for one in before) if before and rated else None
+    if not len(margins):
+        return Audit(len(captions), proxy_gain=gain)
+    agreement = share_positive(margins)
+    interval = wilson_interval(round(agreement * len(margins)), len(margins))
+    return Audit(len(captions), len(margins), agreement, interval.low, interval.high, gain)
+
+
+def usable_videos(references: Sequence[Reference], judge: JudgeReward) -> list[str]:
+    """Return the videos whose references the judge can use, sorted; others need no events."""
+    usable = []
+    for reference in references:
+        with suppress(ValueError):
+            judge.check(reference)
+            usable.append(reference.video)
+    return sorted(usable)
+
+
+def require_labels(references: Sequence[Reference], judge: JudgeReward, config: RewardConfig) -> None:
+    """Raise ValueError if too few training clips have events for the first reward model."""
+    num_usable = len(usable_videos(references, judge))
+    required = 1 if config.model else config.seed_clips
+    if num_usable < required:
+        raise ValueError(
+            f"the judge can rate captions of {num_usable} of {len(references)} training clips, fewer than {required} "
+            "(reward.seed_clips): add events to more references, or lower it"
+        )

@@ -1,0 +1,123 @@
+"""Named objectives: their values by hand, the ridge, the correction for length, and weights that follow the request."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from salmonn.model.pooling import AnswerStates
+from salmonn.preference.comparisons import AnswerGroup
+from salmonn.preference.heads import GatingNetwork, ObjectiveHead
+from salmonn.preference.objectives import OBJECTIVES, attach_objectives, objectives_of
+from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
+from salmonn.train.objectives import LENGTH, ObjectiveConfig, correct_for_length, fit_objective_head, fit_ridge
+
+RED, BLUE = Event("a red circle appears", "visual", 0, 1), Event("a blue star appears", "visual", 2, 3)
+GREEN, TONE = Event("a green star leaves", "visual", 4, 5), Event("a low tone", "audio", 0, 1)
+REFERENCE = Reference("a.mp4", (RED, TONE, BLUE, GREEN))
+
+
+def test_objectives_by_hand():
+    """Told: blue, red (both right, in the wrong order), green (wrong); no tone; one hallucination among 4 claims.
+
+    Pairs of mentions in time: blue-red is reversed, blue-green and red-green are not.
+    """
+    mentions = (Mention(BLUE), Mention(RED), Mention(GREEN, is_correct=False))
+    score = Score("a.mp4", 4, 1, 1, 1, num_words=30, num_repeated_words=6, missed=(TONE.text,), mentions=mentions)
+    values = dict(zip(OBJECTIVES, objectives_of(score, REFERENCE), strict=True))
+    expected = {"seen": 2 / 3, "heard": 0, "correct": 2 / 3, "faithful": 3 / 4, "ordered": 2 / 3, "unrepeated": 0.8}
+    assert values == pytest.approx(expected | {"length": 0.5})
+    silent = objectives_of(Score("a.mp4", 1, 1, 0, 0, num_words=90), Reference("a.mp4", (RED,)))
+    assert silent == (0, None, 1, 1, None, 1, 1)  # no sound to hear, nothing in order
+
+
+def test_each_answer_gets_its_objectives():
+    group = AnswerGroup(Comparison("a.mp4", "p", "", ""), (("x", True), ("y", True)), ((0, 1),), (0.5,))
+    captions = [Caption("a.mp4", "y", "p", sample=0), Caption("a.mp4", "x", "p", sample=1)]
+    scores = [Score("a.mp4", 4, 4, 0, 0, sample=0), Score("a.mp4", 4, 3, 0, 0, sample=1, mentions=(Mention(TONE),))]
+    (attached,) = attach_objectives([group], captions, scores, {"a.mp4": REFERENCE})
+    assert [row[1] for row in attached.objectives] == [1, 0]
+    with pytest.raises(ValueError, match=r"1 judged videos have no reference, first a\.mp4"):
+        attach_objectives([group], captions, scores, {})
+
+
+def test_the_ridge_has_an_intercept_and_leaves_out_unknown_values():
+    torch.manual_seed(0)
+    states = torch.randn(200, 3, dtype=torch.float64)
+    values = torch.stack([2 * states[:, 0] + 0.5, -states[:, 1]], dim=1)
+    values[50:100, 1] = float("nan")
+    validation = torch.arange(200) % 5 == 0
+    weight, bias = fit_ridge(states, values, validation=validation)
+    assert weight.flatten().tolist() == pytest.approx([2, 0, 0, 0, -1, 0], abs=0.01)
+    assert bias.tolist() == pytest.approx([0.5, 0], abs=0.01)
+    known = ~values[:, 1].isnan()
+    alone, _ = fit_ridge(states[known], values[known, 1:], validation=validation[known])
+    assert alone[0].tolist() == pytest.approx(weight[1].tolist(), abs=0.01)
+
+
+def test_weights_are_normalized_over_the_objectives():
+    """Also for a chosen and a rejected caption, (2, k), where ArmoRM's code normalizes over the two."""
+    torch.manual_seed(0)
+    gate = GatingNetwork((4, 8, 3))
+    weights = gate(torch.randn(2, 4))
+    assert weights.sum(-1).tolist() == pytest.approx([1, 1]) and weights[0].tolist() != weights[1].tolist()
+    assert GatingNetwork((3,))(torch.randn(2, 4)).flatten().tolist() == pytest.approx([1 / 3] * 6)
+    names = ["layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"]
+    assert list(gate.state_dict()) == names
+
+
+def test_the_correction_changes_the_reward():
+    head = ObjectiveHead(1, (2,))
+    with torch.no_grad():
+        head.regression_layer.weight.copy_(torch.tensor([[1.0], [2.0]]))
+        head.regression_layer.bias.zero_()
+    states = AnswerStates(torch.zeros(1, 1), torch.tensor([[1.0]]))
+    assert head(states).item() == pytest.approx(0.5 * 1 + 0.5 * 2)
+    head.reward_transform_matrix[1, 0] = -0.25  # a quarter of the second is taken from the first
+    assert head(states).item() == pytest.approx(0.5 * (1 - 0.25 * 2) + 0.5 * 2)
+
+
+def test_the_correction_for_length():
+    """A predicted objective that follows length, although the true one does not, is corrected; a true one is not."""
+    torch.manual_seed(0)
+    length = torch.rand(4000, dtype=torch.float64)
+    count = len(OBJECTIVES)
+    labels = torch.rand(4000, count, dtype=torch.float64)
+    labels[:, LENGTH], labels[:, 1] = length, 0.5 * length + 0.1 * labels[:, 1]
+    predicted = labels.clone()
+    predicted[:, 0] = labels[:, 0] + 0.6 * length
+    gold = correct_for_length(predicted, labels, debias="gold")
+    assert gold[LENGTH, 0].item() == pytest.approx(-0.6, abs=0.11) and gold[LENGTH, 1] == 0
+    assert torch.equal(gold.diag(), torch.ones(count, dtype=torch.float64))
+    assert correct_for_length(predicted, labels, debias="published")[LENGTH, 1] < -0.4  # what was earned, too
+    assert torch.equal(correct_for_length(predicted, labels, debias="none"), torch.eye(count, dtype=torch.float64))
+
+
+def test_the_weights_follow_the_request():
+    """With one request the first objective decides, with another the second; the states hold the objectives."""
+    torch.manual_seed(1)
+    count, states, groups = len(OBJECTIVES), [], []
+    for number in range(60):
+        values = torch.rand(6, count)
+        request = torch.tensor([1.0, 0.0] if number % 2 else [0.0, 1.0])
+        states.append(AnswerStates(request.expand(6, 2), values))
+        order = values[:, number % 2].argsort(descending=True).tolist()
+        pairs = tuple(pairwise(order))
+        groups.append(
+            AnswerGroup(
+                Comparison(f"{number}", "p", "", ""),
+                tuple((str(answer), True) for answer in range(6)),
+                pairs,
+                (None,) * len(pairs),
+                objectives=tuple(tuple(row) for row in values.tolist()),
+            )
+        )
+    head = fit_objective_head(states, groups, ObjectiveConfig(debias="none"), seed=0)
+    weights = head.weights(AnswerStates(torch.eye(2), torch.zeros(2, count)))
+    assert weights.argmax(1).tolist() == [1, 0] and weights.max(1).values.min() > 0.6
+    fixed = fit_objective_head(states, groups, ObjectiveConfig(gate=False, debias="none"), seed=0)
+    equal = fixed.weights(AnswerStates(torch.eye(2), torch.zeros(2, count)))
+    assert torch.equal(equal[0], equal[1]) and equal[0, :2].min() > equal[0, 2:].max()
+    with pytest.raises(ValueError, match="pass --references"):
+        fit_objective_head(states, [replace(group, objectives=()) for group in groups], ObjectiveConfig(), seed=0)

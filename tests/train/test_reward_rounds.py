@@ -1,0 +1,91 @@
+"""A reward model in the rounds: which clips are labelled, the audit by hand, and the guard against exploiting it."""
+
+from pathlib import Path
+
+import pytest
+
+from salmonn.preference.rating import Rating
+from salmonn.preference.reward import JudgeReward, RewardConfig
+from salmonn.records import Caption, Event, Reference
+from salmonn.score.metrics import Rates
+from salmonn.synthetic.judge import RuleJudge
+from salmonn.train.data import ClipSet
+from salmonn.train.reward import RewardTrainingConfig
+from salmonn.train.reward_rounds import RewardRounds, compare_with_judge, require_labels
+from salmonn.train.rounds import over_optimization
+from salmonn.train.run_log import RewardRound, RunSummary
+
+JUDGE = JudgeReward(RuleJudge(), repetition_weight=1.0)
+EVENT = Event("a red circle appears")
+
+
+def make_rounds(references: list[Reference], **options) -> RewardRounds:
+    config = RewardConfig(kind="model", **options)
+    return RewardRounds(config, RewardTrainingConfig(), JUDGE, ClipSet(references, Path()), Path(), load=None)
+
+
+def test_clips_are_labelled_once_and_need_events():
+    references = [Reference(f"{number}.mp4", (EVENT,) if number < 7 else (Event("nonsense"),)) for number in range(9)]
+    rounds = make_rounds(references, seed_clips=3, refresh_clips=2)
+    labelled = [rounds.labelled_videos(number) for number in (1, 2, 3, 4)]
+    assert [len(videos) for videos in labelled] == [3, 2, 2, 0]
+    assert sorted(video for videos in labelled for video in videos) == [f"{number}.mp4" for number in range(7)]
+    assert make_rounds(references, seed_clips=3, refresh_clips=0).labelled_videos(2) == []
+    assert make_rounds(references, refresh_clips=2, model=Path("x")).labelled_videos(1) == []
+    with pytest.raises(ValueError, match="captions of 7 of 9 training clips, fewer than 8"):
+        require_labels(references, JUDGE, RewardConfig(kind="model", seed_clips=8))
+
+
+def rating(video: str, sample: int, value: float) -> Rating:
+    return Rating(video, {"reward": value}, {"reward": 1.0}, sample)
+
+
+def test_an_audit_by_hand():
+    """The judge orders 0 < 1 < 2, save that 1 and 2 differ by less than 0.1; the model has 0 < 2 and 1 < 0."""
+    captions = [Caption("a", f"text {sample}", "p", sample=sample) for sample in range(3)]
+    gold = [rating("a", sample, value) for sample, value in enumerate((0.0, 0.5, 0.55))]
+    rated = [rating("a", sample, value) for sample, value in enumerate((1.0, 0.0, 2.0))]
+    audit = compare_with_judge(captions, gold, rated, before=[rating("a", 0, 0.25), rating("a", 1, -0.25)])
+    assert (audit.num_captions, audit.num_pairs, audit.agreement) == (3, 2, 0.5)
+    assert audit.proxy_gain == pytest.approx(1.0) and 0 < audit.low < 0.5 < audit.high < 1
+    assert compare_with_judge(captions, gold[:1], rated, before=[]).agreement is None
+
+
+def rates(total: float, *, missing: float = 0.3, words: float = 40) -> Rates:
+    return Rates(
+        missing=missing, incorrect=0, hallucinated=0, hallucination=0, total=total, repetition=0, clips=1, words=words
+    )
+
+
+def reward_round(gain: float | None) -> RewardRound:
+    return RewardRound(0.7, 0.6, 0.8, 50, 0.75, 0.69, gain, 10, 100)
+
+
+@pytest.mark.parametrize(
+    ("stages", "gains", "reason"),
+    [
+        ([rates(0.5), rates(0.45), rates(0.4)], [None, 1.5], None),  # Total falls with it
+        ([rates(0.6), rates(0.595), rates(0.6)], [1.0, 1.5], "rose by a standard deviation in rounds 1 and 2"),
+        ([rates(0.6), rates(0.595), rates(0.6)], [None, 1.5], None),  # once only
+        ([rates(0.6), rates(0.5, words=61)], [None], "captions have 61 words, up from 40"),
+        ([rates(0.6), rates(0.5, words=61, missing=0.2)], [None], None),
+        ([rates(0.6), rates(0.6, words=90)], [], None),  # rated by the judge
+    ],
+)
+def test_rounds_that_exploit_the_reward_model(stages, gains, reason):
+    summary = RunSummary(sft=stages[0], rounds=stages[1:], reward=[reward_round(gain) for gain in gains])
+    found = over_optimization(summary)
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": Path("x")}, "only used with --reward.kind model"),
+        ({"kind": "model", "seed_clips": 1}, "seed_clips and audit_samples must be at least 2"),
+        ({"kind": "model", "min_confidence": 1.0}, "min_confidence must be from 0.5 to below 1"),
+    ],
+)
+def test_impossible_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**options)
