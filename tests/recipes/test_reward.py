@@ -80,7 +80,14 @@ def test_a_frozen_reward_model(launch, trained_model, preferences, tmp_path, com
     assert result.returncode == 0, result.stderr
     output = " ".join((result.stdout + result.stderr).split())
     assert "24 comparisons of captions of 8 videos" in output and "held-out comparisons of 2 clips; blind" in output
-    names = ("reward.json", "head.safetensors", "states.safetensors", "comparisons.jsonl", "blind/states.safetensors")
+    names = (
+        "reward.json",
+        "head.safetensors",
+        "states.safetensors",
+        "comparisons.jsonl",
+        "blind/states.safetensors",
+        "settings.json",
+    )
     assert files_of(tmp_path / "reward") == set(names)
     info = read_info(tmp_path / "reward")
     assert (info.num_clips, info.num_comparisons, info.source) == (6, 18, "given") and info.std > 0
