@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from salmonn import dist
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
@@ -26,6 +27,7 @@ from salmonn.preference.comparisons import (
     group_comparisons,
     read_preferences,
 )
+from salmonn.preference.ideal_point import IdealPointConfig
 from salmonn.preference.objectives import attach_objectives
 from salmonn.preference.reward_model import HEAD_NAME, INFO_NAME, read_info
 from salmonn.records import Caption, Reference, read_records, write_records
@@ -36,6 +38,7 @@ from salmonn.train.evaluate import encode_clips
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import check_processes
+from salmonn.train.raters import describe_raters, train_raters
 from salmonn.train.reward import BLIND_DIR, STATES_NAME, RewardTrainer, RewardTrainingConfig
 from salmonn.train.run_folder import RunConfig, is_missing, open_run
 from salmonn.train.run_steps import TRAINING_FILES, Step, fingerprint, flat_settings
@@ -56,6 +59,8 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
         references: JSONL of the references that the captions were judged against, for kind "objectives".
         min_gap: of judged captions: smallest difference in Total + repetition_weight * repetition of a comparison.
         repetition_weight: of judged captions: weight of repetition beside Total.
+        prototypes: of an ideal-point model: number of prototypes, or auto to choose it by cross-validation.
+        raters: of an ideal-point model: form, sizes and optimization.
     """
 
     out: Path = Path("run/reward")
@@ -65,6 +70,8 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
     references: Path | None = None
     min_gap: float = 0.1
     repetition_weight: float = 1.0
+    prototypes: int | Literal["auto"] = "auto"
+    raters: IdealPointConfig = field(default_factory=IdealPointConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +86,10 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
                 "min_gap must be above 0 and repetition_weight at least 0, got "
                 f"{self.min_gap} and {self.repetition_weight}"
             )
+        if self.prototypes != "auto" and self.prototypes < 1:
+            raise ValueError(f"prototypes must be at least 1, or auto, got {self.prototypes}")
+        if self.kind == "ideal-point" and self.lora:
+            raise ValueError("raters are told apart by frozen states: leave out lora, or use kind bradley-terry")
 
 
 def main(config: RewardRecipeConfig) -> None:
@@ -107,8 +118,11 @@ def main(config: RewardRecipeConfig) -> None:
         log.info("%s is already trained", config.out)
     else:
         train(preferences, config, left_out=left_out)
-    agreement = read_info(config.out).agreement
+    info = read_info(config.out)
+    agreement = info.agreement
     assert agreement is not None, "training measures it"
+    if info.prototypes:
+        log.info("%s", describe_raters(info.prototypes))
     log.info("%s %s", config.out, describe_agreement(agreement))
     if warning := looking_warning(agreement):
         log.warning("%s", warning)
@@ -118,7 +132,7 @@ def training_step(preferences: Preferences, config: RewardRecipeConfig) -> Step:
     """Return the only step of a run. Comparisons are compared by content, as their file may have moved."""
     settings = flat_settings(config) | {"preferences": fingerprint(preferences.comparisons)}
     settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
-    files = (*TRAINING_FILES, "adapter", STATES_NAME, BLIND_DIR, HEAD_NAME, INFO_NAME, "comparisons.jsonl")
+    files = (*TRAINING_FILES, "adapter", STATES_NAME, BLIND_DIR, HEAD_NAME, INFO_NAME, "comparisons.jsonl", "raters.jsonl")
     return Step("model", settings, files, INFO_NAME)
 
 
@@ -136,7 +150,18 @@ def train(preferences: Preferences, config: RewardRecipeConfig, *, left_out: Lef
     readable = [group for group, source in zip(groups, sources, strict=True) if source in features]
     if dist.is_main():
         write_records(config.out / "comparisons.jsonl", preferences.comparisons)
-    make_trainer(config).train(readable, features, root=preferences.root)
+    if config.kind == "ideal-point":
+        count = None if config.prototypes == "auto" else config.prototypes
+        train_raters(
+            make_trainer(config),
+            readable,
+            features,
+            root=preferences.root,
+            num_prototypes=count,
+            config=config.raters,
+        )
+    else:
+        make_trainer(config).train(readable, features, root=preferences.root)
 
 
 def with_objectives(groups: list[AnswerGroup], config: RewardRecipeConfig) -> list[AnswerGroup]:

@@ -31,6 +31,15 @@ def reward_parser() -> FlagParser:
     parser.add_argument("--base", type=str | None, default=None, help="captioner that it was trained on, if it moved")
     parser.add_argument("--root", type=Path, default=Path(), help="folder that the paths of the videos start from")
     parser.add_argument("--out", type=Path | None, default=None, help="file for the ratings (default: stdout)")
+    group = parser.add_argument_group(
+        "Whose reward", "Of an ideal-point model (docs/raters.md); default: the mean rater's"
+    )
+    group.add_argument("--rater", type=str | None, default=None, metavar="ID", help="reward of a rater, by id")
+    group.add_argument("--prototype", type=int | None, default=None, help="reward of a prototype, by its number from 1")
+    group.add_argument(
+        "--votes", type=Path | None, default=None, help="fit a new rater to these votes or comparisons, whose videos "
+        "are named relative to the file, and rate for them; nothing is saved"
+    )  # fmt: skip
     parser.add_argument("--best", type=Path | None, default=None, help="file for the best caption of each video")
     parser.add_argument(
         "--objectives", action="store_true", help="print what each objective contributes, for a model of that kind"
@@ -46,6 +55,8 @@ def run_reward(values: Namespace) -> int:
     outputs = [path.resolve() for path in (values.captions, values.out, values.best) if path]
     if len(set(outputs)) < len(outputs):
         raise ValueError("--out and --best must be different files, and other ones than the captions")
+    if sum(value is not None for value in (values.rater, values.prototype, values.votes)) > 1:
+        raise ValueError("--rater, --prototype and --votes say whose reward it is: give one of them")
     captions = read_records(values.captions, Caption)
     if not captions:
         raise ValueError(f"{values.captions} holds no captions")
@@ -55,7 +66,16 @@ def run_reward(values: Namespace) -> int:
 
         hide_progress()
         placement = Placement(device=values.device, dtype=values.dtype)
-        model = RewardModel.load(values.model, base=values.base, placement=placement, reader=values.reader)
+        model = RewardModel.load(
+            values.model,
+            base=values.base,
+            placement=placement,
+            reader=values.reader,
+            rater=values.rater,
+            prototype=values.prototype,
+        )
+    if values.votes:
+        fit_to_votes(model, values.votes)
     ratings, num_failed = rate_files(model, captions, root=values.root, explain=values.objectives)
     rated = [rating for rating in ratings if rating]
     if values.out:
@@ -67,6 +87,47 @@ def run_reward(values: Namespace) -> int:
     if num_failed:
         sys.stderr.write(f"{plural(num_failed, 'video')} could not be read; the captions of the others are rated\n")
     return SOME_FAILED if num_failed else 0
+
+
+def fit_to_votes(model: "RewardModel", path: Path) -> None:
+    """Fit the model's weights to the votes of a new rater.
+
+    Raises:
+        ValueError: the model has one reward for all, or no vote can be used.
+        ClipError: a clip cannot be read.
+    """
+    from salmonn.caption.processor import PromptRow
+    from salmonn.preference.comparisons import group_comparisons, read_preferences
+    from salmonn.preference.mixture import MixtureHead
+    from salmonn.preference.reward_model import answer_states
+    from salmonn.train.raters import collect_votes
+
+    mixture = model.head
+    if not isinstance(mixture, MixtureHead):
+        raise ValueError(f"{model.name} has one reward for all: train with --kind ideal-point to tell raters apart")
+    preferences = read_preferences(path)
+    groups = group_comparisons(preferences.comparisons)
+    answer, prompt = [], []
+    for group in tqdm(groups, desc="fitting to votes", unit="clip"):
+        one = group.example
+        clip = model.captioner.processor.read(
+            preferences.root / one.video,
+            modality=one.modality,
+            start_seconds=one.start_seconds,
+            end_seconds=one.end_seconds,
+        )
+        prompt_text = one.prompt or model.captioner.default_prompt(one.modality)
+        rows = [
+            PromptRow(0, prompt_text, text, one.history, finished=finished or not text)
+            for text, finished in group.answers
+        ]
+        states = answer_states(model.captioner, rows, [clip], pooling=model.info.pooling)
+        answer.append(states.answer)
+        prompt.append(states.prompt)
+    votes = collect_votes(groups, dict.fromkeys((rater for group in groups for rater in group.raters), 0))
+    weights = mixture.fit_rater(answer, prompt, votes)
+    described = ", ".join(f"{number}: {100 * weight:.0f} %" for number, weight in enumerate(weights, start=1))
+    sys.stderr.write(f"{plural(len(votes), 'vote')} of {path}; weights of the prototypes {described}\n")
 
 
 def rate_files(

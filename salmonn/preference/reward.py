@@ -31,6 +31,8 @@ class RewardConfig:
         repetition_weight: penalty for a caption that consists of repeated clauses alone.
         model: folder of a reward model for the first round; none trains one on labels. Only with kind "model", as all
             of the following.
+        prototype: of an ideal-point model: number, from 1, of the prototype that rates; none for the mean rater. The
+            model must be given, and refresh_clips be 0, since the judge's labels would train one reward for all.
         seed_clips: clips whose captions the judge labels in the first round.
         refresh_clips: further clips that it labels in each later round; 0 keeps the first model.
         audit_clips, audit_samples: clips, and captions of each, on which every later round compares model and judge.
@@ -42,6 +44,7 @@ class RewardConfig:
     kind: Literal["judge", "model"] = "judge"
     repetition_weight: float = 1.0
     model: Path | None = None
+    prototype: int | None = None
     seed_clips: int = 100
     refresh_clips: int = 40
     audit_clips: int = 24
@@ -55,6 +58,11 @@ class RewardConfig:
             raise ValueError(f"repetition_weight must be at least 0, got {self.repetition_weight}")
         if self.model and self.kind != "model":
             raise ValueError(f"reward.model {self.model} is only used with --reward.kind model")
+        if self.prototype is not None and (self.model is None or self.refresh_clips):
+            raise ValueError(
+                f"reward.prototype {self.prototype} needs --reward.model with an ideal-point model, and "
+                "--reward.refresh-clips 0, since the judge's labels would train one reward for all"
+            )
         if self.seed_clips < 2 or self.refresh_clips < 0 or self.audit_clips < 1 or self.audit_samples < 2:
             raise ValueError(
                 "seed_clips and audit_samples must be at least 2, audit_clips at least 1 and refresh_clips at least 0, "

@@ -28,6 +28,7 @@ from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
 from salmonn.preference.agreement import Agreement
 from salmonn.preference.comparisons import join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
+from salmonn.preference.mixture import MixtureHead, PrototypeInfo, choose_weights, make_mixture
 from salmonn.preference.rating import Rating
 from salmonn.records import (
     Caption,
@@ -41,7 +42,8 @@ from salmonn.records import (
 )
 from salmonn.score.judge import ScoringTask
 
-RewardKind = Literal["bradley-terry", "pairwise", "objectives"]
+RewardKind = Literal["bradley-terry", "pairwise", "objectives", "ideal-point"]
+RewardHead = Head | MixtureHead
 Clip = ClipInputs | ClipFeatures
 
 INFO_NAME, HEAD_NAME, ADAPTER_DIR = "reward.json", "head.safetensors", "adapter"
@@ -54,8 +56,8 @@ class RewardInfo:
     """Contents of reward.json.
 
     Args:
-        kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, and "objectives"
-            weighs named objectives.
+        kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, "objectives" weighs
+            named objectives, and "ideal-point" has a reward for each rater.
         pooling: states that the head reads.
         base: folder or hub id of the captioner.
         base_fingerprint: hash of its weights.
@@ -66,6 +68,7 @@ class RewardInfo:
         agreement: measured on held-out clips.
         gate_widths: widths of the network that weighs the objectives; empty for other kinds.
         objectives: their names, in the order of the weights.
+        prototypes: what is known of the raters of an "ideal-point" model.
         format: version of the folder's format.
     """
 
@@ -82,6 +85,7 @@ class RewardInfo:
     agreement: Agreement | None = None
     gate_widths: tuple[int, ...] = ()
     objectives: tuple[str, ...] = ()
+    prototypes: PrototypeInfo | None = None
     format: int = REWARD_FORMAT
 
     def probability(self, margin: float) -> float:
@@ -112,9 +116,9 @@ class RewardModel:
         name: folder of the model.
     """
 
-    def __init__(self, captioner: Captioner, head: Head, info: RewardInfo, *, name: str = "") -> None:
+    def __init__(self, captioner: Captioner, head: RewardHead, info: RewardInfo, *, name: str = "") -> None:
         self.captioner = captioner
-        self.head = head.cpu().double()
+        self.head = head.cpu().double().eval()
         self.info = info
         self.name = name
 
@@ -128,6 +132,8 @@ class RewardModel:
         placement: Placement | None = None,
         reader: str = "pyav",
         kind: RewardKind | None = None,
+        rater: str | None = None,
+        prototype: int | None = None,
     ) -> "RewardModel":
         """Load a reward model and its base.
 
@@ -137,12 +143,16 @@ class RewardModel:
             captioner: the base itself, if it has been loaded; it is changed.
             placement, reader: see `Captioner.load`.
             kind: kind that the caller needs; None for any.
+            rater, prototype: of an ideal-point model: whose reward, a rater's by id or a prototype's by its number from
+                1; by default the mean rater's.
 
         Raises:
-            ValueError: the folder holds no complete reward model, or one of another kind, format or base.
+            ValueError: the folder holds no complete reward model, or one of another kind, format or base, or it has no
+                such rater or prototype.
         """
         folder = Path(folder)
         info = read_info(folder, kind=kind)
+        weights = choose_weights(folder, info.prototypes, rater=rater, prototype=prototype)
         captioner = captioner or Captioner.load(base or info.base, placement=placement, reader=reader)
         if hash_model(captioner.network) != info.base_fingerprint:
             raise ValueError(
@@ -152,9 +162,10 @@ class RewardModel:
         if (folder / ADAPTER_DIR / ADAPTER_CONFIG_NAME).is_file():
             load_adapter(captioner.network, folder / ADAPTER_DIR)
             merge_adapter(captioner.network)
-        return cls(
-            captioner, read_head(folder, info, width=head_width(captioner, info.pooling)), info, name=str(folder)
-        )
+        head = read_head(folder, info, width=head_width(captioner, info.pooling))
+        if weights is not None and isinstance(head, MixtureHead):
+            head.weights.copy_(weights)
+        return cls(captioner, head, info, name=str(folder))
 
     def rewards(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[float]:
         """Return the standardized reward of each row's answer; a pairwise model reads the rows of a clip in pairs.
@@ -238,7 +249,7 @@ class RewardModel:
         ]
 
 
-def save_reward_model(folder: Path | str, head: Head, info: RewardInfo) -> None:
+def save_reward_model(folder: Path | str, head: RewardHead, info: RewardInfo) -> None:
     """Write head and, last, reward.json; the adapter, if there is one, must be in the folder already."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,9 +284,11 @@ def read_info(folder: Path, *, kind: RewardKind | None = None) -> RewardInfo:
     return info
 
 
-def read_head(folder: Path, info: RewardInfo, *, width: int) -> Head:
+def read_head(folder: Path, info: RewardInfo, *, width: int) -> RewardHead:
     """Read head.safetensors; raises ValueError if its weights do not fit."""
-    head: Head = ObjectiveHead(width, info.gate_widths) if info.kind == "objectives" else ScalarHead(width)
+    head: RewardHead = ObjectiveHead(width, info.gate_widths) if info.kind == "objectives" else ScalarHead(width)
+    if info.prototypes:
+        head = make_mixture(info.prototypes, width)
     tensors = load_file(folder / HEAD_NAME)
     shapes = {key: list(value.shape) for key, value in tensors.items()}
     expected = {key: list(value.shape) for key, value in head.state_dict().items()}

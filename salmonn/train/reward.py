@@ -57,8 +57,8 @@ class RewardTrainingConfig:
     """Training of a reward model.
 
     Args:
-        kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, and "objectives"
-            predicts named objectives and weighs them.
+        kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, "objectives" predicts
+            named objectives and weighs them, and "ideal-point" tells raters apart (docs/raters.md).
         pooling: states that the head reads (docs/reward.md).
         objectives: objectives and their weights, for that kind.
         l2: weight of the squared norm of the linear head's standardized weights.

@@ -153,7 +153,7 @@ class RewardRounds:
         """Rate captions with a reward model on all ranks, or load the ratings of an earlier run."""
         if not is_missing(folder / ModelReward.file_name):
             return read_records(folder / ModelReward.file_name, Rating)
-        loaded = RewardModel.load(model, captioner=self.load())
+        loaded = RewardModel.load(model, captioner=self.load(), prototype=self.config.prototype)
         reward = ModelReward(loaded, self._features, length_penalty=self.config.length_penalty)
         return rate_captions(captions, self.clips, reward=reward, folder=folder)
 

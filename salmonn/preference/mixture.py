@@ -1,0 +1,134 @@
+"""The ideal-point reward model on disk: its head for one mixture of prototypes, and what is known of its raters.
+
+A folder of this kind also holds raters.jsonl, a `Rater` for each person who voted. Its head rates for the mean rater
+until other weights are chosen: those of a rater, of a prototype alone, or of a new rater.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from salmonn.model.pooling import AnswerStates
+from salmonn.preference.ideal_point import (
+    Form,
+    HeldoutAccuracy,
+    IdealPointConfig,
+    IdealPointHead,
+    Votes,
+    fit_new_rater,
+)
+from salmonn.records import read_records
+
+RATERS_NAME = "raters.jsonl"
+
+
+@dataclass(frozen=True)
+class Rater:
+    """A rater of an ideal-point reward model.
+
+    Args:
+        rater: id, as in the votes; "" for all votes without one.
+        weights: weight of each prototype; they sum to 1.
+        num_votes: votes that the weights are fitted to.
+        num_heldout: votes on held-out clips.
+        agreement: share of these that the rater's reward predicts; None without any.
+    """
+
+    rater: str
+    weights: tuple[float, ...]
+    num_votes: int
+    num_heldout: int = 0
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class PrototypeInfo:
+    """The prototypes of an ideal-point reward model.
+
+    Args:
+        form, dim, hidden: form and sizes, see `IdealPointConfig`.
+        prompt_width: size of the prompts' states.
+        sizes: mean weight of each prototype over all raters, the largest first.
+        entropy: how mixed the raters are on average, from 0 (one prototype each) to 1 (all equally).
+        descriptions: what each prototype rewards, such as "words -0.9".
+        candidates: accuracy of the numbers of prototypes that were compared; empty if the number was given.
+    """
+
+    form: Form
+    dim: int
+    hidden: int
+    prompt_width: int
+    sizes: tuple[float, ...]
+    entropy: float
+    descriptions: tuple[str, ...] = ()
+    candidates: tuple[HeldoutAccuracy, ...] = ()
+
+
+class MixtureHead(nn.Module):
+    """Reward for one mixture of prototypes.
+
+    Args:
+        head: the prototypes.
+        weights: (K,) weights in the simplex.
+    """
+
+    weights: Tensor
+
+    def __init__(self, head: IdealPointHead, weights: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("weights", weights.clone())
+
+    def forward(self, states: AnswerStates) -> Tensor:
+        """Return the rewards (B,)."""
+        encoded = self.head(states.answer.to(self.weights), states.prompt.to(self.weights))
+        return self.head.reward(encoded, self.weights)
+
+    def fit_rater(self, answer: Sequence[Tensor], prompt: Sequence[Tensor], votes: Votes) -> list[float]:
+        """Fit the weights to the votes of one new rater, whoever gave them; returns the weights.
+
+        Args:
+            answer, prompt: states of the captions, (R_i, P) and (R_i, D) of each clip; rows follow each other.
+            votes: the votes.
+        """
+        with torch.no_grad():
+            encoded = self.head(torch.cat(list(answer)).to(self.weights), torch.cat(list(prompt)).to(self.weights))
+        weights = fit_new_rater(self.head, encoded.rows(votes.better), encoded.rows(votes.worse), self.weights)
+        self.weights.copy_(weights)
+        return [float(weight) for weight in weights]
+
+
+def make_mixture(info: PrototypeInfo, width: int) -> MixtureHead:
+    """Return a head of these sizes whose weights are still to be loaded."""
+    config = IdealPointConfig(form=info.form, dim=info.dim, hidden=info.hidden)
+    head = IdealPointHead(width, info.prompt_width, num_prototypes=len(info.sizes), config=config)
+    return MixtureHead(head, torch.tensor(info.sizes))
+
+
+def choose_weights(
+    folder: Path, info: PrototypeInfo | None, *, rater: str | None = None, prototype: int | None = None
+) -> Tensor | None:
+    """Return the weights (K,) of a rater or of a prototype; None for neither.
+
+    Raises:
+        ValueError: both are given, there is no such rater or prototype, or the model has one reward for all.
+    """
+    if rater is None and prototype is None:
+        return None
+    if rater is not None and prototype is not None:
+        raise ValueError("a reward is that of a rater or of a prototype: leave out one of them")
+    if info is None:
+        raise ValueError(f"{folder} has one reward for all: train with --kind ideal-point to tell raters apart")
+    if prototype is not None:
+        if not 1 <= prototype <= len(info.sizes):
+            raise ValueError(f"{folder} has {len(info.sizes)} prototypes, counted from 1; got {prototype}")
+        return torch.eye(len(info.sizes))[prototype - 1]
+    raters = {one.rater: one for one in read_records(folder / RATERS_NAME, Rater)}
+    if rater not in raters:
+        raise ValueError(
+            f"{folder} knows no rater {rater!r}: {RATERS_NAME} lists them; a new one is fitted to a file of votes"
+        )
+    return torch.tensor(raters[rater].weights)

@@ -1,0 +1,95 @@
+"""From votes to captions for each rater: tools/raters.py, recipes/reward.py and salmonn reward."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from salmonn.preference.mixture import Rater
+from salmonn.preference.reward_model import RewardModel, read_info
+from salmonn.preference.votes import VoteStore
+from salmonn.records import Caption, read_json, read_records, write_records
+from salmonn.synthetic.render import SynthConfig, make_clips
+from tests.launch import forked
+
+SHORT_CLIPS = SynthConfig(
+    clips=8, seed=5, min_seconds=3, max_seconds=3, min_visual=2, max_visual=2, min_sounds=1, max_sounds=1
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, launch):
+    """Votes of two raters who want everything and two who want it short, and a reward model that tells them apart."""
+    folder = tmp_path_factory.mktemp("rater_groups")
+    captions = []
+    for one in make_clips(folder / "clips", SHORT_CLIPS, workers=1):
+        sentences = re.findall(r"[^.]+\.", one.caption)
+        texts = (one.caption, sentences[0], sentences[-1], one.caption + " A green star blinks.")
+        captions += [Caption(one.video, text, "Describe it.", sample=sample) for sample, text in enumerate(texts)]
+    write_records(folder / "captions.jsonl", captions)
+    files = (folder / "captions.jsonl", "--references", folder / "clips/clips.jsonl", "--out", folder / "votes")
+    flags = ("--raters", 4, "--votes", 60, "--noise", "clean", "--groups", "complete", "short")
+    tool = Path(__file__).parents[2] / "tools" / "raters.py"
+    subprocess.run(forked(sys.executable, tool, *files, *flags), check=True, timeout=300)
+    result = launch(
+        "reward", kind="ideal-point", preferences=folder / "votes", prototypes=2, out=folder / "model", blind="false",
+        **{"raters.hidden": 16, "raters.epochs": 60, "raters.learning_rate": 0.01, "feature_cache.folder": "null"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2 prototypes (1: " in result.stderr + result.stdout
+    return folder
+
+
+def test_raters_are_told_apart(trained):
+    info = read_json(trained / "model/reward.json")
+    assert info["kind"] == "ideal-point" and len(info["prototypes"]["sizes"]) == 2
+    raters = {one.rater: one for one in read_records(trained / "model/raters.jsonl", Rater)}
+    assert set(raters) == {"complete-0", "short-1", "complete-2", "short-3"}
+    preferred = {rater: max((0, 1), key=one.weights.__getitem__) for rater, one in raters.items()}
+    assert preferred["complete-0"] == preferred["complete-2"] != preferred["short-1"] == preferred["short-3"]
+    assert all(one.num_votes + one.num_heldout == 60 for one in raters.values())
+
+
+def test_whose_reward_is_loaded(trained):
+    """As mrDPO loads it with and without --reward.prototype: the second prototype alone, and the mean rater."""
+    info = read_info(trained / "model")
+    sizes = info.prototypes.sizes
+    for prototype, expected in ((None, sizes), (2, (0.0, 1.0))):
+        model = RewardModel.load(trained / "model", prototype=prototype)
+        assert model.head.weights.tolist() == pytest.approx(expected) and model.info == info
+
+
+def test_best_captions_for_a_rater(trained, call, tmp_path):
+    """A known one, and a new one by votes; the rater who wants it brief gets shorter captions."""
+    votes = [vote for vote in VoteStore(trained / "votes").read() if vote.rater == "short-1"]
+    write_records(trained / "votes/mine.jsonl", [replace(vote, rater="") for vote in votes])
+
+    def words(*flags):
+        out = ("--out", tmp_path / "ratings.jsonl", "--best", tmp_path / "best.jsonl")
+        model = ("--root", trained / "clips", "--model", trained / "model")
+        code, _, err = call("reward", trained / "captions.jsonl", *model, *flags, *out)
+        assert code == 0, err
+        return mean(len(one.text.split()) for one in read_records(tmp_path / "best.jsonl", Caption)), err
+
+    complete, _ = words("--rater", "complete-0")
+    short, _ = words("--rater", "short-1")
+    new, err = words("--votes", trained / "votes/mine.jsonl")
+    assert max(short, new) < 0.85 * complete
+    assert "60 votes of" in err and "weights of the prototypes 1: " in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rater", "bob"), "knows no rater 'bob'"),
+        (("--prototype", "3"), "has 2 prototypes, counted from 1; got 3"),
+        (("--rater", "bob", "--prototype", "1"), "give one of them"),
+    ],
+)
+def test_unknown_raters_are_refused(trained, call, flags, message):
+    code, _, err = call("reward", trained / "captions.jsonl", "--model", trained / "model", *flags)
+    assert code == 2 and message in err and err.count("\n") <= 1

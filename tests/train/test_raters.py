@@ -1,0 +1,71 @@
+"""Rater groups from grouped comparisons: votes, held-out agreement by rater, and the folder of an ideal-point model."""
+
+import pytest
+import torch
+
+from salmonn.model.pooling import AnswerStates
+from salmonn.preference.comparisons import AnswerGroup
+from salmonn.preference.ideal_point import IdealPointConfig
+from salmonn.preference.mixture import MixtureHead, PrototypeInfo, Rater, choose_weights
+from salmonn.records import Comparison, write_records
+from salmonn.train.raters import collect_votes, fit_rater_groups
+
+SMALL = IdealPointConfig(hidden=8, dropout=0.0, epochs=15, learning_rate=2e-2, batch_size=32)
+INFO = PrototypeInfo("score", 32, 64, 128, sizes=(0.6, 0.4), entropy=0.5)
+
+
+def group(video, texts, pairs, raters):
+    answers = tuple((text, True) for text in texts)
+    return AnswerGroup(Comparison(video, "Tell.", "", ""), answers, pairs, (None,) * len(pairs), raters)
+
+
+def test_votes_of_groups():
+    """Rows of groups follow each other; two groups of one video are one clip."""
+    groups = [
+        group("a.mp4", "xyz", ((2, 0), (0, 1)), ("ann", "bob")),
+        group("b.mp4", "xy", ((1, 0),), ("bob",)),
+        group("a.mp4", "xy", ((0, 1),), ("",)),
+    ]
+    votes = collect_votes(groups, {"ann": 0, "bob": 1, "": 2})
+    assert [votes.better.tolist(), votes.worse.tolist()] == [[2, 0, 4, 5], [0, 1, 3, 6]]
+    assert [votes.rater.tolist(), votes.clip.tolist()] == [[0, 1, 1, 2], [0, 0, 1, 0]]
+
+
+def test_two_groups_of_raters_are_told_apart():
+    """One prefers captions with more words, as their states say, the other those with fewer; 5 clips are held out."""
+    texts = ("one", "one two three", "one two three four five six")
+    groups = [group(f"{index}.mp4", texts, ((2, 0), (0, 1), (1, 2)), ("long", "short", "short")) for index in range(25)]
+    states = [AnswerStates(torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [3.0, 0.0], [6.0, 0.0]]))] * 25
+    fitted = fit_rater_groups(states, groups, num_train=20, num_prototypes=None, config=SMALL, seed=1)
+    assert len(fitted.info.sizes) == 2 and sum(fitted.info.sizes) == pytest.approx(1)
+    # More than one prototype is needed: with one, the raters' mean decides each of the 75 votes of two opinions.
+    accuracy = {one.num_prototypes: one.accuracy for one in fitted.info.candidates}
+    assert accuracy[1] == pytest.approx(0.5) and accuracy[2] == pytest.approx(1)
+    assert [(one.rater, one.num_votes, one.num_heldout, one.agreement) for one in fitted.raters] == [
+        ("long", 20, 5, 1.0), ("short", 40, 10, 1.0),
+    ]  # fmt: skip
+    assert all(sum(one.weights) == pytest.approx(1, abs=1e-5) for one in fitted.raters)
+    assert (fitted.margins > 0).all() and len(fitted.margins) == 15
+    described = sorted(text.split(",")[0] for text in fitted.info.descriptions)
+    assert described[0].startswith("words +") and described[1].startswith("words -")
+    # The head of a rater, as it is saved and loaded.
+    head = MixtureHead(fitted.model.head, torch.tensor(fitted.raters[1].weights))
+    rewards = head.double()(states[0])
+    assert rewards.dtype == torch.float64 and rewards.argmax() == 0
+
+
+def test_whose_reward(tmp_path):
+    write_records(tmp_path / "raters.jsonl", [Rater("ann", (0.25, 0.75), 3), Rater("", (1.0, 0.0), 1)])
+    assert choose_weights(tmp_path, INFO) is None
+    assert choose_weights(tmp_path, INFO, rater="ann").tolist() == [0.25, 0.75]
+    assert choose_weights(tmp_path, INFO, prototype=2).tolist() == [0.0, 1.0]
+    for given, message in (
+        ({"rater": "bob"}, "knows no rater 'bob': raters.jsonl lists them"),
+        ({"prototype": 3}, "has 2 prototypes, counted from 1; got 3"),
+        ({"prototype": 0}, "has 2 prototypes, counted from 1; got 0"),
+        ({"rater": "ann", "prototype": 1}, "leave out one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_weights(tmp_path, INFO, **given)
+    with pytest.raises(ValueError, match="one reward for all: train with --kind ideal-point"):
+        choose_weights(tmp_path, None, rater="ann")
