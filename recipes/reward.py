@@ -8,7 +8,7 @@ preferences are judged captions of a round, pairs, votes, published conversation
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -132,7 +132,8 @@ def training_step(preferences: Preferences, config: RewardRecipeConfig) -> Step:
     """Return the only step of a run. Comparisons are compared by content, as their file may have moved."""
     settings = flat_settings(config) | {"preferences": fingerprint(preferences.comparisons)}
     settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
-    files = (*TRAINING_FILES, "adapter", STATES_NAME, BLIND_DIR, HEAD_NAME, INFO_NAME, "comparisons.jsonl", "raters.jsonl")
+    results = (HEAD_NAME, INFO_NAME, "comparisons.jsonl", "raters.jsonl")
+    files = (*TRAINING_FILES, "adapter", STATES_NAME, BLIND_DIR, *results)
     return Step("model", settings, files, INFO_NAME)
 
 
