@@ -278,7 +278,7 @@ def test_a_span_and_a_question(capsys, published, tmp_path):
         ("salmonn2-plus", ["--adapter", "{empty}"], "has no readable adapter"),
         ("salmonn2-plus", ["--bits", "3"], "bits"),
         ("salmonn2-plus", ["--dtype", "int8"], "dtype"),
-        ("salmonn2-plus", ["--device-map", "everywhere"], "device_map"),
+        ("salmonn2-plus", ["--device-map", "everywhere"], "device name"),
         ("salmonn2-plus", ["--device", "gpu"], "unknown device gpu"),
     ],
 )

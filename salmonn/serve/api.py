@@ -146,6 +146,11 @@ class Service:
         if not {"*", origin} & set(self.config.origins):
             raise HTTPException(403, f"pages of {origin[:100]!r} are not allowed; add them with --allowed-origins")
 
+    async def check_open(self) -> None:
+        """Raise Overloaded while the server shuts down: what is uploaded then would be lost."""
+        if self.is_closing:
+            raise Overloaded(SHUTTING_DOWN)
+
     async def complete(self, request: Request) -> Response:
         """Answer a chat completion request."""
         if self.is_closing:
@@ -365,6 +370,7 @@ def _add_error_handlers(app: FastAPI, *, seconds: float) -> None:
     @app.exception_handler(TimeoutError)
     @app.exception_handler(OSError)
     @app.exception_handler(ClientDisconnect)
+    @app.exception_handler(Overloaded)
     async def handle_expected_error(_: Request, error: Exception) -> Response:
         return to_api_error(error, seconds=seconds).to_response()
 
@@ -421,7 +427,7 @@ def make_app(service: Service) -> FastAPI:
 
     app.include_router(
         file_routes(service.files, service.metrics, seconds=service.config.request_seconds),
-        dependencies=[Depends(service.check_origin)],
+        dependencies=[Depends(service.check_origin), Depends(service.check_open)],
     )
 
     @app.get("/v1/models", summary="List the models, of which there is one")

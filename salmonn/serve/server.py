@@ -1,5 +1,6 @@
 """A web server with graceful shutdown, and limits on idle connections."""
 
+import logging
 import socket
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import uvicorn
 
 from salmonn.serve.api import Service, make_app
 
+log = logging.getLogger(__name__)
 _MAX_CONNECTIONS = 1000
 _IDLE_SECONDS = 20.0  # for a connection without a complete request
 _IDLE_SECONDS_CROWDED = 1.0  # the same, once half of the connections are taken
@@ -70,7 +72,10 @@ class Server(uvicorn.Server):
             if not self.service.num_requests or self.clock() - self._closing_since >= self.grace_seconds:
                 await self.service.abort()
                 self.should_exit = True
-        self.service.files.remove_expired()
+        try:
+            self.service.files.remove_expired()
+        except OSError as error:  # the server goes on answering on a disk that has become read-only
+            log.warning("expired files could not be deleted: %s", error)
         self._close_idle_connections()
         return await super().on_tick(counter)
 

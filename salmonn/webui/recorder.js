@@ -55,6 +55,7 @@
         isCancelled = cancel;
         if (recorder.state !== "inactive") recorder.stop();
       };
+      recorder.start(1000);  // first: if it throws, nothing else has begun
       const timer = setInterval(() => {
         const seconds = Math.floor((performance.now() - start) / 1000);
         panel.querySelector(".elapsed").textContent = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
@@ -70,7 +71,6 @@
       panel.querySelector(".finish").onclick = () => stop(false);
       panel.querySelector(".cancel").onclick = () => stop(true);
       panel.onkeydown = (event) => { if (event.key === "Escape") stop(true); };
-      recorder.start(1000);
     });
   }
 
@@ -101,6 +101,8 @@
   // Return a recording as the value of a file component; if there is none, nothing changes.
   window.salmonn.record = async (tab, kind, maxSeconds) => {
     const zone = document.querySelector(`#${tab}-video`);
+    if (zone.dataset.recording) return UNCHANGED;  // a second click while the browser asks for permission
+    zone.dataset.recording = kind;
     zone.querySelectorAll(":is(.recorder, .too-large)").forEach((element) => element.remove());
     let stream, panel;
     try {
@@ -112,6 +114,7 @@
       window.salmonn.showError(zone, REASONS[error.name] ?? error.message);
       return UNCHANGED;
     } finally {
+      delete zone.dataset.recording;
       stream?.getTracks().forEach((track) => track.stop());
       panel?.remove();
     }

@@ -187,3 +187,13 @@ def test_a_file_of_a_client_that_leaves_is_deleted(start):
         connection.sendall(f"{head}Content-Length: 5000\r\n\r\n".encode() + FORM[:-20])
         wait_until(lambda: list(running.service.uploads.rglob("file-*")))
     wait_until(lambda: not list(running.service.uploads.rglob("file-*")))
+
+
+def test_nothing_is_stored_during_shutdown(start):
+    running = start()
+    running.service.num_requests += 1  # an active request, for which the server waits
+    running.service.is_closing = True
+    answer = httpx2.post(f"{running.url}/v1/files", content=FORM, headers=MULTIPART, trust_env=False)
+    running.service.num_requests -= 1
+    assert answer.status_code == 503 and "shutting down" in answer.json()["error"]["message"]
+    assert answer.headers["retry-after"] and not running.service.files.files("")
