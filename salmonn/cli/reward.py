@@ -112,6 +112,7 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
         one = group.example
         clip = model.captioner.processor.read(
             preferences.root / one.video,
+            sound=preferences.root / one.audio if one.audio else None,
             modality=one.modality,
             start_seconds=one.start_seconds,
             end_seconds=one.end_seconds,

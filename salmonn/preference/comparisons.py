@@ -17,7 +17,7 @@ from salmonn.conversations import Conversation, is_conversation_file, read_conve
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
 from salmonn.preference.votes import Vote
-from salmonn.records import Caption, Comparison, iter_numbered_records, parse_record, read_records
+from salmonn.records import Caption, Comparison, Modality, Score, iter_numbered_records, parse_record, read_records
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.judge import RuleJudge
 
@@ -119,19 +119,21 @@ def compare_ratings(
 
     Args:
         captions: captions, several of each clip.
-        ratings: ratings of these captions, matched by video and sample; captions without one are left out.
+        ratings: ratings of these captions, matched by video, sample and, if a judge rated them, part of the video;
+            captions without one are left out.
         min_gap: smallest difference of the ratings' values.
         source: name of what rated them.
     """
-    rating_of = {(rating.video, rating.sample): rating.value for rating in ratings}
-    by_clip: dict[tuple[str, str], list[Caption]] = {}
+    rating_of = {_rating_key(rating.score or rating): rating.value for rating in ratings}
+    by_clip: dict[tuple[object, ...], list[Caption]] = {}
     for caption in captions:
-        if (caption.video, caption.sample) in rating_of:
-            by_clip.setdefault((caption.video, caption.prompt), []).append(caption)
+        if _rating_key(caption) in rating_of:
+            key = (caption.video, caption.prompt, caption.start_seconds, caption.end_seconds)
+            by_clip.setdefault(key, []).append(caption)
     comparisons = []
     for group in by_clip.values():
         for one, other in combinations(group, 2):
-            gap = rating_of[one.video, one.sample] - rating_of[other.video, other.sample]
+            gap = rating_of[_rating_key(one)] - rating_of[_rating_key(other)]
             if abs(gap) < min_gap - _ROUNDING or one.text.split() == other.text.split():
                 continue
             better, worse = (one, other) if gap > 0 else (other, one)
@@ -150,6 +152,12 @@ def compare_ratings(
                 )
             )
     return comparisons
+
+
+def _rating_key(record: Caption | Score | Rating) -> tuple[object, ...]:
+    """Return video, sample and part of the video, by which captions and their ratings are matched."""
+    span = (None, None) if isinstance(record, Rating) else (record.start_seconds, record.end_seconds)
+    return (record.video, record.sample, *span)
 
 
 def read_preferences(
@@ -216,7 +224,13 @@ def _read_judged(folder: Path, *, min_gap: float, repetition_weight: float) -> l
     # The conversion of scores is the same for every judge.
     reward = JudgeReward(RuleJudge(), repetition_weight=repetition_weight)
     ratings = [reward.to_rating(score) for score in scores.scores]
-    return compare_ratings(captions, ratings, min_gap=min_gap, source=scores.judge_info.judge)
+    comparisons = list[Comparison]()
+    modalities: tuple[Modality, ...] = ("both", "visual", "audio")
+    for modality in modalities:  # of what the captioner was given, as `salmonn reward` reads it
+        same = [caption for caption in captions if (caption.modality or "both") == modality]
+        compared = compare_ratings(same, ratings, min_gap=min_gap, source=scores.judge_info.judge)
+        comparisons += [replace(one, modality=modality) for one in compared]
+    return comparisons
 
 
 def _read_file(path: Path) -> tuple[list[Comparison], Counter[str]]:
@@ -286,7 +300,7 @@ def _row_to_comparisons(row: Any) -> list[Comparison]:
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object with prompt, chosen and rejected")
     chosen, rejected = _read_answers(row, "chosen"), _read_answers(row, "reject" if "reject" in row else "rejected")
-    history, prompt = _split_prompt(row.get("prompt", row.get("question", "")))
+    history, prompt = _split_prompt(_find_prompt(row))
     known = {name: row[name] for name in ("margin", "modality", "start_seconds", "end_seconds", "audio") if name in row}
     shared = {"video": row.get("video") or "", "prompt": prompt, "source": "given", "history": history}
     return [
@@ -294,6 +308,18 @@ def _row_to_comparisons(row: Any) -> list[Comparison]:
         for better in chosen
         for worse in rejected
     ]
+
+
+def _find_prompt(row: dict[str, Any]) -> Any:
+    """Return the prompt of a row; TRL also has it in the messages before both answers."""
+    prompt = row.get("prompt", row.get("question"))
+    if prompt is not None:
+        return prompt
+    answers = [row.get(name) for name in ("chosen", "reject" if "reject" in row else "rejected")]
+    messages = [one[:-1] if isinstance(one, list) else [] for one in answers]
+    if messages[0] != messages[1] or not messages[0] or not all(isinstance(one, dict) for one in messages[0]):
+        raise ValueError("there is no prompt: expected a column prompt, or the same messages before both answers")
+    return messages[0]
 
 
 def _read_answers(row: dict[str, Any], name: str) -> list[str]:

@@ -308,8 +308,16 @@ def choose_num_prototypes(
 
     Returns:
         K, and the accuracies of all candidates.
+
+    Raises:
+        ValueError: the votes are on one clip only.
     """
     clips = votes.clip.unique()
+    if len(clips) < 2:
+        raise ValueError(
+            f"the number of prototypes is chosen on held-out clips, but there are votes on {len(clips)} clip to learn "
+            "from; collect votes on more clips, or give --prototypes"
+        )
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))
     fold_of = torch.empty(int(clips.max()) + 1, dtype=torch.long)
     fold_of[clips[order]] = torch.arange(len(clips)) % num_folds

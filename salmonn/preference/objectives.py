@@ -18,6 +18,7 @@ from typing import Literal
 
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.records import Caption, Reference, Score
+from salmonn.score.judge import restrict_to_span
 
 Debias = Literal["gold", "published", "none"]
 OBJECTIVES = ("seen", "heard", "correct", "faithful", "ordered", "unrepeated", "length")
@@ -67,26 +68,31 @@ def attach_objectives(
 
     Args:
         groups: comparisons of these captions.
-        captions, scores: judged captions, matched by video and sample.
+        captions, scores: judged captions, matched by video, sample and part of the video.
         references: references by video.
 
     Raises:
         ValueError: a video has no reference.
     """
-    text_of = {(one.video, one.sample): (one.text, one.finished) for one in captions}
+    caption_of = {(one.video, one.sample, one.start_seconds, one.end_seconds): one for one in captions}
     if missing := sorted({score.video for score in scores} - set(references)):
         raise ValueError(
             f"{len(missing)} judged videos have no reference, first {missing[0]}; pass the references "
             "that their captions were judged against"
         )
-    values = {
-        (score.video, *text_of[score.video, score.sample]): objectives_of(score, references[score.video])
-        for score in scores
-        if (score.video, score.sample) in text_of
-    }
+    values = dict[tuple[object, ...], tuple[float | None, ...]]()
+    for score in scores:
+        span = (score.start_seconds, score.end_seconds)
+        if caption := caption_of.get((score.video, score.sample, *span)):
+            reference = restrict_to_span(references[score.video], caption)
+            values[score.video, *span, caption.text, caption.finished] = objectives_of(score, reference)
     return [
         replace(
-            group, objectives=tuple(values[group.example.video, text, finished] for text, finished in group.answers)
+            group,
+            objectives=tuple(
+                values[group.example.video, group.example.start_seconds, group.example.end_seconds, text, finished]
+                for text, finished in group.answers
+            ),
         )
         for group in groups
     ]

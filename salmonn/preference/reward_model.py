@@ -154,11 +154,7 @@ class RewardModel:
         info = read_info(folder, kind=kind)
         weights = choose_weights(folder, info.prototypes, rater=rater, prototype=prototype)
         captioner = captioner or Captioner.load(base or info.base, placement=placement, reader=reader)
-        if hash_model(captioner.network) != info.base_fingerprint:
-            raise ValueError(
-                f"{folder} was trained on {info.base} with other weights than those of {captioner.name}; its rewards "
-                "would be meaningless. Name the model that it was trained on as its base, or train it again"
-            )
+        require_base(folder, info, captioner)
         if (folder / ADAPTER_DIR / ADAPTER_CONFIG_NAME).is_file():
             load_adapter(captioner.network, folder / ADAPTER_DIR)
             merge_adapter(captioner.network)
@@ -174,6 +170,8 @@ class RewardModel:
             rows: prompts with answers.
             clips: clips that the rows are about, as inputs or as features of this base.
         """
+        if not rows:  # a process that gets no clip
+            return []
         is_pairwise = self.info.kind == "pairwise"
         values = self._round_robin(rows, clips) if is_pairwise else self._values(rows, clips).tolist()
         return [(value - self.info.mean) / self.info.std for value in values]
@@ -282,6 +280,15 @@ def read_info(folder: Path, *, kind: RewardKind | None = None) -> RewardInfo:
     if kind and info.kind != kind:
         raise ValueError(f"{folder} is a {info.kind} reward model, but a {kind} one is needed")
     return info
+
+
+def require_base(folder: Path, info: RewardInfo, captioner: Captioner) -> None:
+    """Raise ValueError if a reward model was trained on another captioner."""
+    if hash_model(captioner.network) != info.base_fingerprint:
+        raise ValueError(
+            f"{folder} was trained on {info.base} with other weights than those of {captioner.name}; its rewards "
+            "would be meaningless. Name the model that it was trained on as its base, or train it again"
+        )
 
 
 def read_head(folder: Path, info: RewardInfo, *, width: int) -> RewardHead:

@@ -71,7 +71,15 @@ def fit_objective_head(
         [[float("nan") if value is None else value for value in row] for group in groups for row in group.objectives],
         dtype=torch.float64,
     )
-    clip = torch.cat([torch.full((len(one.answer),), number) for number, one in enumerate(states)])
+    number_of = dict[str, int]()  # all prompts about a video are on one side
+    for group in groups:
+        number_of.setdefault(group.example.video, len(number_of))
+    clip = torch.cat(
+        [
+            torch.full((len(one.answer),), number_of[group.example.video])
+            for one, group in zip(states, groups, strict=True)
+        ]
+    )
     weight, bias = fit_ridge(answers, labels, validation=clip % VALIDATION_EVERY == 0)
     width, count = answers.shape[1], len(OBJECTIVES)
     with torch.random.fork_rng():

@@ -198,9 +198,13 @@ def split_groups(
 
 
 def rotate_features(features: Mapping[ClipSource, ClipFeatures]) -> dict[ClipSource, ClipFeatures]:
-    """Return for each clip the features of the next one by name, for the blind twin."""
+    """Return for each clip the features of the next one of another video, by name, for the blind twin."""
     clips = sorted(features, key=str)
-    return {clip: features[other] for clip, other in zip(clips, [*clips[1:], *clips[:1]], strict=True)}
+    rotated = {}
+    for number, clip in enumerate(clips):
+        following = (clips[(number + offset) % len(clips)] for offset in range(1, len(clips)))
+        rotated[clip] = features[next(one for one in following if one.video != clip.video)]
+    return rotated
 
 
 def compute_states(

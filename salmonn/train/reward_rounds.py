@@ -24,9 +24,10 @@ from salmonn.caption.captioner import Captioner
 from salmonn.model.layout import ClipFeatures
 from salmonn.preference.agreement import describe_agreement, looking_warning, share_positive
 from salmonn.preference.comparisons import compare_ratings, group_comparisons
+from salmonn.preference.mixture import choose_weights
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, RewardConfig
-from salmonn.preference.reward_model import INFO_NAME, ModelReward, RewardInfo, RewardModel, read_info
+from salmonn.preference.reward_model import INFO_NAME, ModelReward, RewardInfo, RewardModel, read_info, require_base
 from salmonn.records import Caption, Comparison, Reference, read_records, write_json
 from salmonn.score.stats import wilson_interval
 from salmonn.train.data import ClipSet, ClipSource
@@ -289,3 +290,16 @@ def require_labels(references: Sequence[Reference], judge: JudgeReward, config: 
             f"the judge can rate captions of {num_usable} of {len(references)} training clips, fewer than {required} "
             "(reward.seed_clips): add events to more references, or lower it"
         )
+
+
+def require_model(config: RewardConfig, captioner: Captioner) -> None:
+    """Raise ValueError if a run cannot use the reward model that is given for it, before hours of sampling.
+
+    Args:
+        config: reward of the run.
+        captioner: start of the run.
+    """
+    if config.model:
+        info = read_info(config.model)
+        choose_weights(config.model, info.prototypes, prototype=config.prototype)
+        require_base(config.model, info, captioner)

@@ -162,9 +162,10 @@ def over_optimization(summary: RunSummary) -> str | None:
     as long as at the start and miss as much.
     """
     totals = [summary.sft.total, *(rates.total for rates in summary.rounds)]
+    # What a round has gained shows in the captions of the next one.
     hollow = [
         number
-        for number, one in enumerate(summary.reward, start=1)
+        for number, one in enumerate(summary.reward[1:], start=1)
         if (one.proxy_gain or 0) >= 1 and totals[number - 1] - totals[number] < 0.01
     ]
     remedy = "let the judge label more clips each round (reward.refresh_clips), or take fewer steps (fit.steps)"

@@ -61,6 +61,34 @@ def test_groups_score_each_answer_once():
     assert pairwise.answers == (("A: x B: y", True), ("A: y B: x", True)) and pairwise.pairs == ((0, 1),)
 
 
+def test_judged_captions_of_parts_and_modalities(folder):
+    """Captions are compared with those of the same part and modality alone, each with its own score."""
+    spans, shares = ((0.0, 5.0), (5.0, 9.0)), {0: 0, 1: 2}
+    captions = [
+        Caption("a.mp4", f"{start} {sample}", "Tell.", sample=sample, start_seconds=start, end_seconds=end)
+        for start, end in spans
+        for sample in (0, 1)
+    ]
+    scores = [  # the first caption is the better one in the first part, the second one in the second
+        Score("a.mp4", 4, shares[sample if start == 0 else 1 - sample], 0, 0, sample=sample, start_seconds=start,
+              end_seconds=end)
+        for start, end in spans
+        for sample in (0, 1)
+    ]  # fmt: skip
+    captions += [Caption("b.mp4", f"b {sample}", "Tell.", sample=sample, modality="visual") for sample in (0, 1)]
+    scores += [Score("b.mp4", 4, shares[sample], 0, 0, sample=sample) for sample in (0, 1)]
+    write_records(folder / "captions.jsonl", captions)
+    write_scores(folder / "scores.jsonl", INFO, scores)
+    found = [
+        (one.chosen, one.rejected, one.start_seconds, one.modality) for one in read_preferences(folder).comparisons
+    ]
+    assert found == [
+        ("0.0 0", "0.0 1", 0.0, "both"),
+        ("5.0 1", "5.0 0", 5.0, "both"),
+        ("b 0", "b 1", None, "visual"),
+    ]
+
+
 def test_judged_captions_of_a_round(folder):
     write_records(folder / "captions.jsonl", rated("a.mp4", [0, 0, 0])[0])
     event = Mention(Event("x"))
@@ -132,6 +160,7 @@ def test_rows_of_trl_and_reward_bench(folder):
         {"video": "b.mp4", "prompt": messages, **answers},
         {"video": "b.mp4", "question": "Tell.", "chosen": ["x"], "rejected": ["y", "z"], "num_correct": 1},
         {"prompt": "No video.", "chosen": "x", "reject": "y"},
+        {"video": "a.mp4"} | answers,
     ]
     read = read_preferences(write_lines(folder / "rows.jsonl", rows))
     found = [(one.video, one.prompt, one.chosen, one.rejected) for one in read.comparisons]
@@ -140,14 +169,18 @@ def test_rows_of_trl_and_reward_bench(folder):
         ("b.mp4", "More?", "chosen", "rejected"),
         ("b.mp4", "Tell.", "x", "y"),
         ("b.mp4", "Tell.", "x", "z"),
+        ("a.mp4", "More?", "chosen", "rejected"),
     ]
-    assert read.comparisons[1].history == (("Tell.", "a"),) and read.left_out == {"no video": 1}
+    assert read.comparisons[1].history == read.comparisons[4].history == (("Tell.", "a"),) and read.left_out == {
+        "no video": 1
+    }
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"prompt": "x", "chosen": "x", "extra": 1}, "rejected must be a text"),
+        ({"chosen": "x", "rejected": "y"}, "there is no prompt: expected a column prompt"),
         ({"prompt": "x", "chosen": [], "rejected": "y"}, "chosen must be a text or a list of messages"),
         ({"prompt": [{"role": "assistant", "content": "a"}], "chosen": "x", "rejected": "y"}, "must alternate"),
         ({"prompt": "x", "chosen": [{"role": "user"}], "rejected": "y"}, "a message has no text"),

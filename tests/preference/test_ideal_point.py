@@ -127,6 +127,12 @@ def test_the_chosen_number_of_prototypes(case, expected):
         assert two.accuracy - one.accuracy < 0.03
 
 
+def test_the_number_of_prototypes_needs_several_clips():
+    votes = make_votes(MAJORITY)
+    with pytest.raises(ValueError, match="votes on 1 clip to learn from"):
+        choose_num_prototypes(STATES, PROMPTS, votes.select(votes.clip == 0), num_raters=NUM_RATERS, config=SMALL)
+
+
 def test_a_new_rater():
     """No votes: the prior. Votes of one prototype: nearly all weight on it, in milliseconds."""
     head = IdealPointHead(2, 1, num_prototypes=2, config=SMALL)

@@ -76,6 +76,7 @@ def test_rewards_do_not_depend_on_other_clips_or_the_order(make_model, media, ki
     others = [PromptRow(1, "Tell.", "beeps"), PromptRow(1, "Tell.", "noise")]
     mixed = model.rewards([ROWS[2], others[0], ROWS[0], others[1], ROWS[1]], media)
     assert [mixed[2], mixed[4], mixed[0]] == pytest.approx(expected, abs=1e-4)
+    assert model.rewards([], []) == []  # of a process that gets no clip
 
 
 def test_a_reward_and_its_probability(make_model, media):

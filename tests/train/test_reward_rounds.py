@@ -9,8 +9,8 @@ from salmonn.preference.reward import JudgeReward, RewardConfig
 from salmonn.records import Caption, Event, Reference
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.train.data import ClipSet
-from salmonn.train.reward import RewardTrainingConfig
+from salmonn.train.data import ClipSet, ClipSource
+from salmonn.train.reward import RewardTrainingConfig, rotate_features
 from salmonn.train.reward_rounds import RewardRounds, compare_with_judge, require_labels
 from salmonn.train.rounds import over_optimization
 from salmonn.train.run_log import RewardRound, RunSummary
@@ -51,6 +51,19 @@ def test_an_audit_by_hand():
     assert compare_with_judge(captions, gold[:1], rated, before=[]).agreement is None
 
 
+def test_the_blind_twin_gets_other_videos():
+    """Not another modality or part of the same video."""
+    parts = [
+        ClipSource(Path("a"), "audio"),
+        ClipSource(Path("a"), start_seconds=3.0),
+        ClipSource(Path("a")),
+        ClipSource(Path("b")),
+        ClipSource(Path("c")),
+    ]
+    rotated = rotate_features({part: part for part in parts})
+    assert [rotated[part].video.name for part in parts] == ["b", "b", "b", "c", "a"]
+
+
 def rates(total: float, *, missing: float = 0.3, words: float = 40) -> Rates:
     return Rates(
         missing=missing, incorrect=0, hallucinated=0, hallucination=0, total=total, repetition=0, clips=1, words=words
@@ -65,8 +78,13 @@ def reward_round(gain: float | None) -> RewardRound:
     ("stages", "gains", "reason"),
     [
         ([rates(0.5), rates(0.45), rates(0.4)], [None, 1.5], None),  # Total falls with it
-        ([rates(0.6), rates(0.595), rates(0.6)], [1.0, 1.5], "rose by a standard deviation in rounds 1 and 2"),
+        (
+            [rates(0.6), rates(0.595), rates(0.6), rates(0.5)],
+            [None, 1.0, 1.5],
+            "rose by a standard deviation in rounds 1 and 2",
+        ),
         ([rates(0.6), rates(0.595), rates(0.6)], [None, 1.5], None),  # once only
+        ([rates(0.6), rates(0.5), rates(0.5), rates(0.5)], [None, 1.0, 1.5], None),  # once: the first gain was earned
         ([rates(0.6), rates(0.5, words=61)], [None], "captions have 61 words, up from 40"),
         ([rates(0.6), rates(0.5, words=61, missing=0.2)], [None], None),
         ([rates(0.6), rates(0.6, words=90)], [], None),  # rated by the judge
