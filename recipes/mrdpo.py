@@ -22,7 +22,7 @@ from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
-from salmonn.model.lora import attach_lora
+from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
 from salmonn.preference.losses import make_loss
 from salmonn.preference.reward import JudgeReward, make_judge, make_reward
@@ -45,7 +45,7 @@ from salmonn.train.evaluate import RATES_NAME, cache_features, evaluate, sample_
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.kl import KLProbe
 from salmonn.train.left_out import LeftOut
-from salmonn.train.loop import Batches, Callback, FitContext, autocast, check_processes, fit
+from salmonn.train.loop import Batches, Callback, FitConfig, FitContext, autocast, check_processes, fit
 from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data, plan_steps
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
@@ -108,10 +108,11 @@ def main(config: MrDpoConfig) -> None:
         print_memory_plan(config)
         return
     dist.setup()
-    check_processes(config.strategy, config.fit, *([config.rebirth.fit] if config.rebirth else []))
+    trainings = list_trainings(config)
+    check_processes(config.strategy, *(optimization for _, optimization in trainings))
     # What can be wrong is found before anything is rendered, and before the folder is claimed.
     sizes = load_config(config.model, frames=config.frames)
-    check_adapters(sizes, config.lora, *([config.rebirth.lora] if config.rebirth else []))
+    check_adapters(sizes, *(lora for lora, _ in trainings))
     processor = Processor.load(config.model, config=sizes)
     judge = make_judge(config.judge, processes=dist.world_size())
     reward = make_reward(config.reward, judge=judge)
@@ -144,6 +145,16 @@ def main(config: MrDpoConfig) -> None:
         plot_summary(summary, config.out / "summary.png")
         log.info("wrote %s and summary.png", config.out / SUMMARY_NAME)
     dist.barrier()
+
+
+def list_trainings(config: MrDpoConfig) -> list[tuple[LoraConfig, FitConfig]]:
+    """Return adapter and optimization of everything that a run trains an adapter for."""
+    trainings, reward = [(config.lora, config.fit)], config.reward_training
+    if config.rebirth:
+        trainings.append((config.rebirth.lora, config.rebirth.fit))
+    if config.reward.kind == "model" and reward.lora:
+        trainings.append((reward.lora, reward.fit))
+    return trainings
 
 
 def print_memory_plan(config: MrDpoConfig) -> None:

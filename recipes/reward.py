@@ -88,6 +88,8 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
             )
         if self.prototypes != "auto" and self.prototypes < 1:
             raise ValueError(f"prototypes must be at least 1, or auto, got {self.prototypes}")
+        if self.prototypes != "auto" and self.kind != "ideal-point":
+            raise ValueError(f"prototypes {self.prototypes} is only used with --kind ideal-point, got {self.kind}")
         if self.kind == "ideal-point" and self.lora:
             raise ValueError("raters are told apart by frozen states: leave out lora, or use kind bradley-terry")
 

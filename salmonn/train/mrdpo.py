@@ -135,6 +135,11 @@ class MrDpoConfig(RunConfig):
                 "pairs need different captions of a clip: sampling.num_samples must be at least 2 and "
                 f"sampling.temperature above 0, got {self.sampling.num_samples} and {self.sampling.temperature}"
             )
+        if self.reward_training.kind in ("objectives", "ideal-point"):
+            raise ValueError(
+                f"reward_training.kind {self.reward_training.kind} cannot be trained on the judge's labels of a round; "
+                "use bradley-terry or pairwise, or train the model with recipes/reward.py and pass it as --reward.model"
+            )
         if not 0 <= self.qa_fraction < 1 or (self.qa_fraction and not 0 < self.num_questions < self.fit.batch_size):
             raise ValueError(
                 f"qa_fraction {self.qa_fraction} of batch_size {self.fit.batch_size} leaves no question or no pair in "

@@ -26,6 +26,7 @@ from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import SampleConfig
 from salmonn.train.loop import FitConfig
 from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig
+from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
 from tests.launch import forked
 from tests.score.fake_llm_server import rule_judge_script
@@ -416,13 +417,14 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ({"fit": {"steps": 0}}, "steps must be at least 1"),
         ({"fit": {"learning_rate": -1e-3}}, "learning_rate must be above 0"),
         ({"fit": {"weight_decay": -1.0}}, "weight_decay at least 0"),
+        ({"reward_training": {"kind": "ideal-point"}}, "reward_training.kind ideal-point cannot be trained"),
     ],
 )
 def test_impossible_values_are_rejected_with_the_configuration(load_recipe, options, message):
     recipe = load_recipe("mrdpo")
     types = {
         "sampling": SampleConfig, "selection": SelectionConfig, "loss": LossConfig, "lora": LoraConfig,
-        "fit": FitConfig,
+        "fit": FitConfig, "reward_training": RewardTrainingConfig,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         recipe.MrDpoConfig(
