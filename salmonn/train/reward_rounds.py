@@ -169,7 +169,11 @@ class RewardRounds:
         for caption in captions:
             if caption.video in usable:
                 by_video.setdefault(caption.video, []).append(caption)
-        videos = rng.sample(sorted(by_video), min(self.config.audit_clips, len(by_video)))
+        # Clips that the model has not learned from, as far as there are such.
+        learned = {video for one in range(1, number) for video in self.labelled_videos(one)}
+        count, unseen = min(self.config.audit_clips, len(by_video)), sorted(set(by_video) - learned)
+        videos = rng.sample(unseen, min(count, len(unseen)))
+        videos += rng.sample(sorted(set(by_video) & learned), count - len(videos))
         drawn = [
             caption
             for video in videos

@@ -450,7 +450,9 @@ def test_unusable_references_are_rejected_before_anything_is_written(
 ):
     recipe = load_recipe("mrdpo")
     monkeypatch.setattr(recipe.dist, "setup", lambda: None)  # keep the tests' threads and logging
-    monkeypatch.setattr(recipe, "make_reward", lambda *_, **__: SimpleNamespace(check=lambda _: None))
+    monkeypatch.setattr(
+        recipe, "make_reward", lambda *_, **__: SimpleNamespace(check=lambda _: None, file_name="scores.jsonl")
+    )
     for name in ("a.mp4", "b.mp4"):
         shutil.copy(videos[0], tmp_path / name)
     references, heldout = tmp_path / "references.jsonl", tmp_path / "heldout.jsonl"
