@@ -91,7 +91,7 @@ class RewardRecipeConfig(RunConfig, RewardTrainingConfig):
         if self.prototypes != "auto" and self.kind != "ideal-point":
             raise ValueError(f"prototypes {self.prototypes} is only used with --kind ideal-point, got {self.kind}")
         if self.kind == "ideal-point" and self.lora:
-            raise ValueError("raters are told apart by frozen states: leave out lora, or use kind bradley-terry")
+            raise ValueError("kind ideal-point is fitted to frozen states; remove lora, or use kind bradley-terry")
 
 
 def main(config: RewardRecipeConfig) -> None:

@@ -463,5 +463,5 @@ FAULTS: dict[str, Fault] = {
     "padding": _pad,
     "cut": _cut,
 }
-# Faults of complete captions, of which several are given to the same one.
+# Faults of complete captions; several of them may be applied to one caption.
 CAPTION_FAULTS = ("left_out", "colour", "object", "invented", "order", "who")

@@ -30,7 +30,7 @@ from salmonn.synthetic.scene import SynthConfig
 NUM_OMITTED = (0, 1, 1, 2)  # by both captions
 MIN_CLAUSES = 4  # of a caption of picture and sound
 MAX_SCENE_EVENTS = 8  # per clip, to keep captions short
-NUM_WORDINGS = 24  # of each caption, of which the closest in length are chosen
+NUM_WORDINGS = 24  # per caption; the pair closest in length is chosen
 
 Row = dict[str, Any]
 

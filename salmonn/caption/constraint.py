@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _NUM_CACHED = 16  # compiled schemas
-# No white space between values: a model may otherwise go on with it up to the token limit.
+# No white space between values: a model could otherwise emit it up to the token limit.
 _OPTIONS: "JsonCompileOptions" = {"whitespace_flexible": False}
 
 

@@ -147,7 +147,7 @@ def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def parse_item(value: Any, *, path: Path, number: int) -> BenchmarkItem:
-    """Parse one row; unknown columns, of which published files have many, are ignored.
+    """Parse one row; unknown columns are ignored, because published files have many.
 
     Args:
         value: parsed JSON.

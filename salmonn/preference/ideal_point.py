@@ -1,4 +1,4 @@
-"""Rewards for people who want different things: K prototypes of preference, of which each rater is a mixture.
+"""Rewards for people who want different things: each rater is a mixture of K prototypes of preference.
 
 PAL (Chen et al., arXiv 2406.08469): a rater i has weights w_i in the simplex over K prototypes, and chooses between two
 captions by Bradley and Terry's model, with one of three rewards of a caption with the state x:

@@ -88,7 +88,7 @@ class MixtureHead(nn.Module):
         return self.head.reward(encoded, self.weights)
 
     def fit_rater(self, answer: Sequence[Tensor], prompt: Sequence[Tensor], votes: Votes) -> list[float]:
-        """Fit the weights to the votes of one new rater, whoever gave them; returns the weights.
+        """Fit and return the weights of one new rater; the rater ids in the votes are ignored.
 
         Args:
             answer, prompt: states of the captions, (R_i, P) and (R_i, D) of each clip; rows follow each other.

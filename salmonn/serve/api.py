@@ -390,6 +390,32 @@ def _add_error_handlers(app: FastAPI, *, seconds: float) -> None:
         return ApiError(500, message, "failed").to_response()
 
 
+def _add_information_routes(app: FastAPI, service: Service) -> None:
+    """Add the routes that report the model, the health, the version and the metrics."""
+
+    @app.get("/v1/models", summary="List the served model")
+    async def models() -> dict[str, Any]:
+        return service.models()
+
+    @app.get("/v1/models/{name:path}", summary="Describe the model")
+    async def model(name: str) -> Response:
+        return service.model(name)
+
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", summary="Report whether requests are being answered")
+    @app.get("/ping", include_in_schema=False)
+    async def health() -> Response:
+        return service.health()
+
+    @app.get("/version", summary="Report the version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/metrics", summary="Export Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 def make_app(service: Service) -> FastAPI:
     """Return the ASGI application of a service."""
     app = FastAPI(
@@ -430,23 +456,7 @@ def make_app(service: Service) -> FastAPI:
         dependencies=[Depends(service.check_origin), Depends(service.check_open)],
     )
 
-    @app.get("/v1/models", summary="List the models, of which there is one")
-    async def models() -> dict[str, Any]:
-        return service.models()
-
-    @app.get("/v1/models/{name:path}", summary="Describe the model")
-    async def model(name: str) -> Response:
-        return service.model(name)
-
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health", summary="Report whether requests are being answered")
-    @app.get("/ping", include_in_schema=False)
-    async def health() -> Response:
-        return service.health()
-
-    @app.get("/version", summary="Report the version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__}
+    _add_information_routes(app, service)
 
     @app.get("/openapi.json", include_in_schema=False)
     async def schema() -> dict[str, Any]:
@@ -457,9 +467,5 @@ def make_app(service: Service) -> FastAPI:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         return HTMLResponse(render_docs(await schema()), headers=_PAGE_HEADERS)
-
-    @app.get("/metrics", summary="Export Prometheus metrics")
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app

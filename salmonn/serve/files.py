@@ -7,7 +7,7 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -329,13 +329,7 @@ def file_routes(store: FileStore, metrics: Metrics, *, seconds: float) -> APIRou
         order: Literal["asc", "desc"] = "desc",
     ) -> dict[str, Any]:
         files = [file for file in store.files(request.state.owner) if purpose in (None, file.purpose)]
-        files = files if order == "asc" else files[::-1]
-        if after is not None:
-            ids = [file.id for file in files]
-            files = files[ids.index(after) + 1 :] if after in ids else []
-        data = [file.to_json() for file in files[:limit]]
-        ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-        return {"object": "list", "data": data, **ends, "has_more": len(files) > limit}
+        return _to_page(files if order == "asc" else files[::-1], after=after, limit=limit)
 
     @router.get("/v1/files/{file_id}", summary="Describe a file")
     async def retrieve(request: Request, file_id: str) -> dict[str, Any]:
@@ -354,3 +348,13 @@ def file_routes(store: FileStore, metrics: Metrics, *, seconds: float) -> APIRou
         return {"id": file.id, "object": "file", "deleted": True}
 
     return router
+
+
+def _to_page(files: Sequence[StoredFile], *, after: str | None, limit: int) -> dict[str, Any]:
+    """Return up to `limit` files behind the one with the id `after`, in OpenAI's format of a list."""
+    if after is not None:
+        ids = [file.id for file in files]
+        files = files[ids.index(after) + 1 :] if after in ids else []
+    data = [file.to_json() for file in files[:limit]]
+    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return {"object": "list", "data": data, **ends, "has_more": len(files) > limit}

@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
                 self.should_exit = True
         try:
             self.service.files.remove_expired()
-        except OSError as error:  # the server goes on answering on a disk that has become read-only
+        except OSError as error:  # such as a disk that has become read-only; requests are still answered
             log.warning("expired files could not be deleted: %s", error)
         self._close_idle_connections()
         return await super().on_tick(counter)

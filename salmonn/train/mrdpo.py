@@ -130,6 +130,11 @@ class MrDpoConfig(RunConfig):
                 "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
                 "--heldout-references"
             )
+        if self.reward.kind == "model" and self.selection.repetition_fraction:
+            raise ValueError(
+                "selection.repetition_fraction needs the judge's quotes of repeated clauses, which a reward model "
+                "does not give; set it to 0, or use --reward.kind judge"
+            )
         if self.sampling.num_samples < 2 or not self.sampling.temperature:
             raise ValueError(
                 "pairs need different captions of a clip: sampling.num_samples must be at least 2 and "

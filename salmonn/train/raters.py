@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from salmonn import dist
+from salmonn.caption.captioner import Captioner
 from salmonn.model.fingerprint import hash_model
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.pooling import AnswerStates
-from salmonn.preference.agreement import measure_agreement
+from salmonn.preference.agreement import Agreement, measure_agreement
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.heads import fit_temperature
 from salmonn.preference.ideal_point import (
@@ -211,8 +212,28 @@ def train_raters(
     blind = None
     if trainer.config.blind:
         blind = measure(rotate_features(features), trainer.folder / BLIND_DIR, len(fitted.info.sizes))
+    agreement = measure_agreement(heldout, fitted.margins, blind.margins if blind else None)
+    source = ", ".join(sorted({group.example.source for group in groups}))
+    info = _to_info(trainer, captioner, train, fitted, source=source, agreement=agreement)
+    if dist.is_main():
+        write_records(trainer.folder / RATERS_NAME, fitted.raters)
+        save_reward_model(trainer.folder, fitted.head, info)
+    dist.barrier()
+    return info
+
+
+def _to_info(
+    trainer: RewardTrainer,
+    captioner: Captioner,
+    train: Sequence[AnswerGroup],
+    fitted: FittedRaters,
+    *,
+    source: str,
+    agreement: Agreement,
+) -> RewardInfo:
+    """Return the contents of reward.json for a model that was fitted to the groups `train`."""
     std, mean = torch.std_mean(fitted.rewards)
-    info = RewardInfo(
+    return RewardInfo(
         "ideal-point",
         trainer.config.pooling,
         captioner.name,
@@ -220,17 +241,12 @@ def train_raters(
         mean=float(mean),
         std=max(float(std), 1e-6),
         temperature=fit_temperature(fitted.margins),
-        source=", ".join(sorted({group.example.source for group in groups})),
+        source=source,
         num_comparisons=sum(len(group.pairs) for group in train),
         num_clips=len(train),
-        agreement=measure_agreement(heldout, fitted.margins, blind.margins if blind else None),
+        agreement=agreement,
         prototypes=fitted.info,
     )
-    if dist.is_main():
-        write_records(trainer.folder / RATERS_NAME, fitted.raters)
-        save_reward_model(trainer.folder, fitted.head, info)
-    dist.barrier()
-    return info
 
 
 def describe_raters(info: PrototypeInfo) -> str:

@@ -157,7 +157,7 @@ def stop_reason(summary: RunSummary, early_stopping: EarlyStopConfig) -> str | N
 def over_optimization(summary: RunSummary) -> str | None:
     """Return why the rounds stop if the policy exploits its reward model; None without one.
 
-    Past some distance from the start, the reward goes on rising while what it stands for falls (arXiv 2210.10760): here
+    Past some distance from the start, the reward keeps rising while the true objective falls (arXiv 2210.10760): here
     it rises twice by a standard deviation while the judge's Total falls by less than a point, or captions are 1.5 times
     as long as at the start and miss as much.
     """

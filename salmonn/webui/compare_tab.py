@@ -311,7 +311,7 @@ class CompareTab:
         saved = f'<p class="verdict">{escape(vote_message(vote))}</p>'
         if vote.rater:
             saved += (
-                f'<p class="note">To have your votes deleted, give this id to whoever runs this page: '
+                f'<p class="note">To have your votes deleted, give this id to the operator of this page: '
                 f"<code>{vote.rater}</code></p>"
             )
         update: Update = {

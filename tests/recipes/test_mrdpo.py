@@ -417,6 +417,10 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ({"fit": {"steps": 0}}, "steps must be at least 1"),
         ({"fit": {"learning_rate": -1e-3}}, "learning_rate must be above 0"),
         ({"fit": {"weight_decay": -1.0}}, "weight_decay at least 0"),
+        (
+            {"reward": RewardConfig("model"), "selection": {"repetition_fraction": 0.1}},
+            "selection.repetition_fraction needs the judge's quotes",
+        ),
         ({"reward_training": {"kind": "ideal-point"}}, "reward_training.kind ideal-point cannot be trained"),
     ],
 )

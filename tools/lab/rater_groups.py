@@ -276,7 +276,7 @@ def clear_pairs(shares: Mapping[str, float], captions: JudgedCaptions) -> tuple[
 def measure_unseen(
     config: RaterLabConfig, model: RaterModel, train: JudgedCaptions, heldout: JudgedCaptions
 ) -> dict[int, float]:
-    """Return number of votes -> mean accuracy of new raters that are fitted to so many votes."""
+    """Return number of votes -> mean accuracy of new raters that are fitted to that number of votes."""
     raters = make_raters(config.num_unseen, groups=config.groups, mixed=config.mixed, noise=config.noise, seed=1)
     accuracy = {}
     with torch.no_grad():
