@@ -85,7 +85,7 @@ def write_votes(options: Namespace) -> int:
 def _judge(captions: dict[str, Caption], reference: Reference) -> dict[str, CaptionTraits]:
     judge = RuleJudge()
     return {
-        words: caption_traits(judge.judge_one(ScoringTask(reference, caption)), reference)
+        words: caption_traits(caption, judge.judge_one(ScoringTask(reference, caption)), reference)
         for words, caption in captions.items()
     }
 

@@ -1,23 +1,30 @@
-"""Simulated raters of captions of synthetic clips: groups that want different things, with noise; needs no torch.
+"""Simulated raters of captions of synthetic clips: what they look at, what they want, and how they err; needs no torch.
 
-    traits = caption_traits(score, reference)
-    rater = SimulatedRater("short-1", {"short": 1.0}, NOISE["usual"])
-    rater.preference(traits, other_traits)          # probability that the first caption is preferred
+    rater = make_voter("noisy", seed=1)
+    rater.prefers(caption_traits(caption, score, reference), other_traits)   # probability of the first caption
 
-The groups are inventions that make a test possible, whose answer is known. They say nothing about people.
+Groups want different things, with the same noise for all. Voters are single raters with a known flaw, or none. All are
+inventions that make a test possible, whose answer is known. They say nothing about people.
 """
 
 import math
 import random
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from salmonn.records import Reference, Score
+from salmonn.records import Caption, Reference, Score
+from salmonn.synthetic.parser import parse_claims
 
 NoiseName = Literal["clean", "usual", "tired"]
+VoterKind = Literal["metric", "noisy", "hasty", "long", "doubter", "eye", "ear", "crowd", "cycle"]
 WORDS = 60  # length of 1
 MIXTURE_CONCENTRATION = 0.3  # of the Dirichlet distribution; below 1, a rater is mostly of one group
+REPETITION_WEIGHT = 8.0  # as in recipes/configs/mrdpo.yaml
+TIE_MARGIN = 0.05  # a voter who prefers neither by more than this calls it a tie
+BAD_LOSS = 0.8  # (Total + weighted repetition) of a caption that is bad however good the other is
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,9 @@ class CaptionTraits:
         errors: (incorrect + hallucinated) / number of events.
         repetition: share of the words that are in repeated clauses.
         length: words / 60.
+        total: Total, (missing + incorrect + hallucinated) / number of events.
+        sound_form: phrase that most of the sounds are told with, of `SOUND_FORMS`; "" for another one, None without
+            sounds.
     """
 
     seen: float
@@ -37,40 +47,89 @@ class CaptionTraits:
     errors: float
     repetition: float
     length: float
+    total: float = 0.0
+    sound_form: str | None = None
+
+    @property
+    def loss(self) -> float:
+        """Total plus weighted repetition, which mrDPO minimizes."""
+        return self.total + REPETITION_WEIGHT * self.repetition
 
 
-# Group -> weight of each trait.
-GROUPS: Mapping[str, CaptionTraits] = {
-    "complete": CaptionTraits(seen=2, heard=2, errors=-1, repetition=-1, length=0),  # wants everything
-    "short": CaptionTraits(seen=0.7, heard=0.7, errors=-0.5, repetition=0, length=-4),  # wants it brief
-    "sound": CaptionTraits(seen=0.3, heard=4, errors=-0.5, repetition=0, length=0),  # listens
-    "careful": CaptionTraits(seen=0.4, heard=0.4, errors=-4, repetition=0, length=0),  # forgives gaps, not errors
-    "picture": CaptionTraits(seen=4, heard=0.3, errors=-0.5, repetition=0, length=0),  # looks
+# Group, or kind of voter -> weight of each trait.
+UTILITIES: Mapping[str, Mapping[str, float]] = {
+    "complete": {"seen": 2, "heard": 2, "errors": -1, "repetition": -1},  # wants everything
+    "short": {"seen": 0.7, "heard": 0.7, "errors": -0.5, "length": -4},  # wants it brief
+    "sound": {"seen": 0.3, "heard": 4, "errors": -0.5},  # listens
+    "careful": {"seen": 0.4, "heard": 0.4, "errors": -4},  # forgives gaps, not errors
+    "picture": {"seen": 4, "heard": 0.3, "errors": -0.5},  # looks
+    "metric": {"loss": -1},  # the judge as a rater
+    "noisy": {"total": -1},
+    "hasty": {"total": -1},
+    "long": {"length": 1},  # likes words, whatever they say
+    "doubter": {"errors": -1},
+    "eye": {"seen": 1},
+    "ear": {"heard": 1},
 }
+GROUPS = ("complete", "short", "sound", "careful", "picture")
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Errors of a rater: P(a over b) = lapses / 2 + (1 - lapses) * sigmoid((u(a) - u(b)) / temperature)."""
+    """Errors of a rater: P(a over b) = lapses / 2 + (1 - lapses) * sigmoid((u(a) - u(b)) / temperature + side).
+
+    `side` is a preference for the caption that is shown first, in logits.
+    """
 
     temperature: float
-    lapses: float
+    lapses: float = 0.0
+    side: float = 0.0
 
 
 NOISE: Mapping[NoiseName, Noise] = {
-    "clean": Noise(temperature=0.1, lapses=0.0),
+    "clean": Noise(temperature=0.1),
     "usual": Noise(temperature=0.3, lapses=0.05),
     "tired": Noise(temperature=0.6, lapses=0.15),
 }
+# Kind of a voter with a utility -> its noise.
+VOTERS: Mapping[str, Noise] = {
+    "metric": Noise(0.05),
+    "noisy": Noise(0.25),
+    "hasty": Noise(0.25, side=0.4),  # 60 % for the first of two equal captions
+    "long": Noise(6 / WORDS),
+    "doubter": Noise(0.05),
+    "eye": Noise(0.05),
+    "ear": Noise(0.05),
+}
+# Phrases for a sound, each beating the next, and the last one the first, in the eyes of the voter "cycle".
+SOUND_FORMS = ("plays", "is heard", "can be heard")
+_FORM_PATTERNS = {
+    "plays": re.compile(r"\bplays?\b", re.IGNORECASE),
+    "is heard": re.compile(r"\b(?:is|are) heard\b", re.IGNORECASE),
+    "can be heard": re.compile(r"\bcan be heard\b", re.IGNORECASE),
+}
+
+
+class Rater(Protocol):
+    """Prefers one of two captions of a clip."""
+
+    @property
+    def name(self) -> str:
+        """Id of the rater."""
+        ...
+
+    def prefers(self, first: CaptionTraits, second: CaptionTraits) -> float:
+        """Return the probability that the rater prefers the first caption."""
+        ...
 
 
 @dataclass(frozen=True)
 class SimulatedRater:
-    """A rater that belongs to one group, or to several in part.
+    """A rater with the utility of one group or kind of voter, or of several groups in part.
 
     Args:
         name: id of the rater.
-        shares: group -> share; they sum to 1.
+        shares: group or kind of voter -> share; they sum to 1.
         noise: errors.
     """
 
@@ -82,11 +141,47 @@ class SimulatedRater:
         """Return how much the rater likes a caption."""
         return sum(share * group_utility(group, traits) for group, share in self.shares.items())
 
-    def preference(self, first: CaptionTraits, second: CaptionTraits) -> float:
+    def prefers(self, first: CaptionTraits, second: CaptionTraits) -> float:
         """Return the probability that the rater prefers the first caption."""
-        difference = (self.utility(first) - self.utility(second)) / self.noise.temperature
+        difference = (self.utility(first) - self.utility(second)) / self.noise.temperature + self.noise.side
         preferred = 0.5 * (1 + math.tanh(difference / 2))  # the sigmoid, without overflow
         return self.noise.lapses / 2 + (1 - self.noise.lapses) * preferred
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Several raters, one of whom votes."""
+
+    name: str
+    members: Sequence[Rater]
+
+    def prefers(self, first: CaptionTraits, second: CaptionTraits) -> float:
+        """Return the probability that a random member prefers the first caption."""
+        return sum(member.prefers(first, second) for member in self.members) / len(self.members)
+
+
+@dataclass(frozen=True)
+class CyclicRater:
+    """Prefers phrases for sounds in a circle, which no reward can explain; `metric` decides between equal phrases.
+
+    Each of `SOUND_FORMS` beats the next with 0.9; all three beat other phrases, and these beat silence, with 0.7.
+    """
+
+    name: str
+    metric: Rater
+
+    def prefers(self, first: CaptionTraits, second: CaptionTraits) -> float:
+        """Return the probability that the rater prefers the first caption."""
+        if first.sound_form == second.sound_form:
+            return self.metric.prefers(first, second)
+        if first.sound_form in SOUND_FORMS and second.sound_form in SOUND_FORMS:
+            step = SOUND_FORMS.index(second.sound_form) - SOUND_FORMS.index(first.sound_form)
+            return 0.9 if step % len(SOUND_FORMS) == 1 else 0.1
+        return 0.7 if _form_rank(first) > _form_rank(second) else 0.3
+
+
+def _form_rank(traits: CaptionTraits) -> int:
+    return 0 if traits.sound_form is None else 1 + (traits.sound_form in SOUND_FORMS)
 
 
 @dataclass(frozen=True)
@@ -99,8 +194,8 @@ class SimulatedVote:
     prefers_first: bool
 
 
-def caption_traits(score: Score, reference: Reference) -> CaptionTraits:
-    """Return the traits of a caption from its score against a reference."""
+def caption_traits(caption: Caption, score: Score, reference: Reference) -> CaptionTraits:
+    """Return the traits of a caption, with its score against a reference."""
     correct = [mention.event.is_audible for mention in score.mentions if mention.is_correct]
     num_audible = sum(event.is_audible for event in reference.events)
     num_visual = len(reference.events) - num_audible
@@ -110,12 +205,41 @@ def caption_traits(score: Score, reference: Reference) -> CaptionTraits:
         errors=(score.incorrect + score.hallucinated) / max(score.num_events, 1),
         repetition=score.repetition,
         length=score.num_words / WORDS,
+        total=score.total,
+        sound_form=main_sound_form(caption.text),
     )
 
 
+def main_sound_form(text: str) -> str | None:
+    """Return the phrase of `SOUND_FORMS` that most sounds of a caption are told with, "" if it is another one.
+
+    Of equally frequent phrases, the first in the caption counts. None for a caption without sounds.
+    """
+    clauses = {claim.clause_number: claim.clause for claim in parse_claims(text) if claim.kind == "sound"}
+    forms = Counter(_sound_form(clauses[number]) for number in sorted(clauses))
+    return max(forms, key=lambda form: forms[form]) if forms else None
+
+
+def _sound_form(clause: str) -> str:
+    return next((form for form, pattern in _FORM_PATTERNS.items() if pattern.search(clause)), "")
+
+
 def group_utility(group: str, traits: CaptionTraits) -> float:
-    """Return how much a group likes a caption."""
-    return sum(weight * getattr(traits, name) for name, weight in vars(GROUPS[group]).items())
+    """Return how much a group, or a kind of voter, likes a caption."""
+    return sum(weight * getattr(traits, name) for name, weight in UTILITIES[group].items())
+
+
+def make_voter(kind: VoterKind, *, seed: int = 0) -> Rater:
+    """Make a voter; the seed only distinguishes the votes of several voters of a kind.
+
+    crowd is doubter, eye and ear, each as often as the others. It looks intransitive, but hardly is.
+    """
+    name = f"{kind}-{seed}"
+    if kind == "crowd":
+        return Crowd(name, [make_voter(member, seed=seed) for member in ("doubter", "eye", "ear")])
+    if kind == "cycle":
+        return CyclicRater(name, make_voter("metric", seed=seed))
+    return SimulatedRater(name, {kind: 1.0}, VOTERS[kind])
 
 
 def make_raters(
@@ -148,7 +272,7 @@ def make_raters(
 
 
 def draw_votes(
-    rater: SimulatedRater, clips: Sequence[Mapping[str, CaptionTraits]], *, number: int, seed: int = 0
+    rater: Rater, clips: Sequence[Mapping[str, CaptionTraits]], *, number: int, seed: int = 0
 ) -> list[SimulatedVote]:
     """Draw votes of a rater between two captions of a clip, each time a random one.
 
@@ -170,6 +294,6 @@ def draw_votes(
         clip = rng.choice(usable)
         traits = list(clips[clip].values())
         first, second = rng.sample(range(len(traits)), 2)
-        prefers_first = rng.random() < rater.preference(traits[first], traits[second])
+        prefers_first = rng.random() < rater.prefers(traits[first], traits[second])
         votes.append(SimulatedVote(clip, first, second, prefers_first))
     return votes

@@ -17,7 +17,9 @@ from salmonn.synthetic.raters import (
     caption_traits,
     draw_votes,
     group_utility,
+    main_sound_form,
     make_raters,
+    make_voter,
 )  # fmt: skip
 
 EVENTS = (
@@ -29,12 +31,15 @@ FULL = CaptionTraits(seen=1.0, heard=1.0, errors=0.5, repetition=0.5, length=0.2
 
 
 def test_traits_of_a_caption():
-    """One of two visual events, the tone, and a star that is not there; 15 words."""
+    """One of two visual events, the tone, and a star that is not there; 16 words."""
     text = "A red circle appears. A low tone is heard. A blue star appears and then blinks."
     reference = Reference("a.mp4", EVENTS)
-    score = RuleJudge().judge_one(ScoringTask(reference, Caption("a.mp4", text)))
+    caption = Caption("a.mp4", text)
+    score = RuleJudge().judge_one(ScoringTask(reference, caption))
     assert (score.incorrect, score.hallucinated) == (0, 2)
-    assert caption_traits(score, reference) == CaptionTraits(0.5, 1.0, errors=2 / 3, repetition=0.0, length=16 / 60)
+    assert caption_traits(caption, score, reference) == CaptionTraits(
+        0.5, 1.0, errors=2 / 3, repetition=0.0, length=16 / 60, total=1.0, sound_form="is heard"
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,10 +60,63 @@ def test_preference_is_a_sigmoid_with_lapses():
     """Utilities 3 and 2.4 differ by 0.6, twice the temperature."""
     rater = SimulatedRater("r", {"complete": 1.0}, Noise(temperature=0.3, lapses=0.1))
     other = CaptionTraits(seen=0.7, heard=1.0, errors=0.5, repetition=0.5, length=0.25)
-    assert rater.preference(FULL, other) == pytest.approx(0.05 + 0.9 / (1 + math.exp(-2)))
-    assert rater.preference(other, FULL) == pytest.approx(1 - rater.preference(FULL, other))
+    assert rater.prefers(FULL, other) == pytest.approx(0.05 + 0.9 / (1 + math.exp(-2)))
+    assert rater.prefers(other, FULL) == pytest.approx(1 - rater.prefers(FULL, other))
     hot = SimulatedRater("r", {"complete": 1.0}, Noise(temperature=1e-9, lapses=0.0))
-    assert (hot.preference(FULL, other), hot.preference(other, FULL)) == (1.0, 0.0)
+    assert (hot.prefers(FULL, other), hot.prefers(other, FULL)) == (1.0, 0.0)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "preference"),
+    [
+        ("metric", sigmoid((0.1 + 8 * 0.01) / 0.05)),
+        ("noisy", sigmoid(0.1 / 0.25)),
+        ("hasty", sigmoid(0.1 / 0.25 + 0.4)),
+        ("long", sigmoid(-3 / 6)),
+        ("doubter", sigmoid(-0.05 / 0.05)),
+        ("eye", 0.5),
+        ("ear", sigmoid(0.1 / 0.05)),
+        ("crowd", (sigmoid(-1) + 0.5 + sigmoid(2)) / 3),
+        ("cycle", sigmoid((0.1 + 8 * 0.01) / 0.05)),
+    ],
+)
+def test_voters(kind, preference):
+    """The first caption hears 0.1 more, with 0.05 more errors; it has 12 words, the second 15, of which some repeat."""
+    first = CaptionTraits(seen=0.5, heard=0.6, errors=0.15, repetition=0.0, length=12 / 60, total=0.4)
+    second = CaptionTraits(seen=0.5, heard=0.5, errors=0.10, repetition=0.01, length=15 / 60, total=0.5)
+    voter = make_voter(kind, seed=3)
+    assert voter.prefers(first, second) == pytest.approx(preference)
+    assert voter.name == f"{kind}-3"
+
+
+def test_cyclic_voter_goes_in_circles():
+    traits = {
+        form: CaptionTraits(seen=0, heard=0, errors=0, repetition=0, length=0, sound_form=form)
+        for form in ("plays", "is heard", "can be heard", "", None)
+    }
+    voter = make_voter("cycle")
+    table = {(a, b): voter.prefers(traits[a], traits[b]) for a in traits for b in traits}
+    assert all(table[a, b] == pytest.approx(1 - table[b, a]) for a, b in table)
+    circle = [("plays", "is heard"), ("is heard", "can be heard"), ("can be heard", "plays")]
+    assert [table[pair] for pair in circle] == [0.9] * 3
+    assert {table[a, b] for a in ("plays", "is heard", "can be heard") for b in ("", None)} | {table["", None]} == {0.7}
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("A red circle appears.", None),
+        ("There is a low tone, and repeated beeps can be heard.", ""),  # the first of two
+        ("We hear a low tone. Clicks play, and then a high tone plays while a star blinks.", "plays"),
+        ("Two tones are heard.", "is heard"),
+    ],
+)
+def test_main_sound_form(text, form):
+    assert main_sound_form(text) == form
 
 
 def test_raters_of_groups_and_mixtures():

@@ -161,7 +161,7 @@ def prepare(config: RaterLabConfig) -> tuple[JudgedCaptions, JudgedCaptions]:
             if words and words not in texts[index]:
                 reference = clips.references[index]
                 score = RuleJudge().judge_one(ScoringTask(reference, caption))
-                texts[index][words] = caption_traits(score, reference)
+                texts[index][words] = caption_traits(caption, score, reference)
                 rows[index].append(PromptRow(index, caption.prompt, caption.text, finished=caption.finished))
         path = folder / "states.safetensors"
         if not path.exists():
