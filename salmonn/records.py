@@ -255,8 +255,7 @@ class JudgeInfo:
         judge: "rule", or a model with its server.
         prompt_hash: hash of the judge's prompt, or version of its rules.
         protocol: "salmonn" or "published".
-        date: UTC, in ISO format.
-        version: version of salmonn.
+        date, version: time in UTC and ISO format, and version of salmonn.
         seeds: seed of each pass over the captions.
         totals: Total of each pass; None for a pass in which nothing could be scored.
         reported_pass: index of the pass that the scores are from.
@@ -273,10 +272,20 @@ class JudgeInfo:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two answers to one prompt about a video, of which `chosen` is better than `rejected`.
+class Mark:
+    """A person's judgement of a clause: characters `start` to `end` of a caption, exclusive, are right or wrong."""
 
-    Selected pairs of mrDPO, votes and published preferences all become comparisons; every recipe reads them.
+    start: int
+    end: int
+    is_right: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one prompt about a video, of which `chosen` is better than `rejected`; every recipe reads them.
+
+    Where only one was rated good or bad, for losses that rate each by itself, the other is "" and not finished: an
+    answer without tokens, on which no loss depends.
 
     Args:
         video: path of the file with the video, or the audio or image alone, as in `Reference.video`.
@@ -291,6 +300,7 @@ class Comparison:
         audio: path of the audio track where it is a file of its own.
         start_seconds, end_seconds: the part of the video that the answers are about; None for an open end.
         rater: id of the person who compared them, as in a vote; "" if unknown, or if it was no person.
+        chosen_marks, rejected_marks: marks on clauses of the answers.
     """
 
     video: str
@@ -308,6 +318,8 @@ class Comparison:
     start_seconds: float | None = None
     end_seconds: float | None = None
     rater: str = ""
+    chosen_marks: tuple[Mark, ...] = ()
+    rejected_marks: tuple[Mark, ...] = ()
 
 
 def write_records(path: Path | str, records: Iterable[Any]) -> None:
@@ -376,18 +388,13 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def read_records(path: Path | str, record_type: type[Record]) -> list[Record]:
-    """Read a JSONL file of `record_type`.
+    """Read a JSONL file of `record_type`; blank lines are skipped.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: a line is not JSON, or has a missing, unknown or invalid field; the message names file and line.
     """
-    return list(iter_records(path, record_type))
-
-
-def iter_records(path: Path | str, record_type: type[Record]) -> Iterator[Record]:
-    """Yield the records of a JSONL file; see `read_records`. Blank lines are skipped."""
-    return (record for _, record in iter_numbered_records(path, record_type))
+    return [record for _, record in iter_numbered_records(path, record_type)]
 
 
 def iter_numbered_records(
