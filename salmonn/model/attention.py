@@ -3,6 +3,9 @@
 The decoder's layers are those of transformers, which call the attention implementation named in their config. The one
 registered here passes the work to an `AttentionBackend` where one is given: to `PackedAttention` for a packed batch in
 training, to `PrefillAttention` for prompts, and to a `KVCache` for decode steps. Without one it is transformers' SDPA.
+
+The windows of Qwen2.5-VL's vision tower, thousands in a clip, go through SDPA in batches of equal length
+(`window_attention`).
 """
 
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -20,6 +24,10 @@ from salmonn.model.kv_cache import KVCache
 from salmonn.model.packing import PackedBatch
 
 NAME = "salmonn"  # of this implementation, in a decoder's config
+# Of `window_attention`, in the config of a vision tower. Transformers passes the boundaries of the windows to attention
+# that has "flash" in its name, and calls any other one for each window.
+WINDOW_NAME = "salmonn_flash_windows"
+WINDOW_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class AttentionBackend(Protocol):
@@ -72,8 +80,55 @@ def use_packed_attention(config: Any) -> None:
     config._attn_implementation = NAME
 
 
+def window_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    **_others: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention within windows, with the signature of transformers: one SDPA call per distinct window length.
+
+    Args:
+        query, key, value: (1, H, T, d) of consecutive windows.
+        scaling: factor of the scores.
+        cu_seq_lens_q: (W + 1,) boundaries of the windows, from 0 to T.
+
+    Returns:
+        (1, T, H, d) and no weights.
+    """
+    lengths = cu_seq_lens_q.diff()
+    by_length = lengths.argsort(stable=True)
+    distinct, counts = (values.tolist() for values in lengths.unique(return_counts=True))
+    starts = cu_seq_lens_q[:-1].long()
+    outputs, places = [], []
+    for length, windows in zip(distinct, by_length.split(counts), strict=True):
+        place = (starts[windows, None] + torch.arange(length, device=starts.device)).flatten()
+        queries, keys, values = (
+            tensor[0].transpose(0, 1)[place].unflatten(0, (-1, length)).transpose(1, 2)  # (W, H, length, d)
+            for tensor in (query, key, value)
+        )
+        # cuDNN, which PyTorch prefers on recent GPUs, would build a plan for each number of windows.
+        with sdpa_kernel(WINDOW_BACKENDS, set_priority=True):
+            output = F.scaled_dot_product_attention(queries, keys, values, scale=scaling)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        places.append(place)
+    order = torch.cat(places).argsort()
+    return torch.cat(outputs)[order].unsqueeze(0), None
+
+
+def use_window_attention(config: Any) -> None:
+    """Route the layers of a Qwen2.5-VL vision tower with this config to `window_attention` instead of SDPA."""
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = WINDOW_NAME
+
+
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(WINDOW_NAME, window_attention)
 
 
 class PackedAttention:

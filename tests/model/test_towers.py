@@ -5,10 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from salmonn.model.towers import SiglipTower, WindowQFormer, chunk_positions, normalize, to_patches
+from salmonn.model.attention import use_window_attention
+from salmonn.model.towers import QwenTower, SiglipTower, WindowQFormer, chunk_positions, normalize, to_patches
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +128,28 @@ def test_siglip_tower():
     assert first[2].eq(7).all() and first[5].eq(7).all() and not first[3].eq(7).any()
     patches = tower.projector(tower.encoder(frames[2:] / 127.5 - 1).last_hidden_state)[0]
     assert torch.allclose(second[0], patches[[0, 1, 5, 6]].amax(0), atol=1e-5)
+
+
+@torch.no_grad()
+def test_windows_go_through_attention_in_batches():
+    """The features equal those of transformers' SDPA, which calls a kernel for each window of each layer."""
+    torch.manual_seed(0)
+    config = Qwen2_5_VLVisionConfig(
+        depth=3, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=24, patch_size=2, window_size=16,
+        fullatt_block_indexes=[1],
+    )  # fmt: skip
+    tower = QwenTower(Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa")).eval()
+    grids = [(4, 20, 12), (3, 8, 8)]  # windows of 64, 32 and 16 patches
+    patches = [torch.randint(256, (math.prod(grid), 3 * 2 * 2 * 2), dtype=torch.uint8) for grid in grids]
+    features, kernels = {}, {}
+    for name in ("transformers", "ours"):
+        if name == "ours":
+            use_window_attention(tower.encoder.config)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            features[name] = tower(patches, grids)
+        events = profiler.key_averages()
+        kernels[name] = sum(event.count for event in events if event.key == "aten::scaled_dot_product_attention")
+    for expected, ours in zip(features["transformers"], features["ours"], strict=True):
+        assert (ours - expected).abs().max() < 1e-5 < expected.abs().max()
+    # Two layers of 4 x 6 and 3 x 1 windows, and one with a window for each of the 7 steps.
+    assert kernels == {"transformers": 2 * 27 + 7, "ours": 2 * 3 + 2}

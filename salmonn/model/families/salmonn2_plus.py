@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from salmonn.media.frame_sampling import UniformSampler
+from salmonn.model.attention import use_window_attention
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families.base import (
     BERT_BASE_2_LAYERS,
@@ -130,6 +131,7 @@ class Salmonn2Plus(Family):
             Qwen2_5_VLConfig(**self.config.lm, attn_implementation=attn_implementation)
         )
         vision, lm.model.visual = QwenTower(lm.model.visual), None
+        use_window_attention(vision.encoder.config)
         width = lm.get_input_embeddings().embedding_dim
         return vision, self.build_audio_tower(width=width, attn_implementation=attn_implementation), lm
 
