@@ -1,6 +1,7 @@
-"""Guided DPO on existing preference pairs: mrDPO's own, votes, or published conversations.
+"""Guided DPO on existing preferences: mrDPO's own pairs, people's feedback, or published conversations.
 
     torchrun recipes/dpo.py --preferences data/published_dpo.json --model FOLDER --out run/dpo
+    torchrun recipes/dpo.py --feedback run/votes --model FOLDER --out run/dpo
 
 One round: a fresh LoRA is trained on chosen against rejected answers with cross-entropy on the ground truth; the
 reference policy is the same weights without it. Then it is merged. To sample and rate captions first, use `mrdpo.py`.
@@ -9,7 +10,7 @@ Run the same command again to resume a killed run.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from salmonn.conversations import Conversation, is_conversation_file, read_conve
 from salmonn.model.loading import CONFIG_NAME, load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.comparisons import conversation_to_comparison
-from salmonn.preference.losses import LossConfig, Role, make_loss
+from salmonn.preference.feedback import read_feedback
+from salmonn.preference.feedback_pairs import describe_comparisons, to_comparisons
+from salmonn.preference.losses import UNPAIRED_LOSSES, LossConfig, Role, make_loss
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Comparison, iter_numbered_records
 from salmonn.train.checkpoint import checkpointed
@@ -51,8 +54,11 @@ class OfflineDpoConfig(RunConfig):
     """Guided DPO on existing preference pairs.
 
     Args:
-        preferences: JSONL of comparisons (pairs.jsonl of a round, or of votes), or .json or .jsonl of published
-            conversations with preferences (docs/data.md).
+        preferences: JSONL of comparisons (pairs.jsonl of a round), or .json or .jsonl of published conversations with
+            preferences (docs/data.md).
+        feedback: folder of people's feedback, as the web UI saves it, to train on in place of `preferences`. Votes,
+            edits and ratings become pairs; with loss.kind kto or bco_pair, each rated caption is trained on by itself.
+            The cross-entropy is on what people wrote and on reference captions, where there are any.
         root: folder that the paths of the videos start from; by default the folder of `preferences`.
         subset: subset of the preferences that is trained on.
         loss: loss.
@@ -60,7 +66,8 @@ class OfflineDpoConfig(RunConfig):
         fit: optimization.
     """
 
-    preferences: Path
+    preferences: Path | None = None
+    feedback: Path | None = None
     root: Path | None = None
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -87,7 +94,8 @@ def main(config: OfflineDpoConfig) -> None:
     sizes = load_config(config.model, frames=config.frames)
     check_adapters(sizes, config.lora)
     processor = Processor.load(config.model, config=sizes)
-    comparisons = load_comparisons(config, check=partial(check_texts, processor=processor))
+    load = load_feedback if config.feedback else load_comparisons
+    comparisons = load(config, check=partial(check_texts, processor=processor))
     left_out = LeftOut(config.out, max_failures=config.max_failures)
     open_run(config, plan_steps(config, comparisons, left_out), name="dpo")
     if is_complete(config.out):
@@ -96,7 +104,8 @@ def main(config: OfflineDpoConfig) -> None:
 
     # Load. The frozen encoders run once on each clip.
     captioner = config.load_model(config.model)
-    loss = make_loss(config.loss)
+    has_truth = any(comparison.ground_truth for comparison, _ in comparisons)
+    loss = make_loss(config.loss if has_truth else replace(config.loss, ce_weight=0.0))
     examples = load_examples(comparisons, captioner, config, left_out=left_out, roles=loss.roles)
 
     # Train.
@@ -142,7 +151,10 @@ def load_comparisons(
         FileNotFoundError: the file or one of its videos does not exist.
         ValueError: there are no preferences, or they lack the ground truth that the loss needs.
     """
-    path, root = config.preferences, config.root or config.preferences.parent
+    path = config.preferences
+    if path is None:
+        raise ValueError("give --preferences, a file of preference pairs, or --feedback, a folder of people's feedback")
+    root = config.root or path.parent
     if is_conversation_file(path):
         conversations = read_conversations(path, check=check)
         preferences = [one for one in conversations if one.preference]
@@ -165,6 +177,43 @@ def load_comparisons(
             f"{num_without} preferences of {path} have no ground truth, which the cross-entropy needs; add it, or set "
             "--loss.ce-weight 0"
         )
+    return pairs
+
+
+def load_feedback(
+    config: OfflineDpoConfig, *, check: Callable[[Comparison | Conversation], None] | None = None
+) -> list[ClipComparison]:
+    """Read people's feedback as comparisons, each with its clip, and log what could not be used.
+
+    Args:
+        config: folder and loss.
+        check: raises a ValueError for texts that the model cannot learn; these are not used.
+
+    Raises:
+        FileNotFoundError: a video does not exist.
+        ValueError: there is no feedback to train on.
+    """
+    assert config.feedback
+    comparisons, unused = to_comparisons(read_feedback(config.feedback), unpaired=config.loss.kind in UNPAIRED_LOSSES)
+    usable = []
+    for one in comparisons:
+        try:
+            if check:
+                check(one)
+            usable.append(one)
+        except ValueError as error:
+            unused[str(error)] += 1
+    log.info("%s: %s", config.feedback, describe_comparisons(usable, unused))
+    if not usable:
+        raise ValueError(
+            f"{config.feedback} has nothing to train on: {describe_comparisons(usable, unused)}. Votes for A or B, "
+            "edits, and captions of one clip rated good and bad are needed"
+        )
+    num_truths = sum(bool(one.ground_truth) for one in usable)
+    log.info("%d of them have a text of a person or a reference caption for the cross-entropy", num_truths)
+    root = config.root or config.feedback
+    pairs = [(one, ClipSource.of_comparison(one, root=root)) for one in usable]
+    require_files([clip for _, clip in pairs], root=root)
     return pairs
 
 
@@ -199,7 +248,7 @@ def plan_steps(config: OfflineDpoConfig, comparisons: Sequence[ClipComparison], 
     """Return the only step of a run; comparisons are compared by content, since their files may move."""
     read = fingerprint(one for one, clip in comparisons if clip not in left_out.sources)
     settings = flat_settings(config) | {"preferences": read}
-    settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
+    settings = {name: value for name, value in settings.items() if name not in ("out", "root", "feedback")}
     return [Step("model", settings, (*MERGED_FILES, IMPORTANCE_NAME), f"merged/{CONFIG_NAME}")]
 
 

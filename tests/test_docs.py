@@ -65,7 +65,7 @@ ELSEWHERE = {
     "python tools/convert.py": "tests/tools/test_convert.py",
     "python tools/merge.py": "tests/tools/test_merge.py",
     "python tools/raters.py": "tests/tools/test_raters.py",
-    "salmonn votes run/votes": "tests/preference/test_raters.py",
+    "salmonn votes run/votes": "tests/preference/test_feedback.py",
     "python tools/assemble.py": "tests/tools/test_assemble.py",
     ".venv/bin/salmonn reward-benchmark data/reward_pairs.jsonl --model run": "tests/test_reward_benchmark_cli.py",
     "torchrun recipes/reward.py": "tests/recipes/test_reward.py",

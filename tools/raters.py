@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from salmonn.caption.loader import MediaInfo
-from salmonn.preference.votes import Candidate, Vote, keep_video, to_comparison
+from salmonn.preference.feedback import FEEDBACK_NAME, Candidate, Feedback, keep_video
 from salmonn.records import Caption, Reference, atomic_folder, read_records, write_records
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def write_votes(options: Namespace) -> int:
-    """Draw the votes, write them with their pairs and videos, and return their number.
+    """Draw the votes, write them with their videos, and return their number.
 
     Raises:
         ValueError: a caption has no reference, or the folder holds something.
@@ -50,7 +49,7 @@ def write_votes(options: Namespace) -> int:
     raters = make_raters(
         options.raters, groups=options.groups, noise=options.noise, mixed=options.mixed, seed=options.seed
     )
-    votes: list[Vote] = []
+    votes: list[Feedback] = []
     with atomic_folder(options.out) as folder:
         (folder / "videos").mkdir()
         kept: dict[str, str] = {}
@@ -60,25 +59,18 @@ def write_votes(options: Namespace) -> int:
                 if first.video not in kept:
                     kept[first.video] = keep_video(options.references.parent / first.video, folder / "videos")
                 votes.append(
-                    Vote(
+                    Feedback(
                         date=DATE,
+                        action="vote",
                         video=Path(first.video).name,
                         first=_candidate(first),
                         second=_candidate(second),
                         choice="first" if drawn.prefers_first else "second",
-                        ground_truth="chosen",
-                        pair=kept[first.video],
+                        kept_video=kept[first.video],
                         rater=rater.name,
                     )
                 )
-        write_records(folder / "votes.jsonl", votes)
-        info = MediaInfo(1.0)  # synthetic clips have video and audio
-        pairs = [
-            to_comparison(vote, f"videos/{vote.pair}", info, ground_truth=vote.chosen.text)
-            for vote in votes
-            if vote.chosen and vote.chosen.finished and vote.rejected and vote.rejected.finished
-        ]
-        write_records(folder / "pairs.jsonl", pairs)
+        write_records(folder / FEEDBACK_NAME, votes)
     return len(votes)
 
 
@@ -104,7 +96,7 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     parser = ArgumentParser(description="Write votes of simulated raters, as the web UI writes those of people.")
     parser.add_argument("captions", type=Path, help="JSONL of captions, several of each clip")
     parser.add_argument("--references", type=Path, required=True, help="JSONL of the synthetic clips, beside videos/")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for votes.jsonl, pairs.jsonl and videos/")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for feedback.jsonl and videos/")
     parser.add_argument("--raters", type=_positive, default=40, help="number of raters")
     parser.add_argument("--votes", type=_positive, default=50, help="number of votes of each")
     parser.add_argument(

@@ -27,8 +27,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
-
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import Clip, read_clip
@@ -119,49 +117,6 @@ class _UnknownLengthSpec(ReadSpec):
             f"{path}: the file does not state its length, so it cannot be split into segments; its data ends at "
             f"{clip.start_seconds + clip.duration_seconds:.2f} s. Remux it (ffmpeg -i FILE -c copy new.mp4)"
         )
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """What the header of a file states.
-
-    Args:
-        seconds: length; 0 if it states none.
-        has_video, has_audio: whether it has such a stream that can be decoded.
-    """
-
-    seconds: float
-    has_video: bool = True
-    has_audio: bool = True
-
-
-@dataclass(frozen=True)
-class ProbeSpec(ReadSpec):
-    """A `ReadSpec` that opens a file without decoding it and returns a blank clip of its length and streams."""
-
-    def read(self, path: Path | str) -> Clip:
-        """Open a file and return one black frame if it has video, and empty audio if it has audio."""
-        with ExitStack() as stack:
-            source = open_media(path, stack, video=True, audio=True)
-            return Clip(
-                path=str(path),
-                frames=np.zeros((int(source.video is not None), 1, 1, 3), np.uint8),
-                frame_times=np.zeros(int(source.video is not None)),
-                waveform=None if source.audio is None else np.zeros(0, np.float32),
-                start_seconds=0.0,
-                video_seconds=source.declared_end if source.video is not None else 0.0,
-                duration_seconds=source.declared_end,
-            )
-
-
-def probe_media(path: Path, reader: "ClipReader", sampler: FrameSampler) -> MediaInfo:
-    """Return what a file's header states; a worker opens it, since the file may be hostile.
-
-    Raises:
-        ClipError: the file is no video or audio file.
-    """
-    clip = reader.submit(path, ProbeSpec(sampler), lambda clip: clip).result()
-    return MediaInfo(clip.duration_seconds, clip.has_video, clip.has_audio)
 
 
 @dataclass(frozen=True)

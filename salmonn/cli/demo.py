@@ -38,7 +38,7 @@ def demo_parser() -> FlagParser:
     parser.add_argument(
         "--references", type=Path | None, default=None, help="references, matched to uploads by file name"
     )
-    parser.add_argument("--votes", type=Path, default=Path("run/votes"), help="folder for votes, pairs and the log")
+    parser.add_argument("--votes", type=Path, default=Path("run/votes"), help="folder for people's feedback")
     add_server_options(parser, port=7860, read_seconds=120.0)
     group = parser.add_argument_group("Access and limits")
     group.add_argument("--password_file", type=Path | None, default=None, help="file with lines of user:password")
@@ -64,17 +64,17 @@ def run_demo(values: Namespace) -> int:
     scorer = _open_scorer(values)
     from salmonn.caption.loader import ClipReader
     from salmonn.caption.worker import WorkerLimits
-    from salmonn.preference.votes import VoteStore
+    from salmonn.preference.feedback import FeedbackStore
     from salmonn.serve.sources import upload_folder
     from salmonn.webui.session import AppState, make_example_clips
     from salmonn.webui.uploads import UploadStore
 
-    votes, limits = VoteStore(values.votes), WorkerLimits(values.read_seconds, values.read_gib)
+    feedback, limits = FeedbackStore(values.votes), WorkerLimits(values.read_seconds, values.read_gib)
     with upload_folder() as folder, ClipReader(workers=values.workers, limits=limits) as reader:
         state = AppState(
             engines={name: _open_engine(model, reader, values) for name, model in models.items()},
             scorer=scorer,
-            votes=votes,
+            feedback=feedback,
             examples=make_example_clips(folder / "examples"),
             uploads=UploadStore(folder / "uploads", max_bytes=MAX_LARGE_UPLOADS * (values.max_upload_mib << 20)),
         )

@@ -10,19 +10,19 @@ from salmonn.cli.options import new_table, plural
 from salmonn.config import FlagParser
 
 if TYPE_CHECKING:
-    from salmonn.preference.votes import Proportion
+    from salmonn.preference.feedback_report import Proportion
 
 
 def votes_parser() -> FlagParser:
     """Return the arguments of `salmonn votes`."""
     parser = FlagParser(
         description="Summarize votes by rater: how many each gave, how many are ties, and how often raters prefer the "
-        "same of two captions. With --forget, delete all votes of a rater."
+        "same of two captions. With --forget, delete everything of a rater."
     )
-    parser.add_argument("folder", type=Path, help="folder of votes, as `salmonn demo --votes` writes it")
+    parser.add_argument("folder", type=Path, help="folder of feedback, as `salmonn demo --votes` writes it")
     parser.add_argument(
-        "--forget", type=str | None, default=None, metavar="ID", help="delete the votes of this rater, with their "
-        "training pairs, log entries, and videos that no other vote uses"
+        "--forget", type=str | None, default=None, metavar="ID", help="delete all feedback of this rater, with "
+        "videos that no other feedback uses"
     )  # fmt: skip
     return parser
 
@@ -31,23 +31,20 @@ def run_votes(values: Namespace) -> int:
     """Print the summary, or delete the votes of a rater."""
     from rich.console import Console
 
-    from salmonn.preference.raters import summarize_raters
-    from salmonn.preference.votes import VoteStore
+    from salmonn.preference.feedback import FeedbackStore, read_feedback
+    from salmonn.preference.feedback_report import summarize_feedback
 
-    if not (values.folder / "votes.jsonl").is_file():
-        raise ValueError(f"{values.folder} has no votes.jsonl: name the folder that `salmonn demo --votes` writes")
-    store = VoteStore(values.folder)
     if values.forget is not None:
-        deleted = store.forget(values.forget)
+        deleted = FeedbackStore(values.folder).forget(values.forget)
         sys.stderr.write(
-            f"deleted {plural(deleted, 'vote')} of {values.forget}; models trained on them stay as they are: train "
+            f"deleted {plural(deleted, 'record')} of {values.forget}; models trained on them stay as they are: train "
             "them again\n"
         )
         return 0
-    votes = store.read()
-    summary = summarize_raters(votes)
+    report = summarize_feedback(read_feedback(values.folder))
+    summary = report.raters
     num_raters = sum(bool(one.rater) for one in summary.raters)
-    title = f"{plural(len(votes), 'vote')} of {plural(num_raters, 'rater')}"
+    title = f"{plural(report.num_votes, 'vote')} of {plural(num_raters, 'rater')}"
     table = new_table(title, ("votes", "ties", "both bad", "same preference as others"))
     for one in summary.raters:
         counts = map(str, (one.num_votes, one.num_ties, one.num_both_bad))

@@ -1,7 +1,8 @@
 """Comparisons for training and testing reward models: read from any source, grouped by clip and prompt.
 
-Sources: judged captions of a round, comparisons (pairs.jsonl), votes, published conversations with preferences, and
-rows of TRL or RewardBench. All become `Comparison` records; those that cannot be used are left out and counted.
+Sources: judged captions of a round, comparisons (pairs.jsonl), people's feedback, published conversations with
+preferences, and rows of TRL or RewardBench. All become `Comparison` records; those that cannot be used are left out and
+counted.
 """
 
 import json
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from salmonn.conversations import Conversation, is_conversation_file, read_conversations
+from salmonn.preference.feedback import FEEDBACK_NAME, holds_feedback, read_feedback
+from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
-from salmonn.preference.votes import Vote
 from salmonn.records import Caption, Comparison, Modality, Score, iter_numbered_records, parse_record, read_records
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.judge import RuleJudge
@@ -24,8 +26,8 @@ from salmonn.synthetic.judge import RuleJudge
 log = logging.getLogger(__name__)
 Check = Callable[[Comparison], None]
 
-CAPTIONS_NAME, SCORES_NAME, VOTES_NAME = "captions.jsonl", "scores.jsonl", "votes.jsonl"
-EQUAL, NO_VIDEO, TIE = "equal answers", "no video", "votes without a better caption"
+CAPTIONS_NAME, SCORES_NAME = "captions.jsonl", "scores.jsonl"
+EQUAL, NO_VIDEO = "equal answers", "no video"
 _ROUNDING = 1e-9  # margins are differences of fractions: 0.5 - 0.4 must pass a gap of 0.1
 
 
@@ -171,8 +173,8 @@ def read_preferences(
     """Read comparisons from any source.
 
     Args:
-        path: folder with captions.jsonl and scores.jsonl, or with votes.jsonl; or a file of comparisons, of votes, of
-            published conversations, or of rows with `prompt`, `chosen`, `rejected` and `video`.
+        path: folder with captions.jsonl and scores.jsonl, or with feedback.jsonl; or a file of comparisons, of
+            feedback, of published conversations, or of rows with `prompt`, `chosen`, `rejected` and `video`.
         root: folder that the paths of the videos start from; by default that of the file.
         min_gap, repetition_weight: for judged captions: smallest difference of -(Total + repetition_weight *
             repetition) of a pair.
@@ -184,14 +186,14 @@ def read_preferences(
     """
     if path.is_dir() and (path / SCORES_NAME).is_file():
         read, left_out = _read_judged(path, min_gap=min_gap, repetition_weight=repetition_weight), Counter[str]()
-    else:
-        file = path / VOTES_NAME if path.is_dir() else path
-        if path.is_dir() and not file.is_file():
+    elif path.is_dir():
+        if not holds_feedback(path):
             raise FileNotFoundError(
-                f"{path} holds no preferences: expected {CAPTIONS_NAME} with {SCORES_NAME}, or {VOTES_NAME}"
+                f"{path} holds no preferences: expected {CAPTIONS_NAME} with {SCORES_NAME}, or {FEEDBACK_NAME}"
             )
-        path = file
-        read, left_out = _read_file(file)
+        read, left_out = to_comparisons(read_feedback(path))
+    else:
+        read, left_out = _read_file(path)
     root = root or (path if path.is_dir() else path.parent)
     comparisons = []
     for number, one in enumerate(read, start=1):
@@ -240,10 +242,8 @@ def _read_file(path: Path) -> tuple[list[Comparison], Counter[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a file or a folder with preferences")
     kind = _guess_kind(path)
-    if kind == "votes":
-        votes = read_records(path, Vote)
-        decided = [vote for vote in votes if vote.chosen and vote.rejected]
-        return [_vote_to_comparison(vote) for vote in decided], +Counter({TIE: len(votes) - len(decided)})
+    if kind == "feedback":
+        return to_comparisons(read_feedback(path))
     if kind == "comparisons":
         return [record for _, record in iter_numbered_records(path, Comparison)], Counter()
     return _read_rows(path), Counter()
@@ -259,26 +259,9 @@ def _guess_kind(path: Path) -> str:
         raise ValueError(f"{path}, line 1: not JSON ({error})") from error
     names = set(row) if isinstance(row, dict) else set()
     if {"first", "second", "choice"} <= names:
-        return "votes"
+        return "feedback"
     is_plain = all(isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected"))
     return "comparisons" if is_plain and names <= {one.name for one in fields(Comparison)} else "rows"
-
-
-def _vote_to_comparison(vote: Vote) -> Comparison:
-    assert vote.chosen and vote.rejected
-    return Comparison(
-        video=f"videos/{vote.pair}" if vote.pair else "",  # a video that may not be kept cannot be learned from
-        prompt=vote.chosen.prompt,
-        chosen=vote.chosen.text,
-        rejected=vote.rejected.text,
-        source="vote",
-        rater=vote.rater,
-        chosen_finished=vote.chosen.finished,
-        rejected_finished=vote.rejected.finished,
-        modality=vote.modality,
-        start_seconds=vote.start_seconds,
-        end_seconds=vote.end_seconds,
-    )
 
 
 def _read_rows(path: Path) -> list[Comparison]:

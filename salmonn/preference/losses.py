@@ -184,6 +184,10 @@ PAIR_LOSSES: Mapping[LossName, Callable[[LogRatios, LossConfig], Tensor]] = {
 }
 
 
+# Losses that are sums over the two captions, so that a caption can be trained on alone.
+UNPAIRED_LOSSES: tuple[LossName, ...] = ("bco_pair", "kto")
+
+
 def make_loss(config: LossConfig) -> PreferenceLoss:
     """Build the loss that the configuration names."""
     reference_roles: tuple[Role, ...] = ("chosen", "rejected")
@@ -218,7 +222,8 @@ def guided_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutp
     chosen, rejected = config.beta * ratios.chosen, config.beta * ratios.rejected
     parts = {"dpo": pair_loss}
     if config.ce_weight:
-        parts["ce"] = -logps["ground_truth"].policy / logps["ground_truth"].num_tokens
+        # A comparison without a ground truth has an empty one, whose cross-entropy is 0.
+        parts["ce"] = -logps["ground_truth"].policy / logps["ground_truth"].num_tokens.clamp(min=1)
         loss = pair_loss + config.ce_weight * parts["ce"]
     parts |= {
         "chosen": chosen,

@@ -54,7 +54,9 @@ class PreferenceExample:
     def is_finished(self, role: Role) -> bool:
         """Return whether the answer of a role has an end, and was not cut off at the token limit."""
         one, name = self._source(role)
-        return bool(getattr(one, f"{name}_finished", True))  # a ground truth always has
+        if role == "ground_truth":
+            return bool(one.ground_truth)  # without one, there must be no end to learn either
+        return bool(getattr(one, f"{name}_finished"))
 
     def _source(self, role: Role) -> tuple[Comparison, str]:
         if role != "mismatched":
@@ -76,7 +78,7 @@ def make_preference_examples(
     examples = []
     for index, (one, features) in enumerate(comparisons):
         following = (other for other, _ in [*comparisons[index + 1 :], *comparisons[:index]])
-        other = next((other for other in following if other.video != one.video), None)
+        other = next((other for other in following if other.video != one.video and other.chosen), None)
         if other is None:
             raise ValueError("loss.kind kto estimates the KL divergence from captions of other clips; give two or more")
         examples.append(PreferenceExample(one, features, other))

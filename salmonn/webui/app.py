@@ -14,7 +14,8 @@ import gradio.routes
 import jinja2
 from gradio import processing_utils
 
-from salmonn.preference.votes import VoteStore, summarize_votes
+from salmonn.preference.feedback import FeedbackStore
+from salmonn.preference.feedback_report import summarize_feedback
 from salmonn.train.plots import write_page
 from salmonn.train.run_log import read_run
 from salmonn.webui.caption_tab import HISTORY, CaptionTab
@@ -55,7 +56,7 @@ def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] 
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
                 compare_tab = CompareTab(state)
             with gr.Tab("Results", id="results") as results:
-                _add_refreshed(results, partial(load_results, state.votes), name="results", initial=NO_VOTES)
+                _add_refreshed(results, partial(load_results, state.feedback), name="results", initial=NO_VOTES)
             with gr.Tab("Runs", id="runs") as runs:
                 if run is None:
                     gr.HTML(NO_RUN)
@@ -86,13 +87,13 @@ def load_run(run: Path) -> str:
         )
 
 
-def load_results(store: VoteStore) -> str:
-    """Return the summary of the votes as HTML."""
+def load_results(store: FeedbackStore) -> str:
+    """Return the summary of the feedback as HTML."""
     try:
-        votes = store.read()
-        return render_results(summarize_votes(votes, store.read_log()), folder=store.folder) if votes else NO_VOTES
+        feedback = store.read()
+        return render_results(summarize_feedback(feedback), folder=store.folder) if feedback else NO_VOTES
     except (ValueError, OSError) as error:
-        return render_error(f"the votes cannot be read: {error_message(error, store.folder)}")
+        return render_error(f"the feedback cannot be read: {error_message(error, store.folder)}")
 
 
 def _add_refreshed(tab: gr.Tab, load: Callable[[], str], *, name: str, initial: str) -> None:

@@ -17,6 +17,7 @@ from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import Completion
 from salmonn.media.container import ClipError
+from salmonn.preference.feedback import Candidate, Feedback, utc_now
 from salmonn.records import Caption, Reference
 from salmonn.webui.chat import REMEMBER, ChatPanel, Conversation
 from salmonn.webui.controls import (
@@ -300,7 +301,11 @@ class CaptionTab:
         if shown is None:
             return ""
         try:
-            self.state.votes.log_copy(video=shown.video, model=shown.model, text=shown.text)
+            self.state.feedback.add(
+                Feedback(
+                    utc_now(), "copy", shown.video, Candidate(shown.model, shown.text, shown.prompt), tab="caption"
+                )
+            )
         except OSError as error:  # the browser has copied it nevertheless
             logger.warning("cannot log that a caption was copied: %s", error)
         return "Copied."

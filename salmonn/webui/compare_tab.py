@@ -16,10 +16,9 @@ import gradio as gr
 
 from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import MediaInfo
 from salmonn.caption.streaming import Completion
-from salmonn.preference.votes import Candidate, Choice, Vote, VoteMedia, utc_now
-from salmonn.records import Reference, Score
+from salmonn.preference.feedback import Candidate, Choice, Feedback, find_unused_reason, utc_now
+from salmonn.records import Modality, Reference, Score
 from salmonn.webui.controls import (
     GENERATE,
     NO_VIDEO,
@@ -72,13 +71,22 @@ class ScoredCandidate:
 
 @dataclass(eq=False)
 class ComparisonState:
-    """The comparison that a session votes on; `claim` admits a single vote."""
+    """The comparison that a session votes on; `claim` admits a single vote.
+
+    Args:
+        first, second: captions A and B.
+        request: request of the captions.
+        modality: what of the video they describe: streams that it has.
+        reference: reference of the video, if it is known.
+        shown: monotonic time, in seconds.
+    """
 
     first: ScoredCandidate
     second: ScoredCandidate
     request: CaptionRequest
-    media: MediaInfo
+    modality: Modality
     reference: Reference | None
+    shown: float = field(default_factory=time.monotonic)
     _free: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(1))
 
     def claim(self) -> bool:
@@ -220,7 +228,6 @@ class CompareTab:
                 num_words += len(event[1].text.split())
                 if event[1].completion is not None:
                     answers[event[0]] = event[1].completion
-        media = self.state.probe_media(caption_request.path, model=models[0])
         reference = None if caption_request.prompt else self.state.reference_of(caption_request.path)
         candidates = []
         for index, model in enumerate(models):
@@ -229,7 +236,8 @@ class CompareTab:
             sampled = replace(caption_request, seed=sample_seed)
             candidates.append(self._score(model, answers[index], sampled, reference))
         random.SystemRandom().shuffle(candidates)
-        return ComparisonState(candidates[0], candidates[1], caption_request, media, reference)
+        modality = answers[0].clip.modality or caption_request.modality
+        return ComparisonState(candidates[0], candidates[1], caption_request, modality, reference)
 
     def _score(
         self, model: str, answer: Completion, caption_request: CaptionRequest, reference: Reference | None
@@ -284,31 +292,34 @@ class CompareTab:
             return {self.status: '<p class="lead">You have already voted.</p>'}
         caption_request, reference = comparison.request, comparison.reference
         span, path = caption_request.span, caption_request.path
-        vote = Vote(
+        may_keep = bool(values[self.consent]) or self.state.example_of(path) is not None
+        vote = Feedback(
             date=utc_now(),
+            action="vote",
             video=path.name,
             first=comparison.first.candidate,
             second=comparison.second.candidate,
             choice=choice,
-            modality=caption_request.modality,
+            text=edit,
+            seconds=time.monotonic() - comparison.shown,
+            tab="compare",
+            modality=comparison.modality,
             start_seconds=span.start_seconds if span else None,
             end_seconds=span.end_seconds if span else None,
-            edit=edit,
+            reference=reference_caption(reference, caption_request.modality) if reference else "",
             rater=rater,
         )
-        may_keep = bool(values[self.consent]) or self.state.example_of(path) is not None
-        truth = reference_caption(reference, caption_request.modality) if reference else ""
         try:
-            vote = self.state.votes.add(vote, VoteMedia(path, comparison.media, may_keep, truth))
+            vote = self.state.feedback.add(vote, path if may_keep else None)
         except OSError as error:
             return self._show_error(f"the vote could not be saved: {error_message(error, path)}")
         finally:
             self.state.uploads.retain(session, "comparison", None)
-        return self._reveal(comparison, vote)
+        return self._reveal(comparison, vote, may_keep=may_keep)
 
-    def _reveal(self, comparison: ComparisonState, vote: Vote) -> Update:
+    def _reveal(self, comparison: ComparisonState, vote: Feedback, *, may_keep: bool) -> Update:
         """Show the models, the scores and what became of the vote."""
-        saved = f'<p class="verdict">{escape(vote_message(vote))}</p>'
+        saved = f'<p class="verdict">{escape(vote_message(vote, may_keep=may_keep))}</p>'
         if vote.rater:
             saved += (
                 f'<p class="note">To have your votes deleted, give this id to the operator of this page: '
@@ -352,12 +363,16 @@ class CompareTab:
         }
 
 
-def vote_message(vote: Vote) -> str:
+def vote_message(vote: Feedback, *, may_keep: bool) -> str:
     """Describe what became of a vote."""
-    if vote.unused_reason:
-        return f"Vote saved, but not used for training because {vote.unused_reason}."
-    sources = {"edit": "your text", "reference": "the reference caption", "chosen": "the better caption"}
-    return f"Vote saved. It will be used for training, with {sources[vote.ground_truth]} as ground truth."
+    if reason := find_unused_reason(vote):
+        if not vote.kept_video and not find_unused_reason(replace(vote, kept_video="any")):
+            reason = "the video has been deleted" if may_keep else "you did not agree to keep the video"
+        return f"Vote saved, but not used for training because {reason}."
+    if vote.choice == "both bad":
+        return "Vote saved. Both captions count as bad in training."
+    truth = "your text" if vote.text else "the reference caption" if vote.ground_truth else ""
+    return f"Vote saved. It will be used for training{f', with {truth} as ground truth' * bool(truth)}."
 
 
 def _candidate_text(side: str, comparison: ComparisonState | None) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from salmonn.preference.votes import VoteSummary
+from salmonn.preference.feedback_report import FeedbackSummary
 from salmonn.records import Caption, Event, Score
 from salmonn.score.highlight import find_missed_events, highlight_caption
 from salmonn.templates import load_template
@@ -104,8 +104,8 @@ def render_candidate(
     return str(_macros().candidate(letter, text, model, score, is_choice))
 
 
-def render_results(summary: VoteSummary, *, folder: Path) -> str:
-    """Render the summary of all votes."""
+def render_results(summary: FeedbackSummary, *, folder: Path) -> str:
+    """Render the summary of all feedback."""
     return str(_macros().results(summary, folder.name))
 
 

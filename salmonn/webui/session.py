@@ -1,4 +1,4 @@
-"""What all sessions share (models, scorer, votes, examples, uploads), and the requests in progress."""
+"""What all sessions share (models, scorer, feedback, examples, uploads), and the requests in progress."""
 
 import logging
 import math
@@ -15,9 +15,9 @@ from PIL import Image
 
 from salmonn.caption.engine import Engine, GenerationHandle, Overloaded
 from salmonn.caption.generator import CaptionRequest, Span
-from salmonn.caption.loader import ClipJob, MediaInfo, check_duration, probe_media, split_into_segments
+from salmonn.caption.loader import ClipJob, check_duration, split_into_segments
 from salmonn.caption.streaming import Completion, TextDelta
-from salmonn.preference.votes import VoteStore
+from salmonn.preference.feedback import FeedbackStore
 from salmonn.records import Caption, Reference
 from salmonn.synthetic.render import make_clips, render_frames, sample_clip
 from salmonn.synthetic.scene import SynthConfig
@@ -124,14 +124,14 @@ class AppState:
     Args:
         engines: inference engines by the model name shown to users; the first is the default.
         scorer: scorer of captions.
-        votes: store of votes.
+        feedback: store of people's feedback.
         examples: example clips.
         uploads: store of uploaded files.
     """
 
     engines: Mapping[str, Engine]
     scorer: CaptionScorer
-    votes: VoteStore
+    feedback: FeedbackStore
     examples: Sequence[ExampleClip]
     uploads: UploadStore
 
@@ -283,11 +283,6 @@ class AppState:
         """Return the duration of a file by its packets, since recordings declare none; 0 if it is unknown."""
         engine = self.engines[model]
         return engine.reader.measure_seconds(path, engine.captioner.processor.read_spec("both"))
-
-    def probe_media(self, path: Path, *, model: str) -> MediaInfo:
-        """Return duration and streams of a file; raises ClipError if it is no video or audio file."""
-        engine = self.engines[model]
-        return probe_media(path, engine.reader, engine.captioner.processor.family.frame_sampler)
 
     def close(self) -> None:
         """Stop all engines, then close them: they share worker processes, which none may use when they are closed."""

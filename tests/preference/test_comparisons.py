@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from salmonn.preference.comparisons import compare_ratings, group_comparisons, read_preferences
+from salmonn.preference.feedback import Candidate, Feedback
 from salmonn.preference.rating import Rating
-from salmonn.preference.votes import Candidate, Vote
 from salmonn.records import Caption, Comparison, Event, JudgeInfo, Mention, Score, write_records
 from salmonn.score.formats import write_scores
 
@@ -125,18 +125,18 @@ def test_what_cannot_be_used_is_counted(folder):
 def test_votes(folder):
     (folder / "videos").mkdir()
     (folder / "videos" / "v.mp4").touch()
-    first, second = Candidate("m", "one", "Tell."), Candidate("n", "two", "Tell.", finished=False)
+    first, second = Candidate("m", "one", "Tell."), Candidate("n", "two", "Tell.")
     votes = [
-        Vote("d", "v", first, second, choice, pair=pair, rater="ann")
-        for choice, pair in (("second", "v.mp4"), ("tie", "v.mp4"), ("both bad", ""), ("first", ""))
+        Feedback("d", "vote", "v", first, second, choice, kept_video=video, rater="ann")
+        for choice, video in (("second", "v.mp4"), ("tie", "v.mp4"), ("both bad", ""), ("first", "w.mp4"))
     ]
-    write_records(folder / "votes.jsonl", votes)
-    for path in (folder, folder / "votes.jsonl"):
+    write_records(folder / "feedback.jsonl", votes)
+    for path in (folder, folder / "feedback.jsonl"):
         read = read_preferences(path)
-        assert read.comparisons == [
-            Comparison("videos/v.mp4", "Tell.", "two", "one", source="vote", chosen_finished=False, rater="ann")
-        ]
-        assert read.left_out == {"votes without a better caption": 2, "no video": 1}
+        assert read.comparisons == [Comparison("videos/v.mp4", "Tell.", "two", "one", source="vote", rater="ann")]
+        assert read.left_out == {
+            "neither caption was preferred": 1, "the video was not kept": 1, "no video": 1,
+        }  # fmt: skip
 
 
 def test_published_conversations(folder):

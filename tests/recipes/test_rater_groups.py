@@ -9,9 +9,9 @@ from statistics import mean
 
 import pytest
 
+from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.mixture import Rater
 from salmonn.preference.reward_model import RewardModel, read_info
-from salmonn.preference.votes import VoteStore
 from salmonn.records import Caption, read_json, read_records, write_records
 from salmonn.synthetic.render import SynthConfig, make_clips
 from tests.launch import forked
@@ -65,7 +65,7 @@ def test_whose_reward_is_loaded(trained):
 
 def test_best_captions_for_a_rater(trained, call, tmp_path):
     """A known one, and a new one by votes; the rater who wants it brief gets shorter captions."""
-    votes = [vote for vote in VoteStore(trained / "votes").read() if vote.rater == "short-1"]
+    votes = [vote for vote in FeedbackStore(trained / "votes").read() if vote.rater == "short-1"]
     write_records(trained / "votes/mine.jsonl", [replace(vote, rater="") for vote in votes])
 
     def words(*flags):

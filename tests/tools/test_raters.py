@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from salmonn.preference.raters import summarize_raters
-from salmonn.preference.votes import VoteStore
-from salmonn.records import Caption, Comparison, Reference, read_records, write_records
+from salmonn.preference.feedback import FeedbackStore
+from salmonn.preference.feedback_pairs import to_comparisons
+from salmonn.preference.feedback_report import summarize_raters
+from salmonn.records import Caption, Reference, read_records, write_records
 from salmonn.synthetic.render import SynthConfig, make_clips
 
 
@@ -32,12 +33,12 @@ def test_votes_are_like_those_of_people(captions, load_tool, tmp_path, capsys):
         for name in ("one", "two")
     )
     assert one == two and "120 votes of 4 raters" in capsys.readouterr().err
-    votes = VoteStore(tmp_path / "one").read()
+    votes = FeedbackStore(tmp_path / "one").read()
     whole = {one.caption for one in read_records(tmp_path / "clips/clips.jsonl", Reference)}
     for vote in votes:
         assert vote.first.text.split() != vote.second.text.split()
         assert (vote.chosen.text in whole) == vote.rater.startswith("complete")  # the others want it brief
-    pairs = read_records(tmp_path / "one/pairs.jsonl", Comparison)
+    pairs, _ = to_comparisons(votes)
     assert [(pair.rater, pair.chosen) for pair in pairs] == [(vote.rater, vote.chosen.text) for vote in votes]
     assert all((tmp_path / "one" / pair.video).is_file() for pair in pairs)
     summary = summarize_raters(votes)

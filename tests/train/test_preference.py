@@ -327,6 +327,28 @@ def test_figures_of_a_moved_policy(captioner, fill_adapter, pairs, features_by_v
     assert figures["accuracy"] == float(rewards[0] > rewards[1])
 
 
+def test_a_caption_rated_alone(captioner, fill_adapter, pairs, features_by_video):
+    """An absent answer has no tokens: BCO is log 2 for it, and an absent ground truth has no cross-entropy."""
+    attach_lora(captioner.network, LORA, seed=0)
+    full = replace(pairs[0], ground_truth="")
+    chosen = replace(full, rejected="", rejected_finished=False)
+    rejected = replace(full, chosen="", chosen_finished=False)
+    loss = make_loss(LossConfig("bco_pair", beta=0.5, ce_weight=0.25))
+    values = []
+    for one in (full, chosen, rejected):
+        examples = to_examples([one], features_by_video)
+        (logps,) = compute_reference_logps(
+            captioner.network, examples, captioner.processor, roles=loss.reference_roles, batch_size=1
+        )
+        batches = PreferenceBatches(examples, [logps], captioner.processor, roles=loss.roles, batch_size=1, seed=0)
+        fill_adapter(captioner.network)
+        value, parts = PreferenceBatchLoss(loss)(captioner.network.eval(), *batches.micro_batches(0))
+        assert parts["ce"] == 0.0
+        values.append(value.item())
+    assert values[0] == pytest.approx(values[1] + values[2] - 2 * math.log(2), rel=1e-4)
+    assert abs(values[1] - 2 * math.log(2)) > 1e-3 < abs(values[2] - 2 * math.log(2))
+
+
 @pytest.mark.parametrize("is_swapped", [False, True])
 def test_a_few_steps_prefer_the_chosen_answer(captioner, pairs, features_by_video, tmp_path, is_swapped):
     """Whichever of the two is chosen, the margin over the reference increases for it."""

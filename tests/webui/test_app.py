@@ -12,8 +12,8 @@ from salmonn.caption.generator import Sampling, Span
 from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.clip import read_clip
 from salmonn.media.frame_sampling import FixedRateSampler
-from salmonn.preference.votes import Vote
-from salmonn.records import Comparison, read_records
+from salmonn.preference.feedback import read_feedback
+from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.scorer import CaptionScorer
 from tests.score.browser import needs_browser
@@ -257,7 +257,11 @@ def test_copies_are_logged(visit, demo):
     visitor.page.get_by_role("button", name="Copy").click()
     visitor.page.get_by_text("Copied.").wait_for()
     assert visitor.page.evaluate("navigator.clipboard.readText()") == text
-    assert '"copy"' in (demo.votes / "log.jsonl").read_text()
+    assert [one.first.text for one in read_feedback(demo.votes) if one.action == "copy"] == [text]
+
+
+def votes_of(demo):
+    return [one for one in read_feedback(demo.votes) if one.action == "vote"]
 
 
 def start_comparing(visitor, match="toy vs. itself (two samples)"):
@@ -291,11 +295,11 @@ def test_a_blind_vote_becomes_a_pair(visit, demo):
     ).wait_for()
     assert "toy (temperature 0.8)" in visitor.page.locator("#first").inner_text()
     assert "your choice" in visitor.page.locator("#second").inner_text()
-    vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
-    assert (vote.choice, vote.edit, vote.ground_truth) == ("second", "A star appears.", "edit")
+    vote = votes_of(demo)[-1]
+    assert (vote.choice, vote.text) == ("second", "A star appears.") and 0 < vote.seconds < 100
     assert [vote.first.text, vote.second.text] == texts and vote.first.total is not None
     assert abs(vote.first.seed - vote.second.seed) == 1 and 0 <= min(vote.first.seed, vote.second.seed) < 1 << 31
-    pair = read_records(demo.votes / "pairs.jsonl", Comparison)[-1]
+    pair = to_comparisons([vote])[0][0]
     assert (pair.chosen, pair.rejected, pair.ground_truth) == (texts[1], texts[0], "A star appears.")
     assert (demo.votes / pair.video).is_file()
     assert re.fullmatch("[0-9a-f]{32}", vote.rater) and pair.rater == vote.rater
@@ -316,14 +320,14 @@ def test_votes_by_keyboard(visit, demo):
     page.locator("#edit textarea").blur()
     page.keyboard.press("t")
     page.get_by_role("button", name="Next pair").wait_for()
-    vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
+    vote = votes_of(demo)[-1]
     assert (vote.choice, vote.video) == ("tie", "clip_00003.mp4")
     page.keyboard.press("ArrowRight")
     page.locator("#compare-video video[src$='clip_00000.mp4']").wait_for()
     page.get_by_role("button", name="Both bad").wait_for()
     page.keyboard.press("n")
     page.get_by_role("button", name="Next pair").wait_for()
-    before, vote = read_records(demo.votes / "votes.jsonl", Vote)[-2:]
+    before, vote = votes_of(demo)[-2:]
     assert (vote.choice, vote.video) == ("both bad", "clip_00000.mp4")
     assert vote.rater == before.rater != ""  # one person's votes have one id
 
@@ -341,7 +345,7 @@ def test_an_upload_is_kept_only_with_consent(visit, demo, long_video):
     compare(visitor)
     visitor.page.get_by_label("Keep this video").check()
     visitor.page.get_by_role("button", name="A is better").click()
-    visitor.page.locator("#comparison-status").get_by_text("with the better caption as ground truth").wait_for()
+    visitor.page.locator("#comparison-status").get_by_text("It will be used for training.").wait_for()
     (new,) = set(videos.iterdir()) - before
     assert new.read_bytes() == long_video.read_bytes()
 
@@ -354,10 +358,10 @@ def test_two_models_and_the_results(visit, demo):
     open_options(visitor, tab="compare")
     set_max_tokens(visitor, 8, tab="compare")
     compare(visitor)
-    before = len(read_records(demo.votes / "votes.jsonl", Vote)) if (demo.votes / "votes.jsonl").exists() else 0
+    before = len(votes_of(demo))
     visitor.page.get_by_role("button", name="A is better").click()
     visitor.page.locator("#comparison-status").get_by_text("cut off at the token limit").wait_for()
-    vote = read_records(demo.votes / "votes.jsonl", Vote)[-1]
+    vote = votes_of(demo)[-1]
     assert {vote.first.model, vote.second.model} == {"toy", "random"}
     assert vote.first.model in visitor.page.locator("#first").inner_text()
     visitor.page.get_by_role("tab", name="Results").click()

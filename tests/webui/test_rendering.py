@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from salmonn.preference.votes import summarize_votes
+from salmonn.preference.feedback_report import summarize_feedback
 from salmonn.records import Caption, Event, Mention, Reference, Score
 from salmonn.webui.rendering import (
     render_analysis,
@@ -18,7 +18,7 @@ from salmonn.webui.rendering import (
     render_scored_caption,
 )  # fmt: skip
 from salmonn.webui.scorer import CaptionAnalysis
-from tests.preference.test_votes import VOTE
+from tests.preference.test_feedback import VOTE
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 VISUAL, AUDIO = Event("a red circle appears", "visual", 1.0, 2.0), Event("a low tone", "audio", 3.0)
@@ -46,7 +46,7 @@ def visible_text(html: str) -> str:
     [
         ("choose an example", "Choose an example"),
         ("clip.mp4 is damaged", "clip.mp4 is damaged"),
-        ("run/votes/pairs.jsonl, line 1: unknown field", "run/votes/pairs.jsonl, line 1: unknown field"),
+        ("run/votes/feedback.jsonl, line 1: unknown field", "run/votes/feedback.jsonl, line 1: unknown field"),
         ("LLM judges need a model", "LLM judges need a model"),
         ("", ""),
     ],
@@ -134,7 +134,7 @@ def test_candidates_are_anonymous_before_the_vote():
 
 
 def test_results(tmp_path):
-    html = render_results(summarize_votes([VOTE], []), folder=tmp_path / "votes")
+    html = render_results(summarize_feedback([VOTE]), folder=tmp_path / "votes")
     assert "<code>votes</code>" in html and str(tmp_path) not in html
     text = visible_text(html)
     # One of one: Wilson's interval reaches from 1 / (1 + z^2) = 20.7 % to 100 %.

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 
 from salmonn.caption.generator import CaptionRequest
-from salmonn.caption.loader import ClipReader, MediaInfo, probe_media
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.media.container import ClipError
-from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.model.layout import ClipInfo
-from salmonn.preference.votes import VoteStore
+from salmonn.preference.feedback import FeedbackStore
 from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.scene import SynthConfig
@@ -114,18 +112,6 @@ def test_examples_have_stills_and_references(examples):
         assert example.reference.events and example.reference.caption
 
 
-def test_probe_media(examples, videos, tmp_path):
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"not a video")
-    with ClipReader(workers=1) as reader:
-        sampler = FixedRateSampler(frames_per_second=1.0)
-        info = probe_media(examples[0].path, reader, sampler)
-        assert (info.has_video, info.has_audio) == (True, True)
-        assert info.seconds == pytest.approx(examples[0].reference.duration_seconds, abs=0.1)
-        with pytest.raises(ClipError, match="is not a video"):
-            probe_media(broken, reader, sampler)
-
-
 @dataclass
 class ScriptedEngine:
     """A fake engine: sends the deltas of an answer when allowed to, and records its calls."""
@@ -159,7 +145,7 @@ class ScriptedEngine:
 
 
 def make_state(tmp_path, **engines):
-    return AppState(engines, CaptionScorer(RuleJudge()), VoteStore(tmp_path / "votes"), [], UploadStore(tmp_path))
+    return AppState(engines, CaptionScorer(RuleJudge()), FeedbackStore(tmp_path / "votes"), [], UploadStore(tmp_path))
 
 
 def test_two_samples_of_one_model_are_one_request(tmp_path):
@@ -258,4 +244,3 @@ def test_an_answer_as_a_caption(tmp_path):
         modality="audio",
         warnings=("lost 1 s of audio",),
     )
-    assert MediaInfo(3.0) == MediaInfo(3.0, True, True)

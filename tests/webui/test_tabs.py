@@ -12,11 +12,11 @@ import pytest
 from gradio.data_classes import FileData
 
 from salmonn.caption.generator import CaptionRequest, Sampling
-from salmonn.caption.loader import MediaInfo
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.model.layout import ClipInfo
-from salmonn.preference.votes import VoteStore
-from salmonn.records import Caption, Comparison, read_records
+from salmonn.preference.feedback import FeedbackStore
+from salmonn.preference.feedback_pairs import to_comparisons
+from salmonn.records import Caption
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.app import launch_options, load_results, load_run
 from salmonn.webui.caption_tab import CaptionTab
@@ -25,7 +25,7 @@ from salmonn.webui.controls import QUESTION
 from salmonn.webui.scorer import CaptionScorer
 from salmonn.webui.session import AppState
 from salmonn.webui.uploads import UploadStore
-from tests.preference.test_votes import LEFT, RIGHT
+from tests.preference.test_feedback import LEFT, RIGHT
 
 REQUEST = SimpleNamespace(session_hash="ann")
 UNPAIRED_SURROGATE = "a dog \ud800 barks"
@@ -39,7 +39,7 @@ def state(tmp_path, processor):
     return AppState(
         {"one": engine},
         CaptionScorer(RuleJudge()),
-        VoteStore(tmp_path / "votes"),
+        FeedbackStore(tmp_path / "votes"),
         [],
         UploadStore(tmp_path / "uploads"),
     )
@@ -61,7 +61,7 @@ def caption_tab(state):
 def comparison(state):
     path = state.uploads.root / "holiday.mp4"
     path.write_bytes(b"frames")
-    return ComparisonState(ScoredCandidate(LEFT), ScoredCandidate(RIGHT), CaptionRequest(path), MediaInfo(3.0), None)
+    return ComparisonState(ScoredCandidate(LEFT), ScoredCandidate(RIGHT), CaptionRequest(path), "both", None)
 
 
 def vote(tab, comparison, edit="", rater=""):
@@ -80,40 +80,37 @@ def vote(tab, comparison, edit="", rater=""):
 )
 def test_an_invalid_edit_does_not_lose_the_vote(compare_tab, comparison, edit, expected):
     assert expected in vote(compare_tab, comparison, edit)
-    assert compare_tab.state.votes.read() == [] and compare_tab.state.votes.read_log() == []
+    assert compare_tab.state.feedback.read() == []
     assert "Vote saved. It will be used for training" in vote(compare_tab, comparison, "x" * 20_000)
-    assert len(compare_tab.state.votes.read()) == 1
+    assert len(compare_tab.state.feedback.read()) == 1
 
 
 @pytest.mark.parametrize("rater", ["10.0.0.7", "A" * 32, "a" * 33, "a" * 31 + "\n"])
 def test_only_random_ids_are_saved(compare_tab, comparison, rater):
     """The vote is not lost: the same comparison takes one with a valid id."""
     assert "The id of this browser is damaged" in vote(compare_tab, comparison, rater=rater)
-    assert compare_tab.state.votes.read() == []
+    assert compare_tab.state.feedback.read() == []
     assert f"<code>{'a0' * 16}</code>" in vote(compare_tab, comparison, rater="a0" * 16)
-    assert [saved.rater for saved in compare_tab.state.votes.read()] == ["a0" * 16]
+    assert [saved.rater for saved in compare_tab.state.feedback.read()] == ["a0" * 16]
 
 
 @pytest.mark.parametrize("caption", [LEFT, RIGHT])
 def test_an_unedited_caption_is_not_the_ground_truth(compare_tab, comparison, caption):
     """The text box after "Start from A" or "Start from B", whichever caption the vote is for."""
     status = vote(compare_tab, comparison, "  " + caption.text.replace(" ", "\n", 1))
-    assert "with the better caption as ground truth" in status
-    (saved,) = compare_tab.state.votes.read()
-    assert (saved.edit, saved.ground_truth) == ("", "chosen")
-    (pair,) = read_records(compare_tab.state.votes.folder / "pairs.jsonl", Comparison)
-    assert pair.chosen == pair.ground_truth == RIGHT.text
-    assert [entry.action for entry in compare_tab.state.votes.read_log()] == ["vote"]
+    assert "It will be used for training." in status
+    ((pair,), _) = to_comparisons(compare_tab.state.feedback.read())
+    assert (pair.chosen, pair.ground_truth) == (RIGHT.text, "")
 
 
 def test_a_vote_on_a_deleted_video(compare_tab, comparison):
     comparison.request.path.unlink()
     assert "Vote saved, but not used for training because the video has been deleted." in vote(compare_tab, comparison)
-    assert [saved.choice for saved in compare_tab.state.votes.read()] == ["second"]
+    assert [saved.choice for saved in compare_tab.state.feedback.read()] == ["second"]
 
 
 def test_the_error_of_a_vote_contains_no_path(compare_tab, comparison, tmp_path):
-    (tmp_path / "votes" / "votes.jsonl").mkdir()
+    (tmp_path / "votes" / "feedback.jsonl").mkdir()
     status = vote(compare_tab, comparison)
     assert "The vote could not be saved: Is a directory" in status and str(tmp_path) not in status
 
@@ -221,7 +218,7 @@ def test_sound_files_are_accepted(caption_tab, tmp_path):
 
 
 def test_a_copy_succeeds_if_it_cannot_be_logged(caption_tab, tmp_path, caplog):
-    (tmp_path / "votes" / "log.jsonl").mkdir()
+    (tmp_path / "votes" / "feedback.jsonl").mkdir()
     assert caption_tab.log_copy(Caption("holiday.mp4", "A dog barks.", model="one")) == "Copied."
     assert "cannot log" in caplog.text
 
@@ -236,11 +233,11 @@ def test_the_login_page_has_one_background():
 def test_errors_of_folders_contain_only_their_names(tmp_path):
     html = load_run(tmp_path / "my run")
     assert "The run cannot be shown: my run holds no run" in html and str(tmp_path) not in html
-    votes = VoteStore(tmp_path / "votes")
-    (votes.folder / "votes.jsonl").write_text("{}\n")
+    votes = FeedbackStore(tmp_path / "votes")
+    (votes.folder / "feedback.jsonl").write_text("{}\n")
     html = load_results(votes)
-    assert "votes.jsonl" in html and str(tmp_path) not in html
-    (votes.folder / "votes.jsonl").unlink()
-    (votes.folder / "votes.jsonl").mkdir()
+    assert "feedback.jsonl" in html and str(tmp_path) not in html
+    (votes.folder / "feedback.jsonl").unlink()
+    (votes.folder / "feedback.jsonl").mkdir()
     html = load_results(votes)
-    assert "FileNotFoundError" in html and str(tmp_path) not in html
+    assert "Is a directory" in html and str(tmp_path) not in html

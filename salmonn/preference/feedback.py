@@ -1,0 +1,334 @@
+"""People's feedback on captions: one record for everything that a person does, saved in one file, read for training.
+
+A folder of feedback holds
+
+- feedback.jsonl: records (`Feedback`), in order;
+- videos/: the videos that may be used for training, named by the hash of their content.
+
+Folders of earlier versions (votes.jsonl with pairs.jsonl and log.jsonl) are read, too.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from salmonn.media.clip import AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from salmonn.records import Mark, Modality, append_record, parse_record, write_text
+
+logger = logging.getLogger(__name__)
+
+Action = Literal["shown", "vote", "good", "bad", "copy", "accept", "edit", "finish"]
+Choice = Literal["first", "second", "tie", "both bad"]
+Tab = Literal["caption", "compare", "write"]
+FEEDBACK_NAME = "feedback.jsonl"
+COUNTED_ONLY = ("shown", "copy")  # actions that are not trained on
+OLD_NAMES = ("log.jsonl", "pairs.jsonl", "votes.jsonl")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A caption that was shown to a person.
+
+    Args:
+        model: name of the model.
+        text: text of the caption; "" where only its model is recorded.
+        prompt: the prompt.
+        finished: False if the caption was cut off at the token limit.
+        temperature, seed: sampling parameters.
+        total: Total against the reference; None without a reference.
+    """
+
+    model: str
+    text: str
+    prompt: str
+    finished: bool = True
+    temperature: float = 0.0
+    seed: int = 0
+    total: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name in results: the model, with its temperature if it was sampled."""
+        return f"{self.model} (temperature {self.temperature:g})" if self.temperature else self.model
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """One thing that a person did with a caption, or with two.
+
+    Args:
+        date: UTC, in ISO format.
+        action: a caption was shown; a vote for one of two; a caption was rated good or bad, or copied; a draft was
+            accepted as it is, or edited; a caption was written without a draft ("finish").
+        video: name of the file; "" where it is not recorded.
+        first: the caption, A of a vote, or the draft; without model and text if a person wrote without a draft.
+        second: B of a vote, or None.
+        choice: the better caption of a vote, or that neither is.
+        marks: clauses of the first caption that the person marked as wrong or right.
+        missing: what the first caption lacks, in the person's words.
+        text: caption written by the person.
+        total: Total of this text against the reference; None without a reference.
+        seconds: time since the caption, or the empty text box, was shown; None if not recorded.
+        tab: tab of the web UI.
+        modality: what of the video the captions describe.
+        start_seconds, end_seconds: part of the video; None for an open end.
+        reference: reference caption of the whole video; "" for none.
+        kept_video: file in videos/ that may be used for training; "" for none.
+        rater: random id that the person's browser made and keeps, never an address; "" if it has none.
+    """
+
+    date: str
+    action: Action
+    video: str
+    first: Candidate
+    second: Candidate | None = None
+    choice: Choice | None = None
+    marks: tuple[Mark, ...] = ()
+    missing: str = ""
+    text: str = ""
+    total: float | None = None
+    seconds: float | None = None
+    tab: Tab = "compare"
+    modality: Modality = "both"
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    reference: str = ""
+    kept_video: str = ""
+    rater: str = ""
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The better caption of a vote, if one was chosen."""
+        return {"first": self.first, "second": self.second}.get(self.choice or "")
+
+    @property
+    def rejected(self) -> Candidate | None:
+        """The other caption of a vote, if one was chosen."""
+        return {"first": self.second, "second": self.first}.get(self.choice or "")
+
+    @property
+    def captions(self) -> list[Candidate]:
+        """The first caption, and the second if there is one."""
+        return [self.first, self.second] if self.second else [self.first]
+
+    @property
+    def own_text(self) -> str:
+        """The person's caption, without white space at its ends."""
+        return self.text.strip()
+
+    @property
+    def ground_truth(self) -> str:
+        """The person's caption, else the reference caption where the whole video is described; "" for neither."""
+        is_whole = self.start_seconds is None and self.end_seconds is None
+        return self.own_text or (self.reference.strip() if is_whole else "")
+
+
+class FeedbackStore:
+    """A folder of feedback, which several threads and processes may use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "videos").mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            truncate_partial_line(folder / FEEDBACK_NAME)
+
+    def add(self, feedback: Feedback, video: Path | None = None) -> Feedback:
+        """Save feedback, with a copy of the video if training can use it; return the feedback as saved.
+
+        The text of a vote that equals one of the captions, except for white space, is not saved: it would become the
+        ground truth even if the person prefers the other caption.
+
+        Args:
+            feedback: the feedback.
+            video: video file that may be kept; None to keep none.
+
+        Raises:
+            OSError: the disk is full or fails; nothing is saved.
+        """
+        captions = [one.text.split() for one in feedback.captions]
+        if feedback.action == "vote" and feedback.text.split() in captions:
+            feedback = replace(feedback, text="")
+        with self._locked(), self._all_or_nothing():
+            is_usable = feedback.action not in COUNTED_ONLY and not _find_flaw(feedback)
+            if video and is_usable:
+                try:
+                    feedback = replace(feedback, kept_video=keep_video(video, self.folder / "videos"))
+                except FileNotFoundError:  # the session ended, which deletes its uploads
+                    logger.info("%s was deleted before it could be kept", video.name)
+            append_record(self.folder / FEEDBACK_NAME, feedback)
+        return feedback
+
+    def read(self) -> list[Feedback]:
+        """Read all feedback, in order."""
+        with self._locked():  # another process may be writing a line
+            return read_feedback(self.folder) if holds_feedback(self.folder) else []
+
+    def forget(self, rater: str) -> int:
+        """Delete everything of a rater, with videos that no other feedback uses.
+
+        Feedback goes last, so that the same call completes what a killed one began.
+
+        Returns:
+            Number of records deleted.
+
+        Raises:
+            ValueError: there is nothing of this rater, or the id is empty.
+        """
+        with self._locked():
+            feedback = read_feedback(self.folder) if holds_feedback(self.folder) else []
+            kept = [one for one in feedback if one.rater != rater]
+            if not rater or len(kept) == len(feedback):
+                raise ValueError(
+                    f"{self.folder} has no feedback of the rater {rater!r}: `salmonn votes` lists the ids of all raters"
+                )
+            for name in {one.kept_video for one in feedback} - {one.kept_video for one in kept}:
+                (self.folder / "videos" / name).unlink(missing_ok=True)
+            for name in (*OLD_NAMES, FEEDBACK_NAME):
+                path = self.folder / name
+                if path.exists():
+                    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                    write_text(path, "".join(line for line in lines if json.loads(line).get("rater") != rater))
+        return len(feedback) - len(kept)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Lock the folder against other threads and processes."""
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Undo the write after an OSError: a full disk writes half a line, which the next line would continue."""
+        path = self.folder / FEEDBACK_NAME
+        size = path.stat().st_size if path.exists() else None
+        try:
+            yield
+        except OSError:
+            if path.is_file():
+                os.truncate(path, size or 0)
+            raise
+
+
+def holds_feedback(folder: Path) -> bool:
+    """Return whether a folder has feedback, of this or an earlier version."""
+    return any((folder / name).exists() for name in (FEEDBACK_NAME, "votes.jsonl"))
+
+
+def read_feedback(path: Path) -> list[Feedback]:
+    """Read the feedback of a folder, or of one file, of this or an earlier version.
+
+    Raises:
+        FileNotFoundError: the folder has no feedback, or the file does not exist.
+        ValueError: a line is invalid; the message names file and line.
+    """
+    if not path.is_dir():
+        return _read_file(path)
+    if not holds_feedback(path):
+        raise FileNotFoundError(f"{path} has no {FEEDBACK_NAME}: name the folder that `salmonn demo --votes` writes")
+    names = [name for name in ("votes.jsonl", "log.jsonl", FEEDBACK_NAME) if (path / name).exists()]
+    feedback = [one for name in names for one in _read_file(path / name)]
+    if not (path / "pairs.jsonl").is_file():
+        return feedback
+    # Earlier versions saved the reference caption in the training pair of a vote only, in the order of the votes.
+    pairs = [json.loads(line) for line in (path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    truths = iter(pair["ground_truth"] for pair in pairs)
+    return [
+        replace(one, reference=truth) if truth not in ("", one.own_text, one.chosen and one.chosen.text) else one
+        for one in feedback
+        for truth in [next(truths, "") if one.action == "vote" and one.kept_video else ""]
+    ]
+
+
+def _read_file(path: Path) -> list[Feedback]:
+    feedback = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = _upgrade(json.loads(line))
+                feedback += [] if row is None else [parse_record(row, Feedback)]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return feedback
+
+
+def _upgrade(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a line of any version as one of this version; None if another file has it, too."""
+    if "choice" in row and "action" not in row:  # votes.jsonl
+        others = {name: value for name, value in row.items() if name not in ("ground_truth", "unused_reason")}
+        text, kept_video = others.pop("edit", ""), others.pop("pair", "")
+        return others | {"action": "vote", "text": text, "kept_video": kept_video}
+    if "model" in row:  # log.jsonl
+        if row["action"] != "copy":
+            return None
+        caption = {"model": row["model"], "text": row["text"], "prompt": ""}
+        return {"date": row["date"], "action": "copy", "video": row["video"], "first": caption, "tab": "caption"}
+    return row
+
+
+def find_unused_reason(feedback: Feedback) -> str:
+    """Return why feedback is not used for training; "" if it is, or is not meant for it."""
+    if feedback.action in COUNTED_ONLY:
+        return ""
+    reason = _find_flaw(feedback)
+    return reason if reason or feedback.kept_video else "the video was not kept"
+
+
+def _find_flaw(feedback: Feedback) -> str:
+    if feedback.action in ("edit", "finish"):
+        return "" if feedback.own_text else "the text is empty"
+    captions, second = feedback.captions, feedback.second
+    if not all(one.text.strip() for one in captions):
+        return "one of the captions is empty" if second else "the caption is empty"
+    if not all(one.finished for one in captions):
+        return f"{'one of the captions' if second else 'the caption'} was cut off at the token limit"
+    if second and feedback.choice != "both bad" and not feedback.chosen:
+        return "neither caption was preferred"
+    if second and feedback.chosen and captions[0].text.split() == captions[1].text.split():
+        return "both captions are equal"
+    return ""
+
+
+def keep_video(path: Path, folder: Path) -> str:
+    """Copy a video to a folder, unless its content is there already; return its name there."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:24]
+    is_known = path.suffix.lower() in VIDEO_SUFFIXES | AUDIO_SUFFIXES
+    kept = folder / f"{digest}{path.suffix.lower() if is_known else '.mp4'}"
+    if not kept.exists():
+        temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+        shutil.copyfile(path, temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(kept)
+    return kept.name
+
+
+def truncate_partial_line(path: Path) -> None:
+    """Remove a last line without a line end, as left by a killed process: the next line would continue it."""
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    partial = content.rpartition(b"\n")[2]
+    if partial:
+        logger.warning("%s ends with a partial line, as left by a killed process; removed it", path)
+        os.truncate(path, len(content) - len(partial))
+
+
+def utc_now() -> str:
+    """Return the time in UTC, in ISO format."""
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,168 @@
+"""People's feedback as comparisons to train on: votes, edits, what is missing, and ratings. Imports no torch."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from salmonn.preference.feedback import Candidate, Feedback, find_unused_reason
+from salmonn.records import Comparison, Modality
+from salmonn.score.repetition import remove_clauses
+
+ClipKey = tuple[str, Modality, float | None, float | None, str]  # video, modality, start, end, prompt
+
+
+def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> tuple[list[Comparison], Counter[str]]:
+    """Return feedback as comparisons, and reason -> number of records that cannot be used.
+
+    - A vote prefers one of two captions. The ground truth is the person's text, else the reference caption.
+    - An edit prefers the text to the draft, and is the ground truth.
+    - A caption with what it lacks appended, and without the clauses marked as wrong, is preferred to the caption. Marks
+      alone make no such pair: a captioner that only learns what to leave out falls silent.
+    - Ratings: the good captions of a clip are preferred to the bad ones, each used at least once. An accepted draft is
+      good, and both captions of a vote for neither ("both bad") are bad. Of several ratings by one person the last
+      counts; captions that as many people find good as bad are left out.
+
+    A text that a person wrote about a clip is the ground truth of its other comparisons, too, if they have none. Of the
+    marks on a caption, the last ones count.
+
+    Args:
+        feedback: feedback; the videos of the comparisons are relative to its folder.
+        unpaired: return each rated caption by itself, for losses that need no pairs.
+    """
+    unused = Counter(reason for one in feedback if (reason := find_unused_reason(one)))
+    usable = [one for one in feedback if one.action not in ("shown", "copy") and not find_unused_reason(one)]
+    comparisons = [comparison for one in usable for comparison in _own_comparisons(one)]
+    rated = _collect_ratings(usable)
+    if disagreed := sum(not one.balance for one in rated):
+        unused["people disagree whether the caption is good"] += disagreed
+    comparisons += _unpaired(rated) if unpaired else _pairs(rated, unused)
+    truths = {_key(one): one.own_text for one in usable if one.own_text}
+    marks = {(_key(one), one.first.text): one.marks for one in usable if one.marks}
+    known = {_comparison_key(one) for one in comparisons}
+    if spare := sum(one.action == "finish" and _key(one) not in known for one in usable):
+        unused["a text without a draft, and no other feedback on the clip"] += spare
+    return [
+        replace(
+            one,
+            ground_truth=one.ground_truth or truths.get(_comparison_key(one), ""),
+            chosen_marks=marks.get((_comparison_key(one), one.chosen), ()),
+            rejected_marks=marks.get((_comparison_key(one), one.rejected), ()),
+        )
+        for one in comparisons
+    ], unused
+
+
+def describe_comparisons(comparisons: Sequence[Comparison], unused: Counter[str]) -> str:
+    """Return the numbers as a sentence: what the comparisons are from, and what could not be used."""
+    counts = Counter(one.source for one in comparisons)
+    sources = ", ".join(f"{count} from {source}" for source, count in counts.items())
+    text = f"{len(comparisons)} comparisons ({sources})" if comparisons else "no comparisons"
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in unused.items())
+    return f"{text}; not used: {reasons}" if reasons else text
+
+
+def _own_comparisons(one: Feedback) -> list[Comparison]:
+    """Return the comparisons that feedback makes by itself: of a vote, an edit, or what is missing."""
+    if one.chosen and one.rejected:
+        return [_compare(one, one.chosen.text, one.rejected.text, source="vote", ground_truth=one.ground_truth)]
+    if one.action == "edit" and one.own_text.split() != one.first.text.split():
+        pair = _compare(one, one.own_text, one.first.text, source="edit", ground_truth=one.own_text)
+        return [replace(pair, rejected_finished=one.first.finished)]
+    if one.missing.strip():
+        wrong = [(mark.start, mark.end) for mark in one.marks if not mark.is_right]
+        corrected = f"{remove_clauses(one.first.text, wrong)} {one.missing.strip()}".strip()
+        return [_compare(one, corrected, one.first.text, source="missing")]
+    return []
+
+
+def _compare(one: Feedback, chosen: str, rejected: str, *, source: str, ground_truth: str = "") -> Comparison:
+    video, modality, start, end, prompt = _key(one)
+    return Comparison(
+        video=video,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        ground_truth=ground_truth,
+        source=source,
+        modality=modality,
+        start_seconds=start,
+        end_seconds=end,
+        rater=one.rater,
+    )
+
+
+def _key(one: Feedback) -> ClipKey:
+    prompt = (one.chosen or one.first).prompt
+    return f"videos/{one.kept_video}", one.modality, one.start_seconds, one.end_seconds, prompt
+
+
+def _comparison_key(one: Comparison) -> ClipKey:
+    return one.video, one.modality, one.start_seconds, one.end_seconds, one.prompt
+
+
+@dataclass
+class _RatedCaption:
+    """A caption of a clip with the last rating by each person: +1 for good, -1 for bad."""
+
+    feedback: Feedback  # one that rates it
+    text: str
+    ratings: dict[object, int] = field(default_factory=dict)
+
+    @property
+    def balance(self) -> int:
+        return sum(self.ratings.values())
+
+
+def _collect_ratings(feedback: Sequence[Feedback]) -> list[_RatedCaption]:
+    rated: dict[object, _RatedCaption] = {}
+    for number, one in enumerate(feedback):
+        for caption, rating in _ratings_of(one):
+            key = (_key(one), " ".join(caption.text.split()))
+            # People without an id are different ones.
+            rated.setdefault(key, _RatedCaption(one, caption.text)).ratings[one.rater or number] = rating
+    return list(rated.values())
+
+
+def _ratings_of(one: Feedback) -> Iterator[tuple[Candidate, int]]:
+    if one.action in ("good", "accept"):
+        yield one.first, 1
+    elif one.action == "bad" or one.choice == "both bad":
+        yield from ((caption, -1) for caption in one.captions)
+
+
+def _unpaired(rated: Sequence[_RatedCaption]) -> list[Comparison]:
+    comparisons = []
+    for one in rated:
+        if one.balance > 0:
+            pair = _compare(one.feedback, one.text, "", source="rating")
+            comparisons.append(replace(pair, rejected_finished=False, rater=_rater([one])))
+        elif one.balance < 0:
+            pair = _compare(one.feedback, "", one.text, source="rating")
+            comparisons.append(replace(pair, chosen_finished=False, rater=_rater([one])))
+    return comparisons
+
+
+def _pairs(rated: Sequence[_RatedCaption], unused: Counter[str]) -> list[Comparison]:
+    """Pair good and bad captions of each clip, and count those of clips with only one kind."""
+    by_clip: dict[ClipKey, list[_RatedCaption]] = {}
+    for one in rated:
+        by_clip.setdefault(_key(one.feedback), []).append(one)
+    comparisons = []
+    for captions in by_clip.values():
+        good, bad = [one for one in captions if one.balance > 0], [one for one in captions if one.balance < 0]
+        if not (good and bad):
+            if good or bad:
+                unused["no caption of the clip with the opposite rating"] += len(good or bad)
+            continue
+        for number in range(max(len(good), len(bad))):
+            better, worse = good[number % len(good)], bad[number % len(bad)]
+            pair = _compare(better.feedback, better.text, worse.text, source="rating")
+            comparisons.append(replace(pair, rater=_rater([better, worse])))
+    return comparisons
+
+
+def _rater(captions: Sequence[_RatedCaption]) -> str:
+    """Return the person who rated all of them; "" if there were several."""
+    raters = {rater for one in captions for rater in one.ratings}
+    (rater,) = raters if len(raters) == 1 else [""]
+    return rater if isinstance(rater, str) else ""

@@ -1,0 +1,436 @@
+"""People's feedback: what is saved and deleted, what recipes train on, and the report."""
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import threading
+from dataclasses import replace
+
+import pytest
+
+from salmonn.preference.feedback import Candidate, Feedback, FeedbackStore, find_unused_reason, keep_video
+from salmonn.preference.feedback_pairs import describe_comparisons, to_comparisons
+from salmonn.preference.feedback_report import Matchup, Proportion, summarize_feedback, summarize_raters
+from salmonn.records import Comparison, Mark
+
+LEFT = Candidate("one", "A dog barks.", "Describe it.", temperature=0.8, seed=3, total=0.25)
+RIGHT = Candidate("two", "A cat sleeps.", "Describe it.", seed=4, total=0.75)
+VOTE = Feedback("2026-11-22T10:00:00+00:00", "vote", "holiday.mp4", LEFT, RIGHT, "second")
+KEPT = replace(VOTE, kept_video="v.mp4")
+PAIR = Comparison("videos/v.mp4", "Describe it.", RIGHT.text, LEFT.text, source="vote")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FeedbackStore(tmp_path / "votes")
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "a visitor's [1].MP4"
+    path.write_bytes(b"frames")
+    return path
+
+
+def test_a_vote_becomes_a_comparison_that_a_recipe_reads(store, video, load_recipe, tmp_path):
+    saved = store.add(VOTE, video)
+    # The first 24 digits of sha256("frames"), and the suffix in lower case.
+    assert saved.kept_video == "594cfd2607d4f09e1ce62412.mp4" and store.read() == [saved]
+    path = store.folder / "videos" / saved.kept_video
+    assert path.read_bytes() == b"frames"
+    dpo = load_recipe("dpo")
+    config = dpo.OfflineDpoConfig(feedback=store.folder, model="none", out=tmp_path / "out")
+    ((comparison, clip),) = dpo.load_feedback(config)
+    assert comparison == replace(PAIR, video=f"videos/{saved.kept_video}")
+    assert (clip.video, clip.modality) == (path, "both")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 1 files do not exist"):
+        dpo.load_feedback(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "truth"),
+    [
+        ({"text": " A dog yawns. ", "reference": "Known."}, "A dog yawns."),
+        ({"reference": "Known."}, "Known."),
+        ({"reference": "Known.", "start_seconds": 1.0}, ""),  # a reference describes the whole video
+        ({}, ""),
+    ],
+)
+def test_the_ground_truth_of_a_vote(changes, truth):
+    ((comparison,), unused) = to_comparisons([replace(KEPT, modality="audio", **changes)])
+    assert (comparison.ground_truth, comparison.modality, not unused) == (truth, "audio", True)
+    assert comparison.start_seconds == changes.get("start_seconds")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"choice": "tie"}, "neither caption was preferred"),
+        ({"first": replace(LEFT, text=" ")}, "one of the captions is empty"),
+        ({"first": replace(LEFT, finished=False)}, "one of the captions was cut off at the token limit"),
+        ({"first": replace(LEFT, text="A cat  sleeps.")}, "both captions are equal"),
+        ({"action": "edit", "second": None, "choice": None, "text": " "}, "the text is empty"),
+        ({"action": "bad", "second": None, "choice": None, "first": replace(LEFT, text="")}, "the caption is empty"),
+    ],
+)
+def test_unused_feedback(store, video, changes, reason):
+    saved = store.add(replace(VOTE, **changes), video)
+    assert find_unused_reason(saved) == reason and saved.kept_video == ""
+    assert store.read() == [saved] and not list((store.folder / "videos").iterdir())
+    assert to_comparisons([saved]) == ([], {reason: 1})
+
+
+def test_a_video_is_kept_only_if_allowed(store, video):
+    saved = store.add(VOTE)
+    assert to_comparisons([saved]) == ([], {"the video was not kept": 1})
+    for action in ("shown", "copy"):
+        assert store.add(replace(VOTE, action=action, second=None, choice=None), video).kept_video == ""
+    assert to_comparisons(store.read()) == ([], {"the video was not kept": 1})  # nothing else is meant for training
+    video.unlink()
+    assert store.add(VOTE, video).kept_video == "" and len(store.read()) == 4
+
+
+def rate(action, caption, rater="", **changes):
+    """A rating of one caption of the clip v.mp4."""
+    return replace(
+        KEPT, action=action, first=replace(LEFT, text=caption), second=None, choice=None, rater=rater, **changes
+    )
+
+
+def test_ratings_become_pairs_of_each_clip():
+    """Good: a (ann), d (accepted); bad: b (ann and bob against cy), c (ann, who changed her mind). Unclear: e."""
+    feedback = [
+        rate("good", "a", "ann"), rate("bad", "b", "ann"), rate("bad", "b", "bob"), rate("good", "b", "cy"),
+        rate("good", "c", "ann"), rate("bad", "c", "ann"), rate("accept", "d", "bob"),
+        rate("bad", "e", "ann"), rate("good", "e", "bob"),
+        rate("good", "f", "ann", start_seconds=1.0),  # another clip
+        replace(KEPT, kept_video="w.mp4", choice="both bad", rater="ann"),
+    ]  # fmt: skip
+    comparisons, unused = to_comparisons(feedback)
+    assert [(one.chosen, one.rejected, one.rater) for one in comparisons] == [("a", "b", ""), ("d", "c", "")]
+    assert {one.source for one in comparisons} == {"rating"}
+    assert unused == {
+        "people disagree whether the caption is good": 1,
+        "no caption of the clip with the opposite rating": 1 + 2,
+    }
+    alone, unused = to_comparisons(feedback, unpaired=True)
+    assert [(one.chosen, one.rejected) for one in alone] == [
+        ("a", ""), ("", "b"), ("", "c"), ("d", ""), ("f", ""), ("", LEFT.text), ("", RIGHT.text),
+    ]  # fmt: skip
+    assert all(one.chosen_finished == bool(one.chosen) and one.rejected_finished == bool(one.rejected) for one in alone)
+    assert [one.rater for one in alone] == ["ann", "", "ann", "bob", "ann", "ann", "ann"]
+
+
+def test_edits_and_what_is_missing():
+    """The person's text is the ground truth of all comparisons of the clip."""
+    draft = "A dog barks, and a cat sleeps."
+    mark = Mark(13, 30)
+    assert draft[13:30] == "and a cat sleeps."
+    feedback = [
+        rate("bad", draft, "ann", marks=(mark,), missing="A bird sings."),
+        rate("edit", draft, "bob", text="A dog barks."),
+        replace(
+            KEPT, action="finish", first=Candidate("", "", "Describe it."), second=None, choice=None, text="A dog."
+        ),
+        replace(KEPT, action="finish", kept_video="w.mp4", second=None, choice=None, text="Alone."),
+    ]
+    comparisons, unused = to_comparisons(feedback)
+    assert [(one.source, one.chosen, one.rejected) for one in comparisons] == [
+        ("missing", "A dog barks. A bird sings.", draft),
+        ("edit", "A dog barks.", draft),
+    ]
+    assert [one.ground_truth for one in comparisons] == ["A dog.", "A dog barks."]
+    assert all(one.rejected_marks == (mark,) and one.chosen_marks == () for one in comparisons)
+    assert describe_comparisons(comparisons, unused) == (
+        "2 comparisons (1 from missing, 1 from edit); not used: no caption of the clip with the opposite rating (1), "
+        "a text without a draft, and no other feedback on the clip (1)"
+    )
+
+
+def test_marks_alone_prefer_no_silence():
+    assert to_comparisons([rate("bad", "A dog barks.", marks=(Mark(0, 12),))])[0] == []
+
+
+def test_feedback_trains_on_what_it_has(load_recipe, store, video, caplog):
+    """Ratings are paired or not, as the loss needs; texts that the model cannot learn are told and left out."""
+    dpo = load_recipe("dpo")
+    caplog.set_level("INFO")
+
+    def check(comparison):
+        if "<|" in comparison.rejected:
+            raise ValueError("the text contains a special token")
+
+    for one in (rate("good", "a"), rate("bad", "b"), rate("bad", "<|im_end|>")):
+        store.add(one, video)
+    config = dpo.OfflineDpoConfig(feedback=store.folder, model="none", out=store.folder / "out")
+    ((pair, _),) = dpo.load_feedback(config, check=check)
+    assert (pair.chosen, pair.rejected) == ("a", "b")
+    assert "1 comparisons (1 from rating); not used: the text contains a special token (1)" in caplog.text
+    kto = replace(config, loss=replace(config.loss, kind="kto"))
+    assert [(one.chosen, one.rejected) for one, _ in dpo.load_feedback(kto, check=check)] == [("a", ""), ("", "b")]
+    with pytest.raises(ValueError, match=r"nothing to train on: no comparisons; not used: .* \(2\)"):
+        dpo.load_feedback(config, check=lambda _: (_ for _ in ()).throw(ValueError("no")))
+    with pytest.raises(ValueError, match="give --preferences"):
+        dpo.load_comparisons(replace(config, feedback=None))
+
+
+OLD_VOTE = {
+    "date": VOTE.date, "video": "holiday.mp4", "first": vars(LEFT), "second": vars(RIGHT), "choice": "second",
+    "modality": "both", "start_seconds": None, "end_seconds": None, "edit": "", "ground_truth": "reference",
+    "pair": "v.mp4", "unused_reason": "", "rater": "ann",
+}  # fmt: skip
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_folders_of_earlier_versions_are_read(store, video):
+    """The reference caption of a vote was in its training pair only; log.jsonl repeats votes and edits."""
+    votes = [
+        OLD_VOTE,
+        OLD_VOTE | {"choice": "tie", "pair": "", "ground_truth": "", "rater": "bob"},
+        OLD_VOTE | {"edit": "A dog yawns.", "ground_truth": "edit"},
+        {name: value for name, value in OLD_VOTE.items() if name != "rater"} | {"ground_truth": "chosen"},
+    ]
+    write_lines(store.folder / "votes.jsonl", votes)
+    truths = ("A dog sings.", "A dog yawns.", RIGHT.text)
+    write_lines(store.folder / "pairs.jsonl", [vars(PAIR) | {"ground_truth": one} for one in truths])
+    copied = {"date": "d", "action": "copy", "video": "holiday.mp4", "model": "one", "text": "A dog barks."}
+    write_lines(store.folder / "log.jsonl", [copied | {"action": "vote"}, copied | {"rater": ""}])
+    new = store.add(replace(VOTE, rater="bob"), video)
+    expected = replace(KEPT, rater="ann")
+    *read, copy, last = store.read()
+    assert read == [
+        replace(expected, reference="A dog sings."),
+        replace(expected, choice="tie", kept_video="", rater="bob"),
+        replace(expected, text="A dog yawns."),
+        KEPT,
+    ]
+    assert (copy.action, copy.first.model, last) == ("copy", "one", new)
+    assert store.forget("ann") == 2
+    assert [(one.action, one.rater) for one in store.read()] == [
+        ("vote", "bob"),
+        ("vote", ""),
+        ("copy", ""),
+        ("vote", "bob"),
+    ]
+    write_lines(store.folder / "votes.jsonl", [OLD_VOTE | {"colour": 1}])
+    with pytest.raises(ValueError, match=r"votes\.jsonl, line 1: unknown field colour"):
+        store.read()
+
+
+def test_the_text_of_a_vote_differs_from_its_captions(store, video):
+    assert store.add(replace(VOTE, text="A dog\nbarks. "), video).text == ""
+    assert store.add(replace(VOTE, text="As <video> shows."), video).text == "As <video> shows."
+
+
+def test_a_partial_line_is_removed(store, video, caplog):
+    first = store.add(VOTE, video)
+    with (store.folder / "feedback.jsonl").open("a") as file:
+        file.write('{"date": "2026-11')
+    reopened = FeedbackStore(store.folder)
+    assert "feedback.jsonl ends with a partial line" in caplog.text
+    second = reopened.add(replace(VOTE, choice="first"), video)
+    assert reopened.read() == [first, second]
+
+
+def test_feedback_is_written_completely_or_not_at_all(store, video):
+    """The file-size limit is the size of the file plus half a line."""
+    first = store.add(VOTE, video)
+    path = store.folder / "feedback.jsonl"
+    before = path.read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    padding = " " * 10_000 + "\n"
+    path.write_text(before + padding)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            store.add(VOTE, video)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == before + padding
+    path.write_text(before)
+    second = store.add(replace(VOTE, choice="first"), video)
+    assert store.read() == [first, second]
+
+
+def test_first_feedback_that_cannot_be_written_leaves_nothing(store, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        store.add(VOTE)
+    monkeypatch.undo()
+    assert store.read() == []
+
+
+def test_two_servers_write_one_after_the_other(store):
+    """Another process has the lock, like a second server that is writing."""
+    folder = os.open(store.folder, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    voter = threading.Thread(target=store.add, args=[VOTE])
+    voter.start()
+    voter.join(0.2)
+    assert voter.is_alive() and not (store.folder / "feedback.jsonl").exists()
+    os.close(folder)
+    voter.join(10)
+    assert len(store.read()) == 1
+
+
+def test_concurrent_feedback_is_complete(store, video):
+    voters = [threading.Thread(target=store.add, args=[VOTE, video]) for _ in range(16)]
+    for voter in voters:
+        voter.start()
+    for voter in voters:
+        voter.join()
+    assert len(to_comparisons(store.read())[0]) == 16
+    assert len(list((store.folder / "videos").iterdir())) == 1  # the same bytes
+
+
+def test_kept_videos_are_renamed(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    names = set()
+    for name in ("a.mp4", "b.WEBM", "c.mp4;rm -rf", "d"):
+        (tmp_path / name).write_bytes(b"same")
+        names.add(keep_video(tmp_path / name, folder))
+    stems = {name.split(".")[0] for name in names}
+    assert len(stems) == 1 and all(char in "0123456789abcdef" for char in stems.pop())
+    assert {name.split(".")[1] for name in names} == {"mp4", "webm"}
+
+
+@pytest.fixture
+def votes(store, tmp_path):
+    """Two votes of ann, one on a video that bob voted on, too; and a copy, which has no rater."""
+    for name, rater, text in (("a", "ann", "A dog yawns."), ("b", "ann", ""), ("b", "bob", "A cat purrs.")):
+        path = tmp_path / f"{name}.mp4"
+        path.write_bytes(name.encode())
+        store.add(replace(VOTE, rater=rater, text=text, video=path.name), path)
+    store.add(replace(VOTE, action="copy", second=None, choice=None))
+    return store
+
+
+def contents(store):
+    return {path.name: path.read_bytes() for path in store.folder.rglob("*.*")}
+
+
+def test_forget_deletes_all_traces_of_a_rater(votes, call):
+    before = votes.read()
+    code, _, err = call("votes", votes.folder, "--forget", "ann")
+    assert code == 0 and "deleted 2 records of ann" in err
+    assert votes.read() == before[2:]
+    assert [path.name for path in (votes.folder / "videos").iterdir()] == [before[2].kept_video]
+    assert not any(b"ann" in content for content in contents(votes).values())
+
+
+def test_a_killed_forget_is_completed(votes, monkeypatch):
+    """The kill comes before feedback.jsonl is replaced."""
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(votes.forget.__globals__, "write_text", kill)
+    with pytest.raises(KeyboardInterrupt):
+        votes.forget("ann")
+    assert [one.rater for one in votes.read()] == ["ann", "ann", "bob", ""]
+    monkeypatch.undo()
+    assert votes.forget("ann") == 2 and [one.rater for one in votes.read()] == ["bob", ""]
+
+
+@pytest.mark.parametrize("rater", ["cy", ""])
+def test_an_unknown_rater_is_not_forgotten(votes, call, rater):
+    before = contents(votes)
+    code, _, err = call("votes", votes.folder, "--forget", rater)
+    assert code == 2 and err.startswith("error: ") and f"no feedback of the rater '{rater}'" in err
+    assert contents(votes) == before
+
+
+def test_the_report_on_the_command_line(votes, call, tmp_path):
+    code, out, _ = call("votes", votes.folder)
+    rows = [line.split() for line in out.splitlines()]
+    assert code == 0 and "3 votes of 2 raters" in out
+    assert [[cell for cell in row if cell != "│"][:4] for row in rows if "ann" in row or "bob" in row] == [
+        ["ann", "2", "0", "0"],
+        ["bob", "1", "0", "0"],
+    ]
+    assert "same two captions: 100.0 % of 1 (20.7 to 100.0)" in out  # Wilson: n / (n + 1.96^2) = 1 / 4.8415
+    code, _, err = call("votes", tmp_path)
+    assert code == 2 and "has no feedback.jsonl" in err
+
+
+def test_agreement_of_raters():
+    """Ann and Bob decided two common pairs and agree on one; Cy shares one with each, and agrees with Ann."""
+    ann, bob, cy = (replace(VOTE, rater=name) for name in ("ann", "bob", "cy"))
+    swapped = {"first": RIGHT, "second": LEFT}
+    votes = [
+        replace(ann, choice="first"),
+        replace(bob, choice="second", **swapped),  # LEFT again, on the other side
+        replace(ann, video="b.mp4", choice="second"),
+        replace(ann, video="b.mp4", choice="first"),  # changed her mind: the last vote counts
+        replace(bob, video="b.mp4", choice="second"),
+        replace(cy, video="b.mp4", choice="first"),
+        replace(cy, choice="tie"),
+        replace(cy, choice="both bad", start_seconds=1.0),
+        replace(VOTE, choice="first"),  # without an id
+    ]
+    summary = summarize_raters(votes)
+    assert [(one.rater, one.num_votes, one.num_ties, one.num_both_bad) for one in summary.raters] == [
+        ("ann", 3, 0, 0), ("cy", 3, 1, 1), ("bob", 2, 0, 0), ("", 1, 0, 0),
+    ]  # fmt: skip
+    agreement = {one.rater: (one.agreement.count, one.agreement.total) for one in summary.raters}
+    assert agreement == {"ann": (2, 3), "bob": (1, 3), "cy": (1, 2), "": (0, 0)}
+    assert (summary.agreement.count, summary.agreement.total) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    [
+        # z = 1.96: z^2 / n = 0.38415; (0.8 + 0.19207 -+ 1.96 * sqrt(0.16 / 10 + 0.0096036)) / 1.38415.
+        (8, 10, 0.4902, 0.9433),
+        # From 0 to z^2 / (n + z^2) = 3.84146 / 13.84146.
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (0, 0, 0.0, 1.0),
+    ],
+)
+def test_wilson_interval(count, total, low, high):
+    interval = Proportion(count, total).interval
+    assert interval.low == pytest.approx(low, abs=5e-5) and interval.high == pytest.approx(high, abs=5e-5)
+
+
+ONE_SAMPLED = replace(LEFT, model="one", temperature=0.8)
+
+
+def test_summary():
+    """One wins as A and as B, two once; LEFT has the lower Total, 0.25 against 0.75."""
+    feedback = [
+        replace(VOTE, choice="first", kept_video="a.mp4"),  # one wins, and agrees with the Totals
+        replace(VOTE, first=RIGHT, second=LEFT, choice="second", kept_video="b.mp4"),  # one wins, and agrees
+        replace(VOTE, choice="second"),  # two wins, against the Totals
+        replace(VOTE, choice="tie"),
+        replace(VOTE, choice="both bad"),
+        replace(VOTE, choice="first", first=replace(LEFT, total=0.75)),  # one wins, of equal Totals
+        replace(
+            VOTE, choice="first", first=ONE_SAMPLED, second=replace(ONE_SAMPLED, total=None)
+        ),  # two samples of one model
+        rate("good", "a"), rate("bad", "b"), rate("edit", "a", text="c"), rate("copy", "a"), rate("copy", "b"),
+    ]  # fmt: skip
+    summary = summarize_feedback(feedback)
+    assert summary.num_votes == 7
+    assert summary.matchups == (Matchup("one (temperature 0.8)", "two", wins=3, losses=1, ties=1, both_bad=1),)
+    assert (summary.matchups[0].win_rate.count, summary.matchups[0].win_rate.total) == (3, 4)
+    # Of five votes for one of the two, A got the first, the sixth and the last.
+    assert (summary.first_preferred.count, summary.first_preferred.total) == (3, 5)
+    assert (summary.agreement.count, summary.agreement.total, summary.num_equal_totals) == (2, 3, 1)
+    assert summary.num_comparisons == 2 + 1 + 1  # votes, ratings, the edit
+    assert (summary.num_ratings, summary.num_edits, summary.num_copies) == (2, 1, 2)
+
+
+def test_no_feedback():
+    summary = summarize_feedback([])
+    assert summary.matchups == () and summary.agreement.total == 0 and summary.first_preferred.value == 0.0
