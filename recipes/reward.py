@@ -8,6 +8,7 @@ preferences are judged captions of a round, pairs, votes, published conversation
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -114,12 +115,15 @@ def main(config: RewardRecipeConfig) -> None:
         check=partial(check_texts, processor=processor),
     )
     log.info("%s", preferences.describe())
+    groups = group_comparisons(preferences.comparisons)
+    if config.references:
+        groups = with_objectives(groups, config)
     left_out = LeftOut(config.out, max_failures=config.max_failures)
-    open_run(config, [training_step(preferences, config)], name="reward")
+    open_run(config, [training_step(preferences, groups, config)], name="reward")
     if not is_missing(config.out / INFO_NAME):
         log.info("%s is already trained", config.out)
     else:
-        train(preferences, config, left_out=left_out)
+        train(preferences, groups, config, left_out=left_out)
     info = read_info(config.out)
     agreement = info.agreement
     assert agreement is not None, "training measures it"
@@ -130,20 +134,21 @@ def main(config: RewardRecipeConfig) -> None:
         log.warning("%s", warning)
 
 
-def training_step(preferences: Preferences, config: RewardRecipeConfig) -> Step:
-    """Return the only step of a run. Comparisons are compared by content, as their file may have moved."""
+def training_step(preferences: Preferences, groups: Sequence[AnswerGroup], config: RewardRecipeConfig) -> Step:
+    """Return the only step of a run. What it learns from is compared by content, as files may move or change."""
     settings = flat_settings(config) | {"preferences": fingerprint(preferences.comparisons)}
+    if config.references:
+        settings["references"] = fingerprint(group.objectives for group in groups)
     settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
     results = (HEAD_NAME, INFO_NAME, "comparisons.jsonl", "raters.jsonl")
     files = (*TRAINING_FILES, "adapter", STATES_NAME, BLIND_DIR, *results)
     return Step("model", settings, files, INFO_NAME)
 
 
-def train(preferences: Preferences, config: RewardRecipeConfig, *, left_out: LeftOut) -> None:
+def train(
+    preferences: Preferences, groups: Sequence[AnswerGroup], config: RewardRecipeConfig, *, left_out: LeftOut
+) -> None:
     """Encode the clips and train."""
-    groups = group_comparisons(preferences.comparisons)
-    if config.references:
-        groups = with_objectives(groups, config)
     captioner = config.load_model(config.model)
     groups = [with_prompt(group, captioner) for group in groups]
     cache = open_feature_cache(config.feature_cache, captioner)

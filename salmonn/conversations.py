@@ -115,7 +115,7 @@ def read_conversations(path: Path | str, *, check: Callable[[Conversation], None
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path} must be named .json (a list of items) or .jsonl (one item a line)")
     conversations = []
-    for line, value in _list_items(path) if path.suffix == ".json" else _line_items(path):
+    for line, value in list_items(path) if path.suffix == ".json" else line_items(path):
         try:
             conversation = parse_conversation(value)
             if check and value.get("should_use") is not False:
@@ -129,7 +129,7 @@ def read_conversations(path: Path | str, *, check: Callable[[Conversation], None
     return conversations
 
 
-def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
+def line_items(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the items of a JSONL file with their line numbers; blank lines are skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -148,7 +148,7 @@ def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def _list_items(path: Path) -> Iterator[tuple[int, Any]]:
+def list_items(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the items of a JSON list with the numbers of the lines on which they start.
 
     They are decoded one by one, because decoding the whole list would lose their positions.

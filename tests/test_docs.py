@@ -70,6 +70,7 @@ ELSEWHERE = {
     ".venv/bin/salmonn reward-benchmark data/reward_pairs.jsonl --model run": "tests/test_reward_benchmark_cli.py",
     "torchrun recipes/reward.py": "tests/recipes/test_reward.py",
     "torchrun recipes/mrdpo.py --reward.kind model": "tests/recipes/test_reward.py",
+    "salmonn export run/round_1": "tests/preference/test_export.py",
     "salmonn reward captions.jsonl": "tests/test_reward_cli.py",
     ".venv/bin/salmonn score predictions.json": "tests/test_score_cli.py",  # a judge that answers as the published one
 }

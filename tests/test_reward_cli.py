@@ -28,7 +28,7 @@ def reward_folder(random_model, tmp_path_factory):
 def test_ratings_and_the_best_of_each_video(call, reward_folder, clips, tmp_path):
     texts = ("A red circle blinks.", "A low tone is heard.", "")
     captions = [
-        Caption(reference.video, text, sample=sample)
+        Caption(reference.video, text, sample=sample, modality="visual")
         for reference in clips.references[:2]
         for sample, text in enumerate(texts)
     ]
@@ -36,6 +36,7 @@ def test_ratings_and_the_best_of_each_video(call, reward_folder, clips, tmp_path
     args = ["reward", tmp_path / "captions.jsonl", "--model", reward_folder, "--root", clips.root]
     code, out, err = call(*args, "--best", tmp_path / "best.jsonl")
     assert code == 1 and "1 video could not be read" in err  # the others are rated
+    assert f"{reward_folder} was trained on captions of both: rewards of visual are untested" in err
     ratings = [json.loads(line) for line in out.splitlines()]
     assert [(one["video"], one["sample"]) for one in ratings] == [(one.video, one.sample) for one in captions]
     best = read_records(tmp_path / "best.jsonl", Caption)

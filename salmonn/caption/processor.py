@@ -1,7 +1,7 @@
 """Processor: clips and prompts -> model inputs (pixels, log-mel chunks, token ids, labels, rotary positions)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +108,16 @@ class Processor:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} has no readable tokenizer: {error}") from error
         return cls(tokenizer, config=config, published_positions=published_positions, reader=reader)
+
+    @property
+    def frames(self) -> dict[str, int | float | None]:
+        """Arguments of the frame sampler."""
+        return dict(vars(self.family.frame_sampler))
+
+    def set_frames(self, frames: Mapping[str, int | float | None]) -> None:
+        """Change arguments of the frame sampler; raises ValueError if it has no such argument."""
+        self.config = self.family.with_frames(frames)
+        self.family = get_family(self.config)
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to a model folder."""

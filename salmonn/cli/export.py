@@ -1,7 +1,8 @@
-"""`salmonn export`: write captions as a table, or as subtitles beside the videos."""
+"""`salmonn export`: write captions as a table or as subtitles, and preferences as rows for other libraries."""
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import Namespace
 
@@ -13,19 +14,38 @@ def export_parser() -> FlagParser:
     """Return the arguments of `salmonn export`."""
     parser = FlagParser(
         description="Export captions to a table, or to subtitle files beside the videos. If a video was captioned "
-        "several times, its latest captions count; files are read in the order in which they were written."
+        "several times, its latest captions count; files are read in the order in which they were written. With "
+        "--rows, export preferences instead (docs/reward.md)."
     )
-    parser.add_argument("captions", nargs="+", type=Path, help="JSONL files from `salmonn caption`, of all shards")
+    parser.add_argument(
+        "captions",
+        nargs="+",
+        type=Path,
+        help="JSONL files from `salmonn caption`, of all shards; with --rows a folder or file of preferences",
+    )
     parser.add_argument(
         "--to", nargs="+", type=str, required=True, help="file names that end in .csv (in a spreadsheet, import as "
         "text), .parquet or .jsonl; or txt, srt, vtt for subtitle files"
     )  # fmt: skip
     add_subtitle_options(parser)
+    group = parser.add_argument_group("Preferences as rows for other libraries")
+    rows_help = (
+        "trl: prompt, chosen and rejected messages of each comparison; helpsteer: prompt, response and grades of "
+    )
+    rows_help += "each judged caption"
+    group.add_argument("--rows", type=Literal["trl", "helpsteer"] | None, default=None, help=rows_help)
+    group.add_argument("--root", type=Path | None, default=None, help="folder that the paths of the videos start from")
+    references_help = "for helpsteer: JSONL of the references that the captions were judged against"
+    group.add_argument("--references", type=Path | None, default=None, help=references_help)
+    margin_help = "for trl: add the margins, which TRL's RewardTrainer subtracts in its loss"
+    group.add_argument("--margin", action="store_true", help=margin_help)
     return parser
 
 
 def run_export(values: Namespace) -> int:
-    """Write captions in other formats."""
+    """Write captions or preferences in other formats."""
+    if values.rows:
+        return _export_rows(values)
     from salmonn.batch.export import TABLES, LatestCaptions, export_subtitles, export_table
     from salmonn.batch.ledger_files import SUBTITLES_SUFFIX, LedgerFiles, in_order
     from salmonn.batch.subtitles import SUBTITLE_FORMATS, SubtitleWriter
@@ -59,6 +79,21 @@ def run_export(values: Namespace) -> int:
     names, videos, failed = ", ".join(formats), plural(num_videos, "video"), plural(len(failures), "file")
     sys.stderr.write(f"{names} files written for {videos}, {failed} failed\n")
     return SOME_FAILED if failures else 0
+
+
+def _export_rows(values: Namespace) -> int:
+    """Write preferences or judged captions as rows, and say what they cannot hold."""
+    from salmonn.preference.export import export_rows
+
+    if len(values.captions) > 1 or len(values.to) > 1 or Path(values.to[0]).suffix != ".jsonl":
+        raise ValueError("--rows reads one folder or file of preferences, and --to names one file that ends in .jsonl")
+    (source,), out = values.captions, Path(values.to[0])
+    number, left_out = export_rows(
+        source, out, kind=values.rows, root=values.root, references=values.references, with_margin=values.margin
+    )
+    reasons = "".join(f"; left out: {reason} ({count})" for reason, count in left_out.items())
+    sys.stderr.write(f"{plural(number, 'row')} written to {out}{reasons}\n")
+    return 0
 
 
 def _require_captions(named: list[Path]) -> list[Path]:

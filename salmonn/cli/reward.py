@@ -46,7 +46,9 @@ def reward_parser() -> FlagParser:
     )
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda if available)")
     parser.add_argument("--dtype", type=dtypes, default="auto", help="dtype of the weights (auto: bfloat16 on a GPU)")
-    parser.add_argument("--reader", type=str, default="pyav", help="decoder of video frames: pyav, decord, torchcodec")
+    parser.add_argument(
+        "--reader", type=str | None, default=None, help="decoder of video frames (default: as in training)"
+    )
     return parser
 
 
@@ -74,6 +76,9 @@ def run_reward(values: Namespace) -> int:
             rater=values.rater,
             prototype=values.prototype,
         )
+    if others := {one.modality for one in captions if one.modality} - set(model.info.modalities):
+        learned, unknown = " and ".join(model.info.modalities), " and ".join(sorted(others))
+        sys.stderr.write(f"{values.model} was trained on captions of {learned}: rewards of {unknown} are untested\n")
     if values.votes:
         fit_to_votes(model, values.votes)
     ratings, num_failed = rate_files(model, captions, root=values.root, explain=values.objectives)

@@ -1,17 +1,16 @@
 """Items of the reward benchmark: prompts with correct and wrong answers, from our files and from published ones.
 
-`read_items` reads JSON lines, or a JSON list, whose columns are those of RewardBench (`chosen` and `rejected` are texts
-or message lists), RewardBench 2 (both are lists of texts), RAG-RewardBench (`reject`), or these with a `video`.
+`read_items` reads JSON lines, or a JSON list, in the formats of `rows.py`, with or without a clip.
 `docs/reward_benchmark.md` describes them, and the synthetic pairs that ship with the repository.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
+from salmonn.preference.rows import EXPECTED, parse_row, read_rows
 from salmonn.records import Event, Modality, parse_record
 from salmonn.synthetic.render import sample_clip
 from salmonn.synthetic.scene import SynthConfig
@@ -53,10 +52,6 @@ RAG_SCENARIOS = {
     "conflict": "Harmless",
 }
 _SCENARIO_OF = {subset: scenario for scenario, subsets in SCENARIOS.items() for subset in subsets}
-_EXPECTED = (
-    '{"prompt": text, "chosen": text, "rejected": text, "subset": text}, with lists of texts as in RewardBench 2, or '
-    '"reject" as in RAG-RewardBench'
-)
 
 
 @dataclass(frozen=True)
@@ -116,34 +111,15 @@ def read_items(paths: Sequence[Path]) -> list[BenchmarkItem]:
     items = []
     for path in paths:
         found = []
-        for number, value in _read_rows(path):
+        for number, value in read_rows(path):
             try:
                 found.append(parse_item(value, path=path, number=number))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
         if not found:
-            raise ValueError(f"{path} has no items: expected lines such as {_EXPECTED}")
+            raise ValueError(f"{path} has no items: expected lines such as {EXPECTED}")
         items += found
     return items
-
-
-def _read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the rows of a file with their numbers, from 1: lines of a JSONL file, or items of a JSON list."""
-    if path.suffix == ".parquet":
-        raise ValueError(f"{path} is a Parquet file: convert it to JSON lines, for example by pandas' to_json")
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), start=1)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: not JSON at column {error.colno}: {error.msg}") from error
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON at column {error.colno}: {error.msg}") from error
 
 
 def parse_item(value: Any, *, path: Path, number: int) -> BenchmarkItem:
@@ -157,53 +133,27 @@ def parse_item(value: Any, *, path: Path, number: int) -> BenchmarkItem:
     Raises:
         ValueError: a column is missing or of the wrong type.
     """
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}: {_EXPECTED}")
+    row = parse_row(value)
+    if not all(answer.strip() for answer in row.chosen + row.rejected):
+        raise ValueError("an answer is empty")
     is_rag = "reject" in value
-    rejected = value.get("reject") if is_rag else value.get("rejected")
-    texts = {"prompt": value.get("prompt", value.get("question")), "chosen": value.get("chosen"), "rejected": rejected}
-    if missing := [name for name, text in texts.items() if text is None]:
-        raise ValueError(f"{' and '.join(missing)} missing: expected {_EXPECTED}")
-    chosen, wrong = (_parse_answers(texts[name], name) for name in ("chosen", "rejected"))
     subset = path.stem if is_rag else _optional_text(value, "subset") or path.stem
     scenario = RAG_SCENARIOS.get(subset, subset) if is_rag else _SCENARIO_OF.get(subset, subset)
     use = value.get("use", "both")
     if use not in get_args(Modality):
         raise ValueError(f"use must be one of {', '.join(get_args(Modality))}, got {use!r}")
-    clip = _parse_clip(value, folder=path.parent)
+    clip = path.parent / row.video if row.video else _parse_synthetic_clip(value)
     return BenchmarkItem(
         id=str(value.get("id", number)),
         subset=subset,
-        prompt=_parse_conversation(texts["prompt"], "prompt"),
-        chosen=chosen,
-        rejected=wrong,
+        prompt=row.prompt,
+        chosen=row.chosen,
+        rejected=row.rejected,
         scenario=scenario,
         clip=clip,
         use=use,
         events=_parse_events(value, clip, use=use),
     )
-
-
-def _parse_answers(value: Any, name: str) -> tuple[str, ...]:
-    """Return the answers of a column: one text, a list of texts, or a conversation that ends with one."""
-    if isinstance(value, list) and value and all(isinstance(text, str) for text in value):
-        return tuple(value)
-    if isinstance(value, list) and value and isinstance(value[-1], dict):  # as RewardBench's preference sets
-        value = value[-1].get("content")
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} must be a text, a list of texts or a list of messages, got {value!r:.80}")
-    return (value,)
-
-
-def _parse_conversation(value: Any, name: str) -> str:
-    """Return a prompt: a text, or the messages of a conversation, each with its role unless there is only one."""
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        turns = [(message.get("role"), message.get("content")) for message in value]
-        if all(isinstance(role, str) and isinstance(content, str) for role, content in turns):
-            return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{role}: {content}" for role, content in turns)
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text or a list of messages, got {value!r:.80}")
-    return value
 
 
 def _optional_text(value: Mapping[str, Any], name: str) -> str:
@@ -213,10 +163,7 @@ def _optional_text(value: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def _parse_clip(value: Mapping[str, Any], *, folder: Path) -> Path | SyntheticClip | None:
-    video = _optional_text(value, "video") or _optional_text(value, "video_path")
-    if video:
-        return folder / video
+def _parse_synthetic_clip(value: Mapping[str, Any]) -> SyntheticClip | None:
     metadata = value.get("additional_metadata")
     where = value if "seed" in value else metadata if isinstance(metadata, dict) else {}
     seed, index = where.get("seed"), where.get("index")

@@ -19,6 +19,7 @@ from salmonn.preference.feedback import FEEDBACK_NAME, holds_feedback, read_feed
 from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
+from salmonn.preference.rows import PreferenceRow, parse_row, read_rows
 from salmonn.records import Caption, Comparison, Modality, Score, iter_numbered_records, parse_record, read_records
 from salmonn.score.formats import read_scores
 from salmonn.synthetic.judge import RuleJudge
@@ -265,74 +266,27 @@ def _guess_kind(path: Path) -> str:
 
 
 def _read_rows(path: Path) -> list[Comparison]:
-    """Read rows of TRL (explicit prompt) or RewardBench: texts or lists of messages; other columns are ignored."""
+    """Read rows of TRL or RewardBench; columns that a comparison does not have are ignored."""
     comparisons = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                comparisons += _row_to_comparisons(json.loads(line))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+    for number, value in read_rows(path):
+        try:
+            comparisons += _row_to_comparisons(parse_row(value))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
     return comparisons
 
 
-def _row_to_comparisons(row: Any) -> list[Comparison]:
-    """Return the comparisons of a row; RewardBench 2 has several rejected answers in one."""
-    if not isinstance(row, dict):
-        raise ValueError("expected a JSON object with prompt, chosen and rejected")
-    chosen, rejected = _read_answers(row, "chosen"), _read_answers(row, "reject" if "reject" in row else "rejected")
-    history, prompt = _split_prompt(_find_prompt(row))
-    known = {name: row[name] for name in ("margin", "modality", "start_seconds", "end_seconds", "audio") if name in row}
-    shared = {"video": row.get("video") or "", "prompt": prompt, "source": "given", "history": history}
+def _row_to_comparisons(row: PreferenceRow) -> list[Comparison]:
+    """Return a comparison of each better answer with each worse one."""
+    history, prompt = row.conversation
+    names = ("margin", "modality", "start_seconds", "end_seconds", "audio")
+    shared = {name: row.columns[name] for name in names if name in row.columns}
+    shared |= {"video": row.video, "prompt": prompt, "source": "given", "history": [list(turn) for turn in history]}
     return [
-        parse_record(shared | known | {"chosen": better, "rejected": worse}, Comparison)
-        for better in chosen
-        for worse in rejected
+        parse_record(shared | {"chosen": better, "rejected": worse}, Comparison)
+        for better in row.chosen
+        for worse in row.rejected
     ]
-
-
-def _find_prompt(row: dict[str, Any]) -> Any:
-    """Return the prompt of a row; TRL also has it in the messages before both answers."""
-    prompt = row.get("prompt", row.get("question"))
-    if prompt is not None:
-        return prompt
-    answers = [row.get(name) for name in ("chosen", "reject" if "reject" in row else "rejected")]
-    messages = [one[:-1] if isinstance(one, list) else [] for one in answers]
-    if messages[0] != messages[1] or not messages[0] or not all(isinstance(one, dict) for one in messages[0]):
-        raise ValueError("there is no prompt: expected a column prompt, or the same messages before both answers")
-    return messages[0]
-
-
-def _read_answers(row: dict[str, Any], name: str) -> list[str]:
-    """Return the answers in a column: a text, a conversation that ends with it, or a list of texts."""
-    value = row.get(name)
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} must be a text or a list of messages, got {value!r:.80}")
-    return value if all(isinstance(one, str) for one in value) else [_text_of(value[-1])]
-
-
-def _split_prompt(value: Any) -> tuple[list[tuple[str, str]], str]:
-    """Return earlier (prompt, answer) turns and the last prompt, of a text or a list of messages."""
-    if isinstance(value, str):
-        return [], value
-    texts = [(message.get("role"), _text_of(message)) for message in value if message.get("role") != "system"]
-    if [role for role, _ in texts] != ["user", "assistant"] * (len(texts) // 2) + ["user"]:
-        raise ValueError("messages of prompt must alternate between user and assistant and end with user")
-    turns = [(texts[place][1], texts[place + 1][1]) for place in range(0, len(texts) - 1, 2)]
-    return turns, texts[-1][1]
-
-
-def _text_of(message: Any) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
-    if not isinstance(content, str):
-        raise ValueError(f"a message has no text: {message!r:.80}")
-    return content
 
 
 def conversation_to_comparison(conversation: Conversation) -> Comparison:

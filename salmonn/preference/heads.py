@@ -144,13 +144,17 @@ def fit_scalar_head(
 
 
 def fit_temperature(margins: Tensor) -> float:
-    """Return the temperature T in [0.05, 20] for which sigmoid(margin / T) is the most likely.
+    """Return the temperature T for which sigmoid(margin / T) is the most likely.
 
+    T is 0.05 to 20 times the root mean square of the margins, so that it does not depend on their unit; 1 if all are 0.
     A linear head that fits its training pairs well is too sure of others: its margins must be divided by T > 1.
 
     Args:
         margins: (N,) rewards of better answers minus those of worse ones, on clips that the head was not fitted to.
     """
-    temperatures = torch.logspace(-1.3, 1.3, 521, dtype=torch.float64)
+    scale = margins.double().square().mean().sqrt()
+    if not scale:
+        return 1.0
+    temperatures = scale * torch.logspace(-1.3, 1.3, 521, dtype=torch.float64)
     losses = F.softplus(-margins.double() / temperatures.unsqueeze(1)).mean(1)
     return float(temperatures[losses.argmin()])

@@ -58,16 +58,12 @@ def _order(score: Score) -> float | None:
     return _share(in_order, in_order + reversed_)
 
 
-def attach_objectives(
-    groups: Sequence[AnswerGroup],
-    captions: Sequence[Caption],
-    scores: Sequence[Score],
-    references: Mapping[str, Reference],
-) -> list[AnswerGroup]:
-    """Return groups of judged captions with the objectives of each answer.
+def judged_objectives(
+    captions: Sequence[Caption], scores: Sequence[Score], references: Mapping[str, Reference]
+) -> list[tuple[Caption, tuple[float | None, ...]]]:
+    """Return judged captions with the values of `OBJECTIVES`, in the order of the scores.
 
     Args:
-        groups: comparisons of these captions.
         captions, scores: judged captions, matched by video, sample and part of the video.
         references: references by video.
 
@@ -80,12 +76,25 @@ def attach_objectives(
             f"{len(missing)} judged videos have no reference, first {missing[0]}; pass the references "
             "that their captions were judged against"
         )
-    values = dict[tuple[object, ...], tuple[float | None, ...]]()
+    judged = []
     for score in scores:
-        span = (score.start_seconds, score.end_seconds)
-        if caption := caption_of.get((score.video, score.sample, *span)):
+        if caption := caption_of.get((score.video, score.sample, score.start_seconds, score.end_seconds)):
             reference = restrict_to_span(references[score.video], caption)
-            values[score.video, *span, caption.text, caption.finished] = objectives_of(score, reference)
+            judged.append((caption, objectives_of(score, reference)))
+    return judged
+
+
+def attach_objectives(
+    groups: Sequence[AnswerGroup],
+    captions: Sequence[Caption],
+    scores: Sequence[Score],
+    references: Mapping[str, Reference],
+) -> list[AnswerGroup]:
+    """Return groups of judged captions with the objectives of each answer; see `judged_objectives`."""
+    values = {
+        (one.video, one.start_seconds, one.end_seconds, one.text, one.finished): objectives
+        for one, objectives in judged_objectives(captions, scores, references)
+    }
     return [
         replace(
             group,

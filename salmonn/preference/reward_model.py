@@ -7,9 +7,11 @@ A folder holds reward.json, head.safetensors and, if the decoder was adapted, a 
 from where it was trained, and must have the same weights.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Literal
@@ -28,10 +30,11 @@ from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
 from salmonn.preference.agreement import Agreement
 from salmonn.preference.comparisons import join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
-from salmonn.preference.mixture import MixtureHead, PrototypeInfo, choose_weights, make_mixture
+from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, choose_weights, make_mixture
 from salmonn.preference.rating import Rating
 from salmonn.records import (
     Caption,
+    Modality,
     Reference,
     Unscored,
     parse_json,
@@ -47,7 +50,7 @@ RewardHead = Head | MixtureHead
 Clip = ClipInputs | ClipFeatures
 
 INFO_NAME, HEAD_NAME, ADAPTER_DIR = "reward.json", "head.safetensors", "adapter"
-REWARD_FORMAT = 1
+REWARD_FORMAT = 2
 MAX_ROWS = 64  # captions of a clip in one forward pass
 
 
@@ -61,6 +64,8 @@ class RewardInfo:
         pooling: states that the head reads.
         base: folder or hub id of the captioner.
         base_fingerprint: hash of its weights.
+        frames, reader: arguments of its frame sampler, and the decoder of frames, in training; rated clips are read so.
+        modalities: what of the clips the compared captions were about.
         mean, std: of the rewards of the training clips' captions, by which rewards are standardized.
         temperature: P(a over b) = sigmoid((r(a) - r(b)) / temperature), of rewards before standardization.
         source: what the comparisons are from.
@@ -76,6 +81,9 @@ class RewardInfo:
     pooling: Pooling
     base: str
     base_fingerprint: str
+    frames: Mapping[str, int | float | None] = field(default_factory=dict)
+    reader: str = "pyav"
+    modalities: tuple[Modality, ...] = ("both",)
     mean: float = 0.0
     std: float = 1.0
     temperature: float = 1.0
@@ -130,18 +138,18 @@ class RewardModel:
         base: str | None = None,
         captioner: Captioner | None = None,
         placement: Placement | None = None,
-        reader: str = "pyav",
+        reader: str | None = None,
         kind: RewardKind | None = None,
         rater: str | None = None,
         prototype: int | None = None,
     ) -> "RewardModel":
-        """Load a reward model and its base.
+        """Load a reward model and its base, which samples the frames of a clip as in training.
 
         Args:
             folder: folder of the reward model.
             base: folder or hub id of the base, if it is not where it was in training.
-            captioner: the base itself, if it has been loaded; it is changed.
-            placement, reader: see `Captioner.load`.
+            captioner: the base itself, if it has been loaded; it is changed, and must sample frames as in training.
+            placement, reader: see `Captioner.load`; by default the reader of the training.
             kind: kind that the caller needs; None for any.
             rater, prototype: of an ideal-point model: whose reward, a rater's by id or a prototype's by its number from
                 1; by default the mean rater's.
@@ -153,8 +161,13 @@ class RewardModel:
         folder = Path(folder)
         info = read_info(folder, kind=kind)
         weights = choose_weights(folder, info.prototypes, rater=rater, prototype=prototype)
-        captioner = captioner or Captioner.load(base or info.base, placement=placement, reader=reader)
-        require_base(folder, info, captioner)
+        if captioner is None:
+            captioner = Captioner.load(base or info.base, placement=placement, reader=reader or info.reader)
+            require_base(folder, info, captioner)
+            captioner.processor.set_frames(info.frames)
+        else:
+            require_base(folder, info, captioner)
+            require_frames(folder, info, captioner)
         if (folder / ADAPTER_DIR / ADAPTER_CONFIG_NAME).is_file():
             load_adapter(captioner.network, folder / ADAPTER_DIR)
             merge_adapter(captioner.network)
@@ -249,13 +262,17 @@ class RewardModel:
 
 def save_reward_model(folder: Path | str, head: RewardHead, info: RewardInfo) -> None:
     """Write head and, last, reward.json; the adapter, if there is one, must be in the folder already."""
-    folder = Path(folder)
+    save_head(Path(folder), head)
+    write_json(Path(folder) / INFO_NAME, asdict(info))
+
+
+def save_head(folder: Path, head: RewardHead) -> None:
+    """Write head.safetensors, which without reward.json is not yet a reward model."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.float().contiguous() for key, value in head.state_dict().items()}
     temporary = temporary_path(folder / HEAD_NAME)
     save_file(weights, str(temporary))
     temporary.replace(folder / HEAD_NAME)
-    write_json(folder / INFO_NAME, asdict(info))
 
 
 def read_info(folder: Path, *, kind: RewardKind | None = None) -> RewardInfo:
@@ -276,10 +293,27 @@ def read_info(folder: Path, *, kind: RewardKind | None = None) -> RewardInfo:
     except ValueError as error:
         raise ValueError(f"{folder / INFO_NAME}: {error}; another version of salmonn may have written it") from error
     if info.format != REWARD_FORMAT:
-        raise ValueError(f"{folder} has format {info.format}, but this version of salmonn reads {REWARD_FORMAT}")
+        raise ValueError(
+            f"{folder} has format {info.format}, but this version of salmonn reads {REWARD_FORMAT}; train it again"
+        )
     if kind and info.kind != kind:
         raise ValueError(f"{folder} is a {info.kind} reward model, but a {kind} one is needed")
     return info
+
+
+def hash_reward_model(folder: Path) -> str:
+    """Hash the files of a reward model, by which it is recognised wherever it is.
+
+    Raises:
+        ValueError: the folder holds no complete reward model.
+    """
+    read_info(folder)
+    sha = hashlib.sha256()
+    for path in sorted(
+        path for name in (INFO_NAME, HEAD_NAME, RATERS_NAME, f"{ADAPTER_DIR}/*") for path in folder.glob(name)
+    ):
+        sha.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return sha.hexdigest()[:12]
 
 
 def require_base(folder: Path, info: RewardInfo, captioner: Captioner) -> None:
@@ -288,6 +322,17 @@ def require_base(folder: Path, info: RewardInfo, captioner: Captioner) -> None:
         raise ValueError(
             f"{folder} was trained on {info.base} with other weights than those of {captioner.name}; its rewards "
             "would be meaningless. Name the model that it was trained on as its base, or train it again"
+        )
+
+
+def require_frames(folder: Path, info: RewardInfo, captioner: Captioner) -> None:
+    """Raise ValueError if a reward model was trained on other frames of a clip than a captioner samples."""
+    now = captioner.processor.frames
+    if changed := {name: value for name, value in info.frames.items() if value != now.get(name)}:
+        before, others = (", ".join(f"{name} {values.get(name)}" for name in changed) for values in (info.frames, now))
+        raise ValueError(
+            f"{folder} was trained on frames that were sampled with {before}, but they are sampled with {others}: its "
+            f"rewards would mean little. Pass --frames '{json.dumps(changed)}', or train it again"
         )
 
 

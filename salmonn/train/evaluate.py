@@ -49,12 +49,15 @@ class SampleConfig(Sampling):
 
     Args:
         num_samples: captions of each clip.
+        temperatures: of equal shares of the samples, such as [1.0, 0.7] for half and half, in place of `temperature`;
+            RLHF Workflow (arXiv 2405.07863) samples so, for a wider choice of best and worst.
         batch_size: captions generated at once; fewer need less memory.
     """
 
     temperature: float = 0.8
     top_p: float = 0.95
     num_samples: int = 8
+    temperatures: tuple[float, ...] | None = None
     batch_size: int = field(default=128, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
@@ -63,10 +66,21 @@ class SampleConfig(Sampling):
             raise ValueError(
                 f"num_samples and batch_size must be at least 1, got {self.num_samples} and {self.batch_size}"
             )
+        if self.temperatures is not None:
+            count = len(self.temperatures)
+            if not (count and all(Sampling(one).temperature for one in self.temperatures)) or self.num_samples % count:
+                raise ValueError(
+                    f"temperatures must be above 0, and num_samples {self.num_samples} a multiple of their number, got "
+                    f"{list(self.temperatures)}"
+                )
+
+    def shares(self) -> tuple[float, ...]:
+        """Return the temperatures of equal shares of the samples."""
+        return self.temperatures or (self.temperature,)
 
     def greedy(self) -> "SampleConfig":
         """Return the same limits for the most likely caption of each clip."""
-        return replace(self, temperature=0.0, num_samples=1)
+        return replace(self, temperature=0.0, temperatures=None, num_samples=1)
 
 
 @dataclass(frozen=True)
@@ -241,20 +255,32 @@ def _sample(
     finished = _find_finished(partial, request) if partial else {}
     generator = _make_generator(captioner, clips, batch_size=max(config.batch_size, config.num_samples))
 
+    size = config.num_samples // len(config.shares())
+
     def sample(number: int) -> list[list[Caption]]:
         if number in finished:
             captions = read_records(finished[number], Caption)
         else:
-            requests = [
-                CaptionRequest(
-                    Path(references[index].video),
-                    sampling=config,
-                    seed=seed * 1_000_003 + index,
-                    num_samples=config.num_samples,
+            shares = [
+                generator.generate(
+                    [
+                        CaptionRequest(
+                            Path(references[index].video),
+                            sampling=replace(config, temperature=temperature, temperatures=None),
+                            seed=seed * 1_000_003 + index + (share << 40),  # the same would correlate the shares
+                            num_samples=size,
+                        )
+                        for index in batches[number]
+                    ]
                 )
-                for index in batches[number]
+                for share, temperature in enumerate(config.shares())
             ]
-            captions = [one for group in generator.generate(requests) for one in group]
+            captions = [
+                replace(one, sample=share * size + one.sample)
+                for of_clip in zip(*shares, strict=True)
+                for share, group in enumerate(of_clip)
+                for one in group
+            ]
             if partial:
                 write_records(_partial_path(partial, number), captions)
         return [captions[start : start + config.num_samples] for start in range(0, len(captions), config.num_samples)]

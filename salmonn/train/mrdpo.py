@@ -13,6 +13,7 @@ from salmonn.model.lora import LoraConfig
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import RewardConfig
+from salmonn.preference.reward_model import hash_reward_model
 from salmonn.preference.selection import SelectionConfig
 from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Reference
@@ -29,7 +30,9 @@ from salmonn.train.run_steps import MERGED_FILES, Settings, Step, choose_setting
 
 # Settings, or groups of them, that results depend on.
 LOADING = ("model", "placement", "frames", "reader")
-SAMPLED = {"sampling.temperature", "sampling.top_p", "sampling.num_samples"}  # without effect on greedy captions
+SAMPLED = {
+    f"sampling.{name}" for name in ("temperature", "temperatures", "top_p", "num_samples")
+}  # without effect on greedy captions
 RATING_FILES = ("scores.jsonl", "ratings.jsonl")  # of any kind of reward
 
 
@@ -135,7 +138,7 @@ class MrDpoConfig(RunConfig):
                 "selection.repetition_fraction needs the judge's quotes of repeated clauses, which a reward model "
                 "does not give; set it to 0, or use --reward.kind judge"
             )
-        if self.sampling.num_samples < 2 or not self.sampling.temperature:
+        if self.sampling.num_samples < 2 or not all(self.sampling.shares()):
             raise ValueError(
                 "pairs need different captions of a clip: sampling.num_samples must be at least 2 and "
                 f"sampling.temperature above 0, got {self.sampling.num_samples} and {self.sampling.temperature}"
@@ -202,12 +205,14 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
 
 def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_file: str) -> list[Step]:
     """Return all steps of a run, each with the settings and the earlier steps that its results depend on."""
-    # Clips are compared by content: their files may move.
+    # Clips and the reward model are compared by content: their files may move.
     settings = flat_settings(config) | {
         "training_videos": fingerprint(reference.video for reference in train.references),
         "references": fingerprint(train.references),
         "heldout_references": fingerprint(heldout.references),
     }
+    if config.reward.model:
+        settings["reward.model"] = hash_reward_model(config.reward.model)
     if config.references:
         settings = {name: value for name, value in settings.items() if not name.startswith("synth.")}
     choose = partial(choose_settings, settings)

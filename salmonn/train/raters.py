@@ -2,18 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from salmonn import dist
-from salmonn.caption.captioner import Captioner
-from salmonn.model.fingerprint import hash_model
 from salmonn.model.layout import ClipFeatures
 from salmonn.model.pooling import AnswerStates
-from salmonn.preference.agreement import Agreement, measure_agreement
+from salmonn.preference.agreement import measure_agreement
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.heads import fit_temperature
 from salmonn.preference.ideal_point import (
@@ -213,40 +211,20 @@ def train_raters(
     if trainer.config.blind:
         blind = measure(rotate_features(features), trainer.folder / BLIND_DIR, len(fitted.info.sizes))
     agreement = measure_agreement(heldout, fitted.margins, blind.margins if blind else None)
-    source = ", ".join(sorted({group.example.source for group in groups}))
-    info = _to_info(trainer, captioner, train, fitted, source=source, agreement=agreement)
+    std, mean = torch.std_mean(fitted.rewards)
+    info = replace(
+        trainer.make_info(captioner, train, heldout),
+        mean=float(mean),
+        std=max(float(std), 1e-6),
+        temperature=fit_temperature(fitted.margins),
+        agreement=agreement,
+        prototypes=fitted.info,
+    )
     if dist.is_main():
         write_records(trainer.folder / RATERS_NAME, fitted.raters)
         save_reward_model(trainer.folder, fitted.head, info)
     dist.barrier()
     return info
-
-
-def _to_info(
-    trainer: RewardTrainer,
-    captioner: Captioner,
-    train: Sequence[AnswerGroup],
-    fitted: FittedRaters,
-    *,
-    source: str,
-    agreement: Agreement,
-) -> RewardInfo:
-    """Return the contents of reward.json for a model that was fitted to the groups `train`."""
-    std, mean = torch.std_mean(fitted.rewards)
-    return RewardInfo(
-        "ideal-point",
-        trainer.config.pooling,
-        captioner.name,
-        dist.gather([hash_model(captioner.network) if dist.is_main() else ""])[0],
-        mean=float(mean),
-        std=max(float(std), 1e-6),
-        temperature=fit_temperature(fitted.margins),
-        source=source,
-        num_comparisons=sum(len(group.pairs) for group in train),
-        num_clips=len(train),
-        agreement=agreement,
-        prototypes=fitted.info,
-    )
 
 
 def describe_raters(info: PrototypeInfo) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from salmonn import dist
@@ -25,7 +25,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.fingerprint import hash_model, hash_values
 from salmonn.model.layout import ClipFeatures, ModelInputs
-from salmonn.model.lora import LoraConfig, attach_lora, merge_adapter, save_adapter
+from salmonn.model.lora import LoraConfig, attach_lora, load_adapter, merge_adapter, save_adapter
 from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.agreement import measure_agreement
 from salmonn.preference.comparisons import AnswerGroup
@@ -34,9 +34,11 @@ from salmonn.preference.losses import bradley_terry_loss
 from salmonn.preference.objectives import OBJECTIVES
 from salmonn.preference.reward_model import (
     ADAPTER_DIR,
+    HEAD_NAME,
     RewardInfo,
     RewardKind,
     answer_states,
+    save_head,
     save_reward_model,
 )
 from salmonn.records import temporary_path
@@ -47,6 +49,7 @@ from salmonn.train.feature_cache import hash_features, hash_tokenizer
 from salmonn.train.loop import FitConfig, FitContext, fit
 from salmonn.train.objectives import ObjectiveConfig, fit_objective_head
 from salmonn.train.parallel import StrategyName
+from salmonn.train.run_folder import is_missing
 
 log = logging.getLogger(__name__)
 STATES_NAME, BLIND_DIR = "states.safetensors", "blind"
@@ -339,9 +342,6 @@ class RewardTrainer:
             mean=mean,
             std=std,
             temperature=fit_temperature(margins),
-            source=", ".join(sorted({group.example.source for group in groups})),
-            num_comparisons=sum(len(group.pairs) for group in train),
-            num_clips=len(train),
             agreement=measure_agreement(
                 heldout, margins, _margins(blind.heldout, self._arrange(heldout)) if blind else None
             ),
@@ -350,6 +350,24 @@ class RewardTrainer:
             save_reward_model(self.folder, fitted.head, info)
         dist.barrier()
         return info
+
+    def make_info(
+        self, captioner: Captioner, train: Sequence[AnswerGroup], heldout: Sequence[AnswerGroup]
+    ) -> RewardInfo:
+        """Return what reward.json says of kind, base and data, before anything is trained."""
+        examples = [group.example for group in (*train, *heldout)]
+        return RewardInfo(
+            self.config.kind,
+            self.config.pooling,
+            captioner.name,
+            dist.gather([hash_model(captioner.network) if dist.is_main() else ""])[0],
+            frames=captioner.processor.frames,
+            reader=captioner.processor.reader,
+            modalities=tuple(sorted({example.modality for example in examples})),
+            source=", ".join(sorted({example.source for example in examples})),
+            num_comparisons=sum(len(group.pairs) for group in train),
+            num_clips=len(train),
+        )
 
     def _arrange(self, groups: Sequence[AnswerGroup]) -> list[AnswerGroup]:
         """Return groups as the kind of model reads them."""
@@ -370,8 +388,7 @@ class RewardTrainer:
             RewardExample(group, features[ClipSource.of_comparison(group.example, root=root)]) for group in groups
         ]
         captioner, config = self.load(), self.config
-        name, base, count = folder.name, captioner.name, len(train)
-        fingerprint = dist.gather([hash_model(captioner.network) if dist.is_main() else ""])[0]
+        name, count, info = folder.name, len(train), self.make_info(captioner, train, heldout)
         states = compute_states(
             captioner, examples, pooling=config.pooling, name=f"{name}: states", path=folder / STATES_NAME
         )
@@ -389,16 +406,24 @@ class RewardTrainer:
         with torch.no_grad():
             rewards = [head(one) for one in states]
         widths = head.gate_widths if isinstance(head, ObjectiveHead) else ()
-        names = OBJECTIVES if widths else ()
-        info = RewardInfo(config.kind, config.pooling, base, fingerprint, gate_widths=widths, objectives=names)
+        info = replace(info, gate_widths=widths, objectives=OBJECTIVES if widths else ())
         return info, FittedReward(head, rewards[:count], rewards[count:])
 
     def _tune(
         self, captioner: Captioner, head: ScalarHead, examples: Sequence[RewardExample], *, center: float, folder: Path
     ) -> tuple[Captioner, ScalarHead]:
-        """Train an adapter and the head; returns the model with the adapter merged, and the trained head."""
+        """Train an adapter and the head, or load those of a run that was killed later.
+
+        Returns:
+            The model with the adapter merged, and the trained head.
+        """
         config, lora = self.config, self.config.lora
         assert lora is not None
+        if not is_missing(folder / HEAD_NAME):  # written after the adapter
+            load_adapter(captioner.network, folder / ADAPTER_DIR)
+            head.load_state_dict(load_file(folder / HEAD_NAME))
+            merge_adapter(captioner.network)
+            return captioner, head.requires_grad_(False)
 
         def attach(model: Captioner, own: ScalarHead) -> None:
             attach_lora(model.network, lora, seed=self.seed)
@@ -418,6 +443,7 @@ class RewardTrainer:
             load_trained(tuned.network, checkpoint)
             if dist.is_main():
                 save_adapter(tuned.network, folder / ADAPTER_DIR)
+                save_head(folder, trained)
             dist.barrier()
         tuned.network.head = None
         merge_adapter(tuned.network)

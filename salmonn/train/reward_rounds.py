@@ -27,7 +27,15 @@ from salmonn.preference.comparisons import compare_ratings, group_comparisons
 from salmonn.preference.mixture import choose_weights
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, RewardConfig
-from salmonn.preference.reward_model import INFO_NAME, ModelReward, RewardInfo, RewardModel, read_info, require_base
+from salmonn.preference.reward_model import (
+    INFO_NAME,
+    ModelReward,
+    RewardInfo,
+    RewardModel,
+    read_info,
+    require_base,
+    require_frames,
+)
 from salmonn.records import Caption, Comparison, Reference, read_records, write_json
 from salmonn.score.stats import wilson_interval
 from salmonn.train.data import ClipSet, ClipSource
@@ -307,3 +315,4 @@ def require_model(config: RewardConfig, captioner: Captioner) -> None:
         info = read_info(config.model)
         choose_weights(config.model, info.prototypes, prototype=config.prototype)
         require_base(config.model, info, captioner)
+        require_frames(config.model, info, captioner)

@@ -85,6 +85,7 @@ def test_a_synthetic_clip_has_its_events_as_far_as_they_can_be_perceived(read):
         ({"chosen": "b", "reject": "c"}, "line 2: prompt missing"),
         (PAIR | {"chosen": 3}, "line 2: chosen must be a text, a list of texts or a list of messages, got 3"),
         (PAIR | {"rejected": []}, r"line 2: rejected must be .* got \[\]"),
+        (PAIR | {"chosen": " "}, "line 2: an answer is empty"),
         (PAIR | {"prompt": [1]}, r"line 2: prompt must be a text or a list of messages, got \[1\]"),
         (PAIR | {"subset": 3}, "line 2: subset must be a text, got 3"),
         (PAIR | {"use": "touch"}, "line 2: use must be one of both, visual, audio, got 'touch'"),
@@ -102,7 +103,7 @@ def test_bad_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": \n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not JSON at column"):
         read_items([tmp_path / "a.jsonl"])
-    (tmp_path / "a.json").write_text("[1,")
+    (tmp_path / "a.json").write_text('[{"prompt": ')
     with pytest.raises(ValueError, match=r"a\.json, line 1: not JSON"):
         read_items([tmp_path / "a.json"])
     (tmp_path / "b.jsonl").write_text("\n")

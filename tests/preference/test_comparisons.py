@@ -179,12 +179,16 @@ def test_rows_of_trl_and_reward_bench(folder):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "x", "chosen": "x", "extra": 1}, "rejected must be a text"),
-        ({"chosen": "x", "rejected": "y"}, "there is no prompt: expected a column prompt"),
-        ({"prompt": "x", "chosen": [], "rejected": "y"}, "chosen must be a text or a list of messages"),
+        ({"prompt": "x", "chosen": "x", "extra": 1}, "rejected missing: expected"),
+        ({"chosen": "x", "rejected": "y"}, "prompt missing: expected"),
+        (
+            {"prompt": "x", "chosen": [], "rejected": "y"},
+            "chosen must be a text, a list of texts or a list of messages",
+        ),
         ({"prompt": [{"role": "assistant", "content": "a"}], "chosen": "x", "rejected": "y"}, "must alternate"),
         ({"prompt": "x", "chosen": [{"role": "user"}], "rejected": "y"}, "a message has no text"),
         ({"prompt": "x", "chosen": "x", "rejected": "y", "video": 3, "id": 1}, "video must be"),
+        ({"prompt": "x", "chosen": "x", "rejected": "y", "videos": ["a", "b"]}, "videos must be a list of one path"),
     ],
 )
 def test_rows_that_are_refused(folder, row, message):

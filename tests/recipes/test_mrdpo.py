@@ -17,6 +17,7 @@ from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.reward import RewardConfig
+from salmonn.preference.reward_model import REWARD_FORMAT
 from salmonn.preference.selection import SelectionConfig
 from salmonn.records import Caption, Comparison, Question, Reference, append_record, read_records, write_records
 from salmonn.score.config import JudgeConfig
@@ -265,7 +266,7 @@ def test_changed_settings_redo_only_what_depends_on_them(finished, launch, flags
     assert steps[0]["learning_rate"] == pytest.approx(0.001)
 
 
-def test_steps_of_a_run_depend_on_their_own_settings(load_recipe):
+def test_steps_of_a_run_depend_on_their_own_settings(load_recipe, tmp_path):
     """For every setting, the first step that it changes; what other steps are made with stays as it is."""
     clips = ClipSet([Reference("a.mp4", caption="a star")], Path("clips"))
     recipe, base = load_recipe("mrdpo"), MrDpoConfig(rounds=2)
@@ -273,8 +274,8 @@ def test_steps_of_a_run_depend_on_their_own_settings(load_recipe):
     def steps_of(config, train=clips, heldout=clips):
         return {s.name: s for s in recipe.plan_steps(config, train, heldout, rating_file="scores.jsonl")}
 
-    def changed(config, **sets):
-        before, after = steps_of(base), steps_of(config, **sets)
+    def changed(config, *, before=None, **sets):
+        before, after = before or steps_of(base), steps_of(config, **sets)
         return [name for name, step in before.items() if name in after and after[name].settings != step.settings]
 
     sampling, fit = base.sampling, base.fit
@@ -286,6 +287,17 @@ def test_steps_of_a_run_depend_on_their_own_settings(load_recipe):
         "round_2/captions",
     ]
     assert changed(replace(base, reward=RewardConfig(repetition_weight=2.0))) == ["round_1/ratings", "round_2/ratings"]
+    (tmp_path / "reward.json").write_text(
+        json.dumps(
+            {"kind": "pairwise", "pooling": "last", "base": "b", "base_fingerprint": "f", "format": REWARD_FORMAT}
+        )
+    )
+    (tmp_path / "head.safetensors").touch()
+    base = replace(base, reward=RewardConfig("model", model=tmp_path, refresh_clips=0))
+    before = steps_of(base)
+    (tmp_path / "head.safetensors").write_text("changed")
+    assert changed(base, before=before) == ["round_1/ratings", "round_2/ratings"]
+    base = replace(base, reward=RewardConfig())
     assert changed(replace(base, selection=SelectionConfig(min_gap=0.2))) == ["round_1/pairs", "round_2/pairs"]
     assert changed(replace(base, fit=replace(fit, steps=7))) == ["round_1/model", "round_2/model"]
     assert changed(replace(base, reference_policy="run_start")) == ["round_2/model"]

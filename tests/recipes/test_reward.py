@@ -3,10 +3,12 @@
 import json
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from salmonn.preference.comparisons import Preferences, group_comparisons
 from salmonn.preference.objectives import OBJECTIVES
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward_model import RewardModel, read_info
@@ -114,6 +116,22 @@ def test_fine_tuning_in_two_processes(launch, trained_model, preferences, tmp_pa
     model = RewardModel.load(tmp_path / "reward", kind=kind)
     assert model.info.agreement.blind is None and (tmp_path / "reward" / "adapter").is_dir()
     assert not (tmp_path / "reward" / "checkpoints").exists()
+
+
+def test_changed_references_are_noticed(load_recipe):
+    """Changed objectives of the same captions, or other comparisons, are another run; a moved file is the same."""
+    recipe, comparisons = load_recipe("reward"), [Comparison("a.mp4", "Tell.", "x", "y")]
+    (group,) = group_comparisons(comparisons)
+
+    def settings(value=0.5, *, compared=comparisons, **paths):
+        config = recipe.RewardRecipeConfig(
+            kind="objectives", preferences=Path(paths.get("folder", "a")), references=Path(paths.get("file", "r"))
+        )
+        judged = replace(group, objectives=((value, None), (0.0, 1.0)))
+        return recipe.training_step(Preferences(compared, Path()), [judged], config).settings
+
+    assert settings(folder="b", file="s") == settings()
+    assert settings(0.25) != settings() != settings(compared=[replace(comparisons[0], chosen="z")])
 
 
 def test_named_objectives(launch, trained_model, tmp_path, call):

@@ -95,6 +95,29 @@ def test_two_processes_give_the_same_results(captioner, clips, random_model, tmp
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
 
 
+def test_shares_of_samples_have_their_own_temperature(captioner, clips):
+    """Half of the samples equal those at the first temperature alone; the other half is drawn at the second one."""
+    (clips,) = cache_features(captioner, ClipSet(clips.references[:2], clips.root), name="clips")
+
+    def texts(**changes):
+        sampling = replace(SAMPLING, num_samples=4, **changes)
+        captions = sample_captions(captioner, clips, sampling, name="test", seed=SEED)
+        assert [one.sample for one in captions] == [0, 1, 2, 3] * 2
+        return [[one.text for one in captions[start : start + 4]] for start in (0, 4)]
+
+    hot = texts()
+    mixed = texts(temperatures=(1.0, 0.01))
+    for own, half in zip(hot, mixed, strict=True):
+        assert half[:2] == own[:2] and half[2] == half[3] != half[0]  # at 0.01 both are the most likely caption
+    assert SampleConfig(temperatures=(1.0, 0.7)).greedy() == SampleConfig(temperature=0.0, num_samples=1)
+
+
+@pytest.mark.parametrize("temperatures", [(), (1.0, 0.0), (1.0, 0.7, 0.5), (-1.0, 0.7)])
+def test_impossible_shares(temperatures):
+    with pytest.raises(ValueError, match="temperature"):
+        SampleConfig(num_samples=8, temperatures=temperatures)
+
+
 @pytest.fixture
 def costs(monkeypatch):
     """The costs of the items that were last distributed; all go to this process."""

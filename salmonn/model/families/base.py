@@ -120,7 +120,7 @@ class Family(ABC):
         sampler: FrameSampler = self.sampler_class(**(self.config.frames or {}))
         return sampler
 
-    def with_frames(self, frames: Mapping[str, float] | None) -> SalmonnConfig:
+    def with_frames(self, frames: Mapping[str, float | None] | None) -> SalmonnConfig:
         """Return a copy of the config with changed arguments of the frame sampler, such as more frames for training.
 
         Raises:

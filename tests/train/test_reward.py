@@ -1,0 +1,55 @@
+"""Training of reward models in this process: what a killed run repeats."""
+
+import pytest
+
+from salmonn.caption.captioner import Captioner
+from salmonn.caption.processor import PromptRow
+from salmonn.model.lora import LoraConfig
+from salmonn.preference.comparisons import group_comparisons
+from salmonn.preference.reward_model import RewardModel
+from salmonn.records import Comparison
+from salmonn.train import reward
+from salmonn.train.data import ClipSource
+from salmonn.train.loop import FitConfig
+from salmonn.train.reward import RewardTrainer, RewardTrainingConfig, split_groups
+
+
+def test_a_killed_blind_twin_does_not_repeat_the_training(random_model, clips, captioner, tmp_path, monkeypatch):
+    """Killed while the twin trains, a run trains the twin alone, and reads adapter and head of the model back."""
+    videos = [reference.video for reference in clips.references[:2]]
+    groups = group_comparisons([Comparison(video, "Tell.", "A red circle.", "A tone.") for video in videos])
+    sources = [ClipSource(clips.root / video) for video in videos]
+    encoded = captioner.encode([captioner.processor.read(one.video) for one in sources])
+    features = dict(zip(sources, encoded, strict=True))
+    optimization = FitConfig(learning_rate=1e-2, epochs=1.0, steps=None, batch_size=1, weight_decay=0.0)
+    config = RewardTrainingConfig(
+        pooling="last",
+        lora=LoraConfig(rank=2, alpha=4, dropout=0.0, targets=("q_proj",)),
+        fit=optimization,
+        heldout_fraction=0.5,
+    )
+    trained, fit = [], reward.fit
+
+    def train(folder, *, kill_at=99):
+        def counted(*args, context):
+            trained.append(context.name)
+            if len(trained) == kill_at:
+                raise KeyboardInterrupt
+            return fit(*args, context=context)
+
+        monkeypatch.setattr(reward, "fit", counted)
+        trained.clear()
+        trainer = RewardTrainer(lambda: Captioner.load(random_model), config, folder)
+        return trainer.train(groups, features, root=clips.root)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", kill_at=2)
+    files = [tmp_path / "killed" / name for name in ("head.safetensors", "adapter/adapter_model.safetensors")]
+    written = [path.read_bytes() for path in files]
+    info = train(tmp_path / "killed")
+    assert trained == ["blind: reward model"] and [path.read_bytes() for path in files] == written
+    # Rewards are standardized by what the adapted model gives the two answers of the only training clip.
+    model, ((group,), _) = RewardModel.load(tmp_path / "killed"), split_groups(groups, fraction=0.5, seed=0)
+    rows = [PromptRow(0, "Tell.", text) for text, _ in group.answers]
+    rewards = model.rewards(rows, [features[ClipSource.of_comparison(group.example, root=clips.root)]])
+    assert sorted(rewards) == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3) and model.info == info
