@@ -23,6 +23,7 @@ from salmonn.model.network import Network
 # Finished rows stay in the batch until they are this fraction of their group: evicting them copies the KV cache of the
 # others, which costs more than computing a few dead rows.
 EVICT_FRACTION = 1 / 8
+NUCLEUS_TOKENS = 1024  # most likely tokens in which a nucleus is looked for before all are sorted
 
 
 class SampledToken(NamedTuple):
@@ -267,7 +268,7 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, *, sampling: Sampling) -> Te
     """
     if not sampling.temperature:
         return logits.argmax(-1)
-    probabilities, ids = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
+    probabilities, ids = _most_likely((logits / sampling.temperature).softmax(-1), mass=sampling.top_p)
     cumulative = probabilities.cumsum(-1)
     # A token belongs to the nucleus if the more likely tokens together do not reach top_p; the first always does. The
     # clamp is for NaN logits, for which no token would: an index out of range would abort all work on a GPU.
@@ -275,6 +276,25 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, *, sampling: Sampling) -> Te
     nucleus = cumulative.gather(-1, sizes - 1)
     index = torch.searchsorted(cumulative, uniforms[:, None] * nucleus, right=True)
     return ids.gather(-1, index.minimum(sizes - 1)).squeeze(-1)
+
+
+def _most_likely(probabilities: Tensor, *, mass: float) -> tuple[Tensor, Tensor]:
+    """Return the most likely tokens in descending order, with at least the given probability in each row.
+
+    A nucleus rarely has more than `NUCLEUS_TOKENS`, and selecting these takes much less time than sorting 152,000.
+
+    Args:
+        probabilities: (R, V).
+        mass: probability.
+
+    Returns:
+        (R, K) probabilities and token ids.
+    """
+    if probabilities.shape[-1] > 4 * NUCLEUS_TOKENS:
+        top, ids = probabilities.topk(NUCLEUS_TOKENS, dim=-1)
+        if (top.sum(-1) >= mass).all():
+            return top, ids
+    return probabilities.sort(dim=-1, descending=True)
 
 
 def with_logprobs(tokens: Tensor, logits: Tensor, *, num_top: int) -> list[SampledToken]:

@@ -285,7 +285,7 @@ class Processor:
             clip_index=tuple(row.clip for row in rows),
             layouts=tuple(layouts),
             clip_inputs=tuple(clip for clip in clips if isinstance(clip, ClipInputs)),
-            clip_features=tuple(clip.tokens for clip in clips if isinstance(clip, ClipFeatures)),
+            clip_features=tuple(clip.read_tokens() for clip in clips if isinstance(clip, ClipFeatures)),
         )
 
 

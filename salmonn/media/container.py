@@ -210,6 +210,27 @@ def declared_seconds(path: str | os.PathLike[str]) -> float:
         return open_media(path, stack, video=True, audio=True).declared_end
 
 
+@dataclass(frozen=True)
+class ClipShape:
+    """Length and format of a clip; width and height are 0 without video."""
+
+    seconds: float = 51.0
+    width: int = 1280
+    height: int = 720
+    frames_per_second: float = 30.0
+    has_audio: bool = True
+
+
+def declared_shape(path: str | os.PathLike[str]) -> ClipShape:
+    """Return length and format of a file according to its header; see `declared_seconds`."""
+    with ExitStack() as stack:
+        file = open_media(path, stack, video=True, audio=True)
+        if file.video is None:
+            return ClipShape(file.declared_end, 0, 0, 0.0)
+        codec, rate = file.video.codec_context, file.video.average_rate
+        return ClipShape(file.declared_end, codec.width, codec.height, float(rate or 25), file.audio is not None)
+
+
 def demux(file: MediaFile, *streams: Any) -> Iterator[Any]:
     """Yield the packets of a file, of all its streams or of some, and a packet without data for each at the end."""
     # At the end, PyAV 18 looks in its list for streams that the file did not have when it was opened.

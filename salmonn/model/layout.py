@@ -100,6 +100,10 @@ class ClipFeatures:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def read_tokens(self) -> Tensor:
+        """Return the tokens; a subclass whose tokens lie on disk verifies them first."""
+        return self.tokens
+
 
 @dataclass(frozen=True)
 class ModelInputs:

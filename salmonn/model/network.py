@@ -68,11 +68,16 @@ class Network(PreTrainedModel):
     def prefill_chunk_tokens(self, count: int) -> None:
         self._prefill_chunk_tokens = count
 
-    def checkpoint_layers(self, on: bool) -> None:
-        """Switch gradient checkpointing: keep only each layer's input in training, and recompute the rest."""
+    def checkpoint_layers(self, layers: bool | int) -> None:
+        """Set gradient checkpointing: in training, keep only the inputs of layers, and recompute the rest.
+
+        Args:
+            layers: all layers, none, or all of the towers and at most this number of the language model's.
+        """
+        exempt = [] if isinstance(layers, bool) else list(self.lm.get_decoder().layers)[layers:]
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module.gradient_checkpointing = on
+                module.gradient_checkpointing = bool(layers) and module not in exempt
                 # Not reentrant, so that gradients reach an adapter although no input of its layer requires any.
                 module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 

@@ -6,7 +6,7 @@ audio chunking and token layout, and `salmonn.train.memory` does the arithmetic.
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from rich.console import Console
@@ -14,9 +14,10 @@ from rich.table import Table
 
 from salmonn import dist
 from salmonn.caption.processor import select_modality
+from salmonn.media.container import ClipShape
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
-from salmonn.model.layout import ClipInputs
+from salmonn.model.layout import ClipInputs, Layout
 from salmonn.model.loading import Placement, offline_config
 from salmonn.model.lora import LoraConfig, attach_lora, check_targets
 from salmonn.model.network import MAX_LOGIT_BYTES, PREFILL_CHUNK_TOKENS, Network
@@ -34,16 +35,6 @@ PARTS = {
     "projections": ("vision.encoder.merger.", "vision.projector.", "vision.newline", "audio.projector."),
     "language model": ("lm.",),
 }
-
-
-@dataclass(frozen=True)
-class ClipShape:
-    """Length and format of a clip."""
-
-    seconds: float = 51.0
-    width: int = 1280
-    height: int = 720
-    frames_per_second: float = 30.0
 
 
 DEFAULT_SHAPE = ClipShape()
@@ -112,7 +103,7 @@ def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     """Build the model inputs of a clip with shapes but no data."""
     family = get_family(config)
     sampler = family.frame_sampler
-    num_frames = round(shape.seconds * shape.frames_per_second)
+    num_frames = max(1, round(shape.seconds * shape.frames_per_second))
     count = len(sampler.sample_times(0.0, shape.seconds, num_frames))
     frames = torch.empty(
         (count, 3, *sampler.frame_size(shape.height, shape.width, count)), dtype=torch.uint8, device="meta"
@@ -120,6 +111,25 @@ def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     chunks = family.count_chunks(shape.seconds)
     mel = torch.empty(chunks, config.whisper["num_mel_bins"], config.chunk_seconds * 100, device="meta")
     return family.clip_inputs(frames, mel, seconds=shape.seconds)
+
+
+def placeholder_layout(config: SalmonnConfig, media: ClipInputs) -> Layout:
+    """Return the layout of a clip's tokens; the published tokenizer encodes each digit and the decimal point as one."""
+    family = get_family(config)
+    timestamps = [[0] * len(text) for text in family.timestamps(media)]
+    return family.layout(media, timestamp_ids=timestamps)
+
+
+def count_clip_tokens(config: SalmonnConfig, shape: ClipShape, *, modality: Modality) -> int:
+    """Return the number of tokens of a clip, as far as its shape tells; 0 for one without a known duration."""
+    if not shape.seconds:
+        return 0
+    if not shape.width:
+        shape, modality = replace(DEFAULT_SHAPE, seconds=shape.seconds), "audio"
+    elif not shape.has_audio:
+        modality = "visual"
+    media = placeholder_inputs(config, shape)
+    return len(placeholder_layout(config, select_modality(media, modality)))
 
 
 def count_parameters(network: Network) -> dict[str, ParameterCount]:
@@ -187,9 +197,7 @@ class MemoryPlan:
         stored = 4 if self.placement.dtype == "float32" else 2  # `auto` is assumed to be bfloat16
         self.numbers = NumberSizes(stored, 2 if self.fit.precision == "bfloat16" else stored)
         self.media = select_modality(placeholder_inputs(self.config, self.shape), self.work.modality)
-        # The published tokenizer encodes each digit and the decimal point as a token.
-        timestamps = [[0] * len(text) for text in self.family.timestamps(self.media)]
-        self.layout = self.family.layout(self.media, timestamp_ids=timestamps)
+        self.layout = placeholder_layout(self.config, self.media)
         self.clip_tokens = len(self.layout)
         self.patches = self.family.count_patches(self.media)  # in the vision encoder's layers
         self.steps = len(self.media.mel) * self.config.chunk_seconds * 50  # in the audio encoder's layers
@@ -199,8 +207,13 @@ class MemoryPlan:
         self.vision = Stack.of(self.network.get_submodule("vision.encoder").config)
         self.audio = Stack.of(self.network.get_submodule("audio.encoder").config)
 
-    def training(self, *, checkpointed: bool) -> MemoryEstimate:
-        """Estimate the memory of a training step on one device."""
+    def training(self, *, checkpointed: bool | int) -> MemoryEstimate:
+        """Estimate the memory of a training step on one device.
+
+        Args:
+            checkpointed: gradient checkpointing of all layers, of none, or of a number of the language model's.
+        """
+        num_layers = self.decoder.layers * checkpointed if isinstance(checkpointed, bool) else checkpointed
         work, decoder, numbers = self.work, self.decoder, self.numbers
         length = work.length(self.clip_tokens)
         tokens, rows = work.clips * length, work.answers
@@ -210,19 +223,19 @@ class MemoryPlan:
         is_cast = numbers.computed != numbers.stored
         cast = numbers.computed * self.parameters["language model"].total if is_cast else 0
         layer = tokens * estimate.workspace(decoder, numbers)
-        if checkpointed:
+        if num_layers:
             layer += tokens * estimate.saved_per_layer(decoder, numbers, tuning, rows=rows)
-        saved = estimate.saved_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=checkpointed)
+        saved = estimate.saved_by_stack(decoder, numbers, tuning, tokens=tokens, rows=rows, checkpointed=num_layers)
         vocabulary = self.network.lm.get_output_embeddings().weight.shape[0]
         answers = min(work.clips * work.answers * work.answer_tokens, MAX_LOGIT_BYTES // (FLOAT32 * vocabulary))
         return MemoryEstimate(
             persistent={
                 "weights": weights_bytes(self.network, self.placement)
-                + (cast // decoder.layers if checkpointed else cast),
+                + (cast // decoder.layers if num_layers == decoder.layers else cast),
                 "gradients": FLOAT32 * self.trained,
                 "Adam's moments": 2 * FLOAT32 * self.trained,
                 "inputs": estimate.embedded(decoder, numbers, tokens=tokens),
-                "activations": saved + work.clips * self._encoder_saved(checkpointed=checkpointed),
+                "activations": saved + work.clips * self._encoder_saved(checkpointed=num_layers > 0),
             },
             workspace={
                 "one layer": layer,
@@ -230,6 +243,15 @@ class MemoryPlan:
                 "encoders": 0 if work.cached_features else work.clips * self._encoder_workspace(numbers),
             },
         )
+
+    def fewest_checkpointed(self, gib: int) -> int | None:
+        """Return how many layers of the language model must be checkpointed to fit a GPU; None if all are too few."""
+        fits = (
+            count
+            for count in range(self.decoder.layers + 1)
+            if self.training(checkpointed=count).peak + RESERVE <= gib * GIB
+        )
+        return next(fits, None)
 
     def captioning(self, *, max_new_tokens: int, batch_size: int = 1) -> MemoryEstimate:
         """Estimate the memory of captioning a batch of clips."""
@@ -283,7 +305,7 @@ class MemoryPlan:
         ):
             if self._is_trained(start):
                 saved += estimate.saved_by_stack(
-                    stack, numbers, whole, tokens=tokens, rows=1, checkpointed=checkpointed
+                    stack, numbers, whole, tokens=tokens, rows=1, checkpointed=stack.layers * checkpointed
                 )
         return saved
 
@@ -316,6 +338,14 @@ def print_plan(plan: MemoryPlan, *, title: str, batch_size: int = 1) -> None:
     if batch_size > 1:
         memories[f"{batch_size} captions"] = plan.captioning(max_new_tokens=max_new_tokens, batch_size=batch_size)
     console.print(_memory_table(plan, memories))
+    fewest = {size: plan.fewest_checkpointed(size) for size in GPUS}
+    if plan.trained and any(fewest.values()):
+        numbers = ", ".join(f"{count} on {size} GiB" for size, count in fewest.items() if count is not None)
+        console.print(
+            f"Layers of the language model (of {plan.decoder.layers}) that need gradient checkpointing "
+            f"(fit.gradient_checkpointing; each makes a step slower): {numbers}.",
+            highlight=False,
+        )
 
 
 def summarize_clip(plan: MemoryPlan) -> str:
@@ -350,7 +380,8 @@ def _parameter_table(plan: MemoryPlan, title: str) -> Table:
 
 
 def _memory_table(plan: MemoryPlan, memories: Mapping[str, MemoryEstimate]) -> Table:
-    chosen = "on" if plan.fit.gradient_checkpointing else "off"
+    checkpointed = plan.fit.gradient_checkpointing
+    chosen = ("off", "on")[checkpointed] if isinstance(checkpointed, bool) else f"on for {checkpointed} layers"
     table = Table(title=f"GiB per GPU (gradient checkpointing is {chosen} in this configuration)")
     table.add_column("")
     for name in memories:

@@ -19,7 +19,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.generator import CachedGenerator, CaptionRequest, Sampling
 from salmonn.caption.loader import length_buckets
 from salmonn.config import MAY_CHANGE
-from salmonn.media.container import ClipError, declared_seconds
+from salmonn.media.container import ClipError, declared_shape
 from salmonn.model.layout import ClipFeatures
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
 from salmonn.score.formats import write_scores
@@ -27,6 +27,7 @@ from salmonn.score.judge import Judge, ScoringTask
 from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
 from salmonn.score.scoring import make_judge_info
 from salmonn.train.data import ClipCache, ClipSet, ClipSource
+from salmonn.train.dry_run import count_clip_tokens
 from salmonn.train.feature_cache import FeatureCache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.run_folder import load_or_create
@@ -41,6 +42,7 @@ REQUEST_NAME = "parts.json"  # file in it that says what they are batches of
 ANSWERS_NAME = "answers.jsonl"
 SCORES_NAME = "scores.jsonl"
 RATES_NAME = "rates.json"
+LAYOUT_BYTES_PER_TOKEN = 4 * 8  # its place in the order and its three positions
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ def encode_clips(
 
     Raises:
         ClipError: a clip cannot be read, or lacks the video or audio that is needed.
-        ValueError: more clips fail than may, or a process does not see the files of the cache.
+        ValueError: more clips fail than may, a process does not see the files of the cache, or the features do not
+            fit.
     """
     left_out = left_out or LeftOut(None, max_failures=0)
     left_out_sources, max_failures = left_out.sources, left_out.max_failures
@@ -166,9 +169,13 @@ def encode_clips(
     keys = cache.keys(clips) if cache else [""] * len(clips)
     found = cache.find_complete(keys) if cache else set()
     mine = dist.shard(list(zip(clips, keys, strict=True)))
-    seconds = dist.gather(
-        [0.0 if key in found else _reading_cost(clip, may_fail=max_failures > 0) for clip, key in mine]
+    estimates = dist.gather(
+        [(0.0, 0) if key in found else _estimate(clip, captioner, may_fail=max_failures > 0) for clip, key in mine]
     )
+    seconds = [cost for cost, _ in estimates]
+    if cache:
+        num_missing = sum(key not in found for key in keys)
+        cache.require_room(sum(size for _, size in estimates), num_clips=num_missing, name=name)
     batches, read = make_batches(seconds, size=1), ClipCache(captioner.processor, max_bytes=0)
 
     def encode(number: int) -> list[ClipFeatures | str | None]:
@@ -182,7 +189,13 @@ def encode_clips(
             if not max_failures:
                 raise
             return [str(error)]
-        return [None if cache and cache.save(keys[index], features) else features]
+        is_saved = cache is not None and cache.save(keys[index], features)
+        if not is_saved and dist.world_size() > 1:
+            raise ValueError(
+                f"the feature cache has no room for the features of {clips[index].video}; raise "
+                "feature_cache.max_gib or free space on its disk, and start again: the clips encoded so far are kept"
+            )
+        return [None if is_saved else features]
 
     costs = [seconds[index] for (index,) in batches]
     computed = map_batches(encode, batches, costs, name=f"encoding {name}", unit="clip")
@@ -196,14 +209,21 @@ def encode_clips(
     return dict(zip(readable, (one for one in features if one is not None), strict=True))
 
 
-def _reading_cost(clip: ClipSource, *, may_fail: bool) -> float:
-    """Return the declared seconds, and 1 for opening the file, whose duration may be unknown."""
+def _estimate(clip: ClipSource, captioner: Captioner, *, may_fail: bool) -> tuple[float, int]:
+    """Return the cost of reading a clip in seconds of video, and the bytes of its features, from its file's header."""
     try:
-        return 1 + declared_seconds(clip.video)
+        shape = declared_shape(clip.video)
     except ClipError:
         if may_fail:  # it fails again when it is read
-            return 1.0
+            return 1.0, 0
         raise
+    end = min(shape.seconds, clip.end_seconds or shape.seconds)
+    seconds = max(0.0, end - (clip.start_seconds or 0.0))
+    network = captioner.network
+    width, itemsize = network.lm.get_input_embeddings().weight.shape[1], network.dtype.itemsize
+    tokens = count_clip_tokens(captioner.processor.config, replace(shape, seconds=seconds), modality=clip.modality)
+    # An opened file costs as much as a second of video, whose duration may be unknown.
+    return 1 + shape.seconds, tokens * (width * itemsize + LAYOUT_BYTES_PER_TOKEN)
 
 
 def sample_captions(

@@ -4,25 +4,28 @@
 
 The key is a hash of everything that the features depend on: the clip's files and span, frame sampling and token layout,
 the encoders' weights, and the device and type that they are computed with. Files are memory-mapped: a page is read from
-disk when it is first used.
+disk when it is first used, and each process verifies a file's checksum at that time.
 """
 
 import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
@@ -62,16 +65,16 @@ class FeatureCacheConfig:
 
     Args:
         folder: folder of the files, one per clip. It must be visible to all machines of a run, and runs may share it.
-            None keeps all features in the memory of each process.
-        max_gib: size limit in GiB. The least recently used files are evicted; features of the current run that do not
-            fit stay in memory.
+            None keeps all features in the memory of the process, which must be the only one.
+        max_gib: size limit in GiB, None for all of the disk. The least recently used files are evicted. A run whose
+            features need more does not start, unless it has a single process with enough memory for the rest.
     """
 
     folder: Path | None = field(default=Path("run/features"), metadata=MAY_CHANGE_BUT_NOT_TO_NONE)
-    max_gib: float = field(default=20.0, metadata=MAY_CHANGE)
+    max_gib: float | None = field(default=20.0, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
-        if self.max_gib <= 0:
+        if self.max_gib is not None and self.max_gib <= 0:
             raise ValueError(f"max_gib must be above 0, got {self.max_gib}; use folder null to keep features in memory")
 
 
@@ -89,6 +92,7 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self.model = model
         self._in_use: set[str] = set()
+        self._verified: set[str] = set()
         self._allowance = 0.0  # bytes that this process may write before it rescans the folder
 
     def keys(self, clips: Sequence[ClipSource]) -> list[str]:
@@ -105,7 +109,7 @@ class FeatureCache:
         return hash_values(FORMAT, self.model, files, bool(clip.audio), clip.modality, span, clip.needs_both)
 
     def find_complete(self, keys: Sequence[str]) -> set[str]:
-        """Return the keys that have an intact file; ranks share the reading.
+        """Return the keys that have a file with a complete header and of the right length; ranks share the reading.
 
         All given keys count as in use by this run from now on and are not evicted.
         """
@@ -113,24 +117,49 @@ class FeatureCache:
         # Only rank 0 lists the folder: network file systems on other ranks would cache negative lookups.
         listed = {path.stem for path in self._files()} if dist.is_main() else set()
         present = sorted(dist.gather([listed & set(keys)])[0])
-        intact = dist.gather([self._is_intact(key) for key in dist.shard(present)])
-        return {key for key, is_intact in zip(present, intact, strict=True) if is_intact}
+        complete = dist.gather([self._is_complete(key) for key in dist.shard(present)])
+        return {key for key, is_complete in zip(present, complete, strict=True) if is_complete}
 
-    def _is_intact(self, key: str) -> bool:
+    def _is_complete(self, key: str) -> bool:
         path = self._path(key)
         try:
-            features, digest = _read(path)
-            if hash_features(features) == digest:
-                with suppress(PermissionError):  # owned by another user of the shared folder
-                    os.utime(path)
-                return True
-            reason = "its checksum does not match"
+            self._read(key)
+            with suppress(PermissionError):  # owned by another user of the shared folder
+                os.utime(path)
+            return True
         except (FileNotFoundError, PermissionError):  # evicted by another run, or not readable for this user
             return False
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            reason = str(error)
-        log.warning("%s is damaged (%s); encoding the clip again", path, reason)
-        return False
+            log.warning("%s is damaged (%s); encoding the clip again", path, error)
+            return False
+
+    def require_room(self, size: int, *, num_clips: int, name: str) -> None:
+        """Refuse to start to encode clips whose features do not fit; called on all ranks.
+
+        Args:
+            size: estimated bytes of the features that are still to be computed.
+            num_clips: number of these clips.
+            name: what the clips are, for the message.
+
+        Raises:
+            ValueError: neither the folder nor, for a single process, the main memory has room for them.
+        """
+        if not num_clips or not any(dist.gather([dist.is_main() and size > self._room()])):
+            return
+        limit = "" if self.max_bytes == math.inf else f" (feature_cache.max_gib is {self.max_bytes / GIB:.1f})"
+        raise ValueError(
+            f"the features of {num_clips} {name} take about {size / GIB:.1f} GiB, which do not fit in {self.folder}"
+            f"{limit}: raise feature_cache.max_gib (null for all of the disk), free space there, or choose a "
+            "feature_cache.folder on a larger disk"
+        )
+
+    def _room(self) -> float:
+        """Return the bytes that this run may still write, after eviction of idle files, or keep in memory."""
+        files = self._files()
+        total = sum(stat.st_size for stat in files.values())
+        used = sum(stat.st_size for path, stat in files.items() if path.stem in self._in_use)
+        room = min(self.max_bytes, total + shutil.disk_usage(self.folder).free) - used
+        return room if dist.world_size() > 1 else room + psutil.virtual_memory().available
 
     def save(self, key: str, features: ClipFeatures) -> bool:
         """Write features of a clip; return False if they do not fit."""
@@ -142,7 +171,7 @@ class FeatureCache:
         }
         size = sum(tensor.nbytes for tensor in tensors.values())
         metadata = {
-            "digest": hash_features(features),
+            "digest": compute_digest(features),
             "num_visual": str(layout.num_visual),
             "timestamp_ids": json.dumps(layout.timestamp_ids),
             "info": json.dumps(asdict(features.info)),
@@ -157,6 +186,7 @@ class FeatureCache:
             log.warning("cannot write to %s: %s", self.folder, error)
             temporary.unlink(missing_ok=True)
             return False
+        self._verified.add(key)
         return True
 
     def load_missing(
@@ -173,7 +203,7 @@ class FeatureCache:
         if in_memory and dist.is_main():
             size = sum(one.tokens.nbytes for one in in_memory) / GIB
             log.warning(
-                "the features of %d of %d %s (%.2f GiB) do not fit in %s and stay in the memory of each process; raise "
+                "the features of %d of %d %s (%.2f GiB) do not fit in %s and stay in memory; raise "
                 "feature_cache.max_gib (%.2f) or free space on that disk",
                 len(in_memory),
                 len(features),
@@ -185,19 +215,45 @@ class FeatureCache:
         return [self.load(key) if one is None else one for key, one in zip(keys, features, strict=True)]
 
     def load(self, key: str) -> ClipFeatures:
-        """Return the features of a key, memory-mapped.
+        """Return the features of a key, memory-mapped; `read_tokens` verifies their checksum.
 
         Raises:
             ValueError: this process cannot see the file.
         """
         try:
-            return _read(self._path(key))[0]
+            return self._read(key)
         except FileNotFoundError as error:
             raise ValueError(
                 f"process {dist.rank()} cannot see {self._path(key).resolve()}, which this run has written or read; "
                 "share the folder between all machines, raise feature_cache.max_gib so that it holds all runs that "
                 "use it, or set feature_cache.folder to null to keep features in memory"
             ) from error
+
+    def _read(self, key: str) -> "CachedFeatures":
+        with safe_open(str(self._path(key)), framework="pt") as file:
+            metadata = file.metadata()
+            tokens, order, positions = (file.get_tensor(name) for name in ("tokens", "order", "positions"))
+        layout = Layout(order, positions, int(metadata["num_visual"]), tuple(json.loads(metadata["timestamp_ids"])))
+        info = parse_json(metadata["info"], ClipInfo)
+        return CachedFeatures(tokens, layout, info, cache=self, key=key, digest=metadata["digest"])
+
+    def verify(self, features: "CachedFeatures") -> None:
+        """Compare features with their checksum, once in each process.
+
+        Raises:
+            ValueError: they differ. The file is removed, so that the next start encodes the clip again.
+        """
+        if features.key in self._verified:
+            return
+        if compute_digest(features) != features.digest:
+            path = self._path(features.key)
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
+            raise ValueError(
+                f"{path} is damaged (its checksum does not match) and has been removed; start this run again, which "
+                "encodes the clip anew and resumes"
+            )
+        self._verified.add(features.key)
 
     def _make_room(self, size: int) -> bool:
         """Evict least recently used files of other runs until `size` bytes may be written; return whether they may."""
@@ -239,9 +295,14 @@ def open_feature_cache(config: FeatureCacheConfig, captioner: Captioner) -> Feat
     """Open the feature cache of a run on all ranks; None if features are kept in memory.
 
     Raises:
-        ValueError: a machine of this run cannot see the folder.
+        ValueError: a machine of this run cannot see the folder, or there is none for several processes.
     """
     if config.folder is None:
+        if dist.world_size() > 1:
+            raise ValueError(
+                f"feature_cache.folder null keeps features in the memory of one process, and this run has "
+                f"{dist.world_size()}; set a folder that all of them see"
+            )
         return None
     if dist.is_main():
         config.folder.mkdir(parents=True, exist_ok=True)
@@ -252,7 +313,9 @@ def open_feature_cache(config: FeatureCacheConfig, captioner: Captioner) -> Feat
             f"process {dist.rank()} cannot see {config.folder.resolve()}, which process 0 has created; share the "
             "folder between all machines, or set feature_cache.folder to null to keep features in memory"
         )
-    return FeatureCache(config.folder, max_bytes=config.max_gib * GIB, model=model)
+    return FeatureCache(
+        config.folder, max_bytes=math.inf if config.max_gib is None else config.max_gib * GIB, model=model
+    )
 
 
 def remove_stale(folder: Path) -> None:
@@ -289,19 +352,35 @@ def hash_tokenizer(processor: Processor) -> str:
     return hash_values(processor.tokenizer.backend_tokenizer.to_str(), config.system_prompt, config.placeholder_ids)
 
 
+@dataclass(frozen=True)
+class CachedFeatures(ClipFeatures):
+    """Features in a file of a cache.
+
+    Args:
+        cache, key: where they lie.
+        digest: checksum that was written with them.
+    """
+
+    _: KW_ONLY
+    cache: FeatureCache
+    key: str
+    digest: str
+
+    def read_tokens(self) -> Tensor:
+        """Return the tokens, verified; see `FeatureCache.verify`."""
+        self.cache.verify(self)
+        return self.tokens
+
+
 def hash_features(features: ClipFeatures) -> str:
-    """Hash the tokens of a clip and their layout."""
+    """Hash the tokens of a clip and their layout; those in a file have been hashed when it was written."""
+    return features.digest if isinstance(features, CachedFeatures) else compute_digest(features)
+
+
+def compute_digest(features: ClipFeatures) -> str:
+    """Compute the SHA-256 of the tokens of a clip and their layout."""
     sha, layout = hashlib.sha256(), features.layout
     for name, value in (("tokens", features.tokens), ("order", layout.order), ("positions", layout.positions)):
         update_hash(sha, name, value)
     sha.update(json.dumps([layout.num_visual, layout.timestamp_ids]).encode())
     return sha.hexdigest()
-
-
-def _read(path: Path) -> tuple[ClipFeatures, str]:
-    """Return memory-mapped features and the digest that was written with them."""
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata()
-        tokens, order, positions = (file.get_tensor(name) for name in ("tokens", "order", "positions"))
-    layout = Layout(order, positions, int(metadata["num_visual"]), tuple(json.loads(metadata["timestamp_ids"])))
-    return ClipFeatures(tokens, layout, parse_json(metadata["info"], ClipInfo)), metadata["digest"]

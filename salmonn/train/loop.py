@@ -53,7 +53,8 @@ class FitConfig:
         precision: data type of the computation; bfloat16 is automatic mixed precision (under ZeRO all weights are
             bfloat16 in products). Trained weights, their accumulated gradients and Adam's moments are float32 in any
             case.
-        gradient_checkpointing: keep only each layer's input, and recompute the rest for the gradient.
+        gradient_checkpointing: keep only each layer's input, and recompute the rest for the gradient; a number does so
+            for as many layers of the language model, which is faster where memory is left.
         checkpoint_every: steps between checkpoints, from which a killed stage resumes.
     """
 
@@ -68,7 +69,7 @@ class FitConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
     precision: Precision = "float32"
-    gradient_checkpointing: bool = field(default=False, metadata=MAY_CHANGE)
+    gradient_checkpointing: bool | int = field(default=False, metadata=MAY_CHANGE)
     checkpoint_every: int = field(default=100, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
@@ -81,6 +82,11 @@ class FitConfig:
         for name in ("steps", "batch_size", "gradient_accumulation_steps", "checkpoint_every"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")
+        if not isinstance(self.gradient_checkpointing, bool) and self.gradient_checkpointing < 1:
+            raise ValueError(
+                "gradient_checkpointing must be true, false, or a number of layers from 1 on, got "
+                f"{self.gradient_checkpointing}"
+            )
         for name in ("learning_rate", "max_grad_norm", "epochs"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value}")
@@ -266,7 +272,7 @@ def _start_strategy(
     _to_master_weights(network, config)
     if config.gradient_checkpointing:
         assert isinstance(network, Network)
-        network.checkpoint_layers(True)
+        network.checkpoint_layers(config.gradient_checkpointing)
     stored = load_trained(network, last) if last else None
     strategy = make_strategy(
         context.strategy,

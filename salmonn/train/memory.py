@@ -109,12 +109,11 @@ def workspace(stack: Stack, numbers: NumberSizes) -> int:
 
 
 def saved_by_stack(
-    stack: Stack, numbers: NumberSizes, tuning: TrainedParts, *, tokens: int, rows: int, checkpointed: bool
+    stack: Stack, numbers: NumberSizes, tuning: TrainedParts, *, tokens: int, rows: int, checkpointed: int
 ) -> int:
-    """Return the bytes that all layers save; with gradient checkpointing only their inputs (r D per token)."""
-    if checkpointed:
-        return stack.layers * tokens * stack.width * numbers.stored
-    return stack.layers * tokens * saved_per_layer(stack, numbers, tuning, rows=rows)
+    """Return the bytes that all layers save; those with gradient checkpointing only their inputs (r D per token)."""
+    inputs = checkpointed * stack.width * numbers.stored
+    return tokens * (inputs + (stack.layers - checkpointed) * saved_per_layer(stack, numbers, tuning, rows=rows))
 
 
 def embedded(stack: Stack, numbers: NumberSizes, *, tokens: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
+from salmonn.caption import generate as generate_module
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.generate import generate, sample_tokens, with_logprobs
 from salmonn.caption.generator import SHIPPED_MODEL, Sampling
@@ -117,6 +118,20 @@ def test_the_nucleus_equals_that_of_transformers():
     )
     assert ((counts > 0) == (expected > 0)).all() and 3 < (expected > 0).sum() < 50
     assert torch.allclose(counts / 4000, expected, atol=1 / 4000 + 1e-6)
+
+
+def test_a_nucleus_of_a_large_vocabulary(monkeypatch):
+    """It is found among the most likely tokens, in all rows, or else by sorting all tokens, with the same result."""
+    torch.manual_seed(0)
+    peaked, flat = 4 * torch.randn(64, 9000), 0.1 * torch.randn(64, 9000)
+    uniforms, sampling, sort, num_sorted = torch.rand(64), Sampling(temperature=1.0, top_p=0.95), torch.Tensor.sort, []
+    monkeypatch.setattr(torch.Tensor, "sort", lambda *args, **kwargs: num_sorted.append(1) or sort(*args, **kwargs))
+    found = [sample_tokens(logits, uniforms, sampling=sampling) for logits in (peaked, flat)]
+    assert len(num_sorted) == 1
+    monkeypatch.setattr(generate_module, "NUCLEUS_TOKENS", 9000)
+    expected = [sample_tokens(logits, uniforms, sampling=sampling) for logits in (peaked, flat)]
+    assert len(num_sorted) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

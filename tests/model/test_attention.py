@@ -89,7 +89,7 @@ def test_a_prefix_is_stored_once():
 
 
 @pytest.mark.parametrize("model", ["captioner", "plus"])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True, 1])
 def test_gradients_of_an_adapter_equal_those_of_separate_rows(request, videos, model, checkpointed):
     """Chosen, rejected and ground truth of two clips, in one pass and in six; positions of both families."""
     captioner = request.getfixturevalue(model)

@@ -393,7 +393,7 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
     judge = {
         "judge.kind": "openai", "judge.model": "m", "judge.base_url": server.url, "judge.cache": tmp_path / "c.sqlite",
     }  # fmt: skip
-    options = flags | judge | {"out": tmp_path / "run"}
+    options = flags | judge | {"out": tmp_path / "run", "feature_cache.folder": tmp_path / "features"}
     stopped = launch("mrdpo", processes=2, **options, **{"judge.max_requests": 8})
     assert stopped.returncode != 0 and "requests is reached" in stopped.stderr
     num_before = len(server.requests)

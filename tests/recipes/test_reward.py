@@ -109,6 +109,7 @@ def test_a_frozen_reward_model(launch, trained_model, preferences, tmp_path, com
 def test_fine_tuning_in_two_processes(launch, trained_model, preferences, tmp_path, strategy, kind, pooling):
     flags = flags_of(trained_model, preferences, tmp_path / "reward") | LORA
     options = {"strategy": strategy, "kind": kind, "pooling": pooling, "blind": "false"}
+    options["feature_cache.folder"] = tmp_path / "features"
     result = launch("reward", processes=2, **flags | options)
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "reward" / "steps.jsonl").read_text().splitlines()]

@@ -17,6 +17,7 @@ from salmonn.model.loading import Placement, load_config, load_network, offline_
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.train import memory as memory_plan
 from salmonn.train.dry_run import (
+    RESERVE,
     ClipShape,
     MemoryEstimate,
     MemoryPlan,
@@ -28,7 +29,7 @@ from salmonn.train.dry_run import (
     weights_bytes,
 )
 from salmonn.train.loop import FitConfig
-from salmonn.train.memory import NumberSizes, Stack, TrainedParts
+from salmonn.train.memory import GIB, NumberSizes, Stack, TrainedParts
 from tests.launch import forked
 
 LORA = LoraConfig(rank=128, alpha=256)
@@ -162,8 +163,9 @@ def test_formulas_by_hand():
     # Three more of keys and values, 16 bytes each; three adapters of 8 numbers and 8 of dropout's.
     assert memory_plan.saved_per_layer(STACK, HALF, TrainedParts(adapted=3), rows=3) == 64 + 96 + 16 + 192 + 3 * 24
     sizes = {"tokens": 10, "rows": 1}
-    assert memory_plan.saved_by_stack(STACK, HALF, TrainedParts(), **sizes, checkpointed=False) == 3 * 10 * 320
-    assert memory_plan.saved_by_stack(STACK, HALF, TrainedParts(), **sizes, checkpointed=True) == 3 * 10 * 8 * 2
+    assert memory_plan.saved_by_stack(STACK, HALF, TrainedParts(), **sizes, checkpointed=0) == 3 * 10 * 320
+    assert memory_plan.saved_by_stack(STACK, HALF, TrainedParts(), **sizes, checkpointed=3) == 3 * 10 * 8 * 2
+    assert memory_plan.saved_by_stack(STACK, HALF, TrainedParts(), **sizes, checkpointed=1) == 10 * (2 * 320 + 8 * 2)
     assert memory_plan.kv_cache_bytes(STACK, HALF, tokens=10) == 2 * 3 * 2 * 2 * 10 * 2
     assert memory_plan.logits_bytes(100, HALF, tokens=10) == 10 * 100 * 18
     assert memory_plan.logits_bytes(100, NumberSizes(4, 4), tokens=10) == 10 * 100 * 16
@@ -202,6 +204,11 @@ def test_quantized_weights_and_checkpointed_layers_need_less():
     assert step.peak < 0.25 * plan[None].training(checkpointed=False).peak
     assert step.persistent["gradients"] == 4 * 55_050_240 and step.persistent["Adam's moments"] == 8 * 55_050_240
     assert step.persistent["activations"] == 28 * 26_746 * 3584 * 2
+    fewest = {size: plan[None].fewest_checkpointed(size) for size in (24, 40, 80, 141)}
+    assert fewest[24] is None and 28 > fewest[40] > fewest[80] > fewest[141] > 0
+    for size in (40, 80, 141):
+        peaks = [plan[None].training(checkpointed=count).peak for count in (fewest[size] - 1, fewest[size])]
+        assert peaks[0] + RESERVE > size * GIB >= peaks[1] + RESERVE
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.model.layout import ClipFeatures, ClipInfo, Layout
 from salmonn.train import feature_cache as tokens
 from salmonn.train.data import ClipSource
-from salmonn.train.evaluate import cache_features, encode_clips
+from salmonn.train.evaluate import LAYOUT_BYTES_PER_TOKEN, _estimate, cache_features, encode_clips
 from salmonn.train.feature_cache import (
     FeatureCache,
     FeatureCacheConfig,
@@ -86,19 +87,18 @@ def resident_mib() -> float:
 
 
 def test_features_are_memory_mapped(tmp_path):
-    """Six files of 16 MiB: checking needs memory for one, opening for none, using one of them only for that one."""
+    """Six files of 16 MiB: finding and opening them needs no memory, using one of them only for that one."""
     cache, large = open_cache(tmp_path), make_features(1 << 12, 1 << 10)
     layout = make_features().layout
     for key in "abcdef":
         cache.save(key, ClipFeatures(large.tokens, layout))
     del large
+    cache = open_cache(tmp_path)  # the first one has verified what it wrote
     before = resident_mib()
     assert len(cache.find_complete("abcdef")) == 6
-    assert resident_mib() - before < 24
-    before = resident_mib()
     all_features = [cache.load(key) for key in "abcdef"]
     assert resident_mib() - before < 8
-    assert all_features[2].tokens.sum() > 0
+    assert all_features[2].read_tokens().sum() > 0
     assert 8 < resident_mib() - before < 24
     files = [file.path for file in psutil.Process().open_files()]
     # No file stays open: there may be more clips than the limit of open files.
@@ -125,7 +125,7 @@ def replace_content(path: Path) -> None:
     tokens.save_file({"weights": torch.zeros(2)}, str(path))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_bit, empty, replace_content])
+@pytest.mark.parametrize("damage", [truncate, empty, replace_content])
 def test_a_damaged_file_is_replaced(tmp_path, caplog, damage):
     cache, features = open_cache(tmp_path), make_features()
     for key in "ab":
@@ -134,6 +134,42 @@ def test_a_damaged_file_is_replaced(tmp_path, caplog, damage):
     assert cache.find_complete(["a", "b"]) == {"b"}
     assert "a.safetensors is damaged" in caplog.text
     assert cache.save("a", features) and cache.find_complete(["a", "b"]) == {"a", "b"}
+
+
+def test_a_file_with_other_content_is_removed_when_it_is_first_used(tmp_path):
+    cache, features = open_cache(tmp_path), make_features()
+    for key in "ab":
+        cache.save(key, features)
+    flip_bit(tmp_path / "a.safetensors")
+    cache = open_cache(tmp_path)
+    assert cache.find_complete(["a", "b"]) == {"a", "b"}
+    assert torch.equal(cache.load("b").read_tokens(), features.tokens)
+    damaged = cache.load("a")
+    assert hash_features(damaged) == hash_features(features)  # as written with them, without reading them
+    with pytest.raises(ValueError, match=r"a.safetensors is damaged .* has been removed; start this run again"):
+        damaged.read_tokens()
+    assert cache.find_complete(["a", "b"]) == {"b"}
+
+
+def test_a_run_whose_features_do_not_fit_does_not_start(captioner, clips, tmp_path, monkeypatch):
+    """The figures are known from the files' headers, before a clip is encoded."""
+    sizes = [
+        features.tokens.nbytes + LAYOUT_BYTES_PER_TOKEN * len(features) for features in features_of(captioner, clips)
+    ]
+    estimates = [_estimate(clips.source(one), captioner, may_fail=False)[1] for one in clips.references]
+    assert all(size == pytest.approx(estimate, rel=0.1) for size, estimate in zip(sizes, estimates, strict=True))
+    cache = open_cache(tmp_path, max_bytes=0.7 * sum(sizes))
+    monkeypatch.setattr(captioner, "encode", None)
+    monkeypatch.setattr(tokens.psutil, "virtual_memory", lambda: SimpleNamespace(available=0.1 * sum(sizes)))
+    with pytest.raises(ValueError, match=r"features of 5 clips take about 0\.0 GiB, .*feature_cache.max_gib is 0\.0"):
+        features_of(captioner, clips, cache)
+    # Several processes would all keep what does not fit.
+    monkeypatch.setattr(tokens.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * sum(sizes)))
+    cache.require_room(sum(sizes), num_clips=5, name="clips")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(tokens.dist, "gather", lambda values: values)
+    with pytest.raises(ValueError, match="features of 5 clips"):
+        cache.require_room(sum(sizes), num_clips=5, name="clips")
 
 
 def test_partial_files_of_killed_processes_are_ignored(tmp_path, monkeypatch):
@@ -264,7 +300,7 @@ def test_only_the_damaged_file_is_recomputed(captioner, clips, tmp_path, monkeyp
     loaded = features_of(captioner, clips, open_feature_cache(config, captioner))
     first = [hash_features(features) for features in loaded]
     del loaded  # it maps the file
-    flip_bit(min(tmp_path.iterdir()))
+    truncate(min(tmp_path.iterdir()))
     read, encode = [], captioner.processor.read
     monkeypatch.setattr(
         captioner.processor, "read", lambda *args, **kwargs: read.append(args) or encode(*args, **kwargs)
@@ -351,4 +387,10 @@ def test_a_folder_that_a_process_cannot_see_stops_the_run(captioner, tmp_path, m
 def test_an_invalid_size_is_rejected():
     with pytest.raises(ValueError, match="folder null to keep features in memory"):
         FeatureCacheConfig(max_gib=0.0)
+
+
+def test_only_a_single_process_keeps_all_features_in_memory(monkeypatch):
     assert open_feature_cache(FeatureCacheConfig(folder=None), None) is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="this run has 2; set a folder that all of them see"):
+        open_feature_cache(FeatureCacheConfig(folder=None), None)
