@@ -74,6 +74,11 @@ class OfflineDpoConfig(RunConfig):
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=128, alpha=256))
     fit: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=5e-6, batch_size=8, weight_decay=0.0))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss.kind == "grpo":
+            raise ValueError("loss.kind grpo trains on rated samples rather than pairs; use recipes/mrdpo.py for it")
+
 
 def main(config: OfflineDpoConfig) -> None:
     """Run the round."""

@@ -9,7 +9,7 @@ to a folder of `out`; run the same command again to resume a killed run.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +24,13 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
-from salmonn.preference.losses import make_loss
+from salmonn.preference.groups import make_groups
+from salmonn.preference.losses import Role, make_loss
+from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
 from salmonn.preference.selection import make_selector
-from salmonn.records import Comparison, read_json, read_records, write_json
+from salmonn.records import Caption, Comparison, read_json, read_records, write_json
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
 from salmonn.train.checkpoint import checkpointed, require_free_space
@@ -49,6 +51,8 @@ from salmonn.train.loop import Batches, Callback, FitConfig, FitContext, autocas
 from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data, plan_steps
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
+    Example,
+    GroupExample,
     MixedBatches,
     MixedBatchLoss,
     PreferenceBatch,
@@ -64,8 +68,8 @@ from salmonn.train.rounds import (
     load_or_select,
     over_optimization,
     rate_captions,
+    require_examples,
     require_margin,
-    require_pairs,
     stop_reason,
 )
 from salmonn.train.run_folder import is_complete, is_missing, merge_checkpoint, num_bytes, open_run
@@ -166,8 +170,8 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         placement=placement,
         lora=config.lora,
         fit=config.fit,
-        answers=3,
-        title="guided DPO",
+        answers=config.sampling.num_samples + 1 if config.loss.kind == "grpo" else 3,
+        title=config.loss.title,
         batch_size=config.sampling.batch_size,
     )
     if rebirth := config.rebirth:
@@ -218,17 +222,13 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     if is_complete(folder):
         return folder / "merged"
 
-    # Sample, rate and select.
-    pairs = make_pairs(number, policy, run)
-    require_pairs(pairs, config.early_stopping, batch_size=config.fit.batch_size, name=folder.name)
+    # Sample, rate, and select pairs or, for GRPO, group by clip.
+    loss = make_loss(config.loss)
+    examples = make_round_examples(number, policy, run, roles=loss.roles)
     captioner = config.load_model(policy)
 
-    # Train a fresh LoRA. Rewards are relative to the reference policy, which scores each pair once, in advance.
+    # Train a fresh LoRA. Rewards are relative to the reference policy, which scores each answer once, in advance.
     attach_lora(captioner.network, config.lora, seed=seed)
-    loss = make_loss(config.loss)
-    examples = make_preference_examples(
-        [(pair, run.train.features[ClipSource.of_comparison(pair, root=run.train.root)]) for pair in pairs], loss.roles
-    )
     with autocast(config.fit.precision):
         reference_logps = compute_reference_logps(
             load_reference_policy(number, captioner, config),
@@ -236,6 +236,7 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
             captioner.processor,
             roles=loss.reference_roles,
             batch_size=config.fit.micro_batch_size,
+            per_token=loss.per_token,
             folder=folder,
         )
     num_questions = config.num_questions if number == config.rounds else 0
@@ -252,9 +253,11 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     if num_questions:
         batches = MixedBatches(preferences, qa_batches(captioner, run, seed=seed, num_questions=num_questions))
     batch_loss = MixedBatchLoss(loss, qa_fraction=num_questions / config.fit.batch_size)
-    context = FitContext(f"{folder.name}: guided DPO", folder, seed, config.strategy, kl_callback(captioner, run))
+    context = FitContext(
+        f"{folder.name}: {config.loss.title}", folder, seed, config.strategy, kl_callback(captioner, run)
+    )
     with checkpointed(folder):
-        checkpoint = fit(captioner.network, batches, batch_loss, config.fit.resolve(len(pairs)), context=context)
+        checkpoint = fit(captioner.network, batches, batch_loss, config.fit.resolve(len(examples)), context=context)
         require_margin(folder, config.early_stopping)
 
         # Merge and save. Free the network first: merging loads the policy again, and a GPU may hold only one.
@@ -266,34 +269,63 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
         )
 
 
+def make_round_examples(number: int, policy: ModelPath, run: Run, *, roles: Sequence[Role]) -> Sequence[Example]:
+    """Make the examples of a round: preference pairs, or groups of samples for GRPO.
+
+    Raises:
+        RoundFailedError: there are too few.
+    """
+    config, train, name = run.config, run.train, run.folder(number).name
+    if config.loss.kind == "grpo":
+        captions, ratings, _ = sample_and_rate(number, policy, run)
+        groups = make_groups(captions, ratings, train.by_video)
+        log.info("%s: %d of %d clips have samples with different ratings", name, len(groups), len(train.references))
+        require_examples(groups, config.early_stopping, batch_size=config.fit.batch_size, name=name)
+        sources = [ClipSource(train.root / group.captions[0].video) for group in groups]
+        return [GroupExample(group, train.features[source]) for group, source in zip(groups, sources, strict=True)]
+    pairs = make_pairs(number, policy, run)
+    require_examples(pairs, config.early_stopping, batch_size=config.fit.batch_size, name=name)
+    sources = [ClipSource.of_comparison(pair, root=train.root) for pair in pairs]
+    return make_preference_examples(
+        [(pair, train.features[one]) for pair, one in zip(pairs, sources, strict=True)], roles
+    )
+
+
 def make_pairs(number: int, policy: ModelPath, run: Run) -> list[Comparison]:
     """Sample captions of the training clips, rate them and select preference pairs, or load those of an earlier run."""
-    config, folder = run.config, run.folder(number)
+    config = run.config
     if number > 1 and not config.fresh_pairs:
         return read_records(run.folder(1) / PAIRS_NAME, Comparison)
+    captions, ratings, min_gap = sample_and_rate(number, policy, run)
+    return load_or_select(
+        captions,
+        ratings,
+        run.train,
+        selector=make_selector(replace(config.selection, min_gap=min_gap)),
+        subset=config.subset,
+        repetition_fraction=config.selection.repetition_fraction,
+        source="reward model" if config.reward.kind == "model" else run.reward.name,
+        folder=run.folder(number),
+    )
+
+
+def sample_and_rate(number: int, policy: ModelPath, run: Run) -> tuple[list[Caption], list[Rating], float]:
+    """Sample captions of the training clips and rate them, or load those of an earlier run.
+
+    Returns:
+        Captions, ratings, and the smallest difference of two ratings that counts.
+    """
+    config, folder, min_gap = run.config, run.folder(number), run.config.selection.min_gap
     captioner = config.load_model(policy)
     require_free_space(config.out, num_bytes(captioner), what=f"the model of {folder.name}")  # before hours of work
     captions = sample_captions(
         captioner, run.train, config.sampling, name=f"{folder.name}: sampling", seed=run.seed(number), folder=folder
     )
     del captioner  # a reward model is another network, and a GPU may hold only one
-    selection, source = config.selection, run.reward.name
     if config.reward.kind == "model":
         ratings, info = reward_rounds(run).rate(number, captions)
-        selection = replace(selection, min_gap=max(selection.min_gap, info.margin(config.reward.min_confidence)))
-        source = "reward model"
-    else:
-        ratings = rate_captions(captions, run.train, reward=run.reward, folder=folder)
-    return load_or_select(
-        captions,
-        ratings,
-        run.train,
-        selector=make_selector(selection),
-        subset=config.subset,
-        repetition_fraction=config.selection.repetition_fraction,
-        source=source,
-        folder=folder,
-    )
+        return captions, ratings, max(min_gap, info.margin(config.reward.min_confidence))
+    return captions, rate_captions(captions, run.train, reward=run.reward, folder=folder), min_gap
 
 
 def reward_rounds(run: Run) -> RewardRounds:

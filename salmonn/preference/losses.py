@@ -1,12 +1,12 @@
 """Losses of preference training: pure functions of the log-probabilities of answers, by role, or of their rewards.
 
-A role is an answer that a comparison is trained on: a field of `salmonn.records.Comparison` (chosen, rejected,
-ground_truth), or the chosen caption of another clip (mismatched). To add a loss of pairs, write a function of
-`LogRatios` and name it in `LossName` and `PAIR_LOSSES`.
+A role is an answer that is trained on: a field of `salmonn.records.Comparison` (chosen, rejected, ground_truth), the
+chosen caption of another clip (mismatched), or one of a clip's sampled captions (sample). To add a loss of pairs, write
+a function of `LogRatios` and name it in `LossName` and `PAIR_LOSSES`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, get_args
@@ -15,23 +15,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Role = Literal["chosen", "rejected", "ground_truth", "mismatched"]
-LossName = Literal["sigmoid", "ipo", "robust", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "kto"]
+Role = Literal["chosen", "rejected", "ground_truth", "mismatched", "sample"]
+LossName = Literal["sigmoid", "ipo", "robust", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "kto", "grpo"]
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """Log-probabilities of the tokens of A answers, padded to T tokens.
+
+    Args:
+        policy, reference: (A, T) by the model in training and by the reference policy; 0 in the padding.
+        mask: (A, T) True for tokens, False for padding.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Advantages of the A samples of B clips, clip by clip.
+
+    Args:
+        values: (A,) advantage of each sample over the other samples of its clip.
+        group_sizes: number of samples of each clip; B numbers with the sum A.
+    """
+
+    values: Tensor
+    group_sizes: Sequence[int]
+
+    def to(self, device: torch.device) -> "Advantages":
+        """Return the advantages on a device."""
+        return Advantages(self.values.to(device), self.group_sizes)
 
 
 @dataclass(frozen=True)
 class RoleLogps:
-    """Log-probabilities of the answers of one role in a batch of B comparisons.
+    """Log-probabilities of the answers of one role in a batch of B comparisons, or of B clips with their samples.
 
     Args:
-        policy: (B,) summed over the answer's tokens, by the model in training.
+        policy: (B,) summed over the answer's tokens, by the model in training; (A,) for the samples of all clips.
         num_tokens: (B,) number of tokens of each answer.
         reference: (B,) the same sums by the reference policy; None for a role that has none.
+        tokens: log-probabilities of the single tokens, for losses with `per_token`.
+        advantages: advantages of samples; None for other roles.
     """
 
     policy: Tensor
     num_tokens: Tensor
     reference: Tensor | None = None
+    tokens: TokenLogps | None = None
+    advantages: Advantages | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -56,36 +91,52 @@ class PreferenceLoss:
         compute: {role: log-probabilities} -> loss.
         roles: answers of a comparison that the model in training scores.
         reference_roles: those of them that the reference policy scores too.
+        per_token: whether the loss needs the log-probability of each token of these, rather than sums.
     """
 
     compute: Callable[[Mapping[Role, RoleLogps]], LossOutput]
     roles: tuple[Role, ...]
     reference_roles: tuple[Role, ...]
+    per_token: bool = False
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Loss of preference training: a loss of pairs, and cross-entropy on the ground truth.
+    """Loss of preference training: a loss of pairs or of groups, and cross-entropy on the ground truth.
 
     Args:
         kind: loss of pairs, under TRL's names; "sigmoid" is DPO. With cross-entropy, DPO becomes guided DPO
-            (arXiv 2410.06682).
+            (arXiv 2410.06682). "grpo" trains on all samples of a clip at once, and on no pairs.
         beta: strength of the KL penalty that keeps the model close to the reference policy. Published values: 0.1 for
-            sigmoid, ipo and kto, 0.01 for nca_pair, 0.001 for sppo_hard.
+            sigmoid, ipo and kto, 0.01 for nca_pair, 0.001 for sppo_hard, 0.04 or 0 for grpo.
         ce_weight: weight of the cross-entropy on the ground-truth caption; 0 for none, which needs no ground truth.
         label_smoothing: share of comparisons that are assumed to be the wrong way round; for sigmoid (conservative
             DPO) and robust only.
+        importance: for grpo, what the probability ratio of new and old policy is taken of: each "token" (GRPO), or the
+            whole "sequence", as a geometric mean over its tokens (GSPO).
+        clip_low, clip_high: for grpo, distance from 1 beyond which a smaller or a larger ratio has no gradient.
+            Published for sequences: 3e-4 and 4e-4.
     """
 
     kind: LossName = "sigmoid"
     beta: float = 0.1
     ce_weight: float = 0.1
     label_smoothing: float = 0.0
+    importance: Literal["token", "sequence"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
 
     def __post_init__(self) -> None:
-        if not (0 < self.beta < math.inf and 0 <= self.ce_weight < math.inf):
+        has_beta = 0 < self.beta < math.inf or (self.kind == "grpo" and self.beta == 0)
+        if not (has_beta and 0 <= self.ce_weight < math.inf):
             raise ValueError(
-                f"loss.beta must be above 0 and loss.ce_weight at least 0, got {self.beta} and {self.ce_weight}"
+                "loss.beta must be above 0 (for grpo, at least 0) and loss.ce_weight at least 0, got "
+                f"{self.beta} and {self.ce_weight}"
+            )
+        if not (0 < self.clip_low < 1 and 0 < self.clip_high < math.inf):
+            raise ValueError(
+                "loss.clip_low must be between 0 and 1 and loss.clip_high above 0, got "
+                f"{self.clip_low} and {self.clip_high}"
             )
         if self.kind not in get_args(LossName):
             raise ValueError(f"loss.kind must be one of {', '.join(get_args(LossName))}, got {self.kind!r}")
@@ -95,6 +146,11 @@ class LossConfig:
             raise ValueError(f"loss.kind {self.kind} has no label_smoothing; use sigmoid or robust, or leave it at 0")
         if self.kind == "robust" and not self.label_smoothing:
             raise ValueError("loss.kind robust needs loss.label_smoothing, the share of wrong labels, such as 0.1")
+
+    @property
+    def title(self) -> str:
+        """Name of the method in the terminal."""
+        return "GRPO" if self.kind == "grpo" else "guided DPO"
 
 
 @dataclass(frozen=True)
@@ -168,6 +224,45 @@ def kto_loss(ratios: LogRatios, config: LossConfig) -> Tensor:
     return 2 - torch.sigmoid(chosen) - torch.sigmoid(rejected)
 
 
+def grpo_loss(samples: RoleLogps, config: LossConfig) -> LossOutput:
+    """Compute GRPO (arXiv 2402.03300) for the samples of B clips, with the reference policy as the old policy.
+
+    A sample's loss is -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) + beta KL, with its advantage A and the
+    probability ratio rho of new and old policy. KL is the estimator k3 at each token, ref / pi - log(ref / pi) - 1.
+
+    "token": rho and the clip are of each token, and a clip's loss is the mean over all tokens of its samples, so that
+    long samples are not discounted (DAPO, arXiv 2503.14476, with its separate upper bound). "sequence": rho is the
+    geometric mean over the sample's tokens, and samples have equal weights (GSPO, arXiv 2507.18071).
+
+    Returns:
+        (B,) loss of each clip. Parts: `kl_estimate`, and `clipped`, the share of the tokens whose advantage has no
+        gradient.
+    """
+    tokens, advantages = samples.tokens, samples.advantages
+    assert tokens is not None and advantages is not None, "a loss of groups has per_token, and its examples advantages"
+    sizes = list(advantages.group_sizes)
+    log_ratio, mask = tokens.policy - tokens.reference, tokens.mask.to(tokens.policy.dtype)
+    num_tokens = mask.sum(-1, keepdim=True)
+    kl = torch.expm1(-log_ratio) + log_ratio
+    if config.importance == "sequence":
+        log_ratio = (log_ratio.sum(-1, keepdim=True) / num_tokens).expand_as(log_ratio)
+        per_group = [part.new_full((len(part), 1), len(part)) for part in advantages.values.split(sizes)]
+        weights = mask / (num_tokens * torch.cat(per_group))
+    else:
+        per_group = [part.sum().expand(len(part), 1) for part in num_tokens.split(sizes)]
+        weights = mask / torch.cat(per_group)
+    ratio, advantage = log_ratio.exp(), advantages.values.unsqueeze(-1)
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.stack([part.sum() for part in (weights * values).split(sizes)])
+
+    mean_kl = mean(kl)
+    parts = {"kl_estimate": mean_kl, "clipped": mean((clipped * advantage < ratio * advantage).float())}
+    return LossOutput(config.beta * mean_kl - mean(surrogate), parts)
+
+
 def _reward_margin(ratios: LogRatios, config: LossConfig) -> Tensor:
     return config.beta * ratios.chosen - config.beta * ratios.rejected
 
@@ -190,17 +285,18 @@ UNPAIRED_LOSSES: tuple[LossName, ...] = ("bco_pair", "kto")
 
 def make_loss(config: LossConfig) -> PreferenceLoss:
     """Build the loss that the configuration names."""
-    reference_roles: tuple[Role, ...] = ("chosen", "rejected")
+    reference_roles: tuple[Role, ...] = ("sample",) if config.kind == "grpo" else ("chosen", "rejected")
     if config.kind == "kto":
         reference_roles += ("mismatched",)
     roles: tuple[Role, ...] = (*reference_roles, "ground_truth") if config.ce_weight else reference_roles
-    return PreferenceLoss(partial(guided_loss, config=config), roles, reference_roles)
+    compute = partial(guided_loss, config=config)
+    return PreferenceLoss(compute, roles, reference_roles, per_token=config.kind == "grpo")
 
 
 def guided_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutput:
-    """Compute a loss of pairs plus cross-entropy on the ground truth, which preserves the language (arXiv 2410.06682).
+    """Compute a loss of pairs or groups plus cross-entropy on the ground truth, which preserves the language.
 
-    For "sigmoid", the loss of guided DPO:
+    For "sigmoid", the loss of guided DPO (arXiv 2410.06682):
 
     -log sigmoid(beta * [log(pi/ref)(chosen) - log(pi/ref)(rejected)]) + ce_weight * CE(ground truth)
 
@@ -208,8 +304,19 @@ def guided_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutp
 
     Args:
         logps: log-probabilities by role, those of `make_loss(config).roles`.
-        config: loss of pairs, and weights.
+        config: kind of loss, and weights.
     """
+    output = grpo_loss(logps["sample"], config) if config.kind == "grpo" else _pair_loss(logps, config)
+    loss, parts = output.loss, {"grpo" if config.kind == "grpo" else "dpo": output.loss}
+    if config.ce_weight:
+        # An example without a ground truth has an empty one, whose cross-entropy is 0.
+        parts["ce"] = -logps["ground_truth"].policy / logps["ground_truth"].num_tokens.clamp(min=1)
+        loss = loss + config.ce_weight * parts["ce"]
+    return LossOutput(loss, {name: part.detach() for name, part in (parts | output.parts).items()})
+
+
+def _pair_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutput:
+    """Compute the loss of pairs that the configuration names, and rewards and margin for the log."""
     mismatched = logps["mismatched"].log_ratio if config.kind == "kto" else None
     ratios = LogRatios(
         logps["chosen"].log_ratio,
@@ -218,14 +325,9 @@ def guided_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutp
         logps["rejected"].num_tokens,
         mismatched,
     )
-    loss = pair_loss = PAIR_LOSSES[config.kind](ratios, config)
+    loss = PAIR_LOSSES[config.kind](ratios, config)
     chosen, rejected = config.beta * ratios.chosen, config.beta * ratios.rejected
-    parts = {"dpo": pair_loss}
-    if config.ce_weight:
-        # A comparison without a ground truth has an empty one, whose cross-entropy is 0.
-        parts["ce"] = -logps["ground_truth"].policy / logps["ground_truth"].num_tokens.clamp(min=1)
-        loss = pair_loss + config.ce_weight * parts["ce"]
-    parts |= {
+    parts = {
         "chosen": chosen,
         "rejected": rejected,
         "margin": chosen - rejected,
@@ -233,7 +335,7 @@ def guided_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutp
         "chosen_drift": chosen / config.beta,
         "rejected_drift": rejected / config.beta,
     }
-    return LossOutput(loss, {name: part.detach() for name, part in parts.items()})
+    return LossOutput(loss, parts)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, center_weight: float = 0.01) -> LossOutput:

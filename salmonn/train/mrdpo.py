@@ -133,6 +133,11 @@ class MrDpoConfig(RunConfig):
                 "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
                 "--heldout-references"
             )
+        if self.loss.kind == "grpo" and not (self.fresh_pairs and self.reference_policy == "round_start"):
+            raise ValueError(
+                "loss.kind grpo trains on the round's own samples, relative to the policy that wrote them; set "
+                "fresh_pairs true and reference_policy round_start"
+            )
         if self.reward.kind == "model" and self.selection.repetition_fraction:
             raise ValueError(
                 "selection.repetition_fraction needs the judge's quotes of repeated clauses, which a reward model "
@@ -235,19 +240,23 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
                         *((f"round_{number - 1}/ratings",) if is_model and number > 1 else ()),
                     ),
                 ),
-                Step(
-                    f"{folder}/pairs",
-                    choose("selection", "subset"),
-                    files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
-                    result=f"{folder}/{PAIRS_NAME}",
-                    needs=(f"{folder}/ratings",),
-                ),
             ]
-            pairs = f"{folder}/pairs"
+            examples = f"{folder}/ratings"
+            if config.loss.kind != "grpo":
+                examples = f"{folder}/pairs"
+                steps.append(
+                    Step(
+                        examples,
+                        choose("selection", "subset"),
+                        files=(f"{folder}/{PAIRS_NAME}", f"{folder}/{IMPORTANCE_NAME}"),
+                        result=f"{folder}/{PAIRS_NAME}",
+                        needs=(f"{folder}/ratings",),
+                    )
+                )
         training = choose("loss", "lora", "fit", "seed")
         training |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
         training |= {"num_questions": config.num_questions if number == config.rounds else 0}
-        steps += _training_steps(folder, training, evaluation, needs=(pairs, *policy))
+        steps += _training_steps(folder, training, evaluation, needs=(examples, *policy))
         policy = (f"{folder}/model",)
     if config.rebirth:
         # The best round depends on all evaluations.

@@ -1,7 +1,8 @@
 """Preference training: batches of comparisons, log-probabilities of the reference policy, and the loss of a batch.
 
 All answers about a clip share its prefix: the clip's tokens pass through the decoder once, the answers of every role
-behind them. Which rows of a batch belong to which role is written in the batch (`PreferenceBatch.rows`).
+behind them. Which rows of a batch belong to which role is written in the batch (`PreferenceBatch.rows`). An example is
+a comparison, or for GRPO a clip with all its samples, which have the role "sample".
 """
 
 import logging
@@ -9,10 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from salmonn import dist
@@ -20,7 +24,8 @@ from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.fingerprint import hash_values, hash_weights
 from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.network import Network
-from salmonn.preference.losses import PreferenceLoss, Role, RoleLogps
+from salmonn.preference.groups import CaptionGroup
+from salmonn.preference.losses import Advantages, PreferenceLoss, Role, RoleLogps, TokenLogps
 from salmonn.records import Comparison, read_json, write_json
 from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split_evenly
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
@@ -28,12 +33,33 @@ from salmonn.train.feature_cache import hash_features, hash_tokenizer
 log = logging.getLogger(__name__)
 REFERENCE_LOGPS_NAME = "reference_logps.json"
 REFERENCE_LOGPS_FORMAT = 1
-Logps = Mapping[Role, float]  # of one comparison's answers
+# Of one example: the sum over the tokens of a role's only answer, or each answer's log-probabilities of single tokens.
+Logps = Mapping[Role, float | list[list[float]]]
+
+
+class Example(Protocol):
+    """Answers about a clip, by role; examples about the same clip hold the same features object."""
+
+    @property
+    def features(self) -> ClipFeatures: ...
+
+    @property
+    def video(self) -> str: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def history(self) -> tuple[tuple[str, str], ...]: ...
+
+    def answers(self, role: Role) -> Sequence[tuple[str, bool]]:
+        """Return each answer of a role, and whether it has an end and was not cut off at the token limit."""
+        ...
 
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """A comparison with the features of its clip; examples about the same clip hold the same features object.
+    """A comparison with the features of its clip, an `Example` with one answer for each role.
 
     Args:
         comparison: the comparison.
@@ -45,24 +71,55 @@ class PreferenceExample:
     features: ClipFeatures
     other: Comparison | None = None
 
-    def answer(self, role: Role) -> str:
-        """Return the answer of a role."""
-        one, name = self._source(role)
-        answer: str = getattr(one, name)
-        return answer
+    @property
+    def video(self) -> str:
+        """Video of the clip."""
+        return self.comparison.video
 
-    def is_finished(self, role: Role) -> bool:
-        """Return whether the answer of a role has an end, and was not cut off at the token limit."""
-        one, name = self._source(role)
+    @property
+    def prompt(self) -> str:
+        """Prompt that the answers are to."""
+        return self.comparison.prompt
+
+    @property
+    def history(self) -> tuple[tuple[str, str], ...]:
+        """Earlier turns of the conversation, (prompt, answer) each."""
+        return self.comparison.history
+
+    def answers(self, role: Role) -> list[tuple[str, bool]]:
+        """Return the only answer of a role, and whether it is finished."""
+        one, name = self.comparison, str(role)
         if role == "ground_truth":
-            return bool(one.ground_truth)  # without one, there must be no end to learn either
-        return bool(getattr(one, f"{name}_finished"))
+            return [(one.ground_truth, bool(one.ground_truth))]  # without one, there must be no end to learn either
+        if role == "mismatched":
+            assert self.other is not None, "make_preference_examples adds another clip's comparison for such losses"
+            one, name = self.other, "chosen"
+        return [(getattr(one, name), getattr(one, f"{name}_finished"))]
 
-    def _source(self, role: Role) -> tuple[Comparison, str]:
-        if role != "mismatched":
-            return self.comparison, role
-        assert self.other is not None, "make_preference_examples adds another clip's comparison where a loss needs it"
-        return self.other, "chosen"
+
+@dataclass(frozen=True)
+class GroupExample:
+    """All samples of a clip with their advantages, an `Example` with the roles "sample" and "ground_truth"."""
+
+    group: CaptionGroup
+    features: ClipFeatures
+    history: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def video(self) -> str:
+        """Video of the clip."""
+        return self.group.captions[0].video
+
+    @property
+    def prompt(self) -> str:
+        """Prompt that the samples answer."""
+        return self.group.captions[0].prompt
+
+    def answers(self, role: Role) -> list[tuple[str, bool]]:
+        """Return the samples or the ground truth, each with whether it is finished."""
+        if role == "ground_truth":
+            return [(self.group.ground_truth, True)]
+        return [(caption.text, caption.finished) for caption in self.group.captions]
 
 
 def make_preference_examples(
@@ -87,14 +144,15 @@ def make_preference_examples(
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """A micro-batch of B comparisons.
+    """A micro-batch of B examples.
 
     Args:
         inputs: inputs of the model, one row for each answer.
-        rows: role -> its B rows of the inputs, in the order of the comparisons.
-        reference_logps: role -> (B,) log-probabilities by the reference policy.
-        mean_num_examples: number of comparisons of the whole step, divided by the number of ranks.
+        rows: role -> its rows of the inputs, in the order of the examples: B, or A for the samples of B clips.
+        reference_logps: role -> log-probabilities by the reference policy: (B,) sums, or (A, T) of single tokens.
+        mean_num_examples: number of examples of the whole step, divided by the number of ranks.
         clips: names of its clips, for error messages.
+        advantages: advantages of the samples, if the examples are groups.
     """
 
     inputs: ModelInputs
@@ -102,6 +160,7 @@ class PreferenceBatch:
     reference_logps: Mapping[Role, Tensor]
     mean_num_examples: float
     clips: tuple[str, ...]
+    advantages: Advantages | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -111,19 +170,19 @@ class PreferenceBatch:
 
 @dataclass
 class PreferenceBatches:
-    """Batches of comparisons with their reference log-probabilities, in a new seeded order each epoch.
+    """Batches of examples with their reference log-probabilities, in a new seeded order each epoch.
 
     Args:
-        examples: all comparisons, the same on every rank.
+        examples: all comparisons, or all groups; the same on every rank.
         reference_logps: log-probabilities of their answers, as `compute_reference_logps` returns them.
         processor: processor of the model.
-        roles: answers of a comparison that the loss needs.
-        batch_size: comparisons per step over all ranks.
+        roles: answers of an example that the loss needs.
+        batch_size: examples per step over all ranks.
         seed: seed of the order.
-        gradient_accumulation_steps: number of micro-batches of a rank, at most its number of comparisons.
+        gradient_accumulation_steps: number of micro-batches of a rank, at most its number of examples.
     """
 
-    examples: Sequence[PreferenceExample]
+    examples: Sequence[Example]
     reference_logps: Sequence[Logps]
     processor: Processor
     _: KW_ONLY
@@ -142,69 +201,90 @@ class PreferenceBatches:
         for part in split_evenly(mine, self.gradient_accumulation_steps):
             examples = [example for example, _ in part]
             inputs, rows = collate_roles(examples, self.roles, self.processor)
-            reference = {role: torch.tensor([logps[role] for _, logps in part]) for role in part[0][1]}
-            clips = tuple(example.comparison.video for example in examples)
+            reference = {role: _to_tensor([logps[role] for _, logps in part]) for role in part[0][1]}
+            clips = tuple(example.video for example in examples)
             mean_num_examples = self.batch_size / dist.world_size()
-            micro_batches.append(PreferenceBatch(inputs, rows, reference, mean_num_examples, clips))
+            advantages = _join_advantages([one.group for one in examples if isinstance(one, GroupExample)])
+            micro_batches.append(PreferenceBatch(inputs, rows, reference, mean_num_examples, clips, advantages))
         return micro_batches
 
 
+def _to_tensor(logps: Sequence[float | list[list[float]]]) -> Tensor:
+    """Return the log-probabilities of one role in several examples: (B,) sums, or (A, T) of single tokens."""
+    if all(isinstance(one, float | int) for one in logps):
+        return torch.tensor(logps)
+    answers = [answer for one in logps if isinstance(one, list) for answer in one]
+    return pad_sequence([torch.tensor(answer) for answer in answers], batch_first=True)
+
+
+def _join_advantages(groups: Sequence[CaptionGroup]) -> Advantages | None:
+    if not groups:
+        return None
+    values = torch.tensor([value for group in groups for value in group.advantages])
+    return Advantages(values, [len(group.captions) for group in groups])
+
+
 def collate_roles(
-    examples: Sequence[PreferenceExample], roles: Sequence[Role], processor: Processor
+    examples: Sequence[Example], roles: Sequence[Role], processor: Processor
 ) -> tuple[ModelInputs, dict[Role, slice]]:
-    """Collate the answers of B comparisons; returns the inputs and, for each role, its B rows."""
+    """Collate the answers of B examples; returns the inputs and, for each role, its rows."""
     clips = {id(example.features): example.features for example in examples}
     index_of = {key: index for index, key in enumerate(clips)}
-    rows, slices = [], {}
-    for number, role in enumerate(roles):
-        slices[role] = slice(number * len(examples), (number + 1) * len(examples))
-        for example in examples:
-            one = example.comparison
-            clip, is_finished = index_of[id(example.features)], example.is_finished(role)
-            rows.append(PromptRow(clip, one.prompt, example.answer(role), one.history, finished=is_finished))
+    rows: list[PromptRow] = []
+    slices: dict[Role, slice] = {}
+    for role in roles:
+        first = len(rows)
+        rows += [
+            PromptRow(index_of[id(one.features)], one.prompt, answer, one.history, finished=is_finished)
+            for one in examples
+            for answer, is_finished in one.answers(role)
+        ]
+        slices[role] = slice(first, len(rows))
     return processor.collate(rows, list(clips.values())), slices
 
 
 def compute_reference_logps(
     network: Network,
-    examples: Sequence[PreferenceExample],
+    examples: Sequence[Example],
     processor: Processor,
     *,
     roles: Sequence[Role],
     batch_size: int,
+    per_token: bool = False,
     folder: Path | None = None,
-) -> list[dict[Role, float]]:
+) -> list[Logps]:
     """Compute the log-probabilities of answers by the reference policy: the network with its adapter disabled.
 
-    Comparisons are balanced over ranks. With a folder, results are written to reference_logps.json; a later call uses
+    Clips are balanced over ranks. With a folder, results are written to reference_logps.json; a later call uses
     them again if everything that they depend on is unchanged and each rank reproduces its first batch.
 
     Args:
         network: model with an adapter.
-        examples: comparisons, the same on every rank.
+        examples: examples, the same on every rank.
         processor: processor of the model.
         roles: answers that the loss compares with the reference policy.
-        batch_size: comparisons of a forward pass.
+        batch_size: examples of a forward pass.
+        per_token: return the log-probabilities of single tokens; otherwise each role must have one answer.
         folder: folder of the cached file; none to compute without a cache.
 
     Returns:
-        For each comparison the summed log-probability of each role's answer.
+        For each example the summed log-probability of each role's answer, or those of the tokens of all its answers.
     """
-    groups: dict[int, list[int]] = {}  # comparisons about the same clip, whose prefix they share
+    groups: dict[int, list[int]] = {}  # examples about the same clip, whose prefix they share
     for index, example in enumerate(examples):
         groups.setdefault(id(example.features), []).append(index)
     by_clip = list(groups.values())
     costs = [
         len(examples[group[0]].features)
-        + sum(len(examples[index].answer(role).split()) for index in group for role in roles)
+        + sum(len(text.split()) for index in group for role in roles for text, _ in examples[index].answers(role))
         for group in by_clip
     ]
     shares = dist.balance(costs)
     mine = [index for number in shares[dist.rank()] for index in by_clip[number]]
-    score = partial(_score_roles, network, processor=processor, roles=roles, batch_size=batch_size)
+    score = partial(_score_roles, network, processor=processor, roles=roles, batch_size=batch_size, per_token=per_token)
     fingerprint = ""
     if folder:
-        fingerprint = _fingerprint(network, examples, by_clip, processor, roles=roles)
+        fingerprint = _fingerprint(network, examples, by_clip, processor, roles=roles, per_token=per_token)
         cached = _read_cached(folder / REFERENCE_LOGPS_NAME, fingerprint)
         probe = mine[:batch_size]
         if cached and _matches_cached(
@@ -222,24 +302,39 @@ def compute_reference_logps(
 
 def _score_roles(
     network: Network,
-    examples: Sequence[PreferenceExample],
+    examples: Sequence[Example],
     *,
     processor: Processor,
     roles: Sequence[Role],
     batch_size: int,
-) -> list[tuple[dict[Role, float], int]]:
-    """Return the reference policy's log-probability of each role's answer, and the tokens of all roles' answers."""
-    results = []
+    per_token: bool,
+) -> list[tuple[Logps, int]]:
+    """Return the reference policy's log-probabilities of each role's answers, and the tokens of all roles' answers."""
+    results: list[tuple[Logps, int]] = []
     with network.lm.disable_adapter(), torch.no_grad():
         starts = range(0, len(examples), batch_size)
         for start in tqdm(starts, desc="reference log-probabilities", disable=not dist.is_main()):
             part = examples[start : start + batch_size]
             inputs, rows = collate_roles(part, roles, processor)
-            logps = role_logps(network(inputs.to(network.device)).cpu(), inputs.labels, rows)
-            for number in range(len(part)):
-                values = {role: one.policy[number].item() for role, one in logps.items()}
-                results.append((values, sum(int(one.num_tokens[number]) for one in logps.values())))
+            token_logps = network(inputs.to(network.device)).cpu()
+            sums = {role: one.policy.tolist() for role, one in role_logps(token_logps, inputs.labels, rows).items()}
+            answers = split_tokens(token_logps, inputs.labels)
+            of_role = {role: iter(answers[rows[role]]) for role in roles}
+            for number, example in enumerate(part):
+                tokens = {role: list(islice(of_role[role], len(example.answers(role)))) for role in roles}
+                values: Logps = (
+                    {role: [answer.tolist() for answer in tokens[role]] for role in roles}
+                    if per_token
+                    else {role: sums[role][number] for role in roles}
+                )
+                results.append((values, sum(len(answer) for role in roles for answer in tokens[role])))
     return results
+
+
+def split_tokens(token_logps: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return the log-probabilities of each answer's tokens alone; arguments as in `role_logps`."""
+    is_answer = labels[:, 1:] != -100
+    return [row[mask] for row, mask in zip(token_logps, is_answer, strict=True)]
 
 
 def role_logps(
@@ -247,29 +342,41 @@ def role_logps(
     labels: Tensor,
     rows: Mapping[Role, slice],
     reference_logps: Mapping[Role, Tensor] | None = None,
+    advantages: Advantages | None = None,
 ) -> dict[Role, RoleLogps]:
     """Sum log-probabilities over the tokens of each answer (arXiv 2305.18290).
 
     Args:
         token_logps: (R, L - 1) log-probabilities of the answers' tokens, 0 elsewhere.
         labels: (R, L) ids of the answers' tokens, -100 elsewhere.
-        rows: role -> its B rows.
-        reference_logps: role -> (B,) log-probabilities by the reference policy, if any.
+        rows: role -> its rows.
+        reference_logps: role -> log-probabilities by the reference policy, if any: (B,) sums, or (A, T) of single
+            tokens, which are then returned too.
+        advantages: advantages of the samples.
     """
     num_tokens = (labels[:, 1:] != -100).sum(-1)
     reference = {role: logps.to(token_logps.device) for role, logps in (reference_logps or {}).items()}
-    return {
-        role: RoleLogps(token_logps[part].sum(-1), num_tokens[part], reference.get(role)) for role, part in rows.items()
-    }
+    result: dict[Role, RoleLogps] = {}
+    for role, part in rows.items():
+        sums, count, before = token_logps[part].sum(-1), num_tokens[part], reference.get(role)
+        if before is None or before.ndim == 1:
+            result[role] = RoleLogps(sums, count, before)
+            continue
+        policy = pad_sequence(split_tokens(token_logps[part], labels[part]), batch_first=True)
+        mask = torch.arange(policy.shape[1], device=count.device) < count.unsqueeze(-1)
+        of_samples = advantages.to(policy.device) if advantages and role == "sample" else None
+        result[role] = RoleLogps(sums, count, before.sum(-1), TokenLogps(policy, before, mask), of_samples)
+    return result
 
 
 def _fingerprint(
     network: Network,
-    examples: Sequence[PreferenceExample],
+    examples: Sequence[Example],
     by_clip: Sequence[Sequence[int]],
     processor: Processor,
     *,
     roles: Sequence[Role],
+    per_token: bool,
 ) -> str:
     """Hash everything that the reference log-probabilities depend on."""
     hashes = dist.gather([hash_features(examples[group[0]].features) for group in dist.shard(by_clip)])
@@ -278,21 +385,23 @@ def _fingerprint(
     weights_hash = dist.gather([hash_weights(weights) if dist.is_main() else ""])[0]
     prompts = [
         (
-            one.comparison.video,
-            one.comparison.prompt,
-            one.comparison.history,
-            {role: [one.answer(role), one.is_finished(role)] for role in roles},
+            one.video,
+            one.prompt,
+            one.history,
+            {role: [value for answer in one.answers(role) for value in answer] for role in roles},
         )
         for one in examples
     ]
     attention = network.config._attn_implementation
-    clips = list(zip(hashes, by_clip, strict=True))
-    return hash_values(weights_hash, clips, prompts, hash_tokenizer(processor), attention, _compute_dtype(network))
+    clips, form = list(zip(hashes, by_clip, strict=True)), ("per token",) if per_token else ()
+    return hash_values(
+        weights_hash, clips, prompts, hash_tokenizer(processor), attention, _compute_dtype(network), *form
+    )
 
 
-def _read_cached(path: Path, fingerprint: str) -> list[dict[Role, float]] | None:
+def _read_cached(path: Path, fingerprint: str) -> list[Logps] | None:
     """Return cached log-probabilities if they are current; only rank 0 reads, as NFS shows new files late."""
-    cached = None
+    cached: list[Logps] | None = None
     if dist.is_main() and path.is_file():
         try:
             values = read_json(path)
@@ -309,12 +418,18 @@ def _matches_cached(computed: Sequence[tuple[Logps, int]], cached: Sequence[Logp
     """Compare each rank's first batch with the cached values, up to rounding on another device or in other batches."""
     errors = []
     for (logps, num_tokens), before in zip(computed, cached, strict=True):
-        allowed = _rounding_error(list(logps.values()), num_tokens, dtype=_compute_dtype(network))
-        errors += [abs(value - before[role]) / allowed for role, value in logps.items()]
+        sums, sums_before = _sum_roles(logps), _sum_roles(before)
+        allowed = _rounding_error(list(sums.values()), num_tokens, dtype=_compute_dtype(network))
+        errors += [abs(value - sums_before[role]) / allowed for role, value in sums.items()]
     matches = all(error <= 1 for error in dist.gather(errors))  # NaN does not match
     if not matches and dist.is_main():
         log.warning("cached reference log-probabilities differ by more than rounding error; recomputing")
     return matches
+
+
+def _sum_roles(logps: Logps) -> dict[Role, float]:
+    """Return the log-probability of each role's answers together."""
+    return {role: math.fsum(chain.from_iterable(one)) if isinstance(one, list) else one for role, one in logps.items()}
 
 
 def _compute_dtype(network: Network) -> str:
@@ -335,14 +450,15 @@ def _rounding_error(logps: Sequence[float], num_tokens: int, *, dtype: str) -> f
 
 @dataclass(frozen=True)
 class PreferenceBatchLoss:
-    """Computes a preference loss on micro-batches: their share of the mean over the step's comparisons."""
+    """Computes a preference loss on micro-batches: their share of the mean over the step's examples."""
 
     loss: PreferenceLoss
 
     def __call__(self, model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss, and its parts for the log."""
         inputs = batch.inputs.to(dist.device())
-        output = self.loss.compute(role_logps(model(inputs), inputs.labels, batch.rows, batch.reference_logps))
+        logps = role_logps(model(inputs), inputs.labels, batch.rows, batch.reference_logps, batch.advantages)
+        output = self.loss.compute(logps)
         count = batch.mean_num_examples
         return output.loss.sum() / count, {name: part.sum().item() / count for name, part in output.parts.items()}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from salmonn import dist
+from salmonn.preference.groups import CaptionGroup
 from salmonn.preference.rating import Rating, Reward
 from salmonn.preference.repetition_pairs import max_repetition_pairs, select_repetition_pairs
 from salmonn.preference.selection import Selector, select_pairs, summarize_pairs
@@ -114,16 +115,27 @@ def keep_subset(
     return kept
 
 
-def require_pairs(pairs: Sequence[Comparison], early_stopping: EarlyStopConfig, *, batch_size: int, name: str) -> None:
-    """Raise RoundFailedError if a round has too few pairs."""
+def require_examples(
+    examples: Sequence[Comparison] | Sequence[CaptionGroup],
+    early_stopping: EarlyStopConfig,
+    *,
+    batch_size: int,
+    name: str,
+) -> None:
+    """Raise RoundFailedError if a round has too few pairs or groups."""
     required = max(1, batch_size if early_stopping.min_pairs is None else early_stopping.min_pairs)
-    if len(pairs) < required:
-        raise RoundFailedError(
-            f"{name} has {len(pairs)} pairs of captions that differ enough, fewer than {required} "
-            "(early_stopping.min_pairs, by default fit.batch_size): accept a smaller gap (selection.min_gap) with "
-            f"--redo-from {name}/pairs, or sample more captions (sampling.num_samples) or at a higher temperature with "
-            f"--redo-from {name}/captions"
-        )
+    if len(examples) >= required:
+        return
+    if isinstance(next(iter(examples), None), CaptionGroup):
+        found, smaller_gap = "clips whose captions are rated differently", ""
+    else:
+        found = "pairs of captions that differ enough"
+        smaller_gap = f"accept a smaller gap (selection.min_gap) with --redo-from {name}/pairs, or "
+    raise RoundFailedError(
+        f"{name} has {len(examples)} {found}, fewer than {required} (early_stopping.min_pairs, by default "
+        f"fit.batch_size): {smaller_gap}sample more captions (sampling.num_samples) or at a higher temperature with "
+        f"--redo-from {name}/captions"
+    )
 
 
 def require_margin(folder: Path, early_stopping: EarlyStopConfig) -> None:

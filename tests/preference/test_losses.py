@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from salmonn.preference.losses import PAIR_LOSSES, LogRatios, LossConfig, RoleLogps, guided_loss, make_loss
+from salmonn.preference.losses import (
+    PAIR_LOSSES,
+    Advantages,
+    LogRatios,
+    LossConfig,
+    RoleLogps,
+    TokenLogps,
+    grpo_loss,
+    guided_loss,
+    make_loss,
+)
 
 
 def by_role(chosen, rejected, ground_truth, *, reference=(-12.0, -17.0)):
@@ -150,9 +160,76 @@ def test_a_negative_kl_estimate_counts_as_zero():
     assert PAIR_LOSSES["kto"](ratios, LossConfig("kto")).item() == pytest.approx(0.9251868)
 
 
+def samples_of(policy, reference, advantages, sizes):
+    """Samples of clips from the log-probabilities of their tokens, NaN in the padding."""
+    mask = ~policy.isnan()
+    tokens = TokenLogps(policy.nan_to_num(), reference.nan_to_num(), mask)
+    advantages = Advantages(torch.tensor(advantages, dtype=policy.dtype), sizes)
+    return RoleLogps(tokens.policy.sum(-1), mask.sum(-1), tokens.reference.sum(-1), tokens, advantages)
+
+
+# Log-ratios 0.1 and 0.3 of a sample with advantage 1, -0.2 of one with advantage -1; ratios 1.1051709, 1.3498588 and
+# 0.8187308. k3 at each token: 0.0048374, 0.0408182, 0.0214028, with the slopes 0.0951626, 0.2591818, -0.2214028.
+GRPO_BY_HAND = {
+    # Surrogate (1.1051709 + 1.28 - 0.8187308) / 3, KL 0.0670584 / 3. The second token is clipped: only KL is left.
+    "token": (-0.5199114, [[-0.3652182, 0.0086394], [0.2655302, 0.0]], 1 / 3),
+    # Ratios e^0.2 = 1.2214028 and 0.8187308; KL (0.0456556 / 2 + 0.0214028) / 2.
+    "sequence": (-0.1991245, [[-0.3029716, -0.2988712], [0.3982953, 0.0]], 0.0),
+}
+
+
+@pytest.mark.parametrize("importance", GRPO_BY_HAND)
+def test_grpo_by_hand(importance):
+    expected, slopes, clipped = GRPO_BY_HAND[importance]
+    nan = math.nan
+    policy = torch.tensor([[-1.9, -0.7], [-3.2, nan]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-2.0, -1.0], [-3.0, nan]], dtype=torch.float64)
+    output = grpo_loss(
+        samples_of(policy, reference, [1.0, -1.0], [2]), LossConfig("grpo", importance=importance, ce_weight=0.0)
+    )
+    output.loss.sum().backward()
+    assert output.loss.tolist() == pytest.approx([expected], abs=1e-7)
+    assert policy.grad.tolist() == [pytest.approx(row, abs=1e-7) for row in slopes]
+    assert output.parts["clipped"].tolist() == pytest.approx([clipped])
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_grpo_equals_the_formulas_of_trl(importance):
+    """trl/trainer/grpo_trainer.py, `_compute_loss`, on two groups of random samples with all kinds of clipping."""
+    torch.manual_seed(0)
+    mask = torch.arange(7) < torch.tensor([7, 3, 5, 1, 6]).unsqueeze(-1)
+    reference = torch.randn(5, 7, dtype=torch.float64)
+    policy = reference + 0.4 * torch.randn(5, 7, dtype=torch.float64)
+    values, sizes = [1.2, -0.4, -0.8, 0.7, -0.7], [3, 2]
+    log_ratio = policy - reference
+    if importance == "sequence":
+        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
+    coef_1, advantages = torch.exp(log_ratio), torch.tensor(values, dtype=torch.float64).unsqueeze(1)
+    coef_2 = torch.clamp(coef_1, 1 - 0.2, 1 + 0.28)
+    per_token_loss = -torch.min(coef_1 * advantages, coef_2 * advantages)
+    per_token_kl = torch.exp(reference - policy) - (reference - policy) - 1
+    per_token_loss = per_token_loss + 0.04 * per_token_kl
+    for_each = slice(0, 3), slice(3, 5)
+    if importance == "token":  # loss_type "dapo", where a group is the batch
+        expected = [((per_token_loss * mask)[one].sum() / mask[one].sum()).item() for one in for_each]
+    else:  # loss_type "grpo"
+        of_sample = (per_token_loss * mask).sum(-1) / mask.sum(-1)
+        expected = [of_sample[one].mean().item() for one in for_each]
+    policy, reference = (logps.masked_fill(~mask, math.nan) for logps in (policy, reference))
+    samples = samples_of(policy, reference, values, sizes)
+    config = LossConfig("grpo", beta=0.04, importance=importance)
+    assert grpo_loss(samples, config).loss.tolist() == pytest.approx(expected, abs=1e-12)
+    truth = RoleLogps(torch.tensor([-8.0, -2.0]), torch.tensor([4, 4]))  # cross-entropies 2 and 0.5
+    guided = make_loss(config)
+    assert guided.roles == ("sample", "ground_truth") and guided.per_token
+    loss = guided.compute({"sample": samples, "ground_truth": truth}).loss
+    assert loss.tolist() == pytest.approx([expected[0] + 0.2, expected[1] + 0.05])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"clip_low": 1.0}, "loss.clip_low must be between 0 and 1"),
         ({"kind": "orpo"}, "loss.kind must be one of sigmoid, ipo"),
         ({"label_smoothing": 0.5}, "below 0.5, got 0.5"),
         ({"kind": "ipo", "label_smoothing": 0.1}, "loss.kind ipo has no label_smoothing"),

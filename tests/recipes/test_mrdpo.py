@@ -239,6 +239,21 @@ def test_a_slow_rank_does_not_hang_the_run(command_of, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_round_of_grpo(finished, launch, flags, tmp_path):
+    """On the samples and ratings of the other run; a round has no pairs then."""
+    out = tmp_path / "mrdpo"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("rebirth", "pairs.jsonl", "merged", "adapter"))
+    changed = flags | {"loss.kind": "grpo", "rebirth": "null", "redo_from": "round_1/ratings"}
+    result = launch("mrdpo", out=out, **changed)
+    assert result.returncode == 0, result.stderr
+    assert not (out / "round_1" / "pairs.jsonl").exists()
+    for name in ("captions.jsonl", "scores.jsonl"):
+        assert (out / "round_1" / name).stat().st_mtime_ns == (finished / "round_1" / name).stat().st_mtime_ns
+    first, last = (json.loads(line) for line in (out / "round_1" / "steps.jsonl").read_text().splitlines())
+    assert first["kl_estimate"] == pytest.approx(0, abs=1e-6) and last["kl_estimate"] > 1e-6 and first["ce"] > 0
+    assert json.loads((out / "summary.json").read_text())["rounds"][0]["captions"] == 3
+
+
 def test_changed_settings_redo_only_what_depends_on_them(finished, launch, flags, tmp_path):
     out = tmp_path / "mrdpo"
     shutil.copytree(finished, out)
@@ -423,6 +438,7 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ({"loss": {"beta": 0.0}}, "loss.beta must be above 0"),
         ({"loss": {"beta": -0.1}}, "loss.beta must be above 0"),
         ({"loss": {"ce_weight": -1.0}}, "loss.ce_weight at least 0"),
+        ({"loss": {"kind": "grpo"}, "fresh_pairs": False}, "set fresh_pairs true"),
         ({"lora": {"rank": 0}}, "lora.rank must be at least 1"),
         ({"lora": {"dropout": 2.0}}, "lora.dropout must be at least 0 and below 1"),
         ({"lora": {"targets": ()}}, "lora.targets names no module"),

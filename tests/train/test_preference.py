@@ -11,12 +11,14 @@ import torch
 from salmonn.caption.processor import PromptRow
 from salmonn.conversations import Turn
 from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.preference.groups import CaptionGroup
 from salmonn.preference.losses import LossConfig, make_loss
-from salmonn.records import Comparison, read_json, write_json
+from salmonn.records import Caption, Comparison, read_json, write_json
 from salmonn.train.data import ClipSource, SftBatches, TrainingExample, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import (
     REFERENCE_LOGPS_NAME,
+    GroupExample,
     MixedBatches,
     MixedBatchLoss,
     PreferenceBatches,
@@ -429,3 +431,89 @@ def test_an_end_changes_the_reference(run_reference, pairs, caplog):
     assert runs == 3 and "different" in caplog.text
     for cut, whole in zip(unfinished, finished, strict=True):
         assert cut[0] == pytest.approx(whole[0], rel=1e-5) and cut[1] > whole[1] + 1
+
+
+@pytest.fixture
+def groups(clips):
+    """Two clips with three and two samples."""
+    texts = [("a red star appears", "a tone", "two"), ("x", "a low tone is heard")]
+    advantages = [(1.0, -0.5, -0.5), (-0.7, 0.7)]
+    return [
+        CaptionGroup(
+            tuple(Caption(reference.video, text, prompt="Tell.", sample=number) for number, text in enumerate(group)),
+            values,
+            ground_truth="the truth",
+        )
+        for reference, group, values in zip(clips.references, texts, advantages, strict=False)
+    ]
+
+
+def group_batches(captioner, groups, features_by_video, loss, **options):
+    examples = [GroupExample(group, features_by_video[group.captions[0].video]) for group in groups]
+    logps = compute_reference_logps(
+        captioner.network, examples, captioner.processor, roles=loss.reference_roles, batch_size=2, per_token=True
+    )
+    options = {"batch_size": 2, "seed": 0} | options
+    return PreferenceBatches(examples, logps, captioner.processor, roles=loss.roles, **options), logps
+
+
+def test_samples_of_a_clip_share_its_prefix_and_are_weighed_by_advantage(
+    captioner, fill_adapter, groups, features_by_video
+):
+    attach_lora(captioner.network, LORA, seed=0)
+    captioner.network.eval()
+    loss = make_loss(LossConfig("grpo", beta=0.0, ce_weight=0.0, clip_low=0.9, clip_high=9.0))
+    batches, logps = group_batches(captioner, groups, features_by_video, loss)
+    sums = [[sum(tokens) for tokens in one["sample"]] for one in logps]
+    for group, of_group in zip(groups, sums, strict=True):
+        pair = Comparison(group.captions[0].video, "Tell.", "", "")
+        expected = [answer_logp(captioner, pair, one.text, features_by_video[pair.video]) for one in group.captions]
+        assert of_group == pytest.approx(expected, rel=1e-5)
+    (batch,) = batches.micro_batches(0)
+    assert len(batch.inputs.input_ids) == 5 and len(batch.inputs.clip_features) == 2
+    # At the start all ratios are 1: the loss of a clip is -sum(tokens * advantage) / sum(tokens).
+    start, figures = PreferenceBatchLoss(loss)(captioner.network, batch)
+    by_hand = [
+        -sum(len(tokens) * value for tokens, value in zip(one["sample"], group.advantages, strict=True))
+        / sum(map(len, one["sample"]))
+        for one, group in zip(logps, groups, strict=True)
+    ]
+    assert start.item() == pytest.approx(sum(by_hand) / 2, rel=1e-4) and figures["clipped"] == 0
+    # The same in micro-batches of one clip.
+    fill_adapter(captioner.network)
+    whole, _ = PreferenceBatchLoss(loss)(captioner.network, batch)
+    batches.gradient_accumulation_steps = 2
+    parts = [PreferenceBatchLoss(loss)(captioner.network, one)[0].item() for one in batches.micro_batches(0)]
+    assert len(parts) == 2 and sum(parts) == pytest.approx(whole.item(), rel=1e-4)
+    assert whole.item() != pytest.approx(start.item(), rel=1e-3)
+
+
+def test_grpo_prefers_samples_with_an_advantage(captioner, groups, features_by_video, tmp_path):
+    attach_lora(captioner.network, LORA, seed=0)
+    loss = make_loss(LossConfig("grpo", ce_weight=0.1))
+    batches, logps = group_batches(captioner, groups, features_by_video, loss)
+    config = FitConfig(learning_rate=3e-3, steps=6, warmup_ratio=0.17, batch_size=2)
+    fit(captioner.network, batches, PreferenceBatchLoss(loss), config, context=FitContext("groups", tmp_path))
+    figures = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert figures[-1]["grpo"] < figures[0]["grpo"] and figures[-1]["kl_estimate"] > 0
+    assert {"ce", "clipped"} <= set(figures[0]) and figures[0]["kl_estimate"] == pytest.approx(0, abs=1e-6)
+    for group, before in zip(groups, logps, strict=True):
+        pair = Comparison(group.captions[0].video, "Tell.", "", "")
+        features = features_by_video[pair.video]
+        gains = [
+            answer_logp(captioner, pair, one.text, features) / len(tokens) - sum(tokens) / len(tokens)
+            for one, tokens in zip(group.captions, before["sample"], strict=True)
+        ]
+        best = group.advantages.index(max(group.advantages))
+        assert max(gains) == gains[best]
+
+
+def test_cached_logps_of_tokens_are_not_those_of_answers(captioner, pairs, features_by_video, tmp_path, caplog):
+    attach_lora(captioner.network, LORA, seed=0)
+    options = {"roles": ("chosen",), "batch_size": 3, "folder": tmp_path}
+    examples = to_examples(pairs, features_by_video)
+    sums = compute_reference_logps(captioner.network, examples, captioner.processor, **options)
+    for _ in range(2):  # computed, then cached
+        tokens = compute_reference_logps(captioner.network, examples, captioner.processor, per_token=True, **options)
+        assert [sum(one["chosen"][0]) for one in tokens] == pytest.approx([one["chosen"] for one in sums])
+    assert caplog.text.count("recomputing") == 1

@@ -18,8 +18,8 @@ from salmonn.train.rounds import (
     best_round,
     keep_subset,
     load_or_select,
+    require_examples,
     require_margin,
-    require_pairs,
     stop_reason,
 )
 from salmonn.train.run_log import RunSummary
@@ -39,14 +39,14 @@ def test_too_few_pairs(min_pairs, batch_size, required):
     if required > len(PAIRS):
         message = rf"round_2 has 3 pairs .*, fewer than {required} .*min_gap.*--redo-from round_2/pairs, .*/captions"
         with pytest.raises(RoundFailedError, match=message):
-            require_pairs(PAIRS, config, batch_size=batch_size, name="round_2")
+            require_examples(PAIRS, config, batch_size=batch_size, name="round_2")
     else:
-        require_pairs(PAIRS, config, batch_size=batch_size, name="round_2")
+        require_examples(PAIRS, config, batch_size=batch_size, name="round_2")
 
 
 def test_zero_pairs_are_never_enough():
     with pytest.raises(RoundFailedError, match="has 0 pairs"):
-        require_pairs([], EarlyStopConfig(min_pairs=0), batch_size=1, name="round_1")
+        require_examples([], EarlyStopConfig(min_pairs=0), batch_size=1, name="round_1")
 
 
 def write_steps(folder, margins):
