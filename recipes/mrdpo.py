@@ -9,12 +9,10 @@ to a folder of `out`; run the same command again to resume a killed run.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-
-from torch import nn
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
@@ -22,14 +20,15 @@ from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
-from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.lora import attach_lora
 from salmonn.model.network import Network
 from salmonn.preference.groups import make_groups
-from salmonn.preference.losses import Role, make_loss
+from salmonn.preference.losses import PreferenceLoss, Role, make_loss
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
-from salmonn.preference.selection import make_selector
+from salmonn.preference.selection import SelectionConfig, make_selector
+from salmonn.preference.subset import SubsetConfig
 from salmonn.records import Caption, Comparison, read_json, read_records, write_json
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
@@ -42,13 +41,14 @@ from salmonn.train.data import (
     make_examples,
     sft_loss,
 )
-from salmonn.train.dry_run import check_adapters, print_adapter_plan
+from salmonn.train.dry_run import check_adapters
 from salmonn.train.evaluate import RATES_NAME, cache_features, evaluate, sample_captions, write_evaluation
 from salmonn.train.feature_cache import open_feature_cache
-from salmonn.train.kl import KLProbe
+from salmonn.train.influence import best_captions, rate_at_random, rate_by_influence, split_clips
+from salmonn.train.kl import kl_callback, make_kl_probe
 from salmonn.train.left_out import LeftOut
-from salmonn.train.loop import Batches, Callback, FitConfig, FitContext, autocast, check_processes, fit
-from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data, plan_steps
+from salmonn.train.loop import Batches, FitConfig, FitContext, autocast, check_processes, fit
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, list_trainings, load_data, plan_steps, print_memory_plan
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
     Example,
@@ -58,7 +58,7 @@ from salmonn.train.preference import (
     PreferenceBatch,
     PreferenceBatches,
     compute_reference_logps,
-    make_preference_examples,
+    make_pair_examples,
 )
 from salmonn.train.reward_rounds import RewardRounds, require_labels, require_model
 from salmonn.train.rounds import (
@@ -85,6 +85,8 @@ from salmonn.train.run_log import (
 
 log = logging.getLogger("mrdpo")
 ModelPath = Path | str  # folder or hub id
+# Drafts of a clip whose influences differ by a standard deviation. Influence grows with length, so lengths are alike.
+TEACHER_PAIRS = SelectionConfig(min_gap=1.0, max_pairs_per_video=1, max_length_ratio=1.3)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,27 @@ class Run:
     def seed(self, number: int) -> int:
         """Return the seed of a round."""
         return self.config.seed * 1000 + number
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training on preferences.
+
+    Args:
+        folder: folder of its results.
+        seed: seed of the adapter, and of the order of the examples.
+        fit: optimization.
+        earlier: folders of the adapters that the policy consists of, besides the start.
+        reference_policy: model that rewards are relative to; none for the policy itself.
+        num_questions: number of questions in each step.
+    """
+
+    folder: Path
+    seed: int
+    fit: FitConfig
+    earlier: Sequence[Path]
+    reference_policy: ModelPath | None = None
+    num_questions: int = 0
 
 
 def main(config: MrDpoConfig) -> None:
@@ -151,36 +174,6 @@ def main(config: MrDpoConfig) -> None:
     dist.barrier()
 
 
-def list_trainings(config: MrDpoConfig) -> list[tuple[LoraConfig, FitConfig]]:
-    """Return adapter and optimization of everything that a run trains an adapter for."""
-    trainings, reward = [(config.lora, config.fit)], config.reward_training
-    if config.rebirth:
-        trainings.append((config.rebirth.lora, config.rebirth.fit))
-    if config.reward.kind == "model" and reward.lora:
-        trainings.append((reward.lora, reward.fit))
-    return trainings
-
-
-def print_memory_plan(config: MrDpoConfig) -> None:
-    """Print the memory that a round and rebirth would need."""
-    model, frames, placement = config.model, config.frames, config.placement
-    print_adapter_plan(
-        model,
-        frames=frames,
-        placement=placement,
-        lora=config.lora,
-        fit=config.fit,
-        answers=config.sampling.num_samples + 1 if config.loss.kind == "grpo" else 3,
-        title=config.loss.title,
-        batch_size=config.sampling.batch_size,
-    )
-    if rebirth := config.rebirth:
-        # A caption and the questions on the clip, assumed to be as long in total.
-        print_adapter_plan(
-            model, frames=frames, placement=placement, lora=rebirth.lora, fit=rebirth.fit, answers=2, title="rebirth"
-        )
-
-
 def run_rounds(run: Run, summary: RunSummary) -> Path | None:
     """Run all rounds and fill the summary; returns the best model, if a round improved on the start."""
     config = run.config
@@ -225,47 +218,71 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
     # Sample, rate, and select pairs or, for GRPO, group by clip.
     loss = make_loss(config.loss)
     examples = make_round_examples(number, policy, run, roles=loss.roles)
-    captioner = config.load_model(policy)
 
-    # Train a fresh LoRA. Rewards are relative to the reference policy, which scores each answer once, in advance.
-    attach_lora(captioner.network, config.lora, seed=seed)
-    with autocast(config.fit.precision):
+    # Train and merge a fresh LoRA. All rounds are added to the start, and their sum is rounded once.
+    stage = Stage(folder, seed, config.fit, earlier=adapters_of_rounds(number - 1, config))
+    if number > 1 and config.reference_policy == "run_start":
+        stage = replace(stage, reference_policy=config.model)
+    if number == config.rounds:
+        stage = replace(stage, num_questions=config.num_questions)
+    return train_on_preferences(examples, policy, loss, stage, run)
+
+
+def train_on_preferences(
+    examples: Sequence[Example], policy: ModelPath, loss: PreferenceLoss, stage: Stage, run: Run
+) -> Path:
+    """Train a fresh LoRA on pairs or groups, merge it, and return the merged model."""
+    config, folder, fit_config = run.config, stage.folder, stage.fit
+    captioner = config.load_model(policy)
+    attach_lora(captioner.network, config.lora, seed=stage.seed)
+    # Rewards are relative to the reference policy, which scores each answer once, in advance.
+    with autocast(fit_config.precision):
         reference_logps = compute_reference_logps(
-            load_reference_policy(number, captioner, config),
+            load_reference_policy(stage.reference_policy, captioner, config),
             examples,
             captioner.processor,
             roles=loss.reference_roles,
-            batch_size=config.fit.micro_batch_size,
+            batch_size=fit_config.micro_batch_size,
             per_token=loss.per_token,
             folder=folder,
         )
-    num_questions = config.num_questions if number == config.rounds else 0
+    num_questions = stage.num_questions
     preferences = PreferenceBatches(
         examples,
         reference_logps,
         captioner.processor,
         roles=loss.roles,
-        batch_size=config.fit.batch_size - num_questions,
-        seed=seed,
-        gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
+        batch_size=fit_config.batch_size - num_questions,
+        seed=stage.seed,
+        gradient_accumulation_steps=fit_config.gradient_accumulation_steps,
     )
     batches: Batches[PreferenceBatch | SftBatch] = preferences
     if num_questions:
-        batches = MixedBatches(preferences, qa_batches(captioner, run, seed=seed, num_questions=num_questions))
-    batch_loss = MixedBatchLoss(loss, qa_fraction=num_questions / config.fit.batch_size)
+        questions = SftBatches(
+            make_examples(run.train, ("questions",)),
+            captioner.processor,
+            run.train.features.__getitem__,
+            batch_size=num_questions,
+            seed=stage.seed,
+            gradient_accumulation_steps=fit_config.gradient_accumulation_steps,
+            first_rank=fit_config.batch_size - num_questions,
+        )
+        batches = MixedBatches(preferences, questions)
+    batch_loss = MixedBatchLoss(loss, qa_fraction=num_questions / fit_config.batch_size)
     context = FitContext(
-        f"{folder.name}: {config.loss.title}", folder, seed, config.strategy, kl_callback(captioner, run)
+        f"{folder.name}: {config.loss.title}",
+        folder,
+        stage.seed,
+        config.strategy,
+        kl_callback(captioner, run.heldout, config.kl, fit_config=fit_config),
     )
     with checkpointed(folder):
-        checkpoint = fit(captioner.network, batches, batch_loss, config.fit.resolve(len(examples)), context=context)
+        checkpoint = fit(captioner.network, batches, batch_loss, fit_config.resolve(len(examples)), context=context)
         require_margin(folder, config.early_stopping)
-
-        # Merge and save. Free the network first: merging loads the policy again, and a GPU may hold only one.
+        # Free the network before it is merged: merging loads the policy again, and a GPU may hold only one.
         del captioner, preferences, batches, context
-        # All rounds are added to the start, and their sum is rounded once.
-        earlier = adapters_of_rounds(number - 1, config)
         return merge_checkpoint(
-            checkpoint, base=config.model, earlier=earlier, lora=config.lora, config=config, folder=folder
+            checkpoint, base=config.model, earlier=stage.earlier, lora=config.lora, config=config, folder=folder
         )
 
 
@@ -285,10 +302,7 @@ def make_round_examples(number: int, policy: ModelPath, run: Run, *, roles: Sequ
         return [GroupExample(group, train.features[source]) for group, source in zip(groups, sources, strict=True)]
     pairs = make_pairs(number, policy, run)
     require_examples(pairs, config.early_stopping, batch_size=config.fit.batch_size, name=name)
-    sources = [ClipSource.of_comparison(pair, root=train.root) for pair in pairs]
-    return make_preference_examples(
-        [(pair, train.features[one]) for pair, one in zip(pairs, sources, strict=True)], roles
-    )
+    return make_pair_examples(pairs, train, roles=roles)
 
 
 def make_pairs(number: int, policy: ModelPath, run: Run) -> list[Comparison]:
@@ -323,24 +337,14 @@ def sample_and_rate(number: int, policy: ModelPath, run: Run) -> tuple[list[Capt
     )
     del captioner  # a reward model is another network, and a GPU may hold only one
     if config.reward.kind == "model":
-        ratings, info = reward_rounds(run).rate(number, captions)
+        load_start = partial(config.load_model, config.model)
+        rewards = RewardRounds(
+            config.reward, config.reward_training, run.reward, run.train, config.out, load_start, config.seed,
+            config.strategy,
+        )  # fmt: skip
+        ratings, info = rewards.rate(number, captions)
         return captions, ratings, max(min_gap, info.margin(config.reward.min_confidence))
     return captions, rate_captions(captions, run.train, reward=run.reward, folder=folder), min_gap
-
-
-def reward_rounds(run: Run) -> RewardRounds:
-    """Return the labels and reward models of a run whose reward is a model."""
-    config = run.config
-    return RewardRounds(
-        config.reward,
-        config.reward_training,
-        run.reward,
-        run.train,
-        config.out,
-        partial(config.load_model, config.model),
-        config.seed,
-        config.strategy,
-    )
 
 
 def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:
@@ -348,51 +352,13 @@ def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:
     return [config.out / f"round_{number}" / "adapter" for number in range(1, last + 1)]
 
 
-def load_reference_policy(number: int, captioner: Captioner, config: MrDpoConfig) -> Network:
-    """Return the network that is the reference policy while its adapter is disabled."""
-    if config.reference_policy == "round_start" or number == 1:
+def load_reference_policy(path: ModelPath | None, captioner: Captioner, config: MrDpoConfig) -> Network:
+    """Return the network that is the reference policy while its adapter is disabled; without a path, the policy's."""
+    if path is None:
         return captioner.network
-    start = config.load_model(config.model).network
+    start = config.load_model(path).network
     attach_lora(start, config.lora, seed=0)
     return start
-
-
-def qa_batches(captioner: Captioner, run: Run, *, seed: int, num_questions: int) -> SftBatches:
-    """Return batches of questions on the training clips, for the ranks that follow those of the pairs."""
-    fit_config = run.config.fit
-    return SftBatches(
-        make_examples(run.train, ("questions",)),
-        captioner.processor,
-        run.train.features.__getitem__,
-        batch_size=num_questions,
-        seed=seed,
-        gradient_accumulation_steps=fit_config.gradient_accumulation_steps,
-        first_rank=fit_config.batch_size - num_questions,
-    )
-
-
-def make_kl_probe(captioner: Captioner, run: Run) -> KLProbe:
-    """Return the held-out clips that the KL divergence is measured on."""
-    return KLProbe(
-        run.heldout.head(run.config.kl.num_clips),
-        captioner.processor,
-        prompt=captioner.default_prompt(),
-        batch_size=run.config.fit.micro_batch_size,
-    )
-
-
-def kl_callback(captioner: Captioner, run: Run) -> Callback | None:
-    """Return a callback that measures the KL divergence from the start of the round."""
-    config = run.config
-    if not config.kl.num_clips:
-        return None
-    probe, network = make_kl_probe(captioner, run), captioner.network
-
-    def measure_kl(model: nn.Module) -> Mapping[str, float]:
-        with autocast(config.fit.precision):
-            return {"kl": probe.kl_from_reference_policy(model, network)}
-
-    return Callback(measure_kl, every=config.kl.every)
 
 
 def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
@@ -400,26 +366,41 @@ def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
     config, folder = run.config, run.config.out / "rebirth"
     if is_complete(folder):
         return folder / "merged"
-    teacher = config.load_model(best)
-    captions = sample_captions(
-        teacher, run.train, config.sampling.greedy(), name="rebirth: captions", seed=config.seed, folder=folder
-    )
-    del teacher
-    base = config.model if rebirth.start == "start" else best
-    captioner = config.load_model(base)
-    attach_lora(captioner.network, rebirth.lora, seed=config.seed)
+    train, teacher, captions = run.train, best, None
+    if rebirth.tailor != "none":
+        preference, train = split_clips(run.train, rebirth.preference_fraction, seed=config.seed)
+        model, drafts_folder = config.load_model(best), folder / "drafts"
+        drafts = sample_captions(
+            model, train, config.sampling, name="rebirth: drafts", seed=config.seed, folder=drafts_folder
+        )
+        del model
+        if rebirth.tailor == "random":
+            ratings = rate_at_random(drafts, seed=config.seed)
+        else:
+            student, size = load_student(best, config, rebirth), rebirth.fit.micro_batch_size
+            with autocast(rebirth.fit.precision):
+                ratings = rate_by_influence(drafts, train, preference, student, batch_size=size, folder=folder)
+            del student
+        if rebirth.tailor == "draft":
+            captions = best_captions(drafts, ratings)
+        else:
+            teacher = align_teacher(best, drafts, ratings, train, run, rebirth)
+    if captions is None:
+        model, greedy = config.load_model(teacher), config.sampling.greedy()
+        captions = sample_captions(model, train, greedy, name="rebirth: captions", seed=config.seed, folder=folder)
+        del model
+    student = load_student(best, config, rebirth)
     references = [
-        replace(reference, caption=caption.text)
-        for reference, caption in zip(run.train.references, captions, strict=True)
+        replace(reference, caption=caption.text) for reference, caption in zip(train.references, captions, strict=True)
     ]
     examples = make_examples(
-        replace(run.train, references=references),
+        replace(train, references=references),
         ("caption", "questions"),
-        prompts=captioner.processor.config.prompts or PLAIN_PROMPTS,
+        prompts=student.processor.config.prompts or PLAIN_PROMPTS,
     )
     batches = SftBatches(
         examples,
-        captioner.processor,
+        student.processor,
         run.train.features.__getitem__,
         batch_size=rebirth.fit.batch_size,
         seed=config.seed,
@@ -427,9 +408,9 @@ def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
     )
     context = FitContext("rebirth", folder, config.seed, config.strategy)
     with checkpointed(folder):
-        checkpoint = fit(captioner.network, batches, sft_loss, rebirth.fit.resolve(len(examples)), context=context)
-        del captioner, batches
-        last = 0 if rebirth.start == "start" else int(best.parent.name.removeprefix("round_"))
+        checkpoint = fit(student.network, batches, sft_loss, rebirth.fit.resolve(len(examples)), context=context)
+        del student, batches
+        last = 0 if rebirth.start == "start" else round_of(best)
         return merge_checkpoint(
             checkpoint,
             base=config.model,
@@ -438,6 +419,51 @@ def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
             config=config,
             folder=folder,
         )
+
+
+def align_teacher(
+    best: Path,
+    drafts: Sequence[Caption],
+    ratings: Sequence[Rating],
+    train: ClipSet,
+    run: Run,
+    rebirth: RebirthConfig,
+) -> Path:
+    """Train the best model to prefer its drafts of high rating, those of like length compared; returns the model."""
+    config, folder = run.config, run.config.out / "rebirth" / "teacher"
+    if is_complete(folder):
+        return folder / "merged"
+    pairs = load_or_select(
+        drafts,
+        ratings,
+        train,
+        selector=make_selector(TEACHER_PAIRS),
+        subset=SubsetConfig(),
+        repetition_fraction=0.0,
+        source="influence" if rebirth.tailor == "teacher" else "random",
+        folder=folder,
+    )
+    if not pairs:
+        raise ValueError(
+            "no two drafts of a clip are of like length and differ by a standard deviation; sample more captions "
+            "(sampling.num_samples), or set rebirth.tailor none"
+        )
+    loss = make_loss(replace(config.loss, kind="sigmoid", label_smoothing=0.0))
+    earlier = adapters_of_rounds(round_of(best), config)
+    stage = Stage(folder, config.seed, replace(config.fit, steps=rebirth.teacher_steps, epochs=None), earlier)
+    return train_on_preferences(make_pair_examples(pairs, train, roles=loss.roles), best, loss, stage, run)
+
+
+def load_student(best: Path, config: MrDpoConfig, rebirth: RebirthConfig) -> Captioner:
+    """Load the model that rebirth tunes, with a fresh LoRA."""
+    captioner = config.load_model(config.model if rebirth.start == "start" else best)
+    attach_lora(captioner.network, rebirth.lora, seed=config.seed)
+    return captioner
+
+
+def round_of(model: Path) -> int:
+    """Return the number of the round whose merged model this is."""
+    return int(model.parent.name.removeprefix("round_"))
 
 
 def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None = None) -> Rates:
@@ -463,7 +489,8 @@ def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None
                 write_evaluation(results, result, judge=run.judge)
         if needs_kl:
             start = config.load_model(config.model).network
-            kl = make_kl_probe(captioner, run).kl_between(captioner.network, start)
+            probe = make_kl_probe(captioner, run.heldout, config.kl, batch_size=config.fit.micro_batch_size)
+            kl = probe.kl_between(captioner.network, start)
             if dist.is_main():
                 write_json(kl_path, kl)
         dist.barrier()

@@ -5,22 +5,42 @@ so far. The divergence is summed over the whole vocabulary, not estimated from s
 nats per token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from salmonn import dist
+from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import Processor, PromptRow
 from salmonn.model.layout import ModelInputs
 from salmonn.model.network import Network
 from salmonn.train.data import ClipSet
+from salmonn.train.loop import Callback, FitConfig, autocast
 
 # Positions compared at a time: with a vocabulary of 152,000, 40 MB for each term of the sum.
 _POSITIONS = 64
 
 LogProbs = Callable[[ModelInputs], Tensor]
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """Measurement of the KL divergence from the start of a round, on held-out reference captions.
+
+    Args:
+        num_clips: number of held-out clips; 0 to measure nothing.
+        every: steps between two measurements.
+    """
+
+    num_clips: int = 16
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"kl.every must be at least 1, got {self.every}")
 
 
 def token_kl(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
@@ -102,3 +122,23 @@ class KLProbe:
             nats += sum(token_kl(one, other).double().sum().item() for one, other in zip(*both, strict=True))
             num_tokens += count
         return dist.all_reduce_sum(nats) / dist.all_reduce_sum(num_tokens)
+
+
+def make_kl_probe(captioner: Captioner, clips: ClipSet, config: KLConfig, *, batch_size: int) -> KLProbe:
+    """Return the first clips as a probe."""
+    first, prompt = clips.head(config.num_clips), captioner.default_prompt()
+    return KLProbe(first, captioner.processor, prompt=prompt, batch_size=batch_size)
+
+
+def kl_callback(captioner: Captioner, clips: ClipSet, config: KLConfig, *, fit_config: FitConfig) -> Callback | None:
+    """Return a callback that measures the KL divergence of a network with its adapter from the same without it."""
+    if not config.num_clips:
+        return None
+    probe = make_kl_probe(captioner, clips, config, batch_size=fit_config.micro_batch_size)
+    network = captioner.network
+
+    def measure_kl(model: nn.Module) -> Mapping[str, float]:
+        with autocast(fit_config.precision):
+            return {"kl": probe.kl_from_reference_policy(model, network)}
+
+    return Callback(measure_kl, every=config.every)

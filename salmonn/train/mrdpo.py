@@ -1,5 +1,6 @@
 """Settings of an mrDPO run, and the clips it trains and evaluates on; recipes/mrdpo.py is the run itself."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,10 @@ from salmonn.records import Reference
 from salmonn.score.config import JudgeConfig
 from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, check_texts, heldout_config, read_clips, render_clips
+from salmonn.train.dry_run import print_adapter_plan
 from salmonn.train.evaluate import CAPTIONS_NAME, PARTIAL_NAME, RATES_NAME, SampleConfig
+from salmonn.train.influence import INFLUENCE_NAME
+from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.reward_rounds import LABEL_FILES
@@ -37,35 +41,35 @@ RATING_FILES = ("scores.jsonl", "ratings.jsonl")  # of any kind of reward
 
 
 @dataclass(frozen=True)
-class KLConfig:
-    """Measurement of the KL divergence from the start of a round, on held-out reference captions.
-
-    Args:
-        num_clips: number of held-out clips; 0 to measure nothing.
-        every: steps between two measurements.
-    """
-
-    num_clips: int = 16
-    every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"kl.every must be at least 1, got {self.every}")
-
-
-@dataclass(frozen=True)
 class RebirthConfig:
     """Fine-tuning on the best model's captions of the training clips, and on questions.
 
     Args:
-        start: model to fine-tune: the run's start, or the best round's model.
+        start: model to fine-tune, the student: the run's start, or the best round's model.
         lora: adapter, merged at the end.
         fit: optimization.
+        tailor: how the captions are made to suit the student (ARTE, arXiv 2406.19227). "none": the teacher's, which is
+            the best round's model. "draft": of several samples, the one with the largest influence on the student.
+            "teacher": those of the teacher after DPO on samples of large and small influence; "random" is its control,
+            with pairs at random.
+        preference_fraction: fraction of the training clips on which influence is measured, and which the student does
+            not learn from; without effect on tailor "none".
+        teacher_steps: steps of the teacher's DPO, with the settings of the rounds.
     """
 
     start: Literal["start", "best"] = "start"
     lora: LoraConfig = field(default_factory=LoraConfig)
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=100, learning_rate=1e-3, warmup_ratio=0.1))
+    tailor: Literal["none", "draft", "teacher", "random"] = "none"
+    preference_fraction: float = 0.15
+    teacher_steps: int = 25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.preference_fraction < 1 or self.teacher_steps < 1:
+            raise ValueError(
+                "rebirth.preference_fraction must be between 0 and 1 and rebirth.teacher_steps at least 1, got "
+                f"{self.preference_fraction} and {self.teacher_steps}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,11 +264,35 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
         policy = (f"{folder}/model",)
     if config.rebirth:
         # The best round depends on all evaluations.
-        rated = tuple(step.name for step in steps if step.name.endswith(("/model", "/heldout")))
-        choice = choose("rounds", "early_stopping", "training_videos", "synth", "seed") | greedy
-        steps.append(_captions_step("rebirth", choice, needs=rated))
+        needs = tuple(step.name for step in steps if step.name.endswith(("/model", "/heldout")))
+        choice = choose("rounds", "early_stopping", "training_videos", "synth", "seed")
+        if config.rebirth.tailor != "none":
+            steps += _tailoring_steps(config.rebirth, choose, choice=choice, needs=needs)
+            choice |= choose("rebirth.tailor", "rebirth.preference_fraction")
+            needs = (steps[-1].name,)
+        if config.rebirth.tailor != "draft":
+            steps.append(_captions_step("rebirth", choice | greedy, needs=needs))
+            needs = ("rebirth/captions",)
         training = choose("rebirth", "references", "seed")
-        steps += _training_steps("rebirth", training, evaluation, needs=("rebirth/captions",))
+        steps += _training_steps("rebirth", training, evaluation, needs=needs)
+    return steps
+
+
+def _tailoring_steps(
+    rebirth: RebirthConfig, choose: Callable[..., Settings], *, choice: Settings, needs: tuple[str, ...]
+) -> list[Step]:
+    """Return the steps of rebirth before its captions; `choice` is what the choice of clips and teacher depends on."""
+    drafts = {**choice, **choose("rebirth.preference_fraction", "sampling")}
+    steps = [_captions_step("rebirth/drafts", drafts, needs=needs)]
+    if rebirth.tailor != "random":
+        path = f"rebirth/{INFLUENCE_NAME}"
+        settings = choose(*LOADING, "rebirth.lora", "rebirth.start", "references", "seed")
+        steps.append(Step("rebirth/influence", settings, (path,), path, (steps[-1].name,)))
+    if rebirth.tailor != "draft":
+        folder = "rebirth/teacher"
+        files = tuple(f"{folder}/{name}" for name in (PAIRS_NAME, *MERGED_FILES))
+        settings = choose("rebirth.tailor", "rebirth.teacher_steps", "loss", "lora", "fit", "seed")
+        steps.append(Step(f"{folder}/model", settings, files, f"{folder}/merged/{CONFIG_NAME}", (steps[-1].name,)))
     return steps
 
 
@@ -282,3 +310,33 @@ def _training_steps(folder: str, settings: Settings, evaluation: Settings, *, ne
 
 def _evaluation_step(folder: str, settings: Settings, *, needs: tuple[str, ...] = ()) -> Step:
     return Step(f"{folder}/heldout", settings, (f"{folder}/heldout",), f"{folder}/heldout/{RATES_NAME}", needs)
+
+
+def list_trainings(config: MrDpoConfig) -> list[tuple[LoraConfig, FitConfig]]:
+    """Return adapter and optimization of everything that a run trains an adapter for."""
+    trainings, reward = [(config.lora, config.fit)], config.reward_training
+    if config.rebirth:
+        trainings.append((config.rebirth.lora, config.rebirth.fit))
+    if config.reward.kind == "model" and reward.lora:
+        trainings.append((reward.lora, reward.fit))
+    return trainings
+
+
+def print_memory_plan(config: MrDpoConfig) -> None:
+    """Print the memory that a round and rebirth would need."""
+    model, frames, placement = config.model, config.frames, config.placement
+    print_adapter_plan(
+        model,
+        frames=frames,
+        placement=placement,
+        lora=config.lora,
+        fit=config.fit,
+        answers=config.sampling.num_samples + 1 if config.loss.kind == "grpo" else 3,
+        title=config.loss.title,
+        batch_size=config.sampling.batch_size,
+    )
+    if rebirth := config.rebirth:
+        # A caption and the questions on the clip, assumed to be as long in total.
+        print_adapter_plan(
+            model, frames=frames, placement=placement, lora=rebirth.lora, fit=rebirth.fit, answers=2, title="rebirth"
+        )

@@ -27,7 +27,7 @@ from salmonn.model.network import Network
 from salmonn.preference.groups import CaptionGroup
 from salmonn.preference.losses import Advantages, PreferenceLoss, Role, RoleLogps, TokenLogps
 from salmonn.records import Comparison, read_json, write_json
-from salmonn.train.data import SftBatch, SftBatches, batch_at, sft_loss, split_evenly
+from salmonn.train.data import ClipSet, ClipSource, SftBatch, SftBatches, batch_at, sft_loss, split_evenly
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
 
 log = logging.getLogger(__name__)
@@ -140,6 +140,15 @@ def make_preference_examples(
             raise ValueError("loss.kind kto estimates the KL divergence from captions of other clips; give two or more")
         examples.append(PreferenceExample(one, features, other))
     return examples
+
+
+def make_pair_examples(
+    pairs: Sequence[Comparison], clips: ClipSet, *, roles: Sequence[Role]
+) -> list[PreferenceExample]:
+    """Join pairs with the features of their clips, as `make_preference_examples`."""
+    sources = [ClipSource.of_comparison(pair, root=clips.root) for pair in pairs]
+    features = [clips.features[source] for source in sources]
+    return make_preference_examples(list(zip(pairs, features, strict=True)), roles)
 
 
 @dataclass(frozen=True)

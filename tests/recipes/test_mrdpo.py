@@ -254,6 +254,32 @@ def test_a_round_of_grpo(finished, launch, flags, tmp_path):
     assert json.loads((out / "summary.json").read_text())["rounds"][0]["captions"] == 3
 
 
+def test_rebirth_from_an_aligned_teacher(finished, launch, flags, tmp_path):
+    """Only rebirth is made again: drafts, their influence on the student, DPO on the teacher, and its captions."""
+    out = tmp_path / "mrdpo"
+    shutil.copytree(finished, out)
+    changed = {"rebirth.tailor": "teacher", "rebirth.teacher_steps": 2, "rebirth.preference_fraction": 0.25}
+    result = launch("mrdpo", out=out, **flags | changed, redo_from="rebirth/captions")
+    assert result.returncode == 0, result.stderr
+    rebirth = out / "rebirth"
+    drafts, captions = (read_records(rebirth / name, Caption) for name in ("drafts/captions.jsonl", "captions.jsonl"))
+    assert len(drafts) == 24 and len(captions) == 6  # 6 of the 8 clips, 4 samples
+    influence = {
+        (line["video"], line["sample"]): line["value"]
+        for line in map(json.loads, (rebirth / "influence.jsonl").read_text().splitlines())
+    }
+    sample_of = {(draft.video, draft.text): draft.sample for draft in reversed(drafts)}
+    pairs = read_records(rebirth / "teacher" / "pairs.jsonl", Comparison)
+    assert pairs and all(pair.source == "influence" for pair in pairs)
+    for pair in pairs:
+        chosen, rejected = (influence[pair.video, sample_of[pair.video, one]] for one in (pair.chosen, pair.rejected))
+        assert chosen > rejected and pair.margin >= 1
+    teacher, best = weights(rebirth / "teacher" / "merged"), weights(finished / "round_1" / "merged")
+    assert any(not torch.equal(teacher[name], best[name]) for name in best)
+    for name in ("round_1/merged/model.safetensors", "round_1/pairs.jsonl"):
+        assert (out / name).stat().st_mtime_ns == (finished / name).stat().st_mtime_ns
+
+
 def test_changed_settings_redo_only_what_depends_on_them(finished, launch, flags, tmp_path):
     out = tmp_path / "mrdpo"
     shutil.copytree(finished, out)
@@ -320,6 +346,10 @@ def test_steps_of_a_run_depend_on_their_own_settings(load_recipe, tmp_path):
     assert changed(replace(base, early_stopping=EarlyStopConfig(max_worsening=1.0))) == ["rebirth/captions"]
     assert changed(replace(base, rounds=3)) == ["rebirth/captions"]
     assert changed(replace(base, rebirth=RebirthConfig(start="best"))) == ["rebirth/model"]
+    teacher = replace(base, rebirth=RebirthConfig(tailor="teacher"))
+    assert changed(teacher) == ["rebirth/captions", "rebirth/model"]
+    draft = steps_of(replace(base, rebirth=RebirthConfig(tailor="draft")))
+    assert draft["rebirth/model"].needs == ("rebirth/influence",) and "rebirth/captions" not in draft
     other = ClipSet([Reference("b.mp4", caption="a star")], Path("clips"))
     heldout_steps = ["sft/heldout", "round_1/heldout", "round_2/heldout", "rebirth/heldout"]
     assert changed(base, heldout=other) == heldout_steps
@@ -382,11 +412,10 @@ def test_the_reference_policy_is_the_start_of_the_round_or_run(load_recipe, capt
     weight = captioner.network.get_parameter(name)
     with torch.no_grad():
         weight.add_(1.0)
-    kinds = ("round_start", "run_start")
-    round_start, run_start = (recipe.MrDpoConfig(model=str(random_model), reference_policy=kind) for kind in kinds)
+    config = recipe.MrDpoConfig(model=str(random_model))
     load = recipe.load_reference_policy
-    assert load(2, captioner, round_start) is captioner.network and load(1, captioner, run_start) is captioner.network
-    assert torch.allclose(load(2, captioner, run_start).get_parameter(name), weight - 1.0, atol=1e-6)
+    assert load(None, captioner, config) is captioner.network
+    assert torch.allclose(load(config.model, captioner, config).get_parameter(name), weight - 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
