@@ -98,6 +98,7 @@ def compute_influences(
     network, prompt = student.network, student.default_prompt()
     network.eval()  # dropout would count as an influence
     direction = _mean_gradient(preference, student, batch_size=batch_size)
+    start = {name: one.detach().clone() for name, one in trainable_parameters(network)}
     step = STEP_NATS / float(sum(part.square().sum() for part in direction.values()))
     by_video: dict[str, list[int]] = {}
     for index, draft in enumerate(drafts):
@@ -113,11 +114,11 @@ def compute_influences(
 
     def influences(number: int) -> list[Influence]:
         with torch.no_grad():
-            _move(network, direction, step)
+            _move(network, start, direction, step)
             above = losses(number)
-            _move(network, direction, -2 * step)
+            _move(network, start, direction, -step)
             below = losses(number)
-            _move(network, direction, step)
+            _move(network, start, direction, 0)
         values = ((above - below) / (2 * step)).tolist()
         return [
             Influence(drafts[index].video, drafts[index].sample, value)
@@ -153,9 +154,10 @@ def _gradient(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter, device="cpu") if parameter.grad is None else parameter.grad.cpu()
 
 
-def _move(network: Network, direction: Mapping[str, Tensor], step: float) -> None:
+def _move(network: Network, start: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float) -> None:
+    """Set the parameters to start + step * direction."""
     for name, parameter in trainable_parameters(network):
-        parameter.add_(direction[name], alpha=step)
+        parameter.copy_(start[name] + step * direction[name])
 
 
 def rate_at_random(drafts: Sequence[Caption], *, seed: int) -> list[Rating]:
