@@ -189,6 +189,7 @@ def run_rounds(run: Run, summary: RunSummary) -> Path | None:
         summary.rounds.append(measure(policy, run.folder(number), run, summary))
         if not is_missing(run.folder(number) / REWARD_ROUND_NAME):
             summary.reward.append(RewardRound(**read_json(run.folder(number) / REWARD_ROUND_NAME)))
+            summary.add_proxy(number, reward_rounds(run).heldout_gain(number, run.heldout))
         report(run, summary)
         if reason := stop_reason(summary, config.early_stopping) or over_optimization(summary):
             summary.stopped = reason

@@ -23,6 +23,7 @@ from salmonn.records import write_text
 from salmonn.templates import load_template
 from salmonn.train.run_log import COLUMNS, RunRecord, RunSummary, StageRecord, column_titles, format_figure
 
+REWARDS_TITLE = "Gain on held-out captions by the reward model and by the judge"
 _MAX_POINTS = 1000  # per line over all stages: more than a panel has pixels
 
 
@@ -89,7 +90,8 @@ def plot_curves(record: RunRecord, path: Path) -> None:
     panels = _panels_of(record.stages)
     # The rates of a single stage are one point, plotted only if there is nothing else.
     compared = record.summary if record.summary and (len(record.summary.stages) > 1 or not panels) else None
-    count = len(panels) + (compared is not None)
+    draw_rewards = record.summary is not None and can_compare_rewards(record.summary)
+    count = len(panels) + (compared is not None) + draw_rewards
     if not count:
         raise ValueError(f"{record.name} has no steps and no rates yet; wait for its first step")
     columns = min(count, 3)
@@ -101,6 +103,10 @@ def plot_curves(record: RunRecord, path: Path) -> None:
         axes = next(every)
         _draw_rates(compared, axes, _PNG_PALETTE)
         axes.set_title("Held-out rates, %", fontsize=10)
+    if record.summary and draw_rewards:
+        axes = next(every)
+        _draw_rewards(record.summary, axes, _PNG_PALETTE)
+        axes.set_title(REWARDS_TITLE, fontsize=10)
     for panel in panels:
         axes = next(every)
         _draw_panel(panel, record.stages, axes, _PNG_PALETTE)
@@ -128,6 +134,31 @@ def _draw_rates(summary: RunSummary, axes: Any, palette: _Palette) -> None:
         fontsize=8,
         labelcolor=palette.ink,
     )
+
+
+def can_compare_rewards(summary: RunSummary) -> bool:
+    """Return whether rewards of a reward model, the judge's Totals and KL divergences of the same rounds are known."""
+    return len(summary.proxy) > 1 and all(name == "SFT" or name in summary.kl for name in summary.proxy)
+
+
+def _draw_rewards(summary: RunSummary, axes: Any, palette: _Palette) -> None:
+    """Plot the gain by the reward model and that by the judge over sqrt(KL), as arXiv 2210.10760 does.
+
+    Where the first rises and the second does not, the policy exploits its reward model.
+    """
+    distances = [summary.kl.get(name, 0.0) ** 0.5 for name in summary.proxy]
+    judged = axes.twinx()
+    falls = [100 * (summary.sft.total - summary.stages[name].total) for name in summary.proxy]
+    for side, values, label, colour in (
+        (axes, list(summary.proxy.values()), "reward model, standard deviations", palette.lines[0]),
+        (judged, falls, "judge, points of Total", palette.lines[1]),
+    ):
+        side.plot(distances, values, marker="o", ms=4, color=colour)
+        side.set_ylabel(label, fontsize=8, color=colour)
+        _style_axes(side, palette)
+    judged.grid(visible=False)
+    judged.spines["right"].set_visible(True)
+    axes.set_xlabel("square root of KL, nats per token", fontsize=8, color=palette.soft)
 
 
 def _panels_of(stages: Sequence[StageRecord]) -> list[Panel]:
@@ -231,6 +262,10 @@ def write_page(record: RunRecord, path: Path) -> None:
         paired=[stage for stage in record.stages if stage.pairs],
         num_steps=sum(len(stage.steps) for stage in record.stages),
         rates=_to_svg("Held-out rates", partial(_draw_rates, record.summary)) if record.summary else "",
+        rewards_title=REWARDS_TITLE,
+        rewards=_to_svg(REWARDS_TITLE, partial(_draw_rewards, record.summary))
+        if record.summary and can_compare_rewards(record.summary)
+        else "",
         curves={
             panel.title: _to_svg(panel.title, partial(_draw_panel, panel, record.stages))
             for panel in _panels_of(record.stages)

@@ -36,15 +36,15 @@ from salmonn.preference.reward_model import (
     require_base,
     require_frames,
 )
-from salmonn.records import Caption, Comparison, Reference, read_records, write_json
+from salmonn.records import Caption, Comparison, Reference, read_json, read_records, write_json
 from salmonn.score.stats import wilson_interval
 from salmonn.train.data import ClipSet, ClipSource
-from salmonn.train.evaluate import CAPTIONS_NAME
+from salmonn.train.evaluate import CAPTIONS_NAME, judge_captions
 from salmonn.train.parallel import StrategyName
 from salmonn.train.reward import RewardTrainer, RewardTrainingConfig
 from salmonn.train.rounds import rate_captions
 from salmonn.train.run_folder import is_missing
-from salmonn.train.run_log import REWARD_ROUND_NAME, RewardRound
+from salmonn.train.run_log import PROXY_NAME, REWARD_ROUND_NAME, RewardRound
 
 log = logging.getLogger(__name__)
 REWARD_DIR, LABELS_DIR, AUDIT_DIR = "reward", "labels", "audit"
@@ -162,12 +162,35 @@ class RewardRounds:
         """Rate captions with a reward model on all ranks, or load the ratings of an earlier run."""
         if not is_missing(folder / ModelReward.file_name):
             return read_records(folder / ModelReward.file_name, Rating)
-        loaded = RewardModel.load(model, captioner=self.load(), prototype=self.config.prototype)
-        reward = ModelReward(loaded, self._features, length_penalty=self.config.length_penalty)
-        return rate_captions(captions, self.clips, reward=reward, folder=folder)
+        return rate_captions(captions, self.clips, reward=self._load_reward(model, self.clips), folder=folder)
 
-    def _features(self, caption: Caption) -> ClipFeatures:
-        return self.clips.features[ClipSource(self.clips.root / caption.video)]
+    def _load_reward(self, model: Path, clips: ClipSet) -> ModelReward:
+        """Load a reward model that rates captions of clips."""
+
+        def features(caption: Caption) -> ClipFeatures:
+            return clips.features[ClipSource(clips.root / caption.video)]
+
+        loaded = RewardModel.load(model, captioner=self.load(), prototype=self.config.prototype)
+        return ModelReward(loaded, features, length_penalty=self.config.length_penalty)
+
+    def heldout_gain(self, number: int, heldout: ClipSet) -> float:
+        """Return how much the reward of the held-out captions rose in a round, in standard deviations.
+
+        The reward model of the round rates those of the stage before and those after it, whose Totals the judge has
+        measured; or the result of an earlier run is loaded.
+        """
+        path = self.folder(number) / "heldout" / PROXY_NAME
+        if is_missing(path):
+            stages = (self.folder(number - 1) if number > 1 else self.out / "sft", self.folder(number))
+            before, after = (read_records(stage / "heldout" / CAPTIONS_NAME, Caption) for stage in stages)
+            reward = self._load_reward(self._model_folder(number), heldout)
+            rated = judge_captions([*before, *after], heldout.by_video, judge=reward.rate)
+            values = [one.main for one in rated if isinstance(one, Rating)]
+            if dist.is_main():
+                write_json(path, fmean(values[len(before) :]) - fmean(values[: len(before)]))
+            dist.barrier()
+        gain: float = read_json(path)
+        return gain
 
     def _audit(self, number: int, captions: Sequence[Caption]) -> "Audit":
         """Compare the last reward model with the judge on some of the new captions."""
@@ -189,9 +212,7 @@ class RewardRounds:
         ]
         gold = rate_captions(drawn, self.clips, reward=self.judge, folder=folder)
         model = self._model_folder(number - 1) if number > 1 else self._model_folder(1)
-        rated = self._rate_by(model, drawn, folder)
-        before = [] if number == 1 else read_records(self.folder(number - 1) / ModelReward.file_name, Rating)
-        return compare_with_judge(drawn, gold, rated, before=[one for one in before if one.video in set(videos)])
+        return compare_with_judge(drawn, gold, self._rate_by(model, drawn, folder))
 
     def _report(
         self, number: int, captions: Sequence[Caption], info: RewardInfo, audit: "Audit", *, num_labelled: int
@@ -205,7 +226,6 @@ class RewardRounds:
             audited_pairs=audit.num_pairs,
             heldout_accuracy=agreement.accuracy if agreement else None,
             blind_accuracy=agreement.blind if agreement else None,
-            proxy_gain=audit.proxy_gain,
             num_judged=num_labelled + audit.num_captions,
             num_captions=len(captions),
         )
@@ -242,8 +262,6 @@ class Audit:
         num_pairs: pairs of captions of a clip that differ in the judge's rating.
         agreement, low, high: share of them that the model orders alike, with its 95 % Wilson interval; None without
             pairs.
-        proxy_gain: mean reward of the captions minus that of the round before on the same clips, by the same model, in
-            standard deviations; None in the first round.
     """
 
     num_captions: int = 0
@@ -251,18 +269,14 @@ class Audit:
     agreement: float | None = None
     low: float | None = None
     high: float | None = None
-    proxy_gain: float | None = None
 
 
-def compare_with_judge(
-    captions: Sequence[Caption], gold: Sequence[Rating], rated: Sequence[Rating], *, before: Sequence[Rating]
-) -> Audit:
+def compare_with_judge(captions: Sequence[Caption], gold: Sequence[Rating], rated: Sequence[Rating]) -> Audit:
     """Compare a reward model's ratings of captions with the judge's.
 
     Args:
         captions: audited captions.
         gold, rated: ratings of these captions by the judge and by the model.
-        before: the model's ratings of the round before on the same clips.
     """
     groups = group_comparisons(compare_ratings(captions, gold, min_gap=MIN_GAP, source=""))
     text_of = {(caption.video, caption.sample): caption.text for caption in captions}
@@ -275,12 +289,11 @@ def compare_with_judge(
             for better, worse in group.pairs
         ]
     )
-    gain = fmean(one.main for one in rated) - fmean(one.main for one in before) if before and rated else None
     if not len(margins):
-        return Audit(len(captions), proxy_gain=gain)
+        return Audit(len(captions))
     agreement = share_positive(margins)
     interval = wilson_interval(round(agreement * len(margins)), len(margins))
-    return Audit(len(captions), len(margins), agreement, interval.low, interval.high, gain)
+    return Audit(len(captions), len(margins), agreement, interval.low, interval.high)
 
 
 def usable_videos(references: Sequence[Reference], judge: JudgeReward) -> list[str]:

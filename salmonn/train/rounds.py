@@ -170,17 +170,20 @@ def over_optimization(summary: RunSummary) -> str | None:
     """Return why the rounds stop if the policy exploits its reward model; None without one.
 
     Past some distance from the start, the reward keeps rising while the true objective falls (arXiv 2210.10760): here
-    it rises twice by a standard deviation while the judge's Total falls by less than a point, or captions are 1.5 times
-    as long as at the start and miss as much.
+    it rises twice by a standard deviation on held-out captions while the judge's Total falls by less than a point, or
+    captions are 1.5 times as long as at the start and miss as much.
     """
     totals = [summary.sft.total, *(rates.total for rates in summary.rounds)]
-    # What a round has gained shows in the captions of the next one.
+    rewards = list(summary.proxy.values())
     hollow = [
         number
-        for number, one in enumerate(summary.reward[1:], start=1)
-        if (one.proxy_gain or 0) >= 1 and totals[number - 1] - totals[number] < 0.01
+        for number in range(1, len(rewards))
+        if rewards[number] - rewards[number - 1] >= 1 and totals[number - 1] - totals[number] < 0.01
     ]
-    remedy = "let the judge label more clips each round (reward.refresh_clips), or take fewer steps (fit.steps)"
+    remedy = (
+        "let the judge label more clips each round (reward.refresh_clips), take fewer steps (fit.steps), or rate with "
+        "caution (reward.caution)"
+    )
     if len(hollow) >= 2:
         return (
             f"the reward rose by a standard deviation in rounds {hollow[0]} and {hollow[-1]}, but the held-out Total "

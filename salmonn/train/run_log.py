@@ -33,6 +33,7 @@ ROUNDS_NAME = "rounds.jsonl"
 ROUNDING_NAME = "rounding.json"  # of a stage whose merged weights have 16 bits
 SUMMARY_NAME = "summary.json"
 REWARD_ROUND_NAME = "reward_round.json"  # of a round whose captions a reward model has rated
+PROXY_NAME = "proxy.json"  # in heldout/ of such a round: how much the reward of the held-out captions rose
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class RewardRound:
             with its 95 % interval; None if there was no audit.
         audited_pairs: number of these comparisons.
         heldout_accuracy, blind_accuracy: accuracy of this round's model on held-out clips, and that of its blind twin.
-        proxy_gain: mean reward of the new captions minus that of the round before, in standard deviations.
         num_judged: captions that the judge has rated.
         num_captions: all captions of the round.
     """
@@ -55,7 +55,6 @@ class RewardRound:
     audited_pairs: int
     heldout_accuracy: float | None
     blind_accuracy: float | None
-    proxy_gain: float | None
     num_judged: int
     num_captions: int
 
@@ -70,6 +69,8 @@ class RunSummary:
         best: folder of the best round.
         stopped: why the rounds stopped early; None if they did not.
         reward: the reward model in each round; empty if the judge rated all captions.
+        proxy: name of a stage -> mean reward of its held-out captions above the start's by the reward models, in
+            standard deviations; empty as above.
     """
 
     sft: Rates
@@ -79,6 +80,7 @@ class RunSummary:
     best: str | None = None
     stopped: str | None = None
     reward: list[RewardRound] = field(default_factory=list)
+    proxy: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "RunSummary":
@@ -103,6 +105,11 @@ class RunSummary:
             stage: {title: getattr(rates, key) for key, title in COLUMNS.items()} | {KL: self.kl.get(stage)}
             for stage, rates in self.stages.items()
         }
+
+    def add_proxy(self, number: int, gain: float) -> None:
+        """Add how much the reward of the held-out captions rose in a round."""
+        before = self.proxy.setdefault("SFT", 0.0) if number == 1 else self.proxy[f"round {number - 1}"]
+        self.proxy[f"round {number}"] = before + gain
 
     @property
     def best_stage(self) -> str | None:
@@ -137,6 +144,15 @@ def print_summary(summary: RunSummary) -> None:
         console.print(
             f"reward model: the judge rated {judged} of {captions} captions ({captions - judged} calls saved); "
             f"agreement on new captions by round, %: {agreements}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if summary.proxy:
+        rewards = ", ".join(f"{reward:+.2f}" for stage, reward in summary.proxy.items() if stage != "SFT")
+        falls = ", ".join(f"{100 * (rates.total - summary.sft.total):+.1f}" for rates in summary.rounds)
+        console.print(
+            f"held-out captions by round, against the start: reward {rewards} standard deviations by the reward model, "
+            f"Total {falls} points by the judge",
             highlight=False,
             soft_wrap=True,
         )
@@ -193,12 +209,15 @@ def log_summary(folder: Path, summary: RunSummary) -> None:
     """Write the rates of all stages: a line each to rounds.jsonl, and to TensorBoard with the stage's number as step.
 
     Rates are fractions, KL is in nats per token, the number of SFT is 0. A stage that was merged into 16-bit weights
-    has "rounding": how much of its update remained. Earlier contents are replaced or become void,
-    so this may be called after every stage.
+    has "rounding": how much of its update remained. With a reward model, "proxy" is the reward of the stage's held-out
+    captions above the start's, in standard deviations. Earlier contents are replaced or become void, so this may be
+    called after every stage.
     """
     lines: list[dict[str, Any]] = []
     for name, rates in summary.stages.items():
         lines.append({"stage": name, **asdict(rates), "kl": summary.kl.get(name)})
+        if name in summary.proxy:
+            lines[-1]["proxy"] = summary.proxy[name]
         if (path := folder / name.replace(" ", "_") / ROUNDING_NAME).is_file():
             lines[-1]["rounding"] = read_json(path)
     write_text(folder / ROUNDS_NAME, "".join(json.dumps(line) + "\n" for line in lines))
@@ -207,6 +226,8 @@ def log_summary(folder: Path, summary: RunSummary) -> None:
             for title, value in figures.items():
                 if value is not None:
                     events.add_scalar(title, value, number)
+        for number, reward in enumerate(summary.proxy.values()):
+            events.add_scalar("Reward of the reward model", reward, number)
 
 
 def read_steps(path: Path) -> list[dict[str, float]]:
@@ -299,7 +320,12 @@ def _summary_so_far(folder: Path) -> RunSummary | None:
     # The latest of several measurements, which differ in the number of clips.
     measured = sorted(folder.glob("*/heldout/kl_*.json"), key=lambda path: path.stat().st_mtime_ns)
     kl = {stage_name(path.parents[1].name): read_json(path) for path in measured}
-    return RunSummary(rates["sft"], [rates[name] for name in rounds], rates.get("rebirth"), kl)
+    summary = RunSummary(rates["sft"], [rates[name] for name in rounds], rates.get("rebirth"), kl)
+    for number, name in enumerate(rounds, start=1):
+        if not (path := folder / name / "heldout" / PROXY_NAME).is_file():
+            break
+        summary.add_proxy(number, read_json(path))
+    return summary
 
 
 def _read_stages(folder: Path) -> Iterator[StageRecord]:

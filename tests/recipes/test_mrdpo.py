@@ -106,7 +106,7 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_files_and_summary(finished):
     assert files_of(finished) == EXPECTED_FILES
     summary = json.loads((finished / "summary.json").read_text())
-    names = {"sft", "rounds", "rebirth", "kl", "best", "stopped", "reward"}
+    names = {"sft", "rounds", "rebirth", "kl", "best", "stopped", "reward", "proxy"}
     assert set(summary) == names and len(summary["rounds"]) == 1 and summary["reward"] == []
     assert set(summary["kl"]) == {"round 1", "rebirth"} and min(summary["kl"].values()) > 0
     lines = [json.loads(line) for line in (finished / "rounds.jsonl").read_text().splitlines()]

@@ -17,6 +17,7 @@ from salmonn.score.formats import read_scores, write_scores
 from salmonn.score.judge import ScoringTask
 from salmonn.score.scoring import make_judge_info
 from salmonn.synthetic.judge import RuleJudge
+from salmonn.train.run_log import read_run
 from tests.launch import forked
 
 LORA = {"lora.rank": 2, "lora.alpha": 4, "fit.epochs": 1, "fit.batch_size": 3, "fit.checkpoint_every": 1}
@@ -189,7 +190,13 @@ def test_mrdpo_with_a_reward_model(launch, trained_model, sizes, tmp_path, comma
     first, second = read_json(unbroken / "summary.json")["reward"]
     # 3 and 2 clips with 4 captions each, and the audit's 2 times 2; of 8 clips with 4 captions.
     assert [first["num_judged"], second["num_judged"]] == [12, 12] and first["num_captions"] == 32
-    assert first["agreement"] is None and second["proxy_gain"] is not None
+    assert first["agreement"] is None and second["agreement"] is not None
+    proxy = read_json(unbroken / "summary.json")["proxy"]
+    lines = [json.loads(line) for line in (unbroken / "rounds.jsonl").read_text().splitlines()]
+    assert {line["stage"]: line["proxy"] for line in lines} == proxy and list(proxy) == ["SFT", "round 1", "round 2"]
+    gains = [read_json(unbroken / f"round_{number}/heldout/proxy.json") for number in (1, 2)]
+    assert [proxy["SFT"], proxy["round 1"]] == [0, gains[0]] and proxy["round 2"] == sum(gains) and all(gains)
+    assert read_run(unbroken).summary.proxy == proxy
     assert "the judge rated 24 of 64 captions (40 calls saved)" in " ".join(result.stdout.split())
     labels = [
         {score.video for score in read_scores(unbroken / f"round_{number}" / "labels" / "scores.jsonl").scores}

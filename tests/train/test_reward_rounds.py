@@ -45,10 +45,10 @@ def test_an_audit_by_hand():
     captions = [Caption("a", f"text {sample}", "p", sample=sample) for sample in range(3)]
     gold = [rating("a", sample, value) for sample, value in enumerate((0.0, 0.5, 0.55))]
     rated = [rating("a", sample, value) for sample, value in enumerate((1.0, 0.0, 2.0))]
-    audit = compare_with_judge(captions, gold, rated, before=[rating("a", 0, 0.25), rating("a", 1, -0.25)])
+    audit = compare_with_judge(captions, gold, rated)
     assert (audit.num_captions, audit.num_pairs, audit.agreement) == (3, 2, 0.5)
-    assert audit.proxy_gain == pytest.approx(1.0) and 0 < audit.low < 0.5 < audit.high < 1
-    assert compare_with_judge(captions, gold[:1], rated, before=[]).agreement is None
+    assert 0 < audit.low < 0.5 < audit.high < 1
+    assert compare_with_judge(captions, gold[:1], rated).agreement is None
 
 
 def test_the_blind_twin_gets_other_videos():
@@ -70,28 +70,23 @@ def rates(total: float, *, missing: float = 0.3, words: float = 40) -> Rates:
     )
 
 
-def reward_round(gain: float | None) -> RewardRound:
-    return RewardRound(0.7, 0.6, 0.8, 50, 0.75, 0.69, gain, 10, 100)
-
-
 @pytest.mark.parametrize(
     ("stages", "gains", "reason"),
     [
-        ([rates(0.5), rates(0.45), rates(0.4)], [None, 1.5], None),  # Total falls with it
-        (
-            [rates(0.6), rates(0.595), rates(0.6), rates(0.5)],
-            [None, 1.0, 1.5],
-            "rose by a standard deviation in rounds 1 and 2",
-        ),
-        ([rates(0.6), rates(0.595), rates(0.6)], [None, 1.5], None),  # once only
-        ([rates(0.6), rates(0.5), rates(0.5), rates(0.5)], [None, 1.0, 1.5], None),  # once: the first gain was earned
-        ([rates(0.6), rates(0.5, words=61)], [None], "captions have 61 words, up from 40"),
-        ([rates(0.6), rates(0.5, words=61, missing=0.2)], [None], None),
+        ([rates(0.5), rates(0.45), rates(0.4)], [1.5, 1.5], None),  # Total falls with it
+        ([rates(0.6), rates(0.595), rates(0.6)], [1.0, 1.5], "rose by a standard deviation in rounds 1 and 2"),
+        ([rates(0.6), rates(0.595), rates(0.6)], [0.9, 1.5], None),  # once only
+        ([rates(0.6), rates(0.5), rates(0.5)], [1.0, 1.5], None),  # once: the first gain was earned
+        ([rates(0.6), rates(0.5, words=61)], [0.5], "captions have 61 words, up from 40"),
+        ([rates(0.6), rates(0.5, words=61, missing=0.2)], [0.5], None),
         ([rates(0.6), rates(0.6, words=90)], [], None),  # rated by the judge
     ],
 )
 def test_rounds_that_exploit_the_reward_model(stages, gains, reason):
-    summary = RunSummary(sft=stages[0], rounds=stages[1:], reward=[reward_round(gain) for gain in gains])
+    one = RewardRound(0.7, 0.6, 0.8, 50, 0.75, 0.69, 10, 100)
+    summary = RunSummary(sft=stages[0], rounds=stages[1:], reward=[one] * len(gains))
+    for number, gain in enumerate(gains, start=1):
+        summary.add_proxy(number, gain)
     found = over_optimization(summary)
     assert found is None if reason is None else reason in found
 

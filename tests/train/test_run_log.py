@@ -17,7 +17,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from salmonn.records import Comparison, write_json, write_records, write_text
 from salmonn.score.metrics import Rates
 from salmonn.train.plots import plot_curves, plot_summary, points_of, smooth, thin, write_page
-from salmonn.train.run_log import ROUNDING_NAME, RunSummary, StepLog, log_summary, print_summary, read_run, read_steps
+from salmonn.train.run_log import (
+    ROUNDING_NAME,
+    RunRecord,
+    RunSummary,
+    StepLog,
+    log_summary,
+    print_summary,
+    read_run,
+    read_steps,
+)
 from tests.score.browser import MonitoredPage, needs_browser, start_browser
 
 SFT = Rates(missing=0.5, hallucination=0.25, total=0.75, repetition=0.125, qa_accuracy=0.4, clips=20)
@@ -66,6 +75,7 @@ def test_summary_json(tmp_path):
         "best": "round_2",
         "stopped": STOPPED,
         "reward": [],
+        "proxy": {},
     }
     assert RunSummary.from_json(written) == SUMMARY
     old = {name: written[name] for name in ("sft", "rounds", "rebirth")}  # the format of older runs
@@ -199,6 +209,25 @@ def test_curves_of_consecutive_stages(run_folder, tmp_path, monkeypatch):
     assert [text.get_text() for text in loss.texts] == ["round 1", "2", "rebirth"]
     assert [text.get_text() for text in axes_by_title["Rewards"].get_legend().get_texts()] == ["chosen", "rejected"]
     assert loss.get_legend() is None and loss.get_xlim() == (0, 13)
+
+
+def test_both_rewards_over_the_root_of_the_divergence(tmp_path, monkeypatch, capsys):
+    """KL 0.04 and 0.09; the reward model gains 1 and 0.5 more, the judge 12.5 and 37.5 points of Total in all."""
+    summary = RunSummary(SFT, ROUNDS, kl={"round 1": 0.04, "round 2": 0.09})
+    summary.add_proxy(1, 1.0)
+    summary.add_proxy(2, 0.5)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_curves(RunRecord("run", summary, True, []), tmp_path / "curves.png")
+    lines = [axes.lines[0] for axes in figures[0].axes if "reward model" in axes.get_title() + axes.get_ylabel()]
+    lines += [axes.lines[0] for axes in figures[0].axes if "judge, points" in axes.get_ylabel()]
+    assert [list(line.get_ydata()) for line in lines] == [[0, 1.0, 1.5], [0, 12.5, 37.5]]
+    assert all(line.get_xdata() == pytest.approx([0, 0.2, 0.3]) for line in lines)
+    log_summary(tmp_path, summary)
+    written = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["proxy"] for line in written] == [0, 1.0, 1.5]
+    print_summary(summary)
+    assert "reward +1.00, +1.50 standard deviations by the reward model, Total -12.5, -37.5" in capsys.readouterr().out
 
 
 def test_the_plot_has_the_colours_of_both_rewards(run_folder, tmp_path):
