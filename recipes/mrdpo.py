@@ -149,7 +149,7 @@ def main(config: MrDpoConfig) -> None:
     train, heldout = left_out.remove_from(train), left_out.remove_from(heldout)
     open_run(config, plan_steps(config, train, heldout, rating_file=rating_file), name="mrdpo")
     captioner = config.load_model(config.model)
-    require_model(config.reward, captioner)
+    require_model(config.reward, captioner, floors=config.selection.floors or ())
     # Both sets at once, so that the cache does not evict the features of one for those of the other.
     cache = open_feature_cache(config.feature_cache, captioner)
     train, heldout = cache_features(captioner, train, heldout, name="clips", cache=cache, left_out=left_out)

@@ -62,4 +62,6 @@ def test_mistakes(call, reward_folder, tmp_path):
     write_records(captions, [Caption("a.mp4", "x")])
     code, _, err = call("reward", captions, "--model", tmp_path)
     assert code == 2 and "is no reward model: it has no reward.json; recipes/reward.py trains one" in err
+    code, _, err = call("reward", captions, "--model", reward_folder, "--caution", 1)
+    assert code == 2 and f"which {reward_folder} has not: train with --ensemble 5" in err
     assert "must be different files" in call("reward", captions, "--model", reward_folder, "--out", captions)[2]

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,6 +43,9 @@ def reward_parser() -> FlagParser:
     )  # fmt: skip
     parser.add_argument("--best", type=Path | None, default=None, help="file for the best caption of each video")
     parser.add_argument(
+        "--caution", type=float, default=0.0, help="subtract this multiple of the spread of an ensemble of heads"
+    )
+    parser.add_argument(
         "--objectives", action="store_true", help="print what each objective contributes, for a model of that kind"
     )
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ... (default: cuda if available)")
@@ -62,6 +66,29 @@ def run_reward(values: Namespace) -> int:
     captions = read_records(values.captions, Caption)
     if not captions:
         raise ValueError(f"{values.captions} holds no captions")
+    model = load_model(values, captions)
+    if values.votes:
+        fit_to_votes(model, values.votes)
+    rate = partial(rate_clip, model, root=values.root, explain=values.objectives, caution=values.caution)
+    ratings, num_failed = rate_files(captions, rate)
+    rated = [rating for rating in ratings if rating]
+    if values.out:
+        write_records(values.out, rated)
+    else:
+        sys.stdout.writelines(json.dumps(asdict(rating), ensure_ascii=False) + "\n" for rating in rated)
+    if values.best:
+        write_records(values.best, best_captions(captions, ratings))
+    if num_failed:
+        sys.stderr.write(f"{plural(num_failed, 'video')} could not be read; the captions of the others are rated\n")
+    return SOME_FAILED if num_failed else 0
+
+
+def load_model(values: Namespace, captions: Sequence[Caption]) -> "RewardModel":
+    """Load the reward model; warn of captions that it was not trained for.
+
+    Raises:
+        ValueError: it lacks what the flags ask for.
+    """
     with garbage_kept():
         from salmonn.model.loading import Placement, hide_progress
         from salmonn.preference.reward_model import RewardModel
@@ -79,19 +106,11 @@ def run_reward(values: Namespace) -> int:
     if others := {one.modality for one in captions if one.modality} - set(model.info.modalities):
         learned, unknown = " and ".join(model.info.modalities), " and ".join(sorted(others))
         sys.stderr.write(f"{values.model} was trained on captions of {learned}: rewards of {unknown} are untested\n")
-    if values.votes:
-        fit_to_votes(model, values.votes)
-    ratings, num_failed = rate_files(model, captions, root=values.root, explain=values.objectives)
-    rated = [rating for rating in ratings if rating]
-    if values.out:
-        write_records(values.out, rated)
-    else:
-        sys.stdout.writelines(json.dumps(asdict(rating), ensure_ascii=False) + "\n" for rating in rated)
-    if values.best:
-        write_records(values.best, best_captions(captions, ratings))
-    if num_failed:
-        sys.stderr.write(f"{plural(num_failed, 'video')} could not be read; the captions of the others are rated\n")
-    return SOME_FAILED if num_failed else 0
+    if values.caution < 0:
+        raise ValueError(f"--caution must be at least 0, got {values.caution}")
+    if values.caution and not model.info.ensemble:
+        raise ValueError(f"--caution needs an ensemble of heads, which {values.model} has not: train with --ensemble 5")
+    return model
 
 
 def fit_to_votes(model: "RewardModel", path: Path) -> None:
@@ -137,9 +156,13 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
 
 
 def rate_files(
-    model: "RewardModel", captions: Sequence[Caption], *, root: Path, explain: bool = False
+    captions: Sequence[Caption], rate: Callable[[Sequence[Caption]], list["Rating"]]
 ) -> tuple[list["Rating | None"], int]:
     """Rate captions clip by clip.
+
+    Args:
+        captions: captions of any clips.
+        rate: rates the captions of one clip; raises ClipError.
 
     Returns:
         Ratings in the order of the captions, None for those of files that cannot be read; and the number of such clips.
@@ -153,7 +176,7 @@ def rate_files(
     num_failed = 0
     for indices in tqdm(by_clip.values(), desc="rating", unit="clip"):
         try:
-            rated = rate_clip(model, [captions[index] for index in indices], root=root, explain=explain)
+            rated = rate([captions[index] for index in indices])
         except ClipError as error:
             sys.stderr.write(f"{error}\n")
             num_failed += 1
@@ -163,7 +186,9 @@ def rate_files(
     return ratings, num_failed
 
 
-def rate_clip(model: "RewardModel", captions: Sequence[Caption], *, root: Path, explain: bool) -> list["Rating"]:
+def rate_clip(
+    model: "RewardModel", captions: Sequence[Caption], *, root: Path, explain: bool, caution: float
+) -> list["Rating"]:
     """Read the clip of captions that describe the same part of a video, and rate them; raises ClipError.
 
     With `explain`, also print a line for each caption: what each objective contributes, as weight x value.
@@ -180,7 +205,7 @@ def rate_clip(model: "RewardModel", captions: Sequence[Caption], *, root: Path, 
         for caption, contributions in zip(captions, explained, strict=True):
             parts = ", ".join(f"{one.objective} {one.weight:.2f} x {one.value:.2f}" for one in contributions)
             sys.stderr.write(f"{caption.video} (sample {caption.sample}): {parts}\n")
-    return model.rate(captions, lambda _: clip)
+    return model.rate(captions, lambda _: clip, caution=caution)
 
 
 def best_captions(captions: Sequence[Caption], ratings: Sequence["Rating | None"]) -> list[Caption]:

@@ -20,18 +20,26 @@ class ScalarHead(nn.Module):
 
     Args:
         width: size P of the states.
+        ensemble: number of further heads, whose rewards are standardized: only their disagreement is of interest.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, ensemble: int = 0) -> None:
         super().__init__()
         self.score = nn.Linear(width, 1, bias=False)
         nn.init.normal_(self.score.weight, std=1 / (width + 1) ** 0.5)
+        self.ensemble = nn.Linear(width, ensemble) if ensemble else None
 
     def forward(self, states: AnswerStates) -> Tensor:
         """Return the rewards (B,). Not in the 16 bits of autocast, whose steps are as large as many differences."""
         with torch.autocast(states.answer.device.type, enabled=False):
             rewards: Tensor = self.score(states.answer.to(self.score.weight.dtype)).squeeze(-1)
         return rewards
+
+    def spread(self, states: AnswerStates) -> Tensor:
+        """Return the standard deviations (B,) of the ensemble's rewards; there must be an ensemble."""
+        assert self.ensemble is not None
+        rewards: Tensor = self.ensemble(states.answer.to(self.ensemble.weight.dtype))
+        return rewards.std(-1)
 
 
 class GatingNetwork(nn.Module):

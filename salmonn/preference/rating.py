@@ -16,7 +16,8 @@ class Rating:
     Args:
         video, sample: identify the caption.
         parts: name -> value of each part. The first is the main part, in which margins are measured; the others are
-            penalties or bonuses that only change the order of captions.
+            penalties or bonuses that only change the order of captions, or notes without weight. "spread" is the
+            standard deviation of the main part, where an ensemble of reward models gave it.
         weights: name -> weight of each part, negative where a lower value is better.
         score: the judge's report, where a judge rated the caption.
     """

@@ -39,6 +39,8 @@ class RewardConfig:
         min_agreement: agreement with the judge below which a warning asks for more labels.
         min_confidence: smallest probability, by the model, that the chosen caption of a pair is better.
         length_penalty: subtracted from the reward for each character, in standard deviations.
+        caution: multiple of the rating's spread that is subtracted from the reward, so that captions on which the heads
+            of an ensemble (reward_training.ensemble) disagree are chosen less.
     """
 
     kind: Literal["judge", "model"] = "judge"
@@ -52,6 +54,7 @@ class RewardConfig:
     min_agreement: float = 0.65
     min_confidence: float = 0.7
     length_penalty: float = 0.0
+    caution: float = 0.0
 
     def __post_init__(self) -> None:
         if self.repetition_weight < 0:
@@ -68,10 +71,14 @@ class RewardConfig:
                 "seed_clips and audit_samples must be at least 2, audit_clips at least 1 and refresh_clips at least 0, "
                 f"got {self.seed_clips}, {self.audit_samples}, {self.audit_clips} and {self.refresh_clips}"
             )
-        if not (0.5 <= self.min_confidence < 1 and 0 <= self.min_agreement <= 1 and self.length_penalty >= 0):
+        if not (0.5 <= self.min_confidence < 1 and 0 <= self.min_agreement <= 1):
             raise ValueError(
-                "min_confidence must be from 0.5 to below 1, min_agreement from 0 to 1 and length_penalty at least 0, "
-                f"got {self.min_confidence}, {self.min_agreement} and {self.length_penalty}"
+                "min_confidence must be from 0.5 to below 1 and min_agreement from 0 to 1, got "
+                f"{self.min_confidence} and {self.min_agreement}"
+            )
+        if self.length_penalty < 0 or self.caution < 0:
+            raise ValueError(
+                f"length_penalty and caution must be at least 0, got {self.length_penalty} and {self.caution}"
             )
 
 

@@ -73,6 +73,7 @@ class RewardInfo:
         agreement: measured on held-out clips.
         gate_widths: widths of the network that weighs the objectives; empty for other kinds.
         objectives: their names, in the order of the weights.
+        ensemble: number of heads whose disagreement is the spread of a rating; 0 for none.
         prototypes: what is known of the raters of an "ideal-point" model.
         format: version of the folder's format.
     """
@@ -93,6 +94,7 @@ class RewardInfo:
     agreement: Agreement | None = None
     gate_widths: tuple[int, ...] = ()
     objectives: tuple[str, ...] = ()
+    ensemble: int = 0
     prototypes: PrototypeInfo | None = None
     format: int = REWARD_FORMAT
 
@@ -126,7 +128,7 @@ class RewardModel:
 
     def __init__(self, captioner: Captioner, head: RewardHead, info: RewardInfo, *, name: str = "") -> None:
         self.captioner = captioner
-        self.head = head.cpu().double().eval()
+        self.head = head.cpu().double().eval().requires_grad_(False)
         self.info = info
         self.name = name
 
@@ -215,9 +217,11 @@ class RewardModel:
 
     def _values(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> Tensor:
         """Return what the head gives for each row, (B,) float64 on the CPU."""
-        with torch.no_grad():
-            values: Tensor = self.head(answer_states(self.captioner, rows, clips, pooling=self.info.pooling))
+        values: Tensor = self.head(self._states(rows, clips))
         return values
+
+    def _states(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> AnswerStates:
+        return answer_states(self.captioner, rows, clips, pooling=self.info.pooling)
 
     def explain(self, rows: Sequence[PromptRow], clips: Sequence[Clip]) -> list[list[Contribution]]:
         """Return the contributions of all objectives to each row's reward.
@@ -230,9 +234,8 @@ class RewardModel:
                 f"{self.name} is a {self.info.kind} reward model, which has no objectives; train one with --kind "
                 "objectives"
             )
-        with torch.no_grad():
-            states = answer_states(self.captioner, rows, clips, pooling=self.info.pooling)
-            values, weights = self.head.objectives(states).tolist(), self.head.weights(states).tolist()
+        states = self._states(rows, clips)
+        values, weights = self.head.objectives(states).tolist(), self.head.weights(states).tolist()
         return [
             [Contribution(*one) for one in zip(self.info.objectives, *row, strict=True)]
             for row in zip(values, weights, strict=True)
@@ -251,12 +254,34 @@ class RewardModel:
             rows.append(caption_row(caption, clip=index, prompt=prompt))
         return rows, [clip for _, clip in by_clip.values()]
 
-    def rate(self, captions: Sequence[Caption], features: Callable[[Caption], Clip]) -> list[Rating]:
-        """Rate captions by their standardized reward; results in the order of the captions."""
-        values = self.rewards(*self.rows_of(captions, features))
+    def rate(
+        self, captions: Sequence[Caption], features: Callable[[Caption], Clip], *, caution: float = 0.0
+    ) -> list[Rating]:
+        """Rate captions by their standardized reward; results in the order of the captions.
+
+        Args:
+            captions: captions.
+            features: caption -> its clip, as input or as features of this base.
+            caution: weight by which the spread of the ensemble's rewards is subtracted; without an ensemble there is
+                none. Named objectives are parts of the ratings, without weight.
+        """
+        rows, clips = self.rows_of(captions, features)
+        if not rows:
+            return []
+        parts = dict[str, list[float]]()
+        if self.info.kind == "pairwise":
+            parts["reward"] = self.rewards(rows, clips)
+        else:
+            states = self._states(rows, clips)
+            parts["reward"] = ((self.head(states) - self.info.mean) / self.info.std).tolist()
+            if isinstance(self.head, ObjectiveHead):
+                parts |= dict(zip(self.info.objectives, self.head.objectives(states).T.tolist(), strict=True))
+            if isinstance(self.head, ScalarHead) and self.head.ensemble is not None:
+                parts["spread"] = self.head.spread(states).tolist()
+        weights = {name: {"reward": 1.0, "spread": 0.0 - caution}.get(name, 0.0) for name in parts}
         return [
-            Rating(caption.video, {"reward": value}, {"reward": 1.0}, caption.sample)
-            for caption, value in zip(captions, values, strict=True)
+            Rating(caption.video, dict(zip(parts, values, strict=True)), weights, caption.sample)
+            for caption, *values in zip(captions, *parts.values(), strict=True)
         ]
 
 
@@ -338,7 +363,9 @@ def require_frames(folder: Path, info: RewardInfo, captioner: Captioner) -> None
 
 def read_head(folder: Path, info: RewardInfo, *, width: int) -> RewardHead:
     """Read head.safetensors; raises ValueError if its weights do not fit."""
-    head: RewardHead = ObjectiveHead(width, info.gate_widths) if info.kind == "objectives" else ScalarHead(width)
+    head: RewardHead = ScalarHead(width, info.ensemble)
+    if info.kind == "objectives":
+        head = ObjectiveHead(width, info.gate_widths)
     if info.prototypes:
         head = make_mixture(info.prototypes, width)
     tensors = load_file(folder / HEAD_NAME)
@@ -401,14 +428,23 @@ class ModelReward:
         model: the reward model.
         features: caption -> features of its clip by the model's base.
         length_penalty: subtracted from the reward for each character of a caption, in standard deviations.
+        caution: see `RewardModel.rate`.
     """
 
     file_name = "ratings.jsonl"
 
-    def __init__(self, model: RewardModel, features: Callable[[Caption], Clip], *, length_penalty: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: RewardModel,
+        features: Callable[[Caption], Clip],
+        *,
+        length_penalty: float = 0.0,
+        caution: float = 0.0,
+    ) -> None:
         self.model = model
         self.features = features
         self.length_penalty = length_penalty
+        self.caution = caution
 
     @property
     def name(self) -> str:
@@ -421,7 +457,7 @@ class ModelReward:
     def rate(self, tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
         """Rate captions."""
         captions = [task.caption for task in tasks]
-        ratings = self.model.rate(captions, self.features)
+        ratings = self.model.rate(captions, self.features, caution=self.caution)
         if not self.length_penalty:
             return list(ratings)
         return [

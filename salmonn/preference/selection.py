@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from salmonn.preference.objectives import OBJECTIVES, objectives_of
 from salmonn.preference.rating import Rating
 from salmonn.records import Caption, Comparison, Reference
+from salmonn.score.judge import restrict_to_span
 
 # Margins are differences of fractions: 0.5 - 0.4 must pass a min_gap of 0.1.
 _ROUNDING = 1e-9
@@ -18,10 +20,11 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class RatedCaption:
-    """A caption with its rating."""
+    """A caption with its rating and, where a judge gave it, the reference that it is about."""
 
     caption: Caption
     rating: Rating
+    reference: Reference | None = None
 
     @property
     def num_words(self) -> int:
@@ -32,6 +35,14 @@ class RatedCaption:
     def repetition(self) -> float:
         """Fraction of the words that are in repeated clauses, by a judge's score; 0 without one."""
         return self.rating.score.repetition if self.rating.score else 0.0
+
+    @property
+    def objectives(self) -> Mapping[str, float | None]:
+        """Named objectives by a judge's score, or else the parts of the rating."""
+        if self.rating.score and self.reference:
+            reference = restrict_to_span(self.reference, self.caption)
+            return dict(zip(OBJECTIVES, objectives_of(self.rating.score, reference), strict=True))
+        return self.rating.parts
 
     @property
     def quality(self) -> float | None:
@@ -61,6 +72,10 @@ class SelectionConfig:
         min_gap: smallest difference between chosen and rejected in the main part of the rating; Total for a judge.
         max_pairs_per_video: number of pairs of a clip at most; each caption is used once.
         max_length_ratio: largest ratio of their lengths in words, either way; none for no limit.
+        floors: objective -> smallest value that the chosen caption must have, such as {"faithful": 0.8}; see
+            `salmonn.preference.objectives`. A judge's scores have objectives, and reward models of that kind.
+        min_spreads: smallest difference in multiples of the larger spread of the two ratings, where a reward model with
+            an ensemble gave them; none for any.
         repetition_fraction: largest fraction of a round's pairs that are added to these to teach nothing but not to
             repeat: a caption that repeats itself is rejected for the same without the repeated clauses.
     """
@@ -69,6 +84,8 @@ class SelectionConfig:
     min_gap: float = 0.1
     max_pairs_per_video: int = 2
     max_length_ratio: float | None = None
+    floors: dict[str, float] | None = None
+    min_spreads: float | None = None
     repetition_fraction: float = 0.0
 
     def __post_init__(self) -> None:
@@ -79,6 +96,14 @@ class SelectionConfig:
             )
         if not 0 <= self.repetition_fraction < 1:
             raise ValueError(f"repetition_fraction must be from 0 to below 1, got {self.repetition_fraction}")
+        if unknown := sorted((self.floors or {}).keys() - set(OBJECTIVES)):
+            raise ValueError(
+                f"floors has no objective {', '.join(unknown)}; the objectives are {', '.join(OBJECTIVES)}"
+            )
+        if not all(0 <= floor <= 1 for floor in (self.floors or {}).values()) or (self.min_spreads or 0) < 0:
+            raise ValueError(
+                f"floors must be from 0 to 1 and min_spreads at least 0, got {self.floors} and {self.min_spreads}"
+            )
         if self.max_length_ratio is not None and self.max_length_ratio < 1:
             raise ValueError(
                 f"max_length_ratio is longer / shorter and must be at least 1, got {self.max_length_ratio}"
@@ -113,12 +138,14 @@ class BestWorstSelector:
             return [], "fewer than two rated captions"
         if not any(one.num_words and one.caption.finished for one in captions):
             return [], "every caption is empty or cut off"
+        if not any(self._may_be_chosen(one) for one in captions):
+            return [], "no caption reaches the floors"
         return [], "no two captions differ enough"
 
     def _best_pair(self, captions: Sequence[RatedCaption]) -> Pair | None:
         best_first = sorted(captions, key=lambda one: (-one.rating.value, -one.num_words, one.caption.sample))
         for chosen in best_first:
-            if not chosen.num_words or not chosen.caption.finished:
+            if not self._may_be_chosen(chosen):
                 continue
             # The worst rating first, then the closest length, then the lower sample number.
             partners = [
@@ -131,12 +158,23 @@ class BestWorstSelector:
                 return chosen, captions[index]
         return None
 
+    def _may_be_chosen(self, one: RatedCaption) -> bool:
+        if not one.num_words or not one.caption.finished:
+            return False
+        values = one.objectives if self.config.floors else {}
+        return all(
+            (value := values.get(name)) is None or value >= floor - _ROUNDING
+            for name, floor in (self.config.floors or {}).items()
+        )
+
     def _is_partner(self, one: RatedCaption, chosen: RatedCaption) -> bool:
         shorter, longer = sorted((one.num_words, chosen.num_words))
         limit = self.config.max_length_ratio
+        spread = max(each.rating.parts.get("spread", 0.0) for each in (one, chosen))
+        min_gap = max(self.config.min_gap, (self.config.min_spreads or 0.0) * spread)
         return (
             one.rating.value < chosen.rating.value
-            and chosen.rating.main - one.rating.main >= self.config.min_gap - _ROUNDING
+            and chosen.rating.main - one.rating.main >= min_gap - _ROUNDING
             and one.caption.text.split() != chosen.caption.text.split()
             and (limit is None or longer / max(shorter, 1) <= limit)
         )
@@ -210,7 +248,11 @@ def select_pairs(
         samples = [caption.sample for caption in group]
         if len(set(samples)) < len(samples) or len({caption.prompt for caption in group}) > 1:
             raise ValueError(f"captions of {video} must have one prompt and different sample numbers, got {samples}")
-        rated = [RatedCaption(one, rating_of[video, one.sample]) for one in group if (video, one.sample) in rating_of]
+        rated = [
+            RatedCaption(one, rating_of[video, one.sample], references[video])
+            for one in group
+            if (video, one.sample) in rating_of
+        ]
         selected, reason = selector.select(rated)
         pairs += [to_comparison(*pair, reference=references[video], source=source) for pair in selected]
         qualities += [chosen.quality for chosen, _ in selected]

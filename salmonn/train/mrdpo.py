@@ -152,6 +152,7 @@ class MrDpoConfig(RunConfig):
                 "pairs need different captions of a clip: sampling.num_samples must be at least 2 and "
                 f"sampling.temperature above 0, got {self.sampling.num_samples} and {self.sampling.temperature}"
             )
+        self._check_reward_model()
         if self.reward_training.kind in ("objectives", "ideal-point"):
             raise ValueError(
                 f"reward_training.kind {self.reward_training.kind} cannot be trained on the judge's labels of a round; "
@@ -161,6 +162,22 @@ class MrDpoConfig(RunConfig):
             raise ValueError(
                 f"qa_fraction {self.qa_fraction} of batch_size {self.fit.batch_size} leaves no question or no pair in "
                 "a step; choose a fraction from 0 to 1 that leaves both, or 0"
+            )
+
+    def _check_reward_model(self) -> None:
+        """Raise ValueError if the reward models that the run will train lack what its settings ask of them."""
+        if self.reward.kind != "model":
+            return
+        trains = self.reward.model is None or self.reward.refresh_clips > 0
+        if trains and self.reward.caution and not self.reward_training.ensemble:
+            raise ValueError(
+                f"reward.caution is {self.reward.caution}, but the reward models of the rounds have no ensemble of "
+                "heads; set --reward-training.ensemble 5"
+            )
+        if trains and self.selection.floors:
+            raise ValueError(
+                "selection.floors needs named objectives, which the reward models of the rounds do not have; pass one "
+                "of kind objectives as --reward.model with --reward.refresh-clips 0, or use --reward.kind judge"
             )
 
     @property

@@ -68,6 +68,8 @@ class RewardTrainingConfig:
         center_weight: weight of the term that keeps rewards near 0.
         lora: adapter to train together with the head; none keeps the captioner frozen.
         fit: optimization of adapter and head; its batches are clips with all their captions.
+        ensemble: number of further linear heads, each fitted to clips drawn with replacement, whose disagreement is the
+            spread of a rating; 0 for none. They read the same states and take seconds. Only with kind bradley-terry.
         heldout_fraction: fraction of the clips that are held out.
         blind: also train the blind twin, which costs as much again.
     """
@@ -81,6 +83,7 @@ class RewardTrainingConfig:
     fit: FitConfig = field(
         default_factory=lambda: FitConfig(learning_rate=2e-4, steps=None, epochs=1.0, batch_size=8, weight_decay=0.0)
     )
+    ensemble: int = 0
     heldout_fraction: float = 0.2
     blind: bool = True
 
@@ -89,6 +92,10 @@ class RewardTrainingConfig:
             raise ValueError(f"l2 must be above 0 and center_weight at least 0, got {self.l2} and {self.center_weight}")
         if self.kind == "objectives" and self.lora:
             raise ValueError("kind objectives is fitted to frozen states; remove lora, or use kind bradley-terry")
+        if self.ensemble and (self.ensemble < 2 or self.kind != "bradley-terry"):
+            raise ValueError(
+                f"an ensemble has at least 2 heads of kind bradley-terry, got {self.ensemble} of kind {self.kind}"
+            )
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"heldout_fraction must be between 0 and 1, got {self.heldout_fraction}")
 
@@ -289,6 +296,23 @@ def fit_head(states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], conf
     return head
 
 
+def fit_ensemble(
+    states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: RewardTrainingConfig, *, seed: int
+) -> nn.Linear:
+    """Fit heads to clips drawn with replacement; each one's rewards of all answers have mean 0 and deviation 1."""
+    answers = torch.cat([one.answer for one in states]).double()
+    together = nn.Linear(answers.shape[1], config.ensemble)
+    for number in range(config.ensemble):
+        drawn = random.Random(f"{seed}-head-{number}").choices(range(len(groups)), k=len(groups))
+        head = fit_head([states[index] for index in drawn], [groups[index] for index in drawn], config)
+        weight = head.score.weight.detach().double()[0]
+        std, mean = torch.std_mean(answers @ weight)
+        scale = std.clamp(min=1e-6)
+        with torch.no_grad():
+            together.weight[number], together.bias[number] = weight / scale, -mean / scale
+    return together
+
+
 @dataclass(frozen=True)
 class FittedReward:
     """A trained head with the rewards (R,) that it gives the answers of each clip, learned and held-out ones."""
@@ -402,6 +426,9 @@ class RewardTrainer:
                     center = float(torch.cat([head(one) for one in states[:count]]).mean())
                 captioner, head = self._tune(captioner, head, examples[:count], center=center, folder=folder)
                 states = compute_states(captioner, examples, pooling=config.pooling, name=f"{name}: tuned states")
+            if config.ensemble and folder == self.folder:  # the blind twin needs none
+                head.ensemble = fit_ensemble(states[:count], groups[:count], config, seed=self.seed)
+                info = replace(info, ensemble=config.ensemble)
         head = head.double()
         with torch.no_grad():
             rewards = [head(one) for one in states]

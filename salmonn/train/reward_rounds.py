@@ -11,7 +11,7 @@ features all rounds share. Held-out clips stay with the judge.
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,7 +171,7 @@ class RewardRounds:
             return clips.features[ClipSource(clips.root / caption.video)]
 
         loaded = RewardModel.load(model, captioner=self.load(), prototype=self.config.prototype)
-        return ModelReward(loaded, features, length_penalty=self.config.length_penalty)
+        return ModelReward(loaded, features, length_penalty=self.config.length_penalty, caution=self.config.caution)
 
     def heldout_gain(self, number: int, heldout: ClipSet) -> float:
         """Return how much the reward of the held-out captions rose in a round, in standard deviations.
@@ -317,15 +317,26 @@ def require_labels(references: Sequence[Reference], judge: JudgeReward, config: 
         )
 
 
-def require_model(config: RewardConfig, captioner: Captioner) -> None:
+def require_model(config: RewardConfig, captioner: Captioner, *, floors: Collection[str] = ()) -> None:
     """Raise ValueError if a run cannot use the reward model that is given for it, before hours of sampling.
 
     Args:
         config: reward of the run.
         captioner: start of the run.
+        floors: objectives that chosen captions must reach.
     """
     if config.model:
         info = read_info(config.model)
         choose_weights(config.model, info.prototypes, prototype=config.prototype)
         require_base(config.model, info, captioner)
         require_frames(config.model, info, captioner)
+        if config.caution and not info.ensemble:
+            raise ValueError(
+                f"reward.caution is {config.caution}, but {config.model} has no ensemble of heads: train it with "
+                "--ensemble 5, or set reward.caution 0"
+            )
+        if missing := [name for name in floors if name not in info.objectives]:
+            raise ValueError(
+                f"selection.floors names {', '.join(missing)}, which {config.model}, a {info.kind} reward model, does "
+                "not have; train one with --kind objectives"
+            )

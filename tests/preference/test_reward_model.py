@@ -185,6 +185,25 @@ def test_a_reward_of_a_recipe(make_model, media, tmp_path):
     assert reward.load(tmp_path / "ratings.jsonl") == ratings
 
 
+def test_caution_subtracts_the_disagreement_of_the_ensemble(make_model, media, tmp_path):
+    """Two further heads that are the head itself and its negative differ by 2 r: the spread is sqrt(2) |r|."""
+    model = make_model()
+    assert model.rate([Caption("a.mp4", "A tone.")], lambda _: media[0])[0].parts.keys() == {"reward"}
+    head = ScalarHead(model.head.score.in_features, ensemble=2).double()
+    with torch.no_grad():
+        head.score.weight.copy_(model.head.score.weight)
+        head.ensemble.weight.copy_(torch.cat([model.head.score.weight, -model.head.score.weight]))
+        head.ensemble.bias.zero_()
+    save_reward_model(tmp_path, head, replace(model.info, ensemble=2))
+    loaded, captions = RewardModel.load(tmp_path), [Caption("a.mp4", row.answer, row.prompt) for row in ROWS]
+    ratings = loaded.rate(captions, lambda _: media[0], caution=0.5)
+    for rating, expected in zip(ratings, model.rewards(ROWS, media), strict=True):
+        raw = expected * 2.0 + 0.2
+        assert rating.parts["spread"] == pytest.approx(math.sqrt(2) * abs(raw), rel=1e-4)
+        assert rating.main == pytest.approx(expected, abs=1e-4)
+        assert rating.value == pytest.approx(rating.main - 0.5 * rating.parts["spread"])
+
+
 def test_the_head_ignores_autocast():
     """In bfloat16, whose step is 0.03 at 5, two rewards that differ by 0.01 would be equal."""
     head = ScalarHead(1)

@@ -10,7 +10,7 @@ from salmonn.preference.selection import (
     select_pairs,
     summarize_pairs,
 )
-from salmonn.records import Caption, Comparison, Reference
+from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
 
 REFERENCES = {"v": Reference("v", caption="the truth"), "w": Reference("w")}
 
@@ -80,6 +80,51 @@ def test_length_ratio_uses_the_next_best_partner():
     assert choose(*sampled) == [("a b", "x y z v w")]
     assert choose(*sampled, max_length_ratio=2.0) == [("a b", "x y z v")]
     assert choose(*sampled, max_length_ratio=1.2) == []
+
+
+def test_floors_of_the_chosen_caption():
+    """By a judge: the best caption has 1 hallucination in 4 claims; the second, none. The rejected has no floor."""
+    star, tone = Event("a star"), Event("a tone", "audio")
+    told = (Mention(star), Mention(tone), Mention(Event("a circle")))
+    scores = [
+        Score("v", 4, 1, 0, 1, sample=0, mentions=told),
+        Score("v", 4, 2, 0, 0, sample=1, mentions=told[:1]),
+        Score("v", 4, 4, 0, 3, sample=2),
+    ]
+    captions = [Caption("v", text, "Tell.", sample=sample) for sample, text in enumerate("abc")]
+    ratings = [Rating("v", {"total": one.total}, {"total": -1.0}, one.sample, one) for one in scores]
+
+    def chosen(**options):
+        selection = select(captions, ratings, min_gap=0.01, **options)
+        return [(pair.chosen, pair.rejected) for pair in selection.pairs] or selection.without_pair
+
+    assert chosen() == chosen(floors={"faithful": 0.75}) == [("a", "c")]
+    assert chosen(floors={"faithful": 0.8}) == [("b", "c")]
+    assert chosen(floors={"faithful": 0.8, "length": 0.5}) == {"no caption reaches the floors": 1}
+    assert chosen(floors={"ordered": 1.0}) == [("a", "c")]  # undefined, as the events have no times
+    # A reward model's objectives are parts of its ratings.
+    parts = [{"reward": 2.0, "faithful": 0.7}, {"reward": 1.0, "faithful": 0.9}, {"reward": 0.0, "faithful": 0.1}]
+    ratings = [Rating("v", one, {"reward": 1.0, "faithful": 0.0}, sample) for sample, one in enumerate(parts)]
+    assert chosen() == [("a", "c")] and chosen(floors={"faithful": 0.8}) == [("b", "c")]
+
+
+def test_gaps_below_the_spread_are_dropped():
+    """Gaps 1.0 and 0.4 between captions whose larger spread is 0.5: the first is 2 spreads, the second 0.8."""
+    captions = [Caption("v", text, "Tell.", sample=sample) for sample, text in enumerate("abc")]
+    figures = [(1.4, 0.5), (1.0, 0.5), (0.4, 0.1)]
+    ratings = [
+        Rating("v", {"reward": reward, "spread": spread}, {"reward": 1.0, "spread": 0.0}, sample)
+        for sample, (reward, spread) in enumerate(figures)
+    ]
+    assert [len(select(captions, ratings, min_spreads=number).pairs) for number in (None, 2.0, 2.1)] == [1, 1, 0]
+    assert len(select(captions[:2], ratings, min_spreads=0.8).pairs) == 1
+    assert select(captions[:2], ratings, min_spreads=0.9).pairs == []
+
+
+@pytest.mark.parametrize("options", [{"floors": {"kind": 0.5}}, {"floors": {"seen": 2}}, {"min_spreads": -1}])
+def test_impossible_floors(options):
+    with pytest.raises(ValueError, match="floors"):
+        SelectionConfig(**options)
 
 
 def test_more_pairs_use_other_captions():

@@ -478,6 +478,13 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
             {"reward": RewardConfig("model"), "selection": {"repetition_fraction": 0.1}},
             "selection.repetition_fraction needs the judge's quotes",
         ),
+        ({"reward": RewardConfig("model", caution=1.0)}, "the reward models of the rounds have no ensemble of heads"),
+        (
+            {"reward": RewardConfig("model"), "selection": {"floors": {"faithful": 0.8}}},
+            "selection.floors needs named objectives",
+        ),
+        ({"reward_training": {"ensemble": 1}}, "an ensemble has at least 2 heads of kind bradley-terry"),
+        ({"sampling": {"temperatures": (1.0, 0.7, 0.5)}}, "num_samples 8 a multiple of their number"),
         ({"reward_training": {"kind": "ideal-point"}}, "reward_training.kind ideal-point cannot be trained"),
     ],
 )

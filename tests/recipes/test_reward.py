@@ -160,6 +160,7 @@ def test_named_objectives(launch, trained_model, tmp_path, call):
     args = ["reward", tmp_path / "captions.jsonl", "--model", tmp_path / "reward", "--root", file.parent]
     code, out, err = call(*args, "--objectives")
     assert code == 0 and len(out.splitlines()) == 24
+    assert set(json.loads(out.splitlines()[0])["parts"]) == {"reward", *OBJECTIVES}
     lines = [line for line in err.splitlines() if "(sample 0): seen " in line]
     assert len(lines) == 8 and all(f", {name} " in lines[0] for name in OBJECTIVES[1:])
 
@@ -170,7 +171,7 @@ MRDPO = {
     "fit.learning_rate": 0.002, "early_stopping.max_worsening": 9, "early_stopping.min_pairs": 1,
     "early_stopping.min_margin": "null", "kl.num_clips": 0, "rebirth": "null", "reward.kind": "model",
     "reward.seed_clips": 3, "reward.refresh_clips": 2, "reward.audit_clips": 2, "reward.audit_samples": 2,
-    "reward.min_confidence": 0.5,
+    "reward.min_confidence": 0.5, "reward.caution": 0.5, "reward_training.ensemble": 2, "selection.min_spreads": 0.01,
 }  # fmt: skip
 
 
@@ -205,6 +206,7 @@ def test_mrdpo_with_a_reward_model(launch, trained_model, sizes, tmp_path, comma
     assert [len(videos) for videos in labels] == [3, 2] and not labels[0] & labels[1]
     ratings = read_records(unbroken / "round_2" / "ratings.jsonl", Rating)
     assert len(ratings) == 32 and len({rating.value for rating in ratings}) > 8
+    assert all(one.value == pytest.approx(one.main - 0.5 * one.parts["spread"]) for one in ratings)
     info = read_info(unbroken / "round_2" / "reward")
     # Of the five labelled clips one is held out, and one may have no captions that differ.
     assert info.base == str(trained_model / "model") and info.num_clips + info.agreement.num_clips in (4, 5)

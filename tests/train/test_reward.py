@@ -1,17 +1,37 @@
 """Training of reward models in this process: what a killed run repeats."""
 
 import pytest
+import torch
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import PromptRow
 from salmonn.model.lora import LoraConfig
-from salmonn.preference.comparisons import group_comparisons
+from salmonn.model.pooling import AnswerStates
+from salmonn.preference.comparisons import AnswerGroup, group_comparisons
 from salmonn.preference.reward_model import RewardModel
 from salmonn.records import Comparison
 from salmonn.train import reward
 from salmonn.train.data import ClipSource
 from salmonn.train.loop import FitConfig
-from salmonn.train.reward import RewardTrainer, RewardTrainingConfig, split_groups
+from salmonn.train.reward import RewardTrainer, RewardTrainingConfig, fit_ensemble, split_groups
+
+
+@pytest.mark.parametrize("are_alike", [True, False])
+def test_an_ensemble_disagrees_where_clips_do(are_alike):
+    """Clips that all prefer the higher state fit the same head whichever are drawn; contradicting ones do not."""
+    states = [AnswerStates(torch.zeros(2, 1), torch.tensor([[1.0, number / 5], [-1.0, 0.5]])) for number in range(6)]
+    example = Comparison("a.mp4", "Tell.", "x", "y")
+    pairs = [(0, 1) if are_alike or number % 3 else (1, 0) for number in range(6)]
+    groups = [AnswerGroup(example, (("x", True), ("y", True)), (pair,), (None,)) for pair in pairs]
+    if are_alike:  # also in their second figure, so that every sample of them is the same
+        states = [states[0]] * 6
+    heads = fit_ensemble(states, groups, RewardTrainingConfig(ensemble=4), seed=1)
+    answers = torch.cat([one.answer for one in states])
+    rewards = heads(answers)
+    assert rewards.mean(0).tolist() == pytest.approx([0] * 4, abs=1e-5)
+    assert rewards.std(0).tolist() == pytest.approx([1] * 4, abs=1e-5)
+    spread = rewards.std(1).max().item()
+    assert spread == pytest.approx(0, abs=1e-5) if are_alike else spread > 0.05
 
 
 def test_a_killed_blind_twin_does_not_repeat_the_training(random_model, clips, captioner, tmp_path, monkeypatch):
