@@ -120,10 +120,9 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
         ValueError: the model has one reward for all, or no vote can be used.
         ClipError: a clip cannot be read.
     """
-    from salmonn.caption.processor import PromptRow
     from salmonn.preference.comparisons import group_comparisons, read_preferences
     from salmonn.preference.mixture import MixtureHead
-    from salmonn.preference.reward_model import answer_states
+    from salmonn.preference.reward_model import answer_rows, answer_states
     from salmonn.train.raters import collect_votes
 
     mixture = model.head
@@ -141,11 +140,7 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
             start_seconds=one.start_seconds,
             end_seconds=one.end_seconds,
         )
-        prompt_text = one.prompt or model.captioner.default_prompt(one.modality)
-        rows = [
-            PromptRow(0, prompt_text, text, one.history, finished=finished or not text)
-            for text, finished in group.answers
-        ]
+        rows = answer_rows(group, prompt=one.prompt or model.captioner.default_prompt(one.modality))
         states = answer_states(model.captioner, rows, [clip], pooling=model.info.pooling)
         answer.append(states.answer)
         prompt.append(states.prompt)

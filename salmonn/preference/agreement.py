@@ -60,12 +60,12 @@ def share_positive(margins: Tensor) -> float:
     return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
 
 
-def describe_agreement(agreement: Agreement) -> str:
-    """Return the agreement as a sentence."""
+def describe_agreement(agreement: Agreement, *, of: str = "held-out") -> str:
+    """Return the agreement as a sentence; `of` says which comparisons."""
     blind = "" if agreement.blind is None else f"; blind {100 * agreement.blind:.1f} %"
     return (
         f"agrees with {100 * agreement.accuracy:.1f} % ({100 * agreement.low:.1f} to {100 * agreement.high:.1f}) of "
-        f"{agreement.num_comparisons} held-out comparisons of {agreement.num_clips} clips{blind}; "
+        f"{agreement.num_comparisons} {of} comparisons of {agreement.num_clips} clips{blind}; "
         f"the longer caption {100 * agreement.longest:.1f} %"
     )
 

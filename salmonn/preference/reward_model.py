@@ -28,7 +28,7 @@ from salmonn.model.loading import Placement
 from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
 from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
 from salmonn.preference.agreement import Agreement
-from salmonn.preference.comparisons import join_pair
+from salmonn.preference.comparisons import AnswerGroup, join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, choose_weights, make_mixture
 from salmonn.preference.rating import Rating
@@ -251,7 +251,7 @@ class RewardModel:
             clip = features(caption)
             index, _ = by_clip.setdefault(id(clip), (len(by_clip), clip))
             prompt = caption.prompt or self.captioner.default_prompt(caption.modality or "both")
-            rows.append(caption_row(caption, clip=index, prompt=prompt))
+            rows.append(PromptRow(index, prompt, caption.text, finished=caption.finished or not caption.text))
         return rows, [clip for _, clip in by_clip.values()]
 
     def rate(
@@ -383,9 +383,19 @@ def head_width(captioner: Captioner, pooling: Pooling) -> int:
     return pooled_width(pooling, width=config.hidden_size, num_layers=config.num_hidden_layers)
 
 
-def caption_row(caption: Caption, *, clip: int, prompt: str) -> PromptRow:
-    """Return the row of a caption; an empty one that was cut off counts as finished, for it needs a token."""
-    return PromptRow(clip, prompt, caption.text, finished=caption.finished or not caption.text)
+def answer_rows(group: AnswerGroup, *, clip: int = 0, prompt: str | None = None) -> list[PromptRow]:
+    """Return a row for each answer of a group; an empty one that was cut off counts as finished, for it needs a token.
+
+    Args:
+        group: answers.
+        clip: index of the clip that they are about.
+        prompt: prompt in place of the group's, which may be empty.
+    """
+    one = group.example
+    return [
+        PromptRow(clip, one.prompt if prompt is None else prompt, text, one.history, finished=finished or not text)
+        for text, finished in group.answers
+    ]
 
 
 def _join(first: PromptRow, second: PromptRow) -> PromptRow:

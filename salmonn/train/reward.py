@@ -37,6 +37,7 @@ from salmonn.preference.reward_model import (
     HEAD_NAME,
     RewardInfo,
     RewardKind,
+    answer_rows,
     answer_states,
     save_head,
     save_reward_model,
@@ -109,11 +110,7 @@ class RewardExample:
 
     def rows(self, *, clip: int = 0) -> list[PromptRow]:
         """Return a row for each answer."""
-        one = self.group.example
-        return [
-            PromptRow(clip, one.prompt, text, one.history, finished=finished or not text)
-            for text, finished in self.group.answers
-        ]
+        return answer_rows(self.group, clip=clip)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.model.layout import ClipFeatures
-from salmonn.preference.agreement import describe_agreement, looking_warning, share_positive
+from salmonn.preference.agreement import Agreement, describe_agreement, looking_warning, measure_agreement
 from salmonn.preference.comparisons import compare_ratings, group_comparisons
 from salmonn.preference.mixture import choose_weights
 from salmonn.preference.rating import Rating
@@ -37,7 +37,6 @@ from salmonn.preference.reward_model import (
     require_frames,
 )
 from salmonn.records import Caption, Comparison, Reference, read_json, read_records, write_json
-from salmonn.score.stats import wilson_interval
 from salmonn.train.data import ClipSet, ClipSource
 from salmonn.train.evaluate import CAPTIONS_NAME, judge_captions
 from salmonn.train.parallel import StrategyName
@@ -218,14 +217,14 @@ class RewardRounds:
         self, number: int, captions: Sequence[Caption], info: RewardInfo, audit: "Audit", *, num_labelled: int
     ) -> None:
         """Write and log how the reward model agrees, and how many captions the judge was spared."""
-        agreement = info.agreement
+        audited, heldout = audit.agreement, info.agreement
         reported = RewardRound(
-            agreement=audit.agreement,
-            low=audit.low,
-            high=audit.high,
-            audited_pairs=audit.num_pairs,
-            heldout_accuracy=agreement.accuracy if agreement else None,
-            blind_accuracy=agreement.blind if agreement else None,
+            agreement=audited.accuracy if audited else None,
+            low=audited.low if audited else None,
+            high=audited.high if audited else None,
+            audited_pairs=audited.num_comparisons if audited else 0,
+            heldout_accuracy=heldout.accuracy if heldout else None,
+            blind_accuracy=heldout.blind if heldout else None,
             num_judged=num_labelled + audit.num_captions,
             num_captions=len(captions),
         )
@@ -240,15 +239,15 @@ class RewardRounds:
             len(captions),
             len(captions) - reported.num_judged,
         )
-        if audit.agreement is None:
+        if audited is None:
             return
-        log.info("%s: agreement with the judge on new captions %.1f %%", name, 100 * audit.agreement)
-        if audit.agreement < self.config.min_agreement and not self._is_trained_in(number):
+        log.info("%s: on new captions, the reward model of before %s", name, describe_agreement(audited, of="judged"))
+        if audited.accuracy < self.config.min_agreement and not self._is_trained_in(number):
             log.warning(
                 "%s: the reward model agrees with %.0f %% of the judge's comparisons of new captions, below "
                 "reward.min_agreement %.2f; let the judge label further clips (reward.refresh_clips)",
                 name,
-                100 * audit.agreement,
+                100 * audited.accuracy,
                 self.config.min_agreement,
             )
 
@@ -259,16 +258,11 @@ class Audit:
 
     Args:
         num_captions: captions that the judge rated.
-        num_pairs: pairs of captions of a clip that differ in the judge's rating.
-        agreement, low, high: share of them that the model orders alike, with its 95 % Wilson interval; None without
-            pairs.
+        agreement: on the pairs of captions of a clip that differ in the judge's rating; None without such pairs.
     """
 
     num_captions: int = 0
-    num_pairs: int = 0
-    agreement: float | None = None
-    low: float | None = None
-    high: float | None = None
+    agreement: Agreement | None = None
 
 
 def compare_with_judge(captions: Sequence[Caption], gold: Sequence[Rating], rated: Sequence[Rating]) -> Audit:
@@ -281,19 +275,12 @@ def compare_with_judge(captions: Sequence[Caption], gold: Sequence[Rating], rate
     groups = group_comparisons(compare_ratings(captions, gold, min_gap=MIN_GAP, source=""))
     text_of = {(caption.video, caption.sample): caption.text for caption in captions}
     value_of = {(one.video, text_of[one.video, one.sample]): one.value for one in rated}
-    margins = torch.tensor(
-        [
-            value_of[group.example.video, group.answers[better][0]]
-            - value_of[group.example.video, group.answers[worse][0]]
-            for group in groups
-            for better, worse in group.pairs
-        ]
-    )
-    if not len(margins):
-        return Audit(len(captions))
-    agreement = share_positive(margins)
-    interval = wilson_interval(round(agreement * len(margins)), len(margins))
-    return Audit(len(captions), len(margins), agreement, interval.low, interval.high)
+    margins = [
+        value_of[group.example.video, group.answers[better][0]] - value_of[group.example.video, group.answers[worse][0]]
+        for group in groups
+        for better, worse in group.pairs
+    ]
+    return Audit(len(captions), measure_agreement(groups, torch.tensor(margins), None) if margins else None)
 
 
 def usable_videos(references: Sequence[Reference], judge: JudgeReward) -> list[str]:

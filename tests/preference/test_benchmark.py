@@ -13,11 +13,11 @@ from salmonn.preference.benchmark import (
     summarize,
     table_notes,
     table_rows,
+    ties_score,
 )
 from salmonn.preference.benchmark_items import BenchmarkItem, SyntheticClip, clip_name, read_items
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
-from salmonn.preference.ties import ties_score
 from salmonn.records import Event, Unscored
 from salmonn.synthetic.judge import RuleJudge
 

@@ -46,8 +46,9 @@ def test_an_audit_by_hand():
     gold = [rating("a", sample, value) for sample, value in enumerate((0.0, 0.5, 0.55))]
     rated = [rating("a", sample, value) for sample, value in enumerate((1.0, 0.0, 2.0))]
     audit = compare_with_judge(captions, gold, rated)
-    assert (audit.num_captions, audit.num_pairs, audit.agreement) == (3, 2, 0.5)
-    assert 0 < audit.low < 0.5 < audit.high < 1
+    found = audit.agreement
+    assert (audit.num_captions, found.num_comparisons, found.accuracy, found.longest) == (3, 2, 0.5, 0.5)
+    assert 0 < found.low < 0.5 < found.high < 1
     assert compare_with_judge(captions, gold[:1], rated).agreement is None
 
 
