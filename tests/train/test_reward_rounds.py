@@ -1,15 +1,23 @@
 """A reward model in the rounds: which clips are labelled, the audit by hand, and the guard against exploiting it."""
 
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+import torch
 
+from salmonn.caption.captioner import Captioner
+from salmonn.model.fingerprint import hash_model
+from salmonn.preference.heads import ScalarHead
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, RewardConfig
-from salmonn.records import Caption, Event, Reference
+from salmonn.preference.reward_model import RewardInfo, RewardModel, head_width, save_reward_model
+from salmonn.records import Caption, Event, Reference, write_records
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet, ClipSource
+from salmonn.train.evaluate import cache_features
 from salmonn.train.reward import RewardTrainingConfig, rotate_features
 from salmonn.train.reward_rounds import RewardRounds, compare_with_judge, require_labels
 from salmonn.train.rounds import over_optimization
@@ -63,6 +71,32 @@ def test_the_blind_twin_gets_other_videos():
     ]
     rotated = rotate_features({part: part for part in parts})
     assert [rotated[part].video.name for part in parts] == ["b", "b", "b", "c", "a"]
+
+
+def test_the_gain_on_held_out_captions(captioner, random_model, clips, tmp_path):
+    """By the round's reward model, the captions after it minus those before it; the result is kept."""
+    (heldout,) = cache_features(captioner, ClipSet(clips.references[:2], clips.root), name="clips")
+    torch.manual_seed(3)
+    head = ScalarHead(head_width(captioner, "last"))
+    info = RewardInfo("bradley-terry", "last", str(random_model), hash_model(captioner.network), std=2.0)
+    save_reward_model(tmp_path / "round_1" / "reward", head, replace(info, frames=captioner.processor.frames))
+    texts = {"sft": "A tone.", "round_1": "A red circle leaves."}
+    captions = {
+        stage: [Caption(one.video, text, "Tell.") for one in heldout.references] for stage, text in texts.items()
+    }
+    for stage, own in captions.items():
+        write_records(tmp_path / stage / "heldout" / "captions.jsonl", own)
+    model = RewardModel(captioner, head, info)
+    values = {
+        stage: fmean(
+            one.value for one in model.rate(own, lambda caption: heldout.features_of(heldout.by_video[caption.video]))
+        )
+        for stage, own in captions.items()
+    }
+    rounds = replace(make_rounds(heldout.references), out=tmp_path, load=lambda: Captioner.load(random_model))
+    gain = rounds.heldout_gain(1, heldout)
+    assert gain == pytest.approx(values["round_1"] - values["sft"], abs=1e-5) and abs(gain) > 0.01
+    assert replace(rounds, load=None).heldout_gain(1, heldout) == gain
 
 
 def rates(total: float, *, missing: float = 0.3, words: float = 40) -> Rates:
