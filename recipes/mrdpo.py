@@ -107,6 +107,16 @@ class Run:
         """Return the seed of a round."""
         return self.config.seed * 1000 + number
 
+    @property
+    def reward_rounds(self) -> RewardRounds:
+        """Labels and reward models of the rounds, for reward.kind "model"."""
+        config = self.config
+        load_start = partial(config.load_model, config.model)
+        return RewardRounds(
+            config.reward, config.reward_training, self.reward, self.train, config.out, load_start, config.seed,
+            config.strategy,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -189,7 +199,7 @@ def run_rounds(run: Run, summary: RunSummary) -> Path | None:
         summary.rounds.append(measure(policy, run.folder(number), run, summary))
         if not is_missing(run.folder(number) / REWARD_ROUND_NAME):
             summary.reward.append(RewardRound(**read_json(run.folder(number) / REWARD_ROUND_NAME)))
-            summary.add_proxy(number, reward_rounds(run).heldout_gain(number, run.heldout))
+            summary.add_proxy(number, run.reward_rounds.heldout_gain(number, run.heldout))
         report(run, summary)
         if reason := stop_reason(summary, config.early_stopping) or over_optimization(summary):
             summary.stopped = reason
@@ -338,12 +348,7 @@ def sample_and_rate(number: int, policy: ModelPath, run: Run) -> tuple[list[Capt
     )
     del captioner  # a reward model is another network, and a GPU may hold only one
     if config.reward.kind == "model":
-        load_start = partial(config.load_model, config.model)
-        rewards = RewardRounds(
-            config.reward, config.reward_training, run.reward, run.train, config.out, load_start, config.seed,
-            config.strategy,
-        )  # fmt: skip
-        ratings, info = rewards.rate(number, captions)
+        ratings, info = run.reward_rounds.rate(number, captions)
         return captions, ratings, max(min_gap, info.margin(config.reward.min_confidence))
     return captions, rate_captions(captions, run.train, reward=run.reward, folder=folder), min_gap
 
