@@ -101,6 +101,8 @@ def main(config: OfflineDpoConfig) -> None:
     processor = Processor.load(config.model, config=sizes)
     load = load_feedback if config.feedback else load_comparisons
     comparisons = load(config, check=partial(check_texts, processor=processor))
+    if config.loss.per == "clause" and not any(one.chosen_marks or one.rejected_marks for one, _ in comparisons):
+        raise ValueError("loss.per clause needs marked clauses, and no comparison has one; set loss.per caption")
     left_out = LeftOut(config.out, max_failures=config.max_failures)
     open_run(config, plan_steps(config, comparisons, left_out), name="dpo")
     if is_complete(config.out):
@@ -122,6 +124,7 @@ def main(config: OfflineDpoConfig) -> None:
             captioner.processor,
             roles=loss.reference_roles,
             batch_size=config.fit.micro_batch_size,
+            per_token=loss.per_token,
             folder=config.out,
         )
     batches = PreferenceBatches(

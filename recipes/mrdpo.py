@@ -22,6 +22,7 @@ from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
 from salmonn.model.lora import attach_lora
 from salmonn.model.network import Network
+from salmonn.preference.clauses import mark_clauses
 from salmonn.preference.groups import make_groups
 from salmonn.preference.losses import PreferenceLoss, Role, make_loss
 from salmonn.preference.rating import Rating
@@ -322,7 +323,7 @@ def make_pairs(number: int, policy: ModelPath, run: Run) -> list[Comparison]:
     if number > 1 and not config.fresh_pairs:
         return read_records(run.folder(1) / PAIRS_NAME, Comparison)
     captions, ratings, min_gap = sample_and_rate(number, policy, run)
-    return load_or_select(
+    pairs = load_or_select(
         captions,
         ratings,
         run.train,
@@ -332,6 +333,7 @@ def make_pairs(number: int, policy: ModelPath, run: Run) -> list[Comparison]:
         source="reward model" if config.reward.kind == "model" else run.reward.name,
         folder=run.folder(number),
     )
+    return mark_clauses(pairs, captions, ratings) if config.loss.per == "clause" else pairs
 
 
 def sample_and_rate(number: int, policy: ModelPath, run: Run) -> tuple[list[Caption], list[Rating], float]:
@@ -454,7 +456,7 @@ def align_teacher(
             "no two drafts of a clip are of like length and differ by a standard deviation; sample more captions "
             "(sampling.num_samples), or set rebirth.tailor none"
         )
-    loss = make_loss(replace(config.loss, kind="sigmoid", label_smoothing=0.0))
+    loss = make_loss(replace(config.loss, kind="sigmoid", label_smoothing=0.0, per="caption"))
     earlier = adapters_of_rounds(round_of(best), config)
     stage = Stage(folder, config.seed, replace(config.fit, steps=rebirth.teacher_steps, epochs=None), earlier)
     return train_on_preferences(make_pair_examples(pairs, train, roles=loss.roles), best, loss, stage, run)

@@ -249,6 +249,11 @@ class Processor:
             clip_turn=prompt.clip_turn,
         )
 
+    def token_offsets(self, answer: str) -> list[tuple[int, int]]:
+        """Return the characters, start and end, of each token of an answer, without the end of the message."""
+        encoded = self.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+        return [(start, end) for start, end in encoded["offset_mapping"]]
+
     def collate(self, rows: Sequence[PromptRow], clips: Sequence[ClipInputs | ClipFeatures]) -> ModelInputs:
         """Collate rows about clips into a batch, padded on the right.
 

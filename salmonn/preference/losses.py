@@ -51,6 +51,23 @@ class Advantages:
 
 
 @dataclass(frozen=True)
+class Clauses:
+    """Up to C marked clauses of each of A answers of T tokens.
+
+    Args:
+        tokens: (A, C, T) True for the tokens of a clause.
+        signs: (A, C) 1 for a right clause, -1 for a wrong one, 0 where an answer has fewer than C.
+    """
+
+    tokens: Tensor
+    signs: Tensor
+
+    def to(self, device: torch.device) -> "Clauses":
+        """Return the clauses on a device."""
+        return Clauses(self.tokens.to(device), self.signs.to(device))
+
+
+@dataclass(frozen=True)
 class RoleLogps:
     """Log-probabilities of the answers of one role in a batch of B comparisons, or of B clips with their samples.
 
@@ -60,6 +77,7 @@ class RoleLogps:
         reference: (B,) the same sums by the reference policy; None for a role that has none.
         tokens: log-probabilities of the single tokens, for losses with `per_token`.
         advantages: advantages of samples; None for other roles.
+        clauses: marked clauses of chosen and rejected answers.
     """
 
     policy: Tensor
@@ -67,6 +85,7 @@ class RoleLogps:
     reference: Tensor | None = None
     tokens: TokenLogps | None = None
     advantages: Advantages | None = None
+    clauses: Clauses | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -112,6 +131,8 @@ class LossConfig:
         ce_weight: weight of the cross-entropy on the ground-truth caption; 0 for none, which needs no ground truth.
         label_smoothing: share of comparisons that are assumed to be the wrong way round; for sigmoid (conservative
             DPO) and robust only.
+        per: what is compared: the two answers, or with "clause" also each marked clause with itself: a right one should
+            become more likely, a wrong one less likely; for sigmoid only.
         importance: for grpo, what the probability ratio of new and old policy is taken of: each "token" (GRPO), or the
             whole "sequence", as a geometric mean over its tokens (GSPO).
         clip_low, clip_high: for grpo, distance from 1 beyond which a smaller or a larger ratio has no gradient.
@@ -122,6 +143,7 @@ class LossConfig:
     beta: float = 0.1
     ce_weight: float = 0.1
     label_smoothing: float = 0.0
+    per: Literal["caption", "clause"] = "caption"
     importance: Literal["token", "sequence"] = "token"
     clip_low: float = 0.2
     clip_high: float = 0.28
@@ -140,6 +162,8 @@ class LossConfig:
             )
         if self.kind not in get_args(LossName):
             raise ValueError(f"loss.kind must be one of {', '.join(get_args(LossName))}, got {self.kind!r}")
+        if self.per == "clause" and self.kind != "sigmoid":
+            raise ValueError(f"loss.kind {self.kind} has no loss of clauses; use sigmoid, or set loss.per caption")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"loss.label_smoothing must be at least 0 and below 0.5, got {self.label_smoothing}")
         if self.label_smoothing and self.kind not in ("sigmoid", "robust"):
@@ -263,6 +287,34 @@ def grpo_loss(samples: RoleLogps, config: LossConfig) -> LossOutput:
     return LossOutput(config.beta * mean_kl - mean(surrogate), parts)
 
 
+def clause_loss(answers: Sequence[RoleLogps], config: LossConfig) -> LossOutput:
+    """Compute the loss of marked clauses, D3PO (arXiv 2311.13231) with clauses for denoising steps.
+
+    The mean over the marked clauses of a comparison's answers of -log sigmoid(h beta log(pi / ref)), with h = 1 for a
+    right and -1 for a wrong clause, and log-ratios summed over the clause's tokens.
+
+    Args:
+        answers: the chosen and the rejected answers of B comparisons.
+        config: beta.
+
+    Returns:
+        (B,) loss, 0 without a marked clause, and the share of clauses whose likelihood moved in their direction.
+    """
+    rewards, signs = [], []
+    for one in answers:
+        assert one.tokens is not None and one.clauses is not None, (
+            "a loss of clauses has per_token, and its examples marks"
+        )
+        log_ratio = (one.tokens.policy - one.tokens.reference).unsqueeze(1)
+        rewards.append(config.beta * (log_ratio * one.clauses.tokens).sum(-1))
+        signs.append(one.clauses.signs)
+    reward, sign = torch.cat(rewards, dim=1), torch.cat(signs, dim=1)
+    is_marked = sign != 0
+    count = is_marked.sum(-1).clamp(min=1)
+    loss = (is_marked * -F.logsigmoid(sign * reward)).sum(-1) / count
+    return LossOutput(loss, {"clause": loss, "clause_accuracy": (sign * reward > 0).sum(-1) / count})
+
+
 def _reward_margin(ratios: LogRatios, config: LossConfig) -> Tensor:
     return config.beta * ratios.chosen - config.beta * ratios.rejected
 
@@ -290,7 +342,8 @@ def make_loss(config: LossConfig) -> PreferenceLoss:
         reference_roles += ("mismatched",)
     roles: tuple[Role, ...] = (*reference_roles, "ground_truth") if config.ce_weight else reference_roles
     compute = partial(guided_loss, config=config)
-    return PreferenceLoss(compute, roles, reference_roles, per_token=config.kind == "grpo")
+    per_token = config.kind == "grpo" or config.per == "clause"
+    return PreferenceLoss(compute, roles, reference_roles, per_token=per_token)
 
 
 def guided_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutput:
@@ -326,6 +379,12 @@ def _pair_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutpu
         mismatched,
     )
     loss = PAIR_LOSSES[config.kind](ratios, config)
+    of_clauses = {}
+    if config.per == "clause":
+        output = clause_loss([logps["chosen"], logps["rejected"]], config)
+        # A caption whose clauses were marked without a comparison stands beside an empty one.
+        is_pair = (ratios.num_chosen_tokens > 0) & (ratios.num_rejected_tokens > 0)
+        loss, of_clauses = is_pair * loss + output.loss, output.parts
     chosen, rejected = config.beta * ratios.chosen, config.beta * ratios.rejected
     parts = {
         "chosen": chosen,
@@ -335,7 +394,7 @@ def _pair_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutpu
         "chosen_drift": chosen / config.beta,
         "rejected_drift": rejected / config.beta,
     }
-    return LossOutput(loss, parts)
+    return LossOutput(loss, parts | of_clauses)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, center_weight: float = 0.01) -> LossOutput:

@@ -142,6 +142,11 @@ class MrDpoConfig(RunConfig):
                 "loss.kind grpo trains on the round's own samples, relative to the policy that wrote them; set "
                 "fresh_pairs true and reference_policy round_start"
             )
+        if self.loss.per == "clause" and (self.reward.kind == "model" or not self.fresh_pairs):
+            raise ValueError(
+                "loss.per clause needs the judge's quotes of each round's captions; use --reward.kind judge and "
+                "fresh_pairs true, or set loss.per caption"
+            )
         if self.reward.kind == "model" and self.selection.repetition_fraction:
             raise ValueError(
                 "selection.repetition_fraction needs the judge's quotes of repeated clauses, which a reward model "

@@ -8,7 +8,7 @@ a comparison, or for GRPO a clip with all its samples, which have the role "samp
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -25,8 +25,8 @@ from salmonn.model.fingerprint import hash_values, hash_weights
 from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.network import Network
 from salmonn.preference.groups import CaptionGroup
-from salmonn.preference.losses import Advantages, PreferenceLoss, Role, RoleLogps, TokenLogps
-from salmonn.records import Comparison, read_json, write_json
+from salmonn.preference.losses import Advantages, Clauses, PreferenceLoss, Role, RoleLogps, TokenLogps
+from salmonn.records import Comparison, Mark, read_json, write_json
 from salmonn.train.data import ClipSet, ClipSource, SftBatch, SftBatches, batch_at, sft_loss, split_evenly
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
 
@@ -162,6 +162,7 @@ class PreferenceBatch:
         mean_num_examples: number of examples of the whole step, divided by the number of ranks.
         clips: names of its clips, for error messages.
         advantages: advantages of the samples, if the examples are groups.
+        clauses: marked clauses of chosen and rejected answers, if the loss needs single tokens.
     """
 
     inputs: ModelInputs
@@ -170,6 +171,7 @@ class PreferenceBatch:
     mean_num_examples: float
     clips: tuple[str, ...]
     advantages: Advantages | None = None
+    clauses: Mapping[Role, Clauses] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -214,8 +216,35 @@ class PreferenceBatches:
             clips = tuple(example.video for example in examples)
             mean_num_examples = self.batch_size / dist.world_size()
             advantages = _join_advantages([one.group for one in examples if isinstance(one, GroupExample)])
-            micro_batches.append(PreferenceBatch(inputs, rows, reference, mean_num_examples, clips, advantages))
+            clauses: dict[Role, Clauses] = {}
+            pairs = [one.comparison for one in examples if isinstance(one, PreferenceExample)]
+            if pairs and any(logps.ndim > 1 for logps in reference.values()):
+                marked: dict[Role, list[tuple[str, Sequence[Mark]]]] = {
+                    "chosen": [(one.chosen, one.chosen_marks) for one in pairs],
+                    "rejected": [(one.rejected, one.rejected_marks) for one in pairs],
+                }
+                clauses = {
+                    role: _find_clauses(answers, self.processor, num_tokens=reference[role].shape[1])
+                    for role, answers in marked.items()
+                }
+            micro_batches.append(
+                PreferenceBatch(inputs, rows, reference, mean_num_examples, clips, advantages, clauses)
+            )
         return micro_batches
+
+
+def _find_clauses(answers: Sequence[tuple[str, Sequence[Mark]]], processor: Processor, *, num_tokens: int) -> Clauses:
+    """Return the tokens of the marked clauses of answers: those that overlap with a clause by a character."""
+    size = max(len(marks) for _, marks in answers)
+    tokens = torch.zeros(len(answers), size, num_tokens, dtype=torch.bool)
+    signs = torch.zeros(len(answers), size, dtype=torch.long)
+    for row, (text, marks) in enumerate(answers):
+        offsets = processor.token_offsets(text)
+        for column, mark in enumerate(marks):
+            signs[row, column] = 1 if mark.is_right else -1
+            for place, (start, end) in enumerate(offsets):
+                tokens[row, column, place] = start < mark.end and mark.start < end
+    return Clauses(tokens, signs)
 
 
 def _to_tensor(logps: Sequence[float | list[list[float]]]) -> Tensor:
@@ -352,6 +381,7 @@ def role_logps(
     rows: Mapping[Role, slice],
     reference_logps: Mapping[Role, Tensor] | None = None,
     advantages: Advantages | None = None,
+    clauses: Mapping[Role, Clauses] | None = None,
 ) -> dict[Role, RoleLogps]:
     """Sum log-probabilities over the tokens of each answer (arXiv 2305.18290).
 
@@ -362,6 +392,7 @@ def role_logps(
         reference_logps: role -> log-probabilities by the reference policy, if any: (B,) sums, or (A, T) of single
             tokens, which are then returned too.
         advantages: advantages of the samples.
+        clauses: role -> marked clauses.
     """
     num_tokens = (labels[:, 1:] != -100).sum(-1)
     reference = {role: logps.to(token_logps.device) for role, logps in (reference_logps or {}).items()}
@@ -373,8 +404,10 @@ def role_logps(
             continue
         policy = pad_sequence(split_tokens(token_logps[part], labels[part]), batch_first=True)
         mask = torch.arange(policy.shape[1], device=count.device) < count.unsqueeze(-1)
+        tokens = TokenLogps(policy, before, mask)
         of_samples = advantages.to(policy.device) if advantages and role == "sample" else None
-        result[role] = RoleLogps(sums, count, before.sum(-1), TokenLogps(policy, before, mask), of_samples)
+        marked = clauses[role].to(policy.device) if clauses and role in clauses else None
+        result[role] = RoleLogps(sums, count, before.sum(-1), tokens, of_samples, marked)
     return result
 
 
@@ -466,7 +499,9 @@ class PreferenceBatchLoss:
     def __call__(self, model: nn.Module, batch: PreferenceBatch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the loss, and its parts for the log."""
         inputs = batch.inputs.to(dist.device())
-        logps = role_logps(model(inputs), inputs.labels, batch.rows, batch.reference_logps, batch.advantages)
+        logps = role_logps(
+            model(inputs), inputs.labels, batch.rows, batch.reference_logps, batch.advantages, batch.clauses
+        )
         output = self.loss.compute(logps)
         count = batch.mean_num_examples
         return output.loss.sum() / count, {name: part.sum().item() / count for name, part in output.parts.items()}

@@ -8,6 +8,7 @@ import torch
 from salmonn.preference.losses import (
     PAIR_LOSSES,
     Advantages,
+    Clauses,
     LogRatios,
     LossConfig,
     RoleLogps,
@@ -226,9 +227,68 @@ def test_grpo_equals_the_formulas_of_trl(importance):
     assert loss.tolist() == pytest.approx([expected[0] + 0.2, expected[1] + 0.05])
 
 
+def test_clauses_by_hand():
+    """beta 0.5; chosen: a right clause of log-ratios 0.4 and 0.2, a wrong one of 0.8; rejected: a wrong one of -1."""
+    policy = torch.tensor([[-1.6, -1.8, -1.2, -2.0]], dtype=torch.float64, requires_grad=True)
+    rejected_policy = torch.tensor([[-3.0, -5.0]], dtype=torch.float64, requires_grad=True)
+    reference, rejected_reference = torch.full((1, 4), -2.0), torch.tensor([[-2.0, -4.0]])
+    right_and_wrong = torch.tensor([[[True, True, False, False], [False, False, True, False]]])
+    logps = {
+        "chosen": RoleLogps(
+            policy.sum(-1),
+            torch.tensor([4]),
+            reference.sum(-1),
+            TokenLogps(policy, reference, torch.ones(1, 4, dtype=torch.bool)),
+            clauses=Clauses(right_and_wrong, torch.tensor([[1, -1]])),
+        ),
+        "rejected": RoleLogps(
+            rejected_policy.sum(-1),
+            torch.tensor([2]),
+            rejected_reference.sum(-1),
+            TokenLogps(rejected_policy, rejected_reference, torch.ones(1, 2, dtype=torch.bool)),
+            clauses=Clauses(torch.tensor([[[False, True]]]), torch.tensor([[-1]])),
+        ),
+    }
+    result = guided_loss(logps, LossConfig(beta=0.5, ce_weight=0.0, per="clause"))
+    # Clauses: -log s(0.3) = 0.5543552, -log s(-0.4) = 0.9130152, -log s(0.5) = 0.4740770; mean 0.6471492.
+    # Pair: chosen 0.5 * 1.4 = 0.7, rejected 0.5 * -2 = -1: -log s(1.7) = 0.1677859.
+    assert result.parts["clause"].item() == pytest.approx(0.6471492, abs=1e-6)
+    assert result.parts["clause_accuracy"].item() == pytest.approx(2 / 3)
+    assert result.loss.item() == pytest.approx(0.6471492 + 0.1677859, abs=1e-6)
+    result.loss.sum().backward()
+    # Of the pair: -0.5 s(-1.7) = -0.0772324 for each chosen token. Of the clauses, a third: -0.5 s(-0.3) = -0.2127787,
+    # 0.5 s(0.4) = 0.2993438, and for the rejected one 0.5 s(-0.5) = 0.1887703.
+    assert policy.grad[0].tolist() == pytest.approx(
+        [-0.0772324 - 0.0709262, -0.0772324 - 0.0709262, -0.0772324 + 0.0997813, -0.0772324], abs=1e-6
+    )
+    assert rejected_policy.grad[0].tolist() == pytest.approx([0.0772324, 0.0772324 + 0.0629234], abs=1e-6)
+
+
+def test_a_marked_caption_alone_has_no_pair():
+    one = torch.tensor([[-1.0]])
+    alone = RoleLogps(
+        one.sum(-1),
+        torch.tensor([1]),
+        one.sum(-1),
+        TokenLogps(one, one, torch.ones(1, 1, dtype=torch.bool)),
+        clauses=Clauses(torch.ones(1, 1, 1, dtype=torch.bool), torch.tensor([[-1]])),
+    )
+    none = torch.zeros(1, 0)
+    empty = RoleLogps(
+        torch.zeros(1),
+        torch.tensor([0]),
+        torch.zeros(1),
+        TokenLogps(none, none, none.bool()),
+        clauses=Clauses(torch.zeros(1, 0, 0, dtype=torch.bool), torch.zeros(1, 0)),
+    )
+    loss = guided_loss({"chosen": empty, "rejected": alone}, LossConfig(ce_weight=0.0, per="clause")).loss
+    assert loss.item() == pytest.approx(math.log(2))  # of the clause alone; the pair would add as much
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"kind": "ipo", "per": "clause"}, "loss.kind ipo has no loss of clauses"),
         ({"clip_low": 1.0}, "loss.clip_low must be between 0 and 1"),
         ({"kind": "orpo"}, "loss.kind must be one of sigmoid, ipo"),
         ({"label_smoothing": 0.5}, "below 0.5, got 0.5"),

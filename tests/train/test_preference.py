@@ -13,7 +13,7 @@ from salmonn.conversations import Turn
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.groups import CaptionGroup
 from salmonn.preference.losses import LossConfig, make_loss
-from salmonn.records import Caption, Comparison, read_json, write_json
+from salmonn.records import Caption, Comparison, Mark, read_json, write_json
 from salmonn.train.data import ClipSource, SftBatches, TrainingExample, sft_loss
 from salmonn.train.loop import FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import (
@@ -517,3 +517,35 @@ def test_cached_logps_of_tokens_are_not_those_of_answers(captioner, pairs, featu
         tokens = compute_reference_logps(captioner.network, examples, captioner.processor, per_token=True, **options)
         assert [sum(one["chosen"][0]) for one in tokens] == pytest.approx([one["chosen"] for one in sums])
     assert caplog.text.count("recomputing") == 1
+
+
+def test_marks_become_the_tokens_of_their_clauses(captioner, pairs, features_by_video):
+    attach_lora(captioner.network, LORA, seed=0)
+    loss = make_loss(LossConfig(ce_weight=0.0, per="clause"))
+    marked = [
+        replace(pairs[0], chosen_marks=(Mark(0, 10, is_right=True), Mark(11, 18))),  # "a red star", "appears"
+        replace(pairs[1], rejected_marks=(Mark(2, 5),)),  # "low" of "a low tone is heard"
+    ]
+    examples = to_examples(marked, features_by_video)
+    logps = compute_reference_logps(
+        captioner.network, examples, captioner.processor, roles=loss.reference_roles, batch_size=2, per_token=True
+    )
+    batches = PreferenceBatches(
+        examples, logps, captioner.processor, roles=loss.roles, batch_size=2, seed=0, gradient_accumulation_steps=1
+    )
+    (batch,) = batches.micro_batches(0)
+    order = [batch.clips.index(pair.video) for pair in marked]
+    chosen, rejected = batch.clauses["chosen"], batch.clauses["rejected"]
+    tokenizer, first = captioner.processor.tokenizer, order[0]
+    texts = []
+    for column in range(2):
+        ids = tokenizer.encode(marked[0].chosen, add_special_tokens=False)
+        places = chosen.tokens[first, column].nonzero().flatten().tolist()
+        texts.append(tokenizer.decode([ids[place] for place in places]).strip())
+    assert texts == ["a red star", "appears"]
+    assert chosen.signs[first].tolist() == [1, -1] and chosen.signs[order[1]].tolist() == [0, 0]
+    assert rejected.signs[order[1]].tolist() == [-1] and rejected.tokens[order[1]].sum() >= 1
+    # At the start each part is log 2; the second pair has one clause, the first two.
+    value, figures = PreferenceBatchLoss(loss)(captioner.network.eval(), batch)
+    assert value.item() == pytest.approx(2 * math.log(2), rel=1e-4)
+    assert figures["clause"] == pytest.approx(math.log(2), rel=1e-4)
