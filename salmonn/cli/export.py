@@ -37,6 +37,10 @@ def export_parser() -> FlagParser:
     group.add_argument("--root", type=Path | None, default=None, help="folder that the paths of the videos start from")
     references_help = "for helpsteer: JSONL of the references that the captions were judged against"
     group.add_argument("--references", type=Path | None, default=None, help=references_help)
+    gap_help = (
+        "for trl, of judged captions or ratings of `salmonn reward`: smallest difference of the captions of a pair"
+    )
+    group.add_argument("--min_gap", type=float, default=0.1, help=gap_help)
     margin_help = "for trl: add the margins, which TRL's RewardTrainer subtracts in its loss"
     group.add_argument("--margin", action="store_true", help=margin_help)
     return parser
@@ -89,8 +93,9 @@ def _export_rows(values: Namespace) -> int:
         raise ValueError("--rows reads one folder or file of preferences, and --to names one file that ends in .jsonl")
     (source,), out = values.captions, Path(values.to[0])
     number, left_out = export_rows(
-        source, out, kind=values.rows, root=values.root, references=values.references, with_margin=values.margin
-    )
+        source, out, kind=values.rows, root=values.root, references=values.references, min_gap=values.min_gap,
+        with_margin=values.margin,
+    )  # fmt: skip
     reasons = "".join(f"; left out: {reason} ({count})" for reason, count in left_out.items())
     sys.stderr.write(f"{plural(number, 'row')} written to {out}{reasons}\n")
     return 0

@@ -27,8 +27,8 @@ from salmonn.synthetic.judge import RuleJudge
 log = logging.getLogger(__name__)
 Check = Callable[[Comparison], None]
 
-CAPTIONS_NAME, SCORES_NAME = "captions.jsonl", "scores.jsonl"
-EQUAL, NO_VIDEO = "equal answers", "no video"
+CAPTIONS_NAME, SCORES_NAME, RATINGS_NAME = "captions.jsonl", "scores.jsonl", "ratings.jsonl"
+EQUAL, NO_VIDEO, UNRATED = "equal answers", "no video", "captions without a rating"
 _ROUNDING = 1e-9  # margins are differences of fractions: 0.5 - 0.4 must pass a gap of 0.1
 
 
@@ -174,11 +174,12 @@ def read_preferences(
     """Read comparisons from any source.
 
     Args:
-        path: folder with captions.jsonl and scores.jsonl, or with feedback.jsonl; or a file of comparisons, of
-            feedback, of published conversations, or of rows with `prompt`, `chosen`, `rejected` and `video`.
+        path: folder with captions.jsonl and scores.jsonl or, from a reward model, ratings.jsonl; or with
+            feedback.jsonl; or a file of comparisons, of feedback, of published conversations, or of rows with `prompt`,
+            `chosen`, `rejected` and `video`.
         root: folder that the paths of the videos start from; by default that of the file.
         min_gap, repetition_weight: for judged captions: smallest difference of -(Total + repetition_weight *
-            repetition) of a pair.
+            repetition) of a pair; for captions with a reward, of the reward.
         check: raises a ValueError for texts that the model cannot read.
 
     Raises:
@@ -186,11 +187,19 @@ def read_preferences(
         ValueError: a line is invalid, or no comparison can be used.
     """
     if path.is_dir() and (path / SCORES_NAME).is_file():
-        read, left_out = _read_judged(path, min_gap=min_gap, repetition_weight=repetition_weight), Counter[str]()
+        scores = read_scores(path / SCORES_NAME)
+        # The conversion of scores is the same for every judge.
+        judged = JudgeReward(RuleJudge(), repetition_weight=repetition_weight)
+        ratings = [judged.to_rating(score) for score in scores.scores]
+        read, left_out = _read_rated(path, ratings, min_gap=min_gap, source=scores.judge_info.judge)
+    elif path.is_dir() and (path / RATINGS_NAME).is_file():
+        ratings = read_records(path / RATINGS_NAME, Rating)
+        read, left_out = _read_rated(path, ratings, min_gap=min_gap, source="reward model")
     elif path.is_dir():
         if not holds_feedback(path):
             raise FileNotFoundError(
-                f"{path} holds no preferences: expected {CAPTIONS_NAME} with {SCORES_NAME}, or {FEEDBACK_NAME}"
+                f"{path} holds no preferences: expected {CAPTIONS_NAME} with {SCORES_NAME} or {RATINGS_NAME}, or "
+                f"{FEEDBACK_NAME}"
             )
         read, left_out = to_comparisons(read_feedback(path))
     else:
@@ -222,18 +231,18 @@ def _check(comparison: Comparison, check: Check | None, *, where: str) -> None:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _read_judged(folder: Path, *, min_gap: float, repetition_weight: float) -> list[Comparison]:
-    captions, scores = read_records(folder / CAPTIONS_NAME, Caption), read_scores(folder / SCORES_NAME)
-    # The conversion of scores is the same for every judge.
-    reward = JudgeReward(RuleJudge(), repetition_weight=repetition_weight)
-    ratings = [reward.to_rating(score) for score in scores.scores]
-    comparisons = list[Comparison]()
+def _read_rated(
+    folder: Path, ratings: Sequence[Rating], *, min_gap: float, source: str
+) -> tuple[list[Comparison], Counter[str]]:
+    """Return comparisons of a folder's captions, and the number of captions without a rating if there are such."""
+    captions, comparisons = read_records(folder / CAPTIONS_NAME, Caption), list[Comparison]()
     modalities: tuple[Modality, ...] = ("both", "visual", "audio")
     for modality in modalities:  # of what the captioner was given, as `salmonn reward` reads it
         same = [caption for caption in captions if (caption.modality or "both") == modality]
-        compared = compare_ratings(same, ratings, min_gap=min_gap, source=scores.judge_info.judge)
+        compared = compare_ratings(same, ratings, min_gap=min_gap, source=source)
         comparisons += [replace(one, modality=modality) for one in compared]
-    return comparisons
+    rated = {_rating_key(rating.score or rating) for rating in ratings}
+    return comparisons, +Counter({UNRATED: sum(_rating_key(caption) not in rated for caption in captions)})
 
 
 def _read_file(path: Path) -> tuple[list[Comparison], Counter[str]]:

@@ -31,6 +31,7 @@ def export_rows(
     kind: RowKind,
     root: Path | None = None,
     references: Path | None = None,
+    min_gap: float = 0.1,
     with_margin: bool = False,
 ) -> tuple[int, Mapping[str, int]]:
     """Write the preferences, or the judged captions, of a source as rows for other libraries.
@@ -41,6 +42,7 @@ def export_rows(
         kind: format of the rows.
         root: folder that the paths of the videos start from; by default that of the source.
         references: for "helpsteer": JSONL of the references that the captions were judged against.
+        min_gap: for "trl", of rated captions: smallest difference of two ratings.
         with_margin: for "trl": add `margin`, which TRL's RewardTrainer subtracts from the difference of rewards.
 
     Returns:
@@ -67,7 +69,7 @@ def export_rows(
             else:
                 rows.append(_helpsteer_row(caption, objectives, root=root or source))
     else:
-        preferences = read_preferences(source, root=root)
+        preferences = read_preferences(source, root=root, min_gap=min_gap)
         left_out.update(preferences.left_out)
         for one in preferences.comparisons:
             reason = _misfit(one, finished=[one.chosen_finished, one.rejected_finished])

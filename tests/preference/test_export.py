@@ -5,6 +5,7 @@ import json
 import pytest
 
 from salmonn.preference.comparisons import read_preferences
+from salmonn.preference.rating import Rating
 from salmonn.records import Caption, Comparison, Event, JudgeInfo, Mention, Reference, Score, write_records
 from salmonn.score.formats import write_scores
 
@@ -54,6 +55,23 @@ def test_rows_of_trl(pairs, call, tmp_path):
     assert code == 0 and [json.loads(line)["margin"] for line in out.read_text().splitlines()] == [0.25, 0.5]
     trl = pytest.importorskip("trl.data_utils", reason="TRL is not installed (extra bench)")
     assert trl.is_conversational(first) and trl.maybe_extract_prompt(dict(second)) == second
+
+
+def test_rows_from_a_reward_model(call, tmp_path):
+    """Ratings beside the captions are preferences, too: gaps of 0.5 and 0.2, and a caption that has no rating."""
+    (tmp_path / "a.mp4").touch()
+    write_records(
+        tmp_path / "captions.jsonl", [Caption("a.mp4", text, "Tell.", sample=n) for n, text in enumerate("abcd")]
+    )
+    ratings = [Rating("a.mp4", {"reward": value}, {"reward": 1.0}, n) for n, value in enumerate((0.5, 0.0, 0.3))]
+    write_records(tmp_path / "ratings.jsonl", ratings)
+    flags = ("--rows", "trl", "--to", tmp_path / "rows.jsonl", "--margin", "--min-gap", 0.25)
+    code, _, err = call("export", tmp_path, *flags)
+    assert code == 0, err
+    assert "2 rows written" in err and "left out: captions without a rating (1)" in err
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = [(row["chosen"][0]["content"], row["rejected"][0]["content"], row["margin"]) for row in rows]
+    assert found == [("a", "b", 0.5), ("c", "b", 0.3)]
 
 
 def test_rows_of_helpsteer(call, tmp_path):
