@@ -2,9 +2,10 @@
 
     python tools/raters.py run/round_1/captions.jsonl --references run/clips/seed11-400/clips.jsonl --out run/votes
 
-Raters belong to groups that want different things (salmonn/synthetic/raters.py); a rater's name says its group.
-Captions of the same clip are judged by the rule judge, and each vote is between two of them that differ in words. Needs
-several captions of each clip: the file of a round, or that of `salmonn caption --temperature 0.8` with several seeds.
+Raters belong to groups that want different things, or are voters with a known flaw (--kind, as `make_voter` in
+salmonn/synthetic/raters.py); a rater's name says which. Captions of the same clip are judged by the rule judge, and
+each vote is between two of them that differ in words. Needs several captions of each clip: the file of a round, or that
+of `salmonn caption --temperature 0.8` with several seeds.
 """
 
 import sys
@@ -17,7 +18,17 @@ from salmonn.preference.feedback import FEEDBACK_NAME, Candidate, Feedback, keep
 from salmonn.records import Caption, Reference, atomic_folder, read_records, write_records
 from salmonn.score.judge import ScoringTask
 from salmonn.synthetic.judge import RuleJudge
-from salmonn.synthetic.raters import GROUPS, CaptionTraits, NoiseName, caption_traits, draw_votes, make_raters
+from salmonn.synthetic.raters import (
+    GROUPS,
+    CaptionTraits,
+    NoiseName,
+    Rater,
+    VoterKind,
+    caption_traits,
+    draw_votes,
+    make_raters,
+    make_voter,
+)  # fmt: skip
 
 DATE = "2026-01-01T00:00:00+00:00"  # of all votes, so that the same flags write the same bytes
 
@@ -46,9 +57,13 @@ def write_votes(options: Namespace) -> int:
         by_video.setdefault(caption.video, {}).setdefault(" ".join(caption.text.split()), caption)
     clips = [_judge(captions, references[video]) for video, captions in by_video.items()]
     captions = [list(group.values()) for group in by_video.values()]
-    raters = make_raters(
-        options.raters, groups=options.groups, noise=options.noise, mixed=options.mixed, seed=options.seed
-    )
+    raters: list[Rater] = []
+    if options.kind:
+        raters += [make_voter(options.kind[one % len(options.kind)], seed=one) for one in range(options.raters)]
+    else:
+        raters += make_raters(
+            options.raters, groups=options.groups, noise=options.noise, mixed=options.mixed, seed=options.seed
+        )
     votes: list[Feedback] = []
     with atomic_folder(options.out) as folder:
         (folder / "videos").mkdir()
@@ -101,6 +116,9 @@ def _parse(arguments: Sequence[str] | None) -> Namespace:
     parser.add_argument("--votes", type=_positive, default=50, help="number of votes of each")
     parser.add_argument(
         "--groups", nargs="+", choices=GROUPS, default=["complete", "short", "sound", "careful"], help="in turn"
+    )
+    parser.add_argument(
+        "--kind", nargs="+", choices=get_args(VoterKind), help="voters of these kinds in turn, instead of groups"
     )
     parser.add_argument("--mixed", action="store_true", help="each rater is a random mixture of the groups")
     parser.add_argument("--noise", choices=get_args(NoiseName), default="usual", help="how often raters err")

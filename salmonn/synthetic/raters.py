@@ -23,8 +23,6 @@ VoterKind = Literal["metric", "noisy", "hasty", "long", "doubter", "eye", "ear",
 WORDS = 60  # length of 1
 MIXTURE_CONCENTRATION = 0.3  # of the Dirichlet distribution; below 1, a rater is mostly of one group
 REPETITION_WEIGHT = 8.0  # as in recipes/configs/mrdpo.yaml
-TIE_MARGIN = 0.05  # a voter who prefers neither by more than this calls it a tie
-BAD_LOSS = 0.8  # (Total + weighted repetition) of a caption that is bad however good the other is
 
 
 @dataclass(frozen=True)

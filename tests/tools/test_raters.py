@@ -43,6 +43,9 @@ def test_votes_are_like_those_of_people(captions, load_tool, tmp_path, capsys):
     assert all((tmp_path / "one" / pair.video).is_file() for pair in pairs)
     summary = summarize_raters(votes)
     assert [one.num_votes for one in summary.raters] == [30] * 4
+    tool.main([str(captions), *flags, "--kind", "long", "noisy", "--out", str(tmp_path / "kinds")])
+    raters = {vote.rater for vote in FeedbackStore(tmp_path / "kinds").read()}
+    assert raters == {"long-0", "noisy-1", "long-2", "noisy-3"}
     with pytest.raises(SystemExit, match="exists and is not empty"):
         tool.main([str(captions), *flags, "--out", str(tmp_path / "one")])
     write_records(captions, [Caption("other.mp4", "A dog barks.")])
