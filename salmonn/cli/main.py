@@ -131,7 +131,7 @@ COMMANDS: dict[str, Command] = {
     "reward": (reward_parser, run_reward, "rate captions with a reward model"),
     "reward-benchmark": (benchmark_parser, run_benchmark, "measure a judge or reward model on labelled pairs"),
     "demo": (demo_parser, run_demo, "start the web UI: caption, compare and vote, inspect training runs"),
-    "votes": (votes_parser, run_votes, "summarize votes by rater, or delete those of one"),
+    "votes": (votes_parser, run_votes, "report on people's feedback, export it, or delete that of one person"),
     "plot": (plot_parser, run_plot, "plot a training run and list its stages"),
     "serve": (serve_parser, run_serve, "start an HTTP server with an OpenAI-compatible API"),
     "synth": (synth_parser, run_synth, "render synthetic clips whose events are known exactly"),

@@ -1,26 +1,37 @@
 """Preferences and objectives as rows for other libraries: `salmonn export SOURCE --rows trl|helpsteer`.
 
+People's feedback has more kinds, which `salmonn votes FOLDER --export` writes.
+
     trl        {"prompt": [message], "chosen": [message], "rejected": [message], "videos": [path]} for each comparison,
                a conversational preference dataset with explicit prompts as TRL documents it
     helpsteer  {"prompt": text, "response": text, "videos": [path], "correctness": 0 to 4, ...} for each judged caption,
                as in HelpSteer, whose correctness and verbosity are our `correct` and `length`
+    unpaired   {"prompt": [message], "completion": [message], "label": bool, "videos": [path]} for each caption rated
+               good or bad, as TRL's KTOTrainer takes it
+    arena      {"model_a": name, "model_b": name, "winner": "model_a", "model_b", "tie" or "tie (bothbad)",
+               "judge": rater, "tstamp": seconds since 1970} for each vote, as in FastChat's files of battles
 
 TRL has `images` and no videos yet; `videos` is named by analogy.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from salmonn.preference.comparisons import CAPTIONS_NAME, SCORES_NAME, read_preferences
+from salmonn.preference.comparisons import CAPTIONS_NAME, SCORES_NAME, Preferences, read_preferences
+from salmonn.preference.feedback import Feedback, read_feedback
+from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.preference.objectives import OBJECTIVES, judged_objectives
 from salmonn.records import Caption, Comparison, Reference, read_records, write_text
 from salmonn.score.formats import read_scores
 
-RowKind = Literal["trl", "helpsteer"]
+RowKind = Literal["trl", "helpsteer", "unpaired", "arena"]
 HELPSTEER_NAMES = {"correct": "correctness", "length": "verbosity"}
+Rows = tuple[list[dict[str, Any]], Counter[str]]  # and reason -> number of what a row cannot hold
+NO_RATING = "votes and texts, which are no ratings"
 CUT, PART = "answers that are cut off", "a part of the clip, one modality or a separate audio track"
 
 
@@ -55,30 +66,60 @@ def export_rows(
         raise ValueError(
             "rows of helpsteer need --references, the events that the captions were judged against; rows of trl do not"
         )
-    rows = list[dict[str, Any]]()
-    left_out = Counter[str]()
-    if references:
-        if not (source / SCORES_NAME).is_file():
-            raise ValueError(f"{source} holds no judged captions: expected {CAPTIONS_NAME} and {SCORES_NAME} in it")
-        by_video = {one.video: one for one in read_records(references, Reference)}
-        captions = read_records(source / CAPTIONS_NAME, Caption)
-        judged = judged_objectives(captions, read_scores(source / SCORES_NAME).scores, by_video)
-        for caption, objectives in judged:
-            if reason := _misfit(caption, finished=[caption.finished]):
-                left_out[reason] += 1
-            else:
-                rows.append(_helpsteer_row(caption, objectives, root=root or source))
-    else:
-        preferences = read_preferences(source, root=root, min_gap=min_gap)
-        left_out.update(preferences.left_out)
-        for one in preferences.comparisons:
-            reason = _misfit(one, finished=[one.chosen_finished, one.rejected_finished])
-            if reason or one.audio:
-                left_out[reason or PART] += 1
-            else:
-                rows.append(_trl_row(one, root=preferences.root, with_margin=with_margin))
+    match kind:
+        case "helpsteer":
+            rows, left_out = _helpsteer_rows(source, references or Path(), root=root or source)
+        case "arena":
+            rows, left_out = _arena_rows(read_feedback(source))
+        case "unpaired":
+            rows, left_out = _unpaired_rows(read_feedback(source), root=root or source)
+        case _:
+            rows, left_out = _trl_rows(read_preferences(source, root=root, min_gap=min_gap), with_margin=with_margin)
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return len(rows), dict(left_out)
+
+
+def _helpsteer_rows(source: Path, references: Path, *, root: Path) -> Rows:
+    if not (source / SCORES_NAME).is_file():
+        raise ValueError(f"{source} holds no judged captions: expected {CAPTIONS_NAME} and {SCORES_NAME} in it")
+    by_video = {one.video: one for one in read_records(references, Reference)}
+    captions = read_records(source / CAPTIONS_NAME, Caption)
+    rows, left_out = list[dict[str, Any]](), Counter[str]()
+    for caption, objectives in judged_objectives(captions, read_scores(source / SCORES_NAME).scores, by_video):
+        if reason := _misfit(caption, finished=[caption.finished]):
+            left_out[reason] += 1
+        else:
+            rows.append(_helpsteer_row(caption, objectives, root=root))
+    return rows, left_out
+
+
+def _trl_rows(preferences: Preferences, *, with_margin: bool) -> Rows:
+    rows, left_out = list[dict[str, Any]](), Counter(preferences.left_out)
+    for one in preferences.comparisons:
+        reason = _misfit(one, finished=[one.chosen_finished, one.rejected_finished])
+        if reason or one.audio:
+            left_out[reason or PART] += 1
+        else:
+            rows.append(_trl_row(one, root=preferences.root, with_margin=with_margin))
+    return rows, left_out
+
+
+def _unpaired_rows(feedback: Sequence[Feedback], *, root: Path) -> Rows:
+    comparisons, left_out = to_comparisons(feedback, unpaired=True)
+    rows = list[dict[str, Any]]()
+    for one in comparisons:
+        reason = _misfit(one, finished=[]) if one.source == "rating" else NO_RATING
+        if reason:
+            left_out[reason] += 1
+        else:
+            rows.append(_unpaired_row(one, root=root))
+    return rows, left_out
+
+
+def _arena_rows(feedback: Sequence[Feedback]) -> Rows:
+    votes = [one for one in feedback if one.action == "vote"]
+    whole = [one for one in votes if all(caption.finished for caption in one.captions)]
+    return [_arena_row(one) for one in whole], +Counter({CUT: len(votes) - len(whole)})
 
 
 def _misfit(record: Caption | Comparison, *, finished: Iterable[bool]) -> str:
@@ -103,6 +144,27 @@ def _trl_row(comparison: Comparison, *, root: Path, with_margin: bool) -> dict[s
             f"a comparison about {comparison.video} has no margin, since its source says only which answer is better"
         )
     return row | {"margin": comparison.margin}
+
+
+def _unpaired_row(comparison: Comparison, *, root: Path) -> dict[str, Any]:
+    return {
+        "prompt": _messages(("user", comparison.prompt)),
+        "completion": _messages(("assistant", comparison.chosen or comparison.rejected)),
+        "label": bool(comparison.chosen),
+        "videos": [str((root / comparison.video).resolve())],
+    }
+
+
+def _arena_row(vote: Feedback) -> dict[str, Any]:
+    first, second = (caption.name for caption in vote.captions)
+    winners = {"first": "model_a", "second": "model_b", "both bad": "tie (bothbad)"}
+    return {
+        "model_a": first,
+        "model_b": second,
+        "winner": winners.get(vote.choice or "", "tie"),
+        "judge": vote.rater,
+        "tstamp": datetime.fromisoformat(vote.date).timestamp(),
+    }
 
 
 def _messages(*messages: tuple[str, str]) -> list[dict[str, str]]:

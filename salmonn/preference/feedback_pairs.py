@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from salmonn.preference.feedback import Candidate, Feedback, find_unused_reason
+from salmonn.preference.feedback import COUNTED_ONLY, Candidate, Feedback, find_unused_reason
 from salmonn.records import Comparison, Modality
 from salmonn.score.repetition import remove_clauses
 
@@ -22,21 +22,24 @@ def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> t
       good, and both captions of a vote for neither ("both bad") are bad. Of several ratings by one person the last
       counts; captions that as many people find good as bad are left out.
 
-    A text that a person wrote about a clip is the ground truth of its other comparisons, too, if they have none. Of the
-    marks on a caption, the last ones count.
+    A text that a person wrote about a clip, or its reference caption, is the ground truth of its other comparisons that
+    have none. Of the marks on a caption, and of what one person says is missing, the last count.
 
     Args:
         feedback: feedback; the videos of the comparisons are relative to its folder.
         unpaired: return each rated caption by itself, for losses that need no pairs.
     """
     unused = Counter(reason for one in feedback if (reason := find_unused_reason(one)))
-    usable = [one for one in feedback if one.action not in ("shown", "copy") and not find_unused_reason(one)]
+    usable = [one for one in feedback if one.action not in COUNTED_ONLY and not find_unused_reason(one)]
     comparisons = [comparison for one in usable for comparison in _own_comparisons(one)]
+    lacking = {(one.rater, _key(one), one.first.text): one for one in usable if one.missing}
+    comparisons += [_correct(one) for one in lacking.values()]
     rated = _collect_ratings(usable)
     if disagreed := sum(not one.balance for one in rated):
         unused["people disagree whether the caption is good"] += disagreed
     comparisons += _unpaired(rated) if unpaired else _pairs(rated, unused)
-    truths = {_key(one): one.own_text for one in usable if one.own_text}
+    truths = {_key(one): one.ground_truth for one in usable if one.ground_truth}
+    truths |= {_key(one): one.own_text for one in usable if one.own_text}
     marks = {(_key(one), one.first.text): one.marks for one in usable if one.marks}
     known = {_comparison_key(one) for one in comparisons}
     if spare := sum(one.action == "finish" and _key(one) not in known for one in usable):
@@ -62,17 +65,20 @@ def describe_comparisons(comparisons: Sequence[Comparison], unused: Counter[str]
 
 
 def _own_comparisons(one: Feedback) -> list[Comparison]:
-    """Return the comparisons that feedback makes by itself: of a vote, an edit, or what is missing."""
+    """Return the comparisons that feedback makes by itself: of a vote or an edit."""
     if one.chosen and one.rejected:
         return [_compare(one, one.chosen.text, one.rejected.text, source="vote", ground_truth=one.ground_truth)]
     if one.action == "edit" and one.own_text.split() != one.first.text.split():
         pair = _compare(one, one.own_text, one.first.text, source="edit", ground_truth=one.own_text)
         return [replace(pair, rejected_finished=one.first.finished)]
-    if one.missing.strip():
-        wrong = [(mark.start, mark.end) for mark in one.marks if not mark.is_right]
-        corrected = f"{remove_clauses(one.first.text, wrong)} {one.missing.strip()}".strip()
-        return [_compare(one, corrected, one.first.text, source="missing")]
     return []
+
+
+def _correct(one: Feedback) -> Comparison:
+    """Prefer the caption with what it lacks, and without its wrong clauses."""
+    wrong = [(mark.start, mark.end) for mark in one.marks if not mark.is_right]
+    corrected = f"{remove_clauses(one.first.text, wrong)} {one.missing}".strip()
+    return _compare(one, corrected, one.first.text, source="missing")
 
 
 def _compare(one: Feedback, chosen: str, rejected: str, *, source: str, ground_truth: str = "") -> Comparison:

@@ -1,13 +1,19 @@
-"""Reports on people's feedback: votes between models, agreement with the metric, and raters."""
+"""Report on people's feedback: use of each model's captions, ratings, agreement with the metric, and raters."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import fmean, median
 
 from salmonn.preference.feedback import Feedback
 from salmonn.preference.feedback_pairs import to_comparisons
+from salmonn.preference.ratings import Ratings, fit_ratings
+from salmonn.score.repetition import find_clauses
 from salmonn.score.stats import Interval, wilson_interval
+from salmonn.score.text_spans import find_quote
+
+NO_DRAFT = "(no draft)"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,32 @@ class Matchup:
 
 
 @dataclass(frozen=True)
+class ModelUse:
+    """What people did with the captions of a model, or without a draft.
+
+    Args:
+        name: name of the model, with its temperature if it was sampled; `NO_DRAFT` for texts without a draft.
+        copied: copies among the captions shown.
+        rated_good: good ratings among all.
+        accepted, edited: drafts that were taken as they are, or edited, among the drafts shown; the others were left.
+        num_texts: number of texts written, with this draft or without one.
+        persistence: mean share of a draft's clauses that are in the final text; None without drafts.
+        seconds: median time until a text was done; None without texts.
+        total: mean Total of the texts; None if none was scored.
+    """
+
+    name: str
+    copied: Proportion
+    rated_good: Proportion
+    accepted: Proportion
+    edited: Proportion
+    num_texts: int
+    persistence: float | None
+    seconds: float | None
+    total: float | None
+
+
+@dataclass(frozen=True)
 class FeedbackSummary:
     """Summary of all feedback.
 
@@ -65,6 +97,8 @@ class FeedbackSummary:
         num_comparisons: comparisons to train on that all feedback makes.
         num_ratings, num_edits, num_copies: captions rated good or bad, texts of people, and copies.
         raters: votes by person.
+        models: use of each model's captions.
+        ratings: ratings of models; None without votes.
     """
 
     num_votes: int
@@ -77,31 +111,77 @@ class FeedbackSummary:
     num_edits: int
     num_copies: int
     raters: "RatersSummary"
+    models: tuple[ModelUse, ...]
+    ratings: Ratings | None
 
 
 def summarize_feedback(feedback: Sequence[Feedback]) -> FeedbackSummary:
     """Summarize feedback."""
     votes = [one for one in feedback if one.action == "vote"]
-    decided = [(vote.chosen, vote.rejected) for vote in votes if vote.chosen and vote.rejected]
-    totals = [
-        (chosen.total, rejected.total)
-        for chosen, rejected in decided
-        if chosen.total is not None and rejected.total is not None
-    ]
-    different = [(chosen, rejected) for chosen, rejected in totals if chosen != rejected]
+    num_decided = sum(vote.chosen is not None for vote in votes)
+    agreement, num_equal_totals = measure_agreement(votes)
     actions = Counter(one.action for one in feedback)
     return FeedbackSummary(
         num_votes=len(votes),
         matchups=_count_matchups(votes),
-        first_preferred=Proportion(sum(vote.choice == "first" for vote in votes), len(decided)),
-        agreement=Proportion(sum(chosen < rejected for chosen, rejected in different), len(different)),
-        num_equal_totals=len(totals) - len(different),
+        first_preferred=Proportion(sum(vote.choice == "first" for vote in votes), num_decided),
+        agreement=agreement,
+        num_equal_totals=num_equal_totals,
         num_comparisons=len(to_comparisons(feedback)[0]),
         num_ratings=actions["good"] + actions["bad"],
         num_edits=sum(bool(one.own_text) for one in feedback),
         num_copies=actions["copy"],
         raters=summarize_raters(votes),
+        models=_summarize_use(feedback),
+        ratings=fit_ratings(votes),
     )
+
+
+def measure_agreement(votes: Sequence[Feedback]) -> tuple[Proportion, int]:
+    """Return votes for the caption with the lower Total, and the number of votes between equal Totals."""
+    totals = [
+        (vote.chosen.total, vote.rejected.total)
+        for vote in votes
+        if vote.chosen and vote.rejected and vote.chosen.total is not None and vote.rejected.total is not None
+    ]
+    different = [(chosen, rejected) for chosen, rejected in totals if chosen != rejected]
+    lower = sum(chosen < rejected for chosen, rejected in different)
+    return Proportion(lower, len(different)), len(totals) - len(different)
+
+
+def _summarize_use(feedback: Sequence[Feedback]) -> tuple[ModelUse, ...]:
+    by_model: dict[str, list[Feedback]] = {}
+    for one in feedback:
+        if one.tab != "compare":
+            by_model.setdefault(one.first.name or NO_DRAFT, []).append(one)
+    return tuple(_model_use(name, by_model[name]) for name in sorted(by_model))
+
+
+def _model_use(name: str, feedback: Sequence[Feedback]) -> ModelUse:
+    counts = Counter((one.tab, one.action) for one in feedback)
+    num_drafts = counts["write", "shown"] * (name != NO_DRAFT)
+    num_rated = counts["caption", "good"] + counts["caption", "bad"]
+    texts = [one for one in feedback if one.tab == "write" and one.action in ("accept", "edit", "finish")]
+    seconds = [one.seconds for one in texts if one.seconds is not None]
+    totals = [one.total for one in texts if one.total is not None]
+    persistence = [share_kept(one.first.text, one.text) for one in texts if one.first.text.strip()]
+    return ModelUse(
+        name,
+        copied=Proportion(counts["caption", "copy"], counts["caption", "shown"]),
+        rated_good=Proportion(counts["caption", "good"], num_rated),
+        accepted=Proportion(counts["write", "accept"], num_drafts),
+        edited=Proportion(counts["write", "edit"], num_drafts),
+        num_texts=len(texts),
+        persistence=fmean(persistence) if persistence else None,
+        seconds=median(seconds) if seconds else None,
+        total=fmean(totals) if totals else None,
+    )
+
+
+def share_kept(draft: str, text: str) -> float:
+    """Return the share of a draft's clauses whose words are in a text, in this order; 1 for a draft without clauses."""
+    clauses = [draft[start:end] for start, end in find_clauses(draft)]
+    return fmean(find_quote(clause, text) is not None for clause in clauses) if clauses else 1.0
 
 
 def _count_matchups(votes: Sequence[Feedback]) -> tuple[Matchup, ...]:

@@ -58,6 +58,12 @@ def find_repeated_spans(text: str) -> list[CharSpan]:
     return spans
 
 
+def find_clauses(text: str) -> list[CharSpan]:
+    """Return the places of the clauses of a text, without the words that introduce them, from left to right."""
+    clauses = [(clause, _own_words(clause, text)) for clause in _split_clauses(text)]
+    return [(words[0][0], max(clause.end, words[-1][1])) for clause, words in clauses if words]
+
+
 def remove_clauses(text: str, spans: Sequence[CharSpan]) -> str:
     """Remove the clauses whose own words all lie in the given places, and the conjunctions that introduce them.
 

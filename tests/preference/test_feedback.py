@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import resource
 import threading
@@ -13,6 +14,7 @@ import pytest
 from salmonn.preference.feedback import Candidate, Feedback, FeedbackStore, find_unused_reason, keep_video
 from salmonn.preference.feedback_pairs import describe_comparisons, to_comparisons
 from salmonn.preference.feedback_report import Matchup, Proportion, summarize_feedback, summarize_raters
+from salmonn.preference.ratings import fit_ratings
 from salmonn.records import Comparison, Mark
 
 LEFT = Candidate("one", "A dog barks.", "Describe it.", temperature=0.8, seed=3, total=0.25)
@@ -139,13 +141,13 @@ def test_edits_and_what_is_missing():
     ]
     comparisons, unused = to_comparisons(feedback)
     assert [(one.source, one.chosen, one.rejected) for one in comparisons] == [
-        ("missing", "A dog barks. A bird sings.", draft),
         ("edit", "A dog barks.", draft),
+        ("missing", "A dog barks. A bird sings.", draft),
     ]
-    assert [one.ground_truth for one in comparisons] == ["A dog.", "A dog barks."]
+    assert [one.ground_truth for one in comparisons] == ["A dog barks.", "A dog."]
     assert all(one.rejected_marks == (mark,) and one.chosen_marks == () for one in comparisons)
     assert describe_comparisons(comparisons, unused) == (
-        "2 comparisons (1 from missing, 1 from edit); not used: no caption of the clip with the opposite rating (1), "
+        "2 comparisons (1 from edit, 1 from missing); not used: no caption of the clip with the opposite rating (1), "
         "a text without a draft, and no other feedback on the clip (1)"
     )
 
@@ -434,3 +436,69 @@ def test_summary():
 def test_no_feedback():
     summary = summarize_feedback([])
     assert summary.matchups == () and summary.agreement.total == 0 and summary.first_preferred.value == 0.0
+
+
+def test_use_of_captions():
+    """Of four captions shown, one was copied; of three drafts, one was taken as it is, one edited and one left."""
+    draft = "A dog barks, and a cat sleeps."
+    written = {"tab": "write", "seconds": 8.0}
+    no_draft = Candidate("", "", "Describe it.")
+    feedback = [
+        *[rate("shown", "", tab="caption")] * 4, rate("copy", "", tab="caption"),
+        rate("good", "a", tab="caption"), rate("good", "b", tab="caption"), rate("bad", "c", tab="caption"),
+        *[rate("shown", "", tab="write")] * 3,
+        replace(rate("accept", draft, **written), text=draft, total=0.5),
+        replace(rate("edit", draft, **written), text="A dog barks. A bird sings.", total=0.25, seconds=20.0),
+        replace(rate("shown", "", tab="write"), first=no_draft),
+        replace(rate("finish", "", **written), first=no_draft, text="A dog."),
+        KEPT,
+    ]  # fmt: skip
+    nothing, model = summarize_feedback(feedback).models
+    assert (nothing.name, nothing.num_texts, nothing.seconds) == ("(no draft)", 1, 8.0)
+    assert nothing.persistence is None and nothing.total is None and nothing.accepted.total == 0
+    counts = [(one.count, one.total) for one in (model.copied, model.rated_good, model.accepted, model.edited)]
+    assert counts == [(1, 4), (2, 3), (1, 3), (1, 3)]
+    # One of two clauses is left after the edit, and both without one.
+    assert (model.persistence, model.seconds, model.total, model.num_texts) == (0.75, 14.0, 0.375, 2)
+
+
+def test_ratings_by_hand():
+    """Two models, one rater each: A wins 3 of 4 on either side, at equal lengths; the ridge pulls the logit to 0."""
+    one, two = Candidate("one", "a b", "p"), Candidate("two", "c d", "p")
+    wins = ["first", "first", "first", "second"]
+    votes = [replace(VOTE, first=one, second=two, choice=choice, rater=str(n)) for n, choice in enumerate(wins)]
+    swapped = {"first": "second", "second": "first"}
+    votes += [replace(one_, first=two, second=one, choice=swapped[one_.choice], rater="x") for one_ in votes]
+    ratings = fit_ratings(votes)
+    # theta and -theta: 8 (6 / 8 - sigmoid(2 theta)) = 0.5 theta.
+    theta = (ratings.models["one"].value - 1000) * math.log(10) / 400
+    assert 8 * (0.75 - 1 / (1 + math.exp(-2 * theta))) == pytest.approx(0.5 * theta, abs=1e-6)
+    assert list(ratings.models) == ["one", "two"] and ratings.models["two"].value == pytest.approx(
+        2000 - ratings.models["one"].value
+    )
+    assert ratings.side.value == pytest.approx(0, abs=1e-9) and ratings.length.value == pytest.approx(0, abs=1e-9)
+    assert (ratings.num_votes, ratings.num_raters) == (8, 5)
+    assert ratings.models["one"].low < ratings.models["one"].value < ratings.models["one"].high
+    assert fit_ratings(votes[4:]).side.high == math.inf  # of one rater
+    assert fit_ratings([replace(VOTE, first=replace(one, finished=False))]) is None
+
+
+def test_exports(votes, call, tmp_path):
+    """Three votes for B, of the sampled model "one" and of "two"; and a rating."""
+    votes.add(replace(rate("bad", "A dog."), kept_video="", rater="cy"), tmp_path / "a.mp4")
+    out = tmp_path / "out.jsonl"
+    rows = {}
+    for kind in ("arena", "unpaired", "trl"):
+        code, _, err = call("votes", votes.folder, "--export", kind, "--out", out)
+        assert code == 0, err
+        rows[kind] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["judge"] for row in rows["arena"]] == ["ann", "ann", "bob"]
+    assert rows["arena"][0] == {
+        "model_a": "one (temperature 0.8)", "model_b": "two", "winner": "model_b", "judge": "ann",
+        "tstamp": 1795341600.0,
+    }  # fmt: skip
+    (rated,) = rows["unpaired"]
+    assert (rated["completion"], rated["label"]) == ([{"role": "assistant", "content": "A dog."}], False)
+    assert [row["chosen"][0]["content"] for row in rows["trl"]] == [RIGHT.text] * 3
+    code, _, err = call("votes", votes.folder, "--export", "trl")
+    assert code == 2 and "give both, or neither" in err

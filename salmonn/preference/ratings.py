@@ -1,0 +1,141 @@
+"""Ratings of models from votes by Bradley and Terry's model, with the effects of side and length. Imports no torch.
+
+P(A wins) = sigmoid(theta_A - theta_B + side + length * (words of A - words of B))
+
+As in Chatbot Arena's style control (FastChat, `rating_systems.py`): ties and votes for neither count half, a ridge of
+0.5 on the parameters, and the Elo scale. Arena divides the difference of lengths by their sum; a plain difference has a
+unit. Intervals are from a bootstrap over raters, since the votes of one person are alike.
+
+Where all Totals are known, the effects of side and length are of a second fit, which also has the difference of Totals:
+what else differs between two captions would shrink all logits. So the effect of length is that at equal Total.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import t as student_t
+
+from salmonn.preference.feedback import Feedback
+
+Array = NDArray[np.float64]
+RIDGE = 0.5
+ELO_PER_LOGIT = 400 / math.log(10)
+MEAN_ELO = 1000.0
+RESAMPLES = 1000
+_STEPS = 50  # of Newton's method, at most
+_CHUNK = 2**22  # weights of resampled votes in memory at once
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate with its 95 % interval, which is infinite for a single rater."""
+
+    value: float
+    low: float
+    high: float
+
+    def scale(self, factor: float, shift: float) -> "Estimate":
+        """Return the estimate in other units."""
+        return Estimate(*(shift + factor * value for value in (self.value, self.low, self.high)))
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Ratings of models.
+
+    Args:
+        models: model -> rating on the Elo scale, the best first. Their mean is 1000.
+        side: preference for the caption on the left (A), in logits.
+        length: preference for a caption with 10 words more, in logits; at equal Total where all Totals are known.
+        num_votes, num_raters: votes that were used, and people who gave them; those without an id are different ones.
+    """
+
+    models: Mapping[str, Estimate]
+    side: Estimate
+    length: Estimate
+    num_votes: int
+    num_raters: int
+
+
+def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES, seed: int = 0) -> Ratings | None:
+    """Fit ratings to the votes among feedback; None without votes on two whole captions.
+
+    Intervals are estimate -+ t * standard error of the bootstrap with t of Student's distribution, as there may be few
+    raters: percentiles would be too narrow.
+    """
+    votes = [
+        (one, one.second)
+        for one in feedback
+        if one.action == "vote" and one.second and one.first.finished and one.second.finished
+    ]
+    if not votes:
+        return None
+    names = sorted({caption.name for vote, _ in votes for caption in vote.captions})
+    column = {name: index for index, name in enumerate(names)}
+    inputs = np.zeros((len(votes), len(names) + 2))
+    for row, (vote, second) in enumerate(votes):
+        inputs[row, column[vote.first.name]] += 1
+        inputs[row, column[second.name]] -= 1
+        inputs[row, -2] = 1
+        inputs[row, -1] = (len(vote.first.text.split()) - len(second.text.split())) / 10
+    outcome = np.array([{"first": 1.0, "second": 0.0}.get(vote.choice or "", 0.5) for vote, _ in votes])
+    raters: dict[object, int] = {}
+    cluster = np.array([raters.setdefault(vote.rater or row, len(raters)) for row, (vote, _) in enumerate(votes)])
+    estimates = effects = _estimate(inputs, outcome, cluster, resamples=resamples, seed=seed)
+    totals = [[caption.total for caption in vote.captions] for vote, _ in votes]
+    if all(total is not None for pair in totals for total in pair):
+        difference = np.array(totals, dtype=np.float64) @ [-1, 1]
+        scaled = difference / max(float(difference.std()), 1e-9)  # for the ridge
+        effects = _estimate(np.insert(inputs, 0, scaled, axis=1), outcome, cluster, resamples=resamples, seed=seed)
+    elo = {name: estimates[index].scale(ELO_PER_LOGIT, MEAN_ELO) for name, index in column.items()}
+    best_first = dict(sorted(elo.items(), key=lambda item: -item[1].value))
+    return Ratings(best_first, effects[-2], effects[-1], len(votes), len(raters))
+
+
+def _estimate(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int, seed: int) -> list[Estimate]:
+    """Fit all parameters (P,) of inputs (N, P), with their intervals."""
+    fitted = _fit(inputs, outcome, np.ones((1, len(inputs))))[0]
+    error = _bootstrap_error(inputs, outcome, cluster, resamples=resamples, seed=seed)
+    return [
+        Estimate(float(value), float(value - reach), float(value + reach))
+        for value, reach in zip(fitted, error, strict=True)
+    ]
+
+
+def _bootstrap_error(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int, seed: int) -> Array:
+    """Return half the width of the 95 % interval of each parameter, by resampling clusters of votes."""
+    num_clusters = int(cluster.max()) + 1
+    if num_clusters < 2:
+        return np.full(inputs.shape[1], np.inf)
+    rng = np.random.default_rng(seed)
+    fits = []
+    chunk = max(_CHUNK // len(inputs), 1)
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        counts = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
+        fits.append(_fit(inputs, outcome, counts[:, cluster].astype(np.float64)))
+    # Resampling G clusters has the variance of G - 1.
+    deviation = np.concatenate(fits).std(axis=0) * math.sqrt(num_clusters / (num_clusters - 1))
+    return np.asarray(deviation * student_t.ppf(0.975, num_clusters - 1))
+
+
+def _fit(inputs: Array, outcome: Array, weights: Array) -> Array:
+    """Maximize the penalized likelihood for each row of weights (B, N) by Newton's method; returns (B, P)."""
+    num_rows, num_parameters = inputs.shape
+    products = (inputs[:, :, None] * inputs[:, None, :]).reshape(num_rows, -1)
+    ridge = RIDGE * np.eye(num_parameters)
+    fitted = np.zeros((len(weights), num_parameters))
+    for _ in range(_STEPS):
+        chance = expit(fitted @ inputs.T)
+        gradient = (weights * (outcome - chance)) @ inputs - RIDGE * fitted
+        curvature = ((weights * chance * (1 - chance)) @ products).reshape(-1, num_parameters, num_parameters) + ridge
+        step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
+        step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-12))  # never far at once
+        fitted += step
+        if np.abs(step).max() < 1e-9:
+            break
+    return fitted
