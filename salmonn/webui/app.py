@@ -24,6 +24,7 @@ from salmonn.webui.controls import QUIET
 from salmonn.webui.rendering import render_error, render_placeholder, render_results, render_run
 from salmonn.webui.session import AppState, error_message
 from salmonn.webui.uploads import BlockedTransport
+from salmonn.webui.write_tab import WriteTab
 
 HERE = Path(__file__).parent
 TITLE = "salmonn"
@@ -55,6 +56,8 @@ def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] 
                 caption_tab = CaptionTab(state)
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
                 compare_tab = CompareTab(state)
+            with gr.Tab("Write", id="write", elem_id="tab-write"):
+                write_tab = WriteTab(state)
             with gr.Tab("Results", id="results") as results:
                 _add_refreshed(results, partial(load_results, state.feedback), name="results", initial=NO_VOTES)
             with gr.Tab("Runs", id="runs") as runs:
@@ -67,6 +70,7 @@ def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] 
             session = str(request.session_hash)
             caption_tab.requests.cancel(session)
             compare_tab.requests.cancel(session)
+            write_tab.requests.cancel(session)
             state.uploads.end_session(session)
 
         app.load(None, None, caption_tab.history, js=HISTORY, **QUIET)

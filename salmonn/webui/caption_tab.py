@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import Completion
 from salmonn.media.container import ClipError
-from salmonn.preference.feedback import Candidate, Feedback, utc_now
 from salmonn.records import Caption, Reference
 from salmonn.webui.chat import REMEMBER, ChatPanel, Conversation
 from salmonn.webui.controls import (
@@ -30,6 +29,7 @@ from salmonn.webui.controls import (
     option_inputs,
     prompt_inputs,
 )
+from salmonn.webui.feedback_panel import FeedbackPanel, ShownCaption, count, show_caption
 from salmonn.webui.rendering import (
     render_analysis,
     render_caption,
@@ -87,14 +87,15 @@ class CaptionTab:
                         self.copy = gr.Button("Copy", elem_id="copy", size="sm", visible=False, scale=0, min_width=90)
                     self.downloads = gr.HTML("", elem_id="downloads")
                     self.chat = ChatPanel(state, self.requests)
+                self.rating = FeedbackPanel(state)
                 self.findings = gr.HTML("", elem_id="findings")
         with gr.Column(elem_id="earlier"):
             self.history = gr.HTML("", elem_id="history")
             self.forget = gr.Button("Clear history", size="sm", elem_id="clear-history")
-        self.shown = gr.State(None)
         # Of an event in the browser. Gradio sorts inputs by their creation, and `WITH_TIME` expects this one last.
         self.time = gr.Number(visible=False)
         self._connect()
+        self.rating.connect()
 
     def _add_inputs(self) -> None:
         state = self.state
@@ -116,14 +117,14 @@ class CaptionTab:
     def _connect(self) -> None:
         inputs = {self.video, self.model, self.reference, *self.controls.components, self.time}
         outputs = [
-            self.answer, self.status, self.findings, self.start, self.stop, self.copy, self.downloads, self.shown,
-            *self.chat.outputs,
+            self.answer, self.status, self.findings, self.start, self.stop, self.copy, self.downloads,
+            *self.chat.outputs, *self.rating.outputs,
         ]  # fmt: skip
         described = self.start.click(self.describe, inputs, outputs, js=REVEAL, **GENERATE)
         described.then(None, self.chat.entry, self.history, js=REMEMBER, **QUIET)
         self.stop.click(self.stop_request, None, None, **QUIET)
         self.video.change(self.reset, [self.video, self.time], outputs, js=f"(...inputs) => {WITH_TIME}", **QUIET)
-        self.copy.click(self.log_copy, self.shown, self.status, js=COPY, **QUIET)
+        self.copy.click(self.count_copy, self.rating.caption, [self.status, self.rating.caption], js=COPY, **QUIET)
         self.chat.connect(time=self.time, history=self.history)
         self.forget.click(None, None, self.history, js=FORGET, **QUIET)
 
@@ -162,8 +163,7 @@ class CaptionTab:
             self.start: gr.update(interactive=False),
             self.stop: gr.update(visible=True),
             self.copy: gr.update(visible=False),
-            self.shown: None,
-        } | self.chat.close()
+        } | self._close()
 
     def _stream(
         self, caption_request: CaptionRequest, model: str, active: ActiveRequest
@@ -185,7 +185,6 @@ class CaptionTab:
             self.answer: render_caption(caption.text, finished=caption.finished or answer is None)
             + render_file_notice(caption),
             self.status: " · ".join([*status, f"{seconds:.1f} s"]),
-            self.shown: caption,
             self.copy: gr.update(visible=bool(caption.text)),
         } | self._enable()
         return [caption]
@@ -224,7 +223,6 @@ class CaptionTab:
             self.answer: render_segments(listed.segments, path=caption_request.path, is_cut=is_cut)
             + (render_file_notice(joined) if joined else ""),
             self.status: " · ".join(status),
-            self.shown: joined,
             self.copy: gr.update(visible=bool(captions)),
         } | self._enable()
         return captions
@@ -258,7 +256,10 @@ class CaptionTab:
             }
         if not active.is_cancelled:
             conversation = Conversation(caption_request, joined.model, joined.text, answer + downloads)
-            yield update | self.chat.open(conversation)
+            update |= self.chat.open(conversation)
+            if joined.num_segments == 1 and not active.is_stopped:
+                update |= self.rating.open(show_caption(self.state, joined, caption_request, reference, tab="caption"))
+            yield update
 
     def _render_downloads(self, captions: Sequence[Caption], path: Path) -> str:
         """Render links to the captions as files; without subtitles if the duration of the video is unknown."""
@@ -281,7 +282,11 @@ class CaptionTab:
     def _show_error(self, message: str) -> Update:
         return {
             self.answer: render_error(message), self.status: "", self.findings: "", self.downloads: "",
-        } | self._enable() | self.chat.close()  # fmt: skip
+        } | self._enable() | self._close()  # fmt: skip
+
+    def _close(self) -> Update:
+        """Remove what belongs to a caption."""
+        return self.chat.close() | self.rating.close()
 
     def stop_request(self, request: gr.Request) -> None:
         """Stop the session's request; the text so far is kept."""
@@ -292,23 +297,16 @@ class CaptionTab:
         if not self.requests.switch_video(str(request.session_hash), path, changed=changed):
             return {self.status: gr.skip()}
         return {
-            self.answer: PLACEHOLDER, self.status: "", self.findings: "", self.downloads: "", self.shown: None,
+            self.answer: PLACEHOLDER, self.status: "", self.findings: "", self.downloads: "",
             self.copy: gr.update(visible=False),
-        } | self._enable() | self.chat.close()  # fmt: skip
+        } | self._enable() | self._close()  # fmt: skip
 
-    def log_copy(self, shown: Caption | None) -> str:
-        """Log that the caption was copied."""
-        if shown is None:
-            return ""
-        try:
-            self.state.feedback.add(
-                Feedback(
-                    utc_now(), "copy", shown.video, Candidate(shown.model, shown.text, shown.prompt), tab="caption"
-                )
-            )
-        except OSError as error:  # the browser has copied it nevertheless
-            logger.warning("cannot log that a caption was copied: %s", error)
-        return "Copied."
+    def count_copy(self, shown: ShownCaption | None) -> tuple[str, ShownCaption | None]:
+        """Count that a whole caption was copied, once."""
+        if shown is None or shown.is_copied:
+            return "Copied.", shown
+        count(self.state, shown.to_feedback(action="copy"))
+        return "Copied.", replace(shown, is_copied=True)
 
 
 def _busy(text: str) -> str:

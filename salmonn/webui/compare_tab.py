@@ -1,14 +1,12 @@
 """The tab Compare: two captions of one clip, without their models; votes become training data."""
 
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,27 @@ import gradio as gr
 from salmonn.caption.engine import Overloaded
 from salmonn.caption.generator import CaptionRequest
 from salmonn.caption.streaming import Completion
-from salmonn.preference.feedback import Candidate, Choice, Feedback, find_unused_reason, utc_now
+from salmonn.preference.feedback import Candidate, Choice, Feedback, utc_now
 from salmonn.records import Modality, Reference, Score
 from salmonn.webui.controls import (
     GENERATE,
     NO_VIDEO,
     QUIET,
     WITH_TIME,
-    check_text,
     examples_as_json,
     media_input,
     option_inputs,
     prompt_inputs,
+)
+from salmonn.webui.feedback_panel import (
+    CONSENT,
+    PRIVACY,
+    WITH_RATER,
+    check_own_text,
+    check_rater,
+    count,
+    explain_unused,
+    render_saved,
 )
 from salmonn.webui.rendering import render_candidate, render_error, render_placeholder
 from salmonn.webui.scorer import reference_caption
@@ -49,15 +56,6 @@ QUESTION = '<p class="lead">Which caption describes the video better? Models are
 READING = '<p class="lead busy">Watching and listening</p>'
 STOPPED = render_placeholder("Stopped", "Press Compare to start again.")
 REVEAL = f"(...inputs) => {{ window.salmonn.reveal('#comparison'); return {WITH_TIME}; }}"
-CONSENT = "Keep this video on the server, so that my vote, under this browser's random id, can be used for training"
-PRIVACY = (
-    "Votes are saved under a random id that this browser makes at its first vote and keeps, so that the votes of one "
-    "person are known to belong together. No name and no address is saved. Deleting the data of this site ends the id."
-)
-# JavaScript: the inputs of a vote, with the browser's id as the last one.
-WITH_RATER = "(...inputs) => [...inputs.slice(0, -1), window.salmonn.rater()]"
-RATER_ID = re.compile("[0-9a-f]{32}")
-
 Update = dict[Any, Any]
 
 
@@ -197,6 +195,8 @@ class CompareTab:
         if comparison and not active.is_cancelled:
             # The file is needed until the vote, even if another one is chosen meanwhile.
             self.state.uploads.retain(session, "comparison", path)
+            first, second = comparison.first.candidate, comparison.second.candidate
+            count(self.state, Feedback(utc_now(), "shown", path.name, first, second))
             yield {
                 self.status: QUESTION,
                 self.first: gr.update(value=render_candidate("A", comparison.first.candidate.text), visible=True),
@@ -278,16 +278,10 @@ class CompareTab:
         if comparison is None:
             return self._show_error("the captions are no longer available: press Compare again")
         try:
-            edit = check_text(values[self.edit] or "", name="your caption").strip()
-            for engine in self.state.engines.values():
-                engine.captioner.processor.check_prompt(edit)  # no model may be trained on special tokens
+            edit = check_own_text(self.state, values[self.edit], name="your caption")
+            rater = check_rater(values[self.rater])
         except ValueError as error:
-            return {self.status: render_error(str(error).replace("the prompt", "your caption"))}
-        rater = values[self.rater] or ""  # browsers that store nothing have none
-        if rater and not RATER_ID.fullmatch(rater):
-            return {
-                self.status: render_error("the id of this browser is damaged: delete the site's data and vote again")
-            }
+            return {self.status: render_error(str(error))}
         if not comparison.claim():
             return {self.status: '<p class="lead">You have already voted.</p>'}
         caption_request, reference = comparison.request, comparison.reference
@@ -319,14 +313,8 @@ class CompareTab:
 
     def _reveal(self, comparison: ComparisonState, vote: Feedback, *, may_keep: bool) -> Update:
         """Show the models, the scores and what became of the vote."""
-        saved = f'<p class="verdict">{escape(vote_message(vote, may_keep=may_keep))}</p>'
-        if vote.rater:
-            saved += (
-                f'<p class="note">To have your votes deleted, give this id to the operator of this page: '
-                f"<code>{vote.rater}</code></p>"
-            )
         update: Update = {
-            self.status: saved,
+            self.status: render_saved(vote, vote_message(vote, may_keep=may_keep)),
             self.voting: gr.update(visible=False),
             self.comparison: None,
             self.start: gr.update(value="Compare again", interactive=True),
@@ -365,9 +353,7 @@ class CompareTab:
 
 def vote_message(vote: Feedback, *, may_keep: bool) -> str:
     """Describe what became of a vote."""
-    if reason := find_unused_reason(vote):
-        if not vote.kept_video and not find_unused_reason(replace(vote, kept_video="any")):
-            reason = "the video has been deleted" if may_keep else "you did not agree to keep the video"
+    if reason := explain_unused(vote, may_keep=may_keep):
         return f"Vote saved, but not used for training because {reason}."
     if vote.choice == "both bad":
         return "Vote saved. Both captions count as bad in training."

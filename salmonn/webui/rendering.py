@@ -84,6 +84,11 @@ def render_scored_caption(analysis: CaptionAnalysis) -> str:
     return str(_macros().highlighted(highlights, not analysis.caption.finished))
 
 
+def render_score(score: Score) -> str:
+    """Render the figures of a score."""
+    return str(_macros().figures(score))
+
+
 def render_analysis(analysis: CaptionAnalysis, *, judge: str) -> str:
     """Render the score and the events of a caption, and the notes on what is missing."""
     parts = [_macros().notes(analysis.notes)]

@@ -11,6 +11,7 @@ from salmonn.conversations import parse_conversation
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig
 from salmonn.preference.comparisons import conversation_to_comparison
+from salmonn.preference.feedback import Candidate, Feedback, FeedbackStore
 from salmonn.records import Comparison, Reference, read_json, read_records, write_records
 from salmonn.train.data import ClipSource
 
@@ -136,6 +137,23 @@ def test_pairs_of_mrdpo(trained_model, references, launch, tmp_path):
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "dpo" / "steps.jsonl").read_text().splitlines()]
     assert len(steps) == 2 and steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_peoples_feedback(trained_model, references, launch, tmp_path):
+    """Rated captions one by one with KTO, whose loss is 1 before the first step, and cross-entropy on an edit only."""
+    store = FeedbackStore(tmp_path / "votes")
+    for reference, action, text in zip(references, ("good", "bad", "edit"), ("", "", "A star appears."), strict=False):
+        caption = Candidate("toy", reference.caption, "Describe.")
+        store.add(Feedback("", action, "clip.mp4", caption, text=text, tab="caption"), Path(reference.video))
+    result = launch(
+        "dpo",
+        **{"feedback": tmp_path / "votes", "model": trained_model / "model", "out": tmp_path / "dpo"},
+        **{"loss.kind": "kto", "feature_cache.folder": "null", "fit.steps": 1, "fit.batch_size": 3},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "3 comparisons (1 from edit, 2 from rating)" in " ".join(result.stdout.split())
+    (step,) = [json.loads(line) for line in (tmp_path / "dpo" / "steps.jsonl").read_text().splitlines()]
+    assert step["dpo"] == pytest.approx(1.0, abs=1e-3) and 0 < step["ce"] < 10
 
 
 def test_a_published_preference_becomes_a_comparison(load_recipe):

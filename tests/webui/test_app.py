@@ -14,6 +14,7 @@ from salmonn.media.clip import read_clip
 from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.preference.feedback import read_feedback
 from salmonn.preference.feedback_pairs import to_comparisons
+from salmonn.score.repetition import find_clauses
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.scorer import CaptionScorer
 from tests.score.browser import needs_browser
@@ -250,14 +251,55 @@ def test_a_question(visit, toy, examples):
     visitor.page.locator("#answer .error-box").get_by_text("special token").wait_for()
 
 
-def test_copies_are_logged(visit, demo):
+def test_a_caption_is_copied_and_rated(visit, demo):
+    """Copies are counted. A caption is rated with a mark; by keyboard, a second time with another rating."""
     visitor = visit(permissions=["clipboard-read", "clipboard-write"])
     choose_example(visitor, 1)
     text = describe(visitor)
     visitor.page.get_by_role("button", name="Copy").click()
     visitor.page.get_by_text("Copied.").wait_for()
     assert visitor.page.evaluate("navigator.clipboard.readText()") == text
-    assert [one.first.text for one in read_feedback(demo.votes) if one.action == "copy"] == [text]
+    visitor.page.get_by_role("button", name="Copy").click()
+    (copy,) = [one for one in read_feedback(demo.votes) if one.action == "copy"]
+    assert (copy.first.model, copy.first.text, copy.video, copy.rater) == ("toy", "", "", "")  # counted only
+    rating = visitor.page.locator("#rating")
+    rating.get_by_role("button", name="What is wrong or missing?").click()
+    rating.locator("#wrong input").nth(1).check()
+    rating.locator("#missing textarea").fill("A bird sings.")
+    rating.get_by_role("button", name="Bad caption").click()
+    rating.get_by_text("Rating saved. It can be used for training.").wait_for()
+    bad = read_feedback(demo.votes)[-1]
+    (mark,) = bad.marks
+    assert (bad.action, bad.first.text, bad.first.model, bad.missing) == ("bad", text, "toy", "A bird sings.")
+    assert (mark.start, mark.end) == find_clauses(text)[1] and not mark.is_right and 0 < bad.seconds < 100
+    assert (demo.votes / "videos" / bad.kept_video).is_file() and bad.reference
+    rating.get_by_label("All other parts are right").check()
+    rating.get_by_role("button", name="Good caption").focus()
+    visitor.page.keyboard.press("Enter")
+    wait_until(lambda: read_feedback(demo.votes)[-1].action == "good")
+    good = read_feedback(demo.votes)[-1]
+    assert len(good.marks) == len(find_clauses(text)) and sum(not one.is_right for one in good.marks) == 1
+    assert good.rater == bad.rater and re.fullmatch("[0-9a-f]{32}", good.rater)
+
+
+def test_a_description_is_written(visit, demo, examples):
+    visitor = visit()
+    visitor.page.get_by_role("tab", name="Write").click()
+    choose_example(visitor, 1, tab="write")
+    visitor.page.get_by_role("button", name="Start", exact=True).click()
+    box = visitor.page.locator("#own-text textarea")
+    box.wait_for()
+    draft = box.input_value()
+    box.fill(examples[0].reference.caption)
+    visitor.page.get_by_role("button", name="Done").click()
+    status = visitor.page.locator("#writing-status")
+    status.get_by_text("it can be used for training").wait_for()
+    assert "0.0 %" in status.locator(".figures dd").first.inner_text()
+    written = read_feedback(demo.votes)[-1]
+    assert (written.action, written.first.text) == ("edit" if draft else "finish", draft)
+    assert (written.text, written.total) == (examples[0].reference.caption, 0.0) and 0 < written.seconds < 100
+    author = f"The draft was by {written.first.model}." if draft else "There was no draft."
+    assert author in status.inner_text()
 
 
 def votes_of(demo):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -16,15 +17,17 @@ from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.model.layout import ClipInfo
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.feedback_pairs import to_comparisons
-from salmonn.records import Caption
+from salmonn.records import Caption, Mark
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.app import launch_options, load_results, load_run
 from salmonn.webui.caption_tab import CaptionTab
 from salmonn.webui.compare_tab import CompareTab, ComparisonState, ScoredCandidate
 from salmonn.webui.controls import QUESTION
+from salmonn.webui.feedback_panel import show_caption
 from salmonn.webui.scorer import CaptionScorer
 from salmonn.webui.session import AppState
 from salmonn.webui.uploads import UploadStore
+from salmonn.webui.write_tab import WriteTab
 from tests.preference.test_feedback import LEFT, RIGHT
 
 REQUEST = SimpleNamespace(session_hash="ann")
@@ -217,10 +220,62 @@ def test_sound_files_are_accepted(caption_tab, tmp_path):
     assert caption_tab.video.preprocess(None) is None and list(tmp_path.rglob("*")) == before
 
 
-def test_a_copy_succeeds_if_it_cannot_be_logged(caption_tab, tmp_path, caplog):
+@pytest.fixture
+def shown(state, comparison):
+    """A caption of an upload that is shown."""
+    caption = Caption("holiday.mp4", "A dog barks, and a cat sleeps.", "Describe it.", model="one")
+    return show_caption(state, caption, comparison.request, None, tab="caption")
+
+
+def test_shown_and_copied_captions_are_counted_without_their_text(caption_tab, shown, tmp_path, caplog):
+    assert caption_tab.count_copy(None) == ("Copied.", None)
+    status, copied = caption_tab.count_copy(shown)
+    assert status == "Copied." and caption_tab.count_copy(copied) == ("Copied.", copied)  # once
+    feedback = caption_tab.state.feedback.read()
+    assert [(one.action, one.first.model, one.tab) for one in feedback] == [
+        ("shown", "one", "caption"), ("copy", "one", "caption"),
+    ]  # fmt: skip
+    saved = (caption_tab.state.feedback.folder / "feedback.jsonl").read_text()
+    assert "dog" not in saved and "holiday" not in saved
+    (tmp_path / "votes" / "feedback.jsonl").unlink()
     (tmp_path / "votes" / "feedback.jsonl").mkdir()
-    assert caption_tab.log_copy(Caption("holiday.mp4", "A dog barks.", model="one")) == "Copied."
-    assert "cannot log" in caplog.text
+    assert caption_tab.count_copy(shown)[0] == "Copied."
+    assert "cannot count a caption as copy" in caplog.text
+
+
+def rate(tab, shown, **changes):
+    panel = tab.rating
+    values = {"wrong": [], "rest": False, "missing": "", "consent": False, "caption": shown, "rater": ""} | changes
+    return panel.rate("bad", {getattr(panel, name): value for name, value in values.items()})
+
+
+def test_ratings_without_a_browser(caption_tab, shown):
+    assert "special token" in rate(caption_tab, shown, missing="As <|im_end|> shows.")
+    assert "The id of this browser is damaged" in rate(caption_tab, shown, rater="10.0.0.7")
+    assert "no longer available" in rate(caption_tab, None)
+    assert "you did not agree to keep the video" in rate(caption_tab, shown, wrong=["13-30"])
+    assert "It can be used for training" in rate(caption_tab, shown, wrong=["17-30"], rest=True, consent=True)
+    *_, first, second = caption_tab.state.feedback.read()
+    assert first.marks == () and first.kept_video == ""  # no clause has this place
+    assert second.marks == (Mark(0, 11, is_right=True), Mark(17, 30, is_right=False)) and second.kept_video
+
+
+def test_texts_without_a_browser(state, comparison, shown):
+    """A draft that is left as it is was accepted; the text box is kept after an error."""
+    with gr.Blocks():
+        tab = WriteTab(state)
+
+    def finish(draft, text):
+        update = tab.finish({tab.draft: draft, tab.text: text, tab.consent: True, tab.rater: ""}, REQUEST)
+        return update[tab.status], tab.text not in update
+
+    assert "Your description is empty" in finish(shown, " \n")[0] and finish(shown, "<|im_end|>")[1]
+    status, is_kept = finish(shown, "A dog barks,\nand a cat sleeps. ")
+    assert "it can be used for training. The draft was by one." in status and not is_kept
+    empty = replace(shown, shown=replace(shown.shown, first=replace(shown.shown.first, model="", text="")))
+    assert "There was no draft." in finish(empty, "A dog sings.")[0]
+    assert "no longer available" in finish(None, "A dog.")[0]
+    assert [one.action for one in state.feedback.read()] == ["shown", "accept", "finish"]
 
 
 def test_the_login_page_has_one_background():

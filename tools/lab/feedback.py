@@ -1,0 +1,180 @@
+"""Check the analysis of feedback on simulated people, whose preferences are known; trains nothing and needs no model.
+
+    python tools/lab/feedback.py --seeds 2 3 4 --out run/lab/feedback.json
+
+Captions of four qualities are written from the annotation of synthetic clips. Each simulated folder has the votes of 8
+people, 50 each, between two captions of a clip. For each seed, 100 folders: how often do the 95 % intervals of
+`salmonn votes` cover the planted effects of side, length, and agreement with the metric; is the order of the ratings
+that of Total? Then 200 clips are described without a draft, and with drafts of each quality.
+"""
+
+import json
+import random
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from salmonn.preference.feedback import Candidate, Choice, Feedback
+from salmonn.preference.feedback_report import measure_agreement, share_kept
+from salmonn.preference.ratings import Estimate, fit_ratings
+from salmonn.records import Caption, Reference, Score, write_json
+from salmonn.score.judge import ScoringTask
+from salmonn.synthetic.judge import RuleJudge
+from salmonn.synthetic.raters import VOTERS, CaptionTraits, Rater, VoterKind, caption_traits, make_voter
+from salmonn.synthetic.render import sample_clip
+from salmonn.synthetic.scene import SynthConfig
+from salmonn.synthetic.writers import write_caption
+
+# Quality -> rates of leaving an event out and of adding a wrong one.
+QUALITIES: Mapping[str, tuple[float, float]] = {
+    "poor": (0.6, 0.15), "fair": (0.45, 0.1), "good": (0.3, 0.07), "best": (0.15, 0.04),
+}  # fmt: skip
+NUM_CLIPS, NUM_PEOPLE, NUM_VOTES, NUM_FOLDERS = 200, 8, 50, 100
+NUM_RESAMPLES = 300
+NO_DRAFT = "no draft"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A caption with its score and traits."""
+
+    caption: Caption
+    score: Score
+    traits: CaptionTraits
+
+    @property
+    def candidate(self) -> Candidate:
+        """The caption as one of a vote."""
+        return Candidate(self.caption.model, self.caption.text, "", total=self.score.total)
+
+
+Clips = list[tuple[Reference, dict[str, Judged]]]
+
+
+def main() -> None:
+    """Measure all seeds, print the results and write them."""
+    parser = ArgumentParser(description="Check the analysis of feedback on simulated people.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="random seeds")
+    parser.add_argument("--out", type=Path, default=Path("run/lab/feedback.json"), help="file for the results")
+    options = parser.parse_args()
+    results = {}
+    for seed in options.seeds:
+        clips = make_captions(seed)
+        results[seed] = {
+            "totals": {name: fmean(captions[name].score.total for _, captions in clips) for name in QUALITIES},
+            "coverage": measure_coverage(clips, seed=seed),
+            "writing": {limit: measure_writing(clips, seed=seed, max_seconds=limit) for limit in (60.0, 25.0)},
+        }
+        print(f"seed {seed}: {json.dumps(results[seed], indent=1)}", flush=True)  # noqa: T201
+    write_json(options.out, results)
+
+
+def make_captions(seed: int) -> Clips:
+    """Write a caption of each quality for each clip."""
+    references = [
+        sample_clip(SynthConfig(clips=NUM_CLIPS, seed=100 + seed), index=index)[1] for index in range(NUM_CLIPS)
+    ]
+    clips: Clips = []
+    for index, reference in enumerate(references):
+        others = references[(index + 1) % NUM_CLIPS].events
+        captions = {}
+        for name, (omitted, wrong) in QUALITIES.items():
+            rng = random.Random(f"caption {seed} {index} {name}")
+            texts = [event.text for event in reference.events if rng.random() >= omitted] or [reference.events[0].text]
+            texts += [event.text for event in others if rng.random() < wrong]
+            text = " ".join(f"{text[:1].upper()}{text[1:]}." for text in texts)
+            captions[name] = judge(reference, Caption(reference.video, text, model=name))
+        clips.append((reference, captions))
+    return clips
+
+
+def judge(reference: Reference, caption: Caption) -> Judged:
+    """Score a caption."""
+    score = RuleJudge().judge_one(ScoringTask(reference, caption))
+    return Judged(caption, score, caption_traits(caption, score, reference))
+
+
+def draw_duels(clips: Clips, rng: random.Random, number: int) -> list[tuple[str, Judged, Judged]]:
+    """Draw pairs of captions of a clip, of two qualities, in random order."""
+    duels = []
+    for _ in range(number):
+        reference, captions = rng.choice(clips)
+        first, second = rng.sample(list(QUALITIES), 2)
+        duels.append((reference.video, captions[first], captions[second]))
+    return duels
+
+
+def vote_by(kind: VoterKind, clips: Clips, *, seed: str) -> list[Feedback]:
+    """Return the votes of a folder: 8 people of one kind, 50 votes each, without ties."""
+    votes = []
+    for person in range(NUM_PEOPLE):
+        rater: Rater = make_voter(kind, seed=person)
+        rng = random.Random(f"votes {seed} {rater.name}")
+        for video, first, second in draw_duels(clips, rng, NUM_VOTES):
+            is_first = rng.random() < rater.prefers(first.traits, second.traits)
+            captions = (first.candidate, second.candidate)
+            choice: Choice = "first" if is_first else "second"
+            votes.append(Feedback("", "vote", video, *captions, choice, rater=rater.name))
+    return votes
+
+
+def measure_coverage(clips: Clips, *, seed: int) -> dict[str, float]:
+    """Return how many of the simulated folders have each planted effect in its interval, and ratings in order."""
+    truth = true_agreement(clips, seed=seed)
+    names = ("side of hasty", "side of noisy", "length of long", "agreement of noisy", "order of ratings")
+    hits = dict.fromkeys(names, 0)
+    sides = []
+    for folder in range(NUM_FOLDERS):
+        votes = {kind: vote_by(kind, clips, seed=f"{seed} {folder}") for kind in ("hasty", "noisy", "long")}
+        hasty, noisy, long = (fit_ratings(one, resamples=NUM_RESAMPLES) for one in votes.values())
+        assert hasty and noisy and long
+        sides.append(hasty.side.value)
+        agreement, _ = measure_agreement(votes["noisy"])
+        hits["side of hasty"] += covers(hasty.side, VOTERS["hasty"].side)
+        hits["side of noisy"] += covers(noisy.side, 0.0)
+        hits["length of long"] += covers(long.length, 10 / 6)
+        hits["agreement of noisy"] += agreement.interval.low <= truth <= agreement.interval.high
+        hits["order of ratings"] += list(noisy.models) == list(QUALITIES)[::-1]
+    return hits | {"true agreement": truth, "mean side of hasty": fmean(sides)}
+
+
+def covers(estimate: Estimate, value: float) -> bool:
+    """Return whether a value is in the interval."""
+    return estimate.low <= value <= estimate.high
+
+
+def true_agreement(clips: Clips, *, seed: int) -> float:
+    """Return the probability that the voter `noisy` prefers the caption with the lower Total, where they differ."""
+    rater = make_voter("noisy")
+    duels = draw_duels(clips, random.Random(f"truth {seed}"), 100_000)
+    chances = [
+        rater.prefers(first.traits, second.traits) if first.score.total < second.score.total
+        else 1 - rater.prefers(first.traits, second.traits)
+        for _, first, second in duels if first.score.total != second.score.total
+    ]  # fmt: skip
+    return fmean(chances)
+
+
+def measure_writing(clips: Clips, *, seed: int, max_seconds: float) -> dict[str, dict[str, float]]:
+    """Return what becomes of each draft: final Total, seconds, share accepted, and share of its clauses kept."""
+    results = {}
+    for name in (NO_DRAFT, *QUALITIES):
+        totals, seconds, accepted, kept = [], [], [], []
+        for index, (reference, captions) in enumerate(clips):
+            rng = random.Random(f"write {seed} {index}")  # the same attention with every draft
+            draft = None if name == NO_DRAFT else (captions[name].caption, captions[name].score)
+            written = write_caption(reference, draft, rng, max_seconds=max_seconds)
+            totals.append(judge(reference, Caption(reference.video, written.text)).score.total)
+            seconds.append(written.seconds)
+            accepted.append(written.accepted)
+            kept.append(share_kept(draft[0].text, written.text) if draft else 0.0)
+        results[name] = {
+            "final Total": fmean(totals), "seconds": fmean(seconds), "accepted": fmean(accepted), "kept": fmean(kept),
+        }  # fmt: skip
+    return results
+
+
+if __name__ == "__main__":
+    main()
