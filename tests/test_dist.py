@@ -12,6 +12,7 @@ import pytest
 
 from salmonn import dist
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 SCRIPT = """
 import json, sys, time
@@ -104,7 +105,7 @@ def torchrun(*options: object, fresh: bool = False) -> subprocess.CompletedProce
     args = [str(part) for part in (launcher, "--standalone", "--nproc_per_node=2", *options)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = args if fresh else forked(*args)
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=env, check=False)
 
 
 def start_without_launcher(*options: object, size: int) -> list[tuple[int, str]]:
@@ -119,7 +120,7 @@ def start_without_launcher(*options: object, size: int) -> list[tuple[int, str]]
         command = forked(sys.executable, *options)
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env))
     try:
-        outputs = [process.communicate(timeout=900)[1] for process in processes]
+        outputs = [process.communicate(timeout=RUN_SECONDS)[1] for process in processes]
         return [(process.returncode, stderr) for process, stderr in zip(processes, outputs, strict=True)]
     finally:
         for process in processes:

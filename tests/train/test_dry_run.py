@@ -31,6 +31,7 @@ from salmonn.train.dry_run import (
 from salmonn.train.loop import FitConfig
 from salmonn.train.memory import GIB, NumberSizes, Stack, TrainedParts
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 LORA = LoraConfig(rank=128, alpha=256)
 # From the model cards of Qwen2, Qwen2.5 and Qwen2.5-VL: decoder, vision tower with merger.
@@ -235,7 +236,7 @@ def test_memory_of_a_real_process(random_plus, medium, work, capsys):
     """One step of guided DPO and one caption: the estimate is within 30 % of what the process grows by."""
     command = [sys.executable, Path(__file__).with_name("measure.py"), random_plus, medium, *work.split()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(forked(*command), capture_output=True, text=True, timeout=300, env=env, check=False)
+    result = subprocess.run(forked(*command), capture_output=True, text=True, timeout=RUN_SECONDS, env=env, check=False)
     assert result.returncode == 0, result.stderr
     estimated, measured = map(int, result.stdout.split())
     with capsys.disabled():

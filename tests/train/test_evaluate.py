@@ -32,6 +32,7 @@ from salmonn.train.evaluate import (
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.left_out import LeftOut
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 SAMPLING = SampleConfig(temperature=1.0, top_p=0.9, max_new_tokens=12, num_samples=2, batch_size=4)
 SEED = 7
@@ -86,7 +87,7 @@ def test_two_processes_give_the_same_results(captioner, clips, random_model, tmp
     arguments = [tmp_path / "script.py", tmp_path, random_model, clips.root]
     command = forked(launcher, "--standalone", "--nproc_per_node=2", *arguments)
     root = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=root)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False, env=root)
     assert result.returncode == 0, result.stderr
     expected = json.loads(json.dumps(run_all_work(captioner, clips, tmp_path / "tokens")))
     assert len(expected["captions"]) == 10 and len(expected["answers"]) > 3
