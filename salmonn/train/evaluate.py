@@ -21,11 +21,13 @@ from salmonn.caption.loader import length_buckets
 from salmonn.config import MAY_CHANGE
 from salmonn.media.container import ClipError, declared_shape
 from salmonn.model.layout import ClipFeatures
+from salmonn.preference.voter_reward import find_exploitability
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
 from salmonn.score.formats import write_scores
 from salmonn.score.judge import Judge, ScoringTask
 from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
 from salmonn.score.scoring import make_judge_info
+from salmonn.synthetic.raters import Rater
 from salmonn.train.data import ClipCache, ClipSet, ClipSource
 from salmonn.train.dry_run import count_clip_tokens
 from salmonn.train.feature_cache import FeatureCache
@@ -423,3 +425,10 @@ def write_evaluation(folder: Path, result: Evaluation, *, judge: Judge) -> None:
     write_records(folder / ANSWERS_NAME, result.answers)
     write_scores(folder / SCORES_NAME, make_judge_info(judge, totals=[result.rates.total]), result.results)
     write_json(folder / RATES_NAME, asdict(result.rates))
+
+
+def write_exploitability(folder: Path, voter: Rater, result: Evaluation, clips: ClipSet) -> None:
+    """Log how far held-out captions are from those that no others beat, and write exploitability.json."""
+    found = find_exploitability(voter, result.captions, result.results, clips.by_video)
+    write_json(folder / "exploitability.json", asdict(found) if found else None)
+    log.info("%s: %s", folder.parent.name, found)
