@@ -96,7 +96,7 @@ def main(config: OfflineDpoConfig) -> None:
             title="guided DPO",
         )
         return
-    dist.setup()
+    dist.setup(deterministic=config.deterministic)
     check_processes(config.strategy, config.fit)
     # What can be wrong is found before the folder is claimed.
     sizes = load_config(config.model, frames=config.frames)

@@ -143,7 +143,7 @@ def main(config: MrDpoConfig) -> None:
     if config.dry_run:
         print_memory_plan(config)
         return
-    dist.setup()
+    dist.setup(deterministic=config.deterministic)
     trainings = list_trainings(config)
     check_processes(config.strategy, *(optimization for _, optimization in trainings))
     # What can be wrong is found before anything is rendered, and before the folder is claimed.

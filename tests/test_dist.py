@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from salmonn import dist
 from tests.launch import forked
@@ -200,3 +201,13 @@ def test_work_is_balanced_by_cost(monkeypatch):
     assert dist.balance([1, 1, 1, 1, 60]) == [[4], [0, 2], [1, 3]]
     # Items of unknown cost are assigned in turn.
     assert dist.balance([0, 0, 0, 0]) == [[0, 3], [1], [2]]
+
+
+def test_deterministic_algorithms_are_chosen_before_cuda_starts(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(dist.logging, "basicConfig", lambda **_: None)
+    try:
+        dist.setup(threads=torch.get_num_threads(), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

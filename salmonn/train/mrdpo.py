@@ -421,7 +421,7 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         fit=config.fit,
         answers=config.sampling.num_samples + 1 if config.loss.kind == "grpo" else 3,
         title=config.loss.title,
-        batch_size=config.sampling.batch_size,
+        captions=(config.sampling.batch_size, config.sampling.num_samples),
     )
     if rebirth := config.rebirth:
         # A caption and the questions on the clip, assumed to be as long in total.
