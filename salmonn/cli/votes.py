@@ -78,6 +78,8 @@ def _print_report(report: "FeedbackSummary", console: "Console") -> None:
     summary = report.raters
     num_raters = sum(bool(one.rater) for one in summary.raters)
     title = f"{plural(report.num_votes, 'vote')} of {plural(num_raters, 'rater')}"
+    if report.num_compared:
+        title += f", on {plural(report.num_compared, 'pair')} shown"
     table = new_table(title, ("votes", "ties", "both bad", "same preference as others"))
     for rater in summary.raters:
         counts = map(str, (rater.num_votes, rater.num_ties, rater.num_both_bad))

@@ -90,6 +90,7 @@ class FeedbackSummary:
 
     Args:
         num_votes: number of votes.
+        num_compared: pairs of captions shown, with or without a vote; 0 for folders of earlier versions.
         matchups: matchups, most votes first.
         first_preferred: votes for caption A among the votes for A or B; far from one half, there is position bias.
         agreement: votes for the caption with the lower Total, among the votes for A or B with different Totals.
@@ -102,6 +103,7 @@ class FeedbackSummary:
     """
 
     num_votes: int
+    num_compared: int
     matchups: tuple[Matchup, ...]
     first_preferred: Proportion
     agreement: Proportion
@@ -123,6 +125,7 @@ def summarize_feedback(feedback: Sequence[Feedback]) -> FeedbackSummary:
     actions = Counter(one.action for one in feedback)
     return FeedbackSummary(
         num_votes=len(votes),
+        num_compared=sum(one.action == "shown" and one.tab == "compare" for one in feedback),
         matchups=_count_matchups(votes),
         first_preferred=Proportion(sum(vote.choice == "first" for vote in votes), num_decided),
         agreement=agreement,

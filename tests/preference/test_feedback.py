@@ -421,9 +421,10 @@ def test_summary():
             VOTE, choice="first", first=ONE_SAMPLED, second=replace(ONE_SAMPLED, total=None)
         ),  # two samples of one model
         rate("good", "a"), rate("bad", "b"), rate("edit", "a", text="c"), rate("copy", "a"), rate("copy", "b"),
+        replace(VOTE, action="shown"), replace(VOTE, action="shown"), replace(VOTE, action="shown", tab="write"),
     ]  # fmt: skip
     summary = summarize_feedback(feedback)
-    assert summary.num_votes == 7
+    assert (summary.num_votes, summary.num_compared) == (7, 2)
     assert summary.matchups == (Matchup("one (temperature 0.8)", "two", wins=3, losses=1, ties=1, both_bad=1),)
     assert (summary.matchups[0].win_rate.count, summary.matchups[0].win_rate.total) == (3, 4)
     # Of five votes for one of the two, A got the first, the sixth and the last.
