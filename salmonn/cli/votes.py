@@ -40,7 +40,6 @@ def run_votes(values: Namespace) -> int:
     """Print the report, export feedback, or delete that of a rater."""
     from rich.console import Console
 
-    from salmonn.preference.export import export_rows
     from salmonn.preference.feedback import FeedbackStore, read_feedback
     from salmonn.preference.feedback_report import summarize_feedback
 
@@ -54,6 +53,8 @@ def run_votes(values: Namespace) -> int:
             "them again\n"
         )
     elif values.export:
+        from salmonn.preference.export import export_rows
+
         number, left_out = export_rows(values.folder, values.out, kind=values.export)
         reasons = "".join(f"; left out: {reason} ({count})" for reason, count in left_out.items())
         sys.stderr.write(f"{plural(number, 'row')} written to {values.out}{reasons}\n")
