@@ -35,7 +35,6 @@ from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes, fit
 from salmonn.train.preference import (
-    REFERENCE_LOGPS_NAME,
     PreferenceBatches,
     PreferenceBatchLoss,
     PreferenceExample,
@@ -77,10 +76,8 @@ class OfflineDpoConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss.kind in ("grpo", "nash"):
-            raise ValueError(
-                f"loss.kind {self.loss.kind} needs rated samples of the policy; use recipes/mrdpo.py for it"
-            )
+        if self.loss.kind == "grpo":
+            raise ValueError("loss.kind grpo trains on rated samples rather than pairs; use recipes/mrdpo.py for it")
 
 
 def main(config: OfflineDpoConfig) -> None:
@@ -96,7 +93,7 @@ def main(config: OfflineDpoConfig) -> None:
             title="guided DPO",
         )
         return
-    dist.setup(deterministic=config.deterministic)
+    dist.setup()
     check_processes(config.strategy, config.fit)
     # What can be wrong is found before the folder is claimed.
     sizes = load_config(config.model, frames=config.frames)
@@ -128,7 +125,7 @@ def main(config: OfflineDpoConfig) -> None:
             roles=loss.reference_roles,
             batch_size=config.fit.micro_batch_size,
             per_token=loss.per_token,
-            path=config.out / REFERENCE_LOGPS_NAME,
+            folder=config.out,
         )
     batches = PreferenceBatches(
         examples,

@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.fork_server import KILL
-from tests.limits import STEP_SECONDS
 
 SHARED_SOCKET = "FORK_SERVER_SOCKET"  # environment variable
 SERVER = Path(__file__).with_name("fork_server.py")
@@ -33,7 +32,7 @@ def forked(*line: object, imported_with: Mapping[str, str] | None = None) -> lis
 def kill(process: subprocess.Popen) -> None:
     """Kill what a `forked` command line has started by SIGKILL, and wait for it; it ends by SIGKILL too."""
     process.send_signal(KILL)
-    process.wait(timeout=STEP_SECONDS)
+    process.wait(timeout=300)
 
 
 @cache
@@ -57,7 +56,7 @@ def socket_path(*variables: tuple[str, str]) -> Path:
 
     def stop() -> None:
         server.stdin.close()
-        server.wait(timeout=STEP_SECONDS)
+        server.wait(timeout=300)
         folder.cleanup()
 
     atexit.register(stop)

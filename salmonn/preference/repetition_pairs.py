@@ -1,8 +1,9 @@
-"""Preference pairs of a caption that repeats itself and the same caption without the repeated clauses.
+"""Preference pairs of the start of a caption with a repeated clause, and the same with a missing event in its place.
 
-In a pair of two sampled captions a repeated clause is a small part of the difference, so DPO hardly learns to avoid it.
-Here the captions agree up to the repetition, and the log-probabilities of what they share cancel out. The model's own
-answers, corrected in few places, are the preferences of RLHF-V (arXiv 2312.00849). Imports no torch.
+A captioner that knows that something happens, but not what, mentions an earlier event again; Total does not count that.
+In a pair of two sampled captions the repeated clause is a small part of the difference. Here both texts are the same up
+to that clause and end with it, so that nothing else is learned: neither to stop nor to be brief. Correcting the first
+wrong step after the same prefix is Step-DPO (arXiv 2406.18629). Imports no torch.
 """
 
 import math
@@ -11,9 +12,8 @@ from dataclasses import replace
 
 from salmonn.preference.rating import Rating
 from salmonn.preference.selection import Pair, RatedCaption, to_comparison
-from salmonn.records import Caption, Comparison, Reference
-from salmonn.score.highlight import locate_quotes
-from salmonn.score.repetition import remove_clauses
+from salmonn.records import Caption, Comparison, Event, Reference
+from salmonn.score.highlight import find_missed_events, locate_quotes
 
 _ROUNDING = 1e-9  # 90 pairs with a fraction of 0.1 allow 10 more
 
@@ -26,7 +26,7 @@ def select_repetition_pairs(
     max_pairs: int,
     source: str,
 ) -> list[Comparison]:
-    """Return pairs of captions that repeat themselves and corrected ones, which are chosen.
+    """Return pairs of a repeated clause, which is rejected, and a missing event, after the same start of a caption.
 
     A clip gives at most one pair, of its caption with the most repetition that can be corrected; of more than
     `max_pairs` clips, ones at equal distances in the list are used. The margin of the pairs is 0: Total does not count
@@ -35,7 +35,7 @@ def select_repetition_pairs(
     Args:
         captions: sampled captions, several of each clip.
         ratings: ratings of these captions by a judge, whose scores say what is repeated; others are left out.
-        references: video -> reference annotation, whose caption becomes the ground truth.
+        references: video -> reference annotation, whose events are put in place of repeated clauses.
         max_pairs: number of pairs at most.
         source: name of the reward, for the records.
     """
@@ -44,7 +44,8 @@ def select_repetition_pairs(
     for caption in captions:
         if rating := rating_of.get((caption.video, caption.sample)):
             by_video.setdefault(caption.video, []).append(RatedCaption(caption, rating))
-    pairs = [pair for group in by_video.values() if (pair := _most_repetitive_pair(group))]
+    found = [_most_repetitive_pair(group, references[video].events) for video, group in by_video.items()]
+    pairs = [pair for pair in found if pair]
     count = min(max_pairs, len(pairs))
     used = [pairs[index * len(pairs) // count] for index in range(count)]
     return [to_comparison(*pair, reference=references[pair[0].caption.video], source=source) for pair in used]
@@ -55,25 +56,50 @@ def max_repetition_pairs(num_pairs: int, fraction: float) -> int:
     return math.floor(num_pairs * fraction / (1 - fraction) + _ROUNDING)
 
 
-def _most_repetitive_pair(captions: Sequence[RatedCaption]) -> Pair | None:
+def _most_repetitive_pair(captions: Sequence[RatedCaption], events: Sequence[Event]) -> Pair | None:
     """Return (corrected, repetitive) of the caption of a clip with the most repetition, None if none can be corrected.
 
     Ties go to the lower sample number.
     """
-    for rejected in sorted(captions, key=lambda one: (-one.repetition, one.caption.sample)):
-        if chosen := remove_repetition(rejected):
-            return chosen, rejected
+    for rated in sorted(captions, key=lambda one: (-one.repetition, one.caption.sample)):
+        if rated.repetition and (pair := replace_repetition(rated, events)):
+            return pair
     return None
 
 
-def remove_repetition(rated: RatedCaption) -> RatedCaption | None:
-    """Return a caption without its repeated clauses, or None if there are none that can be removed.
+def replace_repetition(rated: RatedCaption, events: Sequence[Event]) -> Pair | None:
+    """Return the start of a caption with a missing event in place of its first repeated clause, and with that clause.
 
-    A caption that was cut off is not corrected: without its last clause, it would seem to be complete.
+    The event must not precede the event that is mentioned before the clause, nor follow the one that is mentioned after
+    it. Of several, it is the one whose text has most words in common with the clause: probably what was confused with
+    it. Both texts count as cut off, as captions that go on.
+
+    Args:
+        rated: caption with a judge's score.
+        events: events of its clip.
     """
     caption, score = rated.caption, rated.rating.score
-    if score is None or not score.num_repeated_words or not caption.finished:
-        return None
-    spans = [quote.span for quote in locate_quotes(caption.text, score) if quote.kind == "repeated" and quote.span]
-    text = remove_clauses(caption.text, spans)
-    return None if text in ("", caption.text) else RatedCaption(replace(caption, text=text), rated.rating)
+    assert score is not None
+    quotes = [(quote, quote.span) for quote in locate_quotes(caption.text, score) if quote.span]
+    mentions = sorted(((span, quote.event) for quote, span in quotes if quote.event), key=lambda one: one[0])
+    missed = [event for _, event in find_missed_events(score, events) if event]
+    repeated = [span for quote, span in quotes if quote.kind == "repeated"]
+    # Of two places that end together, the shorter one: the other has the words that introduce the clause too.
+    for start, end in sorted(repeated, key=lambda span: (span[1], -span[0])):
+        before = [event for span, event in mentions if span[1] <= start][-1:]
+        after = [event for span, event in mentions if span[0] >= end][:1]
+        fitting = [
+            event
+            for event in missed
+            if not any(event.precedes(one) for one in before) and not any(one.precedes(event) for one in after)
+        ]
+        if fitting:
+            words = set(caption.text[start:end].lower().split())
+            text = max(fitting, key=lambda event: len(words & set(event.text.lower().split()))).text
+            if caption.text[start].isupper():
+                text = text[0].upper() + text[1:]
+            chosen, rejected = (
+                replace(caption, text=one, finished=False) for one in (caption.text[:start] + text, caption.text[:end])
+            )
+            return RatedCaption(chosen, rated.rating), RatedCaption(rejected, rated.rating)
+    return None

@@ -76,8 +76,8 @@ class SelectionConfig:
             `salmonn.preference.objectives`. A judge's scores have objectives, and reward models of that kind.
         min_spreads: smallest difference in multiples of the larger spread of the two ratings, where a reward model with
             an ensemble gave them; none for any.
-        repetition_fraction: largest fraction of a round's pairs that are added to these to teach nothing but not to
-            repeat: a caption that repeats itself is rejected for the same without the repeated clauses.
+        repetition_fraction: largest fraction of a round's pairs that are added to these to teach not to repeat: the
+            start of a caption with a missing event is chosen over the same with a repeated clause in its place.
     """
 
     kind: Literal["best_worst"] = "best_worst"

@@ -12,8 +12,7 @@ from salmonn.serve.api import ServerConfig, Service
 from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.schema import ChatLimits
 from salmonn.serve.sources import MediaSources
-from tests.limits import wait_until
-from tests.serve.running import GatedCaptioner, RunningServer
+from tests.serve.running import GatedCaptioner, RunningServer, wait_until
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from salmonn.preference.rating import Rating
 from salmonn.preference.selection import SelectionConfig, make_selector
 from salmonn.preference.subset import SubsetConfig
-from salmonn.records import Caption, Comparison, Reference, Score
+from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
 from salmonn.score.metrics import Rates
 from salmonn.train.data import ClipSet
 from salmonn.train.rounds import (
@@ -120,17 +120,21 @@ def test_a_subset_of_pairs_is_kept_with_its_account(tmp_path, caplog):
 def test_pairs_that_differ_in_repetition_are_added_after_the_choice_of_a_subset(tmp_path):
     """Of the pairs of four clips two are kept; with a third for repetition, one more is added."""
     videos = [f"{name}.mp4" for name in "abcd"]
+    cat, dog = Event("a cat sleeps"), Event("a dog barks")
     captions, ratings = [], []
     for number, video in enumerate(videos):
         texts = [("A cat sleeps.", 0.0, 0), ("A dog runs in.", 0.5 + number / 10, 0), ("A cat sleeps. " * 2, 0.5, 3)]
         for sample, (text, total, repeated) in enumerate(texts):
-            score = Score(video, 1, 0, 0, 0, num_words=6, num_repeated_words=repeated, sample=sample)
+            score = Score(
+                video, 2, 1, 0, 0, num_words=6, num_repeated_words=repeated, sample=sample, missed=(dog.text,),
+                mentions=(Mention(cat, "A cat sleeps"),),
+            )  # fmt: skip
             captions.append(Caption(video, text.strip(), sample=sample))
             ratings.append(Rating(video, {"total": total}, {"total": -1.0}, sample=sample, score=score))
     pairs = load_or_select(
         captions,
         ratings,
-        ClipSet([Reference(video, caption=video) for video in videos], tmp_path),
+        ClipSet([Reference(video, (cat, dog), caption=video) for video in videos], tmp_path),
         selector=make_selector(SelectionConfig(max_pairs_per_video=1)),
         subset=SubsetConfig(keep=2),
         repetition_fraction=1 / 3,
@@ -140,5 +144,5 @@ def test_pairs_that_differ_in_repetition_are_added_after_the_choice_of_a_subset(
     assert [(pair.video, pair.chosen, pair.rejected) for pair in pairs] == [
         ("c.mp4", "A cat sleeps.", "A dog runs in."),
         ("d.mp4", "A cat sleeps.", "A dog runs in."),
-        ("a.mp4", "A cat sleeps.", "A cat sleeps. A cat sleeps."),
+        ("a.mp4", "A cat sleeps. A dog barks", "A cat sleeps. A cat sleeps"),
     ]
