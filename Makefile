@@ -7,6 +7,7 @@
 # make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed
 # make ablation      the papers' ablation at toy size on 3 seeds: an hour or more on 2 cores
 # make bench         compare speed with a plain implementation, TRL and other decoders; update docs/performance.md
+# make gpu-check     check and measure the GPU path at 7B shapes: under 8 minutes on one H200
 # make docs          build the documentation in site/
 # make tiny          train the toy model from scratch and replace the shipped one: two hours on 2 cores
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-slow test-resume fuzz docs lint mrdpo proof ablation bench tiny clean
+.PHONY: setup test test-slow test-resume fuzz docs lint mrdpo proof ablation bench gpu-check tiny clean
 
 setup: $(VENV)/installed
 
@@ -60,6 +61,9 @@ docs: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet $(TORCH) --editable ".[dev,bench]"
 	$(BIN)/python tools/bench/all.py --document docs/performance.md
+
+gpu-check: setup
+	$(BIN)/python tools/bench/gpu_check.py --device cuda --dtype bfloat16 --shape 7b --out gpu_check.json
 
 tiny: setup
 	$(BIN)/torchrun recipes/sft.py --config recipes/configs/pretrain_1_objects.yaml

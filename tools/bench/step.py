@@ -245,7 +245,7 @@ def run(config: BenchConfig) -> list[BenchRow]:
     counted = timings["ours"] + timings["reference"]
     rows.insert(1, compare("naive, our reference pass counted in", counted, timings["naive"]))
     if config.device == "cuda":
-        rows += [_utilization(bench, timings["ours"])]
+        rows += [_gpu_row(bench, timings["ours"])]
     about = f"{config.family}, {bench.prefix_tokens} tokens of clip, {config.sizes.answer_tokens} of each answer"
     return [row | {"part": f"{PART}: {about}"} for row in rows]
 
@@ -260,8 +260,8 @@ def compare_memory(ours: BenchRow, other: BenchRow) -> BenchRow:
     }
 
 
-def _utilization(bench: StepBench, ours: Timing) -> BenchRow:
-    """Compute the model FLOPs utilization (MFU) on a GPU, counted with and without gradients of frozen weights.
+def utilization(bench: StepBench, seconds: float) -> dict[str, float]:
+    """Compute the model FLOPs utilization (MFU) of a step on a GPU, with and without gradients of frozen weights.
 
     A pass is the forward pass, the backward pass to the inputs, or the backward pass to the weights, which a LoRA step
     does not need.
@@ -273,17 +273,20 @@ def _utilization(bench: StepBench, ours: Timing) -> BenchRow:
     whole, needed = (
         flops(count, tokens, width=lm.hidden_size, layers=lm.num_hidden_layers, passes=passes) for passes in (3, 2)
     )
-    mfu, mfu_lora = (round(each / ours.seconds / PEAK_FLOPS, 3) for each in (whole, needed))
+    mfu, mfu_lora = (round(each / seconds / PEAK_FLOPS, 3) for each in (whole, needed))
+    return {"tokens_per_second": round(tokens / seconds), "mfu": mfu, "mfu_lora": mfu_lora}
+
+
+def _gpu_row(bench: StepBench, ours: Timing) -> BenchRow:
+    figures = utilization(bench, ours.seconds)
     return {
         "name": "ours on the GPU",
         "ours_seconds": round(ours.seconds, 4),
         "other_seconds": None,
         "ratio": None,
-        "tokens_per_second": round(tokens / ours.seconds),
-        "mfu": mfu,
-        "mfu_lora": mfu_lora,
-        "note": f"{tokens / ours.seconds:,.0f} tokens/s; MFU {mfu} = (2 x 3 flops a parameter and token + attention) / "
-        f"seconds / 989 TFLOP/s; {mfu_lora} with 2 x 2, as a LoRA step needs",
+        **figures,
+        "note": f"{figures['tokens_per_second']:,} tokens/s; MFU {figures['mfu']} = (2 x 3 flops a parameter and token "
+        f"+ attention) / seconds / 989 TFLOP/s; {figures['mfu_lora']} with 2 x 2, as a LoRA step needs",
     }
 
 
