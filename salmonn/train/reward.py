@@ -445,7 +445,8 @@ class RewardTrainer:
         assert lora is not None
         if not is_missing(folder / HEAD_NAME):  # written after the adapter
             load_adapter(captioner.network, folder / ADAPTER_DIR)
-            head.load_state_dict(load_file(folder / HEAD_NAME))
+            with torch.no_grad():
+                head.score.weight.copy_(load_file(folder / HEAD_NAME)["score.weight"])
             merge_adapter(captioner.network)
             return captioner, head.requires_grad_(False)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from salmonn.caption.captioner import Captioner
 from salmonn.caption.processor import PromptRow
@@ -46,6 +47,7 @@ def test_a_killed_blind_twin_does_not_repeat_the_training(random_model, clips, c
         pooling="last",
         lora=LoraConfig(rank=2, alpha=4, dropout=0.0, targets=("q_proj",)),
         fit=optimization,
+        ensemble=2,
         heldout_fraction=0.5,
     )
     trained, fit = [], reward.fit
@@ -65,11 +67,20 @@ def test_a_killed_blind_twin_does_not_repeat_the_training(random_model, clips, c
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "killed", kill_at=2)
     files = [tmp_path / "killed" / name for name in ("head.safetensors", "adapter/adapter_model.safetensors")]
-    written = [path.read_bytes() for path in files]
+    written = [load_file(path) for path in files]
     info = train(tmp_path / "killed")
-    assert trained == ["blind: reward model"] and [path.read_bytes() for path in files] == written
+    assert trained == ["blind: reward model"] and info.ensemble == 2
+    for path, before in zip(files, written, strict=True):
+        after = load_file(path)
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+    (tmp_path / "killed" / "reward.json").unlink()  # as if killed before it was written, after the ensemble
+    assert train(tmp_path / "killed") == info and trained == []
     # Rewards are standardized by what the adapted model gives the two answers of the only training clip.
     model, ((group,), _) = RewardModel.load(tmp_path / "killed"), split_groups(groups, fraction=0.5, seed=0)
     rows = [PromptRow(0, "Tell.", text) for text, _ in group.answers]
     rewards = model.rewards(rows, [features[ClipSource.of_comparison(group.example, root=clips.root)]])
-    assert sorted(rewards) == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3) and model.info == info
+    assert (
+        model.head.ensemble is not None
+        and sorted(rewards) == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-3)
+        and model.info == info
+    )
