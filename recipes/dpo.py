@@ -35,6 +35,7 @@ from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import FitConfig, FitContext, autocast, check_processes, fit
 from salmonn.train.preference import (
+    REFERENCE_LOGPS_NAME,
     PreferenceBatches,
     PreferenceBatchLoss,
     PreferenceExample,
@@ -76,8 +77,10 @@ class OfflineDpoConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss.kind == "grpo":
-            raise ValueError("loss.kind grpo trains on rated samples rather than pairs; use recipes/mrdpo.py for it")
+        if self.loss.kind in ("grpo", "nash"):
+            raise ValueError(
+                f"loss.kind {self.loss.kind} needs rated samples of the policy; use recipes/mrdpo.py for it"
+            )
 
 
 def main(config: OfflineDpoConfig) -> None:
@@ -93,7 +96,7 @@ def main(config: OfflineDpoConfig) -> None:
             title="guided DPO",
         )
         return
-    dist.setup()
+    dist.setup(deterministic=config.deterministic)
     check_processes(config.strategy, config.fit)
     # What can be wrong is found before the folder is claimed.
     sizes = load_config(config.model, frames=config.frames)
@@ -125,7 +128,7 @@ def main(config: OfflineDpoConfig) -> None:
             roles=loss.reference_roles,
             batch_size=config.fit.micro_batch_size,
             per_token=loss.per_token,
-            folder=config.out,
+            path=config.out / REFERENCE_LOGPS_NAME,
         )
     batches = PreferenceBatches(
         examples,

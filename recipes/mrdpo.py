@@ -21,7 +21,6 @@ from salmonn.config import run_recipe
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.model.loading import load_config
 from salmonn.model.lora import attach_lora
-from salmonn.model.network import Network
 from salmonn.preference.clauses import mark_clauses
 from salmonn.preference.groups import make_groups
 from salmonn.preference.losses import PreferenceLoss, Role, make_loss
@@ -30,6 +29,7 @@ from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
 from salmonn.preference.selection import SelectionConfig, make_selector
 from salmonn.preference.subset import SubsetConfig
+from salmonn.preference.voter_reward import VoterReward
 from salmonn.records import Caption, Comparison, read_json, read_records, write_json
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
@@ -43,15 +43,32 @@ from salmonn.train.data import (
     sft_loss,
 )
 from salmonn.train.dry_run import check_adapters
-from salmonn.train.evaluate import RATES_NAME, cache_features, evaluate, sample_captions, write_evaluation
+from salmonn.train.evaluate import (
+    RATES_NAME,
+    cache_features,
+    evaluate,
+    sample_captions,
+    write_evaluation,
+    write_exploitability,
+)
 from salmonn.train.feature_cache import open_feature_cache
 from salmonn.train.influence import best_captions, rate_at_random, rate_by_influence, split_clips
 from salmonn.train.kl import kl_callback, make_kl_probe
 from salmonn.train.left_out import LeftOut
-from salmonn.train.loop import Batches, FitConfig, FitContext, autocast, check_processes, fit
-from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, list_trainings, load_data, plan_steps, print_memory_plan
+from salmonn.train.loop import Batches, FitContext, autocast, check_processes, fit
+from salmonn.train.mrdpo import (
+    MrDpoConfig,
+    RebirthConfig,
+    Stage,
+    list_trainings,
+    load_data,
+    plan_steps,
+    print_memory_plan,
+)
 from salmonn.train.plots import plot_summary
 from salmonn.train.preference import (
+    REFERENCE_LOGPS_NAME,
+    START_LOGPS_NAME,
     Example,
     GroupExample,
     MixedBatches,
@@ -60,6 +77,7 @@ from salmonn.train.preference import (
     PreferenceBatches,
     compute_reference_logps,
     make_pair_examples,
+    mix_logps,
 )
 from salmonn.train.reward_rounds import RewardRounds, require_labels, require_model
 from salmonn.train.rounds import (
@@ -98,7 +116,7 @@ class Run:
     train: ClipSet
     heldout: ClipSet
     judge: Judge
-    reward: JudgeReward
+    reward: JudgeReward | VoterReward
 
     def folder(self, number: int) -> Path:
         """Return the folder of a round."""
@@ -112,32 +130,12 @@ class Run:
     def reward_rounds(self) -> RewardRounds:
         """Labels and reward models of the rounds, for reward.kind "model"."""
         config = self.config
-        load_start = partial(config.load_model, config.model)
+        load_start, judge = partial(config.load_model, config.model), self.reward
+        assert isinstance(judge, JudgeReward)
         return RewardRounds(
-            config.reward, config.reward_training, self.reward, self.train, config.out, load_start, config.seed,
+            config.reward, config.reward_training, judge, self.train, config.out, load_start, config.seed,
             config.strategy,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A training on preferences.
-
-    Args:
-        folder: folder of its results.
-        seed: seed of the adapter, and of the order of the examples.
-        fit: optimization.
-        earlier: folders of the adapters that the policy consists of, besides the start.
-        reference_policy: model that rewards are relative to; none for the policy itself.
-        num_questions: number of questions in each step.
-    """
-
-    folder: Path
-    seed: int
-    fit: FitConfig
-    earlier: Sequence[Path]
-    reference_policy: ModelPath | None = None
-    num_questions: int = 0
 
 
 def main(config: MrDpoConfig) -> None:
@@ -145,7 +143,7 @@ def main(config: MrDpoConfig) -> None:
     if config.dry_run:
         print_memory_plan(config)
         return
-    dist.setup()
+    dist.setup(deterministic=config.deterministic)
     trainings = list_trainings(config)
     check_processes(config.strategy, *(optimization for _, optimization in trainings))
     # What can be wrong is found before anything is rendered, and before the folder is claimed.
@@ -164,7 +162,7 @@ def main(config: MrDpoConfig) -> None:
     # Both sets at once, so that the cache does not evict the features of one for those of the other.
     cache = open_feature_cache(config.feature_cache, captioner)
     train, heldout = cache_features(captioner, train, heldout, name="clips", cache=cache, left_out=left_out)
-    if config.reward.kind == "model":
+    if config.reward.kind == "model" and isinstance(reward, JudgeReward):
         require_labels(train.references, reward, config.reward)
     if not (train.references and heldout.references):
         raise ValueError("no training clip or no held-out clip can be read; replace the files that are listed above")
@@ -228,13 +226,15 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
         return folder / "merged"
 
     # Sample, rate, and select pairs or, for GRPO, group by clip.
-    loss = make_loss(config.loss)
+    loss = make_loss(config.round_loss)
     examples = make_round_examples(number, policy, run, roles=loss.roles)
 
     # Train and merge a fresh LoRA. All rounds are added to the start, and their sum is rounded once.
     stage = Stage(folder, seed, config.fit, earlier=adapters_of_rounds(number - 1, config))
     if number > 1 and config.reference_policy == "run_start":
         stage = replace(stage, reference_policy=config.model)
+    if number > 1 and config.reference_policy == "mixed":
+        stage = replace(stage, anchor=config.model)
     if number == config.rounds:
         stage = replace(stage, num_questions=config.num_questions)
     return train_on_preferences(examples, policy, loss, stage, run)
@@ -249,15 +249,20 @@ def train_on_preferences(
     attach_lora(captioner.network, config.lora, seed=stage.seed)
     # Rewards are relative to the reference policy, which scores each answer once, in advance.
     with autocast(fit_config.precision):
-        reference_logps = compute_reference_logps(
-            load_reference_policy(stage.reference_policy, captioner, config),
-            examples,
-            captioner.processor,
+        score = partial(
+            compute_reference_logps,
+            examples=examples,
+            processor=captioner.processor,
             roles=loss.reference_roles,
             batch_size=fit_config.micro_batch_size,
             per_token=loss.per_token,
-            folder=folder,
         )
+        reference_policy = stage.load_reference_policy(config) or captioner.network
+        reference_logps = score(reference_policy, path=folder / REFERENCE_LOGPS_NAME)
+        if anchor := stage.load_anchor(config):
+            of_anchor = score(anchor, path=folder / START_LOGPS_NAME)
+            reference_logps = mix_logps(of_anchor, reference_logps, eta=config.eta)
+        del reference_policy, anchor
     num_questions = stage.num_questions
     preferences = PreferenceBatches(
         examples,
@@ -358,15 +363,6 @@ def sample_and_rate(number: int, policy: ModelPath, run: Run) -> tuple[list[Capt
 def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:
     """Return the folders of the adapters of the first rounds, which the merged model of the last one consists of."""
     return [config.out / f"round_{number}" / "adapter" for number in range(1, last + 1)]
-
-
-def load_reference_policy(path: ModelPath | None, captioner: Captioner, config: MrDpoConfig) -> Network:
-    """Return the network that is the reference policy while its adapter is disabled; without a path, the policy's."""
-    if path is None:
-        return captioner.network
-    start = config.load_model(path).network
-    attach_lora(start, config.lora, seed=0)
-    return start
 
 
 def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
@@ -495,6 +491,8 @@ def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None
             result = evaluate(captioner, run.heldout, judge=run.judge, sampling=config.sampling, name=folder.name)
             if dist.is_main():
                 write_evaluation(results, result, judge=run.judge)
+                if isinstance(run.reward, VoterReward):
+                    write_exploitability(results, run.reward.voter, result, run.heldout)
         if needs_kl:
             start = config.load_model(config.model).network
             probe = make_kl_probe(captioner, run.heldout, config.kl, batch_size=config.fit.micro_batch_size)

@@ -100,7 +100,7 @@ def main(config: RewardRecipeConfig) -> None:
     if config.dry_run:
         print_memory_plan(config)
         return
-    dist.setup()
+    dist.setup(deterministic=config.deterministic)
     check_processes(config.strategy, *([config.fit] if config.lora else []))
     # What can be wrong is found before the folder is claimed.
     sizes = load_config(config.model, frames=config.frames)

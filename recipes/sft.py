@@ -154,7 +154,7 @@ def main(config: SftConfig) -> None:
     if config.dry_run:
         print_memory_plan(config)
         return
-    dist.setup()
+    dist.setup(deterministic=config.deterministic)
     check_processes(config.strategy, config.fit)
     # What can be wrong is found before anything is rendered, and before the folder is claimed.
     choose_trainable(build_on_meta(model_sizes(config)), config)

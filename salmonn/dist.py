@@ -25,12 +25,16 @@ TRAINING_TIMEOUT = timedelta(minutes=30)
 CONTROL_TIMEOUT = timedelta(days=30)
 
 
-def setup(*, threads: int | None = None) -> None:
+def setup(*, threads: int | None = None, deterministic: bool = False) -> None:
     """Join the process group that torchrun launched, if any, and set up logging, which only rank 0 does at info level.
 
     Args:
         threads: CPU threads of this process; None divides the machine's cores among its local processes.
+        deterministic: use algorithms with a fixed order of sums on a GPU, where PyTorch has them, and warn elsewhere.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     if world_size() > 1 and not torch_dist.is_initialized():

@@ -37,10 +37,10 @@ gc.enable()
 torch.set_num_threads(1)
 # The slowest files run first, so that no worker has one of them at the end.
 LONGEST = (
-    "tests/recipes/test_mrdpo.py", "tests/test_docs.py", "tests/train/test_parallel.py",
-    "tests/batch/test_caption_cli.py", "tests/test_published_cli.py", "tests/recipes/test_sft.py",
-    "tests/serve/test_serve_cli.py", "tests/train/test_options.py", "tests/tools/test_ablation.py",
-    "tests/test_dist.py",
+    "tests/webui/test_app.py", "tests/recipes/test_mrdpo.py", "tests/test_docs.py", "tests/train/test_parallel.py",
+    "tests/batch/test_caption_cli.py", "tests/webui/test_answers.py", "tests/test_published_cli.py",
+    "tests/recipes/test_reward.py", "tests/recipes/test_sft.py", "tests/train/test_options.py",
+    "tests/media/test_file_kinds_times.py", "tests/tools/test_ablation.py", "tests/test_dist.py",
 )  # fmt: skip
 
 

@@ -73,6 +73,9 @@ def preload() -> None:
     for name in (*MODULES, *names):
         with contextlib.suppress(ImportError):  # an optional dependency
             importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):  # other versions have it elsewhere
+        # Made by each process that loads a model, in 0.2 s.
+        importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("qwen2")
     importlib.import_module("torch").set_num_threads(1)
     threads = os.listdir("/proc/self/task") if Path("/proc/self/task").is_dir() else [1]  # noqa: PTH208
     assert len(threads) == 1, "a process with threads cannot be forked safely: find the import that starts one"

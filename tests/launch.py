@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.fork_server import KILL
+from tests.limits import STEP_SECONDS
 
 SHARED_SOCKET = "FORK_SERVER_SOCKET"  # environment variable
 SERVER = Path(__file__).with_name("fork_server.py")
@@ -32,7 +33,7 @@ def forked(*line: object, imported_with: Mapping[str, str] | None = None) -> lis
 def kill(process: subprocess.Popen) -> None:
     """Kill what a `forked` command line has started by SIGKILL, and wait for it; it ends by SIGKILL too."""
     process.send_signal(KILL)
-    process.wait(timeout=300)
+    process.wait(timeout=STEP_SECONDS)
 
 
 @cache
@@ -56,7 +57,7 @@ def socket_path(*variables: tuple[str, str]) -> Path:
 
     def stop() -> None:
         server.stdin.close()
-        server.wait(timeout=300)
+        server.wait(timeout=STEP_SECONDS)
         folder.cleanup()
 
     atexit.register(stop)

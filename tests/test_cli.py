@@ -18,6 +18,7 @@ from salmonn.cli.main import COMMANDS, build_parser, name_flags
 from salmonn.config import parse_config
 from salmonn.records import Caption, Reference, read_records
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 SALMONN = Path(sys.executable).with_name("salmonn")
 
@@ -27,7 +28,7 @@ def run(*args: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
     line = [str(SALMONN), *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = line if fresh else forked(*line)
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False, env=env)
 
 
 def test_help_starts_without_torch():
@@ -149,7 +150,9 @@ def test_wrong_values_are_described_in_one_sentence(call, args, message):
 def test_wrong_usage_is_reported_before_torch_is_imported(args, message):
     code = f"import sys\ntry:\n from salmonn.cli import main; main({args!r})\nexcept SystemExit as end:\n"
     code += " assert end.code == 2\nassert 'torch' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=RUN_SECONDS, check=False
+    )
     assert result.returncode == 0 and result.stderr.startswith("error: ") and message in result.stderr
 
 
@@ -173,7 +176,7 @@ def test_version_help_and_module(call):
     assert call("help", "export")[1] == call("export", "--help")[1]
     assert "caption" in call("help")[1]
     command = [sys.executable, "-m", "salmonn", "--version"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
     assert result.stdout == f"salmonn {__version__}\n"
 
 
@@ -189,7 +192,7 @@ def test_version_help_and_module(call):
 def test_completion(call, words, expected):
     code, script, _ = call("completion", "bash")
     script += f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _salmonn; echo ${{COMPREPLY[@]}}"
-    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
     assert code == 0 and result.stdout.split() == expected and not result.stderr
     assert call("completion", "zsh")[1].startswith("autoload -U bashcompinit")
 

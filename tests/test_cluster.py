@@ -18,6 +18,7 @@ import pytest
 
 from salmonn.config import parse_config
 from salmonn.train.parallel import StrategyName
+from tests.limits import RUN_SECONDS
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "recipes" / "cluster"
@@ -63,7 +64,7 @@ def run_all(lines: Sequence[Sequence[object]], folder: Path, **variables: object
             )
     try:
         for number, process in enumerate(processes):
-            assert process.wait(timeout=900) == 0, (folder / f"log_{number}").read_text()[-3000:]
+            assert process.wait(timeout=RUN_SECONDS) == 0, (folder / f"log_{number}").read_text()[-3000:]
     finally:
         family = [child for process in processes if process.poll() is None for child in _family(process.pid)]
         for member in family:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from salmonn import dist
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 SCRIPT = """
 import json, sys, time
@@ -104,7 +106,7 @@ def torchrun(*options: object, fresh: bool = False) -> subprocess.CompletedProce
     args = [str(part) for part in (launcher, "--standalone", "--nproc_per_node=2", *options)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = args if fresh else forked(*args)
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=env, check=False)
 
 
 def start_without_launcher(*options: object, size: int) -> list[tuple[int, str]]:
@@ -119,7 +121,7 @@ def start_without_launcher(*options: object, size: int) -> list[tuple[int, str]]
         command = forked(sys.executable, *options)
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | env))
     try:
-        outputs = [process.communicate(timeout=900)[1] for process in processes]
+        outputs = [process.communicate(timeout=RUN_SECONDS)[1] for process in processes]
         return [(process.returncode, stderr) for process, stderr in zip(processes, outputs, strict=True)]
     finally:
         for process in processes:
@@ -199,3 +201,13 @@ def test_work_is_balanced_by_cost(monkeypatch):
     assert dist.balance([1, 1, 1, 1, 60]) == [[4], [0, 2], [1, 3]]
     # Items of unknown cost are assigned in turn.
     assert dist.balance([0, 0, 0, 0]) == [[0, 3], [1], [2]]
+
+
+def test_deterministic_algorithms_are_chosen_before_cuda_starts(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(dist.logging, "basicConfig", lambda **_: None)
+    try:
+        dist.setup(threads=torch.get_num_threads(), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)

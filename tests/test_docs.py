@@ -27,6 +27,7 @@ from salmonn.records import Caption, Reference, read_records, write_json, write_
 from salmonn.score.metrics import Rates
 from salmonn.synthetic.render import SynthConfig, make_clips
 from tests.launch import forked
+from tests.limits import RUN_SECONDS, STEP_SECONDS
 from tests.score.fake_llm_server import rule_judge_script
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +204,7 @@ def test_commands_run(stage, page):
 def python(stage, script):
     return subprocess.run(
         forked(sys.executable, "-c", script),
-        cwd=stage.folder, env=stage.environment, capture_output=True, text=True, timeout=900, check=False,
+        cwd=stage.folder, env=stage.environment, capture_output=True, text=True, timeout=RUN_SECONDS, check=False,
     )  # fmt: skip
 
 
@@ -232,7 +233,7 @@ def test_servers_start_answer_and_end(stage, name):
             assert len(result.stdout.split()) > 3
     finally:
         server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=300) == 0, log.read_text()
+        assert server.wait(timeout=STEP_SECONDS) == 0, log.read_text()
 
 
 def wait_for(address, server, log, *, seconds=600):
@@ -256,7 +257,7 @@ def test_the_site_is_made_without_warnings(tmp_path):
     """Strict: a link that leads nowhere, or a page that no list names, ends it."""
     result = subprocess.run(
         [str(BIN / "mkdocs"), "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     index = (tmp_path / "site" / "index.html").read_text()

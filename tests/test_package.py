@@ -9,6 +9,8 @@ from zipfile import ZipFile
 
 import pytest
 
+from tests.limits import RUN_SECONDS
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 DATA = sorted(
@@ -34,7 +36,7 @@ def test_license_is_that_of_the_project():
 @pytest.mark.slow
 def test_wheel_contains_all_files(tmp_path):
     command = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(ROOT)]
-    subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True, timeout=600)
+    subprocess.run([sys.executable, "-m", *command], check=True, capture_output=True, timeout=RUN_SECONDS)
     (wheel,) = tmp_path.glob("salmonn-*.whl")
     with ZipFile(wheel) as file:
         names = set(file.namelist())

@@ -8,6 +8,7 @@ import pytest
 
 from salmonn.records import write_json, write_text
 from salmonn.score.metrics import Rates
+from tests.limits import RUN_SECONDS
 
 
 @pytest.fixture
@@ -53,5 +54,7 @@ def test_help_of_plot(call):
 def test_plot_starts_without_torch(run_folder):
     code = f"import sys\ntry:\n from salmonn.cli import main; main(['plot', {str(run_folder)!r}])\n"
     code += "except SystemExit as end:\n assert end.code == 0\nassert 'torch' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=RUN_SECONDS, check=False
+    )
     assert result.returncode == 0, result.stderr

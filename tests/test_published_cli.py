@@ -26,6 +26,7 @@ from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.model.families import salmonn2_plus
 from salmonn.records import Caption, read_records
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 MEDIA = Path(__file__).parents[2] / "shared" / "media"
 pytestmark = pytest.mark.skipif(not MEDIA.is_dir(), reason=f"no media in {MEDIA}")
@@ -134,7 +135,9 @@ def serve(folder: Path, port: int) -> Iterator[list[str]]:
 
 def run(*line: object, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=600, check=False, env=env)
+    return subprocess.run(
+        list(map(str, line)), capture_output=True, text=True, timeout=RUN_SECONDS, check=False, env=env
+    )
 
 
 def caption(*args: object, home: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ from salmonn.score.formats import read_scores
 from salmonn.synthetic.judge import RULES_VERSION
 from salmonn.synthetic.render import SynthConfig, sample_clip
 from tests.launch import forked, kill
+from tests.limits import STEP_SECONDS
 from tests.score.fake_llm_server import Answer, rule_judge_script
 
 SALMONN = Path(sys.executable).with_name("salmonn")
@@ -133,7 +134,7 @@ def test_a_killed_command_resumes_without_repeated_requests(hasty, serve):
 
     def script(request, number):
         if number >= 60:  # 8 requests are in flight when it is killed
-            killed.wait(timeout=300)
+            killed.wait(timeout=STEP_SECONDS)
         return rule_judge_script(request, number)
 
     server = serve(script)

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from salmonn.score.config import JudgeConfig
 if TYPE_CHECKING:
     from salmonn.caption.engine import Engine
     from salmonn.caption.loader import ClipReader
+    from salmonn.preference.mixture import RaterGroup
     from salmonn.webui.scorer import CaptionScorer
     from salmonn.webui.session import AppState
 
@@ -35,6 +37,9 @@ def demo_parser() -> FlagParser:
     )
     parser.add_argument("--other_model", type=str | None, default=None, help="second model, to compare with --model")
     parser.add_argument("--run", type=Path | None, default=None, help="folder of a training run to show")
+    parser.add_argument(
+        "--raters", type=Path | None, default=None, help="folder of an ideal-point reward model, to show its groups"
+    )
     parser.add_argument(
         "--references", type=Path | None, default=None, help="references, matched to uploads by file name"
     )
@@ -61,6 +66,7 @@ def run_demo(values: Namespace) -> int:
     if importlib.util.find_spec("gradio") is None:  # checked before any model is loaded
         raise ValueError("salmonn demo needs Gradio: pip install 'salmonn[demo]'")
     models = _name_models(values)
+    groups = _read_groups(values.raters) if values.raters else []
     scorer = _open_scorer(values)
     from salmonn.caption.loader import ClipReader
     from salmonn.caption.worker import WorkerLimits
@@ -79,13 +85,25 @@ def run_demo(values: Namespace) -> int:
             uploads=UploadStore(folder / "uploads", max_bytes=MAX_LARGE_UPLOADS * (values.max_upload_mib << 20)),
         )
         try:
-            _serve(values, state, accounts)
+            _serve(values, state, accounts, groups)
         finally:
             state.close()
     return 0
 
 
-def _serve(values: Namespace, state: "AppState", accounts: list[tuple[str, str]]) -> None:
+def _read_groups(folder: Path) -> list["RaterGroup"]:
+    """Return the groups of raters of an ideal-point reward model; raises ValueError for another folder."""
+    from salmonn.preference.mixture import RATERS_NAME, Rater, group_raters
+    from salmonn.preference.reward_model import read_info
+    from salmonn.records import read_records
+
+    prototypes = read_info(folder, kind="ideal-point").prototypes
+    return group_raters(prototypes, read_records(folder / RATERS_NAME, Rater)) if prototypes else []
+
+
+def _serve(
+    values: Namespace, state: "AppState", accounts: list[tuple[str, str]], groups: Sequence["RaterGroup"]
+) -> None:
     # Gradio reads its upload folder only from here. It is deleted together with this process.
     os.environ["GRADIO_TEMP_DIR"] = str(state.uploads.root)
     import gradio as gr
@@ -101,7 +119,7 @@ def _serve(values: Namespace, state: "AppState", accounts: list[tuple[str, str]]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     gr.set_static_paths([state.examples[0].path.parent])
-    page = build_app(state, run=values.run, notes=[] if values.model else [TOY_NOTE])
+    page = build_app(state, run=values.run, groups=groups, notes=[] if values.model else [TOY_NOTE])
     page.queue(max_size=4 * values.max_waiting, default_concurrency_limit=None)
     _, address, _ = page.launch(
         server_name=values.host,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Role = Literal["chosen", "rejected", "ground_truth", "mismatched", "sample"]
-LossName = Literal["sigmoid", "ipo", "robust", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "kto", "grpo"]
+LossName = Literal["sigmoid", "ipo", "robust", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "kto", "nash", "grpo"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class RoleLogps:
         tokens: log-probabilities of the single tokens, for losses with `per_token`.
         advantages: advantages of samples; None for other roles.
         clauses: marked clauses of chosen and rejected answers.
+        margins: (B,) how much better chosen answers are, by the rating; NaN where it is unknown.
     """
 
     policy: Tensor
@@ -86,6 +87,7 @@ class RoleLogps:
     tokens: TokenLogps | None = None
     advantages: Advantages | None = None
     clauses: Clauses | None = None
+    margins: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -126,8 +128,9 @@ class LossConfig:
     Args:
         kind: loss of pairs, under TRL's names; "sigmoid" is DPO. With cross-entropy, DPO becomes guided DPO
             (arXiv 2410.06682). "grpo" trains on all samples of a clip at once, and on no pairs.
+            "nash" fits the difference of log-ratios to margin / beta; margins are differences of win rates then.
         beta: strength of the KL penalty that keeps the model close to the reference policy. Published values: 0.1 for
-            sigmoid, ipo and kto, 0.01 for nca_pair, 0.001 for sppo_hard, 0.04 or 0 for grpo.
+            sigmoid, ipo, kto and nash, 0.01 for nca_pair, 0.001 for sppo_hard, 0.04 or 0 for grpo.
         ce_weight: weight of the cross-entropy on the ground-truth caption; 0 for none, which needs no ground truth.
         label_smoothing: share of comparisons that are assumed to be the wrong way round; for sigmoid (conservative
             DPO) and robust only.
@@ -185,6 +188,7 @@ class LogRatios:
         chosen, rejected: log-ratios of the two captions.
         num_chosen_tokens, num_rejected_tokens: lengths of the captions.
         mismatched: log-ratios of captions of other clips; None unless the loss needs them.
+        margins: how much better the chosen captions are, by the rating; None unless the loss needs it.
     """
 
     chosen: Tensor
@@ -192,6 +196,7 @@ class LogRatios:
     num_chosen_tokens: Tensor
     num_rejected_tokens: Tensor
     mismatched: Tensor | None = None
+    margins: Tensor | None = None
 
 
 def sigmoid_loss(ratios: LogRatios, config: LossConfig) -> Tensor:
@@ -315,6 +320,16 @@ def clause_loss(answers: Sequence[RoleLogps], config: LossConfig) -> LossOutput:
     return LossOutput(loss, {"clause": loss, "clause_accuracy": (sign * reward > 0).sum(-1) / count})
 
 
+def nash_loss(ratios: LogRatios, config: LossConfig) -> Tensor:
+    """Compute the regression of online IPO (EGPO, arXiv 2503.08942) on differences of win rates, with sums over tokens.
+
+    The fixed point of repeated rounds is the policy that no other beats in the regularized game, whether or not a score
+    explains the preferences. A margin of 0.5 at a hard label is IPO.
+    """
+    assert ratios.margins is not None, "examples of this loss have margins"
+    return (ratios.chosen - ratios.rejected - ratios.margins / config.beta) ** 2
+
+
 def _reward_margin(ratios: LogRatios, config: LossConfig) -> Tensor:
     return config.beta * ratios.chosen - config.beta * ratios.rejected
 
@@ -328,6 +343,7 @@ PAIR_LOSSES: Mapping[LossName, Callable[[LogRatios, LossConfig], Tensor]] = {
     "sppo_hard": sppo_hard_loss,
     "apo_zero": apo_zero_loss,
     "kto": kto_loss,
+    "nash": nash_loss,
 }
 
 
@@ -377,6 +393,7 @@ def _pair_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutpu
         logps["chosen"].num_tokens,
         logps["rejected"].num_tokens,
         mismatched,
+        logps["chosen"].margins,
     )
     loss = PAIR_LOSSES[config.kind](ratios, config)
     of_clauses = {}

@@ -67,6 +67,38 @@ class PrototypeInfo:
     candidates: tuple[HeldoutAccuracy, ...] = ()
 
 
+@dataclass(frozen=True)
+class RaterGroup:
+    """The raters who have more of one prototype than of any other.
+
+    Args:
+        description: what the prototype rewards.
+        size: mean weight of the prototype over all raters.
+        num_raters: number of raters of the group.
+        num_heldout: their votes on held-out clips.
+        agreement: share of these votes that the rewards of their raters predict; None without any.
+    """
+
+    description: str
+    size: float
+    num_raters: int
+    num_heldout: int
+    agreement: float | None
+
+
+def group_raters(info: PrototypeInfo, raters: Sequence[Rater]) -> list[RaterGroup]:
+    """Return the group of each prototype, in their order."""
+    groups, descriptions = [], info.descriptions or [""] * len(info.sizes)
+    for number, (size, description) in enumerate(zip(info.sizes, descriptions, strict=True)):
+        own = [one for one in raters if max(range(len(one.weights)), key=one.weights.__getitem__) == number]
+        num_heldout = sum(one.num_heldout for one in own)
+        predicted = sum((one.agreement or 0.0) * one.num_heldout for one in own)
+        groups.append(
+            RaterGroup(description, size, len(own), num_heldout, predicted / num_heldout if num_heldout else None)
+        )
+    return groups
+
+
 class MixtureHead(nn.Module):
     """Reward for one mixture of prototypes.
 

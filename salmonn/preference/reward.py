@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from salmonn.preference.rating import Rating
+from salmonn.preference.voter_reward import VoterReward
 from salmonn.records import Reference, Score, Unscored
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores, write_scores
@@ -19,6 +20,7 @@ from salmonn.score.llm_judge import EventPrompt, LLMJudge
 from salmonn.score.published import TEMPLATES
 from salmonn.score.scoring import make_judge_info
 from salmonn.synthetic.judge import RuleJudge
+from salmonn.synthetic.raters import VoterKind, make_voter
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class RewardConfig:
 
     Args:
         kind: "judge" rates by the judge's event counts, as -(Total + repetition_weight * repetition); "model" lets the
-            judge label a few clips and rates all captions by a reward model trained on them (docs/reward.md).
+            judge label a few clips and rates all captions by a reward model trained on them (docs/reward.md); "voter"
+            rates a caption by how often a simulated voter prefers it to the clip's other samples (synthetic clips).
+        voter: kind of voter (docs/raters.md), for kind "voter".
         repetition_weight: penalty for a caption that consists of repeated clauses alone.
         model: folder of a reward model for the first round; none trains one on labels. Only with kind "model", as all
             of the following.
@@ -43,7 +47,8 @@ class RewardConfig:
             of an ensemble (reward_training.ensemble) disagree are chosen less.
     """
 
-    kind: Literal["judge", "model"] = "judge"
+    kind: Literal["judge", "model", "voter"] = "judge"
+    voter: VoterKind = "metric"
     repetition_weight: float = 1.0
     model: Path | None = None
     prototype: int | None = None
@@ -125,13 +130,15 @@ class JudgeReward:
         )
 
 
-def make_reward(config: RewardConfig, *, judge: Judge) -> JudgeReward:
+def make_reward(config: RewardConfig, *, judge: Judge) -> JudgeReward | VoterReward:
     """Build the reward by the judge; with kind "model" it labels the clips that the model learns from.
 
     Args:
         config: kind and weights.
         judge: judge of the run, which the judge reward uses.
     """
+    if config.kind == "voter":
+        return VoterReward(judge, make_voter(config.voter))
     return JudgeReward(judge, repetition_weight=config.repetition_weight)
 
 

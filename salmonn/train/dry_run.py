@@ -253,19 +253,27 @@ class MemoryPlan:
         )
         return next(fits, None)
 
-    def captioning(self, *, max_new_tokens: int, batch_size: int = 1) -> MemoryEstimate:
-        """Estimate the memory of captioning a batch of clips."""
+    def captioning(self, *, max_new_tokens: int, batch_size: int = 1, num_samples: int = 1) -> MemoryEstimate:
+        """Estimate the memory of generating a batch of captions, with one prefix in the KV cache per clip.
+
+        Args:
+            max_new_tokens: tokens of each caption.
+            batch_size: captions that are generated at a time.
+            num_samples: captions of each clip.
+        """
+        num_clips = max(1, batch_size // num_samples)
         numbers = NumberSizes(self.numbers.stored, self.numbers.stored)
         prompt = self.clip_tokens + self.work.prompt_tokens
         prefill = estimate.embedded(self.decoder, numbers, tokens=prompt)
         prefill += prompt * estimate.workspace(self.decoder, numbers)
-        cache = estimate.kv_cache_bytes(self.decoder, numbers, tokens=prompt + max_new_tokens)
-        prefilled = max(1, min(batch_size, PREFILL_CHUNK_TOKENS // prompt))
+        cached = num_clips * prompt + num_clips * num_samples * max_new_tokens
+        cache = estimate.kv_cache_bytes(self.decoder, numbers, tokens=cached)
+        prefilled = max(1, min(num_clips, PREFILL_CHUNK_TOKENS // prompt))
         return MemoryEstimate(
             persistent={"weights": weights_bytes(self.network, self.placement, merged=True)},
             workspace={
                 "encoders": prefilled * self._encoder_workspace(numbers),
-                "KV cache, prefill": batch_size * cache + prefilled * prefill,
+                "KV cache, prefill": cache + prefilled * prefill,
             },
         )
 
@@ -316,13 +324,13 @@ class MemoryPlan:
         return any(name.startswith(start) and inner not in name for name in names)
 
 
-def print_plan(plan: MemoryPlan, *, title: str, batch_size: int = 1) -> None:
+def print_plan(plan: MemoryPlan, *, title: str, captions: tuple[int, int] = (1, 1)) -> None:
     """Print parameters, tokens and memory on rank 0.
 
     Args:
         plan: memory plan of the run.
         title: title of the parameter table.
-        batch_size: captions that the run generates at a time.
+        captions: number of captions that the run generates at a time, and of each clip.
     """
     if not dist.is_main():
         return
@@ -335,8 +343,10 @@ def print_plan(plan: MemoryPlan, *, title: str, batch_size: int = 1) -> None:
         "gradient checkpointing": plan.training(checkpointed=True),
         "one caption": plan.captioning(max_new_tokens=max_new_tokens),
     }
+    batch_size, num_samples = captions
     if batch_size > 1:
-        memories[f"{batch_size} captions"] = plan.captioning(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        name = f"{batch_size} captions" + (f", {num_samples} a clip" if num_samples > 1 else "")
+        memories[name] = plan.captioning(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
     console.print(_memory_table(plan, memories))
     fewest = {size: plan.fewest_checkpointed(size) for size in GPUS}
     if plan.trained and any(fewest.values()):
@@ -414,7 +424,7 @@ def print_adapter_plan(
     fit: FitConfig,
     answers: int,
     title: str,
-    batch_size: int = 1,
+    captions: tuple[int, int] = (1, 1),
 ) -> None:
     """Print the memory that training an adapter on cached features needs, and captioning in batches.
 
@@ -423,7 +433,7 @@ def print_adapter_plan(
         frames, lora, placement, fit: settings of the run; without `lora` nothing is trained.
         answers: caption-length answers per clip: three in guided DPO (chosen, rejected, ground truth).
         title: name of the stage; the model's name is added.
-        batch_size: captions that the run generates at a time.
+        captions: number of captions that the run generates at a time, and of each clip.
     """
     sizes = offline_config(model, frames=frames)
     network = build_on_meta(sizes)
@@ -433,4 +443,4 @@ def print_adapter_plan(
             attach_lora(network, lora, seed=0)
     work = Workload(clips=clips_per_micro_batch(fit), answers=answers, cached_features=True)
     plan = MemoryPlan(network, sizes, placement=placement, fit=fit, work=work)
-    print_plan(plan, title=f"{title} of {model}", batch_size=batch_size)
+    print_plan(plan, title=f"{title} of {model}", captions=captions)

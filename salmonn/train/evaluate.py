@@ -9,9 +9,11 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 
 from salmonn import dist
@@ -21,15 +23,18 @@ from salmonn.caption.loader import length_buckets
 from salmonn.config import MAY_CHANGE
 from salmonn.media.container import ClipError, declared_shape
 from salmonn.model.layout import ClipFeatures
+from salmonn.preference.voter_reward import find_exploitability
 from salmonn.records import Caption, Reference, Score, Unscored, read_json, read_records, write_json, write_records
 from salmonn.score.formats import write_scores
 from salmonn.score.judge import Judge, ScoringTask
 from salmonn.score.metrics import Rates, compute_rates, qa_accuracy
 from salmonn.score.scoring import make_judge_info
+from salmonn.synthetic.raters import Rater
 from salmonn.train.data import ClipCache, ClipSet, ClipSource
 from salmonn.train.dry_run import count_clip_tokens
 from salmonn.train.feature_cache import FeatureCache
 from salmonn.train.left_out import LeftOut
+from salmonn.train.memory import NumberSizes, Stack, kv_cache_bytes, largest_batch
 from salmonn.train.run_folder import load_or_create
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,8 @@ REQUEST_NAME = "parts.json"  # file in it that says what they are batches of
 ANSWERS_NAME = "answers.jsonl"
 SCORES_NAME = "scores.jsonl"
 RATES_NAME = "rates.json"
+MAX_PROMPT_TOKENS = 512  # of a prompt besides its clip, assumed for the size of the KV cache
+KV_CACHE_SHARE = 0.6  # of the free memory of a GPU; prefill and decode steps need the rest
 LAYOUT_BYTES_PER_TOKEN = 4 * 8  # its place in the order and its three positions
 
 
@@ -53,7 +60,7 @@ class SampleConfig(Sampling):
         num_samples: captions of each clip.
         temperatures: of equal shares of the samples, such as [1.0, 0.7] for half and half, in place of `temperature`;
             RLHF Workflow (arXiv 2405.07863) samples so, for a wider choice of best and worst.
-        batch_size: captions generated at once; fewer need less memory.
+        batch_size: captions generated at once; fewer if the KV cache of so many would not fit on the GPU.
     """
 
     temperature: float = 0.8
@@ -264,7 +271,8 @@ def _sample(
 ) -> list[Caption]:
     references = clips.references
     lengths = [len(clips.features_of(reference)) for reference in references]
-    batches = make_batches(lengths, size=config.batch_size // config.num_samples)
+    batch_size = _batch_size(captioner, lengths, config)
+    batches = make_batches(lengths, size=batch_size // config.num_samples)
     request = {
         "model": captioner.name,
         "prompt": captioner.default_prompt(),
@@ -273,7 +281,7 @@ def _sample(
         "batches": [[references[index].video for index in indices] for indices in batches],
     }
     finished = _find_finished(partial, request) if partial else {}
-    generator = _make_generator(captioner, clips, batch_size=max(config.batch_size, config.num_samples))
+    generator = _make_generator(captioner, clips, batch_size=max(batch_size, config.num_samples))
 
     size = config.num_samples // len(config.shares())
 
@@ -311,6 +319,23 @@ def _sample(
         for number, indices in enumerate(batches)
     ]
     return [one for group in map_batches(sample, batches, costs, name=name, unit="clip") for one in group]
+
+
+def _batch_size(captioner: Captioner, lengths: Sequence[int], config: SampleConfig) -> int:
+    """Return the number of captions to generate at once: as configured, or as many as fit on the GPU."""
+    device = captioner.network.device
+    if device.type != "cuda" or not lengths:
+        return config.batch_size
+    numbers = NumberSizes(captioner.network.dtype.itemsize, captioner.network.dtype.itemsize)
+    bytes_of = partial(kv_cache_bytes, Stack.of(captioner.network.lm.config.get_text_config()), numbers)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
+    return largest_batch(
+        config.batch_size,
+        num_samples=config.num_samples,
+        prefix_bytes=bytes_of(tokens=max(lengths) + MAX_PROMPT_TOKENS),
+        caption_bytes=bytes_of(tokens=config.max_new_tokens),
+        budget=KV_CACHE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached),
+    )
 
 
 def _make_generator(captioner: Captioner, clips: ClipSet, *, batch_size: int) -> CachedGenerator:
@@ -389,6 +414,8 @@ def answer_questions(captioner: Captioner, clips: ClipSet, *, name: str, batch_s
     """Answer all questions about clips; the prompt of each answer is its question."""
     questions = [(reference, item.question) for reference in clips.references for item in reference.questions]
     lengths = [len(clips.features_of(reference)) for reference, _ in questions]
+    sampling = SampleConfig(max_new_tokens=MAX_ANSWER_TOKENS, num_samples=1, batch_size=batch_size)
+    batch_size = _batch_size(captioner, lengths, sampling)
     batches = make_batches(lengths, size=batch_size)
     generator = _make_generator(captioner, clips, batch_size=batch_size)
 
@@ -423,3 +450,10 @@ def write_evaluation(folder: Path, result: Evaluation, *, judge: Judge) -> None:
     write_records(folder / ANSWERS_NAME, result.answers)
     write_scores(folder / SCORES_NAME, make_judge_info(judge, totals=[result.rates.total]), result.results)
     write_json(folder / RATES_NAME, asdict(result.rates))
+
+
+def write_exploitability(folder: Path, voter: Rater, result: Evaluation, clips: ClipSet) -> None:
+    """Log how far held-out captions are from those that no others beat, and write exploitability.json."""
+    found = find_exploitability(voter, result.captions, result.results, clips.by_video)
+    write_json(folder / "exploitability.json", asdict(found) if found else None)
+    log.info("%s: %s", folder.parent.name, found)

@@ -1,7 +1,8 @@
 """Settings of an mrDPO run, and the clips it trains and evaluates on; recipes/mrdpo.py is the run itself."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,8 @@ from salmonn.caption.captioner import SHIPPED_MODEL
 from salmonn.caption.processor import Processor
 from salmonn.config import MAY_CHANGE
 from salmonn.model.loading import CONFIG_NAME
-from salmonn.model.lora import LoraConfig
+from salmonn.model.lora import LoraConfig, attach_lora
+from salmonn.model.network import Network
 from salmonn.preference.losses import LossConfig
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import RewardConfig
@@ -37,7 +39,7 @@ LOADING = ("model", "placement", "frames", "reader")
 SAMPLED = {
     f"sampling.{name}" for name in ("temperature", "temperatures", "top_p", "num_samples")
 }  # without effect on greedy captions
-RATING_FILES = ("scores.jsonl", "ratings.jsonl")  # of any kind of reward
+RATING_FILES = ("scores.jsonl", "ratings.jsonl", "wins.jsonl")  # of any kind of reward
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ class MrDpoConfig(RunConfig):
         kl: measurement of the KL divergence; may change when a run is resumed.
         rounds: number of rounds of DPO.
         fresh_pairs: sample and pair captions in each round; otherwise all rounds train on the first round's pairs.
-        reference_policy: policy that rewards are relative to: the start of the round, or the start of the run.
+        reference_policy: policy that rewards are relative to: the start of the round, the start of the run, or a
+            mixture of both ("mixed"), which anchors the rounds: Nash learning from preferences, with loss.kind nash.
+        eta: weight of the run's start in the mixture, against 1 for the start of the round.
         qa_fraction: fraction of the last round's examples that are questions on the training clips.
         sampling: sampling of captions.
         judge: judge of captions.
@@ -111,7 +115,8 @@ class MrDpoConfig(RunConfig):
     kl: KLConfig = field(default_factory=KLConfig, metadata=MAY_CHANGE)
     rounds: int = 3
     fresh_pairs: bool = True
-    reference_policy: Literal["round_start", "run_start"] = "round_start"
+    reference_policy: Literal["round_start", "run_start", "mixed"] = "round_start"
+    eta: float = 0.5
     qa_fraction: float = 0.0
     sampling: SampleConfig = field(default_factory=SampleConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -137,17 +142,7 @@ class MrDpoConfig(RunConfig):
                 "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
                 "--heldout-references"
             )
-        if self.loss.kind == "grpo" and not (self.fresh_pairs and self.reference_policy == "round_start"):
-            raise ValueError(
-                "loss.kind grpo trains on the round's own samples, relative to the policy that wrote them; set "
-                "fresh_pairs true and reference_policy round_start"
-            )
-        if self.loss.per == "clause" and (self.reward.kind == "model" or not self.fresh_pairs):
-            raise ValueError(
-                "loss.per clause needs the judge's quotes of each round's captions; use --reward.kind judge and "
-                "fresh_pairs true, or set loss.per caption"
-            )
-        if self.reward.kind == "model" and self.selection.repetition_fraction:
+        if self.reward.kind != "judge" and self.selection.repetition_fraction:
             raise ValueError(
                 "selection.repetition_fraction needs the judge's quotes of repeated clauses, which a reward model "
                 "does not give; set it to 0, or use --reward.kind judge"
@@ -158,6 +153,7 @@ class MrDpoConfig(RunConfig):
                 f"sampling.temperature above 0, got {self.sampling.num_samples} and {self.sampling.temperature}"
             )
         self._check_reward_model()
+        self._check_loss()
         if self.reward_training.kind in ("objectives", "ideal-point"):
             raise ValueError(
                 f"reward_training.kind {self.reward_training.kind} cannot be trained on the judge's labels of a round; "
@@ -168,6 +164,25 @@ class MrDpoConfig(RunConfig):
                 f"qa_fraction {self.qa_fraction} of batch_size {self.fit.batch_size} leaves no question or no pair in "
                 "a step; choose a fraction from 0 to 1 that leaves both, or 0"
             )
+
+    def _check_loss(self) -> None:
+        """Raise ValueError if the loss does not suit the reference policy, the pairs or the reward."""
+        if self.loss.kind == "grpo" and not (self.fresh_pairs and self.reference_policy == "round_start"):
+            raise ValueError(
+                "loss.kind grpo trains on the round's own samples, relative to the policy that wrote them; set "
+                "fresh_pairs true and reference_policy round_start"
+            )
+        if not 0 < self.eta < math.inf:
+            raise ValueError(f"eta must be above 0, got {self.eta}")
+        if self.loss.per == "clause" and self.reference_policy == "mixed":
+            raise ValueError("reference_policy mixed mixes whole captions; set loss.per caption")
+        if self.loss.per == "clause" and (self.reward.kind != "judge" or not self.fresh_pairs):
+            raise ValueError(
+                "loss.per clause needs the judge's quotes of each round's captions; use --reward.kind judge and "
+                "fresh_pairs true, or set loss.per caption"
+            )
+        if self.loss.kind == "nash" and self.selection.repetition_fraction:
+            raise ValueError("loss.kind nash needs the margin of each pair; set selection.repetition_fraction 0")
 
     def _check_reward_model(self) -> None:
         """Raise ValueError if the reward models that the run will train lack what its settings ask of them."""
@@ -186,9 +201,59 @@ class MrDpoConfig(RunConfig):
             )
 
     @property
+    def round_loss(self) -> LossConfig:
+        """Loss of the rounds; in the regularized game, the step of a round is part of the strength of the penalty.
+
+        With eta for the start and 1 for the round's start, the next policy is start^(eta / (1 + eta)) *
+        round start^(1 / (1 + eta)) * exp(eta / (1 + eta) * win rate / beta), normalized (arXiv 2505.19731).
+        """
+        if self.loss.kind != "nash" or self.reference_policy != "mixed":
+            return self.loss
+        return replace(self.loss, beta=self.loss.beta * (1 + self.eta) / self.eta)
+
+    @property
     def num_questions(self) -> int:
         """Number of questions in each step of the last round."""
         return round(self.qa_fraction * self.fit.batch_size)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training on preferences.
+
+    Args:
+        folder: folder of its results.
+        seed: seed of the adapter, and of the order of the examples.
+        fit: optimization.
+        earlier: folders of the adapters that the policy consists of, besides the start.
+        reference_policy: model that rewards are relative to; none for the policy itself.
+        anchor: model that the reference policy is mixed with, if any.
+        num_questions: number of questions in each step.
+    """
+
+    folder: Path
+    seed: int
+    fit: FitConfig
+    earlier: Sequence[Path]
+    reference_policy: str | None = None
+    anchor: str | None = None
+    num_questions: int = 0
+
+    def load_reference_policy(self, config: MrDpoConfig) -> Network | None:
+        """Return the network that is the reference policy while its adapter is disabled; None for the policy's own."""
+        return _load_with_adapter(self.reference_policy, config)
+
+    def load_anchor(self, config: MrDpoConfig) -> Network | None:
+        """Return the network that the reference policy is mixed with, in the same way."""
+        return _load_with_adapter(self.anchor, config)
+
+
+def _load_with_adapter(path: str | None, config: MrDpoConfig) -> Network | None:
+    if path is None:
+        return None
+    network = config.load_model(path).network
+    attach_lora(network, config.lora, seed=0)
+    return network
 
 
 def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tuple[ClipSet, ClipSet]:
@@ -209,7 +274,7 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
                 f"{reference.video} has no caption, which is the ground truth of guided DPO; add it, or set "
                 "--loss.ce-weight 0"
             )
-        if config.reward.kind == "judge":
+        if config.reward.kind != "model":
             reward.check(reference)
         check_texts(reference, processor)
 
@@ -281,6 +346,7 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
                 )
         training = choose("loss", "lora", "fit", "seed")
         training |= choose("reference_policy", "fresh_pairs") if number > 1 else {}
+        training |= choose("reference_policy", "eta") if config.reference_policy == "mixed" else {}
         training |= {"num_questions": config.num_questions if number == config.rounds else 0}
         steps += _training_steps(folder, training, evaluation, needs=(examples, *policy))
         policy = (f"{folder}/model",)
@@ -355,7 +421,7 @@ def print_memory_plan(config: MrDpoConfig) -> None:
         fit=config.fit,
         answers=config.sampling.num_samples + 1 if config.loss.kind == "grpo" else 3,
         title=config.loss.title,
-        batch_size=config.sampling.batch_size,
+        captions=(config.sampling.batch_size, config.sampling.num_samples),
     )
     if rebirth := config.rebirth:
         # A caption and the questions on the clip, assumed to be as long in total.

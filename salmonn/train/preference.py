@@ -8,7 +8,7 @@ a comparison, or for GRPO a clip with all its samples, which have the role "samp
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from salmonn.train.feature_cache import hash_features, hash_tokenizer
 
 log = logging.getLogger(__name__)
 REFERENCE_LOGPS_NAME = "reference_logps.json"
+START_LOGPS_NAME = "start_logps.json"  # by the run's start, where the reference policy is a mixture with it
 REFERENCE_LOGPS_FORMAT = 1
 # Of one example: the sum over the tokens of a role's only answer, or each answer's log-probabilities of single tokens.
 Logps = Mapping[Role, float | list[list[float]]]
@@ -163,6 +164,7 @@ class PreferenceBatch:
         clips: names of its clips, for error messages.
         advantages: advantages of the samples, if the examples are groups.
         clauses: marked clauses of chosen and rejected answers, if the loss needs single tokens.
+        margins: (B,) margins of comparisons; NaN where they are unknown.
     """
 
     inputs: ModelInputs
@@ -172,6 +174,7 @@ class PreferenceBatch:
     clips: tuple[str, ...]
     advantages: Advantages | None = None
     clauses: Mapping[Role, Clauses] = field(default_factory=dict)
+    margins: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -227,8 +230,9 @@ class PreferenceBatches:
                     role: _find_clauses(answers, self.processor, num_tokens=reference[role].shape[1])
                     for role, answers in marked.items()
                 }
+            margins = torch.tensor([math.nan if one.margin is None else one.margin for one in pairs])
             micro_batches.append(
-                PreferenceBatch(inputs, rows, reference, mean_num_examples, clips, advantages, clauses)
+                PreferenceBatch(inputs, rows, reference, mean_num_examples, clips, advantages, clauses, margins)
             )
         return micro_batches
 
@@ -289,11 +293,11 @@ def compute_reference_logps(
     roles: Sequence[Role],
     batch_size: int,
     per_token: bool = False,
-    folder: Path | None = None,
+    path: Path | None = None,
 ) -> list[Logps]:
     """Compute the log-probabilities of answers by the reference policy: the network with its adapter disabled.
 
-    Clips are balanced over ranks. With a folder, results are written to reference_logps.json; a later call uses
+    Clips are balanced over ranks. With a path, results are written to that file; a later call uses
     them again if everything that they depend on is unchanged and each rank reproduces its first batch.
 
     Args:
@@ -303,7 +307,7 @@ def compute_reference_logps(
         roles: answers that the loss compares with the reference policy.
         batch_size: examples of a forward pass.
         per_token: return the log-probabilities of single tokens; otherwise each role must have one answer.
-        folder: folder of the cached file; none to compute without a cache.
+        path: file of the results; none to compute without a cache.
 
     Returns:
         For each example the summed log-probability of each role's answer, or those of the tokens of all its answers.
@@ -321,9 +325,9 @@ def compute_reference_logps(
     mine = [index for number in shares[dist.rank()] for index in by_clip[number]]
     score = partial(_score_roles, network, processor=processor, roles=roles, batch_size=batch_size, per_token=per_token)
     fingerprint = ""
-    if folder:
+    if path:
         fingerprint = _fingerprint(network, examples, by_clip, processor, roles=roles, per_token=per_token)
-        cached = _read_cached(folder / REFERENCE_LOGPS_NAME, fingerprint)
+        cached = _read_cached(path, fingerprint)
         probe = mine[:batch_size]
         if cached and _matches_cached(
             score([examples[index] for index in probe]), [cached[index] for index in probe], network
@@ -332,10 +336,26 @@ def compute_reference_logps(
     computed = dict(zip(mine, score([examples[index] for index in mine]), strict=True))
     shards = [[computed[index][0] for index in by_clip[number]] for number in shares[dist.rank()]]
     logps = dist.ungroup(dist.gather_balanced(shards, shares), by_clip)
-    if folder and dist.is_main():
+    if path and dist.is_main():
         values = {"format": REFERENCE_LOGPS_FORMAT, "fingerprint": fingerprint, "logps": logps}
-        write_json(folder / REFERENCE_LOGPS_NAME, values)
+        write_json(path, values)
     return logps
+
+
+def mix_logps(start: Sequence[Logps], own: Sequence[Logps], *, eta: float) -> list[Logps]:
+    """Return the sums of the policy proportional to start^(eta / (1 + eta)) * own^(1 / (1 + eta)), up to a constant.
+
+    The constant is the same for all answers to a prompt, so it cancels in losses of differences.
+    """
+    mixed: list[Logps] = []
+    for of_start, of_own in zip(start, own, strict=True):
+        values: dict[Role, float | list[list[float]]] = {}
+        for role, value in of_own.items():
+            other = of_start[role]
+            assert isinstance(value, float) and isinstance(other, float), "a mixture is of sums over tokens"
+            values[role] = (eta * other + value) / (1 + eta)
+        mixed.append(values)
+    return mixed
 
 
 def _score_roles(
@@ -502,6 +522,8 @@ class PreferenceBatchLoss:
         logps = role_logps(
             model(inputs), inputs.labels, batch.rows, batch.reference_logps, batch.advantages, batch.clauses
         )
+        if "chosen" in logps and batch.margins is not None:
+            logps["chosen"] = replace(logps["chosen"], margins=batch.margins.to(inputs.labels.device))
         output = self.loss.compute(logps)
         count = batch.mean_num_examples
         return output.loss.sum() / count, {name: part.sum().item() / count for name, part in output.parts.items()}

@@ -46,6 +46,7 @@ class RunConfig:
         max_failures: number of clips that may be unreadable; they are listed in `left_out.jsonl` and left out.
         redo_from: step, such as round_2/pairs, from which a resumed run makes results again where their settings have
             changed; results of earlier steps are kept with the settings that they were made with.
+        deterministic: on a GPU, use algorithms that give the same result each time, where PyTorch has them; slower.
         dry_run: print the memory that the run would need, and exit.
     """
 
@@ -59,6 +60,7 @@ class RunConfig:
     seed: int = 0
     max_failures: int = field(default=0, metadata=MAY_CHANGE)
     redo_from: str | None = field(default=None, metadata=MAY_CHANGE)
+    deterministic: bool = field(default=False, metadata=MAY_CHANGE)
     dry_run: bool = field(default=False, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from salmonn.records import read_json, write_json
 log = logging.getLogger(__name__)
 SETTINGS_NAME = "settings.json"
 # Files of a training step, in the folder of its stage.
-TRAINING_FILES = ("checkpoints", "steps.jsonl", "events.out.tfevents.*", "reference_logps.json")
+TRAINING_FILES = ("checkpoints", "steps.jsonl", "events.out.tfevents.*", "reference_logps.json", "start_logps.json")
 MERGED_FILES = (*TRAINING_FILES, "adapter", "merged", "rounding.json")
 
 Settings = Mapping[str, Any]

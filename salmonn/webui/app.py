@@ -16,6 +16,7 @@ from gradio import processing_utils
 
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.feedback_report import summarize_feedback
+from salmonn.preference.mixture import RaterGroup
 from salmonn.train.plots import write_page
 from salmonn.train.run_log import read_run
 from salmonn.webui.caption_tab import HISTORY, CaptionTab
@@ -39,12 +40,15 @@ NO_VOTES = render_placeholder("No votes yet", "Vote for the better of two captio
 _plot_lock = threading.Lock()  # matplotlib's settings are global
 
 
-def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] = ()) -> gr.Blocks:
+def build_app(
+    state: AppState, *, run: Path | None = None, groups: Sequence[RaterGroup] = (), notes: Sequence[str] = ()
+) -> gr.Blocks:
     """Build the web UI.
 
     Args:
         state: the shared state.
         run: output folder of a training run to show.
+        groups: groups of raters to show with the results.
         notes: sentences below the title, for example on the limits of a model.
     """
     # The store of uploads deletes files once they are unused; this deletes those of sessions without an unload event.
@@ -59,7 +63,8 @@ def build_app(state: AppState, *, run: Path | None = None, notes: Sequence[str] 
             with gr.Tab("Write", id="write", elem_id="tab-write"):
                 write_tab = WriteTab(state)
             with gr.Tab("Results", id="results") as results:
-                _add_refreshed(results, partial(load_results, state.feedback), name="results", initial=NO_VOTES)
+                load = partial(load_results, state.feedback, groups=groups)
+                _add_refreshed(results, load, name="results", initial=NO_VOTES)
             with gr.Tab("Runs", id="runs") as runs:
                 if run is None:
                     gr.HTML(NO_RUN)
@@ -91,11 +96,13 @@ def load_run(run: Path) -> str:
         )
 
 
-def load_results(store: FeedbackStore) -> str:
+def load_results(store: FeedbackStore, *, groups: Sequence[RaterGroup] = ()) -> str:
     """Return the summary of the feedback as HTML."""
     try:
         feedback = store.read()
-        return render_results(summarize_feedback(feedback), folder=store.folder) if feedback else NO_VOTES
+        if not feedback:
+            return NO_VOTES
+        return render_results(summarize_feedback(feedback), folder=store.folder, groups=groups)
     except (ValueError, OSError) as error:
         return render_error(f"the feedback cannot be read: {error_message(error, store.folder)}")
 

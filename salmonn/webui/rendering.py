@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from salmonn.preference.feedback_report import FeedbackSummary
+from salmonn.preference.mixture import RaterGroup
 from salmonn.records import Caption, Event, Score
 from salmonn.score.highlight import find_missed_events, highlight_caption
 from salmonn.templates import load_template
@@ -109,9 +110,9 @@ def render_candidate(
     return str(_macros().candidate(letter, text, model, score, is_choice))
 
 
-def render_results(summary: FeedbackSummary, *, folder: Path) -> str:
-    """Render the summary of all feedback."""
-    return str(_macros().results(summary, folder.name))
+def render_results(summary: FeedbackSummary, *, folder: Path, groups: Sequence[RaterGroup] = ()) -> str:
+    """Render the summary of all feedback, and groups of raters if they are known."""
+    return str(_macros().results(summary, folder.name, groups))
 
 
 def render_run(page: str) -> str:

@@ -21,6 +21,7 @@ from tests.batch.ledger_records import (
     opened,
     write,
 )
+from tests.limits import RUN_SECONDS
 
 
 def test_written_videos_are_done(files):
@@ -209,5 +210,5 @@ def test_many_captions(files, count):
     with files.out.open("w") as file:
         file.writelines(line.replace("NUMBER", f"/data/clips/{number:07d}.mp4") + "\n" for number in range(count))
     command = [sys.executable, "-c", MANY, str(files.out), str(count)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=RUN_SECONDS)
     assert int(result.stdout) < 50 * count

@@ -12,6 +12,7 @@ from salmonn.batch.discovery import VideoFile
 from salmonn.batch.ledger_files import GroupReader, LedgerError, LedgerFiles
 from salmonn.records import Caption, Failure, read_records
 from tests.batch.ledger_records import caption, failure, has_failed_in_part, is_done, opened, segments, write
+from tests.limits import RUN_SECONDS
 
 
 def test_captions_of_a_video_are_consecutive_json_lines(files):
@@ -160,7 +161,7 @@ with Ledger(LedgerFiles(Path(sys.argv[1])), job={"model": "toy"}) as ledger:
 def test_a_full_disk(files):
     """The file may have 2000 bytes: all captions of a video are written, or none."""
     result = subprocess.run(
-        [sys.executable, "-c", FULL, str(files.out)], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", FULL, str(files.out)], capture_output=True, text=True, check=False, timeout=RUN_SECONDS
     )
     assert "cannot be written (File too large)" in result.stderr and "run the same command" in result.stderr
     kept = read_records(files.out, Caption)

@@ -14,6 +14,7 @@ import pytest
 
 from salmonn.batch import ray_cluster
 from salmonn.records import Caption, read_records
+from tests.limits import RUN_SECONDS
 
 pytest.importorskip("ray")
 
@@ -113,7 +114,7 @@ def test_an_actor_killed_midway(folder, random_model, tmp_path):
             killed = found[0].pid
             os.kill(killed, signal.SIGKILL)
         time.sleep(0.02)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=RUN_SECONDS)
     assert killed is not None, err
     assert process.returncode == 1, err  # the broken file
     captions = read_records(out, Caption)

@@ -1,7 +1,7 @@
 """Requests to an engine whose model is a `GatedCaptioner`."""
 
 from salmonn.caption.streaming import TextDelta
-from tests.serve.running import wait_until
+from tests.limits import wait_until
 
 
 def stream_text(engine, request):

@@ -13,7 +13,7 @@ from salmonn.caption.loader import ReadSpec
 from salmonn.caption.processor import PromptRow
 from salmonn.model.layout import ClipInfo
 from tests.caption.engine_client import EventRecorder, make_steps, stream_text
-from tests.serve.running import wait_until
+from tests.limits import STEP_SECONDS, wait_until
 
 SHORT = Sampling(max_new_tokens=12)
 FREE = Sampling(temperature=1.0, max_new_tokens=12)
@@ -216,7 +216,7 @@ def test_submit_does_not_hold_the_lock_while_it_calls_the_reader(own_engine, vid
         num_active: list[int] = []
         other = threading.Thread(target=lambda: num_active.append(own_engine.num_active), daemon=True)
         other.start()
-        other.join(5)
+        other.join(STEP_SECONDS)
         assert num_active == [1]
         return submit(*args)
 
@@ -250,7 +250,7 @@ def test_closing_finishes_active_requests(own_engine, model, videos):
     with pytest.raises(Overloaded, match="shutting down"):
         wait_until(lambda: own_engine.submit(CaptionRequest(videos[0]), on_event=EventRecorder()) and False)
     model.gate.set()
-    closer.join(120)
+    closer.join(STEP_SECONDS)
     assert not closer.is_alive()
     for video, recorder in zip(videos, recorders, strict=False):
         assert recorder.texts() == {0: model.caption(video, sampling=SHORT).text}
@@ -273,7 +273,7 @@ def test_closing_without_grace_fails_active_requests(own_engine, model, videos, 
     closer.start()
     wait_until(own_engine._is_aborted.is_set)
     model.gate.set()  # the current step ends
-    closer.join(120)
+    closer.join(STEP_SECONDS)
     assert not closer.is_alive()
     assert not own_engine.num_active
     for recorder in recorders:

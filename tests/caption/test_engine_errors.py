@@ -12,7 +12,7 @@ from salmonn.caption.loader import ClipReader
 from salmonn.media.container import ClipError, declared_seconds
 from salmonn.serve.errors import to_api_error
 from tests.caption.engine_client import EventRecorder, make_steps, stream_text
-from tests.serve.running import wait_until
+from tests.limits import wait_until
 
 SHORT = Sampling(max_new_tokens=12)
 FREE = Sampling(temperature=1.0, max_new_tokens=12)

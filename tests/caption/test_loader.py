@@ -18,6 +18,7 @@ from salmonn.caption.loader import ClipJob, ClipReader, ReadSpec, default_num_wo
 from salmonn.media.clip import read_clip
 from salmonn.media.container import ClipError
 from salmonn.media.frame_sampling import FixedRateSampler
+from tests.limits import RUN_SECONDS, STEP_SECONDS, wait_until
 
 # A worker's behaviour depends on the file's name. A module of its own, since workers import the class they receive.
 SCRIPTED_MODULE = """
@@ -87,13 +88,6 @@ def read_batches(reader, names, read_spec, *, size, finish=lambda clip: clip, **
 def read_all(names, read_spec, *, workers, size=2):
     with ClipReader(workers=workers) as reader:
         return list(read_batches(reader, names, read_spec, size=size))
-
-
-def wait_until(done, *, seconds=120.0):
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.02)
 
 
 def test_length_buckets():
@@ -216,13 +210,13 @@ def test_cancel(scripted):
         reader.cancel(waiting)
         reader.cancel(sleeping)
         with pytest.raises(ClipError, match="was killed because it did not finish"):
-            sleeping.result(120)
-        assert waiting.cancelled() and reader.submit(Path("b"), scripted, str).result(120) == "b"
+            sleeping.result(STEP_SECONDS)
+        assert waiting.cancelled() and reader.submit(Path("b"), scripted, str).result(STEP_SECONDS) == "b"
         assert time.monotonic() - started < 300
         done = reader.submit(Path("c"), scripted, str)
-        assert done.result(120) == "c"
+        assert done.result(STEP_SECONDS) == "c"
         reader.cancel(done)  # no effect
-        assert reader.submit(Path("d"), scripted, str).result(120) == "d"
+        assert reader.submit(Path("d"), scripted, str).result(STEP_SECONDS) == "d"
         wait_until(lambda: not reader._running)
 
 
@@ -271,8 +265,8 @@ def test_no_worker_outlives_its_parent(scripted, tmp_path, end):
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
     process.send_signal(end)
-    process.communicate(timeout=120)
-    _, alive = psutil.wait_procs(workers, timeout=120)
+    process.communicate(timeout=RUN_SECONDS)
+    _, alive = psutil.wait_procs(workers, timeout=STEP_SECONDS)
     assert not alive
 
 

@@ -258,10 +258,10 @@ def test_frames_of_a_long_video_are_not_kept_at_full_size(tmp_path):
     """Sample 240 frames of 120 s at 1280 x 720, which would be 0.66 GB at full size."""
     path = tmp_path / "long.mp4"
     with av.open(str(path), "w") as out:
-        video = out.add_stream("libx264", rate=10, options={"preset": "ultrafast"})
+        video = out.add_stream("libx264", rate=2, options={"preset": "ultrafast"})
         video.width, video.height, video.pix_fmt = 1280, 720, "yuv420p"
-        for number in range(1200):
-            shade = np.full((720, 1280, 3), 20 + number // 10, np.uint8)
+        for number in range(240):
+            shade = np.full((720, 1280, 3), 20 + number // 2, np.uint8)
             out.mux(video.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
         out.mux(video.encode(None))
     code = f"""

@@ -46,14 +46,14 @@ def test_a_truncated_file_gives_a_correct_beginning_or_an_error(tmp_path, caplog
     header = data.index(b"mdat")
     path = tmp_path / "cut.mp4"
     path.write_bytes(data[: round(header + share * (len(data) - header))])
-    began = time.monotonic()
+    began = time.process_time()
     try:
         clip = read(path)
     except ClipError as error:
         assert str(path) in str(error)
         assert share < 0.1
         return
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert clip.duration_seconds < 6.95 and "cut.mp4: the file is truncated" in caplog.text
     assert_levels(clip, clip.frame_times - 0.05)
     if clip.has_audio:

@@ -123,6 +123,8 @@ BY_HAND = {  # name: loss, derivative by the chosen and by the rejected log-rati
     "apo_zero": (0.9251868, -0.0247517, 0.0249376, {}),
     # The KL estimate is 0.5: 2 - s(0.15) - s(0.15), with s(0.15) = 0.5374298; d/dc = -beta s(0.15) s(-0.15) = -d/dr
     "kto": (0.9251403, -0.0248599, 0.0248599, {}),
+    # (3 - 0.4 / 0.1)^2
+    "nash": (1.0, -2.0, 2.0, {}),
 }
 
 
@@ -131,7 +133,7 @@ def test_each_loss_by_hand(name):
     expected, chosen_slope, rejected_slope, options = BY_HAND[name]
     chosen, rejected = (torch.tensor([value], requires_grad=True, dtype=torch.float64) for value in (2.0, -1.0))
     mismatched = torch.tensor([0.7, 0.3], dtype=torch.float64, requires_grad=True)  # of two clips: mean 0.5
-    ratios = LogRatios(chosen, rejected, torch.tensor([5]), torch.tensor([4]), mismatched)
+    ratios = LogRatios(chosen, rejected, torch.tensor([5]), torch.tensor([4]), mismatched, torch.tensor([0.4]))
     value = PAIR_LOSSES[name](ratios, LossConfig(name, **options))
     value.sum().backward()
     assert value.item() == pytest.approx(expected, abs=1e-7)

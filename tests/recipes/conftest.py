@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from tests.launch import forked
+from tests.limits import STEP_SECONDS
 
 ROOT = Path(__file__).parents[2]
 # Clips of three seconds with one or two visual events and one sound: short captions, few tokens, fast to render.
@@ -35,8 +36,8 @@ def kill(process: subprocess.Popen) -> None:
     processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for each in processes:
         each.kill()
-    psutil.wait_procs(processes, timeout=300)
-    process.wait(timeout=300)
+    psutil.wait_procs(processes, timeout=STEP_SECONDS)
+    process.wait(timeout=STEP_SECONDS)
 
 
 def execute(command: list[str], *, timeout: float = 900) -> subprocess.CompletedProcess[str]:

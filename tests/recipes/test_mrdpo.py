@@ -254,6 +254,27 @@ def test_a_round_of_grpo(finished, launch, flags, tmp_path):
     assert json.loads((out / "summary.json").read_text())["rounds"][0]["captions"] == 3
 
 
+def test_a_voter_and_a_mixed_reference_policy(finished, launch, flags, tmp_path):
+    """A second round on win rates, whose reference policy is a mixture of the start of the run and of the round."""
+    out = tmp_path / "mrdpo"
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("rebirth"))
+    changed = {
+        "reward.kind": "voter", "reward.voter": "cycle", "loss.kind": "nash", "loss.ce_weight": 0, "rounds": 2,
+        "reference_policy": "mixed", "rebirth": "null", "redo_from": "round_2/captions",
+    }  # fmt: skip
+    result = launch("mrdpo", out=out, **flags | changed)
+    assert result.returncode == 0, result.stderr
+    folder = out / "round_2"
+    wins = {line["wins"] for line in map(json.loads, (folder / "wins.jsonl").read_text().splitlines())}
+    assert len(wins) > 1 and all(0 <= one <= 1 for one in wins)
+    start, own = (json.loads((folder / f"{name}_logps.json").read_text())["logps"] for name in ("start", "reference"))
+    assert len(start) == len(own) and start != own
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    # The policy is not the reference policy at first, unlike in other rounds.
+    assert abs(steps[0]["chosen_drift"]) > 1e-6 and steps[0]["dpo"] > 0
+    assert (folder / "heldout" / "exploitability.json").is_file()
+
+
 def test_rebirth_from_an_aligned_teacher(finished, launch, flags, tmp_path):
     """Only rebirth is made again: drafts, their influence on the student, DPO on the teacher, and its captions."""
     out = tmp_path / "mrdpo"
@@ -413,9 +434,10 @@ def test_the_reference_policy_is_the_start_of_the_round_or_run(load_recipe, capt
     with torch.no_grad():
         weight.add_(1.0)
     config = recipe.MrDpoConfig(model=str(random_model))
-    load = recipe.load_reference_policy
-    assert load(None, captioner, config) is captioner.network
-    assert torch.allclose(load(config.model, captioner, config).get_parameter(name), weight - 1.0, atol=1e-6)
+    stage = recipe.Stage(Path("round_2"), 0, config.fit, [])
+    assert stage.load_reference_policy(config) is None and stage.load_anchor(config) is None
+    renewed = replace(stage, reference_policy=config.model).load_reference_policy(config)
+    assert torch.allclose(renewed.get_parameter(name), weight - 1.0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -468,6 +490,9 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ({"loss": {"beta": -0.1}}, "loss.beta must be above 0"),
         ({"loss": {"ce_weight": -1.0}}, "loss.ce_weight at least 0"),
         ({"loss": {"kind": "grpo"}, "fresh_pairs": False}, "set fresh_pairs true"),
+        ({"loss": {"per": "clause"}, "reference_policy": "mixed"}, "set loss.per caption"),
+        ({"loss": {"kind": "nash"}, "selection": {"repetition_fraction": 0.1}}, "needs the margin of each pair"),
+        ({"eta": 0.0}, "eta must be above 0"),
         ({"lora": {"rank": 0}}, "lora.rank must be at least 1"),
         ({"lora": {"dropout": 2.0}}, "lora.dropout must be at least 0 and below 1"),
         ({"lora": {"targets": ()}}, "lora.targets names no module"),

@@ -15,6 +15,7 @@ from salmonn.preference.reward_model import RewardModel, read_info
 from salmonn.records import Caption, read_json, read_records, write_records
 from salmonn.synthetic.render import SynthConfig, make_clips
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 SHORT_CLIPS = SynthConfig(
     clips=8, seed=5, min_seconds=3, max_seconds=3, min_visual=2, max_visual=2, min_sounds=1, max_sounds=1
@@ -34,7 +35,7 @@ def trained(tmp_path_factory, launch):
     files = (folder / "captions.jsonl", "--references", folder / "clips/clips.jsonl", "--out", folder / "votes")
     flags = ("--raters", 4, "--votes", 60, "--noise", "clean", "--groups", "complete", "short")
     tool = Path(__file__).parents[2] / "tools" / "raters.py"
-    subprocess.run(forked(sys.executable, tool, *files, *flags), check=True, timeout=300)
+    subprocess.run(forked(sys.executable, tool, *files, *flags), check=True, timeout=RUN_SECONDS)
     result = launch(
         "reward", kind="ideal-point", preferences=folder / "votes", prototypes=2, out=folder / "model", blind="false",
         **{"raters.hidden": 16, "raters.epochs": 60, "raters.learning_rate": 0.01, "feature_cache.folder": "null"},

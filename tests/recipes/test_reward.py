@@ -19,6 +19,7 @@ from salmonn.score.scoring import make_judge_info
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.run_log import read_run
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 LORA = {"lora.rank": 2, "lora.alpha": 4, "fit.epochs": 1, "fit.batch_size": 3, "fit.checkpoint_every": 1}
 TIMES = ("seconds", "wait_seconds", "tokens_per_second", "memory_gib")
@@ -71,7 +72,7 @@ def kill_at(point: str, command: list[str]) -> None:
     """Start a run that is killed at a point."""
     python, recipe, *options = command
     killing = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
-    result = subprocess.run(killing, capture_output=True, text=True, timeout=900, check=False)
+    result = subprocess.run(killing, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
     assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (point, result.stderr)
 
 

@@ -20,6 +20,7 @@ from salmonn.train.feature_cache import FeatureCacheConfig
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import FitConfig
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -201,7 +202,7 @@ def test_killed_while_training_saving_and_cleaning_up(single_process, command_of
     python, recipe, *options = command_of("sft", out=tmp_path / "tuned", **flags)
     for point in ("step", "checkpoint_json", "merge", "merged"):
         command = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (point, result.stderr)
     assert (tmp_path / "tuned" / "checkpoints").is_dir()
     result = launch("sft", out=tmp_path / "tuned", **flags)

@@ -18,6 +18,7 @@ from salmonn.score.config import LLMConfig
 from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMStoppedError
 from salmonn.score.llm_protocol import LLMResponse
 from salmonn.score.response_cache import ResponseCache
+from tests.limits import STEP_SECONDS
 from tests.score.completions import SCHEMA, complete, text_of
 from tests.score.fake_llm_server import Answer
 
@@ -269,7 +270,7 @@ def test_map_concurrent(serve, open_client):
     barrier = threading.Barrier(3)  # each request waits for two others: fewer at once would never finish
 
     def script(request, number):
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=STEP_SECONDS)
         return Answer(text_of(request))
 
     server = serve(script)
@@ -284,7 +285,7 @@ def test_map_concurrent(serve, open_client):
 def test_the_first_error_stops_all(serve, open_client):
     def script(request, number):
         if number:
-            client._stop.wait(timeout=120)  # later replies are sent after the client has stopped
+            client._stop.wait(timeout=STEP_SECONDS)  # later replies are sent after the client has stopped
         return Answer("no", status=401)
 
     server = serve(script)
@@ -302,7 +303,7 @@ class HeldReplies:
         self.release = self._released.set
 
     def __call__(self, request, number):
-        self._released.wait(timeout=300)
+        self._released.wait(timeout=STEP_SECONDS)
         return Answer(text_of(request))
 
 

@@ -14,6 +14,7 @@ from salmonn.preference.reward import make_llm_client
 from salmonn.records import Caption, Event, Reference, Score, Unscored, write_records
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
+from tests.limits import RUN_SECONDS, STEP_SECONDS
 from tests.score.local_server import LocalServer, make_chat_model, serve_locally
 
 pytestmark = pytest.mark.slow  # test_llm_client.py and test_llm_judge.py use a scripted server
@@ -36,7 +37,7 @@ def server(tmp_path_factory) -> LocalServer:
 @pytest.fixture
 def complete(server):
     """Send requests with OpenAI's own client."""
-    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=300) as client:
+    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=STEP_SECONDS) as client:
 
         def create(text: str, **options):
             messages = [{"role": "user", "content": text}]
@@ -100,7 +101,9 @@ def score(server, tmp_path):
 
     def run() -> tuple[int, str, list[Score | Unscored]]:
         out = tmp_path / "scores.jsonl"
-        result = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=600, check=False)
+        result = subprocess.run(
+            [*command, "--out", str(out)], capture_output=True, text=True, timeout=RUN_SECONDS, check=False
+        )
         scores = read_scores(out)
         return result.returncode, result.stderr, [*scores.scores, *scores.unscored]
 

@@ -12,7 +12,8 @@ from salmonn.serve.api import ServerConfig, Service
 from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.schema import ChatLimits
 from salmonn.serve.sources import MediaSources
-from tests.serve.running import GatedCaptioner, RunningServer, wait_until
+from tests.limits import wait_until
+from tests.serve.running import GatedCaptioner, RunningServer
 
 
 @pytest.fixture(scope="session")

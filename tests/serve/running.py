@@ -4,7 +4,6 @@ import base64
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +18,7 @@ from salmonn.caption.captioner import Captioner
 from salmonn.caption.streaming import StreamingGenerator, TextDelta
 from salmonn.serve.api import Service
 from salmonn.serve.server import Server
+from tests.limits import STEP_SECONDS, wait_until
 
 HEAD = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -54,7 +54,7 @@ class GatedStreamingGenerator(StreamingGenerator):
 
     def add(self, clips: Any, prompts: Any, **options: Any) -> range:
         self.model.batches.append(len(clips))
-        self.model.gate.wait(120)
+        self.model.gate.wait(STEP_SECONDS)
         if error := self.model.prefill_error(len(self.active_rows) + len(clips)):
             raise error
         rows = super().add(clips, prompts, **options)
@@ -62,7 +62,7 @@ class GatedStreamingGenerator(StreamingGenerator):
         return rows
 
     def step(self, cancelled: Collection[int] = ()) -> dict[int, TextDelta]:
-        self.model.gate.wait(120)
+        self.model.gate.wait(STEP_SECONDS)
         self.active_rows -= {row for row in self.active_rows if row in cancelled}
         deltas = super().step(cancelled)
         if error := self.model.step_error(len(self.active_rows)):
@@ -89,21 +89,14 @@ class RunningServer:
         self.thread.start()
         wait_until(lambda: self.server.started)
 
-    def client(self, *, key: str = "none", timeout: float = 60.0) -> openai.OpenAI:
+    def client(self, *, key: str = "none", timeout: float = STEP_SECONDS) -> openai.OpenAI:
         """Return OpenAI's client, without retries."""
         return openai.OpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=timeout)
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(120)
+        self.thread.join(STEP_SECONDS)
         assert not self.thread.is_alive()
-
-
-def wait_until(done: Callable[[], object], *, seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.01)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import pytest
 from salmonn.caption.generator import Sampling
 from salmonn.serve.fetch import FetchPolicy
 from salmonn.serve.sources import MediaSources
-from tests.serve.running import HEAD, chat, data_url, gather, read_metrics, user_message, wait_until
+from tests.limits import STEP_SECONDS, wait_until
+from tests.serve.running import HEAD, chat, data_url, gather, read_metrics, user_message
 
 
 def test_no_file_outside_the_allowed_folders(start, videos, tmp_path):
@@ -69,7 +70,7 @@ def test_a_declared_large_upload_is_rejected_at_once(start):
     """Before any of it is sent."""
     running = start()
     with socket.create_connection(("127.0.0.1", running.port)) as connection:
-        connection.settimeout(120)
+        connection.settimeout(STEP_SECONDS)
         connection.sendall(f"{HEAD}Content-Length: {1 << 40}\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
@@ -78,7 +79,7 @@ def test_a_large_upload_is_rejected_while_it_arrives(start):
     """No length is declared, and the body has no end: the response comes before it."""
     running = start(sources=MediaSources((), FetchPolicy(max_bytes=1 << 20)))
     with socket.create_connection(("127.0.0.1", running.port)) as connection:
-        connection.settimeout(120)
+        connection.settimeout(STEP_SECONDS)
         connection.sendall(f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode())
         sent = 0
         try:
@@ -123,7 +124,7 @@ def test_rate_limit(start, model, videos):
             chat(running.client(), videos[1].name)
         assert int(caught.value.response.headers["Retry-After"]) > 0
         model.gate.set()
-        assert len(first.result(120).choices) == 12
+        assert len(first.result(STEP_SECONDS).choices) == 12
 
 
 def test_a_disconnect_cancels_only_its_request(start, engine, model, videos):
@@ -137,19 +138,21 @@ def test_a_disconnect_cancels_only_its_request(start, engine, model, videos):
         streaming = pool.submit(chat, running.client(), videos[0].name, stream=True, max_completion_tokens=150)
         other = pool.submit(chat, running.client(), videos[1].name, max_completion_tokens=150)
         wait_until(lambda: engine.num_waiting == 2)
-        with pytest.raises(openai.APITimeoutError):
-            chat(running.client(timeout=2.0), videos[2].name)
+        body = json.dumps({"messages": user_message(videos[2].name)}).encode()
+        with socket.create_connection(("127.0.0.1", running.port)) as connection:
+            connection.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: engine.num_waiting == 3)
         wait_until(lambda: engine.num_cancelled == num_cancelled_before + 1)
         model.gate.set()
-        stream = streaming.result(120)
+        stream = streaming.result(STEP_SECONDS)
         next(stream)
         model.gate.clear()
         stream.close()
         wait_until(lambda: engine.num_cancelled == num_cancelled_before + 2)
         model.gate.set()
-        assert first.result(120).choices
+        assert first.result(STEP_SECONDS).choices
         long = Sampling(max_new_tokens=150)
-        answer = other.result(60).choices[0]
+        answer = other.result(STEP_SECONDS).choices[0]
         assert answer.message.content == model.caption(videos[1], sampling=long).text
     wait_until(lambda: read_metrics(running)["salmonn_requests_totalcancelled"] == 2)
 
@@ -162,7 +165,7 @@ def test_request_timeout(start, engine, model, videos):
     assert caught.value.status_code == 504
     started = time.monotonic()
     with socket.create_connection(("127.0.0.1", running.port)) as connection:
-        connection.settimeout(120)
+        connection.settimeout(STEP_SECONDS)
         connection.sendall(f"{HEAD}Content-Length: 100\r\n\r\n{{".encode())
         assert b"504" in connection.recv(100)
     assert 0.5 < time.monotonic() - started < 100
@@ -181,7 +184,7 @@ def test_shutdown_ends_active_requests_after_the_grace_period(start, own_engine,
         queued = pool.submit(chat, client, videos[1].name)
         wait_until(lambda: own_engine.num_waiting == 1)
         model.gate.set()
-        with streaming.result(120) as chunks:
+        with streaming.result(STEP_SECONDS) as chunks:
             next(chunks)
             model.gate.clear()
             uploading = socket.create_connection(("127.0.0.1", running.port))
@@ -196,11 +199,11 @@ def test_shutdown_ends_active_requests_after_the_grace_period(start, own_engine,
             with pytest.raises(openai.APIError, match="the server is shutting down; try again later"):
                 gather(chunks)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
-            queued.result(120)
+            queued.result(STEP_SECONDS)
     with uploading:
-        uploading.settimeout(120)
+        uploading.settimeout(STEP_SECONDS)
         assert b"503" in uploading.recv(100)
-    running.thread.join(120)
+    running.thread.join(STEP_SECONDS)
     assert not running.thread.is_alive()
 
 
@@ -219,10 +222,10 @@ def test_a_full_disk_is_reported(start, videos, monkeypatch):
 
 def test_a_timeout_during_decoding_leaves_no_file(start, monkeypatch):
     """On a slow disk, the folder is created after the time limit."""
-    running, made, mkdtemp = start(request_seconds=0.3), threading.Event(), tempfile.mkdtemp
+    running, made, mkdtemp = start(request_seconds=2.0), threading.Event(), tempfile.mkdtemp
 
     def make_slowly(**options):
-        time.sleep(0.8)
+        time.sleep(2.1)
         folder = mkdtemp(**options)
         made.set()
         return folder
@@ -230,8 +233,8 @@ def test_a_timeout_during_decoding_leaves_no_file(start, monkeypatch):
     monkeypatch.setattr("salmonn.serve.request.tempfile.mkdtemp", make_slowly)
     with pytest.raises(openai.InternalServerError, match="took more than") as caught:
         chat(running.client(), "data:;base64," + "A" * (3 << 20))
-    assert caught.value.status_code == 504 and made.wait(5)
-    assert not list(running.service.uploads.glob("tmp*"))
+    assert caught.value.status_code == 504 and made.wait(STEP_SECONDS)
+    wait_until(lambda: not list(running.service.uploads.glob("tmp*")))
 
 
 def test_keys(start, videos):

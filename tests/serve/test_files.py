@@ -12,7 +12,8 @@ from starlette.requests import ClientDisconnect
 from salmonn.caption.generator import Sampling
 from salmonn.serve import files as files_module
 from salmonn.serve.files import FileLimits, FileStore
-from tests.serve.running import read_metrics, wait_until
+from tests.limits import wait_until
+from tests.serve.running import read_metrics
 
 FORM = (
     b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nuser_data\r\n'

@@ -7,12 +7,13 @@ from contextlib import ExitStack, closing
 import pytest
 
 from salmonn.serve import server
-from tests.serve.running import HEAD, chat, read_metrics, user_message, wait_until
+from tests.limits import STEP_SECONDS, wait_until
+from tests.serve.running import HEAD, chat, read_metrics, user_message
 
 
 def connect(running) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", running.port))
-    connection.settimeout(120)
+    connection.settimeout(STEP_SECONDS)
     return connection
 
 
@@ -123,7 +124,7 @@ def test_a_stream_that_is_not_read_times_out(start, own_engine, videos, monkeypa
         running.service.is_closing = is_closing
         wait_until(lambda: not running.service.num_requests)
         if is_closing:
-            running.thread.join(120)  # long before the grace period ends
+            running.thread.join(STEP_SECONDS)  # long before the grace period ends
             assert not running.thread.is_alive()
         else:
             wait_until(lambda: not running.server.server_state.connections)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -15,7 +16,8 @@ import psutil
 import pytest
 
 from salmonn.caption.generator import Sampling
-from tests.serve.running import wait_until
+from tests.launch import forked
+from tests.limits import STEP_SECONDS, wait_until
 
 KEY = "0123456789abcdef"
 
@@ -23,21 +25,31 @@ KEY = "0123456789abcdef"
 class ServerProcess:
     """A server in a separate process, with its temporary files in a temp_dir of the test."""
 
-    def __init__(self, folder: Path, *flags: object) -> None:
+    def __init__(self, folder: Path, *flags: object, fresh: bool) -> None:
         self.temp_dir = folder / "temporary"
         self.temp_dir.mkdir(exist_ok=True)
         self.log_path = folder / "log"
+        command = [Path(sys.executable).with_name("salmonn"), "serve", "--port", "0", "--workers", "1", *flags]
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen(
-                [Path(sys.executable).with_name("salmonn"), "serve", "--port", "0", "--workers", "1", *map(str, flags)],
+                list(map(str, command)) if fresh else forked(*command),
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"TMPDIR": str(self.temp_dir), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )
         wait_until(lambda: self.process.poll() is not None or self.is_up(), seconds=300)
         assert self.process.poll() is None, self.log
-        self.workers = psutil.Process(self.process.pid).children()
+        self.workers = self.find_workers()
         assert len(self.workers) == 1
+
+    def find_workers(self) -> list[psutil.Process]:
+        """Return the processes that have inherited the folder of temporary files."""
+        workers = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("TMPDIR") == str(self.temp_dir) and process.pid != self.process.pid:
+                    workers.append(process)
+        return workers
 
     @property
     def log(self) -> str:
@@ -58,23 +70,23 @@ class ServerProcess:
         return httpx2.get(f"{self.url}/health", trust_env=False).status_code
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=60)
+        return openai.OpenAI(api_key=key, base_url=f"{self.url}/v1", max_retries=0, timeout=STEP_SECONDS)
 
     def wait(self) -> int:
         """Wait for the process and return its exit code; no worker or temporary folder may be left."""
-        code = self.process.wait(120)
-        _, alive = psutil.wait_procs(self.workers, timeout=60)
+        code = self.process.wait(STEP_SECONDS)
+        _, alive = psutil.wait_procs(self.workers, timeout=STEP_SECONDS)
         assert not alive and not list(self.temp_dir.glob("salmonn-*")), self.log
         return code
 
 
-@pytest.fixture
-def run(tmp_path, random_model):
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "fresh"])
+def run(request, tmp_path, random_model):
     """Start servers of the random model."""
     processes = []
 
     def start_server(*flags: object) -> ServerProcess:
-        processes.append(ServerProcess(tmp_path, "--model", random_model, *flags))
+        processes.append(ServerProcess(tmp_path, "--model", random_model, *flags, fresh=request.param))
         return processes[-1]
 
     yield start_server

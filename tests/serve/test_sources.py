@@ -11,6 +11,7 @@ import pytest
 
 from salmonn.serve.fetch import FetchPolicy, SourceError, TooLargeError
 from salmonn.serve.sources import MediaSources, find_local, resolve_media, upload_folder, write_data
+from tests.limits import STEP_SECONDS
 
 HELLO = base64.b64encode(b"hello").decode()  # aGVsbG8=
 
@@ -165,7 +166,7 @@ def test_upload_folders_of_killed_servers_are_removed(tmp_path):
         (tmp_path / "mine").mkdir()
         (tmp_path / "salmonn-uploads-mine").symlink_to(tmp_path / "mine")
         processes[0].send_signal(signal.SIGKILL)
-        processes[0].wait(10)
+        processes[0].wait(STEP_SECONDS)
         assert (killed / "sent").is_file()
         with upload_folder(tmp_path) as folder:
             assert folder.stat().st_mode & 0o777 == 0o700

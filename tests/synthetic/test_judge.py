@@ -410,15 +410,18 @@ def test_any_text_is_judged(text):
     assert score.hallucinated == len(score.hallucinations)
 
 
-def test_judges_three_thousand_captions_in_three_seconds():
-    sampled = references(300)
+def test_judges_a_thousand_captions_in_a_second():
+    """The best of three, as other processes slow a core down."""
+    sampled, seconds = references(100), []
     references_by_video = {reference.video: reference for reference in sampled}
-    # numbers are ignored, but make each text new to the cache of texts
-    captions = [
-        Caption(reference.video, f"{reference.human_caption} {sample}.", sample=sample)
-        for sample in range(10)
-        for reference in sampled
-    ]
-    start = time.process_time()
-    score_captions(references_by_video, captions, RuleJudge())
-    assert time.process_time() - start < 3
+    for number in range(3):
+        # numbers are ignored, but make each text new to the cache of texts
+        captions = [
+            Caption(reference.video, f"{reference.human_caption} {10 * number + sample}.", sample=sample)
+            for sample in range(10)
+            for reference in sampled
+        ]
+        start = time.process_time()
+        score_captions(references_by_video, captions, RuleJudge())
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1

@@ -13,6 +13,7 @@ from salmonn.records import Caption, JudgeInfo, Question, Reference, Score, writ
 from salmonn.score.formats import write_scores
 from salmonn.score.stats import Interval
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 # Clips of three seconds with one or two objects and one sound, and few steps, yet captions of different quality.
 SMALLEST_RUN = {
@@ -46,7 +47,7 @@ def test_copied_stages_equal_those_of_a_complete_run(tool, finished, tmp_path):
     ablation = tool.Ablation(tmp_path, rounds=2, steps=2, extra=extra)
     line = [*ablation.command("fixed_pairs", 2), f"--clips_dir={finished / 'clips'}"]
     env = tool.one_thread()
-    result = subprocess.run(forked(*line), capture_output=True, text=True, timeout=600, env=env, check=False)
+    result = subprocess.run(forked(*line), capture_output=True, text=True, timeout=RUN_SECONDS, env=env, check=False)
     assert result.returncode == 0, result.stderr
     complete, shared = ablation.folder("fixed_pairs", 2), finished / "seed_2" / "fixed_pairs"
     names = ("round_1/pairs.jsonl", "round_1/merged/model.safetensors", "round_2/merged/model.safetensors")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -31,6 +32,7 @@ from salmonn.train.dry_run import (
 from salmonn.train.loop import FitConfig
 from salmonn.train.memory import GIB, NumberSizes, Stack, TrainedParts
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 LORA = LoraConfig(rank=128, alpha=256)
 # From the model cards of Qwen2, Qwen2.5 and Qwen2.5-VL: decoder, vision tower with merger.
@@ -200,6 +202,12 @@ def test_quantized_weights_and_checkpointed_layers_need_less():
     matrices = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
     assert weights[None] - weights[8] == matrices
     assert weights[8] - weights[4] == matrices * 7 // 16
+    row_bytes = 2 * 28 * 4 * 128 * 2  # of a token in the KV cache
+    captions = {
+        samples: plan[None].captioning(max_new_tokens=1000, batch_size=64, num_samples=samples).peak
+        for samples in (1, 8)
+    }
+    assert captions[1] - captions[8] == 56 * (25_110 + 100) * row_bytes  # 64 prefixes instead of 8
     step = plan[None].training(checkpointed=True)
     assert step.peak < 0.25 * plan[None].training(checkpointed=False).peak
     assert step.persistent["gradients"] == 4 * 55_050_240 and step.persistent["Adam's moments"] == 8 * 55_050_240
@@ -235,9 +243,18 @@ def test_memory_of_a_real_process(random_plus, medium, work, capsys):
     """One step of guided DPO and one caption: the estimate is within 30 % of what the process grows by."""
     command = [sys.executable, Path(__file__).with_name("measure.py"), random_plus, medium, *work.split()]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(forked(*command), capture_output=True, text=True, timeout=300, env=env, check=False)
+    result = subprocess.run(forked(*command), capture_output=True, text=True, timeout=RUN_SECONDS, env=env, check=False)
     assert result.returncode == 0, result.stderr
     estimated, measured = map(int, result.stdout.split())
     with capsys.disabled():
         sys.stdout.write(f"\n{work}: estimated {estimated / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB\n")
     assert 0.7 * measured < estimated < 1.3 * measured
+
+
+def test_a_batch_is_halved_until_its_kv_cache_fits():
+    """A prefix of 10 bytes for all samples of a clip, and a byte for each caption."""
+    batch = partial(memory_plan.largest_batch, 64, prefix_bytes=10, caption_bytes=1)
+    assert batch(num_samples=8, budget=8 * 10 + 64) == 64
+    assert batch(num_samples=8, budget=8 * 10 + 63) == 32
+    assert batch(num_samples=1, budget=8 * 10 + 64) == 8
+    assert batch(num_samples=12, budget=0) == 12

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from salmonn.media.container import ClipError
 from salmonn.model.config import PLAIN_PROMPTS
 from salmonn.records import Caption, Event, Reference, read_records
 from salmonn.synthetic.judge import RuleJudge
+from salmonn.train import evaluate as evaluation
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import (
     SampleConfig,
@@ -32,6 +34,7 @@ from salmonn.train.evaluate import (
 from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.left_out import LeftOut
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 SAMPLING = SampleConfig(temperature=1.0, top_p=0.9, max_new_tokens=12, num_samples=2, batch_size=4)
 SEED = 7
@@ -86,7 +89,7 @@ def test_two_processes_give_the_same_results(captioner, clips, random_model, tmp
     arguments = [tmp_path / "script.py", tmp_path, random_model, clips.root]
     command = forked(launcher, "--standalone", "--nproc_per_node=2", *arguments)
     root = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=root)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False, env=root)
     assert result.returncode == 0, result.stderr
     expected = json.loads(json.dumps(run_all_work(captioner, clips, tmp_path / "tokens")))
     assert len(expected["captions"]) == 10 and len(expected["answers"]) > 3
@@ -312,3 +315,18 @@ def test_a_few_unreadable_clips_are_left_out(captioner, clips, tmp_path, caplog,
     train, heldout = encode(0)
     assert train.references == [clips.references[0], clips.references[2]] and heldout.references == clips.references[4:]
     assert re.search(r"left out as before: \S+, \S+; delete \S+left_out\.jsonl to read them again", caplog.text)
+
+
+def test_the_batch_fits_the_free_memory_of_a_gpu(captioner, monkeypatch):
+    """The longest clip and its prompt are 1,512 tokens, a caption 100; PyTorch has reserved some for reuse."""
+    config = SampleConfig(num_samples=4, batch_size=64, max_new_tokens=100)
+    assert evaluation._batch_size(captioner, [1000, 10], config) == 64  # no limit on a CPU
+    network = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, lm=captioner.network.lm)
+    text = captioner.network.lm.config.get_text_config()
+    token = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    needed = (16 * 1512 + 64 * 100) * token / 0.6
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: needed / 2)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: needed / 4)
+    for free, expected in ((0.76, 64), (0.74, 32)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free * needed, 0))
+        assert evaluation._batch_size(SimpleNamespace(network=network), [1000, 10], config) == expected

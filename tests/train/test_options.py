@@ -26,6 +26,7 @@ from salmonn.train.preference import (
     compute_reference_logps,
 )
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 
 NO_DROPOUT = LoraConfig(rank=4, dropout=0.0)
 TIMED = ("tokens_per_second", "memory_gib", "wait_seconds", "seconds")
@@ -353,7 +354,7 @@ def test_gradient_accumulation_on_two_processes(clips, tmp_path):
     torchrun = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc_per_node=2"]
     for launcher in ([sys.executable], torchrun):
         subprocess.run(
-            forked(*launcher, *arguments), check=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            forked(*launcher, *arguments), check=True, timeout=RUN_SECONDS, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
     single, first, second = (
         torch.tensor(json.loads((tmp_path / f"{name}.json").read_text())) for name in ("1-0", "2-0", "2-1")

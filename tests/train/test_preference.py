@@ -130,7 +130,7 @@ def run_reference(captioner, fill_adapter, pairs, features_by_video, tmp_path, m
             captioner,
             to_examples(other_pairs or pairs, other_features or features_by_video),
             batch_size=size,
-            folder=tmp_path,
+            path=tmp_path / REFERENCE_LOGPS_NAME,
         )
         return computed, len(runs)
 
@@ -510,7 +510,7 @@ def test_grpo_prefers_samples_with_an_advantage(captioner, groups, features_by_v
 
 def test_cached_logps_of_tokens_are_not_those_of_answers(captioner, pairs, features_by_video, tmp_path, caplog):
     attach_lora(captioner.network, LORA, seed=0)
-    options = {"roles": ("chosen",), "batch_size": 3, "folder": tmp_path}
+    options = {"roles": ("chosen",), "batch_size": 3, "path": tmp_path / REFERENCE_LOGPS_NAME}
     examples = to_examples(pairs, features_by_video)
     sums = compute_reference_logps(captioner.network, examples, captioner.processor, **options)
     for _ in range(2):  # computed, then cached

@@ -6,7 +6,7 @@ import torch
 from salmonn.model.pooling import AnswerStates
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.ideal_point import IdealPointConfig
-from salmonn.preference.mixture import MixtureHead, PrototypeInfo, Rater, choose_weights
+from salmonn.preference.mixture import MixtureHead, PrototypeInfo, Rater, RaterGroup, choose_weights, group_raters
 from salmonn.records import Comparison, write_records
 from salmonn.train.raters import collect_votes, fit_rater_groups
 
@@ -69,3 +69,10 @@ def test_whose_reward(tmp_path):
             choose_weights(tmp_path, INFO, **given)
     with pytest.raises(ValueError, match="one reward for all: train with --kind ideal-point"):
         choose_weights(tmp_path, None, rater="ann")
+
+
+def test_groups_of_raters_by_hand():
+    """Two raters of the first prototype predict 3 of 4 and 1 of 2 votes, that is 4 of 6; the second has no votes."""
+    raters = [Rater("a", (0.9, 0.1), 9, 4, 0.75), Rater("b", (0.2, 0.8), 5), Rater("c", (0.7, 0.3), 3, 2, 0.5)]
+    first, second = group_raters(INFO, raters)
+    assert first == RaterGroup("", 0.6, 2, 6, pytest.approx(2 / 3)) and second == RaterGroup("", 0.4, 1, 0, None)

@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page
 
 from salmonn.caption.captioner import SHIPPED_MODEL, Captioner
 from salmonn.records import write_json, write_text
 from salmonn.score.metrics import Rates
 from salmonn.webui.session import EXAMPLES, ExampleClip, make_example_clips
 from tests.launch import forked
-from tests.score.browser import start_browser
+from tests.limits import STEP_SECONDS
+from tests.score.browser import start_profile
 
-START_SECONDS = 120
 SALMONN = Path(sys.executable).with_name("salmonn")
 
 
@@ -65,7 +65,7 @@ def start_demo(folder: Path, *flags: object, command: Sequence[object] = (SALMON
         process = subprocess.Popen(forked(*command, *flags), stderr=log, stdout=log, env=env)
     started = time.monotonic()
     while "web UI running at " not in (log := (folder / "log").read_text()):
-        if process.poll() is not None or time.monotonic() - started > START_SECONDS:
+        if process.poll() is not None or time.monotonic() - started > STEP_SECONDS:
             process.kill()
             raise AssertionError(f"the web UI did not start:\n{log}")
         time.sleep(0.1)
@@ -79,15 +79,16 @@ def demo(tmp_path_factory, random_model) -> Iterator[Demo]:
     demo = start_demo(tmp_path_factory.mktemp("demo"), "--other_model", random_model)
     yield demo
     demo.process.send_signal(signal.SIGTERM)
-    assert demo.process.wait(30) == 0
+    assert demo.process.wait(STEP_SECONDS) == 0
     assert not list(demo.folder.glob("salmonn-*"))
 
 
 @pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
-    # With a camera and a microphone that need no permission.
-    with start_browser("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream") as browser:
-        yield browser
+def profile(tmp_path_factory) -> Iterator[BrowserContext]:
+    """The profile of a browser with a camera and a microphone that need no permission."""
+    options = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    with start_profile(tmp_path_factory.mktemp("profile"), *options) as profile:
+        yield profile
 
 
 @pytest.fixture(scope="package")
@@ -103,7 +104,7 @@ def examples(tmp_path_factory) -> list[ExampleClip]:
 
 
 class Visitor:
-    """A user's browser.
+    """A user's browser tab.
 
     Args:
         page: page of the browser.
@@ -111,8 +112,8 @@ class Visitor:
         errors: errors in the browser's console.
     """
 
-    def __init__(self, context: BrowserContext, address: str) -> None:
-        self.page: Page = context.new_page()
+    def __init__(self, page: Page, address: str) -> None:
+        self.page = page
         self.other_urls: list[str] = []
         self.errors: list[str] = []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -135,19 +136,22 @@ class Visitor:
 
 
 @pytest.fixture
-def visit(browser, demo):
-    """Open the web UI in a new browser context; it must not request other URLs or cause errors."""
-    contexts, visitors = [], []
+def visit(profile, demo):
+    """Open the web UI in a new browser tab; it must not request other URLs or cause errors."""
+    visitors = []
 
-    def open_page(*, address: str = demo.address, **options) -> Visitor:
-        options = {"viewport": {"width": 1440, "height": 900}} | options
-        contexts.append(browser.new_context(**options))
-        contexts[-1].set_default_timeout(60_000)
-        visitors.append(Visitor(contexts[-1], address))
+    def open_page(*, viewport=(1440, 900), color_scheme="light", permissions=()) -> Visitor:
+        profile.grant_permissions(permissions)
+        page = profile.new_page()
+        page.set_viewport_size(dict(zip(("width", "height"), viewport, strict=True)))
+        page.emulate_media(color_scheme=color_scheme)
+        visitors.append(Visitor(page, demo.address))
         return visitors[-1]
 
     yield open_page
     for visitor in visitors:
         assert visitor.other_urls == [] and visitor.errors == []
-    for context in contexts:
-        context.close()
+        if not visitor.page.is_closed():
+            visitor.page.evaluate("localStorage.clear()")
+            visitor.page.close()
+    profile.clear_permissions()

@@ -1,7 +1,6 @@
 """The web UI with a real server and a real browser."""
 
 import re
-import time
 import wave
 
 import httpx
@@ -17,6 +16,7 @@ from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.score.repetition import find_clauses
 from salmonn.synthetic.judge import RuleJudge
 from salmonn.webui.scorer import CaptionScorer
+from tests.limits import STEP_SECONDS, wait_until
 from tests.score.browser import needs_browser
 
 pytestmark = needs_browser
@@ -93,7 +93,7 @@ def test_a_slow_line(visit, toy, examples):
 
 
 def test_link_previews_name_salmonn(demo):
-    with httpx.Client(base_url=demo.address, trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=demo.address, trust_env=False, timeout=STEP_SECONDS) as client:
         head = client.get("/").text.partition("<script")[0]
         assert 'content="salmonn"' in head and "Captions of what is seen" in head and "radio" not in head
         assert client.get("/favicon.ico").text.startswith("<svg") and "9a3412" in client.get("/favicon.ico").text
@@ -159,13 +159,6 @@ def test_an_upload(visit, toy, demo, long_video):
     assert uploaded.name.endswith(".mp4")
     visitor.page.close()
     wait_until(lambda: not uploaded.exists())
-
-
-def wait_until(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in time"
-        time.sleep(0.1)
 
 
 def test_a_typed_reference(visit, long_video):
@@ -338,7 +331,7 @@ def test_a_blind_vote_becomes_a_pair(visit, demo):
     assert "toy (temperature 0.8)" in visitor.page.locator("#first").inner_text()
     assert "your choice" in visitor.page.locator("#second").inner_text()
     vote = votes_of(demo)[-1]
-    assert (vote.choice, vote.text) == ("second", "A star appears.") and 0 < vote.seconds < 100
+    assert (vote.choice, vote.text) == ("second", "A star appears.") and 0 < vote.seconds < STEP_SECONDS
     assert [vote.first.text, vote.second.text] == texts and vote.first.total is not None
     assert abs(vote.first.seed - vote.second.seed) == 1 and 0 <= min(vote.first.seed, vote.second.seed) < 1 << 31
     pair = to_comparisons([vote])[0][0]
@@ -478,7 +471,7 @@ def test_stop(visit):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_layout_on_a_phone(visit, scheme):
-    visitor = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    visitor = visit(viewport=(390, 844), color_scheme=scheme)
     assert visitor.width() <= 390
     choose_example(visitor, 1)
     describe(visitor)

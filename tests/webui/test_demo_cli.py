@@ -8,6 +8,7 @@ import sys
 import httpx
 import pytest
 
+from tests.limits import RUN_SECONDS, STEP_SECONDS
 from tests.webui.conftest import start_demo
 
 
@@ -20,6 +21,7 @@ from tests.webui.conftest import start_demo
         (["--other-model", "m", "--model", "m"], "--other-model is the same as --model"),
         (["--references", "absent.jsonl"], "absent.jsonl"),
         (["--model", "{folder}"], "{folder}"),
+        (["--raters", "{folder}"], "{folder} is no reward model"),
         (["--judge.kind", "openai"], "needs the name of a model"),
     ],
 )
@@ -65,20 +67,22 @@ def test_nothing_is_shown_without_a_password(tmp_path):
             assert response.status_code == 200 and client.get(f"{demo.address}config").status_code == 200
     finally:
         demo.process.send_signal(signal.SIGINT)
-        assert demo.process.wait(30) == 0
+        assert demo.process.wait(STEP_SECONDS) == 0
     assert not list(demo.folder.glob("salmonn-*"))
 
 
 def test_help_starts_without_gradio_and_torch():
     code = "import sys\ntry:\n from salmonn.cli import main; main(['demo', '--help'])\nexcept SystemExit as end:\n"
     code += " assert end.code == 0\nassert not {'torch', 'gradio'} & set(sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=RUN_SECONDS, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert "--password-file" in result.stdout and "--judge.kind" in result.stdout
 
 
 def test_demo_app_is_the_same_command():
     result = subprocess.run(
-        [sys.executable, "demo/app.py", "--help"], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "demo/app.py", "--help"], capture_output=True, text=True, timeout=RUN_SECONDS, check=False
     )
     assert result.returncode == 0 and "--other-model" in result.stdout

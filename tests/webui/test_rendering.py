@@ -5,6 +5,7 @@ import re
 import pytest
 
 from salmonn.preference.feedback_report import summarize_feedback
+from salmonn.preference.mixture import RaterGroup
 from salmonn.records import Caption, Event, Mention, Reference, Score
 from salmonn.webui.rendering import (
     render_analysis,
@@ -141,3 +142,7 @@ def test_results(tmp_path):
     assert "one (temperature 0.8) wins 0.0 %" in text and "0 of 1" in text
     assert "0.0 % to 79.3 %" in text and "0 to 1; 0 ties, 0 both bad" in text
     assert "preferred 0.0 %" in text  # RIGHT was chosen, whose Total is the higher one
+    assert "Groups of raters" not in text
+    groups = [RaterGroup("words +0.6", 0.7, 3, 8, 0.75), RaterGroup("words -0.9", 0.3, 1, 0, None)]
+    text = visible_text(render_results(summarize_feedback([VOTE]), folder=tmp_path, groups=groups))
+    assert "1: words +0.6 70.0 % 3 75.0 % of 8" in text and "2: words -0.9 30.0 % 1 \N{EN DASH}" in text

@@ -150,10 +150,10 @@ def form_values(tab, **changes):
 @pytest.mark.parametrize(
     "name", ["start", "end", "temperature", "top_p", "max_new_tokens", "repetition_penalty", "seed"]
 )
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_are_finite(compare_tab, comparison, name, value):
-    with pytest.raises(ValueError, match="must be a number, got"):
-        compare_tab.controls.to_request(form_values(compare_tab, **{name: value}), comparison.request.path)
+def test_numbers_are_finite(compare_tab, comparison, name):
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="must be a number, got"):
+            compare_tab.controls.to_request(form_values(compare_tab, **{name: value}), comparison.request.path)
 
 
 def test_the_length_of_a_question_is_limited(compare_tab, comparison):

@@ -14,8 +14,8 @@ from gradio import processing_utils
 
 from salmonn.webui.app import disable_remote_fetch
 from salmonn.webui.uploads import MIB, UploadLimitMiddleware, UploadStore
+from tests.limits import STEP_SECONDS, wait_until
 from tests.webui.conftest import start_demo
-from tests.webui.test_app import wait_until
 from tests.webui.test_session import age
 
 FREQUENT_CLEANUP = (
@@ -121,7 +121,7 @@ def test_gradio_fetches_nothing(monkeypatch, tmp_path, host):
 
 def test_a_forged_remote_file_is_not_fetched(demo):
     """The server could only reach the network through its proxy, which receives no connection."""
-    with httpx.Client(base_url=f"{demo.address}gradio_api", trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=f"{demo.address}gradio_api", trust_env=False, timeout=STEP_SECONDS) as client:
         config = httpx.get(f"{demo.address}config", trust_env=False).json()
         files = {part["id"] for part in config["components"] if part["type"] == "file"}
         retain_event = next(
@@ -162,7 +162,7 @@ def test_unused_uploads_are_deleted(tmp_path):
         # If the server saw the end of the connection first, it would drop the data.
         with partial_upload(demo.address):
             wait_until(lambda: len(demo.uploads()) == 1)
-        with httpx.Client(base_url=f"{demo.address}gradio_api", timeout=30) as client:
+        with httpx.Client(base_url=f"{demo.address}gradio_api", timeout=STEP_SECONDS) as client:
 
             def send(content, size=MIB):
                 return client.post("/upload", files={"files": ("a.mp4", content * size)}).status_code
@@ -177,4 +177,4 @@ def test_unused_uploads_are_deleted(tmp_path):
             assert send(b"d") == 200
     finally:
         demo.process.send_signal(signal.SIGTERM)
-        assert demo.process.wait(30) == 0
+        assert demo.process.wait(STEP_SECONDS) == 0

@@ -1,0 +1,119 @@
+"""A reward that is no score: how often a voter prefers a caption to others of its clip. Imports no torch.
+
+Preferences may be cyclic, so that no score explains them; then there is no best caption, but a mixture of captions that
+no other beats on average. `exploitability` says how far a policy is from it, as far as the voter looks at phrases.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+from salmonn.preference.rating import Rating
+from salmonn.records import Caption, Reference, Score, Unscored, read_records, write_records
+from salmonn.score.judge import Judge, ScoringTask
+from salmonn.synthetic.raters import SOUND_FORMS, CaptionTraits, Rater, caption_traits
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Mean probability that a voter prefers a caption to the other samples of its clip; 0.5 if there is no other."""
+
+    video: str
+    sample: int
+    wins: float
+
+
+@dataclass(frozen=True)
+class Exploitability:
+    """How much better than a policy the best reply to it is, by a voter.
+
+    Args:
+        exploitability: largest mean win rate, minus 0.5, of the policy's own captions with all sounds in one form.
+        best_reply: that form.
+        forms: form of most sounds of a caption -> share of the policy's captions with sounds.
+    """
+
+    exploitability: float
+    best_reply: str
+    forms: Mapping[str, float]
+
+
+class VoterReward:
+    """Rates a caption by its win rate among the samples of its clip; judges them first, as voters look at scores."""
+
+    file_name = "wins.jsonl"
+
+    def __init__(self, judge: Judge, voter: Rater) -> None:
+        self.judge = judge
+        self.voter = voter
+
+    @property
+    def name(self) -> str:
+        """Id of the voter."""
+        return self.voter.name
+
+    def check(self, reference: Reference) -> None:
+        """Raise ValueError if the judge cannot use this reference."""
+        self.judge.check(reference)
+
+    def rate(self, tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
+        """Judge captions and rate them by their win rates against the other captions of their clip."""
+        results = self.judge.judge(tasks)
+        traits = {
+            index: caption_traits(task.caption, result, task.reference)
+            for index, (task, result) in enumerate(zip(tasks, results, strict=True))
+            if isinstance(result, Score)
+        }
+        by_video: dict[str, list[int]] = {}
+        for index in traits:
+            by_video.setdefault(tasks[index].caption.video, []).append(index)
+        ratings: list[Rating | Unscored] = []
+        for index, (task, result) in enumerate(zip(tasks, results, strict=True)):
+            if isinstance(result, Unscored):
+                ratings.append(result)
+                continue
+            others = [traits[other] for other in by_video[task.caption.video] if other != index]
+            wins = fmean(win_probability(self.voter, traits[index], other) for other in others) if others else 0.5
+            ratings.append(self.to_rating(WinRate(result.video, result.sample, wins)))
+        return ratings
+
+    def save(self, path: Path, ratings: Sequence[Rating | Unscored]) -> None:
+        """Write the win rates."""
+        rated = [one for one in ratings if isinstance(one, Rating)]
+        write_records(path, [WinRate(one.video, one.sample, one.value) for one in rated])
+
+    def load(self, path: Path) -> list[Rating]:
+        """Read the ratings that `save` wrote."""
+        return [self.to_rating(one) for one in read_records(path, WinRate)]
+
+    def to_rating(self, one: WinRate) -> Rating:
+        """Convert a win rate to a rating."""
+        return Rating(one.video, {"wins": one.wins}, {"wins": 1.0}, one.sample)
+
+
+def win_probability(voter: Rater, one: CaptionTraits, other: CaptionTraits) -> float:
+    """Return the probability that a voter prefers a caption, averaged over the two orders of showing."""
+    return (voter.prefers(one, other) + 1 - voter.prefers(other, one)) / 2
+
+
+def find_exploitability(
+    voter: Rater, captions: Sequence[Caption], results: Sequence[Score | Unscored], references: Mapping[str, Reference]
+) -> Exploitability | None:
+    """Compare a policy's captions with the same captions with all sounds in one form; None if none has a sound.
+
+    The form is the same for all clips: the best one of each clip would exploit chance, too.
+    """
+    traits = [
+        caption_traits(caption, result, references[caption.video])
+        for caption, result in zip(captions, results, strict=True)
+        if isinstance(result, Score)
+    ]
+    traits = [one for one in traits if one.sound_form is not None]
+    if not traits:
+        return None
+    forms = (*SOUND_FORMS, "")
+    wins = {form: fmean(win_probability(voter, replace(one, sound_form=form), one) for one in traits) for form in forms}
+    best, counts = max(forms, key=lambda form: wins[form]), Counter(one.sound_form for one in traits)
+    return Exploitability(wins[best] - 0.5, best, {form: counts[form] / len(traits) for form in forms})
