@@ -166,7 +166,13 @@ def test_a_failing_process_stops_the_others(script, size, failing_rank, end, wai
             assert exit_code == 1 and stderr.startswith(f"error: {others}") and stderr.count("\n") == 1, stderr
 
 
-@pytest.mark.parametrize(("end", "message"), [("mistake", f"error: {MISTAKE}\n"), ("kill", "Signal 9 (SIGKILL)")])
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("mistake", f"error: {MISTAKE}\n"),
+        pytest.param("kill", "Signal 9 (SIGKILL)", marks=pytest.mark.slow),
+    ],
+)
 def test_torchrun_reports_why_a_run_ended(script, end, message):
     result = torchrun(script(ENDS), "--failing_rank", 1, "--end", end, "--wait", "gather", fresh=True)
     root = result.stderr.partition("Root Cause")[2]

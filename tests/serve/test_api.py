@@ -290,18 +290,18 @@ def test_base64_is_decoded_across_chunks(videos, tmp_path, monkeypatch):
 def test_stop_strings_end_the_answer(start, model, videos):
     """Nothing of a stop string is sent, and the row leaves the batch."""
     client = start().client()
-    whole = chat(client, videos[0].name, max_completion_tokens=200).choices[0].message.content
+    whole = chat(client, videos[0].name, max_completion_tokens=60).choices[0].message.content
     stop = whole[len(whole) // 2 :][:7]
     expected = whole[: whole.index(stop)].rstrip()
-    options = dict(max_completion_tokens=200, stop=["no such text", stop])
+    options = dict(max_completion_tokens=60, stop=["no such text", stop])
     before = model.num_steps
     answer = chat(client, videos[0].name, **options)
     assert answer.choices[0].message.content == expected and answer.choices[0].finish_reason == "stop"
-    assert 0 < answer.usage.completion_tokens == model.num_steps - before < 200
+    assert 0 < answer.usage.completion_tokens == model.num_steps - before < 60
     with chat(client, videos[0].name, stream=True, **options) as chunks:
         texts, reasons, _ = gather(chunks)
     assert (texts, reasons) == ({0: expected}, {0: "stop"})
-    sampling = Sampling(max_new_tokens=200, stop=(stop,))
+    sampling = Sampling(max_new_tokens=60, stop=(stop,))
     assert model.caption(videos[0], sampling=sampling).text == expected
     assert "".join(model.stream(videos[0], sampling=sampling)) == expected
 

@@ -239,7 +239,7 @@ def test_16_bit_weights_are_trained_in_32_bits(random_model, clips, tmp_path):
         return {}
 
     config = FitConfig(
-        learning_rate=6e-3, steps=12, warmup_ratio=0.2, precision="bfloat16", gradient_checkpointing=True
+        learning_rate=1.2e-2, steps=12, warmup_ratio=0.2, precision="bfloat16", gradient_checkpointing=True
     )
     context = replace(context_in(tmp_path), callback=Callback(record_dtypes, every=1))
     checkpoint = fit(network, batches, sft_loss, config, context=context)
