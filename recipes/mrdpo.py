@@ -23,7 +23,7 @@ from salmonn.model.loading import load_config
 from salmonn.model.lora import attach_lora
 from salmonn.preference.clauses import mark_clauses
 from salmonn.preference.groups import make_groups
-from salmonn.preference.losses import PreferenceLoss, Role, make_loss
+from salmonn.preference.losses import Role, make_loss
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, make_judge, make_reward
 from salmonn.preference.reward_model import ModelReward
@@ -172,10 +172,8 @@ def main(config: MrDpoConfig) -> None:
     run = Run(config, train, heldout, judge, reward)
     summary = RunSummary(sft=measure(config.model, config.out / "sft", run))
     best = run_rounds(run, summary)
-    if config.rebirth and best:
-        reborn = run_rebirth(best, run, config.rebirth)
-        summary.rebirth = measure(reborn, config.out / "rebirth", run, summary)
-        report(run, summary)
+    if best:
+        add_rebirth(best, run, summary)
     if dist.is_main():
         write_json(config.out / SUMMARY_NAME, asdict(summary))
         plot_summary(summary, config.out / "summary.png")
@@ -226,25 +224,27 @@ def run_round(number: int, policy: ModelPath, run: Run) -> Path:
         return folder / "merged"
 
     # Sample, rate, and select pairs or, for GRPO, group by clip.
-    loss = make_loss(config.round_loss)
-    examples = make_round_examples(number, policy, run, roles=loss.roles)
+    examples = make_round_examples(number, policy, run, roles=make_loss(config.round_loss).roles)
 
     # Train and merge a fresh LoRA. All rounds are added to the start, and their sum is rounded once.
-    stage = Stage(folder, seed, config.fit, earlier=adapters_of_rounds(number - 1, config))
+    stage = Stage(folder, seed, config.round_loss, config.fit, earlier=adapters_of_rounds(number - 1, config))
     if number > 1 and config.reference_policy == "run_start":
         stage = replace(stage, reference_policy=config.model)
     if number > 1 and config.reference_policy == "mixed":
         stage = replace(stage, anchor=config.model)
     if number == config.rounds:
         stage = replace(stage, num_questions=config.num_questions)
-    return train_on_preferences(examples, policy, loss, stage, run)
+    return train_on_preferences(examples, policy, stage, run)
 
 
-def train_on_preferences(
-    examples: Sequence[Example], policy: ModelPath, loss: PreferenceLoss, stage: Stage, run: Run
-) -> Path:
-    """Train a fresh LoRA on pairs or groups, merge it, and return the merged model."""
-    config, folder, fit_config = run.config, stage.folder, stage.fit
+def train_on_preferences(examples: Sequence[Example], policy: ModelPath, stage: Stage, run: Run) -> Path:
+    """Train a fresh LoRA on pairs or groups, merge it, and return the merged model.
+
+    Raises:
+        RoundFailedError: the model has not learned to prefer the chosen captions.
+    """
+    config, folder, fit_config, loss = run.config, stage.folder, stage.fit, make_loss(stage.loss)
+    name = folder.relative_to(config.out).as_posix()
     captioner = config.load_model(policy)
     attach_lora(captioner.network, config.lora, seed=stage.seed)
     # Rewards are relative to the reference policy, which scores each answer once, in advance.
@@ -287,7 +287,7 @@ def train_on_preferences(
         batches = MixedBatches(preferences, questions)
     batch_loss = MixedBatchLoss(loss, qa_fraction=num_questions / fit_config.batch_size)
     context = FitContext(
-        f"{folder.name}: {config.loss.title}",
+        f"{name}: {stage.loss.title}",
         folder,
         stage.seed,
         config.strategy,
@@ -295,7 +295,7 @@ def train_on_preferences(
     )
     with checkpointed(folder):
         checkpoint = fit(captioner.network, batches, batch_loss, fit_config.resolve(len(examples)), context=context)
-        require_margin(folder, config.early_stopping)
+        require_margin(folder, config.early_stopping, name=name, steps=stage.steps_setting)
         # Free the network before it is merged: merging loads the policy again, and a GPU may hold only one.
         del captioner, preferences, batches, context
         return merge_checkpoint(
@@ -360,13 +360,31 @@ def sample_and_rate(number: int, policy: ModelPath, run: Run) -> tuple[list[Capt
     return captions, rate_captions(captions, run.train, reward=run.reward, folder=folder), min_gap
 
 
+def add_rebirth(best: Path, run: Run, summary: RunSummary) -> None:
+    """Run rebirth, if it is configured, and add it to the summary; the results of the rounds outlive its failure."""
+    if not run.config.rebirth:
+        return
+    try:
+        reborn = run_rebirth(best, run, run.config.rebirth)
+    except RoundFailedError as error:
+        log.warning("no rebirth: %s", error)
+        summary.stopped = "; ".join(filter(None, (summary.stopped, f"no rebirth: {error}")))
+    else:
+        summary.rebirth = measure(reborn, run.config.out / "rebirth", run, summary)
+    report(run, summary)
+
+
 def adapters_of_rounds(last: int, config: MrDpoConfig) -> list[Path]:
     """Return the folders of the adapters of the first rounds, which the merged model of the last one consists of."""
     return [config.out / f"round_{number}" / "adapter" for number in range(1, last + 1)]
 
 
 def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
-    """Fine-tune the start on the best model's captions of the training clips and on questions; returns the model."""
+    """Fine-tune the start on the best model's captions of the training clips and on questions; returns the model.
+
+    Raises:
+        RoundFailedError: the teacher cannot be trained.
+    """
     config, folder = run.config, run.config.out / "rebirth"
     if is_complete(folder):
         return folder / "merged"
@@ -433,7 +451,11 @@ def align_teacher(
     run: Run,
     rebirth: RebirthConfig,
 ) -> Path:
-    """Train the best model to prefer its drafts of high rating, those of like length compared; returns the model."""
+    """Train the best model to prefer its drafts of high rating, comparing drafts of similar length; returns the model.
+
+    Raises:
+        RoundFailedError: there are no pairs, or the model has not learned to prefer the chosen drafts.
+    """
     config, folder = run.config, run.config.out / "rebirth" / "teacher"
     if is_complete(folder):
         return folder / "merged"
@@ -448,14 +470,20 @@ def align_teacher(
         folder=folder,
     )
     if not pairs:
-        raise ValueError(
-            "no two drafts of a clip are of like length and differ by a standard deviation; sample more captions "
-            "(sampling.num_samples), or set rebirth.tailor none"
+        raise RoundFailedError(
+            "no two drafts of a clip are of similar length and differ by a standard deviation; sample more captions "
+            "(sampling.num_samples) with --redo-from rebirth/drafts, or set rebirth.tailor none"
         )
-    loss = make_loss(replace(config.loss, kind="sigmoid", label_smoothing=0.0, per="caption"))
-    earlier = adapters_of_rounds(round_of(best), config)
-    stage = Stage(folder, config.seed, replace(config.fit, steps=rebirth.teacher_steps, epochs=None), earlier)
-    return train_on_preferences(make_pair_examples(pairs, train, roles=loss.roles), best, loss, stage, run)
+    stage = Stage(
+        folder,
+        config.seed,
+        config.teacher_loss,
+        replace(config.fit, steps=rebirth.teacher_steps, epochs=None),
+        adapters_of_rounds(round_of(best), config),
+        steps_setting="rebirth.teacher_steps",
+    )
+    examples = make_pair_examples(pairs, train, roles=make_loss(stage.loss).roles)
+    return train_on_preferences(examples, best, stage, run)
 
 
 def load_student(best: Path, config: MrDpoConfig, rebirth: RebirthConfig) -> Captioner:

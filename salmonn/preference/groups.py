@@ -1,5 +1,6 @@
 """Groups of captions for GRPO: all rated samples of a clip, with their advantages. Imports no torch."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ class CaptionGroup:
 
     Args:
         captions: the samples.
-        advantages: rating of each sample in standard deviations above the mean of the group.
+        advantages: rating of each sample in standard deviations above the mean of the group; at most 0 for one that was
+            cut off at the token limit, which would teach the model not to stop.
         ground_truth: reference caption, for cross-entropy.
     """
 
@@ -35,14 +37,15 @@ def make_groups(
     (arXiv 2503.14476).
 
     Args:
-        captions: sampled captions, several of each clip; those without a rating are left out.
+        captions: sampled captions, several of each clip; those without a rating, or that were cut off before their
+            first word, are left out.
         ratings: ratings of these captions, matched by video and sample.
         references: video -> reference annotation, whose caption becomes the ground truth.
     """
     value_of = {(rating.video, rating.sample): rating.value for rating in ratings}
     by_video: dict[str, list[Caption]] = {}
     for caption in captions:
-        if (caption.video, caption.sample) in value_of:
+        if (caption.video, caption.sample) in value_of and (caption.text or caption.finished):
             by_video.setdefault(caption.video, []).append(caption)
     groups = []
     for video, group in by_video.items():
@@ -50,6 +53,9 @@ def make_groups(
         if len(set(values)) < 2:
             continue
         mean, deviation = statistics.fmean(values), statistics.stdev(values)
-        advantages = tuple((value - mean) / (deviation + _SMALLEST_DEVIATION) for value in values)
+        advantages = tuple(
+            min((value - mean) / (deviation + _SMALLEST_DEVIATION), math.inf if caption.finished else 0.0)
+            for caption, value in zip(group, values, strict=True)
+        )
         groups.append(CaptionGroup(tuple(group), advantages, references[video].caption))
     return groups

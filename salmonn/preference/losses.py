@@ -271,14 +271,15 @@ def grpo_loss(samples: RoleLogps, config: LossConfig) -> LossOutput:
     assert tokens is not None and advantages is not None, "a loss of groups has per_token, and its examples advantages"
     sizes = list(advantages.group_sizes)
     log_ratio, mask = tokens.policy - tokens.reference, tokens.mask.to(tokens.policy.dtype)
-    num_tokens = mask.sum(-1, keepdim=True)
+    num_tokens = mask.sum(-1, keepdim=True)  # 0 for an answer that was cut off before its first word
     kl = torch.expm1(-log_ratio) + log_ratio
     if config.importance == "sequence":
+        num_tokens = num_tokens.clamp(min=1)
         log_ratio = (log_ratio.sum(-1, keepdim=True) / num_tokens).expand_as(log_ratio)
         per_group = [part.new_full((len(part), 1), len(part)) for part in advantages.values.split(sizes)]
         weights = mask / (num_tokens * torch.cat(per_group))
     else:
-        per_group = [part.sum().expand(len(part), 1) for part in num_tokens.split(sizes)]
+        per_group = [part.sum().clamp(min=1).expand(len(part), 1) for part in num_tokens.split(sizes)]
         weights = mask / torch.cat(per_group)
     ratio, advantage = log_ratio.exp(), advantages.values.unsqueeze(-1)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)

@@ -110,7 +110,8 @@ def compute_influences(
         video, indices = groups[number]
         rows = [PromptRow(0, prompt, drafts[index].text, finished=drafts[index].finished) for index in indices]
         inputs = student.processor.collate(rows, [clips.features_of(clips.by_video[video])]).to(network.device)
-        return -network(inputs).double().sum(-1) / (inputs.labels[:, 1:] != -100).sum(-1)
+        # A draft that was cut off before its first word has no token, and no influence.
+        return -network(inputs).double().sum(-1) / (inputs.labels[:, 1:] != -100).sum(-1).clamp(min=1)
 
     def influences(number: int) -> list[Influence]:
         with torch.no_grad():
@@ -167,9 +168,14 @@ def rate_at_random(drafts: Sequence[Caption], *, seed: int) -> list[Rating]:
 
 
 def best_captions(drafts: Sequence[Caption], ratings: Sequence[Rating]) -> list[Caption]:
-    """Return the draft of each clip with the highest rating, in the order of the clips; ties go to the first."""
-    best: dict[str, tuple[float, Caption]] = {}
+    """Return the draft of each clip with the highest rating, in the order of the clips; ties go to the first.
+
+    Drafts that are empty or were cut off at the token limit are only chosen where a clip has no other: the student
+    learns a draft with its end.
+    """
+    best: dict[str, tuple[tuple[bool, float], Caption]] = {}
     for draft, rating in zip(drafts, ratings, strict=True):
-        if draft.video not in best or rating.value > best[draft.video][0]:
-            best[draft.video] = rating.value, draft
+        rank = bool(draft.text.strip()) and draft.finished, rating.value
+        if draft.video not in best or rank > best[draft.video][0]:
+            best[draft.video] = rank, draft
     return [draft for _, draft in best.values()]

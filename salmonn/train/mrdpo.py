@@ -25,7 +25,7 @@ from salmonn.synthetic.render import SynthConfig
 from salmonn.train.data import ClipSet, check_texts, heldout_config, read_clips, render_clips
 from salmonn.train.dry_run import print_adapter_plan
 from salmonn.train.evaluate import CAPTIONS_NAME, PARTIAL_NAME, RATES_NAME, SampleConfig
-from salmonn.train.influence import INFLUENCE_NAME
+from salmonn.train.influence import INFLUENCE_NAME, split_clips
 from salmonn.train.kl import KLConfig
 from salmonn.train.loop import FitConfig
 from salmonn.train.reward import RewardTrainingConfig
@@ -154,6 +154,14 @@ class MrDpoConfig(RunConfig):
             )
         self._check_reward_model()
         self._check_loss()
+        if self.rebirth and self.rebirth.tailor in ("teacher", "random"):
+            try:
+                _ = self.teacher_loss
+            except ValueError as error:
+                raise ValueError(
+                    f"rebirth.tailor {self.rebirth.tailor} trains the teacher by guided DPO with the same loss.beta: "
+                    f"{error}"
+                ) from error
         if self.reward_training.kind in ("objectives", "ideal-point"):
             raise ValueError(
                 f"reward_training.kind {self.reward_training.kind} cannot be trained on the judge's labels of a round; "
@@ -212,6 +220,11 @@ class MrDpoConfig(RunConfig):
         return replace(self.loss, beta=self.loss.beta * (1 + self.eta) / self.eta)
 
     @property
+    def teacher_loss(self) -> LossConfig:
+        """Loss of rebirth's teacher: guided DPO, whatever the rounds are trained with."""
+        return replace(self.loss, kind="sigmoid", label_smoothing=0.0, per="caption")
+
+    @property
     def num_questions(self) -> int:
         """Number of questions in each step of the last round."""
         return round(self.qa_fraction * self.fit.batch_size)
@@ -224,20 +237,24 @@ class Stage:
     Args:
         folder: folder of its results.
         seed: seed of the adapter, and of the order of the examples.
+        loss: loss.
         fit: optimization.
         earlier: folders of the adapters that the policy consists of, besides the start.
         reference_policy: model that rewards are relative to; none for the policy itself.
         anchor: model that the reference policy is mixed with, if any.
         num_questions: number of questions in each step.
+        steps_setting: name of the setting of the number of steps, for error messages.
     """
 
     folder: Path
     seed: int
+    loss: LossConfig
     fit: FitConfig
     earlier: Sequence[Path]
     reference_policy: str | None = None
     anchor: str | None = None
     num_questions: int = 0
+    steps_setting: str = "fit.steps"
 
     def load_reference_policy(self, config: MrDpoConfig) -> Network | None:
         """Return the network that is the reference policy while its adapter is disabled; None for the policy's own."""
@@ -260,19 +277,26 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
     """Load or render the training and the held-out clips.
 
     Raises:
-        ValueError: captions of them cannot be rated, they lack the questions or captions that the run needs, or a text
-            contains a special token.
+        ValueError: captions of them cannot be rated, they lack the questions or captions that the run needs, a text
+            contains a special token, or they are too few for rebirth's preference clips.
     """
 
     def check(reference: Reference) -> None:
         reward.check(reference)
         check_texts(reference, processor)
 
+    tailor = config.rebirth.tailor if config.rebirth else "none"
+
     def check_train(reference: Reference) -> None:
         if config.loss.ce_weight and not reference.caption.strip():
             raise ValueError(
                 f"{reference.video} has no caption, which is the ground truth of guided DPO; add it, or set "
                 "--loss.ce-weight 0"
+            )
+        if tailor in ("draft", "teacher") and not reference.caption.strip():
+            raise ValueError(
+                f"{reference.video} has no caption, and rebirth.tailor {tailor} measures influence on reference "
+                "captions; add it, or set --rebirth.tailor none"
             )
         if config.reward.kind != "model":
             reward.check(reference)
@@ -290,6 +314,8 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
         raise ValueError(
             f"qa_fraction is {config.qa_fraction}, but the references have no questions; add some, or set 0"
         )
+    if config.rebirth and tailor != "none":
+        split_clips(train, config.rebirth.preference_fraction, seed=config.seed)
     num_clips = config.kl.num_clips
     if num_clips and not any(reference.caption.strip() for reference in heldout.head(num_clips).references):
         raise ValueError(

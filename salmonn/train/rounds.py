@@ -138,8 +138,15 @@ def require_examples(
     )
 
 
-def require_margin(folder: Path, early_stopping: EarlyStopConfig) -> None:
-    """Raise RoundFailedError if a trained round does not prefer the chosen answers, by its log of steps."""
+def require_margin(folder: Path, early_stopping: EarlyStopConfig, *, name: str, steps: str = "fit.steps") -> None:
+    """Raise RoundFailedError if a trained stage does not prefer the chosen answers, by its log of steps.
+
+    Args:
+        folder: folder of the stage.
+        early_stopping: smallest margin.
+        name: name of the stage.
+        steps: name of the setting of its number of steps.
+    """
     if early_stopping.min_margin is None:
         return
     margins = [step["margin"] for step in read_steps(folder / STEPS_NAME) if "margin" in step]
@@ -148,10 +155,10 @@ def require_margin(folder: Path, early_stopping: EarlyStopConfig) -> None:
     last_quarter = margins[-max(1, len(margins) // 4) :]
     if (margin := sum(last_quarter) / len(last_quarter)) <= early_stopping.min_margin:
         raise RoundFailedError(
-            f"{folder.name} has not learned to prefer the chosen captions: the reward margin averages "
+            f"{name} has not learned to prefer the chosen captions: the reward margin averages "
             f"{margin:.4f} over the last quarter of its steps, and early_stopping.min_margin is "
-            f"{early_stopping.min_margin}; check {folder / PAIRS_NAME}, or use more steps or a higher learning rate "
-            f"with --redo-from {folder.name}/model"
+            f"{early_stopping.min_margin}; check {folder / PAIRS_NAME}, or use more steps ({steps}) or a higher "
+            f"learning rate (fit.learning_rate) with --redo-from {name}/model"
         )
 
 

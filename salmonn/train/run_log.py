@@ -67,7 +67,7 @@ class RunSummary:
         sft, rounds, rebirth: held-out rates of the start, of each round, and of rebirth.
         kl: name of a stage, as in `stages` -> KL divergence of its model from the start, in nats per token.
         best: folder of the best round.
-        stopped: why the rounds stopped early; None if they did not.
+        stopped: why the rounds stopped early, or why there is no rebirth; None if all went well.
         reward: the reward model in each round; empty if the judge rated all captions.
         proxy: name of a stage -> mean reward of its held-out captions above the start's by the reward models, in
             standard deviations; empty as above.

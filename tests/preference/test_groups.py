@@ -1,5 +1,7 @@
 """Groups of captions with advantages by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from salmonn.preference.groups import make_groups
@@ -16,3 +18,11 @@ def test_advantages_by_hand():
     (group,) = make_groups(captions, ratings, references)
     assert [caption.sample for caption in group.captions] == [0, 2, 3] and group.ground_truth == "truth of a.mp4"
     assert group.advantages == pytest.approx((-1 / 1.0001, 1 / 1.0001, 0.0))
+    # Captions that were cut off are not rewarded, and those without a token teach nothing.
+    captions = [replace(one, finished=one.sample != 2, text=one.text if one.sample != 0 else "") for one in captions]
+    (group,) = make_groups(captions, ratings, references)
+    assert [caption.sample for caption in group.captions] == [0, 2, 3]
+    assert group.advantages == pytest.approx((-1 / 1.0001, 0.0, 0.0))
+    captions = [replace(one, finished=one.sample != 0) for one in captions]
+    (group,) = make_groups(captions, ratings, references)
+    assert [caption.sample for caption in group.captions] == [2, 3]

@@ -229,6 +229,14 @@ def test_grpo_equals_the_formulas_of_trl(importance):
     assert loss.tolist() == pytest.approx([expected[0] + 0.2, expected[1] + 0.05])
 
 
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_an_empty_sample_adds_nothing(importance):
+    policy = torch.tensor([[-1.0, -2.0], [math.nan, math.nan]])
+    samples = samples_of(policy, policy - 0.1, [1.0, -1.0], [2])
+    (value,) = grpo_loss(samples, LossConfig("grpo", beta=0.0, importance=importance)).loss.tolist()
+    assert value == pytest.approx(-math.exp(0.1) / (1 if importance == "token" else 2), abs=1e-6)
+
+
 def test_clauses_by_hand():
     """beta 0.5; chosen: a right clause of log-ratios 0.4 and 0.2, a wrong one of 0.8; rejected: a wrong one of -1."""
     policy = torch.tensor([[-1.6, -1.8, -1.2, -2.0]], dtype=torch.float64, requires_grad=True)

@@ -26,7 +26,7 @@ from salmonn.score.metrics import Rates
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import SampleConfig
 from salmonn.train.loop import FitConfig
-from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig
+from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
 from tests.launch import forked
@@ -427,6 +427,20 @@ def test_a_first_round_that_fails_ends_the_run(load_recipe, monkeypatch, tmp_pat
         recipe.run_rounds(run, recipe.RunSummary(sft=rates(0.6)))
 
 
+def test_a_rebirth_that_fails_keeps_the_results_of_the_rounds(load_recipe, monkeypatch, tmp_path):
+    recipe = load_recipe("mrdpo")
+
+    def align_teacher(*_):
+        raise recipe.RoundFailedError("rebirth/teacher has not learned")
+
+    monkeypatch.setattr(recipe, "run_rebirth", align_teacher)
+    config = recipe.MrDpoConfig(out=tmp_path, rebirth=RebirthConfig(tailor="teacher"))
+    summary = recipe.RunSummary(sft=rates(0.6), rounds=[rates(0.4)], stopped="too few pairs")
+    recipe.add_rebirth(tmp_path / "round_1" / "merged", recipe.Run(config, None, None, None, None), summary)
+    assert summary.stopped == "too few pairs; no rebirth: rebirth/teacher has not learned"
+    assert summary.rebirth is None and (tmp_path / "rounds.jsonl").is_file()
+
+
 def test_the_reference_policy_is_the_start_of_the_round_or_run(load_recipe, captioner, random_model):
     recipe, name = load_recipe("mrdpo"), "lm.base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
     attach_lora(captioner.network, LoraConfig(rank=2), seed=0)
@@ -434,7 +448,7 @@ def test_the_reference_policy_is_the_start_of_the_round_or_run(load_recipe, capt
     with torch.no_grad():
         weight.add_(1.0)
     config = recipe.MrDpoConfig(model=str(random_model))
-    stage = recipe.Stage(Path("round_2"), 0, config.fit, [])
+    stage = recipe.Stage(Path("round_2"), 0, config.loss, config.fit, [])
     assert stage.load_reference_policy(config) is None and stage.load_anchor(config) is None
     renewed = replace(stage, reference_policy=config.model).load_reference_policy(config)
     assert torch.allclose(renewed.get_parameter(name), weight - 1.0, atol=1e-6)
@@ -493,6 +507,10 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ({"loss": {"per": "clause"}, "reference_policy": "mixed"}, "set loss.per caption"),
         ({"loss": {"kind": "nash"}, "selection": {"repetition_fraction": 0.1}}, "needs the margin of each pair"),
         ({"eta": 0.0}, "eta must be above 0"),
+        (
+            {"loss": {"kind": "grpo", "beta": 0.0}, "rebirth": RebirthConfig(tailor="teacher")},
+            "trains the teacher by guided DPO with the same loss.beta: loss.beta must be above 0",
+        ),
         ({"lora": {"rank": 0}}, "lora.rank must be at least 1"),
         ({"lora": {"dropout": 2.0}}, "lora.dropout must be at least 0 and below 1"),
         ({"lora": {"targets": ()}}, "lora.targets names no module"),
@@ -542,7 +560,7 @@ def test_unusable_references_are_rejected_before_anything_is_written(
     load_recipe, random_model, videos, tmp_path, monkeypatch, line, message
 ):
     recipe = load_recipe("mrdpo")
-    monkeypatch.setattr(recipe.dist, "setup", lambda: None)  # keep the tests' threads and logging
+    monkeypatch.setattr(recipe.dist, "setup", lambda **_: None)  # keep the tests' threads and logging
     monkeypatch.setattr(
         recipe, "make_reward", lambda *_, **__: SimpleNamespace(check=lambda _: None, file_name="scores.jsonl")
     )
@@ -567,9 +585,29 @@ def test_unusable_references_are_rejected_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_clips_that_cannot_be_tailored_are_rejected_before_the_rounds(captioner, videos, tmp_path):
+    shutil.copy(videos[0], tmp_path / "a.mp4")
+    references, heldout = tmp_path / "references.jsonl", tmp_path / "heldout.jsonl"
+    write_records(heldout, [Reference("a.mp4", caption="a star appears")])
+    config = MrDpoConfig(
+        references=references,
+        heldout_references=heldout,
+        loss=LossConfig(ce_weight=0.0),
+        rebirth=RebirthConfig(tailor="draft"),
+    )
+    reward = SimpleNamespace(check=lambda _: None)
+    for caption, message in (
+        ("", "line 1: a.mp4 has no caption, and rebirth.tailor draft"),
+        ("a star appears", "of 1 clips leaves 0 preference clips"),
+    ):
+        write_records(references, [Reference("a.mp4", caption=caption)])
+        with pytest.raises(ValueError, match=message):
+            load_data(config, reward, captioner.processor)
+
+
 def test_a_misspelt_target_is_rejected_before_anything_is_rendered(load_recipe, random_model, tmp_path, monkeypatch):
     recipe = load_recipe("mrdpo")
-    monkeypatch.setattr(recipe.dist, "setup", lambda: None)
+    monkeypatch.setattr(recipe.dist, "setup", lambda **_: None)
     wrong = LoraConfig(targets=("q_prj", "v_proj"))
     for options in ({"lora": wrong}, {"rebirth": RebirthConfig(lora=wrong)}):
         config = recipe.MrDpoConfig(

@@ -50,18 +50,19 @@ def gradient(student, clips, text_of):
 
 
 def test_influence_is_the_inner_product_of_gradients(student, encoded, drafts):
+    drafts.append(replace(drafts[0], text="", sample=3, finished=False))  # cut off before its first word
     *others, preferred = encoded.references
     preference = replace(encoded, references=[preferred, others[-1]])
     student.network.eval()
     before = {name: value.clone() for name, value in student.network.state_dict().items()}
     wanted = gradient(student, encoded, {one.video: one.caption for one in preference.references})
-    expected = [float(wanted @ gradient(student, encoded, {draft.video: draft.text})) for draft in drafts]
+    expected = [float(wanted @ gradient(student, encoded, {draft.video: draft.text})) for draft in drafts[:3]] + [0.0]
     student.network.train()  # its dropout must not count
     computed = compute_influences(drafts, encoded, preference, student, batch_size=1)
     assert [(one.video, one.sample) for one in computed] == [(draft.video, draft.sample) for draft in drafts]
     # Curvature and rounding are up to two percent of the largest.
     assert [one.value for one in computed] == pytest.approx(expected, abs=2e-2 * max(map(abs, expected)))
-    assert len({round(value, 6) for value in expected}) == 3
+    assert len({round(value, 6) for value in expected}) == 4 and computed[3].value == 0
     after = student.network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -82,6 +83,10 @@ def test_best_captions():
         for draft, value in zip(drafts, (0.1, 0.3, 0.2, 0.5, 0.4, 0.5), strict=True)
     ]
     assert [one.text for one in best_captions(drafts, ratings)] == ["a1", "b0"]
+    # A draft that was cut off, or is empty, is only learned where there is no other.
+    drafts[1], drafts[4] = replace(drafts[1], finished=False), replace(drafts[4], text=" ")
+    drafts[3], drafts[5] = replace(drafts[3], finished=False), replace(drafts[5], text="", finished=False)
+    assert [one.text for one in best_captions(drafts, ratings)] == ["a2", "b0"]
     assert rate_at_random(drafts, seed=1) == rate_at_random(drafts, seed=1) != rate_at_random(drafts, seed=2)
 
 

@@ -59,20 +59,22 @@ def write_steps(folder, margins):
 def test_the_last_quarter_of_a_round_must_have_a_margin(tmp_path):
     """The last two of 8 steps count: the mean of 0.3 and -0.1 is 0.1, of -0.3 and 0.1 it is -0.1."""
     folder = tmp_path / "round_1"
-    require_margin(write_steps(folder, [-9.0] * 6 + [0.3, -0.1]), EarlyStopConfig())
-    require_margin(folder, EarlyStopConfig(min_margin=0.09))
+    require_margin(write_steps(folder, [-9.0] * 6 + [0.3, -0.1]), EarlyStopConfig(), name="round_1")
+    require_margin(folder, EarlyStopConfig(min_margin=0.09), name="round_1")
     with pytest.raises(
         RoundFailedError, match=r"round_1 has not learned .* margin averages 0\.1000 .*min_margin is 0\.2"
     ):
-        require_margin(folder, EarlyStopConfig(min_margin=0.2))
-    with pytest.raises(RoundFailedError, match=r"margin averages -0\.1000"):
-        require_margin(write_steps(folder, [9.0] * 6 + [-0.3, 0.1]), EarlyStopConfig())
-    require_margin(folder, EarlyStopConfig(min_margin=None))
+        require_margin(folder, EarlyStopConfig(min_margin=0.2), name="round_1")
+    write_steps(folder, [9.0] * 6 + [-0.3, 0.1])
+    message = r"margin averages -0\.1000 .*more steps \(a\.steps\) .*--redo-from rebirth/teacher/model"
+    with pytest.raises(RoundFailedError, match=message):
+        require_margin(folder, EarlyStopConfig(), name="rebirth/teacher", steps="a.steps")
+    require_margin(folder, EarlyStopConfig(min_margin=None), name="round_1")
 
 
 def test_a_margin_of_zero_is_rejected(tmp_path):
     with pytest.raises(RoundFailedError):
-        require_margin(write_steps(tmp_path, [0.5, 0.5, 0.5, 0.0]), EarlyStopConfig())
+        require_margin(write_steps(tmp_path, [0.5, 0.5, 0.5, 0.0]), EarlyStopConfig(), name="round_1")
 
 
 def test_a_worse_score_stops_the_rounds():
