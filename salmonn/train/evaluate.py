@@ -1,7 +1,7 @@
 """Encoding, sampling, question answering and judging of clips on all ranks, and evaluation on held-out clips.
 
 Work is cut into batches of similar length, which are balanced over the ranks by cost. Batches and their seeds depend on
-the clips alone, so any number of processes gives the same results.
+the clips and the batch size, so any number of processes gives the same results.
 """
 
 import json
@@ -272,15 +272,17 @@ def _sample(
     references = clips.references
     lengths = [len(clips.features_of(reference)) for reference in references]
     batch_size = _batch_size(captioner, lengths, config)
+    if partial:
+        request = {
+            "model": captioner.name,
+            "prompt": captioner.default_prompt(),
+            "sampling": asdict(config),
+            "seed": seed,
+            "clips": [[reference.video, length] for reference, length in zip(references, lengths, strict=True)],
+        }
+        batch_size = _resume(partial, request, batch_size=batch_size)
     batches = make_batches(lengths, size=batch_size // config.num_samples)
-    request = {
-        "model": captioner.name,
-        "prompt": captioner.default_prompt(),
-        "sampling": asdict(config),
-        "seed": seed,
-        "batches": [[references[index].video for index in indices] for indices in batches],
-    }
-    finished = _find_finished(partial, request) if partial else {}
+    finished = _find_finished(partial, num_batches=len(batches)) if partial else {}
     generator = _make_generator(captioner, clips, batch_size=max(batch_size, config.num_samples))
 
     size = config.num_samples // len(config.shares())
@@ -322,20 +324,21 @@ def _sample(
 
 
 def _batch_size(captioner: Captioner, lengths: Sequence[int], config: SampleConfig) -> int:
-    """Return the number of captions to generate at once: as configured, or as many as fit on the GPU."""
+    """Return the number of captions to generate at once: as configured, or as many as fit on each rank's GPU."""
     device = captioner.network.device
     if device.type != "cuda" or not lengths:
         return config.batch_size
     numbers = NumberSizes(captioner.network.dtype.itemsize, captioner.network.dtype.itemsize)
     bytes_of = partial(kv_cache_bytes, Stack.of(captioner.network.lm.config.get_text_config()), numbers)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for reuse
-    return largest_batch(
+    size = largest_batch(
         config.batch_size,
         num_samples=config.num_samples,
         prefix_bytes=bytes_of(tokens=max(lengths) + MAX_PROMPT_TOKENS),
         caption_bytes=bytes_of(tokens=config.max_new_tokens),
         budget=KV_CACHE_SHARE * (torch.cuda.mem_get_info(device)[0] + cached),
     )
+    return min(dist.gather([size]))  # all ranks share the same batches
 
 
 def _make_generator(captioner: Captioner, clips: ClipSet, *, batch_size: int) -> CachedGenerator:
@@ -347,18 +350,27 @@ def _partial_path(partial: Path, number: int) -> Path:
     return partial / f"part_{number:05d}.jsonl"
 
 
-def _find_finished(partial: Path, request: Mapping[str, Any]) -> dict[int, Path]:
-    """Return the batches of this request that a killed run finished; only rank 0 looks, as NFS shows files late."""
-    finished: list[int] = []
-    if dist.is_main():
+def _resume(partial: Path, request: Mapping[str, Any], *, batch_size: int) -> int:
+    """Return the batch size of a killed run with this request, whose batches are kept, or else the given one."""
+    if dist.is_main():  # only rank 0 looks, as NFS shows files late
         path = partial / REQUEST_NAME
-        request = json.loads(json.dumps(request))  # with lists for tuples, as in the file
-        if partial.is_dir() and not (path.is_file() and read_json(path) == request):
+        request = dict(json.loads(json.dumps(request)))  # with lists for tuples, as in the file
+        before = read_json(path) if path.is_file() else {}
+        stored = before.pop("batch_size", None)
+        if before == request and stored:
+            batch_size = stored
+        elif partial.is_dir():
             log.warning("%s contains captions of other clips, or from another model or config; sampling again", partial)
             shutil.rmtree(partial)
-        write_json(path, request)
-        finished = [number for number in range(len(request["batches"])) if _partial_path(partial, number).is_file()]
-    return {number: _partial_path(partial, number) for number in dist.gather([finished])[0]}
+        write_json(path, request | {"batch_size": batch_size})
+    return dist.gather([batch_size])[0]
+
+
+def _find_finished(partial: Path, *, num_batches: int) -> dict[int, Path]:
+    """Return the files of the batches that a killed run finished."""
+    paths = {number: _partial_path(partial, number) for number in range(num_batches)}
+    finished = [number for number, path in paths.items() if dist.is_main() and path.is_file()]
+    return {number: paths[number] for number in dist.gather([finished])[0]}
 
 
 def judge_captions(

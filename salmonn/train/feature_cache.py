@@ -247,8 +247,13 @@ class FeatureCache:
             return
         if compute_digest(features) != features.digest:
             path = self._path(features.key)
-            with suppress(PermissionError):
+            try:
                 path.unlink(missing_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"{path} is damaged: its checksum does not match. Delete it, which this process cannot "
+                    f"({error.strerror}), and start this run again to encode the clip anew"
+                ) from error
             raise ValueError(
                 f"{path} is damaged (its checksum does not match) and has been removed; start this run again, which "
                 "encodes the clip anew and resumes"

@@ -101,6 +101,8 @@ def test_gradients_of_an_adapter_equal_those_of_separate_rows(request, videos, m
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     network.checkpoint_layers(checkpointed)
+    layers = [layer.gradient_checkpointing for layer in network.lm.get_decoder().layers]
+    assert layers == [number < checkpointed or checkpointed is True for number in range(len(layers))]
     network.train()
     features = captioner.encode([processor.read(videos[0]), processor.read(videos[1], end_seconds=4)])
     texts = ["a red circle appears and blinks", "beeps", "a low tone is heard, then a blue star moves"]

@@ -48,13 +48,12 @@ def test_batches_have_similar_lengths():
 
 def run_all_work(captioner, clips, folder, name="work") -> dict[str, list]:
     """Run all work that is distributed over ranks; features are cached in the folder."""
-    (uncached,) = cache_features(captioner, clips, name=name)
+    # Only a single process may have all features in its memory.
+    uncached = cache_features(captioner, clips, name=name)[0].features if dist.world_size() == 1 else {}
     for _ in ("cold", "warm"):
         cache = open_feature_cache(FeatureCacheConfig(folder), captioner)
         (clips,) = cache_features(captioner, clips, name=name, cache=cache)
-        assert all(
-            torch.equal(features.tokens, clips.features[clip].tokens) for clip, features in uncached.features.items()
-        )
+        assert all(torch.equal(features.tokens, clips.features[clip].tokens) for clip, features in uncached.items())
     captions = sample_captions(captioner, clips, SAMPLING, name=name, seed=SEED)
     answers = answer_questions(captioner, clips, name=name, batch_size=3)
     scores = judge_captions(captions, clips.by_video, judge=RuleJudge().judge)
@@ -190,7 +189,9 @@ def test_killed_sampling_resumes_from_its_finished_batches(
     assert not caplog.records
     saved = tmp_path / "saved"
     shutil.copytree(partial, saved)
-    assert sample(folder=folder) == expected and calls["answered"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_batch_size", lambda *_: 2)  # less memory is free: the batches stay the same
+        assert sample(folder=folder) == expected and calls["answered"] == 1
     assert [path.name for path in folder.iterdir()] == ["captions.jsonl"]
 
     (folder / "captions.jsonl").unlink()
