@@ -145,7 +145,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     if args and args[0] == "help":
         args = [*args[1:2], "--help"]
-    values = build_parser().parse_args(args)
+    values = build_parser(args[0] if args else None).parse_args(args)
     _, command, _ = COMMANDS[values.subcommand]
     try:
         sys.exit(command(values[values.subcommand]))
@@ -169,12 +169,13 @@ def name_flags(message: str, parser: FlagParser) -> str:
     return re.sub(r"(?<![\w./-])[a-z]+(_[a-z]+)+(?![\w/=]|\.\w)", to_flag, message)
 
 
-def build_parser() -> FlagParser:
-    """Return the parser of all commands."""
+def build_parser(only: str | None = None) -> FlagParser:
+    """Return the parser of one command, if it is known, or of all, which takes longer to make."""
     parser = FlagParser(
         prog="salmonn", description="Audio-visual video captioning with self-improvement.", version=__version__
     )
     commands = parser.add_subcommands(dest="subcommand")
-    for name, (make_parser, _, summary) in COMMANDS.items():
+    for name in [only] if only in COMMANDS else COMMANDS:
+        make_parser, _, summary = COMMANDS[name]
         commands.add_subcommand(name, make_parser(), help=summary)
     return parser
