@@ -30,7 +30,7 @@ from salmonn.preference.reward_model import ModelReward
 from salmonn.preference.selection import SelectionConfig, make_selector
 from salmonn.preference.subset import SubsetConfig
 from salmonn.preference.voter_reward import VoterReward
-from salmonn.records import Caption, Comparison, read_json, read_records, write_json
+from salmonn.records import Caption, Comparison, parse_record, read_json, read_records, write_json
 from salmonn.score.judge import Judge
 from salmonn.score.metrics import Rates
 from salmonn.train.checkpoint import checkpointed, require_free_space
@@ -195,7 +195,7 @@ def run_rounds(run: Run, summary: RunSummary) -> Path | None:
             break
         summary.rounds.append(measure(policy, run.folder(number), run, summary))
         if not is_missing(run.folder(number) / REWARD_ROUND_NAME):
-            summary.reward.append(RewardRound(**read_json(run.folder(number) / REWARD_ROUND_NAME)))
+            summary.reward.append(parse_record(read_json(run.folder(number) / REWARD_ROUND_NAME), RewardRound))
             summary.add_proxy(number, run.reward_rounds.heldout_gain(number, run.heldout))
         report(run, summary)
         if reason := stop_reason(summary, config.early_stopping) or over_optimization(summary):

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +16,30 @@ import torch
 from salmonn.model.loading import load_network
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.losses import LossConfig
-from salmonn.preference.reward import RewardConfig
+from salmonn.preference.reward import JudgeReward, RewardConfig
 from salmonn.preference.reward_model import REWARD_FORMAT
 from salmonn.preference.selection import SelectionConfig
-from salmonn.records import Caption, Comparison, Question, Reference, append_record, read_records, write_records
+from salmonn.records import (
+    Caption,
+    Comparison,
+    Question,
+    Reference,
+    append_record,
+    read_records,
+    write_json,
+    write_records,
+)
 from salmonn.score.config import JudgeConfig
 from salmonn.score.formats import read_scores
 from salmonn.score.metrics import Rates
+from salmonn.synthetic.judge import RuleJudge
 from salmonn.train.data import ClipSet
 from salmonn.train.evaluate import SampleConfig
 from salmonn.train.loop import FitConfig
 from salmonn.train.mrdpo import MrDpoConfig, RebirthConfig, load_data
 from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
+from salmonn.train.run_log import RewardRound
 from tests.launch import forked
 from tests.score.fake_llm_server import rule_judge_script
 
@@ -413,6 +424,24 @@ def test_rounds_stop_early_with_the_best_model(load_recipe, monkeypatch, tmp_pat
     assert summary.best == best and (stopped in summary.stopped if stopped else summary.stopped is None)
     assert best_path == (tmp_path / best / "merged" if best else None)
     assert policies == ["start", tmp_path / "round_1" / "merged", tmp_path / "round_2" / "merged"][: len(policies)]
+
+
+def test_rounds_stop_when_the_reward_model_is_exploited(load_recipe, monkeypatch, tmp_path):
+    """Its reward of the held-out captions rises by 1.5 in each round, but the judge's Total hardly falls."""
+    recipe, report = load_recipe("mrdpo"), asdict(RewardRound(None, None, None, 0, 0.7, 0.6, 10, 100))
+    for number in (1, 2):
+        write_json(tmp_path / f"round_{number}" / "reward_round.json", report)
+        write_json(tmp_path / f"round_{number}" / "heldout" / "proxy.json", 1.5)
+    monkeypatch.setattr(recipe, "run_round", lambda number, *_: tmp_path / f"round_{number}" / "merged")
+    monkeypatch.setattr(recipe, "measure", lambda *_: rates(0.6))
+    config = recipe.MrDpoConfig(out=tmp_path, rounds=3, reward=RewardConfig("model"))
+    run = recipe.Run(config, None, None, None, JudgeReward(RuleJudge(), repetition_weight=1.0))
+    summary = recipe.RunSummary(sft=rates(0.6))
+    assert recipe.run_rounds(run, summary) is None
+    assert summary.proxy == {"SFT": 0, "round 1": 1.5, "round 2": 3.0} and len(summary.rounds) == 2
+    assert "rose by a standard deviation in rounds 1 and 2" in summary.stopped
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["proxy"] for line in lines] == [0, 1.5, 3.0]
 
 
 def test_a_first_round_that_fails_ends_the_run(load_recipe, monkeypatch, tmp_path):
