@@ -6,6 +6,7 @@
 # make mrdpo         all of mrDPO at toy size, with a table and a plot at the end
 # make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed
 # make ablation      the papers' ablation at toy size on 3 seeds: an hour or more on 2 cores
+# make lab-rewards   what is claimed of reward models, on 3 seeds beside controls; update docs/lab.md: up to 90 minutes
 # make bench         compare speed with a plain implementation, TRL and other decoders; update docs/performance.md
 # make gpu-check     check and measure the GPU path at 7B shapes: under 8 minutes on one H200
 # make docs          build the documentation in site/
@@ -18,7 +19,7 @@ PROCESSES ?= $(shell nvidia-smi > /dev/null 2>&1 && echo 1 || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test test-slow test-resume fuzz docs lint mrdpo proof ablation bench gpu-check tiny clean
+.PHONY: setup test test-slow test-resume fuzz docs lint mrdpo proof ablation lab-rewards bench gpu-check tiny clean
 
 setup: $(VENV)/installed
 
@@ -48,6 +49,9 @@ proof: setup
 
 ablation: setup
 	$(BIN)/python tools/ablation.py --seeds 2 3 4 --jobs $(PROCESSES)
+
+lab-rewards: setup
+	$(BIN)/python tools/lab/rewards.py --seeds 2 3 4 --jobs $(PROCESSES) --document docs/lab.md
 
 test-resume: setup
 	$(BIN)/python tools/resume.py --num-kills 20 --processes 1 2

@@ -20,6 +20,7 @@ from salmonn.caption.processor import Processor
 from salmonn.config import run_recipe
 from salmonn.model.loading import load_config
 from salmonn.preference.agreement import describe_agreement, looking_warning
+from salmonn.preference.claims import attach_credits
 from salmonn.preference.comparisons import (
     CAPTIONS_NAME,
     SCORES_NAME,
@@ -31,7 +32,7 @@ from salmonn.preference.comparisons import (
 from salmonn.preference.ideal_point import IdealPointConfig
 from salmonn.preference.objectives import attach_objectives
 from salmonn.preference.reward_model import HEAD_NAME, INFO_NAME, read_info
-from salmonn.records import Caption, Reference, read_records, write_records
+from salmonn.records import Caption, Reference, Score, read_records, write_records
 from salmonn.score.formats import read_scores
 from salmonn.train.data import ClipSource, check_texts
 from salmonn.train.dry_run import check_adapters, print_adapter_plan
@@ -118,6 +119,9 @@ def main(config: RewardRecipeConfig) -> None:
     groups = group_comparisons(preferences.comparisons)
     if config.references:
         groups = with_objectives(groups, config)
+    elif config.kind == "claims":
+        captions, scores = read_judged(config)
+        groups = attach_credits(groups, captions, scores)
     left_out = LeftOut(config.out, max_failures=config.max_failures)
     open_run(config, [training_step(preferences, groups, config)], name="reward")
     if not is_missing(config.out / INFO_NAME):
@@ -137,6 +141,8 @@ def main(config: RewardRecipeConfig) -> None:
 def training_step(preferences: Preferences, groups: Sequence[AnswerGroup], config: RewardRecipeConfig) -> Step:
     """Return the only step of a run. What it learns from is compared by content, as files may move or change."""
     settings = flat_settings(config) | {"preferences": fingerprint(preferences.comparisons)}
+    if config.kind == "claims":
+        settings["references"] = fingerprint(group.credits for group in groups)
     if config.references:
         settings["references"] = fingerprint(group.objectives for group in groups)
     settings = {name: value for name, value in settings.items() if name not in ("out", "root")}
@@ -175,12 +181,17 @@ def train(
 def with_objectives(groups: list[AnswerGroup], config: RewardRecipeConfig) -> list[AnswerGroup]:
     """Return the groups with the objectives of their captions, from the judge's scores and the references."""
     assert config.references is not None
-    folder = config.preferences
-    if not (folder / SCORES_NAME).is_file():
-        raise ValueError(f"kind objectives needs a folder with {CAPTIONS_NAME} and {SCORES_NAME}; {folder} is none")
-    captions, scores = read_records(folder / CAPTIONS_NAME, Caption), read_scores(folder / SCORES_NAME).scores
+    captions, scores = read_judged(config)
     references = {one.video: one for one in read_records(config.references, Reference)}
     return attach_objectives(groups, captions, scores, references)
+
+
+def read_judged(config: RewardRecipeConfig) -> tuple[list[Caption], Sequence[Score]]:
+    """Return captions and a judge's scores of the preferences' folder."""
+    folder = config.preferences
+    if not (folder / SCORES_NAME).is_file():
+        raise ValueError(f"kind {config.kind} needs a folder with {CAPTIONS_NAME} and {SCORES_NAME}; {folder} is none")
+    return read_records(folder / CAPTIONS_NAME, Caption), read_scores(folder / SCORES_NAME).scores
 
 
 def with_prompt(group: AnswerGroup, captioner: Captioner) -> AnswerGroup:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ class Network(PreTrainedModel):
         return insert_clip_tokens(embeds, is_clip.to(embeds.device), tokens)
 
     def forward(
-        self, inputs: ModelInputs, *, distributions: bool = False, pooling: Pooling | None = None
+        self, inputs: ModelInputs, *, distributions: bool = False, pooling: Pooling | Literal["tokens"] | None = None
     ) -> Tensor | AnswerStates:
         """Compute the log-probability of every label, or the states of the answers; rows are padded on the right.
 
@@ -146,7 +146,8 @@ class Network(PreTrainedModel):
             inputs: the batch.
             distributions: return the log-probabilities of the whole vocabulary for each label. An argument of `forward`
                 and not another method, since wrappers for several GPUs act when the network is called.
-            pooling: return the states of the answers, which are the labels, or what the head computes from them.
+            pooling: return the states of the answers, which are the labels, or what the head computes from them;
+                "tokens" for those of each of their N tokens, row by row.
 
         Returns:
             (B, L - 1): at [b, i] log p(labels[b, i + 1] | tokens before it), 0 where there is no label; or
@@ -169,10 +170,12 @@ class Network(PreTrainedModel):
         logps = self._label_logps(predicting, targets[has_label])
         return logps.new_zeros(targets.shape).masked_scatter(has_label, logps)
 
-    def _answer_states(self, inputs: ModelInputs, packed: PackedBatch, pooling: Pooling) -> AnswerStates:
+    def _answer_states(
+        self, inputs: ModelInputs, packed: PackedBatch, pooling: Pooling | Literal["tokens"]
+    ) -> AnswerStates:
         """Pool the hidden states of each row's answer. They are found by their places, not by looking for padding."""
         backend = PackedAttention(packed)
-        if pooling == "rich":
+        if pooling in ("rich", "tokens"):
             layers = self._run_packed_layers(inputs, packed, backend)
         else:
             layers = [self._run_packed(inputs, packed, backend)]
@@ -187,11 +190,13 @@ class Network(PreTrainedModel):
         prompt = hidden.index_select(0, destination.gather(1, first.unsqueeze(1)).squeeze(1)).float()
         places = destination[is_answer]
         states = hidden.index_select(0, places).float()
-        if pooling != "rich":
+        if pooling not in ("rich", "tokens"):
             return AnswerStates(prompt, (pool_last if pooling == "last" else pool_mean)(states, lengths))
         predicting = hidden.index_select(0, destination[is_before])
         figures = self._logp_figures(predicting, inputs.labels.to(hidden.device)[is_answer])
         upper = [layers[number].index_select(0, places).float() for number in upper_layers(len(layers) - 1)]
+        if pooling == "tokens":
+            return AnswerStates(prompt, torch.cat([*upper, states, *(one.unsqueeze(1) for one in figures)], dim=1))
         return AnswerStates(prompt, pool_rich(states, upper, *figures, lengths=lengths))
 
     def _logp_figures(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@
                    mean    their mean
                    rich    means of the upper layers, then mean, sum and maximum of the output, then six figures of the
                            answer's log-probabilities under the captioner
+                   clauses the sum over the answer's clauses of each one's state (salmonn.preference.claims)
+                   tokens  not pooled: the upper layers, the output, log-probability and entropy at each token
 
 Which words of a caption are right is in the states of these words. A small captioner does not carry it to its last
 token, so that `rich` orders more pairs than `last` (docs/reward.md). States are float32.
@@ -18,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Pooling = Literal["last", "mean", "rich"]
-NUM_LOGP_FIGURES = 6
+Pooling = Literal["last", "mean", "rich", "clauses"]
+NUM_LOGP_FIGURES, NUM_CLAUSE_FIGURES = 6, 4
 UNLIKELY_NATS = -2.0  # log-probability below which a token counts as unlikely
 SUM_SCALE = 1 / 30  # brings sums over an answer's tokens to the size of their mean
 
@@ -39,9 +41,10 @@ class AnswerStates:
 
 def pooled_width(pooling: Pooling, *, width: int, num_layers: int) -> int:
     """Return the size P of an answer's state for a decoder of D = `width` and this number of layers."""
-    if pooling != "rich":
-        return width
-    return (len(upper_layers(num_layers)) + 3) * width + NUM_LOGP_FIGURES
+    num_upper = len(upper_layers(num_layers))
+    if pooling == "clauses":
+        return 1 + (2 * (num_upper + 1) + 1) * width + NUM_CLAUSE_FIGURES
+    return (num_upper + 3) * width + NUM_LOGP_FIGURES if pooling == "rich" else width
 
 
 def upper_layers(num_layers: int) -> range:

@@ -65,6 +65,7 @@ class AnswerGroup:
         margins: how much better, in units of the source's rating; None where it is unknown.
         raters: id of the person who compared each pair; "" if unknown.
         objectives: values of `salmonn.preference.objectives.OBJECTIVES` for each answer; empty if they are unknown.
+        credits: credit of each clause of each answer (salmonn.preference.claims); empty if they are unknown.
     """
 
     example: Comparison
@@ -73,6 +74,7 @@ class AnswerGroup:
     margins: tuple[float | None, ...]
     raters: tuple[str, ...] = ()
     objectives: tuple[tuple[float | None, ...], ...] = ()
+    credits: tuple[tuple[float, ...], ...] = ()
 
     def to_pairwise(self) -> "AnswerGroup":
         """Return the group for a model that reads two captions at once.

@@ -32,7 +32,8 @@ class RewardConfig:
             judge label a few clips and rates all captions by a reward model trained on them (docs/reward.md); "voter"
             rates a caption by how often a simulated voter prefers it to the clip's other samples (synthetic clips).
         voter: kind of voter (docs/raters.md), for kind "voter".
-        repetition_weight: penalty for a caption that consists of repeated clauses alone.
+        repetition_weight: penalty for a caption that consists of repeated clauses alone. A reward model learns Total
+            alone; there repetition is counted in the text, and the weight is in standard deviations of the reward.
         model: folder of a reward model for the first round; none trains one on labels. Only with kind "model", as all
             of the following.
         prototype: of an ideal-point model: number, from 1, of the prototype that rates; none for the mean rater. The

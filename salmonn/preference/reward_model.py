@@ -28,6 +28,7 @@ from salmonn.model.loading import Placement
 from salmonn.model.lora import ADAPTER_CONFIG_NAME, load_adapter, merge_adapter
 from salmonn.model.pooling import AnswerStates, Pooling, pooled_width
 from salmonn.preference.agreement import Agreement
+from salmonn.preference.claims import pool_clauses
 from salmonn.preference.comparisons import AnswerGroup, join_pair
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead
 from salmonn.preference.mixture import RATERS_NAME, MixtureHead, PrototypeInfo, choose_weights, make_mixture
@@ -44,8 +45,9 @@ from salmonn.records import (
     write_records,
 )
 from salmonn.score.judge import ScoringTask
+from salmonn.score.repetition import count_repeated_words
 
-RewardKind = Literal["bradley-terry", "pairwise", "objectives", "ideal-point"]
+RewardKind = Literal["bradley-terry", "pairwise", "claims", "objectives", "ideal-point"]
 RewardHead = Head | MixtureHead
 Clip = ClipInputs | ClipFeatures
 
@@ -405,7 +407,12 @@ def _join(first: PromptRow, second: PromptRow) -> PromptRow:
 
 @torch.no_grad()
 def answer_states(
-    captioner: Captioner, rows: Sequence[PromptRow], clips: Sequence[Clip], *, pooling: Pooling
+    captioner: Captioner,
+    rows: Sequence[PromptRow],
+    clips: Sequence[Clip],
+    *,
+    pooling: Pooling,
+    by_clause: bool = False,
 ) -> AnswerStates:
     """Compute the states of rows (B) on the CPU, clip by clip: a row's states do not depend on which other clips occur.
 
@@ -414,6 +421,7 @@ def answer_states(
         rows: prompts with answers; the clip and the prompt of several rows go through the decoder once.
         clips: clips that the rows are about.
         pooling: see `salmonn.model.pooling`.
+        by_clause: with pooling "clauses", return the states of the clauses of all rows in place of their sums.
     """
     network, by_clip = captioner.network, dict[int, list[int]]()
     for index, row in enumerate(rows):
@@ -423,12 +431,22 @@ def answer_states(
         for start in range(0, len(indices), MAX_ROWS):
             part = indices[start : start + MAX_ROWS]
             inputs = captioner.processor.collate([replace(rows[index], clip=0) for index in part], [clips[clip]])
-            states = network(inputs.to(network.device), pooling=pooling)
+            states = network(inputs.to(network.device), pooling="tokens" if pooling == "clauses" else pooling)
             prompt.append(states.prompt.cpu())
-            answer.append(states.answer.cpu())
+            values = states.answer.cpu()
+            if pooling == "clauses":
+                texts = [rows[index].answer or "" for index in part]
+                lengths = (inputs.labels != -100).sum(1).tolist()
+                pooled = [
+                    pool_clauses(one, text, captioner.processor, width=states.prompt.shape[1])
+                    for one, text in zip(values.split(lengths), texts, strict=True)
+                ]
+                answer += pooled if by_clause else [one.sum(0, keepdim=True) for one in pooled]
+            else:
+                answer += values.split(1)
             order += part
-    inverse = torch.tensor(order).argsort()
-    return AnswerStates(torch.cat(prompt)[inverse], torch.cat(answer)[inverse])
+    inverse = torch.tensor(order).argsort().tolist()
+    return AnswerStates(torch.cat(prompt)[inverse], torch.cat([answer[index] for index in inverse]))
 
 
 class ModelReward:
@@ -438,6 +456,7 @@ class ModelReward:
         model: the reward model.
         features: caption -> features of its clip by the model's base.
         length_penalty: subtracted from the reward for each character of a caption, in standard deviations.
+        repetition_weight: subtracted for a caption that consists of repeated clauses alone, in standard deviations.
         caution: see `RewardModel.rate`.
     """
 
@@ -449,11 +468,13 @@ class ModelReward:
         features: Callable[[Caption], Clip],
         *,
         length_penalty: float = 0.0,
+        repetition_weight: float = 0.0,
         caution: float = 0.0,
     ) -> None:
         self.model = model
         self.features = features
         self.length_penalty = length_penalty
+        self.repetition_weight = repetition_weight
         self.caution = caution
 
     @property
@@ -467,17 +488,16 @@ class ModelReward:
     def rate(self, tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
         """Rate captions."""
         captions = [task.caption for task in tasks]
+        weights = {"characters": -self.length_penalty, "repetition": -self.repetition_weight}
+        weights = {name: weight for name, weight in weights.items() if weight}
+        rated = list[Rating | Unscored]()
         ratings = self.model.rate(captions, self.features, caution=self.caution)
-        if not self.length_penalty:
-            return list(ratings)
-        return [
-            replace(
-                rating,
-                parts={**rating.parts, "characters": float(len(caption.text))},
-                weights={**rating.weights, "characters": -self.length_penalty},
-            )
-            for rating, caption in zip(ratings, captions, strict=True)
-        ]
+        for rating, caption in zip(ratings, captions, strict=True):
+            num_repeated, num_words = count_repeated_words(caption.text)
+            parts = {"characters": float(len(caption.text)), "repetition": num_repeated / max(num_words, 1)}
+            parts = {name: parts[name] for name in weights}
+            rated.append(replace(rating, parts={**rating.parts, **parts}, weights={**rating.weights, **weights}))
+        return rated
 
     def save(self, path: Path, ratings: Sequence[Rating | Unscored]) -> None:
         """Write the ratings as JSONL."""

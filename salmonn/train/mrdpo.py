@@ -121,7 +121,9 @@ class MrDpoConfig(RunConfig):
     sampling: SampleConfig = field(default_factory=SampleConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
-    reward_training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
+    reward_training: RewardTrainingConfig = field(
+        default_factory=lambda: RewardTrainingConfig(kind="claims", pooling="clauses")
+    )
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     subset: SubsetConfig = field(default_factory=SubsetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -165,7 +167,8 @@ class MrDpoConfig(RunConfig):
         if self.reward_training.kind in ("objectives", "ideal-point"):
             raise ValueError(
                 f"reward_training.kind {self.reward_training.kind} cannot be trained on the judge's labels of a round; "
-                "use bradley-terry or pairwise, or train the model with recipes/reward.py and pass it as --reward.model"
+                "use claims, bradley-terry or pairwise, or train the model with recipes/reward.py and pass it as "
+                "--reward.model"
             )
         if not 0 <= self.qa_fraction < 1 or (self.qa_fraction and not 0 < self.num_questions < self.fit.batch_size):
             raise ValueError(

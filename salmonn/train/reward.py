@@ -28,6 +28,7 @@ from salmonn.model.layout import ClipFeatures, ModelInputs
 from salmonn.model.lora import LoraConfig, attach_lora, load_adapter, merge_adapter, save_adapter
 from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.agreement import measure_agreement
+from salmonn.preference.claims import sum_clauses
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.heads import Head, ObjectiveHead, ScalarHead, fit_scalar_head, fit_temperature, join_pairs
 from salmonn.preference.losses import bradley_terry_loss
@@ -48,12 +49,13 @@ from salmonn.train.data import ClipSource, batch_at, split_evenly
 from salmonn.train.evaluate import map_batches
 from salmonn.train.feature_cache import hash_features, hash_tokenizer
 from salmonn.train.loop import FitConfig, FitContext, fit
-from salmonn.train.objectives import ObjectiveConfig, fit_objective_head
+from salmonn.train.objectives import VALIDATION_EVERY, ObjectiveConfig, fit_objective_head, fit_ridge
 from salmonn.train.parallel import StrategyName
 from salmonn.train.run_folder import is_missing
 
 log = logging.getLogger(__name__)
 STATES_NAME, BLIND_DIR = "states.safetensors", "blind"
+STATES_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ class RewardTrainingConfig:
     """Training of a reward model.
 
     Args:
-        kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, "objectives" predicts
-            named objectives and weighs them, and "ideal-point" tells raters apart (docs/raters.md).
+        kind: "bradley-terry" gives each caption a reward, "pairwise" reads two captions at once, "claims" adds up the
+            credits of a caption's clauses, learned from the quotes of a judge, "objectives" predicts named objectives
+            and weighs them, and "ideal-point" tells raters apart (docs/raters.md).
         pooling: states that the head reads (docs/reward.md).
         objectives: objectives and their weights, for that kind.
         l2: weight of the squared norm of the linear head's standardized weights.
@@ -70,7 +73,8 @@ class RewardTrainingConfig:
         lora: adapter to train together with the head; none keeps the captioner frozen.
         fit: optimization of adapter and head; its batches are clips with all their captions.
         ensemble: number of further linear heads, each fitted to clips drawn with replacement, whose disagreement is the
-            spread of a rating; 0 for none. They read the same states and take seconds. Only with kind bradley-terry.
+            spread of a rating; 0 for none. They read the same states and take seconds. Only with kind bradley-terry or
+            claims.
         heldout_fraction: fraction of the clips that are held out.
         blind: also train the blind twin, which costs as much again.
     """
@@ -78,7 +82,7 @@ class RewardTrainingConfig:
     kind: RewardKind = "bradley-terry"
     pooling: Pooling = "rich"
     objectives: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    l2: float = 3e-3
+    l2: float = 0.1
     center_weight: float = 0.01
     lora: LoraConfig | None = None
     fit: FitConfig = field(
@@ -93,10 +97,18 @@ class RewardTrainingConfig:
             raise ValueError(f"l2 must be above 0 and center_weight at least 0, got {self.l2} and {self.center_weight}")
         if self.kind == "objectives" and self.lora:
             raise ValueError("kind objectives is fitted to frozen states; remove lora, or use kind bradley-terry")
-        if self.ensemble and (self.ensemble < 2 or self.kind != "bradley-terry"):
+        if self.ensemble and (self.ensemble < 2 or self.kind not in ("bradley-terry", "claims")):
             raise ValueError(
-                f"an ensemble has at least 2 heads of kind bradley-terry, got {self.ensemble} of kind {self.kind}"
+                "an ensemble has at least 2 heads of kind bradley-terry or claims, got "
+                f"{self.ensemble} of kind {self.kind}"
             )
+        if (self.kind == "claims") != (self.pooling == "clauses"):
+            raise ValueError(
+                "kind claims and pooling clauses belong together: set both or neither, got "
+                f"kind {self.kind} and pooling {self.pooling}"
+            )
+        if self.kind == "claims" and self.lora:
+            raise ValueError("kind claims is fitted to frozen states; remove lora, or use kind bradley-terry")
         if not 0 < self.heldout_fraction < 1:
             raise ValueError(f"heldout_fraction must be between 0 and 1, got {self.heldout_fraction}")
 
@@ -225,6 +237,9 @@ def compute_states(
         pooling: see `salmonn.model.pooling`.
         name: title of the progress bar.
         path: file that keeps the states; a later call with equal weights, clips and answers reads it.
+
+    Returns:
+        The states of each example; with pooling "clauses" those of all clauses of its answers.
     """
     fingerprint = _states_fingerprint(captioner, examples, pooling) if path else ""
     if path and (kept := _read_states(path, fingerprint)) is not None:
@@ -232,7 +247,8 @@ def compute_states(
 
     def compute(number: int) -> list[AnswerStates]:
         example = examples[number]
-        return [answer_states(captioner, example.rows(), [example.features], pooling=pooling)]
+        by_clause = pooling == "clauses"
+        return [answer_states(captioner, example.rows(), [example.features], pooling=pooling, by_clause=by_clause)]
 
     costs = [
         len(example.features) + sum(len(text.split()) for text, _ in example.group.answers) for example in examples
@@ -249,7 +265,9 @@ def _states_fingerprint(captioner: Captioner, examples: Sequence[RewardExample],
     model = dist.gather([hash_model(captioner.network) if dist.is_main() else ""])[0]
     clips = dist.gather([hash_features(example.features) for example in dist.shard(examples)])
     rows = [[(row.prompt, row.answer, row.history, row.finished) for row in example.rows()] for example in examples]
-    return hash_values(model, clips, rows, pooling, hash_tokenizer(captioner.processor), captioner.network.dtype)
+    return hash_values(
+        STATES_FORMAT, model, clips, rows, pooling, hash_tokenizer(captioner.processor), captioner.network.dtype
+    )
 
 
 def _write_states(path: Path, states: Sequence[AnswerStates], fingerprint: str) -> None:
@@ -257,7 +275,7 @@ def _write_states(path: Path, states: Sequence[AnswerStates], fingerprint: str) 
     tensors = {
         "prompt": torch.cat([one.prompt for one in states]),
         "answer": torch.cat([one.answer for one in states]),
-        "lengths": torch.tensor([len(one.answer) for one in states]),
+        "lengths": torch.tensor([[len(one.prompt), len(one.answer)] for one in states]),
     }
     temporary = temporary_path(path)
     save_file(tensors, str(temporary), metadata={"fingerprint": fingerprint})
@@ -270,8 +288,10 @@ def _read_states(path: Path, fingerprint: str) -> list[AnswerStates] | None:
     if dist.is_main() and path.is_file():
         with safe_open(str(path), framework="pt") as file:
             if file.metadata().get("fingerprint") == fingerprint:
-                lengths = file.get_tensor("lengths").tolist()
-                parts = (file.get_tensor(name).split(lengths) for name in ("prompt", "answer"))
+                lengths = file.get_tensor("lengths").T.tolist()
+                parts = (
+                    file.get_tensor(name).split(own) for name, own in zip(("prompt", "answer"), lengths, strict=True)
+                )
                 states = [AnswerStates(*one) for one in zip(*parts, strict=True)]
     return dist.gather([states])[0]
 
@@ -293,15 +313,52 @@ def fit_head(states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], conf
     return head
 
 
+def fit_claims(states: Sequence[AnswerStates], groups: Sequence[AnswerGroup]) -> ScalarHead:
+    """Fit a linear head to the credits of clauses by ridge regression, whose strength every fifth clip chooses.
+
+    Args:
+        states: states of the clauses of all answers of each group.
+        groups: clips with the credits of their answers' clauses.
+
+    Raises:
+        ValueError: the credits are unknown.
+    """
+    if not all(group.credits for group in groups):
+        raise ValueError("kind claims needs captions with a judge's scores, such as the folder of a round of mrDPO")
+    clauses = torch.cat([one.answer for one in states]).double()
+    credits = torch.tensor([value for group in groups for answer in group.credits for value in answer])
+    clip = torch.cat([torch.full((len(one.answer),), number) for number, one in enumerate(states)])
+    weight, bias = fit_ridge(clauses, credits.double().unsqueeze(1), validation=clip % VALIDATION_EVERY == 0)
+    head = ScalarHead(clauses.shape[1])
+    with torch.no_grad():
+        head.score.weight.copy_(weight)
+        head.score.weight[0, 0] = bias[0]  # of the 1 that each clause's state begins with
+    return head
+
+
 def fit_ensemble(
-    states: Sequence[AnswerStates], groups: Sequence[AnswerGroup], config: RewardTrainingConfig, *, seed: int
+    states: Sequence[AnswerStates],
+    groups: Sequence[AnswerGroup],
+    *,
+    fit: Callable[[Sequence[AnswerStates], Sequence[AnswerGroup]], Head],
+    answers: Tensor,
+    count: int,
+    seed: int,
 ) -> nn.Linear:
-    """Fit heads to clips drawn with replacement; each one's rewards of all answers have mean 0 and deviation 1."""
-    answers = torch.cat([one.answer for one in states]).double()
-    together = nn.Linear(answers.shape[1], config.ensemble)
-    for number in range(config.ensemble):
+    """Fit heads to clips drawn with replacement; each one's rewards of all answers have mean 0 and deviation 1.
+
+    Args:
+        states, groups: what a head is fitted to.
+        fit: fits a linear head.
+        answers: (R, P) states of all answers.
+        count: number of heads.
+        seed: seed of the drawing.
+    """
+    together = nn.Linear(answers.shape[1], count)
+    for number in range(count):
         drawn = random.Random(f"{seed}-head-{number}").choices(range(len(groups)), k=len(groups))
-        head = fit_head([states[index] for index in drawn], [groups[index] for index in drawn], config)
+        head = fit([states[index] for index in drawn], [groups[index] for index in drawn])
+        assert isinstance(head, ScalarHead)
         weight = head.score.weight.detach().double()[0]
         std, mean = torch.std_mean(answers @ weight)
         scale = std.clamp(min=1e-6)
@@ -403,7 +460,11 @@ class RewardTrainer:
         root: Path,
         folder: Path,
     ) -> tuple[RewardInfo, FittedReward]:
-        """Fit a head to frozen states, then fine-tune it with an adapter if there is one."""
+        """Fit a head to frozen states, then fine-tune it with an adapter if there is one.
+
+        Without an adapter the held-out clips are learned from, too, after they have been rated by the head that was not
+        fitted to them.
+        """
         groups = self._arrange([*train, *heldout])
         examples = [
             RewardExample(group, features[ClipSource.of_comparison(group.example, root=root)]) for group in groups
@@ -413,25 +474,42 @@ class RewardTrainer:
         states = compute_states(
             captioner, examples, pooling=config.pooling, name=f"{name}: states", path=folder / STATES_NAME
         )
-        head: Head
-        if config.kind == "objectives":
-            head = fit_objective_head(states[:count], groups[:count], config.objectives, seed=self.seed)
-        else:
-            head = fit_head(states[:count], groups[:count], config)
-            if config.lora:
-                with torch.no_grad():
-                    center = float(torch.cat([head(one) for one in states[:count]]).mean())
-                captioner, head = self._tune(captioner, head, examples[:count], center=center, folder=folder)
-                states = compute_states(captioner, examples, pooling=config.pooling, name=f"{name}: tuned states")
-            if config.ensemble and folder == self.folder:  # the blind twin needs none
-                head.ensemble = fit_ensemble(states[:count], groups[:count], config, seed=self.seed)
-                info = replace(info, ensemble=config.ensemble)
-        head = head.double()
+        head, fitted = self._fit_frozen(states[:count], groups[:count]), count
+        if config.lora:
+            assert isinstance(head, ScalarHead)
+            with torch.no_grad():
+                center = float(torch.cat([head(one) for one in states[:count]]).mean())
+            captioner, head = self._tune(captioner, head, examples[:count], center=center, folder=folder)
+            states = compute_states(captioner, examples, pooling=config.pooling, name=f"{name}: tuned states")
+        read = states
+        if config.kind == "claims":
+            read = [sum_clauses(one, group.answers) for one, group in zip(states, groups, strict=True)]
         with torch.no_grad():
-            rewards = [head(one) for one in states]
+            rewards = [head.double()(one) for one in read]
+        if not config.lora:
+            head, fitted = self._fit_frozen(states, groups).double(), len(groups)
+            with torch.no_grad():
+                rewards[:count] = [head(one) for one in read[:count]]
+        if config.ensemble and folder == self.folder:  # the blind twin needs none
+            assert isinstance(head, ScalarHead)
+            head.ensemble = fit_ensemble(
+                states[:fitted],
+                groups[:fitted],
+                fit=self._fit_frozen,
+                answers=torch.cat([one.answer for one in read[:fitted]]).double(),
+                count=config.ensemble,
+                seed=self.seed,
+            ).double()
+            info = replace(info, ensemble=config.ensemble)
         widths = head.gate_widths if isinstance(head, ObjectiveHead) else ()
         info = replace(info, gate_widths=widths, objectives=OBJECTIVES if widths else ())
         return info, FittedReward(head, rewards[:count], rewards[count:])
+
+    def _fit_frozen(self, states: Sequence[AnswerStates], groups: Sequence[AnswerGroup]) -> Head:
+        """Fit a head of the configured kind to frozen states."""
+        if self.config.kind == "objectives":
+            return fit_objective_head(states, groups, self.config.objectives, seed=self.seed)
+        return fit_claims(states, groups) if self.config.kind == "claims" else fit_head(states, groups, self.config)
 
     def _tune(
         self, captioner: Captioner, head: ScalarHead, examples: Sequence[RewardExample], *, center: float, folder: Path

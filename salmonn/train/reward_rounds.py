@@ -23,7 +23,8 @@ from salmonn import dist
 from salmonn.caption.captioner import Captioner
 from salmonn.model.layout import ClipFeatures
 from salmonn.preference.agreement import Agreement, describe_agreement, looking_warning, measure_agreement
-from salmonn.preference.comparisons import compare_ratings, group_comparisons
+from salmonn.preference.claims import attach_credits
+from salmonn.preference.comparisons import AnswerGroup, compare_ratings, group_comparisons
 from salmonn.preference.mixture import choose_weights
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward, RewardConfig
@@ -36,7 +37,7 @@ from salmonn.preference.reward_model import (
     require_base,
     require_frames,
 )
-from salmonn.records import Caption, Comparison, Reference, read_json, read_records, write_json
+from salmonn.records import Caption, Reference, read_json, read_records, write_json
 from salmonn.train.data import ClipSet, ClipSource
 from salmonn.train.evaluate import CAPTIONS_NAME, judge_captions
 from salmonn.train.parallel import StrategyName
@@ -48,7 +49,7 @@ from salmonn.train.run_log import PROXY_NAME, REWARD_ROUND_NAME, RewardRound
 log = logging.getLogger(__name__)
 REWARD_DIR, LABELS_DIR, AUDIT_DIR = "reward", "labels", "audit"
 LABEL_FILES = (LABELS_DIR, AUDIT_DIR, REWARD_DIR, REWARD_ROUND_NAME)  # of a round, besides its ratings
-MIN_GAP = 0.1  # difference of the judge's ratings from which a comparison counts
+MIN_GAP = 0.1  # difference of the judge's Totals from which a comparison counts
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class RewardRounds:
     load: Callable[[], Captioner]
     seed: int = 0
     strategy: StrategyName = "ddp"
+
+    @property
+    def labeller(self) -> JudgeReward:
+        """The judge's Total alone: repetition is counted in the text, where no model has to learn it."""
+        return JudgeReward(self.judge.judge, repetition_weight=0.0)
 
     def rate(self, number: int, captions: Sequence[Caption]) -> tuple[list[Rating], RewardInfo]:
         """Rate the captions of a round, after audit, labelling and training as far as these are due.
@@ -129,29 +135,31 @@ class RewardRounds:
         labelled = [caption for caption in captions if caption.video in videos]
         if not labelled:  # all clips were labelled in earlier rounds
             return []
-        return rate_captions(labelled, self.clips, reward=self.judge, folder=self.folder(number) / LABELS_DIR)
+        return rate_captions(labelled, self.clips, reward=self.labeller, folder=self.folder(number) / LABELS_DIR)
 
     def _train(self, number: int) -> None:
         """Train a reward model on the labels of all rounds so far.
 
         Raises:
-            ValueError: no two captions of a labelled clip differ in the judge's rating.
+            ValueError: no two captions of a labelled clip differ in the judge's Total.
         """
-        comparisons: list[Comparison] = []
+        groups: list[AnswerGroup] = []
         for one in range(1, number + 1):
-            path = self.folder(one) / LABELS_DIR / self.judge.file_name
+            path = self.folder(one) / LABELS_DIR / self.labeller.file_name
             if not is_missing(path):
                 captions = read_records(self.folder(one) / CAPTIONS_NAME, Caption)
-                ratings = self.judge.load(path)
-                comparisons += compare_ratings(captions, ratings, min_gap=MIN_GAP, source=self.judge.name)
-        if not comparisons:
+                ratings = self.labeller.load(path)
+                comparisons = compare_ratings(captions, ratings, min_gap=MIN_GAP, source=self.judge.name)
+                scores = [rating.score for rating in ratings if rating.score]
+                groups += attach_credits(group_comparisons(comparisons), captions, scores)
+        if not groups:
             raise ValueError(
-                f"no two captions of a labelled clip differ by {MIN_GAP} in the judge's rating: label more clips "
+                f"no two captions of a labelled clip differ by {MIN_GAP} in the judge's Total: label more clips "
                 "(reward.seed_clips), or sample at a higher temperature"
             )
         folder = self.folder(number) / REWARD_DIR
         trainer = RewardTrainer(self.load, self.training, folder, self.seed, self.strategy)
-        info = trainer.train(group_comparisons(comparisons), self.clips.features, root=self.clips.root)
+        info = trainer.train(groups, self.clips.features, root=self.clips.root)
         if info.agreement and dist.is_main():
             log.info("%s: the reward model %s", self.folder(number).name, describe_agreement(info.agreement))
             if warning := looking_warning(info.agreement):
@@ -170,7 +178,13 @@ class RewardRounds:
             return clips.features[ClipSource(clips.root / caption.video)]
 
         loaded = RewardModel.load(model, captioner=self.load(), prototype=self.config.prototype)
-        return ModelReward(loaded, features, length_penalty=self.config.length_penalty, caution=self.config.caution)
+        return ModelReward(
+            loaded,
+            features,
+            length_penalty=self.config.length_penalty,
+            repetition_weight=self.config.repetition_weight,
+            caution=self.config.caution,
+        )
 
     def heldout_gain(self, number: int, heldout: ClipSet) -> float:
         """Return how much the reward of the held-out captions rose in a round, in standard deviations.
@@ -209,7 +223,7 @@ class RewardRounds:
             for video in videos
             for caption in rng.sample(by_video[video], min(self.config.audit_samples, len(by_video[video])))
         ]
-        gold = rate_captions(drawn, self.clips, reward=self.judge, folder=folder)
+        gold = rate_captions(drawn, self.clips, reward=self.labeller, folder=folder)
         model = self._model_folder(number - 1) if number > 1 else self._model_folder(1)
         return compare_with_judge(drawn, gold, self._rate_by(model, drawn, folder))
 
@@ -258,7 +272,7 @@ class Audit:
 
     Args:
         num_captions: captions that the judge rated.
-        agreement: on the pairs of captions of a clip that differ in the judge's rating; None without such pairs.
+        agreement: on the pairs of captions of a clip that differ in the judge's Total; None without such pairs.
     """
 
     num_captions: int = 0
@@ -274,7 +288,7 @@ def compare_with_judge(captions: Sequence[Caption], gold: Sequence[Rating], rate
     """
     groups = group_comparisons(compare_ratings(captions, gold, min_gap=MIN_GAP, source=""))
     text_of = {(caption.video, caption.sample): caption.text for caption in captions}
-    value_of = {(one.video, text_of[one.video, one.sample]): one.value for one in rated}
+    value_of = {(one.video, text_of[one.video, one.sample]): one.main for one in rated}
     margins = [
         value_of[group.example.video, group.answers[better][0]] - value_of[group.example.video, group.answers[worse][0]]
         for group in groups

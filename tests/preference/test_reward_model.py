@@ -172,14 +172,21 @@ def test_folders_that_are_refused(make_model, tmp_path, random_plus):
 def test_a_reward_of_a_recipe(make_model, media, tmp_path):
     """Captions are rated in their order, whatever their clip, and longer ones less with a length penalty."""
     model = make_model()
-    texts = [("a.mp4", 0, "A red circle blinks."), ("b.mp4", 0, "beeps"), ("a.mp4", 1, "A low tone.")]
+    tone = "A tone is heard. A tone is heard."  # half of its words repeat a clause
+    texts = [
+        ("a.mp4", 0, "A red circle blinks."),
+        ("b.mp4", 0, "beeps"),
+        ("a.mp4", 1, "A low tone."),
+        ("a.mp4", 2, tone),
+    ]
     captions = [Caption(video, text, "Tell.", sample=sample, finished=True) for video, sample, text in texts]
     clips = {"a.mp4": media[0], "b.mp4": media[1]}
-    reward = ModelReward(model, lambda caption: clips[caption.video], length_penalty=0.01)
+    reward = ModelReward(model, lambda caption: clips[caption.video], length_penalty=0.01, repetition_weight=4)
     ratings = reward.rate([ScoringTask(Reference(caption.video), caption) for caption in captions])
     first = model.rewards([ROWS[0], ROWS[1]], media)
     assert [rating.main for rating in (ratings[0], ratings[2])] == pytest.approx(first, abs=1e-5)
     assert ratings[0].value == pytest.approx(first[0] - 0.01 * len("A red circle blinks."), abs=1e-5)
+    assert ratings[3].value == pytest.approx(ratings[3].main - 0.01 * len(tone) - 4 * 0.5, abs=1e-5)
     assert [(rating.video, rating.sample) for rating in ratings] == [(video, sample) for video, sample, _ in texts]
     reward.save(tmp_path / "ratings.jsonl", ratings)
     assert reward.load(tmp_path / "ratings.jsonl") == ratings

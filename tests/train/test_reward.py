@@ -1,5 +1,7 @@
 """Training of reward models in this process: what a killed run repeats."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +16,7 @@ from salmonn.records import Comparison
 from salmonn.train import reward
 from salmonn.train.data import ClipSource
 from salmonn.train.loop import FitConfig
-from salmonn.train.reward import RewardTrainer, RewardTrainingConfig, fit_ensemble, split_groups
+from salmonn.train.reward import RewardTrainer, RewardTrainingConfig, fit_ensemble, fit_head, split_groups
 
 
 @pytest.mark.parametrize("are_alike", [True, False])
@@ -26,8 +28,9 @@ def test_an_ensemble_disagrees_where_clips_do(are_alike):
     groups = [AnswerGroup(example, (("x", True), ("y", True)), (pair,), (None,)) for pair in pairs]
     if are_alike:  # also in their second figure, so that every sample of them is the same
         states = [states[0]] * 6
-    heads = fit_ensemble(states, groups, RewardTrainingConfig(ensemble=4), seed=1)
     answers = torch.cat([one.answer for one in states])
+    fit = partial(fit_head, config=RewardTrainingConfig())
+    heads = fit_ensemble(states, groups, fit=fit, answers=answers.double(), count=4, seed=1)
     rewards = heads(answers)
     assert rewards.mean(0).tolist() == pytest.approx([0] * 4, abs=1e-5)
     assert rewards.std(0).tolist() == pytest.approx([1] * 4, abs=1e-5)

@@ -136,8 +136,9 @@ def main(config: RaterLabConfig) -> None:
     if config.controls:
         results["controls"] = measure_controls(config, train, heldout)
         log.info("%s", json.dumps(results["controls"], indent=1))
-    name = f"results_{config.num_votes}_{config.noise}{'_mixed' if config.mixed else ''}_{config.fit.form}.json"
-    write_json(config.out / f"clips_{config.clips_seed}" / f"seed_{config.seed}" / name, results)
+    kind = f"{config.noise}{'_mixed' if config.mixed else ''}_{config.fit.form}"
+    name = f"raters_{config.seed}_{config.num_votes}_{kind}.json"
+    write_json(config.out / f"seed_{config.clips_seed}" / name, results)
 
 
 def prepare(config: RaterLabConfig) -> tuple[JudgedCaptions, JudgedCaptions]:
@@ -148,7 +149,7 @@ def prepare(config: RaterLabConfig) -> tuple[JudgedCaptions, JudgedCaptions]:
     judged = []
     for name, one in (("train", synth), ("heldout", heldout_config(synth, clips=config.num_heldout))):
         (clips,) = cache_features(captioner, render_clips(config.clips_dir, one), name=name, cache=cache)
-        folder = config.out / f"clips_{config.clips_seed}" / name
+        folder = config.out / f"seed_{config.clips_seed}" / name  # as of reward_model.py
         folder.mkdir(parents=True, exist_ok=True)
         captions = sample_captions(
             captioner, clips, config.sampling, name=f"{name}: sampling", seed=config.clips_seed, folder=folder

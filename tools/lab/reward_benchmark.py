@@ -117,7 +117,7 @@ class RewardResult:
 
 
 def main(config: BenchmarkLabConfig) -> None:
-    """Measure all rewards, print the table and write results.json."""
+    """Measure all rewards, print the table and write benchmark.json."""
     dist.setup()
     captioner = Captioner.load(config.model)
     cache = open_feature_cache(FeatureCacheConfig(), captioner)
@@ -142,7 +142,7 @@ def main(config: BenchmarkLabConfig) -> None:
         table.add_row(one.reward, f"{100 * one.accuracy:.1f}", f"{100 * one.total:.1f}")
     Console(width=80).print(table)
     figures = {"pearson": float(r.statistic), "p": float(r.pvalue), "random_total": random_total}
-    write_json(config.out / "results.json", {**figures, "rewards": [asdict(one) for one in results]})
+    write_json(config.out / "benchmark.json", {**figures, "rewards": [asdict(one) for one in results]})
 
 
 @dataclass(frozen=True)

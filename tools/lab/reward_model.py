@@ -24,6 +24,7 @@ from salmonn.cli.options import new_table
 from salmonn.config import run_recipe
 from salmonn.model.pooling import AnswerStates, Pooling
 from salmonn.preference.agreement import share_positive
+from salmonn.preference.claims import clause_credits, sum_clauses
 from salmonn.preference.comparisons import AnswerGroup
 from salmonn.preference.rating import Rating
 from salmonn.preference.reward import JudgeReward
@@ -38,6 +39,7 @@ from salmonn.train.reward import (
     RewardExample,
     RewardTrainingConfig,
     compute_states,
+    fit_claims,
     fit_head,
 )
 from salmonn.train.rounds import rate_captions
@@ -109,7 +111,7 @@ def main(config: RewardLabConfig) -> None:
     rows = controls(measured)
     rows |= fitted_rows(captioner, learned, measured, config, folder=folder)
     print_table(rows, measured)
-    write_json(folder / "results.json", {name: measure(values, measured) for name, values in rows.items()})
+    write_json(folder / "reward_model.json", {name: measure(values, measured) for name, values in rows.items()})
 
 
 def make_clips(captioner: Captioner, clips: ClipSet, config: RewardLabConfig, *, folder: Path) -> list[LabClip]:
@@ -140,7 +142,9 @@ def make_group(rated: Sequence[tuple[Caption, Rating]]) -> AnswerGroup:
     ]
     one = rated[0][0]
     answers = tuple((caption.text, caption.finished) for caption, _ in rated)
-    return AnswerGroup(Comparison(one.video, one.prompt, "", ""), answers, tuple(pairs), (None,) * len(pairs))
+    credits = tuple(clause_credits(rating.score, caption.text) for caption, rating in rated if rating.score)
+    example = Comparison(one.video, one.prompt, "", "")
+    return AnswerGroup(example, answers, tuple(pairs), (None,) * len(pairs), credits=credits)
 
 
 def controls(clips: Sequence[LabClip]) -> dict[str, list[Tensor]]:
@@ -193,6 +197,15 @@ def fitted_rows(
         "rich, asked with another clip": rewards(rich, foreign),
         "blind (trained and asked with another clip)": rewards(foreign, foreign),
     }
+    for name, shown in (("claims", examples), ("claims, blind", others)):
+        clauses = states_of(shown, "clauses", name)
+        summed = [
+            sum_clauses(one, clip.example.group.answers) for one, clip in zip(clauses[count:], measured, strict=True)
+        ]
+        for number in (count, min(100, count)):
+            head = fit_claims(clauses[:number], [clip.example.group for clip in learned[:number]]).double()
+            with torch.no_grad():
+                rows[name if number == count else f"{name}, {number} labelled clips"] = [head(one) for one in summed]
     numbers = [number for number in NUM_LABELLED if number < count]
     return rows | {f"rich, {number} labelled clips": rewards(rich, rich, number) for number in numbers}
 

@@ -1,0 +1,34 @@
+"""tools/lab/rewards.py: the table of the preference lab, by hand, and its place in a document."""
+
+import pytest
+
+
+def run(*totals: float, judged: int = 0) -> dict:
+    reward = [{"num_judged": judged, "num_captions": 100}] if judged else []
+    return {"sft": {"total": 0.6}, "rounds": [{"total": total} for total in totals], "reward": reward}
+
+
+def test_claims_with_a_control_and_a_gap(load_tool, tmp_path):
+    """The judge gains 40 points. The model gains 32 and 34 of them, and the labels alone 28 and 34."""
+    tool = load_tool("lab/rewards")
+    shared = {"judge": run(0.4, 0.2)}
+    results = {
+        2: shared | {"model": run(0.5, 0.28, judged=17), "labelled": run(0.32), "benchmark": {"pearson": -0.4}},
+        3: shared | {"model": run(0.26, judged=17), "labelled": run(0.26)},
+    }
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in tool.make_table(results)}
+    # Student's t for one degree of freedom is 12.706, and the standard error of two values half their difference.
+    assert rows["share of the judge's gain, %: >= 80"] == ["80.0", "85.0", "82.5 (50.7 to 114.3)", "yes"]
+    below = rows["points below the same labels without a model: >= 3"]
+    assert below == ["4.0", "0.0", "2.0 (-23.4 to 27.4)", "**no**"]
+    assert rows["share of the judge's calls, %"][:2] == ["17.0", "17.0"]
+    (benchmark,) = [cells for text, cells in rows.items() if text.startswith("**Benchmark**")]
+    assert benchmark == ["-0.40", "", "", "**no** (1 of 2 seeds)"]
+
+    document = tmp_path / "lab.md"
+    document.write_text(f"before\n{tool.START}\nold\n{tool.END}\nafter\n")
+    tool.write_document(document, ["| a |", "|---|"])
+    assert document.read_text() == f"before\n{tool.START}\n\n| a |\n|---|\n\n{tool.END}\nafter\n"
+    document.write_text("no marks")
+    with pytest.raises(ValueError, match="between which the table belongs"):
+        tool.write_document(document, [])
