@@ -253,7 +253,7 @@ def mean_weights(
     head: ObjectiveHead, states: Sequence[AnswerStates], measured: Sequence[Asked]
 ) -> dict[str, dict[str, float]]:
     """Return request -> objective -> mean weight that the gate gives it."""
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for request in UTILITY:
         own = torch.cat(
             [head.weights(state) for state, one in zip(states, measured, strict=True) if one.request == request]
