@@ -32,8 +32,8 @@ FEATURE_CACHE_BYTES = 512 << 20  # of each model, for further questions about a 
 def demo_parser() -> FlagParser:
     """Return the arguments of `salmonn demo`."""
     parser = FlagParser(
-        description="Serve a web UI: caption a video and score the caption, compare two captions blind and vote, "
-        "inspect a training run. It works offline. Uploads are deleted after use."
+        description="Serve a web UI: caption a video, score and rate the caption, compare two captions blind and vote, "
+        "describe a clip with a draft, inspect a training run. It works offline. Uploads are deleted after use."
     )
     parser.add_argument("--other_model", type=str | None, default=None, help="second model, to compare with --model")
     parser.add_argument("--run", type=Path | None, default=None, help="folder of a training run to show")

@@ -484,6 +484,29 @@ def test_ratings_by_hand():
     assert fit_ratings([replace(VOTE, first=replace(one, finished=False))]) is None
 
 
+def test_effects_of_side_and_length():
+    """One model against another of equal captions but for a word: ties are half a win, and words are preferred."""
+    short, long = (Candidate(model, text, "p", total=0.5) for model, text in (("one", "a b"), ("two", "c d e")))
+    ties = [replace(VOTE, first=short, second=long, choice=choice) for choice in ("tie", "both bad")]
+    tied = fit_ratings(ties)
+    assert tied.side.value == tied.length.value == 0 and tied.models["one"].value == 1000
+    votes = [replace(VOTE, first=short, second=long, choice="first")] * 3
+    first = fit_ratings([*votes, *(replace(one, first=long, second=short) for one in votes)])  # always A
+    # 6 (1 - sigmoid(side)) = 0.5 side.
+    assert 6 / (1 + math.exp(first.side.value)) == pytest.approx(0.5 * first.side.value, abs=1e-6)
+    assert first.length.value == pytest.approx(0, abs=1e-9)
+    same = [replace(one, second=replace(long, model="one"), choice="second") for one in votes]
+    longer = fit_ratings([*same, *(replace(one, first=one.second, second=one.first, choice="first") for one in same)])
+    # Of 10 words a tenth: 6 * 0.1 (1 - sigmoid(0.1 length)) = 0.5 length.
+    assert 0.6 / (1 + math.exp(0.1 * longer.length.value)) == pytest.approx(0.5 * longer.length.value, abs=1e-6)
+    # At equal Total, the votes for the lower one say nothing about length.
+    better = [replace(one, first=replace(one.first, total=0.9), second=replace(one.second, total=0.1)) for one in same]
+    at_equal = fit_ratings(
+        [*better, *(replace(one, first=one.second, second=one.first, choice="first") for one in better)]
+    )
+    assert at_equal.length.value < longer.length.value / 2
+
+
 def test_exports(votes, call, tmp_path):
     """Three votes for B, of the sampled model "one" and of "two"; and a rating."""
     votes.add(replace(rate("bad", "A dog."), kept_video="", rater="cy"), tmp_path / "a.mp4")
