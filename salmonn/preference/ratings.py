@@ -98,15 +98,17 @@ def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES, see
 
 def _estimate(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int, seed: int) -> list[Estimate]:
     """Fit all parameters (P,) of inputs (N, P), with their intervals."""
-    fitted = _fit(inputs, outcome, np.ones((1, len(inputs))))[0]
-    error = _bootstrap_error(inputs, outcome, cluster, resamples=resamples, seed=seed)
+    fitted = _fit(inputs, outcome, np.ones((1, len(inputs))), start=np.zeros(inputs.shape[1]))[0]
+    error = _bootstrap_error(inputs, outcome, cluster, fitted, resamples=resamples, seed=seed)
     return [
         Estimate(float(value), float(value - reach), float(value + reach))
         for value, reach in zip(fitted, error, strict=True)
     ]
 
 
-def _bootstrap_error(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *, resamples: int, seed: int) -> Array:
+def _bootstrap_error(
+    inputs: Array, outcome: Array, cluster: NDArray[np.int_], fitted: Array, *, resamples: int, seed: int
+) -> Array:
     """Return half the width of the 95 % interval of each parameter, by resampling clusters of votes."""
     num_clusters = int(cluster.max()) + 1
     if num_clusters < 2:
@@ -117,18 +119,18 @@ def _bootstrap_error(inputs: Array, outcome: Array, cluster: NDArray[np.int_], *
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         counts = rng.multinomial(num_clusters, np.full(num_clusters, 1 / num_clusters), size=size)
-        fits.append(_fit(inputs, outcome, counts[:, cluster].astype(np.float64)))
+        fits.append(_fit(inputs, outcome, counts[:, cluster].astype(np.float64), start=fitted, tolerance=1e-4))
     # Resampling G clusters has the variance of G - 1.
     deviation = np.concatenate(fits).std(axis=0) * math.sqrt(num_clusters / (num_clusters - 1))
     return np.asarray(deviation * student_t.ppf(0.975, num_clusters - 1))
 
 
-def _fit(inputs: Array, outcome: Array, weights: Array) -> Array:
+def _fit(inputs: Array, outcome: Array, weights: Array, *, start: Array, tolerance: float = 1e-9) -> Array:
     """Maximize the penalized likelihood for each row of weights (B, N) by Newton's method; returns (B, P)."""
     num_rows, num_parameters = inputs.shape
     products = (inputs[:, :, None] * inputs[:, None, :]).reshape(num_rows, -1)
     ridge = RIDGE * np.eye(num_parameters)
-    fitted = np.zeros((len(weights), num_parameters))
+    fitted = np.tile(start, (len(weights), 1))
     for _ in range(_STEPS):
         chance = expit(fitted @ inputs.T)
         gradient = (weights * (outcome - chance)) @ inputs - RIDGE * fitted
@@ -136,6 +138,6 @@ def _fit(inputs: Array, outcome: Array, weights: Array) -> Array:
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
         step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-12))  # never far at once
         fitted += step
-        if np.abs(step).max() < 1e-9:
+        if np.abs(step).max() < tolerance:
             break
     return fitted

@@ -3,7 +3,7 @@
     python tools/lab/feedback.py --seeds 2 3 4 --out run/lab/feedback.json
 
 Captions of four qualities are written from the annotation of synthetic clips. Each simulated folder has the votes of 8
-people, 50 each, between two captions of a clip. For each seed, 100 folders: how often do the 95 % intervals of
+people, 50 each, between two captions of a clip. For each seed and 100 folders: how often do the 95 % intervals of
 `salmonn votes` cover the planted effects of side, length, and agreement with the metric; is the order of the ratings
 that of Total? Then 200 clips are described without a draft, and with drafts of each quality.
 """
@@ -31,8 +31,8 @@ from salmonn.synthetic.writers import write_caption
 QUALITIES: Mapping[str, tuple[float, float]] = {
     "poor": (0.6, 0.15), "fair": (0.45, 0.1), "good": (0.3, 0.07), "best": (0.15, 0.04),
 }  # fmt: skip
-NUM_CLIPS, NUM_PEOPLE, NUM_VOTES, NUM_FOLDERS = 200, 8, 50, 100
-NUM_RESAMPLES = 300
+NUM_CLIPS, NUM_PEOPLE, NUM_VOTES = 200, 8, 50
+NUM_RESAMPLES = 200
 NO_DRAFT = "no draft"
 
 
@@ -58,13 +58,14 @@ def main() -> None:
     parser = ArgumentParser(description="Check the analysis of feedback on simulated people.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4], help="random seeds")
     parser.add_argument("--out", type=Path, default=Path("run/lab/feedback.json"), help="file for the results")
+    parser.add_argument("--folders", type=int, default=100, help="simulated folders of votes for each seed")
     options = parser.parse_args()
     results = {}
     for seed in options.seeds:
         clips = make_captions(seed)
         results[seed] = {
             "totals": {name: fmean(captions[name].score.total for _, captions in clips) for name in QUALITIES},
-            "coverage": measure_coverage(clips, seed=seed),
+            "coverage": measure_coverage(clips, seed=seed, num_folders=options.folders),
             "writing": {limit: measure_writing(clips, seed=seed, max_seconds=limit) for limit in (60.0, 25.0)},
         }
         print(f"seed {seed}: {json.dumps(results[seed], indent=1)}", flush=True)  # noqa: T201
@@ -120,24 +121,28 @@ def vote_by(kind: VoterKind, clips: Clips, *, seed: str) -> list[Feedback]:
     return votes
 
 
-def measure_coverage(clips: Clips, *, seed: int) -> dict[str, float]:
+def measure_coverage(clips: Clips, *, seed: int, num_folders: int) -> dict[str, float]:
     """Return how many of the simulated folders have each planted effect in its interval, and ratings in order."""
     truth = true_agreement(clips, seed=seed)
     names = ("side of hasty", "side of noisy", "length of long", "agreement of noisy", "order of ratings")
     hits = dict.fromkeys(names, 0)
-    sides = []
-    for folder in range(NUM_FOLDERS):
+    sides, pooled = list[float](), list[Feedback]()
+    for folder in range(num_folders):
         votes = {kind: vote_by(kind, clips, seed=f"{seed} {folder}") for kind in ("hasty", "noisy", "long")}
         hasty, noisy, long = (fit_ratings(one, resamples=NUM_RESAMPLES) for one in votes.values())
         assert hasty and noisy and long
         sides.append(hasty.side.value)
+        pooled += votes["noisy"]
         agreement, _ = measure_agreement(votes["noisy"])
         hits["side of hasty"] += covers(hasty.side, VOTERS["hasty"].side)
         hits["side of noisy"] += covers(noisy.side, 0.0)
         hits["length of long"] += covers(long.length, 10 / 6)
         hits["agreement of noisy"] += agreement.interval.low <= truth <= agreement.interval.high
         hits["order of ratings"] += list(noisy.models) == list(QUALITIES)[::-1]
-    return hits | {"true agreement": truth, "mean side of hasty": fmean(sides)}
+    ratings = fit_ratings(pooled, resamples=2)
+    assert ratings
+    in_order = list(ratings.models) == list(QUALITIES)[::-1]
+    return hits | {"true agreement": truth, "mean side of hasty": fmean(sides), "order of pooled ratings": in_order}
 
 
 def covers(estimate: Estimate, value: float) -> bool:
@@ -148,7 +153,7 @@ def covers(estimate: Estimate, value: float) -> bool:
 def true_agreement(clips: Clips, *, seed: int) -> float:
     """Return the probability that the voter `noisy` prefers the caption with the lower Total, where they differ."""
     rater = make_voter("noisy")
-    duels = draw_duels(clips, random.Random(f"truth {seed}"), 100_000)
+    duels = draw_duels(clips, random.Random(f"truth {seed}"), 20_000)
     chances = [
         rater.prefers(first.traits, second.traits) if first.score.total < second.score.total
         else 1 - rater.prefers(first.traits, second.traits)
