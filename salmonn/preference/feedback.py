@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -139,7 +139,8 @@ class FeedbackStore:
         self.folder = folder
         (folder / "videos").mkdir(parents=True, exist_ok=True)
         with self._locked():
-            truncate_partial_line(folder / FEEDBACK_NAME)
+            for name in (*OLD_NAMES, FEEDBACK_NAME):
+                truncate_partial_line(folder / name)
 
     def add(self, feedback: Feedback, video: Path | None = None) -> Feedback:
         """Save feedback, with a copy of the video if training can use it; return the feedback as saved.
@@ -190,13 +191,13 @@ class FeedbackStore:
                 raise ValueError(
                     f"{self.folder} has no feedback of the rater {rater!r}: `salmonn votes` lists the ids of all raters"
                 )
-            for name in {one.kept_video for one in feedback} - {one.kept_video for one in kept}:
+            for name in {one.kept_video for one in feedback} - {one.kept_video for one in kept} - {""}:
                 (self.folder / "videos" / name).unlink(missing_ok=True)
             for name in (*OLD_NAMES, FEEDBACK_NAME):
                 path = self.folder / name
                 if path.exists():
-                    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                    write_text(path, "".join(line for line in lines if json.loads(line).get("rater") != rater))
+                    lines = (line for _, line, row in _read_lines(path) if row.get("rater") != rater)
+                    write_text(path, "".join(lines))
         return len(feedback) - len(kept)
 
     @contextmanager
@@ -211,14 +212,17 @@ class FeedbackStore:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Undo the write after an OSError: a full disk writes half a line, which the next line would continue."""
-        path = self.folder / FEEDBACK_NAME
+        """Undo writes after an OSError: a full disk writes half a line, which the next line would continue."""
+        path, videos = self.folder / FEEDBACK_NAME, self.folder / "videos"
         size = path.stat().st_size if path.exists() else None
+        before = set(videos.iterdir())
         try:
             yield
         except OSError:
             if path.is_file():
                 os.truncate(path, size or 0)
+            for new in set(videos.iterdir()) - before:
+                new.unlink()
             raise
 
 
@@ -242,27 +246,55 @@ def read_feedback(path: Path) -> list[Feedback]:
     feedback = [one for name in names for one in _read_file(path / name)]
     if not (path / "pairs.jsonl").is_file():
         return feedback
-    # Earlier versions saved the reference caption in the training pair of a vote only, in the order of the votes.
-    pairs = [json.loads(line) for line in (path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    truths = iter(pair["ground_truth"] for pair in pairs)
-    return [
-        replace(one, reference=truth) if truth not in ("", one.own_text, one.chosen and one.chosen.text) else one
-        for one in feedback
-        for truth in [next(truths, "") if one.action == "vote" and one.kept_video else ""]
-    ]
+    # Earlier versions saved the reference caption in the training pair of a vote only, which a kill may have lost.
+    truths: dict[tuple[object, ...], list[str]] = {}
+    for _, _, pair in _read_lines(path / "pairs.jsonl"):
+        key = (pair["video"], pair.get("modality", "both"), pair.get("start_seconds"), pair["chosen"], pair["rejected"])
+        truths.setdefault(key, []).append(pair["ground_truth"])
+    return [_add_reference(one, truths) for one in feedback]
+
+
+def _add_reference(one: Feedback, truths: Mapping[tuple[object, ...], list[str]]) -> Feedback:
+    """Return a vote of an earlier version with its reference caption, removed from the ground truths of its pairs."""
+    if not (one.chosen and one.rejected and one.kept_video):
+        return one
+    key = (f"videos/{one.kept_video}", one.modality, one.start_seconds, one.chosen.text, one.rejected.text)
+    texts = truths.get(key)
+    truth = texts.pop(0) if texts else ""
+    return one if truth in ("", one.own_text, one.chosen.text) else replace(one, reference=truth)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Yield number, text and JSON object of each line. Blank lines and a last one that is being written are skipped.
+
+    Raises:
+        ValueError: a line is not a JSON object; the message names file and line.
+    """
+    with path.open("rb") as file:  # lines end at "\n" only, unlike those of str.splitlines
+        for number, content in enumerate(file, start=1):
+            if not content.strip():
+                continue
+            try:
+                line = content.decode("utf-8-sig")
+                row = json.loads(line)
+            except ValueError as error:
+                if not content.endswith(b"\n"):
+                    logger.warning("%s ends with a partial line, as while it is being written; skipped it", path)
+                    return
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(row).__name__}")
+            yield number, line, row
 
 
 def _read_file(path: Path) -> list[Feedback]:
     feedback = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = _upgrade(json.loads(line))
-                feedback += [] if row is None else [parse_record(row, Feedback)]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+    for number, _, row in _read_lines(path):
+        try:
+            upgraded = _upgrade(row)
+            feedback += [] if upgraded is None else [parse_record(upgraded, Feedback)]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
     return feedback
 
 

@@ -11,7 +11,14 @@ from dataclasses import replace
 
 import pytest
 
-from salmonn.preference.feedback import Candidate, Feedback, FeedbackStore, find_unused_reason, keep_video
+from salmonn.preference.feedback import (
+    Candidate,
+    Feedback,
+    FeedbackStore,
+    find_unused_reason,
+    keep_video,
+    read_feedback,
+)
 from salmonn.preference.feedback_pairs import describe_comparisons, to_comparisons
 from salmonn.preference.feedback_report import Matchup, Proportion, summarize_feedback, summarize_raters
 from salmonn.preference.ratings import fit_ratings
@@ -220,6 +227,13 @@ def test_folders_of_earlier_versions_are_read(store, video):
         ("copy", ""),
         ("vote", "bob"),
     ]
+    # A server was killed: the pair of the second vote is lost, and the third vote is cut off.
+    cat = OLD_VOTE | {"second": vars(RIGHT) | {"text": "A cat purrs."}}
+    write_lines(store.folder / "votes.jsonl", [cat, OLD_VOTE])
+    write_lines(store.folder / "pairs.jsonl", [vars(PAIR) | {"ground_truth": "A dog sings."}])
+    with (store.folder / "votes.jsonl").open("a") as file:
+        file.write('{"date": "2026-11')
+    assert [one.reference for one in FeedbackStore(store.folder).read()[:3]] == ["", "A dog sings.", ""]
     write_lines(store.folder / "votes.jsonl", [OLD_VOTE | {"colour": 1}])
     with pytest.raises(ValueError, match=r"votes\.jsonl, line 1: unknown field colour"):
         store.read()
@@ -245,16 +259,19 @@ def test_feedback_is_written_completely_or_not_at_all(store, video):
     first = store.add(VOTE, video)
     path = store.folder / "feedback.jsonl"
     before = path.read_text()
+    other = video.with_name("other.mp4")
+    other.write_bytes(b"other frames")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     padding = " " * 10_000 + "\n"
     path.write_text(before + padding)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
     try:
         with pytest.raises(OSError):
-            store.add(VOTE, video)
+            store.add(VOTE, other)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == before + padding
+    assert [one.name for one in (store.folder / "videos").iterdir()] == [first.kept_video]
     path.write_text(before)
     second = store.add(replace(VOTE, choice="first"), video)
     assert store.read() == [first, second]
@@ -328,6 +345,18 @@ def test_forget_deletes_all_traces_of_a_rater(votes, call):
     assert votes.read() == before[2:]
     assert [path.name for path in (votes.folder / "videos").iterdir()] == [before[2].kept_video]
     assert not any(b"ann" in content for content in contents(votes).values())
+
+
+def test_forget_with_line_separators_and_without_kept_videos(store, video, caplog):
+    """U+2028 and U+0085 end no line; a byte order mark and blank lines are skipped, and so is a line being written."""
+    store.add(replace(VOTE, rater="ann", text="A dog\u2028barks\u0085loudly."))
+    bob = store.add(replace(VOTE, rater="bob", text="A cat\u2028purrs."), video)
+    path = store.folder / "feedback.jsonl"
+    ann, its = path.read_bytes().split(b"\n")[:2]
+    path.write_bytes(b"\xef\xbb\xbf" + ann + b"\n\n" + its + '\n{"text": "\u2028'.encode()[:-1])
+    assert read_feedback(store.folder)[1:] == [bob] and "ends with a partial line" in caplog.text
+    assert FeedbackStore(store.folder).forget("ann") == 1
+    assert store.read() == [bob] and (store.folder / "videos" / bob.kept_video).is_file()
 
 
 def test_a_killed_forget_is_completed(votes, monkeypatch):
