@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.worker import KILL_TIMEOUT_SECONDS, Worker, WorkerDied, WorkerLimits
 from salmonn.media.clip import Clip, read_clip
-from salmonn.media.container import ClipError, declared_seconds, open_media
+from salmonn.media.container import ClipError, ClipShape, declared_seconds, declared_shape, open_media
 from salmonn.media.frame_sampling import FrameSampler
 from salmonn.media.index import measured_seconds
 
@@ -211,6 +211,14 @@ class ClipReader:
     def measure_seconds(self, path: Path, read_spec: ReadSpec) -> float:
         """Return the length of the span that is read of a file, measured from all packets by a worker; 0 if unknown."""
         return self._threads.submit(self._run, partial(read_spec.seconds, path, exact=True)).result()
+
+    def declared_shape(self, path: Path) -> ClipShape:
+        """Return length and format of a file according to its header, read by a worker.
+
+        Raises:
+            ClipError: the file cannot be opened.
+        """
+        return self._threads.submit(self._run, partial(declared_shape, path)).result()
 
     def cancel(self, future: "Future[Any]") -> None:
         """Stop a job that `submit` started, even while the file is being read: its worker is replaced."""

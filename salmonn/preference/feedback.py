@@ -122,8 +122,8 @@ class Feedback:
 
     @property
     def own_text(self) -> str:
-        """The person's caption, without white space at its ends."""
-        return self.text.strip()
+        """The person's caption, without white space at its ends; "" if it is a model's draft, accepted as it is."""
+        return "" if self.action == "accept" else self.text.strip()
 
     @property
     def ground_truth(self) -> str:

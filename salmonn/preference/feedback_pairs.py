@@ -14,7 +14,7 @@ ClipKey = tuple[str, Modality, float | None, float | None, str]  # video, modali
 def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> tuple[list[Comparison], Counter[str]]:
     """Return feedback as comparisons, and reason -> number of records that cannot be used.
 
-    - A vote prefers one of two captions. The ground truth is the person's text, else the reference caption.
+    - A vote prefers one of two captions. The ground truth is the person's text.
     - An edit prefers the text to the draft, and is the ground truth.
     - A caption with what it lacks appended, and without the clauses marked as wrong, is preferred to the caption. Marks
       alone make no such pair: a captioner that only learns what to leave out falls silent.
@@ -22,8 +22,9 @@ def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> t
       good, and both captions of a vote for neither ("both bad") are bad. Of several ratings by one person the last
       counts; captions that as many people find good as bad are left out.
 
-    A text that a person wrote about a clip, or its reference caption, is the ground truth of its other comparisons that
-    have none. Of the marks on a caption, and of what one person says is missing, the last count.
+    The last text that a person wrote about a clip, else its reference caption, is the ground truth of its other
+    comparisons. A person's later rating of a caption replaces the marks and what is missing of the one before; of the
+    marks of several people, the last count.
 
     Args:
         feedback: feedback; the videos of the comparisons are relative to its folder.
@@ -32,15 +33,15 @@ def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> t
     unused = Counter(reason for one in feedback if (reason := find_unused_reason(one)))
     usable = [one for one in feedback if one.action not in COUNTED_ONLY and not find_unused_reason(one)]
     comparisons = [comparison for one in usable for comparison in _own_comparisons(one)]
-    lacking = {(one.rater, _key(one), one.first.text): one for one in usable if one.missing}
-    comparisons += [_correct(one) for one in lacking.values()]
+    ratings = last_ratings(usable)
+    comparisons += [_correct(one) for one in ratings if one.missing]
     rated = _collect_ratings(usable)
     if disagreed := sum(not one.balance for one in rated):
         unused["people disagree whether the caption is good"] += disagreed
     comparisons += _unpaired(rated) if unpaired else _pairs(rated, unused)
     truths = {_key(one): one.ground_truth for one in usable if one.ground_truth}
     truths |= {_key(one): one.own_text for one in usable if one.own_text}
-    marks = {(_key(one), one.first.text): one.marks for one in usable if one.marks}
+    marks = {(_key(one), one.first.text): one.marks for one in ratings if one.marks}
     known = {_comparison_key(one) for one in comparisons}
     if spare := sum(one.action == "finish" and _key(one) not in known for one in usable):
         unused["a text without a draft, and no other feedback on the clip"] += spare
@@ -55,6 +56,18 @@ def to_comparisons(feedback: Sequence[Feedback], *, unpaired: bool = False) -> t
     ], unused
 
 
+def last_ratings(feedback: Sequence[Feedback]) -> list[Feedback]:
+    """Return each person's last good or bad rating of each caption, in order; people without an id are different ones.
+
+    Captions of a clip count as one if they differ in white space only.
+    """
+    last = {}
+    for number, one in enumerate(feedback):
+        if one.action in ("good", "bad"):
+            last[one.rater or number, one.video, _key(one), " ".join(one.first.text.split())] = number
+    return [feedback[number] for number in sorted(last.values())]
+
+
 def describe_comparisons(comparisons: Sequence[Comparison], unused: Counter[str]) -> str:
     """Return the numbers as a sentence: what the comparisons are from, and what could not be used."""
     counts = Counter(one.source for one in comparisons)
@@ -67,7 +80,7 @@ def describe_comparisons(comparisons: Sequence[Comparison], unused: Counter[str]
 def _own_comparisons(one: Feedback) -> list[Comparison]:
     """Return the comparisons that feedback makes by itself: of a vote or an edit."""
     if one.chosen and one.rejected:
-        return [_compare(one, one.chosen.text, one.rejected.text, source="vote", ground_truth=one.ground_truth)]
+        return [_compare(one, one.chosen.text, one.rejected.text, source="vote", ground_truth=one.own_text)]
     if one.action == "edit" and one.own_text.split() != one.first.text.split():
         pair = _compare(one, one.own_text, one.first.text, source="edit", ground_truth=one.own_text)
         return [replace(pair, rejected_finished=one.first.finished)]

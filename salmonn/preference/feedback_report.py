@@ -7,7 +7,7 @@ from itertools import combinations
 from statistics import fmean, median
 
 from salmonn.preference.feedback import Feedback
-from salmonn.preference.feedback_pairs import to_comparisons
+from salmonn.preference.feedback_pairs import last_ratings, to_comparisons
 from salmonn.preference.ratings import Ratings, fit_ratings
 from salmonn.score.repetition import find_clauses
 from salmonn.score.stats import Interval, wilson_interval
@@ -64,8 +64,8 @@ class ModelUse:
 
     Args:
         name: name of the model, with its temperature if it was sampled; `NO_DRAFT` for texts without a draft.
-        copied: copies among the captions shown.
-        rated_good: good ratings among all.
+        copied: copies among the captions shown; without those of earlier versions, which did not count captions shown.
+        rated_good: good ratings among all, of each person and caption the last.
         accepted, edited: drafts that were taken as they are, or edited, among the drafts shown; the others were left.
         num_texts: number of texts written, with this draft or without one.
         persistence: mean share of a draft's clauses that are in the final text; None without drafts.
@@ -96,7 +96,8 @@ class FeedbackSummary:
         agreement: votes for the caption with the lower Total, among the votes for A or B with different Totals.
         num_equal_totals: votes for A or B with equal Totals.
         num_comparisons: comparisons to train on that all feedback makes.
-        num_ratings, num_edits, num_copies: captions rated good or bad, texts of people, and copies.
+        num_ratings, num_edits, num_copies: captions rated by each person, texts that people wrote or edited,
+            and copies.
         raters: votes by person.
         models: use of each model's captions.
         ratings: ratings of models; None without votes.
@@ -131,7 +132,7 @@ def summarize_feedback(feedback: Sequence[Feedback]) -> FeedbackSummary:
         agreement=agreement,
         num_equal_totals=num_equal_totals,
         num_comparisons=len(to_comparisons(feedback)[0]),
-        num_ratings=actions["good"] + actions["bad"],
+        num_ratings=len(last_ratings(feedback)),
         num_edits=sum(bool(one.own_text) for one in feedback),
         num_copies=actions["copy"],
         raters=summarize_raters(votes),
@@ -163,15 +164,16 @@ def _summarize_use(feedback: Sequence[Feedback]) -> tuple[ModelUse, ...]:
 def _model_use(name: str, feedback: Sequence[Feedback]) -> ModelUse:
     counts = Counter((one.tab, one.action) for one in feedback)
     num_drafts = counts["write", "shown"] * (name != NO_DRAFT)
-    num_rated = counts["caption", "good"] + counts["caption", "bad"]
+    ratings = [one.action == "good" for one in last_ratings(feedback) if one.tab == "caption"]
+    num_copied = sum(one.action == "copy" and not one.first.text for one in feedback)  # earlier versions saved the text
     texts = [one for one in feedback if one.tab == "write" and one.action in ("accept", "edit", "finish")]
     seconds = [one.seconds for one in texts if one.seconds is not None]
     totals = [one.total for one in texts if one.total is not None]
     persistence = [share_kept(one.first.text, one.text) for one in texts if one.first.text.strip()]
     return ModelUse(
         name,
-        copied=Proportion(counts["caption", "copy"], counts["caption", "shown"]),
-        rated_good=Proportion(counts["caption", "good"], num_rated),
+        copied=Proportion(num_copied, counts["caption", "shown"]),
+        rated_good=Proportion(sum(ratings), len(ratings)),
         accepted=Proportion(counts["write", "accept"], num_drafts),
         edited=Proportion(counts["write", "edit"], num_drafts),
         num_texts=len(texts),

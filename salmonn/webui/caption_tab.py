@@ -258,7 +258,8 @@ class CaptionTab:
             conversation = Conversation(caption_request, joined.model, joined.text, answer + downloads)
             update |= self.chat.open(conversation)
             if joined.num_segments == 1 and not active.is_stopped:
-                update |= self.rating.open(show_caption(self.state, joined, caption_request, reference, tab="caption"))
+                known = self.state.reference_of(path)  # a visitor's own is only scored against
+                update |= self.rating.open(show_caption(self.state, joined, caption_request, known, tab="caption"))
             yield update
 
     def _render_downloads(self, captions: Sequence[Caption], path: Path) -> str:

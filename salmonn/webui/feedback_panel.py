@@ -26,7 +26,7 @@ PRIVACY = (
     "Saved are votes, ratings, marks and texts, with the captions they are about, the name of the file, the time since "
     "these were shown, and a random id that this browser makes the first time and keeps, so that the feedback of one "
     "person is known to belong together. No name and no address is saved. Of captions that are only shown or copied, "
-    "only the model is counted. Deleting the data of this site ends the id."
+    "only the model and its temperature are counted. Deleting the data of this site ends the id."
 )
 # JavaScript: the inputs of an event, with the browser's id as the last one.
 WITH_RATER = "(...inputs) => [...inputs.slice(0, -1), window.salmonn.rater()]"
@@ -68,13 +68,15 @@ def show_caption(
 
     Args:
         state: the shared state.
-        caption: the caption; the draft of a person's text, which may be empty.
+        caption: the caption; the draft of a person's text, which may be empty, with the streams that the file has.
         request: its request.
-        reference: reference of the video, if it is known.
+        reference: reference of the video, if the operator knows it; never one that a visitor gave.
         tab: tab of the web UI.
     """
     modality = caption.modality or "both"
-    prompt = caption.prompt or state.engines[state.default_model].captioner.default_prompt(modality)
+    prompt = caption.prompt
+    if not prompt:  # as generation does
+        prompt = state.engines[caption.model or state.default_model].captioner.default_prompt(request.modality)
     temperature = request.sampling.temperature if request.sampling else 0.0
     shown = ShownCaption(
         Feedback(
@@ -95,11 +97,10 @@ def show_caption(
 
 
 def count(state: AppState, feedback: Feedback) -> None:
-    """Save that captions were shown or copied, without their texts and the name of the file."""
-    first, second = ([replace(one, text="") for one in feedback.captions] + [None])[:2]
-    assert first
+    """Save that captions were shown or copied, with nothing about them but their models."""
+    models = [Candidate(one.model, "", "", temperature=one.temperature) for one in feedback.captions]
     try:
-        state.feedback.add(replace(feedback, video="", first=first, second=second, reference=""))
+        state.feedback.add(Feedback(feedback.date, feedback.action, "", *models, tab=feedback.tab))
     except OSError as error:  # the person can go on
         logger.warning("cannot count a caption as %s: %s", feedback.action, error)
 

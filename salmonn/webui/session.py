@@ -18,7 +18,7 @@ from salmonn.caption.generator import CaptionRequest, Span
 from salmonn.caption.loader import ClipJob, check_duration, split_into_segments
 from salmonn.caption.streaming import Completion, TextDelta
 from salmonn.preference.feedback import FeedbackStore
-from salmonn.records import Caption, Reference
+from salmonn.records import Caption, Modality, Reference
 from salmonn.synthetic.render import make_clips, render_frames, sample_clip
 from salmonn.synthetic.scene import SynthConfig
 from salmonn.webui.scorer import CaptionScorer
@@ -283,6 +283,11 @@ class AppState:
         """Return the duration of a file by its packets, since recordings declare none; 0 if it is unknown."""
         engine = self.engines[model]
         return engine.reader.measure_seconds(path, engine.captioner.processor.read_spec("both"))
+
+    def probe_modality(self, path: Path) -> Modality:
+        """Return which streams a file has by its header; raises ClipError if it cannot be opened."""
+        shape = self.engines[self.default_model].reader.declared_shape(path)
+        return "audio" if not shape.width else "both" if shape.has_audio else "visual"
 
     def close(self) -> None:
         """Stop all engines, then close them: they share worker processes, which none may use when they are closed."""

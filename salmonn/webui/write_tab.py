@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ class WriteTab:
                 for progress in self.state.stream_progress(caption_request, model, active):
                     if progress.completion:
                         caption = to_caption(caption_request, progress.completion, model)
+            else:
+                caption = replace(caption, modality=self.state.probe_modality(path))
             reference = self.state.reference_of(path)
             draft = show_caption(self.state, caption, caption_request, reference, tab="write")
         except (ValueError, Overloaded, RuntimeError) as error:

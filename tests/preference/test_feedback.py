@@ -19,7 +19,7 @@ from salmonn.preference.feedback import (
     keep_video,
     read_feedback,
 )
-from salmonn.preference.feedback_pairs import describe_comparisons, to_comparisons
+from salmonn.preference.feedback_pairs import describe_comparisons, last_ratings, to_comparisons
 from salmonn.preference.feedback_report import Matchup, Proportion, summarize_feedback, summarize_raters
 from salmonn.preference.ratings import fit_ratings
 from salmonn.records import Comparison, Mark
@@ -157,6 +157,32 @@ def test_edits_and_what_is_missing():
         "2 comparisons (1 from edit, 1 from missing); not used: no caption of the clip with the opposite rating (1), "
         "a text without a draft, and no other feedback on the clip (1)"
     )
+
+
+def test_what_counts_as_ground_truth():
+    """What a person wrote, before references, also of votes; never a model's draft that was accepted."""
+    written = rate("edit", "A dog barks.", text="A dog barks twice.")
+    accepted = rate("accept", "A cat sleeps.", text="A cat sleeps.", reference="Known.")
+    vote = replace(KEPT, reference="Known.")
+    comparisons, _ = to_comparisons([written, accepted, vote])
+    assert {one.ground_truth for one in comparisons if one.video == PAIR.video} == {"A dog barks twice."}
+    assert to_comparisons([accepted, vote])[0] == [replace(PAIR, ground_truth="Known.")]
+    assert summarize_feedback([written, accepted]).num_edits == 1
+
+
+def test_a_later_rating_replaces_the_one_before():
+    """With its marks and what was missing, in training and in the report."""
+    other = rate("bad", "A cat.", "ann")
+    first = rate("bad", "A dog.", "ann", marks=(Mark(0, 6),), missing="A bird sings.", tab="caption")
+    feedback = [first, first, other, replace(first, action="good", marks=(), missing="")]
+    ((pair,), _) = to_comparisons(feedback)
+    assert (pair.chosen, pair.rejected, pair.chosen_marks) == ("A dog.", "A cat.", ())
+    assert [one.missing for one in last_ratings([first, *feedback[::-1]])] == ["", "A bird sings."]
+    copies = [rate("copy", "A dog.", tab="caption")] * 5  # of an earlier version, which did not count captions shown
+    shown = [rate("shown", "", tab="caption")] * 2
+    (model, *_) = summarize_feedback([*feedback, *copies, *shown]).models
+    assert (model.rated_good.count, model.rated_good.total) == (1, 1)
+    assert (model.copied.count, model.copied.total) == (0, 2)
 
 
 def test_marks_alone_prefer_no_silence():

@@ -14,6 +14,7 @@ from gradio.data_classes import FileData
 
 from salmonn.caption.generator import CaptionRequest, Sampling
 from salmonn.caption.streaming import Completion, TextDelta
+from salmonn.media.container import ClipShape
 from salmonn.model.layout import ClipInfo
 from salmonn.preference.feedback import FeedbackStore
 from salmonn.preference.feedback_pairs import to_comparisons
@@ -186,12 +187,17 @@ def test_a_caption_of_a_damaged_file_has_a_notice(caption_tab, comparison, monke
         yield 0, TextDelta("A red circle appears.", Completion("A red circle appears.", True, clip))
 
     monkeypatch.setattr(AppState, "stream_answers", stream_answers)
+    caption_tab.state.engines["one"].captioner.default_prompt = "Describe {}.".format
     values = form_values(caption_tab) | {
-        caption_tab.video: str(comparison.request.path), caption_tab.model: "one", caption_tab.reference: "",
-        caption_tab.time: 0.0,
+        caption_tab.video: str(comparison.request.path), caption_tab.model: "one",
+        caption_tab.reference: "seen: a blue square", caption_tab.time: 0.0,
     }  # fmt: skip
     monkeypatch.setattr(AppState, "measure_seconds", lambda *_, **__: 3.0)
     updates = list(caption_tab.describe(values, REQUEST))
+    shown = next(
+        update[caption_tab.rating.caption] for update in updates[::-1] if update.get(caption_tab.rating.caption)
+    )
+    assert shown.shown.reference == ""  # a visitor's reference becomes nobody's ground truth
     answers = [update[caption_tab.answer] for update in updates if caption_tab.answer in update]
     assert len(answers) == 3 and "Lost 1 s of video" not in answers[0]
     assert all("Lost 1 s of video" in answer for answer in answers[1:])
@@ -223,8 +229,34 @@ def test_sound_files_are_accepted(caption_tab, tmp_path):
 @pytest.fixture
 def shown(state, comparison):
     """A caption of an upload that is shown."""
-    caption = Caption("holiday.mp4", "A dog barks, and a cat sleeps.", "Describe it.", model="one")
-    return show_caption(state, caption, comparison.request, None, tab="caption")
+    caption = Caption("holiday.mp4", "A dog barks, and a cat sleeps.", "Describe it.", model="one", end_seconds=2.0)
+    return show_caption(state, caption, replace(comparison.request, seed=7), None, tab="caption")
+
+
+def test_feedback_has_the_prompt_that_made_the_caption(state, comparison):
+    """That of its own model, for what was asked: the file may have less."""
+    prompts = SimpleNamespace(default_prompt=lambda modality: f"Describe {modality}.")
+    state.engines["one"].captioner.default_prompt = lambda _: "Another model's."
+    engines = state.engines | {"two": SimpleNamespace(captioner=prompts)}
+    caption = Caption("holiday.mp4", "A dog.", model="two", modality="visual")
+    shown = show_caption(replace(state, engines=engines), caption, comparison.request, None, tab="write").shown
+    assert (shown.first.prompt, shown.modality) == ("Describe both.", "visual")
+
+
+@pytest.mark.parametrize(
+    ("shape", "modality"),
+    [(ClipShape(), "both"), (ClipShape(has_audio=False), "visual"), (ClipShape(width=0, height=0), "audio")],
+)
+def test_an_empty_draft_has_the_streams_of_the_file(state, comparison, monkeypatch, shape, modality):
+    """As captions have, so that the text is about the same as votes on them."""
+    state.engines["one"].reader = SimpleNamespace(declared_shape=lambda _: shape)
+    state.engines["one"].captioner.default_prompt = "Describe {}.".format
+    monkeypatch.setattr("random.SystemRandom.choice", lambda self, names: names[0])
+    with gr.Blocks():
+        tab = WriteTab(state)
+    updates = list(tab.begin(str(comparison.request.path), 0.0, REQUEST))
+    draft = next(update[tab.draft] for update in updates if update.get(tab.draft))
+    assert (draft.shown.modality, draft.shown.first.prompt) == (modality, "Describe both.")
 
 
 def test_shown_and_copied_captions_are_counted_without_their_text(caption_tab, shown, tmp_path, caplog):
@@ -236,7 +268,8 @@ def test_shown_and_copied_captions_are_counted_without_their_text(caption_tab, s
         ("shown", "one", "caption"), ("copy", "one", "caption"),
     ]  # fmt: skip
     saved = (caption_tab.state.feedback.folder / "feedback.jsonl").read_text()
-    assert "dog" not in saved and "holiday" not in saved
+    assert not any(text in saved for text in ("dog", "holiday", "Describe", '"seed": 7'))
+    assert all(one.seconds is None and one.end_seconds is None for one in feedback)
     (tmp_path / "votes" / "feedback.jsonl").unlink()
     (tmp_path / "votes" / "feedback.jsonl").mkdir()
     assert caption_tab.count_copy(shown)[0] == "Copied."
