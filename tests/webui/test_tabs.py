@@ -287,10 +287,10 @@ def test_ratings_without_a_browser(caption_tab, shown):
     assert "The id of this browser is damaged" in rate(caption_tab, shown, rater="10.0.0.7")
     assert "no longer available" in rate(caption_tab, None)
     assert "you did not agree to keep the video" in rate(caption_tab, shown, wrong=["13-30"])
-    assert "It can be used for training" in rate(caption_tab, shown, wrong=["17-30"], rest=True, consent=True)
+    assert "It can be used for training" in rate(caption_tab, shown, wrong=["17-29"], rest=True, consent=True)
     *_, first, second = caption_tab.state.feedback.read()
     assert first.marks == () and first.kept_video == ""  # no clause has this place
-    assert second.marks == (Mark(0, 11, is_right=True), Mark(17, 30, is_right=False)) and second.kept_video
+    assert second.marks == (Mark(0, 11, is_right=True), Mark(17, 29, is_right=False)) and second.kept_video
 
 
 def test_texts_without_a_browser(state, comparison, shown):
