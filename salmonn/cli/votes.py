@@ -28,7 +28,7 @@ def votes_parser() -> FlagParser:
         "--export", type=Literal["trl", "unpaired", "arena"] | None, default=None, help="trl: prompt, chosen and "
         "rejected messages; unpaired: prompt, completion and label of rated captions; arena: a battle for each vote"
     )  # fmt: skip
-    parser.add_argument("--out", type=Path | None, default=None, help="JSONL file for --export")
+    parser.add_argument("--out", type=Path | None, default=None, help="JSONL file for --export; for arena a JSON list")
     parser.add_argument(
         "--forget", type=str | None, default=None, metavar="ID", help="delete all feedback of this rater, with "
         "videos that no other feedback uses"

@@ -236,8 +236,14 @@ def _check(comparison: Comparison, check: Check | None, *, where: str) -> None:
 def _read_rated(
     folder: Path, ratings: Sequence[Rating], *, min_gap: float, source: str
 ) -> tuple[list[Comparison], Counter[str]]:
-    """Return comparisons of a folder's captions, and the number of captions without a rating if there are such."""
+    """Return comparisons of a folder's captions, and the number of captions without a rating if there are such.
+
+    Raises:
+        ValueError: captions or ratings cannot be told apart.
+    """
     captions, comparisons = read_records(folder / CAPTIONS_NAME, Caption), list[Comparison]()
+    _check_distinct(captions, where=f"{folder} has captions")
+    _check_distinct([rating.score or rating for rating in ratings], where=f"{folder} has ratings")
     modalities: tuple[Modality, ...] = ("both", "visual", "audio")
     for modality in modalities:  # of what the captioner was given, as `salmonn reward` reads it
         same = [caption for caption in captions if (caption.modality or "both") == modality]
@@ -245,6 +251,15 @@ def _read_rated(
         comparisons += [replace(one, modality=modality) for one in compared]
     rated = {_rating_key(rating.score or rating) for rating in ratings}
     return comparisons, +Counter({UNRATED: sum(_rating_key(caption) not in rated for caption in captions)})
+
+
+def _check_distinct(records: Sequence[Caption | Score | Rating], *, where: str) -> None:
+    counts = Counter(_rating_key(one) for one in records)
+    if repeated := next((key for key, count in counts.items() if count > 1), None):
+        raise ValueError(
+            f"{where} that cannot be told apart: {counts[repeated]} of {repeated[0]} have sample {repeated[1]}; number "
+            "the samples of each video, or use a folder for each modality, prompt and seed"
+        )
 
 
 def _read_file(path: Path) -> tuple[list[Comparison], Counter[str]]:

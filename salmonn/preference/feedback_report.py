@@ -239,7 +239,8 @@ class RatersSummary:
 def summarize_raters(votes: Sequence[Feedback]) -> RatersSummary:
     """Count votes by rater, and compare the preferences of each two raters for the same two captions of a clip.
 
-    Of several votes of a rater on the same captions, the last counts. Votes without an id are compared with none.
+    Of several votes of a rater on the same captions, the last counts. Votes without an id, and on equal captions, are
+    compared with none.
     """
     # Two captions of a clip -> rater -> preferred text.
     preferences: dict[tuple[object, ...], dict[str, str]] = {}
@@ -247,9 +248,11 @@ def summarize_raters(votes: Sequence[Feedback]) -> RatersSummary:
     for vote in votes:
         choices.setdefault(vote.rater, Counter())[vote.choice or ""] += 1
         if vote.rater and vote.chosen:
-            texts = frozenset(one.text for one in vote.captions)
+            texts = frozenset(" ".join(one.text.split()) for one in vote.captions)
+            if len(texts) < 2:  # nothing to prefer
+                continue
             key = (vote.kept_video or vote.video, vote.start_seconds, vote.end_seconds, texts)
-            preferences.setdefault(key, {})[vote.rater] = vote.chosen.text
+            preferences.setdefault(key, {})[vote.rater] = " ".join(vote.chosen.text.split())
     same, shared = Counter[str](), Counter[str]()
     for by_rater in preferences.values():
         for (one, its), (other, theirs) in combinations(by_rater.items(), 2):

@@ -1,6 +1,7 @@
 """Comparisons are read from every source, and grouped so that one pass scores all answers about a clip."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,19 @@ def test_judged_captions_of_a_round(folder):
     ]
     assert [one.margin for one in read.comparisons] == pytest.approx([1.0, 0.75])
     assert read.describe() == "2 comparisons of captions of 1 videos"
+
+
+def test_captions_that_ratings_cannot_tell_apart(folder):
+    """A video in two modalities, both sample 0: the last rating would count for both."""
+    captions, ratings = rated("a.mp4", [0.5, 0.4])
+    write_records(folder / "captions.jsonl", [*captions, replace(captions[0], modality="visual")])
+    write_records(folder / "ratings.jsonl", ratings)
+    with pytest.raises(ValueError, match=r"captions that cannot be told apart: 2 of a\.mp4 have sample 0; number"):
+        read_preferences(folder)
+    write_records(folder / "captions.jsonl", captions)
+    write_records(folder / "ratings.jsonl", [*ratings, ratings[1]])
+    with pytest.raises(ValueError, match=r"ratings that cannot be told apart: 2 of a\.mp4 have sample 1"):
+        read_preferences(folder)
 
 
 def test_what_cannot_be_used_is_counted(folder):

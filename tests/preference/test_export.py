@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import pytest
 
 from salmonn.preference.comparisons import read_preferences
@@ -25,6 +26,14 @@ def pairs(tmp_path):
     ]
     write_records(tmp_path / "pairs.jsonl", comparisons)
     return tmp_path / "pairs.jsonl"
+
+
+def write_silent(path):
+    """Write a video of one frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 16
+        container.mux([*stream.encode(av.VideoFrame(16, 16, "yuv420p")), *stream.encode()])
 
 
 def test_rows_of_trl(pairs, call, tmp_path):
@@ -78,20 +87,31 @@ def test_rows_of_helpsteer(call, tmp_path):
     """Grades 0 to 4: all of one visual event and no error, and half of both kinds with a hallucination."""
     seen, heard = Event("a star", "visual"), Event("a tone", "audio")
     captions = [Caption("a.mp4", "a star", "Tell."), Caption("a.mp4", "a bird", "Tell.", sample=1, finished=False)]
+    write_silent(tmp_path / "silent.mkv")  # has one modality, and is whole; the other file cannot be opened
+    captions.append(Caption("none.mkv", "a star", "Tell.", modality="visual"))
+    captions.append(Caption("silent.mkv", "a star", "Tell.", modality="visual"))
     scores = [
+        Score("silent.mkv", 2, 1, 0, 4, num_words=30, mentions=(Mention(seen),)),
         Score("a.mp4", 2, 1, 0, 0, num_words=30, mentions=(Mention(seen),)),
         Score("a.mp4", 2, 2, 0, 1, num_words=2, sample=1),
+        Score("none.mkv", 2, 1, 0, 4, mentions=(Mention(seen),)),
     ]
     write_records(tmp_path / "captions.jsonl", captions)
     write_scores(tmp_path / "scores.jsonl", JudgeInfo("rule", "1", "salmonn", "2026-01-01", "0.1"), scores)
-    write_records(tmp_path / "events.jsonl", [Reference("a.mp4", (seen, heard))])
+    write_records(
+        tmp_path / "events.jsonl", [Reference(name, (seen, heard)) for name in ("a.mp4", "silent.mkv", "none.mkv")]
+    )
     out = tmp_path / "rows.jsonl"
     flags = ("--rows", "helpsteer", "--to", out, "--references", tmp_path / "events.jsonl")
     code, _, err = call("export", tmp_path, *flags)
-    assert code == 0 and "1 row written" in err and "answers that are cut off (1)" in err
+    assert code == 0 and "2 rows written" in err and "answers that are cut off (1)" in err
+    assert "a part of the clip, one modality or a separate audio track (1)" in err
     grades = {"seen": 4, "heard": 0, "correctness": 4, "faithful": 4, "ordered": None, "unrepeated": 4, "verbosity": 2}
     row = {"prompt": "Tell.", "response": "a star", "videos": [str(tmp_path / "a.mp4")]}
-    assert json.loads(out.read_text()) == row | grades
+    silent, first = map(json.loads, out.read_text().splitlines())
+    assert first == row | grades
+    # One of five claims is right: 1 - 4 / 5 is rounded to less than 1 / 5, but is grade 1.
+    assert silent["faithful"] == 1 and silent["videos"] == [str(tmp_path / "silent.mkv")]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import os
 import resource
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from salmonn.preference.export import export_rows
 from salmonn.preference.feedback import (
     Candidate,
     Feedback,
@@ -432,12 +434,13 @@ def test_agreement_of_raters():
         replace(bob, video="b.mp4", choice="second"),
         replace(cy, video="b.mp4", choice="first"),
         replace(cy, choice="tie"),
+        *[replace(one, second=LEFT, choice="first") for one in (ann, bob)],  # equal captions
         replace(cy, choice="both bad", start_seconds=1.0),
         replace(VOTE, choice="first"),  # without an id
     ]
     summary = summarize_raters(votes)
     assert [(one.rater, one.num_votes, one.num_ties, one.num_both_bad) for one in summary.raters] == [
-        ("ann", 3, 0, 0), ("cy", 3, 1, 1), ("bob", 2, 0, 0), ("", 1, 0, 0),
+        ("ann", 4, 0, 0), ("bob", 3, 0, 0), ("cy", 3, 1, 1), ("", 1, 0, 0),
     ]  # fmt: skip
     agreement = {one.rater: (one.agreement.count, one.agreement.total) for one in summary.raters}
     assert agreement == {"ann": (2, 3), "bob": (1, 3), "cy": (1, 2), "": (0, 0)}
@@ -570,14 +573,21 @@ def test_exports(votes, call, tmp_path):
     for kind in ("arena", "unpaired", "trl"):
         code, _, err = call("votes", votes.folder, "--export", kind, "--out", out)
         assert code == 0, err
-        rows[kind] = [json.loads(line) for line in out.read_text().splitlines()]
+        text = out.read_text()
+        rows[kind] = json.loads(text) if kind == "arena" else [json.loads(line) for line in text.splitlines()]
     assert [row["judge"] for row in rows["arena"]] == ["ann", "ann", "bob"]
     assert rows["arena"][0] == {
         "model_a": "one (temperature 0.8)", "model_b": "two", "winner": "model_b", "judge": "ann",
-        "tstamp": 1795341600.0,
+        "turn": 1, "anony": True, "language": "unknown", "tstamp": 1795341600.0,
     }  # fmt: skip
     (rated,) = rows["unpaired"]
+    (path,) = rated["videos"]
+    assert path == str(votes.folder / "videos" / votes.read()[0].kept_video)
+    assert export_rows(votes.folder / "feedback.jsonl", out, kind="unpaired")[0] == 1
+    assert json.loads(out.read_text())["videos"] == [path]
     assert (rated["completion"], rated["label"]) == ([{"role": "assistant", "content": "A dog."}], False)
     assert [row["chosen"][0]["content"] for row in rows["trl"]] == [RIGHT.text] * 3
+    Path(path).unlink()
+    assert export_rows(votes.folder, out, kind="unpaired")[1]["no video"] == 1
     code, _, err = call("votes", votes.folder, "--export", "trl")
     assert code == 2 and "give both, or neither" in err
