@@ -99,8 +99,10 @@ def show_caption(
 def count(state: AppState, feedback: Feedback) -> None:
     """Save that captions were shown or copied, with nothing about them but their models."""
     models = [Candidate(one.model, "", "", temperature=one.temperature) for one in feedback.captions]
+    first, second = [*models, None][:2]
+    assert first
     try:
-        state.feedback.add(Feedback(feedback.date, feedback.action, "", *models, tab=feedback.tab))
+        state.feedback.add(Feedback(feedback.date, feedback.action, "", first, second, tab=feedback.tab))
     except OSError as error:  # the person can go on
         logger.warning("cannot count a caption as %s: %s", feedback.action, error)
 
