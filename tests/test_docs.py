@@ -67,6 +67,7 @@ ELSEWHERE = {
     "python tools/merge.py": "tests/tools/test_merge.py",
     "python tools/raters.py": "tests/tools/test_raters.py",
     "salmonn votes run/votes": "tests/preference/test_feedback.py",
+    "salmonn caption clips --out captions_by_ray.jsonl": "tests/batch/test_ray_cluster.py",
     "python tools/assemble.py": "tests/tools/test_assemble.py",
     ".venv/bin/salmonn reward-benchmark data/reward_pairs.jsonl --model run": "tests/test_reward_benchmark_cli.py",
     "torchrun recipes/reward.py": "tests/recipes/test_reward.py",
@@ -183,7 +184,7 @@ def test_commands_run(stage, page):
     for script in blocks(page, "python"):
         result = python(stage, script)
         assert result.returncode == 0, f"{page.name}:\n{script}\n{result.stderr[-4000:]}"
-    lines = re.sub(r"\\\n", " ", "\n".join(blocks(page, "bash"))).splitlines()
+    lines = without_those_elsewhere("\n".join(blocks(page, "bash"))).splitlines()
     for line in lines:
         if "salmonn caption" in line and "--shard" not in line:  # each share has a file of its own
             out = stage.folder / re.search(r"--out (\S+)", line)[1]
