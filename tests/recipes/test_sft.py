@@ -181,7 +181,7 @@ def single_process(trained_model, launch, sizes, tmp_path_factory):
     return flags, out
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=pytest.mark.slow), "fsdp2"])
 def test_sharded_training_of_the_towers(single_process, launch, tmp_path, strategy):
     flags, expected_folder = single_process
     result = launch("sft", processes=2, out=tmp_path / "tuned", strategy=strategy, **flags)
