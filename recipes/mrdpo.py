@@ -158,7 +158,8 @@ def main(config: MrDpoConfig) -> None:
     train, heldout = left_out.remove_from(train), left_out.remove_from(heldout)
     open_run(config, plan_steps(config, train, heldout, rating_file=rating_file), name="mrdpo")
     captioner = config.load_model(config.model)
-    require_model(config.reward, captioner, floors=config.selection.floors or ())
+    selection = config.selection
+    require_model(config.reward, captioner, floors=selection.floors or (), min_spreads=selection.min_spreads)
     # Both sets at once, so that the cache does not evict the features of one for those of the other.
     cache = open_feature_cache(config.feature_cache, captioner)
     train, heldout = cache_features(captioner, train, heldout, name="clips", cache=cache, left_out=left_out)
@@ -314,7 +315,7 @@ def make_round_examples(number: int, policy: ModelPath, run: Run, *, roles: Sequ
         captions, ratings, _ = sample_and_rate(number, policy, run)
         groups = make_groups(captions, ratings, train.by_video)
         log.info("%s: %d of %d clips have samples with different ratings", name, len(groups), len(train.references))
-        require_examples(groups, config.early_stopping, batch_size=config.fit.batch_size, name=name)
+        require_examples(groups, config.early_stopping, batch_size=config.fit.batch_size, name=name, are_groups=True)
         sources = [ClipSource(train.root / group.captions[0].video) for group in groups]
         return [GroupExample(group, train.features[source]) for group, source in zip(groups, sources, strict=True)]
     pairs = make_pairs(number, policy, run)
@@ -518,9 +519,9 @@ def measure(model: ModelPath, folder: Path, run: Run, summary: RunSummary | None
         if needs_rates:
             result = evaluate(captioner, run.heldout, judge=run.judge, sampling=config.sampling, name=folder.name)
             if dist.is_main():
-                write_evaluation(results, result, judge=run.judge)
                 if isinstance(run.reward, VoterReward):
                     write_exploitability(results, run.reward.voter, result, run.heldout)
+                write_evaluation(results, result, judge=run.judge)  # last, as its rates mark the step as complete
         if needs_kl:
             start = config.load_model(config.model).network
             probe = make_kl_probe(captioner, run.heldout, config.kl, batch_size=config.fit.micro_batch_size)

@@ -348,6 +348,8 @@ PAIR_LOSSES: Mapping[LossName, Callable[[LogRatios, LossConfig], Tensor]] = {
 }
 
 
+# Losses of the difference of the two log-ratios alone, so that a constant in both has no effect.
+DIFFERENCE_LOSSES: tuple[LossName, ...] = ("sigmoid", "robust", "nash")
 # Losses that are sums over the two captions, so that a caption can be trained on alone.
 UNPAIRED_LOSSES: tuple[LossName, ...] = ("bco_pair", "kto")
 

@@ -67,6 +67,14 @@ class RewardConfig:
             raise ValueError(f"repetition_weight must be at least 0, got {self.repetition_weight}")
         if self.model and self.kind != "model":
             raise ValueError(f"reward.model {self.model} is only used with --reward.kind model")
+        only_with = (
+            ("model", "length_penalty", self.length_penalty, 0.0),
+            ("model", "caution", self.caution, 0.0),
+            ("voter", "voter", self.voter, "metric"),
+        )
+        for kind, name, value, default in only_with:
+            if kind != self.kind and value != default:
+                raise ValueError(f"reward.{name} {value} has no effect with reward.kind {self.kind}; leave it out")
         if self.prototype is not None and (self.model is None or self.refresh_clips):
             raise ValueError(
                 f"reward.prototype {self.prototype} needs --reward.model with an ideal-point model, and "

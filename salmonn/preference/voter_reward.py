@@ -13,6 +13,7 @@ from statistics import fmean
 from salmonn.preference.rating import Rating
 from salmonn.records import Caption, Reference, Score, Unscored, read_records, write_records
 from salmonn.score.judge import Judge, ScoringTask
+from salmonn.synthetic.judge import RuleJudge
 from salmonn.synthetic.raters import SOUND_FORMS, CaptionTraits, Rater, caption_traits
 
 
@@ -55,8 +56,12 @@ class VoterReward:
         return self.voter.name
 
     def check(self, reference: Reference) -> None:
-        """Raise ValueError if the judge cannot use this reference."""
+        """Raise ValueError if the judge cannot use this reference, or it is not to a synthetic clip."""
         self.judge.check(reference)
+        try:
+            RuleJudge().check(reference)
+        except ValueError as error:
+            raise ValueError(f"reward.kind voter is for synthetic clips only: {error}") from error
 
     def rate(self, tasks: Sequence[ScoringTask]) -> list[Rating | Unscored]:
         """Judge captions and rate them by their win rates against the other captions of their clip."""

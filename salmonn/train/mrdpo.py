@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from salmonn.config import MAY_CHANGE
 from salmonn.model.loading import CONFIG_NAME
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.model.network import Network
-from salmonn.preference.losses import LossConfig
+from salmonn.preference.losses import DIFFERENCE_LOSSES, LossConfig
 from salmonn.preference.rating import Reward
 from salmonn.preference.reward import RewardConfig
 from salmonn.preference.reward_model import hash_reward_model
@@ -144,17 +144,13 @@ class MrDpoConfig(RunConfig):
                 "move the lines of some videos (about a tenth) to a file of their own, and pass it as "
                 "--heldout-references"
             )
-        if self.reward.kind != "judge" and self.selection.repetition_fraction:
-            raise ValueError(
-                "selection.repetition_fraction needs the judge's quotes of repeated clauses, which a reward model "
-                "does not give; set it to 0, or use --reward.kind judge"
-            )
         if self.sampling.num_samples < 2 or not all(self.sampling.shares()):
             raise ValueError(
                 "pairs need different captions of a clip: sampling.num_samples must be at least 2 and "
                 f"sampling.temperature above 0, got {self.sampling.num_samples} and {self.sampling.temperature}"
             )
         self._check_reward_model()
+        self._check_selection()
         self._check_loss()
         if self.rebirth and self.rebirth.tailor in ("teacher", "random"):
             try:
@@ -192,18 +188,60 @@ class MrDpoConfig(RunConfig):
                 "loss.per clause needs the judge's quotes of each round's captions; use --reward.kind judge and "
                 "fresh_pairs true, or set loss.per caption"
             )
-        if self.loss.kind == "nash" and self.selection.repetition_fraction:
-            raise ValueError("loss.kind nash needs the margin of each pair; set selection.repetition_fraction 0")
+        if self.reference_policy == "mixed" and self.loss.kind not in DIFFERENCE_LOSSES:
+            raise ValueError(
+                f"loss.kind {self.loss.kind} depends on more than the difference of two log-ratios, which a mixed "
+                f"reference policy leaves undetermined; use {', '.join(DIFFERENCE_LOSSES)}, or reference_policy "
+                "round_start"
+            )
+        if self.loss.kind == "nash" and self.reward.kind != "voter":
+            raise ValueError(
+                f"loss.kind nash fits win rates, which reward.kind {self.reward.kind} does not give; use "
+                "--reward.kind voter, or another loss"
+            )
+
+    def _check_selection(self) -> None:
+        """Raise ValueError if a setting of the selection would have no effect."""
+        groups = {"selection": asdict(self.selection), "subset": asdict(self.subset)}
+        defaults = {"selection": asdict(SelectionConfig()), "subset": asdict(SubsetConfig())}
+        changed = {
+            f"{group}.{name}": defaults[group][name]
+            for group, values in groups.items()
+            for name, value in values.items()
+            if value != defaults[group][name]
+        }
+        if self.loss.kind == "grpo" and changed:
+            raise ValueError(
+                f"loss.kind grpo trains on all samples of a clip and selects no pairs, so {', '.join(changed)} would "
+                "have no effect; leave it out, or pass "
+                + " ".join(f"--{name} {'null' if value is None else value}" for name, value in changed.items())
+            )
+        if self.reward.kind != "judge" and self.selection.repetition_fraction:
+            raise ValueError(
+                "selection.repetition_fraction needs the judge's quotes of repeated clauses, which reward.kind "
+                f"{self.reward.kind} does not give; set it to 0, or use --reward.kind judge"
+            )
+        if self.reward.kind == "voter" and self.selection.floors:
+            raise ValueError(
+                "selection.floors needs named objectives, which a voter does not give; use --reward.kind judge"
+            )
+        if self.reward.kind != "model" and self.selection.min_spreads:
+            raise ValueError(
+                "selection.min_spreads needs the spread of an ensemble of reward models, which reward.kind "
+                f"{self.reward.kind} does not give; leave it out, or use --reward.kind model"
+            )
 
     def _check_reward_model(self) -> None:
         """Raise ValueError if the reward models that the run will train lack what its settings ask of them."""
         if self.reward.kind != "model":
             return
         trains = self.reward.model is None or self.reward.refresh_clips > 0
-        if trains and self.reward.caution and not self.reward_training.ensemble:
+        spreads = {"reward.caution": self.reward.caution, "selection.min_spreads": self.selection.min_spreads}
+        if trains and not self.reward_training.ensemble and any(spreads.values()):
+            name, value = next((name, value) for name, value in spreads.items() if value)
             raise ValueError(
-                f"reward.caution is {self.reward.caution}, but the reward models of the rounds have no ensemble of "
-                "heads; set --reward-training.ensemble 5"
+                f"{name} is {value}, but the reward models of the rounds have no ensemble of heads; set "
+                "--reward-training.ensemble 5"
             )
         if trains and self.selection.floors:
             raise ValueError(
@@ -342,7 +380,8 @@ def plan_steps(config: MrDpoConfig, train: ClipSet, heldout: ClipSet, *, rating_
         settings = {name: value for name, value in settings.items() if not name.startswith("synth.")}
     choose = partial(choose_settings, settings)
     greedy = {name: value for name, value in choose("sampling").items() if name not in SAMPLED}
-    evaluation = choose("heldout_references", "synth", "judge") | greedy
+    voter = choose("reward.kind", "reward.voter") if config.reward.kind == "voter" else {}
+    evaluation = choose("heldout_references", "synth", "judge") | greedy | voter
     is_model = config.reward.kind == "model"
     steps, policy = [_evaluation_step("sft", choose(*LOADING) | evaluation)], tuple[str, ...]()
     for number in range(1, config.rounds + 1):

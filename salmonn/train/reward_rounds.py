@@ -318,24 +318,28 @@ def require_labels(references: Sequence[Reference], judge: JudgeReward, config: 
         )
 
 
-def require_model(config: RewardConfig, captioner: Captioner, *, floors: Collection[str] = ()) -> None:
+def require_model(
+    config: RewardConfig, captioner: Captioner, *, floors: Collection[str] = (), min_spreads: float | None = None
+) -> None:
     """Raise ValueError if a run cannot use the reward model that is given for it, before hours of sampling.
 
     Args:
         config: reward of the run.
         captioner: start of the run.
         floors: objectives that chosen captions must reach.
+        min_spreads: difference of the ratings of a pair in spreads of an ensemble.
     """
     if config.model:
         info = read_info(config.model)
         choose_weights(config.model, info.prototypes, prototype=config.prototype)
         require_base(config.model, info, captioner)
         require_frames(config.model, info, captioner)
-        if config.caution and not info.ensemble:
-            raise ValueError(
-                f"reward.caution is {config.caution}, but {config.model} has no ensemble of heads: train it with "
-                "--ensemble 5, or set reward.caution 0"
-            )
+        for name, value in (("reward.caution", config.caution), ("selection.min_spreads", min_spreads)):
+            if value and not info.ensemble:
+                raise ValueError(
+                    f"{name} is {value}, but {config.model} has no ensemble of heads: train it with --ensemble 5, or "
+                    f"leave {name} out"
+                )
         if missing := [name for name in floors if name not in info.objectives]:
             raise ValueError(
                 f"selection.floors names {', '.join(missing)}, which {config.model}, a {info.kind} reward model, does "

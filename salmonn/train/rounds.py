@@ -121,12 +121,13 @@ def require_examples(
     *,
     batch_size: int,
     name: str,
+    are_groups: bool = False,
 ) -> None:
-    """Raise RoundFailedError if a round has too few pairs or groups."""
+    """Raise RoundFailedError if a round has too few pairs, or groups."""
     required = max(1, batch_size if early_stopping.min_pairs is None else early_stopping.min_pairs)
     if len(examples) >= required:
         return
-    if isinstance(next(iter(examples), None), CaptionGroup):
+    if are_groups:
         found, smaller_gap = "clips whose captions are rated differently", ""
     else:
         found = "pairs of captions that differ enough"

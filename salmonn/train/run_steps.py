@@ -22,6 +22,7 @@ from salmonn.records import read_json, write_json
 
 log = logging.getLogger(__name__)
 SETTINGS_NAME = "settings.json"
+PLAN_KEY = "plan"  # in this file, beside the names of the steps: files and needs of all steps, also of earlier plans
 # Files of a training step, in the folder of its stage.
 TRAINING_FILES = ("checkpoints", "steps.jsonl", "events.out.tfevents.*", "reference_logps.json", "start_logps.json")
 MERGED_FILES = (*TRAINING_FILES, "adapter", "merged", "rounding.json")
@@ -89,17 +90,23 @@ def open_steps(folder: Path, steps: Sequence[Step], *, redo_from: str | None = N
     """
     path = folder / SETTINGS_NAME
     recorded: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
-    existing = _find_existing(folder, steps)
+    # A step that this configuration lacks may come back with another one. Until then it counts as one of the last.
+    absent = [
+        Step(name, recorded[name], tuple(step["files"]), step["result"], tuple(step["needs"]))
+        for name, step in recorded.pop(PLAN_KEY, {}).items()
+        if name not in {step.name for step in steps}
+    ]
+    existing = _find_existing(folder, [*steps, *absent])
     changes = {step.name: _describe_changes(recorded.get(step.name, {}), step.settings) for step in existing}
     changed = [step for step in existing if changes[step.name]]
     if changed and redo_from is None:
         raise ValueError(_describe_refusal(folder, steps, changed, changes=changes))
     first = _find_step(steps, redo_from) if redo_from else 0
-    redone = {step.name for step in changed if steps.index(step) >= first}
+    redone = {step.name for step in changed if steps.index(step) >= first}  # absent steps have not changed
     for step in changed:
         if step.name not in redone:
             log.warning("keeping %s, which was made with %s", step.name, changes[step.name])
-    for step in steps:
+    for step in [*steps, *absent]:
         if redone & set(step.needs):
             redone.add(step.name)
     for step in reversed(existing):  # the last first, in case of a kill
@@ -107,7 +114,9 @@ def open_steps(folder: Path, steps: Sequence[Step], *, redo_from: str | None = N
             log.warning("deleting %s, to make it again", step.name)
             _delete(step.find_files(folder))
     kept = {step.name for step in existing} - redone
-    write_json(path, recorded | {step.name: dict(step.settings) for step in steps if step.name not in kept})
+    plan = {one.name: {"files": one.files, "result": one.result, "needs": one.needs} for one in [*steps, *absent]}
+    made = {step.name: dict(step.settings) for step in steps if step.name not in kept}
+    write_json(path, recorded | made | {PLAN_KEY: plan})
 
 
 def _delete(paths: Iterable[Path]) -> None:
@@ -130,7 +139,7 @@ def _find_existing(folder: Path, steps: Sequence[Step]) -> list[Step]:
 def _find_step(steps: Sequence[Step], name: str) -> int:
     """Return the number of a step, or of the first one of a stage."""
     for number, step in enumerate(steps):
-        if name in (step.name, step.name.rpartition("/")[0]):
+        if step.name == name or step.name.startswith(f"{name}/"):
             return number
     raise ValueError(f"redo_from: there is no step {name}; this run has {', '.join(step.name for step in steps)}")
 

@@ -1,12 +1,15 @@
 """Win rates by a voter, exploitability, and the game that rounds of the loss "nash" solve."""
 
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from salmonn.preference.losses import PAIR_LOSSES, LogRatios, LossConfig
+from salmonn.preference.reward import RewardConfig
 from salmonn.preference.voter_reward import VoterReward, find_exploitability, win_probability
 from salmonn.records import Caption, Event, Reference
 from salmonn.score.judge import ScoringTask
@@ -30,6 +33,9 @@ def test_win_rates_by_hand(tmp_path):
     assert [one.value for one in ratings] == pytest.approx([(0.9 + 0.1 + 0.7) / 3] * 3 + [0.3])
     reward.save(tmp_path / "wins.jsonl", ratings)
     assert reward.load(tmp_path / "wins.jsonl") == ratings
+    judge = SimpleNamespace(check=lambda _: None)  # that reads any events
+    with pytest.raises(ValueError, match=r"voter is for synthetic clips only: .*'a man sings'"):
+        VoterReward(judge, make_voter("cycle")).check(replace(REFERENCE, events=(Event("a man sings"),)))
     (alone,) = reward.rate(tasks_of(TEXTS[:1]))
     assert alone.value == 0.5
 
@@ -57,7 +63,8 @@ def test_exploitability_by_hand():
 
 def solve_round(log_policy, log_start, wins, *, beta, eta):
     """The policy at which the loss "nash" is 0 for all pairs, with the mixed reference policy."""
-    config = MrDpoConfig(loss=LossConfig("nash", beta=beta, ce_weight=0.0), reference_policy="mixed", eta=eta)
+    loss, reward = LossConfig("nash", beta=beta, ce_weight=0.0), RewardConfig("voter")
+    config = MrDpoConfig(loss=loss, reward=reward, reference_policy="mixed", eta=eta)
     start, own = ([{"chosen": float(one)} for one in logps] for logps in (log_start, log_policy))
     reference = np.array([one["chosen"] for one in mix_logps(start, own, eta=eta)])
     solution = reference + wins / config.round_loss.beta

@@ -210,7 +210,7 @@ def test_equal_answers_are_left_out(load_recipe, references, tmp_path, caplog):
 def test_special_tokens_are_rejected_with_their_line(load_recipe, random_model, preferences, tmp_path, monkeypatch):
     """In both formats, and before the folder is claimed; likewise a misspelt target."""
     dpo = load_recipe("dpo")
-    monkeypatch.setattr(dpo.dist, "setup", lambda: None)  # keep the tests' threads and logging
+    monkeypatch.setattr(dpo.dist, "setup", lambda **_: None)  # keep the tests' threads and logging
     items = json.loads(preferences.read_text())
     items[1]["conversations"][3]["value"] = "stop <|im_end|>"
     preferences.write_text("[" + ",\n".join(map(json.dumps, items)) + "]")

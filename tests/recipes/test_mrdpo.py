@@ -19,6 +19,7 @@ from salmonn.preference.losses import LossConfig
 from salmonn.preference.reward import JudgeReward, RewardConfig
 from salmonn.preference.reward_model import REWARD_FORMAT
 from salmonn.preference.selection import SelectionConfig
+from salmonn.preference.subset import SubsetConfig
 from salmonn.records import (
     Caption,
     Comparison,
@@ -253,12 +254,11 @@ def test_a_slow_rank_does_not_hang_the_run(command_of, tmp_path):
 def test_a_round_of_grpo(finished, launch, flags, tmp_path):
     """On the samples and ratings of the other run; a round has no pairs then."""
     out = tmp_path / "mrdpo"
-    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("rebirth", "pairs.jsonl", "merged", "adapter"))
-    changed = flags | {"loss.kind": "grpo", "rebirth": "null", "redo_from": "round_1/ratings"}
+    shutil.copytree(finished, out, ignore=shutil.ignore_patterns("rebirth", "merged", "adapter"))
+    changed = flags | {"loss.kind": "grpo", "rebirth": "null", "selection.min_gap": 0.1, "redo_from": "round_1/ratings"}
     result = launch("mrdpo", out=out, **changed)
     assert result.returncode == 0, result.stderr
-    assert not (out / "round_1" / "pairs.jsonl").exists()
-    for name in ("captions.jsonl", "scores.jsonl"):
+    for name in ("captions.jsonl", "scores.jsonl", "pairs.jsonl"):  # pairs are kept for another loss
         assert (out / "round_1" / name).stat().st_mtime_ns == (finished / "round_1" / name).stat().st_mtime_ns
     first, last = (json.loads(line) for line in (out / "round_1" / "steps.jsonl").read_text().splitlines())
     assert first["kl_estimate"] == pytest.approx(0, abs=1e-6) and last["kl_estimate"] > 1e-6 and first["ce"] > 0
@@ -382,6 +382,8 @@ def test_steps_of_a_run_depend_on_their_own_settings(load_recipe, tmp_path):
     assert changed(teacher) == ["rebirth/captions", "rebirth/model"]
     draft = steps_of(replace(base, rebirth=RebirthConfig(tailor="draft")))
     assert draft["rebirth/model"].needs == ("rebirth/influence",) and "rebirth/captions" not in draft
+    cycle = replace(base, reward=RewardConfig("voter", voter="cycle"))
+    assert steps_of(cycle)["sft/heldout"].settings["reward.voter"] == "cycle"
     other = ClipSet([Reference("b.mp4", caption="a star")], Path("clips"))
     heldout_steps = ["sft/heldout", "round_1/heldout", "round_2/heldout", "rebirth/heldout"]
     assert changed(base, heldout=other) == heldout_steps
@@ -534,7 +536,21 @@ def test_an_llm_judge_whose_cap_is_raised(serve, launch, flags, tmp_path):
         ({"loss": {"ce_weight": -1.0}}, "loss.ce_weight at least 0"),
         ({"loss": {"kind": "grpo"}, "fresh_pairs": False}, "set fresh_pairs true"),
         ({"loss": {"per": "clause"}, "reference_policy": "mixed"}, "set loss.per caption"),
-        ({"loss": {"kind": "nash"}, "selection": {"repetition_fraction": 0.1}}, "needs the margin of each pair"),
+        ({"loss": {"kind": "nash"}}, "loss.kind nash fits win rates, which reward.kind judge does not give"),
+        ({"loss": {"kind": "kto"}, "reference_policy": "mixed"}, "use sigmoid, robust, nash, or reference_policy"),
+        (
+            {"loss": {"kind": "grpo"}, "selection": {"min_gap": 0.2}, "subset": SubsetConfig(keep=0.5)},
+            "subset.keep would have no effect; .* pass --selection.min_gap 0.1 --subset.keep null",
+        ),
+        (
+            {"reward": RewardConfig("voter"), "selection": {"floors": {"faithful": 0.8}}},
+            "named objectives, which a voter does not give",
+        ),
+        ({"selection": {"min_spreads": 1.0}}, "reward.kind judge does not give; leave it out"),
+        (
+            {"reward": RewardConfig("model"), "selection": {"min_spreads": 1.0}},
+            "selection.min_spreads is 1.0, but the reward models of the rounds have no ensemble",
+        ),
         ({"eta": 0.0}, "eta must be above 0"),
         (
             {"loss": {"kind": "grpo", "beta": 0.0}, "rebirth": RebirthConfig(tailor="teacher")},

@@ -154,7 +154,7 @@ def test_features_of_frozen_towers_are_cached(load_recipe, captioner, videos, tm
 def test_a_missing_file_creates_no_folder(load_recipe, random_model, tmp_path, monkeypatch, recipe, config, options):
     """Otherwise the corrected command would be rejected as another run."""
     module = load_recipe(recipe)
-    monkeypatch.setattr(module.dist, "setup", lambda: None)  # keep the tests' threads and logging
+    monkeypatch.setattr(module.dist, "setup", lambda **_: None)  # keep the tests' threads and logging
     files = dict.fromkeys(options, tmp_path / "gone.jsonl")
     with pytest.raises(FileNotFoundError, match="gone"):
         module.main(getattr(module, config)(out=tmp_path / "out", model=str(random_model), **files))
@@ -232,7 +232,7 @@ def test_sharded_training_rejects_several_modalities(load_recipe):
 
 def test_unusable_references_are_rejected_with_their_line(load_recipe, random_model, videos, tmp_path, monkeypatch):
     sft, path = load_recipe("sft"), tmp_path / "references.jsonl"
-    monkeypatch.setattr(sft.dist, "setup", lambda: None)  # keep the tests' threads and logging
+    monkeypatch.setattr(sft.dist, "setup", lambda **_: None)  # keep the tests' threads and logging
     shutil.copy(videos[0], tmp_path / "a.mp4")
     config = sft.SftConfig(
         model=str(random_model), out=tmp_path / "out", references=path, heldout_clips=0, tasks=("caption",)

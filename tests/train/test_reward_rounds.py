@@ -133,6 +133,8 @@ def test_rounds_that_exploit_the_reward_model(stages, gains, reason):
         ({"kind": "model", "seed_clips": 1}, "seed_clips and audit_samples must be at least 2"),
         ({"kind": "model", "min_confidence": 1.0}, "min_confidence must be from 0.5 to below 1"),
         ({"kind": "model", "caution": -1.0}, "length_penalty and caution must be at least 0"),
+        ({"caution": 1.0}, "reward.caution 1.0 has no effect with reward.kind judge"),
+        ({"kind": "model", "voter": "cycle"}, "reward.voter cycle has no effect with reward.kind model"),
         ({"kind": "model", "prototype": 2, "refresh_clips": 0}, "reward.prototype 2 needs --reward.model"),
         ({"kind": "model", "prototype": 2, "model": Path("run/raters")}, "--reward.refresh-clips 0, since the judge"),
     ],

@@ -47,6 +47,8 @@ def test_too_few_pairs(min_pairs, batch_size, required):
 def test_zero_pairs_are_never_enough():
     with pytest.raises(RoundFailedError, match="has 0 pairs"):
         require_examples([], EarlyStopConfig(min_pairs=0), batch_size=1, name="round_1")
+    with pytest.raises(RoundFailedError, match=r"has 0 clips whose captions are rated differently, .*: sample more"):
+        require_examples([], EarlyStopConfig(), batch_size=1, name="round_1", are_groups=True)
 
 
 def write_steps(folder, margins):

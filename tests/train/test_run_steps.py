@@ -1,5 +1,6 @@
 """Settings of existing results are compared on resume: what is kept, refused and redone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,8 @@ def test_steps_before_redo_from_are_kept(run, caplog):
     make(run, "b/model")
     open_steps(run, plan(a_model=2, b_model=2), redo_from="b")  # a folder stands for its first step
     assert existing(run) == ["a/captions", "a/pairs", "a/model", "b/model"]
+    steps = [*plan(), Step("b/c/d", {}, (), "b/c/d")]
+    open_steps(run, steps, redo_from="b/c")  # which may have folders of its own
     assert read_json(run / SETTINGS_NAME)["a/model"] == {"value": 1}
     assert "keeping a/model, which was made with value 1 (now 2)" in caplog.text
 
@@ -89,6 +92,23 @@ def test_a_step_whose_file_was_deleted_still_counts(run):
     (run / "a/captions").unlink()
     with pytest.raises(ValueError, match="a/captions was made with"):
         open_steps(run, plan(a_captions=2))
+
+
+def test_steps_that_a_configuration_lacks_for_a_while(run):
+    """They are kept as long as what they were made from is, and deleted with it."""
+    make(run, "b/model")
+
+    def short_plan(**settings):
+        captions, _, model, heldout, _ = plan(**settings)
+        return [captions, replace(model, needs=("a/captions",)), heldout]
+
+    open_steps(run, short_plan(a_heldout=2))
+    open_steps(run, plan(a_heldout=2))
+    assert existing(run) == ["a/captions", "a/pairs", "a/model", "b/model"]
+    open_steps(run, short_plan(a_captions=2), redo_from="a/captions")
+    assert existing(run) == []
+    make(run, "a/captions", "a/model")
+    open_steps(run, plan(a_captions=2))
 
 
 def test_an_unknown_step_is_refused(run):
