@@ -273,7 +273,10 @@ class JudgeInfo:
 
 @dataclass(frozen=True)
 class Mark:
-    """A person's judgement of a clause: characters `start` to `end` of a caption, exclusive, are right or wrong."""
+    """A judgement of a clause: characters `start` to `end` of a caption, exclusive, are right or wrong.
+
+    Marks are of people, or made of what a judge quotes.
+    """
 
     start: int
     end: int
@@ -293,7 +296,8 @@ class Comparison:
         chosen, rejected: the better and the worse answer.
         ground_truth: a correct answer, for the cross-entropy term of guided DPO; "" where there is none.
         margin: how much better the chosen answer is, in units of the source's rating; None where it is unknown.
-        source: who compared them: the name of a reward, "vote" or "published".
+        source: who compared them: the name of a reward or judge; "vote", "edit", "missing" or "rating" of a person;
+            "published" or "given" in another format.
         chosen_finished, rejected_finished: False for an answer that was cut off at the token limit.
         history: earlier turns of the conversation, (prompt, answer) each.
         modality: what of the video the answers are about.

@@ -55,7 +55,7 @@ def test_the_best_caption_is_chosen_by_prompt():
     assert [one.text for one in best_captions(captions, [*ratings, None])] == ["y", "z"]
 
 
-def test_mistakes(call, reward_folder, tmp_path):
+def test_mistakes(call, reward_folder, tmp_path, monkeypatch):
     captions = tmp_path / "captions.jsonl"
     write_records(captions, [])
     assert call("reward", captions, "--model", reward_folder)[2] == f"error: {captions} holds no captions\n"
@@ -64,4 +64,12 @@ def test_mistakes(call, reward_folder, tmp_path):
     assert code == 2 and "is no reward model: it has no reward.json; recipes/reward.py trains one" in err
     code, _, err = call("reward", captions, "--model", reward_folder, "--caution", 1)
     assert code == 2 and f"which {reward_folder} has not: train with --ensemble 5" in err
+    monkeypatch.setattr(Captioner, "load", lambda *_, **__: pytest.fail("the base must not be loaded"))
+    for flags, message in (
+        (("--caution", -1), "--caution must be at least 0, got -1"),
+        (("--objectives",), "is a bradley-terry reward model: --objectives needs one of that kind"),
+        (("--votes", captions), "has one reward for all: --votes needs a model of the kind ideal-point"),
+    ):
+        code, _, err = call("reward", captions, "--model", reward_folder, *flags)
+        assert code == 2 and message in err
     assert "must be different files" in call("reward", captions, "--model", reward_folder, "--out", captions)[2]

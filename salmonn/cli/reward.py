@@ -63,6 +63,8 @@ def run_reward(values: Namespace) -> int:
         raise ValueError("--out and --best must be different files, and other ones than the captions")
     if sum(value is not None for value in (values.rater, values.prototype, values.votes)) > 1:
         raise ValueError("--rater, --prototype and --votes say whose reward it is: give one of them")
+    if values.caution < 0:
+        raise ValueError(f"--caution must be at least 0, got {values.caution}")
     captions = read_records(values.captions, Caption)
     if not captions:
         raise ValueError(f"{values.captions} holds no captions")
@@ -84,15 +86,24 @@ def run_reward(values: Namespace) -> int:
 
 
 def load_model(values: Namespace, captions: Sequence[Caption]) -> "RewardModel":
-    """Load the reward model; warn of captions that it was not trained for.
+    """Load the reward model if it has what the flags ask for; warn of captions that it was not trained for.
 
     Raises:
         ValueError: it lacks what the flags ask for.
     """
     with garbage_kept():
         from salmonn.model.loading import Placement, hide_progress
-        from salmonn.preference.reward_model import RewardModel
+        from salmonn.preference.reward_model import RewardModel, read_info
 
+        info = read_info(values.model)
+        if values.caution and not info.ensemble:
+            raise ValueError(
+                f"--caution needs an ensemble of heads, which {values.model} has not: train with --ensemble 5"
+            )
+        if values.objectives and info.kind != "objectives":
+            raise ValueError(f"{values.model} is a {info.kind} reward model: --objectives needs one of that kind")
+        if values.votes and not info.prototypes:
+            raise ValueError(f"{values.model} has one reward for all: --votes needs a model of the kind ideal-point")
         hide_progress()
         placement = Placement(device=values.device, dtype=values.dtype)
         model = RewardModel.load(
@@ -106,10 +117,6 @@ def load_model(values: Namespace, captions: Sequence[Caption]) -> "RewardModel":
     if others := {one.modality for one in captions if one.modality} - set(model.info.modalities):
         learned, unknown = " and ".join(model.info.modalities), " and ".join(sorted(others))
         sys.stderr.write(f"{values.model} was trained on captions of {learned}: rewards of {unknown} are untested\n")
-    if values.caution < 0:
-        raise ValueError(f"--caution must be at least 0, got {values.caution}")
-    if values.caution and not model.info.ensemble:
-        raise ValueError(f"--caution needs an ensemble of heads, which {values.model} has not: train with --ensemble 5")
     return model
 
 
@@ -117,7 +124,7 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
     """Fit the model's weights to the votes of a new rater.
 
     Raises:
-        ValueError: the model has one reward for all, or no vote can be used.
+        ValueError: no vote can be used.
         ClipError: a clip cannot be read.
     """
     from salmonn.preference.comparisons import group_comparisons, read_preferences
@@ -126,8 +133,7 @@ def fit_to_votes(model: "RewardModel", path: Path) -> None:
     from salmonn.train.raters import collect_votes
 
     mixture = model.head
-    if not isinstance(mixture, MixtureHead):
-        raise ValueError(f"{model.name} has one reward for all: train with --kind ideal-point to tell raters apart")
+    assert isinstance(mixture, MixtureHead), "the flags have been checked"
     preferences = read_preferences(path)
     groups = group_comparisons(preferences.comparisons)
     answer, prompt = [], []

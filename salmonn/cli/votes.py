@@ -45,6 +45,8 @@ def run_votes(values: Namespace) -> int:
 
     if (values.export is None) != (values.out is None):
         raise ValueError("--export names a format and --out its file: give both, or neither")
+    if values.forget is not None and values.export is not None:
+        raise ValueError("--forget deletes and --export writes: give one of them")
     feedback = read_feedback(values.folder)
     if values.forget is not None:
         deleted = FeedbackStore(values.folder).forget(values.forget)
@@ -93,7 +95,8 @@ def _print_ratings(ratings: "Ratings", console: "Console") -> None:
     table = new_table("Ratings at equal side and length (Elo)", ("rating", "95 % interval"))
     for name, one in ratings.models.items():
         table.add_row(name, f"{one.value:.0f}", f"{one.low:.0f} to {one.high:.0f}")
-    console.print(table)
+    if ratings.models:
+        console.print(table)
     for effect, one in (("caption A", ratings.side), ("10 words more", ratings.length)):
         console.print(
             f"preference for {effect}: {one.value:+.2f} ({one.low:+.2f} to {one.high:+.2f}) logits", highlight=False

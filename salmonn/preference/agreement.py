@@ -18,7 +18,8 @@ class Agreement:
 
     Args:
         num_comparisons, num_clips: size of the held-out set.
-        accuracy, low, high: share ordered alike, with its 95 % Wilson interval.
+        accuracy, low, high: share ordered alike, with its 95 % Wilson interval of as many independent comparisons as
+            have the variance over clips: those of one clip share captions.
         blind: the same of a reward model that was trained and asked with the features of other clips; None if there
             is none. What is above it comes from looking.
         longest: the same of preferring the caption with more words; ties count one half.
@@ -43,7 +44,9 @@ def measure_agreement(groups: Sequence[AnswerGroup], margins: Tensor, blind: Ten
         ]
     )
     accuracy = share_positive(margins)
-    interval = wilson_interval(round(accuracy * len(margins)), len(margins))
+    clips = [group.example.video for group in groups for _ in group.pairs]
+    number = effective_number(margins, clips)
+    interval = wilson_interval(accuracy * number, number)
     return Agreement(
         num_comparisons=len(margins),
         num_clips=len(groups),
@@ -53,6 +56,28 @@ def measure_agreement(groups: Sequence[AnswerGroup], margins: Tensor, blind: Ten
         longest=share_positive(words),
         blind=None if blind is None else share_positive(blind),
     )
+
+
+def effective_number(margins: Tensor, clips: Sequence[str]) -> float:
+    """Return the number of independent comparisons whose share of positive margins would vary as much.
+
+    It is at most that of the comparisons: their number over the design effect (Kish, Survey Sampling, 1965), with the
+    variance of a ratio over clips. Where all comparisons are ordered alike, each clip counts once.
+
+    Args:
+        margins: margin of each comparison, (N,).
+        clips: clip of each comparison.
+    """
+    correct = ((margins > 0).double() + 0.5 * (margins == 0).double()).tolist()
+    share = sum(correct) / len(correct)
+    excess = dict.fromkeys(clips, 0.0)  # clip -> sum of (correct - share)
+    for clip, one in zip(clips, correct, strict=True):
+        excess[clip] += one - share
+    num_clips = len(excess)
+    if share in (0, 1) or num_clips == 1:
+        return num_clips
+    variance = num_clips / (num_clips - 1) * sum(one**2 for one in excess.values()) / len(correct) ** 2
+    return min(share * (1 - share) / max(variance, 1e-12), len(correct))
 
 
 def share_positive(margins: Tensor) -> float:

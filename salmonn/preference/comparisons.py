@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from salmonn.conversations import Conversation, is_conversation_file, read_conversations
+from salmonn.conversations import Conversation, is_conversation_file, list_items, read_conversations
 from salmonn.preference.feedback import FEEDBACK_NAME, holds_feedback, read_feedback
 from salmonn.preference.feedback_pairs import to_comparisons
 from salmonn.preference.rating import Rating
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 Check = Callable[[Comparison], None]
 
 CAPTIONS_NAME, SCORES_NAME, RATINGS_NAME = "captions.jsonl", "scores.jsonl", "ratings.jsonl"
-EQUAL, NO_VIDEO, UNRATED = "equal answers", "no video", "captions without a rating"
+EQUAL, NO_ANSWER, NO_VIDEO = "equal answers", "an empty better answer", "no video"
+UNRATED = "captions without a rating"
 _ROUNDING = 1e-9  # margins are differences of fractions: 0.5 - 0.4 must pass a gap of 0.1
 
 
@@ -209,10 +210,8 @@ def read_preferences(
     root = root or (path if path.is_dir() else path.parent)
     comparisons = []
     for number, one in enumerate(read, start=1):
-        if one.chosen.split() == one.rejected.split():
-            left_out[EQUAL] += 1
-        elif not one.video or not (root / one.video).is_file():
-            left_out[NO_VIDEO] += 1
+        if reason := _find_flaw(one, root, may_be_silent=path.is_dir()):
+            left_out[reason] += 1
         else:
             _check(one, check, where=f"{path}, comparison {number}")
             comparisons.append(one)
@@ -223,6 +222,15 @@ def read_preferences(
             f"{root.resolve()}, which root changes"
         )
     return preferences
+
+
+def _find_flaw(comparison: Comparison, root: Path, *, may_be_silent: bool) -> str:
+    """Return why a comparison cannot be used; "" if it can. A judge may prefer an empty caption to a wrong one."""
+    if comparison.chosen.split() == comparison.rejected.split():
+        return EQUAL
+    if not comparison.chosen.strip() and not may_be_silent:
+        return NO_ANSWER
+    return "" if comparison.video and (root / comparison.video).is_file() else NO_VIDEO
 
 
 def _check(comparison: Comparison, check: Check | None, *, where: str) -> None:
@@ -264,6 +272,8 @@ def _check_distinct(records: Sequence[Caption | Score | Rating], *, where: str) 
 
 def _read_file(path: Path) -> tuple[list[Comparison], Counter[str]]:
     """Return the comparisons of a file of any format, and reason -> number of those that cannot be used."""
+    if path.is_file() and (path.suffix == ".parquet" or _is_list_of_rows(path)):
+        return _read_rows(path), Counter()
     if path.is_file() and is_conversation_file(path):
         return [conversation_to_comparison(one) for one in read_conversations(path) if one.preference], Counter()
     if not path.is_file():
@@ -274,6 +284,15 @@ def _read_file(path: Path) -> tuple[list[Comparison], Counter[str]]:
     if kind == "comparisons":
         return [record for _, record in iter_numbered_records(path, Comparison)], Counter()
     return _read_rows(path), Counter()
+
+
+def _is_list_of_rows(path: Path) -> bool:
+    """Return whether a file is a JSON list of rows rather than of conversations, by its first item."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        if not next((line for line in file if line.strip()), "").lstrip().startswith("["):
+            return False
+    _, first = next(list_items(path), (0, None))
+    return isinstance(first, dict) and "chosen" in first
 
 
 def _guess_kind(path: Path) -> str:

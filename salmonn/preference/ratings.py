@@ -4,7 +4,8 @@ P(A wins) = sigmoid(theta_A - theta_B + side + length * (words of A - words of B
 
 As in Chatbot Arena's style control (FastChat, `rating_systems.py`): ties and votes for neither count half, a ridge of
 0.5 on the parameters, and the Elo scale. Arena divides the difference of lengths by their sum; a plain difference has a
-unit. Intervals are from a bootstrap over raters, since the votes of one person are alike.
+unit. Intervals are from a bootstrap over raters, since the votes of one person are alike; they are never narrower than
+those of independent votes, since a few raters may agree by chance.
 
 Where all Totals are known, the effects of side and length are of a second fit, which also has the difference of Totals:
 what else differs between two captions would shrink all logits. So the effect of length is that at equal Total.
@@ -48,10 +49,10 @@ class Ratings:
     """Ratings of models.
 
     Args:
-        models: model -> rating on the Elo scale, the best first. Their mean is 1000.
+        models: model -> rating on the Elo scale, the best first, of those voted on against another. Their mean is 1000.
         side: preference for the caption on the left (A), in logits.
         length: preference for a caption with 10 words more, in logits; at equal Total where all Totals are known.
-        num_votes, num_raters: votes that were used, and people who gave them; those without an id are different ones.
+        num_votes, num_raters: votes that were used, and people who gave them; all those without an id count as one.
     """
 
     models: Mapping[str, Estimate]
@@ -64,8 +65,8 @@ class Ratings:
 def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES, seed: int = 0) -> Ratings | None:
     """Fit ratings to the votes among feedback; None without votes on two whole captions.
 
-    Intervals are estimate -+ t * standard error of the bootstrap with t of Student's distribution, as there may be few
-    raters: percentiles would be too narrow.
+    Intervals are estimate -+ t * standard error, the larger one of the bootstrap and of independent votes, with t of
+    Student's distribution, as there may be few raters: percentiles would be too narrow.
     """
     votes = [
         (one, one.second)
@@ -83,15 +84,18 @@ def fit_ratings(feedback: Sequence[Feedback], *, resamples: int = RESAMPLES, see
         inputs[row, -2] = 1
         inputs[row, -1] = (len(vote.first.text.split()) - len(second.text.split())) / 10
     outcome = np.array([{"first": 1.0, "second": 0.0}.get(vote.choice or "", 0.5) for vote, _ in votes])
-    raters: dict[object, int] = {}
-    cluster = np.array([raters.setdefault(vote.rater or row, len(raters)) for row, (vote, _) in enumerate(votes)])
+    raters: dict[str, int] = {}
+    cluster = np.array([raters.setdefault(vote.rater, len(raters)) for vote, _ in votes])
     estimates = effects = _estimate(inputs, outcome, cluster, resamples=resamples, seed=seed)
     totals = [[caption.total for caption in vote.captions] for vote, _ in votes]
     if all(total is not None for pair in totals for total in pair):
         difference = np.array(totals, dtype=np.float64) @ [-1, 1]
         scaled = difference / max(float(difference.std()), 1e-9)  # for the ridge
         effects = _estimate(np.insert(inputs, 0, scaled, axis=1), outcome, cluster, resamples=resamples, seed=seed)
-    elo = {name: estimates[index].scale(ELO_PER_LOGIT, MEAN_ELO) for name, index in column.items()}
+    is_compared = np.abs(inputs).sum(axis=0) > 0  # in the column of a model that has met itself only all are 0
+    elo = {
+        name: estimates[index].scale(ELO_PER_LOGIT, MEAN_ELO) for name, index in column.items() if is_compared[index]
+    }
     best_first = dict(sorted(elo.items(), key=lambda item: -item[1].value))
     return Ratings(best_first, effects[-2], effects[-1], len(votes), len(raters))
 
@@ -122,7 +126,10 @@ def _bootstrap_error(
         fits.append(_fit(inputs, outcome, counts[:, cluster].astype(np.float64), start=fitted, tolerance=1e-4))
     # Resampling G clusters has the variance of G - 1.
     deviation = np.concatenate(fits).std(axis=0) * math.sqrt(num_clusters / (num_clusters - 1))
-    return np.asarray(deviation * student_t.ppf(0.975, num_clusters - 1))
+    chance = expit(inputs @ fitted)
+    curvature = (inputs.T * (chance * (1 - chance))) @ inputs + RIDGE * np.eye(inputs.shape[1])
+    independent = np.sqrt(np.diag(np.linalg.inv(curvature)))
+    return np.asarray(np.maximum(deviation, independent) * student_t.ppf(0.975, num_clusters - 1))
 
 
 def _fit(inputs: Array, outcome: Array, weights: Array, *, start: Array, tolerance: float = 1e-9) -> Array:

@@ -66,10 +66,11 @@ class SetComparison:
     differences: dict[str, MeasureDifference]
 
 
-def wilson_interval(successes: float, total: int) -> Interval:
+def wilson_interval(successes: float, total: float) -> Interval:
     """Return the 95 % Wilson score interval of a proportion, which holds for small counts too; (0, 1) for no trials.
 
-    Half successes, such as ties, may be counted; their smaller variance makes the interval conservative.
+    Half successes, such as ties, may be counted; their smaller variance makes the interval conservative. Of dependent
+    trials, `total` is the number of independent ones with their variance.
     """
     if not total:
         return Interval(0.0, 1.0)

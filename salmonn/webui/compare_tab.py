@@ -356,7 +356,7 @@ def vote_message(vote: Feedback, *, may_keep: bool) -> str:
     if reason := explain_unused(vote, may_keep=may_keep):
         return f"Vote saved, but not used for training because {reason}."
     if vote.choice == "both bad":
-        return "Vote saved. Both captions count as bad in training."
+        return "Vote saved. Training on ratings counts both captions as bad."
     truth = "your text" if vote.text else "the reference caption" if vote.ground_truth else ""
     return f"Vote saved. It will be used for training{f', with {truth} as ground truth' * bool(truth)}."
 

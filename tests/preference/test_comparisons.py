@@ -210,6 +210,18 @@ def test_rows_that_are_refused(folder, row, message):
         read_preferences(write_lines(folder / "rows.jsonl", [row]))
 
 
+def test_files_of_rows_that_are_no_json_lines(folder):
+    """A JSON list as rows.py reads it, of which one row has no better answer; and a binary file."""
+    rows = [{"video": "a.mp4", "prompt": "Tell.", "chosen": text, "rejected": "y"} for text in ("x", "")]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    read = read_preferences(folder / "rows.json")
+    assert [one.chosen for one in read.comparisons] == ["x"] and read.left_out == {"an empty better answer": 1}
+    assert read_preferences(write_lines(folder / "rows.jsonl", rows)).left_out == read.left_out
+    (folder / "rows.parquet").write_bytes(b"PAR1\xff\xfe")
+    with pytest.raises(ValueError, match="is a Parquet file: convert it to JSON lines"):
+        read_preferences(folder / "rows.parquet")
+
+
 def test_texts_are_checked_and_files_must_exist(folder):
     write_records(folder / "pairs.jsonl", [Comparison("a.mp4", "Tell.", "x", "y")])
 

@@ -10,6 +10,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from salmonn.preference.export import export_rows
@@ -542,6 +543,22 @@ def test_ratings_by_hand():
     assert fit_ratings([replace(VOTE, first=replace(one, finished=False))]) is None
 
 
+def test_few_raters_have_wide_intervals():
+    """Of those who agree by chance, too. A model that only met itself has no rating; no id is one rater."""
+    one, two = Candidate("one", "a b", "p"), Candidate("two", "c d", "p")
+    twin = fit_ratings([replace(VOTE, first=one, second=two, choice="first", rater=name) for name in "ab"])
+    # Independent votes: 1 / sqrt(0.5 + 2 p (1 - p)) at most, for side; t of one degree of freedom is 12.7062.
+    chance = 1 / (1 + math.exp(-twin.side.value - 2 * (twin.models["one"].value - 1000) * math.log(10) / 400))
+    fisher = 2 * chance * (1 - chance)  # of side, "one" and minus "two", which are equal
+    curvature = np.full((3, 3), fisher) + 0.5 * np.eye(3)
+    error = math.sqrt(np.linalg.inv(curvature)[0, 0])
+    assert twin.side.high - twin.side.value == pytest.approx(12.7062 * error, rel=1e-4)
+    itself = [replace(VOTE, first=one, second=one, choice=choice) for choice in ("first", "first", "second")]
+    ratings = fit_ratings(itself)
+    assert ratings.models == {} and ratings.side.value > 0
+    assert ratings.num_raters == 1 and ratings.side.high == math.inf
+
+
 def test_effects_of_side_and_length():
     """One model against another of equal captions but for a word: ties are half a win, and words are preferred."""
     short, long = (Candidate(model, text, "p", total=0.5) for model, text in (("one", "a b"), ("two", "c d e")))
@@ -591,3 +608,5 @@ def test_exports(votes, call, tmp_path):
     assert export_rows(votes.folder, out, kind="unpaired")[1]["no video"] == 1
     code, _, err = call("votes", votes.folder, "--export", "trl")
     assert code == 2 and "give both, or neither" in err
+    code, _, err = call("votes", votes.folder, "--export", "trl", "--out", out, "--forget", "ann")
+    assert code == 2 and "--forget deletes and --export writes" in err and len(votes.read()) == 5
