@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from salmonn.records import Caption, JudgeInfo, Question, Reference, Score, write_json, write_records
 from salmonn.score.formats import write_scores
@@ -344,11 +343,3 @@ def test_invalid_options_are_rejected(tool, capsys):
         with pytest.raises(SystemExit):
             tool.main(args)
         assert "needs mrdpo" in capsys.readouterr().err
-
-
-def test_the_recipe_row_has_the_settings_of_mrdpo_yaml(tool):
-    folder = tool.ROOT / "recipes" / "configs"
-    recipe, plain = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("mrdpo", "ablation"))
-    for key, value in tool.RECIPE.items():
-        group, name = key.split(".")
-        assert recipe[group][name] == value != plain.get(group, {}).get(name), key
