@@ -42,6 +42,7 @@ from salmonn.train.reward import RewardTrainingConfig
 from salmonn.train.rounds import EarlyStopConfig
 from salmonn.train.run_log import RewardRound
 from tests.launch import forked
+from tests.limits import RUN_SECONDS
 from tests.score.fake_llm_server import rule_judge_script
 
 ROUND = {
@@ -193,7 +194,7 @@ def test_killed_at_every_stage_and_resumed(finished, command_of, launch, flags, 
     python, recipe, *options = command_of("mrdpo", out=out, **flags | cache_flags)
     for number, point in enumerate(POINTS):
         command = forked(python, Path(__file__).with_name("kill_at.py"), point, recipe, *options)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
         assert result.returncode == -signal.SIGKILL and "killed" in result.stdout, (number, point, result.stderr)
     result = launch("mrdpo", out=out, **flags | cache_flags)
     assert result.returncode == 0, result.stderr
@@ -203,10 +204,11 @@ def test_killed_at_every_stage_and_resumed(finished, command_of, launch, flags, 
         assert content(out, name) == content(finished, name), name
 
 
-def test_two_processes(finished, launch, flags, tmp_path):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "torchrun"])
+def test_two_processes(finished, launch, flags, tmp_path, fresh):
     # Half of each step's examples are questions, unlike in the other runs here.
     cache_flags = {"feature_cache.folder": tmp_path.with_name(f"{tmp_path.name}_tokens")}
-    result = launch("mrdpo", processes=2, fresh=True, out=tmp_path, **flags | cache_flags, qa_fraction=0.5)
+    result = launch("mrdpo", processes=2, fresh=fresh, out=tmp_path, **flags | cache_flags, qa_fraction=0.5)
     assert result.returncode == 0, result.stderr
     steps = [json.loads(line) for line in (tmp_path / "round_1" / "steps.jsonl").read_text().splitlines()]
     assert all(step["qa"] > 0 and step["dpo"] > 0 for step in steps)
@@ -247,7 +249,7 @@ def test_a_slow_rank_does_not_hang_the_run(command_of, tmp_path):
     (tmp_path / "late.py").write_text(LATE_RANK)
     *launcher, _ = command_of("mrdpo", processes=2)
     command = forked(*launcher, tmp_path / "late.py", tmp_path / "pairs.jsonl")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
     assert result.returncode == 0, result.stderr
 
 

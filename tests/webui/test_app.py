@@ -484,6 +484,6 @@ def test_layout_on_a_phone(visit, scheme):
             compare(visitor)
             # The captions have been scrolled into view.
             visitor.page.wait_for_function("document.querySelector('#comparison').getBoundingClientRect().top < 400")
-        assert visitor.width() <= 390
+        visitor.page.wait_for_function("document.documentElement.scrollWidth <= 390")  # while mounted it is wider
     background = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == {"light": "rgb(250, 250, 249)", "dark": "rgb(15, 14, 13)"}[scheme]
