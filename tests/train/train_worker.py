@@ -24,6 +24,7 @@ from salmonn.records import Comparison, Reference, read_records
 from salmonn.train.checkpoint import Checkpoint
 from salmonn.train.data import CLIPS_NAME, ClipSet
 from salmonn.train.evaluate import cache_features
+from salmonn.train.feature_cache import FeatureCacheConfig, open_feature_cache
 from salmonn.train.kl import KLProbe
 from salmonn.train.loop import Callback, FitConfig, FitContext, autocast, fit
 from salmonn.train.preference import (
@@ -68,7 +69,8 @@ def train(
 ) -> Checkpoint:
     """Train on three pairs: the reference caption of each clip, and that of another clip."""
     network, references, prompt = captioner.network, clips.references, captioner.default_prompt()
-    (clips,) = cache_features(captioner, clips, name="clips")
+    cache = open_feature_cache(FeatureCacheConfig(out / "features"), captioner)
+    (clips,) = cache_features(captioner, clips, name="clips", cache=cache)
     examples = [
         PreferenceExample(
             Comparison(reference.video, prompt, reference.caption, other.caption, reference.caption, margin=0.5),
