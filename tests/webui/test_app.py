@@ -249,6 +249,7 @@ def test_a_caption_is_copied_and_rated(visit, demo):
     visitor = visit(permissions=["clipboard-read", "clipboard-write"])
     choose_example(visitor, 1)
     text = describe(visitor)
+    visitor.page.locator("#rate-good").wait_for()  # copies are counted from then on
     visitor.page.get_by_role("button", name="Copy").click()
     visitor.page.get_by_text("Copied.").wait_for()
     assert visitor.page.evaluate("navigator.clipboard.readText()") == text
