@@ -60,7 +60,8 @@ class OfflineDpoConfig(RunConfig):
         feedback: folder of people's feedback, as the web UI saves it, to train on in place of `preferences`. Votes,
             edits and ratings become pairs; with loss.kind kto or bco_pair, each rated caption is trained on by itself.
             The cross-entropy is on what people wrote and on reference captions, where there are any.
-        root: folder that the paths of the videos start from; by default the folder of `preferences`.
+        root: folder that the paths of the videos start from; by default the folder of `preferences`, or the
+            folder `feedback`.
         subset: subset of the preferences that is trained on.
         loss: loss.
         lora: adapter.
@@ -77,6 +78,10 @@ class OfflineDpoConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.preferences is None) == (self.feedback is None) and not self.dry_run:
+            raise ValueError(
+                "give either --preferences, a file of preference pairs, or --feedback, a folder of people's feedback"
+            )
         if self.loss.kind in ("grpo", "nash"):
             raise ValueError(
                 f"loss.kind {self.loss.kind} needs rated samples of the policy; use recipes/mrdpo.py for it"
@@ -93,7 +98,7 @@ def main(config: OfflineDpoConfig) -> None:
             placement=config.placement,
             fit=config.fit,
             answers=3,
-            title="guided DPO",
+            title=config.loss.title,
         )
         return
     dist.setup(deterministic=config.deterministic)
@@ -139,7 +144,7 @@ def main(config: OfflineDpoConfig) -> None:
         seed=config.seed,
         gradient_accumulation_steps=config.fit.gradient_accumulation_steps,
     )
-    context = FitContext("guided DPO", config.out, config.seed, config.strategy)
+    context = FitContext(config.loss.title, config.out, config.seed, config.strategy)
     fit_config = config.fit.resolve(len(examples))
     with checkpointed(config.out):
         checkpoint = fit(captioner.network, batches, PreferenceBatchLoss(loss), fit_config, context=context)
@@ -163,8 +168,7 @@ def load_comparisons(
         ValueError: there are no preferences, or they lack the ground truth that the loss needs.
     """
     path = config.preferences
-    if path is None:
-        raise ValueError("give --preferences, a file of preference pairs, or --feedback, a folder of people's feedback")
+    assert path
     root = config.root or path.parent
     if is_conversation_file(path):
         conversations = read_conversations(path, check=check)
@@ -219,6 +223,11 @@ def load_feedback(
         raise ValueError(
             f"{config.feedback} has nothing to train on: {describe_comparisons(usable, unused)}. Votes for A or B, "
             "edits, and captions of one clip rated good and bad are needed"
+        )
+    if config.loss.kind == "kto" and len({one.video for one in usable if one.chosen}) < 2:
+        raise ValueError(
+            f"loss.kind kto estimates the KL divergence from good captions of other clips, and {config.feedback} has "
+            "them of fewer than two clips; rate captions of more clips as good, or use loss.kind bco_pair"
         )
     num_truths = sum(bool(one.ground_truth) for one in usable)
     log.info("%d of them have a text of a person or a reference caption for the cross-entropy", num_truths)

@@ -52,7 +52,7 @@ from salmonn.train.evaluate import (
     write_exploitability,
 )
 from salmonn.train.feature_cache import open_feature_cache
-from salmonn.train.influence import best_captions, rate_at_random, rate_by_influence, split_clips
+from salmonn.train.influence import best_captions, rate_by_influence, shuffle_ratings, split_clips
 from salmonn.train.kl import kl_callback, make_kl_probe
 from salmonn.train.left_out import LeftOut
 from salmonn.train.loop import Batches, FitContext, autocast, check_processes, fit
@@ -397,13 +397,14 @@ def run_rebirth(best: Path, run: Run, rebirth: RebirthConfig) -> Path:
             model, train, config.sampling, name="rebirth: drafts", seed=config.seed, folder=drafts_folder
         )
         del model
+        student = load_student(best, config, rebirth)
+        student.network.checkpoint_layers(rebirth.fit.gradient_checkpointing)
+        size = rebirth.fit.micro_batch_size
+        with autocast(rebirth.fit.precision):
+            ratings = rate_by_influence(drafts, train, preference, student, batch_size=size, folder=folder)
+        del student
         if rebirth.tailor == "random":
-            ratings = rate_at_random(drafts, seed=config.seed)
-        else:
-            student, size = load_student(best, config, rebirth), rebirth.fit.micro_batch_size
-            with autocast(rebirth.fit.precision):
-                ratings = rate_by_influence(drafts, train, preference, student, batch_size=size, folder=folder)
-            del student
+            ratings = shuffle_ratings(ratings, seed=config.seed)
         if rebirth.tailor == "draft":
             captions = best_captions(drafts, ratings)
         else:

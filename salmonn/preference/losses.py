@@ -134,8 +134,8 @@ class LossConfig:
         ce_weight: weight of the cross-entropy on the ground-truth caption; 0 for none, which needs no ground truth.
         label_smoothing: share of comparisons that are assumed to be the wrong way round; for sigmoid (conservative
             DPO) and robust only.
-        per: what is compared: the two answers, or with "clause" also each marked clause with itself: a right one should
-            become more likely, a wrong one less likely; for sigmoid only.
+        per: what is compared: the two answers, or with "clause" also each marked clause against the reference policy: a
+            right one should become more likely, a wrong one less likely; for sigmoid only.
         importance: for grpo, what the probability ratio of new and old policy is taken of: each "token" (GRPO), or the
             whole "sequence", as a geometric mean over its tokens (GSPO).
         clip_low, clip_high: for grpo, distance from 1 beyond which a smaller or a larger ratio has no gradient.
@@ -177,7 +177,9 @@ class LossConfig:
     @property
     def title(self) -> str:
         """Name of the method in the terminal."""
-        return "GRPO" if self.kind == "grpo" else "guided DPO"
+        names = {"sigmoid": "DPO", "robust": "robust DPO", "nash": "Nash learning"}
+        name = names.get(self.kind, self.kind.partition("_")[0].upper())
+        return name if self.kind == "grpo" or not self.ce_weight else f"guided {name}"
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ def grpo_loss(samples: RoleLogps, config: LossConfig) -> LossOutput:
 
 
 def clause_loss(answers: Sequence[RoleLogps], config: LossConfig) -> LossOutput:
-    """Compute the loss of marked clauses, D3PO (arXiv 2311.13231) with clauses for denoising steps.
+    """Compute the loss of marked clauses, after fine-grained DPO (FDPO, arXiv 2308.06394).
 
     The mean over the marked clauses of a comparison's answers of -log sigmoid(h beta log(pi / ref)), with h = 1 for a
     right and -1 for a wrong clause, and log-ratios summed over the clause's tokens.
@@ -304,7 +306,8 @@ def clause_loss(answers: Sequence[RoleLogps], config: LossConfig) -> LossOutput:
         config: beta.
 
     Returns:
-        (B,) loss, 0 without a marked clause, and the share of clauses whose likelihood moved in their direction.
+        (B,) loss, 0 without a marked clause. Parts besides it: numbers of marked clauses, and of those whose likelihood
+        moved in their direction, whose means over examples may be divided.
     """
     rewards, signs = [], []
     for one in answers:
@@ -318,7 +321,8 @@ def clause_loss(answers: Sequence[RoleLogps], config: LossConfig) -> LossOutput:
     is_marked = sign != 0
     count = is_marked.sum(-1).clamp(min=1)
     loss = (is_marked * -F.logsigmoid(sign * reward)).sum(-1) / count
-    return LossOutput(loss, {"clause": loss, "clause_accuracy": (sign * reward > 0).sum(-1) / count})
+    parts = {"clauses": is_marked.sum(-1).float(), "clauses_moved": (sign * reward > 0).sum(-1).float()}
+    return LossOutput(loss, {"clause": loss, **parts})
 
 
 def nash_loss(ratios: LogRatios, config: LossConfig) -> Tensor:
@@ -379,7 +383,7 @@ def guided_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutp
         config: kind of loss, and weights.
     """
     output = grpo_loss(logps["sample"], config) if config.kind == "grpo" else _pair_loss(logps, config)
-    loss, parts = output.loss, {"grpo" if config.kind == "grpo" else "dpo": output.loss}
+    loss, parts = output.loss, {"grpo": output.loss} if config.kind == "grpo" else {}
     if config.ce_weight:
         # An example without a ground truth has an empty one, whose cross-entropy is 0.
         parts["ce"] = -logps["ground_truth"].policy / logps["ground_truth"].num_tokens.clamp(min=1)
@@ -399,14 +403,12 @@ def _pair_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutpu
         logps["chosen"].margins,
     )
     loss = PAIR_LOSSES[config.kind](ratios, config)
-    of_clauses = {}
+    parts = {"dpo": loss}
     if config.per == "clause":
         output = clause_loss([logps["chosen"], logps["rejected"]], config)
-        # A caption whose clauses were marked without a comparison stands beside an empty one.
-        is_pair = (ratios.num_chosen_tokens > 0) & (ratios.num_rejected_tokens > 0)
-        loss, of_clauses = is_pair * loss + output.loss, output.parts
+        loss, parts = loss + output.loss, parts | output.parts
     chosen, rejected = config.beta * ratios.chosen, config.beta * ratios.rejected
-    parts = {
+    parts |= {
         "chosen": chosen,
         "rejected": rejected,
         "margin": chosen - rejected,
@@ -414,7 +416,7 @@ def _pair_loss(logps: Mapping[Role, RoleLogps], config: LossConfig) -> LossOutpu
         "chosen_drift": chosen / config.beta,
         "rejected_drift": rejected / config.beta,
     }
-    return LossOutput(loss, parts | of_clauses)
+    return LossOutput(loss, parts)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, center_weight: float = 0.01) -> LossOutput:

@@ -58,8 +58,8 @@ class SampleConfig(Sampling):
 
     Args:
         num_samples: captions of each clip.
-        temperatures: of equal shares of the samples, such as [1.0, 0.7] for half and half, in place of `temperature`;
-            RLHF Workflow (arXiv 2405.07863) samples so, for a wider choice of best and worst.
+        temperatures: temperatures of equal shares of the samples, in place of `temperature`; such as [1.0, 0.7] for
+            half and half. RLHF Workflow (arXiv 2405.07863) samples so, for a wider choice of best and worst.
         batch_size: captions generated at once; fewer if the KV cache of so many would not fit on the GPU.
     """
 

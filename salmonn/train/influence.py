@@ -1,4 +1,4 @@
-"""Influence of a caption on a student: how much learning it would help the student on other clips' reference captions.
+"""Influence of a caption on a student: how much training on it would improve the student on other reference captions.
 
 ARTE (arXiv 2406.19227) teaches a student what it learns most from. Montessori-Instruct (arXiv 2410.14208) measures that
 by one training step: to first order, a step on a caption lowers another loss by the inner product of the two gradients.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from salmonn import dist
 from salmonn.caption.captioner import Captioner
@@ -74,7 +74,7 @@ def rate_by_influence(
         drafts: captions of the clips.
         clips: clips that the student would learn from.
         preference: clips on whose reference captions it is to become better.
-        student: model with a fresh adapter.
+        student: model with a fresh adapter; its gradient checkpointing is used.
         batch_size: captions of a forward pass.
         folder: folder of the stage, which gets the influences.
     """
@@ -96,8 +96,12 @@ def compute_influences(
 ) -> list[Influence]:
     """Compute the influence of each draft; see `rate_by_influence`."""
     network, prompt = student.network, student.default_prompt()
-    network.eval()  # dropout would count as an influence
+    network.train()  # layers are only checkpointed in training
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()  # dropout would count as an influence
     direction = _mean_gradient(preference, student, batch_size=batch_size)
+    network.eval()
     start = {name: one.detach().clone() for name, one in trainable_parameters(network)}
     step = STEP_NATS / float(sum(part.square().sum() for part in direction.values()))
     by_video: dict[str, list[int]] = {}
@@ -161,10 +165,14 @@ def _move(network: Network, start: Mapping[str, Tensor], direction: Mapping[str,
         parameter.copy_(start[name] + step * direction[name])
 
 
-def rate_at_random(drafts: Sequence[Caption], *, seed: int) -> list[Rating]:
-    """Rate drafts by normally distributed numbers: the control of a rating by influence."""
+def shuffle_ratings(ratings: Sequence[Rating], *, seed: int) -> list[Rating]:
+    """Exchange the ratings of each clip's drafts at random: a control in which clips differ as much as by influence."""
     generator = random.Random(seed)
-    return [Rating(draft.video, {"random": generator.gauss(0, 1)}, {"random": 1.0}, draft.sample) for draft in drafts]
+    by_video: dict[str, list[Rating]] = {}
+    for rating in ratings:
+        by_video.setdefault(rating.video, []).append(rating)
+    shuffled = {video: iter(generator.sample(group, len(group))) for video, group in by_video.items()}
+    return [replace(next(shuffled[rating.video]), sample=rating.sample) for rating in ratings]
 
 
 def best_captions(drafts: Sequence[Caption], ratings: Sequence[Rating]) -> list[Caption]:

@@ -39,8 +39,10 @@ class KLConfig:
     every: int = 10
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"kl.every must be at least 1, got {self.every}")
+        if self.every < 1 or self.num_clips < 0:
+            raise ValueError(
+                f"kl.every must be at least 1 and kl.num_clips at least 0, got {self.every} and {self.num_clips}"
+            )
 
 
 def token_kl(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:

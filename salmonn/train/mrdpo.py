@@ -53,7 +53,7 @@ class RebirthConfig:
         tailor: how the captions are made to suit the student (ARTE, arXiv 2406.19227). "none": the teacher's, which is
             the best round's model. "draft": of several samples, the one with the largest influence on the student.
             "teacher": those of the teacher after DPO on samples of large and small influence; "random" is its control,
-            with pairs at random.
+            with the influences of a clip's samples exchanged at random.
         preference_fraction: fraction of the training clips on which influence is measured, and which the student does
             not learn from; without effect on tailor "none".
         teacher_steps: steps of the teacher's DPO, with the settings of the rounds.
@@ -334,7 +334,7 @@ def load_data(config: MrDpoConfig, reward: Reward, processor: Processor) -> tupl
                 f"{reference.video} has no caption, which is the ground truth of guided DPO; add it, or set "
                 "--loss.ce-weight 0"
             )
-        if tailor in ("draft", "teacher") and not reference.caption.strip():
+        if tailor != "none" and not reference.caption.strip():
             raise ValueError(
                 f"{reference.video} has no caption, and rebirth.tailor {tailor} measures influence on reference "
                 "captions; add it, or set --rebirth.tailor none"
@@ -439,11 +439,12 @@ def _tailoring_steps(
 ) -> list[Step]:
     """Return the steps of rebirth before its captions; `choice` is what the choice of clips and teacher depends on."""
     drafts = {**choice, **choose("rebirth.preference_fraction", "sampling")}
-    steps = [_captions_step("rebirth/drafts", drafts, needs=needs)]
-    if rebirth.tailor != "random":
-        path = f"rebirth/{INFLUENCE_NAME}"
-        settings = choose(*LOADING, "rebirth.lora", "rebirth.start", "references", "seed")
-        steps.append(Step("rebirth/influence", settings, (path,), path, (steps[-1].name,)))
+    path = f"rebirth/{INFLUENCE_NAME}"
+    settings = choose(*LOADING, "rebirth.lora", "rebirth.start", "references", "seed")
+    steps = [
+        _captions_step("rebirth/drafts", drafts, needs=needs),
+        Step("rebirth/influence", settings, (path,), path, ("rebirth/drafts/captions",)),
+    ]
     if rebirth.tailor != "draft":
         folder = "rebirth/teacher"
         files = tuple(f"{folder}/{name}" for name in (PAIRS_NAME, *MERGED_FILES))

@@ -138,7 +138,10 @@ def make_preference_examples(
         following = (other for other, _ in [*comparisons[index + 1 :], *comparisons[:index]])
         other = next((other for other in following if other.video != one.video and other.chosen), None)
         if other is None:
-            raise ValueError("loss.kind kto estimates the KL divergence from captions of other clips; give two or more")
+            raise ValueError(
+                "loss.kind kto estimates the KL divergence from chosen captions of other clips, and fewer than two "
+                "clips have one; add some (in feedback, captions rated good), or use loss.kind bco_pair"
+            )
         examples.append(PreferenceExample(one, features, other))
     return examples
 
@@ -243,11 +246,10 @@ def _find_clauses(answers: Sequence[tuple[str, Sequence[Mark]]], processor: Proc
     tokens = torch.zeros(len(answers), size, num_tokens, dtype=torch.bool)
     signs = torch.zeros(len(answers), size, dtype=torch.long)
     for row, (text, marks) in enumerate(answers):
-        offsets = processor.token_offsets(text)
+        starts, ends = torch.tensor(processor.token_offsets(text), dtype=torch.long).reshape(-1, 2).unbind(-1)
         for column, mark in enumerate(marks):
             signs[row, column] = 1 if mark.is_right else -1
-            for place, (start, end) in enumerate(offsets):
-                tokens[row, column, place] = start < mark.end and mark.start < end
+            tokens[row, column, : len(starts)] = (starts < mark.end) & (mark.start < ends)
     return Clauses(tokens, signs)
 
 

@@ -149,10 +149,10 @@ def print_summary(summary: RunSummary) -> None:
         )
     if summary.proxy:
         rewards = ", ".join(f"{reward:+.2f}" for stage, reward in summary.proxy.items() if stage != "SFT")
-        falls = ", ".join(f"{100 * (rates.total - summary.sft.total):+.1f}" for rates in summary.rounds)
+        changes = ", ".join(f"{100 * (rates.total - summary.sft.total):+.1f}" for rates in summary.rounds)
         console.print(
             f"held-out captions by round, against the start: reward {rewards} standard deviations by the reward model, "
-            f"Total {falls} points by the judge",
+            f"Total {changes} points by the judge",
             highlight=False,
             soft_wrap=True,
         )

@@ -207,12 +207,12 @@ def test_feedback_trains_on_what_it_has(load_recipe, store, video, caplog):
     ((pair, _),) = dpo.load_feedback(config, check=check)
     assert (pair.chosen, pair.rejected) == ("a", "b")
     assert "1 comparisons (1 from rating); not used: the text contains a special token (1)" in caplog.text
-    kto = replace(config, loss=replace(config.loss, kind="kto"))
-    assert [(one.chosen, one.rejected) for one, _ in dpo.load_feedback(kto, check=check)] == [("a", ""), ("", "b")]
+    unpaired = replace(config, loss=replace(config.loss, kind="bco_pair"))
+    assert [(one.chosen, one.rejected) for one, _ in dpo.load_feedback(unpaired, check=check)] == [("a", ""), ("", "b")]
+    with pytest.raises(ValueError, match="has them of fewer than two clips"):
+        dpo.load_feedback(replace(config, loss=replace(config.loss, kind="kto")), check=check)
     with pytest.raises(ValueError, match=r"nothing to train on: no comparisons; not used: .* \(2\)"):
         dpo.load_feedback(config, check=lambda _: (_ for _ in ()).throw(ValueError("no")))
-    with pytest.raises(ValueError, match="give --preferences"):
-        dpo.load_comparisons(replace(config, feedback=None))
 
 
 OLD_VOTE = {

@@ -263,7 +263,8 @@ def test_clauses_by_hand():
     # Clauses: -log s(0.3) = 0.5543552, -log s(-0.4) = 0.9130152, -log s(0.5) = 0.4740770; mean 0.6471492.
     # Pair: chosen 0.5 * 1.4 = 0.7, rejected 0.5 * -2 = -1: -log s(1.7) = 0.1677859.
     assert result.parts["clause"].item() == pytest.approx(0.6471492, abs=1e-6)
-    assert result.parts["clause_accuracy"].item() == pytest.approx(2 / 3)
+    assert result.parts["dpo"].item() == pytest.approx(0.1677859, abs=1e-6)
+    assert (result.parts["clauses"].item(), result.parts["clauses_moved"].item()) == (3, 2)
     assert result.loss.item() == pytest.approx(0.6471492 + 0.1677859, abs=1e-6)
     result.loss.sum().backward()
     # Of the pair: -0.5 s(-1.7) = -0.0772324 for each chosen token. Of the clauses, a third: -0.5 s(-0.3) = -0.2127787,
@@ -274,25 +275,10 @@ def test_clauses_by_hand():
     assert rejected_policy.grad[0].tolist() == pytest.approx([0.0772324, 0.0772324 + 0.0629234], abs=1e-6)
 
 
-def test_a_marked_caption_alone_has_no_pair():
-    one = torch.tensor([[-1.0]])
-    alone = RoleLogps(
-        one.sum(-1),
-        torch.tensor([1]),
-        one.sum(-1),
-        TokenLogps(one, one, torch.ones(1, 1, dtype=torch.bool)),
-        clauses=Clauses(torch.ones(1, 1, 1, dtype=torch.bool), torch.tensor([[-1]])),
-    )
-    none = torch.zeros(1, 0)
-    empty = RoleLogps(
-        torch.zeros(1),
-        torch.tensor([0]),
-        torch.zeros(1),
-        TokenLogps(none, none, none.bool()),
-        clauses=Clauses(torch.zeros(1, 0, 0, dtype=torch.bool), torch.zeros(1, 0)),
-    )
-    loss = guided_loss({"chosen": empty, "rejected": alone}, LossConfig(ce_weight=0.0, per="clause")).loss
-    assert loss.item() == pytest.approx(math.log(2))  # of the clause alone; the pair would add as much
+def test_titles():
+    titles = [LossConfig(kind).title for kind in ("sigmoid", "bco_pair", "nash", "grpo")]
+    assert titles == ["guided DPO", "guided BCO", "guided Nash learning", "GRPO"]
+    assert LossConfig(ce_weight=0.0).title == "DPO"
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,13 @@ def test_equal_answers_are_left_out(load_recipe, references, tmp_path, caplog):
         dpo.load_comparisons(config)
 
 
+def test_preferences_and_feedback_exclude_each_other(load_recipe, tmp_path):
+    dpo = load_recipe("dpo")
+    for both in ({}, {"preferences": tmp_path / "pairs.jsonl", "feedback": tmp_path}):
+        with pytest.raises(ValueError, match=r"give either --preferences, .* or --feedback"):
+            dpo.OfflineDpoConfig(model="none", out=tmp_path / "out", **both)
+
+
 def test_special_tokens_are_rejected_with_their_line(load_recipe, random_model, preferences, tmp_path, monkeypatch):
     """In both formats, and before the folder is claimed; likewise a misspelt target."""
     dpo = load_recipe("dpo")

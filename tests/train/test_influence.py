@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from salmonn.caption.processor import PromptRow
+from salmonn.model import network as network_module
 from salmonn.model.lora import LoraConfig, attach_lora
 from salmonn.preference.rating import Rating
 from salmonn.records import Caption
@@ -13,8 +14,8 @@ from salmonn.train.influence import (
     INFLUENCE_NAME,
     best_captions,
     compute_influences,
-    rate_at_random,
     rate_by_influence,
+    shuffle_ratings,
     split_clips,
 )
 from salmonn.train.parallel import trainable_parameters
@@ -49,7 +50,7 @@ def gradient(student, clips, text_of):
     return torch.cat([one.grad.flatten().double() for _, one in trainable_parameters(student.network)])
 
 
-def test_influence_is_the_inner_product_of_gradients(student, encoded, drafts):
+def test_influence_is_the_inner_product_of_gradients(student, encoded, drafts, monkeypatch):
     drafts.append(replace(drafts[0], text="", sample=3, finished=False))  # cut off before its first word
     *others, preferred = encoded.references
     preference = replace(encoded, references=[preferred, others[-1]])
@@ -58,10 +59,16 @@ def test_influence_is_the_inner_product_of_gradients(student, encoded, drafts):
     wanted = gradient(student, encoded, {one.video: one.caption for one in preference.references})
     expected = [float(wanted @ gradient(student, encoded, {draft.video: draft.text})) for draft in drafts[:3]] + [0.0]
     student.network.train()  # its dropout must not count
+    calls, checkpoint = [], network_module.checkpoint
+    monkeypatch.setattr(
+        network_module, "checkpoint", lambda *args, **options: calls.append(1) or checkpoint(*args, **options)
+    )
+    student.network.checkpoint_layers(True)
     computed = compute_influences(drafts, encoded, preference, student, batch_size=1)
     assert [(one.video, one.sample) for one in computed] == [(draft.video, draft.sample) for draft in drafts]
     # Curvature and rounding are up to two percent of the largest.
     assert [one.value for one in computed] == pytest.approx(expected, abs=2e-2 * max(map(abs, expected)))
+    assert calls and not student.network.training
     assert len({round(value, 6) for value in expected}) == 4 and computed[3].value == 0
     after = student.network.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -87,7 +94,13 @@ def test_best_captions():
     drafts[1], drafts[4] = replace(drafts[1], finished=False), replace(drafts[4], text=" ")
     drafts[3], drafts[5] = replace(drafts[3], finished=False), replace(drafts[5], text="", finished=False)
     assert [one.text for one in best_captions(drafts, ratings)] == ["a2", "b0"]
-    assert rate_at_random(drafts, seed=1) == rate_at_random(drafts, seed=1) != rate_at_random(drafts, seed=2)
+    for seed in range(9):
+        shuffled = shuffle_ratings(ratings, seed=seed)
+        assert [(one.video, one.sample) for one in shuffled] == [(one.video, one.sample) for one in ratings]
+        for part in (slice(0, 3), slice(3, 6)):  # of a clip
+            assert sorted(one.value for one in shuffled[part]) == sorted(one.value for one in ratings[part])
+        assert shuffled == shuffle_ratings(ratings, seed=seed)
+    assert len({tuple(one.value for one in shuffle_ratings(ratings, seed=seed)) for seed in range(9)}) > 1
 
 
 def test_preference_clips_are_not_learned_from(clips):

@@ -272,7 +272,7 @@ def test_a_mismatched_answer_is_another_clips_chosen_caption(captioner, pairs, f
         captioner.network, examples, captioner.processor, roles=loss.reference_roles, batch_size=2
     )
     assert [values["mismatched"] for values in logps] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="captions of other clips; give two or more"):
+    with pytest.raises(ValueError, match="captions of other clips, and fewer than two clips have one"):
         make_preference_examples([(pairs[0], features_by_video[pairs[0].video])] * 2, loss.roles)
     # A fresh adapter equals its reference: 2 - s(0) - s(0).
     batches = PreferenceBatches(examples, logps, captioner.processor, roles=loss.roles, batch_size=4, seed=0)
