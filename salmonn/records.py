@@ -340,9 +340,9 @@ def append_record(path: Path | str, record: Any) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path | str, value: Any) -> None:
-    """Write one JSON value, indented, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path | str, value: Any, *, indent: int | None = 2) -> None:
+    """Write one JSON value atomically; with indent None in one line, for large ones."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path | str) -> Any:

@@ -340,7 +340,7 @@ def compute_reference_logps(
     logps = dist.ungroup(dist.gather_balanced(shards, shares), by_clip)
     if path and dist.is_main():
         values = {"format": REFERENCE_LOGPS_FORMAT, "fingerprint": fingerprint, "logps": logps}
-        write_json(path, values)
+        write_json(path, values, indent=None)
     return logps
 
 
