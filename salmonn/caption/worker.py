@@ -37,7 +37,8 @@ _START_TIMEOUT_SECONDS = 120.0  # for a process to start, from a slow disk too
 _STARTED = b"!"  # sent by a worker when it takes a job
 # The classes and functions that a pickled reply may refer to.
 _ALLOWED_GLOBALS = {
-    "salmonn.caption.worker._Reply", "salmonn.media.clip.Clip", "logging.LogRecord",
+    "salmonn.caption.worker._Reply", "salmonn.media.clip.Clip", "salmonn.media.container.ClipShape",
+    "logging.LogRecord",
     "numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy._core.numeric._frombuffer",
     "numpy._core.multiarray.scalar",
 }  # fmt: skip

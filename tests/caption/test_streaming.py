@@ -204,7 +204,8 @@ def test_captions_have_their_log_probability(captioner, videos):
     generator = captioner.streaming_generator()
     generator.add([captioner.processor.read(videos[0])], [captioner.default_prompt()], sampling=sampling, seeds=[4])
     tokens = [token for _ in range(12) for delta in generator.step().values() for token in delta.tokens]
-    assert captions[0].logprob == pytest.approx(sum(token.logprob for token in tokens), abs=1e-4)
+    # The batches differ in size, so that the last digits of float32 differ; another token would be off by far more.
+    assert captions[0].logprob == pytest.approx(sum(token.logprob for token in tokens), abs=1e-3)
     plain = captioner.caption(videos[0], sampling=SAMPLED, seed=4)
     assert (plain.text, plain.logprob, plain.num_tokens) == (captions[0].text, None, None)
 

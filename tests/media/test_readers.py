@@ -14,6 +14,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from salmonn.caption.loader import ClipReader, ReadSpec
 from salmonn.media import display
 from salmonn.media.clip import ClipError, read_clip
+from salmonn.media.container import declared_shape
 from salmonn.media.frame_sampling import FixedRateSampler
 from salmonn.media.readers import load_reader
 
@@ -111,6 +112,7 @@ def test_worker_processes_read_with_it(tmp_path, reader):
     path = write_video(tmp_path / "clip.mp4")
     with ClipReader(workers=1) as clips:
         clip = clips.submit(path, ReadSpec(SAMPLER, reader=reader), lambda clip: clip).result()
+        assert clips.declared_shape(path) == declared_shape(path)
     np.testing.assert_array_equal(clip.frames, read(path, reader).frames)
 
 

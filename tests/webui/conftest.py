@@ -83,11 +83,18 @@ def demo(tmp_path_factory, random_model) -> Iterator[Demo]:
     assert not list(demo.folder.glob("salmonn-*"))
 
 
-@pytest.fixture(scope="package")
-def profile(tmp_path_factory) -> Iterator[BrowserContext]:
+@pytest.fixture(scope="session")
+def profile_folder(tmp_path_factory) -> Path:
+    """Folder of the browser's profile, which keeps compiled scripts from one module to the next."""
+    return tmp_path_factory.mktemp("profile")
+
+
+# Not for longer than a module: while Playwright runs, no other test can start an event loop or a browser.
+@pytest.fixture(scope="module")
+def profile(profile_folder) -> Iterator[BrowserContext]:
     """The profile of a browser with a camera and a microphone that need no permission."""
     options = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
-    with start_profile(tmp_path_factory.mktemp("profile"), *options) as profile:
+    with start_profile(profile_folder, *options) as profile:
         yield profile
 
 
