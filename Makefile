@@ -1,14 +1,14 @@
 # make setup         install everything into .venv
-# make test          lint, types, import layers, tests: under 8 minutes on 2 cores
+# make test          lint, types, import layers, tests: some 10 minutes on 2 cores
 # make test-slow     the long tests that `make test` leaves out
 # make test-resume   kill a small run at 20 random moments, on one process and on two, and compare it with a whole run
 # make fuzz          1,000 broken and hostile files through `salmonn caption`
 # make mrdpo         all of mrDPO at toy size, with a table and a plot at the end
 # make proof         mrDPO at toy size on 3 seeds: 10 minutes for each seed
 # make ablation      the papers' ablation at toy size on 3 seeds: an hour or more on 2 cores
-# make lab-rewards   what is claimed of reward models, on 3 seeds beside controls; update docs/lab.md: up to 90 minutes
+# make lab-rewards   what is claimed of reward models, on 3 seeds beside controls; update docs/lab.md: an estimated 90 minutes
 # make bench         compare speed with a plain implementation, TRL and other decoders; update docs/performance.md
-# make gpu-check     check and measure the GPU path at 7B shapes: under 8 minutes on one H200
+# make gpu-check     check and measure the GPU path at 7B shapes, on one GPU with 80 GiB or more (not run yet)
 # make docs          build the documentation in site/
 # make tiny          train the toy model from scratch and replace the shipped one: two hours on 2 cores
 PYTHON ?= python3

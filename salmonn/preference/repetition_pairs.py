@@ -72,7 +72,7 @@ def replace_repetition(rated: RatedCaption, events: Sequence[Event]) -> Pair | N
 
     The event must not precede the event that is mentioned before the clause, nor follow the one that is mentioned after
     it. Of several, it is the one whose text has most words in common with the clause: probably what was confused with
-    it. Both texts count as cut off, as captions that go on.
+    it. Both texts count as cut off: the caption continues after them.
 
     Args:
         rated: caption with a judge's score.

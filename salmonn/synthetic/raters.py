@@ -36,7 +36,7 @@ class CaptionTraits:
         repetition: share of the words that are in repeated clauses.
         length: words / 60.
         total: Total, (missing + incorrect + hallucinated) / number of events.
-        sound_form: phrase that most of the sounds are told with, of `SOUND_FORMS`; "" for another one, None without
+        sound_form: phrase of `SOUND_FORMS` that introduces most of its sounds; "" for another one, None without
             sounds.
     """
 
@@ -209,7 +209,7 @@ def caption_traits(caption: Caption, score: Score, reference: Reference) -> Capt
 
 
 def main_sound_form(text: str) -> str | None:
-    """Return the phrase of `SOUND_FORMS` that most sounds of a caption are told with, "" if it is another one.
+    """Return the phrase of `SOUND_FORMS` that introduces most sounds of a caption, "" if it is another one.
 
     Of equally frequent phrases, the first in the caption counts. None for a caption without sounds.
     """

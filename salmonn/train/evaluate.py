@@ -60,7 +60,7 @@ class SampleConfig(Sampling):
         num_samples: captions of each clip.
         temperatures: temperatures of equal shares of the samples, in place of `temperature`; such as [1.0, 0.7] for
             half and half. RLHF Workflow (arXiv 2405.07863) samples so, for a wider choice of best and worst.
-        batch_size: captions generated at once; fewer if the KV cache of so many would not fit on the GPU.
+        batch_size: captions generated at once; halved until their KV cache fits on the GPU.
     """
 
     temperature: float = 0.8

@@ -252,11 +252,11 @@ class FeatureCache:
             except OSError as error:
                 raise ValueError(
                     f"{path} is damaged: its checksum does not match. Delete it, which this process cannot "
-                    f"({error.strerror}), and start this run again to encode the clip anew"
+                    f"({error.strerror}), and start this run again to encode the clip again"
                 ) from error
             raise ValueError(
                 f"{path} is damaged (its checksum does not match) and has been removed; start this run again, which "
-                "encodes the clip anew and resumes"
+                "encodes the clip again and resumes"
             )
         self._verified.add(features.key)
 

@@ -72,7 +72,7 @@ class WriteTab:
         )
 
     def begin(self, video: str | None, clicked: float | None, request: gr.Request) -> Iterator[Update]:
-        """Draw who writes the draft, one of the models or nobody, and show the text box."""
+        """Draw at random which model writes the draft, or that there is none, and show the text box."""
         if not video:
             yield self._clear(render_error(NO_VIDEO))
             return

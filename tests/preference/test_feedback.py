@@ -193,7 +193,7 @@ def test_marks_alone_prefer_no_silence():
 
 
 def test_feedback_trains_on_what_it_has(load_recipe, store, video, caplog):
-    """Ratings are paired or not, as the loss needs; texts that the model cannot learn are told and left out."""
+    """Ratings are paired or not, as the loss needs; texts that the model cannot learn are left out with a warning."""
     dpo = load_recipe("dpo")
     caplog.set_level("INFO")
 

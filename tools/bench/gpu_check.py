@@ -1,4 +1,4 @@
-"""Check and measure the GPU path at full size: agreement of its passes, kernels, speed, memory. Minutes on one H200.
+"""Check and measure the GPU path at full size: agreement of its passes, kernels, speed, memory.
 
     python tools/bench/gpu_check.py --device cuda --dtype bfloat16 --shape 7b [--family salmonn2-plus] [--out gpu.json]
     python tools/bench/gpu_check.py --quick                  # what the tests run, on a CPU
