@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from salmonn import __version__
-from salmonn.cli.caption import caption_parser
+from salmonn.cli.caption_options import caption_parser
 from salmonn.cli.main import COMMANDS, build_parser, name_flags
 from salmonn.config import parse_config
 from salmonn.records import Caption, Reference, read_records

@@ -16,7 +16,8 @@ from jsonargparse import Namespace
 from tqdm import tqdm
 
 from salmonn import __version__
-from salmonn.cli.caption import caption_parser, run_caption
+from salmonn.cli.caption import run_caption
+from salmonn.cli.caption_options import caption_parser
 from salmonn.cli.demo import demo_parser, run_demo
 from salmonn.cli.export import export_parser, run_export
 from salmonn.cli.options import WRONG_USAGE

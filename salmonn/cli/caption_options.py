@@ -1,0 +1,169 @@
+"""Options of `salmonn caption`: its flags, what is checked before a model is loaded, and the job they describe."""
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from jsonargparse import Namespace
+
+from salmonn.caption.generator import CaptionRequest, Sampling, Span
+from salmonn.cli.options import add_model_options, add_subtitle_options
+from salmonn.config import FlagParser
+from salmonn.media.frame_sampling import FrameOptions
+from salmonn.records import Modality
+
+if TYPE_CHECKING:
+    from salmonn.batch.job import JobConfig
+
+# Settings that the captions depend on; a run with other ones does not resume it.
+JOB_SETTINGS = (
+    "model", "adapter", "prompt", "modality", "start", "end", "segment_seconds", "temperature", "top_p",
+    "repetition_penalty", "stop", "logprobs", "max_new_tokens", "seed", "published_positions",
+    "dtype", "bits", "reader", "frames",
+)  # fmt: skip
+STDOUT = "-"
+TABLE_SUFFIXES = (".csv", ".parquet")  # of --out: a table is written at the end, from the JSONL file beside it
+SAMPLING_FLAGS = ("temperature", "top_p", "repetition_penalty")
+
+
+def caption_parser() -> FlagParser:
+    """Return the arguments of `salmonn caption`."""
+    parser = FlagParser(
+        description="Caption videos (files, or folders searched recursively) and write one JSON line for each. Videos "
+        "that are already in --out are skipped: after an interruption, run the same command to resume. A file that "
+        "cannot be captioned is listed in captions.failed.jsonl and does not stop the run; the exit code is then 1."
+    )
+    _add_input_options(parser)
+    _add_generation_options(parser)
+    _add_output_options(parser)
+    _add_processing_options(parser)
+    add_model_options(parser)
+    return parser
+
+
+def _add_input_options(parser: FlagParser) -> None:
+    group = parser.add_argument_group("Input")
+    group.add_argument("paths", nargs="*", type=str, help="video or audio files, or folders of them")
+    listed = "file with one path per line, or separated by NUL bytes as by find -print0 (-: stdin)"
+    group.add_argument("--list", type=str | None, default=None, help=listed)
+    globs = "in folders, only files matching one of these patterns, such as '*.mp4' or 'train/**/*.mp4'"
+    group.add_argument("--glob", nargs="+", action="extend", type=str, default=[], help=globs)
+    group.add_argument("--shard", type=str | None, default=None, help="2/8: the second eighth of the videos")
+    group.add_argument("--limit", type=int | None, default=None, help="caption at most N videos in this run")
+    group.add_argument("--dry_run", action="store_true", help="only count the videos that would be captioned")
+    group.add_argument("--retry_failed", action="store_true", help="only retry videos that failed in earlier runs")
+    group.add_argument("--max_failures", type=int, default=20, help="stop after this many failures in a row (0: never)")
+
+
+def _add_generation_options(parser: FlagParser) -> None:
+    group = parser.add_argument_group("Prompt and sampling")
+    group.add_argument("--prompt", type=str | None, default=None, help="question (default: ask for a full description)")
+    modalities = "what the model is given: " + ", ".join(get_args(Modality))
+    group.add_argument("--modality", type=Modality, default="both", help=modalities)
+    group.add_argument("--start", type=float | None, default=None, help="start of the part to caption, in seconds")
+    group.add_argument("--end", type=float | None, default=None, help="end of the part to caption, in seconds")
+    group.add_argument(
+        "--segment_seconds", type=float | None, default=None, help="caption every N seconds of a video separately"
+    )
+    group.add_argument(
+        "--max_new_tokens", type=int | None, default=None, help="token limit of a caption (default: the model's own)"
+    )
+    frames = "sample this many frames, evenly over the video (default: by the model's own frame rate)"
+    group.add_argument("--frames", type=int | None, default=None, help=frames)
+    group.add_argument("--seed", type=int, default=0, help="random seed (combined with each video's path)")
+    group.add_class_arguments(Sampling, as_group=False, skip={"max_new_tokens", "stop", "logprobs", "json_schema"})
+    stops = "strings that end a caption; it is cut off before the first of them"
+    logprobs = "record the log-probability of each caption (logprob, and num_tokens to divide it by)"
+    group.add_argument("--logprobs", action="store_true", help=logprobs)
+    group.add_argument("--stop", nargs="+", type=str, default=[], help=stops)
+
+
+def _add_output_options(parser: FlagParser) -> None:
+    formats = Literal["csv", "parquet", "txt", "srt", "vtt"]
+    group = parser.add_argument_group("Output")
+    outs = "file for the captions: .jsonl; .csv or .parquet, written at the end from the .jsonl beside it; -: stdout"
+    group.add_argument("--out", type=Path, required=True, help=outs)
+    group.add_argument(
+        "--export", nargs="+", type=formats, default=[], help="csv, parquet: a table beside --out, written at the end; "
+        "txt, srt, vtt: a file beside each video, written with its caption"
+    )  # fmt: skip
+    add_subtitle_options(group)
+    group.add_argument(
+        "--lines_per_file", type=int | None, default=None, help="split the output: captions.00001.jsonl, ..."
+    )
+    group.add_argument("--overwrite", action="store_true", help="start over; old files get the suffix .old")
+    group.add_argument("--quiet", action="store_true", help="print only errors")
+
+
+def _add_processing_options(parser: FlagParser) -> None:
+    group = parser.add_argument_group("Speed and limits")
+    group.add_argument("--batch_size", type=int | None, default=None, help="clips per batch (default: the model's own)")
+    group.add_argument(
+        "--workers", type=int | None, default=None, help="processes that decode files (0: decode in this process)"
+    )
+    group.add_argument("--read_seconds", type=float, default=900.0, help="time limit for decoding a file")
+    group.add_argument("--read_gib", type=float, default=4.0, help="memory limit for decoding a file")
+    group.add_argument("--engine", type=Literal["local", "ray"], default="local", help="ray: use a Ray cluster")
+    group.add_argument(
+        "--ray_actors", type=int | None, default=None, help="models on the Ray cluster (default: one per GPU)"
+    )
+
+
+def check_options(values: Namespace) -> None:
+    """Raise a ValueError for values that make no sense, and complete those that follow from others."""
+    from salmonn.batch.discovery import Shard, VideoListing
+
+    if str(values.out) == STDOUT:
+        needs_file = {"--retry-failed": values.retry_failed, "--lines-per-file": values.lines_per_file}
+        needs_file |= {f"--export {name}": name in values.export for name in ("csv", "parquet")}
+        if wrong := [flag for flag, is_set in needs_file.items() if is_set]:
+            raise ValueError(f"{wrong[0]} needs a file; use --out captions.jsonl instead of --out -")
+    elif values.out.suffix in TABLE_SUFFIXES:
+        values.export = [*values.export, values.out.suffix.removeprefix(".")]
+        values.out = values.out.with_suffix(".jsonl")
+    elif values.out.suffix != ".jsonl" and not values.out.is_dir():
+        raise ValueError(
+            f"--out {values.out} must end in .jsonl, .csv or .parquet, or be - for stdout (for subtitles, use --export)"
+        )
+    if values.limit is not None and values.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {values.limit}")
+    if values.limit is not None and values.retry_failed:
+        raise ValueError("--retry-failed retries all failed videos; use it without --limit")
+    if values.workers is not None and values.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {values.workers}")
+    job_config(values)
+    shard = Shard.parse(values.shard) if values.shard else Shard()
+    if not values.retry_failed:
+        VideoListing(values.paths, list_path=values.list, globs=values.glob, shard=shard).require_any()
+    folder = next(parent for parent in (values.out.parent, *values.out.absolute().parents) if parent.exists())
+    if str(values.out) != STDOUT and not values.dry_run and not os.access(folder, os.W_OK):
+        raise ValueError(f"the folder {folder} is read-only; choose another one for the captions with --out")
+
+
+def job_config(values: Namespace) -> "JobConfig":
+    from salmonn.batch.job import JobConfig
+
+    limit = {} if values.max_new_tokens is None else {"max_new_tokens": values.max_new_tokens}
+    sampling = Sampling(
+        **{name: values[name] for name in SAMPLING_FLAGS},
+        stop=tuple(values.stop),
+        logprobs=0 if values.logprobs else None,
+        **limit,
+    )
+    # Subtitles need end times; an infinite segment is the whole video with its end.
+    needs_ends = {"srt", "vtt"} & set(values.export)
+    return JobConfig(
+        CaptionRequest(
+            Path(),
+            values.prompt,
+            sampling,
+            Span(values.start, values.end),
+            modality=values.modality,
+            seed=values.seed,
+            frames=None if values.frames is None else FrameOptions(num_frames=values.frames),
+        ),
+        max_new_tokens=values.max_new_tokens,
+        segment_seconds=math.inf if needs_ends and values.segment_seconds is None else values.segment_seconds,
+        batch_size=values.batch_size,
+    )
