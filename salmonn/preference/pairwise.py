@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from salmonn.preference.benchmark import Outcome
 from salmonn.preference.benchmark_items import BenchmarkItem
-from salmonn.score.llm_client import LLMClient, LLMRejectedError
+from salmonn.score.chat_client import LLMRejectedError
+from salmonn.score.llm_client import LLMClient
 from salmonn.score.llm_judge import (
     Attempt,
     InvalidReplyError,

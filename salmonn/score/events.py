@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from salmonn.records import Event, EventModality, Reference, Unscored
+from salmonn.score.chat_client import LLMRejectedError
 from salmonn.score.judge import ProgressCallback
-from salmonn.score.llm_client import LLMClient, LLMRejectedError
+from salmonn.score.llm_client import LLMClient
 from salmonn.score.llm_judge import (
     MAX_REPORTED_ERRORS,
     Attempt,

@@ -1,72 +1,27 @@
-"""Client of a language model on any OpenAI-compatible server, with a cache, retries and spend caps.
-
-Every reply is cached on disk (`ResponseCache`), so no request is paid for twice. Transient failures (server busy,
-failing or unreachable) are retried with growing delays for a limited time. Permanent ones (wrong key, no quota, spend
-cap) stop the run with an error message.
-"""
+"""Client of a language model that judges: every reply is kept on disk, so that no request is paid for twice."""
 
 import contextlib
 import hashlib
 import json
 import logging
-import os
-import random
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
-import openai
-import tenacity
-
+from salmonn.score.chat_client import ChatClient, LLMStoppedError, SpendCapError
 from salmonn.score.config import LLMConfig
-from salmonn.score.llm_protocol import (
-    ALL_OPTIONS,
-    ErrorBody,
-    LLMResponse,
-    RequestOptions,
-    read_completion,
-    refused_option,
-    request_parameters,
-    retry_after_seconds,
-    suspected_option,
-)
+from salmonn.score.llm_protocol import ChatMessage, ChatRequest, LLMResponse
 from salmonn.score.response_cache import ResponseCache
 
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-ChatMessage = dict[str, str]
-
-_PROBE = [{"role": "user", "content": "Reply with the word yes."}]
-_REJECTED_STATUS = (400, 413, 422)  # bad request, too large, unprocessable: another request may succeed
-_MAX_DELAY_SECONDS = 60.0
-_FIRST_CONTACT_SECONDS = 10.0
-_MAX_REJECTED = 20  # before the first reply
 
 
-class LLMStoppedError(ValueError):
-    """No further request is possible in this run."""
-
-
-class SpendCapError(LLMStoppedError):
-    """A spend cap is reached."""
-
-
-class LLMRejectedError(ValueError):
-    """The server rejects this request, and would reject it again."""
-
-
-class LLMFailedError(LLMRejectedError):
-    """The server fails on this request, but not on others."""
-
-
-class LLMClient:
+class LLMClient(ChatClient):
     """Sends requests to a language model, many of them concurrently.
 
     Raises:
@@ -74,33 +29,8 @@ class LLMClient:
     """
 
     def __init__(self, config: LLMConfig) -> None:
-        self.config = config
-        self.name = f"{config.model} at {(config.base_url or 'OpenAI').rstrip('/')}"
-        self.num_requests = self.num_tokens = self._num_rejected = 0
-        self._has_replied = False
-        self._last_warning = self._resume_at = -1.0
+        super().__init__(config, saved=f"Replies so far are saved in {config.cache}")
         self._cache = ResponseCache(config.cache.expanduser())
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._options = _initial_options(config)
-        self._accepted_formats: set[str] = set()  # response formats with which the server has replied
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if config.base_url else None)
-        if key is None:
-            raise ValueError(
-                "OpenAI requires an API key: set the environment variable OPENAI_API_KEY, or pass the address of "
-                "another server, such as --base-url http://localhost:8000/v1"
-            )
-        # Retries are handled here, so that they count against the spend cap and end after a set time.
-        self._client = openai.OpenAI(
-            api_key=key,
-            base_url=config.base_url,
-            timeout=config.timeout_seconds,
-            max_retries=0,
-            # A proxy in the environment cannot reach a server on this machine.
-            http_client=openai.DefaultHttpxClient(mounts=dict.fromkeys(("all://", "http://", "https://")))
-            if _is_loopback(config.base_url)
-            else None,
-        )
 
     def complete(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> LLMResponse:
         """Return the reply to a conversation, from the cache if possible.
@@ -121,7 +51,7 @@ class LLMClient:
         key = hashlib.sha256(text.encode()).hexdigest()
         response = self._cache.get(key)
         if response is None:
-            response = self._complete_uncached(messages, schema=schema, seed=seed)
+            response = self.send(self._to_request(messages, schema=schema, seed=seed)).first_reply()
             self._cache.put(key, response, model=self.name, request=request)
         return response
 
@@ -170,234 +100,15 @@ class LLMClient:
         executor.shutdown()
         return [future.result() for future in futures]
 
-    def _complete_uncached(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> LLMResponse:
-        """Send a request; if the server refuses an optional part of it, send it without, and all further ones too."""
-        options = self._options
-        reasons: dict[str, str] = {}  # errors by the option that they made us change
-        empty: LLMResponse | None = None
-        while True:
-            try:
-                response = self._request_with_retries(messages, options, schema, seed)
-            except openai.APIError as error:
-                if empty:
-                    return empty
-                name, reason = self._next_change(options, error), _summarize(error)
-                if not name:
-                    raise self._classify_failure(error) from error
-            else:
-                if response.text or response.is_truncated:
-                    self._keep(options, reasons)
-                    return response
-                empty = empty or response
-                name, reason = suspected_option(options, 200, self._accepted_formats), "empty reply"
-                if not name:
-                    self._accepted_formats.update(self._options["response_format"])  # they are not the cause
-                    return empty
-            reasons.setdefault(name, reason)
-            options = {**options, name: options[name][1:]}
-
-    def _next_change(self, options: RequestOptions, error: openai.APIError) -> str:
-        """Return the name of the option to change after an error, or "" if none can have caused it."""
-        status = _status_of(error)
-        if name := refused_option(options, _describe(error), status):
-            return name
-        name = suspected_option(options, status, self._accepted_formats) if status >= 400 else ""
-        return name if status < 500 or self._is_alive() else ""
-
-    def _keep(self, options: RequestOptions, reasons: dict[str, str]) -> None:
-        """Send all further requests with options that have just succeeded."""
-        with self._lock:
-            self._accepted_formats.add(options["response_format"][0])
-            for name, reason in reasons.items():
-                if len(options[name]) < len(self._options[name]):
-                    old, new = self._options[name][0], options[name][0]
-                    self._options = {**self._options, name: options[name]}
-                    logger.warning(
-                        "%s does not accept %s (%s); requests are sent %s",
-                        self.name,
-                        old or f"requests without {new}",
-                        reason,
-                        f"with {new}" if new else "without it",
-                    )
-
-    def _request_with_retries(
-        self, messages: Sequence[ChatMessage], options: RequestOptions, schema: dict[str, Any], seed: int
-    ) -> LLMResponse:
-        retrying = tenacity.Retrying(
-            retry=self._should_retry,
-            wait=self._delay,
-            stop=lambda state: (
-                self._stop.is_set()
-                or self._seconds_left(state) <= 0
-                or state.upcoming_sleep > self._seconds_left(state)  # less than the server asks to wait
-            ),
-            sleep=tenacity.sleep_using_event(self._stop),
-            before_sleep=self._log_retry,
-            reraise=True,
-        )
-        return retrying(self._request, messages, options, schema, seed)
-
-    def _should_retry(self, state: tenacity.RetryCallState) -> bool:
-        error, options = _error_of(state), state.args[1]
-        if not _is_transient(error) or refused_option(options, _describe(error), _status_of(error)):
-            return False
-        # Some servers break on a response format that they do not know, and on nothing else.
-        is_suspect = state.attempt_number >= 3 and _status_of(error) == 500 and not self._stop.is_set()
-        return not (is_suspect and suspected_option(options, 500, self._accepted_formats) and self._is_alive())
-
-    def _classify_failure(self, error: openai.APIError) -> LLMStoppedError | LLMRejectedError:
-        """Decide whether a request's final failure concerns this request only, or all of them."""
-        after = _retry_after(error)
-        if _status_of(error) in _REJECTED_STATUS:
-            self._num_rejected += 1
-            # A wrong model or option is rejected for every caption, a long caption only by itself.
-            if self._has_replied or self._num_rejected < _MAX_REJECTED:
-                return LLMRejectedError(f"the server rejects the request: {_summarize(error)}")
-        elif _is_transient(error) and not after and self._is_alive():
-            return LLMFailedError(f"the server fails on this request but not on others: {_summarize(error)}")
-        message = f"{self.name} is unavailable: {_summarize(error)}"
-        if after:
-            message += (
-                f"; the server asks to wait {after:.0f} s, and --retry-seconds is {self.config.retry_seconds:.0f}"
-            )
-        if isinstance(error, openai.APIConnectionError) and not self._has_replied:
-            message += f"; is the server running, and is the address right?{self._proxy_note()}"
-        if _status_of(error) == 404:
-            message += "; is the address complete (most end in /v1), and the model's name the one the server uses?"
-        if self._has_replied:
-            message += f". Replies so far are saved in {self.config.cache}; run the same command again to resume"
-        return LLMStoppedError(message)
-
-    def _proxy_note(self) -> str:
-        """Return a sentence about the proxy between us and the server, if there is one."""
-        address = self._client.base_url
-        proxy = getproxies().get(address.scheme) or getproxies().get("all")
-        if not proxy or _is_loopback(self.config.base_url) or proxy_bypass(address.host):
-            return ""
-        return f" Requests go through the proxy {proxy.rpartition('@')[2]} of the environment; NO_PROXY excludes hosts."
-
-    def _is_alive(self) -> bool:
-        """Return whether the server replies to a trivial request."""
-        try:
-            self._request(_PROBE, {**self._options, "response_format": ("",)}, None, 0)
-        except openai.APIError:
-            return False
-        return True
-
-    def _request(
-        self, messages: Sequence[ChatMessage], options: RequestOptions, schema: dict[str, Any] | None, seed: int
-    ) -> LLMResponse:
-        while (seconds := self._resume_at - time.monotonic()) > 0 and not self._stop.wait(seconds):
-            pass
-        self._count_request()
-        parameters = request_parameters(
-            options,
-            schema=schema,
-            seed=seed,
-            temperature=self.config.temperature,
-            token_limit=self.config.reply_token_limit,
-        )
-        deadline = time.monotonic() + self.config.timeout_seconds
-        with self._client.chat.completions.with_streaming_response.create(
-            model=self.config.model,
-            messages=list(messages),  # type: ignore[arg-type]
-            **parameters,
-        ) as answer:
-            body = _read_body(answer, deadline=deadline)
-            try:
-                response = read_completion(body)
-            except ValueError as error:
-                invalid = openai.APIResponseValidationError(
-                    answer.http_response, getattr(error, "details", None), message=str(error)
-                )
-                invalid.status_code = error.status if isinstance(error, ErrorBody) else 200
-                raise invalid from error
-        if response.num_tokens is None and self.config.max_tokens is not None:
-            raise LLMStoppedError(
-                f"{self.name} does not report token usage, which --max-tokens needs: cap the requests with "
-                "--max-requests instead"
-            )
-        with self._lock:
-            self.num_tokens += response.num_tokens or 0
-            self._has_replied = True
-        return response
-
-    def _count_request(self) -> None:
-        """Count a request; raise LLMStoppedError at a spend cap or after a stop."""
+    def _to_request(self, messages: Sequence[ChatMessage], *, schema: dict[str, Any], seed: int) -> ChatRequest:
         config = self.config
-        with self._lock:
-            for cap, spent, name in (
-                (config.max_requests, self.num_requests, "requests"),
-                (config.max_tokens, self.num_tokens, "tokens"),
-            ):
-                if cap is not None and spent >= cap:
-                    raise SpendCapError(
-                        f"the cap of {cap} {name} is reached ({self.num_requests} requests, {self.num_tokens} tokens "
-                        f"in this run). Replies so far are saved in {config.cache}; run the same command again to "
-                        f"resume with {cap} more {name}, or raise --max-{name}"
-                    )
-            if self._stop.is_set():
-                raise LLMStoppedError("stopped before this request was sent")
-            self.num_requests += 1
-
-    def _seconds_left(self, state: tenacity.RetryCallState) -> float:
-        """Return the time left for retries of a request; a server that was never reached gets little."""
-        error = _error_of(state)
-        is_unreachable = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
-        limit = self.config.retry_seconds
-        if is_unreachable and not self._has_replied:
-            limit = min(limit, _FIRST_CONTACT_SECONDS)
-        return limit - (state.seconds_since_start or 0.0)
-
-    def _delay(self, state: tenacity.RetryCallState) -> float:
-        """Return the seconds until the next attempt: exponential backoff with jitter, or what the server asks.
-
-        The last delay ends at the time limit, so that a server that has recovered by then gets one more attempt.
-        """
-        longest = min(2.0 ** (state.attempt_number - 1), _MAX_DELAY_SECONDS)
-        delay = min(random.uniform(longest / 2, longest), max(self._seconds_left(state), 0.0))
-        after = _retry_after(_error_of(state))
-        if 0 < after <= self._seconds_left(state):  # other requests wait for the server as well
-            self._resume_at = max(self._resume_at, time.monotonic() + after)
-        return max(delay, after)
-
-    def _log_retry(self, state: tenacity.RetryCallState) -> None:
-        with self._lock:  # one line for all threads that wait for the same server
-            is_repeated, self._last_warning = time.monotonic() < self._last_warning + 1, time.monotonic()
-        if not is_repeated:
-            delay = state.next_action.sleep if state.next_action else 0.0
-            logger.warning("%s: %s; retrying in %.1f s", self.name, _summarize(_error_of(state)), delay)
-
-
-def _read_body(answer: openai.APIResponse[Any], *, deadline: float) -> bytes:
-    """Read the body until a deadline; the client's own timeout is per read, which a slow trickle never exceeds."""
-    body = b""
-    try:
-        for chunk in answer.iter_bytes():
-            if time.monotonic() > deadline:
-                raise openai.APITimeoutError(request=answer.http_request)
-            body += chunk
-    except openai.OpenAIError:
-        raise
-    # The client passes on its transport's exceptions here: httpx or httpx2, depending on its version.
-    except Exception as error:
-        message = f"the connection was lost: {error}"
-        raise openai.APIConnectionError(message=message, request=answer.http_request) from error
-    return body
-
-
-def _initial_options(config: LLMConfig) -> RequestOptions:
-    """Return what requests include before the server has refused anything."""
-    omit = ("",)
-    return {
-        **ALL_OPTIONS,
-        "response_format": {"auto": ALL_OPTIONS["response_format"], "always": ("json_schema",), "never": omit}[
-            config.structured
-        ],
-        "seed": omit if config.seed is None else ALL_OPTIONS["seed"],
-        "temperature": omit if config.temperature is None else ALL_OPTIONS["temperature"],
-        "token limit": omit if config.reply_token_limit is None else ALL_OPTIONS["token limit"],
-    }
+        return ChatRequest(
+            messages,
+            schema=None if config.structured == "never" else schema,
+            seed=None if config.seed is None else seed,
+            temperature=config.temperature,
+            token_limit=config.reply_token_limit,
+        )
 
 
 def _get_interruptibly(queue: SimpleQueue[Item]) -> Item:
@@ -405,46 +116,3 @@ def _get_interruptibly(queue: SimpleQueue[Item]) -> Item:
     while True:
         with contextlib.suppress(Empty):
             return queue.get(timeout=0.5)
-
-
-def _is_loopback(address: str | None) -> bool:
-    host = urlsplit(address or "").hostname or ""
-    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
-
-
-def _is_transient(error: BaseException | None) -> bool:
-    # An account without quota gets 429 like a busy server, but waiting does not help.
-    if "insufficient_quota" in (getattr(error, "code", None), getattr(error, "type", None)):
-        return False
-    status = _status_of(error)
-    # An invalid body with status 200 is transient too: it usually comes from a failing proxy.
-    return isinstance(error, openai.APIConnectionError) or status in (200, 408, 409, 429) or status >= 500
-
-
-def _status_of(error: BaseException | None) -> int:
-    """Return the HTTP status of an error, that of an error in a body with status 200 included; 0 without one."""
-    return int(getattr(error, "status_code", 0))
-
-
-def _retry_after(error: BaseException | None) -> float:
-    response = getattr(error, "response", None)
-    return 0.0 if response is None else retry_after_seconds(response.headers)
-
-
-def _error_of(state: tenacity.RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome else None
-
-
-def _describe(error: BaseException | None) -> str:
-    """Return what went wrong in one line."""
-    # Servers give the reason in the body, not always in the field that the client's message is taken from.
-    reason = f" {error.response.text}" if isinstance(error, openai.APIStatusError) else ""
-    if isinstance(error, openai.APIConnectionError) and error.__cause__:
-        reason = f" ({error.__cause__})"
-    return " ".join(f"{error}{reason}".split()) or type(error).__name__
-
-
-def _summarize(error: BaseException | None) -> str:
-    """Return what went wrong in one line of limited length."""
-    text = _describe(error)
-    return text if len(text) <= 300 else text[:300] + " ..."

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from salmonn.records import Mention, Reference, Score, Unscored
+from salmonn.score.chat_client import LLMRejectedError
 from salmonn.score.judge import ProgressCallback, ScoringTask, make_score
-from salmonn.score.llm_client import ChatMessage, LLMClient, LLMRejectedError
-from salmonn.score.llm_protocol import read_integer
+from salmonn.score.llm_client import LLMClient
+from salmonn.score.llm_protocol import ChatMessage, read_integer
 from salmonn.score.text_spans import count_words, find_all_quotes, find_quote, overlap
 
 Result = TypeVar("Result")

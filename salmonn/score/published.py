@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 
 from salmonn.records import Event, Mention, Reference, Score
 from salmonn.score.judge import ScoringTask, make_score
-from salmonn.score.llm_client import ChatMessage
 from salmonn.score.llm_judge import (
     InvalidReplyError,
     PromptTemplate,
@@ -29,6 +28,7 @@ from salmonn.score.llm_judge import (
     object_schema,
     require_valid_unicode,
 )
+from salmonn.score.llm_protocol import ChatMessage
 
 _NUM_RETRIES, _NUM_COUNT_ATTEMPTS = 8, 3
 

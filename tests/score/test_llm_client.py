@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from salmonn.records import Caption, Event, Reference, write_records
-from salmonn.score import llm_client
+from salmonn.score import chat_client
+from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError
 from salmonn.score.config import LLMConfig
-from salmonn.score.llm_client import LLMClient, LLMRejectedError, LLMStoppedError
+from salmonn.score.llm_client import LLMClient
 from salmonn.score.llm_protocol import LLMResponse
 from salmonn.score.response_cache import ResponseCache
 from tests.limits import STEP_SECONDS
@@ -111,7 +112,7 @@ DATE = "Mon, 30 Nov 2026 10:00:00 GMT"
     ],
 )
 def test_respects_retry_after(serve, open_client, clock, monkeypatch, headers, delay):
-    monkeypatch.setattr(llm_client, "time", clock)
+    monkeypatch.setattr(chat_client, "time", clock)
     server = serve(lambda request, number: Answer("x", status=200 if number else 429, headers=headers))
     complete(open_client(server))
     assert clock.delays == [delay]  # the default delay is at most a second

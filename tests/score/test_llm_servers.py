@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from salmonn.score.llm_client import LLMRejectedError, LLMStoppedError
+from salmonn.score.chat_client import LLMRejectedError, LLMStoppedError
 from salmonn.score.llm_protocol import LLMResponse
 from tests.score.completions import complete, text_of
 from tests.score.fake_llm_server import Answer
