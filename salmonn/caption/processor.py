@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperFeatureExtractor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from salmonn.caption.constraint import JsonGrammars
 from salmonn.caption.generator import History
@@ -19,7 +19,7 @@ from salmonn.media.clip import Clip
 from salmonn.media.readers import load_reader
 from salmonn.model.config import SalmonnConfig
 from salmonn.model.families import get_family
-from salmonn.model.families.base import AUDIO_PAD, PAD, TURN_END, VIDEO_PAD
+from salmonn.model.families.base import PAD, TURN_END
 from salmonn.model.layout import ClipFeatures, ClipInfo, ClipInputs, Layout, ModelInputs, text_positions
 from salmonn.records import Modality
 
@@ -85,14 +85,12 @@ class Processor:
         self.reader = reader
         if published_positions and not self.family.has_published_positions:
             raise ValueError(f"published positions are not defined for a {config.family} model; use the default ones")
-        needed = [*self.family.required_tokens, *([VIDEO_PAD, AUDIO_PAD] if config.placeholder_ids[1] >= 0 else [])]
+        placeholders = self.family.placeholder_tokens if config.placeholder_ids[1] >= 0 else ()
+        needed = [*self.family.required_tokens, *placeholders]
         if missing := [token for token in needed if token not in tokenizer.get_vocab()]:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}; it does not belong to a {config.family} model")
         self.pad_id: int = tokenizer.convert_tokens_to_ids(PAD)
         self.stop_ids: list[int] = tokenizer.convert_tokens_to_ids([TURN_END, PAD])
-        self.mel = WhisperFeatureExtractor(
-            feature_size=config.whisper["num_mel_bins"], chunk_length=config.chunk_seconds
-        )
 
     @classmethod
     def load(
@@ -212,17 +210,14 @@ class Processor:
         """Compute log-mel chunks (C, M, T) of the audio, cut to the family's maximum duration; also say what is cut."""
         notices: list[str] = []
         if clip.waveform is None:
-            return torch.zeros(0, self.mel.feature_size, self.mel.nb_max_frames), notices
+            return torch.zeros(0, *self.family.mel_shape(0.0)[1:]), notices
         waveform = clip.waveform
         if (limit := self.family.max_audio_seconds(clip.video_seconds)) is not None:
             waveform = waveform[: max(round(limit * SAMPLE_RATE_HZ), 1)]
             if (lost := (len(clip.waveform) - len(waveform)) / SAMPLE_RATE_HZ) >= 1:
                 notices.append(f"ignoring the last {lost:.1f} s of audio; this model takes {limit:.1f} s")
                 logger.warning("%s: %s", clip.path, notices[0])
-        chunk = self.config.chunk_seconds * SAMPLE_RATE_HZ
-        num_chunks = self.family.count_chunks(len(waveform) / SAMPLE_RATE_HZ)
-        chunks = [waveform[number * chunk : (number + 1) * chunk] for number in range(num_chunks)]
-        return self.mel(chunks, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features, notices
+        return self.family.log_mel(waveform), notices
 
     def make_layout(self, clip: ClipInputs) -> Layout:
         """Return order and positions of a clip's tokens."""

@@ -25,19 +25,24 @@ class Layout:
             decoders with plain rotary embeddings.
         num_visual: number of visual source tokens.
         timestamp_ids: token ids of all timestamps.
+        text_start: position of the text behind the clip, from the start of the clip; None for the published rule of
+            video-SALMONN 2, see `next_position`.
     """
 
     order: Tensor
     positions: Tensor
     num_visual: int
     timestamp_ids: tuple[int, ...] = ()
+    text_start: int | None = None
 
     @property
     def next_position(self) -> int:
         """Position of the text behind the clip, from the start of the clip.
 
-        As published, it follows the greatest time, or without audio the greatest of all positions.
+        In video-SALMONN 2 it follows the greatest time, or without audio the greatest of all positions.
         """
+        if self.text_start is not None:
+            return self.text_start
         counted = self.positions if self.num_visual == len(self) else self.positions[0]
         return int(counted.max()) + 1
 

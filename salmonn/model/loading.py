@@ -133,9 +133,10 @@ def load_config(path: Path | str, *, frames: Mapping[str, float] | None = None) 
             f"{path}/{CONFIG_NAME} has format {found}, but this version of salmonn reads format {CONFIG_FORMAT}; "
             "use the version that saved it"
         )
-    if missing := [part for part in ("lm", "whisper", "qformer") if not values.get(part)]:
+    family = get_family(SalmonnConfig.from_dict(values))
+    if missing := [part for part in family.config_parts if not values.get(part)]:
         raise ValueError(f"{path}/{CONFIG_NAME} is incomplete: it has no {', '.join(missing)} section")
-    return get_family(SalmonnConfig.from_dict(values)).with_frames(frames)
+    return family.with_frames(frames)
 
 
 def offline_config(model: str, *, frames: Mapping[str, float] | None = None) -> SalmonnConfig:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from salmonn.model.packing import PackedBatch, pack
 from salmonn.model.pooling import AnswerStates, Pooling, pool_last, pool_mean, pool_rich, upper_layers
 
 MAX_LOGIT_BYTES = 256 << 20
+UNUSED_WEIGHTS = (r"post_layernorm", r"position_ids")  # of published towers, whose features do not depend on them
 # More tokens are no faster and take memory. On a CPU they are slower by a sixth, since the allocator returns tensors of
 # that size to the system and every page has to be mapped again.
 PREFILL_CHUNK_TOKENS, PREFILL_CHUNK_TOKENS_CPU = 8192, 1024
@@ -41,12 +42,11 @@ class Network(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     _supports_sdpa = _supports_flash_attn = True
-    # Published towers have weights that their features do not depend on.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"post_layernorm", r"position_ids"]
 
     def __init__(self, config: SalmonnConfig) -> None:
         super().__init__(config)
         self.family = get_family(config)
+        self._keys_to_ignore_on_load_unexpected = [*UNUSED_WEIGHTS, *self.family.ignored_weights]
         # The language model is that of transformers, or PEFT's wrapper while an adapter is attached.
         self.vision, self.audio, self.lm = self.family.build_parts(attn_implementation=config._attn_implementation)
         self.max_logit_bytes: int | None = MAX_LOGIT_BYTES

@@ -5,6 +5,7 @@ audio chunking and token layout, and `salmonn.train.memory` does the arithmetic.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 
@@ -32,11 +33,18 @@ PARTS = {
     "vision encoder": ("vision.encoder.",),
     "audio encoder": ("audio.encoder.", "audio.norm."),
     "Q-Former": ("audio.qformer.",),
-    "projections": ("vision.encoder.merger.", "vision.projector.", "vision.newline", "audio.projector."),
+    "projections": (
+        "vision.encoder.merger.",
+        "vision.projector.",
+        "vision.newline",
+        "audio.projector.",
+        "audio.encoder.proj",
+    ),
     "language model": ("lm.",),
 }
 
 
+MARKER = re.compile(r"<\|\w+\|>")  # special token
 DEFAULT_SHAPE = ClipShape()
 
 
@@ -108,15 +116,14 @@ def placeholder_inputs(config: SalmonnConfig, shape: ClipShape) -> ClipInputs:
     frames = torch.empty(
         (count, 3, *sampler.frame_size(shape.height, shape.width, count)), dtype=torch.uint8, device="meta"
     )
-    chunks = family.count_chunks(shape.seconds)
-    mel = torch.empty(chunks, config.whisper["num_mel_bins"], config.chunk_seconds * 100, device="meta")
+    mel = torch.empty(family.mel_shape(shape.seconds), device="meta")
     return family.clip_inputs(frames, mel, seconds=shape.seconds)
 
 
 def placeholder_layout(config: SalmonnConfig, media: ClipInputs) -> Layout:
-    """Return the layout of a clip's tokens; the published tokenizer encodes each digit and the decimal point as one."""
+    """Return the layout of a clip's tokens; published tokenizers encode each digit, point and marker as one."""
     family = get_family(config)
-    timestamps = [[0] * len(text) for text in family.timestamps(media)]
+    timestamps = [[0] * len(MARKER.sub("?", text)) for text in family.timestamps(media)]
     return family.layout(media, timestamp_ids=timestamps)
 
 
@@ -200,7 +207,7 @@ class MemoryPlan:
         self.layout = placeholder_layout(self.config, self.media)
         self.clip_tokens = len(self.layout)
         self.patches = self.family.count_patches(self.media)  # in the vision encoder's layers
-        self.steps = len(self.media.mel) * self.config.chunk_seconds * 50  # in the audio encoder's layers
+        self.steps = self.family.count_audio_steps(self.media)  # in the audio encoder's layers
         self.parameters = count_parameters(self.network)
         self.trained = sum(part.trained for part in self.parameters.values())
         self.decoder = Stack.of(self.network.lm.config.get_text_config())
@@ -304,6 +311,9 @@ class MemoryPlan:
         if self._is_trained("vision.encoder.merger."):
             # Qwen2.5-VL's: its input, normed input, and its activation's input and output.
             saved += self.patches * self.vision.width * (FLOAT32 + 3 * numbers.computed)
+        if self._is_trained("audio.encoder.proj"):
+            # Qwen-Omni's: its input, and where it has a layer more, its activation's input and output.
+            saved += self.steps * numbers.computed * 3 * self.audio.width
         if self._is_trained("vision.projector."):
             # SigLIP's: its input, and its activation's input and output.
             saved += self.patches * numbers.computed * (self.vision.width + 2 * self.decoder.width)
@@ -320,7 +330,7 @@ class MemoryPlan:
     def _is_trained(self, start: str) -> bool:
         """Return whether weights with this prefix are trained, apart from its separately listed parts."""
         names = [name for name, parameter in self.network.named_parameters() if parameter.requires_grad]
-        inner = ".merger." if start == "vision.encoder." else ".lora_"
+        inner = {"vision.encoder.": ".merger", "audio.encoder.": ".encoder.proj"}.get(start, ".lora_")
         return any(name.startswith(start) and inner not in name for name in names)
 
 

@@ -38,7 +38,7 @@ from salmonn.train.data import ClipSource
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
-FORMAT = 2  # of the files; part of each key, so that files of another format are never read
+FORMAT = 3  # of the files; part of each key, so that files of another format are never read
 SUFFIX = ".safetensors"
 HEADER_BYTES = 4096  # upper bound of a file's size beyond its tensors and metadata
 RESCAN_SHARE = 0.01  # share of the size limit that all processes together may write before they rescan the folder
@@ -57,6 +57,9 @@ CONFIG_KEYS = (
     "pool",
     "timestamp_tokens",
 )
+
+# In the language model's section: of towers that come with it, and of the layout.
+LM_KEYS = ("vision_config", "audio_config", "position_id_per_seconds", "seconds_per_chunk")
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class FeatureCache:
             "digest": compute_digest(features),
             "num_visual": str(layout.num_visual),
             "timestamp_ids": json.dumps(layout.timestamp_ids),
+            "text_start": json.dumps(layout.text_start),
             "info": json.dumps(asdict(features.info)),
         }
         if not self._make_room(size + HEADER_BYTES + 2 * sum(map(len, metadata.values()))):  # quotes are escaped
@@ -233,7 +237,10 @@ class FeatureCache:
         with safe_open(str(self._path(key)), framework="pt") as file:
             metadata = file.metadata()
             tokens, order, positions = (file.get_tensor(name) for name in ("tokens", "order", "positions"))
-        layout = Layout(order, positions, int(metadata["num_visual"]), tuple(json.loads(metadata["timestamp_ids"])))
+        num_visual, timestamp_ids, text_start = (
+            json.loads(metadata[name]) for name in ("num_visual", "timestamp_ids", "text_start")
+        )
+        layout = Layout(order, positions, num_visual, tuple(timestamp_ids), text_start)
         info = parse_json(metadata["info"], ClipInfo)
         return CachedFeatures(tokens, layout, info, cache=self, key=key, digest=metadata["digest"])
 
@@ -341,7 +348,7 @@ def hash_encoders(captioner: Captioner) -> str:
     return hash_values(
         hash_weights([*towers, ("embeddings", embeddings)]),  # timestamp tokens are embedded as text
         {key: config.get(key) for key in CONFIG_KEYS},
-        config["lm"].get("vision_config"),
+        {key: config["lm"].get(key) for key in LM_KEYS},
         str(processor.family.frame_sampler),
         processor.published_positions,
         processor.reader,
@@ -387,5 +394,5 @@ def compute_digest(features: ClipFeatures) -> str:
     sha, layout = hashlib.sha256(), features.layout
     for name, value in (("tokens", features.tokens), ("order", layout.order), ("positions", layout.positions)):
         update_hash(sha, name, value)
-    sha.update(json.dumps([layout.num_visual, layout.timestamp_ids]).encode())
+    sha.update(json.dumps([layout.num_visual, layout.timestamp_ids, layout.text_start]).encode())
     return sha.hexdigest()

@@ -10,16 +10,19 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from salmonn.media.audio import SAMPLE_RATE_HZ
 from salmonn.media.frame_sampling import FrameSampler
-from salmonn.model.config import SalmonnConfig
+from salmonn.model.config import STEPS_PER_SECOND, SalmonnConfig
 from salmonn.model.layout import ClipInputs, Layout
-from salmonn.model.towers import AudioTower, WindowQFormer
+from salmonn.model.towers import AudioTower, WindowQFormer, to_patches
 from salmonn.records import Modality
 
 # The chat format of Qwen2, with the names that Qwen2.5-VL and video-SALMONN 2+ give to the tokens of a clip.
@@ -69,6 +72,9 @@ class Family(ABC):
         sampler_class: frame sampler, whose arguments are `config.frames`.
         chat_template: Jinja template of a chat, as transformers takes it.
         required_tokens: special tokens that the tokenizer must have.
+        placeholder_tokens: tokens that stand for visual and audio tokens in the text, unless their ids are negative.
+        config_parts: sections that a saved config.json must have.
+        ignored_weights: patterns of weights in published checkpoints that belong to parts without influence on text.
         penalizes_prompt: whether the repetition penalty covers the prompt, or the answer alone.
         has_published_positions: whether `layout` can number positions as the published inference code does.
     """
@@ -82,6 +88,9 @@ class Family(ABC):
     sampler_class: ClassVar[Any]
     chat_template: ClassVar[str] = CHAT_TEMPLATE
     required_tokens: ClassVar[tuple[str, ...]] = (PAD, TURN_START, TURN_END)
+    placeholder_tokens: ClassVar[tuple[str, str]] = (VIDEO_PAD, AUDIO_PAD)
+    config_parts: ClassVar[tuple[str, ...]] = ("lm", "whisper", "qformer")
+    ignored_weights: ClassVar[tuple[str, ...]] = ()
     penalizes_prompt: ClassVar[bool] = False
     has_published_positions: ClassVar[bool] = False
 
@@ -105,7 +114,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, AudioTower, Any]:
+    def build_parts(self, *, attn_implementation: str | None) -> tuple[nn.Module, nn.Module, Any]:
         """Build vision tower, audio tower and language model, whose width both towers output, with fresh weights.
 
         Args:
@@ -151,15 +160,35 @@ class Family(ABC):
         """Return the duration that longer audio is cut to; None for no limit."""
         return None
 
-    def count_chunks(self, seconds: float) -> int:
-        """Return the number of Whisper chunks for an audio duration."""
-        duration = max(seconds, MIN_AUDIO_SECONDS) - self.config.tail_tolerance_seconds
-        return math.ceil(duration / self.config.chunk_seconds)
+    @cached_property
+    def mel_extractor(self) -> WhisperFeatureExtractor:
+        """Whisper's log-mel features of the audio encoder's chunks."""
+        return WhisperFeatureExtractor(
+            feature_size=self.config.whisper["num_mel_bins"], chunk_length=self.config.chunk_seconds
+        )
+
+    def log_mel(self, waveform: np.ndarray) -> Tensor:
+        """Compute the log-mel chunks (C, M, T) of audio (S,) at 16 kHz, not longer than `max_audio_seconds`."""
+        chunk = self.config.chunk_seconds * SAMPLE_RATE_HZ
+        num_chunks = self.mel_shape(len(waveform) / SAMPLE_RATE_HZ)[0]
+        chunks = [waveform[number * chunk : (number + 1) * chunk] for number in range(num_chunks)]
+        features: Tensor = self.mel_extractor(chunks, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").input_features
+        return features
+
+    def mel_shape(self, seconds: float) -> tuple[int, int, int]:
+        """Return the shape (C, M, T) of the log-mel chunks of an audio duration."""
+        config = self.config
+        duration = max(seconds, MIN_AUDIO_SECONDS) - config.tail_tolerance_seconds
+        return (
+            math.ceil(duration / config.chunk_seconds),
+            config.whisper["num_mel_bins"],
+            config.chunk_seconds * 2 * STEPS_PER_SECOND,
+        )
 
     # From model inputs to tokens
 
     def timestamps(self, clip: ClipInputs) -> list[str]:
-        """Return the text that is inserted behind each frame; empty for none."""
+        """Return the texts that the layout inserts among the clip's tokens, such as a frame's time or a marker."""
         return []
 
     @abstractmethod
@@ -207,6 +236,10 @@ class Family(ABC):
             matmul_bytes: size of a number in matrix products.
         """
 
+    def count_audio_steps(self, clip: ClipInputs) -> int:
+        """Return the number of steps in the audio encoder's layers: its first convolutions halve that of the mel."""
+        return len(clip.mel) * (clip.mel.shape[-1] // 2)
+
     def build_audio_tower(self, *, width: int, attn_implementation: str | None) -> AudioTower:
         """Build the Whisper encoder, the window Q-Former and a linear projection to width D."""
         config = self.config
@@ -216,6 +249,50 @@ class Family(ABC):
             qformer, num_queries=config.num_queries, window=config.window_steps, stride=config.stride_steps
         )
         return AudioTower(encoder, window, nn.Linear(qformer.config.hidden_size, width))
+
+
+class GridFamily(Family):
+    """A backbone with a vision tower for patches on a grid and 3-D rotary positions, as Qwen2-VL and its successors."""
+
+    @property
+    def vision_config(self) -> dict[str, Any]:
+        """Arguments of the vision tower's config."""
+        values: dict[str, Any] = self.config.lm["vision_config"]
+        return values
+
+    def clip_inputs(self, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
+        vision = self.vision_config
+        pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
+        return ClipInputs(pixels, mel, num_frames=len(frames), seconds=seconds, grid=grid)
+
+    def token_grid(self, clip: ClipInputs) -> tuple[int, int, int] | None:
+        """Return the steps, rows and columns of a clip's visual tokens; None without video."""
+        steps, rows, columns = clip.grid
+        merge = self.vision_config["spatial_merge_size"]
+        return (steps, rows // merge, columns // merge) if clip.num_frames else None
+
+    def rotary_positions(self, position_ids: Tensor) -> Tensor:
+        """Return all three rows, (3, B, L)."""
+        return position_ids
+
+    def count_patches(self, clip: ClipInputs) -> int:
+        return len(clip.pixels)
+
+    def vision_peak_bytes(self, clip: ClipInputs, *, patch_bytes: int, weight_bytes: int, matmul_bytes: int) -> int:
+        """See `Family`.
+
+        First the uint8 pixels and two float32 copies while they are normalized; then the first layer's temporaries.
+        Attention rotates queries and keys in float32 (4 D of 4 bytes, with 3 D in matrix products).
+        """
+        num_pixels, width = clip.pixels.numel(), int(self.vision_config["hidden_size"])
+        attention = width * (4 * 4 + 3 * matmul_bytes + 2 * weight_bytes)
+        return num_pixels + max(2 * 4 * num_pixels, len(clip.pixels) * max(attention, patch_bytes))
+
+
+def without_dtypes(values: dict[str, Any]) -> dict[str, Any]:
+    """Remove the types that a checkpoint was saved in; the type that it is loaded in is chosen elsewhere."""
+    kept = {key: value for key, value in values.items() if key not in ("dtype", "torch_dtype")}
+    return {key: without_dtypes(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def convert_qformer_config(bert: Mapping[str, Any], *, encoder_width: int) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from salmonn.model.families.base import (
     CLIP_START,
     QFORMER_WEIGHT_NAMES,
     WHISPER_LARGE_V3,
-    Family,
+    GridFamily,
     convert_qformer_config,
+    without_dtypes,
 )
 from salmonn.model.layout import ClipInputs, Layout
-from salmonn.model.towers import AudioTower, QwenTower, to_patches
+from salmonn.model.towers import AudioTower, QwenTower
 from salmonn.records import Modality
 
 # A published config.json holds only what differs from its own classes' defaults, which are not those of transformers.
@@ -62,7 +63,7 @@ PUBLISHED_SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Salmonn2Plus(Family):
+class Salmonn2Plus(GridFamily):
     """video-SALMONN 2+. Audio and video tokens are interleaved by time; positions are time, row and column."""
 
     name = "salmonn2-plus"
@@ -91,7 +92,7 @@ class Salmonn2Plus(Family):
     }
     decoder_prefix = "model.language_model."
     sampler_class = UniformSampler
-    required_tokens = (*Family.required_tokens, CLIP_START, CLIP_END)
+    required_tokens = (*GridFamily.required_tokens, CLIP_START, CLIP_END)
     penalizes_prompt = True  # published generation starts from ids; that of video-SALMONN 2 from embeddings
     has_published_positions = True
 
@@ -107,7 +108,7 @@ class Salmonn2Plus(Family):
         audio = WHISPER_LARGE_V3 | values.get("audio_config", {})
         qformer = QFORMER_DEFAULTS | audio.get("qformer_config", {})
         vision = VISION_DEFAULTS | values.get("vision_config", {})
-        lm = _without_dtypes({key: value for key, value in values.items() if key != "audio_config"})
+        lm = without_dtypes({key: value for key, value in values.items() if key != "audio_config"})
         return SalmonnConfig(
             family=cls.name,
             lm=lm | {"vision_config": vision},
@@ -135,18 +136,11 @@ class Salmonn2Plus(Family):
         width = lm.get_input_embeddings().embedding_dim
         return vision, self.build_audio_tower(width=width, attn_implementation=attn_implementation), lm
 
-    def clip_inputs(self, frames: Tensor, mel: Tensor, *, seconds: float) -> ClipInputs:
-        vision = self.config.lm["vision_config"]
-        pixels, grid = to_patches(frames, patch=vision["patch_size"], merge=vision["spatial_merge_size"])
-        return ClipInputs(pixels, mel, num_frames=len(frames), seconds=seconds, grid=grid)
-
     def layout(
         self, clip: ClipInputs, *, timestamp_ids: Sequence[Sequence[int]] = (), published_positions: bool = False
     ) -> Layout:
-        steps, rows, columns = clip.grid
-        merge = self.config.lm["vision_config"]["spatial_merge_size"]
         return interleave_by_time(
-            (steps, rows // merge, columns // merge) if clip.num_frames else None,
+            self.token_grid(clip),
             num_audio=len(clip.mel) * self.config.tokens_per_chunk,
             second_per_grid=2 * clip.seconds / max(clip.num_frames, 1),
             published_positions=published_positions,
@@ -155,29 +149,6 @@ class Salmonn2Plus(Family):
     def surround_clip(self, before: str, after: str) -> tuple[str, list[str]]:
         """Add the tokens for start and end of a clip."""
         return before + CLIP_START, [CLIP_END + after]
-
-    def rotary_positions(self, position_ids: Tensor) -> Tensor:
-        """Return all three rows, (3, B, L)."""
-        return position_ids
-
-    def count_patches(self, clip: ClipInputs) -> int:
-        return len(clip.pixels)
-
-    def vision_peak_bytes(self, clip: ClipInputs, *, patch_bytes: int, weight_bytes: int, matmul_bytes: int) -> int:
-        """See `Family`.
-
-        First the uint8 pixels and two float32 copies while they are normalized; then the first layer's temporaries.
-        Attention rotates queries and keys in float32 (4 D of 4 bytes, with 3 D in matrix products).
-        """
-        num_pixels, width = clip.pixels.numel(), int(self.config.lm["vision_config"]["hidden_size"])
-        attention = width * (4 * 4 + 3 * matmul_bytes + 2 * weight_bytes)
-        return num_pixels + max(2 * 4 * num_pixels, len(clip.pixels) * max(attention, patch_bytes))
-
-
-def _without_dtypes(values: dict[str, Any]) -> dict[str, Any]:
-    """Remove the types that a checkpoint was saved in; the type that it is loaded in is chosen elsewhere."""
-    kept = {key: value for key, value in values.items() if key not in ("dtype", "torch_dtype")}
-    return {key: _without_dtypes(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def interleave_by_time(
