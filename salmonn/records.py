@@ -21,6 +21,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from salmonn.speech import Dialogue
+
 EventModality = Literal["visual", "audio", "speech"]
 Modality = Literal["both", "visual", "audio"]
 FailureStage = Literal["read", "caption", "write"]
@@ -202,6 +204,7 @@ class Score:
         hallucinations: parts of the caption that match no event.
         repeated: parts of the caption that paraphrase other parts, if the judge quotes them.
         start_seconds, end_seconds: the part of the video that was captioned, as in the caption.
+        dialogue: how the caption quotes speech; None, and absent from files, if there is nothing to compare.
     """
 
     video: str
@@ -219,6 +222,7 @@ class Score:
     repeated: tuple[str, ...] = ()
     start_seconds: float | None = None
     end_seconds: float | None = None
+    dialogue: Dialogue | None = None
 
     @property
     def incorrect_events(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from salmonn.records import Caption, Reference, read_records, write_json, write_
 from salmonn.score.config import ProtocolName
 
 if TYPE_CHECKING:
+    from salmonn.records import Score
     from salmonn.score.metrics import Rates
     from salmonn.score.scoring import ScoredSet
     from salmonn.score.stats import Interval
@@ -32,6 +33,11 @@ TITLES = {
     "repetition": "Repetition",
     "cut_off": "Cut off at the token limit",
     "audio_share": "Audio share",
+}
+DIALOGUE_TITLES = {
+    "dialogue_wer": "Dialogue word error rate",
+    "dialogue_missing": "Spoken words not quoted",
+    "dialogue_hallucinated": "Hallucinated dialogue",
 }
 
 
@@ -99,8 +105,9 @@ def run_score(values: Namespace) -> int:
     if values.protocol == "published":  # its replies do not say which events are mentioned, or where
         figures = replace(figures, audio_share=None, order=None)
     print_scores(scored, figures, intervals)
+    dialogue = print_dialogue(scored.scores)
     if values.summary:
-        write_json(values.summary, summarise(scored, figures, intervals))
+        write_json(values.summary, summarise(scored, figures, intervals) | dialogue)
     if values.report:
         _write_report(values, scored, figures, intervals, captions=captions, references=references)
     return SOME_FAILED if scored.unscored else 0
@@ -158,6 +165,32 @@ def print_scores(scored: "ScoredSet", figures: "Rates", intervals: Mapping[str, 
         )
     if scored.as_published and scored.with_all:
         _print_published(console, scored)
+
+
+def print_dialogue(scores: Sequence["Score"]) -> dict[str, object]:
+    """Print the dialogue measures if the references quote speech; return them as JSON values, or else nothing."""
+    from salmonn.score.dialogue import DIALOGUE_MEASURES, dialogue_rates
+    from salmonn.score.stats import bootstrap_intervals
+
+    if (rates := dialogue_rates(scores)) is None:
+        return {}
+    intervals = bootstrap_intervals(scores, measures=DIALOGUE_MEASURES)
+    missing = intervals["dialogue_missing"]
+    intervals["dialogue_recall"] = replace(missing, low=1 - missing.high, high=1 - missing.low)
+    table = new_table(f"dialogue: {rates.num_spoken} spoken words, {rates.num_quoted} quoted", ("%", "95 % interval"))
+    rows = {"dialogue_wer": rates.wer, "dialogue_recall": rates.recall, "dialogue_hallucinated": rates.hallucinated}
+    for name, value in rows.items():
+        interval = intervals[name]
+        title = DIALOGUE_TITLES.get(name, "Recall of spoken words")
+        shown = "-" if value is None else f"{100 * value:.2f}"
+        table.add_row(title, shown, "" if value is None else f"{100 * interval.low:.1f} to {100 * interval.high:.1f}")
+    console = Console(width=100)
+    console.print(table)
+    if rates.num_silent:
+        quote = f"{plural(rates.num_silent, 'caption')} of videos without speech quote some"
+        console.print(f"{quote}; all of it counts as hallucinated", highlight=False)
+    shown_intervals = {name: asdict(interval) for name, interval in intervals.items()}
+    return {"dialogue": {"rates": asdict(rates), "intervals": shown_intervals}}
 
 
 def _list_unscored(scored: "ScoredSet") -> None:
@@ -265,7 +298,7 @@ def run_compare(values: Namespace) -> int:
     )
     for name, one in result.differences.items():
         table.add_row(
-            TITLES[name],
+            (TITLES | DIALOGUE_TITLES)[name],
             f"{100 * one.first:.2f}",
             f"{100 * one.second:.2f}",
             f"{100 * one.difference:+.2f}",

@@ -7,6 +7,8 @@
     unrepeated    1 - share of words in repeated clauses
     length        words, up to 60 of them: not a virtue, but what the others are corrected for
 
+    dialogue      dialogue accuracy (docs/metrics.md): only in floors and the judge's reward, not in reward models
+
 After ArmoRM (arXiv 2406.12845), whose objectives are ratings of people and models. Where an objective is not defined
 (no audible event, fewer than two mentions with times), it is None.
 """
@@ -22,6 +24,7 @@ from salmonn.score.judge import restrict_to_span
 
 Debias = Literal["gold", "published", "none"]
 OBJECTIVES = ("seen", "heard", "correct", "faithful", "ordered", "unrepeated", "length")
+DIALOGUE = "dialogue"
 MAX_WORDS = 60
 
 

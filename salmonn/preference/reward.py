@@ -28,12 +28,15 @@ class RewardConfig:
     """Reward that captions are rated by.
 
     Args:
-        kind: "judge" rates by the judge's event counts, as -(Total + repetition_weight * repetition); "model" lets the
-            judge label a few clips and rates all captions by a reward model trained on them (docs/reward.md); "voter"
-            rates a caption by how often a simulated voter prefers it to the clip's other samples (synthetic clips).
+        kind: "judge" rates by the judge's event counts, as -(Total + repetition_weight * repetition), plus
+            dialogue_weight * dialogue accuracy; "model" lets the judge label a few clips and rates all captions by a
+            reward model trained on them (docs/reward.md); "voter" rates a caption by how often a simulated voter
+            prefers it to the clip's other samples (synthetic clips).
         voter: kind of voter (docs/raters.md), for kind "voter".
         repetition_weight: penalty for a caption that consists of repeated clauses alone. A reward model learns Total
             alone; there repetition is counted in the text, and the weight is in standard deviations of the reward.
+        dialogue_weight: weight of the dialogue accuracy (docs/metrics.md), from 0 to 1, where references quote their
+            speech; 0 leaves it out.
         model: folder of a reward model for the first round; none trains one on labels. Only with kind "model", as all
             of the following.
         prototype: of an ideal-point model: number, from 1, of the prototype that rates; none for the mean rater. The
@@ -51,6 +54,7 @@ class RewardConfig:
     kind: Literal["judge", "model", "voter"] = "judge"
     voter: VoterKind = "metric"
     repetition_weight: float = 1.0
+    dialogue_weight: float = 0.0
     model: Path | None = None
     prototype: int | None = None
     seed_clips: int = 100
@@ -63,14 +67,18 @@ class RewardConfig:
     caution: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.repetition_weight < 0:
-            raise ValueError(f"repetition_weight must be at least 0, got {self.repetition_weight}")
+        if self.repetition_weight < 0 or self.dialogue_weight < 0:
+            raise ValueError(
+                "repetition_weight and dialogue_weight must be at least 0, got "
+                f"{self.repetition_weight} and {self.dialogue_weight}"
+            )
         if self.model and self.kind != "model":
             raise ValueError(f"reward.model {self.model} is only used with --reward.kind model")
         only_with = (
             ("model", "length_penalty", self.length_penalty, 0.0),
             ("model", "caution", self.caution, 0.0),
             ("voter", "voter", self.voter, "metric"),
+            ("judge", "dialogue_weight", self.dialogue_weight, 0.0),
         )
         for kind, name, value, default in only_with:
             if kind != self.kind and value != default:
@@ -97,13 +105,18 @@ class RewardConfig:
 
 
 class JudgeReward:
-    """Rates captions by a judge's event counts: -(Total + repetition_weight * repetition)."""
+    """Rates captions by a judge's event counts: -(Total + repetition_weight * repetition).
+
+    With a dialogue_weight, dialogue_weight * dialogue accuracy is added. A caption that quotes no speech has accuracy 1
+    where there is none, and where the reference does not quote its speech all captions have.
+    """
 
     file_name = "scores.jsonl"
 
-    def __init__(self, judge: Judge, *, repetition_weight: float) -> None:
+    def __init__(self, judge: Judge, *, repetition_weight: float, dialogue_weight: float = 0.0) -> None:
         self.judge = judge
         self.repetition_weight = repetition_weight
+        self.dialogue_weight = dialogue_weight
 
     @property
     def name(self) -> str:
@@ -130,10 +143,15 @@ class JudgeReward:
 
     def to_rating(self, score: Score) -> Rating:
         """Convert a judge's score to a rating."""
+        parts = {"total": score.total, "repetition": score.repetition}
+        weights = {"total": -1.0, "repetition": -self.repetition_weight}
+        if self.dialogue_weight:
+            parts["dialogue"] = score.dialogue.accuracy if score.dialogue else 1.0
+            weights["dialogue"] = self.dialogue_weight
         return Rating(
             video=score.video,
-            parts={"total": score.total, "repetition": score.repetition},
-            weights={"total": -1.0, "repetition": -self.repetition_weight},
+            parts=parts,
+            weights=weights,
             sample=score.sample,
             score=score,
         )
@@ -148,7 +166,7 @@ def make_reward(config: RewardConfig, *, judge: Judge) -> JudgeReward | VoterRew
     """
     if config.kind == "voter":
         return VoterReward(judge, make_voter(config.voter))
-    return JudgeReward(judge, repetition_weight=config.repetition_weight)
+    return JudgeReward(judge, repetition_weight=config.repetition_weight, dialogue_weight=config.dialogue_weight)
 
 
 def make_judge(config: JudgeConfig, *, published: bool = False, processes: int = 1) -> Judge:

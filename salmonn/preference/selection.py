@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from salmonn.preference.objectives import OBJECTIVES, objectives_of
+from salmonn.preference.objectives import DIALOGUE, OBJECTIVES, objectives_of
 from salmonn.preference.rating import Rating
 from salmonn.records import Caption, Comparison, Reference
 from salmonn.score.judge import restrict_to_span
@@ -41,7 +41,11 @@ class RatedCaption:
         """Named objectives by a judge's score, or else the parts of the rating."""
         if self.rating.score and self.reference:
             reference = restrict_to_span(self.reference, self.caption)
-            return dict(zip(OBJECTIVES, objectives_of(self.rating.score, reference), strict=True))
+            dialogue = self.rating.score.dialogue
+            return {
+                **dict(zip(OBJECTIVES, objectives_of(self.rating.score, reference), strict=True)),
+                DIALOGUE: dialogue.accuracy if dialogue else None,
+            }
         return self.rating.parts
 
     @property
@@ -96,9 +100,9 @@ class SelectionConfig:
             )
         if not 0 <= self.repetition_fraction < 1:
             raise ValueError(f"repetition_fraction must be from 0 to below 1, got {self.repetition_fraction}")
-        if unknown := sorted((self.floors or {}).keys() - set(OBJECTIVES)):
+        if unknown := sorted((self.floors or {}).keys() - {*OBJECTIVES, DIALOGUE}):
             raise ValueError(
-                f"floors has no objective {', '.join(unknown)}; the objectives are {', '.join(OBJECTIVES)}"
+                f"floors has no objective {', '.join(unknown)}; the objectives are {', '.join((*OBJECTIVES, DIALOGUE))}"
             )
         if not all(0 <= floor <= 1 for floor in (self.floors or {}).values()) or (self.min_spreads or 0) < 0:
             raise ValueError(

@@ -43,8 +43,15 @@ class ScoreFile:
 
 def write_scores(path: Path | str, judge_info: JudgeInfo, results: Sequence[Score | Unscored]) -> None:
     """Write a score file atomically."""
-    lines = [{"format": SCORE_FORMAT, "judge_info": asdict(judge_info)}, *map(asdict, results)]
+    lines = [{"format": SCORE_FORMAT, "judge_info": asdict(judge_info)}, *map(_score_line, results)]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _score_line(result: Score | Unscored) -> dict[str, Any]:
+    values = asdict(result)
+    if values.get("dialogue", ...) is None:
+        del values["dialogue"]
+    return values
 
 
 def read_scores(path: Path | str) -> ScoreFile:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from salmonn.records import Caption, Event, Mention, Reference, Score, Unscored
+from salmonn.score.dialogue import count_dialogue
 from salmonn.score.repetition import count_repeated_words
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def make_score(
         repeated=tuple(repeated),
         start_seconds=task.caption.start_seconds,
         end_seconds=task.caption.end_seconds,
+        dialogue=count_dialogue(task.caption.text, task.reference),
     )
 
 

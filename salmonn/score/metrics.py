@@ -12,7 +12,8 @@ from salmonn.records import Caption, Reference, Score
 from salmonn.score.text_spans import ARTICLES, WORD
 
 # Numerator and denominator of each measure, to be summed over captions. Lower is better for all of them.
-MEASURES: Mapping[str, tuple[Callable[[Score], int], Callable[[Score], int]]] = {
+Measures = Mapping[str, tuple[Callable[[Score], int], Callable[[Score], int]]]
+MEASURES: Measures = {
     "missing": (lambda score: score.missing, lambda score: score.num_events),
     "hallucination": (lambda score: score.incorrect + score.hallucinated, lambda score: score.num_events),
     "incorrect": (lambda score: score.incorrect, lambda score: score.num_events),

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from salmonn.records import Caption, JudgeInfo, Reference, Score, Unscored
 from salmonn.score.config import ProtocolName
+from salmonn.score.dialogue import count_dialogue
 from salmonn.score.judge import Judge, ProgressCallback, ScoringTask, empty_caption_tasks, match_references
 from salmonn.score.llm_judge import LLMJudge
 from salmonn.score.metrics import compute_rates
@@ -100,9 +101,10 @@ def _add_published_rates(
     judged: Results = []
     for result, task in zip(scored.results, tasks, strict=True):
         if isinstance(result, Score):
-            # Repetition is measured in the original caption, not in the collapsed one.
+            # Repetition and dialogue are measured in the original caption, not in the collapsed one.
             num_repeated, num_words = count_repeated_words(task.caption.text)
-            judged.append(replace(result, num_words=num_words, num_repeated_words=num_repeated))
+            dialogue = count_dialogue(task.caption.text, task.reference)
+            judged.append(replace(result, num_words=num_words, num_repeated_words=num_repeated, dialogue=dialogue))
         else:
             judged.append(result)
     scores = [result for result in judged if isinstance(result, Score)]

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from salmonn.records import JudgeInfo, Score
-from salmonn.score.metrics import MEASURES
+from salmonn.score.dialogue import DIALOGUE_MEASURES
+from salmonn.score.metrics import MEASURES, Measures
 
 RESAMPLES = 10_000
 _Z = 1.959964  # standard deviations of a 95 % interval
@@ -82,7 +83,12 @@ def wilson_interval(successes: float, total: float) -> Interval:
 
 
 def bootstrap_intervals(
-    scores: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
+    scores: Sequence[Score],
+    *,
+    measures: Measures = MEASURES,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> dict[str, Interval]:
     """Return the interval of each measure of a set of scores.
 
@@ -91,9 +97,9 @@ def bootstrap_intervals(
     """
     if not scores:
         raise ValueError("no scores: intervals need at least one scored caption")
-    numerators, denominators = _sum_by_video(scores, sorted({score.video for score in scores}))
+    numerators, denominators = _sum_by_video(scores, sorted({score.video for score in scores}), measures)
     intervals = bootstrap_ratios(numerators, denominators, resamples=resamples, seed=seed, confidence=confidence)
-    return dict(zip(MEASURES, intervals, strict=True))
+    return dict(zip(measures, intervals, strict=True))
 
 
 def bootstrap_ratios(
@@ -121,7 +127,7 @@ def compare_sets(
 ) -> SetComparison:
     """Compare two sets of captions clip by clip; each resample has the same clips of both, so hard clips cancel out.
 
-    Captions are matched by video, sample and part of the video.
+    Captions are matched by video, sample and part of the video. Dialogue is compared if both sets have spoken words.
 
     Raises:
         ValueError: the sets have no caption in common, or a matched pair was scored against event lists of different
@@ -145,9 +151,12 @@ def compare_sets(
             "same references"
         )
     videos = sorted({video for video, *_ in common})
+    pairs = [(before[key], after[key]) for key in common]
+    has_speech = any(one.dialogue and one.dialogue.num_spoken for pair in pairs for one in pair)
+    measures = {**MEASURES, **(DIALOGUE_MEASURES if has_speech else {})}
     sums = [
-        *_sum_by_video([before[key] for key in common], videos),
-        *_sum_by_video([after[key] for key in common], videos),
+        *_sum_by_video([one for one, _ in pairs], videos, measures),
+        *_sum_by_video([other for _, other in pairs], videos, measures),
     ]
     resampled = np.hsplit(_resample(np.hstack(sums), resamples=resamples, seed=seed), 4)
     intervals = _percentile_intervals(_divide(*resampled[2:]) - _divide(*resampled[:2]), confidence=confidence)
@@ -163,7 +172,7 @@ def compare_sets(
             ties=int((change[:, column] == 0).sum()),
             losses=int((change[:, column] > 0).sum()),
         )
-        for column, name in enumerate(MEASURES)
+        for column, name in enumerate(measures)
     }
     return SetComparison(len(videos), len(before) - len(common), len(after) - len(common), differences)
 
@@ -181,14 +190,14 @@ def require_same_judge(first: JudgeInfo, second: JudgeInfo) -> None:
         )
 
 
-def _sum_by_video(scores: Sequence[Score], videos: Sequence[str]) -> tuple[Counts, Counts]:
+def _sum_by_video(scores: Sequence[Score], videos: Sequence[str], measures: Measures) -> tuple[Counts, Counts]:
     """Return the numerator and denominator of each measure (C, K), summed over the captions of each video."""
     rows = {video: row for row, video in enumerate(videos)}
-    numerators, denominators = (np.zeros((len(videos), len(MEASURES))) for _ in range(2))
+    numerators, denominators = (np.zeros((len(videos), len(measures))) for _ in range(2))
     for score in scores:
         row = rows[score.video]
-        numerators[row] += [numerator(score) for numerator, _ in MEASURES.values()]
-        denominators[row] += [denominator(score) for _, denominator in MEASURES.values()]
+        numerators[row] += [numerator(score) for numerator, _ in measures.values()]
+        denominators[row] += [denominator(score) for _, denominator in measures.values()]
     return numerators, denominators
 
 

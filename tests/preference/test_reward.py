@@ -5,6 +5,7 @@ import pytest
 from salmonn.preference.reward import RewardConfig, make_reward
 from salmonn.records import Caption, Event, Reference, Score, Unscored
 from salmonn.score.judge import ScoringTask
+from salmonn.speech import Dialogue
 from salmonn.synthetic.judge import RuleJudge
 
 
@@ -44,3 +45,22 @@ def test_rule_judge_prefers_the_complete_caption():
     tasks = [ScoringTask(reference, Caption("v", text)) for text in ("A red circle moves to the left.", "")]
     better, worse = make_reward(RewardConfig(), judge=RuleJudge()).rate(tasks)
     assert (better.value, worse.value) == (0.0, -1.0)
+
+
+def test_dialogue_weight_by_hand(tmp_path):
+    """Total 0.5; of 4 spoken words one is wrong: -0.5 + 2 * 0.75. Without speech on either side, accuracy is 1."""
+    quoting = Score("v", 2, 1, 0, 0, sample=0, dialogue=Dialogue(4, 4, 3, 1))
+    silent = Score("v", 2, 1, 0, 0, sample=1)
+    judge = FixedJudge([quoting, silent])
+    reward = make_reward(RewardConfig(dialogue_weight=2.0), judge=judge)
+    ratings = reward.rate([])
+    assert [one.value for one in ratings] == [pytest.approx(1.0), pytest.approx(1.5)]
+    assert [one.main for one in ratings] == [-0.5, -0.5]
+    reward.save(tmp_path / "scores.jsonl", ratings)
+    assert reward.load(tmp_path / "scores.jsonl") == ratings
+    plain = make_reward(RewardConfig(), judge=judge).rate([])
+    assert all(one.parts.keys() == {"total", "repetition"} and one.value == -0.5 for one in plain)
+    with pytest.raises(ValueError, match="dialogue_weight must be at least 0, got"):
+        RewardConfig(dialogue_weight=-1.0)
+    with pytest.raises(ValueError, match=r"dialogue_weight 1\.0 has no effect with reward\.kind model"):
+        RewardConfig(kind="model", dialogue_weight=1.0)

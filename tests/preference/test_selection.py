@@ -1,5 +1,7 @@
 """Selection of pairs, with ratings computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from salmonn.preference.rating import Rating
@@ -11,6 +13,7 @@ from salmonn.preference.selection import (
     summarize_pairs,
 )
 from salmonn.records import Caption, Comparison, Event, Mention, Reference, Score
+from salmonn.speech import Dialogue
 
 REFERENCES = {"v": Reference("v", caption="the truth"), "w": Reference("w")}
 
@@ -119,6 +122,21 @@ def test_gaps_below_the_spread_are_dropped():
     assert [len(select(captions, ratings, min_spreads=number).pairs) for number in (None, 2.0, 2.1)] == [1, 1, 0]
     assert len(select(captions[:2], ratings, min_spreads=0.8).pairs) == 1
     assert select(captions[:2], ratings, min_spreads=0.9).pairs == []
+
+
+def test_floor_of_the_dialogue():
+    """The better caption by Total quotes 1 of 4 words wrongly, the other none; one without dialogue has no value."""
+    captions = [Caption("v", text, "Tell.", sample=sample) for sample, text in enumerate("abc")]
+    dialogues = (Dialogue(4, 4, 3, 1), Dialogue(4, 4, 4, 0), None)
+    ratings = [
+        replace(rate("v", sample, sample / 2), score=Score("v", 4, sample, 0, 0, sample=sample, dialogue=dialogue))
+        for sample, dialogue in enumerate(dialogues)
+    ]
+
+    def chosen(floor):
+        return [pair.chosen for pair in select(captions, ratings, floors={"dialogue": floor}).pairs]
+
+    assert (chosen(0.75), chosen(0.8)) == (["a"], ["b"])
 
 
 @pytest.mark.parametrize("options", [{"floors": {"kind": 0.5}}, {"floors": {"seen": 2}}, {"min_spreads": -1}])
